@@ -1,0 +1,71 @@
+"""graphpar: a stock PyTorch model and a cluster description in, a running parallel job out.
+
+Public names load on first use, so that `import graphpar` stays cheap and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphpar.calibration import Calibration
+    from graphpar.cluster import Cluster
+    from graphpar.compiler import compile, plan  # noqa: A004 - the public name mirrors torch.compile
+    from graphpar.measure import calibrate
+    from graphpar.plans import Plan
+    from graphpar.runtime.job import CompiledModel
+    from graphpar.training import Training
+
+from graphpar.errors import (
+    CaptureError,
+    ClusterError,
+    GraphparError,
+    InfeasibleError,
+    NumbersDifferError,
+    PlanError,
+    RunError,
+    VerifyError,
+)
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Calibration": "graphpar.calibration",
+    "Cluster": "graphpar.cluster",
+    "CompiledModel": "graphpar.runtime.job",
+    "Plan": "graphpar.plans",
+    "Training": "graphpar.training",
+    "calibrate": "graphpar.measure",
+    "compile": "graphpar.compiler",
+    "plan": "graphpar.compiler",
+}
+
+__all__ = [
+    "Calibration",
+    "CaptureError",
+    "Cluster",
+    "ClusterError",
+    "CompiledModel",
+    "GraphparError",
+    "InfeasibleError",
+    "NumbersDifferError",
+    "Plan",
+    "PlanError",
+    "RunError",
+    "Training",
+    "VerifyError",
+    "calibrate",
+    "compile",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'graphpar' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""From a stock `nn.Module` and an example batch to a captured graph."""

@@ -1,0 +1,216 @@
+"""Capture: export twice at unlike batch sizes, convert, and unify into one graph for every batch size."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpar.errors import CaptureError
+from graphpar.frontend.convert import Converted, Literal, convert
+from graphpar.frontend.export import export
+from graphpar.frontend.torch_private import TreeSpec, flatten, output_spec, unflatten
+from graphpar.frontend.unify import Mismatch, unify
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import Op, map_arguments
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the user's arguments become flat inputs, and flat results the user's structure.
+
+    Attributes:
+        keywords: Keyword arguments in the order captured.
+        spec: Structure of `(args, kwargs)`.
+        inputs: For each flat argument the input's name, or the constant it was captured with.
+        batched: Names of the inputs whose first dimension is the batch.
+        results: For each flat result the op's name, or the constant it always is.
+        output_spec: Structure of the result.
+    """
+
+    keywords: tuple[str, ...]
+    spec: TreeSpec
+    inputs: tuple["str | Literal", ...]
+    batched: frozenset[str]
+    results: tuple["str | Literal", ...]
+    output_spec: TreeSpec
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Flat inputs by name from a call's arguments.
+
+        Raises:
+            ValueError: The call does not have the structure or the constants of the example batch.
+        """
+        if set(kwargs) != set(self.keywords):
+            raise ValueError(
+                f"The model was captured with the keyword arguments {sorted(self.keywords)}, but was "
+                f"called with {sorted(kwargs)}. Call it like the example batch, or compile again."
+            )
+        ordered = {key: kwargs[key] for key in self.keywords}
+        leaves, spec = flatten((tuple(args), ordered))
+        if spec != self.spec:
+            raise ValueError(
+                f"The model was captured with arguments of the structure {self.spec}, but was called "
+                f"with {spec}. Call it like the example batch, or compile again."
+            )
+        bound = {}
+        for place, (expected, leaf) in enumerate(zip(self.inputs, leaves, strict=True)):
+            if isinstance(expected, str):
+                if not isinstance(leaf, torch.Tensor):
+                    raise ValueError(
+                        f"Argument {expected!r} was a tensor in the example batch, now it is {leaf!r}."
+                    )
+                bound[expected] = leaf
+            elif leaf != expected.value:
+                raise ValueError(
+                    f"Argument number {place} was {expected.value!r} in the example batch and is part "
+                    f"of the captured graph; now it is {leaf!r}. Compile again for the other value."
+                )
+        return bound
+
+    def assemble(self, values: Mapping[str, Any]) -> Any:
+        """The user's output structure from flat results by name."""
+        leaves = [r.value if isinstance(r, Literal) else values[r] for r in self.results]
+        return unflatten(leaves, self.output_spec)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph, with what is needed to call it.
+
+    `unsplittable` tells why the batch cannot be split at all; empty when capture found nothing.
+    """
+
+    graph: Graph
+    signature: Signature
+    constants: Mapping[str, torch.Tensor]
+    unsplittable: str
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    loss: Callable[[Any, Any], Any] | str | None = None,
+    training: bool | None = None,
+) -> Captured:
+    """Capture a model as a graph in which sizes that scale with the batch are symbolic.
+
+    Args:
+        model: Any module, on any device, the meta device included.
+        args: Positional arguments of the example batch.
+        kwargs: Keyword arguments of the example batch.
+        loss: None for the model's own result, "returned" for the loss in it, or a callable
+            `loss(output, target)` with the target as last positional argument.
+        training: Mode to capture in; None keeps each submodule's own.
+
+    Raises:
+        CaptureError: Names the user's module, file and line, why, and what to try.
+    """
+    leaves, spec = flatten((tuple(args), dict(kwargs)))
+    batch = batch_size(leaves)
+
+    def run(size: int) -> tuple[Converted, TreeSpec]:
+        sized = [resize(x, batch, size) for x in leaves]
+        some_args, some_kwargs = unflatten(sized, spec)
+        program = export(model, some_args, some_kwargs, loss=loss, training=training)
+        return convert(program, model), output_spec(program)
+
+    first, out_spec = run(batch)
+    ops, reason = _symbolic(first, run, batch)
+    ops, aliases = _merge_ties(model, ops)
+    graph = Graph(ops, level="captured", name=type(model).__name__, batch=batch, aliases=aliases)
+    signature = Signature(
+        keywords=tuple(kwargs),
+        spec=spec,
+        inputs=first.inputs,
+        batched=_batched(first, leaves, batch),
+        results=first.results,
+        output_spec=out_spec,
+    )
+    return Captured(graph, signature, first.constants, reason)
+
+
+def batch_size(leaves: Sequence[Any]) -> int:
+    """The size of the first dimension that most tensor arguments share; 1 if there is none.
+
+    >>> batch_size([torch.zeros(4, 2), torch.zeros(4), torch.zeros(7, 1), 3])
+    4
+    """
+    sizes = [x.shape[0] for x in leaves if isinstance(x, torch.Tensor) and x.ndim]
+    if not sizes:
+        return 1
+    (most, _), *_ = Counter(sizes).most_common(1)
+    if most == 0:
+        raise CaptureError("The example batch is empty; give one with at least one sample.")
+    return int(most)
+
+
+def resize(leaf: Any, batch: int, size: int) -> Any:
+    """The same argument for another number of samples: its samples repeated or cut."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.ndim or leaf.shape[0] != batch:
+        return leaf
+    if size == batch:
+        return leaf
+    if leaf.device.type == "meta":
+        return leaf.new_empty((size, *leaf.shape[1:]))
+    return leaf.detach()[torch.arange(size, device=leaf.device) % batch]
+
+
+def _symbolic(
+    first: Converted, run: Callable[[int], tuple[Converted, TreeSpec]], batch: int
+) -> tuple[tuple[Op, ...], str]:
+    """Ops for any batch size, or the concrete ones and the reason why not."""
+    if batch == 1:
+        return first.ops, "the example batch has one sample"
+    other = _unlike_size(batch)
+    try:
+        second, _ = run(other)
+        return unify(first.ops, second.ops, batch, other), ""
+    except Mismatch as mismatch:
+        return first.ops, mismatch.reason
+    except CaptureError as error:
+        return first.ops, f"the model cannot be captured for a batch of {other}: {error}"
+
+
+def _unlike_size(batch: int) -> int:
+    """Another batch size that is neither a multiple nor a divisor of the first."""
+    other = batch + 1
+    while other % batch == 0 or batch % other == 0:
+        other += 1
+    return other
+
+
+def _batched(first: Converted, leaves: Sequence[Any], batch: int) -> frozenset[str]:
+    return frozenset(
+        name
+        for name, leaf in zip(first.inputs, leaves, strict=True)
+        if isinstance(name, str) and isinstance(leaf, torch.Tensor)
+        if leaf.ndim and leaf.shape[0] == batch
+    )
+
+
+def _merge_ties(
+    model: nn.Module, ops: Sequence[Op]
+) -> tuple[tuple[Op, ...], dict[str, tuple[str, ...]]]:
+    """One op for each tied weight, and its other names by the one kept."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        groups.setdefault(id(tensor), []).append(name)
+    made = {str(op.args[0]): op.name for op in ops if op.target in ("parameter", "buffer")}
+    aliases: dict[str, tuple[str, ...]] = {}
+    change: dict[str, str] = {}
+    for group in groups.values():
+        present = [name for name in group if name in made]
+        if present and len(group) > 1:
+            kept = present[0]
+            aliases[kept] = tuple(name for name in group if name != kept)
+            change.update({made[name]: made[kept] for name in present[1:]})
+    merged = tuple(map_arguments(op, change) for op in ops if op.name not in change)
+    return merged, aliases

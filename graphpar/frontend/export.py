@@ -1,0 +1,182 @@
+"""Run torch.export on a model without changing it, and turn its failures into readable errors."""
+
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from graphpar.errors import CaptureError
+from graphpar.frontend.torch_private import flatten, unflatten
+
+MODEL_PREFIX = "model."
+"""Where the user's model sits inside `Traced`; stripped from every name."""
+
+
+class Traced(nn.Module):
+    """The module that is exported: the user's model, and for training the loss on top of it.
+
+    With `loss="returned"` the result is the model's own loss (a scalar, or `.loss`, or the entry
+    `loss`); with a callable it is `loss(model(*args[:-1], **kwargs), args[-1])`; with None it is what
+    the model returns.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Any] | str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as the user would."""
+        if callable(self.loss):
+            return self.loss(self.model(*args[:-1], **kwargs), args[-1])
+        result = self.model(*args, **kwargs)
+        return result if self.loss is None else find_loss(result)
+
+
+def find_loss(result: Any) -> torch.Tensor:
+    """The loss in what a model returned.
+
+    Raises:
+        CaptureError: There is none: not a scalar tensor, no `.loss`, no entry `loss`.
+    """
+    loss = result
+    if isinstance(result, Mapping):
+        loss = result.get("loss")
+    elif hasattr(result, "loss"):
+        loss = result.loss
+    elif isinstance(result, (tuple, list)) and result:
+        loss = result[0]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise CaptureError(
+            f"Training needs a loss, but the model returned {_describe(result)}. "
+            "Return a scalar loss (or an object with `.loss`), pass the labels that make the model "
+            "compute one, or give Training(loss=lambda output, target: ...)."
+        )
+    return loss
+
+
+def _describe(result: Any) -> str:
+    if isinstance(result, torch.Tensor):
+        return f"a tensor of shape {tuple(result.shape)}"
+    if isinstance(result, Mapping):
+        return f"{type(result).__name__} with keys {sorted(map(str, result))}"
+    return type(result).__name__
+
+
+def without_aliases(tree: Any) -> Any:
+    """The same arguments with every tensor that shares storage with an earlier one cloned.
+
+    torch.export merges two inputs that are one tensor and leaves no guard, so that a later call with
+    two different tensors would silently use the first for both.
+    """
+    leaves, spec = flatten(tree)
+    seen: set[int] = set()
+    fresh = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            key = id(leaf) if leaf.device.type == "meta" else leaf.untyped_storage().data_ptr()
+            leaf = leaf.clone() if key in seen else leaf
+            seen.add(key)
+        fresh.append(leaf)
+    return unflatten(fresh, spec)
+
+
+def export(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    loss: Callable[[Any, Any], Any] | str | None = None,
+    training: bool | None = None,
+) -> ExportedProgram:
+    """Export the model in its own mode, or in the one given by `training`.
+
+    Args:
+        model: Any module; its mode and hooks are left as they were.
+        args: Positional example arguments.
+        kwargs: Keyword example arguments.
+        loss: See `Traced`.
+        training: Mode to export in; None keeps each submodule's own.
+
+    Raises:
+        CaptureError: Names the user's module, file and line, and what to try.
+    """
+    args, kwargs = without_aliases((tuple(args), dict(kwargs)))
+    with _mode(model, training), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(Traced(model, loss), tuple(args), dict(kwargs), strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(explain_failure(model, error)) from error
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool | None) -> Any:
+    before = {m: m.training for m in model.modules()}
+    if training is not None:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+_ADVICE = (
+    (r"data.dependent|GuardOnDataDependent|unbacked|Could not extract specialized|item\(\)|_local_scalar",
+     "the control flow or a shape depends on the values in a tensor, which no static graph can hold",
+     "compute both branches and choose with torch.where, or use a fixed size with a mask"),
+    (r"Unsupported.*(?:input|type)|Unsupported input",
+     "an argument has a type that torch.export does not know",
+     "pass tensors, numbers, strings, or nested tuples, lists and dicts of them"),
+    (r"device meta|Cannot copy out of meta",
+     "part of the model lives on the meta device and part does not",
+     "build model and example inputs on the same device"),
+    (r"missing \d+ required|unexpected keyword|takes \d+ positional",
+     "the example arguments do not match the model's forward signature",
+     "pass the example batch as args=(...) and kwargs={...} exactly as you would call the model"),
+    (r"shapes? cannot be multiplied|size mismatch|must match the size|Expected.*dim",
+     "the example batch does not fit the model",
+     "run model(*args, **kwargs) once on its own; it should fail at the same line"),
+)  # fmt: skip
+
+
+def explain_failure(model: nn.Module, error: BaseException) -> str:
+    """What failed, in which of the user's modules, at which line, why, and what to try."""
+    text = f"{type(error).__name__}: {error}"
+    where = _blame(model, error)
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+    why, remedy = "torch.export cannot follow it", "see the message of torch.export below"
+    for pattern, reason, advice in _ADVICE:
+        if re.search(pattern, text, re.IGNORECASE | re.DOTALL):
+            why, remedy = reason, advice
+            break
+    return (
+        f"The model could not be captured at {where}: {why}. What to try: {remedy}. "
+        f"(torch: {type(error).__name__}: {first_line[:300]})"
+    )
+
+
+def _blame(model: nn.Module, error: BaseException) -> str:
+    """The deepest of the user's modules on the traceback, and the line it was at."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place = f"module {type(model).__name__}"
+    torch_root = torch.__path__[0]
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        filename = frame.f_code.co_filename
+        if filename.startswith(torch_root) or filename == __file__:
+            continue
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and id(module) in names:
+            path = names[id(module)] or "(top)"
+            place = f"module {path!r} ({type(module).__name__}), {filename}:{line}"
+    return place

@@ -1,0 +1,1 @@
+"""The intermediate representation: one immutable graph type at three levels."""

@@ -1,0 +1,295 @@
+"""The model as a chain of units: contiguous runs of ops, cut where little data crosses.
+
+Equal units (repeated blocks) are found by a structural hash and share one `kind`, so that everything
+downstream prices and solves each distinct block once.
+
+Ops that depend on nothing but the inputs and constants (masks, positions, rotary tables) are *free*:
+every stage that needs them computes them again, since inputs reach every stage anyway. They belong to
+no unit and cross no boundary.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES, Op
+from graphpar.ir.optable import packet
+from graphpar.ir.text import format_argument, format_op
+
+RANDOM_TARGETS = frozenset({"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention"})
+_HEAVY = ("linear", "matmul", "mm", "bmm", "addmm", "convolution", "conv1d", "conv2d", "conv3d",
+          "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "einsum", "baddbmm",
+          "embedding", "sort", "topk", "_grouped_mm", "conv_transpose1d", "conv_transpose2d",
+          "conv_transpose3d", "bilinear")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A contiguous run of ops; units of equal `kind` are equal but for their weights."""
+
+    name: str
+    ops: tuple[str, ...]
+    kind: int
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The units in order of execution, and the ops that every stage repeats for itself."""
+
+    units: tuple[Unit, ...]
+    free: frozenset[str]
+
+    def unit_of(self) -> dict[str, int]:
+        """Op name to the index of its unit."""
+        return {name: i for i, unit in enumerate(self.units) for name in unit.ops}
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A value made in unit `source` and last read in unit `target`, and the op that makes it."""
+
+    name: str
+    source: int
+    target: int
+
+
+def free_ops(graph: Graph) -> frozenset[str]:
+    """Names of cheap ops that depend on inputs, constants and unchanging buffers alone.
+
+    Whatever feeds the loss without any parameter in it (a count of labels, say) is free too.
+    """
+    written = {o for op in graph.ops if writes_buffer(op) for o in op.operands()}
+    free: set[str] = set()
+    for op in graph.ops:
+        if op.target in SOURCES:
+            if op.target in ("input", "constant") or (op.target == "buffer" and op.name not in written):
+                free.add(op.name)
+        elif op.target != "output" and op.target not in RANDOM_TARGETS:
+            if all(operand in free for operand in op.operands()) and _is_cheap(graph, op):
+                free.add(op.name)
+    return frozenset(name for name in free if graph[name].target not in SOURCES)
+
+
+_CHEAP_BYTES = 2**20
+"""A product of operands up to this size is cheaper to repeat than to send (rotary angles, masks)."""
+
+
+def _is_cheap(graph: Graph, op: Op) -> bool:
+    if not _is_heavy(op):
+        return True
+    types = [t for name in op.operands() for t in graph[name].types if t is not None]
+    return sum(t.bytes(graph.batch) for t in types) <= _CHEAP_BYTES
+
+
+def _is_heavy(op: Op) -> bool:
+    return packet(op) in _HEAVY or op.target == "gp.attention"
+
+
+def build_chain(graph: Graph) -> Chain:
+    """Cut a captured graph into units.
+
+    >>> from graphpar.ir.text import parse_graph
+    >>> g = parse_graph('''graph captured "N" batch=2
+    ... %x = input("x") : float32[B,4]
+    ... %w = parameter("a.weight") : float32[4,4] {grad=true}
+    ... %v = parameter("b.weight") : float32[4,4] {grad=true}
+    ... %h = aten.linear.default(%x, %w) : float32[B,4] {grad=true} @ "a" ""
+    ... %i = aten.linear.default(%h, %v) : float32[B,4] {grad=true} @ "b" ""
+    ... %y = aten.linear.default(%i, %v) : float32[B,4] {grad=true} @ "c" ""
+    ... %output = output((%y,))
+    ... ''')
+    >>> [(u.name, u.kind) for u in build_chain(g).units]  # a sends no gradient to its input
+    [('a', 0), ('b', 1), ('c', 1)]
+    """
+    free = free_ops(graph)
+    core = [op for op in graph.ops if op.target not in (*SOURCES, "output") and op.name not in free]
+    if not core:
+        core = [op for op in graph.ops if op.target not in (*SOURCES, "output")]
+        free = frozenset()
+    if not core:
+        return Chain((), frozenset())
+    crossing = _crossing_bytes(graph, core, free)
+    cuts = _narrow_places(crossing, [_has_weight(graph, op) for op in core])
+    cuts = _without_idle_runs(cuts, crossing, [_is_heavy(op) for op in core])
+    runs = [core[a:b] for a, b in pairwise([0, *cuts, len(core)])]
+    kinds: dict[str, int] = {}
+    names = _unique([_common_path(run) for run in runs])
+    units = []
+    for name, run in zip(names, runs, strict=True):
+        kind = kinds.setdefault(structural_hash(graph, run), len(kinds))
+        units.append(Unit(name, tuple(op.name for op in run), kind))
+    return Chain(tuple(units), free)
+
+
+def crossings(graph: Graph, chain: Chain) -> tuple[Crossing, ...]:
+    """Values read beyond the unit that makes them; sources and free ops are not counted."""
+    unit_of = chain.unit_of()
+    found = []
+    for op in graph.ops:
+        made = unit_of.get(op.name)
+        if made is None:
+            continue
+        last = max((unit_of[u.name] for u in graph.users(op.name) if u.name in unit_of), default=made)
+        if last > made:
+            found.append(Crossing(op.name, made, last))
+    return tuple(found)
+
+
+_FORBIDDEN = float("inf")
+
+
+def _crossing_bytes(graph: Graph, core: Sequence[Op], free: frozenset[str]) -> list[float]:
+    """For each place between two core ops, the bytes of values made before and read after it."""
+    place = {op.name: i for i, op in enumerate(core)}
+    change = [0.0] * (len(core) + 1)
+    forbidden = [0] * (len(core) + 1)
+    for i, op in enumerate(core):
+        last = max((place[u.name] for u in graph.users(op.name) if u.name in place), default=i)
+        if op.is_tuple:
+            _mark(forbidden, i, last)
+        elif last > i:
+            change[i + 1] += sum(t.bytes(graph.batch) for t in op.types if t is not None)
+            change[last + 1 if last < len(core) else last] -= sum(
+                t.bytes(graph.batch) for t in op.types if t is not None
+            )
+    for first, last in _mutated_spans(graph, place):
+        _mark(forbidden, first, last)
+    crossing, running, closed = [], 0.0, 0
+    for i in range(1, len(core)):
+        running += change[i]
+        closed += forbidden[i]
+        crossing.append(_FORBIDDEN if closed else running)
+    return crossing
+
+
+def _mark(forbidden: list[int], first: int, last: int) -> None:
+    """Forbid cuts at places first+1 .. last."""
+    if last > first:
+        forbidden[first + 1] += 1
+        forbidden[last + 1] -= 1
+
+
+def _mutated_spans(graph: Graph, place: dict[str, int]) -> Iterable[tuple[int, int]]:
+    """First and last core op that touch each buffer that some op writes to."""
+    for source in graph.sources("buffer"):
+        users = [u for u in graph.users(source.name) if u.name in place]
+        if len(users) > 1 and any(writes_buffer(u) for u in users):
+            places = [place[u.name] for u in users]
+            yield min(places), max(places)
+
+
+def writes_buffer(op: Op) -> bool:
+    """Whether an op changes one of the buffers it reads."""
+    if op.target.startswith("aten.batch_norm.") or op.target.startswith("aten.instance_norm."):
+        return op.argument(5, "training") is True
+    packet = op.target.split(".")[1] if op.target.count(".") >= 2 else ""
+    return packet.endswith("_") and not packet.endswith("__")
+
+
+def _has_weight(graph: Graph, op: Op) -> bool:
+    return any(graph[operand].target == "parameter" for operand in op.operands())
+
+
+def _narrow_places(crossing: Sequence[float], has_weight: Sequence[bool]) -> list[int]:
+    """Places where crossing bytes are at a local minimum.
+
+    In a flat valley (layers in sequence without skips) the places just before an op with weights are
+    taken, or the first place where there is none.
+    """
+    cuts: list[int] = []
+    index = 0
+    while index < len(crossing):
+        end = index
+        while end + 1 < len(crossing) and crossing[end + 1] == crossing[index]:
+            end += 1
+        left = crossing[index - 1] if index else _FORBIDDEN
+        right = crossing[end + 1] if end + 1 < len(crossing) else _FORBIDDEN
+        here = crossing[index]
+        if here != _FORBIDDEN and here <= left and here <= right:
+            valley = [place + 1 for place in range(index, end + 1)]
+            cuts += [place for place in valley if has_weight[place]] or valley[:1]
+        index = end + 1
+    return cuts
+
+
+def _without_idle_runs(
+    cuts: Sequence[int], crossing: Sequence[float], heavy: Sequence[bool]
+) -> list[int]:
+    """Join runs without a heavy op to a neighbour, across the wider of their two boundaries."""
+    kept = list(cuts)
+    index = 0
+    while kept and index <= len(kept):
+        start = kept[index - 1] if index else 0
+        end = kept[index] if index < len(kept) else len(heavy)
+        if any(heavy[start:end]):
+            index += 1
+        elif index == 0 or (index < len(kept) and crossing[end - 1] >= crossing[start - 1]):
+            del kept[index]
+        else:
+            del kept[index - 1]
+            index -= 1
+    return kept
+
+
+def structural_hash(graph: Graph, run: Sequence[Op]) -> str:
+    """A hash of what a run of ops computes, blind to names, weights and places in the source."""
+    local = {op.name: str(i) for i, op in enumerate(run)}
+    outside: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for op in run:
+        for operand in op.operands():
+            if operand not in local and operand not in outside:
+                made = graph[operand]
+                kind = "value" if made.target not in SOURCES or made.target == "input" else made.target
+                types = ",".join(map(str, made.types))
+                outside[operand] = f"{kind}{len(outside)}:{types}:{made.attr('grad', False)}"
+        names = {**local, **outside}
+        shown = Op(
+            "_",
+            op.target,
+            types=op.types,
+            is_tuple=op.is_tuple,
+            attrs=tuple((k, v) for k, v in op.attrs if k != "reduces"),
+        )
+        digest.update(format_op(shown).encode())
+        digest.update("|".join(names[o] for o in op.operands()).encode())
+        digest.update(_literals(op).encode())
+    return digest.hexdigest()
+
+
+def _literals(op: Op) -> str:
+    parts = [format_argument(a) for a in op.args]
+    parts += [f"{k}={format_argument(v)}" for k, v in op.kwargs if k != "stream"]
+    text = "\0".join(parts)
+    for operand in sorted(set(op.operands()), key=len, reverse=True):
+        text = text.replace(f"%{operand}", "%")
+    return text
+
+
+def _common_path(run: Sequence[Op]) -> str:
+    paths = [op.module.split(".") for op in run if op.module]
+    if not paths:
+        return run[0].target
+    common = paths[0]
+    for path in paths[1:]:
+        same = 0
+        while same < min(len(common), len(path)) and common[same] == path[same]:
+            same += 1
+        common = common[:same]
+    return ".".join(common) or "(top)"
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Tell units of the same module apart: `h.0 1/2`, `h.0 2/2`."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for i, name in enumerate(names):
+        places[name].append(i)
+    result = list(names)
+    for name, indices in places.items():
+        for count, i in enumerate(indices, start=1):
+            if len(indices) > 1:
+                result[i] = f"{name} {count}/{len(indices)}"
+    return result

@@ -1,0 +1,146 @@
+"""What is legal in a graph at each level; checked whenever a graph enters that level."""
+
+from collections.abc import Callable, Iterator
+
+from graphpar.errors import VerifyError
+from graphpar.ir.graph import Graph, Level
+from graphpar.ir.ops import SOURCES, Op
+from graphpar.ir.text import format_op
+
+ATTRIBUTES: dict[Level, frozenset[str]] = {
+    "captured": frozenset({"grad", "samples", "outer", "reduces"}),
+    "placed": frozenset({"grad", "samples", "outer", "reduces", "stage"}),
+    "lowered": frozenset({"grad", "samples", "outer", "reduces", "stage"}),
+}
+"""Attributes an op may carry, by level.
+
+`grad`: a gradient flows through the result. `samples`: what the result means to the samples of the
+batch (see `passes/samples.py`), `outer` how often the batch is repeated along its dimension.
+`reduces`: why an op joins samples. `stage`: the stage that runs it.
+"""
+_RANDOM = frozenset({"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention"})
+OWN_TARGETS: dict[Level, frozenset[str]] = {
+    "captured": _RANDOM | {"gp.share", "gp.whole_batch"},
+    "placed": _RANDOM | {"gp.share"},
+    "lowered": _RANDOM | {"gp.share", "gp.send", "gp.recv"},
+}
+"""Ops of our own, by level; all others are torch's."""
+
+Rule = Callable[[Graph], Iterator[tuple[Op, str]]]
+
+
+def _ends_in_one_output(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops[:-1]:
+        if op.target == "output":
+            yield op, "only the last op may be the output"
+    if graph.ops and graph.output.target != "output":
+        yield graph.output, "the last op must be the output"
+
+
+def _sources_name_something(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        if op.target in SOURCES and not (len(op.args) == 1 and isinstance(op.args[0], str)):
+            yield op, f"{op.target} must have one argument, the name of what it stands for"
+
+
+def _getitem_takes_tuples_apart(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        if op.target != "getitem":
+            continue
+        source = graph[op.operands()[0]]
+        index = op.args[1]
+        if not source.is_tuple:
+            yield op, f"getitem reads %{source.name}, which is no tuple"
+        elif not (isinstance(index, int) and -len(source.types) <= index < len(source.types)):
+            yield op, f"getitem index {index!r} is outside the {len(source.types)} results"
+
+
+def _targets_are_legal(graph: Graph) -> Iterator[tuple[Op, str]]:
+    own = OWN_TARGETS[graph.level]
+    for op in graph.ops:
+        if op.target.startswith("gp.") and op.target not in own:
+            yield op, f"{op.target} is not legal in a {graph.level} graph"
+
+
+def _attributes_are_legal(graph: Graph) -> Iterator[tuple[Op, str]]:
+    legal = ATTRIBUTES[graph.level]
+    for op in graph.ops:
+        for key, _ in op.attrs:
+            if key not in legal:
+                yield op, f"attribute {key!r} is not legal in a {graph.level} graph"
+
+
+def _stages_are_known(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        if op.target not in SOURCES and op.target != "output" and op.attr("stage") is None:
+            yield op, "has no stage"
+
+
+def _stages_never_go_back(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        stage = op.attr("stage")
+        for operand in op.operands() if isinstance(stage, int) else ():
+            before = graph[operand].attr("stage")
+            if isinstance(before, int) and isinstance(stage, int) and before > stage:
+                yield op, f"stage {stage} reads %{operand} of the later stage {before}"
+
+
+def _stages_meet_only_through_messages(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        stage = op.attr("stage")
+        if stage is None or op.target in ("output", "gp.recv"):
+            continue
+        for operand in op.operands():
+            before = graph[operand].attr("stage")
+            if before is not None and before != stage:
+                yield op, f"stage {stage} reads %{operand} of stage {before} without a message"
+
+
+def _receives_match_sends(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        if op.target == "gp.recv":
+            sender = graph[op.operands()[0]]
+            if sender.target != "gp.send":
+                yield op, f"receives from %{sender.name}, which is no send"
+            elif sender.types != op.types:
+                yield op, f"receives {op.types} but %{sender.name} sends {sender.types}"
+
+
+_COMMON: tuple[Rule, ...] = (
+    _ends_in_one_output,
+    _sources_name_something,
+    _getitem_takes_tuples_apart,
+    _targets_are_legal,
+    _attributes_are_legal,
+)
+RULES: dict[Level, tuple[Rule, ...]] = {
+    "captured": _COMMON,
+    "placed": (*_COMMON, _stages_are_known, _stages_never_go_back),
+    "lowered": (
+        *_COMMON,
+        _stages_are_known,
+        _stages_meet_only_through_messages,
+        _receives_match_sends,
+    ),
+}
+
+
+def verify(graph: Graph) -> None:
+    """Check a graph against the rules of its level.
+
+    Raises:
+        VerifyError: The first broken rule, with the op, who made it, and the ops around it.
+    """
+    for rule in RULES[graph.level]:
+        for op, why in rule(graph):
+            raise VerifyError(_report(graph, op, why))
+
+
+def _report(graph: Graph, op: Op, why: str) -> str:
+    place = graph.position[op.name]
+    lines = [f"Op %{op.name} ({op.target}, made by {op.made_by}) breaks a rule of {graph.level} graphs:"]
+    lines.append(f"  {why}")
+    for index in range(max(0, place - 5), min(len(graph), place + 6)):
+        marker = ">>" if index == place else "  "
+        lines.append(f"{marker} {index:>5} {format_op(graph.ops[index])}")
+    return "\n".join(lines)

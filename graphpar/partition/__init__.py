@@ -1,0 +1,1 @@
+"""Who runs what: integer programmes over a table of numbers, and checkers that know no solver."""

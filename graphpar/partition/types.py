@@ -1,0 +1,82 @@
+"""What the partitioner answers: pipelines of stages, and how sure it is.
+
+A *pipeline* takes a share of every global batch and cuts it into microbatches. Its *stages* are
+contiguous runs of units that together cover the chain. A stage has one or more *replicas*, which take
+turns over the pipeline's microbatches. Several pipelines, of unlike composition if need be, run side
+by side; gradients are summed over all copies of a unit.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Status = Literal["optimal", "feasible"]
+ScheduleName = Literal["gpipe", "1f1b"]
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One device that runs a stage, and how many of the pipeline's microbatches it takes."""
+
+    device: str
+    microbatches: int
+
+
+@dataclass(frozen=True)
+class StageChoice:
+    """Units `first` to `last - 1` of the chain, run by each replica for its microbatches."""
+
+    first: int
+    last: int
+    replicas: tuple[Replica, ...]
+
+
+@dataclass(frozen=True)
+class PipelineChoice:
+    """A share of the global batch, cut into microbatches of (nearly) equal size."""
+
+    samples: int
+    microbatches: int
+    stages: tuple[StageChoice, ...]
+
+    def sizes(self) -> tuple[int, ...]:
+        """The size of each microbatch; sizes differ by at most one, larger ones first.
+
+        >>> PipelineChoice(samples=10, microbatches=4, stages=()).sizes()
+        (3, 3, 2, 2)
+        """
+        small, larger = divmod(self.samples, self.microbatches)
+        return (small + 1,) * larger + (small,) * (self.microbatches - larger)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The chosen partition with its certificate.
+
+    `objective_s` is the step time the programme minimised and `bound_s` a proven lower bound on it
+    within the programme's family (`family` says in words what that family is). `gap` is
+    `(objective_s - bound_s) / objective_s`. `physical_bound_s` is a lower bound for any plan of any
+    kind under the same table. `truncated_by` names every limit that cut the search short.
+    `peak_bytes` maps each used device to its predicted peak.
+    """
+
+    pipelines: tuple[PipelineChoice, ...]
+    schedule: ScheduleName
+    status: Status
+    objective_s: float
+    parts: dict[str, float]
+    bound_s: float
+    gap: float
+    physical_bound_s: float
+    seconds: float
+    truncated_by: tuple[str, ...]
+    family: str
+    peak_bytes: dict[str, float]
+    notes: tuple[str, ...] = ()
+    runners_up: tuple["Partition", ...] = field(default=(), repr=False)
+
+    @property
+    def used_devices(self) -> tuple[str, ...]:
+        """Names of the devices that have work, in pipeline and stage order."""
+        return tuple(
+            r.device for p in self.pipelines for s in p.stages for r in s.replicas
+        )

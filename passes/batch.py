@@ -1,0 +1,414 @@
+"""Follow the batch dimension through the graph and make sums over samples exact under any split.
+
+After this pass each op carries `samples` (see `samples.py`), and
+
+- a mean over samples is a sum over samples divided by a count of the *whole* batch. The mean over
+  labels that are not ignored is the known trap: its count is known only to the whole batch, so
+  averaging the means of microbatches is wrong;
+- a value that follows from inputs alone and is needed whole (such a count) is read through
+  `gp.whole_batch`: the driver computes it once over the whole batch and sends it along;
+- a shared term added to a sum over samples is scaled by `gp.share`, the part of the batch at hand, so
+  that the parts add up to it once;
+- a batch size used as a number (not as a shape) is the whole batch's: `batch:times`.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from graphpar.ir.chain import RANDOM_TARGETS, writes_buffer
+from graphpar.ir.graph import Graph, Level
+from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType, map_arguments
+from graphpar.ir.optable import POINTWISE, packet
+from graphpar.passes import sample_moves, sample_rules  # noqa: F401 - they register their rules
+from graphpar.passes.samples import (
+    PARTIAL,
+    SHARED,
+    Call,
+    Samples,
+    dims_argument,
+    infer,
+)
+
+_REDUCTIONS = frozenset(
+    """
+    sum mean amax amin max min any all prod logsumexp var std var_mean std_mean norm
+    linalg_vector_norm argmax argmin median nansum nanmean count_nonzero special_logsumexp
+    """.split()
+)
+_DIM_SECOND = frozenset({"logsumexp", "special_logsumexp", "any", "all", "argmax", "argmin"})
+_ELEMENT_LOSSES = {
+    "mse_loss": 2, "l1_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "soft_margin_loss": 2,
+    "binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4, "kl_div": 2,
+}  # fmt: skip
+"""Losses that are a mean of one term per element, with the position of `reduction`."""
+_CLASS_LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss2d", "nll_loss_nd"})
+_MEAN, _SUM = 1, 2
+
+
+@dataclass(frozen=True)
+class AnalyseBatch:
+    """Mark what every value means to the samples and split reductions over them exactly.
+
+    >>> from graphpar.ir.text import format_graph, parse_graph
+    >>> print(format_graph(AnalyseBatch().run(parse_graph('''graph captured "N" batch=2
+    ... %x = input("x") : float32[B,3]
+    ... %m = aten.mean.default(%x) : float32[]
+    ... %output = output((%m,))
+    ... '''))), end="")
+    graph captured "N" batch=2
+    %x = input("x") : float32[B,3] {samples="sample"}
+    %m_sum = aten.sum.default(%x) : float32[] {samples="partial"} from(%m) by("batch")
+    %m = aten.div.Tensor(%m_sum, batch:3) : float32[] {samples="partial"} from(%m) by("batch")
+    %output = output((%m,)) {samples="partial"}
+    """
+
+    name: str = "batch"
+    takes: Level = "captured"
+    gives: Level = "captured"
+
+    def run(self, graph: Graph) -> Graph:
+        """Build the graph with marks and split reductions."""
+        return _Builder(graph, self.name).run()
+
+
+def mixing_reason(graph: Graph) -> str:
+    """Why the batch must stay whole, as text for people; empty when it may be split.
+
+    Only what reaches the output or changes a buffer counts.
+    """
+    for op in graph.ops:
+        if writes_buffer(op):
+            return f"{packet(op)} at {op.module or '(top)'} updates a buffer once per whole batch"
+    reason = graph.output.attr("reduces", "")
+    return str(reason) if graph.output.attr("samples") == "mixed" else ""
+
+
+@dataclass
+class _Builder:
+    graph: Graph
+    made_by: str
+    ops: dict[str, Op] = field(default_factory=dict)
+    states: dict[str, Samples] = field(default_factory=dict)
+    early: set[str] = field(default_factory=set)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> Graph:
+        written = {o for op in self.graph.ops if writes_buffer(op) for o in op.operands()}
+        for op in self.graph.ops:
+            if op.target in SOURCES:
+                self._source(op, written)
+            elif op.target == "output":
+                self._output(op)
+            else:
+                self._compute(op)
+        return self.graph.with_ops(self.ops.values())
+
+    # --- bookkeeping ---
+
+    def _add(self, op: Op, state: Samples) -> Op:
+        op = op.with_attrs(samples=state.kind)
+        if state.kind == "sample" and state.outer != 1:
+            op = op.with_attrs(outer=state.outer)
+        met_before = any(self.states[o].kind == "mixed" for o in op.operands())
+        if state.kind == "mixed" and (not met_before or op.target == "output"):
+            op = op.with_attrs(reduces=state.reason)
+        self.ops[op.name] = op
+        self.states[op.name] = state
+        operands = op.operands()
+        if op.target not in (*SOURCES, *RANDOM_TARGETS) and all(o in self.early for o in operands):
+            self.early.add(op.name)
+        return op
+
+    def _source(self, op: Op, written: set[str]) -> None:
+        dims = op.type.batch_dims
+        if not dims:
+            state = SHARED
+        elif len(dims) == 1:
+            size = op.type.shape[dims[0]]
+            state = Samples("sample", inner=size.times if isinstance(size, BatchSize) else 1)
+        else:
+            state = Samples("mixed", reason=f"input {op.name} has several batch dimensions")
+        self._add(op, state)
+        if op.target in ("input", "constant") or (op.target == "buffer" and op.name not in written):
+            self.early.add(op.name)
+
+    def _output(self, op: Op) -> None:
+        states = [self.states[name] for name in op.operands()]
+        mixed = next((s for s in states if s.kind in ("mixed", "iota")), None)
+        if mixed is not None:
+            reason = mixed.reason or "a result is the position in the batch"
+            self._add(op, Samples("mixed", reason=reason))
+        elif any(s.kind == "partial" for s in states):
+            self._add(op, PARTIAL)
+        else:
+            self._add(op, Samples("sample") if any(s.kind == "sample" for s in states) else SHARED)
+
+    def _call(self, op: Op) -> Call:
+        return Call(op, self.ops, self.states)
+
+    def _compute(self, op: Op) -> None:
+        op = self._whole_batch_numbers(op)
+        if any(self.states[o].kind == "mixed" for o in op.operands()):
+            op = self._with_whole_operands(op, {"mixed"})
+        kind = packet(op)
+        if kind in _CLASS_LOSSES and self._class_loss(op):
+            return
+        if kind in _ELEMENT_LOSSES and self._element_loss(op):
+            return
+        if kind in _REDUCTIONS and not op.target.endswith(".other") and self._reduction(op):
+            return
+        state = infer(self._call(op))
+        if state.kind == "mixed" and any(self.states[o].kind == "partial" for o in op.operands()):
+            op, state = self._needs_whole(op, state)
+        if state.kind == "partial" and kind in ("add", "sub"):
+            op = self._share_constants(op)
+        if op.target in RANDOM_TARGETS and state.kind == "sample":
+            op = replace(op, kwargs=(*op.kwargs, ("layout", (state.outer, state.inner))))
+        self._add(op, state)
+
+    def _whole_batch_numbers(self, op: Op) -> Op:
+        """A batch size among the scalars of arithmetic means the whole batch, not the part at hand."""
+        if packet(op) not in POINTWISE:
+            return op
+
+        def number(argument: Argument) -> Argument:
+            return Symbol("batch", str(argument.times)) if isinstance(argument, BatchSize) else argument
+
+        return replace(op, args=tuple(number(a) for a in op.args))
+
+    # --- whole-batch values ---
+
+    def _needs_whole(self, op: Op, state: Samples) -> tuple[Op, Samples]:
+        changed = self._with_whole_operands(op, {"partial"})
+        if changed is op:
+            return op, state
+        return changed, infer(self._call(changed))
+
+    def _with_whole_operands(self, op: Op, kinds: set[str]) -> Op:
+        """Read operands that follow from inputs alone as computed over the whole batch."""
+        change = {
+            name: self._whole(name)
+            for name in op.operands()
+            if self.states[name].kind in kinds and self._may_be_whole(name)
+        }
+        return map_arguments(op, change) if change else op
+
+    def _may_be_whole(self, name: str) -> bool:
+        op = self.ops[name]
+        return name in self.early and op.makes_tensor and not op.type.batch_dims
+
+    def _whole(self, name: str) -> str:
+        if name not in self.whole:
+            made = self.ops[name]
+            op = replace(
+                made,
+                name=self._fresh(f"{name}_whole"),
+                target="gp.whole_batch",
+                args=(Ref(name),),
+                kwargs=(),
+                attrs=(),
+                origin=made.origin or (name,),
+                made_by=self.made_by,
+            )
+            self.whole[name] = self._add(op, SHARED).name
+        return self.whole[name]
+
+    def _share_constants(self, op: Op) -> Op:
+        change = {}
+        for name in op.operands():
+            if self.states[name].kind == "shared":
+                shared = self.ops[name]
+                share = replace(
+                    shared,
+                    name=self._fresh(f"{name}_share"),
+                    target="gp.share",
+                    args=(Ref(name),),
+                    kwargs=(),
+                    attrs=(),
+                    origin=op.origin or (op.name,),
+                    made_by=self.made_by,
+                )
+                if shared.attr("grad"):
+                    share = share.with_attrs(grad=True)
+                change[name] = self._add(share, PARTIAL).name
+        return map_arguments(op, change)
+
+    def _fresh(self, name: str) -> str:
+        candidate, count = name, 0
+        while candidate in self.ops or candidate in self.graph:
+            count += 1
+            candidate = f"{name}_{count}"
+        return candidate
+
+    # --- reductions over samples ---
+
+    def _reduction(self, op: Op) -> bool:
+        """Handle a reduction that crosses the batch dimension of a per-sample value."""
+        call = self._call(op)
+        x = op.args[0]
+        state, kind, dim = call.state(x), call.type(x), call.dim(x)
+        if state.kind != "sample" or kind is None or dim is None:
+            if state.kind == "shared" and all(call.state(r) == SHARED for r in call.operands()):
+                self._add(op, SHARED)
+                return True
+            return False
+        dims = self._reduced_dims(op, len(kind.shape))
+        if dim not in dims:
+            self._add(op, call.like(x) if op.makes_tensor else state)
+            return True
+        name = packet(op)
+        if name in ("sum", "nansum", "count_nonzero"):
+            self._add(op, PARTIAL)
+        elif name == "mean":
+            self._mean(op, kind, dims)
+        else:
+            self._add(op, call.mixed("reduces over the batch"))
+        return True
+
+    def _reduced_dims(self, op: Op, ndim: int) -> tuple[int, ...]:
+        if op.target.endswith(".default") and packet(op) not in _DIM_SECOND | {"amax", "amin"}:
+            return tuple(range(ndim))
+        position = 2 if packet(op) in ("norm", "linalg_vector_norm") else 1
+        return dims_argument(op.argument(position, "dim"), ndim)
+
+    def _mean(self, op: Op, kind: TensorType, dims: tuple[int, ...]) -> None:
+        count = 1
+        for d in dims:
+            size = kind.shape[d]
+            count *= size.times if isinstance(size, BatchSize) else size
+        total = self._piece(op, f"{op.name}_sum", op.target.replace(".mean.", ".sum.").replace(
+            ".sum.dim", ".sum.dim_IntList"), op.args, op.kwargs)  # fmt: skip
+        self._add(total, PARTIAL)
+        self._divide(op, total.name, Symbol("batch", str(count)))
+
+    def _piece(
+        self,
+        op: Op,
+        name: str,
+        target: str,
+        args: tuple[Argument, ...],
+        kwargs: tuple[tuple[str, Argument], ...] = (),
+    ) -> Op:
+        return replace(
+            op,
+            name=self._fresh(name) if name != op.name else name,
+            target=target,
+            args=args,
+            kwargs=kwargs,
+            origin=op.origin or (op.name,),
+            made_by=self.made_by,
+        )
+
+    def _divide(self, op: Op, total: str, by: Argument) -> None:
+        self._add(self._piece(op, op.name, "aten.div.Tensor", (Ref(total), by)), PARTIAL)
+
+    def _element_loss(self, op: Op) -> bool:
+        position = _ELEMENT_LOSSES[packet(op)]
+        reduction = op.argument(position, "reduction", _MEAN)
+        call = self._call(op)
+        state = infer(replace_as_pointwise(call))
+        kind = call.type(op.args[0])
+        if state.kind != "sample" or kind is None:
+            return False
+        if reduction not in (_MEAN, _SUM):
+            self._add(op, state)
+            return True
+        total = self._summed(op, position)
+        if reduction == _SUM:
+            self._add(replace(total, name=op.name), PARTIAL)
+            return True
+        self._add(total, PARTIAL)
+        count = 1
+        for size in kind.shape:
+            count *= size.times if isinstance(size, BatchSize) else size
+        self._divide(op, total.name, Symbol("batch", str(count)))
+        return True
+
+    def _summed(self, op: Op, position: int) -> Op:
+        """The same loss with reduction 'sum'."""
+        args, kwargs = op.args, op.kwargs
+        if len(args) > position:
+            args = (*args[:position], _SUM, *args[position + 1 :])
+        else:
+            kwargs = (*((k, v) for k, v in kwargs if k != "reduction"), ("reduction", _SUM))
+        return self._piece(op, f"{op.name}_sum", op.target, args, kwargs)
+
+    def _class_loss(self, op: Op) -> bool:
+        call = self._call(op)
+        x, target = op.args[0], op.args[1]
+        reduction = op.argument(3, "reduction", _MEAN)
+        states = (call.state(x), call.state(target))
+        if not (states[0] == states[1] and states[0].kind == "sample"):
+            return False
+        if call.dim(x) != 0 or call.dim(target) != 0:
+            return False
+        weight = op.argument(2, "weight")
+        if call.state(weight) != SHARED:
+            return False
+        if reduction not in (_MEAN, _SUM):
+            self._add(op, states[0])
+            return True
+        total = self._summed(op, 3)
+        if reduction == _SUM:
+            self._add(replace(total, name=op.name), PARTIAL)
+            return True
+        assert isinstance(target, Ref)
+        if target.name not in self.early:
+            self._add(op, call.mixed("averages over labels that the model itself computes"))
+            return True
+        count = self._label_count(op, target, weight)
+        self._add(total, PARTIAL)
+        self._divide(op, total.name, count)
+        return True
+
+    def _label_count(self, op: Op, target: Ref, weight: Argument) -> Argument:
+        """The denominator of a class loss's mean, over the whole batch."""
+        kind = self.ops[target.name].type
+        scores = self._call(op).type(op.args[0])
+        if kind.is_floating:  # class probabilities: every position counts once
+            assert scores is not None
+            count = 1
+            for i, size in enumerate(scores.shape):
+                if i != 1:
+                    count *= size.times if isinstance(size, BatchSize) else size
+            return Symbol("batch", str(count))
+        ignored = op.argument(4, "ignore_index", -100)
+        valid = self._helper(op, "valid", "aten.ne.Scalar", (target, ignored), kind, "bool")
+        counted = valid
+        if isinstance(weight, Ref):
+            safe = self._helper(
+                op, "safe", "aten.mul.Tensor", (target, Ref(valid.name)), kind, kind.dtype
+            )
+            dtype = self.ops[weight.name].type.dtype
+            each = self._helper(
+                op, "weights", "aten.index.Tensor", (weight, (Ref(safe.name),)), kind, dtype
+            )
+            counted = self._helper(
+                op, "counted", "aten.mul.Tensor", (Ref(each.name), Ref(valid.name)), kind, dtype
+            )
+        dtype = "int64" if counted.type.dtype == "bool" else counted.type.dtype
+        total = self._helper(
+            op, "count", "aten.sum.default", (Ref(counted.name),), TensorType((), dtype), dtype
+        )
+        return Ref(self._whole(total.name))
+
+    def _helper(
+        self,
+        op: Op,
+        suffix: str,
+        target: str,
+        args: tuple[Argument, ...],
+        like: TensorType,
+        dtype: str,
+    ) -> Op:
+        piece = self._piece(op, f"{op.name}_{suffix}", target, args)
+        piece = replace(piece, types=(TensorType(like.shape, dtype),), attrs=())
+        return self._add(piece, PARTIAL if suffix == "count" else infer(self._call(piece)))
+
+
+def replace_as_pointwise(call: Call) -> Call:
+    """The call of a loss seen as its unreduced, elementwise form."""
+    kind = call.type(call.op.args[0])
+    assert kind is not None
+    tensors = tuple(a for a in call.op.args if isinstance(a, Ref))
+    op = replace(call.op, target="aten.add.Tensor", args=tensors, kwargs=(), types=(kind,))
+    return replace(call, op=op)

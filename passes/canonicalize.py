@@ -1,0 +1,84 @@
+"""Drop what computes nothing: dead ops, dropout that is off, casts to the type a value already has."""
+
+from dataclasses import dataclass, replace
+
+from graphpar.ir.chain import writes_buffer
+from graphpar.ir.graph import Graph, Level
+from graphpar.ir.ops import SOURCES, Op, map_arguments
+from graphpar.ir.optable import CASTS, packet
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Remove ops without effect and merge equal ops that read only inputs and constants.
+
+    >>> from graphpar.ir.text import format_graph, parse_graph
+    >>> print(format_graph(Canonicalize().run(parse_graph('''graph captured "N" batch=2
+    ... %x = input("x") : float32[B]
+    ... %d = aten.dropout.default(%x, 0.5, false) : float32[B]
+    ... %dead = aten.neg.default(%x) : float32[B]
+    ... %y = aten.abs.default(%d) : float32[B]
+    ... %output = output((%y,))
+    ... '''))), end="")
+    graph captured "N" batch=2
+    %x = input("x") : float32[B]
+    %y = aten.abs.default(%x) : float32[B]
+    %output = output((%y,))
+    """
+
+    name: str = "canonicalize"
+    takes: Level = "captured"
+    gives: Level = "captured"
+
+    def run(self, graph: Graph) -> Graph:
+        """Build the smaller graph."""
+        return _without_dead(_without_identities(graph))
+
+
+def _without_identities(graph: Graph) -> Graph:
+    stands_for: dict[str, str] = {}
+    seen: dict[Op, str] = {}
+    kept: list[Op] = []
+    for op in graph.ops:
+        op = map_arguments(op, stands_for)
+        if _is_identity(op, graph):
+            stands_for[op.name] = op.operands()[0]
+            continue
+        if op.target in SOURCES or op.attr("grad") or not op.operands() or op.target == "output":
+            kept.append(op)
+            continue
+        key = replace(op, name="", module="", source="", origin=())
+        if _repeatable(op) and key in seen:
+            stands_for[op.name] = seen[key]
+            continue
+        seen[key] = op.name
+        kept.append(op)
+    return graph.with_ops(kept)
+
+
+def _repeatable(op: Op) -> bool:
+    return op.target.startswith("aten.") and not writes_buffer(op) and "rand" not in op.target
+
+
+def _is_identity(op: Op, graph: Graph) -> bool:
+    kind = packet(op)
+    if not op.operands() or not op.makes_tensor:
+        return False
+    before = graph[op.operands()[0]]
+    if not before.makes_tensor or before.type != op.type:
+        return False
+    if kind in ("dropout", "feature_dropout"):
+        return op.argument(2, "train") is False or op.argument(1, "p") == 0.0
+    if kind in CASTS:
+        return True
+    return kind in ("view", "reshape", "alias", "lift_fresh_copy") and before.type == op.type
+
+
+def _without_dead(graph: Graph) -> Graph:
+    live: set[str] = set()
+    for op in reversed(graph.ops):
+        keeps = op.target in ("output", "input") or writes_buffer(op)
+        if keeps or op.name in live:
+            live.add(op.name)
+            live.update(op.operands())
+    return graph.with_ops(op for op in graph.ops if op.name in live)

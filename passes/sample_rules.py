@@ -1,0 +1,223 @@
+"""Rules for arithmetic and layers: what they make of values per sample (see `samples.py`)."""
+
+from graphpar.ir.ops import Argument, BatchSize, Ref
+from graphpar.ir.optable import packet
+from graphpar.passes.samples import PARTIAL, SHARED, Call, Samples, rule, scales, uniform
+
+# --- creation -------------------------------------------------------------------------------------
+
+
+@rule("arange")
+def _arange(call: Call) -> Samples:
+    if not scales(call.op):
+        return SHARED
+    (size,) = call.op.type.shape
+    counts = [a for a in call.op.args if isinstance(a, BatchSize)]
+    plain = counts == [BatchSize(1)] and all(a in (0, 1) for a in call.op.args if a not in counts)
+    if size == BatchSize(1) and plain:
+        return Samples("iota")
+    return call.mixed("counts through the batch")
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
+      "empty_like")  # fmt: skip
+def _constant_like(call: Call) -> Samples:
+    return uniform(call) if scales(call.op) else SHARED
+
+
+# --- element by element ---------------------------------------------------------------------------
+
+
+@rule("add", "copy")
+def pointwise(call: Call) -> Samples:
+    """Operands broadcast against each other from the right; batch dimensions must line up."""
+    kinds = {call.state(r).kind for r in call.operands()}
+    if "partial" in kinds:
+        return _linear(call)
+    if "iota" in kinds:
+        return call.mixed("computes with the position in the batch")
+    dim = call.out_dim()
+    if dim is None:
+        return call.mixed("combines samples with each other")
+    from_right = dim - len(call.op.type.shape)
+    layout: Samples | None = None
+    for operand in call.operands():
+        if call.state(operand).kind != "sample":
+            continue
+        kind, own = call.type(operand), call.dim(operand)
+        if kind is None or own is None or own - len(kind.shape) != from_right:
+            return call.mixed("combines samples with each other")
+        if layout is not None and layout != call.state(operand):
+            return call.mixed("combines values whose samples are laid out differently")
+        layout = call.state(operand)
+    assert layout is not None
+    return layout
+
+
+def _linear(call: Call) -> Samples:
+    """Sums over samples stay sums under linear ops only."""
+    kind = packet(call.op)
+    states = [call.state(a) for a in call.op.args]
+    partial = [s.kind == "partial" for s in states]
+    if any(s.kind not in ("partial", "shared") for s in states):
+        return call.mixed("applies a sum over the batch to single samples")
+    if kind in ("neg", "clone", "_to_copy", "to", "contiguous", "alias", "positive", "type_as"):
+        return PARTIAL
+    if kind in ("add", "sub") and all(
+        p or isinstance(a, Ref) for p, a in zip(partial[:2], call.op.args[:2], strict=True)
+    ):
+        return PARTIAL
+    if kind == "mul" and sum(partial) == 1:
+        return PARTIAL
+    if kind in ("div", "true_divide", "divide") and partial[0] and sum(partial) == 1:
+        return PARTIAL if call.op.kwarg("rounding_mode") is None else call.mixed("rounds a sum")
+    return call.mixed("is not linear in a sum over the batch")
+
+
+# --- matrix products ------------------------------------------------------------------------------
+
+
+@rule("linear")
+def _linear_layer(call: Call) -> Samples:
+    x, weights = call.op.args[0], call.op.args[1:]
+    if any(call.state(w).kind != "shared" for w in weights):
+        return call.mixed("has weights that depend on the batch")
+    kind = call.type(x)
+    if call.state(x).kind != "sample" or kind is None or call.dim(x) == len(kind.shape) - 1:
+        return call.mixed("sums over samples inside a linear layer")
+    return call.like(x)
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot")
+def _matmul(call: Call) -> Samples:
+    return _product(call, call.op.args[0], call.op.args[1])
+
+
+@rule("addmm", "baddbmm", "addbmm", "addmv")
+def _add_product(call: Call) -> Samples:
+    bias = call.op.args[0]
+    if call.state(bias).kind == "partial" or packet(call.op) == "addbmm":
+        return call.mixed("adds to a sum over the batch")
+    result = _product(call, call.op.args[1], call.op.args[2])
+    if result.kind == "partial":
+        return call.mixed("adds a constant to a sum over the batch")
+    return result
+
+
+def _product(call: Call, a: Argument, b: Argument) -> Samples:
+    states = (call.state(a), call.state(b))
+    if any(s.kind not in ("shared", "sample") for s in states):
+        return call.mixed("multiplies a sum over the batch")
+    kinds = (call.type(a), call.type(b))
+    if kinds[0] is None or kinds[1] is None:
+        return call.mixed("multiplies tuples")
+    contracted = (
+        call.dim(a) == len(kinds[0].shape) - 1,
+        call.dim(b) == max(len(kinds[1].shape) - 2, 0),
+    )
+    if all(contracted) and all(s.kind == "sample" for s in states) and states[0] == states[1]:
+        return PARTIAL
+    if any(c and s.kind == "sample" for c, s in zip(contracted, states, strict=True)):
+        return call.mixed("sums over samples in a matrix product")
+    return call.like(a if states[0].kind == "sample" else b)
+
+
+@rule("einsum")
+def _einsum(call: Call) -> Samples:
+    equation, tensors = call.op.args[0], call.op.args[1]
+    assert isinstance(equation, str) and isinstance(tensors, tuple)
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    labels = set()
+    for text, tensor in zip(inputs.split(","), tensors, strict=True):
+        if call.state(tensor).kind == "sample":
+            dim = call.dim(tensor)
+            if dim is None or "." in text:
+                return call.mixed("uses an ellipsis over the batch")
+            labels.add(text[dim])
+        elif call.state(tensor).kind != "shared":
+            return call.mixed("multiplies a sum over the batch")
+    if len(labels) != 1:
+        return call.mixed("combines samples with each other")
+    first = call.first_sample()
+    assert first is not None
+    return call.like(first) if labels.pop() in output else PARTIAL
+
+
+@rule("scaled_dot_product_attention", "gp.attention")
+def _attention(call: Call) -> Samples:
+    q = call.op.args[0]
+    for operand in call.op.args[:4]:
+        kind, own = call.type(operand), call.dim(operand)
+        if call.state(operand).kind == "sample":
+            if kind is None or own is None or own >= len(kind.shape) - 2:
+                return call.mixed("attends across samples")
+            if own - len(kind.shape) != (call.out_dim() or 0) - len(call.op.type.shape):
+                return call.mixed("attends across samples")
+        elif call.state(operand).kind != "shared":
+            return call.mixed("attends to a sum over the batch")
+    return call.like(q if call.state(q).kind == "sample" else call.first_sample())
+
+
+# --- layers whose first dimension is the batch -----------------------------------------------------
+
+
+@rule(
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d",
+    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool2d_with_indices", "upsample_nearest1d",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
+    "pixel_shuffle", "pixel_unshuffle", "group_norm", "im2col", "col2im", "grid_sampler",
+    "channel_shuffle", "prelu",
+)  # fmt: skip
+def _batch_first(call: Call) -> Samples:
+    x = call.op.args[0]
+    others = [r for r in call.operands()[1:] if call.state(r).kind != "shared"]
+    if call.state(x).kind != "sample" or call.dim(x) != 0:
+        return call.mixed("does not have the batch as its first dimension")
+    if any(call.state(r) != call.state(x) or call.dim(r) != 0 for r in others):
+        return call.mixed("has weights that depend on the batch")
+    return call.like(x)
+
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "instance_norm")
+def _batch_norm(call: Call) -> Samples:
+    if packet(call.op) == "batch_norm" and call.op.argument(5, "training"):
+        return call.mixed("takes its statistics over the whole batch")
+    if packet(call.op) == "instance_norm" and call.type(call.op.argument(3, "running_mean")):
+        return call.mixed("updates its statistics from the whole batch")
+    return _batch_first(call)
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+def _layer_norm(call: Call) -> Samples:
+    x, shape = call.op.args[0], call.op.args[1]
+    kind, dim = call.type(x), call.dim(x)
+    normalized = len(shape) if isinstance(shape, tuple) else 1
+    if call.state(x).kind != "sample" or kind is None or dim is None:
+        return call.mixed("normalizes a sum over the batch")
+    if dim >= len(kind.shape) - normalized:
+        return call.mixed("normalizes over the batch")
+    return call.like(x) if call.op.makes_tensor else call.state(x)
+
+
+@rule("embedding", "one_hot")
+def _embedding(call: Call) -> Samples:
+    indices = call.op.args[1] if packet(call.op) == "embedding" else call.op.args[0]
+    if call.state(indices).kind != "sample":
+        return call.mixed("looks up in a table that depends on the batch")
+    return call.like(indices)
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(call: Call) -> Samples:
+    x = call.op.args[0]
+    batch_first = call.op.args[-1] is True
+    if call.state(x).kind != "sample" or call.dim(x) != (0 if batch_first else 1):
+        return call.mixed("runs along the batch")
+    return call.state(x)
+
+
+@rule("gp.dropout", "gp.bernoulli")
+def _random_like(call: Call) -> Samples:
+    return pointwise(call)
