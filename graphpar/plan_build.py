@@ -1,0 +1,160 @@
+"""From a partition to a plan: schedule it, predict it, and write down all of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from graphpar.cost import CostTable
+from graphpar.partition.types import Partition
+from graphpar.plan_records import Option, PlanEdge, PlanReplica, PlanStage
+from graphpar.plans import Plan
+from graphpar.schedule import Schedule, StageLink, build_schedule, validate
+from graphpar.simulate import Timeline, simulate
+from graphpar.timing import Timing, timing_of
+
+_SENDS = "sends overlap with compute; a device sends one message at a time, links are not shared"
+_GRADIENTS = "gradients are summed by a ring all-reduce after the last backward"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A partition, the schedule that carries it out, and its simulated timeline."""
+
+    partition: Partition
+    schedule: Schedule
+    timing: Timing
+    timeline: Timeline
+
+
+@dataclass(frozen=True)
+class PlanSubject:
+    """What a plan is for: the model, the cluster, and what was asked.
+
+    `cluster` is the cluster as a plain dict; both hashes are compared when a plan is used again.
+    """
+
+    model: str
+    model_hash: str
+    cluster: Mapping[str, Any]
+    cluster_hash: str
+    precision: str = "float32"
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+def predict(table: CostTable, partition: Partition, links: Sequence[StageLink]) -> Prediction:
+    """Schedule a partition, prove the schedule sound, and simulate it.
+
+    Raises:
+        VerifyError: The partition cannot be scheduled, or its schedule breaks a rule.
+    """
+    schedule = build_schedule(partition, links, table.training)
+    validate(schedule)
+    timing = timing_of(table, partition)
+    return Prediction(partition, schedule, timing, simulate(schedule, timing))
+
+
+def make_plan(
+    subject: PlanSubject,
+    table: CostTable,
+    prediction: Prediction,
+    *,
+    assumptions: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The plan of a predicted partition; `assumptions` are added to those of the simulator."""
+    partition, timeline = prediction.partition, prediction.timeline
+    used = set(partition.used_devices)
+    plan = Plan(
+        model=subject.model,
+        model_hash=subject.model_hash,
+        cluster=dict(subject.cluster),
+        cluster_hash=subject.cluster_hash,
+        training=table.training,
+        precision=subject.precision,
+        batch=table.batch,
+        batch_reason=table.batch_reason,
+        options=dict(subject.options),
+        units=table.unit_names,
+        partition=replace(partition, runners_up=()),
+        stages=_stages(table, prediction),
+        edges=tuple(_edge(prediction, link) for link in prediction.schedule.links),
+        left_out={d: c.name for c in table.device_classes for d in c.devices if d not in used},
+        timing=prediction.timing,
+        predicted_step_s=timeline.step_s,
+        predicted_peak_bytes=dict(zip(partition.used_devices, timeline.peak_bytes, strict=True)),
+        bubble_share=timeline.bubble_share,
+        assumptions=(_SENDS, *((_GRADIENTS,) if table.training else ()), *assumptions),
+        notes=tuple(notes),
+    )
+    # Plain data and back: whole numbers become floats where floats belong, and the cluster's tuples
+    # become lists, so that the plan equals itself after saving and loading.
+    return msgspec.convert(msgspec.to_builtins(plan), Plan)
+
+
+def _stages(table: CostTable, prediction: Prediction) -> tuple[PlanStage, ...]:
+    rows: list[PlanStage] = []
+    for number, pipeline in enumerate(prediction.partition.pipelines):
+        for choice in pipeline.stages:
+            index = len(rows)
+            units = range(choice.first, choice.last)
+            rows.append(
+                PlanStage(
+                    index=index,
+                    pipeline=number,
+                    first=choice.first,
+                    last=choice.last,
+                    weight_bytes=sum(table.costs[table.units[u]].weight_bytes for u in units),
+                    replicas=tuple(
+                        _replica(table, prediction, rank) for rank in prediction.schedule.ranks_of[index]
+                    ),
+                )
+            )
+    return tuple(rows)
+
+
+def _replica(table: CostTable, prediction: Prediction, rank: int) -> PlanReplica:
+    schedule, timeline = prediction.schedule, prediction.timeline
+    numbers = prediction.timing.ranks[rank]
+    device_class = table.device_classes[table.class_of[numbers.device]]
+    microbatches = schedule.microbatches_of(rank)
+    costs = [numbers.at_size(schedule.microbatch_sizes[m]) for m in microbatches]
+    return PlanReplica(
+        device=numbers.device,
+        kind=device_class.name,
+        microbatches=len(microbatches),
+        forward_s=sum(c.forward_s for c in costs),
+        backward_s=sum(c.backward_s for c in costs),
+        comm_s=timeline.send_s[rank] + timeline.reduce_s[rank],
+        busy_share=timeline.busy_share[rank],
+        peak_bytes=timeline.peak_bytes[rank],
+        capacity_bytes=device_class.memory_bytes,
+    )
+
+
+def _edge(prediction: Prediction, link: StageLink) -> PlanEdge:
+    """The edge with the slowest pair of replicas that use it."""
+    schedule, timing = prediction.schedule, prediction.timing
+    span = next(p for p in schedule.pipelines if p.first_stage <= link.source < p.last_stage)
+    pairs = {
+        (schedule.rank_of(link.source, m), schedule.rank_of(link.target, m))
+        for m in range(span.first_microbatch, span.last_microbatch)
+    }
+    size = schedule.microbatch_sizes[span.first_microbatch]
+    source, target = max(
+        sorted(pairs), key=lambda pair: timing.link(*pair).seconds(link.forward_bytes(size))
+    )
+    cost = timing.link(source, target)
+    return PlanEdge(
+        source=link.source,
+        target=link.target,
+        forward_bytes_per_sample=link.forward_bytes_per_sample,
+        backward_bytes_per_sample=link.backward_bytes_per_sample,
+        forward_fixed_bytes=link.forward_fixed_bytes,
+        backward_fixed_bytes=link.backward_fixed_bytes,
+        source_device=timing.ranks[source].device,
+        target_device=timing.ranks[target].device,
+        latency_s=cost.latency_s,
+        bytes_per_s=cost.bytes_per_s,
+    )

@@ -1,0 +1,133 @@
+"""Whether the parts of a plan agree with each other, for plans that people edited."""
+
+from collections.abc import Iterator
+
+from graphpar.partition.types import PipelineChoice
+from graphpar.plan_records import PlanRecord
+
+
+def find_contradiction(plan: PlanRecord) -> str | None:
+    """The first contradiction as `field PATH: what is wrong`, or None if the plan is sound."""
+    return next(_contradictions(plan), None)
+
+
+def _contradictions(plan: PlanRecord) -> Iterator[str]:
+    """Later checks may rely on what earlier ones have established."""
+    if plan.batch < 1:
+        yield f"field batch: {plan.batch} samples; at least 1 is needed"
+    pipelines = plan.partition.pipelines
+    if not pipelines:
+        yield "field partition.pipelines: is empty; at least one pipeline is needed"
+    for index, pipeline in enumerate(pipelines):
+        yield from _pipeline_contradictions(f"partition.pipelines[{index}]", pipeline, len(plan.units))
+    total = sum(p.samples for p in pipelines)
+    if total != plan.batch:
+        yield f"field partition.pipelines: take {total} samples of a batch of {plan.batch}"
+    devices = plan.devices
+    doubled = next((d for d in devices if devices.count(d) > 1), None)
+    if doubled is not None:
+        yield f"field partition.pipelines: device {doubled} runs two stages; it may run one"
+    yield from _table_contradictions(plan)
+    yield from _edge_contradictions(plan)
+    yield from _timing_contradictions(plan)
+    yield from _prediction_contradictions(plan)
+
+
+def _pipeline_contradictions(where: str, pipeline: PipelineChoice, num_units: int) -> Iterator[str]:
+    if not 1 <= pipeline.microbatches <= pipeline.samples:
+        yield (
+            f"field {where}.microbatches: {pipeline.microbatches} microbatches of "
+            f"{pipeline.samples} samples; each needs at least one"
+        )
+    end = 0
+    for s, stage in enumerate(pipeline.stages):
+        if stage.first != end or stage.last <= stage.first:
+            yield (
+                f"field {where}.stages[{s}]: units {stage.first} to {stage.last}; "
+                f"a stage must begin at unit {end} and hold at least one"
+            )
+        end = stage.last
+        shares = [r.microbatches for r in stage.replicas]
+        if sum(shares) != pipeline.microbatches or min(shares, default=0) < 1:
+            yield (
+                f"field {where}.stages[{s}].replicas: take {shares} microbatches; each needs at "
+                f"least one, and all together {pipeline.microbatches}"
+            )
+    if end != num_units:
+        yield f"field {where}.stages: cover {end} of {num_units} units"
+
+
+def _table_contradictions(plan: PlanRecord) -> Iterator[str]:
+    """The table of stages repeats the partition for people; both must say the same."""
+    chosen = [(p, s) for p, pipeline in enumerate(plan.partition.pipelines) for s in pipeline.stages]
+    if len(chosen) != len(plan.stages):
+        yield f"field stages: {len(plan.stages)} rows for {len(chosen)} stages of the partition"
+    for index, ((pipeline, choice), row) in enumerate(zip(chosen, plan.stages, strict=True)):
+        have = (
+            row.index,
+            row.pipeline,
+            row.first,
+            row.last,
+            tuple((r.device, r.microbatches) for r in row.replicas),
+        )
+        want = (
+            index,
+            pipeline,
+            choice.first,
+            choice.last,
+            tuple((r.device, r.microbatches) for r in choice.replicas),
+        )
+        if have != want:
+            yield (
+                f"field stages[{index}]: says (index, pipeline, first, last, replicas) {have}, "
+                f"the partition says {want}"
+            )
+
+
+def _edge_contradictions(plan: PlanRecord) -> Iterator[str]:
+    pipeline_of = [row.pipeline for row in plan.stages]
+    seen: set[tuple[int, int]] = set()
+    for index, edge in enumerate(plan.edges):
+        pair = edge.source, edge.target
+        inside = 0 <= edge.source < edge.target < len(pipeline_of)
+        if not inside or pipeline_of[edge.source] != pipeline_of[edge.target] or pair in seen:
+            yield (
+                f"field edges[{index}]: from stage {edge.source} to {edge.target}; an edge leads "
+                "to a later stage of its pipeline, and a pair of stages has one edge"
+            )
+        seen.add(pair)
+
+
+def _timing_contradictions(plan: PlanRecord) -> Iterator[str]:
+    timed = tuple(r.device for r in plan.timing.ranks)
+    if timed != plan.devices:
+        yield "field timing.ranks: are not the devices of the partition in their order"
+    rank = 0
+    for pipeline in plan.partition.pipelines:
+        sizes = set(pipeline.sizes())
+        for stage in pipeline.stages:
+            for _ in stage.replicas:
+                lacking = sizes - {row.size for row in plan.timing.ranks[rank].sizes}
+                if lacking:
+                    yield f"field timing.ranks[{rank}].sizes: lacks microbatches of {min(lacking)}"
+                rank += 1
+    for index, group in enumerate(plan.timing.gradient_groups):
+        if not all(0 <= r < len(timed) for r in group.ranks):
+            yield f"field timing.gradient_groups[{index}].ranks: ranks are 0 to {len(timed) - 1}"
+
+
+def _prediction_contradictions(plan: PlanRecord) -> Iterator[str]:
+    if set(plan.predicted_peak_bytes) != set(plan.devices):
+        yield "field predicted_peak_bytes: does not name exactly the devices of the partition"
+    overlap = sorted(set(plan.left_out) & set(plan.devices))
+    if overlap:
+        yield f"field left_out: {overlap[0]} is used by the partition"
+    numbers = {
+        "predicted_step_s": plan.predicted_step_s,
+        "partition.objective_s": plan.partition.objective_s,
+        "partition.bound_s": plan.partition.bound_s,
+        "partition.gap": plan.gap,
+    }
+    for where, number in numbers.items():
+        if number < 0:
+            yield f"field {where}: {number} is negative"

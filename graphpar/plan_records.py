@@ -1,0 +1,160 @@
+"""The fields of a plan, as they stand in its file."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from graphpar.partition.types import Partition, Status
+from graphpar.schedule import Schedule, StageLink, build_schedule
+from graphpar.simulate import Timeline, simulate
+from graphpar.timing import Timing
+
+PLAN_FORMAT: Literal["graphpar-plan"] = "graphpar-plan"
+PLAN_VERSION: Literal[1] = 1
+
+Option = str | int | float | bool | None
+
+
+class PlanReplica(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One device of a stage; times are totals over one step."""
+
+    device: str
+    kind: str
+    microbatches: int
+    forward_s: float
+    backward_s: float
+    comm_s: float
+    busy_share: float
+    peak_bytes: float
+    capacity_bytes: float
+
+
+class PlanStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Units `first` to `last - 1`, run by each replica for its share of the microbatches."""
+
+    index: int
+    pipeline: int
+    first: int
+    last: int
+    weight_bytes: float
+    replicas: tuple[PlanReplica, ...]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices that run the stage."""
+        return tuple(r.device for r in self.replicas)
+
+
+class PlanEdge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Data that cross from one stage to a later one, and the slowest link they take."""
+
+    source: int
+    target: int
+    forward_bytes_per_sample: float
+    backward_bytes_per_sample: float
+    forward_fixed_bytes: float
+    backward_fixed_bytes: float
+    source_device: str
+    target_device: str
+    latency_s: float
+    bytes_per_s: float
+
+    @property
+    def link(self) -> StageLink:
+        """The edge as the schedule knows it."""
+        return StageLink(
+            self.source,
+            self.target,
+            self.forward_bytes_per_sample,
+            self.backward_bytes_per_sample,
+            self.forward_fixed_bytes,
+            self.backward_fixed_bytes,
+        )
+
+
+class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A partition with its schedule, prediction and certificate, for one model and one cluster.
+
+    Attributes:
+        model: Name of the model for people.
+        model_hash: Hash of the model's captured structure.
+        cluster: The cluster as a plain dict.
+        cluster_hash: Hash of that dict.
+        training: Whether the step trains.
+        precision: Name of the number format.
+        batch: Samples in one global batch.
+        batch_reason: Why the batch may not be split; empty when it may.
+        options: What was asked of the planner.
+        units: Names of the chain's units.
+        partition: The partition with its certificate.
+        stages: The table of stages.
+        edges: Data crossing stages.
+        left_out: Devices without work, each with its kind.
+        timing: The numbers the prediction was made from.
+        predicted_step_s: Simulated time of one step.
+        predicted_peak_bytes: Simulated peak memory of every used device.
+        bubble_share: Share of device time that is neither compute nor gradient exchange.
+        assumptions: What the prediction takes for granted.
+        notes: Remarks of the planner.
+    """
+
+    format: Literal["graphpar-plan"] = PLAN_FORMAT
+    version: Literal[1] = PLAN_VERSION
+    model: str
+    model_hash: str
+    cluster: dict[str, Any]
+    cluster_hash: str
+    training: bool
+    precision: str
+    batch: int
+    batch_reason: str
+    options: dict[str, Option]
+    units: tuple[str, ...]
+    partition: Partition
+    stages: tuple[PlanStage, ...]
+    edges: tuple[PlanEdge, ...]
+    left_out: dict[str, str]
+    timing: Timing
+    predicted_step_s: float
+    predicted_peak_bytes: dict[str, float]
+    bubble_share: float
+    assumptions: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def status(self) -> Status:
+        """`optimal`, or `feasible` when the search stopped before its proof."""
+        return self.partition.status
+
+    @property
+    def gap(self) -> float:
+        """How far the plan may be from the best of its family, as a share of its objective."""
+        return self.partition.gap
+
+    @property
+    def bound_s(self) -> float:
+        """No plan of the family has a lower objective than this."""
+        return self.partition.bound_s
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices that have work; a device's index is its rank."""
+        return self.partition.used_devices
+
+    @property
+    def replicas(self) -> tuple[PlanReplica, ...]:
+        """The rows of all stages' devices, by rank."""
+        return tuple(r for s in self.stages for r in s.replicas)
+
+    @property
+    def bottleneck(self) -> PlanReplica:
+        """The device that computes for the largest share of the step."""
+        return max(self.replicas, key=lambda r: r.busy_share)
+
+    def schedule(self) -> Schedule:
+        """The action lists of all ranks."""
+        return build_schedule(self.partition, [e.link for e in self.edges], self.training)
+
+    def timeline(self) -> Timeline:
+        """The simulated timeline of one step."""
+        return simulate(self.schedule(), self.timing)

@@ -1,0 +1,240 @@
+"""Proof that a schedule is complete, well ordered and free of deadlock.
+
+`validate` runs the schedule without clocks. Sends are asynchronous and receives block, as in the
+runtime; a second run with rendezvous sends (a send returns only when its receiver is there) tells
+whether the schedule would survive that, too. Both runs are linear in the number of messages: a rank
+that waits is looked at again only when what it waits for has happened.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from graphpar.errors import VerifyError
+from graphpar.schedule.actions import Action, Schedule
+
+_Message = tuple[int, int, int, str]
+"""Source stage, target stage, microbatch, `S` for activations or `D` for gradients."""
+
+_CONTEXT = 5
+"""Actions shown before and after the one an error is about."""
+
+
+@dataclass(frozen=True)
+class ScheduleReport:
+    """What the proof found beyond correctness.
+
+    `rendezvous_safe` tells whether blocking sends could not deadlock either; if they could,
+    `rendezvous_blocked` holds the rank and the action at which each stuck rank would wait.
+    """
+
+    num_actions: int
+    num_messages: int
+    rendezvous_safe: bool
+    rendezvous_blocked: tuple[tuple[int, Action], ...]
+
+
+def validate(schedule: Schedule) -> ScheduleReport:
+    """Prove the schedule right, or say which rule it breaks and where.
+
+    Raises:
+        VerifyError: An action is missing, doubled, out of place or out of order, or ranks wait for
+            each other in a circle.
+    """
+    _check_shape(schedule)
+    for rank in range(schedule.num_ranks):
+        _check_completeness(schedule, rank)
+        _check_order(schedule, rank)
+    _check_no_deadlock(schedule)
+    blocked = _rendezvous_blocked(schedule)
+    return ScheduleReport(
+        num_actions=sum(map(len, schedule.actions)),
+        num_messages=sum(1 for row in schedule.actions for a in row for _ in _sent(schedule, a)),
+        rendezvous_safe=not blocked,
+        rendezvous_blocked=blocked,
+    )
+
+
+def _fail(schedule: Schedule, rule: str, rank: int, position: int) -> VerifyError:
+    row = schedule.actions[rank]
+    around = row[max(0, position - _CONTEXT) : position + _CONTEXT + 1]
+    return VerifyError(
+        f"schedule: {rule}; rank {rank} (stage {schedule.stage_of[rank]}), "
+        f"around action {position}: {' '.join(map(str, around))}"
+    )
+
+
+def _check_shape(schedule: Schedule) -> None:
+    """Spans cover stages and microbatches without gaps; routes visit the stages they should."""
+    stage = microbatch = 0
+    for span in schedule.pipelines:
+        if (span.first_stage, span.first_microbatch) != (stage, microbatch):
+            raise VerifyError(f"schedule: pipelines leave a gap or overlap at {span}")
+        stage, microbatch = span.last_stage, span.last_microbatch
+        for m in range(span.first_microbatch, min(span.last_microbatch, len(schedule.routes))):
+            stages = [schedule.stage_of[r] for r in schedule.routes[m]]
+            if stages != list(range(span.first_stage, span.last_stage)):
+                raise VerifyError(
+                    f"schedule: the route of microbatch {m} visits stages {stages}, not "
+                    f"{span.first_stage} to {span.last_stage - 1} in order"
+                )
+    if not microbatch == len(schedule.routes) == len(schedule.microbatch_sizes):
+        raise VerifyError(
+            f"schedule: {microbatch} microbatches in pipelines, {len(schedule.routes)} routes, "
+            f"{len(schedule.microbatch_sizes)} sizes; they must be equal"
+        )
+    if len(schedule.actions) != len(schedule.stage_of):
+        raise VerifyError("schedule: the numbers of action rows and of ranks differ")
+    for link in schedule.links:
+        if not any(p.first_stage <= link.source < link.target < p.last_stage for p in schedule.pipelines):
+            raise VerifyError(f"schedule: {link} does not lead to a later stage of one pipeline")
+
+
+def _expected(schedule: Schedule, rank: int) -> Iterator[Action]:
+    stage = schedule.stage_of[rank]
+    into, out = schedule.incoming[stage], schedule.outgoing[stage]
+    for m in schedule.microbatches_of(rank):
+        yield Action("F", stage, m)
+        if into:
+            yield Action("R", stage, m)
+        if out:
+            yield Action("S", stage, m)
+        if not schedule.training:
+            continue
+        yield Action("B", stage, m)
+        if any(link.has_gradient for link in out):
+            yield Action("G", stage, m)
+        if any(link.has_gradient for link in into):
+            yield Action("D", stage, m)
+    if schedule.training:
+        yield Action("A", stage)
+        yield Action("O", stage)
+
+
+def _check_completeness(schedule: Schedule, rank: int) -> None:
+    row = schedule.actions[rank]
+    have, want = Counter(row), Counter(_expected(schedule, rank))
+    if have == want:
+        return
+    for position, action in enumerate(row):
+        if action not in want:
+            raise _fail(schedule, f"action {action} does not belong to this rank", rank, position)
+        if have[action] > 1:
+            raise _fail(schedule, f"action {action} occurs {have[action]} times", rank, position)
+    missing = next(a for a in want if a not in have)
+    raise _fail(schedule, f"action {missing} is missing", rank, len(row))
+
+
+_RANKING = {"R": 0, "F": 1, "S": 2, "G": 3, "B": 4, "D": 5}
+
+
+def _check_order(schedule: Schedule, rank: int) -> None:
+    """Receive, forward, send, receive gradients, backward, send gradients; at the end A, then O."""
+    reached: dict[int, int] = {}
+    row = schedule.actions[rank]
+    for position, action in enumerate(row):
+        if action.microbatch is None:
+            if position != len(row) - (2 if action.kind == "A" else 1):
+                raise _fail(schedule, f"{action} must stand at the end", rank, position)
+            continue
+        step = _RANKING[action.kind]
+        if step < reached.get(action.microbatch, 0):
+            raise _fail(schedule, f"{action} comes too late for its microbatch", rank, position)
+        reached[action.microbatch] = step
+
+
+def _sent(schedule: Schedule, action: Action) -> Iterator[_Message]:
+    stage, m = action.stage, action.microbatch
+    if m is None:
+        return
+    if action.kind == "S":
+        for link in schedule.outgoing[stage]:
+            yield stage, link.target, m, "S"
+    elif action.kind == "D":
+        for link in schedule.incoming[stage]:
+            if link.has_gradient:
+                yield stage, link.source, m, "D"
+
+
+def _awaited(schedule: Schedule, action: Action) -> Iterator[_Message]:
+    stage, m = action.stage, action.microbatch
+    if m is None:
+        return
+    if action.kind == "R":
+        for link in schedule.incoming[stage]:
+            yield link.source, stage, m, "S"
+    elif action.kind == "G":
+        for link in schedule.outgoing[stage]:
+            if link.has_gradient:
+                yield link.target, stage, m, "D"
+
+
+def _check_no_deadlock(schedule: Schedule) -> None:
+    """Run with asynchronous sends; whoever cannot finish waits in a circle."""
+    position = [0] * schedule.num_ranks
+    sent: set[_Message] = set()
+    waiting: dict[_Message, int] = {}
+    ready = deque(range(schedule.num_ranks))
+    while ready:
+        rank = ready.popleft()
+        row = schedule.actions[rank]
+        while position[rank] < len(row):
+            action = row[position[rank]]
+            lacking = next((x for x in _awaited(schedule, action) if x not in sent), None)
+            if lacking is not None:
+                waiting[lacking] = rank
+                break
+            for message in _sent(schedule, action):
+                sent.add(message)
+                if message in waiting:
+                    ready.append(waiting.pop(message))
+            position[rank] += 1
+    for rank, row in enumerate(schedule.actions):
+        if position[rank] < len(row):
+            stuck = _describe_stuck(schedule, position)
+            raise _fail(schedule, f"deadlock: {stuck}", rank, position[rank])
+
+
+def _describe_stuck(schedule: Schedule, position: list[int]) -> str:
+    stuck = [
+        f"rank {rank} waits at {row[at]}"
+        for rank, (row, at) in enumerate(zip(schedule.actions, position, strict=True))
+        if at < len(row)
+    ]
+    more = f" and {len(stuck) - _CONTEXT} more" if len(stuck) > _CONTEXT else ""
+    return ", ".join(stuck[:_CONTEXT]) + more
+
+
+def _rendezvous_blocked(schedule: Schedule) -> tuple[tuple[int, Action], ...]:
+    """Run with rendezvous sends: a message passes when both its ends stand at it."""
+    scripts = [_script(schedule, row, _sent, _awaited) for row in schedule.actions]
+    position = [0] * schedule.num_ranks
+    standing: dict[_Message, int] = {}
+    ready = deque(range(schedule.num_ranks))
+    while ready:
+        rank = ready.popleft()
+        script = scripts[rank]
+        while position[rank] < len(script):
+            message = script[position[rank]][1]
+            partner = standing.pop(message, None)
+            if partner is None:
+                standing[message] = rank
+                break
+            position[partner] += 1
+            position[rank] += 1
+            ready.append(partner)
+    return tuple(
+        (rank, script[at][0])
+        for rank, (script, at) in enumerate(zip(scripts, position, strict=True))
+        if at < len(script)
+    )
+
+
+_Messages = Callable[[Schedule, Action], Iterator[_Message]]
+
+
+def _script(
+    schedule: Schedule, row: tuple[Action, ...], *sides: _Messages
+) -> list[tuple[Action, _Message]]:
+    """The messages of a rank in the order in which it comes to them."""
+    return [(a, message) for a in row for side in sides for message in side(schedule, a)]

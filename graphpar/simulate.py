@@ -1,0 +1,257 @@
+"""Predict the timeline and the peak memory of a schedule without running it.
+
+Rules of the model: a rank does its compute actions one after another; a receive blocks until its
+data are there; a send leaves at once and, with overlap, costs the rank no time, but a rank sends
+one message at a time, in order. Every rank's actions are already ordered, so no event queue is
+needed: a rank runs until it must wait for a message, and is taken up again when that message has a
+time. The work is linear in the number of actions and messages.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from graphpar.cost import LinkCost
+from graphpar.errors import VerifyError
+from graphpar.schedule import Action, Schedule
+from graphpar.timing import SizeTiming, Timing
+
+
+@dataclass(frozen=True)
+class Event:
+    """An action with its times; that of a receive is the time the rank waits for it."""
+
+    rank: int
+    action: Action
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, repr=False)
+class Timeline:
+    """When everything happens in one step.
+
+    Attributes:
+        schedule: What was simulated.
+        starts_s: For each rank the start of each of its actions.
+        ends_s: For each rank the end of each of its actions.
+        step_s: The end of the last action.
+        compute_s: For each rank the time of its forwards, backwards and optimiser step.
+        send_s: For each rank the time its messages are on their way.
+        reduce_s: For each rank the time of its gradient all-reduces.
+        peak_bytes: For each rank the most memory in use at any time.
+    """
+
+    schedule: Schedule
+    starts_s: tuple[Sequence[float], ...] = field(repr=False)
+    ends_s: tuple[Sequence[float], ...] = field(repr=False)
+    step_s: float
+    compute_s: tuple[float, ...]
+    send_s: tuple[float, ...]
+    reduce_s: tuple[float, ...]
+    peak_bytes: tuple[float, ...]
+
+    def events(self, rank: int) -> Iterator[Event]:
+        """The events of one rank in the order of its schedule."""
+        row = self.schedule.actions[rank]
+        for action, start, end in zip(row, self.starts_s[rank], self.ends_s[rank], strict=True):
+            yield Event(rank, action, start, end)
+
+    @property
+    def busy_share(self) -> tuple[float, ...]:
+        """For each rank the share of the step in which it computes."""
+        return tuple(s / self.step_s if self.step_s > 0 else 0.0 for s in self.compute_s)
+
+    @property
+    def bubble_share(self) -> float:
+        """Share of all ranks' time in which they neither compute nor reduce gradients."""
+        used = sum(self.compute_s) + sum(self.reduce_s)
+        total = self.step_s * len(self.compute_s)
+        return max(0.0, 1 - used / total) if total > 0 else 0.0
+
+    def __repr__(self) -> str:
+        return f"Timeline({self.step_s:.6g} s, {len(self.compute_s)} ranks)"
+
+
+def simulate(schedule: Schedule, timing: Timing) -> Timeline:
+    """Predict when every action of a valid schedule happens.
+
+    Raises:
+        ValueError: The timing is for another number of ranks, or lacks a microbatch size.
+        VerifyError: The schedule deadlocks.
+    """
+    if len(timing.ranks) != schedule.num_ranks:
+        raise ValueError(
+            f"the timing has {len(timing.ranks)} ranks and the schedule {schedule.num_ranks}; "
+            "make both from the same partition"
+        )
+    simulation = _Simulation(schedule, timing)
+    simulation.run_microbatches()
+    simulation.reduce_gradients()
+    simulation.run_optimizers()
+    return simulation.timeline()
+
+
+class _Simulation:
+    """The clocks of all ranks while a schedule is played through."""
+
+    def __init__(self, schedule: Schedule, timing: Timing) -> None:
+        self.schedule = schedule
+        self.timing = timing
+        ranks = range(schedule.num_ranks)
+        self.clock = [0.0 for _ in ranks]
+        self.egress = [0.0 for _ in ranks]
+        self.starts = [array("d") for _ in ranks]
+        self.ends = [array("d") for _ in ranks]
+        self.compute_s = [0.0 for _ in ranks]
+        self.send_s = [0.0 for _ in ranks]
+        self.reduce_s = [0.0 for _ in ranks]
+        self.arrival_s: dict[tuple[int, int, int], float] = {}
+        self.waiting: dict[tuple[int, int, int], int] = {}
+        self.links: dict[tuple[int, int], LinkCost] = {}
+        self.numbers = [_numbers_by_size(schedule, timing, rank) for rank in ranks]
+        self.ready = deque(ranks)
+
+    def run_microbatches(self) -> None:
+        while self.ready:
+            self._run(self.ready.popleft())
+        for rank, row in enumerate(self.schedule.actions):
+            at = len(self.ends[rank])
+            if at < len(row) and row[at].microbatch is not None:
+                raise VerifyError(f"schedule: deadlock, rank {rank} waits forever at {row[at]}")
+
+    def _run(self, rank: int) -> None:
+        """Advance one rank until it must wait or its microbatches are done."""
+        row = self.schedule.actions[rank]
+        sizes = self.schedule.microbatch_sizes
+        numbers = self.numbers[rank]
+        starts, ends = self.starts[rank], self.ends[rank]
+        for at in range(len(ends), len(row)):
+            kind, stage, microbatch = row[at]
+            if microbatch is None:
+                return
+            start = end = self.clock[rank]
+            if kind == "F" or kind == "B":
+                costs = numbers[sizes[microbatch]]
+                end += costs.forward_s if kind == "F" else costs.backward_s
+                self.compute_s[rank] += end - start
+                self.clock[rank] = end
+            elif kind == "R" or kind == "G":
+                arrived = self._arrival(kind, stage, microbatch, rank)
+                if arrived is None:
+                    return
+                self.clock[rank] = end = max(start, arrived)
+            else:
+                start, end = self._send(kind, stage, microbatch, rank)
+                if not self.timing.overlap:
+                    self.clock[rank] = end
+            starts.append(start)
+            ends.append(end)
+
+    def _arrival(self, kind: str, stage: int, microbatch: int, rank: int) -> float | None:
+        """When all messages of a receive are there; None, and a note to wake us, if unknown."""
+        latest = 0.0
+        schedule = self.schedule
+        links = schedule.incoming[stage] if kind == "R" else schedule.outgoing[stage]
+        for link in links:
+            if kind == "R":
+                message = link.source, stage, microbatch
+            elif link.has_gradient:
+                message = link.target, stage, microbatch
+            else:
+                continue
+            arrived = self.arrival_s.get(message)
+            if arrived is None:
+                self.waiting[message] = rank
+                return None
+            latest = max(latest, arrived)
+        return latest
+
+    def _send(self, kind: str, stage: int, microbatch: int, rank: int) -> tuple[float, float]:
+        """Send to all neighbours, one message after another, and wake those who wait."""
+        schedule, size = self.schedule, self.schedule.microbatch_sizes[microbatch]
+        start = end = max(self.clock[rank], self.egress[rank])
+        for link in schedule.outgoing[stage] if kind == "S" else schedule.incoming[stage]:
+            if kind == "S":
+                other, num_bytes = link.target, link.forward_bytes(size)
+            elif link.has_gradient:
+                other, num_bytes = link.source, link.backward_bytes(size)
+            else:
+                continue
+            cost = self._link(rank, schedule.rank_of(other, microbatch))
+            end += cost.seconds(num_bytes)
+            message = stage, other, microbatch
+            self.arrival_s[message] = end
+            waiting = self.waiting.pop(message, None)
+            if waiting is not None:
+                self.ready.append(waiting)
+        self.send_s[rank] += end - start
+        self.egress[rank] = end
+        return start, end
+
+    def _link(self, source: int, target: int) -> LinkCost:
+        pair = source, target
+        cost = self.links.get(pair)
+        if cost is None:
+            cost = self.links[pair] = self.timing.link(source, target)
+        return cost
+
+    def reduce_gradients(self) -> None:
+        """Groups reduce one after another; a group starts when its last rank is there."""
+        if not self.schedule.training:
+            return
+        for rank in range(self.schedule.num_ranks):
+            self.clock[rank] = max(self.clock[rank], self.egress[rank])
+            self.starts[rank].append(self.clock[rank])
+        for group in self.timing.gradient_groups:
+            end = max(self.clock[rank] for rank in group.ranks) + group.seconds
+            for rank in group.ranks:
+                self.reduce_s[rank] += group.seconds
+                self.clock[rank] = end
+        for rank in range(self.schedule.num_ranks):
+            self.ends[rank].append(self.clock[rank])
+
+    def run_optimizers(self) -> None:
+        if not self.schedule.training:
+            return
+        for rank, numbers in enumerate(self.timing.ranks):
+            self.starts[rank].append(self.clock[rank])
+            self.clock[rank] += numbers.optimizer_s
+            self.compute_s[rank] += numbers.optimizer_s
+            self.ends[rank].append(self.clock[rank])
+
+    def timeline(self) -> Timeline:
+        ranks = range(self.schedule.num_ranks)
+        return Timeline(
+            schedule=self.schedule,
+            starts_s=tuple(self.starts),
+            ends_s=tuple(self.ends),
+            step_s=max(max(self.clock), max(self.egress)),
+            compute_s=tuple(self.compute_s),
+            send_s=tuple(self.send_s),
+            reduce_s=tuple(self.reduce_s),
+            peak_bytes=tuple(_peak_bytes(self.schedule, self.timing, r) for r in ranks),
+        )
+
+
+def _peak_bytes(schedule: Schedule, timing: Timing, rank: int) -> float:
+    """The most bytes in use: what stays, what forwards saved, what is being worked on."""
+    numbers = _numbers_by_size(schedule, timing, rank)
+    saved = peak = 0.0
+    for kind, _, microbatch in schedule.actions[rank]:
+        if microbatch is None or kind not in "FB":
+            continue
+        costs = numbers[schedule.microbatch_sizes[microbatch]]
+        if kind == "F" and schedule.training:
+            saved += costs.saved_bytes
+        peak = max(peak, saved + costs.working_bytes)
+        if kind == "B":
+            saved -= costs.saved_bytes
+    return timing.ranks[rank].resident_bytes + peak
+
+
+def _numbers_by_size(schedule: Schedule, timing: Timing, rank: int) -> dict[int, SizeTiming]:
+    """The rank's numbers for the sizes of the microbatches it runs."""
+    sizes = {schedule.microbatch_sizes[m] for m in schedule.microbatches_of(rank)}
+    return {size: timing.ranks[rank].at_size(size) for size in sizes}

@@ -1,0 +1,299 @@
+"""The simulator against sums done by hand, known formulas, and laws that must hold."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_samples import (
+    SAMPLE_LINKS,
+    chain,
+    chain_links,
+    partition_of,
+    partitions,
+    sample_partition,
+    stage_links,
+    table_for,
+)
+
+from graphpar.cost import LinkCost
+from graphpar.partition.pipeline_price import price
+from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.schedule import Action, Schedule, StageLink, build_schedule, in_flight_limit
+from graphpar.simulate import Event, Timeline, simulate
+from graphpar.timing import GradientGroup, NodeLink, RankTiming, SizeTiming, Timing, timing_of
+
+FREE = LinkCost(0.0, 1e30)
+
+
+def equal_ranks(num_ranks: int, forward_s: float, backward_s: float, network: LinkCost = FREE) -> Timing:
+    sizes = (SizeTiming(1, forward_s, backward_s, saved_bytes=1.0, working_bytes=0.5),)
+    ranks = tuple(RankTiming(f"d{r}", f"n{r}", sizes) for r in range(num_ranks))
+    return Timing(ranks, (), network)
+
+
+def told(timeline: Timeline, rank: int) -> dict[str, tuple[float, float]]:
+    return {str(e.action): (e.start_s, e.end_s) for e in timeline.events(rank)}
+
+
+def test_two_stages_two_microbatches_by_hand() -> None:
+    """Forward 2 s, backward 3 s, a message takes 1 s and does not stop its sender."""
+    schedule = build_schedule(chain(2, 2, "gpipe"), (StageLink(0, 1, 10.0, 10.0),), training=True)
+    timeline = simulate(schedule, equal_ranks(2, 2.0, 3.0, LinkCost(0.0, 10.0)))
+    assert told(timeline, 0) == {
+        "0F0": (0, 2),
+        "0S0": (2, 3),
+        "0F1": (2, 4),
+        "0S1": (4, 5),
+        "0G0": (4, 11),
+        "0B0": (11, 14),
+        "0G1": (14, 14),
+        "0B1": (14, 17),
+        "0A": (17, 17),
+        "0O": (17, 17),
+    }
+    assert told(timeline, 1) == {
+        "1R0": (0, 3),
+        "1F0": (3, 5),
+        "1R1": (5, 5),
+        "1F1": (5, 7),
+        "1B0": (7, 10),
+        "1D0": (10, 11),
+        "1B1": (10, 13),
+        "1D1": (13, 14),
+        "1A": (14, 14),
+        "1O": (14, 14),
+    }
+    assert timeline.step_s == 17
+    assert list(timeline.compute_s) == [10, 10]
+    assert list(timeline.send_s) == [2, 2]
+    assert list(timeline.busy_share) == [10 / 17, 10 / 17]
+    assert timeline.bubble_share == pytest.approx(1 - 20 / 34)
+
+
+def test_without_overlap_a_sender_stands_still() -> None:
+    schedule = build_schedule(chain(2, 2, "gpipe"), (StageLink(0, 1, 10.0),), training=False)
+    timing = equal_ranks(2, 2.0, 0.0, LinkCost(0.0, 10.0))
+    assert told(simulate(schedule, timing), 0)["0F1"] == (2, 4)
+    standing = simulate(schedule, replace(timing, overlap=False))
+    assert told(standing, 0)["0F1"] == (3, 5)
+
+
+def test_a_rank_sends_one_message_at_a_time() -> None:
+    """Stage 0 sends 1 s to stage 1 and then 2 s to stage 2."""
+    links = (StageLink(0, 1, 10.0), StageLink(0, 2, 20.0))
+    schedule = build_schedule(chain(3, 1), links, training=False)
+    timeline = simulate(schedule, equal_ranks(3, 5.0, 0.0, LinkCost(0.0, 10.0)))
+    assert told(timeline, 0)["0S0"] == (5, 8)
+    assert told(timeline, 1)["1F0"] == (6, 11)
+    assert told(timeline, 2)["2F0"] == (8, 13)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@given(num_stages=st.integers(1, 6), microbatches=st.integers(1, 12))
+def test_equal_stages_take_the_known_time(name: ScheduleName, num_stages: int, microbatches: int) -> None:
+    """(m + p - 1) (t_f + t_b): Narayanan et al., 2021, section 2.2, arxiv.org/abs/2104.04473."""
+    schedule = build_schedule(
+        chain(num_stages, microbatches, name), chain_links(num_stages), training=True
+    )
+    timeline = simulate(schedule, equal_ranks(num_stages, 1.0, 2.0))
+    assert timeline.step_s == pytest.approx((microbatches + num_stages - 1) * 3.0)
+    ideal = microbatches / (microbatches + num_stages - 1)
+    assert timeline.bubble_share == pytest.approx(1 - ideal)
+
+
+@given(num_stages=st.integers(1, 6), microbatches=st.integers(1, 12))
+def test_memory_held_by_position(num_stages: int, microbatches: int) -> None:
+    links = chain_links(num_stages)
+    timing = equal_ranks(num_stages, 1.0, 2.0)
+    few = simulate(build_schedule(chain(num_stages, microbatches), links, True), timing)
+    all_of_them = simulate(build_schedule(chain(num_stages, microbatches, "gpipe"), links, True), timing)
+    none = simulate(build_schedule(chain(num_stages, microbatches), links, False), timing)
+    for stage in range(num_stages):
+        held = min(microbatches, num_stages - stage)
+        assert few.peak_bytes[stage] == held + 0.5
+        assert all_of_them.peak_bytes[stage] == microbatches + 0.5
+        assert none.peak_bytes[stage] == 0.5
+
+
+@st.composite
+def priced(draw: st.DrawFn) -> tuple[Partition, Schedule, Timing]:
+    partition = draw(partitions())
+    training = draw(st.booleans())
+    schedule = build_schedule(partition, draw(stage_links(partition)), training)
+    return partition, schedule, timing_of(table_for(partition, training=training), partition)
+
+
+@given(priced())
+def test_laws_of_every_timeline(case: tuple[Partition, Schedule, Timing]) -> None:
+    _, schedule, timing = case
+    timeline = simulate(schedule, timing)
+    sent: dict[Action, Event] = {}
+    for rank in range(schedule.num_ranks):
+        events = list(timeline.events(rank))
+        assert [e.action for e in events] == list(schedule.actions[rank])
+        assert all(0 <= e.start_s <= e.end_s <= timeline.step_s for e in events)
+        own = [e for e in events if e.action.kind not in "SD"]
+        assert all(a.end_s <= b.start_s + 1e-12 for a, b in pairwise(own))
+        sent |= {e.action: e for e in events if e.action.kind in "SD"}
+        assert timeline.compute_s[rank] <= timeline.step_s + 1e-12
+    for rank in range(schedule.num_ranks):
+        for event in timeline.events(rank):
+            stage, m = event.action.stage, event.action.microbatch
+            if event.action.kind == "R":
+                sources = [("S", link.source) for link in schedule.incoming[stage]]
+            elif event.action.kind == "G":
+                sources = [("D", link.target) for link in schedule.outgoing[stage] if link.has_gradient]
+            else:
+                continue
+            for kind, source in sources:
+                begun = next(
+                    e for a, e in sent.items() if (a.kind, a.stage, a.microbatch) == (kind, source, m)
+                )
+                assert begun.start_s < event.end_s
+
+
+@given(priced(), st.data())
+def test_a_slower_rank_never_shortens_the_step(
+    case: tuple[Partition, Schedule, Timing], data: st.DataObject
+) -> None:
+    _, schedule, timing = case
+    rank = data.draw(st.integers(0, schedule.num_ranks - 1))
+    slower = replace(
+        timing.ranks[rank],
+        sizes=tuple(
+            replace(row, forward_s=2 * row.forward_s, backward_s=2 * row.backward_s)
+            for row in timing.ranks[rank].sizes
+        ),
+    )
+    ranks = tuple(slower if r == rank else old for r, old in enumerate(timing.ranks))
+    before = simulate(schedule, timing).step_s
+    assert simulate(schedule, replace(timing, ranks=ranks)).step_s >= before - 1e-12
+
+
+def test_a_group_reduces_when_its_last_rank_is_there() -> None:
+    """Replicas of unequal load: 3 and 1 microbatches of 1 + 2 s, then 4 s of all-reduce."""
+    stage = StageChoice(0, 1, (Replica("a", 3), Replica("b", 1)))
+    partition = partition_of((PipelineChoice(4, 4, (stage,)),))
+    timing = replace(equal_ranks(2, 1.0, 2.0), gradient_groups=(GradientGroup((0, 1), 100.0, 4.0),))
+    timeline = simulate(build_schedule(partition, (), training=True), timing)
+    assert told(timeline, 0)["0A"] == (9, 13)
+    assert told(timeline, 1)["0A"] == (3, 13)
+    assert list(timeline.reduce_s) == [4, 4]
+    assert timeline.step_s == 13
+    assert timeline.bubble_share == pytest.approx(1 - (12 + 8) / 26)
+
+
+def test_the_optimiser_follows_the_gradients() -> None:
+    timing = equal_ranks(1, 1.0, 2.0)
+    timing = replace(timing, ranks=(replace(timing.ranks[0], optimizer_s=0.25),))
+    timeline = simulate(build_schedule(chain(1, 2), (), training=True), timing)
+    assert told(timeline, 0)["0O"] == (6, 6.25)
+    assert list(timeline.compute_s) == [6.25]
+
+
+def test_timing_sums_the_units_of_the_table() -> None:
+    partition = sample_partition()
+    table = table_for(partition)
+    timing = timing_of(table, partition)
+    assert [r.device for r in timing.ranks] == list(partition.used_devices)
+    fast, slow = timing.ranks[0], timing.ranks[1]
+    assert fast.sizes == (
+        SizeTiming(
+            2,
+            pytest.approx(3 * 2e-3 + 1e-5),  # type: ignore[arg-type]
+            pytest.approx(3 * 4e-3 + 1e-5),  # type: ignore[arg-type]
+            pytest.approx(3 * 2e5),  # type: ignore[arg-type]
+            pytest.approx(1e5),  # type: ignore[arg-type]
+        ),
+    )
+    assert slow.at_size(2).forward_s == pytest.approx(2 * 6e-3 + 1e-5)
+    assert fast.optimizer_s == pytest.approx(3e-3)
+    assert fast.resident_bytes == 2**19 + 2 * 2**20 + 3 * (2**20 + 2**21)
+
+
+def test_replicas_reduce_their_gradients_in_a_ring() -> None:
+    partition = sample_partition()
+    timing = timing_of(table_for(partition), partition)
+    seconds = 2 * (2 - 1) * (1e-6 + 2 * 2**20 / 2 / 1e10)
+    (group,) = timing.gradient_groups
+    assert (group.ranks, group.num_bytes) == ((1, 2), 2 * 2**20)
+    assert group.seconds == pytest.approx(seconds)
+
+
+def test_pipelines_side_by_side_share_gradients_unit_by_unit() -> None:
+    """The first pipeline cuts after unit 2, the second after unit 4."""
+    partition = partition_of(
+        tuple(
+            PipelineChoice(
+                2,
+                1,
+                (
+                    StageChoice(0, cut, (Replica(f"p{p}s0/0", 1),)),
+                    StageChoice(cut, 6, (Replica(f"p{p}s1/0", 1),)),
+                ),
+            )
+            for p, cut in enumerate((2, 4))
+        )
+    )
+    timing = timing_of(table_for(partition), partition)
+    assert {g.ranks: g.num_bytes / 2**20 for g in timing.gradient_groups} == {
+        (0, 2): 2,
+        (1, 2): 2,
+        (1, 3): 2,
+    }
+
+
+def test_links_within_and_between_nodes() -> None:
+    inside = NodeLink("a", "a", LinkCost(1e-6, 1e10))
+    near = NodeLink("a", "b", LinkCost(1e-5, 1e9))
+    rest = LinkCost(1e-4, 1e8)
+    ranks = tuple(RankTiming(f"{n}/{i}", n, ()) for i, n in enumerate("aabc"))
+    timing = Timing(ranks, (inside, near), rest)
+    assert timing.link(0, 1) == inside.cost
+    assert timing.link(0, 2) == timing.link(2, 0) == near.cost
+    assert timing.link(2, 3) == rest
+
+
+def test_a_timing_of_another_partition_is_refused() -> None:
+    schedule = build_schedule(chain(2, 2), (), training=True)
+    with pytest.raises(ValueError, match="3 ranks and the schedule 2"):
+        simulate(schedule, equal_ranks(3, 1.0, 1.0))
+    bigger = build_schedule(chain(2, 2, size=4), (), training=True)
+    with pytest.raises(ValueError, match="d0 has microbatch sizes 1, not 4"):
+        simulate(bigger, equal_ranks(2, 1.0, 1.0))
+
+
+def test_many_ranks() -> None:
+    """64 stages of 4 replicas: as long as 4 independent pipelines of a quarter of the work."""
+    stages = tuple(
+        StageChoice(s, s + 1, tuple(Replica(f"{s}/{r}", 32) for r in range(4))) for s in range(64)
+    )
+    partition = partition_of((PipelineChoice(128, 128, stages),))
+    schedule = build_schedule(partition, chain_links(64), training=True)
+    timeline = simulate(schedule, equal_ranks(256, 1.0, 2.0))
+    assert timeline.step_s == pytest.approx((32 + 64 - 1) * 3.0)
+    widths = [4] * 64
+    held = [min(32, in_flight_limit(widths, schedule.stage_of[r])) + 0.5 for r in range(256)]
+    assert list(timeline.peak_bytes) == held
+
+
+@given(partitions(), st.booleans())
+def test_memory_is_never_more_than_the_partitioner_allowed_for(
+    partition: Partition, training: bool
+) -> None:
+    table = table_for(partition, training=training)
+    allowed = price(table, partition.pipelines, partition.schedule).peak_bytes
+    schedule = build_schedule(partition, (), training)
+    peaks = simulate(schedule, timing_of(table, partition)).peak_bytes
+    for device, peak in zip(partition.used_devices, peaks, strict=True):
+        assert peak <= allowed[device] * (1 + 1e-12)
+
+
+def test_the_sample_fits_between_its_bounds() -> None:
+    partition = sample_partition()
+    timing = timing_of(table_for(partition), partition)
+    timeline = simulate(build_schedule(partition, SAMPLE_LINKS, training=True), timing)
+    busiest = max(timeline.compute_s)
+    assert busiest < timeline.step_s < sum(timeline.compute_s)
