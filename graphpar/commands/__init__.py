@@ -1,0 +1,1 @@
+"""The subcommands of `graphpar`, one module each; `graphpar.cli` imports the one that is called."""

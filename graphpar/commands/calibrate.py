@@ -1,0 +1,39 @@
+"""`graphpar calibrate`."""
+
+import json
+
+import click
+
+from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.measure import measure
+
+
+@click.command(name="calibrate")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    help="Write the calibration here instead of into the cache.",
+)
+@click.option(
+    "--threads",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Threads a worker computes with.",
+)
+@json_option
+def command(output: str | None, threads: int, as_json: bool) -> None:
+    """Measure this machine for better predictions.
+
+    Measures matrix products, memory bandwidth and the local link, and keeps them under this
+    machine's fingerprint for later plans.
+    """
+    with stdout_kept_clean(as_json):
+        calibration = measure(threads, show_progress=True)
+        path = calibration.save(output)
+    if as_json:
+        print_json({"path": str(path), "calibration": json.loads(path.read_text())})
+    else:
+        click.echo(str(calibration))
+        click.echo(f"written to {path}")

@@ -1,0 +1,93 @@
+"""Options that several commands share: which model, which cluster, how to plan."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from graphpar.plans import Plan
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+model_argument = click.argument("model")
+cluster_option = click.option(
+    "--cluster",
+    "cluster_file",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="The devices to use, as a YAML file.",
+)
+plan_option = click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(dir_okay=False),
+    help="Use this plan instead of making one.",
+)
+steps_option = click.option(
+    "--steps",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Steps to run.",
+)
+
+
+def load_plan(path: str | None, *, train: bool) -> Plan | None:
+    """The plan of `--plan`, which must be for what `--train` says; None without one."""
+    if path is None:
+        return None
+    plan = Plan.load(path)
+    plan.check_mode(training=train)
+    return plan
+
+
+def input_options(command: _Command) -> _Command:
+    """The size of the example inputs, and whether they are for training."""
+    for option in (
+        click.option("--train/--inference", default=False, help="Training steps, or forwards only."),
+        click.option(
+            "--seq-len",
+            default=128,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Tokens per sample, for models that take tokens.",
+        ),
+        click.option(
+            "--batch-size",
+            default=8,
+            show_default=True,
+            type=click.IntRange(min=1),
+            help="Samples per global batch.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def planning_options(command: _Command) -> _Command:
+    """How the plan is made."""
+    for option in (
+        click.option(
+            "--precision",
+            default="float32",
+            show_default=True,
+            help="Number format of weights and activations.",
+        ),
+        click.option(
+            "--gap",
+            default=0.01,
+            show_default=True,
+            type=click.FloatRange(min=0, max=1),
+            help="Stop when the plan is proven this close to the best.",
+        ),
+        click.option(
+            "--time-limit",
+            "time_limit_s",
+            default=60.0,
+            show_default=True,
+            type=click.FloatRange(min=0, min_open=True),
+            help="Seconds to search for the plan.",
+        ),
+    ):
+        command = option(command)
+    return command

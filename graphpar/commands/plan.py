@@ -1,0 +1,63 @@
+"""`graphpar plan MODEL --cluster FILE`."""
+
+import json
+
+import click
+
+from graphpar.cluster import Cluster
+from graphpar.commands.options import (
+    cluster_option,
+    input_options,
+    model_argument,
+    planning_options,
+)
+from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.commands.training import default_training
+from graphpar.compiler import plan as make_plan
+from graphpar.model_spec import load_model
+
+
+@click.command(name="plan")
+@model_argument
+@cluster_option
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this JSON file.")
+@input_options
+@planning_options
+@json_option
+def command(
+    model: str,
+    cluster_file: str,
+    output: str | None,
+    batch_size: int,
+    seq_len: int,
+    train: bool,
+    time_limit_s: float,
+    gap: float,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Plan a model on a cluster.
+
+    MODEL is package.module:factory, hf:NAME (built from its configuration, no download) or a .pt2
+    file. No accelerator is needed, and hf: models need no weights.
+    """
+    with stdout_kept_clean():
+        cluster = Cluster.load(cluster_file)
+        loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
+        plan = make_plan(
+            loaded.model,
+            cluster,
+            loaded.args,
+            loaded.kwargs,
+            train=default_training() if train else None,
+            precision=precision,
+            time_limit_s=time_limit_s,
+            gap=gap,
+        )
+        if output is not None:
+            plan.save(output)
+            click.echo(f"plan written to {output}", err=True)
+    if as_json:
+        print_json(json.loads(plan.to_json()))
+    else:
+        click.echo(str(plan))

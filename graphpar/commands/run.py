@@ -1,0 +1,105 @@
+"""`graphpar run MODEL --cluster FILE`."""
+
+from typing import Any
+
+import click
+
+from graphpar.cluster import Cluster
+from graphpar.commands.options import (
+    cluster_option,
+    input_options,
+    load_plan,
+    model_argument,
+    plan_option,
+    planning_options,
+    steps_option,
+)
+from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.commands.training import default_training
+from graphpar.compiler import compile as compile_model
+from graphpar.model_spec import LoadedModel, load_model
+from graphpar.runtime.job import CompiledModel
+from graphpar.units import format_percent, format_seconds
+
+
+@click.command(name="run")
+@model_argument
+@cluster_option
+@plan_option
+@steps_option
+@input_options
+@planning_options
+@json_option
+def command(
+    model: str,
+    cluster_file: str,
+    plan_file: str | None,
+    steps: int,
+    batch_size: int,
+    seq_len: int,
+    train: bool,
+    time_limit_s: float,
+    gap: float,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Run a model on a cluster for some steps.
+
+    MODEL is package.module:factory, hf:NAME (freshly initialised) or a .pt2 file. Every step runs
+    on the same example inputs.
+    """
+    with stdout_kept_clean(as_json):
+        cluster = Cluster.load(cluster_file)
+        plan = load_plan(plan_file, train=train)
+        loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=True)
+        with compile_model(
+            loaded.model,
+            cluster,
+            loaded.args,
+            loaded.kwargs,
+            train=default_training() if train else None,
+            plan=plan,
+            precision=precision,
+            time_limit_s=time_limit_s,
+            gap=gap,
+        ) as job:
+            result = _run_steps(job, loaded, steps, train)
+    if as_json:
+        print_json(result)
+    else:
+        _print_summary(result)
+
+
+def _run_steps(job: CompiledModel, loaded: LoadedModel, steps: int, train: bool) -> dict[str, Any]:
+    """Run the steps; where there are several, the first warms up and is not part of the mean."""
+    losses: list[float] = []
+    seconds: list[float] = []
+    for step in range(1, steps + 1):
+        if train:
+            losses.append(float(job.step(*loaded.args, **loaded.kwargs)))
+        else:
+            job(*loaded.args, **loaded.kwargs)
+        assert job.last_step is not None
+        seconds.append(job.last_step.seconds)
+        loss = f"  loss {losses[-1]:.6f}" if train else ""
+        click.echo(f"step {step}/{steps}{loss}  {format_seconds(seconds[-1])}", err=True)
+    measured = seconds[1:] or seconds
+    return {
+        "losses": losses,
+        "step_s": seconds,
+        "measured_step_s": sum(measured) / len(measured),
+        "predicted_step_s": None if job.last_step is None else job.last_step.predicted_s,
+    }
+
+
+def _print_summary(result: dict[str, Any]) -> None:
+    measured, predicted = result["measured_step_s"], result["predicted_step_s"]
+    if predicted is None:
+        told = "no prediction, for the plan is for another batch size"
+    else:
+        side = "high" if predicted > measured else "low"
+        off = format_percent(abs(predicted / measured - 1))
+        told = f"predicted {format_seconds(predicted)}, {off} too {side}"
+    click.echo(f"measured step {format_seconds(measured)}, {told}")
+    if result["losses"]:
+        click.echo(f"loss {result['losses'][0]:.6f} -> {result['losses'][-1]:.6f}")

@@ -1,0 +1,18 @@
+"""How the command line trains: AdamW, and the model returns its own loss."""
+
+from collections.abc import Iterable
+
+import torch
+
+from graphpar.training import Training
+
+_LEARNING_RATE = 3e-4
+
+
+def _adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
+
+
+def default_training() -> Training:
+    """What `--train` means."""
+    return Training(optimizer=_adamw)

@@ -1,0 +1,70 @@
+"""`graphpar verify MODEL --cluster FILE`."""
+
+import click
+
+from graphpar.cluster import Cluster
+from graphpar.commands.options import (
+    cluster_option,
+    input_options,
+    load_plan,
+    model_argument,
+    plan_option,
+    planning_options,
+    steps_option,
+)
+from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.commands.training import default_training
+from graphpar.errors import NumbersDifferError
+from graphpar.model_spec import load_model
+from graphpar.verify import verify
+
+
+@click.command(name="verify")
+@model_argument
+@cluster_option
+@plan_option
+@steps_option
+@input_options
+@planning_options
+@json_option
+def command(
+    model: str,
+    cluster_file: str,
+    plan_file: str | None,
+    steps: int,
+    batch_size: int,
+    seq_len: int,
+    train: bool,
+    time_limit_s: float,
+    gap: float,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Compare a parallel run with one device.
+
+    Runs the same steps both ways and reports the largest differences of outputs, losses and
+    gradients; the exit code is 6 when they are larger than rounding explains.
+    """
+    with stdout_kept_clean(as_json):
+        loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=True)
+        report = verify(
+            loaded.model,
+            Cluster.load(cluster_file),
+            loaded.args,
+            loaded.kwargs,
+            train=default_training() if train else None,
+            plan=load_plan(plan_file, train=train),
+            steps=steps,
+            precision=precision,
+            time_limit_s=time_limit_s,
+            gap=gap,
+        )
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(str(report))
+    if not report.equal:
+        raise NumbersDifferError(
+            "the parallel run differs from one device by more than rounding explains; "
+            "the differences are listed above"
+        )

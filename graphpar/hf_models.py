@@ -1,0 +1,181 @@
+"""Models of the transformers library built from their configuration, with inputs to match.
+
+Needs the extra `hf`; nothing is downloaded. Sizes are those of the published configurations
+(`config.json` of each model on https://huggingface.co).
+"""
+
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+
+_LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+
+PRESETS: dict[str, tuple[str, dict[str, int]]] = {
+    "bert-base": ("bert", {}),
+    "bert-large": (
+        "bert",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2-medium": ("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "gpt2-large": ("gpt2", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+    "gpt2-xl": ("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "llama-8b": (
+        "llama",
+        _LLAMA_3
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+    ),
+    "llama-70b": (
+        "llama",
+        _LLAMA_3
+        | {
+            "hidden_size": 8192,
+            "intermediate_size": 28_672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+        },
+    ),
+    "llama-405b": (
+        "llama",
+        _LLAMA_3
+        | {
+            "hidden_size": 16_384,
+            "intermediate_size": 53_248,
+            "num_hidden_layers": 126,
+            "num_attention_heads": 128,
+        },
+    ),
+    "t5-small": ("t5", {}),
+    "t5-base": ("t5", {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}),
+    "vit-base": ("vit", {}),
+    "vit-large": (
+        "vit",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    "mixtral-8x7b": ("mixtral", {}),
+}
+"""Name to model type and what differs from that type's default configuration."""
+
+_SEED = 0
+
+
+def build_hf_model(name: str, seq_len: int) -> nn.Module:
+    """A freshly initialised model by preset or model type, on the current default device.
+
+    Args:
+        name: A key of `PRESETS`, or a model type of transformers such as `bert`.
+        seq_len: Tokens per sample; learned position tables are widened to hold them.
+
+    Raises:
+        ValueError: The name is unknown, or transformers is not installed.
+    """
+    transformers = _transformers()
+    model_type, changes = PRESETS.get(name, (name, {}))
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"hf:{name} is not known; give one of {', '.join(PRESETS)}, or a model type of "
+            f"transformers {transformers.__version__} such as bert, gpt2 or llama"
+        )
+    config = transformers.AutoConfig.for_model(model_type, **changes)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < seq_len:
+        config.max_position_embeddings = seq_len
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    model = _auto_class(transformers, model_type).from_config(config)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def is_hf_model(model: nn.Module) -> bool:
+    """Whether the model's class comes from transformers, found without importing it."""
+    return any(
+        c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel"
+        for c in type(model).__mro__
+    )
+
+
+def hf_inputs(model: nn.Module, batch_size: int, seq_len: int, train: bool) -> dict[str, Any]:
+    """Random keyword arguments for a transformers model, on the model's device.
+
+    Token models get `input_ids` (batch, seq) and no mask, for nothing is padded; image models get
+    `pixel_values` (batch, channels, height, width). Training adds `labels`; encoder-decoders get
+    `decoder_input_ids` otherwise.
+    """
+    config: Any = model.config
+    accepted = inspect.signature(model.forward).parameters
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device = next(tensors, torch.empty(0)).device
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(_SEED)
+
+    def integers(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, device=device, generator=generator)
+
+    inputs: dict[str, Any] = {}
+    if "pixel_values" in accepted and getattr(model, "main_input_name", "") == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        shape = (batch_size, vision.num_channels, vision.image_size, vision.image_size)
+        inputs["pixel_values"] = torch.randn(shape, device=device, generator=generator)
+    elif "input_ids" in accepted:
+        inputs["input_ids"] = integers(config.vocab_size, batch_size, seq_len)
+    else:
+        raise ValueError(
+            f"{type(model).__name__} takes neither input_ids nor pixel_values; define a function "
+            "example_inputs(batch_size, seq_len) beside a factory for it"
+        )
+    if train and "labels" in accepted:
+        if _labels_are_classes(model):
+            inputs["labels"] = integers(config.num_labels, batch_size)
+        else:
+            inputs["labels"] = inputs["input_ids"].clone()
+    elif getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = integers(config.vocab_size, batch_size, seq_len)
+    return inputs
+
+
+def _labels_are_classes(model: nn.Module) -> bool:
+    return type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "hf: models need transformers; install it with `pip install graphpar[hf]`"
+        ) from error
+    return transformers
+
+
+def _auto_class(transformers: Any, model_type: str) -> Any:
+    """The class with the head that the architecture is best known for, so that it has a loss."""
+    known = transformers.models.auto.modeling_auto
+    if model_type in known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return transformers.AutoModelForImageClassification
+    if model_type in known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSeq2SeqLM
+    if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSequenceClassification
+    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel

@@ -1,0 +1,168 @@
+"""What MODEL means on the command line: a factory, a transformers architecture, or an export.
+
+- `package.module:factory` calls the factory without arguments. A function
+  `example_inputs(batch_size, seq_len)` beside it gives the inputs: a tensor, a tuple of positional
+  arguments, a dict of keyword arguments, or a pair of such a tuple and dict. It may be left out for
+  transformers models.
+- `hf:NAME` builds a transformers architecture from its configuration; nothing is downloaded.
+- `PATH.pt2` is a file written by `torch.export.save`.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpar.hf_models import build_hf_model, hf_inputs, is_hf_model
+
+_FORMS = "give package.module:factory, hf:NAME, or a file that ends in .pt2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with example inputs; all on the meta device where no weights were asked for."""
+
+    name: str
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def load_model(spec: str, *, batch_size: int, seq_len: int, train: bool, weights: bool) -> LoadedModel:
+    """The model that a MODEL argument names, with inputs for one global batch.
+
+    Args:
+        spec: What the user wrote.
+        batch_size: Samples in the inputs.
+        seq_len: Tokens per sample, where the model takes tokens.
+        train: Put the model in training mode and let its inputs include labels.
+        weights: False builds `hf:` models without weights.
+
+    Raises:
+        ValueError: The argument names no model, or there are no example inputs.
+    """
+    if spec.startswith("hf:"):
+        return _load_hf(spec, batch_size, seq_len, train, weights)
+    if spec.endswith(".pt2"):
+        return _load_export(Path(spec))
+    module, colon, factory = spec.partition(":")
+    if not colon or not module or not factory:
+        raise ValueError(f"MODEL {spec!r} is none of the known forms; {_FORMS}")
+    return _load_factory(spec, module, factory, batch_size, seq_len, train)
+
+
+def _load_hf(spec: str, batch_size: int, seq_len: int, train: bool, weights: bool) -> LoadedModel:
+    with contextlib.nullcontext() if weights else torch.device("meta"):
+        model = build_hf_model(spec.removeprefix("hf:"), seq_len)
+        model.train(train)
+        kwargs = hf_inputs(model, batch_size, seq_len, train)
+    return LoadedModel(spec, model, kwargs=kwargs)
+
+
+def _load_factory(
+    spec: str, module_name: str, factory_name: str, batch_size: int, seq_len: int, train: bool
+) -> LoadedModel:
+    with _working_directory_on_path():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ValueError(
+                f"MODEL {spec!r}: module {module_name} cannot be imported: {error}; "
+                "run in the folder that holds it, or install it"
+            ) from error
+        factory = getattr(module, factory_name, None)
+        if factory is None:
+            raise ValueError(f"MODEL {spec!r}: module {module_name} has no {factory_name}")
+        model = factory() if not isinstance(factory, nn.Module) and callable(factory) else factory
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"MODEL {spec!r}: {factory_name} gives a {type(model).__name__}, not a torch.nn.Module"
+            )
+        model.train(train)
+        args, kwargs = _example_inputs(spec, module, model, batch_size, seq_len, train)
+    return LoadedModel(spec, model, args, kwargs)
+
+
+@contextlib.contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """An installed command does not look for modules in the working directory by itself."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
+def _example_inputs(
+    spec: str, module: object, model: nn.Module, batch_size: int, seq_len: int, train: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    give: Callable[[int, int], Any] | None = getattr(module, "example_inputs", None)
+    if give is not None:
+        return _as_call(spec, give(batch_size, seq_len))
+    if is_hf_model(model):
+        return (), hf_inputs(model, batch_size, seq_len, train)
+    raise ValueError(
+        f"MODEL {spec!r}: there are no example inputs; define a function "
+        "example_inputs(batch_size, seq_len) beside the factory that returns the arguments "
+        "of the model's forward"
+    )
+
+
+def _as_call(spec: str, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `example_inputs` gave as positional and keyword arguments."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, dict):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple):
+        if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+            return inputs[0], dict(inputs[1])
+        return inputs, {}
+    raise ValueError(
+        f"MODEL {spec!r}: example_inputs gives a {type(inputs).__name__}; it should give a tensor, "
+        "a tuple of arguments, a dict of keyword arguments, or a pair of both"
+    )
+
+
+def _load_export(path: Path) -> LoadedModel:
+    if not path.is_file():
+        raise ValueError(f"MODEL {path}: there is no such file; {_FORMS}")
+    try:
+        with _no_pickled_code():
+            program = torch.export.load(path)
+    except Exception as error:
+        raise ValueError(
+            f"MODEL {path}: is not an export that can be loaded: {error}; "
+            "write it with torch.export.save, from the same torch version"
+        ) from error
+    if program.example_inputs is None:
+        raise ValueError(f"MODEL {path}: holds no example inputs; export the model anew")
+    args, kwargs = program.example_inputs
+    return LoadedModel(str(path), program.module(), tuple(args), dict(kwargs))
+
+
+@contextlib.contextmanager
+def _no_pickled_code() -> Iterator[None]:
+    """Make torch.load refuse to run code from a file, which `torch.export.load` would let it do.
+
+    https://docs.pytorch.org/docs/stable/notes/serialization.html names the variable.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
