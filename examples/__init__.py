@@ -1,0 +1,1 @@
+"""Models and scripts that show graphpar at work; installed as `graphpar.examples`."""

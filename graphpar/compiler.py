@@ -1,0 +1,319 @@
+"""The straight line in one place: capture, canonicalize, price, partition, plan, lower, run."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpar.calibration import Calibration
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable, PricingOptions
+from graphpar.cost_models.roofline import Roofline
+from graphpar.frontend.capture import Captured, capture
+from graphpar.ir.chain import Chain, build_chain
+from graphpar.ir.graph import Graph
+from graphpar.ir.text import format_op
+from graphpar.partition.pipeline import partition as partition_chain
+from graphpar.partition.types import Partition
+from graphpar.passes.batch import AnalyseBatch, mixing_reason
+from graphpar.passes.canonicalize import Canonicalize
+from graphpar.passes.comm import InsertMessages
+from graphpar.passes.place import Place
+from graphpar.passes.randomness import KeyRandomness
+from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plans import Plan, hash_of
+from graphpar.rewrite import Pipeline
+from graphpar.runtime.assemble import Lowered, stage_links
+from graphpar.runtime.job import CompiledModel, Subject
+from graphpar.training import Training
+
+ClusterLike = Cluster | Mapping[str, Any] | str | os.PathLike[str]
+
+CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch()))
+"""What every captured graph goes through before it is priced."""
+_UNSPLIT = 10**6
+"""Stands for "as many as there are samples" where the batch may be split freely."""
+
+
+def lowering_passes(stage_of_unit: tuple[int, ...]) -> Pipeline:
+    """What leads from a captured graph to one that runs: stages first, then messages between them."""
+    return Pipeline((Place(stage_of_unit), InsertMessages()))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A captured model after the first passes, cut into units."""
+
+    captured: Captured
+    graph: Graph
+    chain: Chain
+    batch_reason: str
+
+    @property
+    def model_hash(self) -> str:
+        """Hash of the structure: ops, shapes and names, not source lines or weights."""
+        digest = hashlib.sha256()
+        for op in self.graph.ops:
+            digest.update(format_op(op).split(" @ ")[0].encode())
+        return digest.hexdigest()
+
+
+def plan(
+    model: nn.Module,
+    cluster: ClusterLike,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    train: Training | None = None,
+    precision: str = "float32",
+    calibration: Calibration | None = None,
+    time_limit_s: float = 60.0,
+    gap: float = 0.01,
+) -> Plan:
+    """Decide who runs what; needs no GPU and no weights (a model on the meta device will do).
+
+    Args:
+        model: Any `nn.Module`.
+        cluster: A `Cluster`, a dict, or the path of a cluster file.
+        args: Positional arguments of an example batch, the global batch in size.
+        kwargs: Keyword arguments of the example batch.
+        train: Plan training steps; without it, inference.
+        precision: Number format to compute in; "float32".
+        calibration: Measured curves of this machine's CPU; the cached ones by default.
+        time_limit_s: When to stop searching; the plan then says so.
+        gap: When to stop searching: proven within this fraction of the best.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        ClusterError: The cluster makes no sense.
+        InfeasibleError: Nothing fits; says what binds and the smallest change that fits.
+
+    >>> import torch, graphpar
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> plan = graphpar.plan(model, {"devices": [{"kind": "cpu"}]}, args=(torch.randn(6, 4),))
+    >>> len(plan.stages)
+    1
+    """
+    where = as_cluster(cluster)
+    prepared = prepare(model, args, kwargs or {}, train)
+    return plan_prepared(
+        prepared,
+        where,
+        train=train,
+        precision=precision,
+        calibration=calibration,
+        time_limit_s=time_limit_s,
+        gap=gap,
+    )
+
+
+def compile(  # noqa: A001 - the public name follows torch.compile
+    model: nn.Module,
+    cluster: ClusterLike,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    train: Training | None = None,
+    plan: Plan | None = None,
+    precision: str = "float32",
+    calibration: Calibration | None = None,
+    time_limit_s: float = 60.0,
+    gap: float = 0.01,
+) -> CompiledModel:
+    """Turn a model into a running parallel job.
+
+    Under plain `python` local workers are started; under torchrun every rank makes the same call.
+
+    Args:
+        model: Any `nn.Module` with its weights; it is left as it is.
+        cluster: A `Cluster`, a dict, or the path of a cluster file.
+        args: Positional arguments of an example batch.
+        kwargs: Keyword arguments of the example batch.
+        train: How to train; without it the job only infers.
+        plan: A plan made before; it must be for this model and this cluster.
+        precision: Number format to compute in; "float32".
+        calibration: Measured curves of this machine's CPU; the cached ones by default.
+        time_limit_s: When to stop searching for a plan.
+        gap: When to stop searching: proven within this fraction of the best.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        ClusterError: The cluster makes no sense, or does not fit the processes torchrun started.
+        InfeasibleError: Nothing fits.
+        PlanError: The plan given belongs to another model or cluster.
+        RunError: Workers could not be started.
+    """
+    where = as_cluster(cluster)
+    prepared = prepare(model, args, kwargs or {}, train)
+
+    def decide() -> Plan:
+        if plan is None:
+            return plan_prepared(
+                prepared,
+                where,
+                train=train,
+                precision=precision,
+                calibration=calibration,
+                time_limit_s=time_limit_s,
+                gap=gap,
+            )
+        plan.check_model(prepared.graph.name, prepared.model_hash)
+        plan.check_cluster(where.to_dict(), hash_of(where.to_dict()))
+        plan.check_mode(training=train is not None)
+        return plan
+
+    subject = Subject(
+        model=model,
+        captured=prepared.captured,
+        graph=prepared.graph,
+        whole_batch_only=bool(prepared.batch_reason),
+        cluster=where,
+        training=train,
+        lower=lambda graph, chosen: lower(graph, chosen, train is not None),
+        prepare_inference=lambda a, k: _inference(model, a, k),
+    )
+    return CompiledModel.start(subject, decide)
+
+
+def as_cluster(cluster: ClusterLike) -> Cluster:
+    """A cluster from whatever describes it."""
+    if isinstance(cluster, Cluster):
+        return cluster
+    if isinstance(cluster, Mapping):
+        return Cluster.from_dict(cluster)
+    return Cluster.load(cluster)
+
+
+def prepare(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: Training | None
+) -> Prepared:
+    """Capture a model for training or inference and cut it into units."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
+    if train is None:
+        captured = capture(model, args, kwargs, loss=None, training=False)
+    else:
+        captured = capture(model, args, kwargs, loss=train.loss or "returned")
+    return _prepared(captured)
+
+
+def _prepared(captured: Captured) -> Prepared:
+    graph, _ = CAPTURE_PASSES.run(captured.graph)
+    reason = captured.unsplittable or mixing_reason(graph)
+    return Prepared(captured, graph, build_chain(graph), reason)
+
+
+def _inference(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    captured = capture(model, args, kwargs, loss=None, training=False)
+    graph, _ = CAPTURE_PASSES.run(captured.graph)
+    reason = captured.unsplittable or mixing_reason(graph)
+    return Captured(graph, captured.signature, captured.constants, reason)
+
+
+def price(
+    prepared: Prepared,
+    cluster: Cluster,
+    *,
+    train: Training | None,
+    precision: str,
+    calibration: Calibration | None,
+) -> CostTable:
+    """The table of numbers that the partitioner reads."""
+    limit = 1 if prepared.batch_reason else _UNSPLIT
+    options = PricingOptions(
+        batch=prepared.graph.batch,
+        training=train is not None,
+        precision=precision,
+        optimizer_state_bytes_per_parameter_byte=_state_bytes(train) if train else 0.0,
+        max_microbatches=min(limit, prepared.graph.batch),
+        max_replicas=min(limit, prepared.graph.batch),
+        batch_reason=prepared.batch_reason,
+    )
+    return Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options)
+
+
+def plan_prepared(
+    prepared: Prepared,
+    cluster: Cluster,
+    *,
+    train: Training | None,
+    precision: str,
+    calibration: Calibration | None,
+    time_limit_s: float,
+    gap: float,
+) -> Plan:
+    """Price, partition and predict a captured model."""
+    if precision != "float32":
+        raise ValueError(f"precision={precision!r} is not available; this version runs 'float32'.")
+    if calibration is None and any(device.is_local_cpu for device in cluster.devices):
+        calibration = Calibration.cached()
+    table = price(
+        prepared, cluster, train=train, precision=precision, calibration=calibration
+    )
+    found = partition_chain(
+        table,
+        gap=gap,
+        time_limit_s=time_limit_s,
+        schedule=train.schedule if train else "auto",
+        microbatches=train.microbatches if train else "auto",
+    )
+    options = {
+        "gap": gap,
+        "time_limit_s": time_limit_s,
+        "schedule": train.schedule if train else "auto",
+        "microbatches": train.microbatches if train else "auto",
+        "calibrated": calibration is not None,
+    }
+    return plan_of(prepared, cluster, table, found, options)
+
+
+def plan_of(
+    prepared: Prepared,
+    cluster: Cluster,
+    table: CostTable,
+    found: Partition,
+    options: Mapping[str, str | int | float | bool | None] | None = None,
+) -> Plan:
+    """The plan of a partition, whoever found it; `options` is what the planner was asked for."""
+    lowered = lower(prepared.graph, found, table.training)
+    subject = PlanSubject(
+        model=prepared.graph.name,
+        model_hash=prepared.model_hash,
+        cluster=cluster.to_dict(),
+        cluster_hash=hash_of(cluster.to_dict()),
+        options=dict(options or {}),
+    )
+    return make_plan(subject, table, predict(table, found, stage_links(found, lowered.graphs)))
+
+
+def lower(graph: Graph, found: Partition, training: bool) -> Lowered:
+    """One lowered graph per pipeline of a partition."""
+    graphs = []
+    for pipeline in found.pipelines:
+        stage_of_unit = [0] * pipeline.stages[-1].last
+        for number, stage in enumerate(pipeline.stages):
+            stage_of_unit[stage.first : stage.last] = [number] * (stage.last - stage.first)
+        lowered, _ = lowering_passes(tuple(stage_of_unit)).run(graph)
+        graphs.append(lowered)
+    return Lowered(found, tuple(graphs), training)
+
+
+def _state_bytes(train: Training) -> float:
+    """Bytes of optimiser state per byte of parameters, seen from one step on a small parameter."""
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer = train.optimizer([parameter])
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"Training(optimizer=...) failed on a list of one parameter: {error}. It must make an "
+            "optimiser from any iterable of parameters."
+        ) from error
+    state = optimizer.state.get(parameter, {})
+    held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
+    return held / parameter.nbytes

@@ -1,0 +1,1 @@
+"""From a lowered graph and a schedule to running workers."""

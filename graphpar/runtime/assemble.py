@@ -1,0 +1,197 @@
+"""From a plan's partition and the lowered graphs to every rank's program."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+
+from graphpar.ir.graph import Graph
+from graphpar.ir.text import format_graph
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.runtime.lower import StageInterface, interface
+from graphpar.runtime.program import RankProgram
+from graphpar.schedule import Schedule, StageLink, build_schedule
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank stands: its pipeline, its stage there, and what the stage reads and makes."""
+
+    pipeline: int
+    interface: StageInterface
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of all parameters, buffers and constants the rank holds."""
+        return tuple(label for labels in self.interface.tensors.values() for label in labels)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A partition with one lowered graph per pipeline.
+
+    `graphs` are for any batch size where sizes are symbolic.
+    """
+
+    partition: Partition
+    graphs: tuple[Graph, ...]
+    training: bool
+
+    @cached_property
+    def placements(self) -> tuple[Placement, ...]:
+        """One per rank, in the order of `Partition.used_devices`."""
+        return tuple(
+            Placement(number, stage)
+            for number, (pipeline, graph) in enumerate(
+                zip(self.partition.pipelines, self.graphs, strict=True)
+            )
+            for index, choice in enumerate(pipeline.stages)
+            for stage in [interface(graph, index)]
+            for _ in choice.replicas
+        )
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """All ranks, then every set of ranks that hold a trained parameter together."""
+        sets = {ranks for ranks in self._holders.values() if len(ranks) > 1}
+        everyone = tuple(range(len(self.placements)))
+        return (everyone, *sorted(sets))
+
+    @cached_property
+    def _holders(self) -> Mapping[str, tuple[int, ...]]:
+        """For each trained parameter the ranks that hold it."""
+        trained = set(self.trained)
+        holders: dict[str, list[int]] = {}
+        for rank, placement in enumerate(self.placements):
+            for label in placement.interface.tensors["parameter"]:
+                if label in trained:
+                    holders.setdefault(label, []).append(rank)
+        return {label: tuple(ranks) for label, ranks in holders.items()}
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """Labels of the parameters that gradients reach, in the graph's order."""
+        return tuple(
+            str(op.args[0]) for op in self.graphs[0].sources("parameter") if op.attr("grad")
+        )
+
+    def programs(self, schedule: Schedule, batch: int) -> list[RankProgram]:
+        """Every rank's program for a schedule of a global batch."""
+        texts = [format_graph(graph) for graph in self.graphs]
+        starts = (0, *accumulate(schedule.microbatch_sizes))
+        programs = []
+        for rank, placement in enumerate(self.placements):
+            shared = {
+                label: self.groups.index(ranks)
+                for label, ranks in self._holders.items()
+                if rank in ranks and len(ranks) > 1
+            }
+            programs.append(
+                RankProgram(
+                    graph=texts[placement.pipeline],
+                    stage=placement.interface.stage,
+                    training=self.training,
+                    actions=tuple(str(action) for action in schedule.actions[rank]),
+                    routes=schedule.routes,
+                    sizes=schedule.microbatch_sizes,
+                    first_samples=starts[:-1],
+                    batch=batch,
+                    shared=shared if self.training else {},
+                    owned=tuple(la for la, ranks in self._holders.items() if ranks[0] == rank),
+                )
+            )
+        return programs
+
+    def schedule(self, batch: int) -> Schedule:
+        """The schedule for a global batch of so many samples.
+
+        Raises:
+            ValueError: There are fewer samples than pipelines.
+        """
+        partition = rescale(self.partition, batch)
+        return build_schedule(partition, stage_links(partition, self.graphs), self.training)
+
+
+def stage_links(partition: Partition, graphs: Sequence[Graph]) -> tuple[StageLink, ...]:
+    """Which stages (numbered over all pipelines) exchange how much."""
+    links: list[StageLink] = []
+    first = 0
+    for pipeline, graph in zip(partition.pipelines, graphs, strict=True):
+        totals: dict[tuple[int, int], StageLink] = {}
+        for op in graph.ops:
+            if op.target != "gp.send":
+                continue
+            source, target = op.attr("stage"), op.args[1]
+            assert isinstance(source, int) and isinstance(target, int)
+            key = (first + source, first + target)
+            per_sample = op.type.bytes(1) if op.type.batch_dims else 0
+            fixed = 0 if op.type.batch_dims else op.type.bytes(1)
+            back = bool(op.attr("grad"))
+            old = totals.get(key, StageLink(*key, 0.0))
+            totals[key] = replace(
+                old,
+                forward_bytes_per_sample=old.forward_bytes_per_sample + per_sample,
+                backward_bytes_per_sample=old.backward_bytes_per_sample + back * per_sample,
+                forward_fixed_bytes=old.forward_fixed_bytes + fixed,
+                backward_fixed_bytes=old.backward_fixed_bytes + back * fixed,
+            )
+        links += totals.values()
+        first += len(pipeline.stages)
+    return tuple(links)
+
+
+def rescale(partition: Partition, batch: int) -> Partition:
+    """The same stages for another number of samples: shares kept as nearly as whole samples allow.
+
+    Raises:
+        ValueError: There are fewer samples than pipelines.
+    """
+    pipelines = partition.pipelines
+    total = sum(p.samples for p in pipelines)
+    if batch == total:
+        return partition
+    if batch < len(pipelines):
+        raise ValueError(
+            f"The batch has {batch} samples, but the plan runs {len(pipelines)} pipelines side by side "
+            "and each needs one; give a larger batch or plan for the smaller one."
+        )
+    samples = _apportion([p.samples for p in pipelines], batch)
+    return replace(
+        partition, pipelines=tuple(_resized(p, n) for p, n in zip(pipelines, samples, strict=True))
+    )
+
+
+def _resized(pipeline: PipelineChoice, samples: int) -> PipelineChoice:
+    microbatches = max(1, round(pipeline.microbatches * samples / pipeline.samples))
+    widest = max(len(stage.replicas) for stage in pipeline.stages)
+    microbatches = min(samples, max(microbatches, widest))
+    stages = tuple(_redealt(stage, microbatches) for stage in pipeline.stages)
+    return PipelineChoice(samples, microbatches, stages)
+
+
+def _redealt(stage: StageChoice, microbatches: int) -> StageChoice:
+    shares = [r.microbatches for r in stage.replicas]
+    dealt = _apportion(shares, microbatches) if microbatches >= len(shares) else [
+        int(i < microbatches) for i in range(len(shares))
+    ]  # fmt: skip
+    return replace(
+        stage,
+        replicas=tuple(Replica(r.device, n) for r, n in zip(stage.replicas, dealt, strict=True)),
+    )
+
+
+def _apportion(shares: Sequence[int], total: int) -> list[int]:
+    """Whole numbers near the shares that add up to the total, each at least one.
+
+    >>> _apportion([24, 8], 8), _apportion([5, 1], 3)
+    ([6, 2], [2, 1])
+    """
+    whole = sum(shares)
+    exact = [total * share / whole for share in shares]
+    result = [max(1, int(x)) for x in exact]
+    while sum(result) < total:
+        result[max(range(len(shares)), key=lambda i: exact[i] - result[i])] += 1
+    while sum(result) > total:
+        candidates = [i for i in range(len(shares)) if result[i] > 1]
+        result[min(candidates, key=lambda i: exact[i] - result[i])] -= 1
+    return result

@@ -1,0 +1,73 @@
+"""Emulation: real numbers, real messages, and a pause for the time a slower device would need more."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Pace:
+    """Stretches work to `slowdown` times its own computing time.
+
+    With one thread the computing time is the thread's CPU time, so that waiting for a core that
+    another worker holds is not stretched too.
+    """
+
+    def __init__(self, slowdown: float, threads: int) -> None:
+        self.slowdown = slowdown
+        self.clock = time.thread_time if threads == 1 else time.perf_counter
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Run the body, then sleep for the rest of its stretched time."""
+        if self.slowdown == 1.0:
+            yield
+            return
+        began, computed = time.perf_counter(), self.clock()
+        yield
+        target = (self.clock() - computed) * self.slowdown
+        rest = target - (time.perf_counter() - began)
+        if rest > 0:
+            time.sleep(rest)
+
+
+class SlowLink:
+    """One direction of a link that carries one message at a time at a given rate.
+
+    A message leaves when the link is free and has had `latency_s + bytes / bytes_per_s`; sending
+    happens on a thread of its own, so that computing goes on meanwhile.
+    """
+
+    def __init__(self, latency_s: float, bytes_per_s: float) -> None:
+        self.latency_s, self.bytes_per_s = latency_s, bytes_per_s
+        self._free_at = 0.0
+        self._jobs: queue.Queue[tuple[float, Callable[[], None]] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="graphpar-link", daemon=True)
+        self._thread.start()
+
+    def submit(self, num_bytes: int, deliver: Callable[[], None]) -> None:
+        """Deliver a message of so many bytes when the link would have carried it."""
+        start = max(time.monotonic(), self._free_at)
+        self._free_at = start + self.latency_s + num_bytes / self.bytes_per_s
+        self._jobs.put((self._free_at, deliver))
+
+    def drain(self) -> None:
+        """Wait until everything submitted is delivered; raises what delivering raised."""
+        self._jobs.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            due, deliver = job
+            rest = due - time.monotonic()
+            if rest > 0:
+                time.sleep(rest)
+            try:
+                deliver()
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._jobs.task_done()

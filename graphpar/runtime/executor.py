@@ -1,0 +1,284 @@
+"""Runs a rank's list of actions: receives posted ahead, direct edges between any two stages.
+
+The forward of a stage is its own autograd graph. Backward starts from the gradients that later stages
+send back (and from the loss in the stage that makes it) and ends at the values received from earlier
+stages, whose gradients are sent on.
+"""
+
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphpar.ir.graph import Graph
+from graphpar.ir.text import parse_graph
+from graphpar.runtime.emulate import Pace
+from graphpar.runtime.lower import Message, StageBuilder
+from graphpar.runtime.program import Event, RankProgram, StepReport
+from graphpar.runtime.random import StepContext
+from graphpar.runtime.transport import Arrival, Transport
+from graphpar.schedule import Action
+
+_POST_AHEAD = 2
+"""Receives posted before they are needed; one would stall the sender, many would hold memory."""
+
+
+@dataclass
+class _InFlight:
+    """What one microbatch leaves between its forward and its backward."""
+
+    received: dict[int, torch.Tensor]
+    sent: dict[int, torch.Tensor]
+    loss: torch.Tensor | None
+
+
+@dataclass
+class StepResult:
+    """What a rank has after a step: results by (place among all results, microbatch)."""
+
+    results: dict[tuple[int, int], torch.Tensor]
+    report: StepReport
+
+
+@dataclass
+class _Step:
+    """State of one step."""
+
+    inputs: Mapping[str, torch.Tensor]
+    posted: dict[Action, list[Arrival]] = field(default_factory=dict)
+    to_post: deque[Action] = field(default_factory=deque)
+    arrived: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    gradients: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    outgoing: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    returning: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    in_flight: dict[int, _InFlight] = field(default_factory=dict)
+    results: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+
+
+class Executor:
+    """One rank's part of one schedule.
+
+    Args:
+        program: What to do.
+        tensors: The rank's parameters, buffers and constants by label.
+        transport: The way to other ranks.
+        device: Where to compute.
+        seed: Seed of the keyed random streams.
+        pace: Stretches computing for an emulated device.
+        optimizer: Called for the optimiser step; None for inference.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        tensors: Mapping[str, torch.Tensor],
+        transport: Transport,
+        device: torch.device,
+        seed: int,
+        pace: Pace,
+        optimizer: Callable[[], None] | None = None,
+    ) -> None:
+        self.program = program
+        self.transport = transport
+        self.pace = pace
+        self.context = StepContext(seed=seed)
+        graph = parse_graph(program.graph)
+        self.builder = StageBuilder(graph, program.stage, tensors, device, self.context)
+        self.interface = self.builder.interface
+        self.actions = tuple(Action.parse(token) for token in program.actions)
+        self.device = device
+        self._optimizer = optimizer
+        self._tensors = tensors
+        self._types = _types(graph, self.interface.receives, self.interface.sends)
+        self._requires_grad = {m.tag for m in self.interface.receives if m.has_gradient}
+        self._run: dict[str, Callable[[_Step, Action], None]] = {
+            "R": self._receive,
+            "F": self._forward,
+            "S": self._send,
+            "G": self._receive_gradient,
+            "B": self._backward,
+            "D": self._send_gradient,
+            "A": self._reduce,
+            "O": self._optimize,
+        }
+
+    def step(self, inputs: Mapping[str, torch.Tensor], number: int) -> StepResult:
+        """Run all actions once.
+
+        Args:
+            inputs: Graph inputs by label; per microbatch as `label@number`, shared ones as `label`.
+            number: Which step this is; keys the random streams.
+        """
+        self.context.step = number
+        self.context.batch = self.program.batch
+        state = _Step({k: v.to(self.device) for k, v in inputs.items()})
+        state.to_post.extend(a for a in self.actions if a.kind in "RG")
+        start = time.monotonic()
+        self._post_ahead(state)
+        with torch.set_grad_enabled(self.program.training):
+            for action in self.actions:
+                began = time.monotonic()
+                self._run[action.kind](state, action)
+                state.events.append(Event(str(action), began, time.monotonic()))
+        self.transport.flush()
+        report = StepReport(-1, start, time.monotonic(), tuple(state.events), peak_bytes(self.device))
+        return StepResult(state.results, report)
+
+    # --- messages ---
+
+    def _tag(self, message: Message, microbatch: int, backward: bool) -> int:
+        return (2 * message.tag + backward) * len(self.program.sizes) + microbatch
+
+    def _peer(self, message: Message, microbatch: int) -> int:
+        return self.program.routes[microbatch][message.stage]
+
+    def _post_ahead(self, state: _Step) -> None:
+        while state.to_post and len(state.posted) < _POST_AHEAD:
+            action = state.to_post.popleft()
+            assert action.microbatch is not None
+            backward = action.kind == "G"
+            messages = self._gradients_back() if backward else self.interface.receives
+            state.posted[action] = [
+                self._post(message, action.microbatch, backward) for message in messages
+            ]
+
+    def _post(self, message: Message, microbatch: int, backward: bool) -> Arrival:
+        sizes, dtype = self._types[message.name]
+        shape = sizes(self.program.sizes[microbatch])
+        tag = self._tag(message, microbatch, backward)
+        return self.transport.post(self._peer(message, microbatch), shape, dtype, tag)
+
+    def _gradients_back(self) -> list[Message]:
+        return [m for m in self.interface.sends if m.has_gradient]
+
+    def _receive(self, state: _Step, action: Action) -> None:
+        assert action.microbatch is not None
+        arrivals = state.posted.pop(action)
+        self._post_ahead(state)
+        for message, arrival in zip(self.interface.receives, arrivals, strict=True):
+            state.arrived[message.tag, action.microbatch] = arrival.wait()
+
+    def _receive_gradient(self, state: _Step, action: Action) -> None:
+        assert action.microbatch is not None
+        arrivals = state.posted.pop(action)
+        self._post_ahead(state)
+        for message, arrival in zip(self._gradients_back(), arrivals, strict=True):
+            state.gradients[message.tag, action.microbatch] = arrival.wait()
+
+    def _send(self, state: _Step, action: Action) -> None:
+        assert action.microbatch is not None
+        for message in self.interface.sends:
+            value = state.outgoing.pop((message.tag, action.microbatch))
+            tag = self._tag(message, action.microbatch, backward=False)
+            self.transport.send(self._peer(message, action.microbatch), value, tag)
+
+    def _send_gradient(self, state: _Step, action: Action) -> None:
+        assert action.microbatch is not None
+        for message in self.interface.receives:
+            if message.has_gradient:
+                value = state.returning.pop((message.tag, action.microbatch))
+                tag = self._tag(message, action.microbatch, backward=True)
+                self.transport.send(self._peer(message, action.microbatch), value, tag)
+
+    # --- computing ---
+
+    def _forward(self, state: _Step, action: Action) -> None:
+        number = action.microbatch
+        assert number is not None
+        size = self.program.sizes[number]
+        self.context.first_sample = self.program.first_samples[number]
+        self.context.samples = size
+        received = {m.tag: state.arrived.pop((m.tag, number)) for m in self.interface.receives}
+        if self.program.training:
+            for tag in self._requires_grad:
+                received[tag].requires_grad_()
+        module = self.builder.module(size, self.program.batch)
+        inputs = [self._input(state, label, number) for label in self.interface.inputs]
+        with self.pace.work():
+            sends, results = module(*inputs, *received.values())
+        sent = {m.tag: value for m, value in zip(self.interface.sends, sends, strict=True)}
+        state.outgoing.update({(tag, number): value for tag, value in sent.items()})
+        for (place, _), value in zip(self.interface.results, results, strict=True):
+            state.results[place, number] = value.detach()
+        if self.program.training:
+            loss = results[0] if results else None
+            state.in_flight[number] = _InFlight(received, sent, loss)
+
+    def _input(self, state: _Step, label: str, number: int) -> torch.Tensor:
+        own = state.inputs.get(f"{label}@{number}")
+        return own if own is not None else state.inputs[label]
+
+    def _backward(self, state: _Step, action: Action) -> None:
+        number = action.microbatch
+        assert number is not None
+        kept = state.in_flight.pop(number)
+        roots, gradients = self._roots(state, kept, number)
+        with self.pace.work():
+            if roots:
+                torch.autograd.backward(roots, gradients)
+        for tag in self._requires_grad:
+            value = kept.received[tag]
+            state.returning[tag, number] = (
+                value.grad if value.grad is not None else torch.zeros_like(value)
+            )
+
+    def _roots(
+        self, state: _Step, kept: _InFlight, number: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Tensors where backward starts, each once, with the sum of the gradients that came back."""
+        totals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for message in self._gradients_back():
+            value = kept.sent[message.tag]
+            gradient = state.gradients.pop((message.tag, number))
+            if value.requires_grad:
+                before = totals.get(id(value))
+                totals[id(value)] = (value, gradient if before is None else before[1] + gradient)
+        if kept.loss is not None and kept.loss.requires_grad:
+            totals[id(kept.loss)] = (kept.loss, torch.ones_like(kept.loss))
+        return [v for v, _ in totals.values()], [g for _, g in totals.values()]
+
+    # --- after the last backward ---
+
+    def _reduce(self, state: _Step, action: Action) -> None:
+        """Sum the gradients of parameters that other ranks hold too."""
+        buckets: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        for label, group in sorted(self.program.shared.items()):
+            parameter = self._tensors[label]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            buckets.setdefault((group, parameter.dtype), []).append(parameter.grad)
+        for (group, _), gradients in sorted(buckets.items(), key=lambda item: item[0][0]):
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            total = self.transport.sum(flat, group)
+            parts = torch.split(total, [g.numel() for g in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _optimize(self, state: _Step, action: Action) -> None:
+        if self._optimizer is not None:
+            with self.pace.work():
+                self._optimizer()
+
+
+def _types(
+    graph: Graph, receives: tuple[Message, ...], sends: tuple[Message, ...]
+) -> dict[str, tuple[Callable[[int], tuple[int, ...]], torch.dtype]]:
+    """For each message a function from microbatch size to shape, and the dtype."""
+    return {
+        m.name: (graph[m.name].type.sizes, getattr(torch, graph[m.name].type.dtype))
+        for m in (*receives, *sends)
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the process on a CPU, of torch's allocator on a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    scale: Any = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)

@@ -1,0 +1,83 @@
+"""Run another graph of the same model on ranks that already hold its weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from graphpar.errors import VerifyError
+from graphpar.ir.chain import build_chain
+from graphpar.ir.graph import Graph
+from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.runtime.assemble import Lowered
+
+
+def lower_inference(
+    graph: Graph, trained: Lowered, lower: Callable[[Graph, Partition], Lowered]
+) -> Lowered:
+    """The graph lowered so that every weight is read where training keeps it.
+
+    Raises:
+        VerifyError: The graph reads weights in another order than training does, so that no stage
+            order serves both.
+    """
+    pipelines = []
+    first_rank = 0
+    for pipeline in trained.partition.pipelines:
+        stages_of = _stages_of_weights(trained, first_rank, pipeline)
+        pipelines.append(_fitted(graph, pipeline, stages_of))
+        first_rank += sum(len(stage.replicas) for stage in pipeline.stages)
+    partition = replace(trained.partition, pipelines=tuple(pipelines), schedule="gpipe")
+    return replace(lower(graph, partition), training=False)
+
+
+def _stages_of_weights(
+    trained: Lowered, first_rank: int, pipeline: PipelineChoice
+) -> Mapping[str, list[int]]:
+    """For each parameter the stages that hold it."""
+    found: dict[str, list[int]] = {}
+    rank = first_rank
+    for number, stage in enumerate(pipeline.stages):
+        for label in trained.placements[rank].interface.tensors["parameter"]:
+            found.setdefault(label, []).append(number)
+        rank += len(stage.replicas)
+    return found
+
+
+def _fitted(
+    graph: Graph, pipeline: PipelineChoice, stages_of: Mapping[str, list[int]]
+) -> PipelineChoice:
+    """The pipeline with its stages cut at this graph's units."""
+    units = build_chain(graph).units
+    current = 0
+    starts = [0]
+    for index, unit in enumerate(units):
+        needed = _earliest(graph, unit.ops, stages_of, current)
+        while current < needed:
+            current += 1
+            starts.append(index)
+    starts += [len(units)] * (len(pipeline.stages) - len(starts))
+    ends = [*starts[1:], len(units)]
+    stages = tuple(
+        StageChoice(first, last, stage.replicas)
+        for first, last, stage in zip(starts, ends, pipeline.stages, strict=True)
+    )
+    return replace(pipeline, stages=stages)
+
+
+def _earliest(
+    graph: Graph, ops: tuple[str, ...], stages_of: Mapping[str, list[int]], current: int
+) -> int:
+    """The first stage, not before the current one, that holds all trained weights of a unit."""
+    needed = current
+    for name in ops:
+        for operand in graph[name].operands():
+            source = graph[operand]
+            if source.target != "parameter" or str(source.args[0]) not in stages_of:
+                continue
+            at = [s for s in stages_of[str(source.args[0])] if s >= needed]
+            if not at:
+                raise VerifyError(
+                    f"Inference reads {source.args[0]!r} in a later stage than training keeps it; "
+                    "compile a job for inference alone (without train=)."
+                )
+            needed = at[0]
+    return needed

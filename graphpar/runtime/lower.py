@@ -1,0 +1,228 @@
+"""From one stage of a lowered graph to a `torch.fx.GraphModule` for one microbatch size.
+
+Passes never touch torch; this module is where the graph becomes executable, at the very end.
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphpar.errors import VerifyError
+from graphpar.frontend.torch_private import lookup_op
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol
+from graphpar.runtime.own_ops import Attention, Bernoulli, Dropout, Random, Share
+from graphpar.runtime.random import Layout, StepContext
+
+
+@dataclass(frozen=True)
+class Message:
+    """A value that crosses to another stage: its tag, the other stage, and whether gradients return."""
+
+    tag: int
+    name: str
+    stage: int
+    has_gradient: bool
+
+
+@dataclass(frozen=True)
+class StageInterface:
+    """What a stage reads and makes.
+
+    Attributes:
+        stage: Number of the stage in its pipeline.
+        inputs: Labels of the graph inputs it reads.
+        tensors: Labels of the parameters, buffers and constants it holds, by kind.
+        receives: Values from earlier stages.
+        sends: Values for later stages; a value with several readers stands here once for each.
+        results: Names of the graph's results it makes, with their place among all results.
+    """
+
+    stage: int
+    inputs: tuple[str, ...]
+    tensors: Mapping[str, tuple[str, ...]]
+    receives: tuple[Message, ...]
+    sends: tuple[Message, ...]
+    results: tuple[tuple[int, str], ...]
+
+
+def stage_ops(graph: Graph, stage: int) -> tuple[Op, ...]:
+    """The ops of one stage, and the sources they read, in order of execution."""
+    own = [op for op in graph.ops if op.attr("stage") == stage]
+    read = {name for op in own for name in op.operands() if op.target != "gp.recv"}
+    sources = [op for op in graph.ops if op.target in SOURCES and op.name in read]
+    return (*sources, *own)
+
+
+def interface(graph: Graph, stage: int) -> StageInterface:
+    """What a stage of a lowered graph reads and makes."""
+    ops = stage_ops(graph, stage)
+
+    def labels(target: str) -> tuple[str, ...]:
+        return tuple(str(op.args[0]) for op in ops if op.target == target)
+
+    mine = {op.name for op in ops if op.target not in SOURCES}
+    return StageInterface(
+        stage=stage,
+        inputs=labels("input"),
+        tensors={kind: labels(kind) for kind in ("parameter", "buffer", "constant")},
+        receives=tuple(_message(op) for op in ops if op.target == "gp.recv"),
+        sends=tuple(_message(op) for op in ops if op.target == "gp.send"),
+        results=tuple((i, n) for i, n in enumerate(graph.output.operands()) if n in mine),
+    )
+
+
+def _message(op: Op) -> Message:
+    stage, tag = op.args[1], op.args[2]
+    assert isinstance(stage, int) and isinstance(tag, int)
+    return Message(tag, op.name, stage, bool(op.attr("grad")))
+
+
+class StageBuilder:
+    """Builds the modules of one stage, one per microbatch size, all on the same tensors.
+
+    Args:
+        graph: A lowered graph.
+        stage: Which stage of it.
+        tensors: Parameters, buffers and constants by label, on their device.
+        device: Where the stage runs.
+        context: Filled in before each forward.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        stage: int,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        context: StepContext,
+    ) -> None:
+        self.ops = stage_ops(graph, stage)
+        self.interface = interface(graph, stage)
+        self.tensors, self.device, self.context = tensors, device, context
+        self._modules: dict[tuple[int, int], fx.GraphModule] = {}
+
+    def module(self, samples: int, batch: int) -> fx.GraphModule:
+        """The stage for microbatches of so many samples of a global batch of so many.
+
+        Its arguments are the inputs, then the received values; its results the values to send, then
+        the graph's results, each in the order of the interface.
+        """
+        key = (samples, batch)
+        if key not in self._modules:
+            self._modules[key] = self._build(samples, batch)
+        return self._modules[key]
+
+    def _build(self, samples: int, batch: int) -> fx.GraphModule:
+        root = nn.Module()
+        graph = fx.Graph()
+        env: dict[str, fx.Node] = {}
+        stamp = _Stamp(samples, batch, self.device)
+        for kind in ("input", "gp.recv"):
+            for op in self.ops:
+                if op.target == kind:
+                    env[op.name] = graph.placeholder(_identifier(op.name))
+        sends: list[fx.Node] = []
+        for op in self.ops:
+            if op.target in ("input", "gp.recv"):
+                continue
+            if op.target == "gp.send":
+                sends.append(env[op.operands()[0]])
+                env[op.name] = sends[-1]
+            elif op.target in SOURCES:
+                env[op.name] = self._attach(root, graph, op)
+            elif op.target.startswith("gp."):
+                env[op.name] = self._own(root, graph, op, env, stamp)
+            else:
+                env[op.name] = _call(graph, op, env, stamp)
+        graph.output((tuple(sends), tuple(env[name] for _, name in self.interface.results)))
+        return fx.GraphModule(root, graph)
+
+    def _attach(self, root: nn.Module, graph: fx.Graph, op: Op) -> fx.Node:
+        name = _identifier(op.name)
+        tensor = self.tensors[str(op.args[0])]
+        if isinstance(tensor, nn.Parameter):
+            root.register_parameter(name, tensor)
+        else:
+            root.register_buffer(name, tensor)
+        return graph.get_attr(name)
+
+    def _own(
+        self, root: nn.Module, graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: "_Stamp"
+    ) -> fx.Node:
+        arguments = tuple(stamp.argument(a, env) for a in op.args)
+        name = f"{_identifier(op.name)}_op"
+        root.add_module(name, self._own_module(op))
+        if op.target == "gp.random":
+            arguments = (arguments[0], arguments[1], stamp.dtype(str(op.args[2])), self.device)
+        return graph.call_module(name, arguments)
+
+    def _own_module(self, op: Op) -> nn.Module:
+        if op.target == "gp.share":
+            return Share(self.context)
+        stream, given = op.kwarg("stream"), op.kwarg("layout")
+        assert isinstance(stream, int)
+        layout = None
+        if isinstance(given, tuple):
+            outer, inner = given
+            assert isinstance(outer, int) and isinstance(inner, int)
+            layout = Layout(op.type.batch_dims[0], outer, inner)
+        classes = {
+            "gp.dropout": Dropout,
+            "gp.bernoulli": Bernoulli,
+            "gp.random": Random,
+            "gp.attention": Attention,
+        }
+        return classes[op.target](self.context, stream, layout)
+
+
+class _Stamp:
+    """Turns arguments of the graph into torch's, for one microbatch size on one device."""
+
+    def __init__(self, samples: int, batch: int, device: torch.device) -> None:
+        self.samples, self.batch, self.device = samples, batch, device
+
+    def argument(self, value: Argument, env: Mapping[str, fx.Node]) -> Any:
+        """One argument; references become nodes."""
+        if isinstance(value, Ref):
+            return env[value.name]
+        if isinstance(value, BatchSize):
+            return value.at(self.samples)
+        if isinstance(value, tuple):
+            return [self.argument(v, env) for v in value]
+        return self.symbol(value) if isinstance(value, Symbol) else value
+
+    def symbol(self, value: Symbol) -> Any:
+        """A torch constant; any device becomes the stage's own."""
+        if value.kind == "batch":
+            return int(value.value) * self.batch
+        if value.kind == "device":
+            return self.device
+        return self.dtype(value.value)
+
+    def dtype(self, name: str) -> Any:
+        """A dtype, layout or memory format by its name in torch."""
+        return getattr(torch, name)
+
+
+def _call(graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: _Stamp) -> fx.Node:
+    arguments = tuple(stamp.argument(a, env) for a in op.args)
+    if op.target == "getitem":
+        return graph.call_function(operator.getitem, arguments)
+    try:
+        function = lookup_op(op.target)
+    except AttributeError:
+        raise VerifyError(
+            f"Op %{op.name} calls {op.target}, which this torch ({torch.__version__}) does not have. "
+            "Plan again with the torch version that runs the job."
+        ) from None
+    keywords = {k: stamp.argument(v, env) for k, v in op.kwargs}
+    return graph.call_function(function, arguments, keywords)
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)

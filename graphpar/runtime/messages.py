@@ -1,0 +1,145 @@
+"""Messages between driver and workers over a private socket: a small header and raw tensor bytes.
+
+The header is msgpack: a kind, plain data, and for each tensor its name, dtype and shape. No pickles
+travel but one: the optimiser factory, which the user's own process made and sends over this pipe.
+"""
+
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+
+_LENGTH = struct.Struct("!QQ")
+
+
+class _TensorHeader(msgspec.Struct, frozen=True):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class _Header(msgspec.Struct, frozen=True):
+    kind: str
+    data: dict[str, Any]
+    tensors: tuple[_TensorHeader, ...]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message: what it is, plain data, and named tensors (on the CPU)."""
+
+    kind: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def send(channel: socket.socket, message: Message) -> None:
+    """Write one message.
+
+    Raises:
+        OSError: The other side is gone.
+    """
+    for part in _parts(message):
+        channel.sendall(part)
+
+
+def receive(channel: socket.socket) -> Message:
+    """Read one message.
+
+    Raises:
+        EOFError: The other side closed the channel.
+    """
+    length, body = _LENGTH.unpack(_read(channel, _LENGTH.size))
+    header = _read(channel, length)
+    return _assemble(header, memoryview(_read(channel, body)))
+
+
+def pack(message: Message) -> bytearray:
+    """One message as bytes, for collectives.
+
+    >>> unpack(pack(Message("hello", {"x": 1}))).data
+    {'x': 1}
+    """
+    packed = bytearray()
+    for part in _parts(message):
+        packed += part
+    return packed
+
+
+def unpack(packed: bytes | bytearray | memoryview) -> Message:
+    """The inverse of `pack`."""
+    view = memoryview(packed)
+    length, body = _LENGTH.unpack(view[: _LENGTH.size])
+    start = _LENGTH.size + length
+    return _assemble(view[_LENGTH.size : start], view[start : start + body])
+
+
+def _parts(message: Message) -> Iterator[bytes | memoryview]:
+    raw = {name: _bytes_of(t) for name, t in message.tensors.items()}
+    header = _Header(
+        message.kind,
+        dict(message.data),
+        tuple(
+            _TensorHeader(name, _dtype_name(t), tuple(t.shape), raw[name].nbytes)
+            for name, t in message.tensors.items()
+        ),
+    )
+    encoded = msgspec.msgpack.encode(header)
+    yield _LENGTH.pack(len(encoded), sum(view.nbytes for view in raw.values()))
+    yield encoded
+    yield from raw.values()
+
+
+def _assemble(encoded: bytearray | memoryview, payload: memoryview) -> Message:
+    header = msgspec.msgpack.decode(encoded, type=_Header)
+    tensors = {}
+    start = 0
+    for item in header.tensors:
+        tensors[item.name] = _tensor_of(payload[start : start + item.num_bytes], item)
+        start += item.num_bytes
+    return Message(header.kind, header.data, tensors)
+
+
+def _read(channel: socket.socket, count: int) -> bytearray:
+    buffer = bytearray(count)
+    view = memoryview(buffer)
+    while view.nbytes:
+        try:
+            got = channel.recv_into(view)
+        except ConnectionError:
+            got = 0
+        if got == 0:
+            raise EOFError("the other side closed the channel")
+        view = view[got:]
+    return buffer
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 0:
+        return memoryview(b"")
+    return flat.view(torch.uint8).numpy().data
+
+
+def _tensor_of(raw: memoryview, header: _TensorHeader) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, header.dtype)
+    if not raw.nbytes:
+        return torch.empty(header.shape, dtype=dtype)
+    flat = torch.frombuffer(raw, dtype=torch.uint8)
+    if dtype != torch.uint8:
+        flat = _aligned(flat, dtype).view(dtype)
+    return flat.reshape(header.shape)
+
+
+def _aligned(flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Reinterpreting bytes needs an aligned start; copy when the message did not give one."""
+    return flat.clone() if flat.data_ptr() % 16 else flat

@@ -1,0 +1,104 @@
+"""What a worker is told: its part of a plan as plain data, and what it reports about a step."""
+
+from typing import Any
+
+import msgspec
+
+
+class EmulatedLink(msgspec.Struct, frozen=True):
+    """A link to another rank that is made slower: latency and rate of one direction."""
+
+    rank: int
+    latency_s: float
+    bytes_per_s: float
+
+
+class RankProgram(msgspec.Struct, frozen=True):
+    """One rank's part of one schedule (training or inference).
+
+    Attributes:
+        graph: Text of the lowered graph of the rank's pipeline.
+        stage: The rank's stage in that pipeline.
+        training: Whether there is a backward and an optimiser.
+        actions: Tokens of what to do in one step.
+        routes: For each microbatch the rank of each stage of its pipeline.
+        sizes: Samples of each microbatch.
+        first_samples: Place of each microbatch's first sample in the global batch.
+        batch: Samples in the global batch.
+        shared: For each parameter that several ranks hold the number of their group.
+        owned: Parameters that this rank counts in the global gradient norm.
+    """
+
+    graph: str
+    stage: int
+    training: bool
+    actions: tuple[str, ...]
+    routes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    first_samples: tuple[int, ...]
+    batch: int
+    shared: dict[str, int]
+    owned: tuple[str, ...]
+
+
+class WorkerSetup(msgspec.Struct, frozen=True):
+    """What a worker needs once, whatever it runs.
+
+    Attributes:
+        rank: Its rank among the workers.
+        world_size: Number of workers.
+        device: Torch device such as `cpu` or `cuda:0`.
+        threads: Threads for computing on the CPU.
+        slowdown: Emulation: how many times slower than it is the device should be.
+        links: Emulated links from this rank.
+        groups: Ranks that share parameters; every rank creates all groups in this order.
+        seed: Seed of the keyed random streams.
+        max_grad_norm: Global norm that gradients are clipped to; None for no clipping.
+        store: Path of the rendezvous file of a local job.
+        path: The driver's `sys.path`, so that the optimiser factory finds the user's modules.
+    """
+
+    rank: int
+    world_size: int
+    device: str
+    threads: int
+    slowdown: float
+    links: tuple[EmulatedLink, ...]
+    groups: tuple[tuple[int, ...], ...]
+    seed: int
+    max_grad_norm: float | None
+    store: str = ""
+    path: tuple[str, ...] = ()
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One action of a step as it ran; times in seconds of the machine's monotonic clock."""
+
+    token: str
+    start_s: float
+    end_s: float
+
+
+class StepReport(msgspec.Struct, frozen=True):
+    """What a rank reports about one step.
+
+    Attributes:
+        rank: Who reports.
+        start_s: When the step began, on the machine's monotonic clock.
+        end_s: When it ended.
+        events: What was done when.
+        peak_bytes: Largest memory the rank held: of the process on a CPU, of torch's allocator on a
+            GPU.
+    """
+
+    rank: int
+    start_s: float
+    end_s: float
+    events: tuple[Event, ...]
+    peak_bytes: int
+
+
+def encode(value: msgspec.Struct) -> dict[str, Any]:
+    """Plain data for a message header."""
+    data: dict[str, Any] = msgspec.to_builtins(value)
+    return data

@@ -1,0 +1,219 @@
+"""The same job under torchrun: every rank runs the user's script and is one device of the cluster."""
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from graphpar.cluster import Cluster
+from graphpar.errors import ClusterError, GraphparError, RunError
+from graphpar.plans import Plan
+from graphpar.runtime.executor import StepResult
+from graphpar.runtime.local import read_step
+from graphpar.runtime.messages import Message, pack, unpack
+from graphpar.runtime.program import RankProgram
+from graphpar.runtime.worker import (
+    COLLECTIVE_TIMEOUT,
+    OptimizerFactory,
+    Worker,
+    step_message,
+)
+from graphpar.runtime.workers import RankStart
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun (or its like) started."""
+    return dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def match_devices(cluster: Cluster, hosts: Sequence[tuple[int, str, int]]) -> dict[str, int]:
+    """Which process is which device.
+
+    Args:
+        cluster: The devices.
+        hosts: For each process rank: the number of its node in torchrun, its host name, its local
+            rank.
+
+    Returns:
+        Device name to process rank.
+
+    Raises:
+        ClusterError: The processes on each node do not match the cluster's devices.
+
+    Nodes of the cluster with a `host` are matched by name, the others in order.
+    """
+    by_node: dict[int, dict[int, int]] = {}
+    names: dict[int, str] = {}
+    for rank, (node, host, local) in enumerate(hosts):
+        by_node.setdefault(node, {})[local] = rank
+        names[node] = host
+    free = sorted(by_node)
+    chosen: dict[str, int] = {}
+    for wanted in cluster.nodes:
+        match = next((n for n in free if wanted.host and names[n] == wanted.host), None)
+        if match is None and not wanted.host:
+            match = next((n for n in free if len(by_node[n]) == len(wanted.devices)), None)
+        if match is None or len(by_node[match]) < len(wanted.devices):
+            raise ClusterError(
+                f"Node {wanted.name!r} of the cluster has {len(wanted.devices)} devices, but torchrun "
+                f"started {_describe(by_node, names)}. Start one process per device "
+                "(--nproc-per-node), or correct the cluster."
+            )
+        free.remove(match)
+        for local, device in enumerate(wanted.devices):
+            chosen[device.name] = by_node[match][local]
+    return chosen
+
+
+def _describe(by_node: Mapping[int, Mapping[int, int]], names: Mapping[int, str]) -> str:
+    return ", ".join(f"{len(ranks)} processes on {names[node]}" for node, ranks in by_node.items())
+
+
+class TorchrunWorkers:
+    """This process's rank, and collectives with all others.
+
+    Processes without work take part in the exchange of results only.
+    """
+
+    def __init__(self, processes: Mapping[str, int]) -> None:
+        self._processes = processes
+        self._worker: Worker | None = None
+        self._rank_of: list[int] = []
+
+    @classmethod
+    def join(cls, cluster: Cluster) -> "TorchrunWorkers":
+        """Meet all processes and match them with the cluster's devices."""
+        if not dist.is_initialized():
+            try:
+                dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+            except Exception as error:
+                address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+                raise RunError(
+                    f"The processes could not meet at {address}: {error}. If the port is in use, give "
+                    "torchrun another --master-port, or --standalone on one machine."
+                ) from error
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        node = int(os.environ.get("GROUP_RANK", "0"))
+        here = {"node": node, "host": socket.gethostname(), "local": local}
+        met = [m.data for m in exchange(Message("host", here))]
+        hosts = [(m["node"], m["host"], m["local"]) for m in met]
+        return cls(match_devices(cluster, hosts))
+
+    def agree(self, decide: Callable[[], Plan]) -> Plan:
+        """The first process decides; all others get its plan, or its error."""
+        message = Message("none")
+        if dist.get_rank() == 0:
+            try:
+                message = Message("plan", {"json": decide().to_json()})
+            except GraphparError as error:
+                message = Message("error", {"text": str(error)})
+                answers = exchange(message)
+                raise
+        answers = exchange(message)
+        if answers[0].kind == "error":
+            raise RunError(f"Planning failed on rank 0: {answers[0].data['text']}", rank=0)
+        return Plan.from_json(answers[0].data["json"], name="the plan of rank 0")
+
+    def same_everywhere(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first process's tensors on every process; only those that differ are sent."""
+        names = sorted(tensors)
+        sums = [(t.double().sum(), t.double().abs().sum()) for t in map(tensors.get, names) if t is not None]
+        mine = torch.tensor(sums, dtype=torch.float64).nan_to_num()
+        highest, lowest = mine.clone(), mine.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        result = dict(tensors)
+        for place in (highest != lowest).any(dim=1).nonzero().flatten().tolist():
+            name = names[place]
+            buffer = tensors[name].detach().cpu().contiguous().clone()
+            dist.broadcast(buffer, src=0)
+            result[name] = buffer
+        return result
+
+    def begin(
+        self,
+        starts: Sequence[RankStart],
+        tensors: Mapping[str, torch.Tensor],
+        trained: Sequence[str],
+        factory: OptimizerFactory | None,
+    ) -> None:
+        """Set up this process's rank, if it has work; all processes make the groups together."""
+        self._rank_of = [self._processes[start.device_name] for start in starts]
+        mine = dist.get_rank()
+        if mine not in self._rank_of:
+            for group in starts[0].setup.groups:
+                dist.new_group([self._rank_of[r] for r in group], backend="gloo")
+            return
+        start = starts[self._rank_of.index(mine)]
+        torch.set_num_threads(start.setup.threads)
+        own = {label: tensors[label] for label in start.tensors}
+        self._worker = Worker(start.setup, own, trained, factory, self._rank_of)
+
+    # --- the Workers protocol ---
+
+    def install(self, name: str, programs: Sequence[RankProgram]) -> None:
+        """Make a program ready on this rank."""
+        if self._worker is not None:
+            self._worker.install(name, programs[self._worker.setup.rank])
+
+    def step(
+        self, name: str, inputs: Sequence[Mapping[str, torch.Tensor]], number: int
+    ) -> list[StepResult]:
+        """Run a program once; every process gets all ranks' results."""
+        message = Message("idle")
+        if self._worker is not None:
+            result = self._worker.step(name, inputs[self._worker.setup.rank], number)
+            message = step_message(result)
+        return [read_step(answer) for answer in self._exchange(message)]
+
+    def read(self, labels: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor]]:
+        """Tensors by label from every rank."""
+        return self._gather(labels, lambda worker, names: worker.read(names))
+
+    def gradients(self, labels: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor]]:
+        """Gradients by label from every rank."""
+        return self._gather(labels, lambda worker, names: worker.gradients(names))
+
+    def write(self, tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Overwrite tensors by label on this rank."""
+        if self._worker is not None:
+            self._worker.write(tensors[self._worker.setup.rank])
+
+    def close(self) -> None:
+        """Leave the process group as it is: the user's script may go on using it."""
+        self._worker = None
+
+    def _gather(
+        self,
+        labels: Sequence[Sequence[str]],
+        get: Callable[[Worker, Sequence[str]], dict[str, torch.Tensor]],
+    ) -> list[dict[str, torch.Tensor]]:
+        message = Message("idle")
+        if self._worker is not None:
+            own = get(self._worker, labels[self._worker.setup.rank])
+            message = Message("tensors", tensors=own)
+        return [dict(answer.tensors) for answer in self._exchange(message)]
+
+    def _exchange(self, message: Message) -> list[Message]:
+        """Every rank's message, in rank order."""
+        answers = exchange(message)
+        return [answers[process] for process in self._rank_of]
+
+
+def exchange(message: Message) -> list[Message]:
+    """Every process's message on every process, in process order."""
+    packed = torch.frombuffer(pack(message), dtype=torch.uint8)
+    world = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([packed.numel()]))
+    longest = int(max(size.item() for size in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: packed.numel()] = packed
+    gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(world)]
+    dist.all_gather(gathered, padded)
+    return [
+        unpack(part[: int(size.item())].numpy().tobytes())
+        for part, size in zip(gathered, sizes, strict=True)
+    ]

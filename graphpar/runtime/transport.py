@@ -1,0 +1,108 @@
+"""Tensors between ranks over torch.distributed (gloo): tagged, asynchronous, receives posted ahead.
+
+Devices without gloo support are staged through the CPU, so that a GPU and a CPU can be neighbours.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from graphpar.runtime.emulate import SlowLink
+from graphpar.runtime.program import EmulatedLink
+
+
+@dataclass
+class Arrival:
+    """A receive that was posted: `wait` gives the tensor on the rank's device."""
+
+    buffer: torch.Tensor
+    work: "dist.Work | None"
+    device: torch.device
+
+    def wait(self) -> torch.Tensor:
+        """Block until the message is here."""
+        if self.work is not None:
+            self.work.wait()
+        return self.buffer.to(self.device)
+
+
+class Transport:
+    """Point-to-point messages and reductions of one rank.
+
+    Args:
+        device: Where the rank computes.
+        ranks: For each rank of the job its rank in the process group.
+        groups: Ranks of the job that reduce together; created by all ranks in this order.
+        links: Links of this rank that are made slower.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        ranks: Sequence[int],
+        groups: Sequence[Sequence[int]],
+        links: Sequence[EmulatedLink] = (),
+    ) -> None:
+        self.device = device
+        self.ranks = tuple(ranks)
+        self._slow = {link.rank: SlowLink(link.latency_s, link.bytes_per_s) for link in links}
+        self._emulated = {link.rank: link for link in links}
+        self._members = [tuple(g) for g in groups]
+        self._groups = [dist.new_group([self.ranks[r] for r in g], backend="gloo") for g in groups]
+        self._pending: list[tuple[dist.Work | None, torch.Tensor]] = []
+
+    def post(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, tag: int) -> Arrival:
+        """Make ready for a message from a rank."""
+        buffer = torch.empty(shape, dtype=dtype)
+        work = dist.irecv(_flat(buffer), src=self.ranks[rank], tag=tag)
+        return Arrival(buffer, work, self.device)
+
+    def send(self, rank: int, tensor: torch.Tensor, tag: int) -> None:
+        """Send without waiting; the tensor is kept until it is out."""
+        buffer = tensor.detach().cpu().contiguous()
+        flat = _flat(buffer)
+        peer = self.ranks[rank]
+        slow = self._slow.get(rank)
+        if slow is not None:
+            slow.submit(flat.nbytes, lambda: dist.send(flat, dst=peer, tag=tag))
+            return
+        self._pending = [(w, t) for w, t in self._pending if w is not None and not w.is_completed()]
+        self._pending.append((dist.isend(flat, dst=peer, tag=tag), flat))
+
+    def flush(self) -> None:
+        """Wait until everything sent is out."""
+        for slow in self._slow.values():
+            slow.drain()
+        for work, _ in self._pending:
+            if work is not None:
+                work.wait()
+        self._pending.clear()
+
+    def sum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
+        """Sum over a group of ranks; the result is on the tensor's device."""
+        buffer = tensor.cpu()
+        self._wait_for_slow_ring(self._members[group], buffer.nbytes)
+        dist.all_reduce(buffer, group=self._groups[group])
+        return buffer.to(tensor.device)
+
+    def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over every rank of the process group, those without work included."""
+        buffer = tensor.cpu()
+        dist.all_reduce(buffer)
+        return buffer.to(tensor.device)
+
+    def _wait_for_slow_ring(self, members: Sequence[int], num_bytes: int) -> None:
+        """A ring moves 2 (w - 1) / w of the bytes in 2 (w - 1) messages over its slowest link."""
+        links = [self._emulated[r] for r in members if r in self._emulated]
+        if links:
+            turns = 2 * (len(members) - 1)
+            chunk = num_bytes / len(members)
+            time.sleep(turns * max(k.latency_s + chunk / k.bytes_per_s for k in links))
+
+
+def _flat(buffer: torch.Tensor) -> torch.Tensor:
+    """Gloo sends no zero-dimensional tensors; a flat view of the same storage is sent."""
+    return buffer.view(-1)

@@ -1,0 +1,215 @@
+"""One rank at work: holds its tensors and programs, and answers the driver's commands.
+
+Under torchrun the same `Worker` lives in the user's own process; in a local job it runs behind a
+socket in a process of its own (`serve`).
+"""
+
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import cloudpickle
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from graphpar.runtime.emulate import Pace
+from graphpar.runtime.executor import Executor, StepResult
+from graphpar.runtime.messages import Message, receive, send
+from graphpar.runtime.program import RankProgram, WorkerSetup, encode
+from graphpar.runtime.transport import Transport
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""A peer silent for this long is lost; deaths are noticed at once by other means."""
+ALL_RANKS = 0
+"""The first group holds every rank that has work."""
+
+
+class Worker:
+    """A rank's tensors, optimiser and programs.
+
+    Args:
+        setup: What the rank needs once.
+        tensors: Its parameters, buffers and constants by label.
+        trained: Labels of the parameters to train, in the model's order.
+        factory: Makes the optimiser; None when nothing is trained.
+        ranks: For each rank of the job its rank in the process group.
+    """
+
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        tensors: Mapping[str, torch.Tensor],
+        trained: Sequence[str],
+        factory: OptimizerFactory | None,
+        ranks: Sequence[int],
+    ) -> None:
+        self.setup = setup
+        self.device = torch.device(setup.device)
+        self.tensors: dict[str, torch.Tensor] = {}
+        for label, tensor in tensors.items():
+            tensor = tensor.to(self.device, copy=True)
+            self.tensors[label] = nn.Parameter(tensor) if label in set(trained) else tensor
+        self.trained = tuple(label for label in trained if label in self.tensors)
+        parameters = [self._parameter(label) for label in self.trained]
+        self.optimizer = factory(parameters) if factory is not None and parameters else None
+        self.transport = Transport(self.device, ranks, setup.groups, setup.links)
+        self.pace = Pace(setup.slowdown, setup.threads)
+        self.executors: dict[str, Executor] = {}
+
+    def install(self, name: str, program: RankProgram) -> None:
+        """Make a program ready to run under a name."""
+        step = (lambda: self._optimize(program)) if program.training else None
+        self.executors[name] = Executor(
+            program, self.tensors, self.transport, self.device, self.setup.seed, self.pace, step
+        )
+
+    def step(self, name: str, inputs: Mapping[str, torch.Tensor], number: int) -> StepResult:
+        """Run a program once."""
+        result = self.executors[name].step(inputs, number)
+        report = msgspec.structs.replace(result.report, rank=self.setup.rank)
+        return StepResult(result.results, report)
+
+    def read(self, labels: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Copies of tensors by label."""
+        return {label: self.tensors[label].detach().clone() for label in labels}
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Overwrite tensors by label; one the rank does not hold yet is added."""
+        with torch.no_grad():
+            for label, tensor in tensors.items():
+                if label in self.tensors:
+                    self.tensors[label].copy_(tensor)
+                else:
+                    self.tensors[label] = tensor.to(self.device, copy=True)
+
+    def gradients(self, labels: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Gradients of the last step by label, where they were kept."""
+        kept = {label: self.tensors[label].grad for label in labels}
+        return {label: g.detach().clone() for label, g in kept.items() if g is not None}
+
+    def _parameter(self, label: str) -> nn.Parameter:
+        parameter = self.tensors[label]
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def _optimize(self, program: RankProgram) -> None:
+        if self.setup.max_grad_norm is not None:
+            self._clip(program, self.setup.max_grad_norm)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def _clip(self, program: RankProgram, limit: float) -> None:
+        """Clip by the norm over all ranks, each parameter counted once."""
+        square = torch.zeros((), dtype=torch.float64)
+        for label in program.owned:
+            gradient = self.tensors[label].grad
+            if gradient is not None:
+                square += gradient.double().square().sum().cpu()
+        norm = float(self.transport.sum(square, ALL_RANKS).sqrt())
+        scale = min(1.0, limit / (norm + 1e-6))
+        for label in self.trained:
+            gradient = self.tensors[label].grad
+            if gradient is not None:
+                gradient.mul_(scale)
+
+
+def join_local_group(setup: WorkerSetup) -> None:
+    """Meet the other workers of a local job through a file; nothing listens beyond loopback."""
+    name = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{setup.store}",
+        rank=setup.rank,
+        world_size=setup.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer the driver until it closes the channel; the process ends with this function.
+
+    A thread reads commands, so that the end of the driver is noticed in the midst of a computation.
+    """
+    commands: queue.Queue[Message] = queue.Queue()
+
+    def listen() -> None:
+        try:
+            while True:
+                commands.put(receive(channel))
+        except (EOFError, OSError):
+            os._exit(1)
+
+    threading.Thread(target=listen, name="graphpar-commands", daemon=True).start()
+    worker: Worker | None = None
+    while True:
+        command = commands.get()
+        if command.kind == "close":
+            os._exit(0)
+        try:
+            if command.kind == "setup":
+                worker = _set_up(command)
+                reply = Message("ready")
+            else:
+                assert worker is not None
+                reply = _answer(worker, command)
+        except BaseException as error:
+            reply = _failure(error)
+        send(channel, reply)
+
+
+def _set_up(command: Message) -> Worker:
+    setup = msgspec.convert(command.data["setup"], WorkerSetup)
+    sys.path[:] = [*setup.path, *(p for p in sys.path if p not in setup.path)]
+    torch.set_num_threads(setup.threads)
+    join_local_group(setup)
+    pickled = command.data["optimizer"]
+    factory = cloudpickle.loads(pickled) if pickled else None
+    ranks = range(setup.world_size)
+    return Worker(setup, command.tensors, command.data["trained"], factory, ranks)
+
+
+def _answer(worker: Worker, command: Message) -> Message:
+    data: Mapping[str, Any] = command.data
+    if command.kind == "install":
+        worker.install(data["name"], msgspec.convert(data["program"], RankProgram))
+        return Message("ready")
+    if command.kind == "step":
+        result = worker.step(data["name"], command.tensors, data["number"])
+        return step_message(result)
+    if command.kind == "read":
+        return Message("tensors", tensors=worker.read(data["labels"]))
+    if command.kind == "write":
+        worker.write(command.tensors)
+        return Message("ready")
+    assert command.kind == "gradients", command.kind
+    return Message("tensors", tensors=worker.gradients(data["labels"]))
+
+
+def step_message(result: StepResult) -> Message:
+    """A step's result as a message."""
+    tensors = {f"{place}@{number}": t for (place, number), t in result.results.items()}
+    return Message("result", {"report": encode(result.report)}, tensors)
+
+
+def _failure(error: BaseException) -> Message:
+    return Message(
+        "error",
+        {
+            "time_s": time.monotonic(),
+            "type": type(error).__name__,
+            "text": str(error),
+            "traceback": traceback.format_exc(),
+        },
+    )

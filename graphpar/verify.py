@@ -1,0 +1,253 @@
+"""Does the parallel job compute what one device computes? Outputs, losses, every gradient."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from graphpar.compiler import ClusterLike, Prepared, as_cluster, lower, plan_prepared, prepare
+from graphpar.compiler import compile as compile_model
+from graphpar.frontend.torch_private import flatten
+from graphpar.plans import Plan
+from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.reference import EagerModel, OneDevice, draws_at_random, whole_on_one_device
+from graphpar.training import Training
+
+FLOAT32_ROUNDING = 1e-4
+"""Largest difference, relative to the largest value compared, that counts as rounding.
+
+Sums over microbatches and ranks add the same float32 terms in another order.
+"""
+_NOISE_FLOOR = 1e-3
+"""Gradients this much smaller than the largest of all are compared with this part of the largest."""
+
+
+class HoldStill(torch.optim.Optimizer):
+    """An optimiser that changes nothing, so that gradients can be read after a step."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Leave everything as it is."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Keep gradients."""
+
+
+class VerifyReport(msgspec.Struct, frozen=True):
+    """Largest relative differences between the parallel job and one device.
+
+    Attributes:
+        equal: Whether all of them are within rounding.
+        reference: What the job was compared with: "eager model" or "captured graph".
+        output_difference: Of inference results, None when training was verified.
+        loss_difference: Of the losses of all steps, None for inference.
+        gradient_difference: Of the first step's gradients, None for inference.
+        worst_gradient: Name of the parameter with the largest difference.
+        losses: Losses of the parallel job.
+        reference_losses: Losses on one device.
+        devices: Devices of the plan.
+    """
+
+    equal: bool
+    reference: str
+    output_difference: float | None
+    loss_difference: float | None
+    gradient_difference: float | None
+    worst_gradient: str
+    losses: tuple[float, ...]
+    reference_losses: tuple[float, ...]
+    devices: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"compared with the {self.reference} on one device, over {', '.join(self.devices)}"]
+        for name, value in (
+            ("output", self.output_difference),
+            ("loss", self.loss_difference),
+            ("gradient", self.gradient_difference),
+        ):
+            if value is not None:
+                lines.append(f"largest {name} difference {value:.2g} (relative)")
+        if self.worst_gradient:
+            lines.append(f"worst gradient: {self.worst_gradient}")
+        lines.append("the numbers are the same" if self.equal else "THE NUMBERS DIFFER")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    cluster: ClusterLike,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    train: Training | None = None,
+    plan: Plan | None = None,
+    steps: int = 1,
+    precision: str = "float32",
+    time_limit_s: float = 60.0,
+    gap: float = 0.01,
+) -> VerifyReport:
+    """Run the same steps on the cluster and on one device, and compare.
+
+    Args:
+        model: Any module with weights; left as it is.
+        cluster: Where to run.
+        args: Positional arguments of the batch.
+        kwargs: Keyword arguments of the batch.
+        train: Verify training with this optimiser; without it, inference.
+        plan: A plan made before.
+        steps: Training steps whose losses are compared.
+        precision: See `graphpar.compile`.
+        time_limit_s: See `graphpar.compile`.
+        gap: See `graphpar.compile`.
+    """
+    kwargs = dict(kwargs or {})
+    where = as_cluster(cluster)
+    prepared = prepare(model, args, kwargs, train)
+    if plan is None:
+        plan = plan_prepared(
+            prepared, where, train=train, precision=precision, calibration=None,
+            time_limit_s=time_limit_s, gap=gap,
+        )  # fmt: skip
+
+    def job(training: Training | None) -> CompiledModel:
+        return compile_model(model, where, args, kwargs, train=training, plan=plan)
+
+    devices = plan.partition.used_devices
+    if train is None:
+        return _verify_inference(model, prepared, job, args, kwargs, devices)
+    return _verify_training(model, prepared, job, args, kwargs, train, steps, devices)
+
+
+def reference_for(model: nn.Module, prepared: Prepared, train: Training | None) -> EagerModel | OneDevice:
+    """The one-device run that a job must agree with."""
+    if not draws_at_random(prepared.graph):
+        return EagerModel(model, train)
+    partition = whole_on_one_device(prepared.graph)
+    (graph,) = lower(prepared.graph, partition, train is not None).graphs
+    return OneDevice(model, prepared.captured, graph, prepared.graph, train.seed if train else 0)
+
+
+def _verify_inference(
+    model: nn.Module,
+    prepared: Prepared,
+    job: Callable[[Training | None], CompiledModel],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    devices: tuple[str, ...],
+) -> VerifyReport:
+    with torch.no_grad():
+        reference = reference_for(model, prepared, None)
+        wanted = reference.forward(args, kwargs)
+    with job(None) as running:
+        leaves, _ = flatten(running(*args, **kwargs))
+    got = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    difference = max((relative_difference(a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
+    return VerifyReport(
+        equal=difference <= FLOAT32_ROUNDING,
+        reference=_name(reference),
+        output_difference=difference,
+        loss_difference=None,
+        gradient_difference=None,
+        worst_gradient="",
+        losses=(),
+        reference_losses=(),
+        devices=devices,
+    )
+
+
+def _verify_training(
+    model: nn.Module,
+    prepared: Prepared,
+    job: Callable[[Training | None], CompiledModel],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    train: Training,
+    steps: int,
+    devices: tuple[str, ...],
+) -> VerifyReport:
+    reference = reference_for(model, prepared, train)
+    (loss,) = reference.forward(args, kwargs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    wanted = {name: g.clone() for name, g in reference.gradients().items()}
+    with job(replace(train, optimizer=HoldStill, max_grad_norm=None)) as running:
+        first = float(running.step(*args, **kwargs))
+        got = running.gradients()
+    worst, gradient_difference = compare_gradients(got, wanted)
+    with job(train) as running:
+        losses = tuple(float(running.step(*args, **kwargs)) for _ in range(steps))
+    reference = reference_for(model, prepared, train)
+    expected = tuple(train_on_one_device(reference, train, args, kwargs, steps))
+    pairs = [(first, float(loss.detach())), *zip(losses, expected, strict=True)]
+    loss_difference = max(abs(a - b) / max(abs(b), 1e-8) for a, b in pairs)
+    return VerifyReport(
+        equal=loss_difference <= FLOAT32_ROUNDING and gradient_difference <= FLOAT32_ROUNDING,
+        reference=_name(reference),
+        output_difference=None,
+        loss_difference=loss_difference,
+        gradient_difference=gradient_difference,
+        worst_gradient=worst,
+        losses=losses,
+        reference_losses=expected,
+        devices=devices,
+    )
+
+
+def train_on_one_device(
+    reference: EagerModel | OneDevice,
+    train: Training,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    steps: int,
+) -> Iterable[float]:
+    """Losses of optimiser steps on one device."""
+    optimizer = train.optimizer(reference.parameters)
+    for step in range(steps):
+        (loss,) = reference.forward(args, kwargs, step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if train.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(reference.parameters, train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield float(loss.detach())
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
+    """Largest difference, relative to the largest magnitude in `b` (at least `floor`).
+
+    >>> round(relative_difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])), 3)
+    0.2
+    """
+    if a.shape != b.shape:
+        return float("inf")
+    if not b.numel() or not b.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    largest = max(float(b.abs().max()), floor)
+    difference = float((a.double() - b.double()).abs().max())
+    if difference == 0.0 or torch.equal(a, b):
+        return 0.0
+    return difference / largest if largest > 0 else float("inf")
+
+
+def compare_gradients(
+    got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> tuple[str, float]:
+    """The parameter whose gradient differs most, and by how much."""
+    largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
+    worst, difference = "", 0.0
+    for name, gradient in wanted.items():
+        if name in got:
+            own = relative_difference(got[name], gradient, _NOISE_FLOOR * largest)
+        else:
+            own = 0.0 if not bool(gradient.any()) else float("inf")
+        if own > difference or own != own:
+            worst, difference = name, own
+    return worst, difference
+
+
+def _name(reference: EagerModel | OneDevice) -> str:
+    return "eager model" if isinstance(reference, EagerModel) else "captured graph"
