@@ -1,0 +1,221 @@
+"""Devices that are equal for all purposes, and the stages that can be made of them.
+
+Two devices are interchangeable when the cost table gives them the same class and every link looks
+the same from both. A *cell* is such a set; a plan need only say how many devices of each cell a
+stage takes. Nodes between which no link differs are merged into one *place* first, so that a cluster
+of single-device nodes on one network is as symmetric as one node.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from graphpar.cost import CostTable, LinkCost, Topology
+
+Links = frozenset[LinkCost]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Interchangeable devices: one class, one place."""
+
+    device_class: int
+    place: int
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All cells of a cluster.
+
+    `links[place][place]` is None where a place holds one device. `node_sizes` is kept only where
+    cells span nodes: the most devices of any node that holds a device of the cell.
+    """
+
+    cells: tuple[Cell, ...]
+    links: tuple[tuple[LinkCost | None, ...], ...]
+    node_sizes: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Devices in each cell."""
+        return tuple(len(c.devices) for c in self.cells)
+
+
+@dataclass(frozen=True)
+class StageOption:
+    """A way to staff a stage: `take[i]` devices of cell i; everything else follows from the cells.
+
+    `sides` are the kinds of links the stage's boundaries may have; None for those that the places of
+    the other options give.
+    """
+
+    take: tuple[int, ...]
+    places: frozenset[int]
+    ring: Links
+    sides: tuple[Links, ...] | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of replicas."""
+        return sum(self.take)
+
+
+def find_cells(table: CostTable) -> Cells:
+    """Group the devices of a table into cells, larger nodes first in the order of the table."""
+    places = _merge_nodes(table)
+    place_of = {node: i for i, nodes in enumerate(places) for node in nodes}
+    found: dict[tuple[int, int], list[str]] = {}
+    for index, device_class in enumerate(table.device_classes):
+        for device in device_class.devices:
+            node = table.topology.node_of[device]
+            found.setdefault((index, place_of[node]), []).append(device)
+    cells = tuple(Cell(c, p, tuple(d)) for (c, p), d in found.items())
+    return Cells(cells, _place_links(table, places))
+
+
+def relaxed_cells(table: CostTable) -> Cells:
+    """One cell per device class in one place whose link is better than every real link.
+
+    Prices under these cells are lower bounds on prices under the real ones.
+    """
+    best = _best(list(_all_links(table)))
+    cells = tuple(Cell(i, 0, c.devices) for i, c in enumerate(table.device_classes) if c.devices)
+    return Cells(cells, ((best,),))
+
+
+def class_cells(table: CostTable) -> Cells:
+    """One cell per device class, a place of its own: its best link inside a node, and across nodes.
+
+    Prices under these cells are lower bounds on prices under the real ones, if boundaries and rings
+    that must leave a node are priced as such.
+    """
+    sizes, nodes = _node_sizes(table), table.topology.node_of
+    used = [(i, c) for i, c in enumerate(table.device_classes) if c.devices]
+    names = sorted(sizes)
+    cross = [_link(table.topology, a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    network = _best(cross)
+    inside = [
+        _best([table.topology.inside[n] for n in {nodes[d] for d in c.devices} if sizes[n] > 1])
+        for _, c in used
+    ]
+    links = tuple(
+        tuple(inside[i] if i == j else network for j in range(len(used))) for i in range(len(used))
+    )
+    cells = tuple(Cell(i, place, c.devices) for place, (i, c) in enumerate(used))
+    largest = tuple(max(sizes[nodes[d]] for d in c.devices) for _, c in used)
+    return Cells(cells, (*links, (network,) * len(used)), largest)
+
+
+def _best(links: Sequence[LinkCost]) -> LinkCost | None:
+    """A link no worse than any of some."""
+    if not links:
+        return None
+    return LinkCost(min(k.latency_s for k in links), max(k.bytes_per_s for k in links))
+
+
+def links_between(cells: Cells, left: frozenset[int], right: frozenset[int]) -> Links:
+    """The links a message may need between a device of some places and another of some others."""
+    found = {cells.links[a][b] for a in left for b in right}
+    return pareto(k for k in found if k is not None)
+
+
+def pareto(links: Iterator[LinkCost] | Sequence[LinkCost]) -> Links:
+    """Only links that can be the slowest for some message size."""
+    kept: list[LinkCost] = []
+    for link in sorted(set(links), key=lambda k: (k.bytes_per_s, -k.latency_s)):
+        if all(link.latency_s > other.latency_s for other in kept):
+            kept.append(link)
+    return frozenset(kept)
+
+
+def count_vectors(limits: Sequence[int], total: int) -> list[tuple[int, ...]]:
+    """All non-zero vectors below the limits with at most `total` in sum.
+
+    >>> count_vectors((1, 1), 1)
+    [(0, 1), (1, 0)]
+    """
+    ranges = [range(min(n, total) + 1) for n in limits]
+    return [v for v in product(*ranges) if 0 < sum(v) <= total]
+
+
+def make_option(cells: Cells, take: tuple[int, ...]) -> StageOption:
+    """The stage option that takes the given number of devices of each cell."""
+    counts: dict[int, int] = {}
+    for cell, number in zip(cells.cells, take, strict=True):
+        if number:
+            counts[cell.place] = counts.get(cell.place, 0) + number
+    ring = {cells.links[a][b] for a in counts for b in counts if a != b or counts[a] > 1}
+    return StageOption(take, frozenset(counts), pareto(k for k in ring if k is not None))
+
+
+def group_links(cells: Cells, groups: Sequence[Sequence[int]]) -> Links:
+    """The links between devices of different groups, each a count by cell."""
+    places = [
+        frozenset(c.place for c, n in zip(cells.cells, group, strict=True) if n) for group in groups
+    ]
+    found: set[LinkCost] = set()
+    for index, left in enumerate(places):
+        for right in places[index + 1 :]:
+            found |= links_between(cells, left, right)
+    return pareto(list(found))
+
+
+def _all_links(table: CostTable) -> set[LinkCost]:
+    nodes = sorted(set(table.topology.node_of.values()))
+    found = {_link(table.topology, a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :]}
+    sizes = _node_sizes(table)
+    return found | {table.topology.inside[a] for a in nodes if sizes[a] > 1}
+
+
+def _node_sizes(table: CostTable) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for device in table.class_of:
+        node = table.topology.node_of[device]
+        sizes[node] = sizes.get(node, 0) + 1
+    return sizes
+
+
+def _link(topology: Topology, a: str, b: str) -> LinkCost:
+    if a == b:
+        return topology.inside[a]
+    return topology.between.get((a, b)) or topology.between.get((b, a)) or topology.network
+
+
+def _merge_nodes(table: CostTable) -> list[list[str]]:
+    """Put a node into the first place all of whose links it shares, else open a new place."""
+    sizes = _node_sizes(table)
+    places: list[list[str]] = []
+    special = {node for pair in table.topology.between for node in pair}
+    for node in sizes:
+        for place in places:
+            if _may_join(table, sizes, special, place, node):
+                place.append(node)
+                break
+        else:
+            places.append([node])
+    return places
+
+
+def _may_join(
+    table: CostTable, sizes: dict[str, int], special: set[str], place: list[str], node: str
+) -> bool:
+    # Nodes named in `between` see links of their own; they stay apart.
+    if node in special or place[0] in special:
+        return False
+    network = table.topology.network
+    return all(sizes[n] == 1 or table.topology.inside[n] == network for n in (*place, node))
+
+
+def _place_links(table: CostTable, places: list[list[str]]) -> tuple[tuple[LinkCost | None, ...], ...]:
+    sizes = _node_sizes(table)
+
+    def link(i: int, j: int) -> LinkCost | None:
+        first, other = places[i][0], places[j][0]
+        if i != j:
+            return _link(table.topology, first, other)
+        if len(places[i]) > 1:
+            return table.topology.network
+        return table.topology.inside[first] if sizes[first] > 1 else None
+
+    return tuple(tuple(link(i, j) for j in range(len(places))) for i in range(len(places)))

@@ -1,0 +1,253 @@
+"""Recompute a partition from the cost table alone; shares no code with what found it.
+
+The formulas are those documented in `pipeline_price`, written a second time on purpose: microbatch
+by microbatch instead of by mean sizes, unit by unit instead of by prefix sums.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from graphpar.cost import CostTable
+from graphpar.errors import VerifyError
+from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+
+TOLERANCE = 1e-7
+"""Largest relative difference between two ways to add up the same numbers."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checker found: step time with its parts, and peak bytes per device."""
+
+    objective_s: float
+    parts: dict[str, float]
+    peak_bytes: dict[str, float]
+
+
+def check_partition(table: CostTable, partition: Partition, *, memory: bool = True) -> Checked:
+    """Recompute everything a partition claims.
+
+    Args:
+        table: What the partition was made for.
+        partition: The claim.
+        memory: Whether a peak above a device's memory is an error.
+
+    Raises:
+        VerifyError: A rule is broken or a number is wrong; lists up to ten of them.
+    """
+    problems = list(_structure_problems(table, partition))
+    if not problems:
+        checked = recompute(table, partition)
+        problems = list(_number_problems(table, partition, checked, memory))
+        if not problems:
+            return checked
+    raise VerifyError("the partition does not hold what it says: " + "; ".join(problems[:10]))
+
+
+def recompute(table: CostTable, partition: Partition) -> Checked:
+    """Step time, parts and peaks of a partition whose structure is sound."""
+    slowest = max(
+        (_pipeline_parts(table, partition, p) for p in partition.pipelines),
+        key=lambda parts: sum(parts),
+    )
+    sync, optimizer = _slowest_finish(table, partition)
+    names = ("fill_compute_s", "fill_transfer_s", "steady_s")
+    parts = dict(zip(names, slowest, strict=True))
+    parts |= {"sync_s": sync, "optimizer_s": optimizer}
+    peaks: dict[str, float] = {}
+    for pipeline in partition.pipelines:
+        for number, stage in enumerate(pipeline.stages):
+            for index in range(len(stage.replicas)):
+                device = stage.replicas[index].device
+                peaks[device] = _peak(table, partition, pipeline, number, index)
+    return Checked(sum(parts.values()), parts, peaks)
+
+
+def _structure_problems(table: CostTable, partition: Partition) -> Iterator[str]:
+    if not partition.pipelines:
+        yield "there is no pipeline"
+    if sum(p.samples for p in partition.pipelines) != table.batch:
+        yield f"the shares do not add up to the batch of {table.batch}"
+    seen: set[str] = set()
+    copies = [0] * len(table.units)
+    for number, pipeline in enumerate(partition.pipelines):
+        where = f"pipeline {number}"
+        if not 1 <= pipeline.microbatches <= min(pipeline.samples, table.max_microbatches):
+            yield f"{where}: {pipeline.microbatches} microbatches of {pipeline.samples} samples"
+        expected = 0
+        for stage in pipeline.stages:
+            if stage.first != expected or stage.last <= stage.first:
+                yield f"{where}: a stage holds units {stage.first} to {stage.last}"
+            expected = stage.last
+            for unit in range(max(stage.first, 0), min(stage.last, len(copies))):
+                copies[unit] += len(stage.replicas)
+            dealt = [r.microbatches for r in stage.replicas]
+            if not dealt or min(dealt) < 1 or sum(dealt) != pipeline.microbatches:
+                yield f"{where}: a stage deals {dealt} of {pipeline.microbatches} microbatches"
+            for replica in stage.replicas:
+                if replica.device not in table.class_of:
+                    yield f"{where}: there is no device {replica.device}"
+                if replica.device in seen:
+                    yield f"device {replica.device} is used twice"
+                seen.add(replica.device)
+        if expected != len(table.units):
+            yield f"{where}: the stages end at unit {expected} of {len(table.units)}"
+    if max(copies, default=0) > table.max_replicas:
+        yield f"a unit has {max(copies)} copies where {table.max_replicas} are allowed"
+
+
+def _number_problems(
+    table: CostTable, partition: Partition, checked: Checked, memory: bool
+) -> Iterator[str]:
+    if not _close(partition.objective_s, checked.objective_s):
+        yield f"step {partition.objective_s!r} s, recomputed {checked.objective_s!r} s"
+    for name, value in checked.parts.items():
+        if abs(partition.parts.get(name, math.nan) - value) <= TOLERANCE * checked.objective_s:
+            continue
+        yield f"{name} {partition.parts.get(name)!r}, recomputed {value!r}"
+    if partition.bound_s > checked.objective_s * (1 + TOLERANCE):
+        yield f"bound {partition.bound_s!r} s above the step {checked.objective_s!r} s"
+    if partition.physical_bound_s > checked.objective_s * (1 + TOLERANCE):
+        yield f"physical bound {partition.physical_bound_s!r} s above the step"
+    if set(partition.peak_bytes) != set(checked.peak_bytes):
+        yield "peaks are given for other devices than are used"
+    for device, peak in checked.peak_bytes.items():
+        if not _close(partition.peak_bytes.get(device, math.nan), peak):
+            yield f"peak of {device} {partition.peak_bytes.get(device)!r}, recomputed {peak!r}"
+        capacity = table.device_classes[table.class_of[device]].memory_bytes
+        if memory and peak > capacity * (1 + TOLERANCE):
+            yield f"{device} needs {peak:.6g} bytes of {capacity:.6g}"
+
+
+def _close(claimed: float, value: float) -> bool:
+    return abs(claimed - value) <= TOLERANCE * max(abs(value), 1e-300)
+
+
+def _mean_time(table: CostTable, pipeline: PipelineChoice, stage: StageChoice, device: str) -> float:
+    """Mean seconds of the pipeline's microbatches on one device, both directions."""
+    kind = table.class_of[device]
+    total = 0.0
+    for size in set(pipeline.sizes()):
+        seconds = table.device_classes[kind].stage_overhead_s * (2 if table.training else 1)
+        for unit in range(stage.first, stage.last):
+            seconds += table.forward_s(unit, kind, size)
+            if table.training:
+                seconds += table.backward_s(unit, kind, size)
+        total += seconds * pipeline.sizes().count(size)
+    return total / pipeline.microbatches
+
+
+def _transfer(table: CostTable, pipeline: PipelineChoice, number: int) -> float:
+    """Seconds one microbatch spends between stage `number` and the next, both directions."""
+    if number < 0 or number + 1 >= len(pipeline.stages):
+        return 0.0
+    left, right = pipeline.stages[number], pipeline.stages[number + 1]
+    size = pipeline.samples / pipeline.microbatches
+    there = back = 0.0
+    for edge in table.edges:
+        if edge.source < right.first <= edge.target:
+            there += edge.bytes_per_sample * size + edge.fixed_bytes
+            back += edge.gradient_bytes_per_sample * size
+    forward = backward = 0.0
+    for a in left.replicas:
+        for b in right.replicas:
+            link = table.topology.link(a.device, b.device)
+            if there > 0:
+                forward = max(forward, link.latency_s + there / link.bytes_per_s)
+            if back > 0 and table.training:
+                backward = max(backward, link.latency_s + back / link.bytes_per_s)
+    return forward + backward
+
+
+def _pipeline_parts(
+    table: CostTable, partition: Partition, pipeline: PipelineChoice
+) -> tuple[float, float, float]:
+    """Fill by computing, fill by transfers, and what the busiest stage or boundary adds."""
+    compute = transfers = busiest = 0.0
+    stalls = table.training and partition.schedule == "1f1b"
+    for number, stage in enumerate(pipeline.stages):
+        before = _transfer(table, pipeline, number - 1)
+        after = _transfer(table, pipeline, number)
+        transfers += after
+        if not stalls:
+            busiest = max(busiest, (pipeline.microbatches - 1) * after)
+        wait = (before + after) / 2 if stalls else 0.0
+        times = [_mean_time(table, pipeline, stage, r.device) for r in stage.replicas]
+        ends = [
+            time * r.microbatches + wait * (r.microbatches - 1)
+            for time, r in zip(times, stage.replicas, strict=True)
+        ]
+        compute += max(times)
+        busiest = max(busiest, max(ends) - max(times))
+    return compute, transfers, busiest
+
+
+def _all_reduce(table: CostTable, devices: list[tuple[int, str]], copies: int, size: float) -> float:
+    """A ring over `copies` holders; the slowest link joins two devices with unlike group numbers."""
+    if copies < 2 or size <= 0:
+        return 0.0
+    slowest = 0.0
+    for group, a in devices:
+        for other, b in devices:
+            if group != other:
+                link = table.topology.link(a, b)
+                slowest = max(slowest, link.latency_s + size / copies / link.bytes_per_s)
+    return 2 * (copies - 1) * slowest
+
+
+def _one_per_node(table: CostTable, devices: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """For each group one device of each of its nodes: links depend on nodes only."""
+    return list({(group, table.topology.node_of[d]): (group, d) for group, d in devices}.values())
+
+
+def _slowest_finish(table: CostTable, partition: Partition) -> tuple[float, float]:
+    """Sync and optimiser seconds of the device on which they take longest together."""
+    worst = (0.0, 0.0)
+    if not table.training:
+        return worst
+    everywhere = _one_per_node(
+        table,
+        [
+            (number, r.device)
+            for number, p in enumerate(partition.pipelines)
+            for s in p.stages
+            for r in s.replicas
+        ],
+    )
+    for pipeline in partition.pipelines:
+        for stage in pipeline.stages:
+            costs = [table.costs[table.units[u]] for u in range(stage.first, stage.last)]
+            size = sum(c.gradient_bytes for c in costs)
+            own = [(i, r.device) for i, r in enumerate(stage.replicas)]
+            sync = _all_reduce(table, own, len(own), size)
+            sync += _all_reduce(table, everywhere, len(partition.pipelines), size)
+            for replica in stage.replicas:
+                kind = table.class_of[replica.device]
+                optimizer = sum(c.optimizer_s[kind] for c in costs)
+                if sync + optimizer > sum(worst):
+                    worst = (sync, optimizer)
+    return worst
+
+
+def _peak(
+    table: CostTable, partition: Partition, pipeline: PipelineChoice, number: int, index: int
+) -> float:
+    stage = pipeline.stages[number]
+    below = sum(len(s.replicas) for s in pipeline.stages[number:])
+    own = stage.replicas[index].microbatches
+    if not table.training:
+        held = 0
+    elif partition.schedule == "gpipe":
+        held = own
+    else:
+        held = min(own, math.ceil(below / len(stage.replicas)))
+    size = max(pipeline.sizes())
+    total = table.reserved_bytes
+    largest = 0.0
+    for unit in range(stage.first, stage.last):
+        cost = table.costs[table.units[unit]]
+        total += cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
+        total += held * table.at_size(cost.saved_bytes, size)
+        largest = max(largest, table.at_size(cost.working_bytes, size))
+    return total + largest

@@ -1,0 +1,259 @@
+"""Which plans are searched: how stages may be staffed, which microbatch counts and shares are tried.
+
+Everything here that narrows the search is spelled out in words, because a bound holds only for the
+plans that were searched.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from graphpar.cost import CostTable
+from graphpar.partition.cells import (
+    Cells,
+    StageOption,
+    class_cells,
+    count_vectors,
+    find_cells,
+    make_option,
+    relaxed_cells,
+)
+from graphpar.partition.counting import counting_options
+from graphpar.partition.repeats import Repeats, find_repeats
+from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
+from graphpar.partition.types import ScheduleName
+
+SWEEP_LIMIT = 10_000_000
+"""Array elements one sweep of the dynamic programme may touch: some tens of milliseconds."""
+
+SHARE_STEPS = 64
+"""Batch shares of pipelines side by side are multiples of batch / SHARE_STEPS, at least one sample."""
+
+LEAST_BLOCKS = 8
+"""A chain with fewer equal blocks is not counted."""
+
+EVERY_GROUPING = 4
+"""Up to this many devices every way to form pipelines side by side is tried."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The plans that are searched.
+
+    Attributes:
+        table: What everything costs.
+        cells: Interchangeable devices; `exact` says whether their links are the real ones.
+        options: The ways to staff a stage.
+        schedules: Schedules tried.
+        microbatches: A fixed count or `auto`.
+        staffing: In words, how stages may be staffed.
+        repeats: Where set, stages are counted by the counting programme and blocks are not cut.
+    """
+
+    table: CostTable
+    cells: Cells
+    exact: bool
+    options: tuple[StageOption, ...] = field(repr=False)
+    schedules: tuple[ScheduleName, ...]
+    microbatches: Microbatches
+    staffing: str
+    repeats: Repeats | None = None
+
+    def counts(self, samples: int) -> list[int]:
+        """The microbatch counts tried for a share of the batch."""
+        return microbatch_counts(self.table, samples, self.microbatches)
+
+    def within(self, limits: Sequence[int], width: int) -> tuple[StageOption, ...]:
+        """Options that fit into a count of devices per cell, with at most `width` replicas."""
+        return tuple(
+            o
+            for o in self.options
+            if o.width <= width and all(a <= b for a, b in zip(o.take, limits, strict=True))
+        )
+
+    def classes(self, limits: Sequence[int]) -> list[int]:
+        """Counts per device class of counts per cell."""
+        numbers = [0] * len(self.table.device_classes)
+        for cell, number in zip(self.cells.cells, limits, strict=True):
+            numbers[cell.device_class] += number
+        return numbers
+
+
+def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Microbatches) -> Family:
+    """The widest family that can be searched: placed stages, counted stages, or fewer devices."""
+    schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+    if not table.training:
+        schedules = ("gpipe",) if schedule == "auto" else (schedule,)
+    elif schedule != "auto":
+        schedules = (schedule,)
+    settings = (schedules, microbatches)
+    placed = _placed_family(table, find_cells(table), True, settings, wide=True)
+    if placed is not None:
+        return placed
+    repeats = find_repeats(table)
+    if repeats is not None and repeats.number >= LEAST_BLOCKS:
+        return _counted_family(table, schedules, microbatches, repeats)
+    for exact, cells in ((True, find_cells(table)), (False, relaxed_cells(table))):
+        placed = _placed_family(table, cells, exact, settings, wide=False)
+        if placed is not None:
+            return placed
+    kept = max(map(len, (c.devices for c in table.device_classes))) * 3 // 4
+    fewer = choose_family(first_devices(table, kept), schedule, microbatches)
+    words = fewer.staffing
+    if " of each kind" not in words:
+        words += f", among the first {kept} devices of each kind only"
+    return replace(fewer, staffing=words)
+
+
+def _placed_family(
+    table: CostTable,
+    cells: Cells,
+    exact: bool,
+    settings: tuple[tuple[ScheduleName, ...], Microbatches],
+    *,
+    wide: bool,
+) -> Family | None:
+    """The widest family whose dynamic programme is small enough; `wide` insists on replicas."""
+    for words, takes in _staffings(cells, table.max_replicas):
+        if wide and len(takes) > 1 and max(map(sum, takes)) < min(table.max_replicas, 2):
+            continue
+        if _sweep_elements(table, cells, takes) <= SWEEP_LIMIT:
+            options = tuple(make_option(cells, take) for take in takes)
+            return Family(table, cells, exact, options, *settings, words)
+    return None
+
+
+def first_devices(table: CostTable, number: int) -> CostTable:
+    """The same table with at most `number` devices of each class."""
+    classes = tuple(replace(c, devices=c.devices[:number]) for c in table.device_classes)
+    return replace(table, device_classes=classes)
+
+
+def _counted_family(
+    table: CostTable,
+    schedules: tuple[ScheduleName, ...],
+    microbatches: Microbatches,
+    repeats: Repeats,
+) -> Family:
+    cells = class_cells(table)
+    options = counting_options(cells, table.max_replicas)
+    used = ", ".join(str(w) for w in sorted({o.width for o in options}))
+    words = f"replicas of one kind in numbers {used}"
+    if repeats.period > 1:
+        words += f", cut only between the {repeats.number} equal blocks"
+    return Family(table, cells, False, tuple(options), schedules, microbatches, words, repeats)
+
+
+def _staffings(cells: Cells, max_width: int) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    """Ways to restrict the staffing of a stage, widest first."""
+    counts = cells.counts
+    if math.prod(n + 1 for n in counts) > 4096:
+        return
+    everything = count_vectors(counts, min(max_width, sum(counts)))
+    if len(everything) <= 255:
+        yield "any set of replicas", everything
+    singles = [t for t in everything if sum(t) == 1]
+    uniform = [t for t in everything if sum(n > 0 for n in t) == 1]
+    if any(sum(t) > 1 for t in everything):
+        near = [t for t in everything if sum(t) == 2 or t in uniform]
+        yield "interchangeable replicas, or any two devices", near
+        yield "interchangeable replicas", uniform
+    yield "one device per stage", singles
+
+
+def _sweep_elements(table: CostTable, cells: Cells, takes: Sequence[tuple[int, ...]]) -> float:
+    states = 0
+    for take in takes:
+        states += math.prod(n - t + 1 for n, t in zip(cells.counts, take, strict=True))
+    kinds = len({k for row in cells.links for k in row if k is not None})
+    return states * max(kinds, 1) ** 2 * table.num_units**2
+
+
+def share_step(table: CostTable) -> int:
+    """Samples by which the shares of pipelines side by side differ."""
+    return max(1, table.batch // SHARE_STEPS)
+
+
+def groupings(family: Family) -> list[tuple[tuple[int, ...], ...]]:
+    """Sets of pipelines side by side, each pipeline given as counts of devices per cell."""
+    table, counts = family.table, family.cells.counts
+    most = min(table.batch, table.max_replicas, sum(counts))
+    if most < 2 or family.repeats is not None:
+        return []
+    if sum(counts) <= EVERY_GROUPING:
+        return [g for g in _partitions(counts) if 2 <= len(g) <= most]
+    found = dict.fromkeys(tuple(sorted(g, reverse=True)) for g in _natural(family))
+    return [g for g in found if 2 <= len(g) <= most and all(map(any, g))]
+
+
+def grouping_words(family: Family) -> str:
+    """Which groupings are tried, in words."""
+    if family.repeats is not None:
+        return "one pipeline"
+    if sum(family.cells.counts) <= EVERY_GROUPING:
+        return "every way to form pipelines side by side"
+    return "pipelines side by side by device, cell, class, place or equal division, slow classes left out"
+
+
+def _partitions(counts: Sequence[int]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """All multisets of non-zero vectors whose sum is within the counts."""
+    vectors = sorted(count_vectors(counts, sum(counts)), reverse=True)
+
+    def grow(
+        start: int, left: tuple[int, ...], chosen: tuple[tuple[int, ...], ...]
+    ) -> Iterator[tuple[tuple[int, ...], ...]]:
+        if chosen:
+            yield chosen
+        for index in range(start, len(vectors)):
+            rest = tuple(a - b for a, b in zip(left, vectors[index], strict=True))
+            if min(rest) >= 0:
+                yield from grow(index, rest, (*chosen, vectors[index]))
+
+    return grow(0, tuple(counts), ())
+
+
+def _natural(family: Family) -> Iterator[tuple[tuple[int, ...], ...]]:
+    cells = family.cells.cells
+    for kept in _class_prefixes(family):
+        counts = tuple(
+            n if c.device_class in kept else 0 for c, n in zip(cells, family.cells.counts, strict=True)
+        )
+        keys = (
+            [c.place for c in cells],
+            [c.device_class for c in cells],
+            list(range(len(cells))),
+        )
+        for key in keys:
+            yield _by(counts, key)
+        for parts in (2, 4, 8):
+            yield (tuple(n // parts for n in counts),) * parts
+            split = [
+                tuple(n // parts if i == j else 0 for j, n in enumerate(counts))
+                for i in range(len(counts))
+                for _ in range(parts)
+            ]
+            yield tuple(g for g in split if any(g))
+        yield tuple(
+            tuple(int(i == j) for j in range(len(counts))) for i, n in enumerate(counts) for _ in range(n)
+        )
+
+
+def _class_prefixes(family: Family) -> Iterator[set[int]]:
+    """All classes, then without the slowest, and so on."""
+    table = family.table
+    size = table.sizes[-1]
+    whole = {
+        k: sum(table.forward_s(u, k, size) for u in range(table.num_units))
+        for k in {c.device_class for c in family.cells.cells}
+    }
+    order = sorted(whole, key=lambda k: whole[k])
+    for number in range(len(order), 0, -1):
+        yield set(order[:number])
+
+
+def _by(counts: Sequence[int], key: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    groups = [
+        tuple(n if k == value else 0 for n, k in zip(counts, key, strict=True))
+        for value in sorted(set(key))
+    ]
+    return tuple(g for g in groups if any(g))

@@ -1,0 +1,176 @@
+"""Plans made without a search: priced as given, and the splits people use without a planner."""
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition.bounds import physical_bound_s
+from graphpar.partition.check import check_partition
+from graphpar.partition.pipeline_price import price, share_microbatches
+from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
+from graphpar.partition.table_check import check_table
+from graphpar.partition.types import (
+    Partition,
+    PipelineChoice,
+    Replica,
+    ScheduleName,
+    StageChoice,
+)
+from graphpar.units import format_bytes
+
+
+def evaluate(
+    table: CostTable, pipelines: Sequence[PipelineChoice], schedule: ScheduleName = "1f1b"
+) -> Partition:
+    """Price a configuration made by hand; microbatches are dealt to the replicas by the rule.
+
+    The bound is the physical one. ValueError where the configuration is not a plan at all, such as a
+    unit that nobody runs; memory is priced, not enforced.
+    """
+    began_s = time.monotonic()
+    check_table(table)
+    dealt = tuple(share_microbatches(table, p, schedule) for p in pipelines)
+    cost = price(table, dealt, schedule)
+    bound = min(physical_bound_s(table), cost.objective_s)
+    return Partition(
+        pipelines=dealt,
+        schedule=schedule,
+        status="feasible",
+        objective_s=cost.objective_s,
+        parts=cost.parts,
+        bound_s=bound,
+        gap=(cost.objective_s - bound) / cost.objective_s if cost.objective_s > 0 else 0.0,
+        physical_bound_s=bound,
+        seconds=time.monotonic() - began_s,
+        truncated_by=("not searched: priced as given",),
+        family="this plan only",
+        peak_bytes=cost.peak_bytes,
+    )
+
+
+def even_split(
+    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+) -> Partition:
+    """The same number of units on every device, all devices in the table's order, one pipeline.
+
+    The microbatch count and the schedule are the best for this split. With more devices than units
+    every unit gets the same number of replicas, up to one.
+
+    Raises:
+        InfeasibleError: The even split does not fit into memory under any microbatch count.
+    """
+    devices = list(table.class_of)
+    stages = min(len(devices), table.num_units)
+    cuts = _even_cuts(table.num_units, stages)
+    groups = [devices[a:b] for a, b in pairwise(_even_cuts(len(devices), stages))]
+    return _best_setting(table, "the even split", cuts, groups, schedule, microbatches)
+
+
+def greedy_split(
+    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+) -> Partition:
+    """Units in proportion to each device's speed, all devices in the table's order, one pipeline.
+
+    Raises:
+        InfeasibleError: This split does not fit into memory under any microbatch count.
+    """
+    devices = list(table.class_of)[: table.num_units]
+    cuts = _proportional_cuts(table, devices, [_speed(table, d) for d in devices])
+    return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], schedule, microbatches)
+
+
+def data_parallel(
+    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+) -> Partition:
+    """Every device holds the whole model and takes turns over the microbatches.
+
+    Raises:
+        InfeasibleError: The model does not fit into one device, or samples mix.
+    """
+    devices = list(table.class_of)
+    return _best_setting(
+        table, "data parallelism", [0, table.num_units], [devices], schedule, microbatches
+    )
+
+
+def one_device(
+    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+) -> Partition:
+    """Everything on the device that is fastest for the whole chain.
+
+    Raises:
+        InfeasibleError: The model does not fit into this device.
+    """
+    fastest = max(table.class_of, key=lambda d: _speed(table, d))
+    return _best_setting(table, "one device", [0, table.num_units], [[fastest]], schedule, microbatches)
+
+
+def _even_cuts(total: int, parts: int) -> list[int]:
+    return [total * i // parts for i in range(parts + 1)]
+
+
+def _speed(table: CostTable, device: str) -> float:
+    """Chains per second at the smallest microbatch."""
+    kind, size = table.class_of[device], table.sizes[0]
+    seconds = sum(
+        table.forward_s(u, kind, size) + table.backward_s(u, kind, size) for u in range(table.num_units)
+    )
+    return 1 / max(seconds, 1e-30)
+
+
+def _proportional_cuts(table: CostTable, devices: Sequence[str], speeds: Sequence[float]) -> list[int]:
+    """At least one unit each, the rest by cumulative speed."""
+    total, cuts, done = sum(speeds), [0], 0.0
+    for index, speed in enumerate(speeds):
+        done += speed
+        low, high = cuts[-1] + 1, table.num_units - (len(devices) - index - 1)
+        cuts.append(min(max(round(table.num_units * done / total), low), high))
+    cuts[-1] = table.num_units
+    return cuts
+
+
+def _best_setting(
+    table: CostTable,
+    name: str,
+    cuts: Sequence[int],
+    groups: Sequence[Sequence[str]],
+    schedule: ScheduleChoice,
+    microbatches: Microbatches,
+) -> Partition:
+    """The given stages under the microbatch count and schedule that suit them best."""
+    names: tuple[ScheduleName, ...] = ("1f1b", "gpipe") if schedule == "auto" else (schedule,)
+    stages = tuple(
+        StageChoice(a, b, tuple(Replica(d, 0) for d in group))
+        for (a, b), group in zip(pairwise(cuts), groups, strict=True)
+    )
+    best: Partition | None = None
+    over = float("inf")
+    for count in microbatch_counts(table, table.batch, microbatches):
+        if max(map(len, groups)) > min(count, table.max_replicas):
+            continue
+        for one in names:
+            found = evaluate(table, [PipelineChoice(table.batch, count, stages)], one)
+            if any(r.microbatches == 0 for p in found.pipelines for s in p.stages for r in s.replicas):
+                continue
+            excess = _excess_bytes(table, found)
+            over = min(over, excess)
+            if excess <= 0 and (best is None or found.objective_s < best.objective_s):
+                best = found
+    if best is None:
+        reason = (
+            f"{format_bytes(over)} too much on a device"
+            if over < float("inf")
+            else ("more replicas than microbatches or than the model allows")
+        )
+        raise InfeasibleError(f"{name} does not fit: {reason}", limit="memory")
+    check_partition(table, best)
+    return best
+
+
+def _excess_bytes(table: CostTable, found: Partition) -> float:
+    return max(
+        peak - table.device_classes[table.class_of[d]].memory_bytes
+        for d, peak in found.peak_bytes.items()
+    )

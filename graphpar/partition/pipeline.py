@@ -1,0 +1,303 @@
+"""Decide who runs what: the pipelines with the least step time under a cost table, with a proof.
+
+The price of a plan is written down in `pipeline_price`. What is searched is in `family`, and the
+words of `Partition.family` repeat it. One pipeline: `pipeline_search` over the limits on extra and post,
+each answered by the dynamic programme of `chain`. Several pipelines side by side: `side_by_side`.
+`check` recomputes every answer with code of its own before it leaves this file.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition.assign import name_devices
+from graphpar.partition.bounds import physical_bound_s
+from graphpar.partition.check import check_partition
+from graphpar.partition.counting import CountingLimits
+from graphpar.partition.family import (
+    Family,
+    choose_family,
+    grouping_words,
+    groupings,
+    share_step,
+)
+from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device
+from graphpar.partition.infeasible import explain_infeasible
+from graphpar.partition.pipeline_price import price, share_microbatches
+from graphpar.partition.pipeline_search import INFINITY, Found, search
+from graphpar.partition.programs import Programs
+from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.side_by_side import best_shares, grouping_bound_s
+from graphpar.partition.solver import Backend
+from graphpar.partition.table_check import check_table
+from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, Status
+
+ROUNDING = 1e-9
+"""Relative difference of two sums of the same numbers that is rounding."""
+
+
+RELAXED_SHARE = 0.7
+"""Share of the asked-for gap that a search with relaxed links may use up."""
+
+_LEAST_GAP = 1e-4
+"""The counting search is not repeated with less gap than this."""
+
+Groups = tuple[tuple[int, ...], ...]
+"""Pipelines side by side, each as counts of devices per cell."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan on named devices and its price."""
+
+    pipelines: tuple[PipelineChoice, ...]
+    schedule: ScheduleName
+    step_s: float
+
+
+def partition(
+    table: CostTable,
+    *,
+    gap: float = 0.01,
+    time_limit_s: float = 60.0,
+    schedule: ScheduleChoice = "auto",
+    microbatches: Microbatches = "auto",
+    backend: Backend = "highs",
+) -> Partition:
+    """The plan with the least step time, with a proven bound.
+
+    Args:
+        table: Seconds and bytes of everything.
+        gap: Stop once the plan is proven within this fraction of the best of its family; 0 for the
+            best.
+        time_limit_s: Wall-clock seconds after which the best plan so far is returned, with its gap.
+        schedule: `1f1b`, `gpipe`, or `auto` for the better of the two.
+        microbatches: A fixed number of microbatches per pipeline, or `auto`.
+        backend: The solver of integer programmes, where the search needs one.
+
+    Raises:
+        ValueError: An argument or the table makes no sense.
+        InfeasibleError: No plan fits; says what binds and the smallest change that fits.
+    """
+    began_s = time.monotonic()
+    _check_arguments(table, gap, time_limit_s, schedule, microbatches)
+    family = choose_family(table, schedule, microbatches)
+    run = _Run(family, CountingLimits(gap, backend), began_s, began_s + time_limit_s)
+    run.work()
+    if run.truncated:
+        run.fall_back(schedule, microbatches)
+    if run.best is None:
+        explain_infeasible(table, family, run.truncated)
+    answer = run.answer()
+    check_partition(table, answer)
+    return answer
+
+
+def _check_arguments(
+    table: CostTable,
+    gap: float,
+    time_limit_s: float,
+    schedule: str,
+    microbatches: Microbatches,
+) -> None:
+    check_table(table)
+    if not 0 <= gap < 1:
+        raise ValueError(f"gap must be in [0, 1), got {gap}")
+    if not time_limit_s > 0:
+        raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
+    if schedule not in ("auto", "gpipe", "1f1b"):
+        raise ValueError(f"schedule must be auto, gpipe or 1f1b, got {schedule!r}")
+    if microbatches == "auto":
+        return
+    most = min(table.batch, table.max_microbatches)
+    if not isinstance(microbatches, int) or not 1 <= microbatches <= most:
+        reason = f" ({table.batch_reason})" if table.batch_reason else ""
+        raise ValueError(
+            f"microbatches must be 'auto' or between 1 and {most}{reason}, got {microbatches!r}"
+        )
+
+
+class _Run:
+    """The state of one search: the best plan so far, the bound, and what cut it short."""
+
+    def __init__(self, family: Family, limits: CountingLimits, began_s: float, deadline_s: float) -> None:
+        self.family = family
+        self.best: Candidate | None = None
+        self.truncated: list[str] = []
+        self._table = family.table
+        self._asked_gap = limits.gap
+        # Where links are relaxed the real price may be higher: leave room for that within the gap.
+        self._gap = limits.gap * (1 - ROUNDING if family.exact else RELAXED_SHARE)
+        self._began_s = began_s
+        self._deadline_s = deadline_s
+        self._programs = Programs(family, limits)
+        self._bound_s = INFINITY
+        self._physical_s = physical_bound_s(family.table)
+
+    @property
+    def step_s(self) -> float:
+        """Step time of the best plan so far."""
+        return self.best.step_s if self.best is not None else INFINITY
+
+    @property
+    def _target_s(self) -> float:
+        """Only plans with a shorter step are of interest."""
+        return self.step_s * (1 - self._gap)
+
+    def work(self) -> None:
+        """Cheap programmes first: a good plan early makes the proof short."""
+        alone: list[tuple[float, Groups]] = []
+        others: list[tuple[float, Groups]] = []
+        for groups in groupings(self.family):
+            bound = grouping_bound_s(self._programs, groups)
+            (others if any(sum(g) > 1 for g in groups) else alone).append((bound, groups))
+        self.side_by_side(alone)
+        self.single()
+        self.side_by_side(others)
+        while self.family.repeats is not None and self._gap > _LEAST_GAP and self._missed():
+            # Real links cost more than was left for them: close the search's own gap further.
+            known_s = self._bound_s
+            self._gap, self._bound_s = self._gap / 3, INFINITY
+            self.single()
+            self._bound_s = max(known_s, self._bound_s)
+
+    def _missed(self) -> bool:
+        """Whether the gap asked for is not reached though there is time."""
+        left = time.monotonic() < self._deadline_s and not self.truncated
+        return left and self.step_s - self._bound_s > self._asked_gap * self.step_s
+
+    def single(self) -> None:
+        """One pipeline over the whole cluster."""
+        tasks = self._programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
+        result = search(
+            tasks,
+            cutoff_s=self._target_s if self.family.exact else INFINITY,
+            gap=self._gap,
+            deadline_s=self._deadline_s,
+        )
+        self._bound_s = min(self._bound_s, result.bound_s)
+        if result.cut:
+            self._cut("time limit: single pipeline")
+        if result.best is not None:
+            self._offer((result.best,))
+
+    def side_by_side(self, bounded: list[tuple[float, Groups]]) -> None:
+        """Every set of pipelines whose bound leaves hope, most promising first."""
+        for bound, groups in sorted(bounded):
+            if bound >= self._target_s:
+                self._bound_s = min(self._bound_s, bound)
+                return
+            for schedule in self.family.schedules:
+                if not self._grouping(groups, schedule, bound):
+                    return
+
+    def _grouping(self, groups: Groups, schedule: ScheduleName, bound_s: float) -> bool:
+        result = best_shares(
+            self._programs,
+            groups,
+            schedule,
+            cutoff_s=self.step_s,
+            gap=self._gap,
+            deadline_s=self._deadline_s,
+        )
+        self._bound_s = min(self._bound_s, max(result.bound_s, bound_s))
+        if result.found is not None:
+            self._offer(result.found)
+        if result.cut:
+            self._cut("time limit: pipelines side by side")
+        return not result.cut
+
+    def _cut(self, reason: str) -> None:
+        if reason not in self.truncated:
+            self.truncated.append(reason)
+
+    def _offer(self, found: Sequence[Found]) -> None:
+        schedule = found[0].setting.schedule
+        pipelines = name_devices(self._table, self.family.cells, found)
+        step = price(self._table, pipelines, schedule).objective_s
+        if step < self.step_s:
+            self.best = Candidate(pipelines, schedule, step)
+
+    def fall_back(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
+        """After a search cut short: no answer may be worse than the plans nobody searches for."""
+        for make in (one_device, data_parallel, greedy_split, even_split):
+            try:
+                made = make(self._table, schedule=schedule, microbatches=microbatches)
+            except InfeasibleError:
+                continue
+            if made.objective_s < self.step_s:
+                self.best = Candidate(made.pipelines, made.schedule, made.objective_s)
+            if self._table_is_large:
+                return
+
+    @property
+    def _table_is_large(self) -> bool:
+        """Whether pricing every simple plan would itself take long."""
+        return self.family.repeats is not None and self.best is not None
+
+    def _prefer_1f1b(self, best: Candidate) -> Candidate:
+        """The same plan under 1F1B where that takes no longer: it keeps less in memory."""
+        if best.schedule == "1f1b" or "1f1b" not in self.family.schedules:
+            return best
+        dealt = tuple(share_microbatches(self._table, p, "1f1b") for p in best.pipelines)
+        cost = price(self._table, dealt, "1f1b")
+        fits = all(
+            peak <= self._table.device_classes[self._table.class_of[d]].memory_bytes
+            for d, peak in cost.peak_bytes.items()
+        )
+        if not fits or cost.objective_s > best.step_s:
+            return best
+        return Candidate(dealt, "1f1b", cost.objective_s)
+
+    def answer(self) -> Partition:
+        """The best plan with its certificate."""
+        assert self.best is not None
+        self.best = self._prefer_1f1b(self.best)
+        cost = price(self._table, self.best.pipelines, self.best.schedule)
+        bound = max(min(self._bound_s, cost.objective_s), self._physical_s)
+        bound = min(bound, cost.objective_s)
+        gap = (cost.objective_s - bound) / cost.objective_s if cost.objective_s > 0 else 0.0
+        if gap > self._asked_gap * (1 + ROUNDING) + ROUNDING and not self.truncated:
+            self._cut("links: the bound takes the best link where placement decides")
+        status: Status = "optimal" if gap <= ROUNDING else "feasible"
+        return Partition(
+            pipelines=self.best.pipelines,
+            schedule=self.best.schedule,
+            status=status,
+            objective_s=cost.objective_s,
+            parts=cost.parts,
+            bound_s=bound,
+            gap=gap,
+            physical_bound_s=min(self._physical_s, cost.objective_s),
+            seconds=time.monotonic() - self._began_s,
+            truncated_by=tuple(self.truncated),
+            family=self._family_words(),
+            peak_bytes=cost.peak_bytes,
+            notes=self._notes(),
+        )
+
+    def _family_words(self) -> str:
+        table = self._table
+        counts = self.family.counts(table.batch)
+        words = [
+            f"chains of stages over {sum(self.family.cells.counts)} devices, "
+            f"staffed by {self.family.staffing}",
+            grouping_words(self.family) + f", shares in steps of {share_step(table)}",
+            f"{len(counts)} microbatch counts from {counts[0]} to {counts[-1]}",
+            "schedule " + " or ".join(self.family.schedules),
+        ]
+        return "; ".join(words)
+
+    def _notes(self) -> tuple[str, ...]:
+        assert self.best is not None
+        notes = []
+        used = {r.device for p in self.best.pipelines for s in p.stages for r in s.replicas}
+        idle = [d for d in self._table.class_of if d not in used]
+        if idle:
+            names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
+            notes.append(f"left out: {names}; no plan with them was found to be faster")
+        if self._table.batch_reason:
+            notes.append(f"the batch stays whole: {self._table.batch_reason}")
+        return tuple(notes)

@@ -1,0 +1,233 @@
+"""The price of a plan made of pipelines: seconds per step and bytes per device.
+
+A pipeline with `n` samples in `m` microbatches of mean size `b = n / m` has stages `s = 1..S`. Stage
+`s` holds the units `U_s` and has replicas `r`, each taking `m_r` of the microbatches, `sum_r m_r = m`.
+Times are linear between neighbouring integer sizes, so the time at the mean size is the mean time.
+
+    t_r    = sum over U_s of (forward + backward) on the class of r, at size b, + overhead per direction
+    c_s    = transfer forward + transfer backward over the boundary after s: all bytes that cross it,
+             on the slowest link between a replica of s and one of s + 1
+    e_r    = t_r + (c_{s-1} + c_s) / 2     under 1F1B          (see below)
+           = t_r                           under GPipe and in inference
+    extra_s    = max_r (t_r + (m_r - 1) e_r) - max_r t_r
+    extra_cut  = (m - 1) c_s               under GPipe and in inference
+    fill   = sum_s max_r t_r + sum_s c_s
+    time   = fill + max(extra)
+    post_r = ring(gradients of U_s over the replicas of s) + ring(the same over the pipelines)
+             + sum over U_s of the optimiser's time
+    step   = max over pipelines of time + max over devices of post
+
+`fill` is one microbatch through all stages and back; every further one costs what the busiest stage
+needs. Under 1F1B a stage may have only as many microbatches in flight as there are devices below
+it, hence a round trip over any run of L neighbouring stages takes L periods: the period is at least
+(sum t + sum c inside the run) / L. Charging half of each transfer to either side is an upper bound on
+all these averages, and meets them where stages are balanced. Under GPipe transfers overlap.
+
+`ring(g, w) = 2 (w - 1) * seconds(g / w)` on the slowest link (Patarasuk and Yuan, "Bandwidth optimal
+all-reduce algorithms for clusters of workstations", 2009). Microbatches are dealt by a rule, not a
+choice: the next one goes to the replica that would finish it first.
+
+Peak of a device: weights + gradients + optimiser state of `U_s`, plus `in flight * saved` plus the
+largest temporary of a unit at the size of the largest microbatch, plus what the framework reserves.
+In flight are `m_r` microbatches under GPipe and `min(m_r, ceil(D_s / w_s))` under 1F1B, where `D_s`
+counts the devices of the pipeline from stage `s` on: one microbatch for each of them, shared by the
+`w_s` replicas; with one replica per stage that is the number of stages remaining. Inference keeps
+nothing.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+
+from graphpar.cost import CostTable, LinkCost
+from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a plan costs: `parts` add up to `objective_s`, `peak_bytes` is by device."""
+
+    objective_s: float
+    parts: dict[str, float]
+    peak_bytes: dict[str, float]
+
+
+def slowest(links: Iterable[LinkCost], num_bytes: float) -> float:
+    """Seconds of one message over the slowest of some links."""
+    return max((link.seconds(num_bytes) for link in links), default=0.0)
+
+
+def ring_s(links: Iterable[LinkCost], num_bytes: float, copies: int) -> float:
+    """Seconds of a ring all-reduce of `num_bytes` over `copies` holders.
+
+    >>> ring_s([LinkCost(0.0, 1e9)], 1e9, 2)
+    1.0
+    """
+    if copies < 2 or num_bytes <= 0:
+        return 0.0
+    return 2 * (copies - 1) * slowest(links, num_bytes / copies)
+
+
+def deal(times_s: Sequence[float], periods_s: Sequence[float], microbatches: int) -> tuple[int, ...]:
+    """Deal microbatches one by one to the replica that would finish the next one first.
+
+    A replica's first microbatch takes its `times_s`, each further one its `periods_s`; among equals
+    the one with fewer microbatches goes first.
+
+    >>> deal([1.0, 3.0], [1.0, 3.0], 4)
+    (3, 1)
+    """
+    width = len(times_s)
+    if len(set(times_s)) == 1 and len(set(periods_s)) == 1:
+        share, longer = divmod(microbatches, width)
+        return tuple(share + (i < longer) for i in range(width))
+    counts = [0] * width
+    ends = [(t, 0, i) for i, t in enumerate(times_s)]
+    heapify(ends)
+    for _ in range(microbatches):
+        _, number, index = ends[0]
+        counts[index] = number + 1
+        end = times_s[index] + (number + 1) * periods_s[index]
+        heapreplace(ends, (end, number + 1, index))
+    return tuple(counts)
+
+
+def stage_time_s(table: CostTable, first: int, last: int, device_class: int, size: float) -> float:
+    """Seconds of one microbatch on one stage, both directions, launch overhead included."""
+    overhead = table.device_classes[device_class].stage_overhead_s
+    forward = sum(table.forward_s(u, device_class, size) for u in range(first, last)) + overhead
+    if not table.training:
+        return forward
+    return forward + sum(table.backward_s(u, device_class, size) for u in range(first, last)) + overhead
+
+
+def boundary_s(table: CostTable, links: Sequence[LinkCost], boundary: int, size: float) -> float:
+    """Seconds of the transfers of one microbatch over a boundary, both directions."""
+    forward, backward = table.cut_bytes(boundary, size)
+    return slowest(links, forward) + (slowest(links, backward) if table.training else 0.0)
+
+
+def pairs(table: CostTable, left: Sequence[str], right: Sequence[str]) -> list[LinkCost]:
+    """The links between two sets of devices."""
+    return list({table.topology.link(a, b) for a in left for b in right if a != b})
+
+
+def transfers_s(table: CostTable, pipeline: PipelineChoice) -> list[float]:
+    """Transfer seconds at each boundary: before the first stage, between stages, after the last."""
+    size = pipeline.samples / pipeline.microbatches
+    between = [
+        boundary_s(table, pairs(table, _devices(a), _devices(b)), b.first, size)
+        for a, b in zip(pipeline.stages, pipeline.stages[1:], strict=False)
+    ]
+    return [0.0, *between, 0.0]
+
+
+def share_microbatches(
+    table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName
+) -> PipelineChoice:
+    """The same pipeline with its microbatches dealt to the replicas by the rule."""
+    size = pipeline.samples / pipeline.microbatches
+    cuts = transfers_s(table, pipeline)
+    stages = []
+    for index, stage in enumerate(pipeline.stages):
+        names = _devices(stage)
+        times = [stage_time_s(table, stage.first, stage.last, table.class_of[d], size) for d in names]
+        wait = waiting_s(table, schedule, cuts[index], cuts[index + 1])
+        counts = deal(times, [t + wait for t in times], pipeline.microbatches)
+        replicas = tuple(Replica(d, n) for d, n in zip(names, counts, strict=True))
+        stages.append(StageChoice(stage.first, stage.last, replicas))
+    return PipelineChoice(pipeline.samples, pipeline.microbatches, tuple(stages))
+
+
+def waiting_s(table: CostTable, schedule: ScheduleName, before: float, after: float) -> float:
+    """What transfers add to a stage's period: half of either boundary under 1F1B, else nothing."""
+    return (before + after) / 2 if table.training and schedule == "1f1b" else 0.0
+
+
+def in_flight(table: CostTable, schedule: ScheduleName, own: int, devices_below: int, width: int) -> int:
+    """Microbatches whose saved values a replica holds at its peak."""
+    if not table.training:
+        return 0
+    return own if schedule == "gpipe" else min(own, -(-devices_below // width))
+
+
+def price(table: CostTable, pipelines: Sequence[PipelineChoice], schedule: ScheduleName) -> Price:
+    """Price a plan whose microbatches are dealt; the formulas stand at the top of this file."""
+    times = [_pipeline_time(table, p, schedule) for p in pipelines]
+    slow = max(times, key=lambda parts: math.fsum(parts.values()))
+    sync, optimizer = _worst_post(table, pipelines)
+    parts = {**slow, "sync_s": sync, "optimizer_s": optimizer}
+    peaks = {d: b for p in pipelines for d, b in _peaks(table, p, schedule).items()}
+    return Price(math.fsum(parts.values()), parts, peaks)
+
+
+def _devices(stage: StageChoice) -> list[str]:
+    return [r.device for r in stage.replicas]
+
+
+def _pipeline_time(
+    table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName
+) -> dict[str, float]:
+    size = pipeline.samples / pipeline.microbatches
+    cuts = transfers_s(table, pipeline)
+    overlapped = not table.training or schedule == "gpipe"
+    compute, extra = 0.0, (pipeline.microbatches - 1) * max(cuts) if overlapped else 0.0
+    for index, stage in enumerate(pipeline.stages):
+        wait = waiting_s(table, schedule, cuts[index], cuts[index + 1])
+        times = [
+            stage_time_s(table, stage.first, stage.last, table.class_of[d], size) for d in _devices(stage)
+        ]
+        ends = [t + (r.microbatches - 1) * (t + wait) for t, r in zip(times, stage.replicas, strict=True)]
+        compute += max(times)
+        extra = max(extra, max(ends) - max(times))
+    return {"fill_compute_s": compute, "fill_transfer_s": sum(cuts), "steady_s": extra}
+
+
+def cross_links(table: CostTable, pipelines: Sequence[PipelineChoice]) -> list[LinkCost]:
+    """The links between devices of unlike pipelines."""
+    # Links depend on nodes only: one device of each node of a pipeline stands for all.
+    node_of = table.topology.node_of
+    groups = [list({node_of[d]: d for s in p.stages for d in _devices(s)}.values()) for p in pipelines]
+    return list(
+        {
+            link
+            for i, left in enumerate(groups)
+            for right in groups[i + 1 :]
+            for link in pairs(table, left, right)
+        }
+    )
+
+
+def _worst_post(table: CostTable, pipelines: Sequence[PipelineChoice]) -> tuple[float, float]:
+    """Gradient sync and optimiser of the device for which their sum is largest."""
+    if not table.training:
+        return 0.0, 0.0
+    across = cross_links(table, pipelines)
+    worst = (0.0, 0.0)
+    for pipeline in pipelines:
+        for stage in pipeline.stages:
+            costs = [table.costs[table.units[u]] for u in range(stage.first, stage.last)]
+            gradients = sum(c.gradient_bytes for c in costs)
+            names = _devices(stage)
+            sync = ring_s(pairs(table, names, names), gradients, len(names))
+            sync += ring_s(across, gradients, len(pipelines))
+            optimizer = max(sum(c.optimizer_s[table.class_of[d]] for c in costs) for d in names)
+            worst = max(worst, (sync, optimizer), key=sum)
+    return worst
+
+
+def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -> dict[str, float]:
+    size = -(-pipeline.samples // pipeline.microbatches)
+    peaks: dict[str, float] = {}
+    below = 0
+    for stage in reversed(pipeline.stages):
+        below += len(stage.replicas)
+        costs = [table.costs[table.units[u]] for u in range(stage.first, stage.last)]
+        fixed = sum(c.weight_bytes + c.gradient_bytes + c.optimizer_bytes for c in costs)
+        saved = sum(table.at_size(c.saved_bytes, size) for c in costs)
+        working = max(table.at_size(c.working_bytes, size) for c in costs)
+        for replica in stage.replicas:
+            held = in_flight(table, schedule, replica.microbatches, below, len(stage.replicas))
+            peaks[replica.device] = fixed + held * saved + working + table.reserved_bytes
+    return peaks

@@ -1,0 +1,241 @@
+"""Best-first search over the two limits of a pipeline: what its busiest stage adds, and its post.
+
+A chain programme gives the least fill f(X, Y) with every stage's extra at most X and post at most Y.
+The plan sought minimises `f(X, Y) + X + Y`. f falls as X and Y grow, so over a box of limits
+`[X0, X1] x [Y0, Y1]` no plan beats `f(X1, Y1) + X0 + Y0`. A solved box yields a plan with its own
+extra x and post y, better than which nothing lies in `[x, X1] x [y, Y1]`; what is left of the box is
+cut in up to three and goes back on the heap. Limits are values that some stage attains, hence the search
+ends, and the least bound on the heap is at any time a bound on every plan.
+"""
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from graphpar.partition.chain import ChainAnswer, OutOfTimeError
+from graphpar.partition.stage_costs import StageCosts, StageLimits
+from graphpar.partition.unit_arrays import FloatArray, Setting
+
+INFINITY = float("inf")
+
+ROUNDING = 1e-12
+"""Relative difference of two sums of the same numbers in another order."""
+
+
+class ChainSolver(Protocol):
+    """Anything that finds the least fill under limits."""
+
+    costs: StageCosts
+
+    def solve(self, limits: StageLimits, deadline_s: float) -> ChainAnswer | None:
+        """The least fill with all stages within the limits, or None where no pipeline fits."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pipeline and what it costs before the plan around it is priced."""
+
+    setting: Setting
+    answer: ChainAnswer
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step in which this pipeline is alone."""
+        return self.answer.fill_s + self.answer.extra_s + self.answer.post_s
+
+
+@dataclass(frozen=True)
+class Task:
+    """A setting to try, and how to build its programme when needed.
+
+    All numbers are lower bounds on its plans: `bound_s` on the step without post, the others on its
+    parts.
+    """
+
+    setting: Setting
+    bound_s: float
+    fill_s: float
+    extra_s: float
+    post_s: float
+    build: Callable[[], ChainSolver]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best pipeline below the cutoff, if any, and a bound on all others; `cut` where time ended."""
+
+    best: Found | None
+    bound_s: float
+    cut: bool
+    programs: int
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Limits from and to; no plan of the box has less than `fill_s`."""
+
+    task: int
+    fill_s: float
+    extra: tuple[float, float]
+    post: tuple[float, float]
+
+
+def search(
+    tasks: Iterable[Task],
+    *,
+    cutoff_s: float,
+    gap: float,
+    deadline_s: float,
+    post_limit_s: float = INFINITY,
+    count_post: bool = True,
+) -> SearchResult:
+    """The pipeline with the least step time over all tasks.
+
+    Args:
+        tasks: Settings to search.
+        cutoff_s: Only plans strictly better than this are of interest.
+        gap: Stop once the bound is within this fraction of the best that was found.
+        deadline_s: `time.monotonic()` at which to stop.
+        post_limit_s: Leave out stages with a longer post.
+        count_post: Whether post is part of what is minimised, or only limited.
+    """
+    run = _Run(list(tasks), cutoff_s, gap, post_limit_s, count_post)
+    try:
+        run.work(deadline_s)
+    except OutOfTimeError:
+        return SearchResult(run.best, run.bound(), True, run.programs)
+    return SearchResult(run.best, run.bound(), False, run.programs)
+
+
+class _Run:
+    """The state of one search."""
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        cutoff_s: float,
+        gap: float,
+        post_limit_s: float,
+        count_post: bool,
+    ) -> None:
+        self._tasks = tasks
+        self._solvers: dict[int, ChainSolver] = {}
+        self._post_limit = post_limit_s
+        self._weight = 1.0 if count_post else 0.0
+        self._gap = gap
+        self._cutoff = cutoff_s
+        self._pruned = INFINITY
+        self._ticket = itertools.count()
+        self._heap: list[tuple[float, int, _Box]] = []
+        self.best: Found | None = None
+        self.programs = 0
+        for index, task in enumerate(tasks):
+            bound = task.bound_s + self._weight * task.post_s
+            if bound >= cutoff_s:
+                self._pruned = min(self._pruned, bound)
+            else:
+                box = _Box(index, task.fill_s, (task.extra_s, INFINITY), (task.post_s, post_limit_s))
+                self._push(bound, box)
+
+    def bound(self) -> float:
+        """A lower bound on every plan of the tasks; the cutoff where nothing better exists."""
+        return min(self._cutoff, self._pruned, self._heap[0][0] if self._heap else INFINITY)
+
+    def work(self, deadline_s: float) -> None:
+        """Solve boxes until none can hold a plan better than the best by more than the gap."""
+        while self._heap:
+            bound, _, box = heapq.heappop(self._heap)
+            if bound >= self._target():
+                self._pruned = min(self._pruned, bound)
+                return
+            try:
+                self._solve(bound, box, deadline_s)
+            except OutOfTimeError:
+                self._pruned = min(self._pruned, bound)
+                raise
+
+    def _target(self) -> float:
+        # Until something is found, everything below the cutoff is of interest.
+        return self._cutoff * (1 - self._gap) if self.best is not None else self._cutoff
+
+    def _push(self, bound: float, box: _Box) -> None:
+        heapq.heappush(self._heap, (bound, next(self._ticket), box))
+
+    def _solve(self, bound: float, box: _Box, deadline_s: float) -> None:
+        if time.monotonic() > deadline_s:
+            raise OutOfTimeError
+        solver = self._solvers.get(box.task)
+        if solver is None:
+            solver = self._solvers[box.task] = self._tasks[box.task].build()
+        self.programs += 1
+        # A stage with more extra and post than this misses the target, whatever the others do.
+        useful = self._target() - box.fill_s
+        extra = min(box.extra[1], useful - self._weight * box.post[0])
+        both = useful if self._weight > 0 else INFINITY
+        if useful < INFINITY:
+            self._pruned = min(self._pruned, max(bound, self._target()))
+        answer = solver.solve(StageLimits(extra, box.post[1], both), deadline_s)
+        if answer is None:
+            return
+        found = Found(self._tasks[box.task].setting, answer)
+        value = answer.fill_s + answer.extra_s + self._weight * answer.post_s
+        if value < self._cutoff:
+            self._cutoff, self.best = value, found
+        if answer.bound_s < answer.fill_s:
+            self._pruned = min(
+                self._pruned,
+                max(bound, answer.bound_s + answer.extra_s + self._weight * answer.post_s),
+            )
+        self._split(solver.costs, bound, box, answer)
+
+    def _split(self, costs: StageCosts, bound: float, box: _Box, answer: ChainAnswer) -> None:
+        """Push what is left of a box: less extra, in two halves, or the same extra and less post."""
+        fill, weight = answer.bound_s, self._weight
+        if weight > 0 and answer.post_s > box.post[0]:
+            below = _next_below(costs.posts_s, answer.post_s)
+            if below >= box.post[0]:
+                rest = _Box(box.task, fill, (answer.extra_s, box.extra[1]), (box.post[0], below))
+                self._offer(bound, fill + answer.extra_s + weight * box.post[0], rest)
+        # Above this extra the box cannot beat the target, so it need not be looked at.
+        most, useful = (
+            _next_below(costs.extras_s, answer.extra_s),
+            self._target() - fill - weight * box.post[0],
+        )
+        if most >= useful:
+            most, self._pruned = useful, min(self._pruned, max(bound, self._target()))
+        lowest = max(box.extra[0], float(costs.extras_s[0]))
+        if most < lowest:
+            return
+        middle = _next_above(costs.extras_s, (lowest + most) / 2, lowest, most)
+        upper = _Box(box.task, fill, (middle, most), box.post)
+        self._offer(bound, fill + middle + weight * box.post[0], upper)
+        below = _next_below(costs.extras_s, middle)
+        if below >= lowest:
+            lower = _Box(box.task, fill, (lowest, below), box.post)
+            self._offer(bound, fill + lowest + weight * box.post[0], lower)
+
+    def _offer(self, parent: float, bound: float, box: _Box) -> None:
+        bound = max(parent, bound)
+        if bound < self._target():
+            self._push(bound, box)
+        else:
+            self._pruned = min(self._pruned, bound)
+
+
+def _next_below(values: FloatArray, value: float) -> float:
+    """The largest attained value below another by more than rounding."""
+    index = int(np.searchsorted(values, value * (1 - ROUNDING), side="left")) - 1
+    return float(values[index]) if index >= 0 else -INFINITY
+
+
+def _next_above(values: FloatArray, value: float, low: float, high: float) -> float:
+    """The attained value nearest above another within an interval, or the interval's low end."""
+    index = int(np.searchsorted(values, value, side="left"))
+    if index < len(values) and values[index] <= high:
+        return float(values[index])
+    return low

@@ -1,0 +1,330 @@
+"""The two public problem formats, read with every inconsistency named.
+
+*Sharding* files come from the ASPLOS'25 / EuroSys'25 contest on intra-operator parallelism
+(https://github.com/google/iopddl): nodes with strategies, each with a cost, a memory use and a life
+interval; edges with a cost matrix; a limit on live memory. *Placement* files come from
+"Efficient Algorithms for Device Placement of DNN Graph Operators" (NeurIPS 2020,
+https://github.com/msr-fiddle/dnn-partitioning): operators with CPU and accelerator latencies, sizes,
+colour classes and transfer costs.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.errors import PlanError
+
+IMPOSSIBLE_COST = 10**18
+"""Costs at or above this stand for "this combination cannot be"."""
+
+Number: TypeAlias = int | float
+NodeId: TypeAlias = int | str
+
+
+class ProblemError(PlanError):
+    """A problem file cannot be read; names the file, the place in it and what is wrong there."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardingProblem:
+    """Choose one strategy for each node.
+
+    Attributes:
+        name: The instance's own name.
+        intervals: For each node the half-open interval of time in which it holds memory.
+        node_costs: For each node a cost per strategy, as read.
+        usages: For each node the memory in use per strategy.
+        edge_nodes: For each edge its nodes, one or two.
+        edge_costs: For each edge a cost per combination, row-major over its nodes.
+        usage_limit: Memory that may be live at any one time, or None for no limit.
+    """
+
+    name: str
+    intervals: tuple[tuple[int, int], ...]
+    node_costs: tuple[tuple[Number, ...], ...] = field(repr=False)
+    usages: tuple[tuple[Number, ...], ...] = field(repr=False)
+    edge_nodes: tuple[tuple[int, ...], ...] = field(repr=False)
+    edge_costs: tuple[tuple[Number, ...], ...] = field(repr=False)
+    usage_limit: Number | None
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.node_costs)
+
+    @property
+    def num_strategies(self) -> int:
+        """Number of strategies, all nodes together."""
+        return sum(map(len, self.node_costs))
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of a placement problem; latencies and sizes in the file's own units."""
+
+    node_id: NodeId
+    cpu_latency: float
+    accelerator_latency: float
+    on_accelerator: bool
+    size: float
+    colour: str
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A dependency: `target` needs the output of `source`, which costs `cost` to move once."""
+
+    source: int
+    target: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class PlacementProblem:
+    """Put each operator on the CPUs (device 0) or on one of `num_accelerators` (1 to k).
+
+    `transfers` name operators by their position in `operators`; all transfers out of one operator
+    cost the same, because its output moves once per device that wants it.
+    """
+
+    name: str
+    operators: tuple[Operator, ...] = field(repr=False)
+    transfers: tuple[Transfer, ...] = field(repr=False)
+    num_accelerators: int
+    num_cpus: int
+    memory_limit: float
+
+
+Problem: TypeAlias = ShardingProblem | PlacementProblem
+
+_Costs: TypeAlias = list[list[Number]]
+
+
+class _ShardingNodes(msgspec.Struct):
+    intervals: list[tuple[int, int]]
+    costs: _Costs
+    usages: _Costs
+
+
+class _ShardingEdges(msgspec.Struct):
+    nodes: list[list[int]]
+    costs: _Costs
+
+
+class _ShardingBody(msgspec.Struct):
+    nodes: _ShardingNodes
+    edges: _ShardingEdges
+    name: str = ""
+    usage_limit: Number | None = None
+
+
+class _ShardingFile(msgspec.Struct):
+    problem: _ShardingBody
+
+
+_Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _PlacementNode(msgspec.Struct, rename="camel"):
+    id: NodeId
+    cpu_latency: float
+    fpga_latency: float
+    supported_on_fpga: bool | int = True
+    is_backward_node: bool | int = False
+    size: float = 0.0
+    color_class: Any = None
+
+
+class _PlacementEdge(msgspec.Struct, rename="camel"):
+    source_id: NodeId
+    dest_id: NodeId
+    cost: float
+
+
+class _PlacementFile(msgspec.Struct):
+    nodes: list[_PlacementNode]
+    edges: list[_PlacementEdge]
+    num_accelerators: _Natural = msgspec.field(name="maxFPGAs")
+    num_cpus: _Natural = msgspec.field(name="maxCPUs")
+    memory_limit: float = msgspec.field(name="maxSizePerFPGA")
+
+
+def read_problem(path: str | Path) -> Problem:
+    """Read a problem file, `.json` or `.json.gz`, and recognise which of the two formats it is.
+
+    Raises:
+        ProblemError: The file is missing, truncated, of neither format, or inconsistent.
+    """
+    path = Path(path)
+    return parse_problem(_read_bytes(path), name=path.name)
+
+
+def parse_problem(data: bytes, name: str = "problem") -> Problem:
+    """The problem held in JSON bytes; `name` stands in error messages. Raises ProblemError."""
+    try:
+        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProblemError(f"{name}: not a JSON object ({error}); is the file whole?") from error
+    try:
+        if "problem" in keys:
+            return _sharding(msgspec.json.decode(data, type=_ShardingFile).problem, name)
+        if "maxFPGAs" in keys:
+            return _placement(msgspec.json.decode(data, type=_PlacementFile), name)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProblemError(f"{name}: {error}") from error
+    raise ProblemError(
+        f"{name}: neither a sharding problem (key `problem`) nor a placement problem "
+        f"(key `maxFPGAs`); its keys are {', '.join(sorted(keys)[:8]) or 'none'}"
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ProblemError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ProblemError(f"{path}: damaged gzip data ({error}); is the file whole?") from error
+
+
+def _sharding(body: _ShardingBody, name: str) -> ShardingProblem:
+    nodes, edges = body.nodes, body.edges
+    count = len(nodes.costs)
+    if len(nodes.intervals) != count or len(nodes.usages) != count:
+        raise ProblemError(
+            f"{name}: nodes.costs has {count} entries, nodes.intervals {len(nodes.intervals)}, "
+            f"nodes.usages {len(nodes.usages)}; they must agree"
+        )
+    for node, (costs, usages) in enumerate(zip(nodes.costs, nodes.usages, strict=True)):
+        if not costs:
+            raise ProblemError(f"{name}: node {node} has no strategy")
+        if len(costs) != len(usages):
+            raise ProblemError(f"{name}: node {node} has {len(costs)} costs but {len(usages)} usages")
+        _require_finite(costs, f"{name}: costs of node {node}")
+        if min(usages) < 0:
+            raise ProblemError(f"{name}: node {node} has a negative memory usage {min(usages)}")
+        _require_finite(usages, f"{name}: usages of node {node}")
+    if len(edges.nodes) != len(edges.costs):
+        raise ProblemError(
+            f"{name}: edges.nodes has {len(edges.nodes)} entries, edges.costs {len(edges.costs)}"
+        )
+    for edge, (ends, costs) in enumerate(zip(edges.nodes, edges.costs, strict=True)):
+        _check_edge(ends, costs, nodes.costs, f"{name}: edge {edge}")
+    if body.usage_limit is not None and body.usage_limit < 0:
+        raise ProblemError(f"{name}: usage_limit is negative: {body.usage_limit}")
+    return ShardingProblem(
+        name=body.name or name,
+        intervals=tuple(nodes.intervals),
+        node_costs=tuple(map(tuple, nodes.costs)),
+        usages=tuple(map(tuple, nodes.usages)),
+        edge_nodes=tuple(map(tuple, edges.nodes)),
+        edge_costs=tuple(map(tuple, edges.costs)),
+        usage_limit=body.usage_limit,
+    )
+
+
+def _check_edge(ends: list[int], costs: list[Number], node_costs: _Costs, where: str) -> None:
+    if len(ends) not in (1, 2):
+        raise ProblemError(f"{where} joins {len(ends)} nodes; only one or two are understood")
+    size = 1
+    for node in ends:
+        if not 0 <= node < len(node_costs):
+            raise ProblemError(f"{where} names node {node}, but nodes are 0..{len(node_costs) - 1}")
+        size *= len(node_costs[node])
+    if size != len(costs):
+        raise ProblemError(f"{where} has {len(costs)} costs, its nodes make {size} combinations")
+    _require_finite(costs, f"{where} costs")
+
+
+def _require_finite(numbers: list[Number], where: str) -> None:
+    # JSON has no NaN, but a literal such as 1e999 reads as infinity.
+    if not math.isfinite(math.fsum(map(abs, numbers))):
+        raise ProblemError(f"{where} hold a number that is not finite")
+
+
+def _placement(body: _PlacementFile, name: str) -> PlacementProblem:
+    position: dict[NodeId, int] = {}
+    operators: list[Operator] = []
+    for node in body.nodes:
+        if node.id in position:
+            raise ProblemError(f"{name}: two nodes have the id {node.id!r}")
+        position[node.id] = len(operators)
+        for label, value in (
+            ("cpuLatency", node.cpu_latency),
+            ("fpgaLatency", node.fpga_latency),
+            ("size", node.size),
+        ):
+            _require_amount(value, f"{name}: {label} of node {node.id!r}")
+        operators.append(
+            Operator(
+                node_id=node.id,
+                cpu_latency=node.cpu_latency,
+                accelerator_latency=node.fpga_latency,
+                on_accelerator=bool(node.supported_on_fpga),
+                size=node.size,
+                colour=f"own {node.id!r}" if node.color_class is None else repr(node.color_class),
+                backward=bool(node.is_backward_node),
+            )
+        )
+    _require_amount(body.memory_limit, f"{name}: maxSizePerFPGA")
+    transfers = _placement_transfers(body.edges, position, name)
+    return PlacementProblem(
+        name=name,
+        operators=tuple(operators),
+        transfers=transfers,
+        num_accelerators=body.num_accelerators,
+        num_cpus=body.num_cpus,
+        memory_limit=body.memory_limit,
+    )
+
+
+def _placement_transfers(
+    edges: list[_PlacementEdge], position: Mapping[NodeId, int], name: str
+) -> tuple[Transfer, ...]:
+    transfers: dict[tuple[int, int], Transfer] = {}
+    cost_of: dict[int, float] = {}
+    for edge in edges:
+        for end in (edge.source_id, edge.dest_id):
+            if end not in position:
+                raise ProblemError(f"{name}: an edge names the unknown node {end!r}")
+        _require_amount(edge.cost, f"{name}: cost of edge {edge.source_id!r} -> {edge.dest_id!r}")
+        source, target = position[edge.source_id], position[edge.dest_id]
+        if source == target:
+            raise ProblemError(f"{name}: node {edge.source_id!r} has an edge to itself")
+        # The format prices a node's output, not an edge: unequal copies contradict each other.
+        if not math.isclose(cost_of.setdefault(source, edge.cost), edge.cost, rel_tol=1e-9):
+            raise ProblemError(
+                f"{name}: edges out of node {edge.source_id!r} cost {cost_of[source]} and "
+                f"{edge.cost}; one output has one transfer cost"
+            )
+        transfers[source, target] = Transfer(source, target, cost_of[source])
+    return tuple(transfers.values())
+
+
+def _require_amount(value: float, where: str) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise ProblemError(f"{where} is {value}; it must be finite and not negative")
+
+
+def finite_costs(costs: tuple[Number, ...]) -> npt.NDArray[np.float64]:
+    """Costs as floats, with infinity for the impossible ones.
+
+    >>> finite_costs((3, 10**18))
+    array([ 3., inf])
+    """
+    values = np.array(costs, dtype=np.float64)
+    values[values >= IMPOSSIBLE_COST] = np.inf
+    return values

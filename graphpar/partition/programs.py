@@ -1,0 +1,127 @@
+"""The tasks of a search: one chain programme per schedule and microbatch count."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from graphpar.partition.bounds import WorkBound, chain_bound_s, least_post_s, sample_bound, work_bound
+from graphpar.partition.cells import Links, StageOption, pareto
+from graphpar.partition.chain import ChainProgram
+from graphpar.partition.counting import CountingLimits, CountingProgram
+from graphpar.partition.family import Family
+from graphpar.partition.pipeline_search import ChainSolver, Task
+from graphpar.partition.stage_costs import build_costs, slowest_transfer_s
+from graphpar.partition.types import ScheduleName
+from graphpar.partition.unit_arrays import FloatArray, Setting, memory_never_binds
+
+
+class Programs:
+    """Builds chain programmes of a family and keeps those that were built."""
+
+    def __init__(self, family: Family, limits: CountingLimits) -> None:
+        self.family = family
+        self._limits = limits
+        self._bounds: dict[float, WorkBound] = {}
+        self._class_takes: dict[tuple[tuple[int, ...], int], FloatArray] = {}
+        self._per_sample = sample_bound(family.table)
+        self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
+
+    def tasks(
+        self,
+        limits: Sequence[int],
+        samples: int,
+        schedules: Sequence[ScheduleName],
+        peers: int = 1,
+        across: Links = frozenset(),
+    ) -> list[Task]:
+        """Every schedule and microbatch count for a pipeline on some devices."""
+        whole = tuple(limits)
+        tasks = [
+            self._task(whole, Setting(samples, m, schedule, peers, across))
+            for schedule in schedules
+            for m in self.family.counts(samples)
+        ]
+        return [t for t in tasks if len(schedules) == 1 or not self._outdone(whole, t)]
+
+    def _outdone(self, limits: tuple[int, ...], task: Task) -> bool:
+        """Whether GPipe is at least as good as 1F1B for every plan of a 1F1B task.
+
+        1F1B waits for transfers where GPipe overlaps them. GPipe is no worse where memory never binds
+        and the slowest boundary cannot be what takes longest.
+        """
+        setting = task.setting
+        if setting.schedule != "1f1b":
+            return False
+        cells = self.family.cells
+        links = pareto([k for row in cells.links for k in row if k is not None])
+        table = self.family.table
+        slowest = slowest_transfer_s(table, setting, links)
+        if (setting.microbatches - 1) * slowest > task.extra_s:
+            return False
+        used = [c.device_class for c, n in zip(cells.cells, limits, strict=True) if n]
+        return memory_never_binds(table, setting, used)
+
+    def work_per_sample_s(self, limits: Sequence[int]) -> float:
+        """A lower bound on the time some devices need per sample at any microbatch size."""
+        return self._per_sample.seconds(self.family.classes(limits))
+
+    def least_post_s(self, limits: Sequence[int], peers: int = 1, across: Links = frozenset()) -> float:
+        """A lower bound on the largest post of a pipeline on some devices."""
+        return least_post_s(self.family.table, self.family.classes(limits), peers, across)
+
+    def _task(self, limits: tuple[int, ...], setting: Setting) -> Task:
+        """Every device r has `m_r t_r <= t_r + extra`.
+
+        Weighted with the prices of the work bound and summed over devices this gives
+        `extra >= (m - w) * work` where no stage has more than w replicas.
+        """
+        bound = self._bounds.get(setting.size)
+        if bound is None:
+            bound = self._bounds[setting.size] = work_bound(self.family.table, setting.size)
+        counts, number = self.family.classes(limits), setting.microbatches
+        work, fastest = bound.seconds(counts), bound.fastest_pass_s(counts)
+        takes = self._takes(limits, setting)
+        extra = max(0.0, number - float(takes.sum(axis=1).max())) * work
+        # One device has no choice: there the work bound says it all.
+        chain = chain_bound_s(bound, counts, takes, number) if sum(counts) > 1 else 0.0
+        return Task(
+            setting=setting,
+            bound_s=max(work * number, fastest + extra, chain),
+            fill_s=fastest,
+            extra_s=extra,
+            post_s=self.least_post_s(limits, setting.peers, setting.across),
+            build=self._builder(limits, setting),
+        )
+
+    def _takes(self, limits: tuple[int, ...], setting: Setting) -> FloatArray:
+        """[option, class]: devices of each class in the options for a pipeline; unlike rows only."""
+        width = self.family.table.max_replicas // setting.peers
+        key = (limits, width)
+        if key not in self._class_takes:
+            options = self.family.within(limits, width)
+            rows = {tuple(self.family.classes(o.take)) for o in options}
+            self._class_takes[key] = np.array(sorted(rows), dtype=np.float64)
+        return self._class_takes[key]
+
+    def _builder(self, limits: tuple[int, ...], setting: Setting) -> Callable[[], ChainSolver]:
+        def build() -> ChainSolver:
+            key = (limits, setting)
+            if key not in self._built:
+                family = self.family
+                width = family.table.max_replicas // setting.peers
+                options = family.within(limits, width)
+                self._built[key] = self._program(limits, setting, options)
+            return self._built[key]
+
+        return build
+
+    def _program(
+        self, limits: tuple[int, ...], setting: Setting, options: Sequence[StageOption]
+    ) -> ChainSolver:
+        family = self.family
+        if family.repeats is not None:
+            return CountingProgram(
+                family.table, family.cells, options, setting, family.repeats, self._limits
+            )
+        costs = build_costs(family.table, family.cells, options, setting)
+        return ChainProgram(costs, family.cells, limits)

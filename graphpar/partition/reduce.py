@@ -1,0 +1,294 @@
+"""Exact reductions of a sharding problem; none of them can lose the optimum.
+
+Each is a rewriting of `min sum_u c_u(x_u) + sum_uv C_uv(x_u, x_v)` subject to the memory rows, and is
+applied wherever something changed until nothing changes any more:
+
+* `drop_unsupported`: a strategy all of whose partners across one edge are impossible is dropped.
+* `split_separable`: `C(i, j) = a(i) + b(j)` moves into the node costs and the edge goes.
+* `contract_determined`: if each strategy of u leaves v exactly one possible partner f(i), v becomes a
+  member of u; its costs and edges are looked up through f.
+* `drop_oversized`: a strategy that would not fit with everybody else at their smallest is dropped.
+* `drop_dominated`: strategy a goes if some b uses no more memory at any moment and
+  `c(b) - c(a) + sum over edges of max_j (C(b, j) - C(a, j)) <= 0`: replacing a by b in any answer
+  gives one no worse, whatever the neighbours do (Goldstein's dead-end elimination).
+* `eliminate_small`: a vertex with at most two neighbours whose memory does not depend on its choice is
+  minimised out; the minimum over its strategies becomes a cost of its neighbours.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.partition.problems import ShardingProblem
+from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
+from graphpar.partition.shard_memory import is_flat, memory_rows, tighten, vertex_profile
+
+BoolArray = npt.NDArray[np.bool_]
+
+_LARGEST_NEW_TABLE = 200_000
+"""Entries above which eliminating a vertex of degree two would cost more than it saves."""
+
+_DOMINANCE_BLOCK = 4_000_000
+"""Numbers held at once while strategies of one vertex are compared pairwise."""
+
+
+def reduce_problem(
+    problem: ShardingProblem, should_stop: Callable[[], bool] = lambda: False
+) -> tuple[ShardingGraph, MemoryRows]:
+    """The reduced graph and the memory rows that can still bind; stops early when told to."""
+    graph = ShardingGraph.of(problem)
+    return graph, reduce_graph(graph, memory_rows(problem), should_stop)
+
+
+def reduce_graph(
+    graph: ShardingGraph, rows: MemoryRows, should_stop: Callable[[], bool] = lambda: False
+) -> MemoryRows:
+    """Shrink a graph in place until nothing changes; returns the rows that can still bind."""
+    if graph.infeasible:
+        return rows
+    rows = tighten(rows, graph)
+    dirty = set(graph.costs)
+    while dirty and graph.is_possible() and not should_stop():
+        dirty = _sweep(graph, rows, dirty, should_stop)
+        if graph.is_possible():
+            rows = tighten(rows, graph)
+    if dirty and graph.is_possible():
+        # Cut short: message passing still relies on every strategy having a possible partner.
+        drop_unsupported(graph, set(graph.costs))
+        rows = tighten(rows, graph) if graph.is_possible() else rows
+    if graph.is_possible() and np.any(rows.limit < 0):
+        graph.infeasible = True
+    return rows
+
+
+def _until(should_stop: Callable[[], bool], vertices: Iterable[int]) -> Iterator[int]:
+    """The vertices, as long as there is time: every reduction may end after any vertex."""
+    for vertex in vertices:
+        if should_stop():
+            return
+        yield vertex
+
+
+def _sweep(
+    graph: ShardingGraph, rows: MemoryRows, dirty: set[int], should_stop: Callable[[], bool]
+) -> set[int]:
+    """Apply every reduction once at the dirty vertices; returns the vertices that changed."""
+    changed: set[int] = set()
+    changed |= drop_unsupported(graph, dirty)
+    if not graph.is_possible():
+        return set()
+    for reduction in (split_separable, contract_determined):
+        changed |= reduction(graph, _until(should_stop, (dirty | changed) & graph.costs.keys()))
+    changed |= drop_oversized(graph, rows)
+    if not graph.is_possible():
+        return set()
+    for with_memory in (drop_dominated, eliminate_small):
+        around = (dirty | changed) & graph.costs.keys()
+        changed |= with_memory(graph, rows, _until(should_stop, around))
+    return changed & graph.costs.keys()
+
+
+def drop_unsupported(graph: ShardingGraph, dirty: set[int]) -> set[int]:
+    """Arc consistency: drop strategies that no partner supports; returns the vertices cut."""
+    waiting, touched = set(dirty), set()
+    while waiting and graph.is_possible():
+        vertex = waiting.pop()
+        for other, table in list(graph.tables[vertex].items()):
+            possible = np.isfinite(table)
+            if possible.all():
+                continue
+            for end, axis in ((vertex, 1), (other, 0)):
+                supported = possible.any(axis=axis)
+                if not supported.all():
+                    graph.keep(end, np.flatnonzero(supported))
+                    touched.add(end)
+                    waiting |= {end, *graph.tables[end]}
+                    if not graph.is_possible():
+                        return touched
+                    break
+            else:
+                continue
+            waiting.add(vertex)
+            break
+    return touched
+
+
+def split_separable(graph: ShardingGraph, dirty: Iterable[int]) -> set[int]:
+    """Move tables of the form row term plus column term into the node costs."""
+    touched = set()
+    for vertex in dirty:
+        for other, table in list(graph.tables[vertex].items()):
+            if not (np.isfinite(table[:, 0]).all() and np.isfinite(table[0]).all()):
+                continue
+            rows, columns = table[:, 0], table[0] - table[0, 0]
+            if np.array_equal(table, rows[:, None] + columns[None, :]):
+                graph.costs[vertex] = graph.costs[vertex] + rows
+                graph.costs[other] = graph.costs[other] + columns
+                graph.remove_table(vertex, other)
+                touched |= {vertex, other}
+    return touched
+
+
+def contract_determined(graph: ShardingGraph, dirty: Iterable[int]) -> set[int]:
+    """Let a vertex swallow a neighbour whose strategy it determines."""
+    touched: set[int] = set()
+    waiting = [(u, v) for u in dirty for v in graph.tables[u]]
+    while waiting:
+        u, v = waiting.pop()
+        if v not in graph.tables.get(u, ()):
+            continue
+        found = _determined(graph, u, v)
+        if found is None:
+            continue
+        winner, loser, partner = found
+        moved = graph.swallow(winner, loser, partner)
+        waiting.extend((winner, other) for other in moved)
+        touched |= {winner, *moved}
+    return touched & graph.costs.keys()
+
+
+def _determined(graph: ShardingGraph, u: int, v: int) -> tuple[int, int, IntArray] | None:
+    """`(winner, loser, the loser's strategy for each of the winner's)`, if there is one."""
+    possible = np.isfinite(graph.tables[u][v])
+    options: list[tuple[int, int, IntArray]] = []
+    if bool((possible.sum(axis=1) == 1).all()):
+        options.append((u, v, possible.argmax(axis=1)))
+    if bool((possible.sum(axis=0) == 1).all()):
+        options.append((v, u, possible.argmax(axis=0)))
+    # Moving the loser's edges is the work, so the vertex with fewer of them loses.
+    return min(options, key=lambda option: len(graph.tables[option[1]]), default=None)
+
+
+def drop_oversized(graph: ShardingGraph, rows: MemoryRows) -> set[int]:
+    """Drop strategies that do not fit even if everybody else uses the least memory possible."""
+    touched: set[int] = set()
+    if not rows.num_rows:
+        return touched
+    profiles = {u: vertex_profile(members, rows) for u, members in graph.members.items()}
+    change = np.zeros(rows.num_rows + 1)
+    for profile in profiles.values():
+        if profile is not None:
+            boundaries, use = profile
+            change[boundaries] += np.diff(use.min(axis=0), prepend=0.0, append=0.0)
+    room = np.append(rows.limit - np.cumsum(change)[:-1], np.inf)
+    for vertex, profile in profiles.items():
+        if profile is None:
+            continue
+        boundaries, use = profile
+        smallest_room = np.minimum.reduceat(room, boundaries)[:-1]
+        fits = (use - use.min(axis=0) <= smallest_room).all(axis=1)
+        if not fits.all():
+            graph.keep(vertex, np.flatnonzero(fits))
+            touched |= {vertex, *graph.tables[vertex]}
+            if not graph.is_possible():
+                break
+    return touched
+
+
+def drop_dominated(graph: ShardingGraph, rows: MemoryRows, dirty: Iterable[int]) -> set[int]:
+    """Drop strategies that another strategy of the same vertex can always replace."""
+    touched: set[int] = set()
+    for vertex in dirty:
+        if len(graph.costs[vertex]) < 2:
+            continue
+        dominated = _dominated(graph, rows, vertex)
+        if dominated.any():
+            graph.keep(vertex, np.flatnonzero(~dominated))
+            touched |= {vertex, *graph.tables[vertex]}
+    return touched
+
+
+def _dominated(graph: ShardingGraph, rows: MemoryRows, vertex: int) -> BoolArray:
+    costs = graph.costs[vertex]
+    # worse[a, b]: the most that b in place of a can add to the objective
+    worse = costs[None, :] - costs[:, None]
+    profile = vertex_profile(graph.members[vertex], rows)
+    if profile is not None:
+        use = profile[1]
+        worse = np.where(_uses_more(use), np.inf, worse)
+    np.fill_diagonal(worse, np.inf)
+    for table in graph.tables[vertex].values():
+        candidates = np.isfinite(worse)
+        if not candidates.any():
+            break
+        with np.errstate(invalid="ignore"):
+            # inf - inf: already ruled out, and stays so, because no comparison with NaN holds
+            worse += _largest_increase(table)
+    dominated_by = np.asarray(worse <= 0.0)
+    # two strategies that replace each other: the first stays
+    mutual = dominated_by & dominated_by.T
+    dominated_by &= ~(mutual & np.triu(np.ones_like(mutual)))
+    result: BoolArray = np.logical_or.reduce(dominated_by, axis=1)
+    return result
+
+
+def _uses_more(use: FloatArray) -> BoolArray:
+    """`[a, b]`: whether b uses more memory than a in some segment."""
+    more = np.zeros((len(use), len(use)), dtype=np.bool_)
+    for column in use.T:
+        more |= column[None, :] > column[:, None]
+    return more
+
+
+def _largest_increase(table: FloatArray) -> FloatArray:
+    """`[a, b]`: max over j of `table[b, j] - table[a, j]`, where an impossible a counts as -inf."""
+    count, width = table.shape
+    result = np.empty((count, count))
+    block = max(1, _DOMINANCE_BLOCK // max(1, count * width))
+    for begin in range(0, count, block):
+        part = table[begin : begin + block]
+        with np.errstate(invalid="ignore"):
+            difference = table[None, :, :] - part[:, None, :]
+        # inf - inf: a cannot be with j, so b need not be cheaper there
+        np.nan_to_num(difference, copy=False, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        result[begin : begin + block] = difference.max(axis=2)
+    return result
+
+
+def eliminate_small(graph: ShardingGraph, rows: MemoryRows, dirty: Iterable[int]) -> set[int]:
+    """Minimise out vertices of degree zero, one and two whose choice does not touch memory."""
+    touched: set[int] = set()
+    waiting = set(dirty)
+    while waiting:
+        vertex = waiting.pop()
+        if vertex not in graph.costs or len(graph.tables[vertex]) > 2:
+            continue
+        if not is_flat(vertex_profile(graph.members[vertex], rows)):
+            continue
+        around = tuple(graph.tables[vertex])
+        if len(around) == 2:
+            size = len(graph.costs[around[0]]) * len(graph.costs[around[1]])
+            if size > _LARGEST_NEW_TABLE:
+                continue
+        eliminate(graph, vertex)
+        touched |= set(around)
+        waiting |= set(around)
+    return touched & graph.costs.keys()
+
+
+def eliminate(graph: ShardingGraph, vertex: int) -> None:
+    """Minimise out a vertex of degree at most two."""
+    around = tuple(graph.tables[vertex])
+    costs = graph.costs[vertex]
+    if not around:
+        best = np.array(costs.argmin())
+        graph.constant += float(costs.min())
+        graph.eliminate(vertex, (), best)
+        return
+    first = graph.tables[around[0]][vertex] + costs[None, :]
+    if len(around) == 1:
+        best = first.argmin(axis=1)
+        gain = first.min(axis=1)
+        graph.eliminate(vertex, around, best)
+        graph.costs[around[0]] = graph.costs[around[0]] + gain
+        return
+    second = graph.tables[around[1]][vertex]
+    gain = np.empty((len(first), len(second)))
+    best = np.empty(gain.shape, dtype=np.intp)
+    for i, row in enumerate(first):
+        total = second + row[None, :]
+        best[i] = total.argmin(axis=1)
+        gain[i] = total[np.arange(len(second)), best[i]]
+    graph.eliminate(vertex, around, best)
+    graph.add_table(around[0], around[1], gain)

@@ -1,0 +1,24 @@
+"""What a caller may fix about a plan, and the microbatch counts that are tried."""
+
+from typing import Literal
+
+from graphpar.cost import CostTable
+
+Microbatches = int | Literal["auto"]
+ScheduleChoice = Literal["auto", "gpipe", "1f1b"]
+
+SMALL_BATCH = 16
+"""Up to this many samples every microbatch count is tried."""
+
+
+def microbatch_counts(table: CostTable, samples: int, microbatches: Microbatches) -> list[int]:
+    """The microbatch counts tried for a share of the batch, increasing.
+
+    All of them for few samples; else the small ones and those that give a whole microbatch size.
+    """
+    most = min(samples, table.max_microbatches)
+    if microbatches != "auto":
+        return [microbatches] if microbatches <= most else []
+    small = range(1, min(most, SMALL_BATCH) + 1)
+    sizes = {*table.sizes, *range(1, 9), *(d for d in range(1, samples + 1) if samples % d == 0)}
+    return sorted({*small, *(n for s in sizes if (n := -(-samples // s)) <= most)})

@@ -1,0 +1,72 @@
+"""The whole reduced sharding problem as one ILP, with memory rows added when broken.
+
+Leaving rows out relaxes the problem, so every round's dual bound holds for the whole problem; an
+answer that breaks no row is an answer to the whole problem.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphpar.partition.shard_dual import MemoryMatrix
+from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
+from graphpar.partition.shard_ilp import build_program
+
+_ROWS_PER_ROUND = 8
+"""Violated rows added at a time, spread over the peaks of the memory profile."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExactResult:
+    """The best choice that fits (None if none was found), the best bound, and infeasibility."""
+
+    chosen: IntArray | None
+    bound: float
+    infeasible: bool
+
+
+def solve_exactly(
+    graph: ShardingGraph,
+    rows: MemoryRows,
+    memory: MemoryMatrix,
+    *,
+    active: set[int],
+    deadline_s: float,
+    relative_gap: float,
+    threads: int = 1,
+) -> ExactResult:
+    """Solve to the gap asked for or until the deadline (a `time.perf_counter` moment)."""
+    active, bound = set(active), -np.inf
+    while (left_s := deadline_s - time.perf_counter()) > 0.1:
+        built = build_program(graph, rows, active)
+        outcome = built.program.solve(time_limit_s=left_s, relative_gap=relative_gap, threads=threads)
+        if outcome.status == "infeasible":
+            return ExactResult(None, bound, True)
+        if outcome.bound is not None:
+            bound = max(bound, outcome.bound)
+        if not outcome.has_point:
+            break
+        choice = built.choice(outcome.values, graph)
+        chosen = np.array([choice[u] for u in memory.vertices], dtype=np.intp)
+        over = memory.usage(chosen) - rows.limit
+        if over.max(initial=0.0) <= 0:
+            return ExactResult(chosen, bound, False)
+        fresh = spread_peaks(over, _ROWS_PER_ROUND) - active
+        if not fresh:
+            break
+        active |= fresh
+    return ExactResult(None, bound, False)
+
+
+def spread_peaks(over: FloatArray, count: int) -> set[int]:
+    """The highest positive entries of `over`, at most one of each run of positive entries.
+
+    >>> sorted(spread_peaks(np.array([1.0, 3.0, -1.0, 2.0, 2.0, 0.0]), 8))
+    [1, 3]
+    """
+    positive = over > 0
+    starts = np.flatnonzero(positive & ~np.concatenate([[False], positive[:-1]]))
+    ends = np.flatnonzero(positive & ~np.concatenate([positive[1:], [False]])) + 1
+    peaks = [int(begin + over[begin:end].argmax()) for begin, end in zip(starts, ends, strict=True)]
+    return set(sorted(peaks, key=lambda row: -over[row])[:count])

@@ -1,0 +1,205 @@
+"""Several pipelines side by side, each with its share of the batch.
+
+For a set of pipelines P_1..P_k, given by the devices each may use, and a limit Y on post, let f_g(n)
+be the least time of pipeline g for n samples. The step is `max_g f_g(n_g) + Y` with the shares n_g
+adding up to the batch. To improve on a step time T one needs f_g(n_g) <= T - Y for all g: for each
+pipeline the shares that qualify are listed, and a sum of shares equal to the batch is looked for.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphpar.partition.cells import group_links
+from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.family import share_step
+from graphpar.partition.pipeline_search import INFINITY, Found, search
+from graphpar.partition.programs import Programs
+from graphpar.partition.types import ScheduleName
+
+Group = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The best set of pipelines below a cutoff, if any, and a bound on all others of the grouping."""
+
+    found: tuple[Found, ...] | None
+    step_s: float
+    bound_s: float
+    cut: bool
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A pipeline's least time for a share, or a bound where it is over the limit."""
+
+    found: Found | None
+    bound_s: float
+
+    @property
+    def time_s(self) -> float:
+        if self.found is None:
+            return INFINITY
+        return self.found.answer.fill_s + self.found.answer.extra_s
+
+
+def best_shares(
+    programs: Programs,
+    groups: Sequence[Group],
+    schedule: ScheduleName,
+    *,
+    cutoff_s: float,
+    gap: float,
+    deadline_s: float,
+) -> SideBySide:
+    """The best shares, microbatches and stages for one set of pipelines under one schedule."""
+    run = _Grouping(programs, groups, schedule, gap, deadline_s)
+    try:
+        return run.work(cutoff_s)
+    except OutOfTimeError:
+        return SideBySide(run.best, run.cutoff, 0.0, True)
+
+
+def grouping_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
+    """A lower bound on the step time of a set of pipelines: their devices sharing all work."""
+    together = [sum(column) for column in zip(*groups, strict=True)]
+    across = group_links(programs.family.cells, groups)
+    work = programs.work_per_sample_s(together) * programs.family.table.batch
+    return work + max(programs.least_post_s(g, len(groups), across) for g in groups)
+
+
+class _Grouping:
+    """One set of pipelines under one schedule."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        groups: Sequence[Group],
+        schedule: ScheduleName,
+        gap: float,
+        deadline_s: float,
+    ) -> None:
+        self._programs = programs
+        self._groups = tuple(groups)
+        self._schedule = schedule
+        self._gap = gap
+        self._deadline = deadline_s
+        self._across = group_links(programs.family.cells, groups)
+        self._table = programs.family.table
+        self._step = share_step(self._table)
+        self._per_sample = {g: programs.work_per_sample_s(g) for g in self._groups}
+        self._least_post = max(programs.least_post_s(g, len(groups), self._across) for g in self._groups)
+        self._fits: dict[tuple[Group, int], _Fit] = {}
+        self.cutoff = INFINITY
+        self.best: tuple[Found, ...] | None = None
+
+    def work(self, cutoff_s: float) -> SideBySide:
+        """Lower the limit on post from above; at each, lower the time until nothing qualifies."""
+        self.cutoff = cutoff_s
+        post_limit = INFINITY
+        while (least := self._least_time(post_limit)) is not None:
+            post_limit = np.nextafter(max(f.answer.post_s for f in least), -INFINITY)
+        return SideBySide(self.best, self.cutoff, self._target(), False)
+
+    def _target(self) -> float:
+        return self.cutoff * (1 - self._gap)
+
+    def _least_time(self, post_limit: float) -> tuple[Found, ...] | None:
+        """The pipelines with the least time under a limit on post; None if none can improve."""
+        least: tuple[Found, ...] | None = None
+        time_limit = self._target() - self._least_post
+        while True:
+            if time.monotonic() > self._deadline:
+                raise OutOfTimeError
+            found = self._combine(time_limit, post_limit)
+            if found is None:
+                return least
+            least = found
+            slowest = max(f.answer.fill_s + f.answer.extra_s for f in found)
+            step = slowest + max(f.answer.post_s for f in found)
+            if step < self.cutoff:
+                self.cutoff, self.best = step, found
+            time_limit = min(slowest * (1 - self._gap), self._target() - self._least_post)
+
+    def _combine(self, time_limit: float, post_limit: float) -> tuple[Found, ...] | None:
+        """Shares for which every pipeline's time is below a limit, the slowest as fast as can be."""
+        ranges = self._ranges(time_limit)
+        if ranges is None:
+            return None
+        reach: dict[int, tuple[float, tuple[Found, ...]]] = {0: (0.0, ())}
+        for group, (low, high) in zip(self._groups, ranges, strict=True):
+            fits = []
+            for share in self._shares(low, high):
+                fit = self._fit(group, share, time_limit, post_limit)
+                if fit.time_s < time_limit and fit.found is not None:
+                    fits.append((share, fit.found, fit.time_s))
+            reach = _extend(reach, fits, self._table.batch)
+        whole = reach.get(self._table.batch)
+        return whole[1] if whole else None
+
+    def _shares(self, low: int, high: int) -> list[int]:
+        """Multiples of the step, and what is left of the batch after multiples for the others."""
+        step, rest = self._step, self._table.batch % self._step
+        return [n for n in range(low, high + 1) if n % step in (0, rest)]
+
+    def _ranges(self, time_limit: float) -> list[tuple[int, int]] | None:
+        """The least and the largest share of each pipeline, by its work bound."""
+        most = [self._largest_share(g, time_limit) for g in self._groups]
+        spare = sum(most) - self._table.batch
+        if spare < 0 or min(most) < 1:
+            return None
+        return [(max(1, n - spare), n) for n in most]
+
+    def _largest_share(self, group: Group, time_limit: float) -> int:
+        low, high = 0, self._table.batch - len(self._groups) + 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._per_sample[group] * middle < time_limit:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _fit(self, group: Group, share: int, time_limit: float, post_limit: float) -> _Fit:
+        # Limits on post only fall: what was found under a looser one stays the best as long as it
+        # keeps the new one, and a bound stays a bound.
+        key = (group, share)
+        known = self._fits.get(key)
+        if known is not None:
+            if known.found is None and known.bound_s >= time_limit:
+                return known
+            if known.found is not None and known.found.answer.post_s <= post_limit:
+                return known
+        tasks = self._programs.tasks(group, share, (self._schedule,), len(self._groups), self._across)
+        result = search(
+            tasks,
+            cutoff_s=time_limit,
+            gap=self._gap,
+            deadline_s=self._deadline,
+            post_limit_s=post_limit,
+            count_post=False,
+        )
+        if result.cut:
+            raise OutOfTimeError
+        fit = self._fits[key] = _Fit(result.best, result.bound_s)
+        return fit
+
+
+def _extend(
+    reach: dict[int, tuple[float, tuple[Found, ...]]],
+    fits: list[tuple[int, Found, float]],
+    batch: int,
+) -> dict[int, tuple[float, tuple[Found, ...]]]:
+    grown: dict[int, tuple[float, tuple[Found, ...]]] = {}
+    for used, (slowest, chosen) in reach.items():
+        for share, found, seconds in fits:
+            total = used + share
+            if total > batch:
+                continue
+            value = max(slowest, seconds)
+            if total not in grown or value < grown[total][0]:
+                grown[total] = (value, (*chosen, found))
+    return grown

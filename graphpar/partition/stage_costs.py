@@ -1,0 +1,285 @@
+"""Arrays of what the possible stages of one pipeline cost.
+
+Index legend: `range` stands for one or two axes that number runs of units; entries that are no run
+are infinite. An *arm* is a stage option together with the links
+at its two boundaries; link kind 0 is the end of the pipeline, where nothing is sent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from graphpar.cost import CostTable
+from graphpar.partition.cells import Cells, Links, StageOption, links_between
+from graphpar.partition.unit_arrays import (
+    UNLIMITED,
+    FloatArray,
+    Ranges,
+    Setting,
+    UnitArrays,
+    all_ranges,
+)
+
+
+@dataclass(frozen=True)
+class StageLimits:
+    """Stages with more extra, more post or more of both together are left out."""
+
+    extra_s: float = float("inf")
+    post_s: float = float("inf")
+    both_s: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A stage option between two kinds of links."""
+
+    option: int
+    link_before: int
+    link_after: int
+
+
+@dataclass(frozen=True, eq=False)
+class StageCosts:
+    """Costs of every stage of a pipeline.
+
+    Attributes:
+        options: The ways to staff a stage.
+        arms: Options with the links around them.
+        ranges: The runs of units priced.
+        fill_s: [option, range]: seconds of one microbatch.
+        before_s: [link kind, unit]: transfer over the boundary before a unit.
+        extra_s: [arm, range]: what the further microbatches add if this stage is the busiest.
+        post_s: [option, range]: gradient sync and optimiser.
+        most_below: [option, range]: the most devices from this stage to the pipeline's end
+            for which memory holds, or -1.
+    """
+
+    setting: Setting
+    options: tuple[StageOption, ...]
+    arms: tuple[Arm, ...]
+    link_kinds: tuple[Links, ...]
+    ranges: "Ranges" = field(repr=False)
+    fill_s: FloatArray = field(repr=False)
+    before_s: FloatArray = field(repr=False)
+    extra_s: FloatArray = field(repr=False)
+    post_s: FloatArray = field(repr=False)
+    most_below: FloatArray = field(repr=False)
+
+    @cached_property
+    def extras_s(self) -> FloatArray:
+        """All values the busiest stage's extra can take, increasing."""
+        return _values(self.extra_s)
+
+    @cached_property
+    def posts_s(self) -> FloatArray:
+        """All values the largest post can take, increasing."""
+        return _values(self.post_s)
+
+
+def _values(array: FloatArray) -> FloatArray:
+    found: FloatArray = np.unique(array[np.isfinite(array)])
+    return found
+
+
+def build_costs(
+    table: CostTable,
+    cells: Cells,
+    options: Sequence[StageOption],
+    setting: Setting,
+    ranges: Ranges | None = None,
+) -> StageCosts:
+    """Price the stages a pipeline in this setting can have: every run of units, or those given.
+
+    Options with more replicas than microbatches are dropped: a replica without work is no replica.
+    """
+    kept = tuple(o for o in options if o.width <= setting.microbatches)
+    units = UnitArrays(table, setting, ranges or all_ranges(table.num_units))
+    classes = sorted({cells.cells[i].device_class for o in kept for i, n in enumerate(o.take) if n})
+    seconds = {c: units.seconds(c) for c in classes}
+    flight = {c: units.most_in_flight(c) for c in classes}
+    kinds = _link_kinds(cells, kept)
+    before = _boundary_seconds(table, setting, kinds)
+    arms = _arms(cells, kept, kinds)
+    shape = units.valid.shape
+    fill = np.empty((len(kept), *shape))
+    extra = np.empty((len(arms), *shape))
+    most_below = np.empty((len(kept), *shape))
+    rows: dict[int, list[int]] = {}
+    for number, arm in enumerate(arms):
+        rows.setdefault(arm.option, []).append(number)
+    for index, option in enumerate(kept):
+        staff = _staff(cells, option)
+        fill[index] = np.maximum.reduce([seconds[c] for c in staff])
+        most_below[index] = np.inf
+        for number in rows.get(index, ()):
+            arm = arms[number]
+            wait = _waiting(table, setting, before, arm, units)
+            extra[number], own = _extra([seconds[c] for c in staff], wait, setting.microbatches)
+            if not table.training or setting.schedule == "gpipe":
+                cut = (setting.microbatches - 1) * before[arm.link_before][units.runs.first]
+                extra[number] = np.maximum(extra[number], cut)
+            extra[number][~units.valid] = np.inf
+            most = [flight[c] for c in staff[: len(own)]]
+            limits = _most_below(setting, own, most, option.width)
+            most_below[index] = np.minimum(most_below[index], limits)
+    post = np.stack([_post(table, units, cells, o, setting) for o in kept]) if kept else fill
+    return StageCosts(setting, kept, arms, kinds, units.runs, fill, before, extra, post, most_below)
+
+
+def _staff(cells: Cells, option: StageOption) -> list[int]:
+    return [cells.cells[i].device_class for i, number in enumerate(option.take) for _ in range(number)]
+
+
+def _link_kinds(cells: Cells, options: Sequence[StageOption]) -> tuple[Links, ...]:
+    found = {k for sides in _sides(cells, options) for k in sides}
+    return (frozenset(), *sorted((k for k in found if k), key=repr))
+
+
+def _sides(cells: Cells, options: Sequence[StageOption]) -> list[set[Links]]:
+    """For each option the kinds of links its boundaries may have."""
+    places = {o.places for o in options}
+    near = {p: {links_between(cells, p, q) for q in places} for p in places}
+    return [near[o.places] if o.sides is None else set(o.sides) for o in options]
+
+
+def _boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links]) -> FloatArray:
+    """[link kind, boundary]: both directions."""
+    forward, backward = boundary_bytes(table, setting.size)
+    seconds = np.zeros((len(kinds), table.num_units + 1))
+    for number, links in enumerate(kinds):
+        seconds[number] = _slowest(links, forward)
+        if table.training:
+            seconds[number] += _slowest(links, backward)
+    return seconds
+
+
+def boundary_bytes(table: CostTable, size: float) -> tuple[FloatArray, FloatArray]:
+    """`CostTable.cut_bytes` at every boundary: forward and backward."""
+    source = np.array([e.source for e in table.edges], dtype=np.intp)
+    target = np.array([e.target for e in table.edges], dtype=np.intp)
+    there = np.array([e.bytes_per_sample * size + e.fixed_bytes for e in table.edges])
+    back = np.array([e.gradient_bytes_per_sample * size for e in table.edges])
+    found = []
+    for num_bytes in (there, back):
+        total = np.zeros(table.num_units + 1)
+        # An edge from s to t crosses the boundaries s + 1 to t. Counted first: a sum of differences
+        # would leave rounding where nothing crosses.
+        for s, t, b in zip(source, target, num_bytes, strict=True):
+            total[s + 1 : t + 1] += b
+        found.append(total)
+    return found[0], found[1]
+
+
+def slowest_transfer_s(table: CostTable, setting: Setting, links: Links) -> float:
+    """Seconds of the slowest boundary, both directions, if it were cut over the given links."""
+    return float(_boundary_seconds(table, setting, (links,)).max())
+
+
+def _slowest(links: Links, num_bytes: FloatArray) -> FloatArray:
+    if not links:
+        return np.zeros(num_bytes.shape)
+    slow = np.maximum.reduce([k.latency_s + num_bytes / k.bytes_per_s for k in links])
+    return np.where(num_bytes > 0, slow, 0.0)
+
+
+def _arms(cells: Cells, options: Sequence[StageOption], kinds: Sequence[Links]) -> tuple[Arm, ...]:
+    """Every option with every kind of link that some neighbour can give it, or an end."""
+    number = {links: i for i, links in enumerate(kinds)}
+    around = [sorted({0} | {number[k] for k in sides}) for sides in _sides(cells, options)]
+    return tuple(Arm(i, b, a) for i, near in enumerate(around) for b in near for a in near)
+
+
+def _waiting(
+    table: CostTable, setting: Setting, before: FloatArray, arm: Arm, units: UnitArrays
+) -> FloatArray:
+    """Half of either boundary's transfer under 1F1B, [range]."""
+    if not table.training or setting.schedule == "gpipe":
+        return np.zeros(units.valid.shape)
+    after = before[arm.link_after][units.runs.last]
+    wait: FloatArray = (before[arm.link_before][units.runs.first] + after) / 2
+    return wait
+
+
+def _extra(
+    seconds: list[FloatArray], wait: FloatArray, microbatches: int
+) -> tuple[FloatArray, list[FloatArray]]:
+    """Extra of a stage and the microbatches of each replica, dealt to the first that is free."""
+    width = len(seconds)
+    if all(s is seconds[0] for s in seconds):
+        share, longer = divmod(microbatches, width)
+        # The first replica has the most work; the others bind no limit that it does not.
+        counts = [np.full(wait.shape, float(share + (longer > 0)))]
+        more = share + (longer > 0) - 1
+        return more * np.where(np.isfinite(seconds[0]), seconds[0] + wait, 0.0), counts
+    with np.errstate(invalid="ignore", divide="ignore"):
+        periods = [s + wait for s in seconds]
+        counts = _deal_arrays(seconds, periods, microbatches)
+        ends = [t + (n - 1) * p for t, p, n in zip(seconds, periods, counts, strict=True)]
+        extra = np.maximum.reduce(ends) - np.maximum.reduce(seconds)
+    # A replica without a microbatch makes this the stage of another option.
+    idle = np.minimum.reduce(counts) < 1
+    idle |= (np.minimum.reduce(periods) <= 0) & (np.maximum.reduce(periods) > 0)
+    return np.where(idle, np.inf, extra), counts
+
+
+def _deal_arrays(
+    seconds: list[FloatArray], periods: list[FloatArray], microbatches: int
+) -> list[FloatArray]:
+    """`pipeline_price.deal` for all stages at once.
+
+    What the fluid solution completes is among the first `microbatches` completions, so the deal may
+    start from there and has at most one microbatch per replica left.
+    """
+    usable = np.minimum.reduce(periods) > 0
+    safe = [np.where(usable & np.isfinite(p), p, 1.0) for p in periods]
+    start = [np.where(usable & np.isfinite(s), s, 1.0) for s in seconds]
+    rate = np.add.reduce([1 / p for p in safe])
+    offset = np.add.reduce([1 - t / p for t, p in zip(start, safe, strict=True)])
+    level = (microbatches - offset) / rate
+    # A hair below the fluid level, so that rounding never completes too much.
+    counts = [
+        np.maximum(np.floor((level * (1 - 1e-12) - t) / p + 1), 0.0)
+        for t, p in zip(start, safe, strict=True)
+    ]
+    stacked = np.stack(counts)
+    replicas = np.arange(len(seconds)).reshape(-1, *(1 for _ in stacked.shape[1:]))
+    for _ in range(len(seconds) + 1):
+        missing = microbatches - stacked.sum(axis=0)
+        ends = np.stack([t + n * p for t, p, n in zip(start, safe, stacked, strict=True)])
+        first = np.argmin(np.where(ends <= ends.min(axis=0), stacked, np.inf), axis=0)
+        hit = replicas == first[None]
+        stacked = stacked + (hit & (missing > 0)[None])
+    return list(stacked)
+
+
+def _most_below(
+    setting: Setting, own: list[FloatArray], flight: list[FloatArray], width: int
+) -> FloatArray:
+    limits = []
+    for number, most in zip(own, flight, strict=True):
+        bounded = np.full(most.shape, -1.0) if setting.schedule == "gpipe" else width * most
+        limits.append(np.where(number <= most, UNLIMITED, bounded))
+    found: FloatArray = np.minimum.reduce(limits)
+    return found
+
+
+def _post(
+    table: CostTable, units: UnitArrays, cells: Cells, option: StageOption, setting: Setting
+) -> FloatArray:
+    if not table.training:
+        return np.where(units.valid, 0.0, np.inf)
+    gradients = units.ranges([c.gradient_bytes for c in table.costs])
+    sync = _ring_array(option.ring, gradients, option.width)
+    sync = sync + _ring_array(setting.across, gradients, setting.peers)
+    optimizer = [
+        units.ranges([c.optimizer_s[cls] for c in table.costs])
+        for cls in sorted(set(_staff(cells, option)))
+    ]
+    return np.where(units.valid, sync + np.maximum.reduce(optimizer), np.inf)
+
+
+def _ring_array(links: Links, num_bytes: FloatArray, copies: int) -> FloatArray:
+    return 2 * (copies - 1) * _slowest(links, num_bytes / copies)

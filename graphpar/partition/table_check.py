@@ -1,0 +1,120 @@
+"""Refuse a cost table that makes no sense, before it makes a plan that makes no sense."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from graphpar.cost import CostTable, LinkCost, UnitCost
+
+
+def check_table(table: CostTable) -> None:
+    """Raise ValueError for the first thing wrong with a table, by name.
+
+    Refused are empty chains and device lists, rows of the wrong length, numbers that are negative or
+    not finite, sizes that do not increase, edges that point backwards, devices without a node.
+    """
+    for problem in _problems(table):
+        raise ValueError(f"the cost table is not usable: {problem}")
+
+
+def _problems(table: CostTable) -> Iterator[str]:
+    yield from _shape_problems(table)
+    yield from _device_problems(table)
+    for cost in table.costs:
+        yield from _cost_problems(table, cost)
+    yield from _edge_problems(table)
+
+
+def _shape_problems(table: CostTable) -> Iterator[str]:
+    if not table.units:
+        yield "the chain has no units"
+    if not any(c.devices for c in table.device_classes):
+        yield "there are no devices"
+    if table.batch < 1:
+        yield f"the batch has {table.batch} samples; at least one is needed"
+    if table.max_microbatches < 1 or table.max_replicas < 1:
+        yield "max_microbatches and max_replicas must be at least 1"
+    if not table.sizes or table.sizes[0] < 1 or list(table.sizes) != sorted(set(table.sizes)):
+        yield f"microbatch sizes must be positive and increase, got {table.sizes}"
+    if len(table.unit_names) != len(table.units):
+        yield f"{len(table.units)} units have {len(table.unit_names)} names"
+    for unit in table.units:
+        if not 0 <= unit < len(table.costs):
+            yield f"a unit refers to cost {unit} of {len(table.costs)}"
+    yield from _bad_numbers("the table", {"reserved_bytes": [table.reserved_bytes]})
+
+
+def _device_problems(table: CostTable) -> Iterator[str]:
+    names = [d for c in table.device_classes for d in c.devices]
+    if len(set(names)) != len(names):
+        yield "a device name occurs twice"
+    for device_class in table.device_classes:
+        rows = {
+            "memory_bytes": [device_class.memory_bytes],
+            "stage_overhead_s": [device_class.stage_overhead_s],
+        }
+        yield from _bad_numbers(f"device class {device_class.name}", rows)
+    topology = table.topology
+    for name in names:
+        node = topology.node_of.get(name)
+        if node is None:
+            yield f"device {name} has no node in the topology"
+        elif node not in topology.inside:
+            yield f"node {node} of device {name} has no inside link in the topology"
+    named = {"network": topology.network}
+    named |= {f"inside {node}": link for node, link in topology.inside.items()}
+    named |= {f"between {a} and {b}": link for (a, b), link in topology.between.items()}
+    for name, link in named.items():
+        yield from _link_problems(name, link)
+
+
+def _link_problems(name: str, link: LinkCost) -> Iterator[str]:
+    if not (math.isfinite(link.latency_s) and link.latency_s >= 0):
+        yield f"link {name} has latency_s {link.latency_s}"
+    if not link.bytes_per_s > 0:
+        yield f"link {name} has bytes_per_s {link.bytes_per_s}"
+
+
+def _cost_problems(table: CostTable, cost: UnitCost) -> Iterator[str]:
+    where, classes, sizes = f"unit cost {cost.name}", len(table.device_classes), len(table.sizes)
+    by_class: dict[str, Sequence[Sequence[float]]] = {
+        "forward_s": cost.forward_s,
+        "backward_s": cost.backward_s,
+    }
+    for name, rows in by_class.items():
+        if len(rows) != classes or any(len(row) != sizes for row in rows):
+            yield f"{where}: {name} must be {classes} device classes by {sizes} sizes"
+    by_size = {"saved_bytes": cost.saved_bytes, "working_bytes": cost.working_bytes}
+    for name, row in by_size.items():
+        if len(row) != sizes:
+            yield f"{where}: {name} must have {sizes} sizes"
+    if len(cost.optimizer_s) != classes:
+        yield f"{where}: optimizer_s must have {classes} device classes"
+    flat: dict[str, Sequence[float]] = {
+        name: [value for row in rows for value in row] for name, rows in by_class.items()
+    }
+    scalars = {
+        "weight_bytes": [cost.weight_bytes],
+        "gradient_bytes": [cost.gradient_bytes],
+        "optimizer_bytes": [cost.optimizer_bytes],
+    }
+    yield from _bad_numbers(where, {**flat, **by_size, **scalars, "optimizer_s": cost.optimizer_s})
+
+
+def _edge_problems(table: CostTable) -> Iterator[str]:
+    for edge in table.edges:
+        where = f"edge {edge.source} -> {edge.target}"
+        if not 0 <= edge.source < edge.target < table.num_units:
+            yield f"{where} must point forward within {table.num_units} units"
+        rows = {
+            "bytes_per_sample": [edge.bytes_per_sample],
+            "gradient_bytes_per_sample": [edge.gradient_bytes_per_sample],
+            "fixed_bytes": [edge.fixed_bytes],
+        }
+        yield from _bad_numbers(where, rows)
+
+
+def _bad_numbers(where: str, rows: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    for name, values in rows.items():
+        for value in values:
+            if not (math.isfinite(value) and value >= 0):
+                yield f"{where}: {name} holds {value}; it must be finite and not negative"

@@ -1,0 +1,125 @@
+"""What a run of units costs on one device, for many runs at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.cost import CostTable
+from graphpar.partition.cells import Links
+from graphpar.partition.types import ScheduleName
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.intp]
+
+UNLIMITED = 1e15
+"""A number of microbatches or devices that no plan reaches."""
+
+MEMORY_TOLERANCE = 1e-9
+"""Relative excess of a sum of bytes over a device's memory that is rounding."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one pipeline is asked to do.
+
+    `peers` is the number of pipelines side by side, `across` the links between them.
+    """
+
+    samples: int
+    microbatches: int
+    schedule: ScheduleName
+    peers: int = 1
+    across: Links = frozenset()
+
+    @property
+    def size(self) -> float:
+        """Mean microbatch size."""
+        return self.samples / self.microbatches
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Runs of units `first .. last - 1`, in arrays of any one shape; `valid` marks the real ones."""
+
+    first: IntArray
+    last: IntArray
+    valid: npt.NDArray[np.bool_]
+
+
+def all_ranges(num_units: int) -> Ranges:
+    """Every run, as [first unit, length - 1]."""
+    units = np.arange(num_units)
+    first, length = np.meshgrid(units, units, indexing="ij")
+    last = first + length + 1
+    return Ranges(first, np.minimum(last, num_units), last <= num_units)
+
+
+def some_ranges(runs: Sequence[tuple[int, int]]) -> Ranges:
+    """The given runs, in one dimension."""
+    pairs = np.array(runs, dtype=np.intp).reshape(-1, 2)
+    return Ranges(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), dtype=np.bool_))
+
+
+class UnitArrays:
+    """Per-unit rows of a table for one microbatch size, summed up over runs."""
+
+    def __init__(self, table: CostTable, setting: Setting, ranges: Ranges) -> None:
+        self.table = table
+        self.setting = setting
+        self.runs = ranges
+        self.valid = ranges.valid
+        self._kind = np.array(table.units)
+
+    def ranges(self, per_cost: Sequence[float]) -> FloatArray:
+        """Sums over each run of a value per distinct unit; infinite where there is no run."""
+        values = np.array(per_cost, dtype=np.float64)[self._kind]
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        return np.where(self.valid, total[self.runs.last] - total[self.runs.first], np.inf)
+
+    def maxima(self, per_cost: Sequence[float]) -> FloatArray:
+        """Maxima over each run of a value per distinct unit."""
+        values = np.array(per_cost, dtype=np.float64)[self._kind]
+        found = np.zeros(self.valid.shape)
+        # Runs double in length: the maximum over a run is that over two overlapping powers of two.
+        power, reach = values, 1
+        length = self.runs.last - self.runs.first
+        while reach <= len(values):
+            here = self.valid & (length >= reach) & (length < 2 * reach)
+            a, b = self.runs.first[here], self.runs.last[here] - reach
+            found[here] = np.maximum(power[a], power[b])
+            power, reach = np.maximum(power[:-reach], power[reach:]), 2 * reach
+        return found
+
+    def seconds(self, device_class: int) -> FloatArray:
+        """Seconds of one microbatch for each stage on one device of a class."""
+        table, size = self.table, self.setting.size
+        overhead = table.device_classes[device_class].stage_overhead_s
+        rows = [table.at_size(c.forward_s[device_class], size) for c in table.costs]
+        if table.training:
+            back = [table.at_size(c.backward_s[device_class], size) for c in table.costs]
+            rows = [f + b for f, b in zip(rows, back, strict=True)]
+            overhead *= 2
+        return self.ranges(rows) + overhead
+
+    def most_in_flight(self, device_class: int) -> FloatArray:
+        """The most microbatches whose saved values fit for each stage; -1 where none does."""
+        table = self.table
+        size = -(-self.setting.samples // self.setting.microbatches)
+        fixed = self.ranges([c.weight_bytes + c.gradient_bytes + c.optimizer_bytes for c in table.costs])
+        working = self.maxima([table.at_size(c.working_bytes, size) for c in table.costs])
+        memory = table.device_classes[device_class].memory_bytes * (1 + MEMORY_TOLERANCE)
+        free = memory - fixed - working - table.reserved_bytes
+        if not table.training:
+            return np.where(free >= 0, UNLIMITED, -1.0)
+        saved = self.ranges([table.at_size(c.saved_bytes, size) for c in table.costs])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            most = np.where(saved > 0, np.floor(free / saved), UNLIMITED)
+        return np.where(self.valid & (free >= 0), np.minimum(most, UNLIMITED), -1.0)
+
+
+def memory_never_binds(table: CostTable, setting: Setting, classes: Sequence[int]) -> bool:
+    """Whether a device of each class could hold all units with all microbatches in flight."""
+    whole = UnitArrays(table, setting, some_ranges([(0, table.num_units)]))
+    return all(whole.most_in_flight(c)[0] >= setting.microbatches for c in classes)

@@ -1,0 +1,176 @@
+"""`graphpar solve FILE`: answer a public sharding or placement problem, with a certificate."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from graphpar.errors import InfeasibleError
+from graphpar.partition.answers import Progress, Solved
+from graphpar.partition.place import solve_placement
+from graphpar.partition.place_check import Objective
+from graphpar.partition.problems import PlacementProblem, Problem, ShardingProblem, read_problem
+from graphpar.partition.shard import solve_sharding
+
+
+class _Watcher(Protocol):
+    def __call__(self, moment: Progress, /) -> None: ...
+
+
+@click.command(name="solve")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--objective",
+    type=click.Choice(["throughput", "latency"]),
+    help="What a placement minimises; throughput unless said otherwise.",
+)
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds until the best answer so far is returned.",
+)
+@click.option(
+    "--gap",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Stop once the answer is proven within this relative distance of the best possible.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the answer alone to this file, as JSON.",
+)
+def solve(
+    file: Path,
+    objective: Objective | None,
+    time_limit_s: float,
+    gap: float,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Solve a partition problem given as a file.
+
+    FILE is a sharding problem (google/iopddl) or a placement problem (msr-fiddle/dnn-partitioning),
+    .json or .json.gz. Exit code 3 means that no answer exists.
+    """
+    began_s = time.perf_counter()
+    problem = read_problem(file)
+    read_s = time.perf_counter() - began_s
+    if objective is not None and isinstance(problem, ShardingProblem):
+        raise click.UsageError("--objective is for placement problems; this is a sharding problem")
+    with _ProgressLine() as watch:
+        # The limit is the whole command's, so reading a large file counts.
+        left_s = max(0.05 * time_limit_s, time_limit_s - read_s)
+        solved = _solve(problem, objective or "throughput", left_s, gap, watch)
+    solved = replace(solved, seconds=solved.seconds + read_s)
+    if output is not None and solved.answer is not None:
+        try:
+            output.write_text(json.dumps(solved.answer) + "\n")
+        except OSError as error:
+            raise click.FileError(str(output), error.strerror or "cannot be written") from error
+    kind = "placement" if isinstance(problem, PlacementProblem) else "sharding"
+    if as_json:
+        click.echo(json.dumps(_as_record(kind, solved)))
+    else:
+        Console().print(_as_table(problem, kind, objective or "throughput", solved))
+    if solved.status == "infeasible":
+        if as_json:
+            raise SystemExit(InfeasibleError.exit_code)
+        raise InfeasibleError(f"{file}: {solved.note}")
+
+
+def _solve(
+    problem: Problem, objective: Objective, time_limit_s: float, gap: float, watch: _Watcher
+) -> Solved[Any]:
+    if isinstance(problem, ShardingProblem):
+        return solve_sharding(problem, time_limit_s=time_limit_s, gap=gap, progress=watch)
+    return solve_placement(
+        problem, objective=objective, time_limit_s=time_limit_s, gap=gap, progress=watch
+    )
+
+
+def _as_record(kind: str, solved: Solved[Any]) -> dict[str, object]:
+    answer = solved.answer
+    if isinstance(answer, dict):
+        answer = {str(node): device for node, device in answer.items()}
+    return {
+        "format": kind,
+        "status": solved.status,
+        "objective": solved.objective,
+        "bound": solved.bound,
+        "gap": solved.gap,
+        "seconds": solved.seconds,
+        "truncated_by": solved.truncated_by,
+        "answer": answer,
+    }
+
+
+def _as_table(problem: Problem, kind: str, objective: Objective, solved: Solved[Any]) -> Table:
+    table = Table(title=f"{problem.name}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    if isinstance(problem, ShardingProblem):
+        table.add_row("format", kind)
+        table.add_row("nodes, strategies", f"{problem.num_nodes:,}, {problem.num_strategies:,}")
+    else:
+        table.add_row("format", f"{kind}, {objective}")
+        table.add_row("operators", f"{len(problem.operators):,}")
+        table.add_row("accelerators", f"{problem.num_accelerators}")
+    table.add_row("status", solved.status)
+    table.add_row("objective", _number(solved.objective))
+    table.add_row("lower bound", _number(solved.bound))
+    table.add_row("gap", "unknown" if solved.gap is None else f"{100 * solved.gap:.4f} %")
+    table.add_row("seconds", f"{solved.seconds:.1f}")
+    table.add_row("cut short by", solved.truncated_by or "nothing")
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.6f}"
+
+
+class _ProgressLine:
+    """One line on stderr that is rewritten while the search goes on; silent off a terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._status = self._console.status("reading") if sys.stderr.isatty() else None
+
+    def __enter__(self) -> _Watcher:
+        if self._status is not None:
+            self._status.start()
+        return self._update
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def _update(self, moment: Progress, /) -> None:
+        if self._status is not None:
+            gap = ""
+            if moment.incumbent is not None and moment.bound is not None:
+                gap = f", gap {100 * (1 - moment.bound / max(abs(moment.incumbent), 1e-12)):.3f} %"
+            self._status.update(
+                f"{moment.phase}, {moment.seconds:.0f} s: best {_number(moment.incumbent)}, "
+                f"bound {_number(moment.bound)}{gap}"
+            )

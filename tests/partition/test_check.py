@@ -1,0 +1,95 @@
+"""The checker finds what is wrong, and agrees with the solver's own prices."""
+
+from dataclasses import replace
+
+import pytest
+from all_plans import all_plans, bare
+from cost_tables import make_table, small_tables
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from graphpar.cost import CostTable
+from graphpar.errors import VerifyError
+from graphpar.partition.check import check_partition, recompute
+from graphpar.partition.pipeline import partition
+from graphpar.partition.pipeline_price import price
+from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_tables(), st.sampled_from(["1f1b", "gpipe"]), st.randoms(use_true_random=False))
+def test_checker_and_price_agree_on_any_plan(
+    table: CostTable, schedule: ScheduleName, random: st.DataObject
+) -> None:
+    plans = list(all_plans(table, schedule))
+    for _ in range(min(20, len(plans))):
+        plan = random.choice(plans)  # type: ignore[attr-defined]
+        cost = price(table, plan, schedule)
+        checked = recompute(table, bare(plan, schedule))
+        assert checked.objective_s == pytest.approx(cost.objective_s, rel=1e-9, abs=1e-12)
+        assert checked.peak_bytes == pytest.approx(cost.peak_bytes, rel=1e-9)
+
+
+def good() -> tuple[CostTable, Partition]:
+    """A table and its plan: two stages."""
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=4, memory_bytes=3.0)
+    return table, partition(table)
+
+
+def with_stages(found: Partition, stages: tuple[StageChoice, ...]) -> Partition:
+    """The same partition with other stages."""
+    return replace(found, pipelines=(replace(found.pipelines[0], stages=stages),))
+
+
+def test_a_good_partition_passes() -> None:
+    table, found = good()
+    checked = check_partition(table, found)
+    assert checked.objective_s == pytest.approx(found.objective_s)
+
+
+def broken() -> list[tuple[Partition, str]]:
+    """Partitions with one thing wrong each."""
+    _, found = good()
+    (pipeline,) = found.pipelines
+    first, last = pipeline.stages
+    twice = replace(last, replicas=first.replicas)
+    other = PipelineChoice(4, 4, (StageChoice(0, 4, (Replica("0.0", 4),)),))
+    return [
+        (replace(found, objective_s=found.objective_s * 1.01), "step"),
+        (replace(found, bound_s=found.objective_s * 1.01), "bound"),
+        (replace(found, parts={}), "fill_compute_s"),
+        (replace(found, peak_bytes=dict.fromkeys(found.peak_bytes, 0.0)), "peak of"),
+        (replace(found, peak_bytes={}), "other devices"),
+        (replace(found, pipelines=()), "no pipeline"),
+        (replace(found, pipelines=(replace(pipeline, samples=3),)), "add up to the batch"),
+        (replace(found, pipelines=(replace(pipeline, microbatches=5),)), "microbatches"),
+        (with_stages(found, (first,)), "end at unit"),
+        (with_stages(found, (last, first)), "holds units"),
+        (with_stages(found, (first, twice)), "used twice"),
+        (with_stages(found, (first, replace(last, replicas=(Replica("x", 4),)))), "no device x"),
+        (with_stages(found, (first, replace(last, replicas=()))), "deals"),
+        (replace(found, pipelines=(other,)), "."),
+    ]
+
+
+@pytest.mark.parametrize(("claim", "words"), broken())
+def test_a_wrong_claim_is_refused(claim: Partition, words: str) -> None:
+    table, _ = good()
+    with pytest.raises(VerifyError, match=words):
+        check_partition(table, claim)
+
+
+def test_memory_is_enforced() -> None:
+    table, found = good()
+    small = tuple(replace(c, memory_bytes=1.0) for c in table.device_classes)
+    with pytest.raises(VerifyError, match="needs"):
+        check_partition(replace(table, device_classes=small), found)
+    check_partition(replace(table, device_classes=small), found, memory=False)
+
+
+def test_copies_are_limited() -> None:
+    table = make_table([1.0], (1.0,), (2,), batch=4)
+    found = partition(table)
+    assert len(found.used_devices) == 2
+    with pytest.raises(VerifyError, match="2 copies"):
+        check_partition(replace(table, max_replicas=1), found)

@@ -1,0 +1,167 @@
+"""The counting programme against the dynamic programme, which places every stage."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from cost_tables import make_table, unit_costs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology
+from graphpar.errors import InfeasibleError
+from graphpar.partition.cells import class_cells, find_cells, make_option
+from graphpar.partition.counting import CountingLimits, counting_options, widths
+from graphpar.partition.family import Family
+from graphpar.partition.pipeline import partition
+from graphpar.partition.pipeline_search import SearchResult, search
+from graphpar.partition.programs import Programs
+from graphpar.partition.repeats import Repeats, find_repeats
+from graphpar.partition.solver import Backend
+from graphpar.partition.types import ScheduleName
+
+BACKENDS: tuple[Backend, ...] = ("highs", "cbc")
+LIMITS = CountingLimits(0.0, "highs")
+
+
+@st.composite
+def block_tables(draw: st.DrawFn) -> CostTable:
+    """A head, equal blocks and a tail on up to six devices of two classes in one node."""
+    batch, classes, sizes = 4, 2, (1, 4)
+    blocks = draw(st.integers(2, 6))
+    kinds = tuple(draw(unit_costs(classes, len(sizes), True)) for _ in range(3))
+    units = (0, *(1,) * blocks, 2)
+    counts = draw(st.sampled_from([(1, 1), (2, 1), (3, 2), (3, 3)]))
+    names = [tuple(f"{k}.{i}" for i in range(n)) for k, n in enumerate(counts)]
+    memory = [draw(st.sampled_from([1e6, 400.0, 150.0, 100.0])) for _ in counts]
+    cut = draw(st.sampled_from([0.0, 3.0]))
+    link = draw(st.sampled_from([LinkCost(0.0, 1e4), LinkCost(0.1, 20.0)]))
+    return CostTable(
+        batch=batch,
+        training=True,
+        sizes=sizes,
+        units=units,
+        unit_names=tuple(map(str, range(len(units)))),
+        costs=kinds,
+        edges=tuple(CutEdge(i, i + 1, cut, cut) for i in range(len(units) - 1)),
+        device_classes=tuple(
+            DeviceClass(f"kind{k}", n, m, 0.01)
+            for k, (n, m) in enumerate(zip(names, memory, strict=True))
+        ),
+        topology=Topology({d: "a" for n in names for d in n}, {"a": link}, link),
+        max_microbatches=batch,
+        max_replicas=batch,
+    )
+
+
+def best(family: Family, schedule: ScheduleName, limits: CountingLimits = LIMITS) -> SearchResult:
+    """The best single pipeline of a family."""
+    programs = Programs(family, limits)
+    tasks = programs.tasks(family.cells.counts, family.table.batch, (schedule,))
+    return search(tasks, cutoff_s=float("inf"), gap=0.0, deadline_s=float("inf"))
+
+
+def counted(table: CostTable, repeats: Repeats, schedule: ScheduleName) -> Family:
+    """The family of the counting programme."""
+    cells = class_cells(table)
+    options = tuple(counting_options(cells, table.max_replicas))
+    return Family(table, cells, False, options, (schedule,), "auto", "", repeats)
+
+
+def placed(table: CostTable, schedule: ScheduleName) -> Family:
+    """All chains whose stages have replicas of one class."""
+    cells = find_cells(table)
+    takes = [
+        tuple(w if i == j else 0 for j in range(len(cells.counts)))
+        for i, n in enumerate(cells.counts)
+        for w in range(1, n + 1)
+    ]
+    return Family(
+        table, cells, True, tuple(make_option(cells, t) for t in takes), (schedule,), "auto", ""
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(block_tables(), st.sampled_from(["1f1b", "gpipe"]))
+def test_counting_is_as_good_as_placing(table: CostTable, schedule: ScheduleName) -> None:
+    count = best(counted(table, Repeats(1, 1, table.num_units - 2), schedule), schedule)
+    place = best(placed(table, schedule), schedule)
+    assert (count.best is None) == (place.best is None)
+    if count.best is not None and place.best is not None:
+        assert count.best.step_s == pytest.approx(place.best.step_s, rel=1e-6, abs=1e-9)
+        assert count.bound_s <= place.best.step_s * (1 + 1e-6) + 1e-9
+
+
+def test_solvers_agree() -> None:
+    table = many_devices(12, 8)
+    family = counted(table, Repeats(1, 1, 10), "1f1b")
+    found = [best(family, "1f1b", CountingLimits(0.0, backend)) for backend in BACKENDS]
+    steps = [f.best.step_s for f in found if f.best is not None]
+    assert len(steps) == 2
+    assert steps[0] == pytest.approx(steps[1], rel=1e-6)
+
+
+def many_devices(units: int, devices: int, batch: int = 8) -> CostTable:
+    """A head, equal units and a tail over many devices of four kinds in nodes of four."""
+    table = make_table(
+        [1.0] * units,
+        (1.0, 1.3, 2.0, 3.1),
+        (devices,) * 4,
+        batch=batch,
+        cut_bytes=1.0,
+        memory_bytes=8.0,
+        saved_bytes=0.25,
+    )
+    costs = (table.costs[0], table.costs[1], replace(table.costs[2], weight_bytes=2.0))
+    node_of = {d: f"{d[0]}{int(d[2:]) // 4}" for d in table.class_of}
+    inside = {node: LinkCost(1e-6, 1e4) for node in node_of.values()}
+    return replace(
+        table,
+        costs=costs,
+        units=(0, *(1,) * (units - 2), 2),
+        topology=Topology(node_of, inside, LinkCost(1e-5, 1e3)),
+    )
+
+
+def test_hundreds_of_devices_within_the_gap() -> None:
+    table = many_devices(64, 64, batch=256)
+    found = partition(table, gap=0.02, time_limit_s=60.0)
+    assert found.gap <= 0.02
+    assert not found.truncated_by
+    assert "replicas of one kind" in found.family
+
+
+def test_counting_says_when_nothing_fits() -> None:
+    table = many_devices(64, 64, batch=8)
+    small = tuple(replace(c, memory_bytes=0.5) for c in table.device_classes)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(replace(table, device_classes=small))
+    assert caught.value.limit == "memory"
+
+
+def test_a_cut_search_over_many_devices_says_so() -> None:
+    found = partition(many_devices(64, 64, batch=64), gap=0.0, time_limit_s=1e-9)
+    assert found.truncated_by
+    assert found.gap > 0
+
+
+def test_repeats_are_found() -> None:
+    table = many_devices(12, 2)
+    assert find_repeats(table) == Repeats(1, 1, 10)
+    pairs = replace(table, units=(0, *(1, 2) * 5, 0))
+    assert find_repeats(pairs) == Repeats(1, 2, 5)
+    assert find_repeats(replace(table, units=(0, 1, 2) * 4)) is not None
+
+
+def test_blocks_with_unlike_traffic_are_no_repeats() -> None:
+    table = many_devices(12, 2)
+    loud = tuple(replace(e, bytes_per_sample=9.0) if e.source > 5 else e for e in table.edges)
+    found = find_repeats(replace(table, edges=loud))
+    assert found is not None
+    assert found.number < 10
+
+
+def test_widths_grow_by_at_most_a_half() -> None:
+    found = widths(1000)
+    assert found[:6] == [1, 2, 3, 4, 6, 8]
+    assert all(b <= 1.5 * a for a, b in pairwise(found[1:]))

@@ -1,0 +1,249 @@
+"""The partitioner against every plan there is, against the baselines, and where it must refuse."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from all_plans import best_step_s
+from cost_tables import make_table, small_tables
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from graphpar.cost import CostTable, CutEdge, LinkCost, Topology
+from graphpar.errors import InfeasibleError
+from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
+from graphpar.partition.check import check_partition
+from graphpar.partition.handmade import evaluate
+from graphpar.partition.pipeline import partition
+from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+
+RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables())
+def test_partition_is_the_best_of_all_plans(table: CostTable) -> None:
+    best = best_step_s(table)
+    if best is None:
+        with pytest.raises(InfeasibleError):
+            partition(table, gap=0.0)
+        return
+    found = partition(table, gap=0.0)
+    assert found.objective_s == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert found.bound_s <= best * (1 + 1e-9)
+    assert found.physical_bound_s <= best * (1 + 1e-9)
+    assert found.status == "optimal"
+    assert not found.truncated_by
+    check_partition(table, found)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=4, max_devices=4, max_batch=4))
+def test_partition_is_the_best_of_all_plans_on_four_devices(table: CostTable) -> None:
+    best = best_step_s(table)
+    if best is not None:
+        assert partition(table, gap=0.0).objective_s == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(), st.sampled_from([0.05, 0.2]))
+def test_the_gap_is_kept_and_its_bound_true(table: CostTable, gap: float) -> None:
+    best = best_step_s(table)
+    if best is None:
+        return
+    found = partition(table, gap=gap)
+    assert found.bound_s <= best * (1 + 1e-9)
+    assert found.gap <= gap + 1e-9
+    assert found.objective_s * (1 - gap) <= best * (1 + 1e-9) + 1e-12
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=6, max_devices=4), st.sampled_from([60.0, 1e-9]))
+def test_no_baseline_is_better(table: CostTable, time_limit_s: float) -> None:
+    found: Partition | None = None
+    for name, make in BASELINES.items():
+        if name == "best like-device subset" and time_limit_s < 1:
+            continue
+        try:
+            baseline = make(table)
+        except InfeasibleError:
+            continue
+        found = found or partition(table, gap=0.0, time_limit_s=time_limit_s)
+        assert found.objective_s <= baseline.objective_s * (1 + 1e-9), name
+
+
+def test_a_search_cut_short_says_so() -> None:
+    seconds = [1.0 + 0.1 * i for i in range(12)]
+    table = make_table(
+        seconds, (1.0, 2.0, 3.0), (2, 2, 2), batch=16, link=LinkCost(0.1, 1.0), gradient_bytes=9.0
+    )
+    cut = partition(table, gap=0.0, time_limit_s=1e-9)
+    whole = partition(table, gap=0.01)
+    assert cut.truncated_by
+    assert cut.status == "feasible"
+    assert cut.gap > 0
+    assert cut.bound_s <= whole.objective_s
+    assert not whole.truncated_by
+    assert whole.gap <= 0.01
+    check_partition(table, cut)
+
+
+def test_shares_follow_speed() -> None:
+    # Two devices, one three times faster, and no communication: 3 of 4 samples go to it.
+    table = make_table([1.0], (1.0, 3.0), (1, 1), batch=4)
+    found = partition(table, gap=0.0)
+    assert found.objective_s == pytest.approx(3.0)
+    work = {r.device: r.microbatches for p in found.pipelines for s in p.stages for r in s.replicas}
+    samples = {p.stages[0].replicas[0].device: p.samples for p in found.pipelines}
+    assert work == {"1.0": 3, "0.0": 1} or samples == {"1.0": 3, "0.0": 1}
+
+
+def test_units_follow_speed_where_samples_mix() -> None:
+    table = make_table([1.0] * 4, (1.0, 3.0), (1, 1), batch=4, memory_bytes=3.0)
+    table = replace(table, max_microbatches=1, max_replicas=1, batch_reason="batch normalisation")
+    found = partition(table, gap=0.0)
+    (pipeline,) = found.pipelines
+    assert pipeline.microbatches == 1
+    stages = {s.replicas[0].device: s.last - s.first for s in pipeline.stages}
+    assert stages == {"1.0": 3, "0.0": 1}
+    assert any("batch normalisation" in note for note in found.notes)
+
+
+def test_a_device_that_only_slows_down_is_left_out() -> None:
+    link = LinkCost(10.0, 1.0)
+    table = make_table([1.0] * 3, (1.0, 0.01), (1, 1), batch=1, link=link, cut_bytes=100.0)
+    found = partition(table, gap=0.0)
+    assert found.used_devices == ("0.0",)
+    assert any("1.0" in note for note in found.notes)
+
+
+def test_neighbouring_stages_share_a_node() -> None:
+    table = make_table([1.0] * 4, (1.0,), (4,), batch=8, cut_bytes=1.0, memory_bytes=1.0)
+    node_of = {"0.0": "a", "0.1": "b", "0.2": "a", "0.3": "b"}
+    topology = Topology(node_of, {"a": LinkCost(0, 100.0), "b": LinkCost(0, 100.0)}, LinkCost(0, 1.0))
+    found = partition(replace(table, topology=topology), gap=0.0)
+    (pipeline,) = found.pipelines
+    nodes = [node_of[s.replicas[0].device] for s in pipeline.stages]
+    assert len(nodes) == 4
+    assert sum(a != b for a, b in pairwise(nodes)) == 1
+
+
+def test_inference_has_no_backward() -> None:
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=4, training=False, gradient_bytes=5.0)
+    found = partition(table, gap=0.0)
+    assert found.objective_s == pytest.approx(8.0)
+    assert found.parts["sync_s"] == 0
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_schedule_and_microbatches_can_be_fixed(schedule: ScheduleName) -> None:
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=8, memory_bytes=3.0)
+    found = partition(table, schedule=schedule, microbatches=4)
+    assert found.schedule == schedule
+    assert found.pipelines[0].microbatches == 4
+
+
+def test_1f1b_keeps_less_than_gpipe() -> None:
+    # Four microbatches of one byte per unit do not fit; two do.
+    table = make_table([1.0] * 2, (1.0,), (2,), batch=4, memory_bytes=3.0, saved_bytes=1.0)
+    found = partition(table, gap=0.0, microbatches=4)
+    assert found.schedule == "1f1b"
+    assert sorted(found.peak_bytes.values()) == [2.0, 3.0]
+
+
+def test_infeasible_names_need_have_and_remedy() -> None:
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=2, weight_bytes=10.0, memory_bytes=15.0)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(table)
+    error = caught.value
+    assert error.limit == "memory"
+    assert error.have == 30.0
+    assert error.need is not None
+    assert 40.0 * 0.97 <= error.need <= 40.0 * 1.03
+    assert "times the memory" in error.remedy
+    assert "2 more of kind0" in str(error)
+    larger = make_table([1.0] * 4, (1.0,), (2,), batch=2, weight_bytes=10.0, memory_bytes=20.0)
+    partition(larger)
+    more = make_table([1.0] * 4, (1.0,), (4,), batch=2, weight_bytes=10.0, memory_bytes=15.0)
+    partition(more)
+
+
+def broken_tables() -> list[tuple[CostTable, str]]:
+    """Tables that make no sense, with what the error must mention."""
+    good = make_table()
+    cost = good.costs[0]
+    nan = replace(cost, forward_s=((float("nan"), 1.0),))
+    negative = replace(cost, weight_bytes=-1.0)
+    short = replace(cost, backward_s=((1.0,),))
+    nobody = replace(good.device_classes[0], devices=())
+    return [
+        (replace(good, costs=(nan, *good.costs[1:])), "forward_s holds nan"),
+        (replace(good, costs=(negative, *good.costs[1:])), "weight_bytes holds -1"),
+        (replace(good, costs=(short, *good.costs[1:])), "backward_s must be"),
+        (replace(good, device_classes=(nobody,)), "no devices"),
+        (replace(good, units=(), unit_names=()), "no units"),
+        (replace(good, units=(0, 1, 2, 9)), "refers to cost 9"),
+        (replace(good, sizes=(4, 1)), "increase"),
+        (replace(good, batch=0), "batch has 0"),
+        (replace(good, edges=(CutEdge(2, 1, 1.0),)), "edge 2 -> 1"),
+        (replace(good, edges=(CutEdge(0, 1, float("inf")),)), "bytes_per_sample holds inf"),
+        (replace(good, topology=Topology({}, {}, LinkCost(0.0, 1.0))), "has no node"),
+        (replace(good, topology=replace(good.topology, network=LinkCost(0.0, 0.0))), "bytes_per_s 0"),
+    ]
+
+
+@pytest.mark.parametrize(("table", "words"), broken_tables())
+def test_a_table_without_sense_is_refused(table: CostTable, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        partition(table)
+
+
+def test_arguments_are_checked() -> None:
+    table = make_table()
+    for arguments in ({"gap": 1.0}, {"time_limit_s": 0.0}, {"microbatches": 9}, {"schedule": "none"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            partition(table, **arguments)
+
+
+def test_impossible_entries_are_avoided() -> None:
+    table = make_table([1.0] * 4, (1.0, 1e-18), (1, 1), batch=2)
+    found = partition(table, gap=0.0)
+    assert found.used_devices == ("0.0",)
+    assert found.objective_s == pytest.approx(24.0)
+
+
+def test_even_split_is_even() -> None:
+    found = even_split(make_table([1.0] * 6, (1.0, 2.0), (2, 1), batch=4))
+    (pipeline,) = found.pipelines
+    assert [s.last - s.first for s in pipeline.stages] == [2, 2, 2]
+    assert found.used_devices == ("0.0", "0.1", "1.0")
+
+
+def test_even_split_that_does_not_fit_is_infeasible() -> None:
+    with pytest.raises(InfeasibleError, match="even split"):
+        even_split(make_table([1.0] * 4, weight_bytes=10.0, memory_bytes=15.0))
+
+
+def test_like_subset_uses_one_class() -> None:
+    table = make_table([1.0] * 4, (1.0, 2.0), (2, 1), batch=4)
+    used = best_like_subset(table).used_devices
+    assert len({table.class_of[d] for d in used}) == 1
+
+
+def test_evaluate_deals_microbatches() -> None:
+    table = make_table([1.0] * 2, (1.0, 3.0), (1, 1), batch=4)
+    stage = StageChoice(0, 2, (Replica("0.0", 0), Replica("1.0", 0)))
+    found = evaluate(table, [PipelineChoice(4, 4, (stage,))])
+    assert [r.microbatches for r in found.pipelines[0].stages[0].replicas] == [1, 3]
+    assert found.objective_s == pytest.approx(6.0)
+
+
+def parts_add_up(found: Partition) -> bool:
+    """Whether the parts are the whole."""
+    return sum(found.parts.values()) == pytest.approx(found.objective_s)
+
+
+def test_parts_add_up() -> None:
+    table = make_table([1.0] * 4, (1.0, 2.0), (1, 1), gradient_bytes=1.0, optimizer_s=0.1)
+    assert parts_add_up(partition(table))

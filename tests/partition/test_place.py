@@ -1,0 +1,140 @@
+"""Placement against brute force: the checker's rules, the throughput optimum, latency with a bound."""
+
+import networkx as nx
+import pytest
+from hypothesis import assume, given, settings
+from small_problems import best_placement, placement_problems
+
+from graphpar.partition.place import solve_placement
+from graphpar.partition.place_check import check_placement
+from graphpar.partition.place_graph import contract
+from graphpar.partition.place_ideals import all_ideals
+from graphpar.partition.problems import NodeId, Operator, PlacementProblem, Transfer
+
+
+def chain(work: list[float], *, accelerators: int = 2, memory: float = 100.0) -> PlacementProblem:
+    """A chain of operators of size one that move one unit each, ten times slower on the CPUs."""
+    operators = tuple(Operator(v, 10 * w, w, True, 1.0, f"own {v}", False) for v, w in enumerate(work))
+    transfers = tuple(Transfer(v, v + 1, 1.0) for v in range(len(work) - 1))
+    return PlacementProblem("chain", operators, transfers, accelerators, 1, memory)
+
+
+@settings(max_examples=150, deadline=None)
+@given(placement_problems())
+def test_throughput_answers_lie_between_bound_and_optimum(problem: PlacementProblem) -> None:
+    best = best_placement(problem, "throughput", keep=lambda answer: in_order(problem, answer))
+    solved = solve_placement(problem, time_limit_s=20)
+    if solved.status == "infeasible":
+        assert best is None
+    if solved.objective is not None:
+        assert best is not None
+        assert solved.bound is not None
+        assert solved.bound <= best + 1e-9 <= solved.objective + 2e-9
+    if solved.status == "optimal":
+        assert solved.objective == pytest.approx(best)
+
+
+def in_order(problem: PlacementProblem, answer: dict[NodeId, int]) -> bool:
+    """Whether the devices can be put in an order in which no forward transfer goes back."""
+    order: nx.DiGraph[int] = nx.DiGraph()
+    for t in problem.transfers:
+        ends = problem.operators[t.source], problem.operators[t.target]
+        devices = answer[ends[0].node_id], answer[ends[1].node_id]
+        if devices[0] != devices[1] and not ends[0].backward and not ends[1].backward:
+            order.add_edge(*devices)
+    return nx.is_directed_acyclic_graph(order)
+
+
+@settings(max_examples=100, deadline=None)
+@given(placement_problems())
+def test_latency_answers_and_bounds_are_true(problem: PlacementProblem) -> None:
+    best = best_placement(problem, "latency")
+    solved = solve_placement(problem, objective="latency", time_limit_s=20)
+    if solved.status == "infeasible":
+        assert best is None
+    if solved.bound is not None and best is not None:
+        assert solved.bound <= best + 1e-6
+    if solved.objective is not None:
+        assert best is not None
+        assert solved.objective >= best - 1e-9
+    if solved.status == "optimal":
+        assert solved.objective == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("work", "accelerators", "best"),
+    [
+        ([4.0, 4.0], 2, 5.0),
+        ([4.0, 4.0, 4.0, 4.0], 2, 9.0),
+        ([9.0, 0.1, 0.1], 2, 9.2),
+        ([2.0, 2.0], 1, 4.0),
+    ],
+)
+def test_chains_by_hand(work: list[float], accelerators: int, best: float) -> None:
+    solved = solve_placement(chain(work, accelerators=accelerators))
+    assert solved.status == "optimal"
+    assert solved.objective == pytest.approx(best)
+
+
+def test_memory_forces_more_devices() -> None:
+    solved = solve_placement(chain([1.0] * 6, accelerators=3, memory=2.0), objective="latency")
+    assert solved.objective == pytest.approx(6.0 + 4.0)
+    assert solved.status == "optimal"
+
+
+def test_no_devices_no_answer() -> None:
+    problem = chain([1.0, 1.0], accelerators=0)
+    no_cpu = PlacementProblem("none", problem.operators, problem.transfers, 0, 0, 100.0)
+    for objective in ("throughput", "latency"):
+        solved = solve_placement(no_cpu, objective=objective)
+        assert (solved.status, solved.answer) == ("infeasible", None)
+    assert solve_placement(problem).objective == pytest.approx(20.0)
+
+
+def test_a_cycle_becomes_one_block() -> None:
+    operators = tuple(Operator(v, 2.0, 1.0, True, 0.0, f"own {v}", False) for v in range(3))
+    circle = (Transfer(0, 1, 0.0), Transfer(1, 0, 0.0), Transfer(1, 2, 0.0))
+    problem = PlacementProblem("circle", operators, circle, 2, 1, 1.0)
+    assert contract(problem, forward_only=True).num_blocks == 2
+    solved = solve_placement(problem)
+    assert solved.objective == pytest.approx(2.0)
+    assert solved.answer is not None
+    assert solved.answer[0] == solved.answer[1]
+
+
+def test_ideals_of_a_diamond() -> None:
+    operators = tuple(Operator(v, 1.0, 1.0, True, 0.0, f"own {v}", False) for v in range(4))
+    edges = ((0, 1), (0, 2), (1, 3), (2, 3))
+    problem = PlacementProblem(
+        "diamond", operators, tuple(Transfer(a, b, 1.0) for a, b in edges), 2, 1, 1.0
+    )
+    blocks = contract(problem, forward_only=True)
+    ideals = all_ideals(blocks, 100)
+    assert ideals is not None
+    assert len(ideals.member) == 6
+    assert all_ideals(blocks, 3) is None
+
+
+def test_the_checker_names_what_is_wrong() -> None:
+    problem = chain([1.0, 1.0, 1.0], memory=1.0)
+    assert "device 3" in check_placement(problem, {0: 3, 1: 0, 2: 0}, "throughput").errors[0]
+    assert "node 1" in check_placement(problem, {0: 0}, "throughput").errors[0]
+    split = check_placement(problem, {0: 1, 1: 0, 2: 1}, "throughput")
+    assert any("contiguous" in error for error in split.errors)
+    assert any("holds" in error for error in split.errors)
+
+
+@settings(max_examples=20, deadline=None)
+@given(placement_problems())
+def test_answers_name_every_operator(problem: PlacementProblem) -> None:
+    solved = solve_placement(problem, time_limit_s=20)
+    assume(solved.answer is not None)
+    assert solved.answer is not None
+    assert set(solved.answer) == {op.node_id for op in problem.operators}
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="time_limit_s"):
+        solve_placement(chain([1.0]), time_limit_s=-1.0)
+    with pytest.raises(ValueError, match="objective"):
+        solve_placement(chain([1.0]), objective="speed")  # type: ignore[arg-type]

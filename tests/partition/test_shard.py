@@ -1,0 +1,171 @@
+"""Sharding against brute force: reductions, dual bounds, windows and the whole solver."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from small_problems import best_sharding, sharding_problems
+
+from graphpar.partition import shard
+from graphpar.partition.answers import Progress
+from graphpar.partition.problems import ShardingProblem
+from graphpar.partition.reduce import reduce_problem
+from graphpar.partition.shard import solve_sharding
+from graphpar.partition.shard_check import check_sharding
+from graphpar.partition.shard_dual import DualAscent
+from graphpar.partition.shard_exact import solve_exactly, spread_peaks
+from graphpar.partition.shard_ilp import merge_classes
+from graphpar.partition.shard_search import WindowSearch
+
+
+@settings(max_examples=150, deadline=None)
+@given(sharding_problems())
+def test_the_solver_finds_the_optimum_and_proves_it(problem: ShardingProblem) -> None:
+    best = best_sharding(problem)
+    solved = solve_sharding(problem, time_limit_s=20)
+    if best is None:
+        assert (solved.status, solved.answer) == ("infeasible", None)
+        return
+    assert (solved.status, solved.objective, solved.truncated_by) == ("optimal", best, None)
+    assert solved.answer is not None
+    assert check_sharding(problem, solved.answer).feasible
+
+
+@settings(max_examples=100, deadline=None)
+@given(sharding_problems())
+def test_reductions_keep_the_optimum(problem: ShardingProblem) -> None:
+    best = best_sharding(problem)
+    graph, rows = reduce_problem(problem)
+    if graph.infeasible:
+        assert best is None
+        return
+    dual = DualAscent(graph, rows)
+    result = (
+        solve_exactly(graph, rows, dual.memory, active=set(), deadline_s=float("inf"), relative_gap=0.0)
+        if graph.costs
+        else None
+    )
+    if result is None:
+        answer = graph.expand({}, problem.num_nodes)
+    elif result.chosen is None:
+        assert result.infeasible
+        assert best is None
+        return
+    else:
+        choice = {u: int(i) for u, i in zip(dual.vertices, result.chosen, strict=True)}
+        answer = graph.expand(choice, problem.num_nodes)
+        assert graph.value(choice) == check_sharding(problem, answer).cost
+    assert check_sharding(problem, answer).feasible
+    assert check_sharding(problem, answer).cost == best
+
+
+@settings(max_examples=100, deadline=None)
+@given(sharding_problems())
+def test_dual_bounds_and_reduced_costs_are_true(problem: ShardingProblem) -> None:
+    best = best_sharding(problem)
+    graph, rows = reduce_problem(problem)
+    if best is None or graph.infeasible or not graph.costs:
+        return
+    dual = DualAscent(graph, rows)
+    for _ in range(6):
+        dual.ascend(2)
+        assert dual.current_bound() <= best + 1e-6
+    bound, excess = dual.excess_costs()
+    # a strategy whose reduced cost passes the optimum is in no optimal answer
+    result = solve_exactly(
+        graph, rows, dual.memory, active=set(), deadline_s=float("inf"), relative_gap=0.0
+    )
+    assert result.chosen is not None
+    for row, strategy in zip(excess, result.chosen, strict=True):
+        assert bound + row[strategy] <= best + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(sharding_problems())
+def test_windows_never_lose_and_a_full_one_is_optimal(problem: ShardingProblem) -> None:
+    graph, rows = reduce_problem(problem)
+    best = best_sharding(problem)
+    if best is None or graph.infeasible or not graph.costs:
+        return
+    dual = DualAscent(graph, rows)
+    chosen = dual.round_within_memory()
+    if dual.memory.excess(chosen) > 0 or not np.isfinite(
+        graph.value({u: int(i) for u, i in zip(dual.vertices, chosen, strict=True)})
+    ):
+        return
+    search = WindowSearch(graph, rows, dual.memory, chosen)
+    search.guide(dual.excess_costs()[1])
+    for _ in range(3):
+        before = search.cost
+        gain = search.solve_window(search.grow(50, 2, 2), 5.0)
+        assert search.cost == pytest.approx(before - gain)
+        assert gain >= 0
+    everything = {u: np.arange(len(costs)) for u, costs in graph.costs.items()}
+    search.solve_window(everything, 10.0)
+    assert search.cost == best
+
+
+def test_class_merging_rebuilds_the_table() -> None:
+    table = np.array([[1.0, 2.0, 9.0], [3.0, 4.0, 11.0], [0.0, np.inf, 5.0]])
+    merged = merge_classes(table)
+    assert merged.core.shape[0] == 2
+    rebuilt = (
+        merged.core[np.ix_(merged.row_class, merged.column_class)]
+        + merged.row_constant[:, None]
+        + merged.column_constant[None, :]
+    )
+    np.testing.assert_array_equal(rebuilt, table)
+
+
+def test_peaks_are_spread() -> None:
+    assert spread_peaks(np.array([5.0, 6.0, 0.0, 1.0, -2.0, 3.0]), 2) == {1, 5}
+
+
+def ring(length: int, seed: int, steps: tuple[int, ...] = (1, 2, 5)) -> ShardingProblem:
+    """A dense random instance whose bound does not close by itself."""
+    random = np.random.default_rng(seed)
+    arity = 6
+    pairs = [(i, (i + step) % length) for i in range(length) for step in steps]
+    return ShardingProblem(
+        "ring",
+        tuple((i, i + 4) for i in range(length)),
+        tuple(tuple(random.integers(0, 50, arity).tolist()) for _ in range(length)),
+        tuple(tuple(random.integers(1, 20, arity).tolist()) for _ in range(length)),
+        tuple(pairs),
+        tuple(tuple(random.integers(0, 100, arity * arity).tolist()) for _ in pairs),
+        30,
+    )
+
+
+def test_a_forced_truncation_is_reported() -> None:
+    moments: list[Progress] = []
+    solved = solve_sharding(ring(60, 0), time_limit_s=3, progress=moments.append)
+    assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
+    assert solved.objective is not None
+    assert solved.bound is not None
+    assert solved.bound < solved.objective
+    incumbents = [m.incumbent for m in moments if m.incumbent is not None]
+    assert incumbents == sorted(incumbents, reverse=True)
+    bounds = [m.bound for m in moments if m.bound is not None]
+    assert bounds == sorted(bounds)
+
+
+def test_a_wide_gap_stops_the_search() -> None:
+    solved = solve_sharding(ring(60, 0), time_limit_s=60, gap=5.0)
+    assert (solved.status, solved.truncated_by) == ("feasible", "gap")
+
+
+def test_large_costs_stay_exact() -> None:
+    problem = ShardingProblem("large", ((0, 1),), ((10**15 + 1, 10**15),), ((1, 1),), (), (), None)
+    assert solve_sharding(problem).objective == 10**15
+
+
+@pytest.mark.parametrize("limits", [{"time_limit_s": 0.0}, {"gap": -1.0}])
+def test_wrong_limits_are_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        solve_sharding(ring(4, 0), **limits)  # type: ignore[arg-type]
+
+
+def test_the_proof_phase_alone_closes_a_small_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "_WIDTHS", (1,))
+    solved = solve_sharding(ring(7, 3, (1, 2)), time_limit_s=60)
+    assert solved.status == "optimal"

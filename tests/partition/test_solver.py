@@ -1,0 +1,129 @@
+"""The solver class: statuses with proofs, bounds, duals, both backends."""
+
+import itertools
+import json
+import subprocess
+import sys
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphpar.partition.solver import Backend, Program
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+def balance(items: int, bins: int) -> Program:
+    """A balancing problem too hard to close in a fraction of a second."""
+    random = np.random.default_rng(1)
+    program = Program("balance")
+    load = program.continuous("load")
+    put = [[program.binary(f"x{i}.{b}") for b in range(bins)] for i in range(items)]
+    for row in put:
+        program.constrain([(1.0, x) for x in row], "==", 1.0)
+    for b in range(bins):
+        sizes = random.uniform(1e3, 1e4, items)
+        terms = [(float(size), row[b]) for size, row in zip(sizes, put, strict=True)]
+        program.constrain([*terms, (-1.0, load)], "<=", 0.0)
+    program.minimize([(1e-9, load)])
+    return program
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_time_limit_is_never_called_an_optimum(backend: Backend) -> None:
+    outcome = balance(60, 12).solve(time_limit_s=0.5, backend=backend)
+    assert outcome.status in ("feasible", "unknown")
+    assert outcome.truncated_by == "time limit"
+    if outcome.objective is not None and outcome.bound is not None:
+        assert outcome.bound < outcome.objective
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wide_gap_is_reported(backend: Backend) -> None:
+    outcome = balance(30, 5).solve(relative_gap=0.5, time_limit_s=20, backend=backend)
+    assert (outcome.status, outcome.truncated_by) == ("feasible", "gap")
+    assert outcome.gap is not None
+    assert 0 < outcome.gap <= 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infeasible_and_unbounded(backend: Backend) -> None:
+    program = Program("infeasible")
+    x = program.binary("x")
+    program.constrain([(1.0, x)], ">=", 2.0)
+    program.minimize([(1.0, x)])
+    assert program.solve(backend=backend).status == "infeasible"
+    program = Program("unbounded")
+    y = program.continuous("y")
+    program.constrain([(1.0, y)], ">=", 2.0)
+    program.minimize([(-1.0, y)])
+    assert program.solve(backend=backend).status == "unbounded"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_duals_price_the_rows(backend: Backend) -> None:
+    program = Program("diet")
+    x, y = program.continuous("x"), program.continuous("y", high=3.0)
+    need = program.constrain([(1.0, x), (2.0, y)], ">=", 8.0)
+    program.minimize([(2.0, x), (1.0, y)], constant=5.0)
+    outcome = program.solve(backend=backend)
+    assert outcome.objective == pytest.approx(12.0)
+    assert outcome.duals[need] == pytest.approx(2.0)
+
+
+weights = st.integers(-9, 9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(weights, min_size=4, max_size=4),
+    st.lists(st.tuples(st.lists(weights, min_size=4, max_size=4), st.integers(-9, 15)), max_size=3),
+    st.sampled_from([1e-9, 1.0, 1e9]),
+)
+def test_binary_programmes_against_brute_force(
+    cost: list[int], rows: list[tuple[list[int], int]], scale: float
+) -> None:
+    program = Program("drawn")
+    xs = [program.binary(f"x{i}") for i in range(4)]
+    for coefficients, rhs in rows:
+        program.constrain(zip(map(float, coefficients), xs, strict=True), "<=", rhs)
+    program.minimize([(scale * c, x) for c, x in zip(cost, xs, strict=True)])
+    points = [
+        point
+        for point in itertools.product((0, 1), repeat=4)
+        if all(np.dot(coefficients, point) <= rhs for coefficients, rhs in rows)
+    ]
+    for outcome in (program.solve(), program.arrays().solve()):
+        if not points:
+            assert outcome.status == "infeasible"
+        else:
+            best = min(float(np.dot(cost, point)) for point in points)
+            assert outcome.status == "optimal"
+            assert outcome.objective == pytest.approx(scale * best, abs=1e-6 * scale)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    program = Program("wrong")
+    x = program.binary("x")
+    with pytest.raises(ValueError, match="coefficient"):
+        program.constrain([(float("nan"), x)], "<=", 1.0)
+    with pytest.raises(ValueError, match="right-hand side"):
+        program.constrain([(1.0, x)], "<=", float("inf"))
+    with pytest.raises(ValueError, match="above"):
+        program.continuous("y", 2.0, 1.0)
+    with pytest.raises(ValueError, match="time_limit_s"):
+        program.solve(time_limit_s=0.0)
+
+
+def test_nothing_reaches_stdout() -> None:
+    script = (
+        "from graphpar.partition.solver import Program\n"
+        "p = Program('p'); x = p.binary('x'); p.minimize([(1.0, x)])\n"
+        "p.constrain([(1.0, x)], '>=', 1.0)\n"
+        "import json; print(json.dumps([p.solve().objective, p.solve(backend='cbc').objective]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert json.loads(done.stdout) == [1.0, 1.0]
