@@ -1,0 +1,148 @@
+"""Time of collectives over real links: protocols, rings, switches with reduction, and nodes.
+
+A collective of S bytes over n ranks moves `factor * S` through each rank's slowest link, with factor
+2(n-1)/n for an all-reduce and (n-1)/n for all-gather, reduce-scatter and all-to-all. Small messages use
+a low-latency protocol of a fraction of the bandwidth; the faster of the two counts, as in NCCL
+(https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-proto).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from graphpar import catalogue
+from graphpar.catalogue import LinkKind
+
+CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
+
+RING_BASE_S = 28e-6
+"""Launch and synchronisation of one ring collective with the bandwidth protocol; fitted on A100."""
+
+RING_HOP_LATENCIES = 1.17
+"""What each further rank of the ring adds, in latencies of its link; fitted on A100, 2 to 8 ranks."""
+
+LOW_LATENCY_BASE_S = 12e-6
+LOW_LATENCY_HOP_LATENCIES = 0.67
+LOW_LATENCY_BANDWIDTH = 0.2
+"""The low-latency protocol: less waiting, a fifth of the bandwidth (half of every word is a flag)."""
+
+SWITCH_REDUCTION = 0.60
+"""All-reduce inside an NVLink switch (NVLS): bytes per second of the message over the line rate."""
+
+SWITCH_REDUCTION_BASE_S = 38e-6
+
+NO_PEER_ACCESS = 0.35
+"""Share of PCIe's rate that remains when messages go through main memory."""
+
+NETWORK_LATENCY_S = 15e-6
+"""What each node of a ring across nodes adds."""
+
+CUBE_MESH_LINKS = {2: 1, 3: 2, 4: 4, 5: 4, 6: 4, 7: 4, 8: 6}
+"""NVLink2 lines of 25 GB/s that rings over so many V100 of a hybrid cube mesh use together."""
+
+CUBE_MESH_LINE_BYTES_PER_S = 25e9
+CUBE_MESH_EFFICIENCY = 0.895
+
+SWITCHED_REDUCTION_KINDS = frozenset({"nvlink4", "nvlink5"})
+
+
+@dataclass(frozen=True)
+class Network:
+    """What joins nodes: bytes per second of one node in one direction, and the share of it reached."""
+
+    node_bytes_per_s: float
+    efficiency: float = 0.85
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks of a collective.
+
+    Attributes:
+        ranks: How many take part.
+        link: Kind of the link inside a node.
+        nodes: Over how many nodes they are spread evenly.
+        network: What joins the nodes.
+        sharing: How many such groups of other ranks use each node's network at the same time.
+        peer_access: Whether devices on PCIe reach each other's memory.
+    """
+
+    ranks: int
+    link: str
+    nodes: int = 1
+    network: Network | None = None
+    sharing: int = 1
+    peer_access: bool = True
+
+    @property
+    def kind(self) -> LinkKind:
+        """The link inside a node."""
+        return catalogue.links()[self.link]
+
+
+def collective_s(name: CollectiveName, num_bytes: float, group: Group, algo: str = "") -> float:
+    """Seconds of one collective; `num_bytes` is the size of the whole (gathered) buffer.
+
+    >>> group = Group(8, "nvlink3")
+    >>> 7.5e-3 < collective_s("all_reduce", 2**30, group) < 8.7e-3  # measured: 8.2 ms on A100
+    True
+    """
+    if group.ranks <= 1:
+        return 0.0
+    if name == "send":
+        return RING_BASE_S / 2 + num_bytes / ring_bytes_per_s(group)
+    factor = bus_factor(name, group.ranks)
+    moved = num_bytes * factor
+    rate = ring_bytes_per_s(group)
+    hops, latency_s = group.ranks - 1, group.kind.latency_s
+    network_s = NETWORK_LATENCY_S * (group.nodes - 1)
+    ring_s = RING_BASE_S + RING_HOP_LATENCIES * latency_s * hops + moved / rate + network_s
+    quick_rate = rate * LOW_LATENCY_BANDWIDTH
+    quick_s = (
+        LOW_LATENCY_BASE_S + LOW_LATENCY_HOP_LATENCIES * latency_s * hops + moved / quick_rate + network_s
+    )
+    best = min(ring_s, quick_s)
+    if name == "all_reduce" and _reduces_in_switch(group, algo):
+        switch_s = num_bytes / (group.kind.bytes_per_s * SWITCH_REDUCTION)
+        best = min(best, SWITCH_REDUCTION_BASE_S + switch_s)
+    return best
+
+
+def bus_factor(name: CollectiveName, ranks: int) -> float:
+    """Bytes through each rank's link per byte of the buffer.
+
+    >>> bus_factor("all_reduce", 4), bus_factor("all_gather", 4)
+    (1.5, 0.75)
+    """
+    share = (ranks - 1) / ranks
+    return {"all_reduce": 2 * share, "broadcast": 1.0}.get(name, share)
+
+
+def _reduces_in_switch(group: Group, algo: str) -> bool:
+    wanted = algo.lower() != "ring" and group.ranks > 2
+    return wanted and group.nodes == 1 and group.link in SWITCHED_REDUCTION_KINDS
+
+
+def ring_bytes_per_s(group: Group) -> float:
+    """What one rank sends per second while all send around the ring."""
+    inside = _inside_bytes_per_s(group)
+    if group.nodes == 1 or group.network is None:
+        return inside
+    per_node = group.network.node_bytes_per_s * group.network.efficiency
+    across = per_node / max(group.sharing, 1)
+    return min(inside, across)
+
+
+def _inside_bytes_per_s(group: Group) -> float:
+    per_node = max(group.ranks // group.nodes, 1)
+    if per_node == 1:
+        return float("inf")
+    kind = group.kind
+    if group.link == "nvlink2":
+        lines = CUBE_MESH_LINKS.get(per_node, 6)
+        return lines * CUBE_MESH_LINE_BYTES_PER_S * CUBE_MESH_EFFICIENCY
+    if group.link.startswith("pcie") and not group.peer_access:
+        return kind.bytes_per_s * NO_PEER_ACCESS
+    if per_node == 2 and group.link in ("nvlink3", "nvlink4", "nvlink5"):
+        # Two ranks drive fewer channels than a ring through the whole switch.
+        return kind.bytes_per_s * kind.efficiency * 0.85
+    return kind.bytes_per_s * kind.efficiency

@@ -1,0 +1,122 @@
+"""Memory of one unit: weights, gradients, optimiser state, what autograd keeps, and temporaries."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graphpar.cost_models.layout import Layout
+from graphpar.cost_models.work import Call, OpWork
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES, Op
+
+ALLOCATOR_SLACK = 1.03
+"""Allocators round sizes up and cannot use every hole; a few percent of what is asked for."""
+
+GPU_RESERVED_BYTES = 1.2e9
+"""CUDA context, cuBLAS workspaces and NCCL buffers of one process on one device."""
+
+CPU_RESERVED_BYTES = 0.35e9
+"""A Python process with torch loaded."""
+
+
+@dataclass(frozen=True)
+class UnitMemory:
+    """Bytes of one unit for one microbatch size; saved and working depend on it, the rest does not."""
+
+    saved_bytes: float
+    working_bytes: float
+
+
+def parameter_bytes(graph: Graph, names: Sequence[str]) -> tuple[float, float, float, int]:
+    """Bytes of all parameters and buffers, bytes and elements of the trained ones, and their number."""
+    total = trained = numel = 0.0
+    tensors = 0
+    for name in names:
+        op = graph[name]
+        total += op.type.bytes(1)
+        if op.target == "parameter" and op.attr("grad"):
+            trained += op.type.bytes(1)
+            numel += op.type.numel(1)
+            tensors += 1
+    return total, trained, numel, tensors
+
+
+def unit_memory(
+    graph: Graph,
+    layout: Layout,
+    works: Mapping[str, OpWork],
+    owned: frozenset[str],
+    batch: int,
+    precision: str,
+    training: bool,
+) -> UnitMemory:
+    """What one unit keeps and needs for one microbatch.
+
+    Args:
+        graph: The graph the unit is part of.
+        layout: Which values share storage.
+        works: The unit's ops with their work at this batch.
+        owned: Storage roots that count to this unit if something in it saves them.
+        batch: Samples in the microbatch.
+        precision: Format float32 values are held in.
+        training: Whether backward follows.
+    """
+    ops = [graph[name] for name in works]
+    kept = saved_roots(graph, layout, works) if training else frozenset()
+    sizes = {op.name: _bytes(graph, op, batch, precision) for op in ops}
+    saved = sum(_bytes(graph, graph[root], batch, precision) for root in kept & owned)
+    if training:
+        saved += sum(work.saved_bytes for work in works.values())
+    working = _peak_temporaries(graph, layout, ops, sizes, kept)
+    if training:
+        working = max(working, _peak_gradients(graph, ops, batch, precision))
+    return UnitMemory(saved * ALLOCATOR_SLACK, working * ALLOCATOR_SLACK)
+
+
+def saved_roots(graph: Graph, layout: Layout, works: Mapping[str, OpWork]) -> frozenset[str]:
+    """Storage that the ops keep for backward; weights and inputs are there anyway."""
+    return frozenset(
+        layout.root[name]
+        for op_name, work in works.items()
+        if work.backward
+        for name in work.saved
+        if graph[layout.root[name]].target not in SOURCES
+    )
+
+
+def _bytes(graph: Graph, op: Op, batch: int, precision: str) -> float:
+    call = Call(op, graph, batch, precision)
+    return sum(call.bytes(kind) for kind in op.types if kind is not None)
+
+
+def _peak_temporaries(
+    graph: Graph,
+    layout: Layout,
+    ops: Sequence[Op],
+    sizes: Mapping[str, float],
+    kept: frozenset[str],
+) -> float:
+    """The largest sum of live values that nobody keeps, walking forward through the unit."""
+    last_use = {layout.root[o]: i for i, op in enumerate(ops) for o in op.operands()}
+    live: dict[str, float] = {}
+    peak = 0.0
+    for i, op in enumerate(ops):
+        if layout.root[op.name] == op.name and op.name not in kept and op.target != "getitem":
+            live[op.name] = sizes[op.name]
+        peak = max(peak, sum(live.values()))
+        for name in [n for n in live if last_use.get(n, i) <= i]:
+            del live[name]
+    return peak
+
+
+def _peak_gradients(graph: Graph, ops: Sequence[Op], batch: int, precision: str) -> float:
+    """The most that gradients in flight take: those of an op's results and operands together."""
+    peak = 0.0
+    for op in ops:
+        if not op.attr("grad"):
+            continue
+        call = Call(op, graph, batch, precision)
+        flowing = [o for o in dict.fromkeys(call.operands()) if o.attr("grad")]
+        inside = sum(_bytes(graph, o, batch, precision) for o in flowing)
+        peak = max(peak, inside + _bytes(graph, op, batch, precision))
+    # A residual branch holds one more gradient of the unit's own width while the other is computed.
+    return peak + max((_bytes(graph, op, batch, precision) for op in ops[-1:]), default=0.0)

@@ -1,0 +1,166 @@
+"""Seconds of a kernel on a device: from the catalogue's curves, or from a calibration of this machine."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+from graphpar import catalogue
+from graphpar.calibration import Calibration
+from graphpar.catalogue import Family
+from graphpar.cost_models.work import Kernel
+from graphpar.device import Device
+
+FLOAT_PEAK_FALLBACK = ("tf32", "float32", "bfloat16", "float16")
+
+
+class Rates(Protocol):
+    """Seconds of kernels on one device."""
+
+    def seconds(self, kernels: Iterable[Kernel], *, backward: bool = False) -> float:
+        """Time of the kernels one after the other."""
+
+    def optimizer_seconds(self, numel: float, tensors: int, state_ratio: float) -> float:
+        """Time of one optimiser step over so many trained elements in so many tensors."""
+
+
+@dataclass(frozen=True)
+class CatalogueRates:
+    """A roofline from the catalogue: peak by dtype with an efficiency curve, bandwidth, launch floor."""
+
+    device: Device
+
+    @property
+    def family(self) -> Family:
+        """The device's efficiency curves."""
+        return catalogue.families()[self.device.family]
+
+    def seconds(self, kernels: Iterable[Kernel], *, backward: bool = False) -> float:
+        """Device time, or the host's time to issue the kernels where that is longer."""
+        listed = list(kernels)
+        device_s = sum(self._kernel(kernel) for kernel in listed)
+        host_s = len(listed) * self.family.host_op_s
+        return max(device_s, host_s)
+
+    def _kernel(self, kernel: Kernel) -> float:
+        if kernel.bytes == 0 and kernel.flops == 0:
+            return 0.0
+        memory_s = kernel.bytes / (self.device.memory_bytes_per_s * self.family.bandwidth_fraction)
+        compute_s = kernel.flops / self._flops_per_s(kernel)
+        # The 4-norm: like the textbook roofline (the maximum) far from the ridge, 19 % slower on it,
+        # where neither side hides all of the other.
+        return self.family.launch_s + math.sqrt(math.hypot(memory_s**2, compute_s**2))
+
+    def _flops_per_s(self, kernel: Kernel) -> float:
+        if kernel.matrix is not None:
+            return self.matmul_flops_per_s(kernel.flops, kernel.dtype)
+        if kernel.attention is not None:
+            causal_gain = 2.0 if kernel.attention[2] else 1.0
+            return self.peak(kernel.dtype) * self.family.attention_fraction * causal_gain
+        return self.device.peak_flops_per_s.get("float32", self.peak("float32")) * 0.5
+
+    def peak(self, dtype: str) -> float:
+        """Dense peak for a dtype; formats the device lacks run in the nearest one it has."""
+        peaks = self.device.peak_flops_per_s
+        if dtype in peaks:
+            return peaks[dtype]
+        if dtype == "float64":
+            return peaks.get("float32", max(peaks.values())) / 32
+        if dtype == "bfloat16" and "float32" in peaks:
+            return peaks["float32"]
+        return next((peaks[d] for d in FLOAT_PEAK_FALLBACK[1:] if d in peaks), max(peaks.values()))
+
+    def matmul_flops_per_s(self, flops: float, dtype: str) -> float:
+        """Rate of a matrix product of so many FLOPs."""
+        points = self.family.matmul_efficiency
+        top = self._measured_top() / points[-1][1] if points else 1.0
+        # The curve was measured at the tensor-core peak; a slower format is saturated by less work.
+        reach = max(self.device.peak_flops_per_s.values()) / self.peak(dtype)
+        return self.peak(dtype) * min(interpolate(points, flops * reach) * top, 1.0)
+
+    def _measured_top(self) -> float:
+        points = self.family.matmul_efficiency
+        if not self.device.in_catalogue:
+            return points[-1][1]
+        return catalogue.devices()[self.device.kind].measured_matmul_fraction or points[-1][1]
+
+    def optimizer_seconds(self, numel: float, tensors: int, state_ratio: float) -> float:
+        """Memory traffic: weight and states read and written, gradient read, in float32."""
+        moved = numel * 4 * (3 + 2 * state_ratio)
+        rate = self.device.memory_bytes_per_s * self.family.bandwidth_fraction
+        return tensors * self.family.host_op_s * (2 + 3 * state_ratio) + moved / rate
+
+
+def interpolate(points: tuple[tuple[float, float], ...], flops: float) -> float:
+    """An efficiency on a curve; below it time stays what it is at the first point.
+
+    >>> interpolate(((100.0, 0.25), (10000.0, 0.75)), 1000.0), interpolate(((100.0, 0.2),), 50.0)
+    (0.5, 0.1)
+    """
+    if flops <= points[0][0]:
+        return points[0][1] * max(flops, 1.0) / points[0][0]
+    for (low, first), (high, second) in pairwise(points):
+        if flops <= high:
+            share = math.log(flops / low) / math.log(high / low)
+            return first + (second - first) * share
+    return points[-1][1]
+
+
+_ELEMENT_BYTES = 4.0
+
+
+@dataclass(frozen=True)
+class CalibratedRates:
+    """This machine's processor, as measured."""
+
+    calibration: Calibration
+
+    def seconds(self, kernels: Iterable[Kernel], *, backward: bool = False) -> float:
+        """Time of the kernels, with what each costs more in a mixed sequence."""
+        listed = list(kernels)
+        each_s = self.calibration.node_s if backward else self.calibration.op_s
+        return each_s * len(listed) + sum(self._kernel(kernel) for kernel in listed)
+
+    def _kernel(self, kernel: Kernel) -> float:
+        if kernel.matrix is not None:
+            return self._product(kernel, *kernel.matrix)
+        if kernel.attention is not None:
+            return self._attention(kernel, *kernel.attention)
+        curve = self.calibration.curves.get(kernel.curve)
+        if curve is None:
+            return self.calibration.curves["pointwise"].at(kernel.bytes)
+        return curve.at(kernel.size)
+
+    def _product(self, kernel: Kernel, batch: int, rows: int, columns: int, inner: int) -> float:
+        grids = self.calibration.matmul if batch == 1 else self.calibration.batched_matmul
+        grid = grids.get(kernel.dtype)
+        # A format that was not measured is computed at float32's rate.
+        grid = grid if grid is not None else grids["float32"]
+        rate = grid.at(rows, math.sqrt(columns * inner))
+        return self._floor() + kernel.flops / rate
+
+    def _attention(self, kernel: Kernel, keys: int, head: int, causal: bool) -> float:
+        name = ("causal" if causal else "full") + (
+            "_backward" if kernel.curve.endswith("backward") else ""
+        )
+        rate = self.calibration.attention[name].at(keys, head)
+        return self._floor() + kernel.flops / rate
+
+    def _floor(self) -> float:
+        return self.calibration.curves["view"].seconds[0]
+
+    def optimizer_seconds(self, numel: float, tensors: int, state_ratio: float) -> float:
+        """Measured: AdamW's time for two states, plain SGD's for none, between them in proportion."""
+        curves = self.calibration.curves
+        share = min(state_ratio / 2, 1.0)
+        each = numel / max(tensors, 1)
+        one = (1 - share) * curves["sgd"].at(each) + share * curves["adamw"].at(each)
+        return one * tensors
+
+
+def rates_of(device: Device, calibration: Calibration | None) -> Rates:
+    """The rates that fit a device: measured ones for this machine's processor, if at hand."""
+    if device.is_local_cpu and calibration is not None:
+        return CalibratedRates(calibration)
+    return CatalogueRates(device)

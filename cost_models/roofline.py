@@ -1,0 +1,316 @@
+"""The default cost model: kernels of each op on each kind of device, from the catalogue or measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphpar.calibration import Calibration
+from graphpar.cluster import Cluster, Device
+from graphpar.cost import (
+    CostTable,
+    CutEdge,
+    DeviceClass,
+    LinkCost,
+    PricingOptions,
+    Topology,
+    UnitCost,
+)
+from graphpar.cost_models.layout import Layout, find_layout
+from graphpar.cost_models.memory import (
+    CPU_RESERVED_BYTES,
+    GPU_RESERVED_BYTES,
+    parameter_bytes,
+    saved_roots,
+    unit_memory,
+)
+from graphpar.cost_models.opcost import fan_out_kernels, work_of
+from graphpar.cost_models.rates import Rates, rates_of
+from graphpar.cost_models.work import Kernel, OpWork
+from graphpar.ir.chain import Chain, Unit, crossings
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import DTYPE_BYTES, Op, TensorType
+
+MAX_SIZES = 24
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Prices a chain of units on a cluster.
+
+    Args:
+        calibration: Measured curves of this machine's processor; used for devices of kind `cpu`.
+    """
+
+    calibration: Calibration | None = None
+
+    def price(self, graph: Graph, chain: Chain, cluster: Cluster, options: PricingOptions) -> CostTable:
+        """Fill the table of seconds and bytes.
+
+        Args:
+            graph: A captured graph.
+            chain: Its units.
+            cluster: The devices.
+            options: Batch, training or inference, optimiser, limits on splitting.
+        """
+        classes = device_classes(cluster)
+        pricer = _Pricer(self, graph, chain, options, find_layout(graph))
+        sizes = microbatch_sizes(options)
+        examples = [cluster.device(c.devices[0]) for c in classes]
+        costs = tuple(pricer.unit_cost(index, examples, sizes) for index in _first_of_kind(chain))
+        free_s = [pricer.free_seconds(device, sizes[0]) for device in examples]
+        return CostTable(
+            batch=options.batch,
+            training=options.training,
+            sizes=sizes,
+            units=_dense_kinds(chain),
+            unit_names=tuple(unit.name for unit in chain.units),
+            costs=costs,
+            edges=pricer.edges(),
+            device_classes=tuple(
+                DeviceClass(
+                    c.name,
+                    c.devices,
+                    c.memory_bytes,
+                    free / 2 + self._message_s(device),
+                )
+                for c, free, device in zip(classes, free_s, examples, strict=True)
+            ),
+            topology=self._topology(cluster),
+            max_microbatches=options.max_microbatches,
+            max_replicas=options.max_replicas,
+            batch_reason=options.batch_reason,
+            reserved_bytes=max(
+                CPU_RESERVED_BYTES if device.is_cpu else GPU_RESERVED_BYTES for device in examples
+            ),
+        )
+
+    def unpriced(self, graph: Graph) -> tuple[str, ...]:
+        """Operators without a rule; they are priced by the bytes they touch."""
+        layout = find_layout(graph)
+        found = {op.target for op in graph.ops if not work_of(op, graph, layout, 1).known}
+        return tuple(sorted(found))
+
+    def _message_s(self, device: Device) -> float:
+        """Time a stage's process spends on handing a message to the transport."""
+        if device.is_local_cpu and self.calibration is not None:
+            return self.calibration.loopback.latency_s / 2 * device.slowdown
+        return 20e-6 * device.slowdown
+
+    def _topology(self, cluster: Cluster) -> Topology:
+        """The cluster's links, with the measured loopback where this machine talks to itself."""
+        topology = cluster.topology()
+        if self.calibration is None:
+            return topology
+        measured = self.calibration.loopback
+        inside = dict(topology.inside)
+        for node in cluster.nodes:
+            if node.link.kind == "loopback" and all(d.is_local_cpu for d in node.devices):
+                inside[node.name] = measured
+        is_loopback = cluster.network.kind == "loopback"
+        network: LinkCost = measured if is_loopback else topology.network
+        return Topology(topology.node_of, inside, network, topology.between)
+
+
+def device_classes(cluster: Cluster) -> tuple[DeviceClass, ...]:
+    """Devices that cost the same, in order of first appearance."""
+    groups: dict[tuple[object, ...], list[Device]] = {}
+    for device in cluster.devices:
+        peaks = tuple(sorted(device.peak_flops_per_s.items()))
+        key = (device.kind, device.slowdown, device.memory_bytes, device.threads, peaks)
+        groups.setdefault(key, []).append(device)
+    return tuple(
+        DeviceClass(_class_name(g[0]), tuple(d.name for d in g), float(g[0].memory_bytes))
+        for g in groups.values()
+    )
+
+
+def _class_name(device: Device) -> str:
+    return device.kind + (f" x{device.slowdown:g} slower" if device.slowdown != 1 else "")
+
+
+def microbatch_sizes(options: PricingOptions) -> tuple[int, ...]:
+    """Sizes at which costs are tabulated: those that equal splits of the batch can have.
+
+    >>> microbatch_sizes(PricingOptions(batch=6, training=True))
+    (1, 2, 3, 6)
+    >>> microbatch_sizes(PricingOptions(batch=6, training=True, max_microbatches=1, max_replicas=1))
+    (6,)
+    """
+    if options.max_microbatches == 1 and options.max_replicas == 1:
+        return (options.batch,)
+    batch = options.batch
+    wanted = sorted({-(-batch // m) for m in range(1, batch + 1)} | {1, batch})
+    if len(wanted) <= MAX_SIZES:
+        return tuple(wanted)
+    # Small sizes lie close together and matter most; keep them, then thin out geometrically.
+    kept, last = [], 0.0
+    ratio = (wanted[-1] / wanted[0]) ** (1 / (MAX_SIZES - 2))
+    for size in wanted:
+        if size >= last * ratio or size == batch:
+            kept.append(size)
+            last = size
+    return tuple(kept)
+
+
+def _first_of_kind(chain: Chain) -> tuple[int, ...]:
+    first: dict[int, int] = {}
+    for index, unit in enumerate(chain.units):
+        first.setdefault(unit.kind, index)
+    return tuple(first.values())
+
+
+def _dense_kinds(chain: Chain) -> tuple[int, ...]:
+    """Kinds renumbered in order of first appearance, which is the order of the costs."""
+    number: dict[int, int] = {}
+    for unit in chain.units:
+        number.setdefault(unit.kind, len(number))
+    return tuple(number[unit.kind] for unit in chain.units)
+
+
+@dataclass(frozen=True)
+class _Pricer:
+    """Works out one graph; kernels do not depend on the device and are computed once per size."""
+
+    model: Roofline
+    graph: Graph
+    chain: Chain
+    options: PricingOptions
+    layout: Layout
+
+    def unit_cost(self, index: int, devices: Sequence[Device], sizes: Sequence[int]) -> UnitCost:
+        unit = self.chain.units[index]
+        works = [self._works(unit.ops, size) for size in sizes]
+        sources = self._own_sources(index)
+        weights, trained, numel, tensors = parameter_bytes(self.graph, sources)
+        options = self.options
+        memory = [
+            unit_memory(
+                self.graph,
+                self.layout,
+                work,
+                self._owned(index),
+                size,
+                options.precision,
+                options.training,
+            )
+            for work, size in zip(works, sizes, strict=True)
+        ]
+        rates = [rates_of(device, self.model.calibration) for device in devices]
+        state = options.optimizer_state_bytes_per_parameter_byte
+        return UnitCost(
+            name=unit.name,
+            forward_s=tuple(
+                tuple(self._forward_s(rate, work) * device.slowdown for work in works)
+                for rate, device in zip(rates, devices, strict=True)
+            ),
+            backward_s=tuple(
+                tuple(
+                    self._backward_s(rate, unit, work, size, trained) * device.slowdown
+                    for work, size in zip(works, sizes, strict=True)
+                )
+                for rate, device in zip(rates, devices, strict=True)
+            ),
+            optimizer_s=tuple(
+                rate.optimizer_seconds(numel, tensors, state) * device.slowdown
+                if options.training and tensors
+                else 0.0
+                for rate, device in zip(rates, devices, strict=True)
+            ),
+            weight_bytes=weights,
+            gradient_bytes=trained if options.training else 0.0,
+            optimizer_bytes=trained * state if options.training else 0.0,
+            saved_bytes=tuple(m.saved_bytes for m in memory),
+            working_bytes=tuple(m.working_bytes for m in memory),
+        )
+
+    def free_seconds(self, device: Device, size: int) -> float:
+        """Time of the ops that every stage computes for itself."""
+        works = self._works(tuple(sorted(self.chain.free)), size)
+        rate = rates_of(device, self.model.calibration)
+        return self._forward_s(rate, works) * device.slowdown
+
+    def edges(self) -> tuple[CutEdge, ...]:
+        """Values that cross unit boundaries, with their bytes per sample."""
+        found = []
+        for crossing in crossings(self.graph, self.chain):
+            op = self.graph[crossing.name]
+            kinds = [t for t in op.types if t is not None]
+            fixed, each = self._bytes(kinds, 0), self._bytes(kinds, 1)
+            flows = self.options.training and bool(op.attr("grad"))
+            if all(not t.batch_dims for t in kinds):
+                fixed, each = each, 0.0
+            gradient = each if flows and all(t.is_floating for t in kinds) else 0.0
+            found.append(CutEdge(crossing.source, crossing.target, each, gradient, fixed))
+        return tuple(found)
+
+    def _bytes(self, kinds: Sequence[TensorType], batch: int) -> float:
+        precision = self.options.precision
+        return float(
+            sum(
+                t.numel(batch) * DTYPE_BYTES[precision if t.dtype == "float32" else t.dtype]
+                for t in kinds
+            )
+        )
+
+    def _works(self, names: tuple[str, ...], size: int) -> dict[str, OpWork]:
+        return {
+            name: work_of(self.graph[name], self.graph, self.layout, size, self.options.precision)
+            for name in names
+        }
+
+    def _forward_s(self, rates: Rates, works: dict[str, OpWork]) -> float:
+        return rates.seconds(k for work in works.values() for k in work.forward)
+
+    def _backward_s(
+        self, rates: Rates, unit: Unit, works: dict[str, OpWork], size: int, trained: float
+    ) -> float:
+        if not self.options.training:
+            return 0.0
+        kernels = [k for work in works.values() for k in work.backward]
+        for name in unit.ops:
+            kernels += fan_out_kernels(self.graph[name], self.graph, size, self.options.precision)
+        if trained and self.options.max_microbatches > 1:
+            # Gradients of later microbatches are added to those of earlier ones.
+            kernels.append(Kernel("accumulate", trained / 4, 3 * trained, trained / 4))
+        return rates.seconds(kernels, backward=True)
+
+    def _own_sources(self, index: int) -> tuple[str, ...]:
+        """Parameters and buffers whose first user is this unit."""
+        earlier = {name for unit in self.chain.units[:index] for name in unit.ops}
+        mine = self.chain.units[index].ops
+        found = dict.fromkeys(
+            operand
+            for name in mine
+            for operand in self.graph[name].operands()
+            if self.graph[operand].target in ("parameter", "buffer")
+        )
+        return tuple(
+            name for name in found if not any(user.name in earlier for user in self.graph.users(name))
+        )
+
+    def _owned(self, index: int) -> frozenset[str]:
+        """Storage that counts to this unit: its own, and what comes in and no earlier unit keeps."""
+        unit = self.chain.units[index]
+        inside = set(unit.ops)
+        incoming = {
+            self.layout.root[operand]
+            for name in unit.ops
+            for operand in self.graph[name].operands()
+            if operand not in inside
+        }
+        kept_before = self._kept_before(index, frozenset(incoming))
+        return frozenset(inside | (incoming - kept_before - self.chain.free))
+
+    def _kept_before(self, index: int, names: frozenset[str]) -> frozenset[str]:
+        """Which of these values an earlier unit keeps already."""
+        unit_of = self.chain.unit_of()
+        users = {
+            user.name
+            for root in names
+            for user in self._users_of_storage(root)
+            if unit_of.get(user.name, index) < index
+        } | {n for n in names if unit_of.get(n, index) < index}
+        works = self._works(tuple(sorted(users)), 1)
+        return saved_roots(self.graph, self.layout, works) & names
+
+    def _users_of_storage(self, root: str) -> tuple[Op, ...]:
+        return tuple(user for name in self.layout.sharers[root] for user in self.graph.users(name))

@@ -1,0 +1,365 @@
+"""Time and memory of a whole training step from a model's shape, the hardware and a configuration.
+
+The step is built from parts with physical meaning:
+
+    stage = layers x max(device time, host time) + tensor-parallel collectives       per microbatch
+    step  = (m + (p - 1) / v) x slowest stage + exposed messages between stages
+            + what is not hidden of the gradients' collective + optimiser
+
+`TrainingParameters` are the few numbers that no datasheet gives; `benchmarks/fit_published.py` fits
+them and `training.toml` keeps them.
+"""
+
+import math
+import tomllib
+from dataclasses import dataclass, fields, replace
+from functools import cache
+
+from graphpar import catalogue
+from graphpar.cost_models.communication import Group, Network, collective_s
+from graphpar.cost_models.rates import interpolate
+from graphpar.cost_models.transformer import LayerWork, ModelShape, Product, layer_work
+
+FUSED_LOSS_PASSES = 1.5
+"""A fused loss reads half-precision logits twice and writes their gradient over them once."""
+
+HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainingParameters:
+    """Fitted constants, all dimensionless shares unless the name says otherwise.
+
+    Attributes:
+        matmul_share: Reached over the catalogue's efficiency curve, in float16 and bfloat16.
+        matmul_half_rows: Rows per product at which the narrow side costs half the rate.
+        float8_share: The same for float8 on its own peak.
+        attention_share: Reached over the family's fused-attention fraction.
+        traffic_share: Reached over the family's bandwidth fraction, in pointwise kernels.
+        backward_traffic: Backward's memory traffic over forward's.
+        host_kernel_s: Seconds the host needs per kernel in eager frameworks.
+        compiled_kernel_s: The same where steps are compiled or captured as CUDA graphs.
+        network_share: Reached of the network's line rate.
+        contention: What a collective and the compute beside it cost each other, of the shorter one.
+        step_host_s: Fixed seconds per step: data, clipping, logging, synchronisation.
+        imbalance: Relative loss per doubling of the devices (stragglers, clocks, jitter).
+        loss_passes: Times that logits in float32 pass through memory in the loss, both directions.
+        unfused_traffic: Memory traffic of pointwise work in eager kernels over that of fused ones.
+        wait_s: Seconds that tensor-parallel ranks wait for the slowest at each collective.
+        expert_traffic: Times that routed tokens pass through memory on the way to experts and back.
+    """
+
+    matmul_share: float = 0.95
+    matmul_half_rows: float = 64.0
+    float8_share: float = 0.8
+    attention_share: float = 1.0
+    traffic_share: float = 0.9
+    backward_traffic: float = 1.8
+    host_kernel_s: float = 25e-6
+    compiled_kernel_s: float = 6e-6
+    network_share: float = 0.8
+    contention: float = 0.2
+    step_host_s: float = 0.01
+    imbalance: float = 0.01
+    expert_traffic: float = 4.0
+    loss_passes: float = 12.0
+    unfused_traffic: float = 1.6
+    wait_s: float = 5e-5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training configuration.
+
+    Attributes:
+        shape: The model.
+        device: Kind of the devices, by the catalogue's name.
+        devices: How many.
+        per_node: Devices per node that share the fast link.
+        network: What joins nodes.
+        tensor, pipeline, data: Widths of tensor, pipeline and data parallelism.
+        context, expert: Widths of context and expert parallelism.
+        virtual: Model chunks per pipeline stage.
+        zero: 0 replicated, 1 optimiser state sharded, 3 weights sharded too.
+        recompute: `none`, `selective` (attention) or `full`.
+        dtype: `float16`, `bfloat16` or `float8_e4m3fn`.
+        batch, microbatch: Sequences per step and per microbatch on one replica.
+        fused_attention, fused_pointwise, fused_loss: Which parts run as fused kernels.
+        compiled, sequence_parallel, dropout: What else the framework does.
+        overlaps: Whether gradients' and shards' collectives run beside compute.
+        gradient_bytes: Bytes per gradient element as accumulated and sent.
+    """
+
+    shape: ModelShape
+    device: str
+    devices: int
+    per_node: int
+    network: Network
+    batch: float
+    microbatch: float
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    virtual: int = 1
+    zero: int = 0
+    recompute: str = "none"
+    dtype: str = "bfloat16"
+    fused_attention: bool = True
+    fused_pointwise: bool = True
+    fused_loss: bool = False
+    compiled: bool = False
+    sequence_parallel: bool = False
+    dropout: bool = False
+    overlaps: bool = False
+    gradient_bytes: float = 2.0
+    state_bytes: float = 12.0
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A predicted step with its parts, all in seconds."""
+
+    total_s: float
+    compute_s: float
+    host_s: float
+    tensor_s: float
+    pipeline_s: float
+    data_s: float
+    optimizer_s: float
+    bubble_s: float
+
+
+@cache
+def parameters() -> TrainingParameters:
+    """The fitted constants that come with the catalogue."""
+    path = catalogue.data_directory() / "training.toml"
+    table = tomllib.loads(path.read_text(encoding="utf-8"))["parameters"]
+    known = {f.name for f in fields(TrainingParameters)}
+    assert set(table) == known, set(table) ^ known
+    return TrainingParameters(**table)
+
+
+def step_time(run: Run, p: TrainingParameters) -> StepTime:
+    """Predict one step."""
+    machine = _Machine(run, p)
+    microbatches = max(round(run.batch / (run.data * run.microbatch)), 1)
+    layers = math.ceil(run.shape.layers / run.pipeline)
+    device_s, host_s = machine.layer_seconds()
+    tensor_s = layers * (machine.tensor_collectives_s() + machine.expert_collectives_s())
+    # Kernels and collectives are issued ahead by the host, which alone bounds small layers.
+    compute_s = max(layers * device_s + tensor_s, layers * host_s)
+    shards_s = layers * machine.shard_collectives_s(device_s)
+    head_s = machine.head_seconds()
+    stage_s = compute_s + shards_s + head_s / run.pipeline
+    slowest_s = compute_s + shards_s + head_s
+    bubble_s = (run.pipeline - 1) / run.virtual * stage_s
+    pipeline_s = machine.stage_messages_s() * (microbatches * run.virtual + run.pipeline - 1)
+    work_s = microbatches * slowest_s
+    data_s = machine.gradient_collective_s(work_s)
+    optimizer_s = machine.optimizer_s() + p.step_host_s
+    total_s = work_s + bubble_s + pipeline_s + data_s + optimizer_s
+    total_s *= 1 + p.imbalance * math.log2(max(run.devices, 1))
+    return StepTime(
+        total_s,
+        microbatches * layers * device_s,
+        microbatches * layers * host_s,
+        microbatches * tensor_s,
+        pipeline_s,
+        data_s + microbatches * shards_s,
+        optimizer_s,
+        bubble_s,
+    )
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """One run on its devices."""
+
+    run: Run
+    p: TrainingParameters
+
+    @property
+    def kind(self) -> catalogue.DeviceKind:
+        return catalogue.devices()[self.run.device]
+
+    @property
+    def family(self) -> catalogue.Family:
+        return catalogue.families()[self.kind.family]
+
+    @property
+    def link(self) -> str:
+        return self.run.link or self.kind.link
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.kind.memory_bytes_per_s * self.family.bandwidth_fraction * self.p.traffic_share
+
+    def peak(self, dtype: str) -> float:
+        peaks = self.kind.peak_flops_per_s
+        if dtype in peaks:
+            return peaks[dtype]
+        return max(peaks.get(d, 0.0) for d in ("float16", "bfloat16", "float32"))
+
+    def product_s(self, product: Product, dtype: str) -> float:
+        """A matrix product: arithmetic and memory traffic, partly overlapped."""
+        points = self.family.matmul_efficiency
+        top = (self.kind.measured_matmul_fraction or points[-1][1]) / points[-1][1]
+        share = self.p.matmul_share if dtype in HALF else self.p.float8_share
+        efficiency = interpolate(points, product.flops) * top * share
+        rows = min(product.rows, product.columns, product.inner)
+        efficiency *= rows / (rows + self.p.matmul_half_rows)
+        compute_s = product.flops / (self.peak(dtype) * efficiency)
+        memory_s = product.bytes(2.0) / (self.kind.memory_bytes_per_s * self.family.bandwidth_fraction)
+        return math.sqrt(math.hypot(compute_s**2, memory_s**2))
+
+    def work(self) -> LayerWork:
+        run = self.run
+        return layer_work(
+            run.shape,
+            run.microbatch,
+            tensor=run.tensor,
+            context=run.context,
+            expert=run.expert,
+            fused_attention=run.fused_attention,
+            pointwise_traffic=1.0 if run.fused_pointwise else self.p.unfused_traffic,
+            sequence_parallel=run.sequence_parallel,
+            dropout=run.dropout,
+            expert_passes=self.p.expert_traffic,
+        )
+
+    def layer_seconds(self) -> tuple[float, float]:
+        """Device and host time of one layer, forward and backward, recomputation included."""
+        work, run = self.work(), self.run
+        products_s = sum(self.product_s(x, run.dtype) for x in work.products)
+        traffic_s = work.traffic_bytes / self.bytes_per_s
+        if run.dtype not in HALF:
+            # Operands are read once more to be scaled and cast.
+            casts = sum(x.rows * x.inner * x.count for x in work.products) * 3
+            traffic_s += casts / self.bytes_per_s
+        attention_s = self._attention_s(work)
+        forward_s = products_s + traffic_s + attention_s
+        backward_factor = 2.5 if run.fused_attention else 2.0
+        backward_s = 2 * products_s + self.p.backward_traffic * traffic_s + backward_factor * attention_s
+        again = {"full": 1.0, "selective": 0.0}.get(run.recompute, 0.0)
+        again_s = again * forward_s
+        if run.recompute == "selective":
+            again_s = attention_s if not run.fused_attention else 0.3 * forward_s
+        each = self.p.compiled_kernel_s if run.compiled else self.p.host_kernel_s
+        passes = 3.0 + again
+        return forward_s + backward_s + again_s, each * work.kernels * passes
+
+    def _attention_s(self, work: LayerWork) -> float:
+        dtype = self.run.dtype if self.run.dtype in HALF else "bfloat16"
+        if work.score_products:
+            products = sum(self.product_s(x, dtype) for x in work.score_products)
+            return products + work.score_bytes / self.bytes_per_s
+        rate = self.peak(dtype) * self.family.attention_fraction * self.p.attention_share
+        return work.attention_flops / rate
+
+    def head_seconds(self) -> float:
+        """The output layer with its loss, forward and backward."""
+        run, shape = self.run, self.run.shape
+        tokens = run.microbatch * shape.seq_len / run.context
+        product = Product(tokens, shape.outputs / run.tensor, shape.hidden)
+        dtype = run.dtype if run.dtype in HALF else "bfloat16"
+        # Logits in float32: cast, maximum, exponentials, sum, quotient, gradient.
+        passes = FUSED_LOSS_PASSES if run.fused_loss else self.p.loss_passes
+        loss_bytes = tokens * shape.outputs / run.tensor * 4 * passes
+        return 3 * self.product_s(product, dtype) + loss_bytes / self.bytes_per_s
+
+    def _group(self, ranks: int, stride: int, sharing: int | None = None) -> Group:
+        """Ranks that lie `stride` apart in the order of devices."""
+        span = ranks * stride
+        nodes = max(math.ceil(span / self.run.per_node), 1)
+        nodes = min(nodes, ranks)
+        per_node = max(ranks // nodes, 1)
+        together = self.run.per_node // per_node if nodes > 1 else 1
+        together = max(min(together, stride), 1) if sharing is None else sharing
+        share = self.p.network_share
+        network = replace(self.run.network, efficiency=share)
+        return Group(ranks, self.link, nodes, network, together)
+
+    def tensor_collectives_s(self) -> float:
+        """All-reduces of activations of one layer: two forward, two backward, more when recomputed."""
+        run = self.run
+        if run.tensor == 1:
+            return 0.0
+        tokens = run.microbatch * run.shape.seq_len / run.context
+        num_bytes = tokens * run.shape.hidden * 2.0
+        group = self._group(run.tensor, 1)
+        count = 4 + (2 if run.recompute == "full" else 0)
+        if run.sequence_parallel:
+            gathered = collective_s("all_gather", num_bytes, group)
+            scattered = collective_s("reduce_scatter", num_bytes, group)
+            return count * (gathered + scattered + self.p.wait_s)
+        return count * (collective_s("all_reduce", num_bytes, group) + self.p.wait_s)
+
+    def expert_collectives_s(self) -> float:
+        """All-to-alls of one layer's tokens: out and back, forward and backward."""
+        run = self.run
+        if run.expert <= 1 or run.shape.moe is None:
+            return 0.0
+        tokens = run.microbatch * run.shape.seq_len / run.context / run.tensor
+        num_bytes = tokens * run.shape.hidden * 2.0 * run.shape.moe.topk
+        group = self._group(run.expert, run.tensor)
+        count = 4 + (2 if run.recompute == "full" else 0)
+        return count * collective_s("all_to_all", num_bytes, group)
+
+    def shard_collectives_s(self, device_s: float) -> float:
+        """What sharded weights cost per layer and microbatch beyond what compute hides."""
+        run = self.run
+        if run.zero < 3 or run.data == 1:
+            return 0.0
+        weights = run.shape.layer_parameters / run.tensor
+        group = self._group(run.data, run.tensor)
+        gathers = 2 * collective_s("all_gather", weights * 2.0, group)
+        scatter = collective_s("reduce_scatter", weights * run.gradient_bytes, group)
+        spent = gathers + scatter
+        return self._exposed(spent, device_s)
+
+    def _exposed(self, spent_s: float, beside_s: float) -> float:
+        """What a collective adds to compute it runs beside: the excess, and a share of the rest."""
+        return max(spent_s - beside_s, 0.0) + self.p.contention * min(spent_s, beside_s)
+
+    def stage_messages_s(self) -> float:
+        """One microbatch's activations to the next stage and their gradients back."""
+        run = self.run
+        if run.pipeline == 1:
+            return 0.0
+        tokens = run.microbatch * run.shape.seq_len / run.context
+        # Ranks of a tensor-parallel group send a slice each and gather it inside the node.
+        num_bytes = tokens * run.shape.hidden * 2.0 / run.tensor
+        group = self._group(2, run.tensor * run.data)
+        group = replace(group, nodes=2 if run.devices > run.per_node else 1)
+        return 2 * collective_s("send", num_bytes, group)
+
+    def gradient_collective_s(self, work_s: float) -> float:
+        """The sum of gradients over replicas beyond what backward hides."""
+        run = self.run
+        if run.data == 1 or run.zero >= 3:
+            return 0.0
+        weights = self._weights_per_device()
+        group = self._group(run.data, run.tensor)
+        spent = collective_s("all_reduce", weights * run.gradient_bytes, group)
+        if not run.overlaps:
+            return spent
+        microbatches = max(run.batch / (run.data * run.microbatch), 1)
+        window = work_s / microbatches * 0.66
+        return self._exposed(spent, window)
+
+    def _weights_per_device(self) -> float:
+        run = self.run
+        per_layer = run.shape.layer_parameters
+        if run.shape.moe is not None:
+            attention = run.shape.attention_parameters
+            per_layer = attention + (per_layer - attention) / max(run.expert, 1)
+        layers = per_layer * math.ceil(run.shape.layers / run.pipeline)
+        return (layers + run.shape.embedding_parameters / min(run.pipeline, 2)) / run.tensor
+
+    def optimizer_s(self) -> float:
+        """Adam in float32 with half-precision copies: 12 bytes of state read and written, and more."""
+        shards = self.run.data if self.run.zero >= 1 else 1
+        return self._weights_per_device() / shards * 34.0 / self.bytes_per_s

@@ -1,0 +1,268 @@
+"""What was measured of one machine, as data: curves over size, kept in a file under a fingerprint.
+
+`graphpar.measure` fills it; cost models read it. Nothing here runs a kernel or imports torch.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from graphpar.cost import LinkCost
+from graphpar.errors import GraphparError
+
+FORMAT_VERSION = 1
+
+
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a measurement is bound to: it holds for no other processor, torch or thread count."""
+
+    processor: str
+    num_cores: int
+    torch: str
+    threads: int
+
+    @property
+    def key(self) -> str:
+        """A short name for files."""
+        text = json.dumps(msgspec.to_builtins(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds of one call over a size (elements or bytes), both increasing in `sizes`.
+
+    >>> curve = Curve((1.0, 100.0), (1e-6, 1e-5))
+    >>> round(curve.at(10) * 1e6, 2), curve.at(0.1), round(curve.at(1000) * 1e4, 2)
+    (3.16, 1e-06, 1.0)
+    """
+
+    sizes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, size: float) -> float:
+        """Interpolated on logarithms; the floor below the first size, constant rate above the last."""
+        if size <= self.sizes[0]:
+            return self.seconds[0]
+        if size >= self.sizes[-1]:
+            return self.seconds[-1] * size / self.sizes[-1]
+        right = bisect_left(self.sizes, size)
+        low, high = self.sizes[right - 1], self.sizes[right]
+        share = math.log(size / low) / math.log(high / low)
+        return _geometric(self.seconds[right - 1], self.seconds[right], share)
+
+
+class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """FLOP/s over two sizes, interpolated on logarithms and flat outside.
+
+    >>> grid = Grid((1.0, 4.0), (8.0, 16.0), ((1e9, 1e9), (4e9, 4e9)))
+    >>> round(grid.at(2, 8) / 1e9, 2), round(grid.at(100, 100) / 1e9, 2)
+    (2.0, 4.0)
+    """
+
+    rows: tuple[float, ...]
+    widths: tuple[float, ...]
+    flops_per_s: tuple[tuple[float, ...], ...]
+
+    def at(self, rows: float, width: float) -> float:
+        """The rate at a size."""
+        low, high, share = _place(self.rows, rows)
+        left, right, across = _place(self.widths, width)
+        first = self._between(self.flops_per_s[low], left, right, across)
+        second = self._between(self.flops_per_s[high], left, right, across)
+        return _geometric(first, second, share)
+
+    @staticmethod
+    def _between(row: Sequence[float], left: int, right: int, share: float) -> float:
+        return _geometric(row[left], row[right], share)
+
+
+def _geometric(first: float, second: float, share: float) -> float:
+    """The weighted geometric mean, which is linear interpolation of logarithms."""
+    return first * math.exp(share * math.log(second / first))
+
+
+def _place(points: Sequence[float], value: float) -> tuple[int, int, float]:
+    """Neighbours of a value among increasing points, and its share of the way on logarithms."""
+    if value <= points[0]:
+        return 0, 0, 0.0
+    if value >= points[-1]:
+        return len(points) - 1, len(points) - 1, 0.0
+    right = bisect_left(points, value)
+    low, high = points[right - 1], points[right]
+    return right - 1, right, math.log(value / low) / math.log(high / low)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measured curves of this machine's processor.
+
+    Attributes:
+        fingerprint: What the numbers are bound to.
+        curves: Seconds of kernels over size, by the names that cost models use.
+        matmul: Rates of one matrix product by dtype: rows of the left side, geometric mean of the rest.
+        batched_matmul: The same per matrix of a batch.
+        attention: Rates by `causal` or `full`, forward and backward: sequence length, head size.
+        loopback: A message between two processes of this machine.
+        op_s: What an op of forward costs in a mixed sequence beyond its curve, tape included.
+        node_s: The same for a kernel of backward.
+        memory_bytes_per_s: Copy bandwidth for sizes far beyond the caches.
+        measured_at: When, as an ISO date and time.
+    """
+
+    fingerprint: Fingerprint
+    curves: Mapping[str, Curve] = field(hash=False)
+    matmul: Mapping[str, Grid] = field(hash=False)
+    batched_matmul: Mapping[str, Grid] = field(hash=False)
+    attention: Mapping[str, Grid] = field(hash=False)
+    loopback: LinkCost
+    op_s: float
+    node_s: float
+    memory_bytes_per_s: float
+    measured_at: str = ""
+
+    def peak_flops_per_s(self, dtype: str = "float32") -> float:
+        """The best matmul rate that was measured for a dtype, or for float32 where it was not."""
+        grid = self.matmul.get(dtype, self.matmul["float32"])
+        return max(max(row) for row in grid.flops_per_s)
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write as JSON, by default where `load` looks; the file is replaced in one step."""
+        target = Path(path) if path is not None else cache_path(self.fingerprint)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(_File.of(self)), indent=1))
+        partial.replace(target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Calibration":
+        """Read a file written by `save`.
+
+        Raises:
+            GraphparError: It cannot be read, or is no calibration of this version.
+        """
+        try:
+            file = msgspec.json.decode(Path(path).read_bytes(), type=_File)
+        except (OSError, msgspec.DecodeError) as error:
+            raise GraphparError(
+                f"The calibration {os.fspath(path)} cannot be used: {error}. "
+                "Measure again with `graphpar calibrate`."
+            ) from error
+        if file.format_version != FORMAT_VERSION:
+            raise GraphparError(
+                f"The calibration {os.fspath(path)} has format {file.format_version}, not "
+                f"{FORMAT_VERSION}. Measure again with `graphpar calibrate`."
+            )
+        return file.calibration()
+
+    @classmethod
+    def cached(cls, threads: int = 1) -> "Calibration | None":
+        """The calibration of this machine, if it was measured before and fits."""
+        path = cache_path(fingerprint(threads))
+        if not path.exists():
+            return None
+        try:
+            return cls.load(path)
+        except GraphparError:
+            return None
+
+    def __str__(self) -> str:
+        mine = self.fingerprint
+        rates = ", ".join(
+            f"{dtype} {self.peak_flops_per_s(dtype) / 1e9:.0f}" for dtype in sorted(self.matmul)
+        )
+        return "\n".join(
+            (
+                f"{mine.processor}, {mine.num_cores} cores, torch {mine.torch}, "
+                f"{mine.threads} thread{'s' * (mine.threads != 1)} per worker",
+                f"matmul, GFLOP/s: {rates}",
+                f"memory: {self.memory_bytes_per_s / 1e9:.1f} GB/s",
+                f"op floor: {self.curves['pointwise'].seconds[0] * 1e6:.1f} us, "
+                f"more in a mixed sequence: {self.op_s * 1e6:.1f} us "
+                f"forward, {self.node_s * 1e6:.1f} us backward",
+                f"loopback: {self.loopback.latency_s * 1e6:.0f} us, "
+                f"{self.loopback.bytes_per_s / 1e9:.2f} GB/s",
+            )
+        )
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    format_version: int
+    fingerprint: Fingerprint
+    curves: dict[str, Curve]
+    matmul: dict[str, Grid]
+    batched_matmul: dict[str, Grid]
+    attention: dict[str, Grid]
+    loopback: LinkCost
+    op_s: float
+    node_s: float
+    memory_bytes_per_s: float
+    measured_at: str
+
+    @classmethod
+    def of(cls, c: Calibration) -> "_File":
+        return cls(
+            FORMAT_VERSION,
+            c.fingerprint,
+            dict(c.curves),
+            dict(c.matmul),
+            dict(c.batched_matmul),
+            dict(c.attention),
+            c.loopback,
+            c.op_s,
+            c.node_s,
+            c.memory_bytes_per_s,
+            c.measured_at,
+        )
+
+    def calibration(self) -> Calibration:
+        return Calibration(
+            self.fingerprint,
+            self.curves,
+            self.matmul,
+            self.batched_matmul,
+            self.attention,
+            self.loopback,
+            self.op_s,
+            self.node_s,
+            self.memory_bytes_per_s,
+            self.measured_at,
+        )
+
+
+def fingerprint(threads: int = 1) -> Fingerprint:
+    """The fingerprint of this machine for workers of so many threads."""
+    try:
+        torch_version = version("torch")
+    except PackageNotFoundError:
+        torch_version = "none"
+    return Fingerprint(_processor(), os.cpu_count() or 1, torch_version, threads)
+
+
+def _processor() -> str:
+    """Model and stepping, because names such as "AMD EPYC" cover several generations."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "cpu family", "model", "stepping", "CPU part")
+    first = text.split("\n\n", 1)[0]
+    lines = (line.partition(":") for line in first.splitlines())
+    found = {key.strip(): value.strip() for key, _, value in lines}
+    parts = [found[key] for key in wanted if key in found]
+    return " ".join(parts) or platform.machine()
+
+
+def cache_path(mine: Fingerprint) -> Path:
+    """Where the calibration of a machine is kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "graphpar" / f"calibration-{mine.key}.json"

@@ -1,0 +1,366 @@
+"""Measure this machine's processor: the curves that the cost models need, in some fifteen seconds.
+
+Every kernel is called the way a worker calls it (through `torch.ops.aten`, results freshly allocated),
+so the curves hold the launch floor, the caches and the price of new memory alike.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from itertools import cycle, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from graphpar.calibration import Calibration, Curve, Grid, fingerprint
+from graphpar.cost import LinkCost
+from graphpar.errors import GraphparError
+from graphpar.probes import (
+    BYTES_PER_ELEMENT,
+    KERNELS,
+    MIXED_ROWS,
+    MIXED_WIDTH,
+    OPTIMIZED_TENSORS,
+    Work,
+    attention,
+    attention_flops,
+    attention_heads,
+    batch_of,
+    batched_product,
+    matrix_product,
+    mixed_backward,
+    mixed_forward,
+    optimizer_step,
+    view,
+)
+
+SIZES = (256, 4096, 32768, 131072, 524288, 1572864)
+"""Elements of the tensors that curves are measured at."""
+
+BUDGET_S = 0.003
+MAX_FLOPS = 1.2e9
+
+MATMUL_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
+MATMUL_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
+COARSE_ROWS = (4, 64, 1024)
+COARSE_WIDTHS = (64, 256, 1024)
+BATCHED_ROWS = (8, 32, 128, 512)
+BATCHED_WIDTHS = (16, 32, 64, 128, 256)
+ATTENTION_LENGTHS = (16, 64, 128, 256, 512)
+ATTENTION_HEADS = (16, 32, 64, 128)
+
+
+@dataclass
+class _Samples:
+    """Medians by name of the point, one per round; the quietest round counts."""
+
+    rounds: dict[Any, list[float]] = field(default_factory=dict)
+
+    def add(self, point: Any, work: Work) -> None:
+        self.rounds.setdefault(point, []).append(time_of(work))
+
+    def best(self, point: Any) -> float:
+        return min(self.rounds[point])
+
+
+_ROUNDS = 2
+_RING = 32
+_RING_BYTES = 24e6
+
+
+def _rotated(make: Callable[[], Work], num_bytes: float) -> Work:
+    """The same kernel on several sets of operands in turn, its latest results kept alive.
+
+    In a model no kernel finds its operands where the last call of the same kernel left them, and
+    results live on for backward; a tight loop over one set would measure the innermost cache.
+    """
+    count = int(min(_RING, max(_RING_BYTES / num_bytes, 2)))
+    turn = cycle([make() for _ in range(count)])
+    results: deque[object] = deque(maxlen=count)
+    return lambda: results.append(next(turn)())
+
+
+def time_of(work: Work, budget_s: float = BUDGET_S) -> float:
+    """Median seconds of a call, after a warm-up, over at least three calls.
+
+    With one thread the processor time of this thread is taken, so that other processes on the
+    machine disturb the result little; torch runs kernels and backward in the calling thread then.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    work()
+    start = clock()
+    work()
+    first = clock() - start
+    times = [first]
+    while sum(times) < budget_s or len(times) < 3:
+        start = clock()
+        work()
+        times.append(clock() - start)
+    return median(times)
+
+
+def calibrate(*, threads: int = 1, refresh: bool = False, show_progress: bool = True) -> Calibration:
+    """The calibration of this machine: read from the cache, or measured now and kept there.
+
+    Args:
+        threads: Threads of one worker.
+        refresh: Measure even if a fitting calibration is at hand.
+        show_progress: Show a progress bar on standard error if that is a terminal.
+
+    Raises:
+        GraphparError: Two processes of this machine could not exchange messages.
+    """
+    kept = None if refresh else Calibration.cached(threads)
+    if kept is not None:
+        return kept
+    fresh = measure(threads, show_progress=show_progress)
+    fresh.save()
+    return fresh
+
+
+def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
+    """Measure this machine for workers of so many threads.
+
+    Args:
+        threads: Threads of one worker.
+        show_progress: Show a progress bar on standard error if that is a terminal.
+
+    Raises:
+        GraphparError: Two processes of this machine could not exchange messages.
+    """
+    loopback = measure_loopback()
+    samples = _Samples()
+    with _threads(threads), _bar(show_progress) as step, torch.no_grad():
+        plan = [point for _ in range(_ROUNDS) for point in _points()]
+        for done, point in enumerate(plan):
+            step(done, len(plan))
+            samples.add(point.key, _rotated(point.make, point.num_bytes))
+    return Calibration(
+        fingerprint=fingerprint(threads),
+        curves=_curves(samples),
+        matmul=_matmul_grids(samples),
+        batched_matmul={"float32": _batched_grid(samples)},
+        attention=_attention_grids(samples),
+        loopback=loopback,
+        op_s=_mixed_extra(samples, backward=False),
+        node_s=_mixed_extra(samples, backward=True),
+        memory_bytes_per_s=24 * SIZES[-1] / 2 / samples.best(("pointwise", SIZES[-1])),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One thing to measure: its key among the samples, how to set it up, bytes of its operands."""
+
+    key: Any
+    make: Callable[[], Work]
+    num_bytes: float
+
+
+def _points() -> Iterator[_Point]:
+    """Every point to measure."""
+    for name, setup in KERNELS.items():
+        for size in SIZES:
+            yield _Point((name, size), partial(setup, size), 12.0 * size)
+    yield _Point(("view", 1), partial(view, 1), 1024.0)
+    yield _Point(("mixed", 1), lambda: mixed_forward()[0], 1e6)
+    yield _Point(("mixed_backward", 1), mixed_backward, 1e6)
+    for name in ("adamw", "sgd"):
+        for size in SIZES:
+            yield _Point((name, size), partial(optimizer_step, name, size), 64.0 * size)
+    for dtype, rows, widths in _matmul_plans():
+        for r, w in product(rows, widths):
+            if 2.0 * r * w * w <= MAX_FLOPS:
+                key = ("matmul", dtype, r, w)
+                yield _Point(key, partial(matrix_product, dtype, r, w), 4.0 * w * (2 * r + w))
+    for r, w in product(BATCHED_ROWS, BATCHED_WIDTHS):
+        operands = 4.0 * batch_of(r, w) * w * (2 * r + w)
+        yield _Point(("bmm", r, w), partial(batched_product, r, w), operands)
+    for length, head in product(ATTENTION_LENGTHS, ATTENTION_HEADS):
+        operands = 16.0 * attention_heads(length) * length * head
+        for kind in ("full", "causal", "full_backward", "causal_backward"):
+            yield _Point((kind, length, head), partial(attention, kind, length, head), operands)
+
+
+def _matmul_plans() -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
+    return (
+        ("float32", MATMUL_ROWS, MATMUL_WIDTHS),
+        ("bfloat16", COARSE_ROWS, COARSE_WIDTHS),
+        ("float64", COARSE_ROWS, COARSE_WIDTHS),
+    )
+
+
+_MIXED_FORWARD = {"layer_norm": 2, "view": 10, "pointwise": 2, "gelu": 1}
+_MIXED_BACKWARD = {
+    "layer_norm_backward": 2, "view": 8, "pointwise": 2, "copy": 1, "gelu_backward": 1,
+}  # fmt: skip
+_MIXED_PRODUCTS = 4
+
+
+def _mixed_extra(samples: _Samples, *, backward: bool) -> float:
+    """What an op costs in a sequence of different ops beyond the same op in a tight loop.
+
+    Cold instruction caches, the tape of autograd, and the Python between calls; spread evenly.
+    """
+    counts = _MIXED_BACKWARD if backward else _MIXED_FORWARD
+    sizes = dict.fromkeys(counts, SIZES[0]) | {"view": 1}
+    alone = sum(count * samples.best((name, sizes[name])) for name, count in counts.items())
+    products = 2 * _MIXED_PRODUCTS if backward else _MIXED_PRODUCTS
+    alone += products * samples.best(("matmul", "float32", MIXED_ROWS, MIXED_WIDTH))
+    attention = "causal_backward" if backward else "causal"
+    # One call over tiny heads: what is left of it is its floor.
+    alone += samples.best((attention, ATTENTION_LENGTHS[0], ATTENTION_HEADS[0])) * _TINY_SHARE
+    calls = sum(counts.values()) + products + 1
+    spent = samples.best(("mixed_backward" if backward else "mixed", 1))
+    return max((spent - alone) / calls, 0.0)
+
+
+_TINY_SHARE = MIXED_ROWS / 1024
+"""The block's attention has so small a part of the measured one's queries."""
+
+
+def _curves(samples: _Samples) -> dict[str, Curve]:
+    curves = {
+        name: Curve(
+            tuple(float(size * BYTES_PER_ELEMENT.get(name, 1)) for size in SIZES),
+            _increasing(samples.best((name, size)) for size in SIZES),
+        )
+        for name in KERNELS
+    }
+    for name in ("adamw", "sgd"):
+        seconds = _increasing(samples.best((name, size)) / OPTIMIZED_TENSORS for size in SIZES)
+        curves[name] = Curve(tuple(map(float, SIZES)), seconds)
+    curves["view"] = Curve((1.0,), (samples.best(("view", 1)),))
+    return curves
+
+
+def _increasing(seconds: Iterator[float] | Any) -> tuple[float, ...]:
+    """The same times without dips: a larger call never takes less, whatever noise says."""
+    result: list[float] = []
+    for value in seconds:
+        result.append(max(value, result[-1] if result else 0.0))
+    return tuple(result)
+
+
+def _matmul_grids(samples: _Samples) -> dict[str, Grid]:
+    grids = {}
+    floor = samples.best(("view", 1))
+    for dtype, rows, widths in _matmul_plans():
+        table: list[tuple[float, ...]] = []
+        for r in rows:
+            row: list[float] = []
+            for j, w in enumerate(widths):
+                flops = 2.0 * r * w * w
+                if flops <= MAX_FLOPS:
+                    spent = samples.best(("matmul", dtype, r, w))
+                    row.append(flops / max(spent - floor, spent / 2))
+                else:
+                    # Beyond what was measured the rate is that of the largest product at hand.
+                    row.append(table[-1][j] if table else row[-1])
+            table.append(tuple(row))
+        grids[dtype] = Grid(tuple(map(float, rows)), tuple(map(float, widths)), tuple(table))
+    return grids
+
+
+def _batched_grid(samples: _Samples) -> Grid:
+    table = tuple(
+        tuple(2.0 * batch_of(r, w) * r * w * w / samples.best(("bmm", r, w)) for w in BATCHED_WIDTHS)
+        for r in BATCHED_ROWS
+    )
+    return Grid(tuple(map(float, BATCHED_ROWS)), tuple(map(float, BATCHED_WIDTHS)), table)
+
+
+def _attention_grids(samples: _Samples) -> dict[str, Grid]:
+    lengths, heads = tuple(map(float, ATTENTION_LENGTHS)), tuple(map(float, ATTENTION_HEADS))
+    return {
+        kind: Grid(
+            lengths,
+            heads,
+            tuple(
+                tuple(attention_flops(kind, s, h) / samples.best((kind, s, h)) for h in ATTENTION_HEADS)
+                for s in ATTENTION_LENGTHS
+            ),
+        )
+        for kind in ("full", "causal", "full_backward", "causal_backward")
+    }
+
+
+_QUIET_LATENCY_S = 5e-4
+_ATTEMPTS = 3
+
+
+def measure_loopback() -> LinkCost:
+    """Latency and bandwidth of gloo between two processes of this machine.
+
+    On a busy machine every message may wait for a time slice of the scheduler, some milliseconds; then
+    it is tried again, and the quickest counts.
+
+    Raises:
+        GraphparError: The two could not exchange messages.
+    """
+    found = _bounce_messages()
+    for _ in range(_ATTEMPTS - 1):
+        if found.latency_s <= _QUIET_LATENCY_S:
+            break
+        found = min(found, _bounce_messages(), key=lambda link: link.latency_s)
+    return found
+
+
+def _bounce_messages() -> LinkCost:
+    """Start the two ends once."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        ends = [
+            subprocess.Popen(
+                [sys.executable, "-m", "graphpar.loopback", str(rank), store],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [end.communicate(timeout=90) for end in ends]
+        except subprocess.TimeoutExpired as error:
+            raise GraphparError("Two processes of this machine could not meet in 90 s.") from error
+        finally:
+            for end in ends:
+                end.kill()
+                end.wait()
+    if any(end.returncode for end in ends):
+        raise GraphparError(f"The loopback measurement failed: {outputs[0][1] or outputs[1][1]}")
+    return LinkCost(**json.loads(outputs[0][0]))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, or nothing."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("measuring this machine")
+        yield lambda done, total: progress.update(task, completed=done, total=total)

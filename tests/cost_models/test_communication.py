@@ -1,0 +1,64 @@
+"""Collectives: against published measurements, and laws that any sane model obeys."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphpar.cost_models.communication import (
+    CollectiveName,
+    Group,
+    Network,
+    bus_factor,
+    collective_s,
+)
+
+SIZES = st.floats(1e3, 1e11)
+NAMES: list[CollectiveName] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+
+
+@pytest.mark.parametrize(
+    ("group", "num_bytes", "measured_s"),
+    [
+        # vTrain's NCCL tables, https://github.com/VIA-Research/vTrain/tree/main/trace
+        (Group(2, "nvlink3"), 2**30, 5453.4e-6),
+        (Group(4, "nvlink3"), 2**30, 7275.5e-6),
+        (Group(8, "nvlink3"), 2**30, 8196.4e-6),
+        (Group(8, "nvlink3"), 2**20, 92.15e-6),
+        (Group(2, "nvlink2"), 2**30, 47617e-6),
+        (Group(8, "nvlink2"), 2**30, 13983e-6),
+        # Azure's benchmarking guide, ND H100 v5
+        (Group(8, "nvlink4"), 2**33, 31391e-6),
+        # https://github.com/NVIDIA/nccl-tests/issues/44
+        (Group(2, "nvlink2-bridge"), 2**27, 6598.7e-6),
+    ],
+)
+def test_all_reduce_is_near_what_was_measured(group: Group, num_bytes: float, measured_s: float) -> None:
+    assert collective_s("all_reduce", num_bytes, group) == pytest.approx(measured_s, rel=0.15)
+
+
+@given(SIZES, st.sampled_from(NAMES), st.integers(2, 16), st.sampled_from(["nvlink3", "pcie4"]))
+def test_more_bytes_never_take_less_time(
+    size: float, name: CollectiveName, ranks: int, link: str
+) -> None:
+    group = Group(ranks, link)
+    assert collective_s(name, size, group) <= collective_s(name, size * 1.5, group)
+
+
+@given(SIZES, st.integers(2, 8))
+def test_an_all_reduce_costs_no_more_than_its_two_halves(size: float, ranks: int) -> None:
+    group = Group(ranks, "nvlink3")
+    halves = collective_s("reduce_scatter", size, group) + collective_s("all_gather", size, group)
+    assert collective_s("all_reduce", size, group) <= halves
+
+
+@given(SIZES, st.integers(1, 8))
+def test_groups_that_share_the_network_slow_each_other_down(size: float, sharing: int) -> None:
+    network = Network(50e9)
+    alone = Group(16, "nvlink3", nodes=2, network=network)
+    crowded = Group(16, "nvlink3", nodes=2, network=network, sharing=sharing)
+    assert collective_s("all_reduce", size, alone) <= collective_s("all_reduce", size, crowded)
+
+
+def test_one_rank_needs_no_collective() -> None:
+    assert collective_s("all_reduce", 1e9, Group(1, "nvlink3")) == 0
+    assert bus_factor("all_reduce", 2) == 1

@@ -1,0 +1,240 @@
+"""Pricing: FLOPs, bytes, saved activations and table shape on small graphs whose answers are known."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphpar.calibration import Calibration, Curve, Fingerprint, Grid
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable, LinkCost, PricingOptions
+from graphpar.cost_models.layout import find_layout
+from graphpar.cost_models.opcost import work_of
+from graphpar.cost_models.roofline import Roofline, microbatch_sizes
+from graphpar.cost_models.work import OpWork
+from graphpar.errors import GraphparError
+from graphpar.ir.chain import build_chain
+from graphpar.ir.graph import Graph
+from graphpar.ir.text import parse_graph
+
+BLOCKS = """graph captured "Net" batch=4
+%x = input("x") : float32[B,8]
+%w = parameter("0.up") : float32[32,8] {grad=true}
+%v = parameter("0.down") : float32[8,32] {grad=true}
+%w1 = parameter("1.up") : float32[32,8] {grad=true}
+%v1 = parameter("1.down") : float32[8,32] {grad=true}
+%w2 = parameter("2.up") : float32[32,8] {grad=true}
+%v2 = parameter("2.down") : float32[8,32] {grad=true}
+%a = aten.linear.default(%x, %w) : float32[B,32] {grad=true} @ "0" ""
+%b = aten.relu.default(%a) : float32[B,32] {grad=true} @ "0" ""
+%c = aten.linear.default(%b, %v) : float32[B,8] {grad=true} @ "0" ""
+%a1 = aten.linear.default(%c, %w1) : float32[B,32] {grad=true} @ "1" ""
+%b1 = aten.relu.default(%a1) : float32[B,32] {grad=true} @ "1" ""
+%c1 = aten.linear.default(%b1, %v1) : float32[B,8] {grad=true} @ "1" ""
+%a2 = aten.linear.default(%c1, %w2) : float32[B,32] {grad=true} @ "2" ""
+%b2 = aten.relu.default(%a2) : float32[B,32] {grad=true} @ "2" ""
+%c2 = aten.linear.default(%b2, %v2) : float32[B,8] {grad=true} @ "2" ""
+%output = output((%c2,))
+"""
+
+
+def one(line: str, *sources: str) -> tuple[Graph, OpWork]:
+    """A graph of some sources and one op, and that op's work for three samples."""
+    graph = parse_graph(
+        'graph captured "N" batch=2\n' + "\n".join([*sources, line]) + "\n%output = output((%y,))\n"
+    )
+    return graph, work_of(graph["y"], graph, find_layout(graph), 3)
+
+
+def price(training: bool = True, **options: float) -> CostTable:
+    graph = parse_graph(BLOCKS)
+    settings = PricingOptions(batch=4, training=training, **options)  # type: ignore[arg-type]
+    cluster = Cluster.of("p4d.24xlarge", 1, "p3.2xlarge", 1)
+    return Roofline().price(graph, build_chain(graph), cluster, settings)
+
+
+def test_equal_units_share_a_price_and_sources_belong_to_the_first_user() -> None:
+    table = price()
+    assert table.num_units == 3
+    assert table.units == (0, 1, 1)  # the first sends no gradient to its input
+    assert table.costs[0].weight_bytes == 2 * 4 * 8 * 32
+    assert table.costs[0].gradient_bytes == table.costs[0].weight_bytes
+    assert table.costs[0].optimizer_bytes == 2 * table.costs[0].weight_bytes
+    assert [c.name for c in table.device_classes] == ["a100-sxm-40gb", "v100-sxm2-16gb"]
+    assert len(table.class_of) == 9
+    assert all(len(c.forward_s) == 2 for c in table.costs)
+    assert all(len(row) == len(table.sizes) for c in table.costs for row in c.backward_s)
+
+
+def test_edges_hold_bytes_per_sample_and_gradients_where_they_flow() -> None:
+    table = price()
+    assert [(e.source, e.target) for e in table.edges] == [(0, 1), (1, 2)]
+    assert {e.bytes_per_sample for e in table.edges} == {32.0}
+    assert {e.gradient_bytes_per_sample for e in table.edges} == {32.0}
+    assert {e.fixed_bytes for e in table.edges} == {0.0}
+
+
+def test_inference_has_no_backward_gradients_or_saved_values() -> None:
+    table = price(training=False)
+    for cost in table.costs:
+        assert not any(map(any, cost.backward_s))
+        assert not any(cost.saved_bytes)
+        assert (cost.gradient_bytes, cost.optimizer_bytes, *cost.optimizer_s) == (0, 0, 0, 0)
+        assert all(cost.working_bytes)
+    assert all(e.gradient_bytes_per_sample == 0 for e in table.edges)
+
+
+def test_saved_bytes_are_counted_by_storage() -> None:
+    table = price()
+    # relu keeps its result, which is also the second product's operand; the input of a unit is kept
+    # by its first product, but in the first unit it is a graph input.
+    slack = 1.03
+    assert table.costs[0].saved_bytes[0] == pytest.approx(32 * 4 * slack)
+    assert table.costs[1].saved_bytes[0] == pytest.approx((32 + 8) * 4 * slack)
+
+
+def test_slowdown_scales_times_and_makes_a_class() -> None:
+    graph = parse_graph(BLOCKS)
+    cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}, {"kind": "cpu", "slowdown": 3.0}]})
+    options = PricingOptions(batch=4, training=True)
+    table = Roofline().price(graph, build_chain(graph), cluster, options)
+    for cost in table.costs:
+        for quick, slow in zip(cost.forward_s[0], cost.forward_s[1], strict=True):
+            assert slow == pytest.approx(3 * quick)
+    assert [c.name for c in table.device_classes] == ["cpu", "cpu x3 slower"]
+
+
+@pytest.mark.parametrize("kind", ["h100-sxm-80gb", "v100-sxm2-32gb", "t4", "epyc-9654", "cpu"])
+def test_every_kind_of_device_prices_and_larger_batches_cost_no_less(kind: str) -> None:
+    graph = parse_graph(BLOCKS)
+    cluster = Cluster.from_dict({"nodes": [{"name": "n", "devices": {"kind": kind}}]})
+    options = PricingOptions(batch=64, training=True, precision="bfloat16")
+    table = Roofline().price(graph, build_chain(graph), cluster, options)
+    for cost in table.costs:
+        for row in (*cost.forward_s, *cost.backward_s, cost.saved_bytes, cost.working_bytes):
+            assert all(value > 0 for value in row)
+            assert list(row) == sorted(row)
+
+
+@given(st.integers(1, 3000))
+def test_sizes_cover_one_to_the_batch(batch: int) -> None:
+    sizes = microbatch_sizes(PricingOptions(batch=batch, training=True))
+    assert sizes[0] == 1
+    assert sizes[-1] == batch
+    assert len(sizes) <= 25
+    assert list(sizes) == sorted(set(sizes))
+
+
+W = '%w = parameter("w") : float32[8,16] {grad=true}'
+X = '%x = input("x") : float32[B,4,16]'
+XG = '%x = parameter("x") : float32[B,4,16] {grad=true}'
+
+
+def test_a_product_makes_gradients_only_where_they_are_needed() -> None:
+    line = "%y = aten.linear.default(%x, %w) : float32[B,4,8] {grad=true}"
+    flops = 2 * 3 * 4 * 8 * 16
+    _, work = one(line, X, W)
+    assert [k.flops for k in work.forward] == [flops]
+    assert [k.flops for k in work.backward] == [flops]
+    assert work.saved == ("x",)
+    _, both = one(line, XG, W)
+    assert [k.flops for k in both.backward] == [flops, flops]
+    assert set(both.saved) == {"x", "w"}
+
+
+def test_attention_backward_is_two_and_a_half_times_forward() -> None:
+    sources = [f'%{n} = parameter("{n}") : float32[B,2,16,8] {{grad=true}}' for n in "qkv"]
+    _, work = one(
+        "%y = aten.scaled_dot_product_attention.default(%q, %k, %v) : float32[B,2,16,8] {grad=true}",
+        *sources,
+    )
+    (forward,), (backward,) = work.forward, work.backward
+    assert forward.flops == 4 * 3 * 2 * 16 * 16 * 8
+    assert backward.flops == 2.5 * forward.flops
+    assert set(work.saved) == {"q", "k", "v", "y"}
+
+
+def test_views_share_storage_and_copies_are_seen() -> None:
+    graph = parse_graph("""graph captured "N" batch=2
+%x = input("x") : float32[B,4,16]
+%t = aten.transpose.int(%x, 1, 2) : float32[B,16,4]
+%r = aten.reshape.default(%t, (B, 64)) : float32[B,64]
+%v = aten.view.default(%x, (B, 64)) : float32[B,64]
+%back = aten.transpose.int(%t, 1, 2) : float32[B,4,16]
+%s = aten.reshape.default(%back, (B, 64)) : float32[B,64]
+%output = output((%r, %v, %s))
+""")
+    layout = find_layout(graph)
+    assert layout.copies == {"r"}
+    assert {name for name, root in layout.root.items() if root == "x"} == {"x", "t", "v", "back", "s"}
+
+
+def test_unknown_operators_are_priced_and_named() -> None:
+    graph = parse_graph("""graph captured "N" batch=2
+%x = input("x") : float32[B,4]
+%y = aten.fft_fft.default(%x) : complex64[B,4]
+%output = output((%y,))
+""")
+    assert Roofline().unpriced(graph) == ("aten.fft_fft.default",)
+    work = work_of(graph["y"], graph, find_layout(graph), 2)
+    assert work.forward[0].bytes == 2 * 4 * (4 + 8)
+
+
+def calibration() -> Calibration:
+    rate = Grid((1.0, 64.0), (8.0, 64.0), ((1e9, 2e9), (4e9, 8e9)))
+    names = """pointwise accumulate copy fill reduce relu relu_backward view adamw sgd""".split()
+    kinds = ("full", "causal", "full_backward", "causal_backward")
+    return Calibration(
+        fingerprint=Fingerprint("test", 2, "2.13.0", 1),
+        curves={name: Curve((1.0, 1e6), (1e-6, 1e-3)) for name in names},
+        matmul={"float32": rate},
+        batched_matmul={"float32": rate},
+        attention=dict.fromkeys(kinds, rate),
+        loopback=LinkCost(5e-5, 1e9),
+        op_s=1e-6,
+        node_s=2e-6,
+        memory_bytes_per_s=1e10,
+    )
+
+
+def test_a_calibration_prices_this_machine_and_its_loopback() -> None:
+    graph = parse_graph(BLOCKS)
+    cluster = Cluster.from_dict({"devices": [{"kind": "cpu", "count": 2}]})
+    options = PricingOptions(batch=4, training=True)
+    measured = calibration()
+    table = Roofline(measured).price(graph, build_chain(graph), cluster, options)
+    assert table.topology.link("local/0", "local/1") == LinkCost(5e-5, 1e9)
+    first = table.costs[0]
+    up = 2 * 4 * 32 * 8 / measured.matmul["float32"].at(4, (32 * 8) ** 0.5)
+    down = 2 * 4 * 32 * 8 / measured.matmul["float32"].at(4, (32 * 8) ** 0.5)
+    relu = measured.curves["relu"].at(4 * 32)
+    floors = 2 * measured.curves["view"].seconds[0] + 3 * measured.op_s
+    assert first.forward_s[0][-1] == pytest.approx(up + down + relu + floors)
+
+
+def test_calibration_file_round_trips_and_refuses_damage(tmp_path: Path) -> None:
+    path = calibration().save(tmp_path / "sub" / "c.json")
+    assert Calibration.load(path) == calibration()
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 0'))
+    with pytest.raises(GraphparError, match="format 0"):
+        Calibration.load(path)
+    path.write_text("{")
+    with pytest.raises(GraphparError, match="calibrate"):
+        Calibration.load(path)
+
+
+def test_cached_calibration_is_found_by_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Calibration.cached() is None
+    calibration().save()
+    assert Calibration.cached() is None  # measured elsewhere
+    assert len(list(tmp_path.rglob("calibration-*.json"))) == 1
+
+
+@given(st.floats(1e-3, 1e12))
+def test_curves_never_fall(size: float) -> None:
+    curve = Curve((10.0, 1e3, 1e6), (1e-6, 2e-6, 1e-3))
+    assert curve.at(size) <= curve.at(size * 1.5) * (1 + 1e-9)

@@ -1,0 +1,93 @@
+"""Whole training steps: parts add up, and widening or speeding anything up never slows the step."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphpar import catalogue
+from graphpar.cost_models.communication import Network
+from graphpar.cost_models.training import Run, parameters, step_time
+from graphpar.cost_models.training_memory import fits, memory_bytes
+from graphpar.cost_models.transformer import ModelShape, MoeShape, layer_work
+
+GPT = ModelShape(24, 2048, 16, 16, 8192, 50257, 1024)
+GPT3 = ModelShape(96, 12288, 96, 96, 49152, 51200, 2048)
+LLAMA = ModelShape(32, 4096, 32, 8, 14336, 128256, 8192, gated=True)
+BASE = Run(GPT, "a100-sxm-80gb", 8, 8, Network(200e9), batch=64, microbatch=2, data=8)
+
+
+def seconds(run: Run) -> float:
+    return step_time(run, parameters()).total_s
+
+
+def test_parameter_counts_are_the_published_ones() -> None:
+    assert GPT3.parameters == pytest.approx(175e9, rel=0.01)
+    assert LLAMA.parameters == pytest.approx(8.03e9, rel=0.01)
+    mixtral = ModelShape(32, 4096, 32, 8, 14336, 32000, 4096, gated=True, moe=MoeShape(8, 2, 14336))
+    assert mixtral.parameters == pytest.approx(46.7e9, rel=0.01)
+    deepseek = ModelShape(
+        61, 7168, 128, 128, 18432, 129280, 4096, gated=True,
+        moe=MoeShape(256, 8, 2048, 3, 1), query_rank=1536, value_rank=512,
+    )  # fmt: skip
+    assert deepseek.parameters == pytest.approx(671e9, rel=0.01)
+
+
+def test_layer_flops_are_two_per_weight_and_token() -> None:
+    work = layer_work(GPT, 3)
+    flops = sum(p.flops for p in work.products)
+    assert flops == pytest.approx(2 * GPT.layer_parameters * 3 * GPT.seq_len)
+    half = layer_work(GPT, 3, tensor=2)
+    assert sum(p.flops for p in half.products) == pytest.approx(flops / 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "at_most"),
+    [
+        ({"batch": 128}, 2.0),  # twice the work
+        ({"recompute": "full"}, 1.5),
+        ({"microbatch": 1}, 3.0),
+    ],
+)
+def test_changes_that_add_work_cost_time_but_not_too_much(
+    change: dict[str, float | str], at_most: float
+) -> None:
+    slower = seconds(replace(BASE, **change))  # type: ignore[arg-type]
+    assert seconds(BASE) < slower <= at_most * seconds(BASE)
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+def test_a_faster_network_and_a_faster_device_never_hurt(tensor: int, pipeline: int, data: int) -> None:
+    run = replace(
+        BASE,
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        devices=tensor * pipeline * data,
+        per_node=4,
+    )
+    assert seconds(replace(run, network=Network(400e9))) <= seconds(run) * (1 + 1e-9)
+    assert seconds(replace(run, device="h100-sxm-80gb")) <= seconds(run)
+
+
+def test_memory_falls_with_sharding_and_rises_with_the_microbatch() -> None:
+    sizes = [memory_bytes(replace(BASE, zero=zero)) for zero in (0, 1, 3)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert memory_bytes(replace(BASE, microbatch=4)) > memory_bytes(BASE)
+    assert memory_bytes(replace(BASE, recompute="full")) < memory_bytes(BASE)
+
+
+def test_a_model_of_70_billion_needs_more_than_one_device() -> None:
+    large = ModelShape(80, 8192, 64, 8, 28672, 128256, 2048, gated=True)
+    one = Run(large, "h100-sxm-80gb", 1, 8, Network(400e9), batch=1, microbatch=1)
+    assert not fits(one)
+    assert fits(replace(one, devices=64, tensor=8, pipeline=8, batch=8, recompute="full"))
+
+
+def test_constants_are_within_their_meaning() -> None:
+    p = parameters()
+    for name in ("matmul_share", "float8_share", "network_share", "contention"):
+        assert 0 < getattr(p, name) <= 1, name
+    assert p.compiled_kernel_s <= p.host_kernel_s
+    assert (catalogue.data_directory() / "training.toml").exists()
