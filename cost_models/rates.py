@@ -161,6 +161,8 @@ class CalibratedRates:
 
 def rates_of(device: Device, calibration: Calibration | None) -> Rates:
     """The rates that fit a device: measured ones for this machine's processor, if at hand."""
-    if device.is_local_cpu and calibration is not None:
-        return CalibratedRates(calibration)
-    return CatalogueRates(device)
+    if calibration is None or not device.is_local_cpu:
+        return CatalogueRates(device)
+    # Measured for another number of threads the curves say nothing of this device.
+    fits = calibration.fingerprint.threads == device.threads
+    return CalibratedRates(calibration) if fits else CatalogueRates(device)

@@ -27,7 +27,8 @@ class Block(nn.Module):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
         )
         x = x + self.drop(self.out(attended.transpose(1, 2).reshape(b, t, c)))
-        return x + self.drop(self.down(F.gelu(self.up(self.ln_2(x)))))
+        result: torch.Tensor = x + self.drop(self.down(F.gelu(self.up(self.ln_2(x)))))
+        return result
 
 
 class GPT(nn.Module):

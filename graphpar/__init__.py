@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphpar.calibration import Calibration
     from graphpar.cluster import Cluster
-    from graphpar.compiler import compile, plan  # noqa: A004 - the public name mirrors torch.compile
+    from graphpar.compiler import compile, plan
     from graphpar.measure import calibrate
     from graphpar.plans import Plan
     from graphpar.runtime.job import CompiledModel
     from graphpar.training import Training
+    from graphpar.view.api import visualize
 
 from graphpar.errors import (
     CaptureError,
@@ -37,7 +38,11 @@ _LAZY = {
     "calibrate": "graphpar.measure",
     "compile": "graphpar.compiler",
     "plan": "graphpar.compiler",
+    "visualize": "graphpar.view.api",
 }
+
+_GIVES_PLANS = frozenset({"Plan", "compile", "plan"})
+"""Names after whose first use notebooks are taught to show plans."""
 
 __all__ = [
     "Calibration",
@@ -56,6 +61,7 @@ __all__ = [
     "calibrate",
     "compile",
     "plan",
+    "visualize",
 ]
 
 
@@ -63,6 +69,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'graphpar' has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
+    if name in _GIVES_PLANS:
+        import_module("graphpar.view.notebook").attach()
     globals()[name] = value
     return value
 

@@ -111,7 +111,7 @@ def plan(
     )
 
 
-def compile(  # noqa: A001 - the public name follows torch.compile
+def compile(
     model: nn.Module,
     cluster: ClusterLike,
     args: Sequence[Any] = (),
@@ -148,6 +148,7 @@ def compile(  # noqa: A001 - the public name follows torch.compile
         RunError: Workers could not be started.
     """
     where = as_cluster(cluster)
+    CompiledModel.warm_up()
     prepared = prepare(model, args, kwargs or {}, train)
 
     def decide() -> Plan:
@@ -166,17 +167,23 @@ def compile(  # noqa: A001 - the public name follows torch.compile
         plan.check_mode(training=train is not None)
         return plan
 
-    subject = Subject(
+    subject = subject_of(model, prepared, where, train)
+    return CompiledModel.start(subject, decide)
+
+
+def subject_of(model: nn.Module, prepared: Prepared, cluster: Cluster, train: Training | None) -> Subject:
+    """What a job of a captured model is made of."""
+    return Subject(
         model=model,
         captured=prepared.captured,
         graph=prepared.graph,
+        model_hash=prepared.model_hash,
         whole_batch_only=bool(prepared.batch_reason),
-        cluster=where,
+        cluster=cluster,
         training=train,
         lower=lambda graph, chosen: lower(graph, chosen, train is not None),
         prepare_inference=lambda a, k: _inference(model, a, k),
     )
-    return CompiledModel.start(subject, decide)
 
 
 def as_cluster(cluster: ClusterLike) -> Cluster:
@@ -251,9 +258,7 @@ def plan_prepared(
         raise ValueError(f"precision={precision!r} is not available; this version runs 'float32'.")
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
-    table = price(
-        prepared, cluster, train=train, precision=precision, calibration=calibration
-    )
+    table = price(prepared, cluster, train=train, precision=precision, calibration=calibration)
     found = partition_chain(
         table,
         gap=gap,

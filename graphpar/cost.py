@@ -195,7 +195,7 @@ class CostTable:
         return self.at_size(self.costs[self.units[unit]].backward_s[device_class], size)
 
     def cut_bytes(self, boundary: int, size: float) -> tuple[float, float]:
-        """Forward and backward bytes of one microbatch that cross between units boundary-1 and boundary."""
+        """Bytes of one microbatch, forward and backward, between units boundary-1 and boundary."""
         forward = backward = 0.0
         for edge in self.edges:
             if edge.source < boundary <= edge.target:

@@ -136,9 +136,7 @@ def run_demo(steps: int, out: Path) -> DemoReport:
         losses, planned_s = _train(planned_job, data, bar, "planned split")
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(console))
-        even_job = stack.enter_context(
-            compile_model(model, cluster, data[0], train=training, plan=even)
-        )
+        even_job = stack.enter_context(compile_model(model, cluster, data[0], train=training, plan=even))
         _, even_s = _train(even_job, data[:EVEN_STEPS], bar, "even split")
         one_losses, one_s = _train_alone(model, training, data, bar)
 

@@ -1,7 +1,7 @@
 """Does the parallel job compute what one device computes? Outputs, losses, every gradient."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from graphpar.compiler import ClusterLike, Prepared, as_cluster, lower, plan_pre
 from graphpar.compiler import compile as compile_model
 from graphpar.frontend.torch_private import flatten
 from graphpar.plans import Plan
+from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.reference import EagerModel, OneDevice, draws_at_random, whole_on_one_device
 from graphpar.training import Training
@@ -23,19 +24,6 @@ Sums over microbatches and ranks add the same float32 terms in another order.
 """
 _NOISE_FLOOR = 1e-3
 """Gradients this much smaller than the largest of all are compared with this part of the largest."""
-
-
-class HoldStill(torch.optim.Optimizer):
-    """An optimiser that changes nothing, so that gradients can be read after a step."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Leave everything as it is."""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Keep gradients."""
 
 
 class VerifyReport(msgspec.Struct, frozen=True):

@@ -14,10 +14,19 @@ After this pass each op carries `samples` (see `samples.py`), and
 
 from dataclasses import dataclass, field, replace
 
-from graphpar.ir.chain import RANDOM_TARGETS, writes_buffer
+from graphpar.ir.chain import RANDOM_TARGETS, writes_buffer, written_buffers
 from graphpar.ir.graph import Graph, Level
-from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType, map_arguments
-from graphpar.ir.optable import POINTWISE, packet
+from graphpar.ir.ops import (
+    SOURCES,
+    Argument,
+    BatchSize,
+    Op,
+    Ref,
+    Symbol,
+    TensorType,
+    map_arguments,
+)
+from graphpar.ir.optable import packet
 from graphpar.passes import sample_moves, sample_rules  # noqa: F401 - they register their rules
 from graphpar.passes.samples import (
     PARTIAL,
@@ -26,7 +35,11 @@ from graphpar.passes.samples import (
     Samples,
     dims_argument,
     infer,
+    mixed,
+    place_of,
+    settled,
 )
+from graphpar.passes.sizes import broadcast, has_loose_batch_size, sized, whole_batch_numbers
 
 _REDUCTIONS = frozenset(
     """
@@ -34,7 +47,11 @@ _REDUCTIONS = frozenset(
     linalg_vector_norm argmax argmin median nansum nanmean count_nonzero special_logsumexp
     """.split()
 )
-_DIM_SECOND = frozenset({"logsumexp", "special_logsumexp", "any", "all", "argmax", "argmin"})
+_DIM_SECOND = frozenset({
+    "logsumexp", "special_logsumexp", "any", "all", "argmax", "argmin", "amax", "amin", "nansum",
+    "nanmean", "count_nonzero", "linalg_vector_norm",
+})  # fmt: skip
+"""Reductions whose default overload takes dimensions too."""
 _ELEMENT_LOSSES = {
     "mse_loss": 2, "l1_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "soft_margin_loss": 2,
     "binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4, "kl_div": 2,
@@ -77,7 +94,7 @@ def mixing_reason(graph: Graph) -> str:
     """
     for op in graph.ops:
         if writes_buffer(op):
-            return f"{packet(op)} at {op.module or '(top)'} updates a buffer once per whole batch"
+            return f"{place_of(op)} updates a buffer once per whole batch"
     reason = graph.output.attr("reduces", "")
     return str(reason) if graph.output.attr("samples") == "mixed" else ""
 
@@ -92,7 +109,7 @@ class _Builder:
     whole: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Graph:
-        written = {o for op in self.graph.ops if writes_buffer(op) for o in op.operands()}
+        written = written_buffers(self.graph)
         for op in self.graph.ops:
             if op.target in SOURCES:
                 self._source(op, written)
@@ -105,6 +122,7 @@ class _Builder:
     # --- bookkeeping ---
 
     def _add(self, op: Op, state: Samples) -> Op:
+        state = settled(op, state) if op.target not in SOURCES else state
         op = op.with_attrs(samples=state.kind)
         if state.kind == "sample" and state.outer != 1:
             op = op.with_attrs(outer=state.outer)
@@ -118,7 +136,7 @@ class _Builder:
             self.early.add(op.name)
         return op
 
-    def _source(self, op: Op, written: set[str]) -> None:
+    def _source(self, op: Op, written: frozenset[str]) -> None:
         dims = op.type.batch_dims
         if not dims:
             state = SHARED
@@ -132,6 +150,7 @@ class _Builder:
             self.early.add(op.name)
 
     def _output(self, op: Op) -> None:
+        op = self._shared_loss(op)
         states = [self.states[name] for name in op.operands()]
         mixed = next((s for s in states if s.kind in ("mixed", "iota")), None)
         if mixed is not None:
@@ -142,11 +161,24 @@ class _Builder:
         else:
             self._add(op, Samples("sample") if any(s.kind == "sample" for s in states) else SHARED)
 
+    def _shared_loss(self, op: Op) -> Op:
+        """A loss that does not depend on the batch is counted once, not once for each part of it."""
+        names = op.operands()
+        if len(names) != 1 or self.states[names[0]] != SHARED or not self.ops[names[0]].attr("grad"):
+            return op
+        loss = self.ops[names[0]]
+        if not loss.makes_tensor or loss.type.numel(1) != 1:
+            return op
+        return map_arguments(op, {loss.name: self._share(loss, op)})
+
     def _call(self, op: Op) -> Call:
         return Call(op, self.ops, self.states)
 
     def _compute(self, op: Op) -> None:
-        op = self._whole_batch_numbers(op)
+        op = sized(whole_batch_numbers(op))
+        if has_loose_batch_size(op, self._call(op)):
+            self._add(op, mixed(op, "computes with the size of the batch"))
+            return
         if any(self.states[o].kind == "mixed" for o in op.operands()):
             op = self._with_whole_operands(op, {"mixed"})
         kind = packet(op)
@@ -159,21 +191,11 @@ class _Builder:
         state = infer(self._call(op))
         if state.kind == "mixed" and any(self.states[o].kind == "partial" for o in op.operands()):
             op, state = self._needs_whole(op, state)
-        if state.kind == "partial" and kind in ("add", "sub"):
+        if state.kind == "partial" and kind in ("add", "sub", "rsub"):
             op = self._share_constants(op)
         if op.target in RANDOM_TARGETS and state.kind == "sample":
             op = replace(op, kwargs=(*op.kwargs, ("layout", (state.outer, state.inner))))
         self._add(op, state)
-
-    def _whole_batch_numbers(self, op: Op) -> Op:
-        """A batch size among the scalars of arithmetic means the whole batch, not the part at hand."""
-        if packet(op) not in POINTWISE:
-            return op
-
-        def number(argument: Argument) -> Argument:
-            return Symbol("batch", str(argument.times)) if isinstance(argument, BatchSize) else argument
-
-        return replace(op, args=tuple(number(a) for a in op.args))
 
     # --- whole-batch values ---
 
@@ -213,24 +235,46 @@ class _Builder:
         return self.whole[name]
 
     def _share_constants(self, op: Op) -> Op:
-        change = {}
-        for name in op.operands():
-            if self.states[name].kind == "shared":
-                shared = self.ops[name]
-                share = replace(
-                    shared,
-                    name=self._fresh(f"{name}_share"),
-                    target="gp.share",
-                    args=(Ref(name),),
-                    kwargs=(),
-                    attrs=(),
-                    origin=op.origin or (op.name,),
-                    made_by=self.made_by,
-                )
-                if shared.attr("grad"):
-                    share = share.with_attrs(grad=True)
-                change[name] = self._add(share, PARTIAL).name
+        """Scale what a sum over samples is added to or taken from, a number among it."""
+        terms = tuple(self._as_value(op, argument) for argument in op.args[:2])
+        if packet(op) == "rsub":
+            terms = terms[::-1]
+        if terms != op.args[:2]:
+            kind = "add" if packet(op) == "add" else "sub"
+            kwargs = (*op.kwargs, *(("alpha", a) for a in op.args[2:]))
+            op = self._piece(op, op.name, f"aten.{kind}.Tensor", terms, kwargs)
+        change = {
+            name: self._share(self.ops[name], op)
+            for name in op.operands()
+            if self.states[name].kind == "shared"
+        }
         return map_arguments(op, change)
+
+    def _as_value(self, op: Op, argument: Argument) -> Argument:
+        """A number as the op that makes it."""
+        if isinstance(argument, Ref):
+            return argument
+        number = self._piece(op, f"{op.name}_number", "aten.full.default", ((), argument))
+        scalar = TensorType((), op.type.dtype)
+        kwargs = (("dtype", Symbol("dtype", scalar.dtype)), ("device", Symbol("device", "cpu")))
+        made = replace(number, kwargs=kwargs, types=(scalar,), attrs=())
+        return Ref(self._add(made, SHARED).name)
+
+    def _share(self, shared: Op, user: Op) -> str:
+        """The name of the part of a shared value that falls to the samples at hand."""
+        share = replace(
+            shared,
+            name=self._fresh(f"{shared.name}_share"),
+            target="gp.share",
+            args=(Ref(shared.name),),
+            kwargs=(),
+            attrs=(),
+            origin=user.origin or (user.name,),
+            made_by=self.made_by,
+        )
+        if shared.attr("grad"):
+            share = share.with_attrs(grad=True)
+        return self._add(share, PARTIAL).name
 
     def _fresh(self, name: str) -> str:
         candidate, count = name, 0
@@ -250,6 +294,9 @@ class _Builder:
             if state.kind == "shared" and all(call.state(r) == SHARED for r in call.operands()):
                 self._add(op, SHARED)
                 return True
+            if state.kind == "partial" and packet(op) in ("sum", "mean"):
+                self._add(op, PARTIAL)
+                return True
             return False
         dims = self._reduced_dims(op, len(kind.shape))
         if dim not in dims:
@@ -265,7 +312,7 @@ class _Builder:
         return True
 
     def _reduced_dims(self, op: Op, ndim: int) -> tuple[int, ...]:
-        if op.target.endswith(".default") and packet(op) not in _DIM_SECOND | {"amax", "amin"}:
+        if op.target.endswith(".default") and packet(op) not in _DIM_SECOND:
             return tuple(range(ndim))
         position = 2 if packet(op) in ("norm", "linalg_vector_norm") else 1
         return dims_argument(op.argument(position, "dim"), ndim)
@@ -305,9 +352,9 @@ class _Builder:
         position = _ELEMENT_LOSSES[packet(op)]
         reduction = op.argument(position, "reduction", _MEAN)
         call = self._call(op)
-        state = infer(replace_as_pointwise(call))
-        kind = call.type(op.args[0])
-        if state.kind != "sample" or kind is None:
+        unreduced = _as_pointwise(call)
+        state, kind = infer(unreduced), unreduced.op.type
+        if state.kind != "sample":
             return False
         if reduction not in (_MEAN, _SUM):
             self._add(op, state)
@@ -339,7 +386,8 @@ class _Builder:
         states = (call.state(x), call.state(target))
         if not (states[0] == states[1] and states[0].kind == "sample"):
             return False
-        if call.dim(x) != 0 or call.dim(target) != 0:
+        scores = call.type(x)
+        if scores is None or len(scores.shape) < 2 or call.dim(x) != 0 or call.dim(target) != 0:
             return False
         weight = op.argument(2, "weight")
         if call.state(weight) != SHARED:
@@ -352,8 +400,9 @@ class _Builder:
             self._add(replace(total, name=op.name), PARTIAL)
             return True
         assert isinstance(target, Ref)
-        if target.name not in self.early:
-            self._add(op, call.mixed("averages over labels that the model itself computes"))
+        counted = () if self.ops[target.name].type.is_floating else (target, weight)
+        if any(r.name not in self.early for r in counted if isinstance(r, Ref)):
+            self._add(op, call.mixed("averages over labels or weights that the model itself computes"))
             return True
         count = self._label_count(op, target, weight)
         self._add(total, PARTIAL)
@@ -405,10 +454,10 @@ class _Builder:
         return self._add(piece, PARTIAL if suffix == "count" else infer(self._call(piece)))
 
 
-def replace_as_pointwise(call: Call) -> Call:
+def _as_pointwise(call: Call) -> Call:
     """The call of a loss seen as its unreduced, elementwise form."""
-    kind = call.type(call.op.args[0])
-    assert kind is not None
-    tensors = tuple(a for a in call.op.args if isinstance(a, Ref))
+    tensors = call.operands()
+    types = [kind for kind in map(call.type, tensors) if kind is not None]
+    kind = TensorType(broadcast([t.shape for t in types]), types[0].dtype)
     op = replace(call.op, target="aten.add.Tensor", args=tensors, kwargs=(), types=(kind,))
     return replace(call, op=op)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from graphpar.ir.chain import writes_buffer
+from graphpar.ir.chain import writes_buffer, written_buffers
 from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Op, map_arguments
 from graphpar.ir.optable import CASTS, packet
@@ -39,8 +39,14 @@ def _without_identities(graph: Graph) -> Graph:
     stands_for: dict[str, str] = {}
     seen: dict[Op, str] = {}
     kept: list[Op] = []
+    # What follows from a buffer that is written to is worth something else before and after.
+    moving = set(written_buffers(graph))
     for op in graph.ops:
         op = map_arguments(op, stands_for)
+        if moving.intersection(op.operands()):
+            moving.add(op.name)
+            kept.append(op)
+            continue
         if _is_identity(op, graph):
             stands_for[op.name] = op.operands()[0]
             continue

@@ -51,9 +51,7 @@ class InsertMessages:
         return graph.with_ops(ops, level="lowered")
 
     def _message(self, op: Op, stage: int, target: int, tag: int) -> tuple[Op, Op]:
-        shared = replace(
-            op, kwargs=(), origin=op.origin or (op.name,), made_by=self.name, is_tuple=False
-        )
+        shared = replace(op, kwargs=(), origin=op.origin or (op.name,), made_by=self.name, is_tuple=False)
         send = replace(
             shared, name=f"{op.name}_to{target}", target="gp.send", args=(Ref(op.name), target, tag)
         )

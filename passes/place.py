@@ -8,6 +8,7 @@ from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Op, Ref, map_arguments
 from graphpar.ir.whole import WHOLE_PREFIX
 
+
 @dataclass(frozen=True)
 class Place:
     """Assign ops to the stages of one pipeline.
@@ -101,9 +102,7 @@ def _renamed(op: Op, stage: int, copies: dict[tuple[str, int], str]) -> Op:
 
 
 def _whole_input(op: Op, made_by: str) -> Op:
-    return replace(
-        op, target="input", args=(WHOLE_PREFIX + op.name,), made_by=made_by, origin=op.origin
-    )
+    return replace(op, target="input", args=(WHOLE_PREFIX + op.name,), made_by=made_by, origin=op.origin)
 
 
 def _placed_output(
@@ -130,4 +129,3 @@ def _placed_output(
             placed.append(copy.with_attrs(stage=last))
             change[name] = copy.name
     return _renamed(map_arguments(op, change) if change else op, last, copies)
-

@@ -78,16 +78,19 @@ def _repeat_interleave(call: Call) -> Samples:
     kind, dim, out = call.type(x), call.dim(x), call.out_dim()
     if call.state(x).kind != "sample" or kind is None or dim is None or out is None:
         return call.mixed("repeats samples among each other")
-    if call.op.argument(2, "dim") is None:
+    if call.op.argument(2, "dim") is None and len(kind.shape) != 1:
         return call.mixed("flattens the batch")
+    if not isinstance(call.op.argument(1, "repeats"), int):
+        return call.mixed("repeats each sample another number of times")
     copies = times(call.op.type.shape[out]) // times(kind.shape[dim])
     return replace(call.state(x), inner=call.state(x).inner * copies)
 
 
 @rule("cat", "stack", "concat")
 def _cat(call: Call) -> Samples:
-    parts = call.op.args[0]
-    assert isinstance(parts, tuple)
+    given = call.op.args[0]
+    assert isinstance(given, tuple)
+    parts = [part for part in given if not _is_nothing(call, part)]
     states = [call.state(p) for p in parts]
     out = call.out_dim()
     if any(s.kind == "partial" for s in states):
@@ -103,6 +106,12 @@ def _cat(call: Call) -> Samples:
     if states[0].outer != 1:
         return call.mixed("joins values along the batch")
     return replace(states[0], outer=len(parts))
+
+
+def _is_nothing(call: Call, part: Argument) -> bool:
+    """Whether a part is the empty vector, which `cat` skips whatever the shapes of the others."""
+    kind = call.type(part)
+    return kind is not None and kind.shape == (0,)
 
 
 @rule("slice")
@@ -124,13 +133,12 @@ def _along(call: Call, position: int, default: Argument, why: str) -> Samples:
     others = [r for r in call.operands() if call.state(r).kind not in ("shared", "sample")]
     if kind is None or others:
         return call.mixed("is not linear in a sum over the batch")
+    if any(call.state(r) != call.state(x) or call.dim(r) != call.dim(x) for r in call.operands()):
+        return call.mixed("combines samples with each other")
     given = call.op.argument(position, "dim", call.op.kwarg("dims", default))
-    if call.state(x).kind == "sample" and call.dim(x) in dims_argument(given, len(kind.shape)):
+    if call.dim(x) in dims_argument(given, len(kind.shape)):
         return call.mixed(why)
-    first = call.first_sample()
-    if call.op.makes_tensor:
-        return call.like(first)
-    return call.state(first)
+    return call.like(x) if call.op.makes_tensor else call.state(x)
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp",
@@ -147,15 +155,23 @@ def _diff(call: Call) -> Samples:
 
 @rule("select")
 def _select(call: Call) -> Samples:
+    if call.state(call.op.args[0]).kind == "partial":
+        return PARTIAL
     return _along(call, 1, 0, "picks one sample for all")
 
 
-@rule("sort", "argsort", "topk", "kthvalue", "split", "chunk", "split_with_sizes", "roll")
+@rule("sort", "argsort", "topk", "kthvalue", "split", "chunk", "split_with_sizes")
 def _along_third(call: Call) -> Samples:
     kind = packet(call.op)
     default = 0 if kind.startswith(("split", "chunk")) else -1
     position = 1 if kind in ("sort", "argsort") else 2
     return _along(call, position, default, "works along the batch")
+
+
+@rule("roll")
+def _roll(call: Call) -> Samples:
+    """Without dimensions all elements are rolled as one row."""
+    return _along(call, 2, None, "rolls the batch")
 
 
 @rule("tril", "triu")
@@ -172,8 +188,9 @@ def _pad(call: Call) -> Samples:
     kind, dim = call.type(x), call.dim(x)
     if call.state(x).kind != "sample" or kind is None or dim is None or not isinstance(pads, tuple):
         return call.mixed("pads a sum over the batch")
-    padded = call.op.type.shape[dim] != kind.shape[dim]
-    return call.mixed("pads the batch") if padded else call.like(x)
+    pairs = len(kind.shape) - 1 - dim  # the pads go from the last dimension to the first, in pairs
+    padded = any(pad != 0 for pad in pads[2 * pairs : 2 * pairs + 2])
+    return call.mixed("pads or shifts the batch") if padded else call.like(x)
 
 
 # --- picking by index ------------------------------------------------------------------------------
@@ -191,6 +208,9 @@ def _gather(call: Call) -> Samples:
     both = call.state(x).kind == call.state(index).kind == "sample"
     if both and (call.dim(x) != call.dim(index) or call.state(x) != call.state(index)):
         return call.mixed("picks across samples")
+    from_shared = call.state(x).kind == "shared" and packet(call.op) == "gather"
+    if from_shared and dims_argument(dims, len(kind.shape)) != (call.dim(index),):
+        return call.mixed("picks by the position in the batch")
     return call.like(call.first_sample())
 
 
@@ -204,6 +224,8 @@ def _index_select(call: Call) -> Samples:
         if call.state(index).kind != "shared" or dims_argument(dim, len(kind.shape)) == (call.dim(x),):
             return call.mixed("picks across samples")
         return call.like(x)
+    if call.state(index).kind != "sample":
+        return call.mixed("picks by the position in the batch")
     return call.like(index)
 
 
@@ -214,12 +236,13 @@ def _scatter(call: Call) -> Samples:
     x = call.op.args[0]
     kind, out = call.type(x), call.out_dim()
     (dim,) = dims_argument(call.op.args[1], len(kind.shape)) if kind else (0,)
-    samples = [r for r in call.operands() if call.state(r).kind != "shared"]
-    if out is None or dim == out or any(call.dim(r) != out for r in samples):
-        return call.mixed("writes across samples")
-    if any(call.state(r).kind != "sample" for r in samples):
+    if any(call.state(r).kind not in ("sample", "shared") for r in call.operands()):
         return call.mixed("writes sums over the batch")
-    return call.like(samples[0])
+    # A shared index or source stands for its first rows only: rows are told apart by position.
+    states = {(call.state(r), call.dim(r)) for r in call.operands()}
+    if out is None or dim == out or states != {(call.state(x), out)}:
+        return call.mixed("writes across samples")
+    return call.like(x)
 
 
 @rule("index")
@@ -236,6 +259,8 @@ def _index(call: Call) -> Samples:
         iota = call.state(index).kind == "iota"
         if at_batch != iota:
             return call.mixed("picks across samples")
+    if not call.same_layout(r for r in call.operands() if call.state(r).kind != "iota"):
+        return call.mixed("picks with indices whose samples are laid out differently")
     if dim is None:
         first = call.first_sample()
         return call.like(first) if first is not None else call.mixed("picks by position in the batch")
@@ -251,4 +276,6 @@ def _scatter_part(call: Call) -> Samples:
     (dim,) = dims_argument(call.op.argument(2, "dim", 0), len(kind.shape))
     if out is None or dim == out:
         return call.mixed("writes across samples")
+    if not call.same_layout():
+        return call.mixed("writes values whose samples are laid out differently")
     return call.like(call.first_sample())

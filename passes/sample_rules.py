@@ -1,8 +1,8 @@
 """Rules for arithmetic and layers: what they make of values per sample (see `samples.py`)."""
 
-from graphpar.ir.ops import Argument, BatchSize, Ref
+from graphpar.ir.ops import Argument, BatchSize
 from graphpar.ir.optable import packet
-from graphpar.passes.samples import PARTIAL, SHARED, Call, Samples, rule, scales, uniform
+from graphpar.passes.samples import PARTIAL, SHARED, Call, Samples, dims_argument, rule, scales, uniform
 
 # --- creation -------------------------------------------------------------------------------------
 
@@ -10,7 +10,8 @@ from graphpar.passes.samples import PARTIAL, SHARED, Call, Samples, rule, scales
 @rule("arange")
 def _arange(call: Call) -> Samples:
     if not scales(call.op):
-        return SHARED
+        sized = any(isinstance(a, BatchSize) for a in call.op.args)
+        return call.mixed("counts with the size of the batch") if sized else SHARED
     (size,) = call.op.type.shape
     counts = [a for a in call.op.args if isinstance(a, BatchSize)]
     plain = counts == [BatchSize(1)] and all(a in (0, 1) for a in call.op.args if a not in counts)
@@ -61,11 +62,14 @@ def _linear(call: Call) -> Samples:
     partial = [s.kind == "partial" for s in states]
     if any(s.kind not in ("partial", "shared") for s in states):
         return call.mixed("applies a sum over the batch to single samples")
-    if kind in ("neg", "clone", "_to_copy", "to", "contiguous", "alias", "positive", "type_as"):
+    if kind in ("_to_copy", "to", "type_as"):
+        before = call.type(call.op.args[0])
+        rounds = before is not None and before.is_floating and not call.op.type.is_floating
+        narrows = call.op.type.dtype == "bool"
+        return call.mixed("rounds a sum over the batch") if rounds or narrows else PARTIAL
+    if kind in ("neg", "clone", "contiguous", "alias", "positive", "detach"):
         return PARTIAL
-    if kind in ("add", "sub") and all(
-        p or isinstance(a, Ref) for p, a in zip(partial[:2], call.op.args[:2], strict=True)
-    ):
+    if kind in ("add", "sub", "rsub") and (all(partial[:2]) or call.op.type.is_floating):
         return PARTIAL
     if kind == "mul" and sum(partial) == 1:
         return PARTIAL
@@ -95,13 +99,22 @@ def _matmul(call: Call) -> Samples:
 
 @rule("addmm", "baddbmm", "addbmm", "addmv")
 def _add_product(call: Call) -> Samples:
-    bias = call.op.args[0]
-    if call.state(bias).kind == "partial" or packet(call.op) == "addbmm":
+    bias, *factors = call.op.args[:3]
+    if call.state(bias).kind not in ("shared", "sample") or packet(call.op) == "addbmm":
         return call.mixed("adds to a sum over the batch")
-    result = _product(call, call.op.args[1], call.op.args[2])
+    result = SHARED
+    if any(call.state(factor) != SHARED for factor in factors):
+        result = _product(call, *factors)
     if result.kind == "partial":
         return call.mixed("adds a constant to a sum over the batch")
-    return result
+    if result.kind == "mixed" or call.state(bias) == SHARED:
+        return result
+    kind, own, out = call.type(bias), call.dim(bias), call.out_dim()
+    if kind is None or own is None or out is None or not call.same_layout():
+        return call.mixed("combines samples with each other")
+    if own - len(kind.shape) != out - len(call.op.type.shape):
+        return call.mixed("combines samples with each other")
+    return call.like(bias)
 
 
 def _product(call: Call, a: Argument, b: Argument) -> Samples:
@@ -119,6 +132,8 @@ def _product(call: Call, a: Argument, b: Argument) -> Samples:
         return PARTIAL
     if any(c and s.kind == "sample" for c, s in zip(contracted, states, strict=True)):
         return call.mixed("sums over samples in a matrix product")
+    if not call.same_layout((a, b)):
+        return call.mixed("multiplies values whose samples are laid out differently")
     return call.like(a if states[0].kind == "sample" else b)
 
 
@@ -126,7 +141,9 @@ def _product(call: Call, a: Argument, b: Argument) -> Samples:
 def _einsum(call: Call) -> Samples:
     equation, tensors = call.op.args[0], call.op.args[1]
     assert isinstance(equation, str) and isinstance(tensors, tuple)
-    inputs, _, output = equation.replace(" ", "").partition("->")
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if not arrow:  # the rule of einsum: every letter that stands once, in the alphabet's order
+        output = "".join(c for c in inputs if c.isalpha() and inputs.count(c) == 1)
     labels = set()
     for text, tensor in zip(inputs.split(","), tensors, strict=True):
         if call.state(tensor).kind == "sample":
@@ -136,7 +153,7 @@ def _einsum(call: Call) -> Samples:
             labels.add(text[dim])
         elif call.state(tensor).kind != "shared":
             return call.mixed("multiplies a sum over the batch")
-    if len(labels) != 1:
+    if len(labels) != 1 or not call.same_layout():
         return call.mixed("combines samples with each other")
     first = call.first_sample()
     assert first is not None
@@ -146,7 +163,7 @@ def _einsum(call: Call) -> Samples:
 @rule("scaled_dot_product_attention", "gp.attention")
 def _attention(call: Call) -> Samples:
     q = call.op.args[0]
-    for operand in call.op.args[:4]:
+    for operand in call.operands():
         kind, own = call.type(operand), call.dim(operand)
         if call.state(operand).kind == "sample":
             if kind is None or own is None or own >= len(kind.shape) - 2:
@@ -155,6 +172,8 @@ def _attention(call: Call) -> Samples:
                 return call.mixed("attends across samples")
         elif call.state(operand).kind != "shared":
             return call.mixed("attends to a sum over the batch")
+    if not call.same_layout():
+        return call.mixed("attends to values whose samples are laid out differently")
     return call.like(q if call.state(q).kind == "sample" else call.first_sample())
 
 
@@ -182,7 +201,7 @@ def _batch_first(call: Call) -> Samples:
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "instance_norm")
 def _batch_norm(call: Call) -> Samples:
-    if packet(call.op) == "batch_norm" and call.op.argument(5, "training"):
+    if packet(call.op).endswith("batch_norm") and call.op.argument(5, "training"):
         return call.mixed("takes its statistics over the whole batch")
     if packet(call.op) == "instance_norm" and call.type(call.op.argument(3, "running_mean")):
         return call.mixed("updates its statistics from the whole batch")
@@ -196,6 +215,8 @@ def _layer_norm(call: Call) -> Samples:
     normalized = len(shape) if isinstance(shape, tuple) else 1
     if call.state(x).kind != "sample" or kind is None or dim is None:
         return call.mixed("normalizes a sum over the batch")
+    if any(call.state(r) != SHARED for r in call.operands()[1:]):
+        return call.mixed("has weights that depend on the batch")
     if dim >= len(kind.shape) - normalized:
         return call.mixed("normalizes over the batch")
     return call.like(x) if call.op.makes_tensor else call.state(x)
@@ -203,21 +224,61 @@ def _layer_norm(call: Call) -> Samples:
 
 @rule("embedding", "one_hot")
 def _embedding(call: Call) -> Samples:
-    indices = call.op.args[1] if packet(call.op) == "embedding" else call.op.args[0]
-    if call.state(indices).kind != "sample":
+    by_table = packet(call.op) == "embedding"
+    indices = call.op.args[1] if by_table else call.op.args[0]
+    if call.state(indices).kind == "iota":
+        return call.mixed("looks up the position in the batch")
+    if call.state(indices).kind != "sample" or (by_table and call.state(call.op.args[0]) != SHARED):
         return call.mixed("looks up in a table that depends on the batch")
+    if by_table and call.op.argument(3, "scale_grad_by_freq"):
+        return call.mixed("scales gradients by how often an index stands in the whole batch")
     return call.like(indices)
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def _recurrent(call: Call) -> Samples:
-    x = call.op.args[0]
+    x, before, *weights = call.op.args
     batch_first = call.op.args[-1] is True
-    if call.state(x).kind != "sample" or call.dim(x) != (0 if batch_first else 1):
+    packed = not call.op.target.endswith(".input")
+    if packed or call.state(x).kind != "sample" or call.dim(x) != (0 if batch_first else 1):
         return call.mixed("runs along the batch")
+    hidden = before if isinstance(before, tuple) else (before,)
+    if any(call.state(h) != call.state(x) or call.dim(h) != 1 for h in hidden):
+        return call.mixed("starts from a state that is not one for each sample")
+    for group in weights:
+        if isinstance(group, tuple) and any(call.state(w) != SHARED for w in group):
+            return call.mixed("has weights that depend on the batch")
     return call.state(x)
 
 
 @rule("gp.dropout", "gp.bernoulli")
 def _random_like(call: Call) -> Samples:
+    by_channel = call.op.target == "gp.dropout" and call.op.args[2] is True
+    if by_channel and (call.out_dim() or 0) > 1:
+        return call.mixed("drops the same channels of all samples")
     return pointwise(call)
+
+
+@rule("broadcast_tensors")
+def _broadcast_tensors(call: Call) -> Samples:
+    """The results are alike: what all samples share is repeated for each."""
+    first = call.first_sample()
+    if first is None or not call.same_layout() or any(t is None for t in call.op.types):
+        return call.mixed("combines samples with each other")
+    if any(len(t.batch_dims) != 1 for t in call.op.types if t is not None):
+        return call.mixed("combines samples with each other")
+    return call.state(first)
+
+
+@rule("cosine_similarity")
+def _cosine_similarity(call: Call) -> Samples:
+    a, b = call.op.args[:2]
+    kinds, dims = (call.type(a), call.type(b)), (call.dim(a), call.dim(b))
+    if kinds[0] is None or kinds[1] is None or not call.same_layout():
+        return call.mixed("compares samples with each other")
+    if len(kinds[0].shape) != len(kinds[1].shape) or len({d for d in dims if d is not None}) != 1:
+        return call.mixed("compares samples with each other")
+    (along,) = dims_argument(call.op.argument(2, "dim", 1), len(kinds[0].shape))
+    if along in dims:
+        return call.mixed("compares along the batch")
+    return call.like(call.first_sample())

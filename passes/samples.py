@@ -13,7 +13,7 @@ An op without a rule makes a mixed value of anything but shared ones: correct, i
 are in `sample_rules.py` (arithmetic and layers) and `sample_moves.py` (reshaping and picking).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -73,9 +73,7 @@ class Call:
 
     def mixed(self, why: str) -> Samples:
         """Samples meet here."""
-        place = self.op.module or "(top)"
-        source = f" ({self.op.source})" if self.op.source else ""
-        return Samples("mixed", reason=f"{packet(self.op)} at {place}{source} {why}")
+        return mixed(self.op, why)
 
     def like(self, argument: Argument) -> Samples:
         """Per sample, laid out as the argument; mixed when the result has not one batch dimension."""
@@ -88,9 +86,32 @@ class Call:
         """The first operand that is per sample."""
         return next((r for r in self.operands() if self.state(r).kind == "sample"), None)
 
+    def same_layout(self, arguments: Iterable[Argument] | None = None) -> bool:
+        """Whether all operands (or those given) are shared, or per sample and laid out alike."""
+        refs = self.operands() if arguments is None else arguments
+        states = {self.state(r) for r in refs} - {SHARED}
+        return len(states) <= 1 and all(s.kind == "sample" for s in states)
+
+
+def place_of(op: Op) -> str:
+    """An op as the user knows it: the operator, the module and the source line."""
+    source = f" ({op.source})" if op.source else ""
+    return f"{packet(op)} at {op.module or '(top)'}{source}"
+
+
+def mixed(op: Op, why: str) -> Samples:
+    """The state after an op in which samples meet."""
+    return Samples("mixed", reason=f"{place_of(op)} {why}")
+
 
 CREATION = frozenset({"arange"})
 """Ops without operands whose values nevertheless tell samples apart."""
+_UNIFORM = frozenset({
+    "full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "full_like",
+    "zeros_like", "ones_like", "empty_like", "expand", "broadcast_to", "expand_as", "repeat", "tile",
+    "gp.random",
+})  # fmt: skip
+"""Ops that make the same value for each sample of what all samples share."""
 
 Rule = Callable[[Call], Samples]
 _RULES: dict[str, Rule] = {}
@@ -109,15 +130,33 @@ def rule(*packets: str) -> Callable[[Rule], Rule]:
 
 def infer(call: Call) -> Samples:
     """The state of an op's result from the states of its operands."""
+    return settled(call.op, _inferred(call))
+
+
+def settled(op: Op, state: Samples) -> Samples:
+    """The state, or mixed where the result's shape contradicts it."""
+    if not op.makes_tensor or state.kind == "mixed":
+        return state
+    dims = op.type.batch_dims
+    if state.kind in ("shared", "partial"):
+        return mixed(op, "makes a value that depends on the size of the batch") if dims else state
+    if len(dims) != 1:
+        return mixed(op, "combines samples with each other")
+    if times(op.type.shape[dims[0]]) != state.outer * state.inner:
+        return mixed(op, "lays samples out in a way that cannot be followed")
+    return state
+
+
+def _inferred(call: Call) -> Samples:
     states = [call.state(r) for r in call.operands()]
-    mixed = next((s for s in states if s.kind == "mixed"), None)
-    if mixed is not None:
-        return mixed
+    met = next((s for s in states if s.kind == "mixed"), None)
+    if met is not None:
+        return met
     kind = packet(call.op)
     if call.op.target == "getitem":
         return states[0]
     if all(s.kind == "shared" for s in states) and kind not in CREATION:
-        return uniform(call) if scales(call.op) else SHARED
+        return _from_shared(call, kind)
     if kind in _RULES:
         return _RULES[kind](call)
     if kind in POINTWISE or (kind in ("max", "min") and call.op.target.endswith(".other")):
@@ -125,7 +164,16 @@ def infer(call: Call) -> Samples:
     return call.mixed("is not known to keep samples apart")
 
 
+def _from_shared(call: Call, kind: str) -> Samples:
+    if not scales(call.op):
+        return SHARED
+    if kind not in _UNIFORM:
+        return call.mixed("tells samples apart by their position in the batch")
+    return uniform(call)
+
+
 def scales(op: Op) -> bool:
+    """Whether any result has a size that scales with the batch."""
     return any(t is not None and t.batch_dims for t in op.types)
 
 
@@ -138,6 +186,7 @@ def uniform(call: Call) -> Samples:
 
 
 def times(size: Dim) -> int:
+    """How many rows of a batch dimension belong to one sample."""
     return size.times if isinstance(size, BatchSize) else 1
 
 

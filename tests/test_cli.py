@@ -44,6 +44,7 @@ Commands:
   doctor     Check that this machine has what graphpar needs.
   plan       Plan a model on a cluster.
   show       Print a plan.
+  view       Draw a plan into one file.
   diff       Tell what differs between two plans.
   run        Run a model on a cluster for some steps.
   verify     Compare a parallel run with one device.

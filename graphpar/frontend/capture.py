@@ -63,7 +63,7 @@ class Signature:
                         f"Argument {expected!r} was a tensor in the example batch, now it is {leaf!r}."
                     )
                 bound[expected] = leaf
-            elif leaf != expected.value:
+            elif not _same_constant(leaf, expected.value):
                 raise ValueError(
                     f"Argument number {place} was {expected.value!r} in the example batch and is part "
                     f"of the captured graph; now it is {leaf!r}. Compile again for the other value."
@@ -74,6 +74,14 @@ class Signature:
         """The user's output structure from flat results by name."""
         leaves = [r.value if isinstance(r, Literal) else values[r] for r in self.results]
         return unflatten(leaves, self.output_spec)
+
+
+def _same_constant(given: Any, captured: Any) -> bool:
+    """Whether an argument that is no tensor is what it was; True is not 1, and NaN is NaN."""
+    if type(given) is not type(captured):
+        return False
+    same: bool = given == captured or (given != given and captured != captured)
+    return same
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,7 @@ def _symbolic(
     other = _unlike_size(batch)
     try:
         second, _ = run(other)
+        _same_constants(first.constants, second.constants)
         return unify(first.ops, second.ops, batch, other), ""
     except Mismatch as mismatch:
         return first.ops, mismatch.reason
@@ -176,9 +185,33 @@ def _symbolic(
         return first.ops, f"the model cannot be captured for a batch of {other}: {error}"
 
 
+def _same_constants(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        Mismatch: A tensor that the model makes anew at each call changes with the batch size.
+    """
+    for label, tensor in first.items():
+        other = second.get(label)
+        if other is None or tensor.shape != other.shape or not _equal(tensor, other):
+            raise Mismatch(f"the constant {label} that the model makes changes with the batch size")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.device.type == "meta" or b.device.type == "meta":
+        return a.dtype == b.dtype
+    return a.dtype == b.dtype and bool(torch.all((a == b) | ((a != a) & (b != b))))
+
+
 def _unlike_size(batch: int) -> int:
-    """Another batch size that is neither a multiple nor a divisor of the first."""
-    other = batch + 1
+    """Another batch size that is neither a multiple nor a divisor of the first.
+
+    About double and as even as the first, so that halves and pairs of the batch are told from
+    constants.
+
+    >>> _unlike_size(6), _unlike_size(2), _unlike_size(7)
+    (14, 7, 16)
+    """
+    other = 2 * batch + 2
     while other % batch == 0 or batch % other == 0:
         other += 1
     return other
@@ -193,9 +226,7 @@ def _batched(first: Converted, leaves: Sequence[Any], batch: int) -> frozenset[s
     )
 
 
-def _merge_ties(
-    model: nn.Module, ops: Sequence[Op]
-) -> tuple[tuple[Op, ...], dict[str, tuple[str, ...]]]:
+def _merge_ties(model: nn.Module, ops: Sequence[Op]) -> tuple[tuple[Op, ...], dict[str, tuple[str, ...]]]:
     """One op for each tied weight, and its other names by the one kept."""
     groups: dict[int, list[str]] = {}
     for name, tensor in (

@@ -6,10 +6,8 @@ exported metadata is unreliable.
 """
 
 import operator
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,26 +21,21 @@ from torch.export.graph_signature import (
 )
 
 from graphpar.errors import CaptureError
-from graphpar.frontend.export import MODEL_PREFIX
-from graphpar.frontend.functionalize import write_back
+from graphpar.frontend.places import place, strip_prefix, unsupported
 from graphpar.frontend.torch_private import (
     higher_order_name,
     is_random,
-    lookup_op,
-    mutated_arguments,
     op_name,
-    views_first_argument,
 )
+from graphpar.frontend.writes import Values, dtype_name, is_off
 from graphpar.ir.ops import Argument, Op, Ref, Symbol, TensorType
-from graphpar.ir.optable import packet
 
 _ASSERTIONS = (
     "aten._assert", "aten.sym_constrain", "aten._functional_assert", "aten._assert_tensor_metadata",
 )  # fmt: skip
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_TORCH_ROOT = torch.__path__[0]
 _KNOWN_RANDOM = frozenset({
-    "aten.dropout.default", "aten.native_dropout.default", "aten.feature_dropout.default",
+    "aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default",
+    "aten.feature_dropout_.default", "aten.bernoulli_.float",
     "aten.scaled_dot_product_attention.default", "aten.rand.default", "aten.rand_like.default",
     "aten.randn.default", "aten.randn_like.default", "aten.bernoulli.default", "aten.bernoulli.p",
     "aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input",
@@ -70,16 +63,6 @@ class Literal:
     value: Any
 
 
-def strip_prefix(name: str) -> str:
-    """The user's name of something inside `Traced`."""
-    return name.removeprefix(MODEL_PREFIX)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` as `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def convert(program: ExportedProgram, model: nn.Module) -> Converted:
     """Translate an exported program op by op.
 
@@ -93,9 +76,7 @@ def convert(program: ExportedProgram, model: nn.Module) -> Converted:
 class _Converter:
     program: ExportedProgram
     model: nn.Module
-    ops: dict[str, Op] = field(default_factory=dict)
-    env: dict[fx.Node, Argument] = field(default_factory=dict)
-    views: dict[str, str] = field(default_factory=dict)
+    values: Values = field(default_factory=Values)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self) -> Converted:
@@ -107,7 +88,7 @@ class _Converter:
             self._source(spec, nodes, trained)
         self._inline(self.program.graph_module, outer=True)
         results = self._results(graph, signature.output_specs)
-        ops = [*self.ops.values(), _output(results)]
+        ops = [*self.values.ops.values(), _output(results)]
         inputs = tuple(
             _flat_input(spec.arg) for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT
         )
@@ -117,7 +98,7 @@ class _Converter:
         if isinstance(spec.arg, ConstantArgument) or spec.kind == InputKind.TOKEN:
             node = nodes.get(spec.arg.name)
             if node is not None:
-                self.env[node] = getattr(spec.arg, "value", None)
+                self.values.env[node] = getattr(spec.arg, "value", None)
             return
         if not isinstance(spec.arg, TensorArgument):
             raise CaptureError(
@@ -140,8 +121,8 @@ class _Converter:
         self._emit(node, op)
 
     def _emit(self, node: fx.Node, op: Op) -> None:
-        self.ops[op.name] = op
-        self.env[node] = Ref(op.name)
+        self.values.ops[op.name] = op
+        self.values.env[node] = Ref(op.name)
 
     def _inline(self, module: fx.GraphModule, *, outer: bool) -> list[Argument]:
         """Translate every call of a (sub)graph; the inner graph's placeholders are already bound."""
@@ -161,7 +142,9 @@ class _Converter:
         if isinstance(value, torch.Tensor):
             label = f"{node.name}_{len(self.constants)}"
             self.constants[label] = value
-            self._emit(node, Op(self._fresh(node.name), "constant", (label,), types=_types(value)[0]))
+            self._emit(
+                node, Op(self.values.fresh(node.name), "constant", (label,), types=_types(value)[0])
+            )
 
     def _call(self, module: fx.GraphModule, node: fx.Node) -> None:
         higher = higher_order_name(node.target)
@@ -173,7 +156,7 @@ class _Converter:
             name = op_name(node.target)
             if name is None:
                 value = self._scalar(node)
-                self.env[node] = value
+                self.values.env[node] = value
             elif not name.startswith(_ASSERTIONS):
                 self._operator(node, name)
 
@@ -181,7 +164,7 @@ class _Converter:
         value = node.meta.get("val")
         if isinstance(value, (int, float, bool)):
             return value
-        raise self._unsupported(node, f"{node.target} is no tensor operator")
+        raise unsupported(node, f"{node.target} is no tensor operator")
 
     def _region(self, module: fx.GraphModule, node: fx.Node, higher: str) -> None:
         if higher == "wrap_with_set_grad_enabled":
@@ -192,32 +175,33 @@ class _Converter:
         elif higher == "wrap_with_autocast":
             _device, _dtype, enabled, _cache, body, *operands = node.args
             if enabled:
-                raise self._unsupported(
-                    node,
+                raise unsupported(
+                    _first_call(module, body) or node,
                     "autocast inside the model; drop it and give precision= to compile instead",
                 )
             values = [self._argument(a) for a in operands]
         else:
-            raise self._unsupported(
+            raise unsupported(
                 node, f"the higher-order operator {higher} (control flow or a nested graph)"
             )
         assert isinstance(body, fx.Node)
         inner = getattr(module, str(body.target))
         places = [n for n in inner.graph.nodes if n.op == "placeholder"]
-        self.env.update(zip(places, values, strict=True))
-        self.env[node] = tuple(self._inline(inner, outer=False))
+        self.values.env.update(zip(places, values, strict=True))
+        self.values.env[node] = tuple(self._inline(inner, outer=False))
 
     def _detached(self, value: Argument, node: fx.Node) -> Argument:
         if not isinstance(value, Ref):
             return value
-        made = self.ops[value.name]
+        made = self.values.ops[value.name]
         if not made.attr("grad"):
             return value
-        name = self._fresh(f"{value.name}_detached")
-        module, source = _place(node)
-        self.ops[name] = Op(
+        name = self.values.fresh(f"{value.name}_detached")
+        module, source = place(node)
+        self.values.ops[name] = Op(
             name, "aten.detach.default", (value,), types=made.types, module=module, source=source
         )
+        self.values.views[name] = value.name
         return Ref(name)
 
     def _getitem(self, node: fx.Node) -> None:
@@ -225,14 +209,14 @@ class _Converter:
         index = node.args[1]
         assert isinstance(index, int)
         if isinstance(container, tuple):
-            self.env[node] = container[index]
+            self.values.env[node] = container[index]
             return
         assert isinstance(container, Ref)
-        producer = self.ops[container.name]
+        producer = self.values.ops[container.name]
         kind = producer.types[index]
         op = replace(
             producer,
-            name=self._fresh(node.name),
+            name=self.values.fresh(node.name),
             target="getitem",
             args=(container, index),
             kwargs=(),
@@ -242,20 +226,27 @@ class _Converter:
         )
         if producer.attr("grad") and kind is not None and kind.is_floating:
             op = op.with_attrs(grad=True)
-        if producer.name in self.views:
-            self.views[op.name] = producer.name
+        if producer.name in self.values.views:
+            self.values.views[op.name] = producer.name
         self._emit(node, op)
 
     def _operator(self, node: fx.Node, name: str) -> None:
         function = node.target
-        if is_random(function) and name not in _KNOWN_RANDOM:
-            raise self._unsupported(
-                node, f"{name} draws random numbers in a way that would depend on the plan"
+        if is_random(function) and name not in _KNOWN_RANDOM and not is_off(node, name):
+            raise unsupported(node, f"{name} draws random numbers in a way that would depend on the plan")
+        if _drops_between_layers(node, name):
+            raise unsupported(
+                node,
+                f"{name} drops out between its layers, with random numbers that would depend on the "
+                "plan; set its dropout to 0 and put nn.Dropout between single layers",
             )
-        types, is_tuple = _types(node.meta.get("val"))
-        module, source = _place(node)
+        try:
+            types, is_tuple = _types(node.meta.get("val"))
+        except ValueError as error:
+            raise unsupported(node, str(error)) from None
+        module, source = place(node)
         op = Op(
-            self._fresh(node.name),
+            self.values.fresh(node.name),
             name,
             tuple(self._argument(a) for a in node.args),
             tuple((k, self._argument(v)) for k, v in node.kwargs.items()),
@@ -264,96 +255,16 @@ class _Converter:
             module,
             source,
         )
-        made = self._functional(node, op)
+        made = self.values.functional(node, op)
         if made is not op:
-            self.env[node] = Ref(made.name)
+            self.values.env[node] = Ref(made.name)
             return
-        self._emit(node, self._with_gradient(op))
-        self._note_view(function, op)
-
-    def _with_gradient(self, op: Op) -> Op:
-        flows = any(self.ops[o].attr("grad") for o in op.operands())
-        floats = any(t is not None and t.is_floating for t in op.types)
-        if flows and floats and packet(op) not in ("detach", "detach_"):
-            return op.with_attrs(grad=True)
-        return op
-
-    def _functional(self, node: fx.Node, op: Op) -> Op:
-        """Replace an in-place op by its functional form; later reads see the new value.
-
-        Writes to buffers stay: they are meant to last. Where another live value shares the storage
-        in a way that cannot be followed, the write is refused.
-        """
-        written = mutated_arguments(node.target)
-        if not written:
-            return op
-        first = op.args[written[0]] if written[0] < len(op.args) else None
-        if len(written) > 1 or not isinstance(first, Ref):
-            raise self._unsupported(node, f"{op.target} writes to several values")
-        chain = self._view_chain(first.name)
-        root = self.ops[chain[-1]]
-        if root.target == "buffer":
-            return op
-        if root.target in ("input", "parameter", "constant"):
-            raise self._unsupported(node, f"{op.target} overwrites an input or a parameter in place")
-        others = [n for n in self.ops if n not in chain and self._view_chain(n)[-1] == root.name]
-        if any(self._read_later(name, node) for name in others):
-            raise self._unsupported(node, f"{op.target} writes to storage that another live value shares")
-        new = self._without_side_effect(node, op)
-        self.ops[new.name] = new
-        self._redirect(first.name, new.name)
-        current = new
-        for view, base in pairwise(chain):
-            back = write_back(self.ops[view], self.ops[base], current, self._fresh(f"{base}_new"))
-            if back is None:
-                if self._read_later(base, node):
-                    raise self._unsupported(node, f"{op.target} writes through {self.ops[view].target}")
-                break
-            if self.ops[base].attr("grad") or current.attr("grad"):
-                back = back.with_attrs(grad=True)
-            self.ops[back.name] = current = back
-            self._redirect(base, back.name)
-        return new
-
-    def _without_side_effect(self, node: fx.Node, op: Op) -> Op:
-        name, _, overload = op.target.rpartition(".")
-        functional = f"{name.removesuffix('_')}.{overload}"
-        if functional == "aten.zero.default":
-            functional = "aten.zeros_like.default"
-        try:
-            lookup_op(functional)
-        except AttributeError:
-            raise self._unsupported(node, f"{op.target} has no form without side effects") from None
-        return self._with_gradient(replace(op, target=functional))
-
-    def _redirect(self, old: str, new: str) -> None:
-        for made, value in self.env.items():
-            if value == Ref(old):
-                self.env[made] = Ref(new)
-
-    def _view_chain(self, name: str) -> list[str]:
-        """The value, what it is a view of, and so on to the value that owns the storage."""
-        chain = [name]
-        while chain[-1] in self.views:
-            chain.append(self.views[chain[-1]])
-        return chain
-
-    def _read_later(self, name: str, node: fx.Node) -> bool:
-        """Whether a value is still read after this node."""
-        return any(
-            user not in self.env and user is not node
-            for made, value in self.env.items()
-            if value == Ref(name)
-            for user in made.users
-        )
-
-    def _note_view(self, function: Any, op: Op) -> None:
-        if views_first_argument(function) and op.args and isinstance(op.args[0], Ref):
-            self.views[op.name] = op.args[0].name
+        self._emit(node, self.values.with_gradient(op))
+        self.values.note_view(node, op)
 
     def _argument(self, value: Any) -> Argument:
         if isinstance(value, fx.Node):
-            return self.env[value]
+            return self.values.env[value]
         if isinstance(value, (list, tuple)):
             return tuple(self._argument(v) for v in value)
         if value is None or isinstance(value, (bool, int, float, complex, str)):
@@ -365,13 +276,6 @@ class _Converter:
             if isinstance(value, cls):
                 return Symbol(kind, str(value).removeprefix("torch."))
         raise CaptureError(f"An argument of type {type(value).__name__} cannot be kept in a graph.")
-
-    def _fresh(self, name: str) -> str:
-        candidate, count = name, 0
-        while candidate in self.ops:
-            count += 1
-            candidate = f"{name}_{count}"
-        return candidate
 
     def _results(self, graph: fx.Graph, specs: list[Any]) -> tuple["str | Literal", ...]:
         returned = next(n for n in graph.nodes if n.op == "output").args[0]
@@ -386,11 +290,19 @@ class _Converter:
             results.append(argument.name if isinstance(argument, Ref) else Literal(value))
         return tuple(results)
 
-    def _unsupported(self, node: fx.Node, what: str) -> CaptureError:
-        module, source = _place(node)
-        return CaptureError(
-            f"Module {module or '(top)'!r} at {source or 'an unknown line'} cannot be captured: {what}."
-        )
+
+def _drops_between_layers(node: fx.Node, name: str) -> bool:
+    """Whether a recurrent layer of several layers drops out; its arguments 4 to 6 tell."""
+    if name.removeprefix("aten.") not in ("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"):
+        return False
+    layers, drop, train = node.args[4:7]
+    return train is True and bool(drop) and bool(layers != 1)
+
+
+def _first_call(module: fx.GraphModule, body: Any) -> fx.Node | None:
+    """The first call inside a region: unlike the region itself it knows its place."""
+    nodes = getattr(module, str(body.target)).graph.nodes
+    return next((node for node in nodes if node.op == "call_function"), None)
 
 
 def _flat_input(argument: Any) -> "str | Literal":
@@ -415,26 +327,8 @@ def _tensor_type(value: Any) -> TensorType | None:
         return None
     for size in value.shape:
         if not isinstance(size, int):
-            raise CaptureError(
-                f"A tensor has the shape {tuple(value.shape)}, which depends on the data in it. "
-                "Use a fixed size and a mask instead."
+            raise ValueError(
+                f"it makes a tensor of the shape {tuple(value.shape)}, which depends on the data; use "
+                "a fixed size and a mask instead"
             )
     return TensorType(tuple(value.shape), dtype_name(value.dtype))
-
-
-def _place(node: fx.Node) -> tuple[str, str]:
-    """Module path and source line of the user's code that made a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for entry in stack.values():
-        path = entry[0]
-    path = re.sub(r"^L__self__\.?", "", path)
-    path = "" if path == MODEL_PREFIX[:-1] else strip_prefix(path)
-    return re.sub(r"@\d+$", "", path), _source_line(node.meta.get("stack_trace") or "")
-
-
-def _source_line(trace: str) -> str:
-    for filename, line in reversed(_FRAME.findall(trace)):
-        if not filename.startswith(_TORCH_ROOT):
-            return f"{filename.rpartition('/')[2]}:{line}"
-    return ""

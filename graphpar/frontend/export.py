@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphpar.errors import CaptureError
-from graphpar.frontend.torch_private import flatten, unflatten
+from graphpar.frontend.torch_private import code_on_demand, flatten, unflatten
 
 MODEL_PREFIX = "model."
 """Where the user's model sits inside `Traced`; stripped from every name."""
@@ -70,22 +70,28 @@ def _describe(result: Any) -> str:
     return type(result).__name__
 
 
-def without_aliases(tree: Any) -> Any:
+def without_aliases(tree: Any, model: nn.Module | None = None) -> Any:
     """The same arguments with every tensor that shares storage with an earlier one cloned.
 
     torch.export merges two inputs that are one tensor and leaves no guard, so that a later call with
-    two different tensors would silently use the first for both.
+    two different tensors would silently use the first for both. The same goes for an input that is
+    one of the model's own tensors.
     """
     leaves, spec = flatten(tree)
-    seen: set[int] = set()
+    own = (*model.parameters(), *model.buffers()) if model is not None else ()
+    seen = {_storage(tensor) for tensor in own}
     fresh = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            key = id(leaf) if leaf.device.type == "meta" else leaf.untyped_storage().data_ptr()
-            leaf = leaf.clone() if key in seen else leaf
+            key = _storage(leaf)
+            leaf = leaf.detach().clone() if key in seen else leaf
             seen.add(key)
         fresh.append(leaf)
     return unflatten(fresh, spec)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return id(tensor) if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
 
 
 def export(
@@ -108,8 +114,8 @@ def export(
     Raises:
         CaptureError: Names the user's module, file and line, and what to try.
     """
-    args, kwargs = without_aliases((tuple(args), dict(kwargs)))
-    with _mode(model, training), warnings.catch_warnings():
+    args, kwargs = without_aliases((tuple(args), dict(kwargs)), model)
+    with _mode(model, training), code_on_demand(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(Traced(model, loss), tuple(args), dict(kwargs), strict=False)
@@ -144,7 +150,7 @@ _ADVICE = (
     (r"missing \d+ required|unexpected keyword|takes \d+ positional",
      "the example arguments do not match the model's forward signature",
      "pass the example batch as args=(...) and kwargs={...} exactly as you would call the model"),
-    (r"shapes? cannot be multiplied|size mismatch|must match the size|Expected.*dim",
+    (r"shapes? cannot be multiplied|same reduction dim|size mismatch|must match the size|Expected.*dim",
      "the example batch does not fit the model",
      "run model(*args, **kwargs) once on its own; it should fail at the same line"),
 )  # fmt: skip

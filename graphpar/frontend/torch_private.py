@@ -4,10 +4,15 @@
 for it that also knows registered classes such as transformers' `ModelOutput`.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 TreeSpec = pytree.TreeSpec
@@ -27,6 +32,17 @@ def output_spec(program: ExportedProgram) -> TreeSpec:
     """How the flat results of an exported program become the user's output structure."""
     spec: TreeSpec = program.call_spec.out_spec
     return spec
+
+
+@contextmanager
+def code_on_demand() -> Iterator[None]:
+    """Let graph modules write and compile their Python source when it is first run, not when made.
+
+    torch.export makes dozens of intermediate modules that nobody runs; without their source the
+    capture of a model of 2,300 nodes takes two thirds of the time.
+    """
+    with _use_lazy_graph_module(True):
+        yield
 
 
 def lookup_op(target: str) -> Any:
@@ -81,3 +97,60 @@ def views_first_argument(function: Any) -> bool:
         return True
     first = function._schema.arguments[0].alias_info if function._schema.arguments else None
     return first is not None and not first.is_write
+
+
+def shares_storage(value: Any, other: Any) -> bool:
+    """Whether two (fake) tensors, or a tuple of tensors and a tensor, lie in the same memory."""
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    places = {p.untyped_storage()._cdata for p in parts if isinstance(p, torch.Tensor)}
+    return isinstance(other, torch.Tensor) and other.untyped_storage()._cdata in places
+
+
+@dataclass(frozen=True)
+class OpDefinition:
+    """What `torch.library.custom_op` was told about an operator.
+
+    Attributes:
+        name: Such as `mylib::scale`.
+        schema: Its arguments and results in torch's notation.
+        function: What it computes.
+        fake: The shapes of its results, where registered.
+        backward: Its gradient, where registered.
+        setup_context: What the gradient keeps of the forward, where registered.
+    """
+
+    name: str
+    schema: str
+    function: Callable[..., Any]
+    fake: Callable[..., Any] | None
+    backward: Callable[..., Any] | None
+    setup_context: Callable[..., Any] | None
+
+
+def op_definition(target: str) -> OpDefinition | None:
+    """How the operator with a name such as `mylib.scale.default` was defined; None if not in Python."""
+    namespace, packet, *_ = target.split(".")
+    made = OPDEFS.get(f"{namespace}::{packet}")
+    if made is None:
+        return None
+    return OpDefinition(
+        name=made._qualname,
+        schema=made._schema,
+        function=made._init_fn,
+        fake=made._abstract_fn,
+        backward=made._backward_fn,
+        setup_context=made._setup_context_fn,
+    )
+
+
+def define_op(definition: OpDefinition) -> None:
+    """Make an operator known to torch; one that is known already is left as it is."""
+    if definition.name in OPDEFS:
+        return
+    made = torch.library.custom_op(
+        definition.name, definition.function, mutates_args=(), schema=definition.schema
+    )
+    if definition.fake is not None:
+        made.register_fake(definition.fake)
+    if definition.backward is not None:
+        made.register_autograd(definition.backward, setup_context=definition.setup_context)

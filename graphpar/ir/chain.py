@@ -12,7 +12,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op
@@ -61,7 +61,7 @@ def free_ops(graph: Graph) -> frozenset[str]:
 
     Whatever feeds the loss without any parameter in it (a count of labels, say) is free too.
     """
-    written = {o for op in graph.ops if writes_buffer(op) for o in op.operands()}
+    written = written_buffers(graph)
     free: set[str] = set()
     for op in graph.ops:
         if op.target in SOURCES:
@@ -111,8 +111,8 @@ def build_chain(graph: Graph) -> Chain:
         free = frozenset()
     if not core:
         return Chain((), frozenset())
-    crossing = _crossing_bytes(graph, core, free)
-    cuts = _narrow_places(crossing, [_has_weight(graph, op) for op in core])
+    crossing, alone = _crossing_bytes(graph, core)
+    cuts = _narrow_places(crossing, alone, [_has_weight(graph, op) for op in core])
     cuts = _without_idle_runs(cuts, crossing, [_is_heavy(op) for op in core])
     runs = [core[a:b] for a, b in pairwise([0, *cuts, len(core)])]
     kinds: dict[str, int] = {}
@@ -141,50 +141,71 @@ def crossings(graph: Graph, chain: Chain) -> tuple[Crossing, ...]:
 _FORBIDDEN = float("inf")
 
 
-def _crossing_bytes(graph: Graph, core: Sequence[Op], free: frozenset[str]) -> list[float]:
-    """For each place between two core ops, the bytes of values made before and read after it."""
+def _crossing_bytes(graph: Graph, core: Sequence[Op]) -> tuple[list[float], list[bool]]:
+    """For each place between two core ops what is made before and read after it.
+
+    Returns the bytes, and whether it is a single value.
+    """
     place = {op.name: i for i, op in enumerate(core)}
-    change = [0.0] * (len(core) + 1)
+    change = [0] * (len(core) + 1)
+    values = [0] * (len(core) + 1)
     forbidden = [0] * (len(core) + 1)
     for i, op in enumerate(core):
         last = max((place[u.name] for u in graph.users(op.name) if u.name in place), default=i)
         if op.is_tuple:
             _mark(forbidden, i, last)
-        elif last > i:
-            change[i + 1] += sum(t.bytes(graph.batch) for t in op.types if t is not None)
-            change[last + 1 if last < len(core) else last] -= sum(
-                t.bytes(graph.batch) for t in op.types if t is not None
-            )
+        else:
+            _mark(change, i, last, sum(t.bytes(graph.batch) for t in op.types if t is not None))
+            _mark(values, i, last)
     for first, last in _mutated_spans(graph, place):
         _mark(forbidden, first, last)
-    crossing, running, closed = [], 0.0, 0
-    for i in range(1, len(core)):
-        running += change[i]
-        closed += forbidden[i]
-        crossing.append(_FORBIDDEN if closed else running)
-    return crossing
+    closed = list(accumulate(forbidden))[1:-1]
+    crossing = list(accumulate(change))[1:-1]
+    counts = list(accumulate(values))[1:-1]
+    return (
+        [_FORBIDDEN if shut else num_bytes for shut, num_bytes in zip(closed, crossing, strict=True)],
+        [count == 1 for count in counts],
+    )
 
 
-def _mark(forbidden: list[int], first: int, last: int) -> None:
-    """Forbid cuts at places first+1 .. last."""
+def _mark(changes: list[int], first: int, last: int, amount: int = 1) -> None:
+    """Add an amount to places first+1 .. last, as differences between neighbours."""
     if last > first:
-        forbidden[first + 1] += 1
-        forbidden[last + 1] -= 1
+        changes[first + 1] += amount
+        changes[last + 1] -= amount
 
 
 def _mutated_spans(graph: Graph, place: dict[str, int]) -> Iterable[tuple[int, int]]:
-    """First and last core op that touch each buffer that some op writes to."""
-    for source in graph.sources("buffer"):
-        users = [u for u in graph.users(source.name) if u.name in place]
-        if len(users) > 1 and any(writes_buffer(u) for u in users):
-            places = [place[u.name] for u in users]
+    """First and last core op that touch each buffer that some op writes to, or a view of it."""
+    for touched in _write_paths(graph).values():
+        users = {user.name for name in touched for user in graph.users(name)}
+        places = [place[user] for user in users if user in place]
+        if len(places) > 1:
             yield min(places), max(places)
+
+
+def written_buffers(graph: Graph) -> frozenset[str]:
+    """Names of the buffers that some op writes to, be it through views."""
+    return frozenset(_write_paths(graph))
+
+
+def _write_paths(graph: Graph) -> dict[str, set[str]]:
+    """For each buffer written to, its name and those of the views it is written through."""
+    paths: dict[str, set[str]] = {}
+    for op in graph.ops:
+        for name in op.operands() if writes_buffer(op) else ():
+            path = [name]
+            while graph[path[-1]].target not in SOURCES and graph[path[-1]].operands():
+                path.append(graph[path[-1]].operands()[0])
+            if graph[path[-1]].target == "buffer":
+                paths.setdefault(path[-1], set()).update(path)
+    return paths
 
 
 def writes_buffer(op: Op) -> bool:
     """Whether an op changes one of the buffers it reads."""
     if op.target.startswith("aten.batch_norm.") or op.target.startswith("aten.instance_norm."):
-        return op.argument(5, "training") is True
+        return op.argument(5, "training") is True and op.argument(3, "running_mean") is not None
     packet = op.target.split(".")[1] if op.target.count(".") >= 2 else ""
     return packet.endswith("_") and not packet.endswith("__")
 
@@ -193,11 +214,13 @@ def _has_weight(graph: Graph, op: Op) -> bool:
     return any(graph[operand].target == "parameter" for operand in op.operands())
 
 
-def _narrow_places(crossing: Sequence[float], has_weight: Sequence[bool]) -> list[int]:
-    """Places where crossing bytes are at a local minimum.
+def _narrow_places(
+    crossing: Sequence[float], alone: Sequence[bool], has_weight: Sequence[bool]
+) -> list[int]:
+    """Places where crossing bytes are at a local minimum, or a single value crosses.
 
-    In a flat valley (layers in sequence without skips) the places just before an op with weights are
-    taken, or the first place where there is none.
+    Of neighbouring places with equal bytes (layers in sequence without skips) those just before an op
+    with weights are taken, or the first where there is none.
     """
     cuts: list[int] = []
     index = 0
@@ -208,7 +231,7 @@ def _narrow_places(crossing: Sequence[float], has_weight: Sequence[bool]) -> lis
         left = crossing[index - 1] if index else _FORBIDDEN
         right = crossing[end + 1] if end + 1 < len(crossing) else _FORBIDDEN
         here = crossing[index]
-        if here != _FORBIDDEN and here <= left and here <= right:
+        if here != _FORBIDDEN and ((here <= left and here <= right) or all(alone[index : end + 1])):
             valley = [place + 1 for place in range(index, end + 1)]
             cuts += [place for place in valley if has_weight[place]] or valley[:1]
         index = end + 1
@@ -279,7 +302,10 @@ def _common_path(run: Sequence[Op]) -> str:
         while same < min(len(common), len(path)) and common[same] == path[same]:
             same += 1
         common = common[:same]
-    return ".".join(common) or "(top)"
+    if common:
+        return ".".join(common)
+    first, last = ".".join(paths[0]), ".".join(paths[-1])
+    return first if first == last else f"{first}+{last}"
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -20,10 +20,9 @@ POINTWISE = frozenset(
     reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc
     sinh softplus softshrink special_entr special_erfcx special_expit special_i0e special_i1
     special_i1e special_log_ndtr special_ndtri special_xlog1py special_zeta sqrt square sub
-    subtract tan tanh tanhshrink threshold true_divide trunc where xlogy __and__ __or__ __xor__
+    subtract tan tanh threshold true_divide trunc where xlogy __and__ __or__ __xor__
     __lshift__ __rshift__ _to_copy to type_as contiguous detach alias lift_fresh_copy lift_fresh
-    zeros_like ones_like full_like empty_like new_zeros_like conj imag view_as_real_copy fill
-    hardswish float_power divide
+    zeros_like ones_like full_like empty_like conj imag fill float_power divide
     """.split()
 )
 """Operators that act element by element on broadcast operands (or only change type or layout)."""

@@ -47,8 +47,10 @@ def _getitem_takes_tuples_apart(graph: Graph) -> Iterator[tuple[Op, str]]:
     for op in graph.ops:
         if op.target != "getitem":
             continue
-        source = graph[op.operands()[0]]
-        index = op.args[1]
+        if len(op.operands()) != 1 or len(op.args) != 2:
+            yield op, "getitem needs a tuple and an index"
+            continue
+        source, index = graph[op.operands()[0]], op.args[1]
         if not source.is_tuple:
             yield op, f"getitem reads %{source.name}, which is no tuple"
         elif not (isinstance(index, int) and -len(source.types) <= index < len(source.types)):
@@ -99,6 +101,9 @@ def _stages_meet_only_through_messages(graph: Graph) -> Iterator[tuple[Op, str]]
 def _receives_match_sends(graph: Graph) -> Iterator[tuple[Op, str]]:
     for op in graph.ops:
         if op.target == "gp.recv":
+            if not op.operands():
+                yield op, "receives from nothing"
+                continue
             sender = graph[op.operands()[0]]
             if sender.target != "gp.send":
                 yield op, f"receives from %{sender.name}, which is no send"

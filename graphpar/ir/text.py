@@ -24,7 +24,7 @@ _TOKEN = re.compile(
       (?P<ref>%[^\s,()\[\]{}=:]+)
     | (?P<string>"(?:[^"\\]|\\.)*")
     | (?P<batch>(?:\d+\*)?B(?![\w.:]))
-    | (?P<number>-?(?:inf|nan|\d+(?:\.\d*)?(?:e[+-]?\d+)?j?)(?![\w.]))
+    | (?P<number>-?(?:inf|nan|\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]))
     | (?P<word>[A-Za-z_][\w.]*(?::[\w.:-]+)?)
     | (?P<mark>[()\[\]{},=:@])
     )""",
@@ -116,11 +116,21 @@ class _Tokens:
         return text
 
     def string(self) -> str:
-        value: str = json.loads(self.take("string"))
+        return self.unquoted(self.take("string"))
+
+    def unquoted(self, text: str) -> str:
+        try:
+            value: str = json.loads(text)
+        except ValueError:
+            raise self.error(f"{text} is no string") from None
         return value
 
     def done(self) -> bool:
         return self.index >= len(self.items)
+
+    def end(self) -> None:
+        if not self.done():
+            raise self.error(f"{self.peek()!r} follows where the line should end")
 
 
 def _parse_argument(tokens: _Tokens) -> Argument:
@@ -129,8 +139,7 @@ def _parse_argument(tokens: _Tokens) -> Argument:
     if kind == "ref":
         return Ref(text[1:])
     if kind == "string":
-        value: str = json.loads(text)
-        return value
+        return tokens.unquoted(text)
     if kind == "batch":
         return BatchSize(int(text[:-2]) if "*" in text else 1)
     if kind == "number":
@@ -154,9 +163,10 @@ def _parse_word(text: str, tokens: _Tokens) -> Argument:
         return float(text)
     if text == "complex":
         pair = _parse_argument(tokens)
-        assert isinstance(pair, tuple)
-        real, imaginary = (p for p in pair if isinstance(p, (int, float)))
-        return complex(real, imaginary)
+        numbers = [p for p in pair if isinstance(p, (int, float))] if isinstance(pair, tuple) else []
+        if len(numbers) != 2:
+            raise tokens.error("a complex number needs a real and an imaginary part")
+        return complex(*numbers)
     kind, colon, value = text.partition(":")
     if not colon:
         raise tokens.error(f"{text!r} is no argument")
@@ -288,7 +298,10 @@ def parse_graph(text: str) -> Graph:
     name = head.string()
     head.take("batch")
     head.take("=")
-    batch = int(head.take("number"))
+    batch = _parse_argument(head)
+    if type(batch) is not int:
+        raise head.error("the batch is no whole number")
+    head.end()
     aliases: dict[str, tuple[str, ...]] = {}
     ops: list[Op] = []
     for number, line in enumerate(lines[1:], start=2):
@@ -298,6 +311,7 @@ def parse_graph(text: str) -> Graph:
             other = tokens.string()
             tokens.take("=")
             used = tokens.string()
+            tokens.end()
             aliases[used] = (*aliases.get(used, ()), other)
         elif line.strip():
             ops.append(parse_op(line, number))

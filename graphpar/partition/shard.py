@@ -2,7 +2,8 @@
 
 1. Exact reductions (`reduce`).
 2. Dual ascent (`shard_dual`): a lower bound, memory prices, and roundings that are first answers.
-3. Large-neighbourhood search (`shard_search`) from the best rounding.
+3. Large-neighbourhood search (`shard_search`) from the best rounding; when it stands still, again
+   from another one.
 4. Whenever the bound and the incumbent are close enough, strategies whose reduced cost passes the
    gap are dropped, the rest is reduced again, and if it became small one ILP closes the gap
    (`shard_exact`).
@@ -60,6 +61,7 @@ class _State:
     objective: float = math.inf
     answer: list[int] | None = None
     bound: float = -math.inf
+    roundings: list[IntArray] = field(default_factory=list)
     phase: str = "reduce"
     last_told: tuple[float, float] = field(default=(math.inf, -math.inf))
 
@@ -161,6 +163,8 @@ def _search(state: _State, graph: ShardingGraph, rows: MemoryRows, threads: int,
         state.offer(graph, [], np.zeros(0, dtype=np.intp))
         state.raise_bound(graph.constant)
         return False
+    if state.out_of_time():
+        return False
     dual = DualAscent(graph, rows, state.out_of_time)
     with contextlib.suppress(OutOfTimeError):
         return _improve(state, graph, rows, dual, threads, seed)
@@ -191,17 +195,22 @@ def _improve(
         _proof_phase(state, graph, rows, dual, threads, share=0.3)
         proofs += 1
     search = _start_search(state, graph, rows, dual, seed)
-    gained_at = state.objective
     while not state.closed() and not state.out_of_time():
-        _window_phase(state, search, share=0.12)
+        gained_at, before = state.objective, search.cost
+        _window_phase(state, search, share=0.08)
         if state.closed() or state.out_of_time():
             break
         _bound_phase(state, graph, dual, share=0.04)
+        if search.cost == before and state.roundings:
+            seed += 1
+            chosen = state.roundings[seed % len(state.roundings)]
+            search = WindowSearch(graph, rows, dual.memory, chosen, seed)
         search.guide(dual.excess_costs()[1])
-        if gained_at == state.objective or is_small:
+        if gained_at == state.objective and proofs < 3:
             _proof_phase(state, graph, rows, dual, threads, share=min(1.0, 0.3 * 2**proofs))
             proofs += 1
-        gained_at = state.objective
+            if state.answer is not None and state.objective < search.cost:
+                search.offer(_locate(graph, dual.vertices, state.answer))
     return False
 
 
@@ -211,13 +220,15 @@ def _bound_phase(state: _State, graph: ShardingGraph, dual: DualAscent, share: f
     end_s = min(state.time_limit_s, state.elapsed_s() + share * state.time_limit_s)
     steps, stood_still, last = 0, 0, -math.inf
     while state.elapsed_s() < end_s and not state.closed():
-        for chosen in dual.ascend(3):
-            if dual.memory.excess(chosen) <= 0:
-                state.offer(graph, dual.vertices, chosen)
         if steps % 8 == 0 and state.answer is None:
             chosen = dual.round_within_memory()
             if dual.memory.excess(chosen) <= 0:
                 state.offer(graph, dual.vertices, chosen)
+        for chosen in dual.ascend(3):
+            if dual.memory.excess(chosen) <= 0:
+                state.offer(graph, dual.vertices, chosen)
+                if math.isfinite(_value(graph, dual.vertices, chosen)):
+                    state.roundings = [*state.roundings[-7:], chosen]
         steps += 1
         state.raise_bound(dual.bound)
         stood_still = 0 if dual.bound > last + 1e-7 * abs(last) else stood_still + 1
@@ -226,6 +237,10 @@ def _bound_phase(state: _State, graph: ShardingGraph, dual: DualAscent, share: f
             break
     dual.restore_best()
     dual.sweep()
+
+
+def _value(graph: ShardingGraph, vertices: list[int], chosen: IntArray) -> float:
+    return graph.value({u: int(i) for u, i in zip(vertices, chosen, strict=True)})
 
 
 def _start_search(

@@ -10,6 +10,7 @@ from graphpar.ir.text import format_graph
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.runtime.lower import StageInterface, interface
 from graphpar.runtime.program import RankProgram
+from graphpar.runtime.user_ops import foreign_targets, needed_code
 from graphpar.schedule import Schedule, StageLink, build_schedule
 
 
@@ -71,8 +72,15 @@ class Lowered:
     @cached_property
     def trained(self) -> tuple[str, ...]:
         """Labels of the parameters that gradients reach, in the graph's order."""
+        graph = self.graphs[0]
+        reached: set[str] = set()
+        for op in reversed(graph.ops):
+            if op.target == "output" or (op.name in reached and op.attr("grad")):
+                reached.update(op.operands())
         return tuple(
-            str(op.args[0]) for op in self.graphs[0].sources("parameter") if op.attr("grad")
+            str(op.args[0])
+            for op in graph.sources("parameter")
+            if op.attr("grad") and op.name in reached
         )
 
     def programs(self, schedule: Schedule, batch: int) -> list[RankProgram]:
@@ -86,10 +94,12 @@ class Lowered:
                 for label, ranks in self._holders.items()
                 if rank in ranks and len(ranks) > 1
             }
+            graph, stage = self.graphs[placement.pipeline], placement.interface.stage
+            imports, operators = needed_code(foreign_targets(graph, stage))
             programs.append(
                 RankProgram(
                     graph=texts[placement.pipeline],
-                    stage=placement.interface.stage,
+                    stage=stage,
                     training=self.training,
                     actions=tuple(str(action) for action in schedule.actions[rank]),
                     routes=schedule.routes,
@@ -98,6 +108,8 @@ class Lowered:
                     batch=batch,
                     shared=shared if self.training else {},
                     owned=tuple(la for la, ranks in self._holders.items() if ranks[0] == rank),
+                    imports=imports,
+                    operators=operators,
                 )
             )
         return programs

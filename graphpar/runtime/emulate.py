@@ -59,6 +59,11 @@ class SlowLink:
         if self._error is not None:
             raise self._error
 
+    def close(self) -> None:
+        """End the thread once everything submitted is delivered."""
+        self._jobs.put(None)
+        self._thread.join()
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             due, deliver = job

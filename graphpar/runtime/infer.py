@@ -4,39 +4,69 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from graphpar.errors import VerifyError
-from graphpar.ir.chain import build_chain
+from graphpar.frontend.capture import Captured
+from graphpar.ir.chain import build_chain, writes_buffer
 from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
 from graphpar.runtime.assemble import Lowered
 
 
 def lower_inference(
-    graph: Graph, trained: Lowered, lower: Callable[[Graph, Partition], Lowered]
+    captured: Captured, trained: Lowered, lower: Callable[[Graph, Partition], Lowered]
 ) -> Lowered:
     """The graph lowered so that every weight is read where training keeps it.
 
     Raises:
+        ValueError: Inference needs the batch whole, but training deals it to several devices.
         VerifyError: The graph reads weights in another order than training does, so that no stage
             order serves both.
     """
+    graph = captured.graph
+    if captured.unsplittable:
+        _refuse_shares(trained.partition, captured.unsplittable)
     pipelines = []
     first_rank = 0
     for pipeline in trained.partition.pipelines:
         stages_of = _stages_of_weights(trained, first_rank, pipeline)
-        pipelines.append(_fitted(graph, pipeline, stages_of))
+        fitted = _fitted(graph, pipeline, stages_of)
+        pipelines.append(_whole(fitted) if captured.unsplittable else fitted)
         first_rank += sum(len(stage.replicas) for stage in pipeline.stages)
     partition = replace(trained.partition, pipelines=tuple(pipelines), schedule="gpipe")
     return replace(lower(graph, partition), training=False)
 
 
+def _refuse_shares(partition: Partition, reason: str) -> None:
+    stages = [stage for pipeline in partition.pipelines for stage in pipeline.stages]
+    if len(partition.pipelines) > 1 or any(len(stage.replicas) > 1 for stage in stages):
+        raise ValueError(
+            f"Inference needs the batch whole ({reason}), but this training plan deals it to several "
+            "devices. Compile a job for inference alone (without train=)."
+        )
+
+
+def _whole(pipeline: PipelineChoice) -> PipelineChoice:
+    """The pipeline with a single microbatch."""
+    stages = tuple(
+        replace(s, replicas=(replace(s.replicas[0], microbatches=1),)) for s in pipeline.stages
+    )
+    return replace(pipeline, microbatches=1, stages=stages)
+
+
 def _stages_of_weights(
     trained: Lowered, first_rank: int, pipeline: PipelineChoice
 ) -> Mapping[str, list[int]]:
-    """For each parameter the stages that hold it."""
+    """For each parameter, and each buffer that training changes, the stages that hold it."""
+    written = {
+        str(op.args[0])
+        for graph in trained.graphs
+        for op in graph.sources("buffer")
+        if any(writes_buffer(user) for user in graph.users(op.name))
+    }
     found: dict[str, list[int]] = {}
     rank = first_rank
     for number, stage in enumerate(pipeline.stages):
-        for label in trained.placements[rank].interface.tensors["parameter"]:
+        held = trained.placements[rank].interface.tensors
+        for label in (*held["parameter"], *(b for b in held["buffer"] if b in written)):
             found.setdefault(label, []).append(number)
         rank += len(stage.replicas)
     return found
@@ -71,7 +101,7 @@ def _earliest(
     for name in ops:
         for operand in graph[name].operands():
             source = graph[operand]
-            if source.target != "parameter" or str(source.args[0]) not in stages_of:
+            if source.target not in ("parameter", "buffer") or str(source.args[0]) not in stages_of:
                 continue
             at = [s for s in stages_of[str(source.args[0])] if s >= needed]
             if not at:

@@ -1,6 +1,6 @@
 """The running job: the only stateful object users meet."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -10,19 +10,26 @@ import torch
 from torch import nn
 
 from graphpar.cluster import Cluster
-from graphpar.errors import ClusterError
 from graphpar.frontend.capture import Captured
+from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.infer import lower_inference
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
-from graphpar.runtime.program import EmulatedLink, StepReport, WorkerSetup
+from graphpar.runtime.program import StepReport
 from graphpar.runtime.prologue import Prologue
+from graphpar.runtime.starts import (
+    all_tensors,
+    buffers_and_constants,
+    rank_starts,
+    refuse_foreign_devices,
+)
 from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
-from graphpar.runtime.workers import RankStart, Workers
+from graphpar.runtime.workers import Workers
 from graphpar.schedule import Schedule
 from graphpar.training import Training
 
@@ -35,6 +42,7 @@ class Subject:
         model: The user's model; its weights are read at the start and whenever asked for state.
         captured: How calls become inputs and results become the user's structure.
         graph: The captured graph after the first passes.
+        model_hash: Hash of the captured structure; all ranks must have the same.
         whole_batch_only: Whether the batch must stay whole and of the example's size.
         cluster: The devices.
         training: How to train, None for inference.
@@ -45,6 +53,7 @@ class Subject:
     model: nn.Module
     captured: Captured
     graph: Graph
+    model_hash: str
     whole_batch_only: bool
     cluster: Cluster
     training: Training | None
@@ -85,7 +94,14 @@ class CompiledModel:
     Made by `graphpar.compile`. `step` trains, calling it infers (in evaluation mode).
     """
 
-    def __init__(self, subject: Subject, plan: Plan, workers: Workers, lowered: Lowered) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        plan: Plan,
+        workers: Workers,
+        lowered: Lowered,
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
         self.plan = plan
         self.last_step: LastStep | None = None
         self._subject = subject
@@ -93,35 +109,45 @@ class CompiledModel:
         self._devices = lowered.partition.used_devices
         self._steps = 0
         self._held = [set(p.labels) for p in lowered.placements]
+        self._unheld = dict(tensors)
         main = _Loaded(
             "train" if subject.training else "infer",
             subject.captured,
             lowered,
-            Prologue.of(subject.graph, _constants(subject.captured, subject.model)),
+            Prologue.of(subject.graph, buffers_and_constants(subject.captured, subject.model)),
             subject.whole_batch_only,
             {},
         )
+        self._main = main
         self._training = main if subject.training else None
-        self._inference: _Loaded | None = None if subject.training else main
+        self._inference: dict[Hashable, _Loaded] = {}
         self._trained_on = lowered
+
+    @staticmethod
+    def warm_up() -> None:
+        """Begin what a start needs anyway, so that it goes on while a plan is made."""
+        if not under_torchrun():
+            ForkServer.get()
 
     @classmethod
     def start(cls, subject: Subject, decide: Callable[[], Plan]) -> "CompiledModel":
         """Decide on a plan, start workers, hand out weights."""
         if under_torchrun():
             session = TorchrunWorkers.join(subject.cluster)
-            plan = session.agree(decide)
+            plan = session.agree(decide, subject.model_hash)
             lowered = subject.lower(subject.graph, plan.partition)
-            starts = _starts(subject, lowered)
-            tensors = session.same_everywhere(_all_tensors(subject.model, subject.captured))
-            session.begin(starts, tensors, lowered.trained, _factory(subject))
-            return cls(subject, plan, session, lowered)
+            tensors = session.same_everywhere(all_tensors(subject.model, subject.captured))
+            starts = rank_starts(subject.cluster, subject.training, lowered, tensors)
+            session.begin(starts, lowered.trained, _factory(subject))
+            return cls(subject, plan, session, lowered, tensors)
         plan = decide()
         lowered = subject.lower(subject.graph, plan.partition)
-        _refuse_foreign_devices(subject.cluster, lowered)
-        pickled = cloudpickle.dumps(_factory(subject)) if subject.training else b""
-        workers = LocalWorkers(_starts(subject, lowered), lowered.trained, pickled)
-        return cls(subject, plan, workers, lowered)
+        refuse_foreign_devices(subject.cluster, lowered)
+        tensors = all_tensors(subject.model, subject.captured)
+        pickled = _pickle(subject.training.optimizer) if subject.training else b""
+        starts = rank_starts(subject.cluster, subject.training, lowered, tensors)
+        workers = LocalWorkers(starts, lowered.trained, pickled)
+        return cls(subject, plan, workers, lowered, tensors)
 
     # --- running ---
 
@@ -145,33 +171,34 @@ class CompiledModel:
             ValueError: The batch does not fit the model.
             RunError: A worker failed; names the rank at the root of it. The job is over then.
         """
-        loaded = self._inference
-        if loaded is None or self._subject.training is not None:
-            loaded = self._loaded_for(args, kwargs)
+        loaded = self._loaded_for(args, kwargs) if self._training else self._main
         values = self._run(loaded, args, kwargs)
         names = [r for r in loaded.captured.signature.results if isinstance(r, str)]
         return loaded.captured.signature.assemble(dict(zip(names, values, strict=True)))
 
     def _loaded_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Loaded:
-        """The inference graph of a training job; captured on first use."""
-        if self._inference is None:
+        """The inference graph of a training job for calls of this form; captured on first use."""
+        form = _form(args, kwargs)
+        if form not in self._inference:
             captured = self._subject.prepare_inference(args, kwargs)
-            lowered = lower_inference(captured.graph, self._trained_on, self._subject.lower)
-            constants = _constants(captured, self._subject.model)
-            self._inference = _Loaded(
-                "infer",
+            lowered = lower_inference(captured, self._trained_on, self._subject.lower)
+            constants = buffers_and_constants(captured, self._subject.model)
+            loaded = _Loaded(
+                f"infer{len(self._inference)}",
                 captured,
                 lowered,
                 Prologue.of(captured.graph, constants),
                 bool(captured.unsplittable),
                 {},
             )
-            self._hand_out_missing(self._inference)
-        return self._inference
+            self._hand_out_missing(loaded)
+            self._inference[form] = loaded
+        return self._inference[form]
 
     def _hand_out_missing(self, loaded: _Loaded) -> None:
         """Give ranks tensors that only this graph reads."""
-        tensors = _all_tensors(self._subject.model, loaded.captured)
+        constants = loaded.captured.constants
+        tensors = {**self._unheld, **self._workers.same_everywhere(constants)}
         missing = []
         for rank, placement in enumerate(loaded.lowered.placements):
             new = [label for label in placement.labels if label not in self._held[rank]]
@@ -228,8 +255,8 @@ class CompiledModel:
         for label, others in self._subject.graph.aliases.items():
             if label in current:
                 current.update(dict.fromkeys(others, current[label]))
-        original = self._subject.model.state_dict()
-        return {name: current.get(name, tensor) for name, tensor in original.items()}
+        names = self._subject.model.state_dict()
+        return {name: current.get(name, self._unheld.get(name, other)) for name, other in names.items()}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by name that the optimiser left in place; summed over the whole batch.
@@ -247,17 +274,27 @@ class CompiledModel:
         """Overwrite parameters and buffers on all workers; optimiser state is kept as it is.
 
         Raises:
-            ValueError: A tensor that a worker holds is missing.
+            ValueError: A tensor that a worker holds is missing, unknown, or of another shape.
         """
-        persistent = set(self._subject.model.state_dict())
+        own = self._subject.model.state_dict()
+        unknown = sorted(state.keys() - own.keys())
+        if unknown:
+            raise ValueError(f"The model has no tensor of the name {', '.join(unknown)}.")
+        for name, tensor in own.items():
+            if name in state and state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has the shape {list(state[name].shape)} in the state, "
+                    f"but {list(tensor.shape)} in the model."
+                )
         per_rank = []
         for held in self._held:
-            labels = sorted(held & persistent)
+            labels = sorted(held & own.keys())
             absent = [label for label in labels if label not in state]
             if absent:
                 raise ValueError(f"The state has no tensor for {', '.join(absent)}.")
             per_rank.append({label: state[label] for label in labels})
         self._workers.write(per_rank)
+        self._unheld.update({name: tensor.detach().clone() for name, tensor in state.items()})
 
     def _owners(self) -> list[set[str]]:
         """For each rank the tensors that are read from it: each label from its first holder."""
@@ -284,83 +321,27 @@ class CompiledModel:
         self.close()
 
     def __repr__(self) -> str:
-        return f"CompiledModel({self._subject.graph.name}, {len(self._devices)} ranks, step {self._steps})"
+        name = self._subject.graph.name
+        return f"CompiledModel({name}, {len(self._devices)} ranks, step {self._steps})"
+
+
+def _form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What calls have in common that one captured graph can answer: structure and plain values."""
+    leaves, spec = flatten((tuple(args), dict(kwargs)))
+    plain = [repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)]
+    return str(spec), tuple(plain)
+
+
+def _pickle(factory: Callable[..., torch.optim.Optimizer]) -> bytes:
+    """The optimiser factory for workers in other processes."""
+    try:
+        return bytes(cloudpickle.dumps(factory))
+    except Exception as error:
+        raise ValueError(
+            f"Training(optimizer=...) cannot be sent to the workers: {error}. Make it a function or a "
+            "lambda that refers to nothing but modules and plain values."
+        ) from error
 
 
 def _factory(subject: Subject) -> Callable[..., torch.optim.Optimizer] | None:
     return subject.training.optimizer if subject.training else None
-
-
-def _all_tensors(model: nn.Module, captured: Captured) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and constant by label."""
-    tensors: dict[str, torch.Tensor] = dict(captured.constants)
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    tensors.update(model.named_parameters(remove_duplicate=False))
-    meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
-    if meta:
-        raise ValueError(
-            f"The model has no weights: {meta[0]} (and {len(meta) - 1} more) are on the meta device. "
-            "Load weights before compile; graphpar.plan needs none."
-        )
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def _constants(captured: Captured, model: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_buffers(remove_duplicate=False)), **captured.constants}
-
-
-def _starts(subject: Subject, lowered: Lowered) -> list[RankStart]:
-    tensors = _all_tensors(subject.model, subject.captured)
-    names = lowered.partition.used_devices
-    training = subject.training
-    starts = []
-    for rank, (name, placement) in enumerate(zip(names, lowered.placements, strict=True)):
-        device = subject.cluster.device(name)
-        setup = WorkerSetup(
-            rank=rank,
-            world_size=len(names),
-            device=torch_device(subject.cluster, name),
-            threads=device.threads,
-            slowdown=device.slowdown,
-            links=_emulated_links(subject.cluster, names, rank),
-            groups=lowered.groups,
-            seed=training.seed if training else 0,
-            max_grad_norm=training.max_grad_norm if training else None,
-        )
-        starts.append(RankStart(name, setup, {la: tensors[la] for la in placement.labels}))
-    return starts
-
-
-def gpu_index(cluster: Cluster, name: str) -> int:
-    """Place of a device among its node's devices that are no CPUs."""
-    node = cluster.device(name).node
-    return [d.name for d in cluster.devices if d.node == node and not d.is_cpu].index(name)
-
-
-def torch_device(cluster: Cluster, name: str) -> str:
-    """The torch device that a device of the cluster is on its own machine."""
-    return "cpu" if cluster.device(name).is_cpu else f"cuda:{gpu_index(cluster, name)}"
-
-
-def _emulated_links(cluster: Cluster, names: Sequence[str], rank: int) -> tuple[EmulatedLink, ...]:
-    links = []
-    for other, name in enumerate(names):
-        link = cluster.link(names[rank], name) if other != rank else None
-        if link is not None and link.emulated:
-            links.append(EmulatedLink(other, link.latency_s, link.bytes_per_s))
-    return tuple(links)
-
-
-def _refuse_foreign_devices(cluster: Cluster, lowered: Lowered) -> None:
-    """A local job runs on this machine: its CPU, and its CUDA devices."""
-    gpus = torch.cuda.device_count()
-    for name in lowered.partition.used_devices:
-        device = cluster.device(name)
-        here = device.is_local_cpu or (not device.is_cpu and gpu_index(cluster, name) < gpus)
-        if not here:
-            raise ClusterError(
-                f"Device {name} ({device.kind}) is not on this machine, so the job cannot be started "
-                "from here. Start the script with torchrun on the machines of the cluster, or use "
-                "graphpar.plan, which needs no devices."
-            )
-

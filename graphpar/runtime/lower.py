@@ -4,7 +4,7 @@ Passes never touch torch; this module is where the graph becomes executable, at 
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import fx, nn
 
 from graphpar.errors import VerifyError
-from graphpar.frontend.torch_private import lookup_op
+from graphpar.frontend.torch_private import is_random, lookup_op
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol
 from graphpar.runtime.own_ops import Attention, Bernoulli, Dropout, Random, Share
 from graphpar.runtime.random import Layout, StepContext
+from graphpar.runtime.steady import Steady, leave_out
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,11 @@ class StageBuilder:
                 if op.target == kind:
                     env[op.name] = graph.placeholder(_identifier(op.name))
         sends: list[fx.Node] = []
-        for op in self.ops:
+        steady = self._steady(stamp)
+        for name, value in steady.values.items():
+            root.register_buffer(_identifier(name), value)
+            env[name] = graph.get_attr(_identifier(name))
+        for op in steady.ops:
             if op.target in ("input", "gp.recv"):
                 continue
             if op.target == "gp.send":
@@ -141,6 +146,19 @@ class StageBuilder:
                 env[op.name] = _call(graph, op, env, stamp)
         graph.output((tuple(sends), tuple(env[name] for _, name in self.interface.results)))
         return fx.GraphModule(root, graph)
+
+    def _steady(self, stamp: "_Stamp") -> Steady:
+        """Compute what needs neither inputs, weights nor buffers."""
+        values: dict[str, Any] = {}
+        with torch.no_grad():
+            for op in self.ops:
+                if op.target == "constant":
+                    values[op.name] = self.tensors[str(op.args[0])]
+                elif _is_steady(op, values):
+                    arguments = [stamp.argument(a, values) for a in op.args]
+                    keywords = {k: stamp.argument(v, values) for k, v in op.kwargs}
+                    values[op.name] = _function(op)(*arguments, **keywords)
+        return leave_out(self.ops, values, (name for _, name in self.interface.results))
 
     def _attach(self, root: nn.Module, graph: fx.Graph, op: Op) -> fx.Node:
         name = _identifier(op.name)
@@ -186,8 +204,8 @@ class _Stamp:
     def __init__(self, samples: int, batch: int, device: torch.device) -> None:
         self.samples, self.batch, self.device = samples, batch, device
 
-    def argument(self, value: Argument, env: Mapping[str, fx.Node]) -> Any:
-        """One argument; references become nodes."""
+    def argument(self, value: Argument, env: Mapping[str, Any]) -> Any:
+        """One argument; references become what `env` holds for them."""
         if isinstance(value, Ref):
             return env[value.name]
         if isinstance(value, BatchSize):
@@ -209,20 +227,34 @@ class _Stamp:
         return getattr(torch, name)
 
 
+def _is_steady(op: Op, values: Mapping[str, Any]) -> bool:
+    """Whether torch computes the op from known values alone, without drawing at random."""
+    if not all(name in values for name in op.operands()):
+        return False
+    return op.target == "getitem" or (op.target.startswith("aten.") and not is_random(_function(op)))
+
+
 def _call(graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: _Stamp) -> fx.Node:
     arguments = tuple(stamp.argument(a, env) for a in op.args)
+    keywords = {k: stamp.argument(v, env) for k, v in op.kwargs}
+    return graph.call_function(_function(op), arguments, keywords)
+
+
+def _function(op: Op) -> Callable[..., Any]:
+    """What torch calls for an op."""
     if op.target == "getitem":
-        return graph.call_function(operator.getitem, arguments)
+        return operator.getitem
     try:
-        function = lookup_op(op.target)
+        function: Callable[..., Any] = lookup_op(op.target)
     except AttributeError:
         raise VerifyError(
-            f"Op %{op.name} calls {op.target}, which this torch ({torch.__version__}) does not have. "
-            "Plan again with the torch version that runs the job."
+            f"Op %{op.name} calls {op.target}, which torch {torch.__version__} does not have and no "
+            "module known to this worker defines. Plan again with the torch version that runs the job, "
+            "or define the operator with torch.library.custom_op."
         ) from None
-    keywords = {k: stamp.argument(v, env) for k, v in op.kwargs}
-    return graph.call_function(function, arguments, keywords)
+    return function
 
 
 def _identifier(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+    """A name for a value that no attribute of `nn.Module` (`to`, `half`, `type`) bears already."""
+    return "v_" + "".join(c if c.isalnum() else "_" for c in name)

@@ -80,7 +80,7 @@ def unpack(packed: bytes | bytearray | memoryview) -> Message:
 
 
 def _parts(message: Message) -> Iterator[bytes | memoryview]:
-    raw = {name: _bytes_of(t) for name, t in message.tensors.items()}
+    raw = {name: raw_bytes(t) for name, t in message.tensors.items()}
     header = _Header(
         message.kind,
         dict(message.data),
@@ -123,7 +123,8 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The numbers of a tensor as bytes, in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel() == 0:
         return memoryview(b"")

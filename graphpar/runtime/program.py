@@ -27,6 +27,8 @@ class RankProgram(msgspec.Struct, frozen=True):
         batch: Samples in the global batch.
         shared: For each parameter that several ranks hold the number of their group.
         owned: Parameters that this rank counts in the global gradient norm.
+        imports: Modules that define operators the stage calls.
+        operators: Operators that no module defines, as pickled by the driver; empty for none.
     """
 
     graph: str
@@ -39,6 +41,8 @@ class RankProgram(msgspec.Struct, frozen=True):
     batch: int
     shared: dict[str, int]
     owned: tuple[str, ...]
+    imports: tuple[str, ...] = ()
+    operators: bytes = b""
 
 
 class WorkerSetup(msgspec.Struct, frozen=True):
@@ -100,5 +104,5 @@ class StepReport(msgspec.Struct, frozen=True):
 
 def encode(value: msgspec.Struct) -> dict[str, Any]:
     """Plain data for a message header."""
-    data: dict[str, Any] = msgspec.to_builtins(value)
+    data: dict[str, Any] = msgspec.to_builtins(value, builtin_types=(bytes,))
     return data

@@ -58,8 +58,12 @@ def _to_int32(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mix_number(value: int) -> int:
-    mixed = _mix(_to_int32(torch.tensor([value % 2**62], dtype=torch.int64)))
-    return int(mixed.item())
+    """The same mixing of one whole number, in plain Python; signed like an int32."""
+    x = (value ^ (value >> 32)) & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * _MULTIPLIERS[0] & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * _MULTIPLIERS[1] & 0xFFFFFFFF
+    x ^= x >> 16
+    return x - 2**32 if x >= 2**31 else x
 
 
 def random_bits(

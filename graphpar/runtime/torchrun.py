@@ -1,5 +1,7 @@
 """The same job under torchrun: every rank runs the user's script and is one device of the cluster."""
 
+import atexit
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +14,7 @@ from graphpar.errors import ClusterError, GraphparError, RunError
 from graphpar.plans import Plan
 from graphpar.runtime.executor import StepResult
 from graphpar.runtime.local import read_step
-from graphpar.runtime.messages import Message, pack, unpack
+from graphpar.runtime.messages import Message, pack, raw_bytes, unpack
 from graphpar.runtime.program import RankProgram
 from graphpar.runtime.worker import (
     COLLECTIVE_TIMEOUT,
@@ -21,6 +23,10 @@ from graphpar.runtime.worker import (
     step_message,
 )
 from graphpar.runtime.workers import RankStart
+
+_SHORT_BYTES = 8192
+"""Messages up to this size, a step's report and loss among them, need no second collective."""
+_SIZE_BYTES = 8
 
 
 def under_torchrun() -> bool:
@@ -81,6 +87,7 @@ class TorchrunWorkers:
         self._processes = processes
         self._worker: Worker | None = None
         self._rank_of: list[int] = []
+        self._closed = False
 
     @classmethod
     def join(cls, cluster: Cluster) -> "TorchrunWorkers":
@@ -88,6 +95,7 @@ class TorchrunWorkers:
         if not dist.is_initialized():
             try:
                 dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+                atexit.register(_leave)
             except Exception as error:
                 address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 raise RunError(
@@ -101,31 +109,42 @@ class TorchrunWorkers:
         hosts = [(m["node"], m["host"], m["local"]) for m in met]
         return cls(match_devices(cluster, hosts))
 
-    def agree(self, decide: Callable[[], Plan]) -> Plan:
-        """The first process decides; all others get its plan, or its error."""
-        message = Message("none")
+    def agree(self, decide: Callable[[], Plan], model_hash: str) -> Plan:
+        """The first process decides; all others get its plan, or its error.
+
+        Raises:
+            RunError: The first process failed, or the processes do not run the same model.
+        """
+        mine = Message("none", {"model": model_hash})
+        failure: GraphparError | None = None
         if dist.get_rank() == 0:
             try:
-                message = Message("plan", {"json": decide().to_json()})
+                mine = Message("plan", {"model": model_hash, "json": decide().to_json()})
             except GraphparError as error:
-                message = Message("error", {"text": str(error)})
-                answers = exchange(message)
-                raise
-        answers = exchange(message)
+                failure, mine = error, Message("error", {"text": str(error)})
+        answers = exchange(mine)
+        if failure is not None:
+            raise failure
         if answers[0].kind == "error":
             raise RunError(f"Planning failed on rank 0: {answers[0].data['text']}", rank=0)
+        unlike = [rank for rank, m in enumerate(answers) if m.data["model"] != answers[0].data["model"]]
+        if unlike:
+            raise RunError(
+                f"Rank {unlike[0]} called compile with another model or other batch shapes than rank 0. "
+                "Every rank must make the same calls with the same global batch.",
+                rank=unlike[0],
+            )
         return Plan.from_json(answers[0].data["json"], name="the plan of rank 0")
 
     def same_everywhere(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The first process's tensors on every process; only those that differ are sent."""
         names = sorted(tensors)
-        sums = [(t.double().sum(), t.double().abs().sum()) for t in map(tensors.get, names) if t is not None]
-        mine = torch.tensor(sums, dtype=torch.float64).nan_to_num()
+        mine = torch.tensor([_fingerprint(tensors[name]) for name in names], dtype=torch.int64)
         highest, lowest = mine.clone(), mine.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
         result = dict(tensors)
-        for place in (highest != lowest).any(dim=1).nonzero().flatten().tolist():
+        for place in (highest != lowest).nonzero().flatten().tolist():
             name = names[place]
             buffer = tensors[name].detach().cpu().contiguous().clone()
             dist.broadcast(buffer, src=0)
@@ -135,7 +154,6 @@ class TorchrunWorkers:
     def begin(
         self,
         starts: Sequence[RankStart],
-        tensors: Mapping[str, torch.Tensor],
         trained: Sequence[str],
         factory: OptimizerFactory | None,
     ) -> None:
@@ -148,8 +166,8 @@ class TorchrunWorkers:
             return
         start = starts[self._rank_of.index(mine)]
         torch.set_num_threads(start.setup.threads)
-        own = {label: tensors[label] for label in start.tensors}
-        self._worker = Worker(start.setup, own, trained, factory, self._rank_of)
+        atexit.register(self.close)
+        self._worker = Worker(start.setup, start.tensors, trained, factory, self._rank_of)
 
     # --- the Workers protocol ---
 
@@ -182,8 +200,12 @@ class TorchrunWorkers:
             self._worker.write(tensors[self._worker.setup.rank])
 
     def close(self) -> None:
-        """Leave the process group as it is: the user's script may go on using it."""
+        """End this rank's work; the process group stays, the user's script may go on using it."""
+        if self._worker is not None:
+            self._worker.close()
         self._worker = None
+        self._closed = True
+        atexit.unregister(self.close)
 
     def _gather(
         self,
@@ -198,22 +220,41 @@ class TorchrunWorkers:
 
     def _exchange(self, message: Message) -> list[Message]:
         """Every rank's message, in rank order."""
+        if self._closed:
+            raise RunError("This job was closed. Compile the model again.")
         answers = exchange(message)
         return [answers[process] for process in self._rank_of]
 
 
+def _leave() -> None:
+    """Destroy the process group that `join` made; its threads must not outlive the interpreter."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fingerprint(tensor: torch.Tensor) -> int:
+    """A number that tells tensors apart by their bytes."""
+    digest = hashlib.blake2b(raw_bytes(tensor), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
 def exchange(message: Message) -> list[Message]:
-    """Every process's message on every process, in process order."""
-    packed = torch.frombuffer(pack(message), dtype=torch.uint8)
-    world = dist.get_world_size()
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([packed.numel()]))
-    longest = int(max(size.item() for size in sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: packed.numel()] = packed
-    gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(world)]
+    """Every process's message on every process, in process order; one collective if all are short."""
+    packed = pack(message)
+    start = bytearray(len(packed).to_bytes(_SIZE_BYTES, "big")) + packed[:_SHORT_BYTES]
+    parts = _all_gather(start, _SIZE_BYTES + _SHORT_BYTES)
+    sizes = [int.from_bytes(part[:_SIZE_BYTES], "big") for part in parts]
+    if max(sizes) > _SHORT_BYTES:
+        parts = _all_gather(packed, max(sizes))
+    else:
+        parts = [part[_SIZE_BYTES:] for part in parts]
+    return [unpack(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _all_gather(content: bytearray, num_bytes: int) -> list[memoryview]:
+    """Every process's bytes, filled up to the same number."""
+    padded = torch.zeros(num_bytes, dtype=torch.uint8)
+    padded[: len(content)] = torch.frombuffer(content, dtype=torch.uint8)
+    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, padded)
-    return [
-        unpack(part[: int(size.item())].numpy().tobytes())
-        for part, size in zip(gathered, sizes, strict=True)
-    ]
+    return [memoryview(bytearray(part.numpy().data)) for part in gathered]

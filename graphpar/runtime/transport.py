@@ -81,6 +81,11 @@ class Transport:
                 work.wait()
         self._pending.clear()
 
+    def close(self) -> None:
+        """End the threads of emulated links; torch does not survive threads at the end of a process."""
+        for slow in self._slow.values():
+            slow.close()
+
     def sum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
         """Sum over a group of ranks; the result is on the tensor's device."""
         buffer = tensor.cpu()

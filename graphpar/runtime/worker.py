@@ -26,6 +26,7 @@ from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.program import RankProgram, WorkerSetup, encode
 from graphpar.runtime.transport import Transport
+from graphpar.runtime.user_ops import load_code
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -56,9 +57,10 @@ class Worker:
         self.setup = setup
         self.device = torch.device(setup.device)
         self.tensors: dict[str, torch.Tensor] = {}
+        wanted = set(trained)
         for label, tensor in tensors.items():
             tensor = tensor.to(self.device, copy=True)
-            self.tensors[label] = nn.Parameter(tensor) if label in set(trained) else tensor
+            self.tensors[label] = nn.Parameter(tensor) if label in wanted else tensor
         self.trained = tuple(label for label in trained if label in self.tensors)
         parameters = [self._parameter(label) for label in self.trained]
         self.optimizer = factory(parameters) if factory is not None and parameters else None
@@ -68,6 +70,7 @@ class Worker:
 
     def install(self, name: str, program: RankProgram) -> None:
         """Make a program ready to run under a name."""
+        load_code(program.imports, program.operators)
         step = (lambda: self._optimize(program)) if program.training else None
         self.executors[name] = Executor(
             program, self.tensors, self.transport, self.device, self.setup.seed, self.pace, step
@@ -97,6 +100,10 @@ class Worker:
         kept = {label: self.tensors[label].grad for label in labels}
         return {label: g.detach().clone() for label, g in kept.items() if g is not None}
 
+    def close(self) -> None:
+        """End what runs beside the worker; it cannot be used any more."""
+        self.transport.close()
+
     def _parameter(self, label: str) -> nn.Parameter:
         parameter = self.tensors[label]
         assert isinstance(parameter, nn.Parameter)
@@ -117,8 +124,10 @@ class Worker:
             if gradient is not None:
                 square += gradient.double().square().sum().cpu()
         norm = float(self.transport.sum(square, ALL_RANKS).sqrt())
-        scale = min(1.0, limit / (norm + 1e-6))
-        for label in self.trained:
+        scale = limit / (norm + 1e-6)
+        if scale >= 1.0:
+            return
+        for label in self.trained:  # a norm that is no number spoils all gradients, as on one device
             gradient = self.tensors[label].grad
             if gradient is not None:
                 gradient.mul_(scale)
@@ -130,7 +139,7 @@ def join_local_group(setup: WorkerSetup) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = name
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{setup.store}",
+        store=dist.FileStore(setup.store, setup.world_size),  # type: ignore[attr-defined]
         rank=setup.rank,
         world_size=setup.world_size,
         timeout=COLLECTIVE_TIMEOUT,

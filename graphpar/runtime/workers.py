@@ -22,6 +22,9 @@ class RankStart:
 class Workers(Protocol):
     """The ranks of a job; every list has one entry per rank."""
 
+    def same_everywhere(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same tensors for all processes that take part; the first one's where they differ."""
+
     def install(self, name: str, programs: Sequence[RankProgram]) -> None:
         """Make a program ready on every rank."""
 

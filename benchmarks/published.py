@@ -1,0 +1,144 @@
+"""Predict published training runs and compare: `benchmarks/published.py FILE.yaml --json`.
+
+Rows of reliability C, and rows that lack a model shape, a batch or a measured time, are listed as
+skipped with the reason. Errors are raw: predicted over measured minus one, nothing shifted or scaled.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from published_rows import measured_bytes, measured_step_s, run_of
+
+from graphpar.cost_models.training import StepTime, parameters, step_time
+from graphpar.cost_models.training_memory import fits, memory_bytes
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    report = compare(table["rows"])
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(f"{'set':<24}{'n':>5}{'mape %':>9}{'bias %':>9}{'spearman':>10}{'memory mape %':>15}")
+    for name, s in report["sets"].items():
+        cells = (s["mape_pct"], s["bias_pct"], s["spearman"], s["memory_mape_pct"])
+        texts = ["-" if c is None else f"{c:.2f}" for c in cells]
+        print(f"{name:<24}{s['n']:>5}{texts[0]:>9}{texts[1]:>9}{texts[2]:>10}{texts[3]:>15}")
+    print(f"out of memory: {report['out_of_memory']}; skipped: {len(report['skipped'])}")
+
+
+def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """All rows with their errors, and summaries by set."""
+    scored, skipped = [], []
+    for row in rows:
+        result = score(row)
+        if isinstance(result, str):
+            skipped.append({"id": row["id"], "set": row["set"], "why": result})
+        else:
+            scored.append(result)
+    names = dict.fromkeys(r["set"] for r in scored)
+    return {
+        "sets": {name: summary([r for r in scored if r["set"] == name]) for name in names},
+        "out_of_memory": out_of_memory(scored),
+        "rows": scored,
+        "skipped": skipped,
+    }
+
+
+def score(row: dict[str, Any]) -> dict[str, Any] | str:
+    """One row's prediction and errors, or why it cannot be scored."""
+    run = run_of(row)
+    if isinstance(run, str):
+        return run
+    measured_s, measured_b = measured_step_s(row), measured_bytes(row)
+    failed = bool(row["measured"].get("oom"))
+    stated = row["parallel"].get("recompute") is not None
+    if measured_s is None and measured_b is None and not failed:
+        return "no measured time, rate or memory"
+    predicted = step_time(run, parameters())
+    predicted_b = memory_bytes(run)
+    return {
+        "id": row["id"],
+        "set": row["set"],
+        "measured_s": measured_s,
+        "predicted_s": predicted.total_s,
+        "error_pct": None if measured_s is None else 100 * (predicted.total_s / measured_s - 1),
+        "parts_s": parts(predicted),
+        "measured_bytes": measured_b,
+        "predicted_bytes": predicted_b,
+        "memory_error_pct": None if measured_b is None else 100 * (predicted_b / measured_b - 1),
+        "measured_oom": failed,
+        # A source that says nothing of recomputation may well have used it.
+        "predicted_oom": not fits(run if stated else replace(run, recompute="full")),
+    }
+
+
+def parts(step: StepTime) -> dict[str, float]:
+    """The parts of a predicted step."""
+    return {name: value for name, value in vars(step).items() if name != "total_s"}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean absolute error, bias and rank correlation of the step times of one set."""
+    timed = [r for r in rows if r["error_pct"] is not None]
+    sized = [abs(r["memory_error_pct"]) for r in rows if r["memory_error_pct"] is not None]
+    errors = [r["error_pct"] for r in timed]
+    pairs = [(r["predicted_s"], r["measured_s"]) for r in timed]
+    return {
+        "n": len(rows),
+        "mape_pct": mean([abs(e) for e in errors]),
+        "bias_pct": mean(errors),
+        "spearman": spearman(pairs),
+        "memory_mape_pct": mean(sized),
+    }
+
+
+def mean(values: list[float]) -> float | None:
+    """The mean, None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def spearman(pairs: list[tuple[float, float]]) -> float | None:
+    """Rank correlation, ties sharing their mean rank; None of fewer than three pairs."""
+    if len(pairs) < 3:
+        return None
+    a, b = ranks([p for p, _ in pairs]), ranks([m for _, m in pairs])
+    middle = (len(pairs) - 1) / 2
+    top = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
+    spread = [sum((x - middle) ** 2 for x in r) for r in (a, b)]
+    return float(top / (spread[0] * spread[1]) ** 0.5) if all(spread) else None
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Ranks from zero; equal values share the mean of theirs."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    result = [0.0] * len(values)
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or values[order[end]] != values[order[start]]:
+            for place in order[start:end]:
+                result[place] = (start + end - 1) / 2
+            start = end
+    return result
+
+
+def out_of_memory(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How often running out of memory was called right, missed, and called wrongly."""
+    return {
+        "called_right": sum(r["measured_oom"] and r["predicted_oom"] for r in rows),
+        "missed": sum(r["measured_oom"] and not r["predicted_oom"] for r in rows),
+        "called_wrongly": sum(not r["measured_oom"] and r["predicted_oom"] for r in rows),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Operators that are not torch's own: a worker must import or define them before it can call them.
+
+An operator made with `torch.library.custom_op` in a module is there once the module is imported. One
+made in the user's script or notebook belongs to no module that could be imported elsewhere, so that
+its functions travel. Operators of a compiled extension are looked for in a module named like their
+namespace (`torchvision.nms` in `torchvision`).
+"""
+
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
+
+import cloudpickle
+
+from graphpar.errors import RunError
+from graphpar.frontend.torch_private import OpDefinition, define_op, op_definition
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES
+
+_OWN = frozenset({"aten", "prims", "gp"})
+
+
+def foreign_targets(graph: Graph, stage: int) -> list[str]:
+    """Targets of a stage's ops that are neither torch's nor graphpar's own."""
+    targets = {
+        op.target for op in graph.ops if op.attr("stage") == stage and op.target not in SOURCES
+    }
+    return sorted(t for t in targets if "." in t and t.partition(".")[0] not in _OWN)
+
+
+def needed_code(targets: Iterable[str]) -> tuple[tuple[str, ...], bytes]:
+    """Modules to import, and pickled definitions of operators that no module has.
+
+    Raises:
+        ValueError: An operator of the user's script cannot be sent to workers.
+    """
+    modules: set[str] = set()
+    loose: list[OpDefinition] = []
+    for target in targets:
+        definition = op_definition(target)
+        if definition is None:
+            namespace = target.partition(".")[0]
+            modules.update([namespace] if find_spec(namespace) is not None else [])
+        elif definition.function.__module__ == "__main__":
+            loose.append(definition)
+        else:
+            modules.add(definition.function.__module__)
+    return tuple(sorted(modules)), _pickle(loose) if loose else b""
+
+
+def _pickle(definitions: list[OpDefinition]) -> bytes:
+    try:
+        return bytes(cloudpickle.dumps(definitions))
+    except Exception as error:
+        names = ", ".join(d.name for d in definitions)
+        raise ValueError(
+            f"The operators {names} of the script cannot be sent to workers: {error}. Define them in a "
+            "module of their own and import it."
+        ) from error
+
+
+def load_code(imports: Iterable[str], pickled: bytes) -> None:
+    """Make operators known to this process.
+
+    Raises:
+        RunError: A module cannot be imported here.
+    """
+    for module in imports:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise RunError(
+                f"The model calls operators that module {module!r} defines, but this worker cannot "
+                f"import it: {error}. Install it here, or put its folder on PYTHONPATH."
+            ) from error
+    for definition in cloudpickle.loads(pickled) if pickled else ():
+        define_op(definition)

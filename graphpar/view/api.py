@@ -1,0 +1,112 @@
+"""The one call that draws: a plan or a job, and a path whose suffix says what to make."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from graphpar.errors import PlanError
+from graphpar.plan_diff import diff_plans
+from graphpar.plans import Plan
+from graphpar.view.build import view_of
+from graphpar.view.graphs import render_dot, render_graphml, render_markdown
+from graphpar.view.html import render_html
+from graphpar.view.measured import MeasuredStep
+from graphpar.view.model import ViewData
+from graphpar.view.png import render_png
+from graphpar.view.svg import render_svg
+from graphpar.view.trace import render_trace
+
+
+class Job(Protocol):
+    """What is drawn of a job: its plan, and its last step if it has made one."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def last_step(self) -> MeasuredStep | None: ...
+
+
+Drawable = Plan | Job
+
+_RENDERERS: dict[str, Callable[[ViewData], bytes]] = {
+    ".html": render_html,
+    ".svg": render_svg,
+    ".png": render_png,
+    ".json": render_trace,
+    ".md": render_markdown,
+    ".dot": render_dot,
+    ".graphml": render_graphml,
+}
+SUFFIXES = tuple(_RENDERERS)
+
+
+def visualize(
+    plan_or_job: Drawable, path: str | os.PathLike[str], *, compare: Drawable | None = None
+) -> Path:
+    """Draw a plan, or a job with its last measured step, into one file; returns its path.
+
+    Args:
+        plan_or_job: A `Plan`, or what `graphpar.compile` returns.
+        path: Where to write. The suffix says what: `.html` an interactive page, `.svg` and `.png`
+            (needs matplotlib) a picture, `.json` a trace for Perfetto, `.md` a page with a Mermaid
+            sketch, `.dot` and `.graphml` the graph of stages.
+        compare: Another plan or job, which the page then sets beside the first; `.html` only.
+
+    Raises:
+        ValueError: The suffix is unknown, an argument is neither plan nor job, or `compare` is
+            given for something else than a page, or a `.png` is asked for without matplotlib.
+        PlanError: The file cannot be written.
+    """
+    target = Path(path)
+    render = _RENDERERS.get(target.suffix.lower())
+    if render is None:
+        raise ValueError(
+            f"cannot tell what to draw from the name {str(target)!r}; "
+            f"give one that ends in {', '.join(SUFFIXES)}"
+        )
+    if compare is not None and render is not render_html:
+        raise ValueError(f"two plans are compared in a page; end the name {str(target)!r} in .html")
+    view = _view(plan_or_job)
+    if compare is None:
+        _write_whole(target, render(view))
+    else:
+        diff = diff_plans(_plan_of(plan_or_job), _plan_of(compare))
+        _write_whole(target, render_html(view, _view(compare), diff))
+    return target
+
+
+def _view(drawable: Drawable) -> ViewData:
+    plan = _plan_of(drawable)
+    return view_of(plan) if isinstance(drawable, Plan) else view_of(plan, drawable.last_step)
+
+
+def _plan_of(drawable: Drawable) -> Plan:
+    plan = drawable if isinstance(drawable, Plan) else getattr(drawable, "plan", None)
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"a plan or a job can be drawn, not a {type(drawable).__name__}; "
+            "`graphpar.Plan.load` reads a plan from a file"
+        )
+    return plan
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    """Write beside the target and rename, so that no reader ever sees half a file."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".graphpar-view.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(temporary).chmod(0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise PlanError(
+            f"view {target}: cannot be written: {error.strerror or error}; "
+            "give a path in a folder you may write to"
+        ) from error

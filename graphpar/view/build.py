@@ -1,0 +1,181 @@
+"""From a plan, and a measured step if there is one, to the data that the views draw."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from graphpar.plans import Plan
+from graphpar.schedule import Schedule
+from graphpar.simulate import Timeline
+from graphpar.view.fold import fold_units
+from graphpar.view.measured import MeasuredStep, measured_timeline
+from graphpar.view.model import (
+    Lane,
+    ViewCertificate,
+    ViewData,
+    ViewDevice,
+    ViewEdge,
+    ViewLink,
+    ViewNode,
+    ViewPipeline,
+    ViewShares,
+    ViewStage,
+    ViewTimeline,
+)
+
+
+def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
+    """Everything there is to draw of a plan; simulates its step once."""
+    timeline = plan.timeline()
+    schedule = timeline.schedule
+    ran = measured_timeline(plan, schedule, measured) if measured is not None else None
+    peaks = {r.rank: float(r.peak_bytes) for r in measured.reports} if measured is not None else {}
+    used = tuple(_devices(plan, schedule, peaks))
+    return ViewData(
+        model=plan.model,
+        model_hash=plan.model_hash,
+        training=plan.training,
+        precision=plan.precision,
+        batch=plan.batch,
+        batch_reason=plan.batch_reason,
+        schedule=plan.partition.schedule,
+        step_s=timeline.step_s,
+        bottleneck=plan.replicas.index(plan.bottleneck),
+        shares=_shares(timeline),
+        nodes=_nodes(plan),
+        links=tuple(_links(plan)),
+        devices=used + tuple(ViewDevice(d, k, node_of(d)) for d, k in sorted(plan.left_out.items())),
+        num_ranks=len(used),
+        pipelines=tuple(_pipelines(plan)),
+        stages=tuple(_stages(plan, schedule)),
+        units=plan.units,
+        edges=tuple(
+            ViewEdge(**{name: getattr(edge, name) for name in edge.__struct_fields__})
+            for edge in plan.edges
+        ),
+        certificate=_certificate(plan),
+        notes=(*plan.partition.notes, *plan.notes),
+        assumptions=plan.assumptions,
+        options={name: str(value) for name, value in sorted(plan.options.items())},
+        routes=schedule.routes,
+        predicted=ViewTimeline(
+            timeline.step_s,
+            tuple(
+                Lane(rank, schedule.actions[rank], timeline.starts_s[rank], timeline.ends_s[rank])
+                for rank in range(schedule.num_ranks)
+            ),
+        ),
+        measured=ran,
+    )
+
+
+def _shares(timeline: Timeline) -> ViewShares:
+    total = timeline.step_s * len(timeline.compute_s)
+    if total <= 0:
+        return ViewShares(0.0, 0.0, 1.0)
+    compute, gradients = sum(timeline.compute_s) / total, sum(timeline.reduce_s) / total
+    return ViewShares(compute, gradients, max(0.0, 1.0 - compute - gradients))
+
+
+def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterator[ViewDevice]:
+    for rank, replica in enumerate(plan.replicas):
+        saved, working = _peak_parts(plan, schedule, rank)
+        yield ViewDevice(
+            name=replica.device,
+            kind=replica.kind,
+            node=plan.timing.ranks[rank].node,
+            stage=schedule.stage_of[rank],
+            microbatches=replica.microbatches,
+            forward_s=replica.forward_s,
+            backward_s=replica.backward_s,
+            comm_s=replica.comm_s,
+            busy_share=replica.busy_share,
+            peak_bytes=plan.timing.ranks[rank].resident_bytes + saved + working,
+            capacity_bytes=replica.capacity_bytes,
+            resident_bytes=plan.timing.ranks[rank].resident_bytes,
+            saved_bytes=saved,
+            working_bytes=working,
+            memory_by_size=tuple(
+                (row.size, row.saved_bytes, row.working_bytes) for row in plan.timing.ranks[rank].sizes
+            ),
+            measured_peak_bytes=peaks.get(rank),
+        )
+
+
+def _peak_parts(plan: Plan, schedule: Schedule, rank: int) -> tuple[float, float]:
+    """Saved and working bytes at the moment when their sum is largest."""
+    numbers = {row.size: row for row in plan.timing.ranks[rank].sizes}
+    held, best = 0.0, (0.0, 0.0)
+    for kind, _, microbatch in schedule.actions[rank]:
+        if microbatch is None or kind not in "FB":
+            continue
+        costs = numbers[schedule.microbatch_sizes[microbatch]]
+        if kind == "F" and schedule.training:
+            held += costs.saved_bytes
+        best = max(best, (held, costs.working_bytes), key=sum)
+        if kind == "B":
+            held -= costs.saved_bytes
+    return best
+
+
+def _nodes(plan: Plan) -> tuple[ViewNode, ...]:
+    """Nodes in the order of the cluster's description; those with work that it lacks come last."""
+    used = Counter(timing.node for timing in plan.timing.ranks)
+    kinds: dict[str, Counter[str]] = {
+        str(node["name"]): Counter() for node in _described_nodes(plan.cluster)
+    }
+    for replica, timing in zip(plan.replicas, plan.timing.ranks, strict=True):
+        kinds.setdefault(timing.node, Counter())[replica.kind] += 1
+    for device, kind in plan.left_out.items():
+        kinds.setdefault(node_of(device), Counter())[kind] += 1
+    return tuple(
+        ViewNode(name, tuple(sorted(counts.items())), used[name]) for name, counts in kinds.items()
+    )
+
+
+def node_of(device: str) -> str:
+    """A device is named after its node: `a/0` is on `a`; one without a slash stands alone."""
+    return device.rpartition("/")[0] or device
+
+
+def _described_nodes(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes as far as the description has them; plans made by hand may say little."""
+    nodes = cluster.get("nodes", [])
+    if not isinstance(nodes, list):
+        return []
+    return [node for node in nodes if isinstance(node, dict) and "name" in node]
+
+
+def _links(plan: Plan) -> Iterator[ViewLink]:
+    for link in plan.timing.links:
+        yield ViewLink(link.node, link.other, link.cost.bytes_per_s, link.cost.latency_s)
+    network = plan.timing.network
+    yield ViewLink("", "", network.bytes_per_s, network.latency_s)
+
+
+def _pipelines(plan: Plan) -> Iterator[ViewPipeline]:
+    first = 0
+    for pipeline in plan.partition.pipelines:
+        yield ViewPipeline(pipeline.samples, first, pipeline.sizes())
+        first += pipeline.microbatches
+
+
+def _stages(plan: Plan, schedule: Schedule) -> Iterator[ViewStage]:
+    for stage in plan.stages:
+        yield ViewStage(
+            index=stage.index,
+            pipeline=stage.pipeline,
+            first=stage.first,
+            last=stage.last,
+            weight_bytes=stage.weight_bytes,
+            ranks=schedule.ranks_of[stage.index],
+            blocks=fold_units(plan.units, stage.first, stage.last),
+        )
+
+
+def _certificate(plan: Plan) -> ViewCertificate:
+    fields = ViewCertificate.__dataclass_fields__
+    known = msgspec.to_builtins(plan.partition)
+    return msgspec.convert({name: known[name] for name in fields}, ViewCertificate)

@@ -1,0 +1,263 @@
+"""What the views draw, as plain frozen data: nothing in here knows a file format.
+
+Times are seconds from the start of the step, amounts are bytes, ranks index `ViewData.devices` up
+to `ViewData.num_ranks`; devices without work follow after them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from graphpar.schedule import Action
+
+
+@dataclass(frozen=True)
+class ViewNode:
+    """A machine of the cluster and what it holds, such as `(("v100", 4),)`."""
+
+    name: str
+    kinds: tuple[tuple[str, int], ...]
+    used: int
+
+
+@dataclass(frozen=True)
+class ViewLink:
+    """A link inside a node (both names equal), between two, or of the network (names empty)."""
+
+    node: str
+    other: str
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class ViewDevice:
+    """A device, its work in one step and its memory.
+
+    Attributes:
+        stage: What it runs; None for a device without work.
+        peak_bytes: Predicted peak; the sum of the three parts that follow.
+        resident_bytes: Weights, gradients, optimiser state and framework.
+        saved_bytes: Activations held for backwards when memory is at its peak.
+        working_bytes: What is being worked on then.
+        memory_by_size: For each microbatch size the bytes saved for its backward, and worked on.
+        measured_peak_bytes: None where nothing was measured.
+    """
+
+    name: str
+    kind: str
+    node: str
+    stage: int | None = None
+    microbatches: int = 0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    comm_s: float = 0.0
+    busy_share: float = 0.0
+    peak_bytes: float = 0.0
+    capacity_bytes: float = 0.0
+    resident_bytes: float = 0.0
+    saved_bytes: float = 0.0
+    working_bytes: float = 0.0
+    memory_by_size: tuple[tuple[int, float, float], ...] = ()
+    measured_peak_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class ViewBlock:
+    """Consecutive units `first` to `last - 1` that look alike: `count` times `label`."""
+
+    label: str
+    count: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class ViewStage:
+    """A stage, its units folded into blocks, and the ranks that take turns on it."""
+
+    index: int
+    pipeline: int
+    first: int
+    last: int
+    weight_bytes: float
+    ranks: tuple[int, ...]
+    blocks: tuple[ViewBlock, ...]
+
+
+@dataclass(frozen=True)
+class ViewEdge:
+    """Data that cross between two stages, and the slowest link they take."""
+
+    source: int
+    target: int
+    forward_bytes_per_sample: float
+    backward_bytes_per_sample: float
+    forward_fixed_bytes: float
+    backward_fixed_bytes: float
+    source_device: str
+    target_device: str
+    latency_s: float
+    bytes_per_s: float
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether gradients travel back."""
+        return self.backward_bytes_per_sample > 0 or self.backward_fixed_bytes > 0
+
+
+@dataclass(frozen=True)
+class ViewPipeline:
+    """A share of the batch, the sizes of its microbatches, and the number of the first of them."""
+
+    samples: int
+    first_microbatch: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one rank does: actions in order with their times.
+
+    `stopped` marks a lane that ends before the rank's schedule did.
+    """
+
+    rank: int
+    actions: tuple[Action, ...]
+    starts_s: Sequence[float] = field(repr=False)
+    ends_s: Sequence[float] = field(repr=False)
+    stopped: bool = False
+
+    def events(self) -> Iterator[tuple[Action, float, float]]:
+        """Each action with its start and end."""
+        return zip(self.actions, self.starts_s, self.ends_s, strict=True)
+
+
+@dataclass(frozen=True)
+class ViewTimeline:
+    """The lanes of one step.
+
+    Attributes:
+        note: What a reader must know about them.
+        planned_batch: Whether microbatches are those of the plan: same number, sizes and routes.
+    """
+
+    step_s: float
+    lanes: tuple[Lane, ...]
+    note: str = ""
+    planned_batch: bool = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether any rank did not finish its step."""
+        return any(lane.stopped for lane in self.lanes)
+
+
+@dataclass(frozen=True)
+class ViewCertificate:
+    """How sure the planner is, in the partitioner's own numbers."""
+
+    status: str
+    objective_s: float
+    bound_s: float
+    gap: float
+    physical_bound_s: float
+    parts: dict[str, float]
+    seconds: float
+    truncated_by: tuple[str, ...]
+    family: str
+
+
+@dataclass(frozen=True)
+class ViewShares:
+    """Shares of all ranks' time in the predicted step; they add up to one."""
+
+    compute: float
+    gradients: float
+    waiting: float
+
+
+@dataclass(frozen=True)
+class ViewData:
+    """Everything the views show of one plan, and of a measured step if there is one."""
+
+    model: str
+    model_hash: str
+    training: bool
+    precision: str
+    batch: int
+    batch_reason: str
+    schedule: str
+    step_s: float
+    bottleneck: int
+    shares: ViewShares
+    nodes: tuple[ViewNode, ...]
+    links: tuple[ViewLink, ...]
+    devices: tuple[ViewDevice, ...]
+    num_ranks: int
+    pipelines: tuple[ViewPipeline, ...]
+    stages: tuple[ViewStage, ...]
+    units: tuple[str, ...]
+    edges: tuple[ViewEdge, ...]
+    certificate: ViewCertificate
+    notes: tuple[str, ...]
+    assumptions: tuple[str, ...]
+    options: dict[str, str]
+    routes: tuple[tuple[int, ...], ...] = field(repr=False)
+    predicted: ViewTimeline = field(repr=False)
+    measured: ViewTimeline | None = field(default=None, repr=False)
+
+    @property
+    def headline(self) -> str:
+        """What the plan is for, in one line."""
+        mode = "training" if self.training else "inference"
+        return f"{self.model}, {mode}, {self.precision}, batch {self.batch}"
+
+    @property
+    def scale_s(self) -> float:
+        """The time that both timelines are drawn against; never zero."""
+        return max(self.step_s, self.measured.step_s if self.measured else 0.0) or 1.0
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each microbatch, over all pipelines."""
+        return tuple(size for pipeline in self.pipelines for size in pipeline.sizes)
+
+    @property
+    def left_out(self) -> tuple[ViewDevice, ...]:
+        """Devices without work."""
+        return self.devices[self.num_ranks :]
+
+    @cached_property
+    def _first_stage_of(self) -> tuple[int, ...]:
+        """For each stage the first of its pipeline."""
+        first: dict[int, int] = {}
+        return tuple(first.setdefault(stage.pipeline, stage.index) for stage in self.stages)
+
+    def rank_of(self, stage: int, microbatch: int) -> int:
+        """The rank that runs `stage` for `microbatch`, which must be of the same pipeline."""
+        return self.routes[microbatch][stage - self._first_stage_of[stage]]
+
+    @cached_property
+    def _rates(self) -> dict[tuple[str, int], tuple[float, float]]:
+        """Bytes per sample and fixed bytes of what a stage receives and sends, by kind and stage."""
+        rates: dict[tuple[str, int], tuple[float, float]] = {}
+        for edge in self.edges:
+            ahead = edge.forward_bytes_per_sample, edge.forward_fixed_bytes
+            back = edge.backward_bytes_per_sample, edge.backward_fixed_bytes
+            for kind, stage, (per_sample, fixed) in (
+                ("S", edge.source, ahead),
+                ("R", edge.target, ahead),
+                ("D", edge.target, back),
+                ("G", edge.source, back),
+            ):
+                was = rates.get((kind, stage), (0.0, 0.0))
+                rates[kind, stage] = was[0] + per_sample, was[1] + fixed
+        return rates
+
+    def message_bytes(self, action: Action) -> float:
+        """Bytes that a send or receive of the plan moves; 0 for other actions."""
+        if action.microbatch is None:
+            return 0.0
+        per_sample, fixed = self._rates.get((action.kind, action.stage), (0.0, 0.0))
+        return per_sample * self.sizes[action.microbatch] + fixed

@@ -1,0 +1,298 @@
+"""Jobs whose partition is forced, so that a test decides who runs what, and their comparison."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpar.cluster import Cluster
+from graphpar.compiler import Prepared, as_cluster, plan_of, prepare, price, subject_of
+from graphpar.ir.chain import Chain, Unit, free_ops
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES
+from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.passes.comm import InsertMessages
+from graphpar.passes.place import place_ops
+from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plans import Plan, hash_of
+from graphpar.runtime.assemble import Lowered, stage_links
+from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.reference import EagerModel, OneDevice
+from graphpar.training import Training
+from graphpar.verify import compare_gradients, reference_for, relative_difference, train_on_one_device
+
+ROUNDING = 2e-5
+"""Largest relative difference that counts as float32 rounding for the small models of the tests."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One forced pipeline.
+
+    Attributes:
+        stages: For each stage the number of its replicas, or the microbatches that each takes.
+        microbatches: How many microbatches; stages given by a number share them evenly.
+        samples: Its part of the batch; None for all of it.
+        cuts: Units where stages after the first begin; evenly spread when left out.
+    """
+
+    stages: tuple[int | tuple[int, ...], ...]
+    microbatches: int = 1
+    samples: int | None = None
+    cuts: tuple[int, ...] | None = None
+
+
+def straight(num_stages: int, microbatches: int = 1) -> tuple[Line, ...]:
+    """One pipeline of single devices."""
+    return (Line((1,) * num_stages, microbatches),)
+
+
+def cpus(count: int, **keys: Any) -> Cluster:
+    """So many single-threaded workers on this machine."""
+    return Cluster.from_dict({"devices": [{"kind": "cpu", "count": count, "threads": 1, **keys}]})
+
+
+sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+"""An error of a gradient stays proportional; pickled by reference to torch, so workers import nothing."""
+TRAINING = Training(optimizer=sgd)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A captured model with a partition made by hand."""
+
+    model: nn.Module
+    prepared: Prepared
+    cluster: Cluster
+    training: Training | None
+    plan: Plan
+    lower: Callable[[Graph, Partition], Lowered] | None = None
+
+    def start(self) -> CompiledModel:
+        """The running job; captures nothing again."""
+        subject = subject_of(self.model, self.prepared, self.cluster, self.training)
+        if self.lower is not None:
+            subject = replace(subject, lower=self.lower)
+        return CompiledModel.start(subject, lambda: self.plan)
+
+
+def force(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    lines: Sequence[Line],
+    train: Training | None = TRAINING,
+    schedule: ScheduleName = "1f1b",
+    cluster: Cluster | Mapping[str, Any] | None = None,
+    prepared: Prepared | None = None,
+    by_op: bool = False,
+) -> Forced:
+    """Capture a model and give its units to the pipelines asked for.
+
+    With `by_op` every op is a unit of its own, so that cuts are possible anywhere.
+    """
+    prepared = prepared or prepare(model, args, kwargs or {}, train)
+    count = sum(len(_shares(stage, line.microbatches)) for line in lines for stage in line.stages)
+    where = as_cluster(cluster) if cluster is not None else cpus(count)
+    if by_op:
+        prepared = replace(prepared, chain=finest_chain(prepared.graph))
+    table = price(prepared, where, train=train, precision="float32", calibration=None)
+    names = iter(device.name for device in where.devices)
+    units = len(prepared.chain.units)
+    pipelines = tuple(_pipeline(line, units, prepared.graph.batch, lambda: next(names)) for line in lines)
+    found = handmade(pipelines, schedule)
+    if by_op:
+        lower = partial(lower_by_op, training=train is not None)
+        links = stage_links(found, lower(prepared.graph, found).graphs)
+        data = where.to_dict()
+        subject = PlanSubject(prepared.graph.name, prepared.model_hash, data, hash_of(data))
+        plan = make_plan(subject, table, predict(table, found, links))
+        return Forced(model, prepared, where, train, plan, lower)
+    return Forced(model, prepared, where, train, plan_of(prepared, where, table, found))
+
+
+def finest_chain(graph: Graph) -> Chain:
+    """A chain with a unit for each op; an op with several results keeps them with it."""
+    free = free_ops(graph)
+    units: list[Unit] = []
+    for op in graph.ops:
+        if op.target in (*SOURCES, "output") or op.name in free:
+            continue
+        if op.target == "getitem":
+            units[-1] = replace(units[-1], ops=(*units[-1].ops, op.name))
+        else:
+            units.append(Unit(op.name, (op.name,), len(units)))
+    return Chain(tuple(units), free)
+
+
+def lower_by_op(graph: Graph, found: Partition, training: bool) -> Lowered:
+    """What the compiler's lowering does, for the finest chain."""
+    units = finest_chain(graph).units
+    graphs = []
+    for pipeline in found.pipelines:
+        stages = {
+            name: number
+            for number, stage in enumerate(pipeline.stages)
+            for unit in units[stage.first : stage.last]
+            for name in unit.ops
+        }
+        placed = graph.with_ops(place_ops(graph, stages, "place"), level="placed")
+        graphs.append(InsertMessages().run(placed))
+    return Lowered(found, tuple(graphs), training)
+
+
+def handmade(pipelines: tuple[PipelineChoice, ...], schedule: ScheduleName) -> Partition:
+    """A partition that nobody searched for or priced."""
+    return Partition(
+        pipelines=pipelines,
+        schedule=schedule,
+        status="feasible",
+        objective_s=0.0,
+        parts={},
+        bound_s=0.0,
+        gap=0.0,
+        physical_bound_s=0.0,
+        seconds=0.0,
+        truncated_by=("not searched",),
+        family="this plan only",
+        peak_bytes={r.device: 0.0 for p in pipelines for s in p.stages for r in s.replicas},
+    )
+
+
+def _shares(stage: int | tuple[int, ...], microbatches: int) -> tuple[int, ...]:
+    if isinstance(stage, tuple):
+        return stage
+    return tuple(microbatches // stage + (r < microbatches % stage) for r in range(stage))
+
+
+def _pipeline(line: Line, units: int, batch: int, device: Callable[[], str]) -> PipelineChoice:
+    count = len(line.stages)
+    cuts = line.cuts or tuple(round(i * units / count) for i in range(1, count))
+    ends = [0, *cuts, units]
+    assert len(cuts) == count - 1 and ends == sorted(set(ends)), f"{units} units, cut at {cuts}"
+    stages = []
+    for first, last, width in zip((0, *cuts), (*cuts, units), line.stages, strict=True):
+        shares = _shares(width, line.microbatches)
+        stages.append(StageChoice(first, last, tuple(Replica(device(), share) for share in shares)))
+    samples = batch if line.samples is None else line.samples
+    return PipelineChoice(samples, line.microbatches, tuple(stages))
+
+
+def check_training(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    steps: int = 2,
+    rounding: float = ROUNDING,
+    **how: Any,
+) -> None:
+    """Losses of some steps and the state after them are those of one device."""
+    forced = force(model, args, kwargs, **how)
+    kwargs = dict(kwargs or {})
+    assert forced.training is not None
+    with forced.start() as job:
+        losses = [float(job.step(*args, **kwargs)) for _ in range(steps)]
+        state = job.state_dict()
+    reference = reference_for(model, forced.prepared, forced.training)
+    expected = list(train_on_one_device(reference, forced.training, args, kwargs, steps))
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=rounding, atol=1e-7)
+    compare_states(state, state_of(reference, forced), model.state_dict(), rounding)
+
+
+def state_of(reference: EagerModel | OneDevice, forced: Forced) -> dict[str, torch.Tensor]:
+    """The one-device tensors under all their names."""
+    if isinstance(reference, EagerModel):
+        return dict(reference.model.state_dict())
+    tensors = dict(reference.tensors)
+    for label, others in forced.prepared.graph.aliases.items():
+        tensors.update(dict.fromkeys(others, tensors[label]))
+    return tensors
+
+
+def compare_states(
+    got: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    before: Mapping[str, torch.Tensor],
+    rounding: float = ROUNDING,
+) -> None:
+    """The changes that training made to each tensor are the same but for rounding."""
+    moved = {n: wanted[n].detach().double() - t.double() for n, t in before.items() if n in wanted}
+    made = {n: got[n].detach().double() - t.double() for n, t in before.items() if n in wanted}
+    largest = max(float(m.abs().max()) for m in moved.values() if m.numel())
+    for name, change in moved.items():
+        if not change.numel():
+            continue
+        room = rounding * 50 * max(float(change.abs().max()), 1e-3 * largest)
+        room += 3e-7 * float(before[name].double().abs().max())
+        difference = float((made[name] - change).abs().max())
+        assert difference <= room, f"{name} moved {change.abs().max():.3g}, differs {difference:.3g}"
+
+
+def check_inference(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, **how: Any
+) -> Any:
+    """The result has the structure and the numbers of the eager model's; returns it."""
+    forced = force(model, args, kwargs, **{**how, "train": None})
+    kwargs = dict(kwargs or {})
+    with forced.start() as job:
+        got = job(*args, **kwargs)
+    compare_results(got, eager(model, args, kwargs))
+    return got
+
+
+def eager(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Any:
+    """What the model returns in evaluation mode; its own mode is kept."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(*args, **(kwargs or {}))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def compare_results(got: Any, wanted: Any) -> None:
+    """Equal structure, equal plain values, tensors equal but for rounding."""
+    if isinstance(wanted, torch.Tensor):
+        assert isinstance(got, torch.Tensor) and got.dtype == wanted.dtype
+        assert relative_difference(got, wanted.detach()) <= ROUNDING
+        return
+    assert type(got) is type(wanted), f"{got!r} instead of {wanted!r}"
+    if isinstance(wanted, Mapping):
+        assert list(got) == list(wanted)
+        for key in wanted:
+            compare_results(got[key], wanted[key])
+    elif isinstance(wanted, (tuple, list)):
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted, strict=True):
+            compare_results(one, other)
+    elif hasattr(wanted, "__dataclass_fields__"):
+        compare_results(vars(got), vars(wanted))
+    else:
+        assert got == wanted
+
+
+__all__ = [
+    "ROUNDING",
+    "TRAINING",
+    "Forced",
+    "Line",
+    "check_inference",
+    "check_training",
+    "compare_gradients",
+    "compare_results",
+    "compare_states",
+    "cpus",
+    "eager",
+    "finest_chain",
+    "force",
+    "sgd",
+    "state_of",
+    "straight",
+]

@@ -1,0 +1,138 @@
+"""Run a captured model on one device, whole or in parts, and compare it with eager PyTorch."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpar.compiler import CAPTURE_PASSES, lower
+from graphpar.frontend.capture import Captured, capture
+from graphpar.frontend.export import find_loss
+from graphpar.ir.graph import Graph
+from graphpar.passes.batch import mixing_reason
+from graphpar.runtime.reference import OneDevice, whole_on_one_device
+
+Loss = Callable[[Any, Any], Any] | str | None
+Gradients = Mapping[str, torch.Tensor]
+
+
+class Calls(nn.Module):
+    """A module that hands itself, a linear layer's result and the target to a function.
+
+    It has a table `table` [50, 4], a vector `vector` [4], a buffer `buffer` [50, 4] and, where given, a
+    layer `layer`.
+    """
+
+    def __init__(self, function: Callable[..., Any], layer: nn.Module | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.function = function
+        self.linear = nn.Linear(4, 4)
+        self.layer = layer or nn.Identity()
+        self.table = nn.Parameter(torch.randn(50, 4, generator=generator))
+        self.vector = nn.Parameter(torch.randn(4, generator=generator))
+        self.buffer: torch.Tensor
+        self.register_buffer("buffer", torch.randn(50, 4, generator=generator))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return self.function(self, self.linear(x), y)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A captured model, lowered as one stage, and why its batch cannot be split, if so."""
+
+    model: nn.Module
+    captured: Captured
+    source: Graph
+    lowered: Graph
+    reason: str
+
+    def device(self, seed: int = 0) -> OneDevice:
+        """A fresh copy of the weights with no gradients."""
+        return OneDevice(self.model, self.captured, self.lowered, self.source, seed)
+
+
+def ready(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss = "returned",
+    training: bool | None = None,
+) -> Ready:
+    """Capture and lower a model."""
+    captured = capture(model, args, kwargs or {}, loss=loss, training=training)
+    source, _ = CAPTURE_PASSES.run(captured.graph)
+    (lowered,) = lower(source, whole_on_one_device(source), loss is not None).graphs
+    reason = captured.unsplittable or mixing_reason(source)
+    return Ready(model, captured, source, lowered, reason)
+
+
+def in_parts(
+    made: Ready, args: Sequence[Any], sizes: Sequence[int], kwargs: Mapping[str, Any] | None = None
+) -> tuple[torch.Tensor, Gradients]:
+    """The loss and all gradients from microbatches of the given sizes, summed."""
+    device = made.device()
+    signature, context, builder = made.captured.signature, device._context, device._builder
+    inputs = signature.bind(args, kwargs or {})
+    batch, first = sum(sizes), 0
+    if device._prologue is not None:
+        inputs = {**inputs, **device._prologue.run(inputs, batch)}
+    total = torch.zeros((), dtype=torch.float64)
+    context.batch = batch
+    for size in sizes:
+        context.first_sample, context.samples = first, size
+        part = {
+            label: value[first : first + size] if label in signature.batched else value
+            for label, value in inputs.items()
+        }
+        module = builder.module(size, batch)
+        _, (loss,) = module(*(part[label] for label in builder.interface.inputs))
+        if loss.requires_grad:
+            loss.backward()
+        total += loss.detach().double().reshape(())
+        first += size
+    return total, device.gradients()
+
+
+def eagerly(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, loss: Loss = None
+) -> tuple[torch.Tensor, Gradients]:
+    """Loss and gradients of the user's model, on a copy."""
+    model = copy.deepcopy(model)
+    if callable(loss):
+        value = loss(model(*args[:-1], **(kwargs or {})), args[-1])
+    else:
+        value = find_loss(model(*args, **(kwargs or {})))
+    value.backward()
+    named = model.named_parameters(remove_duplicate=True)
+    return value.detach(), {name: p.grad for name, p in named if p.grad is not None}
+
+
+def assert_close(
+    got: tuple[torch.Tensor, Gradients], wanted: tuple[torch.Tensor, Gradients], tolerance: float = 1e-5
+) -> None:
+    """Loss and every gradient agree, relative to the largest gradient of all."""
+    loss, expected = got[0].double().reshape(()), wanted[0].double().reshape(())
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    largest = max((float(g.abs().max()) for g in wanted[1].values()), default=0.0)
+    for name, gradient in wanted[1].items():
+        given = got[1].get(name, torch.zeros_like(gradient))
+        difference = float((given.double() - gradient.double()).abs().max())
+        assert difference <= tolerance * max(largest, 1e-3), (name, difference, largest)
+
+
+def assert_as_eager(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, loss: Loss = None
+) -> Ready:
+    """The captured graph on one device gives eager's loss and gradients."""
+    made = ready(model, args, kwargs, loss=loss or "returned")
+    device = made.device()
+    (value,) = device.forward(args, kwargs or {})
+    value.backward()  # type: ignore[no-untyped-call]
+    assert_close((value.detach(), device.gradients()), eagerly(model, args, kwargs, loss))
+    return made

@@ -1,0 +1,307 @@
+"""Workers that die or raise, drivers that die or are interrupted: told clearly, nothing left behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TRAINING, Forced, Line, cpus, force, straight
+from torch import nn
+
+import graphpar
+from graphpar.errors import ClusterError, PlanError, RunError
+from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.local import LocalWorkers
+from graphpar.training import Training
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+
+
+class Net(nn.Module):
+    def __init__(self, words: int = 10) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, 4)
+        self.up, self.down = nn.Linear(4, 9), nn.Linear(9, 4)
+        self.last = nn.Embedding(words, 4)
+
+    def forward(self, ids: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        h = self.down(self.up(self.embed(ids)).relu())
+        result: torch.Tensor = (h * self.last(more)).square().mean()
+        return result
+
+
+def batch(words: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(0, words, (8,)), torch.randint(0, words, (8,))
+
+
+def three(train: Training = TRAINING, **keys: Any) -> Forced:
+    return force(Net(), batch(), lines=(Line((1, 1), 2, 4), Line((1,), 1, 4)), train=train, **keys)
+
+
+def pids(job: CompiledModel) -> tuple[int, ...]:
+    workers = job._workers
+    assert isinstance(workers, LocalWorkers)
+    return workers.pids
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def wait_until_gone(numbers: Iterable[int], seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while alive := [pid for pid in numbers if running(pid)]:
+        assert time.monotonic() < until, f"processes {alive} are left"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def traces(temporary: Path) -> Iterator[None]:
+    """Neither temporary files nor shared memory are left at the end."""
+    shared = set(os.listdir("/dev/shm"))
+    yield
+    assert not list(temporary.glob("graphpar-*"))
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+class RaisesAt2(torch.optim.SGD):
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        RaisesAt2.count += 1
+        if RaisesAt2.count == 2:
+            raise FloatingPointError("the second step is bad")
+        return super().step(closure)
+
+
+def raising(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """On the rank that holds the last embedding alone."""
+    held = list(parameters)
+    here = len(held) < 5 and any(p.shape == (10, 4) for p in held)
+    return (RaisesAt2 if here else torch.optim.SGD)(held, lr=0.1)
+
+
+class Sleepy(torch.optim.SGD):
+    """Sleeps in a worker; the driver's look at the state of one parameter is quick."""
+
+    def step(self, closure: Any = None) -> Any:
+        time.sleep(30 * (self.param_groups[0]["params"][0].shape != (64, 64)))
+
+
+@pytest.mark.usefixtures("traces")
+def test_killed_in_the_midst_of_a_step() -> None:
+    slow = Training(optimizer=lambda p: Sleepy(p, lr=0.1))
+    with three(slow).start() as job:
+        numbers = pids(job)
+        threading.Timer(0.4, os.kill, (numbers[1], signal.SIGKILL)).start()
+        began = time.monotonic()
+        with pytest.raises(RunError, match=r"rank 1 .*SIGKILL") as caught:
+            job.step(*batch())
+        assert caught.value.rank == 1
+        wait_until_gone(numbers)
+        assert time.monotonic() - began < 10
+        with pytest.raises(RunError, match=r"ended earlier: rank 1"):
+            job.step(*batch())
+
+
+@pytest.mark.usefixtures("traces")
+def test_killed_between_two_steps() -> None:
+    with three().start() as job:
+        job.step(*batch())
+        numbers = pids(job)
+        os.kill(numbers[2], signal.SIGKILL)
+        wait_until_gone(numbers[2:])
+        with pytest.raises(RunError, match="SIGKILL") as caught:
+            job.step(*batch())
+    assert caught.value.rank == 2
+    wait_until_gone(numbers)
+
+
+@pytest.mark.usefixtures("traces")
+def test_optimizer_that_raises_later() -> None:
+    with force(Net(), batch(), lines=straight(2, 2), train=Training(optimizer=raising)).start() as job:
+        numbers = pids(job)
+        job.step(*batch())
+        with pytest.raises(RunError, match=r"FloatingPointError: the second step is bad") as caught:
+            job.step(*batch())
+    assert caught.value.rank == 1
+    assert "test_failures.py" in str(caught.value)
+    wait_until_gone(numbers)
+
+
+@pytest.mark.usefixtures("traces")
+@pytest.mark.parametrize("stage", [0, 1])
+def test_op_that_raises_on_one_stage(stage: int) -> None:
+    with force(Net(), batch(), lines=straight(2, 2)).start() as job:
+        numbers = pids(job)
+        wrong = list(batch())
+        wrong[stage] = wrong[stage].clone()
+        wrong[stage][-1] = 99
+        with pytest.raises(RunError, match="IndexError") as caught:
+            job.step(*wrong)
+    assert caught.value.rank == stage
+    wait_until_gone(numbers)
+
+
+@pytest.mark.usefixtures("traces")
+def test_optimizer_factory_that_raises() -> None:
+    def factory(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        raise LookupError("no such optimiser")
+
+    with pytest.raises(ValueError, match="no such optimiser"):
+        graphpar.compile(Net(), cpus(2), batch(), train=Training(optimizer=factory))
+
+    def picky(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        held = list(parameters)
+        if any(p.shape == (9, 4) for p in held):
+            raise LookupError("not this layer")
+        return torch.optim.SGD(held, lr=0.1)
+
+    with pytest.raises(RunError, match=r"(?s)LookupError: not this layer.*All workers have been ended"):
+        force(Net(), batch(), lines=straight(2), train=Training(optimizer=picky)).start()
+
+
+def test_optimizer_that_cannot_travel() -> None:
+    lock = threading.Lock()
+
+    def factory(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        with lock:
+            return torch.optim.SGD(parameters, lr=0.1)
+
+    with pytest.raises(ValueError, match="cannot be sent to the workers"):
+        force(Net(), batch(), lines=straight(1), train=Training(optimizer=factory)).start()
+
+
+@pytest.mark.usefixtures("traces")
+def test_close_twice_and_use_after_it() -> None:
+    job = three().start()
+    numbers = pids(job)
+    job.step(*batch())
+    job.close()
+    job.close()
+    wait_until_gone(numbers)
+    for use in (lambda: job.step(*batch()), lambda: job(*batch()), job.state_dict):
+        with pytest.raises(RunError, match="closed"):
+            use()
+
+
+@pytest.mark.usefixtures("traces")
+def test_interrupt_ends_the_job() -> None:
+    with three(Training(optimizer=lambda p: Sleepy(p, lr=0.1))).start() as job:
+        numbers = pids(job)
+        threading.Timer(0.4, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            job.step(*batch())
+        wait_until_gone(numbers)
+        with pytest.raises(RunError, match="interrupted"):
+            job.step(*batch())
+    with three().start() as job:
+        assert torch.isfinite(job.step(*batch()))
+
+
+def test_two_jobs_at_once_and_in_threads() -> None:
+    losses: dict[int, list[float]] = {}
+    forced = three()
+
+    def work(number: int) -> None:
+        with forced.start() as job:
+            torch_batch = torch.arange(8) % 10, torch.arange(8) % 7
+            losses[number] = [float(job.step(*torch_batch)) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(losses) == [0, 1, 2]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_rendezvous_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with three().start() as job:
+        assert torch.isfinite(job.step(*batch()))
+
+
+def test_plan_for_something_else() -> None:
+    forced = three()
+    with pytest.raises(PlanError, match="another cluster"):
+        graphpar.compile(forced.model, cpus(2), batch(), train=TRAINING, plan=forced.plan)
+    with pytest.raises(PlanError, match="structure"):
+        graphpar.compile(Net(11), forced.cluster, batch(), train=TRAINING, plan=forced.plan)
+
+
+def test_devices_that_are_not_here() -> None:
+    cluster = {"devices": [{"kind": "h100-sxm-80gb"}]}
+    with pytest.raises(ClusterError, match="not on this machine"):
+        graphpar.compile(Net(), cluster, batch(), train=TRAINING)
+
+
+def test_model_without_weights() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        graphpar.compile(Net().to("meta"), cpus(1), batch(), train=TRAINING)
+
+
+SCRIPT = """
+import os, signal, sys, time
+import torch
+import graphpar
+from torch import nn
+
+class Slow(torch.optim.SGD):
+    def step(self, closure=None):
+        time.sleep(60 * (self.param_groups[0]["params"][0].shape != (64, 64)))
+
+model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 4))
+x, y = torch.randn(8, 4), torch.randn(8, 4)
+training = graphpar.Training(optimizer=lambda p: Slow(p, lr=0.1), loss=nn.functional.mse_loss)
+job = graphpar.compile(model, {"devices": [{"kind": "cpu", "threads": 1}]}, (x, y), train=training)
+print(*job._workers.pids, job._workers._server.process.pid, flush=True)
+job.step(x, y)
+"""
+
+
+def _start_script() -> tuple["subprocess.Popen[str]", list[int]]:
+    script = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert script.stdout is not None
+    numbers = [int(n) for n in script.stdout.readline().split()]
+    assert len(numbers) == 2
+    return script, numbers
+
+
+@pytest.mark.usefixtures("traces")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_driver_that_ends(number: signal.Signals) -> None:
+    script, numbers = _start_script()
+    time.sleep(0.3)
+    script.send_signal(number)
+    _, errors = script.communicate(timeout=20)
+    wait_until_gone(numbers)
+    assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+
+
+@pytest.mark.usefixtures("traces")
+def test_zygote_that_is_killed() -> None:
+    with three().start() as job:
+        job.step(*batch())
+        workers = job._workers
+        assert isinstance(workers, LocalWorkers)
+        numbers = workers.pids
+        os.kill(workers._server.process.pid, signal.SIGKILL)
+        workers._server.process.wait()
+        assert torch.isfinite(job.step(*batch()))
+    wait_until_gone(numbers)
+    with three().start() as job:
+        assert torch.isfinite(job.step(*batch()))

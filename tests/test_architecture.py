@@ -1,0 +1,109 @@
+"""Who may import whom: the tree is the pipeline, and imports point one way."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from plan_samples import sample_plan
+
+ROOT = Path(__file__).parents[1]
+ROWS = (
+    "errors units",
+    "ir cost catalogue device cluster cluster_build cluster_spec",
+    "rewrite calibration loopback",
+    "partition",
+    "schedule timing simulate training solve_command "
+    "plans plan_records plan_check plan_page plan_build plan_diff",
+    "frontend runtime passes cost_models view probes measure",
+    "compiler verify demo doctor model_spec hf_models commands cli examples",
+    "__init__ __main__",
+)
+"""Top-level modules and packages by row; a module imports from its own row and those above."""
+ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
+CATALOGUES = {"passes", "cost_models"}
+DRIVERS = {"compiler", "verify", "demo", "commands", "cli"}
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every source file with its top-level module or package."""
+    for folder in (ROOT / "graphpar", *(ROOT / name for name in CATALOGUES)):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if folder.name in CATALOGUES:
+                yield folder.name, path
+            elif parts[0] not in {*CATALOGUES, "examples"}:
+                yield parts[0], path
+
+
+def imports(path: Path) -> Iterator[tuple[str, ast.stmt]]:
+    """Dotted names that a file imports, those for type checkers alone left out."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            whole = node.module == "graphpar"
+            yield from ((f"graphpar.{a.name}" if whole else str(node.module), node) for a in node.names)
+
+
+def test_every_module_has_a_row() -> None:
+    assert {top for top, _ in sources()} | {"examples"} == set(ROW), "sort the module into ROWS"
+
+
+def test_imports_point_to_earlier_rows() -> None:
+    wrong = []
+    for top, path in sources():
+        for name, node in imports(path):
+            if name.partition(".")[0] != "graphpar" or top == "__init__":
+                continue
+            target = name.split(".")[1] if "." in name else "__init__"
+            crosses = target in CATALOGUES and target != top and top not in DRIVERS
+            if target not in ROW or ROW[target] > ROW[top] or crosses:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+    assert not wrong
+
+
+def test_planning_knows_no_torch() -> None:
+    assert not [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for top, path in sources()
+        for name, node in imports(path)
+        if name.partition(".")[0] == "torch" and ROW[top] in (0, 3, 4)
+    ]
+
+
+def test_one_file_names_pulp() -> None:
+    named = {
+        str(path.relative_to(ROOT)) for _, path in sources() if "pulp" in {n for n, _ in imports(path)}
+    }
+    assert named == {"graphpar/partition/solver.py"}
+
+
+@pytest.mark.parametrize("command", ["import", "--help", "show", "solve --help"])
+def test_these_never_import_torch(command: str, tmp_path: Path) -> None:
+    words = command.split()
+    if command == "show":
+        words.append(str(sample_plan().save(tmp_path / "plan.json")))
+    program = "import sys, graphpar; assert 'torch' not in sys.modules"
+    if command != "import":
+        program = f"""
+import atexit, runpy, sys
+atexit.register(lambda: sys.stderr.write("torch was imported") if "torch" in sys.modules else None)
+sys.argv = ["graphpar", *{words!r}]
+runpy.run_module("graphpar", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "torch was imported" not in done.stderr

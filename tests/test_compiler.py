@@ -1,0 +1,163 @@
+"""The public face: plan and compile with what users give them."""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphpar
+from graphpar.compiler import lower, prepare
+from graphpar.examples.gpt import GPT, example_inputs
+from graphpar.training import Training
+
+
+def sgd(lr: float = 0.1) -> Training:
+    return Training(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr))
+
+
+def small_gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(width=32, layers=4, heads=2, length=16)
+
+
+def broken_factory(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    raise RuntimeError("no such optimiser")
+
+
+CPUS = {"devices": [{"kind": "cpu", "slowdown": s} for s in (1.0, 2.0, 3.0)]}
+H100_V100 = {
+    "nodes": [
+        {"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 2}, "link": "nvlink4"},
+        {"name": "b", "devices": {"kind": "v100-sxm2-32gb", "count": 4}, "link": "nvlink2"},
+    ],
+    "network": {"bytes_per_s": 12.5e9, "latency_s": 10e-6},
+}
+
+
+def test_compile_trains_like_one_device() -> None:
+    model = small_gpt()
+    ids, targets = example_inputs(6, 16)
+    targets[0] = -100
+    alone = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    with graphpar.compile(model, CPUS, (ids, targets), train=sgd()) as job:
+        for _ in range(3):
+            loss = job.step(ids, targets)
+            expected = alone(ids, targets)
+            expected.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+        state = job.state_dict()
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+    before = small_gpt().state_dict()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "model was changed"
+
+
+def test_faster_devices_get_more(tmp_path: Path) -> None:
+    """Over slowdowns 1, 2, 3 the work is uneven and in the order of speed."""
+    model = GPT(width=192, layers=6, heads=6, length=64)
+    plan = graphpar.plan(model, CPUS, example_inputs(16, 64), train=sgd())
+    seconds = {r.device: r.forward_s for s in plan.stages for r in s.replicas}
+    sped = {"local/0": 1.0, "local/1": 2.0, "local/2": 3.0}
+    work = {device: busy / sped[device] for device, busy in seconds.items()}
+    assert work["local/0"] == max(work.values())
+    assert len(work) > 1
+    assert plan.gap <= 0.01 + 1e-9
+    path = plan.save(tmp_path / "plan.json")
+    assert graphpar.Plan.load(path) == plan
+
+
+def test_plan_needs_no_weights_and_no_gpu() -> None:
+    with torch.device("meta"):
+        model = GPT(width=1024, layers=8, heads=16, length=512)
+        batch = example_inputs(16, 512)
+    plan = graphpar.plan(model, H100_V100, batch, train=sgd())
+    assert set(plan.predicted_peak_bytes) <= {"a/0", "a/1", "b/0", "b/1", "b/2", "b/3"}
+    assert plan.predicted_step_s > 0
+    assert str(plan).startswith("plan for GPT")
+
+
+def test_impossible_memory_says_what_would_fit() -> None:
+    cluster = {"devices": [{"kind": "cpu", "memory_bytes": 2**20}]}
+    with pytest.raises(graphpar.InfeasibleError, match="memory") as caught:
+        graphpar.plan(small_gpt(), cluster, example_inputs(4, 16), train=sgd())
+    assert caught.value.need is not None
+    assert caught.value.have is not None
+    assert caught.value.need > caught.value.have
+    assert caught.value.remedy
+
+
+def test_unknown_device_names_the_nearest() -> None:
+    cluster = {"nodes": [{"name": "a", "devices": {"kind": "h100-sxm-80g", "count": 1}}]}
+    with pytest.raises(graphpar.ClusterError, match="h100-sxm-80gb"):
+        graphpar.plan(small_gpt(), cluster, example_inputs(4, 16))
+
+
+def test_plan_for_another_model_cluster_or_mode_is_refused() -> None:
+    batch = example_inputs(4, 16)
+    plan = graphpar.plan(small_gpt(), CPUS, batch, train=sgd())
+    other = GPT(width=32, layers=3, heads=2, length=16)
+    with pytest.raises(graphpar.PlanError, match="model"):
+        graphpar.compile(other, CPUS, batch, train=sgd(), plan=plan)
+    with pytest.raises(graphpar.PlanError, match="cluster"):
+        graphpar.compile(small_gpt(), {"devices": [{"kind": "cpu"}]}, batch, train=sgd(), plan=plan)
+    with pytest.raises(graphpar.GraphparError):
+        graphpar.compile(small_gpt(), CPUS, batch, plan=plan)
+
+
+def test_wrong_arguments_are_value_errors() -> None:
+    batch = example_inputs(4, 16)
+    with pytest.raises(ValueError, match="float32"):
+        graphpar.plan(small_gpt(), CPUS, batch, precision="int3")
+    with pytest.raises(ValueError, match=r"nn\.Module"):
+        graphpar.plan(lambda x: x, CPUS, batch)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="optimiser"):
+        graphpar.plan(small_gpt(), CPUS, batch, train=Training(optimizer=broken_factory))
+
+
+def test_devices_elsewhere_need_torchrun() -> None:
+    with pytest.raises(graphpar.ClusterError, match="torchrun"):
+        graphpar.compile(small_gpt(), H100_V100, example_inputs(4, 16), train=sgd())
+
+
+class MeanOverBatch(nn.Module):
+    """Compares each sample with the batch's mean: samples mix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return (y - y.mean(0)).square().mean()
+
+
+def test_mixed_samples_keep_the_batch_whole_and_say_so() -> None:
+    plan = graphpar.plan(MeanOverBatch(), CPUS, (torch.randn(6, 4),), train=sgd())
+    assert all(p.microbatches == 1 for p in plan.partition.pipelines)
+    assert "test_compiler.py" in plan.batch_reason
+    assert plan.batch_reason in " ".join(str(plan).split())
+
+
+def test_truncated_search_is_said() -> None:
+    """A search without time still plans, and says what it did not do."""
+    with torch.device("meta"):
+        model = GPT(width=256, layers=24, heads=8, length=128)
+        batch = example_inputs(64, 128)
+    plan = graphpar.plan(model, H100_V100, batch, train=sgd(), time_limit_s=1e-3, gap=0.0)
+    assert plan.partition.truncated_by
+    assert plan.status == "feasible"
+    assert plan.partition.truncated_by[0] in " ".join(str(plan).split())
+
+
+def test_every_level_of_the_line_is_checked() -> None:
+    prepared = prepare(small_gpt(), example_inputs(4, 16), {}, sgd())
+    plan = graphpar.plan(small_gpt(), CPUS, example_inputs(4, 16), train=sgd())
+    lowered = lower(prepared.graph, plan.partition, True)
+    assert {g.level for g in lowered.graphs} == {"lowered"}
+    assert prepared.graph.level == "captured"

@@ -1,0 +1,72 @@
+"""What README and the guides show is run: Python blocks as scripts, `$` lines as commands."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/getting-started.md", "docs/extending.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Fenced blocks of a language in a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+PYTHON = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page, "python"))]
+
+
+@pytest.mark.parametrize(
+    ("page", "number", "code"), PYTHON, ids=[f"{page}-{number}" for page, number, _ in PYTHON]
+)
+def test_python_blocks_run(page: str, number: int, code: str, tmp_path: Path) -> None:
+    script = tmp_path / "shown.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_commands_run(tmp_path: Path) -> None:
+    """The `$ graphpar` lines of the README, with the cluster file it shows."""
+    pytest.importorskip("transformers", reason="the README plans a transformers model")
+    (tmp_path / "cluster.yaml").write_text(blocks("README.md", "yaml")[0], encoding="utf-8")
+    commands = [
+        line.removeprefix("$ graphpar ").split()
+        for block in blocks("README.md", "console")
+        for line in block.splitlines()
+        if line.startswith("$ graphpar ")
+    ]
+    assert commands
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "graphpar", *command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_readme_links_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_make_targets_exist() -> None:
+    """The README's first commands are targets of the Makefile."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        done = subprocess.run([make, "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

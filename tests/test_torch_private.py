@@ -1,0 +1,110 @@
+"""Every private use of torch still does what it is used for."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from graphpar.frontend import torch_private as private
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+@pytest.mark.parametrize(
+    "tree", [(1, [2, {"b": 3, "a": None}]), [], {}, 5, (Point(1, 2), "text"), {"k": (torch.ones(1),)}]
+)
+def test_trees_are_flattened_and_put_back(tree: Any) -> None:
+    leaves, spec = private.flatten(tree)
+    assert private.unflatten(leaves, spec) == tree
+    assert private.flatten(tree)[1] == spec
+    assert isinstance(spec, private.TreeSpec)
+
+
+def test_registered_classes_are_flattened() -> None:
+    class Output(dict[str, int]):
+        pass
+
+    def give(output: Output) -> tuple[list[Any], Any]:
+        return list(output.values()), list(output)
+
+    def take(values: Any, keys: Any) -> Output:
+        return Output(zip(keys, values, strict=True))
+
+    _pytree.register_pytree_node(Output, give, take, serialized_type_name="tests.Output")
+    leaves, spec = private.flatten(Output(a=1, b=2))
+    assert leaves == [1, 2] and isinstance(private.unflatten(leaves, spec), Output)
+
+
+class Both(nn.Module):
+    def forward(self, x: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        with torch.no_grad():
+            y = x * 2
+        return {"y": y, "x": x.view(-1)}
+
+
+@pytest.fixture(scope="module")
+def program() -> torch.export.ExportedProgram:
+    return torch.export.export(Both(), (torch.ones(2, 2),), strict=False)
+
+
+def test_the_output_structure_of_an_exported_program(program: torch.export.ExportedProgram) -> None:
+    assert private.unflatten([1, 2], private.output_spec(program)) == {"y": 1, "x": 2}
+
+
+def test_nodes_are_named(program: torch.export.ExportedProgram) -> None:
+    calls = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    assert "wrap_with_set_grad_enabled" in [private.higher_order_name(t) for t in calls]
+    assert "aten.view.default" in [private.op_name(t) for t in calls]
+    assert private.op_name(len) is None and private.higher_order_name(len) is None
+
+
+def test_views_share_storage_in_exported_metadata(program: torch.export.ExportedProgram) -> None:
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    assert private.shares_storage(values["view"], values["x"])
+
+
+def test_shared_storage() -> None:
+    a = torch.ones(2, 4)
+    assert private.shares_storage(a.t(), a) and private.shares_storage(torch.chunk(a, 2), a)
+    assert not private.shares_storage(a.clone(), a) and not private.shares_storage(None, a)
+    assert not private.shares_storage(a, None)
+
+
+@pytest.mark.parametrize("target", ["aten.linear.default", "aten.add.Tensor", "aten.__and__.Scalar"])
+def test_operators_are_looked_up_by_name(target: str) -> None:
+    assert private.op_name(private.lookup_op(target)) == target
+
+
+@pytest.mark.parametrize("target", ["aten.frobnicate.default", "aten.add.Frob", "nothing.at.all"])
+def test_missing_operators_are_an_attribute_error(target: str) -> None:
+    with pytest.raises(AttributeError):
+        private.lookup_op(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "pointwise", "random", "mutated", "view"),
+    [
+        ("aten.add.Tensor", True, False, (), False),
+        ("aten.add_.Tensor", True, False, (0,), False),
+        ("aten.view.default", False, False, (), True),
+        ("aten.split.Tensor", False, False, (), True),
+        ("aten.dropout.default", False, True, (), True),
+        ("aten.bernoulli_.float", False, True, (0,), False),
+        ("aten.matmul.default", False, False, (), False),
+        ("aten.arange.default", False, False, (), False),
+    ],
+)
+def test_schemas_and_tags(
+    target: str, pointwise: bool, random: bool, mutated: tuple[int, ...], view: bool
+) -> None:
+    function = private.lookup_op(target)
+    assert private.is_pointwise(function) is pointwise
+    assert private.is_random(function) is random
+    assert private.mutated_arguments(function) == mutated
+    assert private.views_first_argument(function) is view

@@ -1,0 +1,154 @@
+"""The same script under torchrun: same losses, clear errors, a clean end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graphpar.cluster import Cluster
+from graphpar.errors import ClusterError
+from graphpar.runtime.torchrun import match_devices
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240)]
+
+SCRIPT = str(Path(__file__).parent / "torchrun_script.py")
+WAIT_S = 200
+TWO = {"devices": [{"kind": "cpu", "count": 2, "threads": 1}]}
+THREE = {
+    "nodes": [
+        {"name": "a", "devices": {"kind": "cpu", "count": 1, "threads": 1}},
+        {"name": "b", "devices": {"kind": "cpu", "count": 2, "threads": 1}},
+    ],
+    "network": {"bytes_per_s": 1e9, "latency_s": 1e-5},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun(*options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def begin(command: Sequence[str], folder: Path, cluster: Mapping[str, Any], *mode: str) -> Any:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, SCRIPT, str(folder), json.dumps(cluster), *mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: Any) -> str:
+    _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, errors
+    return str(errors)
+
+
+def run(folder: Path, cluster: Mapping[str, Any], *mode: str, processes: int = 2) -> list[dict[str, Any]]:
+    """What each rank wrote, after a clean end."""
+    command = torchrun("--standalone", "--nproc-per-node", str(processes))
+    errors = finish(begin(command, folder, cluster, *mode))
+    for sign in ("Traceback", "destroy_process_group", "terminate called", "Warning"):
+        assert sign not in errors, errors
+    return written(folder, processes)
+
+
+def written(folder: Path, count: int) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script writes under plain python."""
+    folder = tmp_path_factory.mktemp("plain")
+    finish(begin([sys.executable], folder, TWO))
+    (seen,) = written(folder, 1)
+    assert "errors" not in seen
+    return seen
+
+
+def assert_same(seen: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    assert seen["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert seen["inference"] == pytest.approx(wanted["inference"], rel=1e-5)
+    assert seen["sums"] == pytest.approx(wanted["sums"], rel=1e-4, abs=1e-4)
+
+
+def test_same_as_plain_python_whatever_weights_other_ranks_begin_with(
+    tmp_path: Path, plain: dict[str, Any]
+) -> None:
+    first, second = run(tmp_path, TWO, "unlike")
+    assert_same(first, plain)
+    assert first == second, "weights that no rank trains are the same too"
+
+
+def test_every_rank_tells_what_does_not_match(tmp_path: Path) -> None:
+    for seen in run(tmp_path, TWO, "misfits"):
+        (cluster_error, told), (model_error, said) = seen["errors"]
+        assert cluster_error == "ClusterError" and "--nproc-per-node" in told
+        assert model_error == "RunError" and "Rank 1" in said
+
+
+def test_nodes_with_unequal_numbers_of_processes(tmp_path: Path, plain: dict[str, Any]) -> None:
+    port = str(free_port())
+    common = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
+    agents = [
+        begin(torchrun(*common, "--node-rank", str(n), "--nproc-per-node", str(n + 1)), tmp_path, THREE)
+        for n in (0, 1)
+    ]
+    for agent in agents:
+        finish(agent)
+    seen = written(tmp_path, 3)
+    assert_same(seen[0], plain)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+        }
+        done = subprocess.run(
+            [sys.executable, SCRIPT, str(tmp_path), json.dumps(TWO)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+        )
+    assert done.returncode == 0, done.stderr
+    ((kind, text),) = written(tmp_path, 1)[0]["errors"]
+    assert kind == "RunError"
+    assert "--master-port" in text and environment["MASTER_PORT"] in text
+
+
+def test_nodes_are_matched_by_host_then_by_size() -> None:
+    hosts = [(0, "one", 0), (1, "two", 1), (1, "two", 0), (2, "three", 0)]
+    cluster = Cluster.from_dict(
+        {
+            "nodes": [
+                {"name": "x", "devices": {"kind": "cpu", "count": 2}},
+                {"name": "y", "devices": {"kind": "cpu", "count": 1}, "host": "three"},
+            ],
+            "network": {"bytes_per_s": 1e9, "latency_s": 1e-5},
+        }
+    )
+    assert match_devices(cluster, hosts) == {"x/0": 2, "x/1": 1, "y/0": 3}
+    with pytest.raises(ClusterError, match="'y'"):
+        match_devices(cluster, hosts[:3])

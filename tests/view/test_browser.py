@@ -1,0 +1,222 @@
+"""The page in a real browser: Chromium without a window, driven by Playwright.
+
+Both are optional; without them these tests are skipped and say what is missing.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan_samples import CLUSTER, partition_of, sample_plan, table_for
+from view_samples import HOSTILE, Job, hostile_plan, measured_step
+
+from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plans import hash_of
+from graphpar.view.api import Drawable, visualize
+from graphpar.view.build import view_of
+from graphpar.view.notebook import framed
+
+pytestmark = pytest.mark.browser
+
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A running browser."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("no chromium on the path (Debian: apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=binary, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def opened(chromium: Any, tmp_path: Path) -> Iterator[Open]:
+    """Draws, opens the file, and at the end makes sure that nothing was asked for or complained of."""
+    pages: list[tuple[Any, list[str], list[str]]] = []
+
+    def opener(drawable: Drawable, *, compare: Drawable | None = None, **options: Any) -> Any:
+        target = visualize(drawable, tmp_path / f"page{len(pages)}.html", compare=compare)
+        page = chromium.new_page(**{"viewport": DESKTOP, **options})
+        requests: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.goto(target.as_uri())
+        page.wait_for_selector("html[data-ready=true]", state="attached")
+        pages.append((page, requests, complaints))
+        return page
+
+    yield opener
+    for page, requests, complaints in pages:
+        assert complaints == []
+        asked = [url for url in requests if not url.startswith(("data:", "blob:"))]
+        assert len(asked) == 1 and asked[0].startswith("file:")
+        page.close()
+
+
+def span_of(page: Any, canvas: str = "#timeline-canvas") -> float:
+    data = page.eval_on_selector(canvas, "c => [Number(c.dataset.from), Number(c.dataset.to)]")
+    return float(data[1] - data[0])
+
+
+def width_of(page: Any) -> int:
+    return int(page.evaluate("document.documentElement.scrollWidth"))
+
+
+def test_the_page_shows_what_the_plan_says(opened: Open) -> None:
+    plan = sample_plan()
+    page = opened(plan)
+    assert page.locator(".stage").count() == len(plan.stages)
+    assert page.locator(".chip").count() == len(plan.devices) + len(plan.left_out)
+    assert page.locator(".chip.idle").count() == len(plan.left_out)
+    assert "191 ms" in page.inner_text("#overview")
+    assert page.get_attribute("#timeline-canvas", "data-rows") == str(len(plan.devices))
+    assert "time limit" in page.inner_text("#certificate")
+    assert page.locator("#compare").count() == 0
+
+
+def test_a_block_opens_and_lists_its_units(opened: Open) -> None:
+    page = opened(sample_plan())
+    block = page.locator("details", has_text="h.0 .. h.1")
+    assert "×2" in block.inner_text()
+    block.locator("summary").click()
+    block.locator("li").first.wait_for()
+    assert block.locator("li").all_inner_texts() == ["h.0", "h.1"]
+
+
+def test_search_finds_a_module(opened: Open) -> None:
+    page = opened(sample_plan())
+    page.fill("#search", "H.3")
+    assert "1 unit found" in page.inner_text("#found")
+    assert "p0s1/0" in page.inner_text("#found")
+    page.fill("#search", "nothing of that name")
+    assert "0 units found" in page.inner_text("#found")
+
+
+def test_the_timeline_zooms_and_pans_with_keys_and_buttons(opened: Open) -> None:
+    page = opened(sample_plan())
+    whole = span_of(page)
+    page.focus("#timeline-canvas")
+    page.keyboard.press("+")
+    assert span_of(page) < whole
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("n")
+    assert "microbatch" in page.inner_text("#timeline-live")
+    page.keyboard.press("ArrowDown")
+    assert "rank 1" in page.inner_text("#timeline-live")
+    page.keyboard.press("0")
+    assert span_of(page) == pytest.approx(whole)
+    page.locator("#timeline button[aria-label='Zoom in']").click()
+    assert span_of(page) < whole
+
+
+def test_hovering_names_stage_microbatch_and_time(opened: Open) -> None:
+    page = opened(sample_plan())
+    canvas = page.locator("#timeline-canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 180, box["y"] + 30)
+    told = page.inner_text("#timeline .tip")
+    assert "forward, stage 0 on p0s0/0" in told
+    assert "microbatch 0 (2 samples)" in told
+    assert "ms" in told
+
+
+def test_a_run_that_failed_is_marked(opened: Open) -> None:
+    plan = sample_plan()
+    page = opened(Job(plan, measured_step(plan, until_s=0.1)))
+    assert "the run failed" in page.inner_text("#timeline")
+    assert "measured" in page.inner_text("#memory")
+
+
+def test_two_plans_are_compared(opened: Open) -> None:
+    page = opened(sample_plan(), compare=sample_plan(head_first=4))
+    text = page.inner_text("#compare")
+    assert "h.3" in text and "predicted step" in text
+    assert span_of(page, "#compare-0-canvas") == pytest.approx(span_of(page, "#compare-1-canvas"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_dark_mode_darkens_page_and_canvas(opened: Open, scheme: str) -> None:
+    page = opened(sample_plan(), color_scheme=scheme)
+    colours = page.evaluate(
+        """() => {
+          const canvas = document.getElementById("timeline-canvas");
+          const pixel = canvas.getContext("2d").getImageData(canvas.width - 2, canvas.height - 2, 1, 1);
+          return [getComputedStyle(document.body).backgroundColor, pixel.data[0]];
+        }"""
+    )
+    assert (colours[0] == "rgb(255, 255, 255)") == (scheme == "light")
+    assert (colours[1] > 128) == (scheme == "light")
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("hostile", [False, True], ids=["plain", "hostile"])
+def test_nothing_sticks_out_of_the_screen(opened: Open, viewport: dict[str, int], hostile: bool) -> None:
+    plan = hostile_plan() if hostile else sample_plan()
+    page = opened(Job(plan, measured_step(plan)), viewport=viewport)
+    assert width_of(page) <= viewport["width"]
+
+
+def test_hostile_names_stay_text(opened: Open) -> None:
+    page = opened(hostile_plan())
+    assert page.locator("script").count() == 2
+    assert page.locator("main b", has_text="alert").count() >= 1
+    page.fill("#search", HOSTILE[0])
+    assert "1 unit found" in page.inner_text("#found")
+
+
+def test_it_prints(opened: Open) -> None:
+    page = opened(sample_plan())
+    page.emulate_media(media="print")
+    assert not page.locator(".tools").first.is_visible()
+    assert page.pdf(format="A4")[:5] == b"%PDF-"
+
+
+def test_the_frame_of_a_notebook_draws(chromium: Any, tmp_path: Path) -> None:
+    book = tmp_path / "book.html"
+    book.write_text(f"<!doctype html><meta charset=utf-8>{framed(view_of(hostile_plan()))}")
+    page = chromium.new_page(viewport=DESKTOP)
+    page.goto(book.as_uri())
+    frame = page.frame_locator("iframe")
+    frame.locator("html[data-ready=true]").wait_for(state="attached")
+    assert frame.locator(".stage").count() == 3
+    page.close()
+
+
+def test_a_long_model_is_shown_in_portions(opened: Open) -> None:
+    """A thousand unlike blocks in one stage: few are built at once, all can be reached and found."""
+    stages = (StageChoice(0, 1000, (Replica("a/0", 1),)),)
+    partition = partition_of((PipelineChoice(1, 1, stages),))
+    table = replace(table_for(partition, num_units=1000), unit_names=tuple(_words(1000)))
+    subject = PlanSubject("long", "ab" * 32, CLUSTER, hash_of(CLUSTER))
+    page = opened(make_plan(subject, table, predict(table, partition, ())))
+    assert page.locator(".block").count() < 100
+    page.fill("#search", _words(1000)[999])
+    assert "1 unit found" in page.inner_text("#found")
+    more = page.locator("#stages button", has_text="Show more blocks")
+    for _ in range(39):
+        more.click()
+    assert page.locator(".block").count() == 1000
+    assert not more.is_visible()
+
+
+def _words(count: int) -> list[str]:
+    """Names without numbers, all unlike."""
+    return ["".join("abcdefghij"[int(digit)] for digit in f"{i:04d}") for i in range(count)]

@@ -1,0 +1,172 @@
+"""The page as a file: its policy, its data, its size; what a browser does with it is tested apart."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_samples import CLUSTER, partition_of, partitions, sample_plan, stage_links, table_for
+from view_samples import HOSTILE, hostile_plan, measured_step
+
+from graphpar import cli
+from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plan_diff import diff_plans
+from graphpar.plans import Plan, hash_of
+from graphpar.view.api import visualize
+from graphpar.view.build import view_of
+from graphpar.view.html import render_html, script_json
+from graphpar.view.packed import pack, unpack
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and what stands in scripts and styles."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._inside = ""
+        self.feed(data.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self._inside, []).append(data)
+
+
+def data_of(page: bytes) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(Page(page).texts["script"][0])
+    return data
+
+
+def test_the_policy_allows_exactly_the_pages_own_script_and_style() -> None:
+    page = Page(render_html(view_of(sample_plan())))
+    policy = next(a["content"] for t, a in page.elements if a.get("http-equiv"))
+    assert policy is not None and policy.startswith("default-src 'none';")
+    assert "unsafe" not in policy and "http" not in policy
+    for tag, text in (("script", page.texts["script"][1]), ("style", page.texts["style"][0])):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+def test_the_page_asks_for_nothing() -> None:
+    page = render_html(view_of(sample_plan())).decode()
+    for _, attributes in Page(page.encode()).elements:
+        assert "src" not in attributes
+        assert not any(name.startswith("on") or name == "style" for name in attributes)
+        target = attributes.get("href")
+        assert target is None or target.startswith(("#", "data:"))
+    loads = {"http://www.w3.org/2000/svg"}  # the name of the SVG namespace, never loaded
+    assert set(re.findall(r"https?://[^\s\"'`)]+", page)) <= loads
+
+
+@pytest.mark.parametrize(
+    "call", ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("]
+)
+def test_the_script_never_turns_text_into_elements(call: str) -> None:
+    templates = Path(render_html.__code__.co_filename).with_name("templates")
+    scripts = sorted(templates.glob("*.js"))
+    assert scripts
+    assert all(call not in script.read_text(encoding="utf-8") for script in scripts)
+
+
+def test_the_page_holds_the_plan_and_the_measured_step() -> None:
+    plan = sample_plan()
+    data = data_of(render_html(view_of(plan, measured_step(plan, until_s=0.1))))
+    (shown,) = data["plans"]
+    assert [d["name"] for d in shown["devices"]] == [*plan.devices, *plan.left_out]
+    assert shown["step_s"] == pytest.approx(plan.predicted_step_s)
+    assert shown["measured"]["stopped"] == [0, 1, 2, 3]
+    assert data["diff"] is None
+
+
+def test_hostile_names_are_data_only() -> None:
+    page = render_html(view_of(hostile_plan()))
+    tags = [tag for tag, _ in Page(page).elements]
+    assert tags.count("script") == 2 and tags.count("b") == 0
+    assert data_of(page)["plans"][0]["units"] == list(HOSTILE)
+    assert b"<script>alert" not in page
+
+
+@given(st.text())
+def test_no_text_ends_a_script(text: str) -> None:
+    written = script_json([text])
+    assert not set(written) & set("<>&\u2028\u2029")
+    assert json.loads(written) == [text]
+
+
+def test_templates_are_filled_once() -> None:
+    data = data_of(render_html(view_of(_named("@@script@@ @@data@@"))))
+    assert data["plans"][0]["model"] == "@@script@@ @@data@@"
+
+
+def _named(name: str) -> Plan:
+    document = json.loads(sample_plan().to_json())
+    document["model"] = name
+    return Plan.from_json(json.dumps(document).encode())
+
+
+@given(st.data())
+def test_packing_keeps_every_event(data: st.DataObject) -> None:
+    partition = data.draw(partitions())
+    links = data.draw(stage_links(partition))
+    table = table_for(partition)
+    subject = PlanSubject("m", "ab" * 32, CLUSTER, hash_of(CLUSTER))
+    view = view_of(make_plan(subject, table, predict(table, partition, links)))
+    packed = pack(view.predicted)
+    tick_s = packed.tick_s
+    for lane, events in zip(view.predicted.lanes, unpack(packed), strict=True):
+        long = [(a, s, e) for a, s, e in lane.events() if a.kind not in "RG" or e - s > tick_s]
+        kept = [event for event in events if event[0] not in "RG" or event[3] > tick_s]
+        shown = [(k, -1 if m is None else m) for (k, _, m), _, _ in long]
+        assert [e[:2] for e in events if e[0] not in "RG"] == [s for s in shown if s[0] not in "RG"]
+        assert {e[:2] for e in kept} <= set(shown)
+        for action, start_s, end_s in long:
+            if action.kind in "FB":
+                (found,) = [e for e in events if e[:2] == (action.kind, action.microbatch)]
+                assert found[2] == pytest.approx(start_s, abs=tick_s)
+                assert found[3] == pytest.approx(end_s - start_s, abs=2 * tick_s)
+
+
+def test_two_plans_stand_side_by_side(tmp_path: Path) -> None:
+    one, two = sample_plan(), sample_plan(head_first=4)
+    page = visualize(one, tmp_path / "two.html", compare=two).read_bytes()
+    data = data_of(page)
+    assert [p["step_s"] for p in data["plans"]] == [pytest.approx(p.predicted_step_s) for p in (one, two)]
+    assert len(data["diff"]["moves"]) == len(diff_plans(one, two).moves) > 0
+    with pytest.raises(ValueError, match=r"end the name .* in \.html"):
+        visualize(one, tmp_path / "two.svg", compare=two)
+
+
+def test_the_command_compares(tmp_path: Path) -> None:
+    one = str(sample_plan().save(tmp_path / "one.json"))
+    two = str(sample_plan(head_first=4).save(tmp_path / "two.json"))
+    page = tmp_path / "page.html"
+    assert cli.run(["view", one, "-o", str(page), "--compare", two], cli.Settings()) == 0
+    assert len(data_of(page.read_bytes())["plans"]) == 2
+
+
+def test_a_wide_plan_stays_small() -> None:
+    """512 ranks, 1,024 microbatches."""
+    stages = tuple(
+        StageChoice(s, s + 1, tuple(Replica(f"n{s * 16 + r // 8}/{r % 8}", 8) for r in range(128)))
+        for s in range(4)
+    )
+    partition = partition_of((PipelineChoice(1024, 1024, stages),))
+    table = table_for(partition, num_units=4)
+    subject = PlanSubject("wide", "ab" * 32, CLUSTER, hash_of(CLUSTER))
+    view = view_of(make_plan(subject, table, predict(table, partition, ())))
+    assert view.num_ranks == 512
+    assert len(render_html(view)) < 1_500_000

@@ -1,0 +1,104 @@
+"""Plans with hostile names and steps that were "measured", for the tests of the views."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from plan_samples import sample_plan
+
+from graphpar.plans import Plan
+
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "\"quotes\" 'and' `ticks` & <b>",
+    "注意力层/日本語",
+    "x" * 300,
+    "line\u2028separator\u2029 ]]> --> %%{init}%%",
+    "control \x01 bell \x07 end",
+)
+
+
+@dataclass(frozen=True)
+class Event:
+    """An action as it ran."""
+
+    token: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank reports."""
+
+    rank: int
+    start_s: float
+    end_s: float
+    events: tuple[Event, ...]
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A measured step."""
+
+    predicted_s: float | None
+    reports: tuple[Report, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan with its last step."""
+
+    plan: Plan
+    last_step: Step | None
+
+
+def measured_step(
+    plan: Plan,
+    *,
+    slower: float = 1.1,
+    origin_s: float = 1000.0,
+    until_s: float = float("inf"),
+    clock_s: tuple[float, ...] = (),
+) -> Step:
+    """The predicted step, played `slower`; events that end after `until_s` did not happen.
+
+    `clock_s` is by how much each rank's clock is ahead.
+    """
+    timeline = plan.timeline()
+    reports = []
+    for rank in range(len(plan.devices)):
+        base = origin_s + (clock_s[rank] if clock_s else 0.0)
+        events = tuple(
+            Event(str(e.action), base + slower * e.start_s, base + slower * e.end_s)
+            for e in timeline.events(rank)
+            if slower * e.end_s <= until_s
+        )
+        end = max((e.end_s for e in events), default=base)
+        reports.append(Report(rank, base, end, events, peak_bytes=2**20 * (rank + 1)))
+    return Step(timeline.step_s, tuple(reports))
+
+
+def hostile_plan() -> Plan:
+    """The small plan with every name replaced by one that would break a careless view."""
+    plan = sample_plan()
+    names = {device: f"{HOSTILE[i % 6]}#{i}" for i, device in enumerate([*plan.devices, *plan.left_out])}
+    data: Any = _renamed(msgspec.to_builtins(plan), names)
+    data["model"] = " ".join(HOSTILE)
+    data["units"] = list(HOSTILE)
+    data["notes"] = list(HOSTILE)
+    for stage in data["stages"]:
+        for replica in stage["replicas"]:
+            replica["kind"] = HOSTILE[0]
+    data["cluster"] = {"nodes": [{"name": HOSTILE[1]}]}
+    return msgspec.convert(data, Plan)
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """Plain data with device names replaced, in keys and in values."""
+    if isinstance(value, dict):
+        return {names.get(k, k): _renamed(v, names) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_renamed(v, names) for v in value]
+    return names.get(value, value) if isinstance(value, str) else value
