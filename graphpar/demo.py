@@ -11,23 +11,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.compiler import compile as compile_model
 from graphpar.compiler import plan_of, plan_prepared, prepare, price
 from graphpar.examples.gpt import GPT
 from graphpar.examples.text import batches, standard_library_text
-from graphpar.measure import measure
+from graphpar.measure import calibrate
 from graphpar.partition.baselines import even_split
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.reference import EagerModel
 from graphpar.training import Training
 from graphpar.units import format_percent, format_seconds
 from graphpar.verify import FLOAT32_ROUNDING
+from graphpar.view.api import visualize
 
-SLOWDOWNS = (1.0, 2.0, 3.0)
-"""Emulated speeds: together they keep less than two cores busy, so that two cores suffice."""
-BATCH, LENGTH = 16, 64
+SLOWDOWNS = (1.5, 2.0, 4.5)
+"""Emulated speeds, the last worker three times slower than the first. They keep 1.4 cores busy, so
+that on a machine of two cores they do not wait for each other."""
+BATCH, LENGTH = 24, 64
 EVEN_STEPS = 6
 """Steps of the even split: enough for a median, it is slow."""
 WARM_UP = 2
@@ -57,6 +58,7 @@ class DemoReport(msgspec.Struct, frozen=True):
         gap: How far the plan may be from the best of its family.
         plan_file: Where the plan was written.
         report_file: Where this report was written.
+        picture_file: Where the plan and its last step were drawn.
     """
 
     steps: int
@@ -76,10 +78,12 @@ class DemoReport(msgspec.Struct, frozen=True):
     gap: float
     plan_file: str
     report_file: str
+    picture_file: str
 
     def __str__(self) -> str:
         rows = [f"{name:<24}{value}" for name, value in self.rows()]
-        return "\n".join([*rows, f"plan {self.plan_file}, report {self.report_file}"])
+        files = f"see {self.picture_file} (in a browser), {self.report_file}, {self.plan_file}"
+        return "\n".join([*rows, files])
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Name and value of each line of the report."""
@@ -101,18 +105,16 @@ class DemoReport(msgspec.Struct, frozen=True):
 
 
 def run_demo(steps: int, out: Path) -> DemoReport:
-    """Plan, train, train again on one device, compare; writes plan.json and report.md to `out`.
+    """Plan, train, train again on one device, compare; writes plan.json and reports to `out`.
 
     Args:
         steps: Training steps.
         out: Folder for the results; made if it is missing.
     """
     console = Console(stderr=True)
-    calibration = Calibration.cached()
-    if calibration is None:
-        console.print("Measuring this machine's processor (once, some 15 seconds)")
-        calibration = measure(threads=1, show_progress=console.is_terminal)
-        calibration.save()
+    console.print("Measuring this machine's processor, some 15 seconds")
+    calibration = calibrate(refresh=True, show_progress=console.is_terminal)
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = GPT(length=LENGTH)
@@ -134,13 +136,13 @@ def run_demo(steps: int, out: Path) -> DemoReport:
             compile_model(model, cluster, data[0], train=training, plan=plan)
         )
         losses, planned_s = _train(planned_job, data, bar, "planned split")
+        picture = visualize(planned_job, out / "report.html")
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(console))
         even_job = stack.enter_context(compile_model(model, cluster, data[0], train=training, plan=even))
         _, even_s = _train(even_job, data[:EVEN_STEPS], bar, "even split")
         one_losses, one_s = _train_alone(model, training, data, bar)
 
-    out.mkdir(parents=True, exist_ok=True)
     plan_file = plan.save(out / "plan.json")
     difference = max(abs(a - b) / abs(b) for a, b in zip(losses, one_losses, strict=True))
     measured = median(planned_s[WARM_UP:] or planned_s)
@@ -163,6 +165,7 @@ def run_demo(steps: int, out: Path) -> DemoReport:
         gap=plan.gap,
         plan_file=str(plan_file),
         report_file=str(out / "report.md"),
+        picture_file=str(picture),
     )
     (out / "report.md").write_text(_markdown(report, str(plan)), encoding="utf-8")
     return report

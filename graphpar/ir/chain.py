@@ -12,7 +12,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op
@@ -20,6 +20,8 @@ from graphpar.ir.optable import packet
 from graphpar.ir.text import format_argument, format_op
 
 RANDOM_TARGETS = frozenset({"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention"})
+MAX_FINE_UNITS = 64
+"""Chains with more units than this are made of whole blocks where blocks repeat."""
 _HEAVY = ("linear", "matmul", "mm", "bmm", "addmm", "convolution", "conv1d", "conv2d", "conv3d",
           "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "einsum", "baddbmm",
           "embedding", "sort", "topk", "_grouped_mm", "conv_transpose1d", "conv_transpose2d",
@@ -115,6 +117,10 @@ def build_chain(graph: Graph) -> Chain:
     cuts = _narrow_places(crossing, alone, [_has_weight(graph, op) for op in core])
     cuts = _without_idle_runs(cuts, crossing, [_is_heavy(op) for op in core])
     runs = [core[a:b] for a, b in pairwise([0, *cuts, len(core)])]
+    hashes = [structural_hash(graph, run) for run in runs]
+    firsts = _merged_periods([hashes.index(h) for h in hashes], MAX_FINE_UNITS)
+    if len(firsts) < len(runs):
+        runs = [list(chain.from_iterable(runs[a:b])) for a, b in pairwise([*firsts, len(runs)])]
     kinds: dict[str, int] = {}
     names = _unique([_common_path(run) for run in runs])
     units = []
@@ -220,9 +226,10 @@ def _narrow_places(
     """Places where crossing bytes are at a local minimum, or a single value crosses.
 
     Of neighbouring places with equal bytes (layers in sequence without skips) those just before an op
-    with weights are taken, or the first where there is none.
+    with weights are taken, or the first where there is none. A single value that is wider than the
+    cuts next to it (the middle of a bottleneck) is no place to cut.
     """
-    cuts: list[int] = []
+    valleys: list[tuple[float, bool, list[int]]] = []
     index = 0
     while index < len(crossing):
         end = index
@@ -231,11 +238,45 @@ def _narrow_places(
         left = crossing[index - 1] if index else _FORBIDDEN
         right = crossing[end + 1] if end + 1 < len(crossing) else _FORBIDDEN
         here = crossing[index]
-        if here != _FORBIDDEN and ((here <= left and here <= right) or all(alone[index : end + 1])):
-            valley = [place + 1 for place in range(index, end + 1)]
-            cuts += [place for place in valley if has_weight[place]] or valley[:1]
+        lowest = here <= left and here <= right
+        if here != _FORBIDDEN and (lowest or all(alone[index : end + 1])):
+            places = [place + 1 for place in range(index, end + 1)]
+            chosen = [place for place in places if has_weight[place]] or places[:1]
+            valleys.append((here, lowest, chosen))
         index = end + 1
+    cuts: list[int] = []
+    for number, (here, lowest, chosen) in enumerate(valleys):
+        beside = [v[0] for v in valleys[max(number - 1, 0) : number + 2]]
+        if lowest or len(beside) == 1 or min(beside) == here or max(beside) > here:
+            cuts += chosen
     return cuts
+
+
+def _merged_periods(kinds: Sequence[int], limit: int) -> list[int]:
+    """First units of the joined ones, when a chain longer than `limit` repeats a pattern of units.
+
+    Every full pattern in the longest run of repetitions becomes one unit: blocks instead of their
+    parts, where there are so many that parts would not balance stages any better.
+
+    >>> _merged_periods([0, 1, 2, 1, 2, 1, 2, 3], limit=4)
+    [0, 1, 3, 5, 7]
+    """
+    firsts = list(range(len(kinds)))
+    if len(kinds) <= limit:
+        return firsts
+    best_start, best_period, best_length = 0, 1, 0
+    for period in range(2, min(8, len(kinds) // 2) + 1):
+        start = 0
+        for place in range(len(kinds) - period + 1):
+            same = place + period < len(kinds) and kinds[place] == kinds[place + period]
+            if same:
+                continue
+            length = (place + period - start) // period
+            if length >= 2 and length * period > best_length * best_period:
+                best_start, best_period, best_length = start, period, length
+            start = place + 1
+    inside = range(best_start, best_start + best_period * best_length)
+    return [u for u in firsts if u not in inside or (u - best_start) % best_period == 0]
 
 
 def _without_idle_runs(

@@ -252,13 +252,13 @@ class Executor:
             parameter = self._tensors[label]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            buckets.setdefault((group, parameter.dtype), []).append(parameter.grad)
-        for (group, _), gradients in sorted(buckets.items(), key=lambda item: item[0][0]):
-            flat = torch.cat([g.reshape(-1) for g in gradients])
+            buckets.setdefault((group, parameter.dtype), []).append(parameter)
+        for (group, _), parameters in sorted(buckets.items(), key=lambda item: item[0][0]):
+            flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
             total = self.transport.sum(flat, group)
-            parts = torch.split(total, [g.numel() for g in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            parts = torch.split(total, [p.numel() for p in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
 
     def _optimize(self, state: _Step, action: Action) -> None:
         if self._optimizer is not None:

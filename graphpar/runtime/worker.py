@@ -122,7 +122,7 @@ class Worker:
         for label in program.owned:
             gradient = self.tensors[label].grad
             if gradient is not None:
-                square += gradient.double().square().sum().cpu()
+                square += torch.linalg.vector_norm(gradient).cpu().double().square()
         norm = float(self.transport.sum(square, ALL_RANKS).sqrt())
         scale = limit / (norm + 1e-6)
         if scale >= 1.0:
