@@ -24,8 +24,10 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from graphpar.calibration import Calibration, Curve, Grid, fingerprint
+from graphpar.cluster_build import num_cores
 from graphpar.cost import LinkCost
 from graphpar.errors import GraphparError
+from graphpar.neighbours import busy_neighbours
 from graphpar.probes import (
     BYTES_PER_ELEMENT,
     KERNELS,
@@ -130,7 +132,7 @@ def calibrate(*, threads: int = 1, refresh: bool = False, show_progress: bool = 
 
 
 def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
-    """Measure this machine for workers of so many threads.
+    """Measure this machine for workers of so many threads, its other cores kept busy.
 
     Args:
         threads: Threads of one worker.
@@ -141,7 +143,8 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
     """
     loopback = measure_loopback()
     samples = _Samples()
-    with _threads(threads), _bar(show_progress) as step, torch.no_grad():
+    others = busy_neighbours(max(num_cores() - threads, 0))
+    with others, _threads(threads), _bar(show_progress) as step, torch.no_grad():
         plan = [point for _ in range(_ROUNDS) for point in _points()]
         for done, point in enumerate(plan):
             step(done, len(plan))

@@ -17,7 +17,7 @@ ROWS = (
     "partition",
     "schedule timing simulate training solve_command "
     "plans plan_records plan_check plan_page plan_build plan_diff",
-    "frontend runtime passes cost_models view probes measure",
+    "frontend runtime passes cost_models view probes measure neighbours",
     "compiler verify demo doctor model_spec hf_models commands cli examples",
     "__init__ __main__",
 )
