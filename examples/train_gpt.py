@@ -1,7 +1,7 @@
 """Train the small GPT on several unlike workers; the same script runs under torchrun.
 
-    python examples/train_gpt.py
-    torchrun --standalone --nproc-per-node 2 examples/train_gpt.py
+python examples/train_gpt.py
+torchrun --standalone --nproc-per-node 2 examples/train_gpt.py
 """
 
 import argparse

@@ -77,6 +77,4 @@ class Partition:
     @property
     def used_devices(self) -> tuple[str, ...]:
         """Names of the devices that have work, in pipeline and stage order."""
-        return tuple(
-            r.device for p in self.pipelines for s in p.stages for r in s.replicas
-        )
+        return tuple(r.device for p in self.pipelines for s in p.stages for r in s.replicas)

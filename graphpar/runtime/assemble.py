@@ -78,9 +78,7 @@ class Lowered:
             if op.target == "output" or (op.name in reached and op.attr("grad")):
                 reached.update(op.operands())
         return tuple(
-            str(op.args[0])
-            for op in graph.sources("parameter")
-            if op.attr("grad") and op.name in reached
+            str(op.args[0]) for op in graph.sources("parameter") if op.attr("grad") and op.name in reached
         )
 
     def programs(self, schedule: Schedule, batch: int) -> list[RankProgram]:

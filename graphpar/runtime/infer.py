@@ -72,9 +72,7 @@ def _stages_of_weights(
     return found
 
 
-def _fitted(
-    graph: Graph, pipeline: PipelineChoice, stages_of: Mapping[str, list[int]]
-) -> PipelineChoice:
+def _fitted(graph: Graph, pipeline: PipelineChoice, stages_of: Mapping[str, list[int]]) -> PipelineChoice:
     """The pipeline with its stages cut at this graph's units."""
     units = build_chain(graph).units
     current = 0

@@ -206,9 +206,7 @@ class CompiledModel:
             missing.append({label: tensors[label] for label in new})
         self._workers.write(missing)
 
-    def _run(
-        self, loaded: _Loaded, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> list[torch.Tensor]:
+    def _run(self, loaded: _Loaded, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         signature = loaded.captured.signature
         inputs = signature.bind(args, kwargs)
         graph = loaded.captured.graph

@@ -49,9 +49,7 @@ class LocalWorkers:
         RunError: A worker could not be set up; none is left behind.
     """
 
-    def __init__(
-        self, starts: Sequence[RankStart], trained: Sequence[str], optimizer: bytes
-    ) -> None:
+    def __init__(self, starts: Sequence[RankStart], trained: Sequence[str], optimizer: bytes) -> None:
         self._folder = tempfile.mkdtemp(prefix="graphpar-")
         self._ended: str = ""
         self._processes: list[_Process] = []

@@ -46,9 +46,7 @@ def inputs_of_rank(
     """What a rank needs of the global batch: its microbatches of the inputs its stage reads."""
     needed: dict[str, torch.Tensor] = {}
     first = 0
-    for number, (size, route) in enumerate(
-        zip(schedule.microbatch_sizes, schedule.routes, strict=True)
-    ):
+    for number, (size, route) in enumerate(zip(schedule.microbatch_sizes, schedule.routes, strict=True)):
         if rank in route:
             for label in stage.inputs:
                 if label in batched:

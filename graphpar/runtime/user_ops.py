@@ -22,9 +22,7 @@ _OWN = frozenset({"aten", "prims", "gp"})
 
 def foreign_targets(graph: Graph, stage: int) -> list[str]:
     """Targets of a stage's ops that are neither torch's nor graphpar's own."""
-    targets = {
-        op.target for op in graph.ops if op.attr("stage") == stage and op.target not in SOURCES
-    }
+    targets = {op.target for op in graph.ops if op.attr("stage") == stage and op.target not in SOURCES}
     return sorted(t for t in targets if "." in t and t.partition(".")[0] not in _OWN)
 
 

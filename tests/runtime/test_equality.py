@@ -69,9 +69,7 @@ def sentences(batch: int = 8, length: int = 5) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 4])
 def test_stages_and_microbatches(microbatches: int, schedule: ScheduleName) -> None:
     stages = 1 + microbatches % 4
-    check_training(
-        Language(), sentences(), lines=straight(stages, microbatches), schedule=schedule
-    )
+    check_training(Language(), sentences(), lines=straight(stages, microbatches), schedule=schedule)
 
 
 @pytest.mark.parametrize(
