@@ -1,12 +1,17 @@
 """What all tests share: a fixed seed and a single thread, so that runs repeat."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# A suite started in the background of a shell ignores interrupts, and so would the processes that tests
+# start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -11,7 +11,9 @@ from graphpar.plans import Plan
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_demo_gives_one_devices_losses(tmp_path: Path) -> None:
+def test_demo_gives_one_devices_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without measuring the machine, which has tests of its own and takes a while."""
+    monkeypatch.setattr("graphpar.demo.calibrate", lambda **_: None)
     report = run_demo(3, tmp_path / "out")
     assert report.same_numbers
     assert report.loss_difference <= 1e-4
