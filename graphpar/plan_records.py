@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from graphpar.explanation import Explanation
 from graphpar.partition.types import Partition, Status
 from graphpar.schedule import Schedule, StageLink, build_schedule
 from graphpar.simulate import Timeline, simulate
@@ -96,6 +97,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         bubble_share: Share of device time that is neither compute nor gradient exchange.
         assumptions: What the prediction takes for granted.
         notes: Remarks of the planner.
+        explanation: Why the plan is as it is, where that was worked out.
     """
 
     format: Literal["graphpar-plan"] = PLAN_FORMAT
@@ -120,6 +122,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bubble_share: float
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
+    explanation: Explanation | None = None
 
     @property
     def status(self) -> Status:
