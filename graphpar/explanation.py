@@ -1,8 +1,8 @@
 """Why a plan is as it is: what each choice costs against the next best, and what resources are worth.
 
-Plain frozen data, kept inside a plan's file, so that a page or a picture can be drawn from it without a
-solver at hand. Seconds are seconds per step of the whole plan under the programme's cost formula, the same
-as `Partition.objective_s`; every number says by which method it was found:
+Plain frozen data, kept inside a plan's file, so that a page or a picture can be drawn from it without
+a solver at hand. Seconds are seconds per step of the whole plan under the programme's cost formula, the
+same as `Partition.objective_s`; every number says by which method it was found:
 
 * `searched`: the search met this plan and proved what it says;
 * `re-solved`: the programme was solved again with one thing changed; a bound comes with it;
