@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
-from graphpar.partition.types import PipelineChoice
+from graphpar.partition.types import PipelineChoice, Replica
 from graphpar.plan_records import PlanRecord
+
+_SHARE_ROUNDING = 1e-6
+"""How far the shares of a tensor group may be from one in all; files round numbers."""
 
 
 def find_contradiction(plan: PlanRecord) -> str | None:
@@ -53,8 +56,19 @@ def _pipeline_contradictions(where: str, pipeline: PipelineChoice, num_units: in
                 f"field {where}.stages[{s}].replicas: take {shares} microbatches; each needs at "
                 f"least one, and all together {pipeline.microbatches}"
             )
+        for r, replica in enumerate(stage.replicas):
+            yield from _group_contradictions(f"{where}.stages[{s}].replicas[{r}]", replica)
     if end != num_units:
         yield f"field {where}.stages: cover {end} of {num_units} units"
+
+
+def _group_contradictions(where: str, replica: Replica) -> Iterator[str]:
+    """Shares of a tensor group: none at all for equal ones, else one for each member."""
+    shares = replica.shares
+    if shares and len(shares) != len(replica.devices):
+        yield f"field {where}.shares: {len(shares)} shares for {len(replica.devices)} members"
+    elif shares and (min(shares) <= 0 or abs(sum(shares) - 1) > _SHARE_ROUNDING):
+        yield f"field {where}.shares: {list(shares)}; each must be positive and all add up to 1"
 
 
 def _table_contradictions(plan: PlanRecord) -> Iterator[str]:
@@ -75,7 +89,7 @@ def _table_contradictions(plan: PlanRecord) -> Iterator[str]:
             pipeline,
             choice.first,
             choice.last,
-            tuple((r.device, r.microbatches) for r in choice.replicas),
+            tuple((d, r.microbatches) for r in choice.replicas for d in r.devices),
         )
         if have != want:
             yield (
@@ -106,7 +120,7 @@ def _timing_contradictions(plan: PlanRecord) -> Iterator[str]:
     for pipeline in plan.partition.pipelines:
         sizes = set(pipeline.sizes())
         for stage in pipeline.stages:
-            for _ in stage.replicas:
+            for _ in (d for r in stage.replicas for d in r.devices):
                 lacking = sizes - {row.size for row in plan.timing.ranks[rank].sizes}
                 if lacking:
                     yield f"field timing.ranks[{rank}].sizes: lacks microbatches of {min(lacking)}"

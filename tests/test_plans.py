@@ -203,6 +203,16 @@ def changed(**changes: Any) -> bytes:
             "p0s0/0",
             "device p0s0/0 runs two stages",
         ),
+        (
+            "partition__pipelines__0__stages__1__replicas__0__shares",
+            [0.5, 0.5],
+            r"replicas\[0\].shares: 2 shares for 1 members",
+        ),
+        (
+            "partition__pipelines__0__stages__1__replicas__0__shares",
+            [0.5],
+            "each must be positive and all add up to 1",
+        ),
         ("predicted_peak_bytes", {}, "field predicted_peak_bytes"),
         ("left_out", {"p0s0/0": "slow"}, "field left_out: p0s0/0 is used"),
     ],

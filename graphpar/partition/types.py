@@ -2,8 +2,9 @@
 
 A *pipeline* takes a share of every global batch and cuts it into microbatches. Its *stages* are
 contiguous runs of units that together cover the chain. A stage has one or more *replicas*, which take
-turns over the pipeline's microbatches. Several pipelines, of unlike composition if need be, run side
-by side; gradients are summed over all copies of a unit.
+turns over the pipeline's microbatches. A replica is one device or a *tensor group*: devices that share
+every layer of the stage, each in proportion to its share. Several pipelines, of unlike composition if
+need be, run side by side; gradients are summed over all copies of a unit.
 """
 
 from dataclasses import dataclass, field
@@ -15,19 +16,55 @@ ScheduleName = Literal["gpipe", "1f1b"]
 
 @dataclass(frozen=True)
 class Replica:
-    """One device that runs a stage, and how many of the pipeline's microbatches it takes."""
+    """One device or tensor group that runs a stage, and how many of the pipeline's microbatches it takes.
+
+    Attributes:
+        device: The device, or the first member of the group.
+        microbatches: Microbatches taken; all members of a group run the same ones.
+        others: The further members of a tensor group, in order.
+        shares: Each member's share of the dimensions that the group splits; they add up to one.
+            Empty: equal shares.
+
+    >>> Replica("a/0", 4, others=("a/1",), shares=(0.6, 0.4)).devices
+    ('a/0', 'a/1')
+    """
 
     device: str
     microbatches: int
+    others: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The members of the group in order; one device where there is no group."""
+        return (self.device, *self.others)
+
+    @property
+    def member_shares(self) -> tuple[float, ...]:
+        """Each member's share, equal ones spelled out."""
+        return self.shares or (1 / len(self.devices),) * len(self.devices)
 
 
 @dataclass(frozen=True)
 class StageChoice:
-    """Units `first` to `last - 1` of the chain, run by each replica for its microbatches."""
+    """Units `first` to `last - 1` of the chain, run by each replica for its microbatches.
+
+    Attributes:
+        first: First unit of the stage.
+        last: The unit after its last.
+        replicas: Who runs it.
+        precision: Name of the number format it computes in.
+        recompute: Whether activations are computed again in the backward instead of kept.
+        zero: ZeRO level: 0 keeps everything on every replica, 1 splits the optimiser state, 2 the
+            gradients too, 3 the weights too.
+    """
 
     first: int
     last: int
     replicas: tuple[Replica, ...]
+    precision: str = "float32"
+    recompute: bool = False
+    zero: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,5 +113,8 @@ class Partition:
 
     @property
     def used_devices(self) -> tuple[str, ...]:
-        """Names of the devices that have work, in pipeline and stage order."""
-        return tuple(r.device for p in self.pipelines for s in p.stages for r in s.replicas)
+        """Names of the devices that have work, in order of pipelines, stages, replicas, members.
+
+        A device's place here is its rank.
+        """
+        return tuple(d for p in self.pipelines for s in p.stages for r in s.replicas for d in r.devices)
