@@ -24,6 +24,9 @@ class Rates(Protocol):
     def optimizer_seconds(self, numel: float, tensors: int, state_ratio: float) -> float:
         """Time of one optimiser step over so many trained elements in so many tensors."""
 
+    def clip_seconds(self, numel: float, tensors: int) -> float:
+        """Time of clipping the gradients of so many elements in so many tensors by their norm."""
+
 
 @dataclass(frozen=True)
 class CatalogueRates:
@@ -91,6 +94,11 @@ class CatalogueRates:
         rate = self.device.memory_bytes_per_s * self.family.bandwidth_fraction
         return tensors * self.family.host_op_s * (2 + 3 * state_ratio) + moved / rate
 
+    def clip_seconds(self, numel: float, tensors: int) -> float:
+        """Memory traffic: read for the norm, then read and written, in float32; four ops a tensor."""
+        rate = self.device.memory_bytes_per_s * self.family.bandwidth_fraction
+        return tensors * self.family.host_op_s * 4 + numel * 12 / rate
+
 
 def interpolate(points: tuple[tuple[float, float], ...], flops: float) -> float:
     """An efficiency on a curve; below it time stays what it is at the first point.
@@ -157,6 +165,10 @@ class CalibratedRates:
         each = numel / max(tensors, 1)
         one = (1 - share) * curves["sgd"].at(each) + share * curves["adamw"].at(each)
         return one * tensors
+
+    def clip_seconds(self, numel: float, tensors: int) -> float:
+        """Measured on tensors of the mean size."""
+        return self.calibration.curves["clip"].at(numel / max(tensors, 1)) * tensors
 
 
 def rates_of(device: Device, calibration: Calibration | None) -> Rates:

@@ -81,6 +81,7 @@ class Roofline:
             reserved_bytes=max(
                 CPU_RESERVED_BYTES if device.is_cpu else GPU_RESERVED_BYTES for device in examples
             ),
+            sum_s_per_byte=self._sum_s_per_byte(cluster),
         )
 
     def unpriced(self, graph: Graph) -> tuple[str, ...]:
@@ -94,6 +95,11 @@ class Roofline:
         if device.is_local_cpu and self.calibration is not None:
             return self.calibration.loopback.latency_s / 2 * device.slowdown
         return 20e-6 * device.slowdown
+
+    def _sum_s_per_byte(self, cluster: Cluster) -> float:
+        """What gradient sums cost this machine's processor; only measured where all workers run on it."""
+        local = all(device.is_local_cpu for device in cluster.devices)
+        return self.calibration.sum_s_per_byte if local and self.calibration is not None else 0.0
 
     def _topology(self, cluster: Cluster) -> Topology:
         """The cluster's links, with the measured loopback where this machine talks to itself."""
@@ -210,9 +216,7 @@ class _Pricer:
                 for rate, device in zip(rates, devices, strict=True)
             ),
             optimizer_s=tuple(
-                rate.optimizer_seconds(numel, tensors, state) * device.slowdown
-                if options.training and tensors
-                else 0.0
+                self._update_s(rate, numel, tensors) * device.slowdown
                 for rate, device in zip(rates, devices, strict=True)
             ),
             weight_bytes=weights,
@@ -221,6 +225,15 @@ class _Pricer:
             saved_bytes=tuple(m.saved_bytes for m in memory),
             working_bytes=tuple(m.working_bytes for m in memory),
         )
+
+    def _update_s(self, rates: Rates, numel: float, tensors: int) -> float:
+        """What happens to the unit's parameters once their gradients are summed."""
+        options = self.options
+        if not (options.training and tensors):
+            return 0.0
+        clip_s = rates.clip_seconds(numel, tensors) if options.clips_gradients else 0.0
+        state = options.optimizer_state_bytes_per_parameter_byte
+        return clip_s + rates.optimizer_seconds(numel, tensors, state)
 
     def free_seconds(self, device: Device, size: int) -> float:
         """Time of the ops that every stage computes for itself."""

@@ -19,7 +19,7 @@ import msgspec
 from graphpar.cost import LinkCost
 from graphpar.errors import GraphparError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +112,7 @@ class Calibration:
         batched_matmul: The same per matrix of a batch.
         attention: Rates by `causal` or `full`, forward and backward: sequence length, head size.
         loopback: A message between two processes of this machine.
+        sum_s_per_byte: What a ring all-reduce costs beyond its messages, per byte that a holder sends.
         op_s: What an op of forward costs in a mixed sequence beyond its curve, tape included.
         node_s: The same for a kernel of backward.
         memory_bytes_per_s: Copy bandwidth for sizes far beyond the caches.
@@ -124,6 +125,7 @@ class Calibration:
     batched_matmul: Mapping[str, Grid] = field(hash=False)
     attention: Mapping[str, Grid] = field(hash=False)
     loopback: LinkCost
+    sum_s_per_byte: float
     op_s: float
     node_s: float
     memory_bytes_per_s: float
@@ -190,7 +192,8 @@ class Calibration:
                 f"more in a mixed sequence: {self.op_s * 1e6:.1f} us "
                 f"forward, {self.node_s * 1e6:.1f} us backward",
                 f"loopback: {self.loopback.latency_s * 1e6:.0f} us, "
-                f"{self.loopback.bytes_per_s / 1e9:.2f} GB/s",
+                f"{self.loopback.bytes_per_s / 1e9:.2f} GB/s, "
+                f"gradient sums {1e-9 / (1 / self.loopback.bytes_per_s + self.sum_s_per_byte):.2f} GB/s",
             )
         )
 
@@ -203,6 +206,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     batched_matmul: dict[str, Grid]
     attention: dict[str, Grid]
     loopback: LinkCost
+    sum_s_per_byte: float
     op_s: float
     node_s: float
     memory_bytes_per_s: float
@@ -218,6 +222,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             dict(c.batched_matmul),
             dict(c.attention),
             c.loopback,
+            c.sum_s_per_byte,
             c.op_s,
             c.node_s,
             c.memory_bytes_per_s,
@@ -232,6 +237,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             self.batched_matmul,
             self.attention,
             self.loopback,
+            self.sum_s_per_byte,
             self.op_s,
             self.node_s,
             self.memory_bytes_per_s,

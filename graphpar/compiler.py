@@ -239,6 +239,7 @@ def price(
         max_microbatches=min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,
+        clips_gradients=train is not None and train.max_grad_norm is not None,
     )
     return Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options)
 

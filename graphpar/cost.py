@@ -109,6 +109,7 @@ class PricingOptions:
         max_microbatches: 1 where samples mix and the batch must stay whole.
         max_replicas: 1 where samples mix.
         batch_reason: Why the batch may not be split, for people.
+        clips_gradients: Whether gradients are clipped by their global norm before the optimiser.
     """
 
     batch: int
@@ -118,6 +119,7 @@ class PricingOptions:
     max_microbatches: int = 64
     max_replicas: int = 64
     batch_reason: str = ""
+    clips_gradients: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "max_microbatches", "max_replicas"):
@@ -146,6 +148,7 @@ class CostTable:
         max_replicas: 1 where samples mix; otherwise how many copies of a unit may exist.
         batch_reason: Why the batch may not be split, for people; empty when it may.
         reserved_bytes: Memory the framework itself takes on every device.
+        sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
     """
 
     batch: int
@@ -161,6 +164,7 @@ class CostTable:
     max_replicas: int
     batch_reason: str = ""
     reserved_bytes: float = 0.0
+    sum_s_per_byte: float = 0.0
 
     @property
     def num_units(self) -> int:

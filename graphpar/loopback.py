@@ -1,6 +1,7 @@
-"""One end of a measurement of messages between two processes of this machine; `measure` starts two.
+"""One end of a measurement of messages between processes of this machine; `measure` starts them.
 
-Run as `python -m graphpar.loopback RANK STORE_FILE`; rank 0 prints the result as JSON.
+Run as `python -m graphpar.loopback RANK NUM_RANKS STORE_FILE`; rank 0 prints the result as JSON. Messages
+go between ranks 0 and 1, gradients are summed over all ranks.
 """
 
 import json
@@ -16,22 +17,30 @@ _SMALL_BYTES = 64
 _LARGE_BYTES = 1 << 23
 _TIMEOUT = timedelta(seconds=60)
 _BURSTS = 8
+_GRADIENTS = 32
 _PAUSE_S = 0.05
 """Between bursts, so that the scheduler can put two processes that share a core on two."""
 
 
-def main(rank: int, store: str) -> None:
-    """Bounce small and large messages between two ranks."""
+def main(rank: int, num_ranks: int, store: str) -> None:
+    """Bounce small and large messages between two ranks, then sum over all of them."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=_TIMEOUT
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
     )
-    latency_s = _one_way_s(rank, _SMALL_BYTES, 30)
-    large_s = _one_way_s(rank, _LARGE_BYTES, 5)
+    latency_s = large_s = 0.0
+    if rank < 2:
+        latency_s = _one_way_s(rank, _SMALL_BYTES, 30)
+        large_s = _one_way_s(rank, _LARGE_BYTES, 5)
+    dist.barrier()
+    sum_s = _sum_s()
     dist.destroy_process_group()
     if rank == 0:
         bytes_per_s = _LARGE_BYTES / max(large_s - latency_s, large_s / 2)
-        print(json.dumps({"latency_s": latency_s, "bytes_per_s": bytes_per_s}))
+        message = _LARGE_BYTES / num_ranks
+        extra_s = sum_s / (2 * (num_ranks - 1)) - latency_s - message / bytes_per_s
+        found = {"latency_s": latency_s, "bytes_per_s": bytes_per_s}
+        print(json.dumps({**found, "sum_s_per_byte": max(extra_s, 0.0) / message}))
 
 
 def _one_way_s(rank: int, num_bytes: int, repeats: int) -> float:
@@ -59,5 +68,22 @@ def _bounce(rank: int, buffer: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+def _sum_s() -> float:
+    """Median time of a gradient sum as workers do it, in the quietest of several bursts."""
+    parts = [torch.zeros(_LARGE_BYTES // 4 // _GRADIENTS) for _ in range(_GRADIENTS)]
+    bursts = []
+    for _ in range(_BURSTS):
+        time.sleep(_PAUSE_S)
+        bursts.append(median(_sum_once(parts) for _ in range(3)))
+    return min(bursts)
+
+
+def _sum_once(parts: list[torch.Tensor]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    dist.all_reduce(torch.cat(parts))
+    return time.perf_counter() - start
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -34,6 +34,7 @@ from graphpar.probes import (
     MIXED_ROWS,
     MIXED_WIDTH,
     OPTIMIZED_TENSORS,
+    STEPS,
     Work,
     attention,
     attention_flops,
@@ -43,7 +44,6 @@ from graphpar.probes import (
     matrix_product,
     mixed_backward,
     mixed_forward,
-    optimizer_step,
     view,
 )
 
@@ -155,7 +155,8 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
         matmul=_matmul_grids(samples),
         batched_matmul={"float32": _batched_grid(samples)},
         attention=_attention_grids(samples),
-        loopback=loopback,
+        loopback=loopback.link,
+        sum_s_per_byte=loopback.sum_s_per_byte,
         op_s=_mixed_extra(samples, backward=False),
         node_s=_mixed_extra(samples, backward=True),
         memory_bytes_per_s=24 * SIZES[-1] / 2 / samples.best(("pointwise", SIZES[-1])),
@@ -180,9 +181,9 @@ def _points() -> Iterator[_Point]:
     yield _Point(("view", 1), partial(view, 1), 1024.0)
     yield _Point(("mixed", 1), lambda: mixed_forward()[0], 1e6)
     yield _Point(("mixed_backward", 1), mixed_backward, 1e6)
-    for name in ("adamw", "sgd"):
+    for name, setup in STEPS.items():
         for size in SIZES:
-            yield _Point((name, size), partial(optimizer_step, name, size), 64.0 * size)
+            yield _Point((name, size), partial(setup, size), 64.0 * size)
     for dtype, rows, widths in _matmul_plans():
         for r, w in product(rows, widths):
             if 2.0 * r * w * w <= MAX_FLOPS:
@@ -242,7 +243,7 @@ def _curves(samples: _Samples) -> dict[str, Curve]:
         )
         for name in KERNELS
     }
-    for name in ("adamw", "sgd"):
+    for name in STEPS:
         seconds = _increasing(samples.best((name, size)) / OPTIMIZED_TENSORS for size in SIZES)
         curves[name] = Curve(tuple(map(float, SIZES)), seconds)
     curves["view"] = Curve((1.0,), (samples.best(("view", 1)),))
@@ -302,49 +303,59 @@ def _attention_grids(samples: _Samples) -> dict[str, Grid]:
 
 _QUIET_LATENCY_S = 5e-4
 _ATTEMPTS = 3
+_MOST_ENDS = 4
 
 
-def measure_loopback() -> LinkCost:
-    """Latency and bandwidth of gloo between two processes of this machine.
+@dataclass(frozen=True)
+class Loopback:
+    """Messages between processes of this machine, and what summing costs on top, in seconds per byte."""
+
+    link: LinkCost
+    sum_s_per_byte: float
+
+
+def measure_loopback() -> Loopback:
+    """Latency and bandwidth of gloo between processes of this machine, and its ring all-reduce.
 
     On a busy machine every message may wait for a time slice of the scheduler, some milliseconds; then
     it is tried again, and the quickest counts.
 
     Raises:
-        GraphparError: The two could not exchange messages.
+        GraphparError: The processes could not exchange messages.
     """
-    found = _bounce_messages()
+    found = _exchange_messages()
     for _ in range(_ATTEMPTS - 1):
-        if found.latency_s <= _QUIET_LATENCY_S:
+        if found.link.latency_s <= _QUIET_LATENCY_S:
             break
-        found = min(found, _bounce_messages(), key=lambda link: link.latency_s)
+        found = min(found, _exchange_messages(), key=lambda loopback: loopback.link.latency_s)
     return found
 
 
-def _bounce_messages() -> LinkCost:
-    """Start the two ends once."""
+def _exchange_messages() -> Loopback:
+    """Start all ends once; one more than there are cores, as in a job that has more workers."""
+    num_ranks = min(num_cores() + 1, _MOST_ENDS)
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
+        command = [sys.executable, "-m", "graphpar.loopback"]
+        where = [str(num_ranks), str(Path(folder) / "store")]
         ends = [
             subprocess.Popen(
-                [sys.executable, "-m", "graphpar.loopback", str(rank), store],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                [*command, str(rank), *where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
-            for rank in range(2)
+            for rank in range(num_ranks)
         ]
         try:
             outputs = [end.communicate(timeout=90) for end in ends]
         except subprocess.TimeoutExpired as error:
-            raise GraphparError("Two processes of this machine could not meet in 90 s.") from error
+            raise GraphparError("The processes of this machine could not meet in 90 s.") from error
         finally:
             for end in ends:
                 end.kill()
                 end.wait()
     if any(end.returncode for end in ends):
-        raise GraphparError(f"The loopback measurement failed: {outputs[0][1] or outputs[1][1]}")
-    return LinkCost(**json.loads(outputs[0][0]))
+        told = next((errors for _, errors in outputs if errors), "no message")
+        raise GraphparError(f"The loopback measurement failed: {told}")
+    found = json.loads(outputs[0][0])
+    return Loopback(LinkCost(found["latency_s"], found["bytes_per_s"]), found["sum_s_per_byte"])
 
 
 @contextmanager

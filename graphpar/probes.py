@@ -4,6 +4,7 @@ Sizes are counted in elements of the principal tensor, which has rows of `WIDTH`
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -187,14 +188,39 @@ def mixed_backward() -> Work:
 OPTIMIZED_TENSORS = 4
 
 
-def optimizer_step(name: str, size: int) -> Work:
+def optimizer_step(kind: Callable[..., torch.optim.Optimizer], size: int) -> Work:
     """One step over several equal tensors."""
+    optimizer = kind(_trained_tensors(size), lr=1e-9)
+    return lambda: optimizer.step()
+
+
+def clipping(size: int) -> Work:
+    """The gradients' norm, and their scaling by a factor, as workers do it."""
+    gradients = [tensor.grad for tensor in _trained_tensors(size) if tensor.grad is not None]
+
+    def work() -> None:
+        square = torch.zeros((), dtype=torch.float64)
+        for gradient in gradients:
+            square += torch.linalg.vector_norm(gradient).cpu().double().square()
+        for gradient in gradients:
+            gradient.mul_(1.0)
+
+    return work
+
+
+def _trained_tensors(size: int) -> list[torch.Tensor]:
     tensors = [torch.zeros(size // WIDTH, WIDTH, requires_grad=True) for _ in range(OPTIMIZED_TENSORS)]
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.SGD
-    optimizer = kind(tensors, lr=1e-9)
-    return lambda: optimizer.step()
+    return tensors
+
+
+STEPS: Mapping[str, Callable[[int], Work]] = {
+    "adamw": partial(optimizer_step, torch.optim.AdamW),
+    "sgd": partial(optimizer_step, torch.optim.SGD),
+    "clip": clipping,
+}
+"""What happens to parameters after backward."""
 
 
 def matrix_product(dtype: str, rows: int, width: int) -> Work:

@@ -177,4 +177,4 @@ def _ring_seconds(
     hops = zip(devices, [*devices[1:], devices[0]], strict=True)
     message = num_bytes / len(ranks)
     slowest = max(table.topology.link(a, b).seconds(message) for a, b in hops)
-    return 2 * (len(ranks) - 1) * slowest
+    return 2 * (len(ranks) - 1) * (slowest + table.sum_s_per_byte * message)

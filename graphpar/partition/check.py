@@ -193,7 +193,7 @@ def _all_reduce(table: CostTable, devices: list[tuple[int, str]], copies: int, s
             if group != other:
                 link = table.topology.link(a, b)
                 slowest = max(slowest, link.latency_s + size / copies / link.bytes_per_s)
-    return 2 * (copies - 1) * slowest
+    return 2 * (copies - 1) * (slowest + table.sum_s_per_byte * size / copies)
 
 
 def _one_per_node(table: CostTable, devices: list[tuple[int, str]]) -> list[tuple[int, str]]:

@@ -23,8 +23,9 @@ it, hence a round trip over any run of L neighbouring stages takes L periods: th
 (sum t + sum c inside the run) / L. Charging half of each transfer to either side is an upper bound on
 all these averages, and meets them where stages are balanced. Under GPipe transfers overlap.
 
-`ring(g, w) = 2 (w - 1) * seconds(g / w)` on the slowest link (Patarasuk and Yuan, "Bandwidth optimal
-all-reduce algorithms for clusters of workstations", 2009). Microbatches are dealt by a rule, not a
+`ring(g, w) = 2 (w - 1) * (seconds(g / w) + sum_s_per_byte * g / w)` on the slowest link (Patarasuk and
+Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009); the second term is
+what holders that sum on their own processors spend on it. Microbatches are dealt by a rule, not a
 choice: the next one goes to the replica that would finish it first.
 
 Peak of a device: weights + gradients + optimiser state of `U_s`, plus `in flight * saved` plus the
@@ -58,15 +59,18 @@ def slowest(links: Iterable[LinkCost], num_bytes: float) -> float:
     return max((link.seconds(num_bytes) for link in links), default=0.0)
 
 
-def ring_s(links: Iterable[LinkCost], num_bytes: float, copies: int) -> float:
+def ring_s(
+    links: Iterable[LinkCost], num_bytes: float, copies: int, sum_s_per_byte: float = 0.0
+) -> float:
     """Seconds of a ring all-reduce of `num_bytes` over `copies` holders.
 
-    >>> ring_s([LinkCost(0.0, 1e9)], 1e9, 2)
-    1.0
+    >>> ring_s([LinkCost(0.0, 1e9)], 1e9, 2), ring_s([LinkCost(0.0, 1e9)], 1e9, 2, 2e-9)
+    (1.0, 3.0)
     """
     if copies < 2 or num_bytes <= 0:
         return 0.0
-    return 2 * (copies - 1) * slowest(links, num_bytes / copies)
+    message = num_bytes / copies
+    return 2 * (copies - 1) * (slowest(links, message) + sum_s_per_byte * message)
 
 
 def deal(times_s: Sequence[float], periods_s: Sequence[float], microbatches: int) -> tuple[int, ...]:
@@ -210,8 +214,8 @@ def _worst_post(table: CostTable, pipelines: Sequence[PipelineChoice]) -> tuple[
             costs = [table.costs[table.units[u]] for u in range(stage.first, stage.last)]
             gradients = sum(c.gradient_bytes for c in costs)
             names = _devices(stage)
-            sync = ring_s(pairs(table, names, names), gradients, len(names))
-            sync += ring_s(across, gradients, len(pipelines))
+            sync = ring_s(pairs(table, names, names), gradients, len(names), table.sum_s_per_byte)
+            sync += ring_s(across, gradients, len(pipelines), table.sum_s_per_byte)
             optimizer = max(sum(c.optimizer_s[table.class_of[d]] for c in costs) for d in names)
             worst = max(worst, (sync, optimizer), key=sum)
     return worst

@@ -272,8 +272,8 @@ def _post(
     if not table.training:
         return np.where(units.valid, 0.0, np.inf)
     gradients = units.ranges([c.gradient_bytes for c in table.costs])
-    sync = _ring_array(option.ring, gradients, option.width)
-    sync = sync + _ring_array(setting.across, gradients, setting.peers)
+    sync = _ring_array(option.ring, gradients, option.width, table.sum_s_per_byte)
+    sync = sync + _ring_array(setting.across, gradients, setting.peers, table.sum_s_per_byte)
     optimizer = [
         units.ranges([c.optimizer_s[cls] for c in table.costs])
         for cls in sorted(set(_staff(cells, option)))
@@ -281,5 +281,9 @@ def _post(
     return np.where(units.valid, sync + np.maximum.reduce(optimizer), np.inf)
 
 
-def _ring_array(links: Links, num_bytes: FloatArray, copies: int) -> FloatArray:
-    return 2 * (copies - 1) * _slowest(links, num_bytes / copies)
+def _ring_array(links: Links, num_bytes: FloatArray, copies: int, sum_s_per_byte: float) -> FloatArray:
+    if copies < 2:
+        return np.zeros_like(num_bytes)
+    message = num_bytes / copies
+    summing = sum_s_per_byte * message if sum_s_per_byte else 0.0  # nothing times infinity is no number
+    return 2 * (copies - 1) * (_slowest(links, message) + summing)

@@ -40,7 +40,8 @@ def _shape_problems(table: CostTable) -> Iterator[str]:
     for unit in table.units:
         if not 0 <= unit < len(table.costs):
             yield f"a unit refers to cost {unit} of {len(table.costs)}"
-    yield from _bad_numbers("the table", {"reserved_bytes": [table.reserved_bytes]})
+    scalars = {"reserved_bytes": [table.reserved_bytes], "sum_s_per_byte": [table.sum_s_per_byte]}
+    yield from _bad_numbers("the table", scalars)
 
 
 def _device_problems(table: CostTable) -> Iterator[str]:

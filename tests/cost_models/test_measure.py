@@ -29,10 +29,11 @@ def test_every_kind_of_point_can_be_set_up_and_run() -> None:
 
 
 @pytest.mark.distributed
-def test_loopback_is_measured_between_two_processes() -> None:
-    link = measure.measure_loopback()
-    assert 1e-6 < link.latency_s < 1
-    assert link.bytes_per_s > 1e6
+def test_loopback_is_measured_between_processes() -> None:
+    loopback = measure.measure_loopback()
+    assert 1e-6 < loopback.link.latency_s < 1
+    assert loopback.link.bytes_per_s > 1e6
+    assert 0 <= loopback.sum_s_per_byte < 1e-6
 
 
 def test_times_are_positive_and_grow() -> None:

@@ -183,7 +183,7 @@ def test_unknown_operators_are_priced_and_named() -> None:
 
 def calibration() -> Calibration:
     rate = Grid((1.0, 64.0), (8.0, 64.0), ((1e9, 2e9), (4e9, 8e9)))
-    names = """pointwise accumulate copy fill reduce relu relu_backward view adamw sgd""".split()
+    names = """pointwise accumulate copy fill reduce relu relu_backward view adamw sgd clip""".split()
     kinds = ("full", "causal", "full_backward", "causal_backward")
     return Calibration(
         fingerprint=Fingerprint("test", 2, "2.13.0", 1),
@@ -192,6 +192,7 @@ def calibration() -> Calibration:
         batched_matmul={"float32": rate},
         attention=dict.fromkeys(kinds, rate),
         loopback=LinkCost(5e-5, 1e9),
+        sum_s_per_byte=2e-9,
         op_s=1e-6,
         node_s=2e-6,
         memory_bytes_per_s=1e10,
@@ -205,6 +206,7 @@ def test_a_calibration_prices_this_machine_and_its_loopback() -> None:
     measured = calibration()
     table = Roofline(measured).price(graph, build_chain(graph), cluster, options)
     assert table.topology.link("local/0", "local/1") == LinkCost(5e-5, 1e9)
+    assert table.sum_s_per_byte == 2e-9
     first = table.costs[0]
     up = 2 * 4 * 32 * 8 / measured.matmul["float32"].at(4, (32 * 8) ** 0.5)
     down = 2 * 4 * 32 * 8 / measured.matmul["float32"].at(4, (32 * 8) ** 0.5)
@@ -213,10 +215,30 @@ def test_a_calibration_prices_this_machine_and_its_loopback() -> None:
     assert first.forward_s[0][-1] == pytest.approx(up + down + relu + floors)
 
 
+def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:
+    graph = parse_graph(BLOCKS)
+    cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}, {"kind": "v100-sxm2-16gb"}]})
+    plain, clipped = (
+        Roofline(calibration()).price(
+            graph,
+            build_chain(graph),
+            cluster,
+            PricingOptions(batch=4, training=True, clips_gradients=clips),
+        )
+        for clips in (False, True)
+    )
+    assert plain.sum_s_per_byte == 0.0  # one of the devices sums elsewhere
+    curve = calibration().curves["clip"]
+    for before, after in zip(plain.costs, clipped.costs, strict=True):
+        on_processor, on_gpu = (b - a for a, b in zip(before.optimizer_s, after.optimizer_s, strict=True))
+        assert on_processor == pytest.approx(2 * curve.at(8 * 32))
+        assert on_gpu > 0
+
+
 def test_calibration_file_round_trips_and_refuses_damage(tmp_path: Path) -> None:
     path = calibration().save(tmp_path / "sub" / "c.json")
     assert Calibration.load(path) == calibration()
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 0'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 0'))
     with pytest.raises(GraphparError, match="format 0"):
         Calibration.load(path)
     path.write_text("{")

@@ -137,6 +137,7 @@ def small_tables(
         topology=topology,
         max_microbatches=batch,
         max_replicas=batch,
+        sum_s_per_byte=draw(st.sampled_from([0.0, 0.02])),
     )
     if mixed:
         return replace(table, max_microbatches=1, max_replicas=1, batch_reason="samples mix")
