@@ -12,6 +12,9 @@ from graphpar.catalogue import Family
 from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
 
+LISTED_TENSOR_S = 1e-6
+"""The host's time per tensor of an op over a list of tensors (`torch._foreach_*`, the optimisers' default on
+GPUs): an estimate, not measured."""
 FLOAT_PEAK_FALLBACK = ("tf32", "float32", "bfloat16", "float16")
 
 
@@ -92,12 +95,18 @@ class CatalogueRates:
         """Memory traffic: weight and states read and written, gradient read, in float32."""
         moved = numel * 4 * (3 + 2 * state_ratio)
         rate = self.device.memory_bytes_per_s * self.family.bandwidth_fraction
-        return tensors * self.family.host_op_s * (2 + 3 * state_ratio) + moved / rate
+        return self._host_s(2 + 3 * state_ratio, tensors) + moved / rate
 
     def clip_seconds(self, numel: float, tensors: int) -> float:
         """Memory traffic: read for the norm, then read and written, in float32; four ops a tensor."""
         rate = self.device.memory_bytes_per_s * self.family.bandwidth_fraction
-        return tensors * self.family.host_op_s * 4 + numel * 12 / rate
+        return self._host_s(4, tensors) + numel * 12 / rate
+
+    def _host_s(self, num_ops: float, tensors: int) -> float:
+        """Time to issue ops over all tensors: one by one on a processor, as a list on a GPU."""
+        if self.device.is_cpu:
+            return num_ops * tensors * self.family.host_op_s
+        return num_ops * (self.family.host_op_s + tensors * LISTED_TENSOR_S)
 
 
 def interpolate(points: tuple[tuple[float, float], ...], flops: float) -> float:
