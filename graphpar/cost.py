@@ -7,12 +7,17 @@ The model is a chain of *units*: contiguous runs of ops, cut where little data c
 (the repeated blocks of a network) share one `UnitCost`. Times and activation sizes depend on the
 microbatch size and are tabulated at `CostTable.sizes`; between two entries they are interpolated
 linearly.
+
+A *mode* is one way to run units: on which classes of devices (several form a tensor group), in which
+precision, whether activations are recomputed, at which ZeRO level. Every device class has its plain
+mode, whose numbers are the rows of the `UnitCost`s; a cost model may add others (`CostTable.modes`).
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,88 @@ class UnitCost:
     optimizer_bytes: float
     saved_bytes: tuple[float, ...]
     working_bytes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModeCost:
+    """What one distinct unit costs in a mode.
+
+    `forward_s` and `backward_s` are indexed by microbatch size and hold for the whole group, the
+    collectives inside it included. All bytes are per member, in the order of `Mode.members`;
+    `saved_bytes` and `working_bytes` are indexed [member][microbatch size]. ZeRO's division by the
+    number of replicas is not made here, because the table does not know that number.
+    """
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    optimizer_s: float
+    weight_bytes: tuple[float, ...]
+    gradient_bytes: tuple[float, ...]
+    optimizer_bytes: tuple[float, ...]
+    saved_bytes: tuple[tuple[float, ...], ...]
+    working_bytes: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run units.
+
+    Attributes:
+        members: The device class of each member; more than one form a tensor group, which counts as
+            one replica.
+        costs: One `ModeCost` per distinct unit of the table.
+        shares: Each member's share of what is split; empty for equal shares.
+        precision: Format that float32 values are computed in.
+        recompute: Whether only what enters a unit is kept, and the rest computed again for backward.
+        zero: 0, or what the replicas of a stage divide among them: 1 optimiser state, 2 gradients as
+            well, 3 weights as well.
+        link: The worst link between members that the costs hold for; None for one member.
+    """
+
+    members: tuple[int, ...]
+    costs: tuple[ModeCost, ...] = field(repr=False)
+    shares: tuple[float, ...] = ()
+    precision: str = "float32"
+    recompute: bool = False
+    zero: int = 0
+    link: "LinkCost | None" = None
+
+    @property
+    def key(self) -> "ModeKey":
+        """What tells a mode from others."""
+        return self.members, self.shares, self.precision, self.recompute, self.zero
+
+
+class StageLike(Protocol):
+    """The options of a stage that tell its mode."""
+
+    @property
+    def precision(self) -> str:
+        """Number format."""
+
+    @property
+    def recompute(self) -> bool:
+        """Whether activations are computed again."""
+
+    @property
+    def zero(self) -> int:
+        """ZeRO level."""
+
+
+class ReplicaLike(Protocol):
+    """A device or a tensor group."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Members in order."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the members; empty for equal ones."""
+
+
+ModeKey = tuple[tuple[int, ...], tuple[float, ...], str, bool, int]
+"""Members, shares, precision, recompute, zero."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +162,10 @@ class LinkCost:
         2e-06
         """
         return self.latency_s + num_bytes / self.bytes_per_s if num_bytes > 0 else 0.0
+
+    def at_least(self, other: "LinkCost") -> bool:
+        """Whether no message takes longer than over the other."""
+        return self.latency_s <= other.latency_s and self.bytes_per_s >= other.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -149,6 +240,7 @@ class CostTable:
         batch_reason: Why the batch may not be split, for people; empty when it may.
         reserved_bytes: Memory the framework itself takes on every device.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
+        modes: Ways to run units besides the plain mode of each device class.
     """
 
     batch: int
@@ -165,6 +257,7 @@ class CostTable:
     batch_reason: str = ""
     reserved_bytes: float = 0.0
     sum_s_per_byte: float = 0.0
+    modes: tuple[Mode, ...] = ()
 
     @property
     def num_units(self) -> int:
@@ -190,13 +283,38 @@ class CostTable:
         share = (size - low) / (high - low)
         return values[right - 1] * (1 - share) + values[right] * share
 
-    def forward_s(self, unit: int, device_class: int, size: float) -> float:
-        """Forward seconds of one unit of the chain for one microbatch."""
-        return self.at_size(self.costs[self.units[unit]].forward_s[device_class], size)
+    @cached_property
+    def every_mode(self) -> tuple[Mode, ...]:
+        """The plain mode of each device class, in the order of the classes, then the others."""
+        plain = (_plain_mode(self.costs, k) for k in range(len(self.device_classes)))
+        return (*plain, *self.modes)
 
-    def backward_s(self, unit: int, device_class: int, size: float) -> float:
+    @cached_property
+    def mode_of_key(self) -> dict[ModeKey, int]:
+        """The index of a mode in `every_mode`."""
+        return {mode.key: i for i, mode in enumerate(self.every_mode)}
+
+    def mode_number(self, stage: "StageLike", replica: "ReplicaLike") -> int | None:
+        """The index in `every_mode` of how a stage runs on a replica; None where it is not priced."""
+        members = tuple(self.class_of[d] for d in replica.devices)
+        key = (members, replica.shares, stage.precision, stage.recompute, stage.zero)
+        return self.mode_of_key.get(key)
+
+    def mode_overhead_s(self, mode: int) -> float:
+        """Fixed time a stage in this mode spends per microbatch, once per direction."""
+        members = self.every_mode[mode].members
+        return max(self.device_classes[k].stage_overhead_s for k in members)
+
+    def forward_s(self, unit: int, mode: int, size: float) -> float:
+        """Forward seconds of one unit of the chain for one microbatch.
+
+        `mode` is an index into `every_mode`; that of a class's plain mode is the class's own.
+        """
+        return self.at_size(self.every_mode[mode].costs[self.units[unit]].forward_s, size)
+
+    def backward_s(self, unit: int, mode: int, size: float) -> float:
         """Backward seconds of one unit of the chain for one microbatch."""
-        return self.at_size(self.costs[self.units[unit]].backward_s[device_class], size)
+        return self.at_size(self.every_mode[mode].costs[self.units[unit]].backward_s, size)
 
     def cut_bytes(self, boundary: int, size: float) -> tuple[float, float]:
         """Bytes of one microbatch, forward and backward, between units boundary-1 and boundary."""
@@ -206,3 +324,22 @@ class CostTable:
                 forward += edge.bytes_per_sample * size + edge.fixed_bytes
                 backward += edge.gradient_bytes_per_sample * size
         return forward, backward
+
+
+def _plain_mode(costs: Sequence[UnitCost], device_class: int) -> Mode:
+    return Mode(
+        members=(device_class,),
+        costs=tuple(
+            ModeCost(
+                forward_s=c.forward_s[device_class],
+                backward_s=c.backward_s[device_class],
+                optimizer_s=c.optimizer_s[device_class],
+                weight_bytes=(c.weight_bytes,),
+                gradient_bytes=(c.gradient_bytes,),
+                optimizer_bytes=(c.optimizer_bytes,),
+                saved_bytes=(c.saved_bytes,),
+                working_bytes=(c.working_bytes,),
+            )
+            for c in costs
+        ),
+    )

@@ -1,11 +1,12 @@
 """From counts of interchangeable devices to devices with names."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from graphpar.cost import CostTable
-from graphpar.partition.cells import Cells
+from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import Stage
-from graphpar.partition.pipeline_price import share_microbatches
+from graphpar.partition.pipeline_price import modes_of, pairs, share_microbatches
 from graphpar.partition.pipeline_search import Found
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 
@@ -13,26 +14,53 @@ from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 def name_devices(table: CostTable, cells: Cells, found: Sequence[Found]) -> tuple[PipelineChoice, ...]:
     """Give each stage devices of its cells, whole stages inside a node where a node has room.
 
-    Stages wider than a node choose first, then the others in the order of the pipeline: the node of
-    the stage before them if it has room, else the emptiest node where a like stage follows, else the
-    fullest one that has room, else what is left, fewest nodes first.
+    Stages wider than a node choose first, then those with larger groups, then the others in the order
+    of the pipeline: the node of the stage before them if it has room, else the emptiest node where a
+    like stage follows, else the fullest one that has room, else what is left, fewest nodes first.
     """
     pools = [_Pool(table, c.devices) for c in cells.cells]
     stages = [(p, s) for p, one in enumerate(found) for s in range(len(one.answer.stages))]
     names: dict[tuple[int, int], list[str]] = {}
-    for p, s in sorted(stages, key=lambda at: -_beyond_a_node(pools, found[at[0]].answer.stages[at[1]])):
+    for p, s in sorted(stages, key=lambda at: _urgency(pools, found[at[0]].answer.stages[at[1]])):
         line = found[p].answer.stages
         before = names.get((p, s - 1), [])
         follows = s + 1 < len(line) and line[s + 1].option == line[s].option
-        names[p, s] = [
-            device
-            for pool, number in zip(pools, line[s].option.take, strict=True)
-            for device in pool.draw(number, before, follows)
-        ]
+        names[p, s] = _draw(pools, line[s].option, before, follows)
     return tuple(
         _pipeline(table, one, [names[p, s] for s in range(len(one.answer.stages))])
         for p, one in enumerate(found)
     )
+
+
+def _draw(
+    pools: Sequence["_Pool"], option: StageOption, before: Sequence[str], follows: bool
+) -> list[str]:
+    """Devices of a stage, replica by replica; its groups each in a node if that is possible."""
+    wide = any(n > pool.most_free for pool, n in zip(pools, option.take, strict=True))
+    if len(option.groups[0]) == 1 or not wide:
+        drawn = [
+            iter(pool.draw(number, before, follows))
+            for pool, number in zip(pools, option.take, strict=True)
+        ]
+        return [next(drawn[cell]) for group in option.groups for cell in group]
+    found: list[str] = []
+    for group in option.groups:
+        # One group after another, in the node of the last while it has room.
+        taken = {i: iter(pools[i].draw(n, found or before, True)) for i, n in Counter(group).items()}
+        found += [next(taken[cell]) for cell in group]
+    return found
+
+
+def groups_hold(table: CostTable, pipelines: Sequence[PipelineChoice]) -> bool:
+    """Whether the members of every tensor group are joined by links that its price holds for."""
+    for pipeline in pipelines:
+        for stage in pipeline.stages:
+            for replica, number in zip(stage.replicas, modes_of(table, stage), strict=True):
+                link = table.every_mode[number].link
+                joined = pairs(table, replica.devices, replica.devices)
+                if link is not None and not all(k.at_least(link) for k in joined):
+                    return False
+    return True
 
 
 class _Pool:
@@ -44,6 +72,11 @@ class _Pool:
         for device in devices:
             self._free.setdefault(self._node_of[device], []).append(device)
         self.node_size = max(map(len, self._free.values()), default=0)
+
+    @property
+    def most_free(self) -> int:
+        """Free devices in the node that has most."""
+        return max(map(len, self._free.values()), default=0)
 
     def draw(self, number: int, before: Sequence[str], follows: bool) -> list[str]:
         """Take some devices, if possible of one node."""
@@ -64,18 +97,30 @@ class _Pool:
         return taken
 
 
-def _beyond_a_node(pools: Sequence[_Pool], stage: Stage) -> int:
-    """Devices by which a stage is wider than a node; 0 where it is not."""
-    return max(
-        max(0, number - pool.node_size) for pool, number in zip(pools, stage.option.take, strict=True)
-    )
+def _urgency(pools: Sequence[_Pool], stage: Stage) -> tuple[int, int]:
+    """Stages beyond a node first, then those with large groups."""
+    take = stage.option.take
+    beyond = max(max(0, n - pool.node_size) for pool, n in zip(pools, take, strict=True))
+    return -beyond, -len(stage.option.groups[0])
 
 
 def _pipeline(table: CostTable, one: Found, names: Sequence[Sequence[str]]) -> PipelineChoice:
     stages = tuple(
-        StageChoice(stage.first, stage.last, tuple(Replica(d, 0) for d in devices))
-        for stage, devices in zip(one.answer.stages, names, strict=True)
+        _stage(table, stage, devices) for stage, devices in zip(one.answer.stages, names, strict=True)
     )
     setting = one.setting
     whole = PipelineChoice(setting.samples, setting.microbatches, stages)
     return share_microbatches(table, whole, setting.schedule)
+
+
+def _stage(table: CostTable, stage: Stage, devices: Sequence[str]) -> StageChoice:
+    names = iter(devices)
+    mode = table.every_mode[stage.option.staff[0]]
+    replicas = []
+    for number in stage.option.staff:
+        members = [next(names) for _ in table.every_mode[number].members]
+        shares = table.every_mode[number].shares
+        replicas.append(Replica(members[0], 0, tuple(members[1:]), shares))
+    return StageChoice(
+        stage.first, stage.last, tuple(replicas), mode.precision, mode.recompute, mode.zero
+    )

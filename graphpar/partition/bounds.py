@@ -4,62 +4,106 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Links
-from graphpar.partition.unit_arrays import FloatArray
+from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 _ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Teams:
+    """The distinct sets of members that modes have, as counts per class; plain devices first.
+
+    Only the members matter to a bound on work: of the modes that share them the fastest counts.
+    """
+
+    members: FloatArray
+    """[team, class]: members of each class."""
+    of_mode: IntArray
+    """[mode]: its team."""
+
+    def least(self, per_mode: FloatArray) -> FloatArray:
+        """[..., mode] to [..., team]: the least over the modes of each team."""
+        columns = [per_mode[..., self.of_mode == i].min(axis=-1) for i in range(len(self.members))]
+        return np.stack(columns, axis=-1)
+
+    def within(self, counts: FloatArray) -> npt.NDArray[np.bool_]:
+        """[team]: whether the devices, given by counts per class, suffice for one."""
+        found: npt.NDArray[np.bool_] = np.logical_and.reduce(self.members <= counts, axis=1)
+        return found
+
+
+def find_teams(table: CostTable) -> Teams:
+    """The teams of a table."""
+    numbers: dict[tuple[int, ...], int] = {}
+    of_mode = [numbers.setdefault(tuple(sorted(m.members)), len(numbers)) for m in table.every_mode]
+    members = np.zeros((len(numbers), len(table.device_classes)))
+    for team, number in numbers.items():
+        for device_class in team:
+            members[number, device_class] += 1
+    return Teams(members, np.array(of_mode, dtype=np.intp))
 
 
 @dataclass(frozen=True)
 class WorkBound:
     """Work over speed at one microbatch size, for any set of devices given by counts per class.
 
-    The fractional assignment of units to devices that finishes soonest is a linear programme; every
-    choice of prices mu on the devices' time bounds it from below:
+    The fractional assignment of units to devices (or groups of them) that finishes soonest is a linear
+    programme; every choice of prices mu on the devices' time bounds it from below:
 
-        time >= m * sum over units of min over classes (mu_c * t_uc) / sum over classes N_c mu_c
+        time >= m * sum over units of min over teams (mu_team * t_u,team) / sum over classes N_c mu_c
+
+    where the price of a team is that of its members together.
     """
 
     times_s: FloatArray
-    """[distinct unit, class]: seconds of one microbatch."""
+    """[distinct unit, team]: seconds of one microbatch."""
     repeats: FloatArray
     """How often each distinct unit occurs in the chain."""
+    teams: Teams
 
     def seconds(self, counts: Sequence[int]) -> float:
         """A lower bound on the time the given devices need for one microbatch of work."""
         number = np.array(counts, dtype=np.float64)
-        used = number > 0
-        times, number = self.times_s[:, used], number[used]
-        whole = self.repeats @ times
-        if not used.any() or whole.min() <= 0:
+        used = self.teams.within(number)
+        times, members = self.times_s[:, used], self.teams.members[used]
+        if not used.any():
             return 0.0
-        prices = 1 / whole
+        whole = self._whole(number)
+        if whole[number > 0].min() <= 0:
+            return 0.0
+        prices = np.where(number > 0, 1 / np.where(whole > 0, whole, 1.0), 0.0)
         best = 0.0
-        for step in range(_ROUNDS if len(number) > 1 else 1):
-            value, load = self._dual(times, number, prices)
+        for step in range(_ROUNDS if len(times[0]) > 1 else 1):
+            value, load = self._dual(times, members, number, prices)
             best = max(best, value)
             # Devices that attract more than their share of the work are priced up.
             prices = prices * np.exp((load - 1) / (2 + step))
         return best
 
+    def _whole(self, number: FloatArray) -> FloatArray:
+        """[class]: seconds of the whole chain on one device of each class."""
+        found: FloatArray = self.repeats @ self.times_s[:, : len(number)]
+        return found
+
     def _dual(
-        self, times: FloatArray, number: FloatArray, prices: FloatArray
+        self, times: FloatArray, members: FloatArray, number: FloatArray, prices: FloatArray
     ) -> tuple[float, FloatArray]:
-        priced = times * prices
+        priced = times * (members @ prices)
         cheapest = priced.argmin(axis=1)
         value = float(self.repeats @ priced.min(axis=1)) / float(number @ prices)
-        load = np.zeros(len(number))
         work = self.repeats * times[np.arange(len(times)), cheapest]
-        np.add.at(load, cheapest, work)
-        busy = load / number
-        mean = float(busy.mean())
+        load = work @ members[cheapest]
+        busy = np.where(number > 0, load / np.maximum(number, 1), 0.0)
+        mean = float(busy[number > 0].mean())
         return value, np.clip(busy / mean, 0.0, 2.0) if mean > 0 else np.ones(len(number))
 
     def fastest_pass_s(self, counts: Sequence[int]) -> float:
-        """Seconds of one microbatch with every unit on the class that is fastest for it."""
-        used = np.array(counts) > 0
+        """Seconds of one microbatch with every unit on the team that is fastest for it."""
+        used = self.teams.within(np.array(counts, dtype=np.float64))
         return float(self.repeats @ self.times_s[:, used].min(axis=1)) if used.any() else 0.0
 
 
@@ -72,11 +116,12 @@ def chain_bound_s(bound: WorkBound, counts: Sequence[int], takes: FloatArray, mi
     Args:
         bound: Seconds per microbatch of the distinct units.
         counts: Devices per class.
-        takes: [option, class]: devices of each class that a stage may have.
+        takes: [option, team]: replicas of each team that a stage may have.
         microbatches: How many microbatches pass through.
 
     Every replica r of a stage has `(m_r - 1) t_r <= extra`. Added up over all devices with prices
-    mu_r that sum to one, and put into `fill + extra`, a unit u on replicas R costs at least
+    that sum to one (a replica's mu_r is that of its members together), and put into `fill + extra`, a
+    unit u on replicas R costs at least
 
         max_R t_ur + sum_R mu_r (m_r - 1) t_ur
             >= max_R t_ur (1 - sum_R mu_r) + m min_R mu_r t_ur
@@ -86,17 +131,17 @@ def chain_bound_s(bound: WorkBound, counts: Sequence[int], takes: FloatArray, mi
     """
     number = np.array(counts, dtype=np.float64)
     used = number > 0
-    times, number, takes = bound.times_s[:, used], number[used], takes[:, used]
-    whole = bound.repeats @ times
+    whole = (bound.repeats @ bound.times_s[:, : len(number)])[used]
     if not used.any() or whole.min() <= 0 or len(takes) == 0:
         return 0.0
     chosen = takes > 0
-    longest = np.where(chosen[:, None], times[None], 0.0).max(axis=2)
+    longest = np.where(chosen[:, None], bound.times_s[None], 0.0).max(axis=2)
     best = 0.0
     for exponent in _EXPONENTS:
-        prices = (whole.min() / whole) ** exponent
-        prices = prices / (number @ prices)
-        cheapest = np.where(chosen[:, None], (times * prices)[None], np.inf).min(axis=2)
+        prices = np.zeros(len(number))
+        prices[used] = (whole.min() / whole) ** exponent
+        prices = bound.teams.members @ (prices / (number @ prices))
+        cheapest = np.where(chosen[:, None], (bound.times_s * prices)[None], np.inf).min(axis=2)
         free = np.maximum(1 - takes @ prices, 0.0)
         each = longest * free[:, None] + microbatches * cheapest
         best = max(best, float(bound.repeats @ each.min(axis=0)))
@@ -105,7 +150,8 @@ def chain_bound_s(bound: WorkBound, counts: Sequence[int], takes: FloatArray, mi
 
 def work_bound(table: CostTable, size: float) -> WorkBound:
     """The bound at one microbatch size."""
-    return WorkBound(_times(table, size), _repeats(table))
+    teams = find_teams(table)
+    return WorkBound(teams.least(_times(table, size)), _repeats(table), teams)
 
 
 def sample_bound(table: CostTable) -> WorkBound:
@@ -115,19 +161,27 @@ def sample_bound(table: CostTable) -> WorkBound:
     """
     sizes = table.sizes if table.max_microbatches > 1 else (table.batch,)
     work = np.stack([_times(table, s) / s for s in sizes]).min(axis=0)
-    return WorkBound(work, _repeats(table))
+    teams = find_teams(table)
+    return WorkBound(teams.least(work), _repeats(table), teams)
 
 
 def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Links) -> float:
-    """A lower bound on the largest post of a pipeline on some devices (counts per class)."""
-    used = [k for k, n in enumerate(counts) if n]
-    if not table.training or not used:
-        return 0.0
-    optimizer = np.array([[c.optimizer_s[k] for k in used] for c in table.costs]).min(axis=1)
-    gradients = np.array([c.gradient_bytes for c in table.costs])
+    """A lower bound on the largest post of a pipeline on some devices (counts per class).
+
+    ZeRO divides the optimiser's work but somebody does each part, hence the sum over the devices of
+    one copy is that of its members.
+    """
+    have = np.array(counts)
     slow = max((1 / k.bytes_per_s for k in across), default=0.0)
-    each = optimizer + 2 * (peers - 1) / peers * slow * gradients
-    return float(_repeats(table) @ each) / sum(counts)
+    weight = 2 * (peers - 1) / peers * slow
+    each = [
+        [len(m.members) * c.optimizer_s + weight * sum(c.gradient_bytes) for c in m.costs]
+        for m in table.every_mode
+        if all(have[k] > 0 for k in m.members)
+    ]
+    if not table.training or not each:
+        return 0.0
+    return float(_repeats(table) @ np.array(each).min(axis=0)) / sum(counts)
 
 
 def physical_bound_s(table: CostTable) -> float:
@@ -138,25 +192,31 @@ def physical_bound_s(table: CostTable) -> float:
     through all units, each on its fastest class.
     """
     numbers = [len(c.devices) for c in table.device_classes]
-    work = sample_bound(table).times_s * table.batch
+    teams, per_sample = find_teams(table), sample_bound(table)
+    work = per_sample.times_s * table.batch
     if table.training:
-        work = work + np.array([c.optimizer_s for c in table.costs])
-    whole = WorkBound(work, _repeats(table)).seconds(numbers)
+        step = np.array([[m.costs[i].optimizer_s for m in table.every_mode] for i in _distinct(table)])
+        work = work + teams.least(step)
+    whole = WorkBound(work, _repeats(table), teams).seconds(numbers)
     sizes = table.sizes if table.max_microbatches > 1 else (table.batch,)
-    single = np.stack([_times(table, s) for s in sizes]).min(axis=0)
-    return max(whole, WorkBound(single, _repeats(table)).fastest_pass_s(numbers))
+    single = teams.least(np.stack([_times(table, s) for s in sizes]).min(axis=0))
+    return max(whole, WorkBound(single, _repeats(table), teams).fastest_pass_s(numbers))
+
+
+def _distinct(table: CostTable) -> range:
+    return range(len(table.costs))
 
 
 def _times(table: CostTable, size: float) -> FloatArray:
-    classes = range(len(table.device_classes))
+    """[distinct unit, mode]: seconds of one microbatch, both directions."""
     return np.array(
         [
             [
-                table.at_size(c.forward_s[k], size)
-                + (table.at_size(c.backward_s[k], size) if table.training else 0.0)
-                for k in classes
+                table.at_size(m.costs[i].forward_s, size)
+                + (table.at_size(m.costs[i].backward_s, size) if table.training else 0.0)
+                for m in table.every_mode
             ]
-            for c in table.costs
+            for i in _distinct(table)
         ]
     )
 

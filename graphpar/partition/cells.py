@@ -6,9 +6,10 @@ stage takes. Nodes between which no link differs are merged into one *place* fir
 of single-device nodes on one network is as symmetric as one node.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 
 from graphpar.cost import CostTable, LinkCost, Topology
 
@@ -28,13 +29,16 @@ class Cell:
 class Cells:
     """All cells of a cluster.
 
-    `links[place][place]` is None where a place holds one device. `node_sizes` is kept only where
-    cells span nodes: the most devices of any node that holds a device of the cell.
+    `links[place][place]` is None where a place holds one device. The rest is kept only where cells
+    span nodes: `node_sizes`, the most devices of any node that holds a device of the cell; `rooms`,
+    for each cell its devices in each node; `worst_inside`, the worst link inside those nodes.
     """
 
     cells: tuple[Cell, ...]
     links: tuple[tuple[LinkCost | None, ...], ...]
     node_sizes: tuple[int, ...] = ()
+    rooms: tuple[tuple[int, ...], ...] = ()
+    worst_inside: tuple[LinkCost | None, ...] = ()
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -44,20 +48,33 @@ class Cells:
 
 @dataclass(frozen=True)
 class StageOption:
-    """A way to staff a stage: `take[i]` devices of cell i; everything else follows from the cells.
+    """A way to staff a stage.
 
-    `sides` are the kinds of links the stage's boundaries may have; None for those that the places of
-    the other options give.
+    Attributes:
+        take: `take[i]` devices of cell i.
+        places: Where they stand.
+        ring: Kinds of links between replicas.
+        staff: The mode of each replica, likes next to each other.
+        groups: For each replica the cell of each of its members.
+        sides: The kinds of links the stage's boundaries may have; None for those that the places of
+            the other options give.
     """
 
     take: tuple[int, ...]
     places: frozenset[int]
     ring: Links
+    staff: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
     sides: tuple[Links, ...] | None = None
 
     @property
     def width(self) -> int:
         """Number of replicas."""
+        return len(self.staff)
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices."""
         return sum(self.take)
 
 
@@ -104,7 +121,10 @@ def class_cells(table: CostTable) -> Cells:
     )
     cells = tuple(Cell(i, place, c.devices) for place, (i, c) in enumerate(used))
     largest = tuple(max(sizes[nodes[d]] for d in c.devices) for _, c in used)
-    return Cells(cells, (*links, (network,) * len(used)), largest)
+    rooms = [Counter(nodes[d] for d in c.devices) for _, c in used]
+    worst = tuple(_worst([table.topology.inside[n] for n, k in r.items() if k > 1]) for r in rooms)
+    whole = tuple(tuple(r.values()) for r in rooms)
+    return Cells(cells, (*links, (network,) * len(used)), largest, whole, worst)
 
 
 def _best(links: Sequence[LinkCost]) -> LinkCost | None:
@@ -112,6 +132,13 @@ def _best(links: Sequence[LinkCost]) -> LinkCost | None:
     if not links:
         return None
     return LinkCost(min(k.latency_s for k in links), max(k.bytes_per_s for k in links))
+
+
+def _worst(links: Sequence[LinkCost]) -> LinkCost | None:
+    """A link no better than any of some."""
+    if not links:
+        return None
+    return LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
 
 
 def links_between(cells: Cells, left: frozenset[int], right: frozenset[int]) -> Links:
@@ -139,14 +166,30 @@ def count_vectors(limits: Sequence[int], total: int) -> list[tuple[int, ...]]:
     return [v for v in product(*ranges) if 0 < sum(v) <= total]
 
 
-def make_option(cells: Cells, take: tuple[int, ...]) -> StageOption:
-    """The stage option that takes the given number of devices of each cell."""
-    counts: dict[int, int] = {}
-    for cell, number in zip(cells.cells, take, strict=True):
-        if number:
-            counts[cell.place] = counts.get(cell.place, 0) + number
-    ring = {cells.links[a][b] for a in counts for b in counts if a != b or counts[a] > 1}
-    return StageOption(take, frozenset(counts), pareto(k for k in ring if k is not None))
+def make_option(cells: Cells, groups: Sequence[tuple[int, ...]], staff: Sequence[int]) -> StageOption:
+    """The stage option whose replicas have members of the given cells and the given modes."""
+    take = [0] * len(cells.cells)
+    places: list[frozenset[int]] = []
+    for group in groups:
+        places.append(frozenset(cells.cells[i].place for i in group))
+        for i in group:
+            take[i] += 1
+    ring: set[LinkCost | None] = set()
+    for left, right in combinations(places, 2):
+        ring |= {cells.links[a][b] for a in left for b in right}
+    return StageOption(
+        tuple(take),
+        frozenset().union(*places),
+        pareto(k for k in ring if k is not None),
+        tuple(staff),
+        tuple(groups),
+    )
+
+
+def plain_option(cells: Cells, take: Sequence[int]) -> StageOption:
+    """The given number of devices of each cell, each a replica in the plain mode of its class."""
+    groups = [(i,) for i, number in enumerate(take) for _ in range(number)]
+    return make_option(cells, groups, [cells.cells[i].device_class for (i,) in groups])
 
 
 def group_links(cells: Cells, groups: Sequence[Sequence[int]]) -> Links:

@@ -10,8 +10,10 @@ Given limits on every stage's extra and post,
     V[v, k, p, a] = min over places q whose link from p is of kind a of W[v, k, q, a]
     V[n, 0, p, 0] = 0
 
-with the terms that break a limit or the memory left out. Memory depends only on how many devices follow,
-which k tells. Work: units^2 / 2 * sum over k of the options within k, in array operations.
+with the terms that break a limit or the memory left out. Memory depends only on how many replicas
+follow. That is the number of devices in k; where there are tensor groups, k counts replicas as well,
+as if they were devices of one more cell. Work: units^2 / 2 * sum over k of the options within k, in
+array operations.
 """
 
 import time
@@ -62,6 +64,11 @@ class ChainProgram:
 
     def __init__(self, costs: StageCosts, cells: Cells, limits: Sequence[int]) -> None:
         self.costs = costs
+        take = [o.take for o in costs.options]
+        self._counts_replicas = any(o.width != o.num_devices for o in costs.options)
+        if self._counts_replicas:
+            limits = (*limits, sum(limits))
+            take = [(*o.take, o.width) for o in costs.options]
         self.limits = tuple(limits)
         self._num_units = costs.before_s.shape[1] - 1
         self._strides = _strides(self.limits)
@@ -69,7 +76,7 @@ class ChainProgram:
         self._places = sorted({o.places for o in costs.options}, key=sorted)
         self._join = _joins(costs, cells, self._places)
         self._exits = {pair: i for i, pair in enumerate(_exit_pairs(costs, self._places))}
-        self._take = np.array([o.take for o in costs.options], dtype=np.intp)
+        self._take = np.array(take, dtype=np.intp).reshape(len(take), len(self.limits))
         self._rows = self._arm_rows()
         self._most_below = np.ascontiguousarray(costs.most_below[self._rows["option"]].transpose(0, 2, 1))
 
@@ -129,8 +136,8 @@ class ChainProgram:
         below, limited = -1, cost
         for number in self._order():
             state = self._states[number]
-            if sum(state) != below:
-                below = sum(state)
+            if self._replicas(state) != below:
+                below = self._replicas(state)
                 limited = np.where(most >= below, cost, np.inf)
                 if time.monotonic() > deadline_s:
                     raise OutOfTimeError
@@ -139,6 +146,9 @@ class ChainProgram:
                 heads = self._heads(limited, exits, number, rows, longest)
                 self._open(exits, number, rows, heads)
         return exits
+
+    def _replicas(self, state: tuple[int, ...]) -> int:
+        return state[-1] if self._counts_replicas else sum(state)
 
     def _within(self, state: tuple[int, ...]) -> BoolArray:
         fits: BoolArray = np.logical_and.reduce(self._take <= np.array(state), axis=1)
@@ -186,7 +196,11 @@ class ChainProgram:
             exits[number, 0, 0] = heads[start, 0].min()
 
     def _order(self) -> list[int]:
-        return sorted(range(1, len(self._states)), key=lambda i: (sum(self._states[i]), i))
+        """States that some suffix may use, by number of replicas."""
+        states = list(range(1, len(self._states)))
+        if self._counts_replicas:
+            states = [i for i in states if 0 < self._states[i][-1] <= sum(self._states[i][:-1])]
+        return sorted(states, key=lambda i: (self._replicas(self._states[i]), i))
 
     def _trace(self, cost: FloatArray, longest: int, exits: FloatArray) -> ChainAnswer | None:
         whole = exits[:, 0, 0]
@@ -224,7 +238,7 @@ class ChainProgram:
         """The arm and length that attain the value of a state at a unit."""
         state = self._states[number]
         rows = rows[self._within(state)[rows]]
-        below = self.costs.most_below[self._rows["option"][rows], unit, :longest] >= sum(state)
+        below = self.costs.most_below[self._rows["option"][rows], unit, :longest] >= self._replicas(state)
         after = exits[self._rest(number, rows), self._rows["exit"][rows]]
         values = cost[rows, :, unit] + after[:, unit + 1 : unit + 1 + longest]
         values = np.where(below, values, np.inf)

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, Mode
 from graphpar.errors import VerifyError
-from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 
 TOLERANCE = 1e-7
 """Largest relative difference between two ways to add up the same numbers."""
@@ -58,9 +58,9 @@ def recompute(table: CostTable, partition: Partition) -> Checked:
     peaks: dict[str, float] = {}
     for pipeline in partition.pipelines:
         for number, stage in enumerate(pipeline.stages):
-            for index in range(len(stage.replicas)):
-                device = stage.replicas[index].device
-                peaks[device] = _peak(table, partition, pipeline, number, index)
+            for index, replica in enumerate(stage.replicas):
+                for member, device in enumerate(replica.devices):
+                    peaks[device] = _peak(table, partition, pipeline, number, index, member)
     return Checked(sum(parts.values()), parts, peaks)
 
 
@@ -86,15 +86,46 @@ def _structure_problems(table: CostTable, partition: Partition) -> Iterator[str]
             if not dealt or min(dealt) < 1 or sum(dealt) != pipeline.microbatches:
                 yield f"{where}: a stage deals {dealt} of {pipeline.microbatches} microbatches"
             for replica in stage.replicas:
-                if replica.device not in table.class_of:
-                    yield f"{where}: there is no device {replica.device}"
-                if replica.device in seen:
-                    yield f"device {replica.device} is used twice"
-                seen.add(replica.device)
+                for device in replica.devices:
+                    if device not in table.class_of:
+                        yield f"{where}: there is no device {device}"
+                    if device in seen:
+                        yield f"device {device} is used twice"
+                    seen.add(device)
+                yield from _mode_problems(table, where, stage, replica)
         if expected != len(table.units):
             yield f"{where}: the stages end at unit {expected} of {len(table.units)}"
     if max(copies, default=0) > table.max_replicas:
         yield f"a unit has {max(copies)} copies where {table.max_replicas} are allowed"
+
+
+def _find_mode(table: CostTable, stage: StageChoice, replica: Replica) -> Mode | None:
+    """The way a stage runs on a replica; None where the table does not know it."""
+    kinds = [table.class_of.get(device, -1) for device in replica.devices]
+    options = (stage.precision, stage.recompute, stage.zero)
+    for mode in table.every_mode:
+        if (mode.precision, mode.recompute, mode.zero) != options:
+            continue
+        if list(mode.members) == kinds and mode.shares == replica.shares:
+            return mode
+    return None
+
+
+def _mode_problems(table: CostTable, where: str, stage: StageChoice, replica: Replica) -> Iterator[str]:
+    mode = _find_mode(table, stage, replica)
+    if mode is None:
+        yield (
+            f"{where}: units {stage.first} to {stage.last} run on {', '.join(replica.devices)} in a way "
+            "that has no price"
+        )
+        return
+    for first in replica.devices:
+        for second in replica.devices:
+            if first == second or mode.link is None:
+                continue
+            link = table.topology.link(first, second)
+            if link.latency_s > mode.link.latency_s or link.bytes_per_s < mode.link.bytes_per_s:
+                yield f"{where}: {first} and {second} form a group over a link too slow for its price"
 
 
 def _number_problems(
@@ -124,18 +155,56 @@ def _close(claimed: float, value: float) -> bool:
     return abs(claimed - value) <= TOLERANCE * max(abs(value), 1e-300)
 
 
-def _mean_time(table: CostTable, pipeline: PipelineChoice, stage: StageChoice, device: str) -> float:
-    """Mean seconds of the pipeline's microbatches on one device, both directions."""
-    kind = table.class_of[device]
+def _mean_time(table: CostTable, pipeline: PipelineChoice, stage: StageChoice, index: int) -> float:
+    """Mean seconds of the pipeline's microbatches on one replica, both directions."""
+    mode = _mode(table, stage, index)
+    launch = max(table.device_classes[k].stage_overhead_s for k in mode.members)
     total = 0.0
     for size in set(pipeline.sizes()):
-        seconds = table.device_classes[kind].stage_overhead_s * (2 if table.training else 1)
+        seconds = launch * (2 if table.training else 1)
         for unit in range(stage.first, stage.last):
-            seconds += table.forward_s(unit, kind, size)
+            cost = mode.costs[table.units[unit]]
+            seconds += table.at_size(cost.forward_s, size)
             if table.training:
-                seconds += table.backward_s(unit, kind, size)
+                seconds += table.at_size(cost.backward_s, size)
         total += seconds * pipeline.sizes().count(size)
-    return total / pipeline.microbatches
+    return total / pipeline.microbatches + _zero_traffic(table, stage)
+
+
+def _mode(table: CostTable, stage: StageChoice, index: int) -> Mode:
+    mode = _find_mode(table, stage, stage.replicas[index])
+    assert mode is not None
+    return mode
+
+
+def _largest_part(table: CostTable, stage: StageChoice, name: str) -> float:
+    """Bytes of a kind on the device of the stage that holds most of them, undivided by ZeRO."""
+    largest = 0.0
+    for index, replica in enumerate(stage.replicas):
+        mode = _mode(table, stage, index)
+        for member in range(len(replica.devices)):
+            held = 0.0
+            for unit in range(stage.first, stage.last):
+                held += getattr(mode.costs[table.units[unit]], name)[member]
+            largest = max(largest, held)
+    return largest
+
+
+def _own_group(stage: StageChoice) -> list[tuple[int, str]]:
+    return [(i, device) for i, r in enumerate(stage.replicas) for device in r.devices]
+
+
+def _zero_traffic(table: CostTable, stage: StageChoice) -> float:
+    """Gradients scattered, and from level 3 on weights gathered twice, for every microbatch."""
+    copies = len(stage.replicas)
+    if stage.zero < 2 or not table.training:
+        return 0.0
+    gradients = _largest_part(table, stage, "gradient_bytes")
+    seconds = _all_reduce(table, _own_group(stage), copies, gradients) / 2
+    if stage.zero == 3:
+        weights = _largest_part(table, stage, "weight_bytes")
+        seconds += _all_reduce(table, _own_group(stage), copies, weights)
+    return seconds
 
 
 def _transfer(table: CostTable, pipeline: PipelineChoice, number: int) -> float:
@@ -150,9 +219,9 @@ def _transfer(table: CostTable, pipeline: PipelineChoice, number: int) -> float:
             there += edge.bytes_per_sample * size + edge.fixed_bytes
             back += edge.gradient_bytes_per_sample * size
     forward = backward = 0.0
-    for a in left.replicas:
-        for b in right.replicas:
-            link = table.topology.link(a.device, b.device)
+    for _, a in _own_group(left):
+        for _, b in _own_group(right):
+            link = table.topology.link(a, b)
             if there > 0:
                 forward = max(forward, link.latency_s + there / link.bytes_per_s)
             if back > 0 and table.training:
@@ -173,7 +242,7 @@ def _pipeline_parts(
         if not stalls:
             busiest = max(busiest, (pipeline.microbatches - 1) * after)
         wait = (before + after) / 2 if stalls else 0.0
-        times = [_mean_time(table, pipeline, stage, r.device) for r in stage.replicas]
+        times = [_mean_time(table, pipeline, stage, i) for i in range(len(stage.replicas))]
         ends = [
             time * r.microbatches + wait * (r.microbatches - 1)
             for time, r in zip(times, stage.replicas, strict=True)
@@ -209,31 +278,49 @@ def _slowest_finish(table: CostTable, partition: Partition) -> tuple[float, floa
     everywhere = _one_per_node(
         table,
         [
-            (number, r.device)
+            (number, device)
             for number, p in enumerate(partition.pipelines)
             for s in p.stages
-            for r in s.replicas
+            for _, device in _own_group(s)
         ],
     )
     for pipeline in partition.pipelines:
         for stage in pipeline.stages:
-            costs = [table.costs[table.units[u]] for u in range(stage.first, stage.last)]
-            size = sum(c.gradient_bytes for c in costs)
-            own = [(i, r.device) for i, r in enumerate(stage.replicas)]
-            sync = _all_reduce(table, own, len(own), size)
+            size = _largest_part(table, stage, "gradient_bytes")
+            sync = _stage_finish(table, stage)
             sync += _all_reduce(table, everywhere, len(partition.pipelines), size)
-            for replica in stage.replicas:
-                kind = table.class_of[replica.device]
-                optimizer = sum(c.optimizer_s[kind] for c in costs)
+            for index in range(len(stage.replicas)):
+                mode = _mode(table, stage, index)
+                steps = [mode.costs[table.units[u]].optimizer_s for u in range(stage.first, stage.last)]
+                optimizer = sum(steps) / (len(stage.replicas) if stage.zero > 0 else 1)
                 if sync + optimizer > sum(worst):
                     worst = (sync, optimizer)
     return worst
 
 
+def _stage_finish(table: CostTable, stage: StageChoice) -> float:
+    """What the replicas of a stage exchange after the last backward."""
+    group, copies = _own_group(stage), len(stage.replicas)
+    gradients = _largest_part(table, stage, "gradient_bytes")
+    weights = _largest_part(table, stage, "weight_bytes")
+    if stage.zero == 0:
+        return _all_reduce(table, group, copies, gradients)
+    if stage.zero == 1:
+        scattered = _all_reduce(table, group, copies, gradients) / 2
+        return scattered + _all_reduce(table, group, copies, weights) / 2
+    return _all_reduce(table, group, copies, weights) / 2 if stage.zero == 2 else 0.0
+
+
 def _peak(
-    table: CostTable, partition: Partition, pipeline: PipelineChoice, number: int, index: int
+    table: CostTable,
+    partition: Partition,
+    pipeline: PipelineChoice,
+    number: int,
+    index: int,
+    member: int,
 ) -> float:
     stage = pipeline.stages[number]
+    copies = len(stage.replicas)
     below = sum(len(s.replicas) for s in pipeline.stages[number:])
     own = stage.replicas[index].microbatches
     if not table.training:
@@ -241,13 +328,25 @@ def _peak(
     elif partition.schedule == "gpipe":
         held = own
     else:
-        held = min(own, math.ceil(below / len(stage.replicas)))
+        held = min(own, math.ceil(below / copies))
     size = max(pipeline.sizes())
+    mode = _mode(table, stage, index)
     total = table.reserved_bytes
     largest = 0.0
     for unit in range(stage.first, stage.last):
-        cost = table.costs[table.units[unit]]
-        total += cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
-        total += held * table.at_size(cost.saved_bytes, size)
-        largest = max(largest, table.at_size(cost.working_bytes, size))
+        cost = mode.costs[table.units[unit]]
+        parts = [
+            (1, cost.optimizer_bytes[member]),
+            (2, cost.gradient_bytes[member]),
+            (3, cost.weight_bytes[member]),
+        ]
+        temporary = table.at_size(cost.working_bytes[member], size)
+        for level, num_bytes in parts:
+            if stage.zero >= level and copies > 1:
+                total += num_bytes / copies
+                temporary += num_bytes if level > 1 else 0.0
+            else:
+                total += num_bytes
+        total += held * table.at_size(cost.saved_bytes[member], size)
+        largest = max(largest, temporary)
     return total + largest

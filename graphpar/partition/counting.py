@@ -6,13 +6,14 @@ last column. Columns that break a limit on extra or post are left out, and
 
     minimise    sum_j x_j (fill_j + transfer)  + first and last
     such that   sum_j blocks_j x_j  = L                            all blocks are run
-                sum_j [class of j = c] width_j x_j <= N_c          devices of each class
+                sum_j [class of j = c] devices_j x_j <= N_c        devices of each class
+                sum_{j of class c in groups >= t} devices_j x_j <= t sum_nodes floor(size / t)
                 sum_{j: D_j <= d} width_j x_j <= d   for all d     memory by position
-                sum_j outside_j x_j >= 2 sum_j min(1, width_j / node_j) x_j    nodes are left
+                sum_j outside_j x_j >= 2 sum_j min(1, devices_j / node_j) x_j  nodes are left
                 one first column, one last column
 
 A column says which of its two boundaries stay inside a node (`outside_j` do not). `D_j` is the most
-devices that may follow from a stage of column j on (itself included) with its microbatches in
+replicas that may follow from a stage of column j on (itself included) with its microbatches in
 flight still fitting into memory. Where stages stand is a matter of order only: sorted by `D_j` from
 the pipeline's end they all keep their limits if any order does (the earliest due date rule, Jackson
 1955), and that the sorted order keeps them is what the rows above say. So the count is an exact
@@ -27,7 +28,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import ChainAnswer, OutOfTimeError, Stage
 from graphpar.partition.repeats import Repeats
@@ -97,7 +98,8 @@ class CountingProgram:
         ranges = some_ranges([(first, last) for _, first, last, _ in runs])
         self.costs = build_costs(table, cells, options, setting, ranges)
         self._take = np.array([o.take for o in self.costs.options], dtype=np.intp)
-        self._width = self._take.sum(axis=1)
+        self._width = np.array([o.width for o in self.costs.options], dtype=np.intp)
+        self._group = np.array([len(o.groups[0]) for o in self.costs.options], dtype=np.intp)
         self._columns = _columns(self.costs, runs, table, cells)
 
     @property
@@ -149,11 +151,25 @@ class CountingProgram:
             program.constrain(row(ends.astype(np.intp)), "==", 1, f"one {name} stage")
         for index, number in enumerate(self._cells.counts):
             program.constrain(row(take[:, index]), "<=", number, f"devices of cell {index}")
+        for index, size, number in self._group_limits(columns):
+            wide = np.where(self._group[columns.option] >= size, take[:, index], 0)
+            program.constrain(row(wide), "<=", number, f"groups of {size} in cell {index}")
         program.constrain(row(self._outside_row(columns)), ">=", 0, "boundaries between nodes")
         for name, weights, limit in self._memory_rows(columns):
             program.constrain(row(weights), "<=", limit, name)
         program.minimize(row(columns.fill_s))
         return program, pool
+
+    def _group_limits(self, columns: Columns) -> Iterator[tuple[int, int, int]]:
+        """Cell, group size, and the devices of the cell in whole groups of that size.
+
+        Exact where every group size divides the larger ones, else a relaxation.
+        """
+        for index, sizes in enumerate(self._cells.rooms):
+            for group in np.unique(self._group[columns.option]):
+                whole = sum(n // int(group) * int(group) for n in sizes)
+                if whole < sum(sizes):
+                    yield index, int(group), whole
 
     def _most(self, columns: Columns, take: IntArray) -> IntArray:
         """How often a column may be used at all."""
@@ -211,26 +227,49 @@ class CountingProgram:
         )
 
 
-def counting_options(cells: Cells, max_width: int) -> list[StageOption]:
-    """Stages of interchangeable replicas, in widths 1 to 4 and then in steps of at most a third."""
+def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[StageOption]:
+    """Stages of interchangeable replicas, in widths 1 to 4 and then in steps of at most a third.
+
+    Replicas are devices or tensor groups of one class, which stand inside a node unless the network is
+    as good as the link their price holds for.
+    """
     options = []
-    for index, number in enumerate(cells.counts):
-        for width in widths(min(number, max_width)):
-            take = tuple(width if i == index else 0 for i in range(len(cells.counts)))
-            options.append(_option(cells, take, index, width))
+    for index, cell in enumerate(cells.cells):
+        for number, mode in enumerate(table.every_mode):
+            if set(mode.members) != {cell.device_class} or not _may_group(cells, index, mode):
+                continue
+            most = sum(n // len(mode.members) for n in cells.rooms[index])
+            for width in widths(min(most, max_width)):
+                if width > 1 or mode.zero == 0:
+                    options.append(_option(cells, index, number, len(mode.members), width))
     return options
 
 
-def _option(cells: Cells, take: tuple[int, ...], index: int, width: int) -> StageOption:
+def _may_group(cells: Cells, index: int, mode: Mode) -> bool:
+    """Whether the members of a mode fit into a node of a cell, joined by what its price needs."""
+    if mode.link is None:
+        return True
+    place = cells.cells[index].place
+    link = cells.links[place][place]
+    # `links` holds the best of several inside links: that of the worst node must do.
+    worst = cells.worst_inside[index]
+    enough = link is not None and worst is not None and worst.at_least(mode.link)
+    return enough and len(mode.members) <= cells.node_sizes[index]
+
+
+def _option(cells: Cells, index: int, mode: int, group: int, width: int) -> StageOption:
     """A stage of one class: links inside a node as long as a node has room."""
+    devices = group * width
     size, place = cells.node_sizes[index], cells.cells[index].place
     inside, network = cells.links[place][place], cells.links[-1][0]
-    ring = inside if width <= size else network
-    near = (inside, network) if width < size else (network,)
+    ring = inside if devices <= size else network
+    near = (inside, network) if devices < size else (network,)
     return StageOption(
-        take=take,
+        take=tuple(devices if i == index else 0 for i in range(len(cells.counts))),
         places=frozenset({place}),
         ring=frozenset() if ring is None or width == 1 else frozenset({ring}),
+        staff=(mode,) * width,
+        groups=((index,) * group,) * width,
         sides=tuple(dict.fromkeys(frozenset({k}) for k in near if k is not None)),
     )
 
@@ -279,7 +318,7 @@ def _columns(
     fits &= _room(costs, cells, 2 - sides)[:, None]
     arm, run = np.nonzero(fits)
     chosen = option[arm]
-    support = np.array([[n > 0 for n in o.take] for o in costs.options]).argmax(axis=1)
+    support = np.array([o.staff[0] for o in costs.options])
     key = np.unique(
         np.stack([role[run], blocks[run], support[chosen], before[arm], after[arm]]),
         axis=1,
@@ -308,7 +347,7 @@ def _network_kind(costs: StageCosts, cells: Cells) -> int:
 def _room(costs: StageCosts, cells: Cells, inside: IntArray) -> npt.NDArray[np.bool_]:
     """[arm]: whether a node holds the stage and a neighbour for each boundary inside the node."""
     sizes = np.array(cells.node_sizes)
-    width = np.array([o.width for o in costs.options])
+    width = np.array([o.num_devices for o in costs.options])
     size = np.array([max(s for s, n in zip(sizes, o.take, strict=True) if n) for o in costs.options])
     option = np.array([a.option for a in costs.arms])
     found: npt.NDArray[np.bool_] = (inside == 0) | (width[option] + inside <= size[option])
@@ -316,11 +355,11 @@ def _room(costs: StageCosts, cells: Cells, inside: IntArray) -> npt.NDArray[np.b
 
 
 def _undominated(columns: Columns) -> Columns:
-    """Drop a column where a narrower one with the same blocks, class and links may stand instead.
+    """Drop a column where a narrower one with the same blocks, mode and links may stand instead.
 
-    Their fill is the same. The narrower leaves every stage at most as many devices below, hence it
-    may replace the wider wherever its own limit on devices below is no stricter. Options are ordered
-    by class and width.
+    Its fill is no more, for what ZeRO moves grows with the width. The narrower leaves every stage at
+    most as many replicas below, hence it may replace the wider wherever its own limit on replicas below
+    is no stricter. Options are ordered by mode and width.
     """
     order = np.lexsort((columns.option, columns.key))
     kept, key, most = [], -1, -1.0

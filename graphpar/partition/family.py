@@ -5,10 +5,12 @@ plans that were searched.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, product
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import (
     Cells,
     StageOption,
@@ -16,6 +18,7 @@ from graphpar.partition.cells import (
     count_vectors,
     find_cells,
     make_option,
+    plain_option,
     relaxed_cells,
 )
 from graphpar.partition.counting import counting_options
@@ -25,6 +28,9 @@ from graphpar.partition.types import ScheduleName
 
 SWEEP_LIMIT = 10_000_000
 """Array elements one sweep of the dynamic programme may touch: some tens of milliseconds."""
+
+_MODES_MAY_COST = 6
+"""How many times as much with all modes: in most tables few of them survive the first look."""
 
 SHARE_STEPS = 64
 """Batch shares of pipelines side by side are multiples of batch / SHARE_STEPS, at least one sample."""
@@ -117,10 +123,123 @@ def _placed_family(
     for words, takes in _staffings(cells, table.max_replicas):
         if wide and len(takes) > 1 and max(map(sum, takes)) < min(table.max_replicas, 2):
             continue
-        if _sweep_elements(table, cells, takes) <= SWEEP_LIMIT:
-            options = tuple(make_option(cells, take) for take in takes)
-            return Family(table, cells, exact, options, *settings, words)
+        if _sweep_elements(table, cells, takes) > SWEEP_LIMIT:
+            continue
+        for more, options in _with_modes(table, cells, takes, exact):
+            elements = _sweep_elements(table, cells, [o.take for o in options])
+            if not table.modes or elements <= SWEEP_LIMIT * _MODES_MAY_COST:
+                return Family(table, cells, exact, tuple(options), *settings, words + more)
     return None
+
+
+def _with_modes(
+    table: CostTable, cells: Cells, takes: Sequence[tuple[int, ...]], exact: bool
+) -> Iterator[tuple[str, list[StageOption]]]:
+    """Stage options in all modes, then with fewer of them, widest first."""
+    plain = [plain_option(cells, take) for take in takes]
+    if not table.modes:
+        yield "", plain
+        return
+    variants = _variants(table)
+    groups = list(_group_options(table, cells)) if exact else []
+    some = f" in {len(variants)} further modes" if variants else ""
+    many = len({o.staff[0] for o in groups})
+    words = f"{some}, or tensor groups in {many} modes, alike in a stage" if groups else some
+    yield words, [*plain, *_in_variants(table, cells, plain, variants), *groups]
+    uniform = [o for o in plain if len(set(o.staff)) == 1 and len(o.places) == 1]
+    if len(uniform) < len(plain):
+        yield (
+            words + " (modes only for interchangeable replicas)",
+            [
+                *plain,
+                *_in_variants(table, cells, uniform, variants),
+                *(o for o in groups if len(o.places) == 1),
+            ],
+        )
+    yield (
+        some + " (modes only for single devices)",
+        [
+            *plain,
+            *_in_variants(table, cells, [o for o in plain if o.width == 1], variants),
+        ],
+    )
+    yield " (plain modes only)", plain
+
+
+Variant = dict[int, int]
+"""Device class to the mode that runs on one device of it with certain options."""
+
+
+def _variants(table: CostTable) -> list[Variant]:
+    found: dict[tuple[str, bool, int], Variant] = {}
+    for number, mode in enumerate(table.every_mode):
+        if number >= len(table.device_classes) and len(mode.members) == 1:
+            key = (mode.precision, mode.recompute, mode.zero)
+            found.setdefault(key, {})[mode.members[0]] = number
+    return list(found.values())
+
+
+def _in_variants(
+    table: CostTable, cells: Cells, plain: Sequence[StageOption], variants: Sequence[Variant]
+) -> Iterator[StageOption]:
+    """The same stages in every mode that all their devices have; ZeRO needs somebody to share with."""
+    for variant in variants:
+        zero = table.every_mode[next(iter(variant.values()))].zero
+        for option in plain:
+            if option.width == 1 and zero > 0:
+                continue
+            classes = [cells.cells[i].device_class for (i,) in option.groups]
+            if all(c in variant for c in classes):
+                yield replace(option, staff=tuple(variant[c] for c in classes))
+
+
+def _group_options(table: CostTable, cells: Cells) -> Iterator[StageOption]:
+    """Stages whose replicas are tensor groups of one mode, each inside a place."""
+    for number, mode in enumerate(table.every_mode):
+        if len(mode.members) < 2:
+            continue
+        homes = list(_homes(cells, mode))
+        for chosen in _multisets(cells.counts, homes, table.max_replicas):
+            if len(chosen) > 1 or mode.zero == 0:
+                yield make_option(cells, chosen, (number,) * len(chosen))
+
+
+def _homes(cells: Cells, mode: Mode) -> Iterator[tuple[int, ...]]:
+    """Cells for the members of one group, wherever links are as good as its price needs."""
+    suited = [[i for i, c in enumerate(cells.cells) if c.device_class == k] for k in mode.members]
+    seen: set[tuple[tuple[int, int], ...]] = set()
+    for home in product(*suited):
+        # Members of a class may change places: they are equal devices.
+        kind = tuple(sorted(zip(mode.members, home, strict=True)))
+        counts = Counter(home)
+        if kind in seen or any(n > cells.counts[i] for i, n in counts.items()):
+            continue
+        seen.add(kind)
+        places = [cells.cells[i].place for i in home]
+        links = [cells.links[a][b] for a, b in combinations(places, 2)]
+        if mode.link is None or all(k is not None and k.at_least(mode.link) for k in links):
+            yield home
+
+
+def _multisets(
+    counts: Sequence[int], homes: Sequence[tuple[int, ...]], most: int
+) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """All ways to take one or more of some groups, with repetition, that the counts allow."""
+
+    def grow(
+        start: int, left: Counter[int], chosen: tuple[tuple[int, ...], ...]
+    ) -> Iterator[tuple[tuple[int, ...], ...]]:
+        if chosen:
+            yield chosen
+        if len(chosen) == most:
+            return
+        for index in range(start, len(homes)):
+            rest = left.copy()
+            rest.subtract(homes[index])
+            if min(rest[i] for i in homes[index]) >= 0:
+                yield from grow(index, rest, (*chosen, homes[index]))
+
+    return grow(0, Counter(dict(enumerate(counts))), ())
 
 
 def first_devices(table: CostTable, number: int) -> CostTable:
@@ -136,9 +255,13 @@ def _counted_family(
     repeats: Repeats,
 ) -> Family:
     cells = class_cells(table)
-    options = counting_options(cells, table.max_replicas)
+    options = counting_options(table, cells, table.max_replicas)
     used = ", ".join(str(w) for w in sorted({o.width for o in options}))
     words = f"replicas of one kind in numbers {used}"
+    if table.modes:
+        modes = {o.staff[0] for o in options}
+        sizes = ", ".join(map(str, sorted({len(table.every_mode[m].members) for m in modes})))
+        words += f", in {len(modes)} modes, tensor groups of {sizes}"
     if repeats.period > 1:
         words += f", cut only between the {repeats.number} equal blocks"
     return Family(table, cells, False, tuple(options), schedules, microbatches, words, repeats)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition.assign import name_devices
+from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.bounds import physical_bound_s
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
@@ -216,6 +216,8 @@ class _Run:
     def _offer(self, found: Sequence[Found]) -> None:
         schedule = found[0].setting.schedule
         pipelines = name_devices(self._table, self.family.cells, found)
+        if not groups_hold(self._table, pipelines):
+            return
         step = price(self._table, pipelines, schedule).objective_s
         if step < self.step_s:
             self.best = Candidate(pipelines, schedule, step)
@@ -293,7 +295,7 @@ class _Run:
     def _notes(self) -> tuple[str, ...]:
         assert self.best is not None
         notes = []
-        used = {r.device for p in self.best.pipelines for s in p.stages for r in s.replicas}
+        used = {d for p in self.best.pipelines for s in p.stages for r in s.replicas for d in r.devices}
         idle = [d for d in self._table.class_of if d not in used]
         if idle:
             names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")

@@ -1,48 +1,60 @@
 """The price of a plan made of pipelines: seconds per step and bytes per device.
 
 A pipeline with `n` samples in `m` microbatches of mean size `b = n / m` has stages `s = 1..S`. Stage
-`s` holds the units `U_s` and has replicas `r`, each taking `m_r` of the microbatches, `sum_r m_r = m`.
-Times are linear between neighbouring integer sizes, so the time at the mean size is the mean time.
+`s` holds the units `U_s` and has `w` replicas `r`, devices or tensor groups, each taking `m_r` of the
+microbatches, `sum_r m_r = m`. Each runs in a mode of the table, which fixes times and bytes. Times are
+linear between neighbouring integer sizes, so the time at the mean size is the mean time.
 
-    t_r    = sum over U_s of (forward + backward) on the class of r, at size b, + overhead per direction
+    t_r    = sum over U_s of (forward + backward) in the mode of r, at size b, + overhead per direction
+             + z_s
+    z_s    = what ZeRO moves for every microbatch over the replicas (see below); 0 below level 2
     c_s    = transfer forward + transfer backward over the boundary after s: all bytes that cross it,
-             on the slowest link between a replica of s and one of s + 1
+             on the slowest link between a device of s and one of s + 1
     e_r    = t_r + (c_{s-1} + c_s) / 2     under 1F1B          (see below)
            = t_r                           under GPipe and in inference
     extra_s    = max_r (t_r + (m_r - 1) e_r) - max_r t_r
     extra_cut  = (m - 1) c_s               under GPipe and in inference
     fill   = sum_s max_r t_r + sum_s c_s
     time   = fill + max(extra)
-    post_r = ring(gradients of U_s over the replicas of s) + ring(the same over the pipelines)
+    post_r = sync of the gradients of U_s over the replicas of s + ring(the same over the pipelines)
              + sum over U_s of the optimiser's time
     step   = max over pipelines of time + max over devices of post
 
 `fill` is one microbatch through all stages and back; every further one costs what the busiest stage
-needs. Under 1F1B a stage may have only as many microbatches in flight as there are devices below
+needs. Under 1F1B a stage may have only as many microbatches in flight as there are replicas below
 it, hence a round trip over any run of L neighbouring stages takes L periods: the period is at least
 (sum t + sum c inside the run) / L. Charging half of each transfer to either side is an upper bound on
 all these averages, and meets them where stages are balanced. Under GPipe transfers overlap.
 
 `ring(g, w) = 2 (w - 1) * (seconds(g / w) + sum_s_per_byte * g / w)` on the slowest link (Patarasuk and
 Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009); the second term is
-what holders that sum on their own processors spend on it. Microbatches are dealt by a rule, not a
-choice: the next one goes to the replica that would finish it first.
+what holders that sum on their own processors spend on it. `half(g, w)` is half of that: a
+reduce-scatter or an all-gather. Microbatches are dealt by a rule, not a choice: the next one goes to
+the replica that would finish it first.
 
-Peak of a device: weights + gradients + optimiser state of `U_s`, plus `in flight * saved` plus the
-largest temporary of a unit at the size of the largest microbatch, plus what the framework reserves.
-In flight are `m_r` microbatches under GPipe and `min(m_r, ceil(D_s / w_s))` under 1F1B, where `D_s`
-counts the devices of the pipeline from stage `s` on: one microbatch for each of them, shared by the
-`w_s` replicas; with one replica per stage that is the number of stages remaining. Inference keeps
-nothing.
+ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054) divides among the `w` replicas of a stage what all of
+them would hold. Level 1: optimiser state; sync is half(gradients) + half(weights), and each replica
+steps 1/w of the parameters. Level 2: gradients as well, reduced after every microbatch:
+`z = half(gradients)`, sync is half(weights). Level 3: weights as well, gathered for either pass:
+`z = half(gradients) + 2 half(weights)`, no sync is left. Members of tensor groups exchange only with
+their likes, all at once: the bytes of the member with most of them count.
+
+Peak of a device: weights + gradients + optimiser state of `U_s`, each divided by `w` where ZeRO divides
+it, plus `in flight * saved` plus the largest temporary of a unit at the size of the largest microbatch
+(with the unit's whole gradients from level 2 and its whole weights from level 3 on), plus what the
+framework reserves. In flight are `m_r` microbatches under GPipe and `min(m_r, ceil(D_s / w_s))` under
+1F1B, where `D_s` counts the replicas of the pipeline from stage `s` on: one microbatch for each of them,
+shared by the `w_s` replicas; with one replica per stage that is the number of stages remaining.
+Inference keeps nothing.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 
-from graphpar.cost import CostTable, LinkCost
-from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.cost import CostTable, LinkCost, ModeCost
+from graphpar.partition.types import PipelineChoice, ScheduleName, StageChoice
 
 
 @dataclass(frozen=True)
@@ -67,10 +79,17 @@ def ring_s(
     >>> ring_s([LinkCost(0.0, 1e9)], 1e9, 2), ring_s([LinkCost(0.0, 1e9)], 1e9, 2, 2e-9)
     (1.0, 3.0)
     """
+    return 2 * half_ring_s(links, num_bytes, copies, sum_s_per_byte)
+
+
+def half_ring_s(
+    links: Iterable[LinkCost], num_bytes: float, copies: int, sum_s_per_byte: float = 0.0
+) -> float:
+    """Seconds of a reduce-scatter or an all-gather of `num_bytes` over `copies` holders."""
     if copies < 2 or num_bytes <= 0:
         return 0.0
     message = num_bytes / copies
-    return 2 * (copies - 1) * (slowest(links, message) + sum_s_per_byte * message)
+    return (copies - 1) * (slowest(links, message) + sum_s_per_byte * message)
 
 
 def deal(times_s: Sequence[float], periods_s: Sequence[float], microbatches: int) -> tuple[int, ...]:
@@ -97,13 +116,70 @@ def deal(times_s: Sequence[float], periods_s: Sequence[float], microbatches: int
     return tuple(counts)
 
 
-def stage_time_s(table: CostTable, first: int, last: int, device_class: int, size: float) -> float:
-    """Seconds of one microbatch on one stage, both directions, launch overhead included."""
-    overhead = table.device_classes[device_class].stage_overhead_s
-    forward = sum(table.forward_s(u, device_class, size) for u in range(first, last)) + overhead
+def stage_time_s(table: CostTable, first: int, last: int, mode: int, size: float) -> float:
+    """Seconds of one microbatch on one stage in a mode, both directions, launch overhead included."""
+    overhead = table.mode_overhead_s(mode)
+    forward = sum(table.forward_s(u, mode, size) for u in range(first, last)) + overhead
     if not table.training:
         return forward
-    return forward + sum(table.backward_s(u, device_class, size) for u in range(first, last)) + overhead
+    return forward + sum(table.backward_s(u, mode, size) for u in range(first, last)) + overhead
+
+
+def modes_of(table: CostTable, stage: StageChoice) -> list[int]:
+    """The mode of each replica; ValueError where the table does not price it."""
+    found = []
+    for replica in stage.replicas:
+        mode = table.mode_number(stage, replica)
+        if mode is None:
+            raise ValueError(
+                f"the cost table has no mode for units {stage.first} to {stage.last} on "
+                f"{', '.join(replica.devices)} with shares {replica.shares}, "
+                f"precision {stage.precision}, recompute {stage.recompute}, zero {stage.zero}"
+            )
+        found.append(mode)
+    return found
+
+
+def replica_times_s(table: CostTable, stage: StageChoice, size: float) -> list[float]:
+    """Seconds of one microbatch on each replica, ZeRO's exchange for every microbatch included."""
+    moved = zero_s(table, stage)
+    return [
+        stage_time_s(table, stage.first, stage.last, mode, size) + moved
+        for mode in modes_of(table, stage)
+    ]
+
+
+def zero_s(table: CostTable, stage: StageChoice) -> float:
+    """What ZeRO moves for every microbatch; nothing below level 2."""
+    width = len(stage.replicas)
+    if stage.zero < 2 or width < 2 or not table.training:
+        return 0.0
+    links = _links_between_replicas(table, stage)
+    gradients = _most_bytes(table, stage, "gradient_bytes")
+    moved = half_ring_s(links, gradients, width, table.sum_s_per_byte)
+    if stage.zero > 2:
+        weights = _most_bytes(table, stage, "weight_bytes")
+        moved += ring_s(links, weights, width, table.sum_s_per_byte)
+    return moved
+
+
+def _links_between_replicas(table: CostTable, stage: StageChoice) -> list[LinkCost]:
+    groups = [r.devices for r in stage.replicas]
+    return list({k for i, a in enumerate(groups) for b in groups[i + 1 :] for k in pairs(table, a, b)})
+
+
+def _unit_costs(table: CostTable, stage: StageChoice, mode: int) -> list[ModeCost]:
+    costs = table.every_mode[mode].costs
+    return [costs[table.units[u]] for u in range(stage.first, stage.last)]
+
+
+def _most_bytes(table: CostTable, stage: StageChoice, name: str) -> float:
+    """Bytes of the member that holds most, over all replicas."""
+    largest = 0.0
+    for mode in set(modes_of(table, stage)):
+        rows = (getattr(c, name) for c in _unit_costs(table, stage, mode))
+        largest = max(largest, *map(sum, zip(*rows, strict=True)))
+    return largest
 
 
 def boundary_s(table: CostTable, links: Sequence[LinkCost], boundary: int, size: float) -> float:
@@ -135,12 +211,11 @@ def share_microbatches(
     cuts = transfers_s(table, pipeline)
     stages = []
     for index, stage in enumerate(pipeline.stages):
-        names = _devices(stage)
-        times = [stage_time_s(table, stage.first, stage.last, table.class_of[d], size) for d in names]
+        times = replica_times_s(table, stage, size)
         wait = waiting_s(table, schedule, cuts[index], cuts[index + 1])
         counts = deal(times, [t + wait for t in times], pipeline.microbatches)
-        replicas = tuple(Replica(d, n) for d, n in zip(names, counts, strict=True))
-        stages.append(StageChoice(stage.first, stage.last, replicas))
+        dealt = (replace(r, microbatches=n) for r, n in zip(stage.replicas, counts, strict=True))
+        stages.append(replace(stage, replicas=tuple(dealt)))
     return PipelineChoice(pipeline.samples, pipeline.microbatches, tuple(stages))
 
 
@@ -149,11 +224,11 @@ def waiting_s(table: CostTable, schedule: ScheduleName, before: float, after: fl
     return (before + after) / 2 if table.training and schedule == "1f1b" else 0.0
 
 
-def in_flight(table: CostTable, schedule: ScheduleName, own: int, devices_below: int, width: int) -> int:
+def in_flight(table: CostTable, schedule: ScheduleName, own: int, replicas_below: int, width: int) -> int:
     """Microbatches whose saved values a replica holds at its peak."""
     if not table.training:
         return 0
-    return own if schedule == "gpipe" else min(own, -(-devices_below // width))
+    return own if schedule == "gpipe" else min(own, -(-replicas_below // width))
 
 
 def price(table: CostTable, pipelines: Sequence[PipelineChoice], schedule: ScheduleName) -> Price:
@@ -167,7 +242,7 @@ def price(table: CostTable, pipelines: Sequence[PipelineChoice], schedule: Sched
 
 
 def _devices(stage: StageChoice) -> list[str]:
-    return [r.device for r in stage.replicas]
+    return [d for r in stage.replicas for d in r.devices]
 
 
 def _pipeline_time(
@@ -179,9 +254,7 @@ def _pipeline_time(
     compute, extra = 0.0, (pipeline.microbatches - 1) * max(cuts) if overlapped else 0.0
     for index, stage in enumerate(pipeline.stages):
         wait = waiting_s(table, schedule, cuts[index], cuts[index + 1])
-        times = [
-            stage_time_s(table, stage.first, stage.last, table.class_of[d], size) for d in _devices(stage)
-        ]
+        times = replica_times_s(table, stage, size)
         ends = [t + (r.microbatches - 1) * (t + wait) for t, r in zip(times, stage.replicas, strict=True)]
         compute += max(times)
         extra = max(extra, max(ends) - max(times))
@@ -211,14 +284,24 @@ def _worst_post(table: CostTable, pipelines: Sequence[PipelineChoice]) -> tuple[
     worst = (0.0, 0.0)
     for pipeline in pipelines:
         for stage in pipeline.stages:
-            costs = [table.costs[table.units[u]] for u in range(stage.first, stage.last)]
-            gradients = sum(c.gradient_bytes for c in costs)
-            names = _devices(stage)
-            sync = ring_s(pairs(table, names, names), gradients, len(names), table.sum_s_per_byte)
+            modes, width = modes_of(table, stage), len(stage.replicas)
+            sync = _stage_sync_s(table, stage)
+            gradients = _most_bytes(table, stage, "gradient_bytes")
             sync += ring_s(across, gradients, len(pipelines), table.sum_s_per_byte)
-            optimizer = max(sum(c.optimizer_s[table.class_of[d]] for c in costs) for d in names)
-            worst = max(worst, (sync, optimizer), key=sum)
+            optimizer = max(sum(c.optimizer_s for c in _unit_costs(table, stage, mode)) for mode in modes)
+            worst = max(worst, (sync, optimizer / (width if stage.zero else 1)), key=sum)
     return worst
+
+
+def _stage_sync_s(table: CostTable, stage: StageChoice) -> float:
+    """Gradients summed over the replicas of a stage, or what ZeRO does instead."""
+    links, width = _links_between_replicas(table, stage), len(stage.replicas)
+    gradients = _most_bytes(table, stage, "gradient_bytes")
+    if stage.zero == 0:
+        return ring_s(links, gradients, width, table.sum_s_per_byte)
+    scattered = half_ring_s(links, gradients, width, table.sum_s_per_byte) if stage.zero == 1 else 0.0
+    gathered = _most_bytes(table, stage, "weight_bytes") if stage.zero < 3 else 0.0
+    return scattered + half_ring_s(links, gathered, width, table.sum_s_per_byte)
 
 
 def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -> dict[str, float]:
@@ -226,12 +309,34 @@ def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -
     peaks: dict[str, float] = {}
     below = 0
     for stage in reversed(pipeline.stages):
-        below += len(stage.replicas)
-        costs = [table.costs[table.units[u]] for u in range(stage.first, stage.last)]
-        fixed = sum(c.weight_bytes + c.gradient_bytes + c.optimizer_bytes for c in costs)
-        saved = sum(table.at_size(c.saved_bytes, size) for c in costs)
-        working = max(table.at_size(c.working_bytes, size) for c in costs)
-        for replica in stage.replicas:
-            held = in_flight(table, schedule, replica.microbatches, below, len(stage.replicas))
-            peaks[replica.device] = fixed + held * saved + working + table.reserved_bytes
+        width = len(stage.replicas)
+        below += width
+        for replica, mode in zip(stage.replicas, modes_of(table, stage), strict=True):
+            held = in_flight(table, schedule, replica.microbatches, below, width)
+            for member, device in enumerate(replica.devices):
+                fixed, saved, working = member_bytes(
+                    table, _unit_costs(table, stage, mode), member, size, stage.zero, width
+                )
+                peaks[device] = fixed + held * saved + working + table.reserved_bytes
     return peaks
+
+
+def member_bytes(
+    table: CostTable, costs: Sequence[ModeCost], member: int, size: float, zero: int, width: int
+) -> tuple[float, float, float]:
+    """Bytes of one member: what stays, what a microbatch in flight keeps, the largest temporary."""
+    of_weights, of_gradients, of_state = (width if zero >= level else 1 for level in (3, 2, 1))
+    fixed = sum(
+        c.weight_bytes[member] / of_weights
+        + c.gradient_bytes[member] / of_gradients
+        + c.optimizer_bytes[member] / of_state
+        for c in costs
+    )
+    saved = sum(table.at_size(c.saved_bytes[member], size) for c in costs)
+    working = max(
+        table.at_size(c.working_bytes[member], size)
+        + (c.gradient_bytes[member] if of_gradients > 1 else 0.0)
+        + (c.weight_bytes[member] if of_weights > 1 else 0.0)
+        for c in costs
+    )
+    return fixed, saved, working

@@ -1,5 +1,6 @@
 """The tasks of a search: one chain programme per schedule and microbatch count."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,8 +23,9 @@ class Programs:
         self.family = family
         self._limits = limits
         self._bounds: dict[float, WorkBound] = {}
-        self._class_takes: dict[tuple[tuple[int, ...], int], FloatArray] = {}
+        self._replica_takes: dict[tuple[tuple[int, ...], int], FloatArray] = {}
         self._per_sample = sample_bound(family.table)
+        self._team_of = self._per_sample.teams.of_mode.tolist()
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
 
     def tasks(
@@ -94,14 +96,19 @@ class Programs:
         )
 
     def _takes(self, limits: tuple[int, ...], setting: Setting) -> FloatArray:
-        """[option, class]: devices of each class in the options for a pipeline; unlike rows only."""
+        """[option, team]: replicas of each team in the options for a pipeline; unlike rows only."""
         width = self.family.table.max_replicas // setting.peers
         key = (limits, width)
-        if key not in self._class_takes:
+        if key not in self._replica_takes:
             options = self.family.within(limits, width)
-            rows = {tuple(self.family.classes(o.take)) for o in options}
-            self._class_takes[key] = np.array(sorted(rows), dtype=np.float64)
-        return self._class_takes[key]
+            number = len(self._per_sample.teams.members)
+            rows = {tuple(Counter(self._team_of[m] for m in o.staff).items()) for o in options}
+            takes = np.zeros((len(rows), number))
+            for index, row in enumerate(sorted(rows)):
+                for team, replicas in row:
+                    takes[index, team] = replicas
+            self._replica_takes[key] = takes
+        return self._replica_takes[key]
 
     def _builder(self, limits: tuple[int, ...], setting: Setting) -> Callable[[], ChainSolver]:
         def build() -> ChainSolver:

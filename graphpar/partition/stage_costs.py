@@ -53,7 +53,7 @@ class StageCosts:
         before_s: [link kind, unit]: transfer over the boundary before a unit.
         extra_s: [arm, range]: what the further microbatches add if this stage is the busiest.
         post_s: [option, range]: gradient sync and optimiser.
-        most_below: [option, range]: the most devices from this stage to the pipeline's end
+        most_below: [option, range]: the most replicas from this stage to the pipeline's end
             for which memory holds, or -1.
     """
 
@@ -97,9 +97,10 @@ def build_costs(
     """
     kept = tuple(o for o in options if o.width <= setting.microbatches)
     units = UnitArrays(table, setting, ranges or all_ranges(table.num_units))
-    classes = sorted({cells.cells[i].device_class for o in kept for i, n in enumerate(o.take) if n})
-    seconds = {c: units.seconds(c) for c in classes}
-    flight = {c: units.most_in_flight(c) for c in classes}
+    seconds = {m: units.seconds(m) for m in sorted({m for o in kept for m in o.staff})}
+    flight = {
+        key: units.most_in_flight(*key) for key in sorted({(m, o.width) for o in kept for m in o.staff})
+    }
     kinds = _link_kinds(cells, kept)
     before = _boundary_seconds(table, setting, kinds)
     arms = _arms(cells, kept, kinds)
@@ -111,26 +112,50 @@ def build_costs(
     for number, arm in enumerate(arms):
         rows.setdefault(arm.option, []).append(number)
     for index, option in enumerate(kept):
-        staff = _staff(cells, option)
-        fill[index] = np.maximum.reduce([seconds[c] for c in staff])
+        times = _replica_seconds(table, units, option, seconds)
+        fill[index] = np.maximum.reduce(times)
         most_below[index] = np.inf
         for number in rows.get(index, ()):
             arm = arms[number]
             wait = _waiting(table, setting, before, arm, units)
-            extra[number], own = _extra([seconds[c] for c in staff], wait, setting.microbatches)
+            extra[number], own = _extra(times, wait, setting.microbatches)
             if not table.training or setting.schedule == "gpipe":
                 cut = (setting.microbatches - 1) * before[arm.link_before][units.runs.first]
                 extra[number] = np.maximum(extra[number], cut)
             extra[number][~units.valid] = np.inf
-            most = [flight[c] for c in staff[: len(own)]]
+            most = [flight[m, option.width] for m in option.staff[: len(own)]]
             limits = _most_below(setting, own, most, option.width)
             most_below[index] = np.minimum(most_below[index], limits)
-    post = np.stack([_post(table, units, cells, o, setting) for o in kept]) if kept else fill
+    post = np.stack([_post(table, units, o, setting) for o in kept]) if kept else fill
     return StageCosts(setting, kept, arms, kinds, units.runs, fill, before, extra, post, most_below)
 
 
-def _staff(cells: Cells, option: StageOption) -> list[int]:
-    return [cells.cells[i].device_class for i, number in enumerate(option.take) for _ in range(number)]
+def _replica_seconds(
+    table: CostTable, units: UnitArrays, option: StageOption, seconds: dict[int, FloatArray]
+) -> list[FloatArray]:
+    """Seconds of one microbatch on each replica; likes share one array."""
+    moved = _zero_seconds(table, units, option)
+    if moved is None:
+        return [seconds[m] for m in option.staff]
+    with_moved = {m: seconds[m] + moved for m in set(option.staff)}
+    return [with_moved[m] for m in option.staff]
+
+
+def _zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> FloatArray | None:
+    """What ZeRO moves for every microbatch; None below level 2."""
+    zero, width = table.every_mode[option.staff[0]].zero, option.width
+    if zero < 2 or width < 2 or not table.training:
+        return None
+    each = table.sum_s_per_byte
+    moved = _ring_array(option.ring, _most_bytes(units, option, "gradient_bytes"), width, each) / 2
+    if zero > 2:
+        moved += _ring_array(option.ring, _most_bytes(units, option, "weight_bytes"), width, each)
+    return moved
+
+
+def _most_bytes(units: UnitArrays, option: StageOption, name: str) -> FloatArray:
+    found: FloatArray = np.maximum.reduce([units.most_bytes(m, name) for m in set(option.staff)])
+    return found
 
 
 def _link_kinds(cells: Cells, options: Sequence[StageOption]) -> tuple[Links, ...]:
@@ -266,19 +291,22 @@ def _most_below(
     return found
 
 
-def _post(
-    table: CostTable, units: UnitArrays, cells: Cells, option: StageOption, setting: Setting
-) -> FloatArray:
+def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Setting) -> FloatArray:
     if not table.training:
         return np.where(units.valid, 0.0, np.inf)
-    gradients = units.ranges([c.gradient_bytes for c in table.costs])
-    sync = _ring_array(option.ring, gradients, option.width, table.sum_s_per_byte)
-    sync = sync + _ring_array(setting.across, gradients, setting.peers, table.sum_s_per_byte)
+    zero, width, each = table.every_mode[option.staff[0]].zero, option.width, table.sum_s_per_byte
+    gradients = _most_bytes(units, option, "gradient_bytes")
+    sync = _ring_array(setting.across, gradients, setting.peers, each)
+    if zero < 2:
+        sync = sync + _ring_array(option.ring, gradients, width, each) / (1 if zero == 0 else 2)
+    if zero in (1, 2):
+        weights = _most_bytes(units, option, "weight_bytes")
+        sync = sync + _ring_array(option.ring, weights, width, each) / 2
     optimizer = [
-        units.ranges([c.optimizer_s[cls] for c in table.costs])
-        for cls in sorted(set(_staff(cells, option)))
+        units.ranges([c.optimizer_s for c in table.every_mode[m].costs]) for m in set(option.staff)
     ]
-    return np.where(units.valid, sync + np.maximum.reduce(optimizer), np.inf)
+    share = width if zero else 1
+    return np.where(units.valid, sync + np.maximum.reduce(optimizer) / share, np.inf)
 
 
 def _ring_array(links: Links, num_bytes: FloatArray, copies: int, sum_s_per_byte: float) -> FloatArray:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from graphpar.cost import CostTable, LinkCost, UnitCost
+from graphpar.cost import CostTable, LinkCost, ModeCost, UnitCost
 
 
 def check_table(table: CostTable) -> None:
@@ -21,6 +21,7 @@ def _problems(table: CostTable) -> Iterator[str]:
     yield from _device_problems(table)
     for cost in table.costs:
         yield from _cost_problems(table, cost)
+    yield from _mode_problems(table)
     yield from _edge_problems(table)
 
 
@@ -99,6 +100,48 @@ def _cost_problems(table: CostTable, cost: UnitCost) -> Iterator[str]:
         "optimizer_bytes": [cost.optimizer_bytes],
     }
     yield from _bad_numbers(where, {**flat, **by_size, **scalars, "optimizer_s": cost.optimizer_s})
+
+
+def _mode_problems(table: CostTable) -> Iterator[str]:
+    keys = {(k,) for k in range(len(table.device_classes))}
+    seen: set[object] = {(key, (), "float32", False, 0) for key in keys}
+    for number, mode in enumerate(table.modes):
+        where, size = f"mode {number}", len(mode.members)
+        if not mode.members or not all(0 <= k < len(table.device_classes) for k in mode.members):
+            yield f"{where} has members {mode.members} of {len(table.device_classes)} device classes"
+        if mode.shares and (len(mode.shares) != size or min(mode.shares) <= 0):
+            yield f"{where} has shares {mode.shares} for {size} members"
+        if mode.zero not in (0, 1, 2, 3) or (mode.zero and not table.training):
+            yield f"{where} has ZeRO level {mode.zero}; 0 to 3 are known, and only 0 in inference"
+        if mode.key in seen:
+            yield f"{where} is there twice"
+        seen.add(mode.key)
+        if mode.link is not None:
+            yield from _link_problems(f"of {where}", mode.link)
+        if len(mode.costs) != len(table.costs):
+            yield f"{where} has {len(mode.costs)} costs for {len(table.costs)} units"
+        for cost in mode.costs:
+            yield from _mode_cost_problems(table, where, size, cost)
+
+
+def _mode_cost_problems(table: CostTable, where: str, size: int, cost: ModeCost) -> Iterator[str]:
+    sizes = len(table.sizes)
+    if len(cost.forward_s) != sizes or len(cost.backward_s) != sizes:
+        yield f"{where}: forward_s and backward_s must have {sizes} sizes"
+    rows = [*cost.saved_bytes, *cost.working_bytes]
+    fixed = [cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes]
+    whole = all(len(row) == size for row in (*fixed, cost.saved_bytes, cost.working_bytes))
+    if not whole or any(len(row) != sizes for row in rows):
+        yield f"{where}: bytes must be given for {size} members and {sizes} sizes"
+    yield from _bad_numbers(
+        where,
+        {
+            "forward_s": cost.forward_s,
+            "backward_s": cost.backward_s,
+            "optimizer_s": [cost.optimizer_s],
+            "bytes": [value for row in (*fixed, *rows) for value in row],
+        },
+    )
 
 
 def _edge_problems(table: CostTable) -> Iterator[str]:

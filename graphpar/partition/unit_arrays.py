@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import Links
 from graphpar.partition.types import ScheduleName
 
@@ -92,34 +92,92 @@ class UnitArrays:
             power, reach = np.maximum(power[:-reach], power[reach:]), 2 * reach
         return found
 
-    def seconds(self, device_class: int) -> FloatArray:
-        """Seconds of one microbatch for each stage on one device of a class."""
+    def seconds(self, mode: int) -> FloatArray:
+        """Seconds of one microbatch for each stage in a mode, without ZeRO's exchange."""
         table, size = self.table, self.setting.size
-        overhead = table.device_classes[device_class].stage_overhead_s
-        rows = [table.at_size(c.forward_s[device_class], size) for c in table.costs]
+        overhead = table.mode_overhead_s(mode)
+        costs = table.every_mode[mode].costs
+        rows = [table.at_size(c.forward_s, size) for c in costs]
         if table.training:
-            back = [table.at_size(c.backward_s[device_class], size) for c in table.costs]
+            back = [table.at_size(c.backward_s, size) for c in costs]
             rows = [f + b for f, b in zip(rows, back, strict=True)]
             overhead *= 2
         return self.ranges(rows) + overhead
 
-    def most_in_flight(self, device_class: int) -> FloatArray:
-        """The most microbatches whose saved values fit for each stage; -1 where none does."""
+    def most_bytes(self, mode: int, name: str) -> FloatArray:
+        """Gradients or weights of each stage, on the member that holds most of them."""
+        costs = self.table.every_mode[mode].costs
+        members = range(len(self.table.every_mode[mode].members))
+        parts = (self.ranges([getattr(c, name)[i] for c in costs]) for i in members)
+        found: FloatArray = np.maximum.reduce(list(parts))
+        return found
+
+    def most_in_flight(self, mode: int, width: int) -> FloatArray:
+        """The most microbatches whose saved values fit for each stage on `width` replicas, or -1."""
+        chosen = self.table.every_mode[mode]
+        parts = [
+            self._member_in_flight(chosen, i, self.table.device_classes[k].memory_bytes, width)
+            for i, k in _unlike_members(chosen)
+        ]
+        found: FloatArray = np.minimum.reduce(parts)
+        return found
+
+    def _member_in_flight(self, chosen: Mode, member: int, memory: float, width: int) -> FloatArray:
         table = self.table
         size = -(-self.setting.samples // self.setting.microbatches)
-        fixed = self.ranges([c.weight_bytes + c.gradient_bytes + c.optimizer_bytes for c in table.costs])
-        working = self.maxima([table.at_size(c.working_bytes, size) for c in table.costs])
-        memory = table.device_classes[device_class].memory_bytes * (1 + MEMORY_TOLERANCE)
-        free = memory - fixed - working - table.reserved_bytes
+        weights, gradients, state = (width if chosen.zero >= level else 1 for level in (3, 2, 1))
+        fixed = self.ranges(
+            [
+                c.weight_bytes[member] / weights
+                + c.gradient_bytes[member] / gradients
+                + c.optimizer_bytes[member] / state
+                for c in chosen.costs
+            ]
+        )
+        working = self.maxima(
+            [
+                table.at_size(c.working_bytes[member], size)
+                + (c.gradient_bytes[member] if gradients > 1 else 0.0)
+                + (c.weight_bytes[member] if weights > 1 else 0.0)
+                for c in chosen.costs
+            ]
+        )
+        free = memory * (1 + MEMORY_TOLERANCE) - fixed - working - table.reserved_bytes
         if not table.training:
             return np.where(free >= 0, UNLIMITED, -1.0)
-        saved = self.ranges([table.at_size(c.saved_bytes, size) for c in table.costs])
+        saved = self.ranges([table.at_size(c.saved_bytes[member], size) for c in chosen.costs])
         with np.errstate(divide="ignore", invalid="ignore"):
             most = np.where(saved > 0, np.floor(free / saved), UNLIMITED)
         return np.where(self.valid & (free >= 0), np.minimum(most, UNLIMITED), -1.0)
 
 
+def _unlike_members(mode: Mode) -> list[tuple[int, int]]:
+    """Places and classes of members that differ in class or bytes; one stands for its likes."""
+    found: dict[object, tuple[int, int]] = {}
+    for i, k in enumerate(mode.members):
+        held = tuple(
+            (
+                c.weight_bytes[i],
+                c.gradient_bytes[i],
+                c.optimizer_bytes[i],
+                c.saved_bytes[i],
+                c.working_bytes[i],
+            )
+            for c in mode.costs
+        )
+        found.setdefault((k, held), (i, k))
+    return list(found.values())
+
+
 def memory_never_binds(table: CostTable, setting: Setting, classes: Sequence[int]) -> bool:
-    """Whether a device of each class could hold all units with all microbatches in flight."""
+    """Whether devices of these classes could hold all units with all microbatches in flight.
+
+    In every mode, so that memory limits no stage whatsoever.
+    """
     whole = UnitArrays(table, setting, some_ranges([(0, table.num_units)]))
-    return all(whole.most_in_flight(c)[0] >= setting.microbatches for c in classes)
+    usable = [i for i, m in enumerate(table.every_mode) if set(m.members) <= set(classes)]
+    # ZeRO divides among two or more; with two each holds most.
+    return all(
+        whole.most_in_flight(m, 2 if table.every_mode[m].zero else 1)[0] >= setting.microbatches
+        for m in usable
+    )

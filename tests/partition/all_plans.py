@@ -1,9 +1,10 @@
 """Every plan of a small table, one by one, priced by the checker: the oracle of the partitioner."""
 
 from collections.abc import Iterator
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, permutations, product
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, Mode
 from graphpar.partition.check import recompute
 from graphpar.partition.pipeline_price import share_microbatches
 from graphpar.partition.types import (
@@ -81,17 +82,56 @@ def _pipelines(
 ) -> Iterator[PipelineChoice]:
     for microbatches in range(1, min(samples, table.max_microbatches) + 1):
         for staffing in _ordered_partitions(devices):
-            if max(map(len, staffing)) > min(width, microbatches):
-                continue
-            for cuts in combinations(range(1, table.num_units), len(staffing) - 1):
+            ways = [list(_ways(table, names)) for names in staffing]
+            for cuts, chosen in product(
+                combinations(range(1, table.num_units), len(staffing) - 1), product(*ways)
+            ):
                 edges = (0, *cuts, table.num_units)
                 stages = tuple(
-                    StageChoice(edges[i], edges[i + 1], tuple(Replica(d, 0) for d in names))
-                    for i, names in enumerate(staffing)
+                    replace(way, first=edges[i], last=edges[i + 1]) for i, way in enumerate(chosen)
                 )
+                if max(len(s.replicas) for s in stages) > min(width, microbatches):
+                    continue
+                if any(len(s.replicas) == 1 and s.zero for s in stages):
+                    continue  # Nobody to share with: no other plan than without.
                 dealt = share_microbatches(table, PipelineChoice(samples, microbatches, stages), schedule)
                 if all(r.microbatches for s in dealt.stages for r in s.replicas):
                     yield dealt
+
+
+def _ways(table: CostTable, names: tuple[str, ...]) -> Iterator[StageChoice]:
+    """All ways in which a set of devices can run a stage: modes, and replicas alike in them."""
+    options = {(m.precision, m.recompute, m.zero) for m in table.every_mode}
+    for precision, again, zero in sorted(options):
+        singles = tuple(Replica(d, 0) for d in names)
+        stage = StageChoice(0, 1, singles, precision, again, zero)
+        if all(table.mode_number(stage, r) is not None for r in singles):
+            yield stage
+    for mode in table.modes:
+        if len(mode.members) > 1 and len(names) % len(mode.members) == 0:
+            for groups in _in_groups(table, mode, names):
+                replicas = tuple(Replica(g[0], 0, g[1:], mode.shares) for g in groups)
+                yield StageChoice(0, 1, replicas, mode.precision, mode.recompute, mode.zero)
+
+
+def _in_groups(
+    table: CostTable, mode: Mode, names: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """All ways to cut a set of devices into groups that a mode's price holds for."""
+    if not names:
+        yield ()
+        return
+    for group in permutations(names, len(mode.members)):
+        if names[0] not in group or tuple(table.class_of[d] for d in group) != mode.members:
+            continue
+        near = all(
+            mode.link is None or table.topology.link(a, b).at_least(mode.link)
+            for a, b in combinations(group, 2)
+        )
+        if near:
+            rest = tuple(d for d in names if d not in group)
+            for others in _in_groups(table, mode, rest):
+                yield (group, *others)
 
 
 def _ordered_partitions(devices: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], ...]]:

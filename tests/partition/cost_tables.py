@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology, UnitCost
+from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, ModeCost, Topology, UnitCost
 
 FAST = LinkCost(1e-6, 1e12)
 
@@ -91,8 +91,58 @@ _links = st.builds(LinkCost, st.sampled_from([0.0, 0.1]), st.sampled_from([1e4, 
 
 
 @st.composite
+def drawn_modes(draw: st.DrawFn, table: CostTable) -> tuple[Mode, ...]:
+    """One to three modes: recomputation, ZeRO, and tensor groups of equal or unlike devices."""
+    found: dict[object, Mode] = {}
+    usual = Mode((0,), ()).key
+    for _ in range(draw(st.integers(1, 3))):
+        kinds = st.integers(0, len(table.device_classes) - 1)
+        members = tuple(draw(st.lists(kinds, min_size=1, max_size=2)))
+        mode = Mode(
+            members=members,
+            costs=tuple(draw(mode_costs(len(members), len(table.sizes))) for _ in table.costs),
+            shares=draw(st.sampled_from([(), (0.7, 0.3)])) if len(members) == 2 else (),
+            recompute=draw(st.booleans()),
+            zero=draw(st.sampled_from([0, 1, 2, 3])) if table.training else 0,
+            link=draw(_links) if len(members) == 2 else None,
+        )
+        plain = len(members) == 1 and mode.key[1:] == usual[1:]
+        found.setdefault(mode.key, mode)
+        if plain:
+            del found[mode.key]
+    return tuple(found.values())
+
+
+@st.composite
+def mode_costs(draw: st.DrawFn, members: int, sizes: int) -> ModeCost:
+    """A unit in some mode; times and activations grow with the microbatch size."""
+
+    def growing(values: st.SearchStrategy[float]) -> tuple[float, ...]:
+        steps = [draw(values) for _ in range(sizes)]
+        return tuple(sum(steps[: i + 1]) for i in range(sizes))
+
+    def each(values: st.SearchStrategy[float]) -> tuple[float, ...]:
+        return tuple(draw(values) for _ in range(members))
+
+    return ModeCost(
+        forward_s=growing(_seconds),
+        backward_s=growing(_seconds),
+        optimizer_s=draw(_seconds),
+        weight_bytes=each(_bytes),
+        gradient_bytes=each(_bytes),
+        optimizer_bytes=each(_bytes),
+        saved_bytes=tuple(growing(_bytes) for _ in range(members)),
+        working_bytes=tuple(growing(_bytes) for _ in range(members)),
+    )
+
+
+@st.composite
 def small_tables(
-    draw: st.DrawFn, max_units: int = 4, max_devices: int = 3, max_batch: int = 3
+    draw: st.DrawFn,
+    max_units: int = 4,
+    max_devices: int = 3,
+    max_batch: int = 3,
+    modes: bool = False,
 ) -> CostTable:
     """Tables whose every plan can be enumerated; memory binds in many of them."""
     training = not draw(st.sampled_from([False, False, True]))
@@ -139,6 +189,8 @@ def small_tables(
         max_replicas=batch,
         sum_s_per_byte=draw(st.sampled_from([0.0, 0.02])),
     )
+    if modes:
+        table = replace(table, modes=draw(drawn_modes(table)))
     if mixed:
         return replace(table, max_microbatches=1, max_replicas=1, batch_reason="samples mix")
     return table

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology
 from graphpar.errors import InfeasibleError
-from graphpar.partition.cells import class_cells, find_cells, make_option
+from graphpar.partition.cells import class_cells, find_cells, plain_option
 from graphpar.partition.counting import CountingLimits, counting_options, widths
 from graphpar.partition.family import Family
 from graphpar.partition.pipeline import partition
@@ -64,7 +64,7 @@ def best(family: Family, schedule: ScheduleName, limits: CountingLimits = LIMITS
 def counted(table: CostTable, repeats: Repeats, schedule: ScheduleName) -> Family:
     """The family of the counting programme."""
     cells = class_cells(table)
-    options = tuple(counting_options(cells, table.max_replicas))
+    options = tuple(counting_options(table, cells, table.max_replicas))
     return Family(table, cells, False, options, (schedule,), "auto", "", repeats)
 
 
@@ -77,7 +77,7 @@ def placed(table: CostTable, schedule: ScheduleName) -> Family:
         for w in range(1, n + 1)
     ]
     return Family(
-        table, cells, True, tuple(make_option(cells, t) for t in takes), (schedule,), "auto", ""
+        table, cells, True, tuple(plain_option(cells, t) for t in takes), (schedule,), "auto", ""
     )
 
 

@@ -37,6 +37,21 @@ def test_partition_is_the_best_of_all_plans(table: CostTable) -> None:
     check_partition(table, found)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=3, modes=True))
+def test_partition_is_the_best_of_all_plans_in_all_modes(table: CostTable) -> None:
+    best = best_step_s(table)
+    if best is None:
+        with pytest.raises(InfeasibleError):
+            partition(table, gap=0.0)
+        return
+    found = partition(table, gap=0.0)
+    assert found.objective_s == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert found.physical_bound_s <= best * (1 + 1e-9)
+    assert found.status == "optimal"
+    check_partition(table, found)
+
+
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
 @given(small_tables(max_units=4, max_devices=4, max_batch=4))
