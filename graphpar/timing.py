@@ -5,11 +5,18 @@ by hand.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from graphpar.cost import CostTable, LinkCost
-from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.partition.pipeline_price import (
+    member_bytes,
+    modes_of,
+    most_bytes,
+    stage_sync_s,
+    zero_s,
+)
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,11 @@ def timing_of(table: CostTable, partition: Partition) -> Timing:
     doi:10.1016/j.jpdc.2008.09.002).
     """
     ranks = tuple(
-        _rank_timing(table, pipeline, stage, replica.device)
+        _rank_timing(table, pipeline, stage, replica, member)
         for pipeline in partition.pipelines
         for stage in pipeline.stages
         for replica in stage.replicas
+        for member in range(len(replica.devices))
     )
     nodes = dict.fromkeys(r.node for r in ranks)
     topology = table.topology
@@ -121,52 +129,94 @@ def timing_of(table: CostTable, partition: Partition) -> Timing:
 
 
 def _rank_timing(
-    table: CostTable, pipeline: PipelineChoice, stage: StageChoice, device: str
+    table: CostTable, pipeline: PipelineChoice, stage: StageChoice, replica: Replica, member: int
 ) -> RankTiming:
-    row = table.class_of[device]
-    overhead = table.device_classes[row].stage_overhead_s
-    units = range(stage.first, stage.last)
-    costs = [table.costs[table.units[u]] for u in units]
+    """One member's numbers; the members of a tensor group work in step."""
+    device = replica.devices[member]
+    (mode,) = modes_of(table, replace(stage, replicas=(replica,)))
+    overhead, units = table.mode_overhead_s(mode), range(stage.first, stage.last)
+    costs = [table.every_mode[mode].costs[table.units[u]] for u in units]
+    # Of what ZeRO moves for every microbatch, the gathers before the forward belong there.
+    moved = zero_s(table, stage)
+    ahead = moved / 3 if stage.zero > 2 else 0.0
+    optimizer_s = sum(c.optimizer_s for c in costs) / (len(stage.replicas) if stage.zero else 1)
+    sizes = sorted(set(pipeline.sizes()))
+    held = {n: member_bytes(table, costs, member, n, stage.zero, len(stage.replicas)) for n in sizes}
     return RankTiming(
         device=device,
         node=table.topology.node_of[device],
         sizes=tuple(
             SizeTiming(
                 size=n,
-                forward_s=overhead + sum(table.forward_s(u, row, n) for u in units),
-                backward_s=overhead + sum(table.backward_s(u, row, n) for u in units)
+                forward_s=overhead + sum(table.forward_s(u, mode, n) for u in units) + ahead,
+                backward_s=overhead + sum(table.backward_s(u, mode, n) for u in units) + moved - ahead
                 if table.training
                 else 0.0,
-                saved_bytes=sum(table.at_size(c.saved_bytes, n) for c in costs),
-                working_bytes=max(table.at_size(c.working_bytes, n) for c in costs),
+                saved_bytes=held[n][1],
+                working_bytes=held[n][2],
             )
-            for n in sorted(set(pipeline.sizes()))
+            for n in sizes
         ),
-        optimizer_s=sum(c.optimizer_s[row] for c in costs) if table.training else 0.0,
-        resident_bytes=table.reserved_bytes
-        + sum(c.weight_bytes + c.gradient_bytes + c.optimizer_bytes for c in costs),
+        optimizer_s=optimizer_s if table.training else 0.0,
+        resident_bytes=table.reserved_bytes + held[sizes[0]][0],
     )
 
 
 def _gradient_groups(table: CostTable, partition: Partition) -> tuple[GradientGroup, ...]:
-    """Units held by the same ranks are reduced together."""
-    holders: list[list[int]] = [[] for _ in range(table.num_units)]
+    """Units held by the same ranks are reduced together.
+
+    Where ZeRO divides a stage, its replicas exchange what the level asks for instead. Members of tensor
+    groups exchange with the members in the same place.
+    """
+    holders: list[dict[int, list[int]]] = [{} for _ in range(table.num_units)]
+    divided: list[GradientGroup] = []
+    num_bytes: dict[tuple[int, ...], float] = {}
     rank = 0
     for pipeline in partition.pipelines:
         for stage in pipeline.stages:
-            for _ in stage.replicas:
-                for unit in range(stage.first, stage.last):
-                    holders[unit].append(rank)
-                rank += 1
-    num_bytes: dict[tuple[int, ...], float] = {}
-    for unit, ranks in enumerate(holders):
-        if len(ranks) > 1:
-            key = tuple(ranks)
-            num_bytes[key] = num_bytes.get(key, 0.0) + table.costs[table.units[unit]].gradient_bytes
-    return tuple(
-        GradientGroup(ranks, total, _ring_seconds(table, partition, ranks, total))
-        for ranks, total in num_bytes.items()
+            ranks: dict[int, list[int]] = {}
+            for replica in stage.replicas:
+                for member in range(len(replica.devices)):
+                    ranks.setdefault(member, []).append(rank)
+                    rank += 1
+            divided += _divided_groups(table, stage, ranks)
+            for unit in range(stage.first, stage.last):
+                for member, own in ranks.items():
+                    # ZeRO's replicas are done among themselves: one speaks for them across pipelines.
+                    holders[unit].setdefault(member, []).extend(own[:1] if stage.zero else own)
+    modes = [_unit_gradients(table, partition, unit) for unit in range(table.num_units)]
+    for unit, by_member in enumerate(holders):
+        for member_ranks in by_member.values():
+            if len(member_ranks) > 1:
+                key = tuple(member_ranks)
+                num_bytes[key] = num_bytes.get(key, 0.0) + modes[unit]
+    whole = (
+        GradientGroup(key, total, _ring_seconds(table, partition, key, total))
+        for key, total in num_bytes.items()
         if total > 0
+    )
+    return (*divided, *whole)
+
+
+def _divided_groups(
+    table: CostTable, stage: StageChoice, ranks: dict[int, list[int]]
+) -> list[GradientGroup]:
+    """What the replicas of a stage under ZeRO exchange after the last backward."""
+    seconds = stage_sync_s(table, stage) if stage.zero else 0.0
+    if seconds <= 0:
+        return []
+    num_bytes = most_bytes(table, stage, "gradient_bytes")
+    return [GradientGroup(tuple(own), num_bytes, seconds) for own in ranks.values() if len(own) > 1]
+
+
+def _unit_gradients(table: CostTable, partition: Partition, unit: int) -> float:
+    """Gradient bytes of a unit on the rank that holds most of them."""
+    return max(
+        max(table.every_mode[mode].costs[table.units[unit]].gradient_bytes)
+        for pipeline in partition.pipelines
+        for stage in pipeline.stages
+        if stage.first <= unit < stage.last
+        for mode in set(modes_of(table, stage))
     )
 
 

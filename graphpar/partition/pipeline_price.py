@@ -155,10 +155,10 @@ def zero_s(table: CostTable, stage: StageChoice) -> float:
     if stage.zero < 2 or width < 2 or not table.training:
         return 0.0
     links = _links_between_replicas(table, stage)
-    gradients = _most_bytes(table, stage, "gradient_bytes")
+    gradients = most_bytes(table, stage, "gradient_bytes")
     moved = half_ring_s(links, gradients, width, table.sum_s_per_byte)
     if stage.zero > 2:
-        weights = _most_bytes(table, stage, "weight_bytes")
+        weights = most_bytes(table, stage, "weight_bytes")
         moved += ring_s(links, weights, width, table.sum_s_per_byte)
     return moved
 
@@ -173,7 +173,7 @@ def _unit_costs(table: CostTable, stage: StageChoice, mode: int) -> list[ModeCos
     return [costs[table.units[u]] for u in range(stage.first, stage.last)]
 
 
-def _most_bytes(table: CostTable, stage: StageChoice, name: str) -> float:
+def most_bytes(table: CostTable, stage: StageChoice, name: str) -> float:
     """Bytes of the member that holds most, over all replicas."""
     largest = 0.0
     for mode in set(modes_of(table, stage)):
@@ -285,22 +285,22 @@ def _worst_post(table: CostTable, pipelines: Sequence[PipelineChoice]) -> tuple[
     for pipeline in pipelines:
         for stage in pipeline.stages:
             modes, width = modes_of(table, stage), len(stage.replicas)
-            sync = _stage_sync_s(table, stage)
-            gradients = _most_bytes(table, stage, "gradient_bytes")
+            sync = stage_sync_s(table, stage)
+            gradients = most_bytes(table, stage, "gradient_bytes")
             sync += ring_s(across, gradients, len(pipelines), table.sum_s_per_byte)
             optimizer = max(sum(c.optimizer_s for c in _unit_costs(table, stage, mode)) for mode in modes)
             worst = max(worst, (sync, optimizer / (width if stage.zero else 1)), key=sum)
     return worst
 
 
-def _stage_sync_s(table: CostTable, stage: StageChoice) -> float:
+def stage_sync_s(table: CostTable, stage: StageChoice) -> float:
     """Gradients summed over the replicas of a stage, or what ZeRO does instead."""
     links, width = _links_between_replicas(table, stage), len(stage.replicas)
-    gradients = _most_bytes(table, stage, "gradient_bytes")
+    gradients = most_bytes(table, stage, "gradient_bytes")
     if stage.zero == 0:
         return ring_s(links, gradients, width, table.sum_s_per_byte)
     scattered = half_ring_s(links, gradients, width, table.sum_s_per_byte) if stage.zero == 1 else 0.0
-    gathered = _most_bytes(table, stage, "weight_bytes") if stage.zero < 3 else 0.0
+    gathered = most_bytes(table, stage, "weight_bytes") if stage.zero < 3 else 0.0
     return scattered + half_ring_s(links, gathered, width, table.sum_s_per_byte)
 
 
