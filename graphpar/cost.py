@@ -221,6 +221,27 @@ class PricingOptions:
 
 
 @dataclass(frozen=True)
+class StageOptions:
+    """What stages may choose besides the plain mode of each device class.
+
+    Attributes:
+        recompute: Whether a stage may keep only what enters its units and compute the rest again.
+        zero: ZeRO levels besides 0.
+        tensor_widths: Sizes of tensor groups of equal devices besides 1.
+    """
+
+    recompute: bool = False
+    zero: tuple[int, ...] = ()
+    tensor_widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not set(self.zero) <= {1, 2, 3}:
+            raise ValueError(f"zero={self.zero}: ZeRO levels are 1, 2 and 3 (0 is always allowed).")
+        if any(t < 2 for t in self.tensor_widths):
+            raise ValueError(f"tensor_widths={self.tensor_widths}: groups have at least 2 members.")
+
+
+@dataclass(frozen=True)
 class CostTable:
     """Everything the partitioner may know.
 

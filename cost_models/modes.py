@@ -1,0 +1,130 @@
+"""Further ways to run units, derived from a table's plain rows: recomputation, ZeRO, tensor groups.
+
+*Recomputation* keeps what enters a unit and runs its forward again before its backward: backward takes
+backward + forward, and while a unit is at work everything it would have kept is a temporary (Chen et
+al., 2016, arXiv:1604.06174).
+
+*ZeRO* needs no numbers of its own: the partitioner divides and adds what is exchanged
+(`graphpar.partition.pipeline_price`).
+
+*Tensor groups* by a simple rule: `t` equal members each do 1/t of a unit's work and hold 1/t of its
+weights and of what it keeps, but for what enters the unit, which all of them hold; what leaves a unit
+with weights is summed over the members, forward and backward (one all-reduce each, as in Shoeybi et al.,
+2019, arXiv:1909.08053, where a transformer block has two such units).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from graphpar.cost import CostTable, LinkCost, Mode, ModeCost, StageOptions
+
+TENSOR_EFFICIENCY = 0.9
+"""Kernels of 1/t of the size run at somewhat less than full speed."""
+
+
+def with_modes(table: CostTable, options: StageOptions) -> CostTable:
+    """The same table with the modes that the options allow; ZeRO only where there is training.
+
+    >>> from graphpar.cost import StageOptions
+    >>> StageOptions(recompute=True, zero=(1,)).zero
+    (1,)
+    """
+    entering, leaving = _crossing_bytes(table)
+    modes: list[Mode] = []
+    for index in range(len(table.device_classes)):
+        plain = table.every_mode[index]
+        groups = [plain, *_tensor_groups(table, index, options.tensor_widths, entering, leaving)]
+        for group in groups:
+            ways = [group, *([_recomputed(table, group, entering)] if options.recompute else [])]
+            for way in ways if table.training else ways[:1]:
+                levels = (0, *options.zero) if table.training else (0,)
+                modes += (replace(way, zero=level) for level in levels)
+    known = {mode.key for mode in table.every_mode}
+    return replace(table, modes=(*table.modes, *(m for m in modes if m.key not in known)))
+
+
+def _crossing_bytes(table: CostTable) -> tuple[list[list[float]], list[list[float]]]:
+    """[distinct unit][size]: the most bytes that enter one of its kind, and that leave one."""
+    entering = [[0.0] * len(table.sizes) for _ in table.costs]
+    leaving = [[0.0] * len(table.sizes) for _ in table.costs]
+    for position, size in enumerate(table.sizes):
+        cuts = [table.cut_bytes(b, size)[0] for b in range(table.num_units + 1)]
+        for unit, kind in enumerate(table.units):
+            entering[kind][position] = max(entering[kind][position], cuts[unit])
+            leaving[kind][position] = max(leaving[kind][position], cuts[unit + 1])
+    return entering, leaving
+
+
+def _recomputed(table: CostTable, mode: Mode, entering: Sequence[Sequence[float]]) -> Mode:
+    return replace(
+        mode,
+        recompute=True,
+        costs=tuple(_recomputed_cost(c, e) for c, e in zip(mode.costs, entering, strict=True)),
+    )
+
+
+def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
+    kept = tuple(tuple(map(min, row, entering)) for row in cost.saved_bytes)
+    working = tuple(
+        tuple(w + s - k for w, s, k in zip(*rows, strict=True))
+        for rows in zip(cost.working_bytes, cost.saved_bytes, kept, strict=True)
+    )
+    backward = tuple(f + b for f, b in zip(cost.forward_s, cost.backward_s, strict=True))
+    return replace(cost, backward_s=backward, saved_bytes=kept, working_bytes=working)
+
+
+def _tensor_groups(
+    table: CostTable,
+    index: int,
+    widths: Sequence[int],
+    entering: Sequence[Sequence[float]],
+    leaving: Sequence[Sequence[float]],
+) -> Iterator[Mode]:
+    """Groups of a class that fit into one of its nodes."""
+    link, room = _inside(table, index)
+    for width in widths:
+        if link is None or width > room:
+            continue
+        costs = tuple(
+            _split(cost, width, link, e, a)
+            for cost, e, a in zip(table.every_mode[index].costs, entering, leaving, strict=True)
+        )
+        yield Mode((index,) * width, costs, link=link)
+
+
+def _inside(table: CostTable, index: int) -> tuple[LinkCost | None, int]:
+    """The worst link inside a node with several devices of a class, and the largest such node."""
+    topology, rooms = table.topology, dict[str, int]()
+    for device in table.device_classes[index].devices:
+        rooms[topology.node_of[device]] = rooms.get(topology.node_of[device], 0) + 1
+    links = [topology.inside[node] for node, number in rooms.items() if number > 1]
+    if not links:
+        return None, 1
+    worst = LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
+    return worst, max(rooms.values())
+
+
+def _split(
+    cost: ModeCost, width: int, link: LinkCost, entering: Sequence[float], leaving: Sequence[float]
+) -> ModeCost:
+    """One of `width` equal parts of a unit."""
+    speed = width * TENSOR_EFFICIENCY
+    weighs = cost.weight_bytes[0] > 0
+    sums = [2 * (width - 1) * link.seconds(n / width) if weighs else 0.0 for n in leaving]
+    back = [2 * (width - 1) * link.seconds(n / width) if weighs else 0.0 for n in entering]
+
+    def divided(row: Sequence[float], whole: Sequence[float]) -> tuple[float, ...]:
+        return tuple(min(n, w) + max(0.0, n - w) / width for n, w in zip(row, whole, strict=True))
+
+    saved = divided(cost.saved_bytes[0], entering)
+    working = divided(cost.working_bytes[0], leaving)
+    return ModeCost(
+        forward_s=tuple(f / speed + s for f, s in zip(cost.forward_s, sums, strict=True)),
+        backward_s=tuple(b / speed + s for b, s in zip(cost.backward_s, back, strict=True)),
+        optimizer_s=cost.optimizer_s / width,
+        weight_bytes=(cost.weight_bytes[0] / width,) * width,
+        gradient_bytes=(cost.gradient_bytes[0] / width,) * width,
+        optimizer_bytes=(cost.optimizer_bytes[0] / width,) * width,
+        saved_bytes=(saved,) * width,
+        working_bytes=(working,) * width,
+    )
