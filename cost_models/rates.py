@@ -13,8 +13,8 @@ from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
 
 LISTED_TENSOR_S = 1e-6
-"""The host's time per tensor of an op over a list of tensors (`torch._foreach_*`, the optimisers' default on
-GPUs): an estimate, not measured."""
+"""The host's time per tensor of an op over a list of tensors (`torch._foreach_*`, the optimisers' default
+on GPUs): an estimate, not measured."""
 FLOAT_PEAK_FALLBACK = ("tf32", "float32", "bfloat16", "float16")
 
 
