@@ -8,7 +8,6 @@ import msgspec
 
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule
-from graphpar.simulate import Timeline
 from graphpar.view.fold import fold_units
 from graphpar.view.measured import MeasuredStep, measured_timeline
 from graphpar.view.model import (
@@ -20,10 +19,10 @@ from graphpar.view.model import (
     ViewLink,
     ViewNode,
     ViewPipeline,
-    ViewShares,
     ViewStage,
     ViewTimeline,
 )
+from graphpar.view.shares import shares_of
 
 
 def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
@@ -43,7 +42,7 @@ def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
         schedule=plan.partition.schedule,
         step_s=timeline.step_s,
         bottleneck=plan.replicas.index(plan.bottleneck),
-        shares=_shares(timeline),
+        shares=shares_of(timeline),
         nodes=_nodes(plan),
         links=tuple(_links(plan)),
         devices=used + tuple(ViewDevice(d, k, node_of(d)) for d, k in sorted(plan.left_out.items())),
@@ -69,14 +68,6 @@ def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
         ),
         measured=ran,
     )
-
-
-def _shares(timeline: Timeline) -> ViewShares:
-    total = timeline.step_s * len(timeline.compute_s)
-    if total <= 0:
-        return ViewShares(0.0, 0.0, 1.0)
-    compute, gradients = sum(timeline.compute_s) / total, sum(timeline.reduce_s) / total
-    return ViewShares(compute, gradients, max(0.0, 1.0 - compute - gradients))
 
 
 def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterator[ViewDevice]:

@@ -128,7 +128,8 @@ def _markdown_lines(view: ViewData) -> Iterator[str]:
     yield f"- bottleneck: {_markdown_text(slowest.name)}, busy {100 * slowest.busy_share:.0f} %"
     yield (
         f"- device time: {100 * view.shares.compute:.1f} % compute, "
-        f"{100 * view.shares.gradients:.1f} % gradient sums, {100 * view.shares.waiting:.1f} % waiting"
+        f"{100 * view.shares.communication:.1f} % communication, "
+        f"{100 * view.shares.gradients:.1f} % gradient sums, {100 * view.shares.bubble:.1f} % bubbles"
     )
     certificate = view.certificate
     yield f"- certificate: {certificate.status}, gap {100 * certificate.gap:.3g} %"

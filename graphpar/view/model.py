@@ -73,6 +73,20 @@ class ViewBlock:
 
 
 @dataclass(frozen=True)
+class ViewModule:
+    """Units `first` to `last - 1` as a module of the model.
+
+    `count` tells how often its children repeat; a unit has no children.
+    """
+
+    label: str
+    count: int
+    first: int
+    last: int
+    children: tuple["ViewModule", ...] = ()
+
+
+@dataclass(frozen=True)
 class ViewStage:
     """A stage, its units folded into blocks, and the ranks that take turns on it."""
 
@@ -83,6 +97,7 @@ class ViewStage:
     weight_bytes: float
     ranks: tuple[int, ...]
     blocks: tuple[ViewBlock, ...]
+    modules: tuple[ViewModule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,11 +185,19 @@ class ViewCertificate:
 
 @dataclass(frozen=True)
 class ViewShares:
-    """Shares of all ranks' time in the predicted step; they add up to one."""
+    """Shares of all ranks' time in the predicted step; they add up to one.
+
+    Attributes:
+        compute: Forwards, backwards and the optimiser.
+        communication: Waiting for messages that are on their way.
+        gradients: Sums of gradients, with the waiting for the other ranks.
+        bubble: Having nothing to do.
+    """
 
     compute: float
+    communication: float
     gradients: float
-    waiting: float
+    bubble: float
 
 
 @dataclass(frozen=True)

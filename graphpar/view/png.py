@@ -73,7 +73,7 @@ def _title(view: ViewData) -> str:
         step += f", measured {format_seconds(view.measured.step_s)}"
         step += f"; {view.measured.note}" if view.measured.note else ""
     shares = (
-        f"compute {format_percent(view.shares.compute)}, waiting {format_percent(view.shares.waiting)}"
+        f"compute {format_percent(view.shares.compute)}, bubbles {format_percent(view.shares.bubble)}"
     )
     return f"{_plain(view.headline, _MOST_TITLE)}\n{step}; {shares}"
 

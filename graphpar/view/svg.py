@@ -58,8 +58,9 @@ def _head(view: ViewData) -> Iterator[str]:
     yield _text(
         12,
         48,
-        f"{step}; compute {format_percent(shares.compute)}, gradient sums "
-        f"{format_percent(shares.gradients)}, waiting {format_percent(shares.waiting)} of device time",
+        f"{step}; compute {format_percent(shares.compute)}, communication "
+        f"{format_percent(shares.communication)}, gradient sums {format_percent(shares.gradients)}, "
+        f"bubbles {format_percent(shares.bubble)} of device time",
     )
     certificate = view.certificate
     facts = (
