@@ -13,14 +13,22 @@ from graphpar.commands.options import (
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
-from graphpar.compiler import plan as make_plan
+from graphpar.compiler import plan_prepared, prepare
 from graphpar.model_spec import load_model
+from graphpar.view.api import visualize
 
 
 @click.command(name="plan")
 @model_argument
 @cluster_option
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the plan to this JSON file.")
+@click.option(
+    "--view",
+    "picture",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Draw the plan, too; in an .html page blocks open down to their operations.",
+)
 @input_options
 @planning_options
 @json_option
@@ -28,6 +36,7 @@ def command(
     model: str,
     cluster_file: str,
     output: str | None,
+    picture: str | None,
     batch_size: int,
     seq_len: int,
     train: bool,
@@ -44,12 +53,13 @@ def command(
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
-        plan = make_plan(
-            loaded.model,
+        training = default_training() if train else None
+        prepared = prepare(loaded.model, loaded.args, loaded.kwargs, training)
+        plan = plan_prepared(
+            prepared,
             cluster,
-            loaded.args,
-            loaded.kwargs,
-            train=default_training() if train else None,
+            train=training,
+            calibration=None,
             precision=precision,
             time_limit_s=time_limit_s,
             gap=gap,
@@ -57,6 +67,10 @@ def command(
         if output is not None:
             plan.save(output)
             click.echo(f"plan written to {output}", err=True)
+        if picture is not None:
+            page = picture.lower().endswith(".html")
+            target = visualize(plan, picture, graph=prepared.graph if page else None)
+            click.echo(f"view written to {target}", err=True)
     if as_json:
         print_json(json.loads(plan.to_json()))
     else:

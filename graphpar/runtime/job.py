@@ -123,6 +123,11 @@ class CompiledModel:
         self._inference: dict[Hashable, _Loaded] = {}
         self._trained_on = lowered
 
+    @property
+    def graph(self) -> Graph:
+        """The captured graph of the model, which the plan cuts into units."""
+        return self._subject.graph
+
     @staticmethod
     def warm_up() -> None:
         """Begin what a start needs anyway, so that it goes on while a plan is made."""

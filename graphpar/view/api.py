@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 from graphpar.errors import PlanError
+from graphpar.ir.graph import Graph
 from graphpar.plan_diff import diff_plans
 from graphpar.plans import Plan
 from graphpar.view.build import view_of
+from graphpar.view.detail import ViewDetail, detail_of
 from graphpar.view.graphs import render_dot, render_graphml, render_markdown
 from graphpar.view.html import render_html
 from graphpar.view.measured import MeasuredStep
@@ -43,7 +45,11 @@ SUFFIXES = tuple(_RENDERERS)
 
 
 def visualize(
-    plan_or_job: Drawable, path: str | os.PathLike[str], *, compare: Drawable | None = None
+    plan_or_job: Drawable,
+    path: str | os.PathLike[str],
+    *,
+    compare: Drawable | None = None,
+    graph: Graph | None = None,
 ) -> Path:
     """Draw a plan, or a job with its last measured step, into one file; returns its path.
 
@@ -53,10 +59,13 @@ def visualize(
             (needs matplotlib) a picture, `.json` a trace for Perfetto, `.md` a page with a Mermaid
             sketch, `.dot` and `.graphml` the graph of stages.
         compare: Another plan or job, which the page then sets beside the first; `.html` only.
+        graph: The captured graph that the plan is for; blocks of an `.html` page then open down to
+            their operations. A job knows its own.
 
     Raises:
-        ValueError: The suffix is unknown, an argument is neither plan nor job, or `compare` is
-            given for something else than a page, or a `.png` is asked for without matplotlib.
+        ValueError: The suffix is unknown, an argument is neither plan nor job, `compare` or `graph`
+            is given for something else than a page, the graph is not the plan's, or a `.png` is
+            asked for without matplotlib.
         PlanError: The file cannot be written.
     """
     target = Path(path)
@@ -68,13 +77,33 @@ def visualize(
         )
     if compare is not None and render is not render_html:
         raise ValueError(f"two plans are compared in a page; end the name {str(target)!r} in .html")
+    if graph is not None and render is not render_html:
+        raise ValueError(f"operations are shown in a page; end the name {str(target)!r} in .html")
     view = _view(plan_or_job)
-    if compare is None:
+    if render is not render_html:
         _write_whole(target, render(view))
+        return target
+    detail = _detail(_plan_of(plan_or_job), graph, plan_or_job)
+    if compare is None:
+        _write_whole(target, render_html(view, detail=detail))
     else:
         diff = diff_plans(_plan_of(plan_or_job), _plan_of(compare))
-        _write_whole(target, render_html(view, _view(compare), diff))
+        _write_whole(target, render_html(view, _view(compare), diff, detail))
     return target
+
+
+def _detail(plan: Plan, graph: Graph | None, drawable: Drawable) -> ViewDetail | None:
+    """Operations by unit, from the graph that was given or the one the job runs."""
+    if graph is not None:
+        detail = detail_of(graph, plan.units)
+        if detail is None:
+            raise ValueError(
+                f"graph {graph.name!r} is not the one this plan was made for: its units differ; "
+                "capture the model with the inputs the plan was made with"
+            )
+        return detail
+    own = getattr(drawable, "graph", None)
+    return detail_of(own, plan.units) if isinstance(own, Graph) else None
 
 
 def _view(drawable: Drawable) -> ViewData:

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import msgspec
 
+from graphpar.partition.types import StageChoice
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule
 from graphpar.view.fold import fold_units
@@ -22,7 +24,11 @@ from graphpar.view.model import (
     ViewStage,
     ViewTimeline,
 )
+from graphpar.view.outline import outline
 from graphpar.view.shares import shares_of
+
+_SPLITS_WEIGHTS = 3
+"""The ZeRO level from which on a device holds a part of its weights only."""
 
 
 def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
@@ -58,6 +64,7 @@ def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
         notes=(*plan.partition.notes, *plan.notes),
         assumptions=plan.assumptions,
         options={name: str(value) for name, value in sorted(plan.options.items())},
+        explanation=plan.explanation,
         routes=schedule.routes,
         predicted=ViewTimeline(
             timeline.step_s,
@@ -71,21 +78,27 @@ def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
 
 
 def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterator[ViewDevice]:
-    for rank, replica in enumerate(plan.replicas):
+    stages = dict(enumerate(zip(plan.stages, _choices(plan), strict=True)))
+    for rank, (replica, share) in enumerate(zip(plan.replicas, _member_shares(plan), strict=True)):
         saved, working = _peak_parts(plan, schedule, rank)
+        resident = plan.timing.ranks[rank].resident_bytes
+        stage, choice = stages[schedule.stage_of[rank]]
+        splits = choice.zero >= _SPLITS_WEIGHTS
         yield ViewDevice(
             name=replica.device,
             kind=replica.kind,
             node=plan.timing.ranks[rank].node,
             stage=schedule.stage_of[rank],
+            share=share,
             microbatches=replica.microbatches,
             forward_s=replica.forward_s,
             backward_s=replica.backward_s,
             comm_s=replica.comm_s,
             busy_share=replica.busy_share,
-            peak_bytes=plan.timing.ranks[rank].resident_bytes + saved + working,
+            peak_bytes=resident + saved + working,
             capacity_bytes=replica.capacity_bytes,
-            resident_bytes=plan.timing.ranks[rank].resident_bytes,
+            resident_bytes=resident,
+            weight_bytes=0.0 if splits else min(resident, share * stage.weight_bytes),
             saved_bytes=saved,
             working_bytes=working,
             memory_by_size=tuple(
@@ -154,7 +167,8 @@ def _pipelines(plan: Plan) -> Iterator[ViewPipeline]:
 
 
 def _stages(plan: Plan, schedule: Schedule) -> Iterator[ViewStage]:
-    for stage in plan.stages:
+    for stage, choice in zip(plan.stages, _choices(plan), strict=True):
+        ranks = iter(schedule.ranks_of[stage.index])
         yield ViewStage(
             index=stage.index,
             pipeline=stage.pipeline,
@@ -163,7 +177,24 @@ def _stages(plan: Plan, schedule: Schedule) -> Iterator[ViewStage]:
             weight_bytes=stage.weight_bytes,
             ranks=schedule.ranks_of[stage.index],
             blocks=fold_units(plan.units, stage.first, stage.last),
+            modules=outline(plan.units, stage.first, stage.last),
+            groups=tuple(tuple(islice(ranks, len(r.devices))) for r in choice.replicas),
+            precision=choice.precision,
+            recompute=choice.recompute,
+            zero=choice.zero,
         )
+
+
+def _choices(plan: Plan) -> Iterator[StageChoice]:
+    for pipeline in plan.partition.pipelines:
+        yield from pipeline.stages
+
+
+def _member_shares(plan: Plan) -> Iterator[float]:
+    """For each rank its share of the work on a microbatch."""
+    for choice in _choices(plan):
+        for replica in choice.replicas:
+            yield from replica.member_shares
 
 
 def _certificate(plan: Plan) -> ViewCertificate:

@@ -17,9 +17,17 @@ from typing import Any
 import msgspec
 
 from graphpar.plan_diff import PlanDiff
+from graphpar.view.detail import ViewDetail, pack_detail
 from graphpar.view.model import ViewData
 from graphpar.view.packed import pack
-from graphpar.view.palette import ACTION_COLOURS, ACTION_NAMES, OKABE_ITO, text_on
+from graphpar.view.palette import (
+    ACTION_COLOURS,
+    ACTION_NAMES,
+    DARK_TEXT,
+    LIGHT_TEXT,
+    OKABE_ITO,
+    text_on,
+)
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _SCRIPTS = (
@@ -29,6 +37,7 @@ _SCRIPTS = (
     "lanes.js",
     "timeline.js",
     "memory.js",
+    "why.js",
     "certificate.js",
     "compare.js",
     "main.js",
@@ -44,20 +53,33 @@ _ESCAPES = {
 }
 
 
-def render_html(view: ViewData, other: ViewData | None = None, diff: PlanDiff | None = None) -> bytes:
-    """The page of a plan; with `other` and the difference between them, also a comparison."""
+def render_html(
+    view: ViewData,
+    other: ViewData | None = None,
+    diff: PlanDiff | None = None,
+    detail: ViewDetail | None = None,
+) -> bytes:
+    """The page of a plan; with `other` and the difference between them, also a comparison.
+
+    With `detail` the blocks of the model open down to their operations.
+    """
+    packed, left_out = pack_detail(detail) if detail is not None else (None, 0)
     style = _template("page.css")
     body = "\n".join(_template(name) for name in _SCRIPTS)
     script = f'"use strict";\n(() => {{\n{body}}})();\n'
     data = {
         "plans": [_plan_data(v) for v in (view, other) if v is not None],
         "diff": diff,
+        "detail": packed,
+        "left_out_ops": left_out,
         "palette": {
             "actions": {
                 kind: {"name": ACTION_NAMES[kind], "fill": fill, "text": text_on(fill)}
                 for kind, fill in ACTION_COLOURS.items()
             },
             "stages": [{"fill": fill, "text": text_on(fill)} for fill in OKABE_ITO],
+            "dark": DARK_TEXT,
+            "light": LIGHT_TEXT,
         },
     }
     return _filled(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from graphpar.explanation import Explanation
 from graphpar.schedule import Action
 
 
@@ -36,8 +37,10 @@ class ViewDevice:
 
     Attributes:
         stage: What it runs; None for a device without work.
+        share: Its share of a tensor group's work on each microbatch; 1 for a device on its own.
         peak_bytes: Predicted peak; the sum of the three parts that follow.
         resident_bytes: Weights, gradients, optimiser state and framework.
+        weight_bytes: The weights among them, as far as they can be told apart; else 0.
         saved_bytes: Activations held for backwards when memory is at its peak.
         working_bytes: What is being worked on then.
         memory_by_size: For each microbatch size the bytes saved for its backward, and worked on.
@@ -48,6 +51,7 @@ class ViewDevice:
     kind: str
     node: str
     stage: int | None = None
+    share: float = 1.0
     microbatches: int = 0
     forward_s: float = 0.0
     backward_s: float = 0.0
@@ -56,6 +60,7 @@ class ViewDevice:
     peak_bytes: float = 0.0
     capacity_bytes: float = 0.0
     resident_bytes: float = 0.0
+    weight_bytes: float = 0.0
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
     memory_by_size: tuple[tuple[int, float, float], ...] = ()
@@ -88,7 +93,20 @@ class ViewModule:
 
 @dataclass(frozen=True)
 class ViewStage:
-    """A stage, its units folded into blocks, and the ranks that take turns on it."""
+    """A stage, its units folded into blocks, and the ranks that work on it.
+
+    Attributes:
+        first: First of its units; `last` is the one after its last.
+        weight_bytes: Of all its weights, once.
+        ranks: All ranks with work on it.
+        groups: The same ranks by replica: replicas take turns over the microbatches, the members of
+            one (a tensor group) share the work on each.
+        blocks: Its units, folded into a flat list.
+        modules: Its units as a tree.
+        precision: The number format it computes in.
+        recompute: Whether activations are computed again in the backward.
+        zero: ZeRO level.
+    """
 
     index: int
     pipeline: int
@@ -97,7 +115,11 @@ class ViewStage:
     weight_bytes: float
     ranks: tuple[int, ...]
     blocks: tuple[ViewBlock, ...]
-    modules: tuple[ViewModule, ...] = ()
+    modules: tuple[ViewModule, ...]
+    groups: tuple[tuple[int, ...], ...]
+    precision: str = "float32"
+    recompute: bool = False
+    zero: int = 0
 
 
 @dataclass(frozen=True)
@@ -226,6 +248,7 @@ class ViewData:
     notes: tuple[str, ...]
     assumptions: tuple[str, ...]
     options: dict[str, str]
+    explanation: Explanation | None
     routes: tuple[tuple[int, ...], ...] = field(repr=False)
     predicted: ViewTimeline = field(repr=False)
     measured: ViewTimeline | None = field(default=None, repr=False)

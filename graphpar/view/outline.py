@@ -5,16 +5,16 @@ keeps the order of execution, so a module whose parts do not run one after anoth
 once.
 """
 
-import os.path
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 
 from graphpar.view.model import ViewModule
 
 _NUMBER = re.compile(r"\d+")
 _LONGEST_PERIOD = 6
+_FEW = 8
 _DEEPEST = 32
 """Names may be anything; a path of ten thousand dots must not exhaust the stack."""
 
@@ -38,7 +38,26 @@ def outline(units: Sequence[str], first: int, last: int) -> tuple[ViewModule, ..
     >>> [(b.label, b.count, len(b.children)) for b in blocks]
     [('embed', 1, 0), ('h.0 .. h.1', 2, 2), ('head', 1, 0)]
     """
-    return _modules([_parse(i, units[i]) for i in range(first, last)], 0)
+    return _unwrapped(_modules([_parse(i, units[i]) for i in range(first, last)], 0))
+
+
+def _unwrapped(modules: tuple[ViewModule, ...]) -> tuple[ViewModule, ...]:
+    """Few modules that only hold others are replaced by those, so that a stage shows what it runs."""
+    while True:
+        holder = next((m for m in modules if m.count == 1 and m.children), None)
+        if holder is None or len(modules) - 1 + len(holder.children) > _FEW:
+            return modules
+        at = modules.index(holder)
+        inner = tuple(replace(c, label=_prefixed(holder.label, c)) for c in holder.children)
+        modules = modules[:at] + inner + modules[at + 1 :]
+
+
+def _prefixed(name: str, module: ViewModule) -> str:
+    """The longer name of a module's child; a unit of the module itself has that one's name already."""
+    stem, _, part = module.label.partition(" ")
+    if stem == name.rpartition(".")[2] and module.count == 1:
+        return f"{name} {part}" if part else name
+    return " .. ".join(f"{name}.{end}" for end in module.label.split(" .. "))
 
 
 def _parse(index: int, name: str) -> _Unit:
@@ -74,9 +93,7 @@ def _joined(name: str, children: tuple[ViewModule, ...]) -> ViewModule:
     """A module; one with a single child takes its place under the longer name."""
     if len(children) == 1 and children[0].children:
         (only,) = children
-        ends = only.label.split(" .. ")
-        label = " .. ".join(f"{name}.{end}" for end in ends) if only.count > 1 else f"{name}.{only.label}"
-        return ViewModule(label, only.count, only.first, only.last, only.children)
+        return ViewModule(_prefixed(name, only), only.count, only.first, only.last, only.children)
     return ViewModule(name, 1, children[0].first, children[-1].last, children)
 
 
@@ -90,9 +107,7 @@ def _folded(modules: Sequence[ViewModule]) -> tuple[ViewModule, ...]:
         period, count = _repeat(patterns, stems, at)
         if count > 1:
             run = tuple(modules[at : at + period * count])
-            out.append(
-                ViewModule(_span(run[0], run[-period]), count, run[0].first, run[-1].last, run)
-            )
+            out.append(ViewModule(_span(run[0], run[-period]), count, run[0].first, run[-1].last, run))
         else:
             out.append(modules[at])
         at += period * count
@@ -120,7 +135,8 @@ def _stem(module: ViewModule) -> str:
     """The name of a module without its part; of repeated ones what their names begin with."""
     if module.count == 1:
         return module.label.partition(" ")[0]
-    return os.path.commonprefix(module.label.split(" .. ")).rpartition(".")[0]
+    parts = zip(*(end.split(".") for end in module.label.split(" .. ")), strict=False)
+    return ".".join(part[0] for part in takewhile(lambda p: len(set(p)) == 1, parts))
 
 
 def _span(first: ViewModule, last: ViewModule) -> str:

@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 from plan_samples import CLUSTER, partition_of, sample_plan, table_for
-from view_samples import HOSTILE, Job, hostile_plan, measured_step
+from view_samples import HOSTILE, Job, explained_plan, hostile_plan, measured_step
 
+from graphpar.cluster import Cluster
+from graphpar.compiler import plan_of, prepare, price
+from graphpar.examples.gpt import GPT, example_inputs
+from graphpar.ir.graph import Graph
+from graphpar.partition.baselines import even_split
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plans import hash_of
+from graphpar.plans import Plan, hash_of
 from graphpar.view.api import Drawable, visualize
 from graphpar.view.build import view_of
 from graphpar.view.notebook import framed
@@ -48,8 +53,15 @@ def opened(chromium: Any, tmp_path: Path) -> Iterator[Open]:
     """Draws, opens the file, and at the end makes sure that nothing was asked for or complained of."""
     pages: list[tuple[Any, list[str], list[str]]] = []
 
-    def opener(drawable: Drawable, *, compare: Drawable | None = None, **options: Any) -> Any:
-        target = visualize(drawable, tmp_path / f"page{len(pages)}.html", compare=compare)
+    def opener(
+        drawable: Drawable,
+        *,
+        compare: Drawable | None = None,
+        graph: Graph | None = None,
+        **options: Any,
+    ) -> Any:
+        name = tmp_path / f"page{len(pages)}.html"
+        target = visualize(drawable, name, compare=compare, graph=graph)
         page = chromium.new_page(**{"viewport": DESKTOP, **options})
         requests: list[str] = []
         complaints: list[str] = []
@@ -93,11 +105,47 @@ def test_the_page_shows_what_the_plan_says(opened: Open) -> None:
 
 def test_a_block_opens_and_lists_its_units(opened: Open) -> None:
     page = opened(sample_plan())
-    block = page.locator("details", has_text="h.0 .. h.1")
-    assert "×2" in block.inner_text()
-    block.locator("summary").click()
-    block.locator("li").first.wait_for()
-    assert block.locator("li").all_inner_texts() == ["h.0", "h.1"]
+    block = page.locator("#stage-0 .block", has_text="h.0 .. h.1").first
+    name = block.locator("> .name")
+    assert "×2" in name.inner_text() and name.get_attribute("aria-expanded") == "false"
+    name.click()
+    assert name.get_attribute("aria-expanded") == "true"
+    assert block.locator("> .blocks > .block > .name").all_inner_texts() == ["0", "1"]
+    page.locator("#model button", has_text="Close all").click()
+    assert block.locator(".block").count() == 0
+
+
+def test_skip_edges_are_arcs(opened: Open) -> None:
+    page = opened(sample_plan())
+    assert page.locator(".flow > svg path.head").count() == 1
+    assert "skips to stage 2" in page.inner_text("#stages")
+
+
+def test_a_block_tells_what_the_other_choices_cost(opened: Open) -> None:
+    page = opened(explained_plan())
+    assert "memory of slow bounds stage 2" in page.inner_text("#why")
+    assert page.locator(".choice").count() == 3
+    page.locator("#stage-1 button", has_text="why?").click()
+    assert page.locator(".choice").count() == 1
+    choice = page.locator(".choice")
+    choice.locator("summary").press("Enter")
+    assert "+4 ms" in choice.inner_text() and "not possible: memory of p0s0/0" in choice.inner_text()
+    page.fill("#why-unit", "h.1")
+    assert page.locator(".choice").count() == 1
+    page.fill("#why-unit", "no such block")
+    assert "No block has a name like that" in page.inner_text("#choices")
+
+
+def test_blocks_open_down_to_operations(opened: Open) -> None:
+    model = GPT(width=16, layers=2, heads=2, length=8)
+    prepared = prepare(model, example_inputs(2, 8), {}, None)
+    cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}]})
+    table = price(prepared, cluster, train=None, precision="float32", calibration=None)
+    plan = plan_of(prepared, cluster, table, even_split(table))
+    page = opened(plan, graph=prepared.graph)
+    leaf = page.locator("#stage-0 .block", has_text="ln+head").last
+    leaf.locator("> .name").click()
+    assert "linear" in leaf.locator(".ops").inner_text()
 
 
 def test_search_finds_a_module(opened: Open) -> None:
@@ -177,7 +225,7 @@ def test_nothing_sticks_out_of_the_screen(opened: Open, viewport: dict[str, int]
 def test_hostile_names_stay_text(opened: Open) -> None:
     page = opened(hostile_plan())
     assert page.locator("script").count() == 2
-    assert page.locator("main b", has_text="alert").count() >= 1
+    assert page.locator("main .node b", has_text="quotes").count() >= 1
     page.fill("#search", HOSTILE[0])
     assert "1 unit found" in page.inner_text("#found")
 
@@ -202,11 +250,7 @@ def test_the_frame_of_a_notebook_draws(chromium: Any, tmp_path: Path) -> None:
 
 def test_a_long_model_is_shown_in_portions(opened: Open) -> None:
     """A thousand unlike blocks in one stage: few are built at once, all can be reached and found."""
-    stages = (StageChoice(0, 1000, (Replica("a/0", 1),)),)
-    partition = partition_of((PipelineChoice(1, 1, stages),))
-    table = replace(table_for(partition, num_units=1000), unit_names=tuple(_words(1000)))
-    subject = PlanSubject("long", "ab" * 32, CLUSTER, hash_of(CLUSTER))
-    page = opened(make_plan(subject, table, predict(table, partition, ())))
+    page = opened(_one_stage(_words(1000)))
     assert page.locator(".block").count() < 100
     page.fill("#search", _words(1000)[999])
     assert "1 unit found" in page.inner_text("#found")
@@ -215,6 +259,46 @@ def test_a_long_model_is_shown_in_portions(opened: Open) -> None:
         more.click()
     assert page.locator(".block").count() == 1000
     assert not more.is_visible()
+
+
+def test_never_more_than_a_thousand_blocks_at_once(opened: Open) -> None:
+    """Sixty modules of forty parts each: opening all of them closes those opened first."""
+    names = _parts(60, 40)
+    page = opened(_one_stage(names))
+    tops = page.locator("#stage-0 > .blocks > .block")
+    page.locator("#stage-0 > button", has_text="Show more blocks").click()
+    page.locator("#stage-0 > button", has_text="Show more blocks").click()
+    assert tops.count() == 60
+    for place in range(60):
+        tops.nth(place).locator("> .name").click()
+        more = tops.nth(place).locator("> button", has_text="Show more blocks")
+        more.click()
+        assert page.locator(".block").count() <= 1000
+    assert tops.last.locator(".block").count() == 40
+    assert tops.first.locator(".block").count() == 0
+
+
+def test_search_leads_to_a_block_deep_inside(opened: Open) -> None:
+    names = _parts(60, 40)
+    page = opened(_one_stage(names))
+    page.fill("#search", names[-1])
+    page.locator("#found button.go").click()
+    found = page.locator(".block.found")
+    assert found.locator("> .name").inner_text() == _words(40)[-1]
+    assert found.is_visible()
+
+
+def _parts(modules: int, parts: int) -> list[str]:
+    """Names without numbers in two levels."""
+    return [f"{word}.part.{part}" for word in _words(modules) for part in _words(parts)]
+
+
+def _one_stage(names: list[str]) -> Plan:
+    stages = (StageChoice(0, len(names), (Replica("a/0", 1),)),)
+    partition = partition_of((PipelineChoice(1, 1, stages),))
+    table = replace(table_for(partition, num_units=len(names)), unit_names=tuple(names))
+    subject = PlanSubject("long", "ab" * 32, CLUSTER, hash_of(CLUSTER))
+    return make_plan(subject, table, predict(table, partition, ()))
 
 
 def _words(count: int) -> list[str]:

@@ -1,12 +1,20 @@
 """What the views show, against the plan it comes from."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import sample_plan
 
+from graphpar.cost import LinkCost
+from graphpar.simulate import simulate
 from graphpar.view.build import view_of
 from graphpar.view.fold import fold_units
+from graphpar.view.model import ViewModule
+from graphpar.view.outline import outline
+from graphpar.view.shares import shares_of
 
 
 def test_the_view_repeats_the_plan() -> None:
@@ -26,8 +34,19 @@ def test_the_view_repeats_the_plan() -> None:
 
 def test_shares_add_up() -> None:
     shares = view_of(sample_plan()).shares
-    assert shares.compute + shares.gradients + shares.waiting == pytest.approx(1.0)
-    assert shares.waiting == pytest.approx(sample_plan().bubble_share)
+    waiting = shares.communication + shares.bubble
+    assert shares.compute + shares.gradients + waiting == pytest.approx(1.0)
+    assert waiting == pytest.approx(sample_plan().bubble_share)
+
+
+def test_slower_links_turn_bubbles_into_communication() -> None:
+    plan = sample_plan()
+    slow = replace(plan.timing, links=(), network=LinkCost(5e-3, 1e8))
+    fast = replace(plan.timing, links=(), network=LinkCost(0.0, 1e15))
+    told = [shares_of(simulate(plan.schedule(), timing)) for timing in (fast, slow)]
+    assert told[0].communication == pytest.approx(0.0, abs=1e-6)
+    assert told[1].communication > 0.05
+    assert told[0].bubble > 0.05
 
 
 def test_messages_know_their_bytes() -> None:
@@ -53,7 +72,49 @@ def test_repeated_blocks_fold(units: list[str], expected: list[tuple[str, int]])
     assert [(b.label, b.count) for b in fold_units(units, 0, len(units))] == expected
 
 
-@given(st.lists(st.sampled_from(["a", "h.0", "h.1", "h.1 1/2", "h.2 2/2", "日本"]), min_size=1))
+NAMES = st.lists(
+    st.sampled_from(
+        ["a", "h.0", "h.1", "h.1 1/2", "h.2 2/2", "日本", "a.b.0.c", "a.b.1.c", "a+b", ".", ""]
+    ),
+    min_size=1,
+)
+
+
+@given(NAMES)
 def test_folding_loses_no_unit(units: list[str]) -> None:
     blocks = fold_units(units, 0, len(units))
     assert [u for b in blocks for u in range(b.first, b.last)] == list(range(len(units)))
+
+
+@given(NAMES)
+def test_the_tree_of_modules_holds_every_unit_once_and_in_order(units: list[str]) -> None:
+    def leaves(modules: tuple[ViewModule, ...]) -> Iterator[int]:
+        for module in modules:
+            if module.children:
+                assert module.first == module.children[0].first
+                assert module.last == module.children[-1].last
+                yield from leaves(module.children)
+            else:
+                yield from range(module.first, module.last)
+
+    assert list(leaves(outline(units, 0, len(units)))) == list(range(len(units)))
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        (
+            ["m.embed", *(f"m.layer{p}" for i in range(9) for p in (f".{i}", f" {i + 1}/9")), "m.head"],
+            [("m.embed", 1), ("m.layer.0 .. m.layer.8", 9), ("m.head", 1)],
+        ),
+        ([f"d.{i}.l.{k}" for i in range(4) for k in range(3)], [("d.0 .. d.3", 4)]),
+        (["h.3 1/2", "h.3 2/2"], [("h.3 1/2", 1), ("h.3 2/2", 1)]),
+    ],
+)
+def test_modules_fold_with_what_repeats(units: list[str], expected: list[tuple[str, int]]) -> None:
+    assert [(m.label, m.count) for m in outline(units, 0, len(units))] == expected
+
+
+def test_a_name_of_ten_thousand_dots_is_a_name() -> None:
+    deep = ["x." * 10_000 + "a", "x." * 10_000 + "b"]
+    assert outline(deep, 0, 2)[-1].last == 2

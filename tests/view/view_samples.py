@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from plan_samples import sample_plan
 
+from graphpar.explanation import Alternative, Choice, Explanation, RunnerUp, ShadowPrice
 from graphpar.plans import Plan
 
 HOSTILE = (
@@ -102,3 +103,40 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, list | tuple):
         return [_renamed(v, names) for v in value]
     return names.get(value, value) if isinstance(value, str) else value
+
+
+def explained_plan(plan: Plan | None = None) -> Plan:
+    """A plan that says why it is as it is, with one of everything there is to say."""
+    explanation = Explanation(
+        step_s=0.2,
+        bound_s=0.19,
+        gap=0.05,
+        parts={"fill_compute_s": 0.05, "steady_s": 0.15},
+        binding=("stage 1 paces the pipeline: 110 ms of 150 ms", "memory of slow bounds stage 2"),
+        choices=(
+            Choice(
+                "cut",
+                "between units 2 and 3",
+                "unit 3 (h.2)",
+                (
+                    Alternative("unit 4 (h.3)", 0.204, 0.004, "re-solved", bound_s=0.201),
+                    Alternative("unit 2 (h.1)", 0.23, 0.03, "re-priced"),
+                    Alternative("unit 5", None, None, "searched", impossible="memory of p0s0/0"),
+                ),
+                pipeline=0,
+                stage=1,
+                units=(2, 3),
+            ),
+            Choice(
+                "schedule", "the whole plan", "1f1b", (Alternative("gpipe", 0.21, 0.01, "re-priced"),)
+            ),
+            Choice("left out", "spare/0", "no work", ()),
+        ),
+        runners_up=(RunnerUp(("stage 1 has one replica", "4 microbatches"), 0.22, 0.02, 3, 3),),
+        shadow_prices=(
+            ShadowPrice("memory", "slow", 2.0**28, 2.0**26, "bytes", 0.19, 0.01, "re-solved", 0.185),
+            ShadowPrice("devices", "fast", 2.0, -1.0, "devices", None, None, "re-solved"),
+        ),
+        left_out=("tensor widths above 4: time limit",),
+    )
+    return msgspec.structs.replace(plan or sample_plan(), explanation=explanation)

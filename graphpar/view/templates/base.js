@@ -3,6 +3,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PALETTE = DATA.palette;
 const KINDS = "FBRSGDAO";
+const SECTIONS = [];
 const SVG = "http://www.w3.org/2000/svg";
 
 function make(tag, attributes = {}, ...children) {
@@ -29,7 +30,9 @@ function section(id, title, ...children) {
   const heading = make("h2", { id: `${id}-title` }, title);
   const box = make("section", { id, "aria-labelledby": `${id}-title` }, heading, ...children);
   document.getElementById("main").append(box);
-  document.getElementById("sections").append(make("li", {}, make("a", { href: `#${id}` }, title)));
+  const link = make("a", { href: `#${id}` }, title);
+  document.getElementById("sections").append(make("li", {}, link));
+  SECTIONS.push({ box, link });
   return box;
 }
 
@@ -93,16 +96,29 @@ function plural(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
+// Eight colours, then the same ones lighter, then darker; the number always stands beside them.
 function stageLook(index) {
   const look = PALETTE.stages[index % PALETTE.stages.length];
-  const hatch = Math.floor(index / PALETTE.stages.length) % 4;
-  return { ...look, hatch: hatch ? `hatch${hatch}` : "" };
+  const round = Math.floor(index / PALETTE.stages.length) % 3;
+  if (!round) return look;
+  const channels = [1, 3, 5].map((at) => parseInt(look.fill.slice(at, at + 2), 16));
+  const mixed = channels.map((value) => Math.round(round === 1 ? value + (255 - value) * 0.5 : value * 0.62));
+  const fill = `#${mixed.map((value) => value.toString(16).padStart(2, "0")).join("")}`;
+  return { fill, text: round === 1 ? PALETTE.dark : PALETTE.light };
 }
 
-function paint(element, look) {
+// Hatching tells the number format; float32 is plain.
+const HATCHES = { float32: "", bfloat16: "hatch1", float16: "hatch2", float8_e4m3fn: "hatch3", float8_e5m2: "hatch3" };
+
+function hatchOf(precision) {
+  return HATCHES[precision] ?? "hatch4";
+}
+
+function paint(element, look, precision = "float32") {
   element.style.backgroundColor = look.fill;
   element.style.color = look.text;
-  if (look.hatch) element.classList.add(look.hatch);
+  const hatch = hatchOf(precision);
+  if (hatch) element.classList.add(hatch);
   return element;
 }
 
@@ -136,13 +152,33 @@ function deviceText(plan, ranks, most = 2) {
   return names.join(", ") + (ranks.length > most ? ` +${ranks.length - most}` : "");
 }
 
+// Replicas take turns, members of a tensor group work together: "a/0 & a/1 (60 : 40), b/0".
+function staffText(plan, stage, most = 2) {
+  const told = stage.groups.slice(0, most).map((group) => {
+    if (group.length === 1) return deviceText(plan, group);
+    const shares = group.slice(0, 4).map((rank) => Math.round(100 * plan.devices[rank].share));
+    const names = group.slice(0, 4).map((rank) => brief(plan.devices[rank].name, 40)).join(" & ");
+    return `${names}${group.length > 4 ? ` & ${group.length - 4} more` : ""} (${shares.join(" : ")} %)`;
+  });
+  return told.join(", ") + (stage.groups.length > most ? ` +${stage.groups.length - most}` : "");
+}
+
+// How a stage computes, where that is not the plain way.
+function stageOptions(stage) {
+  return [stage.precision, stage.recompute ? "recompute" : null, stage.zero ? `ZeRO ${stage.zero}` : null].filter(Boolean);
+}
+
+function tags(texts) {
+  return texts.map((text) => make("span", { class: "tag" }, text));
+}
+
 // Ranks that differ in the name only: one row for all of them.
 function alikeRanks(plan) {
   const groups = new Map();
   for (let rank = 0; rank < plan.num_ranks; rank += 1) {
-    const { name, node, ...rest } = plan.devices[rank];
-    const key = JSON.stringify([rest.stage, rest.kind, rest.microbatches, rest.measured_peak_bytes,
-      rest.peak_bytes.toPrecision(3)]);
+    const device = plan.devices[rank];
+    const key = JSON.stringify([device.stage, device.kind, device.microbatches, device.share,
+      device.measured_peak_bytes, device.peak_bytes.toPrecision(3)]);
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(rank);
   }

@@ -1,6 +1,6 @@
 // Drawing lanes on a canvas: only rows in sight, only events in sight, narrow ones joined.
 
-const STRIP_PX = 4;
+const STRIP_PX = 5;
 const AXIS_PX = 22;
 const JOIN_PX = 0.7;
 const LABEL_PX = 16;

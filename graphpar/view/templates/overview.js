@@ -1,76 +1,132 @@
-// Overview: the numbers that matter, the cluster with its links, the table of stages.
+// Overview: the numbers that matter, who runs what, the cluster with its links, the table of stages.
 
 const MOST_CHIPS = 2048;
-const DENSE_CHIPS = 256;
+const DENSE_CHIPS = 160;
+const MOST_RIBBONS = 6;
+const MOST_ROWS = 400;
 
 function overview(plan) {
-  const device = plan.devices[plan.bottleneck];
-  const certificate = plan.certificate;
-  const tiles = [
-    ["predicted step", seconds(plan.step_s), plan.step_s > 0 ? rate(plan.batch / plan.step_s, "sample") : ""],
-    plan.measured && ["measured step", seconds(plan.measured.step_s), measuredNote(plan)],
-    ["bottleneck", device.name, `stage ${device.stage}, busy ${percent(device.busy_share)}`],
-    ["certificate", `gap ${percent(certificate.gap)}`, certificate.status],
-    ["devices", `${plan.num_ranks} of ${plan.devices.length}`, "have work"],
-    ["stages", String(plan.stages.length), plural(plan.pipelines.length, "pipeline")],
-  ].filter(Boolean);
-  const shares = [
-    { share: plan.shares.compute, fill: PALETTE.actions.F.fill, label: `compute ${percent(plan.shares.compute)}` },
-    { share: plan.shares.gradients, fill: PALETTE.actions.A.fill, label: `gradient sums ${percent(plan.shares.gradients)}` },
-    { share: plan.shares.waiting, fill: "#b0b0b0", label: `waiting ${percent(plan.shares.waiting)}` },
-  ];
-  section("overview", "Overview",
-    make("div", { class: "tiles" }, ...tiles.map(tile)),
-    make("h3", {}, "Where the devices' time goes"),
-    segments(shares),
-    legend(shares.map((s) => [s.fill, s.label])),
+  section("overview", "Overview", failureBanner(plan),
+    make("div", { class: "tiles" }, ...tiles(plan).map(tile)),
+    make("h3", {}, "Where the devices' time goes"), ...shareBar(plan),
+    make("h3", {}, "Who runs what"), ...ribbons(plan),
     make("h3", {}, "Cluster"), ...cluster(plan),
     make("h3", {}, "Stages"), stageTable(plan));
 }
 
+function failureBanner(plan) {
+  if (!plan.measured || !plan.measured.stopped.length) return null;
+  return make("p", { class: "alert banner", id: "failed" }, `The measured step did not finish: ${plan.measured.note}.`);
+}
+
+function tiles(plan) {
+  const device = plan.devices[plan.bottleneck];
+  const certificate = plan.certificate;
+  return [
+    ["predicted step", seconds(plan.step_s), plan.step_s > 0 ? rate(plan.batch / plan.step_s, "sample") : ""],
+    plan.measured && ["measured step", seconds(plan.measured.step_s), measuredNote(plan)],
+    ["bottleneck", device.name, `stage ${device.stage}, busy ${percent(device.busy_share)}`],
+    ["proven gap", percent(certificate.gap), certificate.status],
+    ["devices with work", `${plan.num_ranks} of ${plan.devices.length}`, plural(plan.nodes.length, "node")],
+    ["stages", String(plan.stages.length), plural(plan.pipelines.length, "pipeline")],
+  ].filter(Boolean);
+}
+
 function tile([name, value, more]) {
-  const look = value.length > 14 ? "long" : null;
-  return make("div", { class: "tile" }, make("span", { class: "dim" }, name),
+  const look = value.length > 12 ? "long" : null;
+  return make("div", { class: "tile" }, make("span", { class: "dim small" }, name),
     make("b", { class: look, title: value }, brief(value, 40)), make("span", { class: "dim small" }, more));
 }
 
 function measuredNote(plan) {
-  if (plan.measured.stopped.length) return "the run failed before its end";
+  if (plan.measured.stopped.length) return "until the run failed";
   if (!plan.measured.planned_batch) return "of another batch than planned";
   const off = plan.measured.step_s / plan.step_s - 1;
   return `${percent(Math.abs(off))} ${off >= 0 ? "longer" : "shorter"} than predicted`;
 }
 
+function shareBar(plan) {
+  const shares = [
+    ["compute", plan.shares.compute, PALETTE.actions.F.fill],
+    ["communication", plan.shares.communication, PALETTE.actions.S.fill],
+    ["gradient sums", plan.shares.gradients, PALETTE.actions.A.fill],
+    ["bubbles", plan.shares.bubble, "#b0b7bf"],
+  ].map(([name, share, fill]) => ({ share, fill, label: `${name} ${percent(share)}` }));
+  return [segments(shares), legend(shares.map((s) => [s.fill, s.label]))];
+}
+
+function formatsOf(plan) {
+  return [...new Set(plan.stages.map((stage) => stage.precision))];
+}
+
+// One ribbon per pipeline: stages in order, as wide as they have units.
+function ribbons(plan) {
+  const byPipeline = plan.pipelines.map((_, number) => plan.stages.filter((stage) => stage.pipeline === number));
+  const drawn = byPipeline.slice(0, MOST_RIBBONS).map((stages, number) => {
+    const thin = stages.length > 12 ? "ribbon thin" : "ribbon";
+    const row = make("div", { class: thin }, ...stages.map((stage) => ribbonStage(plan, stage)));
+    const share = plan.pipelines.length > 1
+      ? make("p", { class: "tiny dim" }, `pipeline ${number}: ${plural(plan.pipelines[number].samples, "sample")} in ${plural(plan.pipelines[number].sizes.length, "microbatch").replace("batchs", "batches")}`) : null;
+    return make("div", {}, share, row);
+  });
+  const hidden = byPipeline.length - drawn.length;
+  return [
+    make("p", { class: "small dim" }, `A box is a stage, as wide as it has units; its colour is used for its devices everywhere.${hatchLegend(plan)}`),
+    ...drawn, hidden > 0 ? make("p", { class: "small" }, `and ${plural(hidden, "more pipeline")}`) : null].filter(Boolean);
+}
+
+function hatchLegend(plan) {
+  const formats = formatsOf(plan).filter((name) => hatchOf(name));
+  return formats.length ? ` Hatched: computes in ${formats.join(", ")}.` : "";
+}
+
+function ribbonStage(plan, stage) {
+  const kinds = [...new Set(stage.ranks.map((rank) => plan.devices[rank].kind))].join(", ");
+  const options = stageOptions(stage).filter((text) => text !== "float32").join(", ");
+  const told = `stage ${stage.index}: ${staffText(plan, stage, 4)} (${kinds}), ${plural(stage.last - stage.first, "unit")}${options ? `, ${options}` : ""}`;
+  const box = make("a", { href: `#stage-${stage.index}`, title: told, "aria-label": told },
+    make("b", {}, String(stage.index)), make("span", {}, staffText(plan, stage, 1)), make("span", {}, options || kinds));
+  box.style.flex = `${stage.last - stage.first} 1 0`;
+  return paint(box, stageLook(stage.index), stage.precision);
+}
+
 function cluster(plan) {
   const byNode = new Map(plan.nodes.map((node) => [node.name, []]));
-  plan.devices.forEach((device, index) => byNode.get(device.node)?.push([device, index]));
+  plan.devices.forEach((device) => byNode.get(device.node)?.push(device));
   let room = MOST_CHIPS;
   const boxes = [];
   for (const node of plan.nodes) {
     const members = byNode.get(node.name);
     room -= members.length;
     if (room < 0) break;
-    const kinds = node.kinds.map(([kind, count]) => `${count} ${kind}`).join(", ");
-    boxes.push(make("div", { class: node.used ? "node" : "node idle" },
-      make("span", { title: node.name }, node.name || "(one node)"),
-      make("div", { class: "chips" }, ...members.map(([device]) => chip(device))),
-      make("span", { title: kinds }, kinds)));
+    boxes.push(nodeBox(plan, node, members));
   }
   const more = plan.nodes.length - boxes.length;
+  const look = plan.devices.length > DENSE_CHIPS ? "nodes dense" : plan.nodes.length < 2 ? "nodes alone" : "nodes";
   return [
-    make("p", { class: "small dim" }, "Each square is a device; its colour, and the text under the pointer, tell its stage; a dashed one has no work."),
-    make("div", { class: plan.devices.length > DENSE_CHIPS ? "nodes dense" : "nodes" }, ...boxes),
+    make("p", { class: "small dim" }, `A square is a device with the number of its stage${plan.devices.length > plan.num_ranks ? "; a dashed one has no work" : ""}.`),
+    make("div", { class: look }, ...boxes),
     more ? make("p", {}, `and ${plural(more, "more node")}`) : null,
     linkList(plan),
   ].filter(Boolean);
 }
 
-function chip(device) {
+function nodeBox(plan, node, members) {
+  const kinds = node.kinds.map(([kind, count]) => `${count} × ${kind}`).join(", ");
+  const inside = plan.links.find((link) => link.node && link.node === node.name && link.other === node.name);
+  const wire = inside && members.length > 1 ? `inside ${rate(inside.bytes_per_s, "B")}, ${seconds(inside.latency_s)}` : null;
+  return make("div", { class: "place" }, make("div", { class: node.used ? "node" : "node idle" },
+    make("b", { title: node.name }, node.name || "(one node)"),
+    make("div", { class: "chips" }, ...members.map((device) => chip(plan, device))),
+    make("span", { class: "cut", title: kinds }, kinds), wire ? make("span", {}, wire) : null));
+}
+
+function chip(plan, device) {
   const idle = device.stage === null;
   const text = idle ? "–" : String(device.stage);
   const title = `${device.name}, ${device.kind}, ${idle ? "without work" : `stage ${device.stage}`}`;
   const box = make("span", { class: idle ? "chip idle" : "chip", title }, text);
-  return idle ? box : paint(box, stageLook(device.stage));
+  return idle ? box : paint(box, stageLook(device.stage), plan.stages[device.stage].precision);
 }
 
 function linkList(plan) {
@@ -82,27 +138,35 @@ function linkList(plan) {
     if (!groups.has(key)) groups.set(key, { place, link, pairs: [] });
     groups.get(key).pairs.push(link.node === link.other ? link.node : `${link.node} – ${link.other}`);
   }
-  const where = ({ place, pairs }) => place === "network" ? "between all other nodes"
+  const where = ({ place, pairs }) => place === "network" ? "between nodes"
     : `${place} ${pairs.slice(0, 3).join(", ")}${pairs.length > 3 ? ` and ${pairs.length - 3} more` : ""}`;
-  return make("ul", { class: "small", id: "links" }, ...[...groups.values()].map((group) => make("li", {},
+  const told = [...groups.values()].filter((group) => group.place !== "inside" || plan.devices.length > DENSE_CHIPS);
+  return make("ul", { class: "small", id: "links" }, ...told.map((group) => make("li", {},
     `${where(group)}: ${rate(group.link.bytes_per_s, "B")}, ${seconds(group.link.latency_s)}`)));
 }
 
 function stageTable(plan) {
-  const head = [["stage", "number"], ["devices", "name"], ["units", "name"], ["weights", "number"],
-    ["forward", "number"], ["backward", "number"], ["messages", "number"], ["busy", "number"], ["peak memory", "number"]];
-  const rows = alikeRanks(plan).map((ranks) => {
+  const optional = plan.stages.some((stage) => stageOptions(stage).join() !== "float32");
+  const head = [["stage", "number"], ["devices", "name"], ["kind", "kind"], ["units", "name"], ...(optional ? [["computes in", ""]] : []),
+    ["weights", "number"], ["forward", "number"], ...(plan.training ? [["backward", "number"]] : []),
+    ["messages", "number"], ["busy", "number"], ["peak memory", "number"]];
+  const groups = alikeRanks(plan);
+  const rows = groups.slice(0, MOST_ROWS).map((ranks) => {
     const device = plan.devices[ranks[0]];
     const stage = plan.stages[device.stage];
-    const key = paint(make("span", { class: "key" }), stageLook(stage.index));
+    const key = paint(make("span", { class: "key" }), stageLook(stage.index), stage.precision);
     const full = device.capacity_bytes ? ` (${(100 * device.peak_bytes / device.capacity_bytes).toFixed(0)} %)` : "";
-    return [make("span", {}, key, String(stage.index)), `${deviceText(plan, ranks)} (${device.kind})`,
+    const share = device.share < 1 ? `, ${percent(device.share)} of each microbatch's work` : "";
+    return [make("span", {}, key, String(stage.index)), `${deviceText(plan, ranks)}${share}`, device.kind,
       stage.blocks.map(blockText).slice(0, 4).join(", ") + (stage.blocks.length > 4 ? " …" : ""),
-      bytes(stage.weight_bytes), seconds(device.forward_s), seconds(device.backward_s),
+      ...(optional ? [stageOptions(stage).join(", ")] : []),
+      bytes(stage.weight_bytes), seconds(device.forward_s), ...(plan.training ? [seconds(device.backward_s)] : []),
       seconds(device.comm_s), make("span", {}, percent(device.busy_share), meter(device.busy_share)),
       bytes(device.peak_bytes) + full];
   });
-  return table(head, rows);
+  const shown = table(head, rows);
+  if (groups.length > rows.length) shown.append(make("p", {}, `and ${groups.length - rows.length} more`));
+  return shown;
 }
 
 function blockText(block) {

@@ -1,6 +1,6 @@
 // The timeline of one plan: rank by time, predicted above measured; zoom, pan, hover, keys.
 
-const LANE_PX = 24;
+const LANE_PX = 28;
 const GAP_PX = 6;
 const ZOOM = 1.6;
 const MANY_RANKS = 48;
@@ -60,7 +60,7 @@ function timeline(host, plan, lanes, { id, endS }) {
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.fillStyle = look.paper;
     pen.fillRect(0, 0, width, height);
-    pen.font = "11px system-ui, sans-serif";
+    pen.font = "12px system-ui, sans-serif";
     pen.textBaseline = "middle";
     const box = { left: gutter(), width: width - gutter() - 6, height: LANE_PX - 2 };
     const first = Math.max(0, Math.floor((view.scrollTop) / rowPx));
@@ -90,11 +90,11 @@ function timeline(host, plan, lanes, { id, endS }) {
     pen.fillStyle = look.ink;
     const more = others.length ? ` +${others.length}` : "";
     const room = box.left - 14 - pen.measureText(more).width;
-    pen.fillText(fitted(pen, device.name, room) + more, 8, box.top + (measured ? 10 : 7));
+    pen.fillText(fitted(pen, device.name, room) + more, 8, box.top + (measured ? 12 : 7));
     pen.fillStyle = look.dim;
     const told = `stage ${device.stage}, ${device.kind}`;
     const fits = pen.measureText(told).width <= box.left - 14;
-    pen.fillText(fits ? told : `stage ${device.stage}`, 8, box.top + (measured ? 26 : 18));
+    pen.fillText(fits ? told : `stage ${device.stage}`, 8, box.top + (measured ? 29 : 20));
     if (row === state.row && document.activeElement === canvas) {
       pen.strokeStyle = look.accent;
       pen.strokeRect(1, box.top - 1, box.left + box.width, rowPx - GAP_PX);
