@@ -64,6 +64,9 @@ CASES = {
     "llama-8b": Case("llama-8b", 64, 2048, H100_AND_V100),
     "llama-8b-inference": Case("llama-8b", 64, 2048, H100_AND_V100, train=False),
     "llama-70b": Case("llama-70b", 256, 2048, LARGE_AND_MIXED),
+    "llama-405b": Case("llama-405b", 256, 2048, LARGE_AND_MIXED),
+    "mixtral-8x22b": Case("mixtral-8x22b", 256, 2048, LARGE_AND_MIXED),
+    "deepseek-v3": Case("deepseek-v3", 256, 2048, LARGE_AND_MIXED),
 }
 
 

@@ -71,6 +71,18 @@ PRESETS: dict[str, tuple[str, dict[str, int]]] = {
         },
     ),
     "mixtral-8x7b": ("mixtral", {}),
+    "mixtral-8x22b": (
+        "mixtral",
+        {
+            "vocab_size": 32_768,
+            "hidden_size": 6144,
+            "intermediate_size": 16_384,
+            "num_hidden_layers": 56,
+            "num_attention_heads": 48,
+            "max_position_embeddings": 65_536,
+        },
+    ),
+    "deepseek-v3": ("deepseek_v3", {}),
 }
 """Name to model type and what differs from that type's default configuration."""
 

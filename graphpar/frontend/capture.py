@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from graphpar.errors import CaptureError
-from graphpar.frontend.convert import Converted, Literal, convert
-from graphpar.frontend.export import export
-from graphpar.frontend.torch_private import TreeSpec, flatten, output_spec, unflatten
+from graphpar.frontend.convert import Converted, Literal
+from graphpar.frontend.fold import LEAST_BLOCKS, Exporter
+from graphpar.frontend.torch_private import TreeSpec, flatten, unflatten
 from graphpar.frontend.unify import Mismatch, unify
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Op, map_arguments
@@ -89,12 +89,14 @@ class Captured:
     """A model as a graph, with what is needed to call it.
 
     `unsplittable` tells why the batch cannot be split at all; empty when capture found nothing.
+    `stamped` counts the calls of repeated blocks that were not followed one by one.
     """
 
     graph: Graph
     signature: Signature
     constants: Mapping[str, torch.Tensor]
     unsplittable: str
+    stamped: int = 0
 
 
 def capture(
@@ -104,6 +106,7 @@ def capture(
     *,
     loss: Callable[[Any, Any], Any] | str | None = None,
     training: bool | None = None,
+    fold: int = LEAST_BLOCKS,
 ) -> Captured:
     """Capture a model as a graph in which sizes that scale with the batch are symbolic.
 
@@ -114,20 +117,22 @@ def capture(
         loss: None for the model's own result, "returned" for the loss in it, or a callable
             `loss(output, target)` with the target as last positional argument.
         training: Mode to capture in; None keeps each submodule's own.
+        fold: Follow only the first of so many or more equal blocks, and stamp the others; 0 for none.
 
     Raises:
         CaptureError: Names the user's module, file and line, why, and what to try.
     """
     leaves, spec = flatten((tuple(args), dict(kwargs)))
     batch = batch_size(leaves)
+    exporter = Exporter(model, loss, training, fold)
 
     def run(size: int) -> tuple[Converted, TreeSpec]:
         sized = [resize(x, batch, size) for x in leaves]
         some_args, some_kwargs = unflatten(sized, spec)
-        program = export(model, some_args, some_kwargs, loss=loss, training=training)
-        return convert(program, model), output_spec(program)
+        return exporter.run(some_args, some_kwargs)
 
     first, out_spec = run(batch)
+    stamped = exporter.stamped
     ops, reason = _symbolic(first, run, batch)
     ops, aliases = _merge_ties(model, ops)
     graph = Graph(ops, level="captured", name=type(model).__name__, batch=batch, aliases=aliases)
@@ -139,7 +144,7 @@ def capture(
         results=first.results,
         output_spec=out_spec,
     )
-    return Captured(graph, signature, first.constants, reason)
+    return Captured(graph, signature, first.constants, reason, stamped)
 
 
 def batch_size(leaves: Sequence[Any]) -> int:

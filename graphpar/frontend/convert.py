@@ -6,6 +6,8 @@ exported metadata is unreliable.
 """
 
 import operator
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,11 +30,12 @@ from graphpar.frontend.torch_private import (
     op_name,
 )
 from graphpar.frontend.writes import Values, dtype_name, is_off
-from graphpar.ir.ops import Argument, Op, Ref, Symbol, TensorType
+from graphpar.ir.ops import SOURCES, Argument, Op, Ref, Symbol, TensorType, map_arguments
 
 _ASSERTIONS = (
     "aten._assert", "aten.sym_constrain", "aten._functional_assert", "aten._assert_tensor_metadata",
 )  # fmt: skip
+_NUMBERS = re.compile(r"_\d+(?=[_@]|$)|@\d+$")
 _KNOWN_RANDOM = frozenset({
     "aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default",
     "aten.feature_dropout_.default", "aten.bernoulli_.float",
@@ -63,19 +66,51 @@ class Literal:
     value: Any
 
 
-def convert(program: ExportedProgram, model: nn.Module) -> Converted:
+def convert(
+    program: ExportedProgram, model: nn.Module, differentiable: frozenset[int] = frozenset()
+) -> Converted:
     """Translate an exported program op by op.
+
+    Args:
+        program: What torch.export made of the model.
+        model: The model, for its parameters' names.
+        differentiable: Places of the flat inputs that carry gradients; none for a whole model.
 
     Raises:
         CaptureError: An op cannot be translated; names the module and line.
     """
-    return _Converter(program, model).run()
+    return _Converter(program, model, differentiable).run()
+
+
+def renumbered(converted: Converted) -> Converted:
+    """The same with ops of like names counted through, whatever numbers export gave them."""
+    taken = {op.name for op in converted.ops if op.target in (*SOURCES, "output")}
+    counts: Counter[str] = Counter()
+    change: dict[str, str] = {}
+    ops = []
+    for op in converted.ops:
+        if op.target not in (*SOURCES, "output"):
+            name = _counted(_NUMBERS.sub("", op.name), counts, taken)
+            taken.add(name)
+            change[op.name] = name
+        ops.append(replace(map_arguments(op, change), name=change.get(op.name, op.name)))
+    results = tuple(change.get(r, r) if isinstance(r, str) else r for r in converted.results)
+    return replace(converted, ops=tuple(ops), results=results)
+
+
+def _counted(stem: str, counts: Counter[str], taken: set[str]) -> str:
+    while True:
+        name = f"{stem}_{counts[stem]}" if counts[stem] else stem
+        counts[stem] += 1
+        if name not in taken:
+            return name
 
 
 @dataclass
 class _Converter:
     program: ExportedProgram
     model: nn.Module
+    differentiable: frozenset[int]
     values: Values = field(default_factory=Values)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -84,14 +119,14 @@ class _Converter:
         graph = self.program.graph_module.graph
         nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
         trained = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        given = [spec for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT]
+        carry = {spec.arg.name for i, spec in enumerate(given) if i in self.differentiable}
         for spec in signature.input_specs:
-            self._source(spec, nodes, trained)
+            self._source(spec, nodes, trained | carry)
         self._inline(self.program.graph_module, outer=True)
         results = self._results(graph, signature.output_specs)
         ops = [*self.values.ops.values(), _output(results)]
-        inputs = tuple(
-            _flat_input(spec.arg) for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT
-        )
+        inputs = tuple(_flat_input(spec.arg) for spec in given)
         return Converted(tuple(ops), inputs, results, self.constants)
 
     def _source(self, spec: Any, nodes: Mapping[str, fx.Node], trained: set[str]) -> None:
@@ -116,7 +151,7 @@ class _Converter:
         if target == "constant":
             self.constants[label] = self.program.constants[spec.target]
         op = Op(node.name, target, (label,), types=_types(node.meta["val"])[0])
-        if target == "parameter" and label in trained and op.type.is_floating:
+        if target in ("parameter", "input") and label in trained and op.type.is_floating:
             op = op.with_attrs(grad=True)
         self._emit(node, op)
 

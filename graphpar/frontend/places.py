@@ -1,5 +1,6 @@
 """Where in the user's code a node of an exported graph comes from."""
 
+import os
 import re
 
 import torch
@@ -9,7 +10,7 @@ from graphpar.errors import CaptureError
 from graphpar.frontend.export import MODEL_PREFIX
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_TORCH_ROOT = torch.__path__[0]
+_NOT_THE_USERS = (torch.__path__[0], os.path.dirname(__file__))
 
 
 def strip_prefix(name: str) -> str:
@@ -38,6 +39,6 @@ def place(node: fx.Node) -> tuple[str, str]:
 
 def _source_line(trace: str) -> str:
     for filename, line in reversed(_FRAME.findall(trace)):
-        if not filename.startswith(_TORCH_ROOT):
+        if not filename.startswith(_NOT_THE_USERS):
             return f"{filename.rpartition('/')[2]}:{line}"
     return ""

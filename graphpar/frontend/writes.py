@@ -33,6 +33,14 @@ _FUNCTIONAL = {
 """Functional forms that are not the in-place op's name without its underscore."""
 
 
+BLOCK = "graphpar.block.default"
+"""Stands for a block that capture does not follow (see `fold.py`): tensors, number, whether it trains."""
+
+
+def _holds_trained(op: Op) -> bool:
+    return op.target == BLOCK and op.args[2] is True
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` as `float32`."""
     return str(dtype).removeprefix("torch.")
@@ -60,7 +68,7 @@ class Values:
         return candidate
 
     def with_gradient(self, op: Op) -> Op:
-        flows = any(self.ops[o].attr("grad") for o in op.operands())
+        flows = any(self.ops[o].attr("grad") for o in op.operands()) or _holds_trained(op)
         floats = any(t is not None and t.is_floating for t in op.types)
         if flows and floats and packet(op) not in ("detach", "detach_"):
             return op.with_attrs(grad=True)
@@ -85,6 +93,8 @@ class Values:
         functional = self._without_side_effect(node, op)
         if packet(op) in _RESHAPES_IN_PLACE:
             return self._reshape_in_place(functional, first)
+        if any(o in self.ops and self.ops[o].target == BLOCK for o in root.operands()):
+            raise unsupported(node, f"{op.target} overwrites what a block makes")
         if root.target in ("input", "parameter", "constant"):
             raise unsupported(node, f"{op.target} overwrites an input or a parameter in place")
         others = [n for n in self.ops if n not in chain and self._view_chain(n)[-1] == root.name]
