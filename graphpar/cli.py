@@ -42,6 +42,7 @@ COMMANDS: dict[str, _Entry] = {
     "plan": _Entry("graphpar.commands.plan", "command", "Plan a model on a cluster."),
     "show": _Entry("graphpar.commands.show", "command", "Print a plan."),
     "view": _Entry("graphpar.commands.view", "command", "Draw a plan into one file."),
+    "explain": _Entry("graphpar.commands.explain", "command", "Tell why a plan is as it is."),
     "diff": _Entry("graphpar.commands.diff", "command", "Tell what differs between two plans."),
     "run": _Entry("graphpar.commands.run", "command", "Run a model on a cluster for some steps."),
     "verify": _Entry("graphpar.commands.verify", "command", "Compare a parallel run with one device."),

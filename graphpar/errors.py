@@ -74,13 +74,17 @@ class RunError(GraphparError):
     Args:
         message: The whole text shown to the user.
         rank: The rank that failed first, where known.
+        reports: What the ranks that still answered had done of the step by then.
     """
 
     exit_code = 5
 
-    def __init__(self, message: str, *, rank: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, rank: int | None = None, reports: tuple[object, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.rank = rank
+        self.reports = reports
 
 
 class NumbersDifferError(GraphparError):

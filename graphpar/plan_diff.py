@@ -1,11 +1,16 @@
 """What changed from one plan to another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from textwrap import wrap
 
 import msgspec
 
+from graphpar.partition.types import StageChoice
 from graphpar.plan_records import PlanRecord
 from graphpar.units import format_bytes, format_percent, format_seconds
+
+_COLUMNS = 80
+_WIDEST_FACT = 24
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -53,6 +58,20 @@ def plan_diff(before: PlanRecord, after: PlanRecord) -> str:
     return str(diff_plans(before, after))
 
 
+def _choices(plan: PlanRecord) -> Iterator[StageChoice]:
+    for pipeline in plan.partition.pipelines:
+        yield from pipeline.stages
+
+
+def _stages_where(plan: PlanRecord, holds: Callable[[StageChoice], bool]) -> Iterator[str]:
+    return (f"stage {i}" for i, choice in enumerate(_choices(plan)) if holds(choice))
+
+
+def _told(values: Iterable[str]) -> str:
+    """Different values in order, `none` for none."""
+    return ", ".join(dict.fromkeys(values)) or "none"
+
+
 _FACTS: tuple[tuple[str, Callable[[PlanRecord], str]], ...] = (
     ("model", lambda p: f"{p.model} ({p.model_hash[:12]})"),
     ("cluster", lambda p: p.cluster_hash[:12]),
@@ -66,6 +85,10 @@ _FACTS: tuple[tuple[str, Callable[[PlanRecord], str]], ...] = (
         lambda p: " + ".join(str(x.microbatches) for x in p.partition.pipelines),
     ),
     ("stages", lambda p: str(len(p.stages))),
+    ("computes in", lambda p: _told(choice.precision for choice in _choices(p))),
+    ("recomputes", lambda p: _told(_stages_where(p, lambda c: c.recompute))),
+    ("ZeRO", lambda p: _told(f"level {c.zero}" for c in _choices(p) if c.zero)),
+    ("tensor widths", lambda p: _told(str(len(r.devices)) for c in _choices(p) for r in c.replicas)),
     ("status", lambda p: p.status),
     ("gap", lambda p: format_percent(p.gap)),
     ("left out", lambda p: ", ".join(sorted(p.left_out)) or "none"),
@@ -125,15 +148,30 @@ def _lines(diff: PlanDiff) -> Iterator[str]:
     if not diff.changes and not diff.moves and diff.comparable:
         yield "no differences"
         return
-    width = max((len(c.what) for c in diff.changes), default=0)
+    width = min(max((len(c.what) for c in diff.changes), default=0), _WIDEST_FACT)
     for change in diff.changes:
-        yield f"{change.what:<{width}}  {change.before} -> {change.after}"
+        yield from _wrapped(f"{change.what:<{width}}", f"{change.before} -> {change.after}")
     if not diff.comparable:
         yield "units differ: the two models are cut into unlike chains, moves cannot be told"
     for move in diff.moves:
         count = move.last - move.first
         units = f"unit {move.first}" if count == 1 else f"units {move.first}-{move.last - 1}"
-        yield f"moved {units} ({move.names}): {_names(move.before)} -> {_names(move.after)}"
+        yield from _wrapped(
+            "moved", f"{units} ({move.names}): {_names(move.before)} -> {_names(move.after)}"
+        )
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    """At most 80 columns where names allow it; further lines stand under the text of the first."""
+    gap = " " if head == "moved" else "  "
+    return wrap(
+        f"{head}{gap}{text}",
+        _COLUMNS,
+        subsequent_indent=" " * len(f"{head}{gap}"),
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
 
 
 def _names(devices: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
+from graphpar.partition.types import Replica
 from graphpar.plan_records import PlanEdge, PlanRecord, PlanReplica, PlanStage
 from graphpar.schedule import Action
 from graphpar.simulate import Timeline
@@ -17,6 +18,9 @@ _LARGEST_GRID_RANKS = 16
 _MOST_ROWS = 64
 _MOST_EDGES = 24
 _MOST_LEFT_OUT = 8
+_MOST_GROUPS = 3
+_MOST_MEMBERS = 4
+_MOST_BINDING = 3
 
 
 def format_plan(plan: PlanRecord) -> str:
@@ -146,14 +150,33 @@ def _shortened(name: str, limit: int) -> str:
 
 def _unit_lines(plan: PlanRecord) -> list[str]:
     lines = ["units and weights"]
-    for stage in plan.stages[:_MOST_ROWS]:
+    choices = [choice for pipeline in plan.partition.pipelines for choice in pipeline.stages]
+    plain = {choice.precision for choice in choices} == {"float32"}
+    for stage, choice in list(zip(plan.stages, choices, strict=True))[:_MOST_ROWS]:
         first, last = plan.units[stage.first], plan.units[stage.last - 1]
         names = first if first == last else f"{first} .. {last}"
-        lines += _wrapped(
-            f"{stage.index:>5} {names} ({stage.last - stage.first} of {len(plan.units)}), "
-            f"{format_bytes(stage.weight_bytes)}"
-        )
+        told = [
+            f"{stage.index:>5} {names} ({stage.last - stage.first} of {len(plan.units)})",
+            format_bytes(stage.weight_bytes),
+            *([] if plain else [choice.precision]),
+            *(["recomputes activations"] if choice.recompute else []),
+            *([f"ZeRO {choice.zero}"] if choice.zero else []),
+            *_group_texts(choice.replicas),
+        ]
+        lines += _wrapped(", ".join(told))
     return lines + _more(len(plan.stages), _MOST_ROWS)
+
+
+def _group_texts(replicas: Sequence[Replica]) -> Iterator[str]:
+    """Tensor groups: who shares the work on a microbatch, and how; alike ones are counted."""
+    groups = [r for r in replicas if r.others]
+    for replica in groups[:_MOST_GROUPS]:
+        members = " & ".join(_shortened(d, 20) for d in replica.devices[:_MOST_MEMBERS])
+        more = len(replica.devices) - _MOST_MEMBERS
+        shares = " : ".join(f"{100 * s:.0f}" for s in replica.member_shares[:_MOST_MEMBERS])
+        yield f"tensor group {members}{f' & {more} more' if more > 0 else ''} ({shares} %)"
+    if len(groups) > _MOST_GROUPS:
+        yield f"and {len(groups) - _MOST_GROUPS} more tensor groups"
 
 
 def _edge_lines(plan: PlanRecord) -> list[str]:
@@ -229,6 +252,8 @@ def _remarks(plan: PlanRecord) -> list[str]:
         more = len(names) - _MOST_LEFT_OUT
         text = ", ".join(names[:_MOST_LEFT_OUT]) + (f" and {more} more" if more > 0 else "")
         lines.append(f"without work: {text}")
+    if plan.explanation is not None:
+        lines += [f"held back by: {text}" for text in plan.explanation.binding[:_MOST_BINDING]]
     lines += [f"note: {note}" for note in (*plan.partition.notes, *plan.notes)]
     lines += [f"assumed: {assumption}" for assumption in plan.assumptions]
     lines.append(f"certified among: {plan.partition.family}")

@@ -45,6 +45,7 @@ Commands:
   plan       Plan a model on a cluster.
   show       Print a plan.
   view       Draw a plan into one file.
+  explain    Tell why a plan is as it is.
   diff       Tell what differs between two plans.
   run        Run a model on a cluster for some steps.
   verify     Compare a parallel run with one device.

@@ -15,7 +15,7 @@ from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
 from graphpar.compiler import plan_prepared, prepare
 from graphpar.model_spec import load_model
-from graphpar.view.api import visualize
+from graphpar.view.api import check_suffix, visualize
 
 
 @click.command(name="plan")
@@ -50,6 +50,8 @@ def command(
     MODEL is package.module:factory, hf:NAME (built from its configuration, no download) or a .pt2
     file. No accelerator is needed, and hf: models need no weights.
     """
+    if picture is not None:
+        check_suffix(picture)
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)

@@ -3,8 +3,10 @@
 from typing import Any
 
 import click
+from rich.console import Console
 
 from graphpar.cluster import Cluster
+from graphpar.commands.live import Progress
 from graphpar.commands.options import (
     cluster_option,
     input_options,
@@ -20,6 +22,7 @@ from graphpar.compiler import compile as compile_model
 from graphpar.model_spec import LoadedModel, load_model
 from graphpar.runtime.job import CompiledModel
 from graphpar.units import format_percent, format_seconds
+from graphpar.view.api import check_suffix, visualize
 
 
 @click.command(name="run")
@@ -29,6 +32,13 @@ from graphpar.units import format_percent, format_seconds
 @steps_option
 @input_options
 @planning_options
+@click.option(
+    "--view",
+    "picture",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Draw the plan with the last step as it ran; also when the run fails.",
+)
 @json_option
 def command(
     model: str,
@@ -41,13 +51,17 @@ def command(
     time_limit_s: float,
     gap: float,
     precision: str,
+    picture: str | None,
     as_json: bool,
 ) -> None:
     """Run a model on a cluster for some steps.
 
     MODEL is package.module:factory, hf:NAME (freshly initialised) or a .pt2 file. Every step runs
-    on the same example inputs.
+    on the same example inputs. Meanwhile each step's loss, speed, and what was predicted are shown,
+    on a terminal also how busy each device is and its memory.
     """
+    if picture is not None:
+        check_suffix(picture)
     with stdout_kept_clean(as_json):
         cluster = Cluster.load(cluster_file)
         plan = load_plan(plan_file, train=train)
@@ -63,26 +77,32 @@ def command(
             time_limit_s=time_limit_s,
             gap=gap,
         ) as job:
-            result = _run_steps(job, loaded, steps, train)
+            try:
+                result = _run_steps(job, loaded, steps, batch_size, train)
+            finally:
+                if picture is not None:
+                    click.echo(f"view written to {visualize(job, picture)}", err=True)
     if as_json:
         print_json(result)
     else:
         _print_summary(result)
 
 
-def _run_steps(job: CompiledModel, loaded: LoadedModel, steps: int, train: bool) -> dict[str, Any]:
+def _run_steps(
+    job: CompiledModel, loaded: LoadedModel, steps: int, samples: int, train: bool
+) -> dict[str, Any]:
     """Run the steps; where there are several, the first warms up and is not part of the mean."""
     losses: list[float] = []
     seconds: list[float] = []
-    for step in range(1, steps + 1):
-        if train:
-            losses.append(float(job.step(*loaded.args, **loaded.kwargs)))
-        else:
-            job(*loaded.args, **loaded.kwargs)
-        assert job.last_step is not None
-        seconds.append(job.last_step.seconds)
-        loss = f"  loss {losses[-1]:.6f}" if train else ""
-        click.echo(f"step {step}/{steps}{loss}  {format_seconds(seconds[-1])}", err=True)
+    with Progress(job.plan, steps, Console(stderr=True)) as progress:
+        for number in range(1, steps + 1):
+            if train:
+                losses.append(float(job.step(*loaded.args, **loaded.kwargs)))
+            else:
+                job(*loaded.args, **loaded.kwargs)
+            assert job.last_step is not None
+            seconds.append(job.last_step.seconds)
+            progress.show(number, samples, job.last_step, losses[-1] if train else None)
     measured = seconds[1:] or seconds
     return {
         "losses": losses,

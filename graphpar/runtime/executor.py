@@ -59,6 +59,7 @@ class _Step:
     in_flight: dict[int, _InFlight] = field(default_factory=dict)
     results: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    start_s: float = field(default_factory=time.monotonic)
 
 
 class Executor:
@@ -97,6 +98,7 @@ class Executor:
         self._tensors = tensors
         self._types = _types(graph, self.interface.receives, self.interface.sends)
         self._requires_grad = {m.tag for m in self.interface.receives if m.has_gradient}
+        self._running: _Step | None = None
         self._run: dict[str, Callable[[_Step, Action], None]] = {
             "R": self._receive,
             "F": self._forward,
@@ -119,7 +121,8 @@ class Executor:
         self.context.batch = self.program.batch
         state = _Step({k: v.to(self.device) for k, v in inputs.items()})
         state.to_post.extend(a for a in self.actions if a.kind in "RG")
-        start = time.monotonic()
+        state.start_s = time.monotonic()
+        self._running = state
         self._post_ahead(state)
         with torch.set_grad_enabled(self.program.training):
             for action in self.actions:
@@ -127,8 +130,20 @@ class Executor:
                 self._run[action.kind](state, action)
                 state.events.append(Event(str(action), began, time.monotonic()))
         self.transport.flush()
-        report = StepReport(-1, start, time.monotonic(), tuple(state.events), peak_bytes(self.device))
-        return StepResult(state.results, report)
+        self._running = None
+        return StepResult(state.results, self._report(state))
+
+    def so_far(self) -> StepReport | None:
+        """What was done of a step that has not ended, or never will; None between steps.
+
+        Another thread may ask while the step runs.
+        """
+        state = self._running
+        return self._report(state) if state is not None else None
+
+    def _report(self, state: _Step) -> StepReport:
+        events = tuple(state.events)
+        return StepReport(-1, state.start_s, time.monotonic(), events, peak_bytes(self.device))
 
     # --- messages ---
 

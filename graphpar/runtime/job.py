@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graphpar.cluster import Cluster
+from graphpar.errors import RunError
 from graphpar.frontend.capture import Captured
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
@@ -68,12 +69,15 @@ class LastStep:
     Attributes:
         seconds: From the first rank's start to the last rank's end.
         predicted_s: What the plan predicted, None for another batch size than planned.
-        reports: What each rank did when, and its peak memory.
+        reports: What each rank did when, and its peak memory; of a step that failed, what the ranks
+            that still answered had done by then.
+        failure: Why the step did not end; empty for one that did.
     """
 
     seconds: float
     predicted_s: float | None
     reports: tuple[StepReport, ...]
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,12 @@ class CompiledModel:
             inputs_of_rank(placement.interface, rank, schedule, inputs, signature.batched)
             for rank, placement in enumerate(loaded.lowered.placements)
         ]
-        results = self._workers.step(f"{loaded.name}:{samples}", per_rank, self._steps)
+        try:
+            results = self._workers.step(f"{loaded.name}:{samples}", per_rank, self._steps)
+        except RunError as error:
+            reports = [report for report in error.reports if isinstance(report, StepReport)]
+            self._note(reports, loaded, samples, failure=str(error))
+            raise
         self._note([r.report for r in results], loaded, samples)
         return merge_results(loaded.lowered.graphs[0], results)
 
@@ -240,12 +249,16 @@ class CompiledModel:
             loaded.schedules[samples] = schedule
         return loaded.schedules[samples]
 
-    def _note(self, reports: Sequence[StepReport], loaded: _Loaded, samples: int) -> None:
+    def _note(
+        self, reports: Sequence[StepReport], loaded: _Loaded, samples: int, failure: str = ""
+    ) -> None:
         planned = samples == self.plan.batch and loaded.lowered is self._trained_on
+        ends, starts = [r.end_s for r in reports], [r.start_s for r in reports]
         self.last_step = LastStep(
-            seconds=max(r.end_s for r in reports) - min(r.start_s for r in reports),
+            seconds=max(ends) - min(starts) if reports else 0.0,
             predicted_s=self.plan.predicted_step_s if planned else None,
             reports=tuple(reports),
+            failure=failure,
         )
 
     # --- state ---

@@ -126,7 +126,7 @@ class LocalWorkers:
                 try:
                     send(process.channel, message)
                 except OSError:
-                    self._raise_failure({process.rank: None})
+                    self._raise_failure({process.rank: None}, {})
             return self._collect()
         except BaseException as error:
             self._end(f"it was interrupted ({type(error).__name__})")
@@ -145,7 +145,7 @@ class LocalWorkers:
                 else:
                     replies[process.rank] = reply
             if bad:
-                self._raise_failure(self._listen_on(waiting, bad))
+                self._raise_failure(self._listen_on(waiting, bad), replies)
         return [replies[p.rank] for p in self._processes]
 
     def _listen_on(
@@ -161,9 +161,10 @@ class LocalWorkers:
                     bad[process.rank] = reply
         return bad
 
-    def _raise_failure(self, bad: Mapping[int, Message | None]) -> None:
+    def _raise_failure(self, bad: Mapping[int, Message | None], done: Mapping[int, Message]) -> None:
         self._server.wait_for([self._processes[r].pid for r, reply in bad.items() if reply is None], 1.0)
         rank, text = self._root_cause(bad)
+        reports = self._reports_so_far(done, {r for r, reply in bad.items() if reply is None})
         device = self._processes[rank].device
         self._end(f"rank {rank} ({device}) {text}")
         raise RunError(
@@ -171,7 +172,29 @@ class LocalWorkers:
             "All workers have been ended. Start the job again; if memory was the cause, plan with a "
             "smaller `memory_bytes` for that device.",
             rank=rank,
+            reports=reports,
         )
+
+    def _reports_so_far(self, done: Mapping[int, Message], dead: set[int]) -> tuple[StepReport, ...]:
+        """What ranks did of their step: those that ended it, and the living as far as they answer."""
+        told = dict(done)
+        asked: dict[Any, _Process] = {}
+        for process in self._processes:
+            with contextlib.suppress(OSError):
+                if process.rank not in dead | told.keys():
+                    send(process.channel, Message("so far"))
+                    asked[process.channel] = process
+        until = time.monotonic() + _GRACE_S
+        while asked and (rest := until - time.monotonic()) > 0:
+            for channel in wait(list(asked), rest):
+                reply = _receive_or_none(channel)
+                if reply is not None and reply.kind == "error":
+                    continue  # of the same failure; the answer comes behind it
+                process = asked.pop(channel)
+                if reply is not None:
+                    told[process.rank] = reply
+        reports = (told[rank].data.get("report") for rank in sorted(told))
+        return tuple(msgspec.convert(report, StepReport) for report in reports if report)
 
     def _root_cause(self, bad: Mapping[int, Message | None]) -> tuple[int, str]:
         """A death comes before an error, an error of one's own before a lost connection."""

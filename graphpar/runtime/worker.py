@@ -24,7 +24,7 @@ from torch import nn
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
-from graphpar.runtime.program import RankProgram, WorkerSetup, encode
+from graphpar.runtime.program import RankProgram, StepReport, WorkerSetup, encode
 from graphpar.runtime.transport import Transport
 from graphpar.runtime.user_ops import load_code
 
@@ -81,6 +81,14 @@ class Worker:
         result = self.executors[name].step(inputs, number)
         report = msgspec.structs.replace(result.report, rank=self.setup.rank)
         return StepResult(result.results, report)
+
+    def so_far(self) -> StepReport | None:
+        """What was done of the step that runs, or failed; None if there is none."""
+        for executor in list(self.executors.values()):
+            report = executor.so_far()
+            if report is not None:
+                return msgspec.structs.replace(report, rank=self.setup.rank)
+        return None
 
     def read(self, labels: Iterable[str]) -> dict[str, torch.Tensor]:
         """Copies of tensors by label."""
@@ -149,19 +157,26 @@ def join_local_group(setup: WorkerSetup) -> None:
 def serve(channel: socket.socket) -> None:
     """Answer the driver until it closes the channel; the process ends with this function.
 
-    A thread reads commands, so that the end of the driver is noticed in the midst of a computation.
+    A thread reads commands, so that the end of the driver is noticed in the midst of a computation. It
+    also answers how far a step came, which the main thread cannot while it waits for a lost peer.
     """
     commands: queue.Queue[Message] = queue.Queue()
+    worker: Worker | None = None
+    sending = threading.Lock()
 
     def listen() -> None:
         try:
             while True:
-                commands.put(receive(channel))
+                command = receive(channel)
+                if command.kind == "so far":
+                    with sending:
+                        send(channel, _so_far(worker))
+                else:
+                    commands.put(command)
         except (EOFError, OSError):
             os._exit(1)
 
     threading.Thread(target=listen, name="graphpar-commands", daemon=True).start()
-    worker: Worker | None = None
     while True:
         command = commands.get()
         if command.kind == "close":
@@ -175,7 +190,8 @@ def serve(channel: socket.socket) -> None:
                 reply = _answer(worker, command)
         except BaseException as error:
             reply = _failure(error)
-        send(channel, reply)
+        with sending:
+            send(channel, reply)
 
 
 def _set_up(command: Message) -> Worker:
@@ -210,6 +226,11 @@ def step_message(result: StepResult) -> Message:
     """A step's result as a message."""
     tensors = {f"{place}@{number}": t for (place, number), t in result.results.items()}
     return Message("result", {"report": encode(result.report)}, tensors)
+
+
+def _so_far(worker: Worker | None) -> Message:
+    report = worker.so_far() if worker is not None else None
+    return Message("so far", {"report": encode(report) if report is not None else None})
 
 
 def _failure(error: BaseException) -> Message:

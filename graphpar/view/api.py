@@ -69,12 +69,8 @@ def visualize(
         PlanError: The file cannot be written.
     """
     target = Path(path)
-    render = _RENDERERS.get(target.suffix.lower())
-    if render is None:
-        raise ValueError(
-            f"cannot tell what to draw from the name {str(target)!r}; "
-            f"give one that ends in {', '.join(SUFFIXES)}"
-        )
+    check_suffix(target)
+    render = _RENDERERS[target.suffix.lower()]
     if compare is not None and render is not render_html:
         raise ValueError(f"two plans are compared in a page; end the name {str(target)!r} in .html")
     if graph is not None and render is not render_html:
@@ -90,6 +86,15 @@ def visualize(
         diff = diff_plans(_plan_of(plan_or_job), _plan_of(compare))
         _write_whole(target, render_html(view, _view(compare), diff, detail))
     return target
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Make sure that a file's name says what to draw; ValueError otherwise."""
+    if Path(path).suffix.lower() not in _RENDERERS:
+        raise ValueError(
+            f"cannot tell what to draw from the name {os.fspath(path)!r}; "
+            f"give one that ends in {', '.join(SUFFIXES)}"
+        )
 
 
 def _detail(plan: Plan, graph: Graph | None, drawable: Drawable) -> ViewDetail | None:

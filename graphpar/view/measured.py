@@ -45,29 +45,33 @@ class MeasuredStep(Protocol):
     def predicted_s(self) -> float | None: ...
     @property
     def reports(self) -> Sequence[MeasuredRank]: ...
+    @property
+    def failure(self) -> str: ...
 
 
+_LONGEST_FAILURE = 160
 _Causes = dict[tuple[str, str], float]
 """From node, to node: the shortest time seen between the start of a send and the end of its receive."""
 
 
 def measured_timeline(plan: Plan, schedule: Schedule, step: MeasuredStep) -> ViewTimeline | None:
-    """The measured lanes; None if no rank reported anything.
+    """The measured lanes; None if no rank reported anything and nothing failed.
 
     A rank without a report, or with fewer events than its schedule has actions, is marked stopped.
     """
-    if not step.reports:
+    if not step.reports and not step.failure:
         return None
     rows = {r.rank: [(Action.parse(e.token), e.start_s, e.end_s) for e in r.events] for r in step.reports}
     same_batch = step.predicted_s is not None
     offsets = _offsets(plan, schedule, rows) if same_batch else {}
     node_of = [timing.node for timing in plan.timing.ranks]
     shift = {r.rank: offsets.get(node_of[r.rank], 0.0) for r in step.reports}
-    origin = min(r.start_s + shift[r.rank] for r in step.reports)
+    origin = min((r.start_s + shift[r.rank] for r in step.reports), default=0.0)
     lanes = []
     for rank in range(schedule.num_ranks):
         row, move = rows.get(rank, []), shift.get(rank, 0.0) - origin
-        stopped = rank not in rows or (same_batch and len(row) < len(schedule.actions[rank]))
+        short = same_batch and len(row) < len(schedule.actions[rank])
+        stopped = rank not in rows or short or (bool(step.failure) and not same_batch)
         lanes.append(
             Lane(
                 rank,
@@ -77,16 +81,18 @@ def measured_timeline(plan: Plan, schedule: Schedule, step: MeasuredStep) -> Vie
                 stopped,
             )
         )
-    end = max(r.end_s + shift[r.rank] - origin for r in step.reports)
-    return ViewTimeline(end, tuple(lanes), _note(lanes, same_batch, offsets), same_batch)
+    end = max((r.end_s + shift[r.rank] - origin for r in step.reports), default=0.0)
+    note = _note(lanes, same_batch, offsets, step.failure)
+    return ViewTimeline(end, tuple(lanes), note, same_batch)
 
 
-def _note(lanes: Sequence[Lane], same_batch: bool, offsets: Mapping[str, float]) -> str:
+def _note(lanes: Sequence[Lane], same_batch: bool, offsets: Mapping[str, float], failure: str) -> str:
     remarks = []
     stopped = [lane.rank for lane in lanes if lane.stopped]
-    if stopped:
+    if stopped or failure:
         ranks = ", ".join(map(str, stopped[:8])) + (" and more" if len(stopped) > 8 else "")
-        remarks.append(f"the run failed: it is shown up to where rank {ranks} stopped")
+        why = f" ({failure.splitlines()[0].rstrip('.')[:_LONGEST_FAILURE]})" if failure else ""
+        remarks.append(f"the run failed{why}: it is shown up to where rank {ranks} stopped")
     if not same_batch:
         remarks.append("the measured step had another batch than the plan")
     if any(offsets.values()):

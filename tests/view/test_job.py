@@ -1,6 +1,9 @@
 """A job that really ran, drawn: the runtime's own report fits what the views ask for."""
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from test_trace import check_trace
 
 import graphpar
+from graphpar.errors import RunError
 from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.training import Training
 from graphpar.view.build import view_of
@@ -35,3 +39,28 @@ def test_a_jobs_last_step_is_drawn_beside_its_prediction(tmp_path: Path) -> None
     assert measured is not None and not measured.stopped
     assert measured.step_s == pytest.approx(step.seconds)
     assert [len(lane.actions) for lane in measured.lanes] == [len(r.events) for r in step.reports]
+
+
+@pytest.mark.distributed
+def test_a_job_that_lost_a_worker_is_drawn_up_to_there(tmp_path: Path) -> None:
+    """The first stage goes on until it needs the second, which is killed in the middle of a step."""
+    model = GPT(width=192, layers=4, heads=4, length=64)
+    inputs = example_inputs(8, 64)
+    training = Training(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    slow = {"devices": [{"kind": "cpu", "slowdown": s} for s in (30.0, 40.0)]}
+    with graphpar.compile(model, slow, inputs, train=training) as job:
+        victim = job._workers.pids[1]  # type: ignore[attr-defined]
+        killer = threading.Timer(1.0, os.kill, (victim, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(RunError, match="rank 1"):
+            job.step(*inputs)
+        step = job.last_step
+        assert step is not None and "rank 1" in step.failure
+        assert [report.rank for report in step.reports] == [0]
+        assert 0 < len(step.reports[0].events) < len(job.plan.schedule().actions[0])
+        measured = view_of(job.plan, step).measured
+        assert measured is not None and [lane.stopped for lane in measured.lanes] == [True, True]
+        assert "died: killed by SIGKILL" in measured.note
+        page = graphpar.visualize(job, tmp_path / "failed.html").read_text(encoding="utf-8")
+    assert "killed by SIGKILL" in page
+    check_trace(json.loads(graphpar.visualize(job, tmp_path / "failed.json").read_text())["traceEvents"])

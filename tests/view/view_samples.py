@@ -45,6 +45,12 @@ class Step:
 
     predicted_s: float | None
     reports: tuple[Report, ...]
+    failure: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end."""
+        return max(r.end_s for r in self.reports) - min(r.start_s for r in self.reports)
 
 
 @dataclass(frozen=True)

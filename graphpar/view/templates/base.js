@@ -42,7 +42,7 @@ function table(head, rows) {
     if (tag === "th") return make(tag, { class: look || null, scope: "col" }, title);
     if (value instanceof Node) return make(tag, { class: look || null }, value);
     const text = String(value);
-    return make(tag, { class: look || null, title: brief(text) === text ? null : text }, brief(text));
+    return make(tag, { class: look || null, title: brief(text) === text ? null : text }, brief(text, 300));
   };
   const header = make("thead", {}, make("tr", {}, ...head.map((_, i) => cell("th", "", i))));
   const body = rows.map((row) => make("tr", {}, ...row.map((value, i) => cell("td", value, i))));

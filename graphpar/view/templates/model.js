@@ -187,12 +187,13 @@ function wireList(plan, stage) {
 }
 
 function edgeText(plan, edge) {
-  const amount = (perSample, fixed) => `${bytes(perSample)}${fixed ? ` + ${bytes(fixed)} a microbatch` : ""}`;
+  const amount = (perSample, fixed) => [perSample || !fixed ? `${bytes(perSample)} a sample` : "",
+    fixed ? `${bytes(fixed)} a microbatch` : ""].filter(Boolean).join(" + ");
   const ahead = amount(edge.forward_bytes_per_sample, edge.forward_fixed_bytes);
   const back = edge.backward_bytes_per_sample || edge.backward_fixed_bytes
     ? `, ${amount(edge.backward_bytes_per_sample, edge.backward_fixed_bytes)} back` : "";
   const skips = edge.target > edge.source + 1;
-  return [skips ? `skips to stage ${edge.target}: ` : `to stage ${edge.target}: `, make("b", {}, ahead), ` forward${back}, a sample; `
+  return [skips ? `skips to stage ${edge.target}: ` : `to stage ${edge.target}: `, make("b", {}, ahead), `${back}; `
     + `${brief(edge.source_device, 40)} – ${brief(edge.target_device, 40)}, ${rate(edge.bytes_per_s, "B")}, ${seconds(edge.latency_s)}`];
 }
 

@@ -158,7 +158,7 @@ function stageTable(plan) {
     const full = device.capacity_bytes ? ` (${(100 * device.peak_bytes / device.capacity_bytes).toFixed(0)} %)` : "";
     const share = device.share < 1 ? `, ${percent(device.share)} of each microbatch's work` : "";
     return [make("span", {}, key, String(stage.index)), `${deviceText(plan, ranks)}${share}`, device.kind,
-      stage.blocks.map(blockText).slice(0, 4).join(", ") + (stage.blocks.length > 4 ? " …" : ""),
+      stage.blocks.slice(0, 4).map((block) => brief(blockText(block), 70)).join(", ") + (stage.blocks.length > 4 ? " …" : ""),
       ...(optional ? [stageOptions(stage).join(", ")] : []),
       bytes(stage.weight_bytes), seconds(device.forward_s), ...(plan.training ? [seconds(device.backward_s)] : []),
       seconds(device.comm_s), make("span", {}, percent(device.busy_share), meter(device.busy_share)),
