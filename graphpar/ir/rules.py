@@ -3,26 +3,28 @@
 from collections.abc import Callable, Iterator
 
 from graphpar.errors import VerifyError
+from graphpar.ir.formats import FORMATS, role_of
 from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.text import format_op
 
 ATTRIBUTES: dict[Level, frozenset[str]] = {
-    "captured": frozenset({"grad", "samples", "outer", "reduces"}),
-    "placed": frozenset({"grad", "samples", "outer", "reduces", "stage"}),
-    "lowered": frozenset({"grad", "samples", "outer", "reduces", "stage"}),
+    "captured": frozenset({"grad", "samples", "outer", "reduces", "format"}),
+    "placed": frozenset({"grad", "samples", "outer", "reduces", "format", "stage"}),
+    "lowered": frozenset({"grad", "samples", "outer", "reduces", "format", "stage"}),
 }
 """Attributes an op may carry, by level.
 
 `grad`: a gradient flows through the result. `samples`: what the result means to the samples of the
 batch (see `passes/samples.py`), `outer` how often the batch is repeated along its dimension.
-`reduces`: why an op joins samples. `stage`: the stage that runs it.
+`reduces`: why an op joins samples. `format`: the number format its unit computes in (see `formats.py`).
+`stage`: the stage that runs it.
 """
-_RANDOM = frozenset({"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention"})
+_OWN = frozenset({"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention", "gp.share", "gp.cast_weight"})
 OWN_TARGETS: dict[Level, frozenset[str]] = {
-    "captured": _RANDOM | {"gp.share", "gp.whole_batch"},
-    "placed": _RANDOM | {"gp.share"},
-    "lowered": _RANDOM | {"gp.share", "gp.send", "gp.recv"},
+    "captured": _OWN | {"gp.whole_batch"},
+    "placed": _OWN,
+    "lowered": _OWN | {"gp.send", "gp.recv"},
 }
 """Ops of our own, by level; all others are torch's."""
 
@@ -111,6 +113,22 @@ def _receives_match_sends(graph: Graph) -> Iterator[tuple[Op, str]]:
                 yield op, f"receives {op.types} but %{sender.name} sends {sender.types}"
 
 
+def _products_read_one_format(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        if op.attr("format") is None or role_of(op) != "product":
+            continue
+        types = [t for name in op.operands() for t in graph[name].types if t is not None]
+        found = sorted({t.dtype for t in types if t.dtype in FORMATS})
+        if len(found) > 1:
+            yield op, f"reads {' and '.join(found)}; a product's operands have one format"
+
+
+def _weights_are_cast_from_weights(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        if op.target == "gp.cast_weight" and graph[op.operands()[0]].target not in SOURCES:
+            yield op, "casts a value that is no parameter or buffer"
+
+
 _COMMON: tuple[Rule, ...] = (
     _ends_in_one_output,
     _sources_name_something,
@@ -119,10 +137,12 @@ _COMMON: tuple[Rule, ...] = (
     _attributes_are_legal,
 )
 RULES: dict[Level, tuple[Rule, ...]] = {
-    "captured": _COMMON,
-    "placed": (*_COMMON, _stages_are_known, _stages_never_go_back),
+    "captured": (*_COMMON, _weights_are_cast_from_weights),
+    "placed": (*_COMMON, _weights_are_cast_from_weights, _stages_are_known, _stages_never_go_back),
     "lowered": (
         *_COMMON,
+        _products_read_one_format,
+        _weights_are_cast_from_weights,
         _stages_are_known,
         _stages_meet_only_through_messages,
         _receives_match_sends,

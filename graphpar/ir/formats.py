@@ -1,0 +1,132 @@
+"""Number formats, and which of them each op computes in when its unit is told to use a lower one.
+
+A unit (a run of ops) has one format. In a unit of a lower format
+
+- *products* (matrix products, convolutions, attention) compute in it: their arithmetic is what a lower
+  format makes faster, and their kernels add up in float32;
+- *followers* (what acts element by element without magnifying errors, and what only moves elements)
+  take the format of what they read: lower where a lower value comes in and nothing that was made in
+  float32 does. A residual sum over float32 values stays float32. Followers that only feed islands
+  compute in float32 as well, so that a loss gets its logits rounded once;
+- all others are *islands* and compute in float32: norms, softmax, losses, sums over many elements,
+  functions that magnify errors (powers, logarithms, exponentials), lookups, recurrent layers, and
+  whatever is not known.
+
+The division into products and functions that need range follows the practice of mixed-precision
+training (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
+"""
+
+from typing import Literal
+
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES, Op, Symbol
+from graphpar.ir.optable import CASTS, POINTWISE, packet
+
+Role = Literal["product", "follower", "island"]
+
+FORMATS = ("float32", "bfloat16", "float16")
+"""Formats that plans can be run in."""
+
+PLANNED_ONLY = ("float8_e4m3fn",)
+"""Formats that can be priced, but not run."""
+
+LARGEST = {"bfloat16": 3.3895313892515355e38, "float16": 65504.0, "float8_e4m3fn": 448.0}
+"""The largest finite value of each lower format."""
+
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float8_e4m3fn": 2.0**-4}
+"""Half the distance between 1 and the next larger value."""
+
+_PRODUCTS = frozenset(
+    """
+    linear matmul mm bmm addmm baddbmm addbmm mv einsum bilinear convolution conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention gp.attention
+    _grouped_mm grouped_mm
+    """.split()
+)
+_MAGNIFYING = frozenset(
+    """
+    acos acosh asin asinh atanh cosh digamma erfinv exp exp2 expm1 i0 igamma igammac lgamma log log10
+    log1p log2 logaddexp logaddexp2 logit mvlgamma polygamma pow float_power reciprocal rsqrt sinh
+    special_entr special_erfcx special_i0e special_i1 special_i1e special_log_ndtr special_ndtri
+    special_xlog1py special_zeta softplus tan xlogy nextafter gcd lcm heaviside ldexp frac fmod
+    remainder floor_divide fill lift_fresh lift_fresh_copy
+    """.split()
+)
+"""Element by element, but a small error of the operand may be a large one of the result."""
+_MOVES = frozenset(
+    """
+    view reshape transpose permute t numpy_T mT T unsqueeze squeeze expand expand_as slice select
+    narrow split split_with_sizes chunk unbind unsafe_split unsafe_chunk tensor_split detach alias
+    view_as movedim moveaxis swapaxes swapdims diagonal unfold flatten ravel unflatten _unsafe_view
+    broadcast_to contiguous getitem cat concat stack constant_pad_nd roll flip repeat tile
+    repeat_interleave index_select gather tril triu gp.dropout
+    """.split()
+)
+"""Operators whose results are elements of their operands, moved (or dropped)."""
+LOSSES = frozenset(
+    """
+    cross_entropy_loss nll_loss nll_loss2d nll_loss_nd mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+    binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss log_softmax _log_softmax
+    """.split()
+)
+"""Operators that must not get operands rounded on their way to them."""
+
+
+def role_of(op: Op) -> Role:
+    """What an op does in a unit of a lower format.
+
+    >>> role_of(Op("y", "aten.linear.default")), role_of(Op("y", "aten.add.Tensor"))
+    ('product', 'follower')
+    >>> role_of(Op("y", "aten.softmax.int"))
+    'island'
+    """
+    name = packet(op)
+    if name in _PRODUCTS:
+        return "product"
+    if name in CASTS or _names_a_type(op) or name in _MAGNIFYING:
+        return "island"
+    return "follower" if name in POINTWISE or name in _MOVES else "island"
+
+
+def _names_a_type(op: Op) -> bool:
+    """Whether the user said which type the op computes in."""
+    given = (*op.args, *(value for _, value in op.kwargs))
+    return any(isinstance(a, Symbol) and a.kind == "dtype" for a in given)
+
+
+def format_of(op: Op) -> str:
+    """The format an op was told to compute in: that of its unit; float32 where nothing was said."""
+    return str(op.attr("format", "float32"))
+
+
+def feeds_islands(graph: Graph) -> frozenset[str]:
+    """Followers in units of a lower format whose every reader computes in float32."""
+    found: set[str] = set()
+    for op in reversed(graph.ops):
+        if format_of(op) == "float32" or role_of(op) != "follower":
+            continue
+        users = graph.users(op.name)
+        if users and all(
+            user.name in found or user.target == "output" or _is_island(user) for user in users
+        ):
+            found.add(op.name)
+    return frozenset(found)
+
+
+def _is_island(op: Op) -> bool:
+    return format_of(op) == "float32" or role_of(op) == "island"
+
+
+def wire_format(op: Op, readers: tuple[Op, ...]) -> str:
+    """The format in which a value goes to a later stage, whose ops `readers` read it.
+
+    A float32 value between units of bfloat16 goes as bfloat16, except into a loss. It keeps float32's
+    range that way, which float16 does not have.
+    """
+    kind = op.types[0]
+    assert kind is not None
+    inside = format_of(op) == "bfloat16" and all(format_of(r) == "bfloat16" for r in readers)
+    losses = all(packet(r) in LOSSES for r in readers)
+    if kind.dtype != "float32" or not kind.batch_dims or op.target in SOURCES or not inside or losses:
+        return kind.dtype
+    return "bfloat16"
