@@ -21,6 +21,7 @@ from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.types import Partition
 from graphpar.passes.batch import AnalyseBatch, mixing_reason
 from graphpar.passes.canonicalize import Canonicalize
+from graphpar.passes.casts import AssignFormats, InsertCasts
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
@@ -39,9 +40,11 @@ _UNSPLIT = 10**6
 """Stands for "as many as there are samples" where the batch may be split freely."""
 
 
-def lowering_passes(stage_of_unit: tuple[int, ...]) -> Pipeline:
-    """What leads from a captured graph to one that runs: stages first, then messages between them."""
-    return Pipeline((Place(stage_of_unit), InsertMessages()))
+def lowering_passes(stage_of_unit: tuple[int, ...], unit_formats: tuple[str, ...] = ()) -> Pipeline:
+    """What leads from a captured graph to one that runs: stages, then casts, then messages."""
+    return Pipeline(
+        (AssignFormats(unit_formats), Place(stage_of_unit), InsertCasts(), InsertMessages())
+    )
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,8 @@ def lower(graph: Graph, found: Partition, training: bool) -> Lowered:
         stage_of_unit = [0] * pipeline.stages[-1].last
         for number, stage in enumerate(pipeline.stages):
             stage_of_unit[stage.first : stage.last] = [number] * (stage.last - stage.first)
-        lowered, _ = lowering_passes(tuple(stage_of_unit)).run(graph)
+        formats = tuple(f for stage in pipeline.stages for f in stage.formats)
+        lowered, _ = lowering_passes(tuple(stage_of_unit), formats).run(graph)
         graphs.append(lowered)
     return Lowered(found, tuple(graphs), training)
 

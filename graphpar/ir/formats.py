@@ -75,6 +75,8 @@ LOSSES = frozenset(
 def role_of(op: Op) -> Role:
     """What an op does in a unit of a lower format.
 
+    Small powers follow in bfloat16, which has float32's range; float16 overflows from 256 squared on.
+
     >>> role_of(Op("y", "aten.linear.default")), role_of(Op("y", "aten.add.Tensor"))
     ('product', 'follower')
     >>> role_of(Op("y", "aten.softmax.int"))
@@ -83,6 +85,8 @@ def role_of(op: Op) -> Role:
     name = packet(op)
     if name in _PRODUCTS:
         return "product"
+    if name == "pow" and op.argument(1, "exponent") in (2, 2.0, 3, 3.0):
+        return "island" if format_of(op) == "float16" else "follower"
     if name in CASTS or _names_a_type(op) or name in _MAGNIFYING:
         return "island"
     return "follower" if name in POINTWISE or name in _MOVES else "island"

@@ -57,6 +57,11 @@ class StageChoice:
         recompute: Whether activations are computed again in the backward instead of kept.
         zero: ZeRO level: 0 keeps everything on every replica, 1 splits the optimiser state, 2 the
             gradients too, 3 the weights too.
+        unit_formats: The format of each unit where they are not all `precision`; `precision` then
+            names the lower format among them.
+
+    >>> StageChoice(0, 2, (), "bfloat16").formats
+    ('bfloat16', 'bfloat16')
     """
 
     first: int
@@ -65,6 +70,12 @@ class StageChoice:
     precision: str = "float32"
     recompute: bool = False
     zero: int = 0
+    unit_formats: tuple[str, ...] = ()
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The number format of each unit."""
+        return self.unit_formats or (self.precision,) * (self.last - self.first)
 
 
 @dataclass(frozen=True)

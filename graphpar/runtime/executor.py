@@ -17,10 +17,12 @@ import torch
 
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
+from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.lower import Message, StageBuilder
 from graphpar.runtime.program import Event, RankProgram, StepReport
 from graphpar.runtime.random import StepContext
+from graphpar.runtime.scaling import LossScaler
 from graphpar.runtime.transport import Arrival, Transport
 from graphpar.schedule import Action
 
@@ -73,6 +75,8 @@ class Executor:
         seed: Seed of the keyed random streams.
         pace: Stretches computing for an emulated device.
         optimizer: Called for the optimiser step; None for inference.
+        lower_weights: The rank's weights in lower formats, shared by all its programs.
+        scaler: What the loss is multiplied with; None where it is not.
     """
 
     def __init__(
@@ -84,17 +88,22 @@ class Executor:
         seed: int,
         pace: Pace,
         optimizer: Callable[[], None] | None = None,
+        lower_weights: LowerWeights | None = None,
+        scaler: LossScaler | None = None,
     ) -> None:
         self.program = program
         self.transport = transport
         self.pace = pace
         self.context = StepContext(seed=seed)
         graph = parse_graph(program.graph)
-        self.builder = StageBuilder(graph, program.stage, tensors, device, self.context)
+        self.builder = StageBuilder(
+            graph, program.stage, tensors, device, self.context, lower_weights
+        )
         self.interface = self.builder.interface
         self.actions = tuple(Action.parse(token) for token in program.actions)
         self.device = device
         self._optimizer = optimizer
+        self._scaler = scaler
         self._tensors = tensors
         self._types = _types(graph, self.interface.receives, self.interface.sends)
         self._requires_grad = {m.tag for m in self.interface.receives if m.has_gradient}
@@ -255,8 +264,12 @@ class Executor:
                 before = totals.get(id(value))
                 totals[id(value)] = (value, gradient if before is None else before[1] + gradient)
         if kept.loss is not None and kept.loss.requires_grad:
-            totals[id(kept.loss)] = (kept.loss, torch.ones_like(kept.loss))
+            totals[id(kept.loss)] = (kept.loss, torch.full_like(kept.loss, self._loss_scale))
         return [v for v, _ in totals.values()], [g for _, g in totals.values()]
+
+    @property
+    def _loss_scale(self) -> float:
+        return self._scaler.scale if self._scaler is not None else 1.0
 
     # --- after the last backward ---
 

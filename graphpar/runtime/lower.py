@@ -15,7 +15,8 @@ from graphpar.errors import VerifyError
 from graphpar.frontend.torch_private import is_random, lookup_op
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol
-from graphpar.runtime.own_ops import Attention, Bernoulli, Dropout, Random, Share
+from graphpar.runtime.casts import LowerWeights
+from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
 from graphpar.runtime.random import Layout, StepContext
 from graphpar.runtime.steady import Steady, leave_out
 
@@ -92,6 +93,7 @@ class StageBuilder:
         tensors: Parameters, buffers and constants by label, on their device.
         device: Where the stage runs.
         context: Filled in before each forward.
+        lower_weights: The rank's weights in lower formats.
     """
 
     def __init__(
@@ -101,10 +103,12 @@ class StageBuilder:
         tensors: Mapping[str, torch.Tensor],
         device: torch.device,
         context: StepContext,
+        lower_weights: LowerWeights | None = None,
     ) -> None:
         self.ops = stage_ops(graph, stage)
         self.interface = interface(graph, stage)
         self.tensors, self.device, self.context = tensors, device, context
+        self._lower_weights = lower_weights or LowerWeights()
         self._modules: dict[tuple[int, int], fx.GraphModule] = {}
 
     def module(self, samples: int, batch: int) -> fx.GraphModule:
@@ -182,6 +186,8 @@ class StageBuilder:
     def _own_module(self, op: Op) -> nn.Module:
         if op.target == "gp.share":
             return Share(self.context)
+        if op.target == "gp.cast_weight":
+            return CastWeight(self._lower_weights)
         stream, given = op.kwarg("stream"), op.kwarg("layout")
         assert isinstance(stream, int)
         layout = None

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.random import Layout, StepContext, keep_mask, normal, uniform
 
 
@@ -82,7 +83,9 @@ class Attention(_Keyed):
         if mask is not None:
             bad = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, float("-inf")) if bad else scores + mask
-        weights = torch.softmax(scores, dim=-1)
+        # Sums of many exponentials need float32 at least; the result goes on in the scores' own format.
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=exact).to(scores.dtype)
         weights = weights * (self.keep(weights, drop).to(weights.dtype) * (1.0 / (1.0 - drop)))
         return weights @ value
 
@@ -97,3 +100,15 @@ class Share(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The value times samples here over samples in all."""
         return x * (self.context.samples / self.context.batch)
+
+
+class CastWeight(nn.Module):
+    """A weight in a lower format; its gradient arrives in the weight's own."""
+
+    def __init__(self, weights: LowerWeights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weight's copy of that format."""
+        return self.weights.cast(weight, dtype)

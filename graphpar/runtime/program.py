@@ -58,6 +58,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
         groups: Ranks that share parameters; every rank creates all groups in this order.
         seed: Seed of the keyed random streams.
         max_grad_norm: Global norm that gradients are clipped to; None for no clipping.
+        scales_loss: Whether some stage computes in float16, so that the loss has to be scaled.
         store: Path of the rendezvous file of a local job.
         path: The driver's `sys.path`, so that the optimiser factory finds the user's modules.
     """
@@ -71,6 +72,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
     groups: tuple[tuple[int, ...], ...]
     seed: int
     max_grad_norm: float | None
+    scales_loss: bool = False
     store: str = ""
     path: tuple[str, ...] = ()
 
@@ -93,6 +95,9 @@ class StepReport(msgspec.Struct, frozen=True):
         events: What was done when.
         peak_bytes: Largest memory the rank held: of the process on a CPU, of torch's allocator on a
             GPU.
+        grad_norm: Norm of all gradients over all ranks, before clipping; None where nobody asked.
+        loss_scale: What the loss was multiplied with; None where it was not scaled.
+        skipped: Whether gradients overflowed and the step was left out, on all ranks.
     """
 
     rank: int
@@ -100,6 +105,9 @@ class StepReport(msgspec.Struct, frozen=True):
     end_s: float
     events: tuple[Event, ...]
     peak_bytes: int
+    grad_norm: float | None = None
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 def encode(value: msgspec.Struct) -> dict[str, Any]:

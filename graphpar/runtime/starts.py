@@ -58,9 +58,16 @@ def rank_starts(
             groups=lowered.groups,
             seed=training.seed if training else 0,
             max_grad_norm=training.max_grad_norm if training else None,
+            scales_loss=training is not None and _uses_float16(lowered),
         )
         starts.append(RankStart(name, setup, {la: tensors[la] for la in placement.labels}))
     return starts
+
+
+def _uses_float16(lowered: Lowered) -> bool:
+    """Whether any stage of any pipeline computes in float16."""
+    pipelines = lowered.partition.pipelines
+    return any("float16" in stage.formats for pipeline in pipelines for stage in pipeline.stages)
 
 
 def gpu_index(cluster: Cluster, name: str) -> int:

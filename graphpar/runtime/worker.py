@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.program import RankProgram, StepReport, WorkerSetup, encode
+from graphpar.runtime.scaling import LossScaler, is_finite
 from graphpar.runtime.transport import Transport
 from graphpar.runtime.user_ops import load_code
 
@@ -67,19 +69,39 @@ class Worker:
         self.transport = Transport(self.device, ranks, setup.groups, setup.links)
         self.pace = Pace(setup.slowdown, setup.threads)
         self.executors: dict[str, Executor] = {}
+        self.lower_weights = LowerWeights()
+        self.scaler = LossScaler() if setup.scales_loss else None
+        self._grad_norm: float | None = None
+        self._skipped = False
 
     def install(self, name: str, program: RankProgram) -> None:
         """Make a program ready to run under a name."""
         load_code(program.imports, program.operators)
         step = (lambda: self._optimize(program)) if program.training else None
         self.executors[name] = Executor(
-            program, self.tensors, self.transport, self.device, self.setup.seed, self.pace, step
+            program,
+            self.tensors,
+            self.transport,
+            self.device,
+            self.setup.seed,
+            self.pace,
+            step,
+            self.lower_weights,
+            self.scaler,
         )
 
     def step(self, name: str, inputs: Mapping[str, torch.Tensor], number: int) -> StepResult:
         """Run a program once."""
+        scale = self.scaler.scale if self.scaler is not None else None
+        self._grad_norm, self._skipped = None, False
         result = self.executors[name].step(inputs, number)
-        report = msgspec.structs.replace(result.report, rank=self.setup.rank)
+        report = msgspec.structs.replace(
+            result.report,
+            rank=self.setup.rank,
+            grad_norm=self._grad_norm,
+            loss_scale=scale,
+            skipped=self._skipped,
+        )
         return StepResult(result.results, report)
 
     def so_far(self) -> StepReport | None:
@@ -118,27 +140,48 @@ class Worker:
         return parameter
 
     def _optimize(self, program: RankProgram) -> None:
-        if self.setup.max_grad_norm is not None:
-            self._clip(program, self.setup.max_grad_norm)
+        if self.scaler is not None and not self._unscale(program, self.scaler):
+            self._skipped = True
+        else:
+            if self.setup.max_grad_norm is not None:
+                self._clip(program, self.setup.max_grad_norm)
+            if self.optimizer is not None:
+                self.optimizer.step()
+            self.lower_weights.forget()
         if self.optimizer is not None:
-            self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def _unscale(self, program: RankProgram, scaler: LossScaler) -> bool:
+        """Take the scale off all gradients; False where one overflowed, on whichever rank."""
+        finite = is_finite(self._gradients(program.owned))
+        overflows = torch.tensor(0.0 if finite else 1.0, dtype=torch.float64)
+        overflowed = float(self.transport.sum(overflows, ALL_RANKS)) > 0
+        if not overflowed:
+            scaler.unscale(self._gradients(self.trained))
+        scaler.update(overflowed=overflowed)
+        return not overflowed
+
+    def _gradients(self, labels: Iterable[str]) -> list[torch.Tensor]:
+        found = (self.tensors[label].grad for label in labels)
+        return [gradient for gradient in found if gradient is not None]
 
     def _clip(self, program: RankProgram, limit: float) -> None:
         """Clip by the norm over all ranks, each parameter counted once."""
-        square = torch.zeros((), dtype=torch.float64)
-        for label in program.owned:
-            gradient = self.tensors[label].grad
-            if gradient is not None:
-                square += torch.linalg.vector_norm(gradient).cpu().double().square()
-        norm = float(self.transport.sum(square, ALL_RANKS).sqrt())
+        norm = self._norm(program)
         scale = limit / (norm + 1e-6)
         if scale >= 1.0:
             return
-        for label in self.trained:  # a norm that is no number spoils all gradients, as on one device
-            gradient = self.tensors[label].grad
-            if gradient is not None:
-                gradient.mul_(scale)
+        # A norm that is no number spoils all gradients, as on one device.
+        for gradient in self._gradients(self.trained):
+            gradient.mul_(scale)
+
+    def _norm(self, program: RankProgram) -> float:
+        """The norm of all gradients of all ranks."""
+        square = torch.zeros((), dtype=torch.float64)
+        for gradient in self._gradients(program.owned):
+            square += torch.linalg.vector_norm(gradient).cpu().double().square()
+        self._grad_norm = float(self.transport.sum(square, ALL_RANKS).sqrt())
+        return self._grad_norm
 
 
 def join_local_group(setup: WorkerSetup) -> None:
