@@ -17,6 +17,9 @@ GPU_RESERVED_BYTES = 1.2e9
 CPU_RESERVED_BYTES = 0.35e9
 """A Python process with torch loaded."""
 
+_HELD = SOURCES | {"gp.cast_weight"}
+"""Targets of ops whose values are there whatever the microbatch."""
+
 
 @dataclass(frozen=True)
 class UnitMemory:
@@ -79,7 +82,7 @@ def saved_roots(graph: Graph, layout: Layout, works: Mapping[str, OpWork]) -> fr
         for op_name, work in works.items()
         if work.backward
         for name in work.saved
-        if graph[layout.root[name]].target not in SOURCES
+        if graph[layout.root[name]].target not in _HELD
     )
 
 
@@ -100,7 +103,8 @@ def _peak_temporaries(
     live: dict[str, float] = {}
     peak = 0.0
     for i, op in enumerate(ops):
-        if layout.root[op.name] == op.name and op.name not in kept and op.target != "getitem":
+        made = op.target not in ("getitem", *_HELD)
+        if layout.root[op.name] == op.name and op.name not in kept and made:
             live[op.name] = sizes[op.name]
         peak = max(peak, sum(live.values()))
         for name in [n for n in live if last_use.get(n, i) <= i]:

@@ -97,6 +97,18 @@ def pointwise(call: Call) -> OpWork:
     return OpWork(forward, tuple(backward), _saved(call, name))
 
 
+def casting(call: Call) -> OpWork:
+    """A change of type: backward casts the gradient the other way."""
+    one = Kernel("cast", call.numel(call.out), call.moved(), 0.0, call.dtype(call.out))
+    return OpWork((one,), (one,) if call.grad and call.out.is_floating else ())
+
+
+def weight_casting(call: Call) -> OpWork:
+    """Its lower copy is made once a step, which `Roofline` adds; its gradient is cast each time."""
+    (one,) = casting(call).forward
+    return OpWork((), (one,) if call.grad else ())
+
+
 def _pow_extra(call: Call) -> tuple[Kernel, ...]:
     """Powers other than the square go through a transcendental function."""
     exponent = call.op.argument(1, "exponent")
@@ -326,4 +338,6 @@ POINTWISE_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("gp.random", "gp.bernoulli", "rand", "randn", "bernoulli"), random),
     **dict.fromkeys(("sort", "topk", "argsort", "unique"), sorting),
     "gp.share": pointwise,
+    **dict.fromkeys(("_to_copy", "to", "type_as"), casting),
+    "gp.cast_weight": weight_casting,
 }

@@ -144,7 +144,8 @@ class CalibratedRates:
             return self._product(kernel, *kernel.matrix)
         if kernel.attention is not None:
             return self._attention(kernel, *kernel.attention)
-        curve = self.calibration.curves.get(kernel.curve)
+        curves = self.calibration.curves
+        curve = curves.get(f"{kernel.curve}_{kernel.dtype}", curves.get(kernel.curve))
         if curve is None:
             return self.calibration.curves["pointwise"].at(kernel.bytes)
         return curve.at(kernel.size)
@@ -161,7 +162,8 @@ class CalibratedRates:
         name = ("causal" if causal else "full") + (
             "_backward" if kernel.curve.endswith("backward") else ""
         )
-        rate = self.calibration.attention[name].at(keys, head)
+        grids = self.calibration.attention
+        rate = grids.get(f"{name}_{kernel.dtype}", grids[name]).at(keys, head)
         return self._floor() + kernel.flops / rate
 
     def _floor(self) -> float:

@@ -1,7 +1,7 @@
 """The default cost model: kernels of each op on each kind of device, from the catalogue or measured."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster, Device
@@ -26,8 +26,12 @@ from graphpar.cost_models.opcost import fan_out_kernels, work_of
 from graphpar.cost_models.rates import Rates, rates_of
 from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.ir.chain import Chain, Unit, crossings
+from graphpar.ir.formats import wire_format
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import DTYPE_BYTES, Op, TensorType
+
+Rewritten = tuple[Graph, Chain]
+"""A graph and its chain of units."""
 
 MAX_SIZES = 24
 
@@ -42,7 +46,14 @@ class Roofline:
 
     calibration: Calibration | None = None
 
-    def price(self, graph: Graph, chain: Chain, cluster: Cluster, options: PricingOptions) -> CostTable:
+    def price(
+        self,
+        graph: Graph,
+        chain: Chain,
+        cluster: Cluster,
+        options: PricingOptions,
+        rewritten: Mapping[str, Rewritten] | None = None,
+    ) -> CostTable:
         """Fill the table of seconds and bytes.
 
         Args:
@@ -50,21 +61,32 @@ class Roofline:
             chain: Its units.
             cluster: The devices.
             options: Batch, training or inference, optimiser, limits on splitting.
+            rewritten: By device name the graph that the device runs in place of this one, the same
+                units in other number formats; devices left out run this one. What is not kept apart
+                by device (bytes) is the largest of all.
         """
         classes = device_classes(cluster)
-        pricer = _Pricer(self, graph, chain, options, find_layout(graph))
         sizes = microbatch_sizes(options)
         examples = [cluster.device(c.devices[0]) for c in classes]
-        costs = tuple(pricer.unit_cost(index, examples, sizes) for index in _first_of_kind(chain))
-        free_s = [pricer.free_seconds(device, sizes[0]) for device in examples]
+        given = rewritten or {}
+        runs = [given.get(device.name, (graph, chain)) for device in examples]
+        pricers: dict[int, _Pricer] = {}
+        for run in runs:
+            if id(run[0]) not in pricers:
+                pricers[id(run[0])] = _Pricer(self, *run, options, find_layout(run[0]))
+        mine = [pricers[id(run[0])] for run in runs]
+        units = _dense([tuple(p.chain.units[u].kind for p in mine) for u in range(len(chain.units))])
+        firsts = [units.index(kind) for kind in range(max(units, default=-1) + 1)]
+        costs = tuple(_joined(list(zip(mine, examples, strict=True)), i, sizes) for i in firsts)
+        free_s = [p.free_seconds(d, sizes[0]) for p, d in zip(mine, examples, strict=True)]
         return CostTable(
             batch=options.batch,
             training=options.training,
             sizes=sizes,
-            units=_dense_kinds(chain),
+            units=units,
             unit_names=tuple(unit.name for unit in chain.units),
             costs=costs,
-            edges=pricer.edges(),
+            edges=_widest([p.edges() for p in pricers.values()]),
             device_classes=tuple(
                 DeviceClass(
                     c.name,
@@ -157,19 +179,52 @@ def microbatch_sizes(options: PricingOptions) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _first_of_kind(chain: Chain) -> tuple[int, ...]:
-    first: dict[int, int] = {}
-    for index, unit in enumerate(chain.units):
-        first.setdefault(unit.kind, index)
-    return tuple(first.values())
-
-
-def _dense_kinds(chain: Chain) -> tuple[int, ...]:
+def _dense(kinds: Sequence[Hashable]) -> tuple[int, ...]:
     """Kinds renumbered in order of first appearance, which is the order of the costs."""
-    number: dict[int, int] = {}
-    for unit in chain.units:
-        number.setdefault(unit.kind, len(number))
-    return tuple(number[unit.kind] for unit in chain.units)
+    number: dict[Hashable, int] = {}
+    for kind in kinds:
+        number.setdefault(kind, len(number))
+    return tuple(number[kind] for kind in kinds)
+
+
+def _joined(runs: Sequence[tuple["_Pricer", Device]], index: int, sizes: Sequence[int]) -> UnitCost:
+    """What a unit costs on devices that run it in unlike formats."""
+    groups: dict[int, tuple[_Pricer, list[Device]]] = {}
+    for pricer, device in runs:
+        groups.setdefault(id(pricer), (pricer, []))[1].append(device)
+    costs = {key: pricer.unit_cost(index, devices, sizes) for key, (pricer, devices) in groups.items()}
+    if len(costs) == 1:
+        return next(iter(costs.values()))
+    seen = dict.fromkeys(costs, 0)
+    rows = []
+    for pricer, _ in runs:
+        rows.append((costs[id(pricer)], seen[id(pricer)]))
+        seen[id(pricer)] += 1
+    all_costs = list(costs.values())
+    return replace(
+        all_costs[0],
+        forward_s=tuple(cost.forward_s[row] for cost, row in rows),
+        backward_s=tuple(cost.backward_s[row] for cost, row in rows),
+        optimizer_s=tuple(cost.optimizer_s[row] for cost, row in rows),
+        weight_bytes=max(cost.weight_bytes for cost in all_costs),
+        saved_bytes=tuple(map(max, *(cost.saved_bytes for cost in all_costs))),
+        working_bytes=tuple(map(max, *(cost.working_bytes for cost in all_costs))),
+    )
+
+
+def _widest(several: Sequence[tuple[CutEdge, ...]]) -> tuple[CutEdge, ...]:
+    """The same edges with the most bytes that any format needs."""
+    if len(several) == 1:
+        return several[0]
+    return tuple(
+        replace(
+            edges[0],
+            bytes_per_sample=max(e.bytes_per_sample for e in edges),
+            gradient_bytes_per_sample=max(e.gradient_bytes_per_sample for e in edges),
+            fixed_bytes=max(e.fixed_bytes for e in edges),
+        )
+        for edges in zip(*several, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -200,6 +255,7 @@ class _Pricer:
             )
             for work, size in zip(works, sizes, strict=True)
         ]
+        copies, lower = self._lower_weights(unit)
         rates = [rates_of(device, self.model.calibration) for device in devices]
         state = options.optimizer_state_bytes_per_parameter_byte
         return UnitCost(
@@ -216,24 +272,36 @@ class _Pricer:
                 for rate, device in zip(rates, devices, strict=True)
             ),
             optimizer_s=tuple(
-                self._update_s(rate, numel, tensors) * device.slowdown
+                self._update_s(rate, numel, tensors, lower) * device.slowdown
                 for rate, device in zip(rates, devices, strict=True)
             ),
-            weight_bytes=weights,
+            weight_bytes=weights + copies,
             gradient_bytes=trained if options.training else 0.0,
             optimizer_bytes=trained * state if options.training else 0.0,
             saved_bytes=tuple(m.saved_bytes for m in memory),
             working_bytes=tuple(m.working_bytes for m in memory),
         )
 
-    def _update_s(self, rates: Rates, numel: float, tensors: int) -> float:
-        """What happens to the unit's parameters once their gradients are summed."""
+    def _update_s(self, rates: Rates, numel: float, tensors: int, lower: Sequence[Kernel]) -> float:
+        """What happens to the unit's parameters once their gradients are summed.
+
+        `lower` are the kernels that make copies in lower formats of the new weights.
+        """
         options = self.options
         if not (options.training and tensors):
             return 0.0
         clip_s = rates.clip_seconds(numel, tensors) if options.clips_gradients else 0.0
         state = options.optimizer_state_bytes_per_parameter_byte
-        return clip_s + rates.optimizer_seconds(numel, tensors, state)
+        update_s = clip_s + rates.optimizer_seconds(numel, tensors, state)
+        return update_s + rates.seconds(lower) if lower else update_s
+
+    def _lower_weights(self, unit: Unit) -> tuple[float, list[Kernel]]:
+        """Bytes of a unit's weights in lower formats, and the kernels that make them once a step."""
+        casts = [self.graph[name] for name in unit.ops if self.graph[name].target == "gp.cast_weight"]
+        num_bytes = [(float(op.type.bytes(1)), op.type.numel(1)) for op in casts]
+        wide = DTYPE_BYTES["float32"]
+        kernels = [Kernel("cast", n, size + wide * n, n) for size, n in num_bytes]
+        return sum(size for size, _ in num_bytes), kernels
 
     def free_seconds(self, device: Device, size: int) -> float:
         """Time of the ops that every stage computes for itself."""
@@ -246,7 +314,7 @@ class _Pricer:
         found = []
         for crossing in crossings(self.graph, self.chain):
             op = self.graph[crossing.name]
-            kinds = [t for t in op.types if t is not None]
+            kinds = [self._on_the_wire(op, t) for t in op.types if t is not None]
             fixed, each = self._bytes(kinds, 0), self._bytes(kinds, 1)
             flows = self.options.training and bool(op.attr("grad"))
             if all(not t.batch_dims for t in kinds):
@@ -254,6 +322,12 @@ class _Pricer:
             gradient = each if flows and all(t.is_floating for t in kinds) else 0.0
             found.append(CutEdge(crossing.source, crossing.target, each, gradient, fixed))
         return tuple(found)
+
+    def _on_the_wire(self, op: Op, kind: TensorType) -> TensorType:
+        """The type in which a value goes to a later stage."""
+        if op.attr("format") is None or op.is_tuple:
+            return kind
+        return TensorType(kind.shape, wire_format(op, self.graph.users(op.name)))
 
     def _bytes(self, kinds: Sequence[TensorType], batch: int) -> float:
         precision = self.options.precision

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
 
-MEMORY_CURVES = frozenset({"pointwise", "accumulate", "copy", "fill", "reduce"})
+MEMORY_CURVES = frozenset({"pointwise", "accumulate", "copy", "fill", "reduce", "cast"})
 """Kernels limited by memory; their curves run over bytes moved, all others over elements."""
 
 

@@ -27,6 +27,16 @@ from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plans import Plan, hash_of
+from graphpar.precision import (
+    Formats,
+    check_precision,
+    quarrels,
+    rewritten_by_device,
+    settled,
+    slow_format_notes,
+    uniform_formats,
+    with_formats,
+)
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel, Subject
@@ -42,9 +52,7 @@ _UNSPLIT = 10**6
 
 def lowering_passes(stage_of_unit: tuple[int, ...], unit_formats: tuple[str, ...] = ()) -> Pipeline:
     """What leads from a captured graph to one that runs: stages, then casts, then messages."""
-    return Pipeline(
-        (AssignFormats(unit_formats), Place(stage_of_unit), InsertCasts(), InsertMessages())
-    )
+    return Pipeline((AssignFormats(unit_formats), Place(stage_of_unit), InsertCasts(), InsertMessages()))
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def plan(
         args: Positional arguments of an example batch, the global batch in size.
         kwargs: Keyword arguments of the example batch.
         train: Plan training steps; without it, inference.
-        precision: Number format to compute in; "float32".
+        precision: Number format to compute in: "float32", "bfloat16" or "float16", each where a device
+            has it; "float8_e4m3fn" can be planned, not run.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
@@ -101,6 +110,7 @@ def plan(
     >>> len(plan.stages)
     1
     """
+    check_precision(precision)
     where = as_cluster(cluster)
     prepared = prepare(model, args, kwargs or {}, train)
     return plan_prepared(
@@ -138,7 +148,8 @@ def compile(
         kwargs: Keyword arguments of the example batch.
         train: How to train; without it the job only infers.
         plan: A plan made before; it must be for this model and this cluster.
-        precision: Number format to compute in; "float32".
+        precision: Number format to compute in: "float32", "bfloat16" or "float16", each where a device
+            has it. Weights, optimiser state, losses, norms and sums stay in float32.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.
@@ -150,6 +161,7 @@ def compile(
         PlanError: The plan given belongs to another model or cluster.
         RunError: Workers could not be started.
     """
+    check_precision(precision, to_run=True)
     where = as_cluster(cluster)
     CompiledModel.warm_up()
     prepared = prepare(model, args, kwargs or {}, train)
@@ -229,10 +241,15 @@ def price(
     cluster: Cluster,
     *,
     train: Training | None,
-    precision: str,
+    precision: str = "float32",
     calibration: Calibration | None,
+    formats: Formats | None = None,
 ) -> CostTable:
-    """The table of numbers that the partitioner reads."""
+    """The table of numbers that the partitioner reads.
+
+    With `formats` every device's numbers are those of the graph it runs; `precision` alone is a
+    shortcut for a device that does everything in it.
+    """
     limit = 1 if prepared.batch_reason else _UNSPLIT
     options = PricingOptions(
         batch=prepared.graph.batch,
@@ -244,7 +261,8 @@ def price(
         batch_reason=prepared.batch_reason,
         clips_gradients=train is not None and train.max_grad_norm is not None,
     )
-    return Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options)
+    rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
+    return Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options, rewritten)
 
 
 def plan_prepared(
@@ -258,26 +276,38 @@ def plan_prepared(
     gap: float,
 ) -> Plan:
     """Price, partition and predict a captured model."""
-    if precision != "float32":
-        raise ValueError(f"precision={precision!r} is not available; this version runs 'float32'.")
+    check_precision(precision)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
-    table = price(prepared, cluster, train=train, precision=precision, calibration=calibration)
-    found = partition_chain(
-        table,
-        gap=gap,
-        time_limit_s=time_limit_s,
-        schedule=train.schedule if train else "auto",
-        microbatches=train.microbatches if train else "auto",
-    )
+    formats = uniform_formats(cluster, precision, len(prepared.chain.units))
+
+    def search(formats: Formats) -> tuple[CostTable, Partition]:
+        table = price(prepared, cluster, train=train, calibration=calibration, formats=formats)
+        found = partition_chain(
+            table,
+            gap=gap,
+            time_limit_s=time_limit_s,
+            schedule=train.schedule if train else "auto",
+            microbatches=train.microbatches if train else "auto",
+        )
+        return table, found
+
+    table, found = search(formats)
+    while groups := quarrels(found, formats):
+        formats = settled(formats, groups, cluster)
+        table, found = search(formats)
     options = {
         "gap": gap,
         "time_limit_s": time_limit_s,
         "schedule": train.schedule if train else "auto",
         "microbatches": train.microbatches if train else "auto",
         "calibrated": calibration is not None,
+        "precision": precision,
     }
-    return plan_of(prepared, cluster, table, found, options)
+    notes = (*formats.notes, *slow_format_notes(cluster, precision, calibration))
+    return plan_of(
+        prepared, cluster, table, with_formats(found, formats), options, precision=precision, notes=notes
+    )
 
 
 def plan_of(
@@ -286,6 +316,9 @@ def plan_of(
     table: CostTable,
     found: Partition,
     options: Mapping[str, str | int | float | bool | None] | None = None,
+    *,
+    precision: str = "float32",
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The plan of a partition, whoever found it; `options` is what the planner was asked for."""
     lowered = lower(prepared.graph, found, table.training)
@@ -294,9 +327,11 @@ def plan_of(
         model_hash=prepared.model_hash,
         cluster=cluster.to_dict(),
         cluster_hash=hash_of(cluster.to_dict()),
+        precision=precision,
         options=dict(options or {}),
     )
-    return make_plan(subject, table, predict(table, found, stage_links(found, lowered.graphs)))
+    links = stage_links(found, lowered.graphs)
+    return make_plan(subject, table, predict(table, found, links), notes=notes)
 
 
 def lower(graph: Graph, found: Partition, training: bool) -> Lowered:

@@ -55,12 +55,17 @@ MAX_FLOPS = 1.2e9
 
 MATMUL_ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 MATMUL_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
+LOWER_ROWS = (1, 16, 64, 256, 1024)
+LOWER_WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
 COARSE_ROWS = (4, 64, 1024)
 COARSE_WIDTHS = (64, 256, 1024)
 BATCHED_ROWS = (8, 32, 128, 512)
 BATCHED_WIDTHS = (16, 32, 64, 128, 256)
 ATTENTION_LENGTHS = (16, 64, 128, 256, 512)
 ATTENTION_HEADS = (16, 32, 64, 128)
+ATTENTION_KINDS = ("full", "causal", "full_backward", "causal_backward")
+MEASURED_FORMATS = ("float32", "bfloat16")
+"""Formats in which every kind of product is measured."""
 
 
 @dataclass
@@ -153,7 +158,7 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
         fingerprint=fingerprint(threads),
         curves=_curves(samples),
         matmul=_matmul_grids(samples),
-        batched_matmul={"float32": _batched_grid(samples)},
+        batched_matmul={dtype: _batched_grid(samples, dtype) for dtype in MEASURED_FORMATS},
         attention=_attention_grids(samples),
         loopback=loopback.link,
         sum_s_per_byte=loopback.sum_s_per_byte,
@@ -186,24 +191,31 @@ def _points() -> Iterator[_Point]:
             yield _Point((name, size), partial(setup, size), 64.0 * size)
     for dtype, rows, widths in _matmul_plans():
         for r, w in product(rows, widths):
-            if 2.0 * r * w * w <= MAX_FLOPS:
+            if 2.0 * r * w * w <= _most_flops(dtype):
                 key = ("matmul", dtype, r, w)
                 yield _Point(key, partial(matrix_product, dtype, r, w), 4.0 * w * (2 * r + w))
-    for r, w in product(BATCHED_ROWS, BATCHED_WIDTHS):
+    for dtype, r, w in product(MEASURED_FORMATS, BATCHED_ROWS, BATCHED_WIDTHS):
         operands = 4.0 * batch_of(r, w) * w * (2 * r + w)
-        yield _Point(("bmm", r, w), partial(batched_product, r, w), operands)
-    for length, head in product(ATTENTION_LENGTHS, ATTENTION_HEADS):
+        yield _Point(("bmm", dtype, r, w), partial(batched_product, r, w, dtype), operands)
+    for dtype, length, head in product(MEASURED_FORMATS, ATTENTION_LENGTHS, ATTENTION_HEADS):
         operands = 16.0 * attention_heads(length) * length * head
-        for kind in ("full", "causal", "full_backward", "causal_backward"):
-            yield _Point((kind, length, head), partial(attention, kind, length, head), operands)
+        for kind in ATTENTION_KINDS:
+            key = (kind, dtype, length, head)
+            yield _Point(key, partial(attention, kind, length, head, dtype), operands)
 
 
 def _matmul_plans() -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
     return (
         ("float32", MATMUL_ROWS, MATMUL_WIDTHS),
-        ("bfloat16", COARSE_ROWS, COARSE_WIDTHS),
+        ("bfloat16", LOWER_ROWS, LOWER_WIDTHS),
         ("float64", COARSE_ROWS, COARSE_WIDTHS),
+        ("float16", COARSE_ROWS, COARSE_WIDTHS),
     )
+
+
+def _most_flops(dtype: str) -> float:
+    """The largest product that is measured; few processors have fast units for float16."""
+    return MAX_FLOPS / 40 if dtype == "float16" else MAX_FLOPS
 
 
 _MIXED_FORWARD = {"layer_norm": 2, "view": 10, "pointwise": 2, "gelu": 1}
@@ -225,7 +237,7 @@ def _mixed_extra(samples: _Samples, *, backward: bool) -> float:
     alone += products * samples.best(("matmul", "float32", MIXED_ROWS, MIXED_WIDTH))
     attention = "causal_backward" if backward else "causal"
     # One call over tiny heads: what is left of it is its floor.
-    alone += samples.best((attention, ATTENTION_LENGTHS[0], ATTENTION_HEADS[0])) * _TINY_SHARE
+    alone += samples.best((attention, "float32", ATTENTION_LENGTHS[0], ATTENTION_HEADS[0])) * _TINY_SHARE
     calls = sum(counts.values()) + products + 1
     spent = samples.best(("mixed_backward" if backward else "mixed", 1))
     return max((spent - alone) / calls, 0.0)
@@ -267,7 +279,7 @@ def _matmul_grids(samples: _Samples) -> dict[str, Grid]:
             row: list[float] = []
             for j, w in enumerate(widths):
                 flops = 2.0 * r * w * w
-                if flops <= MAX_FLOPS:
+                if flops <= _most_flops(dtype):
                     spent = samples.best(("matmul", dtype, r, w))
                     row.append(flops / max(spent - floor, spent / 2))
                 else:
@@ -278,26 +290,32 @@ def _matmul_grids(samples: _Samples) -> dict[str, Grid]:
     return grids
 
 
-def _batched_grid(samples: _Samples) -> Grid:
+def _batched_grid(samples: _Samples, dtype: str) -> Grid:
     table = tuple(
-        tuple(2.0 * batch_of(r, w) * r * w * w / samples.best(("bmm", r, w)) for w in BATCHED_WIDTHS)
+        tuple(
+            2.0 * batch_of(r, w) * r * w * w / samples.best(("bmm", dtype, r, w)) for w in BATCHED_WIDTHS
+        )
         for r in BATCHED_ROWS
     )
     return Grid(tuple(map(float, BATCHED_ROWS)), tuple(map(float, BATCHED_WIDTHS)), table)
 
 
 def _attention_grids(samples: _Samples) -> dict[str, Grid]:
+    """Grids by kind; those of formats other than float32 by kind and format."""
     lengths, heads = tuple(map(float, ATTENTION_LENGTHS)), tuple(map(float, ATTENTION_HEADS))
     return {
-        kind: Grid(
+        kind if dtype == "float32" else f"{kind}_{dtype}": Grid(
             lengths,
             heads,
             tuple(
-                tuple(attention_flops(kind, s, h) / samples.best((kind, s, h)) for h in ATTENTION_HEADS)
+                tuple(
+                    attention_flops(kind, s, h) / samples.best((kind, dtype, s, h))
+                    for h in ATTENTION_HEADS
+                )
                 for s in ATTENTION_LENGTHS
             ),
         )
-        for kind in ("full", "causal", "full_backward", "causal_backward")
+        for kind, dtype in product(ATTENTION_KINDS, MEASURED_FORMATS)
     }
 
 

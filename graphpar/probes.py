@@ -18,25 +18,26 @@ WIDTH = 256
 aten = torch.ops.aten
 
 
-def _table(size: int) -> torch.Tensor:
+def _table(size: int, dtype: str = "float32") -> torch.Tensor:
     """A table of noise; repeated, because drawing it afresh would take most of the time."""
     rows = size // WIDTH
-    return torch.randn(min(rows, 16), WIDTH).repeat(-(-rows // 16), 1)[:rows].contiguous()
+    table = torch.randn(min(rows, 16), WIDTH).repeat(-(-rows // 16), 1)[:rows].contiguous()
+    return table.to(getattr(torch, dtype))
 
 
-def _unary(function: Callable[[torch.Tensor], object]) -> Callable[[int], Work]:
+def _unary(function: Callable[[torch.Tensor], object], dtype: str = "float32") -> Callable[[int], Work]:
     def setup(size: int) -> Work:
-        x = _table(size)
+        x = _table(size, dtype)
         return lambda: function(x)
 
     return setup
 
 
 def _binary(
-    function: Callable[[torch.Tensor, torch.Tensor], object],
+    function: Callable[[torch.Tensor, torch.Tensor], object], dtype: str = "float32"
 ) -> Callable[[int], Work]:
     def setup(size: int) -> Work:
-        x, y = _table(size), _table(size)
+        x, y = _table(size, dtype), _table(size, dtype)
         return lambda: function(x, y)
 
     return setup
@@ -91,12 +92,6 @@ def _embedding_backward(size: int) -> Work:
     return lambda: aten.embedding_dense_backward.default(x, rows, WIDTH, -1, False)
 
 
-def _copy(size: int) -> Work:
-    x = _table(size).view(-1, 16, WIDTH // 16) if size >= WIDTH else _table(size)
-    turned = x.transpose(0, 1)
-    return lambda: aten.contiguous.default(turned)
-
-
 def _accumulate(size: int) -> Work:
     x, y = _table(size), torch.zeros(size // WIDTH, WIDTH)
     return lambda: aten.add_.Tensor(x, y)
@@ -115,22 +110,40 @@ def _dropout(size: int) -> Work:
     return lambda: module(x, 0.1, False)
 
 
+def _copy_of(dtype: str) -> Callable[[int], Work]:
+    def setup(size: int) -> Work:
+        x = _table(size, dtype).view(-1, 16, WIDTH // 16)
+        turned = x.transpose(0, 1)
+        return lambda: aten.contiguous.default(turned)
+
+    return setup
+
+
+def _followers(dtype: str = "float32") -> dict[str, Callable[[int], Work]]:
+    """Kernels that units of lower formats run in them."""
+    return {
+        "pointwise": _binary(lambda x, y: aten.add.Tensor(x, y), dtype),
+        "copy": _copy_of(dtype),
+        "reduce": _unary(lambda x: aten.sum.dim_IntList(x, [0]), dtype),
+        "relu": _unary(lambda x: aten.relu.default(x), dtype),
+        "relu_backward": _binary(lambda x, y: aten.threshold_backward.default(x, y, 0), dtype),
+        "gelu": _unary(lambda x: aten.gelu.default(x), dtype),
+        "gelu_backward": _binary(lambda x, y: aten.gelu_backward.default(x, y), dtype),
+        "gelu_tanh": _unary(lambda x: aten.gelu.default(x, approximate="tanh"), dtype),
+        "gelu_tanh_backward": _binary(
+            lambda x, y: aten.gelu_backward.default(x, y, approximate="tanh"), dtype
+        ),
+        "silu": _unary(lambda x: aten.silu.default(x), dtype),
+        "silu_backward": _binary(lambda x, y: aten.silu_backward.default(x, y), dtype),
+        "tanh": _unary(lambda x: aten.tanh.default(x), dtype),
+        "tanh_backward": _binary(lambda x, y: aten.tanh_backward.default(x, y), dtype),
+    }
+
+
 KERNELS: Mapping[str, Callable[[int], Work]] = {
-    "pointwise": _binary(lambda x, y: aten.add.Tensor(x, y)),
+    **_followers(),
     "accumulate": _accumulate,
-    "copy": _copy,
     "fill": _unary(lambda x: aten.zeros_like.default(x)),
-    "reduce": _unary(lambda x: aten.sum.dim_IntList(x, [0])),
-    "relu": _unary(lambda x: aten.relu.default(x)),
-    "relu_backward": _binary(lambda x, y: aten.threshold_backward.default(x, y, 0)),
-    "gelu": _unary(lambda x: aten.gelu.default(x)),
-    "gelu_backward": _binary(lambda x, y: aten.gelu_backward.default(x, y)),
-    "gelu_tanh": _unary(lambda x: aten.gelu.default(x, approximate="tanh")),
-    "gelu_tanh_backward": _binary(lambda x, y: aten.gelu_backward.default(x, y, approximate="tanh")),
-    "silu": _unary(lambda x: aten.silu.default(x)),
-    "silu_backward": _binary(lambda x, y: aten.silu_backward.default(x, y)),
-    "tanh": _unary(lambda x: aten.tanh.default(x)),
-    "tanh_backward": _binary(lambda x, y: aten.tanh_backward.default(x, y)),
     "sigmoid": _unary(lambda x: aten.sigmoid.default(x)),
     "sigmoid_backward": _binary(lambda x, y: aten.sigmoid_backward.default(x, y)),
     "exp": _unary(lambda x: aten.exp.default(x)),
@@ -143,8 +156,13 @@ KERNELS: Mapping[str, Callable[[int], Work]] = {
     "embedding": _embedding,
     "embedding_backward": _embedding_backward,
     "dropout": _dropout,
+    "cast": _unary(lambda x: aten._to_copy.default(x, dtype=torch.bfloat16)),
+    **{f"{name}_bfloat16": setup for name, setup in _followers("bfloat16").items()},
 }
-BYTES_PER_ELEMENT = {"pointwise": 12, "accumulate": 12, "copy": 8, "fill": 4, "reduce": 4}
+BYTES_PER_ELEMENT = {
+    "pointwise": 12, "accumulate": 12, "copy": 8, "fill": 4, "reduce": 4, "cast": 6,
+    "pointwise_bfloat16": 6, "copy_bfloat16": 4, "reduce_bfloat16": 2,
+}  # fmt: skip
 """What the curves over bytes move per element of the measured tensor."""
 
 MIXED_WIDTH = 64
@@ -235,9 +253,9 @@ def batch_of(rows: int, width: int) -> int:
     return max(int(1e7 / (rows * width * width)), 2)
 
 
-def batched_product(rows: int, width: int) -> Work:
-    batch = batch_of(rows, width)
-    x, y = torch.randn(batch, rows, width), torch.randn(batch, width, width)
+def batched_product(rows: int, width: int, dtype: str = "float32") -> Work:
+    batch, kind = batch_of(rows, width), getattr(torch, dtype)
+    x, y = torch.randn(batch, rows, width).to(kind), torch.randn(batch, width, width).to(kind)
     return lambda: aten.bmm.default(x, y)
 
 
@@ -250,9 +268,9 @@ def attention_flops(kind: str, length: int, head: int) -> float:
     return 2.5 * flops if kind.endswith("backward") else flops
 
 
-def attention(kind: str, length: int, head: int) -> Work:
+def attention(kind: str, length: int, head: int, dtype: str = "float32") -> Work:
     shape = (1, length, attention_heads(length), head)
-    q, k, v = (torch.randn(shape).transpose(1, 2) for _ in range(3))
+    q, k, v = (torch.randn(shape).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(3))
     causal = kind.startswith("causal")
     if not kind.endswith("backward"):
         return lambda: aten.scaled_dot_product_attention.default(q, k, v, is_causal=causal)

@@ -78,11 +78,11 @@ class InsertCasts:
     ... %y = aten.softmax.int(%h, -1) : float32[B,4] {format="bfloat16", stage=0}
     ... %output = output((%y,))
     ... '''))
-    >>> for op in g.ops[2:6]: print(format_op(op).split(" from")[0])
-    %x_bfloat16 = aten._to_copy.default(%x, dtype=dtype:bfloat16) : bfloat16[B,4] {stage=0}
-    %w_bfloat16 = gp.cast_weight(%w, dtype:bfloat16) : bfloat16[4,4] {stage=0}
-    %h = aten.linear.default(%x_bfloat16, %w_bfloat16) : bfloat16[B,4] {format="bfloat16", stage=0}
-    %h_float32 = aten._to_copy.default(%h, dtype=dtype:float32) : float32[B,4] {stage=0}
+    >>> for op in g.ops[2:6]: print(format_op(op).split(" {")[0])
+    %x_bfloat16 = aten._to_copy.default(%x, dtype=dtype:bfloat16) : bfloat16[B,4]
+    %w_bfloat16 = gp.cast_weight(%w, dtype:bfloat16) : bfloat16[4,4]
+    %h = aten.linear.default(%x_bfloat16, %w_bfloat16) : bfloat16[B,4]
+    %h_float32 = aten._to_copy.default(%h, dtype=dtype:float32) : float32[B,4]
     """
 
     name: str = "casts"
@@ -152,7 +152,7 @@ class _Casting:
         ours = have in ("float32", *LARGEST) and self.graph[name].type.dtype == "float32"
         if have == wanted or not ours:
             return source.name
-        return self._cast(value, source, wanted, at)
+        return self._cast(value, source, wanted, at, reader)
 
     def _arrived(self, value: Op, at: object) -> Op:
         """A value as a stage gets it: rounded for the wire where another stage makes it."""
@@ -165,13 +165,15 @@ class _Casting:
             readers = tuple(u for u in users if u.attr("stage") == at)
             wire = wire_format(value, readers) if readers else value.type.dtype
             same = wire == value.type.dtype
-            self.wired[key] = value.name if same else self._cast(value, value, wire, made_at)
+            self.wired[key] = value.name if same else self._cast(value, value, wire, made_at, value)
         return self.ops[self.wired[key]]
 
-    def _cast(self, value: Op, source: Op, wanted: str, at: object) -> str:
+    def _cast(self, value: Op, source: Op, wanted: str, at: object, reader: Op) -> str:
         key = (value.name, wanted, at)
         if key not in self.made:
             made = self._cast_op(source, wanted, at, self._fresh(value, wanted, at))
+            if reader.attr("format") is not None:
+                made = made.with_attrs(format=format_of(reader))
             self.ops[made.name] = made
             self.made[key] = made.name
         return self.made[key]
@@ -275,6 +277,4 @@ def _in_range(op: Op, wanted: str) -> Op:
             return largest if argument > 0 else -largest
         return argument
 
-    return replace(
-        op, args=tuple(map(kept, op.args)), kwargs=tuple((k, kept(v)) for k, v in op.kwargs)
-    )
+    return replace(op, args=tuple(map(kept, op.args)), kwargs=tuple((k, kept(v)) for k, v in op.kwargs))

@@ -130,6 +130,33 @@ def build_chain(graph: Graph) -> Chain:
     return Chain(tuple(units), free)
 
 
+def extended(chain: Chain, graph: Graph) -> Chain:
+    """The chain of a graph to which ops were added (casts): each joins the unit that first reads it.
+
+    Kinds are found anew. Ops that no unit reads join the free ones.
+    """
+    unit_of = chain.unit_of()
+    members: list[list[str]] = [[] for _ in chain.units]
+    for op in reversed(graph.ops):
+        if op.target in SOURCES or op.target == "output" or op.name in chain.free:
+            continue
+        if op.name not in unit_of:
+            readers = [unit_of[user.name] for user in graph.users(op.name) if user.name in unit_of]
+            if not readers:
+                continue
+            unit_of[op.name] = min(readers)
+        members[unit_of[op.name]].append(op.name)
+    kinds: dict[str, int] = {}
+    units = []
+    for unit, names in zip(chain.units, members, strict=True):
+        names.reverse()
+        kind = kinds.setdefault(structural_hash(graph, [graph[name] for name in names]), len(kinds))
+        units.append(Unit(unit.name, tuple(names), kind))
+    inside = {name for unit in units for name in unit.ops}
+    rest = (o.name for o in graph.ops if o.target not in (*SOURCES, "output") and o.name not in inside)
+    return Chain(tuple(units), frozenset(rest))
+
+
 def crossings(graph: Graph, chain: Chain) -> tuple[Crossing, ...]:
     """Values read beyond the unit that makes them; sources and free ops are not counted."""
     unit_of = chain.unit_of()

@@ -20,7 +20,9 @@ batch (see `passes/samples.py`), `outer` how often the batch is repeated along i
 `reduces`: why an op joins samples. `format`: the number format its unit computes in (see `formats.py`).
 `stage`: the stage that runs it.
 """
-_OWN = frozenset({"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention", "gp.share", "gp.cast_weight"})
+_OWN = frozenset(
+    {"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention", "gp.share", "gp.cast_weight"}
+)
 OWN_TARGETS: dict[Level, frozenset[str]] = {
     "captured": _OWN | {"gp.whole_batch"},
     "placed": _OWN,

@@ -96,9 +96,7 @@ class Executor:
         self.pace = pace
         self.context = StepContext(seed=seed)
         graph = parse_graph(program.graph)
-        self.builder = StageBuilder(
-            graph, program.stage, tensors, device, self.context, lower_weights
-        )
+        self.builder = StageBuilder(graph, program.stage, tensors, device, self.context, lower_weights)
         self.interface = self.builder.interface
         self.actions = tuple(Action.parse(token) for token in program.actions)
         self.device = device

@@ -1,13 +1,14 @@
 """Run another graph of the same model on ranks that already hold its weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from graphpar.errors import VerifyError
 from graphpar.frontend.capture import Captured
-from graphpar.ir.chain import build_chain, writes_buffer
+from graphpar.ir.chain import Unit, build_chain, writes_buffer
+from graphpar.ir.formats import format_of
 from graphpar.ir.graph import Graph
-from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.partition.types import Partition, PipelineChoice
 from graphpar.runtime.assemble import Lowered
 
 
@@ -26,9 +27,9 @@ def lower_inference(
         _refuse_shares(trained.partition, captured.unsplittable)
     pipelines = []
     first_rank = 0
-    for pipeline in trained.partition.pipelines:
+    for pipeline, lowered_graph in zip(trained.partition.pipelines, trained.graphs, strict=True):
         stages_of = _stages_of_weights(trained, first_rank, pipeline)
-        fitted = _fitted(graph, pipeline, stages_of)
+        fitted = _fitted(graph, pipeline, stages_of, _formats_of_weights(lowered_graph))
         pipelines.append(_whole(fitted) if captured.unsplittable else fitted)
         first_rank += sum(len(stage.replicas) for stage in pipeline.stages)
     partition = replace(trained.partition, pipelines=tuple(pipelines), schedule="gpipe")
@@ -72,7 +73,33 @@ def _stages_of_weights(
     return found
 
 
-def _fitted(graph: Graph, pipeline: PipelineChoice, stages_of: Mapping[str, list[int]]) -> PipelineChoice:
+def _formats_of_weights(graph: Graph) -> Mapping[str, str]:
+    """For each parameter the format of the units that read it; float32 where they disagree."""
+    found: dict[str, str] = {}
+    for op in graph.sources("parameter"):
+        read = {format_of(user) for user in graph.users(op.name)}
+        found[str(op.args[0])] = read.pop() if len(read) == 1 else "float32"
+    return found
+
+
+def _formats(graph: Graph, units: Sequence[Unit], formats_of: Mapping[str, str]) -> tuple[str, ...]:
+    """Each unit computes in the format of its weights; one without any in that of the unit before."""
+    formats: list[str] = []
+    for unit in units:
+        operands = [graph[operand] for name in unit.ops for operand in graph[name].operands()]
+        labels = {str(o.args[0]) for o in operands if o.target == "parameter"} & formats_of.keys()
+        read = {formats_of[label] for label in labels}
+        before = formats[-1] if formats else "float32"
+        formats.append((read.pop() if len(read) == 1 else "float32") if read else before)
+    return tuple(formats)
+
+
+def _fitted(
+    graph: Graph,
+    pipeline: PipelineChoice,
+    stages_of: Mapping[str, list[int]],
+    formats_of: Mapping[str, str],
+) -> PipelineChoice:
     """The pipeline with its stages cut at this graph's units."""
     units = build_chain(graph).units
     current = 0
@@ -84,8 +111,9 @@ def _fitted(graph: Graph, pipeline: PipelineChoice, stages_of: Mapping[str, list
             starts.append(index)
     starts += [len(units)] * (len(pipeline.stages) - len(starts))
     ends = [*starts[1:], len(units)]
+    formats = _formats(graph, units, formats_of)
     stages = tuple(
-        StageChoice(first, last, stage.replicas)
+        replace(stage, first=first, last=last, unit_formats=formats[first:last])
         for first, last, stage in zip(starts, ends, pipeline.stages, strict=True)
     )
     return replace(pipeline, stages=stages)

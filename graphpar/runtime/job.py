@@ -79,6 +79,16 @@ class LastStep:
     reports: tuple[StepReport, ...]
     failure: str = ""
 
+    @property
+    def skipped(self) -> bool:
+        """Whether gradients overflowed float16, so that no parameter was changed."""
+        return any(report.skipped for report in self.reports)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss was multiplied with against underflow in float16; None where it was not."""
+        return self.reports[0].loss_scale
+
 
 @dataclass(frozen=True)
 class _Loaded:
