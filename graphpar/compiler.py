@@ -30,6 +30,7 @@ from graphpar.plans import Plan, hash_of
 from graphpar.precision import (
     Formats,
     check_precision,
+    labelled,
     quarrels,
     rewritten_by_device,
     settled,
@@ -306,7 +307,13 @@ def plan_prepared(
     }
     notes = (*formats.notes, *slow_format_notes(cluster, precision, calibration))
     return plan_of(
-        prepared, cluster, table, with_formats(found, formats), options, precision=precision, notes=notes
+        prepared,
+        cluster,
+        labelled(table, formats),
+        with_formats(found, formats),
+        options,
+        precision=precision,
+        notes=notes,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
+from graphpar.cost import CostTable
 from graphpar.device import Device
 from graphpar.errors import ClusterError
 from graphpar.ir.chain import Chain, extended
@@ -162,6 +163,20 @@ def settled(formats: Formats, groups: Sequence[Sequence[str]], cluster: Cluster)
     kept = {n: f for n, f in formats.by_device.items() if cluster.device(n).kind not in kinds}
     told = f"{', '.join(sorted(kinds))} run a stage together but share no lower format: float32 there"
     return Formats(kept, (*formats.notes, told))
+
+
+def labelled(table: CostTable, formats: Formats) -> CostTable:
+    """The table with its modes under the names of the formats that their numbers were made for.
+
+    The search knows one way to run a unit on each device, whatever its format; this gives the answer's
+    stages, which do name theirs, the same numbers.
+    """
+    named = []
+    for mode in table.every_mode:
+        examples = [table.device_classes[k].devices[0] for k in mode.members]
+        lower = {f for d in examples for f in formats.by_device.get(d, ()) if f != "float32"}
+        named += [replace(mode, precision=f) for f in sorted(lower)]
+    return replace(table, modes=(*table.modes, *named))
 
 
 def with_formats(found: Partition, formats: Formats) -> Partition:

@@ -9,6 +9,8 @@ from torch import nn
 
 import graphpar
 from graphpar.compiler import plan_of, price
+from graphpar.partition.types import StageChoice
+from graphpar.precision import Formats, labelled
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.scaling import GROWTH_INTERVAL, LossScaler
 from graphpar.verify import reference_for, train_on_one_device
@@ -38,8 +40,15 @@ def in_formats(forced: Forced, *formats: str) -> Forced:
     (pipeline,) = forced.plan.partition.pipelines
     stages = tuple(replace(s, precision=f) for s, f in zip(pipeline.stages, formats, strict=True))
     found = replace(forced.plan.partition, pipelines=(replace(pipeline, stages=stages),))
-    table = price(forced.prepared, forced.cluster, train=forced.training, calibration=None)
-    return replace(forced, plan=plan_of(forced.prepared, forced.cluster, table, found))
+    units = len(forced.prepared.chain.units)
+    whole = Formats({d: (f,) * units for s, f in zip(stages, formats, strict=True) for d in _devices(s)})
+    table = price(forced.prepared, forced.cluster, train=forced.training, calibration=None, formats=whole)
+    made = plan_of(forced.prepared, forced.cluster, labelled(table, whole), found)
+    return replace(forced, plan=made)
+
+
+def _devices(stage: StageChoice) -> list[str]:
+    return [replica.device for replica in stage.replicas]
 
 
 @pytest.mark.parametrize("formats", [("bfloat16", "bfloat16"), ("float32", "float16")])
