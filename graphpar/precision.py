@@ -173,8 +173,8 @@ def labelled(table: CostTable, formats: Formats) -> CostTable:
     """
     named = []
     for mode in table.every_mode:
-        examples = [table.device_classes[k].devices[0] for k in mode.members]
-        lower = {f for d in examples for f in formats.by_device.get(d, ()) if f != "float32"}
+        devices = [d for k in mode.members for d in table.device_classes[k].devices]
+        lower = {f for d in devices for f in formats.by_device.get(d, ()) if f != "float32"}
         named += [replace(mode, precision=f) for f in sorted(lower)]
     return replace(table, modes=(*table.modes, *named))
 

@@ -238,7 +238,7 @@ def test_numbers_of_an_mlp_are_those_of_autocast() -> None:
         wanted = nn.functional.mse_loss(model(args[0]).float(), args[1])
     wanted.backward()  # type: ignore[no-untyped-call]
     named = dict(model.named_parameters())
-    assert loss == float(wanted)
+    assert loss == float(wanted.detach())
     expected = torch.cat([named[n].grad.flatten() for n in sorted(named)])  # type: ignore[union-attr]
     torch.testing.assert_close(gradient, expected, rtol=0.01, atol=1e-5)
 
