@@ -16,6 +16,7 @@ from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.reference import EagerModel, OneDevice, draws_at_random, whole_on_one_device
 from graphpar.training import Training
+from graphpar.view.notebook import preformatted
 
 FLOAT32_ROUNDING = 1e-4
 """Largest difference, relative to the largest value compared, that counts as rounding.
@@ -64,6 +65,9 @@ class VerifyReport(msgspec.Struct, frozen=True):
             lines.append(f"worst gradient: {self.worst_gradient}")
         lines.append("the numbers are the same" if self.equal else "THE NUMBERS DIFFER")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
 
 def verify(

@@ -33,6 +33,8 @@ from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
 from graphpar.runtime.workers import Workers
 from graphpar.schedule import Schedule
 from graphpar.training import Training
+from graphpar.units import format_bytes, format_seconds
+from graphpar.view.notebook import drawn_job, framed_job, preformatted
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,22 @@ class LastStep:
     @property
     def loss_scale(self) -> float | None:
         """What the loss was multiplied with against underflow in float16; None where it was not."""
-        return self.reports[0].loss_scale
+        return self.reports[0].loss_scale if self.reports else None
+
+    def __str__(self) -> str:
+        predicted = "" if self.predicted_s is None else f", predicted {format_seconds(self.predicted_s)}"
+        head = f"step of {format_seconds(self.seconds)}{predicted}"
+        lines = [f"{head}; it failed: {self.failure.splitlines()[0]}" if self.failure else head]
+        lines.append(f"{'rank':>4} {'from':>9} {'to':>9} {'actions':>8} {'peak memory':>12}")
+        origin_s = min((report.start_s for report in self.reports), default=0.0)
+        for report in self.reports:
+            first, last = (format_seconds(t - origin_s) for t in (report.start_s, report.end_s))
+            peak = format_bytes(report.peak_bytes)
+            lines.append(f"{report.rank:>4} {first:>9} {last:>9} {len(report.events):>8} {peak:>12}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
 
 @dataclass(frozen=True)
@@ -345,6 +362,12 @@ class CompiledModel:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _repr_html_(self) -> str:
+        return framed_job(self.plan, self.graph, self.last_step)
+
+    def _repr_svg_(self) -> str:
+        return drawn_job(self.plan, self.last_step)
 
     def __repr__(self) -> str:
         name = self._subject.graph.name

@@ -31,21 +31,24 @@ class _Unit:
         return f"{rest} {self.part}" if self.part else rest
 
 
-def outline(units: Sequence[str], first: int, last: int) -> tuple[ViewModule, ...]:
+def outline(units: Sequence[str], first: int, last: int, *, most: int = _FEW) -> tuple[ViewModule, ...]:
     """The tree of units `first` to `last - 1`.
+
+    Modules at the top that only hold others are replaced by those while there are at most `most`.
 
     >>> blocks = outline(["embed", "h.0 1/2", "h.0 2/2", "h.1 1/2", "h.1 2/2", "head"], 0, 6)
     >>> [(b.label, b.count, len(b.children)) for b in blocks]
     [('embed', 1, 0), ('h.0 .. h.1', 2, 2), ('head', 1, 0)]
     """
-    return _unwrapped(_modules([_parse(i, units[i]) for i in range(first, last)], 0))
+    return _unwrapped(_modules([_parse(i, units[i]) for i in range(first, last)], 0), most)
 
 
-def _unwrapped(modules: tuple[ViewModule, ...]) -> tuple[ViewModule, ...]:
+def _unwrapped(modules: tuple[ViewModule, ...], most: int) -> tuple[ViewModule, ...]:
     """Few modules that only hold others are replaced by those, so that a stage shows what it runs."""
     while True:
-        holder = next((m for m in modules if m.count == 1 and m.children), None)
-        if holder is None or len(modules) - 1 + len(holder.children) > _FEW:
+        room = most + 1 - len(modules)
+        holder = next((m for m in modules if m.count == 1 and 0 < len(m.children) <= room), None)
+        if holder is None:
             return modules
         at = modules.index(holder)
         inner = tuple(replace(c, label=_prefixed(holder.label, c)) for c in holder.children)
