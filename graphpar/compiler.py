@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -198,7 +198,8 @@ def subject_of(model: nn.Module, prepared: Prepared, cluster: Cluster, train: Tr
         cluster=cluster,
         training=train,
         lower=lambda graph, chosen: lower(graph, chosen, train is not None),
-        prepare_inference=lambda a, k: _inference(model, a, k),
+        prepare_inference=lambda a, k: _captured(prepare(model, a, k, None)),
+        prepare_again=lambda a, k: _captured(prepare(model, a, k, train)),
     )
 
 
@@ -230,11 +231,9 @@ def _prepared(captured: Captured) -> Prepared:
     return Prepared(captured, graph, build_chain(graph), reason)
 
 
-def _inference(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
-    captured = capture(model, args, kwargs, loss=None, training=False)
-    graph, _ = CAPTURE_PASSES.run(captured.graph)
-    reason = captured.unsplittable or mixing_reason(graph)
-    return Captured(graph, captured.signature, captured.constants, reason)
+def _captured(prepared: Prepared) -> Captured:
+    """What the runtime needs of a model captured for other calls than the example's."""
+    return replace(prepared.captured, graph=prepared.graph, mixes=prepared.batch_reason)
 
 
 def price(

@@ -162,7 +162,12 @@ class _Builder:
             self._add(op, Samples("sample") if any(s.kind == "sample" for s in states) else SHARED)
 
     def _shared_loss(self, op: Op) -> Op:
-        """A loss that does not depend on the batch is counted once, not once for each part of it."""
+        """A loss that does not depend on the batch is counted once, not once for each part of it.
+
+        A graph for one number of samples only is never run on parts.
+        """
+        if not any(t is not None and t.batch_dims for source in self.graph.ops for t in source.types):
+            return op
         names = op.operands()
         if len(names) != 1 or self.states[names[0]] != SHARED or not self.ops[names[0]].attr("grad"):
             return op

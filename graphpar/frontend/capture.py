@@ -88,7 +88,8 @@ def _same_constant(given: Any, captured: Any) -> bool:
 class Captured:
     """A model as a graph, with what is needed to call it.
 
-    `unsplittable` tells why the batch cannot be split at all; empty when capture found nothing.
+    `unsplittable` tells why the graph is for the example's number of samples only; empty otherwise.
+    `mixes` tells why a batch must stay whole though the graph is for any; the batch pass finds that.
     `stamped` counts the calls of repeated blocks that were not followed one by one.
     """
 
@@ -97,6 +98,7 @@ class Captured:
     constants: Mapping[str, torch.Tensor]
     unsplittable: str
     stamped: int = 0
+    mixes: str = ""
 
 
 def capture(

@@ -247,6 +247,10 @@ def _has_weight(graph: Graph, op: Op) -> bool:
     return any(graph[operand].target == "parameter" for operand in op.operands())
 
 
+_NUMBER_BYTES = 16
+"""What a single number takes at most."""
+
+
 def _narrow_places(
     crossing: Sequence[float], alone: Sequence[bool], has_weight: Sequence[bool]
 ) -> list[int]:
@@ -254,7 +258,8 @@ def _narrow_places(
 
     Of neighbouring places with equal bytes (layers in sequence without skips) those just before an op
     with weights are taken, or the first where there is none. A single value that is wider than the
-    cuts next to it (the middle of a bottleneck) is no place to cut.
+    cuts next to it (the middle of a bottleneck) is no place to cut; a lone number (a loss) is no cut
+    that others are measured by.
     """
     valleys: list[tuple[float, bool, list[int]]] = []
     index = 0
@@ -273,7 +278,8 @@ def _narrow_places(
         index = end + 1
     cuts: list[int] = []
     for number, (here, lowest, chosen) in enumerate(valleys):
-        beside = [v[0] for v in valleys[max(number - 1, 0) : number + 2]]
+        near = valleys[max(number - 1, 0) : number + 2]
+        beside = [v[0] for v in near if v[0] > _NUMBER_BYTES or v[0] == here]
         if lowest or len(beside) == 1 or min(beside) == here or max(beside) > here:
             cuts += chosen
     return cuts

@@ -92,6 +92,8 @@ class PipelineChoice:
         >>> PipelineChoice(samples=10, microbatches=4, stages=()).sizes()
         (3, 3, 2, 2)
         """
+        if not self.microbatches:  # idle, for a batch of few samples
+            return ()
         small, larger = divmod(self.samples, self.microbatches)
         return (small + 1,) * larger + (small,) * (self.microbatches - larger)
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_graph
-from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.partition.types import Partition, PipelineChoice, StageChoice
 from graphpar.runtime.lower import StageInterface, interface
 from graphpar.runtime.program import RankProgram
 from graphpar.runtime.user_ops import foreign_targets, needed_code
@@ -31,12 +31,14 @@ class Placement:
 class Lowered:
     """A partition with one lowered graph per pipeline.
 
-    `graphs` are for any batch size where sizes are symbolic.
+    `graphs` are for any batch size where sizes are symbolic; `whole` tells that samples mix, so that
+    every batch is one microbatch.
     """
 
     partition: Partition
     graphs: tuple[Graph, ...]
     training: bool
+    whole: bool = False
 
     @cached_property
     def placements(self) -> tuple[Placement, ...]:
@@ -54,12 +56,12 @@ class Lowered:
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """All ranks, then every set of ranks that hold a trained parameter together."""
-        sets = {ranks for ranks in self._holders.values() if len(ranks) > 1}
+        sets = {ranks for ranks in self.holders.values() if len(ranks) > 1}
         everyone = tuple(range(len(self.placements)))
         return (everyone, *sorted(sets))
 
     @cached_property
-    def _holders(self) -> Mapping[str, tuple[int, ...]]:
+    def holders(self) -> Mapping[str, tuple[int, ...]]:
         """For each trained parameter the ranks that hold it."""
         trained = set(self.trained)
         holders: dict[str, list[int]] = {}
@@ -89,7 +91,7 @@ class Lowered:
         for rank, placement in enumerate(self.placements):
             shared = {
                 label: self.groups.index(ranks)
-                for label, ranks in self._holders.items()
+                for label, ranks in self.holders.items()
                 if rank in ranks and len(ranks) > 1
             }
             graph, stage = self.graphs[placement.pipeline], placement.interface.stage
@@ -105,7 +107,7 @@ class Lowered:
                     first_samples=starts[:-1],
                     batch=batch,
                     shared=shared if self.training else {},
-                    owned=tuple(la for la, ranks in self._holders.items() if ranks[0] == rank),
+                    owned=tuple(la for la, ranks in self.holders.items() if ranks[0] == rank),
                     imports=imports,
                     operators=operators,
                 )
@@ -113,13 +115,10 @@ class Lowered:
         return programs
 
     def schedule(self, batch: int) -> Schedule:
-        """The schedule for a global batch of so many samples.
-
-        Raises:
-            ValueError: There are fewer samples than pipelines.
-        """
-        partition = rescale(self.partition, batch)
-        return build_schedule(partition, stage_links(partition, self.graphs), self.training)
+        """The schedule for a global batch of so many samples; few samples leave ranks idle."""
+        partition = whole_batch(self.partition, batch) if self.whole else rescale(self.partition, batch)
+        links = stage_links(partition, self.graphs)
+        return build_schedule(partition, links, self.training, idle_allowed=True)
 
 
 def stage_links(partition: Partition, graphs: Sequence[Graph]) -> tuple[StageLink, ...]:
@@ -153,49 +152,51 @@ def stage_links(partition: Partition, graphs: Sequence[Graph]) -> tuple[StageLin
 def rescale(partition: Partition, batch: int) -> Partition:
     """The same stages for another number of samples: shares kept as nearly as whole samples allow.
 
-    Raises:
-        ValueError: There are fewer samples than pipelines.
+    Pipelines and replicas for which there are too few samples get none.
     """
     pipelines = partition.pipelines
-    total = sum(p.samples for p in pipelines)
-    if batch == total:
+    if batch == sum(p.samples for p in pipelines):
         return partition
-    if batch < len(pipelines):
-        raise ValueError(
-            f"The batch has {batch} samples, but the plan runs {len(pipelines)} pipelines side by side "
-            "and each needs one; give a larger batch or plan for the smaller one."
-        )
     samples = _apportion([p.samples for p in pipelines], batch)
     return replace(
         partition, pipelines=tuple(_resized(p, n) for p, n in zip(pipelines, samples, strict=True))
     )
 
 
+def whole_batch(partition: Partition, batch: int) -> Partition:
+    """The same stages for a batch that must not be split: the first pipeline and replicas run it."""
+    first, *others = partition.pipelines
+    pipelines = (_dealt(first, batch, 1), *(_dealt(p, 0, 0) for p in others))
+    return replace(partition, pipelines=pipelines)
+
+
 def _resized(pipeline: PipelineChoice, samples: int) -> PipelineChoice:
     microbatches = max(1, round(pipeline.microbatches * samples / pipeline.samples))
     widest = max(len(stage.replicas) for stage in pipeline.stages)
-    microbatches = min(samples, max(microbatches, widest))
+    return _dealt(pipeline, samples, min(samples, max(microbatches, widest)))
+
+
+def _dealt(pipeline: PipelineChoice, samples: int, microbatches: int) -> PipelineChoice:
+    """The pipeline with other samples and microbatches, these dealt to replicas by their shares."""
     stages = tuple(_redealt(stage, microbatches) for stage in pipeline.stages)
     return PipelineChoice(samples, microbatches, stages)
 
 
 def _redealt(stage: StageChoice, microbatches: int) -> StageChoice:
-    shares = [r.microbatches for r in stage.replicas]
-    dealt = _apportion(shares, microbatches) if microbatches >= len(shares) else [
-        int(i < microbatches) for i in range(len(shares))
-    ]  # fmt: skip
-    return replace(
-        stage,
-        replicas=tuple(Replica(r.device, n) for r, n in zip(stage.replicas, dealt, strict=True)),
-    )
+    dealt = _apportion([r.microbatches for r in stage.replicas], microbatches)
+    replicas = zip(stage.replicas, dealt, strict=True)
+    return replace(stage, replicas=tuple(replace(r, microbatches=n) for r, n in replicas))
 
 
 def _apportion(shares: Sequence[int], total: int) -> list[int]:
-    """Whole numbers near the shares that add up to the total, each at least one.
+    """Whole numbers near the shares that add up to the total, each at least one while that lasts.
 
-    >>> _apportion([24, 8], 8), _apportion([5, 1], 3)
-    ([6, 2], [2, 1])
+    >>> _apportion([24, 8], 8), _apportion([5, 1], 3), _apportion([1, 5, 3], 2)
+    ([6, 2], [2, 1], [0, 1, 1])
     """
+    if total < len(shares):
+        largest = sorted(range(len(shares)), key=lambda i: -shares[i])[:total]
+        return [int(i in largest) for i in range(len(shares))]
     whole = sum(shares)
     exact = [total * share / whole for share in shares]
     result = [max(1, int(x)) for x in exact]

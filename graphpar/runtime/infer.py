@@ -1,4 +1,7 @@
-"""Run another graph of the same model on ranks that already hold its weights."""
+"""Run another graph of the same model on ranks that already hold its weights.
+
+Training jobs infer by such a graph, and inputs of another shape than the example's have one each.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,39 +21,56 @@ def lower_inference(
     """The graph lowered so that every weight is read where training keeps it.
 
     Raises:
-        ValueError: Inference needs the batch whole, but training deals it to several devices.
         VerifyError: The graph reads weights in another order than training does, so that no stage
             order serves both.
     """
-    graph = captured.graph
-    if captured.unsplittable:
-        _refuse_shares(trained.partition, captured.unsplittable)
+    fitted = replace(_fitted_to(captured.graph, trained), schedule="gpipe")
+    lowered = lower(captured.graph, fitted)
+    _check_held(lowered, trained)
+    return replace(lowered, training=False, whole=bool(captured.unsplittable or captured.mixes))
+
+
+def lower_again(
+    captured: Captured, before: Lowered, lower: Callable[[Graph, Partition], Lowered]
+) -> Lowered:
+    """The model as captured for inputs of another shape, in the stages it has.
+
+    Raises:
+        VerifyError: A rank would have to hold other weights than it does.
+    """
+    lowered = lower(captured.graph, _fitted_to(captured.graph, before))
+    _check_held(lowered, before)
+    if lowered.training and lowered.holders != before.holders:
+        raise VerifyError(
+            "For inputs of this shape the model trains other weights than for the example's; compile "
+            "again for this shape."
+        )
+    return replace(lowered, whole=bool(captured.unsplittable or captured.mixes))
+
+
+def _check_held(lowered: Lowered, before: Lowered) -> None:
+    """
+    Raises:
+        VerifyError: A rank reads a parameter that it does not hold.
+    """
+    for rank, (new, old) in enumerate(zip(lowered.placements, before.placements, strict=True)):
+        missing = {*new.interface.tensors["parameter"]} - {*old.interface.tensors["parameter"]}
+        if missing:
+            raise VerifyError(
+                f"Inputs of this kind need {min(missing)!r} in another stage than the plan keeps it "
+                f"(rank {rank}); compile a job for them alone (for inference without train=)."
+            )
+
+
+def _fitted_to(graph: Graph, before: Lowered) -> Partition:
+    """The partition with every pipeline cut at this graph's units."""
     pipelines = []
     first_rank = 0
-    for pipeline, lowered_graph in zip(trained.partition.pipelines, trained.graphs, strict=True):
-        stages_of = _stages_of_weights(trained, first_rank, pipeline)
-        fitted = _fitted(graph, pipeline, stages_of, _formats_of_weights(lowered_graph))
-        pipelines.append(_whole(fitted) if captured.unsplittable else fitted)
+    for pipeline, lowered_graph in zip(before.partition.pipelines, before.graphs, strict=True):
+        stages_of = _stages_of_weights(before, first_rank, pipeline)
+        pipelines.append(_fitted(graph, pipeline, stages_of, _formats_of_weights(lowered_graph)))
         first_rank += sum(len(stage.replicas) for stage in pipeline.stages)
-    partition = replace(trained.partition, pipelines=tuple(pipelines), schedule="gpipe")
-    return replace(lower(graph, partition), training=False)
-
-
-def _refuse_shares(partition: Partition, reason: str) -> None:
-    stages = [stage for pipeline in partition.pipelines for stage in pipeline.stages]
-    if len(partition.pipelines) > 1 or any(len(stage.replicas) > 1 for stage in stages):
-        raise ValueError(
-            f"Inference needs the batch whole ({reason}), but this training plan deals it to several "
-            "devices. Compile a job for inference alone (without train=)."
-        )
-
-
-def _whole(pipeline: PipelineChoice) -> PipelineChoice:
-    """The pipeline with a single microbatch."""
-    stages = tuple(
-        replace(s, replicas=(replace(s.replicas[0], microbatches=1),)) for s in pipeline.stages
-    )
-    return replace(pipeline, microbatches=1, stages=stages)
+    return replace(before.partition, pipelines=tuple(pipelines))
 
 
 def _stages_of_weights(
@@ -132,8 +152,8 @@ def _earliest(
             at = [s for s in stages_of[str(source.args[0])] if s >= needed]
             if not at:
                 raise VerifyError(
-                    f"Inference reads {source.args[0]!r} in a later stage than training keeps it; "
-                    "compile a job for inference alone (without train=)."
+                    f"Inputs of this kind need {source.args[0]!r} in a later stage than the plan keeps "
+                    "it; compile a job for them alone (for inference without train=)."
                 )
             needed = at[0]
     return needed

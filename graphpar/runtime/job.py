@@ -1,7 +1,8 @@
 """The running job: the only stateful object users meet."""
 
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from graphpar.cluster import Cluster
-from graphpar.errors import RunError
+from graphpar.errors import GraphparError, RunError
 from graphpar.frontend.capture import Captured
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
@@ -18,7 +19,8 @@ from graphpar.partition.types import Partition
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.fork_server import ForkServer
-from graphpar.runtime.infer import lower_inference
+from graphpar.runtime.infer import lower_again, lower_inference
+from graphpar.runtime.loaded import Loaded, with_own_constants
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
 from graphpar.runtime.program import StepReport
@@ -46,11 +48,12 @@ class Subject:
         captured: How calls become inputs and results become the user's structure.
         graph: The captured graph after the first passes.
         model_hash: Hash of the captured structure; all ranks must have the same.
-        whole_batch_only: Whether the batch must stay whole and of the example's size.
+        whole_batch_only: Whether the batch must stay whole.
         cluster: The devices.
         training: How to train, None for inference.
         lower: Lowers a graph for a partition.
         prepare_inference: Captures the model for inference with given arguments, passes included.
+        prepare_again: The same in the job's own mode, for arguments of other shapes.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class Subject:
     training: Training | None
     lower: Callable[[Graph, Partition], Lowered]
     prepare_inference: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
+    prepare_again: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,8 @@ class LastStep:
         return preformatted(str(self))
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A captured graph made runnable: lowered, with its prologue, and programs by batch size."""
-
-    name: str
-    captured: Captured
-    lowered: Lowered
-    prologue: Prologue | None
-    fixed_batch: bool
-    schedules: dict[int, Schedule]
+_Capture = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Captured, Lowered]]
+_log = logging.getLogger("graphpar.job")
 
 
 class CompiledModel:
@@ -141,18 +137,17 @@ class CompiledModel:
         self._steps = 0
         self._held = [set(p.labels) for p in lowered.placements]
         self._unheld = dict(tensors)
-        main = _Loaded(
+        constants = buffers_and_constants(subject.captured, subject.model)
+        main = Loaded(
             "train" if subject.training else "infer",
-            subject.captured,
-            lowered,
-            Prologue.of(subject.graph, buffers_and_constants(subject.captured, subject.model)),
-            subject.whole_batch_only,
-            {},
+            replace(subject.captured, graph=subject.graph),
+            replace(lowered, whole=subject.whole_batch_only),
+            Prologue.of(subject.graph, constants),
         )
         self._main = main
-        self._training = main if subject.training else None
-        self._inference: dict[Hashable, _Loaded] = {}
-        self._trained_on = lowered
+        self._reshaped: dict[tuple[str, Hashable], Loaded] = {}
+        self._inference: dict[Hashable, Loaded] = {}
+        self._trained_on = main.lowered
 
     @property
     def graph(self) -> Graph:
@@ -194,9 +189,9 @@ class CompiledModel:
             ValueError: The job was compiled without `train=`, or the batch does not fit the model.
             RunError: A worker failed; names the rank at the root of it. The job is over then.
         """
-        if self._training is None:
+        if self._subject.training is None:
             raise ValueError("This job only infers; pass train=Training(...) to graphpar.compile.")
-        (loss,) = self._run(self._training, args, kwargs)
+        (loss,) = self._run(self._main_for(args, kwargs), args, kwargs)
         self._steps += 1
         return loss
 
@@ -207,31 +202,67 @@ class CompiledModel:
             ValueError: The batch does not fit the model.
             RunError: A worker failed; names the rank at the root of it. The job is over then.
         """
-        loaded = self._loaded_for(args, kwargs) if self._training else self._main
+        training = self._subject.training is not None
+        loaded = self._inference_for(args, kwargs) if training else self._main_for(args, kwargs)
         values = self._run(loaded, args, kwargs)
         names = [r for r in loaded.captured.signature.results if isinstance(r, str)]
         return loaded.captured.signature.assemble(dict(zip(names, values, strict=True)))
 
-    def _loaded_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Loaded:
+    def _main_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loaded:
+        """The job's graph for inputs of this shape; another shape than the example's has its own."""
+
+        def again(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Captured, Lowered]:
+            captured = self._apart(self._subject.prepare_again(args, kwargs))
+            return captured, lower_again(captured, self._main.lowered, self._subject.lower)
+
+        return self._fitting(self._main, args, kwargs, again)
+
+    def _inference_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loaded:
         """The inference graph of a training job for calls of this form; captured on first use."""
+
+        def capture(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Captured, Lowered]:
+            captured = self._apart(self._subject.prepare_inference(args, kwargs))
+            return captured, lower_inference(captured, self._trained_on, self._subject.lower)
+
         form = _form(args, kwargs)
         if form not in self._inference:
-            captured = self._subject.prepare_inference(args, kwargs)
-            lowered = lower_inference(captured, self._trained_on, self._subject.lower)
-            constants = buffers_and_constants(captured, self._subject.model)
-            loaded = _Loaded(
-                f"infer{len(self._inference)}",
-                captured,
-                lowered,
-                Prologue.of(captured.graph, constants),
-                bool(captured.unsplittable),
-                {},
-            )
-            self._hand_out_missing(loaded)
-            self._inference[form] = loaded
-        return self._inference[form]
+            name = f"infer{len(self._inference)}"
+            self._inference[form] = self._load(name, *capture(args, kwargs))
+        return self._fitting(self._inference[form], args, kwargs, capture)
 
-    def _hand_out_missing(self, loaded: _Loaded) -> None:
+    def _fitting(
+        self, loaded: Loaded, args: Sequence[Any], kwargs: Mapping[str, Any], capture: _Capture
+    ) -> Loaded:
+        """What is loaded, or where inputs of another shape came in, a graph for these."""
+        inputs = loaded.captured.signature.bind(args, kwargs)
+        misfit = loaded.misfit(inputs)
+        if not misfit:
+            return loaded
+        key = loaded.name, loaded.shapes(inputs)
+        if key not in self._reshaped:
+            try:
+                captured, lowered = capture(*loaded.at_captured_size(inputs, args, kwargs))
+            except GraphparError as error:
+                raise ValueError(f"{misfit} Capturing the model again failed: {error}") from error
+            _log.warning(
+                "The model was captured again for inputs of %s, with the stages of the plan; this "
+                "happens once for each shape.",
+                ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items()),
+            )
+            name = f"{loaded.name}:shape{len(self._reshaped)}"
+            self._reshaped[key] = self._load(name, captured, lowered)
+        return self._reshaped[key]
+
+    def _apart(self, captured: Captured) -> Captured:
+        return with_own_constants(captured, f"{len(self._inference)}.{len(self._reshaped)}:")
+
+    def _load(self, name: str, captured: Captured, lowered: Lowered) -> Loaded:
+        constants = buffers_and_constants(captured, self._subject.model)
+        loaded = Loaded(name, captured, lowered, Prologue.of(captured.graph, constants))
+        self._hand_out_missing(loaded)
+        return loaded
+
+    def _hand_out_missing(self, loaded: Loaded) -> None:
         """Give ranks tensors that only this graph reads."""
         constants = loaded.captured.constants
         tensors = {**self._unheld, **self._workers.same_everywhere(constants)}
@@ -242,16 +273,11 @@ class CompiledModel:
             missing.append({label: tensors[label] for label in new})
         self._workers.write(missing)
 
-    def _run(self, loaded: _Loaded, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def _run(self, loaded: Loaded, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         signature = loaded.captured.signature
         inputs = signature.bind(args, kwargs)
         graph = loaded.captured.graph
         samples = check_inputs(graph, inputs, signature.batched)
-        if loaded.fixed_batch and samples != graph.batch:
-            raise ValueError(
-                f"The batch has {samples} samples; this model's batch must stay at the example's "
-                f"{graph.batch}: {self.plan.batch_reason or loaded.captured.unsplittable}."
-            )
         schedule = self._schedule(loaded, samples)
         if loaded.prologue is not None:
             inputs = {**inputs, **loaded.prologue.run(inputs, samples)}
@@ -268,7 +294,7 @@ class CompiledModel:
         self._note([r.report for r in results], loaded, samples)
         return merge_results(loaded.lowered.graphs[0], results)
 
-    def _schedule(self, loaded: _Loaded, samples: int) -> Schedule:
+    def _schedule(self, loaded: Loaded, samples: int) -> Schedule:
         if samples not in loaded.schedules:
             schedule = loaded.lowered.schedule(samples)
             programs = loaded.lowered.programs(schedule, samples)
@@ -277,7 +303,7 @@ class CompiledModel:
         return loaded.schedules[samples]
 
     def _note(
-        self, reports: Sequence[StepReport], loaded: _Loaded, samples: int, failure: str = ""
+        self, reports: Sequence[StepReport], loaded: Loaded, samples: int, failure: str = ""
     ) -> None:
         planned = samples == self.plan.batch and loaded.lowered is self._trained_on
         ends, starts = [r.end_s for r in reports], [r.start_s for r in reports]

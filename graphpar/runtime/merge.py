@@ -11,16 +11,25 @@ from graphpar.runtime.lower import StageInterface
 from graphpar.schedule import Schedule
 
 
+def samples_of(graph: Graph, inputs: Mapping[str, torch.Tensor], batched: frozenset[str]) -> int:
+    """The number of samples in a call's inputs.
+
+    Raises:
+        ValueError: The inputs do not agree on it.
+    """
+    sizes = {name: inputs[name].shape[0] for name in batched if inputs[name].ndim}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"The inputs do not agree on the number of samples: {sizes}.")
+    return next(iter(sizes.values()), graph.batch)
+
+
 def check_inputs(graph: Graph, inputs: Mapping[str, torch.Tensor], batched: frozenset[str]) -> int:
     """The number of samples in a call's inputs, after checking shapes and dtypes.
 
     Raises:
         ValueError: An input does not fit the captured graph; names it, what it is, what it should be.
     """
-    sizes = {name: inputs[name].shape[0] for name in batched if inputs[name].ndim}
-    samples = next(iter(sizes.values()), graph.batch)
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"The inputs do not agree on the number of samples: {sizes}.")
+    samples = samples_of(graph, inputs, batched)
     for op in graph.sources("input"):
         label = str(op.args[0])
         if label not in inputs:

@@ -13,18 +13,25 @@ from graphpar.schedule.actions import Action, PipelineSpan, Schedule, StageLink
 from graphpar.schedule.greedy import Work, play_1f1b
 
 
-def build_schedule(partition: Partition, stage_links: Sequence[StageLink], training: bool) -> Schedule:
+def build_schedule(
+    partition: Partition,
+    stage_links: Sequence[StageLink],
+    training: bool,
+    *,
+    idle_allowed: bool = False,
+) -> Schedule:
     """The partition's schedule.
 
     Args:
         partition: Pipelines, stages and replicas; names GPipe or 1F1B.
         stage_links: Pairs of stages (numbered over all pipelines) that exchange data.
         training: False leaves out backwards, all-reduces and optimiser steps.
+        idle_allowed: Whether pipelines and replicas may have nothing to do, for a small last batch.
 
     Raises:
         VerifyError: A device runs two stages, or microbatches and replicas do not add up.
     """
-    _check_devices(partition)
+    _check_devices(partition, idle_allowed)
     stages = [s for p in partition.pipelines for s in p.stages]
     first_ranks = [0, *accumulate(len(s.replicas) for s in stages)]
     spans = _spans(partition)
@@ -184,7 +191,7 @@ class _Steps:
             yield Action("D", self._stage, microbatch)
 
 
-def _check_devices(partition: Partition) -> None:
+def _check_devices(partition: Partition, idle_allowed: bool) -> None:
     seen: set[str] = set()
     for device in partition.used_devices:
         if device in seen:
@@ -192,7 +199,10 @@ def _check_devices(partition: Partition) -> None:
                 f"schedule: device {device} runs two stages; the runtime gives a device one stage"
             )
         seen.add(device)
+    least = 0 if idle_allowed else 1
     for p, pipeline in enumerate(partition.pipelines):
+        if idle_allowed and pipeline.samples == pipeline.microbatches == 0:
+            continue
         if not 1 <= pipeline.microbatches <= max(pipeline.samples, 1) or not pipeline.stages:
             raise VerifyError(
                 f"schedule: pipeline {p} has {pipeline.samples} samples in "
@@ -201,7 +211,7 @@ def _check_devices(partition: Partition) -> None:
             )
         for s, stage in enumerate(pipeline.stages):
             shares = [r.microbatches for r in stage.replicas]
-            if sum(shares) != pipeline.microbatches or min(shares, default=0) < 1:
+            if sum(shares) != pipeline.microbatches or min(shares, default=0) < least:
                 raise VerifyError(
                     f"schedule: pipeline {p}, stage {s}: replicas take {shares} microbatches, "
                     f"which must be at least one each and {pipeline.microbatches} in all"
