@@ -15,12 +15,15 @@ def samples_of(graph: Graph, inputs: Mapping[str, torch.Tensor], batched: frozen
     """The number of samples in a call's inputs.
 
     Raises:
-        ValueError: The inputs do not agree on it.
+        ValueError: The inputs do not agree on it, or there are none.
     """
     sizes = {name: inputs[name].shape[0] for name in batched if inputs[name].ndim}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The inputs do not agree on the number of samples: {sizes}.")
-    return next(iter(sizes.values()), graph.batch)
+    samples = next(iter(sizes.values()), graph.batch)
+    if not samples:
+        raise ValueError("The batch has no samples.")
+    return samples
 
 
 def check_inputs(graph: Graph, inputs: Mapping[str, torch.Tensor], batched: frozenset[str]) -> int:
