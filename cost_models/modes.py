@@ -25,15 +25,17 @@ TENSOR_EFFICIENCY = 0.9
 def with_modes(table: CostTable, options: StageOptions) -> CostTable:
     """The same table with the modes that the options allow; ZeRO only where there is training.
 
+    They are derived for the plain mode of every class and for every precision the table has.
+
     >>> from graphpar.cost import StageOptions
     >>> StageOptions(recompute=True, zero=(1,)).zero
     (1,)
     """
     entering, leaving = _crossing_bytes(table)
     modes: list[Mode] = []
-    for index in range(len(table.device_classes)):
-        plain = table.every_mode[index]
-        groups = [plain, *_tensor_groups(table, index, options.tensor_widths, entering, leaving)]
+    singles = [m for m in table.every_mode if len(m.members) == 1 and not (m.recompute or m.zero)]
+    for single in singles:
+        groups = [single, *_tensor_groups(table, single, options.tensor_widths, entering, leaving)]
         for group in groups:
             ways = [group, *([_recomputed(table, group, entering)] if options.recompute else [])]
             for way in ways if table.training else ways[:1]:
@@ -75,21 +77,22 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
 
 def _tensor_groups(
     table: CostTable,
-    index: int,
+    single: Mode,
     widths: Sequence[int],
     entering: Sequence[Sequence[float]],
     leaving: Sequence[Sequence[float]],
 ) -> Iterator[Mode]:
     """Groups of a class that fit into one of its nodes."""
+    (index,) = single.members
     link, room = _inside(table, index)
     for width in widths:
         if link is None or width > room:
             continue
         costs = tuple(
             _split(cost, width, link, e, a)
-            for cost, e, a in zip(table.every_mode[index].costs, entering, leaving, strict=True)
+            for cost, e, a in zip(single.costs, entering, leaving, strict=True)
         )
-        yield Mode((index,) * width, costs, link=link)
+        yield Mode((index,) * width, costs, precision=single.precision, link=link)
 
 
 def _inside(table: CostTable, index: int) -> tuple[LinkCost | None, int]:

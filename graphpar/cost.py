@@ -14,7 +14,7 @@ mode, whose numbers are the rows of the `UnitCost`s; a cost model may add others
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -179,6 +179,18 @@ class Topology:
     inside: dict[str, LinkCost]
     network: LinkCost
     between: dict[tuple[str, str], LinkCost] = field(default_factory=dict)
+
+    def between_nodes(self, nodes: Collection[str], others: Collection[str]) -> set[LinkCost]:
+        """The links between nodes of two sets; no node's inside link is among them."""
+        if not self.between:
+            apart = len({*nodes, *others}) > 1 and nodes and others
+            return {self.network} if apart else set()
+        return {
+            self.between.get((a, b)) or self.between.get((b, a)) or self.network
+            for a in nodes
+            for b in others
+            if a != b
+        }
 
     def link(self, device: str, other: str) -> LinkCost:
         """The link between two device names."""

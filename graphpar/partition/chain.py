@@ -80,6 +80,16 @@ class ChainProgram:
         self._rows = self._arm_rows()
         self._most_below = np.ascontiguousarray(costs.most_below[self._rows["option"]].transpose(0, 2, 1))
 
+    @property
+    def extras_s(self) -> FloatArray:
+        """All values the busiest stage's extra can take, increasing."""
+        return self.costs.extras_s
+
+    @property
+    def posts_s(self) -> FloatArray:
+        """All values the largest post can take, increasing."""
+        return self.costs.posts_s
+
     def solve(self, limits: StageLimits, deadline_s: float) -> ChainAnswer | None:
         """The least fill with every stage within the limits, or None.
 

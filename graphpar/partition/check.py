@@ -219,8 +219,11 @@ def _transfer(table: CostTable, pipeline: PipelineChoice, number: int) -> float:
             there += edge.bytes_per_sample * size + edge.fixed_bytes
             back += edge.gradient_bytes_per_sample * size
     forward = backward = 0.0
-    for _, a in _own_group(left):
-        for _, b in _own_group(right):
+    node_of = table.topology.node_of
+    senders = {node_of[d]: d for _, d in _own_group(left)}
+    receivers = {node_of[d]: d for _, d in _own_group(right)}
+    for a in senders.values():
+        for b in receivers.values():
             link = table.topology.link(a, b)
             if there > 0:
                 forward = max(forward, link.latency_s + there / link.bytes_per_s)
@@ -257,12 +260,23 @@ def _all_reduce(table: CostTable, devices: list[tuple[int, str]], copies: int, s
     if copies < 2 or size <= 0:
         return 0.0
     slowest = 0.0
+    devices = _two_per_node(table, devices)
     for group, a in devices:
         for other, b in devices:
             if group != other:
                 link = table.topology.link(a, b)
                 slowest = max(slowest, link.latency_s + size / copies / link.bytes_per_s)
     return 2 * (copies - 1) * (slowest + table.sum_s_per_byte * size / copies)
+
+
+def _two_per_node(table: CostTable, devices: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Devices of two groups for each node: with any third one of them forms an unlike pair too."""
+    kept: dict[str, dict[int, str]] = {}
+    for group, device in devices:
+        here = kept.setdefault(table.topology.node_of[device], {})
+        if len(here) < 2:
+            here.setdefault(group, device)
+    return [(group, device) for here in kept.values() for group, device in here.items()]
 
 
 def _one_per_node(table: CostTable, devices: list[tuple[int, str]]) -> list[tuple[int, str]]:

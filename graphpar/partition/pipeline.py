@@ -176,6 +176,7 @@ class _Run:
             cutoff_s=self._target_s if self.family.exact else INFINITY,
             gap=self._gap,
             deadline_s=self._deadline_s,
+            dive=self.family.repeats is not None,
         )
         self._bound_s = min(self._bound_s, result.bound_s)
         if result.cut:

@@ -49,9 +49,11 @@ Inference keeps nothing.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
+from itertools import combinations
 
 from graphpar.cost import CostTable, LinkCost, ModeCost
 from graphpar.partition.types import PipelineChoice, ScheduleName, StageChoice
@@ -164,8 +166,27 @@ def zero_s(table: CostTable, stage: StageChoice) -> float:
 
 
 def _links_between_replicas(table: CostTable, stage: StageChoice) -> list[LinkCost]:
-    groups = [r.devices for r in stage.replicas]
-    return list({k for i, a in enumerate(groups) for b in groups[i + 1 :] for k in pairs(table, a, b)})
+    topology = table.topology
+    holders: dict[str, set[int]] = {}
+    for number, replica in enumerate(stage.replicas):
+        for device in replica.devices:
+            holders.setdefault(topology.node_of[device], set()).add(number)
+    found = {topology.inside[node] for node, own in holders.items() if len(own) > 1}
+    lone = [node for node, own in holders.items() if len(own) == 1]
+    shared = [node for node, own in holders.items() if len(own) > 1]
+    found |= topology.between_nodes(shared, holders)
+    if len({next(iter(holders[node])) for node in lone}) > 1:
+        found |= (
+            {
+                k
+                for a, b in combinations(lone, 2)
+                if holders[a] != holders[b]
+                for k in topology.between_nodes((a,), (b,))
+            }
+            if topology.between
+            else {topology.network}
+        )
+    return list(found)
 
 
 def _unit_costs(table: CostTable, stage: StageChoice, mode: int) -> list[ModeCost]:
@@ -189,8 +210,13 @@ def boundary_s(table: CostTable, links: Sequence[LinkCost], boundary: int, size:
 
 
 def pairs(table: CostTable, left: Sequence[str], right: Sequence[str]) -> list[LinkCost]:
-    """The links between two sets of devices."""
-    return list({table.topology.link(a, b) for a in left for b in right if a != b})
+    """The links between two sets of devices that share none, or of one set with itself."""
+    topology = table.topology
+    ours, theirs = (Counter(topology.node_of[d] for d in side) for side in (left, right))
+    found = topology.between_nodes(ours, theirs)
+    same = left == right
+    found |= {topology.inside[n] for n in ours if n in theirs and (not same or ours[n] > 1)}
+    return list(found)
 
 
 def transfers_s(table: CostTable, pipeline: PipelineChoice) -> list[float]:

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from graphpar.partition.chain import ChainAnswer, OutOfTimeError
-from graphpar.partition.stage_costs import StageCosts, StageLimits
+from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, Setting
 
 INFINITY = float("inf")
@@ -27,10 +27,27 @@ ROUNDING = 1e-12
 """Relative difference of two sums of the same numbers in another order."""
 
 
+_SLACK = 0.1
+"""Share of the asked-for gap that a single programme may leave open."""
+
+
+_DIVES = 4
+"""Tasks tried before the proper search."""
+
+_DIVE_FACTORS = (1.05, 1.15, 1.4, 2.0)
+"""Limits on extra tried, in multiples of a task's bound."""
+
+
 class ChainSolver(Protocol):
     """Anything that finds the least fill under limits."""
 
-    costs: StageCosts
+    @property
+    def extras_s(self) -> FloatArray:
+        """All values the busiest stage's extra can take, increasing."""
+
+    @property
+    def posts_s(self) -> FloatArray:
+        """All values the largest post can take, increasing."""
 
     def solve(self, limits: StageLimits, deadline_s: float) -> ChainAnswer | None:
         """The least fill with all stages within the limits, or None where no pipeline fits."""
@@ -93,6 +110,7 @@ def search(
     deadline_s: float,
     post_limit_s: float = INFINITY,
     count_post: bool = True,
+    dive: bool = False,
 ) -> SearchResult:
     """The pipeline with the least step time over all tasks.
 
@@ -103,9 +121,13 @@ def search(
         deadline_s: `time.monotonic()` at which to stop.
         post_limit_s: Leave out stages with a longer post.
         count_post: Whether post is part of what is minimised, or only limited.
+        dive: Whether to look for a good plan first, with limits guessed from the bounds; worth it where
+            programmes without narrow limits are slow.
     """
     run = _Run(list(tasks), cutoff_s, gap, post_limit_s, count_post)
     try:
+        if dive:
+            run.dive(deadline_s)
         run.work(deadline_s)
     except OutOfTimeError:
         return SearchResult(run.best, run.bound(), True, run.programs)
@@ -159,6 +181,23 @@ class _Run:
                 self._pruned = min(self._pruned, bound)
                 raise
 
+    def dive(self, deadline_s: float) -> None:
+        """Try the most promising tasks with little more extra than their bounds until a plan fits."""
+        for _, _, box in heapq.nsmallest(_DIVES, self._heap):
+            task, solver = self._tasks[box.task], self._solver(box.task)
+            for factor in _DIVE_FACTORS:
+                slack = self._gap * task.bound_s
+                limits = StageLimits(factor * task.bound_s, self._post_limit, slack_s=slack)
+                answer = solver.solve(limits, deadline_s)
+                if answer is not None:
+                    self._offer_answer(box.task, answer)
+                    return
+
+    def _solver(self, task: int) -> ChainSolver:
+        if task not in self._solvers:
+            self._solvers[task] = self._tasks[task].build()
+        return self._solvers[task]
+
     def _target(self) -> float:
         # Until something is found, everything below the cutoff is of interest.
         return self._cutoff * (1 - self._gap) if self.best is not None else self._cutoff
@@ -169,9 +208,7 @@ class _Run:
     def _solve(self, bound: float, box: _Box, deadline_s: float) -> None:
         if time.monotonic() > deadline_s:
             raise OutOfTimeError
-        solver = self._solvers.get(box.task)
-        if solver is None:
-            solver = self._solvers[box.task] = self._tasks[box.task].build()
+        solver = self._solver(box.task)
         self.programs += 1
         # A stage with more extra and post than this misses the target, whatever the others do.
         useful = self._target() - box.fill_s
@@ -179,21 +216,25 @@ class _Run:
         both = useful if self._weight > 0 else INFINITY
         if useful < INFINITY:
             self._pruned = min(self._pruned, max(bound, self._target()))
-        answer = solver.solve(StageLimits(extra, box.post[1], both), deadline_s)
+        fill = self._target() - box.extra[0] - self._weight * box.post[0]
+        slack = self._gap * _SLACK * bound
+        answer = solver.solve(StageLimits(extra, box.post[1], both, fill, slack), deadline_s)
         if answer is None:
             return
-        found = Found(self._tasks[box.task].setting, answer)
-        value = answer.fill_s + answer.extra_s + self._weight * answer.post_s
-        if value < self._cutoff:
-            self._cutoff, self.best = value, found
+        self._offer_answer(box.task, answer)
         if answer.bound_s < answer.fill_s:
             self._pruned = min(
                 self._pruned,
                 max(bound, answer.bound_s + answer.extra_s + self._weight * answer.post_s),
             )
-        self._split(solver.costs, bound, box, answer)
+        self._split(solver, bound, box, answer)
 
-    def _split(self, costs: StageCosts, bound: float, box: _Box, answer: ChainAnswer) -> None:
+    def _offer_answer(self, task: int, answer: ChainAnswer) -> None:
+        value = answer.fill_s + answer.extra_s + self._weight * answer.post_s
+        if value < self._cutoff:
+            self._cutoff, self.best = value, Found(self._tasks[task].setting, answer)
+
+    def _split(self, costs: ChainSolver, bound: float, box: _Box, answer: ChainAnswer) -> None:
         """Push what is left of a box: less extra, in two halves, or the same extra and less post."""
         fill, weight = answer.bound_s, self._weight
         if weight > 0 and answer.post_s > box.post[0]:

@@ -25,11 +25,17 @@ from graphpar.partition.unit_arrays import (
 
 @dataclass(frozen=True)
 class StageLimits:
-    """Stages with more extra, more post or more of both together are left out."""
+    """Stages with more extra, more post or more of both together are left out.
+
+    A pipeline with a fill of `fill_s` or more is of no interest, and one whose fill is `slack_s` above
+    the least is good enough; a programme may make use of either, or not.
+    """
 
     extra_s: float = float("inf")
     post_s: float = float("inf")
     both_s: float = float("inf")
+    fill_s: float = float("inf")
+    slack_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def build_costs(
         key: units.most_in_flight(*key) for key in sorted({(m, o.width) for o in kept for m in o.staff})
     }
     kinds = _link_kinds(cells, kept)
-    before = _boundary_seconds(table, setting, kinds)
+    before = boundary_seconds(table, setting, kinds)
     arms = _arms(cells, kept, kinds)
     shape = units.valid.shape
     fill = np.empty((len(kept), *shape))
@@ -147,9 +153,9 @@ def _zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> F
     if zero < 2 or width < 2 or not table.training:
         return None
     each = table.sum_s_per_byte
-    moved = _ring_array(option.ring, _most_bytes(units, option, "gradient_bytes"), width, each) / 2
+    moved = ring_array(option.ring, _most_bytes(units, option, "gradient_bytes"), width, each) / 2
     if zero > 2:
-        moved += _ring_array(option.ring, _most_bytes(units, option, "weight_bytes"), width, each)
+        moved += ring_array(option.ring, _most_bytes(units, option, "weight_bytes"), width, each)
     return moved
 
 
@@ -170,8 +176,8 @@ def _sides(cells: Cells, options: Sequence[StageOption]) -> list[set[Links]]:
     return [near[o.places] if o.sides is None else set(o.sides) for o in options]
 
 
-def _boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links]) -> FloatArray:
-    """[link kind, boundary]: both directions."""
+def boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links]) -> FloatArray:
+    """[link kind, boundary]: seconds of a microbatch's transfers, both directions."""
     forward, backward = boundary_bytes(table, setting.size)
     seconds = np.zeros((len(kinds), table.num_units + 1))
     for number, links in enumerate(kinds):
@@ -200,7 +206,7 @@ def boundary_bytes(table: CostTable, size: float) -> tuple[FloatArray, FloatArra
 
 def slowest_transfer_s(table: CostTable, setting: Setting, links: Links) -> float:
     """Seconds of the slowest boundary, both directions, if it were cut over the given links."""
-    return float(_boundary_seconds(table, setting, (links,)).max())
+    return float(boundary_seconds(table, setting, (links,)).max())
 
 
 def _slowest(links: Links, num_bytes: FloatArray) -> FloatArray:
@@ -296,12 +302,12 @@ def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Set
         return np.where(units.valid, 0.0, np.inf)
     zero, width, each = table.every_mode[option.staff[0]].zero, option.width, table.sum_s_per_byte
     gradients = _most_bytes(units, option, "gradient_bytes")
-    sync = _ring_array(setting.across, gradients, setting.peers, each)
+    sync = ring_array(setting.across, gradients, setting.peers, each)
     if zero < 2:
-        sync = sync + _ring_array(option.ring, gradients, width, each) / (1 if zero == 0 else 2)
+        sync = sync + ring_array(option.ring, gradients, width, each) / (1 if zero == 0 else 2)
     if zero in (1, 2):
         weights = _most_bytes(units, option, "weight_bytes")
-        sync = sync + _ring_array(option.ring, weights, width, each) / 2
+        sync = sync + ring_array(option.ring, weights, width, each) / 2
     optimizer = [
         units.ranges([c.optimizer_s for c in table.every_mode[m].costs]) for m in set(option.staff)
     ]
@@ -309,7 +315,8 @@ def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Set
     return np.where(units.valid, sync + np.maximum.reduce(optimizer) / share, np.inf)
 
 
-def _ring_array(links: Links, num_bytes: FloatArray, copies: int, sum_s_per_byte: float) -> FloatArray:
+def ring_array(links: Links, num_bytes: FloatArray, copies: int, sum_s_per_byte: float) -> FloatArray:
+    """Seconds of a ring all-reduce over the slowest of some links."""
     if copies < 2:
         return np.zeros_like(num_bytes)
     message = num_bytes / copies

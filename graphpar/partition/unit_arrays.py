@@ -78,7 +78,7 @@ class UnitArrays:
         total = np.concatenate([[0.0], np.cumsum(values)])
         return np.where(self.valid, total[self.runs.last] - total[self.runs.first], np.inf)
 
-    def maxima(self, per_cost: Sequence[float]) -> FloatArray:
+    def maxima(self, per_cost: Sequence[float] | FloatArray) -> FloatArray:
         """Maxima over each run of a value per distinct unit."""
         values = np.array(per_cost, dtype=np.float64)[self._kind]
         found = np.zeros(self.valid.shape)
@@ -114,38 +114,47 @@ class UnitArrays:
 
     def most_in_flight(self, mode: int, width: int) -> FloatArray:
         """The most microbatches whose saved values fit for each stage on `width` replicas, or -1."""
+        found: FloatArray = self.in_flight_by_width(mode, [width])[0]
+        return found
+
+    def in_flight_by_width(self, mode: int, widths: Sequence[int]) -> FloatArray:
+        """`most_in_flight` for several numbers of replicas: [width, range]."""
         chosen = self.table.every_mode[mode]
         parts = [
-            self._member_in_flight(chosen, i, self.table.device_classes[k].memory_bytes, width)
+            self._member_in_flight(chosen, i, self.table.device_classes[k].memory_bytes, widths)
             for i, k in _unlike_members(chosen)
         ]
         found: FloatArray = np.minimum.reduce(parts)
         return found
 
-    def _member_in_flight(self, chosen: Mode, member: int, memory: float, width: int) -> FloatArray:
+    def _member_in_flight(
+        self, chosen: Mode, member: int, memory: float, widths: Sequence[int]
+    ) -> FloatArray:
         table = self.table
         size = -(-self.setting.samples // self.setting.microbatches)
-        weights, gradients, state = (width if chosen.zero >= level else 1 for level in (3, 2, 1))
-        fixed = self.ranges(
-            [
-                c.weight_bytes[member] / weights
-                + c.gradient_bytes[member] / gradients
-                + c.optimizer_bytes[member] / state
-                for c in chosen.costs
-            ]
-        )
-        working = self.maxima(
-            [
-                table.at_size(c.working_bytes[member], size)
-                + (c.gradient_bytes[member] if gradients > 1 else 0.0)
-                + (c.weight_bytes[member] if weights > 1 else 0.0)
-                for c in chosen.costs
-            ]
-        )
-        free = memory * (1 + MEMORY_TOLERANCE) - fixed - working - table.reserved_bytes
-        if not table.training:
-            return np.where(free >= 0, UNLIMITED, -1.0)
+        # What ZeRO divides, at its first level 1, 2 and 3.
+        held = [
+            self.ranges([getattr(c, name)[member] for c in chosen.costs])
+            for name in ("optimizer_bytes", "gradient_bytes", "weight_bytes")
+        ]
+        alone = np.array([table.at_size(c.working_bytes[member], size) for c in chosen.costs])
+        whole = np.zeros(len(alone))
+        for level, name in ((2, "gradient_bytes"), (3, "weight_bytes")):
+            if chosen.zero >= level:
+                whole += [getattr(c, name)[member] for c in chosen.costs]
+        working = {False: self.maxima(alone), True: self.maxima(alone + whole)}
         saved = self.ranges([table.at_size(c.saved_bytes[member], size) for c in chosen.costs])
+        rows: list[FloatArray] = []
+        for width in widths if chosen.zero else (1,):
+            fixed = sum(b / (width if chosen.zero > level else 1) for level, b in enumerate(held))
+            free = memory * (1 + MEMORY_TOLERANCE) - fixed - working[width > 1] - table.reserved_bytes
+            rows.append(self._flights(free, saved))
+        found: FloatArray = np.stack(rows if chosen.zero else rows * len(widths))
+        return found
+
+    def _flights(self, free: FloatArray, saved: FloatArray) -> FloatArray:
+        if not self.table.training:
+            return np.where(free >= 0, UNLIMITED, -1.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             most = np.where(saved > 0, np.floor(free / saved), UNLIMITED)
         return np.where(self.valid & (free >= 0), np.minimum(most, UNLIMITED), -1.0)

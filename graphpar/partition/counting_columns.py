@@ -1,0 +1,297 @@
+"""The columns of the counting programme: every stage that may be opened, priced in arrays.
+
+A *column* is a stage option (mode, replicas), the links at its two boundaries, a role and a number of
+blocks. Arrays are indexed [width, run] while one mode is priced, where a run is a role with a number of
+blocks; columns that cannot be used or that another one replaces are dropped at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.cost import CostTable, Mode
+from graphpar.partition.cells import Cells, StageOption
+from graphpar.partition.repeats import Repeats
+from graphpar.partition.stage_costs import boundary_seconds, ring_array
+from graphpar.partition.unit_arrays import (
+    UNLIMITED,
+    FloatArray,
+    IntArray,
+    Setting,
+    UnitArrays,
+    some_ranges,
+)
+
+BoolArray = npt.NDArray[np.bool_]
+
+WHOLE, FIRST, BODY, LAST = range(4)
+"""Roles of a column, in the order of the line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The stages that may be opened, one entry per column in every array.
+
+    `option` numbers the stage options; `arm` is 0 to 3: a bit for either boundary that leaves the node or
+    ends the pipeline (1 before, 2 after); `most_below` is the most replicas from the stage on with which
+    its memory holds.
+    """
+
+    role: IntArray
+    option: IntArray
+    blocks: IntArray
+    arm: IntArray
+    fill_s: FloatArray
+    extra_s: FloatArray
+    post_s: FloatArray
+    most_below: FloatArray
+
+    def pick(self, index: IntArray) -> "Columns":
+        """Only some columns."""
+        return Columns(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @property
+    def outside(self) -> IntArray:
+        """How many of the two boundaries leave the node or end the pipeline."""
+        found: IntArray = self.arm % 2 + self.arm // 2
+        return found
+
+    def __len__(self) -> int:
+        return len(self.role)
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The runs of units a stage may hold: role, first unit, unit after the last, blocks."""
+
+    role: IntArray
+    first: IntArray
+    last: IntArray
+    blocks: IntArray
+
+
+def find_runs(table: CostTable, repeats: Repeats) -> Runs:
+    """Every role with every number of blocks."""
+    number, units = repeats.number, table.num_units
+    inner = 1 if repeats.start == 0 else 0
+    rows = [(WHOLE, 0, units, number)]
+    rows += [(FIRST, 0, repeats.unit(b), b) for b in range(inner, number + 1)]
+    # A stage in the middle sends and receives; one that starts as early as it can stands for all.
+    rows += [
+        (BODY, repeats.unit(inner), repeats.unit(inner + b), b) for b in range(1, number - inner + 1)
+    ]
+    rows += [(LAST, repeats.unit(number - b), units, b) for b in range(number + 1)]
+    kept = [r for r in rows if r[1] < r[2] and (r[0] in (WHOLE, FIRST) or r[1] > 0)]
+    return Runs(*(np.array([r[i] for r in kept], dtype=np.intp) for i in range(4)))
+
+
+def price_columns(
+    table: CostTable, cells: Cells, options: Sequence[StageOption], setting: Setting, repeats: Repeats
+) -> Columns:
+    """All columns of a setting that may be part of a best pipeline."""
+    runs = find_runs(table, repeats)
+    pairs = list(zip(runs.first.tolist(), runs.last.tolist(), strict=True))
+    units = UnitArrays(table, setting, some_ranges(pairs))
+    grids = _undominated([g for g in _grids(table, cells, units, options, setting) if g.usable.any()])
+    cuts = [_cuts(table, cells, setting, cell) for cell in range(len(cells.cells))]
+    found = [part for grid in grids for part in _arms(table, cells, runs, setting, grid, cuts[grid.cell])]
+    if not found:
+        none, nothing = np.zeros(0, dtype=np.intp), np.zeros(0)
+        return Columns(none, none, none, none, nothing, nothing, nothing, nothing)
+    return Columns(*(np.concatenate([getattr(c, f.name) for c in found]) for f in fields(Columns)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """All widths of one mode: [width, run]."""
+
+    mode: Mode
+    option: IntArray
+    width: IntArray
+    devices: IntArray
+    cell: int
+    fill_s: FloatArray
+    post_s: FloatArray
+    most_below: FloatArray
+    usable: BoolArray
+
+
+def _grids(
+    table: CostTable,
+    cells: Cells,
+    units: UnitArrays,
+    options: Sequence[StageOption],
+    setting: Setting,
+) -> Iterator[_Grid]:
+    by_mode: dict[tuple[int, int], list[int]] = {}
+    for number, option in enumerate(options):
+        if option.width <= setting.microbatches:
+            by_mode.setdefault((option.staff[0], option.groups[0][0]), []).append(number)
+    for (number, cell), own in by_mode.items():
+        mode = table.every_mode[number]
+        width = np.array([options[i].width for i in own], dtype=np.intp)
+        seconds = units.seconds(number)[None] + _moved(table, units, number, [options[i] for i in own])
+        below = _most_below(units, number, width)
+        yield _Grid(
+            mode=mode,
+            option=np.array(own, dtype=np.intp),
+            width=width,
+            devices=width * len(mode.members),
+            cell=cell,
+            fill_s=seconds,
+            post_s=_post(table, units, number, [options[i] for i in own], setting),
+            most_below=below,
+            usable=np.isfinite(seconds) & (below >= width[:, None]),
+        )
+
+
+def _moved(table: CostTable, units: UnitArrays, mode: int, options: Sequence[StageOption]) -> FloatArray:
+    """What ZeRO moves for every microbatch."""
+    zero, each = table.every_mode[mode].zero, table.sum_s_per_byte
+    if zero < 2 or not table.training:
+        return np.zeros((len(options), 1))
+    gradients = units.most_bytes(mode, "gradient_bytes")
+    weights = units.most_bytes(mode, "weight_bytes")
+    rows = []
+    for option in options:
+        row = ring_array(option.ring, gradients, option.width, each) / 2
+        if zero > 2:
+            row = row + ring_array(option.ring, weights, option.width, each)
+        rows.append(row)
+    return np.stack(rows)
+
+
+def _post(
+    table: CostTable,
+    units: UnitArrays,
+    mode: int,
+    options: Sequence[StageOption],
+    setting: Setting,
+) -> FloatArray:
+    """Gradient sync and optimiser."""
+    if not table.training:
+        return np.zeros((len(options), len(units.valid)))
+    zero, each = table.every_mode[mode].zero, table.sum_s_per_byte
+    gradients = units.most_bytes(mode, "gradient_bytes")
+    weights = units.most_bytes(mode, "weight_bytes")
+    optimizer = units.ranges([c.optimizer_s for c in table.every_mode[mode].costs])
+    across = ring_array(setting.across, gradients, setting.peers, each)
+    rows = []
+    for option in options:
+        sync = across
+        if zero < 2:
+            sync = sync + ring_array(option.ring, gradients, option.width, each) / (2 if zero else 1)
+        if zero in (1, 2):
+            sync = sync + ring_array(option.ring, weights, option.width, each) / 2
+        rows.append(sync + optimizer / (option.width if zero else 1))
+    return np.stack(rows)
+
+
+def _most_below(units: UnitArrays, mode: int, width: IntArray) -> FloatArray:
+    """The most replicas from the stage on with which memory holds, -1 where it never does."""
+    microbatches, gpipe = units.setting.microbatches, units.setting.schedule == "gpipe"
+    flight = units.in_flight_by_width(mode, width.tolist())
+    own = -(-microbatches // width[:, None])
+    bounded = np.full(flight.shape, -1.0) if gpipe else width[:, None] * flight
+    found: FloatArray = np.where(own <= flight, UNLIMITED, bounded)
+    return found
+
+
+def _undominated(grids: Sequence[_Grid]) -> list[_Grid]:
+    """Drop stages that another mode on the same devices does no worse in every respect."""
+    teams: dict[tuple[object, ...], list[_Grid]] = {}
+    for grid in grids:
+        teams.setdefault((grid.mode.members, grid.cell), []).append(grid)
+    for team in teams.values():
+        for grid in team:
+            for other in team:
+                if other is not grid:
+                    _drop_where_worse(grid, other)
+    return list(grids)
+
+
+def _drop_where_worse(grid: _Grid, other: _Grid) -> None:
+    """Mark what the other mode, where it is still in use, replaces; ties go to whoever is asked first.
+
+    With the same replicas a stage that is faster per microbatch has less extra whatever its links.
+    """
+    rows, others = np.intersect1d(grid.width, other.width, return_indices=True)[1:]
+    worse = other.usable[others] & (other.fill_s[others] <= grid.fill_s[rows])
+    worse &= (other.post_s[others] <= grid.post_s[rows]) & (
+        other.most_below[others] >= grid.most_below[rows]
+    )
+    grid.usable[rows] &= ~worse
+
+
+def _cuts(table: CostTable, cells: Cells, setting: Setting, cell: int) -> tuple[list[bool], FloatArray]:
+    """Whether there is a link inside and across nodes, and [link, boundary] seconds over them."""
+    place = cells.cells[cell].place
+    links = cells.links[place][place], cells.links[-1][0]
+    kinds = [frozenset() if k is None else frozenset({k}) for k in links]
+    return [bool(k) for k in kinds], boundary_seconds(table, setting, kinds)
+
+
+def _arms(
+    table: CostTable,
+    cells: Cells,
+    runs: Runs,
+    setting: Setting,
+    grid: _Grid,
+    links: tuple[list[bool], FloatArray],
+) -> Iterator[Columns]:
+    """The stages of one mode between all kinds of links that a neighbour may give them."""
+    kinds, cuts = links
+    stalls = table.training and setting.schedule == "1f1b"
+    more = -(-setting.microbatches // grid.width[:, None]) - 1
+    is_first = (runs.role == FIRST) | (runs.role == WHOLE)
+    is_last = (runs.role == LAST) | (runs.role == WHOLE)
+    for before in (0, 1):
+        for after in (0, 1):
+            # Ends count as boundaries to the outside; a node must hold the neighbours that are inside.
+            inner = (before == 0) + (after == 0)
+            room = grid.devices[:, None] + inner <= cells.node_sizes[grid.cell]
+            usable = grid.usable & (room if inner else True)
+            usable = usable & ~(is_first & (before == 0)) & ~(is_last & (after == 0))
+            if not kinds[before]:
+                usable = usable & is_first
+            if not kinds[after]:
+                usable = usable & is_last
+            rows, columns = np.nonzero(usable)
+            if len(rows) == 0:
+                continue
+            ahead = np.where(is_first, 0.0, cuts[before][runs.first])
+            behind = np.where(is_last, 0.0, cuts[after][runs.last])
+            wait = (ahead + behind) / 2 if stalls else np.zeros(len(ahead))
+            extra = more * (grid.fill_s + wait)
+            if not stalls:
+                extra = np.maximum(extra, (setting.microbatches - 1) * ahead)
+            yield Columns(
+                role=runs.role[columns],
+                option=grid.option[rows],
+                blocks=runs.blocks[columns],
+                arm=np.full(len(rows), before + 2 * after, dtype=np.intp),
+                fill_s=(grid.fill_s + ahead)[rows, columns],
+                extra_s=extra[rows, columns],
+                post_s=grid.post_s[rows, columns],
+                most_below=grid.most_below[rows, columns],
+            )
+
+
+def drop_wider(columns: Columns, mode: IntArray, width: IntArray, devices: int) -> IntArray:
+    """Columns but those whose place a narrower one with the same blocks, mode and links may take.
+
+    Its fill is no more, for what ZeRO moves grows with the width. The narrower leaves every stage at
+    most as many replicas below, hence it may replace the wider wherever its own limit on replicas below
+    is no stricter.
+    """
+    key = ((mode * 4 + columns.role) * 4 + columns.arm) * (int(columns.blocks.max(initial=0)) + 1)
+    key = key + columns.blocks
+    order = np.lexsort((width, key))
+    below = np.minimum(columns.most_below[order], devices)
+    group = np.cumsum(np.concatenate([[0], np.diff(key[order]) != 0]))
+    lifted = below + group * (devices + 2.0)
+    best = np.concatenate([[-1.0], np.maximum.accumulate(lifted)[:-1]])
+    kept: IntArray = order[lifted > best]
+    return np.sort(kept)

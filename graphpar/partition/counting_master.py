@@ -1,0 +1,287 @@
+"""Column generation for the counting programme: a linear relaxation, then few columns as integers.
+
+    minimise  cost x   such that   row_lower <= rows x <= row_upper,   0 <= x <= most,   x whole
+              sum_{due_j <= d} load_j x_j + (last column's load, at most d)  <=  d     for all d
+
+The rows of the second line, one per distinct due, are added when a solution breaks them.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
+from graphpar.partition.unit_arrays import FloatArray, IntArray
+
+_PRICED_AT_ONCE = 250
+"""Columns that join the linear programme in one round."""
+
+_TOLERANCE = 1e-9
+"""Reduced costs above minus this share of the objective count as not negative."""
+
+_FIRST_DELTA = 2e-3
+"""The first integer programme takes columns within this share of the LP value, ..."""
+
+_MOST_FIRST_DELTA = 2e-2
+"""... or within twice the slack, up to this share."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Columns with how often each is used, the value, and a lower bound on every solution."""
+
+    columns: IntArray
+    counts: IntArray
+    value: float
+    bound: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Relaxed:
+    value: float
+    reduced: FloatArray
+
+
+class Master:
+    """One counting programme; `active` are the columns its linear relaxation came to use."""
+
+    def __init__(
+        self,
+        *,
+        cost: FloatArray,
+        rows: FloatArray,
+        row_lower: FloatArray,
+        row_upper: FloatArray,
+        most: IntArray,
+        due: FloatArray,
+        load: FloatArray,
+        is_last: npt.NDArray[np.bool_],
+        num_devices: int,
+        slack: float,
+        cutoff: float,
+        backend: Backend,
+    ) -> None:
+        self._cost = cost
+        self._rows = rows
+        self._row_lower = row_lower
+        self._row_upper = row_upper
+        self._most = most.astype(np.float64)
+        self._due = due
+        self._load = load
+        self._is_last = is_last
+        self._num_devices = num_devices
+        self._slack = slack
+        self._cutoff = cutoff
+        self._backend: Backend = backend
+        self.active: IntArray = np.zeros(0, dtype=np.intp)
+        self.dues: tuple[float, ...] = ()
+
+    def solve(self, warm: IntArray, dues: Sequence[float], deadline_s: float) -> Solution | None:
+        """A whole solution below the cutoff that is within the slack of the best; None without one.
+
+        Raises:
+            OutOfTimeError: The deadline passed before a solution was found.
+        """
+        self.dues = tuple(dues)
+        self.active = np.union1d(warm, self._first_guess())
+        relaxed = self._relax(deadline_s)
+        if relaxed is None or relaxed.value >= self._cutoff:
+            return None
+        best: Solution | None = None
+        # Whoever uses a column beyond this is not below the cutoff.
+        most = self._cutoff - relaxed.value
+        size = abs(relaxed.value)
+        delta = max(_FIRST_DELTA * size, min(2 * self._slack, _MOST_FIRST_DELTA * size))
+        while True:
+            delta = min(delta, most)
+            chosen = np.flatnonzero(relaxed.reduced <= delta)
+            everything = len(chosen) == len(self._cost) or delta >= most
+            found, bound, cut = self._integer(chosen, relaxed.value, deadline_s)
+            if found is not None and (best is None or found.value < best.value):
+                best = found
+            outside = np.inf if everything else relaxed.value + delta
+            bound = max(relaxed.value, min(bound, outside))
+            if best is None and everything and not cut:
+                return None
+            if best is None and cut:
+                raise OutOfTimeError
+            if best is None:
+                delta *= 8
+                continue
+            best = Solution(best.columns, best.counts, best.value, min(bound, best.value))
+            if everything or cut or best.value - bound <= self._slack + 1e-12 * abs(best.value):
+                return best
+            delta = min(max(best.value - relaxed.value, delta * 2), most)
+
+    # --- the linear relaxation ---
+
+    def _first_guess(self) -> IntArray:
+        """For every set of equal coefficients in rows that must be met, the cheapest column."""
+        usable = self._most > 0
+        ratio = np.where(usable, self._cost / np.maximum(self._rows[0], 0.5), np.inf)
+        cheapest = np.argsort(ratio, kind="stable")[:_PRICED_AT_ONCE]
+        ends = [np.flatnonzero(usable & (self._rows[r] > 0)) for r in (1, 2)]
+        some = [e[np.argsort(self._cost[e], kind="stable")[:_PRICED_AT_ONCE]] for e in ends]
+        found: IntArray = np.unique(np.concatenate([cheapest[np.isfinite(ratio[cheapest])], *some]))
+        return found
+
+    def _relax(self, deadline_s: float) -> _Relaxed | None:
+        """Solve over all columns and all dues by letting them join as needed."""
+        penalty = 10 * float(np.abs(self._cost).max(initial=0.0)) + 1.0
+        while True:
+            if time.monotonic() > deadline_s:
+                raise OutOfTimeError
+            outcome, matrix_duals = self._linear(penalty)
+            reduced = self._reduced(matrix_duals)
+            value = outcome.objective
+            assert value is not None
+            candidates = np.flatnonzero(
+                (reduced < -_TOLERANCE * max(abs(value), 1e-30)) & (self._most > 0)
+            )
+            candidates = np.setdiff1d(candidates, self.active, assume_unique=True)
+            if len(candidates):
+                order = np.argsort(reduced[candidates], kind="stable")[:_PRICED_AT_ONCE]
+                self.active = np.union1d(self.active, candidates[order])
+                continue
+            number = len(self.active)
+            if np.any(outcome.values[number:] > 1e-7):
+                if penalty > 1e9 * (float(np.abs(self._cost).max(initial=0.0)) + 1.0):
+                    return None
+                penalty *= 1000
+                continue
+            broken = self._broken(self.active, outcome.values[:number])
+            if broken:
+                self.dues = (*self.dues, *broken)
+                continue
+            # At its upper limit a column may have a negative reduced cost: that is part of the value.
+            return _Relaxed(value, np.maximum(reduced, 0.0))
+
+    def _linear(self, penalty: float) -> tuple[Outcome, FloatArray]:
+        """The relaxation over active columns, with slack at a price for blocks and ends."""
+        number = len(self.active)
+        matrix = np.concatenate([self._rows[:, self.active], self._memory(self.active)])
+        slack = np.zeros((len(matrix), 3))
+        slack[0, 0] = slack[1, 1] = slack[2, 2] = 1.0
+        lower, upper = self._limits()
+        program = MatrixProgram(
+            cost=np.concatenate([self._cost[self.active], [penalty] * 3]),
+            lower=np.zeros(number + 3),
+            upper=np.concatenate([self._most[self.active], [np.inf] * 3]),
+            integer=np.zeros(number + 3, dtype=np.bool_),
+            matrix=sparse.csr_matrix(np.concatenate([matrix, slack], axis=1)),
+            row_lower=lower,
+            row_upper=upper,
+        )
+        outcome = program.solve()
+        if not outcome.has_point or len(outcome.duals) != len(matrix):
+            raise OutOfTimeError
+        return outcome, outcome.duals
+
+    def _limits(self) -> tuple[FloatArray, FloatArray]:
+        lower = np.concatenate([self._row_lower, np.full(len(self.dues), -np.inf)])
+        return lower, np.concatenate([self._row_upper, np.array(self.dues, dtype=np.float64)])
+
+    def _memory(self, index: IntArray) -> FloatArray:
+        """Coefficients [due, column] of the memory rows."""
+        due, load, last = self._due[index], self._load[index], self._is_last[index]
+        rows = [self._memory_row(d, due, load, last) for d in self.dues]
+        return np.stack(rows) if rows else np.zeros((0, len(index)))
+
+    def _memory_row(
+        self, limit: float, due: FloatArray, load: FloatArray, last: npt.NDArray[np.bool_]
+    ) -> FloatArray:
+        # The last stage is below all others; one as wide as `limit` leaves no room at all.
+        found: FloatArray = np.where(last, np.minimum(load, limit), np.where(due <= limit, load, 0.0))
+        return found
+
+    def _reduced(self, duals: FloatArray) -> FloatArray:
+        """Reduced costs of all columns."""
+        fixed = len(self._row_lower)
+        reduced: FloatArray = self._cost - duals[:fixed] @ self._rows
+        for price, limit in zip(duals[fixed:], self.dues, strict=True):
+            if price != 0:
+                reduced -= price * self._memory_row(limit, self._due, self._load, self._is_last)
+        return reduced
+
+    def _broken(self, index: IntArray, values: FloatArray) -> list[float]:
+        """Dues whose rows a solution breaks, the worst few."""
+        used = values > 1e-9
+        due, load = self._due[index][used], self._load[index][used]
+        last, amount = self._is_last[index][used], values[used]
+        limits = np.unique(due[np.isfinite(due) & (due < self._num_devices) & ~last])
+        if len(limits) == 0:
+            return []
+        excess = np.array([self._memory_row(d, due, load, last) @ amount - d for d in limits.tolist()])
+        worst = np.argsort(-excess, kind="stable")[:8]
+        return [float(limits[i]) for i in worst if excess[i] > 1e-6 * max(1.0, limits[i])]
+
+    # --- whole numbers ---
+
+    def _integer(
+        self, chosen: IntArray, least: float, deadline_s: float
+    ) -> tuple[Solution | None, float, bool]:
+        """The best whole solution over some columns, a bound on all of those, whether time ended."""
+        if len(chosen) == 0:
+            return None, np.inf, False
+        while True:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return None, -np.inf, True
+            outcome = self._run(chosen, self._slack / max(1.05 * least, 1e-30), left_s)
+            if outcome.status == "infeasible":
+                return None, np.inf, False
+            bound = outcome.bound if outcome.bound is not None else -np.inf
+            if not outcome.has_point:
+                return None, bound, True
+            counts = np.round(outcome.values).astype(np.intp)
+            broken = self._broken(chosen, outcome.values)
+            if broken:
+                self.dues = (*self.dues, *broken)
+                continue
+            used = np.flatnonzero(counts)
+            assert outcome.objective is not None
+            found = Solution(chosen[used], counts[used], outcome.objective, bound)
+            return found, bound, outcome.truncated_by == "time limit"
+
+    def _run(self, chosen: IntArray, gap: float, left_s: float) -> Outcome:
+        matrix = np.concatenate([self._rows[:, chosen], self._memory(chosen)])
+        lower, upper = self._limits()
+        if self._backend == "cbc":
+            return self._through_program(matrix, chosen, lower, upper, gap, left_s)
+        program = MatrixProgram(
+            cost=self._cost[chosen],
+            lower=np.zeros(len(chosen)),
+            upper=self._most[chosen],
+            integer=np.ones(len(chosen), dtype=np.bool_),
+            matrix=sparse.csr_matrix(matrix),
+            row_lower=lower,
+            row_upper=upper,
+        )
+        return program.solve(time_limit_s=left_s, relative_gap=gap)
+
+    def _through_program(
+        self,
+        matrix: FloatArray,
+        chosen: IntArray,
+        lower: FloatArray,
+        upper: FloatArray,
+        gap: float,
+        left_s: float,
+    ) -> Outcome:
+        program = Program("counting")
+        pool = [program.integer(f"x{i}", 0, float(self._most[j])) for i, j in enumerate(chosen)]
+        for row, low, high in zip(matrix, lower, upper, strict=True):
+            terms = [(float(row[i]), pool[i]) for i in np.flatnonzero(row)]
+            if low == high:
+                program.constrain(terms, "==", float(low))
+            elif np.isfinite(high):
+                program.constrain(terms, "<=", float(high))
+            else:
+                program.constrain(terms, ">=", float(low))
+        program.minimize([(float(self._cost[j]), pool[i]) for i, j in enumerate(chosen)])
+        return program.solve(time_limit_s=left_s, relative_gap=gap, backend=self._backend)
