@@ -184,6 +184,15 @@ def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Li
     return float(_repeats(table) @ np.array(each).min(axis=0)) / sum(counts)
 
 
+def least_bytes(table: CostTable) -> float:
+    """A lower bound on what one copy of all units takes on its devices together, whatever divides it."""
+    each = [
+        [sum(c.weight_bytes) + sum(c.gradient_bytes) + sum(c.optimizer_bytes) for c in m.costs]
+        for m in table.every_mode
+    ]
+    return float(_repeats(table) @ np.array(each).min(axis=0))
+
+
 def physical_bound_s(table: CostTable) -> float:
     """A lower bound on the step time of any plan, of whatever kind, under a table.
 

@@ -5,7 +5,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from graphpar.partition.bounds import WorkBound, chain_bound_s, least_post_s, sample_bound, work_bound
+from graphpar.partition.bounds import (
+    WorkBound,
+    chain_bound_s,
+    least_bytes,
+    least_post_s,
+    sample_bound,
+    work_bound,
+)
 from graphpar.partition.cells import Links, StageOption, pareto
 from graphpar.partition.chain import ChainProgram
 from graphpar.partition.counting import CountingLimits, CountingProgram
@@ -13,7 +20,14 @@ from graphpar.partition.family import Family
 from graphpar.partition.pipeline_search import ChainSolver, Task
 from graphpar.partition.stage_costs import build_costs, slowest_transfer_s
 from graphpar.partition.types import ScheduleName
-from graphpar.partition.unit_arrays import FloatArray, Setting, memory_never_binds
+from graphpar.partition.unit_arrays import (
+    MEMORY_TOLERANCE,
+    Cache,
+    FloatArray,
+    Setting,
+    all_ranges,
+    memory_never_binds,
+)
 
 
 class Programs:
@@ -25,6 +39,9 @@ class Programs:
         self._bounds: dict[float, WorkBound] = {}
         self._replica_takes: dict[tuple[tuple[int, ...], int], FloatArray] = {}
         self._per_sample = sample_bound(family.table)
+        self._least_bytes = least_bytes(family.table)
+        self._ranges = all_ranges(family.table.num_units)
+        self._cache: Cache = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
 
@@ -62,6 +79,14 @@ class Programs:
             return False
         used = [c.device_class for c, n in zip(cells.cells, limits, strict=True) if n]
         return memory_never_binds(table, setting, used)
+
+    def may_hold(self, limits: Sequence[int]) -> bool:
+        """Whether some devices have the memory for one copy of all units; True does not promise it."""
+        classes = self.family.table.device_classes
+        reserved = self.family.table.reserved_bytes
+        numbers = self.family.classes(limits)
+        room = sum(n * max(0.0, c.memory_bytes - reserved) for n, c in zip(numbers, classes, strict=True))
+        return self._least_bytes <= room * (1 + MEMORY_TOLERANCE)
 
     def work_per_sample_s(self, limits: Sequence[int]) -> float:
         """A lower bound on the time some devices need per sample at any microbatch size."""
@@ -130,5 +155,5 @@ class Programs:
             return CountingProgram(
                 family.table, family.cells, options, setting, family.repeats, self._limits
             )
-        costs = build_costs(family.table, family.cells, options, setting)
+        costs = build_costs(family.table, family.cells, options, setting, self._ranges, self._cache)
         return ChainProgram(costs, family.cells, limits)

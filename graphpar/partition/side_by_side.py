@@ -64,7 +64,12 @@ def best_shares(
 
 
 def grouping_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
-    """A lower bound on the step time of a set of pipelines: their devices sharing all work."""
+    """A lower bound on the step time of a set of pipelines: their devices sharing all work.
+
+    Infinite where one of them cannot hold the model.
+    """
+    if not all(programs.may_hold(g) for g in groups):
+        return INFINITY
     together = [sum(column) for column in zip(*groups, strict=True)]
     across = group_links(programs.family.cells, groups)
     work = programs.work_per_sample_s(together) * programs.family.table.batch

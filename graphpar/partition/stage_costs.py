@@ -15,6 +15,7 @@ from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, Links, StageOption, links_between
 from graphpar.partition.unit_arrays import (
     UNLIMITED,
+    Cache,
     FloatArray,
     Ranges,
     Setting,
@@ -96,13 +97,15 @@ def build_costs(
     options: Sequence[StageOption],
     setting: Setting,
     ranges: Ranges | None = None,
+    cache: Cache | None = None,
 ) -> StageCosts:
     """Price the stages a pipeline in this setting can have: every run of units, or those given.
 
     Options with more replicas than microbatches are dropped: a replica without work is no replica.
+    `cache` may be shared by calls for the same table and the same ranges.
     """
     kept = tuple(o for o in options if o.width <= setting.microbatches)
-    units = UnitArrays(table, setting, ranges or all_ranges(table.num_units))
+    units = UnitArrays(table, setting, ranges or all_ranges(table.num_units), cache)
     seconds = {m: units.seconds(m) for m in sorted({m for o in kept for m in o.staff})}
     flight = {
         key: units.most_in_flight(*key) for key in sorted({(m, o.width) for o in kept for m in o.staff})
@@ -132,7 +135,7 @@ def build_costs(
             most = [flight[m, option.width] for m in option.staff[: len(own)]]
             limits = _most_below(setting, own, most, option.width)
             most_below[index] = np.minimum(most_below[index], limits)
-    post = np.stack([_post(table, units, o, setting) for o in kept]) if kept else fill
+    post = np.stack([_cached_post(table, units, o, setting) for o in kept]) if kept else fill
     return StageCosts(setting, kept, arms, kinds, units.runs, fill, before, extra, post, most_below)
 
 
@@ -189,19 +192,15 @@ def boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links])
 
 def boundary_bytes(table: CostTable, size: float) -> tuple[FloatArray, FloatArray]:
     """`CostTable.cut_bytes` at every boundary: forward and backward."""
-    source = np.array([e.source for e in table.edges], dtype=np.intp)
-    target = np.array([e.target for e in table.edges], dtype=np.intp)
-    there = np.array([e.bytes_per_sample * size + e.fixed_bytes for e in table.edges])
-    back = np.array([e.gradient_bytes_per_sample * size for e in table.edges])
-    found = []
-    for num_bytes in (there, back):
-        total = np.zeros(table.num_units + 1)
+    per_sample, fixed, back = np.zeros((3, table.num_units + 1))
+    for edge in table.edges:
         # An edge from s to t crosses the boundaries s + 1 to t. Counted first: a sum of differences
         # would leave rounding where nothing crosses.
-        for s, t, b in zip(source, target, num_bytes, strict=True):
-            total[s + 1 : t + 1] += b
-        found.append(total)
-    return found[0], found[1]
+        crossed = slice(edge.source + 1, edge.target + 1)
+        per_sample[crossed] += edge.bytes_per_sample
+        fixed[crossed] += edge.fixed_bytes
+        back[crossed] += edge.gradient_bytes_per_sample
+    return per_sample * size + fixed, back * size
 
 
 def slowest_transfer_s(table: CostTable, setting: Setting, links: Links) -> float:
@@ -297,6 +296,15 @@ def _most_below(
     return found
 
 
+def _cached_post(
+    table: CostTable, units: UnitArrays, option: StageOption, setting: Setting
+) -> FloatArray:
+    key = ("post", option.staff, option.ring, setting.peers, setting.across)
+    if key not in units.cache:
+        units.cache[key] = _post(table, units, option, setting)
+    return units.cache[key]
+
+
 def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Setting) -> FloatArray:
     if not table.training:
         return np.where(units.valid, 0.0, np.inf)
@@ -308,9 +316,7 @@ def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Set
     if zero in (1, 2):
         weights = _most_bytes(units, option, "weight_bytes")
         sync = sync + ring_array(option.ring, weights, width, each) / 2
-    optimizer = [
-        units.ranges([c.optimizer_s for c in table.every_mode[m].costs]) for m in set(option.staff)
-    ]
+    optimizer = [units.optimizer_seconds(m) for m in set(option.staff)]
     share = width if zero else 1
     return np.where(units.valid, sync + np.maximum.reduce(optimizer) / share, np.inf)
 

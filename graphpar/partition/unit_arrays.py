@@ -1,6 +1,6 @@
 """What a run of units costs on one device, for many runs at once."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,10 +62,17 @@ def some_ranges(runs: Sequence[tuple[int, int]]) -> Ranges:
     return Ranges(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), dtype=np.bool_))
 
 
+Cache = dict[tuple[Hashable, ...], FloatArray]
+"""What was worked out for a table and ranges already; whoever shares one shares both."""
+
+
 class UnitArrays:
     """Per-unit rows of a table for one microbatch size, summed up over runs."""
 
-    def __init__(self, table: CostTable, setting: Setting, ranges: Ranges) -> None:
+    def __init__(
+        self, table: CostTable, setting: Setting, ranges: Ranges, cache: Cache | None = None
+    ) -> None:
+        self.cache: Cache = {} if cache is None else cache
         self.table = table
         self.setting = setting
         self.runs = ranges
@@ -94,6 +101,12 @@ class UnitArrays:
 
     def seconds(self, mode: int) -> FloatArray:
         """Seconds of one microbatch for each stage in a mode, without ZeRO's exchange."""
+        key = ("seconds", mode, self.setting.size)
+        if key not in self.cache:
+            self.cache[key] = self._seconds(mode)
+        return self.cache[key]
+
+    def _seconds(self, mode: int) -> FloatArray:
         table, size = self.table, self.setting.size
         overhead = table.mode_overhead_s(mode)
         costs = table.every_mode[mode].costs
@@ -106,11 +119,20 @@ class UnitArrays:
 
     def most_bytes(self, mode: int, name: str) -> FloatArray:
         """Gradients or weights of each stage, on the member that holds most of them."""
-        costs = self.table.every_mode[mode].costs
-        members = range(len(self.table.every_mode[mode].members))
-        parts = (self.ranges([getattr(c, name)[i] for c in costs]) for i in members)
-        found: FloatArray = np.maximum.reduce(list(parts))
-        return found
+        key = ("most", mode, name)
+        if key not in self.cache:
+            costs = self.table.every_mode[mode].costs
+            members = range(len(self.table.every_mode[mode].members))
+            parts = [self.ranges([getattr(c, name)[i] for c in costs]) for i in members]
+            self.cache[key] = np.maximum.reduce(parts)
+        return self.cache[key]
+
+    def optimizer_seconds(self, mode: int) -> FloatArray:
+        """The optimiser's time of each stage."""
+        key = ("optimizer", mode)
+        if key not in self.cache:
+            self.cache[key] = self.ranges([c.optimizer_s for c in self.table.every_mode[mode].costs])
+        return self.cache[key]
 
     def most_in_flight(self, mode: int, width: int) -> FloatArray:
         """The most microbatches whose saved values fit for each stage on `width` replicas, or -1."""
@@ -119,13 +141,16 @@ class UnitArrays:
 
     def in_flight_by_width(self, mode: int, widths: Sequence[int]) -> FloatArray:
         """`most_in_flight` for several numbers of replicas: [width, range]."""
+        size = -(-self.setting.samples // self.setting.microbatches)
         chosen = self.table.every_mode[mode]
-        parts = [
-            self._member_in_flight(chosen, i, self.table.device_classes[k].memory_bytes, widths)
-            for i, k in _unlike_members(chosen)
-        ]
-        found: FloatArray = np.minimum.reduce(parts)
-        return found
+        key = ("flight", mode, size, *(widths if chosen.zero else (len(widths),)))
+        if key not in self.cache:
+            parts = [
+                self._member_in_flight(chosen, i, self.table.device_classes[k].memory_bytes, widths)
+                for i, k in _unlike_members(chosen)
+            ]
+            self.cache[key] = np.minimum.reduce(parts)
+        return self.cache[key]
 
     def _member_in_flight(
         self, chosen: Mode, member: int, memory: float, widths: Sequence[int]
@@ -142,7 +167,9 @@ class UnitArrays:
         for level, name in ((2, "gradient_bytes"), (3, "weight_bytes")):
             if chosen.zero >= level:
                 whole += [getattr(c, name)[member] for c in chosen.costs]
-        working = {False: self.maxima(alone), True: self.maxima(alone + whole)}
+        divided = chosen.zero > 1 and max(widths) > 1
+        working = {False: self.maxima(alone)}
+        working[True] = self.maxima(alone + whole) if divided else working[False]
         saved = self.ranges([table.at_size(c.saved_bytes[member], size) for c in chosen.costs])
         rows: list[FloatArray] = []
         for width in widths if chosen.zero else (1,):
