@@ -85,7 +85,7 @@ _FACTS: tuple[tuple[str, Callable[[PlanRecord], str]], ...] = (
         lambda p: " + ".join(str(x.microbatches) for x in p.partition.pipelines),
     ),
     ("stages", lambda p: str(len(p.stages))),
-    ("computes in", lambda p: _told(choice.precision for choice in _choices(p))),
+    ("computes in", lambda p: _told(f for choice in _choices(p) for f in choice.formats)),
     ("recomputes", lambda p: _told(_stages_where(p, lambda c: c.recompute))),
     ("ZeRO", lambda p: _told(f"level {c.zero}" for c in _choices(p) if c.zero)),
     ("tensor widths", lambda p: _told(str(len(r.devices)) for c in _choices(p) for r in c.replicas)),

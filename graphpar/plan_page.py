@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
-from graphpar.partition.types import Replica
+from graphpar.partition.types import Replica, StageChoice
 from graphpar.plan_records import PlanEdge, PlanRecord, PlanReplica, PlanStage
 from graphpar.schedule import Action
 from graphpar.simulate import Timeline
@@ -151,20 +151,30 @@ def _shortened(name: str, limit: int) -> str:
 def _unit_lines(plan: PlanRecord) -> list[str]:
     lines = ["units and weights"]
     choices = [choice for pipeline in plan.partition.pipelines for choice in pipeline.stages]
-    plain = {choice.precision for choice in choices} == {"float32"}
+    plain = {name for choice in choices for name in choice.formats} == {"float32"}
     for stage, choice in list(zip(plan.stages, choices, strict=True))[:_MOST_ROWS]:
         first, last = plan.units[stage.first], plan.units[stage.last - 1]
         names = first if first == last else f"{first} .. {last}"
         told = [
             f"{stage.index:>5} {names} ({stage.last - stage.first} of {len(plan.units)})",
             format_bytes(stage.weight_bytes),
-            *([] if plain else [choice.precision]),
+            *([] if plain else [_format_text(choice)]),
             *(["recomputes activations"] if choice.recompute else []),
             *([f"ZeRO {choice.zero}"] if choice.zero else []),
             *_group_texts(choice.replicas),
         ]
         lines += _wrapped(", ".join(told))
     return lines + _more(len(plan.stages), _MOST_ROWS)
+
+
+def _format_text(choice: StageChoice) -> str:
+    """`bfloat16`, or `bfloat16 in 12, float32 in 3 units`."""
+    counts = Counter(choice.formats)
+    if len(counts) == 1:
+        return choice.precision
+    return ", ".join(
+        f"{name} in {n}{' units' if not i else ''}" for i, (name, n) in enumerate(counts.items())
+    )
 
 
 def _group_texts(replicas: Sequence[Replica]) -> Iterator[str]:

@@ -59,21 +59,30 @@ def test_plan_then_run_then_refuse_another_use(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ("small_model:build", "--cluster", "cluster.yaml", "--batch-size", "6")
-    planned = graphpar(folder, "plan", *common, "--train", "-o", "plan.json", "--json")
+    planned = graphpar(
+        folder, "plan", *common, "--train", "-o", "plan.json", "--json", "--view", "plan.html"
+    )
     assert planned.returncode == 0, planned.stderr
     plan = Plan.load(folder / "plan.json")
     assert json.loads(planned.stdout) == json.loads(plan.to_json())
     assert plan.training
     assert plan.batch == 6
+    assert '"detail":"' in (folder / "plan.html").read_text(encoding="utf-8")
 
-    ran = graphpar(folder, "run", *common, "--plan", "plan.json", "--train", "--json")
+    drawn = ("--view", "run.json", "--profile")
+    ran = graphpar(folder, "run", *common, "--plan", "plan.json", "--train", "--json", *drawn)
     assert ran.returncode == 0, ran.stderr
+    assert "step 5/5  loss " in ran.stderr
+    trace = json.loads((folder / "run.json").read_text(encoding="utf-8"))["traceEvents"]
+    assert {"F", "B", "kernel"} <= {event.get("cat") for event in trace}
     result = json.loads(ran.stdout)
     assert len(result["losses"]) == 5
     assert result["losses"] == sorted(result["losses"], reverse=True)
     assert result["predicted_step_s"] == plan.predicted_step_s
 
     monkeypatch.chdir(folder)
+    assert cli.run(("run", *common, "--profile"), cli.Settings()) == 2
+    assert "say where with --view FILE.json" in capsys.readouterr().err
     refused = ("run", *common, "--plan", "plan.json", "--inference")
     assert cli.run(refused, cli.Settings()) == 2
     assert "made for training, but inference is asked for" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """`graphpar run MODEL --cluster FILE`."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -39,6 +40,11 @@ from graphpar.view.api import check_suffix, visualize
     type=click.Path(dir_okay=False),
     help="Draw the plan with the last step as it ran; also when the run fails.",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Run the last step under torch.profiler; a .json --view then shows its operations.",
+)
 @json_option
 def command(
     model: str,
@@ -52,6 +58,7 @@ def command(
     gap: float,
     precision: str,
     picture: str | None,
+    profile: bool,
     as_json: bool,
 ) -> None:
     """Run a model on a cluster for some steps.
@@ -62,6 +69,8 @@ def command(
     """
     if picture is not None:
         check_suffix(picture)
+    if profile and not (picture or "").lower().endswith(".json"):
+        raise ValueError("--profile adds operations to a trace; say where with --view FILE.json")
     with stdout_kept_clean(as_json):
         cluster = Cluster.load(cluster_file)
         plan = load_plan(plan_file, train=train)
@@ -78,7 +87,7 @@ def command(
             gap=gap,
         ) as job:
             try:
-                result = _run_steps(job, loaded, steps, batch_size, train)
+                result = _run_steps(job, loaded, steps, batch_size, train, profile)
             finally:
                 if picture is not None:
                     click.echo(f"view written to {visualize(job, picture)}", err=True)
@@ -89,17 +98,18 @@ def command(
 
 
 def _run_steps(
-    job: CompiledModel, loaded: LoadedModel, steps: int, samples: int, train: bool
+    job: CompiledModel, loaded: LoadedModel, steps: int, samples: int, train: bool, profile: bool
 ) -> dict[str, Any]:
     """Run the steps; where there are several, the first warms up and is not part of the mean."""
     losses: list[float] = []
     seconds: list[float] = []
     with Progress(job.plan, steps, Console(stderr=True)) as progress:
         for number in range(1, steps + 1):
-            if train:
-                losses.append(float(job.step(*loaded.args, **loaded.kwargs)))
-            else:
-                job(*loaded.args, **loaded.kwargs)
+            with job.profiling() if profile and number == steps else nullcontext():
+                if train:
+                    losses.append(float(job.step(*loaded.args, **loaded.kwargs)))
+                else:
+                    job(*loaded.args, **loaded.kwargs)
             assert job.last_step is not None
             seconds.append(job.last_step.seconds)
             progress.show(number, samples, job.last_step, losses[-1] if train else None)

@@ -1,7 +1,8 @@
 """The running job: the only stateful object users meet."""
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -135,6 +136,7 @@ class CompiledModel:
         self._workers = workers
         self._devices = lowered.partition.used_devices
         self._steps = 0
+        self._profiles = False
         self._held = [set(p.labels) for p in lowered.placements]
         self._unheld = dict(tensors)
         constants = buffers_and_constants(subject.captured, subject.model)
@@ -207,6 +209,18 @@ class CompiledModel:
         values = self._run(loaded, args, kwargs)
         names = [r for r in loaded.captured.signature.results if isinstance(r, str)]
         return loaded.captured.signature.assemble(dict(zip(names, values, strict=True)))
+
+    @contextmanager
+    def profiling(self) -> Iterator[None]:
+        """Run the steps inside under torch.profiler: a trace of the last one then shows its operations.
+
+        Profiling costs time; the steps inside are slower than others.
+        """
+        self._profiles = True
+        try:
+            yield
+        finally:
+            self._profiles = False
 
     def _main_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loaded:
         """The job's graph for inputs of this shape; another shape than the example's has its own."""
@@ -286,7 +300,9 @@ class CompiledModel:
             for rank, placement in enumerate(loaded.lowered.placements)
         ]
         try:
-            results = self._workers.step(f"{loaded.name}:{samples}", per_rank, self._steps)
+            results = self._workers.step(
+                f"{loaded.name}:{samples}", per_rank, self._steps, self._profiles
+            )
         except RunError as error:
             reports = [report for report in error.reports if isinstance(report, StepReport)]
             self._note(reports, loaded, samples, failure=str(error))

@@ -83,10 +83,14 @@ class LocalWorkers:
         self._ask([Message("install", {"name": name, "program": encode(p)}) for p in programs])
 
     def step(
-        self, name: str, inputs: Sequence[Mapping[str, torch.Tensor]], number: int
+        self,
+        name: str,
+        inputs: Sequence[Mapping[str, torch.Tensor]],
+        number: int,
+        profile: bool = False,
     ) -> list[StepResult]:
         """Run a program once on every rank."""
-        data = {"name": name, "number": number}
+        data = {"name": name, "number": number, "profile": profile}
         return [read_step(m) for m in self._ask([Message("step", data, i) for i in inputs])]
 
     def read(self, labels: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor]]:

@@ -85,6 +85,15 @@ class Event(msgspec.Struct, frozen=True):
     end_s: float
 
 
+class Kernel(msgspec.Struct, frozen=True):
+    """An operation that torch.profiler saw; `track` names the thread or stream it ran on."""
+
+    name: str
+    track: str
+    start_s: float
+    end_s: float
+
+
 class StepReport(msgspec.Struct, frozen=True):
     """What a rank reports about one step.
 
@@ -98,6 +107,7 @@ class StepReport(msgspec.Struct, frozen=True):
         grad_norm: Norm of all gradients over all ranks, before clipping; None where nobody asked.
         loss_scale: What the loss was multiplied with; None where it was not scaled.
         skipped: Whether gradients overflowed and the step was left out, on all ranks.
+        kernels: What torch.profiler saw, where it was asked for.
     """
 
     rank: int
@@ -108,6 +118,7 @@ class StepReport(msgspec.Struct, frozen=True):
     grad_norm: float | None = None
     loss_scale: float | None = None
     skipped: bool = False
+    kernels: tuple[Kernel, ...] = ()
 
 
 def encode(value: msgspec.Struct) -> dict[str, Any]:

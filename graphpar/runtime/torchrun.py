@@ -177,12 +177,16 @@ class TorchrunWorkers:
             self._worker.install(name, programs[self._worker.setup.rank])
 
     def step(
-        self, name: str, inputs: Sequence[Mapping[str, torch.Tensor]], number: int
+        self,
+        name: str,
+        inputs: Sequence[Mapping[str, torch.Tensor]],
+        number: int,
+        profile: bool = False,
     ) -> list[StepResult]:
         """Run a program once; every process gets all ranks' results."""
         message = Message("idle")
         if self._worker is not None:
-            result = self._worker.step(name, inputs[self._worker.setup.rank], number)
+            result = self._worker.step(name, inputs[self._worker.setup.rank], number, profile)
             message = step_message(result)
         return [read_step(answer) for answer in self._exchange(message)]
 

@@ -25,7 +25,8 @@ from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
-from graphpar.runtime.program import RankProgram, StepReport, WorkerSetup, encode
+from graphpar.runtime.profiling import profiled
+from graphpar.runtime.program import Kernel, RankProgram, StepReport, WorkerSetup, encode
 from graphpar.runtime.scaling import LossScaler, is_finite
 from graphpar.runtime.transport import Transport
 from graphpar.runtime.user_ops import load_code
@@ -90,17 +91,24 @@ class Worker:
             self.scaler,
         )
 
-    def step(self, name: str, inputs: Mapping[str, torch.Tensor], number: int) -> StepResult:
-        """Run a program once."""
+    def step(
+        self, name: str, inputs: Mapping[str, torch.Tensor], number: int, profile: bool = False
+    ) -> StepResult:
+        """Run a program once, under torch.profiler if asked."""
         scale = self.scaler.scale if self.scaler is not None else None
         self._grad_norm, self._skipped = None, False
-        result = self.executors[name].step(inputs, number)
+        kernels: tuple[Kernel, ...] = ()
+        if profile:
+            result, kernels = profiled(lambda: self.executors[name].step(inputs, number), self.device)
+        else:
+            result = self.executors[name].step(inputs, number)
         report = msgspec.structs.replace(
             result.report,
             rank=self.setup.rank,
             grad_norm=self._grad_norm,
             loss_scale=scale,
             skipped=self._skipped,
+            kernels=kernels,
         )
         return StepResult(result.results, report)
 
@@ -254,7 +262,7 @@ def _answer(worker: Worker, command: Message) -> Message:
         worker.install(data["name"], msgspec.convert(data["program"], RankProgram))
         return Message("ready")
     if command.kind == "step":
-        result = worker.step(data["name"], command.tensors, data["number"])
+        result = worker.step(data["name"], command.tensors, data["number"], data["profile"])
         return step_message(result)
     if command.kind == "read":
         return Message("tensors", tensors=worker.read(data["labels"]))

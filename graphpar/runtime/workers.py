@@ -29,9 +29,13 @@ class Workers(Protocol):
         """Make a program ready on every rank."""
 
     def step(
-        self, name: str, inputs: Sequence[Mapping[str, torch.Tensor]], number: int
+        self,
+        name: str,
+        inputs: Sequence[Mapping[str, torch.Tensor]],
+        number: int,
+        profile: bool = False,
     ) -> list[StepResult]:
-        """Run a program once on every rank; all ranks' results come back.
+        """Run a program once on every rank, under torch.profiler if asked; all results come back.
 
         Raises:
             RunError: A rank failed or died; names the one at the root of it.

@@ -180,6 +180,7 @@ def _stages(plan: Plan, schedule: Schedule) -> Iterator[ViewStage]:
             modules=outline(plan.units, stage.first, stage.last),
             groups=tuple(tuple(islice(ranks, len(r.devices))) for r in choice.replicas),
             precision=choice.precision,
+            unit_formats=choice.unit_formats,
             recompute=choice.recompute,
             zero=choice.zero,
         )

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from graphpar.plans import Plan
 from graphpar.schedule import Action, Schedule
-from graphpar.view.model import Lane, ViewTimeline
+from graphpar.view.model import Lane, ViewKernel, ViewTimeline
 
 
 class MeasuredEvent(Protocol):
@@ -17,6 +17,19 @@ class MeasuredEvent(Protocol):
 
     @property
     def token(self) -> str: ...
+    @property
+    def start_s(self) -> float: ...
+    @property
+    def end_s(self) -> float: ...
+
+
+class MeasuredKernel(Protocol):
+    """An operation that a profiler saw, on the clock of its rank's events."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def track(self) -> str: ...
     @property
     def start_s(self) -> float: ...
     @property
@@ -36,6 +49,8 @@ class MeasuredRank(Protocol):
     def events(self) -> Sequence[MeasuredEvent]: ...
     @property
     def peak_bytes(self) -> int: ...
+    @property
+    def kernels(self) -> Sequence[MeasuredKernel]: ...
 
 
 class MeasuredStep(Protocol):
@@ -82,8 +97,15 @@ def measured_timeline(plan: Plan, schedule: Schedule, step: MeasuredStep) -> Vie
             )
         )
     end = max((r.end_s + shift[r.rank] - origin for r in step.reports), default=0.0)
+    kernels = tuple(
+        ViewKernel(
+            r.rank, k.track, k.name, k.start_s + shift[r.rank] - origin, k.end_s + shift[r.rank] - origin
+        )
+        for r in step.reports
+        for k in r.kernels
+    )
     note = _note(lanes, same_batch, offsets, step.failure)
-    return ViewTimeline(end, tuple(lanes), note, same_batch)
+    return ViewTimeline(end, tuple(lanes), note, same_batch, kernels)
 
 
 def _note(lanes: Sequence[Lane], same_batch: bool, offsets: Mapping[str, float], failure: str) -> str:

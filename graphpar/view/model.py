@@ -103,7 +103,8 @@ class ViewStage:
             one (a tensor group) share the work on each.
         blocks: Its units, folded into a flat list.
         modules: Its units as a tree.
-        precision: The number format it computes in.
+        precision: The number format it computes in; the lowest of them where units differ.
+        unit_formats: The format of each unit where they differ; else empty.
         recompute: Whether activations are computed again in the backward.
         zero: ZeRO level.
     """
@@ -118,6 +119,7 @@ class ViewStage:
     modules: tuple[ViewModule, ...]
     groups: tuple[tuple[int, ...], ...]
     precision: str = "float32"
+    unit_formats: tuple[str, ...] = ()
     recompute: bool = False
     zero: int = 0
 
@@ -171,18 +173,31 @@ class Lane:
 
 
 @dataclass(frozen=True)
+class ViewKernel:
+    """An operation that a profiler saw on one of a rank's threads or streams."""
+
+    rank: int
+    track: str
+    name: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
 class ViewTimeline:
     """The lanes of one step.
 
     Attributes:
         note: What a reader must know about them.
         planned_batch: Whether microbatches are those of the plan: same number, sizes and routes.
+        kernels: What a profiler saw, by rank and track, in order of time.
     """
 
     step_s: float
     lanes: tuple[Lane, ...]
     note: str = ""
     planned_batch: bool = True
+    kernels: tuple[ViewKernel, ...] = field(default=(), repr=False)
 
     @property
     def stopped(self) -> bool:

@@ -55,6 +55,27 @@ def _group(view: ViewData, timeline: ViewTimeline, process: int, name: str) -> I
             yield _slice(process, lane.rank, action, start_s, end_s, num_bytes)
     if timeline.planned_batch:
         yield from _flows(view, timeline, process)
+    yield from _kernels(timeline, process)
+
+
+def _kernels(timeline: ViewTimeline, process: int) -> Iterator[dict[str, Any]]:
+    """What a profiler saw, on tracks of their own below those of the ranks."""
+    tracks: dict[tuple[int, str], int] = {}
+    for kernel in timeline.kernels:
+        key = (kernel.rank, kernel.track)
+        if key not in tracks:
+            tracks[key] = 1 + len(timeline.lanes) * _TRACKS_PER_RANK + len(tracks)
+            yield _named("thread_name", process, tracks[key], f"rank {kernel.rank} {kernel.track}")
+        begin, end = _microseconds(kernel.start_s), _microseconds(kernel.end_s)
+        yield {
+            "ph": "X",
+            "name": kernel.name,
+            "cat": "kernel",
+            "pid": process,
+            "tid": tracks[key],
+            "ts": begin,
+            "dur": round(end - begin, 3),
+        }
 
 
 def _named(what: str, process: int, track: int, name: str) -> dict[str, Any]:

@@ -31,11 +31,22 @@ def test_a_jobs_last_step_is_drawn_beside_its_prediction(tmp_path: Path) -> None
         step = job.last_step
         assert step is not None
         measured = view_of(job.plan, step).measured
+        with job.profiling():
+            job.step(*inputs)
+        graphpar.visualize(job, tmp_path / "profiled.json")
     before, after = (
         json.loads((tmp_path / f"{name}.json").read_text())["traceEvents"] for name in ("before", "after")
     )
     assert {e["pid"] for e in before} == {1} and {e["pid"] for e in after} == {1, 2}
     check_trace(after)
+    profiled = json.loads((tmp_path / "profiled.json").read_text())["traceEvents"]
+    check_trace(profiled)
+    kernels = [e for e in profiled if e.get("cat") == "kernel"]
+    assert any("addmm" in e["name"] or "linear" in e["name"] for e in kernels)
+    forwards = [e for e in profiled if e.get("cat") == "F" and e["pid"] == 2 and e["tid"] == 1]
+    first = min(forwards, key=lambda e: e["ts"])
+    inside = [e for e in kernels if first["ts"] <= e["ts"] <= first["ts"] + first["dur"]]
+    assert len(inside) > 5, "the profiler's clock is not the rank's"
     assert measured is not None and not measured.stopped
     assert measured.step_s == pytest.approx(step.seconds)
     assert [len(lane.actions) for lane in measured.lanes] == [len(r.events) for r in step.reports]

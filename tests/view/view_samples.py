@@ -29,6 +29,16 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """An operation that a profiler saw."""
+
+    name: str
+    track: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What a rank reports."""
 
@@ -37,6 +47,7 @@ class Report:
     end_s: float
     events: tuple[Event, ...]
     peak_bytes: int
+    kernels: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True)

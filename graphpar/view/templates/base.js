@@ -163,9 +163,15 @@ function staffText(plan, stage, most = 2) {
   return told.join(", ") + (stage.groups.length > most ? ` +${stage.groups.length - most}` : "");
 }
 
+// The format of units of a stage; where they differ, all of them.
+function formatOf(stage, first, last) {
+  if (!stage.unit_formats.length) return stage.precision;
+  return [...new Set(stage.unit_formats.slice(first - stage.first, last - stage.first))].join(" + ");
+}
+
 // How a stage computes, where that is not the plain way.
 function stageOptions(stage) {
-  return [stage.precision, stage.recompute ? "recompute" : null, stage.zero ? `ZeRO ${stage.zero}` : null].filter(Boolean);
+  return [formatOf(stage, stage.first, stage.last), stage.recompute ? "recompute" : null, stage.zero ? `ZeRO ${stage.zero}` : null].filter(Boolean);
 }
 
 function tags(texts) {

@@ -47,7 +47,7 @@ function stageBox(model, stage) {
     make("b", {}, stageTitle(plan, stage)), make("span", {}, `${staffText(plan, stage)} (${kinds})`),
     make("span", {}, `${plural(stage.last - stage.first, "unit")}, ${bytes(stage.weight_bytes)}`),
     ...tags(unusual(plan, stage)), whyLink(plan, stage)), stageLook(stage.index), stage.precision);
-  const blocks = blocksOf(model, stage.modules, null);
+  const blocks = blocksOf(model, stage.modules, null, stage);
   const box = make("div", { class: "stage", id: `stage-${stage.index}` }, head, blocks.host, blocks.more.button);
   model.wrapped.set(stage.index, { stage, ...blocks });
   return make("div", { class: "step" }, box, wireList(plan, stage));
@@ -62,11 +62,11 @@ function stageTitle(plan, stage) {
   return `stage ${stage.index}${plan.pipelines.length > 1 ? `, pipeline ${stage.pipeline}` : ""}`;
 }
 
-function blocksOf(model, modules, parent) {
+function blocksOf(model, modules, parent, stage) {
   const host = make("div", { class: "blocks" });
   const boxes = new Map();
   const makers = modules.map((module, index) => () => {
-    const box = blockBox(model, module, parent);
+    const box = blockBox(model, module, parent, stage);
     boxes.set(index, box);
     return box;
   });
@@ -74,14 +74,16 @@ function blocksOf(model, modules, parent) {
   return { host, more, modules, boxes };
 }
 
-function blockBox(model, module, parent) {
+function blockBox(model, module, parent, stage) {
   const kind = model.detail ? model.detail.kinds[model.detail.kind_of[module.first]] : null;
   const opens = module.children.length > 0 || (kind && kind.length > 0);
   const button = make("button", { type: "button", class: "name" }, make("span", {}, brief(module.label, 160)));
   if (module.count > 1) button.append(make("b", {}, `×${module.count}`));
   const box = make("div", { class: opens ? "block" : "block leaf" }, button);
-  box.parent = parent;
-  box.module = module;
+  Object.assign(box, { parent, module, stage });
+  const format = formatOf(stage, module.first, module.last);
+  if (hatchOf(format)) button.classList.add(hatchOf(format));
+  if (stage.unit_formats.length) button.append(make("span", { class: "tag" }, format));
   if (opens) {
     button.setAttribute("aria-expanded", "false");
     button.addEventListener("click", () => (box.inner ? closeBlock(model, box) : openBlock(model, box)));
@@ -93,7 +95,7 @@ function openBlock(model, box) {
   if (box.inner) return;
   const { module } = box;
   const leaf = module.children.length === 0;
-  const inner = leaf ? opsOf(model, module.first) : blocksOf(model, module.children, box);
+  const inner = leaf ? opsOf(model, module.first) : blocksOf(model, module.children, box, box.stage);
   box.inner = inner;
   box.append(inner.host, inner.more.button);
   box.classList.add("open");

@@ -56,7 +56,7 @@ function shareBar(plan) {
 }
 
 function formatsOf(plan) {
-  return [...new Set(plan.stages.map((stage) => stage.precision))];
+  return [...new Set(plan.stages.flatMap((stage) => (stage.unit_formats.length ? stage.unit_formats : [stage.precision])))];
 }
 
 // One ribbon per pipeline: stages in order, as wide as they have units.
