@@ -13,6 +13,8 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, PricingOptions
 from graphpar.cost_models.roofline import Roofline
+from graphpar.explanation import Explanation
+from graphpar.explanation_build import explain_partition
 from graphpar.frontend.capture import Captured, capture
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
@@ -47,6 +49,9 @@ ClusterLike = Cluster | Mapping[str, Any] | str | os.PathLike[str]
 
 CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch()))
 """What every captured graph goes through before it is priced."""
+_EXPLAIN_S = 2.0
+"""What `plan` may spend on saying why; `compile` is in more of a hurry."""
+
 _UNSPLIT = 10**6
 """Stands for "as many as there are samples" where the batch may be split freely."""
 
@@ -122,6 +127,7 @@ def plan(
         calibration=calibration,
         time_limit_s=time_limit_s,
         gap=gap,
+        explain_s=_EXPLAIN_S,
     )
 
 
@@ -274,8 +280,9 @@ def plan_prepared(
     calibration: Calibration | None,
     time_limit_s: float,
     gap: float,
+    explain_s: float = 0.25,
 ) -> Plan:
-    """Price, partition and predict a captured model."""
+    """Price, partition, explain (for at most `explain_s`) and predict a captured model."""
     check_precision(precision)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
@@ -296,6 +303,7 @@ def plan_prepared(
     while groups := quarrels(found, formats):
         formats = settled(formats, groups, cluster)
         table, found = search(formats)
+    explanation = explain_partition(table, found, time_limit_s=explain_s)
     options = {
         "gap": gap,
         "time_limit_s": time_limit_s,
@@ -313,6 +321,7 @@ def plan_prepared(
         options,
         precision=precision,
         notes=notes,
+        explanation=explanation,
     )
 
 
@@ -325,6 +334,7 @@ def plan_of(
     *,
     precision: str = "float32",
     notes: Sequence[str] = (),
+    explanation: Explanation | None = None,
 ) -> Plan:
     """The plan of a partition, whoever found it; `options` is what the planner was asked for."""
     lowered = lower(prepared.graph, found, table.training)
@@ -337,7 +347,8 @@ def plan_of(
         options=dict(options or {}),
     )
     links = stage_links(found, lowered.graphs)
-    return make_plan(subject, table, predict(table, found, links), notes=notes)
+    prediction = predict(table, found, links)
+    return make_plan(subject, table, prediction, notes=notes, explanation=explanation)
 
 
 def lower(graph: Graph, found: Partition, training: bool) -> Lowered:

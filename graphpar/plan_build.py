@@ -1,12 +1,13 @@
 """From a partition to a plan: schedule it, predict it, and write down all of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from graphpar.cost import CostTable
+from graphpar.explanation import Explanation
 from graphpar.partition.types import Partition
 from graphpar.plan_records import Option, PlanEdge, PlanReplica, PlanStage
 from graphpar.plans import Plan
@@ -62,6 +63,7 @@ def make_plan(
     *,
     assumptions: Sequence[str] = (),
     notes: Sequence[str] = (),
+    explanation: Explanation | None = None,
 ) -> Plan:
     """The plan of a predicted partition; `assumptions` are added to those of the simulator."""
     partition, timeline = prediction.partition, prediction.timeline
@@ -77,7 +79,7 @@ def make_plan(
         batch_reason=table.batch_reason,
         options=dict(subject.options),
         units=table.unit_names,
-        partition=replace(partition, runners_up=()),
+        partition=partition,
         stages=_stages(table, prediction),
         edges=tuple(_edge(prediction, link) for link in prediction.schedule.links),
         left_out={d: c.name for c in table.device_classes for d in c.devices if d not in used},
@@ -87,6 +89,7 @@ def make_plan(
         bubble_share=timeline.bubble_share,
         assumptions=(_SENDS, *((_GRADIENTS,) if table.training else ()), *assumptions),
         notes=tuple(notes),
+        explanation=explanation,
     )
     # Plain data and back: whole numbers become floats where floats belong, and the cluster's tuples
     # become lists, so that the plan equals itself after saving and loading.

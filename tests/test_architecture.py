@@ -16,7 +16,8 @@ ROWS = (
     "rewrite calibration loopback",
     "partition",
     "schedule timing simulate training solve_command "
-    "plans plan_records plan_check plan_page plan_build plan_diff explanation explain_page",
+    "plans plan_records plan_check plan_page plan_build plan_diff "
+    "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
     "compiler precision verify demo doctor model_spec hf_models commands cli examples",
     "__init__ __main__",

@@ -67,22 +67,25 @@ class WorkBound:
 
     def seconds(self, counts: Sequence[int]) -> float:
         """A lower bound on the time the given devices need for one microbatch of work."""
+        return self.prices(counts)[0]
+
+    def prices(self, counts: Sequence[int]) -> tuple[float, FloatArray]:
+        """The bound and the prices on the devices' time, per class, that give it."""
         number = np.array(counts, dtype=np.float64)
         used = self.teams.within(number)
         times, members = self.times_s[:, used], self.teams.members[used]
-        if not used.any():
-            return 0.0
         whole = self._whole(number)
-        if whole[number > 0].min() <= 0:
-            return 0.0
+        if not used.any() or whole[number > 0].min() <= 0:
+            return 0.0, np.zeros(len(number))
         prices = np.where(number > 0, 1 / np.where(whole > 0, whole, 1.0), 0.0)
-        best = 0.0
+        best, best_prices = 0.0, prices
         for step in range(_ROUNDS if len(times[0]) > 1 else 1):
             value, load = self._dual(times, members, number, prices)
-            best = max(best, value)
+            if value > best:
+                best, best_prices = value, prices
             # Devices that attract more than their share of the work are priced up.
             prices = prices * np.exp((load - 1) / (2 + step))
-        return best
+        return best, best_prices
 
     def _whole(self, number: FloatArray) -> FloatArray:
         """[class]: seconds of the whole chain on one device of each class."""
@@ -182,6 +185,18 @@ def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Li
     if not table.training or not each:
         return 0.0
     return float(_repeats(table) @ np.array(each).min(axis=0)) / sum(counts)
+
+
+def device_prices_s(table: CostTable) -> list[float]:
+    """What one more device of each class takes off the bound on work: its dual values.
+
+    The bound is `W / sum N_c mu_c` for the optimal prices mu, hence its derivative by N_c is
+    `-bound * mu_c / sum N mu`.
+    """
+    numbers = [len(c.devices) for c in table.device_classes]
+    bound, prices = sample_bound(table).prices(numbers)
+    total = float(np.array(numbers, dtype=np.float64) @ prices)
+    return [bound * table.batch * float(p) / total if total > 0 else 0.0 for p in prices]
 
 
 def least_bytes(table: CostTable) -> float:

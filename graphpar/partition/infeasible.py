@@ -122,7 +122,7 @@ def _devices_needed(table: CostTable, index: int, family: Family, deadline_s: fl
     """How many further devices of a class make a plan fit, or None."""
     number = 1
     while number <= _MOST_DEVICES and time.monotonic() < deadline_s:
-        if _fits_table(_more_devices(table, index, number), family, deadline_s):
+        if _fits_table(more_devices(table, index, number), family, deadline_s):
             break
         number *= 2
     else:
@@ -130,14 +130,15 @@ def _devices_needed(table: CostTable, index: int, family: Family, deadline_s: fl
     low = number // 2
     while number - low > 1:
         middle = (number + low) // 2
-        if _fits_table(_more_devices(table, index, middle), family, deadline_s):
+        if _fits_table(more_devices(table, index, middle), family, deadline_s):
             number = middle
         else:
             low = middle
     return number if time.monotonic() < deadline_s else None
 
 
-def _more_devices(table: CostTable, index: int, number: int) -> CostTable:
+def more_devices(table: CostTable, index: int, number: int) -> CostTable:
+    """The same table with further devices of a class, in the node of its first one."""
     device_class = table.device_classes[index]
     names = tuple(f"further {index}.{i}" for i in range(number))
     grown: DeviceClass = replace(device_class, devices=device_class.devices + names)

@@ -23,7 +23,7 @@ from graphpar.partition.family import (
     groupings,
     share_step,
 )
-from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device
+from graphpar.partition.handmade import data_parallel, evaluate, even_split, greedy_split, one_device
 from graphpar.partition.infeasible import explain_infeasible
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.pipeline_search import INFINITY, Found, search
@@ -37,6 +37,9 @@ from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, St
 ROUNDING = 1e-9
 """Relative difference of two sums of the same numbers that is rounding."""
 
+
+RUNNERS_UP = 3
+"""Plans that lost are kept up to this number."""
 
 RELAXED_SHARE = 0.7
 """Share of the asked-for gap that a search with relaxed links may use up."""
@@ -126,6 +129,7 @@ class _Run:
         self.family = family
         self.best: Candidate | None = None
         self.truncated: list[str] = []
+        self._seen: list[Candidate] = []
         self._table = family.table
         self._asked_gap = limits.gap
         # Where links are relaxed the real price may be higher: leave room for that within the gap.
@@ -181,6 +185,8 @@ class _Run:
         self._bound_s = min(self._bound_s, result.bound_s)
         if result.cut:
             self._cut("time limit: single pipeline")
+        for found in result.others[:RUNNERS_UP]:
+            self._offer((found,))
         if result.best is not None:
             self._offer((result.best,))
 
@@ -220,8 +226,20 @@ class _Run:
         if not groups_hold(self._table, pipelines):
             return
         step = price(self._table, pipelines, schedule).objective_s
+        candidate = Candidate(pipelines, schedule, step)
+        self._seen.append(candidate)
         if step < self.step_s:
-            self.best = Candidate(pipelines, schedule, step)
+            self.best = candidate
+
+    def runners_up(self) -> tuple[Partition, ...]:
+        """The best plans that lost, as they were met; each priced like any plan made by hand."""
+        best = self.best
+        seen: dict[object, Candidate] = {}
+        for candidate in sorted(self._seen, key=lambda c: c.step_s):
+            if best is not None and candidate.pipelines != best.pipelines:
+                seen.setdefault((candidate.pipelines, candidate.schedule), candidate)
+        chosen = list(seen.values())[:RUNNERS_UP]
+        return tuple(evaluate(self._table, c.pipelines, c.schedule) for c in chosen)
 
     def fall_back(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
         """After a search cut short: no answer may be worse than the plans nobody searches for."""
@@ -279,6 +297,7 @@ class _Run:
             family=self._family_words(),
             peak_bytes=cost.peak_bytes,
             notes=self._notes(),
+            runners_up=self.runners_up(),
         )
 
     def _family_words(self) -> str:

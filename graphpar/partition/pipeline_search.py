@@ -84,12 +84,16 @@ class Task:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best pipeline below the cutoff, if any, and a bound on all others; `cut` where time ended."""
+    """The best pipeline below the cutoff, if any, and a bound on all others; `cut` where time ended.
+
+    `others` are the best pipelines of other settings that were met on the way, best first.
+    """
 
     best: Found | None
     bound_s: float
     cut: bool
     programs: int
+    others: tuple[Found, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,8 @@ def search(
             run.dive(deadline_s)
         run.work(deadline_s)
     except OutOfTimeError:
-        return SearchResult(run.best, run.bound(), True, run.programs)
-    return SearchResult(run.best, run.bound(), False, run.programs)
+        return SearchResult(run.best, run.bound(), True, run.programs, run.others())
+    return SearchResult(run.best, run.bound(), False, run.programs, run.others())
 
 
 class _Run:
@@ -155,6 +159,7 @@ class _Run:
         self._ticket = itertools.count()
         self._heap: list[tuple[float, int, _Box]] = []
         self.best: Found | None = None
+        self._met: dict[int, tuple[float, Found]] = {}
         self.programs = 0
         for index, task in enumerate(tasks):
             bound = task.bound_s + self._weight * task.post_s
@@ -180,6 +185,11 @@ class _Run:
             except OutOfTimeError:
                 self._pruned = min(self._pruned, bound)
                 raise
+
+    def others(self) -> tuple[Found, ...]:
+        """The best of every setting but the winner's, best first."""
+        rest = [pair for pair in self._met.values() if pair[1] is not self.best]
+        return tuple(found for _, found in sorted(rest, key=lambda pair: pair[0]))
 
     def dive(self, deadline_s: float) -> None:
         """Try the most promising tasks with little more extra than their bounds until a plan fits."""
@@ -231,8 +241,11 @@ class _Run:
 
     def _offer_answer(self, task: int, answer: ChainAnswer) -> None:
         value = answer.fill_s + answer.extra_s + self._weight * answer.post_s
+        found = Found(self._tasks[task].setting, answer)
+        if task not in self._met or value < self._met[task][0]:
+            self._met[task] = value, found
         if value < self._cutoff:
-            self._cutoff, self.best = value, Found(self._tasks[task].setting, answer)
+            self._cutoff, self.best = value, found
 
     def _split(self, costs: ChainSolver, bound: float, box: _Box, answer: ChainAnswer) -> None:
         """Push what is left of a box: less extra, in two halves, or the same extra and less post."""
