@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, Links, StageOption, links_between
@@ -22,6 +23,8 @@ from graphpar.partition.unit_arrays import (
     UnitArrays,
     all_ranges,
 )
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def build_costs(
     flight = {
         key: units.most_in_flight(*key) for key in sorted({(m, o.width) for o in kept for m in o.staff})
     }
+    kept, worse = _without_outdone(table, units, kept, setting, seconds, flight)
     kinds = _link_kinds(cells, kept)
     before = boundary_seconds(table, setting, kinds)
     arms = _arms(cells, kept, kinds)
@@ -135,8 +139,71 @@ def build_costs(
             most = [flight[m, option.width] for m in option.staff[: len(own)]]
             limits = _most_below(setting, own, most, option.width)
             most_below[index] = np.minimum(most_below[index], limits)
+            if worse[index] is not None:
+                extra[number][worse[index]] = np.inf
+        if worse[index] is not None:
+            fill[index][worse[index]] = np.inf
     post = np.stack([_cached_post(table, units, o, setting) for o in kept]) if kept else fill
     return StageCosts(setting, kept, arms, kinds, units.runs, fill, before, extra, post, most_below)
+
+
+def _without_outdone(
+    table: CostTable,
+    units: UnitArrays,
+    options: Sequence[StageOption],
+    setting: Setting,
+    seconds: dict[int, FloatArray],
+    flight: dict[tuple[int, int], FloatArray],
+) -> tuple[tuple[StageOption, ...], list[BoolArray | None]]:
+    """Options without those that the same devices outdo in another mode; of the rest, where they do.
+
+    Where every replica is no slower, the post no longer and the memory no tighter, neither fill nor
+    fill and extra together are more, hence no plan is lost.
+    """
+    alike: dict[object, list[int]] = {}
+    for number, option in enumerate(options):
+        alike.setdefault(option.groups, []).append(number)
+    look = _Outdone(table, units, options, setting, seconds, flight)
+    worse: dict[int, BoolArray] = {}
+    for group in alike.values():
+        for i in group if len(group) > 1 else ():
+            mask = ~units.valid
+            for j in group:
+                if i != j:
+                    # Of two that are equal the first stays.
+                    usable = ~worse[j] if j in worse else units.valid
+                    mask = mask | (usable & look.by(i, j))
+            worse[i] = mask
+    kept = [i for i in range(len(options)) if i not in worse or not worse[i].all()]
+    return tuple(options[i] for i in kept), [worse.get(i) for i in kept]
+
+
+@dataclass(frozen=True, eq=False)
+class _Outdone:
+    """Compares two ways to run stages on the same devices."""
+
+    table: CostTable
+    units: UnitArrays
+    options: Sequence[StageOption]
+    setting: Setting
+    seconds: dict[int, FloatArray]
+    flight: dict[tuple[int, int], FloatArray]
+
+    def by(self, one: int, other: int) -> BoolArray:
+        """[range]: where the other is as good as the one in all respects."""
+        mine, theirs = self.options[one], self.options[other]
+        width, uniform = mine.width, len(set(mine.staff)) == len(set(theirs.staff)) == 1
+        posts = [_cached_post(self.table, self.units, o, self.setting) for o in (mine, theirs)]
+        found: BoolArray = posts[1] <= posts[0]
+        times = [_replica_seconds(self.table, self.units, o, self.seconds) for o in (mine, theirs)]
+        pairs = {(id(a), id(b)): (a, b) for a, b in zip(*times, strict=True)}
+        for a, b in pairs.values():
+            found = found & (b <= a)
+        for m, n in set(zip(mine.staff, theirs.staff, strict=True)):
+            room = self.flight[n, width]
+            ample = room >= self.setting.microbatches
+            found = found & (ample | (room >= self.flight[m, width]) if uniform else ample)
+        return found
 
 
 def _replica_seconds(
