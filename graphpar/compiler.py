@@ -43,6 +43,7 @@ from graphpar.precision import (
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel, Subject
+from graphpar.tensor_groups import member_graphs, with_group_modes
 from graphpar.training import Training
 
 ClusterLike = Cluster | Mapping[str, Any] | str | os.PathLike[str]
@@ -203,7 +204,9 @@ def subject_of(model: nn.Module, prepared: Prepared, cluster: Cluster, train: Tr
         whole_batch_only=bool(prepared.batch_reason),
         cluster=cluster,
         training=train,
-        lower=lambda graph, chosen: lower(graph, chosen, train is not None),
+        lower=lambda graph, chosen, like: lower(
+            graph, chosen, train is not None, cluster=cluster, like=like, train=train
+        ),
         prepare_inference=lambda a, k: _captured(prepare(model, a, k, None)),
         prepare_again=lambda a, k: _captured(prepare(model, a, k, train)),
     )
@@ -322,6 +325,7 @@ def plan_prepared(
         precision=precision,
         notes=notes,
         explanation=explanation,
+        calibration=calibration,
     )
 
 
@@ -335,9 +339,13 @@ def plan_of(
     precision: str = "float32",
     notes: Sequence[str] = (),
     explanation: Explanation | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The plan of a partition, whoever found it; `options` is what the planner was asked for."""
-    lowered = lower(prepared.graph, found, table.training)
+    groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
+    if groups:
+        table = with_group_modes(table, prepared.graph, cluster, groups, calibration)
+    lowered = lower(prepared.graph, found, table.training, cluster=cluster, shard=False)
     subject = PlanSubject(
         model=prepared.graph.name,
         model_hash=prepared.model_hash,
@@ -351,8 +359,27 @@ def plan_of(
     return make_plan(subject, table, prediction, notes=notes, explanation=explanation)
 
 
-def lower(graph: Graph, found: Partition, training: bool) -> Lowered:
-    """One lowered graph per pipeline of a partition."""
+def lower(
+    graph: Graph,
+    found: Partition,
+    training: bool,
+    *,
+    cluster: Cluster | None = None,
+    like: Lowered | None = None,
+    train: Training | None = None,
+    shard: bool = True,
+) -> Lowered:
+    """One lowered graph per pipeline of a partition, and one for each member of a tensor group.
+
+    Args:
+        graph: A captured graph.
+        found: Who runs what.
+        training: Whether the lowered graphs train.
+        cluster: The devices; needed where the partition has tensor groups.
+        like: Lowered before for the same ranks: weights stay in the slices they are held in.
+        train: How the job trains; an optimiser that must see whole weights keeps them whole.
+        shard: False leaves the members' own graphs out.
+    """
     graphs = []
     for pipeline in found.pipelines:
         stage_of_unit = [0] * pipeline.stages[-1].last
@@ -361,7 +388,12 @@ def lower(graph: Graph, found: Partition, training: bool) -> Lowered:
         formats = tuple(f for stage in pipeline.stages for f in stage.formats)
         lowered, _ = lowering_passes(tuple(stage_of_unit), formats).run(graph)
         graphs.append(lowered)
-    return Lowered(found, tuple(graphs), training)
+    local: dict[int, Graph] = {}
+    if shard and any(r.others for p in found.pipelines for s in p.stages for r in s.replicas):
+        if cluster is None:
+            raise ValueError("A partition with tensor groups is lowered for a cluster; give cluster=.")
+        local = member_graphs(graph, tuple(graphs), found, cluster, training, like, train)
+    return Lowered(found, tuple(graphs), training, local=local)
 
 
 def _state_bytes(train: Training) -> float:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from graphpar.cost import LinkCost
 from graphpar.errors import VerifyError
 from graphpar.schedule import Action, Schedule
+from graphpar.schedule.teams import collapsed, leaders_of
+from graphpar.team_timing import timing_of_leaders
 from graphpar.timing import SizeTiming, Timing
 
 
@@ -86,11 +88,30 @@ def simulate(schedule: Schedule, timing: Timing) -> Timeline:
             f"the timing has {len(timing.ranks)} ranks and the schedule {schedule.num_ranks}; "
             "make both from the same partition"
         )
+    if schedule.teams:
+        alone = simulate(collapsed(schedule), timing_of_leaders(schedule, timing))
+        return _of_members(alone, schedule, timing)
     simulation = _Simulation(schedule, timing)
     simulation.run_microbatches()
     simulation.reduce_gradients()
     simulation.run_optimizers()
     return simulation.timeline()
+
+
+def _of_members(leaders: Timeline, schedule: Schedule, timing: Timing) -> Timeline:
+    """The timeline of all ranks from that of their tensor groups' leaders; memory is each rank's own."""
+    number = {leader: i for i, leader in enumerate(leaders_of(schedule))}
+    own = [number[team[0]] for team in schedule.team_of]
+    return Timeline(
+        schedule=schedule,
+        starts_s=tuple(leaders.starts_s[i] for i in own),
+        ends_s=tuple(leaders.ends_s[i] for i in own),
+        step_s=leaders.step_s,
+        compute_s=tuple(leaders.compute_s[i] for i in own),
+        send_s=tuple(leaders.send_s[i] for i in own),
+        reduce_s=tuple(leaders.reduce_s[i] for i in own),
+        peak_bytes=tuple(_peak_bytes(schedule, timing, rank) for rank in range(schedule.num_ranks)),
+    )
 
 
 class _Simulation:

@@ -37,12 +37,14 @@ class Line:
         microbatches: How many microbatches; stages given by a number share them evenly.
         samples: Its part of the batch; None for all of it.
         cuts: Units where stages after the first begin; evenly spread when left out.
+        groups: For each stage the shares of its replicas' members; one device each when left out.
     """
 
     stages: tuple[int | tuple[int, ...], ...]
     microbatches: int = 1
     samples: int | None = None
     cuts: tuple[int, ...] | None = None
+    groups: tuple[tuple[float, ...], ...] = ()
 
 
 def straight(num_stages: int, microbatches: int = 1) -> tuple[Line, ...]:
@@ -69,7 +71,7 @@ class Forced:
     cluster: Cluster
     training: Training | None
     plan: Plan
-    lower: Callable[[Graph, Partition], Lowered] | None = None
+    lower: Callable[[Graph, Partition, Lowered | None], Lowered] | None = None
 
     def start(self) -> CompiledModel:
         """The running job; captures nothing again."""
@@ -96,7 +98,7 @@ def force(
     With `by_op` every op is a unit of its own, so that cuts are possible anywhere.
     """
     prepared = prepared or prepare(model, args, kwargs or {}, train)
-    count = sum(len(_shares(stage, line.microbatches)) for line in lines for stage in line.stages)
+    count = sum(_num_devices(line) for line in lines)
     where = as_cluster(cluster) if cluster is not None else cpus(count)
     if by_op:
         prepared = replace(prepared, chain=finest_chain(prepared.graph))
@@ -129,7 +131,9 @@ def finest_chain(graph: Graph) -> Chain:
     return Chain(tuple(units), free)
 
 
-def lower_by_op(graph: Graph, found: Partition, training: bool) -> Lowered:
+def lower_by_op(
+    graph: Graph, found: Partition, like: Lowered | None = None, *, training: bool
+) -> Lowered:
     """What the compiler's lowering does, for the finest chain."""
     units = finest_chain(graph).units
     graphs = []
@@ -159,7 +163,7 @@ def handmade(pipelines: tuple[PipelineChoice, ...], schedule: ScheduleName) -> P
         seconds=0.0,
         truncated_by=("not searched",),
         family="this plan only",
-        peak_bytes={r.device: 0.0 for p in pipelines for s in p.stages for r in s.replicas},
+        peak_bytes={d: 0.0 for p in pipelines for s in p.stages for r in s.replicas for d in r.devices},
     )
 
 
@@ -174,12 +178,24 @@ def _pipeline(line: Line, units: int, batch: int, device: Callable[[], str]) -> 
     cuts = line.cuts or tuple(round(i * units / count) for i in range(1, count))
     ends = [0, *cuts, units]
     assert len(cuts) == count - 1 and ends == sorted(set(ends)), f"{units} units, cut at {cuts}"
-    stages = []
+    stages: list[StageChoice] = []
     for first, last, width in zip((0, *cuts), (*cuts, units), line.stages, strict=True):
         shares = _shares(width, line.microbatches)
-        stages.append(StageChoice(first, last, tuple(Replica(device(), share) for share in shares)))
+        parts = line.groups[len(stages)] if line.groups else ()
+        stages.append(StageChoice(first, last, tuple(_replica(device, n, parts) for n in shares)))
     samples = batch if line.samples is None else line.samples
     return PipelineChoice(samples, line.microbatches, tuple(stages))
+
+
+def _num_devices(line: Line) -> int:
+    widths = [len(_shares(stage, line.microbatches)) for stage in line.stages]
+    groups = line.groups or ((),) * len(widths)
+    return sum(width * max(1, len(parts)) for width, parts in zip(widths, groups, strict=True))
+
+
+def _replica(device: Callable[[], str], microbatches: int, parts: tuple[float, ...]) -> Replica:
+    first, *others = [device() for _ in parts or (1.0,)]
+    return Replica(first, microbatches, tuple(others), parts if others else ())
 
 
 def check_training(

@@ -15,17 +15,17 @@ ROWS = (
     "ir cost catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration loopback",
     "partition",
-    "schedule timing simulate training solve_command "
+    "schedule timing team_timing simulate training solve_command "
     "plans plan_records plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
-    "compiler precision verify demo doctor model_spec hf_models commands cli examples",
+    "compiler precision tensor_groups verify demo doctor model_spec hf_models commands cli examples",
     "__init__ __main__",
 )
 """Top-level modules and packages by row; a module imports from its own row and those above."""
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 CATALOGUES = {"passes", "cost_models"}
-DRIVERS = {"compiler", "precision", "verify", "demo", "commands", "cli"}
+DRIVERS = {"compiler", "precision", "tensor_groups", "verify", "demo", "commands", "cli"}
 
 
 def sources() -> Iterator[tuple[str, Path]]:

@@ -11,22 +11,31 @@ from graphpar.ir.text import format_op
 ATTRIBUTES: dict[Level, frozenset[str]] = {
     "captured": frozenset({"grad", "samples", "outer", "reduces", "format"}),
     "placed": frozenset({"grad", "samples", "outer", "reduces", "format", "stage"}),
-    "lowered": frozenset({"grad", "samples", "outer", "reduces", "format", "stage"}),
+    "lowered": frozenset(
+        {"grad", "samples", "outer", "reduces", "format", "stage", "shard", "partial", "held"}
+    ),
 }
 """Attributes an op may carry, by level.
 
 `grad`: a gradient flows through the result. `samples`: what the result means to the samples of the
 batch (see `passes/samples.py`), `outer` how often the batch is repeated along its dimension.
 `reduces`: why an op joins samples. `format`: the number format its unit computes in (see `formats.py`).
-`stage`: the stage that runs it.
+`stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
+inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
+hold it, whether they read it or not.
 """
 _OWN = frozenset(
     {"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention", "gp.share", "gp.cast_weight"}
 )
+_GROUP = frozenset(
+    """gp.copy_to_group gp.all_reduce gp.reduce_copies gp.take_shard gp.take_part gp.all_gather
+    gp.gather_copies gp.reduce_scatter gp.all_to_all gp.lookup gp.class_loss gp.grouped_product""".split()
+)
+"""Ops by which the members of a tensor group work together."""
 OWN_TARGETS: dict[Level, frozenset[str]] = {
     "captured": _OWN | {"gp.whole_batch"},
     "placed": _OWN,
-    "lowered": _OWN | {"gp.send", "gp.recv"},
+    "lowered": _OWN | _GROUP | {"gp.send", "gp.recv"},
 }
 """Ops of our own, by level; all others are torch's."""
 

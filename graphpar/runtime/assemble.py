@@ -1,25 +1,37 @@
 """From a plan's partition and the lowered graphs to every rank's program."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_graph
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.runtime.copies import Holding, Reduction, owners, ranks_of, reductions
 from graphpar.runtime.lower import StageInterface, interface
-from graphpar.runtime.program import RankProgram
+from graphpar.runtime.program import RankProgram, Slice
 from graphpar.runtime.user_ops import foreign_targets, needed_code
 from graphpar.schedule import Schedule, StageLink, build_schedule
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a rank stands: its pipeline, its stage there, and what the stage reads and makes."""
+    """Where a rank stands.
+
+    Attributes:
+        pipeline: Its pipeline.
+        interface: Its stage there, and what the stage reads and makes.
+        team: The ranks of its tensor group, itself included; itself alone where there is none.
+        slices: Of which tensors it holds a slice.
+        partial: Parameters whose gradient is summed over the tensor group.
+    """
 
     pipeline: int
     interface: StageInterface
+    team: tuple[int, ...] = ()
+    slices: Mapping[str, Slice] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -32,44 +44,73 @@ class Lowered:
     """A partition with one lowered graph per pipeline.
 
     `graphs` are for any batch size where sizes are symbolic; `whole` tells that samples mix, so that
-    every batch is one microbatch.
+    every batch is one microbatch. `local` holds for each rank that is a member of a tensor group its own
+    graph of its pipeline.
     """
 
     partition: Partition
     graphs: tuple[Graph, ...]
     training: bool
     whole: bool = False
+    local: Mapping[int, Graph] = field(default_factory=dict)
 
     @cached_property
     def placements(self) -> tuple[Placement, ...]:
         """One per rank, in the order of `Partition.used_devices`."""
-        return tuple(
-            Placement(number, stage)
-            for number, (pipeline, graph) in enumerate(
-                zip(self.partition.pipelines, self.graphs, strict=True)
-            )
-            for index, choice in enumerate(pipeline.stages)
-            for stage in [interface(graph, index)]
-            for _ in choice.replicas
-        )
+        found: list[Placement] = []
+        for number, pipeline in enumerate(self.partition.pipelines):
+            for index, choice in enumerate(pipeline.stages):
+                for replica in choice.replicas:
+                    team = tuple(range(len(found), len(found) + len(replica.devices)))
+                    found += [self._placement(number, index, team, rank) for rank in team]
+        return tuple(found)
+
+    def _placement(self, pipeline: int, stage: int, team: tuple[int, ...], rank: int) -> Placement:
+        graph = self.local.get(rank, self.graphs[pipeline])
+        face = interface(graph, stage)
+        held = {label for labels in face.tensors.values() for label in labels}
+        slices, partial = {}, set()
+        for op in (*graph.sources("parameter"), *graph.sources("buffer")):
+            label, cut = str(op.args[0]), op.attr("shard")
+            if label in held and isinstance(cut, tuple):
+                slices[label] = Slice(cut[0], cut[2:], cut[1], team.index(rank))
+            if label in held and op.attr("partial"):
+                partial.add(label)
+        return Placement(pipeline, face, team, slices, frozenset(partial))
+
+    def graph_of(self, rank: int) -> Graph:
+        """The graph that a rank runs its stage of."""
+        return self.local.get(rank, self.graphs[self.placements[rank].pipeline])
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """All ranks, then every set of ranks that hold a trained parameter together."""
-        sets = {ranks for ranks in self.holders.values() if len(ranks) > 1}
+        """All ranks, the tensor groups, then every set of ranks that sum gradients together."""
         everyone = tuple(range(len(self.placements)))
-        return (everyone, *sorted(sets))
+        return tuple(dict.fromkeys((everyone, *self.teams, *sorted(ranks_of(self._reductions)))))
 
     @cached_property
-    def holders(self) -> Mapping[str, tuple[int, ...]]:
-        """For each trained parameter the ranks that hold it."""
-        trained = set(self.trained)
-        holders: dict[str, list[int]] = {}
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of every tensor group of several."""
+        return tuple(dict.fromkeys(p.team for p in self.placements if len(p.team) > 1))
+
+    def copies(self, kind: str = "parameter") -> Mapping[str, tuple[tuple[Holding, ...], ...]]:
+        """For each tensor of a kind what the members of each replica hold of it."""
+        found: dict[str, dict[tuple[int, ...], list[Holding]]] = {}
         for rank, placement in enumerate(self.placements):
-            for label in placement.interface.tensors["parameter"]:
-                if label in trained:
-                    holders.setdefault(label, []).append(rank)
-        return {label: tuple(ranks) for label, ranks in holders.items()}
+            for label in placement.interface.tensors[kind]:
+                holding = Holding(rank, placement.slices.get(label), label in placement.partial)
+                found.setdefault(label, {}).setdefault(placement.team, []).append(holding)
+        return {label: tuple(map(tuple, teams.values())) for label, teams in found.items()}
+
+    @cached_property
+    def holders(self) -> Mapping[str, tuple[tuple[Holding, ...], ...]]:
+        """For each trained parameter what each replica holds of it."""
+        trained = set(self.trained)
+        return {label: copies for label, copies in self.copies().items() if label in trained}
+
+    @cached_property
+    def _reductions(self) -> Mapping[str, list[Reduction]]:
+        return {label: reductions(label, copies) for label, copies in self.holders.items()}
 
     @cached_property
     def trained(self) -> tuple[str, ...]:
@@ -85,20 +126,18 @@ class Lowered:
 
     def programs(self, schedule: Schedule, batch: int) -> list[RankProgram]:
         """Every rank's program for a schedule of a global batch."""
-        texts = [format_graph(graph) for graph in self.graphs]
+        texts = {id(graph): format_graph(graph) for graph in (*self.graphs, *self.local.values())}
+        owned = {label: owners(copies) for label, copies in self.holders.items()}
         starts = (0, *accumulate(schedule.microbatch_sizes))
         programs = []
         for rank, placement in enumerate(self.placements):
-            shared = {
-                label: self.groups.index(ranks)
-                for label, ranks in self.holders.items()
-                if rank in ranks and len(ranks) > 1
-            }
-            graph, stage = self.graphs[placement.pipeline], placement.interface.stage
+            mine = [r for rs in self._reductions.values() for r in rs if rank in r.group]
+            mine = mine if self.training else []
+            graph, stage = self.graph_of(rank), placement.interface.stage
             imports, operators = needed_code(foreign_targets(graph, stage))
             programs.append(
                 RankProgram(
-                    graph=texts[placement.pipeline],
+                    graph=texts[id(graph)],
                     stage=stage,
                     training=self.training,
                     actions=tuple(str(action) for action in schedule.actions[rank]),
@@ -106,8 +145,13 @@ class Lowered:
                     sizes=schedule.microbatch_sizes,
                     first_samples=starts[:-1],
                     batch=batch,
-                    shared=shared if self.training else {},
-                    owned=tuple(la for la, ranks in self.holders.items() if ranks[0] == rank),
+                    shared={r.label: self.groups.index(r.group) for r in mine},
+                    owned=tuple(la for la, own in owned.items() if rank in {h.rank for h in own}),
+                    silent=tuple(r.label for r in mine if rank in r.silent),
+                    spread=tuple(r.label for r in mine if r.spread),
+                    slices=dict(placement.slices),
+                    teams=self.teams,
+                    team=self.groups.index(placement.team) if len(placement.team) > 1 else -1,
                     imports=imports,
                     operators=operators,
                 )

@@ -23,6 +23,8 @@ from graphpar.runtime.lower import Message, StageBuilder
 from graphpar.runtime.program import Event, RankProgram, StepReport
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.scaling import LossScaler
+from graphpar.runtime.slices import padded, take
+from graphpar.runtime.team import Team
 from graphpar.runtime.transport import Arrival, Transport
 from graphpar.schedule import Action
 
@@ -77,6 +79,7 @@ class Executor:
         optimizer: Called for the optimiser step; None for inference.
         lower_weights: The rank's weights in lower formats, shared by all its programs.
         scaler: What the loss is multiplied with; None where it is not.
+        team: The rank's tensor group; None where it works alone.
     """
 
     def __init__(
@@ -90,13 +93,19 @@ class Executor:
         optimizer: Callable[[], None] | None = None,
         lower_weights: LowerWeights | None = None,
         scaler: LossScaler | None = None,
+        team: Team | None = None,
     ) -> None:
         self.program = program
         self.transport = transport
         self.pace = pace
         self.context = StepContext(seed=seed)
         graph = parse_graph(program.graph)
-        self.builder = StageBuilder(graph, program.stage, tensors, device, self.context, lower_weights)
+        self.team = team
+        self.member, self.width = (0, 1) if team is None else (team.member, team.size)
+        self._teams = {members[0]: members for members in program.teams}
+        self.builder = StageBuilder(
+            graph, program.stage, tensors, device, self.context, lower_weights, team
+        )
         self.interface = self.builder.interface
         self.actions = tuple(Action.parse(token) for token in program.actions)
         self.device = device
@@ -158,7 +167,17 @@ class Executor:
         return (2 * message.tag + backward) * len(self.program.sizes) + microbatch
 
     def _peer(self, message: Message, microbatch: int) -> int:
-        return self.program.routes[microbatch][message.stage]
+        """The rank of the other stage to hear from: of a tensor group, by place modulo width."""
+        team = self._team(self.program.routes[microbatch][message.stage])
+        return team[self.member % len(team)]
+
+    def _peers(self, message: Message, microbatch: int) -> list[int]:
+        """The ranks of the other stage that this one sends to: those that will look for it here."""
+        team = self._team(self.program.routes[microbatch][message.stage])
+        return list(team[self.member :: self.width])
+
+    def _team(self, leader: int) -> tuple[int, ...]:
+        return self._teams.get(leader, (leader,))
 
     def _post_ahead(self, state: _Step) -> None:
         while state.to_post and len(state.posted) < _POST_AHEAD:
@@ -198,7 +217,8 @@ class Executor:
         for message in self.interface.sends:
             value = state.outgoing.pop((message.tag, action.microbatch))
             tag = self._tag(message, action.microbatch, backward=False)
-            self.transport.send(self._peer(message, action.microbatch), value, tag)
+            for peer in self._peers(message, action.microbatch):
+                self.transport.send(peer, value, tag)
 
     def _send_gradient(self, state: _Step, action: Action) -> None:
         assert action.microbatch is not None
@@ -206,7 +226,8 @@ class Executor:
             if message.has_gradient:
                 value = state.returning.pop((message.tag, action.microbatch))
                 tag = self._tag(message, action.microbatch, backward=True)
-                self.transport.send(self._peer(message, action.microbatch), value, tag)
+                for peer in self._peers(message, action.microbatch):
+                    self.transport.send(peer, value, tag)
 
     # --- computing ---
 
@@ -226,8 +247,9 @@ class Executor:
             sends, results = module(*inputs, *received.values())
         sent = {m.tag: value for m, value in zip(self.interface.sends, sends, strict=True)}
         state.outgoing.update({(tag, number): value for tag, value in sent.items()})
-        for (place, _), value in zip(self.interface.results, results, strict=True):
-            state.results[place, number] = value.detach()
+        if self.member == 0:
+            for (place, _), value in zip(self.interface.results, results, strict=True):
+                state.results[place, number] = value.detach()
         if self.program.training:
             loss = results[0] if results else None
             state.in_flight[number] = _InFlight(received, sent, loss)
@@ -273,18 +295,35 @@ class Executor:
 
     def _reduce(self, state: _Step, action: Action) -> None:
         """Sum the gradients of parameters that other ranks hold too."""
-        buckets: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+        buckets: dict[tuple[int, torch.dtype], list[str]] = {}
         for label, group in sorted(self.program.shared.items()):
             parameter = self._tensors[label]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            buckets.setdefault((group, parameter.dtype), []).append(parameter)
-        for (group, _), parameters in sorted(buckets.items(), key=lambda item: item[0][0]):
-            flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-            total = self.transport.sum(flat, group)
-            parts = torch.split(total, [p.numel() for p in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
+            buckets.setdefault((group, parameter.dtype), []).append(label)
+        for (group, _), labels in sorted(buckets.items(), key=lambda item: item[0][0]):
+            given = [self._given(label) for label in labels]
+            total = self.transport.sum(torch.cat([g.reshape(-1) for g in given]), group)
+            parts = torch.split(total, [g.numel() for g in given])
+            for label, whole, part in zip(labels, given, parts, strict=True):
+                self._tensors[label].grad = self._taken(label, part.view_as(whole))
+
+    def _given(self, label: str) -> torch.Tensor:
+        """What the rank adds to a sum: its gradient, in its place where others hold other slices."""
+        gradient, cut = self._tensors[label].grad, self.program.slices.get(label)
+        assert gradient is not None
+        if label in self.program.silent:
+            gradient = torch.zeros_like(gradient)
+        if label in self.program.spread and cut is not None:
+            return padded(gradient, cut.dim, cut.counts, cut.inner, cut.member)
+        return gradient
+
+    def _taken(self, label: str, total: torch.Tensor) -> torch.Tensor:
+        """The rank's part of a sum."""
+        cut = self.program.slices.get(label)
+        if label not in self.program.spread or cut is None:
+            return total
+        return take(total, cut.dim, cut.counts, cut.inner, cut.member)
 
     def _optimize(self, state: _Step, action: Action) -> None:
         if self._optimizer is not None:

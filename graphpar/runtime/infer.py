@@ -16,7 +16,7 @@ from graphpar.runtime.assemble import Lowered
 
 
 def lower_inference(
-    captured: Captured, trained: Lowered, lower: Callable[[Graph, Partition], Lowered]
+    captured: Captured, trained: Lowered, lower: Callable[[Graph, Partition, Lowered], Lowered]
 ) -> Lowered:
     """The graph lowered so that every weight is read where training keeps it.
 
@@ -25,20 +25,20 @@ def lower_inference(
             order serves both.
     """
     fitted = replace(_fitted_to(captured.graph, trained), schedule="gpipe")
-    lowered = lower(captured.graph, fitted)
+    lowered = lower(captured.graph, fitted, trained)
     _check_held(lowered, trained)
     return replace(lowered, training=False, whole=bool(captured.unsplittable or captured.mixes))
 
 
 def lower_again(
-    captured: Captured, before: Lowered, lower: Callable[[Graph, Partition], Lowered]
+    captured: Captured, before: Lowered, lower: Callable[[Graph, Partition, Lowered], Lowered]
 ) -> Lowered:
     """The model as captured for inputs of another shape, in the stages it has.
 
     Raises:
         VerifyError: A rank would have to hold other weights than it does.
     """
-    lowered = lower(captured.graph, _fitted_to(captured.graph, before))
+    lowered = lower(captured.graph, _fitted_to(captured.graph, before), before)
     _check_held(lowered, before)
     if lowered.training and lowered.holders != before.holders:
         raise VerifyError(
@@ -69,7 +69,7 @@ def _fitted_to(graph: Graph, before: Lowered) -> Partition:
     for pipeline, lowered_graph in zip(before.partition.pipelines, before.graphs, strict=True):
         stages_of = _stages_of_weights(before, first_rank, pipeline)
         pipelines.append(_fitted(graph, pipeline, stages_of, _formats_of_weights(lowered_graph)))
-        first_rank += sum(len(stage.replicas) for stage in pipeline.stages)
+        first_rank += sum(len(r.devices) for stage in pipeline.stages for r in stage.replicas)
     return replace(before.partition, pipelines=tuple(pipelines))
 
 
@@ -89,7 +89,7 @@ def _stages_of_weights(
         held = trained.placements[rank].interface.tensors
         for label in (*held["parameter"], *(b for b in held["buffer"] if b in written)):
             found.setdefault(label, []).append(number)
-        rank += len(stage.replicas)
+        rank += sum(len(r.devices) for r in stage.replicas)
     return found
 
 

@@ -26,11 +26,13 @@ from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
 from graphpar.runtime.program import StepReport
 from graphpar.runtime.prologue import Prologue
+from graphpar.runtime.slices import join
 from graphpar.runtime.starts import (
     all_tensors,
     buffers_and_constants,
     rank_starts,
     refuse_foreign_devices,
+    sliced,
 )
 from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
 from graphpar.runtime.workers import Workers
@@ -52,7 +54,8 @@ class Subject:
         whole_batch_only: Whether the batch must stay whole.
         cluster: The devices.
         training: How to train, None for inference.
-        lower: Lowers a graph for a partition.
+        lower: Lowers a graph for a partition; weights that are held in slices already, by a graph
+            lowered before, stay so.
         prepare_inference: Captures the model for inference with given arguments, passes included.
         prepare_again: The same in the job's own mode, for arguments of other shapes.
     """
@@ -64,7 +67,7 @@ class Subject:
     whole_batch_only: bool
     cluster: Cluster
     training: Training | None
-    lower: Callable[[Graph, Partition], Lowered]
+    lower: Callable[[Graph, Partition, Lowered | None], Lowered]
     prepare_inference: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
     prepare_again: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
 
@@ -138,6 +141,7 @@ class CompiledModel:
         self._steps = 0
         self._profiles = False
         self._held = [set(p.labels) for p in lowered.placements]
+        self._slices = [dict(p.slices) for p in lowered.placements]
         self._unheld = dict(tensors)
         constants = buffers_and_constants(subject.captured, subject.model)
         main = Loaded(
@@ -168,13 +172,13 @@ class CompiledModel:
         if under_torchrun():
             session = TorchrunWorkers.join(subject.cluster)
             plan = session.agree(decide, subject.model_hash)
-            lowered = subject.lower(subject.graph, plan.partition)
+            lowered = subject.lower(subject.graph, plan.partition, None)
             tensors = session.same_everywhere(all_tensors(subject.model, subject.captured))
             starts = rank_starts(subject.cluster, subject.training, lowered, tensors)
             session.begin(starts, lowered.trained, _factory(subject))
             return cls(subject, plan, session, lowered, tensors)
         plan = decide()
-        lowered = subject.lower(subject.graph, plan.partition)
+        lowered = subject.lower(subject.graph, plan.partition, None)
         refuse_foreign_devices(subject.cluster, lowered)
         tensors = all_tensors(subject.model, subject.captured)
         pickled = _pickle(subject.training.optimizer) if subject.training else b""
@@ -284,7 +288,8 @@ class CompiledModel:
         for rank, placement in enumerate(loaded.lowered.placements):
             new = [label for label in placement.labels if label not in self._held[rank]]
             self._held[rank].update(new)
-            missing.append({label: tensors[label] for label in new})
+            self._slices[rank].update({la: c for la, c in placement.slices.items() if la in new})
+            missing.append({la: sliced(tensors[la], placement.slices.get(la)) for la in new})
         self._workers.write(missing)
 
     def _run(self, loaded: Loaded, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -334,12 +339,7 @@ class CompiledModel:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole tensors under the model's own names, tied and unused ones included."""
-        wanted = self._owners()
-        read = self._workers.read([sorted(labels) for labels in wanted])
-        current = {label: tensor for part in read for label, tensor in part.items()}
-        for label, others in self._subject.graph.aliases.items():
-            if label in current:
-                current.update(dict.fromkeys(others, current[label]))
+        current = self._whole(self._workers.read)
         names = self._subject.model.state_dict()
         return {name: current.get(name, self._unheld.get(name, other)) for name, other in names.items()}
 
@@ -348,8 +348,24 @@ class CompiledModel:
 
         The usual optimisers' gradients are cleared after each step, so this is empty then.
         """
-        read = self._workers.gradients([sorted(labels) for labels in self._owners()])
-        current = {label: tensor for part in read for label, tensor in part.items()}
+        return self._whole(self._workers.gradients)
+
+    def _whole(
+        self, read: Callable[[Sequence[Sequence[str]]], Sequence[Mapping[str, torch.Tensor]]]
+    ) -> dict[str, torch.Tensor]:
+        """Whole tensors by name from what the ranks hold; slices are put together."""
+        wanted = self._owners()
+        parts = read([sorted(labels) for labels in wanted])
+        slices: dict[str, list[torch.Tensor]] = {}
+        cuts = {}
+        for rank, part in enumerate(parts):
+            for label, tensor in part.items():
+                slices.setdefault(label, []).append(tensor)
+                cuts[label] = self._slices[rank].get(label)
+        current = {
+            label: found[0] if cut is None else join(found, cut.dim, cut.counts, cut.inner)
+            for (label, found), cut in zip(slices.items(), cuts.values(), strict=True)
+        }
         for label, others in self._subject.graph.aliases.items():
             if label in current:
                 current.update(dict.fromkeys(others, current[label]))
@@ -372,22 +388,32 @@ class CompiledModel:
                     f"but {list(tensor.shape)} in the model."
                 )
         per_rank = []
-        for held in self._held:
+        for rank, held in enumerate(self._held):
             labels = sorted(held & own.keys())
             absent = [label for label in labels if label not in state]
             if absent:
                 raise ValueError(f"The state has no tensor for {', '.join(absent)}.")
-            per_rank.append({label: state[label] for label in labels})
+            per_rank.append({la: sliced(state[la], self._slices[rank].get(la)) for la in labels})
         self._workers.write(per_rank)
         self._unheld.update({name: tensor.detach().clone() for name, tensor in state.items()})
 
     def _owners(self) -> list[set[str]]:
-        """For each rank the tensors that are read from it: each label from its first holder."""
-        seen: set[str] = set()
-        owners = []
-        for held in self._held:
-            owners.append(held - seen)
-            seen |= held
+        """For each rank the tensors that are read from it: each label from its first replica.
+
+        Of a tensor group every member gives its slice, of what all hold whole the first.
+        """
+        seen: dict[str, tuple[int, ...]] = {}
+        owners: list[set[str]] = []
+        for rank, (held, placement) in enumerate(
+            zip(self._held, self._trained_on.placements, strict=True)
+        ):
+            own = set()
+            for label in held:
+                first = seen.setdefault(label, placement.team)
+                of_first = first == placement.team
+                if of_first and (rank == placement.team[0] or label in self._slices[rank]):
+                    own.add(label)
+            owners.append(own)
         return owners
 
     def close(self) -> None:

@@ -16,9 +16,11 @@ from graphpar.frontend.torch_private import is_random, lookup_op
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol
 from graphpar.runtime.casts import LowerWeights
+from graphpar.runtime.group_ops import group_module
 from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
-from graphpar.runtime.random import Layout, StepContext
+from graphpar.runtime.random import Layout, Part, StepContext
 from graphpar.runtime.steady import Steady, leave_out
+from graphpar.runtime.team import Team
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def stage_ops(graph: Graph, stage: int) -> tuple[Op, ...]:
     """The ops of one stage, and the sources they read, in order of execution."""
     own = [op for op in graph.ops if op.attr("stage") == stage]
     read = {name for op in own for name in op.operands() if op.target != "gp.recv"}
-    sources = [op for op in graph.ops if op.target in SOURCES and op.name in read]
+    sources = [
+        op for op in graph.ops if op.target in SOURCES and (op.name in read or op.attr("held") == stage)
+    ]
     return (*sources, *own)
 
 
@@ -94,6 +98,7 @@ class StageBuilder:
         device: Where the stage runs.
         context: Filled in before each forward.
         lower_weights: The rank's weights in lower formats.
+        team: The rank's tensor group; None where it works alone.
     """
 
     def __init__(
@@ -104,7 +109,9 @@ class StageBuilder:
         device: torch.device,
         context: StepContext,
         lower_weights: LowerWeights | None = None,
+        team: Team | None = None,
     ) -> None:
+        self.team = team
         self.ops = stage_ops(graph, stage)
         self.interface = interface(graph, stage)
         self.tensors, self.device, self.context = tensors, device, context
@@ -188,6 +195,9 @@ class StageBuilder:
             return Share(self.context)
         if op.target == "gp.cast_weight":
             return CastWeight(self._lower_weights)
+        of_group = group_module(op.target, self.team)
+        if of_group is not None:
+            return of_group
         stream, given = op.kwarg("stream"), op.kwarg("layout")
         assert isinstance(stream, int)
         layout = None
@@ -201,7 +211,18 @@ class StageBuilder:
             "gp.random": Random,
             "gp.attention": Attention,
         }
-        return classes[op.target](self.context, stream, layout)
+        return classes[op.target](self.context, stream, layout, _part(op))
+
+
+def _part(op: Op) -> Part | None:
+    """Which slice of its result a random op makes, in a tensor group."""
+    given = op.kwarg("part")
+    if not isinstance(given, tuple):
+        return None
+    dim, counts, inner, member = given
+    assert isinstance(dim, int) and isinstance(inner, int) and isinstance(member, int)
+    assert isinstance(counts, tuple)
+    return Part(dim, tuple(c for c in counts if isinstance(c, int)), inner, member)
 
 
 class _Stamp:

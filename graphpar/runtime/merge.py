@@ -57,9 +57,9 @@ def inputs_of_rank(
 ) -> dict[str, torch.Tensor]:
     """What a rank needs of the global batch: its microbatches of the inputs its stage reads."""
     needed: dict[str, torch.Tensor] = {}
-    first = 0
+    first, leader = 0, schedule.team_of[rank][0]
     for number, (size, route) in enumerate(zip(schedule.microbatch_sizes, schedule.routes, strict=True)):
-        if rank in route:
+        if leader in route:
             for label in stage.inputs:
                 if label in batched:
                     needed[f"{label}@{number}"] = inputs[label][first : first + size]

@@ -4,19 +4,21 @@ import torch
 from torch import nn
 
 from graphpar.runtime.casts import LowerWeights
-from graphpar.runtime.random import Layout, StepContext, keep_mask, normal, uniform
+from graphpar.runtime.random import Layout, Part, StepContext, keep_mask, normal, uniform
 
 
 class _Keyed(nn.Module):
     """A module that draws from a keyed stream."""
 
-    def __init__(self, context: StepContext, stream: int, layout: Layout | None) -> None:
+    def __init__(
+        self, context: StepContext, stream: int, layout: Layout | None, part: Part | None = None
+    ) -> None:
         super().__init__()
-        self.context, self.stream, self.layout = context, stream, layout
+        self.context, self.stream, self.layout, self.part = context, stream, layout, part
 
     def keep(self, x: torch.Tensor, drop: float) -> torch.Tensor:
         """Mask of the elements that are kept."""
-        return keep_mask(x.shape, drop, self.stream, self.context, self.layout, x.device)
+        return keep_mask(x.shape, drop, self.stream, self.context, self.layout, x.device, self.part)
 
 
 class Dropout(_Keyed):

@@ -13,6 +13,24 @@ class EmulatedLink(msgspec.Struct, frozen=True):
     bytes_per_s: float
 
 
+class Slice(msgspec.Struct, frozen=True):
+    """The slice of a tensor that a member of a tensor group holds (see `slices.take`).
+
+    >>> Slice(0, (2, 1), 1, 0).share
+    0.6666666666666666
+    """
+
+    dim: int
+    counts: tuple[int, ...]
+    inner: int
+    member: int
+
+    @property
+    def share(self) -> float:
+        """The member's part of the whole."""
+        return self.counts[self.member] / sum(self.counts)
+
+
 class RankProgram(msgspec.Struct, frozen=True):
     """One rank's part of one schedule (training or inference).
 
@@ -27,6 +45,11 @@ class RankProgram(msgspec.Struct, frozen=True):
         batch: Samples in the global batch.
         shared: For each parameter that several ranks hold the number of their group.
         owned: Parameters that this rank counts in the global gradient norm.
+        silent: Parameters of `shared` whose gradient another rank adds already.
+        spread: Parameters of `shared` that ranks hold in unlike slices: whole tensors are summed.
+        slices: Parameters of which the rank holds a slice.
+        teams: Ranks of every tensor group of several.
+        team: Number of the rank's tensor group among the groups; -1 where it works alone.
         imports: Modules that define operators the stage calls.
         operators: Operators that no module defines, as pickled by the driver; empty for none.
     """
@@ -41,6 +64,11 @@ class RankProgram(msgspec.Struct, frozen=True):
     batch: int
     shared: dict[str, int]
     owned: tuple[str, ...]
+    silent: tuple[str, ...] = ()
+    spread: tuple[str, ...] = ()
+    slices: dict[str, Slice] = {}
+    teams: tuple[tuple[int, ...], ...] = ()
+    team: int = -1
     imports: tuple[str, ...] = ()
     operators: bytes = b""
 

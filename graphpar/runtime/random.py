@@ -11,6 +11,8 @@ from math import pi, prod
 
 import torch
 
+from graphpar.runtime.slices import places
+
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 _GOLDEN = 0x9E3779B9 - 2**32
 
@@ -43,6 +45,21 @@ class Layout:
     inner: int = 1
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which slice of a tensor a member of a tensor group has (see `slices.take`)."""
+
+    dim: int
+    counts: tuple[int, ...]
+    inner: int
+    member: int
+
+    def places(self, size: int, device: torch.device) -> tuple[torch.Tensor, int]:
+        """For each element of the slice its place in the whole, and the size of the whole."""
+        whole = size // self.counts[self.member] * sum(self.counts)
+        return places(whole, self.counts, self.inner, self.member).to(device), whole
+
+
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Mix int32 bits in place; `>>` on int32 keeps the sign, hence the masks."""
     x ^= (x >> 16) & 0xFFFF
@@ -67,7 +84,12 @@ def _mix_number(value: int) -> int:
 
 
 def random_bits(
-    shape: torch.Size, stream: int, context: StepContext, layout: Layout | None, device: torch.device
+    shape: torch.Size,
+    stream: int,
+    context: StepContext,
+    layout: Layout | None,
+    device: torch.device,
+    part: Part | None = None,
 ) -> torch.Tensor:
     """Random int32 bits, one per element of `shape`.
 
@@ -77,32 +99,51 @@ def random_bits(
         context: Step and place in the global batch.
         layout: Where samples lie in `shape`; None for a tensor that all samples share.
         device: Where to make them.
+        part: Which slice of the microbatch's tensor `shape` is; None for all of it. The bits are
+            those that the whole has there.
     """
     key = context.seed
-    for part in (context.step, stream):
-        key = _mix_number((_mix_number(key) * 31 + part) ^ 0x5BD1E995)
+    for number in (context.step, stream):
+        key = _mix_number((_mix_number(key) * 31 + number) ^ 0x5BD1E995)
     dim = layout.dim if layout is not None else 0
-    rows = _global_rows(shape, dim, context, layout, device)
-    columns = torch.arange(prod(shape[dim + 1 :]) if shape else 1, device=device)
+    rows = _global_rows(shape, dim, context, layout, device, part)
+    columns = _places(shape, range(dim + 1, len(shape)), part, device)[0]
     row_bits = _mix(_mix(_to_int32(rows & 0xFFFFFFFF) ^ key) ^ _to_int32(rows >> 32))
     column_bits = _mix(_to_int32(columns) * _GOLDEN)
     return _mix(row_bits[:, None] ^ column_bits[None, :]).view(shape)
 
 
+def _places(
+    shape: torch.Size, dims: range, part: Part | None, device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """For each element of these dimensions, flattened, its place in the whole, and the whole's size."""
+    if part is None or part.dim not in dims:
+        size = prod(shape[d] for d in dims)
+        return torch.arange(size, device=device), size
+    before, _ = _places(shape, range(dims.start, part.dim), None, device)
+    own, whole = part.places(shape[part.dim], device)
+    after, tail = _places(shape, range(part.dim + 1, dims.stop), None, device)
+    place = (before[:, None, None] * whole + own[None, :, None]) * tail + after[None, None, :]
+    return place.reshape(-1), (before.numel() * whole) * tail
+
+
 def _global_rows(
-    shape: torch.Size, dim: int, context: StepContext, layout: Layout | None, device: torch.device
+    shape: torch.Size,
+    dim: int,
+    context: StepContext,
+    layout: Layout | None,
+    device: torch.device,
+    part: Part | None,
 ) -> torch.Tensor:
     """For each index up to and including the batch dimension its number in the global batch."""
-    size = shape[dim] if shape else 1
-    index = torch.arange(size, device=device)
-    total = size
+    index, total = _places(shape, range(dim, dim + 1 if shape else dim), part, device)
     if layout is not None:
         inner, outer = layout.inner, layout.outer
         o = index // (context.samples * inner)
         s = index // inner % context.samples + context.first_sample
         index = (o * context.batch + s) * inner + index % inner
         total = outer * context.batch * inner
-    before = torch.arange(prod(shape[:dim]), device=device)
+    before, _ = _places(shape, range(dim), part, device)
     return (before[:, None] * total + index[None, :]).reshape(-1)
 
 
@@ -113,12 +154,13 @@ def keep_mask(
     context: StepContext,
     layout: Layout | None,
     device: torch.device,
+    part: Part | None = None,
 ) -> torch.Tensor:
     """True where an element is kept, with probability `1 - drop` each."""
     threshold = round(drop * 2**32) - 2**31
     if threshold >= 2**31:
         return torch.zeros(shape, dtype=torch.bool, device=device)
-    return random_bits(shape, stream, context, layout, device) >= threshold
+    return random_bits(shape, stream, context, layout, device, part) >= threshold
 
 
 def uniform(

@@ -9,7 +9,8 @@ from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
 from graphpar.frontend.capture import Captured
 from graphpar.runtime.assemble import Lowered
-from graphpar.runtime.program import EmulatedLink, WorkerSetup
+from graphpar.runtime.program import EmulatedLink, Slice, WorkerSetup
+from graphpar.runtime.slices import take
 from graphpar.runtime.workers import RankStart
 from graphpar.training import Training
 
@@ -60,7 +61,8 @@ def rank_starts(
             max_grad_norm=training.max_grad_norm if training else None,
             scales_loss=training is not None and _uses_float16(lowered),
         )
-        starts.append(RankStart(name, setup, {la: tensors[la] for la in placement.labels}))
+        own = {la: sliced(tensors[la], placement.slices.get(la)) for la in placement.labels}
+        starts.append(RankStart(name, setup, own))
     return starts
 
 
@@ -68,6 +70,11 @@ def _uses_float16(lowered: Lowered) -> bool:
     """Whether any stage of any pipeline computes in float16."""
     pipelines = lowered.partition.pipelines
     return any("float16" in stage.formats for pipeline in pipelines for stage in pipeline.stages)
+
+
+def sliced(tensor: torch.Tensor, cut: Slice | None) -> torch.Tensor:
+    """What a rank holds of a tensor."""
+    return tensor if cut is None else take(tensor, cut.dim, cut.counts, cut.inner, cut.member)
 
 
 def gpu_index(cluster: Cluster, name: str) -> int:

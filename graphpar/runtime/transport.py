@@ -6,6 +6,7 @@ Devices without gloo support are staged through the CPU, so that a GPU and a CPU
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,36 @@ class Transport:
         self._wait_for_slow_ring(self._members[group], buffer.nbytes)
         dist.all_reduce(buffer, group=self._groups[group])
         return buffer.to(tensor.device)
+
+    def maximum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
+        """Largest values over a group of ranks; the result is on the tensor's device."""
+        buffer = tensor.cpu()
+        self._wait_for_slow_ring(self._members[group], buffer.nbytes)
+        dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self._groups[group])
+        return buffer.to(tensor.device)
+
+    def exchange(
+        self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], group: int
+    ) -> list[torch.Tensor]:
+        """Give every rank of a group its block; get those meant for this one, of the shapes given."""
+        flat = torch.cat([block.detach().cpu().reshape(-1) for block in blocks])
+        sizes = [prod(shape) for shape in shapes]
+        arrived = torch.empty(sum(sizes), dtype=flat.dtype)
+        self._wait_for_slow_peers(self._members[group], blocks)
+        given = [block.numel() for block in blocks]
+        dist.all_to_all_single(arrived, flat, sizes, given, group=self._groups[group])
+        parts = torch.split(arrived, sizes)
+        return [p.view(shape).to(blocks[0].device) for p, shape in zip(parts, shapes, strict=True)]
+
+    def _wait_for_slow_peers(self, members: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
+        """Blocks leave one after another; each link takes its own time."""
+        seconds = 0.0
+        for rank, block in zip(members, blocks, strict=True):
+            link = self._emulated.get(rank)
+            if link is not None:
+                seconds += link.latency_s + block.nbytes / link.bytes_per_s
+        if seconds:
+            time.sleep(seconds)
 
     def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over every rank of the process group, those without work included."""

@@ -28,6 +28,7 @@ from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.profiling import profiled
 from graphpar.runtime.program import Kernel, RankProgram, StepReport, WorkerSetup, encode
 from graphpar.runtime.scaling import LossScaler, is_finite
+from graphpar.runtime.team import TransportTeam
 from graphpar.runtime.transport import Transport
 from graphpar.runtime.user_ops import load_code
 
@@ -89,7 +90,14 @@ class Worker:
             step,
             self.lower_weights,
             self.scaler,
+            self._team(program),
         )
+
+    def _team(self, program: RankProgram) -> TransportTeam | None:
+        if program.team < 0:
+            return None
+        members = self.setup.groups[program.team]
+        return TransportTeam(self.transport, program.team, members.index(self.setup.rank), len(members))
 
     def step(
         self, name: str, inputs: Mapping[str, torch.Tensor], number: int, profile: bool = False

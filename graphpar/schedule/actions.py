@@ -107,8 +107,10 @@ class Schedule:
         links: Which pairs of stages exchange data.
         stage_of: For each rank the stage it runs.
         microbatch_sizes: Samples of each microbatch.
-        routes: For each microbatch the rank that runs it, for each stage of its pipeline.
+        routes: For each microbatch the rank that runs it, for each stage of its pipeline; of a tensor
+            group its first rank.
         actions: For each rank its actions in order.
+        teams: The ranks of each tensor group of several.
     """
 
     name: ScheduleName
@@ -119,6 +121,7 @@ class Schedule:
     microbatch_sizes: tuple[int, ...]
     routes: tuple[tuple[int, ...], ...]
     actions: tuple[tuple[Action, ...], ...]
+    teams: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -167,16 +170,25 @@ class Schedule:
             for _ in range(span.first_microbatch, span.last_microbatch)
         )
 
+    @cached_property
+    def team_of(self) -> tuple[tuple[int, ...], ...]:
+        """For each rank the ranks of its tensor group, itself included."""
+        groups = {rank: team for team in self.teams for rank in team}
+        return tuple(groups.get(rank, (rank,)) for rank in range(self.num_ranks))
+
     def rank_of(self, stage: int, microbatch: int) -> int:
-        """The rank that runs `stage` for `microbatch`, which must be of the same pipeline."""
+        """The rank that runs `stage` for `microbatch`, which must be of the same pipeline.
+
+        Of a tensor group it is the first.
+        """
         return self.routes[microbatch][stage - self._first_stages[microbatch]]
 
     def microbatches_of(self, rank: int) -> tuple[int, ...]:
         """The microbatches a rank runs, in order."""
-        stage = self.stage_of[rank]
+        stage, leader = self.stage_of[rank], self.team_of[rank][0]
         span = next(p for p in self.pipelines if p.first_stage <= stage < p.last_stage)
         candidates = range(span.first_microbatch, span.last_microbatch)
-        return tuple(m for m in candidates if self.routes[m][stage - span.first_stage] == rank)
+        return tuple(m for m in candidates if self.routes[m][stage - span.first_stage] == leader)
 
     def __repr__(self) -> str:
         mode = "training" if self.training else "inference"
@@ -209,6 +221,7 @@ def _format(schedule: Schedule) -> str:
     ]
     lines.append("sizes " + " ".join(map(str, schedule.microbatch_sizes)))
     lines.append("routes " + " ".join("-".join(map(str, route)) for route in schedule.routes))
+    lines += ["team " + " ".join(map(str, team)) for team in schedule.teams]
     lines += _grid(schedule)
     return "\n".join(lines)
 
@@ -236,6 +249,7 @@ def _parse(text: str) -> Schedule:
     sizes: tuple[int, ...] = ()
     routes: tuple[tuple[int, ...], ...] = ()
     stages: list[int] = []
+    teams: list[tuple[int, ...]] = []
     rows: list[tuple[Action, ...]] = []
     for number, line in enumerate(text.strip().splitlines(), 1):
         try:
@@ -253,13 +267,15 @@ def _parse(text: str) -> Schedule:
                 sizes = tuple(map(int, line.split()[1:]))
             elif line.startswith("routes "):
                 routes = tuple(tuple(map(int, r.split("-"))) for r in line.split()[1:])
+            elif line.startswith("team "):
+                teams.append(tuple(map(int, line.split()[1:])))
             elif match := _RANK.fullmatch(line):
                 if int(match[1]) != len(rows):
                     raise ValueError(f"expected the row of rank {len(rows)}")
                 stages.append(int(match[2]))
                 rows.append(tuple(map(Action.parse, match[3].split())))
             else:
-                raise ValueError("expected schedule, pipeline, link, sizes, routes or rank")
+                raise ValueError("expected schedule, pipeline, link, sizes, routes, team or rank")
         except ValueError as error:
             raise ValueError(f"schedule text, line {number}: {error}: {line!r}") from None
     if head is None:
@@ -273,6 +289,7 @@ def _parse(text: str) -> Schedule:
         microbatch_sizes=sizes,
         routes=routes,
         actions=tuple(rows),
+        teams=tuple(teams),
     )
 
 

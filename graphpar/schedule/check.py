@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from graphpar.errors import VerifyError
 from graphpar.schedule.actions import Action, Schedule
+from graphpar.schedule.teams import collapsed
 
 _Message = tuple[int, int, int, str]
 """Source stage, target stage, microbatch, `S` for activations or `D` for gradients."""
@@ -40,7 +41,11 @@ def validate(schedule: Schedule) -> ScheduleReport:
     Raises:
         VerifyError: An action is missing, doubled, out of place or out of order, or ranks wait for
             each other in a circle.
+
+    The members of a tensor group do the same things, so the proof is about the first of each; ranks in
+    messages are then numbered without the others.
     """
+    schedule = collapsed(schedule)
     _check_shape(schedule)
     for rank in range(schedule.num_ranks):
         _check_completeness(schedule, rank)

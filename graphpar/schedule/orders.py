@@ -11,6 +11,7 @@ from graphpar.errors import VerifyError
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
 from graphpar.schedule.actions import Action, PipelineSpan, Schedule, StageLink
 from graphpar.schedule.greedy import Work, play_1f1b
+from graphpar.schedule.teams import spread
 
 
 def build_schedule(
@@ -43,7 +44,7 @@ def build_schedule(
         first = first_ranks[span.first_stage]
         routes += (tuple(first + rank for rank in route) for route in own_routes)
         actions += _pipeline_actions(partition.schedule, own_routes, span, widths, stage_links, training)
-    return Schedule(
+    replicas = Schedule(
         name=partition.schedule,
         training=training,
         pipelines=spans,
@@ -53,6 +54,7 @@ def build_schedule(
         routes=tuple(routes),
         actions=tuple(actions),
     )
+    return spread(replicas, [len(r.devices) for s in stages for r in s.replicas])
 
 
 def route_microbatches(shares: Sequence[int]) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def test_operator_of_a_module() -> None:
 def test_only_stages_that_call_it_import_the_module() -> None:
     forced = force(Scaled(), (torch.randn(6, 4),), lines=straight(2), by_op=True)
     assert forced.lower is not None
-    (graph,) = forced.lower(forced.prepared.graph, forced.plan.partition).graphs
+    (graph,) = forced.lower(forced.prepared.graph, forced.plan.partition, None).graphs
     assert [foreign_targets(graph, s) for s in (0, 1, 2)] == [
         ["graphpar_tests.scaled.default"],
         ["graphpar_tests.scaled.default"],

@@ -1,0 +1,96 @@
+"""How the members of a tensor group hold a value, and the arithmetic of uneven slices.
+
+A *layout* says what each member has of a value and of its gradient:
+
+| layout | each member has | its gradient there |
+|---|---|---|
+| `whole` | the value | the gradient |
+| `copied` | the value | a part; the sum over members is the gradient |
+| `partial` | a part; the sum over members is the value | the gradient |
+| `disjoint` | a part; where one has a number the others have zeros | the gradient, where it has numbers |
+| a `Split` | a slice | the slice's gradient |
+| `first` | all, but only the first member reads it | there the gradient, elsewhere none |
+
+Nothing is made `first`; it is how a bias beside a sum over the members is wanted, held whole by all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Literal, TypeAlias
+
+from graphpar.ir.ops import BatchSize, Dim, TensorType
+
+
+@dataclass(frozen=True, order=True)
+class Split:
+    """One dimension cut among the members, in whole units.
+
+    The dimension has the size `outer * sum(counts) * inner`; of each of the `outer` runs of units
+    member k has `counts[k]` consecutive ones. A fused projection to (3, heads, head size) split by
+    heads is `Split(dim, counts, outer=3, inner=head size)`.
+
+    >>> Split(1, (3, 1), inner=8).size(0), Split(1, (3, 1), inner=8).size(1)
+    (24, 8)
+    """
+
+    dim: int
+    counts: tuple[int, ...]
+    outer: Dim = 1
+    inner: int = 1
+
+    @property
+    def units(self) -> int:
+        """Units of all members together."""
+        return sum(self.counts)
+
+    def size(self, member: int) -> Dim:
+        """Size of the dimension at one member."""
+        return scaled(self.outer, self.counts[member] * self.inner)
+
+    def first(self, member: int) -> int:
+        """Units before the member's own."""
+        return sum(self.counts[:member])
+
+    def share(self, member: int) -> float:
+        """The member's part of the dimension."""
+        return self.counts[member] / self.units
+
+    def local(self, kind: TensorType, member: int) -> TensorType:
+        """The type of the member's slice of a value."""
+        shape = list(kind.shape)
+        shape[self.dim] = self.size(member)
+        return TensorType(tuple(shape), kind.dtype)
+
+    def __str__(self) -> str:
+        around = (
+            f"{self.outer}x" if self.outer != 1 else "",
+            f"x{self.inner}" if self.inner != 1 else "",
+        )
+        return f"dim{self.dim}:{around[0]}{'/'.join(map(str, self.counts))}{around[1]}"
+
+
+Layout: TypeAlias = Split | Literal["whole", "copied", "partial", "disjoint", "first"]
+
+
+def scaled(outer: Dim, times: int) -> Dim:
+    """A size times a whole number."""
+    return BatchSize(outer.times * times) if isinstance(outer, BatchSize) else outer * times
+
+
+def apportion_units(units: int, shares: Sequence[float]) -> tuple[int, ...] | None:
+    """Whole units near the shares, at least one each; None where there are fewer units than members.
+
+    >>> apportion_units(32, (0.62, 0.38)), apportion_units(128, (0.6, 0.4)), apportion_units(2, (1, 1, 1))
+    ((20, 12), (77, 51), None)
+    """
+    if units < len(shares):
+        return None
+    exact = [units * share / sum(shares) for share in shares]
+    counts = [max(1, floor(x)) for x in exact]
+    while sum(counts) < units:
+        counts[max(range(len(counts)), key=lambda k: (exact[k] - counts[k], -k))] += 1
+    while sum(counts) > units:
+        candidates = [k for k in range(len(counts)) if counts[k] > 1]
+        counts[min(candidates, key=lambda k: (exact[k] - counts[k], k))] -= 1
+    return tuple(counts)

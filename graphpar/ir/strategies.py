@@ -1,0 +1,192 @@
+"""The ways in which a tensor group can compute each op of a graph.
+
+A strategy says in which layout the op wants its operands and in which it leaves its results (see
+`shards`). For every factor that an op runs over there is one; beside these, computing it whole,
+passing parts through an op that is linear, and passing a copy through.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from graphpar.ir.chain import writes_buffer
+from graphpar.ir.factors import Factors, Loop, taken, type_at
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES, Op
+from graphpar.ir.optable import packet
+from graphpar.ir.shards import Layout, Split, apportion_units
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to compute an op.
+
+    Attributes:
+        operands: The layout wanted of each operand.
+        results: The layout of each result.
+        special: Empty, or how the member computes its part (see `links.Link`).
+        first_only: Operands that only the first member takes into account; wanted as `first`.
+        shares: Each member's part of the work; empty where every member does all of it.
+    """
+
+    operands: tuple[Layout, ...]
+    results: tuple[Layout, ...]
+    special: str = ""
+    first_only: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        ends = (", ".join(map(str, side)) for side in (self.operands, self.results))
+        return " -> ".join(ends) + (f" ({self.special})" if self.special else "")
+
+
+_MOVES = frozenset(
+    """view reshape _unsafe_view flatten unflatten unsqueeze squeeze transpose t permute expand split
+    chunk
+    split_with_sizes unsafe_split slice select clone contiguous alias""".split()
+)
+"""Ops that only move numbers: linear, and zeros stay zeros."""
+_LINEAR = _MOVES | {"neg", "sum", "mean", "to", "_to_copy"}
+_ZERO_STAYS = _MOVES | frozenset(
+    "neg silu gelu relu tanh abs sin square leaky_relu elu selu mish hardswish to _to_copy".split()
+)
+_WHOLE: Layout = "whole"
+_COPIED: Layout = "copied"
+_PARTIAL: Layout = "partial"
+
+
+def strategies_of(graph: Graph, shares: Sequence[float]) -> dict[str, tuple[Strategy, ...]]:
+    """For every op but sources, sends, receives, `getitem` and the output, the ways to compute it.
+
+    Args:
+        graph: A graph; of a lowered one, messages and results stay whole.
+        shares: Each member's share of what is cut.
+    """
+    factors = Factors(graph)
+    table = {}
+    for op in graph.ops:
+        if op.target in (*SOURCES, "getitem"):
+            continue
+        table[op.name] = tuple(dict.fromkeys(_strategies(op, graph, factors, shares)))
+    return table
+
+
+def carries_gradient(graph: Graph, name: str) -> bool:
+    """Whether a gradient flows back through a value."""
+    return bool(graph[name].attr("grad"))
+
+
+def _strategies(op: Op, graph: Graph, factors: Factors, shares: Sequence[float]) -> Iterator[Strategy]:
+    operands, results = op.operands(), op.types
+    yield Strategy((_WHOLE,) * len(operands), (_WHOLE,) * len(results))
+    fixed = op.target in ("output", "gp.send", "gp.recv") or writes_buffer(op) or "rand" in op.target
+    if fixed or not any(t is not None for t in results) or op.target in ("gp.share",):
+        return
+    copied = _copies(op, graph)
+    has_gradient = any(layout == "copied" for layout in copied)
+    if has_gradient:
+        yield Strategy(copied, (_COPIED,) * len(results))
+    yield from _passing(op, graph, copied)
+    for loop in factors.loops(op):
+        found = _by_loop(op, graph, loop, shares, copied)
+        if found is not None:
+            yield found
+
+
+def _copies(op: Op, graph: Graph) -> tuple[Layout, ...]:
+    """Operands whole with a part of the gradient each; those without gradient simply whole."""
+    return tuple("copied" if carries_gradient(graph, name) else "whole" for name in op.operands())
+
+
+def _by_loop(
+    op: Op, graph: Graph, loop: Loop, shares: Sequence[float], copied: tuple[Layout, ...]
+) -> Strategy | None:
+    counts = apportion_units(loop.units, shares)
+    if counts is None:
+        return None
+    places = {slot: Split(p.dim, counts, p.outer, p.inner) for slot, p in loop.places}
+    results: list[Layout] = []
+    for index in range(len(op.types)):
+        if -1 - index in places:
+            results.append(places[-1 - index])
+        elif loop.link.reduces:
+            results.append("disjoint" if loop.link.special == "experts" else "partial")
+        elif loop.link.special == "classes":
+            results.append("whole")
+        else:
+            return None
+    for slot in loop.link.first_only:
+        # The others do without it, so it may take part in nothing else that has to be in step.
+        source = graph[op.operands()[slot]]
+        if source.target == "gp.cast_weight" and len(graph.users(source.name)) == 1:
+            source = graph[source.operands()[0]]
+        if source.target != "parameter" or len(graph.users(source.name)) != 1:
+            return None
+    once: dict[int, Layout] = dict.fromkeys(loop.link.first_only, "first")
+    wanted = tuple(places.get(slot, once.get(slot, layout)) for slot, layout in enumerate(copied))
+    if loop.link.special == "classes":
+        wanted = (wanted[0], *(_WHOLE for _ in wanted[1:]))
+    parts = tuple(count / loop.units for count in counts)
+    return Strategy(wanted, tuple(results), loop.link.special, loop.link.first_only, parts)
+
+
+def _passing(op: Op, graph: Graph, copied: tuple[Layout, ...]) -> Iterator[Strategy]:
+    """Parts go through linear ops as they are."""
+    name = packet(op)
+    floating = [type_at(graph, op, s) for s in range(len(op.operands()))]
+    if not all(t is not None and t.is_floating for t in op.types):
+        return
+    main = [s for s, t in enumerate(floating) if t is not None and t.is_floating]
+    if not main:
+        return
+    kinds: tuple[Layout, ...] = ("partial", "disjoint")
+    for kind in kinds:
+        unary = _LINEAR if kind == "partial" else _ZERO_STAYS
+        results = (kind,) * len(op.types)
+        if name in unary and main[0] == 0:
+            yield Strategy((kind, *copied[1:]), results)
+        elif name == "index" and main == [0]:
+            yield Strategy((kind, *copied[1:]), (_PARTIAL,) * len(op.types))
+        elif name in ("mul", "div") and len(op.operands()) == 1 and main == [0]:
+            yield Strategy((kind,), results)
+        elif name == "mul":
+            for slot in main:
+                wanted = tuple(kind if s == slot else layout for s, layout in enumerate(copied))
+                yield Strategy(wanted, results)
+            if kind == "disjoint" and len(main) == 2 and _same_support(graph, *op.operands()):
+                yield Strategy((kind, kind), results)
+        elif name == "div" and main[0] == 0:
+            yield Strategy((kind, *copied[1:]), results)
+        elif name in ("add", "sub") and len(main) == 2 and kind == "partial":
+            yield Strategy((kind, kind), results)
+        elif name == "cat" and kind == "partial":
+            yield Strategy((kind,) * len(op.operands()), results)
+
+
+def _same_support(graph: Graph, a: str, b: str) -> bool:
+    """Whether two values have their numbers in the same places: rows of the same experts."""
+    return _support(graph, a) is not None and _support(graph, a) == _support(graph, b)
+
+
+def _support(graph: Graph, name: str) -> str | None:
+    """What decides where a value has numbers: the ends of the experts' rows; None if unknown."""
+    while graph[name].target not in SOURCES and graph[name].operands():
+        op = graph[name]
+        if packet(op) in _ZERO_STAYS or op.target == "getitem":
+            name = op.operands()[0]
+        elif packet(op) in ("_grouped_mm", "transformers.grouped_mm_fallback.default"):
+            return op.operands()[2]
+        else:
+            return None
+    return None
+
+
+def value_of(graph: Graph, name: str) -> tuple[str, int]:
+    """The op and the number of its result that a name stands for, `getitem` looked through."""
+    op = graph[name]
+    return taken(op, graph) if op.target == "getitem" else (name, 0)
+
+
+def layout_of(graph: Graph, chosen: Mapping[str, Strategy], name: str) -> Layout:
+    """The layout in which a value is made; sources are whole where nothing else is chosen."""
+    source, index = value_of(graph, name)
+    return chosen[source].results[index] if source in chosen else "whole"

@@ -1,0 +1,141 @@
+"""The graphs of tensor groups: each stage's sharding programme solved, each member's graph rewritten."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from graphpar.calibration import Calibration
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable, LinkCost
+from graphpar.cost_models.sharding import Sharding, ShardingOptions, TensorGroup, choose_sharding
+from graphpar.cost_models.tensor_modes import tensor_mode
+from graphpar.ir.chain import build_chain
+from graphpar.ir.graph import Graph
+from graphpar.ir.rules import verify
+from graphpar.ir.shards import Layout, Split
+from graphpar.partition.types import Partition, Replica
+from graphpar.passes.comm import InsertMessages
+from graphpar.passes.place import Place
+from graphpar.passes.shard import Shard
+from graphpar.rewrite import Pipeline
+from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.program import Slice
+from graphpar.training import Training
+
+USUAL_MICROBATCHES = 4
+"""Strategies are chosen for a quarter of the batch, whatever the schedule: a price holds for them all."""
+
+
+def member_graphs(
+    graph: Graph,
+    lowered: tuple[Graph, ...],
+    found: Partition,
+    cluster: Cluster,
+    training: bool,
+    like: Lowered | None = None,
+    train: Training | None = None,
+) -> dict[int, Graph]:
+    """By rank, the graph of every member of a tensor group.
+
+    Args:
+        graph: The captured graph.
+        lowered: The lowered graph of each pipeline.
+        found: Who runs what.
+        cluster: The devices.
+        training: Whether there is a backward.
+        like: Lowered before for the same ranks; its slices of weights are kept.
+        train: How the job trains.
+    """
+    chain = build_chain(graph)
+    solved: dict[object, Sharding] = {}
+    local: dict[int, Graph] = {}
+    rank = 0
+    for pipeline, whole in zip(found.pipelines, lowered, strict=True):
+        for number, stage in enumerate(pipeline.stages):
+            for replica in stage.replicas:
+                members = range(rank, rank + len(replica.devices))
+                rank += len(replica.devices)
+                if not replica.others:
+                    continue
+                group = tensor_group(cluster, replica)
+                fixed = held_slices(like, members[0]) if like is not None else {}
+                key = (id(whole), number, group, tuple(sorted(fixed.items(), key=lambda i: i[0])))
+                if key not in solved:
+                    options = replace(group_options(graph, training), fixed=fixed)
+                    solved[key] = choose_sharding(whole, number, chain, group, options)
+                chosen = solved[key]
+                for member, own in enumerate(members):
+                    rewrite = Shard(number, member, chosen.chosen, chosen.forms, chosen.weights)
+                    local[own] = rewrite.run(whole)
+                verify(local[members[0]])
+    return local
+
+
+def with_group_modes(
+    table: CostTable,
+    graph: Graph,
+    cluster: Cluster,
+    replicas: Iterable[Replica],
+    calibration: Calibration | None = None,
+) -> CostTable:
+    """The table with a price for each of these tensor groups that it does not price yet.
+
+    Args:
+        table: Plain prices.
+        graph: The captured graph.
+        cluster: The devices.
+        replicas: Tensor groups; single devices among them are passed over.
+        calibration: Measured rates of this machine's processor.
+    """
+    modes = {mode.key: mode for mode in table.modes}
+    chain, whole = build_chain(graph), None
+    for replica in replicas:
+        members = tuple(table.class_of[name] for name in replica.devices)
+        key = (members, replica.shares, "float32", False, 0)
+        if not replica.others or key in modes or key in table.mode_of_key:
+            continue
+        whole = whole or as_one_stage(graph, len(chain.units))
+        group, options = tensor_group(cluster, replica), group_options(graph, table.training)
+        chosen = choose_sharding(whole, 0, chain, group, options)
+        modes[key] = tensor_mode(
+            table, whole, chain, group, chosen, options, shares=replica.shares, calibration=calibration
+        )
+    return replace(table, modes=tuple(modes.values()))
+
+
+def as_one_stage(graph: Graph, num_units: int) -> Graph:
+    """A captured graph lowered as a single stage."""
+    lowered, _ = Pipeline((Place((0,) * num_units), InsertMessages())).run(graph)
+    return lowered
+
+
+def group_options(graph: Graph, training: bool) -> ShardingOptions:
+    """What strategies are chosen for."""
+    samples = max(1, graph.batch // USUAL_MICROBATCHES)
+    return ShardingOptions(samples=samples, microbatches=USUAL_MICROBATCHES, training=training)
+
+
+def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:
+    """The devices, shares and worst link of a replica."""
+    names = replica.devices
+    links = [cluster.link(a, b).cost for i, a in enumerate(names) for b in names[i + 1 :]]
+    worst = LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
+    return TensorGroup(tuple(map(cluster.device, names)), replica.member_shares, worst)
+
+
+def held_slices(like: Lowered, rank: int) -> Mapping[str, Layout]:
+    """How the weights of a tensor group are held already, by label."""
+    placement = like.placements[rank]
+    held: dict[str, Layout] = dict.fromkeys(placement.labels, "whole")
+    for label, cut in placement.slices.items():
+        outer = _outer(like, rank, label, cut)
+        held[label] = Split(cut.dim, cut.counts, outer, cut.inner)
+    return held
+
+
+def _outer(like: Lowered, rank: int, label: str, cut: Slice) -> int:
+    """How many runs of units a slice is made of."""
+    graph = like.graph_of(rank)
+    op = next(op for op in graph.sources("parameter") if str(op.args[0]) == label)
+    size = op.type.shape[cut.dim]
+    assert isinstance(size, int)
+    return size // (cut.counts[cut.member] * cut.inner)

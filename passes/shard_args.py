@@ -1,0 +1,116 @@
+"""The arguments of an op at one member of a tensor group: sizes, weights that enter once, own kernels."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from graphpar.ir.ops import Argument, Op, Ref
+from graphpar.ir.optable import packet
+from graphpar.ir.shards import Split
+from graphpar.ir.strategies import Strategy
+
+_RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
+_KEYED = ("gp.dropout", "gp.attention")
+
+
+def localized(op: Op, local: Op, strategy: Strategy, member: int) -> Op:
+    """The local op with arguments that fit its local types.
+
+    Args:
+        op: The op as it was.
+        local: The op reading the member's operands, with the member's types.
+        strategy: How it is computed.
+        member: Which member.
+    """
+    if member > 0 and strategy.first_only:
+        local = _BARE[packet(op)](local)
+    if strategy.special:
+        return _SPECIAL[strategy.special](local, strategy, member)
+    split = next((layout for layout in strategy.results if isinstance(layout, Split)), None)
+    if split is None:
+        return local
+    if packet(op) in _RESHAPES:
+        return replace(
+            local, target="aten.reshape.default", args=(local.args[0], local.type.shape), kwargs=()
+        )
+    if packet(op) in ("expand", "broadcast_to"):
+        return replace(local, args=(local.args[0], local.type.shape))
+    if packet(op) in ("split", "unsafe_split", "split_with_sizes"):
+        return _split(local, packet(op))
+    if op.target in _KEYED:
+        part = (split.dim, split.counts, split.inner, member)
+        return replace(local, kwargs=(*local.kwargs, ("part", part)))
+    return local
+
+
+def _split(local: Op, name: str) -> Op:
+    kinds = [t for t in local.types if t is not None]
+    given = local.argument(2, "dim", 0)
+    assert isinstance(given, int)
+    dim = given % len(kinds[0].shape)
+    sizes = tuple(t.shape[dim] for t in kinds)
+    first: Argument = sizes if name == "split_with_sizes" else sizes[0]
+    return replace(local, args=(local.args[0], first, *local.args[2:]))
+
+
+def _without_third(local: Op) -> Op:
+    """Linear without its bias."""
+    kept = tuple((k, v) for k, v in local.kwargs if k != "bias")
+    return replace(local, args=local.args[:2], kwargs=kept)
+
+
+def _without_bias_at_two(local: Op) -> Op:
+    """Convolution with no bias."""
+    kept = tuple((k, None if k == "bias" else v) for k, v in local.kwargs)
+    args = (*local.args[:2], None, *local.args[3:]) if len(local.args) > 2 else local.args
+    return replace(local, args=args, kwargs=kept)
+
+
+def _product(target: str) -> Callable[[Op], Op]:
+    """`bias + a @ b` without the bias."""
+    return lambda local: replace(local, target=target, args=local.args[1:3], kwargs=())
+
+
+_BARE: dict[str, Callable[[Op], Op]] = {
+    "linear": _without_third,
+    "addmm": _product("aten.mm.default"),
+    "baddbmm": _product("aten.bmm.default"),
+    "conv1d": _without_bias_at_two,
+    "conv2d": _without_bias_at_two,
+    "conv3d": _without_bias_at_two,
+    "convolution": _without_bias_at_two,
+}
+
+
+def _cut(strategy: Strategy) -> Split:
+    return next(layout for layout in strategy.operands if isinstance(layout, Split))
+
+
+def _lookup(local: Op, strategy: Strategy, member: int) -> Op:
+    """Rows of the table that the member holds; zeros for the others."""
+    padding = local.argument(2, "padding_idx", -1)
+    first = _cut(strategy).first(member)
+    return replace(local, target="gp.lookup", args=(*local.args[:2], first, padding), kwargs=())
+
+
+def _classes(local: Op, strategy: Strategy, member: int) -> Op:
+    """Cross entropy over scores whose classes are cut."""
+    first = _cut(strategy).first(member)
+    reduction, ignored = local.argument(3, "reduction", 1), local.argument(4, "ignore_index", -100)
+    return replace(
+        local, target="gp.class_loss", args=(*local.args[:2], first, reduction, ignored), kwargs=()
+    )
+
+
+def _experts(local: Op, strategy: Strategy, member: int) -> Op:
+    """Products of the rows that belong to the member's experts."""
+    first = _cut(strategy).first(member)
+    ends = local.argument(2, "offs")
+    assert isinstance(ends, Ref)
+    return replace(local, target="gp.grouped_product", args=(*local.args[:2], ends, first), kwargs=())
+
+
+_SPECIAL: dict[str, Callable[[Op, Strategy, int], Op]] = {
+    "lookup": _lookup,
+    "classes": _classes,
+    "experts": _experts,
+}

@@ -1,0 +1,153 @@
+"""The rewriting alone: members in threads give the numbers of one device, however ops are computed."""
+
+from typing import Any
+
+import pytest
+import torch
+from choices import FREE, at_random, gpus, planned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threads import Choice, grouped, one_stage
+from torch import nn
+
+from graphpar.compiler import Prepared, prepare
+from graphpar.ir.shards import Split
+from graphpar.runtime.reference import OneDevice
+from graphpar.training import Training
+from graphpar.verify import compare_gradients
+
+TRAINING = Training(optimizer=torch.optim.SGD)
+ROUNDING = 1e-5
+
+
+def check(
+    model: nn.Module, prepared: Prepared, choice: Choice, size: int, args: Any, kwargs: Any
+) -> None:
+    """Loss and all gradients of a group are those of one device."""
+    whole = OneDevice(model, prepared.captured, one_stage(prepared.graph), prepared.graph, 0)
+    (loss,) = whole.forward(args, kwargs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    results, gradients, _ = grouped(model, prepared, choice, size, args, kwargs)
+    for (result,) in results:
+        torch.testing.assert_close(result, loss.detach(), rtol=ROUNDING, atol=1e-7)
+    name, difference = compare_gradients(gradients, whole.gradients())
+    assert difference <= ROUNDING, f"{name} differs by {difference}"
+
+
+@st.composite
+def shares(draw: st.DrawFn) -> tuple[float, ...]:
+    """Two to four members of unlike strength."""
+    parts = draw(st.lists(st.floats(0.2, 1.0), min_size=2, max_size=4))
+    return tuple(p / sum(parts) for p in parts)
+
+
+class Mixer(nn.Module):
+    """A random stack of attention and perceptron blocks."""
+
+    def __init__(self, kinds: list[str], width: int, heads: int, inner: int, drop: float) -> None:
+        super().__init__()
+        self.kinds, self.heads, self.drop = kinds, heads, drop
+        self.embed = nn.Embedding(13, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in kinds)
+        self.first = nn.ModuleList(nn.Linear(width, 3 * width if k == "a" else inner) for k in kinds)
+        self.second = nn.ModuleList(nn.Linear(width if k == "a" else inner, width) for k in kinds)
+        self.head = nn.Linear(width, 13, bias=False)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for kind, norm, first, second in zip(
+            self.kinds, self.norms, self.first, self.second, strict=True
+        ):
+            h = first(norm(x))
+            if kind == "a":
+                batch, length, _ = h.shape
+                q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in h.chunk(3, -1))
+                h = nn.functional.scaled_dot_product_attention(
+                    q, k, v, dropout_p=self.drop, is_causal=True
+                )
+                h = h.transpose(1, 2).reshape(batch, length, -1)
+            else:
+                h = nn.functional.gelu(h)
+            x = x + nn.functional.dropout(second(h), self.drop)
+        scores = self.head(x)
+        result: torch.Tensor = nn.functional.cross_entropy(scores.view(-1, 13), labels.view(-1))
+        return result
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from("am"), min_size=1, max_size=3),
+    heads=st.integers(1, 5),
+    head_size=st.integers(1, 4),
+    inner=st.integers(1, 17),
+    drop=st.sampled_from([0.0, 0.3]),
+    parts=shares(),
+    seed=st.integers(0, 10**6),
+)
+def test_any_strategies_on_any_stack(
+    kinds: list[str],
+    heads: int,
+    head_size: int,
+    inner: int,
+    drop: float,
+    parts: tuple[float, ...],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    model = Mixer(kinds, heads * head_size, heads, inner, drop)
+    batch = torch.randint(0, 13, (3, 7)), torch.randint(0, 13, (3, 7))
+    prepared = prepare(model, batch, {}, TRAINING)
+    choice = at_random(one_stage(prepared.graph), parts, seed)
+    check(model, prepared, choice, len(parts), batch, {})
+    check(model, prepared, planned(prepared, gpus(len(parts), FREE, parts)), len(parts), batch, {})
+
+
+def stock(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A tiny stock model with a batch."""
+    hf = pytest.importorskip("transformers", reason="transformers is not installed")
+    ids = torch.randint(0, 64, (4, 12))
+    labels = {"labels": ids.clone()}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    llama = {**sizes, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32}
+    if name == "gpt2":
+        config = hf.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=4)
+        return hf.GPT2LMHeadModel(config), (ids,), labels
+    if name == "llama":
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**llama)), (ids,), labels
+    if name == "bert":
+        config = hf.BertConfig(**sizes, intermediate_size=64, max_position_embeddings=32)
+        return hf.BertForMaskedLM(config), (ids,), {**labels, "attention_mask": torch.ones_like(ids)}
+    if name == "t5":
+        config = hf.T5Config(
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+        return hf.T5ForConditionalGeneration(config), (ids,), labels
+    if name == "mixtral":
+        config = hf.MixtralConfig(**llama, num_local_experts=4, experts_implementation="grouped_mm")
+        return hf.MixtralForCausalLM(config), (ids,), labels
+    config = hf.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        image_size=16, patch_size=4, num_labels=5,
+    )  # fmt: skip
+    pixels = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.randint(0, 5, (4,))}
+    return hf.ViTForImageClassification(config), (), pixels
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "mixtral", "vit"])
+def test_stock_models(name: str) -> None:
+    model, args, kwargs = stock(name)
+    prepared = prepare(model, args, kwargs, TRAINING)
+    graph = one_stage(prepared.graph)
+    for parts in ((0.5, 0.5), (0.5, 0.3, 0.2), (0.4, 0.2, 0.2, 0.2)):
+        choice = planned(prepared, gpus(len(parts), FREE, parts))
+        assert sum(isinstance(layout, Split) for layout in choice.weights.values()) >= 4
+        check(model, prepared, choice, len(parts), args, kwargs)
+    for seed in range(3):
+        parts = ((0.6, 0.4), (0.2, 0.5, 0.3))[seed % 2]
+        check(model, prepared, at_random(graph, parts, seed), len(parts), args, kwargs)
