@@ -1,10 +1,12 @@
 """How large the views of a plan are, how fast they are made, and how fast the page opens.
 
-    python benchmarks/views.py [--json] [--devices N ...]
+    python benchmarks/views.py [--json] [--plans NAME ...] [--keep FOLDER]
 
-The plans are those of a decoder of 405 billion parameters (`pipeline_scale.py`). Opening is timed in
-headless Chromium through Playwright, from navigation to the page's own sign that it is ready; where
-either is missing, that column is empty.
+Plans: `bert` and `gpt2-xl` as the planner finds them for unlike GPUs, `t5` cut evenly over five devices
+(its encoder's result skips stages), and `405b-256`, `405b-1024`: a decoder of 405 billion parameters
+(`pipeline_scale.py`) over so many devices of four kinds. The first three need transformers. Opening is
+timed in headless Chromium through Playwright, from navigation to the page's own sign that it is ready,
+the median of five; where either is missing, that column is empty.
 """
 
 import argparse
@@ -13,29 +15,47 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pipeline_scale import KINDS, LLAMA_405B, decoder_table
 
+from graphpar.cluster import Cluster
+from graphpar.commands.training import default_training
+from graphpar.compiler import plan_of, plan_prepared, prepare, price
+from graphpar.ir.graph import Graph
+from graphpar.model_spec import load_model
+from graphpar.partition.baselines import even_split
 from graphpar.partition.pipeline import partition
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plans import Plan, hash_of
 from graphpar.schedule import StageLink
 from graphpar.view.build import view_of
+from graphpar.view.detail import detail_of
 from graphpar.view.html import render_html
 from graphpar.view.svg import render_svg
 from graphpar.view.trace import render_trace
 
 BATCH = 2048
-_RENDERERS = {"html": render_html, "svg": render_svg, "trace": render_trace}
+OPENINGS = 5
+CLUSTER = """
+nodes:
+  - {name: tower, devices: {kind: v100-sxm2-16gb, count: 2}, link: nvlink2}
+  - {name: shelf, devices: {kind: t4, count: 2}, link: pcie3-x16}
+  - {name: attic, devices: {kind: v100-sxm2-32gb, count: 1}}
+network: {bytes_per_s: 1.25e9, latency_s: 50e-6}
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One plan and its views."""
+    """One plan and its views; the page opens down to operations where there is a graph."""
 
+    name: str
     devices: int
     stages: int
     num_actions: int
@@ -43,6 +63,28 @@ class Row:
     render_s: dict[str, float]
     num_bytes: dict[str, int]
     open_s: float | None
+
+
+Sample = tuple[Plan, Graph | None]
+
+
+def stock_plan(model: str, batch: int, length: int, *, even: bool = False) -> Sample:
+    """A training plan of a model built from its configuration, found by the planner or cut evenly."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(CLUSTER)
+        file.flush()
+        cluster = Cluster.load(file.name)
+    loaded = load_model(f"hf:{model}", batch_size=batch, seq_len=length, train=True, weights=False)
+    training = default_training()
+    prepared = prepare(loaded.model, loaded.args, loaded.kwargs, training)
+    if not even:
+        found = plan_prepared(
+            prepared, cluster, train=training, precision="float32", calibration=None,
+            time_limit_s=20.0, gap=0.02,
+        )  # fmt: skip
+        return found, prepared.graph
+    table = price(prepared, cluster, train=training, precision="float32", calibration=None)
+    return plan_of(prepared, cluster, table, even_split(table)), prepared.graph
 
 
 def decoder_plan(num_devices: int) -> Plan:
@@ -62,24 +104,44 @@ def decoder_plan(num_devices: int) -> Plan:
     return make_plan(subject, table, predict(table, found, links))
 
 
-def measure(num_devices: int) -> Row:
+PLANS: dict[str, Callable[[], Sample]] = {
+    "bert": partial(stock_plan, "bert-base", 64, 128),
+    "gpt2-xl": partial(stock_plan, "gpt2-xl", 32, 256),
+    "t5": partial(stock_plan, "t5-base", 32, 128, even=True),
+    "405b-256": lambda: (decoder_plan(256), None),
+    "405b-1024": lambda: (decoder_plan(1024), None),
+}
+
+
+def measure(name: str, keep: Path | None) -> Row:
     """Draw one plan in every form."""
-    plan = decoder_plan(num_devices)
+    plan, graph = PLANS[name]()
     began_s = time.perf_counter()
     view = view_of(plan)
     view_s = time.perf_counter() - began_s
+    detail = detail_of(graph, plan.units) if graph is not None else None
+    renderers: dict[str, Callable[[], bytes]] = {
+        "html": lambda: render_html(view, detail=detail),
+        "svg": lambda: render_svg(view),
+        "trace": lambda: render_trace(view),
+    }
     render_s, files = {}, {}
-    for name, render in _RENDERERS.items():
+    for kind, render in renderers.items():
         began_s = time.perf_counter()
-        files[name] = render(view)
-        render_s[name] = time.perf_counter() - began_s
+        files[kind] = render()
+        render_s[kind] = time.perf_counter() - began_s
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        plan.save(keep / f"{name}.json")
+        (keep / f"{name}.html").write_bytes(files["html"])
     return Row(
-        devices=num_devices,
+        name=name,
+        devices=len(plan.devices) + len(plan.left_out),
         stages=len(view.stages),
         num_actions=sum(len(lane.actions) for lane in view.predicted.lanes),
         view_s=view_s,
         render_s=render_s,
-        num_bytes={name: len(data) for name, data in files.items()},
+        num_bytes={kind: len(data) for kind, data in files.items()},
         open_s=opening_s(files["html"]),
     )
 
@@ -98,30 +160,35 @@ def opening_s(page: bytes) -> float | None:
         target.write_bytes(page)
         browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        began_s = time.perf_counter()
-        tab.goto(target.as_uri())
-        tab.wait_for_selector("html[data-ready=true]", state="attached")
-        seconds = time.perf_counter() - began_s
+        seconds = []
+        for _ in range(OPENINGS):
+            began_s = time.perf_counter()
+            tab.goto(target.as_uri())
+            tab.wait_for_selector("html[data-ready=true]", state="attached")
+            seconds.append(time.perf_counter() - began_s)
         browser.close()
-    return seconds
+    return median(seconds)
 
 
 def main() -> None:
-    """Run all sizes and print a table, or JSON."""
+    """Draw all plans and print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--devices", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--keep", type=Path, help="write plans and pages here")
     arguments = parser.parse_args()
-    rows = [measure(count) for count in arguments.devices]
+    rows = [measure(name, arguments.keep) for name in arguments.plans]
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
+    print("| plan | devices | stages | actions | page | drawn in | opens in | SVG | trace |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
-        parts = [f"{n} {row.num_bytes[n] / 1e6:.2f} MB in {row.render_s[n]:.2f} s" for n in _RENDERERS]
+        size = {kind: f"{num / 1e6:.2f} MB" for kind, num in row.num_bytes.items()}
         opened = "not timed" if row.open_s is None else f"{row.open_s:.2f} s"
         print(
-            f"{row.devices} devices, {row.stages} stages, {row.num_actions} actions: simulated and "
-            f"read in {row.view_s:.2f} s; {'; '.join(parts)}; page opens in {opened}"
+            f"| {row.name} | {row.devices} | {row.stages} | {row.num_actions:,} | {size['html']} "
+            f"| {row.view_s + row.render_s['html']:.2f} s | {opened} | {size['svg']} | {size['trace']} |"
         )
 
 

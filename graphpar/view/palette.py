@@ -13,7 +13,7 @@ OKABE_ITO = (
     "#56b4e9",
     "#d55e00",
     "#f0e442",
-    "#7f7f7f",
+    "#999999",
 )
 
 ACTION_COLOURS: dict[ActionKind, str] = {

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from plan_samples import CLUSTER, partition_of, sample_plan, table_for
 from view_samples import HOSTILE, Job, explained_plan, hostile_plan, measured_step
@@ -304,3 +305,36 @@ def _one_stage(names: list[str]) -> Plan:
 def _words(count: int) -> list[str]:
     """Names without numbers, all unlike."""
     return ["".join("abcdefghij"[int(digit)] for digit in f"{i:04d}") for i in range(count)]
+
+
+def test_two_fingers_zoom(opened: Open) -> None:
+    page = opened(sample_plan(), viewport=PHONE, has_touch=True)
+    whole = span_of(page)
+    page.evaluate(
+        """() => {
+          const canvas = document.getElementById("timeline-canvas");
+          canvas.setPointerCapture = () => {};
+          const box = canvas.getBoundingClientRect();
+          const send = (kind, id, x) => canvas.dispatchEvent(new PointerEvent(kind,
+            { pointerId: id, clientX: box.left + x, clientY: box.top + 30, pointerType: "touch" }));
+          send("pointerdown", 1, 180); send("pointerdown", 2, 220);
+          send("pointermove", 1, 140); send("pointermove", 2, 260);
+          send("pointerup", 1, 140); send("pointerup", 2, 260);
+        }"""
+    )
+    assert span_of(page) == pytest.approx(whole / 3, rel=0.01)
+
+
+def test_number_formats_are_hatched_and_named(opened: Open) -> None:
+    data: Any = msgspec.to_builtins(sample_plan())
+    stages = data["partition"]["pipelines"][0]["stages"]
+    stages[0]["precision"] = "bfloat16"
+    stages[1]["precision"] = "float16"
+    stages[1]["unit_formats"] = ["float16", "float32"]
+    stages[1]["recompute"] = True
+    page = opened(msgspec.convert(data, Plan))
+    assert page.locator("#stage-0 > .head.hatch1").count() == 1
+    page.locator("#stage-1 .block > .name").click()
+    assert page.locator("#stage-1 .block .block > .name.hatch2").count() == 1
+    assert {"bfloat16", "float16", "float32"} == set(page.locator("#formats span").all_inner_texts())
+    assert "recompute" in page.inner_text("#stage-1")

@@ -104,7 +104,14 @@ function stageLook(index) {
   const channels = [1, 3, 5].map((at) => parseInt(look.fill.slice(at, at + 2), 16));
   const mixed = channels.map((value) => Math.round(round === 1 ? value + (255 - value) * 0.5 : value * 0.62));
   const fill = `#${mixed.map((value) => value.toString(16).padStart(2, "0")).join("")}`;
-  return { fill, text: round === 1 ? PALETTE.dark : PALETTE.light };
+  return { fill, text: textOn(mixed) };
+}
+
+// Of dark and light the one with the larger contrast (WCAG 2.2, relative luminance).
+function textOn(channels) {
+  const [red, green, blue] = channels.map((value) => (value <= 10 ? value / 3294 : ((value / 255 + 0.055) / 1.055) ** 2.4));
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  return (luminance + 0.05) / 0.06 > 1.05 / (luminance + 0.05) ? PALETTE.dark : PALETTE.light;
 }
 
 // Hatching tells the number format; float32 is plain.

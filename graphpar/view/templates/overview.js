@@ -71,13 +71,17 @@ function ribbons(plan) {
   });
   const hidden = byPipeline.length - drawn.length;
   return [
-    make("p", { class: "small dim" }, `A box is a stage, as wide as it has units; its colour is used for its devices everywhere.${hatchLegend(plan)}`),
+    make("p", { class: "small dim" }, `A box is a stage, as wide as it has units; its colour is used for its devices everywhere.`),
+    hatchLegend(plan),
     ...drawn, hidden > 0 ? make("p", { class: "small" }, `and ${plural(hidden, "more pipeline")}`) : null].filter(Boolean);
 }
 
+// Number formats by their hatching; nothing where all is float32.
 function hatchLegend(plan) {
-  const formats = formatsOf(plan).filter((name) => hatchOf(name));
-  return formats.length ? ` Hatched: computes in ${formats.join(", ")}.` : "";
+  const formats = formatsOf(plan);
+  if (!formats.some(hatchOf)) return null;
+  return make("div", { class: "legend", id: "formats" }, ...formats.map((name) =>
+    make("span", {}, paint(make("i", {}), PALETTE.stages[4], name), name)));
 }
 
 function ribbonStage(plan, stage) {

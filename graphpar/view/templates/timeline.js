@@ -202,16 +202,35 @@ function timeline(host, plan, lanes, { id, endS }) {
     keys[key.key]();
   });
   let drag = null;
+  const fingers = new Map();
+  const spread = () => {
+    const [a, b] = [...fingers.values()];
+    return { apart: Math.max(12, Math.abs(a.x - b.x)), middle: place({ clientX: (a.x + b.x) / 2, clientY: a.y }).share };
+  };
+  let pinch = null;
   canvas.addEventListener("pointerdown", (pointer) => {
+    fingers.set(pointer.pointerId, { x: pointer.clientX, y: pointer.clientY });
+    pinch = fingers.size === 2 ? { ...spread(), from: state.from, to: state.to } : null;
     drag = { x: pointer.clientX, from: state.from };
     canvas.setPointerCapture(pointer.pointerId);
   });
+  const release = (pointer) => {
+    fingers.delete(pointer.pointerId);
+    drag = pinch = null;
+  };
   canvas.addEventListener("pointerup", (pointer) => {
-    drag = null;
+    release(pointer);
     hover(pointer);
   });
-  canvas.addEventListener("pointercancel", () => { drag = null; });
+  canvas.addEventListener("pointercancel", release);
   canvas.addEventListener("pointermove", (pointer) => {
+    if (fingers.has(pointer.pointerId)) fingers.set(pointer.pointerId, { x: pointer.clientX, y: pointer.clientY });
+    if (pinch && fingers.size === 2) {
+      const now = spread();
+      const wide = (pinch.to - pinch.from) * (pinch.apart / now.apart);
+      const held = pinch.from + pinch.middle * (pinch.to - pinch.from);
+      return show(held - now.middle * wide, held + (1 - now.middle) * wide);
+    }
     if (!drag) return hover(pointer);
     const span = state.to - state.from;
     const moved = (span * (drag.x - pointer.clientX)) / (view.clientWidth - gutter() - 6);
