@@ -71,6 +71,7 @@ def _parse(index: int, name: str) -> _Unit:
 
 
 def _modules(units: Sequence[_Unit], depth: int) -> tuple[ViewModule, ...]:
+    """Modules at a depth of the tree; inside `block.3` a `layer.0` and a `layer.1` are seldom alike."""
     found = []
     for _, run in groupby(units, key=lambda u: _head(u, depth)):
         alike = list(run)
@@ -80,7 +81,8 @@ def _modules(units: Sequence[_Unit], depth: int) -> tuple[ViewModule, ...]:
             found += [_leaf(unit, depth) for unit in alike]
         else:
             found.append(_joined(alike[0].path[depth], _modules(alike, depth + 1)))
-    return _folded(found)
+    numbered = any(part.isdecimal() for part in units[0].path[:depth])
+    return tuple(found) if numbered else _folded(found)
 
 
 def _head(unit: _Unit, depth: int) -> str:

@@ -46,7 +46,7 @@ function table(head, rows) {
   };
   const header = make("thead", {}, make("tr", {}, ...head.map((_, i) => cell("th", "", i))));
   const body = rows.map((row) => make("tr", {}, ...row.map((value, i) => cell("td", value, i))));
-  return make("div", { class: "scroll-x" }, make("table", {}, header, make("tbody", {}, ...body)));
+  return make("div", { class: "scroll-x" }, make("table", { class: head.length > 5 ? "wide" : null }, header, make("tbody", {}, ...body)));
 }
 
 // A long text keeps both ends; whoever needs all of it finds it under the pointer.

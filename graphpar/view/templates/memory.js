@@ -147,7 +147,9 @@ function memoryAxes(plan, frame, x, y, top) {
     parts.push(shape("line", { class: "grid", x1: frame.left, x2: frame.width - frame.right, y1: y(amount), y2: y(amount) }),
       shape("text", { x: frame.left - 8, y: y(amount) + 4, "text-anchor": "end" }, bytes(amount)));
   }
-  for (const [share, anchor] of [[0, "start"], [0.25, "middle"], [0.5, "middle"], [0.75, "middle"], [1, "end"]]) {
+  const ticks = frame.width < 520 ? [[0, "start"], [0.5, "middle"], [1, "end"]]
+    : [[0, "start"], [0.25, "middle"], [0.5, "middle"], [0.75, "middle"], [1, "end"]];
+  for (const [share, anchor] of ticks) {
     parts.push(shape("text", { x: x(plan.step_s * share), y: frame.height - 8, "text-anchor": anchor }, seconds(plan.step_s * share)));
   }
   return parts;

@@ -231,7 +231,7 @@ function drawArcs(model, skips, picture) {
     const heavy = Math.max(1.5, Math.min(4, Math.log2(edge.forward_bytes_per_sample + 2) / 6));
     shapes.push(shape("path", { d: `M0 ${top}H${reach - 9}q9 0 9 9V${end - 9}q0 9 -9 9H7`, "stroke-width": heavy }),
       shape("path", { class: "head", d: `M0 ${end}l9 -5v10z` }),
-      shape("text", { x: reach + 5, y: (top + end) / 2 }, bytes(edge.forward_bytes_per_sample)));
+      shape("text", { x: reach + 5, y: (top + end) / 2 }, bytes(edge.forward_bytes_per_sample || edge.forward_fixed_bytes)));
   }
   picture.setAttribute("height", String(model.flow.clientHeight));
   picture.replaceChildren(...shapes);
