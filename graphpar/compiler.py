@@ -50,7 +50,7 @@ ClusterLike = Cluster | Mapping[str, Any] | str | os.PathLike[str]
 
 CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch()))
 """What every captured graph goes through before it is priced."""
-_EXPLAIN_S = 2.0
+EXPLAIN_S = 2.0
 """What `plan` may spend on saying why; `compile` is in more of a hurry."""
 
 _UNSPLIT = 10**6
@@ -128,7 +128,7 @@ def plan(
         calibration=calibration,
         time_limit_s=time_limit_s,
         gap=gap,
-        explain_s=_EXPLAIN_S,
+        explain_s=EXPLAIN_S,
     )
 
 

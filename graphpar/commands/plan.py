@@ -13,7 +13,7 @@ from graphpar.commands.options import (
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
-from graphpar.compiler import plan_prepared, prepare
+from graphpar.compiler import EXPLAIN_S, plan_prepared, prepare
 from graphpar.model_spec import load_model
 from graphpar.view.api import check_suffix, visualize
 
@@ -65,6 +65,7 @@ def command(
             precision=precision,
             time_limit_s=time_limit_s,
             gap=gap,
+            explain_s=EXPLAIN_S,
         )
         if output is not None:
             plan.save(output)
