@@ -31,10 +31,11 @@ from graphpar.partition.answers import (
 from graphpar.partition.problems import Number, ShardingProblem
 from graphpar.partition.reduce import reduce_graph, reduce_problem
 from graphpar.partition.shard_check import check_sharding
-from graphpar.partition.shard_dual import DualAscent, MemoryMatrix, OutOfTimeError
+from graphpar.partition.shard_dual import DualAscent, OutOfTimeError
 from graphpar.partition.shard_exact import solve_exactly
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import count_pairs
+from graphpar.partition.shard_memory import MemoryMatrix
 from graphpar.partition.shard_search import WindowSearch
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.shard_dual import MemoryMatrix
-from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
+from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import build_program
+from graphpar.partition.shard_memory import MemoryMatrix, spread_peaks
 
 _ROWS_PER_ROUND = 8
 """Violated rows added at a time, spread over the peaks of the memory profile."""
@@ -57,16 +57,3 @@ def solve_exactly(
             break
         active |= fresh
     return ExactResult(None, bound, False)
-
-
-def spread_peaks(over: FloatArray, count: int) -> set[int]:
-    """The highest positive entries of `over`, at most one of each run of positive entries.
-
-    >>> sorted(spread_peaks(np.array([1.0, 3.0, -1.0, 2.0, 2.0, 0.0]), 8))
-    [1, 3]
-    """
-    positive = over > 0
-    starts = np.flatnonzero(positive & ~np.concatenate([[False], positive[:-1]]))
-    ends = np.flatnonzero(positive & ~np.concatenate([positive[1:], [False]])) + 1
-    peaks = [int(begin + over[begin:end].argmax()) for begin, end in zip(starts, ends, strict=True)]
-    return set(sorted(peaks, key=lambda row: -over[row])[:count])

@@ -6,6 +6,7 @@ the maximal ones only those at which everybody's largest use together would pass
 """
 
 import numpy as np
+from scipy import sparse
 
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
@@ -82,6 +83,52 @@ def is_flat(profile: tuple[IntArray, FloatArray] | None) -> bool:
     return profile is None or not np.any(profile[1] != profile[1][:1])
 
 
+class MemoryMatrix:
+    """Memory of every (vertex, strategy), as changes along the memory rows.
+
+    `vertices[p]` sits at position p; its strategies are the entries `start[p]` to `start[p + 1] - 1`.
+    """
+
+    def __init__(self, graph: ShardingGraph, rows: MemoryRows) -> None:
+        self.vertices = list(graph.costs)
+        sizes = [len(graph.costs[u]) for u in self.vertices]
+        self.start: IntArray = np.concatenate([[0], np.cumsum(sizes)]).astype(np.intp)
+        self.limit = rows.limit
+        self.profiles = [vertex_profile(graph.members[u], rows) for u in self.vertices]
+        entries: list[tuple[FloatArray, IntArray, IntArray]] = []
+        for p in range(len(self.vertices)):
+            profile = self.profiles[p]
+            if profile is None:
+                continue
+            boundaries, use = profile
+            change = np.zeros((len(use), len(boundaries)))
+            change[:, :-1] = use
+            change[:, 1:] -= use
+            strategy, place = np.nonzero(change)
+            entries.append((change[strategy, place], self.start[p] + strategy, boundaries[place]))
+        shape = (int(self.start[-1]), rows.num_rows + 1)
+        self._change = sparse.csr_matrix(shape, dtype=np.float64)
+        if entries:
+            values, where, when = (np.concatenate(part) for part in zip(*entries, strict=True))
+            self._change = sparse.csr_matrix((values, (where, when)), shape=shape)
+
+    def usage(self, chosen: IntArray) -> FloatArray:
+        """Memory at each row when the vertex at position p takes strategy `chosen[p]`."""
+        total = np.asarray(self._change[self.start[:-1] + chosen].sum(axis=0)).reshape(-1)
+        usage: FloatArray = np.cumsum(total)[:-1]
+        return usage
+
+    def excess(self, chosen: IntArray) -> float:
+        """The largest amount by which some row is over its limit; zero where none is."""
+        return float((self.usage(chosen) - self.limit).max(initial=0.0))
+
+    def price(self, multipliers: FloatArray) -> FloatArray:
+        """Cost of memory of every (vertex, strategy) at the given price per row."""
+        cumulated = np.concatenate([[0.0], np.cumsum(multipliers)])
+        priced: FloatArray = -(self._change @ cumulated)
+        return priced
+
+
 def _remaining(graph: ShardingGraph) -> list[tuple[int, IntArray]]:
     remaining = [pair for members in graph.members.values() for pair in members]
     for step in graph.eliminated:
@@ -104,3 +151,16 @@ def _profile(first: IntArray, last: IntArray, amount: FloatArray, num_rows: int)
     np.add.at(change, first, amount)
     np.add.at(change, last, -amount)
     return np.cumsum(change)[:-1]
+
+
+def spread_peaks(over: FloatArray, count: int) -> set[int]:
+    """The highest positive entries of `over`, at most one of each run of positive entries.
+
+    >>> sorted(spread_peaks(np.array([1.0, 3.0, -1.0, 2.0, 2.0, 0.0]), 8))
+    [1, 3]
+    """
+    positive = over > 0
+    starts = np.flatnonzero(positive & ~np.concatenate([[False], positive[:-1]]))
+    ends = np.flatnonzero(positive & ~np.concatenate([positive[1:], [False]])) + 1
+    peaks = [int(begin + over[begin:end].argmax()) for begin, end in zip(starts, ends, strict=True)]
+    return set(sorted(peaks, key=lambda row: -over[row])[:count])

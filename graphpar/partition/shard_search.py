@@ -13,9 +13,9 @@ from collections.abc import Container, Iterable, Mapping
 import numpy as np
 
 from graphpar.partition.reduce import reduce_graph
-from graphpar.partition.shard_dual import MemoryMatrix
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import build_program
+from graphpar.partition.shard_memory import MemoryMatrix
 
 _FIRST_PAIRS, _FEWEST_PAIRS, _MOST_PAIRS = 12_000, 500, 100_000
 """Pairs of strategies in a window: at first, at least, at most."""

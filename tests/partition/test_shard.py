@@ -12,8 +12,9 @@ from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard import solve_sharding
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_dual import DualAscent
-from graphpar.partition.shard_exact import solve_exactly, spread_peaks
+from graphpar.partition.shard_exact import solve_exactly
 from graphpar.partition.shard_ilp import merge_classes
+from graphpar.partition.shard_memory import spread_peaks
 from graphpar.partition.shard_search import WindowSearch
 
 

@@ -1,0 +1,129 @@
+"""A reduced sharding problem as flat arrays, the form that compiled loops work on.
+
+Strategies of all vertices are numbered through: vertex at position p owns `start[p]` to
+`start[p + 1] - 1`. Every edge is listed at both of its ends, each time with its table lying row by
+row as seen from that end, so that a loop over the other end's strategies reads memory in order.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.partition.shard_graph import FloatArray, ShardingGraph
+from graphpar.partition.shard_memory import MemoryMatrix, is_flat
+
+Int64Array = npt.NDArray[np.int64]
+
+IMPOSSIBLE_FACTOR = 16.0
+"""An impossible pair costs this many times the sum of the largest possible amounts."""
+
+
+class FlatGraph(NamedTuple):
+    """Costs, edges and memory of a reduced problem.
+
+    Attributes:
+        start: First strategy of each vertex, and their number at the end.
+        cost: Cost of each strategy.
+        edge_start: Edge ends of vertex p are `edge_start[p]` to `edge_start[p + 1] - 1`.
+        edge_to: The vertex at the other end.
+        edge_back: The same edge as listed at its other end.
+        edge_table: Where its table begins in `pairs`; entry (i, j) is at
+            `edge_table + i * (number of strategies of edge_to) + j`.
+        pairs: The tables, impossible pairs at a finite but prohibitive cost.
+        segment_start: Memory segments of vertex p are `segment_start[p]` to `segment_start[p + 1] - 1`.
+        segment_first, segment_last: Half-open range of memory rows of a segment.
+        use: Memory of strategy i of p in its segment number k is at
+            `use_start[p] + i * (number of segments of p) + k`.
+        use_start: See `use`.
+        limit: Memory limit of each row.
+    """
+
+    start: Int64Array
+    cost: FloatArray
+    edge_start: Int64Array
+    edge_to: Int64Array
+    edge_back: Int64Array
+    edge_table: Int64Array
+    pairs: FloatArray
+    segment_start: Int64Array
+    segment_first: Int64Array
+    segment_last: Int64Array
+    use: FloatArray
+    use_start: Int64Array
+    limit: FloatArray
+
+    @property
+    def num_vertices(self) -> int:
+        """Number of vertices."""
+        return len(self.start) - 1
+
+
+def flatten(graph: ShardingGraph, memory: MemoryMatrix) -> FlatGraph:
+    """The arrays of a graph, its vertices in the order of `memory.vertices`."""
+    vertices = memory.vertices
+    position = {u: p for p, u in enumerate(vertices)}
+    edge_counts = [len(graph.tables[u]) for u in vertices]
+    edge_start = np.concatenate([[0], np.cumsum(edge_counts)]).astype(np.int64)
+    place = {}
+    edge_to, tables = [], []
+    for p, u in enumerate(vertices):
+        for v, table in graph.tables[u].items():
+            place[p, position[v]] = len(edge_to)
+            edge_to.append(position[v])
+            tables.append(table)
+    edge_back = [
+        place[edge_to[e], p]
+        for p in range(len(vertices))
+        for e in range(edge_start[p], edge_start[p + 1])
+    ]
+    edge_table = np.concatenate([[0], np.cumsum([t.size for t in tables])]).astype(np.int64)
+    pairs = np.concatenate([np.zeros(0), *(t.ravel() for t in tables)])
+    possible = np.isfinite(pairs)
+    if not possible.all():
+        pairs[~possible] = _prohibitive(graph)
+    return FlatGraph(
+        memory.start.astype(np.int64),
+        np.concatenate([np.zeros(0), *(graph.costs[u] for u in vertices)]),
+        edge_start,
+        np.array(edge_to, dtype=np.int64),
+        np.array(edge_back, dtype=np.int64),
+        edge_table[:-1],
+        pairs,
+        *_segments(memory),
+        memory.limit.astype(np.float64),
+    )
+
+
+def _prohibitive(graph: ShardingGraph) -> float:
+    total = sum(float(np.abs(costs).max()) for costs in graph.costs.values())
+    for u, tables in graph.tables.items():
+        for v, table in tables.items():
+            if u < v:
+                total += float(np.abs(table[np.isfinite(table)]).max(initial=0.0))
+    return IMPOSSIBLE_FACTOR * max(total, 1.0)
+
+
+def _segments(
+    memory: MemoryMatrix,
+) -> tuple[Int64Array, Int64Array, Int64Array, FloatArray, Int64Array]:
+    """Segments of the vertices whose choice makes a difference to memory; the rest holds still."""
+    counts, first, last, uses, use_start = [0], [], [], [np.zeros(0)], [0]
+    for profile in memory.profiles:
+        if profile is None or is_flat(profile):
+            counts.append(0)
+            use_start.append(use_start[-1])
+            continue
+        boundaries, use = profile
+        counts.append(use.shape[1])
+        first.extend(boundaries[:-1].tolist())
+        last.extend(boundaries[1:].tolist())
+        uses.append(np.ascontiguousarray(use).ravel())
+        use_start.append(use_start[-1] + use.size)
+    return (
+        np.cumsum(counts).astype(np.int64),
+        np.array(first, dtype=np.int64),
+        np.array(last, dtype=np.int64),
+        np.concatenate(uses),
+        np.array(use_start[:-1], dtype=np.int64),
+    )
