@@ -29,5 +29,6 @@ def compiled(function: FunctionT) -> FunctionT:
     """
     if not COMPILED:
         return function
-    fast: FunctionT = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")(function)
+    compile_with: Any = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+    fast: FunctionT = compile_with(function)
     return fast

@@ -2,11 +2,11 @@
 
 1. Exact reductions (`reduce`).
 2. Dual ascent (`shard_dual`): a lower bound, memory prices, and roundings that are first answers.
-3. Large-neighbourhood search (`shard_search`) from the best rounding; when it stands still, again
-   from another one.
-4. Whenever the bound and the incumbent are close enough, strategies whose reduced cost passes the
-   gap are dropped, the rest is reduced again, and if it became small one ILP closes the gap
-   (`shard_exact`).
+3. Local search (`shard_local`) from the best rounding: windows solved by message passing, and tree
+   moves; in a thread of its own where there is a second core, while
+4. strategies whose reduced cost passes the gap are dropped, the rest is reduced again, and if it
+   became small one ILP closes the gap (`shard_exact`); and
+5. windows are solved exactly (`shard_search`), the dual goes on rising.
 
 Everything an answer's cost and memory depend on is recomputed from the file by `shard_check`.
 """
@@ -14,20 +14,20 @@ Everything an answer's cost and memory depend on is recomputed from the file by 
 import contextlib
 import copy
 import math
+import os
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from graphpar.errors import VerifyError
 from graphpar.partition.answers import (
     AnswerStatus,
-    Progress,
     ProgressCallback,
     Solved,
     ignore_progress,
     relative_gap,
 )
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import Number, ShardingProblem
 from graphpar.partition.reduce import reduce_graph, reduce_problem
 from graphpar.partition.shard_check import check_sharding
@@ -35,80 +35,25 @@ from graphpar.partition.shard_dual import DualAscent, OutOfTimeError
 from graphpar.partition.shard_exact import solve_exactly
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import count_pairs
+from graphpar.partition.shard_local import LocalSearch, Walker, promises
 from graphpar.partition.shard_memory import MemoryMatrix
 from graphpar.partition.shard_search import WindowSearch
+from graphpar.partition.shard_state import Candidate, State
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _SMALL_PAIRS = 40_000
 """Pair variables up to which one ILP over everything left is worth its time."""
 
 _WIDTHS = (2, 4, 8, 16, 1_000)
-"""Strategies per vertex in the windows of the search, from wide and shallow to full."""
+"""Strategies per vertex in the exact windows, from wide and shallow to full."""
 
 _NUM_SEEDS = (1, 3, 1, 5, 3)
-"""Seeds of the windows in turn: mostly one region, sometimes several that share memory."""
+"""Seeds of the exact windows in turn: mostly one region, sometimes several that share memory."""
 
+_MOST_PROOFS = 4
+"""Times the whole problem is tried as one ILP, each for a larger share of the time left."""
 
-@dataclass(eq=False)
-class _State:
-    """The search's clock, incumbent and bound, in the terms of the file."""
-
-    problem: ShardingProblem
-    began_s: float
-    time_limit_s: float
-    gap: float
-    progress: ProgressCallback
-    integral: bool
-    objective: float = math.inf
-    answer: list[int] | None = None
-    bound: float = -math.inf
-    roundings: list[IntArray] = field(default_factory=list)
-    phase: str = "reduce"
-    last_told: tuple[float, float] = field(default=(math.inf, -math.inf))
-
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self.began_s
-
-    def left_s(self) -> float:
-        return self.time_limit_s - self.elapsed_s()
-
-    def out_of_time(self) -> bool:
-        return self.left_s() <= 0
-
-    def closed(self) -> bool:
-        return self.answer is not None and relative_gap(self.objective, self.bound) <= self.gap
-
-    def raise_bound(self, bound: float) -> None:
-        """Take a bound, less what rounding errors may have added; whole costs round it up."""
-        safe = bound - 1e-9 * abs(bound)
-        if self.integral and math.isfinite(safe):
-            safe = float(math.ceil(safe - 1e-6))
-        self.bound = max(self.bound, safe)
-        self.tell()
-
-    def offer(self, graph: ShardingGraph, vertices: list[int], chosen: IntArray) -> None:
-        """Take a choice as incumbent if the file itself says that it is feasible and better."""
-        choice = {u: int(i) for u, i in zip(vertices, chosen, strict=True)}
-        if graph.value(choice) >= self.objective:
-            return
-        answer = graph.expand(choice, self.problem.num_nodes)
-        verdict = check_sharding(self.problem, answer)
-        if verdict.feasible and verdict.cost < self.objective:
-            self.objective, self.answer = float(verdict.cost), answer
-            self.tell()
-
-    def tell(self) -> None:
-        now = (self.objective, self.bound)
-        if now != self.last_told:
-            self.last_told = now
-            self.progress(
-                Progress(
-                    self.phase,
-                    self.elapsed_s(),
-                    self.objective if self.answer is not None else None,
-                    self.bound if math.isfinite(self.bound) else None,
-                )
-            )
+NOT_COMPILED = "numba is not installed, so the search ran some hundred times slower than it could"
 
 
 def solve_sharding(
@@ -116,7 +61,7 @@ def solve_sharding(
     *,
     time_limit_s: float = 60.0,
     gap: float = 0.0,
-    threads: int = 1,
+    threads: int | None = None,
     seed: int = 0,
     progress: ProgressCallback = ignore_progress,
 ) -> Solved[list[int]]:
@@ -126,7 +71,7 @@ def solve_sharding(
         problem: What to solve.
         time_limit_s: Wall-clock limit; the answer comes back within a tenth more.
         gap: Stop once the proven relative gap is this small.
-        threads: Threads for the ILPs.
+        threads: Threads to search with; None for two where the machine has as many cores.
         seed: Seed of the search's random choices.
         progress: Called whenever the incumbent or the bound improves.
 
@@ -138,7 +83,11 @@ def solve_sharding(
         raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
     if not gap >= 0:
         raise ValueError(f"gap must not be negative, got {gap}")
-    state = _State(
+    if threads is None:
+        threads = min(2, os.cpu_count() or 1)
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    state = State(
         problem,
         time.perf_counter(),
         time_limit_s,
@@ -158,100 +107,248 @@ def _whole(costs: tuple[tuple[Number, ...], ...]) -> bool:
     return all(float not in set(map(type, row)) for row in costs)
 
 
-def _search(state: _State, graph: ShardingGraph, rows: MemoryRows, threads: int, seed: int) -> bool:
-    """Phases 2 to 4; returns whether infeasibility was proven."""
+def _search(state: State, graph: ShardingGraph, rows: MemoryRows, threads: int, seed: int) -> bool:
+    """Phases 2 to 5; returns whether infeasibility was proven."""
     if not graph.costs:
-        state.offer(graph, [], np.zeros(0, dtype=np.intp))
+        state.offer(Candidate(graph, [], np.zeros(0, dtype=np.intp), graph.constant), at_once=True)
         state.raise_bound(graph.constant)
         return False
     if state.out_of_time():
         return False
-    dual = DualAscent(graph, rows, state.out_of_time)
-    with contextlib.suppress(OutOfTimeError):
-        return _improve(state, graph, rows, dual, threads, seed)
+    run = _Run(state, graph, rows, threads, seed)
+    try:
+        with contextlib.suppress(OutOfTimeError):
+            return run.improve()
+    finally:
+        run.stop()
     return False
 
 
-def _improve(
-    state: _State,
-    graph: ShardingGraph,
-    rows: MemoryRows,
-    dual: DualAscent,
-    threads: int,
-    seed: int,
-) -> bool:
-    _bound_phase(state, graph, dual, share=0.15)
-    if state.closed() or state.out_of_time():
+class _Run:
+    """The phases on one reduced graph, and what they share."""
+
+    def __init__(
+        self, state: State, graph: ShardingGraph, rows: MemoryRows, threads: int, seed: int
+    ) -> None:
+        self.state, self.graph, self.rows, self.threads, self.seed = state, graph, rows, threads, seed
+        self.dual = DualAscent(graph, rows, state.out_of_time)
+        self.nearest: IntArray = np.zeros(len(self.dual.vertices), dtype=np.intp)
+        self.nearest_excess = math.inf
+        self.best: IntArray | None = None
+        self.best_cost = math.inf
+        self.local: LocalSearch | None = None
+        self.walker: Walker | None = None
+        self.windows: WindowSearch | None = None
+        self.stands_still = False
+        self.proofs, self.proven_with = 0, (math.inf, -math.inf)
+
+    def improve(self) -> bool:
+        """Search until the gap is closed or time is up; returns whether infeasibility was proven."""
+        state = self.state
+        self.bound(0.06)
+        while self.best is None and not state.done():
+            if self.is_small() and self.proofs < _MOST_PROOFS and self.prove(0.5):
+                return True
+            self.repair(0.05)
+            if self.best is None:
+                self.bound(0.05)
+        if state.done():
+            return False
+        self.start_walking()
+        rounds = 0
+        while not state.done():
+            before = self.best_cost
+            self.walk(0.02 if self.walker else 0.06)
+            self.bound(0.04 if rounds < 4 else 0.02)
+            self.prove_if_promising()
+            if rounds > 2 and self.best_cost > (1.0 - 1e-4) * before:
+                self.exact_windows(0.04)
+            rounds += 1
         return False
-    if count_pairs(graph) <= _SMALL_PAIRS and state.answer is None:
-        return _proof_phase(state, graph, rows, dual, threads, share=1.0)
-    while state.answer is None and not state.out_of_time():
-        _bound_phase(state, graph, dual, share=0.2)
-        if state.answer is None and state.left_s() < 0.6 * state.time_limit_s:
-            _proof_phase(state, graph, rows, dual, threads, share=0.5, most_pairs=5 * _SMALL_PAIRS)
-    if state.answer is None:
+
+    def stop(self) -> None:
+        """End the walker and take what it has."""
+        if self.walker is not None:
+            cost, chosen = self.walker.stop()
+            self.walker = None
+            self.take(chosen, cost)
+        self.state.settle()
+
+    def is_small(self) -> bool:
+        """Whether one ILP could hold everything."""
+        return count_pairs(self.graph) <= _SMALL_PAIRS
+
+    def take(self, chosen: IntArray, cost: float) -> None:
+        """Take a choice that fits as the best one if it is cheaper."""
+        if cost < self.best_cost:
+            self.best, self.best_cost = chosen.copy(), cost
+            self.state.offer(Candidate(self.graph, self.dual.vertices, self.best, cost))
+
+    def take_rounding(self, chosen: IntArray) -> None:
+        """Take a rounding if it fits; remember the one nearest to fitting."""
+        excess = self.dual.memory.excess(chosen)
+        if excess < self.nearest_excess:
+            self.nearest, self.nearest_excess = chosen.copy(), excess
+        if excess <= 0:
+            value = self.graph.value({u: int(i) for u, i in zip(self.dual.vertices, chosen, strict=True)})
+            if math.isfinite(value):
+                self.take(chosen, value)
+
+    def bound(self, share: float) -> None:
+        """Message passing for a share of the time limit, or until the bound stands still."""
+        if self.stands_still and self.best is not None:
+            return
+        state, dual = self.state, self.dual
+        state.phase = "bound"
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        steps, idle, last = 0, 0, -math.inf
+        while state.elapsed_s() < end_s and not state.done():
+            if steps % 8 == 0 and self.best is None:
+                self.take_rounding(dual.round_within_memory())
+            for chosen in dual.ascend(2):
+                if self.local is None:
+                    self.take_rounding(chosen)
+            steps += 1
+            state.raise_bound(dual.bound)
+            idle = 0 if dual.bound > last + 1e-7 * abs(last) else idle + 1
+            last = max(last, dual.bound)
+            if idle >= 200:
+                self.stands_still = True
+                break
+        dual.restore_best()
+        dual.sweep()
+
+    def repair(self, share: float) -> None:
+        """Tree moves under a growing price of memory, from the rounding nearest to fitting."""
+        state = self.state
+        state.phase = "repair"
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        search = LocalSearch(self.dual, self.nearest, self.seed)
+        while state.elapsed_s() < end_s and not state.done() and self.best is None:
+            if search.step(min(end_s - state.elapsed_s(), state.left_s())):
+                self.take_rounding(search.best)
+
+    def start_walking(self) -> None:
+        """Start the local search here, and another in a thread where there is a core for it."""
+        assert self.best is not None
+        self.local = LocalSearch(self.dual, self.best, self.seed)
+        if self.threads > 1 and COMPILED:
+            self.walker = Walker(LocalSearch(self.dual, self.best, self.seed + 1))
+
+    def walk(self, share: float) -> None:
+        """Local search for a share of the time limit, then trade with the walker."""
+        state, local = self.state, self.local
+        assert local is not None
+        state.phase = "search"
+        local.promises = promises(self.dual)
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        while state.elapsed_s() < end_s and not state.done():
+            if local.step(min(end_s - state.elapsed_s(), state.left_s())):
+                self.take(local.best, local.cost)
+        self.trade()
+
+    def trade(self) -> None:
+        """Exchange the best choices with the walker."""
+        assert self.best is not None
+        assert self.local is not None
+        if self.walker is not None:
+            cost, chosen = self.walker.exchange(self.best, self.best_cost, self.local.promises)
+            self.take(chosen, cost)
+        self.local.adopt(self.best, self.best_cost)
+
+    def exact_windows(self, share: float) -> None:
+        """Windows for a share of the time limit, their size following how fast they solve."""
+        state = self.state
+        assert self.best is not None
+        state.phase = "windows"
+        if self.windows is None:
+            self.windows = WindowSearch(self.graph, self.rows, self.dual.memory, self.best, self.seed)
+        search = self.windows
+        search.guide(self.dual.excess_costs()[1])
+        search.offer(self.best)
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        turn = 0
+        while (left_s := min(end_s - state.elapsed_s(), state.left_s())) > 0 and not state.closed():
+            width = _WIDTHS[turn % len(_WIDTHS)]
+            turn += 1
+            before_s = state.elapsed_s()
+            patience_s = min(left_s, max(5.0, 0.02 * state.time_limit_s))
+            window = search.grow(search.budget(width), width, _NUM_SEEDS[turn % len(_NUM_SEEDS)])
+            gain = search.solve_window(window, patience_s)
+            search.note(width, state.elapsed_s() - before_s, patience_s)
+            if gain > 0:
+                self.take(search.chosen, search.cost)
+            self.trade()
+            search.offer(self.best)
+
+    def prove_if_promising(self) -> None:
+        """Try a proof if the gap is smaller than at the last try, or for the first time."""
+        state = self.state
+        state.settle()
+        if state.done() or self.proofs >= _MOST_PROOFS:
+            return
+        objective, bound = self.proven_with
+        if self.proofs and relative_gap(state.objective, state.bound) > 0.8 * relative_gap(
+            objective, bound
+        ):
+            return
+        self.prove(min(1.0, 0.2 * 2**self.proofs))
+
+    def prove(self, share: float) -> bool:
+        """Drop what cannot be in a better answer, reduce, and close the rest by an ILP if small.
+
+        Returns whether infeasibility was proven.
+        """
+        state = self.state
+        state.settle()
+        state.phase = "prove"
+        deadline_s = time.perf_counter() + share * max(0.0, state.left_s())
+        self.proven_with = (state.objective, state.bound)
+        small = copy.deepcopy(self.graph)
+        bound, excess = self.dual.excess_costs()
+        if state.answer is not None:
+            # Whole costs: only an answer cheaper by one is better. Rounding errors stay on the safe side.
+            target = state.objective - (0.9 if state.integral else 0.0) + 1e-9 * abs(bound)
+            for u, row in zip(self.dual.vertices, excess, strict=True):
+                kept = np.flatnonzero(bound + row <= target)
+                if len(kept) < len(row):
+                    small.keep(u, kept)
+        small_rows = self.rows
+        if not small.infeasible:
+            small_rows = reduce_graph(small, self.rows, state.out_of_time)
+        if small.infeasible:
+            return _nothing_better(state)
+        if count_pairs(small) > _SMALL_PAIRS:
+            return False
+        self.proofs += 1
+        memory = MemoryMatrix(small, small_rows)
+        result = solve_exactly(
+            small,
+            small_rows,
+            memory,
+            active=set(),
+            deadline_s=deadline_s,
+            relative_gap=state.gap,
+            threads=max(1, self.threads - 1),
+        )
+        if result.infeasible:
+            return _nothing_better(state)
+        if result.chosen is not None:
+            self.take_from(small, memory, result.chosen)
+        # The pruned problem holds every answer better than the incumbent, and nothing else is promised.
+        state.raise_bound(min(result.bound, state.objective))
         return False
-    proofs, is_small = 0, count_pairs(graph) <= _SMALL_PAIRS
-    if is_small and not state.closed():
-        _proof_phase(state, graph, rows, dual, threads, share=0.3)
-        proofs += 1
-    search = _start_search(state, graph, rows, dual, seed)
-    while not state.closed() and not state.out_of_time():
-        gained_at, before = state.objective, search.cost
-        _window_phase(state, search, share=0.08)
-        if state.closed() or state.out_of_time():
-            break
-        _bound_phase(state, graph, dual, share=0.04)
-        if search.cost == before and state.roundings:
-            seed += 1
-            chosen = state.roundings[seed % len(state.roundings)]
-            search = WindowSearch(graph, rows, dual.memory, chosen, seed)
-        search.guide(dual.excess_costs()[1])
-        if gained_at == state.objective and proofs < 3:
-            _proof_phase(state, graph, rows, dual, threads, share=min(1.0, 0.3 * 2**proofs))
-            proofs += 1
-            if state.answer is not None and state.objective < search.cost:
-                search.offer(_locate(graph, dual.vertices, state.answer))
-    return False
 
-
-def _bound_phase(state: _State, graph: ShardingGraph, dual: DualAscent, share: float) -> None:
-    """Message passing for a share of the time limit, or until the bound stands still."""
-    state.phase = "bound"
-    end_s = min(state.time_limit_s, state.elapsed_s() + share * state.time_limit_s)
-    steps, stood_still, last = 0, 0, -math.inf
-    while state.elapsed_s() < end_s and not state.closed():
-        if steps % 8 == 0 and state.answer is None:
-            chosen = dual.round_within_memory()
-            if dual.memory.excess(chosen) <= 0:
-                state.offer(graph, dual.vertices, chosen)
-        for chosen in dual.ascend(3):
-            if dual.memory.excess(chosen) <= 0:
-                state.offer(graph, dual.vertices, chosen)
-                if math.isfinite(_value(graph, dual.vertices, chosen)):
-                    state.roundings = [*state.roundings[-7:], chosen]
-        steps += 1
-        state.raise_bound(dual.bound)
-        stood_still = 0 if dual.bound > last + 1e-7 * abs(last) else stood_still + 1
-        last = max(last, dual.bound)
-        if stood_still >= 60:
-            break
-    dual.restore_best()
-    dual.sweep()
-
-
-def _value(graph: ShardingGraph, vertices: list[int], chosen: IntArray) -> float:
-    return graph.value({u: int(i) for u, i in zip(vertices, chosen, strict=True)})
-
-
-def _start_search(
-    state: _State, graph: ShardingGraph, rows: MemoryRows, dual: DualAscent, seed: int
-) -> WindowSearch:
-    assert state.answer is not None
-    chosen = _locate(graph, dual.vertices, state.answer)
-    search = WindowSearch(graph, rows, dual.memory, chosen, seed)
-    search.guide(dual.excess_costs()[1])
-    return search
+    def take_from(self, small: ShardingGraph, memory: MemoryMatrix, chosen: IntArray) -> None:
+        """Take an answer to the pruned problem as the best choice in the whole graph's terms."""
+        state = self.state
+        choice = {u: int(i) for u, i in zip(memory.vertices, chosen, strict=True)}
+        cost = small.value(choice)
+        if cost < self.best_cost:
+            state.offer(Candidate(small, memory.vertices, chosen, cost), at_once=True)
+        if state.answer is not None and state.objective < self.best_cost:
+            self.best = _locate(self.graph, self.dual.vertices, state.answer)
+            self.best_cost = state.objective
 
 
 def _locate(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> IntArray:
@@ -266,69 +363,7 @@ def _locate(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> Int
     return chosen
 
 
-def _window_phase(state: _State, search: WindowSearch, share: float) -> None:
-    """Windows for a share of the time limit, their size following how fast they solve."""
-    state.phase = "search"
-    end_s = min(state.time_limit_s, state.elapsed_s() + share * state.time_limit_s)
-    turn = 0
-    while (left_s := end_s - state.elapsed_s()) > 0 and not state.closed():
-        width = _WIDTHS[turn % len(_WIDTHS)]
-        turn += 1
-        before_s = state.elapsed_s()
-        patience_s = min(left_s, max(5.0, 0.02 * state.time_limit_s))
-        window = search.grow(search.budget(width), width, _NUM_SEEDS[turn % len(_NUM_SEEDS)])
-        gain = search.solve_window(window, patience_s)
-        search.note(width, state.elapsed_s() - before_s, patience_s)
-        if gain > 0:
-            state.offer(search.graph, search.memory.vertices, search.chosen)
-
-
-def _proof_phase(
-    state: _State,
-    graph: ShardingGraph,
-    rows: MemoryRows,
-    dual: DualAscent,
-    threads: int,
-    share: float,
-    most_pairs: int = _SMALL_PAIRS,
-) -> bool:
-    """Drop what cannot be in a better answer, reduce, and close the rest by an ILP if small."""
-    state.phase = "prove"
-    deadline_s = time.perf_counter() + share * max(0.0, state.left_s())
-    small = copy.deepcopy(graph)
-    bound, excess = dual.excess_costs()
-    if state.answer is not None:
-        # Whole costs: only an answer cheaper by one is better. Rounding errors stay on the safe side.
-        target = state.objective - (0.9 if state.integral else 0.0) + 1e-9 * abs(bound)
-        for u, row in zip(dual.vertices, excess, strict=True):
-            kept = np.flatnonzero(bound + row <= target)
-            if len(kept) < len(row):
-                small.keep(u, kept)
-    small_rows = rows if small.infeasible else reduce_graph(small, rows, state.out_of_time)
-    if small.infeasible:
-        return _nothing_better(state)
-    if count_pairs(small) > most_pairs:
-        return False
-    memory = MemoryMatrix(small, small_rows)
-    result = solve_exactly(
-        small,
-        small_rows,
-        memory,
-        active=set(),
-        deadline_s=deadline_s,
-        relative_gap=state.gap,
-        threads=threads,
-    )
-    if result.infeasible:
-        return _nothing_better(state)
-    if result.chosen is not None:
-        state.offer(small, memory.vertices, result.chosen)
-    # The pruned problem holds every answer better than the incumbent, and nothing else is promised.
-    state.raise_bound(min(result.bound, state.objective))
-    return False
-
-
-def _nothing_better(state: _State) -> bool:
+def _nothing_better(state: State) -> bool:
     """The pruned problem is empty: the incumbent is optimal, or there is no answer at all."""
     if state.answer is None:
         return True
@@ -337,14 +372,15 @@ def _nothing_better(state: _State) -> bool:
     return False
 
 
-def _conclude(state: _State, infeasible: bool) -> Solved[list[int]]:
+def _conclude(state: State, infeasible: bool) -> Solved[list[int]]:
+    note = "" if COMPILED else NOT_COMPILED
     seconds = state.elapsed_s()
     if infeasible:
         note = "no choice of strategies is possible within the memory limit"
         return Solved("infeasible", None, None, None, seconds, None, None, note)
     bound = state.bound if math.isfinite(state.bound) else None
     if state.answer is None:
-        return Solved("unknown", None, bound, None, seconds, "time limit", None)
+        return Solved("unknown", None, bound, None, seconds, "time limit", None, note)
     verdict = check_sharding(state.problem, state.answer)
     if not verdict.feasible or float(verdict.cost) != state.objective:
         raise VerifyError(
@@ -360,4 +396,5 @@ def _conclude(state: _State, infeasible: bool) -> Solved[list[int]]:
         status, truncated_by = "optimal", None
     elif gap is not None and gap <= state.gap:
         truncated_by = "gap"
-    return Solved(status, state.objective, bound, gap, seconds, truncated_by, state.answer)
+    seconds = state.elapsed_s()
+    return Solved(status, state.objective, bound, gap, seconds, truncated_by, state.answer, note)

@@ -65,6 +65,7 @@ class DualAscent:
         bound: The best lower bound so far.
         multipliers: The current price of memory at each row.
         flat: The graph as arrays.
+        constant: Cost that no choice changes.
         theta, to, to_start: The messages, see `shard_messages`.
     """
 
@@ -77,7 +78,7 @@ class DualAscent:
         self.memory = MemoryMatrix(graph, rows)
         self._should_stop = should_stop
         self.vertices = self.memory.vertices
-        self._constant = graph.constant
+        self.constant = graph.constant
         self.flat: FlatGraph = flatten(graph, self.memory)
         self.theta: FloatArray = self.flat.cost.copy()
         self.to_start: Int64Array = message_starts(self.flat)
@@ -107,7 +108,7 @@ class DualAscent:
         """The bound at the present messages and multipliers, right after a pass."""
         priced = float(self.multipliers @ self.memory.limit)
         least = np.minimum.reduceat(self.theta, self.flat.start[:-1])
-        return self._constant - priced + float(least.sum())
+        return self.constant - priced + float(least.sum())
 
     def _check_time(self) -> None:
         if self._should_stop():

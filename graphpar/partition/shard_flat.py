@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.partition.shard_graph import FloatArray, ShardingGraph
+from graphpar.partition.shard_graph import FloatArray, IntArray, ShardingGraph
 from graphpar.partition.shard_memory import MemoryMatrix, is_flat
 
 Int64Array = npt.NDArray[np.int64]
@@ -66,7 +66,8 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix) -> FlatGraph:
     edge_counts = [len(graph.tables[u]) for u in vertices]
     edge_start = np.concatenate([[0], np.cumsum(edge_counts)]).astype(np.int64)
     place = {}
-    edge_to, tables = [], []
+    edge_to: list[int] = []
+    tables: list[FloatArray] = []
     for p, u in enumerate(vertices):
         for v, table in graph.tables[u].items():
             place[p, position[v]] = len(edge_to)
@@ -93,6 +94,15 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix) -> FlatGraph:
         *_segments(memory),
         memory.limit.astype(np.float64),
     )
+
+
+def flat_cost(flat: FlatGraph, x: IntArray) -> float:
+    """Cost of a choice, the graph's constant and memory aside."""
+    ends = np.repeat(np.arange(flat.num_vertices), np.diff(flat.edge_start))
+    widths = np.diff(flat.start)[flat.edge_to]
+    once = ends < flat.edge_to
+    pairs = flat.pairs[(flat.edge_table + x[ends] * widths + x[flat.edge_to])[once]]
+    return float(flat.cost[flat.start[:-1] + x].sum() + pairs.sum())
 
 
 def _prohibitive(graph: ShardingGraph) -> float:

@@ -169,7 +169,7 @@ def least_use(flat: FlatGraph, p: int, k: int) -> float:
     count = flat.start[p + 1] - flat.start[p]
     width = flat.segment_start[p + 1] - flat.segment_start[p]
     at = flat.use_start[p] + k
-    least = flat.use[at]
+    least: float = flat.use[at]
     for i in range(1, count):
         least = min(least, flat.use[at + i * width])
     return least

@@ -97,12 +97,30 @@ def excess_tree(excess: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 @compiled
+def rises(flat: FlatGraph) -> FloatArray:
+    """For each strategy, the most that memory can rise at any row when its vertex leaves it."""
+    result = np.zeros(len(flat.cost))
+    for p in range(len(flat.start) - 1):
+        count = flat.start[p + 1] - flat.start[p]
+        width = flat.segment_start[p + 1] - flat.segment_start[p]
+        base = flat.use_start[p]
+        for k in range(width):
+            most = flat.use[base + k]
+            for i in range(1, count):
+                most = max(most, flat.use[base + i * width + k])
+            for i in range(count):
+                at = flat.start[p] + i
+                result[at] = max(result[at], most - flat.use[base + i * width + k])
+    return result
+
+
+@compiled
 def change_strategy(
     flat: FlatGraph, x: Int64Array, top: FloatArray, lazy: FloatArray, p: int, new: int
 ) -> float:
     """Give vertex p another strategy; returns the change of cost."""
     old = x[p]
-    change = flat.cost[flat.start[p] + new] - flat.cost[flat.start[p] + old]
+    change: float = flat.cost[flat.start[p] + new] - flat.cost[flat.start[p] + old]
     for e in range(flat.edge_start[p], flat.edge_start[p + 1]):
         v = flat.edge_to[e]
         width = flat.start[v + 1] - flat.start[v]

@@ -160,7 +160,9 @@ def search_windows(
     visits = 0
     while visits < num_visits:
         wanted = 2 + int((largest - 1) * draw_unit(state) ** 2)
-        window = draw_window(flat, min(wanted, num_vertices), 1 + int(3 * draw_unit(state) ** 2), rank, state)
+        window = draw_window(
+            flat, min(wanted, num_vertices), 1 + int(3 * draw_unit(state) ** 2), rank, state
+        )
         visits += len(window)
         load_window(flat, theta, to, to_start, own_theta, own_to, rank, window, x)
         price, scale = 1.0 * draw_unit(state) - 0.5, noise * draw_unit(state) ** 2
