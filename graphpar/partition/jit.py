@@ -22,13 +22,19 @@ else:
 def compiled(function: FunctionT) -> FunctionT:
     """Compile a function of arrays and numbers; it releases the interpreter lock while it runs.
 
-    Sums may be reordered and no NaN is expected; infinities are not either, see `FlatGraph`.
-
-    >>> compiled(lambda a, b: a + b)(1, 2)
-    3
+    Sums may be reordered; no NaN is expected and no infinity (see `FlatGraph`).
     """
+    return _compile(function, fastmath=True)
+
+
+def compiled_exactly(function: FunctionT) -> FunctionT:
+    """The same for functions that meet infinities: floating point as written."""
+    return _compile(function, fastmath=False)
+
+
+def _compile(function: FunctionT, *, fastmath: bool) -> FunctionT:
     if not COMPILED:
         return function
-    compile_with: Any = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+    compile_with: Any = njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")
     fast: FunctionT = compile_with(function)
     return fast

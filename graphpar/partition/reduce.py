@@ -21,6 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.partition.problems import ShardingProblem
+from graphpar.partition.reduce_loops import (
+    COLUMNS_DETERMINE,
+    ROWS_DETERMINE,
+    add_largest_increase,
+    any_impossible,
+    determined,
+    is_separable,
+)
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_memory import is_flat, memory_rows, tighten, vertex_profile
 
@@ -28,9 +36,6 @@ BoolArray = npt.NDArray[np.bool_]
 
 _LARGEST_NEW_TABLE = 200_000
 """Entries above which eliminating a vertex of degree two would cost more than it saves."""
-
-_DOMINANCE_BLOCK = 4_000_000
-"""Numbers held at once while strategies of one vertex are compared pairwise."""
 
 
 def reduce_problem(
@@ -95,9 +100,9 @@ def drop_unsupported(graph: ShardingGraph, dirty: set[int]) -> set[int]:
     while waiting and graph.is_possible():
         vertex = waiting.pop()
         for other, table in list(graph.tables[vertex].items()):
-            possible = np.isfinite(table)
-            if possible.all():
+            if not any_impossible(table):
                 continue
+            possible = np.isfinite(table)
             for end, axis in ((vertex, 1), (other, 0)):
                 supported = possible.any(axis=axis)
                 if not supported.all():
@@ -119,10 +124,8 @@ def split_separable(graph: ShardingGraph, dirty: Iterable[int]) -> set[int]:
     touched = set()
     for vertex in dirty:
         for other, table in list(graph.tables[vertex].items()):
-            if not (np.isfinite(table[:, 0]).all() and np.isfinite(table[0]).all()):
-                continue
-            rows, columns = table[:, 0], table[0] - table[0, 0]
-            if np.array_equal(table, rows[:, None] + columns[None, :]):
+            if is_separable(table):
+                rows, columns = table[:, 0], table[0] - table[0, 0]
                 graph.costs[vertex] = graph.costs[vertex] + rows
                 graph.costs[other] = graph.costs[other] + columns
                 graph.remove_table(vertex, other)
@@ -150,11 +153,14 @@ def contract_determined(graph: ShardingGraph, dirty: Iterable[int]) -> set[int]:
 
 def _determined(graph: ShardingGraph, u: int, v: int) -> tuple[int, int, IntArray] | None:
     """`(winner, loser, the loser's strategy for each of the winner's)`, if there is one."""
+    answer = determined(graph.tables[u][v])
+    if not answer:
+        return None
     possible = np.isfinite(graph.tables[u][v])
     options: list[tuple[int, int, IntArray]] = []
-    if bool((possible.sum(axis=1) == 1).all()):
+    if answer & ROWS_DETERMINE:
         options.append((u, v, possible.argmax(axis=1)))
-    if bool((possible.sum(axis=0) == 1).all()):
+    if answer & COLUMNS_DETERMINE:
         options.append((v, u, possible.argmax(axis=0)))
     # Moving the loser's edges is the work, so the vertex with fewer of them loses.
     return min(options, key=lambda option: len(graph.tables[option[1]]), default=None)
@@ -209,12 +215,9 @@ def _dominated(graph: ShardingGraph, rows: MemoryRows, vertex: int) -> BoolArray
         worse = np.where(_uses_more(use), np.inf, worse)
     np.fill_diagonal(worse, np.inf)
     for table in graph.tables[vertex].values():
-        candidates = np.isfinite(worse)
-        if not candidates.any():
+        if not np.isfinite(worse).any():
             break
-        with np.errstate(invalid="ignore"):
-            # inf - inf: already ruled out, and stays so, because no comparison with NaN holds
-            worse += _largest_increase(table)
+        add_largest_increase(worse, np.ascontiguousarray(table))
     dominated_by = np.asarray(worse <= 0.0)
     # two strategies that replace each other: the first stays
     mutual = dominated_by & dominated_by.T
@@ -229,21 +232,6 @@ def _uses_more(use: FloatArray) -> BoolArray:
     for column in use.T:
         more |= column[None, :] > column[:, None]
     return more
-
-
-def _largest_increase(table: FloatArray) -> FloatArray:
-    """`[a, b]`: max over j of `table[b, j] - table[a, j]`, where an impossible a counts as -inf."""
-    count, width = table.shape
-    result = np.empty((count, count))
-    block = max(1, _DOMINANCE_BLOCK // max(1, count * width))
-    for begin in range(0, count, block):
-        part = table[begin : begin + block]
-        with np.errstate(invalid="ignore"):
-            difference = table[None, :, :] - part[:, None, :]
-        # inf - inf: a cannot be with j, so b need not be cheaper there
-        np.nan_to_num(difference, copy=False, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-        result[begin : begin + block] = difference.max(axis=2)
-    return result
 
 
 def eliminate_small(graph: ShardingGraph, rows: MemoryRows, dirty: Iterable[int]) -> set[int]:

@@ -39,6 +39,7 @@ from graphpar.partition.shard_local import LocalSearch, Walker, promises
 from graphpar.partition.shard_memory import MemoryMatrix
 from graphpar.partition.shard_search import WindowSearch
 from graphpar.partition.shard_state import Candidate, State
+from graphpar.partition.shard_warm import warm_up
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _SMALL_PAIRS = 40_000
@@ -52,6 +53,11 @@ _NUM_SEEDS = (1, 3, 1, 5, 3)
 
 _MOST_PROOFS = 4
 """Times the whole problem is tried as one ILP, each for a larger share of the time left."""
+
+_NOT_WARM = (
+    "the first run of an installation compiles the search, which took longer than the time limit; "
+    "run it once with a limit of two minutes"
+)
 
 NOT_COMPILED = "numba is not installed, so the search ran some hundred times slower than it could"
 
@@ -95,6 +101,8 @@ def solve_sharding(
         progress,
         _whole(problem.node_costs) and _whole(problem.edge_costs),
     )
+    if not warm_up(0.9 * state.left_s()):
+        return Solved("unknown", None, None, None, state.elapsed_s(), "time limit", None, _NOT_WARM)
     graph, rows = reduce_problem(problem, lambda: state.left_s() < 0.6 * time_limit_s)
     infeasible = graph.infeasible
     if not infeasible:
@@ -140,7 +148,8 @@ class _Run:
         self.walker: Walker | None = None
         self.windows: WindowSearch | None = None
         self.stands_still = False
-        self.proofs, self.proven_with = 0, (math.inf, -math.inf)
+        self.proofs = 0
+        self.too_large_at: float | None = None
 
     def improve(self) -> bool:
         """Search until the gap is closed or time is up; returns whether infeasibility was proven."""
@@ -282,15 +291,13 @@ class _Run:
             search.offer(self.best)
 
     def prove_if_promising(self) -> None:
-        """Try a proof if the gap is smaller than at the last try, or for the first time."""
+        """Try a proof unless what was left was too large when the gap was about the same."""
         state = self.state
         state.settle()
         if state.done() or self.proofs >= _MOST_PROOFS:
             return
-        objective, bound = self.proven_with
-        if self.proofs and relative_gap(state.objective, state.bound) > 0.8 * relative_gap(
-            objective, bound
-        ):
+        gap = relative_gap(state.objective, state.bound)
+        if self.too_large_at is not None and gap > 0.9 * self.too_large_at:
             return
         self.prove(min(1.0, 0.2 * 2**self.proofs))
 
@@ -303,7 +310,6 @@ class _Run:
         state.settle()
         state.phase = "prove"
         deadline_s = time.perf_counter() + share * max(0.0, state.left_s())
-        self.proven_with = (state.objective, state.bound)
         small = copy.deepcopy(self.graph)
         bound, excess = self.dual.excess_costs()
         if state.answer is not None:
@@ -319,6 +325,7 @@ class _Run:
         if small.infeasible:
             return _nothing_better(state)
         if count_pairs(small) > _SMALL_PAIRS:
+            self.too_large_at = relative_gap(state.objective, state.bound)
             return False
         self.proofs += 1
         memory = MemoryMatrix(small, small_rows)

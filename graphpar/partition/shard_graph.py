@@ -37,12 +37,14 @@ class MemoryRows:
         first, last: For each node of the file, the half-open range of rows in which it is live.
         limit: Memory left at each row; see `tighten` in `shard_memory`.
         usages: For each node its use per original strategy, less what `limit` has paid for.
+        matters: For each node, whether its choice can make a difference at some row.
     """
 
     first: IntArray
     last: IntArray
     limit: FloatArray
     usages: dict[int, FloatArray] = field(repr=False)
+    matters: list[bool] = field(repr=False)
 
     @property
     def num_rows(self) -> int:

@@ -115,6 +115,11 @@ class LocalSearch:
         self._visits_per_s = min(1.5 * self._visits_per_s, max(0.3 * self._visits_per_s, speed))
         return bool(self._numbers[BEST] < before)
 
+    def rehearse(self) -> None:
+        """Run every kind of move once, so that all is compiled."""
+        self._tree_moves(1)
+        self._windows(1)
+
     def _windows(self, visits: int) -> None:
         largest = min(_LARGEST_WINDOW, self._flat.num_vertices, max(2, visits // 4))
         size = max(2, int(largest ** self._random.uniform(0.4, 1.0)))

@@ -23,7 +23,13 @@ def memory_rows(problem: ShardingProblem) -> MemoryRows:
     first = np.searchsorted(moments, starts).astype(np.intp)
     last = np.where(live, np.searchsorted(moments, ends), first).astype(np.intp)
     usages = {node: np.array(usage, dtype=np.float64) for node, usage in enumerate(problem.usages)}
-    return MemoryRows(first, last, np.full(len(moments), float(problem.usage_limit or 0)), usages)
+    return MemoryRows(
+        first,
+        last,
+        np.full(len(moments), float(problem.usage_limit or 0)),
+        usages,
+        (first < last).tolist(),
+    )
 
 
 def tighten(rows: MemoryRows, graph: ShardingGraph) -> MemoryRows:
@@ -47,7 +53,8 @@ def tighten(rows: MemoryRows, graph: ShardingGraph) -> MemoryRows:
     # A negative limit stays in sight even where nobody has a choice: it proves infeasibility.
     binding = (most > limit) | (limit < 0)
     position = np.concatenate([[0], np.cumsum(binding)]).astype(np.intp)
-    return MemoryRows(position[rows.first], position[rows.last], limit[binding], usages)
+    first, last = position[rows.first], position[rows.last]
+    return MemoryRows(first, last, limit[binding], usages, ((first < last) & (spread > 0)).tolist())
 
 
 def vertex_profile(
@@ -58,24 +65,22 @@ def vertex_profile(
     Segment k covers the rows `boundaries[k]` to `boundaries[k + 1] - 1`. A vertex whose strategies
     all use the same memory at every row has a profile too; `is_flat` tells.
     """
-    holding = [
-        (node, map_)
-        for node, map_ in members
-        if rows.first[node] < rows.last[node] and np.any(rows.usages[node][map_])
-    ]
+    matters, usages = rows.matters, rows.usages
+    holding = [(node, map_) for node, map_ in members if matters[node]]
     if not holding:
         return None
+    lives = [(int(rows.first[node]), int(rows.last[node])) for node, _ in holding]
     if len(holding) == 1:
         node, map_ = holding[0]
-        return np.array([rows.first[node], rows.last[node]]), rows.usages[node][map_][:, None]
-    edges = np.unique([(rows.first[node], rows.last[node]) for node, _ in holding])
+        return np.array(lives[0]), usages[node][map_][:, None]
+    edges = sorted({edge for life in lives for edge in life})
+    place = {edge: k for k, edge in enumerate(edges)}
     change = np.zeros((len(edges), len(holding[0][1])))
-    for node, map_ in holding:
-        begin, end = np.searchsorted(edges, (rows.first[node], rows.last[node]))
-        use = rows.usages[node][map_]
-        change[begin] += use
-        change[end] -= use
-    return edges, np.cumsum(change, axis=0)[:-1].T
+    for (node, map_), (begin, end) in zip(holding, lives, strict=True):
+        use = usages[node][map_]
+        change[place[begin]] += use
+        change[place[end]] -= use
+    return np.array(edges), change.cumsum(axis=0)[:-1].T
 
 
 def is_flat(profile: tuple[IntArray, FloatArray] | None) -> bool:

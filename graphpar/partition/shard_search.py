@@ -180,7 +180,9 @@ class WindowSearch:
         cuts = np.unique(np.concatenate([self.rows.first[nodes], self.rows.last[nodes], [0, len(room)]]))
         cuts = cuts[cuts < len(room)]
         if not cuts.size:
-            return MemoryRows(self.rows.first * 0, self.rows.last * 0, np.zeros(0), self.rows.usages)
+            return MemoryRows(
+                self.rows.first * 0, self.rows.last * 0, np.zeros(0), self.rows.usages, self.rows.matters
+            )
         tightest = np.array(
             [
                 begin + int(room[begin:end].argmin())
@@ -192,6 +194,7 @@ class WindowSearch:
             np.searchsorted(tightest, self.rows.last).astype(np.intp),
             room[tightest],
             self.rows.usages,
+            self.rows.matters,
         )
 
     def _usage_of(self, window: Iterable[int]) -> FloatArray:
