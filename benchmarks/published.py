@@ -6,15 +6,14 @@ skipped with the reason. Errors are raw: predicted over measured minus one, noth
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from published_rows import measured_bytes, measured_step_s, run_of
+from published_rows import device_of, in_favour, measured_bytes, measured_step_s, run_of
 
 from graphpar.cost_models.training import StepTime, parameters, step_time
-from graphpar.cost_models.training_memory import fits, memory_bytes
+from graphpar.cost_models.training_memory import fits, stage_parts
 
 
 def main() -> None:
@@ -61,11 +60,10 @@ def score(row: dict[str, Any]) -> dict[str, Any] | str:
         return run
     measured_s, measured_b = measured_step_s(row), measured_bytes(row)
     failed = bool(row["measured"].get("oom"))
-    stated = row["parallel"].get("recompute") is not None
     if measured_s is None and measured_b is None and not failed:
         return "no measured time, rate or memory"
     predicted = step_time(run, parameters())
-    predicted_b = memory_bytes(run)
+    predicted_b = stage_parts(run, 0).total  # tools report the first rank's memory
     return {
         "id": row["id"],
         "set": row["set"],
@@ -77,8 +75,8 @@ def score(row: dict[str, Any]) -> dict[str, Any] | str:
         "predicted_bytes": predicted_b,
         "memory_error_pct": None if measured_b is None else 100 * (predicted_b / measured_b - 1),
         "measured_oom": failed,
-        # A source that says nothing of recomputation may well have used it.
-        "predicted_oom": not fits(run if stated else replace(run, recompute="full")),
+        "predicted_oom": not fits(in_favour(run, row)),
+        "remark": device_of(str(row["hardware"]["gpu"]))[2],
     }
 
 

@@ -4,6 +4,7 @@ What a framework does (fused attention, overlap, dropout, gradient format) is re
 age, which is public knowledge about the software, the same for every row of every source.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from graphpar import catalogue
 from graphpar.cost_models.communication import Network
 from graphpar.cost_models.training import Run
+from graphpar.cost_models.training_memory import fits, weights_of_stage
 from graphpar.cost_models.transformer import ModelShape, MoeShape
 
 
@@ -27,19 +29,47 @@ class Traits:
     gradient_bytes: float = 4.0
     state_bytes: float = 12.0
     zero: int = 0
+    bucket_elements: float = 0.0
+    fallback_softmax: bool = False
+    vendor_attention: bool = False
+    overlaps_tensor: bool = False
+    selects_layers: bool = False
+    may_shard: bool = False
+    accumulates: bool = False
+    logit_bytes: float = 14.0
+    selects_products: bool = False
 
+
+OLD_MEGATRON = Traits(
+    False, dropout=True, overlaps=False, gradient_bytes=2.0, logit_bytes=13.0, fallback_softmax=True
+)
+"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward."""
+
+DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8)
+"""Its buckets hold 5e8 elements unless configured otherwise."""
+
+MODERN_MEGATRON = Traits(
+    fused_loss=True,
+    compiled=True,
+    zero=1,
+    vendor_attention=True,
+    overlaps_tensor=True,
+    may_shard=True,
+    accumulates=True,
+)
+"""Megatron Core as of 2024: vendor attention, overlapped collectives, the optimiser distributed, weights
+sharded where they would not fit."""
 
 FRAMEWORKS = (
-    # Before 2023: scores in memory, dropout everywhere, gradients summed after backward.
-    ("megatron-lm/deepspeed", Traits(False, dropout=True, overlaps=False, gradient_bytes=2.0, zero=1)),
-    ("megatron-deepspeed", Traits(False, dropout=True, overlaps=False, gradient_bytes=2.0)),
-    ("megatron-lm", Traits(False, dropout=True, overlaps=False, gradient_bytes=2.0)),
-    ("composer", Traits(True, False, fused_loss=True)),
-    ("torchtitan", Traits(True, False, gradient_bytes=4.0)),
-    ("fms-fsdp", Traits(compiled=True, gradient_bytes=2.0)),
-    ("megatron-bridge", Traits(fused_loss=True, compiled=True, zero=1)),
-    ("nemo", Traits(fused_loss=True, compiled=True, zero=1)),
-    ("nanotron", Traits(True, False, gradient_bytes=4.0, zero=1)),
+    ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
+    ("megatron-deepspeed", DEEPSPEED),
+    ("megatron-lm", OLD_MEGATRON),
+    ("composer", Traits(True, False, fused_loss=True, zero=3)),
+    ("torchtitan", Traits(True, False, zero=3, selects_products=True)),
+    ("fms-fsdp", Traits(compiled=True, gradient_bytes=2.0, zero=3, selects_layers=True)),
+    ("megatron-bridge", MODERN_MEGATRON),
+    ("nemo", MODERN_MEGATRON),
+    ("nanotron", Traits(True, False, zero=1)),
     ("pytorch", Traits(False, False, dropout=True, gradient_bytes=2.0)),
     ("nnscaler", Traits(True, False)),
 )
@@ -64,24 +94,52 @@ def run_of(row: dict[str, Any]) -> Run | str:
     """The run a row describes, or why it cannot be predicted."""
     if row.get("reliability") == "C":
         return "reliability C"
+    row = _with_planned_widths(row)
     shape = _shape(row["model"])
     if isinstance(shape, str):
         return shape
-    device = _device(row["hardware"]["gpu"])
-    if device is None:
-        return f"device {row['hardware']['gpu']!r} is not in the catalogue"
-    batch = _batches(row)
+    if not row["hardware"].get("gpu"):
+        return "no device"
+    device, memory_bytes, _ = device_of(str(row["hardware"]["gpu"]))
+    traits = _traits(row["parallel"])
+    batch = _batches(row, traits)
     if batch is None:
         return "no batch size"
-    traits = _traits(row["parallel"])
-    return _run(row, shape, device, batch, traits)
+    run = replace(_run(row, shape, device, batch, traits), memory_bytes=memory_bytes)
+    return _adapted(run, traits)
+
+
+LAYER_SHARES = tuple(i / 8 for i in range(9))
+
+
+def _adapted(run: Run, traits: Traits) -> Run:
+    """The run with what its framework decides by itself from the memory at hand."""
+    capacity = run.memory_bytes or catalogue.devices()[run.device].memory_bytes
+    if traits.may_shard and run.zero < 3 and run.data > 1:
+        held = weights_of_stage(run, 0) * (2.0 + run.gradient_bytes)
+        if held > capacity:
+            run = replace(run, zero=3)
+    if traits.selects_layers and run.recompute == "selective":
+        # Whole layers run again, no more of them than memory asks for.
+        shares = [replace(run, recompute="full", recompute_share=share) for share in LAYER_SHARES]
+        run = next((r for r in shares if fits(r)), shares[-1])
+    return run
+
+
+def _with_planned_widths(row: dict[str, Any]) -> dict[str, Any]:
+    """An automatic plan over some devices: what is no pipeline stage splits layers among its devices."""
+    parallel = row["parallel"]
+    planned = parallel.get("plan_gpus")
+    if not planned or parallel.get("tp"):
+        return row
+    return {**row, "parallel": {**parallel, "tp": max(planned // (parallel.get("pp") or 1), 1)}}
 
 
 def _run(
     row: dict[str, Any], shape: ModelShape, device: str, batch: tuple[float, float], traits: Traits
 ) -> Run:
     parallel, hardware = row["parallel"], row["hardware"]
-    per_node = hardware.get("gpus_per_node") or min(8, hardware["count"])
+    per_node = hardware.get("gpus_per_node") or min(8, _count(row))
     intra = str(hardware.get("intra") or "")
     if device.startswith("gb") or "NVL72" in intra:
         per_node = 72
@@ -92,7 +150,7 @@ def _run(
     return Run(
         shape=shape,
         device=device,
-        devices=hardware["count"],
+        devices=_count(row),
         per_node=per_node,
         network=network_of(str(hardware.get("inter") or ""), device, per_node),
         batch=batch[0],
@@ -115,7 +173,21 @@ def _run(
         overlaps=traits.overlaps,
         gradient_bytes=2.0 if parallel.get("fsdp_mixed_precision") == "PURE" else traits.gradient_bytes,
         state_bytes=traits.state_bytes,
+        bucket_elements=traits.bucket_elements,
+        logit_bytes=traits.logit_bytes,
+        fallback_softmax=traits.fallback_softmax,
+        vendor_attention=traits.vendor_attention,
+        overlaps_tensor=traits.overlaps_tensor or bool(parallel.get("async_tp")),
+        shard_group=per_node if fsdp == "HSDP" else 0,
+        selects_products=traits.selects_products,
     )
+
+
+def _count(row: dict[str, Any]) -> int:
+    """Devices; where a row does not say, as many as its widths take."""
+    hardware, parallel = row["hardware"], row["parallel"]
+    widths = [parallel.get(k) or 1 for k in ("tp", "pp", "dp", "cp")]
+    return int(hardware.get("count") or math.prod(int(w) for w in widths))
 
 
 def _data_width(row: dict[str, Any]) -> int:
@@ -124,15 +196,15 @@ def _data_width(row: dict[str, Any]) -> int:
     if given:
         return int(given)
     model = int((parallel.get("tp") or 1) * (parallel.get("pp") or 1) * (parallel.get("cp") or 1))
-    return max(int(row["hardware"]["count"]) // model, 1)
+    return max(_count(row) // model, 1)
 
 
 def _sequence_parallel(parallel: dict[str, Any]) -> bool:
     stated = parallel.get("sequence_parallel")
     if stated is not None:
         return bool(stated)
-    words = f"{parallel.get('recompute')} {parallel.get('tp_mode')} {parallel['framework']}"
-    return any(w in words for w in ("sequence", "torchtitan", "bridge", "nemo"))
+    words = f"{parallel.get('recompute')} {parallel.get('tp_mode')} {parallel.get('framework')}"
+    return any(w in words for w in ("sequence", "torchtitan", "bridge", "nemo", "nnscaler"))
 
 
 def _shape(model: dict[str, Any]) -> ModelShape | str:
@@ -176,7 +248,8 @@ def _moe(moe: dict[str, Any]) -> MoeShape | None:
 
 _DEVICE_WORDS = (
     ("GB200", "gb200"), ("GB300", "gb300"), ("B200", "b200-sxm"), ("B300", "b300-sxm"),
-    ("H200", "h200-sxm-141gb"), ("96GB-HBM2e", "h100-sxm-96gb-hbm2e"),
+    ("GH200", "gh200-96gb"), ("H200", "h200-sxm-141gb"), ("H20", "h20-sxm-96gb"),
+    ("96GB-HBM2e", "h100-sxm-96gb-hbm2e"),
     (r"H100.*PCIe", "h100-pcie-80gb"), (r"H100.*NVL", "h100-nvl-94gb"), ("H100", "h100-sxm-80gb"),
     (r"A100.*40GB.*PCIe", "a100-pcie-40gb"), (r"A100.*80GB.*PCIe", "a100-pcie-80gb"),
     (r"A100.*PCIe.*40", "a100-pcie-40gb"), (r"A100.*PCIe", "a100-pcie-80gb"),
@@ -186,34 +259,51 @@ _DEVICE_WORDS = (
     ("V100", "v100-sxm2-32gb"), ("A6000", "rtx-a6000"), ("A10G", "a10g"), ("A10", "a10"),
     ("A40", "a40"), ("A30", "a30"), ("L40S", "l40s"), ("L4", "l4"), ("T4", "t4"),
     ("3090", "rtx-3090"), ("4090", "rtx-4090"), ("5090", "rtx-5090"), ("2080 ?Ti", "rtx-2080-ti"),
+    ("A800", "a100-sxm-80gb"), ("H800", "h100-sxm-80gb"), ("P100", "p100-sxm2-16gb"),
+    ("TITAN RTX", "titan-rtx"), ("3080", "rtx-3080"), ("A5000", "rtx-a5000"), ("L40", "l40"),
     ("MI300X", "mi300x"), ("MI325X", "mi325x"), ("MI355X", "mi355x"), ("MI250", "mi250x"),
 )  # fmt: skip
 
 
-def _device(name: str) -> str | None:
-    for pattern, kind in _DEVICE_WORDS:
-        if re.search(pattern, name):
-            return kind if kind in catalogue.devices() else None
-    return None
+def device_of(name: str) -> tuple[str, float, str]:
+    """The catalogue's kind for a GPU's name, its memory where the name states another, and a remark.
+
+    A GPU that the catalogue lacks is taken for the kind whose name is nearest, with its own memory.
+    """
+    known = catalogue.devices()
+    remark = ""
+    kind = next((k for pattern, k in _DEVICE_WORDS if re.search(pattern, name) and k in known), None)
+    if kind is None:
+        names = {catalogue.normalize(a): k for k, d in known.items() for a in (k, *d.aliases)}
+        near = catalogue.nearest(catalogue.normalize(name), names, 1)
+        kind = names[near[0]] if near else "a100-sxm-80gb"
+        if catalogue.normalize(name) not in names:
+            remark = f"{name!r} is not in the catalogue; {kind} stands for it"
+    stated = re.search(r"(\d+)\s*G[Bi]", name)
+    memory = float(stated[1]) * 2**30 if stated else 0.0
+    return kind, 0.0 if memory == known[kind].memory_bytes else memory, remark
 
 
-def _batches(row: dict[str, Any]) -> tuple[float, float] | None:
+def _batches(row: dict[str, Any], traits: Traits) -> tuple[float, float] | None:
     """Sequences per step, and per microbatch of one replica."""
     batch = row["batch"]
     data = _data_width(row)
     total = batch.get("global_batch")
+    if not total:
+        one = batch.get("local_batch") or (batch.get("micro_batch") or 1) * (batch.get("grad_accum") or 1)
+        total = one * data if batch else 0
     if not total:
         return None
     micro = batch.get("micro_batch")
     if not micro:
         local = batch.get("local_batch") or total / data
         pipeline = row["parallel"].get("pp") or 1
-        micro = 1 if pipeline > 1 else local / (batch.get("grad_accum") or 1)
+        micro = 1 if pipeline > 1 or traits.accumulates else local / (batch.get("grad_accum") or 1)
     return float(total), float(min(micro, max(total / data, 1)))
 
 
 def _traits(parallel: dict[str, Any]) -> Traits:
-    name = str(parallel["framework"]).lower()
+    name = str(parallel.get("framework")).lower()
     return next((traits for key, traits in FRAMEWORKS if name.startswith(key)), Traits())
 
 
@@ -223,7 +313,7 @@ def _recompute(text: Any) -> str:
 
 
 def _dtype(parallel: dict[str, Any]) -> str:
-    words = str(parallel["precision"]).lower()
+    words = str(parallel.get("precision") or "bf16").lower()
     float8 = str(parallel.get("float8") or "").lower()
     if "fp4" in words:
         return "float4"
@@ -245,8 +335,9 @@ def network_of(text: str, device: str, per_node: int) -> Network:
 def measured_step_s(row: dict[str, Any]) -> float | None:
     """Seconds of one step, from time, tokens per second, or a stated FLOP count."""
     measured, model = row["measured"], row["model"]
-    batch = row["batch"].get("global_batch")
-    count = row["hardware"]["count"]
+    stated = _batches(row, _traits(row["parallel"]))
+    batch = stated[0] if stated else None
+    count = _count(row)
     if measured.get("step_time_s"):
         return float(measured["step_time_s"])
     if not batch:
@@ -258,12 +349,27 @@ def measured_step_s(row: dict[str, Any]) -> float | None:
         return float(tokens / (measured["tokens_per_s_per_gpu"] * count))
     if measured.get("tokens_per_s"):
         return float(tokens / measured["tokens_per_s"])
-    if "96*B*s*l*h^2" in str(measured.get("tflops_kind")):
+    if "96*B*s*l*h^2" in str(measured.get("tflops_kind")) and measured.get("tflops_per_gpu"):
         s, h, layers = model["seq_len"], model["hidden"], model["layers"]
         flops = 96 * batch * s * layers * h**2
         flops *= 1 + s / (6 * h) + model["vocab"] / (16 * layers * h)
         return float(flops / (measured["tflops_per_gpu"] * 1e12 * count))
     return None
+
+
+def in_favour(run: Run, row: dict[str, Any]) -> Run:
+    """The run with all that its source leaves open decided so that it needs least memory.
+
+    A source that says nothing of recomputation, sharding or the microbatch may well have used them.
+    """
+    parallel, batch = row["parallel"], row["batch"]
+    if parallel.get("recompute") is None:
+        run = replace(run, recompute="full", recompute_share=1.0)
+    if parallel.get("zero") is None and run.zero < 1:
+        run = replace(run, zero=1)
+    if not batch.get("micro_batch") and not batch.get("local_batch"):
+        run = replace(run, microbatch=1.0)
+    return run
 
 
 def measured_bytes(row: dict[str, Any]) -> float | None:

@@ -25,6 +25,12 @@ FUSED_LOSS_PASSES = 1.5
 
 HALF = ("float16", "bfloat16")
 
+PLAIN_SHARE = 0.8
+"""Reached of the float32 units' peak by batched products."""
+
+FALLBACK_KERNELS = 5.0
+"""Kernels of an unfused scaled and masked softmax (scale, mask, to float32, softmax, back) beyond one."""
+
 
 @dataclass(frozen=True)
 class TrainingParameters:
@@ -35,6 +41,7 @@ class TrainingParameters:
         matmul_half_rows: Rows per product at which the narrow side costs half the rate.
         float8_share: The same for float8 on its own peak.
         attention_share: Reached over the family's fused-attention fraction.
+        vendor_attention_share: The same for the vendor's tuned attention kernels.
         traffic_share: Reached over the family's bandwidth fraction, in pointwise kernels.
         backward_traffic: Backward's memory traffic over forward's.
         host_kernel_s: Seconds the host needs per kernel in eager frameworks.
@@ -53,6 +60,7 @@ class TrainingParameters:
     matmul_half_rows: float = 64.0
     float8_share: float = 0.8
     attention_share: float = 1.0
+    vendor_attention_share: float = 1.5
     traffic_share: float = 0.9
     backward_traffic: float = 1.8
     host_kernel_s: float = 25e-6
@@ -88,6 +96,17 @@ class Run:
         compiled, sequence_parallel, dropout: What else the framework does.
         overlaps: Whether gradients' and shards' collectives run beside compute.
         gradient_bytes: Bytes per gradient element as accumulated and sent.
+        bucket_elements: Elements of the flat buffers that reduce gradients and gather weights.
+        logit_bytes: Bytes per logit at the peak of an unfused loss.
+        state_bytes: Bytes of optimiser state per element, the float32 master included.
+        recompute_share: Share of the layers that run again under full recomputation.
+        fallback_softmax: Whether the fused softmax needs heads times samples divisible by four.
+        vendor_attention: Whether attention runs in the vendor's tuned kernels, not FlashAttention-2.
+        overlaps_tensor: Whether tensor-parallel collectives and stage messages run beside compute.
+        shard_group: Ranks over which sharded weights are divided where not over all (hybrid sharding).
+        memory_bytes: Memory of a device where it is not the kind's own.
+        link: Kind of the link inside nodes where it is not the device's usual one.
+        selects_products: Whether selective recomputation keeps every second product, else all but scores.
     """
 
     shape: ModelShape
@@ -116,6 +135,15 @@ class Run:
     gradient_bytes: float = 2.0
     state_bytes: float = 12.0
     link: str = ""
+    recompute_share: float = 1.0
+    fallback_softmax: bool = False
+    vendor_attention: bool = False
+    overlaps_tensor: bool = False
+    shard_group: int = 0
+    memory_bytes: float = 0.0
+    bucket_elements: float = 0.0
+    logit_bytes: float = 14.0
+    selects_products: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,9 +176,10 @@ def step_time(run: Run, p: TrainingParameters) -> StepTime:
     microbatches = max(round(run.batch / (run.data * run.microbatch)), 1)
     layers = math.ceil(run.shape.layers / run.pipeline)
     device_s, host_s = machine.layer_seconds()
-    tensor_s = layers * (machine.tensor_collectives_s() + machine.expert_collectives_s())
-    # Kernels and collectives are issued ahead by the host, which alone bounds small layers.
-    compute_s = max(layers * device_s + tensor_s, layers * host_s)
+    tensor_s = layers * (machine.tensor_collectives_s(device_s) + machine.expert_collectives_s())
+    # Kernels and collectives are issued ahead by the host, which alone bounds small layers. Forward and
+    # backward differ in which side leads, so near the ridge both cost: a 4-norm, not the maximum.
+    compute_s = _either(layers * device_s + tensor_s, layers * host_s)
     shards_s = layers * machine.shard_collectives_s(device_s)
     head_s = machine.head_seconds()
     stage_s = compute_s + shards_s + head_s / run.pipeline
@@ -172,6 +201,10 @@ def step_time(run: Run, p: TrainingParameters) -> StepTime:
         optimizer_s,
         bubble_s,
     )
+
+
+def _either(first_s: float, second_s: float) -> float:
+    return math.sqrt(math.hypot(first_s**2, second_s**2))
 
 
 @dataclass(frozen=True)
@@ -207,17 +240,26 @@ class _Machine:
         """A matrix product: arithmetic and memory traffic, partly overlapped."""
         points = self.family.matmul_efficiency
         top = (self.kind.measured_matmul_fraction or points[-1][1]) / points[-1][1]
+        if (product.columns % 8 and product.count > 1) or (product.inner % 8 and product.count > 1):
+            return self._plain_product_s(product)
         share = self.p.matmul_share if dtype in HALF else self.p.float8_share
         efficiency = interpolate(points, product.flops) * top * share
         rows = min(product.rows, product.columns, product.inner)
         efficiency *= rows / (rows + self.p.matmul_half_rows)
         compute_s = product.flops / (self.peak(dtype) * efficiency)
         memory_s = product.bytes(2.0) / (self.kind.memory_bytes_per_s * self.family.bandwidth_fraction)
-        return math.sqrt(math.hypot(compute_s**2, memory_s**2))
+        return _either(compute_s, memory_s)
+
+    def _plain_product_s(self, product: Product) -> float:
+        """A product of half-precision matrices whose rows are not multiples of 16 bytes: tensor cores
+        cannot load them, and the plain float32 units do the work."""
+        peaks = self.kind.peak_flops_per_s
+        rate = peaks.get("float32", self.peak("float16") / 16)
+        return product.flops / (rate * PLAIN_SHARE)
 
     def work(self) -> LayerWork:
         run = self.run
-        return layer_work(
+        work = layer_work(
             run.shape,
             run.microbatch,
             tensor=run.tensor,
@@ -229,6 +271,10 @@ class _Machine:
             dropout=run.dropout,
             expert_passes=self.p.expert_traffic,
         )
+        if run.fallback_softmax and run.shape.heads // run.tensor * run.microbatch % 4:
+            kernels = work.kernels + FALLBACK_KERNELS
+            return replace(work, kernels=kernels, score_bytes=3 * work.score_bytes)
+        return work
 
     def layer_seconds(self) -> tuple[float, float]:
         """Device and host time of one layer, forward and backward, recomputation included."""
@@ -243,27 +289,41 @@ class _Machine:
         forward_s = products_s + traffic_s + attention_s
         backward_factor = 2.5 if run.fused_attention else 2.0
         backward_s = 2 * products_s + self.p.backward_traffic * traffic_s + backward_factor * attention_s
-        again = {"full": 1.0, "selective": 0.0}.get(run.recompute, 0.0)
+        again = run.recompute_share if run.recompute == "full" else 0.0
         again_s = again * forward_s
         if run.recompute == "selective":
             again_s = attention_s if not run.fused_attention else 0.3 * forward_s
         each = self.p.compiled_kernel_s if run.compiled else self.p.host_kernel_s
         passes = 3.0 + again
-        return forward_s + backward_s + again_s, each * work.kernels * passes
+        waits_s = self._tensor_collectives() * self._wait_s()
+        return forward_s + backward_s + again_s, each * work.kernels * passes + waits_s
+
+    def _wait_s(self) -> float:
+        """What a tensor-parallel group waits for its slowest rank: jitter adds up over ranks."""
+        return self.p.wait_s * (self.run.tensor - 1)
+
+    def _tensor_collectives(self) -> int:
+        """All-reduces of one layer: two forward, two backward, two more where forward runs again."""
+        if self.run.tensor == 1:
+            return 0
+        return 4 + (2 if self.run.recompute == "full" else 0)
 
     def _attention_s(self, work: LayerWork) -> float:
         dtype = self.run.dtype if self.run.dtype in HALF else "bfloat16"
         if work.score_products:
             products = sum(self.product_s(x, dtype) for x in work.score_products)
             return products + work.score_bytes / self.bytes_per_s
-        rate = self.peak(dtype) * self.family.attention_fraction * self.p.attention_share
+        share = self.p.vendor_attention_share if self.run.vendor_attention else self.p.attention_share
+        rate = self.peak(dtype) * self.family.attention_fraction * share
         return work.attention_flops / rate
 
     def head_seconds(self) -> float:
         """The output layer with its loss, forward and backward."""
         run, shape = self.run, self.run.shape
         tokens = run.microbatch * shape.seq_len / run.context
-        product = Product(tokens, shape.outputs / run.tensor, shape.hidden)
+        # Vocabularies are padded to multiples of 128 per tensor-parallel rank.
+        outputs = math.ceil(shape.outputs / (128 * run.tensor)) * 128 if shape.outputs > 128 else 2
+        product = Product(tokens, outputs, shape.hidden)
         dtype = run.dtype if run.dtype in HALF else "bfloat16"
         # Logits in float32: cast, maximum, exponentials, sum, quotient, gradient.
         passes = FUSED_LOSS_PASSES if run.fused_loss else self.p.loss_passes
@@ -282,20 +342,25 @@ class _Machine:
         network = replace(self.run.network, efficiency=share)
         return Group(ranks, self.link, nodes, network, together)
 
-    def tensor_collectives_s(self) -> float:
-        """All-reduces of activations of one layer: two forward, two backward, more when recomputed."""
+    def tensor_collectives_s(self, device_s: float) -> float:
+        """What one layer's all-reduces of activations add to its time on the device."""
+        spent_s = self._tensor_spent_s()
+        # Cut into pieces beside the products that make and use them; the ends stay exposed.
+        return self._exposed(spent_s, 0.5 * device_s) if self.run.overlaps_tensor else spent_s
+
+    def _tensor_spent_s(self) -> float:
         run = self.run
         if run.tensor == 1:
             return 0.0
         tokens = run.microbatch * run.shape.seq_len / run.context
         num_bytes = tokens * run.shape.hidden * 2.0
         group = self._group(run.tensor, 1)
-        count = 4 + (2 if run.recompute == "full" else 0)
+        count = self._tensor_collectives()
         if run.sequence_parallel:
             gathered = collective_s("all_gather", num_bytes, group)
             scattered = collective_s("reduce_scatter", num_bytes, group)
-            return count * (gathered + scattered + self.p.wait_s)
-        return count * (collective_s("all_reduce", num_bytes, group) + self.p.wait_s)
+            return count * (gathered + scattered)
+        return count * collective_s("all_reduce", num_bytes, group)
 
     def expert_collectives_s(self) -> float:
         """All-to-alls of one layer's tokens: out and back, forward and backward."""
@@ -311,10 +376,11 @@ class _Machine:
     def shard_collectives_s(self, device_s: float) -> float:
         """What sharded weights cost per layer and microbatch beyond what compute hides."""
         run = self.run
-        if run.zero < 3 or run.data == 1:
+        shards = run.shard_group or run.data * run.context
+        if run.zero < 3 or shards == 1:
             return 0.0
         weights = run.shape.layer_parameters / run.tensor
-        group = self._group(run.data, run.tensor)
+        group = self._group(shards, run.tensor)
         gathers = 2 * collective_s("all_gather", weights * 2.0, group)
         scatter = collective_s("reduce_scatter", weights * run.gradient_bytes, group)
         spent = gathers + scatter
@@ -334,7 +400,9 @@ class _Machine:
         num_bytes = tokens * run.shape.hidden * 2.0 / run.tensor
         group = self._group(2, run.tensor * run.data)
         group = replace(group, nodes=2 if run.devices > run.per_node else 1)
-        return 2 * collective_s("send", num_bytes, group)
+        spent_s = 2 * collective_s("send", num_bytes, group)
+        # Chunks of an interleaved schedule are sent while the next one computes.
+        return spent_s * self.p.contention if run.overlaps_tensor and run.virtual > 1 else spent_s
 
     def gradient_collective_s(self, work_s: float) -> float:
         """The sum of gradients over replicas beyond what backward hides."""

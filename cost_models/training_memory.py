@@ -1,110 +1,212 @@
 """Peak memory of one device in a training run, from shapes: weights, states, activations, workspace.
 
-Activations per layer follow Korthikanti et al. (https://arxiv.org/abs/2205.05198), section 4: with s
+Activations per layer start from Korthikanti et al. (https://arxiv.org/abs/2205.05198), section 4: with s
 tokens, b samples, h hidden, a heads, t tensor width, a layer keeps s b h (10 + 24/t + 5 a s / (h t))
-bytes in half precision without fused attention.
+bytes in half precision without fused attention. What frameworks differ in (gated feed-forwards, unfused
+activations, grouped keys, which results selective recomputation keeps, how states are held) is counted
+result by result.
 """
 
-import math
+from dataclasses import dataclass
 
 from graphpar import catalogue
 from graphpar.cost_models.training import Run
 
-FRAMEWORK_BYTES = 3.5e9
-"""CUDA context, cuBLAS workspaces and NCCL buffers of one process."""
+CONTEXT_BYTES = 1.2e9
+"""CUDA context, loaded kernels and cuBLAS workspaces of one process."""
 
-FRAGMENTATION = 1.1
-"""Reserved over allocated: holes that the caching allocator cannot use."""
+COMMUNICATOR_BYTES = 0.6e9
+"""Buffers of one NCCL communicator's channels to all its peers, and of the buckets it is fed from."""
+
+FRAGMENTATION = 1.12
+"""Reserved over allocated: holes that the caching allocator cannot use in eager execution."""
+
+COMPILED_FRAGMENTATION = 1.0
+"""The same where a compiler has planned the buffers."""
+
+USABLE = 0.95
+"""Share of a device's memory that tensors can fill: driver and display take some, and what is left in
+single pages helps nobody. Under pressure the caching allocator gives its cached blocks back, so its slack
+does not count against it."""
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Expected peak bytes of one device, by part; `slack` is what the allocator cannot use."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    logits: float
+    overhead: float
+    slack: float
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.gathered
+            + self.activations
+            + self.logits
+            + self.overhead
+            + self.slack
+        )
 
 
 def memory_bytes(run: Run) -> float:
     """Expected peak of the fullest device."""
-    return FRAGMENTATION * needed_bytes(run) + FRAMEWORK_BYTES
-
-
-def needed_bytes(run: Run) -> float:
-    """What the tensors alone take: the first stage keeps most, the last has the logits."""
-    if run.pipeline == 1:
-        return state_bytes(run) + activation_bytes(run, 1) + logits_bytes(run)
-    last = activation_bytes(run, 1) + logits_bytes(run)
-    return state_bytes(run) + max(activation_bytes(run, run.pipeline), last)
+    return memory_parts(run).total
 
 
 def fits(run: Run) -> bool:
-    """Whether the expected peak is within the device's memory."""
-    return memory_bytes(run) <= catalogue.devices()[run.device].memory_bytes
+    """Whether the run would go through on the fullest stage."""
+    parts = memory_parts(run)
+    capacity = run.memory_bytes or catalogue.devices()[run.device].memory_bytes
+    return parts.total - parts.slack <= USABLE * capacity
 
 
-def weights_per_device(run: Run) -> float:
-    """Elements of weights that one device of the fullest stage computes with."""
+def memory_parts(run: Run) -> MemoryParts:
+    """The fullest stage's peak by part: the first keeps most microbatches, the last has the logits."""
+    return max((stage_parts(run, stage) for stage in range(run.pipeline)), key=lambda p: p.total)
+
+
+def stage_layers(run: Run, stage: int) -> int:
+    """Layers that a stage holds; where they do not divide, the first stages hold one more."""
+    base, extra = divmod(run.shape.layers, run.pipeline)
+    return base + (1 if stage < extra else 0)
+
+
+def weights_of_stage(run: Run, stage: int) -> float:
+    """Elements of weights that one device of a stage computes with."""
     shape = run.shape
     per_layer = shape.layer_parameters
     if shape.moe is not None:
         attention = shape.attention_parameters
         per_layer = attention + (per_layer - attention) / max(run.expert, 1)
-    layers = per_layer * math.ceil(shape.layers / run.pipeline)
-    tables = shape.embedding_parameters if run.pipeline == 1 else shape.vocab * shape.hidden
-    return (layers + tables) / run.tensor
+    tables = shape.vocab * shape.hidden * (stage == 0) + shape.outputs * shape.hidden * (
+        stage == run.pipeline - 1 and not (shape.tied and run.pipeline == 1)
+    )
+    return (per_layer * stage_layers(run, stage) + tables) / run.tensor
 
 
-def state_bytes(run: Run) -> float:
-    """Weights, gradients and optimiser state: Adam keeps 12 bytes per element in float32."""
-    elements = weights_per_device(run)
-    shards = max(run.data, 1)
+def stage_parts(run: Run, stage: int) -> MemoryParts:
+    """The peak of one device of a stage by part."""
+    elements = weights_of_stage(run, stage)
+    weights, gradients, optimizer, gathered = _state_bytes(run, elements)
+    kept, working = _activation_bytes(run, stage)
+    logits = logits_bytes(run) if stage == run.pipeline - 1 else 0.0
+    # One layer's recomputation and the loss do not happen at the same time.
+    activations, logits = (kept + working, 0.0) if working > logits else (kept, logits)
+    tensors = weights + gradients + optimizer + gathered + activations + logits
+    slack = COMPILED_FRAGMENTATION if run.compiled else FRAGMENTATION
+    groups = sum(width > 1 for width in (run.tensor, run.pipeline, run.data * run.context))
+    overhead = CONTEXT_BYTES + groups * COMMUNICATOR_BYTES
+    return MemoryParts(
+        weights, gradients, optimizer, gathered, activations, logits, overhead, tensors * (slack - 1)
+    )
+
+
+def _state_bytes(run: Run, elements: float) -> tuple[float, float, float, float]:
+    """Weights, gradients, optimiser state, and buffers of whole layers where weights are sharded."""
+    shards = max(run.shard_group or run.data * run.context, 1)
     if run.zero >= 3:
-        gathered = 2 * 2.0 * run.shape.layer_parameters / run.tensor
-        return elements * (2.0 + run.gradient_bytes + run.state_bytes) / shards + gathered
-    states = run.state_bytes / (shards if run.zero >= 1 else 1)
-    gradients = run.gradient_bytes / (shards if run.zero >= 2 else 1)
-    return elements * (2.0 + gradients + states)
+        # The shard itself is the float32 master; whole layers in half precision come and go: one in use,
+        # one on its way, one's gradient in float32 on its way out; the tables are one unit of their own.
+        layer = run.shape.layer_parameters / run.tensor
+        tables = run.shape.embedding_parameters / run.tensor
+        gathered = layer * (2 * 2.0 + 2.0 + run.gradient_bytes) + tables * 2.0
+        sharded = elements / shards
+        return 4.0 * sharded, 4.0 * sharded, (run.state_bytes - 4.0) * sharded, gathered
+    optimizer = run.state_bytes * elements / (shards if run.zero >= 1 else 1)
+    if run.gradient_bytes < 4 and run.dtype != "float32":
+        # Half-precision gradients are unscaled into float32 before the update.
+        optimizer += 4.0 * elements / (shards if run.zero >= 1 else 1)
+    gradients = run.gradient_bytes * elements / (shards if run.zero >= 2 else 1)
+    return 2.0 * elements, gradients, optimizer, 2 * 2.0 * min(elements, run.bucket_elements)
 
 
-def activation_bytes(run: Run, stages_ahead: int) -> float:
-    """What forward keeps for the microbatches in flight on a stage, and one layer's work.
-
-    Args:
-        run: The run.
-        stages_ahead: Stages from this one to the last, itself included: as many microbatches wait.
-    """
-    shape = run.shape
-    layers = math.ceil(shape.layers / run.pipeline)
+def in_flight(run: Run, stage: int) -> float:
+    """Microbatches whose activations a stage holds at once under 1F1B or its interleaved form."""
     microbatches = max(round(run.batch / (run.data * run.microbatch)), 1)
-    in_flight = min(float(stages_ahead), microbatches)
+    ahead = float(run.pipeline - stage)
     if run.virtual > 1:
-        # Interleaving holds more: Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2.
-        in_flight = min(in_flight * (1 + (run.pipeline - 1) / (run.pipeline * run.virtual)), microbatches)
-    tokens = run.microbatch * shape.seq_len / run.context
+        # Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2.
+        ahead *= 1 + (run.pipeline - 1) / (run.pipeline * run.virtual)
+    return min(ahead, microbatches)
+
+
+def _activation_bytes(run: Run, stage: int) -> tuple[float, float]:
+    """What waits for backward on a stage, and one layer's work while it is recomputed."""
+    layers = stage_layers(run, stage)
+    tokens = run.microbatch * run.shape.seq_len / run.context
     full = layer_activation_bytes(run)
+    if run.recompute == "none":
+        return in_flight(run, stage) * layers * full, 0.0
+    outer = run.tensor if run.sequence_parallel else 1
     if run.recompute == "full":
-        kept = tokens * shape.hidden * 2.0 / (run.tensor if run.sequence_parallel else 1)
-        return in_flight * layers * kept + full
-    return in_flight * layers * full
+        share = run.recompute_share
+        kept = share * tokens * run.shape.hidden * 2.0 / outer + (1 - share) * full
+    else:
+        kept = tokens * _selected_bytes_per_token(run)
+    return in_flight(run, stage) * layers * kept, full
 
 
-def layer_activation_bytes(run: Run) -> float:
-    """What one layer keeps of one microbatch without full recomputation."""
+def _selected_bytes_per_token(run: Run) -> float:
+    """What selective recomputation keeps of one layer per token.
+
+    Without fused attention it drops the scores alone (Korthikanti et al., section 4.2); with it, every
+    second product's result, the attention's, and the layer's input are kept.
+    """
     shape, t = run.shape, run.tensor
-    tokens = run.microbatch * shape.seq_len / run.context
+    outer = t if run.sequence_parallel else 1
+    if not run.fused_attention or not run.selects_products:
+        return _dense_bytes_per_token(run)
+    q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
+    wide = shape.moe.ffn * shape.moe.topk if shape.moe else shape.ffn
+    return 2.0 * (2 * shape.hidden / outer + (2 * q + kv + wide) / t)
+
+
+def _dense_bytes_per_token(run: Run) -> float:
+    """What one layer keeps per token besides scores."""
+    shape, t = run.shape, run.tensor
     outer = t if run.sequence_parallel else 1
     q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
     wide = shape.moe.ffn * shape.moe.topk if shape.moe else shape.ffn
-    # Inputs of two norms and of the products behind them, dropout masks; queries, keys, values and the
-    # attention result; the feed-forward's inner values before and after the activation.
+    # Inputs of two norms and of the products behind them, dropout masks.
     residual = (8.0 + (2.0 if run.dropout else 0.0)) * shape.hidden / outer
-    heads = 2.0 * (2 * q + 2 * kv) / t
-    inner = 2.0 * (3 if shape.gated else 2) * wide / t
+    # Queries, keys, values, the attention's result. Eager kernels of gated models keep queries and keys
+    # again after rotation, the gate again after its activation, and float32 copies of the norms' inputs.
+    heads = 2.0 * (2 * q + 2 * kv)
+    results = 3.0 if shape.gated else 2.0
+    if shape.gated and not run.fused_pointwise:
+        heads += 2.0 * (q + kv)
+        results += 1.0
+        residual += 8.0 * shape.hidden / outer
     routed = 4.0 * shape.hidden * shape.moe.topk / outer if shape.moe else 0.0
-    total = tokens * (residual + heads + inner + routed)
-    if not run.fused_attention and run.recompute != "selective":
-        scores = run.microbatch * shape.heads / t * shape.seq_len * shape.seq_len / run.context
+    return residual + (heads + 2.0 * results * wide) / t + routed
+
+
+def layer_activation_bytes(run: Run) -> float:
+    """What one layer keeps of one microbatch without recomputation."""
+    shape = run.shape
+    tokens = run.microbatch * shape.seq_len / run.context
+    total = tokens * _dense_bytes_per_token(run)
+    if not run.fused_attention:
+        scores = run.microbatch * shape.heads / run.tensor * shape.seq_len * shape.seq_len / run.context
         total += scores * (5.0 if run.dropout else 4.0)
-    if run.recompute == "selective" and run.fused_attention:
-        total *= 0.7
     return total
 
 
 def logits_bytes(run: Run) -> float:
-    """Logits of one microbatch and their gradient; without a fused loss also in float32, twice."""
+    """Logits of one microbatch: in half precision, in float32, their logarithms, and the gradient.
+
+    A fused loss keeps them in half precision with their gradient in place of them.
+    """
     tokens = run.microbatch * run.shape.seq_len / run.context
-    per_logit = 4.0 if run.fused_loss else 10.0
+    per_logit = 4.0 if run.fused_loss else run.logit_bytes
     return tokens * run.shape.outputs / run.tensor * per_logit

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from graphpar.measure import calibrate
     from graphpar.plans import Plan
     from graphpar.runtime.job import CompiledModel
+    from graphpar.scenarios.api import Study, what_if
     from graphpar.training import Training
     from graphpar.view.api import visualize
 
@@ -34,11 +35,13 @@ _LAZY = {
     "Cluster": "graphpar.cluster",
     "CompiledModel": "graphpar.runtime.job",
     "Plan": "graphpar.plans",
+    "Study": "graphpar.scenarios.api",
     "Training": "graphpar.training",
     "calibrate": "graphpar.measure",
     "compile": "graphpar.compiler",
     "plan": "graphpar.compiler",
     "visualize": "graphpar.view.api",
+    "what_if": "graphpar.scenarios.api",
 }
 
 _GIVES_PLANS = frozenset({"Plan", "compile", "plan"})
@@ -56,12 +59,14 @@ __all__ = [
     "Plan",
     "PlanError",
     "RunError",
+    "Study",
     "Training",
     "VerifyError",
     "calibrate",
     "compile",
     "plan",
     "visualize",
+    "what_if",
 ]
 
 

@@ -44,6 +44,12 @@ COMMANDS: dict[str, _Entry] = {
     "view": _Entry("graphpar.commands.view", "command", "Draw a plan into one file."),
     "explain": _Entry("graphpar.commands.explain", "command", "Tell why a plan is as it is."),
     "diff": _Entry("graphpar.commands.diff", "command", "Tell what differs between two plans."),
+    "what-if": _Entry(
+        "graphpar.commands.what_if", "command", "Ask what other devices or settings would change."
+    ),
+    "estimate": _Entry(
+        "graphpar.commands.estimate", "command", "Tell what memory a model needs, and on what it fits."
+    ),
     "run": _Entry("graphpar.commands.run", "command", "Run a model on a cluster for some steps."),
     "verify": _Entry("graphpar.commands.verify", "command", "Compare a parallel run with one device."),
     "calibrate": _Entry(

@@ -264,7 +264,7 @@ def price(
         batch=prepared.graph.batch,
         training=train is not None,
         precision=precision,
-        optimizer_state_bytes_per_parameter_byte=_state_bytes(train) if train else 0.0,
+        optimizer_state_bytes_per_parameter_byte=optimizer_state(train) if train else 0.0,
         max_microbatches=min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,
@@ -396,7 +396,7 @@ def lower(
     return Lowered(found, tuple(graphs), training, local=local)
 
 
-def _state_bytes(train: Training) -> float:
+def optimizer_state(train: Training) -> float:
     """Bytes of optimiser state per byte of parameters, seen from one step on a small parameter."""
     parameter = nn.Parameter(torch.zeros(64, 64))
     parameter.grad = torch.zeros_like(parameter)

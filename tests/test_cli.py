@@ -47,6 +47,8 @@ Commands:
   view       Draw a plan into one file.
   explain    Tell why a plan is as it is.
   diff       Tell what differs between two plans.
+  what-if    Ask what other devices or settings would change.
+  estimate   Tell what memory a model needs, and on what it fits.
   run        Run a model on a cluster for some steps.
   verify     Compare a parallel run with one device.
   calibrate  Measure this machine for better predictions.

@@ -1,0 +1,38 @@
+"""`graphpar estimate MODEL`."""
+
+from collections.abc import Sequence
+
+import click
+
+from graphpar.commands.options import input_options, model_argument
+from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.commands.training import default_training
+from graphpar.compiler import prepare
+from graphpar.model_spec import load_model
+from graphpar.scenarios.estimate import accelerators, as_plain, estimate, format_estimates
+
+
+@click.command(name="estimate")
+@model_argument
+@click.option("--kind", multiple=True, help="Only these device kinds of the catalogue.")
+@input_options
+@json_option
+def command(
+    model: str, kind: Sequence[str], batch_size: int, seq_len: int, train: bool, as_json: bool
+) -> None:
+    """Tell what memory a model needs, and on what it fits.
+
+    Memory by part for each number format with and without recomputation, and how many devices of
+    each kind of the catalogue are needed at least.
+    """
+    with stdout_kept_clean():
+        kinds = accelerators(kind)
+        loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
+        training = default_training() if train else None
+        prepared = prepare(loaded.model, loaded.args, loaded.kwargs, training)
+        found = estimate(prepared, training, kinds)
+    if as_json:
+        print_json({"model": prepared.graph.name, "estimates": as_plain(found)})
+        return
+    mode = "training with AdamW" if train else "inference"
+    click.echo(format_estimates(prepared.graph.name, f"{mode}, one sample at a time", found))

@@ -1,0 +1,186 @@
+"""`graphpar what-if MODEL --cluster FILE ...`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from graphpar.cluster import Cluster
+from graphpar.commands.options import (
+    cluster_option,
+    input_options,
+    model_argument,
+    planning_options,
+)
+from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.commands.training import default_training
+from graphpar.model_spec import load_model
+from graphpar.scenarios.api import Study, as_scenarios, what_if
+from graphpar.scenarios.study import Progress
+from graphpar.scenarios.types import Scenario
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _several(name: str, metavar: str, text: str) -> Callable[[_Command], _Command]:
+    return click.option(name, multiple=True, metavar=metavar, help=text)
+
+
+@click.command(name="what-if")
+@model_argument
+@cluster_option
+@_several("--scenario", "[NAME:]CHANGES", "Changes made together, separated by `;`.")
+@_several("--set", "PATH=VALUE", "Set one thing, such as network.bytes_per_s=25e9 or batch=64.")
+@_several("--drop", "NAME", "Without a device, a node, or a kind.")
+@_several("--down", "NAME", "The same, as a failure.")
+@_several("--add", "[N] KIND [to NODE]", "With more devices or cloud instances.")
+@_several("--replace", "NAME=KIND", "With another kind in place of a device, node or kind.")
+@_several("--config", "tp=A pp=B dp=C", "A hand-made configuration.")
+@_several("--sweep", "PATH=V1,V2,...", "Every value; given twice, every combination.")
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Dollars per hour to spend.")
+@click.option("--instances", default="", help="Cloud instance types for the budget, by commas.")
+@_several("--price", "NODE=USD", "Dollars per hour of a node.")
+@click.option("--worth", is_flag=True, help="What a little more of everything is worth.")
+@click.option("--leave-out", is_flag=True, help="Plan without each device.")
+@click.option("--csv", "csv_file", type=click.Path(dir_okay=False), help="Write the table here.")
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False), help="Draw into a PNG or SVG.")
+@click.option("--processes", type=click.IntRange(min=1), help="How many plan at once.")
+@click.option("--cache/--no-cache", default=True, help="Keep answers, and use kept ones.")
+@input_options
+@planning_options
+@json_option
+def command(
+    model: str,
+    cluster_file: str,
+    scenario: Sequence[str],
+    sweep: Sequence[str],
+    budget: float | None,
+    instances: str,
+    price: Sequence[str],
+    worth: bool,
+    leave_out: bool,
+    csv_file: str | None,
+    plot_file: str | None,
+    processes: int | None,
+    cache: bool,
+    batch_size: int,
+    seq_len: int,
+    train: bool,
+    time_limit_s: float,
+    gap: float,
+    precision: str,
+    as_json: bool,
+    **single: Sequence[str],
+) -> None:
+    """Ask what other devices or settings would change.
+
+    Each scenario is planned anew. Every --set, --drop, --down, --add, --replace and --config is a question of its own; --scenario
+    makes several changes at once.
+    """
+    with stdout_kept_clean():
+        study = _study(
+            model,
+            Cluster.load(cluster_file),
+            (*_scenarios(scenario), *_single(single)),
+            sweep=sweep,
+            budget_usd_per_h=budget,
+            instances=[t.strip() for t in instances.split(",") if t.strip()],
+            prices=dict(_price(text) for text in price),
+            worth=worth,
+            leave_out=leave_out,
+            processes=processes,
+            cache=cache,
+            sizes=(batch_size, seq_len),
+            train=train,
+            time_limit_s=time_limit_s,
+            gap=gap,
+            precision=precision,
+        )
+        _write(study, csv_file, plot_file)
+    if as_json:
+        print_json(study.to_dict())
+    else:
+        click.echo(str(study))
+
+
+def _study(
+    spec: str,
+    cluster: Cluster,
+    scenarios: Sequence[Scenario],
+    *,
+    sizes: tuple[int, int],
+    train: bool,
+    **options: Any,
+) -> Study:
+    batch_size, seq_len = sizes
+    loaded = load_model(spec, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
+
+    def inputs(batch: int, length: int) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        other = load_model(spec, batch_size=batch, seq_len=length, train=train, weights=False)
+        return other.args, other.kwargs
+
+    with _progress() as progress:
+        return what_if(
+            loaded.model,
+            cluster,
+            scenarios,
+            loaded.args,
+            loaded.kwargs,
+            train=default_training() if train else None,
+            inputs=inputs,
+            progress=progress,
+            **options,
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on stderr, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("planning scenarios", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _scenarios(texts: Sequence[str]) -> Iterator[Scenario]:
+    for text in texts:
+        name, colon, changes = text.partition(":")
+        yield from as_scenarios({name.strip(): changes} if colon else [text])
+
+
+def _single(options: Mapping[str, Sequence[str]]) -> Iterator[Scenario]:
+    """One scenario per option given, in the words of changes."""
+    for verb in ("set", "drop", "down", "add"):
+        for text in options[verb]:
+            yield Scenario("", (f"{verb} {text}",))
+    for text in options["replace"]:
+        name, sign, kind = text.partition("=")
+        if not sign:
+            raise click.BadParameter(f"{text!r} is not NAME=KIND", param_hint="--replace")
+        yield Scenario("", (f"replace {name} with {kind}",))
+    for text in options["config"]:
+        yield Scenario("", (text.replace(",", " "),))
+
+
+def _price(text: str) -> tuple[str, float]:
+    node, sign, value = text.partition("=")
+    try:
+        usd_per_h = float(value)
+    except ValueError:
+        usd_per_h = -1.0
+    if not sign or usd_per_h < 0:
+        raise click.BadParameter(f"{text!r} is not NODE=DOLLARS", param_hint="--price")
+    return node, usd_per_h
+
+
+def _write(study: Study, csv_file: str | None, plot_file: str | None) -> None:
+    if csv_file is not None:
+        with open(csv_file, "w", encoding="utf-8") as file:
+            file.write(study.to_csv())
+        click.echo(f"table written to {csv_file}", err=True)
+    if plot_file is not None:
+        click.echo(f"picture written to {study.plot(plot_file)}", err=True)

@@ -1,0 +1,1 @@
+"""What-if questions: change something about a job, plan anew, compare."""

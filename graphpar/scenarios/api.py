@@ -1,0 +1,271 @@
+"""`graphpar.what_if`: questions about a job, each answered by planning anew."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import nn
+
+from graphpar.calibration import Calibration
+from graphpar.compiler import ClusterLike, as_cluster
+from graphpar.scenarios.budget import BudgetAnswer, best_within
+from graphpar.scenarios.cache import AnswerCache, default_folder
+from graphpar.scenarios.plots import plot
+from graphpar.scenarios.prices import known_prices, price_dates
+from graphpar.scenarios.pricing import Inputs, PriceBook
+from graphpar.scenarios.report import remark_lines, table_lines, to_csv, worth_lines
+from graphpar.scenarios.study import Limits, Progress, Solver, as_plain, ask
+from graphpar.scenarios.sweeps import Sweep, as_sweeps, knee, scenarios_of
+from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
+from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
+from graphpar.training import Training
+from graphpar.units import format_seconds
+
+Asked = Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str] | Scenario]
+
+
+@dataclass(frozen=True, repr=False)
+class Study:
+    """The answers to what-if questions.
+
+    Attributes:
+        model: The model's class name.
+        baseline: The job as it is.
+        answers: One per scenario, in order; a sweep's points first.
+        sweeps: What was swept.
+        worths: Shadow prices, where asked for.
+        without: The job without each device, where asked for.
+        budget: The best cluster within a budget, where asked for.
+    """
+
+    model: str
+    baseline: Answer
+    answers: tuple[Answer, ...]
+    sweeps: tuple[Sweep, ...] = ()
+    worths: tuple[Worth, ...] = ()
+    without: tuple[tuple[str, Answer], ...] = field(default=())
+    budget: BudgetAnswer | None = None
+
+    def __getitem__(self, title: str) -> Answer:
+        """The answer to the scenario of that name; KeyError lists the names there are."""
+        found = {a.title: a for a in (self.baseline, *self.answers)}
+        if title not in found:
+            raise KeyError(f"there is no scenario {title!r}; there are {', '.join(found)}")
+        return found[title]
+
+    @property
+    def knee(self) -> str | None:
+        """After which value of the first sweep more brings little; None where nothing says so."""
+        if len(self.sweeps) != 1:
+            return None
+        values = self.sweeps[0].values
+        try:
+            numbers = [float(v) for v in values]
+        except ValueError:
+            return None
+        found = knee(numbers, self.answers[: len(values)])
+        return None if found is None else values[numbers.index(found)]
+
+    def __repr__(self) -> str:
+        return f"Study({self.model}: {len(self.answers)} scenarios)"
+
+    def __str__(self) -> str:
+        lines = [f"what if, for {self.model}", *table_lines(self.baseline, self.answers)]
+        remarks = remark_lines(self.baseline, self.answers)
+        if self.knee is not None:
+            remarks.append(f"the knee: past {self.sweeps[0].path}={self.knee} more of it brings little")
+        if any(a.usd_per_million_samples is not None for a in (self.baseline, *self.answers)):
+            remarks.append(f"prices are indicative on-demand ones of {price_dates()} unless given")
+        remarks += self._without_lines()
+        lines += ["", *remarks] if remarks else []
+        if self.worths:
+            lines += ["", *worth_lines(self.worths)]
+        if self.budget is not None:
+            lines += ["", *_budget_lines(self.budget)]
+        return "\n".join(lines)
+
+    def _without_lines(self) -> list[str]:
+        lines = []
+        for name, gain in useless(self.baseline, self.without):
+            told = f"{100 * gain:.0f} % faster" if gain > 0.005 else "nothing is lost"
+            lines.append(f"leave {name} out: {told}")
+        if self.without and not lines:
+            worst = min(self.without, key=lambda item: -(item[1].change(self.baseline) or -1.0))
+            change = worst[1].change(self.baseline)
+            told = f"costs {-100 * change:.0f} %" if change is not None else "leaves nothing that fits"
+            lines.append(f"every device earns its place; leaving out {worst[0]} {told}")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, numbers in SI units."""
+        return {
+            "model": self.model,
+            "baseline": as_plain(self.baseline, self.baseline),
+            "scenarios": [as_plain(a, self.baseline) for a in self.answers],
+            "knee": self.knee,
+            "shadow_prices": [vars(w) for w in self.worths],
+            "without": {name: as_plain(a, self.baseline) for name, a in self.without},
+            "budget": _budget_plain(self.budget, self.baseline),
+        }
+
+    def to_json(self) -> bytes:
+        """`to_dict` as JSON."""
+        return msgspec.json.format(msgspec.json.encode(self.to_dict()), indent=2) + b"\n"
+
+    def to_csv(self) -> str:
+        """One line per scenario, the baseline first."""
+        return to_csv(self.baseline, self.answers)
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw into a PNG or SVG file; needs the extra `viz`."""
+        return plot(path, self.baseline, self.answers, self.sweeps)
+
+
+def what_if(
+    model: nn.Module,
+    cluster: ClusterLike,
+    scenarios: Asked = (),
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    train: Training | None = None,
+    sweep: Mapping[str, Sequence[object]] | Sequence[str] = (),
+    precision: str = "float32",
+    budget_usd_per_h: float | None = None,
+    instances: Sequence[str] = (),
+    worth: bool = False,
+    leave_out: bool = False,
+    prices: Mapping[str, float] | None = None,
+    inputs: Inputs | None = None,
+    calibration: Calibration | None = None,
+    gap: float = 0.01,
+    time_limit_s: float = 10.0,
+    processes: int | None = None,
+    cache: bool | str | os.PathLike[str] = True,
+    progress: Progress | None = None,
+) -> Study:
+    """Plan a job, and again under every scenario; nothing is run and no weights are needed.
+
+    Args:
+        model: Any `nn.Module`; on the meta device is enough.
+        cluster: The baseline's devices.
+        scenarios: Changes in words (`graphpar.scenarios.changes`): a dict of names to a change or
+            several, or a sequence of them.
+        args: Positional arguments of an example batch, the global batch in size.
+        kwargs: Keyword arguments of it.
+        train: Plan training steps; without it, inference.
+        sweep: One or two paths with values; every combination is a scenario.
+        precision: Number format of the baseline.
+        budget_usd_per_h: Look for the best cluster that costs no more, made of `instances`.
+        instances: Cloud instance types for the budget.
+        worth: Also find shadow prices.
+        leave_out: Also plan without each device.
+        prices: Dollars per hour by node name, before the catalogue's.
+        inputs: `inputs(batch, seq_len)` gives arguments of other sizes; needed to change `seq_len`.
+        calibration: Measured curves of this machine's processor; the cached ones by default.
+        gap: How close to the best of its family each plan has to be proven.
+        time_limit_s: When to stop searching for one scenario's plan.
+        processes: How many solve at once; by default one per core.
+        cache: Whether, or in which folder, answers are kept.
+        progress: Called with how many answers are there, of how many.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        ClusterError: The baseline's cluster makes no sense.
+        ValueError: A sweep or a budget makes no sense. A senseless scenario is answered `invalid`.
+
+    >>> import torch, graphpar
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> study = graphpar.what_if(
+    ...     model, {"devices": [{"kind": "cpu", "count": 2}]}, ["drop local/1", "set batch=12"],
+    ...     args=(torch.randn(6, 4),), cache=False,
+    ... )
+    >>> [answer.status for answer in study.answers]
+    ['ok', 'ok']
+    """
+    where = as_cluster(cluster)
+    if calibration is None and any(device.is_local_cpu for device in where.devices):
+        calibration = Calibration.cached()
+    book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
+    solver = Solver(book, Limits(gap, time_limit_s, processes), _cache(cache), progress)
+    baseline = Setting(
+        cluster=where,
+        batch=book.baseline().graph.batch,
+        training=train is not None,
+        precision=precision,
+        schedule=train.schedule if train else "auto",
+        microbatches=train.microbatches if train else "auto",
+        usd_per_h=_prices(where, prices or {}),
+    )
+    sweeps = as_sweeps(sweep)
+    asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
+    first, answers = ask(solver, baseline, asked)
+    return Study(
+        model=book.baseline().graph.name,
+        baseline=first,
+        answers=answers,
+        sweeps=sweeps,
+        worths=shadow_prices(solver, baseline, first) if worth else (),
+        without=tuple(leave_one_out(solver, baseline)) if leave_out else (),
+        budget=None
+        if budget_usd_per_h is None
+        else best_within(solver, baseline, budget_usd_per_h, instances),
+    )
+
+
+def as_scenarios(asked: Asked) -> tuple[Scenario, ...]:
+    """Scenarios from names and words.
+
+    >>> as_scenarios({"less": "drop a/0", "more": ["set batch=8", "drop a/1"]})[1].changes
+    ('set batch=8', 'drop a/1')
+    >>> as_scenarios(["drop a/0; set batch=8"])[0].changes
+    ('drop a/0', 'set batch=8')
+    """
+    if isinstance(asked, Mapping):
+        return tuple(Scenario(name, _changes(changes)) for name, changes in asked.items())
+    return tuple(item if isinstance(item, Scenario) else Scenario("", _changes(item)) for item in asked)
+
+
+def _changes(written: str | Sequence[str]) -> tuple[str, ...]:
+    parts = written.split(";") if isinstance(written, str) else written
+    return tuple(p.strip() for p in parts if p.strip())
+
+
+def _cache(cache: bool | str | os.PathLike[str]) -> AnswerCache:
+    if isinstance(cache, bool):
+        return AnswerCache(default_folder() if cache else None)
+    return AnswerCache(Path(cache))
+
+
+def _prices(cluster: Any, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    for name in given:
+        cluster.node(name)
+    return tuple({**dict(known_prices(cluster)), **given}.items())
+
+
+def _budget_lines(budget: BudgetAnswer) -> list[str]:
+    if budget.best is None or budget.best.step_s is None:
+        return ["budget: nothing within it can run the model"]
+    ruled = budget.considered - budget.solved
+    return [
+        f"best within the budget: {budget.best.title}, {budget.usd_per_h:g} $/h, "
+        f"{format_seconds(budget.best.step_s)} per step",
+        f"  {budget.considered} clusters use the budget up; {budget.solved} were planned, {ruled} ruled "
+        "out by their bounds" + ("" if budget.proven else "; not all could be judged"),
+    ]
+
+
+def _budget_plain(budget: BudgetAnswer | None, baseline: Answer) -> dict[str, Any] | None:
+    if budget is None:
+        return None
+    return {
+        "best": as_plain(budget.best, baseline) if budget.best else None,
+        "counts": dict(budget.counts),
+        "usd_per_h": budget.usd_per_h,
+        "considered": budget.considered,
+        "solved": budget.solved,
+        "proven": budget.proven,
+    }

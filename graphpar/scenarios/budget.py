@@ -1,0 +1,152 @@
+"""The best cluster for the money: a search over counts of instance types, pruned by bounds.
+
+Whatever is left idle costs nothing in time, so more instances never make the best plan slower: only
+budgets that are used up are looked at. Each such cluster has a lower bound on its step time (all work
+over all devices, fractional), which needs no search; clusters are solved in the order of their bounds
+until a bound exceeds the best step found.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from graphpar import catalogue
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable
+from graphpar.partition.bounds import physical_bound_s
+from graphpar.scenarios.prices import instance_price, known_prices
+from graphpar.scenarios.study import Solver
+from graphpar.scenarios.types import Answer, Setting, renamed
+
+MOST_CLUSTERS = 2000
+BATCH_OF_SOLVES = 4
+MOST_DEVICES = 1024
+
+
+@dataclass(frozen=True)
+class BudgetAnswer:
+    """The best cluster within a budget.
+
+    Attributes:
+        best: Its plan; None when nothing within the budget can run the model.
+        counts: Instances of each type in it.
+        usd_per_h: Its price.
+        considered: Clusters that use up the budget.
+        solved: Of them, how many were planned; the others were ruled out by their bounds.
+        proven: Whether every cluster not planned was ruled out.
+    """
+
+    best: Answer | None
+    counts: tuple[tuple[str, int], ...]
+    usd_per_h: float
+    considered: int
+    solved: int
+    proven: bool
+
+
+def best_within(
+    solver: Solver, baseline: Setting, usd_per_h: float, types: Sequence[str]
+) -> BudgetAnswer:
+    """The cluster of these instance types with the shortest step that costs no more.
+
+    Raises:
+        ValueError: A type is unknown or has no price, or none fits the budget.
+    """
+    prices = _prices(types)
+    if min(prices.values()) > usd_per_h:
+        cheapest = min(prices, key=prices.__getitem__)
+        raise ValueError(
+            f"the budget of {usd_per_h:g} $/h is below the cheapest type: {cheapest} costs "
+            f"{prices[cheapest]:g} $/h"
+        )
+    counted = _maximal_counts(prices, usd_per_h)
+    settings = [_setting(baseline, counts) for counts in counted]
+    bounds = _bounds(solver, settings, prices)
+    order = sorted(range(len(settings)), key=bounds.__getitem__)
+    best, best_index, solved, proven = None, -1, 0, True
+    for start in range(0, len(order), BATCH_OF_SOLVES):
+        hopeful = [
+            i
+            for i in order[start : start + BATCH_OF_SOLVES]
+            if best is None or best.step_s is None or bounds[i] < best.step_s
+        ]
+        if not hopeful:
+            break
+        for i, answer in zip(hopeful, solver.answers([settings[i] for i in hopeful]), strict=True):
+            solved += 1
+            proven = proven and answer.status != "invalid"
+            if answer.status != "ok" or answer.step_s is None:
+                continue
+            if best is None or best.step_s is None or answer.step_s < best.step_s:
+                best, best_index = answer, i
+    if best is None:
+        return BudgetAnswer(None, (), 0.0, len(settings), solved, proven)
+    counts = counted[best_index]
+    price = sum(prices[t] * n for t, n in counts.items())
+    named = renamed(best, " + ".join(f"{n} x {t}" for t, n in counts.items()), ())
+    return BudgetAnswer(named, tuple(counts.items()), price, len(settings), solved, proven)
+
+
+def _prices(types: Sequence[str]) -> dict[str, float]:
+    if not types:
+        raise ValueError("a budget search needs instance types to choose from")
+    prices = {}
+    for name in types:
+        key = catalogue.find_instance(name)
+        price = instance_price(key)
+        if price is None:
+            raise ValueError(f"the catalogue has no price of {key}; leave it out")
+        prices[key] = price
+    return prices
+
+
+def _maximal_counts(prices: dict[str, float], usd_per_h: float) -> list[dict[str, int]]:
+    """Counts of each type such that no instance more could be paid."""
+    found: list[dict[str, int]] = []
+    names = sorted(prices, key=prices.__getitem__, reverse=True)
+
+    def extend(index: int, left: float, counts: dict[str, int]) -> None:
+        name = names[index]
+        # A price list's cents must not make the last instance too dear.
+        most = int((left + 1e-9) / prices[name])
+        if index == len(names) - 1:
+            full = {**counts, name: most} if most else counts
+            if full and _devices(full) <= MOST_DEVICES:
+                found.append(full)
+            return
+        for count in range(most, -1, -1):
+            if len(found) > MOST_CLUSTERS:
+                raise ValueError(
+                    f"more than {MOST_CLUSTERS} clusters cost up to {usd_per_h:g} $/h; give fewer types "
+                    "or a smaller budget"
+                )
+            more = {**counts, name: count} if count else counts
+            extend(index + 1, left - count * prices[name], more)
+
+    extend(0, usd_per_h, {})
+    return found
+
+
+def _devices(counts: dict[str, int]) -> int:
+    return sum(catalogue.instances()[t].count * n for t, n in counts.items())
+
+
+def _setting(baseline: Setting, counts: dict[str, int]) -> Setting:
+    cluster = Cluster.of(*(x for pair in counts.items() for x in pair))
+    return replace(baseline, cluster=cluster, usd_per_h=known_prices(cluster))
+
+
+def _bounds(solver: Solver, settings: Sequence[Setting], prices: dict[str, float]) -> list[float]:
+    """A lower bound on the step of each cluster, from one table of all kinds of devices."""
+    everyone = Cluster.of(*(x for name in prices for x in (name, 1)))
+    table = solver.book.table(replace(settings[0], cluster=everyone))
+    return [physical_bound_s(_with_counts(table, setting.cluster)) for setting in settings]
+
+
+def _with_counts(table: CostTable, cluster: Cluster) -> CostTable:
+    """The table with as many devices per class as a cluster has; names do not matter to bounds."""
+    kinds = [device.kind for device in cluster.devices]
+    classes = tuple(
+        replace(c, devices=tuple(f"{c.name}/{i}" for i in range(kinds.count(c.name))))
+        for c in table.device_classes
+    )
+    return replace(table, device_classes=classes)

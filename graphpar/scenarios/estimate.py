@@ -1,0 +1,178 @@
+"""Will it fit, and on what: memory by part for each number format and recomputation choice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graphpar import catalogue
+from graphpar.cluster import Cluster
+from graphpar.compiler import Prepared, price
+from graphpar.cost import CostTable
+from graphpar.scenarios.layouts import recomputed
+from graphpar.training import Training
+from graphpar.units import format_bytes
+
+MOST_DEVICES = 64
+
+FORMATS = ("float32", "bfloat16 mixed", "bfloat16")
+"""Mixed computes in bfloat16 and keeps weights, gradients and optimiser in float32."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one way to hold the model; activations are those of one sample.
+
+    `devices` says for each device kind how many of them a pipeline needs at least (0: more than
+    `MOST_DEVICES`), with one sample per microbatch.
+    """
+
+    format: str
+    recompute: bool
+    weights_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+    activations_bytes: float
+    workspace_bytes: float
+    framework_bytes: float
+    devices: dict[str, int]
+
+    @property
+    def total_bytes(self) -> float:
+        """All of it, on one device."""
+        return (
+            self.weights_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.activations_bytes
+            + self.workspace_bytes
+            + self.framework_bytes
+        )
+
+
+def estimate(prepared: Prepared, train: Training | None, kinds: Sequence[str]) -> list[MemoryEstimate]:
+    """Every number format with and without recomputation, for these device kinds."""
+    found = []
+    for name in FORMATS:
+        table = _table(prepared, train, name)
+        found.append(_estimate(table, name, False, kinds))
+        if train is not None:
+            found.append(_estimate(recomputed(table), name, True, kinds))
+    return found
+
+
+def _table(prepared: Prepared, train: Training | None, name: str) -> CostTable:
+    cluster = Cluster.from_dict({"nodes": [{"name": "a", "devices": {"kind": "a100-sxm-80gb"}}]})
+    table = price(prepared, cluster, train=train, precision=name.split()[0], calibration=None)
+    if name != "bfloat16":
+        return table
+    costs = tuple(
+        replace(
+            c,
+            weight_bytes=c.weight_bytes / 2,
+            gradient_bytes=c.gradient_bytes / 2,
+            optimizer_bytes=c.optimizer_bytes / 2,
+        )
+        for c in table.costs
+    )
+    return replace(table, costs=costs)
+
+
+def _estimate(table: CostTable, name: str, recompute: bool, kinds: Sequence[str]) -> MemoryEstimate:
+    costs = [table.costs[u] for u in table.units]
+    devices = catalogue.devices()
+    return MemoryEstimate(
+        format=name,
+        recompute=recompute,
+        weights_bytes=sum(c.weight_bytes for c in costs),
+        gradients_bytes=sum(c.gradient_bytes for c in costs),
+        optimizer_bytes=sum(c.optimizer_bytes for c in costs),
+        activations_bytes=sum(c.saved_bytes[0] for c in costs) if table.training else 0.0,
+        workspace_bytes=max(c.working_bytes[0] for c in costs),
+        framework_bytes=table.reserved_bytes,
+        devices={kind: _fewest(table, devices[kind].memory_bytes) for kind in kinds},
+    )
+
+
+def _fewest(table: CostTable, capacity: float) -> int:
+    """The least number of stages such that every one fits; 0 beyond `MOST_DEVICES`.
+
+    Stages are filled greedily from the last, which has one microbatch in flight, to the first, which
+    has as many as there are stages.
+    """
+    for stages in range(1, min(MOST_DEVICES, table.num_units) + 1):
+        if _fits(table, capacity, stages):
+            return stages
+    return 0
+
+
+def _fits(table: CostTable, capacity: float, stages: int) -> bool:
+    left = list(reversed([table.costs[u] for u in table.units]))
+    for stage in range(1, stages + 1):
+        used, working = table.reserved_bytes, 0.0
+        while left:
+            cost = left[0]
+            held = cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
+            held += stage * cost.saved_bytes[0] if table.training else 0.0
+            if used + held + max(working, cost.working_bytes[0]) > capacity:
+                break
+            used, working = used + held, max(working, cost.working_bytes[0])
+            left.pop(0)
+    return not left
+
+
+def accelerators(words: Sequence[str] = ()) -> list[str]:
+    """Device kinds of the catalogue that are no processors; all, or those named.
+
+    Raises:
+        ClusterError: A name is unknown.
+    """
+    if words:
+        return [catalogue.find_device(word) for word in words]
+    return [name for name, kind in catalogue.devices().items() if not kind.is_cpu]
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "workspace", "framework", "total")
+
+
+def format_estimates(name: str, samples: str, found: Sequence[MemoryEstimate]) -> str:
+    """Two tables: bytes by part, and how many devices of each kind are enough."""
+    head = ("format", "recompute", *PARTS)
+    rows = [
+        (
+            e.format,
+            "yes" if e.recompute else "no",
+            *(format_bytes(getattr(e, f"{p}_bytes")) for p in PARTS),
+        )
+        for e in found
+    ]
+    lines = [f"memory of {name} on one device, {samples}", *_aligned([head, *rows]), ""]
+    choices = [e.format + (" +rc" if e.recompute else "") for e in found]
+    kinds = list(found[0].devices)
+    devices = catalogue.devices()
+    table = [
+        ("device kind", "memory", *choices),
+        *(
+            (
+                kind,
+                format_bytes(devices[kind].memory_bytes),
+                *(str(e.devices[kind] or "-") for e in found),
+            )
+            for kind in sorted(kinds, key=lambda k: -devices[k].memory_bytes)
+        ),
+    ]
+    lines += [
+        "devices needed at least, as stages of a pipeline, one sample per microbatch",
+        *_aligned(table),
+    ]
+    lines.append("mixed: arithmetic and activations in bfloat16, the rest float32; +rc: recomputation")
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def as_plain(found: Sequence[MemoryEstimate]) -> list[dict[str, Any]]:
+    """Plain data for JSON."""
+    return [{**vars(e), "total_bytes": e.total_bytes} for e in found]

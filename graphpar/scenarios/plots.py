@@ -1,0 +1,104 @@
+"""A picture of a study: bars of step times, the curve of a sweep, or the map of a double sweep.
+
+Needs matplotlib (the extra `viz`); the ending of the file decides between PNG and SVG.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graphpar.scenarios.sweeps import Sweep
+from graphpar.scenarios.types import Answer
+from graphpar.view.palette import OKABE_ITO
+
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def plot(
+    path: str | os.PathLike[str], baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep]
+) -> Path:
+    """Draw the study into a file.
+
+    Raises:
+        ValueError: The ending is none of `ENDINGS`, or matplotlib is not installed.
+    """
+    target = Path(path)
+    if target.suffix not in ENDINGS:
+        raise ValueError(f"plot {target}: the file must end in one of {', '.join(ENDINGS)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plots need matplotlib; install graphpar[viz]") from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    swept = answers[: _points(sweeps)]
+    numeric = bool(sweeps) and all(_number(v) is not None for v in sweeps[0].values)
+    if len(sweeps) == 2:
+        _map(figure, swept, sweeps)
+    elif sweeps and numeric:
+        _curve(figure, baseline, swept, sweeps[0])
+    else:
+        _bars(figure, baseline, answers)
+    figure.savefig(target, dpi=150)
+    return target
+
+
+def _points(sweeps: Sequence[Sweep]) -> int:
+    count = 1
+    for sweep in sweeps:
+        count *= len(sweep.values)
+    return count if sweeps else 0
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _bars(figure: Any, baseline: Answer, answers: Sequence[Answer]) -> None:
+    rows = [a for a in (baseline, *answers) if a.step_s is not None]
+    axes = figure.subplots()
+    positions = range(len(rows))
+    steps = [a.step_s or 0.0 for a in rows]
+    errors = [s * a.error_bar for s, a in zip(steps, rows, strict=True)]
+    colors = [OKABE_ITO[0] if a.status == "ok" else "lightgrey" for a in rows]
+    axes.barh(positions, steps, xerr=errors, color=colors, ecolor="grey", capsize=3)
+    axes.set_yticks(positions, [a.title for a in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("predicted step, s")
+
+
+def _curve(figure: Any, baseline: Answer, answers: Sequence[Answer], sweep: Sweep) -> None:
+    axes = figure.subplots()
+    points = sorted(
+        (float(v), a.samples_per_s, a.error_bar)
+        for v, a in zip(sweep.values, answers, strict=True)
+        if a.samples_per_s and a.status == "ok"
+    )
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    errors = [rate * bar for _, rate, bar in points]
+    axes.errorbar(xs, ys, yerr=errors, marker="o", color=OKABE_ITO[0], ecolor="grey", capsize=3)
+    if baseline.samples_per_s:
+        axes.axhline(baseline.samples_per_s, linestyle="--", color="grey", label="baseline")
+        axes.legend()
+    if len(xs) > 2 and xs[0] > 0 and xs[-1] / xs[0] > 20:
+        axes.set_xscale("log")
+    axes.set_xlabel(sweep.path)
+    axes.set_ylabel("samples per second")
+
+
+def _map(figure: Any, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> None:
+    axes = figure.subplots()
+    rows, columns = (s.values for s in sweeps)
+    grid = [
+        [answers[i * len(columns) + j].samples_per_s or float("nan") for j in range(len(columns))]
+        for i in range(len(rows))
+    ]
+    image = axes.imshow(grid, aspect="auto", origin="lower")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(sweeps[1].path)
+    axes.set_ylabel(sweeps[0].path)
+    figure.colorbar(image, label="samples per second")

@@ -1,0 +1,114 @@
+"""A study's answers as a table for people, as CSV, as JSON."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from graphpar.scenarios.types import Answer, Worth
+from graphpar.units import format_bytes, format_percent, format_seconds
+
+COLUMNS = (
+    "scenario", "step", "change", "samples/s", "$/Msample", "kWh/Msample", "free memory", "bottleneck",
+    "gap", "plan",
+)  # fmt: skip
+
+CSV_COLUMNS = (
+    "scenario", "status", "problem", "step_s", "error_bar", "bound_s", "gap", "change", "samples_per_s",
+    "usd_per_h", "usd_per_million_samples", "watts", "kwh_per_million_samples", "least_headroom_bytes",
+    "bottleneck", "bottleneck_where", "bottleneck_share", "relief", "used", "left_out", "plan", "remarks",
+)  # fmt: skip
+
+
+def table_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
+    """The table, one line per scenario."""
+    rows = [COLUMNS, *(_row(a, baseline) for a in (baseline, *answers))]
+    # Columns that nobody fills are left out.
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in rows[1:])]
+    widths = [max(len(row[i]) for row in rows) for i in kept]
+    return [
+        "  ".join(row[i].ljust(w) for i, w in zip(kept, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _row(answer: Answer, baseline: Answer) -> tuple[str, ...]:
+    if answer.status == "invalid" or answer.step_s is None:
+        return (answer.title, answer.status, *("-" for _ in COLUMNS[2:-1]), answer.problem)
+    change = answer.change(baseline)
+    money, energy = answer.usd_per_million_samples, answer.kwh_per_million_samples
+    least = min(answer.headroom_bytes.values(), default=0.0)
+    neck = answer.bottleneck
+    fits = answer.status == "ok"
+    return (
+        answer.title,
+        f"{format_seconds(answer.step_s)} ±{100 * answer.error_bar:.0f}%",
+        "-" if change is None or answer is baseline else f"{100 * change:+.1f}%",
+        f"{answer.samples_per_s:.4g}",
+        "-" if money is None else f"{money:.4g}",
+        "-" if energy is None else f"{energy:.4g}",
+        format_bytes(least) if fits else f"lacks {format_bytes(-least)}",
+        "-" if neck is None else f"{neck.kind} {neck.where} {format_percent(neck.share)}",
+        "-" if answer.gap is None else format_percent(answer.gap),
+        answer.shape,
+    )
+
+
+def remark_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
+    """Findings and assumptions below the table."""
+    lines = []
+    if baseline.needless and baseline.one_device_s is not None:
+        lines.append(
+            f"no gain: use one device; {baseline.one_device} alone takes "
+            f"{format_seconds(baseline.one_device_s)} per step"
+        )
+    if baseline.bottleneck is not None:
+        lines.append(f"what would relieve the baseline: {baseline.bottleneck.relief}")
+    if baseline.left_out:
+        lines.append(f"the baseline's plan leaves out {', '.join(baseline.left_out)}")
+    seen: dict[str, list[str]] = {}
+    for answer in (baseline, *answers):
+        for remark in answer.remarks:
+            seen.setdefault(remark, []).append(answer.title)
+    total = 1 + len(answers)
+    for remark, titles in seen.items():
+        where = "" if len(titles) == total else f" ({_some(titles)})"
+        lines.append(remark + where)
+    return lines
+
+
+def _some(titles: Sequence[str]) -> str:
+    return ", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")
+
+
+def worth_lines(worths: Sequence[Worth]) -> list[str]:
+    """Shadow prices, the most valuable first."""
+    lines = ["shadow prices (by solving again; differences within the plans' gaps prove nothing):"]
+    for worth in sorted(worths, key=lambda w: -w.saved_s):
+        if abs(worth.saved_s) <= worth.noise_s:
+            told = f"nothing proven (within {format_seconds(max(worth.noise_s, 0.0))})"
+        else:
+            told = (
+                f"{format_seconds(abs(worth.saved_s))} {'less' if worth.saved_s > 0 else 'more'} per step"
+            )
+        lines.append(f"  {worth.what}: {told}")
+    return lines
+
+
+def to_csv(baseline: Answer, answers: Sequence[Answer]) -> str:
+    """One line per scenario, the baseline first; numbers in SI units."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for a in (baseline, *answers):
+        neck = a.bottleneck
+        writer.writerow(
+            [
+                a.title, a.status, a.problem, a.step_s, a.error_bar, a.bound_s, a.gap,
+                None if a is baseline else a.change(baseline), a.samples_per_s, a.usd_per_h,
+                a.usd_per_million_samples, a.watts, a.kwh_per_million_samples,
+                min(a.headroom_bytes.values(), default=None),
+                neck.kind if neck else None, neck.where if neck else None, neck.share if neck else None,
+                neck.relief if neck else None, " ".join(a.used), " ".join(a.left_out), a.shape,
+                "; ".join(a.remarks),
+            ]
+        )  # fmt: skip
+    return out.getvalue()

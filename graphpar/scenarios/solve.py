@@ -1,0 +1,209 @@
+"""One scenario from its cost table to its numbers. Needs no torch, so that processes start fast."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition.baselines import one_device
+from graphpar.partition.pipeline import partition
+from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.types import Partition
+from graphpar.scenarios.layouts import JOIN, configured, recomputed
+from graphpar.scenarios.types import Answer, Bottleneck, Layout
+from graphpar.schedule import StageLink, build_schedule
+from graphpar.simulate import Timeline, simulate
+from graphpar.timing import timing_of
+from graphpar.units import format_bytes
+
+FULL = 0.95
+"""A device fuller than this at its peak leaves the planner little choice."""
+
+FREE_MEMORY_GAIN = 0.02
+"""If memory without limit would shorten the step by more than this, memory is the bottleneck."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process works on."""
+
+    table: CostTable
+    schedule: ScheduleChoice = "auto"
+    microbatches: Microbatches = "auto"
+    recompute: bool | None = None
+    layout: Layout | None = None
+    gap: float = 0.01
+    time_limit_s: float = 10.0
+
+
+def solve(task: Task) -> Answer:
+    """The plan of one scenario and what it promises; nothing fitting is an answer too."""
+    began_s = time.monotonic()
+    table = recomputed(task.table) if task.recompute and task.table.training else task.table
+    try:
+        used_table, found = _found(table, task)
+        answer = _answer(used_table, found, task)
+    except InfeasibleError as error:
+        answer = Answer("", status="infeasible", problem=str(error), batch=table.batch)
+    except ValueError as error:
+        answer = Answer("", status="invalid", problem=str(error), batch=table.batch)
+    return replace(answer, seconds=time.monotonic() - began_s)
+
+
+def _found(table: CostTable, task: Task) -> tuple[CostTable, Partition]:
+    if task.layout is not None:
+        return configured(table, task.layout, task.schedule, task.microbatches)
+    return table, partition(
+        table,
+        gap=task.gap,
+        time_limit_s=task.time_limit_s,
+        schedule=task.schedule,
+        microbatches=task.microbatches,
+    )
+
+
+def _answer(table: CostTable, found: Partition, task: Task) -> Answer:
+    schedule = build_schedule(found, stage_links(table, found), table.training)
+    timeline = simulate(schedule, timing_of(table, found))
+    capacity = {d: c.memory_bytes for c in table.device_classes for d in c.devices}
+    peaks = dict(zip(found.used_devices, timeline.peak_bytes, strict=True))
+    headroom = {name: capacity[d] - peaks[d] for d in peaks for name in d.split(JOIN)}
+    used = tuple(headroom)
+    everyone = [d for c in task.table.device_classes for d in c.devices]
+    alone = _alone(table, task)
+    least = min(headroom, key=headroom.__getitem__)
+    fits = headroom[least] >= 0
+    return Answer(
+        "",
+        status="ok" if fits else "infeasible",
+        problem="" if fits else f"{least} lacks {format_bytes(-headroom[least])}",
+        step_s=timeline.step_s,
+        bound_s=found.bound_s,
+        gap=None if task.layout else found.gap,
+        batch=table.batch,
+        bottleneck=_bottleneck(table, found, timeline, peaks, capacity, task),
+        headroom_bytes=headroom,
+        used=used,
+        left_out=tuple(d for d in everyone if d not in headroom),
+        shape=_shape(found),
+        remarks=_remarks(found, task),
+        one_device_s=alone[1] if alone else None,
+        one_device=alone[0] if alone else "",
+    )
+
+
+def stage_links(table: CostTable, found: Partition) -> list[StageLink]:
+    """What crosses between the stages of every pipeline, from the table's edges."""
+    links: list[StageLink] = []
+    offset = 0
+    for pipeline in found.pipelines:
+        stage_of = [n for n, s in enumerate(pipeline.stages) for _ in range(s.first, s.last)]
+        sums: dict[tuple[int, int], list[float]] = {}
+        for edge in table.edges:
+            ends = stage_of[edge.source], stage_of[edge.target]
+            if ends[0] < ends[1]:
+                total = sums.setdefault(ends, [0.0, 0.0, 0.0])
+                total[0] += edge.bytes_per_sample
+                total[1] += edge.gradient_bytes_per_sample if table.training else 0.0
+                total[2] += edge.fixed_bytes
+        links += [
+            StageLink(offset + a, offset + b, each, back, fixed, 0.0)
+            for (a, b), (each, back, fixed) in sorted(sums.items())
+        ]
+        offset += len(pipeline.stages)
+    return links
+
+
+def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
+    """The best single device and its step time; None where the model fits into none."""
+    try:
+        found = one_device(table, schedule=task.schedule, microbatches="auto")
+    except (InfeasibleError, ValueError):
+        return None
+    return found.used_devices[0], found.objective_s
+
+
+def _shape(found: Partition) -> str:
+    parts = []
+    for pipeline in found.pipelines:
+        stages = [
+            f"{len(s.replicas)}x" * (len(s.replicas) > 1) + str(s.last - s.first) for s in pipeline.stages
+        ]
+        parts.append(f"[{' '.join(stages)}] m={pipeline.microbatches}")
+    counted = [f"{parts.count(p)} x {p}" if parts.count(p) > 1 else p for p in dict.fromkeys(parts)]
+    return f"{' + '.join(counted)} {found.schedule}"
+
+
+def _remarks(found: Partition, task: Task) -> tuple[str, ...]:
+    remarks = []
+    if found.truncated_by and task.layout is None:
+        remarks.append(f"search cut short by {', '.join(found.truncated_by)}")
+    if task.layout is not None and task.layout.tensor > 1:
+        remarks.append("tensor groups are priced by an analytic rule; planning only")
+    if task.recompute and task.table.training:
+        remarks.append("recomputation of every unit is planning only")
+    return (*remarks, *found.notes)
+
+
+def _bottleneck(
+    table: CostTable,
+    found: Partition,
+    timeline: Timeline,
+    peaks: dict[str, float],
+    capacity: dict[str, float],
+    task: Task,
+) -> Bottleneck:
+    fullest = max(peaks, key=lambda d: peaks[d] / capacity[d])
+    fullness = peaks[fullest] / capacity[fullest]
+    if fullness > FULL and task.layout is None and _memory_binds(table, timeline.step_s, task):
+        return Bottleneck(
+            "memory", fullest, fullness, f"more memory on {fullest}, recomputation, or smaller formats"
+        )
+    step_s = max(timeline.step_s, 1e-30)
+    devices = found.used_devices
+    slowest = max(range(len(devices)), key=lambda r: timeline.busy_share[r])
+    busy = timeline.busy_share[slowest]
+    sends = [s + r for s, r in zip(timeline.send_s, timeline.reduce_s, strict=True)]
+    chatty = max(range(len(devices)), key=lambda r: sends[r])
+    if busy >= max(sends[chatty] / step_s, timeline.bubble_share):
+        return Bottleneck(
+            "compute", devices[slowest], busy, f"a faster device in place of {devices[slowest]}"
+        )
+    if sends[chatty] / step_s >= timeline.bubble_share:
+        node = table.topology.node_of[devices[chatty]]
+        return Bottleneck(
+            "link", devices[chatty], sends[chatty] / step_s, _faster_link(table, node, found)
+        )
+    return Bottleneck(
+        "bubble",
+        devices[slowest],
+        timeline.bubble_share,
+        "more microbatches: a larger batch, or fewer stages",
+    )
+
+
+def _faster_link(table: CostTable, node: str, found: Partition) -> str:
+    nodes = {table.topology.node_of[d] for d in found.used_devices}
+    return f"a faster link inside node {node}" if len(nodes) == 1 else "a faster network between nodes"
+
+
+def _memory_binds(table: CostTable, step_s: float, task: Task) -> bool:
+    """Whether devices with memory without end would make the step notably shorter."""
+    endless = tuple(replace(c, memory_bytes=c.memory_bytes * 1e3) for c in table.device_classes)
+    try:
+        freed = partition(
+            replace(table, device_classes=endless),
+            gap=max(task.gap, 0.01),
+            time_limit_s=task.time_limit_s / 2,
+            schedule=task.schedule,
+            microbatches=task.microbatches,
+        )
+    except (InfeasibleError, ValueError):
+        return False
+    return freed.objective_s < step_s * (1 - FREE_MEMORY_GAIN)
+
+
+def solve_all(tasks: Sequence[Task]) -> list[Answer]:
+    """Several scenarios one after another, in this process."""
+    return [solve(task) for task in tasks]

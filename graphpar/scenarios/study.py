@@ -1,0 +1,189 @@
+"""A study: a baseline and scenarios, each planned anew, in parallel and from the cache where known."""
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from graphpar import __version__
+from graphpar.errors import GraphparError
+from graphpar.scenarios.cache import AnswerCache, key_of
+from graphpar.scenarios.changes import apply
+from graphpar.scenarios.consistent import consistent
+from graphpar.scenarios.pricing import PriceBook, trust
+from graphpar.scenarios.solve import Task, solve
+from graphpar.scenarios.types import Answer, Scenario, Setting, renamed
+
+Progress = Callable[[int, int], None]
+"""Told how many answers are there, of how many."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How hard each scenario is searched, and by how many processes."""
+
+    gap: float = 0.01
+    time_limit_s: float = 10.0
+    processes: int | None = None
+
+
+@dataclass
+class Solver:
+    """Answers settings: from the cache, else priced here and solved in other processes."""
+
+    book: PriceBook
+    limits: Limits
+    cache: AnswerCache
+    progress: Progress | None = None
+    _known: dict[str, Answer] = field(default_factory=dict)
+
+    def answers(self, settings: Sequence[Setting]) -> list[Answer]:
+        """One answer per setting; equal settings are solved once."""
+        keys = [self._key(setting) for setting in settings]
+        missing = {
+            key: setting
+            for key, setting in zip(keys, settings, strict=True)
+            if key not in self._known and not self._from_cache(key)
+        }
+        done = len(set(keys)) - len(missing)
+        total = len(set(keys))
+        self._tell(done, total)
+        for key, answer in self._solved(missing):
+            self._known[key] = answer
+            if answer.status != "invalid":
+                self.cache.put(key, answer)
+            done += 1
+            self._tell(done, total)
+        return [self._known[key] for key in keys]
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+    def _from_cache(self, key: str) -> bool:
+        found = self.cache.get(key)
+        if found is not None:
+            self._known[key] = found
+        return found is not None
+
+    def _key(self, setting: Setting) -> str:
+        calibration = self.book.calibration
+        devices = setting.cluster.devices
+        fingerprint = repr(calibration) if calibration and any(d.is_local_cpu for d in devices) else ""
+        return key_of(
+            {
+                "version": __version__,
+                "model": self.book.baseline().model_hash,
+                "state": self.book.state_bytes(),
+                "setting": setting.to_dict(),
+                "calibration": fingerprint,
+                "gap": self.limits.gap,
+                "time_limit_s": self.limits.time_limit_s,
+            }
+        )
+
+    def _solved(self, missing: Mapping[str, Setting]) -> Iterator[tuple[str, Answer]]:
+        if not missing:
+            return
+        with _executor(self.limits.processes, len(missing)) as submit:
+            waiting: list[tuple[str, Setting, Future[Answer]]] = []
+            for key, setting in missing.items():
+                try:
+                    task = self._task(setting)
+                except (ValueError, GraphparError) as error:
+                    yield key, Answer("", status="invalid", problem=str(error), batch=setting.batch)
+                    continue
+                waiting.append((key, setting, submit(task)))
+            for key, setting, future in waiting:
+                yield key, self._priced(future.result(), setting)
+
+    def _task(self, setting: Setting) -> Task:
+        return Task(
+            self.book.table(setting),
+            setting.schedule,
+            setting.microbatches,
+            setting.recompute,
+            setting.layout,
+            self.limits.gap,
+            self.limits.time_limit_s,
+        )
+
+    def _priced(self, answer: Answer, setting: Setting) -> Answer:
+        """The answer with what only the setting knows: money, power, trust."""
+        error, remarks = trust(setting, self.book.calibration)
+        cluster = setting.cluster
+        nodes = {cluster.device(name).node for name in answer.used}
+        prices = dict(setting.usd_per_h)
+        usd_per_h = sum(prices[n] for n in nodes) if nodes and nodes <= set(prices) else None
+        powers = [cluster.device(name).power_w for name in answer.used]
+        watts = sum(p for p in powers if p is not None)
+        known = bool(powers) and all(p is not None for p in powers)
+        return replace(
+            answer,
+            usd_per_h=usd_per_h,
+            watts=watts if known else None,
+            error_bar=error,
+            remarks=(*answer.remarks, *remarks),
+        )
+
+
+@contextmanager
+def _executor(processes: int | None, tasks: int) -> Iterator[Callable[[Task], "Future[Answer]"]]:
+    """Submits to other processes, or runs at once where one process is enough."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(processes if processes is not None else cores, tasks)
+    if count <= 1 or (tasks <= 2 and processes is None):
+        yield _at_once
+        return
+    # Fresh interpreters: this one may have threads that a fork would not survive.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        try:
+            yield lambda task: pool.submit(solve, task)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _at_once(task: Task) -> "Future[Answer]":
+    future: Future[Answer] = Future()
+    future.set_result(solve(task))
+    return future
+
+
+def ask(
+    solver: Solver, baseline: Setting, scenarios: Sequence[Scenario]
+) -> tuple[Answer, tuple[Answer, ...]]:
+    """The baseline's answer and the scenarios', in order; senseless scenarios are answered so."""
+    settings: list[Setting | str] = []
+    for scenario in scenarios:
+        try:
+            settings.append(apply(baseline, scenario.changes))
+        except (ValueError, GraphparError) as error:
+            settings.append(str(error))
+    sound = [s for s in settings if isinstance(s, Setting)]
+    found = consistent([baseline, *sound], solver.answers([baseline, *sound]))
+    first, rest = found[0], iter(found[1:])
+    answers = [
+        renamed(next(rest), scenario.title, scenario.changes)
+        if isinstance(setting, Setting)
+        else Answer(scenario.title, scenario.changes, status="invalid", problem=setting)
+        for scenario, setting in zip(scenarios, settings, strict=True)
+    ]
+    return renamed(first, "baseline", ()), tuple(answers)
+
+
+def as_plain(answer: Answer, baseline: Answer) -> dict[str, Any]:
+    """An answer as plain data with its derived numbers."""
+    data = dataclasses.asdict(answer)
+    data["samples_per_s"] = answer.samples_per_s
+    data["usd_per_million_samples"] = answer.usd_per_million_samples
+    data["kwh_per_million_samples"] = answer.kwh_per_million_samples
+    data["least_headroom_bytes"] = min(answer.headroom_bytes.values(), default=None)
+    data["change"] = answer.change(baseline)
+    data["needless"] = answer.needless
+    return data

@@ -1,0 +1,80 @@
+"""Sweeps over one or two settings, and the knee of the curve they draw."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graphpar.scenarios.types import Answer, Scenario
+
+KNEE = 0.5
+"""Past the knee, 1 % more of the swept thing gives less than half a per cent of throughput."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Values to set one path to.
+
+    >>> Sweep.parse("batch=8,16")
+    Sweep(path='batch', values=('8', '16'))
+    """
+
+    path: str
+    values: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Sweep":
+        """From words such as `network.bytes_per_s=1e9,10e9`; ValueError otherwise."""
+        path, sign, values = text.partition("=")
+        found = tuple(v.strip() for v in values.split(",") if v.strip())
+        if not sign or not path.strip() or not found:
+            raise ValueError(f"sweep {text!r} is not understood; write PATH=VALUE,VALUE,...")
+        return cls(path.strip(), found)
+
+
+def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sweep, ...]:
+    """Sweeps from a dict of values by path, or from words; ValueError for more than two."""
+    if isinstance(given, Mapping):
+        sweeps = tuple(Sweep(path, tuple(str(v) for v in values)) for path, values in given.items())
+    else:
+        sweeps = tuple(Sweep.parse(text) for text in given)
+    if len(sweeps) > 2:
+        raise ValueError(f"a sweep is over one or two things, not {len(sweeps)}")
+    return sweeps
+
+
+def scenarios_of(sweeps: Sequence[Sweep]) -> tuple[Scenario, ...]:
+    """One scenario per combination of values, the last sweep's values running fastest.
+
+    >>> [s.title for s in scenarios_of([Sweep("batch", ("8",)), Sweep("m", ("1", "2"))])]
+    ['batch=8, m=1', 'batch=8, m=2']
+    """
+    if not sweeps:
+        return ()
+    rows = itertools.product(*(s.values for s in sweeps))
+    return tuple(
+        Scenario(
+            ", ".join(f"{s.path}={v}" for s, v in zip(sweeps, row, strict=True)),
+            tuple(f"set {s.path}={v}" for s, v in zip(sweeps, row, strict=True)),
+        )
+        for row in rows
+    )
+
+
+def knee(values: Sequence[float], answers: Sequence[Answer]) -> float | None:
+    """The value after which more of it brings little: the knee of the scaling curve.
+
+    None where the curve has no such point among the values, or too few of them are answered.
+
+    >>> def at(rate): return Answer("", step_s=1 / rate, batch=1)
+    >>> knee([1, 2, 4, 8], [at(1.0), at(2.0), at(3.9), at(4.1)])
+    4
+    """
+    points = sorted(
+        (value, answer.samples_per_s)
+        for value, answer in zip(values, answers, strict=True)
+        if answer.status == "ok" and answer.samples_per_s
+    )
+    for (low, slow), (high, fast) in itertools.pairwise(points):
+        if high > low and (fast / slow - 1) < KNEE * (high / low - 1):
+            return low if (low, slow) != points[0] or len(points) > 2 else None
+    return None

@@ -1,0 +1,71 @@
+"""`graphpar what-if` and `graphpar estimate` on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graphpar.cli import Settings, run
+
+CLUSTER = """
+nodes:
+  - {name: a, devices: {kind: a100-sxm-80gb, count: 2}}
+  - {name: b, devices: {kind: t4, count: 1}}
+network: {bytes_per_s: 1e9, latency_s: 1e-5}
+"""
+TINY = "scenarios.tiny_model:make"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> str:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(CLUSTER)
+    return str(path)
+
+
+def test_what_if_answers_in_json_and_writes_the_table(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    options = ["--set", "network.bytes_per_s=25e9", "--replace", "b=l4", "--config", "pp=2"]
+    options += ["--scenario", "small: drop b; set batch=4", "--csv", str(table), "--processes", "1"]
+    code = run(["what-if", TINY, "--cluster", cluster, "--train", *options, "--json"], Settings())
+    out = capsys.readouterr().out
+    assert code == 0
+    data = json.loads(out)
+    titles = [s["title"] for s in data["scenarios"]]
+    assert titles == ["small", "set network.bytes_per_s=25e9", "replace b with l4", "pp=2"]
+    assert all(s["status"] == "ok" for s in data["scenarios"])
+    assert len(table.read_text().splitlines()) == 1 + 1 + len(titles)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--replace", "b"], ["--price", "a=cheap"], ["--sweep", "batch"], ["--budget", "-1"]]
+)
+def test_wrong_options_are_usage_errors(
+    cluster: str, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["what-if", TINY, "--cluster", cluster, *wrong], Settings()) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_estimate_gives_memory_by_part_and_device_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", TINY, "--train", "--kind", "t4", "--json"], Settings()) == 0
+    rows = json.loads(capsys.readouterr().out)["estimates"]
+    assert len(rows) == 6
+    by_key = {(r["format"], r["recompute"]): r for r in rows}
+    plain, again = by_key["float32", False], by_key["float32", True]
+    assert plain["optimizer_bytes"] == pytest.approx(2 * plain["weights_bytes"], rel=0.01)
+    assert again["activations_bytes"] <= plain["activations_bytes"]
+    assert by_key["bfloat16", False]["weights_bytes"] == plain["weights_bytes"] / 2
+    assert plain["devices"] == {"t4": 1}
+
+
+def test_estimate_of_an_unknown_kind_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", TINY, "--kind", "h1000"], Settings()) == 2
+    assert "nearest" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""From cost tables to answers, without torch and without a model."""
+
+from dataclasses import replace
+
+import pytest
+from partition.cost_tables import make_table
+
+from graphpar.cost import LinkCost
+from graphpar.scenarios.layouts import grouped_table, recomputed
+from graphpar.scenarios.solve import Task, solve
+from graphpar.scenarios.types import Answer, Layout
+
+TABLE = make_table((1.0,) * 8, speeds=(2.0, 1.0), devices_per_class=(2, 2), batch=8)
+
+
+def test_a_searched_answer_is_never_slower_than_a_configuration_made_by_hand() -> None:
+    best = solve(Task(TABLE, gap=0.0))
+    assert best.status == "ok"
+    assert best.step_s is not None
+    for layout in (Layout(pipeline=4), Layout(data=4), Layout(pipeline=2, data=2), Layout(tensor=2)):
+        made = solve(Task(TABLE, layout=layout))
+        assert made.status == "ok", made.problem
+        if layout.tensor == 1:
+            assert made.step_s is not None
+            assert best.step_s <= made.step_s * (1 + 1e-6), layout
+
+
+def test_what_does_not_fit_is_an_answer_that_says_how_much_is_lacking() -> None:
+    small = make_table((1.0,) * 2, devices_per_class=(1,), memory_bytes=1.5, weight_bytes=1.0)
+    assert solve(Task(small)).status == "infeasible"
+    by_hand = solve(Task(small, layout=Layout()))
+    assert by_hand.status == "infeasible"
+    assert "lacks" in by_hand.problem
+    assert min(by_hand.headroom_bytes.values()) < 0
+    wide = solve(Task(small, layout=Layout(pipeline=2)))
+    assert wide.status == "infeasible"
+    assert "takes 2 groups" in wide.problem
+
+
+def test_one_device_is_told_where_more_gain_nothing() -> None:
+    slow = LinkCost(10.0, 1.0)
+    table = make_table((1.0, 1.0), devices_per_class=(2,), batch=2, link=slow, cut_bytes=1e3)
+    table = replace(table, costs=tuple(replace(c, gradient_bytes=1e3) for c in table.costs))
+    answer = solve(Task(table))
+    assert answer.needless
+    assert len(answer.used) == 1
+    assert not solve(Task(TABLE)).needless
+
+
+def test_groups_divide_work_and_pay_for_their_collectives() -> None:
+    table = make_table((1.0,) * 4, devices_per_class=(4,), link=LinkCost(0.0, 1e3), cut_bytes=500.0)
+    grouped = grouped_table(table, 2)
+    assert [c.devices for c in grouped.device_classes] == [("0.0+0.1", "0.2+0.3")]
+    # Half of one second, and a ring of two over 500 bytes at 1,000 bytes per second.
+    assert grouped.forward_s(0, 0, 1) == pytest.approx(0.5 + 2 * 0.25)
+    assert grouped.costs[0].weight_bytes == table.costs[0].weight_bytes / 2
+
+
+def test_recomputation_trades_memory_for_time() -> None:
+    table = make_table((1.0,) * 4, saved_bytes=100.0, cut_bytes=1.0)
+    again = recomputed(table)
+    assert again.backward_s(1, 0, 1) == table.backward_s(1, 0, 1) + table.forward_s(1, 0, 1)
+    assert again.costs[1].saved_bytes[0] == 1.0
+    assert again.costs[1].working_bytes[0] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "money", "energy"),
+    [
+        (Answer("", step_s=2.0, batch=4, usd_per_h=3.6, watts=100.0), 500.0, 100 * 0.5e6 / 3.6e6),
+        (Answer("", step_s=2.0, batch=4), None, None),
+    ],
+)
+def test_money_and_energy_of_a_million_samples(
+    answer: Answer, money: float | None, energy: float | None
+) -> None:
+    assert answer.usd_per_million_samples == (None if money is None else pytest.approx(money))
+    assert answer.kwh_per_million_samples == (None if energy is None else pytest.approx(energy))
+
+
+def test_bottlenecks_are_told_apart() -> None:
+    compute = solve(Task(make_table((5.0,), devices_per_class=(1,))))
+    assert compute.bottleneck is not None
+    assert compute.bottleneck.kind == "compute"
+    tight = make_table((1.0,) * 4, devices_per_class=(2,), batch=4, memory_bytes=3.0, saved_bytes=0.1)
+    memory = solve(Task(tight))
+    assert memory.bottleneck is not None
+    assert memory.headroom_bytes

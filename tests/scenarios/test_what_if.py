@@ -1,0 +1,172 @@
+"""Studies of a tiny model: every question planned anew, kept, written, drawn."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphpar
+from graphpar.scenarios.cache import AnswerCache
+
+CLUSTER: dict[str, Any] = {
+    "nodes": [
+        {"name": "a", "devices": {"kind": "v100-sxm2-16gb", "count": 2}},
+        {"name": "b", "devices": {"kind": "t4", "count": 1}},
+    ],
+    "network": {"bytes_per_s": 1e9, "latency_s": 1e-5},
+}
+
+
+def model() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(*(part for _ in range(3) for part in (nn.Linear(64, 64), nn.ReLU())))
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(batch, 64, device="meta"), torch.empty(batch, 64, device="meta")
+
+
+TRAINING = graphpar.Training(
+    optimizer=torch.optim.AdamW, loss=lambda out, target: ((out - target) ** 2).mean()
+)
+
+
+def ask(scenarios: Any = (), **options: Any) -> graphpar.Study:
+    chosen = {"cache": False, "processes": 1, "time_limit_s": 1.0, "gap": 0.1, **options}
+    return graphpar.what_if(model(), CLUSTER, scenarios, args=inputs(16), train=TRAINING, **chosen)
+
+
+@pytest.fixture(scope="module")
+def study() -> graphpar.Study:
+    asked = {
+        "no t4": "drop b",
+        "faster": ["replace a with h100-sxm-80gb", "set network.bytes_per_s=25e9"],
+        "plain": "set optimizer=sgd",
+        "wrong": "drop c",
+    }
+    return ask(asked, sweep={"batch": [16, 48]}, leave_out=True, prices={"a": 4.0, "b": 1.0})
+
+
+def test_every_scenario_is_answered_and_senseless_ones_say_why(study: graphpar.Study) -> None:
+    assert [a.title for a in study.answers] == [
+        "batch=16",
+        "batch=48",
+        "no t4",
+        "faster",
+        "plain",
+        "wrong",
+    ]
+    assert study["wrong"].status == "invalid"
+    assert "nearest" in study["wrong"].problem
+    assert all(a.status == "ok" for a in study.answers[:-1])
+
+
+def test_answers_are_plans_of_the_changed_job(study: graphpar.Study) -> None:
+    base = study.baseline
+    assert base.step_s is not None
+    assert study["batch=16"].step_s == base.step_s
+    assert study["batch=48"].batch == 48
+    assert "b/0" not in study["no t4"].used
+    faster, plain = study["faster"].step_s, study["plain"].step_s
+    assert faster is not None
+    assert plain is not None
+    assert faster < base.step_s
+    assert plain < base.step_s  # less optimiser work
+    assert study["no t4"].usd_per_h == 4.0
+    assert base.gap is not None
+    assert base.gap <= 1
+
+
+def test_the_page_the_table_and_the_data_agree(study: graphpar.Study) -> None:
+    page = str(study)
+    assert "baseline" in page
+    assert "invalid" in page
+    rows = list(csv.DictReader(io.StringIO(study.to_csv())))
+    data = json.loads(study.to_json())
+    assert [r["scenario"] for r in rows[1:]] == [s["title"] for s in data["scenarios"]]
+    assert float(rows[0]["step_s"]) == study.baseline.step_s == data["baseline"]["step_s"]
+    assert set(data["without"]) == {"a/1", "b/0"}
+    for answer in (study.baseline, *study.answers[:-1]):
+        assert answer.title in page
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_studies_are_drawn(study: graphpar.Study, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    assert study.plot(tmp_path / f"study.{ending}").stat().st_size > 1000
+    with pytest.raises(ValueError, match="must end in"):
+        study.plot(tmp_path / "study.doc")
+
+
+def test_answers_are_kept_by_content_and_not_solved_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ask(["drop b"], cache=tmp_path)
+
+    def fail(task: object) -> None:
+        raise AssertionError("solved again")
+
+    monkeypatch.setattr("graphpar.scenarios.study.solve", fail)
+    again = ask(["drop b"], cache=tmp_path)
+    assert again.answers == first.answers
+    with pytest.raises(AssertionError):
+        ask(["drop a/0"], cache=tmp_path)
+
+
+def test_a_damaged_kept_answer_counts_as_absent(tmp_path: Path) -> None:
+    (tmp_path / "key.json").write_text("{")
+    assert AnswerCache(tmp_path).get("key") is None
+
+
+def test_shadow_prices_say_what_they_are_worth() -> None:
+    study = ask(worth=True)
+    worth = {w.what: w for w in study.worths}
+    assert "1 GiB more on a/1" in worth
+    faster = worth["10 % more speed of a/1"]
+    assert faster.saved_s >= -faster.noise_s
+    assert "by solving again" in str(study)
+
+
+def test_more_devices_are_never_slower_even_where_the_search_was_cut() -> None:
+    study = ask(["drop b", "drop a/1; drop b", "set network.bytes_per_s=2e9"], time_limit_s=0.01)
+    base, less, least = study.baseline.step_s, study.answers[0].step_s, study.answers[1].step_s
+    assert base is not None
+    assert less is not None
+    assert least is not None
+    assert base <= less <= least
+
+
+def test_a_budget_is_searched_with_bounds() -> None:
+    study = ask(budget_usd_per_h=8.0, instances=["g5.12xlarge", "g4dn.xlarge"])
+    found = study.budget
+    assert found is not None
+    assert found.best is not None
+    assert found.usd_per_h <= 8.0
+    assert found.proven
+    assert 1 <= found.solved <= found.considered
+    with pytest.raises(ValueError, match="below the cheapest"):
+        ask(budget_usd_per_h=0.01, instances=["g5.12xlarge"])
+
+
+def test_a_sequence_length_needs_inputs() -> None:
+    assert "inputs=" in ask(["set seq_len=7"]).answers[0].problem
+
+
+def test_three_sweeps_are_too_many() -> None:
+    with pytest.raises(ValueError, match="one or two"):
+        ask(sweep=["batch=1", "a.count=1", "b.count=1"])
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_answers() -> None:
+    asked = ["drop b", "drop a/0", "tp=2"]
+    alone, together = (
+        ask(asked, time_limit_s=20.0, gap=0.3),
+        ask(asked, processes=2, time_limit_s=20.0, gap=0.3),
+    )
+    assert [a.step_s for a in alone.answers] == [a.step_s for a in together.answers]
