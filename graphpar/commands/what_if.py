@@ -11,7 +11,6 @@ from graphpar.commands.options import (
     cluster_option,
     input_options,
     model_argument,
-    planning_options,
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
@@ -47,8 +46,21 @@ def _several(name: str, metavar: str, text: str) -> Callable[[_Command], _Comman
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False), help="Draw into a PNG or SVG.")
 @click.option("--processes", type=click.IntRange(min=1), help="How many plan at once.")
 @click.option("--cache/--no-cache", default=True, help="Keep answers, and use kept ones.")
+@click.option(
+    "--time-limit",
+    "time_limit_s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds to search for each scenario's plan.  [default: all in about 45 s]",
+)
+@click.option(
+    "--gap",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(min=0, max=1),
+    help="Stop when a plan is proven this close to the best.",
+)
+@click.option("--precision", default="float32", show_default=True, help="Number format of the baseline.")
 @input_options
-@planning_options
 @json_option
 def command(
     model: str,
@@ -67,7 +79,7 @@ def command(
     batch_size: int,
     seq_len: int,
     train: bool,
-    time_limit_s: float,
+    time_limit_s: float | None,
     gap: float,
     precision: str,
     as_json: bool,
@@ -75,8 +87,8 @@ def command(
 ) -> None:
     """Ask what other devices or settings would change.
 
-    Each scenario is planned anew. Every --set, --drop, --down, --add, --replace and --config is a question of its own; --scenario
-    makes several changes at once.
+    Each scenario is planned anew. Every --set, --drop, --down, --add, --replace and --config is a
+    question of its own; --scenario makes several changes at once.
     """
     with stdout_kept_clean():
         study = _study(

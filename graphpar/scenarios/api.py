@@ -17,7 +17,7 @@ from graphpar.scenarios.plots import plot
 from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
 from graphpar.scenarios.report import remark_lines, table_lines, to_csv, worth_lines
-from graphpar.scenarios.study import Limits, Progress, Solver, as_plain, ask
+from graphpar.scenarios.study import Limits, Progress, Solver, as_plain, ask, fair_limit_s
 from graphpar.scenarios.sweeps import Sweep, as_sweeps, knee, scenarios_of
 from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
@@ -142,7 +142,7 @@ def what_if(
     inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     gap: float = 0.01,
-    time_limit_s: float = 10.0,
+    time_limit_s: float | None = None,
     processes: int | None = None,
     cache: bool | str | os.PathLike[str] = True,
     progress: Progress | None = None,
@@ -167,7 +167,8 @@ def what_if(
         inputs: `inputs(batch, seq_len)` gives arguments of other sizes; needed to change `seq_len`.
         calibration: Measured curves of this machine's processor; the cached ones by default.
         gap: How close to the best of its family each plan has to be proven.
-        time_limit_s: When to stop searching for one scenario's plan.
+        time_limit_s: When to stop searching for one scenario's plan; by default so that all take about
+            three quarters of a minute, but no less than half a second and no more than ten each.
         processes: How many solve at once; by default one per core.
         cache: Whether, or in which folder, answers are kept.
         progress: Called with how many answers are there, of how many.
@@ -190,7 +191,6 @@ def what_if(
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
     book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
-    solver = Solver(book, Limits(gap, time_limit_s, processes), _cache(cache), progress)
     baseline = Setting(
         cluster=where,
         batch=book.baseline().graph.batch,
@@ -202,6 +202,8 @@ def what_if(
     )
     sweeps = as_sweeps(sweep)
     asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
+    limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)
+    solver = Solver(book, Limits(gap, limit_s, processes), _cache(cache), progress)
     first, answers = ask(solver, baseline, asked)
     return Study(
         model=book.baseline().graph.name,

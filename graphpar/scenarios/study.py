@@ -1,15 +1,18 @@
 """A study: a baseline and scenarios, each planned anew, in parallel and from the cache where known."""
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
-from graphpar import __version__
+from graphpar import catalogue
+from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply
@@ -20,6 +23,10 @@ from graphpar.scenarios.types import Answer, Scenario, Setting, renamed
 
 Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
+
+
+STUDY_S = 45.0
+"""Wall-clock time that the searches of one study may take together where nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Solver:
 
     book: PriceBook
     limits: Limits
-    cache: AnswerCache
+    kept: AnswerCache
     progress: Progress | None = None
     _known: dict[str, Answer] = field(default_factory=dict)
 
@@ -55,7 +62,7 @@ class Solver:
         for key, answer in self._solved(missing):
             self._known[key] = answer
             if answer.status != "invalid":
-                self.cache.put(key, answer)
+                self.kept.put(key, answer)
             done += 1
             self._tell(done, total)
         return [self._known[key] for key in keys]
@@ -65,7 +72,7 @@ class Solver:
             self.progress(done, total)
 
     def _from_cache(self, key: str) -> bool:
-        found = self.cache.get(key)
+        found = self.kept.get(key)
         if found is not None:
             self._known[key] = found
         return found is not None
@@ -76,7 +83,8 @@ class Solver:
         fingerprint = repr(calibration) if calibration and any(d.is_local_cpu for d in devices) else ""
         return key_of(
             {
-                "version": __version__,
+                "version": _version(),
+                "catalogue": _catalogue_hash(),
                 "model": self.book.baseline().model_hash,
                 "state": self.book.state_bytes(),
                 "setting": setting.to_dict(),
@@ -131,11 +139,34 @@ class Solver:
         )
 
 
+def fair_limit_s(scenarios: int, processes: int | None) -> float:
+    """Seconds for each of so many scenarios.
+
+    >>> fair_limit_s(3, 2), fair_limit_s(60, 2), fair_limit_s(1000, 2)
+    (10.0, 1.5, 0.5)
+    """
+    together_s = STUDY_S * (processes if processes is not None else num_cores())
+    return min(max(together_s / scenarios, 0.5), 10.0)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("graphpar")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@cache
+def _catalogue_hash() -> str:
+    """Of the data that prices come from; a changed number makes other answers."""
+    files = sorted(catalogue.data_directory().glob("*.toml"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 @contextmanager
 def _executor(processes: int | None, tasks: int) -> Iterator[Callable[[Task], "Future[Answer]"]]:
     """Submits to other processes, or runs at once where one process is enough."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(processes if processes is not None else cores, tasks)
+    count = min(processes if processes is not None else num_cores(), tasks)
     if count <= 1 or (tasks <= 2 and processes is None):
         yield _at_once
         return

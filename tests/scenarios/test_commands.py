@@ -33,7 +33,16 @@ def test_what_if_answers_in_json_and_writes_the_table(
 ) -> None:
     table = tmp_path / "table.csv"
     options = ["--set", "network.bytes_per_s=25e9", "--replace", "b=l4", "--config", "pp=2"]
-    options += ["--scenario", "small: drop b; set batch=4", "--csv", str(table), "--processes", "1"]
+    options += [
+        "--scenario",
+        "small: drop b; set batch=4",
+        "--csv",
+        str(table),
+        "--processes",
+        "1",
+        "--time-limit",
+        "1",
+    ]
     code = run(["what-if", TINY, "--cluster", cluster, "--train", *options, "--json"], Settings())
     out = capsys.readouterr().out
     assert code == 0

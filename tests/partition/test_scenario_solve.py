@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from partition.cost_tables import make_table
+from cost_tables import make_table
 
 from graphpar.cost import LinkCost
 from graphpar.scenarios.layouts import grouped_table, recomputed
