@@ -19,7 +19,8 @@ ROWS = (
     "plans plan_records plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
-    "compiler scenarios precision tensor_groups verify demo doctor model_spec hf_models commands cli examples",
+    "scenarios "
+    "compiler precision tensor_groups verify demo doctor model_spec hf_models commands cli examples",
     "__init__ __main__",
 )
 """Top-level modules and packages by row; a module imports from its own row and those above."""
