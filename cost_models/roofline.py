@@ -25,7 +25,7 @@ from graphpar.cost_models.memory import (
 from graphpar.cost_models.opcost import fan_out_kernels, work_of
 from graphpar.cost_models.rates import Rates, rates_of
 from graphpar.cost_models.work import Kernel, OpWork
-from graphpar.ir.chain import Chain, Unit, crossings
+from graphpar.ir.chain import Chain, Crossing, Unit, crossings
 from graphpar.ir.formats import wire_format
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import DTYPE_BYTES, Op, TensorType
@@ -86,7 +86,7 @@ class Roofline:
             units=units,
             unit_names=tuple(unit.name for unit in chain.units),
             costs=costs,
-            edges=_widest([p.edges() for p in pricers.values()]),
+            edges=_widest([p.edges(crossings(graph, chain)) for p in pricers.values()]),
             device_classes=tuple(
                 DeviceClass(
                     c.name,
@@ -309,10 +309,10 @@ class _Pricer:
         rate = rates_of(device, self.model.calibration)
         return self._forward_s(rate, works) * device.slowdown
 
-    def edges(self) -> tuple[CutEdge, ...]:
+    def edges(self, values: Sequence[Crossing]) -> tuple[CutEdge, ...]:
         """Values that cross unit boundaries, with their bytes per sample."""
         found = []
-        for crossing in crossings(self.graph, self.chain):
+        for crossing in values:
             op = self.graph[crossing.name]
             kinds = [self._on_the_wire(op, t) for t in op.types if t is not None]
             fixed, each = self._bytes(kinds, 0), self._bytes(kinds, 1)

@@ -2,24 +2,36 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from graphpar.auto_precision import (
+    Pricing,
+    candidate_formats,
+    check_budget,
+    choose_auto,
+    uniform_answer,
+)
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, PricingOptions
+from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_models.work import Kernel
+from graphpar.device import Device
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.frontend.capture import Captured, capture
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_op
+from graphpar.partition.formats import Errors
 from graphpar.partition.pipeline import partition as partition_chain
+from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.types import Partition
 from graphpar.passes.batch import AnalyseBatch, mixing_reason
 from graphpar.passes.canonicalize import Canonicalize
@@ -28,21 +40,29 @@ from graphpar.passes.comm import InsertMessages
 from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
 from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plan_records import PlanPrecision
 from graphpar.plans import Plan, hash_of
 from graphpar.precision import (
     Formats,
     check_precision,
     labelled,
-    quarrels,
     rewritten_by_device,
-    settled,
     slow_format_notes,
-    uniform_formats,
+    unmeasured_notes,
     with_formats,
 )
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel, Subject
+from graphpar.runtime.reference import whole_on_one_device
+from graphpar.sensitivity import (
+    Sensitivities,
+    Trial,
+    estimated,
+    measure_sensitivities,
+    reference_run,
+    true_errors,
+)
 from graphpar.tensor_groups import member_graphs, with_group_modes
 from graphpar.training import Training
 
@@ -60,6 +80,19 @@ _UNSPLIT = 10**6
 def lowering_passes(stage_of_unit: tuple[int, ...], unit_formats: tuple[str, ...] = ()) -> Pipeline:
     """What leads from a captured graph to one that runs: stages, then casts, then messages."""
     return Pipeline((AssignFormats(unit_formats), Place(stage_of_unit), InsertCasts(), InsertMessages()))
+
+
+PRECISION_BUDGET = 1e-2
+"""Largest relative error that `precision="auto"` may cause unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model with an example batch, to run on this machine while planning."""
+
+    model: nn.Module
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,6 +121,7 @@ def plan(
     *,
     train: Training | None = None,
     precision: str = "float32",
+    precision_budget: float = PRECISION_BUDGET,
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
@@ -101,7 +135,9 @@ def plan(
         kwargs: Keyword arguments of the example batch.
         train: Plan training steps; without it, inference.
         precision: Number format to compute in: "float32", "bfloat16" or "float16", each where a device
-            has it; "float8_e4m3fn" can be planned, not run.
+            has it; "auto" to choose for each unit within `precision_budget`; "float8_e4m3fn" can be
+            planned, not run.
+        precision_budget: Largest relative error of the result and of the gradient under "auto".
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
@@ -129,6 +165,8 @@ def plan(
         time_limit_s=time_limit_s,
         gap=gap,
         explain_s=EXPLAIN_S,
+        precision_budget=precision_budget,
+        example=Example(model, args, kwargs or {}),
     )
 
 
@@ -141,6 +179,7 @@ def compile(
     train: Training | None = None,
     plan: Plan | None = None,
     precision: str = "float32",
+    precision_budget: float = PRECISION_BUDGET,
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
@@ -157,7 +196,9 @@ def compile(
         train: How to train; without it the job only infers.
         plan: A plan made before; it must be for this model and this cluster.
         precision: Number format to compute in: "float32", "bfloat16" or "float16", each where a device
-            has it. Weights, optimiser state, losses, norms and sums stay in float32.
+            has it; "auto" to choose for each unit within `precision_budget`. Weights, optimiser
+            state, losses, norms and sums stay in float32.
+        precision_budget: Largest relative error of the result and of the gradient under "auto".
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.
@@ -184,6 +225,8 @@ def compile(
                 calibration=calibration,
                 time_limit_s=time_limit_s,
                 gap=gap,
+                precision_budget=precision_budget,
+                example=Example(model, args, kwargs or {}),
             )
         plan.check_model(prepared.graph.name, prepared.model_hash)
         plan.check_cluster(where.to_dict(), hash_of(where.to_dict()))
@@ -209,6 +252,7 @@ def subject_of(model: nn.Module, prepared: Prepared, cluster: Cluster, train: Tr
         ),
         prepare_inference=lambda a, k: _captured(prepare(model, a, k, None)),
         prepare_again=lambda a, k: _captured(prepare(model, a, k, train)),
+        reference=lambda a, k: reference_run(trial_of(model, prepared, train), a, k),
     )
 
 
@@ -283,49 +327,107 @@ def plan_prepared(
     calibration: Calibration | None,
     time_limit_s: float,
     gap: float,
+    precision_budget: float = PRECISION_BUDGET,
+    example: Example | None = None,
     explain_s: float = 0.25,
 ) -> Plan:
-    """Price, partition, explain (for at most `explain_s`) and predict a captured model."""
+    """Price, partition, explain (for at most `explain_s`) and predict a captured model.
+
+    `example` is run to measure errors under `precision="auto"`; without it they are estimated.
+    """
     check_precision(precision)
+    check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
-    formats = uniform_formats(cluster, precision, len(prepared.chain.units))
-
-    def search(formats: Formats) -> tuple[CostTable, Partition]:
-        table = price(prepared, cluster, train=train, calibration=calibration, formats=formats)
-        found = partition_chain(
-            table,
-            gap=gap,
-            time_limit_s=time_limit_s,
-            schedule=train.schedule if train else "auto",
-            microbatches=train.microbatches if train else "auto",
-        )
-        return table, found
-
-    table, found = search(formats)
-    while groups := quarrels(found, formats):
-        formats = settled(formats, groups, cluster)
-        table, found = search(formats)
-    explanation = explain_partition(table, found, time_limit_s=explain_s)
-    options = {
+    schedule: ScheduleChoice = train.schedule if train else "auto"
+    microbatches: Microbatches = train.microbatches if train else "auto"
+    options: dict[str, str | int | float | bool | None] = {
         "gap": gap,
         "time_limit_s": time_limit_s,
-        "schedule": train.schedule if train else "auto",
-        "microbatches": train.microbatches if train else "auto",
+        "schedule": schedule,
+        "microbatches": microbatches,
         "calibrated": calibration is not None,
         "precision": precision,
     }
-    notes = (*formats.notes, *slow_format_notes(cluster, precision, calibration))
+
+    def table_of(formats: Formats) -> CostTable:
+        return price(prepared, cluster, train=train, calibration=calibration, formats=formats)
+
+    def solve(table: CostTable) -> Partition:
+        return partition_chain(
+            table, gap=gap, time_limit_s=time_limit_s, schedule=schedule, microbatches=microbatches
+        )
+
+    if precision == "auto":
+        options["precision_budget"] = precision_budget
+        pricing = Pricing(table_of, solve, _cast_seconds(cluster, calibration, train is not None))
+        sensitivities, true = _errors(prepared, cluster, train, example)
+        answer = choose_auto(cluster, pricing, sensitivities, true, precision_budget, gap)
+        notes = (*answer.notes, *unmeasured_notes(cluster, calibration))
+    else:
+        answer = uniform_answer(cluster, precision, len(prepared.chain.units), table_of, solve)
+        notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
+    explanation = explain_partition(answer.table, answer.found, time_limit_s=explain_s)
     return plan_of(
         prepared,
         cluster,
-        labelled(table, formats),
-        with_formats(found, formats),
+        labelled(answer.table, answer.formats),
+        with_formats(answer.found, answer.formats),
         options,
         precision=precision,
         notes=notes,
         explanation=explanation,
         calibration=calibration,
+        error_budget=answer.report,
+    )
+
+
+def _cast_seconds(
+    cluster: Cluster, calibration: Calibration | None, training: bool
+) -> Callable[[Device, float], float]:
+    """What casting so many elements takes on a device, and casting their gradients back."""
+    rates = {d.name: rates_of(d, calibration) for d in cluster.devices}
+
+    def cast_s(device: Device, elements: float) -> float:
+        one = rates[device.name].seconds([Kernel("cast", elements, 6 * elements, elements)])
+        return one * device.slowdown * (2 if training else 1)
+
+    return cast_s
+
+
+def _errors(
+    prepared: Prepared, cluster: Cluster, train: Training | None, example: Example | None
+) -> tuple[Sensitivities, Callable[[tuple[str, ...]], Errors | None]]:
+    """Errors of the units in lower formats, and how to find those of all of them together."""
+    formats = candidate_formats(cluster)
+    if example is None:
+        return estimated(prepared.graph, prepared.chain, formats), lambda _: None
+    trial = trial_of(example.model, prepared, train)
+    found = measure_sensitivities(trial, example.args, example.kwargs, formats)
+    return found, lambda chosen: true_errors(trial, example.args, example.kwargs, chosen)
+
+
+def trial_of(model: nn.Module, prepared: Prepared, train: Training | None) -> Trial:
+    """The model on one device of this machine, its units in any formats."""
+    alone = whole_on_one_device(prepared.graph)
+    (pipeline,) = alone.pipelines
+    (stage,) = pipeline.stages
+
+    def lowered(formats: tuple[str, ...]) -> Graph:
+        only = replace(pipeline, stages=(replace(stage, unit_formats=formats),))
+        (graph,) = lower(prepared.graph, replace(alone, pipelines=(only,)), train is not None).graphs
+        return graph
+
+    return Trial(
+        model=model,
+        captured=prepared.captured,
+        graph=prepared.graph,
+        chain=prepared.chain,
+        model_hash=prepared.model_hash,
+        whole_batch_only=bool(prepared.batch_reason),
+        training=train is not None,
+        seed=train.seed if train else 0,
+        lower=lowered,
     )
 
 
@@ -340,6 +442,7 @@ def plan_of(
     notes: Sequence[str] = (),
     explanation: Explanation | None = None,
     calibration: Calibration | None = None,
+    error_budget: PlanPrecision | None = None,
 ) -> Plan:
     """The plan of a partition, whoever found it; `options` is what the planner was asked for."""
     groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
@@ -353,6 +456,7 @@ def plan_of(
         cluster_hash=hash_of(cluster.to_dict()),
         precision=precision,
         options=dict(options or {}),
+        error_budget=error_budget,
     )
     links = stage_links(found, lowered.graphs)
     prediction = predict(table, found, links)

@@ -9,7 +9,7 @@ import msgspec
 from graphpar.cost import CostTable
 from graphpar.explanation import Explanation
 from graphpar.partition.types import Partition
-from graphpar.plan_records import Option, PlanEdge, PlanReplica, PlanStage
+from graphpar.plan_records import Option, PlanEdge, PlanPrecision, PlanReplica, PlanStage
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule, StageLink, build_schedule, validate
 from graphpar.simulate import Timeline, simulate
@@ -42,6 +42,7 @@ class PlanSubject:
     cluster_hash: str
     precision: str = "float32"
     options: Mapping[str, Option] = field(default_factory=dict)
+    error_budget: PlanPrecision | None = None
 
 
 def predict(table: CostTable, partition: Partition, links: Sequence[StageLink]) -> Prediction:
@@ -90,6 +91,7 @@ def make_plan(
         assumptions=(_SENDS, *((_GRADIENTS,) if table.training else ()), *assumptions),
         notes=tuple(notes),
         explanation=explanation,
+        error_budget=subject.error_budget,
     )
     # Plain data and back: whole numbers become floats where floats belong, and the cluster's tuples
     # become lists, so that the plan equals itself after saving and loading.

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
-from graphpar.partition.types import Replica, StageChoice
+from graphpar.partition.types import Replica
+from graphpar.plan_precision import precision_lines, stage_format
 from graphpar.plan_records import PlanEdge, PlanRecord, PlanReplica, PlanStage
 from graphpar.schedule import Action
 from graphpar.simulate import Timeline
@@ -29,6 +30,7 @@ def format_plan(plan: PlanRecord) -> str:
         _head(plan),
         _stage_table(plan),
         _unit_lines(plan),
+        _precision_lines(plan),
         _edge_lines(plan),
         _timeline_lines(plan),
         _remarks(plan),
@@ -158,7 +160,7 @@ def _unit_lines(plan: PlanRecord) -> list[str]:
         told = [
             f"{stage.index:>5} {names} ({stage.last - stage.first} of {len(plan.units)})",
             format_bytes(stage.weight_bytes),
-            *([] if plain else [_format_text(choice)]),
+            *([] if plain else [stage_format(choice)]),
             *(["recomputes activations"] if choice.recompute else []),
             *([f"ZeRO {choice.zero}"] if choice.zero else []),
             *_group_texts(choice.replicas),
@@ -167,14 +169,10 @@ def _unit_lines(plan: PlanRecord) -> list[str]:
     return lines + _more(len(plan.stages), _MOST_ROWS)
 
 
-def _format_text(choice: StageChoice) -> str:
-    """`bfloat16`, or `bfloat16 in 12, float32 in 3 units`."""
-    counts = Counter(choice.formats)
-    if len(counts) == 1:
-        return choice.precision
-    return ", ".join(
-        f"{name} in {n}{' units' if not i else ''}" for i, (name, n) in enumerate(counts.items())
-    )
+def _precision_lines(plan: PlanRecord) -> list[str]:
+    if plan.error_budget is None:
+        return []
+    return [piece for line in precision_lines(plan.error_budget, plan.units) for piece in _wrapped(line)]
 
 
 def _group_texts(replicas: Sequence[Replica]) -> Iterator[str]:

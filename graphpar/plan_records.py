@@ -73,6 +73,52 @@ class PlanEdge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
 
 
+class PlanUnitFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The format that was chosen for a unit, the errors it alone causes, and what it saves.
+
+    `source` says where the errors come from: a run of this unit ("measured"), of an equal one ("like
+    its kind"), or rounding alone ("estimated"). Seconds are those of all microbatches of a step on the
+    unit's devices, bytes those of one microbatch's activations less the weights' lower copies.
+    """
+
+    unit: int
+    format: str
+    output_error: float
+    gradient_error: float
+    source: str
+    saved_s: float
+    saved_bytes: float
+
+
+class PlanBudget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Another error budget and the step it would buy, with the stages as they are."""
+
+    budget: float
+    step_s: float
+
+
+class PlanPrecision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How `precision="auto"` spent its error budget.
+
+    Errors are relative, of the result (the loss, when training) and of the gradient. The estimates
+    add up those of the units; measured is the whole model in its formats on one device, on the
+    example batch, None where there are no weights to run. `step_s` is the step that the choice of
+    formats was made with, to be compared with those of other budgets. `units` names those in a lower
+    format.
+    """
+
+    budget: float
+    output_error: float
+    gradient_error: float
+    measured_output_error: float | None
+    measured_gradient_error: float | None
+    step_s: float
+    looser: PlanBudget | None
+    tighter: PlanBudget | None
+    units: tuple[PlanUnitFormat, ...]
+    note: str
+
+
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A partition with its schedule, prediction and certificate, for one model and one cluster.
 
@@ -98,6 +144,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         assumptions: What the prediction takes for granted.
         notes: Remarks of the planner.
         explanation: Why the plan is as it is, where that was worked out.
+        error_budget: How `precision="auto"` chose formats; None for any other precision.
     """
 
     format: Literal["graphpar-plan"] = PLAN_FORMAT
@@ -123,6 +170,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     assumptions: tuple[str, ...]
     notes: tuple[str, ...]
     explanation: Explanation | None = None
+    error_budget: PlanPrecision | None = None
 
     @property
     def status(self) -> Status:

@@ -124,6 +124,16 @@ def slow_format_notes(
     )
 
 
+def unmeasured_notes(cluster: Cluster, calibration: Calibration | None) -> tuple[str, ...]:
+    """Whether nobody knows how fast this machine's CPU is in lower formats."""
+    if calibration is not None or not any(device.is_local_cpu for device in cluster.devices):
+        return ()
+    return (
+        "this machine's CPU was not measured and is taken to be no faster in lower formats; "
+        "`graphpar calibrate` measures it",
+    )
+
+
 def _names(devices: Sequence[Device], most: int = 4) -> str:
     names = ", ".join(d.name for d in devices[:most])
     return names + (f" and {len(devices) - most} more" if len(devices) > most else "")

@@ -8,9 +8,19 @@ import msgspec
 import torch
 from torch import nn
 
-from graphpar.compiler import ClusterLike, Prepared, as_cluster, lower, plan_prepared, prepare
+from graphpar.compiler import (
+    PRECISION_BUDGET,
+    ClusterLike,
+    Example,
+    Prepared,
+    as_cluster,
+    lower,
+    plan_prepared,
+    prepare,
+)
 from graphpar.compiler import compile as compile_model
 from graphpar.frontend.torch_private import flatten
+from graphpar.ir.formats import ROUNDOFF
 from graphpar.plans import Plan
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
@@ -23,6 +33,8 @@ FLOAT32_ROUNDING = 1e-4
 
 Sums over microbatches and ranks add the same float32 terms in another order.
 """
+_LOWER_ROUNDING = 32.0
+"""Rounding of a lower format, in its unit roundoff: errors of some hundred roundings in a row."""
 _NOISE_FLOOR = 1e-3
 """Gradients this much smaller than the largest of all are compared with this part of the largest."""
 
@@ -40,6 +52,7 @@ class VerifyReport(msgspec.Struct, frozen=True):
         losses: Losses of the parallel job.
         reference_losses: Losses on one device.
         devices: Devices of the plan.
+        rounding: Differences up to this count as rounding: more where stages compute in lower formats.
     """
 
     equal: bool
@@ -51,6 +64,7 @@ class VerifyReport(msgspec.Struct, frozen=True):
     losses: tuple[float, ...]
     reference_losses: tuple[float, ...]
     devices: tuple[str, ...]
+    rounding: float = FLOAT32_ROUNDING
 
     def __str__(self) -> str:
         lines = [f"compared with the {self.reference} on one device, over {', '.join(self.devices)}"]
@@ -80,6 +94,7 @@ def verify(
     plan: Plan | None = None,
     steps: int = 1,
     precision: str = "float32",
+    precision_budget: float = PRECISION_BUDGET,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
 ) -> VerifyReport:
@@ -93,7 +108,8 @@ def verify(
         train: Verify training with this optimiser; without it, inference.
         plan: A plan made before.
         steps: Training steps whose losses are compared.
-        precision: See `graphpar.compile`.
+        precision: See `graphpar.compile`. A lower format makes larger differences count as rounding.
+        precision_budget: See `graphpar.compile`.
         time_limit_s: See `graphpar.compile`.
         gap: See `graphpar.compile`.
     """
@@ -103,16 +119,29 @@ def verify(
     if plan is None:
         plan = plan_prepared(
             prepared, where, train=train, precision=precision, calibration=None,
-            time_limit_s=time_limit_s, gap=gap,
+            time_limit_s=time_limit_s, gap=gap, precision_budget=precision_budget,
+            example=Example(model, args, kwargs),
         )  # fmt: skip
 
     def job(training: Training | None) -> CompiledModel:
         return compile_model(model, where, args, kwargs, train=training, plan=plan)
 
     devices = plan.partition.used_devices
+    rounding = rounding_of(plan)
     if train is None:
-        return _verify_inference(model, prepared, job, args, kwargs, devices)
-    return _verify_training(model, prepared, job, args, kwargs, train, steps, devices)
+        return _verify_inference(model, prepared, job, args, kwargs, devices, rounding)
+    return _verify_training(model, prepared, job, args, kwargs, train, steps, devices, rounding)
+
+
+def rounding_of(plan: Plan) -> float:
+    """Largest relative difference that the plan's formats explain.
+
+    Lower formats are not expected to give float32's numbers; what is caught is everything worse than
+    their rounding.
+    """
+    stages = [stage for pipeline in plan.partition.pipelines for stage in pipeline.stages]
+    roundoff = max(ROUNDOFF[f] for stage in stages for f in stage.formats)
+    return max(FLOAT32_ROUNDING, _LOWER_ROUNDING * roundoff)
 
 
 def reference_for(model: nn.Module, prepared: Prepared, train: Training | None) -> EagerModel | OneDevice:
@@ -131,6 +160,7 @@ def _verify_inference(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     devices: tuple[str, ...],
+    rounding: float,
 ) -> VerifyReport:
     with torch.no_grad():
         reference = reference_for(model, prepared, None)
@@ -140,7 +170,7 @@ def _verify_inference(
     got = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     difference = max((relative_difference(a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
     return VerifyReport(
-        equal=difference <= FLOAT32_ROUNDING,
+        equal=difference <= rounding,
         reference=_name(reference),
         output_difference=difference,
         loss_difference=None,
@@ -149,6 +179,7 @@ def _verify_inference(
         losses=(),
         reference_losses=(),
         devices=devices,
+        rounding=rounding,
     )
 
 
@@ -161,6 +192,7 @@ def _verify_training(
     train: Training,
     steps: int,
     devices: tuple[str, ...],
+    rounding: float,
 ) -> VerifyReport:
     reference = reference_for(model, prepared, train)
     (loss,) = reference.forward(args, kwargs)
@@ -177,7 +209,7 @@ def _verify_training(
     pairs = [(first, float(loss.detach())), *zip(losses, expected, strict=True)]
     loss_difference = max(abs(a - b) / max(abs(b), 1e-8) for a, b in pairs)
     return VerifyReport(
-        equal=loss_difference <= FLOAT32_ROUNDING and gradient_difference <= FLOAT32_ROUNDING,
+        equal=loss_difference <= rounding and gradient_difference <= rounding,
         reference=_name(reference),
         output_difference=None,
         loss_difference=loss_difference,
@@ -186,6 +218,7 @@ def _verify_training(
         losses=losses,
         reference_losses=expected,
         devices=devices,
+        rounding=rounding,
     )
 
 

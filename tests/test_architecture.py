@@ -16,11 +16,12 @@ ROWS = (
     "rewrite calibration loopback",
     "partition",
     "schedule timing team_timing simulate training solve_command "
-    "plans plan_records plan_check plan_page plan_build plan_diff "
+    "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
     "scenarios "
-    "compiler precision tensor_groups verify demo doctor model_spec hf_models commands cli examples",
+    "compiler precision auto_precision sensitivity tensor_groups "
+    "verify demo doctor model_spec hf_models commands cli examples",
     "__init__ __main__",
 )
 """Top-level modules and packages by row; a module imports from its own row and those above."""

@@ -71,7 +71,15 @@ def planning_options(command: _Command) -> _Command:
             "--precision",
             default="float32",
             show_default=True,
-            help="Number format of weights and activations.",
+            metavar="FORMAT",
+            help="Number format to compute in: float32, bfloat16, float16, or auto.",
+        ),
+        click.option(
+            "--precision-budget",
+            default=1e-2,
+            show_default=True,
+            type=click.FloatRange(min=0),
+            help="Largest relative error of result and gradient under --precision auto.",
         ),
         click.option(
             "--gap",

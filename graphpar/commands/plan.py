@@ -43,6 +43,7 @@ def command(
     time_limit_s: float,
     gap: float,
     precision: str,
+    precision_budget: float,
     as_json: bool,
 ) -> None:
     """Plan a model on a cluster.
@@ -63,6 +64,7 @@ def command(
             train=training,
             calibration=None,
             precision=precision,
+            precision_budget=precision_budget,
             time_limit_s=time_limit_s,
             gap=gap,
             explain_s=EXPLAIN_S,

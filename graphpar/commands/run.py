@@ -57,6 +57,7 @@ def command(
     time_limit_s: float,
     gap: float,
     precision: str,
+    precision_budget: float,
     picture: str | None,
     profile: bool,
     as_json: bool,
@@ -83,6 +84,7 @@ def command(
             train=default_training() if train else None,
             plan=plan,
             precision=precision,
+            precision_budget=precision_budget,
             time_limit_s=time_limit_s,
             gap=gap,
         ) as job:

@@ -38,6 +38,7 @@ def command(
     time_limit_s: float,
     gap: float,
     precision: str,
+    precision_budget: float,
     as_json: bool,
 ) -> None:
     """Compare a parallel run with one device.
@@ -56,6 +57,7 @@ def command(
             plan=load_plan(plan_file, train=train),
             steps=steps,
             precision=precision,
+            precision_budget=precision_budget,
             time_limit_s=time_limit_s,
             gap=gap,
         )

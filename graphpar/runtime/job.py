@@ -9,6 +9,7 @@ from typing import Any
 
 import cloudpickle
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from graphpar.cluster import Cluster
@@ -35,6 +36,7 @@ from graphpar.runtime.starts import (
     sliced,
 )
 from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
+from graphpar.runtime.true_error import Reference, TrueError, true_error
 from graphpar.runtime.workers import Workers
 from graphpar.schedule import Schedule
 from graphpar.training import Training
@@ -58,6 +60,7 @@ class Subject:
             lowered before, stay so.
         prepare_inference: Captures the model for inference with given arguments, passes included.
         prepare_again: The same in the job's own mode, for arguments of other shapes.
+        reference: Runs a batch in float32 on one device, to tell what lower formats cost.
     """
 
     model: nn.Module
@@ -70,6 +73,7 @@ class Subject:
     lower: Callable[[Graph, Partition, Lowered | None], Lowered]
     prepare_inference: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
     prepare_again: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,13 @@ class CompiledModel:
     ) -> None:
         self.plan = plan
         self.last_step: LastStep | None = None
+        self.true_error: TrueError | None = None
         self._subject = subject
         self._workers = workers
         self._devices = lowered.partition.used_devices
         self._steps = 0
         self._profiles = False
+        self._weights_moved = False
         self._held = [set(p.labels) for p in lowered.placements]
         self._slices = [dict(p.slices) for p in lowered.placements]
         self._unheld = dict(tensors)
@@ -173,16 +179,20 @@ class CompiledModel:
             session = TorchrunWorkers.join(subject.cluster)
             plan = session.agree(decide, subject.model_hash)
             lowered = subject.lower(subject.graph, plan.partition, None)
+            measured = plan.error_budget is not None
             tensors = session.same_everywhere(all_tensors(subject.model, subject.captured))
-            starts = rank_starts(subject.cluster, subject.training, lowered, tensors)
+            starts = rank_starts(
+                subject.cluster, subject.training, lowered, tensors, measures_norm=measured
+            )
             session.begin(starts, lowered.trained, _factory(subject))
             return cls(subject, plan, session, lowered, tensors)
         plan = decide()
         lowered = subject.lower(subject.graph, plan.partition, None)
+        measured = plan.error_budget is not None
         refuse_foreign_devices(subject.cluster, lowered)
         tensors = all_tensors(subject.model, subject.captured)
         pickled = _pickle(subject.training.optimizer) if subject.training else b""
-        starts = rank_starts(subject.cluster, subject.training, lowered, tensors)
+        starts = rank_starts(subject.cluster, subject.training, lowered, tensors, measures_norm=measured)
         workers = LocalWorkers(starts, lowered.trained, pickled)
         return cls(subject, plan, workers, lowered, tensors)
 
@@ -197,7 +207,10 @@ class CompiledModel:
         """
         if self._subject.training is None:
             raise ValueError("This job only infers; pass train=Training(...) to graphpar.compile.")
-        (loss,) = self._run(self._main_for(args, kwargs), args, kwargs)
+        loaded = self._main_for(args, kwargs)
+        (loss,) = self._run(loaded, args, kwargs)
+        if loaded is self._main:
+            self._compare([loss], args, kwargs)
         self._steps += 1
         return loss
 
@@ -211,6 +224,8 @@ class CompiledModel:
         training = self._subject.training is not None
         loaded = self._inference_for(args, kwargs) if training else self._main_for(args, kwargs)
         values = self._run(loaded, args, kwargs)
+        if loaded is self._main:
+            self._compare(values, args, kwargs)
         names = [r for r in loaded.captured.signature.results if isinstance(r, str)]
         return loaded.captured.signature.assemble(dict(zip(names, values, strict=True)))
 
@@ -225,6 +240,20 @@ class CompiledModel:
             yield
         finally:
             self._profiles = False
+
+    def _compare(
+        self, results: Sequence[torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """After the first step of a plan with an error budget: what its formats really cost."""
+        planned, reference = self.plan.error_budget, self._subject.reference
+        if self.true_error is not None or planned is None or reference is None or self._weights_moved:
+            return
+        self._weights_moved = True
+        if under_torchrun() and dist.get_rank() != 0:
+            return
+        assert self.last_step is not None
+        wanted = reference(args, kwargs)
+        self.true_error = true_error(planned, results, self.last_step.reports, wanted)
 
     def _main_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loaded:
         """The job's graph for inputs of this shape; another shape than the example's has its own."""
@@ -395,6 +424,7 @@ class CompiledModel:
                 raise ValueError(f"The state has no tensor for {', '.join(absent)}.")
             per_rank.append({la: sliced(state[la], self._slices[rank].get(la)) for la in labels})
         self._workers.write(per_rank)
+        self._weights_moved = True
         self._unheld.update({name: tensor.detach().clone() for name, tensor in state.items()})
 
     def _owners(self) -> list[set[str]]:

@@ -87,6 +87,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
         seed: Seed of the keyed random streams.
         max_grad_norm: Global norm that gradients are clipped to; None for no clipping.
         scales_loss: Whether some stage computes in float16, so that the loss has to be scaled.
+        measures_norm: Whether the first step reports the norm of all gradients.
         store: Path of the rendezvous file of a local job.
         path: The driver's `sys.path`, so that the optimiser factory finds the user's modules.
     """
@@ -101,6 +102,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
     seed: int
     max_grad_norm: float | None
     scales_loss: bool = False
+    measures_norm: bool = False
     store: str = ""
     path: tuple[str, ...] = ()
 

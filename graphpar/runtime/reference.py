@@ -79,7 +79,10 @@ class OneDevice:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], step: int = 0
     ) -> list[torch.Tensor]:
         """The graph's results for a batch."""
-        inputs = self._captured.signature.bind(args, kwargs)
+        return self.run(self._captured.signature.bind(args, kwargs), step)
+
+    def run(self, inputs: Mapping[str, torch.Tensor], step: int = 0) -> list[torch.Tensor]:
+        """The graph's results for inputs by name."""
         samples = check_inputs(self._graph, inputs, self._captured.signature.batched)
         if self._prologue is not None:
             inputs = {**inputs, **self._prologue.run(inputs, samples)}
@@ -88,6 +91,13 @@ class OneDevice:
         module = self._builder.module(samples, samples)
         _, results = module(*(inputs[label] for label in self._builder.interface.inputs))
         return list(results)
+
+    def on(self, graph: Graph) -> "OneDevice":
+        """Another lowered graph of the same model, on the same tensors."""
+        other = copy.copy(self)
+        other._graph = graph
+        other._builder = StageBuilder(graph, 0, self.tensors, torch.device("cpu"), self._context)
+        return other
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by label since they were last cleared."""

@@ -43,6 +43,8 @@ def rank_starts(
     training: Training | None,
     lowered: Lowered,
     tensors: Mapping[str, torch.Tensor],
+    *,
+    measures_norm: bool = False,
 ) -> list[RankStart]:
     """What each rank of a job starts with, in rank order."""
     names = lowered.partition.used_devices
@@ -59,6 +61,7 @@ def rank_starts(
             groups=lowered.groups,
             seed=training.seed if training else 0,
             max_grad_norm=training.max_grad_norm if training else None,
+            measures_norm=measures_norm,
             scales_loss=training is not None and _uses_float16(lowered),
         )
         own = {la: sliced(tensors[la], placement.slices.get(la)) for la in placement.labels}

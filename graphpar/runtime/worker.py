@@ -75,6 +75,7 @@ class Worker:
         self.scaler = LossScaler() if setup.scales_loss else None
         self._grad_norm: float | None = None
         self._skipped = False
+        self._wants_norm = False
 
     def install(self, name: str, program: RankProgram) -> None:
         """Make a program ready to run under a name."""
@@ -105,6 +106,7 @@ class Worker:
         """Run a program once, under torch.profiler if asked."""
         scale = self.scaler.scale if self.scaler is not None else None
         self._grad_norm, self._skipped = None, False
+        self._wants_norm = self.setup.measures_norm and number == 0
         kernels: tuple[Kernel, ...] = ()
         if profile:
             result, kernels = profiled(lambda: self.executors[name].step(inputs, number), self.device)
@@ -159,6 +161,8 @@ class Worker:
         if self.scaler is not None and not self._unscale(program, self.scaler):
             self._skipped = True
         else:
+            if self._wants_norm and self.setup.max_grad_norm is None:
+                self._norm(program)
             if self.setup.max_grad_norm is not None:
                 self._clip(program, self.setup.max_grad_norm)
             if self.optimizer is not None:

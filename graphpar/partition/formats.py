@@ -1,0 +1,240 @@
+"""Choose the number format of every unit: the least predicted step under an error budget.
+
+A stage `s` of pipeline `p` runs units `U_s`; `t[u,f]` are the seconds of one microbatch of unit `u` in
+format `f` there, `c[b]` those of the casts at the border `b` of two units, `e[u,f]` the errors (of the
+output, of the gradient) that unit `u` alone in format `f` was found to cause, `m_p` the microbatches
+of a pipeline and `k_s` the most that one replica of a stage takes. Variables: `x[s,u,f]` binary, unit
+`u` in format `f`; `y[s,b]`, the formats beside `b` differ; `w[u]` the error that `u` adds.
+
+    minimise   z
+    such that  z   >= sum_s T_s + (m_p - 1) B_p                          for every pipeline    (steps)
+               B_p >= T_s k_s / m_p                                      for every stage       (slowest)
+               T_s  = sum_u sum_f t[u,f] x[s,u,f] + sum_b c[b] y[s,b]
+               sum_f x[s,u,f] = 1                                        one format            (one)
+               y[s,b] >= x[s,b,f] - x[s,b+1,f]                           for every format      (borders)
+               w[u] >= sum_f e[u,f] x[s,u,f],  sum_u w[u] <= budget      for both errors       (errors)
+
+Errors of several units are taken to add up, which is an upper bound as long as they are small.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graphpar.partition.solver import Program, Term, Variable
+
+Errors = tuple[float, float]
+"""Relative errors of the output and of the gradient."""
+
+_TIME_LIMIT_S = 10.0
+_FASTER = 1e-3
+"""A looser budget is worth telling if it saves this share of the step."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage: its pipeline, its units, and the most microbatches one of its replicas takes.
+
+    `seconds` holds by unit (from `first` on) and format the seconds of one microbatch; formats that
+    its devices lack are left out. `cast_s` holds the casts at the border before each unit.
+    """
+
+    pipeline: int
+    first: int
+    last: int
+    most_microbatches: int
+    seconds: tuple[Mapping[str, float], ...]
+    cast_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FormatProblem:
+    """Stages with their prices, microbatches by pipeline, and by unit and format the errors."""
+
+    stages: tuple[StageRun, ...]
+    microbatches: tuple[int, ...]
+    errors: tuple[Mapping[str, Errors], ...]
+
+
+@dataclass(frozen=True)
+class FormatChoice:
+    """By stage the formats of its units, the step they take, the errors they add up to, and proof."""
+
+    formats: tuple[tuple[str, ...], ...]
+    step_s: float
+    errors: Errors
+    optimal: bool
+
+
+def choose_formats(
+    problem: FormatProblem, budget: float, time_limit_s: float = _TIME_LIMIT_S
+) -> FormatChoice:
+    """The formats with the least step whose errors add up to no more than the budget.
+
+    >>> run = StageRun(0, 0, 2, 1, ({"float32": 4.0, "bfloat16": 1.0},) * 2, (0.0, 0.1))
+    >>> errors = ({"bfloat16": (1e-3, 2e-3)}, {"bfloat16": (1e-3, 9e-3)})
+    >>> choose_formats(FormatProblem((run,), (1,), errors), 5e-3).formats
+    (('bfloat16', 'float32'),)
+    """
+    built = _Built(problem, budget)
+    return built.answer(time_limit_s) or _all_float32(problem)
+
+
+def looser(problem: FormatProblem, than: FormatChoice) -> tuple[float, FormatChoice] | None:
+    """The least budget that buys a shorter step, and what it buys; None where none does."""
+    built = _Built(problem, None)
+    built.limit_step(than.step_s * (1 - _FASTER))
+    answer = built.answer(_TIME_LIMIT_S)
+    if answer is None:
+        return None
+    budget = max(answer.errors)
+    best = choose_formats(problem, budget * (1 + 1e-9))
+    return budget, best
+
+
+def tighter(problem: FormatProblem, than: FormatChoice) -> tuple[float, FormatChoice] | None:
+    """The best choice with less error than this one, and its error; None where this has none."""
+    if max(than.errors) <= 0:
+        return None
+    answer = choose_formats(problem, max(than.errors) * (1 - 1e-6))
+    return max(answer.errors), answer
+
+
+@dataclass
+class _Built:
+    """The programme, times in units of the all-float32 step, errors in units of the budget."""
+
+    problem: FormatProblem
+    budget: float | None
+    program: Program = field(default_factory=lambda: Program("formats"))
+    choices: list[list[dict[str, Variable]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        whole = _all_float32(self.problem).step_s
+        self.unit_s = whole if whole > 0 else 1.0
+        worst = max((max(e) for by in self.problem.errors for e in by.values()), default=1.0) or 1.0
+        self.unit_error = self.budget if self.budget else worst
+        self.step = self.program.continuous("z")
+        times = [self._stage(run) for run in self.problem.stages]
+        for pipeline, microbatches in enumerate(self.problem.microbatches):
+            mine = [
+                (run, time)
+                for run, time in zip(self.problem.stages, times, strict=True)
+                if run.pipeline == pipeline
+            ]
+            slowest = self.program.continuous(f"B{pipeline}")
+            for run, time in mine:
+                share = run.most_microbatches / microbatches
+                terms = [(share * c, v) for c, v in time]
+                self.program.constrain([*terms, (-1.0, slowest)], "<=", 0.0)
+            every = [term for _, time in mine for term in time]
+            steps: list[Term] = [(microbatches - 1.0, slowest), (-1.0, self.step)]
+            self.program.constrain([*every, *steps], "<=", 0.0)
+        self._errors()
+
+    def _stage(self, run: StageRun) -> list[Term]:
+        """The variables of a stage, and its time as terms."""
+        program, time = self.program, []
+        picks: list[dict[str, Variable]] = []
+        for unit, seconds in enumerate(run.seconds, start=run.first):
+            at = f"{len(self.choices)}_{unit}"
+            pick = {f: program.binary(f"x{at}_{f}") for f in seconds if self._may(unit, f)}
+            program.constrain([(1.0, v) for v in pick.values()], "==", 1.0)
+            time += [(seconds[f] / self.unit_s, v) for f, v in pick.items()]
+            cast_s = run.cast_s[unit - run.first]
+            if picks and cast_s > 0:
+                differs = program.continuous(f"y{at}", 0.0, 1.0)
+                time.append((cast_s / self.unit_s, differs))
+                for f in pick.keys() | picks[-1].keys():
+                    for a, b in ((picks[-1], pick), (pick, picks[-1])):
+                        sides = [(sign, side[f]) for sign, side in ((1.0, a), (-1.0, b)) if f in side]
+                        program.constrain([*sides, (-1.0, differs)], "<=", 0.0)
+            picks.append(pick)
+        self.choices.append(picks)
+        return time
+
+    def _may(self, unit: int, f: str) -> bool:
+        """Whether a unit alone keeps within the budget in a format."""
+        alone = max(self.problem.errors[unit].get(f, (0.0, 0.0)))
+        return self.budget is None or alone <= self.budget
+
+    def _errors(self) -> None:
+        program = self.program
+        self.total = program.continuous("total")
+        for kind in range(2):
+            added = []
+            for unit, by_format in enumerate(self.problem.errors):
+                error = program.continuous(f"w{kind}_{unit}")
+                added.append(error)
+                for run, picks in zip(self.problem.stages, self.choices, strict=True):
+                    if not run.first <= unit < run.last:
+                        continue
+                    pick = picks[unit - run.first]
+                    terms = [
+                        (by_format[f][kind] / self.unit_error, v)
+                        for f, v in pick.items()
+                        if f in by_format
+                    ]
+                    program.constrain([*terms, (-1.0, error)], "<=", 0.0)
+            program.constrain([*((1.0, e) for e in added), (-1.0, self.total)], "<=", 0.0)
+        if self.budget is not None:
+            program.constrain([(1.0, self.total)], "<=", self.budget / self.unit_error)
+        program.minimize([(1.0, self.step), (1e-7, self.total)])
+
+    def limit_step(self, step_s: float) -> None:
+        """Ask for the least error with a step no longer than this instead."""
+        self.program.constrain([(1.0, self.step)], "<=", step_s / self.unit_s)
+        self.program.minimize([(1.0, self.total)])
+
+    def answer(self, time_limit_s: float) -> FormatChoice | None:
+        """The solution, recomputed from the formats alone; None where there is none."""
+        outcome = self.program.solve(time_limit_s=time_limit_s, relative_gap=0.0)
+        if outcome.objective is None:
+            return None
+        formats = tuple(
+            tuple(next(f for f, v in pick.items() if outcome.chosen(v)) for pick in picks)
+            for picks in self.choices
+        )
+        errors = errors_of(self.problem, formats)
+        if self.budget is not None and max(errors) > self.budget * (1 + 1e-6):
+            return None
+        return FormatChoice(formats, step_of(self.problem, formats), errors, outcome.status == "optimal")
+
+
+def _all_float32(problem: FormatProblem) -> FormatChoice:
+    formats = tuple(("float32",) * len(run.seconds) for run in problem.stages)
+    return FormatChoice(formats, step_of(problem, formats), (0.0, 0.0), False)
+
+
+def step_of(problem: FormatProblem, formats: Sequence[Sequence[str]]) -> float:
+    """The step of a choice of formats by stage and unit, by the formula above."""
+    longest = 0.0
+    for pipeline, microbatches in enumerate(problem.microbatches):
+        total = slowest = 0.0
+        for run, chosen in zip(problem.stages, formats, strict=True):
+            if run.pipeline != pipeline:
+                continue
+            time = sum(seconds[f] for seconds, f in zip(run.seconds, chosen, strict=True))
+            pairs = zip(chosen, chosen[1:], run.cast_s[1:], strict=False)
+            time += sum(cast_s for before, after, cast_s in pairs if before != after)
+            total += time
+            slowest = max(slowest, time * run.most_microbatches / microbatches)
+        longest = max(longest, total + (microbatches - 1) * slowest)
+    return longest
+
+
+def errors_of(problem: FormatProblem, formats: Sequence[Sequence[str]]) -> Errors:
+    """The errors of a choice: for each unit the worst of its copies, added up."""
+    totals = []
+    for kind in range(2):
+        total = 0.0
+        for unit, by_format in enumerate(problem.errors):
+            total += max(
+                (
+                    by_format[chosen[unit - run.first]][kind]
+                    for run, chosen in zip(problem.stages, formats, strict=True)
+                    if run.first <= unit < run.last and chosen[unit - run.first] in by_format
+                ),
+                default=0.0,
+            )
+        totals.append(total)
+    return totals[0], totals[1]

@@ -1,0 +1,238 @@
+"""Formats chosen under an error budget: the programme, what is measured, and the plans that come out."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphpar
+from graphpar import sensitivity
+from graphpar.calibration import Calibration, Curve, Fingerprint, Grid
+from graphpar.compiler import prepare, trial_of
+from graphpar.cost import LinkCost
+from graphpar.partition.formats import (
+    FormatProblem,
+    StageRun,
+    choose_formats,
+    errors_of,
+    looser,
+    step_of,
+    tighter,
+)
+from graphpar.sensitivity import measure_sensitivities
+from graphpar.training import Training
+from graphpar.verify import verify
+
+
+class Net(nn.Module):
+    """Layers with a narrow place between each two, so that each is a unit."""
+
+    def __init__(self, layers: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(layers))
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return nn.functional.mse_loss(self.head(x), y)
+
+
+torch.manual_seed(0)
+MODEL = Net()
+BATCH = (torch.randn(64, 64), torch.randn(64, 2))
+TRAINING = Training(optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def slow_cluster(count: int = 1) -> dict[str, object]:
+    """Devices so slow in float32 that even tiny products gain from a lower format."""
+    kind = {
+        "name": "slow",
+        "peak_flops_per_s": {"float32": 1e8, "bfloat16": 1e10, "float16": 1e10},
+        "memory_bytes": 1e10,
+        "memory_bytes_per_s": 1e11,
+        "family": "cpu",
+    }
+    return {"devices": [{"kind": kind, "count": count}]}
+
+
+def plan(budget: float, count: int = 1) -> graphpar.Plan:
+    return graphpar.plan(
+        MODEL, slow_cluster(count), BATCH, train=TRAINING, precision="auto", precision_budget=budget
+    )
+
+
+# --- the programme ---
+
+SECONDS = st.floats(0.1, 10.0)
+ERRORS = st.just(0.0) | st.floats(1e-6, 1.0)
+KNOWN = ("float32", "bfloat16", "float16")
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> FormatProblem:
+    units = draw(st.integers(1, 4))
+    cut = draw(st.integers(0, units - 1))
+    microbatches = draw(st.integers(1, 3))
+    bounds = [(0, cut), (cut, units)] if cut else [(0, units)]
+    stages = tuple(
+        StageRun(
+            0, first, last, microbatches,
+            tuple({f: draw(SECONDS) for f in KNOWN} for _ in range(first, last)),
+            tuple(draw(st.floats(0.0, 1.0)) for _ in range(first, last)),
+        )
+        for first, last in bounds
+    )  # fmt: skip
+    lower = ("bfloat16", "float16")
+    errors = tuple({f: (draw(ERRORS), draw(ERRORS)) for f in lower} for _ in range(units))
+    return FormatProblem(stages, (microbatches,), errors)
+
+
+@given(problems(), st.just(0.0) | st.floats(1e-6, 2.0))
+@settings(max_examples=25, deadline=None)
+def test_the_choice_is_the_best_of_all(problem: FormatProblem, budget: float) -> None:
+    picks = [list(itertools.product(KNOWN, repeat=len(run.seconds))) for run in problem.stages]
+    allowed = [c for c in itertools.product(*picks) if max(errors_of(problem, c)) <= budget]
+    best = min(step_of(problem, c) for c in allowed)
+    found = choose_formats(problem, budget)
+    assert max(found.errors) <= budget * (1 + 1e-6)
+    assert found.step_s <= best * (1 + 1e-6)
+    more = looser(problem, found)
+    faster = [c for c in itertools.product(*picks) if step_of(problem, c) < found.step_s * (1 - 2e-3)]
+    assert (more is not None) or not faster
+    if more is not None:
+        assert more[0] > budget * (1 - 1e-6) and more[1].step_s < found.step_s
+    less = tighter(problem, found)
+    assert (less is None) == (max(found.errors) == 0)
+    if less is not None:
+        assert less[0] < max(found.errors) and less[1].step_s >= found.step_s * (1 - 1e-6)
+
+
+# --- what is measured ---
+
+
+def test_errors_are_those_of_rounding_and_kept_for_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = trial_of(MODEL, prepare(MODEL, BATCH, {}, TRAINING), TRAINING)
+    found = measure_sensitivities(trial, BATCH, {}, ("bfloat16", "float16"))
+    assert set(found.sources["bfloat16"]) == {"measured"}
+    for f, roundoff in (("bfloat16", 2**-8), ("float16", 2**-11)):
+        gradient = [e[1] for e in found.errors[f]]
+        assert 0 < max(gradient) < 4 * roundoff
+    monkeypatch.setattr(sensitivity, "_Runs", None)
+    assert measure_sensitivities(trial, BATCH, {}, ("bfloat16", "float16")) == found
+
+
+def test_what_time_does_not_allow_is_said() -> None:
+    trial = trial_of(MODEL, prepare(MODEL, BATCH, {}, TRAINING), TRAINING)
+    found = measure_sensitivities(trial, BATCH, {}, ("bfloat16",), budget_s=0.0)
+    assert set(found.sources["bfloat16"]) == {"estimated"}
+    assert "did not fit into 0 s" in found.note
+
+
+# --- plans ---
+
+
+def test_budgets_are_kept_and_looser_ones_are_never_slower() -> None:
+    steps = []
+    for budget in (0.0, 5e-4, 2e-3, 1e-2, 1.0):
+        made = plan(budget)
+        report = made.error_budget
+        assert report is not None and report.budget == budget
+        assert max(report.output_error, report.gradient_error) <= budget * (1 + 1e-6)
+        assert report.measured_gradient_error is not None
+        assert report.measured_gradient_error <= budget
+        assert made.bound_s <= made.partition.objective_s
+        steps.append(made.partition.objective_s)
+        formats = {f for p in made.partition.pipelines for s in p.stages for f in s.formats}
+        if budget == 0:
+            assert formats == {"float32"} and any("all stay in float32" in n for n in made.notes)
+        if budget == 1.0:
+            assert "float32" not in formats
+            assert made.status == "optimal" or made.gap < 0.2
+    assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] / 3
+
+
+def test_a_plan_tells_its_budget_and_survives_its_file(tmp_path: Path) -> None:
+    made = plan(5e-3, count=2)
+    assert made == graphpar.Plan.load(made.save(tmp_path / "plan.json"))
+    page = " ".join(str(made).split())
+    assert "error budget 0.005" in page and "the next tighter budget" in page and "(measured)" in page
+    assert made.options["precision_budget"] == 5e-3
+
+
+def test_without_weights_errors_are_estimated() -> None:
+    with torch.device("meta"):
+        model, batch = Net(), (torch.empty(64, 64), torch.empty(64, 2))
+    made = graphpar.plan(model, slow_cluster(), batch, train=TRAINING, precision="auto")
+    assert made.error_budget is not None
+    assert made.error_budget.measured_output_error is None
+    assert "no weights" in made.error_budget.note
+
+
+def test_an_unmeasured_cpu_says_so() -> None:
+    made = graphpar.plan(MODEL, {"devices": [{"kind": "cpu"}]}, BATCH, train=TRAINING, precision="auto")
+    assert any("graphpar calibrate" in note for note in made.notes)
+
+
+@pytest.mark.parametrize("budget", [-1.0, math.nan, math.inf])
+def test_budgets_that_are_none(budget: float) -> None:
+    with pytest.raises(ValueError, match="precision_budget is"):
+        plan(budget)
+
+
+def test_a_batch_that_nothing_can_be_measured_on() -> None:
+    spoilt = (BATCH[0].clone(), BATCH[1])
+    spoilt[0][2, 3] = math.nan
+    with pytest.raises(ValueError, match=r"Input 'args_0' of the example batch holds 1 NaN"):
+        graphpar.plan(MODEL, slow_cluster(), spoilt, train=TRAINING, precision="auto")
+    spoilt[0][2, 3] = math.inf
+    with pytest.raises(ValueError, match=r"not finite in float32"):
+        graphpar.plan(MODEL, slow_cluster(), spoilt, train=TRAINING, precision="auto")
+
+
+def fast_lower_cpu() -> Calibration:
+    """A made-up measurement: bfloat16 products a hundred times as fast as float32's."""
+    rate, fast = (Grid((1.0, 64.0), (8.0, 64.0), ((r, r), (r, r))) for r in (1e6, 1e8))
+    names = "pointwise accumulate copy fill reduce relu relu_backward view adamw sgd clip".split()
+    kinds = ("full", "causal", "full_backward", "causal_backward")
+    return Calibration(
+        fingerprint=Fingerprint("test", 2, "2.13.0", 1),
+        curves={name: Curve((1.0, 1e6), (1e-6, 1e-3)) for name in names},
+        matmul={"float32": rate, "bfloat16": fast},
+        batched_matmul={"float32": rate},
+        attention=dict.fromkeys(kinds, rate),
+        loopback=LinkCost(5e-5, 1e9),
+        sum_s_per_byte=2e-9,
+        op_s=1e-6,
+        node_s=2e-6,
+        memory_bytes_per_s=1e10,
+    )
+
+
+@pytest.mark.distributed
+def test_the_first_step_tells_the_true_error() -> None:
+    cpus = {"devices": [{"kind": "cpu", "count": 2}]}
+    with graphpar.compile(
+        MODEL, cpus, BATCH, train=TRAINING, precision="auto", calibration=fast_lower_cpu()
+    ) as job:
+        formats = {f for p in job.plan.partition.pipelines for s in p.stages for f in s.formats}
+        assert "bfloat16" in formats
+        assert job.true_error is None
+        job.step(*BATCH)
+        told = job.true_error
+        assert told is not None and told.kept and told.gradient_norm is not None
+        assert 0 < told.output <= told.budget == 1e-2
+        job.step(*BATCH)
+        assert job.true_error is told
+        report = verify(MODEL, cpus, BATCH, train=TRAINING, plan=job.plan)
+    assert report.equal and report.rounding > 1e-2
