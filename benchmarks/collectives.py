@@ -6,22 +6,29 @@ reliability C are left out.
 
 import argparse
 import json
+import math
 import re
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import yaml
+from published_rows import device_of
+from scipy.optimize import least_squares
 
 from graphpar import catalogue
 from graphpar.cost_models.communication import (
+    PROTOCOLS,
     CollectiveName,
     Group,
     Network,
+    Protocols,
     bus_factor,
     collective_s,
 )
-from graphpar.errors import ClusterError
 
 LARGE_BYTES = 8 << 30
 """Size assumed where a row states only the best bandwidth."""
@@ -40,13 +47,33 @@ SHORT_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One measured collective."""
+
+    device: str
+    name: CollectiveName
+    num_bytes: float
+    group: Group
+    algo: str
+    seconds: float
+
+    def predicted_s(self, p: Protocols) -> float:
+        """What the model says under some constants."""
+        return collective_s(self.name, self.num_bytes, self.group, self.algo, p)
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--fit", action="store_true", help="Fit the protocols' constants, and leave out.")
     options = parser.parse_args()
     table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    if options.fit:
+        report_fits(table["rows"])
+        return
     report = compare(table["rows"])
     if options.json:
         print(json.dumps(report, indent=1))
@@ -88,10 +115,9 @@ def score(row: dict[str, Any]) -> dict[str, Any] | str:
     measured_s = _measured_s(row, name, size, ranks)
     if measured_s is None:
         return "no time or bandwidth"
-    try:
-        group = group_of(row)
-    except ClusterError as error:
-        return str(error)
+    if str(row.get("gpu") or "not stated") == "not stated":
+        return "no device"
+    group = group_of(row)
     predicted_s = collective_s(name, size, group, str(row.get("algo") or ""))
     return {
         "id": row["id"],
@@ -101,6 +127,58 @@ def score(row: dict[str, Any]) -> dict[str, Any] | str:
         "predicted_s": predicted_s,
         "error_pct": 100 * (predicted_s / measured_s - 1),
     }
+
+
+def samples(rows: list[dict[str, Any]]) -> list[Sample]:
+    """Scoreable rows with what the model needs of them."""
+    found = []
+    for row in rows:
+        if isinstance(score(row), str):
+            continue
+        name: CollectiveName = row["op"].replace("-", "_")
+        size = row.get("size_bytes") or LARGE_BYTES
+        seconds = _measured_s(row, name, size, row["n_gpus"])
+        assert seconds is not None
+        gpu = SHORT_NAMES.get(row["gpu"], row["gpu"])
+        kind = device_of(gpu)[0]
+        found.append(Sample(kind, name, size, group_of(row), str(row.get("algo") or ""), seconds))
+    return found
+
+
+def fit(rows: list[Sample]) -> Protocols:
+    """The constants with the least error, in a loss that single rows cannot dominate."""
+    start = np.array([getattr(PROTOCOLS, f.name) for f in fields(Protocols)])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        p = Protocols(*(start * np.exp(x)).tolist())
+        errors = [math.log(s.predicted_s(p) / s.seconds) for s in rows]
+        # A constant that no row exercises stays where it was.
+        return np.array([*errors, *(0.3 * x)])
+
+    found = least_squares(
+        residuals, np.zeros(len(start)), loss="soft_l1", f_scale=0.05, bounds=(-1.5, 1.5)
+    )
+    return Protocols(*(start * np.exp(found.x)).tolist())
+
+
+def report_fits(rows: list[dict[str, Any]]) -> None:
+    """The fit of all rows, and what fits say of the GPU kinds and counts that they have not seen."""
+    known = samples(rows)
+    everything = fit(known)
+    print(f"all rows fitted: median {median_error(known, everything):.1f} % of {len(known)} rows")
+    print(everything)
+    for path in ("device", "group.ranks"):
+        value_of = attrgetter(path)
+        for value in dict.fromkeys(value_of(s) for s in known):
+            seen = [s for s in known if value_of(s) != value]
+            left = [s for s in known if value_of(s) == value]
+            error = median_error(left, fit(seen))
+            print(f"left out {path} {value!s:<20} n {len(left):>3}  median {error:5.1f} %")
+
+
+def median_error(rows: list[Sample], p: Protocols) -> float:
+    """Median absolute error in per cent."""
+    return 100 * median(abs(s.predicted_s(p) / s.seconds - 1) for s in rows)
 
 
 def _measured_s(row: dict[str, Any], name: CollectiveName, size: float, ranks: int) -> float | None:
@@ -115,7 +193,7 @@ def _measured_s(row: dict[str, Any], name: CollectiveName, size: float, ranks: i
 def group_of(row: dict[str, Any]) -> Group:
     """The group of ranks a row describes."""
     gpu = SHORT_NAMES.get(row["gpu"], row["gpu"])
-    device = catalogue.devices()[catalogue.find_device(gpu)]
+    device = catalogue.devices()[device_of(gpu)[0]]
     intra = str(row.get("intra") or "").lower()
     link = device.link
     if "pcie" in intra:
@@ -123,7 +201,8 @@ def group_of(row: dict[str, Any]) -> Group:
     elif device.link.endswith("-bridge") and "bridge" not in intra and row["n_gpus"] > 2:
         link = "pcie4"
     patched = "p2p" in intra
-    gaming = gpu.upper().startswith("RTX4") or gpu.upper().startswith("RTX5")
+    # GeForce cards since Turing reach each other's memory over NVLink only.
+    gaming = re.match(r"(NVIDIA )?(GEFORCE )?(RTX)?[ -]?[2-5]0[5-9]0", gpu.upper()) is not None
     nodes = row.get("nodes") or 1
     return Group(
         ranks=row["n_gpus"],

@@ -14,21 +14,32 @@ from graphpar.catalogue import LinkKind
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send"]
 
-RING_BASE_S = 28e-6
-"""Launch and synchronisation of one ring collective with the bandwidth protocol; fitted on A100."""
 
-RING_HOP_LATENCIES = 1.17
-"""What each further rank of the ring adds, in latencies of its link; fitted on A100, 2 to 8 ranks."""
+@dataclass(frozen=True)
+class Protocols:
+    """What no datasheet says of collectives; fitted by `benchmarks/collectives.py --fit`.
 
-LOW_LATENCY_BASE_S = 12e-6
-LOW_LATENCY_HOP_LATENCIES = 0.67
-LOW_LATENCY_BANDWIDTH = 0.2
-"""The low-latency protocol: less waiting, a fifth of the bandwidth (half of every word is a flag)."""
+    Attributes:
+        ring_base_s: Launch and synchronisation of one ring collective with the bandwidth protocol.
+        ring_hops: What each further rank of the ring adds, in latencies of its link.
+        quick_base_s: The same launch with the low-latency protocol.
+        quick_hops: What each further rank adds there.
+        quick_bandwidth: Its share of the bandwidth (half of every word is a flag, and fewer channels).
+        switch_share: All-reduce inside an NVLink switch (NVLS): bytes per second of the message over
+            the line rate.
+        switch_base_s: Launch of that.
+    """
 
-SWITCH_REDUCTION = 0.60
-"""All-reduce inside an NVLink switch (NVLS): bytes per second of the message over the line rate."""
+    ring_base_s: float = 34.5e-6
+    ring_hops: float = 0.967
+    quick_base_s: float = 15.9e-6
+    quick_hops: float = 0.620
+    quick_bandwidth: float = 0.228
+    switch_share: float = 0.584
+    switch_base_s: float = 40.4e-6
 
-SWITCH_REDUCTION_BASE_S = 38e-6
+
+PROTOCOLS = Protocols()
 
 NO_PEER_ACCESS = 0.35
 """Share of PCIe's rate that remains when messages go through main memory."""
@@ -79,7 +90,9 @@ class Group:
         return catalogue.links()[self.link]
 
 
-def collective_s(name: CollectiveName, num_bytes: float, group: Group, algo: str = "") -> float:
+def collective_s(
+    name: CollectiveName, num_bytes: float, group: Group, algo: str = "", p: Protocols = PROTOCOLS
+) -> float:
     """Seconds of one collective; `num_bytes` is the size of the whole (gathered) buffer.
 
     >>> group = Group(8, "nvlink3")
@@ -89,21 +102,16 @@ def collective_s(name: CollectiveName, num_bytes: float, group: Group, algo: str
     if group.ranks <= 1:
         return 0.0
     if name == "send":
-        return RING_BASE_S / 2 + num_bytes / ring_bytes_per_s(group)
-    factor = bus_factor(name, group.ranks)
-    moved = num_bytes * factor
+        return p.ring_base_s / 2 + num_bytes / ring_bytes_per_s(group)
+    moved = num_bytes * bus_factor(name, group.ranks)
     rate = ring_bytes_per_s(group)
-    hops, latency_s = group.ranks - 1, group.kind.latency_s
+    hops_s = (group.ranks - 1) * group.kind.latency_s
     network_s = NETWORK_LATENCY_S * (group.nodes - 1)
-    ring_s = RING_BASE_S + RING_HOP_LATENCIES * latency_s * hops + moved / rate + network_s
-    quick_rate = rate * LOW_LATENCY_BANDWIDTH
-    quick_s = (
-        LOW_LATENCY_BASE_S + LOW_LATENCY_HOP_LATENCIES * latency_s * hops + moved / quick_rate + network_s
-    )
+    ring_s = p.ring_base_s + p.ring_hops * hops_s + moved / rate + network_s
+    quick_s = p.quick_base_s + p.quick_hops * hops_s + moved / (rate * p.quick_bandwidth) + network_s
     best = min(ring_s, quick_s)
     if name == "all_reduce" and _reduces_in_switch(group, algo):
-        switch_s = num_bytes / (group.kind.bytes_per_s * SWITCH_REDUCTION)
-        best = min(best, SWITCH_REDUCTION_BASE_S + switch_s)
+        best = min(best, p.switch_base_s + num_bytes / (group.kind.bytes_per_s * p.switch_share))
     return best
 
 
@@ -118,7 +126,7 @@ def bus_factor(name: CollectiveName, ranks: int) -> float:
 
 
 def _reduces_in_switch(group: Group, algo: str) -> bool:
-    wanted = algo.lower() != "ring" and group.ranks > 2
+    wanted = "ring" not in algo.lower() and group.ranks > 2
     return wanted and group.nodes == 1 and group.link in SWITCHED_REDUCTION_KINDS
 
 

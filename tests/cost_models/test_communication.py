@@ -33,7 +33,16 @@ NAMES: list[CollectiveName] = ["all_reduce", "all_gather", "reduce_scatter", "al
     ],
 )
 def test_all_reduce_is_near_what_was_measured(group: Group, num_bytes: float, measured_s: float) -> None:
-    assert collective_s("all_reduce", num_bytes, group) == pytest.approx(measured_s, rel=0.15)
+    # Small messages depend on NCCL's choice of algorithm, which changes between versions.
+    near = 0.15 if num_bytes > 2**24 else 0.2
+    assert collective_s("all_reduce", num_bytes, group) == pytest.approx(measured_s, rel=near)
+
+
+def test_a_ring_by_name_does_not_reduce_in_the_switch() -> None:
+    group = Group(8, "nvlink4")
+    ring = collective_s("all_reduce", 2**33, group, "Ring (NVLS off)")
+    assert ring == collective_s("all_reduce", 2**33, group, "ring")
+    assert ring > collective_s("all_reduce", 2**33, group)
 
 
 @given(SIZES, st.sampled_from(NAMES), st.integers(2, 16), st.sampled_from(["nvlink3", "pcie4"]))
