@@ -53,6 +53,7 @@ from graphpar.precision import (
 )
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered, stage_links
+from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.job import CompiledModel, Subject
 from graphpar.runtime.reference import whole_on_one_device
 from graphpar.sensitivity import (
@@ -183,6 +184,7 @@ def compile(
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
+    verify_first_step: bool = False,
 ) -> CompiledModel:
     """Turn a model into a running parallel job.
 
@@ -202,6 +204,9 @@ def compile(
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.
+        verify_first_step: Compare loss and gradients of the first training step with one device before
+            the weights change: for models that fit into the driver twice. `NumbersDifferError` where
+            they differ by more than rounding, a warning where the job computes in fewer bits.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -234,6 +239,13 @@ def compile(
         return plan
 
     subject = subject_of(model, prepared, where, train)
+    if verify_first_step:
+        if train is None:
+            raise ValueError("verify_first_step=True checks a training step; pass train=Training(...).")
+        check = FirstStepCheck(
+            model, subject.captured, subject.graph, train, subject.lower, precision == "float32"
+        )
+        subject = replace(subject, check=check)
     return CompiledModel.start(subject, decide)
 
 

@@ -19,10 +19,10 @@ from graphpar.examples.text import batches, standard_library_text
 from graphpar.measure import calibrate
 from graphpar.partition.baselines import even_split
 from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.numbers import FLOAT32_ROUNDING
 from graphpar.runtime.reference import EagerModel
 from graphpar.training import Training
 from graphpar.units import format_percent, format_seconds
-from graphpar.verify import FLOAT32_ROUNDING
 from graphpar.view.api import visualize
 
 SLOWDOWNS = (1.5, 2.0, 4.5)

@@ -6,10 +6,14 @@ Needs the extra `hf`; nothing is downloaded. Sizes are those of the published co
 
 import inspect
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from graphpar.hf_architectures import find_architecture, head_classes, transformers_library
+from graphpar.hf_inputs import Wanted, candidate_inputs
 
 _LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 
@@ -90,22 +94,26 @@ _SEED = 0
 
 
 def build_hf_model(name: str, seq_len: int) -> nn.Module:
-    """A freshly initialised model by preset or model type, on the current default device.
+    """A freshly initialised model by preset or architecture, on the current default device.
 
     Args:
-        name: A key of `PRESETS`, or a model type of transformers such as `bert`.
+        name: A key of `PRESETS`, or any architecture of transformers: its model type such as `bert`, or
+            the prefix of its classes such as `Bert`.
         seq_len: Tokens per sample; learned position tables are widened to hold them.
 
     Raises:
         ValueError: The name is unknown, or transformers is not installed.
     """
-    transformers = _transformers()
+    transformers = transformers_library()
     model_type, changes = PRESETS.get(name, (name, {}))
-    if model_type not in transformers.CONFIG_MAPPING:
+    try:
+        architecture = find_architecture(model_type)
+    except ValueError as error:
         raise ValueError(
-            f"hf:{name} is not known; give one of {', '.join(PRESETS)}, or a model type of "
-            f"transformers {transformers.__version__} such as bert, gpt2 or llama"
-        )
+            f"hf:{name} is not known: {error}. Give one of {', '.join(PRESETS)}, or an architecture of "
+            "transformers such as bert, gpt2 or Llama"
+        ) from error
+    model_type = architecture.model_type
     config = transformers.AutoConfig.for_model(model_type, **changes)
     if hasattr(config, "use_cache"):
         config.use_cache = False
@@ -114,7 +122,15 @@ def build_hf_model(name: str, seq_len: int) -> nn.Module:
         config.max_position_embeddings = seq_len
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
-    model = _auto_class(transformers, model_type).from_config(config)
+    auto = _auto_class(transformers, model_type)
+    if auto is not None:
+        model = auto.from_config(config)
+    else:
+        classes = head_classes(architecture, bool(config.is_encoder_decoder))
+        made = next(classes, None)
+        if made is None:
+            raise ValueError(f"hf:{name} is a part of models and has no model class of its own")
+        model = made(config)
     assert isinstance(model, nn.Module)
     return model
 
@@ -144,17 +160,14 @@ def hf_inputs(model: nn.Module, batch_size: int, seq_len: int, train: bool) -> d
         return torch.randint(high, shape, device=device, generator=generator)
 
     inputs: dict[str, Any] = {}
+    if _is_unusual(model, accepted):
+        return _tried_inputs(model, Wanted(batch_size, seq_len, labels=train, mask=False))
     if "pixel_values" in accepted and getattr(model, "main_input_name", "") == "pixel_values":
         vision = getattr(config, "vision_config", config)
         shape = (batch_size, vision.num_channels, vision.image_size, vision.image_size)
         inputs["pixel_values"] = torch.randn(shape, device=device, generator=generator)
-    elif "input_ids" in accepted:
-        inputs["input_ids"] = integers(config.vocab_size, batch_size, seq_len)
     else:
-        raise ValueError(
-            f"{type(model).__name__} takes neither input_ids nor pixel_values; define a function "
-            "example_inputs(batch_size, seq_len) beside a factory for it"
-        )
+        inputs["input_ids"] = integers(config.vocab_size, batch_size, seq_len)
     if train and "labels" in accepted:
         if _labels_are_classes(model):
             inputs["labels"] = integers(config.num_labels, batch_size)
@@ -165,22 +178,44 @@ def hf_inputs(model: nn.Module, batch_size: int, seq_len: int, train: bool) -> d
     return inputs
 
 
+def _is_unusual(model: nn.Module, accepted: Mapping[str, Any]) -> bool:
+    """Whether a model takes more or other things than words or pictures."""
+    config: Any = model.config
+    if "pixel_values" in accepted and getattr(model, "main_input_name", "") == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        return not isinstance(getattr(vision, "image_size", None), int) or "input_ids" in accepted
+    return "input_ids" not in accepted or not hasattr(config, "vocab_size")
+
+
+def _tried_inputs(model: nn.Module, wanted: Wanted) -> dict[str, Any]:
+    """The first inputs that the model accepts; nothing of the model changes.
+
+    Raises:
+        ValueError: It accepts none of those that its signature and configuration suggest.
+    """
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    for inputs in candidate_inputs(model, wanted):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model(**inputs)
+        except Exception:  # whatever shapes a model refuses
+            continue
+        finally:
+            for buffer, value in buffers:
+                buffer.data.copy_(value)
+        return inputs
+    raise ValueError(
+        f"No inputs are known for {type(model).__name__}; define a function "
+        "example_inputs(batch_size, seq_len) beside a factory for it"
+    )
+
+
 def _labels_are_classes(model: nn.Module) -> bool:
     return type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "hf: models need transformers; install it with `pip install graphpar[hf]`"
-        ) from error
-    return transformers
-
-
 def _auto_class(transformers: Any, model_type: str) -> Any:
-    """The class with the head that the architecture is best known for, so that it has a loss."""
+    """The class with the head that the architecture is best known for, so that it has a loss; or None."""
     known = transformers.models.auto.modeling_auto
     if model_type in known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return transformers.AutoModelForImageClassification
@@ -190,4 +225,4 @@ def _auto_class(transformers: Any, model_type: str) -> Any:
         return transformers.AutoModelForSequenceClassification
     if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForCausalLM
-    return transformers.AutoModel
+    return None

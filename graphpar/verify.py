@@ -24,19 +24,13 @@ from graphpar.ir.formats import ROUNDOFF
 from graphpar.plans import Plan
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference
 from graphpar.runtime.reference import EagerModel, OneDevice, draws_at_random, whole_on_one_device
 from graphpar.training import Training
 from graphpar.view.notebook import preformatted
 
-FLOAT32_ROUNDING = 1e-4
-"""Largest difference, relative to the largest value compared, that counts as rounding.
-
-Sums over microbatches and ranks add the same float32 terms in another order.
-"""
 _LOWER_ROUNDING = 32.0
 """Rounding of a lower format, in its unit roundoff: errors of some hundred roundings in a row."""
-_NOISE_FLOOR = 1e-3
-"""Gradients this much smaller than the largest of all are compared with this part of the largest."""
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
@@ -239,39 +233,6 @@ def train_on_one_device(
         optimizer.step()
         optimizer.zero_grad()
         yield float(loss.detach())
-
-
-def relative_difference(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
-    """Largest difference, relative to the largest magnitude in `b` (at least `floor`).
-
-    >>> round(relative_difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])), 3)
-    0.2
-    """
-    if a.shape != b.shape:
-        return float("inf")
-    if not b.numel() or not b.is_floating_point():
-        return 0.0 if torch.equal(a, b) else float("inf")
-    largest = max(float(b.abs().max()), floor)
-    difference = float((a.double() - b.double()).abs().max())
-    if difference == 0.0 or torch.equal(a, b):
-        return 0.0
-    return difference / largest if largest > 0 else float("inf")
-
-
-def compare_gradients(
-    got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
-) -> tuple[str, float]:
-    """The parameter whose gradient differs most, and by how much."""
-    largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
-    worst, difference = "", 0.0
-    for name, gradient in wanted.items():
-        if name in got:
-            own = relative_difference(got[name], gradient, _NOISE_FLOOR * largest)
-        else:
-            own = 0.0 if not bool(gradient.any()) else float("inf")
-        if own > difference or own != own:
-            worst, difference = name, own
-    return worst, difference
 
 
 def _name(reference: EagerModel | OneDevice) -> str:

@@ -26,7 +26,7 @@ from graphpar.ir.ops import (
     TensorType,
     map_arguments,
 )
-from graphpar.ir.optable import packet
+from graphpar.ir.optable import IDENTITY, packet
 from graphpar.passes import sample_moves, sample_rules  # noqa: F401 - they register their rules
 from graphpar.passes.samples import (
     PARTIAL,
@@ -59,6 +59,8 @@ _ELEMENT_LOSSES = {
 """Losses that are a mean of one term per element, with the position of `reduction`."""
 _CLASS_LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss2d", "nll_loss_nd"})
 _MEAN, _SUM = 1, 2
+EXPECTED = "graphpar.expected.default"
+"""The check of a branch on values (see `graphpar.frontend.decisions`); its result is zero."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,9 @@ class _Builder:
             return
         if kind in _REDUCTIONS and not op.target.endswith(".other") and self._reduction(op):
             return
+        if op.target == EXPECTED and self._holds_for_parts(op):
+            self._add(op, SHARED)
+            return
         state = infer(self._call(op))
         if state.kind == "mixed" and any(self.states[o].kind == "partial" for o in op.operands()):
             op, state = self._needs_whole(op, state)
@@ -201,6 +206,13 @@ class _Builder:
         if op.target in RANDOM_TARGETS and state.kind == "sample":
             op = replace(op, kwargs=(*op.kwargs, ("layout", (state.outer, state.inner))))
         self._add(op, state)
+
+    def _holds_for_parts(self, op: Op) -> bool:
+        """Whether what is expected of the whole batch follows for each part: all are, or none is."""
+        asked = self.ops[op.operands()[0]]
+        while packet(asked) in IDENTITY and asked.operands():
+            asked = self.ops[asked.operands()[0]]
+        return (packet(asked), op.args[1]) in (("all", 1.0), ("any", 0.0))
 
     # --- whole-batch values ---
 

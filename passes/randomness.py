@@ -56,9 +56,11 @@ class KeyRandomness:
                 op.kwarg("scale"),
                 op.kwarg("enable_gqa", False),
             )
-        if kind in ("rand", "randn", "rand_like", "randn_like"):
-            distribution = "normal" if kind.startswith("randn") else "uniform"
-            return self._become(op, "gp.random", stream, distribution, op.type.shape, op.type.dtype)
+        drawn = _distribution(op)
+        if drawn is not None:
+            name, *parameters = drawn
+            shape, dtype = op.type.shape, op.type.dtype
+            return self._become(op, "gp.random", stream, name, shape, dtype, *parameters)
         if kind == "bernoulli":
             chance = op.argument(1, "p") if op.target.endswith(".p") else op.args[0]
             return self._become(op, "gp.bernoulli", stream, op.args[0], chance)
@@ -73,3 +75,24 @@ class KeyRandomness:
             origin=op.origin or (op.name,),
             made_by=self.name,
         )
+
+
+def _distribution(op: Op) -> tuple[Argument, ...] | None:
+    """Name and parameters of what an op draws that makes a tensor of random numbers; None for others."""
+    kind = packet(op)
+    if kind in ("rand", "rand_like"):
+        return ("uniform",)
+    if kind in ("randn", "randn_like"):
+        return ("normal",)
+    if kind == "uniform":
+        return "uniform", op.argument(1, "from", 0.0), op.argument(2, "to", 1.0)
+    if kind == "exponential":
+        return "exponential", op.argument(1, "lambd", 1.0)
+    if kind == "normal_functional":
+        return "normal", op.argument(1, "mean", 0.0), op.argument(2, "std", 1.0)
+    if op.target == "aten.normal.float_float":
+        return "normal", op.args[0], op.args[1]
+    if kind in ("randint", "randint_like"):
+        bounds = op.args[1:] if kind == "randint_like" else op.args[:-1]
+        return ("integers", *((0,) if len(bounds) == 1 else ()), *bounds)
+    return None

@@ -86,7 +86,7 @@ def _repeat_interleave(call: Call) -> Samples:
     return replace(call.state(x), inner=call.state(x).inner * copies)
 
 
-@rule("cat", "stack", "concat")
+@rule("cat", "stack", "concat", "concatenate")
 def _cat(call: Call) -> Samples:
     given = call.op.args[0]
     assert isinstance(given, tuple)

@@ -20,9 +20,10 @@ from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plans import Plan, hash_of
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.numbers import compare_gradients, relative_difference
 from graphpar.runtime.reference import EagerModel, OneDevice
 from graphpar.training import Training
-from graphpar.verify import compare_gradients, reference_for, relative_difference, train_on_one_device
+from graphpar.verify import reference_for, train_on_one_device
 
 ROUNDING = 2e-5
 """Largest relative difference that counts as float32 rounding for the small models of the tests."""
@@ -237,16 +238,20 @@ def compare_states(
     rounding: float = ROUNDING,
 ) -> None:
     """The changes that training made to each tensor are the same but for rounding."""
-    moved = {n: wanted[n].detach().double() - t.double() for n, t in before.items() if n in wanted}
-    made = {n: got[n].detach().double() - t.double() for n, t in before.items() if n in wanted}
+    moved = {n: _wide(wanted[n].detach()) - _wide(t) for n, t in before.items() if n in wanted}
+    made = {n: _wide(got[n].detach()) - _wide(t) for n, t in before.items() if n in wanted}
     largest = max(float(m.abs().max()) for m in moved.values() if m.numel())
     for name, change in moved.items():
         if not change.numel():
             continue
         room = rounding * 50 * max(float(change.abs().max()), 1e-3 * largest)
-        room += 3e-7 * float(before[name].double().abs().max())
+        room += 3e-7 * float(_wide(before[name]).abs().max())
         difference = float((made[name] - change).abs().max())
         assert difference <= room, f"{name} moved {change.abs().max():.3g}, differs {difference:.3g}"
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
 
 
 def check_inference(

@@ -21,7 +21,7 @@ ROWS = (
     "frontend runtime passes cost_models view probes measure neighbours",
     "scenarios "
     "compiler precision auto_precision sensitivity tensor_groups "
-    "verify demo doctor model_spec hf_models commands cli examples",
+    "verify demo doctor model_spec hf_models hf_architectures hf_inputs commands cli examples",
     "__init__ __main__",
 )
 """Top-level modules and packages by row; a module imports from its own row and those above."""

@@ -135,6 +135,14 @@ def test_an_export_file_cannot_run_code(tmp_path: Path) -> None:
             ["input_ids", "decoder_input_ids"],
         ),
         ("vit", "ViTForImageClassification", ["pixel_values", "labels"], ["pixel_values"]),
+        ("Gemma2", "Gemma2ForCausalLM", ["input_ids", "labels"], ["input_ids"]),
+        (
+            "whisper",
+            "WhisperForConditionalGeneration",
+            ["input_features", "labels"],
+            ["input_features", "decoder_input_ids"],
+        ),
+        ("ResNet", "ResNetForImageClassification", ["pixel_values", "labels"], ["pixel_values"]),
     ],
 )
 def test_hf_models_without_weights(

@@ -27,10 +27,12 @@ from graphpar.frontend.places import place, strip_prefix, unsupported
 from graphpar.frontend.torch_private import (
     higher_order_name,
     is_random,
+    mutated_arguments,
     op_name,
 )
 from graphpar.frontend.writes import Values, dtype_name, is_off
 from graphpar.ir.ops import SOURCES, Argument, Op, Ref, Symbol, TensorType, map_arguments
+from graphpar.runtime.expected import EXPECTED
 
 _ASSERTIONS = (
     "aten._assert", "aten.sym_constrain", "aten._functional_assert", "aten._assert_tensor_metadata",
@@ -41,6 +43,9 @@ _KNOWN_RANDOM = frozenset({
     "aten.feature_dropout_.default", "aten.bernoulli_.float",
     "aten.scaled_dot_product_attention.default", "aten.rand.default", "aten.rand_like.default",
     "aten.randn.default", "aten.randn_like.default", "aten.bernoulli.default", "aten.bernoulli.p",
+    "aten.uniform_.default", "aten.normal_.default", "aten.exponential_.default",
+    "aten.randint.default", "aten.randint.low", "aten.randint_like.default",
+    "aten.randint_like.low_dtype", "aten.normal.float_float",
     "aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input",
 })  # fmt: skip
 
@@ -67,7 +72,11 @@ class Literal:
 
 
 def convert(
-    program: ExportedProgram, model: nn.Module, differentiable: frozenset[int] = frozenset()
+    program: ExportedProgram,
+    model: nn.Module,
+    differentiable: frozenset[int] = frozenset(),
+    *,
+    keeps_inputs: bool = False,
 ) -> Converted:
     """Translate an exported program op by op.
 
@@ -75,11 +84,12 @@ def convert(
         program: What torch.export made of the model.
         model: The model, for its parameters' names.
         differentiable: Places of the flat inputs that carry gradients; none for a whole model.
+        keeps_inputs: Whether a write to an input is refused; else it changes a copy.
 
     Raises:
         CaptureError: An op cannot be translated; names the module and line.
     """
-    return _Converter(program, model, differentiable).run()
+    return _Converter(program, model, differentiable, Values(keeps_inputs=keeps_inputs)).run()
 
 
 def renumbered(converted: Converted) -> Converted:
@@ -125,6 +135,7 @@ class _Converter:
             self._source(spec, nodes, trained | carry)
         self._inline(self.program.graph_module, outer=True)
         results = self._results(graph, signature.output_specs)
+        self._refuse_random_branches()
         ops = [*self.values.ops.values(), _output(results)]
         inputs = tuple(_flat_input(spec.arg) for spec in given)
         return Converted(tuple(ops), inputs, results, self.constants)
@@ -160,8 +171,15 @@ class _Converter:
         self.values.env[node] = Ref(op.name)
 
     def _inline(self, module: fx.GraphModule, *, outer: bool) -> list[Argument]:
-        """Translate every call of a (sub)graph; the inner graph's placeholders are already bound."""
+        """Translate every call of a (sub)graph; the inner graph's placeholders are already bound.
+
+        Calls that serve assertions alone are left out: they are often of sizes that depend on the data
+        (a count of placeholders for pictures, say), which no static graph can hold.
+        """
+        needed = _needed(module.graph)
         for node in module.graph.nodes:
+            if node not in needed:
+                continue
             if node.op == "call_function":
                 self._call(module, node)
             elif node.op == "get_attr":
@@ -312,6 +330,22 @@ class _Converter:
                 return Symbol(kind, str(value).removeprefix("torch."))
         raise CaptureError(f"An argument of type {type(value).__name__} cannot be kept in a graph.")
 
+    def _refuse_random_branches(self) -> None:
+        """A branch on a number just drawn (a layer skipped at random) is another one at each step."""
+        drawn: dict[str, bool] = {}
+        for op in self.values.ops.values():
+            if op.target in SOURCES:
+                drawn[op.name] = False
+                continue
+            before = [drawn[o] for o in op.operands()]
+            drawn[op.name] = all(before) and (bool(before) or op.target in _KNOWN_RANDOM)
+            if op.target == EXPECTED and drawn[op.name]:
+                raise CaptureError(
+                    f"Module {op.module or '(top)'!r} at {op.args[2]} decides at random what to compute, "
+                    "which a captured graph would decide once for all steps. Switch it off (layers "
+                    "skipped at random: layerdrop, drop_path = 0), or choose with torch.where."
+                )
+
     def _results(self, graph: fx.Graph, specs: list[Any]) -> tuple["str | Literal", ...]:
         returned = next(n for n in graph.nodes if n.op == "output").args[0]
         results: list[str | Literal] = []
@@ -324,6 +358,25 @@ class _Converter:
             argument = self._argument(value)
             results.append(argument.name if isinstance(argument, Ref) else Literal(value))
         return tuple(results)
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that results depend on, or that write to something; assertions are not needed."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in found or _has_effect(node):
+            found.add(node)
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if higher_order_name(node.target) is not None:
+        return True
+    name = op_name(node.target)
+    return name is not None and not name.startswith(_ASSERTIONS) and bool(mutated_arguments(node.target))
 
 
 def _drops_between_layers(node: fx.Node, name: str) -> bool:

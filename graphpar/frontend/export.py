@@ -1,9 +1,10 @@
 """Run torch.export on a model without changing it, and turn its failures into readable errors."""
 
+import logging
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,14 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.decisions import Replay, record_decisions
+from graphpar.frontend.functions import functions_as_operators
+from graphpar.frontend.refusals import (
+    host_randomness,
+    host_state,
+    no_tensor_hooks,
+    refuse_gradient_hooks,
+)
 from graphpar.frontend.torch_private import code_on_demand, flatten, unflatten
 
 MODEL_PREFIX = "model."
@@ -23,21 +32,37 @@ class Traced(nn.Module):
 
     With `loss="returned"` the result is the model's own loss (a scalar, or `.loss`, or the entry
     `loss`); with a callable it is `loss(model(*args[:-1], **kwargs), args[-1])`; with None it is what
-    the model returns.
+    the model returns. `replay` answers the model's questions for values, if it has any.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Any] | str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Any] | str | None,
+        replay: Replay | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.replay = replay
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model as the user would."""
+        if self.replay is None:
+            return self._result(args, kwargs)
+        with self.replay.running():
+            result = self._result(args, kwargs)
+        return self.replay.checked(result)
+
+    def _result(self, args: Any, kwargs: Any) -> Any:
         if callable(self.loss):
             return self.loss(self.model(*args[:-1], **kwargs), args[-1])
         result = self.model(*args, **kwargs)
-        return result if self.loss is None else find_loss(result)
+        if self.loss is None:
+            flatten(result)  # makes dataclasses in it known before torch.export meets them
+            return result
+        return find_loss(result)
 
 
 def find_loss(result: Any) -> torch.Tensor:
@@ -101,6 +126,7 @@ def export(
     *,
     loss: Callable[[Any, Any], Any] | str | None = None,
     training: bool | None = None,
+    decide: bool = True,
 ) -> ExportedProgram:
     """Export the model in its own mode, or in the one given by `training`.
 
@@ -110,19 +136,65 @@ def export(
         kwargs: Keyword example arguments.
         loss: See `Traced`.
         training: Mode to export in; None keeps each submodule's own.
+        decide: Whether branches on values may be taken as in the example batch, and checked then.
 
     Raises:
         CaptureError: Names the user's module, file and line, and what to try.
     """
     args, kwargs = without_aliases((tuple(args), dict(kwargs)), model)
-    with _mode(model, training), code_on_demand(), warnings.catch_warnings():
+    if loss is not None:
+        refuse_gradient_hooks(model)
+    before = host_state()
+    with _mode(model, training), _watched(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(Traced(model, loss), tuple(args), dict(kwargs), strict=False)
+            program = _exported(Traced(model, loss), args, kwargs)
         except CaptureError:
             raise
         except Exception as error:
-            raise CaptureError(explain_failure(model, error)) from error
+            again = _decided(model, loss, args, kwargs, error) if decide else None
+            if again is None:
+                raise CaptureError(explain_failure(model, error)) from error
+            program = again
+        if host_state() != before:
+            raise host_randomness(model, lambda: Traced(model, loss)(*args, **kwargs))
+    return program
+
+
+def _exported(traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    return torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
+
+
+def _decided(
+    model: nn.Module,
+    loss: Callable[[Any, Any], Any] | str | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    error: Exception,
+) -> ExportedProgram | None:
+    """The export with branches taken as in the example batch; None where that is not the remedy."""
+    if not re.search(_ON_VALUES, f"{type(error).__name__}: {error}", re.IGNORECASE):
+        return None
+    decisions = record_decisions(model, lambda: Traced(model, loss)(*args, **kwargs))
+    if not decisions:
+        return None
+    replay = Replay(decisions)
+    try:
+        program = _exported(Traced(model, loss, replay), args, kwargs)
+    except CaptureError:
+        raise
+    except Exception:
+        return None
+    places = ", ".join(sorted({place for place, _ in decisions}))
+    _log.warning("Branches on values are taken as in the example batch, and checked: %s", places)
+    return program
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """What torch.export needs help with, and what it would drop."""
+    with code_on_demand(), functions_as_operators(), no_tensor_hooks():
+        yield
 
 
 @contextmanager
@@ -137,8 +209,12 @@ def _mode(model: nn.Module, training: bool | None) -> Any:
             module.training = flag
 
 
+_log = logging.getLogger("graphpar.capture")
+_ON_VALUES = (
+    r"data.dependent|GuardOnDataDependent|unbacked|Could not extract specialized|item\(\)|_local_scalar"
+)
 _ADVICE = (
-    (r"data.dependent|GuardOnDataDependent|unbacked|Could not extract specialized|item\(\)|_local_scalar",
+    (_ON_VALUES,
      "the control flow or a shape depends on the values in a tensor, which no static graph can hold",
      "compute both branches and choose with torch.where, or use a fixed size with a mask"),
     (r"Unsupported.*(?:input|type)|Unsupported input",

@@ -273,7 +273,9 @@ class Exporter:
 
         def around() -> tuple[Converted, TreeSpec]:
             with calls.patched():
-                program = export(self.model, args, kwargs, loss=self.loss, training=self.training)
+                program = export(
+                    self.model, args, kwargs, loss=self.loss, training=self.training, decide=False
+                )
             return convert(program, self.model), output_spec(program)
 
         first, out_spec = around()
@@ -313,7 +315,9 @@ class _Templates:
         wanted = key, differentiable
         if wanted not in self._converted:
             program = self._programs[key]
-            self._converted[wanted] = convert(program, form.block.module, differentiable)
+            self._converted[wanted] = convert(
+                program, form.block.module, differentiable, keeps_inputs=True
+            )
         return self._converted[wanted]
 
     def _export(self, form: _Form) -> Any:
@@ -323,7 +327,7 @@ class _Templates:
         with ExitStack() as stack:
             for path, name in form.block.positions:
                 stack.enter_context(_replaced(module.get_submodule(path), name, _Position()))
-            return export(module, args, kwargs, training=self.training)
+            return export(module, args, kwargs, training=self.training, decide=False)
 
 
 def stamped(converted: Converted, made: Sequence[tuple[Block, _Key]], templates: _Templates) -> Converted:

@@ -4,6 +4,7 @@
 for it that also knows registered classes such as transformers' `ModelOutput`.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,17 @@ TreeSpec = pytree.TreeSpec
 
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Leaves of nested tuples, lists, dicts and registered classes, and how to put them back."""
-    return pytree.tree_flatten(tree)
+    """Leaves of nested tuples, lists, dicts, dataclasses, registered classes, and how to put them back.
+
+    A dataclass that torch does not know yet is made known to it.
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    unknown = {type(x) for x in leaves if dataclasses.is_dataclass(x) and not isinstance(x, type)}
+    if not unknown:
+        return leaves, spec
+    for made in unknown:
+        torch.export.register_dataclass(made)
+    return flatten(tree)
 
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:

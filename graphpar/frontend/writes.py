@@ -4,6 +4,7 @@ An in-place op on a fresh value becomes its functional form, and later reads see
 through the value itself, what it is a view of, or views of that.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,7 @@ from graphpar.frontend.torch_private import (
 from graphpar.ir.ops import Argument, Op, Ref, Symbol, TensorType
 from graphpar.ir.optable import packet
 
+_log = logging.getLogger("graphpar.capture")
 _RESHAPES_IN_PLACE = frozenset(
     {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "detach_"}
 )
@@ -29,6 +31,7 @@ _RESHAPES_IN_PLACE = frozenset(
 _FUNCTIONAL = {
     "aten.zero.default": "aten.zeros_like.default",
     "aten.bernoulli.float": "aten.bernoulli.p",
+    "aten.normal.default": "aten.normal_functional.default",
 }  # fmt: skip
 """Functional forms that are not the in-place op's name without its underscore."""
 
@@ -54,11 +57,13 @@ class Values:
         ops: Ops by name, in order.
         env: What each node of the exported graph stands for at this point.
         views: For each value that is a view, the value it views.
+        keeps_inputs: Whether a write to an input is refused; else it changes a copy.
     """
 
     ops: dict[str, Op] = field(default_factory=dict)
     env: dict[fx.Node, Argument] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
+    keeps_inputs: bool = False
 
     def fresh(self, name: str) -> str:
         candidate, count = name, 0
@@ -89,14 +94,24 @@ class Values:
         chain = self._view_chain(first.name)
         root = self.ops[chain[-1]]
         if root.target == "buffer":
+            self.views[op.name] = first.name  # its result is the buffer, or the same view of it
             return op
         functional = self._without_side_effect(node, op)
         if packet(op) in _RESHAPES_IN_PLACE:
             return self._reshape_in_place(functional, first)
         if any(o in self.ops and self.ops[o].target == BLOCK for o in root.operands()):
             raise unsupported(node, f"{op.target} overwrites what a block makes")
-        if root.target in ("input", "parameter", "constant"):
-            raise unsupported(node, f"{op.target} overwrites an input or a parameter in place")
+        if root.target == "input" and self.keeps_inputs:
+            raise unsupported(node, f"{op.target} overwrites an input in place")
+        if root.target in ("parameter", "constant"):
+            raise unsupported(
+                node,
+                f"{op.target} overwrites a parameter or a constant in place; if the model does so at its "
+                "first call in a mode only, call it once in that mode before",
+            )
+        if root.target == "input":
+            _log.warning("%s overwrites the argument %s; the caller's tensor stays as it is",
+                         op.target, root.args[0])  # fmt: skip
         others = [n for n in self.ops if n not in chain and self._view_chain(n)[-1] == root.name]
         if any(self._read_later(name, node) for name in others):
             raise unsupported(node, f"{op.target} writes to storage that another live value shares")

@@ -20,12 +20,13 @@ from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.infer import lower_again, lower_inference
 from graphpar.runtime.loaded import Loaded, with_own_constants
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
-from graphpar.runtime.program import StepReport
+from graphpar.runtime.program import Part, StepReport, in_part
 from graphpar.runtime.prologue import Prologue
 from graphpar.runtime.slices import join
 from graphpar.runtime.starts import (
@@ -61,6 +62,7 @@ class Subject:
         prepare_inference: Captures the model for inference with given arguments, passes included.
         prepare_again: The same in the job's own mode, for arguments of other shapes.
         reference: Runs a batch in float32 on one device, to tell what lower formats cost.
+        check: Compares the first step with one device, where that is wanted.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Subject:
     prepare_inference: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
     prepare_again: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
     reference: Reference | None = None
+    check: FirstStepCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,10 @@ class CompiledModel:
         if self._subject.training is None:
             raise ValueError("This job only infers; pass train=Training(...) to graphpar.compile.")
         loaded = self._main_for(args, kwargs)
-        (loss,) = self._run(loaded, args, kwargs)
+        if self._subject.check is not None and self._steps == 0:
+            loss = self._checked_step(loaded, self._subject.check, args, kwargs)
+        else:
+            (loss,) = self._run(loaded, args, kwargs)
         if loaded is self._main:
             self._compare([loss], args, kwargs)
         self._steps += 1
@@ -321,12 +327,32 @@ class CompiledModel:
             missing.append({la: sliced(tensors[la], placement.slices.get(la)) for la in new})
         self._workers.write(missing)
 
-    def _run(self, loaded: Loaded, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    def _checked_step(
+        self, loaded: Loaded, check: FirstStepCheck, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """A step that stops before the optimiser to compare loss and gradients with one device."""
+        state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        (loss,) = self._run(loaded, args, kwargs, part="gradients")
+        assert self.last_step is not None
+        report = self.last_step.reports[0]
+        scale = report.loss_scale or 1.0
+        gradients = {name: tensor.cpu() / scale for name, tensor in self.gradients().items()}
+        check.compare(loss, gradients, state, args, kwargs)
+        signature = loaded.captured.signature
+        samples = check_inputs(loaded.captured.graph, signature.bind(args, kwargs), signature.batched)
+        self._schedule(loaded, samples, "optimizer")
+        nothing: list[dict[str, torch.Tensor]] = [{} for _ in loaded.lowered.placements]
+        self._workers.step(f"{loaded.name}:{samples}optimizer", nothing, self._steps)
+        return loss
+
+    def _run(
+        self, loaded: Loaded, args: Sequence[Any], kwargs: Mapping[str, Any], part: Part = ""
+    ) -> list[torch.Tensor]:
         signature = loaded.captured.signature
         inputs = signature.bind(args, kwargs)
         graph = loaded.captured.graph
         samples = check_inputs(graph, inputs, signature.batched)
-        schedule = self._schedule(loaded, samples)
+        schedule = self._schedule(loaded, samples, part)
         if loaded.prologue is not None:
             inputs = {**inputs, **loaded.prologue.run(inputs, samples)}
         per_rank = [
@@ -335,7 +361,7 @@ class CompiledModel:
         ]
         try:
             results = self._workers.step(
-                f"{loaded.name}:{samples}", per_rank, self._steps, self._profiles
+                f"{loaded.name}:{samples}{part}", per_rank, self._steps, self._profiles
             )
         except RunError as error:
             reports = [report for report in error.reports if isinstance(report, StepReport)]
@@ -344,13 +370,13 @@ class CompiledModel:
         self._note([r.report for r in results], loaded, samples)
         return merge_results(loaded.lowered.graphs[0], results)
 
-    def _schedule(self, loaded: Loaded, samples: int) -> Schedule:
-        if samples not in loaded.schedules:
+    def _schedule(self, loaded: Loaded, samples: int, part: Part = "") -> Schedule:
+        if (samples, part) not in loaded.schedules:
             schedule = loaded.lowered.schedule(samples)
-            programs = loaded.lowered.programs(schedule, samples)
-            self._workers.install(f"{loaded.name}:{samples}", programs)
-            loaded.schedules[samples] = schedule
-        return loaded.schedules[samples]
+            programs = [in_part(p, part) for p in loaded.lowered.programs(schedule, samples)]
+            self._workers.install(f"{loaded.name}:{samples}{part}", programs)
+            loaded.schedules[samples, part] = schedule
+        return loaded.schedules[samples, part]
 
     def _note(
         self, reports: Sequence[StepReport], loaded: Loaded, samples: int, failure: str = ""

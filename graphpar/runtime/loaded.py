@@ -10,19 +10,20 @@ from graphpar.frontend.capture import Captured, Signature, resize
 from graphpar.frontend.torch_private import flatten, unflatten
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.merge import check_inputs, samples_of
+from graphpar.runtime.program import Part
 from graphpar.runtime.prologue import Prologue
 from graphpar.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A captured graph with its prologue, lowered, and with its schedules by batch size."""
+    """A captured graph with its prologue, lowered; its schedules are by batch size and part of a step."""
 
     name: str
     captured: Captured
     lowered: Lowered
     prologue: Prologue | None
-    schedules: dict[int, Schedule] = field(default_factory=dict)
+    schedules: dict[tuple[int, Part], Schedule] = field(default_factory=dict)
 
     def misfit(self, inputs: Mapping[str, torch.Tensor]) -> str:
         """Why this graph cannot answer for inputs of other sizes; empty when it can.

@@ -187,7 +187,8 @@ class StageBuilder:
         name = f"{_identifier(op.name)}_op"
         root.add_module(name, self._own_module(op))
         if op.target == "gp.random":
-            arguments = (arguments[0], arguments[1], stamp.dtype(str(op.args[2])), self.device)
+            shape, dtype = arguments[1], stamp.dtype(str(op.args[2]))
+            arguments = (arguments[0], shape, dtype, self.device, *arguments[3:])
         return graph.call_module(name, arguments)
 
     def _own_module(self, op: Op) -> nn.Module:

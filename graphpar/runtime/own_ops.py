@@ -47,11 +47,27 @@ class Random(_Keyed):
     """A fresh random tensor."""
 
     def forward(
-        self, distribution: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        distribution: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *parameters: float,
     ) -> torch.Tensor:
-        """Uniform in [0, 1) or standard normal."""
+        """Numbers of a distribution with its parameters; those left out are the standard ones.
+
+        `uniform` (low, high), `integers` (low, high, the second excluded), `normal` (mean, deviation),
+        `exponential` (rate).
+        """
         draw = normal if distribution == "normal" else uniform
-        return draw(torch.Size(shape), self.stream, self.context, self.layout, device).to(dtype)
+        x = draw(torch.Size(shape), self.stream, self.context, self.layout, device)
+        if distribution == "exponential":
+            x = -torch.log1p(-x) / parameters[0]
+        elif distribution == "normal" and parameters:
+            x = x * parameters[1] + parameters[0]
+        elif parameters:
+            x = x * (parameters[1] - parameters[0]) + parameters[0]
+        return (x.floor() if distribution == "integers" else x).to(dtype)
 
 
 class Attention(_Keyed):

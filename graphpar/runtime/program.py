@@ -1,8 +1,10 @@
 """What a worker is told: its part of a plan as plain data, and what it reports about a step."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+
+from graphpar.schedule import Action
 
 
 class EmulatedLink(msgspec.Struct, frozen=True):
@@ -71,6 +73,25 @@ class RankProgram(msgspec.Struct, frozen=True):
     team: int = -1
     imports: tuple[str, ...] = ()
     operators: bytes = b""
+
+
+Part = Literal["", "gradients", "optimizer"]
+"""All of a step, what comes before the optimiser, or the optimiser alone."""
+
+
+def in_part(program: RankProgram, part: Part) -> RankProgram:
+    """The program of a part of a step.
+
+    >>> whole = RankProgram("", 0, True, ("0F0", "0B0", "0O"), (), (), (), 1, {}, ())
+    >>> in_part(whole, "gradients").actions, in_part(whole, "optimizer").actions
+    (('0F0', '0B0'), ('0O',))
+    """
+    if not part:
+        return program
+    actions = tuple(
+        token for token in program.actions if (Action.parse(token).kind == "O") == (part == "optimizer")
+    )
+    return msgspec.structs.replace(program, actions=actions)
 
 
 class WorkerSetup(msgspec.Struct, frozen=True):

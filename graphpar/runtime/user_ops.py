@@ -2,8 +2,8 @@
 
 An operator made with `torch.library.custom_op` in a module is there once the module is imported. One
 made in the user's script or notebook belongs to no module that could be imported elsewhere, so that
-its functions travel. Operators of a compiled extension are looked for in a module named like their
-namespace (`torchvision.nms` in `torchvision`).
+its functions travel; so do those of a custom `autograd.Function`. Operators of a compiled extension
+are looked for in a module named like their namespace (`torchvision.nms` in `torchvision`).
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import cloudpickle
 
 from graphpar.errors import RunError
+from graphpar.frontend.functions import NAMESPACE
 from graphpar.frontend.torch_private import OpDefinition, define_op, op_definition
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
@@ -39,7 +40,7 @@ def needed_code(targets: Iterable[str]) -> tuple[tuple[str, ...], bytes]:
         if definition is None:
             namespace = target.partition(".")[0]
             modules.update([namespace] if find_spec(namespace) is not None else [])
-        elif definition.function.__module__ == "__main__":
+        elif definition.function.__module__ == "__main__" or target.startswith(f"{NAMESPACE}."):
             loose.append(definition)
         else:
             modules.add(definition.function.__module__)

@@ -1,13 +1,15 @@
 """Keyed random numbers: the same whatever the split, and as random as they should be."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from one_device import ready
+from torch import Tensor, nn
 
 from graphpar.runtime.own_ops import Attention, Bernoulli, Dropout, Random, Share
 from graphpar.runtime.random import Layout, StepContext, keep_mask, normal, random_bits, uniform
@@ -175,3 +177,39 @@ def test_attention_with_dropout_keeps_the_mean() -> None:
     drawn = torch.stack([Attention(StepContext(1, step), 0, None)(*arguments) for step in range(1000)])
     error = drawn.std(0) / math.sqrt(len(drawn))
     assert bool(((drawn.mean(0) - wanted).abs() < 5 * error + 1e-6).all())
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean", "deviation"),
+    [
+        (lambda x: torch.empty_like(x).uniform_(-1, 3), 1.0, 4 / 12**0.5),
+        (lambda x: torch.empty_like(x).normal_(2, 0.5), 2.0, 0.5),
+        (lambda x: torch.normal(2.0, 0.5, x.shape), 2.0, 0.5),
+        (lambda x: torch.empty_like(x).exponential_(4.0), 0.25, 0.25),
+        (lambda x: torch.randint(3, 7, x.shape).float(), 4.5, 1.118),
+        (lambda x: torch.randint(5, x.shape).float(), 2.0, 2**0.5),
+        (lambda x: torch.randint_like(x, 5), 2.0, 2**0.5),
+        (lambda x: torch.randint_like(x, 3, 7), 4.5, 1.118),
+    ],
+)
+def test_random_tensors_have_their_distribution_in_any_parts(
+    draw: Callable[[Tensor], Tensor], mean: float, deviation: float
+) -> None:
+    class Drawing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return draw(x) + 0 * x
+
+    model, x = Drawing(), torch.zeros(6, 5000)
+    made = ready(model, (x,), loss=None)
+    assert not made.reason
+    (whole,) = made.device(seed=1).forward((x,), {})
+    assert float(whole.mean()) == pytest.approx(mean, abs=0.04 * max(deviation, 1))
+    assert float(whole.std()) == pytest.approx(deviation, rel=0.04)
+    device = made.device(seed=1)
+    context, builder = device._context, device._builder
+    context.batch, parts = 6, []
+    for first, size in ((0, 2), (2, 4)):
+        context.first_sample, context.samples = first, size
+        _, (part,) = builder.module(size, 6)(x[first : first + size])
+        parts.append(part)
+    assert torch.equal(torch.cat(parts), whole)

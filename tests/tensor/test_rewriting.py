@@ -12,9 +12,9 @@ from torch import nn
 
 from graphpar.compiler import Prepared, prepare
 from graphpar.ir.shards import Split
+from graphpar.runtime.numbers import compare_gradients
 from graphpar.runtime.reference import OneDevice
 from graphpar.training import Training
-from graphpar.verify import compare_gradients
 
 TRAINING = Training(optimizer=torch.optim.SGD)
 ROUNDING = 1e-5

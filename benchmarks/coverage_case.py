@@ -1,0 +1,199 @@
+"""One architecture from capture to compared numbers, over two and three unlike workers."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from coverage_model import BATCH, Built, build_tiny, mean_loss, settled
+from torch import nn
+
+from graphpar.cluster import Cluster
+from graphpar.compiler import Prepared, plan_of, plan_prepared, prepare, price, subject_of
+from graphpar.frontend.torch_private import flatten
+from graphpar.partition.handmade import greedy_split
+from graphpar.plans import Plan
+from graphpar.runtime.hold import HoldStill
+from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference
+from graphpar.runtime.reference import EagerModel, draws_at_random
+from graphpar.training import Training
+from graphpar.verify import reference_for
+
+SLOWDOWNS = (1.0, 1.7, 2.6)
+"""How much slower than this machine each worker is; the first so many are used."""
+WORKERS = (2, 3)
+SEED = 7
+
+
+class NumbersError(Exception):
+    """A result differs from that of one device by more than rounding."""
+
+
+@dataclass
+class Row:
+    """What came out for one architecture.
+
+    Attributes:
+        name: The architecture's prefix.
+        status: "pass" or "fail".
+        stage: How far it came: model, capture, plan, run, compare, or done.
+        reason: Why it failed, or what a reader should know about a pass.
+        max_error: Largest relative difference from one device among all that was compared.
+        seconds: From the first import to the last comparison.
+        head: The class that ran.
+        inputs: Names of its inputs.
+        modes: What was compared: eval, train, dropout.
+        stages: Stages of every plan that ran.
+        split: Whether the batch was split into microbatches in training.
+    """
+
+    name: str
+    status: str = "fail"
+    stage: str = "model"
+    reason: str = ""
+    max_error: float | None = None
+    seconds: float = 0.0
+    head: str = ""
+    inputs: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()
+    split: bool = False
+    worst: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def run_case(
+    name: str, row: Row, workers: Sequence[int] = WORKERS, tell: Callable[[], None] = lambda: None
+) -> None:
+    """Fill in a row; `tell` is called whenever there is news in it."""
+    began = time.perf_counter()
+    try:
+        _Case(row, workers, tell).run(name)
+        row.status, row.stage = "pass", "done"
+    except NumbersError as error:
+        row.status, row.stage, row.reason = "fail", "compare", str(error)
+    except Exception as error:
+        row.status = "fail"
+        row.reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    row.seconds = round(time.perf_counter() - began, 2)
+
+
+@dataclass
+class _Case:
+    row: Row
+    workers: Sequence[int]
+    tell: Callable[[], None]
+
+    def _at(self, stage: str) -> None:
+        self.row.stage = stage
+        self.tell()
+
+    def run(self, name: str) -> None:
+        """Build, then every mode over every number of workers."""
+        built = build_tiny(name)
+        self.row.name, self.row.head = built.name, type(built.model).__name__
+        self.row.inputs = tuple(built.kwargs)
+        self._mode("eval", built, settled(built.model.eval(), built.kwargs), None)
+        train = self._training(built)
+        self._mode("train", built, settled(built.model.train(), built.kwargs), train)
+        noisy = built.with_dropout()
+        self._mode("dropout", built, noisy, train)
+
+    def _training(self, built: Built) -> Training:
+        loss = None if built.loss else mean_loss
+        return Training(optimizer=HoldStill, loss=loss, seed=SEED)
+
+    def _mode(self, mode: str, built: Built, model: nn.Module, train: Training | None) -> None:
+        args = () if built.loss or train is None else (torch.zeros(BATCH),)
+        self._at("capture")
+        prepared = prepare(model, args, built.kwargs, train)
+        if mode == "dropout" and not draws_at_random(prepared.graph):
+            return
+        wanted = _reference(model, prepared, train, args, built.kwargs)
+        self.row.modes += (mode,)
+        if prepared.batch_reason:
+            note = f"{mode}: batch whole, {prepared.batch_reason}"
+            self.row.notes.append(note)
+        elif train is not None:
+            self.row.split = True
+        for count in self.workers:
+            self._at("plan")
+            cluster, plan = _plan(prepared, count, train)
+            self.row.stages += (len(plan.partition.pipelines[0].stages),)
+            self._at("run")
+            subject = subject_of(model, prepared, cluster, train)
+            with CompiledModel.start(subject, partial(_given, plan)) as job:
+                got = _run(job, train, args, built.kwargs)
+            self._compare(f"{mode}, {count} workers", got, wanted)
+
+    def _compare(self, where: str, got: "Numbers", wanted: "Numbers") -> None:
+        for what, name, error in got.differences(wanted):
+            if self.row.max_error is None or not error <= self.row.max_error:
+                self.row.max_error, self.row.worst = error, f"{what} {name} ({where})".strip()
+        if self.row.max_error is not None and not self.row.max_error <= FLOAT32_ROUNDING:
+            raise NumbersError(f"{self.row.worst} differs by {self.row.max_error:.2g} (relative)")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a run gave: results, gradients, and tensors of the model afterwards."""
+
+    results: list[torch.Tensor]
+    gradients: Mapping[str, torch.Tensor]
+    state: Mapping[str, torch.Tensor]
+
+    def differences(self, wanted: "Numbers") -> Iterator[tuple[str, str, float]]:
+        """Kind, name and relative difference of everything compared."""
+        if len(self.results) != len(wanted.results):
+            yield "number of results", "", float("inf")
+        for place, (a, b) in enumerate(zip(self.results, wanted.results, strict=False)):
+            yield "result", str(place), relative_difference(a, b)
+        name, error = compare_gradients(self.gradients, wanted.gradients)
+        yield "gradient", name, error
+        for name, b in wanted.state.items():
+            if name in self.state:
+                yield "state", name, relative_difference(self.state[name], b)
+
+
+def _given(plan: Plan) -> Plan:
+    return plan
+
+
+def _reference(
+    model: nn.Module, prepared: Prepared, train: Training | None, args: Any, kwargs: Any
+) -> Numbers:
+    """The numbers of one device: of the eager model, with dropout of the captured graph."""
+    reference = reference_for(model, prepared, train)
+    with torch.set_grad_enabled(train is not None):
+        results = reference.forward(args, kwargs)
+    if train is not None:
+        results[0].backward()  # type: ignore[no-untyped-call]
+    state = reference.model.state_dict() if isinstance(reference, EagerModel) else reference.tensors
+    return Numbers([r.detach() for r in results], dict(reference.gradients()), dict(state))
+
+
+def _run(job: CompiledModel, train: Training | None, args: Any, kwargs: Any) -> Numbers:
+    if train is None:
+        leaves, _ = flatten(job(*args, **kwargs))
+        return Numbers([t for t in leaves if isinstance(t, torch.Tensor)], {}, {})
+    loss = job.step(*args, **kwargs)
+    return Numbers([loss], job.gradients(), job.state_dict())
+
+
+def _plan(prepared: Prepared, workers: int, train: Training | None) -> tuple[Cluster, Plan]:
+    """The planner's own plan where it uses all workers in a line, else a split over all of them."""
+    cluster = Cluster.local(slowdowns=SLOWDOWNS[:workers])
+    plan = plan_prepared(
+        prepared, cluster, train=train, precision="float32", calibration=None, time_limit_s=10.0, gap=0.05
+    )
+    pipelines = plan.partition.pipelines
+    if len(pipelines) == 1 and len(pipelines[0].stages) == workers:
+        return cluster, plan
+    table = price(prepared, cluster, train=train, precision="float32", calibration=None)
+    if table.num_units < 2:
+        raise ValueError("the model is a single unit that cannot be cut")
+    microbatches = min(2, table.max_microbatches)
+    return cluster, plan_of(prepared, cluster, table, greedy_split(table, microbatches=microbatches))

@@ -1,0 +1,157 @@
+"""A tiny model of any transformers architecture, with inputs that it accepts."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tiny_configs import FIRST_WORD, LAST_WORD, STYLES, tiny_config, with_dropout, without_randomness
+from torch import nn
+
+from graphpar.frontend.torch_private import flatten
+from graphpar.hf_architectures import Architecture, find_architecture, head_classes
+from graphpar.hf_inputs import Wanted, candidate_inputs
+
+BATCH, LENGTH = 4, 10
+MAX_PARAMETERS = 70_000_000
+"""A model larger than this is not tiny; the next style of scaling is tried."""
+WANTED = Wanted(BATCH, LENGTH, words=(FIRST_WORD, LAST_WORD))
+
+
+class NoTinyModelError(Exception):
+    """No configuration and inputs were found with which the architecture runs at all."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A tiny model that runs in eager PyTorch.
+
+    Attributes:
+        name: The architecture's prefix.
+        model: With random weights, no dropout; nothing in it is zero.
+        config: Its configuration.
+        kwargs: Inputs, labels among them where the head takes them.
+        loss: Whether the model itself returns a loss.
+        style: Which style of scaling made it.
+    """
+
+    name: str
+    model: nn.Module
+    config: Any
+    kwargs: dict[str, Any]
+    loss: bool
+    style: int
+    tried: list[str] = field(default_factory=list)
+
+    def with_dropout(self) -> nn.Module:
+        """The same model with dropout on, where the architecture has it."""
+        config = with_dropout(type(self.config).from_dict(self.config.to_dict()))
+        torch.manual_seed(0)
+        model = type(self.model)(config)
+        model.load_state_dict(self.model.state_dict())
+        assert isinstance(model, nn.Module)
+        noisy: nn.Module = settled(model.train(), self.kwargs)
+        return noisy
+
+
+def build_tiny(name: str) -> Built:
+    """The first tiny model of an architecture that runs, forward and backward.
+
+    Raises:
+        ValueError: There is no such architecture.
+        NoTinyModelError: Nothing that was tried runs; tells the last few reasons.
+    """
+    architecture = find_architecture(name)
+    tried: list[str] = []
+    for number, style in enumerate(STYLES):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                config = without_randomness(tiny_config(architecture.config_class, style))
+        except Exception as error:
+            tried.append(f"style {number}: {_short(error)}")
+            continue
+        for model in _models(architecture, config, tried):
+            for kwargs in candidate_inputs(model, WANTED):
+                try:
+                    loss = _runs(model, kwargs)
+                except Exception as error:
+                    tried.append(f"{type(model).__name__}, style {number}: {_short(error)}")
+                    continue
+                return Built(architecture.name, model.train(), config, kwargs, loss, number, tried)
+    raise NoTinyModelError(
+        "; ".join(dict.fromkeys([*tried[:4], *tried[-2:]])) or "no model class has this configuration"
+    )
+
+
+def _models(architecture: Architecture, config: Any, tried: list[str]) -> Iterator[Any]:
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    for made in head_classes(architecture, encoder_decoder):
+        try:
+            with torch.device("meta"):
+                size = sum(p.numel() for p in made(config).parameters())
+            if size > MAX_PARAMETERS:
+                tried.append(f"{made.__name__} has {size} parameters")
+                continue
+            torch.manual_seed(0)
+            model = made(config)
+        except Exception as error:
+            tried.append(f"{made.__name__}: {_short(error)}")
+            continue
+        stir(model)
+        yield model
+
+
+def settled(model: Any, kwargs: dict[str, Any]) -> Any:
+    """The model after a call in its mode: some rescale weights or swap parts at the first one."""
+    before = [(b, b.clone()) for b in model.buffers()]
+    with torch.no_grad():
+        model(**kwargs)
+        for buffer, value in before:
+            buffer.copy_(value)
+    return model
+
+
+def stir(model: nn.Module) -> None:
+    """Add noise to every weight: zeros and equal weights hide mistakes, empty memory is no number."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.nan_to_num_(0.0, 0.0, 0.0).clamp_(-10, 10)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+
+
+def _runs(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the model returns a loss of its own; raises where it does not run."""
+    model.train()
+    result = model(**kwargs)
+    own = getattr(result, "loss", None)
+    loss = own if isinstance(own, torch.Tensor) and own.numel() == 1 else mean_loss(result, None)
+    if not bool(torch.isfinite(loss)):
+        raise ArithmeticError(f"the loss is {float(loss)}")
+    loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        model(**kwargs)
+    return loss is own
+
+
+def mean_loss(output: Any, _: Any) -> torch.Tensor:
+    """A loss for models without one: the mean square of all floating tensors returned.
+
+    Raises:
+        ValueError: The model returns none that depends on its weights.
+    """
+    leaves, _spec = flatten(output)
+    parts = [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+    if not parts:
+        raise ValueError("the model returns no floating tensor")
+    return sum((t.float().square().mean() for t in parts[:2]), torch.zeros(()))
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,196 @@
+"""Custom `torch.autograd.Function`s as operators, so that their own backward survives the capture.
+
+torch.export looks through a Function and keeps the ops of its forward only: whatever its backward does
+(a straight-through estimator, a reversed gradient) would silently become the derivative of the forward.
+While a model is captured every Function of the user therefore becomes an operator of its own, with the
+Function's forward and backward and its arguments that are no tensors built in. The operator's
+definition travels to the workers like that of any other operator of the user's script.
+
+The backward calls the Function once more to get back what its forward kept, and lets autograd run the
+Function's backward; a Function costs a second forward in exchange.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import checkpoint as checkpoint_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphpar.errors import CaptureError
+from graphpar.frontend.torch_private import (
+    OpDefinition,
+    TreeSpec,
+    define_op,
+    flatten,
+    is_random,
+    lookup_op,
+    unflatten,
+)
+
+NAMESPACE = "graphpar_function"
+"""Operators of this namespace are Functions; no module can be imported to define them."""
+_apply: Any = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """One way to call a Function: which of its arguments are tensors, and what the others are.
+
+    Attributes:
+        function: The subclass of `torch.autograd.Function`.
+        spec: Structure of the arguments.
+        plain: For each flat argument its value, None where it is a tensor.
+        tensors: Places of the tensors among the flat arguments.
+        results: Places of the tensors among the results; None where the result is one tensor.
+    """
+
+    function: Any
+    spec: TreeSpec
+    plain: tuple[Any, ...]
+    tensors: tuple[int, ...]
+    results: tuple[int, ...] | None
+
+    def arguments(self, given: tuple[torch.Tensor, ...]) -> Any:
+        """The Function's own arguments with these tensors in their places."""
+        leaves = list(self.plain)
+        for place, tensor in zip(self.tensors, given, strict=True):
+            leaves[place] = tensor
+        return unflatten(leaves, self.spec)
+
+    def call(self, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The tensors among the Function's results."""
+        result = _apply(self.function, *self.arguments(given))
+        return (result,) if self.results is None else tuple(result[i] for i in self.results)
+
+    def forward(self, *given: torch.Tensor) -> Any:
+        """What the operator computes; results never share memory with arguments or each other."""
+        with torch.no_grad():
+            made = self.call(given)
+        seen = {t.untyped_storage()._cdata for t in given}
+        fresh = []
+        for tensor in made:
+            place = tensor.untyped_storage()._cdata
+            fresh.append(tensor.clone() if place in seen else tensor)
+            seen.add(place)
+        return fresh[0] if self.results is None else tuple(fresh)
+
+    def remember(self, ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        """Keep the arguments for the backward."""
+        ctx.save_for_backward(*inputs)
+
+    def backward(self, ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        """Gradients of the tensors, by the Function's own backward."""
+        given = tuple(
+            t.detach().requires_grad_(needed) if t.is_floating_point() or t.is_complex() else t
+            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        )
+        with torch.enable_grad():
+            made = self.call(given)
+        pairs = [
+            (m, g) for m, g in zip(made, gradients, strict=True) if g is not None and m.requires_grad
+        ]
+        wanted = [t for t in given if t.requires_grad]
+        if not pairs or not wanted:
+            return tuple(None for _ in given)
+        outputs, starts = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, starts, allow_unused=True))
+        return tuple(next(found) if t.requires_grad else None for t in given)
+
+
+_known: dict[str, list[FunctionCall]] = {}
+
+
+def operator_for(call: FunctionCall) -> Any:
+    """The torch operator of a call; equal calls share one."""
+    label = "".join(
+        c if c.isalnum() else "_" for c in f"{call.function.__module__}_{call.function.__qualname__}"
+    )
+    calls = _known.setdefault(label, [])
+    if call not in calls:
+        calls.append(call)
+    name = f"{label}_{calls.index(call)}"
+    inputs = ", ".join(f"Tensor x{i}" for i in range(len(call.tensors)))
+    count = 1 if call.results is None else len(call.results)
+    outputs = "Tensor" if call.results is None else f"({', '.join(['Tensor'] * count)})"
+    define_op(
+        OpDefinition(
+            name=f"{NAMESPACE}::{name}",
+            schema=f"({inputs}) -> {outputs}",
+            function=call.forward,
+            fake=call.forward,
+            backward=call.backward,
+            setup_context=call.remember,
+        )
+    )
+    return lookup_op(f"{NAMESPACE}.{name}.default")
+
+
+@contextmanager
+def functions_as_operators() -> Iterator[None]:
+    """Within it, applying a Function of the user records an operator."""
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is checkpoint_module.CheckpointFunction:
+            # Recomputing changes no number; what it would recompute is simply captured.
+            function, _preserve, *rest = args
+            return function(*rest)
+        if cls.__module__.partition(".")[0] == "torch" or kwargs:
+            return _apply(cls, *args, **kwargs)
+        return _record(cls, args)
+
+    original = torch.autograd.Function.__dict__["apply"]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def _record(function: Any, args: tuple[Any, ...]) -> Any:
+    leaves, spec = flatten(args)
+    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    tensors = tuple(leaves[i] for i in places)
+    if not tensors:
+        return _apply(function, *args)
+    plain = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
+    result = _probe(function, args, tensors)
+    parts = result if isinstance(result, (tuple, list)) else (result,)
+    kept = tuple(i for i, part in enumerate(parts) if isinstance(part, torch.Tensor))
+    single = isinstance(result, torch.Tensor)
+    made = operator_for(FunctionCall(function, spec, plain, places, None if single else kept))(*tensors)
+    if single:
+        return made
+    fresh = iter(made)
+    return type(result)(next(fresh) if i in kept else part for i, part in enumerate(parts))
+
+
+class _NoRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses ops that draw random numbers."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.function = function
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_random(func):
+            raise CaptureError(
+                f"The autograd.Function {self.function.__qualname__} draws random numbers ({func}), "
+                "which would depend on the plan. Draw them outside and pass them to it as a tensor."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _probe(function: Any, args: tuple[Any, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
+    """The Function's result, to see how many tensors it has; the ops recorded are dropped as dead."""
+    versions = [t._version for t in tensors]
+    with torch.no_grad(), _NoRandomness(function):
+        result = _apply(function, *args)
+    if any(t._version != v for t, v in zip(tensors, versions, strict=True)):
+        raise CaptureError(
+            f"The autograd.Function {function.__qualname__} changes its arguments in place, which a "
+            "graph without side effects cannot hold. Let it return a new tensor instead."
+        )
+    return result

@@ -1,0 +1,98 @@
+"""What torch.export would drop or freeze without a word, refused by name.
+
+- Gradient hooks: a graph keeps the forward; what a hook does to gradients would be lost.
+- Numbers drawn by NumPy or Python's `random` while the model runs: they would stand in the graph as
+  constants, the same at every step.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphpar.errors import CaptureError
+
+_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def refuse_gradient_hooks(model: nn.Module) -> None:
+    """
+    Raises:
+        CaptureError: A parameter or a submodule has a hook on its gradient; names it.
+    """
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_backward_hooks", None) or getattr(
+            parameter, "_post_accumulate_grad_hooks", None
+        ):
+            raise CaptureError(_hook_text(f"Parameter {name!r}"))
+    for name, module in model.named_modules():
+        if any(getattr(module, kind, None) for kind in _HOOKS):
+            raise CaptureError(_hook_text(f"Module {name or '(top)'!r} ({type(module).__name__})"))
+
+
+def _hook_text(what: str) -> str:
+    return (
+        f"{what} has a hook on its gradient, which a captured graph would silently leave out. Remove the "
+        "hook, or say what it does in an autograd.Function that the model applies: those are kept."
+    )
+
+
+@contextmanager
+def no_tensor_hooks() -> Iterator[None]:
+    """Within it, a model that registers a gradient hook on a value is refused."""
+
+    def refuse(tensor: torch.Tensor, hook: Any) -> Any:
+        raise CaptureError(_hook_text("A value of the model"))
+
+    names = ("register_hook", "register_post_accumulate_grad_hook")
+    before = {name: getattr(torch.Tensor, name) for name in names}
+    for name in names:
+        setattr(torch.Tensor, name, refuse)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch.Tensor, name, function)
+
+
+def host_state() -> tuple[Any, ...]:
+    """Where the host's global random streams stand."""
+    numpy_state: Any = np.random.get_state(legacy=False)
+    return random.getstate(), numpy_state["state"]["pos"], bytes(numpy_state["state"]["key"][:4])
+
+
+def host_randomness(model: nn.Module, call: Callable[[], Any]) -> CaptureError:
+    """The error for a model that drew on the host: names the innermost module that does so."""
+    culprits: list[str] = []
+    names = {id(module): name for name, module in model.named_modules()}
+    entered: list[tuple[Any, ...]] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        entered.append(host_state())
+
+    def after(module: nn.Module, args: Any, result: Any) -> None:
+        if entered and entered.pop() != host_state() and id(module) in names and not culprits:
+            culprits.append(f"{names[id(module)] or '(top)'!r} ({type(module).__name__})")
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(before),
+        nn.modules.module.register_module_forward_hook(after),
+    ]
+    try:
+        with torch.no_grad():
+            call()
+    except Exception:
+        culprits = culprits[:1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return CaptureError(
+        f"Module {culprits[0] if culprits else '(unknown)'} draws random numbers with NumPy or Python's "
+        "random while it runs; a captured graph would hold the same numbers at every step. Switch it off "
+        "(in transformers' configurations: mask_time_prob, mask_feature_prob, layerdrop = 0), or draw "
+        "with torch.rand and pass what must be drawn elsewhere as an input."
+    )

@@ -1,0 +1,345 @@
+"""Random inputs for any model of transformers, from the signature of its forward and its configuration.
+
+What an input is called says what it holds, its sizes come from the configuration. Where the name leaves
+several shapes open (sound may be samples or spectra, pictures may be films), there are several
+candidates: the first that the model accepts is right.
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+IGNORED = -100
+"""The label that transformers leaves out of its losses."""
+_SAMPLES_PER_FRAME = 320
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What inputs should be like.
+
+    Attributes:
+        batch: Samples.
+        length: Tokens per sample.
+        labels: Whether labels are wanted where the model takes them; some of them are ignored.
+        mask: Whether samples end in padding that `attention_mask` hides.
+        words: Range of ids of ordinary words.
+        seed: Of the random numbers.
+    """
+
+    batch: int
+    length: int
+    labels: bool = True
+    mask: bool = True
+    words: tuple[int, int] | None = None
+    seed: int = 0
+
+
+def candidate_inputs(model: nn.Module, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    """Keyword arguments that the model may accept, the likeliest first; none if there is nothing known.
+
+    They lie on the model's device; on the meta device they have no values.
+    """
+    for variant in range(_VARIANTS):
+        try:
+            made = _Maker(model, wanted, variant).inputs()
+        except Exception:  # a shape that the model's own helper functions refuse is no candidate
+            continue
+        if made:
+            yield made
+
+
+_VARIANTS = 5
+"""The last one is text alone, where a model takes it."""
+
+
+class _Maker:
+    """Makes one set of inputs."""
+
+    def __init__(self, model: nn.Module, wanted: Wanted, variant: int) -> None:
+        self.model: Any = model
+        self.config: Any = model.config
+        self.wanted, self.variant = wanted, variant
+        self.accepted: Mapping[str, inspect.Parameter] = inspect.signature(model.forward).parameters
+        self.main = getattr(model, "main_input_name", "input_ids")
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        first = next(tensors, torch.empty(0))
+        self.device = first.device
+        self.generator = (
+            None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(wanted.seed)
+        )
+        self.kind = type(model).__name__
+
+    # --- putting together ---
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of one call."""
+        made: dict[str, Any] = {}
+        for name in self._names():
+            value = self._value(name)
+            if value is not None:
+                made[name] = value
+        self._place_pictures_in_text(made)
+        if self.wanted.labels:
+            self._add_labels(made)
+        if getattr(self.config, "is_encoder_decoder", False) and "labels" not in made:
+            if "decoder_input_ids" in self.accepted:
+                made["decoder_input_ids"] = self._words()
+        return made
+
+    def _names(self) -> list[str]:
+        """Inputs the model needs, and the further ones that make a call typical."""
+        needed = [
+            name
+            for name, parameter in self.accepted.items()
+            if parameter.default is inspect.Parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+        if self.variant == 4:
+            if "input_ids" not in self.accepted or self.main not in ("input_ids", *needed):
+                raise LookupError("input_ids")
+            return ["input_ids", *(["attention_mask"] if self._takes_mask() else [])]
+        names = [n for n in ("input_ids", "pixel_values", "input_features", "input_values")
+                 if n in self.accepted]  # fmt: skip
+        if self.main in self.accepted and self.main not in names:
+            names.append(self.main)
+        names += [n for n in needed if n not in names]
+        names += [n for n in ("future_values", "future_time_features")
+                  if n in self.accepted and n not in names]  # fmt: skip
+        if "bbox" in self.accepted and "bbox" not in names:
+            names.append("bbox")
+        if "input_ids" in names and self._takes_mask() and "attention_mask" not in names:
+            names.append("attention_mask")
+        return names
+
+    def _takes_mask(self) -> bool:
+        return self.wanted.mask and "attention_mask" in self.accepted
+
+    def _value(self, name: str) -> Any:
+        if name == "attention_mask":
+            return self._mask()
+        if name in ("input_ids", "decoder_input_ids") or name.endswith("input_ids"):
+            return self._words()
+        if name.startswith("pixel_values"):
+            return self._pixels()
+        if name in ("input_values", "input_features", "audio_values"):
+            return self._sound(name)
+        if name == "bbox":
+            return self._integers(100, self.wanted.batch, self.wanted.length, 4).sort(-1).values
+        if name.startswith(("past_", "future_")):
+            return self._series(name)
+        if name.endswith("_mask"):
+            return self._ones(self.wanted.batch, self.wanted.length)
+        if name in ("inputs_embeds", "hidden_states", "encoder_hidden_states"):
+            return self._floats(
+                self.wanted.batch, self.wanted.length, _number(self.config, "hidden_size")
+            )
+        raise LookupError(name)
+
+    # --- text ---
+
+    def _text_config(self) -> Any:
+        inner = getattr(self.config, "text_config", None) or getattr(self.config, "thinker_config", None)
+        return inner if inner is not None and not hasattr(self.config, "vocab_size") else self.config
+
+    def _words(self) -> torch.Tensor:
+        low, high = self.wanted.words or (0, _number(self._text_config(), "vocab_size"))
+        return self._integers(high - low, self.wanted.batch, self.wanted.length) + low
+
+    def _mask(self) -> torch.Tensor:
+        """Ones and then zeros; the first sample is full, the last ones are shorter and shorter."""
+        batch, length = self.wanted.batch, self.wanted.length
+        mask = self._ones(batch, length)
+        if self.device.type != "meta":
+            for sample in range(1, batch):
+                mask[sample, length - min(sample, length // 2) :] = 0
+        return mask
+
+    def _place_pictures_in_text(self, made: dict[str, Any]) -> None:
+        """Put in the text, for each picture, as many placeholders as the model makes features of it."""
+        token = _first(self.config, "image_token_id", "image_token_index")
+        if "input_ids" not in made or "pixel_values" not in made or token is None:
+            return
+        features = getattr(self.model, "get_image_features", None)
+        if features is None or self.device.type == "meta":
+            return
+        sizes = [n for n in inspect.signature(features).parameters if n in made]
+        with torch.no_grad():
+            found = features(**{n: made[n] for n in sizes})
+        batch = self.wanted.batch
+        count = _num_features(found, batch, getattr(self._text_config(), "hidden_size", 0))
+        if not count:
+            return
+        ids = self._integers(8, batch, self.wanted.length + count) + (self.wanted.words or (10, 0))[0]
+        ids[:, 1 : 1 + count] = token
+        made["input_ids"] = ids
+        if "attention_mask" in made:
+            made["attention_mask"] = torch.ones_like(ids)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in self.accepted and self.accepted[name].default is not inspect.Parameter.empty:
+                made[name] = (ids == token).long()
+
+    # --- pictures, films, sound ---
+
+    def _pixels(self) -> torch.Tensor:
+        config = _with_field(getattr(self.config, "vision_config", None) or self.config, "image_size")
+        size = getattr(config, "image_size", None)
+        if not isinstance(size, (int, list, tuple)) or not size:
+            size = (64, 224, 32, 384, 64)[self.variant]
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
+        if not isinstance(channels, int):
+            channels = 3
+        frames = getattr(config, "num_frames", None)
+        if frames and self.variant < 2:
+            return self._floats(self.wanted.batch, frames, channels, height, width)
+        if self.variant == 3:
+            return self._floats(self.wanted.batch, 1, channels, height, width)
+        return self._floats(self.wanted.batch, channels, height, width)
+
+    def _sound(self, name: str) -> torch.Tensor:
+        config = getattr(self.config, "audio_config", None) or self.config
+        bins = _first(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_size")
+        frames = _first(config, "max_length", "max_source_positions")
+        batch, samples = self.wanted.batch, 10 * _SAMPLES_PER_FRAME
+        plain = ((batch, samples), (batch, 1, samples), (batch, samples // 10, 80), (batch, 1, 64, 64))
+        if not isinstance(bins, int):
+            return self._floats(*plain[self.variant])
+        length = frames if isinstance(frames, int) else 64
+        shapes: tuple[tuple[int, ...], ...] = (
+            (batch, bins, 2 * length),
+            (batch, length, bins),
+            (batch, 2 * length, bins),
+            (batch, 1, length, bins),
+            (batch, samples),
+        )
+        if name == "input_values":
+            shapes = (shapes[1], shapes[4], shapes[0], shapes[2], shapes[3])
+        return self._floats(*shapes[self.variant])
+
+    def _series(self, name: str) -> torch.Tensor:
+        """Values of a time series, what is known of each time, or which values were observed."""
+        lags = _first(self.config, "lags_sequence") or [0]
+        length = _number(self.config, "context_length", "seq_length", "input_size") + max(lags)
+        if name.startswith("future_"):
+            length = _number(self.config, "prediction_length")
+        batch = self.wanted.batch
+        if name.endswith("time_features"):
+            ages = 1 if _first(self.config, "lags_sequence") else 0
+            return self._floats(batch, length, _number(self.config, "num_time_features") + ages)
+        channels = _first(self.config, "num_input_channels", "input_size") or 1
+        one_series = channels == 1 or self.variant % 2
+        shape = (batch, length) if one_series else (batch, length, channels)
+        return torch.ones(shape, device=self.device) if name.endswith("mask") else self._floats(*shape)
+
+    # --- labels ---
+
+    def _add_labels(self, made: dict[str, Any]) -> None:
+        if "return_loss" in self.accepted:
+            made["return_loss"] = True
+        elif "labels" in self.accepted:
+            labels = self._labels(made)
+            if labels is not None:
+                made["labels"] = labels
+        elif {"start_positions", "end_positions"} <= self.accepted.keys():
+            for name in ("start_positions", "end_positions"):
+                made[name] = self._integers(self.wanted.length, self.wanted.batch)
+
+    def _labels(self, made: Mapping[str, Any]) -> torch.Tensor | None:
+        classes = getattr(self.config, "num_labels", 2)
+        batch, kind = self.wanted.batch, self.kind
+        if kind.endswith(("SequenceClassification", "ImageClassification", "VideoClassification",
+                          "ImageClassificationWithTeacher")):  # fmt: skip
+            return self._integers(classes, batch)
+        if kind.endswith("TokenClassification"):
+            return self._some_ignored(self._integers(classes, batch, self.wanted.length))
+        if kind.endswith(("SemanticSegmentation", "DepthEstimation")):
+            height, width = made[self.main].shape[-2:]
+            if kind.endswith("DepthEstimation"):
+                return None
+            return self._integers(classes, batch, height, width)
+        if "Classification" in kind:
+            return self._integers(classes, batch)
+        if "input_ids" in made and not getattr(self.config, "is_encoder_decoder", False):
+            return self._some_ignored(made["input_ids"].clone())
+        if kind.endswith(("LM", "ForConditionalGeneration", "LMHeadModel", "Seq2Seq", "Text2Text")):
+            return self._some_ignored(self._words())
+        return None
+
+    def _some_ignored(self, labels: torch.Tensor) -> torch.Tensor:
+        """Unequally many labels are ignored in each sample."""
+        if self.device.type != "meta":
+            for sample in range(labels.shape[0]):
+                labels[sample, : 1 + sample % max(labels.shape[1] - 2, 1)] = IGNORED
+        return labels
+
+    # --- tensors ---
+
+    def _integers(self, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, device=self.device, generator=self.generator)
+
+    def _floats(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, generator=self.generator)
+
+    def _ones(self, *shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.long, device=self.device)
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of the fields that is set, in the configuration or else in one inside it."""
+    for part in _parts(config):
+        for name in names:
+            value = _read(part, name)
+            if value is not None:
+                return value
+    return None
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """The configuration, then those inside it."""
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        inner = _read(config, name)
+        if inner is not None and not isinstance(inner, Mapping):
+            yield from _parts(inner)
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers has an error of its own for fields that differ between layers
+        return None
+
+
+def _with_field(config: Any, name: str) -> Any:
+    """The part of a configuration that has a field, the whole where none has."""
+    return next((part for part in _parts(config) if _read(part, name) is not None), config)
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first of the fields that is a whole number.
+
+    Raises:
+        LookupError: None is.
+    """
+    value = _first(config, *names)
+    if not isinstance(value, int):
+        raise LookupError(names)
+    return value
+
+
+def _num_features(found: Any, batch: int, width: int) -> int:
+    """How many places in the text one picture takes, from what the model makes of a batch of them."""
+    value = getattr(found, "pooler_output", None) if not isinstance(found, torch.Tensor) else found
+    if value is None:
+        value = found[0]
+    if isinstance(value, (list, tuple)):
+        return int(
+            sum(v.shape[0] if v.ndim == 2 else v[0].numel() // v.shape[-1] for v in value) // batch
+        )
+    return int(value.numel() // value.shape[-1] // batch)

@@ -1,0 +1,55 @@
+"""How far two results are apart, and what counts as rounding."""
+
+from collections.abc import Mapping
+
+import torch
+
+FLOAT32_ROUNDING = 1e-4
+"""Largest difference, relative to the largest value compared, that counts as rounding.
+
+Sums over microbatches and ranks add the same float32 terms in another order.
+"""
+_NOISE_FLOOR = 1e-3
+"""Gradients this much smaller than the largest of all are compared with this part of the largest."""
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
+    """Largest difference, relative to the largest magnitude in `b` (at least `floor`).
+
+    >>> round(relative_difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])), 3)
+    0.2
+    """
+    if a.shape != b.shape:
+        return float("inf")
+    if not b.numel() or not (b.is_floating_point() or b.is_complex()):
+        return 0.0 if torch.equal(a, b) else float("inf")
+    finite = torch.isfinite(b)
+    if not bool(finite.all()):
+        odd, other = a[~finite], b[~finite]
+        if not bool(((odd == other) | ((odd != odd) & (other != other))).all()):
+            return float("inf")
+        a, b = a[finite], b[finite]
+        if not b.numel():
+            return 0.0
+    wide = torch.complex128 if b.is_complex() else torch.float64
+    largest = max(float(b.abs().max()), floor)
+    difference = float((a.to(wide) - b.to(wide)).abs().max())
+    if difference == 0.0:
+        return 0.0
+    return difference / largest if largest > 0 else float("inf")
+
+
+def compare_gradients(
+    got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> tuple[str, float]:
+    """The parameter whose gradient differs most, and by how much."""
+    largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
+    worst, difference = "", 0.0
+    for name, gradient in wanted.items():
+        if name in got:
+            own = relative_difference(got[name], gradient, _NOISE_FLOOR * largest)
+        else:
+            own = 0.0 if not bool(gradient.any()) else float("inf")
+        if own > difference or own != own:
+            worst, difference = name, own
+    return worst, difference

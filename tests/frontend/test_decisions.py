@@ -1,0 +1,69 @@
+"""Branches on values: taken as in the example batch, checked at every step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from one_device import Calls, assert_as_eager, assert_close, in_parts, ready
+from torch import Tensor, nn
+
+from graphpar.errors import CaptureError, RunError
+
+X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
+NOT_A_NUMBER = torch.full_like(X, torch.nan)
+
+CASES: list[tuple[Callable[[Calls, Tensor, Tensor], Any], tuple[Tensor, Tensor], bool]] = [
+    (lambda s, h, y: h.pow(2).mean() if torch.isfinite(h).all() else h.sum(), (NOT_A_NUMBER, Y), True),
+    (lambda s, h, y: h.sum() if (y > 5).any() else h.pow(2).mean(), (X, Y + 9), True),
+    (lambda s, h, y: h.sum() if (y > 2).any().item() else h.pow(2).mean(), (X, Y - 9), True),
+    (lambda s, h, y: h[:, : int(y[-1])].pow(2).mean(), (X, Y - 1), False),
+    (lambda s, h, y: h.pow(2).mean() * max(1.0, float(y.float().mean())), (X, Y + 1), False),
+]
+
+
+@pytest.mark.parametrize(("function", "other", "splits"), CASES)
+def test_the_way_of_the_example_is_taken_and_checked(
+    function: Any, other: tuple[Tensor, Tensor], splits: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = assert_as_eager(Calls(function), (X, Y))
+    assert "test_decisions.py:" in caplog.text
+    assert (made.reason == "") == splits
+    if splits:
+        assert_close(in_parts(made, (X, Y), (1, 3)), in_parts(made, (X, Y), (4,)))
+    with pytest.raises(RunError, match=r"branches on values at test_decisions.py:\d+.*Compile again"):
+        made.device().forward(other, {})
+
+
+def test_inference_is_checked_too() -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.norm(self.first(x))
+            if torch.isinf(h).any():
+                h = h.clamp(-1, 1)
+            return {"positive": h > 0, "h": h}
+
+    model = Clamped()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    made = ready(model, (X,), loss=None, training=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert len(made.device().forward((X,), {})) == 2
+    with pytest.raises(RunError, match="was captured for False"):
+        made.device().forward((X.masked_fill(torch.eye(4) > 0, torch.inf),), {})
+
+
+def test_a_branch_at_random_is_refused() -> None:
+    def skip(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        return h.pow(2).mean() if torch.rand([]) < 0.5 else h.sum()
+
+    with pytest.raises(CaptureError, match=r"test_decisions.py:\d+ decides at random"):
+        ready(Calls(skip), (X, Y))
+
+
+def test_a_shape_that_depends_on_data_is_refused() -> None:
+    with pytest.raises(CaptureError, match="depend"):
+        ready(Calls(lambda s, h, y: h[h.sum(1) > 0].sum()), (X, Y))

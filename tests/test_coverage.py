@@ -1,0 +1,111 @@
+"""The coverage harness: any architecture by name, failures and hangs of one leave the others alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from coverage_model import build_tiny  # noqa: E402 - benchmarks are no package
+from tiny_configs import STYLES, tiny_config, with_dropout, without_randomness  # noqa: E402
+
+from graphpar.hf_architectures import find_architecture, head_classes  # noqa: E402
+
+
+def rows(*arguments: str) -> list[dict[str, Any]]:
+    """What the harness prints for these arguments, and nothing else."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "coverage.py"), "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    return found
+
+
+def test_each_name_has_a_row_whatever_happens_to_the_others() -> None:
+    found = rows("--workers", "2", "NoSuchModel", "GPT2")
+    assert [(row["name"], row["status"], row["stage"]) for row in found] == [
+        ("NoSuchModel", "fail", "model"),
+        ("GPT2", "pass", "done"),
+    ]
+    assert "has no architecture 'NoSuchModel'" in found[0]["reason"]
+    assert found[1]["max_error"] < 1e-5 and found[1]["seconds"] > 0
+    assert found[1]["modes"] == ["eval", "train", "dropout"]
+    assert set(found[1]["stages"]) == {2}
+
+
+def test_one_that_takes_too_long_fails_and_the_next_goes_on() -> None:
+    found = rows("--time-limit", "0.01", "Llama", "Bert")
+    assert [row["status"] for row in found] == ["fail", "fail"]
+    assert all("no end after" in row["reason"] for row in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("llama", "Llama"),
+        ("GPT2", "GPT2"),
+        ("gpt-2", "GPT2"),
+        ("DeBERTa-v2", "DebertaV2"),
+        ("T5Config", "T5"),
+    ],
+)
+def test_architectures_are_found_however_they_are_spelt(name: str, found: str) -> None:
+    assert find_architecture(name).name == found
+
+
+def test_an_unknown_architecture_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'Lama'; the nearest are .*llama"):
+        find_architecture("Lama")
+
+
+def test_heads_come_before_the_bare_model() -> None:
+    names = [c.__name__ for c in head_classes(find_architecture("Bart"), is_encoder_decoder=True)]
+    assert names[0] == "BartForConditionalGeneration" and "BartModel" in names
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama", "Qwen3", "T5", "Swin", "CLIP", "DeepseekV3", "Whisper", "Segformer"]
+)
+def test_configurations_stay_consistent_when_they_shrink(name: str) -> None:
+    config = tiny_config(find_architecture(name).config_class, STYLES[0])
+    text = config.to_dict()
+    width, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    if isinstance(width, int) and isinstance(heads, int):
+        assert width % heads == 0 and width <= 128
+    assert not [
+        k for k, v in without_randomness(config).to_dict().items() if "drop" in k and v and v is not True
+    ]
+    assert with_dropout(config) is config
+
+
+@pytest.mark.parametrize("name", ["Bert", "Mixtral", "ViT"])
+def test_tiny_models_run_and_have_no_zero_weights(name: str) -> None:
+    built = build_tiny(name)
+    assert built.loss and sum(p.numel() for p in built.model.parameters()) < 1_000_000
+    assert all(bool(p.any()) for p in built.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_architectures_of_every_sort_pass() -> None:
+    names = [
+        "Albert",
+        "Gemma2",
+        "T5",
+        "Olmoe",
+        "Mamba",
+        "ResNet",
+        "CLIP",
+        "Wav2Vec2",
+        "ProphetNet",
+        "Vivit",
+    ]
+    failed = {row["name"]: row["reason"] for row in rows(*names) if row["status"] != "pass"}
+    assert not failed
