@@ -4,8 +4,8 @@
 
 Every variant trains the same GPT on the same batch with SGD, on one thread. Rounds are interleaved, so
 that whatever disturbs the machine disturbs all alike; ratios are medians over rounds of times within a
-round. "Equal error" is the loosest budget whose measured error is no larger than autocast's (by 2 %). Errors are
-relative, of the loss and of all gradients together in the Euclidean norm, against float32.
+round. "Equal error" is the loosest budget whose measured error is no larger than autocast's (by 2 %).
+Errors are relative, of the loss and of all gradients together in the Euclidean norm, against float32.
 """
 
 import copy

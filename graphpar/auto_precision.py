@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, CutEdge
 from graphpar.device import Device
+from graphpar.ir.formats import PARTLY, base_format
 from graphpar.partition.formats import (
     Errors,
     FormatChoice,
@@ -94,14 +95,14 @@ def _agreed(
 def lower_formats(device: Device) -> tuple[str, ...]:
     """Lower formats worth considering on a device: what has fast units for them."""
     if device.is_local_cpu:
-        return ("bfloat16",)
+        return ("bfloat16", "bfloat16_linear")
     return tuple(f for f in formats_of(device) if f in ("bfloat16", "float16"))
 
 
 def candidate_formats(cluster: Cluster) -> tuple[str, ...]:
     """Lower formats worth considering anywhere in a cluster."""
     found = {f for device in cluster.devices for f in lower_formats(device)}
-    return tuple(f for f in ("bfloat16", "float16") if f in found)
+    return tuple(f for f in ("bfloat16", "float16", "bfloat16_linear") if f in found)
 
 
 def check_budget(budget: float) -> None:
@@ -264,18 +265,21 @@ class _Search:
             last=stage.last,
             most_microbatches=max(r.microbatches for r in stage.replicas),
             seconds=tuple(
-                {
-                    f: self._unit_s(self.tables[f], stage, unit, size)
-                    for f in allowed
-                    if f == "float32" or f in self.errors[unit]
-                }
-                for unit in range(stage.first, stage.last)
+                self._seconds(stage, unit, size, allowed) for unit in range(stage.first, stage.last)
             ),
             cast_s=tuple(
                 max(self.pricing.cast_s(d, wide.cut_bytes(unit, size)[0] / 4) for d in devices)
                 for unit in range(stage.first, stage.last)
             ),
         )
+
+    def _seconds(
+        self, stage: StageChoice, unit: int, size: int, allowed: Sequence[str]
+    ) -> dict[str, float]:
+        """Seconds of a unit by format; a partly lower format only where it differs from its base."""
+        known = [f for f in allowed if f == "float32" or f in self.errors[unit]]
+        seconds = {f: self._unit_s(self.tables[f], stage, unit, size) for f in known}
+        return {f: s for f, s in seconds.items() if f not in PARTLY or s != seconds.get(base_format(f))}
 
     def _unit_s(self, table: CostTable, stage: StageChoice, unit: int, size: int) -> float:
         """Seconds of one microbatch of a unit on the slowest replica."""

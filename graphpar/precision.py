@@ -10,7 +10,7 @@ from graphpar.cost import CostTable
 from graphpar.device import Device
 from graphpar.errors import ClusterError
 from graphpar.ir.chain import Chain, extended
-from graphpar.ir.formats import FORMATS, PLANNED_ONLY
+from graphpar.ir.formats import FORMATS, PLANNED_ONLY, base_format
 from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition, StageChoice
 from graphpar.passes.casts import AssignFormats, InsertCasts
@@ -184,7 +184,8 @@ def labelled(table: CostTable, formats: Formats) -> CostTable:
     named = []
     for mode in table.every_mode:
         devices = [d for k in mode.members for d in table.device_classes[k].devices]
-        lower = {f for d in devices for f in formats.by_device.get(d, ()) if f != "float32"}
+        units = (f for d in devices for f in formats.by_device.get(d, ()))
+        lower = {base_format(f) for f in units if f != "float32"}
         named += [replace(mode, precision=f) for f in sorted(lower)]
     return replace(table, modes=(*table.modes, *named))
 
@@ -197,8 +198,8 @@ def with_formats(found: Partition, formats: Formats) -> Partition:
         lower = [f for f in mine if f != "float32"]
         if not lower:
             return stage
-        same = len(set(mine)) == 1
-        return replace(stage, precision=lower[0], unit_formats=() if same else mine)
+        plain = len(set(mine)) == 1 and mine[0] in FORMATS
+        return replace(stage, precision=base_format(lower[0]), unit_formats=() if plain else mine)
 
     pipelines = tuple(
         replace(pipeline, stages=tuple(map(chosen, pipeline.stages))) for pipeline in found.pipelines

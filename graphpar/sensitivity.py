@@ -22,8 +22,9 @@ from torch import nn
 from graphpar.calibration import cache_path, fingerprint
 from graphpar.frontend.capture import Captured
 from graphpar.ir.chain import Chain
-from graphpar.ir.formats import ROUNDOFF, role_of
+from graphpar.ir.formats import ATTENTION, PARTLY, ROUNDOFF, base_format, role_of
 from graphpar.ir.graph import Graph
+from graphpar.ir.optable import packet
 from graphpar.partition.formats import Errors
 from graphpar.runtime.merge import check_inputs
 from graphpar.runtime.reference import OneDevice
@@ -200,6 +201,10 @@ def _measured(
             if time.monotonic() - began_s > budget_s:
                 left += 1
                 continue
+            if f in PARTLY and not _has_attention(trial, unit):
+                base = PARTLY[f]
+                errors[f][unit], sources[f][unit] = errors[base][unit], sources[base][unit]
+                continue
             marked = ["float32"] * trial.num_units
             marked[unit] = f
             errors[f][unit], sources[f][unit] = runs.errors(tuple(marked)), "measured"
@@ -221,6 +226,10 @@ def _measured(
     return found, not left
 
 
+def _has_attention(trial: Trial, unit: int) -> bool:
+    return any(packet(trial.graph[name]) in ATTENTION for name in trial.chain.units[unit].ops)
+
+
 def estimated(graph: Graph, chain: Chain, formats: Sequence[str]) -> Sensitivities:
     """Errors from rounding alone: that of the format, once for each product, as independent errors."""
     counts = []
@@ -230,11 +239,15 @@ def estimated(graph: Graph, chain: Chain, formats: Sequence[str]) -> Sensitiviti
     guess: Source = "estimated"
     guessed = (guess,) * len(counts)
     return Sensitivities(
-        {f: tuple((ROUNDOFF[f] * c, ROUNDOFF[f] * c) for c in counts) for f in formats},
+        {f: tuple((_roundoff(f) * c, _roundoff(f) * c) for c in counts) for f in formats},
         dict.fromkeys(formats, guessed),
         0,
         "errors estimated from the formats' rounding, since there are no weights to run",
     )
+
+
+def _roundoff(unit_format: str) -> float:
+    return ROUNDOFF[base_format(unit_format)]
 
 
 def true_errors(

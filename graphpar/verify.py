@@ -20,7 +20,7 @@ from graphpar.compiler import (
 )
 from graphpar.compiler import compile as compile_model
 from graphpar.frontend.torch_private import flatten
-from graphpar.ir.formats import ROUNDOFF
+from graphpar.ir.formats import ROUNDOFF, base_format
 from graphpar.plans import Plan
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
@@ -134,7 +134,7 @@ def rounding_of(plan: Plan) -> float:
     their rounding.
     """
     stages = [stage for pipeline in plan.partition.pipelines for stage in pipeline.stages]
-    roundoff = max(ROUNDOFF[f] for stage in stages for f in stage.formats)
+    roundoff = max(ROUNDOFF[base_format(f)] for stage in stages for f in stage.formats)
     return max(FLOAT32_ROUNDING, _LOWER_ROUNDING * roundoff)
 
 

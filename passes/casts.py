@@ -4,7 +4,16 @@ from dataclasses import dataclass, field, replace
 
 from graphpar.errors import VerifyError
 from graphpar.ir.chain import build_chain
-from graphpar.ir.formats import FORMATS, LARGEST, feeds_islands, format_of, role_of, wire_format
+from graphpar.ir.formats import (
+    FORMATS,
+    LARGEST,
+    PARTLY,
+    feeds_islands,
+    format_in,
+    format_of,
+    role_of,
+    wire_format,
+)
 from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Argument, Op, Ref, Symbol, TensorType, map_arguments
 
@@ -41,7 +50,7 @@ class AssignFormats:
         lower = {f for f in self.unit_formats if f != "float32"}
         if not lower:
             return graph
-        unknown = sorted(lower - set(FORMATS))
+        unknown = sorted(lower - {*FORMATS, *PARTLY})
         if unknown:
             raise VerifyError(f"Pass formats knows {', '.join(FORMATS)}, not {unknown[0]!r}.")
         units = build_chain(graph).units
@@ -51,7 +60,7 @@ class AssignFormats:
                 f"but the graph has {len(units)}."
             )
         marks = {
-            name: unit_format
+            name: format_in(unit_format, graph[name])
             for unit, unit_format in zip(units, self.unit_formats, strict=True)
             for name in unit.ops
         }

@@ -30,6 +30,13 @@ FORMATS = ("float32", "bfloat16", "float16")
 PLANNED_ONLY = ("float8_e4m3fn",)
 """Formats that can be priced, but not run."""
 
+PARTLY = {"bfloat16_linear": "bfloat16"}
+"""Formats of units, not of ops: products with weights are lower, attention stays in float32.
+
+Some CPUs have fast lower products but compute lower attention, its backward above all, more slowly
+than float32's.
+"""
+
 LARGEST = {"bfloat16": 3.3895313892515355e38, "float16": 65504.0, "float8_e4m3fn": 448.0}
 """The largest finite value of each lower format."""
 
@@ -43,6 +50,7 @@ _PRODUCTS = frozenset(
     _grouped_mm grouped_mm
     """.split()
 )
+ATTENTION = frozenset({"scaled_dot_product_attention", "gp.attention"})
 _MAGNIFYING = frozenset(
     """
     acos acosh asin asinh atanh cosh digamma erfinv exp exp2 expm1 i0 igamma igammac lgamma log log10
@@ -70,6 +78,22 @@ LOSSES = frozenset(
     """.split()
 )
 """Operators that must not get operands rounded on their way to them."""
+
+
+def base_format(unit_format: str) -> str:
+    """The number format that a unit's format is about.
+
+    >>> base_format("bfloat16_linear"), base_format("float16")
+    ('bfloat16', 'float16')
+    """
+    return PARTLY.get(unit_format, unit_format)
+
+
+def format_in(unit_format: str, op: Op) -> str:
+    """The format that an op is told to compute in, in a unit of a format."""
+    if unit_format in PARTLY and packet(op) in ATTENTION:
+        return "float32"
+    return base_format(unit_format)
 
 
 def role_of(op: Op) -> Role:

@@ -8,6 +8,7 @@ from torch import nn
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
 from graphpar.frontend.capture import Captured
+from graphpar.ir.formats import base_format
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.program import EmulatedLink, Slice, WorkerSetup
 from graphpar.runtime.slices import take
@@ -71,8 +72,8 @@ def rank_starts(
 
 def _uses_float16(lowered: Lowered) -> bool:
     """Whether any stage of any pipeline computes in float16."""
-    pipelines = lowered.partition.pipelines
-    return any("float16" in stage.formats for pipeline in pipelines for stage in pipeline.stages)
+    stages = [stage for pipeline in lowered.partition.pipelines for stage in pipeline.stages]
+    return any("float16" in map(base_format, stage.formats) for stage in stages)
 
 
 def sliced(tensor: torch.Tensor, cut: Slice | None) -> torch.Tensor:

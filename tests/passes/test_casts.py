@@ -121,6 +121,27 @@ def test_a_cast_back_is_no_cast() -> None:
     assert (graph["i"].target, graph["i"].operands()) == ("aten.alias.default", ("h",))
 
 
+def test_attention_may_stay_behind() -> None:
+    """In a partly lower unit attention is float32, and what goes into it is cast once per value."""
+    captured = parse_graph("""graph captured "Heads" batch=2
+%x = input("x") : float32[B,3,8]
+%w = parameter("w") : float32[8,8] {grad=true}
+%q = aten.linear.default(%x, %w) : float32[B,3,8] {grad=true}
+%v = aten.view.default(%q, (B, 3, 2, 4)) : float32[B,3,2,4] {grad=true}
+%a = aten.scaled_dot_product_attention.default(%v, %v, %v) : float32[B,3,2,4] {grad=true}
+%r = aten.reshape.default(%a, (B, 3, 8)) : float32[B,3,8] {grad=true}
+%y = aten.linear.default(%r, %w) : float32[B,3,8] {grad=true}
+%output = output((%y,))
+""")
+    units = len(build_chain(captured).units)
+    marked = AssignFormats(("bfloat16_linear",) * units).run(captured)
+    graph = InsertCasts(takes="captured", gives="captured").run(marked)
+    assert [graph[n].type.dtype for n in "qvary"] == ["bfloat16", *("float32",) * 3, "bfloat16"]
+    assert sorted(op.name for op in graph.ops if op.made_by == "casts") == [
+        "q_float32", "r_bfloat16", "w_bfloat16", "x_bfloat16", "y_float32",
+    ]  # fmt: skip
+
+
 def test_unknown_formats_and_wrong_counts_are_refused() -> None:
     captured = parse_graph(BLOCK.replace("placed", "captured").replace(", stage=0", "").replace(
         ", stage=1", "").replace('format="bfloat16", ', ""))  # fmt: skip
