@@ -18,7 +18,8 @@ from graphpar.auto_precision import (
 )
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, PricingOptions
+from graphpar.cost import CostTable, PricingOptions, StageOptions
+from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.work import Kernel
@@ -363,7 +364,11 @@ def plan_prepared(
     }
 
     def table_of(formats: Formats) -> CostTable:
-        return price(prepared, cluster, train=train, calibration=calibration, formats=formats)
+        table = price(prepared, cluster, train=train, calibration=calibration, formats=formats)
+        if train is not None and not prepared.batch_reason and formats.all_float32:
+            # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
+            return with_modes(table, StageOptions(recompute=True))
+        return table
 
     def solve(table: CostTable) -> Partition:
         return partition_chain(
@@ -509,7 +514,9 @@ def lower(
         if cluster is None:
             raise ValueError("A partition with tensor groups is lowered for a cluster; give cluster=.")
         local = member_graphs(graph, tuple(graphs), found, cluster, training, like, train)
-    return Lowered(found, tuple(graphs), training, local=local)
+    again = any(stage.recompute for pipeline in found.pipelines for stage in pipeline.stages)
+    units = tuple(unit.ops for unit in build_chain(graph).units) if again else ()
+    return Lowered(found, tuple(graphs), training, local=local, units=units)
 
 
 def optimizer_state(train: Training) -> float:

@@ -10,6 +10,8 @@ from torch import nn
 
 from graphpar.cluster import Cluster
 from graphpar.compiler import Prepared, as_cluster, plan_of, prepare, price, subject_of
+from graphpar.cost import StageOptions
+from graphpar.cost_models.modes import with_modes
 from graphpar.ir.chain import Chain, Unit, free_ops
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
@@ -93,10 +95,12 @@ def force(
     cluster: Cluster | Mapping[str, Any] | None = None,
     prepared: Prepared | None = None,
     by_op: bool = False,
+    recompute: bool = False,
 ) -> Forced:
     """Capture a model and give its units to the pipelines asked for.
 
-    With `by_op` every op is a unit of its own, so that cuts are possible anywhere.
+    With `by_op` every op is a unit of its own, so that cuts are possible anywhere. With `recompute` all
+    stages compute what is inside their units again for the backward.
     """
     prepared = prepared or prepare(model, args, kwargs or {}, train)
     count = sum(_num_devices(line) for line in lines)
@@ -104,9 +108,15 @@ def force(
     if by_op:
         prepared = replace(prepared, chain=finest_chain(prepared.graph))
     table = price(prepared, where, train=train, precision="float32", calibration=None)
+    if recompute:
+        table = with_modes(table, StageOptions(recompute=True))
     names = iter(device.name for device in where.devices)
     units = len(prepared.chain.units)
     pipelines = tuple(_pipeline(line, units, prepared.graph.batch, lambda: next(names)) for line in lines)
+    if recompute:
+        pipelines = tuple(
+            replace(p, stages=tuple(replace(s, recompute=True) for s in p.stages)) for p in pipelines
+        )
     found = handmade(pipelines, schedule)
     if by_op:
         lower = partial(lower_by_op, training=train is not None)

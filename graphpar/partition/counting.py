@@ -59,7 +59,10 @@ class CountingLimits:
 
 
 class CountingProgram:
-    """The programme of one setting; its columns do not depend on any limit."""
+    """The programme of one setting; its columns do not depend on any limit.
+
+    `counts` are the devices of each cell that the pipeline may use, all by default.
+    """
 
     def __init__(
         self,
@@ -69,13 +72,15 @@ class CountingProgram:
         setting: Setting,
         repeats: Repeats,
         limits: CountingLimits,
+        counts: Sequence[int] | None = None,
     ) -> None:
         self._cells = cells
+        self._counts = tuple(cells.counts if counts is None else counts)
         self._repeats = repeats
         self._limits = limits
         self._options = tuple(options)
         self._num_units = table.num_units
-        self._devices = sum(cells.counts)
+        self._devices = sum(self._counts)
         self._take = np.array([o.take for o in options], dtype=np.intp)
         self._width = np.array([o.width for o in options], dtype=np.intp)
         self._group = np.array([len(o.groups[0]) for o in options], dtype=np.intp)
@@ -161,7 +166,7 @@ class CountingProgram:
             rows.append(((columns.role == role) | (columns.role == 0)).astype(np.float64))
             lower.append(1.0)
             upper.append(1.0)
-        for index, number in enumerate(self._cells.counts):
+        for index, number in enumerate(self._counts):
             rows.append(take[:, index].astype(np.float64))
             lower.append(-np.inf)
             upper.append(float(number))
@@ -190,14 +195,14 @@ class CountingProgram:
         for index, sizes in enumerate(self._cells.rooms):
             for group in np.unique(self._group):
                 whole = sum(n // int(group) * int(group) for n in sizes)
-                if whole < sum(sizes):
+                if whole < self._counts[index]:
                     found.append((index, int(group), whole))
         return found
 
     def _most(self, columns: Columns) -> IntArray:
         """How often a column may be used at all."""
         take = self._take[columns.option]
-        fit = np.where(take > 0, np.array(self._cells.counts) // np.maximum(take, 1), 10**9)
+        fit = np.where(take > 0, np.array(self._counts) // np.maximum(take, 1), 10**9)
         most = np.minimum(
             fit.min(axis=1, initial=10**9), columns.most_below // self._width[columns.option]
         )

@@ -301,18 +301,22 @@ def groupings(family: Family) -> list[tuple[tuple[int, ...], ...]]:
     """Sets of pipelines side by side, each pipeline given as counts of devices per cell."""
     table, counts = family.table, family.cells.counts
     most = min(table.batch, table.max_replicas, sum(counts))
-    if most < 2 or family.repeats is not None:
+    if most < 2:
         return []
+    if family.repeats is not None:
+        return [g for g in dict.fromkeys(_of_kinds(counts)) if len(g) <= most and all(map(any, g))]
     if sum(counts) <= EVERY_GROUPING:
         return [g for g in _partitions(counts) if 2 <= len(g) <= most]
     found = dict.fromkeys(tuple(sorted(g, reverse=True)) for g in _natural(family))
     return [g for g in found if 2 <= len(g) <= most and all(map(any, g))]
 
 
-def grouping_words(family: Family) -> str:
-    """Which groupings are tried, in words."""
-    if family.repeats is not None:
+def grouping_words(family: Family, searched: int = 0) -> str:
+    """Which groupings are tried, in words; of a large cluster's so many were `searched` to the end."""
+    if family.repeats is not None and searched == 0:
         return "one pipeline"
+    if family.repeats is not None:
+        return f"one pipeline, or the {searched} most promising ways to run kinds side by side"
     if sum(family.cells.counts) <= EVERY_GROUPING:
         return "every way to form pipelines side by side"
     return "pipelines side by side by device, cell, class, place or equal division, slow classes left out"
@@ -333,6 +337,19 @@ def _partitions(counts: Sequence[int]) -> Iterator[tuple[tuple[int, ...], ...]]:
                 yield from grow(index, rest, (*chosen, vectors[index]))
 
     return grow(0, tuple(counts), ())
+
+
+def _of_kinds(counts: Sequence[int]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """A pipeline for each kind; kinds in two sets; two or four equal mixtures of all."""
+    kinds = range(len(counts))
+    if len(counts) > 1:
+        yield tuple(tuple(n if i == j else 0 for j, n in enumerate(counts)) for i in kinds)
+    for size in range(1, len(counts) // 2 + 1):
+        for chosen in combinations(kinds, size):
+            left = tuple(n if i in chosen else 0 for i, n in enumerate(counts))
+            yield tuple(sorted((left, tuple(n - k for n, k in zip(counts, left, strict=True)))))
+    for parts in (2, 4):
+        yield (tuple(n // parts for n in counts),) * parts
 
 
 def _natural(family: Family) -> Iterator[tuple[tuple[int, ...], ...]]:

@@ -29,7 +29,7 @@ from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.pipeline_search import INFINITY, Found, search
 from graphpar.partition.programs import Programs
 from graphpar.partition.settings import Microbatches, ScheduleChoice
-from graphpar.partition.side_by_side import best_shares, grouping_bound_s
+from graphpar.partition.side_by_side import best_shares, estimate_shares, grouping_bound_s
 from graphpar.partition.solver import Backend
 from graphpar.partition.table_check import check_table
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, Status
@@ -43,6 +43,9 @@ RUNNERS_UP = 3
 
 RELAXED_SHARE = 0.7
 """Share of the asked-for gap that a search with relaxed links may use up."""
+
+_ESTIMATE_SHARE = 0.5
+"""Time for trying pipelines side by side on a large cluster, as a share of that for one pipeline."""
 
 _LEAST_GAP = 1e-4
 """The counting search is not repeated with less gap than this."""
@@ -130,6 +133,8 @@ class _Run:
         self.best: Candidate | None = None
         self.truncated: list[str] = []
         self._seen: list[Candidate] = []
+        self.groupings_searched = 0
+        self.groupings_tried = 0
         self._table = family.table
         self._asked_gap = limits.gap
         # Where links are relaxed the real price may be higher: leave room for that within the gap.
@@ -152,6 +157,9 @@ class _Run:
 
     def work(self) -> None:
         """Cheap programmes first: a good plan early makes the proof short."""
+        if self.family.repeats is not None:
+            self.counted()
+            return
         alone: list[tuple[float, Groups]] = []
         others: list[tuple[float, Groups]] = []
         for groups in groupings(self.family):
@@ -160,12 +168,61 @@ class _Run:
         self.side_by_side(alone)
         self.single()
         self.side_by_side(others)
-        while self.family.repeats is not None and self._gap > _LEAST_GAP and self._missed():
+
+    def counted(self) -> None:
+        """A large cluster: one pipeline, with proof; then unlike ones side by side as time allows."""
+        self.single()
+        while self._gap > _LEAST_GAP and self._missed():
             # Real links cost more than was left for them: close the search's own gap further.
             known_s = self._bound_s
             self._gap, self._bound_s = self._gap / 3, INFINITY
             self.single()
             self._bound_s = max(known_s, self._bound_s)
+
+        self.kinds_side_by_side()
+
+    def kinds_side_by_side(self) -> None:
+        """Try unlike kinds in pipelines side by side: by estimate first, and where that helps in full.
+
+        A grouping that was searched in full widens the family. One that was only tried stays outside of
+        it unless its plan is the answer: then its bound on work is all that is proven about it.
+        """
+        if self.truncated or self.best is None:
+            return
+        alone = self.best.pipelines[0]
+        size = alone.samples / alone.microbatches
+        now = time.monotonic()
+        until_s = min(self._deadline_s, now + max(2.0, _ESTIMATE_SHARE * (now - self._began_s)))
+        bounded = sorted((grouping_bound_s(self._programs, g), g) for g in groupings(self.family))
+        promising = [(bound, g) for bound, g in bounded if bound < self._target_s]
+        self.groupings_searched = len(bounded) - len(promising)
+        alone_s, better = self.step_s, []
+        for bound, groups in promising:
+            if time.monotonic() > until_s:
+                break
+            found = estimate_shares(
+                self._programs,
+                groups,
+                self.best.schedule,
+                size,
+                cutoff_s=self.step_s,
+                deadline_s=until_s,
+            )
+            self.groupings_tried += 1
+            if found is not None:
+                self._offer(found)
+                better.append((bound, groups))
+        if self.step_s < alone_s:
+            self._search_groupings(better)
+
+    def _search_groupings(self, promising: list[tuple[float, Groups]]) -> None:
+        """Search the groupings that gave better plans to the end, as long as time allows."""
+        for bound, groups in reversed(promising):
+            for schedule in self.family.schedules:
+                if not self._grouping(groups, schedule, bound):
+                    self._bound_s = min(self._bound_s, bound)
+                    return
+            self.groupings_searched += 1
 
     def _missed(self) -> bool:
         """Whether the gap asked for is not reached though there is time."""
@@ -306,7 +363,8 @@ class _Run:
         words = [
             f"chains of stages over {sum(self.family.cells.counts)} devices, "
             f"staffed by {self.family.staffing}",
-            grouping_words(self.family) + f", shares in steps of {share_step(table)}",
+            grouping_words(self.family, self.groupings_searched)
+            + f", shares in steps of {share_step(table)}",
             f"{len(counts)} microbatch counts from {counts[0]} to {counts[-1]}",
             "schedule " + " or ".join(self.family.schedules),
         ]
@@ -320,6 +378,11 @@ class _Run:
         if idle:
             names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
             notes.append(f"left out: {names}; no plan with them was found to be faster")
+        if self.groupings_tried:
+            notes.append(
+                f"pipelines of unlike kinds side by side: {self.groupings_tried} ways tried with shares "
+                f"by estimate, {self.groupings_searched} searched or excluded by proof"
+            )
         if self._table.batch_reason:
             notes.append(f"the batch stays whole: {self._table.batch_reason}")
         return tuple(notes)

@@ -153,7 +153,7 @@ class Programs:
         family = self.family
         if family.repeats is not None:
             return CountingProgram(
-                family.table, family.cells, options, setting, family.repeats, self._limits
+                family.table, family.cells, options, setting, family.repeats, self._limits, limits
             )
         costs = build_costs(family.table, family.cells, options, setting, self._ranges, self._cache)
         return ChainProgram(costs, family.cells, limits)

@@ -19,6 +19,12 @@ from graphpar.partition.pipeline_search import INFINITY, Found, search
 from graphpar.partition.programs import Programs
 from graphpar.partition.types import ScheduleName
 
+_ESTIMATES = 3
+"""Times that shares are adapted to how fast pipelines turned out to be."""
+
+_ESTIMATE_GAP = 0.02
+"""How closely a pipeline is searched for an estimate."""
+
 Group = tuple[int, ...]
 
 
@@ -74,6 +80,58 @@ def grouping_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
     across = group_links(programs.family.cells, groups)
     work = programs.work_per_sample_s(together) * programs.family.table.batch
     return work + max(programs.least_post_s(g, len(groups), across) for g in groups)
+
+
+def estimate_shares(
+    programs: Programs,
+    groups: Sequence[Group],
+    schedule: ScheduleName,
+    size: float,
+    *,
+    cutoff_s: float,
+    deadline_s: float,
+) -> tuple[Found, ...] | None:
+    """Pipelines whose shares are in proportion to how fast each turned out to be; None if too slow.
+
+    Microbatches are about as large as `size`. Nothing is proven about other shares.
+    """
+    table = programs.family.table
+    across = group_links(programs.family.cells, groups)
+    rates = [1 / max(programs.work_per_sample_s(g), 1e-30) for g in groups]
+    best: tuple[float, tuple[Found, ...]] | None = None
+    tried: set[tuple[int, ...]] = set()
+    known: dict[tuple[Group, int], Found | None] = {}
+    for _ in range(_ESTIMATES):
+        shares = _apportion(rates, table.batch, share_step(table))
+        if shares is None or shares in tried:
+            break
+        tried.add(shares)
+        for key in zip(map(tuple, groups), shares, strict=True):
+            if key not in known:
+                every = programs.tasks(key[0], key[1], (schedule,), len(groups), across)
+                tasks = [t for t in every if size / 1.6 <= t.setting.size <= size * 1.6]
+                result = search(
+                    tasks, cutoff_s=1.5 * cutoff_s, gap=_ESTIMATE_GAP, deadline_s=deadline_s, dive=True
+                )
+                known[key] = result.best
+        found = [known[key] for key in zip(map(tuple, groups), shares, strict=True)]
+        if any(f is None for f in found):
+            break
+        times = [f.answer.fill_s + f.answer.extra_s for f in found if f is not None]
+        step = max(f.step_s for f in found if f is not None)
+        if best is None or step < best[0]:
+            best = step, tuple(f for f in found if f is not None)
+        rates = [n / max(t, 1e-30) for n, t in zip(shares, times, strict=True)]
+    return best[1] if best is not None and best[0] < cutoff_s else None
+
+
+def _apportion(rates: Sequence[float], batch: int, step: int) -> tuple[int, ...] | None:
+    """Shares of a batch in proportion to rates, in steps; the last of the fastest takes what is left."""
+    total = sum(rates)
+    shares = [max(step, round(batch * r / total / step) * step) for r in rates]
+    fastest = max(range(len(rates)), key=lambda i: rates[i])
+    shares[fastest] += batch - sum(shares)
+    return tuple(shares) if min(shares) > 0 else None
 
 
 class _Grouping:

@@ -11,6 +11,7 @@ from graphpar.partition.types import Partition, PipelineChoice, StageChoice
 from graphpar.runtime.copies import Holding, Reduction, owners, ranks_of, reductions
 from graphpar.runtime.lower import StageInterface, interface
 from graphpar.runtime.program import RankProgram, Slice
+from graphpar.runtime.recompute import Units
 from graphpar.runtime.user_ops import foreign_targets, needed_code
 from graphpar.schedule import Schedule, StageLink, build_schedule
 
@@ -32,6 +33,7 @@ class Placement:
     team: tuple[int, ...] = ()
     slices: Mapping[str, Slice] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
+    recompute: Units = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -45,7 +47,7 @@ class Lowered:
 
     `graphs` are for any batch size where sizes are symbolic; `whole` tells that samples mix, so that
     every batch is one microbatch. `local` holds for each rank that is a member of a tensor group its own
-    graph of its pipeline.
+    graph of its pipeline; `units` are the ops of each unit of the chain, needed where a stage recomputes.
     """
 
     partition: Partition
@@ -53,6 +55,7 @@ class Lowered:
     training: bool
     whole: bool = False
     local: Mapping[int, Graph] = field(default_factory=dict)
+    units: Units = ()
 
     @cached_property
     def placements(self) -> tuple[Placement, ...]:
@@ -62,7 +65,11 @@ class Lowered:
             for index, choice in enumerate(pipeline.stages):
                 for replica in choice.replicas:
                     team = tuple(range(len(found), len(found) + len(replica.devices)))
-                    found += [self._placement(number, index, team, rank) for rank in team]
+                    again = self.units[choice.first : choice.last] if choice.recompute else ()
+                    found += [
+                        replace(self._placement(number, index, team, rank), recompute=again)
+                        for rank in team
+                    ]
         return tuple(found)
 
     def _placement(self, pipeline: int, stage: int, team: tuple[int, ...], rank: int) -> Placement:
@@ -154,6 +161,7 @@ class Lowered:
                     team=self.groups.index(placement.team) if len(placement.team) > 1 else -1,
                     imports=imports,
                     operators=operators,
+                    recompute=placement.recompute if self.training else (),
                 )
             )
         return programs

@@ -104,7 +104,14 @@ class Executor:
         self.member, self.width = (0, 1) if team is None else (team.member, team.size)
         self._teams = {members[0]: members for members in program.teams}
         self.builder = StageBuilder(
-            graph, program.stage, tensors, device, self.context, lower_weights, team
+            graph,
+            program.stage,
+            tensors,
+            device,
+            self.context,
+            lower_weights,
+            team,
+            program.recompute,
         )
         self.interface = self.builder.interface
         self.actions = tuple(Action.parse(token) for token in program.actions)
@@ -234,9 +241,7 @@ class Executor:
     def _forward(self, state: _Step, action: Action) -> None:
         number = action.microbatch
         assert number is not None
-        size = self.program.sizes[number]
-        self.context.first_sample = self.program.first_samples[number]
-        self.context.samples = size
+        size = self._at_microbatch(number)
         received = {m.tag: state.arrived.pop((m.tag, number)) for m in self.interface.receives}
         if self.program.training:
             for tag in self._requires_grad:
@@ -254,6 +259,12 @@ class Executor:
             loss = results[0] if results else None
             state.in_flight[number] = _InFlight(received, sent, loss)
 
+    def _at_microbatch(self, number: int) -> int:
+        """Tell random ops where in the batch they are; returns the microbatch's size."""
+        self.context.first_sample = self.program.first_samples[number]
+        self.context.samples = self.program.sizes[number]
+        return self.program.sizes[number]
+
     def _input(self, state: _Step, label: str, number: int) -> torch.Tensor:
         own = state.inputs.get(f"{label}@{number}")
         return own if own is not None else state.inputs[label]
@@ -262,6 +273,7 @@ class Executor:
         number = action.microbatch
         assert number is not None
         kept = state.in_flight.pop(number)
+        self._at_microbatch(number)  # units that are computed again draw the same bits again
         roots, gradients = self._roots(state, kept, number)
         with self.pace.work():
             if roots:

@@ -4,7 +4,7 @@ Passes never touch torch; this module is where the graph becomes executable, at 
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.group_ops import group_module
 from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
 from graphpar.runtime.random import Layout, Part, StepContext
+from graphpar.runtime.recompute import Recomputed, UnitPart, Units, cut_out
 from graphpar.runtime.steady import Steady, leave_out
 from graphpar.runtime.team import Team
 
@@ -99,6 +100,7 @@ class StageBuilder:
         context: Filled in before each forward.
         lower_weights: The rank's weights in lower formats.
         team: The rank's tensor group; None where it works alone.
+        recompute: Ops of the units whose values are computed again for the backward.
     """
 
     def __init__(
@@ -110,12 +112,14 @@ class StageBuilder:
         context: StepContext,
         lower_weights: LowerWeights | None = None,
         team: Team | None = None,
+        recompute: Units = (),
     ) -> None:
         self.team = team
         self.ops = stage_ops(graph, stage)
         self.interface = interface(graph, stage)
         self.tensors, self.device, self.context = tensors, device, context
         self._lower_weights = lower_weights or LowerWeights()
+        self._recompute = recompute
         self._modules: dict[tuple[int, int], fx.GraphModule] = {}
 
     def module(self, samples: int, batch: int) -> fx.GraphModule:
@@ -143,20 +147,51 @@ class StageBuilder:
         for name, value in steady.values.items():
             root.register_buffer(_identifier(name), value)
             env[name] = graph.get_attr(_identifier(name))
-        for op in steady.ops:
-            if op.target in ("input", "gp.recv"):
-                continue
-            if op.target == "gp.send":
-                sends.append(env[op.operands()[0]])
-                env[op.name] = sends[-1]
-            elif op.target in SOURCES:
-                env[op.name] = self._attach(root, graph, op)
-            elif op.target.startswith("gp."):
-                env[op.name] = self._own(root, graph, op, env, stamp)
-            else:
-                env[op.name] = _call(graph, op, env, stamp)
+        for item in self._in_parts(steady):
+            if isinstance(item, UnitPart):
+                env.update(self._part(root, graph, item, env, stamp))
+            elif item.target == "gp.send":
+                sends.append(env[item.operands()[0]])
+                env[item.name] = sends[-1]
+            elif item.target in SOURCES and item.target != "input":
+                env[item.name] = self._attach(root, graph, item)
+            elif item.name not in env:
+                env[item.name] = self._run(root, graph, item, env, stamp)
         graph.output((tuple(sends), tuple(env[name] for _, name in self.interface.results)))
         return fx.GraphModule(root, graph)
+
+    def _in_parts(self, steady: Steady) -> Sequence[Op | UnitPart]:
+        """What runs in order; recomputed units are one part each."""
+        if not self._recompute:
+            return steady.ops
+        buffers = {op.name: op for op in self.ops if op.target == "buffer"}
+        return cut_out(steady.ops, self._recompute, (n for _, n in self.interface.results), buffers)
+
+    def _part(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        part: UnitPart,
+        env: Mapping[str, fx.Node],
+        stamp: "_Stamp",
+    ) -> dict[str, fx.Node]:
+        """A module for the part, called on what it reads; the values it gives by name."""
+        inner_root, inner = nn.Module(), fx.Graph()
+        inside = {name: inner.placeholder(_identifier(name)) for name in part.reads}
+        for op in part.ops:
+            inside[op.name] = self._run(inner_root, inner, op, inside, stamp)
+        inner.output(tuple(inside[name] for name in part.gives))
+        name = f"{_identifier(part.ops[0].name)}_unit"
+        root.add_module(name, Recomputed(fx.GraphModule(inner_root, inner)))
+        made = graph.call_module(name, tuple(env[n] for n in part.reads))
+        return {n: graph.call_function(operator.getitem, (made, i)) for i, n in enumerate(part.gives)}
+
+    def _run(
+        self, root: nn.Module, graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: "_Stamp"
+    ) -> fx.Node:
+        if op.target.startswith("gp."):
+            return self._own(root, graph, op, env, stamp)
+        return _call(graph, op, env, stamp)
 
     def _steady(self, stamp: "_Stamp") -> Steady:
         """Compute what needs neither inputs, weights nor buffers."""

@@ -54,6 +54,7 @@ class RankProgram(msgspec.Struct, frozen=True):
         team: Number of the rank's tensor group among the groups; -1 where it works alone.
         imports: Modules that define operators the stage calls.
         operators: Operators that no module defines, as pickled by the driver; empty for none.
+        recompute: Ops of the units whose values are computed again for the backward.
     """
 
     graph: str
@@ -73,6 +74,7 @@ class RankProgram(msgspec.Struct, frozen=True):
     team: int = -1
     imports: tuple[str, ...] = ()
     operators: bytes = b""
+    recompute: tuple[tuple[str, ...], ...] = ()
 
 
 Part = Literal["", "gradients", "optimizer"]
