@@ -1,0 +1,199 @@
+"""Predicted against measured on this machine: `benchmarks/prediction.py --json`.
+
+Plans of one to four workers on emulated unlike clusters, for several models, after calibrating. Of every
+job: the raw error of its step time (predicted over measured minus one, the median of several steps), of
+each worker's peak memory, and the overlap of predicted and measured actions (time that both show the
+rank in the same action, over the time that either does; nothing is shifted but to a common start).
+
+Workers are slowed down so that together they need less than one and a half cores: an emulated device
+computes at its own pace only where a core is free when it wants one. A machine with other work on it makes
+the measured steps longer, not the predicted ones.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import nn
+
+import graphpar
+from graphpar.examples.gpt import GPT, example_inputs
+from graphpar.plans import Plan
+from graphpar.view.measured import measured_timeline
+
+WARM_UP = 1
+
+CLUSTERS: dict[str, tuple[float, ...]] = {
+    "1": (1.0,),
+    "2 equal": (1.5, 1.5),
+    "2 unlike": (1.5, 3.0),
+    "3 unlike": (2.0, 4.0, 4.0),
+    "4 equal": (3.0, 3.0, 3.0, 3.0),
+    "4 unlike": (2.0, 4.0, 4.0, 4.0),
+}
+"""How many times slower than a core each worker is; together they need less than one and a half cores."""
+
+LINK = {"bytes_per_s": 4e8, "latency_s": 2e-4}
+
+
+class Tower(nn.Module):
+    """A deep multilayer perceptron with residual connections."""
+
+    def __init__(self, width: int = 512, layers: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            )
+            for _ in range(layers)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, width) to the mean of squares."""
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job."""
+
+    model: str
+    cluster: str
+    workers: int
+    predicted_s: float
+    measured_s: float
+    spread: float
+    memory_errors_pct: tuple[float, ...]
+    overlap: float
+
+    @property
+    def error_pct(self) -> float:
+        """Raw error of the step time."""
+        return 100 * (self.predicted_s / self.measured_s - 1)
+
+
+def cases() -> Iterator[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Models with one global batch each."""
+    torch.manual_seed(0)
+    ids, targets = example_inputs(12, 64)
+    yield "gpt 6x192", GPT(width=192, layers=6, heads=6, length=64), (ids,), {"targets": targets}
+    ids, targets = example_inputs(6, 128)
+    yield "gpt 4x384", GPT(width=384, layers=4, heads=6, length=128), (ids,), {"targets": targets}
+    yield "tower 8x512", Tower(), (torch.randn(256, 512),), {}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--cached", action="store_true", help="Use the calibration at hand.")
+    options = parser.parse_args()
+    calibration = graphpar.Calibration.cached() if options.cached else None
+    calibration = calibration or graphpar.calibrate()
+    rows = [
+        measure(name, model, args, kwargs, cluster, slowdowns, calibration, options.steps)
+        for name, model, args, kwargs in cases()
+        for cluster, slowdowns in CLUSTERS.items()
+    ]
+    report = summary(rows)
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    heads = ("measured ms", "error %", "spread %", "overlap", "memory %")
+    print(f"{'model':<13}{'cluster':<10}" + "".join(f"{head:>12}" for head in heads))
+    for row in rows:
+        worst = max(row.memory_errors_pct, key=abs, default=float("nan"))
+        print(
+            f"{row.model:<13}{row.cluster:<10}{1e3 * row.measured_s:>12.1f}{row.error_pct:>+12.1f}"
+            f"{100 * row.spread:>12.1f}{row.overlap:>12.2f}{worst:>+12.1f}"
+        )
+    for key in ("step_error_pct", "memory_error_pct", "overlap"):
+        print(key, report[key])
+
+
+def measure(
+    name: str,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    cluster: str,
+    slowdowns: Sequence[float],
+    calibration: graphpar.Calibration,
+    steps: int,
+) -> Row:
+    """Plan, run, compare."""
+    devices = [{"kind": "cpu", "slowdown": s, "threads": 1} for s in slowdowns]
+    training = graphpar.Training(optimizer=torch.optim.AdamW)
+    with graphpar.compile(
+        model, {"devices": devices, "link": LINK}, args, kwargs, train=training, calibration=calibration,
+        time_limit_s=5.0,
+    ) as job:  # fmt: skip
+        seconds, overlaps = [], []
+        for number in range(WARM_UP + steps):
+            job.step(*args, **kwargs)
+            assert job.last_step is not None
+            if number >= WARM_UP:
+                seconds.append(job.last_step.seconds)
+                overlaps.append(overlap(job.plan, job.last_step))
+        assert job.last_step is not None
+        peaks = {r.rank: r.peak_bytes for r in job.last_step.reports}
+        predicted = [job.plan.predicted_peak_bytes[d] for d in job.plan.devices]
+        middle = median(seconds)
+        return Row(
+            model=name,
+            cluster=cluster,
+            workers=len(job.plan.devices),
+            predicted_s=job.plan.predicted_step_s,
+            measured_s=middle,
+            spread=(max(seconds) - min(seconds)) / middle,
+            memory_errors_pct=tuple(
+                100 * (p / peaks[r] - 1) for r, p in enumerate(predicted) if peaks.get(r)
+            ),
+            overlap=median(overlaps),
+        )
+
+
+def overlap(plan: Plan, step: Any) -> float:
+    """Shared time of predicted and measured compute actions over their joint time."""
+    predicted = plan.timeline()
+    measured = measured_timeline(plan, predicted.schedule, step)
+    if measured is None:
+        return 0.0
+    shared = joint = 0.0
+    for rank, lane in enumerate(measured.lanes):
+        spans = {
+            (a.kind, a.stage, a.microbatch): (start, end)
+            for a, start, end in zip(lane.actions, lane.starts_s, lane.ends_s, strict=True)
+        }
+        for event in predicted.events(rank):
+            if event.action.kind not in "FB":
+                continue
+            action = event.action
+            start, end = spans.get((action.kind, action.stage, action.microbatch), (0.0, 0.0))
+            common = max(min(end, event.end_s) - max(start, event.start_s), 0.0)
+            shared += common
+            joint += (end - start) + (event.end_s - event.start_s) - common
+    return shared / joint if joint > 0 else 1.0
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """All rows, and their medians and worst."""
+    errors = [abs(r.error_pct) for r in rows]
+    memory = [abs(e) for r in rows for e in r.memory_errors_pct]
+    return {
+        "step_error_pct": {"median": median(errors), "worst": max(errors), "mean": mean(errors)},
+        "memory_error_pct": {"median": median(memory), "worst": max(memory)},
+        "overlap": {"median": median(r.overlap for r in rows), "worst": min(r.overlap for r in rows)},
+        "rows": [{**asdict(r), "error_pct": r.error_pct} for r in rows],
+    }
+
+
+if __name__ == "__main__":
+    main()
