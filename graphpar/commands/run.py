@@ -1,6 +1,7 @@
 """`graphpar run MODEL --cluster FILE`."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -121,6 +122,8 @@ def _run_steps(
         "step_s": seconds,
         "measured_step_s": sum(measured) / len(measured),
         "predicted_step_s": None if job.last_step is None else job.last_step.predicted_s,
+        "devices": [asdict(d) for d in job.comparison.devices] if job.comparison else [],
+        "likely_reasons": list(job.comparison.reasons) if job.comparison else [],
     }
 
 
@@ -133,5 +136,7 @@ def _print_summary(result: dict[str, Any]) -> None:
         off = format_percent(abs(predicted / measured - 1))
         told = f"predicted {format_seconds(predicted)}, {off} too {side}"
     click.echo(f"measured step {format_seconds(measured)}, {told}")
+    for reason in result["likely_reasons"]:
+        click.echo(f"likely: {reason}")
     if result["losses"]:
         click.echo(f"loss {result['losses'][0]:.6f} -> {result['losses'][-1]:.6f}")

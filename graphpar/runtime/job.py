@@ -20,6 +20,7 @@ from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.comparison import TOLERANCE, StepComparison, compare_step
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.infer import lower_again, lower_inference
@@ -125,6 +126,9 @@ class LastStep:
 _Capture = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Captured, Lowered]]
 _log = logging.getLogger("graphpar.job")
 
+_TELLING_STEP = 2
+"""The first step also allocates and warms up; the one after is what the plan predicts."""
+
 
 class CompiledModel:
     """A model that runs on many devices; use it as a context manager, or call `close`.
@@ -218,6 +222,8 @@ class CompiledModel:
         if loaded is self._main:
             self._compare([loss], args, kwargs)
         self._steps += 1
+        if self._steps == _TELLING_STEP:
+            self._tell_difference()
         return loss
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -246,6 +252,22 @@ class CompiledModel:
             yield
         finally:
             self._profiles = False
+
+    @property
+    def comparison(self) -> StepComparison | None:
+        """The last step beside its prediction, per device; None where the plan predicts another batch."""
+        last = self.last_step
+        if last is None or last.predicted_s is None or last.failure or not last.reports:
+            return None
+        return compare_step(self.plan, last.reports, last.seconds)
+
+    def _tell_difference(self) -> None:
+        """Once, after the first step without one-time work: warn where the prediction is off."""
+        if under_torchrun() and dist.get_rank() != 0:
+            return
+        found = self.comparison
+        if found is not None and abs(found.error) > TOLERANCE:
+            _log.warning("%s", found)
 
     def _compare(
         self, results: Sequence[torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -492,6 +514,10 @@ class CompiledModel:
 
     def _repr_svg_(self) -> str:
         return drawn_job(self.plan, self.last_step)
+
+    def __str__(self) -> str:
+        found = self.comparison
+        return str(self.plan) if found is None else f"{self.plan}\n\n{found}"
 
     def __repr__(self) -> str:
         name = self._subject.graph.name

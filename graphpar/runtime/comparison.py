@@ -1,0 +1,184 @@
+"""Predicted against measured, device by device, with the likely reason where they differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphpar.plans import Plan
+from graphpar.runtime.program import StepReport
+from graphpar.schedule import Action
+from graphpar.units import format_bytes, format_seconds
+
+TOLERANCE = 0.15
+"""A step or a device that differs by more than this from its prediction is worth a word."""
+
+_COMPUTE, _WAIT, _REDUCE = "FBW", "RG", "A"
+
+
+@dataclass(frozen=True)
+class DeviceComparison:
+    """One rank: seconds of compute, of waiting for messages, of gradient sums; peak bytes."""
+
+    device: str
+    predicted_compute_s: float
+    compute_s: float
+    predicted_wait_s: float
+    wait_s: float
+    predicted_reduce_s: float
+    reduce_s: float
+    predicted_peak_bytes: float
+    peak_bytes: float
+
+    @property
+    def compute_error(self) -> float:
+        """Measured over predicted compute, minus one."""
+        return _over(self.compute_s, self.predicted_compute_s)
+
+    @property
+    def memory_error(self) -> float:
+        """Measured over predicted peak memory, minus one."""
+        return _over(self.peak_bytes, self.predicted_peak_bytes)
+
+
+@dataclass(frozen=True)
+class StepComparison:
+    """A measured step beside its prediction.
+
+    `reasons` are the likely ones where anything differs by more than `TOLERANCE`; empty otherwise.
+    """
+
+    predicted_s: float
+    measured_s: float
+    devices: tuple[DeviceComparison, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """Measured over predicted step, minus one."""
+        return _over(self.measured_s, self.predicted_s)
+
+    def __str__(self) -> str:
+        lines = [
+            f"measured step {format_seconds(self.measured_s)}, predicted "
+            f"{format_seconds(self.predicted_s)} ({100 * self.error:+.0f} %)"
+        ]
+        head = (
+            "device",
+            "compute",
+            "predicted",
+            "",
+            "waits",
+            "predicted",
+            "peak memory",
+            "predicted",
+            "",
+        )
+        rows = [head, *(_cells(d) for d in self.devices)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines += ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*lines, *(f"likely: {reason}" for reason in self.reasons)])
+
+
+def _over(measured: float, predicted: float) -> float:
+    return measured / predicted - 1 if predicted > 0 else 0.0
+
+
+def _cells(d: DeviceComparison) -> tuple[str, ...]:
+    return (
+        d.device,
+        format_seconds(d.compute_s),
+        format_seconds(d.predicted_compute_s),
+        f"{100 * d.compute_error:+.0f} %",
+        format_seconds(d.wait_s),
+        format_seconds(d.predicted_wait_s),
+        format_bytes(d.peak_bytes),
+        format_bytes(d.predicted_peak_bytes),
+        f"{100 * d.memory_error:+.0f} %",
+    )
+
+
+def compare_step(plan: Plan, reports: Sequence[StepReport], seconds: float) -> StepComparison:
+    """The step that these reports tell of, beside the plan's prediction."""
+    timeline = plan.timeline()
+    by_rank = {report.rank: report for report in reports}
+    devices = tuple(
+        _device(
+            plan, name, [(e.action, e.end_s - e.start_s) for e in timeline.events(rank)], by_rank[rank]
+        )
+        for rank, name in enumerate(plan.devices)
+        if rank in by_rank
+    )
+    found = StepComparison(plan.predicted_step_s, seconds, devices, ())
+    return StepComparison(found.predicted_s, seconds, devices, _reasons(found, plan))
+
+
+def _device(
+    plan: Plan, name: str, predicted: Sequence[tuple[Action, float]], report: StepReport
+) -> DeviceComparison:
+    measured = [(Action.parse(e.token), e.end_s - e.start_s) for e in report.events]
+
+    def total(events: Sequence[tuple[Action, float]], kinds: str) -> float:
+        return sum(seconds for action, seconds in events if action.kind in kinds)
+
+    return DeviceComparison(
+        name,
+        total(predicted, _COMPUTE),
+        total(measured, _COMPUTE),
+        total(predicted, _WAIT),
+        total(measured, _WAIT),
+        total(predicted, _REDUCE),
+        total(measured, _REDUCE),
+        plan.predicted_peak_bytes[name],
+        report.peak_bytes,
+    )
+
+
+def _reasons(found: StepComparison, plan: Plan) -> tuple[str, ...]:
+    reasons = []
+    for d in found.devices:
+        if abs(d.memory_error) > TOLERANCE:
+            more = "more" if d.memory_error > 0 else "less"
+            reasons.append(
+                f"{d.device} holds {100 * abs(d.memory_error):.0f} % {more} memory than predicted: buffers "
+                "that the cost model does not know, or temporaries it takes for kept"
+            )
+    if abs(found.error) <= TOLERANCE or not found.devices:
+        return tuple(reasons)
+    worst = max(found.devices, key=lambda d: abs(d.compute_s - d.predicted_compute_s))
+    off_s = found.measured_s - found.predicted_s
+    compute_off_s = worst.compute_s - worst.predicted_compute_s
+    reduce_off_s = max(d.reduce_s - d.predicted_reduce_s for d in found.devices)
+    if abs(compute_off_s) > 0.5 * abs(off_s) and compute_off_s * off_s > 0:
+        reasons.append(_compute_reason(worst, plan))
+    elif reduce_off_s > 0.5 * off_s > 0:
+        reasons.append(
+            "sums of gradients take longer than predicted: the links among replicas are slower"
+        )
+    elif off_s > 0:
+        late = max(found.devices, key=lambda d: d.wait_s - d.predicted_wait_s)
+        reasons.append(
+            f"{late.device} waits longer for messages than predicted: a link is slower than described, or "
+            "the machine hands processes the core late"
+        )
+    else:
+        reasons.append("the links are faster than described")
+    return tuple(reasons)
+
+
+def _compute_reason(worst: DeviceComparison, plan: Plan) -> str:
+    kind = next((r.kind for r in plan.replicas if r.device == worst.device), "")
+    slower = worst.compute_error > 0
+    if kind.startswith("cpu"):
+        why = (
+            "its core is shared with other work, or the machine slowed down since it was calibrated"
+            if slower
+            else "the machine was busier when it was calibrated, or is not calibrated"
+        )
+        return (
+            f"{worst.device} computes {100 * abs(worst.compute_error):.0f} % "
+            f"{'longer' if slower else 'shorter'} than predicted: {why}; `graphpar calibrate` measures anew"
+        )
+    word = "longer" if slower else "shorter"
+    return (
+        f"{worst.device} ({kind}) computes {100 * abs(worst.compute_error):.0f} % {word} than its entry in "
+        "the catalogue promises: other clocks, a busy device, or kernels its efficiency curve does not know"
+    )

@@ -1,0 +1,51 @@
+"""Predicted against measured per device: what is told, and the likely reason."""
+
+import pytest
+from plan_samples import sample_plan
+
+from graphpar.plans import Plan
+from graphpar.runtime.comparison import TOLERANCE, StepComparison, compare_step
+from graphpar.runtime.program import Event, StepReport
+
+
+def reports(plan: Plan, compute: float = 1.0, wait: float = 1.0, memory: float = 1.0) -> list[StepReport]:
+    """What ranks would report whose actions took so many times the predicted ones."""
+    timeline = plan.timeline()
+    found = []
+    for rank, name in enumerate(plan.devices):
+        events = []
+        for event in timeline.events(rank):
+            factor = compute if event.action.kind in "FB" else wait
+            length = (event.end_s - event.start_s) * factor
+            events.append(Event(str(event.action), event.start_s, event.start_s + length))
+        peak = int(plan.predicted_peak_bytes[name] * memory)
+        found.append(StepReport(rank, 0.0, timeline.step_s, tuple(events), peak))
+    return found
+
+
+def told(factor: float, **changes: float) -> StepComparison:
+    plan = sample_plan()
+    return compare_step(plan, reports(plan, **changes), plan.predicted_step_s * factor)
+
+
+def test_a_step_as_predicted_needs_no_reason() -> None:
+    found = told(1.0)
+    assert found.error == pytest.approx(0.0)
+    assert found.reasons == ()
+    assert {d.device for d in found.devices} == set(sample_plan().devices)
+    assert all(abs(d.compute_error) < 1e-9 for d in found.devices)
+    assert told(1 + TOLERANCE / 2, compute=1 + TOLERANCE / 2).reasons == ()
+
+
+def test_slow_computation_is_told_from_slow_links_and_from_memory() -> None:
+    (reason,) = told(1.6, compute=1.6).reasons
+    assert "computes 60 % longer" in reason
+    (reason,) = told(1.6, wait=10.0).reasons
+    assert "wait" in reason or "gradients" in reason
+    assert all("more memory" in r for r in told(1.0, memory=1.5).reasons)
+    assert "%" in str(told(1.6, compute=1.6))
+
+
+def test_a_faster_machine_is_told_too() -> None:
+    (reason,) = told(0.5, compute=0.5).reasons
+    assert "shorter" in reason
