@@ -6,8 +6,8 @@ each worker's peak memory, and the overlap of predicted and measured actions (ti
 rank in the same action, over the time that either does; nothing is shifted but to a common start).
 
 Workers are slowed down so that together they need less than one and a half cores: an emulated device
-computes at its own pace only where a core is free when it wants one. A machine with other work on it makes
-the measured steps longer, not the predicted ones.
+computes at its own pace only where a core is free when it wants one. A machine with other work on it
+makes the measured steps longer, not the predicted ones.
 """
 
 import argparse

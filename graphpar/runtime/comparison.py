@@ -138,8 +138,8 @@ def _reasons(found: StepComparison, plan: Plan) -> tuple[str, ...]:
         if abs(d.memory_error) > TOLERANCE:
             more = "more" if d.memory_error > 0 else "less"
             reasons.append(
-                f"{d.device} holds {100 * abs(d.memory_error):.0f} % {more} memory than predicted: buffers "
-                "that the cost model does not know, or temporaries it takes for kept"
+                f"{d.device} holds {100 * abs(d.memory_error):.0f} % {more} memory than predicted: "
+                "buffers that the cost model does not know, or temporaries it takes for kept"
             )
     if abs(found.error) <= TOLERANCE or not found.devices:
         return tuple(reasons)
@@ -150,14 +150,12 @@ def _reasons(found: StepComparison, plan: Plan) -> tuple[str, ...]:
     if abs(compute_off_s) > 0.5 * abs(off_s) and compute_off_s * off_s > 0:
         reasons.append(_compute_reason(worst, plan))
     elif reduce_off_s > 0.5 * off_s > 0:
-        reasons.append(
-            "sums of gradients take longer than predicted: the links among replicas are slower"
-        )
+        reasons.append("sums of gradients take longer than predicted: links among replicas are slower")
     elif off_s > 0:
         late = max(found.devices, key=lambda d: d.wait_s - d.predicted_wait_s)
         reasons.append(
-            f"{late.device} waits longer for messages than predicted: a link is slower than described, or "
-            "the machine hands processes the core late"
+            f"{late.device} waits longer for messages than predicted: a link is slower than described, "
+            "or the machine hands processes the core late"
         )
     else:
         reasons.append("the links are faster than described")
@@ -167,18 +165,16 @@ def _reasons(found: StepComparison, plan: Plan) -> tuple[str, ...]:
 def _compute_reason(worst: DeviceComparison, plan: Plan) -> str:
     kind = next((r.kind for r in plan.replicas if r.device == worst.device), "")
     slower = worst.compute_error > 0
+    word = "longer" if slower else "shorter"
+    told = f"{worst.device} computes {100 * abs(worst.compute_error):.0f} % {word}"
     if kind.startswith("cpu"):
         why = (
             "its core is shared with other work, or the machine slowed down since it was calibrated"
             if slower
             else "the machine was busier when it was calibrated, or is not calibrated"
         )
-        return (
-            f"{worst.device} computes {100 * abs(worst.compute_error):.0f} % "
-            f"{'longer' if slower else 'shorter'} than predicted: {why}; `graphpar calibrate` measures anew"
-        )
-    word = "longer" if slower else "shorter"
+        return f"{told} than predicted: {why}; `graphpar calibrate` measures anew"
     return (
-        f"{worst.device} ({kind}) computes {100 * abs(worst.compute_error):.0f} % {word} than its entry in "
-        "the catalogue promises: other clocks, a busy device, or kernels its efficiency curve does not know"
+        f"{told} than the catalogue's entry of {kind} promises: other clocks, a busy device, or kernels "
+        "that its efficiency curve does not know"
     )
