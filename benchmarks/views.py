@@ -2,9 +2,10 @@
 
     python benchmarks/views.py [--json] [--plans NAME ...] [--keep FOLDER]
 
-Plans: `bert` and `gpt2-xl` as the planner finds them for unlike GPUs, `t5` cut evenly over five devices
-(its encoder's result skips stages), and `405b-256`, `405b-1024`: a decoder of 405 billion parameters
-(`pipeline_scale.py`) over so many devices of four kinds. The first three need transformers. Opening is
+Plans: `bert` and `gpt2-xl` as the planner finds them for unlike GPUs, `gpt2-groups` by hand with two
+tensor groups, `t5` cut evenly over five devices (its encoder's result skips stages), and `405b-256`,
+`405b-1024`: a decoder of 405 billion parameters (`pipeline_scale.py`) over so many devices of four kinds.
+All but the last two need transformers. Opening is
 timed in headless Chromium through Playwright, from navigation to the page's own sign that it is ready,
 the median of five; where either is missing, that column is empty.
 """
@@ -26,14 +27,18 @@ from pipeline_scale import KINDS, LLAMA_405B, decoder_table
 
 from graphpar.cluster import Cluster
 from graphpar.commands.training import default_training
-from graphpar.compiler import plan_of, plan_prepared, prepare, price
+from graphpar.compiler import Prepared, plan_of, plan_prepared, prepare, price
+from graphpar.cost import CostTable
 from graphpar.ir.graph import Graph
 from graphpar.model_spec import load_model
 from graphpar.partition.baselines import even_split
+from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plans import Plan, hash_of
 from graphpar.schedule import StageLink
+from graphpar.tensor_groups import with_group_modes
 from graphpar.view.build import view_of
 from graphpar.view.detail import detail_of
 from graphpar.view.html import render_html
@@ -68,8 +73,11 @@ class Row:
 Sample = tuple[Plan, Graph | None]
 
 
-def stock_plan(model: str, batch: int, length: int, *, even: bool = False) -> Sample:
-    """A training plan of a model built from its configuration, found by the planner or cut evenly."""
+ByHand = Callable[[CostTable, Prepared, Cluster], tuple[CostTable, Partition]]
+
+
+def stock_plan(model: str, batch: int, length: int, by_hand: ByHand | None = None) -> Sample:
+    """A training plan of a model built from its configuration, found by the planner or by hand."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(CLUSTER)
         file.flush()
@@ -77,14 +85,33 @@ def stock_plan(model: str, batch: int, length: int, *, even: bool = False) -> Sa
     loaded = load_model(f"hf:{model}", batch_size=batch, seq_len=length, train=True, weights=False)
     training = default_training()
     prepared = prepare(loaded.model, loaded.args, loaded.kwargs, training)
-    if not even:
+    if by_hand is None:
         found = plan_prepared(
             prepared, cluster, train=training, precision="float32", calibration=None,
             time_limit_s=20.0, gap=0.02,
         )  # fmt: skip
         return found, prepared.graph
     table = price(prepared, cluster, train=training, precision="float32", calibration=None)
-    return plan_of(prepared, cluster, table, even_split(table)), prepared.graph
+    return plan_of(prepared, cluster, *by_hand(table, prepared, cluster)), prepared.graph
+
+
+def evenly(table: CostTable, prepared: Prepared, cluster: Cluster) -> tuple[CostTable, Partition]:
+    """The same number of units on every device."""
+    return table, even_split(table)
+
+
+def in_groups(table: CostTable, prepared: Prepared, cluster: Cluster) -> tuple[CostTable, Partition]:
+    """A device alone, then two tensor groups of two."""
+    units = len(prepared.chain.units)
+    cuts = units // 3, units // 3 + units // 5
+    groups = [Replica(f"{node}/0", 8, others=(f"{node}/1",)) for node in ("shelf", "tower")]
+    stages = (
+        StageChoice(0, cuts[0], (Replica("attic/0", 8),)),
+        StageChoice(cuts[0], cuts[1], (groups[0],)),
+        StageChoice(cuts[1], units, (groups[1],)),
+    )
+    table = with_group_modes(table, prepared.graph, cluster, groups, None)
+    return table, evaluate(table, [PipelineChoice(table.batch, 8, stages)])
 
 
 def decoder_plan(num_devices: int) -> Plan:
@@ -107,7 +134,8 @@ def decoder_plan(num_devices: int) -> Plan:
 PLANS: dict[str, Callable[[], Sample]] = {
     "bert": partial(stock_plan, "bert-base", 64, 128),
     "gpt2-xl": partial(stock_plan, "gpt2-xl", 32, 256),
-    "t5": partial(stock_plan, "t5-base", 32, 128, even=True),
+    "gpt2-groups": partial(stock_plan, "gpt2", 32, 256, in_groups),
+    "t5": partial(stock_plan, "t5-base", 32, 128, evenly),
     "405b-256": lambda: (decoder_plan(256), None),
     "405b-1024": lambda: (decoder_plan(1024), None),
 }

@@ -160,7 +160,7 @@ function stageTable(plan) {
     const stage = plan.stages[device.stage];
     const key = paint(make("span", { class: "key" }), stageLook(stage.index), stage.precision);
     const full = device.capacity_bytes ? ` (${(100 * device.peak_bytes / device.capacity_bytes).toFixed(0)} %)` : "";
-    const share = device.share < 1 ? `, ${percent(device.share)} of each microbatch's work` : "";
+    const share = device.share < 1 ? ` (tensor group, ${percent(device.share)} each)` : "";
     return [make("span", {}, key, String(stage.index)), `${deviceText(plan, ranks)}${share}`, device.kind,
       stage.blocks.slice(0, 4).map((block) => brief(blockText(block), 70)).join(", ") + (stage.blocks.length > 4 ? " …" : ""),
       ...(optional ? [stageOptions(stage).join(", ")] : []),
