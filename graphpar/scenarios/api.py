@@ -13,7 +13,7 @@ from graphpar.calibration import Calibration
 from graphpar.compiler import ClusterLike, as_cluster
 from graphpar.scenarios.budget import BudgetAnswer, best_within
 from graphpar.scenarios.cache import AnswerCache, default_folder
-from graphpar.scenarios.plots import plot
+from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
 from graphpar.scenarios.report import remark_lines, table_lines, to_csv, worth_lines
@@ -23,6 +23,7 @@ from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
 from graphpar.units import format_seconds
+from graphpar.view.notebook import preformatted
 
 Asked = Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str] | Scenario]
 
@@ -122,6 +123,15 @@ class Study:
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw into a PNG or SVG file; needs the extra `viz`."""
         return plot(path, self.baseline, self.answers, self.sweeps)
+
+    def _repr_svg_(self) -> str | None:
+        try:
+            return plot_svg(self.baseline, self.answers, self.sweeps)
+        except ValueError:
+            return None  # without matplotlib a notebook shows the text
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self)) + (self._repr_svg_() or "")
 
 
 def what_if(

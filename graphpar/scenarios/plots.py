@@ -3,6 +3,7 @@
 Needs matplotlib (the extra `viz`); the ending of the file decides between PNG and SVG.
 """
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,24 @@ def plot(
     target = Path(path)
     if target.suffix not in ENDINGS:
         raise ValueError(f"plot {target}: the file must end in one of {', '.join(ENDINGS)}")
+    figure = _drawn(baseline, answers, sweeps)
+    figure.savefig(target, dpi=150)
+    return target
+
+
+def plot_svg(baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> str:
+    """The picture as the text of an `svg` element, for a notebook.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    buffer = io.StringIO()
+    _drawn(baseline, answers, sweeps).savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _drawn(baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -39,8 +58,7 @@ def plot(
         _curve(figure, baseline, swept, sweeps[0])
     else:
         _bars(figure, baseline, answers)
-    figure.savefig(target, dpi=150)
-    return target
+    return figure
 
 
 def _points(sweeps: Sequence[Sweep]) -> int:
@@ -65,7 +83,7 @@ def _bars(figure: Any, baseline: Answer, answers: Sequence[Answer]) -> None:
     errors = [s * a.error_bar for s, a in zip(steps, rows, strict=True)]
     colors = [OKABE_ITO[0] if a.status == "ok" else "lightgrey" for a in rows]
     axes.barh(positions, steps, xerr=errors, color=colors, ecolor="grey", capsize=3)
-    axes.set_yticks(positions, [a.title for a in rows])
+    axes.set_yticks(positions, [a.title for a in rows], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("predicted step, s")
 

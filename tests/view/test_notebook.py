@@ -72,6 +72,7 @@ def test_the_example_notebook_runs_and_everything_in_it_shows_itself() -> None:
     assert {"text/html", "image/svg+xml", "text/plain"} <= shown["job"]
     assert "text/html" in shown["job.last_step"]
     assert "image/svg+xml" in shown["job.graph"]
+    assert {"text/html", "image/svg+xml", "text/plain"} <= shown["study"]
 
 
 def test_a_graph_draws_itself_whatever_its_names() -> None:
