@@ -21,9 +21,11 @@ def plan() -> Plan:
 
 def test_the_view_knows_who_shares_what(plan: Plan) -> None:
     view = view_of(plan)
-    assert [stage.groups for stage in view.stages] == [((0,),), ((1, 2),)]
-    assert [device.share for device in view.devices] == pytest.approx([1.0, 0.6, 0.4])
-    for device, peak in zip(view.devices, plan.predicted_peak_bytes.values(), strict=True):
+    assert [stage.groups for stage in view.stages] == [((0,),), ((1, 2),), ((3,),)]
+    assert [d.share for d in view.devices[: view.num_ranks]] == pytest.approx([1.0, 0.6, 0.4, 1.0])
+    for device, peak in zip(
+        view.devices[: view.num_ranks], plan.predicted_peak_bytes.values(), strict=True
+    ):
         assert device.peak_bytes == pytest.approx(peak)
 
 
@@ -31,7 +33,7 @@ def test_the_trace_is_sound(plan: Plan) -> None:
     events = json.loads(render_trace(view_of(plan, measured_step(plan))))["traceEvents"]
     check_trace(events)
     forwards = [e["tid"] for e in events if e.get("cat") == "F" and e["pid"] == 1]
-    assert forwards.count(3) == forwards.count(5) == 4, "both members run all microbatches"
+    assert forwards.count(3) == forwards.count(5) == 8, "both members run all microbatches"
 
 
 def test_pages_and_pictures_hold_all_members(plan: Plan) -> None:
