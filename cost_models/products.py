@@ -1,10 +1,12 @@
 """Work of matrix products, attention, normalisation, softmax, losses and lookups."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from graphpar.cost_models.pointwise import Rule, memory_kernel, view_kernel
 from graphpar.cost_models.work import Call, Kernel, OpWork
+from graphpar.ir.formats import PLANNED_ONLY, format_of
 from graphpar.ir.ops import Op
 from graphpar.ir.optable import packet
 
@@ -42,9 +44,23 @@ def _weighted(call: Call, x: Op | None, weight: Op | None, bias: Op | None) -> O
     rows = call.numel(call.out) // max(columns, 1)
     forward = (product(call, 1, rows, columns, inner),)
     backward, saved = _product_backward(call, x, weight, 1, rows, columns, inner)
+    if format_of(call.op) in PLANNED_ONLY:
+        forward, backward = _in_8_bits(call, forward), list(_in_8_bits(call, backward))
     if call.needs_grad(bias):
         backward.append(memory_kernel(call, "reduce", call.bytes(call.out), call.numel(call.out)))
     return OpWork(forward, tuple(backward), saved)
+
+
+def _in_8_bits(call: Call, products: Sequence[Kernel]) -> tuple[Kernel, ...]:
+    """Products in 8 bits, each after a pass that rounds its activations or gradients to them."""
+    kernels: list[Kernel] = []
+    for one in products:
+        assert one.matrix is not None
+        batch, rows, _, inner = one.matrix
+        elements = float(batch * rows * inner)
+        kernels.append(Kernel("cast", elements, 3 * elements, elements))
+        kernels.append(replace(one, dtype=format_of(call.op), bytes=one.bytes / 2))
+    return tuple(kernels)
 
 
 def _product_backward(

@@ -28,6 +28,7 @@ from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.frontend.capture import Captured, capture
 from graphpar.ir.chain import Chain, build_chain
+from graphpar.ir.formats import base_format
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_op
 from graphpar.partition.formats import Errors
@@ -237,6 +238,9 @@ def compile(
         plan.check_model(prepared.graph.name, prepared.model_hash)
         plan.check_cluster(where.to_dict(), hash_of(where.to_dict()))
         plan.check_mode(training=train is not None)
+        for pipeline in plan.partition.pipelines:
+            for f in {f for stage in pipeline.stages for f in stage.formats}:
+                check_precision(base_format(f), to_run=True)
         return plan
 
     subject = subject_of(model, prepared, where, train)

@@ -8,6 +8,8 @@ from graphpar.ir.formats import (
     FORMATS,
     LARGEST,
     PARTLY,
+    PLANNED_ONLY,
+    carrier,
     feeds_islands,
     format_in,
     format_of,
@@ -50,7 +52,7 @@ class AssignFormats:
         lower = {f for f in self.unit_formats if f != "float32"}
         if not lower:
             return graph
-        unknown = sorted(lower - {*FORMATS, *PARTLY})
+        unknown = sorted(lower - {*FORMATS, *PARTLY, *PLANNED_ONLY})
         if unknown:
             raise VerifyError(f"Pass formats knows {', '.join(FORMATS)}, not {unknown[0]!r}.")
         units = build_chain(graph).units
@@ -142,6 +144,7 @@ class _Casting:
         role = role_of(op)
         if unit_format == "float32" or role == "island" or feeds_islands:
             return "float32"
+        unit_format = carrier(unit_format)
         if role == "product":
             return unit_format
         read = [self.ops[name] for name in op.operands()]

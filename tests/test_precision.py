@@ -55,6 +55,22 @@ def test_a_lower_format_is_predicted_to_help_large_products(kind: str) -> None:
     assert times["float16"] < times["float32"] / 2
 
 
+def test_eight_bits_are_priced_but_not_run() -> None:
+    with torch.device("meta"):
+        model, args = (
+            nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096)),
+            torch.empty(8192, 4096),
+        )
+    cluster = {"devices": [{"kind": "h100-sxm-80gb"}]}
+    plans = {
+        precision: graphpar.plan(model, cluster, (args,), precision=precision)
+        for precision in ("bfloat16", "float8_e4m3fn")
+    }
+    assert plans["float8_e4m3fn"].predicted_step_s < plans["bfloat16"].predicted_step_s
+    with pytest.raises(ValueError, match="can be planned but not run"):
+        graphpar.compile(model, cluster, (args,), plan=plans["float8_e4m3fn"])
+
+
 def test_float32_plans_are_what_they_were() -> None:
     """Nothing of the lower formats touches a plan that asks for none."""
     made = plan("h100-sxm-80gb", "float32", count=2)

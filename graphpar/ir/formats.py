@@ -89,6 +89,14 @@ def base_format(unit_format: str) -> str:
     return PARTLY.get(unit_format, unit_format)
 
 
+def carrier(op_format: str) -> str:
+    """The format that values are held in where an op computes in a format.
+
+    Products in 8 bits round their operands themselves; everything around them is bfloat16.
+    """
+    return "bfloat16" if op_format in PLANNED_ONLY else op_format
+
+
 def format_in(unit_format: str, op: Op) -> str:
     """The format that an op is told to compute in, in a unit of a format."""
     if unit_format in PARTLY and packet(op) in ATTENTION:
@@ -153,7 +161,7 @@ def wire_format(op: Op, readers: tuple[Op, ...]) -> str:
     """
     kind = op.types[0]
     assert kind is not None
-    inside = format_of(op) == "bfloat16" and all(format_of(r) == "bfloat16" for r in readers)
+    inside = all(carrier(format_of(o)) == "bfloat16" for o in (op, *readers))
     losses = all(packet(r) in LOSSES for r in readers)
     if kind.dtype != "float32" or not kind.batch_dims or op.target in SOURCES or not inside or losses:
         return kind.dtype
