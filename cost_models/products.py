@@ -42,7 +42,7 @@ def _weighted(call: Call, x: Op | None, weight: Op | None, bias: Op | None) -> O
     inner = call.sizes(x)[-1]
     columns = call.sizes(call.out)[-1]
     rows = call.numel(call.out) // max(columns, 1)
-    forward = (product(call, 1, rows, columns, inner),)
+    forward: tuple[Kernel, ...] = (product(call, 1, rows, columns, inner),)
     backward, saved = _product_backward(call, x, weight, 1, rows, columns, inner)
     if format_of(call.op) in PLANNED_ONLY:
         forward, backward = _in_8_bits(call, forward), list(_in_8_bits(call, backward))
