@@ -1,22 +1,43 @@
 """How fast pipelines are planned, and how surely, against the number of devices, kinds and layers.
 
-    python benchmarks/pipeline_scale.py [--json] [--time-limit S] [--quick]
+    python benchmarks/pipeline_scale.py [--json] [--time-limit S] [--quick] [--only WORD]
 
 Every case is a cost table computed from round figures of a decoder-only transformer and of
 accelerators; the figures are inputs of the benchmark, nothing here is a measurement of a machine.
+Beside each answer stand, from the same run, the even split, units in proportion to speed, data
+parallelism, the best plan on devices of one kind, and the textbook programme that gives every stage a
+slot (with as many seconds as the answer took, at least ten).
 """
 
 import argparse
 import json
 import resource
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
-from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology, UnitCost
+from graphpar.cost import (
+    CostTable,
+    CutEdge,
+    DeviceClass,
+    LinkCost,
+    Mode,
+    ModeCost,
+    StageOptions,
+    Topology,
+    UnitCost,
+)
+from graphpar.cost_models.modes import with_modes
 from graphpar.errors import InfeasibleError
-from graphpar.partition.baselines import data_parallel, even_split, greedy_split
+from graphpar.partition.baselines import best_like_subset, data_parallel, even_split, greedy_split
 from graphpar.partition.pipeline import partition
+from graphpar.partition.types import Partition
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from slot_programme import slot_programme
 
 SAMPLE_TOKENS = 8192
 DEVICES_PER_NODE = 8
@@ -55,43 +76,64 @@ LLAMA_405B = Shape(126, 16384, 3.19e9, 2.1e9)
 
 
 @dataclass(frozen=True)
+class Options:
+    """What stages may choose: tensor widths, recomputation, ZeRO levels, a second number format."""
+
+    stage: StageOptions = field(default_factory=StageOptions)
+    formats: bool = False
+
+
+ALL_OPTIONS = Options(StageOptions(recompute=True, zero=(1, 2, 3), tensor_widths=(2, 4, 8)), formats=True)
+
+
+@dataclass(frozen=True)
 class Row:
-    """One case and what came out."""
+    """One case and what came out; `modes` are the ways to run a unit besides the plain ones."""
 
     case: str
     devices: int
     kinds: int
     units: int
     batch: int
+    modes: int
     baselines_s: dict[str, float | None]
     status: str = ""
     seconds: float = 0.0
+    cpu_s: float = 0.0
     gap: float | None = None
     step_s: float | None = None
     bound_s: float | None = None
     physical_bound_s: float | None = None
     stages: int | None = None
+    pipelines: int | None = None
+    variables: int | None = None
+    programs: int | None = None
     truncated_by: tuple[str, ...] = ()
+    family: str = ""
 
 
-def decoder_table(shape: Shape, counts: dict[str, int], batch: int) -> CostTable:
-    """A decoder with activations recomputed (only layer inputs are kept) under mixed-precision Adam."""
+def decoder_table(shape: Shape, counts: dict[str, int], batch: int, options: Options) -> CostTable:
+    """A decoder under Adam in 16-bit formats with 32-bit optimiser state; all activations are kept.
+
+    With a second format the plain rows are those of 32 bits: half as fast, twice the bytes.
+    """
     kinds = [k for k in KINDS if counts.get(k.name)]
     sizes = tuple(sorted({1, 2, 4, batch}))
     cut_bytes = 2.0 * SAMPLE_TOKENS * shape.hidden
+    slow = 2.0 if options.formats else 1.0
 
     def unit(name: str, parameters: float, kept_bytes: float) -> UnitCost:
-        flops = 2 * parameters * SAMPLE_TOKENS
+        flops = 2 * parameters * SAMPLE_TOKENS * slow
         return UnitCost(
             name=name,
             forward_s=tuple(tuple(flops * s / k.flops_per_s for s in sizes) for k in kinds),
-            backward_s=tuple(tuple(3 * flops * s / k.flops_per_s for s in sizes) for k in kinds),
+            backward_s=tuple(tuple(2 * flops * s / k.flops_per_s for s in sizes) for k in kinds),
             optimizer_s=tuple(parameters * 16 / 1.5e12 for _ in kinds),
-            weight_bytes=2 * parameters,
-            gradient_bytes=2 * parameters,
-            optimizer_bytes=12 * parameters / 16,  # optimiser state sharded 16 ways elsewhere
-            saved_bytes=tuple(kept_bytes * s for s in sizes),
-            working_bytes=tuple(4 * cut_bytes * s for s in sizes),
+            weight_bytes=2 * slow * parameters,
+            gradient_bytes=2 * slow * parameters,
+            optimizer_bytes=(12 if slow == 1 else 8) * parameters,
+            saved_bytes=tuple(slow * kept_bytes * s for s in sizes),
+            working_bytes=tuple(4 * slow * cut_bytes * s for s in sizes),
         )
 
     devices = {
@@ -103,15 +145,15 @@ def decoder_table(shape: Shape, counts: dict[str, int], batch: int) -> CostTable
     node_of = {d: d.split("/")[0] for names in devices.values() for d in names}
     inside = {d.split("/")[0]: k.inside for k in kinds for d in devices[k.name]}
     units = (0, *(1,) * shape.layers, 2)
-    return CostTable(
+    table = CostTable(
         batch=batch,
         training=True,
         sizes=sizes,
         units=units,
         unit_names=("embedding", *(f"layer {i}" for i in range(shape.layers)), "head"),
         costs=(
-            unit("embedding", shape.end_parameters, 0.0),
-            unit("layer", shape.layer_parameters, cut_bytes),
+            unit("embedding", shape.end_parameters, cut_bytes),
+            unit("layer", shape.layer_parameters, 17 * cut_bytes),
             unit("head", shape.end_parameters, cut_bytes),
         ),
         edges=tuple(CutEdge(i, i + 1, cut_bytes, cut_bytes) for i in range(len(units) - 1)),
@@ -121,6 +163,31 @@ def decoder_table(shape: Shape, counts: dict[str, int], batch: int) -> CostTable
         max_replicas=batch,
         reserved_bytes=1e9,
     )
+    if options.formats:
+        table = replace(table, modes=tuple(_halved(m) for m in table.every_mode))
+    return with_modes(table, options.stage)
+
+
+def _halved(mode: Mode) -> Mode:
+    """The same mode in 16 bits: twice as fast; optimiser state keeps a 32-bit copy of the weights."""
+
+    def half(row: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(v / 2 for v in row)
+
+    costs = tuple(
+        ModeCost(
+            forward_s=half(c.forward_s),
+            backward_s=half(c.backward_s),
+            optimizer_s=c.optimizer_s,
+            weight_bytes=half(c.weight_bytes),
+            gradient_bytes=half(c.gradient_bytes),
+            optimizer_bytes=tuple(v + w for v, w in zip(c.optimizer_bytes, c.weight_bytes, strict=True)),
+            saved_bytes=tuple(map(half, c.saved_bytes)),
+            working_bytes=tuple(map(half, c.working_bytes)),
+        )
+        for c in mode.costs
+    )
+    return replace(mode, costs=costs, precision="bfloat16")
 
 
 def unlike_table(num_devices: int, num_units: int, batch: int, network: LinkCost) -> CostTable:
@@ -160,55 +227,89 @@ def unlike_table(num_devices: int, num_units: int, batch: int, network: LinkCost
 
 
 def cases(quick: bool) -> Iterator[tuple[str, CostTable]]:
-    """Named tables: unlike devices, then the decoder over devices, kinds and layers."""
+    """Named tables: unlike devices, then the decoder over devices, kinds, layers and options."""
     slow, fast = LinkCost(5e-5, 2e8), LinkCost(1e-5, 1e10)
+    some = StageOptions(recompute=True, zero=(1, 2, 3))
     yield "8 unlike devices, 50 units, slow network", unlike_table(8, 50, 32, slow)
     yield "8 unlike devices, 50 units, fast network", unlike_table(8, 50, 32, fast)
+    unlike = with_modes(unlike_table(8, 50, 32, slow), some)
+    yield "8 unlike devices, 50 units, recomputation and ZeRO", unlike
     for total in (256, 1024) if quick else (128, 256, 512, 1024, 4096):
         counts = {k.name: total // 4 for k in KINDS}
-        yield f"405B, {total} devices of 4 kinds", decoder_table(LLAMA_405B, counts, 2048)
+        table = decoder_table(LLAMA_405B, counts, 2048, ALL_OPTIONS)
+        yield f"405B, {total} devices of 4 kinds, all options", table
     for kinds in () if quick else (1, 2, 3):
         counts = {k.name: 1024 // kinds for k in KINDS[:kinds]}
-        yield f"405B, 1024 devices of {kinds} kinds", decoder_table(LLAMA_405B, counts, 2048)
+        table = decoder_table(LLAMA_405B, counts, 2048, ALL_OPTIONS)
+        yield f"405B, 1024 devices of {kinds} kinds, all options", table
+    counts = {k.name: 256 for k in KINDS}
     for layers in () if quick else (32, 64, 256):
         shape = Shape(layers, 16384, 3.19e9 * 126 / layers, 2.1e9)
-        counts = {k.name: 256 for k in KINDS}
-        yield f"405B in {layers} layers, 1024 devices", decoder_table(shape, counts, 2048)
+        table = decoder_table(shape, counts, 2048, ALL_OPTIONS)
+        yield f"405B in {layers} layers, 1024 devices, all options", table
+    widths = (2, 4, 8)
+    ladder = {
+        "tensor groups": Options(StageOptions(tensor_widths=widths)),
+        "tensor groups, recomputation": Options(StageOptions(recompute=True, tensor_widths=widths)),
+        "tensor groups, ZeRO": Options(StageOptions(zero=(1, 2, 3), tensor_widths=widths)),
+        "tensor groups, recomputation, ZeRO": replace(ALL_OPTIONS, formats=False),
+    }
+    for name, options in () if quick else ladder.items():
+        yield f"405B, 1024 devices, {name}", decoder_table(LLAMA_405B, counts, 2048, options)
 
 
 def measure(case: str, table: CostTable, time_limit_s: float, gap: float) -> Row:
     """Plan one table and its baselines."""
-    baselines: dict[str, float | None] = {}
-    for name, make in (("even", even_split), ("greedy", greedy_split), ("data", data_parallel)):
-        try:
-            baselines[name] = make(table).objective_s
-        except InfeasibleError:
-            baselines[name] = None
     blank = Row(
         case=case,
         devices=sum(len(c.devices) for c in table.device_classes),
         kinds=len(table.device_classes),
         units=table.num_units,
         batch=table.batch,
-        baselines_s=baselines,
+        modes=len(table.modes),
+        baselines_s={},
     )
-    began_s = time.perf_counter()
+    began_s, computed_s = time.perf_counter(), time.process_time()
     try:
         found = partition(table, gap=gap, time_limit_s=time_limit_s)
     except InfeasibleError as error:
         spent = time.perf_counter() - began_s
         return replace(blank, status=f"infeasible: {error.limit}", seconds=spent)
-    return replace(
+    row = replace(
         blank,
         status=found.status,
         seconds=time.perf_counter() - began_s,
+        cpu_s=time.process_time() - computed_s,
         gap=found.gap,
         step_s=found.objective_s,
         bound_s=found.bound_s,
         physical_bound_s=found.physical_bound_s,
         stages=sum(len(p.stages) for p in found.pipelines),
+        pipelines=len(found.pipelines),
+        variables=found.num_variables,
+        programs=found.num_programs,
         truncated_by=found.truncated_by,
+        family=found.family,
     )
+    return replace(row, baselines_s=baselines(table, found, max(10.0, row.seconds)))
+
+
+def baselines(table: CostTable, found: Partition, time_limit_s: float) -> dict[str, float | None]:
+    """Step times of simple plans; None where one does not fit or is not found in time."""
+    ways: dict[str, Callable[[], Partition]] = {
+        "even split": lambda: even_split(table),
+        "in proportion to speed": lambda: greedy_split(table),
+        "data parallel": lambda: data_parallel(table),
+        "devices of one kind": lambda: best_like_subset(table, time_limit_s=time_limit_s),
+        "stage-slot programme": lambda: slot_programme(table, found, time_limit_s),
+    }
+    steps: dict[str, float | None] = {}
+    for name, make in ways.items():
+        try:
+            steps[name] = make().objective_s
+        except InfeasibleError:
+            steps[name] = None
+    return steps
 
 
 def main() -> None:
@@ -216,11 +317,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--quick", action="store_true", help="only the main cases")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases with this word in their name")
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S")
     parser.add_argument("--gap", type=float, default=0.01)
     arguments = parser.parse_args()
     rows = []
     for case, table in cases(arguments.quick):
+        if arguments.only not in case:
+            continue
         row = measure(case, table, arguments.time_limit, arguments.gap)
         rows.append(row)
         if not arguments.json:
@@ -232,12 +336,15 @@ def main() -> None:
 
 def _line(row: Row) -> str:
     if row.step_s is None or row.gap is None:
-        return f"{row.case:45} {row.seconds:7.2f} s  {row.status}"
-    others = [v for v in row.baselines_s.values() if v is not None]
-    against = f"{min(others) / row.step_s:.2f}x" if others else "no baseline fits"
+        return f"{row.case:50} {row.seconds:7.2f} s  {row.status}"
+    against = ", ".join(
+        f"{name} {value / row.step_s:.2f}x" if value is not None else f"{name} does not fit"
+        for name, value in row.baselines_s.items()
+    )
     return (
-        f"{row.case:45} {row.seconds:7.2f} s  gap {100 * row.gap:.3f} %  step {row.step_s:.6g} s  "
-        f"{row.stages} stages  best baseline {against}  {', '.join(row.truncated_by)}"
+        f"{row.case:50} {row.seconds:7.2f} s ({row.cpu_s:.2f} s of CPU)  gap {100 * row.gap:.2f} %  "
+        f"step {row.step_s:.6g} s  {row.stages} stages  {row.variables} variables  {row.modes} modes  "
+        f"[{against}]  {', '.join(row.truncated_by)}"
     )
 
 

@@ -16,7 +16,8 @@ def name_devices(table: CostTable, cells: Cells, found: Sequence[Found]) -> tupl
 
     Stages wider than a node choose first, then those with larger groups, then the others in the order
     of the pipeline: the node of the stage before them if it has room, else the emptiest node where a
-    like stage follows, else the fullest one that has room, else what is left, fewest nodes first.
+    like stage follows, else the fullest one that has room, else what is left, fewest nodes first. Where
+    pairs of nodes have links of their own, only the closest nodes with room are considered.
     """
     pools = [_Pool(table, c.devices) for c in cells.cells]
     stages = [(p, s) for p, one in enumerate(found) for s in range(len(one.answer.stages))]
@@ -67,6 +68,7 @@ class _Pool:
     """The free devices of a cell, by node."""
 
     def __init__(self, table: CostTable, devices: Sequence[str]) -> None:
+        self._topology = table.topology
         self._node_of = table.topology.node_of
         self._free: dict[str, list[str]] = {}
         for device in devices:
@@ -80,7 +82,7 @@ class _Pool:
 
     def draw(self, number: int, before: Sequence[str], follows: bool) -> list[str]:
         """Take some devices, if possible of one node."""
-        roomy = [n for n, free in self._free.items() if len(free) >= number]
+        roomy = self._closest([n for n, free in self._free.items() if len(free) >= number], before)
         near = [n for n in roomy if any(self._node_of[d] == n for d in before)]
         if near:
             return self._take(near[0], number)
@@ -91,6 +93,21 @@ class _Pool:
         for node in sorted(self._free, key=lambda n: -len(self._free[n])):
             taken += self._take(node, min(number - len(taken), len(self._free[node])))
         return taken
+
+    def _closest(self, nodes: list[str], before: Sequence[str]) -> list[str]:
+        """Of some nodes those with the fastest links to the devices of the stage before."""
+        if not self._topology.between or not before or len(nodes) < 2:
+            return nodes
+        ahead = {self._node_of[d] for d in before}
+
+        def worst(node: str) -> tuple[float, float]:
+            # A node's inside link counts for itself: nothing is closer.
+            links = self._topology.between_nodes((node,), ahead - {node})
+            return max(((1 / k.bytes_per_s, k.latency_s) for k in links), default=(0.0, 0.0))
+
+        distance = {node: worst(node) for node in nodes}
+        least = min(distance.values())
+        return [node for node in nodes if distance[node] == least]
 
     def _take(self, node: str, number: int) -> list[str]:
         taken, self._free[node] = self._free[node][:number], self._free[node][number:]

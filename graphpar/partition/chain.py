@@ -81,6 +81,11 @@ class ChainProgram:
         self._most_below = np.ascontiguousarray(costs.most_below[self._rows["option"]].transpose(0, 2, 1))
 
     @property
+    def num_variables(self) -> int:
+        """Stages with finite costs, between all kinds of links."""
+        return int(np.isfinite(self.costs.extra_s).sum())
+
+    @property
     def extras_s(self) -> FloatArray:
         """All values the busiest stage's extra can take, increasing."""
         return self.costs.extras_s

@@ -92,7 +92,7 @@ class CountingProgram:
         self._dues: tuple[float, ...] = ()
 
     @property
-    def num_columns(self) -> int:
+    def num_variables(self) -> int:
         """Columns before any limit."""
         return len(self._columns)
 

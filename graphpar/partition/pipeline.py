@@ -355,6 +355,8 @@ class _Run:
             peak_bytes=cost.peak_bytes,
             notes=self._notes(),
             runners_up=self.runners_up(),
+            num_programs=self._programs.number,
+            num_variables=self._programs.largest,
         )
 
     def _family_words(self) -> str:

@@ -42,6 +42,10 @@ class ChainSolver(Protocol):
     """Anything that finds the least fill under limits."""
 
     @property
+    def num_variables(self) -> int:
+        """Stages that the programme chooses from."""
+
+    @property
     def extras_s(self) -> FloatArray:
         """All values the busiest stage's extra can take, increasing."""
 

@@ -80,6 +80,16 @@ class Programs:
         used = [c.device_class for c, n in zip(cells.cells, limits, strict=True) if n]
         return memory_never_binds(table, setting, used)
 
+    @property
+    def number(self) -> int:
+        """Programmes built."""
+        return len(self._built)
+
+    @property
+    def largest(self) -> int:
+        """Variables of the largest programme built."""
+        return max((p.num_variables for p in self._built.values()), default=0)
+
     def may_hold(self, limits: Sequence[int]) -> bool:
         """Whether some devices have the memory for one copy of all units; True does not promise it."""
         classes = self.family.table.device_classes

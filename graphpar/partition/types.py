@@ -106,7 +106,8 @@ class Partition:
     within the programme's family (`family` says in words what that family is). `gap` is
     `(objective_s - bound_s) / objective_s`. `physical_bound_s` is a lower bound for any plan of any
     kind under the same table. `truncated_by` names every limit that cut the search short.
-    `peak_bytes` maps each used device to its predicted peak.
+    `peak_bytes` maps each used device to its predicted peak. `num_programs` programmes were built,
+    the largest with `num_variables` variables (possible stages).
     """
 
     pipelines: tuple[PipelineChoice, ...]
@@ -123,6 +124,8 @@ class Partition:
     peak_bytes: dict[str, float]
     notes: tuple[str, ...] = ()
     runners_up: tuple["Partition", ...] = field(default=(), repr=False)
+    num_programs: int = 0
+    num_variables: int = 0
 
     @property
     def used_devices(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, Topology
 from graphpar.errors import InfeasibleError
+from graphpar.partition.assign import name_devices
 from graphpar.partition.cells import class_cells, find_cells, make_option
 from graphpar.partition.counting import CountingLimits, counting_options, widths
 from graphpar.partition.family import Family
@@ -202,3 +203,22 @@ def test_counting_is_as_good_as_placing_in_all_modes(table: CostTable, schedule:
     if count.best is not None and place.best is not None:
         assert count.best.step_s == pytest.approx(place.best.step_s, rel=1e-6, abs=1e-9)
         assert count.bound_s <= place.best.step_s * (1 + 1e-6) + 1e-9
+
+
+def test_neighbours_stand_on_close_nodes() -> None:
+    # Two racks of nodes, fast links inside a rack: a pipeline of whole nodes changes racks once.
+    table = make_table([1.0] * 16, (1.0,), (16,), batch=32, cut_bytes=10.0, memory_bytes=1.5)
+    node_of = {d: f"n{int(d[2:]) // 2}" for d in table.class_of}
+    nodes = sorted(set(node_of.values()))
+    # Rack of a node: every other one, so that the order of names does not help.
+    pairs = [(a, b) for a in nodes for b in nodes if a < b and (int(a[1]) - int(b[1])) % 2 == 0]
+    between = dict.fromkeys(pairs, LinkCost(1e-6, 1e4))
+    inside = {n: LinkCost(1e-6, 1e5) for n in nodes}
+    racked = replace(table, topology=Topology(node_of, inside, LinkCost(1e-4, 1e2), between))
+    family = counted(racked, Repeats(0, 1, 16), "1f1b")
+    found = best(family, "1f1b", CountingLimits(0.01, "highs"))
+    assert found.best is not None
+    (pipeline,) = name_devices(racked, family.cells, (found.best,))
+    racks = [int(node_of[s.replicas[0].device][1]) % 2 for s in pipeline.stages]
+    assert len(pipeline.stages) == 16
+    assert sum(a != b for a, b in pairwise(racks)) == 1

@@ -61,6 +61,16 @@ def test_partition_is_the_best_of_all_plans_on_four_devices(table: CostTable) ->
         assert partition(table, gap=0.0).objective_s == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
+@settings(max_examples=5, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=6, max_devices=4, max_batch=2, modes=True))
+def test_nothing_is_lost_against_all_decisions_at_once(table: CostTable) -> None:
+    """Six blocks, four devices: cuts, order, staffing, modes, shares, microbatches, schedule together."""
+    best = best_step_s(table)
+    if best is not None:
+        assert partition(table, gap=0.0).objective_s == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
 @given(small_tables(), st.sampled_from([0.05, 0.2]))
 def test_the_gap_is_kept_and_its_bound_true(table: CostTable, gap: float) -> None:
