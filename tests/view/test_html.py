@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from plan_samples import CLUSTER, partition_of, partitions, sample_plan, stage_l
 from view_samples import HOSTILE, hostile_plan, measured_step
 
 from graphpar import cli
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import BatchSize, Op, Ref, TensorType
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plan_diff import diff_plans
 from graphpar.plans import Plan, hash_of
 from graphpar.view.api import visualize
 from graphpar.view.build import view_of
+from graphpar.view.detail import ViewDetail
 from graphpar.view.html import render_html, script_json
 from graphpar.view.packed import pack, unpack
 
@@ -170,3 +174,30 @@ def test_a_wide_plan_stays_small() -> None:
     view = view_of(make_plan(subject, table, predict(table, partition, ())))
     assert view.num_ranks == 512
     assert len(render_html(view)) < 1_500_000
+
+
+def test_operations_that_find_no_room_are_counted() -> None:
+    """Thirty thousand operations that do not repeat: the page stays small and says what it lacks."""
+    names = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(30_000)]
+    kinds = tuple(tuple((n, "add", "float32[4]", n[::-1], "") for n in names[k::50]) for k in range(50))
+    view = view_of(sample_plan())
+    page = render_html(view, detail=ViewDetail(tuple(k % 50 for k in range(6)), kinds))
+    assert len(page) < 1_500_000
+    data = data_of(page)
+    kept = json.loads(zlib.decompress(base64.b64decode(data["detail"])))["kinds"]
+    assert 0 < sum(map(len, kept)) == 30_000 - data["left_out_ops"] < 30_000
+
+
+def test_a_graph_of_another_model_is_refused(tmp_path: Path) -> None:
+    kind = TensorType((BatchSize(), 4), "float32")
+    ops = [
+        Op("x", "input", ("x",), types=(kind,)),
+        Op("y", "aten.relu.default", (Ref("x"),), types=(kind,), module="relu"),
+        Op("output", "output", ((Ref("y"),),)),
+    ]
+    graph = Graph(ops, level="captured", name="Other", batch=2)
+    with pytest.raises(ValueError, match="'Other' is not the one this plan was made for"):
+        visualize(sample_plan(), tmp_path / "page.html", graph=graph)
+    with pytest.raises(ValueError, match=r"end the name .* in \.html"):
+        visualize(sample_plan(), tmp_path / "page.svg", graph=graph)
+    assert not list(tmp_path.iterdir())
