@@ -34,6 +34,7 @@ class Row:
     bound: float | None
     gap: float | None
     seconds: float
+    truncated_by: str | None
     ratio: float | None
 
 
@@ -48,14 +49,30 @@ def run(path: Path, time_limit_s: float, gap: float, reference: dict[str, float]
     known = reference.get(path.name, reference.get(path.name.split(".")[0]))
     ratio = solved.objective / known if known and solved.objective is not None else None
     return Row(
-        path.name, solved.status, solved.objective, solved.bound, solved.gap, solved.seconds, ratio
+        path.name,
+        solved.status,
+        solved.objective,
+        solved.bound,
+        solved.gap,
+        solved.seconds,
+        solved.truncated_by,
+        ratio,
     )
 
 
 def show(rows: Iterable[Row]) -> None:
     """Print the rows as a table."""
     table = Table()
-    for heading in ("instance", "status", "objective", "bound", "gap", "seconds", "ratio"):
+    for heading in (
+        "instance",
+        "status",
+        "objective",
+        "bound",
+        "gap",
+        "seconds",
+        "cut short by",
+        "ratio",
+    ):
         table.add_column(heading, justify="left" if heading == "instance" else "right")
     for row in rows:
         table.add_row(
@@ -65,6 +82,7 @@ def show(rows: Iterable[Row]) -> None:
             "-" if row.bound is None else f"{row.bound:,.6g}",
             "-" if row.gap is None else f"{100 * row.gap:.4f} %",
             f"{row.seconds:.1f}",
+            row.truncated_by or "-",
             "-" if row.ratio is None else f"{row.ratio:.6f}",
         )
     console = Console()

@@ -84,6 +84,8 @@ def solve(
     kind = "placement" if isinstance(problem, PlacementProblem) else "sharding"
     if as_json:
         click.echo(json.dumps(_as_record(kind, solved)))
+        if solved.note:
+            click.echo(solved.note, err=True)
     else:
         Console().print(_as_table(problem, kind, objective or "throughput", solved))
     if solved.status == "infeasible":
@@ -135,6 +137,8 @@ def _as_table(problem: Problem, kind: str, objective: Objective, solved: Solved[
     table.add_row("gap", "unknown" if solved.gap is None else f"{100 * solved.gap:.4f} %")
     table.add_row("seconds", f"{solved.seconds:.1f}")
     table.add_row("cut short by", solved.truncated_by or "nothing")
+    if solved.note:
+        table.add_row("note", solved.note)
     return table
 
 

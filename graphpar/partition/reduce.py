@@ -15,11 +15,12 @@ applied wherever something changed until nothing changes any more:
   minimised out; the minimum over its strategies becomes a cost of its neighbours.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+from graphpar.partition.clock import ShouldStop, never
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce_loops import (
     COLUMNS_DETERMINE,
@@ -39,25 +40,31 @@ _LARGEST_NEW_TABLE = 200_000
 
 
 def reduce_problem(
-    problem: ShardingProblem, should_stop: Callable[[], bool] = lambda: False
+    problem: ShardingProblem, should_stop: ShouldStop = never, out_of_time: ShouldStop = never
 ) -> tuple[ShardingGraph, MemoryRows]:
-    """The reduced graph and the memory rows that can still bind; stops early when told to."""
-    graph = ShardingGraph.of(problem)
+    """The reduced graph and the memory rows that can still bind; stops early when told to.
+
+    Raises:
+        OutOfTimeError: `out_of_time` was true before there was a graph.
+    """
+    graph = ShardingGraph.of(problem, out_of_time)
     return graph, reduce_graph(graph, memory_rows(problem), should_stop)
 
 
-def reduce_graph(
-    graph: ShardingGraph, rows: MemoryRows, should_stop: Callable[[], bool] = lambda: False
-) -> MemoryRows:
+def reduce_graph(graph: ShardingGraph, rows: MemoryRows, should_stop: ShouldStop = never) -> MemoryRows:
     """Shrink a graph in place until nothing changes; returns the rows that can still bind."""
     if graph.infeasible:
         return rows
     rows = tighten(rows, graph)
-    dirty = set(graph.costs)
+    dirty, is_first = set(graph.costs), True
     while dirty and graph.is_possible() and not should_stop():
         dirty = _sweep(graph, rows, dirty, should_stop)
         if graph.is_possible():
             rows = tighten(rows, graph)
+        if graph.is_possible() and (is_first or not dirty) and not should_stop():
+            # It looks at every vertex, so not after every sweep.
+            dirty |= drop_oversized(graph, rows) & graph.costs.keys()
+        is_first = False
     if dirty and graph.is_possible():
         # Cut short: message passing still relies on every strategy having a possible partner.
         drop_unsupported(graph, set(graph.costs))
@@ -67,7 +74,7 @@ def reduce_graph(
     return rows
 
 
-def _until(should_stop: Callable[[], bool], vertices: Iterable[int]) -> Iterator[int]:
+def _until(should_stop: ShouldStop, vertices: Iterable[int]) -> Iterator[int]:
     """The vertices, as long as there is time: every reduction may end after any vertex."""
     for vertex in vertices:
         if should_stop():
@@ -75,9 +82,7 @@ def _until(should_stop: Callable[[], bool], vertices: Iterable[int]) -> Iterator
         yield vertex
 
 
-def _sweep(
-    graph: ShardingGraph, rows: MemoryRows, dirty: set[int], should_stop: Callable[[], bool]
-) -> set[int]:
+def _sweep(graph: ShardingGraph, rows: MemoryRows, dirty: set[int], should_stop: ShouldStop) -> set[int]:
     """Apply every reduction once at the dirty vertices; returns the vertices that changed."""
     changed: set[int] = set()
     changed |= drop_unsupported(graph, dirty)
@@ -85,9 +90,6 @@ def _sweep(
         return set()
     for reduction in (split_separable, contract_determined):
         changed |= reduction(graph, _until(should_stop, (dirty | changed) & graph.costs.keys()))
-    changed |= drop_oversized(graph, rows)
-    if not graph.is_possible():
-        return set()
     for with_memory in (drop_dominated, eliminate_small):
         around = (dirty | changed) & graph.costs.keys()
         changed |= with_memory(graph, rows, _until(should_stop, around))

@@ -12,7 +12,6 @@ Everything an answer's cost and memory depend on is recomputed from the file by 
 """
 
 import contextlib
-import copy
 import math
 import os
 import time
@@ -27,11 +26,12 @@ from graphpar.partition.answers import (
     ignore_progress,
     relative_gap,
 )
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import Number, ShardingProblem
 from graphpar.partition.reduce import reduce_graph, reduce_problem
 from graphpar.partition.shard_check import check_sharding
-from graphpar.partition.shard_dual import DualAscent, OutOfTimeError
+from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_exact import solve_exactly
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import count_pairs
@@ -42,8 +42,14 @@ from graphpar.partition.shard_state import Candidate, State
 from graphpar.partition.shard_warm import warm_up
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
+_REDUCTIONS_SHARE = 0.5
+"""Share of the time limit after which the reductions are cut short."""
+
 _SMALL_PAIRS = 40_000
 """Pair variables up to which one ILP over everything left is worth its time."""
+
+_HOPELESS_PAIRS = 10 * _SMALL_PAIRS
+"""Pairs that no reduction is expected to bring down to `_SMALL_PAIRS`."""
 
 _WIDTHS = (2, 4, 8, 16, 1_000)
 """Strategies per vertex in the exact windows, from wide and shallow to full."""
@@ -103,10 +109,9 @@ def solve_sharding(
     )
     if not warm_up(0.9 * state.left_s()):
         return Solved("unknown", None, None, None, state.elapsed_s(), "time limit", None, _NOT_WARM)
-    graph, rows = reduce_problem(problem, lambda: state.left_s() < 0.6 * time_limit_s)
-    infeasible = graph.infeasible
-    if not infeasible:
-        infeasible = _search(state, graph, rows, threads, seed)
+    infeasible = False
+    with contextlib.suppress(OutOfTimeError):
+        infeasible = _search(state, threads, seed)
     return _conclude(state, infeasible)
 
 
@@ -115,8 +120,15 @@ def _whole(costs: tuple[tuple[Number, ...], ...]) -> bool:
     return all(float not in set(map(type, row)) for row in costs)
 
 
-def _search(state: State, graph: ShardingGraph, rows: MemoryRows, threads: int, seed: int) -> bool:
-    """Phases 2 to 5; returns whether infeasibility was proven."""
+def _search(state: State, threads: int, seed: int) -> bool:
+    """All phases; returns whether infeasibility was proven. Raises OutOfTimeError at any point."""
+    graph, rows = reduce_problem(
+        state.problem,
+        lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
+        state.out_of_time,
+    )
+    if graph.infeasible:
+        return True
     if not graph.costs:
         state.offer(Candidate(graph, [], np.zeros(0, dtype=np.intp), graph.constant), at_once=True)
         state.raise_bound(graph.constant)
@@ -125,11 +137,9 @@ def _search(state: State, graph: ShardingGraph, rows: MemoryRows, threads: int, 
         return False
     run = _Run(state, graph, rows, threads, seed)
     try:
-        with contextlib.suppress(OutOfTimeError):
-            return run.improve()
+        return run.improve()
     finally:
         run.stop()
-    return False
 
 
 class _Run:
@@ -310,15 +320,20 @@ class _Run:
         state.settle()
         state.phase = "prove"
         deadline_s = time.perf_counter() + share * max(0.0, state.left_s())
-        small = copy.deepcopy(self.graph)
+        # Whole costs: only an answer cheaper by one is better. Rounding errors stay on the safe side.
         bound, excess = self.dual.excess_costs()
-        if state.answer is not None:
-            # Whole costs: only an answer cheaper by one is better. Rounding errors stay on the safe side.
-            target = state.objective - (0.9 if state.integral else 0.0) + 1e-9 * abs(bound)
-            for u, row in zip(self.dual.vertices, excess, strict=True):
-                kept = np.flatnonzero(bound + row <= target)
-                if len(kept) < len(row):
-                    small.keep(u, kept)
+        target = state.objective - (0.9 if state.integral else 0.0) + 1e-9 * abs(bound)
+        kept = {
+            u: np.flatnonzero(bound + row <= target)
+            for u, row in zip(self.dual.vertices, excess, strict=True)
+        }
+        if _pairs_kept(self.graph, kept) > _HOPELESS_PAIRS:
+            self.too_large_at = relative_gap(state.objective, state.bound)
+            return False
+        small = self.graph.copy()
+        for u, strategies in kept.items():
+            if len(strategies) < len(small.costs[u]):
+                small.keep(u, strategies)
         small_rows = self.rows
         if not small.infeasible:
             small_rows = reduce_graph(small, self.rows, state.out_of_time)
@@ -356,6 +371,10 @@ class _Run:
         if state.answer is not None and state.objective < self.best_cost:
             self.best = _locate(self.graph, self.dual.vertices, state.answer)
             self.best_cost = state.objective
+
+
+def _pairs_kept(graph: ShardingGraph, kept: dict[int, IntArray]) -> int:
+    return sum(len(kept[u]) * len(kept[v]) for u, tables in graph.tables.items() for v in tables if u < v)
 
 
 def _locate(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> IntArray:

@@ -17,10 +17,9 @@ vertices' choices and what the later ones promise. Multipliers follow a deflecte
 smoothed excess of memory over the roundings.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.shard_flat import FlatGraph, Int64Array, flatten
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_memory import MemoryMatrix, spread_peaks
@@ -54,10 +53,6 @@ _ROWS_PER_STEP = 4
 _NOTHING = np.zeros(0)
 
 
-class OutOfTimeError(Exception):
-    """A pass was cut short: the messages are valid, but no bound or rounding came of it."""
-
-
 class DualAscent:
     """Message passing with memory multipliers on one graph; `bound` only grows.
 
@@ -73,13 +68,13 @@ class DualAscent:
         self,
         graph: ShardingGraph,
         rows: MemoryRows,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: ShouldStop = never,
     ) -> None:
-        self.memory = MemoryMatrix(graph, rows)
+        self.memory = MemoryMatrix(graph, rows, should_stop)
         self._should_stop = should_stop
         self.vertices = self.memory.vertices
         self.constant = graph.constant
-        self.flat: FlatGraph = flatten(graph, self.memory)
+        self.flat: FlatGraph = flatten(graph, self.memory, should_stop)
         self.theta: FloatArray = self.flat.cost.copy()
         self.to_start: Int64Array = message_starts(self.flat)
         self.to: FloatArray = np.zeros(self.to_start[-1])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from graphpar.partition.clock import ShouldStop, in_time, never
 from graphpar.partition.shard_graph import FloatArray, IntArray, ShardingGraph
 from graphpar.partition.shard_memory import MemoryMatrix, is_flat
 
@@ -59,7 +60,7 @@ class FlatGraph(NamedTuple):
         return len(self.start) - 1
 
 
-def flatten(graph: ShardingGraph, memory: MemoryMatrix) -> FlatGraph:
+def flatten(graph: ShardingGraph, memory: MemoryMatrix, should_stop: ShouldStop = never) -> FlatGraph:
     """The arrays of a graph, its vertices in the order of `memory.vertices`."""
     vertices = memory.vertices
     position = {u: p for p, u in enumerate(vertices)}
@@ -68,7 +69,7 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix) -> FlatGraph:
     place = {}
     edge_to: list[int] = []
     tables: list[FloatArray] = []
-    for p, u in enumerate(vertices):
+    for p, u in in_time(enumerate(vertices), should_stop):
         for v, table in graph.tables[u].items():
             place[p, position[v]] = len(edge_to)
             edge_to.append(position[v])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from graphpar.partition.clock import ShouldStop, in_time, never
 from graphpar.partition.problems import ShardingProblem, finite_costs
 
 FloatArray = npt.NDArray[np.float64]
@@ -77,12 +78,17 @@ class ShardingGraph:
     _fresh_tag: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, problem: ShardingProblem) -> "ShardingGraph":
-        """The graph of a problem: impossible strategies dropped, parallel edges added up."""
+    def of(cls, problem: ShardingProblem, should_stop: ShouldStop = never) -> "ShardingGraph":
+        """The graph of a problem: impossible strategies dropped, parallel edges added up.
+
+        Raises:
+            OutOfTimeError: It was time to stop.
+        """
         raw = [finite_costs(costs) for costs in problem.node_costs]
         arities = [len(costs) for costs in raw]
         pairs: list[tuple[int, int, FloatArray]] = []
-        for ends, entries in zip(problem.edge_nodes, problem.edge_costs, strict=True):
+        edges = zip(problem.edge_nodes, problem.edge_costs, strict=True)
+        for ends, entries in in_time(edges, should_stop):
             table = finite_costs(entries)
             u, v = ends[0], ends[-1]
             if len(ends) == 1:
@@ -98,9 +104,25 @@ class ShardingGraph:
             members={v: [(v, keep)] for v, keep in enumerate(kept)},
             infeasible=any(keep.size == 0 for keep in kept),
         )
-        for u, v, table in pairs:
-            graph.add_table(u, v, table[np.ix_(kept[u], kept[v])])
+        for u, v, table in in_time(pairs, should_stop):
+            if table.shape != (kept[u].size, kept[v].size):
+                table = table[np.ix_(kept[u], kept[v])]
+            graph.add_table(u, v, table)
         return graph
+
+    def copy(self) -> "ShardingGraph":
+        """A graph that can be reduced without touching this one; the arrays are shared."""
+        return ShardingGraph(
+            dict(self.costs),
+            {u: dict(row) for u, row in self.tables.items()},
+            {u: list(members) for u, members in self.members.items()},
+            {u: list(tags) for u, tags in self.tags.items()},
+            self.constant,
+            list(self.eliminated),
+            self.infeasible,
+            self._num_tags,
+            dict(self._fresh_tag),
+        )
 
     @property
     def num_edges(self) -> int:

@@ -8,6 +8,7 @@ the maximal ones only those at which everybody's largest use together would pass
 import numpy as np
 from scipy import sparse
 
+from graphpar.partition.clock import ShouldStop, in_time, never
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 
@@ -94,12 +95,14 @@ class MemoryMatrix:
     `vertices[p]` sits at position p; its strategies are the entries `start[p]` to `start[p + 1] - 1`.
     """
 
-    def __init__(self, graph: ShardingGraph, rows: MemoryRows) -> None:
+    def __init__(self, graph: ShardingGraph, rows: MemoryRows, should_stop: ShouldStop = never) -> None:
         self.vertices = list(graph.costs)
         sizes = [len(graph.costs[u]) for u in self.vertices]
         self.start: IntArray = np.concatenate([[0], np.cumsum(sizes)]).astype(np.intp)
         self.limit = rows.limit
-        self.profiles = [vertex_profile(graph.members[u], rows) for u in self.vertices]
+        self.profiles = [
+            vertex_profile(graph.members[u], rows) for u in in_time(self.vertices, should_stop)
+        ]
         entries: list[tuple[FloatArray, IntArray, IntArray]] = []
         for p in range(len(self.vertices)):
             profile = self.profiles[p]

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable
 
+import numpy as np
 from hypothesis import strategies as st
 
 from graphpar.partition.place_check import Objective, check_placement
@@ -156,3 +157,19 @@ def placement_file(problem: PlacementProblem) -> bytes:
             ],
         }
     ).encode()
+
+
+def ring(length: int, seed: int, steps: tuple[int, ...] = (1, 2, 5)) -> ShardingProblem:
+    """A dense random instance whose bound does not close by itself."""
+    random = np.random.default_rng(seed)
+    arity = 6
+    pairs = [(i, (i + step) % length) for i in range(length) for step in steps]
+    return ShardingProblem(
+        "ring",
+        tuple((i, i + 4) for i in range(length)),
+        tuple(tuple(random.integers(0, 50, arity).tolist()) for _ in range(length)),
+        tuple(tuple(random.integers(1, 20, arity).tolist()) for _ in range(length)),
+        tuple(pairs),
+        tuple(tuple(random.integers(0, 100, arity * arity).tolist()) for _ in pairs),
+        30,
+    )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from small_problems import best_sharding, sharding_problems
+from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.partition import shard
 from graphpar.partition.answers import Progress
@@ -119,22 +119,6 @@ def test_class_merging_rebuilds_the_table() -> None:
 
 def test_peaks_are_spread() -> None:
     assert spread_peaks(np.array([5.0, 6.0, 0.0, 1.0, -2.0, 3.0]), 2) == {1, 5}
-
-
-def ring(length: int, seed: int, steps: tuple[int, ...] = (1, 2, 5)) -> ShardingProblem:
-    """A dense random instance whose bound does not close by itself."""
-    random = np.random.default_rng(seed)
-    arity = 6
-    pairs = [(i, (i + step) % length) for i in range(length) for step in steps]
-    return ShardingProblem(
-        "ring",
-        tuple((i, i + 4) for i in range(length)),
-        tuple(tuple(random.integers(0, 50, arity).tolist()) for _ in range(length)),
-        tuple(tuple(random.integers(1, 20, arity).tolist()) for _ in range(length)),
-        tuple(pairs),
-        tuple(tuple(random.integers(0, 100, arity * arity).tolist()) for _ in pairs),
-        30,
-    )
 
 
 def test_a_forced_truncation_is_reported() -> None:

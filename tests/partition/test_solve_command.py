@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small_problems import placement_file, sharding_file
+from small_problems import placement_file, ring, sharding_file
 
 from graphpar.partition.problems import (
     IMPOSSIBLE_COST,
@@ -59,6 +59,17 @@ def test_sharding_as_json(tmp_path: Path) -> None:
     assert list(record) == KEYS
     assert (record["format"], record["status"], record["objective"]) == ("sharding", "optimal", 3)
     assert record["answer"] == json.loads(answer.read_text()) == [1, 1]
+
+
+def test_a_search_cut_short_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_bytes(sharding_file(ring(60, 0)))
+    record = json.loads(run(file, "--json", "--time-limit", 2).stdout)
+    assert (record["status"], record["truncated_by"]) == ("feasible", "time limit")
+    assert record["bound"] < record["objective"]
+    page = run(file, "--gap", 5).stdout
+    assert "cut short by" in page
+    assert "feasible" in page
 
 
 def test_placement_as_json_and_table(tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""Loops that look at the clock."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias, TypeVar
+
+ItemT = TypeVar("ItemT")
+ShouldStop: TypeAlias = Callable[[], bool]
+
+_ITEMS_PER_LOOK = 256
+
+
+class OutOfTimeError(Exception):
+    """A step was cut short; what it was building is of no use, what was there before still is."""
+
+
+def never() -> bool:
+    """The clock of a caller who waits."""
+    return False
+
+
+def in_time(items: Iterable[ItemT], should_stop: ShouldStop) -> Iterator[ItemT]:
+    """The items; raises OutOfTimeError once it is time to stop.
+
+    >>> list(in_time("ab", never))
+    ['a', 'b']
+    """
+    for place, item in enumerate(items):
+        if place % _ITEMS_PER_LOOK == 0 and should_stop():
+            raise OutOfTimeError
+        yield item

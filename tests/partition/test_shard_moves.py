@@ -1,0 +1,170 @@
+"""The compiled loops of the sharding search against plain arithmetic."""
+
+import subprocess
+import sys
+from threading import Event
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_problems import best_sharding, sharding_problems
+
+from graphpar.partition import shard_warm
+from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.jit import COMPILED
+from graphpar.partition.problems import ShardingProblem
+from graphpar.partition.reduce import reduce_graph, reduce_problem
+from graphpar.partition.reduce_loops import add_largest_increase, determined, is_separable
+from graphpar.partition.shard import solve_sharding
+from graphpar.partition.shard_dual import DualAscent
+from graphpar.partition.shard_flat import flat_cost
+from graphpar.partition.shard_graph import ShardingGraph
+from graphpar.partition.shard_local import LocalSearch
+from graphpar.partition.shard_moves import add_range, excess_tree, max_range
+from graphpar.partition.shard_state import State
+
+
+@st.composite
+def range_updates(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int]]]:
+    rows = draw(st.integers(1, 40))
+    ends = st.integers(0, rows - 1)
+    updates = draw(st.lists(st.tuples(ends, ends, st.integers(-9, 9)), max_size=12))
+    return rows, [(min(a, b), max(a, b) + 1, amount) for a, b, amount in updates]
+
+
+@settings(deadline=None)
+@given(range_updates())
+def test_the_segment_tree_knows_the_largest_excess(case: tuple[int, list[tuple[int, int, int]]]) -> None:
+    rows, updates = case
+    plain = np.array([7.0 * row % 5 for row in range(rows)], dtype=np.float64)
+    top, lazy = excess_tree(plain)
+    for first, last, amount in updates:
+        plain[first:last] += amount
+        add_range(top, lazy, first, last, float(amount))
+        assert top[1] == plain.max()
+        assert max_range(top, lazy, first, last) == plain[first:last].max()
+        assert max_range(top, lazy, 0, rows) == plain.max()
+
+
+tables = st.lists(
+    st.lists(st.sampled_from([0.0, 1.0, 2.0, np.inf]), min_size=3, max_size=3), min_size=1, max_size=4
+).map(np.array)
+
+
+@settings(deadline=None)
+@given(tables)
+def test_questions_about_tables_agree_with_arrays(table: np.ndarray) -> None:
+    possible = np.isfinite(table)
+    expected = (possible.sum(axis=1) == 1).all() + 2 * (possible.sum(axis=0) == 1).all()
+    assert determined(table) == expected
+    sums = table[:, :1] + (table[:1] - table[0, 0]) if possible.all() else np.full(table.shape, np.nan)
+    assert is_separable(table) == np.array_equal(table, sums)
+    worse = np.zeros((len(table), len(table)))
+    add_largest_increase(worse, table)
+    for a, present in enumerate(table):
+        for b, other in enumerate(table):
+            asked = [y - x for x, y in zip(present, other, strict=True) if x < np.inf]
+            assert worse[a, b] == max(asked, default=-np.inf)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sharding_problems(), st.integers(0, 3))
+def test_local_search_keeps_its_books(problem: ShardingProblem, seed: int) -> None:
+    """Cost, memory and feasibility are what the graph says, and the choice never gets worse."""
+    graph, rows = reduce_problem(problem)
+    if graph.infeasible or not graph.costs:
+        return
+    dual = DualAscent(graph, rows)
+    dual.ascend(2)
+    search = LocalSearch(dual, dual.round_within_memory(), seed)
+    best = best_sharding(problem)
+    cost = np.inf
+    for _ in range(6):
+        search.step(1e-3)
+        assert search.cost <= cost
+        cost = search.cost
+    if cost == np.inf:
+        return
+    assert dual.memory.excess(search.best) <= 0
+    choice = {u: int(i) for u, i in zip(dual.vertices, search.best, strict=True)}
+    value = graph.value(choice)
+    if np.isfinite(value):
+        assert cost == pytest.approx(value)
+        assert flat_cost(dual.flat, search.best) + graph.constant == pytest.approx(value)
+        assert best is not None
+        assert value >= best
+
+
+@settings(max_examples=60, deadline=None)
+@given(sharding_problems())
+def test_a_copy_is_reduced_without_touching_the_graph(problem: ShardingProblem) -> None:
+    graph, rows = reduce_problem(problem, lambda: True)
+    if graph.infeasible or not graph.costs:
+        return
+    before = repr(graph), {u: costs.copy() for u, costs in graph.costs.items()}
+    members = {u: len(held) for u, held in graph.members.items()}
+    reduce_graph(graph.copy(), rows)
+    assert repr(graph) == before[0]
+    assert {u: len(held) for u, held in graph.members.items()} == members
+    for u, costs in graph.costs.items():
+        np.testing.assert_array_equal(costs, before[1][u])
+
+
+def line(length: int) -> ShardingProblem:
+    return ShardingProblem(
+        "line",
+        tuple((i, i + 2) for i in range(length)),
+        tuple((3, i % 5) for i in range(length)),
+        ((1, 2),) * length,
+        tuple((i, i + 1) for i in range(length - 1)),
+        ((0, 4, 2, 1),) * (length - 1),
+        4,
+    )
+
+
+def test_out_of_time_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(State, "out_of_time", lambda _: True)
+    solved = solve_sharding(line(9))
+    assert (solved.status, solved.truncated_by, solved.answer) == ("unknown", "time limit", None)
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+def test_a_limit_shorter_than_the_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_warm, "_WARM", Event())
+    monkeypatch.setattr(shard_warm, "_compile", lambda: None)
+    monkeypatch.setattr(shard_warm, "_THREADS", [])
+    solved = solve_sharding(line(9), time_limit_s=0.05)
+    assert (solved.status, solved.truncated_by) == ("unknown", "time limit")
+    assert "compiles" in solved.note
+
+
+def test_without_numba_the_answer_is_the_same_and_the_loss_is_said() -> None:
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "from graphpar.partition.problems import ShardingProblem\n"
+        "from graphpar.partition.shard import NOT_COMPILED, solve_sharding\n"
+        f"problem = ShardingProblem(*{_fields(line(9))!r})\n"
+        "solved = solve_sharding(problem, time_limit_s=20)\n"
+        "assert solved.note == NOT_COMPILED\n"
+        "print(solved.status, solved.objective)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["optimal", str(float(best_sharding(line(9)) or 0))]
+
+
+def _fields(problem: ShardingProblem) -> tuple[object, ...]:
+    return (
+        problem.name,
+        problem.intervals,
+        problem.node_costs,
+        problem.usages,
+        problem.edge_nodes,
+        problem.edge_costs,
+        problem.usage_limit,
+    )
+
+
+def test_the_graph_of_a_problem_can_be_cut_short() -> None:
+    with pytest.raises(OutOfTimeError):
+        ShardingGraph.of(line(4), lambda: True)
