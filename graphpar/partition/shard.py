@@ -164,16 +164,17 @@ class _Run:
     def improve(self) -> bool:
         """Search until the gap is closed or time is up; returns whether infeasibility was proven."""
         state = self.state
-        self.bound(0.06)
+        self.bound(0.02)
         while self.best is None and not state.done():
             if self.is_small() and self.proofs < _MOST_PROOFS and self.prove(0.5):
                 return True
-            self.repair(0.05)
+            self.repair(0.04)
             if self.best is None:
-                self.bound(0.05)
+                self.bound(0.04)
         if state.done():
             return False
         self.start_walking()
+        self.bound(0.04)
         rounds = 0
         while not state.done():
             before = self.best_cost

@@ -94,8 +94,10 @@ class LocalSearch:
             self.best = self._x.copy()
         self._scale = max(1e-12, abs(self._numbers[COST])) / self._flat.num_vertices
         largest = float(self._memory.limit.max(initial=1.0))
-        self._numbers[WEIGHT] = 100.0 * self._scale / max(largest, 1.0)
         self._stiff = 1e3 * self._scale * self._flat.num_vertices / max(largest, 1.0)
+        self._numbers[WEIGHT] = 100.0 * self._scale / max(largest, 1.0)
+        if self._numbers[BEST] >= _NO_ANSWER:
+            self._numbers[WEIGHT] = 0.1 * self._stiff
 
     def adopt(self, chosen: IntArray, cost: float) -> None:
         """Go on from somebody else's choice if it is better."""
@@ -166,7 +168,7 @@ class LocalSearch:
             self._lazy,
             self._numbers,
             self._state,
-            self._scale * 10.0 ** self._random.uniform(-3.0, 0.0 if lost else -1.5),
+            self._scale * 10.0 ** self._random.uniform(-4.0 if lost else -3.0, -1.5),
             visits,
             min(_LARGEST_TREE, self._flat.num_vertices),
             0.5,
