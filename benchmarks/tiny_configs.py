@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 VOCABULARY = 160
@@ -29,20 +30,24 @@ class Style:
         heads: What the number of heads should at most become.
         layers: What the number of layers should become.
         pictures: Whether pictures shrink too.
+        uniform: Divide all widths of all parts by this alone; for parts that share widths.
     """
 
     head_size: int = 16
     heads: int = 4
     layers: int = 2
     pictures: bool = True
+    uniform: int = 0
 
 
 STYLES = (
     Style(),
-    Style(pictures=False),
     Style(layers=4),
     Style(layers=8),
     Style(heads=10**6),
+    Style(uniform=4),
+    Style(head_size=10**6, heads=2),
+    Style(pictures=False),
     Style(head_size=32, heads=10**6, layers=4, pictures=False),
     Style(head_size=0, pictures=False),
     Style(head_size=0, layers=10**6, pictures=False),
@@ -166,6 +171,9 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
             value = 8
         if value is None and _KEY_HEADS.search(name) and _HEADS.search(name):
             value = scale.heads
+        if value is None and name == "vocab_size":
+            value = VOCABULARY
+            values["pad_token_id"] = 1
         if value is None and name.endswith(("prediction_length", "context_length")):
             value = 8
         if value is None or name == "transformers_version":
@@ -247,6 +255,8 @@ class _Scale:
         smaller = 1
         if style.head_size:
             smaller = _factor(size, style.head_size) if size else _power(_widest(config) // 64)
+        if style.uniform:
+            fewer, smaller = 1, style.uniform
         patch = _patch(config)
         before = _picture(config)
         after = _small_picture(before, patch) if style.pictures else before
@@ -282,6 +292,8 @@ class _Scale:
             return min(value, POSITIONS)
         if _PICTURE_TOKENS.search(name):
             return max(1, value * self.patches[1] // self.patches[0])
+        if name == "image_embedding_size":  # places of a picture along one side
+            return max(1, value * isqrt(self.patches[1]) // isqrt(self.patches[0]))
         if _PICTURE.search(name):
             return _small_picture(value, self.patch) if self.style.pictures else value
         if name == "first_k_dense_replace":

@@ -230,10 +230,11 @@ class _Maker:
             length = _number(self.config, "prediction_length")
         batch = self.wanted.batch
         if name.endswith("time_features"):
-            ages = 1 if _first(self.config, "lags_sequence") else 0
-            return self._floats(batch, length, _number(self.config, "num_time_features") + ages)
+            return self._floats(batch, length, _number(self.config, "num_time_features"))
         channels = _first(self.config, "num_input_channels", "input_size") or 1
-        one_series = channels == 1 or self.variant % 2
+        one_series = (channels == 1 and _read(self.config, "num_input_channels") is None) != (
+            self.variant % 2 == 1
+        )
         shape = (batch, length) if one_series else (batch, length, channels)
         return torch.ones(shape, device=self.device) if name.endswith("mask") else self._floats(*shape)
 

@@ -27,6 +27,13 @@ _ASKED: Mapping[str, Callable[[Any], Any]] = {
     "__bool__": bool, "__int__": int, "__index__": int, "__float__": float, "item": lambda value: value,
 }  # fmt: skip
 """Methods by which Python asks a tensor for its value, and what they make of it."""
+_SIZED = frozenset(
+    """
+    arange empty expand full interpolate narrow new_empty new_full new_ones new_zeros ones pad repeat
+    reshape resize roll split tile unflatten upsample view zeros
+    """.split()
+)
+"""Functions that take a tensor of one whole number for a size, and ask for its value inside of torch."""
 _TORCH_ROOT = torch.__path__[0]
 
 
@@ -50,7 +57,19 @@ class _Asked(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _ASKED and args and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
             return self.answer(name, args[0], lambda: func(*args, **(kwargs or {})))
+        if name in _SIZED:
+            args = (*args[:1], *(self._size(a) for a in args[1:]))
+            kwargs = {key: self._size(value) for key, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
+
+    def _size(self, argument: Any) -> Any:
+        """An argument with tensors that are one whole number each, alone or in a sequence, as numbers."""
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self._size(a) for a in argument) if argument else argument
+        if isinstance(argument, torch.Tensor) and not argument.ndim and not argument.is_floating_point():
+            if argument.dtype != torch.bool:
+                return self.answer("item", argument, argument.item)
+        return argument
 
     def answer(self, method: str, tensor: torch.Tensor, ask: Callable[[], Any]) -> Any:
         """The value to go on with."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from one_device import Calls, assert_as_eager, assert_close, in_parts, ready
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ CASES: list[tuple[Callable[[Calls, Tensor, Tensor], Any], tuple[Tensor, Tensor],
     (lambda s, h, y: h.sum() if (y > 5).any() else h.pow(2).mean(), (X, Y + 9), True),
     (lambda s, h, y: h.sum() if (y > 2).any().item() else h.pow(2).mean(), (X, Y - 9), True),
     (lambda s, h, y: h[:, : int(y[-1])].pow(2).mean(), (X, Y - 1), False),
+    (lambda s, h, y: F.pad(h, (0, y[1] + 1)).view(4, y[2] * 3).pow(2).mean(), (X, Y + 1), False),
     (lambda s, h, y: h.pow(2).mean() * max(1.0, float(y.float().mean())), (X, Y + 1), False),
 ]
 
