@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ def _load_factory(
         factory = getattr(module, factory_name, None)
         if factory is None:
             raise ValueError(f"MODEL {spec!r}: module {module_name} has no {factory_name}")
-        model = factory() if not isinstance(factory, nn.Module) and callable(factory) else factory
+        model = _made(spec, factory)
         if not isinstance(model, nn.Module):
             raise ValueError(
                 f"MODEL {spec!r}: {factory_name} gives a {type(model).__name__}, not a torch.nn.Module"
@@ -88,6 +89,21 @@ def _load_factory(
         model.train(train)
         args, kwargs = _example_inputs(spec, module, model, batch_size, seq_len, train)
     return LoadedModel(spec, model, args, kwargs)
+
+
+def _made(spec: str, factory: Any) -> Any:
+    """What a factory makes; a module is its own factory."""
+    if isinstance(factory, nn.Module) or not callable(factory):
+        return factory
+    try:
+        return factory()
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"MODEL {spec!r}: building the model failed at {frame.filename}:{frame.lineno} "
+            f"({frame.line}): {type(error).__name__}: {error}; call the factory on its own, it should "
+            "fail at the same line"
+        ) from error
 
 
 @contextlib.contextmanager

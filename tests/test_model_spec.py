@@ -60,6 +60,16 @@ def test_a_factory_with_inputs_beside_it(
     assert (len(loaded.args), list(loaded.kwargs)) == (num_args, keywords)
 
 
+def test_a_factory_that_fails_is_told_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "import torch\n\ndef build():\n    return torch.nn.Linear(4, 'two')\n"
+    (tmp_path / "spec_failing.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'spec_failing:build': building the model failed at .*:\d+"):
+        load("spec_failing:build")
+
+
 def test_a_module_object_serves_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_module(tmp_path, "spec_object", "torch.ones(batch_size, 4)")
     monkeypatch.chdir(tmp_path)

@@ -337,6 +337,7 @@ def test_a_model_without_a_loss(output: Callable[[Tensor], Any], shown: str) -> 
         ((X, Y), {"z": X}, "do not match the model's forward signature"),
         ((torch.randn(4, 7), Y), {}, "does not fit the model"),
         ((object(), Y), {}, "."),
+        ((X.to("meta"), Y), {}, "build model and example inputs on the same device"),
     ],
 )
 def test_wrong_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], why: str) -> None:

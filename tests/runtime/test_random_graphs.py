@@ -51,6 +51,12 @@ class Drawn(nn.Module):
             value = self.norm(value)
         elif how == "where":
             value = torch.where(value > 0, value, value * 0.5)
+        elif how == "wide":
+            value = (value.double() * 1.5).float()
+        elif how == "narrow":
+            value = value + value.to(torch.bfloat16).float().detach()
+        elif how == "whole":
+            value = value * (1 + (value > 0).sum(-1, keepdim=True).to(torch.int32))
         elif how == "drop":
             value = self.drop(value)
         return value.tanh()
@@ -61,7 +67,7 @@ def modules(draw: st.DrawFn) -> Drawn:
     steps = []
     for number in range(draw(st.integers(2, 5))):
         reads = draw(st.sets(st.integers(0, number), min_size=1, max_size=3))
-        bend = draw(st.sampled_from(["tanh", "norm", "where", "drop"]))
+        bend = draw(st.sampled_from(["tanh", "norm", "where", "drop", "wide", "narrow", "whole"]))
         steps.append(Step(tuple(sorted(reads)), draw(st.integers(0, 2)), bend))
     return Drawn(tuple(steps), drop=draw(st.booleans()))
 
