@@ -110,8 +110,8 @@ def build_hf_model(name: str, seq_len: int) -> nn.Module:
         architecture = find_architecture(model_type)
     except ValueError as error:
         raise ValueError(
-            f"hf:{name} is not known: {error}. Give one of {', '.join(PRESETS)}, or an architecture of "
-            "transformers such as bert, gpt2 or Llama"
+            f"hf:{name} is not known; give one of {', '.join(PRESETS)}, or an architecture of "
+            f"transformers such as bert, gpt2 or Llama ({error})"
         ) from error
     model_type = architecture.model_type
     config = transformers.AutoConfig.for_model(model_type, **changes)

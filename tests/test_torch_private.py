@@ -108,3 +108,32 @@ def test_schemas_and_tags(
     assert private.is_random(function) is random
     assert private.mutated_arguments(function) == mutated
     assert private.views_first_argument(function) is view
+
+
+def test_functions_memory_and_hooks() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    class Seen(private.DispatchMode):  # type: ignore[misc]
+        names: tuple[str, ...] = ()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Seen.names += (str(func),)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Seen():
+        assert private.apply_function(Twice, x).tolist() == [2.0, 2.0]
+    assert Seen.names == ("aten.mul.Tensor",)
+    before = private.writes_to(x)
+    assert private.writes_to(x.add_(1)) == before + 1
+    assert private.memory_of(x[:1]) == private.memory_of(x) != private.memory_of(x.clone())
+    layer = nn.Linear(2, 2)
+    assert not private.has_gradient_hook(layer) and not private.has_gradient_hook(layer.weight)
+    layer.weight.register_hook(lambda g: g)  # type: ignore[no-untyped-call]
+    layer.register_full_backward_hook(lambda m, a, b: None)
+    layer.bias.register_post_accumulate_grad_hook(lambda p: None)  # type: ignore[no-untyped-call]
+    parts = (layer, layer.weight, layer.bias)
+    assert all(private.has_gradient_hook(part) for part in parts)

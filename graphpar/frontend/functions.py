@@ -17,22 +17,24 @@ from typing import Any
 
 import torch
 from torch.utils import checkpoint as checkpoint_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.torch_private import (
+    DispatchMode,
     OpDefinition,
     TreeSpec,
+    apply_function,
     define_op,
     flatten,
     is_random,
     lookup_op,
+    memory_of,
     unflatten,
+    writes_to,
 )
 
 NAMESPACE = "graphpar_function"
 """Operators of this namespace are Functions; no module can be imported to define them."""
-_apply: Any = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,17 @@ class FunctionCall:
 
     def call(self, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The tensors among the Function's results."""
-        result = _apply(self.function, *self.arguments(given))
+        result = apply_function(self.function, *self.arguments(given))
         return (result,) if self.results is None else tuple(result[i] for i in self.results)
 
     def forward(self, *given: torch.Tensor) -> Any:
         """What the operator computes; results never share memory with arguments or each other."""
         with torch.no_grad():
             made = self.call(given)
-        seen = {t.untyped_storage()._cdata for t in given}
+        seen = {memory_of(t) for t in given}
         fresh = []
         for tensor in made:
-            place = tensor.untyped_storage()._cdata
+            place = memory_of(tensor)
             fresh.append(tensor.clone() if place in seen else tensor)
             seen.add(place)
         return fresh[0] if self.results is None else tuple(fresh)
@@ -138,7 +140,7 @@ def functions_as_operators() -> Iterator[None]:
             function, _preserve, *rest = args
             return function(*rest)
         if cls.__module__.partition(".")[0] == "torch" or kwargs:
-            return _apply(cls, *args, **kwargs)
+            return apply_function(cls, *args, **kwargs)
         return _record(cls, args)
 
     original = torch.autograd.Function.__dict__["apply"]
@@ -154,7 +156,7 @@ def _record(function: Any, args: tuple[Any, ...]) -> Any:
     places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     tensors = tuple(leaves[i] for i in places)
     if not tensors:
-        return _apply(function, *args)
+        return apply_function(function, *args)
     plain = tuple(None if i in places else leaf for i, leaf in enumerate(leaves))
     result = _probe(function, args, tensors)
     parts = result if isinstance(result, (tuple, list)) else (result,)
@@ -167,11 +169,11 @@ def _record(function: Any, args: tuple[Any, ...]) -> Any:
     return type(result)(next(fresh) if i in kept else part for i, part in enumerate(parts))
 
 
-class _NoRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NoRandomness(DispatchMode):  # type: ignore[misc]
     """Refuses ops that draw random numbers."""
 
     def __init__(self, function: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.function = function
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -185,10 +187,10 @@ class _NoRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _probe(function: Any, args: tuple[Any, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
     """The Function's result, to see how many tensors it has; the ops recorded are dropped as dead."""
-    versions = [t._version for t in tensors]
+    versions = [writes_to(t) for t in tensors]
     with torch.no_grad(), _NoRandomness(function):
-        result = _apply(function, *args)
-    if any(t._version != v for t, v in zip(tensors, versions, strict=True)):
+        result = apply_function(function, *args)
+    if any(writes_to(t) != v for t, v in zip(tensors, versions, strict=True)):
         raise CaptureError(
             f"The autograd.Function {function.__qualname__} changes its arguments in place, which a "
             "graph without side effects cannot hold. Let it return a new tensor instead."

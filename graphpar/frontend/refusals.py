@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from graphpar.errors import CaptureError
-
-_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+from graphpar.frontend.torch_private import has_gradient_hook
 
 
 def refuse_gradient_hooks(model: nn.Module) -> None:
@@ -25,12 +24,10 @@ def refuse_gradient_hooks(model: nn.Module) -> None:
         CaptureError: A parameter or a submodule has a hook on its gradient; names it.
     """
     for name, parameter in model.named_parameters():
-        if getattr(parameter, "_backward_hooks", None) or getattr(
-            parameter, "_post_accumulate_grad_hooks", None
-        ):
+        if has_gradient_hook(parameter):
             raise CaptureError(_hook_text(f"Parameter {name!r}"))
     for name, module in model.named_modules():
-        if any(getattr(module, kind, None) for kind in _HOOKS):
+        if has_gradient_hook(module):
             raise CaptureError(_hook_text(f"Module {name or '(top)'!r} ({type(module).__name__})"))
 
 

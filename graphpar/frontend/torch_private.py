@@ -15,8 +15,11 @@ from torch._library.custom_ops import OPDEFS
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TreeSpec = pytree.TreeSpec
+DispatchMode: Any = TorchDispatchMode
+"""A mode that sees every operator below autograd."""
 
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
@@ -42,6 +45,9 @@ def output_spec(program: ExportedProgram) -> TreeSpec:
     """How the flat results of an exported program become the user's output structure."""
     spec: TreeSpec = program.call_spec.out_spec
     return spec
+
+
+_apply: Any = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -107,6 +113,28 @@ def views_first_argument(function: Any) -> bool:
         return True
     first = function._schema.arguments[0].alias_info if function._schema.arguments else None
     return first is not None and not first.is_write
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """What tells one piece of memory from another, for real and for fake tensors."""
+    place: int = tensor.untyped_storage()._cdata
+    return place
+
+
+def writes_to(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return tensor._version
+
+
+def apply_function(function: Any, *args: Any) -> Any:
+    """Apply an `autograd.Function`, whatever stands for `apply` at the moment."""
+    return _apply(function, *args)
+
+
+def has_gradient_hook(part: torch.Tensor | torch.nn.Module) -> bool:
+    """Whether a parameter or a module does something to gradients in a backward."""
+    names = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(part, name, None) for name in names)
 
 
 def shares_storage(value: Any, other: Any) -> bool:

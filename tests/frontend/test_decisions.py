@@ -14,12 +14,18 @@ from graphpar.errors import CaptureError, RunError
 X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
 NOT_A_NUMBER = torch.full_like(X, torch.nan)
 
+
+def sized_by_values(s: Calls, h: Tensor, y: Any) -> Any:
+    """Sizes that torch takes out of tensors by itself."""
+    return F.pad(h, (0, y[1] + 1)).view(4, y[2] * 3).pow(2).mean()
+
+
 CASES: list[tuple[Callable[[Calls, Tensor, Tensor], Any], tuple[Tensor, Tensor], bool]] = [
     (lambda s, h, y: h.pow(2).mean() if torch.isfinite(h).all() else h.sum(), (NOT_A_NUMBER, Y), True),
     (lambda s, h, y: h.sum() if (y > 5).any() else h.pow(2).mean(), (X, Y + 9), True),
     (lambda s, h, y: h.sum() if (y > 2).any().item() else h.pow(2).mean(), (X, Y - 9), True),
     (lambda s, h, y: h[:, : int(y[-1])].pow(2).mean(), (X, Y - 1), False),
-    (lambda s, h, y: F.pad(h, (0, y[1] + 1)).view(4, y[2] * 3).pow(2).mean(), (X, Y + 1), False),
+    (sized_by_values, (X, Y + 1), False),
     (lambda s, h, y: h.pow(2).mean() * max(1.0, float(y.float().mean())), (X, Y + 1), False),
 ]
 
