@@ -126,7 +126,7 @@ def export(
     *,
     loss: Callable[[Any, Any], Any] | str | None = None,
     training: bool | None = None,
-    decide: bool = True,
+    decide: bool | Exception = True,
 ) -> ExportedProgram:
     """Export the model in its own mode, or in the one given by `training`.
 
@@ -136,7 +136,8 @@ def export(
         kwargs: Keyword example arguments.
         loss: See `Traced`.
         training: Mode to export in; None keeps each submodule's own.
-        decide: Whether branches on values may be taken as in the example batch, and checked then.
+        decide: Whether branches on values may be taken as in the example batch, and checked then. An
+            error says that the export without has failed already, and how.
 
     Raises:
         CaptureError: Names the user's module, file and line, and what to try.
@@ -148,12 +149,16 @@ def export(
     with _mode(model, training), _watched(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            if isinstance(decide, Exception):
+                raise decide
             program = _exported(Traced(model, loss), args, kwargs)
-        except CaptureError:
-            raise
         except Exception as error:
+            if isinstance(error, CaptureError) and error is not decide:
+                raise
             again = _decided(model, loss, args, kwargs, error) if decide else None
             if again is None:
+                if isinstance(error, CaptureError):
+                    raise
                 raise CaptureError(explain_failure(model, error)) from error
             program = again
         if host_state() != before:
@@ -211,7 +216,8 @@ def _mode(model: nn.Module, training: bool | None) -> Any:
 
 _log = logging.getLogger("graphpar.capture")
 _ON_VALUES = (
-    r"data.dependent|GuardOnDataDependent|unbacked|Could not extract specialized|item\(\)|_local_scalar"
+    r"data.dependent|depends on the data|GuardOnDataDependent|unbacked|Could not extract specialized"
+    r"|item\(\)|_local_scalar"
 )
 _ADVICE = (
     (_ON_VALUES,

@@ -266,7 +266,14 @@ class Exporter:
 
     def _whole(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Converted, TreeSpec]:
         program = export(self.model, args, kwargs, loss=self.loss, training=self.training)
-        return renumbered(convert(program, self.model)), output_spec(program)
+        try:
+            converted = convert(program, self.model)
+        except CaptureError as error:  # a shape that depends on values is found only here
+            program = export(
+                self.model, args, kwargs, loss=self.loss, training=self.training, decide=error
+            )
+            converted = convert(program, self.model)
+        return renumbered(converted), output_spec(program)
 
     def _folded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Converted, TreeSpec]:
         calls = _Calls(self._blocks)
