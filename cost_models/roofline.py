@@ -96,7 +96,7 @@ class Roofline:
                 )
                 for c, free, device in zip(classes, free_s, examples, strict=True)
             ),
-            topology=self._topology(cluster),
+            topology=self.topology(cluster),
             max_microbatches=options.max_microbatches,
             max_replicas=options.max_replicas,
             batch_reason=options.batch_reason,
@@ -123,7 +123,7 @@ class Roofline:
         local = all(device.is_local_cpu for device in cluster.devices)
         return self.calibration.sum_s_per_byte if local and self.calibration is not None else 0.0
 
-    def _topology(self, cluster: Cluster) -> Topology:
+    def topology(self, cluster: Cluster) -> Topology:
         """The cluster's links, with the measured loopback where this machine talks to itself."""
         topology = cluster.topology()
         if self.calibration is None:

@@ -27,7 +27,7 @@ ROWS = (
 """Top-level modules and packages by row; a module imports from its own row and those above."""
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 CATALOGUES = {"passes", "cost_models"}
-DRIVERS = {"compiler", "precision", "tensor_groups", "verify", "demo", "commands", "cli"}
+DRIVERS = {"compiler", "scenarios", "precision", "tensor_groups", "verify", "demo", "commands", "cli"}
 
 
 def sources() -> Iterator[tuple[str, Path]]:

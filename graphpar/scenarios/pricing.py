@@ -11,6 +11,7 @@ from graphpar.calibration import Calibration
 from graphpar.catalogue import families
 from graphpar.compiler import Prepared, optimizer_state, prepare, price
 from graphpar.cost import CostTable
+from graphpar.cost_models.roofline import Roofline
 from graphpar.device import Device
 from graphpar.ir.graph import Graph
 from graphpar.precision import uniform_formats
@@ -63,7 +64,7 @@ class PriceBook:
             ValueError: The setting needs inputs that nobody can make.
             CaptureError: The model cannot be captured at that sequence length.
         """
-        key = repr(sorted(setting.to_dict().items(), key=lambda kv: kv[0]))
+        key = _priced_by(setting)
         if key not in self._tables:
             prepared = self._prepare(setting)
             units = len(prepared.chain.units)
@@ -74,7 +75,11 @@ class PriceBook:
                 calibration=self.calibration,
                 formats=uniform_formats(setting.cluster, setting.precision, units),
             )
-        return self._tables[key]
+        table = self._tables[key]
+        if table.modes:
+            return table
+        # Links are all that is left: they do not change what a unit costs.
+        return replace(table, topology=Roofline(self.calibration).topology(setting.cluster))
 
     def _prepare(self, setting: Setting) -> Prepared:
         base = self._capture(setting.seq_len, None)
@@ -110,6 +115,13 @@ class PriceBook:
         base = self.baseline().graph
         length = seq_len if seq_len is not None else _sequence_length(self.args, self.kwargs)
         return self.inputs(batch or base.batch, length)
+
+
+def _priced_by(setting: Setting) -> str:
+    """What a setting's unit costs depend on: its devices, not its links or how it is searched."""
+    devices = [(d.name, d.node, sorted(d.to_dict().items(), key=str)) for d in setting.cluster.devices]
+    chosen = (setting.batch, setting.seq_len, setting.precision, setting.optimizer, setting.training)
+    return repr((devices, chosen))
 
 
 def _sequence_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -117,6 +117,10 @@ def stage_links(table: CostTable, found: Partition) -> list[StageLink]:
 
 def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
     """The best single device and its step time; None where the model fits into none."""
+    costs = [table.costs[u] for u in table.units]
+    held = sum(c.weight_bytes + c.gradient_bytes + c.optimizer_bytes for c in costs)
+    if held + table.reserved_bytes > max(c.memory_bytes for c in table.device_classes):
+        return None
     try:
         found = one_device(table, schedule=task.schedule, microbatches="auto")
     except (InfeasibleError, ValueError):

@@ -5,7 +5,7 @@ import hashlib
 import importlib.metadata
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
 
 
-STUDY_S = 45.0
+STUDY_S = 20.0
 """Wall-clock time that the searches of one study may take together where nobody says otherwise."""
 
 
@@ -98,15 +98,16 @@ class Solver:
         if not missing:
             return
         with _executor(self.limits.processes, len(missing)) as submit:
-            waiting: list[tuple[str, Setting, Future[Answer]]] = []
+            waiting: dict[Future[Answer], tuple[str, Setting]] = {}
             for key, setting in missing.items():
                 try:
                     task = self._task(setting)
                 except (ValueError, GraphparError) as error:
                     yield key, Answer("", status="invalid", problem=str(error), batch=setting.batch)
                     continue
-                waiting.append((key, setting, submit(task)))
-            for key, setting, future in waiting:
+                waiting[submit(task)] = (key, setting)
+            for future in as_completed(waiting):
+                key, setting = waiting[future]
                 yield key, self._priced(future.result(), setting)
 
     def _task(self, setting: Setting) -> Task:
@@ -142,11 +143,11 @@ class Solver:
 def fair_limit_s(scenarios: int, processes: int | None) -> float:
     """Seconds for each of so many scenarios.
 
-    >>> fair_limit_s(3, 2), fair_limit_s(60, 2), fair_limit_s(1000, 2)
-    (10.0, 1.5, 0.5)
+    >>> fair_limit_s(3, 2), fair_limit_s(40, 2), fair_limit_s(1000, 2)
+    (10.0, 1.0, 0.4)
     """
     together_s = STUDY_S * (processes if processes is not None else num_cores())
-    return min(max(together_s / scenarios, 0.5), 10.0)
+    return min(max(together_s / scenarios, 0.4), 10.0)
 
 
 def _version() -> str:

@@ -34,7 +34,10 @@ class Sweep:
 def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sweep, ...]:
     """Sweeps from a dict of values by path, or from words; ValueError for more than two."""
     if isinstance(given, Mapping):
-        sweeps = tuple(Sweep(path, tuple(str(v) for v in values)) for path, values in given.items())
+        sweeps = tuple(
+            Sweep(path, tuple(f"{v:g}" if isinstance(v, float) else str(v) for v in values))
+            for path, values in given.items()
+        )
     else:
         sweeps = tuple(Sweep.parse(text) for text in given)
     if len(sweeps) > 2:
