@@ -24,6 +24,7 @@ from graphpar.runtime.comparison import TOLERANCE, StepComparison, compare_step
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.infer import lower_again, lower_inference
+from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.loaded import Loaded, with_own_constants
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
@@ -42,8 +43,7 @@ from graphpar.runtime.true_error import Reference, TrueError, true_error
 from graphpar.runtime.workers import Workers
 from graphpar.schedule import Schedule
 from graphpar.training import Training
-from graphpar.units import format_bytes, format_seconds
-from graphpar.view.notebook import drawn_job, framed_job, preformatted
+from graphpar.view.notebook import drawn_job, framed_job
 
 
 @dataclass(frozen=True)
@@ -78,49 +78,6 @@ class Subject:
     prepare_again: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
     reference: Reference | None = None
     check: FirstStepCheck | None = None
-
-
-@dataclass(frozen=True)
-class LastStep:
-    """The last step as it was measured.
-
-    Attributes:
-        seconds: From the first rank's start to the last rank's end.
-        predicted_s: What the plan predicted, None for another batch size than planned.
-        reports: What each rank did when, and its peak memory; of a step that failed, what the ranks
-            that still answered had done by then.
-        failure: Why the step did not end; empty for one that did.
-    """
-
-    seconds: float
-    predicted_s: float | None
-    reports: tuple[StepReport, ...]
-    failure: str = ""
-
-    @property
-    def skipped(self) -> bool:
-        """Whether gradients overflowed float16, so that no parameter was changed."""
-        return any(report.skipped for report in self.reports)
-
-    @property
-    def loss_scale(self) -> float | None:
-        """What the loss was multiplied with against underflow in float16; None where it was not."""
-        return self.reports[0].loss_scale if self.reports else None
-
-    def __str__(self) -> str:
-        predicted = "" if self.predicted_s is None else f", predicted {format_seconds(self.predicted_s)}"
-        head = f"step of {format_seconds(self.seconds)}{predicted}"
-        lines = [f"{head}; it failed: {self.failure.splitlines()[0]}" if self.failure else head]
-        lines.append(f"{'rank':>4} {'from':>9} {'to':>9} {'actions':>8} {'peak memory':>12}")
-        origin_s = min((report.start_s for report in self.reports), default=0.0)
-        for report in self.reports:
-            first, last = (format_seconds(t - origin_s) for t in (report.start_s, report.end_s))
-            peak = format_bytes(report.peak_bytes)
-            lines.append(f"{report.rank:>4} {first:>9} {last:>9} {len(report.events):>8} {peak:>12}")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return preformatted(str(self))
 
 
 _Capture = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Captured, Lowered]]
@@ -191,7 +148,8 @@ class CompiledModel:
             starts = rank_starts(
                 subject.cluster, subject.training, lowered, tensors, measures_norm=measured
             )
-            session.begin(starts, lowered.trained, _factory(subject))
+            factory = subject.training.optimizer if subject.training else None
+            session.begin(starts, lowered.trained, factory)
             return cls(subject, plan, session, lowered, tensors)
         plan = decide()
         lowered = subject.lower(subject.graph, plan.partition, None)
@@ -540,7 +498,3 @@ def _pickle(factory: Callable[..., torch.optim.Optimizer]) -> bytes:
             f"Training(optimizer=...) cannot be sent to the workers: {error}. Make it a function or a "
             "lambda that refers to nothing but modules and plain values."
         ) from error
-
-
-def _factory(subject: Subject) -> Callable[..., torch.optim.Optimizer] | None:
-    return subject.training.optimizer if subject.training else None
