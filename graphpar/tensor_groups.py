@@ -12,6 +12,7 @@ from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
+from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import Partition, Replica
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.place import Place
@@ -60,7 +61,7 @@ def member_graphs(
                 fixed = held_slices(like, members[0]) if like is not None else {}
                 key = (id(whole), number, group, tuple(sorted(fixed.items(), key=lambda i: i[0])))
                 if key not in solved:
-                    options = replace(group_options(graph, training), fixed=fixed)
+                    options = replace(group_options(graph, training, train), fixed=fixed)
                     solved[key] = choose_sharding(whole, number, chain, group, options)
                 chosen = solved[key]
                 for member, own in enumerate(members):
@@ -76,6 +77,7 @@ def with_group_modes(
     cluster: Cluster,
     replicas: Iterable[Replica],
     calibration: Calibration | None = None,
+    train: Training | None = None,
 ) -> CostTable:
     """The table with a price for each of these tensor groups that it does not price yet.
 
@@ -85,6 +87,7 @@ def with_group_modes(
         cluster: The devices.
         replicas: Tensor groups; single devices among them are passed over.
         calibration: Measured rates of this machine's processor.
+        train: How the job trains.
     """
     modes = {mode.key: mode for mode in table.modes}
     chain, whole = build_chain(graph), None
@@ -94,7 +97,7 @@ def with_group_modes(
         if not replica.others or key in modes or key in table.mode_of_key:
             continue
         whole = whole or as_one_stage(graph, len(chain.units))
-        group, options = tensor_group(cluster, replica), group_options(graph, table.training)
+        group, options = tensor_group(cluster, replica), group_options(graph, table.training, train)
         chosen = choose_sharding(whole, 0, chain, group, options)
         modes[key] = tensor_mode(
             table, whole, chain, group, chosen, options, shares=replica.shares, calibration=calibration
@@ -108,10 +111,27 @@ def as_one_stage(graph: Graph, num_units: int) -> Graph:
     return lowered
 
 
-def group_options(graph: Graph, training: bool) -> ShardingOptions:
-    """What strategies are chosen for."""
+def group_options(graph: Graph, training: bool, train: Training | None = None) -> ShardingOptions:
+    """What strategies are chosen for.
+
+    Raises:
+        ValueError: The optimiser's step on one parameter depends on others, which other members hold.
+    """
     samples = max(1, graph.batch // USUAL_MICROBATCHES)
-    return ShardingOptions(samples=samples, microbatches=USUAL_MICROBATCHES, training=training)
+    traits = optimizer_traits(train.optimizer) if train is not None else None
+    if traits is not None and not traits.separable:
+        raise ValueError(
+            f"{traits.name} cannot train a model that is shared by several devices: its step on one "
+            "parameter depends on the others, and each device holds only some of them. Take an optimiser "
+            "that treats every parameter by itself; clip gradients with Training(max_grad_norm=...), "
+            "which is exact over all devices."
+        )
+    return ShardingOptions(
+        samples=samples,
+        microbatches=USUAL_MICROBATCHES,
+        training=training,
+        cuts_weights=traits is None or traits.elementwise,
+    )
 
 
 def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:

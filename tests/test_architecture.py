@@ -20,7 +20,7 @@ ROWS = (
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
     "scenarios "
-    "compiler precision auto_precision sensitivity tensor_groups "
+    "compiler precision auto_precision sensitivity tensor_groups optimizer_probe "
     "verify demo doctor model_spec hf_models hf_architectures hf_inputs commands cli examples",
     "__init__ __main__",
 )

@@ -1,11 +1,16 @@
 """Tensor groups in running jobs: the numbers of one device, whatever the widths and shares."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from helpers import Line, check_training
+from helpers import TRAINING, Line, check_inference, check_training, force, sgd
 from torch import nn
 
 from graphpar.cost_models.sharding import TensorGroup
+from graphpar.training import Training
+from graphpar.verify import verify
 
 pytestmark = pytest.mark.distributed
 
@@ -55,3 +60,65 @@ CASES = {
 @pytest.mark.parametrize("lines", CASES.values(), ids=CASES.keys())
 def test_training(lines: tuple[Line, ...]) -> None:
     check_training(Mlp(0.2), batch(), lines=lines)
+
+
+def test_inference_and_state_of_a_training_job() -> None:
+    model, (x, y) = Mlp(), batch()
+    lines = (Line((1, 1), 2, cuts=(1,), groups=(UNEVEN, (0.5, 0.3, 0.2))),)
+    forced = force(model, (x, y), lines=lines)
+    other = Mlp()
+    with forced.start() as job:
+        cut = [cut for placement in job._trained_on.placements for cut in placement.slices]
+        assert len(cut) > 4
+        for name, tensor in job.state_dict().items():
+            torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=0)
+        job.load_state_dict(other.state_dict())
+        for name, tensor in job.state_dict().items():
+            torch.testing.assert_close(tensor, other.state_dict()[name], rtol=0, atol=0)
+        torch.testing.assert_close(job(x, y), other(x, y))
+        first = job.step(x, y)
+        torch.testing.assert_close(first, other(x, y).detach())
+        moved = Mlp()
+        moved.load_state_dict(job.state_dict())
+        torch.testing.assert_close(job(x, y), moved(x, y))
+
+
+def test_inference_alone() -> None:
+    check_inference(Mlp(), batch(), lines=(Line((1,), 2, groups=((0.5, 0.3, 0.2),)),))
+
+
+def test_every_gradient_and_clipping() -> None:
+    model, data = Mlp(0.1), batch()
+    lines = (Line((1, 2), 2, cuts=(1,), groups=(UNEVEN, (0.7, 0.3))),)
+    forced = force(model, data, lines=lines)
+    report = verify(model, forced.cluster, data, train=TRAINING, plan=forced.plan)
+    assert report.equal, str(report)
+    clipped = Training(optimizer=sgd, max_grad_norm=0.05)
+    check_training(model, data, lines=lines, train=clipped)
+
+
+def test_adam_steps_on_slices_and_adafactor_on_whole_weights() -> None:
+    lines = (Line((1,), 1, groups=(UNEVEN,)),)
+    for optimizer, is_cut in ((torch.optim.AdamW, True), (torch.optim.Adafactor, False)):
+        training = Training(optimizer=partial(optimizer, lr=0.01))
+        forced = force(Mlp(), batch(), lines=lines, train=training)
+        with forced.start() as job:
+            cut = [label for p in job._trained_on.placements for label in p.slices]
+            assert bool(cut) == is_cut
+        check_training(Mlp(), batch(), lines=lines, train=training, steps=3, rounding=1e-4)
+
+
+class Normalized(torch.optim.SGD):
+    """Steps by the norm of all gradients together."""
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for g in self.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        return super().step(closure)
+
+
+def test_an_optimizer_across_parameters_is_refused() -> None:
+    training = Training(optimizer=lambda p: Normalized(p, lr=0.01))
+    forced = force(Mlp(), batch(), lines=(Line((1,), 1, groups=(UNEVEN,)),), train=training)
+    with pytest.raises(ValueError, match="Normalized cannot train"):
+        forced.start()

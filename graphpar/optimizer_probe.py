@@ -1,0 +1,74 @@
+"""What an optimiser does to a slice of a parameter, found out by trying it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+_STEPS = 3
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class OptimizerTraits:
+    """How an optimiser treats its parameters.
+
+    Attributes:
+        name: Its class.
+        elementwise: Whether a step on slices of a parameter is the step on the whole, cut likewise.
+        separable: Whether a step on one parameter is the same whatever other parameters there are.
+    """
+
+    name: str
+    elementwise: bool
+    separable: bool
+
+
+def optimizer_traits(factory: OptimizerFactory) -> OptimizerTraits:
+    """Compare a few steps on a small matrix with the same steps on its slices, and beside another one.
+
+    An optimiser that cannot be tried so counts as one that needs whole parameters.
+
+    >>> optimizer_traits(lambda p: torch.optim.AdamW(p, lr=0.01))
+    OptimizerTraits(name='AdamW', elementwise=True, separable=True)
+    >>> optimizer_traits(lambda p: torch.optim.Adafactor(p, lr=0.01)).elementwise
+    False
+    """
+    random = torch.Generator().manual_seed(1)
+    weight, other = (torch.randn(6, 10, generator=random) for _ in range(2))
+    # Of unlike size by rows and columns, so that norms of slices are unlike those of the whole.
+    scale = torch.linspace(0.1, 5.0, 6)[:, None] * torch.linspace(0.2, 2.0, 10)
+    gradients = [torch.randn(6, 10, generator=random) * scale for _ in range(_STEPS)]
+    beside = [10.0 * torch.randn(6, 10, generator=random) for _ in range(_STEPS)]
+    try:
+        name = type(factory([nn.Parameter(weight.clone())])).__name__
+        (whole,) = _stepped(factory, [weight], [[g] for g in gradients])
+        rows = torch.cat(_stepped(factory, _cut(weight, 0), [_cut(g, 0) for g in gradients]), 0)
+        columns = torch.cat(_stepped(factory, _cut(weight, 1), [_cut(g, 1) for g in gradients]), 1)
+        pair = _stepped(factory, [weight, other], list(map(list, zip(gradients, beside, strict=True))))
+    except Exception:
+        return OptimizerTraits(getattr(factory, "__name__", "this optimiser"), False, True)
+    return OptimizerTraits(name, _same(rows, whole) and _same(columns, whole), _same(pair[0], whole))
+
+
+def _cut(tensor: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    return [part.contiguous() for part in tensor.split([4, tensor.shape[dim] - 4], dim)]
+
+
+def _stepped(
+    factory: OptimizerFactory, weights: list[torch.Tensor], gradients: list[list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """The weights after as many steps as there are lists of gradients."""
+    parameters = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = factory(parameters)
+    for row in gradients:
+        for parameter, gradient in zip(parameters, row, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=_ROUNDING, atol=_ROUNDING)
