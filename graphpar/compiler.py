@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ from graphpar.sensitivity import (
     reference_run,
     true_errors,
 )
-from graphpar.tensor_groups import member_graphs, with_group_modes
+from graphpar.tensor_groups import candidate_groups, member_graphs, widest_group, with_group_modes
 from graphpar.training import Training
 
 ClusterLike = Cluster | Mapping[str, Any] | str | os.PathLike[str]
@@ -125,6 +125,7 @@ def plan(
     train: Training | None = None,
     precision: str = "float32",
     precision_budget: float = PRECISION_BUDGET,
+    tensor: int | Literal["auto"] = 1,
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
@@ -141,6 +142,8 @@ def plan(
             has it; "auto" to choose for each unit within `precision_budget`; "float8_e4m3fn" can be
             planned, not run.
         precision_budget: Largest relative error of the result and of the gradient under "auto".
+        tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
+            none, "auto" for as many as a node has. Groups are used where that is faster or fits.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
@@ -183,6 +186,7 @@ def compile(
     plan: Plan | None = None,
     precision: str = "float32",
     precision_budget: float = PRECISION_BUDGET,
+    tensor: int | Literal["auto"] = 1,
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
@@ -203,6 +207,8 @@ def compile(
             has it; "auto" to choose for each unit within `precision_budget`. Weights, optimiser
             state, losses, norms and sums stay in float32.
         precision_budget: Largest relative error of the result and of the gradient under "auto".
+        tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
+            none, "auto" for as many as a node has. Groups are used where that is faster or fits.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.
@@ -229,6 +235,7 @@ def compile(
                 where,
                 train=train,
                 precision=precision,
+                tensor=tensor,
                 calibration=calibration,
                 time_limit_s=time_limit_s,
                 gap=gap,
@@ -347,12 +354,17 @@ def plan_prepared(
     precision_budget: float = PRECISION_BUDGET,
     example: Example | None = None,
     explain_s: float = 0.25,
+    tensor: int | Literal["auto"] = 1,
 ) -> Plan:
     """Price, partition, explain (for at most `explain_s`) and predict a captured model.
 
     `example` is run to measure errors under `precision="auto"`; without it they are estimated.
     """
     check_precision(precision)
+    widest = widest_group(cluster, tensor)
+    if widest > 1 and precision != "float32":
+        raise ValueError(f"tensor={tensor!r} works in float32 only so far, not with {precision=}.")
+    candidates = candidate_groups(cluster, widest)
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
@@ -365,13 +377,16 @@ def plan_prepared(
         "microbatches": microbatches,
         "calibrated": calibration is not None,
         "precision": precision,
+        "tensor": tensor,
     }
 
     def table_of(formats: Formats) -> CostTable:
         table = price(prepared, cluster, train=train, calibration=calibration, formats=formats)
         if train is not None and not prepared.batch_reason and formats.all_float32:
             # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
-            return with_modes(table, StageOptions(recompute=True))
+            table = with_modes(table, StageOptions(recompute=True))
+        if candidates:
+            table = with_group_modes(table, prepared.graph, cluster, candidates, calibration, train)
         return table
 
     def solve(table: CostTable) -> Partition:

@@ -1,11 +1,14 @@
 """The graphs of tensor groups: each stage's sharding programme solved, each member's graph rewritten."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from graphpar.calibration import Calibration
-from graphpar.cluster import Cluster
+from graphpar.cluster import Cluster, Device
 from graphpar.cost import CostTable, LinkCost
+from graphpar.cost_models.rates import CatalogueRates
 from graphpar.cost_models.sharding import Sharding, ShardingOptions, TensorGroup, choose_sharding
 from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.ir.chain import build_chain
@@ -103,6 +106,76 @@ def with_group_modes(
             table, whole, chain, group, chosen, options, shares=replica.shares, calibration=calibration
         )
     return replace(table, modes=tuple(modes.values()))
+
+
+def candidate_groups(cluster: Cluster, widest: int) -> list[Replica]:
+    """Tensor groups worth a price: members of one node, equal ones in powers of two, unlike ones by speed.
+
+    Args:
+        cluster: The devices.
+        widest: Most members of a group.
+
+    >>> nodes = [{"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 4}, "link": "nvlink4"}]
+    >>> cluster = Cluster.from_dict({"nodes": nodes})
+    >>> [group.devices for group in candidate_groups(cluster, 4)]
+    [('a/0', 'a/1'), ('a/0', 'a/1', 'a/2', 'a/3')]
+    """
+    found: dict[object, Replica] = {}
+    for node in cluster.nodes:
+        alike: dict[object, list[Device]] = {}
+        for device in node.devices:
+            alike.setdefault(_likeness(device), []).append(device)
+        for devices in alike.values():
+            width = 2
+            while width <= min(widest, len(devices)):
+                key = (_likeness(devices[0]), width, node.link.cost)
+                found.setdefault(key, _replica(devices[:width], ()))
+                width *= 2
+        mixed = [devices[0] for devices in alike.values()]
+        for some in (mixed, list(node.devices)):
+            if len(alike) > 1 and len(some) <= widest:
+                key = (tuple(map(_likeness, some)), node.link.cost)
+                found.setdefault(key, _replica(some, speed_shares(some)))
+    return list(found.values())
+
+
+def _likeness(device: Device) -> object:
+    peaks = tuple(sorted(device.peak_flops_per_s.items()))
+    return device.kind, device.slowdown, device.memory_bytes, device.threads, peaks
+
+
+def _replica(devices: Sequence[Device], shares: tuple[float, ...]) -> Replica:
+    first, *others = [device.name for device in devices]
+    return Replica(first, 1, tuple(others), shares)
+
+
+def speed_shares(devices: Sequence[Device]) -> tuple[float, ...]:
+    """Shares in proportion to what each device computes per second."""
+    speeds = [CatalogueRates(d).peak("float32") / d.slowdown for d in devices]
+    return tuple(speed / sum(speeds) for speed in speeds)
+
+
+def widest_group(cluster: Cluster, tensor: int | Literal["auto"]) -> int:
+    """The most members that a tensor group may have.
+
+    Raises:
+        ValueError: `tensor` is neither "auto" nor a whole number from 1 on.
+    """
+    most = max(len(node.devices) for node in cluster.nodes)
+    if tensor == "auto":
+        return most
+    if isinstance(tensor, bool) or not isinstance(tensor, int) or tensor < 1:
+        raise ValueError(
+            f"tensor={tensor!r}: give the most members a tensor group may have (1 for none), or 'auto' "
+            "for as many as a node has devices."
+        )
+    if tensor > most:
+        warnings.warn(
+            f"tensor={tensor}, but no node has more than {most} devices; groups of up to {most} are "
+            "considered.",
+            stacklevel=3,
+        )
+    return min(tensor, most)
 
 
 def as_one_stage(graph: Graph, num_units: int) -> Graph:
