@@ -103,6 +103,9 @@ class ShardingOptions:
         cuts_weights: False keeps every weight whole, for optimisers that must see whole ones.
         memory_bytes: Most bytes that weights, gradients, optimiser state and the activations of one
             microbatch may take at a member; None for no limit.
+        weight_slack: Members may hold this part of all weights, gradients and optimiser state beyond the
+            least they can; None lets time alone decide, which often keeps weights whole and cuts the
+            sequence. Takes the place of `memory_bytes`.
     """
 
     samples: int
@@ -112,6 +115,7 @@ class ShardingOptions:
     fixed: Mapping[str, Layout] = field(default_factory=dict)
     cuts_weights: bool = True
     memory_bytes: float | None = None
+    weight_slack: float | None = None
 
 
 def choose_sharding(
@@ -179,7 +183,7 @@ class _Programme:
         for op in self.ops:
             rows = self.table[op.name]
             self._add(op.name, (self._place(op), rows), [self.times.seconds(op, s) for s in rows],
-                      [self.times.kept_bytes(op, s) for s in rows])  # fmt: skip
+                      [self._kept_bytes(op, s) for s in rows])  # fmt: skip
             for slot, name in enumerate(op.operands()):
                 self.readers[name].append((op, slot))
         for op in self.graph.ops:
@@ -188,6 +192,16 @@ class _Programme:
                 self._add_weight(op, readers)
         for name, readers in self.readers.items():
             self._connect(name, readers)
+
+    def _kept_bytes(self, op: Op, strategy: Strategy) -> float:
+        return self.times.kept_bytes(op, strategy) if self.options.weight_slack is None else 0.0
+
+    def _limit_bytes(self, slack: float) -> float | None:
+        """Most bytes that a member may hold."""
+        if self.options.weight_slack is None:
+            return self.options.memory_bytes
+        rows = [v.usage for v in self.variables.values()]
+        return sum(map(min, rows)) + slack * sum(map(max, rows))
 
     def _place(self, op: Op) -> Key:
         return self.place.get(op.name, op.name)
@@ -270,7 +284,7 @@ class _Programme:
 
     # --- solving ---
 
-    def problem(self) -> ShardingProblem:
+    def problem(self, slack: float) -> ShardingProblem:
         """The problem in the terms of the solver, in nanoseconds."""
         return ShardingProblem(
             name=f"stage {self.stage} of {self.graph.name}",
@@ -281,13 +295,17 @@ class _Programme:
             edge_costs=tuple(
                 tuple(_nanoseconds(x) for row in m for x in row) for m in self.matrices.values()
             ),
-            usage_limit=self.options.memory_bytes,
+            usage_limit=self._limit_bytes(slack),
         )
 
     def solve(self) -> Sharding:
         if not self.variables:
             return Sharding({}, {}, {})
-        found = solve_sharding(self.problem(), time_limit_s=_SOLVE_LIMIT_S)
+        slack = self.options.weight_slack or 0.0
+        found = solve_sharding(self.problem(slack), time_limit_s=_SOLVE_LIMIT_S)
+        while found.status == "infeasible" and self.options.weight_slack is not None and slack < 1:
+            slack = 2 * slack + 0.001  # not every weight can be cut as far as it could alone
+            found = solve_sharding(self.problem(slack), time_limit_s=_SOLVE_LIMIT_S)
         if found.answer is None or found.objective is None:
             raise VerifyError(
                 f"The sharding programme of stage {self.stage} of {self.graph.name} has no answer "
@@ -403,6 +421,9 @@ class OpTimes:
         """Weight, gradient and optimiser state at the member with most of it."""
         trained = self.options.training and bool(op.attr("grad"))
         times = 2 + self.options.state_ratio if trained else 1.0
+        if self.options.weight_slack is not None and isinstance(layout, Split):
+            # Heads that do not divide are no reason to cut elsewhere: any slice counts as cut.
+            return op.type.bytes(1) * times * max(self.group.shares)
         return op.type.bytes(1) * times * max(_share(layout, k) for k in range(self.group.size))
 
     def kept_bytes(self, op: Op, strategy: Strategy) -> float:

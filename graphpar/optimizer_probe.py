@@ -54,7 +54,7 @@ def optimizer_traits(factory: OptimizerFactory) -> OptimizerTraits:
 
 
 def _cut(tensor: torch.Tensor, dim: int) -> list[torch.Tensor]:
-    return [part.contiguous() for part in tensor.split([4, tensor.shape[dim] - 4], dim)]
+    return [tensor.narrow(dim, 0, 4).clone(), tensor.narrow(dim, 4, tensor.shape[dim] - 4).clone()]
 
 
 def _stepped(

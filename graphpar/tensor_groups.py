@@ -28,6 +28,9 @@ from graphpar.training import Training
 USUAL_MICROBATCHES = 4
 """Strategies are chosen for a quarter of the batch, whatever the schedule: a price holds for them all."""
 
+_WEIGHT_SLACK = 0.001
+"""A group is there to hold what one device cannot: weights that can be cut are; biases need not."""
+
 
 def member_graphs(
     graph: Graph,
@@ -109,7 +112,7 @@ def with_group_modes(
 
 
 def candidate_groups(cluster: Cluster, widest: int) -> list[Replica]:
-    """Tensor groups worth a price: members of one node, equal ones in powers of two, unlike ones by speed.
+    """Tensor groups worth a price: inside a node, equal devices in powers of two, unlike ones by speed.
 
     Args:
         cluster: The devices.
@@ -128,14 +131,16 @@ def candidate_groups(cluster: Cluster, widest: int) -> list[Replica]:
         for devices in alike.values():
             width = 2
             while width <= min(widest, len(devices)):
-                key = (_likeness(devices[0]), width, node.link.cost)
-                found.setdefault(key, _replica(devices[:width], ()))
+                found.setdefault(
+                    (_likeness(devices[0]), width, node.link.cost), _replica(devices[:width], ())
+                )
                 width *= 2
         mixed = [devices[0] for devices in alike.values()]
         for some in (mixed, list(node.devices)):
             if len(alike) > 1 and len(some) <= widest:
-                key = (tuple(map(_likeness, some)), node.link.cost)
-                found.setdefault(key, _replica(some, speed_shares(some)))
+                found.setdefault(
+                    (tuple(map(_likeness, some)), node.link.cost), _replica(some, speed_shares(some))
+                )
     return list(found.values())
 
 
@@ -204,6 +209,7 @@ def group_options(graph: Graph, training: bool, train: Training | None = None) -
         microbatches=USUAL_MICROBATCHES,
         training=training,
         cuts_weights=traits is None or traits.elementwise,
+        weight_slack=_WEIGHT_SLACK,
     )
 
 
