@@ -4,7 +4,7 @@ Minimise, over one strategy s_v for every op v, one form f_x for every value x t
 times, and one slice w_p for every weight p:
 
     sum_v  t_v(s_v)                     the op's time at the member that takes longest
-  + sum_p  u_p(w_p)                     the optimiser's time for the slice
+  + sum_p  u_p(w_p)                     the optimiser's time for the slice, and what holding it costs
   + sum_e  c_e(layout made, layout wanted)    what is sent where the two do not meet, forward and back
 
 Repeated blocks are folded: equal ops of equal blocks share a variable, so that 32 layers cost what one
@@ -32,8 +32,8 @@ from graphpar.ir.strategies import Strategy, carries_gradient, strategies_of, va
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.shard import solve_sharding
 
-_SOLVE_LIMIT_S = 20.0
-"""Folded blocks are solved in a fraction of a second; a graph without repetition may need longer."""
+_SOLVE_LIMITS_S = (20.0, 120.0)
+"""Folded blocks take a fraction of a second; on a busy machine the first call may need longer."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Sharding:
         chosen: For each op its strategy.
         forms: For each value that is read several times the layout it is brought into first.
         weights: For each weight the slice that members hold, or "whole".
-        objective_s: Seconds of one microbatch, both directions, and its part of the optimiser's.
+        objective_s: Seconds of one microbatch, both directions, its part of the optimiser's, and the
+            price of memory.
         bound_s: No choice is faster under the same costs; None where the search was cut short.
     """
 
@@ -103,9 +104,9 @@ class ShardingOptions:
         cuts_weights: False keeps every weight whole, for optimisers that must see whole ones.
         memory_bytes: Most bytes that weights, gradients, optimiser state and the activations of one
             microbatch may take at a member; None for no limit.
-        weight_slack: Members may hold this part of all weights, gradients and optimiser state beyond the
-            least they can; None lets time alone decide, which often keeps weights whole and cuts the
-            sequence. Takes the place of `memory_bytes`.
+        hold_factor: Price of memory: a byte of weights, gradients and optimiser state that a member
+            holds counts as so many bytes sent. 0 lets time alone decide, which often keeps weights
+            whole and cuts the sequence.
     """
 
     samples: int
@@ -115,7 +116,7 @@ class ShardingOptions:
     fixed: Mapping[str, Layout] = field(default_factory=dict)
     cuts_weights: bool = True
     memory_bytes: float | None = None
-    weight_slack: float | None = None
+    hold_factor: float = 0.0
 
 
 def choose_sharding(
@@ -183,7 +184,7 @@ class _Programme:
         for op in self.ops:
             rows = self.table[op.name]
             self._add(op.name, (self._place(op), rows), [self.times.seconds(op, s) for s in rows],
-                      [self._kept_bytes(op, s) for s in rows])  # fmt: skip
+                      [self.times.kept_bytes(op, s) for s in rows])  # fmt: skip
             for slot, name in enumerate(op.operands()):
                 self.readers[name].append((op, slot))
         for op in self.graph.ops:
@@ -192,16 +193,6 @@ class _Programme:
                 self._add_weight(op, readers)
         for name, readers in self.readers.items():
             self._connect(name, readers)
-
-    def _kept_bytes(self, op: Op, strategy: Strategy) -> float:
-        return self.times.kept_bytes(op, strategy) if self.options.weight_slack is None else 0.0
-
-    def _limit_bytes(self, slack: float) -> float | None:
-        """Most bytes that a member may hold."""
-        if self.options.weight_slack is None:
-            return self.options.memory_bytes
-        rows = [v.usage for v in self.variables.values()]
-        return sum(map(min, rows)) + slack * sum(map(max, rows))
 
     def _place(self, op: Op) -> Key:
         return self.place.get(op.name, op.name)
@@ -232,7 +223,10 @@ class _Programme:
         self.weights[op.name] = layouts
         first, slot = readers[0]
         key = ("weight", self._place(first), slot, layouts)
-        costs = [self.times.optimizer_seconds(op, layout) for layout in layouts]
+        costs = [
+            self.times.optimizer_seconds(op, layout) + self.times.holding_seconds(op, layout)
+            for layout in layouts
+        ]
         self._add(op.name, key, costs, [self.times.weight_bytes(op, layout) for layout in layouts])
 
     def _connect(self, name: str, readers: Sequence[tuple[Op, int]]) -> None:
@@ -284,7 +278,7 @@ class _Programme:
 
     # --- solving ---
 
-    def problem(self, slack: float) -> ShardingProblem:
+    def problem(self) -> ShardingProblem:
         """The problem in the terms of the solver, in nanoseconds."""
         return ShardingProblem(
             name=f"stage {self.stage} of {self.graph.name}",
@@ -295,21 +289,21 @@ class _Programme:
             edge_costs=tuple(
                 tuple(_nanoseconds(x) for row in m for x in row) for m in self.matrices.values()
             ),
-            usage_limit=self._limit_bytes(slack),
+            usage_limit=self.options.memory_bytes,
         )
 
     def solve(self) -> Sharding:
         if not self.variables:
             return Sharding({}, {}, {})
-        slack = self.options.weight_slack or 0.0
-        found = solve_sharding(self.problem(slack), time_limit_s=_SOLVE_LIMIT_S)
-        while found.status == "infeasible" and self.options.weight_slack is not None and slack < 1:
-            slack = 2 * slack + 0.001  # not every weight can be cut as far as it could alone
-            found = solve_sharding(self.problem(slack), time_limit_s=_SOLVE_LIMIT_S)
+        for limit_s in _SOLVE_LIMITS_S:
+            found = solve_sharding(self.problem(), time_limit_s=limit_s)
+            if found.status != "unknown":
+                break
         if found.answer is None or found.objective is None:
             raise VerifyError(
                 f"The sharding programme of stage {self.stage} of {self.graph.name} has no answer "
-                f"({found.status}); whole everywhere is always one unless memory_bytes forbids it."
+                f"({found.status}); whole everywhere is one unless memory_bytes forbids it; "
+                "on a machine that is busy with other things, try again."
             )
         pick = {key: found.answer[v.number] for key, v in self.variables.items()}
         return Sharding(
@@ -417,13 +411,19 @@ class OpTimes:
         )
         return max(times) / self.options.microbatches
 
+    def holding_seconds(self, op: Op, layout: Layout) -> float:
+        """The price of memory, in seconds.
+
+        Any slice counts as the largest share: heads that do not divide are no reason to cut elsewhere.
+        """
+        cut = max(self.group.shares) if isinstance(layout, Split) else 1.0
+        sent = self.options.hold_factor * self.weight_bytes(op, "whole") * cut
+        return sent / self.group.link.bytes_per_s
+
     def weight_bytes(self, op: Op, layout: Layout) -> float:
         """Weight, gradient and optimiser state at the member with most of it."""
         trained = self.options.training and bool(op.attr("grad"))
         times = 2 + self.options.state_ratio if trained else 1.0
-        if self.options.weight_slack is not None and isinstance(layout, Split):
-            # Heads that do not divide are no reason to cut elsewhere: any slice counts as cut.
-            return op.type.bytes(1) * times * max(self.group.shares)
         return op.type.bytes(1) * times * max(_share(layout, k) for k in range(self.group.size))
 
     def kept_bytes(self, op: Op, strategy: Strategy) -> float:

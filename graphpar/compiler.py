@@ -167,6 +167,7 @@ def plan(
         where,
         train=train,
         precision=precision,
+        tensor=tensor,
         calibration=calibration,
         time_limit_s=time_limit_s,
         gap=gap,

@@ -28,8 +28,8 @@ from graphpar.training import Training
 USUAL_MICROBATCHES = 4
 """Strategies are chosen for a quarter of the batch, whatever the schedule: a price holds for them all."""
 
-_WEIGHT_SLACK = 0.001
-"""A group is there to hold what one device cannot: weights that can be cut are; biases need not."""
+_HOLD_FACTOR = 4.0
+"""A group is there to hold what one device cannot: what it holds counts as if it were sent four times."""
 
 
 def member_graphs(
@@ -209,7 +209,7 @@ def group_options(graph: Graph, training: bool, train: Training | None = None) -
         microbatches=USUAL_MICROBATCHES,
         training=training,
         cuts_weights=traits is None or traits.elementwise,
-        weight_slack=_WEIGHT_SLACK,
+        hold_factor=_HOLD_FACTOR,
     )
 
 

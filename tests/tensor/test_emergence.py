@@ -37,11 +37,9 @@ def captured(name: str) -> Prepared:
     return prepare(model, (ids,), {"labels": ids}, Training(optimizer=torch.optim.SGD))
 
 
-def chosen(
-    name: str, link: LinkCost, size: int = 2, slack: float | None = 0.001, samples: int = SAMPLES
-) -> Choice:
+def chosen(name: str, link: LinkCost, size: int = 2, hold: float = 4.0, samples: int = SAMPLES) -> Choice:
     """What a group of H100 does, holding hardly more weights than it must."""
-    options = ShardingOptions(samples=samples, weight_slack=slack)
+    options = ShardingOptions(samples=samples, hold_factor=hold)
     return planned(captured(name), gpus(size, link), options)
 
 
@@ -103,13 +101,13 @@ def test_vocabulary(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_slow_links_mean_fewer_slices(name: str) -> None:
-    cut = [num_cut(chosen(name, link, 4, slack=None)) for link in (NVLINK, PCIE, ETHERNET)]
+    cut = [num_cut(chosen(name, link, 4, hold=0.0)) for link in (NVLINK, PCIE, ETHERNET)]
     assert cut[0] >= cut[1] > cut[2]
     assert cut[2] <= 2  # at most the head and its loss
 
 
 def test_memory_forces_slices() -> None:
-    whole = chosen("gpt", ETHERNET, slack=None)
+    whole = chosen("gpt", ETHERNET, hold=0.0)
     assert not any(isinstance(w, Split) for w in whole.weights.values())
     tight = chosen("gpt", ETHERNET)
     held = sum(
