@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class UnitCost:
@@ -321,6 +324,23 @@ class CostTable:
         """The plain mode of each device class, in the order of the classes, then the others."""
         plain = (_plain_mode(self.costs, k) for k in range(len(self.device_classes)))
         return (*plain, *self.modes)
+
+    @cached_property
+    def both_s(self) -> npt.NDArray[np.float64]:
+        """Seconds of both directions (of the forward alone in inference): [size, distinct unit, mode]."""
+        modes, units = self.every_mode, range(len(self.costs))
+        ahead = np.array([[m.costs[i].forward_s for m in modes] for i in units], dtype=np.float64)
+        if self.training:
+            ahead += np.array([[m.costs[i].backward_s for m in modes] for i in units], dtype=np.float64)
+        found: npt.NDArray[np.float64] = np.moveaxis(ahead, -1, 0)
+        return found
+
+    @cached_property
+    def post_work(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """[mode, distinct unit]: optimiser seconds and gradient bytes, summed over the members."""
+        steps = [[len(m.members) * c.optimizer_s for c in m.costs] for m in self.every_mode]
+        sums = [[sum(c.gradient_bytes) for c in m.costs] for m in self.every_mode]
+        return np.array(steps, dtype=np.float64), np.array(sums, dtype=np.float64)
 
     @cached_property
     def mode_of_key(self) -> dict[ModeKey, int]:

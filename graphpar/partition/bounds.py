@@ -1,5 +1,6 @@
 """Lower bounds on the step time that need no search."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -174,17 +175,15 @@ def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Li
     ZeRO divides the optimiser's work but somebody does each part, hence the sum over the devices of
     one copy is that of its members.
     """
-    have = np.array(counts)
+    have = np.array(counts) > 0
+    steps, gradients = table.post_work
+    usable = [i for i, m in enumerate(table.every_mode) if all(have[k] for k in m.members)]
+    if not table.training or not usable:
+        return 0.0
     slow = max((1 / k.bytes_per_s for k in across), default=0.0)
     weight = 2 * (peers - 1) / peers * slow
-    each = [
-        [len(m.members) * c.optimizer_s + weight * sum(c.gradient_bytes) for c in m.costs]
-        for m in table.every_mode
-        if all(have[k] > 0 for k in m.members)
-    ]
-    if not table.training or not each:
-        return 0.0
-    return float(_repeats(table) @ np.array(each).min(axis=0)) / sum(counts)
+    each = (steps + weight * gradients)[usable].min(axis=0)
+    return float(_repeats(table) @ each) / sum(counts)
 
 
 def device_prices_s(table: CostTable) -> list[float]:
@@ -232,17 +231,18 @@ def _distinct(table: CostTable) -> range:
 
 
 def _times(table: CostTable, size: float) -> FloatArray:
-    """[distinct unit, mode]: seconds of one microbatch, both directions."""
-    return np.array(
-        [
-            [
-                table.at_size(m.costs[i].forward_s, size)
-                + (table.at_size(m.costs[i].backward_s, size) if table.training else 0.0)
-                for m in table.every_mode
-            ]
-            for i in _distinct(table)
-        ]
-    )
+    """[distinct unit, mode]: seconds of one microbatch, both directions (`CostTable.at_size`)."""
+    sizes, rows = table.sizes, table.both_s
+    found: FloatArray
+    if size <= sizes[0]:
+        found = rows[0] * (max(size, 0) / sizes[0])
+    elif size >= sizes[-1]:
+        found = rows[-1] * (size / sizes[-1])
+    else:
+        right = bisect_left(sizes, size)
+        share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+        found = rows[right - 1] * (1 - share) + rows[right] * share
+    return found
 
 
 def _repeats(table: CostTable) -> FloatArray:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from graphpar.cost import CostTable, LinkCost, ModeCost, UnitCost
 
 
@@ -105,6 +107,7 @@ def _cost_problems(table: CostTable, cost: UnitCost) -> Iterator[str]:
 def _mode_problems(table: CostTable) -> Iterator[str]:
     keys = {(k,) for k in range(len(table.device_classes))}
     seen: set[object] = {(key, (), "float32", False, 0) for key in keys}
+    looked_at: set[tuple[int, int]] = set()
     for number, mode in enumerate(table.modes):
         where, size = f"mode {number}", len(mode.members)
         if not mode.members or not all(0 <= k < len(table.device_classes) for k in mode.members):
@@ -120,8 +123,10 @@ def _mode_problems(table: CostTable) -> Iterator[str]:
             yield from _link_problems(f"of {where}", mode.link)
         if len(mode.costs) != len(table.costs):
             yield f"{where} has {len(mode.costs)} costs for {len(table.costs)} units"
-        for cost in mode.costs:
+        # ZeRO levels share their costs: one look at them is enough.
+        for cost in mode.costs if (id(mode.costs), size) not in looked_at else ():
             yield from _mode_cost_problems(table, where, size, cost)
+        looked_at.add((id(mode.costs), size))
 
 
 def _mode_cost_problems(table: CostTable, where: str, size: int, cost: ModeCost) -> Iterator[str]:
@@ -159,6 +164,7 @@ def _edge_problems(table: CostTable) -> Iterator[str]:
 
 def _bad_numbers(where: str, rows: Mapping[str, Sequence[float]]) -> Iterator[str]:
     for name, values in rows.items():
-        for value in values:
-            if not (math.isfinite(value) and value >= 0):
-                yield f"{where}: {name} holds {value}; it must be finite and not negative"
+        numbers = np.asarray(values, dtype=np.float64)
+        wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0)))
+        if len(wrong):
+            yield f"{where}: {name} holds {values[wrong[0]]}; it must be finite and not negative"
