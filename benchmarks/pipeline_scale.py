@@ -300,7 +300,10 @@ def baselines(table: CostTable, found: Partition, time_limit_s: float) -> dict[s
         "even split": lambda: even_split(table),
         "in proportion to speed": lambda: greedy_split(table),
         "data parallel": lambda: data_parallel(table),
-        "devices of one kind": lambda: best_like_subset(table, time_limit_s=time_limit_s),
+        # Time enough for each kind; what it finds may still be a search cut short.
+        "devices of one kind": lambda: best_like_subset(
+            table, time_limit_s=15.0 * len(table.device_classes)
+        ),
         "stage-slot programme": lambda: slot_programme(table, found, time_limit_s),
     }
     steps: dict[str, float | None] = {}
