@@ -119,6 +119,10 @@ def _names(options: Any) -> list[str]:
     return names
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -126,7 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--list", action="append", help="a list of coverage_lists.json: well-known, others"
     )
-    parser.add_argument("--workers", type=int, nargs="+", default=list(WORKERS))
+    parser.add_argument("--workers", type=_counts, default=WORKERS, help="how many, such as 2,3")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds for each")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     options = parser.parse_args()
