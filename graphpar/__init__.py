@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from graphpar.compiler import compile, plan
     from graphpar.measure import calibrate
     from graphpar.plans import Plan
+    from graphpar.runtime.checkpoint import checkpoint_state
     from graphpar.runtime.job import CompiledModel
+    from graphpar.runtime.weights import without_weights
     from graphpar.scenarios.api import Study, what_if
     from graphpar.training import Training
     from graphpar.view.api import visualize
@@ -38,10 +40,12 @@ _LAZY = {
     "Study": "graphpar.scenarios.api",
     "Training": "graphpar.training",
     "calibrate": "graphpar.measure",
+    "checkpoint_state": "graphpar.runtime.checkpoint",
     "compile": "graphpar.compiler",
     "plan": "graphpar.compiler",
     "visualize": "graphpar.view.api",
     "what_if": "graphpar.scenarios.api",
+    "without_weights": "graphpar.runtime.weights",
 }
 
 _GIVES_PLANS = frozenset({"Plan", "compile", "plan"})
@@ -63,10 +67,12 @@ __all__ = [
     "Training",
     "VerifyError",
     "calibrate",
+    "checkpoint_state",
     "compile",
     "plan",
     "visualize",
     "what_if",
+    "without_weights",
 ]
 
 

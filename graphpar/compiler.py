@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from graphpar.device import Device
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.frontend.capture import Captured, capture
+from graphpar.hf_models import hf_buffers
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.formats import base_format
 from graphpar.ir.graph import Graph
@@ -58,6 +60,7 @@ from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.job import CompiledModel, Subject
 from graphpar.runtime.reference import whole_on_one_device
+from graphpar.runtime.weights import WeightSource, find_weights
 from graphpar.sensitivity import (
     Sensitivities,
     Trial,
@@ -185,6 +188,7 @@ def compile(
     *,
     train: Training | None = None,
     plan: Plan | None = None,
+    weights: WeightSource | None = None,
     precision: str = "float32",
     precision_budget: float = PRECISION_BUDGET,
     tensor: int | Literal["auto"] = 1,
@@ -198,12 +202,15 @@ def compile(
     Under plain `python` local workers are started; under torchrun every rank makes the same call.
 
     Args:
-        model: Any `nn.Module` with its weights; it is left as it is.
+        model: Any `nn.Module`, with its weights or on the meta device; it is left as it is.
         cluster: A `Cluster`, a dict, or the path of a cluster file.
         args: Positional arguments of an example batch.
         kwargs: Keyword arguments of the example batch.
         train: How to train; without it the job only infers.
         plan: A plan made before; it must be for this model and this cluster.
+        weights: For a model without weights (built on the meta device or inside
+            `graphpar.without_weights()`): a safetensors file, an index or a folder of several, or a
+            function `init(name, tensor)` that fills a fresh tensor. Each rank reads or makes its own.
         precision: Number format to compute in: "float32", "bfloat16" or "float16", each where a device
             has it; "auto" to choose for each unit within `precision_budget`. Weights, optimiser
             state, losses, norms and sums stay in float32.
@@ -251,7 +258,7 @@ def compile(
                 check_precision(base_format(f), to_run=True)
         return plan
 
-    subject = subject_of(model, prepared, where, train)
+    subject = subject_of(model, prepared, where, train, weights)
     if verify_first_step:
         if train is None:
             raise ValueError("verify_first_step=True checks a training step; pass train=Training(...).")
@@ -262,7 +269,13 @@ def compile(
     return CompiledModel.start(subject, decide)
 
 
-def subject_of(model: nn.Module, prepared: Prepared, cluster: Cluster, train: Training | None) -> Subject:
+def subject_of(
+    model: nn.Module,
+    prepared: Prepared,
+    cluster: Cluster,
+    train: Training | None,
+    weights: WeightSource | None = None,
+) -> Subject:
     """What a job of a captured model is made of."""
     return Subject(
         model=model,
@@ -278,6 +291,9 @@ def subject_of(model: nn.Module, prepared: Prepared, cluster: Cluster, train: Tr
         prepare_inference=lambda a, k: _captured(prepare(model, a, k, None)),
         prepare_again=lambda a, k: _captured(prepare(model, a, k, train)),
         reference=lambda a, k: reference_run(trial_of(model, prepared, train), a, k),
+        find_weights=lambda: find_weights(
+            model, prepared.captured, weights, lambda names: hf_buffers(model, names)
+        ),
     )
 
 
@@ -370,7 +386,7 @@ def plan_prepared(
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
     schedule: ScheduleChoice = train.schedule if train else "auto"
-    microbatches: Microbatches = train.microbatches if train else "auto"
+    microbatches = _microbatches(prepared, train)
     options: dict[str, str | int | float | bool | None] = {
         "gap": gap,
         "time_limit_s": time_limit_s,
@@ -466,6 +482,19 @@ def trial_of(model: nn.Module, prepared: Prepared, train: Training | None) -> Tr
         seed=train.seed if train else 0,
         lower=lowered,
     )
+
+
+def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:
+    """How many microbatches to plan for; a batch that must stay whole is one, and says so."""
+    wanted = train.microbatches if train else "auto"
+    if wanted in ("auto", 1) or not prepared.batch_reason:
+        return wanted
+    warnings.warn(
+        f"Training(microbatches={wanted}) is ignored: {prepared.batch_reason}, so that the batch must "
+        "stay whole to give the numbers of one device. It is one microbatch.",
+        stacklevel=4,
+    )
+    return "auto"
 
 
 def plan_of(

@@ -4,9 +4,10 @@ Needs the extra `hf`; nothing is downloaded. Sizes are those of the published co
 (`config.json` of each model on https://huggingface.co).
 """
 
+import copy
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +142,42 @@ def is_hf_model(model: nn.Module) -> bool:
         c.__module__.startswith("transformers.") and c.__name__ == "PreTrainedModel"
         for c in type(model).__mro__
     )
+
+
+def hf_buffers(model: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Buffers of a transformers model that follow from its configuration, made on the CPU.
+
+    No checkpoint holds them (rotary angles, position numbers). What the model's own initialisation does
+    not set is left out, and so is everything for other models.
+    """
+    if not is_hf_model(model):
+        return {}
+    made: dict[str, torch.Tensor] = {}
+    wanted = set(names)
+    for path, module in model.named_modules():
+        own = {n: b for n, b in module._buffers.items() if b is not None and _join(path, n) in wanted}
+        if not own:
+            continue
+        first, second = (_initialised(model, module, own, fill) for fill in (0, 1))
+        same = [n for n in own if torch.equal(first[n], second[n])]
+        made.update({_join(path, n): first[n] for n in same})
+    return made
+
+
+def _initialised(
+    model: Any, module: nn.Module, buffers: Mapping[str, torch.Tensor], fill: int
+) -> dict[str, torch.Tensor]:
+    """What the model's initialisation makes of a module's buffers; untouched ones stay filled."""
+    fresh = copy.copy(module)
+    fresh._parameters = {}
+    fresh._buffers = {n: torch.full(b.shape, fill, dtype=b.dtype) for n, b in buffers.items()}
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        model._init_weights(fresh)
+    return {n: b for n, b in fresh._buffers.items() if b is not None}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def hf_inputs(model: nn.Module, batch_size: int, seq_len: int, train: bool) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from graphpar.ir.ops import (
     map_arguments,
 )
 from graphpar.ir.optable import IDENTITY, packet
-from graphpar.passes import sample_moves, sample_rules  # noqa: F401 - they register their rules
+from graphpar.passes import dispatch, sample_moves, sample_rules  # noqa: F401 - they register rules
 from graphpar.passes.samples import (
+    DISPATCHED,
     PARTIAL,
     SHARED,
     Call,
@@ -154,9 +155,9 @@ class _Builder:
     def _output(self, op: Op) -> None:
         op = self._shared_loss(op)
         states = [self.states[name] for name in op.operands()]
-        mixed = next((s for s in states if s.kind in ("mixed", "iota")), None)
+        mixed = next((s for s in states if s.kind in DISPATCHED | {"mixed", "iota"}), None)
         if mixed is not None:
-            reason = mixed.reason or "a result is the position in the batch"
+            reason = mixed.reason or "a result is a position in the batch"
             self._add(op, Samples("mixed", reason=reason))
         elif any(s.kind == "partial" for s in states):
             self._add(op, PARTIAL)

@@ -20,17 +20,36 @@ from typing import Literal
 from graphpar.ir.ops import Argument, BatchSize, Dim, Op, Ref, TensorType
 from graphpar.ir.optable import POINTWISE, packet
 
-Kind = Literal["shared", "sample", "iota", "partial", "mixed"]
+Kind = Literal[
+    "shared",
+    "sample",
+    "iota",
+    "partial",
+    "mixed",
+    "sorting",
+    "order",
+    "sorted",
+    "unorder",
+    "rows",
+    "offsets",
+]
+DISPATCHED: frozenset[Kind] = frozenset({"sorting", "order", "sorted", "unorder", "rows", "offsets"})
+"""Kinds that only the rules of `dispatch.py` know; to all others such a value is mixed."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One value's meaning to the samples; `reason` tells why samples met."""
+    """One value's meaning to the samples; `reason` tells why samples met.
+
+    `key` and `every` belong to rows that were sorted (see `dispatch.py`).
+    """
 
     kind: Kind
     outer: int = 1
     inner: int = 1
     reason: str = ""
+    key: str = ""
+    every: int = 1
 
 
 SHARED = Samples("shared")
@@ -115,6 +134,14 @@ _UNIFORM = frozenset({
 
 Rule = Callable[[Call], Samples]
 _RULES: dict[str, Rule] = {}
+Detour = Callable[[Call, Rule], "Samples | None"]
+_DETOURS: list[Detour] = []
+
+
+def detour(function: Detour) -> Detour:
+    """Register the function that knows the kinds in `DISPATCHED`; it is asked before any rule."""
+    _DETOURS.append(function)
+    return function
 
 
 def rule(*packets: str) -> Callable[[Rule], Rule]:
@@ -130,7 +157,14 @@ def rule(*packets: str) -> Callable[[Rule], Rule]:
 
 def infer(call: Call) -> Samples:
     """The state of an op's result from the states of its operands."""
-    return settled(call.op, _inferred(call))
+    return settled(call.op, _followed(call))
+
+
+def _followed(call: Call) -> Samples:
+    if any(call.state(r).kind == "mixed" for r in call.operands()):
+        return _inferred(call)
+    detour = _DETOURS[0](call, _inferred) if _DETOURS else None
+    return _inferred(call) if detour is None else detour
 
 
 def settled(op: Op, state: Samples) -> Samples:
@@ -138,7 +172,7 @@ def settled(op: Op, state: Samples) -> Samples:
     if not op.makes_tensor or state.kind == "mixed":
         return state
     dims = op.type.batch_dims
-    if state.kind in ("shared", "partial"):
+    if state.kind in ("shared", "partial", "offsets"):
         return mixed(op, "makes a value that depends on the size of the batch") if dims else state
     if len(dims) != 1:
         return mixed(op, "combines samples with each other")

@@ -82,6 +82,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def assert_same(seen: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     assert seen["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
     assert seen["inference"] == pytest.approx(wanted["inference"], rel=1e-5)
+    assert seen["again"] == pytest.approx(0.0, abs=1e-6), "a loaded checkpoint repeats a step"
     assert seen["sums"] == pytest.approx(wanted["sums"], rel=1e-4, abs=1e-4)
 
 

@@ -49,6 +49,11 @@ def main() -> None:
     def train(model: nn.Module, cluster: dict[str, object]) -> None:
         with graphpar.compile(model, cluster, (ids, labels), train=training) as job:
             seen["losses"] = [float(job.step(ids, labels)) for _ in range(3)]
+            job.save(folder / "checkpoint")
+            last = job.step(ids, labels)
+            job.load(folder / "checkpoint")
+            seen["again"] = float(job.step(ids, labels)) - float(last)
+            job.load(folder / "checkpoint")
             seen["inference"] = float(job(ids, labels))
             seen["sums"] = {name: float(t.sum()) for name, t in job.state_dict().items()}
 

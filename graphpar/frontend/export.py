@@ -5,7 +5,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -146,7 +146,13 @@ def export(
     if loss is not None:
         refuse_gradient_hooks(model)
     before = host_state()
-    with _mode(model, training), _watched(), warnings.catch_warnings():
+    with (
+        _mode(model, training),
+        _without_weights(model) as on_meta,
+        _watched(),
+        warnings.catch_warnings(),
+    ):
+        args, kwargs = _moved(on_meta, (args, kwargs))
         warnings.simplefilter("ignore")
         try:
             if isinstance(decide, Exception):
@@ -219,6 +225,43 @@ _ON_VALUES = (
     r"data.dependent|depends on the data|GuardOnDataDependent|unbacked|Could not extract specialized"
     r"|item\(\)|_local_scalar"
 )
+
+
+@contextmanager
+def _without_weights(model: nn.Module) -> Any:
+    """Where some of the model is on the meta device, all of it for a while; tells whether it is so.
+
+    torch refuses to compute with tensors of which some have values and some have none.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if not any(t.device.type == "meta" for t in tensors):
+        yield False
+        return
+    twins: dict[int, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                own: dict[str, Any] = held  # parameters or buffers
+                stack.callback(own.update, dict(own))
+                for name, tensor in own.items():
+                    if tensor is not None and tensor.device.type != "meta":
+                        own[name] = twins.setdefault(id(tensor), _on_meta(tensor))
+        yield True
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = tensor.detach().to("meta")
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+
+
+def _moved(on_meta: bool, tree: Any) -> Any:
+    leaves, spec = flatten(tree)
+    if on_meta:
+        leaves = [x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in leaves]
+    return unflatten(leaves, spec)
+
+
 _ADVICE = (
     (_ON_VALUES,
      "the control flow or a shape depends on the values in a tensor, which no static graph can hold",

@@ -7,7 +7,7 @@ kept at its full batch.
 
 from dataclasses import dataclass, replace
 
-from graphpar.ir.ops import Argument, BatchSize, Dim, Op, TensorType
+from graphpar.ir.ops import Argument, BatchSize, Dim, Op, Symbol, TensorType
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def _unify_argument(x: Argument, y: Argument, batch: int, other_batch: int, wher
         return x
     if type(x) is int and type(y) is int:
         return _proportional(x, y, batch, other_batch, where)
+    if type(x) is float and type(y) is float and x / batch == y / other_batch:
+        return Symbol("batch", repr(x / batch))  # a count of samples among the numbers of an op
     raise Mismatch(f"{where} uses {x!r} for a batch of {batch} but {y!r} for {other_batch}")
 
 

@@ -1,6 +1,7 @@
 """The running job: the only stateful object users meet."""
 
 import logging
+import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,15 @@ from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.checkpoint import (
+    free_place,
+    read_manifest,
+    restored_for,
+    save_checkpoint,
+    stored_model,
+    stored_optimizer,
+    write_manifest,
+)
 from graphpar.runtime.comparison import TOLERANCE, StepComparison, compare_step
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
@@ -31,15 +41,10 @@ from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
 from graphpar.runtime.program import Part, StepReport, in_part
 from graphpar.runtime.prologue import Prologue
 from graphpar.runtime.slices import join
-from graphpar.runtime.starts import (
-    all_tensors,
-    buffers_and_constants,
-    rank_starts,
-    refuse_foreign_devices,
-    sliced,
-)
+from graphpar.runtime.starts import rank_starts, refuse_foreign_devices
 from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
 from graphpar.runtime.true_error import Reference, TrueError, true_error
+from graphpar.runtime.weights import Weights, sliced
 from graphpar.runtime.workers import Workers
 from graphpar.schedule import Schedule
 from graphpar.training import Training
@@ -64,6 +69,7 @@ class Subject:
         prepare_again: The same in the job's own mode, for arguments of other shapes.
         reference: Runs a batch in float32 on one device, to tell what lower formats cost.
         check: Compares the first step with one device, where that is wanted.
+        find_weights: Says where all tensors of the captured graph are.
     """
 
     model: nn.Module
@@ -76,6 +82,7 @@ class Subject:
     lower: Callable[[Graph, Partition, Lowered | None], Lowered]
     prepare_inference: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
     prepare_again: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
+    find_weights: Callable[[], Weights]
     reference: Reference | None = None
     check: FirstStepCheck | None = None
 
@@ -99,7 +106,7 @@ class CompiledModel:
         plan: Plan,
         workers: Workers,
         lowered: Lowered,
-        tensors: Mapping[str, torch.Tensor],
+        weights: Weights,
     ) -> None:
         self.plan = plan
         self.last_step: LastStep | None = None
@@ -112,13 +119,12 @@ class CompiledModel:
         self._weights_moved = False
         self._held = [set(p.labels) for p in lowered.placements]
         self._slices = [dict(p.slices) for p in lowered.placements]
-        self._unheld = dict(tensors)
-        constants = buffers_and_constants(subject.captured, subject.model)
+        self._weights = weights
         main = Loaded(
             "train" if subject.training else "infer",
             replace(subject.captured, graph=subject.graph),
             replace(lowered, whole=subject.whole_batch_only),
-            Prologue.of(subject.graph, constants),
+            Prologue.of(subject.graph, weights),
         )
         self._main = main
         self._reshaped: dict[tuple[str, Hashable], Loaded] = {}
@@ -145,22 +151,23 @@ class CompiledModel:
             _refuse_teams(plan)
             lowered = subject.lower(subject.graph, plan.partition, None)
             measured = plan.error_budget is not None
-            tensors = session.same_everywhere(all_tensors(subject.model, subject.captured))
+            weights = subject.find_weights()
+            weights = replace(weights, here=session.same_everywhere(weights.here))
             starts = rank_starts(
-                subject.cluster, subject.training, lowered, tensors, measures_norm=measured
+                subject.cluster, subject.training, lowered, weights, measures_norm=measured
             )
             factory = subject.training.optimizer if subject.training else None
             session.begin(starts, lowered.trained, factory)
-            return cls(subject, plan, session, lowered, tensors)
+            return cls(subject, plan, session, lowered, weights)
         plan = decide()
         lowered = subject.lower(subject.graph, plan.partition, None)
         measured = plan.error_budget is not None
         refuse_foreign_devices(subject.cluster, lowered)
-        tensors = all_tensors(subject.model, subject.captured)
+        weights = subject.find_weights()
         pickled = _pickle(subject.training.optimizer) if subject.training else b""
-        starts = rank_starts(subject.cluster, subject.training, lowered, tensors, measures_norm=measured)
+        starts = rank_starts(subject.cluster, subject.training, lowered, weights, measures_norm=measured)
         workers = LocalWorkers(starts, lowered.trained, pickled)
-        return cls(subject, plan, workers, lowered, tensors)
+        return cls(subject, plan, workers, lowered, weights)
 
     # --- running ---
 
@@ -291,15 +298,15 @@ class CompiledModel:
         return with_own_constants(captured, f"{len(self._inference)}.{len(self._reshaped)}:")
 
     def _load(self, name: str, captured: Captured, lowered: Lowered) -> Loaded:
-        constants = buffers_and_constants(captured, self._subject.model)
-        loaded = Loaded(name, captured, lowered, Prologue.of(captured.graph, constants))
+        known = self._weights.also(captured.constants)
+        loaded = Loaded(name, captured, lowered, Prologue.of(captured.graph, known))
         self._hand_out_missing(loaded)
         return loaded
 
     def _hand_out_missing(self, loaded: Loaded) -> None:
         """Give ranks tensors that only this graph reads."""
         constants = loaded.captured.constants
-        tensors = {**self._unheld, **self._workers.same_everywhere(constants)}
+        tensors = self._weights.also(self._workers.same_everywhere(constants))
         missing = []
         for rank, placement in enumerate(loaded.lowered.placements):
             new = [label for label in placement.labels if label not in self._held[rank]]
@@ -377,7 +384,7 @@ class CompiledModel:
         """Whole tensors under the model's own names, tied and unused ones included."""
         current = self._whole(self._workers.read)
         names = self._subject.model.state_dict()
-        return {name: current.get(name, self._unheld.get(name, other)) for name, other in names.items()}
+        return {name: current.get(name, self._weights.get(name, other)) for name, other in names.items()}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by name that the optimiser left in place; summed over the whole batch.
@@ -432,7 +439,60 @@ class CompiledModel:
             per_rank.append({la: sliced(state[la], self._slices[rank].get(la)) for la in labels})
         self._workers.write(per_rank)
         self._weights_moved = True
-        self._unheld.update({name: tensor.detach().clone() for name, tensor in state.items()})
+        self._weights.here.update({name: tensor.detach().clone() for name, tensor in state.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint: weights, optimiser state and step, in a folder that knows no plan.
+
+        Each rank writes its own part; the folder appears, or takes the place of an older checkpoint,
+        when all is written. It loads under any other plan (`load`), as `compile(weights=...)`, and in
+        plain PyTorch (`graphpar.checkpoint_state`). Under torchrun the folder must be one that all
+        machines share, and every process makes the call.
+
+        Raises:
+            ValueError: Something that is no checkpoint stands there.
+            RunError: A rank could not write; what stood there before is kept, and the job goes on.
+        """
+        place = free_place(path)
+        shapes = self._shapes()
+        wanted = [sorted(labels & shapes.keys()) for labels in self._owners()]
+        held = {label for labels in wanted for label in labels}
+        tied = {name for others in self._subject.graph.aliases.values() for name in others}
+        rest = {n: self._weights[n] for n in shapes if n not in held | tied and n in self._weights}
+        save_checkpoint(
+            self._workers,
+            place,
+            wanted,
+            rest,
+            self._slices,
+            lambda folder, parts: write_manifest(
+                folder, self._subject.graph.name, self._steps, self._subject.graph.aliases, parts
+            ),
+        )
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint, whatever plan wrote it: weights, optimiser state and step.
+
+        Raises:
+            ValueError: The folder is no checkpoint, or not of this model; nothing is changed then.
+            RunError: A worker failed to read. The job is over then.
+        """
+        manifest = read_manifest(path)
+        model, optimizer = stored_model(path, manifest), stored_optimizer(path, manifest)
+        shapes = self._shapes()
+        parts = [
+            restored_for(held, shapes, manifest, model, optimizer, cuts)
+            for held, cuts in zip(self._held, self._slices, strict=True)
+        ]
+        if self._subject.training is not None and not manifest.optimizer:
+            _log.warning("%s holds no optimiser state; the optimiser starts afresh.", os.fspath(path))
+        self._workers.load(parts)
+        self._weights_moved = True
+        self._weights.take({name: s for name, s in model.items() if name in shapes})
+        self._steps = manifest.step
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(t.shape) for name, t in self._subject.model.state_dict().items()}
 
     def _owners(self) -> list[set[str]]:
         """For each rank the tensors that are read from it: each label from its first replica.

@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
@@ -17,10 +17,12 @@ import msgspec
 import torch
 
 from graphpar.errors import RunError
+from graphpar.runtime.checkpoint import Part, Restored
 from graphpar.runtime.executor import StepResult
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.program import RankProgram, StepReport, encode
+from graphpar.runtime.weights import pickled_init
 from graphpar.runtime.workers import RankStart
 
 _GRACE_S = 1.0
@@ -69,8 +71,14 @@ class LocalWorkers:
     def _setup_message(self, start: RankStart, trained: Sequence[str], optimizer: bytes) -> Message:
         path = tuple(entry or os.getcwd() for entry in sys.path)
         setup = msgspec.structs.replace(start.setup, store=f"{self._folder}/rendezvous", path=path)
-        data = {"setup": encode(setup), "trained": list(trained), "optimizer": optimizer}
-        return Message("setup", data, start.tensors)
+        data = {
+            "setup": encode(setup),
+            "trained": list(trained),
+            "optimizer": optimizer,
+            "origins": {label: encode(origin) for label, origin in start.tensors.origins.items()},
+            "init": pickled_init(start.tensors.init),
+        }
+        return Message("setup", data, start.tensors.here)
 
     # --- the Workers protocol ---
 
@@ -106,6 +114,30 @@ class LocalWorkers:
     def write(self, tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Overwrite tensors by label on every rank."""
         self._ask([Message("write", {}, t) for t in tensors])
+
+    is_first = True
+
+    def meet(self) -> None:
+        """Nothing: there is one driver."""
+
+    def save(
+        self, folder: str, labels: Sequence[Sequence[str]], apart: Sequence[Collection[str]]
+    ) -> list[Part]:
+        """Let every rank write its part of a checkpoint."""
+        asked = [
+            Message("save", {"folder": folder, "labels": list(names), "apart": list(others)})
+            for names, others in zip(labels, apart, strict=True)
+        ]
+        return [msgspec.convert(reply.data, Part) for reply in self._ask(asked)]
+
+    def kept(self, labels: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """One tensor from every rank, with what its optimiser keeps of it."""
+        replies = self._ask([Message("kept", {"label": label}) for label in labels])
+        return [dict(reply.tensors) for reply in replies]
+
+    def load(self, restored: Sequence[Restored]) -> None:
+        """Let every rank read its part of a checkpoint."""
+        self._ask([Message("load", {"restored": encode(part)}) for part in restored])
 
     def close(self) -> None:
         """Ask all workers to end, and kill those that do not."""

@@ -280,7 +280,8 @@ class _Stamp:
     def symbol(self, value: Symbol) -> Any:
         """A torch constant; any device becomes the stage's own."""
         if value.kind == "batch":
-            return int(value.value) * self.batch
+            times = float(value.value) if "." in value.value else int(value.value)
+            return times * self.batch
         if value.kind == "device":
             return self.device
         return self.dtype(value.value)

@@ -1,49 +1,24 @@
 """What ranks start with: which tensors they hold, and which torch device a device of the cluster is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
-from graphpar.frontend.capture import Captured
 from graphpar.ir.formats import base_format
 from graphpar.runtime.assemble import Lowered
-from graphpar.runtime.program import EmulatedLink, Slice, WorkerSetup
-from graphpar.runtime.slices import take
+from graphpar.runtime.program import EmulatedLink, WorkerSetup
+from graphpar.runtime.weights import Weights
 from graphpar.runtime.workers import RankStart
 from graphpar.training import Training
-
-
-def all_tensors(model: nn.Module, captured: Captured) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and constant by label.
-
-    Raises:
-        ValueError: The model has no weights.
-    """
-    tensors: dict[str, torch.Tensor] = dict(captured.constants)
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    tensors.update(model.named_parameters(remove_duplicate=False))
-    meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
-    if meta:
-        raise ValueError(
-            f"The model has no weights: {meta[0]} (and {len(meta) - 1} more) are on the meta device. "
-            "Load weights before compile; graphpar.plan needs none."
-        )
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def buffers_and_constants(captured: Captured, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a prologue may read besides the inputs, by label."""
-    return {**dict(model.named_buffers(remove_duplicate=False)), **captured.constants}
 
 
 def rank_starts(
     cluster: Cluster,
     training: Training | None,
     lowered: Lowered,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Weights,
     *,
     measures_norm: bool = False,
 ) -> list[RankStart]:
@@ -65,7 +40,7 @@ def rank_starts(
             measures_norm=measures_norm,
             scales_loss=training is not None and _uses_float16(lowered),
         )
-        own = {la: sliced(tensors[la], placement.slices.get(la)) for la in placement.labels}
+        own = tensors.part(placement.labels, placement.slices)
         starts.append(RankStart(name, setup, own))
     return starts
 
@@ -74,11 +49,6 @@ def _uses_float16(lowered: Lowered) -> bool:
     """Whether any stage of any pipeline computes in float16."""
     stages = [stage for pipeline in lowered.partition.pipelines for stage in pipeline.stages]
     return any("float16" in map(base_format, stage.formats) for stage in stages)
-
-
-def sliced(tensor: torch.Tensor, cut: Slice | None) -> torch.Tensor:
-    """What a rank holds of a tensor."""
-    return tensor if cut is None else take(tensor, cut.dim, cut.counts, cut.inner, cut.member)
 
 
 def gpu_index(cluster: Cluster, name: str) -> int:

@@ -4,18 +4,20 @@ import atexit
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError, GraphparError, RunError
 from graphpar.plans import Plan
+from graphpar.runtime.checkpoint import Part, Restored
 from graphpar.runtime.executor import StepResult
 from graphpar.runtime.local import read_step
 from graphpar.runtime.messages import Message, pack, raw_bytes, unpack
-from graphpar.runtime.program import RankProgram
+from graphpar.runtime.program import RankProgram, encode
 from graphpar.runtime.worker import (
     COLLECTIVE_TIMEOUT,
     OptimizerFactory,
@@ -202,6 +204,39 @@ class TorchrunWorkers:
         """Overwrite tensors by label on this rank."""
         if self._worker is not None:
             self._worker.write(tensors[self._worker.setup.rank])
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process."""
+        return dist.get_rank() == 0
+
+    def meet(self) -> None:
+        """Wait for all processes."""
+        exchange(Message("idle"))
+
+    def save(
+        self, folder: str, labels: Sequence[Sequence[str]], apart: Sequence[Collection[str]]
+    ) -> list[Part]:
+        """Write this rank's part of a checkpoint; every process learns of all parts."""
+        message = Message("idle")
+        if self._worker is not None:
+            rank = self._worker.setup.rank
+            part = self._worker.save(folder, labels[rank], apart[rank])
+            message = Message("part", encode(part))
+        return [msgspec.convert(answer.data, Part) for answer in self._exchange(message)]
+
+    def kept(self, labels: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """One tensor from every rank, with what its optimiser keeps of it."""
+        message = Message("idle")
+        if self._worker is not None and labels[self._worker.setup.rank]:
+            message = Message("tensors", tensors=self._worker.kept(labels[self._worker.setup.rank]))
+        return [dict(answer.tensors) for answer in self._exchange(message)]
+
+    def load(self, restored: Sequence[Restored]) -> None:
+        """Read this rank's part of a checkpoint."""
+        if self._worker is not None:
+            self._worker.load(restored[self._worker.setup.rank])
+        self.meet()
 
     def close(self) -> None:
         """End this rank's work; the process group stays, the user's script may go on using it."""

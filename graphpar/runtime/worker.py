@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from graphpar.runtime.casts import LowerWeights
+from graphpar.runtime.checkpoint import Part, Restored, restore_optimizer, write_part
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
@@ -29,8 +30,10 @@ from graphpar.runtime.profiling import profiled
 from graphpar.runtime.program import Kernel, RankProgram, StepReport, WorkerSetup, encode
 from graphpar.runtime.scaling import LossScaler, is_finite
 from graphpar.runtime.team import TransportTeam
+from graphpar.runtime.tensor_files import read_tensor
 from graphpar.runtime.transport import Transport
 from graphpar.runtime.user_ops import load_code
+from graphpar.runtime.weights import Origin, Weights
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -142,6 +145,46 @@ class Worker:
                     self.tensors[label].copy_(tensor)
                 else:
                     self.tensors[label] = tensor.to(self.device, copy=True)
+
+    def save(self, folder: str, labels: Iterable[str], apart: Collection[str]) -> Part:
+        """Write tensors, and what the optimiser keeps of them, into a folder; a failure is told.
+
+        Of those `apart`, which the rank holds a slice of, only the optimiser's settings are told.
+        """
+        settings: dict[int, dict[str, Any]] = {}
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            own = {key: value for key, value in group.items() if key != "params"}
+            settings.update({id(parameter): own for parameter in group["params"]})
+        tensors = {label: self.tensors[label] for label in labels}
+        kept = {
+            label: (self.optimizer.state.get(tensor, {}), settings[id(tensor)])
+            for label, tensor in tensors.items()
+            if self.optimizer is not None and id(tensor) in settings
+        }
+        scaler = (self.scaler.scale, self.scaler.good_steps) if self.scaler is not None else None
+        try:
+            part = write_part(folder, self.setup.rank, tensors, kept, apart)
+        except OSError as error:
+            return Part(failure=f"rank {self.setup.rank}: {error}")
+        return msgspec.structs.replace(part, scaler=scaler)
+
+    def kept(self, label: str) -> dict[str, torch.Tensor]:
+        """A tensor, and under keys the tensors that the optimiser keeps of it."""
+        tensor = self.tensors[label]
+        state = self.optimizer.state.get(tensor, {}) if self.optimizer is not None else {}
+        inside = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        return {"": tensor.detach().clone(), **inside}
+
+    def load(self, restored: Restored) -> None:
+        """Read tensors and the optimiser's state from a checkpoint."""
+        with torch.no_grad():
+            for label, stored in restored.model.items():
+                self.tensors[label].copy_(read_tensor(stored, cut=restored.slices.get(label)))
+        if self.optimizer is not None:
+            labels = {id(self.tensors[label]): label for label in self.trained}
+            restore_optimizer(self.optimizer, labels, restored)
+        if self.scaler is not None and restored.scaler is not None:
+            self.scaler.scale, self.scaler.good_steps = restored.scaler
 
     def gradients(self, labels: Iterable[str]) -> dict[str, torch.Tensor]:
         """Gradients of the last step by label, where they were kept."""
@@ -264,8 +307,10 @@ def _set_up(command: Message) -> Worker:
     join_local_group(setup)
     pickled = command.data["optimizer"]
     factory = cloudpickle.loads(pickled) if pickled else None
-    ranks = range(setup.world_size)
-    return Worker(setup, command.tensors, command.data["trained"], factory, ranks)
+    init = cloudpickle.loads(command.data["init"]) if command.data["init"] else None
+    origins = msgspec.convert(command.data["origins"], dict[str, Origin])
+    weights = Weights(dict(command.tensors), origins, init)
+    return Worker(setup, weights, command.data["trained"], factory, range(setup.world_size))
 
 
 def _answer(worker: Worker, command: Message) -> Message:
@@ -280,6 +325,14 @@ def _answer(worker: Worker, command: Message) -> Message:
         return Message("tensors", tensors=worker.read(data["labels"]))
     if command.kind == "write":
         worker.write(command.tensors)
+        return Message("ready")
+    if command.kind == "save":
+        return Message("part", encode(worker.save(data["folder"], data["labels"], data["apart"])))
+    if command.kind == "kept":
+        label = data["label"]
+        return Message("tensors", tensors=worker.kept(label) if label else {})
+    if command.kind == "load":
+        worker.load(msgspec.convert(data["restored"], Restored))
         return Message("ready")
     assert command.kind == "gradients", command.kind
     return Message("tensors", tensors=worker.gradients(data["labels"]))
