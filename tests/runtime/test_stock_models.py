@@ -1,11 +1,14 @@
 """Models of transformers over several workers equal one device."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import Line, check_training, straight
+from helpers import TRAINING, Line, check_training, cpus, straight
+
+from graphpar.compiler import plan
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,6 +56,19 @@ def t5() -> Case:
     return transformers.T5ForConditionalGeneration(config), (ids,), {"labels": labels, "use_cache": False}
 
 
+def mixtral(balanced: bool = False) -> Case:
+    """Experts that get the rows of all samples sorted."""
+    config = transformers.MixtralConfig(
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=balanced,
+        **SMALL,
+    )
+    ids, labels = words()
+    return transformers.MixtralForCausalLM(config), (ids,), {"labels": labels, "use_cache": False}
+
+
 @pytest.mark.parametrize("make", [gpt2, llama, bert, t5])
 @pytest.mark.parametrize(
     "lines",
@@ -65,3 +81,17 @@ def test_training_equals_one_device(make: Callable[[], Case], lines: tuple[Line,
     model, args, kwargs = make()
     model.train()
     check_training(model, args, kwargs, lines=lines)
+
+
+def test_experts_take_rows_of_any_part_of_the_batch() -> None:
+    model, args, kwargs = mixtral()
+    check_training(model.train(), args, kwargs, lines=(Line((1, 2), 2, 4), Line((1,), 1, 2)))
+
+
+def test_a_balancing_loss_keeps_the_batch_whole_and_is_exact() -> None:
+    model, args, kwargs = mixtral(balanced=True)
+    training = replace(TRAINING, microbatches=3)
+    with pytest.warns(UserWarning, match=r"microbatches=3\) is ignored: .*sum over the batch"):
+        found = plan(model.train(), cpus(2), args, kwargs, train=training)
+    assert "sum over the batch" in found.batch_reason
+    check_training(model, args, kwargs, lines=straight(2))
