@@ -60,6 +60,13 @@ class VerifyReport(msgspec.Struct, frozen=True):
     devices: tuple[str, ...]
     rounding: float = FLOAT32_ROUNDING
 
+    def _verdict(self) -> str:
+        if not self.equal:
+            return "THE NUMBERS DIFFER"
+        if self.rounding > FLOAT32_ROUNDING:
+            return f"no more apart than lower formats explain (up to {self.rounding:.2g})"
+        return "the numbers are the same"
+
     def __str__(self) -> str:
         lines = [f"compared with the {self.reference} on one device, over {', '.join(self.devices)}"]
         for name, value in (
@@ -71,7 +78,7 @@ class VerifyReport(msgspec.Struct, frozen=True):
                 lines.append(f"largest {name} difference {value:.2g} (relative)")
         if self.worst_gradient:
             lines.append(f"worst gradient: {self.worst_gradient}")
-        lines.append("the numbers are the same" if self.equal else "THE NUMBERS DIFFER")
+        lines.append(self._verdict())
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
