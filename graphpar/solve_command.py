@@ -19,7 +19,6 @@ from graphpar.partition.place_check import Objective
 from graphpar.partition.problems import PlacementProblem, Problem, ShardingProblem, read_problem
 from graphpar.partition.shard import solve_sharding
 
-
 _LONGEST_START_S = 0.8
 """Starting the interpreter counts too; more CPU time than this was spent on something else."""
 
