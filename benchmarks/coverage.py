@@ -15,6 +15,7 @@ Each architecture runs in a process of its own under a time limit.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -55,6 +56,8 @@ def _in_own_process(name: str, limit_s: float, workers: Sequence[int], server: F
     if pid == 0:
         os.close(reading)
         _child(name, workers, server, writing)
+    with contextlib.suppress(OSError):  # the child does the same; whoever is first
+        os.setpgid(pid, pid)
     os.close(writing)
     text, late = _read(reading, began + limit_s)
     os.close(reading)
