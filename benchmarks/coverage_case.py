@@ -11,10 +11,12 @@ from coverage_model import BATCH, Built, build_tiny, mean_loss, settled
 from torch import nn
 
 from graphpar.cluster import Cluster
-from graphpar.compiler import Prepared, plan_of, plan_prepared, prepare, price, subject_of
+from graphpar.compiler import subject_of
 from graphpar.frontend.torch_private import flatten
 from graphpar.partition.handmade import greedy_split
+from graphpar.planner import plan_of, plan_prepared, price
 from graphpar.plans import Plan
+from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference

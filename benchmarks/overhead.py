@@ -32,10 +32,11 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.multiprocessing.spawn import spawn
 
 import graphpar
-from graphpar.compiler import plan_of, prepare, price
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.planner import plan_of, price
 from graphpar.plans import Plan
+from graphpar.preparation import prepare
 
 WARM_UP = 3
 Step = Callable[[torch.Tensor, torch.Tensor], float]

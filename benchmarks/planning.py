@@ -25,13 +25,14 @@ import torch  # noqa: E402 - importing it is what is timed
 import transformers  # noqa: E402, F401
 
 from graphpar.cluster import Cluster  # noqa: E402
-from graphpar.compiler import CAPTURE_PASSES, Prepared, plan_of, price  # noqa: E402
 from graphpar.errors import InfeasibleError  # noqa: E402
 from graphpar.frontend.capture import capture  # noqa: E402
 from graphpar.ir.chain import build_chain  # noqa: E402
 from graphpar.model_spec import load_model  # noqa: E402
 from graphpar.partition.pipeline import partition  # noqa: E402
 from graphpar.passes.batch import mixing_reason  # noqa: E402
+from graphpar.planner import plan_of, price  # noqa: E402
+from graphpar.preparation import CAPTURE_PASSES, Prepared  # noqa: E402
 from graphpar.training import Training  # noqa: E402
 
 _IMPORTS_S = time.perf_counter() - _STARTED

@@ -21,11 +21,11 @@ from torch import nn
 
 import graphpar
 from graphpar.commands.output import print_json
-from graphpar.compiler import prepare, trial_of
 from graphpar.examples.gpt import GPT
 from graphpar.measure import calibrate
 from graphpar.partition.formats import Errors
 from graphpar.plans import Plan
+from graphpar.preparation import prepare, trial_of
 from graphpar.runtime.job import CompiledModel
 from graphpar.sensitivity import true_errors
 from graphpar.training import Training

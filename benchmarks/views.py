@@ -27,7 +27,6 @@ from pipeline_scale import ALL_OPTIONS, KINDS, LLAMA_405B, decoder_table
 
 from graphpar.cluster import Cluster
 from graphpar.commands.training import default_training
-from graphpar.compiler import Prepared, plan_of, plan_prepared, prepare, price
 from graphpar.cost import CostTable
 from graphpar.ir.graph import Graph
 from graphpar.model_spec import load_model
@@ -36,7 +35,9 @@ from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.planner import plan_of, plan_prepared, price
 from graphpar.plans import Plan, hash_of
+from graphpar.preparation import Prepared, prepare
 from graphpar.schedule import StageLink
 from graphpar.tensor_groups import with_group_modes
 from graphpar.view.build import view_of

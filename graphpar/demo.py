@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from graphpar.cluster import Cluster
 from graphpar.compiler import compile as compile_model
-from graphpar.compiler import plan_of, plan_prepared, prepare, price
 from graphpar.examples.gpt import GPT
 from graphpar.examples.text import batches, standard_library_text
 from graphpar.measure import calibrate
 from graphpar.partition.baselines import even_split
+from graphpar.planner import plan_of, plan_prepared, price
+from graphpar.preparation import prepare
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import FLOAT32_ROUNDING
 from graphpar.runtime.reference import EagerModel

@@ -8,20 +8,13 @@ import msgspec
 import torch
 from torch import nn
 
-from graphpar.compiler import (
-    PRECISION_BUDGET,
-    ClusterLike,
-    Example,
-    Prepared,
-    as_cluster,
-    lower,
-    plan_prepared,
-    prepare,
-)
+from graphpar.compiler import ClusterLike, as_cluster
 from graphpar.compiler import compile as compile_model
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.formats import ROUNDOFF, base_format
+from graphpar.planner import PRECISION_BUDGET, Example, plan_prepared
 from graphpar.plans import Plan
+from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference

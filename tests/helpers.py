@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphpar.cluster import Cluster
-from graphpar.compiler import Prepared, as_cluster, plan_of, prepare, price, subject_of
+from graphpar.compiler import as_cluster, subject_of
 from graphpar.cost import StageOptions
 from graphpar.cost_models.modes import with_modes
 from graphpar.ir.chain import Chain, Unit, free_ops
@@ -19,7 +19,9 @@ from graphpar.partition.types import Partition, PipelineChoice, Replica, Schedul
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.place import place_ops
 from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.planner import plan_of, price
 from graphpar.plans import Plan, hash_of
+from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import compare_gradients, relative_difference

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpar.compiler import CAPTURE_PASSES, lower
 from graphpar.frontend.capture import Captured, capture
 from graphpar.frontend.export import find_loss
 from graphpar.ir.graph import Graph
 from graphpar.passes.batch import mixing_reason
+from graphpar.preparation import CAPTURE_PASSES, lower
 from graphpar.runtime.reference import OneDevice, whole_on_one_device
 
 Loss = Callable[[Any, Any], Any] | str | None

@@ -20,14 +20,25 @@ ROWS = (
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
     "scenarios "
-    "compiler precision auto_precision sensitivity tensor_groups optimizer_probe "
+    "compiler planner preparation precision auto_precision sensitivity tensor_groups optimizer_probe "
     "verify demo doctor model_spec hf_models hf_architectures hf_inputs commands cli examples",
     "__init__ __main__",
 )
 """Top-level modules and packages by row; a module imports from its own row and those above."""
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 CATALOGUES = {"passes", "cost_models"}
-DRIVERS = {"compiler", "scenarios", "precision", "tensor_groups", "verify", "demo", "commands", "cli"}
+DRIVERS = {
+    "compiler",
+    "planner",
+    "preparation",
+    "scenarios",
+    "precision",
+    "tensor_groups",
+    "verify",
+    "demo",
+    "commands",
+    "cli",
+}
 
 
 def sources() -> Iterator[tuple[str, Path]]:

@@ -13,7 +13,6 @@ from torch import nn
 import graphpar
 from graphpar import sensitivity
 from graphpar.calibration import Calibration, Curve, Fingerprint, Grid
-from graphpar.compiler import prepare, trial_of
 from graphpar.cost import LinkCost
 from graphpar.partition.formats import (
     FormatProblem,
@@ -24,6 +23,7 @@ from graphpar.partition.formats import (
     step_of,
     tighter,
 )
+from graphpar.preparation import prepare, trial_of
 from graphpar.sensitivity import measure_sensitivities
 from graphpar.training import Training
 from graphpar.verify import verify

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import graphpar
-from graphpar.compiler import lower, prepare
 from graphpar.examples.gpt import GPT, example_inputs
+from graphpar.preparation import lower, prepare
 from graphpar.training import Training
 
 

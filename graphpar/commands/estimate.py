@@ -7,8 +7,8 @@ import click
 from graphpar.commands.options import input_options, model_argument
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
-from graphpar.compiler import prepare
 from graphpar.model_spec import load_model
+from graphpar.preparation import prepare
 from graphpar.scenarios.estimate import accelerators, as_plain, estimate, format_estimates
 
 

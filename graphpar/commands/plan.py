@@ -13,8 +13,9 @@ from graphpar.commands.options import (
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
-from graphpar.compiler import EXPLAIN_S, plan_prepared, prepare
 from graphpar.model_spec import load_model
+from graphpar.planner import EXPLAIN_S, plan_prepared
+from graphpar.preparation import prepare
 from graphpar.view.api import check_suffix, visualize
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from graphpar import catalogue
 from graphpar.cluster import Cluster
-from graphpar.compiler import Prepared, price
 from graphpar.cost import CostTable
+from graphpar.planner import price
+from graphpar.preparation import Prepared
 from graphpar.scenarios.layouts import recomputed
 from graphpar.training import Training
 from graphpar.units import format_bytes

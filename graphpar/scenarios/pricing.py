@@ -9,12 +9,13 @@ from torch import nn
 
 from graphpar.calibration import Calibration
 from graphpar.catalogue import families
-from graphpar.compiler import Prepared, optimizer_state, prepare, price
 from graphpar.cost import CostTable
 from graphpar.cost_models.roofline import Roofline
 from graphpar.device import Device
 from graphpar.ir.graph import Graph
+from graphpar.planner import optimizer_state, price
 from graphpar.precision import uniform_formats
+from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
 from graphpar.training import Training
 

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from one_device import Calls
 from torch import Tensor, nn
 
-from graphpar.compiler import prepare
 from graphpar.ir.chain import build_chain, crossings, free_ops, writes_buffer, written_buffers
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.text import parse_graph, parse_op
+from graphpar.preparation import prepare
 
 
 class Block(nn.Module):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from graphpar.compiler import Prepared, lower, prepare
 from graphpar.errors import VerifyError
 from graphpar.ir.chain import build_chain
 from graphpar.ir.formats import LARGEST
@@ -17,6 +16,7 @@ from graphpar.ir.rules import verify
 from graphpar.ir.text import format_op, parse_graph
 from graphpar.passes.casts import AssignFormats, InsertCasts
 from graphpar.passes.comm import InsertMessages
+from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.reference import OneDevice, whole_on_one_device
 from graphpar.training import Training
 

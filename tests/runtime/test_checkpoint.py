@@ -16,10 +16,12 @@ from test_equality import Language, sentences
 from torch import nn
 
 import graphpar
-from graphpar.compiler import plan_of, prepare, price, subject_of
+from graphpar.compiler import subject_of
 from graphpar.cost_models import sharding
 from graphpar.errors import RunError
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.planner import plan_of, price
+from graphpar.preparation import prepare
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.program import Slice
 from graphpar.runtime.tensor_files import find_tensors, read_tensor, write_tensors

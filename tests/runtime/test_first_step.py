@@ -10,10 +10,11 @@ from helpers import TRAINING, Forced, Line, force, straight
 from torch import nn
 
 import graphpar
-from graphpar.compiler import lower, subject_of
+from graphpar.compiler import subject_of
 from graphpar.errors import NumbersDifferError
 from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition
+from graphpar.preparation import lower
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.job import CompiledModel

@@ -8,8 +8,8 @@ from helpers import TRAINING, Forced, Line, force
 from torch import nn
 
 import graphpar
-from graphpar.compiler import plan_of, price
 from graphpar.partition.types import StageChoice
+from graphpar.planner import plan_of, price
 from graphpar.precision import Formats, labelled
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.scaling import GROWTH_INTERVAL, LossScaler

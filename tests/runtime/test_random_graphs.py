@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from graphpar.compiler import prepare
+from graphpar.preparation import prepare
 
 WIDTH = 4
 

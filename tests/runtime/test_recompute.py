@@ -9,8 +9,9 @@ from helpers import TRAINING, check_training, cpus, force, straight
 from test_equality import Block, Language, sentences
 from torch import nn
 
-from graphpar.compiler import lower, plan_prepared, prepare
 from graphpar.partition.types import Partition
+from graphpar.planner import plan_prepared
+from graphpar.preparation import lower, prepare
 from graphpar.runtime.lower import StageBuilder
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.recompute import Recomputed

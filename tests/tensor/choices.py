@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from threads import Choice, one_stage
 
 from graphpar.cluster import Cluster
-from graphpar.compiler import Prepared
 from graphpar.cost import LinkCost
 from graphpar.cost_models.sharding import ShardingOptions, TensorGroup, choose_sharding
 from graphpar.ir.conversions import conversion
@@ -14,6 +13,7 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, carries_gradient, layout_of, strategies_of
+from graphpar.preparation import Prepared
 
 FREE = LinkCost(0.0, 1e15)
 NVLINK = LinkCost(3e-6, 400e9)

@@ -8,11 +8,11 @@ import torch
 from choices import ETHERNET, NVLINK, PCIE, gpus, planned
 from threads import Choice, one_stage
 
-from graphpar.compiler import Prepared, prepare
 from graphpar.cost import LinkCost
 from graphpar.cost_models.sharding import ShardingOptions
 from graphpar.ir.ops import Op
 from graphpar.ir.shards import Split
+from graphpar.preparation import Prepared, prepare
 from graphpar.training import Training
 
 hf = pytest.importorskip("transformers", reason="transformers is not installed")

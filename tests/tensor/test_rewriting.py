@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from threads import Choice, grouped, one_stage
 from torch import nn
 
-from graphpar.compiler import Prepared, prepare
 from graphpar.ir.shards import Split
+from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.numbers import compare_gradients
 from graphpar.runtime.reference import OneDevice
 from graphpar.training import Training

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from graphpar.compiler import Prepared
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
@@ -16,6 +15,7 @@ from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy
 from graphpar.passes.shard import Shard
+from graphpar.preparation import Prepared
 from graphpar.runtime.lower import StageBuilder
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.reference import OneDevice

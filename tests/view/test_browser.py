@@ -15,13 +15,14 @@ from plan_samples import CLUSTER, partition_of, sample_plan, table_for
 from view_samples import HOSTILE, Job, explained_plan, hostile_plan, measured_step
 
 from graphpar.cluster import Cluster
-from graphpar.compiler import plan_of, prepare, price
 from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.ir.graph import Graph
 from graphpar.partition.baselines import even_split
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.planner import plan_of, price
 from graphpar.plans import Plan, hash_of
+from graphpar.preparation import prepare
 from graphpar.view.api import Drawable, visualize
 from graphpar.view.build import view_of
 from graphpar.view.notebook import framed

@@ -1,0 +1,263 @@
+"""The middle of the line: price a captured model, partition it, explain and predict what was found."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graphpar.auto_precision import (
+    Pricing,
+    candidate_formats,
+    check_budget,
+    choose_auto,
+    uniform_answer,
+)
+from graphpar.calibration import Calibration
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable, PricingOptions, StageOptions
+from graphpar.cost_models.modes import with_modes
+from graphpar.cost_models.rates import rates_of
+from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_models.work import Kernel
+from graphpar.device import Device
+from graphpar.explanation import Explanation
+from graphpar.explanation_build import explain_partition
+from graphpar.partition.formats import Errors
+from graphpar.partition.pipeline import partition as partition_chain
+from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.types import Partition
+from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plan_records import PlanPrecision
+from graphpar.plans import Plan, hash_of
+from graphpar.precision import (
+    Formats,
+    check_precision,
+    labelled,
+    rewritten_by_device,
+    slow_format_notes,
+    unmeasured_notes,
+    with_formats,
+)
+from graphpar.preparation import Prepared, lower, trial_of
+from graphpar.runtime.assemble import stage_links
+from graphpar.sensitivity import (
+    Sensitivities,
+    estimated,
+    measure_sensitivities,
+    true_errors,
+)
+from graphpar.tensor_groups import candidate_groups, widest_group, with_group_modes
+from graphpar.training import Training
+
+EXPLAIN_S = 2.0
+"""What `plan` may spend on saying why; `compile` is in more of a hurry."""
+
+_UNSPLIT = 10**6
+"""Stands for "as many as there are samples" where the batch may be split freely."""
+
+PRECISION_BUDGET = 1e-2
+"""Largest relative error that `precision="auto"` may cause unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model with an example batch, to run on this machine while planning."""
+
+    model: nn.Module
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
+def price(
+    prepared: Prepared,
+    cluster: Cluster,
+    *,
+    train: Training | None,
+    precision: str = "float32",
+    calibration: Calibration | None,
+    formats: Formats | None = None,
+) -> CostTable:
+    """The table of numbers that the partitioner reads.
+
+    With `formats` every device's numbers are those of the graph it runs; `precision` alone is a
+    shortcut for a device that does everything in it.
+    """
+    limit = 1 if prepared.batch_reason else _UNSPLIT
+    options = PricingOptions(
+        batch=prepared.graph.batch,
+        training=train is not None,
+        precision=precision,
+        optimizer_state_bytes_per_parameter_byte=optimizer_state(train) if train else 0.0,
+        max_microbatches=min(limit, prepared.graph.batch),
+        max_replicas=min(limit, prepared.graph.batch),
+        batch_reason=prepared.batch_reason,
+        clips_gradients=train is not None and train.max_grad_norm is not None,
+    )
+    rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
+    return Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options, rewritten)
+
+
+def plan_prepared(
+    prepared: Prepared,
+    cluster: Cluster,
+    *,
+    train: Training | None,
+    precision: str,
+    calibration: Calibration | None,
+    time_limit_s: float,
+    gap: float,
+    precision_budget: float = PRECISION_BUDGET,
+    example: Example | None = None,
+    explain_s: float = 0.25,
+    tensor: int | Literal["auto"] = 1,
+) -> Plan:
+    """Price, partition, explain (for at most `explain_s`) and predict a captured model.
+
+    `example` is run to measure errors under `precision="auto"`; without it they are estimated.
+    """
+    check_precision(precision)
+    widest = widest_group(cluster, tensor)
+    if widest > 1 and precision != "float32":
+        raise ValueError(f"tensor={tensor!r} works in float32 only so far, not with {precision=}.")
+    candidates = candidate_groups(cluster, widest)
+    check_budget(precision_budget)
+    if calibration is None and any(device.is_local_cpu for device in cluster.devices):
+        calibration = Calibration.cached()
+    schedule: ScheduleChoice = train.schedule if train else "auto"
+    microbatches = _microbatches(prepared, train)
+    options: dict[str, str | int | float | bool | None] = {
+        "gap": gap,
+        "time_limit_s": time_limit_s,
+        "schedule": schedule,
+        "microbatches": microbatches,
+        "calibrated": calibration is not None,
+        "precision": precision,
+        "tensor": tensor,
+    }
+
+    def table_of(formats: Formats) -> CostTable:
+        table = price(prepared, cluster, train=train, calibration=calibration, formats=formats)
+        if train is not None and not prepared.batch_reason and formats.all_float32:
+            # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
+            table = with_modes(table, StageOptions(recompute=True))
+        if candidates:
+            table = with_group_modes(table, prepared.graph, cluster, candidates, calibration, train)
+        return table
+
+    def solve(table: CostTable) -> Partition:
+        return partition_chain(
+            table, gap=gap, time_limit_s=time_limit_s, schedule=schedule, microbatches=microbatches
+        )
+
+    if precision == "auto":
+        options["precision_budget"] = precision_budget
+        pricing = Pricing(table_of, solve, _cast_seconds(cluster, calibration, train is not None))
+        sensitivities, true = _errors(prepared, cluster, train, example)
+        answer = choose_auto(cluster, pricing, sensitivities, true, precision_budget, gap)
+        notes = (*answer.notes, *unmeasured_notes(cluster, calibration))
+    else:
+        answer = uniform_answer(cluster, precision, len(prepared.chain.units), table_of, solve)
+        notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
+    explanation = explain_partition(answer.table, answer.found, time_limit_s=explain_s)
+    return plan_of(
+        prepared,
+        cluster,
+        labelled(answer.table, answer.formats),
+        with_formats(answer.found, answer.formats),
+        options,
+        precision=precision,
+        notes=notes,
+        explanation=explanation,
+        calibration=calibration,
+        error_budget=answer.report,
+    )
+
+
+def _cast_seconds(
+    cluster: Cluster, calibration: Calibration | None, training: bool
+) -> Callable[[Device, float], float]:
+    """What casting so many elements takes on a device, and casting their gradients back."""
+    rates = {d.name: rates_of(d, calibration) for d in cluster.devices}
+
+    def cast_s(device: Device, elements: float) -> float:
+        one = rates[device.name].seconds([Kernel("cast", elements, 6 * elements, elements)])
+        return one * device.slowdown * (2 if training else 1)
+
+    return cast_s
+
+
+def _errors(
+    prepared: Prepared, cluster: Cluster, train: Training | None, example: Example | None
+) -> tuple[Sensitivities, Callable[[tuple[str, ...]], Errors | None]]:
+    """Errors of the units in lower formats, and how to find those of all of them together."""
+    formats = candidate_formats(cluster)
+    if example is None:
+        return estimated(prepared.graph, prepared.chain, formats), lambda _: None
+    trial = trial_of(example.model, prepared, train)
+    found = measure_sensitivities(trial, example.args, example.kwargs, formats)
+    return found, lambda chosen: true_errors(trial, example.args, example.kwargs, chosen)
+
+
+def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:
+    """How many microbatches to plan for; a batch that must stay whole is one, and says so."""
+    wanted = train.microbatches if train else "auto"
+    if wanted in ("auto", 1) or not prepared.batch_reason:
+        return wanted
+    warnings.warn(
+        f"Training(microbatches={wanted}) is ignored: {prepared.batch_reason}, so that the batch must "
+        "stay whole to give the numbers of one device. It is one microbatch.",
+        stacklevel=4,
+    )
+    return "auto"
+
+
+def plan_of(
+    prepared: Prepared,
+    cluster: Cluster,
+    table: CostTable,
+    found: Partition,
+    options: Mapping[str, str | int | float | bool | None] | None = None,
+    *,
+    precision: str = "float32",
+    notes: Sequence[str] = (),
+    explanation: Explanation | None = None,
+    calibration: Calibration | None = None,
+    error_budget: PlanPrecision | None = None,
+) -> Plan:
+    """The plan of a partition, whoever found it; `options` is what the planner was asked for."""
+    groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
+    if groups:
+        table = with_group_modes(table, prepared.graph, cluster, groups, calibration)
+    lowered = lower(prepared.graph, found, table.training, cluster=cluster, shard=False)
+    subject = PlanSubject(
+        model=prepared.graph.name,
+        model_hash=prepared.model_hash,
+        cluster=cluster.to_dict(),
+        cluster_hash=hash_of(cluster.to_dict()),
+        precision=precision,
+        options=dict(options or {}),
+        error_budget=error_budget,
+    )
+    links = stage_links(found, lowered.graphs)
+    prediction = predict(table, found, links)
+    return make_plan(subject, table, prediction, notes=notes, explanation=explanation)
+
+
+def optimizer_state(train: Training) -> float:
+    """Bytes of optimiser state per byte of parameters, seen from one step on a small parameter."""
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer = train.optimizer([parameter])
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"Training(optimizer=...) failed on a list of one parameter: {error}. It must make an "
+            "optimiser from any iterable of parameters."
+        ) from error
+    state = optimizer.state.get(parameter, {})
+    held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
+    return held / parameter.nbytes

@@ -1,0 +1,142 @@
+"""Around the planner: from a model to units, and from a partition to lowered graphs."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from graphpar.cluster import Cluster
+from graphpar.frontend.capture import Captured, capture
+from graphpar.ir.chain import Chain, build_chain
+from graphpar.ir.graph import Graph
+from graphpar.ir.text import format_op
+from graphpar.partition.types import Partition
+from graphpar.passes.batch import AnalyseBatch, mixing_reason
+from graphpar.passes.canonicalize import Canonicalize
+from graphpar.passes.casts import AssignFormats, InsertCasts
+from graphpar.passes.comm import InsertMessages
+from graphpar.passes.place import Place
+from graphpar.passes.randomness import KeyRandomness
+from graphpar.rewrite import Pipeline
+from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.reference import whole_on_one_device
+from graphpar.sensitivity import (
+    Trial,
+)
+from graphpar.tensor_groups import member_graphs
+from graphpar.training import Training
+
+CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch()))
+"""What every captured graph goes through before it is priced."""
+
+
+def lowering_passes(stage_of_unit: tuple[int, ...], unit_formats: tuple[str, ...] = ()) -> Pipeline:
+    """What leads from a captured graph to one that runs: stages, then casts, then messages."""
+    return Pipeline((AssignFormats(unit_formats), Place(stage_of_unit), InsertCasts(), InsertMessages()))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A captured model after the first passes, cut into units."""
+
+    captured: Captured
+    graph: Graph
+    chain: Chain
+    batch_reason: str
+
+    @property
+    def model_hash(self) -> str:
+        """Hash of the structure: ops, shapes and names, not source lines or weights."""
+        digest = hashlib.sha256()
+        for op in self.graph.ops:
+            digest.update(format_op(op).split(" @ ")[0].encode())
+        return digest.hexdigest()
+
+
+def prepare(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], train: Training | None
+) -> Prepared:
+    """Capture a model for training or inference and cut it into units."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
+    if train is None:
+        captured = capture(model, args, kwargs, loss=None, training=False)
+    else:
+        captured = capture(model, args, kwargs, loss=train.loss or "returned")
+    return _prepared(captured)
+
+
+def _prepared(captured: Captured) -> Prepared:
+    graph, _ = CAPTURE_PASSES.run(captured.graph)
+    reason = captured.unsplittable or mixing_reason(graph)
+    return Prepared(captured, graph, build_chain(graph), reason)
+
+
+def captured_again(prepared: Prepared) -> Captured:
+    """What the runtime needs of a model captured for other calls than the example's."""
+    return replace(prepared.captured, graph=prepared.graph, mixes=prepared.batch_reason)
+
+
+def lower(
+    graph: Graph,
+    found: Partition,
+    training: bool,
+    *,
+    cluster: Cluster | None = None,
+    like: Lowered | None = None,
+    train: Training | None = None,
+    shard: bool = True,
+) -> Lowered:
+    """One lowered graph per pipeline of a partition, and one for each member of a tensor group.
+
+    Args:
+        graph: A captured graph.
+        found: Who runs what.
+        training: Whether the lowered graphs train.
+        cluster: The devices; needed where the partition has tensor groups.
+        like: Lowered before for the same ranks: weights stay in the slices they are held in.
+        train: How the job trains; an optimiser that must see whole weights keeps them whole.
+        shard: False leaves the members' own graphs out.
+    """
+    graphs = []
+    for pipeline in found.pipelines:
+        stage_of_unit = [0] * pipeline.stages[-1].last
+        for number, stage in enumerate(pipeline.stages):
+            stage_of_unit[stage.first : stage.last] = [number] * (stage.last - stage.first)
+        formats = tuple(f for stage in pipeline.stages for f in stage.formats)
+        lowered, _ = lowering_passes(tuple(stage_of_unit), formats).run(graph)
+        graphs.append(lowered)
+    local: dict[int, Graph] = {}
+    if shard and any(r.others for p in found.pipelines for s in p.stages for r in s.replicas):
+        if cluster is None:
+            raise ValueError("A partition with tensor groups is lowered for a cluster; give cluster=.")
+        local = member_graphs(graph, tuple(graphs), found, cluster, training, like, train)
+    again = any(stage.recompute for pipeline in found.pipelines for stage in pipeline.stages)
+    units = tuple(unit.ops for unit in build_chain(graph).units) if again else ()
+    return Lowered(found, tuple(graphs), training, local=local, units=units)
+
+
+def trial_of(model: nn.Module, prepared: Prepared, train: Training | None) -> Trial:
+    """The model on one device of this machine, its units in any formats."""
+    alone = whole_on_one_device(prepared.graph)
+    (pipeline,) = alone.pipelines
+    (stage,) = pipeline.stages
+
+    def lowered(formats: tuple[str, ...]) -> Graph:
+        only = replace(pipeline, stages=(replace(stage, unit_formats=formats),))
+        (graph,) = lower(prepared.graph, replace(alone, pipelines=(only,)), train is not None).graphs
+        return graph
+
+    return Trial(
+        model=model,
+        captured=prepared.captured,
+        graph=prepared.graph,
+        chain=prepared.chain,
+        model_hash=prepared.model_hash,
+        whole_batch_only=bool(prepared.batch_reason),
+        training=train is not None,
+        seed=train.seed if train else 0,
+        lower=lowered,
+    )
