@@ -13,10 +13,10 @@ import time
 import torch
 
 from graphpar.cluster import Cluster
-from graphpar.compiler import prepare
 from graphpar.cost import LinkCost
 from graphpar.cost_models.sharding import ShardingOptions, TensorGroup, choose_sharding
 from graphpar.passes.shard import Shard
+from graphpar.preparation import prepare
 from graphpar.tensor_groups import as_one_stage
 from graphpar.training import Training
 
