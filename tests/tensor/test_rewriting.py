@@ -78,7 +78,9 @@ class Mixer(nn.Module):
 @given(
     kinds=st.lists(st.sampled_from("am"), min_size=1, max_size=3),
     heads=st.integers(1, 5),
-    head_size=st.integers(1, 4),
+    head_size=st.integers(
+        3, 5
+    ),  # a norm over two numbers is plus or minus one: its gradient is all rounding
     inner=st.integers(1, 17),
     drop=st.sampled_from([0.0, 0.3]),
     parts=shares(),
