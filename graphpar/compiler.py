@@ -18,7 +18,8 @@ from graphpar.precision import (
 )
 from graphpar.preparation import Prepared, captured_again, lower, prepare, trial_of
 from graphpar.runtime.first_step import FirstStepCheck
-from graphpar.runtime.job import CompiledModel, Subject
+from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.subject import Subject
 from graphpar.runtime.weights import WeightSource, find_weights
 from graphpar.sensitivity import (
     reference_run,

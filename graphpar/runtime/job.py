@@ -1,91 +1,41 @@
 """The running job: the only stateful object users meet."""
 
 import logging
-import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import cloudpickle
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from graphpar.cluster import Cluster
 from graphpar.errors import GraphparError, RunError
 from graphpar.frontend.capture import Captured
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
-from graphpar.partition.types import Partition
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
-from graphpar.runtime.checkpoint import (
-    free_place,
-    read_manifest,
-    restored_for,
-    save_checkpoint,
-    stored_model,
-    stored_optimizer,
-    write_manifest,
-)
 from graphpar.runtime.comparison import TOLERANCE, StepComparison, compare_step
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.infer import lower_again, lower_inference
+from graphpar.runtime.job_state import JobState
 from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.loaded import Loaded, with_own_constants
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
 from graphpar.runtime.program import Part, StepReport, in_part
 from graphpar.runtime.prologue import Prologue
-from graphpar.runtime.slices import join
 from graphpar.runtime.starts import rank_starts, refuse_foreign_devices
+from graphpar.runtime.subject import Subject
 from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
-from graphpar.runtime.true_error import Reference, TrueError, true_error
+from graphpar.runtime.true_error import TrueError, true_error
 from graphpar.runtime.weights import Weights, sliced
 from graphpar.runtime.workers import Workers
 from graphpar.schedule import Schedule
-from graphpar.training import Training
 from graphpar.view.notebook import drawn_job, framed_job
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a job is made of.
-
-    Attributes:
-        model: The user's model; its weights are read at the start and whenever asked for state.
-        captured: How calls become inputs and results become the user's structure.
-        graph: The captured graph after the first passes.
-        model_hash: Hash of the captured structure; all ranks must have the same.
-        whole_batch_only: Whether the batch must stay whole.
-        cluster: The devices.
-        training: How to train, None for inference.
-        lower: Lowers a graph for a partition; weights that are held in slices already, by a graph
-            lowered before, stay so.
-        prepare_inference: Captures the model for inference with given arguments, passes included.
-        prepare_again: The same in the job's own mode, for arguments of other shapes.
-        reference: Runs a batch in float32 on one device, to tell what lower formats cost.
-        check: Compares the first step with one device, where that is wanted.
-        find_weights: Says where all tensors of the captured graph are.
-    """
-
-    model: nn.Module
-    captured: Captured
-    graph: Graph
-    model_hash: str
-    whole_batch_only: bool
-    cluster: Cluster
-    training: Training | None
-    lower: Callable[[Graph, Partition, Lowered | None], Lowered]
-    prepare_inference: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
-    prepare_again: Callable[[Sequence[Any], Mapping[str, Any]], Captured]
-    find_weights: Callable[[], Weights]
-    reference: Reference | None = None
-    check: FirstStepCheck | None = None
-
 
 _Capture = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Captured, Lowered]]
 _log = logging.getLogger("graphpar.job")
@@ -94,7 +44,7 @@ _TELLING_STEP = 2
 """The first step also allocates and warms up; the one after is what the plan predicts."""
 
 
-class CompiledModel:
+class CompiledModel(JobState):
     """A model that runs on many devices; use it as a context manager, or call `close`.
 
     Made by `graphpar.compile`. `step` trains, calling it infers (in evaluation mode).
@@ -108,28 +58,22 @@ class CompiledModel:
         lowered: Lowered,
         weights: Weights,
     ) -> None:
+        lowered = replace(lowered, whole=subject.whole_batch_only)
+        super().__init__(subject, workers, lowered, weights)
         self.plan = plan
         self.last_step: LastStep | None = None
         self.true_error: TrueError | None = None
-        self._subject = subject
-        self._workers = workers
         self._devices = lowered.partition.used_devices
-        self._steps = 0
         self._profiles = False
-        self._weights_moved = False
-        self._held = [set(p.labels) for p in lowered.placements]
-        self._slices = [dict(p.slices) for p in lowered.placements]
-        self._weights = weights
         main = Loaded(
             "train" if subject.training else "infer",
             replace(subject.captured, graph=subject.graph),
-            replace(lowered, whole=subject.whole_batch_only),
+            lowered,
             Prologue.of(subject.graph, weights),
         )
         self._main = main
         self._reshaped: dict[tuple[str, Hashable], Loaded] = {}
         self._inference: dict[Hashable, Loaded] = {}
-        self._trained_on = main.lowered
 
     @property
     def graph(self) -> Graph:
@@ -377,141 +321,6 @@ class CompiledModel:
             reports=tuple(reports),
             failure=failure,
         )
-
-    # --- state ---
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Whole tensors under the model's own names, tied and unused ones included."""
-        current = self._whole(self._workers.read)
-        names = self._subject.model.state_dict()
-        return {name: current.get(name, self._weights.get(name, other)) for name, other in names.items()}
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients by name that the optimiser left in place; summed over the whole batch.
-
-        The usual optimisers' gradients are cleared after each step, so this is empty then.
-        """
-        return self._whole(self._workers.gradients)
-
-    def _whole(
-        self, read: Callable[[Sequence[Sequence[str]]], Sequence[Mapping[str, torch.Tensor]]]
-    ) -> dict[str, torch.Tensor]:
-        """Whole tensors by name from what the ranks hold; slices are put together."""
-        wanted = self._owners()
-        parts = read([sorted(labels) for labels in wanted])
-        slices: dict[str, list[torch.Tensor]] = {}
-        cuts = {}
-        for rank, part in enumerate(parts):
-            for label, tensor in part.items():
-                slices.setdefault(label, []).append(tensor)
-                cuts[label] = self._slices[rank].get(label)
-        current = {
-            label: found[0] if cut is None else join(found, cut.dim, cut.counts, cut.inner)
-            for (label, found), cut in zip(slices.items(), cuts.values(), strict=True)
-        }
-        for label, others in self._subject.graph.aliases.items():
-            if label in current:
-                current.update(dict.fromkeys(others, current[label]))
-        return current
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite parameters and buffers on all workers; optimiser state is kept as it is.
-
-        Raises:
-            ValueError: A tensor that a worker holds is missing, unknown, or of another shape.
-        """
-        own = self._subject.model.state_dict()
-        unknown = sorted(state.keys() - own.keys())
-        if unknown:
-            raise ValueError(f"The model has no tensor of the name {', '.join(unknown)}.")
-        for name, tensor in own.items():
-            if name in state and state[name].shape != tensor.shape:
-                raise ValueError(
-                    f"{name} has the shape {list(state[name].shape)} in the state, "
-                    f"but {list(tensor.shape)} in the model."
-                )
-        per_rank = []
-        for rank, held in enumerate(self._held):
-            labels = sorted(held & own.keys())
-            absent = [label for label in labels if label not in state]
-            if absent:
-                raise ValueError(f"The state has no tensor for {', '.join(absent)}.")
-            per_rank.append({la: sliced(state[la], self._slices[rank].get(la)) for la in labels})
-        self._workers.write(per_rank)
-        self._weights_moved = True
-        self._weights.here.update({name: tensor.detach().clone() for name, tensor in state.items()})
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint: weights, optimiser state and step, in a folder that knows no plan.
-
-        Each rank writes its own part; the folder appears, or takes the place of an older checkpoint,
-        when all is written. It loads under any other plan (`load`), as `compile(weights=...)`, and in
-        plain PyTorch (`graphpar.checkpoint_state`). Under torchrun the folder must be one that all
-        machines share, and every process makes the call.
-
-        Raises:
-            ValueError: Something that is no checkpoint stands there.
-            RunError: A rank could not write; what stood there before is kept, and the job goes on.
-        """
-        place = free_place(path)
-        shapes = self._shapes()
-        wanted = [sorted(labels & shapes.keys()) for labels in self._owners()]
-        held = {label for labels in wanted for label in labels}
-        tied = {name for others in self._subject.graph.aliases.values() for name in others}
-        rest = {n: self._weights[n] for n in shapes if n not in held | tied and n in self._weights}
-        save_checkpoint(
-            self._workers,
-            place,
-            wanted,
-            rest,
-            self._slices,
-            lambda folder, parts: write_manifest(
-                folder, self._subject.graph.name, self._steps, self._subject.graph.aliases, parts
-            ),
-        )
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint, whatever plan wrote it: weights, optimiser state and step.
-
-        Raises:
-            ValueError: The folder is no checkpoint, or not of this model; nothing is changed then.
-            RunError: A worker failed to read. The job is over then.
-        """
-        manifest = read_manifest(path)
-        model, optimizer = stored_model(path, manifest), stored_optimizer(path, manifest)
-        shapes = self._shapes()
-        parts = [
-            restored_for(held, shapes, manifest, model, optimizer, cuts)
-            for held, cuts in zip(self._held, self._slices, strict=True)
-        ]
-        if self._subject.training is not None and not manifest.optimizer:
-            _log.warning("%s holds no optimiser state; the optimiser starts afresh.", os.fspath(path))
-        self._workers.load(parts)
-        self._weights_moved = True
-        self._weights.take({name: s for name, s in model.items() if name in shapes})
-        self._steps = manifest.step
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(t.shape) for name, t in self._subject.model.state_dict().items()}
-
-    def _owners(self) -> list[set[str]]:
-        """For each rank the tensors that are read from it: each label from its first replica.
-
-        Of a tensor group every member gives its slice, of what all hold whole the first.
-        """
-        seen: dict[str, tuple[int, ...]] = {}
-        owners: list[set[str]] = []
-        for rank, (held, placement) in enumerate(
-            zip(self._held, self._trained_on.placements, strict=True)
-        ):
-            own = set()
-            for label in held:
-                first = seen.setdefault(label, placement.team)
-                of_first = first == placement.team
-                if of_first and (rank == placement.team[0] or label in self._slices[rank]):
-                    own.add(label)
-            owners.append(own)
-        return owners
 
     def close(self) -> None:
         """End all workers; safe to call again."""
