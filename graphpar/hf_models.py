@@ -123,7 +123,7 @@ def build_hf_model(name: str, seq_len: int) -> nn.Module:
         config.max_position_embeddings = seq_len
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
-    auto = _auto_class(transformers, model_type)
+    auto = _auto_class(transformers, model_type, bool(config.is_encoder_decoder))
     if auto is not None:
         model = auto.from_config(config)
     else:
@@ -231,16 +231,22 @@ def _tried_inputs(model: nn.Module, wanted: Wanted) -> dict[str, Any]:
         ValueError: It accepts none of those that its signature and configuration suggest.
     """
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    asks_for_values = None
     for inputs in candidate_inputs(model, wanted):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 model(**inputs)
-        except Exception:  # whatever shapes a model refuses
+        except Exception as error:  # whatever shapes a model refuses
+            # On the meta device a branch on values fails whatever the inputs' form.
+            if asks_for_values is None and "cannot be called on meta tensors" in str(error):
+                asks_for_values = inputs
             continue
         finally:
             for buffer, value in buffers:
                 buffer.data.copy_(value)
         return inputs
+    if asks_for_values is not None:
+        return asks_for_values
     raise ValueError(
         f"No inputs are known for {type(model).__name__}; define a function "
         "example_inputs(batch_size, seq_len) beside a factory for it"
@@ -251,7 +257,7 @@ def _labels_are_classes(model: nn.Module) -> bool:
     return type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
 
 
-def _auto_class(transformers: Any, model_type: str) -> Any:
+def _auto_class(transformers: Any, model_type: str, is_encoder_decoder: bool) -> Any:
     """The class with the head that the architecture is best known for, so that it has a loss; or None."""
     known = transformers.models.auto.modeling_auto
     if model_type in known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
@@ -260,6 +266,6 @@ def _auto_class(transformers: Any, model_type: str) -> Any:
         return transformers.AutoModelForSeq2SeqLM
     if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return transformers.AutoModelForSequenceClassification
-    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder_decoder:
         return transformers.AutoModelForCausalLM
     return None

@@ -95,17 +95,6 @@ def test_tiny_models_run_and_have_no_zero_weights(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_architectures_of_every_sort_pass() -> None:
-    names = [
-        "Albert",
-        "Gemma2",
-        "T5",
-        "Olmoe",
-        "Mamba",
-        "ResNet",
-        "CLIP",
-        "Wav2Vec2",
-        "ProphetNet",
-        "Vivit",
-    ]
+    names = ["T5", "Mamba", "CLIP", "ProphetNet"]
     failed = {row["name"]: row["reason"] for row in rows(*names) if row["status"] != "pass"}
     assert not failed

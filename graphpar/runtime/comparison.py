@@ -10,6 +10,8 @@ from graphpar.units import format_bytes, format_seconds
 
 TOLERANCE = 0.15
 """A step or a device that differs by more than this from its prediction is worth a word."""
+NOTABLE_S = 0.005
+"""Shorter steps are made of messages and of waiting for a core; nothing is decided by them."""
 
 _COMPUTE, _WAIT, _REDUCE = "FBW", "RG", "A"
 

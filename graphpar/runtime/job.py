@@ -17,7 +17,7 @@ from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
-from graphpar.runtime.comparison import TOLERANCE, StepComparison, compare_step
+from graphpar.runtime.comparison import NOTABLE_S, TOLERANCE, StepComparison, compare_step
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.infer import lower_again, lower_inference
@@ -176,7 +176,9 @@ class CompiledModel(JobState):
         if under_torchrun() and dist.get_rank() != 0:
             return
         found = self.comparison
-        if found is not None and abs(found.error) > TOLERANCE:
+        if found is None or max(found.measured_s, found.predicted_s) < NOTABLE_S:
+            return
+        if abs(found.error) > TOLERANCE:
             _log.warning("%s", found)
 
     def _compare(

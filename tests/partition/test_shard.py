@@ -22,7 +22,7 @@ from graphpar.partition.shard_search import WindowSearch
 @given(sharding_problems())
 def test_the_solver_finds_the_optimum_and_proves_it(problem: ShardingProblem) -> None:
     best = best_sharding(problem)
-    solved = solve_sharding(problem, time_limit_s=20)
+    solved = solve_sharding(problem, time_limit_s=300)
     if best is None:
         assert (solved.status, solved.answer) == ("infeasible", None)
         return

@@ -17,7 +17,6 @@ from torch import nn
 
 import graphpar
 from graphpar.compiler import subject_of
-from graphpar.cost_models import sharding
 from graphpar.errors import RunError
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, price
@@ -131,10 +130,7 @@ class Wide(nn.Module):
 
 
 @pytest.mark.distributed
-def test_slices_of_a_tensor_group_are_put_together_and_cut_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sharding, "_SOLVE_LIMIT_S", 200.0)  # its first run compiles the search
+def test_slices_of_a_tensor_group_are_put_together_and_cut_anew(tmp_path: Path) -> None:
     model, batches = Wide(), [(torch.randn(32, 32),) for _ in range(3)]
     prepared = prepare(model, batches[0], {}, TRAINING)
 
