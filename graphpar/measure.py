@@ -1,4 +1,4 @@
-"""Measure this machine's processor: the curves that the cost models need, in some fifteen seconds.
+"""Measure this machine's processor: the curves that the cost models need, in some twenty seconds.
 
 Every kernel is called the way a worker calls it (through `torch.ops.aten`, results freshly allocated),
 so the curves hold the launch floor, the caches and the price of new memory alike.

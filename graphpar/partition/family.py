@@ -142,7 +142,7 @@ def _with_modes(
         return
     variants = _variants(table)
     groups = list(_group_options(table, cells)) if exact else []
-    some = f" in {len(variants)} further modes" if variants else ""
+    some = f" in {len(variants)} further mode{'s' * (len(variants) > 1)}" if variants else ""
     many = len({o.staff[0] for o in groups})
     words = f"{some}, or tensor groups in {many} modes, alike in a stage" if groups else some
     yield words, [*plain, *_in_variants(table, cells, plain, variants), *groups]
