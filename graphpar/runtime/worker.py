@@ -240,9 +240,8 @@ class Worker:
 
     def _norm(self, program: RankProgram) -> float:
         """The norm of all gradients of all ranks."""
-        square = torch.zeros((), dtype=torch.float64)
-        for gradient in self._gradients(program.owned):
-            square += torch.linalg.vector_norm(gradient).cpu().double().square()
+        owned = torch.nn.utils.get_total_norm(list(self._gradients(program.owned)))
+        square = owned.cpu().double().square()
         self._grad_norm = float(self.transport.sum(square, ALL_RANKS).sqrt())
         return self._grad_norm
 
