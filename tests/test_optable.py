@@ -24,6 +24,7 @@ UNTAGGED = {
         "element by element by its documentation, though untagged",
     ),
 }  # fmt: skip
+TAGGED_LATER = {"leaky_relu"}  # pointwise to torch 2.13, not yet to 2.11
 
 
 def overloads(name: str) -> list[object]:
@@ -35,7 +36,7 @@ def overloads(name: str) -> list[object]:
 def test_every_name_is_an_operator_that_torch_calls_pointwise(name: str) -> None:
     found = overloads(name)
     assert found
-    if name not in UNTAGGED:
+    if name not in UNTAGGED.keys() | TAGGED_LATER:
         assert any(map(is_pointwise, found)), f"{name} is not tagged pointwise by torch"
 
 

@@ -269,7 +269,7 @@ _ADVICE = (
     (r"Unsupported.*(?:input|type)|Unsupported input",
      "an argument has a type that torch.export does not know",
      "pass tensors, numbers, strings, or nested tuples, lists and dicts of them"),
-    (r"device meta|Cannot copy out of meta|DeviceMismatch|on the same device",
+    (r"device meta|Cannot copy out of meta|DeviceMismatch|on the same device|different devices",
      "part of the model or of its inputs lives on another device than the rest",
      "build model and example inputs on the same device"),
     (r"missing \d+ required|unexpected keyword|takes \d+ positional",
