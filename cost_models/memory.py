@@ -88,8 +88,10 @@ def saved_roots(graph: Graph, layout: Layout, works: Mapping[str, OpWork]) -> fr
 
 
 def _bytes(graph: Graph, op: Op, batch: int, precision: str) -> float:
-    call = Call(op, graph, batch, precision)
-    return sum(call.bytes(kind) for kind in op.types if kind is not None)
+    # The tail runs once on the whole batch: a microbatch counts for its part of that.
+    size, share = (graph.batch, batch / graph.batch) if op.attr("tail") else (batch, 1.0)
+    call = Call(op, graph, size, precision)
+    return share * sum(call.bytes(kind) for kind in op.types if kind is not None)
 
 
 def _peak_temporaries(

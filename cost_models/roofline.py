@@ -100,6 +100,7 @@ class Roofline:
             max_microbatches=options.max_microbatches,
             max_replicas=options.max_replicas,
             batch_reason=options.batch_reason,
+            tail_reason=options.tail_reason,
             reserved_bytes=max(
                 CPU_RESERVED_BYTES if device.is_cpu else GPU_RESERVED_BYTES for device in examples
             ),
@@ -339,10 +340,15 @@ class _Pricer:
         )
 
     def _works(self, names: tuple[str, ...], size: int) -> dict[str, OpWork]:
-        return {
-            name: work_of(self.graph[name], self.graph, self.layout, size, self.options.precision)
-            for name in names
-        }
+        return {name: self._work(self.graph[name], size) for name in names}
+
+    def _work(self, op: Op, size: int) -> OpWork:
+        """One op's work; of the tail, which runs once on the whole batch, the part of these samples."""
+        precision = self.options.precision
+        if not op.attr("tail"):
+            return work_of(op, self.graph, self.layout, size, precision)
+        whole = work_of(op, self.graph, self.layout, self.options.batch, precision)
+        return whole.part(size / self.options.batch)
 
     def _forward_s(self, rates: Rates, works: dict[str, OpWork]) -> float:
         return rates.seconds(k for work in works.values() for k in work.forward)

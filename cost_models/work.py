@@ -1,6 +1,6 @@
 """What one op asks of a device, whichever it is: kernels with sizes, FLOPs and bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
@@ -31,6 +31,15 @@ class Kernel:
     matrix: tuple[int, int, int, int] | None = None
     attention: tuple[int, int, bool] | None = None
 
+    def part(self, share: float) -> "Kernel":
+        """A share of the kernel's work."""
+        return replace(
+            self,
+            elements=self.elements * share,
+            bytes=self.bytes * share,
+            flops=self.flops * share,
+        )
+
     @property
     def size(self) -> float:
         """Where on its curve the kernel lies."""
@@ -54,6 +63,20 @@ class OpWork:
     saved: tuple[str, ...] = ()
     saved_bytes: float = 0.0
     known: bool = True
+
+    def part(self, share: float) -> "OpWork":
+        """A share of the same work, at the same rates.
+
+        >>> OpWork((Kernel("reduce", 8, 64, 16.0),)).part(0.25).forward
+        (Kernel(curve='reduce', elements=2.0, bytes=16.0, flops=4.0, dtype='float32', matrix=None, \
+attention=None),)
+        """
+        return replace(
+            self,
+            forward=tuple(kernel.part(share) for kernel in self.forward),
+            backward=tuple(kernel.part(share) for kernel in self.backward),
+            saved_bytes=self.saved_bytes * share,
+        )
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,7 @@ class PricingOptions:
         max_microbatches: 1 where samples mix and the batch must stay whole.
         max_replicas: 1 where samples mix.
         batch_reason: Why the batch may not be split, for people.
+        tail_reason: What needs the whole batch after all forwards, for people; empty for nothing.
         clips_gradients: Whether gradients are clipped by their global norm before the optimiser.
     """
 
@@ -225,6 +226,7 @@ class PricingOptions:
     max_microbatches: int = 64
     max_replicas: int = 64
     batch_reason: str = ""
+    tail_reason: str = ""
     clips_gradients: bool = False
 
     def __post_init__(self) -> None:
@@ -274,6 +276,8 @@ class CostTable:
         max_microbatches: 1 where samples mix and the batch must stay whole.
         max_replicas: 1 where samples mix; otherwise how many copies of a unit may exist.
         batch_reason: Why the batch may not be split, for people; empty when it may.
+        tail_reason: What needs the whole batch after all forwards and before any backward, for people;
+            empty for nothing. The schedule is GPipe then.
         reserved_bytes: Memory the framework itself takes on every device.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
@@ -291,6 +295,7 @@ class CostTable:
     max_microbatches: int
     max_replicas: int
     batch_reason: str = ""
+    tail_reason: str = ""
     reserved_bytes: float = 0.0
     sum_s_per_byte: float = 0.0
     modes: tuple[Mode, ...] = ()

@@ -26,7 +26,7 @@ from graphpar.partition.bounds import device_prices_s
 from graphpar.partition.infeasible import more_devices, scale_memory
 from graphpar.partition.pipeline import partition as solve
 from graphpar.partition.pipeline_price import modes_of, price, share_microbatches
-from graphpar.partition.settings import microbatch_counts
+from graphpar.partition.settings import microbatch_counts, schedules_of
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.units import format_bytes, format_percent, format_seconds
 
@@ -180,7 +180,7 @@ class _Work:
         return self._with(number, replace(old, stages=rest))
 
     def _schedules(self) -> Iterator[_Change]:
-        names: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+        names = schedules_of(self._table, "auto")
         for name in names if self._table.training else ():
             if name != self._found.schedule:
                 yield _Change(name, self._found.pipelines, name)

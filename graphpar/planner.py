@@ -94,6 +94,7 @@ def price(
         max_microbatches=min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,
+        tail_reason=prepared.tail_reason,
         clips_gradients=train is not None and train.max_grad_norm is not None,
     )
     rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
@@ -126,7 +127,7 @@ def plan_prepared(
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
-    schedule: ScheduleChoice = train.schedule if train else "auto"
+    schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
     options: dict[str, str | int | float | bool | None] = {
         "gap": gap,
@@ -212,6 +213,19 @@ def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:
         stacklevel=4,
     )
     return "auto"
+
+
+def _schedule(prepared: Prepared, train: Training | None) -> ScheduleChoice:
+    """The schedule to plan for; where the whole batch has to be there before any backward it is GPipe."""
+    wanted: ScheduleChoice = train.schedule if train else "auto"
+    if wanted in ("auto", "gpipe") or not prepared.tail_reason:
+        return wanted
+    warnings.warn(
+        f"Training(schedule={wanted!r}) is ignored: {prepared.tail_reason}, so that all forwards have to "
+        "come before the first backward. The schedule is GPipe.",
+        stacklevel=4,
+    )
+    return "gpipe"
 
 
 def plan_of(

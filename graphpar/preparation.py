@@ -12,6 +12,7 @@ from graphpar.frontend.capture import Captured, capture
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_op
+from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition
 from graphpar.passes.batch import AnalyseBatch, mixing_reason
 from graphpar.passes.canonicalize import Canonicalize
@@ -19,6 +20,7 @@ from graphpar.passes.casts import AssignFormats, InsertCasts
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
+from graphpar.passes.tail import FindTail
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.reference import whole_on_one_device
@@ -28,7 +30,7 @@ from graphpar.sensitivity import (
 from graphpar.tensor_groups import member_graphs
 from graphpar.training import Training
 
-CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch()))
+CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch(), FindTail()))
 """What every captured graph goes through before it is priced."""
 
 
@@ -45,6 +47,11 @@ class Prepared:
     graph: Graph
     chain: Chain
     batch_reason: str
+
+    @property
+    def tail_reason(self) -> str:
+        """Which op needs the whole batch though the rest is worked on in parts; empty where none does."""
+        return "" if self.batch_reason else tail_reason(self.graph)
 
     @property
     def model_hash(self) -> str:

@@ -93,13 +93,14 @@ class AnalyseBatch:
 def mixing_reason(graph: Graph) -> str:
     """Why the batch must stay whole, as text for people; empty when it may be split.
 
-    Only what reaches the output or changes a buffer counts.
+    Only what reaches the output or changes a buffer counts, and nothing of a tail, which runs on the
+    whole batch (see `tail.py`).
     """
     for op in graph.ops:
         if writes_buffer(op):
             return f"{place_of(op)} updates a buffer once per whole batch"
-    reason = graph.output.attr("reduces", "")
-    return str(reason) if graph.output.attr("samples") == "mixed" else ""
+    whole = graph.output.attr("samples") == "mixed" and not graph.output.attr("tail")
+    return str(graph.output.attr("reduces", "")) if whole else ""
 
 
 @dataclass

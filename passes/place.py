@@ -54,12 +54,20 @@ class Place:
         return graph.with_ops(place_ops(graph, stages, self.name), level="placed")
 
 
+Where = tuple[int, bool]
+"""A stage, and whether it is about its tail."""
+
+
 def place_ops(graph: Graph, stages: dict[str, int], made_by: str) -> list[Op]:
-    """Ops with stages; those without one (free ops) are repeated in each stage that reads them."""
+    """Ops with stages; those without one (free ops) are repeated in each stage that reads them.
+
+    The tail runs in the last stage. What it reads of the parts of the batch it reads through
+    `gp.collect`, and it repeats free ops on the whole batch for itself.
+    """
     last = max(stages.values(), default=0)
-    wanted = _stages_that_read(graph, stages, last)
+    wanted = _places_that_read(graph, stages, last)
     placed: list[Op] = []
-    copies: dict[tuple[str, int], str] = {}
+    copies: dict[tuple[str, Where], str] = {}
     for op in graph.ops:
         if op.target in SOURCES:
             placed.append(op)
@@ -67,37 +75,80 @@ def place_ops(graph: Graph, stages: dict[str, int], made_by: str) -> list[Op]:
             placed.append(_placed_output(op, graph, copies, placed, last, made_by))
         elif op.target == "gp.whole_batch":
             placed.append(_whole_input(op, made_by))
-        elif op.name in stages:
-            stage = stages[op.name]
-            placed.append(_renamed(op, stage, copies).with_attrs(stage=stage))
+        elif op.name in stages and not op.attr("tail"):
+            where = stages[op.name], False
+            placed.append(_renamed(op, where, copies).with_attrs(stage=where[0]))
         else:
-            for stage in sorted(wanted[op.name]):
-                name = op.name if stage == min(wanted[op.name]) else f"{op.name}__stage{stage}"
-                copies[op.name, stage] = name
-                copy = replace(_renamed(op, stage, copies), name=name, origin=op.origin or (op.name,))
-                placed.append(copy.with_attrs(stage=stage))
+            places = {(last, True)} if op.name in stages else wanted[op.name]
+            for where in sorted(places):
+                if where[1]:
+                    placed += _collected(op, graph, stages, last, copies, made_by)
+                name = op.name if where == min(places) else f"{op.name}__{_called(where)}"
+                copies[op.name, where] = name
+                copy = replace(_renamed(op, where, copies), name=name)
+                if op.name not in stages:
+                    copy = replace(copy, origin=op.origin or (op.name,))
+                copy = copy.with_attrs(stage=where[0])
+                placed.append(copy.with_attrs(tail=True) if where[1] else copy)
     return placed
 
 
-def _stages_that_read(graph: Graph, stages: dict[str, int], last: int) -> dict[str, set[int]]:
-    """For each free op the stages that need it, directly or through other free ops."""
-    wanted: dict[str, set[int]] = {}
+def _called(where: Where) -> str:
+    return "tail" if where[1] else f"stage{where[0]}"
+
+
+def _collected(
+    op: Op,
+    graph: Graph,
+    stages: dict[str, int],
+    last: int,
+    copies: dict[tuple[str, Where], str],
+    made_by: str,
+) -> list[Op]:
+    """What has to be collected before an op of the tail can read it."""
+    found: list[Op] = []
+    for name in dict.fromkeys(op.operands()):
+        made, here = graph[name], (last, True)
+        if name not in stages or made.attr("tail") or (name, here) in copies:
+            continue
+        collect = replace(
+            made,
+            name=f"{name}__whole",
+            target="gp.collect",
+            args=(Ref(name),),
+            kwargs=(),
+            origin=made.origin or (name,),
+            made_by=made_by,
+        )
+        kept = {k: v for k, v in made.attrs if k in ("grad", "samples", "outer")}
+        found.append(replace(collect, attrs=()).with_attrs(**kept, stage=last, tail=True))
+        copies[name, here] = collect.name
+    return found
+
+
+def _places_that_read(graph: Graph, stages: dict[str, int], last: int) -> dict[str, set[Where]]:
+    """For each free op the places that need it, directly or through other free ops."""
+    wanted: dict[str, set[Where]] = {}
     for op in reversed(graph.ops):
         if op.target in SOURCES:
             continue
-        needs = {last} if op.target == "output" else wanted.setdefault(op.name, set())
-        if op.name in stages:
-            needs = {stages[op.name]}
+        needs = {(last, False)} if op.target == "output" else wanted.setdefault(op.name, set())
+        if op.name in stages or op.attr("tail"):
+            needs = {(last, True) if op.attr("tail") else (stages[op.name], False)}
         if op.target == "gp.whole_batch":
             needs = set()
         for operand in op.operands():
             if operand not in stages:
-                wanted.setdefault(operand, set()).update(needs)
+                in_tail = op.target == "output" and bool(graph[operand].attr("tail"))
+                places = {(last, in_tail)} if op.target == "output" else needs
+                wanted.setdefault(operand, set()).update(places)
+        if op.target not in ("output", "gp.whole_batch") and op.name not in stages:
+            wanted[op.name] = needs
     return wanted
 
 
-def _renamed(op: Op, stage: int, copies: dict[tuple[str, int], str]) -> Op:
-    change = {o: copies[o, stage] for o in op.operands() if (o, stage) in copies}
+def _renamed(op: Op, where: Where, copies: dict[tuple[str, Where], str]) -> Op:
+    change = {o: copies[o, where] for o in op.operands() if (o, where) in copies}
     return map_arguments(op, change) if change else op
 
 
@@ -108,7 +159,7 @@ def _whole_input(op: Op, made_by: str) -> Op:
 def _placed_output(
     op: Op,
     graph: Graph,
-    copies: dict[tuple[str, int], str],
+    copies: dict[tuple[str, Where], str],
     placed: list[Op],
     last: int,
     made_by: str,
@@ -128,4 +179,6 @@ def _placed_output(
             )
             placed.append(copy.with_attrs(stage=last))
             change[name] = copy.name
-    return _renamed(map_arguments(op, change) if change else op, last, copies)
+    op = map_arguments(op, change) if change else op
+    in_tail = {o: (last, bool(graph[o].attr("tail"))) for o in op.operands() if o in graph}
+    return map_arguments(op, {o: copies[o, w] for o, w in in_tail.items() if (o, w) in copies})

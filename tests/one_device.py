@@ -14,6 +14,7 @@ from graphpar.ir.graph import Graph
 from graphpar.passes.batch import mixing_reason
 from graphpar.preparation import CAPTURE_PASSES, lower
 from graphpar.runtime.reference import OneDevice, whole_on_one_device
+from graphpar.runtime.tail import Tail
 
 Loss = Callable[[Any, Any], Any] | str | None
 Gradients = Mapping[str, torch.Tensor]
@@ -84,6 +85,7 @@ def in_parts(
         inputs = {**inputs, **device._prologue.run(inputs, batch)}
     total = torch.zeros((), dtype=torch.float64)
     context.batch = batch
+    waiting: list[tuple[torch.Tensor, ...]] = []
     for size in sizes:
         context.first_sample, context.samples = first, size
         part = {
@@ -91,12 +93,35 @@ def in_parts(
             for label, value in inputs.items()
         }
         module = builder.module(size, batch)
-        _, (loss,) = module(*(part[label] for label in builder.interface.inputs))
-        if loss.requires_grad:
-            loss.backward()
-        total += loss.detach().double().reshape(())
+        _, (*losses,) = module(*(part[label] for label in builder.interface.inputs))
+        if builder.interface.tail is not None:
+            waiting.append(tuple(losses))
+            losses = []
+        for loss in losses:
+            if loss.requires_grad:
+                loss.backward()
+            total += loss.detach().double().reshape(())
         first += size
+    if waiting:
+        context.first_sample, context.samples = 0, batch
+        total += _tail(Tail(builder, sizes, [0] * len(sizes)), waiting, inputs)
     return total, device.gradients()
+
+
+def _tail(
+    tail: Tail, collected: Sequence[tuple[torch.Tensor, ...]], inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Run a tail on what all microbatches gave, and all backwards; its loss."""
+    parts = [dict(enumerate(values)) for values in zip(*collected, strict=True)]
+    whole = tail.run(parts, [inputs[label] for label in tail.inputs], training=True)
+    tail.backward(whole, 1.0, range(len(collected)))
+    for number, values in enumerate(collected):
+        pairs = zip(values, tail.gradients(whole, number), strict=True)
+        roots = [(v, g) for v, g in pairs if v.requires_grad and g is not None]
+        if roots:
+            torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
+    (loss,) = whole.results.values()
+    return loss.detach().double().reshape(())
 
 
 def eagerly(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,20 +126,31 @@ def test_devices_elsewhere_need_torchrun() -> None:
         graphpar.compile(small_gpt(), H100_V100, example_inputs(4, 16), train=sgd())
 
 
-class MeanOverBatch(nn.Module):
-    """Compares each sample with the batch's mean: samples mix."""
+class RunningSum(nn.Module):
+    """Adds up samples before or after its second layer: samples mix."""
 
-    def __init__(self) -> None:
+    def __init__(self, early: bool) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 4)
+        self.early = early
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layer(x)
-        return (y - y.mean(0)).square().mean()
+        y: torch.Tensor = self.first(x)
+        y = self.second(y.cumsum(0)) if self.early else self.second(y).cumsum(0)
+        return y.square().mean()
+
+
+def test_mixed_samples_in_a_tail_are_told() -> None:
+    wish = replace(sgd(), schedule="1f1b", microbatches=3)
+    with pytest.warns(UserWarning, match="1f1b.*ignored.*cumsum at"):
+        plan = graphpar.plan(RunningSum(early=False), CPUS, (torch.randn(6, 4),), train=wish)
+    assert plan.partition.schedule == "gpipe" and plan.partition.pipelines[0].microbatches == 3
+    assert "all forwards come before the backwards" in " ".join(str(plan).split())
+    assert not plan.batch_reason
 
 
 def test_mixed_samples_keep_the_batch_whole_and_say_so() -> None:
-    plan = graphpar.plan(MeanOverBatch(), CPUS, (torch.randn(6, 4),), train=sgd())
+    plan = graphpar.plan(RunningSum(early=True), CPUS, (torch.randn(6, 4),), train=sgd())
     assert all(p.microbatches == 1 for p in plan.partition.pipelines)
     assert "test_compiler.py" in plan.batch_reason
     assert plan.batch_reason in " ".join(str(plan).split())

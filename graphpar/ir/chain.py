@@ -192,6 +192,9 @@ def _crossing_bytes(graph: Graph, core: Sequence[Op]) -> tuple[list[float], list
             _mark(values, i, last)
     for first, last in _mutated_spans(graph, place):
         _mark(forbidden, first, last)
+    tail = [i for i, op in enumerate(core) if op.attr("tail")]
+    if tail:  # it runs in one place
+        _mark(forbidden, tail[0], len(core) - 1)
     closed = list(accumulate(forbidden))[1:-1]
     crossing = list(accumulate(change))[1:-1]
     counts = list(accumulate(values))[1:-1]

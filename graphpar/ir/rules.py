@@ -9,17 +9,18 @@ from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.text import format_op
 
 ATTRIBUTES: dict[Level, frozenset[str]] = {
-    "captured": frozenset({"grad", "samples", "outer", "reduces", "format"}),
-    "placed": frozenset({"grad", "samples", "outer", "reduces", "format", "stage"}),
+    "captured": frozenset({"grad", "samples", "outer", "reduces", "tail", "format"}),
+    "placed": frozenset({"grad", "samples", "outer", "reduces", "tail", "format", "stage"}),
     "lowered": frozenset(
-        {"grad", "samples", "outer", "reduces", "format", "stage", "shard", "partial", "held"}
+        {"grad", "samples", "outer", "reduces", "tail", "format", "stage", "shard", "partial", "held"}
     ),
 }
 """Attributes an op may carry, by level.
 
 `grad`: a gradient flows through the result. `samples`: what the result means to the samples of the
 batch (see `passes/samples.py`), `outer` how often the batch is repeated along its dimension.
-`reduces`: why an op joins samples. `format`: the number format its unit computes in (see `formats.py`).
+`reduces`: why an op joins samples. `tail`: it runs once, on values of the whole batch (see
+`passes/tail.py`). `format`: the number format its unit computes in (see `formats.py`).
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
 inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
 hold it, whether they read it or not.
@@ -34,8 +35,8 @@ _GROUP = frozenset(
 """Ops by which the members of a tensor group work together."""
 OWN_TARGETS: dict[Level, frozenset[str]] = {
     "captured": _OWN | {"gp.whole_batch"},
-    "placed": _OWN,
-    "lowered": _OWN | _GROUP | {"gp.send", "gp.recv"},
+    "placed": _OWN | {"gp.collect"},
+    "lowered": _OWN | _GROUP | {"gp.collect", "gp.send", "gp.recv"},
 }
 """Ops of our own, by level; all others are torch's."""
 
@@ -124,6 +125,16 @@ def _receives_match_sends(graph: Graph) -> Iterator[tuple[Op, str]]:
                 yield op, f"receives {op.types} but %{sender.name} sends {sender.types}"
 
 
+def _parts_meet_only_where_collected(graph: Graph) -> Iterator[tuple[Op, str]]:
+    for op in graph.ops:
+        if op.target in (*SOURCES, "output", "gp.collect"):
+            continue
+        for operand in op.operands():
+            made = graph[operand]
+            if made.target not in SOURCES and bool(made.attr("tail")) != bool(op.attr("tail")):
+                yield op, f"reads %{operand} of the other side of the tail's border without collecting it"
+
+
 def _products_read_one_format(graph: Graph) -> Iterator[tuple[Op, str]]:
     for op in graph.ops:
         if op.attr("format") is None or role_of(op) != "product":
@@ -157,6 +168,7 @@ RULES: dict[Level, tuple[Rule, ...]] = {
         _stages_are_known,
         _stages_meet_only_through_messages,
         _receives_match_sends,
+        _parts_meet_only_where_collected,
     ),
 }
 

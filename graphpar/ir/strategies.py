@@ -79,6 +79,7 @@ def _strategies(op: Op, graph: Graph, factors: Factors, shares: Sequence[float])
     operands, results = op.operands(), op.types
     yield Strategy((_WHOLE,) * len(operands), (_WHOLE,) * len(results))
     fixed = op.target in ("output", "gp.send", "gp.recv") or writes_buffer(op) or "rand" in op.target
+    fixed = fixed or bool(op.attr("tail"))  # small, and it already runs once in each replica
     if fixed or not any(t is not None for t in results) or op.target in ("gp.share",):
         return
     copied = _copies(op, graph)

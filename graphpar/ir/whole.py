@@ -37,3 +37,8 @@ def prologue(graph: Graph) -> Graph | None:
 def whole_batch_names(graph: Graph) -> tuple[str, ...]:
     """Labels of the inputs that carry whole-batch values, in the order of the prologue's results."""
     return tuple(WHOLE_PREFIX + op.name for op in graph.ops if op.target == "gp.whole_batch")
+
+
+def tail_reason(graph: Graph) -> str:
+    """Which op needs the whole batch in a graph that has a tail, for people; empty where none has."""
+    return str(graph.output.attr("reduces")) if graph.output.attr("tail") else ""

@@ -69,6 +69,8 @@ def _structure_problems(table: CostTable, partition: Partition) -> Iterator[str]
         yield "there is no pipeline"
     if sum(p.samples for p in partition.pipelines) != table.batch:
         yield f"the shares do not add up to the batch of {table.batch}"
+    if table.tail_reason and table.training and partition.schedule != "gpipe":
+        yield f"forwards and backwards alternate, but {table.tail_reason}"
     seen: set[str] = set()
     copies = [0] * len(table.units)
     for number, pipeline in enumerate(partition.pipelines):

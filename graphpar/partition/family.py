@@ -23,7 +23,12 @@ from graphpar.partition.cells import (
 )
 from graphpar.partition.counting import counting_options
 from graphpar.partition.repeats import Repeats, find_repeats
-from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
+from graphpar.partition.settings import (
+    Microbatches,
+    ScheduleChoice,
+    microbatch_counts,
+    schedules_of,
+)
 from graphpar.partition.types import ScheduleName
 
 SWEEP_LIMIT = 10_000_000
@@ -87,11 +92,9 @@ class Family:
 
 def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Microbatches) -> Family:
     """The widest family that can be searched: placed stages, counted stages, or fewer devices."""
-    schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
+    schedules = schedules_of(table, schedule)
     if not table.training:
         schedules = ("gpipe",) if schedule == "auto" else (schedule,)
-    elif schedule != "auto":
-        schedules = (schedule,)
     settings = (schedules, microbatches)
     placed = _placed_family(table, find_cells(table), True, settings, wide=True)
     if placed is not None:

@@ -9,7 +9,12 @@ from graphpar.errors import InfeasibleError
 from graphpar.partition.bounds import physical_bound_s
 from graphpar.partition.check import check_partition
 from graphpar.partition.pipeline_price import price, share_microbatches
-from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
+from graphpar.partition.settings import (
+    Microbatches,
+    ScheduleChoice,
+    microbatch_counts,
+    schedules_of,
+)
 from graphpar.partition.table_check import check_table
 from graphpar.partition.types import (
     Partition,
@@ -140,7 +145,7 @@ def _best_setting(
     microbatches: Microbatches,
 ) -> Partition:
     """The given stages under the microbatch count and schedule that suit them best."""
-    names: tuple[ScheduleName, ...] = ("1f1b", "gpipe") if schedule == "auto" else (schedule,)
+    names = schedules_of(table, schedule)
     stages = tuple(
         StageChoice(a, b, tuple(Replica(d, 0) for d in group))
         for (a, b), group in zip(pairwise(cuts), groups, strict=True)

@@ -387,4 +387,9 @@ class _Run:
             )
         if self._table.batch_reason:
             notes.append(f"the batch stays whole: {self._table.batch_reason}")
+        if self._table.tail_reason:
+            first = ", so that all forwards come before the backwards" if self._table.training else ""
+            notes.append(
+                f"{self._table.tail_reason}: from there on the last stage works on the whole batch{first}"
+            )
         return tuple(notes)

@@ -3,12 +3,20 @@
 from typing import Literal
 
 from graphpar.cost import CostTable
+from graphpar.partition.types import ScheduleName
 
 Microbatches = int | Literal["auto"]
 ScheduleChoice = Literal["auto", "gpipe", "1f1b"]
 
 SMALL_BATCH = 16
 """Up to this many samples every microbatch count is tried."""
+
+
+def schedules_of(table: CostTable, schedule: ScheduleChoice) -> tuple[ScheduleName, ...]:
+    """The schedules of training that are tried: what is asked for, as far as the model allows it."""
+    if table.tail_reason:
+        return ("gpipe",)
+    return ("1f1b", "gpipe") if schedule == "auto" else (schedule,)
 
 
 def microbatch_counts(table: CostTable, samples: int, microbatches: Microbatches) -> list[int]:

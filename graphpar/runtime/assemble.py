@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
+from graphpar.errors import VerifyError
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_graph
+from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
 from graphpar.runtime.copies import Holding, Reduction, owners, ranks_of, reductions
 from graphpar.runtime.lower import StageInterface, interface
@@ -169,6 +171,11 @@ class Lowered:
     def schedule(self, batch: int) -> Schedule:
         """The schedule for a global batch of so many samples; few samples leave ranks idle."""
         partition = whole_batch(self.partition, batch) if self.whole else rescale(self.partition, batch)
+        if self.training and partition.schedule != "gpipe" and any(map(tail_reason, self.graphs)):
+            raise VerifyError(
+                f"The schedule is {partition.schedule}, but {tail_reason(self.graphs[0])}: all forwards "
+                "have to come before the first backward. Plan with schedule='gpipe'."
+            )
         links = stage_links(partition, self.graphs)
         return build_schedule(partition, links, self.training, idle_allowed=True)
 

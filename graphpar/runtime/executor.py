@@ -20,10 +20,11 @@ from graphpar.ir.text import parse_graph
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.lower import Message, StageBuilder
-from graphpar.runtime.program import Event, RankProgram, StepReport
+from graphpar.runtime.program import WHOLE, Event, RankProgram, StepReport
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.scaling import LossScaler
 from graphpar.runtime.slices import padded, take
+from graphpar.runtime.tail import Tail, Whole
 from graphpar.runtime.team import Team
 from graphpar.runtime.transport import Arrival, Transport
 from graphpar.schedule import Action
@@ -39,6 +40,7 @@ class _InFlight:
     received: dict[int, torch.Tensor]
     sent: dict[int, torch.Tensor]
     loss: torch.Tensor | None
+    collected: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
@@ -61,6 +63,8 @@ class _Step:
     outgoing: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     returning: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     in_flight: dict[int, _InFlight] = field(default_factory=dict)
+    collected: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    whole: Whole | None = None
     results: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     start_s: float = field(default_factory=time.monotonic)
@@ -121,6 +125,10 @@ class Executor:
         self._tensors = tensors
         self._types = _types(graph, self.interface.receives, self.interface.sends)
         self._requires_grad = {m.tag for m in self.interface.receives if m.has_gradient}
+        self._tail = Tail.of(self.builder, program, team)
+        self._own = tuple(
+            a.microbatch for a in self.actions if a.kind == "F" and a.microbatch is not None
+        )
         self._running: _Step | None = None
         self._run: dict[str, Callable[[_Step, Action], None]] = {
             "R": self._receive,
@@ -137,7 +145,8 @@ class Executor:
         """Run all actions once.
 
         Args:
-            inputs: Graph inputs by label; per microbatch as `label@number`, shared ones as `label`.
+            inputs: Graph inputs by label; per microbatch as `label@number`, of the whole batch as
+                `label@whole`, shared ones as `label`.
             number: Which step this is; keys the random streams.
         """
         self.context.step = number
@@ -250,6 +259,10 @@ class Executor:
         inputs = [self._input(state, label, number) for label in self.interface.inputs]
         with self.pace.work():
             sends, results = module(*inputs, *received.values())
+        results, collected = (
+            results[: len(self.interface.results)],
+            results[len(self.interface.results) :],
+        )
         sent = {m.tag: value for m, value in zip(self.interface.sends, sends, strict=True)}
         state.outgoing.update({(tag, number): value for tag, value in sent.items()})
         if self.member == 0:
@@ -257,7 +270,26 @@ class Executor:
                 state.results[place, number] = value.detach()
         if self.program.training:
             loss = results[0] if results else None
-            state.in_flight[number] = _InFlight(received, sent, loss)
+            state.in_flight[number] = _InFlight(received, sent, loss, collected)
+        if self._tail is not None:
+            state.collected[number] = tuple(value.detach() for value in collected)
+            if number == self._own[-1]:
+                self._run_tail(state, self._tail)
+
+    def _run_tail(self, state: _Step, tail: Tail) -> None:
+        """All own forwards are done: give and get what the tail collects, then run it."""
+        own = [{n: state.collected[n][i] for n in self._own} for i in range(len(tail.collects))]
+        state.collected.clear()
+        parts = tail.exchange(own, self.transport)
+        inputs = [self._input(state, label, WHOLE) for label in tail.inputs]
+        self.context.first_sample, self.context.samples = 0, self.program.batch
+        with self.pace.work():
+            state.whole = tail.run(parts, inputs, self.program.training)
+            if self.program.training:
+                tail.backward(state.whole, self._loss_scale, self._own)
+        if 0 in self._own and self.member == 0:
+            for place, value in state.whole.results.items():
+                state.results[place, 0] = value.detach()
 
     def _at_microbatch(self, number: int) -> int:
         """Tell random ops where in the batch they are; returns the microbatch's size."""
@@ -265,7 +297,7 @@ class Executor:
         self.context.samples = self.program.sizes[number]
         return self.program.sizes[number]
 
-    def _input(self, state: _Step, label: str, number: int) -> torch.Tensor:
+    def _input(self, state: _Step, label: str, number: int | str) -> torch.Tensor:
         own = state.inputs.get(f"{label}@{number}")
         return own if own is not None else state.inputs[label]
 
@@ -295,6 +327,12 @@ class Executor:
             if value.requires_grad:
                 before = totals.get(id(value))
                 totals[id(value)] = (value, gradient if before is None else before[1] + gradient)
+        if self._tail is not None and state.whole is not None:
+            gradients = self._tail.gradients(state.whole, number)
+            for value, given in zip(kept.collected, gradients, strict=True):
+                if value.requires_grad and given is not None:
+                    before = totals.get(id(value))
+                    totals[id(value)] = (value, given if before is None else before[1] + given)
         if kept.loss is not None and kept.loss.requires_grad:
             totals[id(kept.loss)] = (kept.loss, torch.full_like(kept.loss, self._loss_scale))
         return [v for v, _ in totals.values()], [g for _, g in totals.values()]

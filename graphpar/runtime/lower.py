@@ -4,7 +4,7 @@ Passes never touch torch; this module is where the graph becomes executable, at 
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import fx, nn
 from graphpar.errors import VerifyError
 from graphpar.frontend.torch_private import is_random, lookup_op
 from graphpar.ir.graph import Graph
-from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol
+from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.group_ops import group_module
 from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
@@ -35,6 +35,43 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Collect:
+    """A value of which the tail reads what all parts of the batch make.
+
+    Attributes:
+        name: The op that stands for the whole.
+        part: The value that each microbatch gives.
+        type: Type of both; with the microbatch's size or the batch's.
+        kind: What it means to the samples: sample, partial or shared.
+        outer: How often the batch is repeated along its dimension.
+    """
+
+    name: str
+    part: str
+    type: TensorType
+    kind: str
+    outer: int
+    has_gradient: bool
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """The dimension that belongs to the samples, and how many rows in sequence are of one."""
+        (dim,) = self.type.batch_dims
+        size = self.type.shape[dim]
+        assert isinstance(size, BatchSize)
+        return dim, size.times // self.outer
+
+
+@dataclass(frozen=True)
+class TailInterface:
+    """What the tail of a stage reads of the whole batch, and which of the graph's results it makes."""
+
+    inputs: tuple[str, ...]
+    collects: tuple[Collect, ...]
+    results: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
 class StageInterface:
     """What a stage reads and makes.
 
@@ -45,6 +82,7 @@ class StageInterface:
         receives: Values from earlier stages.
         sends: Values for later stages; a value with several readers stands here once for each.
         results: Names of the graph's results it makes, with their place among all results.
+        tail: What runs once on the whole batch, if anything; none of the above but the tensors is its.
     """
 
     stage: int
@@ -53,6 +91,7 @@ class StageInterface:
     receives: tuple[Message, ...]
     sends: tuple[Message, ...]
     results: tuple[tuple[int, str], ...]
+    tail: TailInterface | None = None
 
 
 def stage_ops(graph: Graph, stage: int) -> tuple[Op, ...]:
@@ -68,19 +107,51 @@ def stage_ops(graph: Graph, stage: int) -> tuple[Op, ...]:
 def interface(graph: Graph, stage: int) -> StageInterface:
     """What a stage of a lowered graph reads and makes."""
     ops = stage_ops(graph, stage)
-
-    def labels(target: str) -> tuple[str, ...]:
-        return tuple(str(op.args[0]) for op in ops if op.target == target)
-
-    mine = {op.name for op in ops if op.target not in SOURCES}
+    parts, whole = in_parts_and_tail(ops)
     return StageInterface(
         stage=stage,
-        inputs=labels("input"),
-        tensors={kind: labels(kind) for kind in ("parameter", "buffer", "constant")},
+        inputs=_labels(parts, "input"),
+        tensors={kind: _labels(ops, kind) for kind in ("parameter", "buffer", "constant")},
         receives=tuple(_message(op) for op in ops if op.target == "gp.recv"),
         sends=tuple(_message(op) for op in ops if op.target == "gp.send"),
-        results=tuple((i, n) for i, n in enumerate(graph.output.operands()) if n in mine),
+        results=_results(graph, parts),
+        tail=TailInterface(
+            inputs=_labels(whole, "input"),
+            collects=tuple(_collect(op) for op in whole if op.target == "gp.collect"),
+            results=_results(graph, whole),
+        )
+        if whole
+        else None,
     )
+
+
+def in_parts_and_tail(ops: Sequence[Op]) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """A stage's ops that run for each microbatch, and those of its tail, each with their sources."""
+    tail = [op for op in ops if op.attr("tail")]
+    if not tail:
+        return tuple(ops), ()
+    read_by_tail = {name for op in tail for name in op.operands()}
+    read_before = {name for op in ops if not op.attr("tail") for name in op.operands()}
+    idle = {op.name for op in ops if op.target in SOURCES and op.name in read_by_tail - read_before}
+    parts = tuple(op for op in ops if not op.attr("tail") and op.name not in idle)
+    sources = [op for op in ops if op.target in SOURCES and op.name in read_by_tail]
+    return parts, (*sources, *tail)
+
+
+def _labels(ops: Sequence[Op], target: str) -> tuple[str, ...]:
+    return tuple(str(op.args[0]) for op in ops if op.target == target)
+
+
+def _results(graph: Graph, ops: Sequence[Op]) -> tuple[tuple[int, str], ...]:
+    mine = {op.name for op in ops if op.target not in SOURCES}
+    return tuple((i, n) for i, n in enumerate(graph.output.operands()) if n in mine)
+
+
+def _collect(op: Op) -> Collect:
+    outer = op.attr("outer", 1)
+    assert isinstance(outer, int)
+    kind = str(op.attr("samples"))
+    return Collect(op.name, op.operands()[0], op.type, kind, outer, bool(op.attr("grad")))
 
 
 def _message(op: Op) -> Message:
@@ -120,34 +191,67 @@ class StageBuilder:
         self.tensors, self.device, self.context = tensors, device, context
         self._lower_weights = lower_weights or LowerWeights()
         self._recompute = recompute
+        self._parts, self._tail = in_parts_and_tail(self.ops)
         self._modules: dict[tuple[int, int], fx.GraphModule] = {}
+        self._tails: dict[int, fx.GraphModule] = {}
 
     def module(self, samples: int, batch: int) -> fx.GraphModule:
         """The stage for microbatches of so many samples of a global batch of so many.
 
         Its arguments are the inputs, then the received values; its results the values to send, then
-        the graph's results, each in the order of the interface.
+        the graph's results and what the tail collects, each in the order of the interface.
         """
         key = (samples, batch)
         if key not in self._modules:
-            self._modules[key] = self._build(samples, batch)
+            results = [name for _, name in self.interface.results]
+            collects = self.interface.tail.collects if self.interface.tail is not None else ()
+            results += [collect.part for collect in collects]
+            self._modules[key] = self._build(self._parts, results, _Stamp(samples, batch, self.device))
         return self._modules[key]
 
-    def _build(self, samples: int, batch: int) -> fx.GraphModule:
+    def tail(self, batch: int) -> fx.GraphModule:
+        """The stage's tail for a global batch of so many samples.
+
+        Its arguments are the inputs of the whole batch, then the collected values; its results those
+        of the graph, in the order of the interface.
+        """
+        if batch not in self._tails:
+            assert self.interface.tail is not None
+            results = [name for _, name in self.interface.tail.results]
+            self._tails[batch] = self._build(self._tail, results, _Stamp(batch, batch, self.device))
+        return self._tails[batch]
+
+    def whole(self, inputs: Mapping[str, torch.Tensor], batch: int) -> list[torch.Tensor]:
+        """Results of a stage that is all there is, for the whole batch at once."""
+        _, found = self.module(batch, batch)(*(inputs[label] for label in self.interface.inputs))
+        results = dict(self._by_place(self.interface.results, found))
+        tail = self.interface.tail
+        if tail is not None:
+            collected = found[len(self.interface.results) :]
+            _, last = self.tail(batch)(*(inputs[label] for label in tail.inputs), *collected)
+            results.update(self._by_place(tail.results, last))
+        return [results[place] for place in sorted(results)]
+
+    @staticmethod
+    def _by_place(
+        results: tuple[tuple[int, str], ...], values: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        return ((place, value) for (place, _), value in zip(results, values, strict=False))
+
+    def _build(self, ops: Sequence[Op], results: Sequence[str], stamp: "_Stamp") -> fx.GraphModule:
         root = nn.Module()
         graph = fx.Graph()
         env: dict[str, fx.Node] = {}
-        stamp = _Stamp(samples, batch, self.device)
-        for kind in ("input", "gp.recv"):
-            for op in self.ops:
-                if op.target == kind:
+        for kinds in (("input",), ("gp.recv", "gp.collect")):
+            for op in ops:
+                if op.target in kinds:
                     env[op.name] = graph.placeholder(_identifier(op.name))
         sends: list[fx.Node] = []
-        steady = self._steady(stamp)
+        steady = self._steady(ops, results, stamp)
         for name, value in steady.values.items():
             root.register_buffer(_identifier(name), value)
             env[name] = graph.get_attr(_identifier(name))
-        for item in self._in_parts(steady):
+        for item in self._in_parts(steady, results):
             if isinstance(item, UnitPart):
                 env.update(self._part(root, graph, item, env, stamp))
             elif item.target == "gp.send":
@@ -157,15 +261,15 @@ class StageBuilder:
                 env[item.name] = self._attach(root, graph, item)
             elif item.name not in env:
                 env[item.name] = self._run(root, graph, item, env, stamp)
-        graph.output((tuple(sends), tuple(env[name] for _, name in self.interface.results)))
+        graph.output((tuple(sends), tuple(env[name] for name in results)))
         return fx.GraphModule(root, graph)
 
-    def _in_parts(self, steady: Steady) -> Sequence[Op | UnitPart]:
-        """What runs in order; recomputed units are one part each."""
-        if not self._recompute:
+    def _in_parts(self, steady: Steady, results: Sequence[str]) -> Sequence[Op | UnitPart]:
+        """What runs in order; recomputed units are one part each, the tail is kept as it is."""
+        if not self._recompute or any(op.attr("tail") for op in steady.ops):
             return steady.ops
         buffers = {op.name: op for op in self.ops if op.target == "buffer"}
-        return cut_out(steady.ops, self._recompute, (n for _, n in self.interface.results), buffers)
+        return cut_out(steady.ops, self._recompute, results, buffers)
 
     def _part(
         self,
@@ -193,18 +297,18 @@ class StageBuilder:
             return self._own(root, graph, op, env, stamp)
         return _call(graph, op, env, stamp)
 
-    def _steady(self, stamp: "_Stamp") -> Steady:
+    def _steady(self, ops: Sequence[Op], results: Sequence[str], stamp: "_Stamp") -> Steady:
         """Compute what needs neither inputs, weights nor buffers."""
         values: dict[str, Any] = {}
         with torch.no_grad():
-            for op in self.ops:
+            for op in ops:
                 if op.target == "constant":
                     values[op.name] = self.tensors[str(op.args[0])]
                 elif _is_steady(op, values):
                     arguments = [stamp.argument(a, values) for a in op.args]
                     keywords = {k: stamp.argument(v, values) for k, v in op.kwargs}
                     values[op.name] = _function(op)(*arguments, **keywords)
-        return leave_out(self.ops, values, (name for _, name in self.interface.results))
+        return leave_out(ops, values, results)
 
     def _attach(self, root: nn.Module, graph: fx.Graph, op: Op) -> fx.Node:
         name = _identifier(op.name)

@@ -8,6 +8,7 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Op
 from graphpar.runtime.executor import StepResult
 from graphpar.runtime.lower import StageInterface
+from graphpar.runtime.program import WHOLE
 from graphpar.schedule import Schedule
 
 
@@ -55,9 +56,15 @@ def inputs_of_rank(
     inputs: Mapping[str, torch.Tensor],
     batched: frozenset[str],
 ) -> dict[str, torch.Tensor]:
-    """What a rank needs of the global batch: its microbatches of the inputs its stage reads."""
+    """What a rank needs of the global batch: its microbatches of the inputs its stage reads.
+
+    What a tail reads, it reads of the whole batch.
+    """
     needed: dict[str, torch.Tensor] = {}
     first, leader = 0, schedule.team_of[rank][0]
+    if stage.tail is not None and any(leader in route for route in schedule.routes):
+        for label in stage.tail.inputs:
+            needed[f"{label}@{WHOLE}" if label in batched else label] = inputs[label]
     for number, (size, route) in enumerate(zip(schedule.microbatch_sizes, schedule.routes, strict=True)):
         if leader in route:
             for label in stage.inputs:

@@ -6,6 +6,9 @@ import msgspec
 
 from graphpar.schedule import Action
 
+WHOLE = "whole"
+"""Stands for the number of a microbatch in the label of an input of the whole batch."""
+
 
 class EmulatedLink(msgspec.Struct, frozen=True):
     """A link to another rank that is made slower: latency and rate of one direction."""

@@ -1,12 +1,12 @@
 """Values that the whole batch must be known for (a count of labels), computed once by the driver."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from graphpar.ir.graph import Graph
-from graphpar.ir.ops import SOURCES
+from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.whole import prologue, whole_batch_names
 from graphpar.runtime.lower import StageBuilder
 from graphpar.runtime.random import StepContext
@@ -26,8 +26,7 @@ class Prologue:
         if part is None:
             return None
         staged = [
-            op if op.target in SOURCES or op.target == "output" else op.with_attrs(stage=0)
-            for op in part.ops
+            op if op.target in SOURCES or op.target == "output" else _in_one_stage(op) for op in part.ops
         ]
         builder = StageBuilder(
             part.with_ops(staged, level="lowered"),
@@ -44,3 +43,8 @@ class Prologue:
         with torch.no_grad():
             _, values = module(*(inputs[label].cpu() for label in self.builder.interface.inputs))
         return dict(zip(self.names, values, strict=True))
+
+
+def _in_one_stage(op: Op) -> Op:
+    attrs = tuple((key, value) for key, value in op.attrs if key != "tail")
+    return replace(op, attrs=attrs).with_attrs(stage=0)

@@ -88,9 +88,7 @@ class OneDevice:
             inputs = {**inputs, **self._prologue.run(inputs, samples)}
         context = self._context
         context.step, context.batch, context.first_sample, context.samples = step, samples, 0, samples
-        module = self._builder.module(samples, samples)
-        _, results = module(*(inputs[label] for label in self._builder.interface.inputs))
-        return list(results)
+        return self._builder.whole(inputs, samples)
 
     def on(self, graph: Graph) -> "OneDevice":
         """Another lowered graph of the same model, on the same tensors."""

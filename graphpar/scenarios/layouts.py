@@ -11,12 +11,16 @@ from itertools import accumulate, pairwise
 from graphpar.cost import CostTable, DeviceClass, LinkCost, Topology, UnitCost
 from graphpar.errors import InfeasibleError
 from graphpar.partition.handmade import evaluate
-from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
+from graphpar.partition.settings import (
+    Microbatches,
+    ScheduleChoice,
+    microbatch_counts,
+    schedules_of,
+)
 from graphpar.partition.types import (
     Partition,
     PipelineChoice,
     Replica,
-    ScheduleName,
     StageChoice,
 )
 from graphpar.scenarios.types import Layout
@@ -61,7 +65,7 @@ def configured(
         raise InfeasibleError(
             f"{layout} has {share} samples per pipeline; {count} microbatches are too many", limit="batch"
         )
-    names: tuple[ScheduleName, ...] = ("1f1b", "gpipe") if schedule == "auto" else (schedule,)
+    names = schedules_of(table, schedule)
     tried = [
         evaluate(grouped, _pipelines(table.batch, groups, cuts, layout, n), name)
         for n in counts

@@ -1,13 +1,16 @@
-"""Losses in which samples meet: the batch stays whole, and the reason names module and line."""
+"""Losses in which samples meet: exact all the same, or whole; the reason names module and line."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
-from one_device import Calls, ready
-from test_batch_exact import Loss, rows, self_attention, sequences, visible
+from one_device import Calls, assert_close, eagerly, in_parts, ready
+from test_batch_exact import PARTS, Loss, rows, self_attention, sequences, visible
 from torch import Tensor, arange, nn
+
+from graphpar.ir.whole import tail_reason
+from graphpar.runtime.reference import draws_at_random
 
 ROWS: dict[str, Loss] = {
     "position table": lambda s, h, y: (h + s.table[: h.size(0)]).pow(2).mean(),
@@ -128,12 +131,19 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
 
 
 def check(model: Calls, args: tuple[Tensor, Tensor]) -> None:
-    reason = ready(model, args).reason
-    by_analysis = " at (top) (" in reason or " at layer (" in reason
-    by_capture = "for a batch of" in reason or "changes with the batch size" in reason
-    assert by_analysis or by_capture, reason
+    """Exact with a tail that runs on the whole batch, or the batch is kept whole; either way told."""
+    made = ready(model, args)
+    told = made.reason or tail_reason(made.source)
+    by_analysis = " at (top) (" in told or " at layer (" in told
+    by_capture = "for a batch of" in told or "changes with the batch size" in told
+    assert by_analysis or by_capture, told
     if by_analysis:
-        assert "(one_device.py:" in reason, reason
+        assert "(one_device.py:" in told, told
+    if not made.reason:
+        whole = in_parts(made, args, (len(args[0]),))
+        assert_close(in_parts(made, args, PARTS), whole)
+        if not draws_at_random(made.source):
+            assert_close(whole, eagerly(model, args))
 
 
 @pytest.mark.parametrize("name", ROWS)
