@@ -18,6 +18,7 @@ from graphpar.ir.shards import Layout, Split
 from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import Partition, Replica
 from graphpar.passes.comm import InsertMessages
+from graphpar.passes.fuse import FuseComm
 from graphpar.passes.place import Place
 from graphpar.passes.shard import Shard
 from graphpar.rewrite import Pipeline
@@ -72,7 +73,7 @@ def member_graphs(
                 chosen = solved[key]
                 for member, own in enumerate(members):
                     rewrite = Shard(number, member, chosen.chosen, chosen.forms, chosen.weights)
-                    local[own] = rewrite.run(whole)
+                    local[own] = FuseComm(number, training).run(rewrite.run(whole))
                 verify(local[members[0]])
     return local
 

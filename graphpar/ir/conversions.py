@@ -90,3 +90,15 @@ _PLAIN: dict[tuple[str, str], Conversion] = {
     ("disjoint", "partial"): _NOTHING,
     ("copied", "first"): _NOTHING,
 }
+
+COLLECTIVES: dict[str, tuple[CollectiveName | None, CollectiveName | None]] = {
+    "gp.copy_to_group": (None, "all_reduce"),
+    "gp.all_reduce": ("all_reduce", None),
+    "gp.reduce_copies": ("all_reduce", "all_reduce"),
+    "gp.take_shard": (None, "all_gather"),
+    "gp.all_gather": ("all_gather", None),
+    "gp.gather_copies": ("all_gather", "reduce_scatter"),
+    "gp.reduce_scatter": ("reduce_scatter", "all_gather"),
+    "gp.all_to_all": ("all_to_all", "all_to_all"),
+}
+"""What each op of a group sends in forward and, where a gradient flows, in backward."""

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from graphpar.ir.graph import Graph
-from graphpar.ir.links import Link, Side, links_of
+from graphpar.ir.links import links_of
 from graphpar.ir.ops import BatchSize, Dim, Op, TensorType
+from graphpar.ir.tie import Link, Side
 
 _BATCH = 1_000_003
 """Stands for the unknown batch size when sizes are compared: a prime larger than any real factor."""

@@ -6,98 +6,23 @@ is computed whole by every member, which is always right.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from graphpar.ir.graph import Graph
-from graphpar.ir.ops import BatchSize, Dim, Op, Ref, TensorType
+from graphpar.ir.more_links import rule_for
+from graphpar.ir.ops import BatchSize, Dim, Op
 from graphpar.ir.optable import POINTWISE, packet
+from graphpar.ir.tie import RESULT, Link, Rule, Side, as_dims, dim_of, shape_of, slot_of
 
-
-@dataclass(frozen=True)
-class Side:
-    """Dimensions of one value, the outermost first.
-
-    Attributes:
-        slot: Number of the operand; `-1 - i` for result i.
-        dims: The dimensions, together one product.
-        lead: A factor before them that the other sides lack: the number of chunks of a split.
-        tail: A factor after them that the other sides lack: query heads per key head.
-    """
-
-    slot: int
-    dims: tuple[int, ...]
-    lead: int = 1
-    tail: int = 1
-
-
-@dataclass(frozen=True)
-class Link:
-    """Sides that run together.
-
-    Attributes:
-        sides: The values they are dimensions of.
-        reduces: Results without the dimension are sums over it.
-        special: How a member computes its part where that takes an op of our own: `lookup`,
-            `classes`, `experts`.
-        first_only: Operands that enter once, not once for each member: a bias beside a sum.
-    """
-
-    sides: tuple[Side, ...]
-    reduces: bool = False
-    special: str = ""
-    first_only: tuple[int, ...] = ()
-
-
-RESULT = -1
-Rule = Callable[[Op, Graph], Iterator[Link]]
 _BIG = 1_000_003
 
 
 def links_of(op: Op, graph: Graph) -> tuple[Link, ...]:
     """The ties of one op; none where there is no rule for it."""
-    rule = _RULES.get(packet(op)) or (_pointwise if packet(op) in POINTWISE else None)
+    own = _RULES.get(packet(op)) or rule_for(op)
+    rule = own or (_pointwise if packet(op) in POINTWISE else None)
     if rule is None or not any(t is not None for t in op.types):
         return ()
     return tuple(link for link in rule(op, graph) if len(link.sides) > 0)
-
-
-def shape_of(op: Op, graph: Graph, slot: int) -> tuple[Dim, ...]:
-    """Shape of the value in a slot."""
-    kind = op.types[-1 - slot] if slot < 0 else graph[op.operands()[slot]].types[0]
-    return kind.shape if isinstance(kind, TensorType) else ()
-
-
-def _slot(op: Op, position: int, key: str = "") -> int | None:
-    """Number of the operand that an argument is; None where it is no tensor."""
-    wanted = op.argument(position, key)
-    if not isinstance(wanted, Ref):
-        return None
-    before = 0
-    for index, argument in enumerate((*op.args, *(v for _, v in op.kwargs))):
-        given = index == position or (index >= len(op.args) and op.kwargs[index - len(op.args)][0] == key)
-        if given and argument == wanted:
-            return before
-        before += sum(1 for _ in _refs(argument))
-    return None
-
-
-def _refs(argument: object) -> Iterator[Ref]:
-    if isinstance(argument, Ref):
-        yield argument
-    elif isinstance(argument, tuple):
-        for item in argument:
-            yield from _refs(item)
-
-
-def _dim(value: object, rank: int) -> int:
-    return value % rank if isinstance(value, int) and rank else 0
-
-
-def _dims(value: object, rank: int) -> tuple[int, ...]:
-    if value is None:
-        return tuple(range(rank))
-    listed = value if isinstance(value, tuple) else (value,)
-    return tuple(_dim(d, rank) for d in listed) or tuple(range(rank))
 
 
 def _joined(op: Op, graph: Graph, pairs: Sequence[tuple[int, int]], result_dim: int) -> Link:
@@ -134,13 +59,13 @@ def _along(op: Op, graph: Graph, blocked: Sequence[int]) -> Iterator[Link]:
 
 def _softmax(op: Op, graph: Graph) -> Iterator[Link]:
     rank = len(shape_of(op, graph, 0))
-    yield from _along(op, graph, [_dim(op.argument(1, "dim"), rank)])
+    yield from _along(op, graph, [dim_of(op.argument(1, "dim"), rank)])
 
 
 def _last_by_default(position: int) -> Rule:
     def rule(op: Op, graph: Graph) -> Iterator[Link]:
         rank = len(shape_of(op, graph, 0))
-        yield from _along(op, graph, [_dim(op.argument(position, "dim", -1), rank)])
+        yield from _along(op, graph, [dim_of(op.argument(position, "dim", -1), rank)])
 
     return rule
 
@@ -157,7 +82,7 @@ def _linear(op: Op, graph: Graph) -> Iterator[Link]:
     rank = len(shape_of(op, graph, 0))
     for d in range(rank - 1):
         yield Link((Side(RESULT, (d,)), Side(0, (d,))))
-    bias = _slot(op, 2, "bias")
+    bias = slot_of(op, 2, "bias")
     columns = [Side(RESULT, (rank - 1,)), Side(1, (0,))]
     yield Link((*columns, *([Side(bias, (0,))] if bias is not None else [])))
     yield Link((Side(0, (rank - 1,)), Side(1, (1,))), True, "", (bias,) if bias is not None else ())
@@ -212,7 +137,7 @@ def _attention(op: Op, graph: Graph) -> Iterator[Link]:
     query = shape_of(op, graph, 0)
     enable_gqa = op.argument(7, "enable_gqa", False) if op.target == "gp.attention" else False
     enable_gqa = enable_gqa or op.kwarg("enable_gqa", False)
-    mask = _slot(op, 3, "attn_mask")
+    mask = slot_of(op, 3, "attn_mask")
     key, value = shape_of(op, graph, 1), shape_of(op, graph, 2)
     if not len(key) == len(value) == len(query):
         return
@@ -264,7 +189,7 @@ def _grouped_product(op: Op, graph: Graph) -> Iterator[Link]:
 
 def _reduction(op: Op, graph: Graph) -> Iterator[Link]:
     shape = shape_of(op, graph, 0)
-    gone = _dims(op.argument(1, "dim"), len(shape))
+    gone = as_dims(op.argument(1, "dim"), len(shape))
     if len(op.args) < 2 and op.kwarg("dim") is None:
         gone = tuple(range(len(shape)))
     keep = op.argument(2, "keepdim", False) is True
@@ -318,7 +243,7 @@ def _transposed(op: Op, rank: int) -> list[int]:
     order = list(range(rank))
     if rank >= 2:
         a, b = (
-            (_dim(op.argument(k, f"dim{k - 1}"), rank) for k in (1, 2)) if packet(op) != "t" else (0, 1)
+            (dim_of(op.argument(k, f"dim{k - 1}"), rank) for k in (1, 2)) if packet(op) != "t" else (0, 1)
         )
         order[a], order[b] = order[b], order[a]
     return order
@@ -339,7 +264,7 @@ def _squeeze_like(op: Op, graph: Graph) -> Iterator[Link]:
 
 def _split(op: Op, graph: Graph) -> Iterator[Link]:
     shape = shape_of(op, graph, 0)
-    dim = _dim(op.argument(2, "dim", 0), len(shape))
+    dim = dim_of(op.argument(2, "dim", 0), len(shape))
     sizes = {t.shape[dim] for t in op.types if t is not None}
     for d in range(len(shape)):
         results = tuple(Side(-1 - i, (d,)) for i in range(len(op.types)))
@@ -351,7 +276,7 @@ def _split(op: Op, graph: Graph) -> Iterator[Link]:
 
 def _slice(op: Op, graph: Graph) -> Iterator[Link]:
     before, after = shape_of(op, graph, 0), shape_of(op, graph, RESULT)
-    dim = _dim(op.argument(1, "dim", 0), len(before))
+    dim = dim_of(op.argument(1, "dim", 0), len(before))
     for d in range(len(before)):
         if d != dim and before[d] == after[d]:
             yield Link((Side(RESULT, (d,)), Side(0, (d,))))
@@ -359,7 +284,7 @@ def _slice(op: Op, graph: Graph) -> Iterator[Link]:
 
 def _select(op: Op, graph: Graph) -> Iterator[Link]:
     rank = len(shape_of(op, graph, 0))
-    dim = _dim(op.argument(1, "dim"), rank)
+    dim = dim_of(op.argument(1, "dim"), rank)
     for d in range(rank):
         if d != dim:
             yield Link((Side(RESULT, (d - (d > dim),)), Side(0, (d,))))
@@ -368,7 +293,7 @@ def _select(op: Op, graph: Graph) -> Iterator[Link]:
 def _cat(op: Op, graph: Graph) -> Iterator[Link]:
     """Operands without elements count for nothing, as in torch."""
     result = shape_of(op, graph, RESULT)
-    dim = _dim(op.argument(1, "dim", 0), len(result))
+    dim = dim_of(op.argument(1, "dim", 0), len(result))
     slots = [s for s in range(len(op.operands())) if len(shape_of(op, graph, s)) == len(result)]
     for d in range(len(result)):
         if d != dim:
@@ -402,7 +327,7 @@ def _convolution(op: Op, graph: Graph) -> Iterator[Link]:
     position = {"convolution": 8}.get(packet(op), 6)
     if op.argument(position, "groups", 1) != 1 or op.argument(6, "transposed", False) is True:
         return
-    bias = _slot(op, 2, "bias")
+    bias = slot_of(op, 2, "bias")
     yield Link((Side(RESULT, (0,)), Side(0, (0,))))
     columns = [Side(RESULT, (1,)), Side(1, (0,))]
     yield Link((*columns, *([Side(bias, (0,))] if bias is not None else [])))
@@ -419,11 +344,11 @@ _RULES: dict[str, Rule] = {
     "amin": _reduction, "view": _view, "reshape": _view, "_unsafe_view": _view, "flatten": _view,
     "unflatten": _view, "unsqueeze": _squeeze_like, "squeeze": _squeeze_like,
     "transpose": _permuted(_transposed), "t": _permuted(_transposed),
-    "permute": _permuted(lambda op, rank: _dims(op.argument(1, "dims"), rank)),
+    "permute": _permuted(lambda op, rank: as_dims(op.argument(1, "dims"), rank)),
     "expand": _expand, "split": _split, "chunk": _split, "split_with_sizes": _split,
     "unsafe_split": _split, "slice": _slice, "select": _select, "cat": _cat, "pad": _pad,
     "constant_pad_nd": _pad, "index": _index, "topk": _last_by_default(2),
-    "sort": _last_by_default(1), "cumsum": _last_by_default(1), "argmax": lambda op, graph: iter(()),
+    "sort": _last_by_default(1), "cumsum": _last_by_default(1),
     "conv1d": _convolution, "conv2d": _convolution, "conv3d": _convolution,
     "convolution": _convolution, "transformers.grouped_mm_fallback.default": _grouped_product,
     "_grouped_mm": _grouped_product,

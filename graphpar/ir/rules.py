@@ -30,7 +30,8 @@ _OWN = frozenset(
 )
 _GROUP = frozenset(
     """gp.copy_to_group gp.all_reduce gp.reduce_copies gp.take_shard gp.take_part gp.all_gather
-    gp.gather_copies gp.reduce_scatter gp.all_to_all gp.lookup gp.class_loss gp.grouped_product""".split()
+    gp.gather_copies gp.reduce_scatter gp.all_to_all gp.lookup gp.class_loss gp.grouped_product
+    gp.begin gp.end gp.late_weight gp.late_product gp.sum_together""".split()
 )
 """Ops by which the members of a tensor group work together."""
 OWN_TARGETS: dict[Level, frozenset[str]] = {

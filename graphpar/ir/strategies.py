@@ -41,8 +41,7 @@ class Strategy:
 
 _MOVES = frozenset(
     """view reshape _unsafe_view flatten unflatten unsqueeze squeeze transpose t permute expand split
-    chunk
-    split_with_sizes unsafe_split slice select clone contiguous alias""".split()
+    chunk split_with_sizes unsafe_split slice select clone contiguous alias unbind flip roll""".split()
 )
 """Ops that only move numbers: linear, and zeros stay zeros."""
 _LINEAR = _MOVES | {"neg", "sum", "mean", "to", "_to_copy"}
@@ -159,7 +158,7 @@ def _passing(op: Op, graph: Graph, copied: tuple[Layout, ...]) -> Iterator[Strat
             yield Strategy((kind, *copied[1:]), results)
         elif name in ("add", "sub") and len(main) == 2 and kind == "partial":
             yield Strategy((kind, kind), results)
-        elif name == "cat" and kind == "partial":
+        elif name in ("cat", "stack") and kind == "partial":
             yield Strategy((kind,) * len(op.operands()), results)
 
 

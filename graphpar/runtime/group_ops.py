@@ -17,8 +17,12 @@ Cut = tuple[int, tuple[int, ...], int]
 """Dimension, units of each member, inner size."""
 
 
-def gathered(team: Team, x: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """The whole tensor on every member."""
+Finish = Callable[[], torch.Tensor]
+"""Waits for what was begun, and gives the result."""
+
+
+def gathered(team: Team, x: torch.Tensor, cut: Cut) -> Finish:
+    """Begin to make the tensor whole on every member."""
     dim, counts, inner = cut
     x = x.detach().contiguous()
     shapes = []
@@ -26,26 +30,32 @@ def gathered(team: Team, x: torch.Tensor, cut: Cut) -> torch.Tensor:
         shape = list(x.shape)
         shape[dim] = shape[dim] // counts[team.member] * count
         shapes.append(tuple(shape))
-    return join(team.exchange([x] * team.size, shapes), dim, counts, inner)
+    arriving = team.start_exchange([x] * team.size, shapes)
+    return lambda: join(arriving(), dim, counts, inner)
 
 
-def scattered_sum(team: Team, x: torch.Tensor, cut: Cut) -> torch.Tensor:
-    """The member's slice of the sum over all members."""
+def scattered_sum(team: Team, x: torch.Tensor, cut: Cut) -> Finish:
+    """Begin to make the member's slice of the sum over all members."""
     dim, counts, inner = cut
     blocks = [take(x.detach(), dim, counts, inner, k) for k in range(team.size)]
-    parts = team.exchange(blocks, [tuple(blocks[team.member].shape)] * team.size)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    arriving = team.start_exchange(blocks, [tuple(blocks[team.member].shape)] * team.size)
+
+    def finish() -> torch.Tensor:
+        first, *others = arriving()
+        for part in others:
+            first = first + part
+        return first
+
+    return finish
 
 
-def regrouped(team: Team, x: torch.Tensor, made: Cut, wanted: Cut) -> torch.Tensor:
-    """A slice of one kind from slices of another."""
+def regrouped(team: Team, x: torch.Tensor, made: Cut, wanted: Cut) -> Finish:
+    """Begin to make a slice of one kind from slices of another."""
     x = x.detach()
     (a, a_counts, a_inner), (b, b_counts, b_inner) = made, wanted
     if a == b:
-        return take(gathered(team, x, made), b, b_counts, b_inner, team.member)
+        whole = gathered(team, x, made)
+        return lambda: take(whole(), b, b_counts, b_inner, team.member)
     blocks = [take(x, b, b_counts, b_inner, k) for k in range(team.size)]
     own = blocks[team.member].shape
     shapes = []
@@ -53,43 +63,47 @@ def regrouped(team: Team, x: torch.Tensor, made: Cut, wanted: Cut) -> torch.Tens
         shape = list(own)
         shape[a] = own[a] // a_counts[team.member] * count
         shapes.append(tuple(shape))
-    return join(team.exchange(blocks, shapes), a, a_counts, a_inner)
+    arriving = team.start_exchange(blocks, shapes)
+    return lambda: join(arriving(), a, a_counts, a_inner)
 
 
-Way = Callable[[Team, torch.Tensor, Sequence[Cut]], torch.Tensor]
+Owned = tuple[bool, bool]
+"""Whether the operand, and in backward the gradient, may be overwritten."""
+Way = Callable[[Team, torch.Tensor, Sequence[Cut], bool], Finish]
+"""Begins to bring a tensor into another layout; the last argument says that it may be overwritten."""
 
 
-def _same(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
-    return x.view_as(x)
+def _same(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
+    return lambda: x.detach()
 
 
-def _sum(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
-    return team.sum(x)
+def _sum(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
+    return team.start_sum(x, owned)
 
 
-def _gather(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
+def _gather(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
     return gathered(team, x, cuts[0])
 
 
-def _scatter(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
+def _scatter(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
     return scattered_sum(team, x, cuts[0])
 
 
-def _slice(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
+def _slice(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
     dim, counts, inner = cuts[0]
-    return take(x, dim, counts, inner, team.member)
+    return lambda: take(x.detach(), dim, counts, inner, team.member)
 
 
-def _pad(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
+def _pad(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
     dim, counts, inner = cuts[0]
-    return padded(x, dim, counts, inner, team.member)
+    return lambda: padded(x.detach(), dim, counts, inner, team.member)
 
 
-def _regroup(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
+def _regroup(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
     return regrouped(team, x, cuts[0], cuts[1])
 
 
-def _regroup_back(team: Team, x: torch.Tensor, cuts: Sequence[Cut]) -> torch.Tensor:
+def _regroup_back(team: Team, x: torch.Tensor, cuts: Sequence[Cut], owned: bool) -> Finish:
     return regrouped(team, x, cuts[1], cuts[0])
 
 
@@ -107,30 +121,35 @@ PAIRS: dict[str, tuple[Way, Way]] = {
 """What each op does in forward, and with the gradient in backward."""
 
 
+def cuts_of(numbers: Sequence[Any]) -> list[Cut]:
+    """Dimension, counts and inner size of each slice, from the arguments of an op."""
+    return [(numbers[i], tuple(numbers[i + 1]), numbers[i + 2]) for i in range(0, len(numbers), 3)]
+
+
 class _Paired(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, team: Team, forward: Way, backward: Way, cuts: Sequence[Cut]
+        ctx: Any, x: torch.Tensor, team: Team, ways: tuple[Way, Way], cuts: Sequence[Cut], owned: Owned
     ) -> torch.Tensor:
-        ctx.team, ctx.back, ctx.cuts = team, backward, cuts
-        return forward(team, x, cuts)
+        ctx.team, ctx.back, ctx.cuts, ctx.owned = team, ways[1], cuts, owned[1]
+        return ways[0](team, x, cuts, owned[0])()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        return ctx.back(ctx.team, gradients[0].contiguous(), ctx.cuts), None, None, None, None
+        gradient = gradients[0].contiguous()
+        return ctx.back(ctx.team, gradient, ctx.cuts, ctx.owned)(), None, None, None, None
 
 
 class Paired(nn.Module):
     """One of `PAIRS`."""
 
-    def __init__(self, team: Team, target: str) -> None:
+    def __init__(self, team: Team, target: str, owned: Owned = (False, False)) -> None:
         super().__init__()
-        self.team, (self.ahead, self.back) = team, PAIRS[target]
+        self.team, self.ways, self.owned = team, PAIRS[target], owned
 
     def forward(self, x: torch.Tensor, *cut: Any) -> torch.Tensor:
         """The value in its other layout; `cut` holds dimension, counts, inner size of each slice."""
-        cuts = [(cut[i], tuple(cut[i + 1]), cut[i + 2]) for i in range(0, len(cut), 3)]
-        moved: torch.Tensor = _Paired.apply(x, self.team, self.ahead, self.back, cuts)  # type: ignore[no-untyped-call]
+        moved: torch.Tensor = _Paired.apply(x, self.team, self.ways, cuts_of(cut), self.owned)  # type: ignore[no-untyped-call]
         return moved
 
 
@@ -165,7 +184,7 @@ class _ClassLoss(torch.autograd.Function):
         here = (target >= first) & (target < first + scores.shape[1])
         own = torch.where(here, target - first, 0)
         hit = exact.gather(1, own[:, None])[:, 0] * here
-        total, wanted = team.sum(torch.stack((raised.sum(1), hit))).unbind(0)
+        total, wanted = team.start_sum(torch.stack((raised.sum(1), hit)), True)().unbind(0)
         valid = target != ignored
         losses = torch.where(valid, total.log() + largest - wanted, 0.0)
         count = valid.sum() if reduction == 1 else torch.ones((), device=scores.device)
@@ -213,7 +232,7 @@ class GroupedProduct(nn.Module):
         return torch.cat(pieces)
 
 
-def group_module(target: str, team: Team | None) -> nn.Module | None:
+def group_module(target: str, team: Team | None, owned: Owned = (False, False)) -> nn.Module | None:
     """The module of one of these ops; None for an op that is none of them."""
     if target == "gp.lookup":
         return Lookup()
@@ -224,5 +243,5 @@ def group_module(target: str, team: Team | None) -> nn.Module | None:
         return ClassLoss(team)
     if target in PAIRS:
         assert team is not None, "a tensor group's op outside a group"
-        return Paired(team, target)
+        return Paired(team, target, owned)
     return None

@@ -17,6 +17,7 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.group_ops import group_module
+from graphpar.runtime.overlap import overlap_module
 from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
 from graphpar.runtime.random import Layout, Part, StepContext
 from graphpar.runtime.recompute import Recomputed, UnitPart, Units, cut_out
@@ -335,7 +336,7 @@ class StageBuilder:
             return Share(self.context)
         if op.target == "gp.cast_weight":
             return CastWeight(self._lower_weights)
-        of_group = group_module(op.target, self.team)
+        of_group = _group_module(op, self.team)
         if of_group is not None:
             return of_group
         stream, given = op.kwarg("stream"), op.kwarg("layout")
@@ -352,6 +353,15 @@ class StageBuilder:
             "gp.attention": Attention,
         }
         return classes[op.target](self.context, stream, layout, _part(op))
+
+
+def _group_module(op: Op, team: Team | None) -> nn.Module | None:
+    """The module of an op by which members of a tensor group work together."""
+    given = op.kwarg("owned")
+    owned = (bool(given[0]), bool(given[1])) if isinstance(given, tuple) else (False, False)
+    kind = op.args[1] if len(op.args) > 1 else ""
+    named = kind if isinstance(kind, str) else ""
+    return group_module(op.target, team, owned) or overlap_module(op.target, named, owned, team)
 
 
 def _part(op: Op) -> Part | None:

@@ -1,6 +1,9 @@
-"""What the members of a tensor group say to each other: a sum, a maximum, and an exchange of blocks."""
+"""What the members of a tensor group say to each other: a sum, a maximum, and an exchange of blocks.
 
-from collections.abc import Sequence
+What is begun may be waited for later, so that a member computes while it is on the way.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,16 +22,19 @@ class Team(Protocol):
     def size(self) -> int:
         """Members of the group."""
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the members, the same bits for each; the argument is left as it is."""
+    def start_sum(self, tensor: torch.Tensor, owned: bool = False) -> Callable[[], torch.Tensor]:
+        """Begin a sum over the members; calling what comes back waits for it, the same bits for each.
+
+        The argument is left as it is unless it is `owned`: then its place is used.
+        """
+
+    def start_exchange(
+        self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Begin to give block k to member k; waiting gives what the members had for this one."""
 
     def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Largest value over the members, place by place; the argument is left as it is."""
-
-    def exchange(
-        self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
-    ) -> list[torch.Tensor]:
-        """Give block k to member k; get what the members had for this one, of the shapes given."""
 
 
 class TransportTeam:
@@ -44,16 +50,17 @@ class TransportTeam:
     def __init__(self, transport: Transport, group: int, member: int, size: int) -> None:
         self.transport, self.group, self.member, self.size = transport, group, member, size
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the members."""
-        return self.transport.sum(tensor.detach().clone(), self.group)
+    def start_sum(self, tensor: torch.Tensor, owned: bool = False) -> Callable[[], torch.Tensor]:
+        """Begin a sum over the members."""
+        tensor = tensor.detach()
+        return self.transport.start_sum(tensor if owned else tensor.clone(), self.group)
+
+    def start_exchange(
+        self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Begin to give each member its block."""
+        return self.transport.start_exchange(blocks, shapes, self.group)
 
     def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Largest value over the members."""
         return self.transport.maximum(tensor.detach().clone(), self.group)
-
-    def exchange(
-        self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
-    ) -> list[torch.Tensor]:
-        """Give each member its block."""
-        return self.transport.exchange(blocks, shapes, self.group)

@@ -4,7 +4,7 @@ Devices without gloo support are staged through the CPU, so that a GPU and a CPU
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -54,6 +54,7 @@ class Transport:
         self._members = [tuple(g) for g in groups]
         self._groups = [dist.new_group([self.ranks[r] for r in g], backend="gloo") for g in groups]
         self._pending: list[tuple[dist.Work | None, torch.Tensor]] = []
+        self._busy_until = 0.0
 
     def post(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, tag: int) -> Arrival:
         """Make ready for a message from a rank."""
@@ -89,40 +90,72 @@ class Transport:
 
     def sum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
         """Sum over a group of ranks; the result is on the tensor's device."""
-        buffer = tensor.cpu()
-        self._wait_for_slow_ring(self._members[group], buffer.nbytes)
-        dist.all_reduce(buffer, group=self._groups[group])
-        return buffer.to(tensor.device)
+        return self.start_sum(tensor, group)()
+
+    def start_sum(self, tensor: torch.Tensor, group: int) -> Callable[[], torch.Tensor]:
+        """Begin a sum, in the tensor's own place where it lies on the CPU; the result of waiting."""
+        buffer = tensor.cpu().contiguous()
+        due = self._due(self._ring_seconds(self._members[group], buffer.nbytes))
+        work = dist.all_reduce(buffer, group=self._groups[group], async_op=True)
+
+        def finish() -> torch.Tensor:
+            _wait(work, due)
+            return buffer.to(tensor.device)
+
+        return finish
 
     def maximum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
         """Largest values over a group of ranks; the result is on the tensor's device."""
         buffer = tensor.cpu()
-        self._wait_for_slow_ring(self._members[group], buffer.nbytes)
+        due = self._due(self._ring_seconds(self._members[group], buffer.nbytes))
         dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self._groups[group])
+        _wait(None, due)
         return buffer.to(tensor.device)
 
-    def exchange(
+    def start_exchange(
         self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]], group: int
-    ) -> list[torch.Tensor]:
-        """Give every rank of a group its block; get those meant for this one, of the shapes given."""
-        flat = torch.cat([block.detach().cpu().reshape(-1) for block in blocks])
-        sizes = [prod(shape) for shape in shapes]
-        arrived = torch.empty(sum(sizes), dtype=flat.dtype)
-        self._wait_for_slow_peers(self._members[group], blocks)
-        given = [block.numel() for block in blocks]
-        dist.all_to_all_single(arrived, flat, sizes, given, group=self._groups[group])
-        parts = torch.split(arrived, sizes)
-        return [p.view(shape).to(blocks[0].device) for p, shape in zip(parts, shapes, strict=True)]
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Begin to give every rank of a group its block; waiting gives those meant for this one.
 
-    def _wait_for_slow_peers(self, members: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
+        They have the shapes given; the own block is handed back as it is.
+        """
+        members = self._members[group]
+        own = next(k for k, rank in enumerate(members) if self.ranks[rank] == dist.get_rank())
+        others = [k for k in range(len(members)) if k != own]
+        away = [blocks[k].detach().cpu().reshape(-1) for k in others]
+        flat = away[0] if len(away) == 1 else torch.cat(away)
+        sizes = [0 if k == own else prod(shape) for k, shape in enumerate(shapes)]
+        arrived = torch.empty(sum(sizes), dtype=flat.dtype)
+        due = self._due(self._peer_seconds(members, blocks))
+        given = [0 if k == own else block.numel() for k, block in enumerate(blocks)]
+        group_of = self._groups[group]
+        work = dist.all_to_all_single(arrived, flat, sizes, given, group=group_of, async_op=True)
+
+        def finish() -> list[torch.Tensor]:
+            _wait(work, due)
+            parts = torch.split(arrived, sizes)
+            return [
+                blocks[k] if k == own else part.view(shape).to(blocks[k].device)
+                for k, (part, shape) in enumerate(zip(parts, shapes, strict=True))
+            ]
+
+        return finish
+
+    def _due(self, seconds: float) -> float:
+        """When an emulated link will have carried a collective that takes so long, one after another."""
+        if not seconds:
+            return 0.0
+        self._busy_until = max(time.monotonic(), self._busy_until) + seconds
+        return self._busy_until
+
+    def _peer_seconds(self, members: Sequence[int], blocks: Sequence[torch.Tensor]) -> float:
         """Blocks leave one after another; each link takes its own time."""
         seconds = 0.0
         for rank, block in zip(members, blocks, strict=True):
             link = self._emulated.get(rank)
             if link is not None:
                 seconds += link.latency_s + block.nbytes / link.bytes_per_s
-        if seconds:
-            time.sleep(seconds)
+        return seconds
 
     def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over every rank of the process group, those without work included."""
@@ -130,13 +163,22 @@ class Transport:
         dist.all_reduce(buffer)
         return buffer.to(tensor.device)
 
-    def _wait_for_slow_ring(self, members: Sequence[int], num_bytes: int) -> None:
+    def _ring_seconds(self, members: Sequence[int], num_bytes: int) -> float:
         """A ring moves 2 (w - 1) / w of the bytes in 2 (w - 1) messages over its slowest link."""
         links = [self._emulated[r] for r in members if r in self._emulated]
-        if links:
-            turns = 2 * (len(members) - 1)
-            chunk = num_bytes / len(members)
-            time.sleep(turns * max(k.latency_s + chunk / k.bytes_per_s for k in links))
+        if not links:
+            return 0.0
+        turns = 2 * (len(members) - 1)
+        chunk = num_bytes / len(members)
+        return turns * max(k.latency_s + chunk / k.bytes_per_s for k in links)
+
+
+def _wait(work: "dist.Work | None", due: float) -> None:
+    """Wait for a collective, and until an emulated link would have carried it."""
+    if work is not None:
+        work.wait()
+    if due:
+        time.sleep(max(0.0, due - time.monotonic()))
 
 
 def _flat(buffer: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy
+from graphpar.passes.fuse import FuseComm
 from graphpar.passes.shard import Shard
 from graphpar.preparation import Prepared
 from graphpar.runtime.lower import StageBuilder
@@ -56,24 +57,27 @@ class ThreadTeam:
     def size(self) -> int:
         return self.meeting.size
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def start_sum(self, tensor: torch.Tensor, owned: bool = False) -> Callable[[], torch.Tensor]:
         self.sent_bytes += 2 * tensor.nbytes * (self.size - 1) / self.size
         parts = self.meeting.swap(self.member, f"sum {tuple(tensor.shape)}", tensor.detach().clone())
-        return torch.stack(parts).sum(0)
+        total = torch.stack(parts).sum(0)
+        if owned:
+            tensor.detach().fill_(float("nan"))  # whoever still reads it is found out
+        return lambda: total
 
     def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
         self.sent_bytes += 2 * tensor.nbytes * (self.size - 1) / self.size
         parts = self.meeting.swap(self.member, f"maximum {tuple(tensor.shape)}", tensor.detach().clone())
         return torch.stack(parts).amax(0)
 
-    def exchange(
+    def start_exchange(
         self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
-    ) -> list[torch.Tensor]:
+    ) -> Callable[[], list[torch.Tensor]]:
         self.sent_bytes += sum(b.nbytes for k, b in enumerate(blocks) if k != self.member)
         parts = self.meeting.swap(self.member, "exchange", [b.detach().clone() for b in blocks])
         mine = [part[self.member] for part in parts]
         assert [tuple(p.shape) for p in mine] == [tuple(s) for s in shapes]
-        return mine
+        return lambda: mine
 
 
 def in_threads(size: int, work: Callable[[ThreadTeam], T]) -> list[T]:
@@ -127,6 +131,7 @@ def grouped(
 
     def work(team: ThreadTeam) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float, Graph]:
         local = Shard(0, team.member, choice.chosen, choice.forms, choice.weights).run(graph)
+        local = FuseComm(0, True).run(local)
         verify(local)
         tensors: dict[str, torch.Tensor] = {}
         for op in local.ops:
