@@ -42,7 +42,9 @@ class GPTBlock(nn.Module):
         q, k, v = mixed.permute(3, 0, 2, 1, 4).unbind(0)
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(h.transpose(1, 2).reshape(batch, length, -1))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        wide = F.gelu(self.up(self.norm2(x)), approximate="tanh")
+        result: torch.Tensor = x + self.down(wide)
+        return result
 
 
 class LlamaBlock(nn.Module):
@@ -72,7 +74,8 @@ class LlamaBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.out(h.transpose(1, 2).reshape(batch, length, -1))
         h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        result: torch.Tensor = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return result
 
 
 BLOCKS: dict[str, Any] = {"gpt": GPTBlock, "llama": LlamaBlock}
@@ -157,14 +160,14 @@ def split_by_hand(model: Stack, member: int, members: int) -> Stack:
     model = copy.deepcopy(model)
     for block in model.blocks:
         for name, layer in list(block.named_children()):
-            if name in COLUMNS:
+            if not isinstance(layer, nn.Linear):
+                setattr(block, name, CopyingNorm(layer))
+            elif name in COLUMNS:
                 layer.weight = nn.Parameter(_part(layer.weight, 0, member, members))
                 if layer.bias is not None:
                     layer.bias = nn.Parameter(_part(layer.bias, 0, member, members))
-            elif name in ROWS:
-                setattr(block, name, RowLinear(_part(layer.weight, 1, member, members), layer.bias))
             else:
-                setattr(block, name, CopyingNorm(layer))
+                setattr(block, name, RowLinear(_part(layer.weight, 1, member, members), layer.bias))
     return model
 
 

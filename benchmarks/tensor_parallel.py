@@ -49,7 +49,7 @@ Step = Callable[[], float]
 sgd = partial(torch.optim.SGD, lr=0.01)
 
 
-class Sent(TorchDispatchMode):
+class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what collectives send, as a ring does, and how many there are."""
 
     RING: Mapping[str, float] = {
@@ -59,7 +59,7 @@ class Sent(TorchDispatchMode):
     """Times (n-1)/n of the whole."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes, self.calls = 0.0, 0
 
     def __torch_dispatch__(

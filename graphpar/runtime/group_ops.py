@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpar.runtime.slices import join, padded, take
+from graphpar.runtime.slices import join, padded, part_of, take
 from graphpar.runtime.team import Team
 
 Cut = tuple[int, tuple[int, ...], int]
@@ -37,14 +37,17 @@ def gathered(team: Team, x: torch.Tensor, cut: Cut) -> Finish:
 def scattered_sum(team: Team, x: torch.Tensor, cut: Cut) -> Finish:
     """Begin to make the member's slice of the sum over all members."""
     dim, counts, inner = cut
-    blocks = [take(x.detach(), dim, counts, inner, k) for k in range(team.size)]
+    x = x.detach()
+    blocks = [(part_of if k == team.member else take)(x, dim, counts, inner, k) for k in range(team.size)]
     arriving = team.start_exchange(blocks, [tuple(blocks[team.member].shape)] * team.size)
 
     def finish() -> torch.Tensor:
-        first, *others = arriving()
-        for part in others:
-            first = first + part
-        return first
+        parts = arriving()
+        own = parts.pop(team.member)
+        total = parts.pop()
+        for part in (own, *parts):
+            total += part
+        return total
 
     return finish
 

@@ -17,9 +17,16 @@ def take(tensor: torch.Tensor, dim: int, counts: Sequence[int], inner: int, memb
     >>> take(torch.arange(12), 0, (2, 1), 2, 1)
     tensor([ 4,  5, 10, 11])
     """
+    return part_of(tensor, dim, counts, inner, member).contiguous()
+
+
+def part_of(
+    tensor: torch.Tensor, dim: int, counts: Sequence[int], inner: int, member: int
+) -> torch.Tensor:
+    """The member's slice where it lies in the whole, if that is possible without a copy."""
     whole = _unfolded(tensor, dim, sum(counts) * inner)
     own = whole.narrow(dim + 1, sum(counts[:member]) * inner, counts[member] * inner)
-    return own.flatten(dim, dim + 1).contiguous()
+    return own.flatten(dim, dim + 1)
 
 
 def join(parts: Sequence[torch.Tensor], dim: int, counts: Sequence[int], inner: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ class ThreadTeam:
         parts = self.meeting.swap(self.member, "exchange", [b.detach().clone() for b in blocks])
         mine = [part[self.member] for part in parts]
         assert [tuple(p.shape) for p in mine] == [tuple(s) for s in shapes]
-        return lambda: mine
+        return lambda: [m.clone() for m in mine]
 
 
 def in_threads(size: int, work: Callable[[ThreadTeam], T]) -> list[T]:
