@@ -38,10 +38,18 @@ class Traits:
     accumulates: bool = False
     logit_bytes: float = 14.0
     selects_products: bool = False
+    adds_gradients: bool = False
+    stops_early: bool = False
 
 
 OLD_MEGATRON = Traits(
-    False, dropout=True, overlaps=False, gradient_bytes=2.0, logit_bytes=13.0, fallback_softmax=True
+    False,
+    dropout=True,
+    overlaps=False,
+    gradient_bytes=2.0,
+    logit_bytes=13.0,
+    fallback_softmax=True,
+    adds_gradients=True,
 )
 """Before 2023: scores in memory, dropout everywhere, gradients summed after backward."""
 
@@ -64,9 +72,12 @@ FRAMEWORKS = (
     ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
     ("megatron-deepspeed", DEEPSPEED),
     ("megatron-lm", OLD_MEGATRON),
-    ("composer", Traits(True, False, fused_loss=True, zero=3)),
-    ("torchtitan", Traits(True, False, zero=3, selects_products=True)),
-    ("fms-fsdp", Traits(compiled=True, gradient_bytes=2.0, zero=3, selects_layers=True)),
+    ("composer", Traits(True, False, fused_loss=True, zero=3, stops_early=True)),
+    ("torchtitan", Traits(True, False, zero=3, selects_products=True, stops_early=True)),
+    (
+        "fms-fsdp",
+        Traits(compiled=True, gradient_bytes=2.0, zero=3, selects_layers=True, stops_early=True),
+    ),
     ("megatron-bridge", MODERN_MEGATRON),
     ("nemo", MODERN_MEGATRON),
     ("nanotron", Traits(True, False, zero=1)),
@@ -88,6 +99,14 @@ NETWORK_PER_DEVICE = {
     "GB200": 50e9, "GB300": 100e9, "MI300X": 50e9,
 }  # fmt: skip
 """Usual network per device of that generation's reference design, where a row does not state it."""
+
+
+DEVICES_PER_HOST = {"gb200": 4, "gb300": 4}
+"""Devices that one operating system drives, where it is not a whole node of eight."""
+
+
+OVERLAPPED_EXPERTS = (26, 6)
+"""NeMo release since which experts' all-to-alls overlap with compute."""
 
 
 def run_of(row: dict[str, Any]) -> Run | str:
@@ -177,10 +196,27 @@ def _run(
         logit_bytes=traits.logit_bytes,
         fallback_softmax=traits.fallback_softmax,
         vendor_attention=traits.vendor_attention,
-        overlaps_tensor=traits.overlaps_tensor or bool(parallel.get("async_tp")),
+        overlaps_tensor=_overlaps_tensor(parallel, device, traits),
         shard_group=per_node if fsdp == "HSDP" else 0,
         selects_products=traits.selects_products,
+        adds_gradients=traits.adds_gradients,
+        pure_half=parallel.get("fsdp_mixed_precision") == "PURE",
+        stops_early=traits.stops_early,
+        overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
     )
+
+
+def _release(row: dict[str, Any]) -> tuple[int, int]:
+    """Year and month of a framework's release, where the row or the title of its table names one."""
+    words = f"{row['parallel'].get('framework')} {(row.get('source') or {}).get('table')}"
+    found = re.search(r"\b(2\d)\.(\d\d)\b", words)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _overlaps_tensor(parallel: dict[str, Any], device: str, traits: Traits) -> bool:
+    """Overlap within tensor-parallel groups writes into peers' buffers, which one host must have mapped."""
+    fits_host = (parallel.get("tp") or 1) <= DEVICES_PER_HOST.get(device, 8)
+    return bool(parallel.get("async_tp")) or (traits.overlaps_tensor and fits_host)
 
 
 def _count(row: dict[str, Any]) -> int:

@@ -105,6 +105,8 @@ def collective_s(
         return p.ring_base_s / 2 + num_bytes / ring_bytes_per_s(group)
     moved = num_bytes * bus_factor(name, group.ranks)
     rate = ring_bytes_per_s(group)
+    if name == "all_to_all" and group.nodes > 1:
+        rate = min(rate, _scatter_bytes_per_s(group))
     hops_s = (group.ranks - 1) * group.kind.latency_s
     network_s = NETWORK_LATENCY_S * (group.nodes - 1)
     ring_s = p.ring_base_s + p.ring_hops * hops_s + moved / rate + network_s
@@ -138,6 +140,16 @@ def ring_bytes_per_s(group: Group) -> float:
     per_node = group.network.node_bytes_per_s * group.network.efficiency
     across = per_node / max(group.sharing, 1)
     return min(inside, across)
+
+
+def _scatter_bytes_per_s(group: Group) -> float:
+    """Of an all-to-all over nodes: all but the part for the own node leaves through its network."""
+    if group.network is None:
+        return float("inf")
+    per_node = max(group.ranks // group.nodes, 1)
+    leaving = (group.ranks - per_node) / (group.ranks - 1)
+    node = group.network.node_bytes_per_s * group.network.efficiency / max(group.sharing, 1)
+    return node / (per_node * leaving)
 
 
 def _inside_bytes_per_s(group: Group) -> float:

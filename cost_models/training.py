@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from graphpar import catalogue
+from graphpar.cost_models import gemm
 from graphpar.cost_models.communication import Group, Network, collective_s
 from graphpar.cost_models.rates import interpolate
 from graphpar.cost_models.transformer import LayerWork, ModelShape, Product, layer_work
@@ -28,6 +29,9 @@ HALF = ("float16", "bfloat16")
 PLAIN_SHARE = 0.8
 """Reached of the float32 units' peak by batched products."""
 
+CAST_TRAFFIC = 1.5
+"""Memory traffic of eager pointwise work under automatic casts, half of it in float32, over that without."""
+
 FALLBACK_KERNELS = 5.0
 """Kernels of an unfused scaled and masked softmax (scale, mask, to float32, softmax, back) beyond one."""
 
@@ -38,7 +42,6 @@ class TrainingParameters:
 
     Attributes:
         matmul_share: Reached over the catalogue's efficiency curve, in float16 and bfloat16.
-        matmul_half_rows: Rows per product at which the narrow side costs half the rate.
         float8_share: The same for float8 on its own peak.
         attention_share: Reached over the family's fused-attention fraction.
         vendor_attention_share: The same for the vendor's tuned attention kernels.
@@ -57,7 +60,6 @@ class TrainingParameters:
     """
 
     matmul_share: float = 0.95
-    matmul_half_rows: float = 64.0
     float8_share: float = 0.8
     attention_share: float = 1.0
     vendor_attention_share: float = 1.5
@@ -106,6 +108,10 @@ class Run:
         shard_group: Ranks over which sharded weights are divided where not over all (hybrid sharding).
         memory_bytes: Memory of a device where it is not the kind's own.
         link: Kind of the link inside nodes where it is not the device's usual one.
+        adds_gradients: Whether gradients of microbatches are added by kernels of their own.
+        overlaps_experts: Whether experts' all-to-alls run beside other microbatches' compute.
+        pure_half: Whether pointwise work too is in half precision, with no casts to float32.
+        stops_early: Whether recomputation ends with the last result that is needed.
         selects_products: Whether selective recomputation keeps every second product, else all but scores.
     """
 
@@ -144,6 +150,10 @@ class Run:
     bucket_elements: float = 0.0
     logit_bytes: float = 14.0
     selects_products: bool = False
+    adds_gradients: bool = False
+    overlaps_experts: bool = False
+    pure_half: bool = False
+    stops_early: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,32 +185,39 @@ def step_time(run: Run, p: TrainingParameters) -> StepTime:
     machine = _Machine(run, p)
     microbatches = max(round(run.batch / (run.data * run.microbatch)), 1)
     layers = math.ceil(run.shape.layers / run.pipeline)
-    device_s, host_s = machine.layer_seconds()
-    tensor_s = layers * (machine.tensor_collectives_s(device_s) + machine.expert_collectives_s())
-    # Kernels and collectives are issued ahead by the host, which alone bounds small layers. Forward and
-    # backward differ in which side leads, so near the ridge both cost: a 4-norm, not the maximum.
-    compute_s = _either(layers * device_s + tensor_s, layers * host_s)
-    shards_s = layers * machine.shard_collectives_s(device_s)
+    layer = machine.layer_time()
+    shards_s = layers * machine.shard_collectives_s(layer.device_s)
+    gradients_s = machine.accumulation_s() if microbatches > 1 else 0.0
     head_s = machine.head_seconds()
-    stage_s = compute_s + shards_s + head_s / run.pipeline
-    slowest_s = compute_s + shards_s + head_s
+    layers_s = layers * layer.total_s + shards_s
+    stage_s = layers_s + head_s / run.pipeline
     bubble_s = (run.pipeline - 1) / run.virtual * stage_s
     pipeline_s = machine.stage_messages_s() * (microbatches * run.virtual + run.pipeline - 1)
-    work_s = microbatches * slowest_s
+    work_s = microbatches * (layers_s + head_s + gradients_s)
     data_s = machine.gradient_collective_s(work_s)
     optimizer_s = machine.optimizer_s() + p.step_host_s
     total_s = work_s + bubble_s + pipeline_s + data_s + optimizer_s
     total_s *= 1 + p.imbalance * math.log2(max(run.devices, 1))
     return StepTime(
         total_s,
-        microbatches * layers * device_s,
-        microbatches * layers * host_s,
-        microbatches * tensor_s,
+        microbatches * layers * layer.device_s,
+        microbatches * layers * layer.host_s,
+        microbatches * layers * layer.collectives_s,
         pipeline_s,
         data_s + microbatches * shards_s,
         optimizer_s,
         bubble_s,
     )
+
+
+@dataclass(frozen=True)
+class _LayerTime:
+    """One layer and microbatch, forward and backward."""
+
+    device_s: float
+    host_s: float
+    collectives_s: float
+    total_s: float
 
 
 def _either(first_s: float, second_s: float) -> float:
@@ -238,17 +255,27 @@ class _Machine:
 
     def product_s(self, product: Product, dtype: str) -> float:
         """A matrix product: arithmetic and memory traffic, partly overlapped."""
-        points = self.family.matmul_efficiency
-        top = (self.kind.measured_matmul_fraction or points[-1][1]) / points[-1][1]
-        if (product.columns % 8 and product.count > 1) or (product.inner % 8 and product.count > 1):
+        if product.count > 1 and (product.columns % 8 or product.inner % 8):
             return self._plain_product_s(product)
-        share = self.p.matmul_share if dtype in HALF else self.p.float8_share
-        efficiency = interpolate(points, product.flops) * top * share
-        rows = min(product.rows, product.columns, product.inner)
-        efficiency *= rows / (rows + self.p.matmul_half_rows)
-        compute_s = product.flops / (self.peak(dtype) * efficiency)
         memory_s = product.bytes(2.0) / (self.kind.memory_bytes_per_s * self.family.bandwidth_fraction)
-        return _either(compute_s, memory_s)
+        return _either(self._arithmetic_s(product, dtype), memory_s)
+
+    def _arithmetic_s(self, product: Product, dtype: str) -> float:
+        points = self.family.matmul_efficiency
+        top = self.kind.measured_matmul_fraction or points[-1][1]
+        share = self.p.matmul_share if dtype in HALF else self.p.float8_share
+        if self.kind.multiprocessors:
+            return gemm.product_s(
+                product.rows,
+                product.columns,
+                product.inner,
+                product.count,
+                flops_per_s=self.peak(dtype) * top * share,
+                multiprocessors=self.kind.multiprocessors,
+                bytes_per_s=self.kind.memory_bytes_per_s * self.family.bandwidth_fraction,
+            )
+        efficiency = interpolate(points, product.flops) * top / points[-1][1] * share
+        return product.flops / (self.peak(dtype) * efficiency)
 
     def _plain_product_s(self, product: Product) -> float:
         """A product of half-precision matrices whose rows are not multiples of 16 bytes: tensor cores
@@ -266,7 +293,7 @@ class _Machine:
             context=run.context,
             expert=run.expert,
             fused_attention=run.fused_attention,
-            pointwise_traffic=1.0 if run.fused_pointwise else self.p.unfused_traffic,
+            pointwise_traffic=self._pointwise_traffic(),
             sequence_parallel=run.sequence_parallel,
             dropout=run.dropout,
             expert_passes=self.p.expert_traffic,
@@ -276,8 +303,17 @@ class _Machine:
             return replace(work, kernels=kernels, score_bytes=3 * work.score_bytes)
         return work
 
-    def layer_seconds(self) -> tuple[float, float]:
-        """Device and host time of one layer, forward and backward, recomputation included."""
+    def _pointwise_traffic(self) -> float:
+        if self.run.fused_pointwise:
+            return 1.0
+        return max(self.p.unfused_traffic / (CAST_TRAFFIC if self.run.pure_half else 1.0), 1.0)
+
+    def layer_time(self) -> _LayerTime:
+        """One layer, forward and backward, recomputation included.
+
+        Kernels and collectives are issued ahead by the host, which alone bounds small layers. Forward and
+        backward differ in which side leads, so near the ridge both cost: a 4-norm, not the maximum.
+        """
         work, run = self.work(), self.run
         products_s = sum(self.product_s(x, run.dtype) for x in work.products)
         traffic_s = work.traffic_bytes / self.bytes_per_s
@@ -287,16 +323,23 @@ class _Machine:
             traffic_s += casts / self.bytes_per_s
         attention_s = self._attention_s(work)
         forward_s = products_s + traffic_s + attention_s
-        backward_factor = 2.5 if run.fused_attention else 2.0
-        backward_s = 2 * products_s + self.p.backward_traffic * traffic_s + backward_factor * attention_s
+        backward_s = 2 * products_s + self.p.backward_traffic * traffic_s
+        backward_s += (2.5 if run.fused_attention else 2.0) * attention_s
         again = run.recompute_share if run.recompute == "full" else 0.0
-        again_s = again * forward_s
+        # Stopped once nothing more is missing, recomputation leaves out the layer's last product.
+        spared_s = self.product_s(work.products[-1], run.dtype) if run.stops_early else 0.0
+        again_s = again * (forward_s - spared_s)
         if run.recompute == "selective":
             again_s = attention_s if not run.fused_attention else 0.3 * forward_s
+        device_s = forward_s + backward_s + again_s
         each = self.p.compiled_kernel_s if run.compiled else self.p.host_kernel_s
-        passes = 3.0 + again
-        waits_s = self._tensor_collectives() * self._wait_s()
-        return forward_s + backward_s + again_s, each * work.kernels * passes + waits_s
+        # What routing decides cannot be captured ahead of time.
+        issue_s = each * work.kernels + self.p.host_kernel_s * work.routing_kernels
+        count = self._tensor_collectives()
+        host_s = issue_s * (3.0 + again) + count * self._wait_s()
+        collectives_s = count * self.tensor_collective_s(device_s / max(count, 1))
+        collectives_s += (4 + 2 * again) * self.expert_collective_s(device_s / 4)
+        return _LayerTime(device_s, host_s, collectives_s, _either(device_s + collectives_s, host_s))
 
     def _wait_s(self) -> float:
         """What a tensor-parallel group waits for its slowest rank: jitter adds up over ranks."""
@@ -327,7 +370,8 @@ class _Machine:
         dtype = run.dtype if run.dtype in HALF else "bfloat16"
         # Logits in float32: cast, maximum, exponentials, sum, quotient, gradient.
         passes = FUSED_LOSS_PASSES if run.fused_loss else self.p.loss_passes
-        loss_bytes = tokens * shape.outputs / run.tensor * 4 * passes
+        itemsize = 2 if run.pure_half else 4
+        loss_bytes = tokens * shape.outputs / run.tensor * itemsize * passes
         return 3 * self.product_s(product, dtype) + loss_bytes / self.bytes_per_s
 
     def _group(self, ranks: int, stride: int, sharing: int | None = None) -> Group:
@@ -342,36 +386,43 @@ class _Machine:
         network = replace(self.run.network, efficiency=share)
         return Group(ranks, self.link, nodes, network, together)
 
-    def tensor_collectives_s(self, device_s: float) -> float:
-        """What one layer's all-reduces of activations add to its time on the device."""
-        spent_s = self._tensor_spent_s()
-        # Cut into pieces beside the products that make and use them; the ends stay exposed.
-        return self._exposed(spent_s, 0.5 * device_s) if self.run.overlaps_tensor else spent_s
-
-    def _tensor_spent_s(self) -> float:
+    def tensor_collective_s(self, beside_s: float) -> float:
+        """What one all-reduce of activations adds to the compute that comes with it."""
         run = self.run
         if run.tensor == 1:
             return 0.0
         tokens = run.microbatch * run.shape.seq_len / run.context
         num_bytes = tokens * run.shape.hidden * 2.0
         group = self._group(run.tensor, 1)
-        count = self._tensor_collectives()
         if run.sequence_parallel:
-            gathered = collective_s("all_gather", num_bytes, group)
-            scattered = collective_s("reduce_scatter", num_bytes, group)
-            return count * (gathered + scattered)
-        return count * collective_s("all_reduce", num_bytes, group)
+            gathered_s = collective_s("all_gather", num_bytes, group)
+            spent_s = gathered_s + collective_s("reduce_scatter", num_bytes, group)
+        else:
+            spent_s = collective_s("all_reduce", num_bytes, group)
+        # Cut into pieces beside the products that make and use them; the ends stay exposed.
+        return self._exposed(spent_s, 0.5 * beside_s) if run.overlaps_tensor else spent_s
 
-    def expert_collectives_s(self) -> float:
-        """All-to-alls of one layer's tokens: out and back, forward and backward."""
+    def expert_collective_s(self, beside_s: float) -> float:
+        """What one all-to-all of a layer's tokens adds; forward and backward have two each."""
         run = self.run
         if run.expert <= 1 or run.shape.moe is None:
             return 0.0
         tokens = run.microbatch * run.shape.seq_len / run.context / run.tensor
-        num_bytes = tokens * run.shape.hidden * 2.0 * run.shape.moe.topk
+        chosen = run.shape.moe.topk
         group = self._group(run.expert, run.tensor)
-        count = 4 + (2 if run.recompute == "full" else 0)
-        return count * collective_s("all_to_all", num_bytes, group)
+        if group.nodes > 1 and group.network is not None:
+            # A token goes to each node once, however many of its experts live there.
+            share = group.nodes * (1 - (1 - 1 / group.nodes) ** chosen) / chosen
+            bytes_per_s = group.network.node_bytes_per_s / share
+            group = replace(group, network=replace(group.network, node_bytes_per_s=bytes_per_s))
+        spent_s = collective_s("all_to_all", tokens * run.shape.hidden * 2.0 * chosen, group)
+        return self._exposed(spent_s, beside_s) if run.overlaps_experts else spent_s
+
+    def accumulation_s(self) -> float:
+        """One microbatch's gradients added to those before: read both, write the sum."""
+        if not self.run.adds_gradients:
+            return 0.0
+        return 3 * self.run.gradient_bytes * self._weights_per_device() / self.bytes_per_s
 
     def shard_collectives_s(self, device_s: float) -> float:
         """What sharded weights cost per layer and microbatch beyond what compute hides."""

@@ -11,6 +11,13 @@ ROTARY = 64
 """Head size and rotary part of latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434)."""
 
 
+ROUTER_KERNELS = 40.0
+"""Scores, top choices, balance, permutation of tokens and its inverse."""
+
+KERNELS_PER_EXPERT = 4.0
+"""Two products and the casts of what they read."""
+
+
 @dataclass(frozen=True)
 class MoeShape:
     """A mixture-of-experts layer."""
@@ -123,7 +130,10 @@ class Product:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer's forward on one device: products, attention, plain memory traffic, kernels."""
+    """One layer's forward on one device: products, attention, plain memory traffic, kernels.
+
+    `routing_kernels` come with experts; how many tokens they work on is known only while they run.
+    """
 
     products: tuple[Product, ...]
     attention_flops: float
@@ -132,6 +142,7 @@ class LayerWork:
     kernels: float
     score_bytes: float = 0.0
     score_products: tuple[Product, ...] = field(default=())
+    routing_kernels: float = 0.0
 
 
 def layer_work(
@@ -181,7 +192,8 @@ def layer_work(
     attention = 4.0 * tokens * pairs * q / t
     if fused_attention:
         kernels = 14.0 if pointwise_traffic == 1 else 22.0
-        return LayerWork(tuple(products), attention, tokens, moved, kernels)
+        routing = _routing_kernels(shape, expert)
+        return LayerWork(tuple(products), attention, tokens, moved, kernels, routing_kernels=routing)
     scores = samples * shape.heads / t * shape.seq_len / context * shape.seq_len
     batch = samples * shape.heads / t
     score_products = (
@@ -192,6 +204,13 @@ def layer_work(
     score_bytes = scores * (2 * 2 + (2 * 2 + 1 if dropout else 0))
     kernels = 30.0
     return LayerWork(tuple(products), 0.0, tokens, moved, kernels, score_bytes, score_products)
+
+
+def _routing_kernels(shape: ModelShape, expert: int) -> float:
+    """Kernels of the router, of sorting tokens there and back, and of each expert at hand."""
+    if shape.moe is None:
+        return 0.0
+    return ROUTER_KERNELS + KERNELS_PER_EXPERT * max(shape.moe.experts / expert, 1)
 
 
 def _mlp_products(shape: ModelShape, tokens: float, t: int, expert: int) -> list[Product]:

@@ -31,6 +31,7 @@ class DeviceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     aliases: tuple[str, ...] = ()
     is_cpu: bool = False
+    multiprocessors: int | None = None
     measured_matmul_fraction: float | None = None
     power_w: float | None = None
     note: str = ""
