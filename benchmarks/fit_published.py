@@ -1,7 +1,7 @@
 """Fit the constants of the training model: `benchmarks/fit_published.py FILE.yaml [--write]`.
 
 Only the sets named in `FITTED` are used for the constants that are kept; the others are held out and
-reported apart. With --cross-validate fits are made that have not seen a set, a kind of device, some models,
+reported apart. With --cross-validate fits are made that have not seen a set, a device, some models,
 the largest models or the runs on most devices, and say what they make of those. The loss is the log of
 predicted over measured time, each set with the same weight, with a soft tail because single rows can be
 wrong by a factor (a shared network, a full memory).

@@ -214,7 +214,7 @@ def _release(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def _overlaps_tensor(parallel: dict[str, Any], device: str, traits: Traits) -> bool:
-    """Overlap within tensor-parallel groups writes into peers' buffers, which one host must have mapped."""
+    """Overlap within tensor-parallel groups writes into peers' buffers, which one host maps."""
     fits_host = (parallel.get("tp") or 1) <= DEVICES_PER_HOST.get(device, 8)
     return bool(parallel.get("async_tp")) or (traits.overlaps_tensor and fits_host)
 

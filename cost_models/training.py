@@ -30,7 +30,7 @@ PLAIN_SHARE = 0.8
 """Reached of the float32 units' peak by batched products."""
 
 CAST_TRAFFIC = 1.5
-"""Memory traffic of eager pointwise work under automatic casts, half of it in float32, over that without."""
+"""Memory traffic of eager pointwise work under automatic casts, half of it in float32, over without."""
 
 FALLBACK_KERNELS = 5.0
 """Kernels of an unfused scaled and masked softmax (scale, mask, to float32, softmax, back) beyond one."""
