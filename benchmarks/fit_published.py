@@ -202,8 +202,9 @@ def fit(start: TrainingParameters, names: list[str], sets: Samples) -> TrainingP
 
 def softened(errors: np.ndarray) -> np.ndarray:
     """Residuals whose squares grow like the error itself beyond `SOFT`, as those of soft L1 do."""
-    size: np.ndarray = SOFT * np.sqrt(2 * (np.sqrt(1 + (errors / SOFT) ** 2) - 1))
-    return np.copysign(size, errors)
+    size = SOFT * np.sqrt(2 * (np.sqrt(1 + (errors / SOFT) ** 2) - 1))
+    signed: np.ndarray = np.copysign(size, errors)
+    return signed
 
 
 def write(p: TrainingParameters) -> None:

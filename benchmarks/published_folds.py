@@ -7,6 +7,7 @@ user: does the model hold beyond what it has seen?
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from zlib import crc32
 
 from graphpar.cost_models.training import Run
@@ -42,16 +43,31 @@ def folds(sets: Samples) -> list[Fold]:
     widest = {n: max(run.devices for run, _ in rows) for n, rows in sets.items()}
     several = {n for n, rows in sets.items() if len({run.shape.parameters for run, _ in rows}) > 1}
     spread = {n for n, rows in sets.items() if len({run.devices for run, _ in rows}) > 1}
+    of_sets = [Fold("set", name, partial(_is_set, name)) for name in sets]
+    of_devices = [Fold("device", device, partial(_is_device, device)) for device in known]
+    of_models = [
+        Fold("models", f"group {group + 1} of {MODEL_GROUPS}", partial(_is_group, group))
+        for group in range(MODEL_GROUPS)
+    ]
     return [
-        *(Fold("set", name, lambda n, _, s=name: n == s) for name in sets),
-        *(Fold("device", device, lambda _, r, d=device: r.device == d) for device in known),
-        *(
-            Fold("models", f"group {g + 1} of {MODEL_GROUPS}", lambda _, r, g=g: model_group(r) == g)
-            for g in range(MODEL_GROUPS)
-        ),
+        *of_sets,
+        *of_devices,
+        *of_models,
         Fold("size", "largest model", lambda n, r: n in several and r.shape.parameters == largest[n]),
         Fold("devices", "most devices", lambda n, r: n in spread and r.devices == widest[n]),
     ]
+
+
+def _is_set(wanted: str, name: str, _: Run) -> bool:
+    return name == wanted
+
+
+def _is_device(wanted: str, _: str, run: Run) -> bool:
+    return run.device == wanted
+
+
+def _is_group(wanted: int, _: str, run: Run) -> bool:
+    return model_group(run) == wanted
 
 
 def model_group(run: Run) -> int:

@@ -9,7 +9,14 @@ Background User's Guide", sections on tile and wave quantization).
 import math
 from itertools import product
 
-TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.75), (64, 64, 0.5))
+TILES = (
+    (256, 128, 1.0),
+    (128, 256, 1.0),
+    (128, 128, 0.95),
+    (128, 64, 0.75),
+    (64, 128, 0.75),
+    (64, 64, 0.5),
+)
 """Rows, columns and the share of the best rate that a tile's shape reaches: what it loads per operation
 grows with its edge."""
 
