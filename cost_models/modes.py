@@ -72,7 +72,15 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
         for rows in zip(cost.working_bytes, cost.saved_bytes, kept, strict=True)
     )
     backward = tuple(f + b for f, b in zip(cost.forward_s, cost.backward_s, strict=True))
-    return replace(cost, backward_s=backward, saved_bytes=kept, working_bytes=working)
+    # What is computed again lives inside one backward: no gradients of it come later.
+    return replace(
+        cost,
+        backward_s=backward,
+        saved_bytes=kept,
+        working_bytes=working,
+        weight_s=(),
+        deferred_bytes=(),
+    )
 
 
 def _tensor_groups(

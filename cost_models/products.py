@@ -46,9 +46,19 @@ def _weighted(call: Call, x: Op | None, weight: Op | None, bias: Op | None) -> O
     backward, saved = _product_backward(call, x, weight, 1, rows, columns, inner)
     if format_of(call.op) in PLANNED_ONLY:
         forward, backward = _in_8_bits(call, forward), list(_in_8_bits(call, backward))
+    late = _of_weight(call, x, weight, backward)
     if call.needs_grad(bias):
         backward.append(memory_kernel(call, "reduce", call.bytes(call.out), call.numel(call.out)))
-    return OpWork(forward, tuple(backward), saved)
+        late = (*late, backward[-1]) if late else ()
+    return OpWork(forward, tuple(backward), saved, late=late)
+
+
+def _of_weight(call: Call, x: Op, weight: Op, backward: Sequence[Kernel]) -> tuple[Kernel, ...]:
+    """The kernels of a product's backward that make the gradient of its right side."""
+    if not call.needs_grad(weight):
+        return ()
+    both = call.needs_grad(x)
+    return tuple(backward[len(backward) // 2 :] if both else backward)
 
 
 def _in_8_bits(call: Call, products: Sequence[Kernel]) -> tuple[Kernel, ...]:
@@ -93,7 +103,7 @@ def matmul(call: Call) -> OpWork:
         rows, batch = rows * batch, 1
     forward = (product(call, batch, rows, columns, inner),)
     backward, saved = _product_backward(call, left, right, batch, rows, columns, inner)
-    return OpWork(forward, tuple(backward), saved)
+    return OpWork(forward, tuple(backward), saved, late=_of_weight(call, left, right, backward))
 
 
 def einsum(call: Call) -> OpWork:
@@ -129,9 +139,11 @@ def convolution(call: Call) -> OpWork:
     inner = call.numel(weight) // max(columns, 1)
     rows = call.numel(call.out) // max(columns, 1)
     backward, saved = _product_backward(call, x, weight, 1, rows, columns, inner)
+    late = _of_weight(call, x, weight, backward)
     if call.needs_grad(call.operand(2, "bias")):
         backward.append(memory_kernel(call, "reduce", call.bytes(call.out)))
-    return OpWork((product(call, 1, rows, columns, inner),), tuple(backward), saved)
+        late = (*late, backward[-1]) if late else ()
+    return OpWork((product(call, 1, rows, columns, inner),), tuple(backward), saved, late=late)
 
 
 def attention(call: Call) -> OpWork:

@@ -16,6 +16,7 @@ from graphpar.cost import (
 )
 from graphpar.cost_models.layout import Layout, find_layout
 from graphpar.cost_models.memory import (
+    ALLOCATOR_SLACK,
     CPU_RESERVED_BYTES,
     GPU_RESERVED_BYTES,
     parameter_bytes,
@@ -28,7 +29,8 @@ from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.ir.chain import Chain, Crossing, Unit, crossings
 from graphpar.ir.formats import wire_format
 from graphpar.ir.graph import Graph
-from graphpar.ir.ops import DTYPE_BYTES, Op, TensorType
+from graphpar.ir.late import late_weights
+from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
 
 Rewritten = tuple[Graph, Chain]
 """A graph and its chain of units."""
@@ -202,6 +204,7 @@ def _joined(runs: Sequence[tuple["_Pricer", Device]], index: int, sizes: Sequenc
         rows.append((costs[id(pricer)], seen[id(pricer)]))
         seen[id(pricer)] += 1
     all_costs = list(costs.values())
+    can_defer = all(cost.weight_s for cost in all_costs)
     return replace(
         all_costs[0],
         forward_s=tuple(cost.forward_s[row] for cost, row in rows),
@@ -209,6 +212,8 @@ def _joined(runs: Sequence[tuple["_Pricer", Device]], index: int, sizes: Sequenc
         optimizer_s=tuple(cost.optimizer_s[row] for cost, row in rows),
         weight_bytes=max(cost.weight_bytes for cost in all_costs),
         saved_bytes=tuple(map(max, *(cost.saved_bytes for cost in all_costs))),
+        weight_s=tuple(cost.weight_s[row] for cost, row in rows) if can_defer else (),
+        deferred_bytes=tuple(map(max, *(c.deferred_bytes for c in all_costs))) if can_defer else (),
         working_bytes=tuple(map(max, *(cost.working_bytes for cost in all_costs))),
     )
 
@@ -257,6 +262,7 @@ class _Pricer:
             for work, size in zip(works, sizes, strict=True)
         ]
         copies, lower = self._lower_weights(unit)
+        late = self._late(unit)
         rates = [rates_of(device, self.model.calibration) for device in devices]
         state = options.optimizer_state_bytes_per_parameter_byte
         return UnitCost(
@@ -281,7 +287,52 @@ class _Pricer:
             optimizer_bytes=trained * state if options.training else 0.0,
             saved_bytes=tuple(m.saved_bytes for m in memory),
             working_bytes=tuple(m.working_bytes for m in memory),
+            weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
+            deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
         )
+
+    def _late(self, unit: Unit) -> dict[str, tuple[int, ...]]:
+        """The unit's ops whose weights may get their gradients later, with the places of these."""
+        if not self.options.training:
+            return {}
+        found = {name: late_weights(self.graph, self.graph[name]) for name in unit.ops}
+        return {name: places for name, places in found.items() if places}
+
+    def _weight_s(
+        self,
+        late: Mapping[str, tuple[int, ...]],
+        works: Sequence[dict[str, OpWork]],
+        devices: Sequence[tuple[Rates, Device]],
+    ) -> tuple[tuple[float, ...], ...]:
+        """What gradients of weights take that may be made later, adding them up included."""
+        if not late:
+            return ()
+        weights = {self.layout.root[a] for name, places in late.items() for a in self._at(name, places)}
+        trained = float(sum(self.graph[name].type.bytes(1) for name in weights))
+        adding = [Kernel("accumulate", trained / 4, 3 * trained, trained / 4)]
+        more = adding if self.options.max_microbatches > 1 else []
+        return tuple(
+            tuple(
+                rate.seconds([*(k for n in late for k in work[n].late), *more], backward=True)
+                * device.slowdown
+                for work in works
+            )
+            for rate, device in devices
+        )
+
+    def _at(self, name: str, places: Sequence[int]) -> list[str]:
+        """The values at some places of an op's arguments."""
+        return [a.name for i, a in enumerate(self.graph[name].args) if i in places and isinstance(a, Ref)]
+
+    def _deferred_bytes(self, late: Mapping[str, tuple[int, ...]], size: int) -> float:
+        """Until the weights' gradients are made: operands, by storage, and gradients of results."""
+        operands = {
+            self.layout.root[o]
+            for name, places in late.items()
+            for o in set(self.graph[name].operands()) - set(self._at(name, places))
+        }
+        kept = (t for name in (*operands, *late) for t in self.graph[name].types if t is not None)
+        return self._bytes(list(kept), size) * ALLOCATOR_SLACK
 
     def _update_s(self, rates: Rates, numel: float, tensors: int, lower: Sequence[Kernel]) -> float:
         """What happens to the unit's parameters once their gradients are summed.

@@ -56,6 +56,7 @@ class OpWork:
         saved: Names of values kept for backward.
         saved_bytes: Bytes kept besides those values (masks, statistics, log-probabilities).
         known: False where a rule had to guess.
+        late: Those of `backward` that make gradients of weights.
     """
 
     forward: tuple[Kernel, ...]
@@ -63,6 +64,7 @@ class OpWork:
     saved: tuple[str, ...] = ()
     saved_bytes: float = 0.0
     known: bool = True
+    late: tuple[Kernel, ...] = ()
 
     def part(self, share: float) -> "OpWork":
         """A share of the same work, at the same rates.
@@ -76,6 +78,7 @@ attention=None),)
             forward=tuple(kernel.part(share) for kernel in self.forward),
             backward=tuple(kernel.part(share) for kernel in self.backward),
             saved_bytes=self.saved_bytes * share,
+            late=tuple(kernel.part(share) for kernel in self.late),
         )
 
 

@@ -30,6 +30,10 @@ class UnitCost:
     `forward_s` and `backward_s` are indexed [device class][microbatch size], `optimizer_s` by device
     class, `saved_bytes` (kept from forward to backward) and `working_bytes` (temporaries) by
     microbatch size. `gradient_bytes` and `optimizer_bytes` are zero when nothing is trained.
+
+    `weight_s`, indexed like `backward_s`, is the part of it that makes gradients of weights which may
+    come later; `deferred_bytes`, by microbatch size, is what must be kept until then. Both are empty
+    where nothing may come later.
     """
 
     name: str
@@ -41,6 +45,8 @@ class UnitCost:
     optimizer_bytes: float
     saved_bytes: tuple[float, ...]
     working_bytes: tuple[float, ...]
+    weight_s: tuple[tuple[float, ...], ...] = ()
+    deferred_bytes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class ModeCost:
     `forward_s` and `backward_s` are indexed by microbatch size and hold for the whole group, the
     collectives inside it included. All bytes are per member, in the order of `Mode.members`;
     `saved_bytes` and `working_bytes` are indexed [member][microbatch size]. ZeRO's division by the
-    number of replicas is not made here, because the table does not know that number.
+    number of replicas is not made here, because the table does not know that number. `weight_s` and
+    `deferred_bytes` are those of `UnitCost`, empty where no gradients may come later.
     """
 
     forward_s: tuple[float, ...]
@@ -61,6 +68,8 @@ class ModeCost:
     optimizer_bytes: tuple[float, ...]
     saved_bytes: tuple[tuple[float, ...], ...]
     working_bytes: tuple[tuple[float, ...], ...]
+    weight_s: tuple[float, ...] = ()
+    deferred_bytes: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -374,6 +383,11 @@ class CostTable:
         """Backward seconds of one unit of the chain for one microbatch."""
         return self.at_size(self.every_mode[mode].costs[self.units[unit]].backward_s, size)
 
+    def weight_s(self, unit: int, mode: int, size: float) -> float:
+        """The part of `backward_s` for gradients of weights that may come later."""
+        row = self.every_mode[mode].costs[self.units[unit]].weight_s
+        return self.at_size(row, size) if row else 0.0
+
     def cut_bytes(self, boundary: int, size: float) -> tuple[float, float]:
         """Bytes of one microbatch, forward and backward, between units boundary-1 and boundary."""
         forward = backward = 0.0
@@ -397,6 +411,8 @@ def _plain_mode(costs: Sequence[UnitCost], device_class: int) -> Mode:
                 optimizer_bytes=(c.optimizer_bytes,),
                 saved_bytes=(c.saved_bytes,),
                 working_bytes=(c.working_bytes,),
+                weight_s=c.weight_s[device_class] if c.weight_s else (),
+                deferred_bytes=(c.deferred_bytes,) if c.deferred_bytes else (),
             )
             for c in costs
         ),

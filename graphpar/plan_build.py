@@ -112,19 +112,21 @@ def _stages(table: CostTable, prediction: Prediction) -> tuple[PlanStage, ...]:
                     last=choice.last,
                     weight_bytes=sum(table.costs[table.units[u]].weight_bytes for u in units),
                     replicas=tuple(
-                        _replica(table, prediction, rank) for rank in prediction.schedule.ranks_of[index]
+                        _replica(table, prediction, rank, index)
+                        for rank in prediction.schedule.ranks_of[index]
                     ),
                 )
             )
     return tuple(rows)
 
 
-def _replica(table: CostTable, prediction: Prediction, rank: int) -> PlanReplica:
+def _replica(table: CostTable, prediction: Prediction, rank: int, stage: int) -> PlanReplica:
+    """A rank as one of a stage's replicas: work is that in the stage, the rest that of the whole rank."""
     schedule, timeline = prediction.schedule, prediction.timeline
     numbers = prediction.timing.ranks[rank]
     device_class = table.device_classes[table.class_of[numbers.device]]
-    microbatches = schedule.microbatches_of(rank)
-    costs = [numbers.at_size(schedule.microbatch_sizes[m]) for m in microbatches]
+    microbatches = schedule.microbatches_of(rank, stage)
+    costs = [numbers.at_size(schedule.microbatch_sizes[m], stage) for m in microbatches]
     return PlanReplica(
         device=numbers.device,
         kind=device_class.name,

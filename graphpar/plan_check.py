@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from graphpar.partition.types import PipelineChoice, Replica
+from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.plan_records import PlanRecord
 
 _SHARE_ROUNDING = 1e-6
@@ -26,14 +26,32 @@ def _contradictions(plan: PlanRecord) -> Iterator[str]:
     total = sum(p.samples for p in pipelines)
     if total != plan.batch:
         yield f"field partition.pipelines: take {total} samples of a batch of {plan.batch}"
-    devices = plan.devices
-    doubled = next((d for d in devices if devices.count(d) > 1), None)
-    if doubled is not None:
-        yield f"field partition.pipelines: device {doubled} runs two stages; it may run one"
+    yield from _device_contradictions(plan)
     yield from _table_contradictions(plan)
     yield from _edge_contradictions(plan)
     yield from _timing_contradictions(plan)
     yield from _prediction_contradictions(plan)
+
+
+def _device_contradictions(plan: PlanRecord) -> Iterator[str]:
+    """A device runs one stage, or with all that stand beside it the same several ones."""
+    several = plan.partition.schedule in ("interleaved", "zero-bubble")
+    seen: dict[str, tuple[int, StageChoice]] = {}
+    for number, pipeline in enumerate(plan.partition.pipelines):
+        for stage in pipeline.stages:
+            devices = [d for r in stage.replicas for d in r.devices]
+            for device in devices:
+                where, before = seen.setdefault(device, (number, stage))
+                if (before is not stage and not several) or devices.count(device) > 1:
+                    yield f"field partition.pipelines: device {device} runs two stages; it may run one"
+                elif where != number or before.replicas != stage.replicas:
+                    yield (
+                        f"field partition.pipelines: device {device} runs stages with unlike replicas; "
+                        "all its stages must have the same replicas in one pipeline"
+                    )
+    paces, stages = plan.partition.paces, sum(len(p.stages) for p in plan.partition.pipelines)
+    if paces and len(paces) != stages:
+        yield f"field partition.paces: {len(paces)} for {stages} stages"
 
 
 def _pipeline_contradictions(where: str, pipeline: PipelineChoice, num_units: int) -> Iterator[str]:
@@ -116,15 +134,17 @@ def _timing_contradictions(plan: PlanRecord) -> Iterator[str]:
     timed = tuple(r.device for r in plan.timing.ranks)
     if timed != plan.devices:
         yield "field timing.ranks: are not the devices of the partition in their order"
-    rank = 0
-    for pipeline in plan.partition.pipelines:
-        sizes = set(pipeline.sizes())
-        for stage in pipeline.stages:
-            for _ in (d for r in stage.replicas for d in r.devices):
-                lacking = sizes - {row.size for row in plan.timing.ranks[rank].sizes}
-                if lacking:
-                    yield f"field timing.ranks[{rank}].sizes: lacks microbatches of {min(lacking)}"
-                rank += 1
+    rank_of = {device: rank for rank, device in enumerate(plan.devices)}
+    stages = [(p, stage) for p in plan.partition.pipelines for stage in p.stages]
+    for number, (pipeline, stage) in enumerate(stages):
+        for rank in (rank_of[d] for r in stage.replicas for d in r.devices):
+            rows = plan.timing.ranks[rank].sizes
+            lacking = set(pipeline.sizes()) - {r.size for r in rows if r.stage in (None, number)}
+            if lacking:
+                yield (
+                    f"field timing.ranks[{rank}].sizes: lacks microbatches of {min(lacking)} "
+                    f"in stage {number}"
+                )
     for index, group in enumerate(plan.timing.gradient_groups):
         if not all(0 <= r < len(timed) for r in group.ranks):
             yield f"field timing.gradient_groups[{index}].ranks: ranks are 0 to {len(timed) - 1}"

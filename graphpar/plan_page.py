@@ -222,6 +222,8 @@ def _timeline_lines(plan: PlanRecord) -> list[str]:
     legend = "digit: forward of a microbatch (its last digit)"
     if plan.training:
         legend += ", letter: its backward (a is 0), +: gradient sum, #: optimiser"
+        if plan.partition.schedule == "zero-bubble":
+            legend += ", w: gradients of weights"
     return [
         *_wrapped(f"timeline, {format_seconds(plan.predicted_step_s / columns)} per column"),
         *(f"{label:<{width}} |{bar}|" for label, bar in zip(labels, bars, strict=True)),
@@ -240,7 +242,7 @@ def _bar(timeline: Timeline, rank: int, columns: int) -> str:
         return "".join(bar)
     per_s = columns / timeline.step_s
     for event in timeline.events(rank):
-        if event.action.kind in "FBAO":
+        if event.action.kind in "FBIWAO":
             begin, end = (max(0, round(t * per_s)) for t in (event.start_s, event.end_s))
             bar[begin:end] = _symbol(event.action) * (min(end, columns) - begin)
     return "".join(bar)
@@ -250,6 +252,8 @@ def _symbol(action: Action) -> str:
     if action.microbatch is None:
         return "+" if action.kind == "A" else "#"
     digit = action.microbatch % 10
+    if action.kind == "W":
+        return "w"
     return str(digit) if action.kind == "F" else "abcdefghij"[digit]
 
 

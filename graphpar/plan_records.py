@@ -17,7 +17,10 @@ Option = str | int | float | bool | None
 
 
 class PlanReplica(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device of a stage; times are totals over one step."""
+    """One device of a stage; times are totals over one step.
+
+    Forwards and backwards are those of the stage, everything else of all the device's stages.
+    """
 
     device: str
     kind: str
@@ -194,8 +197,20 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def replicas(self) -> tuple[PlanReplica, ...]:
-        """The rows of all stages' devices, by rank."""
-        return tuple(r for s in self.stages for r in s.replicas)
+        """The devices with all they do, by rank."""
+        found: dict[str, PlanReplica] = {}
+        for row in (r for s in self.stages for r in s.replicas):
+            before = found.get(row.device)
+            found[row.device] = (
+                row
+                if before is None
+                else msgspec.structs.replace(
+                    row,
+                    forward_s=before.forward_s + row.forward_s,
+                    backward_s=before.backward_s + row.backward_s,
+                )
+            )
+        return tuple(found.values())
 
     @property
     def bottleneck(self) -> PlanReplica:

@@ -13,11 +13,12 @@ from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_op
 from graphpar.ir.whole import tail_reason
-from graphpar.partition.types import Partition
+from graphpar.partition.types import Partition, PipelineChoice
 from graphpar.passes.batch import AnalyseBatch, mixing_reason
 from graphpar.passes.canonicalize import Canonicalize
 from graphpar.passes.casts import AssignFormats, InsertCasts
 from graphpar.passes.comm import InsertMessages
+from graphpar.passes.deferral import DeferWeightGradients
 from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
 from graphpar.passes.tail import FindTail
@@ -34,9 +35,19 @@ CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch(), Find
 """What every captured graph goes through before it is priced."""
 
 
-def lowering_passes(stage_of_unit: tuple[int, ...], unit_formats: tuple[str, ...] = ()) -> Pipeline:
-    """What leads from a captured graph to one that runs: stages, then casts, then messages."""
-    return Pipeline((AssignFormats(unit_formats), Place(stage_of_unit), InsertCasts(), InsertMessages()))
+def lowering_passes(
+    stage_of_unit: tuple[int, ...],
+    unit_formats: tuple[str, ...] = (),
+    split_stages: frozenset[int] = frozenset(),
+) -> Pipeline:
+    """What leads from a captured graph to one that runs: stages, then casts, then messages.
+
+    Last come the marks of what a backward in two halves leaves for later, in the stages that have one.
+    """
+    late = (DeferWeightGradients(split_stages),) if split_stages else ()
+    return Pipeline(
+        (AssignFormats(unit_formats), Place(stage_of_unit), InsertCasts(), InsertMessages(), *late)
+    )
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,8 @@ def lower(
         for number, stage in enumerate(pipeline.stages):
             stage_of_unit[stage.first : stage.last] = [number] * (stage.last - stage.first)
         formats = tuple(f for stage in pipeline.stages for f in stage.formats)
-        lowered, _ = lowering_passes(tuple(stage_of_unit), formats).run(graph)
+        split = _split_stages(pipeline) if training and found.schedule == "zero-bubble" else frozenset()
+        lowered, _ = lowering_passes(tuple(stage_of_unit), formats, split).run(graph)
         graphs.append(lowered)
     local: dict[int, Graph] = {}
     if shard and any(r.others for p in found.pipelines for s in p.stages for r in s.replicas):
@@ -123,6 +135,15 @@ def lower(
     again = any(stage.recompute for pipeline in found.pipelines for stage in pipeline.stages)
     units = tuple(unit.ops for unit in build_chain(graph).units) if again else ()
     return Lowered(found, tuple(graphs), training, local=local, units=units)
+
+
+def _split_stages(pipeline: PipelineChoice) -> frozenset[int]:
+    """Stages whose backward can be done in two halves: not what is computed again, nor tensor groups."""
+    return frozenset(
+        number
+        for number, stage in enumerate(pipeline.stages)
+        if not stage.recompute and not any(r.others for r in stage.replicas)
+    )
 
 
 def trial_of(model: nn.Module, prepared: Prepared, train: Training | None) -> Trial:

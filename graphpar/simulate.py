@@ -153,9 +153,8 @@ class _Simulation:
             if microbatch is None:
                 return
             start = end = self.clock[rank]
-            if kind == "F" or kind == "B":
-                costs = numbers[sizes[microbatch]]
-                end += costs.forward_s if kind == "F" else costs.backward_s
+            if kind in "FBIW":
+                end += _seconds(kind, numbers[stage, sizes[microbatch]])
                 self.compute_s[rank] += end - start
                 self.clock[rank] = end
             elif kind == "R" or kind == "G":
@@ -200,8 +199,9 @@ class _Simulation:
                 other, num_bytes = link.source, link.backward_bytes(size)
             else:
                 continue
-            cost = self._link(rank, schedule.rank_of(other, microbatch))
-            end += cost.seconds(num_bytes)
+            receiver = schedule.rank_of(other, microbatch)
+            if receiver != rank:
+                end += self._link(rank, receiver).seconds(num_bytes)
             message = stage, other, microbatch
             self.arrival_s[message] = end
             waiting = self.waiting.pop(message, None)
@@ -256,23 +256,47 @@ class _Simulation:
         )
 
 
+def _seconds(kind: str, costs: SizeTiming) -> float:
+    if kind == "F":
+        return costs.forward_s
+    if kind == "W":
+        return costs.weight_s
+    return costs.backward_s - (costs.weight_s if kind == "I" else 0.0)
+
+
 def _peak_bytes(schedule: Schedule, timing: Timing, rank: int) -> float:
     """The most bytes in use: what stays, what forwards saved, what is being worked on."""
+    saved, working = peak_parts(schedule, timing, rank)
+    return timing.ranks[rank].resident_bytes + saved + working
+
+
+def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, float]:
+    """Bytes saved for backwards, and worked on, at the moment when their sum is largest."""
     numbers = _numbers_by_size(schedule, timing, rank)
-    saved = peak = 0.0
-    for kind, _, microbatch in schedule.actions[rank]:
-        if microbatch is None or kind not in "FB":
+    saved, best = 0.0, (0.0, 0.0)
+    for kind, stage, microbatch in schedule.actions[rank]:
+        if microbatch is None or kind not in "FBIW":
             continue
-        costs = numbers[schedule.microbatch_sizes[microbatch]]
+        costs = numbers[stage, schedule.microbatch_sizes[microbatch]]
         if kind == "F" and schedule.training:
             saved += costs.saved_bytes
-        peak = max(peak, saved + costs.working_bytes)
+        # While input gradients are made, what was saved gives way to what their weights still need.
+        later = saved + costs.deferred_bytes - costs.saved_bytes if kind == "I" else saved
+        best = max(best, (max(saved, later), costs.working_bytes), key=sum)
+        saved = later
         if kind == "B":
             saved -= costs.saved_bytes
-    return timing.ranks[rank].resident_bytes + peak
+        if kind == "W":
+            saved -= costs.deferred_bytes
+    return best
 
 
-def _numbers_by_size(schedule: Schedule, timing: Timing, rank: int) -> dict[int, SizeTiming]:
-    """The rank's numbers for the sizes of the microbatches it runs."""
-    sizes = {schedule.microbatch_sizes[m] for m in schedule.microbatches_of(rank)}
-    return {size: timing.ranks[rank].at_size(size) for size in sizes}
+def _numbers_by_size(schedule: Schedule, timing: Timing, rank: int) -> dict[tuple[int, int], SizeTiming]:
+    """The rank's numbers for its stages and the sizes of the microbatches it runs there."""
+    return {
+        (stage, schedule.microbatch_sizes[m]): timing.ranks[rank].at_size(
+            schedule.microbatch_sizes[m], stage
+        )
+        for stage in schedule.stages_of[rank]
+        for m in schedule.microbatches_of(rank, stage)
+    }

@@ -60,11 +60,12 @@ def _together(members: Sequence[RankTiming]) -> RankTiming:
         return first
     sizes = []
     for row in first.sizes:
-        rows = [member.at_size(row.size) for member in members]
+        rows = [member.at_size(row.size, row.stage) for member in members]
         sizes.append(
             SizeTiming(
                 row.size, max(r.forward_s for r in rows), max(r.backward_s for r in rows),
                 max(r.saved_bytes for r in rows), max(r.working_bytes for r in rows),
+                max(r.weight_s for r in rows), max(r.deferred_bytes for r in rows), row.stage,
             )
         )  # fmt: skip
     return RankTiming(

@@ -21,9 +21,11 @@ from graphpar.partition.types import Partition, PipelineChoice, Replica, StageCh
 
 @dataclass(frozen=True)
 class SizeTiming:
-    """What one microbatch of `size` samples costs a rank.
+    """What one microbatch of `size` samples costs a rank, in one of its stages if it has several.
 
-    `saved_bytes` are held from its forward to its backward, `working_bytes` while it computes.
+    `saved_bytes` are held from its forward to its backward, `working_bytes` while it computes. Of
+    `backward_s`, `weight_s` are for gradients of weights that may be made later; until then
+    `deferred_bytes` are held.
     """
 
     size: int
@@ -31,6 +33,9 @@ class SizeTiming:
     backward_s: float = 0.0
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
+    weight_s: float = 0.0
+    deferred_bytes: float = 0.0
+    stage: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,10 @@ class RankTiming:
     optimizer_s: float = 0.0
     resident_bytes: float = 0.0
 
-    def at_size(self, size: int) -> SizeTiming:
-        """The numbers for one microbatch size; ValueError if it is not among them."""
+    def at_size(self, size: int, stage: int | None = None) -> SizeTiming:
+        """The numbers for one microbatch size (in a stage); ValueError if it is not among them."""
         for row in self.sizes:
-            if row.size == size:
+            if row.size == size and (stage is None or row.stage is None or row.stage == stage):
                 return row
         known = ", ".join(str(row.size) for row in self.sizes)
         raise ValueError(f"the timing of {self.device} has microbatch sizes {known}, not {size}")
@@ -105,13 +110,7 @@ def timing_of(table: CostTable, partition: Partition) -> Timing:
     among them: 2 (n-1) / n of the bytes in 2 (n-1) messages (Patarasuk and Yuan, 2009,
     doi:10.1016/j.jpdc.2008.09.002).
     """
-    ranks = tuple(
-        _rank_timing(table, pipeline, stage, replica, member)
-        for pipeline in partition.pipelines
-        for stage in pipeline.stages
-        for replica in stage.replicas
-        for member in range(len(replica.devices))
-    )
+    ranks = _rank_timings(table, partition)
     nodes = dict.fromkeys(r.node for r in ranks)
     topology = table.topology
     inside = [NodeLink(node, node, topology.inside[node]) for node in nodes]
@@ -128,10 +127,37 @@ def timing_of(table: CostTable, partition: Partition) -> Timing:
     )
 
 
-def _rank_timing(
+def _rank_timings(table: CostTable, partition: Partition) -> tuple[RankTiming, ...]:
+    """One for each device, with the numbers of each of its stages."""
+    found: dict[str, list[RankTiming]] = {}
+    number = 0
+    for pipeline in partition.pipelines:
+        for stage in pipeline.stages:
+            for replica in stage.replicas:
+                for member, device in enumerate(replica.devices):
+                    own = _stage_timing(table, pipeline, stage, replica, member)
+                    sizes = tuple(replace(row, stage=number) for row in own.sizes)
+                    found.setdefault(device, []).append(replace(own, sizes=sizes))
+            number += 1
+    return tuple(map(_of_all_stages, found.values()))
+
+
+def _of_all_stages(stages: Sequence[RankTiming]) -> RankTiming:
+    first = stages[0]
+    if len(stages) == 1:
+        return replace(first, sizes=tuple(replace(row, stage=None) for row in first.sizes))
+    return replace(
+        first,
+        sizes=tuple(row for stage in stages for row in stage.sizes),
+        optimizer_s=sum(stage.optimizer_s for stage in stages),
+        resident_bytes=sum(stage.resident_bytes for stage in stages),
+    )
+
+
+def _stage_timing(
     table: CostTable, pipeline: PipelineChoice, stage: StageChoice, replica: Replica, member: int
 ) -> RankTiming:
-    """One member's numbers; the members of a tensor group work in step."""
+    """One member's numbers for a stage; the members of a tensor group work in step."""
     device = replica.devices[member]
     (mode,) = modes_of(table, replace(stage, replicas=(replica,)))
     overhead, units = table.mode_overhead_s(mode), range(stage.first, stage.last)
@@ -142,6 +168,8 @@ def _rank_timing(
     optimizer_s = sum(c.optimizer_s for c in costs) / (len(stage.replicas) if stage.zero else 1)
     sizes = sorted(set(pipeline.sizes()))
     held = {n: member_bytes(table, costs, member, n, stage.zero, len(stage.replicas)) for n in sizes}
+    own_stages = [s for s in pipeline.stages if s.replicas == stage.replicas]
+    reserved = table.reserved_bytes if stage is own_stages[0] else 0.0
     return RankTiming(
         device=device,
         node=table.topology.node_of[device],
@@ -154,11 +182,15 @@ def _rank_timing(
                 else 0.0,
                 saved_bytes=held[n][1],
                 working_bytes=held[n][2],
+                weight_s=sum(table.weight_s(u, mode, n) for u in units) if table.training else 0.0,
+                deferred_bytes=sum(
+                    table.at_size(c.deferred_bytes[member], n) for c in costs if c.deferred_bytes
+                ),
             )
             for n in sizes
         ),
         optimizer_s=optimizer_s if table.training else 0.0,
-        resident_bytes=table.reserved_bytes + held[sizes[0]][0],
+        resident_bytes=reserved + held[sizes[0]][0],
     )
 
 
@@ -171,14 +203,13 @@ def _gradient_groups(table: CostTable, partition: Partition) -> tuple[GradientGr
     holders: list[dict[int, list[int]]] = [{} for _ in range(table.num_units)]
     divided: list[GradientGroup] = []
     num_bytes: dict[tuple[int, ...], float] = {}
-    rank = 0
+    rank_of = {device: rank for rank, device in enumerate(partition.used_devices)}
     for pipeline in partition.pipelines:
         for stage in pipeline.stages:
             ranks: dict[int, list[int]] = {}
             for replica in stage.replicas:
-                for member in range(len(replica.devices)):
-                    ranks.setdefault(member, []).append(rank)
-                    rank += 1
+                for member, device in enumerate(replica.devices):
+                    ranks.setdefault(member, []).append(rank_of[device])
             divided += _divided_groups(table, stage, ranks)
             for unit in range(stage.first, stage.last):
                 for member, own in ranks.items():

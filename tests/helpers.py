@@ -43,6 +43,7 @@ class Line:
         samples: Its part of the batch; None for all of it.
         cuts: Units where stages after the first begin; evenly spread when left out.
         groups: For each stage the shares of its replicas' members; one device each when left out.
+        chunks: How many stages each device holds: the whole list of stages is repeated so often.
     """
 
     stages: tuple[int | tuple[int, ...], ...]
@@ -50,6 +51,7 @@ class Line:
     samples: int | None = None
     cuts: tuple[int, ...] | None = None
     groups: tuple[tuple[float, ...], ...] = ()
+    chunks: int = 1
 
 
 def straight(num_stages: int, microbatches: int = 1) -> tuple[Line, ...]:
@@ -187,12 +189,15 @@ def _shares(stage: int | tuple[int, ...], microbatches: int) -> tuple[int, ...]:
 
 
 def _pipeline(line: Line, units: int, batch: int, device: Callable[[], str]) -> PipelineChoice:
-    count = len(line.stages)
+    count = len(line.stages) * line.chunks
     cuts = line.cuts or tuple(round(i * units / count) for i in range(1, count))
     ends = [0, *cuts, units]
     assert len(cuts) == count - 1 and ends == sorted(set(ends)), f"{units} units, cut at {cuts}"
     stages: list[StageChoice] = []
-    for first, last, width in zip((0, *cuts), (*cuts, units), line.stages, strict=True):
+    for first, last, width in zip((0, *cuts), (*cuts, units), line.stages * line.chunks, strict=True):
+        if len(stages) >= len(line.stages):
+            stages.append(StageChoice(first, last, stages[len(stages) - len(line.stages)].replicas))
+            continue
         shares = _shares(width, line.microbatches)
         parts = line.groups[len(stages)] if line.groups else ()
         stages.append(StageChoice(first, last, tuple(_replica(device, n, parts) for n in shares)))

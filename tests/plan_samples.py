@@ -1,6 +1,7 @@
 """Partitions, cost tables and plans for tests: random ones and one fixed small one."""
 
 from dataclasses import replace
+from typing import get_args
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,7 +12,9 @@ from graphpar.partition.types import (
     PipelineChoice,
     Replica,
     ScheduleName,
+    SearchedSchedule,
     StageChoice,
+    StagePace,
 )
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plans import Plan, hash_of
@@ -55,13 +58,17 @@ def chain_links(num_stages: int, num_bytes: float = 0.0) -> tuple[StageLink, ...
 
 @st.composite
 def partitions(draw: st.DrawFn, num_units: int = 6) -> Partition:
-    """Up to three pipelines of up to four stages with up to three unequal replicas each."""
+    """Up to three pipelines of up to four stages with up to three unequal replicas each.
+
+    Interleaved and zero-bubble ones may repeat their devices, and may have paces.
+    """
+    schedule = draw(st.sampled_from(get_args(ScheduleName)))
     pipelines = []
     for p in range(draw(st.integers(1, 3))):
         microbatches = draw(st.integers(1, 9))
         cuts = draw(st.sets(st.integers(1, num_units - 1), max_size=3))
         bounds = [0, *sorted(cuts), num_units]
-        stages = []
+        stages: list[StageChoice] = []
         for s in range(len(bounds) - 1):
             width = draw(st.integers(1, min(3, microbatches)))
             marks = draw(
@@ -73,10 +80,20 @@ def partitions(draw: st.DrawFn, num_units: int = 6) -> Partition:
             )
             ends = [0, *sorted(marks), microbatches]
             replicas = tuple(Replica(f"p{p}s{s}/{r}", ends[r + 1] - ends[r]) for r in range(width))
+            if schedule in get_args(SearchedSchedule):
+                pass
+            elif s > 0 and draw(st.booleans()):
+                replicas = stages[draw(st.integers(0, s - 1))].replicas
             stages.append(StageChoice(bounds[s], bounds[s + 1], replicas))
         samples = draw(st.integers(microbatches, 3 * microbatches))
         pipelines.append(PipelineChoice(samples, microbatches, tuple(stages)))
-    return partition_of(tuple(pipelines), draw(st.sampled_from(["gpipe", "1f1b"])))
+    made = partition_of(tuple(pipelines), schedule)
+    if schedule in get_args(SearchedSchedule) or draw(st.booleans()):
+        return made
+    times = st.sampled_from([0.0, 0.5, 1.0, 3.0])
+    paces = st.builds(StagePace, times, times, times, times, st.integers(0, 3), st.integers(0, 4))
+    number = sum(len(p.stages) for p in made.pipelines)
+    return replace(made, paces=tuple(draw(paces) for _ in range(number)))
 
 
 @st.composite

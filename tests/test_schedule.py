@@ -6,10 +6,26 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_samples import SAMPLE_LINKS, chain, chain_links, partitions, sample_partition, stage_links
+from plan_samples import (
+    SAMPLE_LINKS,
+    chain,
+    chain_links,
+    partition_of,
+    partitions,
+    sample_partition,
+    stage_links,
+)
 
+from graphpar.cost import LinkCost
 from graphpar.errors import VerifyError
-from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.partition.types import (
+    Partition,
+    PipelineChoice,
+    Replica,
+    ScheduleName,
+    StageChoice,
+    StagePace,
+)
 from graphpar.schedule import (
     Action,
     ActionKind,
@@ -20,6 +36,8 @@ from graphpar.schedule import (
     route_microbatches,
     validate,
 )
+from graphpar.simulate import Timeline, simulate
+from graphpar.timing import RankTiming, SizeTiming, Timing
 
 
 @st.composite
@@ -28,7 +46,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     return build_schedule(partition, draw(stage_links(partition)), draw(st.booleans()))
 
 
-@given(st.sampled_from("FBRSGD"), st.integers(0, 2000), st.integers(0, 2000))
+@given(st.sampled_from("FBIWRSGD"), st.integers(0, 2000), st.integers(0, 2000))
 def test_tokens_parse_back(kind: ActionKind, stage: int, microbatch: int) -> None:
     action = Action(kind, stage, microbatch)
     assert Action.parse(str(action)) == action
@@ -93,7 +111,8 @@ def test_every_built_schedule_is_proven_sound(schedule: Schedule) -> None:
 @given(partitions())
 def test_replicas_get_exactly_their_microbatches(partition: Partition) -> None:
     schedule = build_schedule(partition, (), training=True)
-    shares = [r.microbatches for p in partition.pipelines for s in p.stages for r in s.replicas]
+    replicas = (r for p in partition.pipelines for s in p.stages for r in s.replicas)
+    shares = list({r.device: r.microbatches for r in replicas}.values())
     assert [len(schedule.microbatches_of(r)) for r in range(schedule.num_ranks)] == shares
 
 
@@ -115,7 +134,12 @@ def most_held(schedule: Schedule, rank: int) -> int:
     return most
 
 
-@given(partitions())
+def one_stage_each(partition: Partition) -> bool:
+    devices = [r.device for p in partition.pipelines for s in p.stages for r in s.replicas]
+    return len(devices) == len(set(devices))
+
+
+@given(partitions().filter(one_stage_each))
 def test_1f1b_holds_no_more_than_memory_was_planned_for(partition: Partition) -> None:
     schedule = build_schedule(replace(partition, schedule="1f1b"), (), training=True)
     rank = 0
@@ -128,6 +152,56 @@ def test_1f1b_holds_no_more_than_memory_was_planned_for(partition: Partition) ->
                 rank += 1
 
 
+def play(
+    num_stages: int, microbatches: int, schedule: ScheduleName, chunks: int = 1
+) -> tuple[Schedule, Timeline]:
+    """Like devices whose forward, and either half of a backward, take a second per microbatch."""
+    number, each = num_stages * chunks, 1 / chunks
+    stages = tuple(
+        StageChoice(s, s + 1, (Replica(f"d{s % num_stages}", microbatches),)) for s in range(number)
+    )
+    partition = partition_of((PipelineChoice(microbatches, microbatches, stages),), schedule)
+    partition = replace(partition, paces=(StagePace(each, each, each),) * number)
+    built = build_schedule(partition, chain_links(number), training=True)
+    row = SizeTiming(1, each, 2 * each, saved_bytes=each, weight_s=each, deferred_bytes=each / 2)
+    ranks = tuple(RankTiming(device, "n", (row,)) for device in partition.used_devices)
+    return built, simulate(built, Timing(ranks, (), LinkCost(0.0, 1e30)))
+
+
+@given(st.integers(2, 6), st.integers(0, 7), st.integers(2, 3))
+def test_bubbles_of_like_devices_are_those_of_the_papers(devices: int, more: int, chunks: int) -> None:
+    """Narayanan et al., 2021, section 2.2; Qi et al., 2023, table 2 (ZB-H1)."""
+    microbatches = devices + more
+    work = 3 * microbatches
+    assert play(devices, microbatches, "1f1b")[1].step_s == pytest.approx(work + 3 * (devices - 1))
+    split, halves = play(devices, microbatches, "zero-bubble")
+    assert halves.step_s == pytest.approx(work + devices - 1)
+    assert max(halves.peak_bytes) <= devices  # no more than 1F1B's first device
+    _, chunked = play(devices, microbatches, "interleaved", chunks)
+    assert chunked.step_s == pytest.approx(work + 3 * (devices - 1) / chunks)
+    assert validate(split).num_messages == 2 * (devices - 1) * microbatches
+
+
+def test_the_text_of_a_zero_bubble_schedule() -> None:
+    schedule, _ = play(3, 4, "zero-bubble")
+    work = [" ".join(str(a) for a in row if a.kind in "FBIW") for row in schedule.actions]
+    assert work == [
+        "0F0 0F1 0F2 0B0 0F3 0B1 0B2 0B3",
+        "1F0 1F1 1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3",
+        "2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3",
+    ]
+
+
+def test_the_text_of_an_interleaved_schedule() -> None:
+    schedule, _ = play(2, 2, "interleaved", chunks=2)
+    assert str(schedule).splitlines()[-2:] == [
+        "rank 0 stage 0,2 | 0F0 0S0 0F1 0S1 2R0 2F0 2S0 2R1 2F1 2S1 2G0 2B0 2D0 2G1 2B1 2D1 0G0 0B0"
+        " 0G1 0B1 0A  0O",
+        "rank 1 stage 1,3 | 1R0 1F0 1S0 1R1 1F1 1S1 3R0 3F0 3B0 3D0 3R1 3F1 3B1 3D1 1G0 1B0 1D0 1G1"
+        " 1B1 1D1 1A  1O",
+    ]
+
+
 def test_1f1b_without_replicas_is_the_usual_order() -> None:
     schedule = build_schedule(chain(3, 4), (), training=True)
     work = [" ".join(str(a) for a in row if a.kind in "FB") for row in schedule.actions]
@@ -138,7 +212,7 @@ def test_1f1b_without_replicas_is_the_usual_order() -> None:
     ]
 
 
-@given(partitions())
+@given(partitions().filter(one_stage_each))
 def test_gpipe_runs_all_forwards_first(partition: Partition) -> None:
     schedule = build_schedule(replace(partition, schedule="gpipe"), (), training=True)
     for row in schedule.actions:
@@ -198,9 +272,12 @@ def keeps_local_order(schedule: Schedule) -> bool:
     for row in schedule.actions:
         if schedule.training and [a.kind for a in row[-2:]] != ["A", "O"]:
             return False
-        for m in {a.microbatch for a in row} - {None}:
-            kinds = [a.kind for a in row if a.microbatch == m]
-            if kinds != sorted(kinds, key="RFSGBD".index):
+        for stage, m in {(a.stage, a.microbatch) for a in row if a.microbatch is not None}:
+            kinds = [a.kind for a in row if (a.stage, a.microbatch) == (stage, m)]
+            chain = [kind for kind in kinds if kind != "W"]
+            if chain != sorted(chain, key="RFSGBID".index):
+                return False
+            if "W" in kinds and kinds.index("W") < kinds.index("I"):
                 return False
     return True
 
@@ -271,9 +348,9 @@ def test_the_optimiser_stands_last() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"routes": ((1, 0),)}, r"visits stages \[1, 0\]"),
+        ({"routes": ((1, 0),)}, r"visits stages \[1 0\]"),
         ({"microbatch_sizes": (1, 1)}, "2 sizes"),
-        ({"stage_of": (0, 1, 1)}, "rows and of ranks differ"),
+        ({"stages_of": ((0,), (1,), (1,))}, "rows and of ranks differ"),
         ({"links": (StageLink(1, 0, 1.0),)}, "does not lead to a later stage"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,14 @@ from plan_samples import (
 
 from graphpar.cost import LinkCost
 from graphpar.partition.pipeline_price import price
-from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.partition.types import (
+    Partition,
+    PipelineChoice,
+    Replica,
+    ScheduleName,
+    SearchedSchedule,
+    StageChoice,
+)
 from graphpar.schedule import Action, Schedule, StageLink, build_schedule, in_flight_limit
 from graphpar.simulate import Event, Timeline, simulate
 from graphpar.timing import GradientGroup, NodeLink, RankTiming, SizeTiming, Timing, timing_of
@@ -151,7 +159,8 @@ def test_laws_of_every_timeline(case: tuple[Partition, Schedule, Timing]) -> Non
                 begun = next(
                     e for a, e in sent.items() if (a.kind, a.stage, a.microbatch) == (kind, source, m)
                 )
-                assert begun.start_s < event.end_s
+                # What stays on a rank takes no time.
+                assert begun.start_s < event.end_s or begun.rank == rank
 
 
 @given(priced(), st.data())
@@ -275,11 +284,11 @@ def test_many_ranks() -> None:
     timeline = simulate(schedule, equal_ranks(256, 1.0, 2.0))
     assert timeline.step_s == pytest.approx((32 + 64 - 1) * 3.0)
     widths = [4] * 64
-    held = [min(32, in_flight_limit(widths, schedule.stage_of[r])) + 0.5 for r in range(256)]
+    held = [min(32, in_flight_limit(widths, schedule.stages_of[r][0])) + 0.5 for r in range(256)]
     assert list(timeline.peak_bytes) == held
 
 
-@given(partitions(), st.booleans())
+@given(partitions().filter(lambda p: p.schedule in get_args(SearchedSchedule)), st.booleans())
 def test_memory_is_never_more_than_the_partitioner_allowed_for(
     partition: Partition, training: bool
 ) -> None:

@@ -16,7 +16,7 @@ from graphpar.view.measured import MeasuredRank, MeasuredStep
 
 _MOST_RANKS = 24
 _BAR_COLUMNS = 12
-_COMPUTE = "FBO"
+_COMPUTE = "FBIWO"
 
 
 class TimedStep(MeasuredStep, Protocol):
@@ -37,7 +37,7 @@ class RankShare:
 
     rank: int
     device: str
-    stage: int
+    stage: str
     busy: float
     predicted_busy: float
     peak_bytes: float
@@ -46,13 +46,13 @@ class RankShare:
 
 def shares_of_step(plan: Plan, step: TimedStep) -> tuple[RankShare, ...]:
     """How busy each rank was and what memory it held."""
-    stage_of = [stage.index for stage in plan.stages for _ in stage.replicas]
+    stages_of = plan.schedule().stages_of
     replicas = plan.replicas
     return tuple(
         RankShare(
             rank=report.rank,
             device=replicas[report.rank].device,
-            stage=stage_of[report.rank],
+            stage=", ".join(map(str, stages_of[report.rank])),
             busy=_computed_s(report) / step.seconds if step.seconds > 0 else 0.0,
             predicted_busy=replicas[report.rank].busy_share,
             peak_bytes=float(report.peak_bytes),
@@ -142,7 +142,7 @@ def _rows(shares: Sequence[RankShare]) -> Iterator[tuple[str, ...]]:
         yield (
             str(share.rank),
             share.device[-24:],
-            str(share.stage),
+            share.stage,
             f"{'#' * full}{'.' * (_BAR_COLUMNS - full)} {format_percent(share.busy)}",
             format_percent(share.predicted_busy),
             format_bytes(share.peak_bytes),

@@ -11,9 +11,7 @@ from graphpar.ir.text import format_op
 ATTRIBUTES: dict[Level, frozenset[str]] = {
     "captured": frozenset({"grad", "samples", "outer", "reduces", "tail", "format"}),
     "placed": frozenset({"grad", "samples", "outer", "reduces", "tail", "format", "stage"}),
-    "lowered": frozenset(
-        {"grad", "samples", "outer", "reduces", "tail", "format", "stage", "shard", "partial", "held"}
-    ),
+    "lowered": frozenset("grad samples outer reduces tail format stage shard partial held late".split()),
 }
 """Attributes an op may carry, by level.
 
@@ -23,7 +21,8 @@ batch (see `passes/samples.py`), `outer` how often the batch is repeated along i
 `passes/tail.py`). `format`: the number format its unit computes in (see `formats.py`).
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
 inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
-hold it, whether they read it or not.
+hold it, whether they read it or not. `late`: the places of the weights whose gradients are made in a
+second half of the backward.
 """
 _OWN = frozenset(
     {"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention", "gp.share", "gp.cast_weight"}

@@ -29,7 +29,7 @@ from graphpar.partition.settings import (
     microbatch_counts,
     schedules_of,
 )
-from graphpar.partition.types import ScheduleName
+from graphpar.partition.types import SearchedSchedule
 
 SWEEP_LIMIT = 10_000_000
 """Array elements one sweep of the dynamic programme may touch: some tens of milliseconds."""
@@ -65,7 +65,7 @@ class Family:
     cells: Cells
     exact: bool
     options: tuple[StageOption, ...] = field(repr=False)
-    schedules: tuple[ScheduleName, ...]
+    schedules: tuple[SearchedSchedule, ...]
     microbatches: Microbatches
     staffing: str
     repeats: Repeats | None = None
@@ -118,7 +118,7 @@ def _placed_family(
     table: CostTable,
     cells: Cells,
     exact: bool,
-    settings: tuple[tuple[ScheduleName, ...], Microbatches],
+    settings: tuple[tuple[SearchedSchedule, ...], Microbatches],
     *,
     wide: bool,
 ) -> Family | None:
@@ -253,7 +253,7 @@ def first_devices(table: CostTable, number: int) -> CostTable:
 
 def _counted_family(
     table: CostTable,
-    schedules: tuple[ScheduleName, ...],
+    schedules: tuple[SearchedSchedule, ...],
     microbatches: Microbatches,
     repeats: Repeats,
 ) -> Family:

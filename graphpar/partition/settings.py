@@ -3,7 +3,7 @@
 from typing import Literal
 
 from graphpar.cost import CostTable
-from graphpar.partition.types import ScheduleName
+from graphpar.partition.types import SearchedSchedule
 
 Microbatches = int | Literal["auto"]
 ScheduleChoice = Literal["auto", "gpipe", "1f1b"]
@@ -12,7 +12,7 @@ SMALL_BATCH = 16
 """Up to this many samples every microbatch count is tried."""
 
 
-def schedules_of(table: CostTable, schedule: ScheduleChoice) -> tuple[ScheduleName, ...]:
+def schedules_of(table: CostTable, schedule: ScheduleChoice) -> tuple[SearchedSchedule, ...]:
     """The schedules of training that are tried: what is asked for, as far as the model allows it."""
     if table.tail_reason:
         return ("gpipe",)

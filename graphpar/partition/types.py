@@ -2,16 +2,22 @@
 
 A *pipeline* takes a share of every global batch and cuts it into microbatches. Its *stages* are
 contiguous runs of units that together cover the chain. A stage has one or more *replicas*, which take
-turns over the pipeline's microbatches. A replica is one device or a *tensor group*: devices that share
-every layer of the stage, each in proportion to its share. Several pipelines, of unlike composition if
-need be, run side by side; gradients are summed over all copies of a unit.
+turns over the pipeline's microbatches. Where stages are *interleaved*, the same replicas hold several
+stages of a pipeline that do not follow each other. A replica is one device or a *tensor group*: devices
+that share every layer of the stage, each in proportion to its share. Several pipelines, of unlike
+composition if need be, run side by side; gradients are summed over all copies of a unit.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["optimal", "feasible"]
-ScheduleName = Literal["gpipe", "1f1b"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+"""GPipe and 1F1B; 1F1B where devices hold several stages that do not follow each other; with backwards
+in two halves, of which the second (gradients of weights) fills gaps."""
+
+SearchedSchedule = Literal["gpipe", "1f1b"]
+"""Schedules whose step time is a formula, so that partitions for them are searched for with a bound."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,29 @@ class PipelineChoice:
 
 
 @dataclass(frozen=True)
+class StagePace:
+    """What an order of work is found with: seconds of one microbatch in one stage.
+
+    Attributes:
+        forward_s: Its forward.
+        backward_s: Its backward, without what `weight_s` counts.
+        weight_s: Gradients of weights, where they may come later; 0 where they may not.
+        transfer_s: What the stage's results are under way for.
+        ahead: How many microbatches, over all its stages, a device may have between forward and backward;
+            0 for the usual number.
+        held: How many of them may lack any of their gradients; 0 for as many as the first device of the
+            pipeline may have between forward and backward.
+    """
+
+    forward_s: float
+    backward_s: float
+    weight_s: float = 0.0
+    transfer_s: float = 0.0
+    ahead: int = 0
+    held: int = 0
+
+
+@dataclass(frozen=True)
 class Partition:
     """The chosen partition with its certificate.
 
@@ -107,7 +136,8 @@ class Partition:
     `(objective_s - bound_s) / objective_s`. `physical_bound_s` is a lower bound for any plan of any
     kind under the same table. `truncated_by` names every limit that cut the search short.
     `peak_bytes` maps each used device to its predicted peak. `num_programs` programmes were built,
-    the largest with `num_variables` variables (possible stages).
+    the largest with `num_variables` variables (possible stages). `paces` has one entry per stage over
+    all pipelines where the order of work depends on times; it is empty for GPipe and 1F1B.
     """
 
     pipelines: tuple[PipelineChoice, ...]
@@ -126,11 +156,13 @@ class Partition:
     runners_up: tuple["Partition", ...] = field(default=(), repr=False)
     num_programs: int = 0
     num_variables: int = 0
+    paces: tuple[StagePace, ...] = ()
 
     @property
     def used_devices(self) -> tuple[str, ...]:
         """Names of the devices that have work, in order of pipelines, stages, replicas, members.
 
-        A device's place here is its rank.
+        A device's place here is its rank; one with several stages stands where its first is.
         """
-        return tuple(d for p in self.pipelines for s in p.stages for r in s.replicas for d in r.devices)
+        every = (d for p in self.pipelines for s in p.stages for r in s.replicas for d in r.devices)
+        return tuple(dict.fromkeys(every))

@@ -24,14 +24,15 @@ class Placement:
 
     Attributes:
         pipeline: Its pipeline.
-        interface: Its stage there, and what the stage reads and makes.
+        interfaces: Its stages there, and what each reads and makes.
         team: The ranks of its tensor group, itself included; itself alone where there is none.
         slices: Of which tensors it holds a slice.
         partial: Parameters whose gradient is summed over the tensor group.
+        recompute: Ops of the units whose values are computed again for the backward.
     """
 
     pipeline: int
-    interface: StageInterface
+    interfaces: tuple[StageInterface, ...]
     team: tuple[int, ...] = ()
     slices: Mapping[str, Slice] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
@@ -40,7 +41,21 @@ class Placement:
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels of all parameters, buffers and constants the rank holds."""
-        return tuple(label for labels in self.interface.tensors.values() for label in labels)
+        return tuple(dict.fromkeys(label for labels in self.tensors.values() for label in labels))
+
+    @cached_property
+    def tensors(self) -> Mapping[str, tuple[str, ...]]:
+        """The same by kind, each once however many stages read it."""
+        kinds = self.interfaces[0].tensors
+        return {
+            kind: tuple(dict.fromkeys(la for face in self.interfaces for la in face.tensors[kind]))
+            for kind in kinds
+        }
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Its stages, numbered within the pipeline."""
+        return tuple(face.stage for face in self.interfaces)
 
 
 @dataclass(frozen=True)
@@ -62,22 +77,26 @@ class Lowered:
     @cached_property
     def placements(self) -> tuple[Placement, ...]:
         """One per rank, in the order of `Partition.used_devices`."""
-        found: list[Placement] = []
+        rank_of = {device: rank for rank, device in enumerate(self.partition.used_devices)}
+        stages: dict[int, list[int]] = {}
+        places: dict[int, tuple[int, tuple[int, ...]]] = {}
         for number, pipeline in enumerate(self.partition.pipelines):
             for index, choice in enumerate(pipeline.stages):
                 for replica in choice.replicas:
-                    team = tuple(range(len(found), len(found) + len(replica.devices)))
-                    again = self.units[choice.first : choice.last] if choice.recompute else ()
-                    found += [
-                        replace(self._placement(number, index, team, rank), recompute=again)
-                        for rank in team
-                    ]
-        return tuple(found)
+                    team = tuple(rank_of[device] for device in replica.devices)
+                    for rank in team:
+                        places[rank] = number, team
+                        stages.setdefault(rank, []).append(index)
+        return tuple(self._placement(rank, *places[rank], stages[rank]) for rank in sorted(places))
 
-    def _placement(self, pipeline: int, stage: int, team: tuple[int, ...], rank: int) -> Placement:
+    def _placement(
+        self, rank: int, pipeline: int, team: tuple[int, ...], stages: Sequence[int]
+    ) -> Placement:
         graph = self.local.get(rank, self.graphs[pipeline])
-        face = interface(graph, stage)
-        held = {label for labels in face.tensors.values() for label in labels}
+        faces = tuple(interface(graph, stage) for stage in stages)
+        held = {label for face in faces for labels in face.tensors.values() for label in labels}
+        choices = [self.partition.pipelines[pipeline].stages[stage] for stage in stages]
+        again = tuple(u for c in choices if c.recompute for u in self.units[c.first : c.last])
         slices, partial = {}, set()
         for op in (*graph.sources("parameter"), *graph.sources("buffer")):
             label, cut = str(op.args[0]), op.attr("shard")
@@ -85,7 +104,7 @@ class Lowered:
                 slices[label] = Slice(cut[0], cut[2:], cut[1], team.index(rank))
             if label in held and op.attr("partial"):
                 partial.add(label)
-        return Placement(pipeline, face, team, slices, frozenset(partial))
+        return Placement(pipeline, faces, team, slices, frozenset(partial), again)
 
     def graph_of(self, rank: int) -> Graph:
         """The graph that a rank runs its stage of."""
@@ -106,7 +125,7 @@ class Lowered:
         """For each tensor of a kind what the members of each replica hold of it."""
         found: dict[str, dict[tuple[int, ...], list[Holding]]] = {}
         for rank, placement in enumerate(self.placements):
-            for label in placement.interface.tensors[kind]:
+            for label in placement.tensors[kind]:
                 holding = Holding(rank, placement.slices.get(label), label in placement.partial)
                 found.setdefault(label, {}).setdefault(placement.team, []).append(holding)
         return {label: tuple(map(tuple, teams.values())) for label, teams in found.items()}
@@ -138,16 +157,18 @@ class Lowered:
         texts = {id(graph): format_graph(graph) for graph in (*self.graphs, *self.local.values())}
         owned = {label: owners(copies) for label, copies in self.holders.items()}
         starts = (0, *accumulate(schedule.microbatch_sizes))
+        first_stages = (0, *accumulate(len(p.stages) for p in self.partition.pipelines))
         programs = []
         for rank, placement in enumerate(self.placements):
             mine = [r for rs in self._reductions.values() for r in rs if rank in r.group]
             mine = mine if self.training else []
-            graph, stage = self.graph_of(rank), placement.interface.stage
-            imports, operators = needed_code(foreign_targets(graph, stage))
+            graph = self.graph_of(rank)
+            foreign = [target for s in placement.stages for target in foreign_targets(graph, s)]
+            imports, operators = needed_code(tuple(dict.fromkeys(foreign)))
             programs.append(
                 RankProgram(
                     graph=texts[id(graph)],
-                    stage=stage,
+                    stages=placement.stages,
                     training=self.training,
                     actions=tuple(str(action) for action in schedule.actions[rank]),
                     routes=schedule.routes,
@@ -164,6 +185,7 @@ class Lowered:
                     imports=imports,
                     operators=operators,
                     recompute=placement.recompute if self.training else (),
+                    first_stage=first_stages[placement.pipeline],
                 )
             )
         return programs

@@ -13,7 +13,7 @@ TOLERANCE = 0.15
 NOTABLE_S = 0.005
 """Shorter steps are made of messages and of waiting for a core; nothing is decided by them."""
 
-_COMPUTE, _WAIT, _REDUCE = "FBW", "RG", "A"
+_COMPUTE, _WAIT, _REDUCE = "FBIW", "RG", "A"
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 The forward of a stage is its own autograd graph. Backward starts from the gradients that later stages
 send back (and from the loss in the stage that makes it) and ends at the values received from earlier
-stages, whose gradients are sent on.
+stages, whose gradients are sent on. It may be done in two halves (`deferral`). A rank may hold several
+stages; what they send each other stays where it is.
 """
 
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
 from graphpar.runtime.casts import LowerWeights
+from graphpar.runtime.deferral import Deferral
 from graphpar.runtime.emulate import Pace
-from graphpar.runtime.lower import Message, StageBuilder
+from graphpar.runtime.lower import Message, StageBuilder, StageInterface
 from graphpar.runtime.program import WHOLE, Event, RankProgram, StepReport
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.scaling import LossScaler
@@ -56,13 +58,14 @@ class _Step:
     """State of one step."""
 
     inputs: Mapping[str, torch.Tensor]
-    posted: dict[Action, list[Arrival]] = field(default_factory=dict)
+    posted: dict[Action, list[Arrival | None]] = field(default_factory=dict)
     to_post: deque[Action] = field(default_factory=deque)
+    handed_over: dict[int, torch.Tensor] = field(default_factory=dict)
     arrived: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     gradients: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     outgoing: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     returning: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    in_flight: dict[int, _InFlight] = field(default_factory=dict)
+    in_flight: dict[tuple[int, int], _InFlight] = field(default_factory=dict)
     collected: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     whole: Whole | None = None
     results: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
@@ -107,27 +110,34 @@ class Executor:
         self.team = team
         self.member, self.width = (0, 1) if team is None else (team.member, team.size)
         self._teams = {members[0]: members for members in program.teams}
-        self.builder = StageBuilder(
-            graph,
-            program.stage,
-            tensors,
-            device,
-            self.context,
-            lower_weights,
-            team,
-            program.recompute,
-        )
-        self.interface = self.builder.interface
         self.actions = tuple(Action.parse(token) for token in program.actions)
+        halves = {action.stage for action in self.actions if action.kind == "I"}
+        self._deferrals = {stage: Deferral() for stage in halves}
+        self.builders = {
+            program.first_stage + stage: StageBuilder(
+                graph,
+                stage,
+                tensors,
+                device,
+                self.context,
+                lower_weights,
+                team,
+                program.recompute,
+                self._deferrals.get(program.first_stage + stage),
+            )
+            for stage in program.stages
+        }
+        self.interfaces = {stage: builder.interface for stage, builder in self.builders.items()}
         self.device = device
         self._optimizer = optimizer
         self._scaler = scaler
         self._tensors = tensors
-        self._types = _types(graph, self.interface.receives, self.interface.sends)
-        self._requires_grad = {m.tag for m in self.interface.receives if m.has_gradient}
-        self._tail = Tail.of(self.builder, program, team)
+        self._types = _types(graph, self.interfaces.values())
+        self._tails = {s: tail for s, b in self.builders.items() if (tail := Tail.of(b, program, team))}
         self._own = tuple(
-            a.microbatch for a in self.actions if a.kind == "F" and a.microbatch is not None
+            a.microbatch
+            for a in self.actions
+            if a.kind == "F" and a.microbatch is not None and a.stage in self._tails
         )
         self._running: _Step | None = None
         self._run: dict[str, Callable[[_Step, Action], None]] = {
@@ -136,6 +146,8 @@ class Executor:
             "S": self._send,
             "G": self._receive_gradient,
             "B": self._backward,
+            "I": self._backward_of_inputs,
+            "W": self._backward_of_weights,
             "D": self._send_gradient,
             "A": self._reduce,
             "O": self._optimize,
@@ -182,6 +194,10 @@ class Executor:
     def _tag(self, message: Message, microbatch: int, backward: bool) -> int:
         return (2 * message.tag + backward) * len(self.program.sizes) + microbatch
 
+    def _stays(self, message: Message) -> bool:
+        """Whether the other stage is on this rank too."""
+        return self.program.first_stage + message.stage in self.builders
+
     def _peer(self, message: Message, microbatch: int) -> int:
         """The rank of the other stage to hear from: of a tensor group, by place modulo width."""
         team = self._team(self.program.routes[microbatch][message.stage])
@@ -200,9 +216,11 @@ class Executor:
             action = state.to_post.popleft()
             assert action.microbatch is not None
             backward = action.kind == "G"
-            messages = self._gradients_back() if backward else self.interface.receives
+            face = self.interfaces[action.stage]
+            messages = _gradients_back(face) if backward else face.receives
             state.posted[action] = [
-                self._post(message, action.microbatch, backward) for message in messages
+                None if self._stays(message) else self._post(message, action.microbatch, backward)
+                for message in messages
             ]
 
     def _post(self, message: Message, microbatch: int, backward: bool) -> Arrival:
@@ -211,39 +229,50 @@ class Executor:
         tag = self._tag(message, microbatch, backward)
         return self.transport.post(self._peer(message, microbatch), shape, dtype, tag)
 
-    def _gradients_back(self) -> list[Message]:
-        return [m for m in self.interface.sends if m.has_gradient]
-
     def _receive(self, state: _Step, action: Action) -> None:
-        assert action.microbatch is not None
-        arrivals = state.posted.pop(action)
-        self._post_ahead(state)
-        for message, arrival in zip(self.interface.receives, arrivals, strict=True):
-            state.arrived[message.tag, action.microbatch] = arrival.wait()
+        self._take_in(state, action, self.interfaces[action.stage].receives, state.arrived)
 
     def _receive_gradient(self, state: _Step, action: Action) -> None:
+        self._take_in(state, action, _gradients_back(self.interfaces[action.stage]), state.gradients)
+
+    def _take_in(
+        self,
+        state: _Step,
+        action: Action,
+        messages: Sequence[Message],
+        into: dict[tuple[int, int], torch.Tensor],
+    ) -> None:
         assert action.microbatch is not None
         arrivals = state.posted.pop(action)
         self._post_ahead(state)
-        for message, arrival in zip(self._gradients_back(), arrivals, strict=True):
-            state.gradients[message.tag, action.microbatch] = arrival.wait()
+        for message, arrival in zip(messages, arrivals, strict=True):
+            tag = self._tag(message, action.microbatch, backward=action.kind == "G")
+            value = state.handed_over.pop(tag) if arrival is None else arrival.wait()
+            into[message.tag, action.microbatch] = value
 
     def _send(self, state: _Step, action: Action) -> None:
-        assert action.microbatch is not None
-        for message in self.interface.sends:
-            value = state.outgoing.pop((message.tag, action.microbatch))
-            tag = self._tag(message, action.microbatch, backward=False)
-            for peer in self._peers(message, action.microbatch):
-                self.transport.send(peer, value, tag)
+        self._give_out(state, action, self.interfaces[action.stage].sends, state.outgoing)
 
     def _send_gradient(self, state: _Step, action: Action) -> None:
+        messages = [m for m in self.interfaces[action.stage].receives if m.has_gradient]
+        self._give_out(state, action, messages, state.returning)
+
+    def _give_out(
+        self,
+        state: _Step,
+        action: Action,
+        messages: Sequence[Message],
+        values: dict[tuple[int, int], torch.Tensor],
+    ) -> None:
         assert action.microbatch is not None
-        for message in self.interface.receives:
-            if message.has_gradient:
-                value = state.returning.pop((message.tag, action.microbatch))
-                tag = self._tag(message, action.microbatch, backward=True)
-                for peer in self._peers(message, action.microbatch):
-                    self.transport.send(peer, value, tag)
+        for message in messages:
+            value = values.pop((message.tag, action.microbatch))
+            tag = self._tag(message, action.microbatch, backward=action.kind == "D")
+            if self._stays(message):
+                state.handed_over[tag] = value.detach()
+                continue
+            for peer in self._peers(message, action.microbatch):
+                self.transport.send(peer, value, tag)
 
     # --- computing ---
 
@@ -251,30 +280,30 @@ class Executor:
         number = action.microbatch
         assert number is not None
         size = self._at_microbatch(number)
-        received = {m.tag: state.arrived.pop((m.tag, number)) for m in self.interface.receives}
+        face = self.interfaces[action.stage]
+        received = {m.tag: state.arrived.pop((m.tag, number)) for m in face.receives}
         if self.program.training:
-            for tag in self._requires_grad:
-                received[tag].requires_grad_()
-        module = self.builder.module(size, self.program.batch)
-        inputs = [self._input(state, label, number) for label in self.interface.inputs]
+            for message in face.receives:
+                if message.has_gradient:
+                    received[message.tag].requires_grad_()
+        module = self.builders[action.stage].module(size, self.program.batch)
+        inputs = [self._input(state, label, number) for label in face.inputs]
         with self.pace.work():
             sends, results = module(*inputs, *received.values())
-        results, collected = (
-            results[: len(self.interface.results)],
-            results[len(self.interface.results) :],
-        )
-        sent = {m.tag: value for m, value in zip(self.interface.sends, sends, strict=True)}
+        results, collected = results[: len(face.results)], results[len(face.results) :]
+        sent = {m.tag: value for m, value in zip(face.sends, sends, strict=True)}
         state.outgoing.update({(tag, number): value for tag, value in sent.items()})
         if self.member == 0:
-            for (place, _), value in zip(self.interface.results, results, strict=True):
+            for (place, _), value in zip(face.results, results, strict=True):
                 state.results[place, number] = value.detach()
         if self.program.training:
             loss = results[0] if results else None
-            state.in_flight[number] = _InFlight(received, sent, loss, collected)
-        if self._tail is not None:
+            state.in_flight[action.stage, number] = _InFlight(received, sent, loss, collected)
+        tail = self._tails.get(action.stage)
+        if tail is not None:
             state.collected[number] = tuple(value.detach() for value in collected)
             if number == self._own[-1]:
-                self._run_tail(state, self._tail)
+                self._run_tail(state, tail)
 
     def _run_tail(self, state: _Step, tail: Tail) -> None:
         """All own forwards are done: give and get what the tail collects, then run it."""
@@ -302,33 +331,53 @@ class Executor:
         return own if own is not None else state.inputs[label]
 
     def _backward(self, state: _Step, action: Action) -> None:
+        if action.stage in self._deferrals:
+            self._backward_of_inputs(state, action)
+            self._backward_of_weights(state, action)
+        else:
+            self._follow_back(state, action)
+
+    def _follow_back(self, state: _Step, action: Action) -> None:
         number = action.microbatch
         assert number is not None
-        kept = state.in_flight.pop(number)
+        face = self.interfaces[action.stage]
+        kept = state.in_flight.pop((action.stage, number))
         self._at_microbatch(number)  # units that are computed again draw the same bits again
-        roots, gradients = self._roots(state, kept, number)
+        roots, gradients = self._roots(state, face, kept, number)
         with self.pace.work():
             if roots:
                 torch.autograd.backward(roots, gradients)
-        for tag in self._requires_grad:
-            value = kept.received[tag]
-            state.returning[tag, number] = (
-                value.grad if value.grad is not None else torch.zeros_like(value)
-            )
+        for message in face.receives:
+            if message.has_gradient:
+                value = kept.received[message.tag]
+                state.returning[message.tag, number] = (
+                    value.grad if value.grad is not None else torch.zeros_like(value)
+                )
+
+    def _backward_of_inputs(self, state: _Step, action: Action) -> None:
+        assert action.microbatch is not None
+        with self._deferrals[action.stage].noting(action.microbatch):
+            self._follow_back(state, action)
+
+    def _backward_of_weights(self, state: _Step, action: Action) -> None:
+        assert action.microbatch is not None
+        with self.pace.work():
+            self._deferrals[action.stage].settle(action.microbatch)
 
     def _roots(
-        self, state: _Step, kept: _InFlight, number: int
+        self, state: _Step, face: StageInterface, kept: _InFlight, number: int
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tensors where backward starts, each once, with the sum of the gradients that came back."""
         totals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for message in self._gradients_back():
+        for message in _gradients_back(face):
             value = kept.sent[message.tag]
             gradient = state.gradients.pop((message.tag, number))
             if value.requires_grad:
                 before = totals.get(id(value))
                 totals[id(value)] = (value, gradient if before is None else before[1] + gradient)
-        if self._tail is not None and state.whole is not None:
-            gradients = self._tail.gradients(state.whole, number)
+        tail = self._tails.get(self.program.first_stage + face.stage)
+        if tail is not None and state.whole is not None:
+            gradients = tail.gradients(state.whole, number)
             for value, given in zip(kept.collected, gradients, strict=True):
                 if value.requires_grad and given is not None:
                     before = totals.get(id(value))
@@ -381,13 +430,18 @@ class Executor:
                 self._optimizer()
 
 
+def _gradients_back(face: StageInterface) -> list[Message]:
+    return [m for m in face.sends if m.has_gradient]
+
+
 def _types(
-    graph: Graph, receives: tuple[Message, ...], sends: tuple[Message, ...]
+    graph: Graph, faces: Iterable[StageInterface]
 ) -> dict[str, tuple[Callable[[int], tuple[int, ...]], torch.dtype]]:
     """For each message a function from microbatch size to shape, and the dtype."""
     return {
         m.name: (graph[m.name].type.sizes, getattr(torch, graph[m.name].type.dtype))
-        for m in (*receives, *sends)
+        for face in faces
+        for m in (*face.receives, *face.sends)
     }
 
 

@@ -54,7 +54,7 @@ def _check_held(lowered: Lowered, before: Lowered) -> None:
         VerifyError: A rank reads a parameter that it does not hold.
     """
     for rank, (new, old) in enumerate(zip(lowered.placements, before.placements, strict=True)):
-        missing = {*new.interface.tensors["parameter"]} - {*old.interface.tensors["parameter"]}
+        missing = {*new.tensors["parameter"]} - {*old.tensors["parameter"]}
         if missing:
             raise VerifyError(
                 f"Inputs of this kind need {min(missing)!r} in another stage than the plan keeps it "
@@ -65,16 +65,15 @@ def _check_held(lowered: Lowered, before: Lowered) -> None:
 def _fitted_to(graph: Graph, before: Lowered) -> Partition:
     """The partition with every pipeline cut at this graph's units."""
     pipelines = []
-    first_rank = 0
-    for pipeline, lowered_graph in zip(before.partition.pipelines, before.graphs, strict=True):
-        stages_of = _stages_of_weights(before, first_rank, pipeline)
-        pipelines.append(_fitted(graph, pipeline, stages_of, _formats_of_weights(lowered_graph)))
-        first_rank += sum(len(r.devices) for stage in pipeline.stages for r in stage.replicas)
+    for number, pipeline in enumerate(before.partition.pipelines):
+        stages_of = _stages_of_weights(before, number, pipeline)
+        formats = _formats_of_weights(before.graphs[number])
+        pipelines.append(_fitted(graph, pipeline, stages_of, formats))
     return replace(before.partition, pipelines=tuple(pipelines))
 
 
 def _stages_of_weights(
-    trained: Lowered, first_rank: int, pipeline: PipelineChoice
+    trained: Lowered, pipeline_number: int, pipeline: PipelineChoice
 ) -> Mapping[str, list[int]]:
     """For each parameter, and each buffer that training changes, the stages that hold it."""
     written = {
@@ -84,12 +83,13 @@ def _stages_of_weights(
         if any(writes_buffer(user) for user in graph.users(op.name))
     }
     found: dict[str, list[int]] = {}
-    rank = first_rank
+    rank_of = {device: rank for rank, device in enumerate(trained.partition.used_devices)}
     for number, stage in enumerate(pipeline.stages):
-        held = trained.placements[rank].interface.tensors
+        placement = trained.placements[rank_of[stage.replicas[0].device]]
+        assert placement.pipeline == pipeline_number
+        held = placement.interfaces[placement.stages.index(number)].tensors
         for label in (*held["parameter"], *(b for b in held["buffer"] if b in written)):
             found.setdefault(label, []).append(number)
-        rank += sum(len(r.devices) for r in stage.replicas)
     return found
 
 

@@ -290,7 +290,7 @@ class CompiledModel(JobState):
         if loaded.prologue is not None:
             inputs = {**inputs, **loaded.prologue.run(inputs, samples)}
         per_rank = [
-            inputs_of_rank(placement.interface, rank, schedule, inputs, signature.batched)
+            inputs_of_rank(placement.interfaces, rank, schedule, inputs, signature.batched)
             for rank, placement in enumerate(loaded.lowered.placements)
         ]
         try:

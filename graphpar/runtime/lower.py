@@ -16,6 +16,7 @@ from graphpar.frontend.torch_private import is_random, lookup_op
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType
 from graphpar.runtime.casts import LowerWeights
+from graphpar.runtime.deferral import Deferral, Late
 from graphpar.runtime.group_ops import group_module
 from graphpar.runtime.overlap import overlap_module
 from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
@@ -173,6 +174,7 @@ class StageBuilder:
         lower_weights: The rank's weights in lower formats.
         team: The rank's tensor group; None where it works alone.
         recompute: Ops of the units whose values are computed again for the backward.
+        deferral: Where ops with late weights note what they owe; None where backward is done at once.
     """
 
     def __init__(
@@ -185,6 +187,7 @@ class StageBuilder:
         lower_weights: LowerWeights | None = None,
         team: Team | None = None,
         recompute: Units = (),
+        deferral: Deferral | None = None,
     ) -> None:
         self.team = team
         self.ops = stage_ops(graph, stage)
@@ -193,6 +196,7 @@ class StageBuilder:
         self._lower_weights = lower_weights or LowerWeights()
         self._recompute = recompute
         self._parts, self._tail = in_parts_and_tail(self.ops)
+        self._deferral = deferral
         self._modules: dict[tuple[int, int], fx.GraphModule] = {}
         self._tails: dict[int, fx.GraphModule] = {}
 
@@ -296,7 +300,20 @@ class StageBuilder:
     ) -> fx.Node:
         if op.target.startswith("gp."):
             return self._own(root, graph, op, env, stamp)
+        if self._deferral is not None and op.attr("late"):
+            return self._late(root, graph, op, env, stamp)
         return _call(graph, op, env, stamp)
+
+    def _late(
+        self, root: nn.Module, graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: "_Stamp"
+    ) -> fx.Node:
+        places = op.attr("late")
+        assert isinstance(places, tuple) and self._deferral is not None
+        name = f"{_identifier(op.name)}_late"
+        whole = [place for place in places if isinstance(place, int)]
+        root.add_module(name, Late(_function(op), whole, self._deferral))
+        arguments = tuple(stamp.argument(a, env) for a in op.args)
+        return graph.call_module(name, arguments, {k: stamp.argument(v, env) for k, v in op.kwargs})
 
     def _steady(self, ops: Sequence[Op], results: Sequence[str], stamp: "_Stamp") -> Steady:
         """Compute what needs neither inputs, weights nor buffers."""

@@ -50,24 +50,25 @@ def check_inputs(graph: Graph, inputs: Mapping[str, torch.Tensor], batched: froz
 
 
 def inputs_of_rank(
-    stage: StageInterface,
+    stages: Sequence[StageInterface],
     rank: int,
     schedule: Schedule,
     inputs: Mapping[str, torch.Tensor],
     batched: frozenset[str],
 ) -> dict[str, torch.Tensor]:
-    """What a rank needs of the global batch: its microbatches of the inputs its stage reads.
+    """What a rank needs of the global batch: its microbatches of the inputs its stages read.
 
     What a tail reads, it reads of the whole batch.
     """
     needed: dict[str, torch.Tensor] = {}
     first, leader = 0, schedule.team_of[rank][0]
-    if stage.tail is not None and any(leader in route for route in schedule.routes):
-        for label in stage.tail.inputs:
+    labels = {label for stage in stages for label in stage.inputs}
+    if any(leader in route for route in schedule.routes):
+        for label in {la for stage in stages if stage.tail is not None for la in stage.tail.inputs}:
             needed[f"{label}@{WHOLE}" if label in batched else label] = inputs[label]
     for number, (size, route) in enumerate(zip(schedule.microbatch_sizes, schedule.routes, strict=True)):
         if leader in route:
-            for label in stage.inputs:
+            for label in labels:
                 if label in batched:
                     needed[f"{label}@{number}"] = inputs[label][first : first + size]
                 else:

@@ -41,7 +41,7 @@ class RankProgram(msgspec.Struct, frozen=True):
 
     Attributes:
         graph: Text of the lowered graph of the rank's pipeline.
-        stage: The rank's stage in that pipeline.
+        stages: The rank's stages in that pipeline, numbered within it.
         training: Whether there is a backward and an optimiser.
         actions: Tokens of what to do in one step.
         routes: For each microbatch the rank of each stage of its pipeline.
@@ -58,10 +58,12 @@ class RankProgram(msgspec.Struct, frozen=True):
         imports: Modules that define operators the stage calls.
         operators: Operators that no module defines, as pickled by the driver; empty for none.
         recompute: Ops of the units whose values are computed again for the backward.
+        first_stage: Number of the pipeline's first stage among those of all pipelines, which actions
+            name.
     """
 
     graph: str
-    stage: int
+    stages: tuple[int, ...]
     training: bool
     actions: tuple[str, ...]
     routes: tuple[tuple[int, ...], ...]
@@ -78,6 +80,7 @@ class RankProgram(msgspec.Struct, frozen=True):
     imports: tuple[str, ...] = ()
     operators: bytes = b""
     recompute: tuple[tuple[str, ...], ...] = ()
+    first_stage: int = 0
 
 
 Part = Literal["", "gradients", "optimizer"]
@@ -87,7 +90,7 @@ Part = Literal["", "gradients", "optimizer"]
 def in_part(program: RankProgram, part: Part) -> RankProgram:
     """The program of a part of a step.
 
-    >>> whole = RankProgram("", 0, True, ("0F0", "0B0", "0O"), (), (), (), 1, {}, ())
+    >>> whole = RankProgram("", (0,), True, ("0F0", "0B0", "0O"), (), (), (), 1, {}, ())
     >>> in_part(whole, "gradients").actions, in_part(whole, "optimizer").actions
     (('0F0', '0B0'), ('0O',))
     """

@@ -3,6 +3,7 @@
 Devices without gloo support are staged through the CPU, so that a GPU and a CPU can be neighbours.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Transport:
         self._emulated = {link.rank: link for link in links}
         self._members = [tuple(g) for g in groups]
         self._groups = [dist.new_group([self.ranks[r] for r in g], backend="gloo") for g in groups]
+        self._lock = threading.Lock()
         self._pending: list[tuple[dist.Work | None, torch.Tensor]] = []
         self._busy_until = 0.0
 
@@ -69,10 +71,16 @@ class Transport:
         peer = self.ranks[rank]
         slow = self._slow.get(rank)
         if slow is not None:
-            slow.submit(flat.nbytes, lambda: dist.send(flat, dst=peer, tag=tag))
+            # Not a blocking send: receivers may take messages of one link in another order.
+            slow.submit(flat.nbytes, lambda: self._isend(flat, peer, tag))
             return
-        self._pending = [(w, t) for w, t in self._pending if w is not None and not w.is_completed()]
-        self._pending.append((dist.isend(flat, dst=peer, tag=tag), flat))
+        self._isend(flat, peer, tag)
+
+    def _isend(self, flat: torch.Tensor, peer: int, tag: int) -> None:
+        work = dist.isend(flat, dst=peer, tag=tag)
+        with self._lock:
+            self._pending = [(w, t) for w, t in self._pending if w is not None and not w.is_completed()]
+            self._pending.append((work, flat))
 
     def flush(self) -> None:
         """Wait until everything sent is out."""

@@ -1,8 +1,9 @@
 """Actions, schedules, and their text form.
 
-Ranks are the used devices of a partition in order; stages and microbatches are numbered over all
-pipelines (pipeline 0's first). An `Action` prints as a token such as `1F3` (stage 1, forward,
-microbatch 3), a `Schedule` as a grid of tokens with one row per rank; both parse back.
+Ranks are the used devices of a partition in order, each with one stage or several; stages and
+microbatches are numbered over all pipelines (pipeline 0's first). An `Action` prints as a token such as
+`1F3` (stage 1, forward, microbatch 3), a `Schedule` as a grid of tokens with one row per rank; both parse
+back.
 """
 
 import re
@@ -13,12 +14,12 @@ from typing import Literal, NamedTuple, cast, get_args
 
 from graphpar.partition.types import ScheduleName
 
-ActionKind = Literal["F", "B", "R", "S", "G", "D", "A", "O"]
+ActionKind = Literal["F", "B", "R", "S", "G", "D", "A", "O", "I", "W"]
 KINDS: tuple[ActionKind, ...] = get_args(ActionKind)
 """Forward, backward; receive and send activations; receive (G) and send (D) gradients; all-reduce
-of the gradients, optimiser step."""
+of the gradients, optimiser step; the halves of a backward: gradients of inputs (I) and of weights (W)."""
 
-_TOKEN = re.compile(r"(\d+)(?:([FBRSGD])(\d+)|([AO]))", re.ASCII)
+_TOKEN = re.compile(r"(\d+)(?:([FBRSGDIW])(\d+)|([AO]))", re.ASCII)
 
 
 class Action(NamedTuple):
@@ -105,7 +106,7 @@ class Schedule:
         training: Whether there are backwards, all-reduces and optimiser steps.
         pipelines: Which stages and microbatches belong together.
         links: Which pairs of stages exchange data.
-        stage_of: For each rank the stage it runs.
+        stages_of: For each rank the stages it runs, in their order.
         microbatch_sizes: Samples of each microbatch.
         routes: For each microbatch the rank that runs it, for each stage of its pipeline; of a tensor
             group its first rank.
@@ -117,7 +118,7 @@ class Schedule:
     training: bool
     pipelines: tuple[PipelineSpan, ...]
     links: tuple[StageLink, ...]
-    stage_of: tuple[int, ...]
+    stages_of: tuple[tuple[int, ...], ...]
     microbatch_sizes: tuple[int, ...]
     routes: tuple[tuple[int, ...], ...]
     actions: tuple[tuple[Action, ...], ...]
@@ -126,7 +127,7 @@ class Schedule:
     @property
     def num_ranks(self) -> int:
         """Ranks that take part."""
-        return len(self.stage_of)
+        return len(self.stages_of)
 
     @property
     def num_stages(self) -> int:
@@ -142,8 +143,9 @@ class Schedule:
     def ranks_of(self) -> tuple[tuple[int, ...], ...]:
         """For each stage the ranks of its replicas."""
         ranks: list[list[int]] = [[] for _ in range(self.num_stages)]
-        for rank, stage in enumerate(self.stage_of):
-            ranks[stage].append(rank)
+        for rank, stages in enumerate(self.stages_of):
+            for stage in stages:
+                ranks[stage].append(rank)
         return tuple(tuple(r) for r in ranks)
 
     @cached_property
@@ -183,9 +185,10 @@ class Schedule:
         """
         return self.routes[microbatch][stage - self._first_stages[microbatch]]
 
-    def microbatches_of(self, rank: int) -> tuple[int, ...]:
-        """The microbatches a rank runs, in order."""
-        stage, leader = self.stage_of[rank], self.team_of[rank][0]
+    def microbatches_of(self, rank: int, stage: int | None = None) -> tuple[int, ...]:
+        """The microbatches a rank runs at one of its stages (the first if none is named), in order."""
+        leader = self.team_of[rank][0]
+        stage = self.stages_of[rank][0] if stage is None else stage
         span = next(p for p in self.pipelines if p.first_stage <= stage < p.last_stage)
         candidates = range(span.first_microbatch, span.last_microbatch)
         return tuple(m for m in candidates if self.routes[m][stage - span.first_stage] == leader)
@@ -230,16 +233,17 @@ def _grid(schedule: Schedule) -> Iterator[str]:
     width = max((len(str(a)) for row in schedule.actions for a in row), default=0)
     for rank, row in enumerate(schedule.actions):
         cells = " ".join(f"{a!s:<{width}}" for a in row)
-        yield f"rank {rank} stage {schedule.stage_of[rank]} | {cells}".rstrip()
+        stages = ",".join(map(str, schedule.stages_of[rank]))
+        yield f"rank {rank} stage {stages} | {cells}".rstrip()
 
 
 _NUMBER = r"([0-9.e+-]+)"
-_HEAD = re.compile(r"schedule (gpipe|1f1b) (training|inference)")
+_HEAD = re.compile(rf"schedule ({'|'.join(get_args(ScheduleName))}) (training|inference)")
 _PIPELINE = re.compile(r"pipeline stages (\d+):(\d+) microbatches (\d+):(\d+)", re.ASCII)
 _LINK = re.compile(
     rf"link (\d+)>(\d+) forward {_NUMBER}n\+{_NUMBER} backward {_NUMBER}n\+{_NUMBER}", re.ASCII
 )
-_RANK = re.compile(r"rank (\d+) stage (\d+) \|(.*)", re.ASCII)
+_RANK = re.compile(r"rank (\d+) stage (\d+(?:,\d+)*) \|(.*)", re.ASCII)
 
 
 def _parse(text: str) -> Schedule:
@@ -248,7 +252,7 @@ def _parse(text: str) -> Schedule:
     links: list[StageLink] = []
     sizes: tuple[int, ...] = ()
     routes: tuple[tuple[int, ...], ...] = ()
-    stages: list[int] = []
+    stages: list[tuple[int, ...]] = []
     teams: list[tuple[int, ...]] = []
     rows: list[tuple[Action, ...]] = []
     for number, line in enumerate(text.strip().splitlines(), 1):
@@ -272,7 +276,7 @@ def _parse(text: str) -> Schedule:
             elif match := _RANK.fullmatch(line):
                 if int(match[1]) != len(rows):
                     raise ValueError(f"expected the row of rank {len(rows)}")
-                stages.append(int(match[2]))
+                stages.append(tuple(map(int, match[2].split(","))))
                 rows.append(tuple(map(Action.parse, match[3].split())))
             else:
                 raise ValueError("expected schedule, pipeline, link, sizes, routes, team or rank")
@@ -285,7 +289,7 @@ def _parse(text: str) -> Schedule:
         training=head[2] == "training",
         pipelines=tuple(pipelines),
         links=tuple(links),
-        stage_of=tuple(stages),
+        stages_of=tuple(stages),
         microbatch_sizes=sizes,
         routes=routes,
         actions=tuple(rows),

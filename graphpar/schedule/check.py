@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from graphpar.errors import VerifyError
-from graphpar.schedule.actions import Action, Schedule
+from graphpar.schedule.actions import Action, PipelineSpan, Schedule
 from graphpar.schedule.teams import collapsed
 
 _Message = tuple[int, int, int, str]
@@ -64,7 +64,7 @@ def _fail(schedule: Schedule, rule: str, rank: int, position: int) -> VerifyErro
     row = schedule.actions[rank]
     around = row[max(0, position - _CONTEXT) : position + _CONTEXT + 1]
     return VerifyError(
-        f"schedule: {rule}; rank {rank} (stage {schedule.stage_of[rank]}), "
+        f"schedule: {rule}; rank {rank} (stage {', '.join(map(str, schedule.stages_of[rank]))}), "
         f"around action {position}: {' '.join(map(str, around))}"
     )
 
@@ -77,43 +77,58 @@ def _check_shape(schedule: Schedule) -> None:
             raise VerifyError(f"schedule: pipelines leave a gap or overlap at {span}")
         stage, microbatch = span.last_stage, span.last_microbatch
         for m in range(span.first_microbatch, min(span.last_microbatch, len(schedule.routes))):
-            stages = [schedule.stage_of[r] for r in schedule.routes[m]]
-            if stages != list(range(span.first_stage, span.last_stage)):
-                raise VerifyError(
-                    f"schedule: the route of microbatch {m} visits stages {stages}, not "
-                    f"{span.first_stage} to {span.last_stage - 1} in order"
-                )
+            _check_route(schedule, span, m)
     if not microbatch == len(schedule.routes) == len(schedule.microbatch_sizes):
         raise VerifyError(
             f"schedule: {microbatch} microbatches in pipelines, {len(schedule.routes)} routes, "
             f"{len(schedule.microbatch_sizes)} sizes; they must be equal"
         )
-    if len(schedule.actions) != len(schedule.stage_of):
+    if len(schedule.actions) != len(schedule.stages_of) or not all(schedule.stages_of):
         raise VerifyError("schedule: the numbers of action rows and of ranks differ")
     for link in schedule.links:
         if not any(p.first_stage <= link.source < link.target < p.last_stage for p in schedule.pipelines):
             raise VerifyError(f"schedule: {link} does not lead to a later stage of one pipeline")
 
 
+def _check_route(schedule: Schedule, span: PipelineSpan, microbatch: int) -> None:
+    """A microbatch visits all stages of its pipeline; a rank has it in all its stages or in none."""
+    route, stages = schedule.routes[microbatch], range(span.first_stage, span.last_stage)
+    own = [schedule.stages_of[r] if 0 <= r < schedule.num_ranks else () for r in route]
+    if len(route) != len(stages) or not all(s in held for s, held in zip(stages, own, strict=True)):
+        visited = [",".join(map(str, held)) for held in own]
+        raise VerifyError(
+            f"schedule: the route of microbatch {microbatch} visits stages [{' '.join(visited)}], not "
+            f"{span.first_stage} to {span.last_stage - 1} in order"
+        )
+    for rank, held in zip(route, own, strict=True):
+        if route.count(rank) != len(held):
+            raise VerifyError(
+                f"schedule: microbatch {microbatch} visits rank {rank} in some of its stages only"
+            )
+
+
 def _expected(schedule: Schedule, rank: int) -> Iterator[Action]:
-    stage = schedule.stage_of[rank]
-    into, out = schedule.incoming[stage], schedule.outgoing[stage]
-    for m in schedule.microbatches_of(rank):
-        yield Action("F", stage, m)
-        if into:
-            yield Action("R", stage, m)
-        if out:
-            yield Action("S", stage, m)
-        if not schedule.training:
-            continue
-        yield Action("B", stage, m)
-        if any(link.has_gradient for link in out):
-            yield Action("G", stage, m)
-        if any(link.has_gradient for link in into):
-            yield Action("D", stage, m)
+    row = set(schedule.actions[rank])
+    for stage in schedule.stages_of[rank]:
+        into, out = schedule.incoming[stage], schedule.outgoing[stage]
+        for m in schedule.microbatches_of(rank, stage):
+            yield Action("F", stage, m)
+            if into:
+                yield Action("R", stage, m)
+            if out:
+                yield Action("S", stage, m)
+            if not schedule.training:
+                continue
+            halves = row & {Action("I", stage, m), Action("W", stage, m)}
+            for kind in ("I", "W") if halves else ("B",):
+                yield Action(kind, stage, m)
+            if any(link.has_gradient for link in out):
+                yield Action("G", stage, m)
+            if any(link.has_gradient for link in into):
+                yield Action("D", stage, m)
     if schedule.training:
-        yield Action("A", stage)
-        yield Action("O", stage)
+        yield Action("A", schedule.stages_of[rank][0])
+        yield Action("O", schedule.stages_of[rank][0])
 
 
 def _check_completeness(schedule: Schedule, rank: int) -> None:
@@ -130,12 +145,15 @@ def _check_completeness(schedule: Schedule, rank: int) -> None:
     raise _fail(schedule, f"action {missing} is missing", rank, len(row))
 
 
-_RANKING = {"R": 0, "F": 1, "S": 2, "G": 3, "B": 4, "D": 5}
+_RANKING = {"R": 0, "F": 1, "S": 2, "G": 3, "B": 4, "I": 4, "W": 5, "D": 5}
 
 
 def _check_order(schedule: Schedule, rank: int) -> None:
-    """Receive, forward, send, receive gradients, backward, send gradients; at the end A, then O."""
-    reached: dict[int, int] = {}
+    """Receive, forward, send, receive gradients, backward, send gradients; at the end A, then O.
+
+    Gradients of weights come at any time after those of inputs.
+    """
+    reached: dict[tuple[int, int], int] = {}
     row = schedule.actions[rank]
     for position, action in enumerate(row):
         if action.microbatch is None:
@@ -143,9 +161,10 @@ def _check_order(schedule: Schedule, rank: int) -> None:
                 raise _fail(schedule, f"{action} must stand at the end", rank, position)
             continue
         step = _RANKING[action.kind]
-        if step < reached.get(action.microbatch, 0):
+        key = action.stage, action.microbatch
+        if step < reached.get(key, 0):
             raise _fail(schedule, f"{action} comes too late for its microbatch", rank, position)
-        reached[action.microbatch] = step
+        reached[key] = step
 
 
 def _sent(schedule: Schedule, action: Action) -> Iterator[_Message]:
@@ -212,7 +231,7 @@ def _describe_stuck(schedule: Schedule, position: list[int]) -> str:
 
 def _rendezvous_blocked(schedule: Schedule) -> tuple[tuple[int, Action], ...]:
     """Run with rendezvous sends: a message passes when both its ends stand at it."""
-    scripts = [_script(schedule, row, _sent, _awaited) for row in schedule.actions]
+    scripts = [_script(schedule, rank, _sent, _awaited) for rank in range(schedule.num_ranks)]
     position = [0] * schedule.num_ranks
     standing: dict[_Message, int] = {}
     ready = deque(range(schedule.num_ranks))
@@ -238,8 +257,13 @@ def _rendezvous_blocked(schedule: Schedule) -> tuple[tuple[int, Action], ...]:
 _Messages = Callable[[Schedule, Action], Iterator[_Message]]
 
 
-def _script(
-    schedule: Schedule, row: tuple[Action, ...], *sides: _Messages
-) -> list[tuple[Action, _Message]]:
-    """The messages of a rank in the order in which it comes to them."""
-    return [(a, message) for a in row for side in sides for message in side(schedule, a)]
+def _script(schedule: Schedule, rank: int, *sides: _Messages) -> list[tuple[Action, _Message]]:
+    """The messages of a rank in the order in which it comes to them; those to itself need no partner."""
+    own = schedule.stages_of[rank]
+    return [
+        (action, message)
+        for action in schedule.actions[rank]
+        for side in sides
+        for message in side(schedule, action)
+        if not (message[0] in own and message[1] in own)
+    ]

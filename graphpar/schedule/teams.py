@@ -26,7 +26,7 @@ def spread(schedule: Schedule, widths: Sequence[int]) -> Schedule:
     own = [replica for replica, width in enumerate(widths) for _ in range(width)]
     return replace(
         schedule,
-        stage_of=tuple(schedule.stage_of[r] for r in own),
+        stages_of=tuple(schedule.stages_of[r] for r in own),
         routes=tuple(tuple(leader[r] for r in route) for route in schedule.routes),
         actions=tuple(schedule.actions[r] for r in own),
         teams=tuple(
@@ -54,7 +54,7 @@ def collapsed(schedule: Schedule) -> Schedule:
         ) from None
     return replace(
         schedule,
-        stage_of=tuple(schedule.stage_of[r] for r in leaders),
+        stages_of=tuple(schedule.stages_of[r] for r in leaders),
         routes=routes,
         actions=tuple(schedule.actions[r] for r in leaders),
         teams=(),
@@ -76,7 +76,7 @@ def _check_teams(schedule: Schedule) -> None:
                 f"schedule: tensor group {team} is no increasing list of ranks that are in no other group"
             )
         seen.update(team)
-        rows = {(schedule.stage_of[rank], schedule.actions[rank]) for rank in team}
+        rows = {(schedule.stages_of[rank], schedule.actions[rank]) for rank in team}
         if len(rows) > 1:
             raise VerifyError(
                 f"schedule: the ranks of tensor group {team} do not do the same things; they would wait "

@@ -10,6 +10,7 @@ import msgspec
 from graphpar.partition.types import StageChoice
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule
+from graphpar.simulate import peak_parts
 from graphpar.view.fold import fold_units
 from graphpar.view.measured import MeasuredStep, measured_timeline
 from graphpar.view.model import (
@@ -80,15 +81,16 @@ def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
 def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterator[ViewDevice]:
     stages = dict(enumerate(zip(plan.stages, _choices(plan), strict=True)))
     for rank, (replica, share) in enumerate(zip(plan.replicas, _member_shares(plan), strict=True)):
-        saved, working = _peak_parts(plan, schedule, rank)
+        saved, working = peak_parts(schedule, plan.timing, rank)
         resident = plan.timing.ranks[rank].resident_bytes
-        stage, choice = stages[schedule.stage_of[rank]]
-        splits = choice.zero >= _SPLITS_WEIGHTS
+        own = [stages[number] for number in schedule.stages_of[rank]]
+        weighs = sum(stage.weight_bytes for stage, _ in own)
+        splits = any(choice.zero >= _SPLITS_WEIGHTS for _, choice in own)
         yield ViewDevice(
             name=replica.device,
             kind=replica.kind,
             node=plan.timing.ranks[rank].node,
-            stage=schedule.stage_of[rank],
+            stages=schedule.stages_of[rank],
             share=share,
             microbatches=replica.microbatches,
             forward_s=replica.forward_s,
@@ -98,30 +100,21 @@ def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterato
             peak_bytes=resident + saved + working,
             capacity_bytes=replica.capacity_bytes,
             resident_bytes=resident,
-            weight_bytes=0.0 if splits else min(resident, share * stage.weight_bytes),
+            weight_bytes=0.0 if splits else min(resident, share * weighs),
             saved_bytes=saved,
             working_bytes=working,
             memory_by_size=tuple(
-                (row.size, row.saved_bytes, row.working_bytes) for row in plan.timing.ranks[rank].sizes
+                (
+                    schedule.stages_of[rank][0] if row.stage is None else row.stage,
+                    row.size,
+                    row.saved_bytes,
+                    row.working_bytes,
+                    row.deferred_bytes,
+                )
+                for row in plan.timing.ranks[rank].sizes
             ),
             measured_peak_bytes=peaks.get(rank),
         )
-
-
-def _peak_parts(plan: Plan, schedule: Schedule, rank: int) -> tuple[float, float]:
-    """Saved and working bytes at the moment when their sum is largest."""
-    numbers = {row.size: row for row in plan.timing.ranks[rank].sizes}
-    held, best = 0.0, (0.0, 0.0)
-    for kind, _, microbatch in schedule.actions[rank]:
-        if microbatch is None or kind not in "FB":
-            continue
-        costs = numbers[schedule.microbatch_sizes[microbatch]]
-        if kind == "F" and schedule.training:
-            held += costs.saved_bytes
-        best = max(best, (held, costs.working_bytes), key=sum)
-        if kind == "B":
-            held -= costs.saved_bytes
-    return best
 
 
 def _nodes(plan: Plan) -> tuple[ViewNode, ...]:
@@ -193,9 +186,11 @@ def _choices(plan: Plan) -> Iterator[StageChoice]:
 
 def _member_shares(plan: Plan) -> Iterator[float]:
     """For each rank its share of the work on a microbatch."""
+    shares: dict[str, float] = {}
     for choice in _choices(plan):
         for replica in choice.replicas:
-            yield from replica.member_shares
+            shares.update(zip(replica.devices, replica.member_shares, strict=True))
+    yield from shares.values()
 
 
 def _certificate(plan: Plan) -> ViewCertificate:

@@ -127,7 +127,9 @@ def _hash(text: str) -> str:
 
 def _plan_data(view: ViewData) -> dict[str, Any]:
     plain = {f.name: getattr(view, f.name) for f in fields(view) if f.name not in _PACKED}
-    plain["predicted"] = pack(view.predicted)
-    plain["measured"] = pack(view.measured) if view.measured is not None else None
+    stages = [device.stages for device in view.devices]
+    plain["predicted"] = pack(view.predicted, stages)
+    plain["measured"] = pack(view.measured, stages) if view.measured is not None else None
     plain["headline"] = view.headline
+    plain["splits_backward"] = view.splits_backward
     return plain

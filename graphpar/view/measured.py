@@ -90,7 +90,7 @@ def measured_timeline(plan: Plan, schedule: Schedule, step: MeasuredStep) -> Vie
         lanes.append(
             Lane(
                 rank,
-                tuple(a._replace(stage=schedule.stage_of[rank]) for a, _, _ in row),
+                tuple(a for a, _, _ in row),
                 tuple(start + move for _, start, _ in row),
                 tuple(end + move for _, _, end in row),
                 stopped,
@@ -157,25 +157,25 @@ def _shortest_trips(
     plan: Plan, schedule: Schedule, rows: Mapping[int, Sequence[tuple[Action, float, float]]]
 ) -> _Causes:
     times = {
-        (rank, action.kind, action.microbatch): (start, end)
+        (action.kind, action.stage, action.microbatch, rank): (start, end)
         for rank, row in rows.items()
         for action, start, end in row
         if action.kind in "RSGD"
     }
     trips: _Causes = {}
     node_of = [timing.node for timing in plan.timing.ranks]
-    for rank, kind, microbatch in times:
+    for kind, stage, microbatch, rank in times:
         if kind not in "SD" or microbatch is None:
             continue
-        stage = schedule.stage_of[rank]
         links = schedule.outgoing[stage] if kind == "S" else schedule.incoming[stage]
         for link in links:
             if kind == "D" and not link.has_gradient:
                 continue
-            other = schedule.rank_of(link.target if kind == "S" else link.source, microbatch)
-            arrival = times.get((other, "R" if kind == "S" else "G", microbatch))
+            far = link.target if kind == "S" else link.source
+            other = schedule.rank_of(far, microbatch)
+            arrival = times.get(("R" if kind == "S" else "G", far, microbatch, other))
             if arrival is not None and node_of[other] != node_of[rank]:
                 pair = node_of[rank], node_of[other]
-                trip = arrival[1] - times[rank, kind, microbatch][0]
+                trip = arrival[1] - times[kind, stage, microbatch, rank][0]
                 trips[pair] = min(trip, trips.get(pair, trip))
     return trips

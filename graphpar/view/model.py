@@ -36,21 +36,22 @@ class ViewDevice:
     """A device, its work in one step and its memory.
 
     Attributes:
-        stage: What it runs; None for a device without work.
+        stages: What it runs; none for a device without work.
         share: Its share of a tensor group's work on each microbatch; 1 for a device on its own.
         peak_bytes: Predicted peak; the sum of the three parts that follow.
         resident_bytes: Weights, gradients, optimiser state and framework.
         weight_bytes: The weights among them, as far as they can be told apart; else 0.
         saved_bytes: Activations held for backwards when memory is at its peak.
         working_bytes: What is being worked on then.
-        memory_by_size: For each microbatch size the bytes saved for its backward, and worked on.
+        memory_by_size: For each of its stages and each microbatch size: stage, size, and the bytes saved
+            for its backward, worked on, and kept from the first half of a backward to the second.
         measured_peak_bytes: None where nothing was measured.
     """
 
     name: str
     kind: str
     node: str
-    stage: int | None = None
+    stages: tuple[int, ...] = ()
     share: float = 1.0
     microbatches: int = 0
     forward_s: float = 0.0
@@ -63,8 +64,18 @@ class ViewDevice:
     weight_bytes: float = 0.0
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
-    memory_by_size: tuple[tuple[int, float, float], ...] = ()
+    memory_by_size: tuple[tuple[int, int, float, float, float], ...] = ()
     measured_peak_bytes: float | None = None
+
+    @property
+    def stage(self) -> int | None:
+        """The first stage it runs; None for a device without work."""
+        return self.stages[0] if self.stages else None
+
+    @property
+    def stage_words(self) -> str:
+        """`stage 1`, or `stages 1, 5`."""
+        return f"stage{'s' * (len(self.stages) > 1)} {', '.join(map(str, self.stages))}"
 
 
 @dataclass(frozen=True)
@@ -278,6 +289,11 @@ class ViewData:
     def scale_s(self) -> float:
         """The time that both timelines are drawn against; never zero."""
         return max(self.step_s, self.measured.step_s if self.measured else 0.0) or 1.0
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether any backward is done in two halves."""
+        return any(action.kind == "W" for lane in self.predicted.lanes for action in lane.actions)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

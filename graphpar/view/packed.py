@@ -7,7 +7,7 @@ unpacks them; `unpack` does the same for tests.
 
 import base64
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from graphpar.schedule import KINDS
@@ -16,7 +16,7 @@ from graphpar.view.model import Lane, ViewTimeline
 _TICKS = 2**22
 """Ticks per step: finer than a pixel at a zoom of a thousand."""
 
-_KIND_BITS = 3
+_KIND_BITS = 4
 _NO_MICROBATCH = -1
 
 
@@ -44,14 +44,17 @@ class PackedTimeline:
     data: str
 
 
-def pack(timeline: ViewTimeline) -> PackedTimeline:
-    """Pack a timeline; receives that wait for less than a tick are left out."""
+def pack(timeline: ViewTimeline, stages_of: Sequence[Sequence[int]]) -> PackedTimeline:
+    """Pack a timeline; receives that wait for less than a tick are left out.
+
+    `stages_of` are the stages of each rank; only where there are several they take room.
+    """
     tick_s = timeline.step_s / _TICKS or 1.0
     columns: tuple[list[int], list[int], list[int]] = ([], [], [])
     counts = []
     for lane in timeline.lanes:
         before = len(columns[0])
-        _append(columns, lane, tick_s)
+        _append(columns, lane, tick_s, stages_of[lane.rank])
         counts.append(len(columns[0]) - before)
     packed = [_varints(column) for column in columns]
     return PackedTimeline(
@@ -66,7 +69,9 @@ def pack(timeline: ViewTimeline) -> PackedTimeline:
     )
 
 
-def _append(columns: tuple[list[int], list[int], list[int]], lane: Lane, tick_s: float) -> None:
+def _append(
+    columns: tuple[list[int], list[int], list[int]], lane: Lane, tick_s: float, stages: Sequence[int]
+) -> None:
     """Microbatches count from the last of the same kind, starts from the last on the same track."""
     codes, starts, durations = columns
     last_microbatch = dict.fromkeys(KINDS, _NO_MICROBATCH)
@@ -78,7 +83,8 @@ def _append(columns: tuple[list[int], list[int], list[int]], lane: Lane, tick_s:
             continue
         microbatch = _NO_MICROBATCH if action.microbatch is None else action.microbatch
         step = microbatch - last_microbatch[kind]
-        codes.append(_zigzag(step) << _KIND_BITS | KINDS.index(kind))
+        which = _zigzag(step) * len(stages) + stages.index(action.stage)
+        codes.append(which << _KIND_BITS | KINDS.index(kind))
         starts.append(_zigzag(start - last_start[sends]))
         durations.append(max(0, end - start))
         last_microbatch[kind], last_start[sends] = microbatch, start
@@ -99,25 +105,31 @@ def _varints(numbers: Iterable[int]) -> bytes:
     return bytes(out)
 
 
-def unpack(packed: PackedTimeline) -> list[list[tuple[str, int, float, float]]]:
-    """For each lane its events as kind, microbatch (-1 for none), start and duration in seconds."""
+Unpacked = tuple[str, int, int, float, float]
+"""Kind, stage, microbatch (-1 for none), start and duration in seconds."""
+
+
+def unpack(packed: PackedTimeline, stages_of: Sequence[Sequence[int]]) -> list[list[Unpacked]]:
+    """For each lane its events."""
     raw = zlib.decompress(base64.b64decode(packed.data))
     ends = packed.sizes[0], packed.sizes[0] + packed.sizes[1]
     codes, starts, durations = (
         _numbers(part) for part in (raw[: ends[0]], raw[ends[0] : ends[1]], raw[ends[1] :])
     )
     lanes = []
-    for count in packed.counts:
+    for count, stages in zip(packed.counts, stages_of, strict=False):
         last_microbatch = dict.fromkeys(KINDS, _NO_MICROBATCH)
         last_start = {True: 0, False: 0}
         lane = []
         for _ in range(count):
             code = next(codes)
             kind = KINDS[code & (1 << _KIND_BITS) - 1]
-            last_microbatch[kind] += _unzigzag(code >> _KIND_BITS)
+            step, place = divmod(code >> _KIND_BITS, len(stages))
+            last_microbatch[kind] += _unzigzag(step)
             last_start[kind in "SD"] += _unzigzag(next(starts))
             start_s = last_start[kind in "SD"] * packed.tick_s
-            lane.append((str(kind), last_microbatch[kind], start_s, next(durations) * packed.tick_s))
+            duration_s = next(durations) * packed.tick_s
+            lane.append((str(kind), stages[place], last_microbatch[kind], start_s, duration_s))
         lanes.append(lane)
     return lanes
 

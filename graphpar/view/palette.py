@@ -19,6 +19,8 @@ OKABE_ITO = (
 ACTION_COLOURS: dict[ActionKind, str] = {
     "F": "#0072b2",
     "B": "#e69f00",
+    "I": "#e69f00",
+    "W": "#d55e00",
     "R": "#d9d9d9",
     "G": "#d9d9d9",
     "S": "#56b4e9",
@@ -30,6 +32,8 @@ ACTION_COLOURS: dict[ActionKind, str] = {
 ACTION_NAMES: dict[ActionKind, str] = {
     "F": "forward",
     "B": "backward",
+    "I": "backward, gradients of inputs",
+    "W": "gradients of weights",
     "R": "wait for activations",
     "G": "wait for gradients",
     "S": "send activations",

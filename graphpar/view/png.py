@@ -19,7 +19,7 @@ _MOST_TITLE = 90
 _LABEL_SHARE = 0.018
 _EDGE_POINTS, _MANY_BARS = 0.3, 100
 _NARROWEST_SHARE = 0.6 / 780
-_KINDS: tuple[ActionKind, ...] = ("F", "B", "A", "O")
+_KINDS: tuple[ActionKind, ...] = ("F", "B", "I", "W", "A", "O")
 
 
 def render_png(view: ViewData) -> bytes:
@@ -43,7 +43,8 @@ def render_png(view: ViewData) -> bytes:
     memory.set_xlim(0, max(100.0, memory.get_xlim()[1]))
     memory.set_xlabel("peak memory, %", fontsize=8)
     memory.tick_params(labelsize=8)
-    kinds = _KINDS if view.training else _KINDS[:1]
+    halves = "IW" if not view.splits_backward else "I"
+    kinds = [k for k in _KINDS if k not in halves] if view.training else _KINDS[:1]
     patches = [patch_class(color=ACTION_COLOURS[k], label=ACTION_NAMES[k]) for k in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     figure.suptitle(_title(view), fontsize=11, parse_math=False)

@@ -31,9 +31,9 @@ def drawn_rows(view: ViewData) -> tuple[list[DrawnRow], int]:
     """All ranks if they are few, else one of each stage and kind; and how many groups are left off."""
     if view.num_ranks <= _MOST_LANES:
         return [DrawnRow(rank, 0) for rank in range(view.num_ranks)], 0
-    alike: dict[tuple[int | None, str], list[int]] = {}
+    alike: dict[tuple[tuple[int, ...], str], list[int]] = {}
     for rank, device in enumerate(view.devices[: view.num_ranks]):
-        alike.setdefault((device.stage, device.kind), []).append(rank)
+        alike.setdefault((device.stages, device.kind), []).append(rank)
     groups = list(alike.values())
     return [DrawnRow(g[0], len(g) - 1) for g in groups[:_MOST_LANES]], max(0, len(groups) - _MOST_LANES)
 

@@ -30,18 +30,17 @@ def _waits_for_messages(timeline: Timeline) -> Iterator[float]:
     schedule = timeline.schedule
     sends = _sends(timeline)
     for rank, row in enumerate(schedule.actions):
-        stage = schedule.stage_of[rank]
         times = zip(row, timeline.starts_s[rank], timeline.ends_s[rank], strict=True)
         for action, start_s, end_s in times:
             if action.kind in "RG" and end_s > start_s and action.microbatch is not None:
-                sent_s = _last_sent(schedule, sends, action.kind, stage, action.microbatch)
+                sent_s = _last_sent(schedule, sends, action.kind, action.stage, action.microbatch)
                 yield min(end_s - start_s, max(0.0, end_s - sent_s))
 
 
 def _sends(timeline: Timeline) -> _Sends:
     schedule = timeline.schedule
     return {
-        (action.kind, schedule.stage_of[rank], action.microbatch): start_s
+        (action.kind, action.stage, action.microbatch): start_s
         for rank, row in enumerate(schedule.actions)
         for action, start_s in zip(row, timeline.starts_s[rank], strict=True)
         if action.kind in "SD" and action.microbatch is not None

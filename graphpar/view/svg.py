@@ -22,7 +22,7 @@ _NARROWEST_PX = 0.6
 _LABEL_PX = 14
 _LINED_PX = 3
 _LEGEND_PX = 150
-_COMPUTE: tuple[ActionKind, ...] = ("F", "B", "A", "O")
+_COMPUTE: tuple[ActionKind, ...] = ("F", "B", "I", "W", "A", "O")
 
 
 def render_svg(view: ViewData) -> bytes:
@@ -79,7 +79,7 @@ def _row(view: ViewData, row: DrawnRow, top: int) -> Iterator[str]:
     device = view.devices[row.rank]
     others = f" +{row.others}" if row.others else ""
     yield _text(12, top + 10, short(device.name, _MOST_NAME) + others, title=device.name)
-    yield _text(12, top + 22, f"stage {device.stage}, {short(device.kind, 20)}", size=10, fill="#555555")
+    yield _text(12, top + 22, f"{device.stage_words}, {short(device.kind, 20)}", size=10, fill="#555555")
     step_s = view.scale_s
     yield from _lane(view, view.predicted, row.rank, top, step_s)
     if view.measured is not None:
@@ -168,6 +168,8 @@ def _axis(view: ViewData, top: int) -> Iterator[str]:
 
 def _legend(view: ViewData, top: int) -> Iterator[str]:
     kinds: list[ActionKind] = ["F", "B", "S", "D", "A", "O"] if view.training else ["F", "S"]
+    if view.splits_backward:
+        kinds.insert(2, "W")
     for place, kind in enumerate(kinds):
         x = 12 + place * _LEGEND_PX
         yield f'<rect x="{x}" y="{top - 10}" width="12" height="12" fill="{ACTION_COLOURS[kind]}"/>'

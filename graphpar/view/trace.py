@@ -17,8 +17,8 @@ from graphpar.view.palette import ACTION_NAMES
 
 PREDICTED_PROCESS, MEASURED_PROCESS = 1, 2
 _TRACKS_PER_RANK = 2
-_Key = tuple[int, str, int]
-"""Rank, kind of action, microbatch."""
+_Key = tuple[int, str, int, int]
+"""Rank, kind of action, stage, microbatch."""
 
 
 def render_trace(view: ViewData) -> bytes:
@@ -115,20 +115,18 @@ def _microseconds(seconds: float) -> float:
 def _flows(view: ViewData, timeline: ViewTimeline, process: int) -> Iterator[dict[str, Any]]:
     """Both ends of every message whose send and use both happened."""
     starts: dict[_Key, float] = {
-        (lane.rank, action.kind, action.microbatch): start
+        (lane.rank, _flow_kind(action), action.stage, action.microbatch): start
         for lane in timeline.lanes
         for action, start, _ in lane.events()
-        if action.microbatch is not None and action.kind in "SDFB"
+        if action.microbatch is not None and action.kind in "SDFBI"
     }
     number = process
-    for (rank, kind, microbatch), start in starts.items():
+    for (rank, kind, stage, microbatch), start in starts.items():
         if kind not in "SD":
             continue
-        stage = view.devices[rank].stage
-        assert stage is not None
         for other in _receivers(view.edges, stage, kind):
             receiver = view.rank_of(other, microbatch)
-            use = starts.get((receiver, "F" if kind == "S" else "B", microbatch))
+            use = starts.get((receiver, "F" if kind == "S" else "B", other, microbatch))
             if use is None:
                 continue
             number += MEASURED_PROCESS
@@ -137,6 +135,11 @@ def _flows(view: ViewData, timeline: ViewTimeline, process: int) -> Iterator[dic
             used = _track(receiver, sends=False), _microseconds(use)
             yield {**flow, "ph": "s", "pid": process, "tid": sent[0], "ts": sent[1]}
             yield {**flow, "ph": "f", "bp": "e", "pid": process, "tid": used[0], "ts": used[1]}
+
+
+def _flow_kind(action: Action) -> str:
+    """The first half of a backward uses gradients that came back, like a whole one."""
+    return "B" if action.kind == "I" else action.kind
 
 
 def _receivers(edges: tuple[ViewEdge, ...], stage: int, kind: str) -> list[int]:

@@ -19,7 +19,7 @@ from graphpar.partition.pipeline_search import SearchResult, search
 from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.solver import Backend
-from graphpar.partition.types import ScheduleName
+from graphpar.partition.types import SearchedSchedule
 
 BACKENDS: tuple[Backend, ...] = ("highs", "cbc")
 LIMITS = CountingLimits(0.0, "highs")
@@ -55,21 +55,21 @@ def block_tables(draw: st.DrawFn) -> CostTable:
     )
 
 
-def best(family: Family, schedule: ScheduleName, limits: CountingLimits = LIMITS) -> SearchResult:
+def best(family: Family, schedule: SearchedSchedule, limits: CountingLimits = LIMITS) -> SearchResult:
     """The best single pipeline of a family."""
     programs = Programs(family, limits)
     tasks = programs.tasks(family.cells.counts, family.table.batch, (schedule,))
     return search(tasks, cutoff_s=float("inf"), gap=0.0, deadline_s=float("inf"))
 
 
-def counted(table: CostTable, repeats: Repeats, schedule: ScheduleName) -> Family:
+def counted(table: CostTable, repeats: Repeats, schedule: SearchedSchedule) -> Family:
     """The family of the counting programme."""
     cells = class_cells(table)
     options = tuple(counting_options(table, cells, table.max_replicas))
     return Family(table, cells, False, options, (schedule,), "auto", "", repeats)
 
 
-def placed(table: CostTable, schedule: ScheduleName) -> Family:
+def placed(table: CostTable, schedule: SearchedSchedule) -> Family:
     """All chains whose stages have replicas of one class."""
     cells = find_cells(table)
     takes = [
@@ -92,7 +92,7 @@ def placed(table: CostTable, schedule: ScheduleName) -> Family:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(block_tables(), st.sampled_from(["1f1b", "gpipe"]))
-def test_counting_is_as_good_as_placing(table: CostTable, schedule: ScheduleName) -> None:
+def test_counting_is_as_good_as_placing(table: CostTable, schedule: SearchedSchedule) -> None:
     count = best(counted(table, Repeats(1, 1, table.num_units - 2), schedule), schedule)
     place = best(placed(table, schedule), schedule)
     assert (count.best is None) == (place.best is None)
@@ -196,7 +196,9 @@ def mode_tables(draw: st.DrawFn) -> CostTable:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mode_tables(), st.sampled_from(["1f1b", "gpipe"]))
-def test_counting_is_as_good_as_placing_in_all_modes(table: CostTable, schedule: ScheduleName) -> None:
+def test_counting_is_as_good_as_placing_in_all_modes(
+    table: CostTable, schedule: SearchedSchedule
+) -> None:
     count = best(counted(table, Repeats(1, 1, table.num_units - 2), schedule), schedule)
     place = best(placed(table, schedule), schedule)
     assert (count.best is None) == (place.best is None)

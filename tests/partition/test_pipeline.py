@@ -15,7 +15,7 @@ from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
 from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
-from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.partition.types import Partition, PipelineChoice, Replica, SearchedSchedule, StageChoice
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -162,7 +162,7 @@ def test_inference_has_no_backward() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_schedule_and_microbatches_can_be_fixed(schedule: ScheduleName) -> None:
+def test_schedule_and_microbatches_can_be_fixed(schedule: SearchedSchedule) -> None:
     table = make_table([1.0] * 4, (1.0,), (2,), batch=8, memory_bytes=3.0)
     found = partition(table, schedule=schedule, microbatches=4)
     assert found.schedule == schedule

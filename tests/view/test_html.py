@@ -129,19 +129,20 @@ def test_packing_keeps_every_event(data: st.DataObject) -> None:
     table = table_for(partition)
     subject = PlanSubject("m", "ab" * 32, CLUSTER, hash_of(CLUSTER))
     view = view_of(make_plan(subject, table, predict(table, partition, links)))
-    packed = pack(view.predicted)
+    stages = [device.stages for device in view.devices]
+    packed = pack(view.predicted, stages)
     tick_s = packed.tick_s
-    for lane, events in zip(view.predicted.lanes, unpack(packed), strict=True):
+    for lane, events in zip(view.predicted.lanes, unpack(packed, stages), strict=True):
         long = [(a, s, e) for a, s, e in lane.events() if a.kind not in "RG" or e - s > tick_s]
-        kept = [event for event in events if event[0] not in "RG" or event[3] > tick_s]
-        shown = [(k, -1 if m is None else m) for (k, _, m), _, _ in long]
-        assert [e[:2] for e in events if e[0] not in "RG"] == [s for s in shown if s[0] not in "RG"]
-        assert {e[:2] for e in kept} <= set(shown)
+        kept = [event for event in events if event[0] not in "RG" or event[4] > tick_s]
+        shown = [(k, stage, -1 if m is None else m) for (k, stage, m), _, _ in long]
+        assert [e[:3] for e in events if e[0] not in "RG"] == [s for s in shown if s[0] not in "RG"]
+        assert {e[:3] for e in kept} <= set(shown)
         for action, start_s, end_s in long:
-            if action.kind in "FB":
-                (found,) = [e for e in events if e[:2] == (action.kind, action.microbatch)]
-                assert found[2] == pytest.approx(start_s, abs=tick_s)
-                assert found[3] == pytest.approx(end_s - start_s, abs=2 * tick_s)
+            if action.kind in "FBIW":
+                (found,) = [e for e in events if e[:3] == action]
+                assert found[3] == pytest.approx(start_s, abs=tick_s)
+                assert found[4] == pytest.approx(end_s - start_s, abs=2 * tick_s)
 
 
 def test_two_plans_stand_side_by_side(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PALETTE = DATA.palette;
-const KINDS = "FBRSGDAO";
+const KINDS = "FBRSGDAOIW";
 const SECTIONS = [];
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -181,6 +181,10 @@ function stageOptions(stage) {
   return [formatOf(stage, stage.first, stage.last), stage.recompute ? "recompute" : null, stage.zero ? `ZeRO ${stage.zero}` : null].filter(Boolean);
 }
 
+function stageWords(device) {
+  return `stage${device.stages.length > 1 ? "s" : ""} ${device.stages.join(", ")}`;
+}
+
 function tags(texts) {
   return texts.map((text) => make("span", { class: "tag" }, text));
 }
@@ -190,7 +194,7 @@ function alikeRanks(plan) {
   const groups = new Map();
   for (let rank = 0; rank < plan.num_ranks; rank += 1) {
     const device = plan.devices[rank];
-    const key = JSON.stringify([device.stage, device.kind, device.microbatches, device.share,
+    const key = JSON.stringify([device.stages, device.kind, device.microbatches, device.share,
       device.measured_peak_bytes, device.peak_bytes.toPrecision(3)]);
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(rank);
@@ -223,25 +227,28 @@ function signed(value) {
 }
 
 // For each rank two tracks of events, in order: what it does, and what it sends.
-async function unpack(packed) {
+async function unpack(packed, devices) {
   const raw = await inflate(packed.data);
   const code = reader(raw, 0);
   const startStep = reader(raw, packed.sizes[0]);
   const duration = reader(raw, packed.sizes[0] + packed.sizes[1]);
-  return packed.counts.map((count) => {
+  return packed.counts.map((count, rank) => {
+    const stages = devices[rank].stages;
     const lastMicrobatch = new Array(KINDS.length).fill(-1);
     const tracks = [[], []];
     const lastStart = [0, 0];
     for (let i = 0; i < count; i += 1) {
       const value = code();
-      const number = value % 8;
+      const number = value % 16;
       const kind = KINDS[number];
       const track = kind === "S" || kind === "D" ? 1 : 0;
-      lastMicrobatch[number] += signed(Math.floor(value / 8));
+      const which = Math.floor(value / 16);
+      const stage = stages[which % stages.length];
+      lastMicrobatch[number] += signed(Math.floor(which / stages.length));
       lastStart[track] += signed(startStep());
       const start = lastStart[track] * packed.tick_s;
       const end = start + duration() * packed.tick_s;
-      tracks[track].push({ kind, microbatch: lastMicrobatch[number], start, end });
+      tracks[track].push({ kind, stage, microbatch: lastMicrobatch[number], start, end });
     }
     return tracks;
   });

@@ -1,7 +1,7 @@
 // The page, section by section.
 
 async function unpackPlan(plan) {
-  return { predicted: await unpack(plan.predicted), measured: plan.measured ? await unpack(plan.measured) : null };
+  return { predicted: await unpack(plan.predicted, plan.devices), measured: plan.measured ? await unpack(plan.measured, plan.devices) : null };
 }
 
 async function main() {

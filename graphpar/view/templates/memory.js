@@ -66,17 +66,22 @@ function memoryBar(plan, ranks, choose) {
 }
 
 // Bytes saved and worked on over time: a forward saves, its backward frees, and each works while it runs.
+// After the first half of a backward some is kept for the second.
 function memoryCourse(plan, track, rank) {
   const device = plan.devices[rank];
-  const sizes = new Map(device.memory_by_size.map(([size, saved, working]) => [size, { saved, working }]));
+  const sizes = new Map(device.memory_by_size.map(
+    ([stage, size, held, working, deferred]) => [`${stage} ${size}`, { held, working, deferred }]));
   const points = [{ time: 0, saved: 0, working: 0 }];
   let saved = 0;
   for (const event of track) {
-    const amount = sizes.get(microbatchSize(plan, event.microbatch));
-    if (!amount || (event.kind !== "F" && event.kind !== "B")) continue;
-    if (event.kind === "F" && plan.training) saved += amount.saved;
-    points.push({ time: event.start, saved, working: amount.working });
-    if (event.kind === "B") saved -= amount.saved;
+    const amount = sizes.get(`${event.stage} ${microbatchSize(plan, event.microbatch)}`);
+    if (!amount || !"FBIW".includes(event.kind)) continue;
+    if (event.kind === "F" && plan.training) saved += amount.held;
+    const later = event.kind === "I" ? saved + amount.deferred - amount.held : saved;
+    points.push({ time: event.start, saved: Math.max(saved, later), working: amount.working });
+    saved = later;
+    if (event.kind === "B") saved -= amount.held;
+    if (event.kind === "W") saved -= amount.deferred;
     points.push({ time: event.end, saved, working: 0 });
   }
   points.push({ time: plan.step_s, saved, working: 0 });

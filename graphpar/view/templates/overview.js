@@ -25,7 +25,7 @@ function tiles(plan) {
   return [
     ["predicted step", seconds(plan.step_s), plan.step_s > 0 ? rate(plan.batch / plan.step_s, "sample") : ""],
     plan.measured && ["measured step", seconds(plan.measured.step_s), measuredNote(plan)],
-    ["bottleneck", device.name, `stage ${device.stage}, busy ${percent(device.busy_share)}`],
+    ["bottleneck", device.name, `${stageWords(device)}, busy ${percent(device.busy_share)}`],
     ["proven gap", percent(certificate.gap), certificate.status],
     ["devices with work", `${plan.num_ranks} of ${plan.devices.length}`, plural(plan.nodes.length, "node")],
     ["stages", String(plan.stages.length), plural(plan.pipelines.length, "pipeline")],
@@ -126,9 +126,9 @@ function nodeBox(plan, node, members) {
 }
 
 function chip(plan, device) {
-  const idle = device.stage === null;
-  const text = idle ? "–" : String(device.stage);
-  const title = `${device.name}, ${device.kind}, ${idle ? "without work" : `stage ${device.stage}`}`;
+  const idle = device.stages.length === 0;
+  const text = idle ? "–" : device.stages.join(", ");
+  const title = `${device.name}, ${device.kind}, ${idle ? "without work" : stageWords(device)}`;
   const box = make("span", { class: idle ? "chip idle" : "chip", title }, text);
   return idle ? box : paint(box, stageLook(device.stage), plan.stages[device.stage].precision);
 }

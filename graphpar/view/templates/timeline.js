@@ -85,16 +85,16 @@ function timeline(host, plan, lanes, { id, endS }) {
       if (plan.measured.stopped.includes(rank)) drawStop(pen, measured[rank], below, state, look);
     }
     pen.textAlign = "left";
-    pen.fillStyle = stageLook(device.stage).fill;
+    pen.fillStyle = stageLook(device.stages[0]).fill;
     pen.fillRect(0, box.top, 4, rowPx - GAP_PX - 2);
     pen.fillStyle = look.ink;
     const more = others.length ? ` +${others.length}` : "";
     const room = box.left - 14 - pen.measureText(more).width;
     pen.fillText(fitted(pen, device.name, room) + more, 8, box.top + (measured ? 12 : 7));
     pen.fillStyle = look.dim;
-    const told = `stage ${device.stage}, ${device.kind}`;
+    const told = `${stageWords(device)}, ${device.kind}`;
     const fits = pen.measureText(told).width <= box.left - 14;
-    pen.fillText(fits ? told : `stage ${device.stage}`, 8, box.top + (measured ? 29 : 20));
+    pen.fillText(fits ? told : stageWords(device), 8, box.top + (measured ? 29 : 20));
     if (row === state.row && document.activeElement === canvas) {
       pen.strokeStyle = look.accent;
       pen.strokeRect(1, box.top - 1, box.left + box.width, rowPx - GAP_PX);
@@ -187,7 +187,7 @@ function timeline(host, plan, lanes, { id, endS }) {
     if (top < view.scrollTop) view.scrollTop = top;
     if (top > view.scrollTop + room) view.scrollTop = top - room;
     const rank = state.rows[state.row][0];
-    live.textContent = `rank ${rank}, ${plan.devices[rank].name}, stage ${plan.devices[rank].stage}`;
+    live.textContent = `rank ${rank}, ${plan.devices[rank].name}, ${stageWords(plan.devices[rank])}`;
     draw();
   }
 
@@ -257,16 +257,16 @@ function timeline(host, plan, lanes, { id, endS }) {
 // What an event is, in words: stage, microbatch, times, bytes.
 function describe(plan, rank, event, side, planned = true) {
   const device = plan.devices[rank];
-  const lines = [`${side ? `${side}: ` : ""}${PALETTE.actions[event.kind].name}, stage ${device.stage} on ${brief(device.name, 60)}`];
+  const lines = [`${side ? `${side}: ` : ""}${PALETTE.actions[event.kind].name}, stage ${event.stage} on ${brief(device.name, 60)}`];
   if (event.microbatch >= 0) {
     const size = planned ? microbatchSize(plan, event.microbatch) : undefined;
     lines.push(`microbatch ${event.microbatch}${size ? ` (${plural(size, "sample")})` : ""}`);
-    const amount = size ? messageBytes(plan, event.kind, device.stage, size) : 0;
+    const amount = size ? messageBytes(plan, event.kind, event.stage, size) : 0;
     if (amount) lines.push(bytes(amount));
     const [needs, makes] = event.kind === "F" ? ["R", "S"] : ["G", "D"];
-    if (size && "FB".includes(event.kind)) {
-      lines.push(`takes in ${bytes(messageBytes(plan, needs, device.stage, size))}, `
-        + `hands on ${bytes(messageBytes(plan, makes, device.stage, size))}`);
+    if (size && "FBI".includes(event.kind)) {
+      lines.push(`takes in ${bytes(messageBytes(plan, needs, event.stage, size))}, `
+        + `hands on ${bytes(messageBytes(plan, makes, event.stage, size))}`);
     }
   }
   lines.push(`${seconds(event.end - event.start)}, from ${seconds(event.start)} to ${seconds(event.end)}`);
@@ -291,7 +291,8 @@ function messageBytes(plan, kind, stage, size) {
 }
 
 function timelineSection(plan, lanes) {
-  const kinds = plan.training ? ["F", "B", "A", "O", "S", "D"] : ["F", "S"];
+  const halves = plan.splits_backward ? ["W"] : [];
+  const kinds = plan.training ? ["F", "B", ...halves, "A", "O", "S", "D"] : ["F", "S"];
   const entries = kinds.map((kind) => [PALETTE.actions[kind].fill, PALETTE.actions[kind].name]);
   const host = make("div", {});
   section("timeline", "Timeline",
