@@ -35,6 +35,11 @@ def compiled_exactly(function: FunctionT) -> FunctionT:
 def _compile(function: FunctionT, *, fastmath: bool) -> FunctionT:
     if not COMPILED:
         return function
-    compile_with: Any = njit(nogil=True, cache=True, fastmath=fastmath, error_model="numpy")
-    fast: FunctionT = compile_with(function)
+    options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+    make: Any = njit
+    try:
+        fast: FunctionT = make(cache=True, **options)(function)
+    except RuntimeError:
+        # No folder can be written, neither beside the module nor the user's cache: compile every time.
+        fast = make(**options)(function)
     return fast

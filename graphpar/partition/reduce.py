@@ -39,6 +39,10 @@ _LARGEST_NEW_TABLE = 200_000
 """Entries above which eliminating a vertex of degree two would cost more than it saves."""
 
 
+_LOOK_SHARE = 0.2
+"""Share of the vertices that must have changed before memory is looked at again."""
+
+
 def reduce_problem(
     problem: ShardingProblem, should_stop: ShouldStop = never, out_of_time: ShouldStop = never
 ) -> tuple[ShardingGraph, MemoryRows]:
@@ -56,13 +60,17 @@ def reduce_graph(graph: ShardingGraph, rows: MemoryRows, should_stop: ShouldStop
     if graph.infeasible:
         return rows
     rows = tighten(rows, graph)
-    dirty, is_first = set(graph.costs), True
+    dirty, is_first, num_changed = set(graph.costs), True, 0
     while dirty and graph.is_possible() and not should_stop():
         dirty = _sweep(graph, rows, dirty, should_stop)
-        if graph.is_possible():
-            rows = tighten(rows, graph)
-        if graph.is_possible() and (is_first or not dirty) and not should_stop():
-            # It looks at every vertex, so not after every sweep.
+        num_changed += len(dirty)
+        if not graph.is_possible() or not (
+            is_first or not dirty or num_changed > _LOOK_SHARE * len(graph.costs)
+        ):
+            continue
+        # These look at every vertex, so not after every sweep: a change can run along a chain for long.
+        rows, num_changed = tighten(rows, graph), 0
+        if (is_first or not dirty) and not should_stop():
             dirty |= drop_oversized(graph, rows) & graph.costs.keys()
         is_first = False
     if dirty and graph.is_possible():

@@ -37,9 +37,10 @@ from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import count_pairs
 from graphpar.partition.shard_local import LocalSearch, Walker, promises
 from graphpar.partition.shard_memory import MemoryMatrix
+from graphpar.partition.shard_plain import plain_choice
 from graphpar.partition.shard_search import WindowSearch
 from graphpar.partition.shard_state import Candidate, State
-from graphpar.partition.shard_warm import warm_up
+from graphpar.partition.shard_warm import Stage, go_on_warming, warm_up
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _REDUCTIONS_SHARE = 0.5
@@ -61,8 +62,8 @@ _MOST_PROOFS = 4
 """Times the whole problem is tried as one ILP, each for a larger share of the time left."""
 
 _NOT_WARM = (
-    "the first run of an installation compiles the search, which took longer than the time limit; "
-    "run it once with a limit of two minutes"
+    "the search was still being compiled, as happens once for each installation; "
+    "run again for a better answer"
 )
 
 NOT_COMPILED = "numba is not installed, so the search ran some hundred times slower than it could"
@@ -107,8 +108,6 @@ def solve_sharding(
         progress,
         _whole(problem.node_costs) and _whole(problem.edge_costs),
     )
-    if not warm_up(0.9 * state.left_s()):
-        return Solved("unknown", None, None, None, state.elapsed_s(), "time limit", None, _NOT_WARM)
     infeasible = False
     with contextlib.suppress(OutOfTimeError):
         infeasible = _search(state, threads, seed)
@@ -122,6 +121,8 @@ def _whole(costs: tuple[tuple[Number, ...], ...]) -> bool:
 
 def _search(state: State, threads: int, seed: int) -> bool:
     """All phases; returns whether infeasibility was proven. Raises OutOfTimeError at any point."""
+    if not warm_up(Stage.REDUCE, state.left_s()):
+        return False
     graph, rows = reduce_problem(
         state.problem,
         lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
@@ -135,11 +136,28 @@ def _search(state: State, threads: int, seed: int) -> bool:
         return False
     if state.out_of_time():
         return False
+    first = _plain_answer(state, graph, rows)
+    go_on_warming()
+    if not warm_up(Stage.BOUND, state.left_s()):
+        return False
     run = _Run(state, graph, rows, threads, seed)
+    if first is not None:
+        run.take_rounding(first)
     try:
         return run.improve()
     finally:
         run.stop()
+
+
+def _plain_answer(state: State, graph: ShardingGraph, rows: MemoryRows) -> IntArray | None:
+    """A first answer, before the bounds; on an installation's first run they wait for the compiler."""
+    state.phase = "first answer"
+    memory = MemoryMatrix(graph, rows, state.out_of_time)
+    chosen = plain_choice(graph, memory, state.out_of_time)
+    if chosen is not None:
+        choice = {u: int(i) for u, i in zip(memory.vertices, chosen, strict=True)}
+        state.offer(Candidate(graph, memory.vertices, chosen, graph.value(choice)), at_once=True)
+    return chosen
 
 
 class _Run:
@@ -168,9 +186,14 @@ class _Run:
         while self.best is None and not state.done():
             if self.is_small() and self.proofs < _MOST_PROOFS and self.prove(0.5):
                 return True
-            self.repair(0.04)
+            if warm_up(Stage.SEARCH, 0.0):
+                self.repair(0.04)
             if self.best is None:
                 self.bound(0.04)
+        while not warm_up(Stage.SEARCH, 0.0) and not state.done():
+            self.bound(0.04)
+            self.prove_if_promising()
+            self.exact_windows(0.02)
         if state.done():
             return False
         self.start_walking()
@@ -269,8 +292,9 @@ class _Run:
 
     def trade(self) -> None:
         """Exchange the best choices with the walker."""
+        if self.local is None:
+            return
         assert self.best is not None
-        assert self.local is not None
         if self.walker is not None:
             cost, chosen = self.walker.exchange(self.best, self.best_cost, self.local.promises)
             self.take(chosen, cost)
@@ -406,6 +430,8 @@ def _conclude(state: State, infeasible: bool) -> Solved[list[int]]:
         note = "no choice of strategies is possible within the memory limit"
         return Solved("infeasible", None, None, None, seconds, None, None, note)
     bound = state.bound if math.isfinite(state.bound) else None
+    if not warm_up(Stage.SEARCH, 0.0) and not state.closed():
+        note = _NOT_WARM
     if state.answer is None:
         return Solved("unknown", None, bound, None, seconds, "time limit", None, note)
     verdict = check_sharding(state.problem, state.answer)

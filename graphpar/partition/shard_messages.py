@@ -12,6 +12,9 @@ from graphpar.partition.shard_flat import FlatGraph, Int64Array
 from graphpar.partition.shard_graph import FloatArray
 from graphpar.partition.shard_moves import add_range, max_range
 
+_LATER, _EARLIER = np.bool_(True), np.bool_(False)
+"""Directions; the compiler makes one function for both, where plain literals would make it two."""
+
 
 def message_starts(flat: FlatGraph) -> Int64Array:
     """Where the message of each edge end begins, and the length of all together."""
@@ -28,7 +31,7 @@ def collect(
     to_start: Int64Array,
     rank: Int64Array,
     p: int,
-    later: bool,
+    later: np.bool_,
 ) -> None:
     """Let p take the min-marginal of every edge to a later (or else earlier) active vertex."""
     begin, count = flat.start[p], flat.start[p + 1] - flat.start[p]
@@ -55,7 +58,7 @@ def spread(
     to_start: Int64Array,
     rank: Int64Array,
     p: int,
-    later: bool,
+    later: np.bool_,
 ) -> None:
     """Let p hand equal shares of its costs to its edges to later (or else earlier) active vertices."""
     begin, count = flat.start[p], flat.start[p + 1] - flat.start[p]
@@ -91,8 +94,8 @@ def pass_forward(
 ) -> None:
     """Visit the vertices of `order`, first to last."""
     for p in order:
-        collect(flat, theta, to, to_start, rank, p, False)
-        spread(flat, theta, to, to_start, rank, p, True)
+        collect(flat, theta, to, to_start, rank, p, _EARLIER)
+        spread(flat, theta, to, to_start, rank, p, _LATER)
 
 
 @compiled
@@ -114,14 +117,14 @@ def pass_backward(
         p = order[place]
         begin, end = flat.start[p], flat.start[p + 1]
         x[p] = favourite(flat, theta, to, to_start, rank, x, p)
-        collect(flat, theta, to, to_start, rank, p, True)
+        collect(flat, theta, to, to_start, rank, p, _LATER)
         if len(excess) > 0:
             least = theta[begin]
             for i in range(begin, end):
                 least = min(least, theta[i])
             for i in range(begin, end):
                 excess[i] = theta[i] - least
-        spread(flat, theta, to, to_start, rank, p, False)
+        spread(flat, theta, to, to_start, rank, p, _EARLIER)
 
 
 @compiled
@@ -160,7 +163,11 @@ def favourite(
     """The strategy of p that `view_rounded` finds cheapest."""
     view = np.empty(flat.start[p + 1] - flat.start[p])
     view_rounded(flat, theta, to, to_start, rank, x, p, view)
-    return int(np.argmin(view))
+    best = 0
+    for i in range(1, len(view)):
+        if view[i] < view[best]:
+            best = i
+    return best
 
 
 @compiled
@@ -228,5 +235,5 @@ def pass_within_memory(
             amount = flat.use[base + best * width + k] - least_use(flat, p, k)
             if amount != 0.0:
                 add_range(top, lazy, flat.segment_first[begin + k], flat.segment_last[begin + k], amount)
-        collect(flat, theta, to, to_start, rank, p, True)
-        spread(flat, theta, to, to_start, rank, p, False)
+        collect(flat, theta, to, to_start, rank, p, _LATER)
+        spread(flat, theta, to, to_start, rank, p, _EARLIER)

@@ -26,6 +26,9 @@ _NOWHERE = -1e300
 _A, _B, _C, _D = np.uint64(13), np.uint64(7), np.uint64(17), np.uint64(11)
 _UNIT = 1.0 / 9007199254740992.0
 
+ZERO: int = np.int64(0)  # type: ignore[assignment]
+"""A zero that the compiler takes for a number like others; literals get functions of their own."""
+
 COST, BEST, WEIGHT = 0, 1, 2
 """Places in the vector of numbers that a search carries from call to call."""
 
@@ -39,6 +42,22 @@ def draw_unit(state: UInt64Array) -> float:
     word ^= word << _C
     state[0] = word
     return float(word >> _D) * _UNIT
+
+
+@compiled
+def filled(count: int, value: int) -> Int64Array:
+    """`count` times a value."""
+    result = np.empty(count, np.int64)
+    for i in range(count):
+        result[i] = value
+    return result
+
+
+@compiled
+def copy_into(target: Int64Array, source: Int64Array) -> None:
+    """Copy entry by entry; assigning to a slice has the compiler build texts of errors, for seconds."""
+    for i in range(len(source)):
+        target[i] = source[i]
 
 
 @compiled
@@ -167,7 +186,7 @@ def add_penalty(
             num_rows = len(flat.limit)
             floor = 0.0
             if first > 0:
-                floor = max(floor, max_range(top, lazy, 0, first))
+                floor = max(floor, max_range(top, lazy, ZERO, first))
             if last < num_rows:
                 floor = max(floor, max_range(top, lazy, last, num_rows))
     count = flat.start[p + 1] - flat.start[p]
@@ -301,11 +320,11 @@ def anneal(
     """Moves at one temperature until about `num_updates` vertices have been visited."""
     num_vertices = len(flat.start) - 1
     views, over = np.empty(flat.start[num_vertices]), np.empty(flat.start[num_vertices])
-    inside = np.full(num_vertices, -1, np.int64)
+    inside = filled(num_vertices, -1)
     tree, parent = np.zeros(largest_tree, np.int64), np.zeros(largest_tree, np.int64)
     link, wish = np.zeros(largest_tree, np.int64), np.zeros(largest_tree, np.int64)
     before = np.zeros(largest_tree, np.int64)
-    stamp, visited, next_tune = 0, 0, num_vertices
+    stamp, visited, next_tune = ZERO, 0, num_vertices
     while visited < num_updates:
         weight = numbers[WEIGHT]
         wanted = 1
@@ -337,7 +356,7 @@ def anneal(
         numbers[COST] += change
         if top[1] <= 0.0 and numbers[COST] < numbers[BEST]:
             numbers[BEST] = numbers[COST]
-            best[:] = x
+            copy_into(best, x)
         if visited >= next_tune:
             next_tune += num_vertices
             numbers[WEIGHT] *= 1.02 if top[1] > 0.0 else 0.98

@@ -8,21 +8,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_problems import best_sharding, sharding_problems
+from small_problems import best_sharding, ring, sharding_problems
 
-from graphpar.partition import shard_warm
+from graphpar.errors import GraphparError
+from graphpar.partition import jit, shard_warm
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_graph, reduce_problem
 from graphpar.partition.reduce_loops import add_largest_increase, determined, is_separable
 from graphpar.partition.shard import solve_sharding
+from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_flat import flat_cost
 from graphpar.partition.shard_graph import ShardingGraph
 from graphpar.partition.shard_local import LocalSearch
+from graphpar.partition.shard_memory import MemoryMatrix
 from graphpar.partition.shard_moves import add_range, excess_tree, max_range
+from graphpar.partition.shard_plain import plain_choice
 from graphpar.partition.shard_state import State
+from graphpar.partition.shard_warm import Stage
+from graphpar.partition.shard_windows import sort_up
 
 
 @st.composite
@@ -111,6 +117,30 @@ def test_a_copy_is_reduced_without_touching_the_graph(problem: ShardingProblem) 
         np.testing.assert_array_equal(costs, before[1][u])
 
 
+@settings(max_examples=100, deadline=None)
+@given(sharding_problems())
+def test_a_plain_choice_is_an_answer(problem: ShardingProblem) -> None:
+    graph, rows = reduce_problem(problem, lambda: True)
+    if graph.infeasible:
+        return
+    memory = MemoryMatrix(graph, rows)
+    chosen = plain_choice(graph, memory)
+    if chosen is not None:
+        assert memory.excess(chosen) == 0
+        choice = {u: int(i) for u, i in zip(memory.vertices, chosen, strict=True)}
+        verdict = check_sharding(problem, graph.expand(choice, problem.num_nodes))
+        assert verdict.feasible
+        assert verdict.cost == graph.value(choice)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-9, 9), max_size=30))
+def test_sorting_sorts(values: list[int]) -> None:
+    array = np.array(values, dtype=np.int64)
+    sort_up(array)
+    assert array.tolist() == sorted(values)
+
+
 def line(length: int) -> ShardingProblem:
     return ShardingProblem(
         "line",
@@ -131,12 +161,37 @@ def test_out_of_time_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not COMPILED, reason="numba is not installed")
 def test_a_limit_shorter_than_the_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_warm, "_WARM", Event())
-    monkeypatch.setattr(shard_warm, "_compile", lambda: None)
+    """The array operations alone still give an answer, and what was missing is said."""
+    monkeypatch.setattr(shard_warm, "_READY", {stage: Event() for stage in Stage})
+    monkeypatch.setattr(shard_warm, "_compile", shard_warm._READY[Stage.REDUCE].set)
     monkeypatch.setattr(shard_warm, "_THREADS", [])
-    solved = solve_sharding(line(9), time_limit_s=0.05)
-    assert (solved.status, solved.truncated_by) == ("unknown", "time limit")
-    assert "compiles" in solved.note
+    solved = solve_sharding(ring(60, 0), time_limit_s=1.0)
+    assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
+    assert "compiled" in solved.note
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+def test_a_compiler_that_fails_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shard_warm, "_READY", {stage: Event() for stage in Stage})
+    monkeypatch.setattr(shard_warm, "_FAULTS", [])
+    monkeypatch.setattr(shard_warm, "_THREADS", [])
+    monkeypatch.setattr(shard_warm, "reduce_problem", fail)
+    with pytest.raises(GraphparError, match=r"No space left on device.*NUMBA_CACHE_DIR"):
+        solve_sharding(line(9), time_limit_s=60)
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+def test_compiling_needs_no_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, cache: bool = False, **__: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(jit, "njit", refuse)
+    assert jit.compiled(len) is len
 
 
 def test_without_numba_the_answer_is_the_same_and_the_loss_is_said() -> None:
