@@ -12,8 +12,11 @@ Given limits on every stage's extra and post,
 
 with the terms that break a limit or the memory left out. Memory depends only on how many replicas
 follow. That is the number of devices in k; where there are tensor groups, k counts replicas as well,
-as if they were devices of one more cell. Work: units^2 / 2 * sum over k of the options within k, in
-array operations.
+as if they were devices of one more cell.
+
+Most stages are never looked at: those that a proof excludes are dropped before the first solve
+(`ChainProgram.tighten`), and what is left is a list of columns. Work: the sum over k of the columns
+within k, in array operations.
 """
 
 import time
@@ -25,11 +28,15 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.partition.cells import Cells, StageOption, links_between
-from graphpar.partition.stage_costs import StageCosts, StageLimits
-from graphpar.partition.unit_arrays import FloatArray
+from graphpar.partition.chain_columns import Columns, StagePrices, no_columns
+from graphpar.partition.chain_relaxed import Relaxation
+from graphpar.partition.stage_costs import StageLimits
+from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.intp]
+
+_FEW_COLUMNS = 1500
+"""So few columns are solved as they are."""
 
 
 class OutOfTimeError(Exception):
@@ -59,41 +66,95 @@ class ChainAnswer:
     stages: tuple[Stage, ...]
 
 
-class ChainProgram:
-    """The dynamic programme of one pipeline over the devices `limits` (a count per cell)."""
+@dataclass(frozen=True)
+class _Kept:
+    """Which columns are in use: all that a plan below `all_s` within `post_s` may have."""
 
-    def __init__(self, costs: StageCosts, cells: Cells, limits: Sequence[int]) -> None:
-        self.costs = costs
-        take = [o.take for o in costs.options]
-        self._counts_replicas = any(o.width != o.num_devices for o in costs.options)
+    all_s: float
+    post_s: float
+    post_weight: float
+
+    def covers(self, other: "_Kept") -> bool:
+        return (
+            self.all_s >= other.all_s
+            and self.post_s >= other.post_s
+            and self.post_weight == other.post_weight
+        )
+
+
+class ChainProgram:
+    """The dynamic programme of one pipeline over the devices `limits` (a count per cell).
+
+    `weights` are first guesses of how much a device of each cell counts in the bound.
+    """
+
+    def __init__(
+        self,
+        prices: StagePrices,
+        cells: Cells,
+        limits: Sequence[int],
+        num_units: int,
+        weights: FloatArray,
+    ) -> None:
+        self._prices = prices
+        rows = self._rows = prices.rows
+        self._cell_counts = tuple(limits)
+        self._num_units = num_units
+        self._weights = weights
+        take = rows.take
+        self._counts_replicas = bool((rows.width != take.sum(axis=1)).any())
         if self._counts_replicas:
             limits = (*limits, sum(limits))
-            take = [(*o.take, o.width) for o in costs.options]
+            take = np.concatenate([take, rows.width[:, None]], axis=1)
         self.limits = tuple(limits)
-        self._num_units = costs.before_s.shape[1] - 1
+        self._take = take
+        self._teams, team = np.unique(take, axis=0, return_inverse=True)
+        self._team: IntArray = team.reshape(-1).astype(np.intp)
         self._strides = _strides(self.limits)
         self._states = _states(self.limits)
-        self._places = sorted({o.places for o in costs.options}, key=sorted)
-        self._join = _joins(costs, cells, self._places)
-        self._exits = {pair: i for i, pair in enumerate(_exit_pairs(costs, self._places))}
-        self._take = np.array(take, dtype=np.intp).reshape(len(take), len(self.limits))
-        self._rows = self._arm_rows()
-        self._most_below = np.ascontiguousarray(costs.most_below[self._rows["option"]].transpose(0, 2, 1))
+        self._replicas = self._states[:, -1] if self._counts_replicas else self._states.sum(axis=1)
+        self._places = sorted({o.places for o in rows.options}, key=sorted)
+        index = {p: i for i, p in enumerate(self._places)}
+        self._place = np.array([index[o.places] for o in rows.options], dtype=np.intp)
+        self._join = _joins(prices, cells, self._places)
+        self._kept: _Kept | None = None
+        self._bound_s = 0.0
+        self._relaxation: Relaxation | None = None
+        self._use(no_columns())
 
     @property
     def num_variables(self) -> int:
-        """Stages with finite costs, between all kinds of links."""
-        return int(np.isfinite(self.costs.extra_s).sum())
+        """Stages before any is excluded."""
+        return self._prices.num_variables
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether solving takes no more than milliseconds."""
+        return True
 
     @property
     def extras_s(self) -> FloatArray:
         """All values the busiest stage's extra can take, increasing."""
-        return self.costs.extras_s
+        return np.unique(self._columns.extra_s)
 
     @property
     def posts_s(self) -> FloatArray:
         """All values the largest post can take, increasing."""
-        return self.costs.posts_s
+        return np.unique(self._columns.post_s)
+
+    def tighten(self, target_s: float, post_limit_s: float, post_weight: float) -> float:
+        """Drop columns of no plan below the target; a lower bound on every plan of the programme.
+
+        The bound covers fill, extra and `post_weight` times post.
+        """
+        wanted = _Kept(target_s, post_limit_s, post_weight)
+        if self._kept is None or not self._kept.covers(wanted):
+            self._price(wanted)
+        elif self._kept != wanted:
+            kept = self._bound_s + self._reduced_s < target_s
+            self._use(self._columns.pick(kept), self._reduced_s[kept])
+            self._kept = wanted
+        return self._bound_s
 
     def solve(self, limits: StageLimits, deadline_s: float) -> ChainAnswer | None:
         """The least fill with every stage within the limits, or None.
@@ -101,176 +162,157 @@ class ChainProgram:
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s`.
         """
-        cost, longest = self._allowed(limits)
-        if longest == 0:
+        if self._kept is None:
+            self.tighten(np.inf, np.inf, 1.0)
+        columns = self._columns
+        within: BoolArray = (columns.extra_s <= limits.extra_s) & (columns.post_s <= limits.post_s)
+        within &= columns.extra_s + columns.post_s <= limits.both_s
+        within &= columns.cost_s < limits.fill_s
+        index = np.flatnonzero(within)
+        if len(index) == 0:
             return None
-        exits = self._sweep(cost, longest, deadline_s)
-        return self._trace(cost, longest, exits)
+        exits = self._sweep(index, deadline_s)
+        return self._trace(index, exits)
 
-    def _arm_rows(self) -> dict[str, IntArray]:
-        arms, options = self.costs.arms, self.costs.options
-        index = {p: i for i, p in enumerate(self._places)}
-        place = [index[options[a.option].places] for a in arms]
-        return {
-            "option": np.array([a.option for a in arms], dtype=np.intp),
-            "before": np.array([a.link_before for a in arms], dtype=np.intp),
-            "place": np.array(place, dtype=np.intp),
-            "exit": np.array(
-                [self._exits[p, a.link_after] for p, a in zip(place, arms, strict=True)],
-                dtype=np.intp,
-            ),
-        }
+    # --- which columns ---
 
-    def _allowed(self, limits: StageLimits) -> tuple[FloatArray, int]:
-        """Cost per arm [arm, l, u] with everything over a limit infinite, and the longest stage."""
-        costs, option, before = self.costs, self._rows["option"], self._rows["before"]
-        post = costs.post_s[option]
-        allowed: BoolArray = (costs.extra_s <= limits.extra_s) & (post <= limits.post_s)
-        allowed &= costs.extra_s + post <= limits.both_s
-        allowed &= costs.most_below[option] > 0
-        cost = costs.fill_s[option] + costs.before_s[before][:, : self._num_units, None]
-        # The pipeline starts and ends where nothing is sent, and only there.
-        last = np.arange(self._num_units)[:, None] + np.arange(self._num_units)[None, :] + 1
-        after = np.array([a.link_after for a in costs.arms])
-        ends = np.equal((last == self._num_units)[None], (after == 0)[:, None, None])
-        starts = np.equal((np.arange(self._num_units) == 0)[None, :], (before == 0)[:, None])
-        allowed = allowed & ends & starts[:, :, None]
-        lengths = np.flatnonzero(allowed.any(axis=(0, 1)))
-        longest = int(lengths[-1]) + 1 if len(lengths) else 0
-        cost = np.where(allowed, cost, np.inf)[:, :, :longest]
-        # Minima are taken over l: with u innermost they run over whole rows at once.
-        return np.ascontiguousarray(cost.transpose(0, 2, 1)), longest
+    def _price(self, wanted: _Kept) -> None:
+        """Price columns anew: those below the target by themselves, then those the bound leaves."""
+        limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
+        columns = self._prices.relaxed(limits)
+        self._bound_s, reduced = 0.0, np.zeros(len(columns))
+        if len(columns) > _FEW_COLUMNS:
+            if self._relaxation is None:
+                self._relaxation = Relaxation(
+                    self._rows.slots,
+                    self._num_units,
+                    self._rows.take,
+                    self._cell_counts,
+                    self._weights,
+                    wanted.post_weight,
+                )
+            bounded = self._relaxation.bound(columns, wanted.all_s)
+            self._bound_s, reduced = bounded.bound_s, bounded.reduced_s
+        kept = np.flatnonzero(self._bound_s + reduced < wanted.all_s)
+        columns, reduced = columns.pick(kept), reduced[kept]
+        exact, rows = self._prices.exact(columns)
+        self._use(exact, reduced[rows])
+        self._kept = wanted
 
-    def _sweep(self, cost: FloatArray, longest: int, deadline_s: float) -> FloatArray:
-        """V as [state, exit, unit], padded with infinity beyond the chain's end."""
-        n = self._num_units
-        exits = np.full((len(self._states), len(self._exits), n + longest), np.inf)
-        exits[0, :, n] = 0.0
-        most = self._most_below[:, :longest]
-        usable = np.isfinite(cost).any(axis=(1, 2))
-        below, limited = -1, cost
-        for number in self._order():
-            state = self._states[number]
-            if self._replicas(state) != below:
-                below = self._replicas(state)
-                limited = np.where(most >= below, cost, np.inf)
-                if time.monotonic() > deadline_s:
-                    raise OutOfTimeError
-            rows = np.flatnonzero(usable & self._within(state))
-            if len(rows):
-                heads = self._heads(limited, exits, number, rows, longest)
-                self._open(exits, number, rows, heads)
+    def _use(self, columns: Columns, reduced: FloatArray | None = None) -> None:
+        """Columns sorted by where a sweep puts them."""
+        slots, option = self._rows.slots, columns.option
+        kinds = len(self._rows.kinds)
+        head = self._place[option] * kinds + slots.before[columns.slot]
+        head = head * (self._num_units + 1) + slots.first[columns.slot]
+        order = np.argsort(head, kind="stable")
+        self._columns = columns.pick(order)
+        self._reduced_s = np.zeros(len(order)) if reduced is None else reduced[order]
+        self._head = head[order]
+        option, slot = self._columns.option, self._columns.slot
+        self._rest = self._take[option] @ self._strides
+        exit_of = self._place[option] * kinds + slots.after[slot]
+        self._after = exit_of * (self._num_units + 1) + slots.last[slot]
+
+    # --- the dynamic programme ---
+
+    def _sweep(self, index: IntArray, deadline_s: float) -> FloatArray:
+        """V as [state, (place, link kind after), unit], the last two as one axis."""
+        width = self._num_units + 1
+        kinds, places = len(self._rows.kinds), len(self._places)
+        exits = np.full((len(self._states), places * kinds * width), np.inf)
+        ends = (np.arange(places) * kinds) * width + self._num_units
+        exits[0, ends] = 0.0
+        flat = exits.reshape(-1)
+        cost, below = self._columns.cost_s[index], self._columns.most_below[index]
+        head, rest, after = self._head[index], self._rest[index], self._after[index]
+        team = self._team[self._columns.option[index]]
+        joined = [
+            (kind, [np.flatnonzero(self._join[p, :, kind]) for p in range(places)])
+            for kind in range(1, kinds)
+        ]
+        for count, number in enumerate(self._order()):
+            if count % 32 == 0 and time.monotonic() > deadline_s:
+                raise OutOfTimeError
+            mine = self._within(number)[team] & (below >= self._replicas[number])
+            own = np.flatnonzero(mine)
+            if len(own) == 0:
+                continue
+            values = cost[own] + flat[(number - rest[own]) * exits.shape[1] + after[own]]
+            heads = np.full(places * kinds * width, np.inf)
+            starts = np.flatnonzero(np.diff(head[own], prepend=-1))
+            heads[head[own][starts]] = np.minimum.reduceat(values, starts)
+            self._open(exits[number], heads.reshape(places, kinds, width), joined)
         return exits
 
-    def _replicas(self, state: tuple[int, ...]) -> int:
-        return state[-1] if self._counts_replicas else sum(state)
-
-    def _within(self, state: tuple[int, ...]) -> BoolArray:
-        fits: BoolArray = np.logical_and.reduce(self._take <= np.array(state), axis=1)
-        found: BoolArray = fits[self._rows["option"]]
+    def _within(self, state: int) -> BoolArray:
+        """[team]: whether the devices of a state suffice for it."""
+        found: BoolArray = np.logical_and.reduce(self._teams <= self._states[state], axis=1)
         return found
 
-    def _rest(self, number: int, rows: IntArray) -> IntArray:
-        taken = self._take[self._rows["option"][rows]] @ self._strides
-        rest: IntArray = number - taken
-        return rest
-
-    def _candidates(
-        self, cost: FloatArray, exits: FloatArray, number: int, rows: IntArray, longest: int
-    ) -> FloatArray:
-        """Suffix costs [row, l, u] of every arm that may head a state."""
-        after = exits[self._rest(number, rows), self._rows["exit"][rows]]
-        row_step, unit_step = after.strides
-        windows = np.lib.stride_tricks.as_strided(
-            after[:, 1:],
-            (len(rows), longest, self._num_units),
-            (row_step, unit_step, unit_step),
-            writeable=False,
-        )
-        found: FloatArray = cost[rows] + windows
-        return found
-
-    def _heads(
-        self, cost: FloatArray, exits: FloatArray, number: int, rows: IntArray, longest: int
-    ) -> FloatArray:
-        found: FloatArray = self._candidates(cost, exits, number, rows, longest).min(axis=1)
-        return found
-
-    def _open(self, exits: FloatArray, number: int, rows: IntArray, heads: FloatArray) -> None:
+    def _open(
+        self,
+        exits: FloatArray,
+        heads: FloatArray,
+        joined: Sequence[tuple[int, list[IntArray]]],
+    ) -> None:
         """Make the suffixes of a state available to every place they can be reached from."""
-        for (place, kind), exit_number in self._exits.items():
-            if kind == 0:
-                continue
-            mask = self._join[place, self._rows["place"][rows], self._rows["before"][rows]]
-            mask &= self._rows["before"][rows] == kind
-            if mask.any():
-                exits[number, exit_number, : self._num_units] = heads[mask].min(axis=0)
-        start = self._rows["before"][rows] == 0
-        if start.any():
-            # Exit 0 is never entered before the chain's end: it keeps the values of whole pipelines.
-            exits[number, 0, 0] = heads[start, 0].min()
+        view = exits.reshape(heads.shape)
+        for kind, reach in joined:
+            for place, others in enumerate(reach):
+                if len(others):
+                    view[place, kind] = heads[others, kind].min(axis=0)
+        # Kind 0 is entered at the chain's end only: at unit 0 it keeps the values of whole pipelines.
+        view[0, 0, 0] = heads[:, 0, 0].min()
 
-    def _order(self) -> list[int]:
+    def _order(self) -> IntArray:
         """States that some suffix may use, by number of replicas."""
-        states = list(range(1, len(self._states)))
+        usable = self._replicas > 0
         if self._counts_replicas:
-            states = [i for i in states if 0 < self._states[i][-1] <= sum(self._states[i][:-1])]
-        return sorted(states, key=lambda i: (self._replicas(self._states[i]), i))
+            usable &= self._replicas <= self._states[:, :-1].sum(axis=1)
+        states = np.flatnonzero(usable)
+        found: IntArray = states[np.argsort(self._replicas[states], kind="stable")]
+        return found
 
-    def _trace(self, cost: FloatArray, longest: int, exits: FloatArray) -> ChainAnswer | None:
-        whole = exits[:, 0, 0]
+    def _trace(self, index: IntArray, exits: FloatArray) -> ChainAnswer | None:
+        whole = exits[:, 0]
         # Fewer devices among equal plans.
-        best = min(range(len(whole)), key=lambda i: (whole[i], sum(self._states[i])))
-        if not np.isfinite(whole[best]):
+        number = int(np.lexsort((self._states.sum(axis=1), whole))[0])
+        fill = float(whole[number])
+        if not np.isfinite(fill):
             return None
+        columns, slots, options = self._columns, self._rows.slots, self._rows.options
+        slot, option = columns.slot[index], columns.option[index]
+        team = self._team[option]
         stages: list[Stage] = []
         extra = post = 0.0
-        unit, number, rows = 0, best, np.flatnonzero(self._rows["before"] == 0)
+        unit, place, kind = 0, -1, 0
         while unit < self._num_units:
-            row, length = self._pick(cost, exits, number, rows, unit, longest)
-            arm = self.costs.arms[row]
-            option = self.costs.options[arm.option]
-            stages.append(Stage(unit, unit + length + 1, option))
-            extra = max(extra, float(self.costs.extra_s[row, unit, length]))
-            post = max(post, float(self.costs.post_s[arm.option, unit, length]))
-            number = int(self._rest(number, np.array([row]))[0])
-            place = int(self._rows["place"][row])
-            joined = self._join[place, self._rows["place"], self._rows["before"]]
-            rows = np.flatnonzero(joined & (self._rows["before"] == arm.link_after))
-            unit += length + 1
-        fill = float(whole[best])
+            mine = (slots.first[slot] == unit) & (slots.before[slot] == kind)
+            mine &= (columns.most_below[index] >= self._replicas[number]) & self._within(number)[team]
+            if place >= 0:
+                mine &= self._join[place, self._place[option], kind]
+            own = np.flatnonzero(mine)
+            values = (
+                columns.cost_s[index][own]
+                + exits[number - self._rest[index][own], self._after[index][own]]
+            )
+            best = own[int(values.argmin())]
+            column = int(index[best])
+            stages.append(Stage(unit, int(slots.last[slot[best]]), options[option[best]]))
+            extra = max(extra, float(columns.extra_s[column]))
+            post = max(post, float(columns.post_s[column]))
+            number -= int(self._rest[column])
+            unit, place, kind = (
+                stages[-1].last,
+                int(self._place[option[best]]),
+                int(slots.after[slot[best]]),
+            )
         return ChainAnswer(fill, extra, post, fill, tuple(stages))
 
-    def _pick(
-        self,
-        cost: FloatArray,
-        exits: FloatArray,
-        number: int,
-        rows: IntArray,
-        unit: int,
-        longest: int,
-    ) -> tuple[int, int]:
-        """The arm and length that attain the value of a state at a unit."""
-        state = self._states[number]
-        rows = rows[self._within(state)[rows]]
-        below = self.costs.most_below[self._rows["option"][rows], unit, :longest] >= self._replicas(state)
-        after = exits[self._rest(number, rows), self._rows["exit"][rows]]
-        values = cost[rows, :, unit] + after[:, unit + 1 : unit + 1 + longest]
-        values = np.where(below, values, np.inf)
-        row, length = np.unravel_index(int(values.argmin()), values.shape)
-        return int(rows[row]), int(length)
 
-
-def count_states(limits: Sequence[int]) -> int:
-    """States of the dynamic programme per unit."""
-    total = 1
-    for number in limits:
-        total *= number + 1
-    return total
-
-
-def _states(limits: Sequence[int]) -> list[tuple[int, ...]]:
-    return list(product(*(range(n + 1) for n in limits)))
+def _states(limits: Sequence[int]) -> IntArray:
+    return np.array(list(product(*(range(n + 1) for n in limits))), dtype=np.intp)
 
 
 def _strides(limits: Sequence[int]) -> IntArray:
@@ -280,9 +322,9 @@ def _strides(limits: Sequence[int]) -> IntArray:
     return np.array(strides[::-1], dtype=np.intp)
 
 
-def _joins(costs: StageCosts, cells: Cells, places: Sequence[frozenset[int]]) -> npt.NDArray[np.bool_]:
+def _joins(prices: StagePrices, cells: Cells, places: Sequence[frozenset[int]]) -> BoolArray:
     """[left place set, right place set, link kind]: whether that kind of link joins the two."""
-    number = {links: i for i, links in enumerate(costs.link_kinds)}
+    number = {links: i for i, links in enumerate(prices.rows.kinds)}
     joins = np.zeros((len(places), len(places), len(number)), dtype=np.bool_)
     for i, left in enumerate(places):
         for j, right in enumerate(places):
@@ -290,9 +332,3 @@ def _joins(costs: StageCosts, cells: Cells, places: Sequence[frozenset[int]]) ->
             if links:
                 joins[i, j, number[links]] = True
     return joins
-
-
-def _exit_pairs(costs: StageCosts, places: Sequence[frozenset[int]]) -> list[tuple[int, int]]:
-    """The end of the pipeline first, then every place set with every kind of link."""
-    ends = [(p, 0) for p in range(len(places))]
-    return ends + [(p, k) for p in range(len(places)) for k in range(1, len(costs.link_kinds))]

@@ -96,6 +96,11 @@ class CountingProgram:
         """Columns before any limit."""
         return len(self._columns)
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether solving takes no more than milliseconds."""
+        return False
+
     @cached_property
     def extras_s(self) -> FloatArray:
         """All values the busiest stage's extra can take, increasing."""
@@ -107,6 +112,10 @@ class CountingProgram:
         """All values the largest post can take, increasing."""
         found: FloatArray = np.unique(self._columns.post_s)
         return found
+
+    def tighten(self, target_s: float, post_limit_s: float, post_weight: float) -> float:
+        """Nothing is forgotten: columns are generated anew for every solve."""
+        return 0.0
 
     def solve(self, limits: StageLimits, deadline_s: float) -> ChainAnswer | None:
         """The least fill under the limits with a bound on it, or None where nothing fits.

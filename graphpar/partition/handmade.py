@@ -34,8 +34,15 @@ def evaluate(
     The bound is the physical one. ValueError where the configuration is not a plan at all, such as a
     unit that nobody runs; memory is priced, not enforced.
     """
-    began_s = time.monotonic()
     check_table(table)
+    return priced_plan(table, pipelines, schedule)
+
+
+def priced_plan(
+    table: CostTable, pipelines: Sequence[PipelineChoice], schedule: ScheduleName
+) -> Partition:
+    """`evaluate` for a table that was checked."""
+    began_s = time.monotonic()
     dealt = tuple(share_microbatches(table, p, schedule) for p in pipelines)
     cost = price(table, dealt, schedule)
     bound = min(physical_bound_s(table), cost.objective_s)
@@ -150,13 +157,14 @@ def _best_setting(
         StageChoice(a, b, tuple(Replica(d, 0) for d in group))
         for (a, b), group in zip(pairwise(cuts), groups, strict=True)
     )
+    check_table(table)
     best: Partition | None = None
     over = float("inf")
     for count in microbatch_counts(table, table.batch, microbatches):
         if max(map(len, groups)) > min(count, table.max_replicas):
             continue
         for one in names:
-            found = evaluate(table, [PipelineChoice(table.batch, count, stages)], one)
+            found = priced_plan(table, [PipelineChoice(table.batch, count, stages)], one)
             if any(r.microbatches == 0 for p in found.pipelines for s in p.stages for r in s.replicas):
                 continue
             excess = _excess_bytes(table, found)

@@ -23,7 +23,7 @@ from graphpar.partition.family import (
     groupings,
     share_step,
 )
-from graphpar.partition.handmade import data_parallel, evaluate, even_split, greedy_split, one_device
+from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device, priced_plan
 from graphpar.partition.infeasible import explain_infeasible
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.pipeline_search import INFINITY, Found, search
@@ -237,7 +237,7 @@ class _Run:
             cutoff_s=self._target_s if self.family.exact else INFINITY,
             gap=self._gap,
             deadline_s=self._deadline_s,
-            dive=self.family.repeats is not None,
+            dive=True,
         )
         self._bound_s = min(self._bound_s, result.bound_s)
         if result.cut:
@@ -296,7 +296,7 @@ class _Run:
             if best is not None and candidate.pipelines != best.pipelines:
                 seen.setdefault((candidate.pipelines, candidate.schedule), candidate)
         chosen = list(seen.values())[:RUNNERS_UP]
-        return tuple(evaluate(self._table, c.pipelines, c.schedule) for c in chosen)
+        return tuple(priced_plan(self._table, c.pipelines, c.schedule) for c in chosen)
 
     def fall_back(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
         """After a search cut short: no answer may be worse than the plans nobody searches for."""

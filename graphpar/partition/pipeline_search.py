@@ -34,6 +34,9 @@ _SLACK = 0.1
 _DIVES = 4
 """Tasks tried before the proper search."""
 
+_PLUNGE_FACTORS = (0.85, 0.9, 0.9, 0.95, 0.95)
+"""From one programme to the next of a task that is met for the first time, extra falls by these."""
+
 _DIVE_FACTORS = (1.05, 1.15, 1.4, 2.0)
 """Limits on extra tried, in multiples of a task's bound."""
 
@@ -46,12 +49,23 @@ class ChainSolver(Protocol):
         """Stages that the programme chooses from."""
 
     @property
+    def is_quick(self) -> bool:
+        """Whether solving takes no more than milliseconds."""
+
+    @property
     def extras_s(self) -> FloatArray:
         """All values the busiest stage's extra can take, increasing."""
 
     @property
     def posts_s(self) -> FloatArray:
         """All values the largest post can take, increasing."""
+
+    def tighten(self, target_s: float, post_limit_s: float, post_weight: float) -> float:
+        """Forget stages that no plan below the target needs; a lower bound on all plans.
+
+        The bound covers fill, extra and `post_weight` times post. Until the next call answers hold only
+        as far as plans below the target are asked for.
+        """
 
     def solve(self, limits: StageLimits, deadline_s: float) -> ChainAnswer | None:
         """The least fill with all stages within the limits, or None where no pipeline fits."""
@@ -165,6 +179,7 @@ class _Run:
         self.best: Found | None = None
         self._met: dict[int, tuple[float, Found]] = {}
         self.programs = 0
+        self._plunged: set[int] = set()
         for index, task in enumerate(tasks):
             bound = task.bound_s + self._weight * task.post_s
             if bound >= cutoff_s:
@@ -196,16 +211,33 @@ class _Run:
         return tuple(found for _, found in sorted(rest, key=lambda pair: pair[0]))
 
     def dive(self, deadline_s: float) -> None:
-        """Try the most promising tasks with little more extra than their bounds until a plan fits."""
+        """Try the most promising tasks with little more than their bounds until a plan fits."""
         for _, _, box in heapq.nsmallest(_DIVES, self._heap):
             task, solver = self._tasks[box.task], self._solver(box.task)
+            least = task.bound_s + self._weight * task.post_s
             for factor in _DIVE_FACTORS:
-                slack = self._gap * task.bound_s
-                limits = StageLimits(factor * task.bound_s, self._post_limit, slack_s=slack)
+                guess = min(factor * least, self._target())
+                # A guess is no plan: what it leaves out counts again in the search proper.
+                least = max(least, solver.tighten(guess, self._post_limit, self._weight))
+                slack = self._gap * least
+                limits = StageLimits(factor * least, self._post_limit, slack_s=slack)
                 answer = solver.solve(limits, deadline_s)
                 if answer is not None:
                     self._offer_answer(box.task, answer)
                     return
+
+    def _plunge(self, box: _Box, solver: ChainSolver, deadline_s: float) -> None:
+        """Follow a task downwards, with less extra each time, as long as that gives better plans."""
+        if not solver.is_quick:
+            return
+        most = self._target() - box.fill_s - self._weight * box.post[0]
+        for factor in _PLUNGE_FACTORS:
+            limits = StageLimits(most, self._post_limit, fill_s=self._target())
+            answer = solver.solve(limits, deadline_s)
+            if answer is None:
+                return
+            self._offer_answer(box.task, answer)
+            most = min(most, factor * answer.extra_s)
 
     def _solver(self, task: int) -> ChainSolver:
         if task not in self._solvers:
@@ -223,6 +255,19 @@ class _Run:
         if time.monotonic() > deadline_s:
             raise OutOfTimeError
         solver = self._solver(box.task)
+        target = self._target()
+        bound = max(bound, solver.tighten(target, self._post_limit, self._weight))
+        if target < INFINITY:
+            self._pruned = min(self._pruned, max(bound, target))
+        if bound >= target:
+            return
+        if box.task not in self._plunged:
+            self._plunged.add(box.task)
+            self._plunge(box, solver, deadline_s)
+            target = self._target()
+        if self._heap and bound > self._heap[0][0]:
+            self._push(bound, box)
+            return
         self.programs += 1
         # A stage with more extra and post than this misses the target, whatever the others do.
         useful = self._target() - box.fill_s

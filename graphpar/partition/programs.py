@@ -15,18 +15,19 @@ from graphpar.partition.bounds import (
 )
 from graphpar.partition.cells import Links, StageOption, pareto
 from graphpar.partition.chain import ChainProgram
+from graphpar.partition.chain_columns import OptionRows, StagePrices
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.family import Family
 from graphpar.partition.pipeline_search import ChainSolver, Task
-from graphpar.partition.stage_costs import build_costs, slowest_transfer_s
+from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.types import ScheduleName
 from graphpar.partition.unit_arrays import (
     MEMORY_TOLERANCE,
     Cache,
     FloatArray,
     Setting,
-    all_ranges,
     memory_never_binds,
+    run_ranges,
 )
 
 
@@ -40,7 +41,8 @@ class Programs:
         self._replica_takes: dict[tuple[tuple[int, ...], int], FloatArray] = {}
         self._per_sample = sample_bound(family.table)
         self._least_bytes = least_bytes(family.table)
-        self._ranges = all_ranges(family.table.num_units)
+        self._ranges = run_ranges(family.table.num_units)
+        self._rows: dict[object, OptionRows] = {}
         self._cache: Cache = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
@@ -165,5 +167,18 @@ class Programs:
             return CountingProgram(
                 family.table, family.cells, options, setting, family.repeats, self._limits, limits
             )
-        costs = build_costs(family.table, family.cells, options, setting, self._ranges, self._cache)
-        return ChainProgram(costs, family.cells, limits)
+        key = (limits, setting.peers, setting.across)
+        if key not in self._rows:
+            self._rows[key] = OptionRows(
+                family.table, family.cells, options, setting, self._ranges, self._cache
+            )
+        rows = self._rows[key]
+        prices = StagePrices(family.table, rows, setting, self._ranges, self._cache)
+        return ChainProgram(prices, family.cells, limits, family.table.num_units, self._cell_weights())
+
+    def _cell_weights(self) -> FloatArray:
+        """What a device of each cell is worth: chains of units per second."""
+        classes = [c.device_class for c in self.family.cells.cells]
+        whole = (self._per_sample.repeats @ self._per_sample.times_s)[classes]
+        found: FloatArray = 1 / np.maximum(whole, 1e-30)
+        return found

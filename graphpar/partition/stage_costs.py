@@ -1,38 +1,26 @@
-"""Arrays of what the possible stages of one pipeline cost.
+"""Arrays of what the stages of one pipeline cost: seconds, extra, post, transfers, memory by position.
 
 Index legend: `range` stands for one or two axes that number runs of units; entries that are no run
-are infinite. An *arm* is a stage option together with the links
-at its two boundaries; link kind 0 is the end of the pipeline, where nothing is sent.
+are infinite.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from graphpar.cost import CostTable
-from graphpar.partition.cells import Cells, Links, StageOption, links_between
-from graphpar.partition.unit_arrays import (
-    UNLIMITED,
-    Cache,
-    FloatArray,
-    Ranges,
-    Setting,
-    UnitArrays,
-    all_ranges,
-)
-
-BoolArray = npt.NDArray[np.bool_]
+from graphpar.partition.cells import Links, StageOption
+from graphpar.partition.unit_arrays import UNLIMITED, FloatArray, Setting, UnitArrays
 
 
 @dataclass(frozen=True)
 class StageLimits:
     """Stages with more extra, more post or more of both together are left out.
 
-    A pipeline with a fill of `fill_s` or more is of no interest, and one whose fill is `slack_s` above
-    the least is good enough; a programme may make use of either, or not.
+    A pipeline with a fill of `fill_s` or more is of no interest, nor is one whose fill, extra and
+    `post_weight` times post are `all_s` or more; one whose fill is `slack_s` above the least is good
+    enough. A programme may make use of these, or not.
     """
 
     extra_s: float = float("inf")
@@ -40,184 +28,11 @@ class StageLimits:
     both_s: float = float("inf")
     fill_s: float = float("inf")
     slack_s: float = 0.0
+    all_s: float = float("inf")
+    post_weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A stage option between two kinds of links."""
-
-    option: int
-    link_before: int
-    link_after: int
-
-
-@dataclass(frozen=True, eq=False)
-class StageCosts:
-    """Costs of every stage of a pipeline.
-
-    Attributes:
-        options: The ways to staff a stage.
-        arms: Options with the links around them.
-        ranges: The runs of units priced.
-        fill_s: [option, range]: seconds of one microbatch.
-        before_s: [link kind, unit]: transfer over the boundary before a unit.
-        extra_s: [arm, range]: what the further microbatches add if this stage is the busiest.
-        post_s: [option, range]: gradient sync and optimiser.
-        most_below: [option, range]: the most replicas from this stage to the pipeline's end
-            for which memory holds, or -1.
-    """
-
-    setting: Setting
-    options: tuple[StageOption, ...]
-    arms: tuple[Arm, ...]
-    link_kinds: tuple[Links, ...]
-    ranges: "Ranges" = field(repr=False)
-    fill_s: FloatArray = field(repr=False)
-    before_s: FloatArray = field(repr=False)
-    extra_s: FloatArray = field(repr=False)
-    post_s: FloatArray = field(repr=False)
-    most_below: FloatArray = field(repr=False)
-
-    @cached_property
-    def extras_s(self) -> FloatArray:
-        """All values the busiest stage's extra can take, increasing."""
-        return _values(self.extra_s)
-
-    @cached_property
-    def posts_s(self) -> FloatArray:
-        """All values the largest post can take, increasing."""
-        return _values(self.post_s)
-
-
-def _values(array: FloatArray) -> FloatArray:
-    found: FloatArray = np.unique(array[np.isfinite(array)])
-    return found
-
-
-def build_costs(
-    table: CostTable,
-    cells: Cells,
-    options: Sequence[StageOption],
-    setting: Setting,
-    ranges: Ranges | None = None,
-    cache: Cache | None = None,
-) -> StageCosts:
-    """Price the stages a pipeline in this setting can have: every run of units, or those given.
-
-    Options with more replicas than microbatches are dropped: a replica without work is no replica.
-    `cache` may be shared by calls for the same table and the same ranges.
-    """
-    kept = tuple(o for o in options if o.width <= setting.microbatches)
-    units = UnitArrays(table, setting, ranges or all_ranges(table.num_units), cache)
-    seconds = {m: units.seconds(m) for m in sorted({m for o in kept for m in o.staff})}
-    flight = {
-        key: units.most_in_flight(*key) for key in sorted({(m, o.width) for o in kept for m in o.staff})
-    }
-    kept, worse = _without_outdone(table, units, kept, setting, seconds, flight)
-    kinds = _link_kinds(cells, kept)
-    before = boundary_seconds(table, setting, kinds)
-    arms = _arms(cells, kept, kinds)
-    shape = units.valid.shape
-    fill = np.empty((len(kept), *shape))
-    extra = np.empty((len(arms), *shape))
-    most_below = np.empty((len(kept), *shape))
-    rows: dict[int, list[int]] = {}
-    for number, arm in enumerate(arms):
-        rows.setdefault(arm.option, []).append(number)
-    for index, option in enumerate(kept):
-        times = _replica_seconds(table, units, option, seconds)
-        fill[index] = np.maximum.reduce(times)
-        most_below[index] = np.inf
-        for number in rows.get(index, ()):
-            arm = arms[number]
-            wait = _waiting(table, setting, before, arm, units)
-            extra[number], own = _extra(times, wait, setting.microbatches)
-            if not table.training or setting.schedule == "gpipe":
-                cut = (setting.microbatches - 1) * before[arm.link_before][units.runs.first]
-                extra[number] = np.maximum(extra[number], cut)
-            extra[number][~units.valid] = np.inf
-            most = [flight[m, option.width] for m in option.staff[: len(own)]]
-            limits = _most_below(setting, own, most, option.width)
-            most_below[index] = np.minimum(most_below[index], limits)
-            if worse[index] is not None:
-                extra[number][worse[index]] = np.inf
-        if worse[index] is not None:
-            fill[index][worse[index]] = np.inf
-    post = np.stack([_cached_post(table, units, o, setting) for o in kept]) if kept else fill
-    return StageCosts(setting, kept, arms, kinds, units.runs, fill, before, extra, post, most_below)
-
-
-def _without_outdone(
-    table: CostTable,
-    units: UnitArrays,
-    options: Sequence[StageOption],
-    setting: Setting,
-    seconds: dict[int, FloatArray],
-    flight: dict[tuple[int, int], FloatArray],
-) -> tuple[tuple[StageOption, ...], list[BoolArray | None]]:
-    """Options without those that the same devices outdo in another mode; of the rest, where they do.
-
-    Where every replica is no slower, the post no longer and the memory no tighter, neither fill nor
-    fill and extra together are more, hence no plan is lost.
-    """
-    alike: dict[object, list[int]] = {}
-    for number, option in enumerate(options):
-        alike.setdefault(option.groups, []).append(number)
-    look = _Outdone(table, units, options, setting, seconds, flight)
-    worse: dict[int, BoolArray] = {}
-    for group in alike.values():
-        for i in group if len(group) > 1 else ():
-            mask = ~units.valid
-            for j in group:
-                if i != j:
-                    # Of two that are equal the first stays.
-                    usable = ~worse[j] if j in worse else units.valid
-                    mask = mask | (usable & look.by(i, j))
-            worse[i] = mask
-    kept = [i for i in range(len(options)) if i not in worse or not worse[i].all()]
-    return tuple(options[i] for i in kept), [worse.get(i) for i in kept]
-
-
-@dataclass(frozen=True, eq=False)
-class _Outdone:
-    """Compares two ways to run stages on the same devices."""
-
-    table: CostTable
-    units: UnitArrays
-    options: Sequence[StageOption]
-    setting: Setting
-    seconds: dict[int, FloatArray]
-    flight: dict[tuple[int, int], FloatArray]
-
-    def by(self, one: int, other: int) -> BoolArray:
-        """[range]: where the other is as good as the one in all respects."""
-        mine, theirs = self.options[one], self.options[other]
-        width, uniform = mine.width, len(set(mine.staff)) == len(set(theirs.staff)) == 1
-        posts = [_cached_post(self.table, self.units, o, self.setting) for o in (mine, theirs)]
-        found: BoolArray = posts[1] <= posts[0]
-        times = [_replica_seconds(self.table, self.units, o, self.seconds) for o in (mine, theirs)]
-        pairs = {(id(a), id(b)): (a, b) for a, b in zip(*times, strict=True)}
-        for a, b in pairs.values():
-            found = found & (b <= a)
-        for m, n in set(zip(mine.staff, theirs.staff, strict=True)):
-            room = self.flight[n, width]
-            ample = room >= self.setting.microbatches
-            found = found & (ample | (room >= self.flight[m, width]) if uniform else ample)
-        return found
-
-
-def _replica_seconds(
-    table: CostTable, units: UnitArrays, option: StageOption, seconds: dict[int, FloatArray]
-) -> list[FloatArray]:
-    """Seconds of one microbatch on each replica; likes share one array."""
-    moved = _zero_seconds(table, units, option)
-    if moved is None:
-        return [seconds[m] for m in option.staff]
-    with_moved = {m: seconds[m] + moved for m in set(option.staff)}
-    return [with_moved[m] for m in option.staff]
-
-
-def _zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> FloatArray | None:
+def zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> FloatArray | None:
     """What ZeRO moves for every microbatch; None below level 2."""
     zero, width = table.every_mode[option.staff[0]].zero, option.width
     if zero < 2 or width < 2 or not table.training:
@@ -232,18 +47,6 @@ def _zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> F
 def _most_bytes(units: UnitArrays, option: StageOption, name: str) -> FloatArray:
     found: FloatArray = np.maximum.reduce([units.most_bytes(m, name) for m in set(option.staff)])
     return found
-
-
-def _link_kinds(cells: Cells, options: Sequence[StageOption]) -> tuple[Links, ...]:
-    found = {k for sides in _sides(cells, options) for k in sides}
-    return (frozenset(), *sorted((k for k in found if k), key=repr))
-
-
-def _sides(cells: Cells, options: Sequence[StageOption]) -> list[set[Links]]:
-    """For each option the kinds of links its boundaries may have."""
-    places = {o.places for o in options}
-    near = {p: {links_between(cells, p, q) for q in places} for p in places}
-    return [near[o.places] if o.sides is None else set(o.sides) for o in options]
 
 
 def boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links]) -> FloatArray:
@@ -282,30 +85,12 @@ def _slowest(links: Links, num_bytes: FloatArray) -> FloatArray:
     return np.where(num_bytes > 0, slow, 0.0)
 
 
-def _arms(cells: Cells, options: Sequence[StageOption], kinds: Sequence[Links]) -> tuple[Arm, ...]:
-    """Every option with every kind of link that some neighbour can give it, or an end."""
-    number = {links: i for i, links in enumerate(kinds)}
-    around = [sorted({0} | {number[k] for k in sides}) for sides in _sides(cells, options)]
-    return tuple(Arm(i, b, a) for i, near in enumerate(around) for b in near for a in near)
-
-
-def _waiting(
-    table: CostTable, setting: Setting, before: FloatArray, arm: Arm, units: UnitArrays
-) -> FloatArray:
-    """Half of either boundary's transfer under 1F1B, [range]."""
-    if not table.training or setting.schedule == "gpipe":
-        return np.zeros(units.valid.shape)
-    after = before[arm.link_after][units.runs.last]
-    wait: FloatArray = (before[arm.link_before][units.runs.first] + after) / 2
-    return wait
-
-
-def _extra(
+def stage_extra(
     seconds: list[FloatArray], wait: FloatArray, microbatches: int
 ) -> tuple[FloatArray, list[FloatArray]]:
     """Extra of a stage and the microbatches of each replica, dealt to the first that is free."""
     width = len(seconds)
-    if all(s is seconds[0] for s in seconds):
+    if width == 1:
         share, longer = divmod(microbatches, width)
         # The first replica has the most work; the others bind no limit that it does not.
         counts = [np.full(wait.shape, float(share + (longer > 0)))]
@@ -352,7 +137,7 @@ def _deal_arrays(
     return list(stacked)
 
 
-def _most_below(
+def most_below(
     setting: Setting, own: list[FloatArray], flight: list[FloatArray], width: int
 ) -> FloatArray:
     limits = []
@@ -363,9 +148,7 @@ def _most_below(
     return found
 
 
-def _cached_post(
-    table: CostTable, units: UnitArrays, option: StageOption, setting: Setting
-) -> FloatArray:
+def cached_post(table: CostTable, units: UnitArrays, option: StageOption, setting: Setting) -> FloatArray:
     key = ("post", option.staff, option.ring, setting.peers, setting.across)
     if key not in units.cache:
         units.cache[key] = _post(table, units, option, setting)

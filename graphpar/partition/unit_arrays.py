@@ -48,12 +48,9 @@ class Ranges:
     valid: npt.NDArray[np.bool_]
 
 
-def all_ranges(num_units: int) -> Ranges:
-    """Every run, as [first unit, length - 1]."""
-    units = np.arange(num_units)
-    first, length = np.meshgrid(units, units, indexing="ij")
-    last = first + length + 1
-    return Ranges(first, np.minimum(last, num_units), last <= num_units)
+def run_ranges(num_units: int) -> Ranges:
+    """Every run, by first unit and then by length."""
+    return some_ranges([(a, b) for a in range(num_units) for b in range(a + 1, num_units + 1)])
 
 
 def some_ranges(runs: Sequence[tuple[int, int]]) -> Ranges:

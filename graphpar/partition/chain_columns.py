@@ -1,0 +1,313 @@
+"""Every stage that one pipeline over few devices may have, priced in two steps.
+
+A *column* is a stage option on a *slot*: a run of units with the kinds of links at its two boundaries
+(link kind 0 is the end of the pipeline, where nothing is sent). There may be millions, of which a proof
+leaves some thousands. So all of them get a lower bound first (`StagePrices.relaxed`), in which
+microbatches are dealt to unlike replicas as if they could be divided:
+
+    m = sum_r (1 + (E - t_r) / p_r)   at the moment E when all end,   extra >= E - max_r t_r
+
+and only what is left after pruning is dealt one by one (`StagePrices.exact`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.cost import CostTable
+from graphpar.partition.cells import Cells, Links, StageOption, links_between
+from graphpar.partition.stage_costs import (
+    StageLimits,
+    boundary_seconds,
+    cached_post,
+    most_below,
+    stage_extra,
+    zero_seconds,
+)
+from graphpar.partition.unit_arrays import (
+    Cache,
+    FloatArray,
+    IntArray,
+    Ranges,
+    Setting,
+    UnitArrays,
+)
+
+BoolArray = npt.NDArray[np.bool_]
+
+_AT_ONCE = 400_000
+"""Pairs of an option and a run that are looked at in one go: what fits into a processor's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Runs of units between kinds of links, sorted by first unit and link before."""
+
+    run: IntArray
+    first: IntArray
+    last: IntArray
+    before: IntArray
+    after: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """One entry per column: option, slot, seconds, and the most replicas from here on for its memory.
+
+    `cost_s` is one microbatch with the transfer before; `extra_s` what the further ones add if this stage
+    is the busiest.
+    """
+
+    option: IntArray
+    slot: IntArray
+    cost_s: FloatArray
+    extra_s: FloatArray
+    post_s: FloatArray
+    most_below: FloatArray
+
+    def pick(self, index: "IntArray | BoolArray") -> "Columns":
+        """Only some columns."""
+        return Columns(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.option)
+
+
+def no_columns() -> Columns:
+    """None at all."""
+    none, nothing = np.zeros(0, dtype=np.intp), np.zeros(0)
+    return Columns(none, none, nothing, nothing, nothing, nothing)
+
+
+class OptionRows:
+    """What does not depend on microbatches: who staffs each option, its post, what ZeRO moves."""
+
+    def __init__(
+        self,
+        table: CostTable,
+        cells: Cells,
+        options: Sequence[StageOption],
+        setting: Setting,
+        runs: Ranges,
+        cache: Cache,
+    ) -> None:
+        self.options = tuple(options)
+        units = UnitArrays(table, setting, runs, cache)
+        self.width = np.array([o.width for o in options], dtype=np.intp)
+        self.take = np.array([o.take for o in options], dtype=np.intp)
+        self.modes = sorted({m for o in options for m in o.staff})
+        row = {mode: i for i, mode in enumerate(self.modes)}
+        widest = int(self.width.max(initial=1))
+        padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
+        self.staff = np.array(padded, dtype=np.intp).reshape(len(padded), widest)
+        self.kinds, self.near = _kinds_near(cells, options)
+        self.slots = find_slots(runs, table.num_units, len(self.kinds))
+        posts = [cached_post(table, units, o, setting) for o in options]
+        self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
+        moved = [zero_seconds(table, units, o) for o in options]
+        self.moved_s = {i: m for i, m in enumerate(moved) if m is not None}
+
+    def moved(self, rows: IntArray) -> FloatArray | float:
+        """[option, run]: what ZeRO moves for every microbatch."""
+        if not any(i in self.moved_s for i in rows.tolist()):
+            return 0.0
+        nothing = np.zeros(self.post_s.shape[1])
+        return np.stack([self.moved_s.get(i, nothing) for i in rows.tolist()])
+
+
+def _kinds_near(cells: Cells, options: Sequence[StageOption]) -> tuple[tuple[Links, ...], BoolArray]:
+    """All kinds of links that two stages can have between them; [option, kind] whether this one can."""
+    places = {o.places for o in options}
+    near = {p: {links_between(cells, p, q) for q in places} for p in places}
+    kinds = (frozenset(), *sorted({k for own in near.values() for k in own if k}, key=repr))
+    reach = {p: [i == 0 or k in own for i, k in enumerate(kinds)] for p, own in near.items()}
+    return kinds, np.array([reach[o.places] for o in options], dtype=np.bool_).reshape(-1, len(kinds))
+
+
+def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
+    """Every run with every pair of links it may stand between."""
+    run, before, after = (
+        a.ravel()
+        for a in np.meshgrid(
+            np.arange(len(runs.first)), np.arange(num_kinds), np.arange(num_kinds), indexing="ij"
+        )
+    )
+    first, last = runs.first[run], runs.last[run]
+    # The pipeline starts and ends where nothing is sent, and only there.
+    real = ((first == 0) == (before == 0)) & ((last == num_units) == (after == 0))
+    order = np.flatnonzero(real)
+    order = order[np.lexsort((after[order], last[order], before[order], first[order]))]
+    return Slots(run[order], first[order], last[order], before[order], after[order])
+
+
+class StagePrices:
+    """The stages of a pipeline in one setting."""
+
+    def __init__(
+        self, table: CostTable, rows: OptionRows, setting: Setting, runs: Ranges, cache: Cache
+    ) -> None:
+        self.rows = rows
+        self.setting = setting
+        self._stalls = table.training and setting.schedule == "1f1b"
+        self._units = units = UnitArrays(table, setting, runs, cache)
+        self._seconds = np.stack([units.seconds(m) for m in rows.modes])
+        self.before_s = boundary_seconds(table, setting, rows.kinds)
+        self._slots_of_run = _positions(rows.slots.run, len(runs.first))
+        widths = sorted(set(rows.width.tolist()))
+        self._flight = np.full(
+            (len(rows.modes), int(rows.width.max(initial=1)) + 1, len(runs.first)), -1.0
+        )
+        for i, mode in enumerate(rows.modes):
+            if widths:
+                self._flight[i, widths] = units.in_flight_by_width(mode, widths)
+
+    @property
+    def num_variables(self) -> int:
+        """Columns before anything is pruned."""
+        usable = int((self.rows.width <= self.setting.microbatches).sum())
+        return usable * len(self.rows.slots.run)
+
+    def relaxed(self, limits: StageLimits) -> Columns:
+        """All columns that may be within limits, each at most as dear as it is."""
+        parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
+        if not parts:
+            return no_columns()
+        return Columns(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Columns)))
+
+    def exact(self, columns: Columns) -> tuple[Columns, IntArray]:
+        """The given columns at their real prices, without those that cannot be, and which are left."""
+        slots, extra, below = self.rows.slots, columns.extra_s.copy(), columns.most_below.copy()
+        for width in np.unique(self.rows.width[columns.option]).tolist():
+            index = np.flatnonzero(self.rows.width[columns.option] == width)
+            option, slot = columns.option[index], columns.slot[index]
+            run, staff = slots.run[slot], self.rows.staff[option]
+            moved = self._moved_at(option, run)
+            times = [self._seconds[staff[:, r], run] + moved for r in range(width)]
+            extra[index], own = stage_extra(times, self._wait(slot), self.setting.microbatches)
+            most = [self._flight[staff[:, r], width, run] for r in range(width)]
+            below[index] = most_below(self.setting, own, most, width)
+        extra = self._with_cut(extra, columns.slot)
+        found = Columns(columns.option, columns.slot, columns.cost_s, extra, columns.post_s, below)
+        kept = np.flatnonzero(np.isfinite(extra) & (below >= self.rows.width[columns.option]))
+        return found.pick(kept), kept
+
+    def _chunks(self) -> Iterator[IntArray]:
+        """Options of one width, so many at once as may be."""
+        runs = self._seconds.shape[1]
+        for width in np.unique(self.rows.width).tolist():
+            if width > self.setting.microbatches:
+                continue
+            own = np.flatnonzero(self.rows.width == width)
+            size = max(1, _AT_ONCE // (runs * width))
+            yield from (own[i : i + size] for i in range(0, len(own), size))
+
+    def _relaxed_chunk(self, chunk: IntArray, limits: StageLimits) -> Iterator[Columns]:
+        width, staff = int(self.rows.width[chunk[0]]), self.rows.staff[chunk]
+        moved = self.rows.moved(chunk)
+        times = [self._seconds[staff[:, r]] + moved for r in range(width)]
+        most = [self._flight[staff[:, r], width] for r in range(width)]
+        post = self.rows.post_s[chunk]
+        # With waiting the deal is another one: before it is known each replica has at least one.
+        few = [np.ones(times[0].shape)] * width if self._stalls else None
+        longest, extra, below = self._fluid(times, 0.0, most, few)
+        usable = (below >= width) & (post <= limits.post_s) & (extra <= limits.extra_s)
+        usable &= (extra + post <= limits.both_s) & (longest < limits.fill_s)
+        if limits.all_s < np.inf:
+            usable &= longest + extra + limits.post_weight * post < limits.all_s
+        rows, runs = np.nonzero(usable)
+        if len(rows) == 0:
+            return
+        number, slot = self._slots_of_run.spread(runs)
+        rows, runs = rows[number], runs[number]
+        option, slots = chunk[rows], self.rows.slots
+        near = self.rows.near[option, slots.before[slot]] & self.rows.near[option, slots.after[slot]]
+        rows, runs, option, slot = rows[near], runs[near], option[near], slot[near]
+        if self._stalls:
+            flat = [t[rows, runs] for t in times]
+            longest, extra, below = self._fluid(flat, self._wait(slot), [f[rows, runs] for f in most])
+        else:
+            longest, extra, below = longest[rows, runs], extra[rows, runs], below[rows, runs]
+        extra = self._with_cut(extra, slot)
+        cost = longest + self.before_s[slots.before[slot], slots.first[slot]]
+        own = post[rows, runs]
+        kept = (extra <= limits.extra_s) & (extra + own <= limits.both_s)
+        kept &= (cost < limits.fill_s) & (below >= width)
+        if limits.all_s < np.inf:
+            kept &= cost + extra + limits.post_weight * own < limits.all_s
+        yield Columns(option, slot, cost, extra, own, below).pick(kept)
+
+    def _fluid(
+        self,
+        times: list[FloatArray],
+        wait: FloatArray | float,
+        most: list[FloatArray],
+        own: list[FloatArray] | None = None,
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """The longest first microbatch, at least what further ones add, at most what memory allows."""
+        microbatches, width = self.setting.microbatches, len(times)
+        if width == 1:
+            alone = own or [np.full(times[0].shape, float(microbatches))]
+            below = most_below(self.setting, alone, most, 1)
+            return times[0], (microbatches - 1) * (times[0] + wait), below
+        longest = np.maximum.reduce(times)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            periods = [np.maximum(t + wait, 1e-300) for t in times]
+            rate = np.add.reduce([1 / p for p in periods])
+            offset = np.add.reduce([1 - t / p for t, p in zip(times, periods, strict=True)])
+            # A hair below, so that rounding leaves a lower bound.
+            end = (microbatches - offset) / rate * (1 - 1e-12)
+            extra = np.maximum(end - longest, 0.0)
+            own = own or [
+                np.maximum(np.floor((end - t) / p + 1), 1.0) for t, p in zip(times, periods, strict=True)
+            ]
+        return longest, extra, most_below(self.setting, own, most, width)
+
+    def _wait(self, slot: IntArray) -> FloatArray:
+        """Half of either boundary's transfer under 1F1B."""
+        if not self._stalls:
+            return np.zeros(len(slot))
+        slots, before = self.rows.slots, self.before_s
+        ahead = before[slots.before[slot], slots.first[slot]]
+        found: FloatArray = (ahead + before[slots.after[slot], slots.last[slot]]) / 2
+        return found
+
+    def _with_cut(self, extra: FloatArray, slot: IntArray) -> FloatArray:
+        """Where transfers overlap, the boundary before a stage may be what takes longest."""
+        if self._stalls:
+            return extra
+        slots = self.rows.slots
+        cut = (self.setting.microbatches - 1) * self.before_s[slots.before[slot], slots.first[slot]]
+        found: FloatArray = np.maximum(extra, cut)
+        return found
+
+    def _moved_at(self, option: IntArray, run: IntArray) -> FloatArray:
+        moved = np.zeros(len(option))
+        if self.rows.moved_s:
+            for row in np.unique(option).tolist():
+                if row in self.rows.moved_s:
+                    own = option == row
+                    moved[own] = self.rows.moved_s[row][run[own]]
+        return moved
+
+
+@dataclass(frozen=True, eq=False)
+class _Positions:
+    """Which entries of an array have a value, for every value."""
+
+    order: IntArray
+    start: IntArray
+    number: IntArray
+
+    def spread(self, values: IntArray) -> tuple[IntArray, IntArray]:
+        """For every position of every value: which of `values` it belongs to, and the position."""
+        number = self.number[values]
+        owner = np.repeat(np.arange(len(values)), number)
+        offset = np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number)
+        return owner, self.order[self.start[values][owner] + offset]
+
+
+def _positions(array: IntArray, size: int) -> _Positions:
+    number = np.bincount(array, minlength=size)
+    return _Positions(np.argsort(array, kind="stable"), np.cumsum(number) - number, number)
