@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline_scale import ALL_OPTIONS, KINDS, LLAMA_405B, decoder_table
+from pipeline_cases import ALL_OPTIONS, KINDS, LLAMA_405B, decoder_table
 
 from graphpar.cluster import Cluster
 from graphpar.commands.training import default_training
