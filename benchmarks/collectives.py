@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from published_rows import device_of
+from published_devices import device_of
 from scipy.optimize import least_squares
 
 from graphpar import catalogue

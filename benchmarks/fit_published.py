@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from published_clean import cleaned
 from published_folds import Fold, Samples, folds
 from published_rows import measured_step_s, run_of
 from scipy.optimize import least_squares
@@ -162,7 +163,7 @@ def thinned(rows: list[tuple[Run, float]]) -> list[tuple[Run, float]]:
 def samples(rows: list[dict[str, Any]]) -> Samples:
     """Runs with their measured step time, by set."""
     sets: Samples = defaultdict(list)
-    for row in rows:
+    for row in (cleaned(raw)[0] for raw in rows):
         run, seconds = run_of(row), measured_step_s(row)
         if isinstance(run, Run) and seconds is not None:
             sets[row["set"]].append((run, seconds))

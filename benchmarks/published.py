@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from published_rows import device_of, in_favour, measured_bytes, measured_step_s, run_of
+from published_clean import cleaned
+from published_devices import device_of
+from published_rows import in_favour, measured_bytes, measured_step_s, run_of
 
 from graphpar.cost_models.training import StepTime, parameters, step_time
 from graphpar.cost_models.training_memory import fits, stage_parts
@@ -41,7 +43,7 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         result = score(row)
         if isinstance(result, str):
-            skipped.append({"id": row["id"], "set": row["set"], "why": result})
+            skipped.append({"id": row.get("id"), "set": row.get("set"), "why": result})
         else:
             scored.append(result)
     names = dict.fromkeys(r["set"] for r in scored)
@@ -53,8 +55,9 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def score(row: dict[str, Any]) -> dict[str, Any] | str:
+def score(raw: dict[str, Any]) -> dict[str, Any] | str:
     """One row's prediction and errors, or why it cannot be scored."""
+    row, remarks = cleaned(raw)
     run = run_of(row)
     if isinstance(run, str):
         return run
@@ -76,7 +79,7 @@ def score(row: dict[str, Any]) -> dict[str, Any] | str:
         "memory_error_pct": None if measured_b is None else 100 * (predicted_b / measured_b - 1),
         "measured_oom": failed,
         "predicted_oom": not fits(in_favour(run, row)),
-        "remark": device_of(str(row["hardware"]["gpu"]))[2],
+        "remarks": [*remarks, *filter(None, [device_of(str(row["hardware"]["gpu"]))[2]])],
     }
 
 

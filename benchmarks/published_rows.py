@@ -9,8 +9,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from published_devices import device_of, network_of
+
 from graphpar import catalogue
-from graphpar.cost_models.communication import Network
 from graphpar.cost_models.training import Run
 from graphpar.cost_models.training_memory import fits, weights_of_stage
 from graphpar.cost_models.transformer import ModelShape, MoeShape
@@ -94,13 +95,6 @@ HEAD_SIZES = {"qwen3": 128, "gpt-oss": 64, "deepseek-v3": 160, "kimi-k2": 160, "
 """Attention head sizes of families whose heads do not divide the hidden size; for latent attention the
 mean of the query-key and value sizes."""
 
-NETWORK_PER_DEVICE = {
-    "V100": 3.125e9, "A100": 25e9, "H100": 50e9, "H200": 50e9, "B200": 50e9, "B300": 100e9,
-    "GB200": 50e9, "GB300": 100e9, "MI300X": 50e9,
-}  # fmt: skip
-"""Usual network per device of that generation's reference design, where a row does not state it."""
-
-
 DEVICES_PER_HOST = {"gb200": 4, "gb300": 4}
 """Devices that one operating system drives, where it is not a whole node of eight."""
 
@@ -110,7 +104,7 @@ OVERLAPPED_EXPERTS = (26, 6)
 
 
 def run_of(row: dict[str, Any]) -> Run | str:
-    """The run a row describes, or why it cannot be predicted."""
+    """The run that a cleaned row describes, or why it cannot be predicted."""
     if row.get("reliability") == "C":
         return "reliability C"
     row = _with_planned_widths(row)
@@ -148,7 +142,7 @@ def _adapted(run: Run, traits: Traits) -> Run:
 def _with_planned_widths(row: dict[str, Any]) -> dict[str, Any]:
     """An automatic plan over some devices: what is no pipeline stage splits layers among its devices."""
     parallel = row["parallel"]
-    planned = parallel.get("plan_gpus")
+    planned = parallel.get("plan_gpus") or 0
     if not planned or parallel.get("tp"):
         return row
     return {**row, "parallel": {**parallel, "tp": max(planned // (parallel.get("pp") or 1), 1)}}
@@ -250,6 +244,8 @@ def _shape(model: dict[str, Any]) -> ModelShape | str:
         return "inference"
     if not all(model.get(k) for k in ("layers", "hidden", "heads", "ffn", "seq_len")):
         return "no model shape"
+    if model["heads"] > model["hidden"]:
+        return "more heads than elements"
     moe = model.get("moe")
     name = str(model.get("name"))
     head = next((size for key, size in HEAD_SIZES.items() if key in name), 0)
@@ -282,44 +278,6 @@ def _moe(moe: dict[str, Any]) -> MoeShape | None:
     )
 
 
-_DEVICE_WORDS = (
-    ("GB200", "gb200"), ("GB300", "gb300"), ("B200", "b200-sxm"), ("B300", "b300-sxm"),
-    ("GH200", "gh200-96gb"), ("H200", "h200-sxm-141gb"), ("H20", "h20-sxm-96gb"),
-    ("96GB-HBM2e", "h100-sxm-96gb-hbm2e"),
-    (r"H100.*PCIe", "h100-pcie-80gb"), (r"H100.*NVL", "h100-nvl-94gb"), ("H100", "h100-sxm-80gb"),
-    (r"A100.*40GB.*PCIe", "a100-pcie-40gb"), (r"A100.*80GB.*PCIe", "a100-pcie-80gb"),
-    (r"A100.*PCIe.*40", "a100-pcie-40gb"), (r"A100.*PCIe", "a100-pcie-80gb"),
-    (r"A100.*40GB", "a100-sxm-40gb"), ("A100", "a100-sxm-80gb"),
-    ("SXM3", "v100-sxm3-32gb"), ("RTX 8000", "rtx-8000"), ("6000 Ada", "rtx-6000-ada"),
-    (r"V100.*PCIe.*16", "v100-pcie-16gb"), (r"V100.*16", "v100-sxm2-16gb"),
-    ("V100", "v100-sxm2-32gb"), ("A6000", "rtx-a6000"), ("A10G", "a10g"), ("A10", "a10"),
-    ("A40", "a40"), ("A30", "a30"), ("L40S", "l40s"), ("L4", "l4"), ("T4", "t4"),
-    ("3090", "rtx-3090"), ("4090", "rtx-4090"), ("5090", "rtx-5090"), ("2080 ?Ti", "rtx-2080-ti"),
-    ("A800", "a100-sxm-80gb"), ("H800", "h100-sxm-80gb"), ("P100", "p100-sxm2-16gb"),
-    ("TITAN RTX", "titan-rtx"), ("3080", "rtx-3080"), ("A5000", "rtx-a5000"), ("L40", "l40"),
-    ("MI300X", "mi300x"), ("MI325X", "mi325x"), ("MI355X", "mi355x"), ("MI250", "mi250x"),
-)  # fmt: skip
-
-
-def device_of(name: str) -> tuple[str, float, str]:
-    """The catalogue's kind for a GPU's name, its memory where the name states another, and a remark.
-
-    A GPU that the catalogue lacks is taken for the kind whose name is nearest, with its own memory.
-    """
-    known = catalogue.devices()
-    remark = ""
-    kind = next((k for pattern, k in _DEVICE_WORDS if re.search(pattern, name) and k in known), None)
-    if kind is None:
-        names = {catalogue.normalize(a): k for k, d in known.items() for a in (k, *d.aliases)}
-        near = catalogue.nearest(catalogue.normalize(name), names, 1)
-        kind = names[near[0]] if near else "a100-sxm-80gb"
-        if catalogue.normalize(name) not in names:
-            remark = f"{name!r} is not in the catalogue; {kind} stands for it"
-    stated = re.search(r"(\d+)\s*G[Bi]", name)
-    memory = float(stated[1]) * 2**30 if stated else 0.0
-    return kind, 0.0 if memory == known[kind].memory_bytes else memory, remark
-
-
 def _batches(row: dict[str, Any], traits: Traits) -> tuple[float, float] | None:
     """Sequences per step, and per microbatch of one replica."""
     batch = row["batch"]
@@ -348,6 +306,12 @@ def _recompute(text: Any) -> str:
     return next((w for w in ("full", "selective") if w in words), "full" if "per " in words else "none")
 
 
+PRECISIONS = (
+    ("fp16", "float16"), ("float16", "float16"), ("half", "float16"),
+    ("tf32", "tf32"), ("fp32", "float32"), ("float32", "float32"),
+)  # fmt: skip
+
+
 def _dtype(parallel: dict[str, Any]) -> str:
     words = str(parallel.get("precision") or "bf16").lower()
     float8 = str(parallel.get("float8") or "").lower()
@@ -355,17 +319,9 @@ def _dtype(parallel: dict[str, Any]) -> str:
         return "float4"
     if "fp8" in words or float8 not in ("", "none", "false"):
         return "float8_e4m3fn"
-    return "float16" if "fp16" in words and "bf16" not in words else "bfloat16"
-
-
-def network_of(text: str, device: str, per_node: int) -> Network:
-    """A node's network from words such as "8x200Gb/s HDR IB per node" or "400Gb/s RDMA per GPU"."""
-    match = re.search(r"(?:(\d+)\s*x\s*)?\D*?(\d+)\s*Gb", text)
-    if match is None:
-        short = device.split("-")[0].upper()
-        return Network(NETWORK_PER_DEVICE.get(short, 12.5e9) * per_node)
-    cards = per_node if "per GPU" in text else int(match.group(1) or 1)
-    return Network(cards * int(match.group(2)) * 1e9 / 8)
+    if "bf16" in words or "mixed" in words:
+        return "bfloat16"
+    return next((dtype for word, dtype in PRECISIONS if word in words), "bfloat16")
 
 
 def measured_step_s(row: dict[str, Any]) -> float | None:

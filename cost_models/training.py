@@ -25,6 +25,9 @@ FUSED_LOSS_PASSES = 1.5
 """A fused loss reads half-precision logits twice and writes their gradient over them once."""
 
 HALF = ("float16", "bfloat16")
+WIDE = ("float32", "tf32")
+SCALED = ("float8_e4m3fn", "float4")
+"""Formats whose operands are scaled and cast before each product."""
 
 PLAIN_SHARE = 0.8
 """Reached of the float32 units' peak by batched products."""
@@ -92,7 +95,7 @@ class Run:
         virtual: Model chunks per pipeline stage.
         zero: 0 replicated, 1 optimiser state sharded, 3 weights sharded too.
         recompute: `none`, `selective` (attention) or `full`.
-        dtype: `float16`, `bfloat16` or `float8_e4m3fn`.
+        dtype: `float16`, `bfloat16`, `float8_e4m3fn`, `float4`, `tf32` or `float32`.
         batch, microbatch: Sequences per step and per microbatch on one replica.
         fused_attention, fused_pointwise, fused_loss: Which parts run as fused kernels.
         compiled, sequence_parallel, dropout: What else the framework does.
@@ -248,22 +251,36 @@ class _Machine:
         return self.kind.memory_bytes_per_s * self.family.bandwidth_fraction * self.p.traffic_share
 
     def peak(self, dtype: str) -> float:
+        """Dense peak for a dtype; formats that the device lacks run in the next wider one it has."""
         peaks = self.kind.peak_flops_per_s
         if dtype in peaks:
             return peaks[dtype]
-        return max(peaks.get(d, 0.0) for d in ("float16", "bfloat16", "float32"))
+        if dtype == "float4" and "float8_e4m3fn" in peaks:
+            return peaks["float8_e4m3fn"]
+        half = max(peaks.get(d, 0.0) for d in ("float16", "bfloat16", "float32"))
+        if dtype == "tf32":
+            return max(half / 2, peaks.get("float32", 0.0)) if "bfloat16" in peaks else peaks["float32"]
+        return half
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of an activation element."""
+        return 4.0 if self.run.dtype in WIDE else 2.0
 
     def product_s(self, product: Product, dtype: str) -> float:
         """A matrix product: arithmetic and memory traffic, partly overlapped."""
-        if product.count > 1 and (product.columns % 8 or product.inner % 8):
+        half = dtype in HALF
+        if half and product.count > 1 and (product.columns % 8 or product.inner % 8):
             return self._plain_product_s(product)
-        memory_s = product.bytes(2.0) / (self.kind.memory_bytes_per_s * self.family.bandwidth_fraction)
+        memory_s = product.bytes(self.itemsize) / (
+            self.kind.memory_bytes_per_s * self.family.bandwidth_fraction
+        )
         return _either(self._arithmetic_s(product, dtype), memory_s)
 
     def _arithmetic_s(self, product: Product, dtype: str) -> float:
         points = self.family.matmul_efficiency
         top = self.kind.measured_matmul_fraction or points[-1][1]
-        share = self.p.matmul_share if dtype in HALF else self.p.float8_share
+        share = self.p.float8_share if dtype in SCALED else self.p.matmul_share
         if self.kind.multiprocessors:
             return gemm.product_s(
                 product.rows,
@@ -316,8 +333,8 @@ class _Machine:
         """
         work, run = self.work(), self.run
         products_s = sum(self.product_s(x, run.dtype) for x in work.products)
-        traffic_s = work.traffic_bytes / self.bytes_per_s
-        if run.dtype not in HALF:
+        traffic_s = work.traffic_bytes * self.itemsize / 2 / self.bytes_per_s
+        if run.dtype in SCALED:
             # Operands are read once more to be scaled and cast.
             casts = sum(x.rows * x.inner * x.count for x in work.products) * 3
             traffic_s += casts / self.bytes_per_s
@@ -352,7 +369,7 @@ class _Machine:
         return 4 + (2 if self.run.recompute == "full" else 0)
 
     def _attention_s(self, work: LayerWork) -> float:
-        dtype = self.run.dtype if self.run.dtype in HALF else "bfloat16"
+        dtype = "bfloat16" if self.run.dtype in SCALED else self.run.dtype
         if work.score_products:
             products = sum(self.product_s(x, dtype) for x in work.score_products)
             return products + work.score_bytes / self.bytes_per_s
@@ -367,7 +384,7 @@ class _Machine:
         # Vocabularies are padded to multiples of 128 per tensor-parallel rank.
         outputs = math.ceil(shape.outputs / (128 * run.tensor)) * 128 if shape.outputs > 128 else 2
         product = Product(tokens, outputs, shape.hidden)
-        dtype = run.dtype if run.dtype in HALF else "bfloat16"
+        dtype = "bfloat16" if run.dtype in SCALED else run.dtype
         # Logits in float32: cast, maximum, exponentials, sum, quotient, gradient.
         passes = FUSED_LOSS_PASSES if run.fused_loss else self.p.loss_passes
         itemsize = 2 if run.pure_half else 4

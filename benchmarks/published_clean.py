@@ -1,0 +1,151 @@
+"""Rows of published tables made regular: every group present, every number a number, every doubt said.
+
+Tables are transcribed by hand. A number may stand as text ("2,048"), a count may be zero or missing, the
+widths may not multiply to the devices. What can be told is put right; what cannot is left out, so that
+the reader's defaults apply; either way a remark says so.
+"""
+
+import math
+import re
+from typing import Any
+
+GROUPS = ("model", "hardware", "parallel", "batch", "measured")
+
+COUNTS = {
+    "model": ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq_len"),
+    "hardware": ("gpus_per_node", "count", "nodes"),
+    "parallel": ("tp", "pp", "dp", "cp", "ep", "etp", "virtual_stages", "plan_gpus"),
+    "batch": (),
+    "measured": (),
+}
+"""Whole numbers of at least one."""
+
+AMOUNTS = {
+    "model": ("params_b",),
+    "hardware": (),
+    "parallel": (),
+    "batch": ("global_batch", "micro_batch", "local_batch", "grad_accum"),
+    "measured": (
+        "step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "samples_per_s", "tflops_per_gpu",
+        "mem_gib", "mem_gb",
+    ),
+}  # fmt: skip
+"""Numbers above zero."""
+
+MOE_COUNTS = ("experts", "topk", "moe_ffn", "ffn", "shared_experts", "q_lora", "kv_lora")
+
+SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+
+
+def cleaned(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The row in regular form, and what had to be changed or assumed.
+
+    >>> row, remarks = cleaned({"id": "x", "model": {"hidden": "2,048"}, "hardware": {"count": 0}})
+    >>> row["model"]["hidden"], row["hardware"].get("count"), remarks
+    (2048, None, ['hardware.count is 0, which says nothing'])
+    """
+    remarks: list[str] = []
+    found: dict[str, Any] = {**row, "id": str(row.get("id", "?")), "set": str(row.get("set", "?"))}
+    for group in GROUPS:
+        given = row.get(group)
+        found[group] = dict(given) if isinstance(given, dict) else {}
+        for key in COUNTS[group]:
+            _settle(found[group], key, f"{group}.{key}", remarks, whole=True)
+        for key in AMOUNTS[group]:
+            _settle(found[group], key, f"{group}.{key}", remarks, whole=False)
+    _clean_experts(found["model"], remarks)
+    _clean_zero(found["parallel"], remarks)
+    _fill_shape(found["model"], remarks)
+    _match_widths(found, remarks)
+    return found, remarks
+
+
+def number(value: Any) -> float | None:
+    """A number, from text too; None of anything else.
+
+    >>> number("2,048"), number("1.5k"), number("A100"), number(True)
+    (2048.0, 1500.0, None, None)
+    """
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, int | float):
+        return float(value) if math.isfinite(value) else None
+    found = re.fullmatch(r"\s*([\d,]*\.?\d+(?:[eE][+-]?\d+)?)\s*([kKmMbBgG]?)\s*", str(value))
+    return float(found[1].replace(",", "")) * SUFFIXES[found[2].lower()] if found else None
+
+
+def _settle(group: dict[str, Any], key: str, name: str, remarks: list[str], *, whole: bool) -> None:
+    """A number in place of what stands there, or nothing where it says nothing."""
+    given = group.get(key)
+    if given is None:
+        group.pop(key, None)
+        return
+    value = number(given)
+    if value is None or value <= 0 or (whole and value < 1):
+        del group[key]
+        remarks.append(f"{name} is {given!r}, which says nothing")
+        return
+    group[key] = round(value) if whole else value
+
+
+def _clean_experts(model: dict[str, Any], remarks: list[str]) -> None:
+    moe = model.get("moe")
+    if not isinstance(moe, dict):
+        model.pop("moe", None)
+        return
+    moe = dict(moe)
+    for key in MOE_COUNTS:
+        if moe.get(key) == 0:
+            del moe[key]
+        _settle(moe, key, f"model.moe.{key}", remarks, whole=True)
+    moe["dense_layers"] = min(round(number(moe.get("dense_layers")) or 0), model.get("layers", 0))
+    if not moe.get("experts") or not moe.get("topk"):
+        remarks.append("experts without their number or choice are taken for a dense feed-forward")
+        del model["moe"]
+        return
+    moe["topk"] = min(moe["topk"], moe["experts"])
+    model["moe"] = moe
+
+
+def _clean_zero(parallel: dict[str, Any], remarks: list[str]) -> None:
+    """A stage of ZeRO from words such as "stage 3"."""
+    given = parallel.get("zero")
+    if given is None:
+        return
+    digits = re.search(r"[0-3]", str(given))
+    if digits is None or isinstance(given, bool):
+        remarks.append(f"parallel.zero is {given!r}, which says nothing")
+        del parallel["zero"]
+    else:
+        parallel["zero"] = int(digits[0])
+
+
+def _fill_shape(model: dict[str, Any], remarks: list[str]) -> None:
+    """What follows from layers and hidden size by the usual proportions."""
+    if not model.get("layers") or not model.get("hidden"):
+        return
+    hidden, gated = model["hidden"], model.get("gated_mlp")
+    usual = {
+        "heads": max(hidden // 128, 1),
+        "kv_heads": model.get("heads") or max(hidden // 128, 1),
+        "ffn": round(8 * hidden / 3 / 256) * 256 if gated else 4 * hidden,
+        "seq_len": 2048,
+        "vocab": 128256 if gated or model.get("moe") else 50304,
+    }
+    for key, value in usual.items():
+        if not model.get(key):
+            model[key] = value
+            if key != "kv_heads":
+                remarks.append(f"model.{key} is not stated; {value} assumed")
+
+
+def _match_widths(row: dict[str, Any], remarks: list[str]) -> None:
+    """A data-parallel width that fits the devices, where the stated one does not."""
+    parallel, count = row["parallel"], row["hardware"].get("count")
+    dp = parallel.get("dp")
+    if not count or not dp or parallel.get("plan_gpus"):
+        return
+    others = math.prod(parallel.get(key) or 1 for key in ("tp", "pp", "cp"))
+    if others * dp != count and count % others == 0:
+        parallel["dp"] = count // others
+        remarks.append(f"dp {dp} does not fit {count} devices; {parallel['dp']} assumed")

@@ -1,0 +1,84 @@
+"""From the words of published tables to devices and networks of the catalogue."""
+
+import re
+
+from graphpar import catalogue
+from graphpar.cost_models.communication import Network
+
+NETWORK_PER_DEVICE = {
+    "V100": 3.125e9, "A100": 25e9, "H100": 50e9, "H200": 50e9, "B200": 50e9, "B300": 100e9,
+    "GB200": 50e9, "GB300": 100e9, "MI300X": 50e9,
+}  # fmt: skip
+"""Usual network per device of that generation's reference design, where a row does not state it."""
+
+_DEVICE_WORDS = (
+    ("GB200", "gb200"), ("GB300", "gb300"), ("B200", "b200-sxm"), ("B300", "b300-sxm"),
+    ("GH200", "gh200-96gb"), ("H200", "h200-sxm-141gb"), ("H20", "h20-sxm-96gb"),
+    ("96GB-HBM2e", "h100-sxm-96gb-hbm2e"),
+    (r"H100.*PCIe", "h100-pcie-80gb"), (r"H100.*NVL", "h100-nvl-94gb"), ("H100", "h100-sxm-80gb"),
+    (r"A100.*40GB.*PCIe", "a100-pcie-40gb"), (r"A100.*80GB.*PCIe", "a100-pcie-80gb"),
+    (r"A100.*PCIe.*40", "a100-pcie-40gb"), (r"A100.*PCIe", "a100-pcie-80gb"),
+    (r"A100.*40GB", "a100-sxm-40gb"), ("A100", "a100-sxm-80gb"),
+    ("SXM3", "v100-sxm3-32gb"), ("RTX 8000", "rtx-8000"), ("6000 Ada", "rtx-6000-ada"),
+    (r"V100.*PCIe.*16", "v100-pcie-16gb"), (r"V100.*16", "v100-sxm2-16gb"),
+    ("V100", "v100-sxm2-32gb"), ("A6000", "rtx-a6000"), ("A10G", "a10g"), ("A10", "a10"),
+    ("A40", "a40"), ("A30", "a30"), ("L40S", "l40s"), ("L4", "l4"), ("T4", "t4"),
+    ("3090", "rtx-3090"), ("4090", "rtx-4090"), ("5090", "rtx-5090"), ("2080 ?Ti", "rtx-2080-ti"),
+    ("A800", "a100-sxm-80gb"), ("H800", "h100-sxm-80gb"), ("P100", "p100-sxm2-16gb"),
+    ("TITAN RTX", "titan-rtx"), ("3080", "rtx-3080"), ("A5000", "rtx-a5000"), ("L40", "l40"),
+    ("MI300X", "mi300x"), ("MI325X", "mi325x"), ("MI355X", "mi355x"), ("MI250", "mi250x"),
+)  # fmt: skip
+
+
+def device_of(name: str) -> tuple[str, float, str]:
+    """The catalogue's kind for a GPU's name, its memory where the name states another, and a remark.
+
+    A GPU that the catalogue lacks is taken for the kind whose name is nearest, with its own memory.
+    """
+    known = catalogue.devices()
+    remark = ""
+    kind = next((k for pattern, k in _DEVICE_WORDS if re.search(pattern, name) and k in known), None)
+    if kind is None:
+        names = {catalogue.normalize(a): k for k, d in known.items() for a in (k, *d.aliases)}
+        near = catalogue.nearest(catalogue.normalize(name), names, 1)
+        kind = names[near[0]] if near else "a100-sxm-80gb"
+        if catalogue.normalize(name) not in names:
+            remark = f"{name!r} is not in the catalogue; {kind} stands for it"
+    stated = re.search(r"(\d+)\s*G[Bi]", name)
+    memory = float(stated[1]) * 2**30 if stated else 0.0
+    return kind, 0.0 if memory == known[kind].memory_bytes else memory, remark
+
+
+NAMED_NETWORKS = (
+    ("xdr", 800), ("ndr", 400), ("hdr", 200), ("edr", 100), ("fdr", 56), ("omni", 100),
+)  # fmt: skip
+"""Gbit/s of one port by the generation's name."""
+
+BITS_PER_S = {"gb": 1e9, "tb": 1e12, "mb": 1e6}
+
+
+def network_of(text: str, device: str, per_node: int) -> Network:
+    """A node's network from words such as "8x200Gb/s HDR IB per node" or "400Gb/s RDMA per GPU".
+
+    >>> network_of("8x200Gb/s HDR IB per node", "a100-sxm-80gb", 8).node_bytes_per_s
+    200000000000.0
+    >>> network_of("3.2 Tb/s EFA", "h100-sxm-80gb", 8).node_bytes_per_s
+    400000000000.0
+    >>> network_of("25 GB/s", "a100-sxm-80gb", 8).node_bytes_per_s
+    25000000000.0
+    """
+    words = text.lower()
+    times = re.search(r"(\d+)\s*x\b|(\d+)\s*x\s*\d", words)
+    # A port per device, each of the stated rate, or so many cards.
+    per_device = re.search(r"per (gpu|device|accelerator)", words) is not None
+    cards = per_node if per_device else int((times[1] or times[2]) if times else 1)
+    rate = re.search(r"(\d+(?:\.\d+)?)\s*([GTM])(b|B|[bB]it)(/s|ps|E\b)?", text)
+    if rate is not None:
+        bits = 1 if rate[3] != "B" else 8
+        each = float(rate[1]) * BITS_PER_S[rate[2].lower() + "b"] * bits / 8
+        return Network(cards * each)
+    named = next((gbit for name, gbit in NAMED_NETWORKS if name in words), None)
+    if named is not None and (times or per_device):
+        return Network(cards * named * 1e9 / 8)
+    short = device.split("-")[0].upper()
+    return Network(NETWORK_PER_DEVICE.get(short, 12.5e9) * per_node)

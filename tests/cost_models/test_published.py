@@ -1,0 +1,138 @@
+"""Rows of published tables: whatever one lacks or misspells, it is predicted or refused with a reason."""
+
+import copy
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from published import compare, score  # noqa: E402 - benchmarks are no package
+from published_clean import cleaned  # noqa: E402
+from published_devices import device_of, network_of  # noqa: E402
+
+from graphpar import catalogue  # noqa: E402
+
+GPT: dict[str, Any] = {
+    "id": "gpt",
+    "set": "gpt",
+    "model": {"layers": 24, "hidden": 2048, "heads": 16, "ffn": 8192, "vocab": 50257, "seq_len": 1024},
+    "hardware": {"gpu": "A100-SXM-80GB", "gpus_per_node": 8, "count": 8, "inter": "800Gb/s per node"},
+    "parallel": {"tp": 2, "pp": 2, "dp": 2, "recompute": "full", "framework": "megatron-lm"},
+    "batch": {"global_batch": 32, "micro_batch": 4},
+    "measured": {"step_time_s": 1.0, "mem_gb": 20},
+}
+MIXTURE: dict[str, Any] = {
+    "id": "mixture",
+    "set": "mixture",
+    "model": {
+        "layers": 36, "hidden": 2880, "heads": 64, "kv_heads": 8, "ffn": 2880, "seq_len": 4096,
+        "moe": {"experts": 128, "topk": 4, "moe_ffn": 2880},
+    },
+    "hardware": {"gpu": "GB200", "gpus_per_node": 72, "count": 64},
+    "parallel": {"tp": 1, "ep": 64, "dp": 64, "precision": "MXFP8", "framework": "megatron-bridge"},
+    "batch": {"global_batch": 1280, "micro_batch": 4},
+    "measured": {"tokens_per_s_per_gpu": 20000.0},
+}  # fmt: skip
+SHARDED: dict[str, Any] = {
+    "id": "sharded",
+    "set": "sharded",
+    "model": {
+        "layers": 32,
+        "hidden": 4096,
+        "heads": 32,
+        "ffn": 14336,
+        "gated_mlp": True,
+        "seq_len": 8192,
+    },
+    "hardware": {"gpu": "H100", "count": 64, "inter": "400Gb/s RDMA per GPU"},
+    "parallel": {
+        "fsdp": "FULL_SHARD",
+        "zero": "stage 3",
+        "recompute": "selective",
+        "framework": "torchtitan",
+    },
+    "batch": {"local_batch": 2},
+    "measured": {"tokens_per_s": "350,000"},
+}
+ROWS = (GPT, MIXTURE, SHARDED)
+FIELDS = [
+    (i, group, key) for i, row in enumerate(ROWS) for group in row if isinstance(row[group], dict)
+    for key in row[group]
+]  # fmt: skip
+ODD = (None, 0, -1, "weird", "16", 3, 7.5, [], {}, True, float("nan"))
+
+
+def check(row: dict[str, Any]) -> None:
+    result = score(row)
+    if isinstance(result, dict):
+        assert math.isfinite(result["predicted_s"])
+        assert result["predicted_s"] > 0
+        assert math.isfinite(result["predicted_bytes"])
+    else:
+        assert result
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["id"]))
+def test_whole_rows_are_scored(row: dict[str, Any]) -> None:
+    result = score(row)
+    assert isinstance(result, dict)
+    assert result["error_pct"] is not None
+
+
+@given(st.lists(st.tuples(st.sampled_from(FIELDS), st.sampled_from(ODD)), max_size=4))
+def test_rows_with_odd_fields_are_scored_or_refused_with_a_reason(
+    changes: list[tuple[tuple[int, str, str], Any]],
+) -> None:
+    rows = copy.deepcopy(ROWS)
+    for (i, group, key), value in changes:
+        rows[i][group][key] = value
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.parametrize(("i", "group", "key"), FIELDS)
+def test_rows_without_a_field_are_scored_or_refused_with_a_reason(i: int, group: str, key: str) -> None:
+    row = copy.deepcopy(ROWS[i])
+    del row[group][key]
+    check(row)
+
+
+def test_a_row_without_groups_is_refused() -> None:
+    assert compare([{}, {"id": "x", "reliability": "C"}])["rows"] == []
+
+
+def test_widths_that_do_not_fit_the_devices_are_put_right_and_said() -> None:
+    row, remarks = cleaned({**GPT, "parallel": {**GPT["parallel"], "dp": 4}})
+    assert row["parallel"]["dp"] == 2
+    assert remarks == ["dp 4 does not fit 8 devices; 2 assumed"]
+
+
+def test_unknown_devices_have_a_stand_in_with_their_own_memory() -> None:
+    kind, memory_bytes, remark = device_of("NVIDIA A100-SXM-64GB")
+    assert (kind, memory_bytes, remark) == ("a100-sxm-80gb", 64 * 2**30, "")
+    kind, _, remark = device_of("RTX 9999 Super")
+    assert kind in catalogue.devices()
+    assert "RTX 9999 Super" in remark
+
+
+@pytest.mark.parametrize(
+    ("words", "gigabytes_per_s"),
+    [
+        ("8x200Gb/s HDR IB per node (recalled)", 200),
+        ("4x Omni-Path per node (100Gb/s each)", 50),
+        ("400Gb/s RDMA per GPU", 400),
+        ("3.2 Tb/s EFA", 400),
+        ("8x NDR", 400),
+        ("100GbE", 12.5),
+        ("not stated", 200),  # the usual build of this device's nodes
+    ],
+)
+def test_networks_are_read_from_words(words: str, gigabytes_per_s: float) -> None:
+    assert network_of(words, "a100-sxm-80gb", 8).node_bytes_per_s == gigabytes_per_s * 1e9
