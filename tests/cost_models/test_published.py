@@ -66,7 +66,7 @@ FIELDS = [
     (i, group, key) for i, row in enumerate(ROWS) for group in row if isinstance(row[group], dict)
     for key in row[group]
 ]  # fmt: skip
-ODD = (None, 0, -1, "weird", "16", 3, 7.5, [], {}, True, float("nan"))
+ODD: tuple[Any, ...] = (None, 0, -1, "weird", "16", 3, 7.5, [], {}, True, float("nan"))
 
 
 def check(row: dict[str, Any]) -> None:
