@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -49,7 +49,7 @@ from graphpar.sensitivity import (
     measure_sensitivities,
     true_errors,
 )
-from graphpar.tensor_groups import candidate_groups, widest_group, with_group_modes
+from graphpar.tensor_groups import candidate_groups, settle_shardings, widest_group, with_group_modes
 from graphpar.training import Training
 
 EXPLAIN_S = 2.0
@@ -174,6 +174,7 @@ def plan_prepared(
         explanation=explanation,
         calibration=calibration,
         error_budget=answer.report,
+        train=train,
     )
 
 
@@ -240,12 +241,20 @@ def plan_of(
     explanation: Explanation | None = None,
     calibration: Calibration | None = None,
     error_budget: PlanPrecision | None = None,
+    train: Training | None = None,
 ) -> Plan:
-    """The plan of a partition, whoever found it; `options` is what the planner was asked for."""
+    """The plan of a partition, whoever found it; `options` is what the planner was asked for.
+
+    With `train` the plan says how its tensor groups share their stages; otherwise that is worked out
+    whenever it is lowered for training.
+    """
     groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
     if groups:
         table = with_group_modes(table, prepared.graph, cluster, groups, calibration)
     lowered = lower(prepared.graph, found, table.training, cluster=cluster, shard=False)
+    if groups and (train is not None or not table.training):
+        settled = settle_shardings(prepared.graph, lowered.graphs, found, cluster, train)
+        found = replace(found, shardings=settled)
     subject = PlanSubject(
         model=prepared.graph.name,
         model_hash=prepared.model_hash,

@@ -1,8 +1,9 @@
 """The graphs of tensor groups: each stage's sharding programme solved, each member's graph rewritten."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from graphpar.calibration import Calibration
@@ -11,12 +12,13 @@ from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.rates import CatalogueRates
 from graphpar.cost_models.sharding import Sharding, ShardingOptions, TensorGroup, choose_sharding
 from graphpar.cost_models.tensor_modes import tensor_mode
+from graphpar.group_shardings import agreed, recorded, restored
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
 from graphpar.optimizer_probe import optimizer_traits
-from graphpar.partition.types import Partition, Replica
+from graphpar.partition.types import GroupSharding, Partition, Replica
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.fuse import FuseComm
 from graphpar.passes.place import Place
@@ -53,29 +55,78 @@ def member_graphs(
         like: Lowered before for the same ranks; its slices of weights are kept.
         train: How the job trains.
     """
-    chain = build_chain(graph)
-    solved: dict[object, Sharding] = {}
+    stored = {record.leader: record for record in found.shardings} if like is None else {}
+    solver = _Solver(graph, cluster, training, train)
     local: dict[int, Graph] = {}
+    for group in _groups(found, lowered):
+        if group.leader in stored:
+            chosen = restored(stored[group.leader], group.graph)
+        else:
+            fixed = held_slices(like, group.first_rank) if like is not None else {}
+            chosen = agreed(partial(solver.solve, group, fixed), group.leader, group.graph)
+        for member in range(len(group.replica.devices)):
+            rewrite = Shard(group.stage, member, chosen.chosen, chosen.forms, chosen.weights)
+            fused = FuseComm(group.stage, training).run(rewrite.run(group.graph))
+            local[group.first_rank + member] = fused
+        verify(local[group.first_rank])
+    return local
+
+
+def settle_shardings(
+    graph: Graph, lowered: Sequence[Graph], found: Partition, cluster: Cluster, train: Training | None
+) -> tuple[GroupSharding, ...]:
+    """How every tensor group of a partition shares its stage, as the plan keeps it.
+
+    Args:
+        graph: The captured graph.
+        lowered: The lowered graph of each pipeline.
+        found: Who runs what.
+        cluster: The devices.
+        train: How the job trains; None for inference.
+    """
+    solver = _Solver(graph, cluster, train is not None, train)
+    return tuple(recorded(solver.solve(group, {}), group.leader) for group in _groups(found, lowered))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A tensor group of a partition, with the lowered graph of its pipeline."""
+
+    graph: Graph
+    stage: int
+    replica: Replica
+    first_rank: int
+
+    @property
+    def leader(self) -> str:
+        return self.replica.device
+
+
+def _groups(found: Partition, lowered: Sequence[Graph]) -> Iterator[_Group]:
     rank = 0
-    for pipeline, whole in zip(found.pipelines, lowered, strict=True):
+    for pipeline, graph in zip(found.pipelines, lowered, strict=True):
         for number, stage in enumerate(pipeline.stages):
             for replica in stage.replicas:
-                members = range(rank, rank + len(replica.devices))
+                if replica.others:
+                    yield _Group(graph, number, replica, rank)
                 rank += len(replica.devices)
-                if not replica.others:
-                    continue
-                group = tensor_group(cluster, replica)
-                fixed = held_slices(like, members[0]) if like is not None else {}
-                key = (id(whole), number, group, tuple(sorted(fixed.items(), key=lambda i: i[0])))
-                if key not in solved:
-                    options = replace(group_options(graph, training, train), fixed=fixed)
-                    solved[key] = choose_sharding(whole, number, chain, group, options)
-                chosen = solved[key]
-                for member, own in enumerate(members):
-                    rewrite = Shard(number, member, chosen.chosen, chosen.forms, chosen.weights)
-                    local[own] = FuseComm(number, training).run(rewrite.run(whole))
-                verify(local[members[0]])
-    return local
+
+
+class _Solver:
+    """Solves the sharding programmes of groups, those of equal groups once."""
+
+    def __init__(self, graph: Graph, cluster: Cluster, training: bool, train: Training | None) -> None:
+        self.cluster, self.chain = cluster, build_chain(graph)
+        self.options = partial(group_options, graph, training, train)
+        self.solved: dict[object, Sharding] = {}
+
+    def solve(self, group: _Group, fixed: Mapping[str, Layout]) -> Sharding:
+        members = tensor_group(self.cluster, group.replica)
+        key = (id(group.graph), group.stage, members, tuple(sorted(fixed.items(), key=lambda i: i[0])))
+        if key not in self.solved:
+            options = replace(self.options(), fixed=fixed)
+            self.solved[key] = choose_sharding(group.graph, group.stage, self.chain, members, options)
+        return self.solved[key]
 
 
 def with_group_modes(

@@ -129,7 +129,7 @@ def force(
         subject = PlanSubject(prepared.graph.name, prepared.model_hash, data, hash_of(data))
         plan = make_plan(subject, table, predict(table, found, links))
         return Forced(model, prepared, where, train, plan, lower)
-    return Forced(model, prepared, where, train, plan_of(prepared, where, table, found))
+    return Forced(model, prepared, where, train, plan_of(prepared, where, table, found, train=train))
 
 
 def finest_chain(graph: Graph) -> Chain:

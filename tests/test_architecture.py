@@ -20,7 +20,8 @@ ROWS = (
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
     "scenarios "
-    "compiler planner preparation precision auto_precision sensitivity tensor_groups optimizer_probe "
+    "compiler planner preparation precision auto_precision sensitivity tensor_groups group_shardings "
+    "optimizer_probe "
     "verify demo doctor model_spec hf_models hf_architectures hf_inputs commands cli examples",
     "__init__ __main__",
 )
@@ -34,6 +35,7 @@ DRIVERS = {
     "scenarios",
     "precision",
     "tensor_groups",
+    "group_shardings",
     "verify",
     "demo",
     "commands",

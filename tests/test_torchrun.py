@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import Line, force
+from torchrun_script import Net
 
 from graphpar.cluster import Cluster
+from graphpar.cost_models.sharding import TensorGroup
 from graphpar.errors import ClusterError
 from graphpar.runtime.torchrun import match_devices
+from graphpar.training import Training
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240)]
 
 SCRIPT = str(Path(__file__).parent / "torchrun_script.py")
 WAIT_S = 200
 TWO = {"devices": [{"kind": "cpu", "count": 2, "threads": 1}]}
+THREE_ALIKE = {"devices": [{"kind": "cpu", "count": 3, "threads": 1}]}
 THREE = {
     "nodes": [
         {"name": "a", "devices": {"kind": "cpu", "count": 1, "threads": 1}},
@@ -111,6 +117,22 @@ def test_nodes_with_unequal_numbers_of_processes(tmp_path: Path, plain: dict[str
     for agent in agents:
         finish(agent)
     seen = written(tmp_path, 3)
+    assert_same(seen[0], plain)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_tensor_group_shares_as_the_plan_says(
+    tmp_path: Path, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
+    torch.manual_seed(0)
+    data = torch.randint(0, 20, (8, 5)), torch.randint(0, 20, (8, 5))
+    training = Training(optimizer=torch.optim.AdamW, max_grad_norm=1.0, microbatches=4)
+    lines = (Line((1, 1), 4, cuts=(1,), groups=((0.6, 0.4), ())),)
+    plan = force(Net(16), data, lines=lines, train=training, cluster=THREE_ALIKE).plan
+    assert any(layout.startswith("dim") for layout in plan.partition.shardings[0].weights.values())
+    plan.save(tmp_path / "plan.json")
+    seen = run(tmp_path, THREE_ALIKE, "planned", processes=3)
     assert_same(seen[0], plain)
     assert seen[0] == seen[1] == seen[2]
 

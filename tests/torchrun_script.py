@@ -1,6 +1,8 @@
 """Trains a small model and writes what it saw; run under plain python and under torchrun.
 
-Usage: torchrun_script.py FOLDER CLUSTER_JSON [unlike | misfits]
+Usage: torchrun_script.py FOLDER CLUSTER_JSON [unlike | misfits | planned]
+
+`planned` takes the plan that lies in the folder.
 """
 
 import json
@@ -47,7 +49,8 @@ def main() -> None:
     seen: dict[str, object] = {}
 
     def train(model: nn.Module, cluster: dict[str, object]) -> None:
-        with graphpar.compile(model, cluster, (ids, labels), train=training) as job:
+        plan = graphpar.Plan.load(folder / "plan.json") if "planned" in mode else None
+        with graphpar.compile(model, cluster, (ids, labels), train=training, plan=plan) as job:
             seen["losses"] = [float(job.step(ids, labels)) for _ in range(3)]
             job.save(folder / "checkpoint")
             last = job.step(ids, labels)

@@ -14,10 +14,11 @@ A *layout* says what each member has of a value and of its gradient:
 Nothing is made `first`; it is how a bias beside a sum over the members is wanted, held whole by all.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from graphpar.ir.ops import BatchSize, Dim, TensorType
 
@@ -70,7 +71,31 @@ class Split:
         return f"dim{self.dim}:{around[0]}{'/'.join(map(str, self.counts))}{around[1]}"
 
 
-Layout: TypeAlias = Split | Literal["whole", "copied", "partial", "disjoint", "first"]
+PlainLayout = Literal["whole", "copied", "partial", "disjoint", "first"]
+Layout: TypeAlias = Split | PlainLayout
+_SPLIT = re.compile(r"dim(\d+):(?:(?:(\d+)\*)?(B|\d+)x)?(\d+(?:/\d+)+)(?:x(\d+))?")
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that `str` wrote.
+
+    Raises:
+        ValueError: It is none.
+
+    >>> all(parse_layout(str(s)) == s for s in (Split(1, (3, 1), 3, 8), Split(0, (2, 1), BatchSize(2))))
+    True
+    """
+    for plain in get_args(PlainLayout):
+        if text == plain:
+            return plain  # type: ignore[no-any-return]
+    found = _SPLIT.fullmatch(text)
+    if found is None:
+        raise ValueError(
+            f"{text!r} is no layout; one is {', '.join(get_args(PlainLayout))}, or dim1:8/4x64"
+        )
+    dim, times, outer, counts, inner = found.groups()
+    size: Dim = BatchSize(int(times or 1)) if outer == "B" else int(outer or 1)
+    return Split(int(dim), tuple(map(int, counts.split("/"))), size, int(inner or 1))
 
 
 def scaled(outer: Dim, times: int) -> Dim:

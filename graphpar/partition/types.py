@@ -128,6 +128,36 @@ class StagePace:
 
 
 @dataclass(frozen=True)
+class GroupStrategy:
+    """One way in which a tensor group computes ops (`ir.strategies.Strategy`), layouts as text."""
+
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    special: str = ""
+    first_only: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class GroupSharding:
+    """How the members of a tensor group share a stage, so that every process rewrites the same graph.
+
+    Attributes:
+        leader: The group's first device.
+        strategies: All ways that occur.
+        chosen: For each op the number of its way.
+        forms: For a value that is read several times the layout it is brought into first.
+        weights: For each parameter and buffer the slice that members hold, or "whole".
+    """
+
+    leader: str
+    strategies: tuple[GroupStrategy, ...]
+    chosen: dict[str, int]
+    forms: dict[str, str]
+    weights: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Partition:
     """The chosen partition with its certificate.
 
@@ -137,7 +167,8 @@ class Partition:
     kind under the same table. `truncated_by` names every limit that cut the search short.
     `peak_bytes` maps each used device to its predicted peak. `num_programs` programmes were built,
     the largest with `num_variables` variables (possible stages). `paces` has one entry per stage over
-    all pipelines where the order of work depends on times; it is empty for GPipe and 1F1B.
+    all pipelines where the order of work depends on times; it is empty for GPipe and 1F1B. `shardings` has one entry for each
+    tensor group, where that was settled already.
     """
 
     pipelines: tuple[PipelineChoice, ...]
@@ -157,6 +188,7 @@ class Partition:
     num_programs: int = 0
     num_variables: int = 0
     paces: tuple[StagePace, ...] = ()
+    shardings: tuple[GroupSharding, ...] = field(default=(), repr=False)
 
     @property
     def used_devices(self) -> tuple[str, ...]:

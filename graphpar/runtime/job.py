@@ -92,7 +92,6 @@ class CompiledModel(JobState):
         if under_torchrun():
             session = TorchrunWorkers.join(subject.cluster)
             plan = session.agree(decide, subject.model_hash)
-            _refuse_teams(plan)
             lowered = subject.lower(subject.graph, plan.partition, None)
             measured = plan.error_budget is not None
             weights = subject.find_weights()
@@ -352,16 +351,6 @@ class CompiledModel(JobState):
     def __repr__(self) -> str:
         name = self._subject.graph.name
         return f"CompiledModel({name}, {len(self._devices)} ranks, step {self._steps})"
-
-
-def _refuse_teams(plan: Plan) -> None:
-    """Every process would solve for the strategies itself, and equally good ones may differ."""
-    partition = plan.partition
-    if any(r.others for p in partition.pipelines for s in p.stages for r in s.replicas):
-        raise ValueError(
-            "This plan has tensor groups, which run in local jobs only so far, not under torchrun. Plan "
-            "with tensor=1."
-        )
 
 
 def _form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:

@@ -119,6 +119,5 @@ class Normalized(torch.optim.SGD):
 
 def test_an_optimizer_across_parameters_is_refused() -> None:
     training = Training(optimizer=lambda p: Normalized(p, lr=0.01))
-    forced = force(Mlp(), batch(), lines=(Line((1,), 1, groups=(UNEVEN,)),), train=training)
     with pytest.raises(ValueError, match="Normalized cannot train"):
-        forced.start()
+        force(Mlp(), batch(), lines=(Line((1,), 1, groups=(UNEVEN,)),), train=training)

@@ -1,0 +1,97 @@
+"""How tensor groups share their stages, as part of a plan: settled once, the same for every process."""
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+import torch.distributed as dist
+
+from graphpar.cost_models.sharding import Sharding
+from graphpar.errors import PlanError, RunError
+from graphpar.ir.graph import Graph
+from graphpar.ir.shards import Layout, parse_layout
+from graphpar.ir.strategies import Strategy
+from graphpar.partition.types import GroupSharding, GroupStrategy
+from graphpar.runtime.messages import Message
+from graphpar.runtime.torchrun import exchange, under_torchrun
+
+
+def recorded(sharding: Sharding, leader: str) -> GroupSharding:
+    """A sharding as plain data."""
+    numbers: dict[Strategy, int] = {}
+    chosen = {name: numbers.setdefault(s, len(numbers)) for name, s in sharding.chosen.items()}
+    return GroupSharding(
+        leader=leader,
+        strategies=tuple(
+            GroupStrategy(
+                tuple(map(str, s.operands)), tuple(map(str, s.results)), s.special, s.first_only, s.shares
+            )
+            for s in numbers
+        ),
+        chosen=chosen,
+        forms={name: str(layout) for name, layout in sharding.forms.items()},
+        weights={name: str(layout) for name, layout in sharding.weights.items()},
+    )
+
+
+def restored(record: GroupSharding, graph: Graph) -> Sharding:
+    """The sharding that was recorded, for the graph it was made for.
+
+    Raises:
+        PlanError: It names ops or layouts that do not exist.
+    """
+    try:
+        ways = [
+            Strategy(_layouts(w.operands), _layouts(w.results), w.special, w.first_only, w.shares)
+            for w in record.strategies
+        ]
+        chosen = {name: ways[number] for name, number in record.chosen.items()}
+        forms, weights = _parsed(record.forms), _parsed(record.weights)
+    except (ValueError, IndexError) as error:
+        raise PlanError(
+            f"partition.shardings of {record.leader}: {error}; mend the file, or make the plan anew with "
+            "`graphpar plan`"
+        ) from error
+    names = (*chosen, *forms, *weights)
+    wrong = next((n for n in names if n not in graph or not _fits(chosen.get(n), n, graph)), None)
+    if wrong is not None:
+        raise PlanError(
+            f"partition.shardings of {record.leader} names {wrong!r}, which the captured model does not "
+            "have, or with other operands: it was planned with another version of torch or of the "
+            "model's code; make the plan anew"
+        )
+    return Sharding(chosen, forms, weights)
+
+
+def _layouts(texts: tuple[str, ...]) -> tuple[Layout, ...]:
+    return tuple(map(parse_layout, texts))
+
+
+def _parsed(texts: Mapping[str, str]) -> dict[str, Layout]:
+    return {name: parse_layout(text) for name, text in texts.items()}
+
+
+def _fits(way: Strategy | None, name: str, graph: Graph) -> bool:
+    op = graph[name]
+    return way is None or (len(way.operands) == len(op.operands()) and len(way.results) == len(op.types))
+
+
+def agreed(solve: Callable[[], Sharding], leader: str, graph: Graph) -> Sharding:
+    """The same sharding on all processes of torchrun: the first one solves, the others hear of it.
+
+    Raises:
+        RunError: The first process could not solve it.
+    """
+    if not (under_torchrun() and dist.is_initialized()):
+        return solve()
+    if dist.get_rank() == 0:
+        try:
+            found = solve()
+        except Exception as error:
+            exchange(Message("error", {"text": str(error)}))
+            raise
+        exchange(Message("sharding", {"record": msgspec.to_builtins(recorded(found, leader))}))
+        return found
+    first = exchange(Message("idle"))[0]
+    if first.kind == "error":
+        raise RunError(f"Sharing a stage failed on rank 0: {first.data['text']}", rank=0)
+    return restored(msgspec.convert(first.data["record"], GroupSharding), graph)
