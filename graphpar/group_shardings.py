@@ -15,12 +15,13 @@ from graphpar.runtime.messages import Message
 from graphpar.runtime.torchrun import exchange, under_torchrun
 
 
-def recorded(sharding: Sharding, leader: str) -> GroupSharding:
+def recorded(sharding: Sharding, leader: str, stage: int) -> GroupSharding:
     """A sharding as plain data."""
     numbers: dict[Strategy, int] = {}
     chosen = {name: numbers.setdefault(s, len(numbers)) for name, s in sharding.chosen.items()}
     return GroupSharding(
         leader=leader,
+        stage=stage,
         strategies=tuple(
             GroupStrategy(
                 tuple(map(str, s.operands)), tuple(map(str, s.results)), s.special, s.first_only, s.shares
@@ -89,7 +90,7 @@ def agreed(solve: Callable[[], Sharding], leader: str, graph: Graph) -> Sharding
         except Exception as error:
             exchange(Message("error", {"text": str(error)}))
             raise
-        exchange(Message("sharding", {"record": msgspec.to_builtins(recorded(found, leader))}))
+        exchange(Message("sharding", {"record": msgspec.to_builtins(recorded(found, leader, 0))}))
         return found
     first = exchange(Message("idle"))[0]
     if first.kind == "error":

@@ -55,19 +55,19 @@ def member_graphs(
         like: Lowered before for the same ranks; its slices of weights are kept.
         train: How the job trains.
     """
-    stored = {record.leader: record for record in found.shardings} if like is None else {}
+    stored = {(r.leader, r.stage): r for r in found.shardings} if like is None else {}
     solver = _Solver(graph, cluster, training, train)
     local: dict[int, Graph] = {}
     for group in _groups(found, lowered):
-        if group.leader in stored:
-            chosen = restored(stored[group.leader], group.graph)
+        if (group.leader, group.stage) in stored:
+            chosen = restored(stored[group.leader, group.stage], group.graph)
         else:
             fixed = held_slices(like, group.first_rank) if like is not None else {}
             chosen = agreed(partial(solver.solve, group, fixed), group.leader, group.graph)
         for member in range(len(group.replica.devices)):
+            rank = group.first_rank + member
             rewrite = Shard(group.stage, member, chosen.chosen, chosen.forms, chosen.weights)
-            fused = FuseComm(group.stage, training).run(rewrite.run(group.graph))
-            local[group.first_rank + member] = fused
+            local[rank] = FuseComm(group.stage, training).run(rewrite.run(local.get(rank, group.graph)))
         verify(local[group.first_rank])
     return local
 
@@ -85,7 +85,9 @@ def settle_shardings(
         train: How the job trains; None for inference.
     """
     solver = _Solver(graph, cluster, train is not None, train)
-    return tuple(recorded(solver.solve(group, {}), group.leader) for group in _groups(found, lowered))
+    return tuple(
+        recorded(solver.solve(group, {}), group.leader, group.stage) for group in _groups(found, lowered)
+    )
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,12 @@ class _Group:
 
 
 def _groups(found: Partition, lowered: Sequence[Graph]) -> Iterator[_Group]:
-    rank = 0
+    rank_of = {device: rank for rank, device in enumerate(found.used_devices)}
     for pipeline, graph in zip(found.pipelines, lowered, strict=True):
         for number, stage in enumerate(pipeline.stages):
             for replica in stage.replicas:
                 if replica.others:
-                    yield _Group(graph, number, replica, rank)
-                rank += len(replica.devices)
+                    yield _Group(graph, number, replica, rank_of[replica.device])
 
 
 class _Solver:

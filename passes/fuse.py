@@ -268,7 +268,8 @@ class _Overlap:
         return self.graph[op.operands()[0]].target in SOURCES
 
     def _may_be_late(self, op: Op) -> bool:
-        if packet(op) not in ("linear", "addmm", "mm") or (op.kwargs and packet(op) != "linear"):
+        plain = packet(op) == "linear" or (packet(op) in ("addmm", "mm") and not op.kwargs)
+        if not plain or op.attr("late"):  # those the schedule puts off further
             return False
         weight = _weight_of(op)
         source = self.graph[weight]

@@ -144,6 +144,7 @@ class GroupSharding:
 
     Attributes:
         leader: The group's first device.
+        stage: Number of the stage in its pipeline.
         strategies: All ways that occur.
         chosen: For each op the number of its way.
         forms: For a value that is read several times the layout it is brought into first.
@@ -151,6 +152,7 @@ class GroupSharding:
     """
 
     leader: str
+    stage: int
     strategies: tuple[GroupStrategy, ...]
     chosen: dict[str, int]
     forms: dict[str, str]
@@ -167,8 +169,8 @@ class Partition:
     kind under the same table. `truncated_by` names every limit that cut the search short.
     `peak_bytes` maps each used device to its predicted peak. `num_programs` programmes were built,
     the largest with `num_variables` variables (possible stages). `paces` has one entry per stage over
-    all pipelines where the order of work depends on times; it is empty for GPipe and 1F1B. `shardings` has one entry for each
-    tensor group, where that was settled already.
+    all pipelines where the order of work depends on times; it is empty for GPipe and 1F1B.
+    `shardings` has one entry for each stage of a tensor group, where that was settled already.
     """
 
     pipelines: tuple[PipelineChoice, ...]
