@@ -5,6 +5,10 @@ job: the raw error of its step time (predicted over measured minus one, the medi
 each worker's peak memory, and the overlap of predicted and measured actions (time that both show the
 rank in the same action, over the time that either does; nothing is shifted but to a common start).
 
+Where the error comes from is found by simulating again with what was measured in place of what was
+predicted, part by part: computing, then the optimiser, then gradient sums. What is left is messages,
+waiting for a core, and the time between actions.
+
 Workers are slowed down so that together they need less than one and a half cores: an emulated device
 computes at its own pace only where a core is free when it wants one. A machine with other work on it
 makes the measured steps longer, not the predicted ones.
@@ -13,7 +17,8 @@ makes the measured steps longer, not the predicted ones.
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from statistics import mean, median
 from typing import Any
 
@@ -23,6 +28,10 @@ from torch import nn
 import graphpar
 from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.plans import Plan
+from graphpar.runtime.last_step import LastStep
+from graphpar.schedule import Action, Schedule
+from graphpar.simulate import simulate
+from graphpar.timing import GradientGroup, SizeTiming
 from graphpar.view.measured import measured_timeline
 
 WARM_UP = 1
@@ -71,6 +80,7 @@ class Row:
     spread: float
     memory_errors_pct: tuple[float, ...]
     overlap: float
+    parts_pct: dict[str, float]
 
     @property
     def error_pct(self) -> float:
@@ -94,25 +104,29 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--cached", action="store_true", help="Use the calibration at hand.")
+    parser.add_argument("--model", default="", help="Only models whose name holds this.")
+    parser.add_argument("--cluster", default="", help="Only clusters whose name holds this.")
     options = parser.parse_args()
     calibration = graphpar.Calibration.cached() if options.cached else None
-    calibration = calibration or graphpar.calibrate()
+    calibration = calibration or graphpar.calibrate(refresh=True)
     rows = [
         measure(name, model, args, kwargs, cluster, slowdowns, calibration, options.steps)
         for name, model, args, kwargs in cases()
         for cluster, slowdowns in CLUSTERS.items()
+        if options.model in name and options.cluster in cluster
     ]
     report = summary(rows)
     if options.json:
         print(json.dumps(report, indent=1))
         return
-    heads = ("measured ms", "error %", "spread %", "overlap", "memory %")
+    heads = ("measured ms", "error %", "spread %", "overlap", "memory %", *PARTS)
     print(f"{'model':<13}{'cluster':<10}" + "".join(f"{head:>12}" for head in heads))
     for row in rows:
         worst = max(row.memory_errors_pct, key=abs, default=float("nan"))
         print(
             f"{row.model:<13}{row.cluster:<10}{1e3 * row.measured_s:>12.1f}{row.error_pct:>+12.1f}"
             f"{100 * row.spread:>12.1f}{row.overlap:>12.2f}{worst:>+12.1f}"
+            + "".join(f"{row.parts_pct[part]:>+12.1f}" for part in PARTS)
         )
     for key in ("step_error_pct", "memory_error_pct", "overlap"):
         print(key, report[key])
@@ -135,12 +149,13 @@ def measure(
         model, {"devices": devices, "link": LINK}, args, kwargs, train=training, calibration=calibration,
         time_limit_s=5.0,
     ) as job:  # fmt: skip
-        seconds, overlaps = [], []
+        seconds, overlaps, kept = [], [], []
         for number in range(WARM_UP + steps):
             job.step(*args, **kwargs)
             assert job.last_step is not None
             if number >= WARM_UP:
                 seconds.append(job.last_step.seconds)
+                kept.append(job.last_step)
                 overlaps.append(overlap(job.plan, job.last_step))
         assert job.last_step is not None
         peaks = {r.rank: r.peak_bytes for r in job.last_step.reports}
@@ -157,7 +172,64 @@ def measure(
                 100 * (p / peaks[r] - 1) for r, p in enumerate(predicted) if peaks.get(r)
             ),
             overlap=median(overlaps),
+            parts_pct=error_parts(job.plan, kept, middle),
         )
+
+
+def error_parts(plan: Plan, steps: Sequence[LastStep], measured_s: float) -> dict[str, float]:
+    """What each part adds to the error of the step, in per cent of the measured step."""
+    schedule, timing = plan.timeline().schedule, plan.timing
+    spent = _durations(schedule, steps)
+    predicted_s = [simulate(schedule, timing).step_s]
+    ranks = [
+        replace(numbers, sizes=tuple(_with_measured(row, rank, spent) for row in numbers.sizes))
+        for rank, numbers in enumerate(timing.ranks)
+    ]
+    # What was measured holds what workers cost each other already.
+    timing = replace(timing, ranks=tuple(ranks), shared=None)
+    predicted_s.append(simulate(schedule, timing).step_s)
+    ranks = [
+        replace(numbers, optimizer_s=spent.get((rank, "O", 0), numbers.optimizer_s))
+        for rank, numbers in enumerate(ranks)
+    ]
+    timing = replace(timing, ranks=tuple(ranks))
+    predicted_s.append(simulate(schedule, timing).step_s)
+    groups = [_with_measured_sum(group, spent) for group in timing.gradient_groups]
+    predicted_s.append(simulate(schedule, replace(timing, gradient_groups=tuple(groups))).step_s)
+    predicted_s.append(measured_s)
+    changes = [100 * (a - b) / measured_s for a, b in pairwise(predicted_s)]
+    return dict(zip(PARTS, changes, strict=True))
+
+
+PARTS = ("compute", "optimizer", "sums", "rest")
+
+
+def _durations(schedule: Schedule, steps: Sequence[LastStep]) -> dict[tuple[int, str, int], float]:
+    """Median seconds of actions by rank, kind and microbatch size (0 where there is none)."""
+    found: dict[tuple[int, str, int], list[float]] = {}
+    for step in steps:
+        for report in step.reports:
+            for event in report.events:
+                action = Action.parse(event.token)
+                batch = action.microbatch
+                size = 0 if batch is None else schedule.microbatch_sizes[batch]
+                spent = found.setdefault((report.rank, action.kind, size), [])
+                spent.append(event.end_s - event.start_s)
+    return {key: median(values) for key, values in found.items()}
+
+
+def _with_measured(row: SizeTiming, rank: int, spent: dict[tuple[int, str, int], float]) -> SizeTiming:
+    return replace(
+        row,
+        forward_s=spent.get((rank, "F", row.size), row.forward_s),
+        backward_s=spent.get((rank, "B", row.size), row.backward_s),
+    )
+
+
+def _with_measured_sum(group: GradientGroup, spent: dict[tuple[int, str, int], float]) -> GradientGroup:
+    """The rank that comes last waits for nobody: the shortest of the group's times is the sum's own."""
+    times = [spent[rank, "A", 0] for rank in group.ranks if (rank, "A", 0) in spent]
+    return replace(group, seconds=min(times, default=group.seconds))
 
 
 def overlap(plan: Plan, step: Any) -> float:

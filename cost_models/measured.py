@@ -1,27 +1,24 @@
-"""A cost model that corrects the roofline by timing the model's own units on this machine.
+"""The roofline corrected by timing the model's own units on this machine.
 
 Each distinct unit is run at a few microbatch sizes; the ratio of measured to predicted time carries
-over to the other sizes. Timings are kept by the unit's structural hash in one file per fingerprint.
+over to the other sizes. Timings (`graphpar.unit_timing` takes them) are kept by the unit's structural
+hash, in one file per machine and model.
 """
 
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from graphpar.calibration import Fingerprint, cache_path
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, PricingOptions, UnitCost
-from graphpar.cost_models.roofline import Roofline
+from graphpar.cost import CostTable, UnitCost
 from graphpar.ir.chain import Chain, structural_hash
 from graphpar.ir.graph import Graph
-
-RunUnit = Callable[[int, int], tuple[float, float]]
-"""Runs a unit of the chain (by index) at a microbatch size; returns forward and backward seconds."""
 
 
 class UnitTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,37 +28,47 @@ class UnitTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
 
-    def points(self) -> dict[int, tuple[float, float]]:
-        """Forward and backward seconds by size."""
-        both = zip(self.forward_s, self.backward_s, strict=True)
-        return dict(zip(self.sizes, both, strict=True))
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Prices with measured unit times on devices of kind `cpu`, with the roofline elsewhere.
+class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Units of one model as they were timed at a moment.
 
     Attributes:
-        base: Prices what was not measured, and everything but compute time.
-        timings: Measured units by structural hash (see `unit_hash`).
+        units: By structural hash.
+        slowing: How many times longer they took with 1, 2, ... cores at work; empty where not measured.
+        reference_s: What the reference took at that moment: the machine's speed.
+        optimizer_s: What the optimiser took for all parameters; 0 where nothing is trained.
     """
 
-    base: Roofline
-    timings: Mapping[str, UnitTiming] = field(default_factory=dict)
+    units: dict[str, UnitTiming]
+    slowing: tuple[float, ...]
+    reference_s: float
+    optimizer_s: float = 0.0
 
-    def price(self, graph: Graph, chain: Chain, cluster: Cluster, options: PricingOptions) -> CostTable:
-        """Fill the table of seconds and bytes; see `Roofline.price`."""
-        table = self.base.price(graph, chain, cluster, options)
-        local = [cluster.device(c.devices[0]).is_local_cpu for c in table.device_classes]
-        slowdowns = [cluster.device(c.devices[0]).slowdown for c in table.device_classes]
-        first = {kind: index for index, kind in reversed(list(enumerate(table.units)))}
-        costs = []
-        for kind, cost in enumerate(table.costs):
-            timing = self.timings.get(unit_hash(graph, chain, first[kind]))
-            if timing is not None:
-                cost = _corrected(cost, timing, table.sizes, local, slowdowns)
-            costs.append(cost)
-        return replace(table, costs=tuple(costs))
+
+def with_timing(
+    table: CostTable, graph: Graph, chain: Chain, cluster: Cluster, timing: ModelTiming
+) -> CostTable:
+    """The table with measured times on this machine's processor; other devices keep theirs.
+
+    Args:
+        table: Priced by `Roofline`, for the graph as it is (in no other formats).
+        graph: The captured graph.
+        chain: Its units.
+        cluster: The devices.
+        timing: What was measured of units of this model.
+    """
+    local = [cluster.device(c.devices[0]).is_local_cpu for c in table.device_classes]
+    slowdowns = [cluster.device(c.devices[0]).slowdown for c in table.device_classes]
+    first = {kind: index for index, kind in reversed(list(enumerate(table.units)))}
+    costs = []
+    for kind, cost in enumerate(table.costs):
+        unit = timing.units.get(unit_hash(graph, chain, first[kind]))
+        costs.append(_corrected(cost, unit, table.sizes, local, slowdowns) if unit is not None else cost)
+    costs = _with_optimizer(table, costs, timing.optimizer_s, local, slowdowns)
+    shared = table.shared
+    if shared is not None and timing.slowing:
+        shared = replace(shared, slowing=timing.slowing)
+    return replace(table, costs=tuple(costs), shared=shared)
 
 
 def unit_hash(graph: Graph, chain: Chain, index: int) -> str:
@@ -69,62 +76,27 @@ def unit_hash(graph: Graph, chain: Chain, index: int) -> str:
     return structural_hash(graph, [graph[name] for name in chain.units[index].ops])
 
 
-def measure_units(
-    graph: Graph,
-    chain: Chain,
-    run: RunUnit,
-    sizes: Iterable[int],
-    known: Mapping[str, UnitTiming] | None = None,
-) -> dict[str, UnitTiming]:
-    """Time each distinct unit that is not known at these sizes.
-
-    Args:
-        graph: A captured graph.
-        chain: Its units.
-        run: Runs one unit; the caller warms up and takes medians.
-        sizes: Microbatch sizes to run at.
-        known: Timings from before; a unit is measured again only for sizes it lacks.
-    """
-    wanted = sorted(set(sizes))
-    found = dict(known or {})
-    seen: set[int] = set()
-    for index, unit in enumerate(chain.units):
-        if unit.kind in seen:
-            continue
-        seen.add(unit.kind)
-        key = unit_hash(graph, chain, index)
-        points = found[key].points() if key in found else {}
-        points |= {size: run(index, size) for size in wanted if size not in points}
-        ordered = sorted(points.items())
-        found[key] = UnitTiming(
-            tuple(size for size, _ in ordered),
-            tuple(forward for _, (forward, _) in ordered),
-            tuple(backward for _, (_, backward) in ordered),
-        )
-    return found
-
-
-def load_timings(mine: Fingerprint) -> dict[str, UnitTiming]:
-    """Timings kept for this machine; none where there is no readable file."""
+def load_timing(mine: Fingerprint, model: str) -> ModelTiming | None:
+    """What is kept of a model (by its hash) on this machine; None where there is no readable file."""
     try:
-        return msgspec.json.decode(_path(mine).read_bytes(), type=dict[str, UnitTiming])
+        return msgspec.json.decode(_path(mine, model).read_bytes(), type=ModelTiming)
     except (OSError, msgspec.DecodeError):
-        return {}
+        return None
 
 
-def save_timings(mine: Fingerprint, timings: Mapping[str, UnitTiming]) -> Path:
-    """Keep timings for this machine; the file is replaced in one step."""
-    target = _path(mine)
+def save_timing(mine: Fingerprint, model: str, timing: ModelTiming) -> Path:
+    """Keep a model's timing for this machine; the file is replaced in one step."""
+    target = _path(mine, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    partial.write_bytes(msgspec.json.encode(dict(sorted(timings.items()))))
+    partial.write_bytes(msgspec.json.encode(timing, order="sorted"))
     partial.replace(target)
     return target
 
 
-def _path(mine: Fingerprint) -> Path:
+def _path(mine: Fingerprint, model: str) -> Path:
     calibration = cache_path(mine)
-    return calibration.with_name(calibration.name.replace("calibration", "units"))
+    return calibration.with_name(f"units-{mine.key}-{model[:24]}.json")
 
 
 def _corrected(
@@ -142,11 +114,34 @@ def _corrected(
             for row, is_local, slowdown in zip(predicted, local, slowdowns, strict=True)
         )
 
-    return replace(
-        cost,
-        forward_s=rows(cost.forward_s, timing.forward_s),
-        backward_s=rows(cost.backward_s, timing.backward_s),
+    backward_s = rows(cost.backward_s, timing.backward_s)
+    # What may be made later stays the same part of the backward.
+    weight_s = tuple(
+        tuple(w * new / old if old > 0 else w for w, old, new in zip(*parts, strict=True))
+        for parts in zip(cost.weight_s, cost.backward_s, backward_s, strict=False)
     )
+    forward_s = rows(cost.forward_s, timing.forward_s)
+    return replace(cost, forward_s=forward_s, backward_s=backward_s, weight_s=weight_s)
+
+
+def _with_optimizer(
+    table: CostTable,
+    costs: Sequence[UnitCost],
+    optimizer_s: float,
+    local: Sequence[bool],
+    slowdowns: Sequence[float],
+) -> list[UnitCost]:
+    """Each unit's predicted share of what the optimiser took for all of them."""
+    found = list(costs)
+    for k, (is_local, slowdown) in enumerate(zip(local, slowdowns, strict=True)):
+        predicted_s = sum(costs[kind].optimizer_s[k] for kind in table.units)
+        if not is_local or not optimizer_s or not predicted_s:
+            continue
+        ratio = optimizer_s * slowdown / predicted_s
+        for kind, cost in enumerate(found):
+            row = (*cost.optimizer_s[:k], cost.optimizer_s[k] * ratio, *cost.optimizer_s[k + 1 :])
+            found[kind] = replace(cost, optimizer_s=row)
+    return found
 
 
 def _row(

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster, Device
 from graphpar.cost import (
+    CoreUse,
     CostTable,
     CutEdge,
     DeviceClass,
     LinkCost,
     PricingOptions,
+    SharedCores,
     Topology,
     UnitCost,
 )
@@ -107,6 +109,7 @@ class Roofline:
                 CPU_RESERVED_BYTES if device.is_cpu else GPU_RESERVED_BYTES for device in examples
             ),
             sum_s_per_byte=self._sum_s_per_byte(cluster),
+            shared=self.shared_cores(cluster),
         )
 
     def unpriced(self, graph: Graph) -> tuple[str, ...]:
@@ -124,7 +127,20 @@ class Roofline:
     def _sum_s_per_byte(self, cluster: Cluster) -> float:
         """What gradient sums cost this machine's processor; only measured where all workers run on it."""
         local = all(device.is_local_cpu for device in cluster.devices)
-        return self.calibration.sum_s_per_byte if local and self.calibration is not None else 0.0
+        if not local or self.calibration is None:
+            return 0.0
+        emulated = any(node.link.emulated for node in cluster.nodes) or cluster.network.emulated
+        # An emulated ring waits for what its links would take, and then sums over the real one.
+        real_s = 1 / self.calibration.loopback.bytes_per_s if emulated else 0.0
+        return self.calibration.sum_s_per_byte + real_s
+
+    def shared_cores(self, cluster: Cluster) -> SharedCores | None:
+        """Which devices share this machine's cores; None where nothing is measured, or on named hosts."""
+        here = [device for device in cluster.devices if device.is_local_cpu]
+        if self.calibration is None or not here or any(node.host for node in cluster.nodes):
+            return None
+        workers = {device.name: CoreUse(device.threads, device.slowdown) for device in here}
+        return SharedCores(self.calibration.fingerprint.num_cores, self.calibration.slowing, workers)
 
     def topology(self, cluster: Cluster) -> Topology:
         """The cluster's links, with the measured loopback where this machine talks to itself."""

@@ -19,7 +19,7 @@ import msgspec
 from graphpar.cost import LinkCost
 from graphpar.errors import GraphparError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +116,8 @@ class Calibration:
         op_s: What an op of forward costs in a mixed sequence beyond its curve, tape included.
         node_s: The same for a kernel of backward.
         memory_bytes_per_s: Copy bandwidth for sizes far beyond the caches.
+        slowing: How many times longer computing takes with 1, 2, ... cores at work than with one.
+        reference_s: Time of a reference kernel, to tell later how the machine's speed has moved.
         measured_at: When, as an ISO date and time.
     """
 
@@ -129,6 +131,8 @@ class Calibration:
     op_s: float
     node_s: float
     memory_bytes_per_s: float
+    slowing: tuple[float, ...] = (1.0,)
+    reference_s: float = 0.0
     measured_at: str = ""
 
     def peak_flops_per_s(self, dtype: str = "float32") -> float:
@@ -187,7 +191,8 @@ class Calibration:
                 f"{mine.processor}, {mine.num_cores} cores, torch {mine.torch}, "
                 f"{mine.threads} thread{'s' * (mine.threads != 1)} per worker",
                 f"matmul, GFLOP/s: {rates}",
-                f"memory: {self.memory_bytes_per_s / 1e9:.1f} GB/s",
+                f"memory: {self.memory_bytes_per_s / 1e9:.1f} GB/s; with all cores at work kernels take "
+                f"{self.slowing[-1]:.2f} times as long",
                 f"op floor: {self.curves['pointwise'].seconds[0] * 1e6:.1f} us, "
                 f"more in a mixed sequence: {self.op_s * 1e6:.1f} us "
                 f"forward, {self.node_s * 1e6:.1f} us backward",
@@ -210,6 +215,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     op_s: float
     node_s: float
     memory_bytes_per_s: float
+    slowing: tuple[float, ...]
+    reference_s: float
     measured_at: str
 
     @classmethod
@@ -226,6 +233,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             c.op_s,
             c.node_s,
             c.memory_bytes_per_s,
+            c.slowing,
+            c.reference_s,
             c.measured_at,
         )
 
@@ -241,6 +250,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             self.op_s,
             self.node_s,
             self.memory_bytes_per_s,
+            self.slowing,
+            self.reference_s,
             self.measured_at,
         )
 

@@ -11,7 +11,7 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.hf_models import hf_buffers
 from graphpar.ir.formats import base_format
-from graphpar.planner import EXPLAIN_S, PRECISION_BUDGET, Example, plan_prepared
+from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, Example, plan_prepared
 from graphpar.plans import Plan, hash_of
 from graphpar.precision import (
     check_precision,
@@ -42,6 +42,7 @@ def plan(
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
+    measure_s: float = MEASURE_S,
 ) -> Plan:
     """Decide who runs what; needs no GPU and no weights (a model on the meta device will do).
 
@@ -60,6 +61,8 @@ def plan(
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
+        measure_s: On a calibrated machine, what may be spent on timing the model's own units on its
+            processor first (about so many seconds; 0 for none), for workers that run there.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -85,6 +88,7 @@ def plan(
         time_limit_s=time_limit_s,
         gap=gap,
         explain_s=EXPLAIN_S,
+        measure_s=measure_s,
         precision_budget=precision_budget,
         example=Example(model, args, kwargs or {}),
     )
@@ -105,6 +109,7 @@ def compile(
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
+    measure_s: float = MEASURE_S,
     verify_first_step: bool = False,
 ) -> CompiledModel:
     """Turn a model into a running parallel job.
@@ -130,6 +135,8 @@ def compile(
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.
+        measure_s: On a calibrated machine, what may be spent on timing the model's own units on its
+            processor first (about so many seconds; 0 for none), for workers that run there.
         verify_first_step: Compare loss and gradients of the first training step with one device before
             the weights change: for models that fit into the driver twice. `NumbersDifferError` where
             they differ by more than rounding, a warning where the job computes in fewer bits.
@@ -157,6 +164,7 @@ def compile(
                 calibration=calibration,
                 time_limit_s=time_limit_s,
                 gap=gap,
+                measure_s=measure_s,
                 precision_budget=precision_budget,
                 example=Example(model, args, kwargs or {}),
             )

@@ -213,6 +213,52 @@ class Topology:
 
 
 @dataclass(frozen=True)
+class CoreUse:
+    """What a worker asks of the cores that it shares: so many threads, and what it is slowed down by.
+
+    A worker that is slowed down to 1/`slowdown` needs its cores for that share of its computing time and
+    waits for the rest. A tensor group works in step: it counts as one worker of several `members`.
+    """
+
+    threads: int = 1
+    slowdown: float = 1.0
+    members: int = 1
+
+    @property
+    def cores(self) -> int:
+        """How many cores it would have at work at once."""
+        return self.threads * self.members
+
+
+@dataclass(frozen=True)
+class SharedCores:
+    """Devices that are processes on the cores of one machine, and what they cost each other.
+
+    Attributes:
+        num_cores: Cores that all of them share.
+        slowing: How many times longer a kernel takes with 1, 2, ... cores at work than with one, for
+            shared caches, memory and power; the last number holds for all cores.
+        workers: Who shares them, by device name.
+    """
+
+    num_cores: int
+    slowing: tuple[float, ...]
+    workers: dict[str, CoreUse]
+
+    def slowed(self, busy: float) -> float:
+        """How many times longer a kernel takes while so many cores are at work.
+
+        >>> SharedCores(2, (1.0, 1.2), {}).slowed(1.5)
+        1.1
+        """
+        place = min(max(busy - 1, 0.0), len(self.slowing) - 1)
+        low = min(int(place), len(self.slowing) - 2)
+        if low < 0:
+            return self.slowing[-1]
+        return self.slowing[low] + (place - low) * (self.slowing[low + 1] - self.slowing[low])
+
+
+@dataclass(frozen=True)
 class PricingOptions:
     """What a cost model has to know besides the graph and the cluster.
 
@@ -290,6 +336,8 @@ class CostTable:
         reserved_bytes: Memory the framework itself takes on every device.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
+        shared: Which devices share the cores of this machine; times are those of one that has its cores
+            for itself.
     """
 
     batch: int
@@ -308,6 +356,7 @@ class CostTable:
     reserved_bytes: float = 0.0
     sum_s_per_byte: float = 0.0
     modes: tuple[Mode, ...] = ()
+    shared: SharedCores | None = None
 
     @property
     def num_units(self) -> int:

@@ -27,7 +27,7 @@ from graphpar.calibration import Calibration, Curve, Grid, fingerprint
 from graphpar.cluster_build import num_cores
 from graphpar.cost import LinkCost
 from graphpar.errors import GraphparError
-from graphpar.neighbours import busy_neighbours
+from graphpar.neighbours import measure_slowing, reference_s
 from graphpar.probes import (
     BYTES_PER_ELEMENT,
     KERNELS,
@@ -137,7 +137,9 @@ def calibrate(*, threads: int = 1, refresh: bool = False, show_progress: bool = 
 
 
 def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
-    """Measure this machine for workers of so many threads, its other cores kept busy.
+    """Measure this machine for workers of so many threads.
+
+    Kernels have the machine for themselves; what cores at work cost each other is measured apart.
 
     Args:
         threads: Threads of one worker.
@@ -148,8 +150,7 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
     """
     loopback = measure_loopback()
     samples = _Samples()
-    others = busy_neighbours(max(num_cores() - threads, 0))
-    with others, _threads(threads), _bar(show_progress) as step, torch.no_grad():
+    with _threads(threads), _bar(show_progress) as step, torch.no_grad():
         plan = [point for _ in range(_ROUNDS) for point in _points()]
         for done, point in enumerate(plan):
             step(done, len(plan))
@@ -165,6 +166,8 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
         op_s=_mixed_extra(samples, backward=False),
         node_s=_mixed_extra(samples, backward=True),
         memory_bytes_per_s=24 * SIZES[-1] / 2 / samples.best(("pointwise", SIZES[-1])),
+        slowing=measure_slowing(num_cores()),
+        reference_s=reference_s(),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -13,7 +13,7 @@ from graphpar.plan_records import Option, PlanEdge, PlanPrecision, PlanReplica, 
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule, StageLink, build_schedule, validate
 from graphpar.simulate import Timeline, simulate
-from graphpar.timing import Timing, timing_of
+from graphpar.timing import Timing, timing_of, with_sums
 
 _SENDS = "sends overlap with compute; a device sends one message at a time, links are not shared"
 _GRADIENTS = "gradients are summed by a ring all-reduce after the last backward"
@@ -45,8 +45,16 @@ class PlanSubject:
     error_budget: PlanPrecision | None = None
 
 
-def predict(table: CostTable, partition: Partition, links: Sequence[StageLink]) -> Prediction:
+def predict(
+    table: CostTable,
+    partition: Partition,
+    links: Sequence[StageLink],
+    summed_bytes: Mapping[tuple[int, ...], float] | None = None,
+) -> Prediction:
     """Schedule a partition, prove the schedule sound, and simulate it.
+
+    `summed_bytes` are what sets of ranks sum in the graph that runs: weights used in several stages too,
+    of which the table knows nothing.
 
     Raises:
         VerifyError: The partition cannot be scheduled, or its schedule breaks a rule.
@@ -54,6 +62,8 @@ def predict(table: CostTable, partition: Partition, links: Sequence[StageLink]) 
     schedule = build_schedule(partition, links, table.training)
     validate(schedule)
     timing = timing_of(table, partition)
+    if summed_bytes:
+        timing = with_sums(timing, table, partition, summed_bytes)
     return Prediction(partition, schedule, timing, simulate(schedule, timing))
 
 

@@ -18,6 +18,7 @@ from graphpar.auto_precision import (
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, PricingOptions, StageOptions
+from graphpar.cost_models.measured import ModelTiming, with_timing
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.roofline import Roofline
@@ -51,9 +52,14 @@ from graphpar.sensitivity import (
 )
 from graphpar.tensor_groups import candidate_groups, settle_shardings, widest_group, with_group_modes
 from graphpar.training import Training
+from graphpar.trial_worker import TrialModel
+from graphpar.unit_timing import timed
 
 EXPLAIN_S = 2.0
 """What `plan` may spend on saying why; `compile` is in more of a hurry."""
+
+MEASURE_S = 3.0
+"""What planning may spend on timing the model's units on this machine, where it is calibrated."""
 
 _UNSPLIT = 10**6
 """Stands for "as many as there are samples" where the batch may be split freely."""
@@ -79,11 +85,13 @@ def price(
     precision: str = "float32",
     calibration: Calibration | None,
     formats: Formats | None = None,
+    timing: ModelTiming | None = None,
 ) -> CostTable:
     """The table of numbers that the partitioner reads.
 
     With `formats` every device's numbers are those of the graph it runs; `precision` alone is a
-    shortcut for a device that does everything in it.
+    shortcut for a device that does everything in it. With `timing` this machine's numbers in float32
+    are what its units were timed at.
     """
     limit = 1 if prepared.batch_reason else _UNSPLIT
     options = PricingOptions(
@@ -98,7 +106,10 @@ def price(
         clips_gradients=train is not None and train.max_grad_norm is not None,
     )
     rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
-    return Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options, rewritten)
+    table = Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options, rewritten)
+    if timing is None or precision != "float32" or not (formats is None or formats.all_float32):
+        return table
+    return with_timing(table, prepared.graph, prepared.chain, cluster, timing)
 
 
 def plan_prepared(
@@ -114,10 +125,12 @@ def plan_prepared(
     example: Example | None = None,
     explain_s: float = 0.25,
     tensor: int | Literal["auto"] = 1,
+    measure_s: float = MEASURE_S,
 ) -> Plan:
     """Price, partition, explain (for at most `explain_s`) and predict a captured model.
 
-    `example` is run to measure errors under `precision="auto"`; without it they are estimated.
+    `example` is run to measure errors under `precision="auto"`; without it they are estimated. On a
+    calibrated machine it is also run to time the model's units there, for `measure_s` or so.
     """
     check_precision(precision)
     widest = widest_group(cluster, tensor)
@@ -127,6 +140,9 @@ def plan_prepared(
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
+    timing = None
+    if calibration is not None and example is not None and measure_s > 0:
+        timing = _timing(prepared, cluster, train, calibration, example, measure_s)
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
     options: dict[str, str | int | float | bool | None] = {
@@ -140,7 +156,9 @@ def plan_prepared(
     }
 
     def table_of(formats: Formats) -> CostTable:
-        table = price(prepared, cluster, train=train, calibration=calibration, formats=formats)
+        table = price(
+            prepared, cluster, train=train, calibration=calibration, formats=formats, timing=timing
+        )
         if train is not None and not prepared.batch_reason and formats.all_float32:
             # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
             table = with_modes(table, StageOptions(recompute=True))
@@ -176,6 +194,28 @@ def plan_prepared(
         error_budget=answer.report,
         train=train,
     )
+
+
+def _timing(
+    prepared: Prepared,
+    cluster: Cluster,
+    train: Training | None,
+    calibration: Calibration,
+    example: Example,
+    budget_s: float,
+) -> ModelTiming | None:
+    """The model's units timed on this machine; None where no worker runs here, or it has no weights."""
+    here = [device for device in cluster.devices if device.is_local_cpu]
+    threads = {device.threads for device in here}
+    tensors = (*example.model.parameters(), *example.model.buffers())
+    away = any(tensor.device.type != "cpu" for tensor in tensors)
+    if threads != {calibration.fingerprint.threads} or away:
+        return None
+    alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
+    table = price(prepared, alone, train=train, calibration=calibration)
+    model = TrialModel(example.model, prepared, example.args, example.kwargs, train, here[0].threads)
+    others = sorted(device.slowdown for device in here)[1:]
+    return timed(model, prepared.model_hash, table, budget_s, others)
 
 
 def _cast_seconds(
@@ -265,7 +305,7 @@ def plan_of(
         error_budget=error_budget,
     )
     links = stage_links(found, lowered.graphs)
-    prediction = predict(table, found, links)
+    prediction = predict(table, found, links, lowered.summed_bytes)
     return make_plan(subject, table, prediction, notes=notes, explanation=explanation)
 
 

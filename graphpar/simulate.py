@@ -4,15 +4,17 @@ Rules of the model: a rank does its compute actions one after another; a receive
 data are there; a send leaves at once and, with overlap, costs the rank no time, but a rank sends
 one message at a time, in order. Every rank's actions are already ordered, so no event queue is
 needed: a rank runs until it must wait for a message, and is taken up again when that message has a
-time. The work is linear in the number of actions and messages.
+time. The work is linear in the number of actions and messages. Where ranks are processes on the same
+cores, what they cost each other is found by playing the schedule several times (`graphpar.crowding`).
 """
 
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graphpar.cost import LinkCost
+from graphpar.crowding import ROUNDS, is_crowded, longer_times
 from graphpar.errors import VerifyError
 from graphpar.schedule import Action, Schedule
 from graphpar.schedule.teams import collapsed, leaders_of
@@ -91,7 +93,18 @@ def simulate(schedule: Schedule, timing: Timing) -> Timeline:
     if schedule.teams:
         alone = simulate(collapsed(schedule), timing_of_leaders(schedule, timing))
         return _of_members(alone, schedule, timing)
-    simulation = _Simulation(schedule, timing)
+    found = _play(schedule, timing, {})
+    if is_crowded(timing):
+        spent: dict[tuple[int, int], float] = {}
+        for _ in range(ROUNDS):
+            spent = longer_times(schedule, timing, found.starts_s, found.ends_s, spent)
+            found = _play(schedule, timing, spent)
+    return found
+
+
+def _play(schedule: Schedule, timing: Timing, spent: Mapping[tuple[int, int], float]) -> Timeline:
+    """Play a schedule through once; `spent` are seconds of single actions by rank and place."""
+    simulation = _Simulation(schedule, timing, spent)
     simulation.run_microbatches()
     simulation.reduce_gradients()
     simulation.run_optimizers()
@@ -117,9 +130,12 @@ def _of_members(leaders: Timeline, schedule: Schedule, timing: Timing) -> Timeli
 class _Simulation:
     """The clocks of all ranks while a schedule is played through."""
 
-    def __init__(self, schedule: Schedule, timing: Timing) -> None:
+    def __init__(
+        self, schedule: Schedule, timing: Timing, spent: Mapping[tuple[int, int], float]
+    ) -> None:
         self.schedule = schedule
         self.timing = timing
+        self.spent = spent
         ranks = range(schedule.num_ranks)
         self.clock = [0.0 for _ in ranks]
         self.egress = [0.0 for _ in ranks]
@@ -154,7 +170,8 @@ class _Simulation:
                 return
             start = end = self.clock[rank]
             if kind in "FBIW":
-                end += _seconds(kind, numbers[stage, sizes[microbatch]])
+                alone_s = numbers[stage, sizes[microbatch]].seconds(kind)
+                end += self.spent.get((rank, at), alone_s) if self.spent else alone_s
                 self.compute_s[rank] += end - start
                 self.clock[rank] = end
             elif kind == "R" or kind == "G":
@@ -238,8 +255,9 @@ class _Simulation:
             return
         for rank, numbers in enumerate(self.timing.ranks):
             self.starts[rank].append(self.clock[rank])
-            self.clock[rank] += numbers.optimizer_s
-            self.compute_s[rank] += numbers.optimizer_s
+            took_s = self.spent.get((rank, len(self.ends[rank])), numbers.optimizer_s)
+            self.clock[rank] += took_s
+            self.compute_s[rank] += took_s
             self.ends[rank].append(self.clock[rank])
 
     def timeline(self) -> Timeline:
@@ -254,14 +272,6 @@ class _Simulation:
             reduce_s=tuple(self.reduce_s),
             peak_bytes=tuple(_peak_bytes(self.schedule, self.timing, r) for r in ranks),
         )
-
-
-def _seconds(kind: str, costs: SizeTiming) -> float:
-    if kind == "F":
-        return costs.forward_s
-    if kind == "W":
-        return costs.weight_s
-    return costs.backward_s - (costs.weight_s if kind == "I" else 0.0)
 
 
 def _peak_bytes(schedule: Schedule, timing: Timing, rank: int) -> float:

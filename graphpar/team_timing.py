@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from graphpar.cost import LinkCost
+from graphpar.cost import LinkCost, SharedCores
 from graphpar.schedule import Schedule
 from graphpar.schedule.teams import leaders_of
 from graphpar.timing import GradientGroup, RankTiming, SizeTiming, Timing
@@ -37,8 +37,24 @@ def timing_of_leaders(schedule: Schedule, timing: Timing) -> TeamTiming:
         network=timing.network,
         gradient_groups=_groups_of_leaders(schedule, timing, leaders),
         overlap=timing.overlap,
+        shared=_shared_by_leaders(timing, teams),
         pairs=pairs,
     )
+
+
+def _shared_by_leaders(timing: Timing, teams: Sequence[Sequence[int]]) -> SharedCores | None:
+    """The cores that groups share; a group whose members differ goes at the slowest one's pace."""
+    shared = timing.shared
+    if shared is None:
+        return None
+    workers = dict(shared.workers)
+    for team in teams:
+        names = [timing.ranks[rank].device for rank in team]
+        uses = [shared.workers[name] for name in names if name in shared.workers]
+        if uses and len(team) > 1:
+            slowest = max(uses, key=lambda use: use.slowdown)
+            workers[names[0]] = replace(slowest, members=len(uses))
+    return replace(shared, workers=workers)
 
 
 def message_cost(timing: Timing, senders: Sequence[int], receivers: Sequence[int]) -> LinkCost:

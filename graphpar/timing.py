@@ -4,11 +4,11 @@
 by hand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from graphpar.cost import CostTable, LinkCost
+from graphpar.cost import CostTable, LinkCost, SharedCores
 from graphpar.partition.pipeline_price import (
     member_bytes,
     modes_of,
@@ -36,6 +36,14 @@ class SizeTiming:
     weight_s: float = 0.0
     deferred_bytes: float = 0.0
     stage: int | None = None
+
+    def seconds(self, kind: str) -> float:
+        """Time of a computing action: F, B, or a half of a backward (I, W)."""
+        if kind == "F":
+            return self.forward_s
+        if kind == "W":
+            return self.weight_s
+        return self.backward_s - (self.weight_s if kind == "I" else 0.0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Timing:
     """All the numbers a schedule needs to be simulated.
 
     `links` names pairs of nodes (in either order); pairs not named use `network`. Without `overlap`
-    a rank stands still while it sends.
+    a rank stands still while it sends. Ranks on `shared` cores take longer while others compute.
     """
 
     ranks: tuple[RankTiming, ...]
@@ -91,6 +99,7 @@ class Timing:
     network: LinkCost
     gradient_groups: tuple[GradientGroup, ...] = ()
     overlap: bool = True
+    shared: SharedCores | None = None
 
     @cached_property
     def _by_nodes(self) -> dict[tuple[str, str], LinkCost]:
@@ -124,7 +133,24 @@ def timing_of(table: CostTable, partition: Partition) -> Timing:
         links=tuple(inside + between),
         network=topology.network,
         gradient_groups=_gradient_groups(table, partition) if table.training else (),
+        shared=table.shared,
     )
+
+
+def with_sums(
+    timing: Timing,
+    table: CostTable,
+    partition: Partition,
+    summed_bytes: Mapping[tuple[int, ...], float],
+) -> Timing:
+    """The timing with the sums of ranks that it knows of none of: those of weights in several stages."""
+    known = {group.ranks for group in timing.gradient_groups}
+    more = tuple(
+        GradientGroup(ranks, num_bytes, _ring_seconds(table, partition, ranks, num_bytes))
+        for ranks, num_bytes in summed_bytes.items()
+        if table.training and ranks not in known
+    )
+    return replace(timing, gradient_groups=(*timing.gradient_groups, *more))
 
 
 def _rank_timings(table: CostTable, partition: Partition) -> tuple[RankTiming, ...]:

@@ -15,13 +15,13 @@ ROWS = (
     "ir cost catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration loopback",
     "partition",
-    "schedule timing team_timing simulate training solve_command "
+    "schedule timing team_timing crowding simulate training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",
     "scenarios "
     "compiler planner preparation precision auto_precision sensitivity tensor_groups group_shardings "
-    "optimizer_probe "
+    "optimizer_probe unit_timing trial_worker "
     "verify demo doctor model_spec hf_models hf_architectures hf_inputs commands cli examples",
     "__init__ __main__",
 )
@@ -36,6 +36,8 @@ DRIVERS = {
     "precision",
     "tensor_groups",
     "group_shardings",
+    "trial_worker",
+    "unit_timing",
     "verify",
     "demo",
     "commands",

@@ -18,7 +18,7 @@ from plan_samples import (
     table_for,
 )
 
-from graphpar.cost import LinkCost
+from graphpar.cost import CoreUse, LinkCost, SharedCores
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.types import (
     Partition,
@@ -306,3 +306,33 @@ def test_the_sample_fits_between_its_bounds() -> None:
     timeline = simulate(build_schedule(partition, SAMPLE_LINKS, training=True), timing)
     busiest = max(timeline.compute_s)
     assert busiest < timeline.step_s < sum(timeline.compute_s)
+
+
+def side_by_side(slowdown: float, slowing: float, cores: int, workers: int = 2) -> float:
+    """Seconds of a step of workers that each compute 2 s forward and 3 s backward, all at once."""
+    pipelines = tuple(
+        PipelineChoice(1, 1, (StageChoice(0, 1, (Replica(f"d{r}", 1),)),)) for r in range(workers)
+    )
+    timing = equal_ranks(workers, 2.0, 3.0)
+    shared = SharedCores(
+        cores,
+        (1.0, slowing),
+        {f"d{r}": CoreUse(slowdown=slowdown) for r in range(workers)},
+    )
+    partition = replace(chain(1, 1), pipelines=pipelines)
+    schedule = build_schedule(partition, (), training=True)
+    return simulate(schedule, replace(timing, shared=shared)).step_s
+
+
+def test_workers_on_the_same_cores_take_longer() -> None:
+    assert side_by_side(1.0, 1.0, cores=2) == pytest.approx(5.0)
+    assert side_by_side(1.0, 1.2, cores=2) == pytest.approx(6.0)
+    # Four workers on two cores get half a core each.
+    assert side_by_side(1.0, 1.0, cores=2, workers=4) == pytest.approx(10.0)
+    # Workers four times slower than a core leave room for each other; caches are shared all the same.
+    assert side_by_side(4.0, 1.0, cores=1, workers=4) == pytest.approx(5.0)
+    assert 5.0 < side_by_side(4.0, 1.2, cores=2) < 5.5
+
+
+def test_a_worker_alone_has_the_cores_to_itself() -> None:
+    assert side_by_side(1.0, 1.5, cores=2, workers=1) == pytest.approx(5.0)

@@ -137,6 +137,17 @@ class Lowered:
         return {label: copies for label, copies in self.copies().items() if label in trained}
 
     @cached_property
+    def summed_bytes(self) -> Mapping[tuple[int, ...], float]:
+        """Bytes of float32 gradients that every set of ranks sums, members of tensor groups left out."""
+        graph = self.graphs[0]
+        sizes = {str(op.args[0]): 4.0 * op.type.numel(1) for op in graph.sources("parameter")}
+        found: dict[tuple[int, ...], float] = {}
+        for label, parts in self._reductions.items():
+            for part in parts:
+                found[part.group] = found.get(part.group, 0.0) + sizes[label]
+        return {} if self.teams else found
+
+    @cached_property
     def _reductions(self) -> Mapping[str, list[Reduction]]:
         return {label: reductions(label, copies) for label, copies in self.holders.items()}
 

@@ -21,6 +21,7 @@ from graphpar.runtime.checkpoint import Part, Restored
 from graphpar.runtime.executor import StepResult
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.messages import Message, receive, send
+from graphpar.runtime.passes import Spent
 from graphpar.runtime.program import RankProgram, StepReport, encode
 from graphpar.runtime.weights import pickled_init
 from graphpar.runtime.workers import RankStart
@@ -100,6 +101,21 @@ class LocalWorkers:
         """Run a program once on every rank."""
         data = {"name": name, "number": number, "profile": profile}
         return [read_step(m) for m in self._ask([Message("step", data, i) for i in inputs])]
+
+    def install_passes(self, name: str, program: RankProgram, num_stages: int) -> None:
+        """Make ready to pass through all stages of a program's graph on every rank."""
+        data = {"name": name, "program": encode(program), "num_stages": num_stages}
+        self._ask([Message("install passes", data) for _ in self._processes])
+
+    def time_pass(self, name: str, inputs: Mapping[str, torch.Tensor], size: int) -> Spent:
+        """Seconds of every stage in a pass over them on the first rank."""
+        (reply, *_) = self._ask([Message("pass", {"name": name, "size": size}, inputs)])
+        return [(forward_s, backward_s) for forward_s, backward_s in reply.data["spent"]]
+
+    def time_update(self) -> float:
+        """Seconds of the optimiser's step on the first rank's gradients."""
+        (reply, *_) = self._ask([Message("update")])
+        return float(reply.data["seconds"])
 
     def read(self, labels: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor]]:
         """Tensors by label from every rank."""

@@ -26,6 +26,7 @@ from graphpar.runtime.checkpoint import Part, Restored, restore_optimizer, write
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
+from graphpar.runtime.passes import Passes, clock_of
 from graphpar.runtime.profiling import profiled
 from graphpar.runtime.program import Kernel, RankProgram, StepReport, WorkerSetup, encode
 from graphpar.runtime.scaling import LossScaler, is_finite
@@ -74,6 +75,7 @@ class Worker:
         self.transport = Transport(self.device, ranks, setup.groups, setup.links)
         self.pace = Pace(setup.slowdown, setup.threads)
         self.executors: dict[str, Executor] = {}
+        self.passes: dict[str, Passes] = {}
         self.lower_weights = LowerWeights()
         self.scaler = LossScaler() if setup.scales_loss else None
         self._grad_norm: float | None = None
@@ -132,6 +134,26 @@ class Worker:
             if report is not None:
                 return msgspec.structs.replace(report, rank=self.setup.rank)
         return None
+
+    def install_passes(self, name: str, program: RankProgram, num_stages: int) -> None:
+        """Make ready to pass through all stages of a program's graph, for their times."""
+        load_code(program.imports, program.operators)
+        self.passes[name] = Passes(program, num_stages, self.tensors, clock_of(self.setup.threads))
+
+    def time_update(self) -> float:
+        """Seconds of the optimiser's step, as a step of a job ends with it."""
+        clock = clock_of(self.setup.threads)
+        began_s = clock()
+        square = torch.zeros((), dtype=torch.float64)
+        if self.setup.max_grad_norm is not None:
+            for gradient in self._gradients(self.trained):
+                square += torch.linalg.vector_norm(gradient).cpu().double().square()
+            for gradient in self._gradients(self.trained):
+                gradient.mul_(1.0)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return clock() - began_s
 
     def read(self, labels: Iterable[str]) -> dict[str, torch.Tensor]:
         """Copies of tensors by label."""
@@ -317,6 +339,14 @@ def _answer(worker: Worker, command: Message) -> Message:
     if command.kind == "install":
         worker.install(data["name"], msgspec.convert(data["program"], RankProgram))
         return Message("ready")
+    if command.kind == "install passes":
+        program = msgspec.convert(data["program"], RankProgram)
+        worker.install_passes(data["name"], program, data["num_stages"])
+        return Message("ready")
+    if command.kind == "pass":
+        return Message("spent", {"spent": worker.passes[data["name"]].run(command.tensors, data["size"])})
+    if command.kind == "update":
+        return Message("seconds", {"seconds": worker.time_update()})
     if command.kind == "step":
         result = worker.step(data["name"], command.tensors, data["number"], data["profile"])
         return step_message(result)

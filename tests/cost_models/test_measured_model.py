@@ -7,7 +7,14 @@ import pytest
 from graphpar.calibration import Fingerprint
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, PricingOptions
-from graphpar.cost_models.measured import Measured, load_timings, measure_units, save_timings
+from graphpar.cost_models.measured import (
+    ModelTiming,
+    UnitTiming,
+    load_timing,
+    save_timing,
+    unit_hash,
+    with_timing,
+)
 from graphpar.cost_models.roofline import Roofline
 from graphpar.ir.chain import build_chain
 from graphpar.ir.text import parse_graph
@@ -25,17 +32,29 @@ GRAPH = parse_graph("""graph captured "Net" batch=4
 CHAIN = build_chain(GRAPH)
 
 
-def run(index: int, size: int) -> tuple[float, float]:
-    return (index + 1) * size * 1e-3, (index + 1) * size * 2e-3
+def timing(*sizes: int, optimizer_s: float = 0.0) -> ModelTiming:
+    """Unit number u takes u + 1 ms per sample forward, twice that backward."""
+    units = {
+        unit_hash(GRAPH, CHAIN, u): UnitTiming(
+            sizes,
+            tuple((u + 1) * n * 1e-3 for n in sizes),
+            tuple((u + 1) * n * 2e-3 for n in sizes),
+        )
+        for u in (0, 1)
+    }
+    return ModelTiming(units, (1.0, 1.25), 1e-3, optimizer_s)
 
 
-def price(model: Roofline | Measured) -> CostTable:
-    cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}, {"kind": "cpu", "slowdown": 2.0}]})
-    return model.price(GRAPH, CHAIN, cluster, PricingOptions(batch=8, training=True))
+CLUSTER = Cluster.from_dict({"devices": [{"kind": "cpu"}, {"kind": "cpu", "slowdown": 2.0}]})
+
+
+def priced(found: ModelTiming | None = None) -> CostTable:
+    table = Roofline().price(GRAPH, CHAIN, CLUSTER, PricingOptions(batch=8, training=True))
+    return table if found is None else with_timing(table, GRAPH, CHAIN, CLUSTER, found)
 
 
 def test_measured_sizes_are_exact_and_slowdown_applies() -> None:
-    table = price(Measured(Roofline(), measure_units(GRAPH, CHAIN, run, (2, 8))))
+    table = priced(timing(2, 8))
     for unit, factor in ((0, 1), (1, 2), (2, 2)):
         for size in (2, 8):
             assert table.forward_s(unit, 0, size) == pytest.approx(factor * size * 1e-3)
@@ -44,30 +63,23 @@ def test_measured_sizes_are_exact_and_slowdown_applies() -> None:
 
 
 def test_everything_but_time_is_the_roofline_s() -> None:
-    plain, table = price(Roofline()), price(Measured(Roofline(), {}))
+    plain, table = priced(), priced(ModelTiming({}, (), 1e-3))
     assert table == plain
 
 
-def test_equal_units_are_measured_once_and_known_sizes_not_again() -> None:
-    calls: list[tuple[int, int]] = []
-
-    def counted(index: int, size: int) -> tuple[float, float]:
-        calls.append((index, size))
-        return run(index, size)
-
-    timings = measure_units(GRAPH, CHAIN, counted, (1, 4))
-    assert sorted(calls) == [(0, 1), (0, 4), (1, 1), (1, 4)]
-    again = measure_units(GRAPH, CHAIN, counted, (4, 8), timings)
-    assert sorted(calls[4:]) == [(0, 8), (1, 8)]
-    assert all(timing.sizes == (1, 4, 8) for timing in again.values())
+def test_the_optimizer_is_divided_among_units_as_predicted() -> None:
+    plain, table = priced(), priced(timing(2, optimizer_s=0.3))
+    total_s = [sum(table.costs[kind].optimizer_s[k] for kind in table.units) for k in (0, 1)]
+    assert total_s == pytest.approx([0.3, 0.6])
+    ratios = {b.optimizer_s[0] / a.optimizer_s[0] for a, b in zip(plain.costs, table.costs, strict=True)}
+    assert max(ratios) == pytest.approx(min(ratios))
 
 
-def test_timings_are_kept_by_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timings_are_kept_by_machine_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mine, other = Fingerprint("a", 2, "2.13", 1), Fingerprint("b", 2, "2.13", 1)
-    timings = measure_units(GRAPH, CHAIN, run, (1,))
-    path = save_timings(mine, timings)
-    assert load_timings(mine) == timings
-    assert load_timings(other) == {}
+    path = save_timing(mine, "m", timing(1))
+    assert load_timing(mine, "m") == timing(1)
+    assert load_timing(other, "m") is None and load_timing(mine, "n") is None
     path.write_text("{")
-    assert load_timings(mine) == {}
+    assert load_timing(mine, "m") is None

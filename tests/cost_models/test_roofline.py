@@ -238,7 +238,7 @@ def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:
 def test_calibration_file_round_trips_and_refuses_damage(tmp_path: Path) -> None:
     path = calibration().save(tmp_path / "sub" / "c.json")
     assert Calibration.load(path) == calibration()
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 0'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 0'))
     with pytest.raises(GraphparError, match="format 0"):
         Calibration.load(path)
     path.write_text("{")

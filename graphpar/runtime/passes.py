@@ -1,0 +1,128 @@
+"""Passes over a model's stages in one process, timed stage by stage: what a profile is made of."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from graphpar.ir.text import parse_graph
+from graphpar.runtime.lower import Message, StageBuilder
+from graphpar.runtime.program import RankProgram
+from graphpar.runtime.random import StepContext
+
+Spent = list[tuple[float, float]]
+"""Forward and backward seconds of every stage of a pass."""
+
+
+class Passes:
+    """Runs all stages of a lowered graph one after another, forward and back, for one microbatch.
+
+    Args:
+        program: A rank's program; of it the graph, and whether it trains.
+        num_stages: Stages of that graph.
+        tensors: Parameters, buffers and constants by label.
+        clock: Tells the time.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        num_stages: int,
+        tensors: Mapping[str, torch.Tensor],
+        clock: Callable[[], float],
+    ) -> None:
+        graph, cpu = parse_graph(program.graph), torch.device("cpu")
+        self._context = StepContext()
+        self._training = program.training
+        self._clock = clock
+        self._builders = [
+            StageBuilder(graph, stage, tensors, cpu, self._context) for stage in range(num_stages)
+        ]
+
+    def run(self, inputs: Mapping[str, torch.Tensor], size: int) -> Spent:
+        """Seconds of every stage; gradients are added to those at hand."""
+        context = self._context
+        context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
+        with torch.set_grad_enabled(self._training):
+            running = _Pass(self._clock, inputs, size)
+            for builder in self._builders:
+                running.forward(builder)
+            if self._training:
+                for number in reversed(range(len(self._builders))):
+                    running.backward(number)
+        backward_s = running.backward_s or [0.0] * len(self._builders)
+        return list(zip(running.forward_s, backward_s, strict=True))
+
+
+@dataclass
+class _Ran:
+    """What a stage's forward leaves for its backward."""
+
+    builder: StageBuilder
+    received: dict[int, torch.Tensor]
+    sent: dict[int, torch.Tensor]
+    loss: torch.Tensor | None
+
+
+@dataclass
+class _Pass:
+    """One microbatch on its way through the stages and back."""
+
+    clock: Callable[[], float]
+    inputs: Mapping[str, torch.Tensor]
+    size: int
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[int, torch.Tensor] = field(default_factory=dict)
+    ran: list[_Ran] = field(default_factory=list)
+    forward_s: list[float] = field(default_factory=list)
+    backward_s: list[float] = field(default_factory=list)
+
+    def forward(self, builder: StageBuilder) -> None:
+        """Run the next stage on what earlier ones sent."""
+        face = builder.interface
+        module = builder.module(self.size, self.size)
+        received = {m.tag: _detached(self.values.pop(m.tag), m) for m in face.receives}
+        given = [self.inputs[label] for label in face.inputs]
+        began_s = self.clock()
+        sends, results = module(*given, *received.values())
+        self.forward_s.append(self.clock() - began_s)
+        sent = {m.tag: value for m, value in zip(face.sends, sends, strict=True)}
+        self.values.update(sent)
+        self.ran.append(_Ran(builder, received, sent, results[0] if results else None))
+
+    def backward(self, number: int) -> None:
+        """Run a stage backward from the gradients that later ones left."""
+        ran = self.ran[number]
+        began_s = self.clock()
+        roots = self._roots(ran)
+        if roots:
+            torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
+        self.backward_s.insert(0, self.clock() - began_s)
+        grads = ((tag, value.grad) for tag, value in ran.received.items())
+        self.gradients.update({tag: grad for tag, grad in grads if grad is not None})
+        ran.received, ran.sent, ran.loss = {}, {}, None
+
+    def _roots(self, ran: _Ran) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Where backward starts, each tensor once with the sum of what came back for it."""
+        roots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for message in ran.builder.interface.sends:
+            value = ran.sent[message.tag]
+            gradient = self.gradients.pop(message.tag, None)
+            if gradient is not None and value.requires_grad:
+                before = roots.get(id(value))
+                roots[id(value)] = (value, gradient if before is None else before[1] + gradient)
+        if ran.loss is not None and ran.loss.requires_grad:
+            roots[id(ran.loss)] = (ran.loss, torch.ones_like(ran.loss))
+        return list(roots.values())
+
+
+def _detached(value: torch.Tensor, message: Message) -> torch.Tensor:
+    """The value as if it had come from another process."""
+    own = value.detach()
+    return own.requires_grad_() if message.has_gradient and torch.is_grad_enabled() else own
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """The processor time of one thread, which others disturb little; of several the time that passes."""
+    return time.thread_time if threads == 1 else time.perf_counter

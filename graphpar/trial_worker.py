@@ -1,0 +1,163 @@
+"""A worker that has a whole model to itself: to be timed, or to keep a core busy as others of a job will.
+
+It is started, set up and fed as the workers of a job are, so that what is measured there holds for them:
+the same allocator, the same tensors, the same optimiser.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+
+from graphpar.cluster import Cluster
+from graphpar.errors import RunError
+from graphpar.partition.types import Partition, Replica, StageChoice
+from graphpar.preparation import Prepared, lower
+from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.local import LocalWorkers
+from graphpar.runtime.passes import Spent
+from graphpar.runtime.prologue import Prologue
+from graphpar.runtime.reference import whole_on_one_device
+from graphpar.runtime.starts import rank_starts
+from graphpar.runtime.weights import Weights
+from graphpar.training import Training
+
+WHOLE, BY_UNIT = "whole", "by unit"
+
+
+@dataclass
+class TrialModel:
+    """A captured model with what its workers need.
+
+    Args:
+        model: The user's model, with its weights; they are copied.
+        prepared: The captured model.
+        args: Positional arguments of the example batch.
+        kwargs: Keyword arguments of it.
+        train: How it is trained; None to run forwards alone.
+        threads: Threads of a worker.
+    """
+
+    model: nn.Module
+    prepared: Prepared
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    train: Training | None
+    threads: int = 1
+    _tensors: dict[str, torch.Tensor] = field(init=False)
+    _inputs: Mapping[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        captured = self.prepared.captured
+        named = dict(self.model.named_buffers(remove_duplicate=False))
+        named.update(self.model.named_parameters(remove_duplicate=False))
+        self._tensors = {**captured.constants, **{name: t.detach() for name, t in named.items()}}
+        inputs = captured.signature.bind(self.args, self.kwargs)
+        prologue = Prologue.of(self.prepared.graph, self._tensors)
+        if prologue is not None:
+            inputs = {**inputs, **prologue.run(inputs, self.prepared.graph.batch)}
+        self._inputs = inputs
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator["TrialWorker"]:
+        """A worker of its own beside the body; it is gone afterwards.
+
+        Raises:
+            RunError: It could not be started.
+        """
+        device = {"kind": "cpu", "threads": self.threads}
+        cluster = Cluster.from_dict({"devices": [device]})
+        whole = self._lowered(_alone(self.prepared))
+        starts = rank_starts(cluster, self.train, whole, Weights(self._tensors))
+        optimizer = bytes(cloudpickle.dumps(self.train.optimizer)) if self.train else b""
+        workers = LocalWorkers(starts, whole.trained, optimizer)
+        with contextlib.closing(workers):
+            units = self._lowered(_unit_by_unit(_alone(self.prepared)))
+            (program,) = whole.programs(whole.schedule(1), 1)
+            divided = units.programs(units.schedule(1), 1)[0]
+            workers.install_passes(WHOLE, program, 1)
+            workers.install_passes(BY_UNIT, divided, len(units.placements))
+            yield TrialWorker(workers, self)
+
+    def _lowered(self, chosen: Partition) -> Lowered:
+        return lower(self.prepared.graph, chosen, self.train is not None)
+
+    def inputs(self, size: int) -> dict[str, torch.Tensor]:
+        """The example batch's first samples."""
+        batched = self.prepared.captured.signature.batched
+        return {name: t[:size] if name in batched else t for name, t in self._inputs.items()}
+
+    @contextlib.contextmanager
+    def twins(self, slowdowns: Sequence[float], size: int) -> Iterator[list[int]]:
+        """Workers that pass through the model over and over beside the body; their process numbers.
+
+        There is one for each of `slowdowns`, so many times slower than it is by waiting.
+
+        Raises:
+            RunError: They could not be started.
+        """
+        over = threading.Event()
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(self.worker()) for _ in slowdowns]
+            threads = [
+                threading.Thread(target=worker.repeat, args=(size, slowdown, over), daemon=True)
+                for worker, slowdown in zip(workers, slowdowns, strict=True)
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                yield [pid for worker in workers for pid in worker.workers.pids]
+            finally:
+                over.set()
+                for thread in threads:
+                    thread.join()
+
+
+@dataclass(frozen=True)
+class TrialWorker:
+    """One worker with the whole model."""
+
+    workers: LocalWorkers
+    model: TrialModel
+
+    def whole(self, size: int) -> tuple[float, float]:
+        """Forward and backward seconds of the model for one microbatch."""
+        return self._passed(WHOLE, size)[0]
+
+    def by_unit(self, size: int) -> Spent:
+        """Forward and backward seconds of every unit of the chain, in one pass over all of them."""
+        return self._passed(BY_UNIT, size)
+
+    def update(self) -> float:
+        """Seconds of the optimiser on the gradients at hand, which are gone afterwards."""
+        return self.workers.time_update()
+
+    def _passed(self, name: str, size: int) -> Spent:
+        return self.workers.time_pass(name, self.model.inputs(size), size)
+
+    def repeat(self, size: int, slowdown: float, over: threading.Event) -> None:
+        """Pass through the model, with pauses, until it is over or the worker is gone."""
+        with contextlib.suppress(RunError):
+            while not over.is_set():
+                over.wait((slowdown - 1) * sum(self.whole(size)))
+
+
+def _alone(prepared: Prepared) -> Partition:
+    alone = whole_on_one_device(prepared.graph)
+    (pipeline,) = alone.pipelines
+    (stage,) = pipeline.stages
+    stage = replace(stage, replicas=(Replica("local/0", 1),))
+    return replace(alone, pipelines=(replace(pipeline, stages=(stage,)),))
+
+
+def _unit_by_unit(alone: Partition) -> Partition:
+    """The same with a stage for every unit."""
+    (pipeline,) = alone.pipelines
+    units = pipeline.stages[-1].last
+    stages = tuple(StageChoice(u, u + 1, (Replica(f"local/{u}", 1),)) for u in range(units))
+    return replace(alone, pipelines=(replace(pipeline, stages=stages),))
