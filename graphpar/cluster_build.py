@@ -58,7 +58,7 @@ def _device(group: DeviceSpec, node: str, at: str, num_local_cpus: int) -> Devic
     if memory_bytes is None:
         memory_bytes = kind.memory_bytes
         if key == LOCAL_KIND:
-            memory_bytes = _system_memory_bytes(kind.memory_bytes) / max(num_local_cpus, 1)
+            memory_bytes = system_memory_bytes(kind.memory_bytes) / max(num_local_cpus, 1)
     threads = group.threads if kind.is_cpu else 1
     scale = threads if key == LOCAL_KIND else 1
     return Device(
@@ -168,7 +168,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _system_memory_bytes(otherwise: float) -> float:
+def system_memory_bytes(otherwise: float) -> float:
     """Main memory, or the container's limit when that is smaller."""
     try:
         total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -10,6 +10,7 @@
 
 import contextlib
 import importlib
+import math
 import os
 import sys
 import traceback
@@ -21,7 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpar.cluster_build import system_memory_bytes
 from graphpar.hf_models import build_hf_model, hf_inputs, is_hf_model
+from graphpar.units import format_bytes
 
 _FORMS = "give package.module:factory, hf:NAME, or a file that ends in .pt2"
 
@@ -60,11 +63,27 @@ def load_model(spec: str, *, batch_size: int, seq_len: int, train: bool, weights
 
 
 def _load_hf(spec: str, batch_size: int, seq_len: int, train: bool, weights: bool) -> LoadedModel:
+    if weights:
+        _check_weights_fit(spec, seq_len)
     with contextlib.nullcontext() if weights else torch.device("meta"):
         model = build_hf_model(spec.removeprefix("hf:"), seq_len)
         model.train(train)
         kwargs = hf_inputs(model, batch_size, seq_len, train)
     return LoadedModel(spec, model, kwargs=kwargs)
+
+
+def _check_weights_fit(spec: str, seq_len: int) -> None:
+    """Refuse before the system ends the process without a word."""
+    with torch.device("meta"):
+        model = build_hf_model(spec.removeprefix("hf:"), seq_len)
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    have = system_memory_bytes(math.inf)
+    if need > have:
+        raise ValueError(
+            f"{spec} has {format_bytes(need)} of weights, more than this machine's memory of "
+            f"{format_bytes(have)}; graphpar plan needs no weights, and graphpar.compile(weights=...) "
+            "lets each rank read its own, nobody the whole model"
+        )
 
 
 def _load_factory(

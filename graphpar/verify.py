@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -91,6 +91,7 @@ def verify(
     precision_budget: float = PRECISION_BUDGET,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
+    tensor: int | Literal["auto"] = 1,
 ) -> VerifyReport:
     """Run the same steps on the cluster and on one device, and compare.
 
@@ -106,6 +107,7 @@ def verify(
         precision_budget: See `graphpar.compile`.
         time_limit_s: See `graphpar.compile`.
         gap: See `graphpar.compile`.
+        tensor: See `graphpar.compile`.
     """
     kwargs = dict(kwargs or {})
     where = as_cluster(cluster)
@@ -114,7 +116,7 @@ def verify(
         plan = plan_prepared(
             prepared, where, train=train, precision=precision, calibration=None,
             time_limit_s=time_limit_s, gap=gap, precision_budget=precision_budget,
-            example=Example(model, args, kwargs),
+            example=Example(model, args, kwargs), tensor=tensor,
         )  # fmt: skip
 
     def job(training: Training | None) -> CompiledModel:

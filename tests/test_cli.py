@@ -115,6 +115,11 @@ def test_diff(plan_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["show", "a", "--nope"], "No such option"),
         (["--nope"], "No such option"),
         (["show", "nothing.json"], "plan file nothing.json: cannot be read"),
+        (
+            ["plan", "hf:gpt2", "--cluster", "c", "--tensor", "wide"],
+            "'wide' is neither a number nor auto",
+        ),
+        (["plan", "hf:gpt2", "--cluster", "c", "--tensor", "0"], "0 is not in the range x>=1"),
     ],
 )
 def test_wrong_usage_exits_with_2(

@@ -206,3 +206,13 @@ def test_hf_models_with_weights_run() -> None:
 def test_presets_are_model_types_of_transformers() -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     assert {kind for kind, _ in PRESETS.values()} <= set(transformers.CONFIG_MAPPING)
+
+
+def test_weights_that_do_not_fit_this_machine_are_refused_before_they_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("graphpar.model_spec.system_memory_bytes", lambda otherwise: 4e8)
+    with pytest.raises(
+        ValueError, match=r"418 MiB of weights, more than .* memory of 381 MiB; graphpar plan"
+    ):
+        load_model("hf:bert-base", batch_size=2, seq_len=8, train=True, weights=True)

@@ -64,8 +64,23 @@ def input_options(command: _Command) -> _Command:
     return command
 
 
+class _TensorWidth(click.ParamType[Any]):
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto":
+            return "auto"
+        try:
+            width = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+        if width < 1:
+            self.fail(f"{width} is not in the range x>=1", param, ctx)
+        return width
+
+
 def planning_options(command: _Command) -> _Command:
-    """How the plan is made."""
+    """How the plan is made; the command takes these as `**planning`, named as in `graphpar.compile`."""
     for option in (
         click.option(
             "--precision",
@@ -80,6 +95,13 @@ def planning_options(command: _Command) -> _Command:
             show_default=True,
             type=click.FloatRange(min=0),
             help="Largest relative error of result and gradient under --precision auto.",
+        ),
+        click.option(
+            "--tensor",
+            default=1,
+            show_default=True,
+            type=_TensorWidth(),
+            help="Most devices of a node that may share every layer of a stage.",
         ),
         click.option(
             "--gap",

@@ -1,6 +1,7 @@
 """`graphpar plan MODEL --cluster FILE`."""
 
 import json
+from typing import Any
 
 import click
 
@@ -41,11 +42,8 @@ def command(
     batch_size: int,
     seq_len: int,
     train: bool,
-    time_limit_s: float,
-    gap: float,
-    precision: str,
-    precision_budget: float,
     as_json: bool,
+    **planning: Any,
 ) -> None:
     """Plan a model on a cluster.
 
@@ -64,10 +62,7 @@ def command(
             cluster,
             train=training,
             calibration=None,
-            precision=precision,
-            precision_budget=precision_budget,
-            time_limit_s=time_limit_s,
-            gap=gap,
+            **planning,
             explain_s=EXPLAIN_S,
         )
         if output is not None:

@@ -55,13 +55,10 @@ def command(
     batch_size: int,
     seq_len: int,
     train: bool,
-    time_limit_s: float,
-    gap: float,
-    precision: str,
-    precision_budget: float,
     picture: str | None,
     profile: bool,
     as_json: bool,
+    **planning: Any,
 ) -> None:
     """Run a model on a cluster for some steps.
 
@@ -84,10 +81,7 @@ def command(
             loaded.kwargs,
             train=default_training() if train else None,
             plan=plan,
-            precision=precision,
-            precision_budget=precision_budget,
-            time_limit_s=time_limit_s,
-            gap=gap,
+            **planning,
         ) as job:
             try:
                 result = _run_steps(job, loaded, steps, batch_size, train, profile)

@@ -1,5 +1,7 @@
 """`graphpar verify MODEL --cluster FILE`."""
 
+from typing import Any
+
 import click
 
 from graphpar.cluster import Cluster
@@ -35,11 +37,8 @@ def command(
     batch_size: int,
     seq_len: int,
     train: bool,
-    time_limit_s: float,
-    gap: float,
-    precision: str,
-    precision_budget: float,
     as_json: bool,
+    **planning: Any,
 ) -> None:
     """Compare a parallel run with one device.
 
@@ -56,10 +55,7 @@ def command(
             train=default_training() if train else None,
             plan=load_plan(plan_file, train=train),
             steps=steps,
-            precision=precision,
-            precision_budget=precision_budget,
-            time_limit_s=time_limit_s,
-            gap=gap,
+            **planning,
         )
     if as_json:
         print_json(report)
