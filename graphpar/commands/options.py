@@ -64,19 +64,16 @@ def input_options(command: _Command) -> _Command:
     return command
 
 
-class _TensorWidth(click.ParamType[Any]):
-    name = "N|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto":
-            return "auto"
-        try:
-            width = int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
-        if width < 1:
-            self.fail(f"{width} is not in the range x>=1", param, ctx)
-        return width
+def _width(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    try:
+        width = int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
+    if width < 1:
+        raise click.BadParameter(f"{width} is not in the range x>=1")
+    return width
 
 
 def planning_options(command: _Command) -> _Command:
@@ -98,9 +95,10 @@ def planning_options(command: _Command) -> _Command:
         ),
         click.option(
             "--tensor",
-            default=1,
+            default="1",
             show_default=True,
-            type=_TensorWidth(),
+            metavar="N|auto",
+            callback=_width,
             help="Most devices of a node that may share every layer of a stage.",
         ),
         click.option(
