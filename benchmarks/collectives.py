@@ -15,7 +15,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import published_devices
 import yaml
+from published_clean import number
 from published_devices import device_of
 from scipy.optimize import least_squares
 
@@ -90,7 +92,7 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         result = score(row)
         if isinstance(result, str):
-            skipped.append({"id": row["id"], "why": result})
+            skipped.append({"id": str(row.get("id")), "why": result})
         else:
             scored.append(result)
     sets: dict[str, list[float]] = {}
@@ -105,44 +107,54 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+OPERATIONS: dict[str, CollectiveName] = {
+    "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter",
+    "alltoall": "all_to_all", "broadcast": "broadcast", "reduce": "broadcast", "send": "send",
+    "sendrecv": "send", "sendreceive": "send", "p2p": "send",
+}  # fmt: skip
+"""Operations by their names without punctuation; a reduce moves what a broadcast does."""
+
+
 def score(row: dict[str, Any]) -> dict[str, Any] | str:
     """One row's prediction and error, or why it cannot be scored."""
+    found = sample(row)
+    if isinstance(found, str):
+        return found
+    predicted_s = found.predicted_s(PROTOCOLS)
+    return {
+        "id": row.get("id"),
+        "set": f"{row['gpu']} {found.name} n={found.group.ranks}",
+        "size_bytes": found.num_bytes,
+        "measured_s": found.seconds,
+        "predicted_s": predicted_s,
+        "error_pct": 100 * (predicted_s / found.seconds - 1),
+    }
+
+
+def sample(row: dict[str, Any]) -> Sample | str:
+    """What a row measured, or why it cannot be scored."""
     if row.get("reliability") == "C":
         return "reliability C"
-    name: CollectiveName = row["op"].replace("-", "_")
-    size = row.get("size_bytes") or LARGE_BYTES
-    ranks = row["n_gpus"]
-    measured_s = _measured_s(row, name, size, ranks)
-    if measured_s is None:
-        return "no time or bandwidth"
-    if str(row.get("gpu") or "not stated") == "not stated":
+    name = OPERATIONS.get(re.sub(r"[^a-z0-9]", "", str(row.get("op")).lower()))
+    if name is None:
+        return "unknown operation"
+    gpu = str(row.get("gpu") or "not stated")
+    if gpu == "not stated":
         return "no device"
-    group = group_of(row)
-    predicted_s = collective_s(name, size, group, str(row.get("algo") or ""))
-    return {
-        "id": row["id"],
-        "set": f"{row['gpu']} {name} n={ranks}",
-        "size_bytes": size,
-        "measured_s": measured_s,
-        "predicted_s": predicted_s,
-        "error_pct": 100 * (predicted_s / measured_s - 1),
-    }
+    ranks = round(number(row.get("n_gpus")) or 0)
+    if ranks < 2:
+        return "fewer than two ranks"
+    size = number(row.get("size_bytes")) or LARGE_BYTES
+    seconds = _measured_s(row, name, size, ranks)
+    if seconds is None:
+        return "no time or bandwidth"
+    kind = device_of(SHORT_NAMES.get(gpu, gpu))[0]
+    return Sample(kind, name, size, group_of(row, ranks), str(row.get("algo") or ""), seconds)
 
 
 def samples(rows: list[dict[str, Any]]) -> list[Sample]:
     """Scoreable rows with what the model needs of them."""
-    found = []
-    for row in rows:
-        if isinstance(score(row), str):
-            continue
-        name: CollectiveName = row["op"].replace("-", "_")
-        size = row.get("size_bytes") or LARGE_BYTES
-        seconds = _measured_s(row, name, size, row["n_gpus"])
-        assert seconds is not None
-        gpu = SHORT_NAMES.get(row["gpu"], row["gpu"])
-        kind = device_of(gpu)[0]
-        found.append(Sample(kind, name, size, group_of(row), str(row.get("algo") or ""), seconds))
-    return found
+    return [found for found in map(sample, rows) if isinstance(found, Sample)]
 
 
 def fit(rows: list[Sample]) -> Protocols:
@@ -183,47 +195,49 @@ def median_error(rows: list[Sample], p: Protocols) -> float:
 
 def _measured_s(row: dict[str, Any], name: CollectiveName, size: float, ranks: int) -> float | None:
     for key in ("time_us", "time_us_derived"):
-        if row.get(key):
-            return float(row[key]) * 1e-6
-    if row.get("busbw_GBps"):
-        return size * bus_factor(name, ranks) / (float(row["busbw_GBps"]) * 1e9)
+        if (microseconds := number(row.get(key))) and microseconds > 0:
+            return microseconds * 1e-6
+    for key, factor in (("busbw_GBps", bus_factor(name, ranks)), ("algbw_GBps", 1.0)):
+        if (rate := number(row.get(key))) and rate > 0:
+            return size * factor / (rate * 1e9)
     return None
 
 
-def group_of(row: dict[str, Any]) -> Group:
+def group_of(row: dict[str, Any], ranks: int) -> Group:
     """The group of ranks a row describes."""
-    gpu = SHORT_NAMES.get(row["gpu"], row["gpu"])
-    device = catalogue.devices()[device_of(gpu)[0]]
+    gpu = SHORT_NAMES.get(str(row["gpu"]), str(row["gpu"]))
+    kind = device_of(gpu)[0]
     intra = str(row.get("intra") or "").lower()
-    link = device.link
+    # A row without nodes lies in as few as its devices usually come in.
+    nodes = round(number(row.get("nodes")) or 0) or math.ceil(ranks / DEVICES_PER_NODE.get(kind, 8))
+    link = catalogue.devices()[kind].link
     if "pcie" in intra:
         link = next((k for k in ("pcie3", "pcie4", "pcie5") if k[-1] in intra), "pcie4")
-    elif device.link.endswith("-bridge") and "bridge" not in intra and row["n_gpus"] > 2:
+    elif "nvswitch" in intra and link == "nvlink2":
+        link = "nvlink2-nvswitch"
+    elif link.endswith("-bridge") and "bridge" not in intra and ranks > 2:
         link = "pcie4"
     patched = "p2p" in intra
     # GeForce cards since Turing reach each other's memory over NVLink only.
     gaming = re.match(r"(NVIDIA )?(GEFORCE )?(RTX)?[ -]?[2-5]0[5-9]0", gpu.upper()) is not None
-    nodes = row.get("nodes") or 1
+    per_node = math.ceil(ranks / min(nodes, ranks))
     return Group(
-        ranks=row["n_gpus"],
+        ranks=ranks,
         link=link,
-        nodes=nodes,
-        network=network_of(str(row.get("inter") or "")) if nodes > 1 else None,
+        nodes=min(nodes, ranks),
+        network=network_of(str(row.get("inter") or ""), kind, per_node) if nodes > 1 else None,
         peer_access=patched or not gaming,
     )
 
 
-def network_of(text: str) -> Network:
-    """A node's network from words such as "8x200Gb/s HDR IB per node" or "400Gb/s RDMA per GPU"."""
-    match = re.search(r"(?:(\d+)\s*x\s*)?(?:.*?)(\d+)\s*Gb", text)
-    if match is None:
-        return Network(400e9)  # eight ports of 400 Gbit/s, the usual build of recent GPU nodes
-    cards = int(match.group(1) or 1)
-    if "per GPU" in text:
-        cards = 8
-    if re.search(r"1 of \d", text):
-        cards = 1
-    return Network(cards * int(match.group(2)) * 1e9 / 8)
+DEVICES_PER_NODE = {"gb200": 72, "gb300": 72}
+
+
+def network_of(text: str, kind: str, per_node: int) -> Network:
+    """A node's network; of several cards only those that a row says were used."""
+    used = re.search(r"(\d+) of (\d+)\s*x", text)
+    words = text.replace(used[0], f"{used[1]}x") if used else text
+    return published_devices.network_of(words, kind, per_node)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 """Collectives: against published measurements, and laws that any sane model obeys."""
 
+from collections.abc import Iterator
+from itertools import permutations
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from graphpar.cost_models.communication import (
+    CUBE_MESH_LINKS,
     CollectiveName,
     Group,
     Network,
@@ -71,3 +77,35 @@ def test_groups_that_share_the_network_slow_each_other_down(size: float, sharing
 def test_one_rank_needs_no_collective() -> None:
     assert collective_s("all_reduce", 1e9, Group(1, "nvlink3")) == 0
     assert bus_factor("all_reduce", 2) == 1
+
+
+CUBE_MESH = {
+    (0, 1): 1, (0, 2): 1, (0, 3): 2, (0, 4): 2, (1, 2): 2, (1, 3): 1, (1, 5): 2, (2, 3): 2,
+    (2, 6): 1, (3, 7): 1, (4, 5): 1, (4, 6): 1, (4, 7): 2, (5, 6): 2, (5, 7): 1, (6, 7): 2,
+}  # fmt: skip
+"""Lines between the eight V100 of a hybrid cube mesh, six at each."""
+
+
+def rings(count: int) -> Iterator[list[tuple[int, int]]]:
+    """Directed steps of every ring over the first devices that follows lines only."""
+    for rest in permutations(range(1, count)):
+        steps = list(zip((0, *rest), (*rest, 0), strict=True))
+        if all((min(s), max(s)) in CUBE_MESH for s in steps):
+            yield steps
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 7, 8])
+def test_a_cube_mesh_holds_as_many_rings_as_assumed(count: int) -> None:
+    steps = [(a, b) for pair in CUBE_MESH for a, b in (pair, pair[::-1])]
+    found = list(rings(count))
+    uses = np.array([[float(step in ring) for ring in found] for step in steps])
+    lines = [CUBE_MESH[min(s), max(s)] for s in steps]
+    most = linprog(-np.ones(len(found)), A_ub=uses, b_ub=lines)
+    assert -most.fun == pytest.approx(CUBE_MESH_LINKS[count])
+
+
+def test_an_all_to_all_over_nodes_leaves_through_every_device_s_share_of_the_network() -> None:
+    group = Group(16, "nvlink4", nodes=2, network=Network(400e9, efficiency=1.0))
+    taken_s = collective_s("all_to_all", 1e9, group)
+    # Eight devices send half of a gigabyte each to the other node.
+    assert taken_s == pytest.approx(8 * 0.5e9 / 400e9, rel=0.05)

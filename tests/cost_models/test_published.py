@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import collectives  # noqa: E402 - benchmarks are no package
 from published import compare, score  # noqa: E402 - benchmarks are no package
 from published_clean import cleaned  # noqa: E402
 from published_devices import device_of, network_of  # noqa: E402
@@ -136,3 +137,28 @@ def test_unknown_devices_have_a_stand_in_with_their_own_memory() -> None:
 )
 def test_networks_are_read_from_words(words: str, gigabytes_per_s: float) -> None:
     assert network_of(words, "a100-sxm-80gb", 8).node_bytes_per_s == gigabytes_per_s * 1e9
+
+
+COLLECTIVE = {
+    "id": "c", "op": "all-reduce", "gpu": "H100-SXM", "n_gpus": 16, "size_bytes": 2**30,
+    "busbw_GBps": 200.0,
+}  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([*COLLECTIVE, "nodes", "intra", "inter"]), st.sampled_from(ODD)))
+)
+def test_odd_collectives_are_scored_or_refused_with_a_reason(changes: list[tuple[str, Any]]) -> None:
+    result = collectives.score({**COLLECTIVE, **dict(changes)})
+    if isinstance(result, dict):
+        assert math.isfinite(result["predicted_s"])
+        assert result["predicted_s"] > 0
+    else:
+        assert result
+
+
+@pytest.mark.parametrize(
+    "name", ["allreduce", "All-Gather", "reduce_scatter", "alltoall", "sendrecv", "reduce"]
+)
+def test_collectives_are_known_by_their_usual_names(name: str) -> None:
+    assert isinstance(collectives.score({**COLLECTIVE, "op": name}), dict)
