@@ -189,7 +189,14 @@ def _plan(prepared: Prepared, workers: int, train: Training | None) -> tuple[Clu
     """The planner's own plan where it uses all workers in a line, else a split over all of them."""
     cluster = Cluster.local(slowdowns=SLOWDOWNS[:workers])
     plan = plan_prepared(
-        prepared, cluster, train=train, precision="float32", calibration=None, time_limit_s=10.0, gap=0.05
+        prepared,
+        cluster,
+        train=train,
+        precision="float32",
+        calibration=None,
+        time_limit_s=5.0,
+        gap=0.05,
+        explain_s=0.0,
     )
     pipelines = plan.partition.pipelines
     if len(pipelines) == 1 and len(pipelines[0].stages) == workers:

@@ -1,22 +1,45 @@
 """A tiny model of any transformers architecture, with inputs that it accepts."""
 
 import contextlib
+import functools
 import io
-from collections.abc import Iterator
+import itertools
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny_configs import FIRST_WORD, LAST_WORD, STYLES, tiny_config, with_dropout, without_randomness
+from tiny_configs import (
+    FIRST_WORD,
+    LAST_WORD,
+    STYLES,
+    Style,
+    tiny_config,
+    with_dropout,
+    without_cache,
+    without_randomness,
+)
+from tiny_search import Search
 from torch import nn
 
 from graphpar.frontend.torch_private import flatten
 from graphpar.hf_architectures import Architecture, find_architecture, head_classes
 from graphpar.hf_inputs import Wanted, candidate_inputs
+from graphpar.hf_repair import with_repairs
 
 BATCH, LENGTH = 4, 10
 MAX_PARAMETERS = 70_000_000
 """A model larger than this is not tiny; the next style of scaling is tried."""
+ATTEMPT_S = 10.0
+"""Processor time for one attempt to build a model or to run it."""
+_NO_VALUES = re.compile(
+    r"meta tensor|Cannot copy out of meta|item\(\)|meta device|data.dependent", re.IGNORECASE
+)
+SAME = 4
+"""After so many equal refusals of inputs the next configuration is tried."""
 WANTED = Wanted(BATCH, LENGTH, words=(FIRST_WORD, LAST_WORD))
 
 
@@ -65,37 +88,142 @@ def build_tiny(name: str) -> Built:
     """
     architecture = find_architecture(name)
     tried: list[str] = []
-    for number, style in enumerate(STYLES):
+    makers: list[Callable[[Architecture], Any]] = [functools.partial(_scaled, style=s) for s in STYLES]
+    for number, make in enumerate([*makers, _found]):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                config = without_randomness(tiny_config(architecture.config_class, style))
+                config = without_randomness(make(architecture))
         except Exception as error:
             tried.append(f"style {number}: {_short(error)}")
             continue
-        for model in _models(architecture, config, tried):
-            for kwargs in candidate_inputs(model, WANTED):
-                try:
-                    loss = _runs(model, kwargs)
-                except Exception as error:
-                    tried.append(f"{type(model).__name__}, style {number}: {_short(error)}")
-                    continue
-                return Built(architecture.name, model.train(), config, kwargs, loss, number, tried)
+        built = _tried(architecture, config, number, tried)
+        if built is not None:
+            return built
+    reasons = Counter(tried).most_common(3)
     raise NoTinyModelError(
-        "; ".join(dict.fromkeys([*tried[:4], *tried[-2:]])) or "no model class has this configuration"
+        "; ".join([*(reason for reason, _ in reasons), *tried[-1:]])
+        or "no model class has this configuration"
     )
+
+
+def _scaled(architecture: Architecture, style: Style) -> Any:
+    return tiny_config(architecture.config_class, style)
+
+
+def _found(architecture: Architecture) -> Any:
+    """A configuration found by trying.
+
+    Raises:
+        NoTinyModelError: Not even the default one runs.
+    """
+    known: list[Any] = []
+
+    def size_of(config: Any) -> int | None:
+        without_randomness(without_cache(config))
+        for made in known or head_classes(
+            architecture, bool(getattr(config, "is_encoder_decoder", False))
+        ):
+            size = _size_if_it_runs(made, config)
+            if size is not None:
+                known[:] = [made]
+                return size
+        return None
+
+    config = Search(architecture.config_class, size_of).run()
+    if config is None:
+        raise NoTinyModelError("not even the default configuration with fewer layers runs")
+    return without_cache(config)
+
+
+def _size_if_it_runs(made: Any, config: Any) -> int | None:
+    """Numbers in a model and its inputs, if it runs forward on the meta device, or else on the CPU."""
+    try:
+        with at_most(ATTEMPT_S), torch.device("meta"):
+            model = made(config)
+    except Exception:
+        return None
+    parameters = int(sum(p.numel() for p in model.parameters()))
+    asks = False
+    for candidate in candidate_inputs(model, WANTED):
+        try:
+            with at_most(ATTEMPT_S), torch.no_grad():
+                kwargs, _ = with_repairs(candidate, lambda kwargs: model(**kwargs))
+        except Exception as error:
+            asks = asks or _NO_VALUES.search(str(error)) is not None
+            continue
+        return parameters + _numbers_in(kwargs)
+    if not asks or parameters > MAX_PARAMETERS:
+        return None
+    try:
+        with at_most(ATTEMPT_S):
+            model = made(config)
+    except Exception:
+        return None
+    for candidate in itertools.islice(candidate_inputs(model, WANTED), 6):
+        try:
+            with at_most(ATTEMPT_S), torch.no_grad():
+                kwargs, _ = with_repairs(candidate, lambda kwargs: model(**kwargs))
+        except Exception:
+            continue
+        return parameters + _numbers_in(kwargs)
+    return None
+
+
+def _numbers_in(kwargs: dict[str, Any]) -> int:
+    return sum(v.numel() for v in kwargs.values() if isinstance(v, torch.Tensor))
+
+
+def _tried(architecture: Architecture, config: Any, number: int, tried: list[str]) -> Built | None:
+    """The first model class that runs with a configuration, and inputs with which it does."""
+    for model in _models(architecture, config, tried):
+        said: Counter[str] = Counter()
+        for candidate in candidate_inputs(model, WANTED):
+            try:
+                with at_most(ATTEMPT_S):
+                    kwargs, loss = with_repairs(candidate, functools.partial(_runs, model))
+            except Exception as error:
+                tried.append(f"{type(model).__name__}: {_short(error)}")
+                said[_short(error)] += 1
+                if isinstance(error, (RuntimeError, TimeoutError)) and said[_short(error)] == SAME:
+                    break  # the sizes of the model do not fit each other, whatever it is given
+                continue
+            return Built(architecture.name, model.train(), config, kwargs, loss, number, tried)
+        if not said:
+            tried.append(f"{type(model).__name__}: no inputs are known")
+    return None
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """
+    Raises:
+        TimeoutError: What is within took so much processor time; as soon as the op at hand ends.
+    """
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError(f"no end after {seconds:g} s of processor time")
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _models(architecture: Architecture, config: Any, tried: list[str]) -> Iterator[Any]:
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     for made in head_classes(architecture, encoder_decoder):
         try:
-            with torch.device("meta"):
+            with at_most(ATTEMPT_S), torch.device("meta"):
                 size = sum(p.numel() for p in made(config).parameters())
             if size > MAX_PARAMETERS:
                 tried.append(f"{made.__name__} has {size} parameters")
                 continue
             torch.manual_seed(0)
-            model = made(config)
+            with at_most(ATTEMPT_S):
+                model = made(config)
         except Exception as error:
             tried.append(f"{made.__name__}: {_short(error)}")
             continue

@@ -9,16 +9,20 @@ model still refuses, a milder scaling is tried: see `STYLES`.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
+
+from tiny_defaults import default_config, parts_of, read
 
 VOCABULARY = 160
 """Words; the ids of special tokens that lie beyond it are moved to its end, one by one."""
 FIRST_WORD, LAST_WORD = 10, 110
 """Ids of ordinary words: below and above lie those of special tokens."""
 POSITIONS = 96
+BROAD = 48
+"""Numbers from here on are sizes rather than counts, whatever they are called."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Style:
         layers: What the number of layers should become.
         pictures: Whether pictures shrink too.
         uniform: Divide all widths of all parts by this alone; for parts that share widths.
+        broad: Whether every large number that is not known to be something else counts as a width.
     """
 
     head_size: int = 16
@@ -38,23 +43,27 @@ class Style:
     layers: int = 2
     pictures: bool = True
     uniform: int = 0
+    broad: bool = False
 
 
 STYLES = (
     Style(),
     Style(layers=4),
+    Style(uniform=4, broad=True),
     Style(layers=8),
     Style(heads=10**6),
     Style(uniform=4),
+    Style(uniform=2, broad=True, layers=4),
     Style(head_size=10**6, heads=2),
     Style(pictures=False),
     Style(head_size=32, heads=10**6, layers=4, pictures=False),
+    Style(head_size=0),
     Style(head_size=0, pictures=False),
     Style(head_size=0, layers=10**6, pictures=False),
 )
 """Tried in this order until one builds a model that runs."""
 
-_LAYERS = re.compile(r"(^|_)(n_?|num_)?\w*(layers?|blocks|depth)$")
+_LAYERS = re.compile(r"(^|_)(n_?|num_)?\w*(layers?|blocks|depth|repeats)$")
 _NOT_LAYERS = re.compile(
     r"dense_replace|window_layers|shared_layers|feature_layer|adapter_layers|step$|_blocks$(?<!num_blocks)"
     r"|proj_layers|shared|max_depth|per_"
@@ -70,6 +79,8 @@ _NOT_WIDTH = re.compile(
     r"num_channels|num_latents|max_|position|type_vocab|layers?$|num_conv|kernel|stride|ratio|in_channels$(?<!_in_channels)"
     r"|audio_channels|^embed_(?!dim)|per_|token|groups|num_embeddings"
 )
+_NO_SIZES = frozenset({"transformers_version", "id2label", "label2id", "architectures", "dtype"})
+_NOT_BROAD = re.compile(r"_id$|window|rate|bins|frames|kernel|stride|max_|patch|theta|samples|length")
 _EXPERTS = re.compile(r"experts?$|routed_experts")
 _PER_TOKEN = re.compile(r"experts_per_tok|moe_(topk|k)$|top_?k(_group)?$")
 _POSITIONS = re.compile(r"(max|n|num)_\w*positions?(_embeddings)?$|n_ctx|max_seq_len|max_length")
@@ -88,10 +99,15 @@ def tiny_config(config_class: Any, style: Style) -> Any:
     Raises:
         Exception: Whatever the class raises at values it does not accept.
     """
-    base = config_class()
+    base = default_config(config_class)
     tokens: dict[int, int] = {}
     config = _shrunk(base, style, tokens)
-    for part in _parts(config):
+    return without_cache(config)
+
+
+def without_cache(config: Any) -> Any:
+    """The configuration set for whole sequences at once."""
+    for _, part in parts_of(config):
         if getattr(part, "use_cache", None):
             part.use_cache = False
     if config.is_encoder_decoder and read(config, "decoder_start_token_id") is None:
@@ -99,17 +115,9 @@ def tiny_config(config_class: Any, style: Style) -> Any:
     return config
 
 
-def read(config: Any, name: str) -> Any:
-    """A field of a configuration; None where it has none, or one for each layer."""
-    try:
-        return getattr(config, name, None)
-    except Exception:  # transformers has an error of its own for fields that differ between layers
-        return None
-
-
 def without_randomness(config: Any) -> Any:
     """The configuration with all its probabilities of dropping or masking set to zero."""
-    for part in _parts(config):
+    for _, part in parts_of(config):
         for name, value in _plain_fields(part):
             if is_drop(name) and isinstance(value, float):
                 setattr(part, name, 0.0)
@@ -122,7 +130,7 @@ def with_dropout(config: Any, probability: float = 0.1) -> Any:
     Layers that are skipped at random and input spans that are masked at random are switched off: both
     are decided on the host, by NumPy or by a branch, so that no graph can hold them.
     """
-    for part in _parts(config):
+    for _, part in parts_of(config):
         for name, value in _plain_fields(part):
             if is_drop(name) and isinstance(value, float):
                 host = "layer" in name or "path" in name or "mask" in name
@@ -137,15 +145,6 @@ def is_drop(name: str) -> bool:
     [True, True, True, False]
     """
     return "drop" in name or (name.startswith("mask_") and name.endswith("_prob"))
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    """The configuration and those inside it."""
-    yield config
-    for name in getattr(config, "sub_configs", {}):
-        inner = read(config, name)
-        if inner is not None and not isinstance(inner, Mapping):
-            yield from _parts(inner)
 
 
 def _plain_fields(config: Any) -> list[tuple[str, Any]]:
@@ -164,7 +163,7 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
             if value is not None:
                 values[name] = _shrunk(value, style, tokens)
             continue
-        derived = spec.default is None and spec.default_factory is dataclasses.MISSING
+        derived = _is_derived(spec)
         if value is None and _PER_TOKEN.search(name) and "group" not in name:
             value = 2
         if value is None and _EXPERTS.search(name) and "shared" not in name:
@@ -176,13 +175,13 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
             values["pad_token_id"] = 1
         if value is None and name.endswith(("prediction_length", "context_length")):
             value = 8
-        if value is None or name == "transformers_version":
+        if value is None or name in _NO_SIZES:
             continue
         if derived and _same(value, read(usual, name)) and name != "head_dim":
             continue
-        if name in ("id2label", "label2id", "architectures", "dtype"):
-            continue
         made = scale.value(name, value, tokens)
+        if isinstance(made, list) and len(made) == scale.layers > scale.few > 0:
+            made = _one_for_each_layer(made, scale.few)
         if not derived and _same(made, _default(spec)):
             continue
         values[name] = made
@@ -190,6 +189,72 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
     if isinstance(indices, (list, tuple)) and not _same(indices, read(usual, "out_indices")):
         values["out_indices"] = scale.value("out_indices", list(indices), tokens)
     return type(base)(**_divisible(base, values))
+
+
+def rebuilt(base: Any, changes: Mapping[tuple[str, ...], int], path: tuple[str, ...] = ()) -> Any:
+    """A copy with numbers changed, named by the fields that lead to them; derived fields follow."""
+    usual = type(base)()
+    inner = set(getattr(base, "sub_configs", {}))
+    layers = _Scale.of(base, Style()).layers
+    few = next(
+        (v for k, v in changes.items() if k[:-1] == path and number_kind(k[-1]) == "layers"), layers
+    )
+    values: dict[str, Any] = {}
+    for spec in dataclasses.fields(base):
+        name, value = spec.name, read(base, spec.name)
+        if name in inner and value is not None and not isinstance(value, Mapping):
+            values[name] = rebuilt(value, changes, (*path, name))
+        elif (*path, name) in changes:
+            values[name] = changes[*path, name]
+        elif (
+            value is not None
+            and name not in _NO_SIZES
+            and not (_is_derived(spec) and _same(value, read(usual, name)))
+        ):
+            made = list(value) if isinstance(value, tuple) else value
+            if isinstance(made, list):
+                made = [changes.get((*path, name, str(i)), v) for i, v in enumerate(made)]
+            if isinstance(made, list) and len(made) == layers > few > 0:
+                made = _one_for_each_layer(made, few)
+            if not _same(made, _default(spec)):
+                values[name] = made
+    return type(base)(**values)
+
+
+def number_kind(name: str) -> str:
+    """What a number in a configuration is, by the name of its field.
+
+    >>> [number_kind(n) for n in ("num_hidden_layers", "bos_token_id", "vocab_size", "d_model")]
+    ['layers', 'other', 'vocabulary', 'width']
+    """
+    if _TOKEN.search(name) or (_NOT_BROAD.search(name) and not _POSITIONS.search(name)):
+        return "other"
+    kinds = (("vocabulary", "vocab"), ("positions", _POSITIONS), ("picture", _PICTURE),
+             ("experts", _EXPERTS), ("queries", _QUERIES))  # fmt: skip
+    for kind, pattern in kinds:
+        if re.search(pattern, name):
+            return kind
+    if _LAYERS.search(name) and not _NOT_LAYERS.search(name):
+        return "layers"
+    return "width"
+
+
+def _is_derived(spec: "dataclasses.Field[Any]") -> bool:
+    """Whether a class works a field out where it is not given."""
+    return spec.default is None and spec.default_factory is dataclasses.MISSING
+
+
+def _one_for_each_layer(values: list[Any], layers: int) -> list[Any]:
+    """What fewer layers get of a list with an entry for each: its beginning, every kind among it.
+
+    >>> _one_for_each_layer(["a", "a", "a", "b", "a", "a", "a", "b"], 2)
+    ['a', 'b']
+    """
+    kept = values[:layers]
+    missing = [v for i, v in enumerate(values) if v not in kept and v not in values[:i]]
+    for place, value in zip(range(layers - 1, 0, -1), missing, strict=False):
+        kept[place] = value
+    return kept
 
 
 def _divisible(base: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -265,16 +330,25 @@ class _Scale:
         places = (max(before // patch, 1) ** 2, max(after // patch, 1) ** 2)
         return cls(style, heads or 1, fewer, smaller, places, patch, layers or 0)
 
+    @property
+    def few(self) -> int:
+        """Number of layers afterwards."""
+        return min(self.layers, self.style.layers)
+
     def value(self, name: str, value: Any, tokens: dict[int, int]) -> Any:
         """What a field becomes."""
         if isinstance(value, bool):
             return value
         if isinstance(value, int):
             return self._number(name, value, tokens)
-        if isinstance(value, float) and name.endswith(("width_coefficient", "depth_coefficient")):
+        if isinstance(value, float) and name.endswith("depth_coefficient"):
+            return min(value, 1.0)
+        if isinstance(value, float) and name.endswith("width_coefficient") and self.style.head_size:
             return min(value, 1.0)
         if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
-            return type(value)(self._list(name, value, tokens))
+            return self._list(name, value, tokens)
+        if isinstance(value, tuple):
+            return list(value)  # as in a configuration that is read from a file
         if name == "rope_parameters" and isinstance(value, Mapping):
             return self._rope(value)
         return value
@@ -286,7 +360,7 @@ class _Scale:
             if value < FIRST_WORD:
                 return value
             return tokens.setdefault(value, VOCABULARY - 1 - len(tokens))
-        if "vocab_size" in name or name.startswith("vocab"):
+        if "vocab" in name:
             return min(value, VOCABULARY)
         if _POSITIONS.search(name):
             return min(value, POSITIONS)
@@ -324,6 +398,8 @@ class _Scale:
             return value // self.fewer if value % self.fewer == 0 else value
         if _WIDTH.search(name) and not _NOT_WIDTH.search(name) and value > 8:
             return _divided(value, self.smaller * self.fewer)
+        if self.style.broad and value >= BROAD and not _NOT_BROAD.search(name):
+            return _divided(value, self.smaller * self.fewer)
         return value
 
     def _key_heads(self, value: int) -> int:
@@ -345,7 +421,7 @@ class _Scale:
 
     def _indices(self, value: Sequence[int]) -> list[int]:
         """Numbers of layers: in proportion, or the last ones where those would fall together."""
-        last = min(self.layers, self.style.layers)
+        last = self.few
         scaled = [v if v < 0 else v * last // self.layers for v in value]
         if len(set(scaled)) == len(scaled):
             return scaled

@@ -7,6 +7,8 @@ candidates: the first that the model accepts is right.
 
 import inspect
 import itertools
+import operator
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpar.hf_documented import documented_inputs
+
 IGNORED = -100
 """The label that transformers leaves out of its losses."""
 _SAMPLES_PER_FRAME = 320
+_SUMS = {"*": operator.mul, "+": operator.add, "-": operator.sub, "//": operator.floordiv}
+_ALTERNATIVE = re.compile(
+    r"embeds$|embeddings$|_outputs$|labels?$|head_mask|^past_|cache|_positions$|_values$(?<!input_values)(?<!pixel_values)"
+)
+"""Inputs that stand for others, or hold what an earlier call made."""
 
 
 @dataclass(frozen=True)
@@ -40,32 +49,60 @@ class Wanted:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class _Variant:
+    """One way to read the names of a model's inputs.
+
+    Attributes:
+        form: Which of the shapes that a name leaves open.
+        names: "usual" inputs, those "documented" as needed as well, "all" documented, the
+            "main" one with what the signature demands, or "text" alone.
+        labels: Whether labels are given.
+    """
+
+    form: int
+    names: str = "usual"
+    labels: bool = True
+
+
+_FORMS = range(4)
+_VARIANTS = (
+    *(_Variant(form) for form in _FORMS),
+    *(_Variant(form, "documented") for form in _FORMS),
+    _Variant(0, "text"),
+    *(_Variant(form, "main") for form in _FORMS),
+    *(_Variant(form, labels=False) for form in _FORMS),
+    *(_Variant(form, "documented", labels=False) for form in _FORMS),
+    _Variant(0, "all", labels=False),
+)
+
+
 def candidate_inputs(model: nn.Module, wanted: Wanted) -> Iterator[dict[str, Any]]:
     """Keyword arguments that the model may accept, the likeliest first; none if there is nothing known.
 
     They lie on the model's device; on the meta device they have no values.
     """
-    for variant in range(_VARIANTS):
+    seen = []
+    for variant in _VARIANTS:
         try:
             made = _Maker(model, wanted, variant).inputs()
         except Exception:  # a shape that the model's own helper functions refuse is no candidate
             continue
-        if made:
+        form = [(k, (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v) for k, v in made.items()]
+        if made and form not in seen:
+            seen.append(form)
             yield made
-
-
-_VARIANTS = 5
-"""The last one is text alone, where a model takes it."""
 
 
 class _Maker:
     """Makes one set of inputs."""
 
-    def __init__(self, model: nn.Module, wanted: Wanted, variant: int) -> None:
+    def __init__(self, model: nn.Module, wanted: Wanted, variant: _Variant) -> None:
         self.model: Any = model
         self.config: Any = model.config
         self.wanted, self.variant = wanted, variant
         self.accepted: Mapping[str, inspect.Parameter] = inspect.signature(model.forward).parameters
+        self.documented = documented_inputs(model.forward)
         self.main = getattr(model, "main_input_name", "input_ids")
         tensors = itertools.chain(model.parameters(), model.buffers())
         first = next(tensors, torch.empty(0))
@@ -85,7 +122,7 @@ class _Maker:
             if value is not None:
                 made[name] = value
         self._place_pictures_in_text(made)
-        if self.wanted.labels:
+        if self.wanted.labels and self.variant.labels:
             self._add_labels(made)
         if getattr(self.config, "is_encoder_decoder", False) and "labels" not in made:
             if "decoder_input_ids" in self.accepted:
@@ -100,10 +137,12 @@ class _Maker:
             if parameter.default is inspect.Parameter.empty
             and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
-        if self.variant == 4:
+        if self.variant.names == "text":
             if "input_ids" not in self.accepted or self.main not in ("input_ids", *needed):
                 raise LookupError("input_ids")
             return ["input_ids", *(["attention_mask"] if self._takes_mask() else [])]
+        if self.variant.names == "main":
+            return [self.main, *(n for n in needed if n != self.main)]
         names = [n for n in ("input_ids", "pixel_values", "input_features", "input_values")
                  if n in self.accepted]  # fmt: skip
         if self.main in self.accepted and self.main not in names:
@@ -115,7 +154,18 @@ class _Maker:
             names.append("bbox")
         if "input_ids" in names and self._takes_mask() and "attention_mask" not in names:
             names.append("attention_mask")
-        return names
+        return [*names, *(n for n in self._further() if n not in names)]
+
+    def _further(self) -> list[str]:
+        """Inputs that the documentation calls for, though the signature has a default for them."""
+        if self.variant.names in ("usual", "main"):
+            return []
+        everything = self.variant.names == "all"
+        return [
+            name
+            for name, made in self.documented.items()
+            if (everything or not made.is_optional) and not _ALTERNATIVE.search(name)
+        ]
 
     def _takes_mask(self) -> bool:
         return self.wanted.mask and "attention_mask" in self.accepted
@@ -139,7 +189,47 @@ class _Maker:
             return self._floats(
                 self.wanted.batch, self.wanted.length, _number(self.config, "hidden_size")
             )
-        raise LookupError(name)
+        return self._as_documented(name)
+
+    def _as_documented(self, name: str) -> torch.Tensor:
+        if name == self.main and name not in self.documented:  # whatever the heads' preprocessors take
+            return self._words() if self.variant.form % 2 == 0 else self._pixels()
+        made = self.documented[name]
+        shape = tuple(self._size(part) for part in made.shape)
+        if made.kind == "bool" or name.endswith("mask"):
+            ones = torch.ones(shape, device=self.device)
+            return ones.bool() if made.kind == "bool" else ones.long() if made.kind == "int" else ones
+        if made.kind == "float":
+            return self._floats(*shape)
+        bound = int(made.bound) if made.bound.isdigit() else _first(self.config, made.bound or "none")
+        return self._integers(min(bound, 2) if isinstance(bound, int) and bound > 0 else 2, *shape)
+
+    def _size(self, part: str) -> int:
+        """What a dimension of the documentation's name is here.
+
+        Raises:
+            LookupError: It is a formula.
+        """
+        part = part.removeprefix("config.")
+        if part.isdigit():
+            return int(part)
+        if found := re.fullmatch(r"(.+?) ?([*+-]|//) ?(.+)", part):
+            first, second = self._size(found[1].strip("() ")), self._size(found[3].strip("() "))
+            return int(_SUMS[found[2]](first, second))
+        if not part.isidentifier():
+            raise LookupError(part)
+        if part in ("batch_size", "batch", "bsz", "B"):
+            return self.wanted.batch
+        value = _first(self.config, part)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if re.search(r"len(gth)?$|^(seq|length|L|T)$", part):
+            return self.wanted.length
+        if part in ("height", "width", "image_height", "image_width"):
+            return int(self._pixels().shape[-1])
+        if part.endswith(("channels", "_dim")):
+            return 3 if part.endswith("channels") else _number(self.config, "hidden_size")
+        return 3
 
     # --- text ---
 
@@ -190,15 +280,15 @@ class _Maker:
         config = _with_field(getattr(self.config, "vision_config", None) or self.config, "image_size")
         size = getattr(config, "image_size", None)
         if not isinstance(size, (int, list, tuple)) or not size:
-            size = (64, 224, 32, 384, 64)[self.variant]
+            size = (64, 224, 32, 384, 64)[self.variant.form]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
         if not isinstance(channels, int):
             channels = 3
-        frames = getattr(config, "num_frames", None)
-        if frames and self.variant < 2:
+        frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+        if frames and self.variant.form < 2:
             return self._floats(self.wanted.batch, frames, channels, height, width)
-        if self.variant == 3:
+        if self.variant.form == 3:
             return self._floats(self.wanted.batch, 1, channels, height, width)
         return self._floats(self.wanted.batch, channels, height, width)
 
@@ -209,7 +299,7 @@ class _Maker:
         batch, samples = self.wanted.batch, 10 * _SAMPLES_PER_FRAME
         plain = ((batch, samples), (batch, 1, samples), (batch, samples // 10, 80), (batch, 1, 64, 64))
         if not isinstance(bins, int):
-            return self._floats(*plain[self.variant])
+            return self._floats(*plain[self.variant.form])
         length = frames if isinstance(frames, int) else 64
         shapes: tuple[tuple[int, ...], ...] = (
             (batch, bins, 2 * length),
@@ -220,7 +310,7 @@ class _Maker:
         )
         if name == "input_values":
             shapes = (shapes[1], shapes[4], shapes[0], shapes[2], shapes[3])
-        return self._floats(*shapes[self.variant])
+        return self._floats(*shapes[self.variant.form])
 
     def _series(self, name: str) -> torch.Tensor:
         """Values of a time series, what is known of each time, or which values were observed."""
@@ -233,7 +323,7 @@ class _Maker:
             return self._floats(batch, length, _number(self.config, "num_time_features"))
         channels = _first(self.config, "num_input_channels", "input_size") or 1
         one_series = (channels == 1 and _read(self.config, "num_input_channels") is None) != (
-            self.variant % 2 == 1
+            self.variant.form % 2 == 1
         )
         shape = (batch, length) if one_series else (batch, length, channels)
         return torch.ones(shape, device=self.device) if name.endswith("mask") else self._floats(*shape)

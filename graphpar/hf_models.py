@@ -15,6 +15,7 @@ from torch import nn
 
 from graphpar.hf_architectures import find_architecture, head_classes, transformers_library
 from graphpar.hf_inputs import Wanted, candidate_inputs
+from graphpar.hf_repair import with_repairs
 
 _LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 
@@ -232,10 +233,15 @@ def _tried_inputs(model: nn.Module, wanted: Wanted) -> dict[str, Any]:
     """
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     asks_for_values = None
-    for inputs in candidate_inputs(model, wanted):
+
+    def attempt(inputs: dict[str, Any]) -> None:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(**inputs)
+
+    for candidate in candidate_inputs(model, wanted):
+        inputs = candidate
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                model(**inputs)
+            inputs, _ = with_repairs(candidate, attempt)
         except Exception as error:  # whatever shapes a model refuses
             # On the meta device a branch on values fails whatever the inputs' form.
             if asks_for_values is None and "cannot be called on meta tensors" in str(error):

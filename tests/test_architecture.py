@@ -22,7 +22,8 @@ ROWS = (
     "scenarios "
     "compiler planner preparation precision auto_precision sensitivity tensor_groups group_shardings "
     "optimizer_probe unit_timing trial_worker "
-    "verify demo doctor model_spec hf_models hf_architectures hf_inputs commands cli examples",
+    "verify demo doctor model_spec hf_models hf_architectures hf_documented hf_inputs hf_repair "
+    "commands cli examples",
     "__init__ __main__",
 )
 """Top-level modules and packages by row; a module imports from its own row and those above."""

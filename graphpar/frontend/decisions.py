@@ -1,10 +1,13 @@
 """Branches on the values in a tensor: the way the example batch takes, checked at every step.
 
 torch.export stops at `if mask.any():`, for no static graph holds both ways. Where it does, the model is
-run once on the example batch; each value that Python asks a tensor for (`bool`, `item`, ...) is noted
-with its line, and the export is repeated with these answers. What makes that safe is an operator
+run once on the example batch; each value that Python asks a tensor for (`bool`, `item`, `tolist`, ...) is
+noted with its line, and the export is repeated with these answers. What makes that safe is an operator
 `graphpar.expected` in the graph for each answer: it computes the value anew at every step and ends the
 step with an error, which names the line, when it is another one than in the example batch.
+
+Shapes that depend on values are answered in the same way: `x[mask]` and `nonzero` have as many results as
+in the example batch, and the count is checked.
 """
 
 import sys
@@ -23,8 +26,13 @@ from graphpar.errors import CaptureError
 from graphpar.frontend.torch_private import flatten, unflatten
 from graphpar.runtime.expected import expected
 
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 _ASKED: Mapping[str, Callable[[Any], Any]] = {
-    "__bool__": bool, "__int__": int, "__index__": int, "__float__": float, "item": lambda value: value,
+    "__bool__": bool, "__int__": int, "__index__": int, "__float__": float, "item": _as_it_is,
 }  # fmt: skip
 """Methods by which Python asks a tensor for its value, and what they make of it."""
 _SIZED = frozenset(
@@ -54,13 +62,55 @@ class _Asked(TorchFunctionMode):
     """Sees every question for a value."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _ASKED and args and isinstance(args[0], torch.Tensor) and args[0].numel() == 1:
-            return self.answer(name, args[0], lambda: func(*args, **(kwargs or {})))
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is None:
+            return func(*args, **kwargs)
+        if name in _ASKED and first.numel() == 1:
+            return self.answer(name, first, lambda: func(*args, **kwargs))
+        if name == "tolist":
+            return self._list(first)
+        if name == "equal" and len(args) == 2 and first.shape == args[1].shape:
+            return self.answer("equal", (first == args[1]).all(), lambda: func(*args, **kwargs))
+        if name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1 and not kwargs):
+            found = self._nonzero(first)
+            return found.unbind(1) if name == "where" or kwargs.get("as_tuple") else found
+        if name == "__getitem__" and len(args) == 2:
+            args = (first, self._index(args[1]))
+        if name == "masked_select" and len(args) == 2:
+            mask = args[1].expand_as(first) if first.ndim >= args[1].ndim else args[1]
+            value = first.expand_as(mask)
+            return value[self._nonzero(mask).unbind(1)]
+        if name == "repeat_interleave" and len(args) > 1 and isinstance(args[1], torch.Tensor):
+            if args[1].numel() > 1 and kwargs.get("output_size") is None:
+                total = args[1].sum()
+                kwargs["output_size"] = self.answer("item", total, total.item)
         if name in _SIZED:
-            args = (*args[:1], *(self._size(a) for a in args[1:]))
-            kwargs = {key: self._size(value) for key, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+            args = (first, *(self._size(a) for a in args[1:]))
+            kwargs = {key: self._size(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _list(self, tensor: torch.Tensor) -> Any:
+        """`tolist`, asked number by number."""
+        if not tensor.ndim:
+            return self.answer("item", tensor, tensor.item)
+        return [self._list(part) for part in tensor.unbind(0)]
+
+    def _nonzero(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where a tensor is not zero, as many places as in the example batch."""
+        count = tensor.count_nonzero()
+        return torch.nonzero_static(tensor, size=int(self.answer("nonzero", count, count.item)))
+
+    def _index(self, index: Any) -> Any:
+        """An index with the places that masks in it choose instead of the masks."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not any(_is_mask(part) for part in parts):
+            return index
+        return tuple(
+            place
+            for part in parts
+            for place in (self._nonzero(part).unbind(1) if _is_mask(part) else (part,))
+        )
 
     def _size(self, argument: Any) -> Any:
         """An argument with tensors that are one whole number each, alone or in a sequence, as numbers."""
@@ -74,6 +124,10 @@ class _Asked(TorchFunctionMode):
     def answer(self, method: str, tensor: torch.Tensor, ask: Callable[[], Any]) -> Any:
         """The value to go on with."""
         raise NotImplementedError
+
+
+def _is_mask(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and part.dtype == torch.bool and part.ndim > 0
 
 
 class _Record(_Asked):
@@ -140,7 +194,7 @@ class _Answer(_Asked):
         if noted is None:
             return ask()
         self._checks.append(expected(tensor.detach(), float(noted.value), noted.place))
-        return _ASKED[method](noted.value)
+        return _ASKED.get(method, _as_it_is)(noted.value)
 
 
 def record_decisions(model: nn.Module, call: Callable[[], Any]) -> Decisions:

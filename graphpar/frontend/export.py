@@ -21,7 +21,12 @@ from graphpar.frontend.refusals import (
     no_tensor_hooks,
     refuse_gradient_hooks,
 )
-from graphpar.frontend.torch_private import code_on_demand, flatten, unflatten
+from graphpar.frontend.torch_private import (
+    as_if_not_exported,
+    code_on_demand,
+    flatten,
+    unflatten,
+)
 
 MODEL_PREFIX = "model."
 """Where the user's model sits inside `Traced`; stripped from every name."""
@@ -183,21 +188,29 @@ def _decided(
     kwargs: Mapping[str, Any],
     error: Exception,
 ) -> ExportedProgram | None:
-    """The export with branches taken as in the example batch; None where that is not the remedy."""
-    if not re.search(_ON_VALUES, f"{type(error).__name__}: {error}", re.IGNORECASE):
-        return None
+    """The export as the example batch goes in eager torch; None where that is not the remedy.
+
+    Branches on values are taken as in the example batch. Where the failure has nothing to do with values,
+    the model may go another way while it is exported than it does otherwise (transformers' masks do).
+    """
+    on_values = re.search(_ON_VALUES, f"{type(error).__name__}: {error}", re.IGNORECASE)
     decisions = record_decisions(model, lambda: Traced(model, loss)(*args, **kwargs))
-    if not decisions:
+    if on_values and not decisions:
         return None
     replay = Replay(decisions)
     try:
-        program = _exported(Traced(model, loss, replay), args, kwargs)
+        if on_values:
+            program = _exported(Traced(model, loss, replay), args, kwargs)
+        else:
+            with as_if_not_exported():
+                program = _exported(Traced(model, loss, replay), args, kwargs)
     except CaptureError:
         raise
     except Exception:
         return None
-    places = ", ".join(sorted({place for place, _ in decisions}))
-    _log.warning("Branches on values are taken as in the example batch, and checked: %s", places)
+    if replay.checks:
+        places = ", ".join(sorted({place for place, _ in decisions}))
+        _log.warning("Branches on values are taken as in the example batch, and checked: %s", places)
     return program
 
 

@@ -61,6 +61,24 @@ def code_on_demand() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_if_not_exported() -> Iterator[None]:
+    """Within it, a model that asks torch whether it is being exported is told that it is not."""
+    before = torch.compiler.is_exporting, torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
+
+    def no() -> bool:
+        return False
+
+    torch.compiler.is_exporting = torch.compiler.is_compiling = no
+    torch.compiler.is_dynamo_compiling = no
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting, torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling = (
+            before
+        )
+
+
 def lookup_op(target: str) -> Any:
     """The torch operator with a name such as `aten.linear.default`.
 

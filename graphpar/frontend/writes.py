@@ -30,6 +30,8 @@ _RESHAPES_IN_PLACE = frozenset(
 """In-place ops that change how a value is seen, not what is in it."""
 _FUNCTIONAL = {
     "aten.zero.default": "aten.zeros_like.default",
+    **{f"aten.__i{name}__.{kind}": f"aten.__{name}__.{kind}"
+       for name in ("and", "or", "xor", "lshift", "rshift") for kind in ("Tensor", "Scalar")},
     "aten.bernoulli.float": "aten.bernoulli.p",
     "aten.normal.default": "aten.normal_functional.default",
 }  # fmt: skip
@@ -199,7 +201,7 @@ class Values:
         if packet(op) == "copy_":
             return self._copied(op)
         name, _, overload = op.target.rpartition(".")
-        functional = f"{name.removesuffix('_')}.{overload}"
+        functional = op.target if name.endswith("__") else f"{name.removesuffix('_')}.{overload}"
         if functional == "aten.bernoulli.float" and len(op.args) == 1:
             op = replace(op, args=(*op.args, 0.5))
         functional = _FUNCTIONAL.get(functional, functional)

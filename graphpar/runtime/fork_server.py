@@ -47,7 +47,7 @@ class ForkServer:
                 start_new_session=True,
                 env=_environment(),
             )
-        self.owner = os.getpid()
+        self.owner = self._starter = os.getpid()
         self._exits: dict[int, int] = {}
         self._ready = False
         self._lost = False
@@ -63,10 +63,21 @@ class ForkServer:
                 current = cls._current = cls()
             return current
 
+    def adopt(self) -> None:
+        """Make this server, which the parent process started and leaves alone meanwhile, this process's.
+
+        It spares a forked process the import of torch in a server of its own.
+        """
+        with self._starting:
+            self.owner = os.getpid()
+            ForkServer._current = self
+
     @property
     def usable(self) -> bool:
-        """Whether this process started it and it still runs."""
-        return self.owner == os.getpid() and not self._lost and self.process.poll() is None
+        """Whether this process started or adopted it and it still runs."""
+        if self.owner != os.getpid() or self._lost:
+            return False
+        return self._starter != self.owner or self.process.poll() is None
 
     def fork(self) -> tuple[int, socket.socket]:
         """A new worker's process number and the driver's end of its channel.

@@ -72,6 +72,40 @@ def test_a_branch_at_random_is_refused() -> None:
         ready(Calls(skip), (X, Y))
 
 
-def test_a_shape_that_depends_on_data_is_refused() -> None:
+def test_a_shape_that_depends_on_data_and_cannot_be_counted_is_refused() -> None:
     with pytest.raises(CaptureError, match="depend"):
-        ready(Calls(lambda s, h, y: h[h.sum(1) > 0].sum()), (X, Y))
+        ready(Calls(lambda s, h, y: h[torch.unique(y)].sum()), (X, Y))
+
+
+COUNTED: list[Callable[[Calls, Tensor, Tensor], Any]] = [
+    lambda s, h, y: h[y > 1].pow(2).sum(),
+    lambda s, h, y: h[:, y > 0].pow(2).sum(),
+    lambda s, h, y: h[torch.nonzero(y > 1)].pow(2).sum(),
+    lambda s, h, y: h[torch.where(y > 1)].pow(2).sum(),
+    lambda s, h, y: torch.masked_select(h, (y > 1)[:, None]).pow(2).sum(),
+    lambda s, h, y: torch.repeat_interleave(h, y, dim=0).pow(2).sum(),
+    lambda s, h, y: h[: max(y.tolist())].pow(2).sum(),
+    lambda s, h, y: h.sum() if torch.equal(y, y.sort().values) else h.pow(2).sum(),
+]
+
+
+@pytest.mark.parametrize("function", COUNTED)
+def test_shapes_by_data_are_those_of_the_example_and_checked(function: Any) -> None:
+    made = assert_as_eager(Calls(function), (X, Y))
+    with pytest.raises(RunError, match=r"branches on values at test_decisions.py:\d+.*Compile again"):
+        made.device().forward((X, torch.tensor([0, 0, 2, 1])), {})
+
+
+def test_a_batch_that_is_gathered_by_a_mask_is_not_split() -> None:
+    made = assert_as_eager(Calls(lambda s, h, y: h[y > -1].pow(2).sum()), (X, Y))
+    if not made.reason:
+        assert_close(in_parts(made, (X, Y), (1, 3)), in_parts(made, (X, Y), (4,)))
+
+
+def test_a_model_that_goes_another_way_while_it_is_exported() -> None:
+    def fails(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise ValueError("not while exported")
+        return h.pow(2).mean()
+
+    assert assert_as_eager(Calls(fails), (X, Y)).reason == ""
