@@ -7,6 +7,7 @@ Background User's Guide", sections on tile and wave quantization).
 """
 
 import math
+from functools import lru_cache
 from itertools import product
 
 TILES = (
@@ -32,6 +33,7 @@ MIN_INNER = 256
 """Parts of the inner dimension shorter than this are not worth a split."""
 
 
+@lru_cache(maxsize=2**14)
 def product_s(
     rows: float,
     columns: float,

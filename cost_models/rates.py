@@ -9,6 +9,7 @@ from typing import Protocol
 from graphpar import catalogue
 from graphpar.calibration import Calibration
 from graphpar.catalogue import Family
+from graphpar.cost_models import gemm
 from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
 
@@ -52,11 +53,33 @@ class CatalogueRates:
     def _kernel(self, kernel: Kernel) -> float:
         if kernel.bytes == 0 and kernel.flops == 0:
             return 0.0
-        memory_s = kernel.bytes / (self.device.memory_bytes_per_s * self.family.bandwidth_fraction)
-        compute_s = kernel.flops / self._flops_per_s(kernel)
+        memory_s = kernel.bytes / self._bytes_per_s
+        compute_s = self._product_s(kernel) or kernel.flops / self._flops_per_s(kernel)
         # The 4-norm: like the textbook roofline (the maximum) far from the ridge, 19 % slower on it,
         # where neither side hides all of the other.
         return self.family.launch_s + math.sqrt(math.hypot(memory_s**2, compute_s**2))
+
+    @property
+    def _bytes_per_s(self) -> float:
+        return self.device.memory_bytes_per_s * self.family.bandwidth_fraction
+
+    def _product_s(self, kernel: Kernel) -> float:
+        """A product by its tiles where the device's multiprocessors are known, else nothing."""
+        if kernel.matrix is None or not self.device.in_catalogue:
+            return 0.0
+        multiprocessors = catalogue.devices()[self.device.kind].multiprocessors
+        if not multiprocessors:
+            return 0.0
+        batch, rows, columns, inner = kernel.matrix
+        return gemm.product_s(
+            rows,
+            columns,
+            inner,
+            batch,
+            flops_per_s=self.peak(kernel.dtype) * self._measured_top(),
+            multiprocessors=multiprocessors,
+            bytes_per_s=self._bytes_per_s,
+        )
 
     def _flops_per_s(self, kernel: Kernel) -> float:
         if kernel.matrix is not None:
