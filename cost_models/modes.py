@@ -80,6 +80,7 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
         working_bytes=working,
         weight_s=(),
         deferred_bytes=(),
+        split_s=0.0,
     )
 
 

@@ -39,6 +39,10 @@ Rewritten = tuple[Graph, Chain]
 
 MAX_SIZES = 24
 
+LATE_OP_S = 45e-6
+"""What an op on a tape of its own takes besides: a call of a Python function each way and two more of
+autograd's engine. Measured on a CPU, where `benchmarks/schedules.py` shows it."""
+
 
 @dataclass(frozen=True)
 class Roofline:
@@ -230,6 +234,7 @@ def _joined(runs: Sequence[tuple["_Pricer", Device]], index: int, sizes: Sequenc
         saved_bytes=tuple(map(max, *(cost.saved_bytes for cost in all_costs))),
         weight_s=tuple(cost.weight_s[row] for cost, row in rows) if can_defer else (),
         deferred_bytes=tuple(map(max, *(c.deferred_bytes for c in all_costs))) if can_defer else (),
+        split_s=tuple(cost.split_s[row] for cost, row in rows) if can_defer else (),
         working_bytes=tuple(map(max, *(cost.working_bytes for cost in all_costs))),
     )
 
@@ -305,6 +310,7 @@ class _Pricer:
             working_bytes=tuple(m.working_bytes for m in memory),
             weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
             deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
+            split_s=tuple(LATE_OP_S * len(late) * d.slowdown for d in devices) if late else (),
         )
 
     def _late(self, unit: Unit) -> dict[str, tuple[int, ...]]:

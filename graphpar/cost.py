@@ -32,8 +32,9 @@ class UnitCost:
     microbatch size. `gradient_bytes` and `optimizer_bytes` are zero when nothing is trained.
 
     `weight_s`, indexed like `backward_s`, is the part of it that makes gradients of weights which may
-    come later; `deferred_bytes`, by microbatch size, is what must be kept until then. Both are empty
-    where nothing may come later.
+    come later; `deferred_bytes`, by microbatch size, is what must be kept until then; `split_s`, by
+    device class, is what a backward in two halves takes besides. All are empty where nothing may come
+    later.
     """
 
     name: str
@@ -47,6 +48,7 @@ class UnitCost:
     working_bytes: tuple[float, ...]
     weight_s: tuple[tuple[float, ...], ...] = ()
     deferred_bytes: tuple[float, ...] = ()
+    split_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class ModeCost:
     `forward_s` and `backward_s` are indexed by microbatch size and hold for the whole group, the
     collectives inside it included. All bytes are per member, in the order of `Mode.members`;
     `saved_bytes` and `working_bytes` are indexed [member][microbatch size]. ZeRO's division by the
-    number of replicas is not made here, because the table does not know that number. `weight_s` and
-    `deferred_bytes` are those of `UnitCost`, empty where no gradients may come later.
+    number of replicas is not made here, because the table does not know that number. `weight_s`,
+    `deferred_bytes` and `split_s` are those of `UnitCost`, empty where no gradients may come later.
     """
 
     forward_s: tuple[float, ...]
@@ -70,6 +72,7 @@ class ModeCost:
     working_bytes: tuple[tuple[float, ...], ...]
     weight_s: tuple[float, ...] = ()
     deferred_bytes: tuple[tuple[float, ...], ...] = ()
+    split_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -437,6 +440,10 @@ class CostTable:
         row = self.every_mode[mode].costs[self.units[unit]].weight_s
         return self.at_size(row, size) if row else 0.0
 
+    def split_s(self, unit: int, mode: int) -> float:
+        """What a backward in two halves takes besides, for one microbatch."""
+        return self.every_mode[mode].costs[self.units[unit]].split_s
+
     def cut_bytes(self, boundary: int, size: float) -> tuple[float, float]:
         """Bytes of one microbatch, forward and backward, between units boundary-1 and boundary."""
         forward = backward = 0.0
@@ -462,6 +469,7 @@ def _plain_mode(costs: Sequence[UnitCost], device_class: int) -> Mode:
                 working_bytes=(c.working_bytes,),
                 weight_s=c.weight_s[device_class] if c.weight_s else (),
                 deferred_bytes=(c.deferred_bytes,) if c.deferred_bytes else (),
+                split_s=c.split_s[device_class] if c.split_s else 0.0,
             )
             for c in costs
         ),

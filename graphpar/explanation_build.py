@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable, LinkCost
-from graphpar.errors import InfeasibleError
+from graphpar.errors import InfeasibleError, VerifyError
 from graphpar.explanation import (
     Alternative,
     Choice,
@@ -25,9 +25,10 @@ from graphpar.explanation import (
 from graphpar.partition.bounds import device_prices_s
 from graphpar.partition.infeasible import more_devices, scale_memory
 from graphpar.partition.pipeline import partition as solve
-from graphpar.partition.pipeline_price import modes_of, price, share_microbatches
-from graphpar.partition.settings import microbatch_counts, schedules_of
+from graphpar.partition.pipeline_price import modes_of
+from graphpar.partition.settings import microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.simulated import deal_any, has_formula, price_any
 from graphpar.units import format_bytes, format_percent, format_seconds
 
 _MORE = 1.1
@@ -79,6 +80,9 @@ class _Work:
     def __init__(self, table: CostTable, found: Partition, deadline_s: float) -> None:
         self._table = table
         self._found = found
+        # Solving again gives plans whose step is a formula: they are compared with such a one.
+        formulas = (p for p in (found, *found.runners_up) if has_formula(p.schedule))
+        self._searched = next(formulas, found)
         self._deadline_s = deadline_s
         self.left_out: list[str] = []
 
@@ -152,10 +156,13 @@ class _Work:
 
     def _try(self, change: _Change) -> Alternative:
         table = self._table
-        dealt = tuple(share_microbatches(table, p, change.schedule) for p in change.pipelines)
+        dealt = tuple(deal_any(table, p, change.schedule) for p in change.pipelines)
         if any(r.microbatches == 0 for p in dealt for s in p.stages for r in s.replicas):
             return _impossible(change.label, "a replica would get no microbatch")
-        cost = price(table, dealt, change.schedule)
+        try:
+            cost = price_any(table, dealt, change.schedule)
+        except VerifyError:
+            return _impossible(change.label, "the stages of a device would have unlike replicas")
         excess = {
             d: (peak, table.device_classes[table.class_of[d]].memory_bytes)
             for d, peak in cost.peak_bytes.items()
@@ -180,8 +187,16 @@ class _Work:
         return self._with(number, replace(old, stages=rest))
 
     def _schedules(self) -> Iterator[_Change]:
-        names = schedules_of(self._table, "auto")
-        for name in names if self._table.training else ():
+        if not self._table.training or self._table.tail_reason:
+            return
+        shared = len(self._found.used_devices) < sum(
+            len(r.devices) for p in self._found.pipelines for s in p.stages for r in s.replicas
+        )
+        deep = any(len(p.stages) > 1 and p.microbatches > 1 for p in self._found.pipelines)
+        names: list[ScheduleName] = [] if shared else ["1f1b", "gpipe"]
+        names += ["zero-bubble"] if deep else []
+        names += ["interleaved"] if shared else []
+        for name in names:
             if name != self._found.schedule:
                 yield _Change(name, self._found.pipelines, name)
 
@@ -312,14 +327,14 @@ class _Work:
         table: CostTable,
         left_s: float,
     ) -> ShadowPrice:
-        gap = max(self._found.gap, 1e-4)
+        gap = max(self._searched.gap, 1e-4)
         try:
             again = solve(table, gap=gap, time_limit_s=left_s, schedule="auto")
         except InfeasibleError:
             return ShadowPrice(kind, subject, have, change, unit, None, None, "re-solved")
         # More of a resource never hurts: where the search found nothing better, the old plan stands.
-        step = min(again.objective_s, self._found.objective_s)
-        saves = self._found.objective_s - step
+        step = min(again.objective_s, self._searched.objective_s)
+        saves = self._searched.objective_s - step
         bound = min(again.bound_s, step)
         return ShadowPrice(kind, subject, have, change, unit, step, saves, "re-solved", bound)
 

@@ -28,7 +28,7 @@ from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.partition.formats import Errors
 from graphpar.partition.pipeline import partition as partition_chain
-from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plan_records import PlanPrecision
@@ -44,6 +44,7 @@ from graphpar.precision import (
 )
 from graphpar.preparation import Prepared, lower, trial_of
 from graphpar.runtime.assemble import stage_links
+from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
 from graphpar.sensitivity import (
     Sensitivities,
     estimated,
@@ -168,7 +169,11 @@ def plan_prepared(
 
     def solve(table: CostTable) -> Partition:
         return partition_chain(
-            table, gap=gap, time_limit_s=time_limit_s, schedule=schedule, microbatches=microbatches
+            table,
+            gap=gap,
+            time_limit_s=time_limit_s,
+            schedule=searched(schedule),
+            microbatches=microbatches,
         )
 
     if precision == "auto":
@@ -180,12 +185,13 @@ def plan_prepared(
     else:
         answer = uniform_answer(cluster, precision, len(prepared.chain.units), table_of, solve)
         notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
-    explanation = explain_partition(answer.table, answer.found, time_limit_s=explain_s)
+    found = _scheduled(answer.table, answer.found, schedule, microbatches)
+    explanation = explain_partition(answer.table, found, time_limit_s=explain_s)
     return plan_of(
         prepared,
         cluster,
         labelled(answer.table, answer.formats),
-        with_formats(answer.found, answer.formats),
+        with_formats(found, answer.formats),
         options,
         precision=precision,
         notes=notes,
@@ -256,9 +262,25 @@ def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:
     return "auto"
 
 
-def _schedule(prepared: Prepared, train: Training | None) -> ScheduleChoice:
+def _scheduled(
+    table: CostTable, found: Partition, wish: ScheduleWish, microbatches: Microbatches
+) -> Partition:
+    """The partition under the schedule wished for; where that cannot be had, as it is, and it is said."""
+    if not table.training:
+        return found
+    try:
+        return choose_schedule(table, found, wish, microbatches)
+    except UnavailableScheduleError as error:
+        warnings.warn(
+            f"Training(schedule={wish!r}) is ignored: {error}. The schedule is {found.schedule}.",
+            stacklevel=4,
+        )
+        return replace(found, notes=(*found.notes, f"{wish} was asked for but cannot be had: {error}"))
+
+
+def _schedule(prepared: Prepared, train: Training | None) -> ScheduleWish:
     """The schedule to plan for; where the whole batch has to be there before any backward it is GPipe."""
-    wanted: ScheduleChoice = train.schedule if train else "auto"
+    wanted: ScheduleWish = train.schedule if train else "auto"
     if wanted in ("auto", "gpipe") or not prepared.tail_reason:
         return wanted
     warnings.warn(

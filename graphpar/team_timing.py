@@ -81,7 +81,8 @@ def _together(members: Sequence[RankTiming]) -> RankTiming:
             SizeTiming(
                 row.size, max(r.forward_s for r in rows), max(r.backward_s for r in rows),
                 max(r.saved_bytes for r in rows), max(r.working_bytes for r in rows),
-                max(r.weight_s for r in rows), max(r.deferred_bytes for r in rows), row.stage,
+                max(r.weight_s for r in rows), max(r.deferred_bytes for r in rows),
+                max(r.split_s for r in rows), row.stage,
             )
         )  # fmt: skip
     return RankTiming(

@@ -25,7 +25,7 @@ class SizeTiming:
 
     `saved_bytes` are held from its forward to its backward, `working_bytes` while it computes. Of
     `backward_s`, `weight_s` are for gradients of weights that may be made later; until then
-    `deferred_bytes` are held.
+    `deferred_bytes` are held, and `split_s` is what doing it in two halves takes besides.
     """
 
     size: int
@@ -35,6 +35,7 @@ class SizeTiming:
     working_bytes: float = 0.0
     weight_s: float = 0.0
     deferred_bytes: float = 0.0
+    split_s: float = 0.0
     stage: int | None = None
 
     def seconds(self, kind: str) -> float:
@@ -43,7 +44,7 @@ class SizeTiming:
             return self.forward_s
         if kind == "W":
             return self.weight_s
-        return self.backward_s - (self.weight_s if kind == "I" else 0.0)
+        return self.backward_s + (self.split_s - self.weight_s if kind == "I" else 0.0)
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def _stage_timing(
                 deferred_bytes=sum(
                     table.at_size(c.deferred_bytes[member], n) for c in costs if c.deferred_bytes
                 ),
+                split_s=sum(c.split_s for c in costs),
             )
             for n in sizes
         ),

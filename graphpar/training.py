@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from graphpar.partition.settings import ScheduleWish
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +21,8 @@ class Training:
             `loss(output, target)`, the target being the last positional argument of `step`.
         max_grad_norm: Clip gradients by their global norm.
         microbatches: Number of microbatches, or "auto".
-        schedule: "gpipe", "1f1b", or "auto".
+        schedule: "gpipe", "1f1b", "interleaved" (1F1B with several stages on each device), "zero-bubble"
+            (gradients of weights fill the gaps), or "auto" for the shortest step.
         seed: Seed of the random streams (dropout); the same for every plan.
 
     >>> import torch
@@ -32,7 +35,7 @@ class Training:
     loss: Callable[[Any, Any], Any] | None = None
     max_grad_norm: float | None = None
     microbatches: int | Literal["auto"] = "auto"
-    schedule: Literal["auto", "gpipe", "1f1b"] = "auto"
+    schedule: ScheduleWish = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,9 +46,10 @@ class Training:
             )
         if self.microbatches != "auto" and self.microbatches < 1:
             raise ValueError(f"Training(microbatches=...) must be at least 1, not {self.microbatches}.")
-        if self.schedule not in ("auto", "gpipe", "1f1b"):
+        if self.schedule not in get_args(ScheduleWish):
             raise ValueError(
-                f"Training(schedule=...) must be 'auto', 'gpipe' or '1f1b', not {self.schedule!r}."
+                f"Training(schedule=...) must be one of {', '.join(get_args(ScheduleWish))}, "
+                f"not {self.schedule!r}."
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"Training(max_grad_norm=...) must be positive, not {self.max_grad_norm}.")

@@ -15,7 +15,7 @@ ROWS = (
     "ir cost catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration loopback",
     "partition",
-    "schedule timing team_timing crowding simulate training solve_command "
+    "schedule timing team_timing crowding simulate simulated schedule_choice training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes measure neighbours",

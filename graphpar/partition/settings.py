@@ -7,6 +7,18 @@ from graphpar.partition.types import SearchedSchedule
 
 Microbatches = int | Literal["auto"]
 ScheduleChoice = Literal["auto", "gpipe", "1f1b"]
+ScheduleWish = Literal["auto", "gpipe", "1f1b", "interleaved", "zero-bubble"]
+"""What may be asked for; the last two are chosen on the stages of a partition that was searched for."""
+
+
+def searched(wish: ScheduleWish) -> ScheduleChoice:
+    """What is searched for where something is wished for.
+
+    >>> searched("zero-bubble"), searched("auto")
+    ('1f1b', 'auto')
+    """
+    return "1f1b" if wish in ("interleaved", "zero-bubble") else wish  # type: ignore[return-value]
+
 
 SMALL_BATCH = 16
 """Up to this many samples every microbatch count is tried."""

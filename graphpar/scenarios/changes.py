@@ -14,13 +14,14 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from graphpar import catalogue
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
 from graphpar.ir.formats import FORMATS as RUN_FORMATS
 from graphpar.ir.formats import PLANNED_ONLY
+from graphpar.partition.settings import ScheduleWish
 from graphpar.scenarios.prices import instance_price
 from graphpar.scenarios.types import OPTIMIZER_STATES, Layout, Setting
 
@@ -357,8 +358,8 @@ def _set_optimizer(setting: Setting, text: str) -> Setting:
 
 
 def _set_schedule(setting: Setting, text: str) -> Setting:
-    if text not in ("auto", "1f1b", "gpipe"):
-        raise ValueError(f"schedule {text!r} is not known; give auto, 1f1b or gpipe")
+    if text not in get_args(ScheduleWish):
+        raise ValueError(f"schedule {text!r} is not known; give {', '.join(get_args(ScheduleWish))}")
     return replace(setting, schedule=cast(Any, text))
 
 

@@ -8,17 +8,22 @@ from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition.baselines import one_device
 from graphpar.partition.pipeline import partition
-from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
 from graphpar.scenarios.layouts import JOIN, configured, recomputed
 from graphpar.scenarios.types import Answer, Bottleneck, Layout
-from graphpar.schedule import StageLink, build_schedule
+from graphpar.schedule import build_schedule
+from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
 from graphpar.simulate import Timeline, simulate
+from graphpar.simulated import stage_links
 from graphpar.timing import timing_of
 from graphpar.units import format_bytes
 
 FULL = 0.95
 """A device fuller than this at its peak leaves the planner little choice."""
+
+CHOICE_S = 2.0
+"""Most seconds for trying schedules in one scenario."""
 
 FREE_MEMORY_GAIN = 0.02
 """If memory without limit would shorten the step by more than this, memory is the bottleneck."""
@@ -29,7 +34,7 @@ class Task:
     """What one process works on."""
 
     table: CostTable
-    schedule: ScheduleChoice = "auto"
+    schedule: ScheduleWish = "auto"
     microbatches: Microbatches = "auto"
     recompute: bool | None = None
     layout: Layout | None = None
@@ -53,18 +58,31 @@ def solve(task: Task) -> Answer:
 
 def _found(table: CostTable, task: Task) -> tuple[CostTable, Partition]:
     if task.layout is not None:
-        return configured(table, task.layout, task.schedule, task.microbatches)
-    return table, partition(
+        used, found = configured(table, task.layout, searched(task.schedule), task.microbatches)
+        named = task.schedule in ("interleaved", "zero-bubble")
+        return used, _scheduled(used, found, task) if named else found
+    found = partition(
         table,
         gap=task.gap,
         time_limit_s=task.time_limit_s,
-        schedule=task.schedule,
+        schedule=searched(task.schedule),
         microbatches=task.microbatches,
     )
+    return table, _scheduled(table, found, task)
+
+
+def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
+    """The plan under the schedule wished for, or as it is with a note why not."""
+    try:
+        limit_s = min(task.time_limit_s, CHOICE_S)
+        return choose_schedule(table, found, task.schedule, task.microbatches, time_limit_s=limit_s)
+    except UnavailableScheduleError as error:
+        note = f"{task.schedule} was asked for but cannot be had: {error}"
+        return replace(found, notes=(*found.notes, note))
 
 
 def _answer(table: CostTable, found: Partition, task: Task) -> Answer:
-    schedule = build_schedule(found, stage_links(table, found), table.training)
+    schedule = build_schedule(found, stage_links(table, found.pipelines), table.training)
     timeline = simulate(schedule, timing_of(table, found))
     capacity = {d: c.memory_bytes for c in table.device_classes for d in c.devices}
     peaks = dict(zip(found.used_devices, timeline.peak_bytes, strict=True))
@@ -93,28 +111,6 @@ def _answer(table: CostTable, found: Partition, task: Task) -> Answer:
     )
 
 
-def stage_links(table: CostTable, found: Partition) -> list[StageLink]:
-    """What crosses between the stages of every pipeline, from the table's edges."""
-    links: list[StageLink] = []
-    offset = 0
-    for pipeline in found.pipelines:
-        stage_of = [n for n, s in enumerate(pipeline.stages) for _ in range(s.first, s.last)]
-        sums: dict[tuple[int, int], list[float]] = {}
-        for edge in table.edges:
-            ends = stage_of[edge.source], stage_of[edge.target]
-            if ends[0] < ends[1]:
-                total = sums.setdefault(ends, [0.0, 0.0, 0.0])
-                total[0] += edge.bytes_per_sample
-                total[1] += edge.gradient_bytes_per_sample if table.training else 0.0
-                total[2] += edge.fixed_bytes
-        links += [
-            StageLink(offset + a, offset + b, each, back, fixed, 0.0)
-            for (a, b), (each, back, fixed) in sorted(sums.items())
-        ]
-        offset += len(pipeline.stages)
-    return links
-
-
 def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
     """The best single device and its step time; None where the model fits into none."""
     costs = [table.costs[u] for u in table.units]
@@ -122,7 +118,7 @@ def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
     if held + table.reserved_bytes > max(c.memory_bytes for c in table.device_classes):
         return None
     try:
-        found = one_device(table, schedule=task.schedule, microbatches="auto")
+        found = one_device(table, schedule=searched(task.schedule), microbatches="auto")
     except (InfeasibleError, ValueError):
         return None
     return found.used_devices[0], found.objective_s
@@ -200,7 +196,7 @@ def _memory_binds(table: CostTable, step_s: float, task: Task) -> bool:
             replace(table, device_classes=endless),
             gap=max(task.gap, 0.01),
             time_limit_s=task.time_limit_s / 2,
-            schedule=task.schedule,
+            schedule=searched(task.schedule),
             microbatches=task.microbatches,
         )
     except (InfeasibleError, ValueError):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from graphpar.cluster import Cluster
-from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.settings import Microbatches, ScheduleWish
 
 OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of state per byte of parameters of the optimisers a scenario may name."""
@@ -51,7 +51,7 @@ class Setting:
         training: Whether the step trains.
         precision: Number format of arithmetic and activations.
         optimizer: A name of `OPTIMIZER_STATES`, or `given` for the caller's own.
-        schedule: `1f1b`, `gpipe`, or `auto`.
+        schedule: `1f1b`, `gpipe`, `interleaved`, `zero-bubble`, or `auto`.
         microbatches: A fixed number, or `auto`.
         recompute: Whether every unit computes its activations again; None leaves it to the planner.
         layout: A hand-made configuration instead of a search.
@@ -64,7 +64,7 @@ class Setting:
     training: bool = False
     precision: str = "float32"
     optimizer: str = "given"
-    schedule: ScheduleChoice = "auto"
+    schedule: ScheduleWish = "auto"
     microbatches: Microbatches = "auto"
     recompute: bool | None = None
     layout: Layout | None = None

@@ -1,0 +1,194 @@
+"""Price a plan whose schedule has no formula, by playing its action lists through.
+
+Interleaved and zero-bubble schedules are lists found with the times of the stages; what they take is what
+the simulator says of the very lists that would run.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from graphpar.cost import CostTable
+from graphpar.partition.bounds import physical_bound_s
+from graphpar.partition.pipeline_price import (
+    Price,
+    modes_of,
+    price,
+    replica_times_s,
+    share_microbatches,
+    transfers_s,
+)
+from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, StageChoice, StagePace
+from graphpar.schedule import StageLink, build_schedule, validate
+from graphpar.simulate import Timeline, simulate
+from graphpar.timing import Timing, timing_of
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A plan that was played through: its step and the peak of every device."""
+
+    partition: Partition
+    step_s: float
+
+    def fits(self, table: CostTable) -> bool:
+        """Whether every device has the memory."""
+        return not any(need > have for need, have in self.needs(table).values())
+
+    def needs(self, table: CostTable) -> dict[str, tuple[float, float]]:
+        """For each device the bytes it needs at its peak, and those it has."""
+        return {
+            device: (peak, table.device_classes[table.class_of[device]].memory_bytes)
+            for device, peak in self.partition.peak_bytes.items()
+        }
+
+
+def has_formula(schedule: ScheduleName) -> bool:
+    """Whether the step of a schedule is given by a formula of `pipeline_price`."""
+    return schedule in ("gpipe", "1f1b")
+
+
+def price_any(table: CostTable, pipelines: Sequence[PipelineChoice], schedule: ScheduleName) -> Price:
+    """Price a plan by its formula where it has one, else by playing it through.
+
+    Raises:
+        VerifyError: The plan cannot be scheduled like that.
+    """
+    if has_formula(schedule):
+        return price(table, pipelines, schedule)
+    found = simulated(table, pipelines, schedule).partition
+    return Price(found.objective_s, found.parts, found.peak_bytes)
+
+
+def deal_any(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -> PipelineChoice:
+    """The pipeline with its microbatches dealt to replicas by the rule of 1F1B where it has no other.
+
+    Stages of one device get what the slowest of them would.
+    """
+    if has_formula(schedule):
+        return share_microbatches(table, pipeline, schedule)
+    first: dict[tuple[str, ...], StageChoice] = {}
+    dealt = share_microbatches(table, pipeline, "1f1b")
+    stages = []
+    for stage in dealt.stages:
+        devices = tuple(d for r in stage.replicas for d in r.devices)
+        stages.append(replace(stage, replicas=first.setdefault(devices, stage).replicas))
+    return replace(dealt, stages=tuple(stages))
+
+
+def simulated(
+    table: CostTable,
+    pipelines: Sequence[PipelineChoice],
+    schedule: ScheduleName,
+    paces: tuple[StagePace, ...] | None = None,
+) -> Simulated:
+    """Play a plan made by hand through.
+
+    `paces` are those of the stages unless others are given.
+
+    Raises:
+        VerifyError: The plan cannot be scheduled like that.
+    """
+    if paces is None:
+        paces = () if has_formula(schedule) else stage_paces(table, pipelines)
+    plan = Partition(
+        pipelines=tuple(pipelines),
+        schedule=schedule,
+        status="feasible",
+        objective_s=0.0,
+        parts={},
+        bound_s=0.0,
+        gap=1.0,
+        physical_bound_s=0.0,
+        seconds=0.0,
+        truncated_by=("not searched: simulated as given",),
+        family="this plan only",
+        peak_bytes={},
+        paces=paces,
+    )
+    lists = build_schedule(plan, stage_links(table, pipelines), table.training)
+    timing = timing_of(table, plan)
+    timeline = simulate(lists, timing)
+    peaks = dict(zip(plan.used_devices, timeline.peak_bytes, strict=True))
+    plan = replace(plan, objective_s=timeline.step_s, peak_bytes=peaks)
+    return Simulated(replace(plan, parts=_parts(table, plan, timeline, timing)), timeline.step_s)
+
+
+def certified(table: CostTable, plan: Partition) -> Partition:
+    """A simulated plan with the bound that no plan of any kind can beat, its lists proven sound.
+
+    Raises:
+        VerifyError: The lists break a rule.
+    """
+    validate(build_schedule(plan, stage_links(table, plan.pipelines), table.training))
+    bound_s = min(physical_bound_s(table), plan.objective_s)
+    gap = (plan.objective_s - bound_s) / plan.objective_s if plan.objective_s > 0 else 0.0
+    return replace(plan, bound_s=bound_s, physical_bound_s=bound_s, gap=gap)
+
+
+def _parts(table: CostTable, plan: Partition, timeline: Timeline, timing: Timing) -> dict[str, float]:
+    """The parts that a formula would have: one microbatch there and back, the end, the rest."""
+    last = max(range(len(timing.ranks)), key=lambda r: timeline.ends_s[r][-1])
+    optimizer_s = timing.ranks[last].optimizer_s
+    sync_s = timeline.reduce_s[last]
+    rest_s = max(0.0, timeline.step_s - optimizer_s - sync_s)
+    longest = max(plan.pipelines, key=lambda p: _through_s(table, p))
+    moved_s = min(math.fsum(transfers_s(table, longest)), rest_s)
+    fill_s = min(_through_s(table, longest), rest_s - moved_s)
+    return {
+        "fill_compute_s": fill_s,
+        "fill_transfer_s": moved_s,
+        "steady_s": timeline.step_s - optimizer_s - sync_s - fill_s - moved_s,
+        "sync_s": sync_s,
+        "optimizer_s": optimizer_s,
+    }
+
+
+def _through_s(table: CostTable, pipeline: PipelineChoice) -> float:
+    size = pipeline.samples / pipeline.microbatches
+    return math.fsum(max(replica_times_s(table, stage, size)) for stage in pipeline.stages)
+
+
+def stage_paces(table: CostTable, pipelines: Sequence[PipelineChoice]) -> tuple[StagePace, ...]:
+    """The times that an order is found with, stage by stage; of unlike replicas those of the slowest."""
+    return tuple(
+        _pace(table, stage, pipeline.samples / pipeline.microbatches, moved_s)
+        for pipeline in pipelines
+        for stage, moved_s in zip(pipeline.stages, transfers_s(table, pipeline)[1:], strict=True)
+    )
+
+
+def _pace(table: CostTable, stage: StageChoice, size: float, moved_s: float) -> StagePace:
+    units = range(stage.first, stage.last)
+    rows = []
+    for mode in modes_of(table, stage):
+        overhead_s = table.mode_overhead_s(mode)
+        weight_s = sum(table.weight_s(u, mode, size) for u in units)
+        forward_s = overhead_s + sum(table.forward_s(u, mode, size) for u in units)
+        back_s = overhead_s + sum(table.backward_s(u, mode, size) for u in units) - weight_s
+        if weight_s > 0:
+            back_s += sum(table.split_s(u, mode) for u in units)
+        rows.append(StagePace(forward_s, back_s, weight_s, moved_s / 2))
+    return max(rows, key=lambda pace: pace.forward_s + pace.backward_s + pace.weight_s)
+
+
+def stage_links(table: CostTable, pipelines: Sequence[PipelineChoice]) -> list[StageLink]:
+    """What crosses between the stages of every pipeline, from the table's edges."""
+    links: list[StageLink] = []
+    offset = 0
+    for pipeline in pipelines:
+        stage_of = [n for n, s in enumerate(pipeline.stages) for _ in range(s.first, s.last)]
+        sums: dict[tuple[int, int], list[float]] = {}
+        for edge in table.edges:
+            ends = stage_of[edge.source], stage_of[edge.target]
+            if ends[0] < ends[1]:
+                total = sums.setdefault(ends, [0.0, 0.0, 0.0])
+                total[0] += edge.bytes_per_sample
+                total[1] += edge.gradient_bytes_per_sample if table.training else 0.0
+                total[2] += edge.fixed_bytes
+        links += [
+            StageLink(offset + a, offset + b, each, back, fixed, 0.0)
+            for (a, b), (each, back, fixed) in sorted(sums.items())
+        ]
+        offset += len(pipeline.stages)
+    return links
