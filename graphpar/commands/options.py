@@ -1,10 +1,11 @@
 """Options that several commands share: which model, which cluster, how to plan."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
+from graphpar.partition.settings import ScheduleWish
 from graphpar.plans import Plan
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -100,6 +101,13 @@ def planning_options(command: _Command) -> _Command:
             metavar="N|auto",
             callback=_width,
             help="Most devices of a node that may share every layer of a stage.",
+        ),
+        click.option(
+            "--schedule",
+            default="auto",
+            show_default=True,
+            type=click.Choice(get_args(ScheduleWish)),
+            help="Order of work in training; auto takes the one with the shortest step.",
         ),
         click.option(
             "--gap",

@@ -15,6 +15,7 @@ from graphpar.commands.options import (
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
 from graphpar.model_spec import load_model
+from graphpar.partition.settings import ScheduleWish
 from graphpar.planner import EXPLAIN_S, plan_prepared
 from graphpar.preparation import prepare
 from graphpar.view.api import check_suffix, visualize
@@ -42,6 +43,7 @@ def command(
     batch_size: int,
     seq_len: int,
     train: bool,
+    schedule: ScheduleWish,
     as_json: bool,
     **planning: Any,
 ) -> None:
@@ -55,7 +57,7 @@ def command(
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
-        training = default_training() if train else None
+        training = default_training(schedule) if train else None
         prepared = prepare(loaded.model, loaded.args, loaded.kwargs, training)
         plan = plan_prepared(
             prepared,

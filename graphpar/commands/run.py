@@ -22,6 +22,7 @@ from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
 from graphpar.compiler import compile as compile_model
 from graphpar.model_spec import LoadedModel, load_model
+from graphpar.partition.settings import ScheduleWish
 from graphpar.runtime.job import CompiledModel
 from graphpar.units import format_percent, format_seconds
 from graphpar.view.api import check_suffix, visualize
@@ -55,6 +56,7 @@ def command(
     batch_size: int,
     seq_len: int,
     train: bool,
+    schedule: ScheduleWish,
     picture: str | None,
     profile: bool,
     as_json: bool,
@@ -79,7 +81,7 @@ def command(
             cluster,
             loaded.args,
             loaded.kwargs,
-            train=default_training() if train else None,
+            train=default_training(schedule) if train else None,
             plan=plan,
             **planning,
         ) as job:

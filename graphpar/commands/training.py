@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from graphpar.partition.settings import ScheduleWish
 from graphpar.training import Training
 
 _LEARNING_RATE = 3e-4
@@ -13,6 +14,6 @@ def _adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
 
 
-def default_training() -> Training:
-    """What `--train` means."""
-    return Training(optimizer=_adamw)
+def default_training(schedule: ScheduleWish = "auto") -> Training:
+    """What `--train` means, and `--schedule`."""
+    return Training(optimizer=_adamw, schedule=schedule)

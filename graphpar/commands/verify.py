@@ -18,6 +18,7 @@ from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
 from graphpar.errors import NumbersDifferError
 from graphpar.model_spec import load_model
+from graphpar.partition.settings import ScheduleWish
 from graphpar.verify import verify
 
 
@@ -37,6 +38,7 @@ def command(
     batch_size: int,
     seq_len: int,
     train: bool,
+    schedule: ScheduleWish,
     as_json: bool,
     **planning: Any,
 ) -> None:
@@ -52,7 +54,7 @@ def command(
             Cluster.load(cluster_file),
             loaded.args,
             loaded.kwargs,
-            train=default_training() if train else None,
+            train=default_training(schedule) if train else None,
             plan=load_plan(plan_file, train=train),
             steps=steps,
             **planning,
