@@ -12,7 +12,7 @@ from graphpar.errors import InfeasibleError
 from graphpar.explanation_build import explain_partition
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import ScheduleWish
-from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.plan_build import predict
 from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule, interleaved
 from graphpar.simulated import simulated, stage_links
@@ -133,10 +133,12 @@ def test_interleaved_is_no_slower_on_like_devices(
     plain = straight(tuple(range(0, devices * chunks + 1, chunks)), microbatches)
     dealt = interleaved(table, plain, chunks)
     assert [s.last - s.first for s in dealt.stages] == [1] * devices * chunks
-    steps = [
-        simulated(table, (p,), name).step_s
-        for p, name in ((plain, "1f1b"), (dealt, "interleaved"), (dealt, "zero-bubble"))
-    ]
+    ways: tuple[tuple[PipelineChoice, ScheduleName], ...] = (
+        (plain, "1f1b"),
+        (dealt, "interleaved"),
+        (dealt, "zero-bubble"),
+    )
+    steps = [simulated(table, (pipeline,), name).step_s for pipeline, name in ways]
     assert steps == sorted(steps, reverse=True)
 
 
