@@ -137,3 +137,11 @@ def test_functions_memory_and_hooks() -> None:
     layer.bias.register_post_accumulate_grad_hook(lambda p: None)  # type: ignore[no-untyped-call]
     parts = (layer, layer.weight, layer.bias)
     assert all(private.has_gradient_hook(part) for part in parts)
+
+
+def test_operators_with_out_have_one_without() -> None:
+    aten = torch.ops.aten
+    assert private.without_out(aten.div.out) is aten.div.Tensor
+    assert private.without_out(aten.mm.out) is aten.mm.default
+    assert private.without_out(aten.randn.out) is None  # the other one also takes a type and a device
+    assert private.without_out(len) is None

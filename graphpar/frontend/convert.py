@@ -23,6 +23,7 @@ from torch.export.graph_signature import (
 )
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.out_arguments import without_out_arguments
 from graphpar.frontend.places import place, strip_prefix, unsupported
 from graphpar.frontend.torch_private import (
     higher_order_name,
@@ -125,6 +126,7 @@ class _Converter:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self) -> Converted:
+        without_out_arguments(self.program.graph_module)
         signature = self.program.graph_signature
         graph = self.program.graph_module.graph
         nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}

@@ -20,6 +20,7 @@ from graphpar.frontend.refusals import (
     host_state,
     no_tensor_hooks,
     refuse_gradient_hooks,
+    refuse_unready,
 )
 from graphpar.frontend.torch_private import (
     as_if_not_exported,
@@ -147,6 +148,7 @@ def export(
     Raises:
         CaptureError: Names the user's module, file and line, and what to try.
     """
+    refuse_unready(model)
     args, kwargs = without_aliases((tuple(args), dict(kwargs)), model)
     if loss is not None:
         refuse_gradient_hooks(model)

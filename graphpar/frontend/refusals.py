@@ -1,5 +1,6 @@
-"""What torch.export would drop or freeze without a word, refused by name.
+"""What torch.export cannot take, or would drop or freeze without a word, refused by name.
 
+- Modules of torch.jit, and lazy ones that have no shapes yet.
 - Gradient hooks: a graph keeps the forward; what a hook does to gradients would be lost.
 - Numbers drawn by NumPy or Python's `random` while the model runs: they would stand in the graph as
   constants, the same at every step.
@@ -13,9 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.torch_private import has_gradient_hook
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """
+    Raises:
+        CaptureError: A submodule was made by torch.jit, or a tensor has no shape yet; names it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"Module {name or '(top)'!r} was made by torch.jit, which torch.export cannot follow. "
+                "Give the module it was made from."
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(
+                f"Tensor {name!r} of the model is lazy and has no shape yet. Call the model once on a "
+                "batch before giving it to graphpar."
+            )
 
 
 def refuse_gradient_hooks(model: nn.Module) -> None:

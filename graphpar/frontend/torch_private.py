@@ -122,6 +122,20 @@ def mutated_arguments(function: Any) -> tuple[int, ...]:
     )
 
 
+def without_out(function: Any) -> Any:
+    """The overload of an `out=` operator that takes all but `out`; None if there is none."""
+    if op_name(function) is None:
+        return None
+    packet = function.overloadpacket
+    candidates = (getattr(packet, name) for name in packet.overloads())
+    wanted = [a for a in _arguments(function) if a[0] != "out"]
+    return next((c for c in candidates if _arguments(c) == wanted), None)
+
+
+def _arguments(function: Any) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in function._schema.arguments]
+
+
 def views_first_argument(function: Any) -> bool:
     """Whether the result may share storage with the first argument, by schema or by tag.
 

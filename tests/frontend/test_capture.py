@@ -198,6 +198,31 @@ def test_batch_norm_keeps_its_statistics() -> None:
     assert int(device.tensors["layer.num_batches_tracked"]) == 2
 
 
+def test_a_power_iteration_that_writes_through_out_keeps_its_vectors() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    model = Calls(lambda s, h, y: s.layer(h).pow(2).sum(), layer)
+    device = ready(model, (X, Y)).device()
+    for _ in range(2):
+        (loss,) = device.forward((X, Y), {})
+        torch.testing.assert_close(loss, model(X, Y))
+    vectors = {name: b for name, b in model.named_buffers() if name.endswith(("_u", "_v"))}
+    assert len(vectors) == 2
+    for name, vector in vectors.items():
+        torch.testing.assert_close(device.tensors[name], vector)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4))), r"'\(top\)' was made by torch.jit"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), "'0.weight' of the model is lazy"),
+    ],
+)
+def test_models_that_cannot_be_exported_yet(model: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(CaptureError, match=why):
+        capture(model(), (X,), {})
+
+
 REFUSED: dict[str, tuple[Callable[[Calls, Tensor, Tensor], Tensor], str]] = {}
 
 
