@@ -15,6 +15,7 @@ from graphpar.errors import CaptureError
 from graphpar.frontend.capture import batch_size, capture, resize
 from graphpar.frontend.export import without_aliases
 from graphpar.ir.ops import BatchSize
+from graphpar.ir.whole import tail_reason
 
 X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
 
@@ -484,7 +485,6 @@ def test_sizes_in_proportion_become_symbols() -> None:
         (lambda s, h, y: h * (2 if h.size(0) > 5 else 3), "3 for a batch of 4 but 2"),
         (lambda s, h, y: h * (2 if h.size(0) % 2 else 3), "3 for a batch of 4 but 2"),
         (lambda s, h, y: h * torch.tensor([float(h.size(0))]), "constant .* changes with the batch size"),
-        (lambda s, h, y: h.view(2, -1), "view at .* reshapes samples into each other"),
     ],
 )
 def test_what_depends_on_the_batch_size_keeps_the_batch_whole(
@@ -494,6 +494,13 @@ def test_what_depends_on_the_batch_size_keeps_the_batch_whole(
     assert made.reason
     assert_as_eager(made.model, (X, Y))
     assert re.search(why, made.reason), made.reason
+
+
+def test_samples_reshaped_into_each_other_meet_after_all_forwards() -> None:
+    made = ready(Calls(lambda s, h, y: h.view(2, -1).pow(2).sum()), (X, Y))
+    assert made.reason == ""
+    assert re.search("view at .* reshapes samples into each other", tail_reason(made.source))
+    assert_close(in_parts(made, (X, Y), (1, 3)), in_parts(made, (X, Y), (4,)))
 
 
 def test_a_batch_of_one_runs_whole() -> None:
