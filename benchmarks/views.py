@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline_cases import ALL_OPTIONS, KINDS, LLAMA_405B, decoder_table
+from pipeline_cases import ALL_OPTIONS, FOUR, LLAMA_405B, decoder_table
 
 from graphpar.cluster import Cluster
 from graphpar.commands.training import default_training
@@ -117,7 +117,7 @@ def in_groups(table: CostTable, prepared: Prepared, cluster: Cluster) -> tuple[C
 
 def decoder_plan(num_devices: int) -> Plan:
     """A plan over equal numbers of all kinds of devices."""
-    counts = {k.name: num_devices // len(KINDS) for k in KINDS}
+    counts = {k.name: num_devices // len(FOUR) for k in FOUR}
     table = decoder_table(LLAMA_405B, counts, BATCH, ALL_OPTIONS)
     found = partition(table, gap=0.02, time_limit_s=60.0)
     edge, links, first = table.edges[0], [], 0

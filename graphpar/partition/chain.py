@@ -35,6 +35,12 @@ from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
 
+_MANY_COLUMNS = 6000
+"""So many columns are worth a second bound that counts replicas."""
+
+_MOST_COUNTED = 16
+"""That bound takes time in proportion to the replicas it counts."""
+
 _FEW_COLUMNS = 1500
 """So few columns are solved as they are."""
 
@@ -117,6 +123,7 @@ class ChainProgram:
         index = {p: i for i, p in enumerate(self._places)}
         self._place = np.array([index[o.places] for o in rows.options], dtype=np.intp)
         self._join = _joins(prices, cells, self._places)
+        self._after_size = len(self._places) * len(rows.kinds) * (num_units + 1)
         self._kept: _Kept | None = None
         self._bound_s = 0.0
         self._relaxation: Relaxation | None = None
@@ -168,11 +175,22 @@ class ChainProgram:
         within: BoolArray = (columns.extra_s <= limits.extra_s) & (columns.post_s <= limits.post_s)
         within &= columns.extra_s + columns.post_s <= limits.both_s
         within &= columns.cost_s < limits.fill_s
-        index = np.flatnonzero(within)
+        index = self._cheapest(np.flatnonzero(within))
         if len(index) == 0:
             return None
         exits = self._sweep(index, deadline_s)
         return self._trace(index, exits)
+
+    def _cheapest(self, index: IntArray) -> IntArray:
+        """Columns but those whose devices do the same for less with no tighter memory."""
+        if len(index) == 0:
+            return index
+        most = float(self._replicas.max()) + 1
+        below = np.minimum(self._columns.most_below[index], most - 1)
+        lifted = below + self._alike[index] * most
+        before = np.concatenate([[-1.0], np.maximum.accumulate(lifted)[:-1]])
+        found: IntArray = index[lifted > np.maximum(before, self._alike[index] * most - 0.5)]
+        return found
 
     # --- which columns ---
 
@@ -187,17 +205,34 @@ class ChainProgram:
                     self._rows.slots,
                     self._num_units,
                     self._rows.take,
+                    self._rows.width,
                     self._cell_counts,
                     self._weights,
                     wanted.post_weight,
                 )
-            bounded = self._relaxation.bound(columns, wanted.all_s)
-            self._bound_s, reduced = bounded.bound_s, bounded.reduced_s
+            columns, reduced = self._bounded(columns, wanted.all_s, deep=False)
+            if len(columns) > _MANY_COLUMNS and self._positions_matter(columns):
+                columns, reduced = self._bounded(columns, wanted.all_s, deep=True)
         kept = np.flatnonzero(self._bound_s + reduced < wanted.all_s)
         columns, reduced = columns.pick(kept), reduced[kept]
         exact, rows = self._prices.exact(columns)
         self._use(exact, reduced[rows])
         self._kept = wanted
+
+    def _bounded(self, columns: Columns, target_s: float, *, deep: bool) -> tuple[Columns, FloatArray]:
+        """The columns that the bound leaves, with what each adds to it."""
+        assert self._relaxation is not None
+        bounded = self._relaxation.bound(columns, target_s, deep=deep)
+        self._bound_s = max(self._bound_s, bounded.bound_s)
+        kept = np.flatnonzero(bounded.bound_s + bounded.reduced_s < target_s)
+        # What the better of two bounds says about a column is at least what the other said.
+        left = bounded.reduced_s[kept] + (bounded.bound_s - self._bound_s)
+        return columns.pick(kept), left
+
+    def _positions_matter(self, columns: Columns) -> bool:
+        """Whether memory limits where some stages may stand, and replicas are few enough to count."""
+        replicas = sum(self._cell_counts)
+        return replicas <= _MOST_COUNTED and bool((columns.most_below < replicas).any())
 
     def _use(self, columns: Columns, reduced: FloatArray | None = None) -> None:
         """Columns sorted by where a sweep puts them."""
@@ -205,14 +240,16 @@ class ChainProgram:
         kinds = len(self._rows.kinds)
         head = self._place[option] * kinds + slots.before[columns.slot]
         head = head * (self._num_units + 1) + slots.first[columns.slot]
-        order = np.argsort(head, kind="stable")
+        after = self._place[option] * kinds + slots.after[columns.slot]
+        after = after * (self._num_units + 1) + slots.last[columns.slot]
+        key = (head * len(self._teams) + self._team[option]) * (self._after_size) + after
+        order = np.lexsort((columns.cost_s, key))
         self._columns = columns.pick(order)
         self._reduced_s = np.zeros(len(order)) if reduced is None else reduced[order]
         self._head = head[order]
-        option, slot = self._columns.option, self._columns.slot
-        self._rest = self._take[option] @ self._strides
-        exit_of = self._place[option] * kinds + slots.after[slot]
-        self._after = exit_of * (self._num_units + 1) + slots.last[slot]
+        self._after = after[order]
+        self._rest = self._take[self._columns.option] @ self._strides
+        self._alike = np.cumsum(np.diff(key[order], prepend=-1) != 0)
 
     # --- the dynamic programme ---
 

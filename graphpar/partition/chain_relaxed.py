@@ -11,6 +11,9 @@ no extra exceeds X. The right side is least along a shortest path over (unit, ki
 device may occur again and again; the prices see to it that this does not pay (Held and Karp, 1971:
 subgradients; Christofides, Mingozzi and Toth, 1981: state-space relaxation). The shortest path through a
 column minus the shortest path is its reduced cost: whoever uses it costs at least the bound plus that.
+
+Where memory binds, the path also counts the replicas from each stage to the end (`deep`), so that it
+keeps memory by position as the dynamic programme does.
 """
 
 from collections.abc import Sequence
@@ -28,6 +31,12 @@ _FEW = 20_000
 """Columns that steps look at; every so often those are chosen anew among all."""
 
 _RENEWED = 15
+
+_STEP = 5e-4
+"""Less progress than this is none."""
+
+_PATIENCE = 10
+"""Steps without progress after which the method ends."""
 
 _HOPE = 1.03
 """Where no plan is known, the bound is aimed at this multiple of itself."""
@@ -58,6 +67,7 @@ class Relaxation:
         slots: Slots,
         num_units: int,
         take: IntArray,
+        width: IntArray,
         counts: Sequence[int],
         weights: FloatArray,
         post_weight: float,
@@ -65,7 +75,9 @@ class Relaxation:
         self._slots = slots
         self._num_units = num_units
         self._num_kinds = int(slots.before.max(initial=0)) + 1
+        self._starts = np.searchsorted(slots.first, np.arange(num_units + 1))
         self._take = take.astype(np.float64)
+        self._width = width
         self._counts = np.array(counts, dtype=np.float64)
         self._post_weight = post_weight
         have = self._counts > 0
@@ -74,36 +86,40 @@ class Relaxation:
         even = np.where(have, 1 / max(float(self._counts.sum()), 1.0), 0.0)
         self.prices = Prices(nu / total if total > 0 else even, even, np.zeros(len(self._counts)))
 
-    def bound(self, columns: Columns, target_s: float, rounds: int = _ROUNDS) -> Bounded:
+    def bound(
+        self, columns: Columns, target_s: float, *, rounds: int = _ROUNDS, deep: bool = False
+    ) -> Bounded:
         """Raise the bound towards the target, and say what each column adds to it."""
+        everything = _Index(columns, self._width, int(self._counts.sum()) if deep else 0)
         best, found = -np.inf, Bounded(-np.inf, np.zeros(len(columns)))
         prices, theta = self.prices, 1.0
-        some: Columns | None = None
         few = len(columns) <= _FEW
-        mean = np.zeros(2 * len(self._counts))
+        used, index = columns, everything
+        mean = np.zeros(3 * len(self._counts))
+        stale, highest = 0, -np.inf
         for step in range(rounds):
-            if few or step % _RENEWED == 0:
-                value, reduced, path = self._paths(columns, prices)
+            anew = few or step % _RENEWED == 0
+            if anew:
+                value, reduced, path = self._paths(columns, everything, prices)
                 if not np.isfinite(value):
                     return Bounded(np.inf, np.full(len(columns), np.inf))
                 if value > best:
                     best, found, self.prices = value, Bounded(value, reduced), prices
                 else:
                     theta *= 0.7
+                if best >= target_s:
+                    break
                 if not few:
-                    cutoff = np.partition(reduced, _FEW)[_FEW]
-                    some = columns.pick(reduced <= cutoff)
-                    value, _, path = self._paths(some, prices)
-                used = columns if few else some
-            else:
-                assert some is not None
-                value, _, path = self._paths(some, prices)
-                used = some
-            assert used is not None
+                    kept = np.flatnonzero(reduced <= np.partition(reduced, _FEW)[_FEW])
+                    used, index = columns.pick(kept), everything.pick(kept)
+            if not (few and anew):
+                value, _, path = self._paths(used, index, prices)
             aim = target_s if np.isfinite(target_s) else max(value, best) * _HOPE
-            if best >= target_s or len(path) == 0:
+            stale = 0 if value > highest * (1 + _STEP) else stale + 1
+            highest = max(highest, value)
+            if len(path) == 0 or stale > _PATIENCE:
                 break
-            gradient, scale = self._gradient(used, path)
+            gradient, scale = self._gradient(used, path, prices)
             mean = 0.6 * mean + 0.4 * gradient
             norm = float(gradient @ gradient)
             if norm <= 1e-18:
@@ -111,8 +127,8 @@ class Relaxation:
             length = theta * max(aim - value, 1e-4 * abs(value)) / norm
             prices = self._moved(prices, length * mean, scale)
             theta *= 0.985
-        if not few:
-            value, reduced, _ = self._paths(columns, prices)
+        if not few and best < target_s:
+            value, reduced, _ = self._paths(columns, everything, prices)
             if value > best:
                 found, self.prices = Bounded(value, reduced), prices
         return found
@@ -124,68 +140,177 @@ class Relaxation:
             found += self._post_weight * (self._take @ prices.rho)[columns.option] * columns.post_s
         return found
 
-    def _paths(self, columns: Columns, prices: Prices) -> tuple[float, FloatArray, IntArray]:
+    def _paths(
+        self, columns: Columns, index: "_Index", prices: Prices
+    ) -> tuple[float, FloatArray, IntArray]:
         """The bound at some prices, the reduced costs, and the columns of the shortest path."""
         if len(columns) == 0:
             return np.inf, np.zeros(0), np.zeros(0, dtype=np.intp)
-        cost, slots, n = self._column_prices(columns, prices), self._slots, self._num_units
-        least = np.full(len(slots.run), np.inf)
-        np.minimum.at(least, columns.slot, cost)
-        # From the end: what the rest of the chain costs at least, by unit and link before it.
-        rest = np.full((n + 1, self._num_kinds), np.inf)
-        rest[n, 0] = 0.0
-        starts = np.searchsorted(slots.first, np.arange(n + 1))
-        for unit in range(n - 1, -1, -1):
-            own = slice(starts[unit], starts[unit + 1])
-            total = least[own] + rest[slots.last[own], slots.after[own]]
-            np.minimum.at(rest[unit], slots.before[own], total)
-        whole = float(rest[0, 0])
+        cost, slots = self._column_prices(columns, prices), self._slots
+        least = index.least(cost, len(slots.run))
+        rest = self._rest(least, index)
+        whole = float(rest[:, 0, 0].min())
         if not np.isfinite(whole):
             return np.inf, np.full(len(columns), np.inf), np.zeros(0, dtype=np.intp)
-        ahead = np.full((n + 1, self._num_kinds), np.inf)
-        ahead[0, 0] = 0.0
-        for unit in range(n):
-            own = slice(starts[unit], starts[unit + 1])
-            total = least[own] + ahead[unit, slots.before[own]]
-            np.minimum.at(ahead, (slots.last[own], slots.after[own]), total)
-        through = ahead[slots.first, slots.before] + rest[slots.last, slots.after] - whole
-        reduced = np.maximum(cost + through[columns.slot], 0.0)
+        ahead = self._ahead(least, index)
+        before = ahead[:, slots.first, slots.before]
+        after = rest[:, slots.last, slots.after]
+        through = np.stack([before + _shifted(after, w) for w in index.widths])
+        # A column may stand wherever no more replicas follow than its memory allows.
+        through = np.minimum.accumulate(through, axis=1).reshape(-1)
+        reduced = np.maximum(cost + through[index.place(len(slots.run))] - whole, 0.0)
         value = whole - float(self._counts @ prices.use)
-        return value, reduced, self._path(columns, reduced, whole)
+        return value, reduced, self._path(columns, cost, least, rest, index)
 
-    def _path(self, columns: Columns, reduced: FloatArray, whole: float) -> IntArray:
-        """Columns without reduced cost, one after another."""
-        tight = np.flatnonzero(reduced <= 1e-9 * abs(whole) + 1e-300)
-        first, before = self._slots.first[columns.slot[tight]], self._slots.before[columns.slot[tight]]
-        at: dict[tuple[int, int], int] = {}
-        for column, unit, kind in zip(tight.tolist(), first.tolist(), before.tolist(), strict=True):
-            at.setdefault((unit, kind), column)
-        path, place = [], (0, 0)
-        while place[0] < self._num_units and place in at:
-            column = at[place]
-            path.append(column)
-            slot = int(columns.slot[column])
-            place = int(self._slots.last[slot]), int(self._slots.after[slot])
+    def _rest(self, least: FloatArray, index: "_Index") -> FloatArray:
+        """[replicas left, unit, link before]: what the rest of the chain costs at least."""
+        slots, n = self._slots, self._num_units
+        rest = np.full((index.levels, n + 1, self._num_kinds), np.inf)
+        rest[0, n, 0] = 0.0
+        for unit in range(n - 1, -1, -1):
+            own = slice(self._starts[unit], self._starts[unit + 1])
+            after = rest[:, slots.last[own], slots.after[own]]
+            total = np.minimum.reduce(
+                [least[i, :, own] + _shifted(after, w) for i, w in enumerate(index.widths)]
+            )
+            for kind in range(self._num_kinds):
+                mine = slots.before[own] == kind
+                if mine.any():
+                    rest[:, unit, kind] = total[:, mine].min(axis=1)
+        return rest
+
+    def _ahead(self, least: FloatArray, index: "_Index") -> FloatArray:
+        """[replicas left, unit, link before]: what the chain before costs at least."""
+        slots, n = self._slots, self._num_units
+        ahead = np.full((index.levels, n + 1, self._num_kinds), np.inf)
+        ahead[:, 0, 0] = 0.0
+        levels = np.arange(index.levels)[:, None]
+        for unit in range(n):
+            own = slice(self._starts[unit], self._starts[unit + 1])
+            before = ahead[:, unit, slots.before[own]]
+            # In the number of replicas left after the stage.
+            total = np.minimum.reduce(
+                [_dropped(least[i, :, own] + before, w) for i, w in enumerate(index.widths)]
+            )
+            np.minimum.at(ahead, (levels, slots.last[own], slots.after[own]), total)
+        return ahead
+
+    def _path(
+        self,
+        columns: Columns,
+        cost: FloatArray,
+        least: FloatArray,
+        rest: FloatArray,
+        index: "_Index",
+    ) -> IntArray:
+        slots = self._slots
+        level, unit, kind = int(rest[:, 0, 0].argmin()), 0, 0
+        path: list[int] = []
+        while unit < self._num_units:
+            own = np.arange(self._starts[unit], self._starts[unit + 1])
+            own = own[slots.before[own] == kind]
+            totals = [
+                least[i, level, own]
+                + (rest[level - w, slots.last[own], slots.after[own]] if w <= level else np.inf)
+                for i, w in enumerate(index.widths)
+            ]
+            row, place = np.unravel_index(int(np.argmin(totals)), (len(totals), len(own)))
+            slot = int(own[place])
+            mine = (columns.slot == slot) & (index.row == row) & (index.below >= level)
+            some = np.flatnonzero(mine)
+            path.append(int(some[cost[some].argmin()]))
+            level, unit = level - index.widths[int(row)], int(slots.last[slot])
+            kind = int(slots.after[slot])
         return np.array(path, dtype=np.intp)
 
-    def _gradient(self, columns: Columns, path: IntArray) -> tuple[FloatArray, tuple[float, float]]:
+    def _gradient(
+        self, columns: Columns, path: IntArray, prices: Prices
+    ) -> tuple[FloatArray, tuple[float, float]]:
         """By cell: how much more than there is a path uses, and whose extra and post stand out."""
         take = self._take[columns.option[path]]
-        number = np.maximum(self._counts, 1e-9)
         uses = np.where(self._counts > 0, take.sum(axis=0) - self._counts, 0.0)
-        extra = (take * columns.extra_s[path, None]).sum(axis=0) / number
-        scale = float(columns.extra_s[path].max())
-        have = self._counts > 0
-        mean = float(self.prices.nu @ (extra * number))
-        off = np.where(have, (extra - mean) / scale if scale > 0 else 0.0, 0.0)
-        return np.concatenate([uses, off]), (scale, 1.0)
+        extra, extra_scale = self._excess(take, columns.extra_s[path], prices.nu)
+        post, post_scale = self._excess(take, columns.post_s[path], prices.rho)
+        if self._post_weight == 0 or post_scale < 0.01 * extra_scale:
+            post, post_scale = np.zeros(len(post)), 0.0
+        return np.concatenate([uses, extra, post]), (extra_scale, post_scale)
+
+    def _excess(
+        self, take: FloatArray, seconds: FloatArray, weights: FloatArray
+    ) -> tuple[FloatArray, float]:
+        """Whose devices take longer than the weighted mean of all, in units of the longest."""
+        number = np.maximum(self._counts, 1e-9)
+        each = (take * seconds[:, None]).sum(axis=0) / number
+        scale = float(seconds.max())
+        if scale <= 0:
+            return np.zeros(len(number)), 0.0
+        mean = float(weights @ (each * number))
+        return np.where(self._counts > 0, (each - mean) / scale, 0.0), scale
 
     def _moved(self, prices: Prices, step: FloatArray, scale: tuple[float, float]) -> Prices:
         size = len(self._counts)
         use = np.maximum(prices.use + step[:size], 0.0)
-        nu = prices.nu
-        if scale[0] > 0:
-            nu = np.maximum(prices.nu + step[size:] / scale[0] / np.maximum(self._counts, 1.0), 0.0)
-            total = float(self._counts @ nu)
-            nu = nu / total if total > 0 else prices.nu
-        return Prices(nu, prices.rho, use)
+        nu = self._weights(prices.nu, step[size : 2 * size], scale[0])
+        rho = self._weights(prices.rho, step[2 * size :], scale[1])
+        return Prices(nu, rho, use)
+
+    def _weights(self, weights: FloatArray, step: FloatArray, scale: float) -> FloatArray:
+        if scale <= 0:
+            return weights
+        moved = np.maximum(weights + step / scale / np.maximum(self._counts, 1.0), 0.0)
+        total = float(self._counts @ moved)
+        return moved / total if total > 0 else weights
+
+
+class _Index:
+    """Where columns stand in an array [width, most replicas from here on, slot].
+
+    `levels` is one more than the replicas counted; with none counted all widths are nothing.
+    """
+
+    def __init__(self, columns: Columns, width: IntArray, replicas: int) -> None:
+        self.levels = replicas + 1
+        of_column = width[columns.option] if replicas else np.zeros(len(columns), dtype=np.intp)
+        kinds, row = np.unique(of_column, return_inverse=True)
+        self.widths: list[int] = kinds.tolist() or [0]
+        self.row: IntArray = row.reshape(-1).astype(np.intp)
+        self.below: IntArray = np.clip(columns.most_below, 0, replicas).astype(np.intp)
+        self._slot = columns.slot
+
+    def pick(self, kept: IntArray) -> "_Index":
+        """Of some columns only."""
+        found = _Index.__new__(_Index)
+        found.levels, found.widths = self.levels, self.widths
+        found.row, found.below, found._slot = self.row[kept], self.below[kept], self._slot[kept]
+        return found
+
+    def place(self, num_slots: int) -> IntArray:
+        """The position of each column in the flat array."""
+        found: IntArray = (self.row * self.levels + self.below) * num_slots + self._slot
+        return found
+
+    def least(self, cost: FloatArray, num_slots: int) -> FloatArray:
+        """[width, replicas left, slot]: the least cost of a column that may stand there."""
+        flat = np.full(len(self.widths) * self.levels * num_slots, np.inf)
+        np.minimum.at(flat, self.place(num_slots), cost)
+        least = flat.reshape(len(self.widths), self.levels, num_slots)
+        found: FloatArray = np.minimum.accumulate(least[:, ::-1], axis=1)[:, ::-1]
+        return found
+
+
+def _shifted(after: FloatArray, width: int) -> FloatArray:
+    """[replicas left] after a stage, by those left before it."""
+    if width == 0:
+        return after
+    found = np.full(after.shape, np.inf)
+    found[width:] = after[:-width]
+    return found
+
+
+def _dropped(before: FloatArray, width: int) -> FloatArray:
+    """[replicas left] before a stage, by those left after it."""
+    if width == 0:
+        return before
+    found = np.full(before.shape, np.inf)
+    found[:-width] = before[width:]
+    return found

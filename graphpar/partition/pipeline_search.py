@@ -224,7 +224,44 @@ class _Run:
                 answer = solver.solve(limits, deadline_s)
                 if answer is not None:
                     self._offer_answer(box.task, answer)
+                    self._climb(box.task, deadline_s)
                     return
+
+    def _climb(self, start: int, deadline_s: float) -> None:
+        """From a task that has a plan to others with about twice or half as many microbatches."""
+        if not self._solver(start).is_quick:
+            return
+        tried = {start}
+        for factor in (2.0, 0.5):
+            here = start
+            while (there := self._neighbour(here, factor)) is not None and there not in tried:
+                tried.add(there)
+                before = self._cutoff
+                self._look(there, deadline_s)
+                if self._cutoff >= before:
+                    break
+                here = there
+
+    def _neighbour(self, task: int, factor: float) -> int | None:
+        """The task of the same schedule whose microbatches are nearest to a multiple."""
+        own = self._tasks[task].setting
+        wanted = own.microbatches * factor
+        alike = [
+            (abs(t.setting.microbatches - wanted), i)
+            for i, t in enumerate(self._tasks)
+            if t.setting.schedule == own.schedule and i != task
+        ]
+        return min(alike)[1] if alike else None
+
+    def _look(self, task: int, deadline_s: float) -> None:
+        """Look for better plans in a task that is still to be searched."""
+        box = next((b for _, _, b in self._heap if b.task == task), None)
+        if box is None or task in self._plunged:
+            return
+        solver = self._solver(task)
+        if solver.tighten(self._target(), self._post_limit, self._weight) < self._target():
+            self._plunged.add(task)
+            self._plunge(box, solver, deadline_s)
 
     def _plunge(self, box: _Box, solver: ChainSolver, deadline_s: float) -> None:
         """Follow a task downwards, with less extra each time, as long as that gives better plans."""
