@@ -34,6 +34,12 @@ _SLACK = 0.1
 _DIVES = 4
 """Tasks tried before the proper search."""
 
+_GUESS = 1.4
+"""A task is looked at for plans of up to this multiple of its bound, ..."""
+
+_MOST_GUESS = 64.0
+"""... raised up to this multiple of the least bound of all."""
+
 _PLUNGE_FACTORS = (0.85, 0.9, 0.9, 0.95, 0.95)
 """From one programme to the next of a task that is met for the first time, extra falls by these."""
 
@@ -214,18 +220,44 @@ class _Run:
         """Try the most promising tasks with little more than their bounds until a plan fits."""
         for _, _, box in heapq.nsmallest(_DIVES, self._heap):
             task, solver = self._tasks[box.task], self._solver(box.task)
-            least = task.bound_s + self._weight * task.post_s
+            if solver.is_quick:
+                self._dive_widely(deadline_s)
+                return
             for factor in _DIVE_FACTORS:
-                guess = min(factor * least, self._target())
-                # A guess is no plan: what it leaves out counts again in the search proper.
-                least = max(least, solver.tighten(guess, self._post_limit, self._weight))
-                slack = self._gap * least
-                limits = StageLimits(factor * least, self._post_limit, slack_s=slack)
+                slack = self._gap * task.bound_s
+                limits = StageLimits(factor * task.bound_s, self._post_limit, slack_s=slack)
                 answer = solver.solve(limits, deadline_s)
                 if answer is not None:
                     self._offer_answer(box.task, answer)
-                    self._climb(box.task, deadline_s)
                     return
+
+    def _dive_widely(self, deadline_s: float) -> None:
+        """Raise guesses of what tasks cost, the lowest first, until one of them has a plan.
+
+        A guess is no bound: what it leaves out counts again in the search proper.
+        """
+        guesses = [(bound, box.task) for bound, _, box in heapq.nsmallest(_DIVES, self._heap)]
+        known = {task for _, task in guesses}
+        for bound, _, box in self._heap:
+            count = self._tasks[box.task].setting.microbatches
+            if count & (count - 1) == 0 and box.task not in known:
+                guesses.append((bound, box.task))
+        heapq.heapify(guesses)
+        most = _MOST_GUESS * guesses[0][0] if guesses else 0.0
+        while guesses:
+            bound, task = heapq.heappop(guesses)
+            if time.monotonic() > deadline_s:
+                raise OutOfTimeError
+            solver = self._solver(task)
+            guess = min(_GUESS * bound, self._target())
+            least = solver.tighten(guess, self._post_limit, self._weight)
+            answer = solver.solve(StageLimits(post_s=self._post_limit), deadline_s)
+            if answer is not None:
+                self._offer_answer(task, answer)
+                self._climb(task, deadline_s)
+                return
+            if guess < min(most, self._target()):
+                heapq.heappush(guesses, (max(guess, least), task))
 
     def _climb(self, start: int, deadline_s: float) -> None:
         """From a task that has a plan to others with about twice or half as many microbatches."""
