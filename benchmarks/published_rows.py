@@ -41,6 +41,7 @@ class Traits:
     selects_products: bool = False
     adds_gradients: bool = False
     stops_early: bool = False
+    gathers_late: bool = False
 
 
 OLD_MEGATRON = Traits(
@@ -73,7 +74,7 @@ FRAMEWORKS = (
     ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
     ("megatron-deepspeed", DEEPSPEED),
     ("megatron-lm", OLD_MEGATRON),
-    ("composer", Traits(True, False, fused_loss=True, zero=3, stops_early=True)),
+    ("composer", Traits(True, False, fused_loss=True, zero=3, stops_early=True, gathers_late=True)),
     ("torchtitan", Traits(True, False, zero=3, selects_products=True, stops_early=True)),
     (
         "fms-fsdp",
@@ -196,6 +197,7 @@ def _run(
         adds_gradients=traits.adds_gradients,
         pure_half=parallel.get("fsdp_mixed_precision") == "PURE",
         stops_early=traits.stops_early,
+        gathers_late=traits.gathers_late,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
     )
 

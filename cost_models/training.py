@@ -112,6 +112,7 @@ class Run:
         memory_bytes: Memory of a device where it is not the kind's own.
         link: Kind of the link inside nodes where it is not the device's usual one.
         adds_gradients: Whether gradients of microbatches are added by kernels of their own.
+        gathers_late: Whether backward asks for a layer's sharded weights no earlier than it needs them.
         overlaps_experts: Whether experts' all-to-alls run beside other microbatches' compute.
         pure_half: Whether pointwise work too is in half precision, with no casts to float32.
         stops_early: Whether recomputation ends with the last result that is needed.
@@ -154,6 +155,7 @@ class Run:
     logit_bytes: float = 14.0
     selects_products: bool = False
     adds_gradients: bool = False
+    gathers_late: bool = False
     overlaps_experts: bool = False
     pure_half: bool = False
     stops_early: bool = False
@@ -449,10 +451,12 @@ class _Machine:
             return 0.0
         weights = run.shape.layer_parameters / run.tensor
         group = self._group(shards, run.tensor)
-        gathers = 2 * collective_s("all_gather", weights * 2.0, group)
-        scatter = collective_s("reduce_scatter", weights * run.gradient_bytes, group)
-        spent = gathers + scatter
-        return self._exposed(spent, device_s)
+        gather_s = collective_s("all_gather", weights * 2.0, group)
+        scatter_s = collective_s("reduce_scatter", weights * run.gradient_bytes, group)
+        if run.gathers_late:
+            # Asked for only after the gradients of the layer before, nothing is left to hide it behind.
+            return gather_s + self._exposed(gather_s + scatter_s, device_s)
+        return self._exposed(2 * gather_s + scatter_s, device_s)
 
     def _exposed(self, spent_s: float, beside_s: float) -> float:
         """What a collective adds to compute it runs beside: the excess, and a share of the rest."""
