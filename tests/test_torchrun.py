@@ -15,7 +15,7 @@ from helpers import Line, force
 from torchrun_script import Net
 
 from graphpar.cluster import Cluster
-from graphpar.cost_models.sharding import TensorGroup
+from graphpar.cost_models.sharding import OpTimes, TensorGroup
 from graphpar.errors import ClusterError
 from graphpar.runtime.torchrun import match_devices
 from graphpar.training import Training
@@ -125,6 +125,7 @@ def test_a_tensor_group_shares_as_the_plan_says(
     tmp_path: Path, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
+    monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
     torch.manual_seed(0)
     data = torch.randint(0, 20, (8, 5)), torch.randint(0, 20, (8, 5))
     training = Training(optimizer=torch.optim.AdamW, max_grad_norm=1.0, microbatches=4)

@@ -8,7 +8,7 @@ import torch
 from helpers import TRAINING, Line, check_inference, check_training, force, sgd
 from torch import nn
 
-from graphpar.cost_models.sharding import TensorGroup
+from graphpar.cost_models.sharding import OpTimes, TensorGroup
 from graphpar.training import Training
 from graphpar.verify import verify
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 def free_links(monkeypatch: pytest.MonkeyPatch) -> None:
     """Links that cost nothing, so that small models are cut wherever they can be."""
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
+    monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
 
 
 class Mlp(nn.Module):
