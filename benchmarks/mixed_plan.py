@@ -6,8 +6,8 @@ Emulated devices on this machine, in nodes: slowed-down workers sleep for the re
 few cores are enough for many, and the network between nodes is slowed to `--network` bytes per second.
 Every strategy is the best of its kind by graphpar's own prices: data parallel over any subset of the
 devices, replicas taking microbatches by speed; one pipeline over any of them, cut anywhere; tensor
-parallel in any group of a node. All train the same model on the same batch, one strategy after another; measured
-times are medians of the steps after the first.
+parallel in any group of a node. All train the same model on the same batch, one strategy after another;
+measured times are medians of the steps after the first.
 """
 
 import argparse
