@@ -109,6 +109,7 @@ class Roofline:
             max_replicas=options.max_replicas,
             batch_reason=options.batch_reason,
             tail_reason=options.tail_reason,
+            in_step_reason=options.in_step_reason,
             reserved_bytes=max(
                 CPU_RESERVED_BYTES if device.is_cpu else GPU_RESERVED_BYTES for device in examples
             ),

@@ -270,10 +270,11 @@ class PricingOptions:
         training: Whether there is a backward pass and an optimiser.
         precision: Format that float32 values are computed in.
         optimizer_state_bytes_per_parameter_byte: 0 for plain SGD, 1 with momentum, 2 for Adam.
-        max_microbatches: 1 where samples mix and the batch must stay whole.
-        max_replicas: 1 where samples mix.
+        max_microbatches: 1 where samples mix and the batch must stay whole, or pipelines go in step.
+        max_replicas: 1 where samples mix and the batch must stay whole.
         batch_reason: Why the batch may not be split, for people.
         tail_reason: What needs the whole batch after all forwards, for people; empty for nothing.
+        in_step_reason: What needs sums over the whole batch within the model, for people.
         clips_gradients: Whether gradients are clipped by their global norm before the optimiser.
     """
 
@@ -285,6 +286,7 @@ class PricingOptions:
     max_replicas: int = 64
     batch_reason: str = ""
     tail_reason: str = ""
+    in_step_reason: str = ""
     clips_gradients: bool = False
 
     def __post_init__(self) -> None:
@@ -331,11 +333,13 @@ class CostTable:
         edges: Values that cross unit boundaries.
         device_classes: Rows of the tables of times.
         topology: Links between devices.
-        max_microbatches: 1 where samples mix and the batch must stay whole.
-        max_replicas: 1 where samples mix; otherwise how many copies of a unit may exist.
+        max_microbatches: 1 where samples mix and the batch must stay whole, or pipelines go in step.
+        max_replicas: 1 where the batch must stay whole; otherwise how many copies of a unit may exist.
         batch_reason: Why the batch may not be split, for people; empty when it may.
         tail_reason: What needs the whole batch after all forwards and before any backward, for people;
             empty for nothing. The schedule is GPipe then.
+        in_step_reason: What needs sums over the whole batch within the model, for people; empty for
+            nothing. Every pipeline takes its samples as one microbatch then.
         reserved_bytes: Memory the framework itself takes on every device.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
@@ -356,6 +360,7 @@ class CostTable:
     max_replicas: int
     batch_reason: str = ""
     tail_reason: str = ""
+    in_step_reason: str = ""
     reserved_bytes: float = 0.0
     sum_s_per_byte: float = 0.0
     modes: tuple[Mode, ...] = ()
@@ -365,6 +370,12 @@ class CostTable:
     def num_units(self) -> int:
         """Units in the chain."""
         return len(self.units)
+
+    @property
+    def sizes_of_parts(self) -> tuple[int, ...]:
+        """Those of the sizes that a microbatch can have."""
+        whole = self.max_microbatches == 1 and self.max_replicas == 1
+        return (self.batch,) if whole else self.sizes
 
     @cached_property
     def class_of(self) -> dict[str, int]:

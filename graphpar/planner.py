@@ -100,10 +100,11 @@ def price(
         training=train is not None,
         precision=precision,
         optimizer_state_bytes_per_parameter_byte=optimizer_state(train) if train else 0.0,
-        max_microbatches=min(limit, prepared.graph.batch),
+        max_microbatches=1 if prepared.in_step_reason else min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,
         tail_reason=prepared.tail_reason,
+        in_step_reason=prepared.in_step_reason,
         clips_gradients=train is not None and train.max_grad_norm is not None,
     )
     rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
@@ -137,7 +138,7 @@ def plan_prepared(
     widest = widest_group(cluster, tensor)
     if widest > 1 and precision != "float32":
         raise ValueError(f"tensor={tensor!r} works in float32 only so far, not with {precision=}.")
-    candidates = candidate_groups(cluster, widest)
+    candidates = () if prepared.in_step_reason else candidate_groups(cluster, widest)
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
@@ -160,7 +161,8 @@ def plan_prepared(
         table = price(
             prepared, cluster, train=train, calibration=calibration, formats=formats, timing=timing
         )
-        if train is not None and not prepared.batch_reason and formats.all_float32:
+        one_part = bool(prepared.batch_reason or prepared.in_step_reason)
+        if train is not None and not one_part and formats.all_float32:
             # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
             table = with_modes(table, StageOptions(recompute=True))
         if candidates:
@@ -185,6 +187,8 @@ def plan_prepared(
     else:
         answer = uniform_answer(cluster, precision, len(prepared.chain.units), table_of, solve)
         notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
+    if widest > 1 and prepared.in_step_reason:
+        notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
     found = _scheduled(answer.table, answer.found, schedule, microbatches)
     explanation = explain_partition(answer.table, found, time_limit_s=explain_s)
     return plan_of(
@@ -252,11 +256,12 @@ def _errors(
 def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:
     """How many microbatches to plan for; a batch that must stay whole is one, and says so."""
     wanted = train.microbatches if train else "auto"
-    if wanted in ("auto", 1) or not prepared.batch_reason:
+    reason = prepared.batch_reason or prepared.in_step_reason
+    if wanted in ("auto", 1) or not reason:
         return wanted
     warnings.warn(
-        f"Training(microbatches={wanted}) is ignored: {prepared.batch_reason}, so that the batch must "
-        "stay whole to give the numbers of one device. It is one microbatch.",
+        f"Training(microbatches={wanted}) is ignored: {reason}, so that the samples of a pipeline must "
+        "stay together to give the numbers of one device. They are one microbatch.",
         stacklevel=4,
     )
     return "auto"

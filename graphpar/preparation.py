@@ -14,14 +14,14 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_op
 from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice
-from graphpar.passes.batch import AnalyseBatch, mixing_reason
+from graphpar.passes.batch import mixing_reason
 from graphpar.passes.canonicalize import Canonicalize
 from graphpar.passes.casts import AssignFormats, InsertCasts
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.deferral import DeferWeightGradients
+from graphpar.passes.in_step import SplitBatch
 from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
-from graphpar.passes.tail import FindTail
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.reference import whole_on_one_device
@@ -31,7 +31,7 @@ from graphpar.sensitivity import (
 from graphpar.tensor_groups import member_graphs
 from graphpar.training import Training
 
-CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), AnalyseBatch(), FindTail()))
+CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), SplitBatch()))
 """What every captured graph goes through before it is priced."""
 
 
@@ -63,6 +63,11 @@ class Prepared:
     def tail_reason(self) -> str:
         """Which op needs the whole batch though the rest is worked on in parts; empty where none does."""
         return "" if self.batch_reason else tail_reason(self.graph)
+
+    @property
+    def in_step_reason(self) -> str:
+        """What makes parts of the batch meet in the middle of the model; empty where nothing does."""
+        return "" if self.batch_reason else str(self.graph.output.attr("in_step", ""))
 
     @property
     def model_hash(self) -> str:

@@ -87,7 +87,7 @@ class AnalyseBatch:
 
     def run(self, graph: Graph) -> Graph:
         """Build the graph with marks and split reductions."""
-        return _Builder(graph, self.name).run()
+        return BatchBuilder(graph, self.name).run()
 
 
 def mixing_reason(graph: Graph) -> str:
@@ -96,15 +96,19 @@ def mixing_reason(graph: Graph) -> str:
     Only what reaches the output or changes a buffer counts, and nothing of a tail, which runs on the
     whole batch (see `tail.py`).
     """
+    in_step = graph.output.attr("in_step")
     for op in graph.ops:
-        if writes_buffer(op):
+        same = op.attr("meets") or op.attr("samples") == "shared"
+        if writes_buffer(op) and not (in_step and same):
             return f"{place_of(op)} updates a buffer once per whole batch"
     whole = graph.output.attr("samples") == "mixed" and not graph.output.attr("tail")
     return str(graph.output.attr("reduces", "")) if whole else ""
 
 
 @dataclass
-class _Builder:
+class BatchBuilder:
+    """Builds the graph op by op; `in_step.py` builds one for parts that meet on top of it."""
+
     graph: Graph
     made_by: str
     ops: dict[str, Op] = field(default_factory=dict)
@@ -113,6 +117,7 @@ class _Builder:
     whole: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Graph:
+        """Build it."""
         written = written_buffers(self.graph)
         for op in self.graph.ops:
             if op.target in SOURCES:
@@ -120,12 +125,13 @@ class _Builder:
             elif op.target == "output":
                 self._output(op)
             else:
-                self._compute(op)
+                self.compute(op)
         return self.graph.with_ops(self.ops.values())
 
     # --- bookkeeping ---
 
-    def _add(self, op: Op, state: Samples) -> Op:
+    def add(self, op: Op, state: Samples) -> Op:
+        """Add an op to the graph, marked with its state."""
         state = settled(op, state) if op.target not in SOURCES else state
         op = op.with_attrs(samples=state.kind)
         if state.kind == "sample" and state.outer != 1:
@@ -149,7 +155,7 @@ class _Builder:
             state = Samples("sample", inner=size.times if isinstance(size, BatchSize) else 1)
         else:
             state = Samples("mixed", reason=f"input {op.name} has several batch dimensions")
-        self._add(op, state)
+        self.add(op, state)
         if op.target in ("input", "constant") or (op.target == "buffer" and op.name not in written):
             self.early.add(op.name)
 
@@ -159,11 +165,11 @@ class _Builder:
         mixed = next((s for s in states if s.kind in DISPATCHED | {"mixed", "iota"}), None)
         if mixed is not None:
             reason = mixed.reason or "a result is a position in the batch"
-            self._add(op, Samples("mixed", reason=reason))
+            self.add(op, Samples("mixed", reason=reason))
         elif any(s.kind == "partial" for s in states):
-            self._add(op, PARTIAL)
+            self.add(op, PARTIAL)
         else:
-            self._add(op, Samples("sample") if any(s.kind == "sample" for s in states) else SHARED)
+            self.add(op, Samples("sample") if any(s.kind == "sample" for s in states) else SHARED)
 
     def _shared_loss(self, op: Op) -> Op:
         """A loss that does not depend on the batch is counted once, not once for each part of it.
@@ -180,13 +186,15 @@ class _Builder:
             return op
         return map_arguments(op, {loss.name: self._share(loss, op)})
 
-    def _call(self, op: Op) -> Call:
+    def call(self, op: Op) -> Call:
+        """What a rule is given of an op."""
         return Call(op, self.ops, self.states)
 
-    def _compute(self, op: Op) -> None:
+    def compute(self, op: Op) -> None:
+        """Add an op that is neither a source nor the output, with what it needs besides."""
         op = sized(whole_batch_numbers(op))
-        if has_loose_batch_size(op, self._call(op)):
-            self._add(op, mixed(op, "computes with the size of the batch"))
+        if has_loose_batch_size(op, self.call(op)):
+            self.add(op, mixed(op, "computes with the size of the batch"))
             return
         if any(self.states[o].kind == "mixed" for o in op.operands()):
             op = self._with_whole_operands(op, {"mixed"})
@@ -198,16 +206,20 @@ class _Builder:
         if kind in _REDUCTIONS and not op.target.endswith(".other") and self._reduction(op):
             return
         if op.target == EXPECTED and self._holds_for_parts(op):
-            self._add(op, SHARED)
+            self.add(op, SHARED)
             return
-        state = infer(self._call(op))
+        state = infer(self.call(op))
         if state.kind == "mixed" and any(self.states[o].kind == "partial" for o in op.operands()):
-            op, state = self._needs_whole(op, state)
+            op, state = self._as_whole(op, state)
+            changed = self.needs_whole(op, state) if state.kind == "mixed" else None
+            if changed is not None:
+                self.compute(changed)
+                return
         if state.kind == "partial" and kind in ("add", "sub", "rsub"):
             op = self._share_constants(op)
         if op.target in RANDOM_TARGETS and state.kind == "sample":
             op = replace(op, kwargs=(*op.kwargs, ("layout", (state.outer, state.inner))))
-        self._add(op, state)
+        self.add(op, state)
 
     def _holds_for_parts(self, op: Op) -> bool:
         """Whether what is expected of the whole batch follows for each part: all are, or none is."""
@@ -218,11 +230,15 @@ class _Builder:
 
     # --- whole-batch values ---
 
-    def _needs_whole(self, op: Op, state: Samples) -> tuple[Op, Samples]:
+    def needs_whole(self, op: Op, state: Samples) -> Op | None:
+        """An op to compute instead of one that mixes samples; None for none."""
+        return None
+
+    def _as_whole(self, op: Op, state: Samples) -> tuple[Op, Samples]:
         changed = self._with_whole_operands(op, {"partial"})
         if changed is op:
             return op, state
-        return changed, infer(self._call(changed))
+        return changed, infer(self.call(changed))
 
     def _with_whole_operands(self, op: Op, kinds: set[str]) -> Op:
         """Read operands that follow from inputs alone as computed over the whole batch."""
@@ -242,7 +258,7 @@ class _Builder:
             made = self.ops[name]
             op = replace(
                 made,
-                name=self._fresh(f"{name}_whole"),
+                name=self.fresh(f"{name}_whole"),
                 target="gp.whole_batch",
                 args=(Ref(name),),
                 kwargs=(),
@@ -250,7 +266,7 @@ class _Builder:
                 origin=made.origin or (name,),
                 made_by=self.made_by,
             )
-            self.whole[name] = self._add(op, SHARED).name
+            self.whole[name] = self.add(op, SHARED).name
         return self.whole[name]
 
     def _share_constants(self, op: Op) -> Op:
@@ -277,13 +293,13 @@ class _Builder:
         scalar = TensorType((), op.type.dtype)
         kwargs = (("dtype", Symbol("dtype", scalar.dtype)), ("device", Symbol("device", "cpu")))
         made = replace(number, kwargs=kwargs, types=(scalar,), attrs=())
-        return Ref(self._add(made, SHARED).name)
+        return Ref(self.add(made, SHARED).name)
 
     def _share(self, shared: Op, user: Op) -> str:
         """The name of the part of a shared value that falls to the samples at hand."""
         share = replace(
             shared,
-            name=self._fresh(f"{shared.name}_share"),
+            name=self.fresh(f"{shared.name}_share"),
             target="gp.share",
             args=(Ref(shared.name),),
             kwargs=(),
@@ -293,9 +309,10 @@ class _Builder:
         )
         if shared.attr("grad"):
             share = share.with_attrs(grad=True)
-        return self._add(share, PARTIAL).name
+        return self.add(share, PARTIAL).name
 
-    def _fresh(self, name: str) -> str:
+    def fresh(self, name: str) -> str:
+        """A name that is free, from the one wished for."""
         candidate, count = name, 0
         while candidate in self.ops or candidate in self.graph:
             count += 1
@@ -306,28 +323,28 @@ class _Builder:
 
     def _reduction(self, op: Op) -> bool:
         """Handle a reduction that crosses the batch dimension of a per-sample value."""
-        call = self._call(op)
+        call = self.call(op)
         x = op.args[0]
         state, kind, dim = call.state(x), call.type(x), call.dim(x)
         if state.kind != "sample" or kind is None or dim is None:
             if state.kind == "shared" and all(call.state(r) == SHARED for r in call.operands()):
-                self._add(op, SHARED)
+                self.add(op, SHARED)
                 return True
             if state.kind == "partial" and packet(op) in ("sum", "mean"):
-                self._add(op, PARTIAL)
+                self.add(op, PARTIAL)
                 return True
             return False
         dims = self._reduced_dims(op, len(kind.shape))
         if dim not in dims:
-            self._add(op, call.like(x) if op.makes_tensor else state)
+            self.add(op, call.like(x) if op.makes_tensor else state)
             return True
         name = packet(op)
         if name in ("sum", "nansum", "count_nonzero"):
-            self._add(op, PARTIAL)
+            self.add(op, PARTIAL)
         elif name == "mean":
             self._mean(op, kind, dims)
         else:
-            self._add(op, call.mixed("reduces over the batch"))
+            self.add(op, call.mixed("reduces over the batch"))
         return True
 
     def _reduced_dims(self, op: Op, ndim: int) -> tuple[int, ...]:
@@ -343,7 +360,7 @@ class _Builder:
             count *= size.times if isinstance(size, BatchSize) else size
         total = self._piece(op, f"{op.name}_sum", op.target.replace(".mean.", ".sum.").replace(
             ".sum.dim", ".sum.dim_IntList"), op.args, op.kwargs)  # fmt: skip
-        self._add(total, PARTIAL)
+        self.add(total, PARTIAL)
         self._divide(op, total.name, Symbol("batch", str(count)))
 
     def _piece(
@@ -356,7 +373,7 @@ class _Builder:
     ) -> Op:
         return replace(
             op,
-            name=self._fresh(name) if name != op.name else name,
+            name=self.fresh(name) if name != op.name else name,
             target=target,
             args=args,
             kwargs=kwargs,
@@ -365,24 +382,24 @@ class _Builder:
         )
 
     def _divide(self, op: Op, total: str, by: Argument) -> None:
-        self._add(self._piece(op, op.name, "aten.div.Tensor", (Ref(total), by)), PARTIAL)
+        self.add(self._piece(op, op.name, "aten.div.Tensor", (Ref(total), by)), PARTIAL)
 
     def _element_loss(self, op: Op) -> bool:
         position = _ELEMENT_LOSSES[packet(op)]
         reduction = op.argument(position, "reduction", _MEAN)
-        call = self._call(op)
+        call = self.call(op)
         unreduced = _as_pointwise(call)
         state, kind = infer(unreduced), unreduced.op.type
         if state.kind != "sample":
             return False
         if reduction not in (_MEAN, _SUM):
-            self._add(op, state)
+            self.add(op, state)
             return True
         total = self._summed(op, position)
         if reduction == _SUM:
-            self._add(replace(total, name=op.name), PARTIAL)
+            self.add(replace(total, name=op.name), PARTIAL)
             return True
-        self._add(total, PARTIAL)
+        self.add(total, PARTIAL)
         count = 1
         for size in kind.shape:
             count *= size.times if isinstance(size, BatchSize) else size
@@ -399,7 +416,7 @@ class _Builder:
         return self._piece(op, f"{op.name}_sum", op.target, args, kwargs)
 
     def _class_loss(self, op: Op) -> bool:
-        call = self._call(op)
+        call = self.call(op)
         x, target = op.args[0], op.args[1]
         reduction = op.argument(3, "reduction", _MEAN)
         states = (call.state(x), call.state(target))
@@ -412,26 +429,25 @@ class _Builder:
         if call.state(weight) != SHARED:
             return False
         if reduction not in (_MEAN, _SUM):
-            self._add(op, states[0])
+            self.add(op, states[0])
             return True
         total = self._summed(op, 3)
         if reduction == _SUM:
-            self._add(replace(total, name=op.name), PARTIAL)
+            self.add(replace(total, name=op.name), PARTIAL)
             return True
         assert isinstance(target, Ref)
-        counted = () if self.ops[target.name].type.is_floating else (target, weight)
-        if any(r.name not in self.early for r in counted if isinstance(r, Ref)):
-            self._add(op, call.mixed("averages over labels or weights that the model itself computes"))
-            return True
         count = self._label_count(op, target, weight)
-        self._add(total, PARTIAL)
-        self._divide(op, total.name, count)
+        self.add(total, PARTIAL)
+        if isinstance(count, Ref) and self.states[count.name].kind == "partial":
+            self.compute(self._piece(op, op.name, "aten.div.Tensor", (Ref(total.name), count)))
+        else:
+            self._divide(op, total.name, count)
         return True
 
     def _label_count(self, op: Op, target: Ref, weight: Argument) -> Argument:
         """The denominator of a class loss's mean, over the whole batch."""
         kind = self.ops[target.name].type
-        scores = self._call(op).type(op.args[0])
+        scores = self.call(op).type(op.args[0])
         if kind.is_floating:  # class probabilities: every position counts once
             assert scores is not None
             count = 1
@@ -457,7 +473,8 @@ class _Builder:
         total = self._helper(
             op, "count", "aten.sum.default", (Ref(counted.name),), TensorType((), dtype), dtype
         )
-        return Ref(self._whole(total.name))
+        # What the model itself computes is known only when all parts have been worked on.
+        return Ref(self._whole(total.name) if self._may_be_whole(total.name) else total.name)
 
     def _helper(
         self,
@@ -470,7 +487,7 @@ class _Builder:
     ) -> Op:
         piece = self._piece(op, f"{op.name}_{suffix}", target, args)
         piece = replace(piece, types=(TensorType(like.shape, dtype),), attrs=())
-        return self._add(piece, PARTIAL if suffix == "count" else infer(self._call(piece)))
+        return self.add(piece, PARTIAL if suffix == "count" else infer(self.call(piece)))
 
 
 def _as_pointwise(call: Call) -> Call:

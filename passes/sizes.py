@@ -20,7 +20,7 @@ _NUMBERS = POINTWISE | {"full", "new_full", "scalar_tensor"}
 
 def whole_batch_numbers(op: Op) -> Op:
     """A batch size among the scalars of arithmetic means the whole batch, not the part at hand."""
-    if packet(op) not in _NUMBERS:
+    if packet(op).rstrip("_") not in _NUMBERS:
         return op
 
     def number(argument: Argument) -> Argument:

@@ -13,7 +13,7 @@ place, so that the batch rather stays whole.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from graphpar.ir.chain import RANDOM_TARGETS, writes_buffer
+from graphpar.ir.chain import RANDOM_TARGETS, written_buffers
 from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Op, map_arguments
 
@@ -52,7 +52,8 @@ class FindTail:
 
     def run(self, graph: Graph) -> Graph:
         """Build the graph with its tail last."""
-        if graph.output.attr("samples") != "mixed" or any(writes_buffer(op) for op in graph.ops):
+        written = written_buffers(graph)
+        if graph.output.attr("samples") != "mixed" or (written and not graph.output.attr("in_step")):
             return graph
         if any(graph[name].target in SOURCES for name in _mixed_results(graph)):
             return graph
@@ -62,7 +63,8 @@ class FindTail:
         inside |= {name for name in graph.output.operands() if _cannot_cross(graph[name])}
         inside |= _pulled(graph, inside, live)
         inside |= _shared_alone(graph, inside, live)
-        if not _worthwhile(graph, inside):
+        touched = {o for op in graph.ops if op.name in inside for o in op.operands()}
+        if touched & written or not _worthwhile(graph, inside):
             return graph
         return graph.with_ops(_in_order(graph, inside, live, self.name))
 
@@ -101,7 +103,9 @@ def _shared_alone(graph: Graph, inside: set[str], live: frozenset[str]) -> set[s
     for op in reversed(graph.ops):
         if op.target in SOURCES or op.name not in live or op.attr("samples") != "shared":
             continue
-        if op.target == "gp.whole_batch" or op.target in RANDOM_TARGETS or op.name in inside:
+        if op.target == "gp.whole_batch" or op.target in RANDOM_TARGETS:
+            continue
+        if op.name in inside or op.attr("meets"):
             continue
         readers = [user.name for user in graph.users(op.name) if user.name in live]
         if readers and all(name in inside or name in found for name in readers):

@@ -1,9 +1,11 @@
 """Run a captured model on one device, whole or in parts, and compare it with eager PyTorch."""
 
 import copy
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from graphpar.frontend.export import find_loss
 from graphpar.ir.graph import Graph
 from graphpar.passes.batch import mixing_reason
 from graphpar.preparation import CAPTURE_PASSES, lower
+from graphpar.runtime.in_step import Meetings, Swap
 from graphpar.runtime.reference import OneDevice, whole_on_one_device
 from graphpar.runtime.tail import Tail
 
@@ -77,6 +80,8 @@ def in_parts(
     made: Ready, args: Sequence[Any], sizes: Sequence[int], kwargs: Mapping[str, Any] | None = None
 ) -> tuple[torch.Tensor, Gradients]:
     """The loss and all gradients from microbatches of the given sizes, summed."""
+    if made.source.output.attr("in_step") and len(sizes) > 1:
+        return _in_step(made, args, sizes, kwargs or {})
     device = made.device()
     signature, context, builder = made.captured.signature, device._context, device._builder
     inputs = signature.bind(args, kwargs or {})
@@ -106,6 +111,91 @@ def in_parts(
         context.first_sample, context.samples = 0, batch
         total += _tail(Tail(builder, sizes, [0] * len(sizes)), waiting, inputs)
     return total, device.gradients()
+
+
+class Meeting:
+    """Where threads lay down what they bring and take what the others brought."""
+
+    def __init__(self, size: int) -> None:
+        self.brought: list[Any] = [None] * size
+        self.calls = [""] * size
+        self.barrier = threading.Barrier(size, timeout=30)
+
+    def swap(self, member: int, call: str, thing: Any) -> list[Any]:
+        """What every member brought to the same call."""
+        self.calls[member], self.brought[member] = call, thing
+        self.barrier.wait()
+        assert len(set(self.calls)) == 1, self.calls
+        taken = list(self.brought)
+        self.barrier.wait()
+        return taken
+
+
+class ThreadMeetings:
+    """Where the threads that have a part each meet: every swap gives all what all brought."""
+
+    def __init__(self, meeting: Meeting, member: int) -> None:
+        self.meeting, self.member = meeting, member
+
+    def at(self, name: str) -> Swap:
+        """How to meet in an op."""
+
+        def swap(tensor: torch.Tensor, *, back: bool) -> list[torch.Tensor]:
+            return self.meeting.swap(self.member, f"{name} {back}", tensor.detach().clone())
+
+        return swap
+
+
+def _in_step(
+    made: Ready, args: Sequence[Any], sizes: Sequence[int], kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor, Gradients]:
+    """The same from parts that go in step, each in a thread with weights of its own."""
+    meeting = Meeting(len(sizes))
+    devices = [made.device() for _ in sizes]
+
+    def work(member: int) -> torch.Tensor:
+        device = devices[member]
+        builder, context, signature = device._builder, device._context, made.captured.signature
+        builder._meetings = cast(Meetings, ThreadMeetings(meeting, member))
+        inputs = signature.bind(args, kwargs)
+        batch, first = sum(sizes), sum(sizes[:member])
+        if device._prologue is not None:
+            inputs = {**inputs, **device._prologue.run(inputs, batch)}
+        context.batch, context.first_sample, context.samples = batch, first, sizes[member]
+        part = {
+            label: value[first : first + sizes[member]] if label in signature.batched else value
+            for label, value in inputs.items()
+        }
+        module = builder.module(sizes[member], batch)
+        _, values = module(*(part[label] for label in builder.interface.inputs))
+        if builder.interface.tail is None:
+            (loss,) = values
+            if loss.requires_grad:
+                loss.backward()
+            return loss.detach().double().reshape(())
+        context.first_sample, context.samples = 0, batch
+        every = meeting.swap(member, "tail", tuple(value.detach().clone() for value in values))
+        tail = Tail(builder, sizes, range(len(sizes)))
+        parts = [dict(enumerate(given)) for given in zip(*every, strict=True)]
+        whole = tail.run(parts, [inputs[label] for label in tail.inputs], training=True)
+        tail.backward(whole, 1.0, [member])
+        pairs = zip(values, tail.gradients(whole, member), strict=True)
+        roots = [(v, g) for v, g in pairs if v.requires_grad and g is not None]
+        if roots:
+            torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
+        (loss,) = whole.results.values()
+        return loss.detach().double().reshape(()) * (member == 0)
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        losses = list(pool.map(work, range(len(sizes))))
+    totals: dict[str, torch.Tensor] = {}
+    for device in devices:
+        for name, gradient in device.gradients().items():
+            totals[name] = totals[name] + gradient if name in totals else gradient
+    for name, tensor in devices[0].tensors.items():
+        for other in devices[1:]:
+            torch.testing.assert_close(other.tensors[name], tensor, rtol=0, atol=0, equal_nan=True)
+    return torch.stack(losses).sum(), totals
 
 
 def _tail(

@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.averages import averages_as_tensors
 from graphpar.frontend.decisions import Replay, record_decisions
 from graphpar.frontend.functions import functions_as_operators
 from graphpar.frontend.refusals import (
@@ -219,7 +220,7 @@ def _decided(
 @contextmanager
 def _watched() -> Iterator[None]:
     """What torch.export needs help with, and what it would drop."""
-    with code_on_demand(), functions_as_operators(), no_tensor_hooks():
+    with code_on_demand(), functions_as_operators(), no_tensor_hooks(), averages_as_tensors():
         yield
 
 

@@ -9,23 +9,34 @@ from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.text import format_op
 
 ATTRIBUTES: dict[Level, frozenset[str]] = {
-    "captured": frozenset({"grad", "samples", "outer", "reduces", "tail", "format"}),
-    "placed": frozenset({"grad", "samples", "outer", "reduces", "tail", "format", "stage"}),
-    "lowered": frozenset("grad samples outer reduces tail format stage shard partial held late".split()),
+    "captured": frozenset("grad samples outer reduces tail meets in_step format".split()),
+    "placed": frozenset("grad samples outer reduces tail meets in_step format stage".split()),
+    "lowered": frozenset(
+        "grad samples outer reduces tail meets in_step format stage shard partial held late".split()
+    ),
 }
 """Attributes an op may carry, by level.
 
 `grad`: a gradient flows through the result. `samples`: what the result means to the samples of the
 batch (see `passes/samples.py`), `outer` how often the batch is repeated along its dimension.
 `reduces`: why an op joins samples. `tail`: it runs once, on values of the whole batch (see
-`passes/tail.py`). `format`: the number format its unit computes in (see `formats.py`).
+`passes/tail.py`). `meets`: parts of the batch meet in it (see `passes/in_step.py`), `in_step` why.
+`format`: the number format its unit computes in (see `formats.py`).
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
 inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
 hold it, whether they read it or not. `late`: the places of the weights whose gradients are made in a
 second half of the backward.
 """
 _OWN = frozenset(
-    {"gp.dropout", "gp.random", "gp.bernoulli", "gp.attention", "gp.share", "gp.cast_weight"}
+    {
+        "gp.dropout",
+        "gp.random",
+        "gp.bernoulli",
+        "gp.attention",
+        "gp.share",
+        "gp.cast_weight",
+        "gp.sum_parts",
+    }
 )
 _GROUP = frozenset(
     """gp.copy_to_group gp.all_reduce gp.reduce_copies gp.take_shard gp.take_part gp.all_gather

@@ -163,8 +163,7 @@ def sample_bound(table: CostTable) -> WorkBound:
 
     Times are linear between tabulated sizes, hence seconds per sample are least at one of those.
     """
-    sizes = table.sizes if table.max_microbatches > 1 else (table.batch,)
-    work = np.stack([_times(table, s) / s for s in sizes]).min(axis=0)
+    work = np.stack([_times(table, s) / s for s in table.sizes_of_parts]).min(axis=0)
     teams = find_teams(table)
     return WorkBound(teams.least(work), _repeats(table), teams)
 
@@ -221,8 +220,7 @@ def physical_bound_s(table: CostTable) -> float:
         step = np.array([[m.costs[i].optimizer_s for m in table.every_mode] for i in _distinct(table)])
         work = work + teams.least(step)
     whole = WorkBound(work, _repeats(table), teams).seconds(numbers)
-    sizes = table.sizes if table.max_microbatches > 1 else (table.batch,)
-    single = teams.least(np.stack([_times(table, s) for s in sizes]).min(axis=0))
+    single = teams.least(np.stack([_times(table, s) for s in table.sizes_of_parts]).min(axis=0))
     return max(whole, WorkBound(single, _repeats(table), teams).fastest_pass_s(numbers))
 
 

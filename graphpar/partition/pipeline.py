@@ -387,6 +387,11 @@ class _Run:
             )
         if self._table.batch_reason:
             notes.append(f"the batch stays whole: {self._table.batch_reason}")
+        if self._table.in_step_reason:
+            notes.append(
+                f"{self._table.in_step_reason}: each pipeline takes its samples as one microbatch, and "
+                "pipelines side by side go in step and add up such sums"
+            )
         if self._table.tail_reason:
             first = ", so that all forwards come before the backwards" if self._table.training else ""
             notes.append(

@@ -12,7 +12,7 @@ from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
 from graphpar.runtime.copies import Holding, Reduction, owners, ranks_of, reductions
 from graphpar.runtime.lower import StageInterface, interface
-from graphpar.runtime.program import RankProgram, Slice
+from graphpar.runtime.program import Meeting, RankProgram, Slice
 from graphpar.runtime.recompute import Units
 from graphpar.runtime.user_ops import foreign_targets, needed_code
 from graphpar.schedule import Schedule, StageLink, build_schedule
@@ -169,6 +169,7 @@ class Lowered:
         owned = {label: owners(copies) for label, copies in self.holders.items()}
         starts = (0, *accumulate(schedule.microbatch_sizes))
         first_stages = (0, *accumulate(len(p.stages) for p in self.partition.pipelines))
+        meetings = self._meetings(schedule)
         programs = []
         for rank, placement in enumerate(self.placements):
             mine = [r for rs in self._reductions.values() for r in rs if rank in r.group]
@@ -197,13 +198,37 @@ class Lowered:
                     operators=operators,
                     recompute=placement.recompute if self.training else (),
                     first_stage=first_stages[placement.pipeline],
+                    rank=rank,
+                    meetings={name: m for name, m in meetings.items() if rank in m.ranks},
                 )
             )
         return programs
 
+    def _meetings(self, schedule: Schedule) -> dict[str, Meeting]:
+        """Ops in which the parts of pipelines in step meet, where there are several parts."""
+        if not self._in_step or schedule.num_microbatches < 2:
+            return {}
+        pipelines = [
+            p
+            for p, span in enumerate(schedule.pipelines)
+            for _ in range(span.first_microbatch, span.last_microbatch)
+        ]
+        names = [op.name for op in self.graphs[0].ops if op.attr("meets")]
+        found = {}
+        for number, name in enumerate(names):
+            stages = [self.graphs[p][name].attr("stage") for p in pipelines]
+            ranks = (r[s] for r, s in zip(schedule.routes, stages, strict=True) if isinstance(s, int))
+            found[name] = Meeting(number, tuple(ranks))
+        return found
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether pipelines meet within the model, so that each takes its samples in one part."""
+        return bool(self.graphs[0].output.attr("in_step"))
+
     def schedule(self, batch: int) -> Schedule:
         """The schedule for a global batch of so many samples; few samples leave ranks idle."""
-        partition = whole_batch(self.partition, batch) if self.whole else rescale(self.partition, batch)
+        partition = self._for_batch(batch)
         if self.training and partition.schedule != "gpipe" and any(map(tail_reason, self.graphs)):
             raise VerifyError(
                 f"The schedule is {partition.schedule}, but {tail_reason(self.graphs[0])}: all forwards "
@@ -211,6 +236,17 @@ class Lowered:
             )
         links = stage_links(partition, self.graphs)
         return build_schedule(partition, links, self.training, idle_allowed=True)
+
+    def _for_batch(self, batch: int) -> Partition:
+        """The partition for so many samples."""
+        working = sum(p.samples > 0 for p in self.partition.pipelines)
+        if self.whole or (self._in_step and batch < working):
+            return whole_batch(self.partition, batch)
+        partition = rescale(self.partition, batch)
+        if not self._in_step:
+            return partition
+        pipelines = tuple(_dealt(p, p.samples, min(p.samples, 1)) for p in partition.pipelines)
+        return replace(partition, pipelines=pipelines)
 
 
 def stage_links(partition: Partition, graphs: Sequence[Graph]) -> tuple[StageLink, ...]:

@@ -21,6 +21,7 @@ from graphpar.ir.text import parse_graph
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.deferral import Deferral
 from graphpar.runtime.emulate import Pace
+from graphpar.runtime.in_step import Meetings
 from graphpar.runtime.lower import Message, StageBuilder, StageInterface
 from graphpar.runtime.program import WHOLE, Event, RankProgram, StepReport
 from graphpar.runtime.random import StepContext
@@ -110,6 +111,7 @@ class Executor:
         self.team = team
         self.member, self.width = (0, 1) if team is None else (team.member, team.size)
         self._teams = {members[0]: members for members in program.teams}
+        meetings = Meetings(program.meetings, transport, program.rank) if program.meetings else None
         self.actions = tuple(Action.parse(token) for token in program.actions)
         halves = {action.stage for action in self.actions if action.kind == "I"}
         self._deferrals = {stage: Deferral() for stage in halves}
@@ -124,6 +126,7 @@ class Executor:
                 team,
                 program.recompute,
                 self._deferrals.get(program.first_stage + stage),
+                meetings,
             )
             for stage in program.stages
         }

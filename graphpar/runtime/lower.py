@@ -15,9 +15,11 @@ from graphpar.errors import VerifyError
 from graphpar.frontend.torch_private import is_random, lookup_op
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType
+from graphpar.ir.optable import packet
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.deferral import Deferral, Late
 from graphpar.runtime.group_ops import group_module
+from graphpar.runtime.in_step import BatchNormOfParts, Meetings, SumParts
 from graphpar.runtime.overlap import overlap_module
 from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
 from graphpar.runtime.random import Layout, Part, StepContext
@@ -175,6 +177,7 @@ class StageBuilder:
         team: The rank's tensor group; None where it works alone.
         recompute: Ops of the units whose values are computed again for the backward.
         deferral: Where ops with late weights note what they owe; None where backward is done at once.
+        meetings: Where the rank's part of the batch meets others; None where it has all of it.
     """
 
     def __init__(
@@ -188,13 +191,14 @@ class StageBuilder:
         team: Team | None = None,
         recompute: Units = (),
         deferral: Deferral | None = None,
+        meetings: Meetings | None = None,
     ) -> None:
         self.team = team
         self.ops = stage_ops(graph, stage)
         self.interface = interface(graph, stage)
         self.tensors, self.device, self.context = tensors, device, context
         self._lower_weights = lower_weights or LowerWeights()
-        self._recompute = recompute
+        self._recompute, self._meetings = recompute, meetings
         self._parts, self._tail = in_parts_and_tail(self.ops)
         self._deferral = deferral
         self._modules: dict[tuple[int, int], fx.GraphModule] = {}
@@ -298,6 +302,14 @@ class StageBuilder:
     def _run(
         self, root: nn.Module, graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: "_Stamp"
     ) -> fx.Node:
+        swap = self._meetings.at(op.name) if self._meetings is not None else None
+        if op.target == "gp.sum_parts" or (swap is not None and packet(op) == "batch_norm"):
+            name = f"{_identifier(op.name)}_op"
+            module = (
+                SumParts(swap) if swap is None or op.target == "gp.sum_parts" else BatchNormOfParts(swap)
+            )
+            root.add_module(name, module)
+            return graph.call_module(name, tuple(stamp.argument(a, env) for a in op.args))
         if op.target.startswith("gp."):
             return self._own(root, graph, op, env, stamp)
         if self._deferral is not None and op.attr("late"):

@@ -36,6 +36,13 @@ class Slice(msgspec.Struct, frozen=True):
         return self.counts[self.member] / sum(self.counts)
 
 
+class Meeting(msgspec.Struct, frozen=True):
+    """An op in which parts of the batch meet: its number among all, and the ranks that hold it."""
+
+    number: int
+    ranks: tuple[int, ...]
+
+
 class RankProgram(msgspec.Struct, frozen=True):
     """One rank's part of one schedule (training or inference).
 
@@ -60,6 +67,8 @@ class RankProgram(msgspec.Struct, frozen=True):
         recompute: Ops of the units whose values are computed again for the backward.
         first_stage: Number of the pipeline's first stage among those of all pipelines, which actions
             name.
+        rank: The rank's own number.
+        meetings: Ops of the stage in which the parts of several pipelines meet.
     """
 
     graph: str
@@ -81,6 +90,8 @@ class RankProgram(msgspec.Struct, frozen=True):
     operators: bytes = b""
     recompute: tuple[tuple[str, ...], ...] = ()
     first_stage: int = 0
+    rank: int = 0
+    meetings: dict[str, Meeting] = {}
 
 
 Part = Literal["", "gradients", "optimizer"]

@@ -149,12 +149,13 @@ class Tail:
             for collect, value in zip(self.collects, whole.collected, strict=True)
         ]
 
-    def _of_part(self, collect: Collect, gradient: torch.Tensor, number: int) -> torch.Tensor | None:
+    def _of_part(self, collect: Collect, gradient: torch.Tensor, number: int) -> torch.Tensor:
         if collect.kind == "sample":
             dim, inner = collect.layout
             return take(gradient, dim, self.sizes, inner, number)
         if collect.kind == "shared" and number != 0:
-            return None
+            # Zeros, not nothing: where parts go in step, all of them take part in every backward.
+            return torch.zeros_like(gradient)
         return gradient
 
     def _joined(self, collect: Collect, parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -133,7 +133,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
 def check(model: Calls, args: tuple[Tensor, Tensor]) -> None:
     """Exact with a tail that runs on the whole batch, or the batch is kept whole; either way told."""
     made = ready(model, args)
-    told = made.reason or tail_reason(made.source)
+    told = made.reason or str(made.source.output.attr("in_step", "")) or tail_reason(made.source)
     by_analysis = " at (top) (" in told or " at layer (" in told
     by_capture = "for a batch of" in told or "changes with the batch size" in told
     assert by_analysis or by_capture, told
