@@ -94,7 +94,8 @@ def _why_not(table: CostTable, found: Partition, wish: ScheduleWish) -> str:
     if table.tail_reason:
         return f"{table.tail_reason}, so that all forwards have to come before the first backward"
     if table.max_microbatches == 1:
-        return f"the batch stays whole ({table.batch_reason or 'one sample'})"
+        reason = table.batch_reason or table.in_step_reason or "one sample"
+        return f"each pipeline has one microbatch ({reason})"
     if len(table.class_of) == 1:
         return "one device has no stages to wait for"
     if max((p.microbatches for p in found.pipelines), default=1) * len(found.used_devices) > MOST_ACTIONS:

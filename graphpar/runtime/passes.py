@@ -86,6 +86,11 @@ class _Pass:
         given = [self.inputs[label] for label in face.inputs]
         began_s = self.clock()
         sends, results = module(*given, *received.values())
+        if face.tail is not None:
+            collected = results[len(face.results) :]
+            whole = builder.tail(self.size)
+            _, last = whole(*(self.inputs[label] for label in face.tail.inputs), *collected)
+            results = (*last, *results[: len(face.results)])
         self.forward_s.append(self.clock() - began_s)
         sent = {m.tag: value for m, value in zip(face.sends, sends, strict=True)}
         self.values.update(sent)
