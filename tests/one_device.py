@@ -184,7 +184,8 @@ def _in_step(
         if roots:
             torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
         (loss,) = whole.results.values()
-        return loss.detach().double().reshape(()) * (member == 0)
+        total: torch.Tensor = loss.detach().double().reshape(()) * (member == 0)
+        return total
 
     with ThreadPoolExecutor(len(sizes)) as pool:
         losses = list(pool.map(work, range(len(sizes))))

@@ -20,7 +20,7 @@ def averages_as_tensors() -> Iterator[None]:
     before = {layer: layer.forward for layer in _LAYERS}
     try:
         for layer in _LAYERS:
-            layer.forward = _forward  # type: ignore[method-assign]
+            layer.forward = _forward  # type: ignore[method-assign, assignment]
         yield
     finally:
         for layer, forward in before.items():

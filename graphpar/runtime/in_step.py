@@ -82,7 +82,7 @@ class SumParts(nn.Module):
         """Add up over all parts; the gradient is added up likewise."""
         if self.swap is None:
             return x
-        result: torch.Tensor = _Sum.apply(x, self.swap)
+        result: torch.Tensor = _Sum.apply(x, self.swap)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -120,7 +120,8 @@ class BatchNormOfParts(nn.Module):
             for running, new in ((running_mean, mean), (running_var, squares / (count - 1))):
                 if running is not None:
                     running.mul_(1 - momentum).add_(new.to(running.dtype), alpha=momentum)
-        y: torch.Tensor = _Normalize.apply(x, mean, squares / count, eps, count, self.swap)
+        scaled = (x, mean, squares / count, eps, count, self.swap)
+        y: torch.Tensor = _Normalize.apply(*scaled)  # type: ignore[no-untyped-call]
         shape = (1, -1, *[1] * (x.ndim - 2))
         if weight is not None:
             y = y * weight.to(y.dtype).view(shape)
