@@ -172,7 +172,8 @@ def _in_step(
             (loss,) = values
             if loss.requires_grad:
                 loss.backward()
-            return loss.detach().double().reshape(())
+            own: torch.Tensor = loss.detach().double().reshape(())
+            return own
         context.first_sample, context.samples = 0, batch
         every = meeting.swap(member, "tail", tuple(value.detach().clone() for value in values))
         tail = Tail(builder, sizes, range(len(sizes)))
