@@ -21,6 +21,7 @@ from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.subject import Subject
 from graphpar.runtime.weights import WeightSource, find_weights
+from graphpar.runtime.zero import refuse_levels
 from graphpar.sensitivity import (
     reference_run,
 )
@@ -172,6 +173,7 @@ def compile(
         plan.check_cluster(where.to_dict(), hash_of(where.to_dict()))
         plan.check_mode(training=train is not None)
         for pipeline in plan.partition.pipelines:
+            refuse_levels(pipeline, train)
             for f in {f for stage in pipeline.stages for f in stage.formats}:
                 check_precision(base_format(f), to_run=True)
         return plan

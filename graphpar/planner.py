@@ -26,6 +26,7 @@ from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
+from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.formats import Errors
 from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
@@ -147,6 +148,7 @@ def plan_prepared(
         timing = _timing(prepared, cluster, train, calibration, example, measure_s)
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
+    levels = _zero_levels(train)
     options: dict[str, str | int | float | bool | None] = {
         "gap": gap,
         "time_limit_s": time_limit_s,
@@ -164,7 +166,7 @@ def plan_prepared(
         one_part = bool(prepared.batch_reason or prepared.in_step_reason)
         if train is not None and not one_part and formats.all_float32:
             # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
-            table = with_modes(table, StageOptions(recompute=True))
+            table = with_modes(table, StageOptions(recompute=True, zero=levels))
         if candidates:
             table = with_group_modes(table, prepared.graph, cluster, candidates, calibration, train)
         return table
@@ -281,6 +283,21 @@ def _scheduled(
             stacklevel=4,
         )
         return replace(found, notes=(*found.notes, f"{wish} was asked for but cannot be had: {error}"))
+
+
+def _zero_levels(train: Training | None) -> tuple[int, ...]:
+    """ZeRO levels besides 0 that stages may choose."""
+    if train is None or not train.zero:
+        return ()
+    traits = optimizer_traits(train.optimizer)
+    if traits.elementwise:
+        return (1,)
+    warnings.warn(
+        f"Training(zero=1) is ignored: {traits.name} needs whole parameters, so its state cannot be "
+        "divided among replicas by rows.",
+        stacklevel=4,
+    )
+    return ()
 
 
 def _schedule(prepared: Prepared, train: Training | None) -> ScheduleWish:

@@ -100,11 +100,12 @@ def force(
     prepared: Prepared | None = None,
     by_op: bool = False,
     recompute: bool = False,
+    zero: int = 0,
 ) -> Forced:
     """Capture a model and give its units to the pipelines asked for.
 
     With `by_op` every op is a unit of its own, so that cuts are possible anywhere. With `recompute` all
-    stages compute what is inside their units again for the backward.
+    stages compute what is inside their units again for the backward. `zero` is the ZeRO level of all.
     """
     prepared = prepared or prepare(model, args, kwargs or {}, train)
     count = sum(_num_devices(line) for line in lines)
@@ -114,12 +115,18 @@ def force(
     table = price(prepared, where, train=train, precision="float32", calibration=None)
     if recompute:
         table = with_modes(table, StageOptions(recompute=True))
+    if zero:
+        table = with_modes(table, StageOptions(zero=(zero,)))
     names = iter(device.name for device in where.devices)
     units = len(prepared.chain.units)
     pipelines = tuple(_pipeline(line, units, prepared.graph.batch, lambda: next(names)) for line in lines)
     if recompute:
         pipelines = tuple(
             replace(p, stages=tuple(replace(s, recompute=True) for s in p.stages)) for p in pipelines
+        )
+    if zero:
+        pipelines = tuple(
+            replace(p, stages=tuple(replace(s, zero=zero) for s in p.stages)) for p in pipelines
         )
     found = handmade(pipelines, schedule)
     if by_op:

@@ -15,6 +15,7 @@ from graphpar.runtime.lower import StageInterface, interface
 from graphpar.runtime.program import Meeting, RankProgram, Slice
 from graphpar.runtime.recompute import Units
 from graphpar.runtime.user_ops import foreign_targets, needed_code
+from graphpar.runtime.zero import rows_of
 from graphpar.schedule import Schedule, StageLink, build_schedule
 
 
@@ -114,7 +115,40 @@ class Lowered:
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """All ranks, the tensor groups, then every set of ranks that sum gradients together."""
         everyone = tuple(range(len(self.placements)))
-        return tuple(dict.fromkeys((everyone, *self.teams, *sorted(ranks_of(self._reductions)))))
+        summing = sorted({*ranks_of(self._reductions), *self.divided.values()})
+        return tuple(dict.fromkeys((everyone, *self.teams, *summing)))
+
+    @cached_property
+    def divided(self) -> Mapping[int, tuple[int, ...]]:
+        """For each rank whose optimiser state is divided (ZeRO), the replicas it is divided among."""
+        rank_of = {device: rank for rank, device in enumerate(self.partition.used_devices)}
+        found: dict[int, tuple[int, ...]] = {}
+        for choice in (c for pipeline in self.partition.pipelines for c in pipeline.stages):
+            if self.training and choice.zero and len(choice.replicas) > 1:
+                group = tuple(rank_of[replica.device] for replica in choice.replicas)
+                found.update(dict.fromkeys(group, group))
+        return found
+
+    @cached_property
+    def shards(self) -> tuple[Mapping[str, Slice], ...]:
+        """For each rank the rows that it steps alone, by parameter; of what stays whole nothing."""
+        graph = self.graphs[0]
+        shapes = {str(op.args[0]): op.type.shape for op in graph.sources("parameter")}
+        rows = {la: shape[0] for la, shape in shapes.items() if shape and isinstance(shape[0], int)}
+        found: list[Mapping[str, Slice]] = []
+        for rank, placement in enumerate(self.placements):
+            group = self.divided.get(rank, ())
+            held = set(placement.tensors["parameter"])
+            own = [la for la in self.trained if la in held and group and rows.get(la, 0) >= len(group)]
+            found.append(
+                {la: rows_of(rows[la], len(group), i, group.index(rank)) for i, la in enumerate(own)}
+            )
+        return tuple(found)
+
+    def steppers(self, label: str) -> tuple[int, ...]:
+        """The ranks that together step a trained parameter once: its first holder, or its replicas."""
+        ranks = tuple(holding.rank for holding in owners(self.holders[label]))
+        return self.divided[ranks[0]] if label in self.shards[ranks[0]] else ranks
 
     @cached_property
     def teams(self) -> tuple[tuple[int, ...], ...]:
@@ -166,7 +200,7 @@ class Lowered:
     def programs(self, schedule: Schedule, batch: int) -> list[RankProgram]:
         """Every rank's program for a schedule of a global batch."""
         texts = {id(graph): format_graph(graph) for graph in (*self.graphs, *self.local.values())}
-        owned = {label: owners(copies) for label, copies in self.holders.items()}
+        owned = {label: self.steppers(label) for label in self.holders}
         starts = (0, *accumulate(schedule.microbatch_sizes))
         first_stages = (0, *accumulate(len(p.stages) for p in self.partition.pipelines))
         meetings = self._meetings(schedule)
@@ -188,7 +222,7 @@ class Lowered:
                     first_samples=starts[:-1],
                     batch=batch,
                     shared={r.label: self.groups.index(r.group) for r in mine},
-                    owned=tuple(la for la, own in owned.items() if rank in {h.rank for h in own}),
+                    owned=tuple(la for la, ranks in owned.items() if rank in ranks),
                     silent=tuple(r.label for r in mine if rank in r.silent),
                     spread=tuple(r.label for r in mine if r.spread),
                     slices=dict(placement.slices),

@@ -84,15 +84,19 @@ class Restored(msgspec.Struct, frozen=True):
     tensors: dict[str, dict[str, Stored]]
     scaler: tuple[float, int] | None = None
     slices: dict[str, Slice] = {}
+    state_slices: dict[str, Slice] = {}
 
     def optimizer_tensors(self, label: str) -> dict[str, torch.Tensor]:
         """What the optimiser kept of a parameter; of the parameter's shape is what is sliced like it."""
         return {
             key: read_tensor(
-                stored, cut=self.slices.get(label) if stored.shape == self.model[label].shape else None
+                stored, cut=self._cut(label) if stored.shape == self.model[label].shape else None
             )
             for key, stored in self.tensors[label].items()
         }
+
+    def _cut(self, label: str) -> Slice | None:
+        return self.state_slices.get(label) or self.slices.get(label)
 
 
 def write_part(
@@ -381,6 +385,7 @@ def restored_for(
     model: Mapping[str, Stored],
     optimizer: Mapping[str, Mapping[str, Stored]],
     slices: Mapping[str, Slice],
+    state_slices: Mapping[str, Slice],
 ) -> Restored:
     """What a rank reads of a checkpoint.
 
@@ -391,6 +396,7 @@ def restored_for(
         model: Where the model's tensors lie.
         optimizer: Where the optimiser's lie.
         slices: Of which of them it holds a slice.
+        state_slices: Of which of them it steps a slice, though it holds them whole.
 
     Raises:
         ValueError: A tensor is missing or has another shape; names it.
@@ -411,4 +417,5 @@ def restored_for(
         {label: dict(optimizer[label]) for label in known},
         manifest.scaler,
         {label: slices[label] for label in wanted if label in slices},
+        {label: state_slices[label] for label in wanted if label in state_slices},
     )

@@ -30,6 +30,7 @@ from graphpar.runtime.slices import padded, take
 from graphpar.runtime.tail import Tail, Whole
 from graphpar.runtime.team import Team
 from graphpar.runtime.transport import Arrival, Transport
+from graphpar.runtime.zero import Shards
 from graphpar.schedule import Action
 
 _POST_AHEAD = 2
@@ -88,6 +89,7 @@ class Executor:
         lower_weights: The rank's weights in lower formats, shared by all its programs.
         scaler: What the loss is multiplied with; None where it is not.
         team: The rank's tensor group; None where it works alone.
+        shards: Weights of which the rank steps some rows alone; None where there are none.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Executor:
         lower_weights: LowerWeights | None = None,
         scaler: LossScaler | None = None,
         team: Team | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.program = program
         self.transport = transport
@@ -135,6 +138,7 @@ class Executor:
         self._optimizer = optimizer
         self._scaler = scaler
         self._tensors = tensors
+        self._shards = shards or Shards({}, {}, {}, transport)
         self._types = _types(graph, self.interfaces.values())
         self._tails = {s: tail for s, b in self.builders.items() if (tail := Tail.of(b, program, team))}
         self._own = tuple(
@@ -403,12 +407,19 @@ class Executor:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             buckets.setdefault((group, parameter.dtype), []).append(label)
-        for (group, _), labels in sorted(buckets.items(), key=lambda item: item[0][0]):
+        for (group, _), every in sorted(buckets.items(), key=lambda item: item[0][0]):
+            by_rows = [label for label in every if self._shards.sums_rows(label, group)]
+            labels = [label for label in every if label not in by_rows]
+            if by_rows:
+                self._shards.sum_rows(by_rows)
+            if not labels:
+                continue
             given = [self._given(label) for label in labels]
             total = self.transport.sum(torch.cat([g.reshape(-1) for g in given]), group)
             parts = torch.split(total, [g.numel() for g in given])
             for label, whole, part in zip(labels, given, parts, strict=True):
                 self._tensors[label].grad = self._taken(label, part.view_as(whole))
+            self._shards.keep_rows(labels)
 
     def _given(self, label: str) -> torch.Tensor:
         """What the rank adds to a sum: its gradient, in its place where others hold other slices."""

@@ -16,6 +16,7 @@ from graphpar.runtime.checkpoint import (
     stored_optimizer,
     write_manifest,
 )
+from graphpar.runtime.program import Slice
 from graphpar.runtime.slices import join
 from graphpar.runtime.subject import Subject
 from graphpar.runtime.weights import Weights, sliced
@@ -43,10 +44,13 @@ class JobState:
         self._steps = 0
         self._held = [set(p.labels) for p in lowered.placements]
         self._slices = [dict(p.slices) for p in lowered.placements]
+        self._stepped = [
+            {**p.slices, **rows} for p, rows in zip(lowered.placements, lowered.shards, strict=True)
+        ]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole tensors under the model's own names, tied and unused ones included."""
-        current = self._whole(self._workers.read)
+        current = self._whole(self._workers.read, self._slices)
         names = self._subject.model.state_dict()
         return {name: current.get(name, self._weights.get(name, other)) for name, other in names.items()}
 
@@ -55,20 +59,22 @@ class JobState:
 
         The usual optimisers' gradients are cleared after each step, so this is empty then.
         """
-        return self._whole(self._workers.gradients)
+        return self._whole(self._workers.gradients, self._stepped)
 
     def _whole(
-        self, read: Callable[[Sequence[Sequence[str]]], Sequence[Mapping[str, torch.Tensor]]]
+        self,
+        read: Callable[[Sequence[Sequence[str]]], Sequence[Mapping[str, torch.Tensor]]],
+        slices_of: Sequence[Mapping[str, Slice]],
     ) -> dict[str, torch.Tensor]:
         """Whole tensors by name from what the ranks hold; slices are put together."""
-        wanted = self._owners()
+        wanted = self._owners(slices_of)
         parts = read([sorted(labels) for labels in wanted])
         slices: dict[str, list[torch.Tensor]] = {}
         cuts = {}
         for rank, part in enumerate(parts):
             for label, tensor in part.items():
                 slices.setdefault(label, []).append(tensor)
-                cuts[label] = self._slices[rank].get(label)
+                cuts[label] = slices_of[rank].get(label)
         current = {
             label: found[0] if cut is None else join(found, cut.dim, cut.counts, cut.inner)
             for (label, found), cut in zip(slices.items(), cuts.values(), strict=True)
@@ -119,7 +125,7 @@ class JobState:
         """
         place = free_place(path)
         shapes = self._shapes()
-        wanted = [sorted(labels & shapes.keys()) for labels in self._owners()]
+        wanted = [sorted(labels & shapes.keys()) for labels in self._owners(self._stepped)]
         held = {label for labels in wanted for label in labels}
         tied = {name for others in self._subject.graph.aliases.values() for name in others}
         rest = {n: self._weights[n] for n in shapes if n not in held | tied and n in self._weights}
@@ -128,7 +134,7 @@ class JobState:
             place,
             wanted,
             rest,
-            self._slices,
+            self._stepped,
             lambda folder, parts: write_manifest(
                 folder, self._subject.graph.name, self._steps, self._subject.graph.aliases, parts
             ),
@@ -145,8 +151,8 @@ class JobState:
         model, optimizer = stored_model(path, manifest), stored_optimizer(path, manifest)
         shapes = self._shapes()
         parts = [
-            restored_for(held, shapes, manifest, model, optimizer, cuts)
-            for held, cuts in zip(self._held, self._slices, strict=True)
+            restored_for(held, shapes, manifest, model, optimizer, cuts, stepped)
+            for held, cuts, stepped in zip(self._held, self._slices, self._stepped, strict=True)
         ]
         if self._subject.training is not None and not manifest.optimizer:
             _log.warning("%s holds no optimiser state; the optimiser starts afresh.", os.fspath(path))
@@ -158,21 +164,24 @@ class JobState:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in self._subject.model.state_dict().items()}
 
-    def _owners(self) -> list[set[str]]:
+    def _owners(self, slices_of: Sequence[Mapping[str, Slice]]) -> list[set[str]]:
         """For each rank the tensors that are read from it: each label from its first replica.
 
-        Of a tensor group every member gives its slice, of what all hold whole the first.
+        Of a tensor group every member gives its slice, of what all hold whole the first. Where replicas
+        divide a parameter each gives its rows.
         """
         seen: dict[str, tuple[int, ...]] = {}
         owners: list[set[str]] = []
+        divided = self._trained_on.divided
         for rank, (held, placement) in enumerate(
             zip(self._held, self._trained_on.placements, strict=True)
         ):
             own = set()
             for label in held:
-                first = seen.setdefault(label, placement.team)
-                of_first = first == placement.team
-                if of_first and (rank == placement.team[0] or label in self._slices[rank]):
+                cut = label in slices_of[rank]
+                alike = divided[rank] if cut and rank in divided else placement.team
+                first = seen.setdefault(label, alike)
+                if first == alike and (rank == placement.team[0] or cut):
                     own.add(label)
             owners.append(own)
         return owners

@@ -128,6 +128,8 @@ class WorkerSetup(msgspec.Struct, frozen=True):
         max_grad_norm: Global norm that gradients are clipped to; None for no clipping.
         scales_loss: Whether some stage computes in float16, so that the loss has to be scaled.
         measures_norm: Whether the first step reports the norm of all gradients.
+        shards: Parameters of which the rank steps some rows alone, with these rows.
+        shard_groups: The group of replicas that divides them.
         store: Path of the rendezvous file of a local job.
         path: The driver's `sys.path`, so that the optimiser factory finds the user's modules.
     """
@@ -143,6 +145,8 @@ class WorkerSetup(msgspec.Struct, frozen=True):
     max_grad_norm: float | None
     scales_loss: bool = False
     measures_norm: bool = False
+    shards: dict[str, Slice] = {}
+    shard_groups: dict[str, int] = {}
     store: str = ""
     path: tuple[str, ...] = ()
 

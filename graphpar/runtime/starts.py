@@ -39,6 +39,8 @@ def rank_starts(
             max_grad_norm=training.max_grad_norm if training else None,
             measures_norm=measures_norm,
             scales_loss=training is not None and _uses_float16(lowered),
+            shards=dict(lowered.shards[rank]),
+            shard_groups={la: lowered.groups.index(lowered.divided[rank]) for la in lowered.shards[rank]},
         )
         own = tensors.part(placement.labels, placement.slices)
         starts.append(RankStart(name, setup, own))

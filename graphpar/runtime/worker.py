@@ -35,6 +35,7 @@ from graphpar.runtime.tensor_files import read_tensor
 from graphpar.runtime.transport import Transport
 from graphpar.runtime.user_ops import load_code
 from graphpar.runtime.weights import Origin, Weights
+from graphpar.runtime.zero import Shards
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -70,9 +71,10 @@ class Worker:
             tensor = tensor.to(self.device, copy=True)
             self.tensors[label] = nn.Parameter(tensor) if label in wanted else tensor
         self.trained = tuple(label for label in trained if label in self.tensors)
+        self.transport = Transport(self.device, ranks, setup.groups, setup.links)
+        self.shards = Shards(self.tensors, setup.shards, setup.shard_groups, self.transport)
         parameters = [self._parameter(label) for label in self.trained]
         self.optimizer = factory(parameters) if factory is not None and parameters else None
-        self.transport = Transport(self.device, ranks, setup.groups, setup.links)
         self.pace = Pace(setup.slowdown, setup.threads)
         self.executors: dict[str, Executor] = {}
         self.passes: dict[str, Passes] = {}
@@ -97,6 +99,7 @@ class Worker:
             self.lower_weights,
             self.scaler,
             self._team(program),
+            self.shards,
         )
 
     def _team(self, program: RankProgram) -> TransportTeam | None:
@@ -178,9 +181,10 @@ class Worker:
             own = {key: value for key, value in group.items() if key != "params"}
             settings.update({id(parameter): own for parameter in group["params"]})
         tensors = {label: self.tensors[label] for label in labels}
+        stepped = {label: self.shards.stepped(label, tensor) for label, tensor in tensors.items()}
         kept = {
             label: (self.optimizer.state.get(tensor, {}), settings[id(tensor)])
-            for label, tensor in tensors.items()
+            for label, tensor in stepped.items()
             if self.optimizer is not None and id(tensor) in settings
         }
         scaler = (self.scaler.scale, self.scaler.good_steps) if self.scaler is not None else None
@@ -192,7 +196,7 @@ class Worker:
 
     def kept(self, label: str) -> dict[str, torch.Tensor]:
         """A tensor, and under keys the tensors that the optimiser keeps of it."""
-        tensor = self.tensors[label]
+        tensor = self.shards.stepped(label, self.tensors[label])
         state = self.optimizer.state.get(tensor, {}) if self.optimizer is not None else {}
         inside = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         return {"": tensor.detach().clone(), **inside}
@@ -203,14 +207,14 @@ class Worker:
             for label, stored in restored.model.items():
                 self.tensors[label].copy_(read_tensor(stored, cut=restored.slices.get(label)))
         if self.optimizer is not None:
-            labels = {id(self.tensors[label]): label for label in self.trained}
+            labels = {id(self._parameter(label)): label for label in self.trained}
             restore_optimizer(self.optimizer, labels, restored)
         if self.scaler is not None and restored.scaler is not None:
             self.scaler.scale, self.scaler.good_steps = restored.scaler
 
     def gradients(self, labels: Iterable[str]) -> dict[str, torch.Tensor]:
         """Gradients of the last step by label, where they were kept."""
-        kept = {label: self.tensors[label].grad for label in labels}
+        kept = {la: self.shards.stepped(la, self.tensors[la]).grad for la in labels}
         return {label: g.detach().clone() for label, g in kept.items() if g is not None}
 
     def close(self) -> None:
@@ -218,7 +222,7 @@ class Worker:
         self.transport.close()
 
     def _parameter(self, label: str) -> nn.Parameter:
-        parameter = self.tensors[label]
+        parameter = self.shards.stepped(label, self.tensors[label])
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
@@ -232,6 +236,7 @@ class Worker:
                 self._clip(program, self.setup.max_grad_norm)
             if self.optimizer is not None:
                 self.optimizer.step()
+            self.shards.gather()
             self.lower_weights.forget()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
@@ -247,7 +252,7 @@ class Worker:
         return not overflowed
 
     def _gradients(self, labels: Iterable[str]) -> list[torch.Tensor]:
-        found = (self.tensors[label].grad for label in labels)
+        found = (self.shards.stepped(label, self.tensors[label]).grad for label in labels)
         return [gradient for gradient in found if gradient is not None]
 
     def _clip(self, program: RankProgram, limit: float) -> None:

@@ -1,0 +1,184 @@
+"""ZeRO level 1: replicas of a stage divide the optimiser's state among them (Rajbhandari et al., 2020).
+
+Every replica holds all weights of its stage and adds up all of their gradients. After the last backward
+each gets the sum of its own rows of every weight, steps these rows alone, and the replicas give each
+other what they have stepped. Rows are a parameter of their own in the weight's memory, with as many
+dimensions as the weight has, so that optimisers that group parameters by dimensions group them alike.
+What has fewer rows than there are replicas stays whole on all of them.
+
+That is the step on the whole for optimisers that work element by element; others are refused.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graphpar.optimizer_probe import optimizer_traits
+from graphpar.partition.types import PipelineChoice
+from graphpar.runtime.program import Slice
+from graphpar.runtime.transport import Transport
+from graphpar.training import Training
+
+TURN_BYTES = 4 * 2**20
+"""Weights that are exchanged together; a larger one goes alone."""
+
+
+def rows_of(rows: int, members: int, turn: int, member: int) -> Slice:
+    """A member's rows of a weight; who gets one more of those that are left over goes by turns.
+
+    >>> rows_of(5, 3, 0, 0).counts, rows_of(5, 3, 1, 0).counts
+    ((2, 2, 1), (1, 2, 2))
+    """
+    share, more = divmod(rows, members)
+    counts = tuple(share + ((k - turn) % members < more) for k in range(members))
+    return Slice(0, counts, 1, member)
+
+
+def refuse_levels(pipeline: PipelineChoice, training: Training | None) -> None:
+    """
+    Raises:
+        ValueError: A stage has a ZeRO level that does not run, or not with this optimiser.
+    """
+    for number, stage in enumerate(pipeline.stages):
+        if not stage.zero or training is None:
+            continue
+        groups = any(replica.others for replica in stage.replicas)
+        if stage.zero > 1 or groups:
+            raise ValueError(
+                f"Stage {number} of the plan has ZeRO level {stage.zero}{' on tensor groups' * groups}, "
+                "which can be planned, not run: level 1 runs, on replicas of one device each."
+            )
+        traits = optimizer_traits(training.optimizer)
+        if not traits.elementwise:
+            raise ValueError(
+                f"Stage {number} of the plan divides the optimiser's state by rows (ZeRO level 1), but "
+                f"{traits.name} needs whole parameters. Plan with Training(zero=0)."
+            )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A weight, the rows of it that this rank steps, and among whom it is divided."""
+
+    whole: nn.Parameter
+    rows: nn.Parameter
+    cut: Slice
+    group: int
+
+    def of(self, tensor: torch.Tensor, member: int) -> torch.Tensor:
+        """A member's rows of a tensor like the weight, where they lie in it."""
+        return tensor.narrow(0, sum(self.cut.counts[:member]), self.cut.counts[member])
+
+    @property
+    def own(self) -> int:
+        """This rank's place among the replicas."""
+        return self.cut.member
+
+
+class Shards:
+    """The weights of a rank whose optimiser state is divided.
+
+    Args:
+        tensors: The rank's parameters by label.
+        cuts: The rows it steps, by label.
+        groups: Number of the group of replicas, by label.
+        transport: The way to them.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        cuts: Mapping[str, Slice],
+        groups: Mapping[str, int],
+        transport: Transport,
+    ) -> None:
+        self.transport = transport
+        self.by_label: dict[str, Shard] = {}
+        for label, cut in cuts.items():
+            whole = tensors[label]
+            assert isinstance(whole, nn.Parameter)
+            first = sum(cut.counts[: cut.member])
+            rows = nn.Parameter(whole.data.narrow(0, first, cut.counts[cut.member]))
+            self.by_label[label] = Shard(whole, rows, cut, groups[label])
+
+    def stepped(self, label: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the optimiser steps for a parameter: its rows, or all of it."""
+        shard = self.by_label.get(label)
+        return tensor if shard is None else shard.rows
+
+    def sums_rows(self, label: str, group: int) -> bool:
+        """Whether the sum of a gradient over a group is wanted by rows, each by one of the group."""
+        return label in self.by_label and self.by_label[label].group == group
+
+    def keep_rows(self, labels: Iterable[str]) -> None:
+        """Of gradients that are summed already keep this rank's rows."""
+        for label in labels:
+            shard = self.by_label.get(label)
+            if shard is not None and shard.whole.grad is not None:
+                shard.rows.grad = shard.of(shard.whole.grad, shard.own).clone()
+                shard.whole.grad = None
+
+    def sum_rows(self, labels: Sequence[str]) -> None:
+        """Sum gradients over the replicas, of each row where it is stepped; the labels share a group."""
+        for shards in _in_turns([self.by_label[label] for label in labels]):
+            self._sum_rows(shards)
+
+    def _sum_rows(self, shards: Sequence[Shard]) -> None:
+        first = shards[0]
+        blocks = []
+        for member in range(len(first.cut.counts)):
+            parts = [shard.of(_gradient(shard.whole), member).reshape(-1) for shard in shards]
+            blocks.append(torch.cat(parts))
+        mine = tuple(blocks[first.own].shape)
+        arrived = self.transport.start_exchange(blocks, [mine] * len(blocks), first.group)()
+        total = arrived[0]
+        for part in arrived[1:]:
+            total = total + part
+        sizes = [shard.rows.numel() for shard in shards]
+        for shard, rows in zip(shards, torch.split(total, sizes), strict=True):
+            shard.rows.grad = rows.view_as(shard.rows).clone()
+            shard.whole.grad = None
+
+    def gather(self) -> None:
+        """Give the replicas the rows stepped here, and take theirs."""
+        buckets: dict[tuple[int, torch.dtype], list[Shard]] = {}
+        for _, shard in sorted(self.by_label.items()):
+            buckets.setdefault((shard.group, shard.whole.dtype), []).append(shard)
+        for (group, _), every in sorted(buckets.items(), key=lambda item: item[0][0]):
+            for shards in _in_turns(every):
+                self._gather(shards, group)
+
+    def _gather(self, shards: Sequence[Shard], group: int) -> None:
+        members = range(len(shards[0].cut.counts))
+        own = torch.cat([shard.rows.detach().reshape(-1) for shard in shards])
+        sizes = [[shard.of(shard.whole, k).numel() for shard in shards] for k in members]
+        shapes = [(sum(size),) for size in sizes]
+        arrived = self.transport.start_exchange([own] * len(members), shapes, group)()
+        with torch.no_grad():
+            for member, flat in enumerate(arrived):
+                if member == shards[0].own:
+                    continue
+                for shard, rows in zip(shards, torch.split(flat, sizes[member]), strict=True):
+                    place = shard.of(shard.whole, member)
+                    place.copy_(rows.view_as(place))
+
+
+def _in_turns(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+    """So few at once that their copies take little memory beside what is saved."""
+    found: list[Shard] = []
+    for shard in shards:
+        found.append(shard)
+        if sum(s.whole.nbytes for s in found) >= TURN_BYTES:
+            yield found
+            found = []
+    if found:
+        yield found
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter's gradient; zeros where no microbatch reached it."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad

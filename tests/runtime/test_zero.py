@@ -1,0 +1,79 @@
+"""ZeRO level 1: replicas divide the optimiser's state, and the numbers stay those of one device."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Line, check_training, force, state_of
+from test_equality import Language, sentences
+from torch import nn
+
+import graphpar
+from graphpar.training import Training
+from graphpar.verify import reference_for, train_on_one_device
+
+
+def by_dimensions(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Weight decay for matrices only, told by their dimensions as many scripts do."""
+    every = list(parameters)
+    groups = [
+        {"params": [p for p in every if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.01)
+
+
+ADAM = Training(optimizer=by_dimensions)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param((Line(((3, 1, 1),), 5),), id="unequal replicas"),
+        pytest.param((Line((1, 2), 2),), id="tied to another stage"),
+        pytest.param((Line((2,), 2, 6), Line((1,), 1, 2)), id="beside another pipeline"),
+    ],
+)
+def test_numbers_are_those_of_one_device(lines: tuple[Line, ...]) -> None:
+    training = Training(optimizer=by_dimensions, max_grad_norm=0.3)
+    check_training(Language(), sentences(), lines=lines, train=training, zero=1, steps=3)
+
+
+def test_the_state_is_divided_and_saved_whole(tmp_path: Path) -> None:
+    """A checkpoint of two replicas that divide the state goes on in one that does not, and back."""
+    model, batch = Language(), sentences()
+    divided = force(model, batch, lines=(Line((2,), 2),), train=ADAM, zero=1)
+    with divided.start() as job:
+        for _ in range(2):
+            job.step(*batch)
+        kept = job._workers.kept(["embed.weight", "embed.weight"])
+        rows = [answer["exp_avg"].shape[0] for answer in kept]
+        assert sum(rows) == 20 and max(rows) - min(rows) <= 1
+        job.save(tmp_path / "divided")
+    with force(model, batch, lines=(Line((1, 1), 2),), train=ADAM).start() as job:
+        job.load(tmp_path / "divided")
+        job.step(*batch)
+        job.save(tmp_path / "whole")
+    with divided.start() as job:
+        job.load(tmp_path / "whole")
+        losses = [float(job.step(*batch))]
+        state = job.state_dict()
+    reference = reference_for(model, divided.prepared, ADAM)
+    expected = list(train_on_one_device(reference, ADAM, batch, {}, 4))
+    assert losses == pytest.approx(expected[3:], rel=1e-5)
+    for name, tensor in state_of(reference, divided).items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_what_needs_whole_parameters_is_refused_by_name() -> None:
+    training = Training(optimizer=lambda p: torch.optim.Adafactor(p, lr=0.01), zero=1)
+    with pytest.warns(UserWarning, match="Adafactor needs whole parameters"):
+        graphpar.plan(Language(), {"devices": [{"kind": "cpu", "count": 2}]}, sentences(), train=training)
+
+
+def test_levels_that_do_not_run_are_refused() -> None:
+    model, batch = Language(), sentences()
+    forced = force(model, batch, lines=(Line((2,), 2),), train=ADAM, zero=2)
+    with pytest.raises(ValueError, match="level 2, which can be planned, not run"):
+        graphpar.compile(model, forced.cluster, batch, train=ADAM, plan=forced.plan)
