@@ -18,7 +18,7 @@ ROWS = (
     "schedule timing team_timing crowding simulate simulated schedule_choice training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
-    "frontend runtime passes cost_models view probes measure neighbours",
+    "frontend runtime passes cost_models view probes optimizer_probe measure neighbours",
     "scenarios "
     "compiler planner preparation precision auto_precision sensitivity tensor_groups group_shardings "
     "optimizer_probe unit_timing trial_worker "
