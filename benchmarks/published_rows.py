@@ -42,6 +42,7 @@ class Traits:
     adds_gradients: bool = False
     stops_early: bool = False
     gathers_late: bool = False
+    reduces_half: bool = False
 
 
 OLD_MEGATRON = Traits(
@@ -66,6 +67,7 @@ MODERN_MEGATRON = Traits(
     overlaps_tensor=True,
     may_shard=True,
     accumulates=True,
+    reduces_half=True,
 )
 """Megatron Core as of 2024: vendor attention, overlapped collectives, the optimiser distributed, weights
 sharded where they would not fit."""
@@ -174,6 +176,7 @@ def _run(
         data=_data_width(row),
         context=parallel.get("cp") or 1,
         expert=parallel.get("ep") or 1,
+        expert_tensor=parallel.get("etp") or 1,
         virtual=parallel.get("virtual_stages") or 1,
         zero=traits.zero if zero is None else zero,
         recompute=_recompute(parallel.get("recompute")),
@@ -198,6 +201,7 @@ def _run(
         pure_half=parallel.get("fsdp_mixed_precision") == "PURE",
         stops_early=traits.stops_early,
         gathers_late=traits.gathers_late,
+        reduces_half=traits.reduces_half,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
     )
 

@@ -35,6 +35,10 @@ PLAIN_SHARE = 0.8
 CAST_TRAFFIC = 1.5
 """Memory traffic of eager pointwise work under automatic casts, half of it in float32, over without."""
 
+TENSOR_HIDDEN = 0.5
+"""Of a tensor-parallel collective cut into pieces beside its product: 0.42 to 0.57 by torchtitan's runs
+with and without (https://github.com/pytorch/torchtitan/tree/main/benchmarks)."""
+
 FALLBACK_KERNELS = 5.0
 """Kernels of an unfused scaled and masked softmax (scale, mask, to float32, softmax, back) beyond one."""
 
@@ -100,7 +104,8 @@ class Run:
         fused_attention, fused_pointwise, fused_loss: Which parts run as fused kernels.
         compiled, sequence_parallel, dropout: What else the framework does.
         overlaps: Whether gradients' and shards' collectives run beside compute.
-        gradient_bytes: Bytes per gradient element as accumulated and sent.
+        gradient_bytes: Bytes per gradient element as accumulated.
+        reduces_half: Whether gradients are sent in half precision, however they are accumulated.
         bucket_elements: Elements of the flat buffers that reduce gradients and gather weights.
         logit_bytes: Bytes per logit at the peak of an unfused loss.
         state_bytes: Bytes of optimiser state per element, the float32 master included.
@@ -112,6 +117,7 @@ class Run:
         memory_bytes: Memory of a device where it is not the kind's own.
         link: Kind of the link inside nodes where it is not the device's usual one.
         adds_gradients: Whether gradients of microbatches are added by kernels of their own.
+        expert_tensor: Width of tensor parallelism inside experts; their groups are next to each other.
         gathers_late: Whether backward asks for a layer's sharded weights no earlier than it needs them.
         overlaps_experts: Whether experts' all-to-alls run beside other microbatches' compute.
         pure_half: Whether pointwise work too is in half precision, with no casts to float32.
@@ -155,10 +161,17 @@ class Run:
     logit_bytes: float = 14.0
     selects_products: bool = False
     adds_gradients: bool = False
+    expert_tensor: int = 1
     gathers_late: bool = False
+    reduces_half: bool = False
     overlaps_experts: bool = False
     pure_half: bool = False
     stops_early: bool = False
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes per gradient element on the wire."""
+        return 2.0 if self.reduces_half else self.gradient_bytes
 
 
 @dataclass(frozen=True)
@@ -419,7 +432,10 @@ class _Machine:
         else:
             spent_s = collective_s("all_reduce", num_bytes, group)
         # Cut into pieces beside the products that make and use them; the ends stay exposed.
-        return self._exposed(spent_s, 0.5 * beside_s) if run.overlaps_tensor else spent_s
+        if not run.overlaps_tensor:
+            return spent_s
+        hidden_s = min(TENSOR_HIDDEN * spent_s, 0.5 * beside_s)
+        return spent_s - hidden_s
 
     def expert_collective_s(self, beside_s: float) -> float:
         """What one all-to-all of a layer's tokens adds; forward and backward have two each."""
@@ -428,7 +444,7 @@ class _Machine:
             return 0.0
         tokens = run.microbatch * run.shape.seq_len / run.context / run.tensor
         chosen = run.shape.moe.topk
-        group = self._group(run.expert, run.tensor)
+        group = self._group(run.expert, run.expert_tensor)
         if group.nodes > 1 and group.network is not None:
             # A token goes to each node once, however many of its experts live there.
             share = group.nodes * (1 - (1 - 1 / group.nodes) ** chosen) / chosen
@@ -452,7 +468,7 @@ class _Machine:
         weights = run.shape.layer_parameters / run.tensor
         group = self._group(shards, run.tensor)
         gather_s = collective_s("all_gather", weights * 2.0, group)
-        scatter_s = collective_s("reduce_scatter", weights * run.gradient_bytes, group)
+        scatter_s = collective_s("reduce_scatter", weights * run.sent_bytes, group)
         if run.gathers_late:
             # Asked for only after the gradients of the layer before, nothing is left to hide it behind.
             return gather_s + self._exposed(gather_s + scatter_s, device_s)
@@ -483,7 +499,7 @@ class _Machine:
             return 0.0
         weights = self._weights_per_device()
         group = self._group(run.data, run.tensor)
-        spent = collective_s("all_reduce", weights * run.gradient_bytes, group)
+        spent = collective_s("all_reduce", weights * run.sent_bytes, group)
         if not run.overlaps:
             return spent
         microbatches = max(run.batch / (run.data * run.microbatch), 1)
