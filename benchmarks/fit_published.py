@@ -23,7 +23,8 @@ from published_rows import measured_step_s, run_of
 from scipy.optimize import least_squares
 
 from graphpar import catalogue
-from graphpar.cost_models.training import Run, TrainingParameters, parameters, step_time
+from graphpar.cost_models.training import step_time
+from graphpar.cost_models.training_run import Run, TrainingParameters, parameters
 
 PLAIN = ("vtrain_single", "vtrain_multi", "mosaic_mpt", "torchtitan", "megatron_jan2021", "lambda_dl")
 MODERN = ("megatron_bridge", "dgxc_2505")

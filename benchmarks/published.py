@@ -14,8 +14,13 @@ from published_clean import cleaned
 from published_devices import device_of
 from published_rows import in_favour, measured_bytes, measured_step_s, run_of
 
-from graphpar.cost_models.training import StepTime, parameters, step_time
+from graphpar.cost_models.training import StepTime, step_time
 from graphpar.cost_models.training_memory import fits, stage_parts
+from graphpar.cost_models.training_run import parameters
+
+
+ENOUGH = 5
+"""Configurations of one job that a rank correlation needs to mean anything."""
 
 
 def main() -> None:
@@ -29,11 +34,17 @@ def main() -> None:
     if options.json:
         print(json.dumps(report, indent=1))
         return
-    print(f"{'set':<24}{'n':>5}{'mape %':>9}{'bias %':>9}{'spearman':>10}{'memory mape %':>15}")
+    columns = {
+        "mape_pct": "mape %",
+        "bias_pct": "bias %",
+        "spearman": "spearman",
+        "spearman_within_jobs": "within jobs",
+        "memory_mape_pct": "memory mape %",
+    }
+    print(f"{'set':<24}{'n':>5}" + "".join(f"{title:>15}" for title in columns.values()))
     for name, s in report["sets"].items():
-        cells = (s["mape_pct"], s["bias_pct"], s["spearman"], s["memory_mape_pct"])
-        texts = ["-" if c is None else f"{c:.2f}" for c in cells]
-        print(f"{name:<24}{s['n']:>5}{texts[0]:>9}{texts[1]:>9}{texts[2]:>10}{texts[3]:>15}")
+        cells = ("-" if s[key] is None else f"{s[key]:.2f}" for key in columns)
+        print(f"{name:<24}{s['n']:>5}" + "".join(f"{cell:>15}" for cell in cells))
     print(f"out of memory: {report['out_of_memory']}; skipped: {len(report['skipped'])}")
 
 
@@ -70,6 +81,7 @@ def score(raw: dict[str, Any]) -> dict[str, Any] | str:
     return {
         "id": row["id"],
         "set": row["set"],
+        "job": f"{row['model'].get('name')} s{run.shape.seq_len} n{run.devices} b{run.batch:g}",
         "measured_s": measured_s,
         "predicted_s": predicted.total_s,
         "error_pct": None if measured_s is None else 100 * (predicted.total_s / measured_s - 1),
@@ -99,8 +111,20 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "mape_pct": mean([abs(e) for e in errors]),
         "bias_pct": mean(errors),
         "spearman": spearman(pairs),
+        "spearman_within_jobs": within_jobs(timed),
         "memory_mape_pct": mean(sized),
     }
+
+
+def within_jobs(rows: list[dict[str, Any]]) -> float | None:
+    """Mean rank correlation of configurations of one model, batch and number of devices, by their number."""
+    jobs: dict[str, list[tuple[float, float]]] = {}
+    for r in rows:
+        jobs.setdefault(r["job"], []).append((r["predicted_s"], r["measured_s"]))
+    found = [(spearman(pairs), len(pairs)) for pairs in jobs.values() if len(pairs) >= ENOUGH]
+    ranked = [(value, n) for value, n in found if value is not None]
+    total = sum(n for _, n in ranked)
+    return sum(value * n for value, n in ranked) / total if total else None
 
 
 def mean(values: list[float]) -> float | None:

@@ -12,8 +12,8 @@ from typing import Any
 from published_devices import device_of, network_of
 
 from graphpar import catalogue
-from graphpar.cost_models.training import Run
 from graphpar.cost_models.training_memory import fits, weights_of_stage
+from graphpar.cost_models.training_run import Run
 from graphpar.cost_models.transformer import ModelShape, MoeShape
 
 
@@ -75,19 +75,28 @@ sharded where they would not fit."""
 FRAMEWORKS = (
     ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
     ("megatron-deepspeed", DEEPSPEED),
-    ("megatron-lm", OLD_MEGATRON),
+    ("megatron-bridge", MODERN_MEGATRON),
+    ("megatron-core", MODERN_MEGATRON),
+    ("megatron core", MODERN_MEGATRON),
+    ("nemo", MODERN_MEGATRON),
+    ("megatron", OLD_MEGATRON),
     ("composer", Traits(True, False, fused_loss=True, zero=3, stops_early=True, gathers_late=True)),
     ("torchtitan", Traits(True, False, zero=3, selects_products=True, stops_early=True)),
     (
         "fms-fsdp",
         Traits(compiled=True, gradient_bytes=2.0, zero=3, selects_layers=True, stops_early=True),
     ),
-    ("megatron-bridge", MODERN_MEGATRON),
-    ("nemo", MODERN_MEGATRON),
     ("nanotron", Traits(True, False, zero=1)),
-    ("pytorch", Traits(False, False, dropout=True, gradient_bytes=2.0)),
     ("nnscaler", Traits(True, False)),
+    ("deepspeed", DEEPSPEED),
+    ("fsdp", Traits(True, False, zero=3, stops_early=True)),
+    ("jax", Traits(compiled=True, zero=3)),
+    ("maxtext", Traits(compiled=True, zero=3)),
+    ("pytorch", Traits(False, False, dropout=True, gradient_bytes=2.0)),
 )
+"""By a part of the framework's name, the first that fits."""
+
+YOUNG_FAMILIES = frozenset({"hopper", "blackwell", "cdna3"})
 
 BERT = {
     "bert_base_squad": ModelShape(12, 768, 12, 12, 3072, 30522, 384, tied=True, causal=False, labels=2),
@@ -117,7 +126,7 @@ def run_of(row: dict[str, Any]) -> Run | str:
     if not row["hardware"].get("gpu"):
         return "no device"
     device, memory_bytes, _ = device_of(str(row["hardware"]["gpu"]))
-    traits = _traits(row["parallel"])
+    traits = _traits(row)
     batch = _batches(row, traits)
     if batch is None:
         return "no batch size"
@@ -302,9 +311,13 @@ def _batches(row: dict[str, Any], traits: Traits) -> tuple[float, float] | None:
     return float(total), float(min(micro, max(total / data, 1)))
 
 
-def _traits(parallel: dict[str, Any]) -> Traits:
-    name = str(parallel.get("framework")).lower()
-    return next((traits for key, traits in FRAMEWORKS if name.startswith(key)), Traits())
+def _traits(row: dict[str, Any]) -> Traits:
+    """What the framework of a row does; Megatron-LM on devices younger than 2022 is Megatron Core."""
+    name = str(row["parallel"].get("framework")).lower()
+    traits = next((traits for key, traits in FRAMEWORKS if key in name), Traits())
+    device = device_of(str(row["hardware"].get("gpu")))[0]
+    young = catalogue.devices()[device].family in YOUNG_FAMILIES
+    return MODERN_MEGATRON if traits is OLD_MEGATRON and young else traits
 
 
 def _recompute(text: Any) -> str:
@@ -333,7 +346,7 @@ def _dtype(parallel: dict[str, Any]) -> str:
 def measured_step_s(row: dict[str, Any]) -> float | None:
     """Seconds of one step, from time, tokens per second, or a stated FLOP count."""
     measured, model = row["measured"], row["model"]
-    stated = _batches(row, _traits(row["parallel"]))
+    stated = _batches(row, _traits(row))
     batch = stated[0] if stated else None
     count = _count(row)
     if measured.get("step_time_s"):

@@ -11,15 +11,14 @@ them and `training.toml` keeps them.
 """
 
 import math
-import tomllib
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass, replace
 
 from graphpar import catalogue
 from graphpar.cost_models import gemm
-from graphpar.cost_models.communication import Group, Network, collective_s
+from graphpar.cost_models.communication import Group, collective_s
 from graphpar.cost_models.rates import interpolate
-from graphpar.cost_models.transformer import LayerWork, ModelShape, Product, layer_work
+from graphpar.cost_models.training_run import Run, TrainingParameters
+from graphpar.cost_models.transformer import LayerWork, Product, layer_work
 
 FUSED_LOSS_PASSES = 1.5
 """A fused loss reads half-precision logits twice and writes their gradient over them once."""
@@ -44,137 +43,6 @@ FALLBACK_KERNELS = 5.0
 
 
 @dataclass(frozen=True)
-class TrainingParameters:
-    """Fitted constants, all dimensionless shares unless the name says otherwise.
-
-    Attributes:
-        matmul_share: Reached over the catalogue's efficiency curve, in float16 and bfloat16.
-        float8_share: The same for float8 on its own peak.
-        attention_share: Reached over the family's fused-attention fraction.
-        vendor_attention_share: The same for the vendor's tuned attention kernels.
-        traffic_share: Reached over the family's bandwidth fraction, in pointwise kernels.
-        backward_traffic: Backward's memory traffic over forward's.
-        host_kernel_s: Seconds the host needs per kernel in eager frameworks.
-        compiled_kernel_s: The same where steps are compiled or captured as CUDA graphs.
-        network_share: Reached of the network's line rate.
-        contention: What a collective and the compute beside it cost each other, of the shorter one.
-        step_host_s: Fixed seconds per step: data, clipping, logging, synchronisation.
-        imbalance: Relative loss per doubling of the devices (stragglers, clocks, jitter).
-        loss_passes: Times that logits in float32 pass through memory in the loss, both directions.
-        unfused_traffic: Memory traffic of pointwise work in eager kernels over that of fused ones.
-        wait_s: Seconds that tensor-parallel ranks wait for the slowest at each collective.
-        expert_traffic: Times that routed tokens pass through memory on the way to experts and back.
-    """
-
-    matmul_share: float = 0.95
-    float8_share: float = 0.8
-    attention_share: float = 1.0
-    vendor_attention_share: float = 1.5
-    traffic_share: float = 0.9
-    backward_traffic: float = 1.8
-    host_kernel_s: float = 25e-6
-    compiled_kernel_s: float = 6e-6
-    network_share: float = 0.8
-    contention: float = 0.2
-    step_host_s: float = 0.01
-    imbalance: float = 0.01
-    expert_traffic: float = 4.0
-    loss_passes: float = 12.0
-    unfused_traffic: float = 1.6
-    wait_s: float = 5e-5
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training configuration.
-
-    Attributes:
-        shape: The model.
-        device: Kind of the devices, by the catalogue's name.
-        devices: How many.
-        per_node: Devices per node that share the fast link.
-        network: What joins nodes.
-        tensor, pipeline, data: Widths of tensor, pipeline and data parallelism.
-        context, expert: Widths of context and expert parallelism.
-        virtual: Model chunks per pipeline stage.
-        zero: 0 replicated, 1 optimiser state sharded, 3 weights sharded too.
-        recompute: `none`, `selective` (attention) or `full`.
-        dtype: `float16`, `bfloat16`, `float8_e4m3fn`, `float4`, `tf32` or `float32`.
-        batch, microbatch: Sequences per step and per microbatch on one replica.
-        fused_attention, fused_pointwise, fused_loss: Which parts run as fused kernels.
-        compiled, sequence_parallel, dropout: What else the framework does.
-        overlaps: Whether gradients' and shards' collectives run beside compute.
-        gradient_bytes: Bytes per gradient element as accumulated.
-        reduces_half: Whether gradients are sent in half precision, however they are accumulated.
-        bucket_elements: Elements of the flat buffers that reduce gradients and gather weights.
-        logit_bytes: Bytes per logit at the peak of an unfused loss.
-        state_bytes: Bytes of optimiser state per element, the float32 master included.
-        recompute_share: Share of the layers that run again under full recomputation.
-        fallback_softmax: Whether the fused softmax needs heads times samples divisible by four.
-        vendor_attention: Whether attention runs in the vendor's tuned kernels, not FlashAttention-2.
-        overlaps_tensor: Whether tensor-parallel collectives and stage messages run beside compute.
-        shard_group: Ranks over which sharded weights are divided where not over all (hybrid sharding).
-        memory_bytes: Memory of a device where it is not the kind's own.
-        link: Kind of the link inside nodes where it is not the device's usual one.
-        adds_gradients: Whether gradients of microbatches are added by kernels of their own.
-        expert_tensor: Width of tensor parallelism inside experts; their groups are next to each other.
-        gathers_late: Whether backward asks for a layer's sharded weights no earlier than it needs them.
-        overlaps_experts: Whether experts' all-to-alls run beside other microbatches' compute.
-        pure_half: Whether pointwise work too is in half precision, with no casts to float32.
-        stops_early: Whether recomputation ends with the last result that is needed.
-        selects_products: Whether selective recomputation keeps every second product, else all but scores.
-    """
-
-    shape: ModelShape
-    device: str
-    devices: int
-    per_node: int
-    network: Network
-    batch: float
-    microbatch: float
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    context: int = 1
-    expert: int = 1
-    virtual: int = 1
-    zero: int = 0
-    recompute: str = "none"
-    dtype: str = "bfloat16"
-    fused_attention: bool = True
-    fused_pointwise: bool = True
-    fused_loss: bool = False
-    compiled: bool = False
-    sequence_parallel: bool = False
-    dropout: bool = False
-    overlaps: bool = False
-    gradient_bytes: float = 2.0
-    state_bytes: float = 12.0
-    link: str = ""
-    recompute_share: float = 1.0
-    fallback_softmax: bool = False
-    vendor_attention: bool = False
-    overlaps_tensor: bool = False
-    shard_group: int = 0
-    memory_bytes: float = 0.0
-    bucket_elements: float = 0.0
-    logit_bytes: float = 14.0
-    selects_products: bool = False
-    adds_gradients: bool = False
-    expert_tensor: int = 1
-    gathers_late: bool = False
-    reduces_half: bool = False
-    overlaps_experts: bool = False
-    pure_half: bool = False
-    stops_early: bool = False
-
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes per gradient element on the wire."""
-        return 2.0 if self.reduces_half else self.gradient_bytes
-
-
-@dataclass(frozen=True)
 class StepTime:
     """A predicted step with its parts, all in seconds."""
 
@@ -186,16 +54,6 @@ class StepTime:
     data_s: float
     optimizer_s: float
     bubble_s: float
-
-
-@cache
-def parameters() -> TrainingParameters:
-    """The fitted constants that come with the catalogue."""
-    path = catalogue.data_directory() / "training.toml"
-    table = tomllib.loads(path.read_text(encoding="utf-8"))["parameters"]
-    known = {f.name for f in fields(TrainingParameters)}
-    assert set(table) == known, set(table) ^ known
-    return TrainingParameters(**table)
 
 
 def step_time(run: Run, p: TrainingParameters) -> StepTime:

@@ -10,7 +10,7 @@ result by result.
 from dataclasses import dataclass
 
 from graphpar import catalogue
-from graphpar.cost_models.training import Run
+from graphpar.cost_models.training_run import Run
 
 CONTEXT_BYTES = 1.2e9
 """CUDA context, loaded kernels and cuBLAS workspaces of one process."""

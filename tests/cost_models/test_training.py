@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from graphpar import catalogue
 from graphpar.cost_models.communication import Network
-from graphpar.cost_models.training import Run, parameters, step_time
+from graphpar.cost_models.training import step_time
 from graphpar.cost_models.training_memory import fits, memory_bytes
+from graphpar.cost_models.training_run import Run, parameters
 from graphpar.cost_models.transformer import ModelShape, MoeShape, layer_work
 
 GPT = ModelShape(24, 2048, 16, 16, 8192, 50257, 1024)
