@@ -18,7 +18,6 @@ from graphpar.cost_models.training import StepTime, step_time
 from graphpar.cost_models.training_memory import fits, stage_parts
 from graphpar.cost_models.training_run import parameters
 
-
 ENOUGH = 5
 """Configurations of one job that a rank correlation needs to mean anything."""
 
@@ -117,7 +116,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def within_jobs(rows: list[dict[str, Any]]) -> float | None:
-    """Mean rank correlation of configurations of one model, batch and number of devices, by their number."""
+    """Mean rank correlation of configurations of one model, batch and number of devices."""
     jobs: dict[str, list[tuple[float, float]]] = {}
     for r in rows:
         jobs.setdefault(r["job"], []).append((r["predicted_s"], r["measured_s"]))
