@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
@@ -73,12 +73,12 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="Fit the protocols' constants, and leave out.")
     options = parser.parse_args()
     table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    if options.fit:
-        report_fits(table["rows"])
-        return
-    report = compare(table["rows"])
+    report = cross_validate(table["rows"]) if options.fit else compare(table["rows"])
     if options.json:
         print(json.dumps(report, indent=1))
+        return
+    if options.fit:
+        show_fits(report)
         return
     for name, summary in report["sets"].items():
         print(f"{name:<40} n {summary['n']:>4}  median {summary['median_ape_pct']:6.1f} %")
@@ -173,19 +173,33 @@ def fit(rows: list[Sample]) -> Protocols:
     return Protocols(*(start * np.exp(found.x)).tolist())
 
 
-def report_fits(rows: list[dict[str, Any]]) -> None:
+def cross_validate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The fit of all rows, and what fits say of the GPU kinds and counts that they have not seen."""
     known = samples(rows)
     everything = fit(known)
-    print(f"all rows fitted: median {median_error(known, everything):.1f} % of {len(known)} rows")
-    print(everything)
-    for path in ("device", "group.ranks"):
-        value_of = attrgetter(path)
+    folds = []
+    for kind, value_of in (("device", attrgetter("device")), ("ranks", attrgetter("group.ranks"))):
         for value in dict.fromkeys(value_of(s) for s in known):
             seen = [s for s in known if value_of(s) != value]
             left = [s for s in known if value_of(s) == value]
             error = median_error(left, fit(seen))
-            print(f"left out {path} {value!s:<20} n {len(left):>3}  median {error:5.1f} %")
+            folds.append({"kind": kind, "name": str(value), "n": len(left), "median_ape_pct": error})
+    return {
+        "n": len(known),
+        "median_ape_pct": median_error(known, everything),
+        "protocols": asdict(everything),
+        "folds": folds,
+    }
+
+
+def show_fits(report: dict[str, Any]) -> None:
+    """That as lines."""
+    print(f"all rows fitted: median {report['median_ape_pct']:.1f} % of {report['n']} rows")
+    for name, value in report["protocols"].items():
+        print(f"{name} = {value:.4g}")
+    for fold in report["folds"]:
+        name = f"{fold['kind']} {fold['name']}"
+        print(f"left out {name:<28} n {fold['n']:>3}  median {fold['median_ape_pct']:5.1f} %")
 
 
 def median_error(rows: list[Sample], p: Protocols) -> float:

@@ -24,7 +24,7 @@ FRAGMENTATION = 1.12
 COMPILED_FRAGMENTATION = 1.0
 """The same where a compiler has planned the buffers."""
 
-USABLE = 0.95
+USABLE = 0.945
 """Share of a device's memory that tensors can fill: driver and display take some, and what is left in
 single pages helps nobody. Under pressure the caching allocator gives its cached blocks back, so its slack
 does not count against it."""
