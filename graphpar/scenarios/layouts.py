@@ -1,14 +1,13 @@
 """Hand-made configurations: widths of tensor, pipeline and data parallelism, priced as given.
 
-A tensor group of t equal devices of one node is priced as one device of a table of groups, by the
-analytic rule of Megatron (https://arxiv.org/abs/1909.08053): times and bytes of layers divided by t,
-and one all-reduce of the activations that leave a unit per direction, in a ring.
+Tensor groups are priced as the planner prices them: in float32 by solving how the members share every
+layer, in other formats, and where units are computed again, by the rule of `cost_models.modes`.
 """
 
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
-from graphpar.cost import CostTable, DeviceClass, LinkCost, Topology, UnitCost
+from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.settings import (
@@ -25,23 +24,30 @@ from graphpar.partition.types import (
 )
 from graphpar.scenarios.types import Layout
 
-JOIN = "+"
-"""Between the names of a group's members."""
-
 
 def configured(
-    table: CostTable, layout: Layout, schedule: ScheduleChoice, microbatches: Microbatches
-) -> tuple[CostTable, Partition]:
-    """The table of groups and the priced configuration on it.
+    table: CostTable,
+    layout: Layout,
+    schedule: ScheduleChoice,
+    microbatches: Microbatches,
+    recompute: bool = False,
+) -> Partition:
+    """The configuration, priced as given.
 
     Devices are taken in the cluster's order: members of a tensor group first, then data-parallel
     copies, then stages. Units are cut where cumulative time is even.
 
+    Args:
+        table: Prices; of tensor groups too, where the configuration has some.
+        layout: The configuration.
+        schedule: A schedule, or `auto` for the best of those there are.
+        microbatches: A fixed number per pipeline, or `auto`.
+        recompute: Whether all stages compute their activations again.
+
     Raises:
         InfeasibleError: There are too few devices or units, or samples that cannot be split.
     """
-    grouped = grouped_table(table, layout.tensor)
-    groups = list(grouped.class_of)
+    groups = tensor_groups(table, layout.tensor)
     wanted = layout.pipeline * layout.data
     if len(groups) < wanted:
         raise InfeasibleError(
@@ -49,33 +55,38 @@ def configured(
             f"has {len(groups)}",
             limit="devices",
         )
-    if layout.pipeline > grouped.num_units:
+    if layout.pipeline > table.num_units:
         raise InfeasibleError(
-            f"{layout} takes {layout.pipeline} stages; the model has {grouped.num_units} units",
+            f"{layout} takes {layout.pipeline} stages; the model has {table.num_units} units",
             limit="units",
         )
     if layout.data > min(table.batch, table.max_replicas):
         why = table.batch_reason or f"the batch has {table.batch} samples"
         raise InfeasibleError(f"{layout} takes {layout.data} copies of the model: {why}", limit="batch")
-    cuts = _even_cuts(grouped, layout.pipeline)
+    cuts = _even_cuts(table, layout.pipeline)
     count = layout.microbatches or microbatches
     share = table.batch // layout.data
-    counts = microbatch_counts(grouped, share, count)
+    counts = microbatch_counts(table, share, count)
     if not counts:
         raise InfeasibleError(
             f"{layout} has {share} samples per pipeline; {count} microbatches are too many", limit="batch"
         )
     names = schedules_of(table, schedule)
     tried = [
-        evaluate(grouped, _pipelines(table.batch, groups, cuts, layout, n), name)
+        evaluate(table, _pipelines(table.batch, groups, cuts, layout, n, recompute), name)
         for n in counts
         for name in names
     ]
-    return grouped, min(tried, key=lambda found: (_excess_bytes(grouped, found), found.objective_s))
+    return min(tried, key=lambda found: (_excess_bytes(table, found), found.objective_s))
 
 
 def _pipelines(
-    batch: int, groups: list[str], cuts: list[int], layout: Layout, microbatches: int
+    batch: int,
+    groups: list[Replica],
+    cuts: list[int],
+    layout: Layout,
+    microbatches: int,
+    recompute: bool,
 ) -> list[PipelineChoice]:
     small, larger = divmod(batch, layout.data)
     return [
@@ -83,7 +94,7 @@ def _pipelines(
             small + (copy < larger),
             microbatches,
             tuple(
-                StageChoice(a, b, (Replica(groups[stage * layout.data + copy], 0),))
+                StageChoice(a, b, (groups[stage * layout.data + copy],), recompute=recompute)
                 for stage, (a, b) in enumerate(pairwise(cuts))
             ),
         )
@@ -112,65 +123,16 @@ def _even_cuts(table: CostTable, stages: int) -> list[int]:
     return [*cuts, table.num_units]
 
 
-def grouped_table(table: CostTable, width: int) -> CostTable:
-    """The table whose devices are groups of `width` equal devices of one node."""
-    if width == 1:
-        return table
-    classes, node_of = [], {}
+def tensor_groups(table: CostTable, width: int) -> list[Replica]:
+    """Groups of `width` equal devices of one node, in the table's order."""
+    found = []
     for old in table.device_classes:
-        names = []
         for node in dict.fromkeys(table.topology.node_of[d] for d in old.devices):
             here = [d for d in old.devices if table.topology.node_of[d] == node]
             for start in range(0, len(here) - width + 1, width):
-                name = JOIN.join(here[start : start + width])
-                names.append(name)
-                node_of[name] = node
-        classes.append(DeviceClass(old.name, tuple(names), old.memory_bytes, old.stage_overhead_s))
-    topology = Topology(node_of, table.topology.inside, table.topology.network, table.topology.between)
-    links = [_inside(table, c) for c in table.device_classes]
-    return replace(
-        table,
-        device_classes=tuple(classes),
-        modes=(),
-        topology=topology,
-        costs=tuple(_grouped_cost(table, i, c, width, links) for i, c in enumerate(table.costs)),
-    )
-
-
-def _inside(table: CostTable, device_class: DeviceClass) -> LinkCost:
-    """The slowest link inside nodes that hold devices of a class."""
-    nodes = {table.topology.node_of[d] for d in device_class.devices}
-    found = [table.topology.inside[n] for n in nodes] or [table.topology.network]
-    return min(found, key=lambda link: link.bytes_per_s)
-
-
-def _grouped_cost(
-    table: CostTable, index: int, cost: UnitCost, width: int, links: list[LinkCost]
-) -> UnitCost:
-    last = max(u for u, c in enumerate(table.units) if c == index)
-    unit = last if last + 1 < table.num_units else max(last - 1, 0)
-
-    def reduced_s(link: LinkCost, size: float, backward: bool) -> float:
-        num_bytes = table.cut_bytes(unit + 1, size)[backward] if table.num_units > 1 else 0.0
-        return 2 * (width - 1) * link.seconds(num_bytes / width)
-
-    def row(times: tuple[float, ...], link: LinkCost, backward: bool) -> tuple[float, ...]:
-        return tuple(
-            t / width + (reduced_s(link, s, backward) if t > 0 else 0.0)
-            for t, s in zip(times, table.sizes, strict=True)
-        )
-
-    return replace(
-        cost,
-        forward_s=tuple(row(t, links[k], False) for k, t in enumerate(cost.forward_s)),
-        backward_s=tuple(row(t, links[k], True) for k, t in enumerate(cost.backward_s)),
-        optimizer_s=tuple(t / width for t in cost.optimizer_s),
-        weight_bytes=cost.weight_bytes / width,
-        gradient_bytes=cost.gradient_bytes / width,
-        optimizer_bytes=cost.optimizer_bytes / width,
-        saved_bytes=tuple(s / width for s in cost.saved_bytes),
-        working_bytes=tuple(s / width for s in cost.working_bytes),
-    )
+                first, *others = here[start : start + width]
+                found.append(Replica(first, 0, tuple(others)))
+    return found
 
 
 def recomputed(table: CostTable) -> CostTable:

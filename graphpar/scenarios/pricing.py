@@ -9,14 +9,17 @@ from torch import nn
 
 from graphpar.calibration import Calibration
 from graphpar.catalogue import families
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, StageOptions
+from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
 from graphpar.device import Device
 from graphpar.ir.graph import Graph
 from graphpar.planner import optimizer_state, price
 from graphpar.precision import uniform_formats
 from graphpar.preparation import Prepared, prepare
+from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
+from graphpar.tensor_groups import with_group_modes
 from graphpar.training import Training
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -65,7 +68,7 @@ class PriceBook:
             ValueError: The setting needs inputs that nobody can make.
             CaptureError: The model cannot be captured at that sequence length.
         """
-        key = _priced_by(setting)
+        key = priced_by(setting)
         if key not in self._tables:
             prepared = self._prepare(setting)
             units = len(prepared.chain.units)
@@ -76,11 +79,29 @@ class PriceBook:
                 calibration=self.calibration,
                 formats=uniform_formats(setting.cluster, setting.precision, units),
             )
-        table = self._tables[key]
-        if table.modes:
-            return table
-        # Links are all that is left: they do not change what a unit costs.
-        return replace(table, topology=Roofline(self.calibration).topology(setting.cluster))
+        # Links are all that is left: they do not change what a unit costs on a single device.
+        topology = Roofline(self.calibration).topology(setting.cluster)
+        return self._with_modes(replace(self._tables[key], topology=topology), setting)
+
+    def _with_modes(self, table: CostTable, setting: Setting) -> CostTable:
+        """The table with the ways to run units that the setting leaves open, or asks for."""
+        formats = uniform_formats(setting.cluster, setting.precision, table.num_units)
+        layout = setting.layout
+        if layout is not None and layout.tensor > 1:
+            if formats.all_float32 and not setting.recompute:
+                groups = tensor_groups(table, layout.tensor)
+                alike = {tuple(table.class_of[d] for d in g.devices): g for g in groups}
+                graph = self._prepare(setting).graph
+                train = _training(self.train, setting.optimizer)
+                return with_group_modes(
+                    table, graph, setting.cluster, alike.values(), self.calibration, train
+                )
+            options = StageOptions(recompute=bool(setting.recompute), tensor_widths=(layout.tensor,))
+            return with_modes(table, options)
+        free = setting.recompute is None and layout is None
+        if free and setting.training and not table.batch_reason and formats.all_float32:
+            return with_modes(table, StageOptions(recompute=True))
+        return table
 
     def _prepare(self, setting: Setting) -> Prepared:
         base = self._capture(setting.seq_len, None)
@@ -118,7 +139,7 @@ class PriceBook:
         return self.inputs(batch or base.batch, length)
 
 
-def _priced_by(setting: Setting) -> str:
+def priced_by(setting: Setting) -> str:
     """What a setting's unit costs depend on: its devices, not its links or how it is searched."""
     devices = [(d.name, d.node, sorted(d.to_dict().items(), key=str)) for d in setting.cluster.devices]
     chosen = (setting.batch, setting.seq_len, setting.precision, setting.optimizer, setting.training)

@@ -10,7 +10,8 @@ from graphpar.partition.baselines import one_device
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
-from graphpar.scenarios.layouts import JOIN, configured, recomputed
+from graphpar.scenarios.known import Known, speed_of
+from graphpar.scenarios.layouts import configured, recomputed
 from graphpar.scenarios.types import Answer, Bottleneck, Layout
 from graphpar.schedule import build_schedule
 from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
@@ -42,13 +43,18 @@ class Task:
     time_limit_s: float = 10.0
 
 
-def solve(task: Task) -> Answer:
-    """The plan of one scenario and what it promises; nothing fitting is an answer too."""
+def solve(task: Task, known: Known | None = None) -> Answer:
+    """The plan of one scenario and what it promises; nothing fitting is an answer too.
+
+    `known` is what scenarios solved before say about this one.
+    """
     began_s = time.monotonic()
-    table = recomputed(task.table) if task.recompute and task.table.training else task.table
+    again = bool(task.recompute) and task.table.training
+    grouped = task.layout is not None and task.layout.tensor > 1
+    table = recomputed(task.table) if again and not grouped else task.table
     try:
-        used_table, found = _found(table, task)
-        answer = _answer(used_table, found, task)
+        found = _found(table, task, again and grouped, known)
+        answer = _answer(table, found, task, known)
     except InfeasibleError as error:
         answer = Answer("", status="infeasible", problem=str(error), batch=table.batch)
     except ValueError as error:
@@ -56,11 +62,22 @@ def solve(task: Task) -> Answer:
     return replace(answer, seconds=time.monotonic() - began_s)
 
 
-def _found(table: CostTable, task: Task) -> tuple[CostTable, Partition]:
+def _found(table: CostTable, task: Task, recompute: bool, known: Known | None) -> Partition:
     if task.layout is not None:
-        used, found = configured(table, task.layout, searched(task.schedule), task.microbatches)
+        found = configured(table, task.layout, searched(task.schedule), task.microbatches, recompute)
         named = task.schedule in ("interleaved", "zero-bubble")
-        return used, _scheduled(used, found, task) if named else found
+        return _scheduled(table, found, task) if named else found
+    found = _searched(table, task, known)
+    if known is not None:
+        known.note(table, found)
+    return _scheduled(table, found, task)
+
+
+def _searched(table: CostTable, task: Task, known: Known | None) -> Partition:
+    """The plan found by a search, or by others where that is good enough or there is no time."""
+    before = known.best(table) if known is not None else None
+    if before is not None and (before.gap <= task.gap or task.time_limit_s < LEAST_SEARCH_S):
+        return before
     found = partition(
         table,
         gap=task.gap,
@@ -68,7 +85,7 @@ def _found(table: CostTable, task: Task) -> tuple[CostTable, Partition]:
         schedule=searched(task.schedule),
         microbatches=task.microbatches,
     )
-    return table, _scheduled(table, found, task)
+    return known.improved(table, found) if known is not None else found
 
 
 def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
@@ -81,12 +98,12 @@ def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
         return replace(found, notes=(*found.notes, note))
 
 
-def _answer(table: CostTable, found: Partition, task: Task) -> Answer:
+def _answer(table: CostTable, found: Partition, task: Task, known: Known | None = None) -> Answer:
     schedule = build_schedule(found, stage_links(table, found.pipelines), table.training)
     timeline = simulate(schedule, timing_of(table, found))
     capacity = {d: c.memory_bytes for c in table.device_classes for d in c.devices}
     peaks = dict(zip(found.used_devices, timeline.peak_bytes, strict=True))
-    headroom = {name: capacity[d] - peaks[d] for d in peaks for name in d.split(JOIN)}
+    headroom = {d: capacity[d] - peaks[d] for d in peaks}
     used = tuple(headroom)
     everyone = [d for c in task.table.device_classes for d in c.devices]
     alone = _alone(table, task)
@@ -100,7 +117,7 @@ def _answer(table: CostTable, found: Partition, task: Task) -> Answer:
         bound_s=found.bound_s,
         gap=None if task.layout else found.gap,
         batch=table.batch,
-        bottleneck=_bottleneck(table, found, timeline, peaks, capacity, task),
+        bottleneck=_bottleneck(table, found, timeline, peaks, capacity, task, known),
         headroom_bytes=headroom,
         used=used,
         left_out=tuple(d for d in everyone if d not in headroom),
@@ -130,7 +147,9 @@ def _shape(found: Partition) -> str:
         stages = [
             f"{len(s.replicas)}x" * (len(s.replicas) > 1) + str(s.last - s.first) for s in pipeline.stages
         ]
-        parts.append(f"[{' '.join(stages)}] m={pipeline.microbatches}")
+        widest = max(len(r.devices) for s in pipeline.stages for r in s.replicas)
+        group = f" t={widest}" if widest > 1 else ""
+        parts.append(f"[{' '.join(stages)}]{group} m={pipeline.microbatches}")
     counted = [f"{parts.count(p)} x {p}" if parts.count(p) > 1 else p for p in dict.fromkeys(parts)]
     return f"{' + '.join(counted)} {found.schedule}"
 
@@ -139,10 +158,8 @@ def _remarks(found: Partition, task: Task) -> tuple[str, ...]:
     remarks = []
     if found.truncated_by and task.layout is None:
         remarks.append(f"search cut short by {', '.join(found.truncated_by)}")
-    if task.layout is not None and task.layout.tensor > 1:
-        remarks.append("tensor groups are priced by an analytic rule; planning only")
     if task.recompute and task.table.training:
-        remarks.append("recomputation of every unit is planning only")
+        remarks.append("every unit computes its activations again; compile lets each stage choose")
     return (*remarks, *found.notes)
 
 
@@ -153,10 +170,11 @@ def _bottleneck(
     peaks: dict[str, float],
     capacity: dict[str, float],
     task: Task,
+    known: Known | None,
 ) -> Bottleneck:
     fullest = max(peaks, key=lambda d: peaks[d] / capacity[d])
     fullness = peaks[fullest] / capacity[fullest]
-    if fullness > FULL and task.layout is None and _memory_binds(table, timeline.step_s, task):
+    if fullness > FULL and task.layout is None and _memory_binds(table, found, timeline, task, known):
         return Bottleneck(
             "memory", fullest, fullness, f"more memory on {fullest}, recomputation, or smaller formats"
         )
@@ -188,22 +206,58 @@ def _faster_link(table: CostTable, node: str, found: Partition) -> str:
     return f"a faster link inside node {node}" if len(nodes) == 1 else "a faster network between nodes"
 
 
-def _memory_binds(table: CostTable, step_s: float, task: Task) -> bool:
-    """Whether devices with memory without end would make the step notably shorter."""
+def _memory_binds(
+    table: CostTable, found: Partition, timeline: Timeline, task: Task, known: Known | None
+) -> bool:
+    """Whether devices with memory without end would make the step notably shorter.
+
+    Asked once for scenarios that differ in their links alone.
+    """
+    if known is not None and known.memory_binds is not None:
+        return known.memory_binds
     endless = tuple(replace(c, memory_bytes=c.memory_bytes * 1e3) for c in table.device_classes)
     try:
         freed = partition(
             replace(table, device_classes=endless),
             gap=max(task.gap, 0.01),
-            time_limit_s=task.time_limit_s / 2,
+            time_limit_s=task.time_limit_s / 4,
             schedule=searched(task.schedule),
             microbatches=task.microbatches,
         )
+        binds = freed.objective_s < min(found.objective_s, timeline.step_s) * (1 - FREE_MEMORY_GAIN)
     except (InfeasibleError, ValueError):
-        return False
-    return freed.objective_s < step_s * (1 - FREE_MEMORY_GAIN)
+        binds = False
+    if known is not None:
+        known.memory_binds = binds
+    return binds
 
 
-def solve_all(tasks: Sequence[Task]) -> list[Answer]:
-    """Several scenarios one after another, in this process."""
-    return [solve(task) for task in tasks]
+def solve_together(tasks: Sequence[Task]) -> list[Answer]:
+    """Scenarios that differ in their links alone, in one process, each from what the others found.
+
+    The fastest links come first, with most of the time, since no plan over slower ones beats their bound;
+    then the slowest; then whichever is least certain. What is left without time takes the best plan of
+    the others.
+    """
+    if len(tasks) == 1:
+        return [solve(tasks[0])]
+    left_s = sum(task.time_limit_s for task in tasks)
+    waiting = sorted(range(len(tasks)), key=lambda i: -speed_of(tasks[i].table.topology))
+    known, answers = Known(), dict[int, Answer]()
+    while waiting:
+        if len(answers) < 2:
+            number = waiting[-len(answers)]
+        else:
+            number = max(waiting, key=lambda i: known.gap(tasks[i].table))
+        waiting.remove(number)
+        share_s = left_s * SHARES[len(answers)] if len(answers) < len(SHARES) else left_s / 2
+        began_s = time.monotonic()
+        answers[number] = solve(replace(tasks[number], time_limit_s=max(share_s, 1e-3)), known)
+        left_s -= time.monotonic() - began_s
+    return [answers[number] for number in range(len(tasks))]
+
+
+SHARES = (0.6, 0.5)
+"""Of the time left, for the scenario with the fastest links and then for that with the slowest."""
+LEAST_SEARCH_S = 0.2
+"""A search shorter than this finds nothing that other scenarios' plans do not give."""

@@ -17,8 +17,8 @@ from graphpar.errors import GraphparError
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.consistent import consistent
-from graphpar.scenarios.pricing import PriceBook, trust
-from graphpar.scenarios.solve import Task, solve
+from graphpar.scenarios.pricing import PriceBook, priced_by, trust
+from graphpar.scenarios.solve import Task, solve_together
 from graphpar.scenarios.types import Answer, Scenario, Setting, renamed
 
 Progress = Callable[[int, int], None]
@@ -98,17 +98,21 @@ class Solver:
         if not missing:
             return
         with _executor(self.limits.processes, len(missing)) as submit:
-            waiting: dict[Future[Answer], tuple[str, Setting]] = {}
-            for key, setting in missing.items():
-                try:
-                    task = self._task(setting)
-                except (ValueError, GraphparError) as error:
-                    yield key, Answer("", status="invalid", problem=str(error), batch=setting.batch)
-                    continue
-                waiting[submit(task)] = (key, setting)
+            waiting: dict[Future[list[Answer]], list[tuple[str, Setting]]] = {}
+            for group in _alike(missing):
+                tasks, asked = [], []
+                for key, setting in group:
+                    try:
+                        tasks.append(self._task(setting))
+                    except (ValueError, GraphparError) as error:
+                        yield key, Answer("", status="invalid", problem=str(error), batch=setting.batch)
+                        continue
+                    asked.append((key, setting))
+                if tasks:
+                    waiting[submit(tasks)] = asked
             for future in as_completed(waiting):
-                key, setting = waiting[future]
-                yield key, self._priced(future.result(), setting)
+                for (key, setting), answer in zip(waiting[future], future.result(), strict=True):
+                    yield key, self._priced(answer, setting)
 
     def _task(self, setting: Setting) -> Task:
         return Task(
@@ -124,6 +128,8 @@ class Solver:
     def _priced(self, answer: Answer, setting: Setting) -> Answer:
         """The answer with what only the setting knows: money, power, trust."""
         error, remarks = trust(setting, self.book.calibration)
+        if setting.layout is not None and setting.layout.tensor > 1:
+            remarks = (*remarks, *_group_remarks(setting))
         cluster = setting.cluster
         nodes = {cluster.device(name).node for name in answer.used}
         prices = dict(setting.usd_per_h)
@@ -138,6 +144,27 @@ class Solver:
             error_bar=error,
             remarks=(*answer.remarks, *remarks),
         )
+
+
+def _alike(missing: Mapping[str, Setting]) -> list[list[tuple[str, Setting]]]:
+    """Settings that differ in their links alone, together; every other by itself."""
+    groups: dict[str, list[tuple[str, Setting]]] = {}
+    for key, setting in missing.items():
+        own = (setting.schedule, setting.microbatches, setting.recompute, setting.layout)
+        nodes = [node.name for node in setting.cluster.nodes]
+        alike = f"{priced_by(setting)} {own} {nodes}" if setting.layout is None else key
+        groups.setdefault(alike, []).append((key, setting))
+    return list(groups.values())
+
+
+def _group_remarks(setting: Setting) -> tuple[str, ...]:
+    """How tensor groups were priced, and what of that can run."""
+    if setting.precision == "float32" and not setting.recompute:
+        return ()
+    return (
+        "tensor groups in this format, or with recomputation, are priced by a rule: layers divided "
+        "evenly at 90 % of full speed, two sums per layer",
+    )
 
 
 def fair_limit_s(scenarios: int, processes: int | None) -> float:
@@ -165,7 +192,9 @@ def _catalogue_hash() -> str:
 
 
 @contextmanager
-def _executor(processes: int | None, tasks: int) -> Iterator[Callable[[Task], "Future[Answer]"]]:
+def _executor(
+    processes: int | None, tasks: int
+) -> Iterator[Callable[[list[Task]], "Future[list[Answer]]"]]:
     """Submits to other processes, or runs at once where one process is enough."""
     count = min(processes if processes is not None else num_cores(), tasks)
     if count <= 1 or (tasks <= 2 and processes is None):
@@ -175,15 +204,15 @@ def _executor(processes: int | None, tasks: int) -> Iterator[Callable[[Task], "F
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context) as pool:
         try:
-            yield lambda task: pool.submit(solve, task)
+            yield lambda tasks: pool.submit(solve_together, tasks)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _at_once(task: Task) -> "Future[Answer]":
-    future: Future[Answer] = Future()
-    future.set_result(solve(task))
+def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
+    future: Future[list[Answer]] = Future()
+    future.set_result(solve_together(tasks))
     return future
 
 

@@ -1,0 +1,96 @@
+"""What scenarios that differ in their links alone know of each other: plans, and bounds."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from graphpar.cost import CostTable, LinkCost, Topology
+from graphpar.partition.handmade import priced_plan
+from graphpar.partition.types import Partition
+
+MOST_PLANS = 6
+"""Plans tried in other scenarios: the latest found that are unlike each other."""
+
+
+@dataclass
+class Known:
+    """Plans and bounds found so far; whether memory without end would help, once that was asked."""
+
+    plans: list[Partition] = field(default_factory=list)
+    bounds: list[tuple[Topology, float]] = field(default_factory=list)
+    memory_binds: bool | None = None
+
+    def note(self, table: CostTable, found: Partition) -> None:
+        """Keep a plan and what is proven with it."""
+        same = [p for p in self.plans if p.pipelines == found.pipelines and p.schedule == found.schedule]
+        if not same:
+            self.plans = [*self.plans, found][-MOST_PLANS:]
+        self.bounds.append((table.topology, found.bound_s))
+
+    def bound_s(self, topology: Topology) -> float:
+        """No plan is faster: it would be so over links that are at least as fast, too."""
+        return max((b for other, b in self.bounds if at_least(other, topology)), default=0.0)
+
+    def best(self, table: CostTable) -> Partition | None:
+        """The best of the plans here, with the bound known; None where none fits."""
+        priced = [priced_plan(table, p.pipelines, p.schedule) for p in self.plans]
+        fitting = [p for p in priced if _fits(table, p)]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda p: p.objective_s)
+        source = next(p for p in self.plans if p.pipelines == best.pipelines)
+        bound_s = min(max(self.bound_s(table.topology), best.physical_bound_s), best.objective_s)
+        return replace(
+            best,
+            bound_s=bound_s,
+            gap=(best.objective_s - bound_s) / best.objective_s,
+            family=source.family,
+            truncated_by=(),
+            notes=source.notes,
+        )
+
+    def gap(self, table: CostTable) -> float:
+        """How far the best plan known may be from the best there is; 1 where none fits."""
+        best = self.best(table)
+        return best.gap if best is not None else 1.0
+
+    def improved(self, table: CostTable, found: Partition) -> Partition:
+        """The better of a plan found here and the plans found elsewhere, with the better bound."""
+        before = self.best(table)
+        bound_s = max(found.bound_s, self.bound_s(table.topology))
+        better = found
+        if before is not None and before.objective_s < found.objective_s:
+            better = replace(before, truncated_by=found.truncated_by)
+        bound_s = min(bound_s, better.objective_s)
+        gap = (better.objective_s - bound_s) / better.objective_s if better.objective_s > 0 else 0.0
+        return replace(better, bound_s=bound_s, gap=gap)
+
+
+def _fits(table: CostTable, found: Partition) -> bool:
+    return all(
+        peak <= table.device_classes[table.class_of[device]].memory_bytes
+        for device, peak in found.peak_bytes.items()
+    )
+
+
+def speed_of(topology: Topology) -> float:
+    """Larger for faster links, to put topologies into an order."""
+    return sum(link.bytes_per_s for link in _links(topology)) - sum(
+        link.latency_s for link in _links(topology)
+    )
+
+
+def at_least(fast: Topology, slow: Topology) -> bool:
+    """Whether no link of the first is slower than that of the second in its place."""
+    if fast.node_of != slow.node_of or fast.inside.keys() != slow.inside.keys():
+        return False
+    if fast.between.keys() != slow.between.keys():
+        return False
+    pairs = zip(_links(fast), _links(slow), strict=True)
+    return all(mine.at_least(other) for mine, other in pairs)
+
+
+def _links(topology: Topology) -> Iterable[LinkCost]:
+    inside = (topology.inside[name] for name in sorted(topology.inside))
+    between = (topology.between[pair] for pair in sorted(topology.between))
+    return chain(inside, between, (topology.network,))
