@@ -6,7 +6,7 @@ from itertools import chain
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.partition.handmade import priced_plan
-from graphpar.partition.types import Partition
+from graphpar.partition.types import Partition, ScheduleName
 
 MOST_PLANS = 6
 """Plans tried in other scenarios: the latest found that are unlike each other."""
@@ -14,11 +14,19 @@ MOST_PLANS = 6
 
 @dataclass
 class Known:
-    """Plans and bounds found so far; whether memory without end would help, once that was asked."""
+    """Plans and bounds found so far, and what was asked once for all.
+
+    Attributes:
+        plans: The latest plans.
+        bounds: Links, and how fast no plan over them can be.
+        memory_binds: Whether memory without end would help.
+        schedule: The schedule that was best under the fastest links.
+    """
 
     plans: list[Partition] = field(default_factory=list)
     bounds: list[tuple[Topology, float]] = field(default_factory=list)
     memory_binds: bool | None = None
+    schedule: ScheduleName | None = None
 
     def note(self, table: CostTable, found: Partition) -> None:
         """Keep a plan and what is proven with it."""

@@ -16,7 +16,7 @@ from graphpar.scenarios.types import Answer, Bottleneck, Layout
 from graphpar.schedule import build_schedule
 from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
 from graphpar.simulate import Timeline, simulate
-from graphpar.simulated import stage_links
+from graphpar.simulated import simulated, stage_links
 from graphpar.timing import timing_of
 from graphpar.units import format_bytes
 
@@ -68,9 +68,19 @@ def _found(table: CostTable, task: Task, recompute: bool, known: Known | None) -
         named = task.schedule in ("interleaved", "zero-bubble")
         return _scheduled(table, found, task) if named else found
     found = _searched(table, task, known)
-    if known is not None:
-        known.note(table, found)
-    return _scheduled(table, found, task)
+    if known is None:
+        return _scheduled(table, found, task)
+    known.note(table, found)
+    if known.schedule is None:
+        scheduled = _scheduled(table, found, task)
+        known.schedule = scheduled.schedule
+        return scheduled
+    # What was best with other links is tried, nothing else.
+    if known.schedule == found.schedule or task.schedule != "auto":
+        return _scheduled(table, found, task) if task.schedule != "auto" else found
+    again = replace(task, schedule=known.schedule, time_limit_s=CHOICE_S)
+    other = _scheduled(table, found, again)
+    return min(found, other, key=lambda p: simulated(table, p.pipelines, p.schedule).step_s)
 
 
 def _searched(table: CostTable, task: Task, known: Known | None) -> Partition:

@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
 
 
-STUDY_S = 20.0
+STUDY_S = 30.0
 """Wall-clock time that the searches of one study may take together where nobody says otherwise."""
 
 
@@ -171,7 +171,7 @@ def fair_limit_s(scenarios: int, processes: int | None) -> float:
     """Seconds for each of so many scenarios.
 
     >>> fair_limit_s(3, 2), fair_limit_s(40, 2), fair_limit_s(1000, 2)
-    (10.0, 1.0, 0.4)
+    (10.0, 1.5, 0.4)
     """
     together_s = STUDY_S * (processes if processes is not None else num_cores())
     return min(max(together_s / scenarios, 0.4), 10.0)

@@ -1,0 +1,51 @@
+"""Scenarios that differ in their links alone share plans and bounds, and stay as good as alone."""
+
+from dataclasses import replace
+
+import pytest
+from plan_samples import sample_partition, table_for
+
+from graphpar.cost import CostTable, LinkCost
+from graphpar.scenarios.known import Known, at_least
+from graphpar.scenarios.solve import Task, solve, solve_together
+
+
+def tasks(rates: list[float], time_limit_s: float = 5.0) -> list[Task]:
+    table = table_for(sample_partition())
+    return [Task(_over(table, rate), gap=0.001, time_limit_s=time_limit_s) for rate in rates]
+
+
+def _over(table: CostTable, bytes_per_s: float) -> CostTable:
+    return replace(table, topology=replace(table.topology, network=LinkCost(1e-3, bytes_per_s)))
+
+
+RATES = [1e8, 1e9, 1e11, 3e8]
+
+
+def test_together_is_as_good_as_alone() -> None:
+    together = solve_together(tasks(RATES))
+    for answer, task in zip(together, tasks(RATES), strict=True):
+        alone = solve(task)
+        assert answer.status == alone.status == "ok"
+        assert answer.step_s == pytest.approx(alone.step_s, rel=0.01)
+        assert alone.step_s is not None and answer.bound_s is not None
+        assert alone.bound_s is not None and alone.gap is not None
+        objective_s = alone.bound_s / (1 - alone.gap)
+        assert answer.bound_s <= objective_s * (1 + 1e-9)
+
+
+def test_without_time_for_all_the_others_plans_are_taken() -> None:
+    answers = solve_together(tasks(RATES, time_limit_s=0.15))
+    assert all(a.status == "ok" and a.gap is not None and 0 <= a.gap <= 1 for a in answers)
+    by_rate = sorted(zip(RATES, answers, strict=True), key=lambda item: item[0])
+    bounds = [a.bound_s for _, a in by_rate]
+    assert all(b is not None for b in bounds)
+
+
+def test_a_bound_holds_for_slower_links_only() -> None:
+    known, (slow, fast) = Known(), tasks([1e8, 1e11])
+    assert at_least(fast.table.topology, slow.table.topology)
+    assert not at_least(slow.table.topology, fast.table.topology)
+    known.bounds.append((slow.table.topology, 7.0))
+    assert known.bound_s(slow.table.topology) == 7.0
+    assert known.bound_s(fast.table.topology) == 0.0
