@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from cost_tables import make_table
 
-from graphpar.cost import LinkCost
-from graphpar.scenarios.layouts import grouped_table, recomputed
+from graphpar.cost import LinkCost, StageOptions
+from graphpar.cost_models.modes import with_modes
+from graphpar.scenarios.layouts import recomputed, tensor_groups
 from graphpar.scenarios.solve import Task, solve
 from graphpar.scenarios.types import Answer, Layout
 
@@ -14,11 +15,12 @@ TABLE = make_table((1.0,) * 8, speeds=(2.0, 1.0), devices_per_class=(2, 2), batc
 
 
 def test_a_searched_answer_is_never_slower_than_a_configuration_made_by_hand() -> None:
+    table = with_modes(TABLE, StageOptions(tensor_widths=(2,)))
     best = solve(Task(TABLE, gap=0.0))
     assert best.status == "ok"
     assert best.step_s is not None
     for layout in (Layout(pipeline=4), Layout(data=4), Layout(pipeline=2, data=2), Layout(tensor=2)):
-        made = solve(Task(TABLE, layout=layout))
+        made = solve(Task(table, layout=layout))
         assert made.status == "ok", made.problem
         if layout.tensor == 1:
             assert made.step_s is not None
@@ -47,13 +49,14 @@ def test_one_device_is_told_where_more_gain_nothing() -> None:
     assert not solve(Task(TABLE)).needless
 
 
-def test_groups_divide_work_and_pay_for_their_collectives() -> None:
+def test_groups_are_taken_inside_nodes_and_priced_by_their_modes() -> None:
     table = make_table((1.0,) * 4, devices_per_class=(4,), link=LinkCost(0.0, 1e3), cut_bytes=500.0)
-    grouped = grouped_table(table, 2)
-    assert [c.devices for c in grouped.device_classes] == [("0.0+0.1", "0.2+0.3")]
-    # Half of one second, and a ring of two over 500 bytes at 1,000 bytes per second.
-    assert grouped.forward_s(0, 0, 1) == pytest.approx(0.5 + 2 * 0.25)
-    assert grouped.costs[0].weight_bytes == table.costs[0].weight_bytes / 2
+    table = with_modes(table, StageOptions(tensor_widths=(2,)))
+    assert [g.devices for g in tensor_groups(table, 2)] == [("0.0", "0.1"), ("0.2", "0.3")]
+    alone, grouped = (solve(Task(table, layout=Layout(tensor=t, microbatches=1))) for t in (1, 2))
+    assert len(grouped.used) == 2 and len(alone.used) == 1
+    assert "t=2" in grouped.shape
+    assert grouped.step_s is not None and alone.step_s is not None and grouped.step_s != alone.step_s
 
 
 def test_recomputation_trades_memory_for_time() -> None:
