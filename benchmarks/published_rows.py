@@ -42,6 +42,7 @@ class Traits:
     adds_gradients: bool = False
     stops_early: bool = False
     gathers_late: bool = False
+    keeps_outputs: bool = False
     reduces_half: bool = False
 
 
@@ -56,7 +57,7 @@ OLD_MEGATRON = Traits(
 )
 """Before 2023: scores in memory, dropout everywhere, gradients summed after backward."""
 
-DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8)
+DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True)
 """Its buckets hold 5e8 elements unless configured otherwise."""
 
 MODERN_MEGATRON = Traits(
@@ -210,6 +211,7 @@ def _run(
         pure_half=parallel.get("fsdp_mixed_precision") == "PURE",
         stops_early=traits.stops_early,
         gathers_late=traits.gathers_late,
+        keeps_outputs=traits.keeps_outputs,
         reduces_half=traits.reduces_half,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
     )

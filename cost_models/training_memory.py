@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from graphpar import catalogue
 from graphpar.cost_models.training_run import Run
 
-CONTEXT_BYTES = 1.2e9
+CONTEXT_BYTES = 1.8e9
 """CUDA context, loaded kernels and cuBLAS workspaces of one process."""
 
-COMMUNICATOR_BYTES = 0.6e9
+COMMUNICATOR_BYTES = 0.2e9
 """Buffers of one NCCL communicator's channels to all its peers, and of the buckets it is fed from."""
 
 FRAGMENTATION = 1.12
@@ -126,6 +126,9 @@ def _state_bytes(run: Run, elements: float) -> tuple[float, float, float, float]
     if run.gradient_bytes < 4 and run.dtype != "float32":
         # Half-precision gradients are unscaled into float32 before the update.
         optimizer += 4.0 * elements / (shards if run.zero >= 1 else 1)
+    if run.bucket_elements and run.zero == 0:
+        # DeepSpeed's optimiser without sharding copies all gradients into one flat buffer.
+        optimizer += run.gradient_bytes * elements
     gradients = run.gradient_bytes * elements / (shards if run.zero >= 2 else 1)
     return 2.0 * elements, gradients, optimizer, 2 * 2.0 * min(elements, run.bucket_elements)
 
@@ -145,15 +148,18 @@ def _activation_bytes(run: Run, stage: int) -> tuple[float, float]:
     layers = stage_layers(run, stage)
     tokens = run.microbatch * run.shape.seq_len / run.context
     full = layer_activation_bytes(run)
+    # What a stage has sent on stays with DeepSpeed until its gradient is back.
+    sent = tokens * run.shape.hidden * 2.0 if run.keeps_outputs and run.pipeline > 1 else 0.0
+    sent *= in_flight(run, stage)
     if run.recompute == "none":
-        return in_flight(run, stage) * layers * full, 0.0
+        return in_flight(run, stage) * layers * full + sent, 0.0
     outer = run.tensor if run.sequence_parallel else 1
     if run.recompute == "full":
         share = run.recompute_share
         kept = share * tokens * run.shape.hidden * 2.0 / outer + (1 - share) * full
     else:
         kept = tokens * _selected_bytes_per_token(run)
-    return in_flight(run, stage) * layers * kept, full
+    return in_flight(run, stage) * layers * kept + sent, full
 
 
 def _selected_bytes_per_token(run: Run) -> float:
