@@ -18,6 +18,7 @@ from graphpar.auto_precision import (
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, PricingOptions, StageOptions
+from graphpar.cost_models.extrapolation import extrapolations
 from graphpar.cost_models.measured import ModelTiming, with_timing
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.rates import rates_of
@@ -192,6 +193,11 @@ def plan_prepared(
     if widest > 1 and prepared.in_step_reason:
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
     found = _scheduled(answer.table, answer.found, schedule, microbatches)
+    sizes = [n for pipeline in answer.found.pipelines for n in pipeline.sizes()]
+    # Under `auto` most of the work may stay in float32.
+    wide = precision if precision != "auto" else "float32"
+    far = extrapolations(prepared.graph, cluster, calibration, wide, max(sizes, default=1))
+    notes = (*notes, *far)
     explanation = explain_partition(answer.table, found, time_limit_s=explain_s)
     return plan_of(
         prepared,

@@ -10,6 +10,7 @@ from torch import nn
 from graphpar.calibration import Calibration
 from graphpar.catalogue import families
 from graphpar.cost import CostTable, StageOptions
+from graphpar.cost_models.extrapolation import WIDER, extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
 from graphpar.device import Device
@@ -52,6 +53,7 @@ class PriceBook:
     inputs: Inputs | None = None
     _prepared: dict[tuple[int | None, int | None], Prepared] = field(default_factory=dict)
     _tables: dict[str, CostTable] = field(default_factory=dict)
+    _far: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def baseline(self) -> Prepared:
         """The example batch's capture."""
@@ -102,6 +104,16 @@ class PriceBook:
         if free and setting.training and not table.batch_reason and formats.all_float32:
             return with_modes(table, StageOptions(recompute=True))
         return table
+
+    def extrapolations(self, setting: Setting) -> tuple[str, ...]:
+        """What is guessed beyond measurements even for microbatches of one sample."""
+        key = priced_by(setting)
+        if key not in self._far:
+            graph = self._prepare(setting).graph
+            self._far[key] = extrapolations(
+                graph, setting.cluster, self.calibration, setting.precision, 1
+            )
+        return self._far[key]
 
     def _prepare(self, setting: Setting) -> Prepared:
         base = self._capture(setting.seq_len, None)
@@ -166,8 +178,9 @@ def _training(train: Training | None, optimizer: str) -> Training | None:
     return replace(train, optimizer=make)
 
 
-def trust(setting: Setting, calibration: Calibration | None) -> tuple[float, tuple[str, ...]]:
+def trust(setting: Setting, book: PriceBook) -> tuple[float, tuple[str, ...]]:
     """How wide the error bar of a setting is, and what is assumed."""
+    calibration = book.calibration
     devices = setting.cluster.devices
     error = max(_error(d, calibration) for d in devices)
     remarks: list[str] = []
@@ -178,6 +191,10 @@ def trust(setting: Setting, calibration: Calibration | None) -> tuple[float, tup
     if any(d.is_local_cpu for d in devices) and calibration is None:
         error = max(error, DESCRIBED_ERROR)
         remarks.append("this machine's processor is not calibrated; run `graphpar calibrate`")
+    far = book.extrapolations(setting)
+    if far:
+        error *= WIDER
+        remarks += far
     return error, tuple(remarks)
 
 

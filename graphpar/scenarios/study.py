@@ -127,7 +127,7 @@ class Solver:
 
     def _priced(self, answer: Answer, setting: Setting) -> Answer:
         """The answer with what only the setting knows: money, power, trust."""
-        error, remarks = trust(setting, self.book.calibration)
+        error, remarks = trust(setting, self.book)
         if setting.layout is not None and setting.layout.tensor > 1:
             remarks = (*remarks, *_group_remarks(setting))
         cluster = setting.cluster
