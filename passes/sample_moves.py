@@ -51,6 +51,18 @@ def _permute(call: Call) -> Samples:
     return call.like(call.op.args[0])
 
 
+@rule("view_as_complex", "view_as_real")
+def _as_complex(call: Call) -> Samples:
+    """Pairs in the last dimension are complex numbers, and the other way round."""
+    x = call.op.args[0]
+    state, dim = call.state(x), call.dim(x)
+    if state.kind == "partial":
+        return state
+    if state.kind != "sample" or dim is None or dim != call.out_dim():
+        return call.mixed("makes numbers of samples")
+    return state
+
+
 @rule("expand", "broadcast_to", "expand_as")
 def _expand(call: Call) -> Samples:
     x = call.op.args[0]

@@ -8,6 +8,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from one_device import Calls, assert_close, in_parts, ready
 from torch import Tensor, arange, nn
 
+from graphpar.ir.whole import tail_reason
+
 BATCH, PARTS = 6, (1, 3, 2)
 Loss = Callable[[Calls, Tensor, Tensor], Tensor]
 
@@ -120,6 +122,39 @@ SEQUENCES: dict[str, Loss] = {
     "mean over valid times": lambda s, h, y: (
         ((h * (y != -100)[..., None]).sum(1) / (y != -100).sum(1, keepdim=True)).pow(2).mean()
     ),
+    "mean over a mask of floats": lambda s, h, y: (
+        ((h.softmax(-1) - s.vector).square().sum(-1) * (y > 0).float()).sum()
+        / (y > 0).float().sum().clamp(min=1.0)
+    ),
+    "weights per label, normalised": lambda s, h, y: (
+        (F.cross_entropy(h.transpose(1, 2), y, reduction="none") * s.buffer[:5, 0].abs()).sum()
+        / (s.buffer[:5, 0].abs() * (y != -100)).sum()
+    ),
+    "ignored and smoothed, another index": lambda s, h, y: F.cross_entropy(
+        h.view(-1, 4), y.clamp(min=-1).view(-1), ignore_index=-1, label_smoothing=0.1
+    ),
+    "divergence over a mask": lambda s, h, y: (
+        (
+            F.kl_div(h.log_softmax(-1), s.table[y.clamp(min=0)].softmax(-1), reduction="none").sum(-1)
+            * (y >= 0)
+        ).sum()
+        / (y >= 0).sum()
+    ),
+    "binary over a mask": lambda s, h, y: (
+        F.binary_cross_entropy_with_logits(
+            h[..., 0], (y > 1).float(), weight=(y >= 0).float(), reduction="sum"
+        )
+        / (y >= 0).sum()
+    ),
+    "packed": lambda s, h, y: _packed(s, h, y),
+    "turned as complex numbers": lambda s, h, y: (
+        torch.view_as_real(
+            torch.view_as_complex(h.unflatten(-1, (2, 2)))
+            * torch.view_as_complex(s.table[:5].unflatten(-1, (2, 2)))
+        )
+        .pow(3)
+        .sum()
+    ),
     "last time": lambda s, h, y: h[:, -1].pow(2).sum(),
     "shift in time": lambda s, h, y: (F.pad(h, (0, 0, 1, -1)) * h).sum(),
     "time differences": lambda s, h, y: h.diff(dim=1).pow(2).sum(),
@@ -148,6 +183,17 @@ SEQUENCES: dict[str, Loss] = {
 
 def self_attention(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def _packed(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    """Several documents in each row: a label of zero ends one; places and attention start afresh."""
+    document = (y == 0).long().cumsum(1)
+    times = arange(5)
+    starts = torch.where(y == 0, times, torch.zeros_like(times)).cummax(1).values
+    h = h + s.table[times - starts]
+    same = (document[:, None] == document[:, :, None]) & (times <= times[:, None])
+    scores = self_attention(h, same)
+    return F.cross_entropy(scores.flatten(0, 1), torch.where(starts == times, -100, y).flatten())
 
 
 def visible(y: Tensor) -> Tensor:
@@ -209,7 +255,7 @@ def sequences() -> tuple[Tensor, Tensor]:
 
 def check(model: nn.Module, args: tuple[Tensor, Tensor]) -> None:
     made = ready(model, args)
-    assert made.reason == ""
+    assert made.reason == tail_reason(made.source) == "" and made.source.output.attr("in_step") is None
     assert_close(in_parts(made, args, PARTS), in_parts(made, args, (BATCH,)))
 
 
