@@ -18,7 +18,8 @@ from graphpar.passes.samples import (
 # --- moving elements about -------------------------------------------------------------------------
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as",
+      "reshape_as")  # fmt: skip
 def _view(call: Call) -> Samples:
     x = call.op.args[0]
     state, kind, dim, out = call.state(x), call.type(x), call.dim(x), call.out_dim()
@@ -49,6 +50,18 @@ def _permute(call: Call) -> Samples:
     if state.kind in ("partial", "iota"):
         return state
     return call.like(call.op.args[0])
+
+
+@rule("unfold")
+def _unfold(call: Call) -> Samples:
+    """Windows along a dimension; they stand in a new one behind all others."""
+    x = call.op.args[0]
+    state, kind, dim = call.state(x), call.type(x), call.dim(x)
+    if state.kind != "sample" or kind is None or dim is None:
+        return call.mixed("takes windows of a sum over the batch")
+    if dims_argument(call.op.args[1], len(kind.shape)) == (dim,):
+        return call.mixed("takes windows over the batch")
+    return call.like(x)
 
 
 @rule("view_as_complex", "view_as_real")

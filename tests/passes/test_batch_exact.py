@@ -155,6 +155,8 @@ SEQUENCES: dict[str, Loss] = {
         .pow(3)
         .sum()
     ),
+    "windows in time": lambda s, h, y: (h.unfold(1, 2, 1) * s.vector[:2]).pow(2).sum(),
+    "shaped alike": lambda s, h, y: (h.flatten(0, 1).reshape_as(h * 2) * s.vector).pow(2).sum(),
     "last time": lambda s, h, y: h[:, -1].pow(2).sum(),
     "shift in time": lambda s, h, y: (F.pad(h, (0, 0, 1, -1)) * h).sum(),
     "time differences": lambda s, h, y: h.diff(dim=1).pow(2).sum(),

@@ -59,6 +59,7 @@ ROWS: dict[str, Loss] = {
     ),
     "shifted": lambda s, h, y: (F.pad(h, (0, 0, 1, -1)) * h).sum(),
     "neighbours": lambda s, h, y: F.mse_loss(h[1:], h[:-1]),
+    "windows": lambda s, h, y: h.unfold(0, 2, 1).prod(-1).sum(),
     "rolled": lambda s, h, y: (h.roll(1, 0) * s.vector).pow(2).sum(),
     "rolled flat": lambda s, h, y: (h.roll(1) * s.vector).pow(2).sum(),
     "flipped": lambda s, h, y: (h.flip(0) * h).sum(),
