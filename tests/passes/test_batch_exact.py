@@ -148,12 +148,7 @@ SEQUENCES: dict[str, Loss] = {
     ),
     "packed": lambda s, h, y: _packed(s, h, y),
     "turned as complex numbers": lambda s, h, y: (
-        torch.view_as_real(
-            torch.view_as_complex(h.unflatten(-1, (2, 2)))
-            * torch.view_as_complex(s.table[:5].unflatten(-1, (2, 2)))
-        )
-        .pow(3)
-        .sum()
+        torch.view_as_real(_complex(h) * _complex(s.table[:5])).pow(3).sum()
     ),
     "windows in time": lambda s, h, y: (h.unfold(1, 2, 1) * s.vector[:2]).pow(2).sum(),
     "shaped alike": lambda s, h, y: (h.flatten(0, 1).reshape_as(h * 2) * s.vector).pow(2).sum(),
@@ -185,6 +180,10 @@ SEQUENCES: dict[str, Loss] = {
 
 def self_attention(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.reshape(*x.shape[:-1], 2, 2))
 
 
 def _packed(s: Calls, h: Tensor, y: Tensor) -> Tensor:
