@@ -49,6 +49,14 @@ class OutOfTimeError(Exception):
     """The deadline passed before the programme was solved."""
 
 
+class NotSolvedError(OutOfTimeError):
+    """A programme has no answer yet; every answer has a fill of at least `bound_s`."""
+
+    def __init__(self, bound_s: float) -> None:
+        super().__init__(f"no answer yet, at least {bound_s} s")
+        self.bound_s = bound_s
+
+
 @dataclass(frozen=True)
 class Stage:
     """Units `first` to `last - 1` staffed by an option."""

@@ -52,10 +52,11 @@ from graphpar.partition.unit_arrays import FloatArray, IntArray, Setting
 
 @dataclass(frozen=True)
 class CountingLimits:
-    """How closely one programme is solved, and by what."""
+    """How closely one programme is solved, by what, and for how long before it gives up."""
 
     gap: float
     backend: Backend
+    patience_s: float = float("inf")
 
 
 class CountingProgram:
@@ -147,8 +148,11 @@ class CountingProgram:
             cutoff=limits.fill_s,
             backend=self._limits.backend,
         )
-        solution = master.solve(np.searchsorted(index, self._still(index)), self._dues, deadline_s)
-        self._warm, self._dues = index[master.active], master.dues
+        until_s = min(deadline_s, time.monotonic() + self._limits.patience_s)
+        try:
+            solution = master.solve(np.searchsorted(index, self._still(index)), self._dues, until_s)
+        finally:
+            self._warm, self._dues = index[master.active], master.dues
         return None if solution is None else self._answer(columns, solution)
 
     def _narrowest(self, index: IntArray) -> IntArray:

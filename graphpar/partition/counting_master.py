@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.chain import NotSolvedError, OutOfTimeError
 from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -85,7 +85,8 @@ class Master:
         """A whole solution below the cutoff that is within the slack of the best; None without one.
 
         Raises:
-            OutOfTimeError: The deadline passed before a solution was found.
+            OutOfTimeError: The deadline passed before a solution was found; where a bound is known, it
+                is a NotSolvedError.
         """
         self.dues = tuple(dues)
         self.active = np.union1d(warm, self._first_guess())
@@ -109,7 +110,7 @@ class Master:
             if best is None and everything and not cut:
                 return None
             if best is None and cut:
-                raise OutOfTimeError
+                raise NotSolvedError(bound)
             if best is None:
                 delta *= 8
                 continue

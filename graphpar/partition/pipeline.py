@@ -8,7 +8,7 @@ each answered by the dynamic programme of `chain`. Several pipelines side by sid
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
@@ -46,6 +46,10 @@ RELAXED_SHARE = 0.7
 
 _ESTIMATE_SHARE = 0.5
 """Time for trying pipelines side by side on a large cluster, as a share of that for one pipeline."""
+
+_LEAST_PATIENCE_S = 1.0
+_PATIENCE_SHARE = 0.04
+"""An integer programme without an answer is divided after this share of all time, or this long."""
 
 _LEAST_GAP = 1e-4
 """The counting search is not repeated with less gap than this."""
@@ -141,7 +145,8 @@ class _Run:
         self._gap = limits.gap * (1 - ROUNDING if family.exact else RELAXED_SHARE)
         self._began_s = began_s
         self._deadline_s = deadline_s
-        self._programs = Programs(family, limits)
+        patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_SHARE * (deadline_s - began_s))
+        self._programs = Programs(family, replace(limits, patience_s=patience_s))
         self._bound_s = INFINITY
         self._physical_s = physical_bound_s(family.table)
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from graphpar.partition.chain import ChainAnswer, OutOfTimeError
+from graphpar.partition.chain import ChainAnswer, NotSolvedError, OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, Setting
 
@@ -226,7 +226,10 @@ class _Run:
             for factor in _DIVE_FACTORS:
                 slack = self._gap * task.bound_s
                 limits = StageLimits(factor * task.bound_s, self._post_limit, slack_s=slack)
-                answer = solver.solve(limits, deadline_s)
+                try:
+                    answer = solver.solve(limits, deadline_s)
+                except NotSolvedError:
+                    continue
                 if answer is not None:
                     self._offer_answer(box.task, answer)
                     return
@@ -346,7 +349,13 @@ class _Run:
             self._pruned = min(self._pruned, max(bound, self._target()))
         fill = self._target() - box.extra[0] - self._weight * box.post[0]
         slack = self._gap * _SLACK * bound
-        answer = solver.solve(StageLimits(extra, box.post[1], both, fill, slack), deadline_s)
+        try:
+            answer = solver.solve(StageLimits(extra, box.post[1], both, fill, slack), deadline_s)
+        except NotSolvedError as unsolved:
+            if time.monotonic() > deadline_s:
+                raise
+            self._halve(solver, bound, box, extra, unsolved.bound_s)
+            return
         if answer is None:
             return
         self._offer_answer(box.task, answer)
@@ -390,6 +399,19 @@ class _Run:
         if below >= lowest:
             lower = _Box(box.task, fill, (lowest, below), box.post)
             self._offer(bound, fill + lowest + weight * box.post[0], lower)
+
+    def _halve(self, solver: ChainSolver, bound: float, box: _Box, most: float, fill_s: float) -> None:
+        """Push both halves of a box that was too hard: less extra in one, more in the other."""
+        values, fill = solver.extras_s, max(box.fill_s, fill_s)
+        lowest, highest = max(box.extra[0], float(values[0])), min(most, float(values[-1]))
+        middle = _next_above(values, (lowest + highest) / 2, lowest, highest)
+        if not lowest < middle < highest:
+            # Nothing is left to divide: the box stays what it is, and so does its bound.
+            self._pruned = min(self._pruned, max(bound, fill + lowest))
+            return
+        for low, high in ((lowest, _next_below(values, middle)), (middle, highest)):
+            half = _Box(box.task, fill, (low, high), box.post)
+            self._offer(bound, fill + low + self._weight * box.post[0], half)
 
     def _offer(self, parent: float, bound: float, box: _Box) -> None:
         bound = max(parent, bound)
