@@ -23,6 +23,7 @@ from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.planner import plan_of, price
 from graphpar.plans import Plan, hash_of
 from graphpar.preparation import prepare
+from graphpar.simulated import stage_links
 from graphpar.view.api import Drawable, visualize
 from graphpar.view.build import view_of
 from graphpar.view.notebook import framed
@@ -186,6 +187,25 @@ def test_hovering_names_stage_microbatch_and_time(opened: Open) -> None:
     assert "forward, stage 0 on p0s0/0" in told
     assert "microbatch 0 (2 samples)" in told
     assert "ms" in told
+
+
+def test_stages_and_halves_of_a_device_are_told_apart(opened: Open) -> None:
+    """An interleaved zero-bubble plan: the tip names the stage of an action, memory has all its parts."""
+    replicas = [(Replica(f"p0s0/{i}", 4),) for i in (0, 1)]
+    stages = tuple(StageChoice(s, s + 1, replicas[s % 2]) for s in range(6))
+    partition = partition_of((PipelineChoice(4, 4, stages),), "zero-bubble")
+    table = table_for(partition)
+    links = stage_links(table, partition.pipelines)
+    subject = PlanSubject("m", "ab" * 32, CLUSTER, hash_of(CLUSTER))
+    page = opened(make_plan(subject, table, predict(table, partition, links)))
+    assert "gradients of weights" in page.locator("#timeline").inner_text()
+    canvas = page.locator("#timeline-canvas")
+    canvas.focus()
+    told = set()
+    for _ in range(40):
+        canvas.press("n")
+        told |= {line for line in page.locator("#timeline-live").all_inner_texts() if "stage" in line}
+    assert any("stage 4" in line for line in told) and any("stage 0" in line for line in told)
 
 
 def test_a_run_that_failed_is_marked(opened: Open) -> None:

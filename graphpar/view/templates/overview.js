@@ -130,7 +130,7 @@ function chip(plan, device) {
   const text = idle ? "–" : device.stages.join(", ");
   const title = `${device.name}, ${device.kind}, ${idle ? "without work" : stageWords(device)}`;
   const box = make("span", { class: idle ? "chip idle" : "chip", title }, text);
-  return idle ? box : paint(box, stageLook(device.stage), plan.stages[device.stage].precision);
+  return idle ? box : paint(box, stageLook(device.stages[0]), plan.stages[device.stages[0]].precision);
 }
 
 function linkList(plan) {
@@ -157,14 +157,16 @@ function stageTable(plan) {
   const groups = alikeRanks(plan);
   const rows = groups.slice(0, MOST_ROWS).map((ranks) => {
     const device = plan.devices[ranks[0]];
-    const stage = plan.stages[device.stage];
+    const stages = device.stages.map((number) => plan.stages[number]);
+    const [stage] = stages;
+    const blocks = stages.flatMap((each) => each.blocks);
     const key = paint(make("span", { class: "key" }), stageLook(stage.index), stage.precision);
     const full = device.capacity_bytes ? ` (${(100 * device.peak_bytes / device.capacity_bytes).toFixed(0)} %)` : "";
     const share = device.share < 1 ? ` (tensor group, ${percent(device.share)} each)` : "";
-    return [make("span", {}, key, String(stage.index)), `${deviceText(plan, ranks)}${share}`, device.kind,
-      stage.blocks.slice(0, 4).map((block) => brief(blockText(block), 70)).join(", ") + (stage.blocks.length > 4 ? " …" : ""),
+    return [make("span", {}, key, device.stages.join(", ")), `${deviceText(plan, ranks)}${share}`, device.kind,
+      blocks.slice(0, 4).map((block) => brief(blockText(block), 70)).join(", ") + (blocks.length > 4 ? " …" : ""),
       ...(optional ? [stageOptions(stage).join(", ")] : []),
-      bytes(stage.weight_bytes), seconds(device.forward_s), ...(plan.training ? [seconds(device.backward_s)] : []),
+      bytes(stages.reduce((sum, each) => sum + each.weight_bytes, 0)), seconds(device.forward_s), ...(plan.training ? [seconds(device.backward_s)] : []),
       seconds(device.comm_s), make("span", {}, percent(device.busy_share), meter(device.busy_share)),
       bytes(device.peak_bytes) + full];
   });
