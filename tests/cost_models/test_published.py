@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import collectives  # noqa: E402 - benchmarks are no package
+from fit_published import fit, samples  # noqa: E402
 from published import compare, score  # noqa: E402 - benchmarks are no package
 from published_clean import cleaned  # noqa: E402
 from published_devices import device_of, network_of  # noqa: E402
+from published_folds import folds  # noqa: E402
 
 from graphpar import catalogue  # noqa: E402
+from graphpar.cost_models.training import step_time  # noqa: E402
+from graphpar.cost_models.training_run import parameters  # noqa: E402
 
 GPT: dict[str, Any] = {
     "id": "gpt",
@@ -162,3 +167,28 @@ def test_odd_collectives_are_scored_or_refused_with_a_reason(changes: list[tuple
 )
 def test_collectives_are_known_by_their_usual_names(name: str) -> None:
     assert isinstance(collectives.score({**COLLECTIVE, "op": name}), dict)
+
+
+def test_folds_split_runs_into_seen_and_left_out() -> None:
+    sets = samples(list(ROWS))
+    found = folds(sets)
+    assert {fold.kind for fold in found} >= {"set", "models", "size", "devices"}
+    for fold in found:
+        seen, left = fold.split(sets)
+        counts = [sum(len(rows) for rows in part.values()) for part in (seen, left, sets)]
+        assert counts[0] + counts[1] == counts[2]
+        assert all(fold.left_out(name, run) for name, rows in left.items() for run, _ in rows)
+
+
+def test_a_fit_finds_the_constants_that_made_its_data() -> None:
+    truth = replace(parameters(), matmul_share=0.8, unfused_traffic=3.5)
+    rows = [
+        {**row, "batch": {"global_batch": 64, "micro_batch": size}}
+        for row in (GPT, SHARDED)
+        for size in (1, 2, 4, 8)
+    ]
+    runs = [run for made in samples(rows).values() for run, _ in made]
+    made = {"made": [(run, step_time(run, truth).total_s) for run in runs]}
+    found = fit(parameters(), ["matmul_share", "unfused_traffic"], made)
+    assert found.matmul_share == pytest.approx(0.8, rel=0.05)
+    assert found.unfused_traffic == pytest.approx(3.5, rel=0.1)
