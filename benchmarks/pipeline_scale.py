@@ -1,6 +1,7 @@
 """How fast pipelines are planned, and how surely, against the number of devices, kinds and layers.
 
     python benchmarks/pipeline_scale.py [--json] [--time-limit S] [--quick] [--only WORD] [--seeds N]
+        [--alone]
 
 The cases are those of `pipeline_cases.py`: clusters of 8 unlike devices, the 405B shape over devices,
 kinds, layers and options, and variants of it. 8 unlike devices are planned to the optimum, the others to
@@ -57,8 +58,8 @@ class Row:
     family: str = ""
 
 
-def measure(case: str, table: CostTable, time_limit_s: float, gap: float) -> Row:
-    """Plan one table and its baselines."""
+def measure(case: str, table: CostTable, time_limit_s: float, gap: float, *, alone: bool) -> Row:
+    """Plan one table and, unless alone, its baselines."""
     blank = Row(
         case=case,
         devices=sum(len(c.devices) for c in table.device_classes),
@@ -90,6 +91,8 @@ def measure(case: str, table: CostTable, time_limit_s: float, gap: float) -> Row
         truncated_by=found.truncated_by,
         family=found.family,
     )
+    if alone:
+        return row
     return replace(row, baselines_s=baselines(table, found, max(10.0, row.seconds)))
 
 
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S")
     parser.add_argument("--gap", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="clusters drawn at random")
+    parser.add_argument("--alone", action="store_true", help="without baselines")
     arguments = parser.parse_args()
     seeds = 0 if arguments.quick else arguments.seeds
     cases = [*unlike_cases(seeds), *growth_cases(arguments.quick)]
@@ -132,7 +136,7 @@ def main() -> None:
         if arguments.only not in case:
             continue
         gap = 0.0 if "unlike" in case else arguments.gap
-        row = measure(case, table, arguments.time_limit, gap)
+        row = measure(case, table, arguments.time_limit, gap, alone=arguments.alone)
         rows.append(row)
         if not arguments.json:
             print(_line(row), flush=True)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from graphpar.cost import CostTable, LinkCost, Mode, ModeCost, StageOptions
+from graphpar.partition.relaxed_tables import crossing_bytes, recomputed
 
 TENSOR_EFFICIENCY = 0.9
 """Kernels of 1/t of the size run at somewhat less than full speed."""
@@ -31,57 +32,18 @@ def with_modes(table: CostTable, options: StageOptions) -> CostTable:
     >>> StageOptions(recompute=True, zero=(1,)).zero
     (1,)
     """
-    entering, leaving = _crossing_bytes(table)
+    entering, leaving = crossing_bytes(table)
     modes: list[Mode] = []
     singles = [m for m in table.every_mode if len(m.members) == 1 and not (m.recompute or m.zero)]
     for single in singles:
         groups = [single, *_tensor_groups(table, single, options.tensor_widths, entering, leaving)]
         for group in groups:
-            ways = [group, *([_recomputed(table, group, entering)] if options.recompute else [])]
+            ways = [group, *([recomputed(table, group, entering)] if options.recompute else [])]
             for way in ways if table.training else ways[:1]:
                 levels = (0, *options.zero) if table.training else (0,)
                 modes += (replace(way, zero=level) for level in levels)
     known = {mode.key for mode in table.every_mode}
     return replace(table, modes=(*table.modes, *(m for m in modes if m.key not in known)))
-
-
-def _crossing_bytes(table: CostTable) -> tuple[list[list[float]], list[list[float]]]:
-    """[distinct unit][size]: the most bytes that enter one of its kind, and that leave one."""
-    entering = [[0.0] * len(table.sizes) for _ in table.costs]
-    leaving = [[0.0] * len(table.sizes) for _ in table.costs]
-    for position, size in enumerate(table.sizes):
-        cuts = [table.cut_bytes(b, size)[0] for b in range(table.num_units + 1)]
-        for unit, kind in enumerate(table.units):
-            entering[kind][position] = max(entering[kind][position], cuts[unit])
-            leaving[kind][position] = max(leaving[kind][position], cuts[unit + 1])
-    return entering, leaving
-
-
-def _recomputed(table: CostTable, mode: Mode, entering: Sequence[Sequence[float]]) -> Mode:
-    return replace(
-        mode,
-        recompute=True,
-        costs=tuple(_recomputed_cost(c, e) for c, e in zip(mode.costs, entering, strict=True)),
-    )
-
-
-def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
-    kept = tuple(tuple(map(min, row, entering)) for row in cost.saved_bytes)
-    working = tuple(
-        tuple(w + s - k for w, s, k in zip(*rows, strict=True))
-        for rows in zip(cost.working_bytes, cost.saved_bytes, kept, strict=True)
-    )
-    backward = tuple(f + b for f, b in zip(cost.forward_s, cost.backward_s, strict=True))
-    # What is computed again lives inside one backward: no gradients of it come later.
-    return replace(
-        cost,
-        backward_s=backward,
-        saved_bytes=kept,
-        working_bytes=working,
-        weight_s=(),
-        deferred_bytes=(),
-        split_s=0.0,
-    )
 
 
 def _tensor_groups(

@@ -88,6 +88,19 @@ def test_plan_then_run_then_refuse_another_use(
     assert "made for training, but inference is asked for" in capsys.readouterr().err
 
 
+def test_a_truncated_search_is_told_by_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    arguments = ("plan", "small_model:build", "--cluster", "cluster.yaml", "--batch-size", "6")
+    short = ("--train", "--time-limit", "1e-6", "--gap", "0")
+    assert cli.run((*arguments, *short), cli.Settings()) == 0
+    assert "search cut short by time limit" in capsys.readouterr().out
+    assert cli.run((*arguments, *short, "--json"), cli.Settings()) == 0
+    partition = json.loads(capsys.readouterr().out)["partition"]
+    assert any("time limit" in reason for reason in partition["truncated_by"])
+
+
 @pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 6)])
 def test_verify_tells_by_its_exit_code(
     equal: bool,

@@ -1,7 +1,7 @@
 """Say why nothing fits, and the smallest change that would, found by relaxing the memory limits."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -12,6 +12,7 @@ from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import Family, choose_family
 from graphpar.partition.pipeline_search import INFINITY
 from graphpar.partition.programs import Programs
+from graphpar.partition.relaxed_tables import with_batch, with_options
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.units import format_bytes
 
@@ -42,7 +43,9 @@ def explain_infeasible(table: CostTable, family: Family, truncated: Sequence[str
     factor = _least_factor(table, family, deadline_s)
     largest = max(c.memory_bytes for c in table.device_classes if c.devices)
     have = sum(c.memory_bytes * len(c.devices) for c in table.device_classes)
-    remedies = list(_remedies(table, family, factor, deadline_s))
+    options = list(_options(table, family, deadline_s)) if table.training else []
+    remedies = [*options, *_smaller_batch(table, family, deadline_s)]
+    remedies += _remedies(table, family, factor, deadline_s)
     need = have * factor if factor < INFINITY else INFINITY
     text = (
         f"no plan fits into memory: {sum(len(c.devices) for c in table.device_classes)} devices have "
@@ -59,6 +62,52 @@ def explain_infeasible(table: CostTable, family: Family, truncated: Sequence[str
         have=have,
         remedy=remedies[0] if remedies else "",
     )
+
+
+def _options(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
+    """Options that the table lacks and with which a plan fits, each by itself if that is enough."""
+    has = {(m.recompute, m.zero) for m in table.every_mode}
+    again = not any(recompute for recompute, _ in has)
+    levels = [z for z in (1, 2, 3) if z > max(zero for _, zero in has)]
+    if again and _certain(with_options(table, recompute=True, zero=0), family, deadline_s):
+        yield "recomputation"
+        again = False
+    found = _least_level(table, family, levels, False, deadline_s)
+    if found is not None:
+        yield f"ZeRO level {found}"
+    elif again:
+        found = _least_level(table, family, levels, True, deadline_s)
+        if found is not None:
+            yield f"recomputation with ZeRO level {found}"
+
+
+def _least_level(
+    table: CostTable, family: Family, levels: Sequence[int], recompute: bool, deadline_s: float
+) -> int | None:
+    for level in levels:
+        if _certain(with_options(table, recompute=recompute, zero=level), family, deadline_s):
+            return level
+    return None
+
+
+def _smaller_batch(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
+    """The largest batch that fits; only where microbatches cannot be made smaller instead."""
+    fixed = table.max_microbatches if family.microbatches == "auto" else family.microbatches
+    if table.batch <= fixed or not _certain(with_batch(table, fixed), family, deadline_s):
+        return
+    low, high = fixed, table.batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _certain(with_batch(table, middle), family, deadline_s):
+            low = middle
+        else:
+            high = middle
+    yield f"a batch of {low} instead of {table.batch}"
+
+
+def _certain(table: CostTable, family: Family, deadline_s: float) -> bool:
+    """Whether a plan was found that fits; unlike `fits`, False where time runs out."""
+    return _fits_table(table, family, deadline_s) and time.monotonic() < deadline_s
 
 
 def fits(family: Family, deadline_s: float) -> bool:

@@ -15,6 +15,7 @@ from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
 from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
+from graphpar.partition.relaxed_tables import with_batch, with_options
 from graphpar.partition.types import Partition, PipelineChoice, Replica, SearchedSchedule, StageChoice
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -192,6 +193,34 @@ def test_infeasible_names_need_have_and_remedy() -> None:
     partition(larger)
     more = make_table([1.0] * 4, (1.0,), (4,), batch=2, weight_bytes=10.0, memory_bytes=15.0)
     partition(more)
+
+
+def test_infeasible_names_options_that_fit() -> None:
+    # Two samples at once keep 2 x 4 x 10 bytes; one device has room for the weights and half of that.
+    kept = make_table(
+        [1.0] * 4, (1.0,), (1,), batch=4, weight_bytes=1.0, saved_bytes=10.0, memory_bytes=60.0
+    )
+    whole = replace(kept, max_microbatches=1, max_replicas=1, sizes=(4,), batch_reason="samples mix")
+    rows = {"forward_s": ((4.0,),), "backward_s": ((8.0,),), "saved_bytes": (40.0,)}
+    costs = tuple(replace(c, **rows, working_bytes=(0.0,)) for c in kept.costs)  # type: ignore[arg-type]
+    whole = replace(whole, costs=costs)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(whole)
+    assert caught.value.remedy == "recomputation"
+    assert "a batch of 1 instead of 4" in str(caught.value)
+    partition(with_options(whole, recompute=True, zero=0))
+    partition(with_batch(whole, 1))
+    with pytest.raises(InfeasibleError):
+        partition(with_batch(whole, 2))
+
+
+def test_infeasible_names_zero_where_replicas_can_share() -> None:
+    table = make_table([1.0], (1.0,), (2,), batch=4, memory_bytes=25.0)
+    costs = tuple(replace(c, optimizer_bytes=40.0) for c in table.costs)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(replace(table, costs=costs))
+    assert caught.value.remedy == "ZeRO level 1"
+    partition(with_options(replace(table, costs=costs), recompute=False, zero=1))
 
 
 def broken_tables() -> list[tuple[CostTable, str]]:

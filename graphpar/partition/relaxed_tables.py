@@ -1,0 +1,108 @@
+"""The same table with one thing relaxed: options that stages do not have yet, a smaller batch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from graphpar.cost import CostTable, Mode, ModeCost
+
+
+def with_options(table: CostTable, *, recompute: bool, zero: int) -> CostTable:
+    """The table with recomputation, a ZeRO level, or both together, besides what every mode has."""
+    entering, _ = crossing_bytes(table)
+    known, found = {mode.key for mode in table.every_mode}, []
+    for mode in table.every_mode:
+        changed = recomputed(table, mode, entering) if recompute and not mode.recompute else mode
+        changed = replace(changed, zero=max(zero, changed.zero))
+        if changed.key not in known:
+            known.add(changed.key)
+            found.append(changed)
+    return replace(table, modes=(*table.modes, *found))
+
+
+def with_batch(table: CostTable, batch: int) -> CostTable:
+    """The table for a smaller batch, its rows interpolated at the new size."""
+    sizes = (*(s for s in table.sizes if s < batch), batch)
+    if table.max_microbatches == 1:
+        sizes = (batch,)
+
+    def row(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(table.at_size(values, s) for s in sizes)
+
+    def rows(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        return tuple(map(row, values))
+
+    costs = tuple(
+        replace(
+            c,
+            forward_s=rows(c.forward_s),
+            backward_s=rows(c.backward_s),
+            saved_bytes=row(c.saved_bytes),
+            working_bytes=row(c.working_bytes),
+        )
+        for c in table.costs
+    )
+    modes = tuple(
+        replace(
+            m,
+            costs=tuple(
+                replace(
+                    c,
+                    forward_s=row(c.forward_s),
+                    backward_s=row(c.backward_s),
+                    saved_bytes=rows(c.saved_bytes),
+                    working_bytes=rows(c.working_bytes),
+                )
+                for c in m.costs
+            ),
+        )
+        for m in table.modes
+    )
+    return replace(
+        table,
+        batch=batch,
+        sizes=sizes,
+        costs=costs,
+        modes=modes,
+        max_microbatches=min(table.max_microbatches, batch),
+        max_replicas=min(table.max_replicas, batch),
+    )
+
+
+def crossing_bytes(table: CostTable) -> tuple[list[list[float]], list[list[float]]]:
+    """[distinct unit][size]: the most bytes that enter one of its kind, and that leave one."""
+    entering = [[0.0] * len(table.sizes) for _ in table.costs]
+    leaving = [[0.0] * len(table.sizes) for _ in table.costs]
+    for position, size in enumerate(table.sizes):
+        cuts = [table.cut_bytes(b, size)[0] for b in range(table.num_units + 1)]
+        for unit, kind in enumerate(table.units):
+            entering[kind][position] = max(entering[kind][position], cuts[unit])
+            leaving[kind][position] = max(leaving[kind][position], cuts[unit + 1])
+    return entering, leaving
+
+
+def recomputed(table: CostTable, mode: Mode, entering: Sequence[Sequence[float]]) -> Mode:
+    """The same mode keeping only what enters a unit; `entering` as `crossing_bytes` says it."""
+    return replace(
+        mode,
+        recompute=True,
+        costs=tuple(_recomputed_cost(c, e) for c, e in zip(mode.costs, entering, strict=True)),
+    )
+
+
+def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
+    kept = tuple(tuple(map(min, row, entering)) for row in cost.saved_bytes)
+    working = tuple(
+        tuple(w + s - k for w, s, k in zip(*rows, strict=True))
+        for rows in zip(cost.working_bytes, cost.saved_bytes, kept, strict=True)
+    )
+    backward = tuple(f + b for f, b in zip(cost.forward_s, cost.backward_s, strict=True))
+    # What is computed again lives inside one backward: no gradients of it come later.
+    return replace(
+        cost,
+        backward_s=backward,
+        saved_bytes=kept,
+        working_bytes=working,
+        weight_s=(),
+        deferred_bytes=(),
+        split_s=0.0,
+    )
