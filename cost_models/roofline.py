@@ -287,8 +287,11 @@ class _Pricer:
         late = self._late(unit)
         rates = [rates_of(device, self.model.calibration) for device in devices]
         state = options.optimizer_state_bytes_per_parameter_byte
+        met = [op for op in map(self.graph.__getitem__, unit.ops) if op.attr("meets")]
         return UnitCost(
             name=unit.name,
+            meetings=len(met),
+            met_bytes=sum(map(self._met_bytes, met)),
             forward_s=tuple(
                 tuple(self._forward_s(rate, work) * device.slowdown for work in works)
                 for rate, device in zip(rates, devices, strict=True)
@@ -356,6 +359,14 @@ class _Pricer:
         }
         kept = (t for name in (*operands, *late) for t in self.graph[name].types if t is not None)
         return self._bytes(list(kept), size) * ALLOCATOR_SLACK
+
+    def _met_bytes(self, op: Op) -> float:
+        """What one part tells another: a sum, or three numbers in float64 for each channel."""
+        if op.target == "gp.sum_parts":
+            return float(op.type.bytes(1))
+        channels = op.type.shape[1]
+        assert isinstance(channels, int)
+        return 3.0 * DTYPE_BYTES["float64"] * channels
 
     def _update_s(self, rates: Rates, numel: float, tensors: int, lower: Sequence[Kernel]) -> float:
         """What happens to the unit's parameters once their gradients are summed.

@@ -14,7 +14,7 @@ mode, whose numbers are the rows of the `UnitCost`s; a cost model may add others
 """
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -35,6 +35,9 @@ class UnitCost:
     come later; `deferred_bytes`, by microbatch size, is what must be kept until then; `split_s`, by
     device class, is what a backward in two halves takes besides. All are empty where nothing may come
     later.
+
+    `meetings` is how often pipelines side by side exchange something in one forward, `met_bytes` how
+    much each sends to each other one in all of these; a backward does the same.
     """
 
     name: str
@@ -49,6 +52,8 @@ class UnitCost:
     weight_s: tuple[tuple[float, ...], ...] = ()
     deferred_bytes: tuple[float, ...] = ()
     split_s: tuple[float, ...] = ()
+    meetings: int = 0
+    met_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -370,6 +375,14 @@ class CostTable:
     def num_units(self) -> int:
         """Units in the chain."""
         return len(self.units)
+
+    def meetings_s(self, first: int, last: int, links: Iterable[LinkCost]) -> float:
+        """Seconds of one direction that some units' exchanges between pipelines take over links."""
+        costs = [self.costs[kind] for kind in self.units[first:last]]
+        return max(
+            (sum(c.meetings * k.seconds(c.met_bytes / max(c.meetings, 1)) for c in costs) for k in links),
+            default=0.0,
+        )
 
     @property
     def sizes_of_parts(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from graphpar.cost import CostTable, LinkCost, SharedCores
 from graphpar.partition.pipeline_price import (
+    meetings_s,
     member_bytes,
     modes_of,
     most_bytes,
@@ -163,7 +164,17 @@ def _rank_timings(table: CostTable, partition: Partition) -> tuple[RankTiming, .
             for replica in stage.replicas:
                 for member, device in enumerate(replica.devices):
                     own = _stage_timing(table, pipeline, stage, replica, member)
-                    sizes = tuple(replace(row, stage=number) for row in own.sizes)
+                    met_s = meetings_s(table, partition.pipelines, stage.first, stage.last)
+                    met_s /= 2 if table.training else 1
+                    sizes = tuple(
+                        replace(
+                            row,
+                            stage=number,
+                            forward_s=row.forward_s + met_s,
+                            backward_s=row.backward_s + met_s * table.training,
+                        )
+                        for row in own.sizes
+                    )
                     found.setdefault(device, []).append(replace(own, sizes=sizes))
             number += 1
     return tuple(map(_of_all_stages, found.values()))

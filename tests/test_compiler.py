@@ -173,3 +173,28 @@ def test_every_level_of_the_line_is_checked() -> None:
     lowered = lower(prepared.graph, plan.partition, True)
     assert {g.level for g in lowered.graphs} == {"lowered"}
     assert prepared.graph.level == "captured"
+
+
+class Normed(nn.Module):
+    """Batch normalisation between wide layers: pipelines side by side go in step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(64, 2048), nn.BatchNorm1d(2048), nn.Linear(2048, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.down(self.norm(self.up(x)).relu()).square().mean())
+
+
+def test_pipelines_in_step_are_planned_and_their_exchanges_priced() -> None:
+    batch = (torch.randn(2048, 64),)
+    plans = {}
+    for latency in (1e-6, 1.0):
+        nodes = [{"name": n, "devices": {"kind": "h100-sxm-80gb", "count": 1}} for n in "ab"]
+        network = {"bytes_per_s": 1e11, "latency_s": latency}
+        cluster = {"nodes": nodes, "network": network}
+        plans[latency] = graphpar.plan(Normed(), cluster, batch, train=sgd())
+    near, far = plans.values()
+    assert len(near.partition.pipelines) == 2 and "go in step" in " ".join(str(near).split())
+    assert len(far.partition.pipelines) == 1 and len(far.stages) == 1
+    assert all(p.microbatches == 1 for p in near.partition.pipelines)

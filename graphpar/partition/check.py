@@ -7,6 +7,7 @@ by microbatch instead of by mean sizes, unit by unit instead of by prefix sums.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from graphpar.cost import CostTable, Mode
 from graphpar.errors import VerifyError
@@ -55,6 +56,7 @@ def recompute(table: CostTable, partition: Partition) -> Checked:
     names = ("fill_compute_s", "fill_transfer_s", "steady_s")
     parts = dict(zip(names, slowest, strict=True))
     parts |= {"sync_s": sync, "optimizer_s": optimizer}
+    parts["fill_compute_s"] += _exchanges(table, partition)
     peaks: dict[str, float] = {}
     for pipeline in partition.pipelines:
         for number, stage in enumerate(pipeline.stages):
@@ -284,6 +286,25 @@ def _two_per_node(table: CostTable, devices: list[tuple[int, str]]) -> list[tupl
 def _one_per_node(table: CostTable, devices: list[tuple[int, str]]) -> list[tuple[int, str]]:
     """For each group one device of each of its nodes: links depend on nodes only."""
     return list({(group, table.topology.node_of[d]): (group, d) for group, d in devices}.values())
+
+
+def _exchanges(table: CostTable, partition: Partition) -> float:
+    """What pipelines that go in step tell each other within the units, in all directions of a step."""
+    if not table.in_step_reason:
+        return 0.0
+    found = 0.0
+    for number, pipeline in enumerate(partition.pipelines):
+        for other in partition.pipelines[number + 1 :]:
+            for a, b in product(_all_devices(pipeline), _all_devices(other)):
+                link = table.topology.link(a, b)
+                costs = [table.costs[kind] for kind in table.units]
+                seconds = sum(c.meetings * link.latency_s + c.met_bytes / link.bytes_per_s for c in costs)
+                found = max(found, seconds)
+    return found * (2 if table.training else 1)
+
+
+def _all_devices(pipeline: PipelineChoice) -> list[str]:
+    return [device for stage in pipeline.stages for r in stage.replicas for device in r.devices]
 
 
 def _slowest_finish(table: CostTable, partition: Partition) -> tuple[float, float]:

@@ -343,7 +343,9 @@ class _Run:
         bound = min(bound, cost.objective_s)
         gap = (cost.objective_s - bound) / cost.objective_s if cost.objective_s > 0 else 0.0
         if gap > self._asked_gap * (1 + ROUNDING) + ROUNDING and not self.truncated:
-            self._cut("links: the bound takes the best link where placement decides")
+            left_out = ", and leaves out what pipelines in step exchange"
+            words = "links: the bound takes the best link where placement decides"
+            self._cut(words + left_out * bool(self._table.in_step_reason))
         status: Status = "optimal" if gap <= ROUNDING else "feasible"
         return Partition(
             pipelines=self.best.pipelines,

@@ -263,8 +263,17 @@ def price(table: CostTable, pipelines: Sequence[PipelineChoice], schedule: Sched
     slow = max(times, key=lambda parts: math.fsum(parts.values()))
     sync, optimizer = _worst_post(table, pipelines)
     parts = {**slow, "sync_s": sync, "optimizer_s": optimizer}
+    parts["fill_compute_s"] += meetings_s(table, pipelines, 0, table.num_units)
     peaks = {d: b for p in pipelines for d, b in _peaks(table, p, schedule).items()}
     return Price(math.fsum(parts.values()), parts, peaks)
+
+
+def meetings_s(table: CostTable, pipelines: Sequence[PipelineChoice], first: int, last: int) -> float:
+    """Seconds of a step in which some units of pipelines that go in step exchange sums."""
+    if len(pipelines) < 2 or not table.in_step_reason:
+        return 0.0
+    directions = 2 if table.training else 1
+    return directions * table.meetings_s(first, last, cross_links(table, pipelines))
 
 
 def _devices(stage: StageChoice) -> list[str]:
