@@ -212,6 +212,7 @@ def _run(
         stops_early=traits.stops_early,
         gathers_late=traits.gathers_late,
         keeps_outputs=traits.keeps_outputs,
+        row_scales="row" in str(parallel.get("float8")).lower(),
         reduces_half=traits.reduces_half,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
     )

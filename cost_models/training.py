@@ -38,6 +38,10 @@ TENSOR_HIDDEN = 0.5
 """Of a tensor-parallel collective cut into pieces beside its product: 0.42 to 0.57 by torchtitan's runs
 with and without (https://github.com/pytorch/torchtitan/tree/main/benchmarks)."""
 
+ROW_SCALED = 0.5
+"""Rate of float8 products with a scale for each row over that with one scale, by torchtitan's runs
+(https://github.com/pytorch/torchtitan/tree/main/benchmarks)."""
+
 FALLBACK_KERNELS = 5.0
 """Kernels of an unfused scaled and masked softmax (scale, mask, to float32, softmax, back) beyond one."""
 
@@ -154,6 +158,8 @@ class _Machine:
         points = self.family.matmul_efficiency
         top = self.kind.measured_matmul_fraction or points[-1][1]
         share = self.p.float8_share if dtype in SCALED else self.p.matmul_share
+        if self.run.row_scales and dtype in SCALED:
+            share *= ROW_SCALED
         if self.kind.multiprocessors:
             return gemm.product_s(
                 product.rows,
@@ -208,8 +214,9 @@ class _Machine:
         products_s = sum(self.product_s(x, run.dtype) for x in work.products)
         traffic_s = work.traffic_bytes * self.itemsize / 2 / self.bytes_per_s
         if run.dtype in SCALED:
-            # Operands are read once more to be scaled and cast.
+            # Operands are read once more to be scaled and cast, along both directions for scales by row.
             casts = sum(x.rows * x.inner * x.count for x in work.products) * 3
+            casts *= 2 if run.row_scales else 1
             traffic_s += casts / self.bytes_per_s
         attention_s = self._attention_s(work)
         forward_s = products_s + traffic_s + attention_s

@@ -83,6 +83,7 @@ class Run:
         memory_bytes: Memory of a device where it is not the kind's own.
         link: Kind of the link inside nodes where it is not the device's usual one.
         adds_gradients: Whether gradients of microbatches are added by kernels of their own.
+        row_scales: Whether float8 operands have a scale for each row.
         keeps_outputs: Whether a pipeline stage keeps what it has sent until the gradient comes back.
         expert_tensor: Width of tensor parallelism inside experts; their groups are next to each other.
         gathers_late: Whether backward asks for a layer's sharded weights no earlier than it needs them.
@@ -128,6 +129,7 @@ class Run:
     logit_bytes: float = 14.0
     selects_products: bool = False
     adds_gradients: bool = False
+    row_scales: bool = False
     keeps_outputs: bool = False
     expert_tensor: int = 1
     gathers_late: bool = False
