@@ -22,7 +22,7 @@ from graphpar.partition.pipeline_price import modes_of
 from graphpar.partition.settings import Microbatches, ScheduleWish, microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, StageChoice, StagePace
 from graphpar.simulated import Simulated, certified, deal_any, simulated, stage_paces
-from graphpar.units import format_seconds
+from graphpar.units import format_percent, format_seconds
 
 LEAST_GAIN = 0.02
 """A schedule without a formula must be this much shorter; it costs the certificate of the search."""
@@ -120,6 +120,7 @@ class _Choice:
         self.best: Simulated | None = None
         self.shortest: dict[str, Simulated] = {}
         self.too_large: Simulated | None = None
+        self.out: dict[str, str] = {}
         self.late = False
 
     def work(self) -> None:
@@ -180,13 +181,16 @@ class _Choice:
         """Simulate a try; whether it is the best so far."""
         forwards = sum(p.microbatches * len(p.stages) for p in attempt.pipelines)
         if forwards > MOST_ACTIONS:
+            self.out.setdefault(attempt.words, "too long to be played through")
             return False
         try:
             dealt = tuple(deal_any(self.table, p, attempt.schedule) for p in attempt.pipelines)
             played = simulated(self.table, dealt, attempt.schedule, attempt.paces)
-        except (ValueError, VerifyError):  # a mode without a price, a replica without microbatches
+        except (ValueError, VerifyError):
+            self.out.setdefault(attempt.words, "some replica would have no work or no price")
             return False
         if not played.fits(self.table):
+            self.out[attempt.words] = f"{format_seconds(played.step_s)}, but does not fit into memory"
             if self.too_large is None or _excess(self.table, played) < _excess(
                 self.table, self.too_large
             ):
@@ -249,8 +253,15 @@ class _Choice:
     def _notes(self, chosen: str) -> Iterator[str]:
         told = [f"{self.found.schedule} {format_seconds(self.base_s)}"]
         told += [f"{words} {format_seconds(played.step_s)}" for words, played in self._in_order()]
+        told += [f"{words} {why}" for words, why in self.out.items() if words not in self.shortest]
         if len(told) > 1:
             yield f"schedules, simulated: {'; '.join(told)}"
+        if chosen != self.found.schedule:
+            took, gap = format_seconds(self.found.objective_s), format_percent(self.found.gap)
+            yield (
+                f"the search itself ended with {self.found.schedule}: {took} by its formula, proven "
+                f"within {gap} of the best of its family"
+            )
         if self.late:
             yield "schedules: not all were tried for lack of time"
 
