@@ -134,7 +134,7 @@ def plan_prepared(
     """Price, partition, explain (for at most `explain_s`) and predict a captured model.
 
     `example` is run to measure errors under `precision="auto"`; without it they are estimated. On a
-    calibrated machine it is also run to time the model's units there, for `measure_s` or so.
+    calibrated machine it is run in float32 to time the model's units there, for `measure_s` or so.
     """
     check_precision(precision)
     widest = widest_group(cluster, tensor)
@@ -145,7 +145,8 @@ def plan_prepared(
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
     timing = None
-    if calibration is not None and example is not None and measure_s > 0:
+    if calibration is not None and example is not None and measure_s > 0 and precision == "float32":
+        # Under "auto" formats compete, so all of them are priced by the same curves.
         timing = _timing(prepared, cluster, train, calibration, example, measure_s)
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)

@@ -101,6 +101,12 @@ class Weights(Mapping[str, torch.Tensor]):
             return self.here[label]
         return materialize(self.origins[label], self.init)
 
+    def own(self, label: str, device: torch.device) -> torch.Tensor:
+        """A tensor that shares no memory with the driver's; what was read or made is not held twice."""
+        tensor = self[label]
+        alone = label not in self.here and tensor.untyped_storage().nbytes() == tensor.nbytes
+        return tensor.to(device, copy=not alone)
+
     def __iter__(self) -> Iterator[str]:
         yield from self.here
         yield from (label for label in self.origins if label not in self.here)

@@ -58,7 +58,7 @@ class Worker:
     def __init__(
         self,
         setup: WorkerSetup,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Weights,
         trained: Sequence[str],
         factory: OptimizerFactory | None,
         ranks: Sequence[int],
@@ -67,8 +67,8 @@ class Worker:
         self.device = torch.device(setup.device)
         self.tensors: dict[str, torch.Tensor] = {}
         wanted = set(trained)
-        for label, tensor in tensors.items():
-            tensor = tensor.to(self.device, copy=True)
+        for label in tensors:
+            tensor = tensors.own(label, self.device)
             self.tensors[label] = nn.Parameter(tensor) if label in wanted else tensor
         self.trained = tuple(label for label in trained if label in self.tensors)
         self.transport = Transport(self.device, ranks, setup.groups, setup.links)
