@@ -106,8 +106,10 @@ def force(
 
     With `by_op` every op is a unit of its own, so that cuts are possible anywhere. With `recompute` all
     stages compute what is inside their units again for the backward. `zero` is the ZeRO level of all.
+    Where something needs the whole batch, all forwards come first, whatever the schedule asked for.
     """
     prepared = prepared or prepare(model, args, kwargs or {}, train)
+    schedule = "gpipe" if prepared.tail_reason else schedule
     count = sum(_num_devices(line) for line in lines)
     where = as_cluster(cluster) if cluster is not None else cpus(count)
     if by_op:

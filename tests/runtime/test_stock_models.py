@@ -1,14 +1,11 @@
 """Models of transformers over several workers equal one device."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, Line, check_training, cpus, straight
-
-from graphpar.compiler import plan
+from helpers import Line, check_training, straight
 
 transformers = pytest.importorskip("transformers")
 
@@ -88,10 +85,6 @@ def test_experts_take_rows_of_any_part_of_the_batch() -> None:
     check_training(model.train(), args, kwargs, lines=(Line((1, 2), 2, 4), Line((1,), 1, 2)))
 
 
-def test_a_balancing_loss_keeps_the_batch_whole_and_is_exact() -> None:
+def test_a_balancing_loss_is_exact_over_parts_of_the_batch() -> None:
     model, args, kwargs = mixtral(balanced=True)
-    training = replace(TRAINING, microbatches=3)
-    with pytest.warns(UserWarning, match=r"microbatches=3\) is ignored: .*sum over the batch"):
-        found = plan(model.train(), cpus(2), args, kwargs, train=training)
-    assert "sum over the batch" in found.batch_reason
-    check_training(model, args, kwargs, lines=straight(2))
+    check_training(model.train(), args, kwargs, lines=(Line((1, 2), 2, 4), Line((1,), 1, 2)))

@@ -82,7 +82,7 @@ def test_any_plan_gives_a_sound_trace_whose_times_add_up(data: st.DataObject) ->
             if e["ph"] == "X"
             and e["pid"] == PREDICTED_PROCESS
             and e["tid"] == 1 + 2 * rank
-            and e["cat"] in "FBO"
+            and e["cat"] in "FBIWO"
         )
         assert drawn == pytest.approx(seconds * 1e6, abs=1e-2)
     last = max(e["ts"] + e["dur"] for e in events if e["ph"] == "X" and e["pid"] == PREDICTED_PROCESS)
