@@ -267,7 +267,15 @@ class _Programme:
 
     def _edge(self, source: str, made: Sequence[Layout], reader: Op, slot: int, name: str) -> None:
         rows = self.table[reader.name]
-        matrix = [[self._convert(name, a, s.operands[slot]) for s in rows] for a in made]
+        matrix = [
+            [
+                self._convert(name, a, s.operands[slot])
+                if reader.target != "gp.cast_weight" or _cast_as_held(a, s.operands[slot])
+                else float(IMPOSSIBLE_COST)
+                for s in rows
+            ]
+            for a in made
+        ]
         self._matrix(source, reader.name, matrix)
 
     def _convert(self, name: str, made: Layout, wanted: Layout) -> float:
@@ -467,6 +475,15 @@ class OpTimes:
             for kind, layout in zip(op.types, strategy.results, strict=True)
             if kind is not None
         )
+
+
+def _cast_as_held(held: Layout, wanted: Layout) -> bool:
+    """Whether a weight is cast as it lies, and sent only afterwards, in the lower format.
+
+    A bias that the first member alone reads is read through its cast; the others then take no part in
+    whatever collective stood before.
+    """
+    return held == wanted or (held == "whole" and wanted == "copied")
 
 
 def _share(layout: Layout, member: int) -> float:

@@ -138,8 +138,6 @@ def plan_prepared(
     """
     check_precision(precision)
     widest = widest_group(cluster, tensor)
-    if widest > 1 and precision != "float32":
-        raise ValueError(f"tensor={tensor!r} works in float32 only so far, not with {precision=}.")
     candidates = () if prepared.in_step_reason else candidate_groups(cluster, widest)
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
@@ -170,7 +168,10 @@ def plan_prepared(
             # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
             table = with_modes(table, StageOptions(recompute=True, zero=levels))
         if candidates:
-            table = with_group_modes(table, prepared.graph, cluster, candidates, calibration, train)
+            lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
+            table = with_group_modes(
+                table, prepared.graph, cluster, candidates, calibration, train, lower
+            )
         return table
 
     def solve(table: CostTable) -> Partition:

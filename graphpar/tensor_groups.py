@@ -13,7 +13,7 @@ from graphpar.cost_models.rates import CatalogueRates
 from graphpar.cost_models.sharding import Sharding, ShardingOptions, TensorGroup, choose_sharding
 from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.group_shardings import agreed, recorded, restored
-from graphpar.ir.chain import build_chain
+from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
@@ -21,7 +21,7 @@ from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import GroupSharding, Partition, Replica
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.fuse import FuseComm
-from graphpar.passes.place import Place
+from graphpar.passes.place import Place, place_ops
 from graphpar.passes.shard import Shard
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
@@ -137,6 +137,7 @@ def with_group_modes(
     replicas: Iterable[Replica],
     calibration: Calibration | None = None,
     train: Training | None = None,
+    rewritten: Mapping[str, tuple[Graph, Chain]] | None = None,
 ) -> CostTable:
     """The table with a price for each of these tensor groups that it does not price yet.
 
@@ -144,18 +145,26 @@ def with_group_modes(
         table: Plain prices.
         graph: The captured graph.
         cluster: The devices.
-        replicas: Tensor groups; single devices among them are passed over.
+        replicas: Tensor groups; single devices are passed over, and so are groups whose members
+            compute in unlike formats.
         calibration: Measured rates of this machine's processor.
         train: How the job trains.
+        rewritten: By device what runs in place of the graph where that is in a lower format.
     """
     modes = {mode.key: mode for mode in table.modes}
-    chain, whole = build_chain(graph), None
+    plain, lower = (graph, build_chain(graph)), rewritten or {}
+    wholes: dict[int, Graph] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)
         key = (members, replica.shares, "float32", False, 0)
-        if not replica.others or key in modes or key in table.mode_of_key:
+        first, *others = [lower.get(name, plain) for name in replica.devices]
+        unlike = any(other[0] is not first[0] for other in others)
+        if not replica.others or unlike or key in modes or key in table.mode_of_key:
             continue
-        whole = whole or as_one_stage(graph, len(chain.units))
+        chain = first[1]
+        if id(chain) not in wholes:
+            wholes[id(chain)] = placed_whole(first[0], chain)
+        whole = wholes[id(chain)]
         group, options = tensor_group(cluster, replica), group_options(graph, table.training, train)
         chosen = choose_sharding(whole, 0, chain, group, options)
         modes[key] = tensor_mode(
@@ -234,6 +243,13 @@ def widest_group(cluster: Cluster, tensor: int | Literal["auto"]) -> int:
             stacklevel=3,
         )
     return min(tensor, most)
+
+
+def placed_whole(graph: Graph, chain: Chain) -> Graph:
+    """A captured graph, casts and all, lowered as a single stage of these units."""
+    stages = {name: 0 for unit in chain.units for name in unit.ops}
+    placed = graph.with_ops(place_ops(graph, stages, "place"), level="placed")
+    return InsertMessages().run(placed)
 
 
 def as_one_stage(graph: Graph, num_units: int) -> Graph:

@@ -178,6 +178,14 @@ class _Member:
         read = self._with_operands(op, wanted)
         local = self._local(op, read.args, strategy.results)
         local = replace(local, kwargs=read.kwargs)
+        if op.target == "gp.cast_weight" and local.operands() != op.operands():
+            # What was gathered for this once is no weight that keeps its lower copy.
+            local = replace(
+                local,
+                target="aten._to_copy.default",
+                args=local.args[:1],
+                kwargs=(("dtype", op.args[1]),),
+            )
         return localized(op, local, strategy, self.options.member)
 
     def _with_operands(self, op: Op, wanted: Mapping[int, Layout]) -> Op:
