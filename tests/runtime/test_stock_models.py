@@ -88,3 +88,11 @@ def test_experts_take_rows_of_any_part_of_the_batch() -> None:
 def test_a_balancing_loss_is_exact_over_parts_of_the_batch() -> None:
     model, args, kwargs = mixtral(balanced=True)
     check_training(model.train(), args, kwargs, lines=(Line((1, 2), 2, 4), Line((1,), 1, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [gpt2, llama, bert, t5, mixtral])
+def test_interleaved_stages_and_split_backwards(make: Callable[[], Case]) -> None:
+    """Values skip from one stage of a device to another of its own."""
+    model, args, kwargs = make()
+    check_training(model, args, kwargs, lines=(Line((1, 1), 3, chunks=2),), schedule="zero-bubble")
