@@ -72,6 +72,8 @@ def _without_dead(graph: Graph, stage: int) -> Graph:
         if not mine or op.target == "gp.send" or writes_buffer(op) or op.name in needed:
             needed.add(op.name)
             needed.update(op.operands())
+    if len(needed) == len(graph):
+        return graph
     return graph.with_ops(op for op in graph.ops if op.name in needed)
 
 
