@@ -98,8 +98,18 @@ def _cells(d: DeviceComparison) -> tuple[str, ...]:
     )
 
 
-def compare_step(plan: Plan, reports: Sequence[StepReport], seconds: float) -> StepComparison:
-    """The step that these reports tell of, beside the plan's prediction."""
+def compare_step(
+    plan: Plan, reports: Sequence[StepReport], seconds: float, drift: float | None = None
+) -> StepComparison:
+    """The step that these reports tell of, beside the plan's prediction.
+
+    Args:
+        plan: What was predicted.
+        reports: What each rank did when.
+        seconds: How long the step took.
+        drift: How many times longer a reference takes on this machine's processor now than when it was
+            calibrated; None where nobody knows.
+    """
     timeline = plan.timeline()
     by_rank = {report.rank: report for report in reports}
     devices = tuple(
@@ -110,7 +120,7 @@ def compare_step(plan: Plan, reports: Sequence[StepReport], seconds: float) -> S
         if rank in by_rank
     )
     found = StepComparison(plan.predicted_step_s, seconds, devices, ())
-    return StepComparison(found.predicted_s, seconds, devices, _reasons(found, plan))
+    return StepComparison(found.predicted_s, seconds, devices, _reasons(found, plan, drift))
 
 
 def _device(
@@ -134,7 +144,7 @@ def _device(
     )
 
 
-def _reasons(found: StepComparison, plan: Plan) -> tuple[str, ...]:
+def _reasons(found: StepComparison, plan: Plan, drift: float | None) -> tuple[str, ...]:
     reasons = []
     for d in found.devices:
         if abs(d.memory_error) > TOLERANCE:
@@ -143,14 +153,19 @@ def _reasons(found: StepComparison, plan: Plan) -> tuple[str, ...]:
                 f"{d.device} holds {100 * abs(d.memory_error):.0f} % {more} memory than predicted: "
                 "buffers that the cost model does not know, or temporaries it takes for kept"
             )
-    if abs(found.error) <= TOLERANCE or not found.devices:
+    if not found.devices:
         return tuple(reasons)
     worst = max(found.devices, key=lambda d: abs(d.compute_s - d.predicted_compute_s))
+    if abs(found.error) <= TOLERANCE:
+        weighs = abs(worst.compute_s - worst.predicted_compute_s) > TOLERANCE / 2 * found.measured_s
+        if abs(worst.compute_error) > TOLERANCE and weighs:
+            reasons.append(_compute_reason(worst, plan, drift))
+        return tuple(reasons)
     off_s = found.measured_s - found.predicted_s
     compute_off_s = worst.compute_s - worst.predicted_compute_s
     reduce_off_s = max(d.reduce_s - d.predicted_reduce_s for d in found.devices)
     if abs(compute_off_s) > 0.5 * abs(off_s) and compute_off_s * off_s > 0:
-        reasons.append(_compute_reason(worst, plan))
+        reasons.append(_compute_reason(worst, plan, drift))
     elif reduce_off_s > 0.5 * off_s > 0:
         reasons.append("sums of gradients take longer than predicted: links among replicas are slower")
     elif off_s > 0:
@@ -164,11 +179,20 @@ def _reasons(found: StepComparison, plan: Plan) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _compute_reason(worst: DeviceComparison, plan: Plan) -> str:
+_DRIFTED = 0.05
+"""A reference that takes this much longer or shorter tells that the machine's speed has moved."""
+
+
+def _compute_reason(worst: DeviceComparison, plan: Plan, drift: float | None) -> str:
     kind = next((r.kind for r in plan.replicas if r.device == worst.device), "")
     slower = worst.compute_error > 0
     word = "longer" if slower else "shorter"
     told = f"{worst.device} computes {100 * abs(worst.compute_error):.0f} % {word}"
+    if kind.startswith("cpu") and drift is not None and abs(drift - 1) > _DRIFTED:
+        return (
+            f"{told} than predicted: a reference takes {drift:.2f} times what it took when this machine "
+            "was calibrated, so its speed has moved; `graphpar calibrate` measures anew"
+        )
     if kind.startswith("cpu"):
         why = (
             "its core is shared with other work, or the machine slowed down since it was calibrated"

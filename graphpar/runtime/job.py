@@ -11,10 +11,13 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
+from graphpar.calibration import Calibration
+from graphpar.device import LOCAL_KIND
 from graphpar.errors import GraphparError, RunError
 from graphpar.frontend.capture import Captured
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
+from graphpar.neighbours import reference_s
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.comparison import NOTABLE_S, TOLERANCE, StepComparison, compare_step
@@ -177,8 +180,10 @@ class CompiledModel(JobState):
         found = self.comparison
         if found is None or max(found.measured_s, found.predicted_s) < NOTABLE_S:
             return
-        if abs(found.error) > TOLERANCE:
-            _log.warning("%s", found)
+        if found.reasons or abs(found.error) > TOLERANCE:
+            last = self.last_step
+            assert last is not None
+            _log.warning("%s", compare_step(self.plan, last.reports, last.seconds, _drift(self.plan)))
 
     def _compare(
         self, results: Sequence[torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -351,6 +356,16 @@ class CompiledModel(JobState):
     def __repr__(self) -> str:
         name = self._subject.graph.name
         return f"CompiledModel({name}, {len(self._devices)} ranks, step {self._steps})"
+
+
+def _drift(plan: Plan) -> float | None:
+    """How many times longer a reference takes than when this machine was calibrated, for workers on it."""
+    if not any(replica.kind.startswith(LOCAL_KIND) for replica in plan.replicas):
+        return None
+    calibration = Calibration.cached()
+    if calibration is None or not calibration.reference_s:
+        return None
+    return reference_s() / calibration.reference_s
 
 
 def _form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:

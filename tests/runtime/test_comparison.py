@@ -49,3 +49,17 @@ def test_slow_computation_is_told_from_slow_links_and_from_memory() -> None:
 def test_a_faster_machine_is_told_too() -> None:
     (reason,) = told(0.5, compute=0.5).reasons
     assert "shorter" in reason
+
+
+def test_a_device_that_differs_is_told_though_the_step_does_not() -> None:
+    (reason,) = told(1.1, compute=1.6).reasons
+    assert "computes 60 % longer" in reason
+
+
+def test_the_machine_s_own_speed_is_told_from_other_causes() -> None:
+    data = sample_plan().to_json().replace(b'"fast"', b'"cpu"').replace(b'"slow"', b'"cpu x3 slower"')
+    plan = Plan.from_json(data)
+    spent = reports(plan, compute=1.6)
+    for drift, words in ((1.4, "1.40 times"), (1.01, "shared with other work"), (None, "shared with")):
+        (reason,) = compare_step(plan, spent, 1.6 * plan.predicted_step_s, drift).reasons
+        assert words in reason
