@@ -4,10 +4,8 @@ One machine holds two RTX 3090, another four older V100, over 10 Gbit/s Ethernet
 job is planned again under every question, and no card is needed to ask.
 """
 
-import torch
-
 import graphpar
-from graphpar.examples.gpt import GPT, example_inputs
+from graphpar.examples.what_if import story
 
 LAB = {
     "nodes": [
@@ -29,23 +27,8 @@ QUESTIONS = {
 
 def main(*, cache: bool = True, processes: int | None = None) -> graphpar.Study:
     """Plan, ask, print."""
-    with torch.device("meta"):
-        model = GPT(width=1024, layers=4, heads=16, length=1024)
-        ids, targets = example_inputs(32, 1024)
-    study = graphpar.what_if(
-        model,
-        LAB,
-        QUESTIONS,
-        args=(ids,),
-        kwargs={"targets": targets},
-        train=graphpar.Training(optimizer=torch.optim.AdamW),
-        cache=cache,
-        processes=processes,
-        time_limit_s=1.0,
-        gap=0.05,
-    )
-    print(study)
-    return study
+    size = {"width": 1024, "layers": 4, "batch": 32, "length": 1024}
+    return story(LAB, QUESTIONS, **size, gap=0.05, cache=cache, processes=processes)
 
 
 if __name__ == "__main__":

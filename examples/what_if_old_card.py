@@ -3,10 +3,8 @@
 A workstation has an RTX 4090 and, from earlier days, a T4. Does the T4 help, and what would?
 """
 
-import torch
-
 import graphpar
-from graphpar.examples.gpt import GPT, example_inputs
+from graphpar.examples.what_if import story
 
 WORKSTATION = {
     "nodes": [
@@ -25,24 +23,10 @@ QUESTIONS = {
 
 def main(*, cache: bool = True, processes: int | None = None) -> graphpar.Study:
     """Plan, leave each card out, ask, print."""
-    with torch.device("meta"):
-        model = GPT(width=768, layers=6, heads=12, length=512)
-        ids, targets = example_inputs(16, 512)
-    study = graphpar.what_if(
-        model,
-        WORKSTATION,
-        QUESTIONS,
-        args=(ids,),
-        kwargs={"targets": targets},
-        train=graphpar.Training(optimizer=torch.optim.AdamW),
-        worth=True,
-        leave_out=True,
-        cache=cache,
-        processes=processes,
-        time_limit_s=1.0,
+    size = {"width": 768, "layers": 6, "batch": 16, "length": 512}
+    return story(
+        WORKSTATION, QUESTIONS, **size, worth=True, leave_out=True, cache=cache, processes=processes
     )
-    print(study)
-    return study
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ class CompiledModel(JobState):
 
 
 def _drift(plan: Plan) -> float | None:
-    """How many times longer a reference takes than when this machine was calibrated, for workers on it."""
+    """How many times longer a reference takes than at calibration; None where no worker runs here."""
     if not any(replica.kind.startswith(LOCAL_KIND) for replica in plan.replicas):
         return None
     calibration = Calibration.cached()
