@@ -1,4 +1,4 @@
-"""What the what-if stories share: a GPT that is only shape, training with AdamW, and the printed study."""
+"""What the what-if stories share: a GPT that is only shape, AdamW, and the printed study."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
