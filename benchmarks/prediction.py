@@ -189,7 +189,7 @@ def error_parts(plan: Plan, steps: Sequence[LastStep], measured_s: float) -> dic
     timing = replace(timing, ranks=tuple(ranks), shared=None)
     predicted_s.append(simulate(schedule, timing).step_s)
     ranks = [
-        replace(numbers, optimizer_s=spent.get((rank, "O", 0), numbers.optimizer_s))
+        replace(numbers, optimizer_s=spent.get((rank, "O", 0, None), numbers.optimizer_s))
         for rank, numbers in enumerate(ranks)
     ]
     timing = replace(timing, ranks=tuple(ranks))
@@ -201,34 +201,38 @@ def error_parts(plan: Plan, steps: Sequence[LastStep], measured_s: float) -> dic
     return dict(zip(PARTS, changes, strict=True))
 
 
+_Key = tuple[int, str, int, int | None]
+"""Rank, kind of action, microbatch size (0 where there is none), stage (None for all together)."""
+
 PARTS = ("compute", "optimizer", "sums", "rest")
 
 
-def _durations(schedule: Schedule, steps: Sequence[LastStep]) -> dict[tuple[int, str, int], float]:
-    """Median seconds of actions by rank, kind and microbatch size (0 where there is none)."""
-    found: dict[tuple[int, str, int], list[float]] = {}
+def _durations(schedule: Schedule, steps: Sequence[LastStep]) -> dict[_Key, float]:
+    """Median seconds of actions by rank, kind, microbatch size and stage."""
+    found: dict[_Key, list[float]] = {}
     for step in steps:
         for report in step.reports:
             for event in report.events:
                 action = Action.parse(event.token)
                 batch = action.microbatch
                 size = 0 if batch is None else schedule.microbatch_sizes[batch]
-                spent = found.setdefault((report.rank, action.kind, size), [])
-                spent.append(event.end_s - event.start_s)
+                for stage in (None, action.stage):
+                    spent = found.setdefault((report.rank, action.kind, size, stage), [])
+                    spent.append(event.end_s - event.start_s)
     return {key: median(values) for key, values in found.items()}
 
 
-def _with_measured(row: SizeTiming, rank: int, spent: dict[tuple[int, str, int], float]) -> SizeTiming:
-    return replace(
-        row,
-        forward_s=spent.get((rank, "F", row.size), row.forward_s),
-        backward_s=spent.get((rank, "B", row.size), row.backward_s),
-    )
+def _with_measured(row: SizeTiming, rank: int, spent: dict[_Key, float]) -> SizeTiming:
+    ahead, back, first, later = (spent.get((rank, kind, row.size, row.stage)) for kind in "FBIW")
+    row = replace(row, forward_s=row.forward_s if ahead is None else ahead)
+    if first is not None and later is not None:
+        return replace(row, backward_s=first + later, weight_s=later, split_s=0.0)
+    return row if back is None else replace(row, backward_s=back)
 
 
-def _with_measured_sum(group: GradientGroup, spent: dict[tuple[int, str, int], float]) -> GradientGroup:
+def _with_measured_sum(group: GradientGroup, spent: dict[_Key, float]) -> GradientGroup:
     """The rank that comes last waits for nobody: the shortest of the group's times is the sum's own."""
-    times = [spent[rank, "A", 0] for rank in group.ranks if (rank, "A", 0) in spent]
+    times = [spent[rank, "A", 0, None] for rank in group.ranks if (rank, "A", 0, None) in spent]
     return replace(group, seconds=min(times, default=group.seconds))
 
 

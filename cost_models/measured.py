@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -37,12 +38,14 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         slowing: How many times longer they took with 1, 2, ... cores at work; empty where not measured.
         reference_s: What the reference took at that moment: the machine's speed.
         optimizer_s: What the optimiser took for all parameters; 0 where nothing is trained.
+        split_s: What backwards in two halves took more, for the whole model.
     """
 
     units: dict[str, UnitTiming]
     slowing: tuple[float, ...]
     reference_s: float
     optimizer_s: float = 0.0
+    split_s: float = 0.0
 
 
 def with_timing(
@@ -64,7 +67,9 @@ def with_timing(
     for kind, cost in enumerate(table.costs):
         unit = timing.units.get(unit_hash(graph, chain, first[kind]))
         costs.append(_corrected(cost, unit, table.sizes, local, slowdowns) if unit is not None else cost)
-    costs = _with_optimizer(table, costs, timing.optimizer_s, local, slowdowns)
+    measured = {"optimizer_s": timing.optimizer_s, "split_s": timing.split_s}
+    for name, seconds in measured.items():
+        costs = _divided(table, costs, name, seconds, local, slowdowns)
     shared = table.shared
     if shared is not None and timing.slowing:
         shared = replace(shared, slowing=timing.slowing)
@@ -124,23 +129,26 @@ def _corrected(
     return replace(cost, forward_s=forward_s, backward_s=backward_s, weight_s=weight_s)
 
 
-def _with_optimizer(
+def _divided(
     table: CostTable,
     costs: Sequence[UnitCost],
-    optimizer_s: float,
+    name: str,
+    measured_s: float,
     local: Sequence[bool],
     slowdowns: Sequence[float],
 ) -> list[UnitCost]:
-    """Each unit's predicted share of what the optimiser took for all of them."""
+    """Each unit's predicted share of what was measured for all of them."""
     found = list(costs)
     for k, (is_local, slowdown) in enumerate(zip(local, slowdowns, strict=True)):
-        predicted_s = sum(costs[kind].optimizer_s[k] for kind in table.units)
-        if not is_local or not optimizer_s or not predicted_s:
+        rows = [getattr(cost, name) for cost in costs]
+        predicted_s = sum(rows[kind][k] for kind in table.units if rows[kind])
+        if not is_local or not measured_s or not predicted_s:
             continue
-        ratio = optimizer_s * slowdown / predicted_s
+        ratio = measured_s * slowdown / predicted_s
         for kind, cost in enumerate(found):
-            row = (*cost.optimizer_s[:k], cost.optimizer_s[k] * ratio, *cost.optimizer_s[k + 1 :])
-            found[kind] = replace(cost, optimizer_s=row)
+            row: tuple[float, ...] = getattr(cost, name)
+            more: dict[str, Any] = {name: (*row[:k], row[k] * ratio, *row[k + 1 :])} if row else {}
+            found[kind] = replace(cost, **more)
     return found
 
 

@@ -27,7 +27,7 @@ from graphpar.runtime.starts import rank_starts
 from graphpar.runtime.weights import Weights
 from graphpar.training import Training
 
-WHOLE, BY_UNIT = "whole", "by unit"
+WHOLE, BY_UNIT, IN_HALVES = "whole", "by unit", "in halves"
 
 
 @dataclass
@@ -82,6 +82,7 @@ class TrialModel:
             divided = units.programs(units.schedule(1), 1)[0]
             workers.install_passes(WHOLE, program, 1)
             workers.install_passes(BY_UNIT, divided, len(units.placements))
+            workers.install_passes(IN_HALVES, program, 1, in_halves=True)
             yield TrialWorker(workers, self)
 
     def _lowered(self, chosen: Partition) -> Lowered:
@@ -128,6 +129,10 @@ class TrialWorker:
     def whole(self, size: int) -> tuple[float, float]:
         """Forward and backward seconds of the model for one microbatch."""
         return self._passed(WHOLE, size)[0]
+
+    def in_halves(self, size: int) -> float:
+        """Seconds of forward and backward with gradients of weights made apart."""
+        return sum(self._passed(IN_HALVES, size)[0])
 
     def by_unit(self, size: int) -> Spent:
         """Forward and backward seconds of every unit of the chain, in one pass over all of them."""

@@ -74,6 +74,7 @@ def time_model(
                 slowing=_slowing(model, worker, sizes[len(sizes) // 2], others),
                 reference_s=speed_s,
                 optimizer_s=_update_s(worker, sizes[0]) if table.training else 0.0,
+                split_s=_split_s(worker, sizes[len(sizes) // 2]) if table.training else 0.0,
             )
     except RunError:
         return None
@@ -133,6 +134,13 @@ def _by_hash(prepared: Prepared, rows: Mapping[int, Spent]) -> dict[str, UnitTim
         return tuple(median(row[unit][direction] for unit in alike) for row in rows.values())
 
     return {key: UnitTiming(tuple(rows), times(k, 0), times(k, 1)) for key, k in kinds.items()}
+
+
+def _split_s(worker: TrialWorker, size: int) -> float:
+    """What halves take more than whole backwards; taken in turn with those."""
+    worker.in_halves(size)
+    more = [worker.in_halves(size) - sum(worker.whole(size)) for _ in range(ROUNDS)]
+    return max(mean(more), 0.0)
 
 
 def _update_s(worker: TrialWorker, size: int) -> float:

@@ -102,9 +102,16 @@ class LocalWorkers:
         data = {"name": name, "number": number, "profile": profile}
         return [read_step(m) for m in self._ask([Message("step", data, i) for i in inputs])]
 
-    def install_passes(self, name: str, program: RankProgram, num_stages: int) -> None:
+    def install_passes(
+        self, name: str, program: RankProgram, num_stages: int, in_halves: bool = False
+    ) -> None:
         """Make ready to pass through all stages of a program's graph on every rank."""
-        data = {"name": name, "program": encode(program), "num_stages": num_stages}
+        data = {
+            "name": name,
+            "program": encode(program),
+            "num_stages": num_stages,
+            "in_halves": in_halves,
+        }
         self._ask([Message("install passes", data) for _ in self._processes])
 
     def time_pass(self, name: str, inputs: Mapping[str, torch.Tensor], size: int) -> Spent:

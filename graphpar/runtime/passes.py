@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphpar.ir.text import parse_graph
+from graphpar.runtime.deferral import Deferral
 from graphpar.runtime.lower import Message, StageBuilder
 from graphpar.runtime.program import RankProgram
 from graphpar.runtime.random import StepContext
@@ -23,6 +24,7 @@ class Passes:
         num_stages: Stages of that graph.
         tensors: Parameters, buffers and constants by label.
         clock: Tells the time.
+        in_halves: Whether gradients of weights are made apart, as in schedules that do so.
     """
 
     def __init__(
@@ -31,13 +33,16 @@ class Passes:
         num_stages: int,
         tensors: Mapping[str, torch.Tensor],
         clock: Callable[[], float],
+        in_halves: bool = False,
     ) -> None:
         graph, cpu = parse_graph(program.graph), torch.device("cpu")
         self._context = StepContext()
         self._training = program.training
         self._clock = clock
+        self._deferral = Deferral() if in_halves else None
         self._builders = [
-            StageBuilder(graph, stage, tensors, cpu, self._context) for stage in range(num_stages)
+            StageBuilder(graph, stage, tensors, cpu, self._context, deferral=self._deferral)
+            for stage in range(num_stages)
         ]
 
     def run(self, inputs: Mapping[str, torch.Tensor], size: int) -> Spent:
@@ -45,7 +50,7 @@ class Passes:
         context = self._context
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
         with torch.set_grad_enabled(self._training):
-            running = _Pass(self._clock, inputs, size)
+            running = _Pass(self._clock, inputs, size, self._deferral)
             for builder in self._builders:
                 running.forward(builder)
             if self._training:
@@ -72,6 +77,7 @@ class _Pass:
     clock: Callable[[], float]
     inputs: Mapping[str, torch.Tensor]
     size: int
+    deferral: Deferral | None = None
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)
     ran: list[_Ran] = field(default_factory=list)
@@ -101,7 +107,11 @@ class _Pass:
         ran = self.ran[number]
         began_s = self.clock()
         roots = self._roots(ran)
-        if roots:
+        if roots and self.deferral is not None:
+            with self.deferral.noting(0):
+                torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
+            self.deferral.settle(0)
+        elif roots:
             torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
         self.backward_s.insert(0, self.clock() - began_s)
         grads = ((tag, value.grad) for tag, value in ran.received.items())

@@ -138,10 +138,12 @@ class Worker:
                 return msgspec.structs.replace(report, rank=self.setup.rank)
         return None
 
-    def install_passes(self, name: str, program: RankProgram, num_stages: int) -> None:
+    def install_passes(self, name: str, program: RankProgram, num_stages: int, in_halves: bool) -> None:
         """Make ready to pass through all stages of a program's graph, for their times."""
         load_code(program.imports, program.operators)
-        self.passes[name] = Passes(program, num_stages, self.tensors, clock_of(self.setup.threads))
+        self.passes[name] = Passes(
+            program, num_stages, self.tensors, clock_of(self.setup.threads), in_halves
+        )
 
     def time_update(self) -> float:
         """Seconds of the optimiser's step, as a step of a job ends with it."""
@@ -346,7 +348,7 @@ def _answer(worker: Worker, command: Message) -> Message:
         return Message("ready")
     if command.kind == "install passes":
         program = msgspec.convert(data["program"], RankProgram)
-        worker.install_passes(data["name"], program, data["num_stages"])
+        worker.install_passes(data["name"], program, data["num_stages"], data["in_halves"])
         return Message("ready")
     if command.kind == "pass":
         return Message("spent", {"spent": worker.passes[data["name"]].run(command.tensors, data["size"])})
