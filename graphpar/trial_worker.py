@@ -11,13 +11,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cloudpickle
+import msgspec
 import torch
 from torch import nn
 
 from graphpar.cluster import Cluster
 from graphpar.errors import RunError
+from graphpar.ir.text import format_graph
 from graphpar.partition.types import Partition, Replica, StageChoice
+from graphpar.passes.deferral import DeferWeightGradients
 from graphpar.preparation import Prepared, lower
+from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.passes import Spent
@@ -82,7 +86,9 @@ class TrialModel:
             divided = units.programs(units.schedule(1), 1)[0]
             workers.install_passes(WHOLE, program, 1)
             workers.install_passes(BY_UNIT, divided, len(units.placements))
-            workers.install_passes(IN_HALVES, program, 1, in_halves=True)
+            marked, _ = Pipeline((DeferWeightGradients(frozenset({0})),)).run(whole.graphs[0])
+            halves = msgspec.structs.replace(program, graph=format_graph(marked))
+            workers.install_passes(IN_HALVES, halves, 1, in_halves=True)
             yield TrialWorker(workers, self)
 
     def _lowered(self, chosen: Partition) -> Lowered:
