@@ -43,7 +43,7 @@ _MOST_GUESS = 64.0
 _PLUNGE_FACTORS = (0.85, 0.9, 0.9, 0.95, 0.95)
 """From one programme to the next of a task that is met for the first time, extra falls by these."""
 
-_DIVE_FACTORS = (1.05, 1.15, 1.4, 2.0)
+_DIVE_FACTORS = (1.05, 1.15, 1.4, 2.0, 3.0, 5.0, 9.0)
 """Limits on extra tried, in multiples of a task's bound."""
 
 
