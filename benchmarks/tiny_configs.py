@@ -170,6 +170,8 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
             value = 8
         if value is None and _KEY_HEADS.search(name) and _HEADS.search(name):
             value = scale.heads
+        if value is None and name == "head_dim":  # neither given nor derived from the others
+            value = _first_int(base, ("hidden_size",)) // scale.heads or None
         if value is None and name == "vocab_size":
             value = VOCABULARY
             values["pad_token_id"] = 1
