@@ -7,6 +7,7 @@ with.
 """
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from statistics import mean, median
 
@@ -20,12 +21,14 @@ from graphpar.cost_models.measured import (
     save_timing,
     unit_hash,
 )
-from graphpar.errors import RunError
+from graphpar.errors import GraphparError
 from graphpar.neighbours import reference_s, slowing_by, up_to
 from graphpar.plans import hash_of
 from graphpar.preparation import Prepared
 from graphpar.runtime.passes import Spent
 from graphpar.trial_worker import TrialModel, TrialWorker
+
+_log = logging.getLogger("graphpar.timing")
 
 ROUNDS = 3
 """Passes that are counted, after one that warms up."""
@@ -76,7 +79,8 @@ def time_model(
                 optimizer_s=_update_s(worker, sizes[0]) if table.training else 0.0,
                 split_s=_split_s(worker, sizes[len(sizes) // 2]) if table.training else 0.0,
             )
-    except RunError:
+    except GraphparError as error:
+        _log.warning("The model's units could not be timed, so that curves stand for them: %s", error)
         return None
 
 
