@@ -1,5 +1,6 @@
 """The middle of the line: price a captured model, partition it, explain and predict what was found."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from graphpar.auto_precision import (
 )
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
+from graphpar.cluster_build import system_memory_bytes
 from graphpar.cost import CostTable, PricingOptions, StageOptions
 from graphpar.cost_models.extrapolation import extrapolations
 from graphpar.cost_models.measured import ModelTiming, with_timing
@@ -56,7 +58,7 @@ from graphpar.sensitivity import (
 from graphpar.tensor_groups import candidate_groups, settle_shardings, widest_group, with_group_modes
 from graphpar.training import Training
 from graphpar.trial_worker import TrialModel
-from graphpar.unit_timing import timed
+from graphpar.unit_timing import MOST_TWINS, timed
 
 EXPLAIN_S = 2.0
 """What `plan` may spend on saying why; `compile` is in more of a hurry."""
@@ -224,17 +226,25 @@ def _timing(
     example: Example,
     budget_s: float,
 ) -> ModelTiming | None:
-    """The model's units timed on this machine; None where no worker runs here, or it has no weights."""
+    """The model's units timed on this machine.
+
+    None where no worker runs here, where the model has no weights, or where whole copies of it with their
+    gradients and optimiser state would take more than half of the memory.
+    """
     here = [device for device in cluster.devices if device.is_local_cpu]
     threads = {device.threads for device in here}
     tensors = (*example.model.parameters(), *example.model.buffers())
     away = any(tensor.device.type != "cpu" for tensor in tensors)
     if threads != {calibration.fingerprint.threads} or away:
         return None
+    others = sorted(device.slowdown for device in here)[1:]
+    copies = 1 + min(len(others), MOST_TWINS)
+    held = 2.0 + (optimizer_state(train) if train else 0.0)
+    if copies * held * sum(t.nbytes for t in tensors) > system_memory_bytes(math.inf) / 2:
+        return None
     alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
     table = price(prepared, alone, train=train, calibration=calibration)
     model = TrialModel(example.model, prepared, example.args, example.kwargs, train, here[0].threads)
-    others = sorted(device.slowdown for device in here)[1:]
     return timed(model, prepared.model_hash, table, budget_s, others)
 
 

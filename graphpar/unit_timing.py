@@ -76,7 +76,7 @@ def time_model(
                 units=_by_hash(model.prepared, rows),
                 slowing=_slowing(model, worker, sizes[len(sizes) // 2], others),
                 reference_s=speed_s,
-                optimizer_s=_update_s(worker, sizes[0]) if table.training else 0.0,
+                optimizer_s=_update_s(worker, sizes[0], budget_s) if table.training else 0.0,
                 split_s=_split_s(worker, sizes[len(sizes) // 2]) if table.training else 0.0,
             )
     except GraphparError as error:
@@ -147,13 +147,13 @@ def _split_s(worker: TrialWorker, size: int) -> float:
     return max(mean(more), 0.0)
 
 
-def _update_s(worker: TrialWorker, size: int) -> float:
-    """Mean seconds of the optimiser; its first step, which makes its state, is left out."""
-    times = []
-    for _ in range(1 + ROUNDS):
+def _update_s(worker: TrialWorker, size: int, budget_s: float) -> float:
+    """Mean seconds of the optimiser; its first step, which makes its state, counts if alone."""
+    times: list[float] = []
+    while len(times) <= ROUNDS and sum(times) < budget_s:
         worker.whole(size)
         times.append(worker.update())
-    return mean(times[1:])
+    return mean(times[1:] or times)
 
 
 def _slowing(

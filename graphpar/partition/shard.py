@@ -46,6 +46,8 @@ from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 _REDUCTIONS_SHARE = 0.5
 """Share of the time limit after which the reductions are cut short."""
 
+_TINY_PAIRS = 2_000
+"""Pair variables up to which that ILP comes before any search."""
 _SMALL_PAIRS = 40_000
 """Pair variables up to which one ILP over everything left is worth its time."""
 
@@ -194,6 +196,8 @@ class _Run:
             self.bound(0.04)
             self.prove_if_promising()
             self.exact_windows(0.02)
+        if count_pairs(self.graph) <= _TINY_PAIRS:
+            self.prove_if_promising()  # sooner than any share of the time limit is spent on searching
         if state.done():
             return False
         self.start_walking()

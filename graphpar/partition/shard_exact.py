@@ -37,6 +37,10 @@ def solve_exactly(
     threads: int = 1,
 ) -> ExactResult:
     """Solve to the gap asked for or until the deadline (a `time.perf_counter` moment)."""
+    if not graph.costs:  # the reductions left no choice
+        chosen = np.zeros(0, dtype=np.intp)
+        fits = (memory.usage(chosen) - rows.limit).max(initial=0.0) <= 0
+        return ExactResult(chosen if fits else None, float(graph.constant), not fits)
     active, bound = set(active), -np.inf
     while (left_s := deadline_s - time.perf_counter()) > 0.1:
         built = build_program(graph, rows, active)

@@ -265,7 +265,8 @@ class Slow(torch.optim.SGD):
 model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 4))
 x, y = torch.randn(8, 4), torch.randn(8, 4)
 training = graphpar.Training(optimizer=lambda p: Slow(p, lr=0.1), loss=nn.functional.mse_loss)
-job = graphpar.compile(model, {"devices": [{"kind": "cpu", "threads": 1}]}, (x, y), train=training)
+cpu = {"devices": [{"kind": "cpu", "threads": 1}]}
+job = graphpar.compile(model, cpu, (x, y), train=training, measure_s=0)
 print(*job._workers.pids, job._workers._server.process.pid, flush=True)
 job.step(x, y)
 """
