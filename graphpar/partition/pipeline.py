@@ -28,6 +28,7 @@ from graphpar.partition.infeasible import explain_infeasible
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.pipeline_search import INFINITY, Found, search
 from graphpar.partition.programs import Programs
+from graphpar.partition.regular import regular_plans
 from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.side_by_side import best_shares, estimate_shares, grouping_bound_s
 from graphpar.partition.solver import Backend
@@ -176,6 +177,7 @@ class _Run:
 
     def counted(self) -> None:
         """A large cluster: one pipeline, with proof; then unlike ones side by side as time allows."""
+        self.regular()
         self.single()
         while self._gap > _LEAST_GAP and self._missed():
             # Real links cost more than was left for them: close the search's own gap further.
@@ -185,6 +187,15 @@ class _Run:
             self._bound_s = max(known_s, self._bound_s)
 
         self.kinds_side_by_side()
+
+    def regular(self) -> None:
+        """Take the best regular plan: whatever else is found, an answer is there."""
+        known = len(self._seen)
+        for found in regular_plans(self.family):
+            # The estimate orders plans; naming devices decides whether groups are joined as priced.
+            self._offer((found,))
+            if len(self._seen) > known:
+                return
 
     def kinds_side_by_side(self) -> None:
         """Try unlike kinds in pipelines side by side: by estimate first, and where that helps in full.
@@ -239,7 +250,8 @@ class _Run:
         tasks = self._programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
         result = search(
             tasks,
-            cutoff_s=self._target_s if self.family.exact else INFINITY,
+            # Relaxed links only make plans cheaper: what is no better with them is no better at all.
+            cutoff_s=self._target_s if self.family.exact else self.step_s,
             gap=self._gap,
             deadline_s=self._deadline_s,
             dive=True,
@@ -305,6 +317,8 @@ class _Run:
 
     def fall_back(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
         """After a search cut short: no answer may be worse than the plans nobody searches for."""
+        if self.family.repeats is None:
+            self.regular()
         for make in (one_device, data_parallel, greedy_split, even_split):
             try:
                 made = make(self._table, schedule=schedule, microbatches=microbatches)

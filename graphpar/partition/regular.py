@@ -1,0 +1,272 @@
+"""Regular plans of a large cluster: like stages of one kind of device, with blocks spread evenly.
+
+A regular plan runs every stage in one mode with the same number of replicas, and every stage holds as
+many blocks as the others or one less. It is what people write down by hand (tensor width x stages x
+copies). There are few enough to look at all of them, in arrays over replicas and stages, without a
+solver. Seconds are estimated with the slowest link that a stage may meet; bytes are counted by position
+as `pipeline_price` counts them, for the member that holds most. So where a regular plan fits into memory
+one is found, whatever time is left for a search.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from graphpar.cost import CostTable, LinkCost
+from graphpar.partition.cells import Cells, StageOption
+from graphpar.partition.chain import ChainAnswer, Stage
+from graphpar.partition.counting_columns import BoolArray
+from graphpar.partition.family import Family
+from graphpar.partition.pipeline_search import Found
+from graphpar.partition.repeats import Repeats, find_repeats
+from graphpar.partition.unit_arrays import FloatArray, IntArray, Setting
+
+_NO_LINK = LinkCost(0.0, float("inf"))
+
+_SPARE_STAGES = 2
+"""Stages beyond the fewest with the same number of blocks: they lighten the first and the last."""
+
+
+@dataclass(frozen=True)
+class _Regular:
+    """A regular plan that fits, by its estimated step."""
+
+    step_s: float
+    setting: Setting
+    option: StageOption
+    stages: int
+
+
+def regular_plans(family: Family) -> Iterator[Found]:
+    """Regular plans that fit into memory, the shortest estimated step first; links are not checked.
+
+    The best of every mode, microbatch count and kind; nothing for tables without equal blocks.
+    """
+    repeats = family.repeats or find_repeats(family.table)
+    if repeats is None:
+        return
+    # Under GPipe no less is in memory, so what does not fit under 1F1B does not fit at all.
+    schedule = "1f1b" if "1f1b" in family.schedules else family.schedules[0]
+    table, by_mode = family.table, _by_mode(family)
+    settings = [Setting(table.batch, m, schedule) for m in family.counts(table.batch)]
+    found = [
+        plan
+        for (cell, mode), options in by_mode.items()
+        for plan in _Mode(table, family.cells, repeats, cell, mode, options).best(settings)
+    ]
+    for plan in sorted(found, key=lambda r: r.step_s):
+        stages = tuple(
+            Stage(a, b, plan.option) for a, b in pairwise(_cuts(repeats, table.num_units, plan.stages))
+        )
+        step = plan.step_s
+        yield Found(plan.setting, ChainAnswer(step, 0.0, 0.0, 0.0, stages))
+
+
+def _by_mode(family: Family) -> dict[tuple[int, int], list[StageOption]]:
+    """Options by cell and mode."""
+    found: dict[tuple[int, int], list[StageOption]] = {}
+    for option in family.options:
+        cells, modes = {c for g in option.groups for c in g}, set(option.staff)
+        if len(cells) == 1 and len(modes) == 1 and option.width <= family.table.max_replicas:
+            found.setdefault((cells.pop(), modes.pop()), []).append(option)
+    return found
+
+
+def stage_blocks(number: int, stages: int) -> list[int]:
+    """Blocks of every stage: as even as can be, fewer at the first, the last, then from the front.
+
+    The first stage has the head and most in flight, the last one the tail.
+
+    >>> stage_blocks(126, 16)[:2], stage_blocks(126, 16)[-2:], stage_blocks(7, 4)
+    ([7, 8], [8, 7], [1, 2, 2, 2])
+    """
+    most = -(-number // stages)
+    spare = most * stages - number
+    order = [0, stages - 1, *range(1, stages - 1)]
+    fewer = set(order[:spare])
+    return [most - (i in fewer) for i in range(stages)]
+
+
+def _cuts(repeats: Repeats, num_units: int, stages: int) -> list[int]:
+    ends = np.cumsum(stage_blocks(repeats.number, stages)).tolist()
+    return [0, *(repeats.unit(b) for b in ends[:-1]), num_units]
+
+
+def _stage_counts(number: int) -> IntArray:
+    """For every number of blocks the fewest stages with no more than that, and some beyond."""
+    fewest = {-(-number // most) for most in range(1, number + 1)}
+    found = {s + more for s in fewest for more in range(_SPARE_STAGES + 1) if s + more <= number}
+    return np.array(sorted(found), dtype=np.intp)
+
+
+class _Mode:
+    """All regular plans of one mode on one cell; arrays are [replicas per stage, stages]."""
+
+    def __init__(
+        self,
+        table: CostTable,
+        cells: Cells,
+        repeats: Repeats,
+        cell: int,
+        number: int,
+        options: list[StageOption],
+    ) -> None:
+        mode = table.every_mode[number]
+        self._table, self._number, self._mode, self._options = table, number, mode, options
+        place = cells.cells[cell].place
+        # Where there is a single node there may be no network, and the other way round.
+        self._network = cells.links[-1][0] or cells.links[place][place] or _NO_LINK
+        self._inside = cells.links[place][place] or self._network
+        self._parts = (
+            range(repeats.start),
+            range(repeats.start, repeats.unit(1)),
+            range(repeats.end, table.num_units),
+        )
+        self._boundary = repeats.unit(1)
+        self._memory = table.device_classes[mode.members[0]].memory_bytes - table.reserved_bytes
+        self._width = np.array([o.width for o in options], dtype=np.intp)[:, None]
+        devices = self._width * len(mode.members)
+        # Without nodes in the account all devices of a cell are joined alike.
+        rooms = cells.rooms[cell] if cells.rooms else (cells.counts[cell],)
+        self._is_inside = devices <= (cells.node_sizes[cell] if cells.node_sizes else rooms[0])
+        self._stages = _stage_counts(repeats.number)[None, :]
+        groups = sum(n // len(mode.members) for n in rooms)
+        self._room = self._width * self._stages <= groups
+        self._set_blocks(repeats.number)
+        weights, gradients, state = (
+            self._bytes(f) for f in ("weight_bytes", "gradient_bytes", "optimizer_bytes")
+        )
+        self._gradients, self._weights = gradients, weights
+        # [part, width, 1]
+        by = [self._width if mode.zero >= level else np.ones_like(self._width) for level in (3, 2, 1)]
+        self._fixed = [weights[i] / by[0] + gradients[i] / by[1] + state[i] / by[2] for i in range(3)]
+
+    def _set_blocks(self, number: int) -> None:
+        """Blocks of the stages that may bind: first, the first of the fullest, last."""
+        rows = [stage_blocks(number, int(s)) for s in self._stages[0]]
+        self._first = np.array([r[0] for r in rows])
+        self._last = np.array([r[-1] for r in rows])
+        self._most = np.array([max(r) for r in rows])
+        # The stages from the first of the fullest on, itself included.
+        self._below = np.array([len(r) - r.index(max(r)) for r in rows])
+        self._blocks = number
+
+    def best(self, settings: list[Setting]) -> Iterator[_Regular]:
+        """The plan with the least estimated step of each setting that has one."""
+        if not self._room.any() or self._memory <= 0:
+            return
+        for setting in settings:
+            fits = self._room & (self._width <= setting.microbatches)
+            fits = fits & self._fits(setting)
+            if not fits.any():
+                continue
+            step = np.where(fits, self._step_s(setting), np.inf)
+            row, column = np.unravel_index(int(np.argmin(step)), step.shape)
+            yield _Regular(
+                float(step[row, column]), setting, self._options[row], int(self._stages[0, column])
+            )
+
+    def _fits(self, setting: Setting) -> BoolArray:
+        """Whether the first stage, the fullest and the last one fit into memory."""
+        size = -(-setting.samples // setting.microbatches)
+        saved = self._bytes("saved_bytes", size)
+        whole = [
+            (self._gradients[i] if self._mode.zero > 1 else 0.0)
+            + (self._weights[i] if self._mode.zero > 2 else 0.0)
+            for i in range(3)
+        ]
+        working = [self._largest("working_bytes", i, size) + whole[i] for i in range(3)]
+        held = -(-setting.microbatches // self._width)
+        alone = self._stages == 1
+
+        def peak(blocks: IntArray, below: IntArray, head: FloatArray, tail: FloatArray) -> FloatArray:
+            flying = np.minimum(held, below) if setting.schedule == "1f1b" else held
+            flying = flying if self._table.training else 0 * flying
+            fixed = self._fixed[1] * blocks + self._fixed[0] * head + self._fixed[2] * tail
+            kept = saved[1] * blocks + saved[0] * head + saved[2] * tail
+            most = np.maximum(working[1], np.maximum(working[0] * head, working[2] * tail))
+            found: FloatArray = fixed + flying * kept + most
+            return found
+
+        no, yes = np.zeros(self._stages.shape), np.ones(self._stages.shape)
+        # With blocks spread evenly the first of the fullest stages may be the first or the last one.
+        inner = peak(self._most, self._below, no, no)
+        first = peak(self._first, self._stages, yes, np.where(alone, 1.0, 0.0))
+        last = peak(self._last, np.ones_like(self._stages), np.where(alone, 1.0, 0.0), yes)
+        fits: BoolArray = np.maximum(np.maximum(first, last), inner) <= self._memory
+        return fits
+
+    def _step_s(self, setting: Setting) -> FloatArray:
+        """Estimated step: exact but for the links."""
+        table, zero = self._table, self._mode.zero
+        size = setting.samples / setting.microbatches
+        head, block, tail = (self._pass_s(part, size) for part in self._parts)
+        overhead = table.mode_overhead_s(self._number) * (2 if table.training else 1)
+        forward, backward = table.cut_bytes(self._boundary, size)
+        cut = self._network.seconds(forward) + (
+            self._network.seconds(backward) if table.training else 0.0
+        )
+        cuts = np.where(self._stages > 1, cut, 0.0)
+        most = self._most * block
+        heaviest = np.maximum(most, np.maximum(self._first * block + head, self._last * block + tail))
+        heaviest = np.where(self._stages > 1, heaviest, self._blocks * block + head + tail)
+        gradients = self._gradients[1] * self._most
+        weights = self._weights[1] * self._most
+        moved = 0.0 * self._width
+        if table.training and zero >= 2:
+            moved = self._half_ring_s(gradients) + (2 * self._half_ring_s(weights) if zero > 2 else 0.0)
+        period = heaviest + overhead + moved + cuts
+        fill = (
+            self._blocks * block
+            + head
+            + tail
+            + self._stages * (overhead + moved)
+            + (self._stages - 1) * cuts
+        )
+        step = fill + (-(-setting.microbatches // self._width) - 1) * period
+        if table.training:
+            sync = 2 * self._half_ring_s(gradients) if zero == 0 else 0.0
+            sync = sync + (self._half_ring_s(gradients) if zero == 1 else 0.0)
+            sync = sync + (self._half_ring_s(weights) if 0 < zero < 3 else 0.0)
+            optimizer = self._optimizer_s() * self._most / (self._width if zero else 1)
+            step = step + sync + optimizer
+        found: FloatArray = np.broadcast_to(step, self._room.shape)
+        return found
+
+    def _half_ring_s(self, num_bytes: FloatArray) -> FloatArray:
+        message = num_bytes / self._width
+        far = self._network.latency_s + message / self._network.bytes_per_s
+        near = self._inside.latency_s + message / self._inside.bytes_per_s
+        seconds = np.where(self._is_inside, near, far)
+        found: FloatArray = (self._width - 1) * (seconds + self._table.sum_s_per_byte * message)
+        return found
+
+    def _pass_s(self, units: range, size: float) -> float:
+        table = self._table
+        forward = sum(table.forward_s(u, self._number, size) for u in units)
+        if not table.training:
+            return forward
+        return forward + sum(table.backward_s(u, self._number, size) for u in units)
+
+    def _optimizer_s(self) -> float:
+        costs = [self._mode.costs[self._table.units[u]] for u in self._parts[1]]
+        return sum(c.optimizer_s for c in costs)
+
+    def _bytes(self, name: str, size: float | None = None) -> list[float]:
+        """Of head, block and tail: bytes of the member with most."""
+        return [
+            max((sum(row[m] for row in rows) for m in range(len(self._mode.members))), default=0.0)
+            for rows in (self._rows(name, i, size) for i in range(3))
+        ]
+
+    def _largest(self, name: str, part: int, size: float) -> float:
+        return max((max(row) for row in self._rows(name, part, size)), default=0.0)
+
+    def _rows(self, name: str, part: int, size: float | None) -> list[tuple[float, ...]]:
+        costs = [self._mode.costs[self._table.units[u]] for u in self._parts[part]]
+        rows = [getattr(c, name) for c in costs]
+        if size is None:
+            return rows
+        return [tuple(self._table.at_size(v, size) for v in row) for row in rows]
