@@ -254,7 +254,8 @@ class _Run:
             cutoff_s=self._target_s if self.family.exact else self.step_s,
             gap=self._gap,
             deadline_s=self._deadline_s,
-            dive=True,
+            # With one kind the regular plan is near the best: the time is for the bound.
+            dive=self.best is None or len(self.family.cells.counts) > 1,
         )
         self._bound_s = min(self._bound_s, result.bound_s)
         if result.cut:
