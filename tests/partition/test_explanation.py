@@ -24,6 +24,8 @@ def test_no_other_choice_beats_an_optimal_plan(table: CostTable) -> None:
     for choice in told.choices:
         for other in choice.alternatives:
             assert (other.costs_s is None) == bool(other.impossible)
+            if other.label in ("interleaved", "zero-bubble"):
+                continue  # the search proves nothing about these: they are tried on its plan afterwards
             assert other.costs_s is None or other.costs_s >= -1e-9 * max(1.0, found.objective_s)
     for runner in told.runners_up:
         assert runner.costs_s >= -1e-9 * max(1.0, found.objective_s)
