@@ -24,8 +24,9 @@ from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, St
 from graphpar.simulated import Simulated, certified, deal_any, simulated, stage_paces
 from graphpar.units import format_percent, format_seconds
 
-LEAST_GAIN = 0.02
-"""A schedule without a formula must be this much shorter; it costs the certificate of the search."""
+LEAST_GAIN = 0.10
+"""A schedule without a formula must be this much shorter: it costs the certificate of the search, and
+ran up to 9 % longer than simulated where it was measured (docs/schedules.md)."""
 
 CHUNKS = (2, 3, 4)
 """Stages per device that are tried."""
