@@ -11,7 +11,7 @@ from plan_samples import sample_plan
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "errors units",
+    "errors units tracing",
     "ir cost catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration loopback",
     "partition",

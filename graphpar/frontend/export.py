@@ -29,6 +29,7 @@ from graphpar.frontend.torch_private import (
     flatten,
     unflatten,
 )
+from graphpar.tracing import TRACING
 
 MODEL_PREFIX = "model."
 """Where the user's model sits inside `Traced`; stripped from every name."""
@@ -181,7 +182,8 @@ def export(
 
 
 def _exported(traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
-    return torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
+    with TRACING:
+        return torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
 
 
 def _decided(

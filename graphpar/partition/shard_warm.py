@@ -15,6 +15,7 @@ from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_local import LocalSearch
+from graphpar.tracing import TRACING
 
 
 class Stage(enum.Enum):
@@ -58,14 +59,17 @@ def warm_up(stage: Stage, most_s: float) -> bool:
 
 def _compile() -> None:
     try:
-        graph, rows = reduce_problem(_sample())
+        with TRACING:
+            graph, rows = reduce_problem(_sample())
         _READY[Stage.REDUCE].set()
         _GO_ON.wait()
-        dual = DualAscent(graph, rows)
-        dual.sweep()
-        chosen = dual.round_within_memory()
+        with TRACING:
+            dual = DualAscent(graph, rows)
+            dual.sweep()
+            chosen = dual.round_within_memory()
         _READY[Stage.BOUND].set()
-        LocalSearch(dual, chosen, 0).rehearse()
+        with TRACING:
+            LocalSearch(dual, chosen, 0).rehearse()
     except Exception as fault:
         _FAULTS.append(fault)
     finally:

@@ -1,7 +1,9 @@
 """The compiled loops of the sharding search against plain arithmetic."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -192,6 +194,23 @@ def test_compiling_needs_no_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(jit, "njit", refuse)
     assert jit.compiled(len) is len
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+def test_models_are_traced_while_the_search_is_compiled(tmp_path: Path) -> None:
+    """torch.export replaces built-in functions while it traces; the compiler must not meet them."""
+    code = (
+        "import torch\n"
+        "from graphpar.frontend.capture import capture\n"
+        "from graphpar.partition import shard_warm\n"
+        "shard_warm.go_on_warming()\n"
+        "shard_warm.warm_up(shard_warm.Stage.REDUCE, 0.0)\n"
+        "while not shard_warm.warm_up(shard_warm.Stage.SEARCH, 0.0):\n"
+        "    capture(torch.nn.Linear(4, 4), (torch.randn(2, 4),), {})\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_without_numba_the_answer_is_the_same_and_the_loss_is_said() -> None:
