@@ -65,6 +65,11 @@ class ShardingProblem:
         """Number of strategies, all nodes together."""
         return sum(map(len, self.node_costs))
 
+    @property
+    def num_pairs(self) -> int:
+        """Number of combinations that edges put a cost on."""
+        return sum(map(len, self.edge_costs))
+
 
 @dataclass(frozen=True)
 class Operator:

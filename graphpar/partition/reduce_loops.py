@@ -1,8 +1,14 @@
-"""Compiled questions about one cost table; infinite entries are impossible pairs."""
+"""Compiled questions about one cost table; infinite entries are impossible pairs.
+
+Each has a twin in array operations, which takes over until `compile_all` has run: the first run of an
+installation cannot wait for the compiler, and a call would block until the whole compilation is over.
+"""
+
+import threading
 
 import numpy as np
 
-from graphpar.partition.jit import compiled_exactly
+from graphpar.partition.jit import COMPILED, compiled_exactly
 from graphpar.partition.shard_graph import FloatArray
 
 ROWS_DETERMINE, COLUMNS_DETERMINE = 1, 2
@@ -10,8 +16,7 @@ ROWS_DETERMINE, COLUMNS_DETERMINE = 1, 2
 
 
 @compiled_exactly
-def any_impossible(table: FloatArray) -> bool:
-    """Whether some pair is impossible."""
+def _any_impossible_loop(table: FloatArray) -> bool:
     for i in range(table.shape[0]):
         for j in range(table.shape[1]):
             if table[i, j] == np.inf:
@@ -20,8 +25,7 @@ def any_impossible(table: FloatArray) -> bool:
 
 
 @compiled_exactly
-def is_separable(table: FloatArray) -> bool:
-    """Whether `table[i, j] = table[i, 0] + (table[0, j] - table[0, 0])` everywhere, all finite."""
+def _is_separable_loop(table: FloatArray) -> bool:
     for i in range(table.shape[0]):
         if table[i, 0] == np.inf:
             return False
@@ -36,8 +40,7 @@ def is_separable(table: FloatArray) -> bool:
 
 
 @compiled_exactly
-def determined(table: FloatArray) -> int:
-    """Whether every row, and whether every column, has exactly one possible entry."""
+def _determined_loop(table: FloatArray) -> int:
     in_columns = np.zeros(table.shape[1], np.int64)
     answer = ROWS_DETERMINE | COLUMNS_DETERMINE
     for i in range(table.shape[0]):
@@ -59,11 +62,7 @@ def determined(table: FloatArray) -> int:
 
 
 @compiled_exactly
-def add_largest_increase(worse: FloatArray, table: FloatArray) -> None:
-    """Add max over j of `table[b, j] - table[a, j]` to `worse[a, b]`, where that is finite.
-
-    An impossible `table[a, j]` asks nothing of b.
-    """
+def _add_largest_increase_loop(worse: FloatArray, table: FloatArray) -> None:
     count, width = table.shape
     for a in range(count):
         for b in range(count):
@@ -77,3 +76,61 @@ def add_largest_increase(worse: FloatArray, table: FloatArray) -> None:
                     if most == np.inf:
                         break
             worse[a, b] += most
+
+
+_READY = threading.Event()
+"""Set once the loops are compiled."""
+
+
+def compile_all() -> None:
+    """Compile every loop, or load it from disk; from then on they are used."""
+    if not COMPILED:
+        return
+    by_rows = np.zeros((2, 2))
+    for table in (by_rows, by_rows.T):
+        _any_impossible_loop(table)
+        _is_separable_loop(table)
+        _determined_loop(table)
+    _add_largest_increase_loop(by_rows.copy(), by_rows)
+    _READY.set()
+
+
+def any_impossible(table: FloatArray) -> bool:
+    """Whether some pair is impossible."""
+    if _READY.is_set():
+        return _any_impossible_loop(table)
+    return bool((table == np.inf).any())
+
+
+def is_separable(table: FloatArray) -> bool:
+    """Whether `table[i, j] = table[i, 0] + (table[0, j] - table[0, 0])` everywhere, all finite."""
+    if _READY.is_set():
+        return _is_separable_loop(table)
+    if not (np.isfinite(table[:, 0]).all() and np.isfinite(table[0]).all()):
+        return False
+    return bool((table == table[:, :1] + (table[0] - table[0, 0])).all())
+
+
+def determined(table: FloatArray) -> int:
+    """Whether every row, and whether every column, has exactly one possible entry."""
+    if _READY.is_set():
+        return _determined_loop(table)
+    possible = np.isfinite(table)
+    by_rows = bool((possible.sum(axis=1) == 1).all())
+    by_columns = bool((possible.sum(axis=0) == 1).all())
+    return ROWS_DETERMINE * by_rows + COLUMNS_DETERMINE * by_columns
+
+
+def add_largest_increase(worse: FloatArray, table: FloatArray) -> None:
+    """Add max over j of `table[b, j] - table[a, j]` to `worse[a, b]`, where that is finite.
+
+    An impossible `table[a, j]` asks nothing of b.
+    """
+    if _READY.is_set():
+        _add_largest_increase_loop(worse, table)
+        return
+    for increase, row in zip(worse, table, strict=True):
+        asked = np.isfinite(row)
+        most = (table[:, asked] - row[asked]).max(axis=1, initial=-np.inf)
+        finite = increase < np.inf
+        increase[finite] += most[finite]

@@ -26,7 +26,7 @@ from graphpar.partition.answers import (
     ignore_progress,
     relative_gap,
 )
-from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import Number, ShardingProblem
 from graphpar.partition.reduce import reduce_graph, reduce_problem
@@ -37,7 +37,7 @@ from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import count_pairs
 from graphpar.partition.shard_local import LocalSearch, Walker, promises
 from graphpar.partition.shard_memory import MemoryMatrix
-from graphpar.partition.shard_plain import plain_choice
+from graphpar.partition.shard_plain import plain_bound, plain_choice
 from graphpar.partition.shard_search import WindowSearch
 from graphpar.partition.shard_state import Candidate, State
 from graphpar.partition.shard_warm import Stage, go_on_warming, warm_up
@@ -45,6 +45,12 @@ from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _REDUCTIONS_SHARE = 0.5
 """Share of the time limit after which the reductions are cut short."""
+
+_COMPILER_SHARE = 0.05
+"""Share of the time limit that the reductions wait for their compiled loops."""
+
+_INSTANT_PAIRS = 20_000
+"""Pairs up to which reductions, a first answer and a first bound take well under a second."""
 
 _TINY_PAIRS = 2_000
 """Pair variables up to which that ILP comes before any search."""
@@ -123,12 +129,13 @@ def _whole(costs: tuple[tuple[Number, ...], ...]) -> bool:
 
 def _search(state: State, threads: int, seed: int) -> bool:
     """All phases; returns whether infeasibility was proven. Raises OutOfTimeError at any point."""
-    if not warm_up(Stage.REDUCE, state.left_s()):
-        return False
+    warm_up(Stage.REDUCE, _COMPILER_SHARE * state.time_limit_s)
+    # What takes no time is done even if the clock says otherwise: the machine may have stood still.
+    clock = never if state.problem.num_pairs <= _INSTANT_PAIRS else state.out_of_time
     graph, rows = reduce_problem(
         state.problem,
         lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
-        state.out_of_time,
+        clock,
     )
     if graph.infeasible:
         return True
@@ -136,9 +143,7 @@ def _search(state: State, threads: int, seed: int) -> bool:
         state.offer(Candidate(graph, [], np.zeros(0, dtype=np.intp), graph.constant), at_once=True)
         state.raise_bound(graph.constant)
         return False
-    if state.out_of_time():
-        return False
-    first = _plain_answer(state, graph, rows)
+    first = _plain_answer(state, graph, rows, clock)
     go_on_warming()
     if not warm_up(Stage.BOUND, state.left_s()):
         return False
@@ -151,14 +156,17 @@ def _search(state: State, threads: int, seed: int) -> bool:
         run.stop()
 
 
-def _plain_answer(state: State, graph: ShardingGraph, rows: MemoryRows) -> IntArray | None:
-    """A first answer, before the bounds; on an installation's first run they wait for the compiler."""
+def _plain_answer(
+    state: State, graph: ShardingGraph, rows: MemoryRows, clock: ShouldStop
+) -> IntArray | None:
+    """A first answer and bound; on an installation's first run the better ones wait for the compiler."""
     state.phase = "first answer"
-    memory = MemoryMatrix(graph, rows, state.out_of_time)
-    chosen = plain_choice(graph, memory, state.out_of_time)
+    memory = MemoryMatrix(graph, rows, clock)
+    chosen = plain_choice(graph, memory, clock)
     if chosen is not None:
         choice = {u: int(i) for u, i in zip(memory.vertices, chosen, strict=True)}
         state.offer(Candidate(graph, memory.vertices, chosen, graph.value(choice)), at_once=True)
+    state.raise_bound(plain_bound(graph, clock))
     return chosen
 
 

@@ -1,8 +1,8 @@
-"""A first answer from array operations alone, for runs that cannot wait for the compiler.
+"""A first answer and bound from array operations alone, for runs that cannot wait for the compiler.
 
 Vertices are given their strategies one after the other: the cheapest, seen from the neighbours chosen
 before and from what the others promise at best, among those that still fit with everybody to come at
-their least memory.
+their least memory. The bound leaves memory out and lets every edge charge half to each of its ends.
 """
 
 import numpy as np
@@ -40,6 +40,24 @@ def plain_choice(
             return None
         chosen[vertex] = result[p] = best
     return result
+
+
+def plain_bound(graph: ShardingGraph, should_stop: ShouldStop = never) -> float:
+    """A lower bound on every choice's cost.
+
+    An edge costs `C(i, j) >= min_j C(i, j) / 2 + min_i C(i, j) / 2`, so the sum over the vertices of the
+    least `c(i)` plus half of what each edge charges strategy i at best is no more than any choice costs.
+
+    Raises:
+        OutOfTimeError: It was time to stop.
+    """
+    bound = graph.constant
+    for vertex, costs in in_time(graph.costs.items(), should_stop):
+        charged = costs.copy()
+        for table in graph.tables[vertex].values():
+            charged += 0.5 * table.min(axis=1)
+        bound += float(charged.min())
+    return bound
 
 
 def _view(graph: ShardingGraph, chosen: dict[int, int], vertex: int) -> FloatArray:

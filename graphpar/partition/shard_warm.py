@@ -1,9 +1,9 @@
 """Compiling the sharding search while other work goes on, without ever passing the time limit.
 
 The first run of an installation compiles for some ten seconds of CPU time, later ones load what lies on
-disk. The compiler works in a thread of its own and in the order in which a run needs things, so that
-reductions, a first answer and the first bounds do not wait for the search's loops. Most of a compilation
-holds the interpreter's lock, so it goes on after the reductions only when told to.
+disk. The compiler works in a thread of its own and in the order in which a run needs things. Reductions,
+a first answer and a first bound come from array operations until it is done with their loops. Most of
+a compilation holds the interpreter's lock, so it goes on after the reductions only when told to.
 """
 
 import enum
@@ -13,6 +13,7 @@ from graphpar.errors import GraphparError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
+from graphpar.partition.reduce_loops import compile_all
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_local import LocalSearch
 from graphpar.tracing import TRACING
@@ -60,10 +61,11 @@ def warm_up(stage: Stage, most_s: float) -> bool:
 def _compile() -> None:
     try:
         with TRACING:
-            graph, rows = reduce_problem(_sample())
+            compile_all()
         _READY[Stage.REDUCE].set()
         _GO_ON.wait()
         with TRACING:
+            graph, rows = reduce_problem(_sample())
             dual = DualAscent(graph, rows)
             dual.sweep()
             chosen = dual.round_within_memory()

@@ -1,11 +1,13 @@
 """Sharding against brute force: reductions, dual bounds, windows and the whole solver."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from small_problems import best_sharding, ring, sharding_problems
 
-from graphpar.partition import shard
+from graphpar.partition import reduce_loops, shard
 from graphpar.partition.answers import Progress
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
@@ -15,6 +17,7 @@ from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_exact import solve_exactly
 from graphpar.partition.shard_ilp import merge_classes
 from graphpar.partition.shard_memory import spread_peaks
+from graphpar.partition.shard_plain import plain_bound
 from graphpar.partition.shard_search import WindowSearch
 
 
@@ -122,8 +125,9 @@ def test_peaks_are_spread() -> None:
 
 
 def test_a_forced_truncation_is_reported() -> None:
+    # The answer and the bound may be those from before the compiler is done, so any limit must do.
     moments: list[Progress] = []
-    solved = solve_sharding(ring(60, 0), time_limit_s=3, progress=moments.append)
+    solved = solve_sharding(ring(60, 0), time_limit_s=1, progress=moments.append)
     assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
     assert solved.objective is not None
     assert solved.bound is not None
@@ -132,6 +136,52 @@ def test_a_forced_truncation_is_reported() -> None:
     assert incumbents == sorted(incumbents, reverse=True)
     bounds = [m.bound for m in moments if m.bound is not None]
     assert bounds == sorted(bounds)
+
+
+def test_an_answer_and_a_bound_come_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduce_loops, "_READY", threading.Event())
+    monkeypatch.setattr(shard, "warm_up", lambda stage, most_s: False)
+    solved = solve_sharding(ring(60, 0), time_limit_s=0.01)
+    assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
+    assert solved.objective is not None
+    assert solved.bound is not None
+    assert 0 < solved.bound < solved.objective
+    assert "compiled" in solved.note
+
+
+@settings(max_examples=50, deadline=None)
+@given(sharding_problems())
+def test_the_first_bound_is_true(problem: ShardingProblem) -> None:
+    best = best_sharding(problem)
+    graph, _ = reduce_problem(problem)
+    if best is not None:
+        assert plain_bound(graph) <= best + 1e-9
+
+
+def test_array_operations_answer_as_the_loops_do() -> None:
+    reduce_loops.compile_all()
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        table = random.integers(0, 3, random.integers(1, 4, 2)).astype(np.float64)
+        if random.random() < 0.3:
+            table = table[:, :1] + table[:1]
+        table[table == 2] = random.choice([np.inf, 2.0])
+        worse = random.choice([np.inf, 0.0, -1.0], (len(table), len(table)))
+        answers = []
+        for ready in (threading.Event(), reduce_loops._READY):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(reduce_loops, "_READY", ready)
+                increased = worse.copy()
+                reduce_loops.add_largest_increase(increased, table)
+                answers.append(
+                    (
+                        reduce_loops.any_impossible(table),
+                        reduce_loops.is_separable(table),
+                        reduce_loops.determined(table),
+                        increased.tolist(),
+                    )
+                )
+        assert answers[0] == answers[1]
 
 
 def test_a_wide_gap_stops_the_search() -> None:
