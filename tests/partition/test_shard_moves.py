@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.errors import GraphparError
-from graphpar.partition import jit, shard_warm
+from graphpar.partition import jit, shard, shard_warm
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
@@ -157,6 +157,7 @@ def line(length: int) -> ShardingProblem:
 
 def test_out_of_time_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(State, "out_of_time", lambda _: True)
+    monkeypatch.setattr(shard, "_INSTANT_PAIRS", -1)
     solved = solve_sharding(line(9))
     assert (solved.status, solved.truncated_by, solved.answer) == ("unknown", "time limit", None)
 
@@ -174,13 +175,13 @@ def test_a_limit_shorter_than_the_compiler_is_said(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not COMPILED, reason="numba is not installed")
 def test_a_compiler_that_fails_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail() -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(shard_warm, "_READY", {stage: Event() for stage in Stage})
     monkeypatch.setattr(shard_warm, "_FAULTS", [])
     monkeypatch.setattr(shard_warm, "_THREADS", [])
-    monkeypatch.setattr(shard_warm, "reduce_problem", fail)
+    monkeypatch.setattr(shard_warm, "compile_all", fail)
     with pytest.raises(GraphparError, match=r"No space left on device.*NUMBA_CACHE_DIR"):
         solve_sharding(line(9), time_limit_s=60)
 
