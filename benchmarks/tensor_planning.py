@@ -14,7 +14,8 @@ import torch
 
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
-from graphpar.cost_models.sharding import ShardingOptions, TensorGroup, choose_sharding
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.sharding import choose_sharding
 from graphpar.passes.shard import Shard
 from graphpar.preparation import prepare
 from graphpar.tensor_groups import as_one_stage

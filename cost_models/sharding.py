@@ -13,76 +13,21 @@ in whole nanoseconds, so that bounds round up and the solver's proof is exact.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from graphpar.cost import LinkCost
-from graphpar.cost_models.layout import find_layout
-from graphpar.cost_models.opcost import work_of
-from graphpar.cost_models.rates import CatalogueRates, Rates
-from graphpar.cost_models.work import Kernel
-from graphpar.device import Device
+from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
 from graphpar.errors import VerifyError
 from graphpar.ir.chain import Chain
-from graphpar.ir.conversions import CollectiveName, conversion
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.shards import Layout, Split
-from graphpar.ir.strategies import Strategy, carries_gradient, strategies_of, value_of
+from graphpar.ir.strategies import Strategy, strategies_of, value_of
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.shard import solve_sharding
 
 _SOLVE_LIMITS_S = (20.0, 120.0)
 """Folded blocks take a fraction of a second; on a busy machine the first call may need longer."""
-
-_CPU_CALL_S = 1e-4
-"""Processor time of the calling thread in a gloo collective of few bytes, its autograd node included:
-75 to 130 microseconds for a sum, twice that for an exchange, on an AMD EPYC, torch 2.13, 2026-11-25."""
-_CALLS: dict[CollectiveName, int] = {
-    "all_reduce": 1,
-    "all_gather": 2,
-    "reduce_scatter": 2,
-    "all_to_all": 2,
-}
-_COPIED: dict[CollectiveName, float] = {
-    "all_reduce": 0.5, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0
-}  # fmt: skip
-"""How much of the value a member copies for itself: to slices and back, or for a sum half of it."""
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """Who shares a stage.
-
-    Attributes:
-        devices: The members.
-        shares: Each member's share of what is cut.
-        link: The worst link between two of them.
-    """
-
-    devices: tuple[Device, ...]
-    shares: tuple[float, ...]
-    link: LinkCost
-
-    @property
-    def size(self) -> int:
-        """Members."""
-        return len(self.devices)
-
-    def seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
-        """Time of a collective over a value of so many bytes: a ring, messages of 1/n of it.
-
-        An all-to-all of slices sends 1/n of each slice to each member.
-        """
-        if name is None:
-            return 0.0
-        turns = self.size - 1
-        part = num_bytes / self.size / (self.size if name == "all_to_all" else 1)
-        return (
-            (2 if name == "all_reduce" else 1)
-            * turns
-            * (self.link.latency_s + part / self.link.bytes_per_s)
-        )
 
 
 @dataclass(frozen=True)
@@ -103,34 +48,6 @@ class Sharding:
     weights: Mapping[str, Layout]
     objective_s: float = 0.0
     bound_s: float | None = None
-
-
-@dataclass(frozen=True)
-class ShardingOptions:
-    """What the programme has to know besides graph and group.
-
-    Attributes:
-        samples: Samples in a microbatch.
-        microbatches: Microbatches between two optimiser steps.
-        training: Whether there is a backward.
-        state_ratio: Bytes of optimiser state per byte of weights.
-        fixed: Slices of weights by label that are given: those an earlier job holds.
-        cuts_weights: False keeps every weight whole, for optimisers that must see whole ones.
-        memory_bytes: Most bytes that weights, gradients, optimiser state and the activations of one
-            microbatch may take at a member; None for no limit.
-        hold_factor: Price of memory: a byte of weights, gradients and optimiser state that a member
-            holds counts as so many bytes sent. 0 lets time alone decide, which often keeps weights
-            whole and cuts the sequence.
-    """
-
-    samples: int
-    microbatches: int = 4
-    training: bool = True
-    state_ratio: float = 2.0
-    fixed: Mapping[str, Layout] = field(default_factory=dict)
-    cuts_weights: bool = True
-    memory_bytes: float | None = None
-    hold_factor: float = 0.0
 
 
 def choose_sharding(
@@ -341,142 +258,6 @@ def _nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9) if seconds < IMPOSSIBLE_COST else IMPOSSIBLE_COST
 
 
-class OpTimes:
-    """Seconds and bytes of ops and conversions for one group.
-
-    Args:
-        graph: The lowered graph.
-        group: Who computes.
-        options: Microbatch size and the like.
-        rates: Rates of each member; from the catalogue when left out, so that every rank of a job
-            decides the same whatever was measured on its machine.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        group: TensorGroup,
-        options: ShardingOptions,
-        rates: Callable[[Device], Rates] = CatalogueRates,
-    ) -> None:
-        self.graph, self.group, self.options = graph, group, options
-        self.layout = find_layout(graph)
-        self.rates = [rates(device) for device in group.devices]
-        self.slowdowns = [device.slowdown for device in group.devices]
-        self._whole: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {}
-
-    def parts(self, op: Op, strategy: Strategy) -> tuple[float, float]:
-        """Forward and backward seconds at the member that takes longest."""
-        if op.target in ("gp.send", "gp.recv", "output"):
-            return 0.0, 0.0
-        shares = strategy.shares or (1.0,) * self.group.size
-        times = [
-            (floor + (full - floor) * share, floor_b + (full_b - floor_b) * share)
-            for (full, floor, full_b, floor_b), share in zip(self._members(op), shares, strict=True)
-        ]
-        return max(t[0] for t in times), max(t[1] for t in times)
-
-    def seconds(self, op: Op, strategy: Strategy) -> float:
-        """Seconds of an op in both directions, collectives inside it included."""
-        total = sum(self.parts(op, strategy))
-        return total + sum(self.inner_seconds(op, strategy))
-
-    def inner_seconds(self, op: Op, strategy: Strategy) -> tuple[float, float]:
-        """Collectives that are part of an op: a loss over cut classes exchanges a few numbers a row."""
-        if strategy.special != "classes":
-            return 0.0, 0.0
-        rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
-        return 2 * self.group.seconds("all_reduce", 8.0 * rows), 0.0
-
-    def _members(self, op: Op) -> list[tuple[float, float, float, float]]:
-        """For each member seconds forward, the part no split shortens, and the same backward."""
-        key = (op.name, self.options.samples)
-        if key not in self._whole:
-            work = work_of(op, self.graph, self.layout, self.options.samples)
-            back = work.backward if self.options.training else ()
-            rows = []
-            for rate, slowdown in zip(self.rates, self.slowdowns, strict=True):
-                ahead, empty = rate.seconds(work.forward), rate.seconds(_empty(work.forward))
-                behind, hollow = (rate.seconds(ks, backward=True) for ks in (back, _empty(back)))
-                rows.append(
-                    tuple(slowdown * x for x in (ahead, min(empty, ahead), behind, min(hollow, behind)))
-                )
-            self._whole[key] = [(a, b, c, d) for a, b, c, d in rows]
-        return self._whole[key]
-
-    def conversion_parts(self, op: Op, made: Layout, wanted: Layout) -> tuple[float, float] | None:
-        """Forward and backward seconds of bringing a value from one layout to another."""
-        gradient = self.options.training and carries_gradient(self.graph, op.name)
-        how = conversion(made, wanted, gradient, op.target == "parameter")
-        if how is None or not all(t is not None for t in op.types):
-            return None if how is None or how.target else (0.0, 0.0)
-        num_bytes = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
-        ahead, behind = (
-            self.group.seconds(name, num_bytes) + self._host_seconds(name, num_bytes)
-            for name in (how.forward, how.backward)
-        )
-        if op.target == "parameter" and how.target == "gp.copy_to_group":
-            behind /= self.options.microbatches  # summed once, after the last microbatch
-        return ahead, behind
-
-    def _host_seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
-        """What a collective asks of a CPU itself: calls, and copies to where slices belong."""
-        if name is None:
-            return 0.0
-        copied = Kernel("copy", num_bytes / 4, 2 * num_bytes * _COPIED[name])
-        return max(
-            (
-                slowdown * (_CPU_CALL_S * _CALLS[name] + rate.seconds([copied]))
-                for device, rate, slowdown in zip(
-                    self.group.devices, self.rates, self.slowdowns, strict=True
-                )
-                if device.is_cpu
-            ),
-            default=0.0,
-        )
-
-    def conversion_seconds(self, op: Op, made: Layout, wanted: Layout) -> float:
-        """Seconds in both directions; endless where there is no way."""
-        found = self.conversion_parts(op, made, wanted)
-        return float(IMPOSSIBLE_COST) if found is None else sum(found)
-
-    def optimizer_seconds(self, op: Op, layout: Layout) -> float:
-        """A microbatch's part of the optimiser's time for a weight."""
-        if not self.options.training or not op.attr("grad"):
-            return 0.0
-        numel = op.type.numel(1)
-        times = (
-            rate.optimizer_seconds(numel * _share(layout, k), 1, self.options.state_ratio) * slow
-            for k, (rate, slow) in enumerate(zip(self.rates, self.slowdowns, strict=True))
-        )
-        return max(times) / self.options.microbatches
-
-    def holding_seconds(self, op: Op, layout: Layout) -> float:
-        """The price of memory, in seconds.
-
-        Any slice counts as the largest share: heads that do not divide are no reason to cut elsewhere.
-        """
-        cut = max(self.group.shares) if isinstance(layout, Split) else 1.0
-        sent = self.options.hold_factor * self.weight_bytes(op, "whole") * cut
-        return sent / self.group.link.bytes_per_s
-
-    def weight_bytes(self, op: Op, layout: Layout) -> float:
-        """Weight, gradient and optimiser state at the member with most of it."""
-        trained = self.options.training and bool(op.attr("grad"))
-        times = 2 + self.options.state_ratio if trained else 1.0
-        return op.type.bytes(1) * times * max(_share(layout, k) for k in range(self.group.size))
-
-    def kept_bytes(self, op: Op, strategy: Strategy) -> float:
-        """Results kept for backward, at the member with most of them."""
-        if not self.options.training or not op.attr("grad"):
-            return 0.0
-        return sum(
-            kind.bytes(self.options.samples) * max(_share(layout, k) for k in range(self.group.size))
-            for kind, layout in zip(op.types, strategy.results, strict=True)
-            if kind is not None
-        )
-
-
 def _cast_as_held(held: Layout, wanted: Layout) -> bool:
     """Whether a weight is cast as it lies, and sent only afterwards, in the lower format.
 
@@ -484,15 +265,6 @@ def _cast_as_held(held: Layout, wanted: Layout) -> bool:
     whatever collective stood before.
     """
     return held == wanted or (held == "whole" and wanted == "copied")
-
-
-def _share(layout: Layout, member: int) -> float:
-    return layout.share(member) if isinstance(layout, Split) else 1.0
-
-
-def _empty(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The same launches with nothing to do but start."""
-    return [replace(k, elements=1.0, bytes=1.0, flops=0.0, matrix=None, attention=None) for k in kernels]
 
 
 def conversions_of(sharding: Sharding, graph: Graph, op: Op) -> Iterator[tuple[str, Layout, Layout]]:

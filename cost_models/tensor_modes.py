@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
+from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
 from graphpar.cost_models.rates import rates_of
-from graphpar.cost_models.sharding import OpTimes, Sharding, ShardingOptions, TensorGroup, conversions_of
+from graphpar.cost_models.sharding import Sharding, conversions_of
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op

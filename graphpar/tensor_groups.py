@@ -9,8 +9,9 @@ from typing import Literal
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster, Device
 from graphpar.cost import CostTable, LinkCost
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.rates import CatalogueRates
-from graphpar.cost_models.sharding import Sharding, ShardingOptions, TensorGroup, choose_sharding
+from graphpar.cost_models.sharding import Sharding, choose_sharding
 from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.group_shardings import agreed, recorded, restored
 from graphpar.ir.chain import Chain, build_chain

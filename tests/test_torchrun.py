@@ -15,7 +15,7 @@ from helpers import Line, force
 from torchrun_script import Net
 
 from graphpar.cluster import Cluster
-from graphpar.cost_models.sharding import OpTimes, TensorGroup
+from graphpar.cost_models.group_times import OpTimes, TensorGroup
 from graphpar.errors import ClusterError
 from graphpar.runtime.torchrun import match_devices
 from graphpar.training import Training

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 DTYPE_BYTES = {
@@ -152,6 +153,10 @@ class Op:
 
     def operands(self) -> tuple[str, ...]:
         """Names of the ops it reads, in argument order, repeats kept."""
+        return self._operands
+
+    @cached_property
+    def _operands(self) -> tuple[str, ...]:
         return tuple(self._refs(self.args)) + tuple(self._refs(tuple(v for _, v in self.kwargs)))
 
     @staticmethod

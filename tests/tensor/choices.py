@@ -7,7 +7,8 @@ from threads import Choice, one_stage
 
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
-from graphpar.cost_models.sharding import ShardingOptions, TensorGroup, choose_sharding
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.sharding import choose_sharding
 from graphpar.ir.conversions import conversion
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES

@@ -9,7 +9,7 @@ from choices import ETHERNET, NVLINK, PCIE, gpus, planned
 from threads import Choice, one_stage
 
 from graphpar.cost import LinkCost
-from graphpar.cost_models.sharding import ShardingOptions
+from graphpar.cost_models.group_times import ShardingOptions
 from graphpar.ir.ops import Op
 from graphpar.ir.shards import Split
 from graphpar.preparation import Prepared, prepare

@@ -8,7 +8,7 @@ from helpers import TRAINING, Line, force
 from torch import nn
 
 import graphpar
-from graphpar.cost_models.sharding import OpTimes, TensorGroup
+from graphpar.cost_models.group_times import OpTimes, TensorGroup
 from graphpar.planner import plan_of, price
 from graphpar.precision import Formats, labelled, rewritten_by_device
 from graphpar.runtime.job import CompiledModel

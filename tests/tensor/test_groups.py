@@ -8,7 +8,7 @@ import torch
 from helpers import TRAINING, Line, check_inference, check_training, force, sgd
 from torch import nn
 
-from graphpar.cost_models.sharding import OpTimes, TensorGroup
+from graphpar.cost_models.group_times import OpTimes, TensorGroup
 from graphpar.training import Training
 from graphpar.verify import verify
 

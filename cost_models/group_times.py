@@ -1,0 +1,284 @@
+"""What ops, weights and collectives cost a tensor group: seconds and bytes at its slowest member."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from graphpar.cost import LinkCost
+from graphpar.cost_models.layout import find_layout
+from graphpar.cost_models.opcost import work_of
+from graphpar.cost_models.rates import CatalogueRates, Rates
+from graphpar.cost_models.work import Kernel
+from graphpar.device import Device
+from graphpar.ir.conversions import CollectiveName, conversion
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import Op
+from graphpar.ir.shards import Layout, Split
+from graphpar.ir.strategies import Strategy, carries_gradient
+from graphpar.partition.problems import IMPOSSIBLE_COST
+
+_CPU_CALL_S = 1e-4
+"""Processor time of the calling thread in a gloo collective of few bytes, its autograd node included:
+75 to 130 microseconds for a sum, twice that for an exchange, on an AMD EPYC, torch 2.13, 2026-11-25."""
+_CALLS: dict[CollectiveName, int] = {
+    "all_reduce": 1,
+    "all_gather": 2,
+    "reduce_scatter": 2,
+    "all_to_all": 2,
+}
+_COPIED: dict[CollectiveName, float] = {
+    "all_reduce": 0.5, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0
+}  # fmt: skip
+"""How much of the value a member copies for itself: to slices and back, or for a sum half of it."""
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Who shares a stage.
+
+    Attributes:
+        devices: The members.
+        shares: Each member's share of what is cut.
+        link: The worst link between two of them.
+    """
+
+    devices: tuple[Device, ...]
+    shares: tuple[float, ...]
+    link: LinkCost
+
+    @property
+    def size(self) -> int:
+        """Members."""
+        return len(self.devices)
+
+    def seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
+        """Time of a collective over a value of so many bytes: a ring, messages of 1/n of it.
+
+        An all-to-all of slices sends 1/n of each slice to each member.
+        """
+        if name is None:
+            return 0.0
+        turns = self.size - 1
+        part = num_bytes / self.size / (self.size if name == "all_to_all" else 1)
+        return (
+            (2 if name == "all_reduce" else 1)
+            * turns
+            * (self.link.latency_s + part / self.link.bytes_per_s)
+        )
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """What the programme has to know besides graph and group.
+
+    Attributes:
+        samples: Samples in a microbatch.
+        microbatches: Microbatches between two optimiser steps.
+        training: Whether there is a backward.
+        state_ratio: Bytes of optimiser state per byte of weights.
+        fixed: Slices of weights by label that are given: those an earlier job holds.
+        cuts_weights: False keeps every weight whole, for optimisers that must see whole ones.
+        memory_bytes: Most bytes that weights, gradients, optimiser state and the activations of one
+            microbatch may take at a member; None for no limit.
+        hold_factor: Price of memory: a byte of weights, gradients and optimiser state that a member
+            holds counts as so many bytes sent. 0 lets time alone decide, which often keeps weights
+            whole and cuts the sequence.
+    """
+
+    samples: int
+    microbatches: int = 4
+    training: bool = True
+    state_ratio: float = 2.0
+    fixed: Mapping[str, Layout] = field(default_factory=dict)
+    cuts_weights: bool = True
+    memory_bytes: float | None = None
+    hold_factor: float = 0.0
+
+
+class OpTimes:
+    """Seconds and bytes of ops and conversions for one group.
+
+    Args:
+        graph: The lowered graph.
+        group: Who computes.
+        options: Microbatch size and the like.
+        rates: Rates of each member; from the catalogue when left out, so that every rank of a job
+            decides the same whatever was measured on its machine.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        group: TensorGroup,
+        options: ShardingOptions,
+        rates: Callable[[Device], Rates] = CatalogueRates,
+    ) -> None:
+        self.graph, self.group, self.options = graph, group, options
+        self.layout = find_layout(graph)
+        self._kinds = _kinds_of(group.devices)
+        firsts = [group.devices[self._kinds.index(kind)] for kind in range(max(self._kinds) + 1)]
+        self._rates = [(rates(device), device.slowdown, device.is_cpu) for device in firsts]
+        self._whole: dict[str, tuple[_Ends, ...]] = {}
+        self._of_kernels: dict[tuple[tuple[Kernel, ...], ...], tuple[_Ends, ...]] = {}
+        self._pairs: dict[tuple[float, ...], tuple[tuple[int, float], ...]] = {}
+        self._converted: dict[Hashable, tuple[float, float] | None] = {}
+
+    def parts(self, op: Op, strategy: Strategy) -> tuple[float, float]:
+        """Forward and backward seconds at the member that takes longest."""
+        if op.target in ("gp.send", "gp.recv", "output"):
+            return 0.0, 0.0
+        ends = self._members(op)
+        times = []
+        for kind, share in self._unlike(strategy.shares or (1.0,) * self.group.size):
+            full, floor, full_b, floor_b = ends[kind]
+            times.append((floor + (full - floor) * share, floor_b + (full_b - floor_b) * share))
+        return max(t[0] for t in times), max(t[1] for t in times)
+
+    def seconds(self, op: Op, strategy: Strategy) -> float:
+        """Seconds of an op in both directions, collectives inside it included."""
+        total = sum(self.parts(op, strategy))
+        return total + sum(self.inner_seconds(op, strategy))
+
+    def inner_seconds(self, op: Op, strategy: Strategy) -> tuple[float, float]:
+        """Collectives that are part of an op: a loss over cut classes exchanges a few numbers a row."""
+        if strategy.special != "classes":
+            return 0.0, 0.0
+        rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
+        return 2 * self.group.seconds("all_reduce", 8.0 * rows), 0.0
+
+    def _unlike(self, shares: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+        """Kinds of members with their shares, each pair once: equal members take equally long."""
+        if shares not in self._pairs:
+            self._pairs[shares] = tuple(dict.fromkeys(zip(self._kinds, shares, strict=True)))
+        return self._pairs[shares]
+
+    def _members(self, op: Op) -> "tuple[_Ends, ...]":
+        """What the op takes each kind of member."""
+        if op.name not in self._whole:
+            work = work_of(op, self.graph, self.layout, self.options.samples)
+            kernels = (work.forward, work.backward if self.options.training else ())
+            if kernels not in self._of_kernels:
+                self._of_kernels[kernels] = tuple(_ends(*kernels, *rate[:2]) for rate in self._rates)
+            self._whole[op.name] = self._of_kernels[kernels]
+        return self._whole[op.name]
+
+    def conversion_parts(self, op: Op, made: Layout, wanted: Layout) -> tuple[float, float] | None:
+        """Forward and backward seconds of bringing a value from one layout to another."""
+        gradient = self.options.training and carries_gradient(self.graph, op.name)
+        key = (op.types, op.target == "parameter", gradient, made, wanted)
+        if key not in self._converted:
+            self._converted[key] = self._conversion(op, gradient, made, wanted)
+        return self._converted[key]
+
+    def _conversion(
+        self, op: Op, gradient: bool, made: Layout, wanted: Layout
+    ) -> tuple[float, float] | None:
+        how = conversion(made, wanted, gradient, op.target == "parameter")
+        if how is None or not all(t is not None for t in op.types):
+            return None if how is None or how.target else (0.0, 0.0)
+        num_bytes = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
+        ahead, behind = (
+            self.group.seconds(name, num_bytes) + self._host_seconds(name, num_bytes)
+            for name in (how.forward, how.backward)
+        )
+        if op.target == "parameter" and how.target == "gp.copy_to_group":
+            behind /= self.options.microbatches  # summed once, after the last microbatch
+        return ahead, behind
+
+    def _host_seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
+        """What a collective asks of a CPU itself: calls, and copies to where slices belong."""
+        if name is None:
+            return 0.0
+        copied = Kernel("copy", num_bytes / 4, 2 * num_bytes * _COPIED[name])
+        return max(
+            (
+                slowdown * (_CPU_CALL_S * _CALLS[name] + rate.seconds([copied]))
+                for rate, slowdown, is_cpu in self._rates
+                if is_cpu
+            ),
+            default=0.0,
+        )
+
+    def conversion_seconds(self, op: Op, made: Layout, wanted: Layout) -> float:
+        """Seconds in both directions; endless where there is no way."""
+        found = self.conversion_parts(op, made, wanted)
+        return float(IMPOSSIBLE_COST) if found is None else sum(found)
+
+    def optimizer_seconds(self, op: Op, layout: Layout) -> float:
+        """A microbatch's part of the optimiser's time for a weight."""
+        if not self.options.training or not op.attr("grad"):
+            return 0.0
+        numel = op.type.numel(1)
+        shares = tuple(_share(layout, k) for k in range(self.group.size))
+        times = (
+            self._rates[kind][0].optimizer_seconds(numel * share, 1, self.options.state_ratio)
+            * self._rates[kind][1]
+            for kind, share in self._unlike(shares)
+        )
+        return max(times) / self.options.microbatches
+
+    def holding_seconds(self, op: Op, layout: Layout) -> float:
+        """The price of memory, in seconds.
+
+        Any slice counts as the largest share: heads that do not divide are no reason to cut elsewhere.
+        """
+        cut = max(self.group.shares) if isinstance(layout, Split) else 1.0
+        sent = self.options.hold_factor * self.weight_bytes(op, "whole") * cut
+        return sent / self.group.link.bytes_per_s
+
+    def weight_bytes(self, op: Op, layout: Layout) -> float:
+        """Weight, gradient and optimiser state at the member with most of it."""
+        trained = self.options.training and bool(op.attr("grad"))
+        times = 2 + self.options.state_ratio if trained else 1.0
+        return op.type.bytes(1) * times * _largest_share(layout)
+
+    def kept_bytes(self, op: Op, strategy: Strategy) -> float:
+        """Results kept for backward, at the member with most of them."""
+        if not self.options.training or not op.attr("grad"):
+            return 0.0
+        return sum(
+            kind.bytes(self.options.samples) * _largest_share(layout)
+            for kind, layout in zip(op.types, strategy.results, strict=True)
+            if kind is not None
+        )
+
+
+_Ends = tuple[float, float, float, float]
+"""Seconds forward, the part of them that no split shortens, and the same backward."""
+
+
+def _ends(
+    forward: tuple[Kernel, ...], backward: tuple[Kernel, ...], rate: Rates, slowdown: float
+) -> _Ends:
+    ahead, empty = rate.seconds(forward), rate.seconds(_empty(forward))
+    behind, hollow = (rate.seconds(ks, backward=True) for ks in (backward, _empty(backward)))
+    return (
+        slowdown * ahead,
+        slowdown * min(empty, ahead),
+        slowdown * behind,
+        slowdown * min(hollow, behind),
+    )
+
+
+def _kinds_of(devices: Sequence[Device]) -> list[int]:
+    """For each device a number; devices that differ in name and place alone have the same."""
+    found: list[Device] = []
+    numbers = []
+    for device in devices:
+        nameless = replace(device, name="", node="")
+        if nameless not in found:
+            found.append(nameless)
+        numbers.append(found.index(nameless))
+    return numbers
+
+
+def _share(layout: Layout, member: int) -> float:
+    return layout.share(member) if isinstance(layout, Split) else 1.0
+
+
+def _largest_share(layout: Layout) -> float:
+    return max(layout.counts) / layout.units if isinstance(layout, Split) else 1.0
+
+
+def _empty(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The same launches with nothing to do but start."""
+    return [replace(k, elements=1.0, bytes=1.0, flops=0.0, matrix=None, attention=None) for k in kernels]
