@@ -21,7 +21,7 @@ from graphpar.ir.shards import Layout, Split
 from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import GroupSharding, Partition, Replica
 from graphpar.passes.comm import InsertMessages
-from graphpar.passes.fuse import FuseComm
+from graphpar.passes.members import member_stages
 from graphpar.passes.place import Place, place_ops
 from graphpar.passes.shard import Shard
 from graphpar.rewrite import Pipeline
@@ -65,10 +65,11 @@ def member_graphs(
         else:
             fixed = held_slices(like, group.first_rank) if like is not None else {}
             chosen = agreed(partial(solver.solve, group, fixed), group.leader, group.graph)
-        for member in range(len(group.replica.devices)):
-            rank = group.first_rank + member
-            rewrite = Shard(group.stage, member, chosen.chosen, chosen.forms, chosen.weights)
-            local[rank] = FuseComm(group.stage, training).run(rewrite.run(local.get(rank, group.graph)))
+        first, size = group.first_rank, len(group.replica.devices)
+        before = [local.get(first + member, group.graph) for member in range(size)]
+        shard = Shard(group.stage, 0, chosen.chosen, chosen.forms, chosen.weights)
+        stages = member_stages(before.__getitem__, shard, size, training)
+        local.update(enumerate(stages, first))
         verify(local[group.first_rank])
     return local
 

@@ -114,3 +114,19 @@ _SPECIAL: dict[str, Callable[[Op, Strategy, int], Op]] = {
     "classes": _classes,
     "experts": _experts,
 }
+
+_FIRST_AT = {"gp.lookup": 2, "gp.class_loss": 2, "gp.grouped_product": 3}
+"""Place of the number of the member's first unit among the arguments."""
+
+
+def moved(local: Op, strategy: Strategy | None, member: int) -> Op:
+    """An op of one member for another one with as many units, whose units begin elsewhere."""
+    place = _FIRST_AT.get(local.target)
+    if strategy is not None and strategy.special and place is not None:
+        args = (*local.args[:place], _cut(strategy).first(member), *local.args[place + 1 :])
+        return replace(local, args=args)
+    part = local.kwarg("part")
+    if isinstance(part, tuple):
+        own = {"part": (*part[:-1], member)}
+        return replace(local, kwargs=tuple((key, own.get(key, value)) for key, value in local.kwargs))
+    return local

@@ -1,4 +1,4 @@
-"""The graph: ops in topological order over one NetworkX multigraph, immutable to its users."""
+"""The graph: ops in topological order, a NetworkX multigraph on demand, immutable to its users."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -16,8 +16,9 @@ LEVELS: tuple[Level, ...] = ("captured", "placed", "lowered")
 class Graph:
     """A computation at one of three levels; passes read one graph and build another.
 
-    Nodes of `nx` carry an `op`, edges run from the op that makes a value to the op that reads it, with
-    the operand position as key. `ops` is a topological order, which is also the order of execution.
+    As a NetworkX graph (`nx`) its nodes carry an `op`, and edges run from the op that makes a value to
+    the op that reads it, with the operand position as key. `ops` is a topological order, which is also
+    the order of execution.
 
     Args:
         ops: The ops in an order in which each reads only earlier ones.
@@ -49,46 +50,61 @@ class Graph:
         self.name = name
         self.batch = batch
         self.aliases: Mapping[str, tuple[str, ...]] = dict(sorted((aliases or {}).items()))
-        self.nx: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+        self._named: dict[str, Op] = {}
         for op in ops:
-            if op.name in self.nx:
+            if op.name in self._named:
                 raise VerifyError(f"Two ops are named %{op.name} in graph {name!r}.")
-            self.nx.add_node(op.name, op=op)
-            for position, operand in enumerate(op.operands()):
-                if operand not in self.nx or operand == op.name:
+            for operand in op.operands():
+                if operand not in self._named:
                     raise VerifyError(
                         f"Op %{op.name} ({op.target}, made by {op.made_by}) reads %{operand}, "
                         f"which is not defined before it in graph {name!r}."
                     )
-                self.nx.add_edge(operand, op.name, key=position)
-        nx.freeze(self.nx)
+            self._named[op.name] = op
+
+    @cached_property
+    def nx(self) -> "nx.MultiDiGraph[str]":
+        """Ops and who reads whom, frozen; made when first asked for, since most passes ask for less."""
+        made: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+        for op in self:
+            made.add_node(op.name, op=op)
+            for position, operand in enumerate(op.operands()):
+                made.add_edge(operand, op.name, key=position)
+        return nx.freeze(made)  # type: ignore[no-any-return]
 
     @cached_property
     def ops(self) -> tuple[Op, ...]:
         """All ops, in order of execution."""
-        return tuple(data["op"] for _, data in self.nx.nodes(data=True))
+        return tuple(self._named.values())
 
     def __getitem__(self, name: str) -> Op:
-        op: Op = self.nx.nodes[name]["op"]
-        return op
+        return self._named[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.nx
+        return name in self._named
 
     def __len__(self) -> int:
-        return len(self.nx)
+        return len(self._named)
 
     def __iter__(self) -> Iterator[Op]:
         return iter(self.ops)
 
     def users(self, name: str) -> tuple[Op, ...]:
         """Ops that read the op's result, each once, in order of execution."""
-        return tuple(self[user] for user in self.nx.successors(name))
+        return self._readers.get(name, ())
+
+    @cached_property
+    def _readers(self) -> Mapping[str, tuple[Op, ...]]:
+        found: dict[str, list[Op]] = {}
+        for op in self:
+            for name in dict.fromkeys(op.operands()):
+                found.setdefault(name, []).append(op)
+        return {name: tuple(readers) for name, readers in found.items()}
 
     @cached_property
     def position(self) -> Mapping[str, int]:
         """Place of each op in the order of execution."""
-        return {name: index for index, name in enumerate(self.nx)}
+        return {name: index for index, name in enumerate(self._named)}
 
     def sources(self, target: str) -> tuple[Op, ...]:
         """The input, parameter, buffer or constant ops."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy
 from graphpar.passes.fuse import FuseComm
+from graphpar.passes.members import member_stages
 from graphpar.passes.shard import Shard
 from graphpar.preparation import Prepared
 from graphpar.runtime.lower import StageBuilder
@@ -128,10 +129,12 @@ def grouped(
     samples = prepared.graph.batch
     if whole._prologue is not None:
         inputs = {**inputs, **whole._prologue.run(inputs, samples)}
+    shard = Shard(0, 0, choice.chosen, choice.forms, choice.weights)
+    stages = member_stages(lambda member: graph, shard, size, True)
 
     def work(team: ThreadTeam) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float, Graph]:
-        local = Shard(0, team.member, choice.chosen, choice.forms, choice.weights).run(graph)
-        local = FuseComm(0, True).run(local)
+        local = FuseComm(0, True).run(replace(shard, member=team.member).run(graph))
+        assert local == stages[team.member], "members that share a rewriting are rewritten alike"
         verify(local)
         tensors: dict[str, torch.Tensor] = {}
         for op in local.ops:
