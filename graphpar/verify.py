@@ -10,6 +10,7 @@ from torch import nn
 
 from graphpar.compiler import ClusterLike, as_cluster
 from graphpar.compiler import compile as compile_model
+from graphpar.frontend.objects import opened
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.formats import ROUNDOFF, base_format
 from graphpar.planner import PRECISION_BUDGET, Example, plan_prepared
@@ -162,7 +163,7 @@ def _verify_inference(
         reference = reference_for(model, prepared, None)
         wanted = reference.forward(args, kwargs)
     with job(None) as running:
-        leaves, _ = flatten(running(*args, **kwargs))
+        leaves, _ = flatten(opened(running(*args, **kwargs)))
     got = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     difference = max((relative_difference(a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
     return VerifyReport(

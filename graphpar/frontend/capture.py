@@ -11,6 +11,8 @@ from torch import nn
 from graphpar.errors import CaptureError
 from graphpar.frontend.convert import Converted, Literal
 from graphpar.frontend.fold import LEAST_BLOCKS, Exporter
+from graphpar.frontend.objects import closed
+from graphpar.frontend.refusals import refuse_object_inputs
 from graphpar.frontend.torch_private import TreeSpec, flatten, unflatten
 from graphpar.frontend.unify import Mismatch, unify
 from graphpar.ir.graph import Graph
@@ -73,7 +75,7 @@ class Signature:
     def assemble(self, values: Mapping[str, Any]) -> Any:
         """The user's output structure from flat results by name."""
         leaves = [r.value if isinstance(r, Literal) else values[r] for r in self.results]
-        return unflatten(leaves, self.output_spec)
+        return closed(unflatten(leaves, self.output_spec))
 
 
 def _same_constant(given: Any, captured: Any) -> bool:
@@ -124,6 +126,7 @@ def capture(
     Raises:
         CaptureError: Names the user's module, file and line, why, and what to try.
     """
+    refuse_object_inputs(args, kwargs)
     leaves, spec = flatten((tuple(args), dict(kwargs)))
     batch = batch_size(leaves)
     exporter = Exporter(model, loss, training, fold)
@@ -135,7 +138,7 @@ def capture(
 
     first, out_spec = run(batch)
     stamped = exporter.stamped
-    ops, reason = _symbolic(first, run, batch)
+    ops, reason = _symbolic(first, out_spec, run, batch)
     ops, aliases = _merge_ties(model, ops)
     graph = Graph(ops, level="captured", name=type(model).__name__, batch=batch, aliases=aliases)
     signature = Signature(
@@ -176,14 +179,19 @@ def resize(leaf: Any, batch: int, size: int) -> Any:
 
 
 def _symbolic(
-    first: Converted, run: Callable[[int], tuple[Converted, TreeSpec]], batch: int
+    first: Converted,
+    out_spec: TreeSpec,
+    run: Callable[[int], tuple[Converted, TreeSpec]],
+    batch: int,
 ) -> tuple[tuple[Op, ...], str]:
     """Ops for any batch size, or the concrete ones and the reason why not."""
     if batch == 1:
         return first.ops, "the example batch has one sample"
     other = _unlike_size(batch)
     try:
-        second, _ = run(other)
+        second, other_spec = run(other)
+        if other_spec != out_spec:
+            raise Mismatch("the structure of the model's result changes with the batch size")
         _same_constants(first.constants, second.constants)
         return unify(first.ops, second.ops, batch, other), ""
     except Mismatch as mismatch:

@@ -16,6 +16,7 @@ from graphpar.errors import CaptureError
 from graphpar.frontend.averages import averages_as_tensors
 from graphpar.frontend.decisions import Replay, record_decisions
 from graphpar.frontend.functions import functions_as_operators
+from graphpar.frontend.objects import opened
 from graphpar.frontend.refusals import (
     host_randomness,
     host_state,
@@ -68,8 +69,7 @@ class Traced(nn.Module):
             return self.loss(self.model(*args[:-1], **kwargs), args[-1])
         result = self.model(*args, **kwargs)
         if self.loss is None:
-            flatten(result)  # makes dataclasses in it known before torch.export meets them
-            return result
+            return opened(result)
         return find_loss(result)
 
 

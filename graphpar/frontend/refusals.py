@@ -1,13 +1,14 @@
 """What torch.export cannot take, or would drop or freeze without a word, refused by name.
 
 - Modules of torch.jit, and lazy ones that have no shapes yet.
+- Arguments that are objects with tensors inside, such as a cache: a model may write to them.
 - Gradient hooks: a graph keeps the forward; what a hook does to gradients would be lost.
 - Numbers drawn by NumPy or Python's `random` while the model runs: they would stand in the graph as
   constants, the same at every step.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.objects import plain_objects
 from graphpar.frontend.torch_private import has_gradient_hook
 
 
@@ -36,6 +38,20 @@ def refuse_unready(model: nn.Module) -> None:
             raise CaptureError(
                 f"Tensor {name!r} of the model is lazy and has no shape yet. Call the model once on a "
                 "batch before giving it to graphpar."
+            )
+
+
+def refuse_object_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CaptureError: An argument is a plain object that holds tensors; names it.
+    """
+    for name, value in (*((f"number {i}", a) for i, a in enumerate(args)), *kwargs.items()):
+        for found in plain_objects(value):
+            raise CaptureError(
+                f"Argument {name} is or contains a {type(found).__name__}, an object that holds tensors. "
+                "A model may write to it, which a graph cannot show. Call the model without it, or wrap "
+                "the model in a module that takes the tensors and makes the object itself."
             )
 
 

@@ -22,18 +22,25 @@ DispatchMode: Any = TorchDispatchMode
 """A mode that sees every operator below autograd."""
 
 
-def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeSpec]:
     """Leaves of nested tuples, lists, dicts, dataclasses, registered classes, and how to put them back.
 
-    A dataclass that torch does not know yet is made known to it.
+    A dataclass that torch does not know yet is made known to it. What `is_leaf` holds for stays whole.
     """
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = pytree.tree_flatten(tree, is_leaf)
     unknown = {type(x) for x in leaves if dataclasses.is_dataclass(x) and not isinstance(x, type)}
     if not unknown:
         return leaves, spec
     for made in unknown:
         torch.export.register_dataclass(made)
-    return flatten(tree)
+    return flatten(tree, is_leaf)
+
+
+def register_node(
+    made: type, flat: Callable[[Any], tuple[list[Any], Any]], put_back: Callable[[Any, Any], Any]
+) -> None:
+    """Make a class a node: `flat` gives its children and what else tells it, `put_back` makes it."""
+    pytree.register_pytree_node(made, flat, put_back)
 
 
 def unflatten(leaves: list[Any], spec: TreeSpec) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 
 from graphpar.frontend.capture import Captured
 from graphpar.frontend.export import find_loss
+from graphpar.frontend.objects import opened
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.chain import RANDOM_TARGETS, build_chain
 from graphpar.ir.graph import Graph
@@ -118,7 +119,7 @@ class EagerModel:
     ) -> list[torch.Tensor]:
         """The loss when training, else the model's result as flat tensors."""
         if not self._training:
-            leaves, _ = flatten(self.model(*args, **kwargs))
+            leaves, _ = flatten(opened(self.model(*args, **kwargs)))
             return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if self._loss is not None:
             return [self._loss(self.model(*args[:-1], **kwargs), args[-1])]
