@@ -30,6 +30,7 @@ from graphpar.cost_models.communication import (
     Protocols,
     bus_factor,
     collective_s,
+    nodes_for,
 )
 
 LARGE_BYTES = 8 << 30
@@ -141,15 +142,30 @@ def sample(row: dict[str, Any]) -> Sample | str:
     gpu = str(row.get("gpu") or "not stated")
     if gpu == "not stated":
         return "no device"
-    ranks = round(number(row.get("n_gpus")) or 0)
-    if ranks < 2:
-        return "fewer than two ranks"
-    size = number(row.get("size_bytes")) or LARGE_BYTES
+    ranks = whole(row.get("n_gpus"))
+    if ranks is None or ranks < 2:
+        return f"{row.get('n_gpus')!r} ranks: two or more are needed"
+    size = LARGE_BYTES if row.get("size_bytes") is None else number(row["size_bytes"])
+    if size is None or size <= 0:
+        return f"a size of {row['size_bytes']!r} bytes"
     seconds = _measured_s(row, name, size, ranks)
     if seconds is None:
         return "no time or bandwidth"
+    group = group_of(row, ranks)
+    if isinstance(group, str):
+        return group
     kind = device_of(SHORT_NAMES.get(gpu, gpu))[0]
-    return Sample(kind, name, size, group_of(row, ranks), str(row.get("algo") or ""), seconds)
+    return Sample(kind, name, size, group, str(row.get("algo") or ""), seconds)
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, from text too; None of anything else.
+
+    >>> whole("16"), whole(2.0), whole(7.5), whole(float("nan")), whole(True)
+    (16, 2, None, None, None)
+    """
+    found = number(value)
+    return int(found) if found is not None and found == int(found) else None
 
 
 def samples(rows: list[dict[str, Any]]) -> list[Sample]:
@@ -217,13 +233,14 @@ def _measured_s(row: dict[str, Any], name: CollectiveName, size: float, ranks: i
     return None
 
 
-def group_of(row: dict[str, Any], ranks: int) -> Group:
-    """The group of ranks a row describes."""
+def group_of(row: dict[str, Any], ranks: int) -> Group | str:
+    """The group of ranks a row describes, or why there can be no such group."""
     gpu = SHORT_NAMES.get(str(row["gpu"]), str(row["gpu"]))
     kind = device_of(gpu)[0]
     intra = str(row.get("intra") or "").lower()
-    # A row without nodes lies in as few as its devices usually come in.
-    nodes = round(number(row.get("nodes")) or 0) or math.ceil(ranks / DEVICES_PER_NODE.get(kind, 8))
+    nodes = _nodes(row, ranks, DEVICES_PER_NODE.get(kind, 8))
+    if isinstance(nodes, str):
+        return nodes
     link = catalogue.devices()[kind].link
     if "pcie" in intra:
         link = next((k for k in ("pcie3", "pcie4", "pcie5") if k[-1] in intra), "pcie4")
@@ -234,17 +251,30 @@ def group_of(row: dict[str, Any], ranks: int) -> Group:
     patched = "p2p" in intra
     # GeForce cards since Turing reach each other's memory over NVLink only.
     gaming = re.match(r"(NVIDIA )?(GEFORCE )?(RTX)?[ -]?[2-5]0[5-9]0", gpu.upper()) is not None
-    per_node = math.ceil(ranks / min(nodes, ranks))
     return Group(
         ranks=ranks,
         link=link,
-        nodes=min(nodes, ranks),
-        network=network_of(str(row.get("inter") or ""), kind, per_node) if nodes > 1 else None,
+        nodes=nodes,
+        network=network_of(str(row.get("inter") or ""), kind, ranks // nodes) if nodes > 1 else None,
         peer_access=patched or not gaming,
     )
 
 
 DEVICES_PER_NODE = {"gb200": 72, "gb300": 72}
+
+
+def _nodes(row: dict[str, Any], ranks: int, per_node: int) -> int | str:
+    """Over how many nodes a row's ranks are spread, or what is wrong with what it says of that.
+
+    A row that says nothing lies in as few nodes as its devices usually come in.
+    """
+    given = row.get("nodes")
+    if given is None:
+        return nodes_for(ranks, per_node)
+    nodes = whole(given)
+    if nodes is None or not 1 <= nodes <= ranks or ranks % nodes:
+        return f"{given!r} nodes for {ranks} ranks"
+    return nodes
 
 
 def network_of(text: str, kind: str, per_node: int) -> Network:

@@ -81,6 +81,14 @@ class Group:
         network: What joins the nodes.
         sharing: How many such groups of other ranks use each node's network at the same time.
         peer_access: Whether devices on PCIe reach each other's memory.
+
+    Raises:
+        ValueError: If ranks, nodes or sharing are no whole numbers above zero, or the ranks cannot be
+            spread evenly over the nodes.
+
+    >>> Group(3, "nvlink3", nodes=2)
+    Traceback (most recent call last):
+    ValueError: 3 ranks cannot be spread evenly over 2 nodes; nodes_for() gives a count that divides them
     """
 
     ranks: int
@@ -90,10 +98,30 @@ class Group:
     sharing: int = 1
     peer_access: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("ranks", "nodes", "sharing"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} of a group is {value!r}: it must be a whole number above zero")
+        if self.ranks % self.nodes:
+            raise ValueError(
+                f"{self.ranks} ranks cannot be spread evenly over {self.nodes} nodes; "
+                "nodes_for() gives a count that divides them"
+            )
+
     @property
     def kind(self) -> LinkKind:
         """The link inside a node."""
         return catalogue.links()[self.link]
+
+
+def nodes_for(ranks: int, per_node: int) -> int:
+    """The fewest nodes of at most `per_node` devices over which ranks can be spread evenly.
+
+    >>> nodes_for(16, 8), nodes_for(9, 8), nodes_for(6, 8), nodes_for(11, 8)
+    (2, 3, 1, 11)
+    """
+    return next(ranks // each for each in range(min(per_node, ranks), 0, -1) if ranks % each == 0)
 
 
 def collective_s(

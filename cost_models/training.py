@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from graphpar import catalogue
 from graphpar.cost_models import gemm
-from graphpar.cost_models.communication import Group, collective_s
+from graphpar.cost_models.communication import Group, collective_s, nodes_for
 from graphpar.cost_models.rates import interpolate
 from graphpar.cost_models.training_run import Run, TrainingParameters
 from graphpar.cost_models.transformer import LayerWork, Product, layer_work
@@ -273,10 +273,8 @@ class _Machine:
 
     def _group(self, ranks: int, stride: int, sharing: int | None = None) -> Group:
         """Ranks that lie `stride` apart in the order of devices."""
-        span = ranks * stride
-        nodes = max(math.ceil(span / self.run.per_node), 1)
-        nodes = min(nodes, ranks)
-        per_node = max(ranks // nodes, 1)
+        nodes = nodes_for(ranks, max(self.run.per_node // stride, 1))
+        per_node = ranks // nodes
         together = self.run.per_node // per_node if nodes > 1 else 1
         together = max(min(together, stride), 1) if sharing is None else sharing
         share = self.p.network_share

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # A suite started in the background of a shell ignores interrupts, and so would the processes that tests
 # start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes on a loaded machine says nothing of the code.
+settings.register_profile("graphpar", deadline=None)
+settings.load_profile("graphpar")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

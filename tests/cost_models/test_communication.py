@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from graphpar.cost_models.communication import (
     Network,
     bus_factor,
     collective_s,
+    nodes_for,
 )
 
 SIZES = st.floats(1e3, 1e11)
@@ -109,3 +111,22 @@ def test_an_all_to_all_over_nodes_leaves_through_every_device_s_share_of_the_net
     taken_s = collective_s("all_to_all", 1e9, group)
     # Eight devices send half of a gigabyte each to the other node.
     assert taken_s == pytest.approx(8 * 0.5e9 / 400e9, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"nodes": 0}, {"nodes": -1}, {"nodes": 1.5}, {"nodes": float("nan")}, {"nodes": 16}, {"nodes": 3},
+        {"ranks": 0}, {"ranks": 2.0}, {"sharing": 0},
+    ],
+)  # fmt: skip
+def test_groups_that_cannot_exist_are_refused(odd: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"whole number above zero|spread evenly"):
+        Group(**{"ranks": 8, "link": "nvlink3", **odd})
+
+
+@given(st.integers(1, 10**12), st.integers(1, 128))
+def test_ranks_spread_evenly_over_the_nodes_they_need(ranks: int, per_node: int) -> None:
+    nodes = nodes_for(ranks, per_node)
+    assert ranks % nodes == 0
+    assert ranks // nodes <= per_node

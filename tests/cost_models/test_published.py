@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +153,8 @@ COLLECTIVE = {
 @given(
     st.lists(st.tuples(st.sampled_from([*COLLECTIVE, "nodes", "intra", "inter"]), st.sampled_from(ODD)))
 )
+@example(changes=[("n_gpus", 3), ("nodes", -1)])
+@example(changes=[("nodes", 3)])
 def test_odd_collectives_are_scored_or_refused_with_a_reason(changes: list[tuple[str, Any]]) -> None:
     result = collectives.score({**COLLECTIVE, **dict(changes)})
     if isinstance(result, dict):
@@ -160,6 +162,11 @@ def test_odd_collectives_are_scored_or_refused_with_a_reason(changes: list[tuple
         assert result["predicted_s"] > 0
     else:
         assert result
+
+
+@pytest.mark.parametrize("nodes", [0, -1, 7.5, float("nan"), "many", True, [], 3, 32])
+def test_collectives_over_impossible_nodes_are_refused_with_what_was_said(nodes: Any) -> None:
+    assert collectives.score({**COLLECTIVE, "nodes": nodes}) == f"{nodes!r} nodes for 16 ranks"
 
 
 @pytest.mark.parametrize(
