@@ -11,7 +11,7 @@ from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
 from graphpar.ir.conversions import CollectiveName, conversion
 from graphpar.ir.graph import Graph
-from graphpar.ir.ops import Op
+from graphpar.ir.ops import Op, apportion
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, carries_gradient
 from graphpar.partition.problems import IMPOSSIBLE_COST
@@ -19,6 +19,9 @@ from graphpar.partition.problems import IMPOSSIBLE_COST
 _CPU_CALL_S = 1e-4
 """Processor time of the calling thread in a gloo collective of few bytes, its autograd node included:
 75 to 130 microseconds for a sum, twice that for an exchange, on an AMD EPYC, torch 2.13, 2026-11-25."""
+_BATCH_CUT_S = 1e-9
+"""What an op whose samples are cut costs beside its time: of two ways that take equally long the one that
+suits microbatches of any size is taken."""
 _CALLS: dict[CollectiveName, int] = {
     "all_reduce": 1,
     "all_gather": 2,
@@ -76,6 +79,7 @@ class ShardingOptions:
         training: Whether there is a backward.
         state_ratio: Bytes of optimiser state per byte of weights.
         fixed: Slices of weights by label that are given: those an earlier job holds.
+        cuts_batch: Whether the samples of a microbatch may be cut, if there are enough.
         cuts_weights: False keeps every weight whole, for optimisers that must see whole ones.
         memory_bytes: Most bytes that weights, gradients, optimiser state and the activations of one
             microbatch may take at a member; None for no limit.
@@ -89,6 +93,7 @@ class ShardingOptions:
     training: bool = True
     state_ratio: float = 2.0
     fixed: Mapping[str, Layout] = field(default_factory=dict)
+    cuts_batch: bool = True
     cuts_weights: bool = True
     memory_bytes: float | None = None
     hold_factor: float = 0.0
@@ -128,7 +133,7 @@ class OpTimes:
             return 0.0, 0.0
         ends = self._members(op)
         times = []
-        for kind, share in self._unlike(strategy.shares or (1.0,) * self.group.size):
+        for kind, share in self._unlike(self._shares(strategy) or (1.0,) * self.group.size):
             full, floor, full_b, floor_b = ends[kind]
             times.append((floor + (full - floor) * share, floor_b + (full_b - floor_b) * share))
         return max(t[0] for t in times), max(t[1] for t in times)
@@ -136,7 +141,7 @@ class OpTimes:
     def seconds(self, op: Op, strategy: Strategy) -> float:
         """Seconds of an op in both directions, collectives inside it included."""
         total = sum(self.parts(op, strategy))
-        return total + sum(self.inner_seconds(op, strategy))
+        return total + sum(self.inner_seconds(op, strategy)) + (_BATCH_CUT_S if strategy.samples else 0)
 
     def inner_seconds(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         """Collectives that are part of an op: a loss over cut classes exchanges a few numbers a row."""
@@ -144,6 +149,13 @@ class OpTimes:
             return 0.0, 0.0
         rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
         return 2 * self.group.seconds("all_reduce", 8.0 * rows), 0.0
+
+    def _shares(self, strategy: Strategy) -> tuple[float, ...]:
+        """Each member's part of the work; of samples there are only whole ones."""
+        if not strategy.samples:
+            return strategy.shares
+        samples = self.options.samples
+        return tuple(part / samples for part in apportion(samples, strategy.samples))
 
     def _unlike(self, shares: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
         """Kinds of members with their shares, each pair once: equal members take equally long."""

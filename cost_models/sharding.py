@@ -107,9 +107,12 @@ class _Programme:
     # --- building ---
 
     def _allowed(self, rows: Sequence[Strategy]) -> tuple[Strategy, ...]:
-        if self.options.training:
-            return tuple(rows)
-        return tuple(s for s in rows if "copied" not in s.results)
+        cuts_batch = self.options.cuts_batch and self.options.samples >= self.group.size
+        return tuple(
+            s
+            for s in rows
+            if (self.options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
+        )
 
     def _build(self) -> None:
         for op in self.ops:

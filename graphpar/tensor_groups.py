@@ -100,6 +100,7 @@ class _Group:
     stage: int
     replica: Replica
     first_rank: int
+    least_samples: int
 
     @property
     def leader(self) -> str:
@@ -112,7 +113,8 @@ def _groups(found: Partition, lowered: Sequence[Graph]) -> Iterator[_Group]:
         for number, stage in enumerate(pipeline.stages):
             for replica in stage.replicas:
                 if replica.others:
-                    yield _Group(graph, number, replica, rank_of[replica.device])
+                    least = min(pipeline.sizes(), default=0)
+                    yield _Group(graph, number, replica, rank_of[replica.device], least)
 
 
 class _Solver:
@@ -125,9 +127,11 @@ class _Solver:
 
     def solve(self, group: _Group, fixed: Mapping[str, Layout]) -> Sharding:
         members = tensor_group(self.cluster, group.replica)
-        key = (id(group.graph), group.stage, members, tuple(sorted(fixed.items(), key=lambda i: i[0])))
+        held = tuple(sorted(fixed.items(), key=lambda item: item[0]))
+        cuts_batch = group.least_samples >= members.size
+        key = (id(group.graph), group.stage, members, held, cuts_batch)
         if key not in self.solved:
-            options = replace(self.options(), fixed=fixed)
+            options = replace(self.options(), fixed=fixed, cuts_batch=cuts_batch)
             self.solved[key] = choose_sharding(group.graph, group.stage, self.chain, members, options)
         return self.solved[key]
 

@@ -59,6 +59,8 @@ def _likeness(shard: Shard, member: int) -> Hashable:
     for strategy in set(shard.chosen.values()):
         layouts.update((*strategy.operands, *strategy.results))
     counts = {layout.counts for layout in layouts if isinstance(layout, Split)}
+    if any(layout.of_batch for layout in layouts if isinstance(layout, Split)):
+        return member  # sizes name the member whose samples they count
     takes_all = member == 0 and any(s.first_only for s in shard.chosen.values())
     return takes_all, tuple(each[member] for each in sorted(counts))
 

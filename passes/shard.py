@@ -224,7 +224,7 @@ def _split_arguments(made: Layout, wanted: Layout) -> tuple[Argument, ...]:
     found: list[Argument] = []
     for layout in (made, wanted):
         if isinstance(layout, Split):
-            found += [layout.dim, layout.counts, layout.inner]
+            found += [layout.dim, layout.numbers, layout.inner]
     return tuple(found)
 
 

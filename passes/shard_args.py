@@ -37,7 +37,7 @@ def localized(op: Op, local: Op, strategy: Strategy, member: int) -> Op:
     if packet(op) in ("split", "unsafe_split", "split_with_sizes"):
         return _split(local, packet(op))
     if op.target in _KEYED:
-        part = (split.dim, split.counts, split.inner, member)
+        part = (split.dim, split.numbers, split.inner, member)
         return replace(local, kwargs=(*local.kwargs, ("part", part)))
     return local
 

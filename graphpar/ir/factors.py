@@ -42,7 +42,7 @@ class Loop:
     """One factor that an op runs over, and where it stands in what the op reads and makes.
 
     Attributes:
-        units: Size of the factor.
+        units: Size of the factor; 0 for the samples of a microbatch.
         places: By slot (see `Side`), where the factor stands there.
         link: The tie it comes from.
     """
@@ -74,7 +74,7 @@ class Factors:
                 self._tie(op, link)
 
     def loops(self, op: Op) -> Iterator[Loop]:
-        """The factors an op runs over that could be cut; those that are the batch itself are not."""
+        """The factors an op runs over that could be cut."""
         for link in self.links[op.name]:
             rows = [self._located(op, side) for side in link.sides]
             if len({tuple(root for root, _ in row) for row in rows}) != 1:
@@ -84,7 +84,9 @@ class Factors:
                 places = [
                     (side.slot, row[position][1]) for side, row in zip(link.sides, rows, strict=True)
                 ]
-                if units % _BATCH and units > 1 and all(place is not None for _, place in places):
+                if units == _BATCH and all(p is not None and p.outer == 1 for _, p in places):
+                    yield Loop(0, tuple((s, p) for s, p in places if p is not None), link)
+                elif units % _BATCH and units > 1 and all(place is not None for _, place in places):
                     yield Loop(units, tuple((s, p) for s, p in places if p is not None), link)
 
     # --- building ---

@@ -1,8 +1,9 @@
 """The parts of a graph: ops, their arguments, and the types of the values they make."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import floor
 from typing import TypeAlias
 
 DTYPE_BYTES = {
@@ -20,18 +21,47 @@ FLOATING = frozenset(
 class BatchSize:
     """`times` x the number of samples in the (micro)batch: a size known only when a graph is stamped.
 
+    With `parts` it counts the samples that one member of a tensor group has; the members share the
+    samples in proportion to these whole numbers.
+
     >>> BatchSize(16).at(4), str(BatchSize(16)), str(BatchSize(1))
     (64, '16*B', 'B')
+    >>> BatchSize(16, (3, 1), 1).at(4), str(BatchSize(16, (3, 1), 1))
+    (16, '16*B@1:3/1')
     """
 
     times: int = 1
+    parts: tuple[int, ...] = ()
+    member: int = 0
 
     def at(self, batch: int) -> int:
         """The size for a batch of so many samples."""
-        return self.times * batch
+        if not self.parts:
+            return self.times * batch
+        return self.times * apportion(batch, self.parts)[self.member]
 
     def __str__(self) -> str:
-        return "B" if self.times == 1 else f"{self.times}*B"
+        whole = "B" if self.times == 1 else f"{self.times}*B"
+        return f"{whole}@{self.member}:{'/'.join(map(str, self.parts))}" if self.parts else whole
+
+
+def apportion(units: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Whole units near the shares, at least one each while there are enough; the largest shares first.
+
+    >>> apportion(32, (0.62, 0.38)), apportion(128, (0.6, 0.4)), apportion(2, (1, 1, 1))
+    ((20, 12), (77, 51), (1, 1, 0))
+    """
+    if units < len(shares):
+        order = sorted(range(len(shares)), key=lambda k: (-shares[k], k))
+        return tuple(int(k in order[:units]) for k in range(len(shares)))
+    exact = [units * share / sum(shares) for share in shares]
+    counts = [max(1, floor(x)) for x in exact]
+    while sum(counts) < units:
+        counts[max(range(len(counts)), key=lambda k: (exact[k] - counts[k], -k))] += 1
+    while sum(counts) > units:
+        candidates = [k for k in range(len(counts)) if counts[k] > 1]
+        counts[min(candidates, key=lambda k: (exact[k] - counts[k], k))] -= 1
+    return tuple(counts)
 
 
 Dim: TypeAlias = int | BatchSize

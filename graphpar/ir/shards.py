@@ -17,10 +17,9 @@ Nothing is made `first`; it is how a bias beside a sum over the members is wante
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
 from typing import Literal, TypeAlias, get_args
 
-from graphpar.ir.ops import BatchSize, Dim, TensorType
+from graphpar.ir.ops import BatchSize, Dim, TensorType, apportion
 
 
 @dataclass(frozen=True, order=True)
@@ -31,14 +30,27 @@ class Split:
     member k has `counts[k]` consecutive ones. A fused projection to (3, heads, head size) split by
     heads is `Split(dim, counts, outer=3, inner=head size)`.
 
+    Where the units are the samples of a microbatch, how many there are is not known yet; `counts` are
+    then the proportions in which members share them.
+
     >>> Split(1, (3, 1), inner=8).size(0), Split(1, (3, 1), inner=8).size(1)
     (24, 8)
+    >>> str(Split(0, (3, 1), of_batch=True).size(1))
+    'B@1:3/1'
     """
 
     dim: int
     counts: tuple[int, ...]
     outer: Dim = 1
     inner: int = 1
+    of_batch: bool = False
+
+    @property
+    def numbers(self) -> tuple[Dim, ...]:
+        """Units of each member, of samples as sizes that a microbatch fills in."""
+        if not self.of_batch:
+            return self.counts
+        return tuple(BatchSize(1, self.counts, member) for member in range(len(self.counts)))
 
     @property
     def units(self) -> int:
@@ -47,6 +59,8 @@ class Split:
 
     def size(self, member: int) -> Dim:
         """Size of the dimension at one member."""
+        if self.of_batch:
+            return BatchSize(self.inner, self.counts, member)
         return scaled(self.outer, self.counts[member] * self.inner)
 
     def first(self, member: int) -> int:
@@ -68,12 +82,13 @@ class Split:
             f"{self.outer}x" if self.outer != 1 else "",
             f"x{self.inner}" if self.inner != 1 else "",
         )
-        return f"dim{self.dim}:{around[0]}{'/'.join(map(str, self.counts))}{around[1]}"
+        marked = "B:" if self.of_batch else ""
+        return f"dim{self.dim}:{around[0]}{marked}{'/'.join(map(str, self.counts))}{around[1]}"
 
 
 PlainLayout = Literal["whole", "copied", "partial", "disjoint", "first"]
 Layout: TypeAlias = Split | PlainLayout
-_SPLIT = re.compile(r"dim(\d+):(?:(?:(\d+)\*)?(B|\d+)x)?(\d+(?:/\d+)+)(?:x(\d+))?")
+_SPLIT = re.compile(r"dim(\d+):(?:(?:(\d+)\*)?(B|\d+)x)?(B:)?(\d+(?:/\d+)+)(?:x(\d+))?")
 
 
 def parse_layout(text: str) -> Layout:
@@ -82,7 +97,8 @@ def parse_layout(text: str) -> Layout:
     Raises:
         ValueError: It is none.
 
-    >>> all(parse_layout(str(s)) == s for s in (Split(1, (3, 1), 3, 8), Split(0, (2, 1), BatchSize(2))))
+    >>> heads, rows = Split(1, (3, 1), 3, 8), Split(0, (2, 1), BatchSize(2))
+    >>> all(parse_layout(str(s)) == s for s in (heads, rows, Split(0, (1, 1), 1, 4, of_batch=True)))
     True
     """
     for plain in get_args(PlainLayout):
@@ -93,9 +109,10 @@ def parse_layout(text: str) -> Layout:
         raise ValueError(
             f"{text!r} is no layout; one is {', '.join(get_args(PlainLayout))}, or dim1:8/4x64"
         )
-    dim, times, outer, counts, inner = found.groups()
+    dim, times, outer, of_batch, counts, inner = found.groups()
     size: Dim = BatchSize(int(times or 1)) if outer == "B" else int(outer or 1)
-    return Split(int(dim), tuple(map(int, counts.split("/"))), size, int(inner or 1))
+    units = tuple(map(int, counts.split("/")))
+    return Split(int(dim), units, size, int(inner or 1), of_batch is not None)
 
 
 def scaled(outer: Dim, times: int) -> Dim:
@@ -106,16 +123,18 @@ def scaled(outer: Dim, times: int) -> Dim:
 def apportion_units(units: int, shares: Sequence[float]) -> tuple[int, ...] | None:
     """Whole units near the shares, at least one each; None where there are fewer units than members.
 
-    >>> apportion_units(32, (0.62, 0.38)), apportion_units(128, (0.6, 0.4)), apportion_units(2, (1, 1, 1))
-    ((20, 12), (77, 51), None)
+    >>> apportion_units(32, (0.62, 0.38)), apportion_units(2, (1, 1, 1))
+    ((20, 12), None)
     """
-    if units < len(shares):
-        return None
-    exact = [units * share / sum(shares) for share in shares]
-    counts = [max(1, floor(x)) for x in exact]
-    while sum(counts) < units:
-        counts[max(range(len(counts)), key=lambda k: (exact[k] - counts[k], -k))] += 1
-    while sum(counts) > units:
-        candidates = [k for k in range(len(counts)) if counts[k] > 1]
-        counts[min(candidates, key=lambda k: (exact[k] - counts[k], k))] -= 1
-    return tuple(counts)
+    return apportion(units, shares) if units >= len(shares) else None
+
+
+def whole_shares(shares: Sequence[float]) -> tuple[int, ...]:
+    """Shares as whole numbers, exact to a thousandth.
+
+    >>> whole_shares((0.25, 0.25)), whole_shares((0.6, 0.4))
+    ((1, 1), (600, 400))
+    """
+    if len(set(shares)) == 1:
+        return (1,) * len(shares)
+    return tuple(max(1, round(1000 * share / sum(shares))) for share in shares)

@@ -13,7 +13,7 @@ from graphpar.ir.factors import Factors, Loop, taken, type_at
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.optable import packet
-from graphpar.ir.shards import Layout, Split, apportion_units
+from graphpar.ir.shards import Layout, Split, apportion_units, whole_shares
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Strategy:
     special: str = ""
     first_only: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """The proportions in which members share the samples; empty where the batch is not cut."""
+        layouts = (*self.results, *self.operands)
+        return next((x.counts for x in layouts if isinstance(x, Split) and x.of_batch), ())
 
     def __str__(self) -> str:
         ends = (", ".join(map(str, side)) for side in (self.operands, self.results))
@@ -100,10 +106,11 @@ def _copies(op: Op, graph: Graph) -> tuple[Layout, ...]:
 def _by_loop(
     op: Op, graph: Graph, loop: Loop, shares: Sequence[float], copied: tuple[Layout, ...]
 ) -> Strategy | None:
-    counts = apportion_units(loop.units, shares)
+    of_batch = not loop.units
+    counts = whole_shares(shares) if of_batch else apportion_units(loop.units, shares)
     if counts is None:
         return None
-    places = {slot: Split(p.dim, counts, p.outer, p.inner) for slot, p in loop.places}
+    places = {slot: Split(p.dim, counts, p.outer, p.inner, of_batch) for slot, p in loop.places}
     results: list[Layout] = []
     for index in range(len(op.types)):
         if -1 - index in places:
@@ -125,7 +132,7 @@ def _by_loop(
     wanted = tuple(places.get(slot, once.get(slot, layout)) for slot, layout in enumerate(copied))
     if loop.link.special == "classes":
         wanted = (wanted[0], *(_WHOLE for _ in wanted[1:]))
-    parts = tuple(count / loop.units for count in counts)
+    parts = tuple(count / sum(counts) for count in counts)
     return Strategy(wanted, tuple(results), loop.link.special, loop.link.first_only, parts)
 
 

@@ -23,7 +23,7 @@ _TOKEN = re.compile(
     r"""\s*(?:
       (?P<ref>%[^\s,()\[\]{}=:]+)
     | (?P<string>"(?:[^"\\]|\\.)*")
-    | (?P<batch>(?:\d+\*)?B(?![\w.:]))
+    | (?P<batch>(?:\d+\*)?B(?:@\d+:\d+(?:/\d+)+)?(?![\w.:]))
     | (?P<number>-?(?:inf|nan|\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?![\w.]))
     | (?P<word>[A-Za-z_][\w.]*(?::[\w.:-]+)?)
     | (?P<mark>[()\[\]{},=:@])
@@ -141,7 +141,13 @@ def _parse_argument(tokens: _Tokens) -> Argument:
     if kind == "string":
         return tokens.unquoted(text)
     if kind == "batch":
-        return BatchSize(int(text[:-2]) if "*" in text else 1)
+        whole, _, part = text.partition("@")
+        member, _, parts = part.partition(":")
+        return BatchSize(
+            int(whole[:-2]) if "*" in whole else 1,
+            tuple(map(int, parts.split("/"))) if parts else (),
+            int(member or 0),
+        )
     if kind == "number":
         return float(text) if re.search(r"[.e]|inf|nan", text) else int(text)
     if text == "(":

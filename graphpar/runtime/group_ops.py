@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpar.runtime.slices import join, padded, part_of, take
+from graphpar.runtime.slices import join, padded, part_of, resized, take
 from graphpar.runtime.team import Team
 
 Cut = tuple[int, tuple[int, ...], int]
@@ -28,7 +28,7 @@ def gathered(team: Team, x: torch.Tensor, cut: Cut) -> Finish:
     shapes = []
     for count in counts:
         shape = list(x.shape)
-        shape[dim] = shape[dim] // counts[team.member] * count
+        shape[dim] = resized(shape[dim], counts, inner, team.member, count)
         shapes.append(tuple(shape))
     arriving = team.start_exchange([x] * team.size, shapes)
     return lambda: join(arriving(), dim, counts, inner)
@@ -64,7 +64,7 @@ def regrouped(team: Team, x: torch.Tensor, made: Cut, wanted: Cut) -> Finish:
     shapes = []
     for count in a_counts:
         shape = list(own)
-        shape[a] = own[a] // a_counts[team.member] * count
+        shape[a] = resized(own[a], a_counts, a_inner, team.member, count)
         shapes.append(tuple(shape))
     arriving = team.start_exchange(blocks, shapes)
     return lambda: join(arriving(), a, a_counts, a_inner)

@@ -354,13 +354,13 @@ class StageBuilder:
     ) -> fx.Node:
         arguments = tuple(stamp.argument(a, env) for a in op.args)
         name = f"{_identifier(op.name)}_op"
-        root.add_module(name, self._own_module(op))
+        root.add_module(name, self._own_module(op, stamp))
         if op.target == "gp.random":
             shape, dtype = arguments[1], stamp.dtype(str(op.args[2]))
             arguments = (arguments[0], shape, dtype, self.device, *arguments[3:])
         return graph.call_module(name, arguments)
 
-    def _own_module(self, op: Op) -> nn.Module:
+    def _own_module(self, op: Op, stamp: "_Stamp") -> nn.Module:
         if op.target == "gp.share":
             return Share(self.context)
         if op.target == "gp.cast_weight":
@@ -381,7 +381,7 @@ class StageBuilder:
             "gp.random": Random,
             "gp.attention": Attention,
         }
-        return classes[op.target](self.context, stream, layout, _part(op))
+        return classes[op.target](self.context, stream, layout, _part(op, stamp))
 
 
 def _group_module(op: Op, team: Team | None) -> nn.Module | None:
@@ -393,7 +393,7 @@ def _group_module(op: Op, team: Team | None) -> nn.Module | None:
     return group_module(op.target, team, owned) or overlap_module(op.target, named, owned, team)
 
 
-def _part(op: Op) -> Part | None:
+def _part(op: Op, stamp: "_Stamp") -> Part | None:
     """Which slice of its result a random op makes, in a tensor group."""
     given = op.kwarg("part")
     if not isinstance(given, tuple):
@@ -401,7 +401,8 @@ def _part(op: Op) -> Part | None:
     dim, counts, inner, member = given
     assert isinstance(dim, int) and isinstance(inner, int) and isinstance(member, int)
     assert isinstance(counts, tuple)
-    return Part(dim, tuple(c for c in counts if isinstance(c, int)), inner, member)
+    units = (stamp.argument(count, {}) for count in counts)
+    return Part(dim, tuple(units), inner, member)
 
 
 class _Stamp:

@@ -11,7 +11,7 @@ from math import pi, prod
 
 import torch
 
-from graphpar.runtime.slices import places
+from graphpar.runtime.slices import places, resized
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 _GOLDEN = 0x9E3779B9 - 2**32
@@ -56,7 +56,7 @@ class Part:
 
     def places(self, size: int, device: torch.device) -> tuple[torch.Tensor, int]:
         """For each element of the slice its place in the whole, and the size of the whole."""
-        whole = size // self.counts[self.member] * sum(self.counts)
+        whole = resized(size, self.counts, self.inner, self.member, sum(self.counts))
         return places(whole, self.counts, self.inner, self.member).to(device), whole
 
 

@@ -11,6 +11,17 @@ def _unfolded(tensor: torch.Tensor, dim: int, run: int) -> torch.Tensor:
     return tensor.reshape(*shape[:dim], shape[dim] // run, run, *shape[dim + 1 :])
 
 
+def resized(size: int, counts: Sequence[int], inner: int, member: int, units: int) -> int:
+    """Size of a dimension with so many units, where the member's own slice has a size.
+
+    A member without any unit cannot tell how often the units are repeated; that is samples, and once.
+
+    >>> resized(4, (2, 1), 1, 0, 3), resized(0, (1, 0), 8, 1, 1)
+    (6, 8)
+    """
+    return size // counts[member] * units if counts[member] else inner * units
+
+
 def take(tensor: torch.Tensor, dim: int, counts: Sequence[int], inner: int, member: int) -> torch.Tensor:
     """The member's slice of a whole tensor.
 
@@ -35,7 +46,7 @@ def join(parts: Sequence[torch.Tensor], dim: int, counts: Sequence[int], inner: 
     >>> join([torch.tensor([0, 1, 4, 5]), torch.tensor([2, 6])], 0, (2, 1), 1)
     tensor([0, 1, 2, 4, 5, 6])
     """
-    rows = [_unfolded(p, dim, c * inner) for p, c in zip(parts, counts, strict=True)]
+    rows = [_unfolded(p, dim, c * inner) for p, c in zip(parts, counts, strict=True) if c]
     return torch.cat(rows, dim + 1).flatten(dim, dim + 1)
 
 
@@ -53,7 +64,7 @@ def padded(
             parts.append(tensor)
             continue
         shape = list(tensor.shape)
-        shape[dim] = shape[dim] // counts[member] * count
+        shape[dim] = resized(shape[dim], counts, inner, member, count)
         parts.append(tensor.new_zeros(shape))
     return join(parts, dim, counts, inner)
 

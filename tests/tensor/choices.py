@@ -1,7 +1,7 @@
 """Ways to compute a graph for tests: at random, or as the sharding programme says when links are free."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from threads import Choice, one_stage
 
@@ -35,13 +35,18 @@ def planned(prepared: Prepared, group: TensorGroup, options: ShardingOptions | N
     return Choice(found.chosen, found.forms, found.weights)
 
 
-def at_random(graph: Graph, shares: Sequence[float], seed: int) -> Choice:
+def at_random(
+    graph: Graph,
+    shares: Sequence[float],
+    seed: int,
+    prefers: Callable[[Strategy], bool] = lambda strategy: False,
+) -> Choice:
     """Any strategy for each op that its operands can be brought to; mostly not the whole one."""
     rng = random.Random(seed)
     table = strategies_of(graph, shares)
     weights = {op.name: rng.choice(_slices(graph, table, op.name)) for op in graph.sources("parameter")}
     for copies in (True, False):
-        chosen = _chosen(graph, table, weights, rng, copies)
+        chosen = _chosen(graph, table, weights, rng, copies, prefers)
         if chosen is not None:
             return Choice(chosen, {}, weights)
     raise AssertionError("whole everywhere is always possible")
@@ -63,6 +68,7 @@ def _chosen(
     weights: dict[str, Layout],
     rng: random.Random,
     copies: bool,
+    prefers: Callable[[Strategy], bool],
 ) -> dict[str, Strategy] | None:
     """A copy cannot become whole again; where that leads nowhere there are none."""
     chosen: dict[str, Strategy] = {}
@@ -82,6 +88,7 @@ def _chosen(
                 possible.append(strategy)
         if op.name in table and not possible:
             return None
+        possible = [s for s in possible if prefers(s)] or possible
         if possible:
             chosen[op.name] = rng.choice(possible[1:] or possible if rng.random() < 0.8 else possible)
     return chosen

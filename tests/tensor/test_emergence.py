@@ -37,9 +37,11 @@ def captured(name: str) -> Prepared:
     return prepare(model, (ids,), {"labels": ids}, Training(optimizer=torch.optim.SGD))
 
 
-def chosen(name: str, link: LinkCost, size: int = 2, hold: float = 4.0, samples: int = SAMPLES) -> Choice:
+def chosen(
+    name: str, link: LinkCost, size: int = 2, hold: float = 4.0, cuts_batch: bool = True
+) -> Choice:
     """What a group of H100 does, holding hardly more weights than it must."""
-    options = ShardingOptions(samples=samples, hold_factor=hold)
+    options = ShardingOptions(samples=SAMPLES, hold_factor=hold, cuts_batch=cuts_batch)
     return planned(captured(name), gpus(size, link), options)
 
 
@@ -76,15 +78,18 @@ def test_columns_then_rows(name: str, link: LinkCost) -> None:
             assert choice.chosen[op.name].results == ("partial",), (weight, choice.chosen[op.name])
 
 
+@pytest.mark.parametrize("cuts_batch", [False, True])
 @pytest.mark.parametrize("name", ["gpt", "llama"])
-def test_norms_along_the_sequence(name: str) -> None:
-    choice = chosen(name, NVLINK)
+def test_norms_along_the_sequence(name: str, cuts_batch: bool) -> None:
+    """Or along the samples, where they may be cut: 25 heads cannot be halved, 4 samples can."""
+    choice = chosen(name, NVLINK, cuts_batch=cuts_batch)
     graph = one_stage(captured(name).graph)
     norms = [op for op in graph.ops if op.target in ("aten.layer_norm.default", "aten.rsqrt.default")]
     assert norms
     for op in norms:
         (result,) = choice.chosen[op.name].results
-        assert isinstance(result, Split) and result.dim == 1, (op.name, result)
+        assert isinstance(result, Split), (op.name, result)
+        assert result.dim == 1 or (cuts_batch and result.of_batch), (op.name, result)
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
@@ -104,6 +109,20 @@ def test_slow_links_mean_fewer_slices(name: str) -> None:
     cut = [num_cut(chosen(name, link, 4, hold=0.0)) for link in (NVLINK, PCIE, ETHERNET)]
     assert cut[0] >= cut[1] > cut[2]
     assert cut[2] <= 2  # at most the head and its loss
+
+
+def test_images_by_samples() -> None:
+    """Weights of convolutions are small beside what they make: each member takes some of the images."""
+    with torch.device("meta"):
+        first, second = (torch.nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+        model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+        images = torch.zeros(16, 64, 56, 56)
+    training = Training(optimizer=torch.optim.SGD, loss=torch.nn.functional.mse_loss)
+    prepared = prepare(model, (images, images.clone()), {}, training)
+    for count, by_samples in ((4, True), (32, False)):
+        choice = planned(prepared, gpus(count, NVLINK), ShardingOptions(samples=16))
+        found = {op.name for op in prepared.graph.ops if "conv" in op.target}
+        assert found and all(bool(choice.chosen[name].samples) == by_samples for name in found)
 
 
 def test_memory_forces_slices() -> None:

@@ -11,6 +11,8 @@ from threads import Choice, grouped, one_stage
 from torch import nn
 
 from graphpar.ir.shards import Split
+from graphpar.ir.text import format_graph, parse_graph
+from graphpar.passes.shard import Shard
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.numbers import compare_gradients
 from graphpar.runtime.reference import OneDevice
@@ -102,6 +104,36 @@ def test_any_strategies_on_any_stack(
     choice = at_random(one_stage(prepared.graph), parts, seed)
     check(model, prepared, choice, len(parts), batch, {})
     check(model, prepared, planned(prepared, gpus(len(parts), FREE, parts)), len(parts), batch, {})
+
+
+class Pixels(nn.Module):
+    """Convolutions, pooling and a loss: nothing here has a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 7, 3)
+        self.out = nn.Linear(7, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.dropout(nn.functional.max_pool2d(torch.relu(self.first(x)), 2), 0.2)
+        h = self.second(h).mean((2, 3))
+        result: torch.Tensor = nn.functional.cross_entropy(self.out(h), y)
+        return result
+
+
+@pytest.mark.parametrize("parts", [(0.5, 0.5), (0.6, 0.4), (0.4, 0.2, 0.2, 0.2)])
+def test_the_samples_are_cut_wherever_they_can_be(parts: tuple[float, ...]) -> None:
+    """Three samples: the last of four members has none."""
+    batch = torch.randn(3, 3, 8, 8), torch.randint(0, 4, (3,))
+    ids = torch.randint(0, 13, (3, 7)), torch.randint(0, 13, (3, 7))
+    for model, given_batch in ((Pixels(), batch), (Mixer(["a", "m"], 12, 3, 5, 0.3), ids)):
+        prepared = prepare(model, given_batch, {}, TRAINING)
+        graph = one_stage(prepared.graph)
+        choice = at_random(graph, parts, 0, prefers=lambda strategy: bool(strategy.samples))
+        assert sum(bool(s.samples) for s in choice.chosen.values()) >= 8
+        local = Shard(0, 1, choice.chosen, choice.forms, choice.weights).run(graph)
+        assert parse_graph(format_graph(local)) == local
+        check(model, prepared, choice, len(parts), given_batch, {})
 
 
 def stock(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
