@@ -1,5 +1,7 @@
 """Stages of a lowered graph as torch modules, stamped for microbatch sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, fx
@@ -122,8 +124,7 @@ def test_only_the_stages_own_ops_and_sources() -> None:
 def test_an_operator_this_torch_lacks_is_named() -> None:
     graph = lowered((0, 0))
     strange = [
-        op if op.name != "h" else type(op)(**{**vars(op), "target": "aten.frobnicate.default"})
-        for op in graph.ops
+        op if op.name != "h" else replace(op, target="aten.frobnicate.default") for op in graph.ops
     ]
     with pytest.raises(VerifyError, match=r"Op %h calls aten.frobnicate.default.*Plan again"):
         builder(graph.with_ops(strange), 0, tensors(), StepContext()).module(4, 4)
