@@ -1,57 +1,43 @@
 """`precision="auto"`: stages and the format of every unit, chosen for speed under an error budget.
 
-Stages depend on the units' times and formats on the stages, so both are chosen in turn: first stages
-as if every unit ran in its fastest format (whose bound holds for every choice of formats), then
-formats for these stages (`graphpar.partition.formats`), then stages again at the true prices. The best
-plan within the budget is kept, its gap measured against that first bound.
+Stages depend on the units' times and formats on the stages, so both are chosen in turn
+(`graphpar.auto_search`): first stages as if every unit ran in its fastest format (whose bound holds for
+every choice of formats), then formats for these stages (`graphpar.partition.formats`), then stages again
+at the true prices. What is chosen is run as a whole, and the error of all units together that this finds
+corrects the estimate for the next choice, until the budget is used or nothing faster is left. The fastest
+of the plans measured within the budget is kept, its gap measured against that first bound.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
-from graphpar.cheapest import cheapest
+from graphpar.auto_search import (
+    NO_CORRECTION,
+    Candidate,
+    Pricing,
+    Search,
+    agreed,
+)
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
-from graphpar.device import Device
-from graphpar.ir.formats import PARTLY, base_format
-from graphpar.partition.formats import (
-    Errors,
-    FormatChoice,
-    FormatProblem,
-    StageRun,
-    choose_formats,
-    errors_of,
-    looser,
-    tighter,
-)
-from graphpar.partition.types import Partition, PipelineChoice, StageChoice
-from graphpar.plan_records import PlanBudget, PlanPrecision, PlanUnitFormat
-from graphpar.precision import (
-    Formats,
-    formats_of,
-    quarrels,
-    settled,
-    uniform_formats,
-    with_formats,
-)
+from graphpar.partition.formats import Errors
+from graphpar.partition.types import Partition, PipelineChoice
+from graphpar.plan_records import PlanPrecision
+from graphpar.precision import Formats, uniform_formats, with_formats
 from graphpar.sensitivity import Sensitivities
 
-_ROUNDS = 3
-_SAFETY = 0.9
-"""After a measured error above the budget, the next estimate has to stay this far below it."""
+MeasureErrors = Callable[[Sequence[PipelineChoice]], Errors | None]
+"""Errors of pipelines as their stages are, run on this machine; None where nothing can be run."""
 
-
-@dataclass(frozen=True)
-class Pricing:
-    """How to price and to plan under given formats, and what casts cost.
-
-    `cast_s(device, elements)` are seconds of casting so many elements, forward and backward.
-    """
-
-    table: Callable[[Formats], CostTable]
-    solve: Callable[[CostTable], Partition]
-    cast_s: Callable[[Device, float], float]
+_TRIES = 8
+"""Choices that are run as a whole at most, once one keeps the budget."""
+SEARCH_S = 20.0
+"""Seconds after which no other choice is tried once one keeps the budget."""
+_PAST, _AGAIN = 1.02, 1.5
+"""After a measured error above the budget, the next estimate is that much more careful; and where that
+brings the same choice again."""
 
 
 @dataclass(frozen=True)
@@ -73,37 +59,8 @@ def uniform_answer(
     solve: Callable[[CostTable], Partition],
 ) -> Answer:
     """Stages where every device computes in one format, or in float32 where it lacks that."""
-    formats, table, found = _agreed(cluster, uniform_formats(cluster, precision, num_units), price, solve)
+    formats, table, found = agreed(cluster, uniform_formats(cluster, precision, num_units), price, solve)
     return Answer(table, found, formats, formats.notes)
-
-
-def _agreed(
-    cluster: Cluster,
-    formats: Formats,
-    price: Callable[[Formats], CostTable],
-    solve: Callable[[CostTable], Partition],
-) -> tuple[Formats, CostTable, Partition]:
-    """Plan under formats; devices that share a stage but no format fall back to float32."""
-    table = price(formats)
-    found = solve(table)
-    while groups := quarrels(found, formats):
-        formats = settled(formats, groups, cluster)
-        table = price(formats)
-        found = solve(table)
-    return formats, table, found
-
-
-def lower_formats(device: Device) -> tuple[str, ...]:
-    """Lower formats worth considering on a device: what has fast units for them."""
-    if device.is_local_cpu:
-        return ("bfloat16", "bfloat16_linear")
-    return tuple(f for f in formats_of(device) if f in ("bfloat16", "float16"))
-
-
-def candidate_formats(cluster: Cluster) -> tuple[str, ...]:
-    """Lower formats worth considering anywhere in a cluster."""
-    found = {f for device in cluster.devices for f in lower_formats(device)}
-    return tuple(f for f in ("bfloat16", "float16", "bfloat16_linear") if f in found)
 
 
 def check_budget(budget: float) -> None:
@@ -124,7 +81,7 @@ def choose_auto(
     cluster: Cluster,
     pricing: Pricing,
     sensitivities: Sensitivities,
-    true_errors: Callable[[tuple[str, ...]], Errors | None],
+    measure: MeasureErrors,
     budget: float,
     gap: float,
 ) -> Answer:
@@ -134,40 +91,20 @@ def choose_auto(
         cluster: The devices.
         pricing: How to price and plan.
         sensitivities: Errors of every unit in every lower format.
-        true_errors: Errors of all units in given formats together; None where nothing can be run.
+        measure: Errors of all units of some pipelines together; None where nothing can be run.
         budget: Largest relative error, of the result and of the gradient.
         gap: The gap asked for, to tell when it is not reached.
 
     Raises:
         InfeasibleError: Nothing fits.
     """
-    search = _Search(cluster, pricing, sensitivities, budget)
-    best = search.run(budget)
-    notes: list[str] = []
-    measured = _measured(best, true_errors)
-    allowed = budget
-    while measured is not None and max(measured) > budget:
-        allowed = _SAFETY * min(allowed, max(best.errors)) * budget / max(measured)
-        notes.append(
-            f"units whose errors add up to {max(best.errors):.2g} gave {max(measured):.2g} together, "
-            f"more than the budget: fewer were taken"
-        )
-        best = search.run(allowed)
-        measured = _measured(best, true_errors)
-    found = search.certified(best, gap)
-    report = search.report(best, measured, allowed)
-    if not best.lowered:
-        notes.append(why_nothing(report))
-    return Answer(best.table, found, best.formats, (*best.formats.notes, *notes), report)
-
-
-def _measured(
-    best: "_Candidate", true_errors: Callable[[tuple[str, ...]], Errors | None]
-) -> Errors | None:
-    stages = with_formats(best.found, best.formats).pipelines[0].stages
-    return (
-        true_errors(tuple(f for stage in stages for f in stage.formats)) if best.lowered else (0.0, 0.0)
-    )
+    search = Search(cluster, pricing, sensitivities, budget)
+    tried = _Tried(search, measure, budget)
+    best = tried.fastest()
+    found = search.certified(best.made, gap)
+    report = search.report(best.made, best.measured, best.correction, tried.told)
+    notes = [] if best.made.lowered else [why_nothing(report)]
+    return Answer(best.made.table, found, best.made.formats, (*best.made.formats.notes, *notes), report)
 
 
 def why_nothing(report: PlanPrecision) -> str:
@@ -181,207 +118,75 @@ def why_nothing(report: PlanPrecision) -> str:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """Stages planned at the prices of some formats, and the errors of those formats."""
+class _Measured:
+    """A choice, the measured errors of all its units together, and the correction they lead to."""
 
-    formats: Formats
-    table: CostTable
-    found: Partition
-    errors: Errors
-
-    @property
-    def lowered(self) -> bool:
-        """Whether any stage has a unit in a lower format."""
-        stages = with_formats(self.found, self.formats).pipelines
-        return any(f != "float32" for p in stages for s in p.stages for f in s.formats)
+    made: Candidate
+    measured: Errors | None
+    correction: Errors
 
 
-class _Search:
-    def __init__(
-        self, cluster: Cluster, pricing: Pricing, sensitivities: Sensitivities, budget: float
-    ) -> None:
-        self.cluster, self.pricing, self.sensitivities = cluster, pricing, sensitivities
-        self.budget = budget
-        self.tables = {"float32": pricing.table(Formats({}))}
-        self.num_units = self.tables["float32"].num_units
-        for f in candidate_formats(cluster):
-            having = [d.name for d in cluster.devices if f in lower_formats(d)]
-            self.tables[f] = pricing.table(Formats(dict.fromkeys(having, (f,) * self.num_units)))
-        self.relaxed = pricing.solve(cheapest(list(self.tables.values())))
-        self.errors = tuple(
-            {
-                f: sensitivities.errors[f][unit]
-                for f in self.tables
-                if f != "float32" and all(map(math.isfinite, sensitivities.errors[f][unit]))
-            }
-            for unit in range(self.num_units)
-        )
+@dataclass
+class _Tried:
+    """Choices run as a whole one after another, each estimate corrected by the runs before."""
 
-    def run(self, budget: float) -> _Candidate:
-        """The best plan whose units' errors add up to the budget at most."""
-        best: _Candidate | None = None
-        stages, seen = self.relaxed, set[tuple[tuple[str, tuple[str, ...]], ...]]()
-        for _ in range(_ROUNDS):
-            formats = self._spread(stages, choose_formats(self.problem(stages), budget))
-            key = tuple(sorted(formats.by_device.items()))
-            if key in seen:
+    search: Search
+    measure: MeasureErrors
+    budget: float
+    told: str = ""
+    too_small: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Corrections, of both errors, that are known to be too small: what they allowed broke the budget."""
+
+    def fastest(self) -> _Measured:
+        """The fastest choice found to keep the budget."""
+        began_s = time.monotonic()
+        best: _Measured | None = None
+        correction, seen, runs = NO_CORRECTION, set[tuple[PipelineChoice, ...]](), 0
+        while best is None or (runs < _TRIES and time.monotonic() - began_s < SEARCH_S):
+            made = self.search.run(self.budget, correction)
+            pipelines = with_formats(made.found, made.formats).pipelines
+            if pipelines in seen:
+                if best is not None:
+                    break
+                correction = correction[0] * _AGAIN, correction[1] * _AGAIN
+                continue
+            seen.add(pipelines)
+            measured = self.measure(pipelines) if made.lowered else (0.0, 0.0)
+            runs += 1
+            if measured is None:
+                self.told = "the whole was not run"
+                return _Measured(made, None, correction)
+            if max(measured) > self.budget:
+                correction = self._more_careful(correction, made.errors, measured)
+                continue
+            correction = self._bolder(correction, made.errors, measured)
+            if best is None or made.found.objective_s < best.made.found.objective_s:
+                best = _Measured(made, measured, correction)
+            if not self.search.gains_by_more(made):
                 break
-            seen.add(key)
-            made = self._planned(formats)
-            if max(made.errors) <= budget * (1 + 1e-6) and (
-                best is None or made.found.objective_s < best.found.objective_s
-            ):
-                best = made
-            stages = made.found
-        if best is None:
-            best = self._planned(Formats({}))
+        else:
+            self.told = (
+                f"choices no longer tried after {runs} runs and {time.monotonic() - began_s:.0f} s"
+            )
+        assert best is not None
         return best
 
-    def _planned(self, formats: Formats) -> _Candidate:
-        pricing = self.pricing
-        formats, table, found = _agreed(self.cluster, formats, pricing.table, pricing.solve)
-        stages = [s for p in with_formats(found, formats).pipelines for s in p.stages]
-        errors = errors_of(self.problem(found), [s.formats for s in stages])
-        return _Candidate(formats, table, found, errors)
+    def _more_careful(self, correction: Errors, estimated: Errors, measured: Errors) -> Errors:
+        """After a choice that broke the budget."""
+        new = list(correction)
+        for kind in range(2):
+            if measured[kind] > self.budget:
+                self.too_small[kind] = max(self.too_small[kind], correction[kind])
+                seen = measured[kind] / estimated[kind] if estimated[kind] > 0 else math.inf
+                new[kind] = max(correction[kind] * _PAST, min(seen * _PAST, correction[kind] * 4))
+        return new[0], new[1]
 
-    def problem(self, found: Partition) -> FormatProblem:
-        """The choice of formats for the stages of a partition."""
-        stages = tuple(
-            self._stage(number, pipeline, stage)
-            for number, pipeline in enumerate(found.pipelines)
-            for stage in pipeline.stages
-        )
-        return FormatProblem(stages, tuple(p.microbatches for p in found.pipelines), self.errors)
-
-    def _stage(self, number: int, pipeline: PipelineChoice, stage: StageChoice) -> StageRun:
-        size = max(pipeline.sizes())
-        devices = [self.cluster.device(d) for r in stage.replicas for d in r.devices]
-        allowed = [
-            f for f in self.tables if f == "float32" or all(f in lower_formats(d) for d in devices)
-        ]
-        wide = self.tables["float32"]
-        return StageRun(
-            pipeline=number,
-            first=stage.first,
-            last=stage.last,
-            most_microbatches=max(r.microbatches for r in stage.replicas),
-            seconds=tuple(
-                self._seconds(stage, unit, size, allowed) for unit in range(stage.first, stage.last)
-            ),
-            cast_s=tuple(
-                max(self.pricing.cast_s(d, wide.cut_bytes(unit, size)[0] / 4) for d in devices)
-                for unit in range(stage.first, stage.last)
-            ),
-        )
-
-    def _seconds(
-        self, stage: StageChoice, unit: int, size: int, allowed: Sequence[str]
-    ) -> dict[str, float]:
-        """Seconds of a unit by format; a partly lower format only where it differs from its base."""
-        known = [f for f in allowed if f == "float32" or f in self.errors[unit]]
-        seconds = {f: self._unit_s(self.tables[f], stage, unit, size) for f in known}
-        return {f: s for f, s in seconds.items() if f not in PARTLY or s != seconds.get(base_format(f))}
-
-    def _unit_s(self, table: CostTable, stage: StageChoice, unit: int, size: int) -> float:
-        """Seconds of one microbatch of a unit on the slowest replica."""
-        times = []
-        for replica in stage.replicas:
-            mode = table.mode_number(stage, replica)
-            mode = table.class_of[replica.device] if mode is None else mode
-            backward_s = table.backward_s(unit, mode, size) if table.training else 0.0
-            times.append(table.forward_s(unit, mode, size) + backward_s)
-        return max(times)
-
-    def _spread(self, found: Partition, choice: FormatChoice) -> Formats:
-        """The choice for every device: what runs a unit decides for those that might have run it."""
-        stages = [stage for pipeline in found.pipelines for stage in pipeline.stages]
-        wanted = ["float32"] * self.num_units
-        own: dict[str, dict[int, str]] = {}
-        classes = self.tables["float32"].device_classes
-        for stage, formats in zip(stages, choice.formats, strict=True):
-            for unit, f in zip(range(stage.first, stage.last), formats, strict=True):
-                wanted[unit] = f if f != "float32" else wanted[unit]
-                for replica in stage.replicas:
-                    for device in replica.devices:
-                        name = classes[self.tables["float32"].class_of[device]].devices[0]
-                        own.setdefault(name, {})[unit] = f
-        by_device = {}
-        for group in classes:
-            mine = lower_formats(self.cluster.device(group.devices[0]))
-            chosen = own.get(group.devices[0], {})
-            units = tuple(
-                chosen.get(u, f if f == "float32" or f in mine else next(iter(mine), "float32"))
-                for u, f in enumerate(wanted)
-            )
-            if any(f != "float32" for f in units):
-                by_device.update(dict.fromkeys(group.devices, units))
-        return Formats(by_device)
-
-    def certified(self, best: _Candidate, gap: float) -> Partition:
-        """The partition with the bound that holds whatever formats are chosen."""
-        found = best.found
-        bound = min(self.relaxed.bound_s, found.objective_s)
-        reached = (found.objective_s - bound) / found.objective_s if found.objective_s > 0 else 0.0
-        cut = found.truncated_by
-        if reached > max(gap, found.gap) + 1e-9:
-            cut = (*cut, "formats: the bound takes every unit's fastest format, whatever its error")
-        return replace(
-            found,
-            bound_s=bound,
-            gap=reached,
-            status="optimal" if reached <= 1e-9 else "feasible",
-            physical_bound_s=min(found.physical_bound_s, self.relaxed.physical_bound_s),
-            truncated_by=cut,
-            family=f"{found.family}; every unit in any format its devices have",
-        )
-
-    def report(self, best: _Candidate, measured: Errors | None, budget: float) -> PlanPrecision:
-        """How the budget was spent, and what others would buy."""
-        problem = self.problem(best.found)
-        chosen = choose_formats(problem, budget)
-        more, less = looser(problem, chosen), tighter(problem, chosen)
-        output, gradient = best.errors
-        return PlanPrecision(
-            budget=self.budget,
-            output_error=output,
-            gradient_error=gradient,
-            measured_output_error=measured[0] if measured is not None else None,
-            measured_gradient_error=measured[1] if measured is not None else None,
-            step_s=chosen.step_s,
-            looser=PlanBudget(budget=more[0], step_s=more[1].step_s) if more else None,
-            tighter=PlanBudget(budget=less[0], step_s=less[1].step_s) if less else None,
-            units=tuple(self._units(best)),
-            note=self.sensitivities.note,
-        )
-
-    def _units(self, best: _Candidate) -> Sequence[PlanUnitFormat]:
-        rows: dict[int, PlanUnitFormat] = {}
-        for pipeline in with_formats(best.found, best.formats).pipelines:
-            size = max(pipeline.sizes())
-            for stage in pipeline.stages:
-                for unit, f in zip(range(stage.first, stage.last), stage.formats, strict=True):
-                    if f == "float32":
-                        continue
-                    saved_s = pipeline.microbatches * (
-                        self._unit_s(self.tables["float32"], stage, unit, size)
-                        - self._unit_s(self.tables[f], stage, unit, size)
-                    )
-                    before = rows[unit].saved_s if unit in rows else 0.0
-                    output, gradient = self.errors[unit][f]
-                    rows[unit] = PlanUnitFormat(
-                        unit=unit,
-                        format=f,
-                        output_error=output,
-                        gradient_error=gradient,
-                        source=self.sensitivities.sources[f][unit],
-                        saved_s=saved_s + before,
-                        saved_bytes=self._saved_bytes(f, unit, size),
-                    )
-        return [rows[unit] for unit in sorted(rows)]
-
-    def _saved_bytes(self, f: str, unit: int, size: int) -> float:
-        def held(table: CostTable) -> float:
-            cost = table.costs[table.units[unit]]
-            return table.at_size(cost.saved_bytes, size) + cost.weight_bytes
-
-        return held(self.tables["float32"]) - held(self.tables[f])
+    def _bolder(self, correction: Errors, estimated: Errors, measured: Errors) -> Errors:
+        """After a choice that kept it: what was found, but not what is known to allow too much."""
+        new = list(correction)
+        for kind in range(2):
+            if estimated[kind] > 0 and measured[kind] / estimated[kind] < correction[kind]:
+                low = max(measured[kind] / estimated[kind], correction[kind] / 4)
+                between = math.sqrt(self.too_small[kind] * correction[kind])
+                new[kind] = low if low > self.too_small[kind] else between
+        return new[0], new[1]

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from graphpar.auto_precision import (
-    Pricing,
-    candidate_formats,
+    MeasureErrors,
     check_budget,
     choose_auto,
     uniform_answer,
 )
+from graphpar.auto_search import Pricing, candidate_formats
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cluster_build import system_memory_bytes
@@ -30,7 +30,6 @@ from graphpar.device import Device
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.optimizer_probe import optimizer_traits
-from graphpar.partition.formats import Errors
 from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
@@ -51,9 +50,9 @@ from graphpar.runtime.assemble import stage_links
 from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
 from graphpar.sensitivity import (
     Sensitivities,
+    TrueErrors,
     estimated,
     measure_sensitivities,
-    true_errors,
 )
 from graphpar.tensor_groups import candidate_groups, settle_shardings, widest_group, with_group_modes
 from graphpar.training import Training
@@ -263,14 +262,14 @@ def _cast_seconds(
 
 def _errors(
     prepared: Prepared, cluster: Cluster, train: Training | None, example: Example | None
-) -> tuple[Sensitivities, Callable[[tuple[str, ...]], Errors | None]]:
+) -> tuple[Sensitivities, MeasureErrors]:
     """Errors of the units in lower formats, and how to find those of all of them together."""
     formats = candidate_formats(cluster)
     if example is None:
         return estimated(prepared.graph, prepared.chain, formats), lambda _: None
     trial = trial_of(example.model, prepared, train)
     found = measure_sensitivities(trial, example.args, example.kwargs, formats)
-    return found, lambda chosen: true_errors(trial, example.args, example.kwargs, chosen)
+    return found, TrueErrors(trial, example.args, example.kwargs).of_pipelines
 
 
 def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:

@@ -24,7 +24,6 @@ from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
-from graphpar.runtime.reference import whole_on_one_device
 from graphpar.sensitivity import (
     Trial,
 )
@@ -152,14 +151,18 @@ def _split_stages(pipeline: PipelineChoice) -> frozenset[int]:
 
 
 def trial_of(model: nn.Module, prepared: Prepared, train: Training | None) -> Trial:
-    """The model on one device of this machine, its units in any formats."""
-    alone = whole_on_one_device(prepared.graph)
-    (pipeline,) = alone.pipelines
-    (stage,) = pipeline.stages
+    """The model on one device of this machine, its units in any formats and stages."""
+    units = len(prepared.chain.units)
 
-    def lowered(formats: tuple[str, ...]) -> Graph:
-        only = replace(pipeline, stages=(replace(stage, unit_formats=formats),))
-        (graph,) = lower(prepared.graph, replace(alone, pipelines=(only,)), train is not None).graphs
+    def lowered(formats: tuple[str, ...], stages: tuple[int, ...]) -> Graph:
+        placed, _ = Pipeline((AssignFormats(formats), Place(stages or (0,) * units), InsertCasts())).run(
+            prepared.graph
+        )
+        # Rounded as between stages, but all on one device: nothing is sent.
+        here = placed.with_ops(
+            op if op.attr("stage") is None else op.with_attrs(stage=0) for op in placed.ops
+        )
+        graph, _ = Pipeline((InsertMessages(),)).run(here)
         return graph
 
     return Trial(

@@ -26,6 +26,7 @@ from graphpar.ir.formats import ATTENTION, PARTLY, ROUNDOFF, base_format, role_o
 from graphpar.ir.graph import Graph
 from graphpar.ir.optable import packet
 from graphpar.partition.formats import Errors
+from graphpar.partition.types import PipelineChoice
 from graphpar.runtime.merge import check_inputs
 from graphpar.runtime.reference import OneDevice
 
@@ -38,6 +39,10 @@ BUDGET_S = 20.0
 
 _LOSS_SCALES = (2.0**12, 1.0)
 """Factors that gradients in float16 are tried with."""
+
+
+Placing = tuple[tuple[str, ...], tuple[int, ...]]
+"""By unit its format and its stage."""
 
 
 class Sensitivities(msgspec.Struct, frozen=True):
@@ -61,7 +66,8 @@ class Trial:
         whole_batch_only: Whether the batch must stay whole.
         training: Whether gradients are compared too.
         seed: Seed of the random streams.
-        lower: The graph as one stage, its units in the given formats.
+        lower: The graph on one device, its units in the given formats and, for what is rounded between
+            them, in the given stages; one stage where none are given.
     """
 
     model: nn.Module
@@ -72,7 +78,7 @@ class Trial:
     whole_batch_only: bool
     training: bool
     seed: int
-    lower: Callable[[tuple[str, ...]], Graph]
+    lower: Callable[[tuple[str, ...], tuple[int, ...]], Graph]
 
     @property
     def num_units(self) -> int:
@@ -92,7 +98,7 @@ class _Runs:
 
     def __post_init__(self) -> None:
         trial = self.trial
-        wide = trial.lower(("float32",) * trial.num_units)
+        wide = trial.lower(("float32",) * trial.num_units, ())
         self.device = OneDevice(trial.model, trial.captured, wide, trial.graph, trial.seed)
         began_s = time.monotonic()
         self.reference = self._run(self.device, 1.0)
@@ -110,9 +116,9 @@ class _Runs:
         gradients = {name: g / scale for name, g in device.gradients().items()}
         return [r.detach() for r in results if r.is_floating_point()], gradients
 
-    def errors(self, formats: tuple[str, ...]) -> Errors:
-        """The errors with units in these formats; infinite where something overflows."""
-        device = self.device.on(self.trial.lower(formats))
+    def errors(self, formats: tuple[str, ...], stages: tuple[int, ...] = ()) -> Errors:
+        """The errors with units in these formats and stages; infinite where something overflows."""
+        device = self.device.on(self.trial.lower(formats, stages))
         scales = _LOSS_SCALES if "float16" in formats and self.trial.training else (1.0,)
         worst = math.inf
         output = math.inf
@@ -250,15 +256,48 @@ def _roundoff(unit_format: str) -> float:
     return ROUNDOFF[base_format(unit_format)]
 
 
-def true_errors(
-    trial: Trial, args: Sequence[Any], kwargs: Mapping[str, Any], formats: tuple[str, ...]
-) -> Errors | None:
-    """Errors with all units in their formats together, on the whole example batch."""
-    inputs = trial.captured.signature.bind(args, kwargs)
-    tensors = [*trial.model.parameters(), *trial.model.buffers(), *inputs.values()]
-    if any(t.device.type == "meta" or type(t).__name__ == "FakeTensor" for t in tensors):
-        return None
-    return _Runs(trial, inputs).errors(formats)
+class TrueErrors:
+    """Errors of whole models in their formats, on the whole example batch.
+
+    Args:
+        trial: The model.
+        args: Positional arguments of the example batch.
+        kwargs: Keyword arguments of it.
+    """
+
+    def __init__(self, trial: Trial, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._trial = trial
+        self._inputs = trial.captured.signature.bind(args, kwargs)
+        self._runs: _Runs | None = None
+        self._known: dict[Placing, Errors] = {}
+
+    def of(self, formats: tuple[str, ...], stages: tuple[int, ...] = ()) -> Errors | None:
+        """Errors with all units in their formats together, what crosses stages rounded as it will be.
+
+        Args:
+            formats: By unit its format.
+            stages: By unit its stage; one stage where left out.
+        """
+        tensors = [*self._trial.model.parameters(), *self._trial.model.buffers(), *self._inputs.values()]
+        if any(t.device.type == "meta" or type(t).__name__ == "FakeTensor" for t in tensors):
+            return None
+        self._runs = self._runs or _Runs(self._trial, self._inputs)
+        key = formats, stages
+        if key not in self._known:
+            self._known[key] = self._runs.errors(formats, stages)
+        return self._known[key]
+
+    def of_pipelines(self, pipelines: Sequence[PipelineChoice]) -> Errors | None:
+        """The larger of each error over pipelines side by side, each run on all samples."""
+        found = [self.of(*_placing(pipeline)) for pipeline in pipelines]
+        known = [errors for errors in found if errors is not None]
+        return (max(e[0] for e in known), max(e[1] for e in known)) if len(known) == len(found) else None
+
+
+def _placing(pipeline: PipelineChoice) -> "Placing":
+    formats = tuple(f for stage in pipeline.stages for f in stage.formats)
+    stages = [n for n, stage in enumerate(pipeline.stages) for _ in range(stage.first, stage.last)]
+    return formats, tuple(stages)
 
 
 def reference_run(

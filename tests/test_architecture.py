@@ -20,7 +20,7 @@ ROWS = (
     "explanation explanation_build explain_page",
     "frontend runtime passes cost_models view probes optimizer_probe measure neighbours",
     "scenarios "
-    "compiler planner preparation precision auto_precision cheapest sensitivity "
+    "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
     "tensor_groups group_shardings unit_timing trial_worker "
     "verify demo doctor model_spec hf_models hf_architectures hf_documented hf_inputs hf_repair "
     "commands cli examples",

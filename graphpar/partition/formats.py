@@ -2,9 +2,10 @@
 
 A stage `s` of pipeline `p` runs units `U_s`; `t[u,f]` are the seconds of one microbatch of unit `u` in
 format `f` there, `c[b]` those of the casts at the border `b` of two units, `e[u,f]` the errors (of the
-output, of the gradient) that unit `u` alone in format `f` was found to cause, `m_p` the microbatches
-of a pipeline and `k_s` the most that one replica of a stage takes. Variables: `x[s,u,f]` binary, unit
-`u` in format `f`; `y[s,b]`, the formats beside `b` differ; `w[u]` the error that `u` adds.
+output, of the gradient) that unit `u` alone in format `f` was found to cause, `a` a correction for each
+of both errors, `m_p` the microbatches of a pipeline and `k_s` the most that one replica of a stage takes.
+Variables: `x[s,u,f]` binary, unit `u` in format `f`; `y[s,b]`, the formats beside `b` differ; `w[u]` the
+square of the error that `u` adds.
 
     minimise   z
     such that  z   >= sum_s T_s + (m_p - 1) B_p                          for every pipeline    (steps)
@@ -12,11 +13,14 @@ of a pipeline and `k_s` the most that one replica of a stage takes. Variables: `
                T_s  = sum_u sum_f t[u,f] x[s,u,f] + sum_b c[b] y[s,b]
                sum_f x[s,u,f] = 1                                        one format            (one)
                y[s,b] >= x[s,b,f] - x[s,b+1,f]                           for every format      (borders)
-               w[u] >= sum_f e[u,f] x[s,u,f],  sum_u w[u] <= budget      for both errors       (errors)
+               w[u] >= sum_f (a e[u,f])^2 x[s,u,f]                       for both errors       (errors)
+               sum_u w[u] <= budget^2
 
-Errors of several units are taken to add up, which is an upper bound as long as they are small.
+Roundings of different units know nothing of each other: to first order their errors are vectors at right
+angles, whose squares add up. `a` is what a run of all units together was found to be of that (1 before).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +32,8 @@ Errors = tuple[float, float]
 _TIME_LIMIT_S = 10.0
 _FASTER = 1e-3
 """A looser budget is worth telling if it saves this share of the step."""
+_LESS = 1e-4
+"""A tighter budget is less by this share at least, for the solver does not tell nearer ones apart."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,20 @@ class StageRun:
 
 @dataclass(frozen=True)
 class FormatProblem:
-    """Stages with their prices, microbatches by pipeline, and by unit and format the errors."""
+    """Stages with their prices, microbatches by pipeline, and by unit and format the errors.
+
+    `correction` multiplies the errors of several units together.
+    """
 
     stages: tuple[StageRun, ...]
     microbatches: tuple[int, ...]
     errors: tuple[Mapping[str, Errors], ...]
+    correction: Errors = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class FormatChoice:
-    """By stage the formats of its units, the step they take, the errors they add up to, and proof."""
+    """By stage the formats of its units, the step they take, their errors together, and proof."""
 
     formats: tuple[tuple[str, ...], ...]
     step_s: float
@@ -68,7 +78,7 @@ class FormatChoice:
 def choose_formats(
     problem: FormatProblem, budget: float, time_limit_s: float = _TIME_LIMIT_S
 ) -> FormatChoice:
-    """The formats with the least step whose errors add up to no more than the budget.
+    """The formats with the least step whose errors together are no more than the budget.
 
     >>> run = StageRun(0, 0, 2, 1, ({"float32": 4.0, "bfloat16": 1.0},) * 2, (0.0, 0.1))
     >>> errors = ({"bfloat16": (1e-3, 2e-3)}, {"bfloat16": (1e-3, 9e-3)})
@@ -95,7 +105,7 @@ def tighter(problem: FormatProblem, than: FormatChoice) -> tuple[float, FormatCh
     """The best choice with less error than this one, and its error; None where this has none."""
     if max(than.errors) <= 0:
         return None
-    answer = choose_formats(problem, max(than.errors) * (1 - 1e-6))
+    answer = choose_formats(problem, max(than.errors) * (1 - _LESS))
     return max(answer.errors), answer
 
 
@@ -111,8 +121,8 @@ class _Built:
     def __post_init__(self) -> None:
         whole = _all_float32(self.problem).step_s
         self.unit_s = whole if whole > 0 else 1.0
-        worst = max((max(e) for by in self.problem.errors for e in by.values()), default=1.0) or 1.0
-        self.unit_error = self.budget if self.budget else worst
+        scaled = [self._alone(u, f) for u, by in enumerate(self.problem.errors) for f in by]
+        self.unit_error = self.budget or max(map(max, scaled), default=1.0) or 1.0
         self.step = self.program.continuous("z")
         times = [self._stage(run) for run in self.problem.stages]
         for pipeline, microbatches in enumerate(self.problem.microbatches):
@@ -152,10 +162,14 @@ class _Built:
         self.choices.append(picks)
         return time
 
+    def _alone(self, unit: int, f: str) -> Errors:
+        """What a unit in a format adds to the errors."""
+        output, gradient = self.problem.errors[unit].get(f, (0.0, 0.0))
+        return output * self.problem.correction[0], gradient * self.problem.correction[1]
+
     def _may(self, unit: int, f: str) -> bool:
         """Whether a unit alone keeps within the budget in a format."""
-        alone = max(self.problem.errors[unit].get(f, (0.0, 0.0)))
-        return self.budget is None or alone <= self.budget
+        return self.budget is None or max(self._alone(unit, f)) <= self.budget
 
     def _errors(self) -> None:
         program = self.program
@@ -170,14 +184,14 @@ class _Built:
                         continue
                     pick = picks[unit - run.first]
                     terms = [
-                        (by_format[f][kind] / self.unit_error, v)
+                        ((self._alone(unit, f)[kind] / self.unit_error) ** 2, v)
                         for f, v in pick.items()
                         if f in by_format
                     ]
                     program.constrain([*terms, (-1.0, error)], "<=", 0.0)
             program.constrain([*((1.0, e) for e in added), (-1.0, self.total)], "<=", 0.0)
         if self.budget is not None:
-            program.constrain([(1.0, self.total)], "<=", self.budget / self.unit_error)
+            program.constrain([(1.0, self.total)], "<=", (self.budget / self.unit_error) ** 2)
         program.minimize([(1.0, self.step), (1e-7, self.total)])
 
     def limit_step(self, step_s: float) -> None:
@@ -194,15 +208,23 @@ class _Built:
             tuple(next(f for f, v in pick.items() if outcome.chosen(v)) for pick in picks)
             for picks in self.choices
         )
-        errors = errors_of(self.problem, formats)
-        if self.budget is not None and max(errors) > self.budget * (1 + 1e-6):
+        found = choice_of(self.problem, formats, optimal=outcome.status == "optimal")
+        if self.budget is not None and max(found.errors) > self.budget * (1 + 1e-6):
             return None
-        return FormatChoice(formats, step_of(self.problem, formats), errors, outcome.status == "optimal")
+        return found
 
 
 def _all_float32(problem: FormatProblem) -> FormatChoice:
     formats = tuple(("float32",) * len(run.seconds) for run in problem.stages)
     return FormatChoice(formats, step_of(problem, formats), (0.0, 0.0), False)
+
+
+def choice_of(
+    problem: FormatProblem, formats: Sequence[Sequence[str]], *, optimal: bool = False
+) -> FormatChoice:
+    """Formats by stage and unit as a choice, with their step and errors."""
+    chosen = tuple(map(tuple, formats))
+    return FormatChoice(chosen, step_of(problem, chosen), errors_of(problem, chosen), optimal)
 
 
 def step_of(problem: FormatProblem, formats: Sequence[Sequence[str]]) -> float:
@@ -223,12 +245,12 @@ def step_of(problem: FormatProblem, formats: Sequence[Sequence[str]]) -> float:
 
 
 def errors_of(problem: FormatProblem, formats: Sequence[Sequence[str]]) -> Errors:
-    """The errors of a choice: for each unit the worst of its copies, added up."""
+    """The errors of a choice: for each unit the worst of its copies, their squares added up."""
     totals = []
     for kind in range(2):
         total = 0.0
         for unit, by_format in enumerate(problem.errors):
-            total += max(
+            alone = max(
                 (
                     by_format[chosen[unit - run.first]][kind]
                     for run, chosen in zip(problem.stages, formats, strict=True)
@@ -236,5 +258,6 @@ def errors_of(problem: FormatProblem, formats: Sequence[Sequence[str]]) -> Error
                 ),
                 default=0.0,
             )
-        totals.append(total)
+            total += (problem.correction[kind] * alone) ** 2
+        totals.append(math.sqrt(total))
     return totals[0], totals[1]

@@ -1,0 +1,345 @@
+"""Stages and formats in turn: what `precision="auto"` searches, at given corrections of the errors."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable, CutEdge
+from graphpar.device import Device
+from graphpar.ir.formats import PARTLY, base_format
+from graphpar.partition.formats import (
+    Errors,
+    FormatChoice,
+    FormatProblem,
+    StageRun,
+    choice_of,
+    choose_formats,
+    errors_of,
+    looser,
+    tighter,
+)
+from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.plan_records import PlanBudget, PlanPrecision, PlanUnitFormat
+from graphpar.precision import (
+    Formats,
+    formats_of,
+    quarrels,
+    settled,
+    with_formats,
+)
+from graphpar.sensitivity import Sensitivities
+
+_ROUNDS = 3
+NO_CORRECTION = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """How to price and to plan under given formats, and what casts cost.
+
+    `cast_s(device, elements)` are seconds of casting so many elements, forward and backward.
+    """
+
+    table: Callable[[Formats], CostTable]
+    solve: Callable[[CostTable], Partition]
+    cast_s: Callable[[Device, float], float]
+
+
+def agreed(
+    cluster: Cluster,
+    formats: Formats,
+    price: Callable[[Formats], CostTable],
+    solve: Callable[[CostTable], Partition],
+) -> tuple[Formats, CostTable, Partition]:
+    """Plan under formats; devices that share a stage but no format fall back to float32."""
+    table = price(formats)
+    found = solve(table)
+    while groups := quarrels(found, formats):
+        formats = settled(formats, groups, cluster)
+        table = price(formats)
+        found = solve(table)
+    return formats, table, found
+
+
+def lower_formats(device: Device) -> tuple[str, ...]:
+    """Lower formats worth considering on a device: what has fast units for them."""
+    if device.is_local_cpu:
+        return ("bfloat16", "bfloat16_linear")
+    return tuple(f for f in formats_of(device) if f in ("bfloat16", "float16"))
+
+
+def candidate_formats(cluster: Cluster) -> tuple[str, ...]:
+    """Lower formats worth considering anywhere in a cluster."""
+    found = {f for device in cluster.devices for f in lower_formats(device)}
+    return tuple(f for f in ("bfloat16", "float16", "bfloat16_linear") if f in found)
+
+
+def within(errors: Errors, correction: Errors, budget: float) -> bool:
+    """Whether estimated errors, corrected, keep a budget."""
+    return all(a * e <= budget * (1 + 1e-6) for a, e in zip(correction, errors, strict=True))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Stages planned at the prices of some formats, and the errors of those formats."""
+
+    formats: Formats
+    table: CostTable
+    found: Partition
+    errors: Errors
+
+    @property
+    def lowered(self) -> bool:
+        """Whether any stage has a unit in a lower format."""
+        stages = with_formats(self.found, self.formats).pipelines
+        return any(f != "float32" for p in stages for s in p.stages for f in s.formats)
+
+
+class Search:
+    """Tables of all formats, made once, and the plans that come out of them under a budget.
+
+    Args:
+        cluster: The devices.
+        pricing: How to price and plan.
+        sensitivities: Errors of every unit in every lower format.
+        budget: Largest relative error, of the result and of the gradient.
+    """
+
+    def __init__(
+        self, cluster: Cluster, pricing: Pricing, sensitivities: Sensitivities, budget: float
+    ) -> None:
+        self.cluster, self.pricing, self.sensitivities = cluster, pricing, sensitivities
+        self.budget = budget
+        self.tables = {"float32": pricing.table(Formats({}))}
+        self.num_units = self.tables["float32"].num_units
+        for f in candidate_formats(cluster):
+            having = [d.name for d in cluster.devices if f in lower_formats(d)]
+            self.tables[f] = pricing.table(Formats(dict.fromkeys(having, (f,) * self.num_units)))
+        self.relaxed = pricing.solve(_cheapest(list(self.tables.values())))
+        self.errors = tuple(
+            {
+                f: sensitivities.errors[f][unit]
+                for f in self.tables
+                if f != "float32" and all(map(math.isfinite, sensitivities.errors[f][unit]))
+            }
+            for unit in range(self.num_units)
+        )
+
+    def run(self, budget: float, correction: Errors = NO_CORRECTION) -> Candidate:
+        """The best plan whose units' errors together, corrected, are within a budget."""
+        best: Candidate | None = None
+        stages, seen = self.relaxed, set[tuple[tuple[str, tuple[str, ...]], ...]]()
+        for _ in range(_ROUNDS):
+            formats = self._spread(stages, choose_formats(self.problem(stages, correction), budget))
+            key = tuple(sorted(formats.by_device.items()))
+            if key in seen:
+                break
+            seen.add(key)
+            made = self._planned(formats)
+            if within(made.errors, correction, budget) and (
+                best is None or made.found.objective_s < best.found.objective_s
+            ):
+                best = made
+            stages = made.found
+        if best is None:
+            best = self._planned(Formats({}))
+        return best
+
+    def _planned(self, formats: Formats) -> Candidate:
+        pricing = self.pricing
+        formats, table, found = agreed(self.cluster, formats, pricing.table, pricing.solve)
+        stages = [s for p in with_formats(found, formats).pipelines for s in p.stages]
+        errors = errors_of(self.problem(found), [s.formats for s in stages])
+        return Candidate(formats, table, found, errors)
+
+    def gains_by_more(self, made: Candidate) -> bool:
+        """Whether any budget would make the step of these stages shorter."""
+        problem = self.problem(made.found)
+        stages = [s for p in with_formats(made.found, made.formats).pipelines for s in p.stages]
+        return looser(problem, choice_of(problem, [s.formats for s in stages])) is not None
+
+    def problem(self, found: Partition, correction: Errors = NO_CORRECTION) -> FormatProblem:
+        """The choice of formats for the stages of a partition."""
+        stages = tuple(
+            self._stage(number, pipeline, stage)
+            for number, pipeline in enumerate(found.pipelines)
+            for stage in pipeline.stages
+        )
+        return FormatProblem(
+            stages, tuple(p.microbatches for p in found.pipelines), self.errors, correction
+        )
+
+    def _stage(self, number: int, pipeline: PipelineChoice, stage: StageChoice) -> StageRun:
+        size = max(pipeline.sizes())
+        devices = [self.cluster.device(d) for r in stage.replicas for d in r.devices]
+        allowed = [
+            f for f in self.tables if f == "float32" or all(f in lower_formats(d) for d in devices)
+        ]
+        wide = self.tables["float32"]
+        return StageRun(
+            pipeline=number,
+            first=stage.first,
+            last=stage.last,
+            most_microbatches=max(r.microbatches for r in stage.replicas),
+            seconds=tuple(
+                self._seconds(stage, unit, size, allowed) for unit in range(stage.first, stage.last)
+            ),
+            cast_s=tuple(
+                max(self.pricing.cast_s(d, wide.cut_bytes(unit, size)[0] / 4) for d in devices)
+                for unit in range(stage.first, stage.last)
+            ),
+        )
+
+    def _seconds(
+        self, stage: StageChoice, unit: int, size: int, allowed: Sequence[str]
+    ) -> dict[str, float]:
+        """Seconds of a unit by format; a partly lower format only where it differs from its base."""
+        known = [f for f in allowed if f == "float32" or f in self.errors[unit]]
+        seconds = {f: self._unit_s(self.tables[f], stage, unit, size) for f in known}
+        return {f: s for f, s in seconds.items() if f not in PARTLY or s != seconds.get(base_format(f))}
+
+    def _unit_s(self, table: CostTable, stage: StageChoice, unit: int, size: int) -> float:
+        """Seconds of one microbatch of a unit on the slowest replica."""
+        times = []
+        for replica in stage.replicas:
+            mode = table.mode_number(stage, replica)
+            mode = table.class_of[replica.device] if mode is None else mode
+            backward_s = table.backward_s(unit, mode, size) if table.training else 0.0
+            times.append(table.forward_s(unit, mode, size) + backward_s)
+        return max(times)
+
+    def _spread(self, found: Partition, choice: FormatChoice) -> Formats:
+        """The choice for every device: what runs a unit decides for those that might have run it."""
+        stages = [stage for pipeline in found.pipelines for stage in pipeline.stages]
+        wanted = ["float32"] * self.num_units
+        own: dict[str, dict[int, str]] = {}
+        classes = self.tables["float32"].device_classes
+        for stage, formats in zip(stages, choice.formats, strict=True):
+            for unit, f in zip(range(stage.first, stage.last), formats, strict=True):
+                wanted[unit] = f if f != "float32" else wanted[unit]
+                for replica in stage.replicas:
+                    for device in replica.devices:
+                        name = classes[self.tables["float32"].class_of[device]].devices[0]
+                        own.setdefault(name, {})[unit] = f
+        by_device = {}
+        for group in classes:
+            mine = lower_formats(self.cluster.device(group.devices[0]))
+            chosen = own.get(group.devices[0], {})
+            units = tuple(
+                chosen.get(u, f if f == "float32" or f in mine else next(iter(mine), "float32"))
+                for u, f in enumerate(wanted)
+            )
+            if any(f != "float32" for f in units):
+                by_device.update(dict.fromkeys(group.devices, units))
+        return Formats(by_device)
+
+    def certified(self, best: Candidate, gap: float) -> Partition:
+        """The partition with the bound that holds whatever formats are chosen."""
+        found = best.found
+        bound = min(self.relaxed.bound_s, found.objective_s)
+        reached = (found.objective_s - bound) / found.objective_s if found.objective_s > 0 else 0.0
+        cut = found.truncated_by
+        if reached > max(gap, found.gap) + 1e-9:
+            cut = (*cut, "formats: the bound takes every unit's fastest format, whatever its error")
+        return replace(
+            found,
+            bound_s=bound,
+            gap=reached,
+            status="optimal" if reached <= 1e-9 else "feasible",
+            physical_bound_s=min(found.physical_bound_s, self.relaxed.physical_bound_s),
+            truncated_by=cut,
+            family=f"{found.family}; every unit in any format its devices have",
+        )
+
+    def report(
+        self, best: Candidate, measured: Errors | None, correction: Errors, told: str
+    ) -> PlanPrecision:
+        """How the budget was spent, and what others would buy."""
+        problem = self.problem(best.found, correction)
+        stages = [s for p in with_formats(best.found, best.formats).pipelines for s in p.stages]
+        chosen = choice_of(problem, [s.formats for s in stages])
+        more, less = looser(problem, chosen), tighter(problem, chosen)
+        output, gradient = best.errors
+        return PlanPrecision(
+            budget=self.budget,
+            output_error=output,
+            gradient_error=gradient,
+            measured_output_error=measured[0] if measured is not None else None,
+            measured_gradient_error=measured[1] if measured is not None else None,
+            step_s=chosen.step_s,
+            looser=PlanBudget(budget=more[0], step_s=more[1].step_s) if more else None,
+            tighter=PlanBudget(budget=less[0], step_s=less[1].step_s) if less else None,
+            units=tuple(self._units(best)),
+            note="; ".join(part for part in (self.sensitivities.note, told) if part),
+        )
+
+    def _units(self, best: Candidate) -> Sequence[PlanUnitFormat]:
+        rows: dict[int, PlanUnitFormat] = {}
+        for pipeline in with_formats(best.found, best.formats).pipelines:
+            size = max(pipeline.sizes())
+            for stage in pipeline.stages:
+                for unit, f in zip(range(stage.first, stage.last), stage.formats, strict=True):
+                    if f == "float32":
+                        continue
+                    saved_s = pipeline.microbatches * (
+                        self._unit_s(self.tables["float32"], stage, unit, size)
+                        - self._unit_s(self.tables[f], stage, unit, size)
+                    )
+                    before = rows[unit].saved_s if unit in rows else 0.0
+                    output, gradient = self.errors[unit][f]
+                    rows[unit] = PlanUnitFormat(
+                        unit=unit,
+                        format=f,
+                        output_error=output,
+                        gradient_error=gradient,
+                        source=self.sensitivities.sources[f][unit],
+                        saved_s=saved_s + before,
+                        saved_bytes=self._saved_bytes(f, unit, size),
+                    )
+        return [rows[unit] for unit in sorted(rows)]
+
+    def _saved_bytes(self, f: str, unit: int, size: int) -> float:
+        def held(table: CostTable) -> float:
+            cost = table.costs[table.units[unit]]
+            return table.at_size(cost.saved_bytes, size) + cost.weight_bytes
+
+        return held(self.tables["float32"]) - held(self.tables[f])
+
+
+def _cheapest(tables: Sequence[CostTable]) -> CostTable:
+    """A table that is nowhere dearer than any of those given, for the same units and devices."""
+    first = tables[0]
+    kinds: dict[tuple[int, ...], int] = {}
+    units = tuple(
+        kinds.setdefault(tuple(t.units[u] for t in tables), len(kinds)) for u in range(first.num_units)
+    )
+    costs = []
+    for numbers in kinds:
+        same = [t.costs[n] for t, n in zip(tables, numbers, strict=True)]
+        costs.append(
+            replace(
+                same[0],
+                forward_s=_least([c.forward_s for c in same]),
+                backward_s=_least([c.backward_s for c in same]),
+                optimizer_s=tuple(map(min, zip(*(c.optimizer_s for c in same), strict=True))),
+                weight_bytes=min(c.weight_bytes for c in same),
+                saved_bytes=tuple(map(min, zip(*(c.saved_bytes for c in same), strict=True))),
+                working_bytes=tuple(map(min, zip(*(c.working_bytes for c in same), strict=True))),
+            )
+        )
+    edges = tuple(_least_edge(same) for same in zip(*(t.edges for t in tables), strict=True))
+    return replace(first, units=units, costs=tuple(costs), edges=edges)
+
+
+def _least(rows: Sequence[tuple[tuple[float, ...], ...]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(map(min, zip(*same, strict=True))) for same in zip(*rows, strict=True))
+
+
+def _least_edge(edges: Sequence[CutEdge]) -> CutEdge:
+    return replace(
+        edges[0],
+        bytes_per_sample=min(e.bytes_per_sample for e in edges),
+        gradient_bytes_per_sample=min(e.gradient_bytes_per_sample for e in edges),
+        fixed_bytes=min(e.fixed_bytes for e in edges),
+    )
