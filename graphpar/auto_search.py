@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from graphpar.cheapest import cheapest
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, CutEdge
+from graphpar.cost import CostTable
 from graphpar.device import Device
 from graphpar.ir.formats import PARTLY, base_format
 from graphpar.partition.formats import (
@@ -116,7 +117,7 @@ class Search:
         for f in candidate_formats(cluster):
             having = [d.name for d in cluster.devices if f in lower_formats(d)]
             self.tables[f] = pricing.table(Formats(dict.fromkeys(having, (f,) * self.num_units)))
-        self.relaxed = pricing.solve(_cheapest(list(self.tables.values())))
+        self.relaxed = pricing.solve(cheapest(list(self.tables.values())))
         self.errors = tuple(
             {
                 f: sensitivities.errors[f][unit]
@@ -305,41 +306,3 @@ class Search:
             return table.at_size(cost.saved_bytes, size) + cost.weight_bytes
 
         return held(self.tables["float32"]) - held(self.tables[f])
-
-
-def _cheapest(tables: Sequence[CostTable]) -> CostTable:
-    """A table that is nowhere dearer than any of those given, for the same units and devices."""
-    first = tables[0]
-    kinds: dict[tuple[int, ...], int] = {}
-    units = tuple(
-        kinds.setdefault(tuple(t.units[u] for t in tables), len(kinds)) for u in range(first.num_units)
-    )
-    costs = []
-    for numbers in kinds:
-        same = [t.costs[n] for t, n in zip(tables, numbers, strict=True)]
-        costs.append(
-            replace(
-                same[0],
-                forward_s=_least([c.forward_s for c in same]),
-                backward_s=_least([c.backward_s for c in same]),
-                optimizer_s=tuple(map(min, zip(*(c.optimizer_s for c in same), strict=True))),
-                weight_bytes=min(c.weight_bytes for c in same),
-                saved_bytes=tuple(map(min, zip(*(c.saved_bytes for c in same), strict=True))),
-                working_bytes=tuple(map(min, zip(*(c.working_bytes for c in same), strict=True))),
-            )
-        )
-    edges = tuple(_least_edge(same) for same in zip(*(t.edges for t in tables), strict=True))
-    return replace(first, units=units, costs=tuple(costs), edges=edges)
-
-
-def _least(rows: Sequence[tuple[tuple[float, ...], ...]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(map(min, zip(*same, strict=True))) for same in zip(*rows, strict=True))
-
-
-def _least_edge(edges: Sequence[CutEdge]) -> CutEdge:
-    return replace(
-        edges[0],
-        bytes_per_sample=min(e.bytes_per_sample for e in edges),
-        gradient_bytes_per_sample=min(e.gradient_bytes_per_sample for e in edges),
-        fixed_bytes=min(e.fixed_bytes for e in edges),
-    )

@@ -165,8 +165,8 @@ def plan_prepared(
             prepared, cluster, train=train, calibration=calibration, formats=formats, timing=timing
         )
         one_part = bool(prepared.batch_reason or prepared.in_step_reason)
-        if train is not None and not one_part and formats.all_float32:
-            # What writes into buffers (there, samples mix) cannot run twice; lower formats keep casts.
+        if train is not None and not one_part:
+            # What writes into buffers (there, samples mix) cannot run twice.
             table = with_modes(table, StageOptions(recompute=True, zero=levels))
         if candidates:
             lower = rewritten_by_device(prepared.graph, prepared.chain, formats)

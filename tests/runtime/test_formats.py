@@ -1,6 +1,7 @@
 """Jobs whose stages compute in lower formats: their numbers, and steps that overflow."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from helpers import TRAINING, Forced, Line, force
 from torch import nn
 
 import graphpar
+from graphpar.cost import StageOptions
+from graphpar.cost_models.modes import with_modes
 from graphpar.partition.types import StageChoice
 from graphpar.planner import plan_of, price
 from graphpar.precision import Formats, labelled
@@ -36,13 +39,17 @@ BATCH = (torch.randn(6, 6), torch.randn(6, 8))
 
 
 def in_formats(forced: Forced, *formats: str) -> Forced:
-    """The same job with a format for each stage of its only pipeline."""
-    (pipeline,) = forced.plan.partition.pipelines
-    stages = tuple(replace(s, precision=f) for s, f in zip(pipeline.stages, formats, strict=True))
-    found = replace(forced.plan.partition, pipelines=(replace(pipeline, stages=stages),))
+    """The same job with a format for each stage of its pipelines."""
+    pipelines = tuple(
+        replace(p, stages=tuple(replace(s, precision=f) for s, f in zip(p.stages, formats, strict=True)))
+        for p in forced.plan.partition.pipelines
+    )
+    found = replace(forced.plan.partition, pipelines=pipelines)
     units = len(forced.prepared.chain.units)
-    whole = Formats({d: (f,) * units for s, f in zip(stages, formats, strict=True) for d in _devices(s)})
+    stages = [stage for pipeline in pipelines for stage in pipeline.stages]
+    whole = Formats({d: (s.precision,) * units for s in stages for d in _devices(s)})
     table = price(forced.prepared, forced.cluster, train=forced.training, calibration=None, formats=whole)
+    table = with_modes(table, StageOptions(recompute=True, zero=(1,)))
     made = plan_of(forced.prepared, forced.cluster, labelled(table, whole), found)
     return replace(forced, plan=made)
 
@@ -65,13 +72,27 @@ def test_training_is_that_of_float32_but_for_rounding(formats: tuple[str, str]) 
     assert losses != expected[:4]
 
 
-def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
-    """Only the first stage is float16 and overflows; the second one's gradients are finite."""
+ZERO = {"lines": (Line(((1, 1), 2), 2, cuts=(1,)),), "zero": 1}
+LATE = {"lines": (Line((1, 1), 2, cuts=(1,)),), "schedule": "zero-bubble"}
+SIDE = {"lines": (Line((1, 1), 1, 4, cuts=(1,)), Line((1, 1), 1, 2, cuts=(1,)))}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"lines": (Line((1, 1), 2, cuts=(1,)),)}, id="pipeline"),
+        pytest.param(ZERO, id="zero", marks=pytest.mark.slow),
+        pytest.param(LATE, id="zero-bubble", marks=pytest.mark.slow),
+        pytest.param(SIDE, id="pipelines", marks=pytest.mark.slow),
+    ],
+)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(how: dict[str, Any]) -> None:
+    """Only the first stages are float16 and overflow; gradients of the second ones are finite."""
     torch.manual_seed(0)
     model = Steep(1e3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train = replace(TRAINING, optimizer=lambda p: torch.optim.SGD(p, lr=1e-5), max_grad_norm=10.0)
-    forced = force(model, BATCH, lines=(Line((1, 1), 2, cuts=(1,)),), train=train)
+    forced = force(model, BATCH, train=train, **how)
     with in_formats(forced, "float16", "float32").start() as job:
         scales: list[float | None] = []
         while not scales or job.last_step is None or job.last_step.skipped:
