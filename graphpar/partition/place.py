@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 import networkx as nx
-import numpy as np
 
 from graphpar.errors import VerifyError
 from graphpar.partition.answers import (
@@ -24,14 +23,25 @@ from graphpar.partition.answers import (
 )
 from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_free import improve_free, value_of
-from graphpar.partition.place_graph import Blocks, contract
-from graphpar.partition.place_ideals import Split, all_ideals, best_split, chain_ideals
+from graphpar.partition.place_graph import Blocks, contract, join_dominated, loose, without
+from graphpar.partition.place_ideals import (
+    Ideals,
+    Split,
+    all_ideals,
+    best_split,
+    chain_ideals,
+    free_ideals,
+    window_ideals,
+)
 from graphpar.partition.place_latency import search_latency
 from graphpar.partition.problems import NodeId, PlacementProblem
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _MOST_IDEALS = 40_000
 """Ideals up to which all pairs are compared; memory grows with their number, time with its square."""
+
+_MOST_FREELY = 3_000
+"""Ideals up to which every one is tried with every choice of the blocks that contiguity leaves free."""
 
 Placement = dict[NodeId, int]
 
@@ -127,10 +137,14 @@ def _throughput(
     def stop() -> bool:
         return left_s() <= 0
 
-    def run(of: Blocks, ideals_of: str, cutoff: float) -> tuple[Split | None, bool]:
-        ideals = all_ideals(of, _MOST_IDEALS) if ideals_of == "all" else None
-        complete = ideals is not None
-        ideals = ideals or chain_ideals(of, _orders(of))
+    def value(placement: Placement) -> float:
+        return value_of(problem, placement)
+
+    def run(
+        of: Blocks, ideals: Ideals | None, cutoff: float, *, relaxed: bool = False
+    ) -> tuple[Split | None, bool]:
+        if ideals is None:
+            return None, False
         split = best_split(
             of,
             ideals,
@@ -139,36 +153,58 @@ def _throughput(
             memory_limit=problem.memory_limit,
             cutoff=cutoff,
             should_stop=stop,
+            relaxed=relaxed,
         )
-        return split, complete and not stop()
+        return split, ideals.complete and not stop()
 
     bound = _average_bound(problem)
-    first, _ = run(blocks, "chain", math.inf)
+    first, _ = run(blocks, chain_ideals(blocks, _orders(blocks)), math.inf)
     best = _assign(problem, blocks, first) if first else None
     load = first.load if first else math.inf
     tell("chain", load if first else None, bound)
     blocks = contract(problem, forward_only=True, cutoff=load)
-    split, complete = run(blocks, "all", load)
+    split, complete = run(blocks, all_ideals(blocks, _MOST_IDEALS), load)
     if split:
         best, load = _assign(problem, blocks, split), split.load
-    core = contract(problem, forward_only=True, drop_free=True, cutoff=load)
-    if not core.dropped:
-        bound = max(bound, load) if complete else bound
-    else:
-        relaxed, proven = run(core, "all", load * (1 + 1e-9))
-        if complete and proven and best is not None:
-            bound = max(bound, min(load, relaxed.load if relaxed else load))
-        if best is not None:
-            starts = [best]
-            if relaxed:
-                starts.append(best | _assign(problem, core, relaxed))
-            best = min(
-                (improve_free(problem, start, core.dropped, stop) for start in starts),
-                key=lambda placement: value_of(problem, placement),
-            )
-            load = value_of(problem, best)
     tell("ideals", load if best else None, bound)
-    return best, bound, complete and (best is not None or not core.dropped)
+    kept = contract(problem, forward_only=True, free="keep", cutoff=load)
+    if not kept.free:
+        return best, max(bound, load) if complete else bound, complete
+    if (anywhere := free_ideals(kept, _MOST_FREELY)) is not None:
+        split, complete = run(kept, anywhere, load)
+        if split:
+            best, load = _assign(problem, kept, split), split.load
+        return best, max(bound, load) if complete else bound, complete
+    free = [v for f in kept.free for v in kept.operators[f]]
+    joined = join_dominated(kept, charged=True)
+    joined = without(joined, loose(joined))
+    split, _ = run(joined, window_ideals(joined, _MOST_IDEALS), load)
+    starts = [] if best is None else [best]
+    if split:
+        starts.append(_completed(problem, best, _assign(problem, joined, split)))
+    if starts:
+        best = min((improve_free(problem, start, free, stop) for start in starts), key=value)
+        load = value(best)
+    if not math.isfinite(load):
+        best = None
+    tell("windows", load if best else None, bound)
+    core = join_dominated(kept, charged=False)
+    core = without(core, loose(core))
+    ideals = window_ideals(core, _MOST_IDEALS)
+    if ideals is None:
+        core = without(core, core.free)
+        ideals = all_ideals(core, _MOST_IDEALS)
+    relaxed, proven = run(core, ideals, load * (1 + 1e-9), relaxed=True)
+    if proven:
+        bound = max(bound, min(load, relaxed.load if relaxed else load))
+    tell("bound", load if best else None, bound)
+    return best, bound, proven and (best is not None or relaxed is None)
+
+
+def _completed(problem: PlacementProblem, best: Placement | None, part: Placement) -> Placement:
+    """A placement of some operators, with the others where they are known to do well."""
+    default = 0 if problem.num_cpus else 1
+    return {op.node_id: default for op in problem.operators} | (best or {}) | part
 
 
 def _orders(blocks: Blocks) -> list[list[int]]:
@@ -195,11 +231,11 @@ def _average_bound(problem: PlacementProblem) -> float:
 
 
 def _assign(problem: PlacementProblem, blocks: Blocks, split: Split) -> Placement:
-    device_of = np.zeros(len(problem.operators), dtype=np.intp)
+    placement: Placement = {}
     used = 0
     for on_cpu, part in split.parts:
         used += not on_cpu
         for block in part:
-            device_of[list(blocks.operators[block])] = 0 if on_cpu else used
-    left_out = set(blocks.dropped)
-    return {op.node_id: int(device_of[v]) for v, op in enumerate(problem.operators) if v not in left_out}
+            for v in blocks.operators[block]:
+                placement[problem.operators[v].node_id] = 0 if on_cpu else used
+    return placement

@@ -2,12 +2,15 @@
 
 Operators of one colour class share a device. A cycle among the classes of the forward graph could
 not be cut by a contiguous split, so it becomes one block. Classes without a forward operator
-are free of the contiguity rule; they are attached to the block they exchange most with, which can
-cost optimality: the bound leaves them out instead.
+are free of the contiguity rule: they become blocks of their own (`keep`), or are attached to the block
+they exchange most with. Many of those that are kept are sure to belong with a neighbour,
+see `join_dominated`.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import networkx as nx
 import numpy as np
@@ -30,6 +33,9 @@ class Blocks:
             cannot run on one.
         bundles: Outputs that move together: the blocks that make or take them, and their cost.
         dropped: Operators in no block.
+        free: Blocks that the contiguity rule does not concern; no edge touches them.
+        optional: Memory of each block that `size` leaves out, since some of it may be elsewhere.
+        price: What a device's load is higher for each unit of optional memory that it does not hold.
     """
 
     operators: tuple[tuple[int, ...], ...]
@@ -39,6 +45,9 @@ class Blocks:
     size: FloatArray
     bundles: tuple[tuple[frozenset[int], float], ...] = field(repr=False)
     dropped: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()
+    optional: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False)
+    price: float = 0.0
 
     @property
     def num_blocks(self) -> int:
@@ -50,7 +59,7 @@ def contract(
     problem: PlacementProblem,
     *,
     forward_only: bool,
-    drop_free: bool = False,
+    free: Literal["attach", "keep"] = "attach",
     cutoff: float = math.inf,
 ) -> Blocks:
     """Blocks of a problem.
@@ -58,7 +67,7 @@ def contract(
     Args:
         problem: The problem.
         forward_only: Whether contiguity concerns forward operators only (throughput) or all.
-        drop_free: Leave operators free of the contiguity rule out instead of attaching them.
+        free: What becomes of classes free of the contiguity rule: see the module's text.
         cutoff: A load that an answer must beat. Of two devices at least one is an accelerator and
             pays for what moves between them, so ends of a dearer transfer stay together.
     """
@@ -75,9 +84,129 @@ def contract(
     for number, component in enumerate(nx.strongly_connected_components(order)):
         joined.update(dict.fromkeys(component, number))
     place = [joined.get(colour, -1) for colour in block]
-    if not drop_free:
+    count = len(set(joined.values()))
+    if free == "attach":
         _attach_free(problem, block, place)
-    return _summarise(problem, place, ordered, len(set(joined.values())))
+    elif free == "keep":
+        alone = sorted({colour for colour, p in zip(block, place, strict=True) if p < 0})
+        number_of = {colour: count + i for i, colour in enumerate(alone)}
+        place = [number_of[colour] if p < 0 else p for colour, p in zip(block, place, strict=True)]
+    blocks = _summarise(problem, place, ordered, count)
+    return replace(blocks, free=tuple(range(count, blocks.num_blocks))) if free == "keep" else blocks
+
+
+def join_dominated(blocks: Blocks, *, charged: bool) -> Blocks:
+    """Put free blocks together with a neighbour b wherever they are sure to belong on b's accelerator.
+
+    Say that b is on an accelerator and c on another device. Moving c to b adds c's work there and, at
+    most, the transfers of c that b has no part in; it saves the transfers that only these two share.
+    Where that is no loss for b's device, it is none for any other.
+
+    Args:
+        blocks: Blocks with free ones among them.
+        charged: Whether b pays for c's memory and for c's time on the CPUs. Where it does not, the least
+            busiest load of the result is a lower bound: c may have had reasons to stay elsewhere, but
+            then b's accelerator missed the saving, which gives the memory a price.
+    """
+    place = list(range(blocks.num_blocks))
+    accelerator, free = blocks.accelerator.copy(), set(blocks.free)
+    bundles, size = dict(blocks.bundles), blocks.size.copy()
+    price = math.inf
+    waiting = list(blocks.free)
+    while waiting:
+        c = waiting.pop()
+        if c not in free:
+            continue
+        own = {ends: cost for ends, cost in bundles.items() if c in ends}
+        for b in {b for ends in own for b in ends if b != c}:
+            shared = own.get(frozenset((b, c)), 0.0)
+            added = accelerator[c] + sum(cost for ends, cost in own.items() if b not in ends)
+            if added <= shared and math.isfinite(added):
+                place = [b if p == c else p for p in place]
+                if size[c] > 0:
+                    price = min(price, (shared - added) / size[c])
+                accelerator[b] += accelerator[c]
+                size[b] += size[c]
+                free.discard(c)
+                bundles = _renumbered(bundles, {c: b})
+                waiting.extend(f for ends in bundles if b in ends for f in ends if f in free)
+                break
+    joined = _regrouped(blocks, place, bundles, free, charged)
+    return joined if charged else replace(joined, price=price if math.isfinite(price) else 0.0)
+
+
+def _regrouped(
+    blocks: Blocks,
+    place: list[int],
+    bundles: Mapping[frozenset[int], float],
+    free: Iterable[int],
+    charged: bool,
+) -> Blocks:
+    """Blocks after `place` says which one each went to."""
+    left = sorted(set(place))
+    number = {b: i for i, b in enumerate(left)}
+    target = [number[p] for p in place]
+    operators: list[tuple[int, ...]] = [()] * len(left)
+    sums = {key: np.zeros(len(left)) for key in ("cpu", "accelerator", "size", "optional")}
+    for b, t in enumerate(target):
+        operators[t] += blocks.operators[b]
+        sums["accelerator"][t] += blocks.accelerator[b]
+        if charged or place[b] == b:
+            sums["cpu"][t] += blocks.cpu[b]
+            sums["size"][t] += blocks.size[b]
+        else:
+            sums["optional"][t] += blocks.size[b]
+    return replace(
+        blocks,
+        operators=tuple(operators),
+        edges=tuple(sorted((number[a], number[b]) for a, b in blocks.edges)),
+        cpu=sums["cpu"],
+        accelerator=sums["accelerator"],
+        size=sums["size"],
+        optional=sums["optional"],
+        bundles=tuple(_renumbered(bundles, number).items()),
+        free=tuple(sorted(number[f] for f in free)),
+    )
+
+
+def _renumbered(
+    bundles: Mapping[frozenset[int], float], number: Mapping[int, int]
+) -> dict[frozenset[int], float]:
+    """Bundles with some blocks named otherwise; what lies in one block alone moves no more."""
+    result: dict[frozenset[int], float] = {}
+    for ends, cost in bundles.items():
+        key = frozenset(number.get(b, b) for b in ends)
+        if len(key) > 1:
+            result[key] = result.get(key, 0.0) + cost
+    return result
+
+
+def loose(blocks: Blocks) -> tuple[int, ...]:
+    """The free blocks that exchange nothing with anybody."""
+    tied = {b for ends, _ in blocks.bundles for b in ends}
+    return tuple(f for f in blocks.free if f not in tied)
+
+
+def without(blocks: Blocks, gone: Iterable[int]) -> Blocks:
+    """Leave free blocks out, and what they make or take; no load gets larger."""
+    out = set(gone)
+    kept = [b for b in range(blocks.num_blocks) if b not in out]
+    number = {b: i for i, b in enumerate(kept)}
+    bundles: dict[frozenset[int], float] = {}
+    for ends, cost in blocks.bundles:
+        bundles[ends - out] = bundles.get(ends - out, 0.0) + cost
+    return replace(
+        blocks,
+        operators=tuple(blocks.operators[b] for b in kept),
+        edges=tuple((number[a], number[b]) for a, b in blocks.edges),
+        cpu=blocks.cpu[kept],
+        accelerator=blocks.accelerator[kept],
+        size=blocks.size[kept],
+        optional=blocks.optional[kept],
+        bundles=tuple(_renumbered(bundles, number).items()),
+        dropped=tuple(sorted({*blocks.dropped, *(v for b in out for v in blocks.operators[b])})),
+        free=tuple(number[f] for f in blocks.free if f in number),
+    )
 
 
 def _colour_numbers(problem: PlacementProblem, cutoff: float) -> list[int]:

@@ -11,6 +11,12 @@ done by a accelerators and c CPU pools,
 An output moves into or out of J - I if the blocks that make or take it are neither all inside nor
 all outside. With Q those blocks, "all inside" is [Q in J] [Q and I disjoint] and "all outside" is
 [|Q and J| = |Q and I|], so the transfers of all pairs (I, J) are matrix products.
+
+*Free* blocks have no place in the order. Where there are few, every ideal comes with every choice of them
+(`free_ideals`). Else each has a window, the blocks that it exchanges outputs with, and may be taken by a
+device once an ideal holds some of them; the device that takes the last of the window takes it at
+the latest (`window_ideals`). An answer may do otherwise and put it where nothing of the window is, so for
+a bound that last device may go without it, and counts whatever is less (`place_windows`).
 """
 
 import itertools
@@ -21,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.partition.place_graph import Blocks, FloatArray
+from graphpar.partition.place_windows import Elsewhere
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -45,7 +52,13 @@ class Split:
 
 
 def all_ideals(blocks: Blocks, most: int) -> Ideals | None:
-    """Every ideal, or None where there are more than `most`."""
+    """Every ideal, or None where there are more than `most`; free blocks are not expected."""
+    found = _ideal_sets(blocks, most)
+    return None if found is None else Ideals(_unpack(found, blocks.num_blocks), True)
+
+
+def _ideal_sets(blocks: Blocks, most: int) -> set[int] | None:
+    """The ideals of the blocks that are not free, as bits."""
     before = [0] * blocks.num_blocks
     for a, b in blocks.edges:
         before[b] |= 1 << a
@@ -53,7 +66,8 @@ def all_ideals(blocks: Blocks, most: int) -> Ideals | None:
     for a, b in blocks.edges:
         after[a].append(b)
     found = {0}
-    level = {0: [b for b, need in enumerate(before) if not need]}
+    free = set(blocks.free)
+    level = {0: [b for b, need in enumerate(before) if not need and b not in free]}
     while level:
         following: dict[int, list[int]] = {}
         for ideal, available in level.items():
@@ -66,6 +80,55 @@ def all_ideals(blocks: Blocks, most: int) -> Ideals | None:
         if len(found) > most:
             return None
         level = following
+    return found
+
+
+def windows_of(blocks: Blocks) -> dict[int, frozenset[int]]:
+    """For each free block the blocks that are not free and exchange outputs with it.
+
+    One that only exchanges with other free blocks has their windows.
+    """
+    free, ties = set(blocks.free), {f: set[int]() for f in blocks.free}
+    for ends, _ in blocks.bundles:
+        for f in ends & free:
+            ties[f] |= ends - {f}
+    windows = {f: ends - free for f, ends in ties.items()}
+    while empty := [f for f, window in windows.items() if not window]:
+        found = {f: set().union(*(windows[g] for g in ties[f] & free)) for f in empty}
+        if not any(found.values()):
+            break
+        windows |= found
+    return {f: frozenset(window) for f, window in windows.items()}
+
+
+def free_ideals(blocks: Blocks, most: int) -> Ideals | None:
+    """Every ideal with every choice of the free blocks."""
+    plain = _ideal_sets(blocks, most)
+    if plain is None or len(plain) << len(blocks.free) > most:
+        return None
+    found = list(plain)
+    for f in blocks.free:
+        found += [ideal | 1 << f for ideal in found]
+    return Ideals(_unpack(set(found), blocks.num_blocks), True)
+
+
+def window_ideals(blocks: Blocks, most: int) -> Ideals | None:
+    """Every ideal with every choice of the free blocks whose window it has begun and not finished."""
+    plain = _ideal_sets(blocks, most)
+    if plain is None:
+        return None
+    windows = [(1 << f, sum(1 << b for b in window)) for f, window in windows_of(blocks).items()]
+    found: set[int] = set()
+    for ideal in plain:
+        extended = [ideal]
+        for bit, window in windows:
+            if ideal & window == window:
+                extended = [i | bit for i in extended]
+            elif ideal & window:
+                extended += [i | bit for i in extended]
+        found.update(extended)
+        if len(found) > most:
+            return None
     return Ideals(_unpack(found, blocks.num_blocks), True)
 
 
@@ -130,14 +193,19 @@ def best_split(
     memory_limit: float,
     cutoff: float = np.inf,
     should_stop: Callable[[], bool] = lambda: False,
+    relaxed: bool = False,
 ) -> Split | None:
     """The split of least busiest load whose ideals are among the given ones.
 
-    None if no split below `cutoff` exists, or when told to stop.
+    None if no split below `cutoff` exists, or when told to stop. If `relaxed`, the load is a lower bound
+    for answers that put free blocks anywhere.
     """
     finite = np.where(np.isfinite(blocks.accelerator), blocks.accelerator, 0.0)
     # Ideals of one batch should have similar work, so that few smaller ones are near all of them.
-    order = np.lexsort((ideals.member @ finite, ideals.member.sum(axis=1)))
+    certain = finite.copy()
+    if relaxed:
+        certain[list(blocks.free)] = 0.0  # a device may go without these
+    order = np.lexsort((ideals.member @ certain, ideals.member.sum(axis=1)))
     member = ideals.member[order]
     count = len(member)
     barred = ~np.isfinite(blocks.accelerator)
@@ -147,6 +215,13 @@ def best_split(
         "size": member @ blocks.size,
         "barred": member.astype(np.float64) @ barred.astype(np.float64),
     }
+    amounts_of = {"cpu": blocks.cpu, "size": blocks.size, "barred": barred}
+    optional = blocks.optional if relaxed and blocks.optional.any() else None
+    if optional is not None:
+        amounts_of["optional"] = optional
+        sums["optional"] = member @ optional
+    work = member.astype(np.float64) @ certain
+    elsewhere = Elsewhere(blocks, windows_of(blocks), member) if relaxed and blocks.free else None
     outside = ~member
     transfers = Transfers(blocks, member)
     shape = (num_accelerators + 1, num_cpu_pools + 1, count)
@@ -161,7 +236,7 @@ def best_split(
             if should_stop():
                 return None
             here = slice(first, min(first + _BATCH, end))
-            near = sums["accelerator"][:begin] > sums["accelerator"][here].min() - cutoff
+            near = work[:begin] > work[here].min() - cutoff
             near |= sums["cpu"][:begin] > sums["cpu"][here].min() - cutoff
             smaller = np.flatnonzero(near)
             if not smaller.size:
@@ -170,6 +245,13 @@ def best_split(
             contained = (extra == 0).T
             gained = {key: total[here][:, None] - total[smaller][None, :] for key, total in sums.items()}
             on_accelerator = gained["accelerator"] + transfers.between(here, smaller)
+            if elsewhere is not None:
+                on_accelerator -= elsewhere.saving(here, smaller)
+                for key, amounts in amounts_of.items():
+                    gained[key] -= elsewhere.given_up(amounts, here, smaller)
+            if optional is not None:
+                missing = np.maximum(0.0, gained["size"] + gained["optional"] - room)
+                on_accelerator += blocks.price * np.minimum(missing, gained["optional"])
             fits = contained & (gained["size"] <= room) & (gained["barred"] < 0.5)
             on_accelerator[~fits | (on_accelerator >= cutoff)] = np.inf
             on_cpu = np.where(contained & (gained["cpu"] < cutoff), gained["cpu"], np.inf)

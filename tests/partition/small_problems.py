@@ -76,7 +76,7 @@ def placement_problems(draw: st.DrawFn) -> PlacementProblem:
             on_accelerator=draw(st.integers(0, 5)) > 0,
             size=draw(st.integers(0, 3).map(float)),
             colour=str(draw(st.sampled_from([v, v, v // 2]))),
-            backward=draw(st.integers(0, 4)) == 0,
+            backward=draw(st.integers(0, 2)) == 0,
         )
         for v in range(count)
     )
