@@ -1,0 +1,58 @@
+"""Draws architectures at random that the harness has not seen.
+
+    python benchmarks/coverage_draw.py --seed 3 --count 24
+
+Drawn from the model types of transformers that are no part of another's configuration, and that stand
+neither in `coverage_lists.json` nor in the rows of an earlier run in `coverage_runs/`.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from graphpar.hf_architectures import find_architecture, model_types, transformers_library
+
+HERE = Path(__file__).parent
+
+
+def unseen(seen: frozenset[str]) -> list[str]:
+    """Model types that are no part of another and not among those seen, in alphabetical order."""
+    library = transformers_library()
+    parts = {
+        getattr(kind, "model_type", "")
+        for model_type in model_types()
+        for kind in getattr(library.CONFIG_MAPPING[model_type], "sub_configs", {}).values()
+        if kind.__name__ != "AutoConfig" and kind.model_type != model_type
+    }
+    return sorted(set(model_types()) - parts - seen)
+
+
+def seen_before() -> frozenset[str]:
+    """Model types of the lists and of earlier runs."""
+    return frozenset(find_architecture(name).model_type for name in _names())
+
+
+def draw(seed: int, count: int) -> list[str]:
+    """So many model types that were not seen before."""
+    left = unseen(seen_before())
+    random.Random(seed).shuffle(left)
+    return left[:count]
+
+
+def _names() -> Iterator[str]:
+    for groups in json.loads((HERE / "coverage_lists.json").read_text(encoding="utf-8")).values():
+        for names in groups.values():
+            yield from names
+    for run in sorted((HERE / "coverage_runs").glob("*.json")):
+        for row in json.loads(run.read_text(encoding="utf-8"))["rows"]:
+            yield row["name"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--count", type=int, default=24)
+    options = parser.parse_args()
+    print(*draw(options.seed, options.count))
