@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from coverage_model import BATCH, Built, build_tiny, mean_loss, settled
@@ -28,6 +28,8 @@ SLOWDOWNS = (1.0, 1.7, 2.6)
 """How much slower than this machine each worker is; the first so many are used."""
 WORKERS = (2, 3)
 SEED = 7
+Until = Literal["model", "capture", "done"]
+"""How far to go: until a tiny model runs, until it is captured, or to the end."""
 
 
 class NumbersError(Exception):
@@ -68,13 +70,17 @@ class Row:
 
 
 def run_case(
-    name: str, row: Row, workers: Sequence[int] = WORKERS, tell: Callable[[], None] = lambda: None
+    name: str,
+    row: Row,
+    workers: Sequence[int] = WORKERS,
+    tell: Callable[[], None] = lambda: None,
+    until: Until = "done",
 ) -> None:
     """Fill in a row; `tell` is called whenever there is news in it."""
     began = time.perf_counter()
     try:
-        _Case(row, workers, tell).run(name)
-        row.status, row.stage = "pass", "done"
+        _Case(row, workers, tell, until).run(name)
+        row.status, row.stage = "pass", until
     except NumbersError as error:
         row.status, row.stage, row.reason = "fail", "compare", str(error)
     except Exception as error:
@@ -88,6 +94,7 @@ class _Case:
     row: Row
     workers: Sequence[int]
     tell: Callable[[], None]
+    until: Until
 
     def _at(self, stage: str) -> None:
         self.row.stage = stage
@@ -98,6 +105,8 @@ class _Case:
         built = build_tiny(name)
         self.row.name, self.row.head = built.name, type(built.model).__name__
         self.row.inputs = tuple(built.kwargs)
+        if self.until == "model":
+            return
         self._mode("eval", built, settled(built.model.eval(), built.kwargs), None)
         train = self._training(built)
         self._mode("train", built, settled(built.model.train(), built.kwargs), train)
@@ -114,8 +123,10 @@ class _Case:
         prepared = prepare(model, args, built.kwargs, train)
         if mode == "dropout" and not draws_at_random(prepared.graph):
             return
-        wanted = _reference(model, prepared, train, args, built.kwargs)
         self.row.modes += (mode,)
+        if self.until == "capture":
+            return
+        wanted = _reference(model, prepared, train, args, built.kwargs)
         if prepared.batch_reason:
             note = f"{mode}: batch whole, {prepared.batch_reason}"
             self.row.notes.append(note)

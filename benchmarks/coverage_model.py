@@ -12,16 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny_configs import (
-    FIRST_WORD,
-    LAST_WORD,
-    STYLES,
-    Style,
-    tiny_config,
-    with_dropout,
-    without_cache,
-    without_randomness,
-)
+from tiny_configs import tiny_config, with_dropout, without_cache, without_randomness
+from tiny_scale import FIRST_WORD, LAST_WORD, STYLES, Style
 from tiny_search import Search
 from torch import nn
 

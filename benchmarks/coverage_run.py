@@ -13,16 +13,16 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
 import transformers.modeling_layers
 import transformers.modeling_utils
 import transformers.models.auto.modeling_auto
-from coverage_case import WORKERS, Row, run_case
+from coverage_case import WORKERS, Row, Until, run_case
 
 from graphpar.runtime.fork_server import ForkServer
 
@@ -35,7 +35,22 @@ LOOK_S = 0.5
 _FORKING = threading.Lock()
 
 
-def run_all(names: Sequence[str], limit_s: float, workers: Sequence[int], jobs: int = 1) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Terms:
+    """How each architecture is run.
+
+    Attributes:
+        limit_s: Processor time that it may take.
+        workers: Over how many workers.
+        until: How far.
+    """
+
+    limit_s: float
+    workers: Sequence[int]
+    until: Until
+
+
+def run_all(names: Sequence[str], terms: Terms, jobs: int = 1) -> Iterator[Row]:
     """One row for each name, in order; `jobs` architectures at a time."""
     servers: queue.SimpleQueue[ForkServer] = queue.SimpleQueue()
     for _ in range(jobs):
@@ -43,7 +58,7 @@ def run_all(names: Sequence[str], limit_s: float, workers: Sequence[int], jobs: 
 
     def run(name: str) -> Row:
         server = servers.get()
-        row, killed = _in_own_process(name, limit_s, workers, server)
+        row, killed = _in_own_process(name, terms, server)
         if killed:  # it may have been in the middle of a request to the server
             server.close()
             server = ForkServer()
@@ -54,9 +69,7 @@ def run_all(names: Sequence[str], limit_s: float, workers: Sequence[int], jobs: 
         yield from pool.map(run, names)
 
 
-def _in_own_process(
-    name: str, limit_s: float, workers: Sequence[int], server: ForkServer
-) -> tuple[Row, bool]:
+def _in_own_process(name: str, terms: Terms, server: ForkServer) -> tuple[Row, bool]:
     """Run one architecture in a forked process and read its row; a lost or late one becomes a failure.
 
     Also tells whether it was killed.
@@ -67,11 +80,11 @@ def _in_own_process(
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            _child(name, workers, server, writing)
+            _child(name, terms, server, writing)
         os.close(writing)
     with contextlib.suppress(OSError):  # the child does the same; whoever is first
         os.setpgid(pid, pid)
-    text, late = _read(reading, _Watch(pid, limit_s))
+    text, late = _read(reading, _Watch(pid, terms.limit_s))
     os.close(reading)
     if late:
         os.killpg(pid, signal.SIGKILL)
@@ -84,7 +97,7 @@ def _in_own_process(
     return row, bool(late)
 
 
-def _child(name: str, workers: Sequence[int], server: ForkServer, writing: int) -> None:
+def _child(name: str, terms: Terms, server: ForkServer, writing: int) -> None:
     """What the forked process does; it never returns."""
     os.setpgid(0, 0)
     # Processes use a server of workers that the parent started, which spares each an import of torch.
@@ -99,7 +112,7 @@ def _child(name: str, workers: Sequence[int], server: ForkServer, writing: int) 
         os.write(writing, (json.dumps(asdict(row), default=str) + "\n").encode())
 
     try:
-        run_case(name, row, workers, tell)
+        run_case(name, row, terms.workers, tell, terms.until)
         tell()
     finally:
         os._exit(0)
@@ -185,12 +198,16 @@ def main(description: str | None) -> None:
     parser.add_argument(
         "--time-limit", type=float, default=TIME_LIMIT_S, help="processor seconds for each"
     )
+    parser.add_argument(
+        "--until", choices=get_args(Until), default="done", help="a survey: stop before the rest"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="architectures at a time")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    terms = Terms(options.time_limit, options.workers, options.until)
     rows = []
-    for row in run_all(_names(options), options.time_limit, options.workers, options.jobs):
+    for row in run_all(_names(options), terms, options.jobs):
         rows.append(row)
         line = f"{row.name:<24}{row.status:<6}{row.stage:<9}{row.seconds:>7.1f} s  {_error(row):<9}"
         print(line, row.reason[:400], file=sys.stderr if options.json else sys.stdout, flush=True)

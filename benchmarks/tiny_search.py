@@ -12,14 +12,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiny_configs import POSITIONS, VOCABULARY, number_kind, rebuilt
+from tiny_configs import rebuilt
 from tiny_defaults import default_config, parts_of, read
+from tiny_fields import number_kind
+from tiny_scale import MAX_POSITIONS, VOCABULARY
 
 Place = tuple[str, ...]
 """The fields that lead to a number in a configuration."""
 SMALL = 2_000_000
 """With so many parameters and numbers in its inputs a model is small enough."""
-_SMALLEST = {"vocabulary": VOCABULARY, "positions": POSITIONS, "picture": 64, "experts": 8, "queries": 16}
+_SMALLEST = {
+    "vocabulary": VOCABULARY,
+    "positions": MAX_POSITIONS,
+    "picture": 64,
+    "experts": 8,
+    "queries": 16,
+}
 _LEAST_WIDTH = 8
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from coverage_model import build_tiny  # noqa: E402 - benchmarks are no package
-from tiny_configs import STYLES, tiny_config, with_dropout, without_randomness  # noqa: E402
+from tiny_configs import tiny_config, with_dropout, without_randomness  # noqa: E402
+from tiny_scale import STYLES  # noqa: E402
 
 from graphpar.hf_architectures import find_architecture, head_classes  # noqa: E402
 
