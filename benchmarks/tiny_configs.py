@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from tiny_blanks import filled
 from tiny_defaults import default_config, parts_of, read
-from tiny_fields import EXPERTS, HEADS, KEY_HEADS, NO_SIZES, PER_TOKEN, is_drop, number_kind
-from tiny_scale import VOCABULARY, Scale, Style, first_int
+from tiny_fields import NO_SIZES, is_drop, number_kind
+from tiny_scale import Scale, Style
 
 
 def tiny_config(config_class: Any, style: Style) -> Any:
@@ -75,19 +76,10 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
                 values[name] = _shrunk(value, style, tokens)
             continue
         derived = _is_derived(spec)
-        if value is None and PER_TOKEN.search(name) and "group" not in name:
-            value = 2
-        if value is None and EXPERTS.search(name) and "shared" not in name:
-            value = 8
-        if value is None and KEY_HEADS.search(name) and HEADS.search(name):
-            value = scale.heads
-        if value is None and name == "head_dim":  # neither given nor derived from the others
-            value = first_int(base, ("hidden_size",)) // scale.heads or None
-        if value is None and name == "vocab_size":
-            value = VOCABULARY
-            values["pad_token_id"] = 1
-        if value is None and name.endswith(("prediction_length", "context_length")):
-            value = 8
+        if value is None:
+            value = filled(name, base, scale, tokens)
+            if name == "vocab_size" and value is not None:
+                values["pad_token_id"] = 1
         if value is None or name in NO_SIZES:
             continue
         if derived and _same(value, read(usual, name)) and name != "head_dim":
@@ -101,7 +93,21 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
     indices = read(base, "out_indices")
     if isinstance(indices, (list, tuple)) and not _same(indices, read(usual, "out_indices")):
         values["out_indices"] = scale.value("out_indices", list(indices), tokens)
-    return type(base)(**_divisible(base, values))
+    return type(base)(**_settings_beside(base, usual), **_divisible(base, values))
+
+
+def _settings_beside(base: Any, usual: Any) -> dict[str, Any]:
+    """Switches that a composite gives one of its parts though that has no field for them."""
+    fields = {spec.name for spec in dataclasses.fields(base)}
+    before = vars(usual)
+    return {
+        name: value
+        for name, value in _plain_fields(base)
+        if name not in fields
+        and name not in type(base).attribute_map
+        and isinstance(value, (bool, str, float))
+        and not _same(value, before.get(name))
+    }
 
 
 def rebuilt(base: Any, changes: Mapping[tuple[str, ...], int], path: tuple[str, ...] = ()) -> Any:
@@ -131,7 +137,7 @@ def rebuilt(base: Any, changes: Mapping[tuple[str, ...], int], path: tuple[str, 
                 made = _one_for_each_layer(made, few)
             if not _same(made, _default(spec)):
                 values[name] = made
-    return type(base)(**values)
+    return type(base)(**_settings_beside(base, usual), **values)
 
 
 def _is_derived(spec: "dataclasses.Field[Any]") -> bool:
