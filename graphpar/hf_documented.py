@@ -6,6 +6,7 @@ that they can be passed by keyword:
 """
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def documented_inputs(forward: Callable[..., Any]) -> Mapping[str, DocumentedInp
     accepted = inspect.signature(forward).parameters
     found: dict[str, DocumentedInput] = {}
     entries = list(_ENTRY.finditer(text))
-    for entry, after in zip(entries, [*entries[1:], None], strict=True):
+    for entry, after in itertools.zip_longest(entries, entries[1:]):
         name = entry["name"]
         if name not in accepted or name in found:
             continue
