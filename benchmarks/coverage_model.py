@@ -19,7 +19,7 @@ from torch import nn
 
 from graphpar.frontend.torch_private import flatten
 from graphpar.hf_architectures import Architecture, find_architecture, head_classes
-from graphpar.hf_inputs import Wanted, candidate_inputs
+from graphpar.hf_inputs import Wanted, candidate_inputs, further_input
 from graphpar.hf_repair import with_repairs
 
 BATCH, LENGTH = 4, 10
@@ -169,10 +169,11 @@ def _tried(architecture: Architecture, config: Any, number: int, tried: list[str
     """The first model class that runs with a configuration, and inputs with which it does."""
     for model in _models(architecture, config, tried):
         said: Counter[str] = Counter()
+        more = functools.partial(further_input, model, WANTED)
         for candidate in candidate_inputs(model, WANTED):
             try:
                 with at_most(ATTEMPT_S):
-                    kwargs, loss = with_repairs(candidate, functools.partial(_runs, model))
+                    kwargs, loss = with_repairs(candidate, functools.partial(_runs, model), more)
             except Exception as error:
                 tried.append(f"{type(model).__name__}: {_short(error)}")
                 said[_short(error)] += 1

@@ -94,6 +94,17 @@ def candidate_inputs(model: nn.Module, wanted: Wanted) -> Iterator[dict[str, Any
             yield made
 
 
+def further_input(model: nn.Module, wanted: Wanted, name: str) -> Any:
+    """An input by name that the model takes beside the usual ones; None where nothing is known of it."""
+    if _ALTERNATIVE.search(name):
+        return None
+    try:
+        maker = _Maker(model, wanted, _Variant(0))
+        return maker.further(name)
+    except Exception:  # a shape that the documentation tells by a formula, or does not tell
+        return None
+
+
 class _Maker:
     """Makes one set of inputs."""
 
@@ -128,6 +139,19 @@ class _Maker:
             if "decoder_input_ids" in self.accepted:
                 made["decoder_input_ids"] = self._words()
         return made
+
+    def further(self, name: str) -> Any:
+        """One more input.
+
+        Raises:
+            LookupError: The model takes none of this name, or nothing tells its shape.
+        """
+        parameter = self.accepted[name]
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise LookupError(name)
+        if isinstance(parameter.default, (bool, int, float, str)):  # a setting
+            raise LookupError(name)
+        return self._value(name)
 
     def _names(self) -> list[str]:
         """Inputs the model needs, and the further ones that make a call typical."""

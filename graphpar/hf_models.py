@@ -8,13 +8,14 @@ import copy
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from graphpar.hf_architectures import find_architecture, head_classes, transformers_library
-from graphpar.hf_inputs import Wanted, candidate_inputs
+from graphpar.hf_inputs import Wanted, candidate_inputs, further_input
 from graphpar.hf_repair import with_repairs
 
 _LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
@@ -241,7 +242,7 @@ def _tried_inputs(model: nn.Module, wanted: Wanted) -> dict[str, Any]:
     for candidate in candidate_inputs(model, wanted):
         inputs = candidate
         try:
-            inputs, _ = with_repairs(candidate, attempt)
+            inputs, _ = with_repairs(candidate, attempt, partial(further_input, model, wanted))
         except Exception as error:  # whatever shapes a model refuses
             # On the meta device a branch on values fails whatever the inputs' form.
             if asks_for_values is None and "cannot be called on meta tensors" in str(error):

@@ -7,21 +7,28 @@ from typing import Any
 
 import torch
 
+from graphpar.hf_refusal import blamed_names, words_of
+
 _PRODUCT = re.compile(r"shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x\d+\)")
 _CHANNELS = re.compile(r"expected input\[([\d, ]+)\] to have (\d+) channels")
 _PICTURE = re.compile(r"\((\d+) ?[*x,] ?(\d+)\)[^(]*(?:model|expected)[^(]*\((\d+) ?[*x,] ?(\d+)\)")
+_MULTIPLE = re.compile(r"(?:multiple of|divisible by)(?:[^()]*\((\d+)\)|\D*(\d+)).*?got:? (\d+)")
+_INDEXED = re.compile(r"value tensor of shape \[(\d+)[^]]*\].*indexing result of shape \[(\d+)")
 _NORMALISED = re.compile(r"expected input with shape \[\*, (\d+)\], but got input of size ?\[([\d, ]+)\]")
-_MAX_REPAIRS = 3
+_MAX_REPAIRS = 5
 
 
 def with_repairs(
-    inputs: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]
+    inputs: Mapping[str, Any],
+    attempt: Callable[[dict[str, Any]], Any],
+    further: Callable[[str], Any] = lambda name: None,
 ) -> tuple[dict[str, Any], Any]:
     """Inputs that an attempt accepts, these or others of changed shapes, and what it returned.
 
     Args:
         inputs: Keyword arguments of a model.
         attempt: Runs the model with them.
+        further: Makes an input of a name that the model takes; None where none is known.
 
     Raises:
         Exception: What the attempt raised with the inputs as given.
@@ -30,14 +37,26 @@ def with_repairs(
     for _ in range(_MAX_REPAIRS + 1):
         try:
             return given, attempt(given)
+        except TimeoutError:
+            raise
         except Exception as error:
             first = first or error
-            changed = next(_repaired(given, str(error)), None)
+            changed = next(_repaired(given, str(error)), None) or _completed(given, error, further)
             if changed is None:
                 break
             given = changed
     assert first is not None
     raise first
+
+
+def _completed(
+    inputs: Mapping[str, Any], error: Exception, further: Callable[[str], Any]
+) -> dict[str, Any] | None:
+    """The inputs with one more, which the error or the line that raised it names; None where none is."""
+    for name in (*words_of(error), *blamed_names(error)):
+        if name not in inputs and (made := further(name)) is not None:
+            return {**inputs, name: made}
+    return None
 
 
 def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:
@@ -47,6 +66,8 @@ def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:
     >>> {k: tuple(v.shape) for k, v in next(_repaired({"x": torch.zeros(4, 10, 64)}, said)).items()}
     {'x': (4, 10, 66)}
     """
+    if found := _INDEXED.search(said):
+        yield from _marking(inputs, *(int(n) for n in found.groups()))
     for name, tensor in inputs.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
             continue
@@ -55,6 +76,33 @@ def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:
         shape = _wanted(tuple(tensor.shape), said)
         if shape is not None and shape != tuple(tensor.shape) and min(shape) > 0:
             yield {**inputs, name: _like(tensor, shape)}
+
+
+def _marking(inputs: Mapping[str, Any], places: int, marked: int) -> Iterator[dict[str, Any]]:
+    """The inputs with so many places of the text marked, equally many in each sample.
+
+    >>> made = next(_marking({"marks": torch.ones(2, 3), "input_ids": torch.ones(2, 3)}, 8, 6))
+    >>> made["marks"].tolist(), made["input_ids"].shape
+    ([[1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0]], torch.Size([2, 5]))
+    """
+    for name, mask in inputs.items():
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.device.type == "meta":
+            continue
+        batch, length = mask.shape
+        if name == "attention_mask" or places % batch or int(mask.bool().sum()) != marked:
+            continue
+        each = places // batch
+        more = max(0, each + 1 - length)
+        made = {
+            k: torch.cat([v, v[:, -1:].expand(batch, more)], dim=1)
+            if isinstance(v, torch.Tensor) and v.shape == mask.shape
+            else v
+            for k, v in inputs.items()
+        }
+        made[name] = (
+            (torch.arange(length + more, device=mask.device) < each).to(mask.dtype).repeat(batch, 1)
+        )
+        yield made
 
 
 def _wanted(shape: tuple[int, ...], said: str) -> tuple[int, ...] | None:
@@ -71,6 +119,11 @@ def _wanted(shape: tuple[int, ...], said: str) -> tuple[int, ...] | None:
             return tuple(
                 int(found[2]) if i == len(shape) - len(seen) + 1 else n for i, n in enumerate(shape)
             )
+    if found := _MULTIPLE.search(said):
+        factor, has = int(found[1] or found[2]), int(found[3])
+        place = max((i for i, n in enumerate(shape) if n == has and i), default=None)
+        if place is not None and factor:
+            return tuple(-(-n // factor) * factor if i == place else n for i, n in enumerate(shape))
     if found := _PICTURE.search(said):
         sizes = [int(n) for n in found.groups()]
         if list(shape[-2:]) == sizes[:2]:
