@@ -7,13 +7,15 @@ import itertools
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tiny_configs import tiny_config, with_dropout, without_cache, without_randomness
-from tiny_scale import FIRST_WORD, LAST_WORD, STYLES, Style
+from tiny_defaults import default_config
+from tiny_hints import fields_named
+from tiny_scale import FIRST_WORD, LAST_WORD, STYLES
 from tiny_search import Search
 from torch import nn
 
@@ -30,6 +32,8 @@ ATTEMPT_S = 10.0
 _NO_VALUES = re.compile(
     r"meta tensor|Cannot copy out of meta|item\(\)|meta device|data.dependent", re.IGNORECASE
 )
+_MAX_HINTS = 2
+"""How often a style is tried again with fields left as they are that errors name."""
 SAME = 4
 """After so many equal refusals of inputs the next configuration is tried."""
 WANTED = Wanted(BATCH, LENGTH, words=(FIRST_WORD, LAST_WORD))
@@ -80,17 +84,25 @@ def build_tiny(name: str) -> Built:
     """
     architecture = find_architecture(name)
     tried: list[str] = []
-    makers: list[Callable[[Architecture], Any]] = [functools.partial(_scaled, style=s) for s in STYLES]
-    for number, make in enumerate([*makers, _found]):
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                config = without_randomness(make(architecture))
-        except Exception as error:
-            tried.append(f"style {number}: {_short(error)}")
-            continue
-        built = _tried(architecture, config, number, tried)
-        if built is not None:
-            return built
+    for number, style in enumerate(STYLES):
+        kept: frozenset[str] = frozenset()
+        for _ in range(_MAX_HINTS + 1):
+            refused: list[Exception] = []
+            make = functools.partial(tiny_config, architecture.config_class, style, kept)
+            built = _tried(architecture, make, number, refused)
+            tried += [_short(error) for error in refused]
+            if built is not None:
+                built.tried[:] = tried
+                return built
+            more = _named(refused, architecture) - kept
+            if not more:
+                break
+            kept |= more
+    refused = []
+    built = _tried(architecture, functools.partial(_found, architecture), len(STYLES), refused)
+    if built is not None:
+        return built
+    tried += [_short(error) for error in refused]
     reasons = Counter(tried).most_common(3)
     raise NoTinyModelError(
         "; ".join([*(reason for reason, _ in reasons), *tried[-1:]])
@@ -98,8 +110,13 @@ def build_tiny(name: str) -> Built:
     )
 
 
-def _scaled(architecture: Architecture, style: Style) -> Any:
-    return tiny_config(architecture.config_class, style)
+def _named(refused: Sequence[Exception], architecture: Architecture) -> frozenset[str]:
+    """Fields of the configuration that the refusals name."""
+    try:
+        config = default_config(architecture.config_class)
+    except Exception:
+        return frozenset()
+    return frozenset().union(*(fields_named(error, config) for error in refused))
 
 
 def _found(architecture: Architecture) -> Any:
@@ -165,9 +182,17 @@ def _numbers_in(kwargs: dict[str, Any]) -> int:
     return sum(v.numel() for v in kwargs.values() if isinstance(v, torch.Tensor))
 
 
-def _tried(architecture: Architecture, config: Any, number: int, tried: list[str]) -> Built | None:
+def _tried(
+    architecture: Architecture, make: Callable[[], Any], number: int, refused: list[Exception]
+) -> Built | None:
     """The first model class that runs with a configuration, and inputs with which it does."""
-    for model in _models(architecture, config, tried):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            config = without_randomness(make())
+    except Exception as error:
+        refused.append(_told(error, f"style {number}"))
+        return None
+    for model in _models(architecture, config, refused):
         said: Counter[str] = Counter()
         more = functools.partial(further_input, model, WANTED)
         for candidate in candidate_inputs(model, WANTED):
@@ -175,14 +200,14 @@ def _tried(architecture: Architecture, config: Any, number: int, tried: list[str
                 with at_most(ATTEMPT_S):
                     kwargs, loss = with_repairs(candidate, functools.partial(_runs, model), more)
             except Exception as error:
-                tried.append(f"{type(model).__name__}: {_short(error)}")
-                said[_short(error)] += 1
-                if isinstance(error, (RuntimeError, TimeoutError)) and said[_short(error)] == SAME:
+                refused.append(_told(error, type(model).__name__))
+                said[str(error)] += 1
+                if isinstance(error, (RuntimeError, TimeoutError)) and said[str(error)] == SAME:
                     break  # the sizes of the model do not fit each other, whatever it is given
                 continue
-            return Built(architecture.name, model.train(), config, kwargs, loss, number, tried)
+            return Built(architecture.name, model.train(), config, kwargs, loss, number)
         if not said:
-            tried.append(f"{type(model).__name__}: no inputs are known")
+            refused.append(NoTinyModelError(f"{type(model).__name__}: no inputs are known"))
     return None
 
 
@@ -205,20 +230,20 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def _models(architecture: Architecture, config: Any, tried: list[str]) -> Iterator[Any]:
+def _models(architecture: Architecture, config: Any, refused: list[Exception]) -> Iterator[Any]:
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     for made in head_classes(architecture, encoder_decoder):
         try:
             with at_most(ATTEMPT_S), torch.device("meta"):
                 size = sum(p.numel() for p in made(config).parameters())
             if size > MAX_PARAMETERS:
-                tried.append(f"{made.__name__} has {size} parameters")
+                refused.append(NoTinyModelError(f"{made.__name__} has {size} parameters"))
                 continue
             torch.manual_seed(0)
             with at_most(ATTEMPT_S):
                 model = made(config)
         except Exception as error:
-            tried.append(f"{made.__name__}: {_short(error)}")
+            refused.append(_told(error, made.__name__))
             continue
         stir(model)
         yield model
@@ -273,6 +298,14 @@ def mean_loss(output: Any, _: Any) -> torch.Tensor:
     return sum((t.float().square().mean() for t in parts[:2]), torch.zeros(()))
 
 
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+def _told(error: Exception, where: str) -> Exception:
+    """The error, with a note of where it was raised."""
+    error.add_note(where)
+    return error
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, NoTinyModelError):
+        return text
+    return ": ".join([*getattr(error, "__notes__", [])[-1:], type(error).__name__, text])

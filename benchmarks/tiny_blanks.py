@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from tiny_defaults import read
-from tiny_fields import EXPERTS, HEADS, KEY_HEADS, PER_TOKEN
+from tiny_fields import EXPERTS, HEAD_SIZE, HEADS, KEY_HEADS, NOT_WIDTH, PER_TOKEN, WIDTH
 from tiny_scale import VOCABULARY, Scale, first_int
 
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech)_token_(id|index)$")
@@ -41,3 +41,18 @@ def filled(name: str, base: Any, scale: Scale, tokens: dict[int, int]) -> Any:
             number += 1
         return number
     return None
+
+
+def guessed(name: str, annotation: str, base: Any) -> Any:
+    """A value for an empty field without which a model refused to run; None where nothing is likely."""
+    if "int" not in annotation or "list" in annotation or "dict" in annotation:
+        return 1.0 if "float" in annotation and "list" not in annotation else None
+    if "window" in name:
+        return _WINDOW
+    if HEADS.search(name):
+        return first_int(base, ("num_attention_heads",)) or 1
+    if HEAD_SIZE.search(name):
+        return first_int(base, ("head_dim",)) or None
+    if WIDTH.search(name) and not NOT_WIDTH.search(name):
+        return first_int(base, ("hidden_size", "d_model")) or None
+    return 0 if name.endswith("_id") else 2

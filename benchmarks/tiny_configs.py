@@ -8,21 +8,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tiny_blanks import filled
+from tiny_blanks import filled, guessed
 from tiny_defaults import default_config, parts_of, read
 from tiny_fields import NO_SIZES, is_drop, number_kind
 from tiny_scale import Scale, Style
 
 
-def tiny_config(config_class: Any, style: Style) -> Any:
+def tiny_config(config_class: Any, style: Style, kept: frozenset[str] = frozenset()) -> Any:
     """A small configuration of a class of transformers.
+
+    Args:
+        config_class: The class.
+        style: How strongly to scale.
+        kept: Fields that stay as they are by default; empty ones are filled in.
 
     Raises:
         Exception: Whatever the class raises at values it does not accept.
     """
     base = default_config(config_class)
     tokens: dict[int, int] = {}
-    config = _shrunk(base, style, tokens)
+    config = _shrunk(base, style, tokens, kept)
     return without_cache(config)
 
 
@@ -63,7 +68,7 @@ def _plain_fields(config: Any) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in vars(config).items() if not k.startswith("_")]
 
 
-def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
+def _shrunk(base: Any, style: Style, tokens: dict[int, int], kept: frozenset[str]) -> Any:
     """A scaled copy; fields that the class derives from others are left for it to derive."""
     usual = type(base)()
     values: dict[str, Any] = {}
@@ -73,18 +78,20 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int]) -> Any:
         name, value = spec.name, read(base, spec.name)
         if name in inner:
             if value is not None:
-                values[name] = _shrunk(value, style, tokens)
+                values[name] = _shrunk(value, style, tokens, kept)
             continue
         derived = _is_derived(spec)
         if value is None:
             value = filled(name, base, scale, tokens)
+            if value is None and name in kept:
+                value = guessed(name, str(spec.type), base)
             if name == "vocab_size" and value is not None:
                 values["pad_token_id"] = 1
         if value is None or name in NO_SIZES:
             continue
         if derived and _same(value, read(usual, name)) and name != "head_dim":
             continue
-        made = scale.value(name, value, tokens)
+        made = scale.value(name, value, tokens) if name not in kept else value
         if isinstance(made, list) and len(made) == scale.layers > scale.few > 0:
             made = _one_for_each_layer(made, scale.few)
         if not derived and _same(made, _default(spec)):

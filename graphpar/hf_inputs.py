@@ -129,7 +129,8 @@ class _Maker:
         """Keyword arguments of one call."""
         made: dict[str, Any] = {}
         for name in self._names():
-            value = self._value(name)
+            value = self._mask_of(name, made)
+            value = self._value(name) if value is None else value
             if value is not None:
                 made[name] = value
         self._place_pictures_in_text(made)
@@ -214,6 +215,14 @@ class _Maker:
                 self.wanted.batch, self.wanted.length, _number(self.config, "hidden_size")
             )
         return self._as_documented(name)
+
+    def _mask_of(self, name: str, made: Mapping[str, Any]) -> torch.Tensor | None:
+        """Ones for each time step of an input of sound that this is the mask of, by its name."""
+        masked = made.get(name.removesuffix("_mask")) if name.endswith("_mask") else None
+        if not isinstance(masked, torch.Tensor) or masked.ndim not in (2, 3):
+            return None
+        bins = _first(self.config, "num_mel_bins", "feature_size")
+        return self._ones(masked.shape[0], next((n for n in masked.shape[:0:-1] if n != bins), bins or 1))
 
     def _as_documented(self, name: str) -> torch.Tensor:
         if name == self.main and name not in self.documented:  # whatever the heads' preprocessors take

@@ -1,7 +1,7 @@
 """Inputs of another shape, from what a model says when it refuses the ones it was given."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ _PRODUCT = re.compile(r"shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x\d+\
 _CHANNELS = re.compile(r"expected input\[([\d, ]+)\] to have (\d+) channels")
 _PICTURE = re.compile(r"\((\d+) ?[*x,] ?(\d+)\)[^(]*(?:model|expected)[^(]*\((\d+) ?[*x,] ?(\d+)\)")
 _MULTIPLE = re.compile(r"(?:multiple of|divisible by)(?:[^()]*\((\d+)\)|\D*(\d+)).*?got:? (\d+)")
+_SHAPE = re.compile(r"tensor of shape \(([\w, ]+)\)")
 _INDEXED = re.compile(r"value tensor of shape \[(\d+)[^]]*\].*indexing result of shape \[(\d+)")
 _NORMALISED = re.compile(r"expected input with shape \[\*, (\d+)\], but got input of size ?\[([\d, ]+)\]")
 _MAX_REPAIRS = 5
@@ -75,7 +76,23 @@ def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:
             yield {**inputs, name: tensor.abs().clamp(max=1.0)}
         shape = _wanted(tuple(tensor.shape), said)
         if shape is not None and shape != tuple(tensor.shape) and min(shape) > 0:
-            yield {**inputs, name: _like(tensor, shape)}
+            yield {
+                **inputs,
+                **_masks(inputs, name, tuple(tensor.shape), shape),
+                name: _like(tensor, shape),
+            }
+
+
+def _masks(
+    inputs: Mapping[str, Any], name: str, before: Sequence[int], after: Sequence[int]
+) -> dict[str, Any]:
+    """The mask of an input whose shape changes, changed likewise."""
+    mask = inputs.get(f"{name}_mask")
+    if not isinstance(mask, torch.Tensor) or len(before) != len(after):
+        return {}
+    renamed = {a: b for a, b in zip(before[1:], after[1:], strict=True) if a != b}
+    shape = (mask.shape[0], *(renamed.get(n, n) for n in mask.shape[1:]))
+    return {f"{name}_mask": torch.ones(shape, dtype=mask.dtype, device=mask.device)}
 
 
 def _marking(inputs: Mapping[str, Any], places: int, marked: int) -> Iterator[dict[str, Any]]:
@@ -124,6 +141,11 @@ def _wanted(shape: tuple[int, ...], said: str) -> tuple[int, ...] | None:
         place = max((i for i, n in enumerate(shape) if n == has and i), default=None)
         if place is not None and factor:
             return tuple(-(-n // factor) * factor if i == place else n for i, n in enumerate(shape))
+    if found := _SHAPE.search(said):
+        parts = [part.strip() for part in found[1].split(",")]
+        if len(parts) == len(shape) + 1 and sum(part.isdigit() for part in parts) == 1:
+            place = next(i for i, part in enumerate(parts) if part.isdigit())
+            return (*shape[:place], int(parts[place]), *shape[place:])
     if found := _PICTURE.search(said):
         sizes = [int(n) for n in found.groups()]
         if list(shape[-2:]) == sizes[:2]:
