@@ -20,7 +20,7 @@ from tiny_search import Search
 from torch import nn
 
 from graphpar.frontend.torch_private import flatten
-from graphpar.hf_architectures import Architecture, find_architecture, head_classes
+from graphpar.hf_architectures import Architecture, config_for, find_architecture, head_classes
 from graphpar.hf_inputs import Wanted, candidate_inputs, further_input
 from graphpar.hf_repair import with_repairs
 
@@ -132,7 +132,7 @@ def _found(architecture: Architecture) -> Any:
         for made in known or head_classes(
             architecture, bool(getattr(config, "is_encoder_decoder", False))
         ):
-            size = _size_if_it_runs(made, config)
+            size = _size_if_it_runs(made, config_for(made, config))
             if size is not None:
                 known[:] = [made]
                 return size
@@ -153,10 +153,15 @@ def _size_if_it_runs(made: Any, config: Any) -> int | None:
         return None
     parameters = int(sum(p.numel() for p in model.parameters()))
     asks = False
+    more = functools.partial(further_input, model, WANTED)
+
+    def attempt(kwargs: dict[str, Any]) -> Any:
+        return model(**kwargs)
+
     for candidate in candidate_inputs(model, WANTED):
         try:
             with at_most(ATTEMPT_S), torch.no_grad():
-                kwargs, _ = with_repairs(candidate, lambda kwargs: model(**kwargs))
+                kwargs, _ = with_repairs(candidate, attempt, more)
         except Exception as error:
             asks = asks or _NO_VALUES.search(str(error)) is not None
             continue
@@ -171,7 +176,7 @@ def _size_if_it_runs(made: Any, config: Any) -> int | None:
     for candidate in itertools.islice(candidate_inputs(model, WANTED), 6):
         try:
             with at_most(ATTEMPT_S), torch.no_grad():
-                kwargs, _ = with_repairs(candidate, lambda kwargs: model(**kwargs))
+                kwargs, _ = with_repairs(candidate, attempt, more)
         except Exception:
             continue
         return parameters + _numbers_in(kwargs)
@@ -193,6 +198,7 @@ def _tried(
         refused.append(_told(error, f"style {number}"))
         return None
     for model in _models(architecture, config, refused):
+        own = config_for(type(model), config)
         said: Counter[str] = Counter()
         more = functools.partial(further_input, model, WANTED)
         for candidate in candidate_inputs(model, WANTED):
@@ -205,7 +211,7 @@ def _tried(
                 if isinstance(error, (RuntimeError, TimeoutError)) and said[str(error)] == SAME:
                     break  # the sizes of the model do not fit each other, whatever it is given
                 continue
-            return Built(architecture.name, model.train(), config, kwargs, loss, number)
+            return Built(architecture.name, model.train(), own, kwargs, loss, number)
         if not said:
             refused.append(NoTinyModelError(f"{type(model).__name__}: no inputs are known"))
     return None
@@ -232,16 +238,18 @@ def at_most(seconds: float) -> Iterator[None]:
 
 def _models(architecture: Architecture, config: Any, refused: list[Exception]) -> Iterator[Any]:
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    for made in head_classes(architecture, encoder_decoder):
+    classes = head_classes(architecture, encoder_decoder)
+    for made in sorted(classes, key=lambda made: config_for(made, config) is not config):
+        own = config_for(made, config)
         try:
             with at_most(ATTEMPT_S), torch.device("meta"):
-                size = sum(p.numel() for p in made(config).parameters())
+                size = sum(p.numel() for p in made(own).parameters())
             if size > MAX_PARAMETERS:
                 refused.append(NoTinyModelError(f"{made.__name__} has {size} parameters"))
                 continue
             torch.manual_seed(0)
             with at_most(ATTEMPT_S):
-                model = made(config)
+                model = made(own)
         except Exception as error:
             refused.append(_told(error, made.__name__))
             continue
@@ -295,7 +303,8 @@ def mean_loss(output: Any, _: Any) -> torch.Tensor:
     parts = [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
     if not parts:
         raise ValueError("the model returns no floating tensor")
-    return sum((t.float().square().mean() for t in parts[:2]), torch.zeros(()))
+    wide = [t if t.dtype == torch.float64 else t.float() for t in parts[:2]]
+    return sum((t.square().mean() for t in wide), torch.zeros(()))
 
 
 def _told(error: Exception, where: str) -> Exception:

@@ -93,6 +93,18 @@ def head_classes(architecture: Architecture, is_encoder_decoder: bool) -> Iterat
     yield from (c for c in _own_classes(architecture) if c not in seen)
 
 
+def config_for(made: Any, config: Any) -> Any:
+    """The configuration that a model class takes: the one given, or the part of it that is of its kind.
+
+    Some mappings list, for a composite, the class of one of its parts.
+    """
+    wanted = getattr(made, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    return next((part for part in parts if isinstance(part, wanted)), config)
+
+
 def _own_classes(architecture: Architecture) -> Iterator[Any]:
     """Model classes beside the configuration that no mapping mentions, the bare one first."""
     library = transformers_library()
