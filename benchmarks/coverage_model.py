@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tiny_configs import tiny_config, with_dropout, without_cache, without_randomness
 from tiny_defaults import default_config
-from tiny_hints import fields_named
+from tiny_hints import Hints, fields_named, numbers_demanded
 from tiny_scale import FIRST_WORD, LAST_WORD, STYLES
 from tiny_search import Search
 from torch import nn
@@ -85,19 +85,19 @@ def build_tiny(name: str) -> Built:
     architecture = find_architecture(name)
     tried: list[str] = []
     for number, style in enumerate(STYLES):
-        kept: frozenset[str] = frozenset()
+        hints: Hints = {}
         for _ in range(_MAX_HINTS + 1):
             refused: list[Exception] = []
-            make = functools.partial(tiny_config, architecture.config_class, style, kept)
+            make = functools.partial(tiny_config, architecture.config_class, style, hints)
             built = _tried(architecture, make, number, refused)
             tried += [_short(error) for error in refused]
             if built is not None:
                 built.tried[:] = tried
                 return built
-            more = _named(refused, architecture) - kept
-            if not more:
+            more = _hints(refused, architecture)
+            if more.keys() <= hints.keys():
                 break
-            kept |= more
+            hints = {**hints, **more}
     refused = []
     built = _tried(architecture, functools.partial(_found, architecture), len(STYLES), refused)
     if built is not None:
@@ -110,13 +110,16 @@ def build_tiny(name: str) -> Built:
     )
 
 
-def _named(refused: Sequence[Exception], architecture: Architecture) -> frozenset[str]:
-    """Fields of the configuration that the refusals name."""
+def _hints(refused: Sequence[Exception], architecture: Architecture) -> dict[str, int | None]:
+    """What the refusals say of fields of the configuration."""
+    found: dict[str, int | None] = {}
     try:
         config = default_config(architecture.config_class)
-    except Exception:
-        return frozenset()
-    return frozenset().union(*(fields_named(error, config) for error in refused))
+    except Exception:  # a composite whose parts do not fit it
+        config = None
+    for error in refused:
+        found |= fields_named(error, config) if config is not None else numbers_demanded(error)
+    return found
 
 
 def _found(architecture: Architecture) -> Any:

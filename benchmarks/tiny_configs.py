@@ -6,38 +6,41 @@ Nothing is known here of any architecture: `tiny_fields` recognises a size by it
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tiny_blanks import filled, guessed
 from tiny_defaults import default_config, parts_of, read
 from tiny_fields import NO_SIZES, is_drop, number_kind
-from tiny_scale import Scale, Style
+from tiny_hints import Hints
+from tiny_scale import Scale, Style, first_int
 
 
-def tiny_config(config_class: Any, style: Style, kept: frozenset[str] = frozenset()) -> Any:
+def tiny_config(config_class: Any, style: Style, hints: Hints = MappingProxyType({})) -> Any:
     """A small configuration of a class of transformers.
 
     Args:
         config_class: The class.
         style: How strongly to scale.
-        kept: Fields that stay as they are by default; empty ones are filled in.
+        hints: Fields that must be a number or stay as they are by default; empty ones are filled in.
 
     Raises:
         Exception: Whatever the class raises at values it does not accept.
     """
-    base = default_config(config_class)
+    base = default_config(config_class, hints)
     tokens: dict[int, int] = {}
-    config = _shrunk(base, style, tokens, kept)
+    config = _shrunk(base, style, tokens, hints)
     return without_cache(config)
 
 
 def without_cache(config: Any) -> Any:
     """The configuration set for whole sequences at once."""
-    for _, part in parts_of(config):
+    for path, part in parts_of(config):
         if getattr(part, "use_cache", None):
             part.use_cache = False
-    if config.is_encoder_decoder and read(config, "decoder_start_token_id") is None:
-        config.decoder_start_token_id = read(config, "pad_token_id") or 0
+        decodes = getattr(part, "is_encoder_decoder", False) or "decoder" in "".join(path[-1:])
+        if decodes and read(part, "decoder_start_token_id") is None:
+            part.decoder_start_token_id = read(part, "pad_token_id") or 0
     return config
 
 
@@ -68,7 +71,7 @@ def _plain_fields(config: Any) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in vars(config).items() if not k.startswith("_")]
 
 
-def _shrunk(base: Any, style: Style, tokens: dict[int, int], kept: frozenset[str]) -> Any:
+def _shrunk(base: Any, style: Style, tokens: dict[int, int], hints: Hints) -> Any:
     """A scaled copy; fields that the class derives from others are left for it to derive."""
     usual = type(base)()
     values: dict[str, Any] = {}
@@ -78,12 +81,15 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], kept: frozenset[str
         name, value = spec.name, read(base, spec.name)
         if name in inner:
             if value is not None:
-                values[name] = _shrunk(value, style, tokens, kept)
+                values[name] = _shrunk(value, style, tokens, hints)
+            continue
+        if hints.get(name) is not None:
+            values[name] = hints[name]
             continue
         derived = _is_derived(spec)
         if value is None:
             value = filled(name, base, scale, tokens)
-            if value is None and name in kept:
+            if value is None and name in hints:
                 value = guessed(name, str(spec.type), base)
             if name == "vocab_size" and value is not None:
                 values["pad_token_id"] = 1
@@ -91,7 +97,7 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], kept: frozenset[str
             continue
         if derived and _same(value, read(usual, name)) and name != "head_dim":
             continue
-        made = scale.value(name, value, tokens) if name not in kept else value
+        made = scale.value(name, value, tokens) if name not in hints else value
         if isinstance(made, list) and len(made) == scale.layers > scale.few > 0:
             made = _one_for_each_layer(made, scale.few)
         if not derived and _same(made, _default(spec)):
@@ -100,7 +106,20 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], kept: frozenset[str
     indices = read(base, "out_indices")
     if isinstance(indices, (list, tuple)) and not _same(indices, read(usual, "out_indices")):
         values["out_indices"] = scale.value("out_indices", list(indices), tokens)
-    return type(base)(**_settings_beside(base, usual), **_divisible(base, values))
+    return _with_rotary_sections(type(base)(**_settings_beside(base, usual), **_divisible(base, values)))
+
+
+def _with_rotary_sections(config: Any) -> Any:
+    """The configuration with rotary dimensions shared out, where it leaves that to its model."""
+    rope = read(config, "rope_parameters")
+    known = getattr(config, "ignore_keys_at_rope_validation", None) or ()
+    if "mrope_section" not in known or not isinstance(rope, dict) or "mrope_section" in rope:
+        return config
+    size = first_int(config, ("head_dim",))
+    size = size or first_int(config, ("hidden_size",)) // first_int(config, ("num_attention_heads",))
+    half = (int(size * rope.get("partial_rotary_factor", 1.0)) + 1) // 2
+    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    return config
 
 
 def _settings_beside(base: Any, usual: Any) -> dict[str, Any]:

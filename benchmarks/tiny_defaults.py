@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -15,8 +16,12 @@ _USUAL_PARTS = {
 """Models for the parts of composites that hold any model, by words in the name of the part."""
 
 
-def default_config(config_class: Any) -> Any:
+def default_config(config_class: Any, demanded: Mapping[str, int | None] = MappingProxyType({})) -> Any:
     """The default configuration; where a composite has no default parts, one of parts that are usual.
+
+    Args:
+        config_class: Its class.
+        demanded: Numbers that fields of the parts must have where the composite refuses others.
 
     Raises:
         Exception: Whatever the class raises where it has neither.
@@ -33,6 +38,10 @@ def default_config(config_class: Any) -> Any:
             raise
     family = config_class.model_type
     made = {name: _usual_part(name, kind, family) for name, kind in parts.items()}
+    for part in made.values():
+        for name, number in demanded.items():
+            if number is not None and read(part, name) is not None:
+                setattr(part, name, number)
     try:
         return config_class(**made)
     except TypeError:  # parts given as dictionaries

@@ -86,6 +86,7 @@ class Scale:
     Attributes:
         style: What is wanted.
         heads: Number of heads before.
+        width: Width before.
         fewer: Factor by which the number of heads shrinks.
         smaller: Factor by which the size of a head shrinks.
         patches: Places of a picture before and after.
@@ -95,6 +96,7 @@ class Scale:
 
     style: Style
     heads: int
+    width: int
     fewer: int
     smaller: int
     patches: tuple[int, int]
@@ -125,7 +127,7 @@ class Scale:
         layers = first_int(config, ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers",
                                      "n_layers", "depth"))  # fmt: skip
         places = (max(before // patch, 1) ** 2, max(after // patch, 1) ** 2)
-        return cls(style, heads or 1, fewer, smaller, places, patch, layers or 0)
+        return cls(style, heads or 1, width, fewer, smaller, places, patch, layers or 0)
 
     @property
     def few(self) -> int:
@@ -177,6 +179,8 @@ class Scale:
             return 2
         if QUERIES.search(name):
             return min(value, 16)
+        if name.endswith("groups") and value == self.width:  # one for each channel
+            return _divided(value, self.smaller * self.fewer)
         if name.endswith("groups"):
             by = self.fewer if self.heads > 1 else self.smaller
             return value if value <= 4 else max(1, value // by)

@@ -119,7 +119,7 @@ def _own_classes(architecture: Architecture) -> Iterator[Any]:
             for name, value in vars(module).items()
             if inspect.isclass(value)
             and issubclass(value, library.PreTrainedModel)
-            and not name.endswith("PreTrainedModel")
+            and "PreTrainedModel" not in name
             and getattr(value, "config_class", None) is architecture.config_class
         ]
     usual = f"{architecture.name}Model"

@@ -114,7 +114,8 @@ class _Maker:
         self.wanted, self.variant = wanted, variant
         self.accepted: Mapping[str, inspect.Parameter] = inspect.signature(model.forward).parameters
         self.documented = documented_inputs(model.forward)
-        self.main = getattr(model, "main_input_name", "input_ids")
+        main = getattr(model, "main_input_name", "input_ids")
+        self.main: str = main if isinstance(main, str) else main[0]
         tensors = itertools.chain(model.parameters(), model.buffers())
         first = next(tensors, torch.empty(0))
         self.device = first.device
@@ -138,7 +139,7 @@ class _Maker:
             self._add_labels(made)
         if getattr(self.config, "is_encoder_decoder", False) and "labels" not in made:
             if "decoder_input_ids" in self.accepted:
-                made["decoder_input_ids"] = self._words()
+                made["decoder_input_ids"] = self._words("decoder_input_ids")
         return made
 
     def further(self, name: str) -> Any:
@@ -208,6 +209,8 @@ class _Maker:
             return self._integers(100, self.wanted.batch, self.wanted.length, 4).sort(-1).values
         if name.startswith(("past_", "future_")):
             return self._series(name)
+        if name == "image_attention_mask":  # which of the pictures each word sees
+            return self._ones(self.wanted.batch, self.wanted.length, 1)
         if name.endswith("_mask"):
             return self._ones(self.wanted.batch, self.wanted.length)
         if name in ("inputs_embeds", "hidden_states", "encoder_hidden_states"):
@@ -270,9 +273,13 @@ class _Maker:
         inner = getattr(self.config, "text_config", None) or getattr(self.config, "thinker_config", None)
         return inner if inner is not None and not hasattr(self.config, "vocab_size") else self.config
 
-    def _words(self) -> torch.Tensor:
+    def _words(self, like: str = "input_ids") -> torch.Tensor:
         low, high = self.wanted.words or (0, _number(self._text_config(), "vocab_size"))
-        return self._integers(high - low, self.wanted.batch, self.wanted.length) + low
+        shape: tuple[int, ...] = (self.wanted.batch, self.wanted.length)
+        told = self.documented.get(like)
+        if told is not None and len(told.shape) > 2 and self.variant.names != "usual":  # several codes
+            shape = (*shape, *(self._size(part) for part in told.shape[2:]))
+        return self._integers(high - low, *shape) + low
 
     def _mask(self) -> torch.Tensor:
         """Ones and then zeros; the first sample is full, the last ones are shorter and shorter."""
@@ -392,7 +399,7 @@ class _Maker:
         if "input_ids" in made and not getattr(self.config, "is_encoder_decoder", False):
             return self._some_ignored(made["input_ids"].clone())
         if kind.endswith(("LM", "ForConditionalGeneration", "LMHeadModel", "Seq2Seq", "Text2Text")):
-            return self._some_ignored(self._words())
+            return self._some_ignored(self._words("labels"))
         return None
 
     def _some_ignored(self, labels: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ that raised them does, and the calls that led to it tell what its names were cal
 import linecache
 import re
 import traceback
+from dataclasses import dataclass
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _PASSED = re.compile(r"\b([A-Za-z_]\w*)\s*=\s*(?:self\.)?(?:\w+\.)*([A-Za-z_]\w*)")
@@ -22,27 +23,58 @@ def words_of(error: BaseException) -> list[str]:
     return _WORD.findall(str(error))
 
 
-def failing_source(error: BaseException) -> list[str]:
+@dataclass(frozen=True)
+class Place:
+    """An expression of model code that was being evaluated when an error arose.
+
+    Attributes:
+        file: Where it stands.
+        source: Its lines.
+        empty: Names in it that were None.
+    """
+
+    file: str
+    source: str
+    empty: tuple[str, ...]
+
+
+def failing_places(error: BaseException) -> list[Place]:
     """The expressions of model code in which an error arose, innermost first."""
     found = []
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.lineno is None or not _LIBRARY.search(frame.filename):
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for (frame, _), summary in zip(frames, traceback.StackSummary.extract(iter(frames)), strict=True):
+        if summary.lineno is None or not _LIBRARY.search(summary.filename):
             continue
-        lines = range(frame.lineno, (frame.end_lineno or frame.lineno) + 1)
-        found.append("".join(linecache.getline(frame.filename, n) for n in lines))
-    return found
+        lines = range(summary.lineno, (summary.end_lineno or summary.lineno) + 1)
+        source = "".join(linecache.getline(summary.filename, n) for n in lines)
+        known = frame.f_locals
+        empty = tuple(n for n in _WORD.findall(source) if n in known and known[n] is None)
+        found.append(Place(summary.filename, source, empty))
+    return found[::-1]
 
 
 def blamed_names(error: BaseException) -> list[str]:
-    """Names in the expression that raised, and what the calls around it pass as these, innermost first.
+    """Names in the expression that raised, what calls around it pass as these, then all that were None.
 
     >>> blamed_names(ValueError("raised by no model"))
     []
     """
+    places = failing_places(error)
     names: list[str] = []
-    for number, source in enumerate(failing_source(error)):
+    for number, place in enumerate(places):
         if number == 0:
-            names += _WORD.findall(source)
+            names += _WORD.findall(place.source)
         else:
-            names += [given for name, given in _PASSED.findall(source) if name in names]
-    return list(dict.fromkeys(names))
+            names += [given for name, given in _PASSED.findall(place.source) if name in names]
+    return list(dict.fromkeys([*names, *(name for place in places for name in place.empty)]))
+
+
+def blamed_fields(error: BaseException) -> list[str]:
+    """Fields of the configuration that were read into what stands in the expression that raised."""
+    places = failing_places(error)[:1]
+    found = []
+    for place in places:
+        text = "".join(linecache.getlines(place.file))
+        for name in dict.fromkeys(re.findall(r"self\.(\w+)", place.source)):
+            found += re.findall(rf"self\.{name} = (?:self\.)?config\.(?:\w+\.)*(\w+)", text)
+    return list(dict.fromkeys(found))
