@@ -21,7 +21,7 @@ from torch import nn
 
 from graphpar.frontend.torch_private import flatten
 from graphpar.hf_architectures import Architecture, config_for, find_architecture, head_classes
-from graphpar.hf_inputs import Wanted, candidate_inputs, further_input
+from graphpar.hf_inputs import Wanted, candidate_inputs, further_input, unknown_inputs
 from graphpar.hf_repair import with_repairs
 
 BATCH, LENGTH = 4, 10
@@ -216,7 +216,8 @@ def _tried(
                 continue
             return Built(architecture.name, model.train(), own, kwargs, loss, number)
         if not said:
-            refused.append(NoTinyModelError(f"{type(model).__name__}: no inputs are known"))
+            unknown = ", ".join(unknown_inputs(model, WANTED)) or "any of its inputs"
+            refused.append(NoTinyModelError(f"{type(model).__name__}: nothing tells what {unknown} is"))
     return None
 
 

@@ -45,7 +45,14 @@ def filled(name: str, base: Any, scale: Scale, tokens: dict[int, int]) -> Any:
 
 def guessed(name: str, annotation: str, base: Any) -> Any:
     """A value for an empty field without which a model refused to run; None where nothing is likely."""
-    if "int" not in annotation or "list" in annotation or "dict" in annotation:
+    layers = first_int(base, ("num_hidden_layers", "n_layer", "num_layers"))
+    if name == "mlp_layer_types":
+        return ["dense", *["sparse"] * (layers - 1)]
+    if name == "layer_types":
+        return ["full_attention"] * layers
+    if "dict" in annotation:
+        return {}
+    if "int" not in annotation or "list" in annotation:
         return 1.0 if "float" in annotation and "list" not in annotation else None
     if "window" in name:
         return _WINDOW

@@ -19,6 +19,9 @@ Hints = Mapping[str, int | None]
 _COMMON = frozenset({"dtype", "architectures", "vocab_size", "hidden_size"})
 """Fields that are everywhere in errors, and large."""
 _MUST_BE = re.compile(r"`?([a-z]\w+)`?(?: ?==? ?| must be | has to be | should be )(\d+)\b")
+_MUST_MATCH = re.compile(
+    r"`?(?:\w+\.)?(\w+)`? \(\d+\) must (?:match|equal|be equal to) `?(?:\w+\.)?\w+`? \((\d+)\)"
+)
 
 
 def numbers_demanded(error: Exception) -> dict[str, int]:
@@ -26,8 +29,12 @@ def numbers_demanded(error: Exception) -> dict[str, int]:
 
     >>> numbers_demanded(ValueError("size_per_layer must be 0, got 256"))
     {'size_per_layer': 0}
+    >>> numbers_demanded(ValueError("`audio.out_size` (1024) must match `text.hidden_size` (64)"))
+    {'out_size': 64}
     """
-    return {name: int(number) for name, number in _MUST_BE.findall(str(error))}
+    said = str(error)
+    found = [*_MUST_BE.findall(said), *_MUST_MATCH.findall(said)]
+    return {name: int(number) for name, number in found}
 
 
 def fields_named(error: Exception, config: Any) -> dict[str, int | None]:

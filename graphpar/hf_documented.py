@@ -8,14 +8,14 @@ that they can be passed by keyword:
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["float", "int", "bool"]
 _ENTRY = re.compile(
-    r"^\s*(?P<name>\w+) \(`?(?P<type>[^`]*?Tensor[^`]*)`? of shape\s+`*[\(\[](?P<shape>[^`]*?)[\)\]]`*"
-    r"(?P<rest>[^\n]*)",
+    r"^\s*(?P<name>\w+) \(`?(?P<type>[^`]*?Tensor[^`]*)`? of shape\s+`*[\(\[](?P<shape>[^`]*?)[\)\]]"
+    r"(?P<others>(?:\s+or \([^`()]*\))*)`*(?P<rest>[^\n]*)",
     re.MULTILINE,
 )
 _TOP = re.compile(r"range[^\[]*\[0,\s*(?:config\.)?(?P<bound>\w+)\s*(?P<less>- ?1)?\s*[\]\)]")
@@ -66,12 +66,22 @@ def documented_inputs(forward: Callable[..., Any]) -> Mapping[str, DocumentedInp
         bound = _TOP.search(about)
         found[name] = DocumentedInput(
             name=name,
-            shape=tuple(part.strip() for part in entry["shape"].split(",") if part.strip()),
+            shape=_fullest([entry["shape"], *re.findall(r"\(([^()]*)\)", entry["others"])]),
             kind=_kind(name, entry["type"]),
             is_optional="optional" in entry["rest"],
             bound=bound["bound"] if bound else "",
         )
     return found
+
+
+def _fullest(shapes: Sequence[str]) -> tuple[str, ...]:
+    """Of the shapes that are documented as alternatives the one with most dimensions.
+
+    >>> _fullest(["batch_size * codebooks, length", "batch_size, length, codebooks"])
+    ('batch_size', 'length', 'codebooks')
+    """
+    split = [tuple(part.strip() for part in shape.split(",") if part.strip()) for shape in shapes]
+    return max(split, key=len)
 
 
 def _kind(name: str, described: str) -> Kind:

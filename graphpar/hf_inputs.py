@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -105,6 +106,18 @@ def further_input(model: nn.Module, wanted: Wanted, name: str) -> Any:
         return None
 
 
+def unknown_inputs(model: nn.Module, wanted: Wanted) -> list[str]:
+    """Inputs that the model cannot do without and of which nothing tells what they are."""
+    maker = _Maker(model, wanted, _Variant(0))
+    found = []
+    for name in maker.needed():
+        try:
+            maker.further(name)
+        except Exception:  # whatever a model's own helper functions say
+            found.append(name)
+    return found
+
+
 class _Maker:
     """Makes one set of inputs."""
 
@@ -142,6 +155,15 @@ class _Maker:
                 made["decoder_input_ids"] = self._words("decoder_input_ids")
         return made
 
+    def needed(self) -> list[str]:
+        """Inputs that have no default."""
+        return [
+            name
+            for name, parameter in self.accepted.items()
+            if parameter.default is inspect.Parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+
     def further(self, name: str) -> Any:
         """One more input.
 
@@ -157,12 +179,7 @@ class _Maker:
 
     def _names(self) -> list[str]:
         """Inputs the model needs, and the further ones that make a call typical."""
-        needed = [
-            name
-            for name, parameter in self.accepted.items()
-            if parameter.default is inspect.Parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        ]
+        needed = self.needed()
         if self.variant.names == "text":
             if "input_ids" not in self.accepted or self.main not in ("input_ids", *needed):
                 raise LookupError("input_ids")
@@ -201,6 +218,12 @@ class _Maker:
             return self._mask()
         if name in ("input_ids", "decoder_input_ids") or name.endswith("input_ids"):
             return self._words()
+        if name == "pixel_values" and "spatial_shapes" in self.accepted:
+            return self._patches()
+        if name == "spatial_shapes":
+            return torch.full((self.wanted.batch, 2), self._side(), device=self.device)
+        if name == "pixel_attention_mask" and "spatial_shapes" in self.accepted:
+            return self._ones(self.wanted.batch, self._side() ** 2)
         if name.startswith("pixel_values"):
             return self._pixels()
         if name in ("input_values", "input_features", "audio_values"):
@@ -331,6 +354,17 @@ class _Maker:
         if self.variant.form == 3:
             return self._floats(self.wanted.batch, 1, channels, height, width)
         return self._floats(self.wanted.batch, channels, height, width)
+
+    def _side(self) -> int:
+        """Patches along a side of a picture that is given as patches."""
+        patches = _first(self.config, "num_patches")
+        return isqrt(patches) if isinstance(patches, int) else 4
+
+    def _patches(self) -> torch.Tensor:
+        """Pictures of any form, cut into patches: (batch, patches, points of a patch)."""
+        patch = _number(self.config, "patch_size")
+        channels = _first(self.config, "num_channels") or 3
+        return self._floats(self.wanted.batch, self._side() ** 2, channels * patch**2)
 
     def _sound(self, name: str) -> torch.Tensor:
         config = getattr(self.config, "audio_config", None) or self.config

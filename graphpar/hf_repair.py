@@ -13,6 +13,7 @@ _PRODUCT = re.compile(r"shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x\d+\
 _CHANNELS = re.compile(r"expected input\[([\d, ]+)\] to have (\d+) channels")
 _PICTURE = re.compile(r"\((\d+) ?[*x,] ?(\d+)\)[^(]*(?:model|expected)[^(]*\((\d+) ?[*x,] ?(\d+)\)")
 _MULTIPLE = re.compile(r"(?:multiple of|divisible by)(?:[^()]*\((\d+)\)|\D*(\d+)).*?got:? (\d+)")
+_UNEQUAL = re.compile(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)")
 _SHAPE = re.compile(r"tensor of shape \(([\w, ]+)\)")
 _INDEXED = re.compile(r"value tensor of shape \[(\d+)[^]]*\].*indexing result of shape \[(\d+)")
 _NORMALISED = re.compile(r"expected input with shape \[\*, (\d+)\], but got input of size ?\[([\d, ]+)\]")
@@ -70,7 +71,9 @@ def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:
     if found := _INDEXED.search(said):
         yield from _marking(inputs, *(int(n) for n in found.groups()))
     for name, tensor in inputs.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2:
+            continue
+        if not tensor.is_floating_point() and (tensor.ndim < 3 or name.endswith("mask")):
             continue
         if "index out of range" in said and bool((tensor < 0).any()):  # some of it serves as an index
             yield {**inputs, name: tensor.abs().clamp(max=1.0)}
@@ -78,20 +81,20 @@ def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:
         if shape is not None and shape != tuple(tensor.shape) and min(shape) > 0:
             yield {
                 **inputs,
-                **_masks(inputs, name, tuple(tensor.shape), shape),
+                **_masks(inputs, name, tensor.shape, shape, _MULTIPLE.search(said) is not None),
                 name: _like(tensor, shape),
             }
 
 
 def _masks(
-    inputs: Mapping[str, Any], name: str, before: Sequence[int], after: Sequence[int]
+    inputs: Mapping[str, Any], name: str, before: Sequence[int], after: Sequence[int], longer: bool
 ) -> dict[str, Any]:
-    """The mask of an input whose shape changes, changed likewise."""
+    """The mask of an input whose shape changes: as long as it where that was what was wrong."""
     mask = inputs.get(f"{name}_mask")
-    if not isinstance(mask, torch.Tensor) or len(before) != len(after):
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not len(before) == len(after) == 3:
         return {}
-    renamed = {a: b for a, b in zip(before[1:], after[1:], strict=True) if a != b}
-    shape = (mask.shape[0], *(renamed.get(n, n) for n in mask.shape[1:]))
+    changed = 1 if before[1] != after[1] else 2
+    shape = (mask.shape[0], after[changed] if longer else after[3 - changed])
     return {f"{name}_mask": torch.ones(shape, dtype=mask.dtype, device=mask.device)}
 
 
@@ -141,6 +144,10 @@ def _wanted(shape: tuple[int, ...], said: str) -> tuple[int, ...] | None:
         place = max((i for i, n in enumerate(shape) if n == has and i), default=None)
         if place is not None and factor:
             return tuple(-(-n // factor) * factor if i == place else n for i, n in enumerate(shape))
+    if found := _UNEQUAL.search(said):
+        has, needs = (int(n) for n in found.groups())
+        if shape[1:].count(has) == 1:
+            return (shape[0], *(needs if n == has else n for n in shape[1:]))
     if found := _SHAPE.search(said):
         parts = [part.strip() for part in found[1].split(",")]
         if len(parts) == len(shape) + 1 and sum(part.isdigit() for part in parts) == 1:
@@ -156,8 +163,13 @@ def _wanted(shape: tuple[int, ...], said: str) -> tuple[int, ...] | None:
 
 
 def _like(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random numbers of another shape."""
+    """Random numbers of another shape, whole ones in the range of those that were there."""
     if tensor.device.type == "meta":
         return tensor.new_empty(shape)
     generator = torch.Generator(tensor.device).manual_seed(prod(shape))
+    if not tensor.is_floating_point():
+        low, high = int(tensor.min()), int(tensor.max())
+        return torch.randint(
+            max(low, 0), high + 1, shape, dtype=tensor.dtype, device=tensor.device, generator=generator
+        )
     return torch.randn(shape, dtype=tensor.dtype, device=tensor.device, generator=generator)
