@@ -7,25 +7,22 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from coverage_layouts import in_line, side_by_side
 from coverage_model import BATCH, Built, build_tiny, mean_loss, settled
 from torch import nn
 
-from graphpar.cluster import Cluster
 from graphpar.compiler import subject_of
 from graphpar.frontend.torch_private import flatten
-from graphpar.partition.handmade import greedy_split
-from graphpar.planner import plan_of, plan_prepared, price
 from graphpar.plans import Plan
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference
 from graphpar.runtime.reference import EagerModel, draws_at_random
+from graphpar.runtime.subject import Subject
 from graphpar.training import Training
 from graphpar.verify import reference_for
 
-SLOWDOWNS = (1.0, 1.7, 2.6)
-"""How much slower than this machine each worker is; the first so many are used."""
 WORKERS = (2, 3)
 SEED = 7
 FLOAT64_ROUNDING = 1e-6
@@ -54,6 +51,7 @@ class Row:
         modes: What was compared: eval, train, dropout.
         stages: Stages of every plan that ran.
         split: Whether the batch was split into microbatches in training.
+        side_by_side: Whether unlike pipelines side by side were compared as well.
     """
 
     name: str
@@ -67,6 +65,7 @@ class Row:
     modes: tuple[str, ...] = ()
     stages: tuple[int, ...] = ()
     split: bool = False
+    side_by_side: bool = False
     worst: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -164,13 +163,23 @@ class _Case:
             self.row.split = True
         for count in self.workers:
             self._at("plan")
-            cluster, plan = _plan(prepared, count, train)
+            cluster, plan = in_line(prepared, count, train)
             self.row.stages += (len(plan.partition.pipelines[0].stages),)
-            self._at("run")
-            subject = subject_of(model, prepared, cluster, train)
-            with CompiledModel.start(subject, partial(_given, plan)) as job:
-                got = _run(job, train, args, kwargs)
+            got = self._ran(subject_of(model, prepared, cluster, train), plan, train, args, kwargs)
             self._compare(f"{mode}, {count} workers", got, wanted, rounding)
+        if mode == "train" and train is not None and max(self.workers) > 2 and not prepared.batch_reason:
+            self._at("plan")
+            cluster, plan = side_by_side(prepared, train)
+            got = self._ran(subject_of(model, prepared, cluster, train), plan, train, args, kwargs)
+            self._compare(f"{mode}, side by side", got, wanted, rounding)
+            self.row.side_by_side = True
+
+    def _ran(
+        self, subject: Subject, plan: Plan, train: Training | None, args: Any, kwargs: Any
+    ) -> "Numbers":
+        self._at("run")
+        with CompiledModel.start(subject, partial(_given, plan)) as job:
+            return _run(job, train, args, kwargs)
 
     def _compare(self, where: str, got: "Numbers", wanted: "Numbers", rounding: float) -> None:
         worst, largest = "", 0.0
@@ -232,26 +241,3 @@ def _run(job: CompiledModel, train: Training | None, args: Any, kwargs: Any) -> 
         return Numbers([t for t in leaves if isinstance(t, torch.Tensor)], {}, {})
     loss = job.step(*args, **kwargs)
     return Numbers([loss], job.gradients(), job.state_dict())
-
-
-def _plan(prepared: Prepared, workers: int, train: Training | None) -> tuple[Cluster, Plan]:
-    """The planner's own plan where it uses all workers in a line, else a split over all of them."""
-    cluster = Cluster.local(slowdowns=SLOWDOWNS[:workers])
-    plan = plan_prepared(
-        prepared,
-        cluster,
-        train=train,
-        precision="float32",
-        calibration=None,
-        time_limit_s=5.0,
-        gap=0.05,
-        explain_s=0.0,
-    )
-    pipelines = plan.partition.pipelines
-    if len(pipelines) == 1 and len(pipelines[0].stages) == workers:
-        return cluster, plan
-    table = price(prepared, cluster, train=train, precision="float32", calibration=None)
-    if table.num_units < 2:
-        raise ValueError("the model is a single unit that cannot be cut")
-    microbatches = min(2, table.max_microbatches)
-    return cluster, plan_of(prepared, cluster, table, greedy_split(table, microbatches=microbatches))

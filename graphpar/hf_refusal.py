@@ -41,8 +41,9 @@ class Place:
 def failing_places(error: BaseException) -> list[Place]:
     """The expressions of model code in which an error arose, innermost first."""
     found = []
-    frames = list(traceback.walk_tb(error.__traceback__))
-    for (frame, _), summary in zip(frames, traceback.StackSummary.extract(iter(frames)), strict=True):
+    frames = traceback.walk_tb(error.__traceback__)
+    summaries = traceback.extract_tb(error.__traceback__)
+    for (frame, _), summary in zip(frames, summaries, strict=True):
         if summary.lineno is None or not _LIBRARY.search(summary.filename):
             continue
         lines = range(summary.lineno, (summary.end_lineno or summary.lineno) + 1)

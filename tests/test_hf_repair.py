@@ -1,0 +1,106 @@
+"""Inputs that a model refuses, put right by what it says."""
+
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from graphpar.hf_refusal import blamed_fields, blamed_names
+from graphpar.hf_repair import with_repairs
+
+
+def refusing(message: str, wanted: tuple[int, ...], name: str = "x") -> Callable[[dict[str, Any]], str]:
+    """A model that takes one shape of an input and says so of others."""
+
+    def attempt(inputs: dict[str, Any]) -> str:
+        if tuple(inputs[name].shape) != wanted:
+            raise ValueError(message.format(*inputs[name].shape))
+        return "ran"
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("message", "given", "wanted"),
+    [
+        ("length must be a multiple of `window * 2` (100), but got {2}.", (4, 8, 128), (4, 8, 200)),
+        ("The size of tensor a ({2}) must match the size of tensor b (56)", (4, 8, 12), (4, 8, 56)),
+        ("must be a 3D tensor of shape (batch, 2, width)", (4, 8), (4, 2, 8)),
+        ("mat1 and mat2 shapes cannot be multiplied (32x{2} and 16x4)", (4, 8, 12), (4, 8, 16)),
+    ],
+)
+def test_shapes_follow_what_is_said(
+    message: str, given: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    repaired, result = with_repairs({"x": torch.randn(given)}, refusing(message, wanted))
+    assert result == "ran" and tuple(repaired["x"].shape) == wanted
+
+
+def test_what_cannot_be_put_right_is_told_as_it_was_first() -> None:
+    with pytest.raises(ValueError, match="no help"):
+        with_repairs({"x": torch.ones(2)}, refusing("no help", (3,)))
+
+
+def test_masks_follow_the_length_of_what_they_mask() -> None:
+    inputs = {"x": torch.randn(4, 8, 12), "x_mask": torch.ones(4, 12)}
+    longer, _ = with_repairs(inputs, refusing("not divisible by 5, got {2}", (4, 8, 15)))
+    assert longer["x_mask"].shape == (4, 15)
+    wider, _ = with_repairs(inputs, refusing("shapes cannot be multiplied (32x12 and 9x1)", (4, 8, 9)))
+    assert wider["x_mask"].shape == (4, 8)
+
+
+MODEL = """
+def outer(x, places=None, ignored=None):
+    return inner(
+        x,
+        marks=places,
+    )
+
+def inner(x, marks=None):
+    return marks.to(x)
+
+class Part:
+    def __init__(self, config):
+        self.width = config.inner_width
+
+    def use(self):
+        return 2 * self.width
+"""
+
+
+def model_code() -> dict[str, Any]:
+    """Functions that seem to come from a model of transformers."""
+    file = "/transformers/models/made_up.py"
+    lines = MODEL.splitlines(keepends=True)
+    linecache.cache[file] = (len(MODEL), None, lines, file)
+    names: dict[str, Any] = {}
+    exec(compile(MODEL, file, "exec"), names)
+    return names
+
+
+def test_an_input_is_blamed_by_the_name_the_model_knows_it_by() -> None:
+    outer = model_code()["outer"]
+    with pytest.raises(AttributeError) as caught:
+        outer(torch.ones(2))
+    assert "places" in blamed_names(caught.value)
+    asked: list[str] = []
+
+    def further(name: str) -> Any:
+        asked.append(name)
+        return torch.ones(2) if name == "places" else None
+
+    repaired, result = with_repairs({"x": torch.ones(2)}, lambda kwargs: outer(**kwargs), further)
+    assert set(repaired) == {"x", "places"} and bool((result == 1).all())
+    assert "ignored" not in asked
+
+
+def test_a_field_is_blamed_for_what_was_read_from_it() -> None:
+    class Config:
+        inner_width = None
+
+    part = model_code()["Part"](Config())
+    with pytest.raises(TypeError) as caught:
+        part.use()
+    assert blamed_fields(caught.value) == ["inner_width"]
