@@ -15,7 +15,7 @@ from published_devices import device_of
 from published_rows import in_favour, measured_bytes, measured_step_s, run_of
 
 from graphpar.cost_models.training import StepTime, step_time
-from graphpar.cost_models.training_memory import fits, stage_parts
+from graphpar.cost_models.training_memory import bound_bytes, fits, stage_parts
 from graphpar.cost_models.training_run import parameters
 
 ENOUGH = 5
@@ -39,6 +39,7 @@ def main() -> None:
         "spearman": "spearman",
         "spearman_within_jobs": "within jobs",
         "memory_mape_pct": "memory mape %",
+        "memory_bound_held_pct": "within bound %",
     }
     print(f"{'set':<24}{'n':>5}" + "".join(f"{title:>15}" for title in columns.values()))
     for name, s in report["sets"].items():
@@ -87,6 +88,7 @@ def score(raw: dict[str, Any]) -> dict[str, Any] | str:
         "parts_s": parts(predicted),
         "measured_bytes": measured_b,
         "predicted_bytes": predicted_b,
+        "bound_bytes": bound_bytes(run, 0),
         "memory_error_pct": None if measured_b is None else 100 * (predicted_b / measured_b - 1),
         "measured_oom": failed,
         "predicted_oom": not fits(in_favour(run, row)),
@@ -112,7 +114,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "spearman": spearman(pairs),
         "spearman_within_jobs": within_jobs(timed),
         "memory_mape_pct": mean(sized),
+        "memory_bound_held_pct": bound_held_pct(rows),
     }
+
+
+def bound_held_pct(rows: list[dict[str, Any]]) -> float | None:
+    """Per cent of the rows with measured memory that stayed within the predicted bound."""
+    sized = [r for r in rows if r["measured_bytes"] is not None]
+    return mean([100.0 * (r["measured_bytes"] <= r["bound_bytes"]) for r in sized])
 
 
 def within_jobs(rows: list[dict[str, Any]]) -> float | None:

@@ -64,10 +64,22 @@ SWITCHED_REDUCTION_KINDS = frozenset({"nvlink4", "nvlink5"})
 
 @dataclass(frozen=True)
 class Network:
-    """What joins nodes: bytes per second of one node in one direction, and the share of it reached."""
+    """What joins nodes.
+
+    Attributes:
+        node_bytes_per_s: Line rate of one node in one direction.
+        efficiency: Share of it that large messages reach.
+        host_share: What remains of that where the host's processor moves the data, not the adapter.
+    """
 
     node_bytes_per_s: float
     efficiency: float = 0.85
+    host_share: float = 1.0
+
+    @property
+    def reached_bytes_per_s(self) -> float:
+        """What a node sends per second."""
+        return self.node_bytes_per_s * self.efficiency * self.host_share
 
 
 @dataclass(frozen=True)
@@ -171,9 +183,7 @@ def ring_bytes_per_s(group: Group) -> float:
     inside = _inside_bytes_per_s(group)
     if group.nodes == 1 or group.network is None:
         return inside
-    per_node = group.network.node_bytes_per_s * group.network.efficiency
-    across = per_node / max(group.sharing, 1)
-    return min(inside, across)
+    return min(inside, group.network.reached_bytes_per_s / group.sharing)
 
 
 def _scatter_bytes_per_s(group: Group) -> float:
@@ -182,8 +192,7 @@ def _scatter_bytes_per_s(group: Group) -> float:
         return float("inf")
     per_node = max(group.ranks // group.nodes, 1)
     leaving = (group.ranks - per_node) / (group.ranks - 1)
-    node = group.network.node_bytes_per_s * group.network.efficiency / max(group.sharing, 1)
-    return node / (per_node * leaving)
+    return group.network.reached_bytes_per_s / group.sharing / (per_node * leaving)
 
 
 def _inside_bytes_per_s(group: Group) -> float:

@@ -3,8 +3,10 @@
 The step is built from parts with physical meaning:
 
     stage = layers x max(device time, host time) + tensor-parallel collectives       per microbatch
-    step  = (m + (p - 1) / v) x slowest stage + exposed messages between stages
+    step  = m x slowest stage + other stages / v + exposed messages between stages
             + what is not hidden of the gradients' collective + optimiser
+
+with m microbatches and v chunks per stage; the slowest stage holds most layers, or the head.
 
 `TrainingParameters` are the few numbers that no datasheet gives; `benchmarks/fit_published.py` fits
 them and `training.toml` keeps them.
@@ -66,14 +68,17 @@ def step_time(run: Run, p: TrainingParameters) -> StepTime:
     microbatches = max(round(run.batch / (run.data * run.microbatch)), 1)
     layers = math.ceil(run.shape.layers / run.pipeline)
     layer = machine.layer_time()
-    shards_s = layers * machine.shard_collectives_s(layer.device_s)
+    shard_s = machine.shard_collectives_s(layer.device_s)
+    shards_s = layers * shard_s
     gradients_s = machine.accumulation_s() if microbatches > 1 else 0.0
     head_s = machine.head_seconds()
-    layers_s = layers * layer.total_s + shards_s
-    stage_s = layers_s + head_s / run.pipeline
-    bubble_s = (run.pipeline - 1) / run.virtual * stage_s
+    each_s = layer.total_s + shard_s
+    # The last stage holds no more layers than any other, and the head.
+    last_s = run.shape.layers // run.pipeline * each_s + head_s
+    slowest_s = max(layers * each_s, last_s)
+    bubble_s = (run.shape.layers * each_s + head_s - slowest_s) / run.virtual
     pipeline_s = machine.stage_messages_s() * (microbatches * run.virtual + run.pipeline - 1)
-    work_s = microbatches * (layers_s + head_s + gradients_s)
+    work_s = microbatches * (slowest_s + gradients_s)
     data_s = machine.gradient_collective_s(work_s)
     optimizer_s = machine.optimizer_s() + p.step_host_s
     total_s = work_s + bubble_s + pipeline_s + data_s + optimizer_s

@@ -20,6 +20,7 @@ from published import compare, score  # noqa: E402 - benchmarks are no package
 from published_clean import cleaned  # noqa: E402
 from published_devices import device_of, network_of  # noqa: E402
 from published_folds import folds  # noqa: E402
+from published_noise import noise  # noqa: E402
 
 from graphpar import catalogue  # noqa: E402
 from graphpar.cost_models.training import step_time  # noqa: E402
@@ -80,7 +81,7 @@ def check(row: dict[str, Any]) -> None:
     if isinstance(result, dict):
         assert math.isfinite(result["predicted_s"])
         assert result["predicted_s"] > 0
-        assert math.isfinite(result["predicted_bytes"])
+        assert 0 < result["predicted_bytes"] <= result["bound_bytes"] < math.inf
     else:
         assert result
 
@@ -132,7 +133,7 @@ def test_unknown_devices_have_a_stand_in_with_their_own_memory() -> None:
     ("words", "gigabytes_per_s"),
     [
         ("8x200Gb/s HDR IB per node (recalled)", 200),
-        ("4x Omni-Path per node (100Gb/s each)", 50),
+        ("4x EDR per node (100Gb/s each)", 50),
         ("400Gb/s RDMA per GPU", 400),
         ("3.2 Tb/s EFA", 400),
         ("8x NDR", 400),
@@ -142,6 +143,31 @@ def test_unknown_devices_have_a_stand_in_with_their_own_memory() -> None:
 )
 def test_networks_are_read_from_words(words: str, gigabytes_per_s: float) -> None:
     assert network_of(words, "a100-sxm-80gb", 8).node_bytes_per_s == gigabytes_per_s * 1e9
+
+
+def test_the_head_fills_up_a_stage_of_few_layers_first() -> None:
+    def step(layers: int) -> float:
+        model = {**GPT["model"], "layers": layers}
+        result = score({**GPT, "model": model, "parallel": {**GPT["parallel"], "pp": 4, "dp": 1}})
+        assert isinstance(result, dict)
+        return float(result["predicted_s"])
+
+    even, one_more, full = step(40), step(41), step(44)
+    assert full - one_more > 1.05 * (one_more - even)
+
+
+def test_noise_is_told_from_repetitions_and_limits_ranks() -> None:
+    def row(micro_batch: int, seconds: float) -> dict[str, Any]:
+        batch = {"global_batch": 32, "micro_batch": micro_batch}
+        return {**GPT, "batch": batch, "measured": {"step_time_s": seconds}}
+
+    times = [1.0, 1.1, 1.2, 1.3, 1.4]
+    rows = [row(2**i, t) for i, t in enumerate(times)] + [row(1, 1.0), row(1, 1.1)]
+    found = noise(rows)
+    assert found["repeated"]["gpt"]["groups"] == 1  # the copy of a measurement is none
+    assert found["repeated"]["gpt"]["spread_pct"] == pytest.approx(100 * math.log(1.1) / 2**0.5)
+    ceilings = found["jobs"][0]["ceiling"]
+    assert 1 > ceilings[2.0] > ceilings[5.0] > 0.5
 
 
 COLLECTIVE = {

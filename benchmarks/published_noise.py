@@ -1,0 +1,104 @@
+"""How good can a rank correlation get? `benchmarks/published_noise.py FILE.yaml --json`.
+
+Some configurations were measured more than once. How far those repetitions differ is the noise of the
+measurements, and a prediction without any error would still meet the order of such measurements only in
+part: the printed ceiling is the mean rank correlation of each job's measured times with themselves under
+that noise. Repetitions that agree to the last digit are copies and do not count.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from published import ENOUGH, spearman
+from published_clean import cleaned
+from published_rows import measured_step_s, run_of
+
+from graphpar.cost_models.training_run import Run
+
+DRAWS = 200
+Times = dict[str, list[float]]
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    report = noise(table["rows"])
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    for name, found in report["repeated"].items():
+        print(
+            f"{name:<20} {found['groups']:>3} configurations repeated, spread {found['spread_pct']:.1f} %"
+        )
+    for job in report["jobs"]:
+        cells = "  ".join(f"{sigma} %: {value:.2f}" for sigma, value in job["ceiling"].items())
+        print(f"{job['set']:<16} {job['job']:<32} n {job['n']:>3}  {cells}")
+
+
+def noise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The spread of repetitions by set, and each job's ceiling under it and under 2 and 5 %."""
+    repeated: dict[str, Times] = defaultdict(lambda: defaultdict(list))
+    jobs: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for raw in rows:
+        row, _ = cleaned(raw)
+        run, seconds = run_of(row), measured_step_s(row)
+        if not isinstance(run, Run) or seconds is None:
+            continue
+        repeated[row["set"]][configuration(row, run)].append(seconds)
+        job = f"{row['model'].get('name')} s{run.shape.seq_len} n{run.devices} b{run.batch:g}"
+        jobs[row["set"], job].append(seconds)
+    spreads = {name: spread(groups) for name, groups in repeated.items()}
+    known = {name: found for name, found in spreads.items() if found is not None}
+    sizes = sorted({2.0, 5.0} | {round(found["spread_pct"], 1) for found in known.values()})
+    return {
+        "repeated": known,
+        "jobs": [
+            {
+                "set": name,
+                "job": job,
+                "n": len(times),
+                "ceiling": {sigma: ceiling(times, sigma / 100) for sigma in sizes},
+            }
+            for (name, job), times in jobs.items()
+            if len(times) >= ENOUGH
+        ],
+    }
+
+
+def configuration(row: dict[str, Any], run: Run) -> str:
+    """What two repetitions have in common."""
+    parallel = {k: v for k, v in row["parallel"].items() if k not in ("framework", "schedule")}
+    groups = (row["model"], parallel, row["batch"], row["hardware"].get("inter"), run.device, run.devices)
+    return json.dumps(groups, sort_keys=True, default=str)
+
+
+def spread(groups: Times) -> dict[str, float] | None:
+    """Standard deviation of one measurement about its configuration's mean, by all repetitions."""
+    several = [logs for times in groups.values() if len(logs := np.log(np.unique(times))) > 1]
+    if not several:
+        return None
+    squares = sum(float(((logs - logs.mean()) ** 2).sum()) for logs in several)
+    freedom = sum(len(logs) - 1 for logs in several)
+    return {"groups": len(several), "spread_pct": 100 * math.sqrt(squares / freedom)}
+
+
+def ceiling(times: list[float], sigma: float) -> float:
+    """Mean rank correlation of times with themselves under relative noise."""
+    generator = np.random.default_rng(0)
+    noisy = (np.array(times) * np.exp(generator.normal(0, sigma, len(times))) for _ in range(DRAWS))
+    found = [spearman(list(zip(times, draw.tolist(), strict=True))) for draw in noisy]
+    return float(np.mean([value for value in found if value is not None]))
+
+
+if __name__ == "__main__":
+    main()
