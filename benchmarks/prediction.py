@@ -249,7 +249,7 @@ def overlap(plan: Plan, step: Any) -> float:
             for a, start, end in zip(lane.actions, lane.starts_s, lane.ends_s, strict=True)
         }
         for event in predicted.events(rank):
-            if event.action.kind not in "FB":
+            if event.action.kind not in "FBIW":
                 continue
             action = event.action
             start, end = spans.get((action.kind, action.stage, action.microbatch), (0.0, 0.0))

@@ -30,6 +30,20 @@ class UnitTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backward_s: tuple[float, ...]
 
 
+class Pause(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What waiting costs the work after it: a core that slept, or served others, has lost its caches.
+
+    Attributes:
+        slowdown: How many times slower the worker is, by waiting after every action.
+        action_s: What each action takes more whatever its work.
+        longer: How many times longer its work takes besides.
+    """
+
+    slowdown: float
+    action_s: float
+    longer: float
+
+
 class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Units of one model as they were timed at a moment.
 
@@ -39,6 +53,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reference_s: What the reference took at that moment: the machine's speed.
         optimizer_s: What the optimiser took for all parameters; 0 where nothing is trained.
         split_s: What backwards in two halves took more, for the whole model.
+        pauses: What waiting costs workers that are slowed down, by their slowdown.
     """
 
     units: dict[str, UnitTiming]
@@ -46,6 +61,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reference_s: float
     optimizer_s: float = 0.0
     split_s: float = 0.0
+    pauses: tuple[Pause, ...] = ()
 
 
 def with_timing(
@@ -64,16 +80,28 @@ def with_timing(
     slowdowns = [cluster.device(c.devices[0]).slowdown for c in table.device_classes]
     first = {kind: index for index, kind in reversed(list(enumerate(table.units)))}
     costs = []
+    pauses = [_pause(timing, slowdown) for slowdown in slowdowns]
+    longer = [slowdown * pause.longer for slowdown, pause in zip(slowdowns, pauses, strict=True)]
     for kind, cost in enumerate(table.costs):
         unit = timing.units.get(unit_hash(graph, chain, first[kind]))
-        costs.append(_corrected(cost, unit, table.sizes, local, slowdowns) if unit is not None else cost)
+        costs.append(_corrected(cost, unit, table.sizes, local, longer) if unit is not None else cost)
     measured = {"optimizer_s": timing.optimizer_s, "split_s": timing.split_s}
     for name, seconds in measured.items():
         costs = _divided(table, costs, name, seconds, local, slowdowns)
     shared = table.shared
-    if shared is not None and timing.slowing:
-        shared = replace(shared, slowing=timing.slowing)
-    return replace(table, costs=tuple(costs), shared=shared)
+    if shared is not None:
+        slowing = timing.slowing or shared.slowing
+        shared = replace(shared, slowing=slowing, reference_s=timing.reference_s)
+    classes = tuple(
+        replace(c, stage_overhead_s=c.stage_overhead_s + pause.action_s * pause.slowdown) if here else c
+        for c, here, pause in zip(table.device_classes, local, pauses, strict=True)
+    )
+    return replace(table, costs=tuple(costs), shared=shared, device_classes=classes)
+
+
+def _pause(timing: ModelTiming, slowdown: float) -> Pause:
+    """What waiting costs at a slowdown; nothing where it was not measured."""
+    return next((p for p in timing.pauses if p.slowdown == slowdown), Pause(slowdown, 0.0, 1.0))
 
 
 def unit_hash(graph: Graph, chain: Chain, index: int) -> str:

@@ -132,12 +132,22 @@ class Roofline:
     def _sum_s_per_byte(self, cluster: Cluster) -> float:
         """What gradient sums cost this machine's processor; only measured where all workers run on it."""
         local = all(device.is_local_cpu for device in cluster.devices)
-        if not local or self.calibration is None:
+        measured = self.calibration
+        if not local or measured is None or len(cluster.devices) < 2:
             return 0.0
-        emulated = any(node.link.emulated for node in cluster.nodes) or cluster.network.emulated
-        # An emulated ring waits for what its links would take, and then sums over the real one.
-        real_s = 1 / self.calibration.loopback.bytes_per_s if emulated else 0.0
-        return self.calibration.sum_s_per_byte + real_s
+        links = [node.link for node in cluster.nodes if len(node.devices) > 1]
+        links += [cluster.network] if len(cluster.nodes) > 1 else []
+        if not any(link.emulated for link in links):
+            return measured.sum_s_per_byte
+        # Sums over an emulated link run while it is waited for: what is seen of them is what they take
+        # longer than the link, and the copy that gathers gradients before, shared out over the messages.
+        real_s = measured.sum_s_per_byte + 1 / measured.loopback.bytes_per_s
+        fastest = max(
+            link.bytes_per_s if link.emulated else measured.loopback.bytes_per_s for link in links
+        )
+        holders = len(cluster.devices)
+        gathering_s = 2 / measured.memory_bytes_per_s * holders / (2 * (holders - 1))
+        return max(real_s - 1 / fastest, gathering_s)
 
     def shared_cores(self, cluster: Cluster) -> SharedCores | None:
         """Which devices share this machine's cores; None where nothing is measured, or on named hosts."""
@@ -145,7 +155,8 @@ class Roofline:
         if self.calibration is None or not here or any(node.host for node in cluster.nodes):
             return None
         workers = {device.name: CoreUse(device.threads, device.slowdown) for device in here}
-        return SharedCores(self.calibration.fingerprint.num_cores, self.calibration.slowing, workers)
+        mine = self.calibration
+        return SharedCores(mine.fingerprint.num_cores, mine.slowing, workers, mine.reference_s)
 
     def topology(self, cluster: Cluster) -> Topology:
         """The cluster's links, with the measured loopback where this machine talks to itself."""

@@ -3,8 +3,10 @@
 `graphpar.measure` fills it; cost models read it. Nothing here runs a kernel or imports torch.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -18,6 +20,8 @@ import msgspec
 
 from graphpar.cost import LinkCost
 from graphpar.errors import GraphparError
+
+_log = logging.getLogger("graphpar.calibration")
 
 FORMAT_VERSION = 3
 
@@ -156,30 +160,45 @@ class Calibration:
         Raises:
             GraphparError: It cannot be read, or is no calibration of this version.
         """
+        name = os.fspath(path)
         try:
-            file = msgspec.json.decode(Path(path).read_bytes(), type=_File)
+            text = Path(path).read_bytes()
+            found = msgspec.json.decode(text, type=_Header).format_version
+            if found != FORMAT_VERSION:
+                age = "an older" if found < FORMAT_VERSION else "a newer"
+                raise GraphparError(
+                    f"The calibration {name} was written by {age} version of graphpar (format {found}, "
+                    f"not {FORMAT_VERSION}). Measure again with `graphpar calibrate`."
+                )
+            return msgspec.json.decode(text, type=_File).calibration()
         except (OSError, msgspec.DecodeError) as error:
             raise GraphparError(
-                f"The calibration {os.fspath(path)} cannot be used: {error}. "
+                f"The calibration {name} cannot be used: {error}. "
                 "Measure again with `graphpar calibrate`."
             ) from error
-        if file.format_version != FORMAT_VERSION:
-            raise GraphparError(
-                f"The calibration {os.fspath(path)} has format {file.format_version}, not "
-                f"{FORMAT_VERSION}. Measure again with `graphpar calibrate`."
-            )
-        return file.calibration()
 
     @classmethod
     def cached(cls, threads: int = 1) -> "Calibration | None":
-        """The calibration of this machine, if it was measured before and fits."""
-        path = cache_path(fingerprint(threads))
+        """The calibration of this machine, if it was measured before and fits.
+
+        One that is there but cannot be used is told about once, as a warning.
+        """
+        found, why_not = cls.look(threads)
+        if why_not:
+            _tell(why_not)
+        return found
+
+    @classmethod
+    def look(cls, threads: int = 1) -> "tuple[Calibration | None, str]":
+        """The calibration of this machine, or why the one that is there cannot be used."""
+        mine = fingerprint(threads)
+        path = cache_path(mine)
         if not path.exists():
-            return None
+            return None, _made_elsewhere(path.parent, mine)
         try:
-            return cls.load(path)
-        except GraphparError:
-            return None
+            return cls.load(path), ""
+        except GraphparError as error:
+            return None, f"{error} Until then numbers of the catalogue stand for this machine."
 
     def __str__(self) -> str:
         mine = self.fingerprint
@@ -201,6 +220,44 @@ class Calibration:
                 f"gradient sums {1e-9 / (1 / self.loopback.bytes_per_s + self.sum_s_per_byte):.2f} GB/s",
             )
         )
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Warn once in a process."""
+    _log.warning("%s", text)
+
+
+def _made_elsewhere(folder: Path, mine: Fingerprint) -> str:
+    """Why calibrations of this processor at hand do not count; empty where there are none."""
+    for path in sorted(folder.glob("calibration-*.json"))[:_MOST_LOOKED_AT]:
+        try:
+            other = msgspec.json.decode(path.read_bytes(), type=_Header).fingerprint
+        except (OSError, msgspec.DecodeError):
+            continue
+        if other is None or other.processor != mine.processor or other.threads != mine.threads:
+            continue
+        differ = [
+            f"{words} {getattr(other, name)}, not {getattr(mine, name)}"
+            for name, words in (("torch", "torch"), ("num_cores", "a number of cores of"))
+            if getattr(other, name) != getattr(mine, name)
+        ]
+        return (
+            f"The calibration {path} does not count: it was measured with {' and '.join(differ)}. "
+            "Measure again with `graphpar calibrate`. Until then numbers of the catalogue stand for this "
+            "machine."
+        )
+    return ""
+
+
+_MOST_LOOKED_AT = 50
+
+
+class _Header(msgspec.Struct):
+    """What files of all formats have."""
+
+    format_version: int
+    fingerprint: Fingerprint | None = None
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):

@@ -247,11 +247,13 @@ class SharedCores:
         slowing: How many times longer a kernel takes with 1, 2, ... cores at work than with one, for
             shared caches, memory and power; the last number holds for all cores.
         workers: Who shares them, by device name.
+        reference_s: What a reference took when the times were measured; 0 where nobody knows.
     """
 
     num_cores: int
     slowing: tuple[float, ...]
     workers: dict[str, CoreUse]
+    reference_s: float = 0.0
 
     def slowed(self, busy: float) -> float:
         """How many times longer a kernel takes while so many cores are at work.

@@ -142,12 +142,12 @@ def _shared_memory(name: str) -> Finding:
 
 
 def _calibration(name: str) -> Finding:
-    found = Calibration.cached()
+    found, why_not = Calibration.look()
     if found is None:
         return Finding(
             name,
             "warning",
-            "this machine was not measured; predictions use catalogue numbers",
+            why_not or "this machine was not measured; predictions use catalogue numbers",
             "graphpar calibrate",
         )
     return Finding(name, "ok", f"measured: {found.fingerprint.processor}")

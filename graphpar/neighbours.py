@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -95,6 +96,41 @@ def reference_s() -> float:
 
 
 _REFERENCES = 9
+
+
+@dataclass
+class OtherWork:
+    """Cores that others than this process kept busy; None where the system does not tell."""
+
+    cores: float | None = None
+
+
+@contextmanager
+def other_work() -> Iterator[OtherWork]:
+    """While the body runs, find out how many cores others keep busy (on Linux)."""
+    found = OtherWork()
+    before, own_s, began_s = _busy_s(), time.process_time(), time.perf_counter()
+    yield found
+    after = _busy_s()
+    if before is None or after is None:
+        return
+    mine_s, passed_s = time.process_time() - own_s, time.perf_counter() - began_s
+    # The system counts in ticks: over a shorter time than some tens of them nothing is known.
+    if passed_s * os.sysconf("SC_CLK_TCK") >= _LEAST_TICKS:
+        found.cores = max(after - before - mine_s, 0.0) / passed_s
+
+
+_LEAST_TICKS = 5
+
+
+def _busy_s() -> float | None:
+    """Seconds that all cores together have been at work since the machine started."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stat:
+            user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def training(rows: int) -> Callable[[], float]:

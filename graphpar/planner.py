@@ -236,15 +236,15 @@ def _timing(
     away = any(tensor.device.type != "cpu" for tensor in tensors)
     if threads != {calibration.fingerprint.threads} or away:
         return None
-    others = sorted(device.slowdown for device in here)[1:]
-    copies = 1 + min(len(others), MOST_TWINS)
+    slowdowns = sorted(device.slowdown for device in here)
+    copies = min(len(slowdowns), 1 + MOST_TWINS)
     held = 2.0 + (optimizer_state(train) if train else 0.0)
     if copies * held * sum(t.nbytes for t in tensors) > system_memory_bytes(math.inf) / 2:
         return None
     alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
     table = price(prepared, alone, train=train, calibration=calibration)
     model = TrialModel(example.model, prepared, example.args, example.kwargs, train, here[0].threads)
-    return timed(model, prepared.model_hash, table, budget_s, others)
+    return timed(model, prepared.model_hash, table, budget_s, slowdowns)
 
 
 def _cast_seconds(

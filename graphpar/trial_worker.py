@@ -132,30 +132,30 @@ class TrialWorker:
     workers: LocalWorkers
     model: TrialModel
 
-    def whole(self, size: int) -> tuple[float, float]:
-        """Forward and backward seconds of the model for one microbatch."""
-        return self._passed(WHOLE, size)[0]
+    def whole(self, size: int, slowdown: float = 1.0) -> tuple[float, float]:
+        """Forward and backward seconds of the model for one microbatch, with pauses after either."""
+        return self._passed(WHOLE, size, slowdown)[0]
 
     def in_halves(self, size: int) -> float:
         """Seconds of forward and backward with gradients of weights made apart."""
         return sum(self._passed(IN_HALVES, size)[0])
 
-    def by_unit(self, size: int) -> Spent:
+    def by_unit(self, size: int, slowdown: float = 1.0) -> Spent:
         """Forward and backward seconds of every unit of the chain, in one pass over all of them."""
-        return self._passed(BY_UNIT, size)
+        return self._passed(BY_UNIT, size, slowdown)
 
     def update(self) -> float:
         """Seconds of the optimiser on the gradients at hand, which are gone afterwards."""
         return self.workers.time_update()
 
-    def _passed(self, name: str, size: int) -> Spent:
-        return self.workers.time_pass(name, self.model.inputs(size), size)
+    def _passed(self, name: str, size: int, slowdown: float = 1.0) -> Spent:
+        return self.workers.time_pass(name, self.model.inputs(size), size, slowdown)
 
     def repeat(self, size: int, slowdown: float, over: threading.Event) -> None:
         """Pass through the model, with pauses, until it is over or the worker is gone."""
         with contextlib.suppress(RunError):
             while not over.is_set():
-                over.wait((slowdown - 1) * sum(self.whole(size)))
+                self.whole(size, slowdown)
 
 
 def _alone(prepared: Prepared) -> Partition:

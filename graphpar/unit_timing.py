@@ -16,6 +16,7 @@ from graphpar.cluster_build import num_cores
 from graphpar.cost import CostTable
 from graphpar.cost_models.measured import (
     ModelTiming,
+    Pause,
     UnitTiming,
     load_timing,
     save_timing,
@@ -35,27 +36,30 @@ ROUNDS = 3
 
 
 def timed(
-    model: TrialModel, model_hash: str, table: CostTable, budget_s: float, others: Sequence[float]
+    model: TrialModel, model_hash: str, table: CostTable, budget_s: float, slowdowns: Sequence[float]
 ) -> ModelTiming | None:
     """What is kept of this model, as long as the machine is as fast as it was then; else timed anew."""
     mine = fingerprint(model.threads)
-    key = hash_of([model_hash, table.sizes, table.training, list(others)])
+    key = hash_of([model_hash, table.sizes, table.training, list(slowdowns), _VERSION])
     kept = load_timing(mine, key)
     if kept is not None and abs(reference_s() / kept.reference_s - 1) <= _STEADY:
         return kept
-    fresh = time_model(model, table, budget_s, others)
+    fresh = time_model(model, table, budget_s, slowdowns)
     if fresh is not None:
         with contextlib.suppress(OSError):  # what cannot be kept is measured again
             save_timing(mine, key, fresh)
     return fresh
 
 
+_VERSION = 2
+"""Of what is timed and how; what was kept of another one is timed anew."""
+
 _STEADY = 0.03
 """Timings are used again while a reference kernel takes what it took beside them, within this share."""
 
 
 def time_model(
-    model: TrialModel, table: CostTable, budget_s: float, others: Sequence[float]
+    model: TrialModel, table: CostTable, budget_s: float, slowdowns: Sequence[float]
 ) -> ModelTiming | None:
     """Seconds of every distinct unit at a few microbatch sizes, and what cores at work cost them.
 
@@ -63,7 +67,7 @@ def time_model(
         model: Runs the model.
         table: Predicted seconds on this machine's processor, which say what fits into the budget.
         budget_s: What may be spent; a model of which one sample takes too long is not timed.
-        others: By what the other workers on this machine would be slowed down.
+        slowdowns: By what the workers on this machine would be slowed down, in increasing order.
     """
     sizes = _affordable(table, budget_s)
     if not sizes:
@@ -72,12 +76,16 @@ def time_model(
         with model.worker() as worker:
             speed_s = reference_s()
             rows = {size: _at_size(worker, size) for size in sizes}
+            middle = sizes[len(sizes) // 2]
             return ModelTiming(
                 units=_by_hash(model.prepared, rows),
-                slowing=_slowing(model, worker, sizes[len(sizes) // 2], others),
+                slowing=_slowing(model, worker, middle, slowdowns),
                 reference_s=speed_s,
                 optimizer_s=_update_s(worker, sizes[0], budget_s) if table.training else 0.0,
-                split_s=_split_s(worker, sizes[len(sizes) // 2]) if table.training else 0.0,
+                pauses=_pauses(
+                    model, worker, table, [s for s in sizes if s <= middle], slowdowns, budget_s
+                ),
+                split_s=_split_s(worker, middle) if table.training else 0.0,
             )
     except GraphparError as error:
         _log.warning("The model's units could not be timed, so that curves stand for them: %s", error)
@@ -156,17 +164,56 @@ def _update_s(worker: TrialWorker, size: int, budget_s: float) -> float:
     return mean(times[1:] or times)
 
 
+def _pauses(
+    model: TrialModel,
+    worker: TrialWorker,
+    table: CostTable,
+    sizes: Sequence[int],
+    slowdowns: Sequence[float],
+    budget_s: float,
+) -> tuple[Pause, ...]:
+    """What waiting costs, from passes with pauses after every unit and after the whole model.
+
+    The largest size is taken that the budget is enough for; without one nothing is said.
+    """
+    distinct = [s for s in dict.fromkeys(slowdowns) if s > 1]
+    passes = 2 * ROUNDS * (1 + sum(distinct))
+    fitting = [size for size in sizes if passes * _predicted_s(table, size) <= budget_s]
+    if not distinct or not fitting or model.threads > 1:
+        return ()
+    times: dict[tuple[float, bool], list[float]] = {}
+    for _ in range(ROUNDS):
+        for slowdown in (1.0, *distinct):
+            whole_s = sum(worker.whole(fitting[-1], slowdown))
+            units_s = sum(map(sum, worker.by_unit(fitting[-1], slowdown)))
+            times.setdefault((slowdown, True), []).append(whole_s)
+            times.setdefault((slowdown, False), []).append(units_s)
+    typical = {key: median(values) for key, values in times.items()}
+    directions = 2 if table.training else 1
+    return tuple(_pause(typical, slowdown, directions, table.num_units) for slowdown in distinct)
+
+
+def _pause(
+    times: Mapping[tuple[float, bool], float], slowdown: float, directions: int, units: int
+) -> Pause:
+    """Waits after many actions and after few tell what each costs and what all work loses."""
+    few_s, many_s = (times[slowdown, whole] - times[1.0, whole] for whole in (True, False))
+    action_s = max(many_s - few_s, 0.0) / (directions * max(units - 1, 1))
+    lost_s = max(few_s - directions * action_s, 0.0)
+    return Pause(slowdown, action_s, 1.0 + lost_s / times[1.0, True])
+
+
 def _slowing(
-    model: TrialModel, worker: TrialWorker, size: int, others: Sequence[float]
+    model: TrialModel, worker: TrialWorker, size: int, slowdowns: Sequence[float]
 ) -> tuple[float, ...]:
-    """What others that run the same model cost it; empty where it would be alone."""
+    """What others that run the same model cost the fastest worker; empty where it would be alone."""
     cores = num_cores()
-    beside = sorted(others)[:MOST_TWINS]
+    own, *beside = slowdowns[: 1 + MOST_TWINS]
     load = min(sum(1 / slowdown for slowdown in beside), cores - 1)
     if load <= 0 or model.threads > 1:
         return ()
     with model.twins(beside, size) as pids:
-        factor = slowing_by(pids, lambda: sum(worker.whole(size)))
+        factor = slowing_by(pids, lambda: sum(worker.whole(size, own)))
     return up_to(cores, 1.0 + (factor - 1.0) * (cores - 1) / load)
 
 

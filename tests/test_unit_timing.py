@@ -29,9 +29,11 @@ def test_units_are_timed_and_the_model_is_left_alone(norm: bool, train: graphpar
     prepared = prepare(model, args, {}, train)
     cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}]})
     table = price(prepared, cluster, train=train, calibration=None)
-    timing = time_model(TrialModel(model, prepared, args, {}, train), table, 1.0, ())
+    timing = time_model(TrialModel(model, prepared, args, {}, train), table, 1.0, (2.0,))
     assert timing is not None
     assert all(s > 0 for unit in timing.units.values() for s in unit.forward_s)
+    (pause,) = timing.pauses
+    assert pause.slowdown == 2.0 and pause.action_s >= 0 and pause.longer >= 1
     assert (timing.optimizer_s > 0) == (train is not None)
     assert any(s > 0 for unit in timing.units.values() for s in unit.backward_s) == (train is not None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -43,4 +45,4 @@ def test_a_model_of_which_one_sample_takes_too_long_is_not_timed() -> None:
     prepared = prepare(model, args, {}, None)
     cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}]})
     table = price(prepared, cluster, train=None, calibration=None)
-    assert time_model(TrialModel(model, prepared, args, {}, None), table, 1e-9, ()) is None
+    assert time_model(TrialModel(model, prepared, args, {}, None), table, 1e-9, (1.0,)) is None

@@ -17,6 +17,21 @@ _COMPUTE, _WAIT, _REDUCE = "FBIW", "RG", "A"
 
 
 @dataclass(frozen=True)
+class MachineNow:
+    """This machine between two steps.
+
+    Attributes:
+        drift: How many times longer a reference takes on its processor than when times were measured.
+        others: How many of its cores other work keeps busy.
+        num_cores: How many it has.
+    """
+
+    drift: float | None = None
+    others: float | None = None
+    num_cores: int = 0
+
+
+@dataclass(frozen=True)
 class DeviceComparison:
     """One rank: seconds of compute, of waiting for messages, of gradient sums; peak bytes."""
 
@@ -99,7 +114,7 @@ def _cells(d: DeviceComparison) -> tuple[str, ...]:
 
 
 def compare_step(
-    plan: Plan, reports: Sequence[StepReport], seconds: float, drift: float | None = None
+    plan: Plan, reports: Sequence[StepReport], seconds: float, machine: MachineNow | None = None
 ) -> StepComparison:
     """The step that these reports tell of, beside the plan's prediction.
 
@@ -107,8 +122,7 @@ def compare_step(
         plan: What was predicted.
         reports: What each rank did when.
         seconds: How long the step took.
-        drift: How many times longer a reference takes on this machine's processor now than when it was
-            calibrated; None where nobody knows.
+        machine: How this machine is now; None where nobody knows.
     """
     timeline = plan.timeline()
     by_rank = {report.rank: report for report in reports}
@@ -120,7 +134,9 @@ def compare_step(
         if rank in by_rank
     )
     found = StepComparison(plan.predicted_step_s, seconds, devices, ())
-    return StepComparison(found.predicted_s, seconds, devices, _reasons(found, plan, drift))
+    return StepComparison(
+        found.predicted_s, seconds, devices, _reasons(found, plan, machine or MachineNow())
+    )
 
 
 def _device(
@@ -144,7 +160,7 @@ def _device(
     )
 
 
-def _reasons(found: StepComparison, plan: Plan, drift: float | None) -> tuple[str, ...]:
+def _reasons(found: StepComparison, plan: Plan, machine: MachineNow) -> tuple[str, ...]:
     reasons = []
     for d in found.devices:
         if abs(d.memory_error) > TOLERANCE:
@@ -159,13 +175,13 @@ def _reasons(found: StepComparison, plan: Plan, drift: float | None) -> tuple[st
     if abs(found.error) <= TOLERANCE:
         weighs = abs(worst.compute_s - worst.predicted_compute_s) > TOLERANCE / 2 * found.measured_s
         if abs(worst.compute_error) > TOLERANCE and weighs:
-            reasons.append(_compute_reason(worst, plan, drift))
+            reasons.append(_compute_reason(worst, found.devices, plan, machine))
         return tuple(reasons)
     off_s = found.measured_s - found.predicted_s
     compute_off_s = worst.compute_s - worst.predicted_compute_s
     reduce_off_s = max(d.reduce_s - d.predicted_reduce_s for d in found.devices)
     if abs(compute_off_s) > 0.5 * abs(off_s) and compute_off_s * off_s > 0:
-        reasons.append(_compute_reason(worst, plan, drift))
+        reasons.append(_compute_reason(worst, found.devices, plan, machine))
     elif reduce_off_s > 0.5 * off_s > 0:
         reasons.append("sums of gradients take longer than predicted: links among replicas are slower")
     elif off_s > 0:
@@ -181,26 +197,51 @@ def _reasons(found: StepComparison, plan: Plan, drift: float | None) -> tuple[st
 
 _DRIFTED = 0.05
 """A reference that takes this much longer or shorter tells that the machine's speed has moved."""
+_BUSY_CORES = 0.5
+"""Other work on more cores than this is in the way of workers."""
 
 
-def _compute_reason(worst: DeviceComparison, plan: Plan, drift: float | None) -> str:
-    kind = next((r.kind for r in plan.replicas if r.device == worst.device), "")
+def _compute_reason(
+    worst: DeviceComparison, devices: Sequence[DeviceComparison], plan: Plan, machine: MachineNow
+) -> str:
+    kinds = {r.device: r.kind for r in plan.replicas}
+    kind = kinds.get(worst.device, "")
     slower = worst.compute_error > 0
     word = "longer" if slower else "shorter"
     told = f"{worst.device} computes {100 * abs(worst.compute_error):.0f} % {word}"
-    if kind.startswith("cpu") and drift is not None and abs(drift - 1) > _DRIFTED:
+    if not kind.startswith("cpu"):
         return (
-            f"{told} than predicted: a reference takes {drift:.2f} times what it took when this machine "
-            "was calibrated, so its speed has moved; `graphpar calibrate` measures anew"
+            f"{told} than the catalogue's entry of {kind} promises: other clocks, a busy device, or "
+            "kernels that its efficiency curve does not know"
         )
-    if kind.startswith("cpu"):
-        why = (
-            "its core is shared with other work, or the machine slowed down since it was calibrated"
-            if slower
-            else "the machine was busier when it was calibrated, or is not calibrated"
+    beside = [d for d in devices if d is not worst and kinds.get(d.device, "").startswith("cpu")]
+    return f"{told} than predicted: {_processor_reason(worst, beside, slower, machine)}"
+
+
+def _processor_reason(
+    worst: DeviceComparison, beside: Sequence[DeviceComparison], slower: bool, machine: MachineNow
+) -> str:
+    """What speaks for itself first: other work, then the reference, then what the other workers did."""
+    moved = 0.0 if machine.drift is None else machine.drift - 1
+    if slower and machine.others is not None and machine.others > _BUSY_CORES:
+        return (
+            f"other work keeps {machine.others:.1f} of this machine's {machine.num_cores} cores busy; "
+            "stop it, or describe fewer or slower workers"
         )
-        return f"{told} than predicted: {why}; `graphpar calibrate` measures anew"
-    return (
-        f"{told} than the catalogue's entry of {kind} promises: other clocks, a busy device, or kernels "
-        "that its efficiency curve does not know"
+    if abs(moved) > _DRIFTED and (moved > 0) == slower:
+        return (
+            f"a reference takes {1 + moved:.2f} times what it took when this machine was measured, so "
+            "its speed has moved; `graphpar calibrate` measures anew"
+        )
+    if beside and all(abs(d.compute_error) < abs(worst.compute_error) / 2 for d in beside):
+        word = "slower" if slower else "faster"
+        return (
+            f"the other workers of this machine are not off like that, so this one is {word} than the "
+            "cluster describes it (`slowdown`), or has its core under other conditions than they do"
+        )
+    why = (
+        "its core was shared with other work, or the machine slowed down since it was measured"
+        if slower
+        else "the machine was busier when it was measured, or is not calibrated"
     )
+    return f"{why}; `graphpar calibrate` measures anew"

@@ -11,16 +11,22 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from graphpar.calibration import Calibration
+from graphpar.cluster_build import num_cores
 from graphpar.device import LOCAL_KIND
 from graphpar.errors import GraphparError, RunError
 from graphpar.frontend.capture import Captured
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
-from graphpar.neighbours import reference_s
+from graphpar.neighbours import other_work, reference_s
 from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
-from graphpar.runtime.comparison import NOTABLE_S, TOLERANCE, StepComparison, compare_step
+from graphpar.runtime.comparison import (
+    NOTABLE_S,
+    TOLERANCE,
+    MachineNow,
+    StepComparison,
+    compare_step,
+)
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.infer import lower_again, lower_inference
@@ -183,7 +189,7 @@ class CompiledModel(JobState):
         if found.reasons or abs(found.error) > TOLERANCE:
             last = self.last_step
             assert last is not None
-            _log.warning("%s", compare_step(self.plan, last.reports, last.seconds, _drift(self.plan)))
+            _log.warning("%s", compare_step(self.plan, last.reports, last.seconds, _machine(self.plan)))
 
     def _compare(
         self, results: Sequence[torch.Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -358,14 +364,15 @@ class CompiledModel(JobState):
         return f"CompiledModel({name}, {len(self._devices)} ranks, step {self._steps})"
 
 
-def _drift(plan: Plan) -> float | None:
-    """How many times longer a reference takes than at calibration; None where no worker runs here."""
+def _machine(plan: Plan) -> MachineNow | None:
+    """How this machine is between two steps, beside what it was; None where no worker runs here."""
     if not any(replica.kind.startswith(LOCAL_KIND) for replica in plan.replicas):
         return None
-    calibration = Calibration.cached()
-    if calibration is None or not calibration.reference_s:
-        return None
-    return reference_s() / calibration.reference_s
+    shared = plan.timing.shared
+    with other_work() as others:
+        now_s = reference_s()
+    drift = now_s / shared.reference_s if shared is not None and shared.reference_s else None
+    return MachineNow(drift, others.cores, num_cores())
 
 
 def _form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:

@@ -114,9 +114,12 @@ class LocalWorkers:
         }
         self._ask([Message("install passes", data) for _ in self._processes])
 
-    def time_pass(self, name: str, inputs: Mapping[str, torch.Tensor], size: int) -> Spent:
-        """Seconds of every stage in a pass over them on the first rank."""
-        (reply, *_) = self._ask([Message("pass", {"name": name, "size": size}, inputs)])
+    def time_pass(
+        self, name: str, inputs: Mapping[str, torch.Tensor], size: int, slowdown: float = 1.0
+    ) -> Spent:
+        """Seconds of every stage in a pass over them on the first rank, which waits between them."""
+        data = {"name": name, "size": size, "slowdown": slowdown}
+        (reply, *_) = self._ask([Message("pass", data, inputs)])
         return [(forward_s, backward_s) for forward_s, backward_s in reply.data["spent"]]
 
     def time_update(self) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from graphpar.ir.text import parse_graph
 from graphpar.runtime.deferral import Deferral
+from graphpar.runtime.emulate import Pace
 from graphpar.runtime.lower import Message, StageBuilder
 from graphpar.runtime.program import RankProgram
 from graphpar.runtime.random import StepContext
@@ -45,12 +46,15 @@ class Passes:
             for stage in range(num_stages)
         ]
 
-    def run(self, inputs: Mapping[str, torch.Tensor], size: int) -> Spent:
-        """Seconds of every stage; gradients are added to those at hand."""
+    def run(self, inputs: Mapping[str, torch.Tensor], size: int, slowdown: float = 1.0) -> Spent:
+        """Seconds of every stage; gradients are added to those at hand.
+
+        Between stages it waits as a worker does that is slowed down; that does not count.
+        """
         context = self._context
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
         with torch.set_grad_enabled(self._training):
-            running = _Pass(self._clock, inputs, size, self._deferral)
+            running = _Pass(self._clock, inputs, size, Pace(slowdown, 1), self._deferral)
             for builder in self._builders:
                 running.forward(builder)
             if self._training:
@@ -77,6 +81,7 @@ class _Pass:
     clock: Callable[[], float]
     inputs: Mapping[str, torch.Tensor]
     size: int
+    pace: Pace
     deferral: Deferral | None = None
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -90,14 +95,15 @@ class _Pass:
         module = builder.module(self.size, self.size)
         received = {m.tag: _detached(self.values.pop(m.tag), m) for m in face.receives}
         given = [self.inputs[label] for label in face.inputs]
-        began_s = self.clock()
-        sends, results = module(*given, *received.values())
-        if face.tail is not None:
-            collected = results[len(face.results) :]
-            whole = builder.tail(self.size)
-            _, last = whole(*(self.inputs[label] for label in face.tail.inputs), *collected)
-            results = (*last, *results[: len(face.results)])
-        self.forward_s.append(self.clock() - began_s)
+        with self.pace.work():
+            began_s = self.clock()
+            sends, results = module(*given, *received.values())
+            if face.tail is not None:
+                collected = results[len(face.results) :]
+                whole = builder.tail(self.size)
+                _, last = whole(*(self.inputs[label] for label in face.tail.inputs), *collected)
+                results = (*last, *results[: len(face.results)])
+            self.forward_s.append(self.clock() - began_s)
         sent = {m.tag: value for m, value in zip(face.sends, sends, strict=True)}
         self.values.update(sent)
         self.ran.append(_Ran(builder, received, sent, results[0] if results else None))
@@ -105,15 +111,16 @@ class _Pass:
     def backward(self, number: int) -> None:
         """Run a stage backward from the gradients that later ones left."""
         ran = self.ran[number]
-        began_s = self.clock()
-        roots = self._roots(ran)
-        if roots and self.deferral is not None:
-            with self.deferral.noting(0):
+        with self.pace.work():
+            began_s = self.clock()
+            roots = self._roots(ran)
+            if roots and self.deferral is not None:
+                with self.deferral.noting(0):
+                    torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
+                self.deferral.settle(0)
+            elif roots:
                 torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
-            self.deferral.settle(0)
-        elif roots:
-            torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
-        self.backward_s.insert(0, self.clock() - began_s)
+            self.backward_s.insert(0, self.clock() - began_s)
         grads = ((tag, value.grad) for tag, value in ran.received.items())
         self.gradients.update({tag: grad for tag, grad in grads if grad is not None})
         ran.received, ran.sent, ran.loss = {}, {}, None

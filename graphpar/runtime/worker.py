@@ -351,7 +351,8 @@ def _answer(worker: Worker, command: Message) -> Message:
         worker.install_passes(data["name"], program, data["num_stages"], data["in_halves"])
         return Message("ready")
     if command.kind == "pass":
-        return Message("spent", {"spent": worker.passes[data["name"]].run(command.tensors, data["size"])})
+        spent = worker.passes[data["name"]].run(command.tensors, data["size"], data["slowdown"])
+        return Message("spent", {"spent": spent})
     if command.kind == "update":
         return Message("seconds", {"seconds": worker.time_update()})
     if command.kind == "step":

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from graphpar.calibration import Fingerprint
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, PricingOptions
 from graphpar.cost_models.measured import (
     ModelTiming,
+    Pause,
     UnitTiming,
     load_timing,
     save_timing,
@@ -60,6 +62,19 @@ def test_measured_sizes_are_exact_and_slowdown_applies() -> None:
             assert table.forward_s(unit, 0, size) == pytest.approx(factor * size * 1e-3)
             assert table.backward_s(unit, 1, size) == pytest.approx(2 * factor * size * 2e-3)
         assert table.forward_s(unit, 0, 2) < table.forward_s(unit, 0, 4) < table.forward_s(unit, 0, 8)
+
+
+def test_waiting_costs_workers_that_are_slowed_down() -> None:
+    plain = priced(timing(2, 8))
+    table = priced(replace(timing(2, 8), pauses=(Pause(2.0, 1e-4, 1.1),)))
+    for unit in range(3):
+        assert table.forward_s(unit, 0, 2) == plain.forward_s(unit, 0, 2)
+        assert table.backward_s(unit, 1, 2) == pytest.approx(1.1 * plain.backward_s(unit, 1, 2))
+    overheads = [
+        b.stage_overhead_s - a.stage_overhead_s
+        for a, b in zip(plain.device_classes, table.device_classes, strict=True)
+    ]
+    assert overheads == pytest.approx([0.0, 2e-4])
 
 
 def test_everything_but_time_is_the_roofline_s() -> None:

@@ -1,12 +1,14 @@
 """Pricing: FLOPs, bytes, saved activations and table shape on small graphs whose answers are known."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphpar.calibration import Calibration, Curve, Fingerprint, Grid
+from graphpar.calibration import Calibration, Curve, Fingerprint, Grid, fingerprint
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost, PricingOptions
 from graphpar.cost_models.layout import find_layout
@@ -239,7 +241,7 @@ def test_calibration_file_round_trips_and_refuses_damage(tmp_path: Path) -> None
     path = calibration().save(tmp_path / "sub" / "c.json")
     assert Calibration.load(path) == calibration()
     path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 0'))
-    with pytest.raises(GraphparError, match="format 0"):
+    with pytest.raises(GraphparError, match="older version of graphpar"):
         Calibration.load(path)
     path.write_text("{")
     with pytest.raises(GraphparError, match="calibrate"):
@@ -250,10 +252,42 @@ def test_cached_calibration_is_found_by_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Calibration.cached() is None
+    assert Calibration.look() == (None, "")
     calibration().save()
-    assert Calibration.cached() is None  # measured elsewhere
+    assert Calibration.look() == (None, "")  # measured on another machine, which is no news
     assert len(list(tmp_path.rglob("calibration-*.json"))) == 1
+
+
+def test_a_calibration_that_does_not_count_is_told_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mine = replace(calibration(), fingerprint=fingerprint())
+    path = mine.save()
+    assert Calibration.cached() == mine
+    replace(mine, fingerprint=msgspec.structs.replace(fingerprint(), torch="1.0")).save()
+    assert Calibration.look() == (mine, "")
+    # Files of older formats lack what newer ones have.
+    path.write_text('{"format_version": 1, "matmul": 3}')
+    assert Calibration.cached() is None and Calibration.cached() is None
+    (told,) = caplog.messages
+    assert str(path) in told and "older version" in told and "graphpar calibrate" in told
+    path.unlink()
+    found, why_not = Calibration.look()
+    assert found is None and "torch 1.0, not" in why_not and "graphpar calibrate" in why_not
+
+
+def test_sums_over_an_emulated_link_cost_what_they_take_longer_than_it() -> None:
+    graph = parse_graph(BLOCKS)
+
+    def extra_s(link: dict[str, float]) -> float:
+        cluster = Cluster.from_dict({"devices": [{"kind": "cpu", "count": 2}], "link": link})
+        options = PricingOptions(batch=4, training=True)
+        return Roofline(calibration()).price(graph, build_chain(graph), cluster, options).sum_s_per_byte
+
+    gathering_s = 2 / 1e10  # each byte is read and written once
+    assert extra_s({"bytes_per_s": 1e8, "latency_s": 0.0}) == pytest.approx(gathering_s)
+    assert extra_s({"bytes_per_s": 5e8, "latency_s": 0.0}) == pytest.approx(2e-9 + 1e-9 - 2e-9)
 
 
 @given(st.floats(1e-3, 1e12))

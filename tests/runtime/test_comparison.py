@@ -4,7 +4,7 @@ import pytest
 from plan_samples import sample_plan
 
 from graphpar.plans import Plan
-from graphpar.runtime.comparison import TOLERANCE, StepComparison, compare_step
+from graphpar.runtime.comparison import TOLERANCE, MachineNow, StepComparison, compare_step
 from graphpar.runtime.program import Event, StepReport
 
 
@@ -56,10 +56,35 @@ def test_a_device_that_differs_is_told_though_the_step_does_not() -> None:
     assert "computes 60 % longer" in reason
 
 
-def test_the_machine_s_own_speed_is_told_from_other_causes() -> None:
+def on_this_machine() -> Plan:
     data = sample_plan().to_json().replace(b'"fast"', b'"cpu"').replace(b'"slow"', b'"cpu x3 slower"')
-    plan = Plan.from_json(data)
-    spent = reports(plan, compute=1.6)
-    for drift, words in ((1.4, "1.40 times"), (1.01, "shared with other work"), (None, "shared with")):
-        (reason,) = compare_step(plan, spent, 1.6 * plan.predicted_step_s, drift).reasons
-        assert words in reason
+    return Plan.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("factor", "machine", "words"),
+    [
+        (1.6, MachineNow(1.4, 0.1, 2), "1.40 times"),
+        (1.6, MachineNow(1.4, 1.2, 2), "1.2 of this machine's 2 cores busy"),
+        (1.6, MachineNow(0.7, 0.1, 2), "was shared with other work"),  # a faster machine explains nothing
+        (1.6, MachineNow(1.01, None, 2), "was shared with other work"),
+        (1.6, None, "was shared with other work"),
+        (0.5, MachineNow(0.7, 0.1, 2), "0.70 times"),
+        (0.5, MachineNow(1.4, 1.2, 2), "busier when it was measured"),
+    ],
+)
+def test_the_machine_s_own_speed_is_told_from_other_causes(
+    factor: float, machine: MachineNow | None, words: str
+) -> None:
+    plan = on_this_machine()
+    spent = reports(plan, compute=factor)
+    (reason,) = compare_step(plan, spent, factor * plan.predicted_step_s, machine).reasons
+    assert words in reason
+
+
+def test_a_worker_that_is_slower_than_described_is_told_from_a_slow_machine() -> None:
+    plan = on_this_machine()
+    slowed, *others = reports(plan, compute=2.0)
+    spent = [slowed, *reports(plan)[1:]]
+    (reason,) = compare_step(plan, spent, 2 * plan.predicted_step_s, MachineNow(1.0, 0.0, 2)).reasons
+    assert others and plan.devices[0] in reason and "slower than the cluster describes it" in reason
