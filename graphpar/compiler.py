@@ -21,7 +21,7 @@ from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.subject import Subject
 from graphpar.runtime.weights import WeightSource, find_weights
-from graphpar.runtime.zero import refuse_levels
+from graphpar.runtime.zero import refuse_cut_model, refuse_levels
 from graphpar.sensitivity import (
     reference_run,
 )
@@ -174,6 +174,7 @@ def compile(
         plan.check_mode(training=train is not None)
         for pipeline in plan.partition.pipelines:
             refuse_levels(pipeline, train)
+            refuse_cut_model(pipeline, train)
             for f in {f for stage in pipeline.stages for f in stage.formats}:
                 check_precision(base_format(f), to_run=True)
         return plan

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from graphpar.training import Training
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+NEEDS_CLOSURE = (torch.optim.LBFGS,)
+"""Optimisers that run the model again within a step, which workers do not do."""
 _STEPS = 3
 _ROUNDING = 1e-5
 
@@ -24,6 +28,17 @@ class OptimizerTraits:
     name: str
     elementwise: bool
     separable: bool
+
+    @property
+    def by_slices(self) -> bool:
+        """Whether devices that hold slices of the parameters may step these alone."""
+        return self.elementwise and self.separable
+
+
+def joining_optimizer(train: Training | None) -> str:
+    """The name of an optimiser whose step on one parameter depends on the others; else empty."""
+    traits = optimizer_traits(train.optimizer) if train is not None else None
+    return traits.name if traits is not None and not traits.separable else ""
 
 
 def optimizer_traits(factory: OptimizerFactory) -> OptimizerTraits:

@@ -29,7 +29,8 @@ from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
-from graphpar.optimizer_probe import optimizer_traits
+from graphpar.optimizer_probe import NEEDS_CLOSURE, joining_optimizer, optimizer_traits
+from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
@@ -139,7 +140,8 @@ def plan_prepared(
     """
     check_precision(precision)
     widest = widest_group(cluster, tensor)
-    candidates = () if prepared.in_step_reason else candidate_groups(cluster, widest)
+    joins = joining_optimizer(train)
+    candidates = () if prepared.in_step_reason or joins else candidate_groups(cluster, widest)
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
@@ -176,13 +178,14 @@ def plan_prepared(
         return table
 
     def solve(table: CostTable) -> Partition:
-        return partition_chain(
-            table,
+        found = partition_chain(
+            as_one_unit(table) if joins else table,
             gap=gap,
             time_limit_s=time_limit_s,
             schedule=searched(schedule),
             microbatches=microbatches,
         )
+        return told_in_units(found, table.num_units) if joins else found
 
     if precision == "auto":
         options["precision_budget"] = precision_budget
@@ -193,6 +196,12 @@ def plan_prepared(
     else:
         answer = uniform_answer(cluster, precision, len(prepared.chain.units), table_of, solve)
         notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
+    if joins:
+        notes = (
+            *notes,
+            f"the model is not cut: a step of {joins} on one parameter depends on all others, so that "
+            "every device holds all of them",
+        )
     if widest > 1 and prepared.in_step_reason:
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
     found = _scheduled(answer.table, answer.found, schedule, microbatches)
@@ -307,7 +316,7 @@ def _zero_levels(train: Training | None) -> tuple[int, ...]:
     if train is None or not train.zero:
         return ()
     traits = optimizer_traits(train.optimizer)
-    if traits.elementwise:
+    if traits.by_slices:
         return (1,)
     warnings.warn(
         f"Training(zero=1) is ignored: {traits.name} needs whole parameters, so its state cannot be "
@@ -372,12 +381,19 @@ def plan_of(
 
 def optimizer_state(train: Training) -> float:
     """Bytes of optimiser state per byte of parameters, seen from one step on a small parameter."""
-    parameter = nn.Parameter(torch.zeros(64, 64))
-    parameter.grad = torch.zeros_like(parameter)
+    parameter = nn.Parameter(torch.ones(64, 64))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = None
     try:
         optimizer = train.optimizer([parameter])
         optimizer.step()
     except Exception as error:
+        if isinstance(optimizer, NEEDS_CLOSURE):
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot train a parallel job: it computes the loss several "
+                "times within one step (a closure). Take an optimiser that steps on gradients alone, "
+                "such as AdamW."
+            ) from error
         raise ValueError(
             f"Training(optimizer=...) failed on a list of one parameter: {error}. It must make an "
             "optimiser from any iterable of parameters."

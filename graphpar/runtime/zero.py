@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from graphpar.optimizer_probe import optimizer_traits
+from graphpar.optimizer_probe import joining_optimizer, optimizer_traits
 from graphpar.partition.types import PipelineChoice
 from graphpar.runtime.program import Slice
 from graphpar.runtime.transport import Transport
@@ -51,11 +51,27 @@ def refuse_levels(pipeline: PipelineChoice, training: Training | None) -> None:
                 "which can be planned, not run: level 1 runs, on replicas of one device each."
             )
         traits = optimizer_traits(training.optimizer)
-        if not traits.elementwise:
+        if not traits.by_slices:
             raise ValueError(
                 f"Stage {number} of the plan divides the optimiser's state by rows (ZeRO level 1), but "
                 f"{traits.name} needs whole parameters. Plan with Training(zero=0)."
             )
+
+
+def refuse_cut_model(pipeline: PipelineChoice, training: Training | None) -> None:
+    """
+    Raises:
+        ValueError: The optimiser joins parameters that the plan gives to several devices.
+    """
+    joins = joining_optimizer(training)
+    members = {replica.devices for stage in pipeline.stages for replica in stage.replicas}
+    shared = len(pipeline.stages) > 1 and len(members) > 1
+    if joins and (shared or any(len(devices) > 1 for devices in members)):
+        raise ValueError(
+            f"{joins} cannot train under this plan: its step on one parameter depends on the others, and "
+            "each device of a pipeline holds only some of them. Plan with this optimiser "
+            "(graphpar.plan(train=...)): then every device holds all parameters."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,104 @@
+"""Optimisers that are not elementwise: gathered where that is exact, otherwise kept apart or refused."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers import Line, check_training, force
+from torch import nn
+
+import graphpar
+from graphpar.optimizer_probe import optimizer_traits
+from graphpar.training import Training
+from graphpar.verify import reference_for, train_on_one_device
+
+Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+BATCH = (torch.randn(6, 6), torch.randn(6, 4))
+CPUS = {"devices": [{"kind": "cpu", "count": 2}]}
+
+
+class Matrices(nn.Module):
+    """Weights of two dimensions alone, as Muon wants them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10, bias=False), nn.Linear(10, 6, bias=False)
+        self.out = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = x + self.down(torch.relu(self.up(x)))
+        result: torch.Tensor = nn.functional.mse_loss(self.out(h), y)
+        return result
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam's direction, as long as the weight is: its step needs the norms of whole weights."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.05) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                first = state.setdefault("first", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+                second = state.setdefault("second", torch.zeros_like(p)).lerp_(p.grad.square(), 0.01)
+                way = first / (second.sqrt() + 1e-4)
+                p.sub_(way, alpha=group["lr"] * float(p.norm() / way.norm()))
+
+
+class Common(torch.optim.SGD):
+    """Steps whose length depends on the gradients of all parameters together."""
+
+    def step(self, closure: Any = None) -> Any:
+        norms = [p.grad.norm() for g in self.param_groups for p in g["params"]]
+        for group in self.param_groups:
+            group["lr"] = 0.1 / float(torch.stack(norms).norm())
+        return super().step(closure)
+
+
+ELEMENTWISE = "SGD Adam AdamW RMSprop Adagrad Adadelta NAdam RAdam Adamax ASGD Rprop".split()
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_optimisers_step_on_slices(name: str) -> None:
+    assert optimizer_traits(partial(getattr(torch.optim, name), lr=0.01)).by_slices
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("factory", [partial(torch.optim.Muon, lr=0.02), Lamb], ids=["Muon", "Lamb"])
+def test_what_needs_whole_weights_has_them_in_a_group(factory: Factory) -> None:
+    torch.manual_seed(0)
+    model, training = Matrices(), Training(optimizer=factory)
+    lines = (Line((1, 1), 2, cuts=(1,), groups=((0.6, 0.4), ())),)
+    check_training(model, BATCH, lines=lines, train=training, steps=3, rounding=1e-3)
+    plan = force(model, BATCH, lines=(Line((2,), 2),), train=training, zero=1).plan
+    with pytest.raises(ValueError, match=r"(Muon|Lamb) needs whole parameters"):
+        graphpar.compile(model, plan.cluster, BATCH, train=training, plan=plan)
+
+
+@pytest.mark.distributed
+def test_what_joins_parameters_gets_the_model_uncut() -> None:
+    torch.manual_seed(0)
+    model, training = Matrices(), Training(optimizer=partial(Common, lr=1.0))
+    cut = force(model, BATCH, lines=(Line((1, 1), 2, cuts=(1,)),), train=training)
+    with pytest.raises(ValueError, match="Common cannot train under this plan"):
+        graphpar.compile(model, cut.cluster, BATCH, train=training, plan=cut.plan)
+    plan = graphpar.plan(model, CPUS, BATCH, train=training, measure_s=0)
+    assert {len(pipeline.stages) for pipeline in plan.partition.pipelines} == {1}
+    assert any("the model is not cut: a step of Common" in note for note in plan.notes)
+    both = force(model, BATCH, lines=(Line((2,), 2),), train=training)
+    with both.start() as job:
+        losses = [float(job.step(*BATCH)) for _ in range(3)]
+    reference = reference_for(model, both.prepared, training)
+    assert losses == pytest.approx(list(train_on_one_device(reference, training, BATCH, {}, 3)), rel=1e-4)
+
+
+def test_a_closure_is_refused_by_name() -> None:
+    training = Training(optimizer=lambda p: torch.optim.LBFGS(p))
+    with pytest.raises(ValueError, match=r"LBFGS cannot train a parallel job.*closure"):
+        graphpar.plan(Matrices(), CPUS, BATCH, train=training)
