@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpar.hf_config import first_field, number_field, part_with, read_field
 from graphpar.hf_documented import documented_inputs
 
 IGNORED = -100
 """The label that transformers leaves out of its losses."""
 _SAMPLES_PER_FRAME = 320
+_FEATURES = 24
+"""Of each time step where nothing tells how many; what the model says of them does afterwards."""
 _SUMS = {"*": operator.mul, "+": operator.add, "-": operator.sub, "//": operator.floordiv}
 _ALTERNATIVE = re.compile(
     r"embeds$|embeddings$|_outputs$|labels?$|head_mask|^past_|cache|_positions$|_values$(?<!input_values)(?<!pixel_values)"
@@ -236,9 +239,9 @@ class _Maker:
             return self._ones(self.wanted.batch, self.wanted.length, 1)
         if name.endswith("_mask"):
             return self._ones(self.wanted.batch, self.wanted.length)
-        if name in ("inputs_embeds", "hidden_states", "encoder_hidden_states"):
+        if name == "inputs_embeds" or name.endswith("hidden_states"):
             return self._floats(
-                self.wanted.batch, self.wanted.length, _number(self.config, "hidden_size")
+                self.wanted.batch, self.wanted.length, number_field(self.config, "hidden_size")
             )
         return self._as_documented(name)
 
@@ -247,12 +250,14 @@ class _Maker:
         masked = made.get(name.removesuffix("_mask")) if name.endswith("_mask") else None
         if not isinstance(masked, torch.Tensor) or masked.ndim not in (2, 3):
             return None
-        bins = _first(self.config, "num_mel_bins", "feature_size")
+        bins = first_field(self.config, "num_mel_bins", "feature_size")
         return self._ones(masked.shape[0], next((n for n in masked.shape[:0:-1] if n != bins), bins or 1))
 
     def _as_documented(self, name: str) -> torch.Tensor:
         if name == self.main and name not in self.documented:  # whatever the heads' preprocessors take
-            return self._words() if self.variant.form % 2 == 0 else self._pixels()
+            if self.variant.form == 2:
+                return self._floats(self.wanted.batch, self.wanted.length, _FEATURES)
+            return self._words() if self.variant.form == 0 else self._pixels()
         made = self.documented[name]
         shape = tuple(self._size(part) for part in made.shape)
         if made.kind == "bool" or name.endswith("mask"):
@@ -260,7 +265,9 @@ class _Maker:
             return ones.bool() if made.kind == "bool" else ones.long() if made.kind == "int" else ones
         if made.kind == "float":
             return self._floats(*shape)
-        bound = int(made.bound) if made.bound.isdigit() else _first(self.config, made.bound or "none")
+        bound = (
+            int(made.bound) if made.bound.isdigit() else first_field(self.config, made.bound or "none")
+        )
         return self._integers(min(bound, 2) if isinstance(bound, int) and bound > 0 else 2, *shape)
 
     def _size(self, part: str) -> int:
@@ -279,7 +286,7 @@ class _Maker:
             raise LookupError(part)
         if part in ("batch_size", "batch", "bsz", "B"):
             return self.wanted.batch
-        value = _first(self.config, part)
+        value = first_field(self.config, part)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if re.search(r"len(gth)?$|^(seq|length|L|T)$", part):
@@ -287,7 +294,7 @@ class _Maker:
         if part in ("height", "width", "image_height", "image_width"):
             return int(self._pixels().shape[-1])
         if part.endswith(("channels", "_dim")):
-            return 3 if part.endswith("channels") else _number(self.config, "hidden_size")
+            return 3 if part.endswith("channels") else number_field(self.config, "hidden_size")
         return 3
 
     # --- text ---
@@ -297,7 +304,7 @@ class _Maker:
         return inner if inner is not None and not hasattr(self.config, "vocab_size") else self.config
 
     def _words(self, like: str = "input_ids") -> torch.Tensor:
-        low, high = self.wanted.words or (0, _number(self._text_config(), "vocab_size"))
+        low, high = self.wanted.words or (0, number_field(self._text_config(), "vocab_size"))
         shape: tuple[int, ...] = (self.wanted.batch, self.wanted.length)
         told = self.documented.get(like)
         if told is not None and len(told.shape) > 2 and self.variant.names != "usual":  # several codes
@@ -315,7 +322,7 @@ class _Maker:
 
     def _place_pictures_in_text(self, made: dict[str, Any]) -> None:
         """Put in the text, for each picture, as many placeholders as the model makes features of it."""
-        token = _first(self.config, "image_token_id", "image_token_index")
+        token = first_field(self.config, "image_token_id", "image_token_index")
         if "input_ids" not in made or "pixel_values" not in made or token is None:
             return
         features = getattr(self.model, "get_image_features", None)
@@ -340,7 +347,7 @@ class _Maker:
     # --- pictures, films, sound ---
 
     def _pixels(self) -> torch.Tensor:
-        config = _with_field(getattr(self.config, "vision_config", None) or self.config, "image_size")
+        config = part_with(getattr(self.config, "vision_config", None) or self.config, "image_size")
         size = getattr(config, "image_size", None)
         if not isinstance(size, (int, list, tuple)) or not size:
             size = (64, 224, 32, 384, 64)[self.variant.form]
@@ -357,19 +364,19 @@ class _Maker:
 
     def _side(self) -> int:
         """Patches along a side of a picture that is given as patches."""
-        patches = _first(self.config, "num_patches")
+        patches = first_field(self.config, "num_patches")
         return isqrt(patches) if isinstance(patches, int) else 4
 
     def _patches(self) -> torch.Tensor:
         """Pictures of any form, cut into patches: (batch, patches, points of a patch)."""
-        patch = _number(self.config, "patch_size")
-        channels = _first(self.config, "num_channels") or 3
+        patch = number_field(self.config, "patch_size")
+        channels = first_field(self.config, "num_channels") or 3
         return self._floats(self.wanted.batch, self._side() ** 2, channels * patch**2)
 
     def _sound(self, name: str) -> torch.Tensor:
         config = getattr(self.config, "audio_config", None) or self.config
-        bins = _first(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_size")
-        frames = _first(config, "max_length", "max_source_positions")
+        bins = first_field(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_size")
+        frames = first_field(config, "max_length", "max_source_positions")
         batch, samples = self.wanted.batch, 10 * _SAMPLES_PER_FRAME
         plain = ((batch, samples), (batch, 1, samples), (batch, samples // 10, 80), (batch, 1, 64, 64))
         if not isinstance(bins, int):
@@ -388,15 +395,15 @@ class _Maker:
 
     def _series(self, name: str) -> torch.Tensor:
         """Values of a time series, what is known of each time, or which values were observed."""
-        lags = _first(self.config, "lags_sequence") or [0]
-        length = _number(self.config, "context_length", "seq_length", "input_size") + max(lags)
+        lags = first_field(self.config, "lags_sequence") or [0]
+        length = number_field(self.config, "context_length", "seq_length", "input_size") + max(lags)
         if name.startswith("future_"):
-            length = _number(self.config, "prediction_length")
+            length = number_field(self.config, "prediction_length")
         batch = self.wanted.batch
         if name.endswith("time_features"):
-            return self._floats(batch, length, _number(self.config, "num_time_features"))
-        channels = _first(self.config, "num_input_channels", "input_size") or 1
-        one_series = (channels == 1 and _read(self.config, "num_input_channels") is None) != (
+            return self._floats(batch, length, number_field(self.config, "num_time_features"))
+        channels = first_field(self.config, "num_input_channels", "input_size") or 1
+        one_series = (channels == 1 and read_field(self.config, "num_input_channels") is None) != (
             self.variant.form % 2 == 1
         )
         shape = (batch, length) if one_series else (batch, length, channels)
@@ -453,49 +460,6 @@ class _Maker:
 
     def _ones(self, *shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.long, device=self.device)
-
-
-def _first(config: Any, *names: str) -> Any:
-    """The first of the fields that is set, in the configuration or else in one inside it."""
-    for part in _parts(config):
-        for name in names:
-            value = _read(part, name)
-            if value is not None:
-                return value
-    return None
-
-
-def _parts(config: Any) -> Iterator[Any]:
-    """The configuration, then those inside it."""
-    yield config
-    for name in getattr(config, "sub_configs", {}):
-        inner = _read(config, name)
-        if inner is not None and not isinstance(inner, Mapping):
-            yield from _parts(inner)
-
-
-def _read(config: Any, name: str) -> Any:
-    try:
-        return getattr(config, name, None)
-    except Exception:  # transformers has an error of its own for fields that differ between layers
-        return None
-
-
-def _with_field(config: Any, name: str) -> Any:
-    """The part of a configuration that has a field, the whole where none has."""
-    return next((part for part in _parts(config) if _read(part, name) is not None), config)
-
-
-def _number(config: Any, *names: str) -> int:
-    """The first of the fields that is a whole number.
-
-    Raises:
-        LookupError: None is.
-    """
-    value = _first(config, *names)
-    if not isinstance(value, int):
-        raise LookupError(names)
-    return value
 
 
 def _num_features(found: Any, batch: int, width: int) -> int:

@@ -1,7 +1,9 @@
 """Inputs of another shape, from what a model says when it refuses the ones it was given."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -17,7 +19,8 @@ _UNEQUAL = re.compile(r"size of tensor a \((\d+)\) must match the size of tensor
 _SHAPE = re.compile(r"tensor of shape \(([\w, ]+)\)")
 _INDEXED = re.compile(r"value tensor of shape \[(\d+)[^]]*\].*indexing result of shape \[(\d+)")
 _NORMALISED = re.compile(r"expected input with shape \[\*, (\d+)\], but got input of size ?\[([\d, ]+)\]")
-_MAX_REPAIRS = 5
+_MAX_REPAIRS = 6
+"""After so many refusals nothing more is tried."""
 
 
 def with_repairs(
@@ -35,30 +38,50 @@ def with_repairs(
     Raises:
         Exception: What the attempt raised with the inputs as given.
     """
-    given, first = dict(inputs), None
-    for _ in range(_MAX_REPAIRS + 1):
+    search = _Search(attempt, further)
+    found = search.run(dict(inputs))
+    if found is None:
+        raise search.refusals[0]
+    return found
+
+
+@dataclass
+class _Search:
+    """Changes inputs as refusals suggest; takes a change back that leaves the refusal as it was."""
+
+    attempt: Callable[[dict[str, Any]], Any]
+    further: Callable[[str], Any]
+    refusals: list[Exception] = field(default_factory=list)
+
+    def run(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Any] | None:
+        """Inputs that are accepted and what came of them, or None where no change helps."""
         try:
-            return given, attempt(given)
+            return inputs, self.attempt(inputs)
         except TimeoutError:
             raise
         except Exception as error:
-            first = first or error
-            changed = next(_repaired(given, str(error)), None) or _completed(given, error, further)
-            if changed is None:
-                break
-            given = changed
-    assert first is not None
-    raise first
+            known = str(error) in map(str, self.refusals)
+            self.refusals.append(error)
+            if known:
+                return None
+            changes = itertools.chain(
+                _repaired(inputs, str(error)), _completed(inputs, error, self.further)
+            )
+            for changed in changes:
+                if len(self.refusals) > _MAX_REPAIRS:
+                    return None
+                if (found := self.run(changed)) is not None:
+                    return found
+            return None
 
 
 def _completed(
     inputs: Mapping[str, Any], error: Exception, further: Callable[[str], Any]
-) -> dict[str, Any] | None:
-    """The inputs with one more, which the error or the line that raised it names; None where none is."""
-    for name in (*words_of(error), *blamed_names(error)):
+) -> Iterator[dict[str, Any]]:
+    """The inputs with one more, which the error or the line that raised it names."""
+    for name in dict.fromkeys((*words_of(error), *blamed_names(error))):
         if name not in inputs and (made := further(name)) is not None:
-            return {**inputs, name: made}
-    return None
+            yield {**inputs, name: made}
 
 
 def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ ROWS = (
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
     "tensor_groups group_shardings unit_timing trial_worker "
     "verify demo doctor model_spec "
-    "hf_models hf_architectures hf_documented hf_inputs hf_refusal hf_repair "
+    "hf_models hf_architectures hf_config hf_documented hf_inputs hf_refusal hf_repair "
     "commands cli examples",
     "__init__ __main__",
 )
