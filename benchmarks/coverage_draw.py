@@ -3,7 +3,8 @@
     python benchmarks/coverage_draw.py --seed 3 --count 24
 
 Drawn from the model types of transformers that are no part of another's configuration, and that stand
-neither in `coverage_lists.json` nor in the rows of an earlier run in `coverage_runs/`.
+neither in `coverage_lists.json` nor in a run or a draw of a smaller seed in `coverage_runs/`; draws are
+written down there (`draws.json`), for several model types can share the class that a row is named after.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from graphpar.hf_architectures import find_architecture, model_types, transformers_library
 
 HERE = Path(__file__).parent
+RUNS = HERE / "coverage_runs"
 
 
 def unseen(seen: frozenset[str]) -> list[str]:
@@ -29,25 +31,27 @@ def unseen(seen: frozenset[str]) -> list[str]:
     return sorted(set(model_types()) - parts - seen)
 
 
-def seen_before() -> frozenset[str]:
-    """Model types of the lists and of earlier runs."""
-    return frozenset(find_architecture(name).model_type for name in _names())
+def seen_before(seed: int) -> frozenset[str]:
+    """Model types of the lists, and of runs and draws of smaller seeds."""
+    drawn = json.loads((RUNS / "draws.json").read_text(encoding="utf-8"))
+    earlier = {name for key, names in drawn.items() if int(key) < seed for name in names}
+    return frozenset(earlier | {find_architecture(name).model_type for name in _names(seed)})
 
 
 def draw(seed: int, count: int) -> list[str]:
     """So many model types that were not seen before."""
-    left = unseen(seen_before())
+    left = unseen(seen_before(seed))
     random.Random(seed).shuffle(left)
     return left[:count]
 
 
-def _names() -> Iterator[str]:
+def _names(seed: int) -> Iterator[str]:
     for groups in json.loads((HERE / "coverage_lists.json").read_text(encoding="utf-8")).values():
         for names in groups.values():
             yield from names
-    for run in sorted((HERE / "coverage_runs").glob("*.json")):
-        for row in json.loads(run.read_text(encoding="utf-8"))["rows"]:
-            yield row["name"]
+    for run in sorted(RUNS.glob("*seed-*.json")):
+        if int(run.stem.rpartition("-")[2]) < seed:
+            yield from (row["name"] for row in json.loads(run.read_text(encoding="utf-8"))["rows"])
 
 
 if __name__ == "__main__":

@@ -55,10 +55,22 @@ def pointwise(call: Call) -> Samples:
     return layout
 
 
+@rule("type_as")
+def _type_as(call: Call) -> Samples:
+    """Nothing but the type is taken from the second operand."""
+    first = call.op.args[0]
+    kind = call.state(first).kind
+    if kind == "partial":
+        return _linear(call)
+    if kind == "iota":
+        return call.mixed("computes with the position in the batch")
+    return call.like(first) if kind == "sample" else call.state(first)
+
+
 def _linear(call: Call) -> Samples:
     """Sums over samples stay sums under linear ops only."""
     kind = packet(call.op)
-    states = [call.state(a) for a in call.op.args]
+    states = [call.state(a) for a in call.op.args[: 1 if kind == "type_as" else None]]
     partial = [s.kind == "partial" for s in states]
     if any(s.kind not in ("partial", "shared") for s in states):
         return call.mixed("applies a sum over the batch to single samples")

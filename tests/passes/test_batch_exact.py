@@ -44,6 +44,8 @@ ROWS: dict[str, Loss] = {
     "over count of ones": lambda s, h, y: h.sum() / torch.ones(h.size(0)).sum(),
     "masked mean": lambda s, h, y: (h * (y > 1)[:, None]).sum() / (y > 1).sum(),
     "label count plus shared": lambda s, h, y: h.sum() / ((y > 0).sum() + s.vector.numel()),
+    "type of samples": lambda s, h, y: (h * s.vector.double().type_as(h[:, :1])).sum(),
+    "sum with the type of samples": lambda s, h, y: h.sum().type_as(s.buffer[0] * h) / y.numel(),
     "label mean truncated": lambda s, h, y: h.sum() + (y.float().sum() / 7).long() * s.vector.sum(),
     "squeezed": lambda s, h, y: F.mse_loss(h[:, :1].squeeze(), y.float()),
     "squeezed by dim": lambda s, h, y: (h.squeeze(0).softmax(-1) * s.vector).sum(),
