@@ -93,6 +93,20 @@ def test_tiny_models_run_and_have_no_zero_weights(name: str) -> None:
     assert all(bool(p.any()) for p in built.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "given"),
+    [
+        ("step3p7", "Step3p7ForConditionalGeneration", "pixel_values"),  # an empty window
+        ("glm5_next", "Glm5NextForConditionalGeneration", "labels"),  # sizes that must divide
+        ("kosmos-2", "Kosmos2ForConditionalGeneration", "image_embeds_position_mask"),
+        ("emu3", "Emu3ForCausalLM", "labels"),  # the class of a part
+    ],
+)
+def test_refusals_tell_what_models_need(name: str, head: str, given: str) -> None:
+    built = build_tiny(name)
+    assert type(built.model).__name__ == head and given in built.kwargs
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_architectures_of_every_sort_pass() -> None:
