@@ -17,6 +17,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.whole_ops import whole_ops
 from graphpar.errors import VerifyError
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
@@ -25,6 +26,7 @@ from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, strategies_of, value_of
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.shard import solve_sharding
+from graphpar.partition.types import WholeOp
 
 _SOLVE_LIMITS_S = (20.0, 120.0)
 """Folded blocks take a fraction of a second; on a busy machine the first call may need longer."""
@@ -41,6 +43,7 @@ class Sharding:
         objective_s: Seconds of one microbatch, both directions, its part of the optimiser's, and the
             price of memory.
         bound_s: No choice is faster under the same costs; None where the search was cut short.
+        whole: What every member computes whole, and why.
     """
 
     chosen: Mapping[str, Strategy]
@@ -48,6 +51,7 @@ class Sharding:
     weights: Mapping[str, Layout]
     objective_s: float = 0.0
     bound_s: float | None = None
+    whole: tuple[WholeOp, ...] = ()
 
 
 def choose_sharding(
@@ -248,12 +252,14 @@ class _Programme:
                 "on a machine that is busy with other things, try again."
             )
         pick = {key: found.answer[v.number] for key, v in self.variables.items()}
+        chosen = {name: rows[pick[self.key_of[name]]] for name, rows in self.table.items()}
         return Sharding(
-            {name: rows[pick[self.key_of[name]]] for name, rows in self.table.items()},
+            chosen,
             {name: forms[pick[self.key_of[f"{name} form"]]] for name, forms in self.forms.items()},
             {name: rows[pick[self.key_of[name]]] for name, rows in self.weights.items()},
             found.objective * 1e-9,
             found.bound * 1e-9 if found.bound is not None else None,
+            whole_ops(self.ops, self.graph, self.table, chosen, self.times),
         )
 
 

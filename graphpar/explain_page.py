@@ -9,6 +9,7 @@ from textwrap import wrap
 
 from graphpar.errors import PlanError
 from graphpar.explanation import Alternative, Choice, Explanation, ShadowPrice
+from graphpar.plan_page import whole_notes
 from graphpar.plan_records import PlanRecord, PlanStage
 from graphpar.units import format_bytes, format_percent, format_rate, format_seconds
 
@@ -43,6 +44,7 @@ def _whole(plan: PlanRecord, why: Explanation) -> Iterator[str]:
     )
     yield from _parts(why)
     yield from _listed("what keeps it from being faster", why.binding)
+    yield from _listed("computed whole inside tensor groups", whole_notes(plan))
     yield from _choices("each choice against the next best, closest first", why.choices)
     yield from _runners_up(why)
     yield from _prices(why)

@@ -31,6 +31,7 @@ def recorded(sharding: Sharding, leader: str, stage: int) -> GroupSharding:
         chosen=chosen,
         forms={name: str(layout) for name, layout in sharding.forms.items()},
         weights={name: str(layout) for name, layout in sharding.weights.items()},
+        whole=sharding.whole,
     )
 
 

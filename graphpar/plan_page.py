@@ -21,6 +21,7 @@ _MOST_EDGES = 24
 _MOST_LEFT_OUT = 8
 _MOST_GROUPS = 3
 _MOST_MEMBERS = 4
+_MOST_WHOLE = 6
 _MOST_BINDING = 3
 
 
@@ -187,6 +188,21 @@ def _group_texts(replicas: Sequence[Replica]) -> Iterator[str]:
         yield f"and {len(groups) - _MOST_GROUPS} more tensor groups"
 
 
+def whole_notes(plan: PlanRecord) -> list[str]:
+    """What members of tensor groups compute whole, each kind of op once."""
+    found: dict[str, float] = {}
+    for sharding in plan.partition.shardings:
+        for whole in sharding.whole:
+            found[str(whole)] = max(found.get(str(whole), 0.0), whole.seconds)
+    listed = sorted(found.items(), key=lambda item: -item[1])
+    notes = [
+        f"every member of the tensor group computes {text}; {format_seconds(seconds)} a microbatch"
+        for text, seconds in listed[:_MOST_WHOLE]
+    ]
+    more = len(listed) - _MOST_WHOLE
+    return [*notes, f"members compute {more} more kinds of ops whole"] if more > 0 else notes
+
+
 def _edge_lines(plan: PlanRecord) -> list[str]:
     if not plan.edges:
         return []
@@ -266,7 +282,7 @@ def _remarks(plan: PlanRecord) -> list[str]:
         lines.append(f"without work: {text}")
     if plan.explanation is not None:
         lines += [f"held back by: {text}" for text in plan.explanation.binding[:_MOST_BINDING]]
-    lines += [f"note: {note}" for note in (*plan.partition.notes, *plan.notes)]
+    lines += [f"note: {note}" for note in (*plan.partition.notes, *plan.notes, *whole_notes(plan))]
     lines += [f"assumed: {assumption}" for assumption in plan.assumptions]
     lines.append(f"certified among: {plan.partition.family}")
     return [piece for line in lines for piece in _wrapped(line)]

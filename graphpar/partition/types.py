@@ -139,6 +139,33 @@ class GroupStrategy:
 
 
 @dataclass(frozen=True)
+class WholeOp:
+    """Ops of one kind that every member of a tensor group computes whole.
+
+    Attributes:
+        target: What is computed, such as `aten.cumsum.default`.
+        module: Path of the module that calls it; of the first of several.
+        source: File and line there.
+        count: How many there are, in modules whose paths differ in numbers only.
+        reason: Why they are not divided.
+        seconds: What they take in a microbatch, in both directions, together.
+    """
+
+    target: str
+    module: str
+    source: str
+    count: int
+    reason: str
+    seconds: float
+
+    def __str__(self) -> str:
+        place = f" in {self.module}" if self.module else ""
+        line = f" ({self.source})" if self.source else ""
+        more = f" and {self.count - 1} like it" if self.count > 1 else ""
+        return f"{self.target}{place}{line}{more}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class GroupSharding:
     """How the members of a tensor group share a stage, so that every process rewrites the same graph.
 
@@ -149,6 +176,7 @@ class GroupSharding:
         chosen: For each op the number of its way.
         forms: For a value that is read several times the layout it is brought into first.
         weights: For each parameter and buffer the slice that members hold, or "whole".
+        whole: What every member computes whole, the most expensive first.
     """
 
     leader: str
@@ -157,6 +185,7 @@ class GroupSharding:
     chosen: dict[str, int]
     forms: dict[str, str]
     weights: dict[str, str]
+    whole: tuple[WholeOp, ...] = ()
 
 
 @dataclass(frozen=True)

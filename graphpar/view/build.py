@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from graphpar.partition.types import StageChoice
+from graphpar.plan_page import whole_notes
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule
 from graphpar.simulate import peak_parts
@@ -62,7 +63,7 @@ def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
             for edge in plan.edges
         ),
         certificate=_certificate(plan),
-        notes=(*plan.partition.notes, *plan.notes),
+        notes=(*plan.partition.notes, *plan.notes, *whole_notes(plan)),
         assumptions=plan.assumptions,
         options={name: str(value) for name, value in sorted(plan.options.items())},
         explanation=plan.explanation,
