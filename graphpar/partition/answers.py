@@ -35,7 +35,8 @@ class Solved(Generic[AnswerT]):
         bound: A true lower bound on every answer, or None.
         gap: `(objective - bound) / |objective|`, or None where either is missing.
         seconds: Wall-clock time.
-        truncated_by: `time limit`, `gap`, or None where nothing was cut short.
+        truncated_by: `time limit`, `gap`, `search space` or `rounding` (see `docs/solver.md`), or None
+            where nothing was cut short.
         answer: The answer, or None.
     """
 

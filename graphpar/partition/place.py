@@ -9,6 +9,7 @@ splits whose devices can be ordered so that no forward transfer goes backwards.
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import networkx as nx
 
@@ -74,6 +75,9 @@ def solve_placement(
     if not gap >= 0:
         raise ValueError(f"gap must not be negative, got {gap}")
     began_s = time.perf_counter()
+    # Accelerators are all alike, so more of them than operators are of no use.
+    most = max(1, len(problem.operators))
+    problem = replace(problem, num_accelerators=min(problem.num_accelerators, most))
 
     def left_s() -> float:
         return time_limit_s - (time.perf_counter() - began_s)
@@ -82,7 +86,12 @@ def solve_placement(
         progress(Progress(phase, time.perf_counter() - began_s, incumbent, bound))
 
     if objective == "throughput":
-        answer, bound, finished = _throughput(problem, left_s, tell)
+        run = _Throughput(problem, left_s, tell)
+        if problem.operators:
+            run.search()
+        else:
+            run.best, run.bound, run.finished = {}, 0.0, True
+        answer, bound, finished = run.best, run.bound, run.finished
     elif objective == "latency":
         answer, bound, finished = search_latency(problem, left_s, gap, threads, tell)
     else:
@@ -123,82 +132,105 @@ def _conclude(
     return Solved(status, verdict.value, bound, distance, seconds, truncated_by, answer)
 
 
-def _throughput(
-    problem: PlacementProblem,
-    left_s: Callable[[], float],
-    tell: Callable[[str, float | None, float | None], None],
-) -> tuple[Placement | None, float, bool]:
-    """Answer, bound, and whether nothing was left out for lack of time."""
-    if not problem.operators:
-        return {}, 0.0, True
-    blocks = contract(problem, forward_only=True)
-    pools = min(1, problem.num_cpus)
+Tell = Callable[[str, float | None, float | None], None]
 
-    def stop() -> bool:
-        return left_s() <= 0
 
-    def value(placement: Placement) -> float:
-        return value_of(problem, placement)
+class _Throughput:
+    """The best split so far, its load, and a bound on all.
 
-    def run(
-        of: Blocks, ideals: Ideals | None, cutoff: float, *, relaxed: bool = False
+    Attributes:
+        finished: Whether nothing was left out for lack of time.
+    """
+
+    def __init__(self, problem: PlacementProblem, left_s: Callable[[], float], tell: Tell) -> None:
+        self.problem, self._left_s, self._tell = problem, left_s, tell
+        self.best: Placement | None = None
+        self.load = math.inf
+        self.bound = _average_bound(problem)
+        self.finished = False
+
+    def search(self) -> None:
+        """A first answer from a few orders, then contiguity in full, then the blocks free of it."""
+        blocks = contract(self.problem, forward_only=True)
+        split, _ = self._run(blocks, chain_ideals(blocks, _orders(blocks)), self.load)
+        self._take(blocks, split, "chain")
+        blocks = contract(self.problem, forward_only=True, cutoff=self.load)
+        split, complete = self._run(blocks, all_ideals(blocks, _MOST_IDEALS), self.load)
+        self._take(blocks, split, "ideals")
+        kept = contract(self.problem, forward_only=True, free="keep", cutoff=self.load)
+        if not kept.free:
+            self._conclude(complete)
+        elif (anywhere := free_ideals(kept, _MOST_FREELY)) is not None:
+            split, complete = self._run(kept, anywhere, self.load)
+            self._take(kept, split, "free")
+            self._conclude(complete)
+        else:
+            self._answer_in_windows(kept)
+            self._bound_in_windows(kept)
+
+    def _answer_in_windows(self, kept: Blocks) -> None:
+        blocks = join_dominated(kept, charged=True)
+        blocks = without(blocks, loose(blocks))
+        split, _ = self._run(blocks, window_ideals(blocks, _MOST_IDEALS), self.load)
+        starts = [] if self.best is None else [self.best]
+        if split:
+            starts.append(_completed(self.problem, self.best, _assign(self.problem, blocks, split)))
+        free = [v for f in kept.free for v in kept.operators[f]]
+        for start in starts:
+            self._offer(improve_free(self.problem, start, free, self._stop))
+        self._say("windows")
+
+    def _bound_in_windows(self, kept: Blocks) -> None:
+        blocks = join_dominated(kept, charged=False)
+        blocks = without(blocks, loose(blocks))
+        ideals = window_ideals(blocks, _MOST_IDEALS)
+        if ideals is None:
+            blocks = without(blocks, blocks.free)
+            ideals = all_ideals(blocks, _MOST_IDEALS)
+        relaxed, proven = self._run(blocks, ideals, self.load * (1 + 1e-9), relaxed=True)
+        if proven:
+            self.bound = max(self.bound, min(self.load, relaxed.load if relaxed else self.load))
+        self.finished = proven and (self.best is not None or relaxed is None)
+        self._say("bound")
+
+    def _conclude(self, complete: bool) -> None:
+        self.finished = complete
+        if complete:
+            self.bound = max(self.bound, self.load)
+
+    def _run(
+        self, blocks: Blocks, ideals: Ideals | None, cutoff: float, *, relaxed: bool = False
     ) -> tuple[Split | None, bool]:
+        """The best split of these ideals, and whether that says something about all."""
         if ideals is None:
             return None, False
         split = best_split(
-            of,
+            blocks,
             ideals,
-            num_accelerators=problem.num_accelerators,
-            num_cpu_pools=pools,
-            memory_limit=problem.memory_limit,
+            num_accelerators=self.problem.num_accelerators,
+            num_cpu_pools=min(1, self.problem.num_cpus),
+            memory_limit=self.problem.memory_limit,
             cutoff=cutoff,
-            should_stop=stop,
+            should_stop=self._stop,
             relaxed=relaxed,
         )
-        return split, ideals.complete and not stop()
+        return split, ideals.complete and not self._stop()
 
-    bound = _average_bound(problem)
-    first, _ = run(blocks, chain_ideals(blocks, _orders(blocks)), math.inf)
-    best = _assign(problem, blocks, first) if first else None
-    load = first.load if first else math.inf
-    tell("chain", load if first else None, bound)
-    blocks = contract(problem, forward_only=True, cutoff=load)
-    split, complete = run(blocks, all_ideals(blocks, _MOST_IDEALS), load)
-    if split:
-        best, load = _assign(problem, blocks, split), split.load
-    tell("ideals", load if best else None, bound)
-    kept = contract(problem, forward_only=True, free="keep", cutoff=load)
-    if not kept.free:
-        return best, max(bound, load) if complete else bound, complete
-    if (anywhere := free_ideals(kept, _MOST_FREELY)) is not None:
-        split, complete = run(kept, anywhere, load)
+    def _stop(self) -> bool:
+        return self._left_s() <= 0
+
+    def _take(self, blocks: Blocks, split: Split | None, phase: str) -> None:
         if split:
-            best, load = _assign(problem, kept, split), split.load
-        return best, max(bound, load) if complete else bound, complete
-    free = [v for f in kept.free for v in kept.operators[f]]
-    joined = join_dominated(kept, charged=True)
-    joined = without(joined, loose(joined))
-    split, _ = run(joined, window_ideals(joined, _MOST_IDEALS), load)
-    starts = [] if best is None else [best]
-    if split:
-        starts.append(_completed(problem, best, _assign(problem, joined, split)))
-    if starts:
-        best = min((improve_free(problem, start, free, stop) for start in starts), key=value)
-        load = value(best)
-    if not math.isfinite(load):
-        best = None
-    tell("windows", load if best else None, bound)
-    core = join_dominated(kept, charged=False)
-    core = without(core, loose(core))
-    ideals = window_ideals(core, _MOST_IDEALS)
-    if ideals is None:
-        core = without(core, core.free)
-        ideals = all_ideals(core, _MOST_IDEALS)
-    relaxed, proven = run(core, ideals, load * (1 + 1e-9), relaxed=True)
-    if proven:
-        bound = max(bound, min(load, relaxed.load if relaxed else load))
-    tell("bound", load if best else None, bound)
-    return best, bound, proven and (best is not None or relaxed is None)
+            self._offer(_assign(self.problem, blocks, split))
+        self._say(phase)
+
+    def _offer(self, placement: Placement) -> None:
+        load = value_of(self.problem, placement)
+        if load < self.load:
+            self.best, self.load = placement, load
+
+    def _say(self, phase: str) -> None:
+        self._tell(phase, self.load if self.best else None, self.bound)
 
 
 def _completed(problem: PlacementProblem, best: Placement | None, part: Placement) -> Placement:

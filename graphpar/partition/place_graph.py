@@ -248,6 +248,9 @@ def _summarise(problem: PlacementProblem, place: list[int], ordered: list[bool],
             cpu[p] += op.cpu_latency
             accelerator[p] += op.accelerator_latency if op.on_accelerator else np.inf
             size[p] += op.size
+    # Amounts that can play no part must not drown the others in sums.
+    accelerator[size > problem.memory_limit * (1 + 1e-12)] = np.inf
+    size[~np.isfinite(accelerator)] = 0.0
     edges = {
         (place[t.source], place[t.target])
         for t in problem.transfers

@@ -201,6 +201,10 @@ def best_split(
     for answers that put free blocks anywhere.
     """
     finite = np.where(np.isfinite(blocks.accelerator), blocks.accelerator, 0.0)
+    cpu = blocks.cpu
+    if np.isfinite(cutoff):
+        # What is above the cutoff anyway must not drown smaller amounts in sums.
+        finite, cpu = np.minimum(finite, 2.0 * cutoff), np.minimum(cpu, 2.0 * cutoff)
     # Ideals of one batch should have similar work, so that few smaller ones are near all of them.
     certain = finite.copy()
     if relaxed:
@@ -211,11 +215,11 @@ def best_split(
     barred = ~np.isfinite(blocks.accelerator)
     sums: dict[str, FloatArray] = {
         "accelerator": member.astype(np.float64) @ finite,
-        "cpu": member @ blocks.cpu,
+        "cpu": member @ cpu,
         "size": member @ blocks.size,
         "barred": member.astype(np.float64) @ barred.astype(np.float64),
     }
-    amounts_of = {"cpu": blocks.cpu, "size": blocks.size, "barred": barred}
+    amounts_of = {"cpu": cpu, "size": blocks.size, "barred": barred}
     optional = blocks.optional if relaxed and blocks.optional.any() else None
     if optional is not None:
         amounts_of["optional"] = optional

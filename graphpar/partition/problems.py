@@ -114,8 +114,12 @@ Problem: TypeAlias = ShardingProblem | PlacementProblem
 _Costs: TypeAlias = list[list[Number]]
 
 
+_Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+"""What fits arrays of integers."""
+
+
 class _ShardingNodes(msgspec.Struct):
-    intervals: list[tuple[int, int]]
+    intervals: list[tuple[_Moment, _Moment]]
     costs: _Costs
     usages: _Costs
 
@@ -219,17 +223,19 @@ def _sharding(body: _ShardingBody, name: str) -> ShardingProblem:
         if len(costs) != len(usages):
             raise ProblemError(f"{name}: node {node} has {len(costs)} costs but {len(usages)} usages")
         _require_finite(costs, f"{name}: costs of node {node}")
+        _require_finite(usages, f"{name}: usages of node {node}")
         if min(usages) < 0:
             raise ProblemError(f"{name}: node {node} has a negative memory usage {min(usages)}")
-        _require_finite(usages, f"{name}: usages of node {node}")
     if len(edges.nodes) != len(edges.costs):
         raise ProblemError(
             f"{name}: edges.nodes has {len(edges.nodes)} entries, edges.costs {len(edges.costs)}"
         )
     for edge, (ends, costs) in enumerate(zip(edges.nodes, edges.costs, strict=True)):
         _check_edge(ends, costs, nodes.costs, f"{name}: edge {edge}")
-    if body.usage_limit is not None and body.usage_limit < 0:
-        raise ProblemError(f"{name}: usage_limit is negative: {body.usage_limit}")
+    if body.usage_limit is not None:
+        _require_finite([body.usage_limit], f"{name}: usage_limit")
+        if body.usage_limit < 0:
+            raise ProblemError(f"{name}: usage_limit is negative: {body.usage_limit}")
     return ShardingProblem(
         name=body.name or name,
         intervals=tuple(nodes.intervals),
@@ -255,9 +261,13 @@ def _check_edge(ends: list[int], costs: list[Number], node_costs: _Costs, where:
 
 
 def _require_finite(numbers: list[Number], where: str) -> None:
-    # JSON has no NaN, but a literal such as 1e999 reads as infinity.
-    if not math.isfinite(math.fsum(map(abs, numbers))):
-        raise ProblemError(f"{where} hold a number that is not finite")
+    # JSON has no NaN, but 1e999 reads as infinity, and whole numbers may have any length.
+    try:
+        finite = math.isfinite(math.fsum(map(abs, numbers)))
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ProblemError(f"{where}: some number is infinite or too large to be added up")
 
 
 def _placement(body: _PlacementFile, name: str) -> PlacementProblem:

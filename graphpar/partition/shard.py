@@ -461,5 +461,7 @@ def _conclude(state: State, infeasible: bool) -> Solved[list[int]]:
         status, truncated_by = "optimal", None
     elif gap is not None and gap <= state.gap:
         truncated_by = "gap"
+    elif state.left_s() > 0:
+        truncated_by = "rounding"
     seconds = state.elapsed_s()
     return Solved(status, state.objective, bound, gap, seconds, truncated_by, state.answer, note)
