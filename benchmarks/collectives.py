@@ -151,10 +151,13 @@ def sample(row: dict[str, Any]) -> Sample | str:
     seconds = _measured_s(row, name, size, ranks)
     if seconds is None:
         return "no time or bandwidth"
+    try:
+        kind = device_of(SHORT_NAMES.get(gpu, gpu))[0]
+    except ValueError as error:
+        return str(error)
     group = group_of(row, ranks)
     if isinstance(group, str):
         return group
-    kind = device_of(SHORT_NAMES.get(gpu, gpu))[0]
     return Sample(kind, name, size, group, str(row.get("algo") or ""), seconds)
 
 

@@ -167,8 +167,8 @@ def samples(rows: list[dict[str, Any]]) -> Samples:
     """Runs with their measured step time, by set."""
     sets: Samples = defaultdict(list)
     for row in (cleaned(raw)[0] for raw in rows):
-        run, seconds = run_of(row), measured_step_s(row)
-        if isinstance(run, Run) and seconds is not None:
+        run = run_of(row)
+        if isinstance(run, Run) and (seconds := measured_step_s(row)) is not None:
             sets[row["set"]].append((run, seconds))
     return dict(sets)
 

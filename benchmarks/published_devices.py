@@ -1,6 +1,7 @@
 """From the words of published tables to devices and networks of the catalogue."""
 
 import re
+from difflib import get_close_matches
 
 from graphpar import catalogue
 from graphpar.cost_models.communication import Network
@@ -35,27 +36,53 @@ _DEVICE_WORDS = (
 )  # fmt: skip
 
 
+VENDORS = ("NVIDIA", "AMD")
+"""Whose devices run what the training model describes: kernels, streams, rings of collectives."""
+
+ALIKE = 0.8
+"""How much of a name two variants of one device share at least ("MI300A", "MI300X")."""
+
+MEMORY_RANGE = (0.4, 1.6)
+"""A variant's memory over the catalogue's; a name that states more states the host's ("GH200 480GB")."""
+
+
 def device_of(name: str) -> tuple[str, float, str]:
     """The catalogue's kind for a GPU's name, its memory where the name states another, and a remark.
 
-    A GPU that the catalogue lacks is taken for the kind whose name is nearest, with its own memory.
+    Raises:
+        ValueError: If the catalogue has no such GPU, nor a variant of it.
     """
     known = catalogue.devices()
     remark = ""
     kind = next((k for pattern, k in _DEVICE_WORDS if re.search(pattern, name) and k in known), None)
     if kind is None:
-        names = {catalogue.normalize(a): k for k, d in known.items() for a in (k, *d.aliases)}
-        near = catalogue.nearest(catalogue.normalize(name), names, 1)
-        kind = names[near[0]] if near else "a100-sxm-80gb"
+        kind = _variant(name)
+        if kind is None:
+            raise ValueError(f"device {name!r} is not in the catalogue")
+        names = {catalogue.normalize(a) for a in (kind, *known[kind].aliases)}
         if catalogue.normalize(name) not in names:
             remark = f"{name!r} is not in the catalogue; {kind} stands for it"
+    if known[kind].vendor not in VENDORS or known[kind].is_cpu:
+        raise ValueError(f"device {name!r} is no GPU; only those are predicted without a graph")
     stated = re.search(r"(\d+)\s*G[Bi]", name)
     memory = float(stated[1]) * 2**30 if stated else 0.0
-    return kind, 0.0 if memory == known[kind].memory_bytes else memory, remark
+    low, high = (share * known[kind].memory_bytes for share in MEMORY_RANGE)
+    other = low < memory < high and memory != known[kind].memory_bytes
+    return kind, memory if other else 0.0, remark
+
+
+def _variant(name: str) -> str | None:
+    """The kind whose name is nearly this one, with the same first number."""
+    wanted = catalogue.normalize(name)
+    names = {catalogue.normalize(a): k for k, d in catalogue.devices().items() for a in (k, *d.aliases)}
+    near = get_close_matches(wanted, names, 1, ALIKE)
+    numbers = [re.findall(r"\d+", text)[:1] for text in (wanted, *near)]
+    return names[near[0]] if near and numbers[0] == numbers[1] else None
 
 
 NAMED_NETWORKS = (
     ("xdr", 800), ("ndr", 400), ("hdr", 200), ("edr", 100), ("fdr", 56), ("omni", 100),
+    ("slingshot", 200),
 )  # fmt: skip
 """Gbit/s of one port by the generation's name."""
 

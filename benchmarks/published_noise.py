@@ -51,8 +51,8 @@ def noise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     jobs: dict[tuple[str, str], list[float]] = defaultdict(list)
     for raw in rows:
         row, _ = cleaned(raw)
-        run, seconds = run_of(row), measured_step_s(row)
-        if not isinstance(run, Run) or seconds is None:
+        run = run_of(row)
+        if not isinstance(run, Run) or (seconds := measured_step_s(row)) is None:
             continue
         repeated[row["set"]][configuration(row, run)].append(seconds)
         job = f"{row['model'].get('name')} s{run.shape.seq_len} n{run.devices} b{run.batch:g}"

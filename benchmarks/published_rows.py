@@ -126,7 +126,10 @@ def run_of(row: dict[str, Any]) -> Run | str:
         return shape
     if not row["hardware"].get("gpu"):
         return "no device"
-    device, memory_bytes, _ = device_of(str(row["hardware"]["gpu"]))
+    try:
+        device, memory_bytes, _ = device_of(str(row["hardware"]["gpu"]))
+    except ValueError as error:
+        return str(error)
     traits = _traits(row)
     batch = _batches(row, traits)
     if batch is None:

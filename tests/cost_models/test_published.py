@@ -22,7 +22,6 @@ from published_devices import device_of, network_of  # noqa: E402
 from published_folds import folds  # noqa: E402
 from published_noise import noise  # noqa: E402
 
-from graphpar import catalogue  # noqa: E402
 from graphpar.cost_models.training import step_time  # noqa: E402
 from graphpar.cost_models.training_run import parameters  # noqa: E402
 
@@ -121,12 +120,41 @@ def test_widths_that_do_not_fit_the_devices_are_put_right_and_said() -> None:
     assert remarks == ["dp 4 does not fit 8 devices; 2 assumed"]
 
 
-def test_unknown_devices_have_a_stand_in_with_their_own_memory() -> None:
+def test_variants_have_a_stand_in_with_their_own_memory() -> None:
     kind, memory_bytes, remark = device_of("NVIDIA A100-SXM-64GB")
     assert (kind, memory_bytes, remark) == ("a100-sxm-80gb", 64 * 2**30, "")
-    kind, _, remark = device_of("RTX 9999 Super")
-    assert kind in catalogue.devices()
-    assert "RTX 9999 Super" in remark
+    assert device_of("GH200 480GB")[1] == 0  # of its host
+    kind, _, remark = device_of("MI300A")
+    assert kind == "mi300x"
+    assert "MI300A" in remark
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kind"),
+    [
+        ("A800", "a800-sxm-80gb"), ("H800-SXM-80GB", "h800-sxm-80gb"), ("MI250X", "mi250x"),
+        ("MI300X", "mi300x"), ("NVIDIA L40S", "l40s"), ("A10G", "a10g"), ("GeForce RTX 4090", "rtx-4090"),
+        ("B200", "b200-sxm"), ("GH200", "gh200-96gb"), ("H100 SXM5", "h100-sxm-80gb"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["id"]))
+def test_rows_of_other_gpus_are_scored(gpu: str, kind: str, row: dict[str, Any]) -> None:
+    assert device_of(gpu)[0] == kind
+    assert isinstance(score({**row, "hardware": {**row["hardware"], "gpu": gpu}}), dict)
+
+
+@pytest.mark.parametrize("gpu", ["TPU v4", "Gaudi2", "Trainium2", "Apple M2 Ultra", "cpu"])
+def test_what_is_no_gpu_is_refused(gpu: str) -> None:
+    found = score({**GPT, "hardware": {**GPT["hardware"], "gpu": gpu}})
+    assert found == f"device {gpu!r} is no GPU; only those are predicted without a graph"
+    assert collectives.score({**COLLECTIVE, "gpu": gpu}) == found
+
+
+@pytest.mark.parametrize("gpu", ["K80", "B100", "Ascend 910B", "RTX 9999 Super", "?"])
+def test_devices_unlike_any_of_the_catalogue_are_refused(gpu: str) -> None:
+    found = score({**GPT, "hardware": {**GPT["hardware"], "gpu": gpu}})
+    assert found == f"device {gpu!r} is not in the catalogue"
+    assert collectives.score({**COLLECTIVE, "gpu": gpu}) == found
 
 
 @pytest.mark.parametrize(
