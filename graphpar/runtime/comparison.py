@@ -60,13 +60,19 @@ class DeviceComparison:
 class StepComparison:
     """A measured step beside its prediction.
 
-    `reasons` are the likely ones where anything differs by more than `TOLERANCE`; empty otherwise.
+    `reasons` are the likely ones where anything differs by more than `tolerance`; empty otherwise.
     """
 
     predicted_s: float
     measured_s: float
     devices: tuple[DeviceComparison, ...]
     reasons: tuple[str, ...]
+    tolerance: float = TOLERANCE
+
+    @property
+    def off(self) -> bool:
+        """Whether the step, or what a device does in it, is worth a word."""
+        return bool(self.reasons) or abs(self.error) > self.tolerance
 
     @property
     def error(self) -> float:

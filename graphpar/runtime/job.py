@@ -22,7 +22,6 @@ from graphpar.plans import Plan
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.comparison import (
     NOTABLE_S,
-    TOLERANCE,
     MachineNow,
     StepComparison,
     compare_step,
@@ -186,7 +185,7 @@ class CompiledModel(JobState):
         found = self.comparison
         if found is None or max(found.measured_s, found.predicted_s) < NOTABLE_S:
             return
-        if found.reasons or abs(found.error) > TOLERANCE:
+        if found.off:
             last = self.last_step
             assert last is not None
             _log.warning("%s", compare_step(self.plan, last.reports, last.seconds, _machine(self.plan)))

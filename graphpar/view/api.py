@@ -113,7 +113,9 @@ def _detail(plan: Plan, graph: Graph | None, drawable: Drawable) -> ViewDetail |
 
 def _view(drawable: Drawable) -> ViewData:
     plan = _plan_of(drawable)
-    return view_of(plan) if isinstance(drawable, Plan) else view_of(plan, drawable.last_step)
+    if isinstance(drawable, Plan):
+        return view_of(plan)
+    return view_of(plan, drawable.last_step, getattr(drawable, "comparison", None))
 
 
 def _plan_of(drawable: Drawable) -> Plan:

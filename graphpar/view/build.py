@@ -13,7 +13,7 @@ from graphpar.plans import Plan
 from graphpar.schedule import Schedule
 from graphpar.simulate import peak_parts
 from graphpar.view.fold import fold_units
-from graphpar.view.measured import MeasuredStep, measured_timeline
+from graphpar.view.measured import MeasuredStep, StepDifference, comparison_of, measured_timeline
 from graphpar.view.model import (
     Lane,
     ViewCertificate,
@@ -33,7 +33,9 @@ _SPLITS_WEIGHTS = 3
 """The ZeRO level from which on a device holds a part of its weights only."""
 
 
-def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
+def view_of(
+    plan: Plan, measured: MeasuredStep | None = None, difference: StepDifference | None = None
+) -> ViewData:
     """Everything there is to draw of a plan; simulates its step once."""
     timeline = plan.timeline()
     schedule = timeline.schedule
@@ -76,6 +78,7 @@ def view_of(plan: Plan, measured: MeasuredStep | None = None) -> ViewData:
             ),
         ),
         measured=ran,
+        comparison=comparison_of(difference) if difference is not None else None,
     )
 
 

@@ -5,11 +5,12 @@ torch) has to be imported to draw a picture.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Protocol
 
 from graphpar.plans import Plan
 from graphpar.schedule import Action, Schedule
-from graphpar.view.model import Lane, ViewKernel, ViewTimeline
+from graphpar.view.model import Lane, ViewComparison, ViewDifference, ViewKernel, ViewTimeline
 
 
 class MeasuredEvent(Protocol):
@@ -62,6 +63,49 @@ class MeasuredStep(Protocol):
     def reports(self) -> Sequence[MeasuredRank]: ...
     @property
     def failure(self) -> str: ...
+
+
+class DeviceDifference(Protocol):
+    """One device's seconds and peak bytes, measured and predicted."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def predicted_compute_s(self) -> float: ...
+    @property
+    def compute_s(self) -> float: ...
+    @property
+    def predicted_wait_s(self) -> float: ...
+    @property
+    def wait_s(self) -> float: ...
+    @property
+    def predicted_reduce_s(self) -> float: ...
+    @property
+    def reduce_s(self) -> float: ...
+    @property
+    def predicted_peak_bytes(self) -> float: ...
+    @property
+    def peak_bytes(self) -> float: ...
+
+
+class StepDifference(Protocol):
+    """A step beside its prediction, with the likely reasons where they differ."""
+
+    @property
+    def off(self) -> bool: ...
+    @property
+    def tolerance(self) -> float: ...
+    @property
+    def devices(self) -> Sequence[DeviceDifference]: ...
+    @property
+    def reasons(self) -> Sequence[str]: ...
+
+
+def comparison_of(found: StepDifference) -> ViewComparison:
+    """What the page shows of it."""
+    names = [f.name for f in fields(ViewDifference)]
+    rows = tuple(ViewDifference(**{name: getattr(d, name) for name in names}) for d in found.devices)
+    return ViewComparison(rows, tuple(found.reasons), found.off, found.tolerance)
 
 
 _LONGEST_FAILURE = 160

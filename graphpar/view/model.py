@@ -249,6 +249,36 @@ class ViewShares:
 
 
 @dataclass(frozen=True)
+class ViewDifference:
+    """One device's part of a measured step beside what was predicted of it."""
+
+    device: str
+    predicted_compute_s: float
+    compute_s: float
+    predicted_wait_s: float
+    wait_s: float
+    predicted_reduce_s: float
+    reduce_s: float
+    predicted_peak_bytes: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True)
+class ViewComparison:
+    """A measured step beside its prediction.
+
+    Attributes:
+        off: Whether anything that matters differs by more than `tolerance`.
+        reasons: The likely ones, where it does.
+    """
+
+    devices: tuple[ViewDifference, ...]
+    reasons: tuple[str, ...]
+    off: bool
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class ViewData:
     """Everything the views show of one plan, and of a measured step if there is one."""
 
@@ -278,6 +308,7 @@ class ViewData:
     routes: tuple[tuple[int, ...], ...] = field(repr=False)
     predicted: ViewTimeline = field(repr=False)
     measured: ViewTimeline | None = field(default=None, repr=False)
+    comparison: ViewComparison | None = field(default=None, repr=False)
 
     @property
     def headline(self) -> str:

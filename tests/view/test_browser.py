@@ -23,6 +23,7 @@ from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.planner import plan_of, price
 from graphpar.plans import Plan, hash_of
 from graphpar.preparation import prepare
+from graphpar.runtime.comparison import compare_step
 from graphpar.simulated import stage_links
 from graphpar.view.api import Drawable, visualize
 from graphpar.view.build import view_of
@@ -213,6 +214,28 @@ def test_a_run_that_failed_is_marked(opened: Open) -> None:
     page = opened(Job(plan, measured_step(plan, until_s=0.1)))
     assert "the run failed" in page.inner_text("#timeline")
     assert "measured" in page.inner_text("#memory")
+
+
+def test_a_step_that_differs_is_shown_with_the_likely_reason(opened: Open) -> None:
+    plan = sample_plan()
+    for slower, off in ((1.0, False), (1.4, True)):
+        step = measured_step(plan, slower=slower)
+        reports = tuple(
+            replace(r, peak_bytes=int(timing))
+            for r, timing in zip(
+                step.reports, (d.peak_bytes for d in view_of(plan).devices), strict=False
+            )
+        )
+        found = compare_step(plan, reports, step.seconds)  # type: ignore[arg-type]
+        page = opened(Job(plan, step, found))
+        rows = page.locator("#differences tbody tr").all_inner_texts()
+        assert [row.split()[0] for row in rows] == list(plan.devices)
+        assert page.locator("#differs").count() == off
+        if off:
+            assert "40 % longer" in page.inner_text("#differs") and "Likely:" in page.inner_text(
+                "#differs"
+            )
+            assert all("+40 %" in row for row in rows)
 
 
 def test_two_plans_are_compared(opened: Open) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import CLUSTER, partition_of, partitions, sample_plan, stage_links, table_for
-from view_samples import HOSTILE, hostile_plan, measured_step
+from view_samples import HOSTILE, Job, hostile_plan, measured_step
 
 from graphpar import cli
 from graphpar.ir.graph import Graph
@@ -22,6 +22,7 @@ from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plan_diff import diff_plans
 from graphpar.plans import Plan, hash_of
+from graphpar.runtime.comparison import compare_step
 from graphpar.view.api import visualize
 from graphpar.view.build import view_of
 from graphpar.view.detail import ViewDetail
@@ -94,6 +95,18 @@ def test_the_page_holds_the_plan_and_the_measured_step() -> None:
     assert shown["step_s"] == pytest.approx(plan.predicted_step_s)
     assert shown["measured"]["stopped"] == [0, 1, 2, 3]
     assert data["diff"] is None
+
+
+def test_the_page_holds_measured_and_predicted_of_each_device_and_why_they_differ(tmp_path: Path) -> None:
+    plan = sample_plan()
+    step = measured_step(plan, slower=1.4)
+    found = compare_step(plan, step.reports, step.seconds)  # type: ignore[arg-type]
+    job = Job(plan, step, found)
+    (shown,) = data_of(visualize(job, tmp_path / "job.html").read_bytes())["plans"]
+    assert shown["comparison"]["off"] and shown["comparison"]["reasons"] == list(found.reasons) != []
+    assert [d["device"] for d in shown["comparison"]["devices"]] == list(plan.devices)
+    for d in shown["comparison"]["devices"]:
+        assert d["compute_s"] == pytest.approx(1.4 * d["predicted_compute_s"])
 
 
 def test_hostile_names_are_data_only() -> None:

@@ -28,6 +28,7 @@ def test_a_jobs_last_step_is_drawn_beside_its_prediction(tmp_path: Path) -> None
         graphpar.visualize(job, tmp_path / "before.json")
         job.step(*inputs)
         graphpar.visualize(job, tmp_path / "after.json")
+        page = graphpar.visualize(job, tmp_path / "after.html").read_text()
         step = job.last_step
         assert step is not None
         measured = view_of(job.plan, step).measured
@@ -47,6 +48,11 @@ def test_a_jobs_last_step_is_drawn_beside_its_prediction(tmp_path: Path) -> None
     first = min(forwards, key=lambda e: e["ts"])
     inside = [e for e in kernels if first["ts"] <= e["ts"] <= first["ts"] + first["dur"]]
     assert len(inside) > 5, "the profiler's clock is not the rank's"
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    compared = data["plans"][0]["comparison"]
+    assert [d["device"] for d in compared["devices"]] == list(job.plan.devices)
+    assert all(d["compute_s"] > 0 and d["peak_bytes"] > 0 for d in compared["devices"])
+    assert compared["off"] == bool(compared["reasons"])
     assert measured is not None and not measured.stopped
     assert measured.step_s == pytest.approx(step.seconds)
     assert [len(lane.actions) for lane in measured.lanes] == [len(r.events) for r in step.reports]

@@ -70,6 +70,7 @@ class Job:
 
     plan: Plan
     last_step: Step | None
+    comparison: Any = None
 
 
 def measured_step(

@@ -6,8 +6,9 @@ const MOST_RIBBONS = 6;
 const MOST_ROWS = 400;
 
 function overview(plan) {
-  section("overview", "Overview", failureBanner(plan),
+  section("overview", "Overview", failureBanner(plan), ...differenceBanner(plan),
     make("div", { class: "tiles" }, ...tiles(plan).map(tile)),
+    ...differences(plan),
     make("h3", {}, "Where the devices' time goes"), ...shareBar(plan),
     make("h3", {}, "Who runs what"), ...ribbons(plan),
     make("h3", {}, "Cluster"), ...cluster(plan),
@@ -17,6 +18,42 @@ function overview(plan) {
 function failureBanner(plan) {
   if (!plan.measured || !plan.measured.stopped.length) return null;
   return make("p", { class: "alert banner", id: "failed" }, `The measured step did not finish: ${plan.measured.note}.`);
+}
+
+// Where the measured step is off its prediction: by how much, and why, likely.
+function differenceBanner(plan) {
+  const found = plan.comparison;
+  if (!found || !found.off) return [];
+  const step = `The measured step took ${seconds(plan.measured.step_s)}, ${measuredNote(plan)}.`;
+  const reasons = found.reasons.length ? found.reasons.map((reason) => `Likely: ${reason}.`) : ["Nothing in its parts tells why."];
+  return [make("div", { class: "alert banner", id: "differs", role: "status" },
+    ...[step, ...reasons].map((text) => make("p", {}, text)))];
+}
+
+function differences(plan) {
+  const found = plan.comparison;
+  if (!found) return [];
+  const reduces = found.devices.some((d) => d.predicted_reduce_s > 0 || d.reduce_s > 0);
+  const head = [["device", "name"], ["computes", "number"], ["waits for messages", "number"],
+    ...(reduces ? [["sums of gradients", "number"]] : []), ["peak memory", "number"]];
+  const rows = found.devices.slice(0, MOST_ROWS).map((d) => [d.device,
+    beside(d.compute_s, d.predicted_compute_s, seconds, found.tolerance),
+    beside(d.wait_s, d.predicted_wait_s, seconds, Infinity),
+    ...(reduces ? [beside(d.reduce_s, d.predicted_reduce_s, seconds, Infinity)] : []),
+    beside(d.peak_bytes, d.predicted_peak_bytes, bytes, found.tolerance)]);
+  const shown = table(head, rows);
+  shown.id = "differences";
+  const more = found.devices.length - rows.length;
+  if (more > 0) shown.append(make("p", {}, `and ${more} more`));
+  return [make("h3", {}, "Measured against predicted"), shown];
+}
+
+// A measured value, what was predicted, and how far apart they are; marked beyond the tolerance.
+function beside(measured, predicted, unit, tolerance) {
+  const off = predicted > 0 ? measured / predicted - 1 : 0;
+  const sign = off > 0 ? "+" : "";
+  const told = predicted > 0 ? ` of ${unit(predicted)} (${sign}${(100 * off).toFixed(0)} %)` : ` of ${unit(predicted)}`;
+  return make("span", { class: Math.abs(off) > tolerance ? "alert" : null }, unit(measured) + told);
 }
 
 function tiles(plan) {
