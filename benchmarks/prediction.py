@@ -43,10 +43,16 @@ CLUSTERS: dict[str, tuple[float, ...]] = {
     "3 unlike": (2.0, 4.0, 4.0),
     "4 equal": (3.0, 3.0, 3.0, 3.0),
     "4 unlike": (2.0, 4.0, 4.0, 4.0),
+    "2 slow link": (1.5, 1.5),
+    "3 slow link": (2.0, 4.0, 4.0),
+    "4 slow link": (3.0, 3.0, 3.0, 3.0),
 }
 """How many times slower than a core each worker is; together they need less than one and a half cores."""
 
-LINK = {"bytes_per_s": 4e8, "latency_s": 2e-4}
+
+def link_of(cluster: str) -> dict[str, float]:
+    """The link between workers: over a slow one stages in a row win, over others workers side by side."""
+    return {"bytes_per_s": 2e7 if "slow" in cluster else 4e8, "latency_s": 2e-4}
 
 
 class Tower(nn.Module):
@@ -66,6 +72,29 @@ class Tower(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x.square().mean()
+
+
+class Convolutions(nn.Module):
+    """Residual convolutions with normalisation within samples, then a linear layer."""
+
+    def __init__(self, channels: int = 64, blocks: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.ReLU(),
+                nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels),
+            )
+            for _ in range(blocks)
+        )  # fmt: skip
+        self.last = nn.Linear(channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) to the mean of squares of ten results."""
+        x = self.first(x)
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return self.last(x.mean((2, 3))).square().mean()
 
 
 @dataclass(frozen=True)
@@ -96,6 +125,35 @@ def cases() -> Iterator[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]]:
     ids, targets = example_inputs(6, 128)
     yield "gpt 4x384", GPT(width=384, layers=4, heads=6, length=128), (ids,), {"targets": targets}
     yield "tower 8x512", Tower(), (torch.randn(256, 512),), {}
+    yield "cnn 4x64", Convolutions(), (torch.randn(12, 3, 32, 32),), {}
+    yield from stock_models()
+
+
+def stock_models() -> Iterator[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """Models of transformers, built from their configurations."""
+    import transformers  # an optional extra
+
+    ids = torch.randint(0, 1000, (12, 64))
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
+    words = {**sizes, "hidden_size": 256, "vocab_size": 1000, "max_position_embeddings": 64}
+    llama = transformers.LlamaConfig(**words, num_key_value_heads=2, use_cache=False)
+    yield (
+        "llama 4x256",
+        transformers.LlamaForCausalLM(llama),
+        (),
+        {"input_ids": ids, "labels": ids.clone()},
+    )
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = transformers.BertConfig(**words, **quiet)
+    yield "bert 4x256", transformers.BertForMaskedLM(bert), (), {"input_ids": ids, "labels": ids.clone()}
+    vit = transformers.ViTConfig(**sizes, hidden_size=256, image_size=64, patch_size=8, num_labels=10)
+    pixels, labels = torch.randn(12, 3, 64, 64), torch.randint(0, 10, (12,))
+    yield (
+        "vit 4x256",
+        transformers.ViTForImageClassification(vit),
+        (),
+        {"pixel_values": pixels, "labels": labels},
+    )
 
 
 def main() -> None:
@@ -145,10 +203,10 @@ def measure(
     """Plan, run, compare."""
     devices = [{"kind": "cpu", "slowdown": s, "threads": 1} for s in slowdowns]
     training = graphpar.Training(optimizer=torch.optim.AdamW)
+    where = {"devices": devices, "link": link_of(cluster)}
     with graphpar.compile(
-        model, {"devices": devices, "link": LINK}, args, kwargs, train=training, calibration=calibration,
-        time_limit_s=5.0,
-    ) as job:  # fmt: skip
+        model, where, args, kwargs, train=training, calibration=calibration, time_limit_s=5.0
+    ) as job:
         seconds, overlaps, kept = [], [], []
         for number in range(WARM_UP + steps):
             job.step(*args, **kwargs)

@@ -54,6 +54,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         optimizer_s: What the optimiser took for all parameters; 0 where nothing is trained.
         split_s: What backwards in two halves took more, for the whole model.
         pauses: What waiting costs workers that are slowed down, by their slowdown.
+        stage_s: What a stage costs beside its ops, per microbatch and direction.
     """
 
     units: dict[str, UnitTiming]
@@ -62,6 +63,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optimizer_s: float = 0.0
     split_s: float = 0.0
     pauses: tuple[Pause, ...] = ()
+    stage_s: float = 0.0
 
 
 def with_timing(
@@ -93,7 +95,13 @@ def with_timing(
         slowing = timing.slowing or shared.slowing
         shared = replace(shared, slowing=slowing, reference_s=timing.reference_s)
     classes = tuple(
-        replace(c, stage_overhead_s=c.stage_overhead_s + pause.action_s * pause.slowdown) if here else c
+        replace(
+            c,
+            stage_overhead_s=max(c.stage_overhead_s, timing.stage_s * pause.slowdown)
+            + pause.action_s * pause.slowdown,
+        )
+        if here
+        else c
         for c, here, pause in zip(table.device_classes, local, pauses, strict=True)
     )
     return replace(table, costs=tuple(costs), shared=shared, device_classes=classes)

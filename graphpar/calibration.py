@@ -123,6 +123,8 @@ class Calibration:
         slowing: How many times longer computing takes with 1, 2, ... cores at work than with one.
         reference_s: Time of a reference kernel, to tell later how the machine's speed has moved.
         measured_at: When, as an ISO date and time.
+        send_s: What handing a message to the transport takes a worker; 0 in files from before that.
+        receive_s: What taking in a message that is there takes one.
     """
 
     fingerprint: Fingerprint
@@ -138,6 +140,8 @@ class Calibration:
     slowing: tuple[float, ...] = (1.0,)
     reference_s: float = 0.0
     measured_at: str = ""
+    send_s: float = 0.0
+    receive_s: float = 0.0
 
     def peak_flops_per_s(self, dtype: str = "float32") -> float:
         """The best matmul rate that was measured for a dtype, or for float32 where it was not."""
@@ -275,6 +279,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     slowing: tuple[float, ...]
     reference_s: float
     measured_at: str
+    send_s: float = 0.0
+    receive_s: float = 0.0
 
     @classmethod
     def of(cls, c: Calibration) -> "_File":
@@ -293,6 +299,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             c.slowing,
             c.reference_s,
             c.measured_at,
+            c.send_s,
+            c.receive_s,
         )
 
     def calibration(self) -> Calibration:
@@ -310,6 +318,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             self.slowing,
             self.reference_s,
             self.measured_at,
+            self.send_s,
+            self.receive_s,
         )
 
 

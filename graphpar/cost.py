@@ -248,12 +248,16 @@ class SharedCores:
             shared caches, memory and power; the last number holds for all cores.
         workers: Who shares them, by device name.
         reference_s: What a reference took when the times were measured; 0 where nobody knows.
+        send_s: What handing a message to the transport takes a worker.
+        receive_s: What taking in a message that is there takes one.
     """
 
     num_cores: int
     slowing: tuple[float, ...]
     workers: dict[str, CoreUse]
     reference_s: float = 0.0
+    send_s: float = 0.0
+    receive_s: float = 0.0
 
     def slowed(self, busy: float) -> float:
         """How many times longer a kernel takes while so many cores are at work.

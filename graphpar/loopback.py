@@ -7,13 +7,21 @@ go between ranks 0 and 1, gradients are summed over all ranks.
 import json
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from statistics import median
 
 import torch
 import torch.distributed as dist
 
+from graphpar.runtime.program import EmulatedLink
+from graphpar.runtime.transport import Transport
+
 _SMALL_BYTES = 64
+_MEDIUM_BYTES = 1 << 17
+_MESSAGES = 40
+_WAIT_S = 5e-3
+_LATENCY_S = 2e-4
 _LARGE_BYTES = 1 << 23
 _TIMEOUT = timedelta(seconds=60)
 _BURSTS = 8
@@ -32,6 +40,9 @@ def main(rank: int, num_ranks: int, store: str) -> None:
     if rank < 2:
         latency_s = _one_way_s(rank, _SMALL_BYTES, 30)
         large_s = _one_way_s(rank, _LARGE_BYTES, 5)
+    send_s = receive_s = 0.0
+    if rank < 2:
+        send_s, receive_s = _handling_s(rank)
     dist.barrier()
     sum_s = _sum_s()
     dist.destroy_process_group()
@@ -40,7 +51,8 @@ def main(rank: int, num_ranks: int, store: str) -> None:
         message = _LARGE_BYTES / num_ranks
         extra_s = sum_s / (2 * (num_ranks - 1)) - latency_s - message / bytes_per_s
         found = {"latency_s": latency_s, "bytes_per_s": bytes_per_s}
-        print(json.dumps({**found, "sum_s_per_byte": max(extra_s, 0.0) / message}))
+        found |= {"sum_s_per_byte": max(extra_s, 0.0) / message, "send_s": send_s, "receive_s": receive_s}
+        print(json.dumps(found))
 
 
 def _one_way_s(rank: int, num_bytes: int, repeats: int) -> float:
@@ -54,6 +66,36 @@ def _one_way_s(rank: int, num_bytes: int, repeats: int) -> float:
         time.sleep(_PAUSE_S)
         bursts.append(median(_bounce(rank, buffer) for _ in range(repeats)))
     return min(bursts) / 2
+
+
+def _handling_s(rank: int) -> tuple[float, float]:
+    """Median seconds that a worker spends itself on sending, and on receiving what has come meanwhile.
+
+    It has waited before either, as workers do, and the next receive is posted when one is taken in.
+    """
+    link = EmulatedLink(rank=1 - rank, latency_s=_LATENCY_S, bytes_per_s=1e9)
+    transport = Transport(torch.device("cpu"), (0, 1), (), (link,))
+    value = torch.zeros(_MEDIUM_BYTES // 4)
+    sends, receives = [], []
+    arrival = transport.post(1 - rank, (len(value),), value.dtype, 0)
+    for number in range(_MESSAGES):
+        time.sleep(_WAIT_S)
+        sends.append(_timed(lambda number=number: transport.send(1 - rank, value, number)))
+        time.sleep(_WAIT_S)
+        start = time.perf_counter()
+        arrival.wait()
+        if number + 1 < _MESSAGES:
+            arrival = transport.post(1 - rank, (len(value),), value.dtype, number + 1)
+        receives.append(time.perf_counter() - start)
+    transport.flush()
+    transport.close()
+    return median(sends), median(receives)
+
+
+def _timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def _bounce(rank: int, buffer: torch.Tensor) -> float:

@@ -163,6 +163,8 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
         attention=_attention_grids(samples),
         loopback=loopback.link,
         sum_s_per_byte=loopback.sum_s_per_byte,
+        send_s=loopback.send_s,
+        receive_s=loopback.receive_s,
         op_s=_mixed_extra(samples, backward=False),
         node_s=_mixed_extra(samples, backward=True),
         memory_bytes_per_s=24 * SIZES[-1] / 2 / samples.best(("pointwise", SIZES[-1])),
@@ -333,6 +335,8 @@ class Loopback:
 
     link: LinkCost
     sum_s_per_byte: float
+    send_s: float = 0.0
+    receive_s: float = 0.0
 
 
 def measure_loopback() -> Loopback:
@@ -376,7 +380,12 @@ def _exchange_messages() -> Loopback:
         told = next((errors for _, errors in outputs if errors), "no message")
         raise GraphparError(f"The loopback measurement failed: {told}")
     found = json.loads(outputs[0][0])
-    return Loopback(LinkCost(found["latency_s"], found["bytes_per_s"]), found["sum_s_per_byte"])
+    return Loopback(
+        LinkCost(found["latency_s"], found["bytes_per_s"]),
+        found["sum_s_per_byte"],
+        found["send_s"],
+        found["receive_s"],
+    )
 
 
 @contextmanager

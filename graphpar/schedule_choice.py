@@ -198,7 +198,8 @@ class _Choice:
                 self.too_large = played
             return False
         known = self.shortest.get(attempt.words)
-        if known is None or played.step_s < known.step_s:
+        # By the same measure as below: the best is always among the shortest.
+        if known is None or played.step_s < known.step_s * (1 - _ROUNDING):
             self.shortest[attempt.words] = played
         if self.best is None or played.step_s < self.best.step_s * (1 - _ROUNDING):
             self.best = played

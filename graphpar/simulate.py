@@ -178,8 +178,11 @@ class _Simulation:
                 arrived = self._arrival(kind, stage, microbatch, rank)
                 if arrived is None:
                     return
-                self.clock[rank] = end = max(start, arrived)
+                self.clock[rank] = end = max(start, arrived) + self._handling_s(
+                    kind, stage, microbatch, rank
+                )
             else:
+                self.clock[rank] += self._handling_s(kind, stage, microbatch, rank)
                 start, end = self._send(kind, stage, microbatch, rank)
                 if not self.timing.overlap:
                     self.clock[rank] = end
@@ -227,6 +230,17 @@ class _Simulation:
         self.send_s[rank] += end - start
         self.egress[rank] = end
         return start, end
+
+    def _handling_s(self, kind: str, stage: int, microbatch: int, rank: int) -> float:
+        """What the rank itself spends on the messages of an action, where that was measured."""
+        shared, schedule = self.timing.shared, self.schedule
+        if shared is None or not shared.send_s:
+            return 0.0
+        ahead = kind in "RS"
+        links = schedule.incoming[stage] if kind in "RD" else schedule.outgoing[stage]
+        others = [k.source if kind in "RD" else k.target for k in links if ahead or k.has_gradient]
+        away = sum(schedule.rank_of(other, microbatch) != rank for other in others)
+        return away * (shared.receive_s if kind in "RG" else shared.send_s)
 
     def _link(self, source: int, target: int) -> LinkCost:
         pair = source, target

@@ -132,9 +132,9 @@ class TrialWorker:
     workers: LocalWorkers
     model: TrialModel
 
-    def whole(self, size: int, slowdown: float = 1.0) -> tuple[float, float]:
+    def whole(self, size: int, slowdown: float = 1.0, in_flight: int = 1) -> tuple[float, float]:
         """Forward and backward seconds of the model for one microbatch, with pauses after either."""
-        return self._passed(WHOLE, size, slowdown)[0]
+        return self._passed(WHOLE, size, slowdown, in_flight)[0]
 
     def in_halves(self, size: int) -> float:
         """Seconds of forward and backward with gradients of weights made apart."""
@@ -148,8 +148,8 @@ class TrialWorker:
         """Seconds of the optimiser on the gradients at hand, which are gone afterwards."""
         return self.workers.time_update()
 
-    def _passed(self, name: str, size: int, slowdown: float = 1.0) -> Spent:
-        return self.workers.time_pass(name, self.model.inputs(size), size, slowdown)
+    def _passed(self, name: str, size: int, slowdown: float = 1.0, in_flight: int = 1) -> Spent:
+        return self.workers.time_pass(name, self.model.inputs(size), size, slowdown, in_flight)
 
     def repeat(self, size: int, slowdown: float, over: threading.Event) -> None:
         """Pass through the model, with pauses, until it is over or the worker is gone."""

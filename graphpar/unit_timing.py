@@ -9,6 +9,7 @@ with.
 import contextlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean, median
 
 from graphpar.calibration import fingerprint
@@ -51,7 +52,7 @@ def timed(
     return fresh
 
 
-_VERSION = 2
+_VERSION = 3
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 _STEADY = 0.03
@@ -75,10 +76,12 @@ def time_model(
     try:
         with model.worker() as worker:
             speed_s = reference_s()
-            rows = {size: _at_size(worker, size) for size in sizes}
+            sampled = {size: _at_size(worker, size) for size in sizes}
+            stage_s = sampled[sizes[0]].stage_s
             middle = sizes[len(sizes) // 2]
             return ModelTiming(
-                units=_by_hash(model.prepared, rows),
+                units=_by_hash(model.prepared, {n: s.without(stage_s) for n, s in sampled.items()}),
+                stage_s=stage_s,
                 slowing=_slowing(model, worker, middle, slowdowns),
                 reference_s=speed_s,
                 optimizer_s=_update_s(worker, sizes[0], budget_s) if table.training else 0.0,
@@ -119,20 +122,43 @@ def _predicted_s(table: CostTable, size: int) -> float:
     return sum(table.forward_s(u, local, size) + table.backward_s(u, local, size) for u in units)
 
 
-def _at_size(worker: TrialWorker, size: int) -> Spent:
-    """Every unit's share of what the whole model takes."""
+@dataclass(frozen=True)
+class _Sampled:
+    """Seconds forward and backward at one size, of the model as one stage and of units as stages."""
+
+    wholes_s: tuple[float, float]
+    units_s: Spent
+
+    @property
+    def stage_s(self) -> float:
+        """What a stage costs beside its ops, in one direction: units as stages pay it every time."""
+        more_s = sum(map(sum, self.units_s)) - sum(self.wholes_s)
+        directions = sum(1 for whole_s in self.wholes_s if whole_s > 0)
+        return max(more_s, 0.0) / (directions * (len(self.units_s) - 1)) if len(self.units_s) > 1 else 0.0
+
+    def without(self, stage_s: float) -> Spent:
+        """Every unit's share of what the whole model takes but for what its one stage costs."""
+        columns = []
+        for whole_s, each_s in zip(self.wholes_s, zip(*self.units_s, strict=True), strict=True):
+            total_s = sum(each_s)
+            level_s = max(whole_s - stage_s, whole_s / 2)
+            columns.append([t * level_s / total_s if total_s > 0 else 0.0 for t in each_s])
+        return list(zip(*columns, strict=True))
+
+
+def _at_size(worker: TrialWorker, size: int) -> _Sampled:
+    """The model as a whole and unit by unit, in turn."""
     worker.whole(size), worker.by_unit(size)
     wholes, passes = [], []
     for _ in range(ROUNDS):
         wholes.append(worker.whole(size))
         passes.append(worker.by_unit(size))
-    columns: list[list[float]] = []
-    for direction in (0, 1):
-        level_s = mean(whole[direction] for whole in wholes)
-        each_s = [median(p[unit][direction] for p in passes) for unit in range(len(passes[0]))]
-        total_s = sum(each_s)
-        columns.append([t * level_s / total_s if total_s > 0 else 0.0 for t in each_s])
-    return list(zip(*columns, strict=True))
+    forward_s, backward_s = (mean(column) for column in zip(*wholes, strict=True))
+    units_s = [
+        (median(p[unit][0] for p in passes), median(p[unit][1] for p in passes))
+        for unit in range(len(passes[0]))
+    ]
+    return _Sampled((forward_s, backward_s), units_s)
 
 
 def _by_hash(prepared: Prepared, rows: Mapping[int, Spent]) -> dict[str, UnitTiming]:

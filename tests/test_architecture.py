@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors units tracing",
     "ir cost catalogue device cluster cluster_build cluster_spec",
-    "rewrite calibration loopback",
+    "rewrite calibration",
     "partition",
     "schedule timing team_timing crowding simulate simulated schedule_choice training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
-    "frontend runtime passes cost_models view probes optimizer_probe measure neighbours",
+    "frontend runtime passes cost_models view probes optimizer_probe measure neighbours loopback",
     "scenarios "
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
     "tensor_groups group_shardings unit_timing trial_worker "

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from graphpar.partition.settings import ScheduleWish
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.plan_build import predict
 from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule, interleaved
-from graphpar.simulated import simulated, stage_links
+from graphpar.simulated import Simulated, simulated, stage_links
 
 
 def blocks(
@@ -159,3 +160,14 @@ def test_unlike_devices_keep_about_their_share_of_the_work(data: st.DataObject) 
             for device, units in work.items():
                 own = [s.last - s.first for s in dealt.stages if s.replicas[0].device == device]
                 assert len(own) == 2 and abs(sum(own) - units) <= 2
+
+
+def test_ways_that_differ_by_rounding_alone_are_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = itertools.count()
+
+    def nearly_alike(*args: Any) -> Simulated:
+        return replace(simulated(*args), step_s=1e-3 * (1 - 1e-12 * next(number)))
+
+    monkeypatch.setattr("graphpar.schedule_choice.simulated", nearly_alike)
+    table = blocks()
+    assert choose_schedule(table, partition(table)).pipelines

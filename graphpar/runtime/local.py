@@ -115,10 +115,15 @@ class LocalWorkers:
         self._ask([Message("install passes", data) for _ in self._processes])
 
     def time_pass(
-        self, name: str, inputs: Mapping[str, torch.Tensor], size: int, slowdown: float = 1.0
+        self,
+        name: str,
+        inputs: Mapping[str, torch.Tensor],
+        size: int,
+        slowdown: float = 1.0,
+        in_flight: int = 1,
     ) -> Spent:
         """Seconds of every stage in a pass over them on the first rank, which waits between them."""
-        data = {"name": name, "size": size, "slowdown": slowdown}
+        data = {"name": name, "size": size, "slowdown": slowdown, "in_flight": in_flight}
         (reply, *_) = self._ask([Message("pass", data, inputs)])
         return [(forward_s, backward_s) for forward_s, backward_s in reply.data["spent"]]
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 
 import torch
 
@@ -46,22 +47,31 @@ class Passes:
             for stage in range(num_stages)
         ]
 
-    def run(self, inputs: Mapping[str, torch.Tensor], size: int, slowdown: float = 1.0) -> Spent:
-        """Seconds of every stage; gradients are added to those at hand.
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], size: int, slowdown: float = 1.0, in_flight: int = 1
+    ) -> Spent:
+        """Mean seconds of every stage; gradients are added to those at hand.
 
-        Between stages it waits as a worker does that is slowed down; that does not count.
+        Between stages it waits as a worker does that is slowed down; that does not count. Of several
+        microbatches in flight, all (alike) go forward before the first goes back.
         """
         context = self._context
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
         with torch.set_grad_enabled(self._training):
-            running = _Pass(self._clock, inputs, size, Pace(slowdown, 1), self._deferral)
-            for builder in self._builders:
-                running.forward(builder)
-            if self._training:
+            pace = Pace(slowdown, 1)
+            passes = [_Pass(self._clock, inputs, size, pace, self._deferral) for _ in range(in_flight)]
+            for running in passes:
+                for builder in self._builders:
+                    running.forward(builder)
+            for running in passes if self._training else ():
                 for number in reversed(range(len(self._builders))):
                     running.backward(number)
-        backward_s = running.backward_s or [0.0] * len(self._builders)
-        return list(zip(running.forward_s, backward_s, strict=True))
+        nothing = [0.0] * len(self._builders)
+        forward_s = [mean(times) for times in zip(*(p.forward_s for p in passes), strict=True)]
+        backward_s = [
+            mean(times) for times in zip(*(p.backward_s or nothing for p in passes), strict=True)
+        ]
+        return list(zip(forward_s, backward_s, strict=True))
 
 
 @dataclass

@@ -351,7 +351,8 @@ def _answer(worker: Worker, command: Message) -> Message:
         worker.install_passes(data["name"], program, data["num_stages"], data["in_halves"])
         return Message("ready")
     if command.kind == "pass":
-        spent = worker.passes[data["name"]].run(command.tensors, data["size"], data["slowdown"])
+        passes = worker.passes[data["name"]]
+        spent = passes.run(command.tensors, data["size"], data["slowdown"], data["in_flight"])
         return Message("spent", {"spent": spent})
     if command.kind == "update":
         return Message("seconds", {"seconds": worker.time_update()})
