@@ -44,6 +44,18 @@ class Pause(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     longer: float
 
 
+class Halves(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A backward in two halves beside a whole one.
+
+    Attributes:
+        weights_share: Seconds of the second half over those of the whole backward.
+        more_s: What forward and both halves take more than forward and backward, for the whole model.
+    """
+
+    weights_share: float
+    more_s: float
+
+
 class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Units of one model as they were timed at a moment.
 
@@ -52,7 +64,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         slowing: How many times longer they took with 1, 2, ... cores at work; empty where not measured.
         reference_s: What the reference took at that moment: the machine's speed.
         optimizer_s: What the optimiser took for all parameters; 0 where nothing is trained.
-        split_s: What backwards in two halves took more, for the whole model.
+        halves: What backwards in two halves took; None where nothing is trained.
         pauses: What waiting costs workers that are slowed down, by their slowdown.
         stage_s: What a stage costs beside its ops, per microbatch and direction.
     """
@@ -61,7 +73,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slowing: tuple[float, ...]
     reference_s: float
     optimizer_s: float = 0.0
-    split_s: float = 0.0
+    halves: Halves | None = None
     pauses: tuple[Pause, ...] = ()
     stage_s: float = 0.0
 
@@ -87,9 +99,10 @@ def with_timing(
     for kind, cost in enumerate(table.costs):
         unit = timing.units.get(unit_hash(graph, chain, first[kind]))
         costs.append(_corrected(cost, unit, table.sizes, local, longer) if unit is not None else cost)
-    measured = {"optimizer_s": timing.optimizer_s, "split_s": timing.split_s}
-    for name, seconds in measured.items():
-        costs = _divided(table, costs, name, seconds, local, slowdowns)
+    costs = _divided(table, costs, "optimizer_s", timing.optimizer_s, local, slowdowns)
+    if timing.halves is not None:
+        costs = _divided(table, costs, "split_s", timing.halves.more_s, local, slowdowns)
+        costs = _in_halves(table, costs, timing.halves.weights_share, local)
     shared = table.shared
     if shared is not None:
         slowing = timing.slowing or shared.slowing
@@ -185,6 +198,32 @@ def _divided(
             row: tuple[float, ...] = getattr(cost, name)
             more: dict[str, Any] = {name: (*row[:k], row[k] * ratio, *row[k + 1 :])} if row else {}
             found[kind] = replace(cost, **more)
+    return found
+
+
+def _in_halves(
+    table: CostTable, costs: Sequence[UnitCost], share: float, local: Sequence[bool]
+) -> list[UnitCost]:
+    """Second halves that take the measured share of all backwards, divided among units as predicted."""
+
+    def total_s(name: str, k: int) -> float:
+        rows = [getattr(costs[kind], name) for kind in table.units]
+        return sum(row[k][-1] for row in rows if row)
+
+    found = list(costs)
+    for k in (k for k, is_local in enumerate(local) if is_local):
+        backward_s, weight_s = total_s("backward_s", k), total_s("weight_s", k)
+        if weight_s <= 0:
+            continue
+        ratio = share * backward_s / weight_s
+        for kind, cost in enumerate(found):
+            if cost.weight_s:
+                # Not more than the backward has: what is left of it makes gradients of inputs.
+                row = tuple(
+                    min(w * ratio, b) for w, b in zip(cost.weight_s[k], cost.backward_s[k], strict=True)
+                )
+                weights = (*cost.weight_s[:k], row, *cost.weight_s[k + 1 :])
+                found[kind] = replace(cost, weight_s=weights)
     return found
 
 

@@ -91,7 +91,20 @@ def simulated(
     """
     if paces is None:
         paces = () if has_formula(schedule) else stage_paces(table, pipelines)
-    plan = Partition(
+    plan = as_given(pipelines, schedule, paces)
+    lists = build_schedule(plan, stage_links(table, pipelines), table.training)
+    timing = timing_of(table, plan)
+    timeline = simulate(lists, timing)
+    peaks = dict(zip(plan.used_devices, timeline.peak_bytes, strict=True))
+    plan = replace(plan, objective_s=timeline.step_s, peak_bytes=peaks)
+    return Simulated(replace(plan, parts=_parts(table, plan, timeline, timing)), timeline.step_s)
+
+
+def as_given(
+    pipelines: Sequence[PipelineChoice], schedule: ScheduleName, paces: tuple[StagePace, ...] = ()
+) -> Partition:
+    """A partition that nobody searched for or priced."""
+    return Partition(
         pipelines=tuple(pipelines),
         schedule=schedule,
         status="feasible",
@@ -103,15 +116,9 @@ def simulated(
         seconds=0.0,
         truncated_by=("not searched: simulated as given",),
         family="this plan only",
-        peak_bytes={},
+        peak_bytes={d: 0.0 for p in pipelines for s in p.stages for r in s.replicas for d in r.devices},
         paces=paces,
     )
-    lists = build_schedule(plan, stage_links(table, pipelines), table.training)
-    timing = timing_of(table, plan)
-    timeline = simulate(lists, timing)
-    peaks = dict(zip(plan.used_devices, timeline.peak_bytes, strict=True))
-    plan = replace(plan, objective_s=timeline.step_s, peak_bytes=peaks)
-    return Simulated(replace(plan, parts=_parts(table, plan, timeline, timing)), timeline.step_s)
 
 
 def certified(table: CostTable, plan: Partition) -> Partition:
@@ -167,7 +174,7 @@ def _pace(table: CostTable, stage: StageChoice, size: float, moved_s: float) -> 
         forward_s = overhead_s + sum(table.forward_s(u, mode, size) for u in units)
         back_s = overhead_s + sum(table.backward_s(u, mode, size) for u in units) - weight_s
         if weight_s > 0:
-            back_s += sum(table.split_s(u, mode) for u in units)
+            back_s += overhead_s + sum(table.split_s(u, mode) for u in units)
         rows.append(StagePace(forward_s, back_s, weight_s, moved_s / 2))
     return max(rows, key=lambda pace: pace.forward_s + pace.backward_s + pace.weight_s)
 

@@ -224,7 +224,9 @@ def _stage_timing(
                 deferred_bytes=sum(
                     table.at_size(c.deferred_bytes[member], n) for c in costs if c.deferred_bytes
                 ),
-                split_s=sum(c.split_s for c in costs),
+                # The second half is an action of its own.
+                split_s=sum(c.split_s for c in costs)
+                + (overhead if any(c.weight_s for c in costs) else 0.0),
             )
             for n in sizes
         ),

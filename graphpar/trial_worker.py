@@ -134,11 +134,13 @@ class TrialWorker:
 
     def whole(self, size: int, slowdown: float = 1.0, in_flight: int = 1) -> tuple[float, float]:
         """Forward and backward seconds of the model for one microbatch, with pauses after either."""
-        return self._passed(WHOLE, size, slowdown, in_flight)[0]
+        forward_s, backward_s = self._passed(WHOLE, size, slowdown, in_flight)[0]
+        return forward_s, backward_s
 
-    def in_halves(self, size: int) -> float:
-        """Seconds of forward and backward with gradients of weights made apart."""
-        return sum(self._passed(IN_HALVES, size)[0])
+    def in_halves(self, size: int, in_flight: int = 1) -> tuple[float, float, float]:
+        """Seconds of forward, backward of inputs, and of weights, each of all in flight in a row."""
+        forward_s, inputs_s, weights_s = self._passed(IN_HALVES, size, 1.0, in_flight)[0]
+        return forward_s, inputs_s, weights_s
 
     def by_unit(self, size: int, slowdown: float = 1.0) -> Spent:
         """Forward and backward seconds of every unit of the chain, in one pass over all of them."""

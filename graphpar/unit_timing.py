@@ -16,6 +16,7 @@ from graphpar.calibration import fingerprint
 from graphpar.cluster_build import num_cores
 from graphpar.cost import CostTable
 from graphpar.cost_models.measured import (
+    Halves,
     ModelTiming,
     Pause,
     UnitTiming,
@@ -52,7 +53,7 @@ def timed(
     return fresh
 
 
-_VERSION = 3
+_VERSION = 4
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 _STEADY = 0.03
@@ -88,7 +89,7 @@ def time_model(
                 pauses=_pauses(
                     model, worker, table, [s for s in sizes if s <= middle], slowdowns, budget_s
                 ),
-                split_s=_split_s(worker, middle) if table.training else 0.0,
+                halves=_halves(worker, middle) if table.training else None,
             )
     except GraphparError as error:
         _log.warning("The model's units could not be timed, so that curves stand for them: %s", error)
@@ -174,20 +175,40 @@ def _by_hash(prepared: Prepared, rows: Mapping[int, Spent]) -> dict[str, UnitTim
     return {key: UnitTiming(tuple(rows), times(k, 0), times(k, 1)) for key, k in kinds.items()}
 
 
-def _split_s(worker: TrialWorker, size: int) -> float:
-    """What halves take more than whole backwards; taken in turn with those."""
-    worker.in_halves(size)
-    more = [worker.in_halves(size) - sum(worker.whole(size)) for _ in range(ROUNDS)]
-    return max(mean(more), 0.0)
+def _halves(worker: TrialWorker, size: int) -> Halves:
+    """Whole backwards and those in halves, taken in turn, each with several microbatches in flight.
+
+    Schedules leave gradients of weights for when the microbatches behind are through, so that what they
+    read has left the caches.
+    """
+    worker.in_halves(size, IN_FLIGHT)
+    wholes, halves = [], []
+    for _ in range(ROUNDS):
+        wholes.append(worker.whole(size, in_flight=IN_FLIGHT))
+        halves.append(worker.in_halves(size, IN_FLIGHT))
+    forward_s, backward_s = (median(column) for column in zip(*wholes, strict=True))
+    ahead_s, inputs_s, weights_s = (median(column) for column in zip(*halves, strict=True))
+    return Halves(
+        weights_share=weights_s / backward_s,
+        more_s=max(ahead_s + inputs_s + weights_s - forward_s - backward_s, 0.0),
+    )
+
+
+IN_FLIGHT = 3
 
 
 def _update_s(worker: TrialWorker, size: int, budget_s: float) -> float:
-    """Mean seconds of the optimiser; its first step, which makes its state, counts if alone."""
+    """Mean seconds of the optimiser, and what the pass after it takes longer, its caches swept.
+
+    The first step, which makes the optimiser's state, counts if alone.
+    """
     times: list[float] = []
+    after: list[float] = []
     while len(times) <= ROUNDS and sum(times) < budget_s:
-        worker.whole(size)
+        before_s = sum(worker.whole(size))
         times.append(worker.update())
-    return mean(times[1:] or times)
+        after.append(sum(worker.whole(size)) - before_s)
+    return mean(times[1:] or times) + max(median(after[1:] or after), 0.0)
 
 
 def _pauses(

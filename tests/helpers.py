@@ -26,6 +26,7 @@ from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import compare_gradients, relative_difference
 from graphpar.runtime.reference import EagerModel, OneDevice
+from graphpar.simulated import as_given
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
 
@@ -173,22 +174,8 @@ def lower_by_op(
     return Lowered(found, tuple(graphs), training)
 
 
-def handmade(pipelines: tuple[PipelineChoice, ...], schedule: ScheduleName) -> Partition:
-    """A partition that nobody searched for or priced."""
-    return Partition(
-        pipelines=pipelines,
-        schedule=schedule,
-        status="feasible",
-        objective_s=0.0,
-        parts={},
-        bound_s=0.0,
-        gap=0.0,
-        physical_bound_s=0.0,
-        seconds=0.0,
-        truncated_by=("not searched",),
-        family="this plan only",
-        peak_bytes={d: 0.0 for p in pipelines for s in p.stages for r in s.replicas for d in r.devices},
-    )
+handmade = as_given
+"""A partition that nobody searched for or priced."""
 
 
 def _shares(stage: int | tuple[int, ...], microbatches: int) -> tuple[int, ...]:

@@ -30,8 +30,11 @@ from graphpar.runtime.slices import padded, take
 from graphpar.runtime.tail import Tail, Whole
 from graphpar.runtime.team import Team
 from graphpar.runtime.transport import Arrival, Transport
-from graphpar.runtime.zero import Shards
+from graphpar.runtime.zero import Shards, in_turns
 from graphpar.schedule import Action
+
+SUM_BYTES = 32 * 2**20
+"""Gradients that are summed together, so that the copy they are gathered in stays small."""
 
 _POST_AHEAD = 2
 """Receives posted before they are needed; one would stall the sender, many would hold memory."""
@@ -412,14 +415,16 @@ class Executor:
             labels = [label for label in every if label not in by_rows]
             if by_rows:
                 self._shards.sum_rows(by_rows)
-            if not labels:
-                continue
-            given = [self._given(label) for label in labels]
-            total = self.transport.sum(torch.cat([g.reshape(-1) for g in given]), group)
-            parts = torch.split(total, [g.numel() for g in given])
-            for label, whole, part in zip(labels, given, parts, strict=True):
-                self._tensors[label].grad = self._taken(label, part.view_as(whole))
+            for some in in_turns(labels, lambda label: self._tensors[label].nbytes, SUM_BYTES):
+                self._sum(some, group)
             self._shards.keep_rows(labels)
+
+    def _sum(self, labels: Sequence[str], group: int) -> None:
+        given = [self._given(label) for label in labels]
+        total = self.transport.sum(torch.cat([g.reshape(-1) for g in given]), group)
+        parts = torch.split(total, [g.numel() for g in given])
+        for label, whole, part in zip(labels, given, parts, strict=True):
+            self._tensors[label].grad = self._taken(label, part.view_as(whole))
 
     def _given(self, label: str) -> torch.Tensor:
         """What the rank adds to a sum: its gradient, in its place where others hold other slices."""

@@ -125,7 +125,7 @@ class LocalWorkers:
         """Seconds of every stage in a pass over them on the first rank, which waits between them."""
         data = {"name": name, "size": size, "slowdown": slowdown, "in_flight": in_flight}
         (reply, *_) = self._ask([Message("pass", data, inputs)])
-        return [(forward_s, backward_s) for forward_s, backward_s in reply.data["spent"]]
+        return [tuple(seconds) for seconds in reply.data["spent"]]
 
     def time_update(self) -> float:
         """Seconds of the optimiser's step on the first rank's gradients."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import mean
 
@@ -14,8 +15,8 @@ from graphpar.runtime.lower import Message, StageBuilder
 from graphpar.runtime.program import RankProgram
 from graphpar.runtime.random import StepContext
 
-Spent = list[tuple[float, float]]
-"""Forward and backward seconds of every stage of a pass."""
+Spent = list[tuple[float, ...]]
+"""Forward and backward seconds of every stage of a pass; in halves, those of both backwards."""
 
 
 class Passes:
@@ -66,12 +67,14 @@ class Passes:
             for running in passes if self._training else ():
                 for number in reversed(range(len(self._builders))):
                     running.backward(number)
+            for running in passes if self._deferral is not None else ():
+                running.weights()
         nothing = [0.0] * len(self._builders)
-        forward_s = [mean(times) for times in zip(*(p.forward_s for p in passes), strict=True)]
-        backward_s = [
-            mean(times) for times in zip(*(p.backward_s or nothing for p in passes), strict=True)
-        ]
-        return list(zip(forward_s, backward_s, strict=True))
+        columns = [[p.forward_s for p in passes], [p.backward_s or nothing for p in passes]]
+        if self._deferral is not None:
+            columns.append([p.weights_s for p in passes])
+        means = [[mean(times) for times in zip(*column, strict=True)] for column in columns]
+        return list(zip(*means, strict=True))
 
 
 @dataclass
@@ -98,6 +101,7 @@ class _Pass:
     ran: list[_Ran] = field(default_factory=list)
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
+    weights_s: list[float] = field(default_factory=list)
 
     def forward(self, builder: StageBuilder) -> None:
         """Run the next stage on what earlier ones sent."""
@@ -124,16 +128,22 @@ class _Pass:
         with self.pace.work():
             began_s = self.clock()
             roots = self._roots(ran)
-            if roots and self.deferral is not None:
-                with self.deferral.noting(0):
+            noting = self.deferral.noting(id(self)) if self.deferral is not None else nullcontext()
+            with noting:
+                if roots:
                     torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
-                self.deferral.settle(0)
-            elif roots:
-                torch.autograd.backward([v for v, _ in roots], [g for _, g in roots])
             self.backward_s.insert(0, self.clock() - began_s)
         grads = ((tag, value.grad) for tag, value in ran.received.items())
         self.gradients.update({tag: grad for tag, grad in grads if grad is not None})
         ran.received, ran.sent, ran.loss = {}, {}, None
+
+    def weights(self) -> None:
+        """Make the gradients of weights that the backward of its one stage has left for later."""
+        assert self.deferral is not None
+        with self.pace.work():
+            began_s = self.clock()
+            self.deferral.settle(id(self))
+            self.weights_s.append(self.clock() - began_s)
 
     def _roots(self, ran: _Ran) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
         """Where backward starts, each tensor once with the sum of what came back for it."""

@@ -9,8 +9,9 @@ What has fewer rows than there are replicas stays whole on all of them.
 That is the step on the whole for optimisers that work element by element; others are refused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from graphpar.partition.types import PipelineChoice
 from graphpar.runtime.program import Slice
 from graphpar.runtime.transport import Transport
 from graphpar.training import Training
+
+T = TypeVar("T")
 
 TURN_BYTES = 4 * 2**20
 """Weights that are exchanged together; a larger one goes alone."""
@@ -181,16 +184,22 @@ class Shards:
                     place.copy_(rows.view_as(place))
 
 
-def _in_turns(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+def in_turns(items: Iterable[T], num_bytes: Callable[[T], int], enough_bytes: int) -> Iterator[list[T]]:
     """So few at once that their copies take little memory beside what is saved."""
-    found: list[Shard] = []
-    for shard in shards:
-        found.append(shard)
-        if sum(s.whole.nbytes for s in found) >= TURN_BYTES:
+    found: list[T] = []
+    held = 0
+    for item in items:
+        found.append(item)
+        held += num_bytes(item)
+        if held >= enough_bytes:
             yield found
-            found = []
+            found, held = [], 0
     if found:
         yield found
+
+
+def _in_turns(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
+    return in_turns(shards, lambda shard: shard.whole.nbytes, TURN_BYTES)
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
