@@ -94,7 +94,8 @@ class Convolutions(nn.Module):
         x = self.first(x)
         for block in self.blocks:
             x = torch.relu(x + block(x))
-        return self.last(x.mean((2, 3))).square().mean()
+        results: torch.Tensor = self.last(x.mean((2, 3)))
+        return results.square().mean()
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def _in_halves(
 
     def total_s(name: str, k: int) -> float:
         rows = [getattr(costs[kind], name) for kind in table.units]
-        return sum(row[k][-1] for row in rows if row)
+        return float(sum(row[k][-1] for row in rows if row))
 
     found = list(costs)
     for k in (k for k, is_local in enumerate(local) if is_local):

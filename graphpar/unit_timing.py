@@ -155,7 +155,7 @@ def _at_size(worker: TrialWorker, size: int) -> _Sampled:
         wholes.append(worker.whole(size))
         passes.append(worker.by_unit(size))
     forward_s, backward_s = (mean(column) for column in zip(*wholes, strict=True))
-    units_s = [
+    units_s: Spent = [
         (median(p[unit][0] for p in passes), median(p[unit][1] for p in passes))
         for unit in range(len(passes[0]))
     ]
