@@ -106,12 +106,21 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], hints: Hints) -> An
     indices = read(base, "out_indices")
     if isinstance(indices, (list, tuple)) and not _same(indices, read(usual, "out_indices")):
         values["out_indices"] = scale.value("out_indices", list(indices), tokens)
-    return _with_rotary_sections(type(base)(**_settings_beside(base, usual), **_divisible(base, values)))
+    return _with_rotary_parameters(
+        type(base)(**_settings_beside(base, usual), **_divisible(base, values))
+    )
 
 
-def _with_rotary_sections(config: Any) -> Any:
-    """The configuration with rotary dimensions shared out, where it leaves that to its model."""
+def _with_rotary_parameters(config: Any) -> Any:
+    """The configuration with what rotary angles are made of, where a default leaves that empty.
+
+    That is one entry for each type of layer, and the dimensions shared out among places of pictures.
+    """
     rope = read(config, "rope_parameters")
+    types = sorted(set(read(config, "layer_types") or ()))
+    if rope == {} and types:
+        config.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in types}
+        return config
     known = getattr(config, "ignore_keys_at_rope_validation", None) or ()
     if "mrope_section" not in known or not isinstance(rope, dict) or "mrope_section" in rope:
         return config

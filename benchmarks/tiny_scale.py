@@ -179,14 +179,20 @@ class Scale:
             return 2
         if QUERIES.search(name):
             return min(value, 16)
-        if name.endswith("groups") and value == self.width:  # one for each channel
-            return _divided(value, self.smaller * self.fewer)
         if name.endswith("groups"):
-            by = self.fewer if self.heads > 1 else self.smaller
-            return value if value <= 4 else max(1, value // by)
+            return self._groups(value)
         if LAYERS.search(name) and not NOT_LAYERS.search(name):
             return min(value, self.style.layers)
         return self._width(name, value)
+
+    def _groups(self, value: int) -> int:
+        """Groups of channels: one for each stays so, others are a part of them."""
+        width = _divided(self.width, self.smaller * self.fewer)
+        if value == self.width:
+            return width
+        by = self.fewer if self.heads > 1 else self.smaller
+        fewer = value if value <= 4 else max(1, value // by)
+        return next(n for n in range(fewer, 0, -1) if width % n == 0)
 
     def _width(self, name: str, value: int) -> int:
         if not self.style.head_size:

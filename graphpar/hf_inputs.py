@@ -229,7 +229,8 @@ class _Maker:
             return self._ones(self.wanted.batch, self._side() ** 2)
         if name.startswith("pixel_values"):
             return self._pixels()
-        if name in ("input_values", "input_features", "audio_values"):
+        heard = name == "inputs" and first_field(self.config, "conv_stride", "num_mel_bins") is not None
+        if heard or name in ("input_values", "input_features", "audio_values"):
             return self._sound(name)
         if name == "bbox":
             return self._integers(100, self.wanted.batch, self.wanted.length, 4).sort(-1).values

@@ -96,6 +96,9 @@ def _repaired(inputs: Mapping[str, Any], said: str) -> Iterator[dict[str, Any]]:
     for name, tensor in inputs.items():
         if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2:
             continue
+        if (found := _UNEQUAL.search(said)) and name.endswith("input_ids") and tensor.ndim == 2:
+            if tensor.shape[1] == int(found[1]):  # several codes at each place
+                yield {**inputs, name: _like(tensor, (*tensor.shape, int(found[2])))}
         if not tensor.is_floating_point() and (tensor.ndim < 3 or name.endswith("mask")):
             continue
         if "index out of range" in said and bool((tensor < 0).any()):  # some of it serves as an index
