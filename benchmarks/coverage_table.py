@@ -16,13 +16,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     >>> row = {"name": "A", "status": "pass", "stage": "done", "head": "AModel", "max_error": 1e-7,
     ...        "modes": ["eval"]}
     >>> print(table([row]).splitlines()[-3])
-    | A | AModel | eval | 1.0e-07 |
+    | A | AModel | eval | 1.0e-07 |  |
     """
     passed = [r for r in rows if r["status"] == "pass"]
     failed = [r for r in rows if r["status"] != "pass"]
-    lines = ["| architecture | class | modes | largest difference |", "|---|---|---|---|"]
+    lines = ["| architecture | class | modes | largest difference | batch |", "|---|---|---|---|---|"]
     lines += [
-        f"| {r['name']} | {r['head']} | {', '.join(r['modes'])} | {r['max_error']:.1e} |" for r in passed
+        f"| {r['name']} | {r['head']} | {', '.join(r['modes'])} | {r['max_error']:.1e} | {_batch(r)} |"
+        for r in passed
     ]
     lines += ["", f"{len(passed)} of {len(rows)} pass."]
     if failed:
@@ -31,6 +32,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {r['name']} | {r['stage']} | {r.get('summary') or r['reason'][:160]} |" for r in failed
         ]
     return "\n".join(lines)
+
+
+def _batch(row: Mapping[str, Any]) -> str:
+    if row.get("side_by_side"):
+        return "side by side"
+    if "train" not in row["modes"]:
+        return ""
+    return "split" if row.get("split") else "whole"
 
 
 if __name__ == "__main__":
