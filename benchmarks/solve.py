@@ -9,6 +9,7 @@ above one are worse than the reference.
 
 import argparse
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from graphpar.partition.answers import Solved
+from graphpar.partition.answers import Progress, Solved
 from graphpar.partition.place import solve_placement
 from graphpar.partition.place_check import Objective
 from graphpar.partition.problems import ShardingProblem, read_problem
@@ -36,16 +37,27 @@ class Row:
     seconds: float
     truncated_by: str | None
     ratio: float | None
+    first_answer_s: float | None
+    """From the start of reading the file."""
 
 
 def run(path: Path, time_limit_s: float, gap: float, reference: dict[str, float]) -> Row:
     """Solve one file and compare it with its reference."""
+    began_s = time.perf_counter()
+    answers_s: list[float] = []
+
+    def watch(moment: Progress) -> None:
+        if moment.incumbent is not None:
+            answers_s.append(time.perf_counter() - began_s)
+
     problem = read_problem(path)
     if isinstance(problem, ShardingProblem):
-        solved: Solved[Any] = solve_sharding(problem, time_limit_s=time_limit_s, gap=gap)
+        solved: Solved[Any] = solve_sharding(problem, time_limit_s=time_limit_s, gap=gap, progress=watch)
     else:
         objective: Objective = "latency" if path.name.startswith("latency") else "throughput"
-        solved = solve_placement(problem, objective=objective, time_limit_s=time_limit_s, gap=gap)
+        solved = solve_placement(
+            problem, objective=objective, time_limit_s=time_limit_s, gap=gap, progress=watch
+        )
     known = reference.get(path.name, reference.get(path.name.split(".")[0]))
     ratio = solved.objective / known if known and solved.objective is not None else None
     return Row(
@@ -57,6 +69,7 @@ def run(path: Path, time_limit_s: float, gap: float, reference: dict[str, float]
         solved.seconds,
         solved.truncated_by,
         ratio,
+        answers_s[0] if answers_s else None,
     )
 
 

@@ -35,6 +35,7 @@ from graphpar.partition.place_ideals import (
     window_ideals,
 )
 from graphpar.partition.place_latency import search_latency
+from graphpar.partition.place_simple import simple_placements
 from graphpar.partition.problems import NodeId, PlacementProblem
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
@@ -152,11 +153,18 @@ class _Throughput:
     def search(self) -> None:
         """A first answer from a few orders, then contiguity in full, then the blocks free of it."""
         blocks = contract(self.problem, forward_only=True)
+        for placement in simple_placements(self.problem, blocks):
+            self._offer(placement)
+        self._say("simple")
         split, _ = self._run(blocks, chain_ideals(blocks, _orders(blocks)), self.load)
         self._take(blocks, split, "chain")
+        if self._stop():
+            return
         blocks = contract(self.problem, forward_only=True, cutoff=self.load)
         split, complete = self._run(blocks, all_ideals(blocks, _MOST_IDEALS), self.load)
         self._take(blocks, split, "ideals")
+        if self._stop():
+            return
         kept = contract(self.problem, forward_only=True, free="keep", cutoff=self.load)
         if not kept.free:
             self._conclude(complete)
@@ -166,7 +174,8 @@ class _Throughput:
             self._conclude(complete)
         else:
             self._answer_in_windows(kept)
-            self._bound_in_windows(kept)
+            if not self._stop():
+                self._bound_in_windows(kept)
 
     def _answer_in_windows(self, kept: Blocks) -> None:
         blocks = join_dominated(kept, charged=True)

@@ -225,6 +225,8 @@ def best_split(
         amounts_of["optional"] = optional
         sums["optional"] = member @ optional
     work = member.astype(np.float64) @ certain
+    if should_stop():
+        return None
     elsewhere = Elsewhere(blocks, windows_of(blocks), member) if relaxed and blocks.free else None
     outside = ~member
     transfers = Transfers(blocks, member)

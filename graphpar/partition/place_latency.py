@@ -34,6 +34,7 @@ import numpy as np
 from graphpar.partition.place_check import check_placement
 from graphpar.partition.place_graph import Blocks, FloatArray, IntArray, contract
 from graphpar.partition.place_ideals import BoolArray, Ideals, Transfers, all_ideals, chain_ideals
+from graphpar.partition.place_simple import simple_placements
 from graphpar.partition.problems import NodeId, PlacementProblem
 from graphpar.partition.solver import Program, Term, Variable
 
@@ -167,7 +168,11 @@ def _first_answer(
     if ideals is None:
         ideals = chain_ideals(blocks, [list(nx.topological_sort(order))])
     best, value = None, math.inf
-    for devices in _serial(problem, blocks, ideals, left_s):
+    simple = (
+        [placement[problem.operators[members[0]].node_id] for members in blocks.operators]
+        for placement in simple_placements(problem, blocks)
+    )
+    for devices in itertools.chain(simple, _serial(problem, blocks, ideals, left_s)):
         found = _evaluate(problem, blocks, devices)
         if found < value:
             best, value = devices, found

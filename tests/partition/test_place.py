@@ -7,7 +7,7 @@ from small_problems import best_placement, placement_problems
 
 from graphpar.partition import place
 from graphpar.partition.place import solve_placement
-from graphpar.partition.place_check import check_placement
+from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_graph import contract, join_dominated
 from graphpar.partition.place_ideals import all_ideals
 from graphpar.partition.problems import NodeId, Operator, PlacementProblem, Transfer
@@ -160,6 +160,13 @@ def test_answers_name_every_operator(problem: PlacementProblem) -> None:
     assume(solved.answer is not None)
     assert solved.answer is not None
     assert set(solved.answer) == {op.node_id for op in problem.operators}
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_no_limit_is_too_short_for_an_answer(objective: Objective) -> None:
+    solved = solve_placement(chain([1.0] * 40), objective=objective, time_limit_s=1e-6)
+    assert solved.answer is not None
+    assert solved.bound is not None
 
 
 def test_wrong_arguments_are_refused() -> None:
