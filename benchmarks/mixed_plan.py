@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--predict", action="store_true", help="measure nothing")
+    parser.add_argument("--cached", action="store_true", help="use this machine's cached calibration")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -182,7 +183,9 @@ def main() -> None:
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     cluster = cluster_of(given.nodes, given.network, given.memory)
     training = Training(optimizer=partial(torch.optim.SGD, lr=0.01))
-    calibration = (Calibration.cached() if given.predict else None) or calibrate(show_progress=False)
+    calibration = (Calibration.cached() if given.predict or given.cached else None) or calibrate(
+        show_progress=False
+    )
     found = plans_of(prepare(model, batch, {}, training), cluster, training, calibration)
     plans = {name: plan for name, plan in found.items() if plan is not None}
     times = {} if given.predict else measured(model, cluster, batch, training, plans, given.rounds)
