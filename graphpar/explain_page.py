@@ -10,6 +10,7 @@ from textwrap import wrap
 from graphpar.errors import PlanError
 from graphpar.explanation import Alternative, Choice, Explanation, ShadowPrice
 from graphpar.plan_page import whole_notes
+from graphpar.plan_precision import precision_lines
 from graphpar.plan_records import PlanRecord, PlanStage
 from graphpar.units import format_bytes, format_percent, format_rate, format_seconds
 
@@ -48,6 +49,8 @@ def _whole(plan: PlanRecord, why: Explanation) -> Iterator[str]:
     yield from _choices("each choice against the next best, closest first", why.choices)
     yield from _runners_up(why)
     yield from _prices(why)
+    if plan.error_budget is not None:
+        yield from _listed("number formats", precision_lines(plan.error_budget, plan.units))
     yield from _listed("not looked at", why.left_out)
 
 

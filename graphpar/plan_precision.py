@@ -1,5 +1,6 @@
 """The account of an error budget, as a plan's page prints it."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -50,7 +51,8 @@ def _rows(formats: Sequence[PlanUnitFormat], units: Sequence[str]) -> Iterator[s
         first, last = units[run[0].unit], units[run[-1].unit]
         yield (
             f"  {first if first == last else f'{first} .. {last}'}: {run[0].format}, errors "
-            f"{sum(r.output_error for r in run):.2g} and {sum(r.gradient_error for r in run):.2g} "
+            f"{math.hypot(*(r.output_error for r in run)):.2g} and "
+            f"{math.hypot(*(r.gradient_error for r in run)):.2g} "
             f"({', '.join(dict.fromkeys(r.source for r in run))}), saves "
             f"{format_seconds(sum(r.saved_s for r in run))} and "
             f"{_signed_bytes(sum(r.saved_bytes for r in run))}"

@@ -104,10 +104,10 @@ class PlanPrecision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """How `precision="auto"` spent its error budget.
 
     Errors are relative, of the result (the loss, when training) and of the gradient. The estimates
-    add up those of the units; measured is the whole model in its formats on one device, on the
-    example batch, None where there are no weights to run. `step_s` is the step that the choice of
-    formats was made with, to be compared with those of other budgets. `units` names those in a lower
-    format.
+    are the roots of the sums of the units' squared errors; measured is the whole model in its formats on
+    one device, on the example batch, None where there are no weights to run. `step_s` is the step that
+    the choice of formats was made with, to be compared with those of other budgets. `units` names those
+    in a lower format.
     """
 
     budget: float

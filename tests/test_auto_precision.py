@@ -15,6 +15,7 @@ import graphpar
 from graphpar import planner, sensitivity
 from graphpar.calibration import Calibration, Curve, Fingerprint, Grid
 from graphpar.cost import LinkCost
+from graphpar.explain_page import format_explanation
 from graphpar.partition.formats import (
     FormatProblem,
     StageRun,
@@ -187,6 +188,8 @@ def test_a_plan_tells_its_budget_and_survives_its_file(tmp_path: Path) -> None:
     page = " ".join(str(made).split())
     assert "error budget 0.005" in page and "the next tighter budget" in page and "(measured)" in page
     assert made.options["precision_budget"] == 5e-3
+    why = " ".join(format_explanation(made).split())
+    assert "number formats" in why and "the next tighter budget" in why
 
 
 def test_without_weights_errors_are_estimated() -> None:

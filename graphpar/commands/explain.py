@@ -22,6 +22,7 @@ def command(plan: str, block: str | None, as_json: bool) -> None:
     loaded = Plan.load(plan)
     page = format_explanation(loaded, block)
     if as_json:
-        print_json(msgspec.to_builtins(loaded.explanation))
+        found = msgspec.to_builtins(loaded.explanation)
+        print_json({**found, "error_budget": msgspec.to_builtins(loaded.error_budget)})
     else:
         click.echo(page)

@@ -120,6 +120,8 @@ def _run_steps(
         "predicted_step_s": None if job.last_step is None else job.last_step.predicted_s,
         "devices": [asdict(d) for d in job.comparison.devices] if job.comparison else [],
         "likely_reasons": list(job.comparison.reasons) if job.comparison else [],
+        "true_error": asdict(job.true_error) if job.true_error is not None else None,
+        "true_error_told": str(job.true_error) if job.true_error is not None else None,
     }
 
 
@@ -134,5 +136,7 @@ def _print_summary(result: dict[str, Any]) -> None:
     click.echo(f"measured step {format_seconds(measured)}, {told}")
     for reason in result["likely_reasons"]:
         click.echo(f"likely: {reason}")
+    if result["true_error_told"]:
+        click.echo(result["true_error_told"])
     if result["losses"]:
         click.echo(f"loss {result['losses'][0]:.6f} -> {result['losses'][-1]:.6f}")

@@ -203,6 +203,8 @@ class CompiledModel(JobState):
         assert self.last_step is not None
         wanted = reference(args, kwargs)
         self.true_error = true_error(planned, results, self.last_step.reports, wanted)
+        level = logging.INFO if self.true_error.kept else logging.WARNING
+        _log.log(level, "%s", self.true_error)
 
     def _main_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loaded:
         """The job's graph for inputs of this shape; another shape than the example's has its own."""

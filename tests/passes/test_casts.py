@@ -373,7 +373,8 @@ class Scores(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         scores = self.linear(x)
         attended = (scores.unsqueeze(2) * x[:, :3].unsqueeze(1)).softmax(-1).sum()
-        return nn.functional.cross_entropy(scores, y) + attended
+        result: torch.Tensor = nn.functional.cross_entropy(scores, y) + attended
+        return result
 
 
 @pytest.mark.parametrize("size", [20.0, 50.0, 1e4])
