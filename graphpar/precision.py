@@ -42,8 +42,8 @@ for graphpar.plan alone). Did you mean 'bfloat16'?
     """
     if to_run and precision in PLANNED_ONLY:
         raise ValueError(
-            f"precision={precision!r} can be planned but not run: products of 8 bits need a scale for each "
-            f"tensor, which workers do not keep; use one of {', '.join(PRECISIONS)}."
+            f"precision={precision!r} can be planned but not run: products of 8 bits need a scale for "
+            f"each tensor, which workers do not keep; use one of {', '.join(PRECISIONS)}."
         )
     if precision in PRECISIONS or precision in PLANNED_ONLY:
         return
