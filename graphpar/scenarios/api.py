@@ -18,7 +18,7 @@ from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
 from graphpar.scenarios.report import remark_lines, table_lines, to_csv, worth_lines
 from graphpar.scenarios.study import Limits, Progress, Solver, as_plain, ask, fair_limit_s
-from graphpar.scenarios.sweeps import Sweep, as_sweeps, knee, scenarios_of
+from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
 from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
@@ -77,7 +77,8 @@ class Study:
         lines = [f"what if, for {self.model}", *table_lines(self.baseline, self.answers)]
         remarks = remark_lines(self.baseline, self.answers)
         if self.knee is not None:
-            remarks.append(f"the knee: past {self.sweeps[0].path}={self.knee} more of it brings little")
+            past = f"past {self.sweeps[0].path}={self.knee} 1 % more of it brings less than {KNEE:g} %"
+            remarks.append(f"the knee: {past}")
         if any(a.usd_per_million_samples is not None for a in (self.baseline, *self.answers)):
             remarks.append(f"prices are indicative on-demand ones of {price_dates()} unless given")
         remarks += self._without_lines()

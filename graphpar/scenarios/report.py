@@ -81,16 +81,20 @@ def _some(titles: Sequence[str]) -> str:
 
 def worth_lines(worths: Sequence[Worth]) -> list[str]:
     """Shadow prices, the most valuable first."""
-    lines = ["shadow prices (by solving again; differences within the plans' gaps prove nothing):"]
+    lines = [
+        "shadow prices (by solving again; a difference within the plans' gaps is found, not proven):"
+    ]
     for worth in sorted(worths, key=lambda w: -w.saved_s):
-        if abs(worth.saved_s) <= worth.noise_s:
-            told = f"nothing proven (within {format_seconds(max(worth.noise_s, 0.0))})"
-        else:
-            told = (
-                f"{format_seconds(abs(worth.saved_s))} {'less' if worth.saved_s > 0 else 'more'} per step"
-            )
-        lines.append(f"  {worth.what}: {told}")
+        lines.append(f"  {worth.what}: {_worth_text(worth)}")
     return lines
+
+
+def _worth_text(worth: Worth) -> str:
+    if not worth.saved_s:
+        return "no better plan found"
+    told = f"{format_seconds(abs(worth.saved_s))} {'less' if worth.saved_s > 0 else 'more'} per step"
+    open_s = format_seconds(max(worth.noise_s, 0.0))
+    return told if abs(worth.saved_s) > worth.noise_s else f"{told} found; the gaps leave {open_s} open"
 
 
 def to_csv(baseline: Answer, answers: Sequence[Answer]) -> str:

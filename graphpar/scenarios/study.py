@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from graphpar import catalogue
 from graphpar.cluster_build import num_cores
@@ -27,6 +27,12 @@ Progress = Callable[[int, int], None]
 
 STUDY_S = 30.0
 """Wall-clock time that the searches of one study may take together where nobody says otherwise."""
+
+
+LEAST_TOGETHER = 12
+"""Settings that differ in their links alone help each other; so many of them at least stay together."""
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Solver:
             return
         with _executor(self.limits.processes, len(missing)) as submit:
             waiting: dict[Future[list[Answer]], list[tuple[str, Setting]]] = {}
-            for group in _alike(missing):
+            for group in shared_out(_alike(missing), self.limits.processes or num_cores()):
                 tasks, asked = [], []
                 for key, setting in group:
                     try:
@@ -155,6 +161,18 @@ def _alike(missing: Mapping[str, Setting]) -> list[list[tuple[str, Setting]]]:
         alike = f"{priced_by(setting)} {own} {nodes}" if setting.layout is None else key
         groups.setdefault(alike, []).append((key, setting))
     return list(groups.values())
+
+
+def shared_out(groups: Sequence[list[_Item]], processes: int) -> list[list[_Item]]:
+    """Groups of many settings cut into one part per process, each with fast links and slow ones.
+
+    >>> shared_out([list(range(5)), ["a"]], 2)
+    [[0, 1, 2, 3, 4], ['a']]
+    >>> [len(part) for part in shared_out([list(range(100))], 2)]
+    [50, 50]
+    """
+    parts = [min(processes, len(group) // LEAST_TOGETHER) or 1 for group in groups]
+    return [group[i::n] for group, n in zip(groups, parts, strict=True) for i in range(n)]
 
 
 def _group_remarks(setting: Setting) -> tuple[str, ...]:

@@ -66,18 +66,24 @@ def scenarios_of(sweeps: Sequence[Sweep]) -> tuple[Scenario, ...]:
 def knee(values: Sequence[float], answers: Sequence[Answer]) -> float | None:
     """The value after which more of it brings little: the knee of the scaling curve.
 
-    None where the curve has no such point among the values, or too few of them are answered.
+    None where the curve has no such point among the values, where more of it does harm (a latency), or
+    where too few of them are answered. A later rise counts: every point beyond must bring little.
 
     >>> def at(rate): return Answer("", step_s=1 / rate, batch=1)
     >>> knee([1, 2, 4, 8], [at(1.0), at(2.0), at(3.9), at(4.1)])
     4
+    >>> knee([1e-6, 1e-5, 1e-4], [at(3.0), at(2.9), at(2.0)]) is None
+    True
     """
     points = sorted(
         (value, answer.samples_per_s)
         for value, answer in zip(values, answers, strict=True)
         if answer.status == "ok" and answer.samples_per_s
     )
-    for (low, slow), (high, fast) in itertools.pairwise(points):
-        if high > low and (fast / slow - 1) < KNEE * (high / low - 1):
-            return low if (low, slow) != points[0] or len(points) > 2 else None
+    if len(points) < 3 or points[-1][1] < points[0][1]:
+        return None
+    for i, (low, slow) in enumerate(points[:-1]):
+        beyond = [(high, fast) for high, fast in points[i + 1 :] if high > low > 0]
+        if beyond and all(fast / slow < (high / low) ** KNEE for high, fast in beyond):
+            return low
     return None
