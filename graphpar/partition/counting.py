@@ -43,11 +43,12 @@ from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import ChainAnswer, OutOfTimeError, Stage
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, Columns, drop_wider, price_columns
-from graphpar.partition.counting_master import Master, Solution
+from graphpar.partition.counting_lines import Line, Lines
+from graphpar.partition.counting_master import Master
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.solver import Backend
 from graphpar.partition.stage_costs import StageLimits
-from graphpar.partition.unit_arrays import FloatArray, IntArray, Setting
+from graphpar.partition.unit_arrays import Cache, FloatArray, IntArray, Setting
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,25 @@ class CountingLimits:
     gap: float
     backend: Backend
     patience_s: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Least:
+    """Pipelines of interest have this much extra and post, or more.
+
+    The largest extra of a pipeline's stages is at least its mean over the blocks, and so is the larger of
+    that and of a constant: `max(X, max extra) >= X + sum_j blocks_j / L max(extra_j - X, 0)`. Hence what a
+    pipeline costs beyond the least is at least a sum over its columns.
+    """
+
+    extra_s: float
+    post_s: float
+    post_weight: float
+
+    @property
+    def step_s(self) -> float:
+        """What the least alone comes to."""
+        return self.extra_s + self.post_weight * self.post_s
 
 
 class CountingProgram:
@@ -74,6 +94,7 @@ class CountingProgram:
         repeats: Repeats,
         limits: CountingLimits,
         counts: Sequence[int] | None = None,
+        cache: Cache | None = None,
     ) -> None:
         self._cells = cells
         self._counts = tuple(cells.counts if counts is None else counts)
@@ -85,7 +106,7 @@ class CountingProgram:
         self._take = np.array([o.take for o in options], dtype=np.intp)
         self._width = np.array([o.width for o in options], dtype=np.intp)
         self._group = np.array([len(o.groups[0]) for o in options], dtype=np.intp)
-        columns = price_columns(table, cells, options, setting, repeats)
+        columns = price_columns(table, cells, options, setting, repeats, cache)
         self._mode = np.array([o.staff[0] for o in options], dtype=np.intp)
         self._columns = columns.pick(np.flatnonzero(self._most(columns) > 0))
         self._rows, self._row_lower, self._row_upper = self._fixed_rows()
@@ -124,36 +145,100 @@ class CountingProgram:
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s` without an answer.
         """
-        everything = self._columns
-        within = (everything.extra_s <= limits.extra_s) & (everything.post_s <= limits.post_s)
-        within &= everything.extra_s + everything.post_s <= limits.both_s
-        index = self._narrowest(np.flatnonzero(within))
+        index = self._within(limits)
         if len(index) == 0:
             return None
         if time.monotonic() > deadline_s:
             raise OutOfTimeError
-        columns = everything.pick(index)
-        width = self._width[columns.option]
-        master = Master(
-            cost=columns.fill_s,
-            rows=self._rows[:, index],
-            row_lower=self._row_lower,
-            row_upper=self._row_upper,
-            most=self._most(columns),
-            due=np.where(columns.role == FIRST, np.inf, np.minimum(columns.most_below, self._devices)),
-            load=np.where(columns.role <= FIRST, 0, width).astype(np.float64),
-            is_last=columns.role == LAST,
-            num_devices=self._devices,
-            slack=limits.slack_s,
-            cutoff=limits.fill_s,
-            backend=self._limits.backend,
-        )
+        columns = self._columns.pick(index)
+        master = self._master(index, columns.fill_s, limits.slack_s, limits.fill_s)
         until_s = min(deadline_s, time.monotonic() + self._limits.patience_s)
         try:
             solution = master.solve(np.searchsorted(index, self._still(index)), self._dues, until_s)
         finally:
             self._warm, self._dues = index[master.active], master.dues
-        return None if solution is None else self._answer(columns, solution)
+        if solution is None:
+            return None
+        used = np.repeat(solution.columns, solution.counts)
+        return self._answer(columns, used, solution.value, min(solution.bound, solution.value))
+
+    def relaxed(self, limits: StageLimits, least: Least, deadline_s: float) -> float | None:
+        """A lower bound on what pipelines within the limits cost beyond `least`; None where none fits."""
+        index = self._within(limits)
+        if len(index) == 0:
+            return None
+        if time.monotonic() > deadline_s:
+            raise OutOfTimeError
+        master = self._master(index, self._beyond(index, least), 0.0, np.inf)
+        try:
+            value = master.relax(np.searchsorted(index, self._still(index)), self._dues, deadline_s)
+        finally:
+            self._warm, self._dues = index[master.active], master.dues
+        return value
+
+    def lines(self, limits: StageLimits, least: Least) -> Lines | None:
+        """The lines of the columns within the limits, at what they cost at least beyond `least`."""
+        index = self._within(limits)
+        if len(index) == 0:
+            return None
+        columns = self._columns.pick(index)
+        number = len(self._counts) + len(self._group_limits())
+        upper = self._row_upper[3 : 3 + number]
+        rows = self._rows[3 : 3 + number, :][:, index]
+        usable = (rows[upper <= 0] <= 0).all(axis=0)
+        columns, index, rows = columns.pick(np.flatnonzero(usable)), index[usable], rows[:, usable]
+        filled = -self._rows[3 + number, index]
+        scale = 2.0 + 2.0 * float((np.array(self._counts) / np.array(self._cells.node_sizes)).sum())
+        sums = np.concatenate([rows[upper > 0] / upper[upper > 0][:, None], filled[None] / scale])
+        constant = np.zeros(len(sums))
+        constant[-1] = 1.0
+        return Lines(
+            columns=columns,
+            cost=self._beyond(index, least),
+            width=self._width[columns.option],
+            sums=sums,
+            constant=constant,
+            blocks=self._repeats.number,
+            devices=self._devices,
+        )
+
+    def answer_of(self, lines: Lines, line: Line, bound_s: float) -> ChainAnswer:
+        """A line as a pipeline, with a lower bound on the fill of others."""
+        used = np.array(line.columns, dtype=np.intp)
+        fill = float(lines.columns.fill_s[used].sum())
+        return self._answer(lines.columns, used, fill, min(bound_s, fill))
+
+    def _beyond(self, index: IntArray, least: Least) -> FloatArray:
+        """Fill of columns, and their part in how far extra and post exceed the least."""
+        columns = self._columns
+        over = np.maximum(columns.extra_s[index] - least.extra_s, 0.0)
+        over += least.post_weight * np.maximum(columns.post_s[index] - least.post_s, 0.0)
+        found: FloatArray = columns.fill_s[index] + columns.blocks[index] / self._repeats.number * over
+        return found
+
+    def _within(self, limits: StageLimits) -> IntArray:
+        """The columns that keep the limits and that no narrower one replaces."""
+        everything = self._columns
+        within = (everything.extra_s <= limits.extra_s) & (everything.post_s <= limits.post_s)
+        within &= everything.extra_s + everything.post_s <= limits.both_s
+        return self._narrowest(np.flatnonzero(within))
+
+    def _master(self, index: IntArray, cost: FloatArray, slack_s: float, cutoff_s: float) -> Master:
+        columns = self._columns.pick(index)
+        return Master(
+            cost=cost,
+            rows=self._rows[:, index],
+            row_lower=self._row_lower,
+            row_upper=self._row_upper,
+            most=self._most(columns),
+            due=np.where(columns.role == FIRST, np.inf, np.minimum(columns.most_below, self._devices)),
+            load=np.where(columns.role <= FIRST, 0, self._width[columns.option]).astype(np.float64),
+            is_last=columns.role == LAST,
+            num_devices=self._devices,
+            slack=slack_s,
+            cutoff=cutoff_s,
+            backend=self._limits.backend,
+        )
 
     def _narrowest(self, index: IntArray) -> IntArray:
         """Columns that no other within the same limits may stand for."""
@@ -234,9 +319,8 @@ class CountingProgram:
         found: FloatArray = self._columns.outside - 2 * share[self._columns.option]
         return found
 
-    def _answer(self, columns: Columns, solution: Solution) -> ChainAnswer:
+    def _answer(self, columns: Columns, used: IntArray, fill_s: float, bound_s: float) -> ChainAnswer:
         """Line the stages up: from the end by growing `most_below`, equals by option."""
-        used = np.repeat(solution.columns, solution.counts)
         below = np.minimum(columns.most_below[used], self._devices)
         # Roles are numbered in the order of the line.
         order = np.lexsort((columns.blocks[used], columns.option[used], -below, columns.role[used]))
@@ -246,10 +330,10 @@ class CountingProgram:
             stages.append(Stage(unit, end, self._options[columns.option[index]]))
             unit = end
         return ChainAnswer(
-            fill_s=solution.value,
+            fill_s=fill_s,
             extra_s=float(columns.extra_s[used].max()),
             post_s=float(columns.post_s[used].max()),
-            bound_s=min(solution.bound, solution.value),
+            bound_s=bound_s,
             stages=tuple(stages),
         )
 

@@ -31,6 +31,10 @@ _MOST_FIRST_DELTA = 2e-2
 """... or within twice the slack, up to this share."""
 
 
+_LONGEST_LINEAR_S = 3600.0
+"""A linear programme takes milliseconds; solvers want a finite limit."""
+
+
 @dataclass(frozen=True, eq=False)
 class Solution:
     """Columns with how often each is used, the value, and a lower bound on every solution."""
@@ -119,6 +123,17 @@ class Master:
                 return best
             delta = min(max(best.value - relaxed.value, delta * 2), most)
 
+    def relax(self, warm: IntArray, dues: Sequence[float], deadline_s: float) -> float | None:
+        """The value of the linear relaxation, None where it has no solution.
+
+        Raises:
+            OutOfTimeError: The deadline passed.
+        """
+        self.dues = tuple(dues)
+        self.active = np.union1d(warm, self._first_guess())
+        relaxed = self._relax(deadline_s)
+        return None if relaxed is None else relaxed.value
+
     # --- the linear relaxation ---
 
     def _first_guess(self) -> IntArray:
@@ -137,7 +152,7 @@ class Master:
         while True:
             if time.monotonic() > deadline_s:
                 raise OutOfTimeError
-            outcome, matrix_duals = self._linear(penalty)
+            outcome, matrix_duals = self._linear(penalty, deadline_s)
             reduced = self._reduced(matrix_duals)
             value = outcome.objective
             assert value is not None
@@ -162,7 +177,7 @@ class Master:
             # At its upper limit a column may have a negative reduced cost: that is part of the value.
             return _Relaxed(value, np.maximum(reduced, 0.0))
 
-    def _linear(self, penalty: float) -> tuple[Outcome, FloatArray]:
+    def _linear(self, penalty: float, deadline_s: float) -> tuple[Outcome, FloatArray]:
         """The relaxation over active columns, with slack at a price for blocks and ends."""
         number = len(self.active)
         matrix = np.concatenate([self._rows[:, self.active], self._memory(self.active)])
@@ -178,7 +193,10 @@ class Master:
             row_lower=lower,
             row_upper=upper,
         )
-        outcome = program.solve()
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise OutOfTimeError
+        outcome = program.solve(time_limit_s=min(left_s, _LONGEST_LINEAR_S))
         if not outcome.has_point or len(outcome.duals) != len(matrix):
             raise OutOfTimeError
         return outcome, outcome.duals

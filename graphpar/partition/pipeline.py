@@ -26,7 +26,7 @@ from graphpar.partition.family import (
 from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device, priced_plan
 from graphpar.partition.infeasible import explain_infeasible
 from graphpar.partition.pipeline_price import price, share_microbatches
-from graphpar.partition.pipeline_search import INFINITY, Found, search
+from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs
 from graphpar.partition.regular import regular_plans
 from graphpar.partition.settings import Microbatches, ScheduleChoice
@@ -248,14 +248,13 @@ class _Run:
     def single(self) -> None:
         """One pipeline over the whole cluster."""
         tasks = self._programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
-        result = search(
+        result = self._programs.search(
             tasks,
             # Relaxed links only make plans cheaper: what is no better with them is no better at all.
             cutoff_s=self._target_s if self.family.exact else self.step_s,
             gap=self._gap,
             deadline_s=self._deadline_s,
-            # With one kind the regular plan is near the best: the time is for the bound.
-            dive=self.best is None or len(self.family.cells.counts) > 1,
+            dive=True,
         )
         self._bound_s = min(self._bound_s, result.bound_s)
         if result.cut:

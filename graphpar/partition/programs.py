@@ -18,7 +18,8 @@ from graphpar.partition.chain import ChainProgram
 from graphpar.partition.chain_columns import OptionRows, StagePrices
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.family import Family
-from graphpar.partition.pipeline_search import ChainSolver, Task
+from graphpar.partition.counting_search import search_counted
+from graphpar.partition.pipeline_search import INFINITY, ChainSolver, SearchResult, Task, search
 from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.types import ScheduleName
 from graphpar.partition.unit_arrays import (
@@ -63,6 +64,37 @@ class Programs:
             for m in self.family.counts(samples)
         ]
         return [t for t in tasks if len(schedules) == 1 or not self._outdone(whole, t)]
+
+    def search(
+        self,
+        tasks: Sequence[Task],
+        *,
+        cutoff_s: float,
+        gap: float,
+        deadline_s: float,
+        post_limit_s: float = INFINITY,
+        count_post: bool = True,
+        dive: bool = False,
+    ) -> SearchResult:
+        """The best pipeline over some tasks, by whichever search suits the family's programmes."""
+        if self.family.repeats is not None:
+            return search_counted(
+                tasks,
+                cutoff_s=cutoff_s,
+                gap=gap,
+                deadline_s=deadline_s,
+                post_limit_s=post_limit_s,
+                count_post=count_post,
+            )
+        return search(
+            tasks,
+            cutoff_s=cutoff_s,
+            gap=gap,
+            deadline_s=deadline_s,
+            post_limit_s=post_limit_s,
+            count_post=count_post,
+            dive=dive,
+        )
 
     def _outdone(self, limits: tuple[int, ...], task: Task) -> bool:
         """Whether GPipe is at least as good as 1F1B for every plan of a 1F1B task.
@@ -165,7 +197,14 @@ class Programs:
         family = self.family
         if family.repeats is not None:
             return CountingProgram(
-                family.table, family.cells, options, setting, family.repeats, self._limits, limits
+                family.table,
+                family.cells,
+                options,
+                setting,
+                family.repeats,
+                self._limits,
+                limits,
+                self._cache,
             )
         key = (limits, setting.peers, setting.across)
         if key not in self._rows:

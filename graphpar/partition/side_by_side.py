@@ -15,7 +15,7 @@ import numpy as np
 from graphpar.partition.cells import group_links
 from graphpar.partition.chain import OutOfTimeError
 from graphpar.partition.family import share_step
-from graphpar.partition.pipeline_search import INFINITY, Found, search
+from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs
 from graphpar.partition.types import ScheduleName
 
@@ -110,7 +110,7 @@ def estimate_shares(
             if key not in known:
                 every = programs.tasks(key[0], key[1], (schedule,), len(groups), across)
                 tasks = [t for t in every if size / 1.6 <= t.setting.size <= size * 1.6]
-                result = search(
+                result = programs.search(
                     tasks, cutoff_s=1.5 * cutoff_s, gap=_ESTIMATE_GAP, deadline_s=deadline_s, dive=True
                 )
                 known[key] = result.best
@@ -237,7 +237,7 @@ class _Grouping:
             if known.found is not None and known.found.answer.post_s <= post_limit:
                 return known
         tasks = self._programs.tasks(group, share, (self._schedule,), len(self._groups), self._across)
-        result = search(
+        result = self._programs.search(
             tasks,
             cutoff_s=time_limit,
             gap=self._gap,

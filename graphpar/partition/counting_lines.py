@@ -1,0 +1,273 @@
+"""Lines of columns: what the rows of the counting programme say only on average, exactly.
+
+A *line* is a pipeline as a sequence of columns from its last stage to its first. Along a line three things
+are exact that the linear relaxation of `counting` mixes: every stage keeps its memory where it stands, the
+blocks add up in whole numbers, and there is one first and one last stage. What couples the stages of a line
+otherwise are a few sums, each at most 1:
+
+    spent      sum of the columns' cost / what may be spent
+    devices    sum of the devices taken of a class / devices there are, and the same for whole groups
+    nodes      1 + (twice the nodes filled - boundaries to the outside) / a constant
+
+With prices p on these sums that are not negative and add up to one, no line that keeps all of them costs
+more than 1. The least priced line is a shortest path,
+
+    U[l, d] = min over columns with w replicas and b blocks that hold d + w replicas below:
+              price + U[l + b, d + w]        U[l, d] = price of the first stage where it has the blocks left
+
+over blocks `l` and replicas `d` behind a stage, so a least price above 1 proves that no line keeps all sums.
+Prices are those of the matrix game between lines and sums, solved by cutting planes (Kelley, "The
+cutting-plane method for solving convex programs", 1960). Beyond `cap` replicas all `d` count as one: there a
+line may be priced that memory forbids, which keeps the bound a bound.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
+from graphpar.partition.solver import MatrixProgram
+from graphpar.partition.unit_arrays import FloatArray, IntArray
+
+_MOST_STEPS = 16_000_000
+"""Sums that one shortest path may look at."""
+
+_LEAST_CAP = 16
+
+_ROUNDS = 12
+"""Shortest paths tried for the prices of one set of columns, ..."""
+
+_FEW_ROUNDS = 4
+"""... and where no prices can exclude all lines, so that they only guide."""
+
+_CLOSE = 2e-3
+"""Prices are good enough where others raise the least price by no more than this."""
+
+_INWARDS = 0.4
+"""The next prices lie by this share towards the best ones so far, which damps the cutting planes."""
+
+TOLERANCE = 1e-9
+"""A price above 1 by less than this is rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A line from its last stage to its first: its columns, cost, sums but for `spent`."""
+
+    columns: tuple[int, ...]
+    cost: float
+    sums: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """The best prices found, the least price of a line under them, and what a line must cost.
+
+    `prices[0]` is that of what is spent. `cost` is a lower bound on the cost of lines that keep the other
+    sums, infinite where there are none. `met` are the cheapest lines under all prices tried.
+    """
+
+    prices: FloatArray
+    value: float
+    cost: float
+    met: tuple[Line, ...]
+
+    @property
+    def excluded(self) -> bool:
+        """Whether no line keeps all sums."""
+        return self.value > 1 + TOLERANCE
+
+
+class Lines:
+    """The lines that may be made of some columns.
+
+    Args:
+        columns: The columns.
+        cost: What each costs.
+        width: Its replicas.
+        sums: [sum, column], without `spent`.
+        constant: [sum], added once for a line.
+        blocks: Blocks of a whole line.
+        devices: Most replicas of a line.
+    """
+
+    def __init__(
+        self,
+        *,
+        columns: Columns,
+        cost: FloatArray,
+        width: IntArray,
+        sums: FloatArray,
+        constant: FloatArray,
+        blocks: int,
+        devices: int,
+    ) -> None:
+        self.columns, self.cost, self.width = columns, cost, width
+        self.sums, self.constant = sums, constant
+        self.blocks, self.devices = blocks, devices
+        self.due: IntArray = np.minimum(columns.most_below, devices).astype(np.intp)
+        self.body: IntArray = np.flatnonzero(columns.role == BODY)
+        self.first: IntArray = np.flatnonzero(columns.role == FIRST)
+        self.last: IntArray = np.flatnonzero(columns.role == LAST)
+        self.whole: IntArray = np.flatnonzero(columns.role == WHOLE)
+        self._body_pair, body_pairs = self._pairs(self.body)
+        self._first_pair, first_pairs = self._pairs(self.first)
+        self.cap = self._choose_cap(len(body_pairs))
+        self._body_end = self._ends(body_pairs)
+        self._first_end = self._ends(first_pairs)
+        self._first_blocks = first_pairs[:, 1]
+        most = int(body_pairs[:, 1].max(initial=0))
+        self._room = np.full((blocks + 1 + most, self.cap + 1), np.inf)
+        self._place = body_pairs[:, 1] * (self.cap + 1) + self._body_end
+
+    def _pairs(self, index: IntArray) -> tuple[IntArray, IntArray]:
+        """The distinct pairs of replicas and blocks, by blocks, and that of each column."""
+        both = np.stack([self.width[index], self.columns.blocks[index]], axis=1)
+        found, inverse = np.unique(both[:, ::-1], axis=0, return_inverse=True)
+        return inverse.reshape(-1).astype(np.intp), found[:, ::-1]
+
+    def _choose_cap(self, pairs: int) -> int:
+        """Replicas that are told apart: as far as memory may bind and time allows."""
+        binding = self.columns.most_below[self.columns.most_below < self.devices]
+        exact = min(self.devices, int(binding.max()) + 1) if len(binding) else 0
+        affordable = _MOST_STEPS // (max(1, pairs) * (self.blocks + 1))
+        return min(exact, max(_LEAST_CAP, affordable))
+
+    def _ends(self, pairs: IntArray) -> IntArray:
+        """[replicas behind, pair]: replicas with a stage of the pair, up to the cap."""
+        behind = np.arange(self.cap + 1)[:, None]
+        found: IntArray = np.minimum(behind + pairs[None, :, 0], self.cap)
+        return found
+
+    def _cheapest(self, index: IntArray, pair: IntArray, ends: IntArray, prices: FloatArray) -> FloatArray:
+        """[replicas behind, pair]: the least price of a column that holds so many below."""
+        table = np.full((self.cap + 1, ends.shape[1]), np.inf)
+        np.minimum.at(table, (np.minimum(self.due[index], self.cap), pair), prices[index])
+        table = np.minimum.accumulate(table[::-1], axis=0)[::-1]
+        found: FloatArray = np.take_along_axis(table, ends, axis=0)
+        return found
+
+    def to_go(self, prices: FloatArray) -> FloatArray:
+        """[blocks behind, replicas behind]: the least price of what is still to come."""
+        body = self._cheapest(self.body, self._body_pair, self._body_end, prices)
+        closing = self._cheapest(self.first, self._first_pair, self._first_end, prices)
+        ends = np.full((self.blocks + 1, self.cap + 1), np.inf)
+        for number in np.unique(self._first_blocks):
+            ends[number] = closing[:, self._first_blocks == number].min(axis=1)
+        room = self._room
+        room[:] = np.inf
+        flat = room.reshape(-1)
+        for behind in range(self.blocks, -1, -1):
+            best = ends[self.blocks - behind]
+            if body.shape[1]:
+                onward = flat[behind * (self.cap + 1) :].take(self._place)
+                onward += body
+                best = np.minimum(best, onward.min(axis=1))
+            room[behind] = best
+        return room[: self.blocks + 1].copy()
+
+    def priced(self, prices: FloatArray, spend: float) -> FloatArray:
+        """What every column costs under prices on the sums, the first on what is spent."""
+        found: FloatArray = prices[0] / spend * self.cost + prices[1:] @ self.sums
+        return found
+
+    def cheapest_line(self, priced: FloatArray, to_go: FloatArray) -> tuple[float, Line | None]:
+        """The least price of a line without the constants, and the line."""
+        last = self.last
+        ends = priced[last] + to_go[
+            self.columns.blocks[last], np.minimum(self.width[last], self.cap)
+        ]
+        best = float(ends.min(initial=np.inf))
+        whole = float(priced[self.whole].min(initial=np.inf))
+        if not min(best, whole) < np.inf:
+            return np.inf, None
+        if whole <= best:
+            return whole, self._line([int(self.whole[priced[self.whole].argmin()])])
+        return best, self._line(self._follow(int(last[ends.argmin()]), priced, to_go))
+
+    def _follow(self, column: int, priced: FloatArray, to_go: FloatArray) -> list[int]:
+        """The cheapest line that ends in a column."""
+        blocks, columns = self.columns.blocks, [column]
+        behind, replicas = int(blocks[column]), min(int(self.width[column]), self.cap)
+        inner = np.concatenate([self.body, self.first])
+        closes = self.columns.role[inner] == FIRST
+        ends = blocks[inner]
+        while True:
+            after = np.minimum(replicas + self.width[inner], self.cap)
+            fits = np.minimum(self.due[inner], self.cap) >= after
+            fits &= np.where(closes, behind + ends == self.blocks, behind + ends <= self.blocks)
+            usable = np.flatnonzero(fits)
+            onward = np.where(
+                closes[usable], 0.0, to_go[behind + np.minimum(ends[usable], self.blocks - behind), after[usable]]
+            )
+            best = usable[int((priced[inner[usable]] + onward).argmin())]
+            columns.append(int(inner[best]))
+            if closes[best]:
+                return columns
+            behind, replicas = behind + int(ends[best]), int(after[best])
+
+    def _line(self, columns: list[int]) -> Line:
+        sums = self.sums[:, columns].sum(axis=1) + self.constant
+        return Line(tuple(columns), float(self.cost[columns].sum()), sums)
+
+    def holds(self, line: Line) -> bool:
+        """Whether a line keeps its memory and all sums but what is spent."""
+        replicas = np.cumsum(self.width[list(line.columns)])
+        fits = self.due[list(line.columns)] >= replicas
+        return bool(fits.all() and (line.sums <= 1 + TOLERANCE).all())
+
+    def judge(self, spend: float, start: FloatArray, known: list[Line], deadline_s: float) -> Verdict:
+        """Look for prices under which every line costs more than 1.
+
+        `start` are prices to begin with, `known` are lines met before; only guidance either.
+
+        Raises:
+            OutOfTimeError: `time.monotonic()` passed `deadline_s`.
+        """
+        met: list[Line] = []
+        prices, best = start, (-np.inf, start, 0.0)
+        for _ in range(_ROUNDS):
+            if time.monotonic() > deadline_s:
+                raise OutOfTimeError
+            priced = self.priced(prices, spend)
+            least, line = self.cheapest_line(priced, self.to_go(priced))
+            value = least + float(prices[1:] @ self.constant)
+            # The sums but `spent` take at most what their prices add up to.
+            free = (value - float(prices[1:].sum())) * spend
+            cost = free / prices[0] if prices[0] > 0 else (np.inf if free > TOLERANCE * spend else 0.0)
+            best = max(best, (value, prices, cost), key=lambda b: b[0])
+            if line is None or value > 1 + TOLERANCE:
+                break
+            met.append(line)
+            ceiling, wanted = _play([*known, *met], spend)
+            # Where mixtures of lines keep all sums, prices alone prove no more.
+            guides = ceiling <= 1 and len(met) >= _FEW_ROUNDS
+            if guides or ceiling - best[0] < _CLOSE * abs(1 - best[0]) + TOLERANCE:
+                break
+            prices = (1 - _INWARDS) * wanted + _INWARDS * best[1]
+        return Verdict(best[1], best[0], best[2], tuple(met))
+
+
+def _play(lines: list[Line], spend: float) -> tuple[float, FloatArray]:
+    """The prices for which the cheapest of some lines costs most, and what it costs."""
+    rows = np.array([[line.cost / spend, *line.sums] for line in lines])
+    number, prices = rows.shape
+    matrix = np.zeros((number + 1, prices + 1))
+    matrix[:number, :prices], matrix[:number, prices] = rows, -1.0
+    matrix[number, :prices] = 1.0
+    outcome = MatrixProgram(
+        cost=np.array([0.0] * prices + [-1.0]),
+        lower=np.array([0.0] * prices + [-np.inf]),
+        upper=np.array([1.0] * prices + [np.inf]),
+        integer=np.zeros(prices + 1, dtype=np.bool_),
+        matrix=sparse.csr_matrix(matrix),
+        row_lower=np.array([0.0] * number + [1.0]),
+        row_upper=np.array([np.inf] * number + [1.0]),
+    ).solve()
+    if not outcome.has_point:
+        raise OutOfTimeError
+    found = np.maximum(outcome.values[:prices], 0.0)
+    return float(outcome.values[prices]), found / found.sum()

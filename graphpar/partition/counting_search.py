@@ -1,0 +1,477 @@
+"""Best-first search over counting programmes: cheap bounds on wide boxes, exact lines in narrow ones.
+
+A box holds the pipelines of one task whose extra and post lie between two limits each. Its bound is what both
+limits come to at least plus what its columns cost beyond that (`counting.Least`): in wide boxes over the
+linear relaxation, in narrow ones over lines (`counting_lines`), whose prices also guide a beam that grows
+pipelines (`counting_beam`). A box that no line is left in is done with; the others are divided, or looked at
+again with a wider beam. The least bound on the heap is at any time a bound on every pipeline.
+"""
+
+import heapq
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.counting import CountingProgram, Least
+from graphpar.partition.counting_beam import grow_lines
+from graphpar.partition.counting_lines import Line, Lines, Verdict
+from graphpar.partition.pipeline_search import INFINITY, Found, SearchResult, Task
+from graphpar.partition.stage_costs import StageLimits
+from graphpar.partition.unit_arrays import FloatArray
+
+_NARROW = 0.5
+"""A box is narrow if its extra varies by this share of the gap, ..."""
+
+_LEAST_NARROW = 2e-3
+"""... or by this share of the step, ..."""
+
+_BEAMS = (60, 240, 1000, 4000)
+"""Parts of lines kept at once, by how often a box was looked at."""
+
+_FAR = 0.25
+"""... or by this share of what is left between its bound and the target."""
+
+_DIVES = 3
+"""Tasks in which a first pipeline is looked for before the search proper."""
+
+_LIKE = 0.02
+"""Of tasks whose bounds differ by less than this the one with most microbatches is dived into first."""
+
+_DIVE_FACTORS = (1.0, 1.01, 1.025, 1.05, 1.1, 1.18, 1.3, 1.5, 2.0, 3.0, 5.0)
+"""Extra allowed at a dive, in multiples of what the relaxation needs."""
+
+_DIVE_SPARE = 0.02
+"""At a dive lines may cost this share of extra more than the relaxation says."""
+
+_KEPT_LINES = 40
+"""Lines of a task that are remembered."""
+
+_REFINEMENTS = ((0, 5), (1, 3))
+"""Beams, and how often a dive that succeeded is tried again with each and less extra."""
+
+_FINE = 0.5
+"""A dive ends where extra is known to within this share of the gap."""
+
+_BISECTIONS = 12
+"""Relaxations solved to find the least extra of a task."""
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Extra and post from and to; `looks` counts the beams tried."""
+
+    task: int
+    extra: tuple[float, float]
+    post: tuple[float, float]
+    looks: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A line by the numbers of its columns, which mean something beyond the box it was met in."""
+
+    fill_s: float
+    shares: FloatArray
+    extra_s: FloatArray
+    post_s: FloatArray
+    sums: FloatArray
+
+    def line(self, least: Least) -> Line:
+        """The line at its cost beyond another least."""
+        over = np.maximum(self.extra_s - least.extra_s, 0.0)
+        over = over + least.post_weight * np.maximum(self.post_s - least.post_s, 0.0)
+        return Line((), self.fill_s + float(self.shares @ over), self.sums)
+
+
+@dataclass(frozen=True, eq=False)
+class _Guide:
+    """What was learnt in a task: prices and lines."""
+
+    prices: FloatArray
+    lines: tuple[_Known, ...]
+
+
+def search_counted(
+    tasks: Iterable[Task],
+    *,
+    cutoff_s: float,
+    gap: float,
+    deadline_s: float,
+    post_limit_s: float = INFINITY,
+    count_post: bool = True,
+) -> SearchResult:
+    """The pipeline with the least step time over the tasks of counting programmes.
+
+    Arguments as those of `pipeline_search.search`.
+    """
+    run = _Run(list(tasks), cutoff_s, gap, post_limit_s, count_post, deadline_s)
+    cut = False
+    try:
+        run.work()
+    except OutOfTimeError:
+        cut = True
+    return SearchResult(run.best, run.bound(), cut, run.programs, run.others())
+
+
+class _Run:
+    """The state of one search."""
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        cutoff_s: float,
+        gap: float,
+        post_limit_s: float,
+        count_post: bool,
+        deadline_s: float,
+    ) -> None:
+        self._tasks = tasks
+        self._weight = 1.0 if count_post else 0.0
+        self._gap, self._cutoff, self._deadline_s = gap, cutoff_s, deadline_s
+        self._post_limit = post_limit_s
+        self._pruned = INFINITY
+        self._ticket = itertools.count()
+        self._heap: list[tuple[float, int, _Box]] = []
+        self._built: dict[int, CountingProgram] = {}
+        self._guides: dict[int, _Guide] = {}
+        self._dived: set[int] = set()
+        self._met: dict[int, tuple[float, Found]] = {}
+        self.best: Found | None = None
+        self.programs = 0
+        for index, task in enumerate(tasks):
+            bound = task.bound_s + self._weight * task.post_s
+            self._push(bound, _Box(index, (task.extra_s, INFINITY), (task.post_s, post_limit_s)))
+
+    def bound(self) -> float:
+        """A lower bound on every plan of the tasks; the cutoff where nothing better exists."""
+        return min(self._cutoff, self._pruned, self._heap[0][0] if self._heap else INFINITY)
+
+    def others(self) -> tuple[Found, ...]:
+        """The best of every setting but the winner's, best first."""
+        rest = [pair for pair in self._met.values() if pair[1] is not self.best]
+        return tuple(found for _, found in sorted(rest, key=lambda pair: pair[0]))
+
+    def work(self) -> None:
+        """Look into boxes until none can hold a plan better than the best by more than the gap."""
+        self._dive_first()
+        while self._heap:
+            bound, _, box = heapq.heappop(self._heap)
+            if bound >= self._target():
+                self._pruned = min(self._pruned, bound)
+                return
+            try:
+                self._look(bound, box)
+            except OutOfTimeError:
+                self._pruned = min(self._pruned, bound)
+                raise
+
+    def _target(self) -> float:
+        # Until something is found, everything below the cutoff is of interest.
+        return self._cutoff * (1 - self._gap) if self.best is not None else self._cutoff
+
+    def _push(self, bound: float, box: _Box) -> None:
+        if bound < self._target():
+            heapq.heappush(self._heap, (bound, next(self._ticket), box))
+        else:
+            self._pruned = min(self._pruned, bound)
+
+    def _program(self, task: int) -> CountingProgram:
+        if task not in self._built:
+            program = self._tasks[task].build()
+            assert isinstance(program, CountingProgram)
+            self._built[task] = program
+        return self._built[task]
+
+    def _look(self, bound: float, box: _Box) -> None:
+        if time.monotonic() > self._deadline_s:
+            raise OutOfTimeError
+        program = self._program(box.task)
+        shrunk = self._shrink(program, box)
+        if shrunk is None:
+            # What was cut off costs the target or more.
+            self._pruned = min(self._pruned, max(bound, self._target()))
+            return
+        if self._target() < INFINITY:
+            # So does what the limits below leave out.
+            self._pruned = min(self._pruned, max(bound, self._target()))
+        box = shrunk
+        least = self._least(box)
+        if box.looks == 0:
+            self.programs += 1
+            value = program.relaxed(self._limits(box), least, self._deadline_s)
+            if value is None:
+                return
+            bound = max(bound, least.step_s + value)
+            if bound >= self._target():
+                self._pruned = min(self._pruned, bound)
+                return
+            if not self._is_narrow(program, bound, box):
+                self._divide(program, bound, box)
+                return
+            if self.best is None and box.task not in self._dived and len(self._dived) < _DIVES:
+                self._dive(program, box)
+            box = replace(box, looks=1)
+            self._push(bound, box)
+            return
+        self._look_closely(program, bound, box)
+
+    def _shrink(self, program: CountingProgram, box: _Box) -> _Box | None:
+        """The box without what its extra or post excludes, on values that some column attains."""
+        least_fill = self._tasks[box.task].fill_s
+        room = self._target() - least_fill
+        high = min(box.extra[1], room - self._weight * box.post[0])
+        extra = _within(program.extras_s, box.extra[0], high)
+        post = _within(program.posts_s, box.post[0], box.post[1])
+        if extra is None or post is None:
+            return None
+        return replace(box, extra=extra, post=post)
+
+    def _least(self, box: _Box) -> Least:
+        return Least(box.extra[0], box.post[0], self._weight)
+
+    def _limits(self, box: _Box) -> StageLimits:
+        both = INFINITY
+        if self._weight > 0:
+            both = self._target() - self._tasks[box.task].fill_s
+        return StageLimits(box.extra[1], box.post[1], both)
+
+    def _is_narrow(self, program: CountingProgram, bound: float, box: _Box) -> bool:
+        width = box.extra[1] - box.extra[0]
+        allowed = max(_NARROW * self._gap, _LEAST_NARROW) * (box.extra[0] + self._tasks[box.task].fill_s)
+        if self.best is not None:
+            allowed = max(allowed, _FAR * (self._target() - bound))
+        return width <= allowed or _middle(program.extras_s, box.extra) is None
+
+    def _divide(self, program: CountingProgram, bound: float, box: _Box) -> None:
+        """Push both halves of a box by extra."""
+        middle = _middle(program.extras_s, box.extra)
+        assert middle is not None
+        low, high = middle
+        self._push(bound, replace(box, extra=(box.extra[0], low)))
+        self._push(bound, replace(box, extra=(high, box.extra[1])))
+
+    # --- narrow boxes ---
+
+    def _look_closely(self, program: CountingProgram, bound: float, box: _Box) -> None:
+        least = self._least(box)
+        lines = program.lines(self._limits(box), least)
+        spend = self._target() - least.step_s
+        if lines is None or spend <= 0:
+            return
+        if spend == INFINITY:
+            spend = 10 * (float(lines.cost.max()) * lines.blocks + 1.0)
+        verdict = self._judge(box.task, lines, least, spend, box.extra[1])
+        bound = max(bound, min(least.step_s + verdict.cost, self._target()))
+        if verdict.excluded:
+            self._pruned = min(self._pruned, max(bound, self._target()))
+            return
+        straight = self._best_met(lines, verdict, spend)
+        if straight is not None:
+            self._offer(box.task, program, lines, straight, bound)
+            self._divide_at(program, bound, box, lines, straight)
+            return
+        width = _BEAMS[min(box.looks, len(_BEAMS)) - 1]
+        harvest = grow_lines(lines, verdict.prices, spend, width, self._deadline_s)
+        if harvest.line is None and harvest.complete:
+            self._pruned = min(self._pruned, max(bound, self._target()))
+            return
+        if harvest.line is None:
+            self._look_again(program, bound, box)
+            return
+        line = harvest.line
+        if harvest.complete:
+            bound = max(bound, least.step_s + line.cost)
+        self._offer(box.task, program, lines, line, bound)
+        self._divide_at(program, bound, box, lines, line)
+
+    @staticmethod
+    def _best_met(lines: Lines, verdict: Verdict, spend: float) -> Line | None:
+        """The cheapest line met on the way that keeps everything."""
+        held = [line for line in verdict.met if line.cost < spend and lines.holds(line)]
+        return min(held, key=lambda line: line.cost, default=None)
+
+    def _look_again(self, program: CountingProgram, bound: float, box: _Box) -> None:
+        """Nothing was found, but not everything was looked at."""
+        if box.looks < len(_BEAMS):
+            self._push(bound, replace(box, looks=box.looks + 1))
+        elif _middle(program.extras_s, box.extra) is not None:
+            self._divide(program, bound, replace(box, looks=0))
+        else:
+            # Nothing is left to divide: the box stays what it is, and so does its bound.
+            self._pruned = min(self._pruned, bound)
+
+    def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
+        number = len(lines.sums) + 1
+        guide = self._guides.get(task) or _Guide(np.full(number, 1 / number), ())
+        known = [k for k in guide.lines if k.extra_s.max() <= extra_s]
+        verdict = lines.judge(spend, guide.prices, [k.line(least) for k in known], self._deadline_s)
+        met = [_known(lines, line) for line in verdict.met]
+        self._guides[task] = _Guide(verdict.prices, (*guide.lines, *met)[-_KEPT_LINES:])
+        return verdict
+
+    def _offer(
+        self, task: int, program: CountingProgram, lines: Lines, line: Line, bound_s: float
+    ) -> float:
+        """Take a line for a plan; what it costs."""
+        answer = program.answer_of(lines, line, bound_s)
+        value = answer.fill_s + answer.extra_s + self._weight * answer.post_s
+        found = Found(self._tasks[task].setting, answer)
+        if task not in self._met or value < self._met[task][0]:
+            self._met[task] = value, found
+        if value < self._cutoff:
+            self._cutoff, self.best = value, found
+        return value
+
+    def _divide_at(
+        self, program: CountingProgram, bound: float, box: _Box, lines: Lines, line: Line
+    ) -> None:
+        """Divide a box where a line lies: by extra or by post, whichever its bound falls short of more."""
+        used = list(line.columns)
+        share = lines.columns.blocks[used] / lines.blocks
+        short = []
+        for limits, values in ((box.extra, lines.columns.extra_s), (box.post, lines.columns.post_s)):
+            own = values[used]
+            mean = limits[0] + float(share @ np.maximum(own - limits[0], 0.0))
+            short.append((float(own.max()) - mean, float(own.max())))
+        by_post = self._weight * short[1][0] > short[0][0]
+        values = program.posts_s if by_post else program.extras_s
+        limits = box.post if by_post else box.extra
+        parts = _split_below(values, limits, short[1][1] if by_post else short[0][1])
+        if parts is None:
+            # The line lies at the lower end of the box: nothing else in it costs less.
+            self._look_again(program, bound, box)
+            return
+        for low, high in parts:
+            if by_post:
+                self._push(bound, replace(box, post=(low, high), looks=1))
+            else:
+                self._push(bound, replace(box, extra=(low, high), looks=1))
+
+    # --- the first plan ---
+
+    def _dive_first(self) -> None:
+        """Dive into the task that promises most before all others are even built."""
+        if not self._heap or self._heap[0][0] >= self._target():
+            return
+        near = self._heap[0][0] * (1 + _LIKE)
+        alike = [box for bound, _, box in self._heap if bound <= near]
+        box = max(alike, key=lambda b: self._tasks[b.task].setting.microbatches)
+        program = self._program(box.task)
+        shrunk = self._shrink(program, box)
+        least = None if shrunk is None else self._least_extra(program, shrunk)
+        if shrunk is not None and least is not None:
+            self._dive(program, replace(shrunk, extra=(shrunk.extra[0], least)))
+
+    def _least_extra(self, program: CountingProgram, box: _Box) -> float | None:
+        """The extra with which the relaxation costs least, about; None where nothing fits."""
+        values = program.extras_s
+        low = int(np.searchsorted(values, box.extra[0], side="left"))
+        high = int(np.searchsorted(values, box.extra[1], side="right")) - 1
+        best: tuple[float, float] | None = None
+        for _ in range(_BISECTIONS):
+            if low > high:
+                break
+            middle = int(np.searchsorted(values, (values[low] + values[high]) / 2, side="left"))
+            extra = float(values[middle])
+            limits = StageLimits(extra, box.post[1])
+            least = Least(extra, box.post[0], self._weight)
+            value = program.relaxed(limits, least, self._deadline_s)
+            if value is None:
+                low = middle + 1
+                continue
+            if best is not None and best[0] <= extra + value:
+                # Less extra costs more in fill already: what is best lies above.
+                low, high = middle + 1, int(np.searchsorted(values, best[1], side="left")) - 1
+                continue
+            best, high = (extra + value, extra), middle - 1
+        return None if best is None else best[1]
+
+    def _dive(self, program: CountingProgram, box: _Box) -> None:
+        """Allow more and more extra until a beam finds a pipeline, then somewhat less again."""
+        self._dived.add(box.task)
+        failed = box.extra[1]
+        for factor in _DIVE_FACTORS:
+            extra = min(factor * box.extra[1], self._target() - self._tasks[box.task].fill_s)
+            if self._try(program, box, extra, 0):
+                break
+            failed = extra
+            if extra < factor * box.extra[1]:
+                return
+        if self.best is None:
+            return
+        found = self.best.answer.extra_s
+        for beam, number in _REFINEMENTS:
+            lowest = failed
+            for _ in range(number):
+                if found - lowest < _FINE * self._gap * found:
+                    break
+                extra = (lowest + found) / 2
+                if self._try(program, box, extra, beam):
+                    found = min(extra, self.best.answer.extra_s)
+                else:
+                    lowest = extra
+
+    def _try(self, program: CountingProgram, box: _Box, extra_s: float, beam: int) -> bool:
+        """Whether a beam finds a pipeline with at most so much extra that beats the cutoff."""
+        least = Least(extra_s, box.post[0], self._weight)
+        limits = StageLimits(extra_s, box.post[1])
+        value = program.relaxed(limits, least, self._deadline_s)
+        if value is None:
+            return False
+        spend = min(
+            self._target() - least.step_s, value + max(_DIVE_SPARE * extra_s, 0.2 * abs(value)) + 1e-12
+        )
+        lines = program.lines(limits, least)
+        if lines is None or spend <= 0:
+            return False
+        verdict = self._judge(box.task, lines, least, spend, extra_s)
+        if verdict.excluded:
+            return False
+        line = self._best_met(lines, verdict, spend)
+        if line is None:
+            line = grow_lines(lines, verdict.prices, spend, _BEAMS[beam], self._deadline_s).line
+        before = self._cutoff
+        return line is not None and self._offer(box.task, program, lines, line, 0.0) < before
+
+
+def _known(lines: Lines, line: Line) -> _Known:
+    used, columns = list(line.columns), lines.columns
+    return _Known(
+        fill_s=float(columns.fill_s[used].sum()),
+        shares=columns.blocks[used] / lines.blocks,
+        extra_s=columns.extra_s[used],
+        post_s=columns.post_s[used],
+        sums=line.sums,
+    )
+
+
+def _within(values: FloatArray, low: float, high: float) -> tuple[float, float] | None:
+    """The least and the largest of increasing values between two limits."""
+    first = int(np.searchsorted(values, low, side="left"))
+    last = int(np.searchsorted(values, high, side="right")) - 1
+    return (float(values[first]), float(values[last])) if first <= last else None
+
+
+def _middle(values: FloatArray, limits: tuple[float, float]) -> tuple[float, float] | None:
+    """Two neighbours among increasing values near the middle of limits, None where there are not two."""
+    first = int(np.searchsorted(values, limits[0], side="left"))
+    last = int(np.searchsorted(values, limits[1], side="right")) - 1
+    if last <= first:
+        return None
+    middle = int(np.searchsorted(values, (values[first] + values[last]) / 2, side="right"))
+    middle = min(max(middle, first + 1), last)
+    return float(values[middle - 1]), float(values[middle])
+
+
+def _split_below(
+    values: FloatArray, limits: tuple[float, float], value: float
+) -> list[tuple[float, float]] | None:
+    """Limits in two parts, the upper one from a value between the lower limit and the given one."""
+    parts = _middle(values, (limits[0], value))
+    if parts is None:
+        return None
+    return [(limits[0], parts[0]), (parts[1], limits[1])]
