@@ -153,6 +153,7 @@ class StagePrices:
         self._stalls = table.training and setting.schedule == "1f1b"
         self._units = units = UnitArrays(table, setting, runs, cache)
         self._seconds = np.stack([units.seconds(m) for m in rows.modes])
+        self._sample = np.stack([units.sample_seconds(m) for m in rows.modes])
         self.before_s = boundary_seconds(table, setting, rows.kinds)
         self._slots_of_run = _positions(rows.slots.run, len(runs.first))
         widths = sorted(set(rows.width.tolist()))
@@ -185,7 +186,8 @@ class StagePrices:
             run, staff = slots.run[slot], self.rows.staff[option]
             moved = self._moved_at(option, run)
             times = [self._seconds[staff[:, r], run] + moved for r in range(width)]
-            extra[index], own = stage_extra(times, self._wait(slot), self.setting.microbatches)
+            sample = [self._sample[staff[:, r], run] for r in range(width)]
+            extra[index], own = stage_extra(times, self._wait(slot), self.setting, sample)
             most = [self._flight[staff[:, r], width, run] for r in range(width)]
             below[index] = most_below(self.setting, own, most, width)
         extra = self._with_cut(extra, columns.slot)

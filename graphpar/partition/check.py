@@ -7,6 +7,7 @@ by microbatch instead of by mean sizes, unit by unit instead of by prefix sums.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 
 from graphpar.cost import CostTable, Mode
@@ -175,6 +176,28 @@ def _mean_time(table: CostTable, pipeline: PipelineChoice, stage: StageChoice, i
     return total / pipeline.microbatches + _zero_traffic(table, stage)
 
 
+def _uneven(
+    table: CostTable, pipeline: PipelineChoice, stage: StageChoice, index: int, times: list[float]
+) -> float:
+    """Seconds of samples a replica has beyond its share of the mean, larger microbatches dealt first."""
+    sizes, own = pipeline.sizes(), stage.replicas[index].microbatches
+    if len(stage.replicas) == 1 or sizes[0] == sizes[-1]:
+        return 0.0
+    large = sizes.count(sizes[0])
+    share = Fraction(large * own, len(sizes))
+    if min(times) == max(times):
+        having = len(range(index, large, len(stage.replicas)))
+    else:
+        having = math.ceil(share)
+    costs = _mode(table, stage, index).costs
+    seconds = 0.0
+    for unit in range(stage.first, stage.last):
+        cost = costs[table.units[unit]]
+        for row in (cost.forward_s, cost.backward_s) if table.training else (cost.forward_s,):
+            seconds += table.at_size(row, sizes[0]) - table.at_size(row, sizes[-1])
+    return float(having - share) * seconds
+
+
 def _mode(table: CostTable, stage: StageChoice, index: int) -> Mode:
     mode = _find_mode(table, stage, stage.replicas[index])
     assert mode is not None
@@ -251,8 +274,10 @@ def _pipeline_parts(
         wait = (before + after) / 2 if stalls else 0.0
         times = [_mean_time(table, pipeline, stage, i) for i in range(len(stage.replicas))]
         ends = [
-            time * r.microbatches + wait * (r.microbatches - 1)
-            for time, r in zip(times, stage.replicas, strict=True)
+            time * r.microbatches
+            + wait * (r.microbatches - 1)
+            + _uneven(table, pipeline, stage, i, times)
+            for i, (time, r) in enumerate(zip(times, stage.replicas, strict=True))
         ]
         compute += max(times)
         busiest = max(busiest, max(ends) - max(times))

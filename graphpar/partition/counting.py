@@ -42,7 +42,15 @@ import numpy.typing as npt
 from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import ChainAnswer, OutOfTimeError, Stage
-from graphpar.partition.counting_columns import BODY, FIRST, LAST, Columns, drop_wider, price_columns
+from graphpar.partition.counting_columns import (
+    BODY,
+    FIRST,
+    LAST,
+    Columns,
+    drop_dearer,
+    drop_wider,
+    price_columns,
+)
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_master import Master
 from graphpar.partition.repeats import Repeats
@@ -65,8 +73,8 @@ class Least:
     """Pipelines of interest have this much extra and post, or more.
 
     The largest extra of a pipeline's stages is at least its mean over the blocks, and so is the larger of
-    that and of a constant: `max(X, max extra) >= X + sum_j blocks_j / L max(extra_j - X, 0)`. Hence what a
-    pipeline costs beyond the least is at least a sum over its columns.
+    that and of a constant: `max(X, max extra) >= X + sum_j blocks_j / L max(extra_j - X, 0)`. Hence what
+    a pipeline costs beyond the least is at least a sum over its columns.
     """
 
     extra_s: float
@@ -105,6 +113,8 @@ class CountingProgram:
         self._devices = sum(self._counts)
         self._take = np.array([o.take for o in options], dtype=np.intp)
         self._width = np.array([o.width for o in options], dtype=np.intp)
+        teams = {(o.take, o.width): i for i, o in enumerate(options)}
+        self._team = np.array([teams[o.take, o.width] for o in options], dtype=np.intp)
         self._group = np.array([len(o.groups[0]) for o in options], dtype=np.intp)
         columns = price_columns(table, cells, options, setting, repeats, cache)
         self._mode = np.array([o.staff[0] for o in options], dtype=np.intp)
@@ -181,20 +191,23 @@ class CountingProgram:
         index = self._within(limits)
         if len(index) == 0:
             return None
-        columns = self._columns.pick(index)
         number = len(self._counts) + len(self._group_limits())
         upper = self._row_upper[3 : 3 + number]
-        rows = self._rows[3 : 3 + number, :][:, index]
-        usable = (rows[upper <= 0] <= 0).all(axis=0)
-        columns, index, rows = columns.pick(np.flatnonzero(usable)), index[usable], rows[:, usable]
+        index = index[(self._rows[3 : 3 + number, index][upper <= 0] <= 0).all(axis=0)]
+        columns, cost = self._columns.pick(index), self._beyond(index, least)
+        due = np.minimum(columns.most_below, self._devices).astype(np.intp)
+        kept = drop_dearer(columns, cost, self._team[columns.option], due)
+        columns, cost, index = columns.pick(kept), cost[kept], index[kept]
+        rows = self._rows[3 : 3 + number, index]
         filled = -self._rows[3 + number, index]
-        scale = 2.0 + 2.0 * float((np.array(self._counts) / np.array(self._cells.node_sizes)).sum())
+        # The whole would be 2 per node; a tenth weighs like the other sums in usual plans.
+        scale = 2.0 + 0.2 * float((np.array(self._counts) / np.array(self._cells.node_sizes)).sum())
         sums = np.concatenate([rows[upper > 0] / upper[upper > 0][:, None], filled[None] / scale])
         constant = np.zeros(len(sums))
         constant[-1] = 1.0
         return Lines(
             columns=columns,
-            cost=self._beyond(index, least),
+            cost=cost,
             width=self._width[columns.option],
             sums=sums,
             constant=constant,

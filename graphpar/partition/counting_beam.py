@@ -1,9 +1,9 @@
 """Build lines stage by stage, the most promising first, as many at once as a beam is wide.
 
-Under prices with which a line that keeps all sums costs at most 1 (`counting_lines`), a part of a line whose
-own price and least price to go exceed 1 is no part of one. The others are grown from the last stage to the
-first. Of parts with the same blocks, replicas and sums the cheapest stands for all. As long as no part had to
-be left out for lack of room the search is complete: what it does not find is not there.
+Under prices with which a line that keeps all sums costs at most 1 (`counting_lines`), a part of a line
+whose own price and least price to go exceed 1 is no part of one. The others are grown from the last stage
+to the first. Of parts with the same blocks, replicas and sums the cheapest stands for all. As long as no
+part had to be left out for lack of room the search is complete: what it does not find is not there.
 """
 
 import time
@@ -55,9 +55,7 @@ class _Parts:
         )
 
 
-def grow_lines(
-    lines: Lines, prices: FloatArray, spend: float, width: int, deadline_s: float
-) -> Harvest:
+def grow_lines(lines: Lines, prices: FloatArray, spend: float, width: int, deadline_s: float) -> Harvest:
     """The cheapest line that keeps all sums and costs less than `spend`, as far as a beam finds it.
 
     Raises:
@@ -104,7 +102,9 @@ class _Beam:
         return self._narrow(self._parts(index, nobody, None))
 
     def _keeps(self, sums: FloatArray) -> IntArray:
-        found: IntArray = np.flatnonzero((sums[:, : self._growing] <= self._room[: self._growing]).all(axis=1))
+        found: IntArray = np.flatnonzero(
+            (sums[:, : self._growing] <= self._room[: self._growing]).all(axis=1)
+        )
         return found
 
     @property
@@ -149,7 +149,9 @@ class _Beam:
         if len(part):
             cost = parts.cost[part] + lines.cost[first[place]]
             best = int(cost.argmin())
-            self._offer(float(cost[best]), len(self._levels) - 1, int(part[best]), int(first[place[best]]))
+            self._offer(
+                float(cost[best]), len(self._levels) - 1, int(part[best]), int(first[place[best]])
+            )
 
     def _offer(self, cost: float, level: int, part: int, column: int) -> None:
         if cost < self._limit:

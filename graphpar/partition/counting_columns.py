@@ -105,7 +105,7 @@ def price_columns(
     units = UnitArrays(table, setting, some_ranges(pairs), cache)
     grids = _undominated([g for g in _grids(table, cells, units, options, setting) if g.usable.any()])
     cuts = [_cuts(table, cells, setting, cell) for cell in range(len(cells.cells))]
-    found = [part for grid in grids for part in _arms(table, cells, runs, setting, grid, cuts[grid.cell])]
+    found = [part for grid in grids for part in _arms(table, cells, units, runs, grid, cuts[grid.cell])]
     if not found:
         none, nothing = np.zeros(0, dtype=np.intp), np.zeros(0)
         return Columns(none, none, none, none, nothing, nothing, nothing, nothing)
@@ -117,6 +117,7 @@ class _Grid:
     """All widths of one mode: [width, run]."""
 
     mode: Mode
+    number: int
     option: IntArray
     width: IntArray
     devices: IntArray
@@ -145,6 +146,7 @@ def _grids(
         below = _most_below(units, number, width)
         yield _Grid(
             mode=mode,
+            number=number,
             option=np.array(own, dtype=np.intp),
             width=width,
             devices=width * len(mode.members),
@@ -265,13 +267,14 @@ def _cuts(table: CostTable, cells: Cells, setting: Setting, cell: int) -> tuple[
 def _arms(
     table: CostTable,
     cells: Cells,
+    units: UnitArrays,
     runs: Runs,
-    setting: Setting,
     grid: _Grid,
     links: tuple[list[bool], FloatArray],
 ) -> Iterator[Columns]:
     """The stages of one mode between all kinds of links that a neighbour may give them."""
     kinds, cuts = links
+    setting = units.setting
     stalls = table.training and setting.schedule == "1f1b"
     more = -(-setting.microbatches // grid.width[:, None]) - 1
     is_first = (runs.role == FIRST) | (runs.role == WHOLE)
@@ -293,7 +296,7 @@ def _arms(
             ahead = np.where(is_first, 0.0, cuts[before][runs.first])
             behind = np.where(is_last, 0.0, cuts[after][runs.last])
             wait = (ahead + behind) / 2 if stalls else np.zeros(len(ahead))
-            extra = more * (grid.fill_s + wait)
+            extra = more * (grid.fill_s + wait) + _ragged(units, grid)
             if not stalls:
                 extra = np.maximum(extra, (setting.microbatches - 1) * ahead)
             yield Columns(
@@ -306,6 +309,18 @@ def _arms(
                 post_s=grid.post_s[rows, columns],
                 most_below=grid.most_below[rows, columns],
             )
+
+
+def _ragged(units: UnitArrays, grid: _Grid) -> FloatArray:
+    """What unequal microbatches add to the first replica, which ends last (`pipeline_price.ragged_s`)."""
+    setting = units.setting
+    larger = setting.samples % setting.microbatches
+    if larger == 0:
+        return np.zeros((1, 1))
+    width = grid.width[:, None]
+    share = larger * -(-setting.microbatches // width) / setting.microbatches
+    found: FloatArray = (-(-larger // width) - share) * units.sample_seconds(grid.number)[None]
+    return found
 
 
 def drop_wider(columns: Columns, mode: IntArray, width: IntArray, devices: int) -> IntArray:
@@ -324,3 +339,24 @@ def drop_wider(columns: Columns, mode: IntArray, width: IntArray, devices: int) 
     best = np.concatenate([[-1.0], np.maximum.accumulate(lifted)[:-1]])
     kept: IntArray = order[lifted > best]
     return np.sort(kept)
+
+
+def drop_dearer(columns: Columns, cost: FloatArray, team: IntArray, due: IntArray) -> IntArray:
+    """Columns but those that another one stands for: the same devices, role, blocks and boundaries
+    outside.
+
+    The other costs no more and keeps its memory with at least as many replicas below. `team` numbers what
+    devices a column takes as how many replicas.
+    """
+    key = (team * 4 + columns.role) * 3 + columns.outside
+    key = key * (int(columns.blocks.max(initial=0)) + 1) + columns.blocks
+    order = np.lexsort((cost, -due, key))
+    begins = np.concatenate([[True], np.diff(key[order]) != 0])[: len(order)]
+    # With falling due only what costs less than all before it in its group is of use. Ranks are exact
+    # where sums with a group's number would round.
+    rank = np.empty(len(cost), dtype=np.intp)
+    rank[np.argsort(cost, kind="stable")] = np.arange(len(cost))
+    lifted = rank[order] - np.cumsum(begins) * len(cost)
+    before = np.concatenate([[np.iinfo(np.intp).max], np.minimum.accumulate(lifted)[:-1]])[: len(order)]
+    found: IntArray = np.sort(order[(lifted < before) | begins])
+    return found

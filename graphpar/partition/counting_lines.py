@@ -1,9 +1,9 @@
 """Lines of columns: what the rows of the counting programme say only on average, exactly.
 
-A *line* is a pipeline as a sequence of columns from its last stage to its first. Along a line three things
-are exact that the linear relaxation of `counting` mixes: every stage keeps its memory where it stands, the
-blocks add up in whole numbers, and there is one first and one last stage. What couples the stages of a line
-otherwise are a few sums, each at most 1:
+A *line* is a pipeline as a sequence of columns from its last stage to its first. Along a line three
+things are exact that the linear relaxation of `counting` mixes: every stage keeps its memory where it
+stands, the blocks add up in whole numbers, and there is one first and one last stage. What couples the
+stages of a line otherwise are a few sums, each at most 1:
 
     spent      sum of the columns' cost / what may be spent
     devices    sum of the devices taken of a class / devices there are, and the same for whole groups
@@ -13,12 +13,12 @@ With prices p on these sums that are not negative and add up to one, no line tha
 more than 1. The least priced line is a shortest path,
 
     U[l, d] = min over columns with w replicas and b blocks that hold d + w replicas below:
-              price + U[l + b, d + w]        U[l, d] = price of the first stage where it has the blocks left
+              price + U[l + b, d + w]     U[l, d] = price of the first stage where it has all blocks left
 
-over blocks `l` and replicas `d` behind a stage, so a least price above 1 proves that no line keeps all sums.
-Prices are those of the matrix game between lines and sums, solved by cutting planes (Kelley, "The
-cutting-plane method for solving convex programs", 1960). Beyond `cap` replicas all `d` count as one: there a
-line may be priced that memory forbids, which keeps the bound a bound.
+over blocks `l` and replicas `d` behind a stage, so a least price above 1 proves that no line keeps all
+sums. Prices are those of the matrix game between lines and sums, solved by cutting planes (Kelley, "The
+cutting-plane method for solving convex programs", 1960). Beyond `cap` replicas all `d` count as one:
+there a line may be priced that memory forbids, which keeps the bound a bound.
 """
 
 import time
@@ -142,7 +142,9 @@ class Lines:
         found: IntArray = np.minimum(behind + pairs[None, :, 0], self.cap)
         return found
 
-    def _cheapest(self, index: IntArray, pair: IntArray, ends: IntArray, prices: FloatArray) -> FloatArray:
+    def _cheapest(
+        self, index: IntArray, pair: IntArray, ends: IntArray, prices: FloatArray
+    ) -> FloatArray:
         """[replicas behind, pair]: the least price of a column that holds so many below."""
         table = np.full((self.cap + 1, ends.shape[1]), np.inf)
         np.minimum.at(table, (np.minimum(self.due[index], self.cap), pair), prices[index])
@@ -177,9 +179,7 @@ class Lines:
     def cheapest_line(self, priced: FloatArray, to_go: FloatArray) -> tuple[float, Line | None]:
         """The least price of a line without the constants, and the line."""
         last = self.last
-        ends = priced[last] + to_go[
-            self.columns.blocks[last], np.minimum(self.width[last], self.cap)
-        ]
+        ends = priced[last] + to_go[self.columns.blocks[last], np.minimum(self.width[last], self.cap)]
         best = float(ends.min(initial=np.inf))
         whole = float(priced[self.whole].min(initial=np.inf))
         if not min(best, whole) < np.inf:
@@ -201,7 +201,9 @@ class Lines:
             fits &= np.where(closes, behind + ends == self.blocks, behind + ends <= self.blocks)
             usable = np.flatnonzero(fits)
             onward = np.where(
-                closes[usable], 0.0, to_go[behind + np.minimum(ends[usable], self.blocks - behind), after[usable]]
+                closes[usable],
+                0.0,
+                to_go[behind + np.minimum(ends[usable], self.blocks - behind), after[usable]],
             )
             best = usable[int((priced[inner[usable]] + onward).argmin())]
             columns.append(int(inner[best]))

@@ -1,10 +1,10 @@
 """Best-first search over counting programmes: cheap bounds on wide boxes, exact lines in narrow ones.
 
-A box holds the pipelines of one task whose extra and post lie between two limits each. Its bound is what both
-limits come to at least plus what its columns cost beyond that (`counting.Least`): in wide boxes over the
-linear relaxation, in narrow ones over lines (`counting_lines`), whose prices also guide a beam that grows
-pipelines (`counting_beam`). A box that no line is left in is done with; the others are divided, or looked at
-again with a wider beam. The least bound on the heap is at any time a bound on every pipeline.
+A box holds the pipelines of one task whose extra and post lie between two limits each. Its bound is what
+both limits come to at least plus what its columns cost beyond that (`counting.Least`): in wide boxes over
+the linear relaxation, in narrow ones over lines (`counting_lines`), whose prices also guide a beam that
+grows pipelines (`counting_beam`). A box that no line is left in is done with; the others are divided, or
+looked at again with a wider beam. The least bound on the heap is at any time a bound on every pipeline.
 """
 
 import heapq
@@ -329,7 +329,7 @@ class _Run:
     def _divide_at(
         self, program: CountingProgram, bound: float, box: _Box, lines: Lines, line: Line
     ) -> None:
-        """Divide a box where a line lies: by extra or by post, whichever its bound falls short of more."""
+        """Divide a box where a line lies: by extra or by post, whichever falls short of more."""
         used = list(line.columns)
         share = lines.columns.blocks[used] / lines.blocks
         short = []

@@ -12,7 +12,10 @@ linear between neighbouring integer sizes, so the time at the mean size is the m
              on the slowest link between a device of s and one of s + 1
     e_r    = t_r + (c_{s-1} + c_s) / 2     under 1F1B          (see below)
            = t_r                           under GPipe and in inference
-    extra_s    = max_r (t_r + (m_r - 1) e_r) - max_r t_r
+    x_r    = l_r - l m_r / m, where l = n mod m microbatches have a sample more than the others, of
+             which r has l_r: every w-th where replicas are alike, else at most ceil(l m_r / m)
+    u_r    = seconds of one sample more
+    extra_s    = max_r (t_r + (m_r - 1) e_r + x_r u_r) - max_r t_r
     extra_cut  = (m - 1) c_s               under GPipe and in inference
     fill   = sum_s max_r t_r + sum_s c_s
     time   = fill + max(extra)
@@ -20,11 +23,14 @@ linear between neighbouring integer sizes, so the time at the mean size is the m
              + sum over U_s of the optimiser's time
     step   = max over pipelines of time + max over devices of post
 
-`fill` is one microbatch through all stages and back; every further one costs what the busiest stage
-needs. Under 1F1B a stage may have only as many microbatches in flight as there are replicas below
-it, hence a round trip over any run of L neighbouring stages takes L periods: the period is at least
-(sum t + sum c inside the run) / L. Charging half of each transfer to either side is an upper bound on
-all these averages, and meets them where stages are balanced. Under GPipe transfers overlap.
+Larger microbatches are dealt first, so a replica may have samples beyond its share of the mean; with one
+replica per stage that is nothing. `fill` is one microbatch through all stages
+and back; every further one costs what the busiest stage needs. Under 1F1B a stage may have only as many
+microbatches in flight as there are replicas below it, hence a round trip over any run of L neighbouring
+stages takes L periods: the period is at least (sum t + sum c inside the run) / L. Charging half of each
+transfer to either side is an upper bound on all these averages, and meets them where stages are balanced.
+Under GPipe transfers overlap. What the price leaves out is that the replicas of a stage behind narrower
+ones start one after another: with few microbatches the simulated step may be longer by part of a fill.
 
 `ring(g, w) = 2 (w - 1) * (seconds(g / w) + sum_s_per_byte * g / w)` on the slowest link (Patarasuk and
 Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009); the second term is
@@ -149,6 +155,28 @@ def replica_times_s(table: CostTable, stage: StageChoice, size: float) -> list[f
         stage_time_s(table, stage.first, stage.last, mode, size) + moved
         for mode in modes_of(table, stage)
     ]
+
+
+def ragged_s(
+    table: CostTable, pipeline: PipelineChoice, stage: StageChoice, times_s: Sequence[float]
+) -> list[float]:
+    """Seconds by which unequal microbatches keep each replica busier than the mean size says.
+
+    `times_s` are those of a microbatch of mean size on each replica.
+    """
+    number, width = pipeline.microbatches, len(stage.replicas)
+    small, larger = divmod(pipeline.samples, number)
+    if larger == 0 or width == 1:
+        return [0.0] * width
+    alike, bounds, found = len(set(times_s)) == 1, (stage.first, stage.last), []
+    for place, (replica, mode) in enumerate(zip(stage.replicas, modes_of(table, stage), strict=True)):
+        share = larger * replica.microbatches
+        own = -((place - larger) // width) if alike else -(-share // number)
+        sample_s = stage_time_s(table, *bounds, mode, small + 1) - stage_time_s(
+            table, *bounds, mode, small
+        )
+        found.append((own - share / number) * sample_s)
+    return found
 
 
 def zero_s(table: CostTable, stage: StageChoice) -> float:
@@ -290,7 +318,12 @@ def _pipeline_time(
     for index, stage in enumerate(pipeline.stages):
         wait = waiting_s(table, schedule, cuts[index], cuts[index + 1])
         times = replica_times_s(table, stage, size)
-        ends = [t + (r.microbatches - 1) * (t + wait) for t, r in zip(times, stage.replicas, strict=True)]
+        ends = [
+            t + (r.microbatches - 1) * (t + wait) + x
+            for t, r, x in zip(
+                times, stage.replicas, ragged_s(table, pipeline, stage, times), strict=True
+            )
+        ]
         compute += max(times)
         extra = max(extra, max(ends) - max(times))
     return {"fill_compute_s": compute, "fill_transfer_s": sum(cuts), "steady_s": extra}

@@ -17,8 +17,8 @@ from graphpar.partition.cells import Links, StageOption, pareto
 from graphpar.partition.chain import ChainProgram
 from graphpar.partition.chain_columns import OptionRows, StagePrices
 from graphpar.partition.counting import CountingLimits, CountingProgram
-from graphpar.partition.family import Family
 from graphpar.partition.counting_search import search_counted
+from graphpar.partition.family import Family
 from graphpar.partition.pipeline_search import INFINITY, ChainSolver, SearchResult, Task, search
 from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.types import ScheduleName

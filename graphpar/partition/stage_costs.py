@@ -85,10 +85,28 @@ def _slowest(links: Links, num_bytes: FloatArray) -> FloatArray:
     return np.where(num_bytes > 0, slow, 0.0)
 
 
+def _ragged_shares(
+    seconds: list[FloatArray], own: list[FloatArray], setting: Setting
+) -> list[FloatArray]:
+    """Samples that each replica has beyond its share of the mean (`pipeline_price.ragged_s`)."""
+    larger, number, width = setting.samples % setting.microbatches, setting.microbatches, len(own)
+    alike = np.logical_and.reduce([s == seconds[0] for s in seconds])
+    found = []
+    for place, counts in enumerate(own):
+        share = larger * counts / number
+        most = np.ceil(share - 1e-9)
+        found.append(np.where(alike, -((place - larger) // width), most) - share)
+    return found
+
+
 def stage_extra(
-    seconds: list[FloatArray], wait: FloatArray, microbatches: int
+    seconds: list[FloatArray], wait: FloatArray, setting: Setting, sample_s: list[FloatArray]
 ) -> tuple[FloatArray, list[FloatArray]]:
-    """Extra of a stage and the microbatches of each replica, dealt to the first that is free."""
+    """Extra of a stage and the microbatches of each replica, dealt to the first that is free.
+
+    `sample_s` is what one sample more takes each replica.
+    """
+    microbatches = setting.microbatches
     width = len(seconds)
     if width == 1:
         share, longer = divmod(microbatches, width)
@@ -100,6 +118,9 @@ def stage_extra(
         periods = [s + wait for s in seconds]
         counts = _deal_arrays(seconds, periods, microbatches)
         ends = [t + (n - 1) * p for t, p, n in zip(seconds, periods, counts, strict=True)]
+        if setting.samples % microbatches:
+            ragged = _ragged_shares(seconds, counts, setting)
+            ends = [e + x * u for e, x, u in zip(ends, ragged, sample_s, strict=True)]
         extra = np.maximum.reduce(ends) - np.maximum.reduce(seconds)
     # A replica without a microbatch makes this the stage of another option.
     idle = np.minimum.reduce(counts) < 1

@@ -114,6 +114,22 @@ class UnitArrays:
             overhead *= 2
         return self.ranges(rows) + overhead
 
+    def sample_seconds(self, mode: int) -> FloatArray:
+        """What a microbatch with one sample more takes longer than one of the smaller size."""
+        small = self.setting.samples // self.setting.microbatches
+        key = ("sample", mode, small)
+        if key not in self.cache:
+            table = self.table
+            rows = [
+                sum(
+                    table.at_size(row, small + 1) - table.at_size(row, small)
+                    for row in ((c.forward_s, c.backward_s) if table.training else (c.forward_s,))
+                )
+                for c in table.every_mode[mode].costs
+            ]
+            self.cache[key] = self.ranges(rows)
+        return self.cache[key]
+
     def most_bytes(self, mode: int, name: str) -> FloatArray:
         """Gradients or weights of each stage, on the member that holds most of them."""
         key = ("most", mode, name)
