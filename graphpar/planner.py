@@ -27,8 +27,10 @@ from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
+from graphpar.errors import InfeasibleError
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
+from graphpar.format_remedies import with_format_remedies
 from graphpar.optimizer_probe import NEEDS_CLOSURE, joining_optimizer, optimizer_traits
 from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
@@ -194,7 +196,12 @@ def plan_prepared(
         answer = choose_auto(cluster, pricing, sensitivities, true, precision_budget, gap)
         notes = (*answer.notes, *unmeasured_notes(cluster, calibration))
     else:
-        answer = uniform_answer(cluster, precision, len(prepared.chain.units), table_of, solve)
+        number = len(prepared.chain.units)
+        try:
+            answer = uniform_answer(cluster, precision, number, table_of, solve)
+        except InfeasibleError as error:
+            wish = searched(schedule), microbatches
+            raise with_format_remedies(error, cluster, precision, number, table_of, wish) from None
         notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
     if joins:
         notes = (

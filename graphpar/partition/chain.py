@@ -30,6 +30,7 @@ import numpy.typing as npt
 from graphpar.partition.cells import Cells, StageOption, links_between
 from graphpar.partition.chain_columns import Columns, StagePrices, no_columns
 from graphpar.partition.chain_relaxed import Relaxation
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -43,10 +44,6 @@ _MOST_COUNTED = 16
 
 _FEW_COLUMNS = 1500
 """So few columns are solved as they are."""
-
-
-class OutOfTimeError(Exception):
-    """The deadline passed before the programme was solved."""
 
 
 class NotSolvedError(OutOfTimeError):

@@ -41,7 +41,8 @@ import numpy.typing as npt
 
 from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import Cells, StageOption
-from graphpar.partition.chain import ChainAnswer, OutOfTimeError, Stage
+from graphpar.partition.chain import ChainAnswer, Stage
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.counting_columns import (
     BODY,
     FIRST,
@@ -103,6 +104,7 @@ class CountingProgram:
         limits: CountingLimits,
         counts: Sequence[int] | None = None,
         cache: Cache | None = None,
+        should_stop: ShouldStop = never,
     ) -> None:
         self._cells = cells
         self._counts = tuple(cells.counts if counts is None else counts)
@@ -116,7 +118,7 @@ class CountingProgram:
         teams = {(o.take, o.width): i for i, o in enumerate(options)}
         self._team = np.array([teams[o.take, o.width] for o in options], dtype=np.intp)
         self._group = np.array([len(o.groups[0]) for o in options], dtype=np.intp)
-        columns = price_columns(table, cells, options, setting, repeats, cache)
+        columns = price_columns(table, cells, options, setting, repeats, cache, should_stop)
         self._mode = np.array([o.staff[0] for o in options], dtype=np.intp)
         self._columns = columns.pick(np.flatnonzero(self._most(columns) > 0))
         self._rows, self._row_lower, self._row_upper = self._fixed_rows()

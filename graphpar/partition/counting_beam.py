@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting_lines import TOLERANCE, Line, Lines
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -175,8 +175,7 @@ class _Beam:
             total = total + parts.price[chunk[part]] + self._priced[body[place]]
             kept = self._promising(total)
             part, place = chunk[part[kept]], body[place[kept]]
-            sums = parts.sums[part, : self._growing] + self._sums[place, : self._growing]
-            kept = (sums <= self._room[: self._growing]).all(axis=1)
+            kept = self._keeps(parts.sums[part] + self._sums[place])
             found.append(self._parts(place[kept], part[kept], parts))
         return _joined(found)
 

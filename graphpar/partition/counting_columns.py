@@ -5,14 +5,16 @@ blocks. Arrays are indexed [width, run] while one mode is priced, where a run is
 blocks; columns that cannot be used or that another one replaces are dropped at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import Cells, StageOption
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.stage_costs import boundary_seconds, ring_array
 from graphpar.partition.unit_arrays import (
@@ -26,6 +28,7 @@ from graphpar.partition.unit_arrays import (
 )
 
 BoolArray = npt.NDArray[np.bool_]
+_ItemT = TypeVar("_ItemT")
 
 WHOLE, FIRST, BODY, LAST = range(4)
 """Roles of a column, in the order of the line."""
@@ -95,21 +98,43 @@ def price_columns(
     setting: Setting,
     repeats: Repeats,
     cache: Cache | None = None,
+    should_stop: ShouldStop = never,
 ) -> Columns:
     """All columns of a setting that may be part of a best pipeline.
 
     `cache` keeps what settings of the same table, options and blocks share.
+
+    Raises:
+        OutOfTimeError: `should_stop` said so.
     """
     runs = find_runs(table, repeats)
     pairs = list(zip(runs.first.tolist(), runs.last.tolist(), strict=True))
     units = UnitArrays(table, setting, some_ranges(pairs), cache)
-    grids = _undominated([g for g in _grids(table, cells, units, options, setting) if g.usable.any()])
+    grids = _undominated(
+        [
+            g
+            for g in _watched(_grids(table, cells, units, options, setting), should_stop)
+            if g.usable.any()
+        ]
+    )
     cuts = [_cuts(table, cells, setting, cell) for cell in range(len(cells.cells))]
-    found = [part for grid in grids for part in _arms(table, cells, units, runs, grid, cuts[grid.cell])]
+    found = [
+        part
+        for grid in _watched(grids, should_stop)
+        for part in _arms(table, cells, units, runs, grid, cuts[grid.cell])
+    ]
     if not found:
         none, nothing = np.zeros(0, dtype=np.intp), np.zeros(0)
         return Columns(none, none, none, none, nothing, nothing, nothing, nothing)
     return Columns(*(np.concatenate([getattr(c, f.name) for c in found]) for f in fields(Columns)))
+
+
+def _watched(items: Iterable[_ItemT], should_stop: ShouldStop) -> Iterator[_ItemT]:
+    """Items each of which takes long."""
+    for item in items:
+        if should_stop():
+            raise OutOfTimeError
+        yield item
 
 
 @dataclass(frozen=True, eq=False)

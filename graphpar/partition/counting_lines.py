@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
 from graphpar.partition.solver import MatrixProgram
 from graphpar.partition.unit_arrays import FloatArray, IntArray

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from graphpar.partition.chain import NotSolvedError, OutOfTimeError
+from graphpar.partition.chain import NotSolvedError
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingProgram, Least
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_lines import Line, Lines, Verdict

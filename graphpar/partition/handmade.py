@@ -1,5 +1,6 @@
 """Plans made without a search: priced as given, and the splits people use without a planner."""
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -39,13 +40,16 @@ def evaluate(
 
 
 def priced_plan(
-    table: CostTable, pipelines: Sequence[PipelineChoice], schedule: ScheduleName
+    table: CostTable,
+    pipelines: Sequence[PipelineChoice],
+    schedule: ScheduleName,
+    physical_s: float | None = None,
 ) -> Partition:
-    """`evaluate` for a table that was checked."""
+    """`evaluate` for a table that was checked; `physical_s` is its physical bound where that is known."""
     began_s = time.monotonic()
     dealt = tuple(share_microbatches(table, p, schedule) for p in pipelines)
     cost = price(table, dealt, schedule)
-    bound = min(physical_bound_s(table), cost.objective_s)
+    bound = min(physical_bound_s(table) if physical_s is None else physical_s, cost.objective_s)
     return Partition(
         pipelines=dealt,
         schedule=schedule,
@@ -63,7 +67,11 @@ def priced_plan(
 
 
 def even_split(
-    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+    table: CostTable,
+    *,
+    schedule: ScheduleChoice = "auto",
+    microbatches: Microbatches = "auto",
+    deadline_s: float = math.inf,
 ) -> Partition:
     """The same number of units on every device, all devices in the table's order, one pipeline.
 
@@ -77,11 +85,15 @@ def even_split(
     stages = min(len(devices), table.num_units)
     cuts = _even_cuts(table.num_units, stages)
     groups = [devices[a:b] for a, b in pairwise(_even_cuts(len(devices), stages))]
-    return _best_setting(table, "the even split", cuts, groups, schedule, microbatches)
+    return _best_setting(table, "the even split", cuts, groups, (schedule, microbatches, deadline_s))
 
 
 def greedy_split(
-    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+    table: CostTable,
+    *,
+    schedule: ScheduleChoice = "auto",
+    microbatches: Microbatches = "auto",
+    deadline_s: float = math.inf,
 ) -> Partition:
     """Units in proportion to each device's speed, all devices in the table's order, one pipeline.
 
@@ -90,11 +102,16 @@ def greedy_split(
     """
     devices = list(table.class_of)[: table.num_units]
     cuts = _proportional_cuts(table, devices, [_speed(table, d) for d in devices])
-    return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], schedule, microbatches)
+    settings = (schedule, microbatches, deadline_s)
+    return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], settings)
 
 
 def data_parallel(
-    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+    table: CostTable,
+    *,
+    schedule: ScheduleChoice = "auto",
+    microbatches: Microbatches = "auto",
+    deadline_s: float = math.inf,
 ) -> Partition:
     """Every device holds the whole model and takes turns over the microbatches.
 
@@ -102,13 +119,16 @@ def data_parallel(
         InfeasibleError: The model does not fit into one device, or samples mix.
     """
     devices = list(table.class_of)
-    return _best_setting(
-        table, "data parallelism", [0, table.num_units], [devices], schedule, microbatches
-    )
+    settings = (schedule, microbatches, deadline_s)
+    return _best_setting(table, "data parallelism", [0, table.num_units], [devices], settings)
 
 
 def one_device(
-    table: CostTable, *, schedule: ScheduleChoice = "auto", microbatches: Microbatches = "auto"
+    table: CostTable,
+    *,
+    schedule: ScheduleChoice = "auto",
+    microbatches: Microbatches = "auto",
+    deadline_s: float = math.inf,
 ) -> Partition:
     """Everything on the device that is fastest for the whole chain.
 
@@ -116,7 +136,8 @@ def one_device(
         InfeasibleError: The model does not fit into this device.
     """
     fastest = max(table.class_of, key=lambda d: _speed(table, d))
-    return _best_setting(table, "one device", [0, table.num_units], [[fastest]], schedule, microbatches)
+    settings = (schedule, microbatches, deadline_s)
+    return _best_setting(table, "one device", [0, table.num_units], [[fastest]], settings)
 
 
 def _even_cuts(total: int, parts: int) -> list[int]:
@@ -148,10 +169,14 @@ def _best_setting(
     name: str,
     cuts: Sequence[int],
     groups: Sequence[Sequence[str]],
-    schedule: ScheduleChoice,
-    microbatches: Microbatches,
+    settings: tuple[ScheduleChoice, Microbatches, float],
 ) -> Partition:
-    """The given stages under the microbatch count and schedule that suit them best."""
+    """The given stages under the microbatch count and schedule that suit them best.
+
+    `settings` are the schedule and count that are asked for, and `time.monotonic()` at which to stop with
+    what was found so far.
+    """
+    schedule, microbatches, deadline_s = settings
     names = schedules_of(table, schedule)
     stages = tuple(
         StageChoice(a, b, tuple(Replica(d, 0) for d in group))
@@ -160,17 +185,24 @@ def _best_setting(
     check_table(table)
     best: Partition | None = None
     over = float("inf")
-    for count in microbatch_counts(table, table.batch, microbatches):
+    late, physical_s = False, physical_bound_s(table)
+    # Small microbatches first: they need least memory.
+    for count in reversed(microbatch_counts(table, table.batch, microbatches)):
         if max(map(len, groups)) > min(count, table.max_replicas):
             continue
         for one in names:
-            found = priced_plan(table, [PipelineChoice(table.batch, count, stages)], one)
+            late = late or time.monotonic() > deadline_s
+            if late:
+                continue
+            found = priced_plan(table, [PipelineChoice(table.batch, count, stages)], one, physical_s)
             if any(r.microbatches == 0 for p in found.pipelines for s in p.stages for r in s.replicas):
                 continue
             excess = _excess_bytes(table, found)
             over = min(over, excess)
             if excess <= 0 and (best is None or found.objective_s < best.objective_s):
                 best = found
+    if best is None and late:
+        raise InfeasibleError(f"no time was left to price {name}", limit="time")
     if best is None:
         reason = (
             f"{format_bytes(over)} too much on a device"

@@ -7,12 +7,13 @@ from typing import NoReturn
 
 from graphpar.cost import CostTable, DeviceClass
 from graphpar.errors import InfeasibleError
-from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import Family, choose_family
 from graphpar.partition.pipeline_search import INFINITY
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options
+from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.units import format_bytes
 
@@ -108,6 +109,15 @@ def _smaller_batch(table: CostTable, family: Family, deadline_s: float) -> Itera
 def _certain(table: CostTable, family: Family, deadline_s: float) -> bool:
     """Whether a plan was found that fits; unlike `fits`, False where time runs out."""
     return _fits_table(table, family, deadline_s) and time.monotonic() < deadline_s
+
+
+def some_plan_fits(
+    table: CostTable, schedule: ScheduleChoice, microbatches: Microbatches, deadline_s: float
+) -> bool:
+    """Whether a plan was found that fits into memory; False where time ran out."""
+    return (
+        fits(choose_family(table, schedule, microbatches), deadline_s) and time.monotonic() < deadline_s
+    )
 
 
 def fits(family: Family, deadline_s: float) -> bool:

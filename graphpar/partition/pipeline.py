@@ -52,6 +52,13 @@ _LEAST_PATIENCE_S = 1.0
 _PATIENCE_SHARE = 0.04
 """An integer programme without an answer is divided after this share of all time, or this long."""
 
+_FINISH_SHARE = 0.06
+_MOST_FINISH_S = 2.0
+"""Share of the time that a search leaves for pricing simple plans and the answer, or this long."""
+
+_GRACE_S = 0.5
+"""A simple plan may take this long after the time is up if there is no other."""
+
 _LEAST_GAP = 1e-4
 """The counting search is not repeated with less gap than this."""
 
@@ -145,9 +152,11 @@ class _Run:
         # Where links are relaxed the real price may be higher: leave room for that within the gap.
         self._gap = limits.gap * (1 - ROUNDING if family.exact else RELAXED_SHARE)
         self._began_s = began_s
-        self._deadline_s = deadline_s
+        # The answer must be priced and checked in time as well.
+        self._final_s = deadline_s
+        self._deadline_s = deadline_s - min(_FINISH_SHARE * (deadline_s - began_s), _MOST_FINISH_S)
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_SHARE * (deadline_s - began_s))
-        self._programs = Programs(family, replace(limits, patience_s=patience_s))
+        self._programs = Programs(family, replace(limits, patience_s=patience_s), self._deadline_s)
         self._bound_s = INFINITY
         self._physical_s = physical_bound_s(family.table)
 
@@ -191,7 +200,7 @@ class _Run:
     def regular(self) -> None:
         """Take the best regular plan: whatever else is found, an answer is there."""
         known = len(self._seen)
-        for found in regular_plans(self.family):
+        for found in regular_plans(self.family, self._final_s):
             # The estimate orders plans; naming devices decides whether groups are joined as priced.
             self._offer((found,))
             if len(self._seen) > known:
@@ -320,8 +329,11 @@ class _Run:
         if self.family.repeats is None:
             self.regular()
         for make in (one_device, data_parallel, greedy_split, even_split):
+            # A late answer is better than none, within reason.
+            grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
+            until_s = max(self._final_s, grace_s)
             try:
-                made = make(self._table, schedule=schedule, microbatches=microbatches)
+                made = make(self._table, schedule=schedule, microbatches=microbatches, deadline_s=until_s)
             except InfeasibleError:
                 continue
             if made.objective_s < self.step_s:

@@ -17,7 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from graphpar.partition.chain import ChainAnswer, NotSolvedError, OutOfTimeError
+from graphpar.partition.chain import ChainAnswer, NotSolvedError
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, Setting
 

@@ -1,5 +1,6 @@
 """The tasks of a search: one chain programme per schedule and microbatch count."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -33,10 +34,14 @@ from graphpar.partition.unit_arrays import (
 
 
 class Programs:
-    """Builds chain programmes of a family and keeps those that were built."""
+    """Builds chain programmes of a family and keeps those that were built.
 
-    def __init__(self, family: Family, limits: CountingLimits) -> None:
+    Large ones raise OutOfTimeError once `time.monotonic()` has passed `deadline_s`.
+    """
+
+    def __init__(self, family: Family, limits: CountingLimits, deadline_s: float = float("inf")) -> None:
         self.family = family
+        self._deadline_s = deadline_s
         self._limits = limits
         self._bounds: dict[float, WorkBound] = {}
         self._replica_takes: dict[tuple[tuple[int, ...], int], FloatArray] = {}
@@ -205,6 +210,7 @@ class Programs:
                 self._limits,
                 limits,
                 self._cache,
+                lambda: time.monotonic() > self._deadline_s,
             )
         key = (limits, setting.peers, setting.across)
         if key not in self._rows:

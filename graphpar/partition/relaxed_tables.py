@@ -2,8 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
-from graphpar.cost import CostTable, Mode, ModeCost
+from graphpar.cost import CostTable, Mode, ModeCost, UnitCost
+
+CostT = TypeVar("CostT", UnitCost, ModeCost)
+
+_BY_SIZE = ("forward_s", "backward_s", "saved_bytes", "working_bytes", "weight_s", "deferred_bytes")
+"""Fields of costs that are indexed by microbatch size."""
 
 
 def with_options(table: CostTable, *, recompute: bool, zero: int) -> CostTable:
@@ -25,38 +31,17 @@ def with_batch(table: CostTable, batch: int) -> CostTable:
     if table.max_microbatches == 1:
         sizes = (batch,)
 
-    def row(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(table.at_size(values, s) for s in sizes)
+    def resized(values: Any) -> Any:
+        """A row by size, or rows of them, at the new sizes."""
+        if values and isinstance(values[0], tuple):
+            return tuple(map(resized, values))
+        return tuple(table.at_size(values, s) for s in sizes) if values else values
 
-    def rows(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-        return tuple(map(row, values))
+    def at_sizes(cost: CostT) -> CostT:
+        return replace(cost, **{name: resized(getattr(cost, name)) for name in _BY_SIZE})
 
-    costs = tuple(
-        replace(
-            c,
-            forward_s=rows(c.forward_s),
-            backward_s=rows(c.backward_s),
-            saved_bytes=row(c.saved_bytes),
-            working_bytes=row(c.working_bytes),
-        )
-        for c in table.costs
-    )
-    modes = tuple(
-        replace(
-            m,
-            costs=tuple(
-                replace(
-                    c,
-                    forward_s=row(c.forward_s),
-                    backward_s=row(c.backward_s),
-                    saved_bytes=rows(c.saved_bytes),
-                    working_bytes=rows(c.working_bytes),
-                )
-                for c in m.costs
-            ),
-        )
-        for m in table.modes
-    )
+    costs = tuple(map(at_sizes, table.costs))
+    modes = tuple(replace(m, costs=tuple(map(at_sizes, m.costs))) for m in table.modes)
     return replace(
         table,
         batch=batch,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphpar.partition.cells import group_links
-from graphpar.partition.chain import OutOfTimeError
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.family import share_step
 from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs

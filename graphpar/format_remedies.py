@@ -1,0 +1,53 @@
+"""Number formats in which a plan would fit that does not fit as asked for.
+
+A cost table has no prices in other formats, so the partitioner cannot try them. Here the model is priced
+again in each lower format of the cluster, and the same programmes say whether a plan fits into memory.
+"""
+
+import time
+from collections.abc import Callable
+
+from graphpar.auto_precision import candidate_formats
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition.infeasible import some_plan_fits
+from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.precision import Formats, uniform_formats
+
+_SECONDS = 5.0
+"""Time that looking for a format may take."""
+
+
+def with_format_remedies(
+    error: InfeasibleError,
+    cluster: Cluster,
+    precision: str,
+    num_units: int,
+    table_of: Callable[[Formats], CostTable],
+    settings: tuple[ScheduleChoice, Microbatches],
+) -> InfeasibleError:
+    """The same error, with the lower formats among its remedies in which a plan was found to fit.
+
+    `settings` are the schedule and the microbatch count that plans may have.
+    """
+    if error.limit != "memory":
+        return error
+    deadline_s = time.monotonic() + _SECONDS
+    fitting = []
+    for lower in candidate_formats(cluster):
+        if lower == precision or time.monotonic() > deadline_s:
+            continue
+        table = table_of(uniform_formats(cluster, lower, num_units))
+        if some_plan_fits(table, *settings, deadline_s):
+            fitting.append(f'precision="{lower}"')
+    if not fitting:
+        return error
+    joint = "; or " if error.remedy else ". What would fit: "
+    return InfeasibleError(
+        str(error) + joint + "; or ".join(fitting),
+        limit=error.limit,
+        need=error.need,
+        have=error.have,
+        remedy=error.remedy or fitting[0],
+    )
