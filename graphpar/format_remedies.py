@@ -7,7 +7,7 @@ again in each lower format of the cluster, and the same programmes say whether a
 import time
 from collections.abc import Callable
 
-from graphpar.auto_precision import candidate_formats
+from graphpar.auto_search import candidate_formats
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
