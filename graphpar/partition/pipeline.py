@@ -56,6 +56,7 @@ _FINISH_SHARE = 0.06
 _MOST_FINISH_S = 2.0
 """Share of the time that a search leaves for pricing simple plans and the answer, or this long."""
 
+_FEW_DEVICES = 64
 _GRACE_S = 0.5
 """A simple plan may take this long after the time is up if there is no other."""
 
@@ -200,7 +201,7 @@ class _Run:
     def regular(self) -> None:
         """Take the best regular plan: whatever else is found, an answer is there."""
         known = len(self._seen)
-        for found in regular_plans(self.family, self._final_s):
+        for found in regular_plans(self.family):
             # The estimate orders plans; naming devices decides whether groups are joined as priced.
             self._offer((found,))
             if len(self._seen) > known:
@@ -329,9 +330,10 @@ class _Run:
         if self.family.repeats is None:
             self.regular()
         for make in (one_device, data_parallel, greedy_split, even_split):
-            # A late answer is better than none, within reason.
+            # Over few devices this takes milliseconds; else a late answer is only better than none.
+            few = len(self._table.class_of) <= _FEW_DEVICES
             grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
-            until_s = max(self._final_s, grace_s)
+            until_s = INFINITY if few else max(self._final_s, grace_s)
             try:
                 made = make(self._table, schedule=schedule, microbatches=microbatches, deadline_s=until_s)
             except InfeasibleError:

@@ -8,8 +8,6 @@ as `pipeline_price` counts them, for the member that holds most. So where a regu
 one is found, whatever time is left for a search.
 """
 
-import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,11 +39,10 @@ class _Regular:
     stages: int
 
 
-def regular_plans(family: Family, deadline_s: float = math.inf) -> Iterator[Found]:
+def regular_plans(family: Family) -> Iterator[Found]:
     """Regular plans that fit into memory, the shortest estimated step first; links are not checked.
 
-    The best of every mode, microbatch count and kind; nothing for tables without equal blocks. Once
-    there is one, modes that `time.monotonic()` leaves no time for until `deadline_s` are not looked at.
+    The best of every mode, microbatch count and kind; nothing for tables without equal blocks.
     """
     repeats = family.repeats or find_repeats(family.table)
     if repeats is None:
@@ -56,8 +53,6 @@ def regular_plans(family: Family, deadline_s: float = math.inf) -> Iterator[Foun
     settings = [Setting(table.batch, m, schedule) for m in family.counts(table.batch)]
     found: list[_Regular] = []
     for (cell, mode), options in by_mode.items():
-        if found and time.monotonic() > deadline_s:
-            break
         found += _Mode(table, family.cells, repeats, cell, mode, options).best(settings)
     for plan in sorted(found, key=lambda r: r.step_s):
         stages = tuple(
