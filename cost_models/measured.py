@@ -67,6 +67,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         halves: What backwards in two halves took; None where nothing is trained.
         pauses: What waiting costs workers that are slowed down, by their slowdown.
         stage_s: What a stage costs beside its ops, per microbatch and direction.
+        apart: How many times longer a backward takes that does not follow on its own forward.
     """
 
     units: dict[str, UnitTiming]
@@ -76,6 +77,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     halves: Halves | None = None
     pauses: tuple[Pause, ...] = ()
     stage_s: float = 0.0
+    apart: float = 1.0
 
 
 def with_timing(
@@ -106,7 +108,7 @@ def with_timing(
     shared = table.shared
     if shared is not None:
         slowing = timing.slowing or shared.slowing
-        shared = replace(shared, slowing=slowing, reference_s=timing.reference_s)
+        shared = replace(shared, slowing=slowing, reference_s=timing.reference_s, apart=timing.apart)
     classes = tuple(
         replace(
             c,

@@ -21,6 +21,9 @@ from graphpar.schedule.teams import collapsed, leaders_of
 from graphpar.team_timing import timing_of_leaders
 from graphpar.timing import SizeTiming, Timing
 
+SUM_BYTES = 32 * 2**20
+"""Gradients that are summed together, so that the copy they are gathered in stays small."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -289,9 +292,18 @@ class _Simulation:
 
 
 def _peak_bytes(schedule: Schedule, timing: Timing, rank: int) -> float:
-    """The most bytes in use: what stays, what forwards saved, what is being worked on."""
+    """The most bytes in use: what stays, what forwards saved, what is being worked on, sums.
+
+    Gradients are gathered for their sum when all has been given back, but between gradients that stay:
+    a process on a CPU finds no hole for the copy and grows by it.
+    """
     saved, working = peak_parts(schedule, timing, rank)
-    return timing.ranks[rank].resident_bytes + saved + working
+    shared = timing.shared
+    gathered = 0.0
+    if shared is not None and timing.ranks[rank].device in shared.workers:
+        own = [group.num_bytes for group in timing.gradient_groups if rank in group.ranks]
+        gathered = min(max(own, default=0.0), SUM_BYTES)
+    return timing.ranks[rank].resident_bytes + saved + working + gathered
 
 
 def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, float]:

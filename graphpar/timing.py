@@ -163,7 +163,8 @@ def _rank_timings(table: CostTable, partition: Partition) -> tuple[RankTiming, .
         for stage in pipeline.stages:
             for replica in stage.replicas:
                 for member, device in enumerate(replica.devices):
-                    own = _stage_timing(table, pipeline, stage, replica, member)
+                    apart = _apart(table, partition, pipeline, stage, replica)
+                    own = _stage_timing(table, pipeline, stage, replica, member, apart)
                     met_s = meetings_s(table, partition.pipelines, stage.first, stage.last)
                     met_s /= 2 if table.training else 1
                     sizes = tuple(
@@ -192,8 +193,27 @@ def _of_all_stages(stages: Sequence[RankTiming]) -> RankTiming:
     )
 
 
+def _apart(
+    table: CostTable,
+    partition: Partition,
+    pipeline: PipelineChoice,
+    stage: StageChoice,
+    replica: Replica,
+) -> float:
+    """How many times longer a replica's backwards take, which other forwards may come before."""
+    at_once = partition.schedule == "1f1b" and stage is pipeline.stages[-1]
+    if table.shared is None or replica.microbatches < 2 or at_once:
+        return 1.0
+    return table.shared.apart if replica.device in table.shared.workers else 1.0
+
+
 def _stage_timing(
-    table: CostTable, pipeline: PipelineChoice, stage: StageChoice, replica: Replica, member: int
+    table: CostTable,
+    pipeline: PipelineChoice,
+    stage: StageChoice,
+    replica: Replica,
+    member: int,
+    apart: float,
 ) -> RankTiming:
     """One member's numbers for a stage; the members of a tensor group work in step."""
     device = replica.devices[member]
@@ -215,12 +235,17 @@ def _stage_timing(
             SizeTiming(
                 size=n,
                 forward_s=overhead + sum(table.forward_s(u, mode, n) for u in units) + ahead,
-                backward_s=overhead + sum(table.backward_s(u, mode, n) for u in units) + moved - ahead
+                backward_s=overhead
+                + apart * sum(table.backward_s(u, mode, n) for u in units)
+                + moved
+                - ahead
                 if table.training
                 else 0.0,
                 saved_bytes=held[n][1],
                 working_bytes=held[n][2],
-                weight_s=sum(table.weight_s(u, mode, n) for u in units) if table.training else 0.0,
+                weight_s=apart * sum(table.weight_s(u, mode, n) for u in units)
+                if table.training
+                else 0.0,
                 deferred_bytes=sum(
                     table.at_size(c.deferred_bytes[member], n) for c in costs if c.deferred_bytes
                 ),

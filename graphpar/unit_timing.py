@@ -53,7 +53,7 @@ def timed(
     return fresh
 
 
-_VERSION = 4
+_VERSION = 5
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 _STEADY = 0.03
@@ -89,6 +89,7 @@ def time_model(
                 pauses=_pauses(
                     model, worker, table, [s for s in sizes if s <= middle], slowdowns, budget_s
                 ),
+                apart=_apart(worker, middle, slowdowns[0]) if table.training else 1.0,
                 halves=_halves(worker, middle) if table.training else None,
             )
     except GraphparError as error:
@@ -192,6 +193,18 @@ def _halves(worker: TrialWorker, size: int) -> Halves:
         weights_share=weights_s / backward_s,
         more_s=max(ahead_s + inputs_s + weights_s - forward_s - backward_s, 0.0),
     )
+
+
+def _apart(worker: TrialWorker, size: int, slowdown: float) -> float:
+    """How many times longer backwards take when other forwards came between; in turn with those at once.
+
+    What a forward has saved has left the caches then.
+    """
+    ratios = [
+        worker.whole(size, slowdown, IN_FLIGHT)[1] / max(worker.whole(size, slowdown)[1], 1e-9)
+        for _ in range(ROUNDS)
+    ]
+    return max(median(ratios), 1.0)
 
 
 IN_FLIGHT = 3

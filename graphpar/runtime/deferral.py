@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 @dataclass(frozen=True)
 class _Owed:
-    """The result of an op on its own tape, the gradient that came back, and the weights it is for."""
+    """Where an op's own tape ends, the gradient that came back, and the weights it is for.
 
-    result: torch.Tensor
+    The edge of the tape, not the result itself, which would be held until the second half.
+    """
+
+    result: GradientEdge
     gradient: torch.Tensor
     weights: tuple[torch.Tensor, ...]
 
@@ -104,7 +108,7 @@ class _Apart(torch.autograd.Function):
         inner = tuple(tensor.detach().requires_grad_() for tensor in data)
         with torch.enable_grad():
             result = call(*inner)
-        ctx.kept = inner, result, weights, deferral
+        ctx.kept = inner, get_gradient_edge(result), weights, deferral
         return result.detach()
 
     @staticmethod

@@ -32,9 +32,7 @@ from graphpar.runtime.team import Team
 from graphpar.runtime.transport import Arrival, Transport
 from graphpar.runtime.zero import Shards, in_turns
 from graphpar.schedule import Action
-
-SUM_BYTES = 32 * 2**20
-"""Gradients that are summed together, so that the copy they are gathered in stays small."""
+from graphpar.simulate import SUM_BYTES
 
 _POST_AHEAD = 2
 """Receives posted before they are needed; one would stall the sender, many would hold memory."""
