@@ -81,20 +81,22 @@ _BARE: dict[str, Callable[[Op], Op]] = {
 }
 
 
-def _cut(strategy: Strategy) -> Split:
-    return next(layout for layout in strategy.operands if isinstance(layout, Split))
+def _first(strategy: Strategy, member: int) -> int:
+    """Where the member's slice of what is cut begins."""
+    cut = next(layout for layout in strategy.operands if isinstance(layout, Split))
+    return cut.first(member) * cut.inner
 
 
 def _lookup(local: Op, strategy: Strategy, member: int) -> Op:
     """Rows of the table that the member holds; zeros for the others."""
     padding = local.argument(2, "padding_idx", -1)
-    first = _cut(strategy).first(member)
+    first = _first(strategy, member)
     return replace(local, target="gp.lookup", args=(*local.args[:2], first, padding), kwargs=())
 
 
 def _classes(local: Op, strategy: Strategy, member: int) -> Op:
     """Cross entropy over scores whose classes are cut."""
-    first = _cut(strategy).first(member)
+    first = _first(strategy, member)
     reduction, ignored = local.argument(3, "reduction", 1), local.argument(4, "ignore_index", -100)
     return replace(
         local, target="gp.class_loss", args=(*local.args[:2], first, reduction, ignored), kwargs=()
@@ -103,7 +105,7 @@ def _classes(local: Op, strategy: Strategy, member: int) -> Op:
 
 def _experts(local: Op, strategy: Strategy, member: int) -> Op:
     """Products of the rows that belong to the member's experts."""
-    first = _cut(strategy).first(member)
+    first = _first(strategy, member)
     ends = local.argument(2, "offs")
     assert isinstance(ends, Ref)
     return replace(local, target="gp.grouped_product", args=(*local.args[:2], ends, first), kwargs=())
@@ -123,7 +125,7 @@ def moved(local: Op, strategy: Strategy | None, member: int) -> Op:
     """An op of one member for another one with as many units, whose units begin elsewhere."""
     place = _FIRST_AT.get(local.target)
     if strategy is not None and strategy.special and place is not None:
-        args = (*local.args[:place], _cut(strategy).first(member), *local.args[place + 1 :])
+        args = (*local.args[:place], _first(strategy, member), *local.args[place + 1 :])
         return replace(local, args=args)
     part = local.kwarg("part")
     if isinstance(part, tuple):

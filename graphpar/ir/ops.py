@@ -1,7 +1,7 @@
 """The parts of a graph: ops, their arguments, and the types of the values they make."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import floor
 from typing import TypeAlias
@@ -31,8 +31,8 @@ class BatchSize:
     """
 
     times: int = 1
-    parts: tuple[int, ...] = ()
-    member: int = 0
+    parts: tuple[int, ...] = field(default=(), repr=False)
+    member: int = field(default=0, repr=False)
 
     def at(self, batch: int) -> int:
         """The size for a batch of so many samples."""

@@ -111,6 +111,8 @@ def _by_loop(
     if counts is None:
         return None
     places = {slot: Split(p.dim, counts, p.outer, p.inner, of_batch) for slot, p in loop.places}
+    if loop.link.special and any(split.outer != 1 for split in places.values()):
+        return None  # those ops know a member's slice by where it begins
     results: list[Layout] = []
     for index in range(len(op.types)):
         if -1 - index in places:
