@@ -63,6 +63,30 @@ def test_training(lines: tuple[Line, ...]) -> None:
     check_training(Mlp(0.2), batch(), lines=lines)
 
 
+class Deep(nn.Module):
+    """Enough layers for two stages on each of two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(6))
+        self.out = nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        result: torch.Tensor = nn.functional.cross_entropy(self.out(x), y)
+        return result
+
+
+@pytest.mark.slow
+def test_other_schedules() -> None:
+    even = (0.5, 0.5)
+    late = (Line((1, 1), 4, cuts=(1,), groups=(UNEVEN, even)),)
+    check_training(Mlp(0.2), batch(), lines=late, schedule="zero-bubble")
+    in_turns = (Line((1, 1), 4, groups=(UNEVEN, even), chunks=2),)
+    check_training(Deep(), batch(), lines=in_turns, schedule="interleaved")
+
+
 def test_inference_and_state_of_a_training_job() -> None:
     model, (x, y) = Mlp(), batch()
     lines = (Line((1, 1), 2, cuts=(1,), groups=(UNEVEN, (0.5, 0.3, 0.2))),)
