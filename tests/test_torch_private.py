@@ -145,3 +145,25 @@ def test_operators_with_out_have_one_without() -> None:
     assert private.without_out(aten.mm.out) is aten.mm.default
     assert private.without_out(aten.randn.out) is None  # the other one also takes a type and a device
     assert private.without_out(len) is None
+
+
+class Mapped(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.vmap(lambda row, i: row[i].exp(), out_dims=-1)(x, torch.arange(2))
+
+
+def test_a_vmap_is_exported_with_its_levels_and_traced_below_autograd() -> None:
+    x = torch.ones(2, 3)
+    with private.vmap_can_be_exported():
+        program = torch.export.export(Mapped(), (x,), strict=False)
+    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    for known in (private.prepares_vmap, private.enters_vmap, private.leaves_vmap):
+        assert sum(map(known, targets)) == 1
+
+    def total(row: torch.Tensor) -> torch.Tensor:
+        return row.exp().sum()
+
+    traced = private.traced_below_autograd(torch.vmap(total), (x,))
+    made = [str(n.target) for n in traced.graph.nodes if n.op == "call_function"]
+    assert made == ["aten.exp.default", "aten.sum.dim_IntList"]
+    assert private.sets_gradient_mode(torch._C._set_grad_enabled)

@@ -31,6 +31,7 @@ from graphpar.frontend.torch_private import (
     mutated_arguments,
     op_name,
 )
+from graphpar.frontend.vmaps import without_vmaps
 from graphpar.frontend.writes import Values, dtype_name, is_off
 from graphpar.ir.ops import SOURCES, Argument, Op, Ref, Symbol, TensorType, map_arguments
 from graphpar.runtime.expected import EXPECTED
@@ -127,6 +128,7 @@ class _Converter:
 
     def run(self) -> Converted:
         without_out_arguments(self.program.graph_module)
+        without_vmaps(self.program.graph_module)
         signature = self.program.graph_signature
         graph = self.program.graph_module.graph
         nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}

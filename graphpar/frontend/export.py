@@ -29,6 +29,7 @@ from graphpar.frontend.torch_private import (
     code_on_demand,
     flatten,
     unflatten,
+    vmap_can_be_exported,
 )
 from graphpar.tracing import TRACING
 
@@ -222,7 +223,13 @@ def _decided(
 @contextmanager
 def _watched() -> Iterator[None]:
     """What torch.export needs help with, and what it would drop."""
-    with code_on_demand(), functions_as_operators(), no_tensor_hooks(), averages_as_tensors():
+    with (
+        code_on_demand(),
+        functions_as_operators(),
+        no_tensor_hooks(),
+        averages_as_tensors(),
+        vmap_can_be_exported(),
+    ):
         yield
 
 
@@ -281,6 +288,9 @@ def _moved(on_meta: bool, tree: Any) -> Any:
 
 
 _ADVICE = (
+    (r"vmap|batching rule|batching operators",
+     "it is called inside torch.vmap and has no batched form there",
+     "write the batch as a dimension of the tensors instead of using torch.vmap"),
     (_ON_VALUES,
      "the control flow or a shape depends on the values in a tensor, which no static graph can hold",
      "compute both branches and choose with torch.where, or use a fixed size with a mask"),

@@ -5,15 +5,22 @@ for it that also knows registered classes such as transformers' `ModelOutput`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+from torch._functorch import predispatch
+from torch._functorch import vmap as vmap_module
+from torch._guards import detect_fake_mode
 from torch._library.custom_ops import OPDEFS
 from torch.export import ExportedProgram
+from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,6 +91,90 @@ def as_if_not_exported() -> Iterator[None]:
         torch.compiler.is_exporting, torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling = (
             before
         )
+
+
+class _IndicesOfVmap(TorchFunctionMode):
+    """Leaves indexing by the tensors of a vmap to torch.
+
+    torch.export asks an index of one number for its value; a tensor that stands for many has none.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and any(map(_is_batched, pytree.tree_leaves(args))):
+            with torch._C.DisableTorchFunction():
+                return func(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_batched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
+@contextmanager
+def vmap_can_be_exported() -> Iterator[None]:
+    """Within it, `torch.vmap` does in an export what it does in eager torch.
+
+    Functions may index with mapped numbers, and the mapped dimension may go anywhere in the result:
+    torch.export records results only where it comes first.
+    """
+    module: Any = vmap_module
+    flat, remove = module._flat_vmap, module._remove_batch_dim
+
+    def flat_vmap(*args: Any, **kwargs: Any) -> Any:
+        with _IndicesOfVmap():
+            return flat(*args, **kwargs)
+
+    def remove_batch_dim(batched: torch.Tensor, level: int, size: int, dim: int) -> torch.Tensor:
+        made: torch.Tensor = remove(batched, level, size, 0)
+        return made.movedim(0, dim) if dim else made
+
+    module._flat_vmap, module._remove_batch_dim = flat_vmap, remove_batch_dim
+    try:
+        yield
+    finally:
+        module._flat_vmap, module._remove_batch_dim = flat, remove
+
+
+def prepares_vmap(function: Any) -> bool:
+    """Whether a node's function is what torch does before its first vmap."""
+    return function is predispatch.lazy_load_decompositions
+
+
+def enters_vmap(function: Any) -> bool:
+    """Whether a node's function begins a level of vmap."""
+    return function is predispatch._vmap_increment_nesting
+
+
+def leaves_vmap(function: Any) -> bool:
+    """Whether a node's function ends a level of vmap."""
+    return function is predispatch._vmap_decrement_nesting
+
+
+def sets_gradient_mode(function: Any) -> bool:
+    """Whether a node's function switches the recording of gradients."""
+    return function is torch._C._set_grad_enabled
+
+
+def leave_vmap() -> None:
+    """End a level of vmap."""
+    predispatch._vmap_decrement_nesting()
+
+
+def traced_below_autograd(function: Callable[..., Any], given: Sequence[Any]) -> fx.GraphModule:
+    """The operators that a function of (fake) tensors comes down to below autograd and functorch."""
+    mode = detect_fake_mode(list(given))
+    with torch.no_grad(), fx_traceback.preserve_node_meta():
+        if mode is None:
+            return make_fx(function)(*given)
+        with mode:
+            plain = [g.detach() if isinstance(g, torch.Tensor) else g for g in given]
+            return make_fx(function)(*plain)
+
+
+def standing_for(node: fx.Node) -> AbstractContextManager[None]:
+    """Within it, operators that are traced take over what is known of a node's place in the model."""
+    made: AbstractContextManager[None] = fx_traceback.set_current_meta(node)
+    return made
 
 
 def lookup_op(target: str) -> Any:

@@ -1,0 +1,65 @@
+"""Which sizes follow the batch, and what keeps a batch whole."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from one_device import Calls, assert_as_eager, assert_close, in_parts, ready
+from torch import Tensor
+
+from graphpar.frontend.capture import batch_size, capture, resize
+from graphpar.ir.ops import BatchSize
+from graphpar.ir.whole import tail_reason
+
+X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
+
+
+def test_sizes_in_proportion_become_symbols() -> None:
+    graph = capture(Calls(lambda s, h, y: h.reshape(-1) * 2), (X, Y), {}).graph
+    assert graph.ops[-2].type.shape == (BatchSize(4),)
+    assert graph.ops[-3].args[1] in ((-1,), (BatchSize(4),))
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda s, h, y: h * (1 / h.size(0)), "uses 0.25 for a batch of 4"),
+        (lambda s, h, y: torch.cat([h, h[:1]]), "has a size 5 for a batch of 4|makes"),
+        (lambda s, h, y: sum(h[i] for i in range(h.size(0))), "ops for a batch of 4 but"),
+        (lambda s, h, y: h * (2 if h.size(0) > 5 else 3), "3 for a batch of 4 but 2"),
+        (lambda s, h, y: h * (2 if h.size(0) % 2 else 3), "3 for a batch of 4 but 2"),
+        (lambda s, h, y: h * torch.tensor([float(h.size(0))]), "constant .* changes with the batch size"),
+    ],
+)
+def test_what_depends_on_the_batch_size_keeps_the_batch_whole(
+    function: Callable[..., Tensor], why: str
+) -> None:
+    made = ready(Calls(lambda s, h, y: function(s, h, y).pow(2).sum()), (X, Y))
+    assert made.reason
+    assert_as_eager(made.model, (X, Y))
+    assert re.search(why, made.reason), made.reason
+
+
+def test_samples_reshaped_into_each_other_meet_after_all_forwards() -> None:
+    made = ready(Calls(lambda s, h, y: h.view(2, -1).pow(2).sum()), (X, Y))
+    assert made.reason == ""
+    assert re.search("view at .* reshapes samples into each other", tail_reason(made.source))
+    assert_close(in_parts(made, (X, Y), (1, 3)), in_parts(made, (X, Y), (4,)))
+
+
+def test_a_batch_of_one_runs_whole() -> None:
+    made = assert_as_eager(Calls(lambda s, h, y: F.cross_entropy(h, y)), (X[:1], Y[:1]))
+    assert made.reason == "the example batch has one sample"
+
+
+def test_batch_sizes_and_resizing() -> None:
+    assert batch_size([]) == 1
+    assert batch_size([torch.zeros(()), 3, "a"]) == 1
+    assert batch_size([torch.zeros(5, 2), torch.zeros(5), torch.zeros(2)]) == 5
+    assert resize(torch.arange(3), 3, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert resize(torch.arange(3), 3, 2).tolist() == [0, 1]
+    assert resize("text", 3, 2) == "text" and resize(torch.arange(4), 3, 2).tolist() == [0, 1, 2, 3]
+    ghost = torch.zeros(3, 2, device="meta")
+    assert resize(ghost, 3, 7).shape == (7, 2)

@@ -1,0 +1,187 @@
+"""Writes in place and regions without gradient: the graph's numbers are eager's, or it is refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from one_device import Calls, assert_as_eager, assert_close, in_parts, ready
+from torch import Tensor, nn
+
+X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
+
+
+def frozen(model: Calls) -> Calls:
+    model.linear.weight.requires_grad_(False)
+    return model
+
+
+def nothing_recorded(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = (h * s.table[0]).softmax(-1)
+    return -(target * (h * s.vector).log_softmax(-1)).sum(-1).mean()
+
+
+def recorded_inside(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        a = h * 2
+        with torch.enable_grad():
+            b = (h * s.vector).sum()
+    return (a * s.table[0]).sum() + b
+
+
+def checked(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    torch._assert(h.size(1) == 4, "four columns")  # type: ignore[no-untyped-call]
+    assert h.ndim == 2
+    return h.pow(2).sum()
+
+
+def fresh_writes(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = (h * 2).add_(1).mul_(s.vector).clamp_(min=-3)
+    a[:, 0] = 0
+    a[:, 1:3] += h[:, :2]
+    return F.relu(a, inplace=True).pow(2).sum()
+
+
+def shift_right(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    ids = y[:, None].expand(-1, 5).contiguous()
+    shifted = ids.new_zeros(ids.shape)
+    shifted[:, 1:] = ids[:, :-1].clone()
+    shifted[:, 0] = 2
+    shifted.masked_fill_(shifted == 1, 3)
+    return (s.table[shifted] * h[:, None]).pow(2).sum()
+
+
+def two_writes_through_one_view(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = h * 1
+    view = a[:, 1:]
+    view.add_(1)
+    view.mul_(s.vector[1:])
+    return (a * s.vector).pow(2).sum() + view.sum()
+
+
+def writes_through_reshape(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = h * 1
+    rows = a.view(-1, 2, 2)
+    rows[:, 0].add_(1)
+    a.t()[1].mul_(3)
+    flat = a.reshape(-1)
+    flat.mul_(2)
+    copied = a.t().reshape(-1)
+    copied.mul_(5)
+    return (a * s.vector).pow(2).sum() + copied.sum()
+
+
+def copies_keep_apart(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = h * 1
+    wide = a.to(torch.float64)
+    wide.mul_(2)
+    return (a * wide).sum().float()
+
+
+def types_stay(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    count = y * 1
+    count.div_(2, rounding_mode="floor")
+    mask = h.detach() * 1
+    mask.gt_(0.1)
+    return (h * mask / 3 + count[:, None]).pow(2).sum()
+
+
+def filled_in_steps(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    out = torch.zeros(h.size(0), 3, 4)
+    for t in range(3):
+        out[:, t] = h * s.vector**t
+    return out.pow(2).sum()
+
+
+def reshaped_in_place(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = h * 1
+    a.unsqueeze_(1).add_(1)
+    return (a * h[:, None]).sum()
+
+
+def parts_and_sorts(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a, b = h.chunk(2, 1)
+    values, places = (h * s.vector).topk(2)
+    return (a * b).sum() + (values * places).sum()
+
+
+def counts(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    s.buffer += 1
+    s.buffer[0] = h.detach()[0]
+    return (h * s.buffer[:1]).sum()
+
+
+FUNCTIONS: list[Callable[[Calls, Tensor, Tensor], Tensor]] = [
+    nothing_recorded, recorded_inside, checked, fresh_writes, shift_right, two_writes_through_one_view,
+    writes_through_reshape, copies_keep_apart, types_stay, filled_in_steps, reshaped_in_place,
+    parts_and_sorts, counts,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_numbers_are_those_of_eager(function: Callable[[Calls, Tensor, Tensor], Tensor]) -> None:
+    made = assert_as_eager(Calls(function), (X, Y))
+    assert not any(op.target.startswith("aten._assert") for op in made.source.ops)
+    if not made.reason:
+        assert_close(in_parts(made, (X, Y), (1, 3)), in_parts(made, (X, Y), (4,)))
+
+
+def test_frozen_parameters_carry_no_gradient() -> None:
+    made = assert_as_eager(frozen(Calls(lambda s, h, y: h.pow(2).sum())), (X, Y))
+    by_name = {op.args[0]: op.attr("grad") for op in made.source.sources("parameter")}
+    assert by_name["linear.weight"] is None and by_name["linear.bias"] is True
+
+
+def test_batch_norm_keeps_its_statistics() -> None:
+    model = Calls(lambda s, h, y: s.layer(h).pow(2).sum(), nn.BatchNorm1d(4))
+    made = ready(model, (X, Y))
+    device = made.device()
+    for _ in range(2):
+        device.forward((X, Y), {})
+        model(X, Y)
+    layer = model.layer
+    assert isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None
+    torch.testing.assert_close(device.tensors["layer.running_mean"], layer.running_mean)
+    assert int(device.tensors["layer.num_batches_tracked"]) == 2
+
+
+def test_a_power_iteration_that_writes_through_out_keeps_its_vectors() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    model = Calls(lambda s, h, y: s.layer(h).pow(2).sum(), layer)
+    device = ready(model, (X, Y)).device()
+    for _ in range(2):
+        (loss,) = device.forward((X, Y), {})
+        torch.testing.assert_close(loss, model(X, Y))
+    vectors = {name: b for name, b in model.named_buffers() if name.endswith(("_u", "_v"))}
+    assert len(vectors) == 2
+    for name, vector in vectors.items():
+        torch.testing.assert_close(device.tensors[name], vector)
+
+
+def chained_buffer_writes(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    s.buffer[1].mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
+    return (h * s.buffer[1]).sum()
+
+
+def test_writes_in_a_row_to_part_of_a_buffer_all_count() -> None:
+    model = Calls(chained_buffer_writes)
+    made = ready(model, (X, Y))
+    device = made.device()
+    for _ in range(2):
+        (loss,) = device.forward((X, Y), {})
+        torch.testing.assert_close(loss, model(X, Y))
+    torch.testing.assert_close(device.tensors["buffer"], model.buffer)
+
+
+def test_an_argument_that_is_overwritten_is_the_callers_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    def writes(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        y.add_(1)
+        y[0] = 7
+        return (h * y[:, None]).sum()
+
+    made, y = ready(Calls(writes), (X, Y.clone())), Y.clone()
+    assert "overwrites the argument" in caplog.text
+    (loss,) = made.device().forward((X, y), {})
+    assert torch.equal(y, Y)
+    torch.testing.assert_close(loss, made.model(X, Y.clone()))
