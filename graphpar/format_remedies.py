@@ -15,6 +15,9 @@ from graphpar.partition.infeasible import some_plan_fits
 from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.precision import Formats, uniform_formats
 
+WHOLE_FORMATS = ("bfloat16", "float16")
+"""Formats that may be asked for by name; others are chosen for single units only."""
+
 _SECONDS = 5.0
 """Time that looking for a format may take."""
 
@@ -36,7 +39,7 @@ def with_format_remedies(
     deadline_s = time.monotonic() + _SECONDS
     fitting = []
     for lower in candidate_formats(cluster):
-        if lower == precision or time.monotonic() > deadline_s:
+        if lower not in WHOLE_FORMATS or lower == precision or time.monotonic() > deadline_s:
             continue
         table = table_of(uniform_formats(cluster, lower, num_units))
         if some_plan_fits(table, *settings, deadline_s):
