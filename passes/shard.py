@@ -30,7 +30,7 @@ class Shard:
     ... %y = aten.linear.default(%x, %w) : float32[B,6] {grad=true, stage=0}
     ... %output = output((%y,))
     ... ''')
-    >>> columns = next(s for s in strategies_of(g, (2, 1))["y"] if "dim0" in str(s))
+    >>> columns = next(s for s in strategies_of(g, (2, 1))["y"] if "dim0:4" in str(s))
     >>> local = Shard(0, 1, {"y": columns}, weights={"w": columns.operands[1]}).run(g)
     >>> for op in local.ops[1:4]: print(format_op(op))
     %w = parameter("w") : float32[2,4] {grad=true, shard=(0, 1, 4, 2)}
