@@ -5,17 +5,9 @@ from dataclasses import dataclass, replace
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster, Device
-from graphpar.cost import (
-    CoreUse,
-    CostTable,
-    CutEdge,
-    DeviceClass,
-    LinkCost,
-    PricingOptions,
-    SharedCores,
-    Topology,
-    UnitCost,
-)
+from graphpar.cores import CoreUse, SharedCores
+from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, PricingOptions, Topology, UnitCost
+from graphpar.cost_models.classes import device_classes, microbatch_sizes
 from graphpar.cost_models.layout import Layout, find_layout
 from graphpar.cost_models.memory import (
     ALLOCATOR_SLACK,
@@ -36,8 +28,6 @@ from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
 
 Rewritten = tuple[Graph, Chain]
 """A graph and its chain of units."""
-
-MAX_SIZES = 24
 
 LATE_OP_S = 45e-6
 """What an op on a tape of its own takes besides: a call of a Python function each way and two more of
@@ -174,47 +164,6 @@ class Roofline:
         is_loopback = cluster.network.kind == "loopback"
         network: LinkCost = measured if is_loopback else topology.network
         return Topology(topology.node_of, inside, network, topology.between)
-
-
-def device_classes(cluster: Cluster) -> tuple[DeviceClass, ...]:
-    """Devices that cost the same, in order of first appearance."""
-    groups: dict[tuple[object, ...], list[Device]] = {}
-    for device in cluster.devices:
-        peaks = tuple(sorted(device.peak_flops_per_s.items()))
-        key = (device.kind, device.slowdown, device.memory_bytes, device.threads, peaks)
-        groups.setdefault(key, []).append(device)
-    return tuple(
-        DeviceClass(_class_name(g[0]), tuple(d.name for d in g), float(g[0].memory_bytes))
-        for g in groups.values()
-    )
-
-
-def _class_name(device: Device) -> str:
-    return device.kind + (f" x{device.slowdown:g} slower" if device.slowdown != 1 else "")
-
-
-def microbatch_sizes(options: PricingOptions) -> tuple[int, ...]:
-    """Sizes at which costs are tabulated: those that equal splits of the batch can have.
-
-    >>> microbatch_sizes(PricingOptions(batch=6, training=True))
-    (1, 2, 3, 6)
-    >>> microbatch_sizes(PricingOptions(batch=6, training=True, max_microbatches=1, max_replicas=1))
-    (6,)
-    """
-    if options.max_microbatches == 1 and options.max_replicas == 1:
-        return (options.batch,)
-    batch = options.batch
-    wanted = sorted({-(-batch // m) for m in range(1, batch + 1)} | {1, batch})
-    if len(wanted) <= MAX_SIZES:
-        return tuple(wanted)
-    # Small sizes lie close together and matter most; keep them, then thin out geometrically.
-    kept, last = [], 0.0
-    ratio = (wanted[-1] / wanted[0]) ** (1 / (MAX_SIZES - 2))
-    for size in wanted:
-        if size >= last * ratio or size == batch:
-            kept.append(size)
-            last = size
-    return tuple(kept)
 
 
 def _dense(kinds: Sequence[Hashable]) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from graphpar.cores import SharedCores
+
 
 @dataclass(frozen=True)
 class UnitCost:
@@ -218,60 +220,6 @@ class Topology:
         if a == b:
             return self.inside[a]
         return self.between.get((a, b)) or self.between.get((b, a)) or self.network
-
-
-@dataclass(frozen=True)
-class CoreUse:
-    """What a worker asks of the cores that it shares: so many threads, and what it is slowed down by.
-
-    A worker that is slowed down to 1/`slowdown` needs its cores for that share of its computing time and
-    waits for the rest. A tensor group works in step: it counts as one worker of several `members`.
-    """
-
-    threads: int = 1
-    slowdown: float = 1.0
-    members: int = 1
-
-    @property
-    def cores(self) -> int:
-        """How many cores it would have at work at once."""
-        return self.threads * self.members
-
-
-@dataclass(frozen=True)
-class SharedCores:
-    """Devices that are processes on the cores of one machine, and what they cost each other.
-
-    Attributes:
-        num_cores: Cores that all of them share.
-        slowing: How many times longer a kernel takes with 1, 2, ... cores at work than with one, for
-            shared caches, memory and power; the last number holds for all cores.
-        workers: Who shares them, by device name.
-        reference_s: What a reference took when the times were measured; 0 where nobody knows.
-        send_s: What handing a message to the transport takes a worker.
-        receive_s: What taking in a message that is there takes one.
-        apart: How many times longer a backward takes that does not follow on its own forward.
-    """
-
-    num_cores: int
-    slowing: tuple[float, ...]
-    workers: dict[str, CoreUse]
-    reference_s: float = 0.0
-    send_s: float = 0.0
-    receive_s: float = 0.0
-    apart: float = 1.0
-
-    def slowed(self, busy: float) -> float:
-        """How many times longer a kernel takes while so many cores are at work.
-
-        >>> SharedCores(2, (1.0, 1.2), {}).slowed(1.5)
-        1.1
-        """
-        place = min(max(busy - 1, 0.0), len(self.slowing) - 1)
-        low = min(int(place), len(self.slowing) - 2)
-        if low < 0:
-            return self.slowing[-1]
-        return self.slowing[low] + (place - low) * (self.slowing[low + 1] - self.slowing[low])
 
 
 @dataclass(frozen=True)

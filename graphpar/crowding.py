@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.cost import CoreUse, SharedCores
+from graphpar.cores import CoreUse, SharedCores
 from graphpar.schedule import Schedule
 from graphpar.timing import Timing
 

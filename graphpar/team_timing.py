@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from graphpar.cost import LinkCost, SharedCores
+from graphpar.cores import SharedCores
+from graphpar.cost import LinkCost
 from graphpar.schedule import Schedule
 from graphpar.schedule.teams import leaders_of
 from graphpar.timing import GradientGroup, RankTiming, SizeTiming, Timing

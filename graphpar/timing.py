@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from graphpar.cost import CostTable, LinkCost, SharedCores
+from graphpar.cores import SharedCores
+from graphpar.cost import CostTable, LinkCost
 from graphpar.partition.pipeline_price import (
     meetings_s,
     member_bytes,

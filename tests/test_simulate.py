@@ -18,7 +18,8 @@ from plan_samples import (
     table_for,
 )
 
-from graphpar.cost import CoreUse, LinkCost, SharedCores
+from graphpar.cores import CoreUse, SharedCores
+from graphpar.cost import LinkCost
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.types import (
     Partition,

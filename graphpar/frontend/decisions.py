@@ -23,6 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.refusals import left_as_it_was
 from graphpar.frontend.torch_private import flatten, unflatten
 from graphpar.runtime.expected import expected
 
@@ -205,17 +206,12 @@ def record_decisions(model: nn.Module, call: Callable[[], Any]) -> Decisions:
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.device.type == "meta" for t in tensors):
         return {}
-    before = [(b, b.detach().clone()) for b in model.buffers()]
     recorder = _Record()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), recorder:
+        with left_as_it_was(model), recorder:
             call()
     except Exception:
         return {}
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
     return dict(recorder.made)
 
 

@@ -20,7 +20,10 @@ from graphpar.frontend.objects import opened
 from graphpar.frontend.refusals import (
     host_randomness,
     host_state,
+    moved_numbers,
     no_tensor_hooks,
+    numbers_of,
+    refuse_counters,
     refuse_gradient_hooks,
     refuse_unready,
 )
@@ -56,9 +59,16 @@ class Traced(nn.Module):
         self.loss = loss
         self.replay = replay
         self.training = model.training
+        self.moved: set[tuple[str, str]] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as the user would."""
+        """Call the model as the user would, and note which of its numbers change by that."""
+        before = numbers_of(self.model)
+        result = self._called(args, kwargs)
+        self.moved.update(moved_numbers(self.model, before))
+        return result
+
+    def _called(self, args: Any, kwargs: Any) -> Any:
         if self.replay is None:
             return self._result(args, kwargs)
         with self.replay.running():
@@ -184,7 +194,9 @@ def export(
 
 def _exported(traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
     with TRACING:
-        return torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
+        program = torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
+    refuse_counters(traced.model, traced.moved, lambda: traced(*args, **kwargs))
+    return program
 
 
 def _decided(

@@ -2,6 +2,7 @@
 
 - Modules of torch.jit, and lazy ones that have no shapes yet.
 - Arguments that are objects with tensors inside, such as a cache: a model may write to them.
+- Plain numbers that a module changes at every call: the graph would keep one value.
 - Gradient hooks: a graph keeps the forward; what a hook does to gradients would be lost.
 - Numbers drawn by NumPy or Python's `random` while the model runs: they would stand in the graph as
   constants, the same at every step.
@@ -97,6 +98,72 @@ def host_state() -> tuple[Any, ...]:
     """Where the host's global random streams stand."""
     numpy_state: Any = np.random.get_state(legacy=False)
     return random.getstate(), numpy_state["state"]["pos"], bytes(numpy_state["state"]["key"][:4])
+
+
+Numbers = dict[tuple[str, str], float]
+"""Plain numbers that modules keep as attributes, by module and attribute."""
+
+
+def numbers_of(model: nn.Module) -> Numbers:
+    """The plain numbers of a model and its submodules."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def moved_numbers(model: nn.Module, before: Numbers) -> set[tuple[str, str]]:
+    """Which numbers are others than before; new ones do not count."""
+    return {key for key, value in numbers_of(model).items() if before.get(key, value) != value}
+
+
+def refuse_counters(model: nn.Module, moved: set[tuple[str, str]], call: Callable[[], Any]) -> None:
+    """Refuse a model that changes a number of its own at every call; `moved` are those one call changed.
+
+    A number that depends on the inputs alone, such as a remembered length, stands still when the model is
+    called again with the same; so it is called twice.
+
+    Raises:
+        CaptureError: Names the module and the attribute.
+    """
+    if not moved:
+        return
+    seen: list[Numbers] = [numbers_of(model)]
+    try:
+        with left_as_it_was(model):
+            for _ in range(2):
+                call()
+                seen.append(numbers_of(model))
+    except Exception:
+        return
+    for path, name in sorted(moved):
+        values = [numbers.get((path, name)) for numbers in seen]
+        if values[1] != values[2]:
+            module = model.get_submodule(path)
+            raise CaptureError(
+                f"Module {path or '(top)'!r} ({type(module).__name__}) changes its attribute {name!r} at "
+                f"every call ({', '.join(map(repr, values))}, ...); a graph would keep one value. "
+                f"Keep the number in a buffer (self.register_buffer({name!r}, torch.tensor(...))) and "
+                "change it in place."
+            )
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Calls within it leave no trace in buffers, plain numbers and torch's random state."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    numbers = numbers_of(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for (path, name), number in numbers.items():
+            setattr(model.get_submodule(path), name, number)
 
 
 def host_randomness(model: nn.Module, call: Callable[[], Any]) -> CaptureError:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import check_training, straight
 from one_device import Calls, ready
 from torch import Tensor, nn
 
@@ -138,3 +139,32 @@ def test_wrong_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], why: str
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(CaptureError, match="empty; give one with at least one sample"):
         ready(Calls(lambda s, h, y: h.sum()), (X[:0], Y[:0]))
+
+
+class Counting(nn.Module):
+    def __init__(self, in_buffer: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.length = 0
+        self.calls: Any = 0
+        if in_buffer:
+            del self.calls
+            self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.length = x.shape[0]
+        self.calls += 1
+        result: torch.Tensor = (self.linear(x) * self.calls).sum()
+        return result
+
+
+def test_a_number_that_changes_at_every_call_is_refused_by_name() -> None:
+    with pytest.raises(
+        CaptureError, match=r"'\(top\)' \(Counting\) changes its attribute 'calls' .*buffer"
+    ):
+        capture(Counting(in_buffer=False), (torch.randn(3, 4),), {})
+
+
+def test_the_same_number_in_a_buffer_goes_through() -> None:
+    model, x = Counting(in_buffer=True), torch.randn(3, 4)
+    check_training(model, (x,), lines=straight(1))
