@@ -50,6 +50,7 @@ from graphpar.partition.counting_columns import (
     Columns,
     drop_dearer,
     drop_wider,
+    drop_wider_and_dearer,
     price_columns,
 )
 from graphpar.partition.counting_lines import Line, Lines
@@ -176,11 +177,12 @@ class CountingProgram:
 
     def relaxed(self, limits: StageLimits, least: Least, deadline_s: float) -> float | None:
         """A lower bound on what pipelines within the limits cost beyond `least`; None where none fits."""
-        index = self._within(limits)
+        index = self._keeping(limits)
         if len(index) == 0:
             return None
         if time.monotonic() > deadline_s:
             raise OutOfTimeError
+        index = self._cheapest(index, least)
         master = self._master(index, self._beyond(index, least), 0.0, np.inf)
         try:
             value = master.relax(np.searchsorted(index, self._still(index)), self._dues, deadline_s)
@@ -190,9 +192,10 @@ class CountingProgram:
 
     def lines(self, limits: StageLimits, least: Least) -> Lines | None:
         """The lines of the columns within the limits, at what they cost at least beyond `least`."""
-        index = self._within(limits)
+        index = self._keeping(limits)
         if len(index) == 0:
             return None
+        index = self._cheapest(index, least)
         number = len(self._counts) + len(self._group_limits())
         upper = self._row_upper[3 : 3 + number]
         index = index[(self._rows[3 : 3 + number, index][upper <= 0] <= 0).all(axis=0)]
@@ -231,12 +234,26 @@ class CountingProgram:
         found: FloatArray = columns.fill_s[index] + columns.blocks[index] / self._repeats.number * over
         return found
 
-    def _within(self, limits: StageLimits) -> IntArray:
-        """The columns that keep the limits and that no narrower one replaces."""
+    def _keeping(self, limits: StageLimits) -> IntArray:
+        """The columns that keep the limits."""
         everything = self._columns
         within = (everything.extra_s <= limits.extra_s) & (everything.post_s <= limits.post_s)
         within &= everything.extra_s + everything.post_s <= limits.both_s
-        return self._narrowest(np.flatnonzero(within))
+        found: IntArray = np.flatnonzero(within)
+        return found
+
+    def _within(self, limits: StageLimits) -> IntArray:
+        """The columns that keep the limits and that no narrower one replaces, if only fill counts."""
+        return self._narrowest(self._keeping(limits))
+
+    def _cheapest(self, index: IntArray, least: Least) -> IntArray:
+        """Columns that no narrower one stands for at what they cost beyond the least."""
+        columns, cost = self._columns.pick(index), self._beyond(index, least)
+        option = columns.option
+        kept: IntArray = index[
+            drop_wider_and_dearer(columns, cost, self._mode[option], self._width[option], self._devices)
+        ]
+        return kept
 
     def _master(self, index: IntArray, cost: FloatArray, slack_s: float, cutoff_s: float) -> Master:
         columns = self._columns.pick(index)

@@ -348,6 +348,9 @@ def _ragged(units: UnitArrays, grid: _Grid) -> FloatArray:
     return found
 
 
+_NARROWER_LOOKED_AT = 6
+
+
 def drop_wider(columns: Columns, mode: IntArray, width: IntArray, devices: int) -> IntArray:
     """Columns but those whose place a narrower one with the same blocks, mode and links may take.
 
@@ -364,6 +367,26 @@ def drop_wider(columns: Columns, mode: IntArray, width: IntArray, devices: int) 
     best = np.concatenate([[-1.0], np.maximum.accumulate(lifted)[:-1]])
     kept: IntArray = order[lifted > best]
     return np.sort(kept)
+
+
+def drop_wider_and_dearer(
+    columns: Columns, cost: FloatArray, mode: IntArray, width: IntArray, devices: int
+) -> IntArray:
+    """The same where columns cost something besides their fill: a narrower one must not cost more.
+
+    What lies beyond a limit of extra or post grows as replicas get fewer, so that a wider column may be
+    worth its devices. Each is compared with the few next narrower ones alone; more would only drop more.
+    """
+    key = ((mode * 4 + columns.role) * 4 + columns.arm) * (int(columns.blocks.max(initial=0)) + 1)
+    key = key + columns.blocks
+    order = np.lexsort((width, key))
+    group, below, costs = key[order], np.minimum(columns.most_below[order], devices), cost[order]
+    dropped = np.zeros(len(order), dtype=np.bool_)
+    for step in range(1, min(_NARROWER_LOOKED_AT, len(order) - 1) + 1):
+        replaced = (group[step:] == group[:-step]) & (below[step:] <= below[:-step])
+        dropped[step:] |= replaced & (costs[step:] >= costs[:-step])
+    kept: IntArray = np.sort(order[~dropped])
+    return kept
 
 
 def drop_dearer(columns: Columns, cost: FloatArray, team: IntArray, due: IntArray) -> IntArray:
