@@ -25,16 +25,53 @@ class Stage(enum.Enum):
     REDUCE, BOUND, SEARCH = range(3)
 
 
-_READY = {stage: threading.Event() for stage in Stage}
-_GO_ON = threading.Event()
-_LOCK = threading.Lock()
-_THREADS: list[threading.Thread] = []
-_FAULTS: list[Exception] = []
+class _Compiler:
+    """A thread that compiles, what it has made ready, and what stopped it."""
+
+    def __init__(self) -> None:
+        self.ready = {stage: threading.Event() for stage in Stage}
+        self.may_go_on = threading.Event()
+        self.fault: Exception | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def wait(self, stage: Stage, most_s: float) -> bool:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self.run, name="graphpar-compiler", daemon=True)
+                self._thread.start()
+        return self.ready[stage].wait(max(0.0, most_s))
+
+    def run(self) -> None:
+        try:
+            self._compile()
+        except Exception as fault:
+            self.fault = fault
+        finally:
+            for event in self.ready.values():
+                event.set()
+
+    def _compile(self) -> None:
+        with TRACING:
+            compile_all()
+        self.ready[Stage.REDUCE].set()
+        self.may_go_on.wait()
+        with TRACING:
+            graph, rows = reduce_problem(_sample())
+            dual = DualAscent(graph, rows)
+            dual.sweep()
+            chosen = dual.round_within_memory()
+        self.ready[Stage.BOUND].set()
+        with TRACING:
+            LocalSearch(dual, chosen, 0).rehearse()
+
+
+_COMPILER = _Compiler()
 
 
 def go_on_warming() -> None:
     """Have the compiler go on after the first stage."""
-    _GO_ON.set()
+    _COMPILER.may_go_on.set()
 
 
 def warm_up(stage: Stage, most_s: float) -> bool:
@@ -45,38 +82,13 @@ def warm_up(stage: Stage, most_s: float) -> bool:
     """
     if not COMPILED:
         return True
-    with _LOCK:
-        if not _THREADS:
-            _THREADS.append(threading.Thread(target=_compile, name="graphpar-compiler", daemon=True))
-            _THREADS[0].start()
-    is_ready = _READY[stage].wait(max(0.0, most_s))
-    if _FAULTS:
+    is_ready = _COMPILER.wait(stage, most_s)
+    if _COMPILER.fault is not None:
         raise GraphparError(
-            f"the search could not be compiled ({_FAULTS[0]}); if a disk is full or a cache folder "
+            f"the search could not be compiled ({_COMPILER.fault}); if a disk is full or a cache folder "
             "damaged, name another folder in NUMBA_CACHE_DIR"
-        ) from _FAULTS[0]
+        ) from _COMPILER.fault
     return is_ready
-
-
-def _compile() -> None:
-    try:
-        with TRACING:
-            compile_all()
-        _READY[Stage.REDUCE].set()
-        _GO_ON.wait()
-        with TRACING:
-            graph, rows = reduce_problem(_sample())
-            dual = DualAscent(graph, rows)
-            dual.sweep()
-            chosen = dual.round_within_memory()
-        _READY[Stage.BOUND].set()
-        with TRACING:
-            LocalSearch(dual, chosen, 0).rehearse()
-    except Exception as fault:
-        _FAULTS.append(fault)
-    finally:
-        for event in _READY.values():
-            event.set()
 
 
 def _sample() -> ShardingProblem:

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import pytest
@@ -165,9 +164,9 @@ def test_out_of_time_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not COMPILED, reason="numba is not installed")
 def test_a_limit_shorter_than_the_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The array operations alone still give an answer, and what was missing is said."""
-    monkeypatch.setattr(shard_warm, "_READY", {stage: Event() for stage in Stage})
-    monkeypatch.setattr(shard_warm, "_compile", shard_warm._READY[Stage.REDUCE].set)
-    monkeypatch.setattr(shard_warm, "_THREADS", [])
+    compiler = shard_warm._Compiler()
+    monkeypatch.setattr(compiler, "run", compiler.ready[Stage.REDUCE].set)
+    monkeypatch.setattr(shard_warm, "_COMPILER", compiler)
     solved = solve_sharding(ring(60, 0), time_limit_s=1.0)
     assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
     assert "compiled" in solved.note
@@ -178,9 +177,7 @@ def test_a_compiler_that_fails_is_an_error_and_no_wait(monkeypatch: pytest.Monke
     def fail() -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(shard_warm, "_READY", {stage: Event() for stage in Stage})
-    monkeypatch.setattr(shard_warm, "_FAULTS", [])
-    monkeypatch.setattr(shard_warm, "_THREADS", [])
+    monkeypatch.setattr(shard_warm, "_COMPILER", shard_warm._Compiler())
     monkeypatch.setattr(shard_warm, "compile_all", fail)
     with pytest.raises(GraphparError, match=r"No space left on device.*NUMBA_CACHE_DIR"):
         solve_sharding(line(9), time_limit_s=60)
