@@ -32,6 +32,9 @@ _MOST_FIRST_DELTA = 2e-2
 """... or within twice the slack, up to this share."""
 
 
+_LEAST_SLACK = 1e-7
+"""Rows broken by less than this are kept."""
+
 _LONGEST_LINEAR_S = 3600.0
 """A linear programme takes milliseconds; solvers want a finite limit."""
 
@@ -148,28 +151,26 @@ class Master:
         return found
 
     def _relax(self, deadline_s: float) -> _Relaxed | None:
-        """Solve over all columns and all dues by letting them join as needed."""
+        """Solve over all columns and all dues, which join as needed; None where nothing is possible."""
         penalty = 10 * float(np.abs(self._cost).max(initial=0.0)) + 1.0
+        most_slack = np.inf
         while True:
-            if time.monotonic() > deadline_s:
-                raise OutOfTimeError
-            outcome, matrix_duals = self._linear(penalty, deadline_s)
-            reduced = self._reduced(matrix_duals)
+            outcome = self._linear(self._cost, penalty, most_slack, deadline_s)
+            if outcome is None:
+                # A due that joined leaves nothing among the active columns.
+                if not self._reach(deadline_s):
+                    return None
+                continue
             value = outcome.objective
             assert value is not None
-            candidates = np.flatnonzero(
-                (reduced < -_TOLERANCE * max(abs(value), 1e-30)) & (self._most > 0)
-            )
-            candidates = np.setdiff1d(candidates, self.active, assume_unique=True)
-            if len(candidates):
-                order = np.argsort(reduced[candidates], kind="stable")[:_PRICED_AT_ONCE]
-                self.active = np.union1d(self.active, candidates[order])
+            reduced = self._reduced(self._cost, outcome.duals)
+            if self._join(reduced, _TOLERANCE * max(abs(value), 1e-30)):
                 continue
             number = len(self.active)
-            if np.any(outcome.values[number:] > 1e-7):
-                if penalty > 1e9 * (float(np.abs(self._cost).max(initial=0.0)) + 1.0):
+            if np.any(outcome.values[number:] > _LEAST_SLACK):
+                if not self._reach(deadline_s):
                     return None
-                penalty *= 1000
+                most_slack = 0.0
                 continue
             broken = self._broken(self.active, outcome.values[:number])
             if broken:
@@ -178,17 +179,43 @@ class Master:
             # At its upper limit a column may have a negative reduced cost: that is part of the value.
             return _Relaxed(value, np.maximum(reduced, 0.0))
 
-    def _linear(self, penalty: float, deadline_s: float) -> tuple[Outcome, FloatArray]:
-        """The relaxation over active columns, with slack at a price for blocks and ends."""
+    def _reach(self, deadline_s: float) -> bool:
+        """Let columns join until all rows can be met; False where all columns together cannot."""
+        free = np.zeros(len(self._cost))
+        while True:
+            outcome = self._linear(free, 1.0, np.inf, deadline_s)
+            assert outcome is not None and outcome.objective is not None
+            if outcome.objective <= _LEAST_SLACK:
+                return True
+            if not self._join(self._reduced(free, outcome.duals), _LEAST_SLACK):
+                return False
+
+    def _join(self, reduced: FloatArray, least: float) -> bool:
+        """Let the columns join whose reduced costs are most negative; False where there are none."""
+        candidates = np.flatnonzero((reduced < -least) & (self._most > 0))
+        candidates = np.setdiff1d(candidates, self.active, assume_unique=True)
+        if len(candidates):
+            order = np.argsort(reduced[candidates], kind="stable")[:_PRICED_AT_ONCE]
+            self.active = np.union1d(self.active, candidates[order])
+        return len(candidates) > 0
+
+    def _linear(
+        self, cost: FloatArray, penalty: float, most_slack: float, deadline_s: float
+    ) -> Outcome | None:
+        """The relaxation over active columns, with slack at a price; None where it has no point.
+
+        Raises:
+            OutOfTimeError: The deadline passed, or the solver gave up.
+        """
         number = len(self.active)
         matrix = np.concatenate([self._rows[:, self.active], self._memory(self.active)])
         slack = np.zeros((len(matrix), 3))
         slack[0, 0] = slack[1, 1] = slack[2, 2] = 1.0
         lower, upper = self._limits()
         program = MatrixProgram(
-            cost=np.concatenate([self._cost[self.active], [penalty] * 3]),
+            cost=np.concatenate([cost[self.active], [penalty] * 3]),
             lower=np.zeros(number + 3),
-            upper=np.concatenate([self._most[self.active], [np.inf] * 3]),
+            upper=np.concatenate([self._most[self.active], [most_slack] * 3]),
             integer=np.zeros(number + 3, dtype=np.bool_),
             matrix=sparse.csr_matrix(np.concatenate([matrix, slack], axis=1)),
             row_lower=lower,
@@ -198,9 +225,11 @@ class Master:
         if left_s <= 0:
             raise OutOfTimeError
         outcome = program.solve(time_limit_s=min(left_s, _LONGEST_LINEAR_S))
+        if outcome.status == "infeasible":
+            return None
         if not outcome.has_point or len(outcome.duals) != len(matrix):
             raise OutOfTimeError
-        return outcome, outcome.duals
+        return outcome
 
     def _limits(self) -> tuple[FloatArray, FloatArray]:
         lower = np.concatenate([self._row_lower, np.full(len(self.dues), -np.inf)])
@@ -219,10 +248,10 @@ class Master:
         found: FloatArray = np.where(last, np.minimum(load, limit), np.where(due <= limit, load, 0.0))
         return found
 
-    def _reduced(self, duals: FloatArray) -> FloatArray:
+    def _reduced(self, cost: FloatArray, duals: FloatArray) -> FloatArray:
         """Reduced costs of all columns."""
         fixed = len(self._row_lower)
-        reduced: FloatArray = self._cost - duals[:fixed] @ self._rows
+        reduced: FloatArray = cost - duals[:fixed] @ self._rows
         for price, limit in zip(duals[fixed:], self.dues, strict=True):
             if price != 0:
                 reduced -= price * self._memory_row(limit, self._due, self._load, self._is_last)
