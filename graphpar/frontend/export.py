@@ -193,10 +193,15 @@ def export(
 
 
 def _exported(traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
-    with TRACING:
-        program = torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
-    refuse_counters(traced.model, traced.moved, lambda: traced(*args, **kwargs))
-    return program
+    def program() -> ExportedProgram:
+        with TRACING:
+            return torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
+
+    made = program()
+    refuse_counters(
+        traced.model, traced.moved, lambda: traced(*args, **kwargs), lambda: str(program().graph)
+    )
+    return made
 
 
 def _decided(

@@ -8,6 +8,7 @@
   constants, the same at every step.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,8 @@ def host_state() -> tuple[Any, ...]:
     return random.getstate(), numpy_state["state"]["pos"], bytes(numpy_state["state"]["key"][:4])
 
 
+_log = logging.getLogger("graphpar.capture")
+
 Numbers = dict[tuple[str, str], float]
 """Plain numbers that modules keep as attributes, by module and attribute."""
 
@@ -119,11 +122,22 @@ def moved_numbers(model: nn.Module, before: Numbers) -> set[tuple[str, str]]:
     return {key for key, value in numbers_of(model).items() if before.get(key, value) != value}
 
 
-def refuse_counters(model: nn.Module, moved: set[tuple[str, str]], call: Callable[[], Any]) -> None:
-    """Refuse a model that changes a number of its own at every call; `moved` are those one call changed.
+def refuse_counters(
+    model: nn.Module,
+    moved: set[tuple[str, str]],
+    call: Callable[[], Any],
+    graph: Callable[[], str],
+) -> None:
+    """Refuse a model whose result depends on a number that it changes at every call.
 
     A number that depends on the inputs alone, such as a remembered length, stands still when the model is
-    called again with the same; so it is called twice.
+    called again with the same; so it is called twice. One that only counts does not show in the graph.
+
+    Args:
+        model: The model.
+        moved: The numbers that one call changed.
+        call: Calls the model.
+        graph: The text of its graph at the numbers it has.
 
     Raises:
         CaptureError: Names the module and the attribute.
@@ -136,18 +150,24 @@ def refuse_counters(model: nn.Module, moved: set[tuple[str, str]], call: Callabl
             for _ in range(2):
                 call()
                 seen.append(numbers_of(model))
-    except Exception:
+    except Exception as error:
+        _log.warning("Whether %s change at every call could not be tried: %s", sorted(moved), error)
         return
-    for path, name in sorted(moved):
+    counters = [key for key in sorted(moved) if seen[1].get(key) != seen[2].get(key)]
+    before = graph() if counters else ""
+    for path, name in counters:
+        module = model.get_submodule(path)
         values = [numbers.get((path, name)) for numbers in seen]
-        if values[1] != values[2]:
-            module = model.get_submodule(path)
-            raise CaptureError(
-                f"Module {path or '(top)'!r} ({type(module).__name__}) changes its attribute {name!r} at "
-                f"every call ({', '.join(map(repr, values))}, ...); a graph would keep one value. "
-                f"Keep the number in a buffer (self.register_buffer({name!r}, torch.tensor(...))) and "
-                "change it in place."
-            )
+        with left_as_it_was(model):
+            setattr(module, name, values[1])
+            if graph() == before:
+                continue
+        raise CaptureError(
+            f"Module {path or '(top)'!r} ({type(module).__name__}) changes its attribute {name!r} at "
+            f"every call ({', '.join(map(repr, values))}, ...), and its result depends on it; a graph "
+            f"would keep one value. Keep the number in a buffer (self.register_buffer({name!r}, "
+            "torch.tensor(...))) and change it in place."
+        )
 
 
 @contextmanager

@@ -142,8 +142,9 @@ def test_an_empty_batch_is_refused() -> None:
 
 
 class Counting(nn.Module):
-    def __init__(self, in_buffer: bool) -> None:
+    def __init__(self, in_buffer: bool, used: bool = True) -> None:
         super().__init__()
+        self.used = used
         self.linear = nn.Linear(4, 4)
         self.length = 0
         self.calls: Any = 0
@@ -154,7 +155,7 @@ class Counting(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.length = x.shape[0]
         self.calls += 1
-        result: torch.Tensor = (self.linear(x) * self.calls).sum()
+        result: torch.Tensor = (self.linear(x) * (self.calls if self.used else 1)).sum()
         return result
 
 
@@ -168,3 +169,8 @@ def test_a_number_that_changes_at_every_call_is_refused_by_name() -> None:
 def test_the_same_number_in_a_buffer_goes_through() -> None:
     model, x = Counting(in_buffer=True), torch.randn(3, 4)
     check_training(model, (x,), lines=straight(1))
+
+
+def test_a_number_that_only_counts_goes_through() -> None:
+    captured = capture(Counting(in_buffer=False, used=False), (torch.randn(3, 4),), {})
+    assert not captured.unsplittable
