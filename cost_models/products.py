@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from graphpar.cost_models.pointwise import Rule, memory_kernel, view_kernel
 from graphpar.cost_models.work import Call, Kernel, OpWork
-from graphpar.ir.formats import PLANNED_ONLY, format_of
+from graphpar.ir.formats import EIGHT_BIT_MULTIPLE, format_of, multiplies_8_bits
 from graphpar.ir.ops import Op
 from graphpar.ir.optable import packet
 
@@ -44,8 +44,8 @@ def _weighted(call: Call, x: Op | None, weight: Op | None, bias: Op | None) -> O
     rows = call.numel(call.out) // max(columns, 1)
     forward: tuple[Kernel, ...] = (product(call, 1, rows, columns, inner),)
     backward, saved = _product_backward(call, x, weight, 1, rows, columns, inner)
-    if format_of(call.op) in PLANNED_ONLY:
-        forward, backward = _in_8_bits(call, forward), list(_in_8_bits(call, backward))
+    if multiplies_8_bits(call.op) and inner % EIGHT_BIT_MULTIPLE == columns % EIGHT_BIT_MULTIPLE == 0:
+        return _in_8_bits(call, rows, columns, inner, forward, backward)
     late = _of_weight(call, x, weight, backward)
     if call.needs_grad(bias):
         backward.append(memory_kernel(call, "reduce", call.bytes(call.out), call.numel(call.out)))
@@ -61,16 +61,34 @@ def _of_weight(call: Call, x: Op, weight: Op, backward: Sequence[Kernel]) -> tup
     return tuple(backward[len(backward) // 2 :] if both else backward)
 
 
-def _in_8_bits(call: Call, products: Sequence[Kernel]) -> tuple[Kernel, ...]:
-    """Products in 8 bits, each after a pass that rounds its activations or gradients to them."""
-    kernels: list[Kernel] = []
-    for one in products:
-        assert one.matrix is not None
-        batch, rows, _, inner = one.matrix
-        elements = float(batch * rows * inner)
-        kernels.append(Kernel("cast", elements, 3 * elements, elements))
-        kernels.append(replace(one, dtype=format_of(call.op), bytes=one.bytes / 2))
-    return tuple(kernels)
+def _in_8_bits(
+    call: Call, rows: int, columns: int, inner: int, forward: Sequence[Kernel], backward: Sequence[Kernel]
+) -> OpWork:
+    """Three products in 8 bits; activations and gradients are rounded before them and kept so.
+
+    Rounding reads a matrix for its largest element, scales it and casts it; for the gradient of the
+    weight both operands are turned besides. Biases are added after, and one node makes both gradients.
+    """
+
+    def rounding(elements: float) -> list[Kernel]:
+        return [
+            Kernel("reduce", elements, 2 * elements, elements),
+            Kernel("pointwise", elements, 4 * elements, elements),
+            Kernel("cast", elements, 3 * elements, elements),
+        ]
+
+    def narrow(products: Sequence[Kernel]) -> list[Kernel]:
+        return [replace(one, dtype=format_of(call.op), bytes=one.bytes / 2) for one in products]
+
+    x, made = float(rows * inner), float(rows * columns)
+    ahead, back = [*rounding(x), *narrow(forward)], narrow(backward)
+    if len(call.op.operands()) > 2:
+        ahead.append(memory_kernel(call, "pointwise", 2 * call.bytes(call.out), made))
+        back.append(memory_kernel(call, "reduce", call.bytes(call.out), made))
+    if not backward:
+        return OpWork(tuple(ahead))
+    turned = [Kernel("copy", x, 2 * x), Kernel("copy", made, 2 * made)]
+    return OpWork(tuple(ahead), (*rounding(made), *turned, *back), saved_bytes=x)
 
 
 def _product_backward(

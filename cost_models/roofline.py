@@ -21,7 +21,7 @@ from graphpar.cost_models.opcost import fan_out_kernels, work_of
 from graphpar.cost_models.rates import Rates, rates_of
 from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.ir.chain import Chain, Crossing, Unit, crossings
-from graphpar.ir.formats import wire_format
+from graphpar.ir.formats import multiplies_8_bits, wire_format
 from graphpar.ir.graph import Graph
 from graphpar.ir.late import late_weights
 from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
@@ -347,10 +347,17 @@ class _Pricer:
     def _lower_weights(self, unit: Unit) -> tuple[float, list[Kernel]]:
         """Bytes of a unit's weights in lower formats, and the kernels that make them once a step."""
         casts = [self.graph[name] for name in unit.ops if self.graph[name].target == "gp.cast_weight"]
-        num_bytes = [(float(op.type.bytes(1)), op.type.numel(1)) for op in casts]
         wide = DTYPE_BYTES["float32"]
-        kernels = [Kernel("cast", n, size + wide * n, n) for size, n in num_bytes]
-        return sum(size for size, _ in num_bytes), kernels
+        held, kernels = 0.0, []
+        for op in casts:
+            elements, size = op.type.numel(1), float(op.type.bytes(1))
+            kernels.append(Kernel("cast", elements, size + wide * elements, elements))
+            held += size
+            if len(op.type.shape) == 2 and any(map(multiplies_8_bits, self.graph.users(op.name))):
+                # Read for the largest element, scaled, cast, and turned once more for the backward.
+                kernels.append(Kernel("cast", elements, 11.0 * elements, elements))
+                held += 2.0 * elements
+        return held, kernels
 
     def free_seconds(self, device: Device, size: int) -> float:
         """Time of the ops that every stage computes for itself."""

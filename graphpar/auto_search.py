@@ -8,7 +8,7 @@ from graphpar.cheapest import cheapest
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.device import Device
-from graphpar.ir.formats import PARTLY, base_format
+from graphpar.ir.formats import FORMATS, PARTLY, base_format
 from graphpar.partition.formats import (
     Errors,
     FormatChoice,
@@ -67,13 +67,13 @@ def lower_formats(device: Device) -> tuple[str, ...]:
     """Lower formats worth considering on a device: what has fast units for them."""
     if device.is_local_cpu:
         return ("bfloat16", "bfloat16_linear")
-    return tuple(f for f in formats_of(device) if f in ("bfloat16", "float16"))
+    return tuple(f for f in formats_of(device) if f != "float32")
 
 
 def candidate_formats(cluster: Cluster) -> tuple[str, ...]:
     """Lower formats worth considering anywhere in a cluster."""
     found = {f for device in cluster.devices for f in lower_formats(device)}
-    return tuple(f for f in ("bfloat16", "float16", "bfloat16_linear") if f in found)
+    return tuple(f for f in (*FORMATS, *PARTLY) if f in found)
 
 
 def within(errors: Errors, correction: Errors, budget: float) -> bool:

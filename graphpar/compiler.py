@@ -10,7 +10,6 @@ from torch import nn
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.hf_models import hf_buffers
-from graphpar.ir.formats import base_format
 from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, Example, plan_prepared
 from graphpar.plans import Plan, hash_of
 from graphpar.precision import (
@@ -53,9 +52,9 @@ def plan(
         args: Positional arguments of an example batch, the global batch in size.
         kwargs: Keyword arguments of the example batch.
         train: Plan training steps; without it, inference.
-        precision: Number format to compute in: "float32", "bfloat16" or "float16", each where a device
-            has it; "auto" to choose for each unit within `precision_budget`; "float8_e4m3fn" can be
-            planned, not run.
+        precision: Number format to compute in: "float32", "bfloat16", "float16" or "float8_e4m3fn"
+            (products with weights in 8 bits, the rest in bfloat16), each where a device has it; "auto" to
+            choose for each unit within `precision_budget`.
         precision_budget: Largest relative error of the result and of the gradient under "auto".
         tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
             none, "auto" for as many as a node has. Groups are used where that is faster or fits.
@@ -149,7 +148,7 @@ def compile(
         PlanError: The plan given belongs to another model or cluster.
         RunError: Workers could not be started.
     """
-    check_precision(precision, to_run=True)
+    check_precision(precision)
     where = as_cluster(cluster)
     CompiledModel.warm_up()
     prepared = prepare(model, args, kwargs or {}, train)
@@ -175,8 +174,6 @@ def compile(
         for pipeline in plan.partition.pipelines:
             refuse_levels(pipeline, train)
             refuse_cut_model(pipeline, train)
-            for f in {f for stage in pipeline.stages for f in stage.formats}:
-                check_precision(base_format(f), to_run=True)
         return plan
 
     subject = subject_of(model, prepared, where, train, weights)

@@ -10,7 +10,7 @@ from graphpar.cost import CostTable
 from graphpar.device import Device
 from graphpar.errors import ClusterError
 from graphpar.ir.chain import Chain, extended
-from graphpar.ir.formats import FORMATS, PLANNED_ONLY, base_format
+from graphpar.ir.formats import EIGHT_BITS, FORMATS, base_format
 from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition, StageChoice
 from graphpar.passes.casts import AssignFormats, InsertCasts
@@ -18,40 +18,34 @@ from graphpar.rewrite import Pipeline
 from graphpar.units import format_rate
 
 PRECISIONS = (*FORMATS, "auto")
-"""What `precision=` may be; `graphpar.plan` alone takes `PLANNED_ONLY` too."""
+"""What `precision=` may be."""
 
 _SHORT = {
     "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32",
-    "fp8": PLANNED_ONLY[0], "mixed": "auto",
+    "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "mixed": "auto",
 }  # fmt: skip
 UnitFormats = tuple[str, ...]
 """The format of each unit of the chain."""
 
 
-def check_precision(precision: str, *, to_run: bool = False) -> None:
+def check_precision(precision: str) -> None:
     """Make sure that there is such a precision.
 
     Raises:
-        ValueError: There is not, or it can be planned but not run.
+        ValueError: There is not.
 
     >>> check_precision("bf16")
     Traceback (most recent call last):
     ...
-    ValueError: Unknown precision 'bf16'; known are float32, bfloat16, float16, auto (and float8_e4m3fn \
-for graphpar.plan alone). Did you mean 'bfloat16'?
+    ValueError: Unknown precision 'bf16'; known are float32, bfloat16, float16, float8_e4m3fn, auto. \
+Did you mean 'bfloat16'?
     """
-    if to_run and precision in PLANNED_ONLY:
-        raise ValueError(
-            f"precision={precision!r} can be planned but not run: products of 8 bits need a scale for "
-            f"each tensor, which workers do not keep; use one of {', '.join(PRECISIONS)}."
-        )
-    if precision in PRECISIONS or precision in PLANNED_ONLY:
+    if precision in PRECISIONS:
         return
-    known = ", ".join(PRECISIONS) + f" (and {', '.join(PLANNED_ONLY)} for graphpar.plan alone)"
-    near = difflib.get_close_matches(str(precision), (*PRECISIONS, *PLANNED_ONLY), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(precision), PRECISIONS, n=1, cutoff=0.5)
     meant = _SHORT.get(str(precision).lower(), near[0] if near else "")
     raise ValueError(
-        f"Unknown precision {precision!r}; known are {known}."
+        f"Unknown precision {precision!r}; known are {', '.join(PRECISIONS)}."
         + (f" Did you mean {meant!r}?" if meant else "")
     )
 
@@ -72,15 +66,14 @@ class Formats:
 def formats_of(device: Device) -> tuple[str, ...]:
     """The formats that a device can compute in, float32 first.
 
-    This machine's CPU computes in all of them; how fast, the calibration tells.
+    This machine's CPU computes in all of them, how fast, the calibration tells; 8 bits it emulates.
 
     >>> formats_of(Cluster.from_dict({"devices": [{"kind": "v100-sxm2-32gb"}]}).devices[0])
     ('float32', 'float16')
     """
-    known = (*FORMATS, *PLANNED_ONLY)
     if device.is_local_cpu:
         return FORMATS
-    return tuple(f for f in known if f == "float32" or f in device.peak_flops_per_s)
+    return tuple(f for f in FORMATS if f == "float32" or f in device.peak_flops_per_s)
 
 
 def uniform_formats(cluster: Cluster, precision: str, num_units: int) -> Formats:
@@ -112,8 +105,13 @@ def uniform_formats(cluster: Cluster, precision: str, num_units: int) -> Formats
 def slow_format_notes(
     cluster: Cluster, precision: str, calibration: Calibration | None
 ) -> tuple[str, ...]:
-    """Whether this machine's CPU was measured to be slower in a format than in float32."""
+    """Whether this machine's CPU is slower in a format than in float32, by nature or by measurement."""
     local = any(device.is_local_cpu for device in cluster.devices)
+    if local and precision in EIGHT_BITS:
+        return (
+            f"this machine's CPU has no products in {precision}: it rounds to them and multiplies in "
+            "float32, which is exact and slower than float32 alone",
+        )
     if not local or calibration is None or precision not in calibration.matmul:
         return ()
     mine, wide = calibration.peak_flops_per_s(precision), calibration.peak_flops_per_s("float32")

@@ -8,7 +8,6 @@ from graphpar.ir.formats import (
     FORMATS,
     LARGEST,
     PARTLY,
-    PLANNED_ONLY,
     carrier,
     feeds_islands,
     format_in,
@@ -52,7 +51,7 @@ class AssignFormats:
         lower = {f for f in self.unit_formats if f != "float32"}
         if not lower:
             return graph
-        unknown = sorted(lower - {*FORMATS, *PARTLY, *PLANNED_ONLY})
+        unknown = sorted(lower - {*FORMATS, *PARTLY})
         if unknown:
             raise VerifyError(f"Pass formats knows {', '.join(FORMATS)}, not {unknown[0]!r}.")
         units = build_chain(graph).units

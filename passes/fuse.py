@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from graphpar.ir.chain import writes_buffer
 from graphpar.ir.conversions import COLLECTIVES
+from graphpar.ir.formats import multiplies_8_bits
 from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Op, Ref
 from graphpar.ir.optable import packet
@@ -271,7 +272,8 @@ class _Overlap:
 
     def _may_be_late(self, op: Op) -> bool:
         plain = packet(op) == "linear" or (packet(op) in ("addmm", "mm") and not op.kwargs)
-        if not plain or op.attr("late"):  # those the schedule puts off further
+        # Not those that the schedule puts off further, nor those that make both gradients at once.
+        if not plain or op.attr("late") or multiplies_8_bits(op):
             return False
         weight = _weight_of(op)
         source = self.graph[weight]

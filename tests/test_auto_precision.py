@@ -56,11 +56,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def slow_cluster(count: int = 1) -> dict[str, object]:
+def slow_cluster(count: int = 1, **more: float) -> dict[str, object]:
     """Devices so slow in float32 that even tiny products gain from a lower format."""
     kind = {
         "name": "slow",
-        "peak_flops_per_s": {"float32": 1e8, "bfloat16": 1e10, "float16": 1e10},
+        "peak_flops_per_s": {"float32": 1e8, "bfloat16": 1e10, "float16": 1e10, **more},
         "memory_bytes": 1e10,
         "memory_bytes_per_s": 1e11,
         "family": "cpu",
@@ -78,7 +78,7 @@ def plan(budget: float, count: int = 1) -> graphpar.Plan:
 
 SECONDS = st.floats(0.1, 10.0)
 ERRORS = st.just(0.0) | st.floats(1e-6, 1.0)
-KNOWN = ("float32", "bfloat16", "float16")
+KNOWN = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 
 @st.composite
@@ -95,8 +95,7 @@ def problems(draw: st.DrawFn) -> FormatProblem:
         )
         for first, last in bounds
     )  # fmt: skip
-    lower = ("bfloat16", "float16")
-    errors = tuple({f: (draw(ERRORS), draw(ERRORS)) for f in lower} for _ in range(units))
+    errors = tuple({f: (draw(ERRORS), draw(ERRORS)) for f in KNOWN[1:]} for _ in range(units))
     return FormatProblem(stages, (microbatches,), errors)
 
 
@@ -162,6 +161,24 @@ def test_budgets_are_kept_and_looser_ones_are_never_slower() -> None:
             assert "float32" not in formats
             assert made.status == "optimal" or made.gap < 0.2
     assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] / 3
+
+
+def test_8_bits_are_chosen_where_the_budget_allows_them() -> None:
+    """On devices that multiply in 8 bits ten times as fast; errors are those of the emulation."""
+    cluster = slow_cluster(bfloat16=1e9, float16=1e9, float8_e4m3fn=1e10)
+    chosen, steps = [], []
+    for budget in (1e-2, 0.1):
+        made = graphpar.plan(
+            MODEL, cluster, BATCH, train=TRAINING, precision="auto", precision_budget=budget
+        )
+        report = made.error_budget
+        assert report is not None and report.measured_gradient_error is not None
+        assert report.measured_gradient_error <= budget
+        units = [row for row in report.units if row.format == "float8_e4m3fn"]
+        assert all(row.source == "measured" and row.gradient_error > 2.0**-7 for row in units)
+        chosen.append(len(units))
+        steps.append(made.partition.objective_s)
+    assert chosen[0] == 0 < chosen[1] and steps[1] < steps[0]
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 2.0])

@@ -24,11 +24,14 @@ from graphpar.ir.optable import CASTS, POINTWISE, packet
 
 Role = Literal["product", "follower", "island"]
 
-FORMATS = ("float32", "bfloat16", "float16")
-"""Formats that plans can be run in."""
+FORMATS = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+"""Formats of units that may be asked for by name."""
 
-PLANNED_ONLY = ("float8_e4m3fn",)
-"""Formats that can be priced, but not run."""
+EIGHT_BITS = ("float8_e4m3fn",)
+"""Formats in which products with weights are computed alone; everything around them is bfloat16."""
+
+EIGHT_BIT_MULTIPLE = 16
+"""Units for 8 bits take weights whose both widths are multiples of this; others stay in bfloat16."""
 
 PARTLY = {"bfloat16_linear": "bfloat16"}
 """Formats of units, not of ops: products with weights are lower, attention stays in float32.
@@ -94,7 +97,20 @@ def carrier(op_format: str) -> str:
 
     Products in 8 bits round their operands themselves; everything around them is bfloat16.
     """
-    return "bfloat16" if op_format in PLANNED_ONLY else op_format
+    return "bfloat16" if op_format in EIGHT_BITS else op_format
+
+
+def multiplies_8_bits(op: Op) -> bool:
+    """Whether an op is a product with a weight that its unit's format wants in 8 bits.
+
+    >>> multiplies_8_bits(Op("y", "aten.linear.default").with_attrs(format="float8_e4m3fn"))
+    True
+    >>> multiplies_8_bits(Op("y", "aten.bmm.default").with_attrs(format="float8_e4m3fn"))
+    False
+    """
+    if format_of(op) not in EIGHT_BITS:
+        return False
+    return packet(op) == "linear" or (packet(op) == "addmm" and not op.kwargs)
 
 
 def format_in(unit_format: str, op: Op) -> str:

@@ -1,5 +1,6 @@
 """Which ops may make the gradients of their weights later than those of their inputs."""
 
+from graphpar.ir.formats import multiplies_8_bits
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Op, Ref
 
@@ -33,7 +34,8 @@ def late_weights(graph: Graph, op: Op) -> tuple[int, ...]:
     """Places of the arguments of an op whose gradients may be made later; none where nothing is gained.
 
     Both another operand and the matrix must need gradients: without the first nobody waits for the op,
-    without the second there is little to put off.
+    without the second there is little to put off. Products in 8 bits make both gradients from the same
+    rounded numbers, at once.
 
     >>> from graphpar.ir.text import parse_graph
     >>> g = parse_graph('''graph captured "N" batch=2
@@ -46,7 +48,7 @@ def late_weights(graph: Graph, op: Op) -> tuple[int, ...]:
     >>> late_weights(g, g["h"]), late_weights(g, g["y"])
     ((), (1,))
     """
-    places = WEIGHTS.get(op.target, ())
+    places = () if multiplies_8_bits(op) else WEIGHTS.get(op.target, ())
     late = [place for place in places if _is_weight(graph, op, place)]
     if not places or places[0] not in late:
         return ()

@@ -5,14 +5,15 @@ format `f` there, `c[b]` those of the casts at the border `b` of two units, `e[u
 output, of the gradient) that unit `u` alone in format `f` was found to cause, `a` a correction for each
 of both errors, `m_p` the microbatches of a pipeline and `k_s` the most that one replica of a stage takes.
 Variables: `x[s,u,f]` binary, unit `u` in format `f`; `y[s,b]`, the formats beside `b` differ; `w[u]` the
-square of the error that `u` adds.
+square of the error that `u` adds. `h(f)` is the format that values are held in around `f` (products in 8
+bits stand among bfloat16), and only where that differs there are casts.
 
     minimise   z
     such that  z   >= sum_s T_s + (m_p - 1) B_p                          for every pipeline    (steps)
                B_p >= T_s k_s / m_p                                      for every stage       (slowest)
                T_s  = sum_u sum_f t[u,f] x[s,u,f] + sum_b c[b] y[s,b]
                sum_f x[s,u,f] = 1                                        one format            (one)
-               y[s,b] >= x[s,b,f] - x[s,b+1,f]                           for every format      (borders)
+               y[s,b] >= sum_{h(f)=g} (x[s,b,f] - x[s,b+1,f]) and its negative, for every g    (borders)
                w[u] >= sum_f (a e[u,f])^2 x[s,u,f]                       for both errors       (errors)
                sum_u w[u] <= budget^2
 
@@ -24,6 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from graphpar.ir.formats import base_format, carrier
 from graphpar.partition.solver import Program, Term, Variable
 
 Errors = tuple[float, float]
@@ -73,6 +75,15 @@ class FormatChoice:
     step_s: float
     errors: Errors
     optimal: bool
+
+
+def held_in(unit_format: str) -> str:
+    """The format that values between ops of a unit are held in.
+
+    >>> held_in("float8_e4m3fn"), held_in("bfloat16_linear"), held_in("float16")
+    ('bfloat16', 'bfloat16', 'float16')
+    """
+    return carrier(base_format(unit_format))
 
 
 def choose_formats(
@@ -154,9 +165,14 @@ class _Built:
             if picks and cast_s > 0:
                 differs = program.continuous(f"y{at}", 0.0, 1.0)
                 time.append((cast_s / self.unit_s, differs))
-                for f in pick.keys() | picks[-1].keys():
+                for held in {held_in(f) for f in (*pick, *picks[-1])}:
                     for a, b in ((picks[-1], pick), (pick, picks[-1])):
-                        sides = [(sign, side[f]) for sign, side in ((1.0, a), (-1.0, b)) if f in side]
+                        sides = [
+                            (sign, v)
+                            for sign, side in ((1.0, a), (-1.0, b))
+                            for f, v in side.items()
+                            if held_in(f) == held
+                        ]
                         program.constrain([*sides, (-1.0, differs)], "<=", 0.0)
             picks.append(pick)
         self.choices.append(picks)
@@ -237,7 +253,7 @@ def step_of(problem: FormatProblem, formats: Sequence[Sequence[str]]) -> float:
                 continue
             time = sum(seconds[f] for seconds, f in zip(run.seconds, chosen, strict=True))
             pairs = zip(chosen, chosen[1:], run.cast_s[1:], strict=False)
-            time += sum(cast_s for before, after, cast_s in pairs if before != after)
+            time += sum(cast_s for a, b, cast_s in pairs if held_in(a) != held_in(b))
             total += time
             slowest = max(slowest, time * run.most_microbatches / microbatches)
         longest = max(longest, total + (microbatches - 1) * slowest)

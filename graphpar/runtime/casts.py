@@ -24,6 +24,7 @@ class LowerWeights:
     def __init__(self) -> None:
         self._copies: dict[tuple[int, torch.dtype], _Copy] = {}
         self._stale: set[tuple[int, torch.dtype]] = set()
+        self._places: set[int] = set()
 
     def forget(self) -> None:
         """Make every copy anew when it is read next.
@@ -32,6 +33,10 @@ class LowerWeights:
         """
         self._stale.update(self._copies)
 
+    def holds(self, lower: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of one of the copies."""
+        return lower.untyped_storage().data_ptr() in self._places
+
     def cast(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weight in a lower format, as a value that gradients flow back through."""
         key = id(weight), dtype
@@ -39,6 +44,7 @@ class LowerWeights:
         if kept is None:
             lower = weight.detach().to(dtype)
             kept = self._copies[key] = _Copy(weight, weight._version, lower)
+            self._places.add(lower.untyped_storage().data_ptr())
         elif kept.version != weight._version or key in self._stale:
             kept.lower.copy_(weight.detach())
             kept.version = weight._version

@@ -13,11 +13,13 @@ from torch import fx, nn
 
 from graphpar.errors import VerifyError
 from graphpar.frontend.torch_private import is_random, lookup_op
+from graphpar.ir.formats import multiplies_8_bits
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType
 from graphpar.ir.optable import packet
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.deferral import Deferral, Late
+from graphpar.runtime.eight_bits import EightBitProduct, EightBitWeights
 from graphpar.runtime.group_ops import group_module
 from graphpar.runtime.in_step import BatchNormOfParts, Meetings, SumParts
 from graphpar.runtime.overlap import overlap_module
@@ -198,6 +200,7 @@ class StageBuilder:
         self.interface = interface(graph, stage)
         self.tensors, self.device, self.context = tensors, device, context
         self._lower_weights = lower_weights or LowerWeights()
+        self._eight_bits = EightBitWeights(self._lower_weights)
         self._recompute, self._meetings = recompute, meetings
         self._parts, self._tail = in_parts_and_tail(self.ops)
         self._deferral = deferral
@@ -312,9 +315,19 @@ class StageBuilder:
             return graph.call_module(name, tuple(stamp.argument(a, env) for a in op.args))
         if op.target.startswith("gp."):
             return self._own(root, graph, op, env, stamp)
+        if multiplies_8_bits(op):
+            return self._in_8_bits(root, graph, op, env, stamp)
         if self._deferral is not None and op.attr("late"):
             return self._late(root, graph, op, env, stamp)
         return _call(graph, op, env, stamp)
+
+    def _in_8_bits(
+        self, root: nn.Module, graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: "_Stamp"
+    ) -> fx.Node:
+        name = f"{_identifier(op.name)}_8_bits"
+        root.add_module(name, EightBitProduct(self._eight_bits, is_linear=packet(op) == "linear"))
+        given = (*op.args, *(value for _, value in op.kwargs))
+        return graph.call_module(name, tuple(stamp.argument(a, env) for a in given))
 
     def _late(
         self, root: nn.Module, graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: "_Stamp"

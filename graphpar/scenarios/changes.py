@@ -19,8 +19,7 @@ from typing import Any, cast, get_args
 from graphpar import catalogue
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
-from graphpar.ir.formats import FORMATS as RUN_FORMATS
-from graphpar.ir.formats import PLANNED_ONLY
+from graphpar.ir.formats import FORMATS as PRECISIONS
 from graphpar.partition.settings import ScheduleWish
 from graphpar.scenarios.prices import instance_price
 from graphpar.scenarios.types import OPTIMIZER_STATES, Layout, Setting
@@ -31,7 +30,6 @@ PATHS = (
     "NODE.network.bytes_per_s, NODE.network.latency_s, NODE.count, NODE.copies, NODE.usd_per_h, "
     "DEVICE.memory_bytes, DEVICE.slowdown"
 )
-PRECISIONS = (*RUN_FORMATS, *PLANNED_ONLY)
 FORMS = "drop, down, add, replace, set PATH=VALUE, or a configuration such as tp=2 pp=4"
 
 
