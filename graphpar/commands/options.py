@@ -77,6 +77,16 @@ def _width(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
     return width
 
 
+tensor_option = click.option(
+    "--tensor",
+    default="1",
+    show_default=True,
+    metavar="N|auto",
+    callback=_width,
+    help="Most devices of a node that may share every layer of a stage.",
+)
+
+
 def planning_options(command: _Command) -> _Command:
     """How the plan is made; the command takes these as `**planning`, named as in `graphpar.compile`."""
     for option in (
@@ -94,14 +104,7 @@ def planning_options(command: _Command) -> _Command:
             type=click.FloatRange(min=0),
             help="Largest relative error of result and gradient under --precision auto.",
         ),
-        click.option(
-            "--tensor",
-            default="1",
-            show_default=True,
-            metavar="N|auto",
-            callback=_width,
-            help="Most devices of a node that may share every layer of a stage.",
-        ),
+        tensor_option,
         click.option(
             "--schedule",
             default="auto",

@@ -11,13 +11,14 @@ from graphpar.commands.options import (
     cluster_option,
     input_options,
     model_argument,
+    tensor_option,
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
 from graphpar.model_spec import load_model
 from graphpar.scenarios.api import Study, as_scenarios, what_if
 from graphpar.scenarios.study import Progress
-from graphpar.scenarios.types import Scenario
+from graphpar.scenarios.types import Scenario, TensorWidth
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -60,6 +61,7 @@ def _several(name: str, metavar: str, text: str) -> Callable[[_Command], _Comman
     help="Stop when a plan is proven this close to the best.",
 )
 @click.option("--precision", default="float32", show_default=True, help="Number format of the baseline.")
+@tensor_option
 @input_options
 @json_option
 def command(
@@ -82,6 +84,7 @@ def command(
     time_limit_s: float | None,
     gap: float,
     precision: str,
+    tensor: TensorWidth,
     as_json: bool,
     **single: Sequence[str],
 ) -> None:
@@ -108,6 +111,7 @@ def command(
             time_limit_s=time_limit_s,
             gap=gap,
             precision=precision,
+            tensor=tensor,
         )
         _write(study, csv_file, plot_file)
     if as_json:

@@ -17,8 +17,8 @@ from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.units import format_bytes
 
-_SECONDS = 10.0
-"""Time the search for a remedy may take."""
+EXPLAIN_S = 10.0
+"""Time the search for a remedy may take, where nobody says otherwise."""
 
 _PRECISION = 1.02
 """The smallest sufficient memory is found to within two per cent."""
@@ -27,13 +27,15 @@ _MOST_DEVICES = 64
 """No more than this many further devices of a class are proposed."""
 
 
-def explain_infeasible(table: CostTable, family: Family, truncated: Sequence[str]) -> NoReturn:
+def explain_infeasible(
+    table: CostTable, family: Family, truncated: Sequence[str], seconds: float = EXPLAIN_S
+) -> NoReturn:
     """Raise the error for a search that found no plan.
 
     Raises:
         InfeasibleError: With the limit, the need, what there is and the remedy.
     """
-    deadline_s = time.monotonic() + _SECONDS
+    deadline_s = time.monotonic() + seconds
     if truncated and fits(family, deadline_s):
         raise InfeasibleError(
             f"no plan was found in the time given ({', '.join(truncated)}), though one exists; "

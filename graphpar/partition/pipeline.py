@@ -24,7 +24,7 @@ from graphpar.partition.family import (
     share_step,
 )
 from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device, priced_plan
-from graphpar.partition.infeasible import explain_infeasible
+from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs
@@ -84,6 +84,8 @@ def partition(
     schedule: ScheduleChoice = "auto",
     microbatches: Microbatches = "auto",
     backend: Backend = "highs",
+    incumbent: tuple[tuple[PipelineChoice, ...], ScheduleName] | None = None,
+    explain_s: float = EXPLAIN_S,
 ) -> Partition:
     """The plan with the least step time, with a proven bound.
 
@@ -95,6 +97,8 @@ def partition(
         schedule: `1f1b`, `gpipe`, or `auto` for the better of the two.
         microbatches: A fixed number of microbatches per pipeline, or `auto`.
         backend: The solver of integer programmes, where the search needs one.
+        incumbent: A plan known before, which fits: only faster ones are looked for.
+        explain_s: Seconds to look for what would fit where nothing does.
 
     Raises:
         ValueError: An argument or the table makes no sense.
@@ -104,11 +108,13 @@ def partition(
     _check_arguments(table, gap, time_limit_s, schedule, microbatches)
     family = choose_family(table, schedule, microbatches)
     run = _Run(family, CountingLimits(gap, backend), began_s, began_s + time_limit_s)
+    if incumbent is not None:
+        run.start_from(*incumbent)
     run.work()
     if run.truncated:
         run.fall_back(schedule, microbatches)
     if run.best is None:
-        explain_infeasible(table, family, run.truncated)
+        explain_infeasible(table, family, run.truncated, explain_s)
     answer = run.answer()
     check_partition(table, answer)
     return answer
@@ -170,6 +176,12 @@ class _Run:
     def _target_s(self) -> float:
         """Only plans with a shorter step are of interest."""
         return self.step_s * (1 - self._gap)
+
+    def start_from(self, pipelines: tuple[PipelineChoice, ...], schedule: ScheduleName) -> None:
+        """Take a plan known before as the best so far."""
+        step_s = price(self._table, pipelines, schedule).objective_s
+        self.best = Candidate(pipelines, schedule, step_s)
+        self._seen.append(self.best)
 
     def work(self) -> None:
         """Cheap programmes first: a good plan early makes the proof short."""

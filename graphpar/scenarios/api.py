@@ -19,7 +19,7 @@ from graphpar.scenarios.pricing import Inputs, PriceBook
 from graphpar.scenarios.report import remark_lines, table_lines, to_csv, worth_lines
 from graphpar.scenarios.study import Limits, Progress, Solver, as_plain, ask, fair_limit_s
 from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
-from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
+from graphpar.scenarios.types import Answer, Scenario, Setting, TensorWidth, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
 from graphpar.units import format_seconds
@@ -145,6 +145,7 @@ def what_if(
     train: Training | None = None,
     sweep: Mapping[str, Sequence[object]] | Sequence[str] = (),
     precision: str = "float32",
+    tensor: TensorWidth = 1,
     budget_usd_per_h: float | None = None,
     instances: Sequence[str] = (),
     worth: bool = False,
@@ -170,6 +171,7 @@ def what_if(
         train: Plan training steps; without it, inference.
         sweep: One or two paths with values; every combination is a scenario.
         precision: Number format of the baseline.
+        tensor: Most devices of a node that may share every layer; `auto` for as many as there are.
         budget_usd_per_h: Look for the best cluster that costs no more, made of `instances`.
         instances: Cloud instance types for the budget.
         worth: Also find shadow prices.
@@ -209,6 +211,7 @@ def what_if(
         precision=precision,
         schedule=train.schedule if train else "auto",
         microbatches=train.microbatches if train else "auto",
+        tensor=tensor,
         usd_per_h=_prices(where, prices or {}),
     )
     sweeps = as_sweeps(sweep)
@@ -216,6 +219,13 @@ def what_if(
     limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)
     solver = Solver(book, Limits(gap, limit_s, processes), _cache(cache), progress)
     first, answers = ask(solver, baseline, asked)
+    if worth or leave_out:
+        # All is solved first, and told afterwards: what one question finds may answer another.
+        if worth:
+            shadow_prices(solver, baseline, first)
+        if leave_out:
+            leave_one_out(solver, baseline)
+        first, answers = ask(solver, baseline, asked)
     return Study(
         model=book.baseline().graph.name,
         baseline=first,

@@ -25,7 +25,7 @@ from graphpar.scenarios.prices import instance_price
 from graphpar.scenarios.types import OPTIMIZER_STATES, Layout, Setting
 
 PATHS = (
-    "batch, seq_len, precision, optimizer, schedule, microbatches, recompute, "
+    "batch, seq_len, precision, optimizer, schedule, microbatches, recompute, tensor, "
     "network.bytes_per_s, network.latency_s, NODE.link.bytes_per_s, NODE.link.latency_s, "
     "NODE.network.bytes_per_s, NODE.network.latency_s, NODE.count, NODE.copies, NODE.usd_per_h, "
     "DEVICE.memory_bytes, DEVICE.slowdown"
@@ -72,6 +72,11 @@ def parse_layout(text: str) -> Layout:
     Layout(tensor=1, pipeline=4, data=1, microbatches=8)
     """
     values = dict(re.findall(r"(tp|pp|dp|m)=(\d+)", text))
+    if not values.keys() & {"tp", "pp", "dp"}:
+        raise ValueError(
+            f"configuration {text!r} says nothing of tp, pp or dp, which would be one device; write for "
+            "example dp=4 m=2, or set microbatches=2 to leave the devices to the planner"
+        )
     count = int(values["m"]) if "m" in values else None
     return Layout(int(values.get("tp", 1)), int(values.get("pp", 1)), int(values.get("dp", 1)), count)
 
@@ -257,6 +262,7 @@ def _set(setting: Setting, rest: str) -> Setting:
         "schedule": _set_schedule,
         "microbatches": _set_microbatches,
         "recompute": _set_recompute,
+        "tensor": _set_tensor,
     }
     if path in scalars:
         return scalars[path](setting, text)
@@ -363,6 +369,10 @@ def _set_schedule(setting: Setting, text: str) -> Setting:
 
 def _set_microbatches(setting: Setting, text: str) -> Setting:
     return replace(setting, microbatches="auto" if text == "auto" else _whole("microbatches", text))
+
+
+def _set_tensor(setting: Setting, text: str) -> Setting:
+    return replace(setting, tensor="auto" if text == "auto" else _whole("tensor", text))
 
 
 def _set_recompute(setting: Setting, text: str) -> Setting:

@@ -35,6 +35,11 @@ class Known:
             self.plans = [*self.plans, found][-MOST_PLANS:]
         self.bounds.append((table.topology, found.bound_s))
 
+    def seed(self, plans: Iterable[Partition]) -> None:
+        """Plans of other scenarios, of which nothing is proven here."""
+        new = (p for p in plans if all(p.pipelines != q.pipelines for q in self.plans))
+        self.plans = [*new, *self.plans][:MOST_PLANS]
+
     def bound_s(self, topology: Topology) -> float:
         """No plan is faster: it would be so over links that are at least as fast, too."""
         return max((b for other, b in self.bounds if at_least(other, topology)), default=0.0)

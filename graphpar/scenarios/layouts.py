@@ -10,6 +10,8 @@ from itertools import accumulate, pairwise
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition.handmade import evaluate
+from graphpar.partition.relaxed_tables import crossing_bytes
+from graphpar.partition.relaxed_tables import recomputed as recomputed_mode
 from graphpar.partition.settings import (
     Microbatches,
     ScheduleChoice,
@@ -137,21 +139,19 @@ def tensor_groups(table: CostTable, width: int) -> list[Replica]:
 
 def recomputed(table: CostTable) -> CostTable:
     """The table where every unit keeps its input alone and runs forward again before backward."""
-    costs = []
-    for index, cost in enumerate(table.costs):
-        first = table.units.index(index)
-        kept = tuple(table.cut_bytes(first, s)[0] for s in table.sizes)
-        costs.append(
-            replace(
-                cost,
-                backward_s=tuple(
-                    tuple(f + b for f, b in zip(forward, backward, strict=True))
-                    for forward, backward in zip(cost.forward_s, cost.backward_s, strict=True)
-                ),
-                saved_bytes=tuple(min(a, b) for a, b in zip(kept, cost.saved_bytes, strict=True)),
-                working_bytes=tuple(
-                    w + s for w, s in zip(cost.working_bytes, cost.saved_bytes, strict=True)
-                ),
-            )
+    entering, _ = crossing_bytes(table)
+    plain = table.every_mode[: len(table.device_classes)]
+    again = [recomputed_mode(table, mode, entering).costs for mode in plain]
+    costs = tuple(
+        replace(
+            cost,
+            backward_s=tuple(rows[i].backward_s for rows in again),
+            saved_bytes=again[0][i].saved_bytes[0],
+            working_bytes=again[0][i].working_bytes[0],
+            weight_s=(),
+            deferred_bytes=(),
+            split_s=(),
         )
-    return replace(table, costs=tuple(costs), modes=())
+        for i, cost in enumerate(table.costs)
+    )
+    return replace(table, costs=costs, modes=())

@@ -1,6 +1,6 @@
 """Cost tables of settings: the model is captured once per sequence length, priced once per need."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,18 +9,21 @@ from torch import nn
 
 from graphpar.calibration import Calibration
 from graphpar.catalogue import families
-from graphpar.cost import CostTable, StageOptions
+from graphpar.cluster import Cluster
+from graphpar.cost import CostTable, Mode, StageOptions
 from graphpar.cost_models.extrapolation import WIDER, extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
 from graphpar.device import Device
 from graphpar.ir.graph import Graph
+from graphpar.optimizer_probe import optimizer_traits
+from graphpar.partition.types import Replica
 from graphpar.planner import optimizer_state, price
-from graphpar.precision import uniform_formats
+from graphpar.precision import formats_of, rewritten_by_device, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
-from graphpar.tensor_groups import with_group_modes
+from graphpar.tensor_groups import candidate_groups, widest_group, with_group_modes
 from graphpar.training import Training
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -53,6 +56,7 @@ class PriceBook:
     inputs: Inputs | None = None
     _prepared: dict[tuple[int | None, int | None], Prepared] = field(default_factory=dict)
     _tables: dict[str, CostTable] = field(default_factory=dict)
+    _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
     _far: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def baseline(self) -> Prepared:
@@ -87,32 +91,58 @@ class PriceBook:
 
     def _with_modes(self, table: CostTable, setting: Setting) -> CostTable:
         """The table with the ways to run units that the setting leaves open, or asks for."""
-        formats = uniform_formats(setting.cluster, setting.precision, table.num_units)
-        layout = setting.layout
-        if layout is not None and layout.tensor > 1:
-            if formats.all_float32 and not setting.recompute:
-                groups = tensor_groups(table, layout.tensor)
-                alike = {tuple(table.class_of[d] for d in g.devices): g for g in groups}
-                graph = self._prepare(setting).graph
-                train = _training(self.train, setting.optimizer)
-                return with_group_modes(
-                    table, graph, setting.cluster, alike.values(), self.calibration, train
-                )
-            options = StageOptions(recompute=bool(setting.recompute), tensor_widths=(layout.tensor,))
-            return with_modes(table, options)
-        free = setting.recompute is None and layout is None
-        if free and setting.training and not table.batch_reason and formats.all_float32:
-            return with_modes(table, StageOptions(recompute=True))
-        return table
+        inside = [(node.name, str(node.link.cost)) for node in setting.cluster.nodes]
+        wish = (setting.recompute, setting.layout and setting.layout.tensor, setting.tensor, inside)
+        key = f"{priced_by(setting)} {wish}"
+        if key not in self._modes:
+            self._modes[key] = self._all_modes(table, setting).modes
+        return replace(table, modes=self._modes[key])
 
-    def extrapolations(self, setting: Setting) -> tuple[str, ...]:
-        """What is guessed beyond measurements even for microbatches of one sample."""
-        key = priced_by(setting)
+    def _all_modes(self, table: CostTable, setting: Setting) -> CostTable:
+        layout = setting.layout
+        if layout is not None:
+            if layout.tensor > 1 and setting.recompute:
+                options = StageOptions(recompute=True, tensor_widths=(layout.tensor,))
+                return with_modes(table, options)
+            groups = tensor_groups(table, layout.tensor) if layout.tensor > 1 else []
+            alike = {tuple(table.class_of[d] for d in g.devices): g for g in groups}
+            return self._with_groups(table, setting, list(alike.values()))
+        parts = setting.training and not table.batch_reason and not table.in_step_reason
+        if parts and not setting.recompute:
+            options = StageOptions(recompute=setting.recompute is None, zero=self._zero_levels())
+            table = with_modes(table, options)
+        widest = widest_group(setting.cluster, setting.tensor)
+        if widest < 2 or table.in_step_reason or setting.recompute:
+            return table
+        return self._with_groups(table, setting, candidate_groups(setting.cluster, widest))
+
+    def _with_groups(self, table: CostTable, setting: Setting, groups: Sequence[Replica]) -> CostTable:
+        if not groups:
+            return table
+        prepared = self._prepare(setting)
+        formats = uniform_formats(setting.cluster, setting.precision, len(prepared.chain.units))
+        lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
+        train = _training(self.train, setting.optimizer)
+        return with_group_modes(
+            table, prepared.graph, setting.cluster, groups, self.calibration, train, lower
+        )
+
+    def _zero_levels(self) -> tuple[int, ...]:
+        """ZeRO levels besides 0 that stages may choose, as the planner takes them."""
+        if self.train is None or not self.train.zero:
+            return ()
+        return (1,) if optimizer_traits(self.train.optimizer).by_slices else ()
+
+    def extrapolations(self, setting: Setting, used: Collection[str]) -> tuple[str, ...]:
+        """What is guessed of the devices used, even for microbatches of one sample."""
+        key = f"{priced_by(setting)} {sorted(used)}"
         if key not in self._far:
             graph = self._prepare(setting).graph
-            self._far[key] = extrapolations(
-                graph, setting.cluster, self.calibration, setting.precision, 1
-            )
+            told: dict[str, None] = {}
+            for precision, devices in _by_format(setting, used).items():
+                part = only(setting.cluster, devices)
+                told |= dict.fromkeys(extrapolations(graph, part, self.calibration, precision, 1))
+            self._far[key] = tuple(told)
         return self._far[key]
 
     def _prepare(self, setting: Setting) -> Prepared:
@@ -178,24 +208,44 @@ def _training(train: Training | None, optimizer: str) -> Training | None:
     return replace(train, optimizer=make)
 
 
-def trust(setting: Setting, book: PriceBook) -> tuple[float, tuple[str, ...]]:
-    """How wide the error bar of a setting is, and what is assumed."""
-    calibration = book.calibration
-    devices = setting.cluster.devices
+def trust(setting: Setting, book: PriceBook, used: Collection[str] = ()) -> tuple[float, tuple[str, ...]]:
+    """How wide the error bar of a plan on the used devices is, and what is assumed; of none: of all."""
+    calibration, everyone = book.calibration, setting.cluster.devices
+    devices = [d for d in everyone if d.name in used] or list(everyone)
+    names = {d.name for d in devices}
     error = max(_error(d, calibration) for d in devices)
     remarks: list[str] = []
     if setting.precision != "float32":
         remarks += uniform_formats(setting.cluster, setting.precision, 0).notes
-        # Formats other than float32 were checked against fewer measurements.
-        error *= 1.25
+        if setting.precision in _by_format(setting, names):
+            # Formats other than float32 were checked against fewer measurements.
+            error *= 1.25
     if any(d.is_local_cpu for d in devices) and calibration is None:
         error = max(error, DESCRIBED_ERROR)
         remarks.append("this machine's processor is not calibrated; run `graphpar calibrate`")
-    far = book.extrapolations(setting)
+    far = book.extrapolations(setting, names)
     if far:
         error *= WIDER
         remarks += far
     return error, tuple(remarks)
+
+
+def _by_format(setting: Setting, used: Collection[str]) -> dict[str, set[str]]:
+    """The used devices by the format they compute in: the one asked for, or float32 without it."""
+    found: dict[str, set[str]] = {}
+    for device in setting.cluster.devices:
+        if device.name in used:
+            has = setting.precision in formats_of(device)
+            found.setdefault(setting.precision if has else "float32", set()).add(device.name)
+    return found
+
+
+def only(cluster: Cluster, names: Collection[str]) -> Cluster:
+    """The cluster without all other devices."""
+    kept = (replace(n, devices=tuple(d for d in n.devices if d.name in names)) for n in cluster.nodes)
+    nodes = tuple(node for node in kept if node.devices)
+    left = {node.name for node in nodes}
+    return Cluster(nodes, cluster.network, tuple(p for p in cluster.pairs if set(p[0]) <= left))
 
 
 def _error(device: Device, calibration: Calibration | None) -> float:

@@ -19,6 +19,13 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
+CUT_SHORT = "search cut short"
+"""How the remark begins that a search ended before its proof."""
+
+IN_DATA_ONLY = (CUT_SHORT, "schedules", "the search itself ended", "left out")
+"""Remarks on single scenarios that the page leaves to JSON and CSV."""
+
+
 def table_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
     """The table, one line per scenario."""
     rows = [COLUMNS, *(_row(a, baseline) for a in (baseline, *answers))]
@@ -64,14 +71,16 @@ def remark_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
         lines.append(f"what would relieve the baseline: {baseline.bottleneck.relief}")
     if baseline.left_out:
         lines.append(f"the baseline's plan leaves out {', '.join(baseline.left_out)}")
+    lines += baseline.remarks
     seen: dict[str, list[str]] = {}
-    for answer in (baseline, *answers):
+    cut = [a.title for a in answers if any(r.startswith(CUT_SHORT) for r in a.remarks)]
+    for answer in answers:
         for remark in answer.remarks:
-            seen.setdefault(remark, []).append(answer.title)
-    total = 1 + len(answers)
-    for remark, titles in seen.items():
-        where = "" if len(titles) == total else f" ({_some(titles)})"
-        lines.append(remark + where)
+            if remark not in baseline.remarks and not remark.startswith(IN_DATA_ONLY):
+                seen.setdefault(remark, []).append(answer.title)
+    lines += [f"{remark} ({_some(titles)})" for remark, titles in seen.items()]
+    if cut:
+        lines.append(f"{CUT_SHORT} by time, which the gaps allow for ({_some(cut)})")
     return lines
 
 

@@ -12,11 +12,13 @@ from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
 from graphpar.scenarios.known import Known, speed_of
 from graphpar.scenarios.layouts import configured, recomputed
-from graphpar.scenarios.types import Answer, Bottleneck, Layout
+from graphpar.scenarios.report import CUT_SHORT
+from graphpar.scenarios.transfer import carried, marked
+from graphpar.scenarios.types import Answer, Bottleneck, KnownPlan, Layout
 from graphpar.schedule import build_schedule
 from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
 from graphpar.simulate import Timeline, simulate
-from graphpar.simulated import simulated, stage_links
+from graphpar.simulated import has_formula, simulated, stage_links
 from graphpar.timing import timing_of
 from graphpar.units import format_bytes
 
@@ -25,6 +27,9 @@ FULL = 0.95
 
 CHOICE_S = 2.0
 """Most seconds for trying schedules in one scenario."""
+
+LEAST_EXPLAIN_S, MOST_EXPLAIN_S = 1.0, 10.0
+"""Seconds to look for what would fit where nothing does: as long as the search, within these."""
 
 FREE_MEMORY_GAIN = 0.02
 """If memory without limit would shorten the step by more than this, memory is the bottleneck."""
@@ -41,6 +46,22 @@ class Task:
     layout: Layout | None = None
     gap: float = 0.01
     time_limit_s: float = 10.0
+    hints: tuple[KnownPlan, ...] = ()
+
+    @property
+    def again(self) -> bool:
+        """Whether every unit computes its activations again."""
+        return bool(self.recompute) and self.table.training
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it is a configuration of tensor groups, which have modes of their own."""
+        return self.layout is not None and self.layout.tensor > 1
+
+    @property
+    def searched_table(self) -> CostTable:
+        """The table that plans are made under."""
+        return recomputed(self.table) if self.again and not self.grouped else self.table
 
 
 def solve(task: Task, known: Known | None = None) -> Answer:
@@ -49,17 +70,46 @@ def solve(task: Task, known: Known | None = None) -> Answer:
     `known` is what scenarios solved before say about this one.
     """
     began_s = time.monotonic()
-    again = bool(task.recompute) and task.table.training
-    grouped = task.layout is not None and task.layout.tensor > 1
-    table = recomputed(task.table) if again and not grouped else task.table
+    table = task.searched_table
     try:
-        found = _found(table, task, again and grouped, known)
-        answer = _answer(table, found, task, known)
+        answer = answer_of(task, _best(table, task, known), known)
     except InfeasibleError as error:
         answer = Answer("", status="infeasible", problem=str(error), batch=table.batch)
     except ValueError as error:
         answer = Answer("", status="invalid", problem=str(error), batch=table.batch)
     return replace(answer, seconds=time.monotonic() - began_s)
+
+
+def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
+    """The plan found, or one of another scenario that is faster here."""
+    others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
+    if known is not None and task.layout is None:
+        known.seed(p for p in others if has_formula(p.schedule))
+    try:
+        best = _found(table, task, task.again and task.grouped, known)
+    except InfeasibleError:
+        if not others:
+            raise
+        best, others = others[0], others[1:]
+    best_s = simulated(table, best.pipelines, best.schedule, best.paces or None).step_s if others else 0.0
+    for other in others:
+        step_s = simulated(table, other.pipelines, other.schedule).step_s
+        if step_s < best_s:
+            bound_s = min(max(best.bound_s, other.bound_s), other.objective_s)
+            gap = (other.objective_s - bound_s) / other.objective_s
+            cut = best.truncated_by
+            best, best_s = replace(other, bound_s=bound_s, gap=gap, truncated_by=cut), step_s
+    return best
+
+
+def brought(task: Task, plan: KnownPlan) -> Partition | None:
+    """Another scenario's plan in this one; None where it cannot be had or was not asked for."""
+    if task.schedule not in ("auto", plan.schedule) or task.layout is not None:
+        return None
+    found = carried(task.searched_table, plan, again=task.again)
+    if found is None or task.microbatches == "auto":
+        return found
+    return found if all(p.microbatches == task.microbatches for p in found.pipelines) else None
 
 
 def _found(table: CostTable, task: Task, recompute: bool, known: Known | None) -> Partition:
@@ -94,6 +144,8 @@ def _searched(table: CostTable, task: Task, known: Known | None) -> Partition:
         time_limit_s=task.time_limit_s,
         schedule=searched(task.schedule),
         microbatches=task.microbatches,
+        incumbent=(before.pipelines, before.schedule) if before is not None else None,
+        explain_s=min(max(task.time_limit_s, LEAST_EXPLAIN_S), MOST_EXPLAIN_S),
     )
     return known.improved(table, found) if known is not None else found
 
@@ -108,7 +160,9 @@ def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
         return replace(found, notes=(*found.notes, note))
 
 
-def _answer(table: CostTable, found: Partition, task: Task, known: Known | None = None) -> Answer:
+def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answer:
+    """What a plan of the task promises."""
+    table = task.searched_table
     schedule = build_schedule(found, stage_links(table, found.pipelines), table.training)
     timeline = simulate(schedule, timing_of(table, found))
     capacity = {d: c.memory_bytes for c in table.device_classes for d in c.devices}
@@ -135,7 +189,14 @@ def _answer(table: CostTable, found: Partition, task: Task, known: Known | None 
         remarks=_remarks(found, task),
         one_device_s=alone[1] if alone else None,
         one_device=alone[0] if alone else "",
+        plan=_kept(found, task),
     )
+
+
+def _kept(found: Partition, task: Task) -> KnownPlan:
+    again = task.again and not task.grouped
+    pipelines = marked(found.pipelines, recompute=True) if again else found.pipelines
+    return KnownPlan(pipelines, found.schedule, task.table.batch)
 
 
 def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
@@ -167,7 +228,7 @@ def _shape(found: Partition) -> str:
 def _remarks(found: Partition, task: Task) -> tuple[str, ...]:
     remarks = []
     if found.truncated_by and task.layout is None:
-        remarks.append(f"search cut short by {', '.join(found.truncated_by)}")
+        remarks.append(f"{CUT_SHORT} by {', '.join(found.truncated_by)}")
     if task.recompute and task.table.training:
         remarks.append("every unit computes its activations again; compile lets each stage choose")
     return (*remarks, *found.notes)
@@ -250,7 +311,7 @@ def solve_together(tasks: Sequence[Task]) -> list[Answer]:
     the others.
     """
     if len(tasks) == 1:
-        return [solve(tasks[0])]
+        return [solve(tasks[0], Known())]
     left_s = sum(task.time_limit_s for task in tasks)
     waiting = sorted(range(len(tasks)), key=lambda i: -speed_of(tasks[i].table.topology))
     known, answers = Known(), dict[int, Answer]()

@@ -16,10 +16,11 @@ from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply
-from graphpar.scenarios.consistent import consistent
+from graphpar.scenarios.dominance import covers
 from graphpar.scenarios.pricing import PriceBook, priced_by, trust
-from graphpar.scenarios.solve import Task, solve_together
-from graphpar.scenarios.types import Answer, Scenario, Setting, renamed
+from graphpar.scenarios.report import CUT_SHORT
+from graphpar.scenarios.solve import Task, answer_of, brought, solve_together
+from graphpar.scenarios.types import Answer, KnownPlan, Scenario, Setting, renamed
 
 Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
@@ -31,6 +32,14 @@ STUDY_S = 30.0
 
 LEAST_TOGETHER = 12
 """Settings that differ in their links alone help each other; so many of them at least stay together."""
+
+MOST_HINTS = 3
+"""Plans of other scenarios that a search starts from."""
+
+BASELINE_SHARE = 3.0
+"""The baseline is searched for so many times as long as a scenario: the others start from its plan."""
+
+_ROUNDING = 1e-9
 
 _Item = TypeVar("_Item")
 
@@ -53,37 +62,79 @@ class Solver:
     kept: AnswerCache
     progress: Progress | None = None
     _known: dict[str, Answer] = field(default_factory=dict)
+    _settings: dict[str, Setting] = field(default_factory=dict)
 
-    def answers(self, settings: Sequence[Setting]) -> list[Answer]:
-        """One answer per setting; equal settings are solved once."""
-        keys = [self._key(setting) for setting in settings]
+    def answers(self, settings: Sequence[Setting], time_limit_s: float | None = None) -> list[Answer]:
+        """One answer per setting; equal settings are solved once.
+
+        No answer is worse than what any other setting that was asked for gives as well (`covers`).
+        """
+        limit_s = time_limit_s if time_limit_s is not None else self.limits.time_limit_s
+        keys = [self._key(setting, limit_s) for setting in settings]
         missing = {
             key: setting
             for key, setting in zip(keys, settings, strict=True)
-            if key not in self._known and not self._from_cache(key)
+            if key not in self._known and not self._from_cache(key, setting)
         }
         done = len(set(keys)) - len(missing)
         total = len(set(keys))
         self._tell(done, total)
-        for key, answer in self._solved(missing):
-            self._known[key] = answer
+        for key, answer in self._solved(missing, limit_s):
+            self._known[key], self._settings[key] = answer, missing[key]
             if answer.status != "invalid":
                 self.kept.put(key, answer)
             done += 1
             self._tell(done, total)
-        return [self._known[key] for key in keys]
+        found = {key: self._settled(key) for key in dict.fromkeys(keys)}
+        return [found[key] for key in keys]
+
+    def _settled(self, key: str) -> Answer:
+        """The answer, or a better one that the plan of another setting gives."""
+        setting, best = self._settings[key], self._known[key]
+        if best.status == "invalid":
+            return best
+        others = [
+            (other.step_s * setting.batch / other.batch, name)
+            for name, other in self._known.items()
+            if name != key and other.status == "ok" and other.step_s is not None
+        ]
+        for step_s, name in sorted(others):
+            if (
+                best.status == "ok"
+                and best.step_s is not None
+                and step_s >= best.step_s * (1 - _ROUNDING)
+            ):
+                break
+            if covers(setting, self._settings[name]):
+                better = self._taken_over(setting, best, self._known[name])
+                if better is not None:
+                    return better
+        return best
+
+    def _taken_over(self, setting: Setting, mine: Answer, other: Answer) -> Answer | None:
+        """The other's plan as an answer to this setting, if that is better."""
+        task = self._task(setting)
+        found = brought(task, other.plan) if other.plan is not None else None
+        if found is not None:
+            made = self._valued(answer_of(task, found), setting)
+            if made.step_s is not None and (
+                other.batch != mine.batch or made.step_s <= (other.step_s or 0)
+            ):
+                return _better(mine, made, setting)
+        # Played under faster links an order of work may come out longer; it need not be changed.
+        return _better(mine, self._valued(other, setting), setting) if other.batch == mine.batch else None
 
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(done, total)
 
-    def _from_cache(self, key: str) -> bool:
+    def _from_cache(self, key: str, setting: Setting) -> bool:
         found = self.kept.get(key)
         if found is not None:
-            self._known[key] = found
+            self._known[key], self._settings[key] = found, setting
         return found is not None
 
-    def _key(self, setting: Setting) -> str:
+    def _key(self, setting: Setting, time_limit_s: float) -> str:
         calibration = self.book.calibration
         devices = setting.cluster.devices
         fingerprint = repr(calibration) if calibration and any(d.is_local_cpu for d in devices) else ""
@@ -96,11 +147,13 @@ class Solver:
                 "setting": setting.to_dict(),
                 "calibration": fingerprint,
                 "gap": self.limits.gap,
-                "time_limit_s": self.limits.time_limit_s,
+                "time_limit_s": time_limit_s,
             }
         )
 
-    def _solved(self, missing: Mapping[str, Setting]) -> Iterator[tuple[str, Answer]]:
+    def _solved(
+        self, missing: Mapping[str, Setting], time_limit_s: float
+    ) -> Iterator[tuple[str, Answer]]:
         if not missing:
             return
         with _executor(self.limits.processes, len(missing)) as submit:
@@ -109,7 +162,8 @@ class Solver:
                 tasks, asked = [], []
                 for key, setting in group:
                     try:
-                        tasks.append(self._task(setting))
+                        task = self._task(setting)
+                        tasks.append(replace(task, time_limit_s=time_limit_s, hints=self._hints(setting)))
                     except (ValueError, GraphparError) as error:
                         yield key, Answer("", status="invalid", problem=str(error), batch=setting.batch)
                         continue
@@ -118,7 +172,24 @@ class Solver:
                     waiting[submit(tasks)] = asked
             for future in as_completed(waiting):
                 for (key, setting), answer in zip(waiting[future], future.result(), strict=True):
-                    yield key, self._priced(answer, setting)
+                    yield key, self._valued(answer, setting)
+
+    def _hints(self, setting: Setting) -> tuple[KnownPlan, ...]:
+        """Plans to start from: the first that was found, and the fastest that can be had here."""
+        if setting.layout is not None:
+            return ()
+        known = [
+            (answer.step_s * setting.batch / answer.batch, key, answer.plan)
+            for key, answer in self._known.items()
+            if answer.status == "ok" and answer.plan is not None and answer.step_s is not None
+        ]
+        given = [
+            plan
+            for _, key, plan in sorted(known, key=lambda k: k[0])
+            if covers(setting, self._settings[key])
+        ]
+        plans = dict.fromkeys([plan for _, _, plan in known[:1]] + given)
+        return tuple(plans)[:MOST_HINTS]
 
     def _task(self, setting: Setting) -> Task:
         return Task(
@@ -131,9 +202,9 @@ class Solver:
             self.limits.time_limit_s,
         )
 
-    def _priced(self, answer: Answer, setting: Setting) -> Answer:
+    def _valued(self, answer: Answer, setting: Setting) -> Answer:
         """The answer with what only the setting knows: money, power, trust."""
-        error, remarks = trust(setting, self.book)
+        error, remarks = trust(setting, self.book, answer.used)
         if setting.layout is not None and setting.layout.tensor > 1:
             remarks = (*remarks, *_group_remarks(setting))
         cluster = setting.cluster
@@ -148,16 +219,37 @@ class Solver:
             usd_per_h=usd_per_h,
             watts=watts if known else None,
             error_bar=error,
-            remarks=(*answer.remarks, *remarks),
+            remarks=tuple(dict.fromkeys((*answer.remarks, *remarks))),
         )
+
+
+def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
+    """Another setting's plan in the place of this one's."""
+    bound_s = mine.bound_s if mine.bound_s is not None else 0.0
+    step_s = other.step_s or 0.0
+    used = set(other.used)
+    cut = tuple(r for r in mine.remarks if r.startswith(CUT_SHORT))
+    return replace(
+        other,
+        bound_s=min(bound_s, step_s),
+        gap=max(other.gap or 0.0, 1 - bound_s / step_s)
+        if step_s > 0 and other.gap is not None
+        else other.gap,
+        left_out=tuple(d.name for d in setting.cluster.devices if d.name not in used),
+        remarks=tuple(dict.fromkeys((*cut, *(r for r in other.remarks if not r.startswith("left out"))))),
+        seconds=mine.seconds + other.seconds,
+    )
 
 
 def _alike(missing: Mapping[str, Setting]) -> list[list[tuple[str, Setting]]]:
     """Settings that differ in their links alone, together; every other by itself."""
     groups: dict[str, list[tuple[str, Setting]]] = {}
     for key, setting in missing.items():
-        own = (setting.schedule, setting.microbatches, setting.recompute, setting.layout)
+        own = (setting.schedule, setting.microbatches, setting.recompute, setting.layout, setting.tensor)
         nodes = [node.name for node in setting.cluster.nodes]
+        if setting.tensor != 1:
+            # What groups take depends on the links inside nodes.
+            nodes += [str(node.link.cost) for node in setting.cluster.nodes]
         alike = f"{priced_by(setting)} {own} {nodes}" if setting.layout is None else key
         groups.setdefault(alike, []).append((key, setting))
     return list(groups.values())
@@ -176,12 +268,12 @@ def shared_out(groups: Sequence[list[_Item]], processes: int) -> list[list[_Item
 
 
 def _group_remarks(setting: Setting) -> tuple[str, ...]:
-    """How tensor groups were priced, and what of that can run."""
-    if setting.precision == "float32" and not setting.recompute:
+    """How tensor groups were priced."""
+    if not setting.recompute:
         return ()
     return (
-        "tensor groups in this format, or with recomputation, are priced by a rule: layers divided "
-        "evenly at 90 % of full speed, two sums per layer",
+        "tensor groups with recomputation are priced by a rule: layers divided evenly at 90 % of full "
+        "speed, two sums per layer",
     )
 
 
@@ -245,8 +337,13 @@ def ask(
         except (ValueError, GraphparError) as error:
             settings.append(str(error))
     sound = [s for s in settings if isinstance(s, Setting)]
-    found = consistent([baseline, *sound], solver.answers([baseline, *sound]))
-    first, rest = found[0], iter(found[1:])
+    first_limit_s = min(
+        BASELINE_SHARE * solver.limits.time_limit_s, max(10.0, solver.limits.time_limit_s)
+    )
+    solver.answers([baseline], first_limit_s)
+    rest = iter(solver.answers(sound))
+    # Asked again, since a scenario may have found what the baseline's search missed.
+    (first,) = solver.answers([baseline], first_limit_s)
     answers = [
         renamed(next(rest), scenario.title, scenario.changes)
         if isinstance(setting, Setting)
@@ -258,7 +355,8 @@ def ask(
 
 def as_plain(answer: Answer, baseline: Answer) -> dict[str, Any]:
     """An answer as plain data with its derived numbers."""
-    data = dataclasses.asdict(answer)
+    data = dataclasses.asdict(replace(answer, plan=None))
+    del data["plan"]
     data["samples_per_s"] = answer.samples_per_s
     data["usd_per_million_samples"] = answer.usd_per_million_samples
     data["kwh_per_million_samples"] = answer.kwh_per_million_samples

@@ -5,11 +5,15 @@ from typing import Any, Literal
 
 from graphpar.cluster import Cluster
 from graphpar.partition.settings import Microbatches, ScheduleWish
+from graphpar.partition.types import PipelineChoice, ScheduleName
 
 OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of state per byte of parameters of the optimisers a scenario may name."""
 
 Status = Literal["ok", "infeasible", "invalid"]
+
+TensorWidth = int | Literal["auto"]
+"""Most devices of a node that may share every layer; `auto` for as many as a node has."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Setting:
         schedule: `1f1b`, `gpipe`, `interleaved`, `zero-bubble`, or `auto`.
         microbatches: A fixed number, or `auto`.
         recompute: Whether every unit computes its activations again; None leaves it to the planner.
+        tensor: Most members of a tensor group that the planner may form.
         layout: A hand-made configuration instead of a search.
         usd_per_h: Dollars per hour by node name; nodes without an entry have no known price.
     """
@@ -67,6 +72,7 @@ class Setting:
     schedule: ScheduleWish = "auto"
     microbatches: Microbatches = "auto"
     recompute: bool | None = None
+    tensor: TensorWidth = 1
     layout: Layout | None = None
     usd_per_h: tuple[tuple[str, float], ...] = ()
 
@@ -116,6 +122,18 @@ class Bottleneck:
 
 
 @dataclass(frozen=True)
+class KnownPlan:
+    """A plan found for one setting, to be tried in others.
+
+    Stages that compute their activations again are marked so, however the setting asked for it.
+    """
+
+    pipelines: tuple[PipelineChoice, ...]
+    schedule: ScheduleName
+    batch: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a scenario's plan promises; numbers are None where there is no plan or no such fact.
 
@@ -139,6 +157,7 @@ class Answer:
         remarks: What is assumed, truncated or ignored.
         one_device_s: Step time on the best single device, where the model fits into one.
         seconds: Time the search took.
+        plan: The plan itself, for other scenarios to start from.
     """
 
     title: str
@@ -161,6 +180,7 @@ class Answer:
     one_device_s: float | None = None
     one_device: str = ""
     seconds: float = 0.0
+    plan: KnownPlan | None = None
 
     @property
     def samples_per_s(self) -> float | None:

@@ -1,0 +1,103 @@
+"""When one setting cannot be worse than another: every plan of the other is a plan of it, no slower.
+
+More devices, memory or speed of a device, faster links, a lighter optimiser, or a choice left open
+instead of made never make the best plan slower. A search cut short may miss what another scenario found;
+so the answers of a study are compared along this order.
+"""
+
+from math import inf
+
+from graphpar.cluster import Cluster
+from graphpar.device import Device, Link, Node
+from graphpar.scenarios.types import OPTIMIZER_STATES, Setting, TensorWidth
+
+
+def covers(large: Setting, small: Setting) -> bool:
+    """Whether any plan of `small` runs under `large`, in no more time per sample.
+
+    The batch of `large` may be a multiple of that of `small`: each pipeline then takes more microbatches
+    of the same size before one update.
+    """
+    if large.layout is not None and large.layout != small.layout:
+        return False
+    alike = all(
+        getattr(large, name) == getattr(small, name) for name in ("seq_len", "training", "precision")
+    )
+    return (
+        alike
+        and _batch_covers(large, small)
+        and _optimizer_covers(large.optimizer, small.optimizer)
+        and large.schedule in ("auto", small.schedule)
+        and large.microbatches in ("auto", small.microbatches)
+        and large.recompute in (None, small.recompute)
+        and width(large.tensor) >= _width_used(small)
+        and _cluster_covers(large.cluster, small.cluster, large.layout is not None)
+    )
+
+
+def width(tensor: TensorWidth) -> float:
+    """The most members of a tensor group, as a number."""
+    return inf if tensor == "auto" else tensor
+
+
+def _width_used(setting: Setting) -> float:
+    return width(setting.tensor) if setting.layout is None else setting.layout.tensor
+
+
+def _batch_covers(large: Setting, small: Setting) -> bool:
+    if large.batch == small.batch:
+        return True
+    free = large.microbatches == "auto" and large.layout is None and small.layout is None
+    return free and large.batch % small.batch == 0
+
+
+def _optimizer_covers(large: str, small: str) -> bool:
+    if large == small:
+        return True
+    known = large in OPTIMIZER_STATES and small in OPTIMIZER_STATES
+    return known and OPTIMIZER_STATES[large] <= OPTIMIZER_STATES[small]
+
+
+def _cluster_covers(large: Cluster, small: Cluster, same_devices: bool) -> bool:
+    mine = {device.name: device for device in large.devices}
+    if same_devices and list(mine) != [device.name for device in small.devices]:
+        return False
+    if not all(d.name in mine and _device_covers(mine[d.name], d) for d in small.devices):
+        return False
+    return _links_cover(large, small)
+
+
+def _device_covers(large: Device, small: Device) -> bool:
+    return (
+        large.node == small.node
+        and large.to_dict() | {"memory_bytes": 0, "slowdown": 1.0}
+        == small.to_dict() | {"memory_bytes": 0, "slowdown": 1.0}
+        and large.memory_bytes >= small.memory_bytes
+        and large.slowdown <= small.slowdown
+    )
+
+
+def _links_cover(large: Cluster, small: Cluster) -> bool:
+    mine = {node.name: node for node in large.nodes}
+    for node in small.nodes:
+        if len(node.devices) > 1 and not _link_covers(mine[node.name].link, node.link):
+            return False
+    if len(small.nodes) < 2:
+        return True
+    if not _link_covers(large.network, small.network):
+        return False
+    names = {node.name for node in small.nodes}
+    if not all(_card_covers(mine[node.name], node, small.network) for node in small.nodes):
+        return False
+    faster = {frozenset(pair): link for pair, link in large.pairs if set(pair) <= names}
+    slower = {frozenset(pair): link for pair, link in small.pairs}
+    return faster.keys() == slower.keys() and all(_link_covers(faster[k], slower[k]) for k in slower)
+
+
+def _card_covers(large: Node, small: Node, network: Link) -> bool:
+    """Whether a node's own network limits it no more than in the other cluster."""
+    return large.network is None or _link_covers(large.network, small.network or network)
+
+
+def _link_covers(large: Link, small: Link) -> bool:
+    return large.cost.at_least(small.cost)

@@ -1,0 +1,75 @@
+"""Plans found for one setting, priced under another: where a search starts, and what it may not miss."""
+
+from dataclasses import replace
+
+from graphpar.cost import CostTable
+from graphpar.errors import VerifyError
+from graphpar.partition.handmade import priced_plan
+from graphpar.partition.types import Partition, PipelineChoice
+from graphpar.scenarios.types import KnownPlan
+from graphpar.simulated import certified, has_formula, simulated
+
+
+def carried(table: CostTable, plan: KnownPlan, *, again: bool) -> Partition | None:
+    """A plan of another setting under this table; None where it cannot be had or does not fit.
+
+    A batch that is a multiple of the plan's takes more microbatches of the same size, a smaller one fewer.
+
+    Args:
+        table: Prices of this setting.
+        plan: What was found elsewhere.
+        again: Whether the table's plain mode computes all activations again.
+    """
+    pipelines = _resized(plan, table.batch)
+    if pipelines is None or any(s.recompute < again for p in pipelines for s in p.stages):
+        return None
+    if again:
+        pipelines = marked(pipelines, recompute=False)
+    if not _possible(table, pipelines):
+        return None
+    try:
+        if has_formula(plan.schedule):
+            found = priced_plan(table, pipelines, plan.schedule)
+        else:
+            found = certified(table, simulated(table, pipelines, plan.schedule).partition)
+    except (ValueError, VerifyError):
+        return None
+    fits = all(
+        peak <= table.device_classes[table.class_of[device]].memory_bytes
+        for device, peak in found.peak_bytes.items()
+    )
+    return replace(found, truncated_by=()) if fits else None
+
+
+def marked(pipelines: tuple[PipelineChoice, ...], *, recompute: bool) -> tuple[PipelineChoice, ...]:
+    """The same stages, all of them computing activations again or none."""
+    return tuple(
+        replace(p, stages=tuple(replace(s, recompute=recompute) for s in p.stages)) for p in pipelines
+    )
+
+
+def _resized(plan: KnownPlan, batch: int) -> tuple[PipelineChoice, ...] | None:
+    """Shares and microbatches in proportion to another batch; None where they would not be whole."""
+    if batch == plan.batch:
+        return plan.pipelines
+    made = []
+    for pipeline in plan.pipelines:
+        samples, rest = divmod(pipeline.samples * batch, plan.batch)
+        microbatches, odd = divmod(pipeline.microbatches * batch, plan.batch)
+        if rest or odd or not microbatches:
+            return None
+        made.append(replace(pipeline, samples=samples, microbatches=microbatches))
+    return tuple(made)
+
+
+def _possible(table: CostTable, pipelines: tuple[PipelineChoice, ...]) -> bool:
+    stages = [s for p in pipelines for s in p.stages]
+    if any(p.stages[-1].last != table.num_units for p in pipelines):
+        return False
+    if any(d not in table.class_of for s in stages for r in s.replicas for d in r.devices):
+        return False
+    if max(p.microbatches for p in pipelines) > table.max_microbatches:
+        return False
+    copies = max(sum(len(s.replicas) for p in pipelines for s in p.stages if s.first == 0), 1)
+    priced = all(table.mode_number(s, r) is not None for s in stages for r in s.replicas)
+    return priced and copies <= table.max_replicas
