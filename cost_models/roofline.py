@@ -60,8 +60,7 @@ class Roofline:
             cluster: The devices.
             options: Batch, training or inference, optimiser, limits on splitting.
             rewritten: By device name the graph that the device runs in place of this one, the same
-                units in other number formats; devices left out run this one. What is not kept apart
-                by device (bytes) is the largest of all.
+                units in other number formats; devices left out run this one.
         """
         classes = device_classes(cluster)
         sizes = microbatch_sizes(options)
@@ -200,6 +199,10 @@ def _joined(runs: Sequence[tuple["_Pricer", Device]], index: int, sizes: Sequenc
         deferred_bytes=tuple(map(max, *(c.deferred_bytes for c in all_costs))) if can_defer else (),
         split_s=tuple(cost.split_s[row] for cost, row in rows) if can_defer else (),
         working_bytes=tuple(map(max, *(cost.working_bytes for cost in all_costs))),
+        weights_by_class=tuple(cost.weight_bytes for cost, _ in rows),
+        saved_by_class=tuple(cost.saved_bytes for cost, _ in rows),
+        working_by_class=tuple(cost.working_bytes for cost, _ in rows),
+        deferred_by_class=tuple(cost.deferred_bytes for cost, _ in rows) if can_defer else (),
     )
 
 

@@ -74,11 +74,12 @@ def _unit(
         forward.append(ahead)
         backward.append(behind if table.training else 0.0)
     weights = _own_weights(graph, chain, number)
-    plain = table.costs[kind]
+    plain = table.every_mode[table.class_of[group.devices[0].name]].costs[kind]
     trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
     held = [sum(op.type.bytes(1) * _share(sharding, op, k) for op in weights) for k in range(group.size)]
     grads = [sum(op.type.bytes(1) * _share(sharding, op, k) for op in trained) for k in range(group.size)]
-    state = plain.optimizer_bytes / plain.gradient_bytes if plain.gradient_bytes else 0.0
+    gradients = plain.gradient_bytes[0]
+    state = plain.optimizer_bytes[0] / gradients if gradients else 0.0
     kept = [_kept_share(graph, ops, sharding, k, times[0].options.samples) for k in range(group.size)]
     return ModeCost(
         forward_s=tuple(forward),
@@ -90,8 +91,8 @@ def _unit(
         weight_bytes=tuple(held),
         gradient_bytes=tuple(g if table.training else 0.0 for g in grads),
         optimizer_bytes=tuple(g * state if table.training else 0.0 for g in grads),
-        saved_bytes=tuple(tuple(x * share for x in plain.saved_bytes) for share in kept),
-        working_bytes=tuple(tuple(x * share for x in plain.working_bytes) for share in kept),
+        saved_bytes=tuple(tuple(x * share for x in plain.saved_bytes[0]) for share in kept),
+        working_bytes=tuple(tuple(x * share for x in plain.working_bytes[0]) for share in kept),
     )
 
 

@@ -42,15 +42,22 @@ CostT = TypeVar("CostT", UnitCost, ModeCost)
 
 def _least_cost(same: Sequence[CostT]) -> CostT:
     """What the search weighs of a unit, each number the least of several prices."""
-    return replace(
-        same[0],
-        forward_s=_least([c.forward_s for c in same]),
-        backward_s=_least([c.backward_s for c in same]),
-        optimizer_s=_least([c.optimizer_s for c in same]),
-        weight_bytes=_least([c.weight_bytes for c in same]),
-        saved_bytes=_least([c.saved_bytes for c in same]),
-        working_bytes=_least([c.working_bytes for c in same]),
-    )
+    names = "forward_s backward_s optimizer_s weight_bytes saved_bytes working_bytes".split()
+    if isinstance(same[0], UnitCost):
+        # Tables in which all devices share a format do not tell bytes by class.
+        apart = [_told_by_class(c) for c in same if isinstance(c, UnitCost)]
+        rows = {name: _least([row[name] for row in apart]) for name in apart[0]}
+        return replace(same[0], **{n: _least([getattr(c, n) for c in same]) for n in names}, **rows)
+    return replace(same[0], **{name: _least([getattr(c, name) for c in same]) for name in names})
+
+
+def _told_by_class(cost: UnitCost) -> dict[str, Any]:
+    number = len(cost.forward_s)
+    return {
+        "weights_by_class": cost.weights_by_class or (cost.weight_bytes,) * number,
+        "saved_by_class": cost.saved_by_class or (cost.saved_bytes,) * number,
+        "working_by_class": cost.working_by_class or (cost.working_bytes,) * number,
+    }
 
 
 def _least(values: Sequence[Any]) -> Any:

@@ -40,6 +40,9 @@ class UnitCost:
 
     `meetings` is how often pipelines side by side exchange something in one forward, `met_bytes` how
     much each sends to each other one in all of these; a backward does the same.
+
+    Where device classes run the unit in unlike number formats, the fields that end in `by_class` say what
+    each holds, and those without are the most of any; else they are empty.
     """
 
     name: str
@@ -56,6 +59,10 @@ class UnitCost:
     split_s: tuple[float, ...] = ()
     meetings: int = 0
     met_bytes: float = 0.0
+    weights_by_class: tuple[float, ...] = ()
+    saved_by_class: tuple[tuple[float, ...], ...] = ()
+    working_by_class: tuple[tuple[float, ...], ...] = ()
+    deferred_by_class: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -435,22 +442,22 @@ class CostTable:
 
 
 def _plain_mode(costs: Sequence[UnitCost], device_class: int) -> Mode:
-    return Mode(
-        members=(device_class,),
-        costs=tuple(
-            ModeCost(
-                forward_s=c.forward_s[device_class],
-                backward_s=c.backward_s[device_class],
-                optimizer_s=c.optimizer_s[device_class],
-                weight_bytes=(c.weight_bytes,),
-                gradient_bytes=(c.gradient_bytes,),
-                optimizer_bytes=(c.optimizer_bytes,),
-                saved_bytes=(c.saved_bytes,),
-                working_bytes=(c.working_bytes,),
-                weight_s=c.weight_s[device_class] if c.weight_s else (),
-                deferred_bytes=(c.deferred_bytes,) if c.deferred_bytes else (),
-                split_s=c.split_s[device_class] if c.split_s else 0.0,
-            )
-            for c in costs
-        ),
+    return Mode((device_class,), tuple(_plain_cost(cost, device_class) for cost in costs))
+
+
+def _plain_cost(cost: UnitCost, k: int) -> ModeCost:
+    """A unit on one device of a class."""
+    deferred = cost.deferred_by_class[k] if cost.deferred_by_class else cost.deferred_bytes
+    return ModeCost(
+        forward_s=cost.forward_s[k],
+        backward_s=cost.backward_s[k],
+        optimizer_s=cost.optimizer_s[k],
+        weight_bytes=(cost.weights_by_class[k] if cost.weights_by_class else cost.weight_bytes,),
+        gradient_bytes=(cost.gradient_bytes,),
+        optimizer_bytes=(cost.optimizer_bytes,),
+        saved_bytes=(cost.saved_by_class[k] if cost.saved_by_class else cost.saved_bytes,),
+        working_bytes=(cost.working_by_class[k] if cost.working_by_class else cost.working_bytes,),
+        weight_s=cost.weight_s[k] if cost.weight_s else (),
+        deferred_bytes=(deferred,) if deferred else (),
+        split_s=cost.split_s[k] if cost.split_s else 0.0,
     )

@@ -54,7 +54,12 @@ def _folded(costs: Sequence[CostT]) -> CostT:
     for name in ("weight_s", "deferred_bytes", "split_s"):
         sums[name] = _sum([getattr(c, name) for c in costs]) if split else type(getattr(costs[0], name))()
     if isinstance(costs[0], UnitCost):
-        sums |= {name: _sum([getattr(c, name) for c in costs]) for name in ("meetings", "met_bytes")}
+        more = ["meetings", "met_bytes", "weights_by_class", "saved_by_class"]
+        more += ["deferred_by_class"] * split
+        sums |= {name: _sum([getattr(c, name) for c in costs]) for name in more}
+        if not split:
+            sums["deferred_by_class"] = ()
+        sums["working_by_class"] = _largest([c.working_by_class for c in costs])
     return replace(costs[0], **sums, working_bytes=_largest([c.working_bytes for c in costs]))
 
 

@@ -8,8 +8,11 @@ from graphpar.cost import CostTable, Mode, ModeCost, UnitCost
 
 CostT = TypeVar("CostT", UnitCost, ModeCost)
 
-_BY_SIZE = ("forward_s", "backward_s", "saved_bytes", "working_bytes", "weight_s", "deferred_bytes")
-"""Fields of costs that are indexed by microbatch size."""
+_BY_SIZE = (
+    "forward_s", "backward_s", "saved_bytes", "working_bytes", "weight_s", "deferred_bytes",
+    "saved_by_class", "working_by_class", "deferred_by_class",
+)  # fmt: skip
+"""Fields of costs that are indexed by microbatch size; the last three of units alone."""
 
 
 def with_options(table: CostTable, *, recompute: bool, zero: int) -> CostTable:
@@ -38,7 +41,7 @@ def with_batch(table: CostTable, batch: int) -> CostTable:
         return tuple(table.at_size(values, s) for s in sizes) if values else values
 
     def at_sizes(cost: CostT) -> CostT:
-        return replace(cost, **{name: resized(getattr(cost, name)) for name in _BY_SIZE})
+        return replace(cost, **{n: resized(getattr(cost, n)) for n in _BY_SIZE if hasattr(cost, n)})
 
     costs = tuple(map(at_sizes, table.costs))
     modes = tuple(replace(m, costs=tuple(map(at_sizes, m.costs))) for m in table.modes)

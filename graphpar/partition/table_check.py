@@ -84,6 +84,9 @@ def _cost_problems(table: CostTable, cost: UnitCost) -> Iterator[str]:
         "forward_s": cost.forward_s,
         "backward_s": cost.backward_s,
     }
+    for name in ("saved_by_class", "working_by_class", "deferred_by_class"):
+        if rows := getattr(cost, name):
+            by_class[name] = rows
     for name, rows in by_class.items():
         if len(rows) != classes or any(len(row) != sizes for row in rows):
             yield f"{where}: {name} must be {classes} device classes by {sizes} sizes"
@@ -91,6 +94,8 @@ def _cost_problems(table: CostTable, cost: UnitCost) -> Iterator[str]:
     for name, row in by_size.items():
         if len(row) != sizes:
             yield f"{where}: {name} must have {sizes} sizes"
+    if len(cost.weights_by_class) not in (0, classes):
+        yield f"{where}: weights_by_class must have {classes} device classes"
     if len(cost.optimizer_s) != classes:
         yield f"{where}: optimizer_s must have {classes} device classes"
     flat: dict[str, Sequence[float]] = {

@@ -12,11 +12,17 @@ from graphpar.device import Device, Link, Node
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting, TensorWidth
 
 
-def covers(large: Setting, small: Setting) -> bool:
+def covers(large: Setting, small: Setting, given_state: float = inf) -> bool:
     """Whether any plan of `small` runs under `large`, in no more time per sample.
 
     The batch of `large` may be a multiple of that of `small`: each pipeline then takes more microbatches
     of the same size before one update.
+
+    Args:
+        large: What may be better.
+        small: What may be worse.
+        given_state: Bytes of state per byte of parameters of the caller's own optimiser, where it is one
+            that works element by element.
     """
     if large.layout is not None and large.layout != small.layout:
         return False
@@ -26,7 +32,7 @@ def covers(large: Setting, small: Setting) -> bool:
     return (
         alike
         and _batch_covers(large, small)
-        and _optimizer_covers(large.optimizer, small.optimizer)
+        and _optimizer_covers(large.optimizer, small.optimizer, given_state)
         and large.schedule in ("auto", small.schedule)
         and large.microbatches in ("auto", small.microbatches)
         and large.recompute in (None, small.recompute)
@@ -51,11 +57,11 @@ def _batch_covers(large: Setting, small: Setting) -> bool:
     return free and large.batch % small.batch == 0
 
 
-def _optimizer_covers(large: str, small: str) -> bool:
+def _optimizer_covers(large: str, small: str, given_state: float) -> bool:
     if large == small:
         return True
-    known = large in OPTIMIZER_STATES and small in OPTIMIZER_STATES
-    return known and OPTIMIZER_STATES[large] <= OPTIMIZER_STATES[small]
+    states = {**OPTIMIZER_STATES, "given": given_state}
+    return states[large] <= states[small] < inf
 
 
 def _cluster_covers(large: Cluster, small: Cluster, same_devices: bool) -> bool:

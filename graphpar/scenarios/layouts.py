@@ -151,6 +151,11 @@ def recomputed(table: CostTable) -> CostTable:
             weight_s=(),
             deferred_bytes=(),
             split_s=(),
+            saved_by_class=tuple(rows[i].saved_bytes[0] for rows in again) if cost.saved_by_class else (),
+            working_by_class=tuple(rows[i].working_bytes[0] for rows in again)
+            if cost.working_by_class
+            else (),
+            deferred_by_class=(),
         )
         for i, cost in enumerate(table.costs)
     )

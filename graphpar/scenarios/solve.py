@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition.baselines import one_device
+from graphpar.partition.bounds import least_bytes
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
@@ -201,9 +202,7 @@ def _kept(found: Partition, task: Task) -> KnownPlan:
 
 def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
     """The best single device and its step time; None where the model fits into none."""
-    costs = [table.costs[u] for u in table.units]
-    held = sum(c.weight_bytes + c.gradient_bytes + c.optimizer_bytes for c in costs)
-    if held + table.reserved_bytes > max(c.memory_bytes for c in table.device_classes):
+    if least_bytes(table) + table.reserved_bytes > max(c.memory_bytes for c in table.device_classes):
         return None
     try:
         found = one_device(table, schedule=searched(task.schedule), microbatches="auto")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from graphpar import catalogue
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError
+from graphpar.optimizer_probe import optimizer_traits
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers
@@ -105,7 +107,7 @@ class Solver:
                 and step_s >= best.step_s * (1 - _ROUNDING)
             ):
                 break
-            if covers(setting, self._settings[name]):
+            if covers(setting, self._settings[name], self._given_state):
                 better = self._taken_over(setting, best, self._known[name])
                 if better is not None:
                     return better
@@ -123,6 +125,12 @@ class Solver:
                 return _better(mine, made, setting)
         # Played under faster links an order of work may come out longer; it need not be changed.
         return _better(mine, self._valued(other, setting), setting) if other.batch == mine.batch else None
+
+    @property
+    def _given_state(self) -> float:
+        """The state of the caller's own optimiser, where others may stand beside it."""
+        plain = self.book.train is not None and optimizer_traits(self.book.train.optimizer).elementwise
+        return self.book.state_bytes() if plain else math.inf
 
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:
@@ -186,7 +194,7 @@ class Solver:
         given = [
             plan
             for _, key, plan in sorted(known, key=lambda k: k[0])
-            if covers(setting, self._settings[key])
+            if covers(setting, self._settings[key], self._given_state)
         ]
         plans = dict.fromkeys([plan for _, _, plan in known[:1]] + given)
         return tuple(plans)[:MOST_HINTS]

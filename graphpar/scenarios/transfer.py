@@ -13,7 +13,7 @@ from graphpar.simulated import certified, has_formula, simulated
 def carried(table: CostTable, plan: KnownPlan, *, again: bool) -> Partition | None:
     """A plan of another setting under this table; None where it cannot be had or does not fit.
 
-    A batch that is a multiple of the plan's takes more microbatches of the same size, a smaller one fewer.
+    A batch that is a multiple of the plan's takes more microbatches of that size, a smaller one fewer.
 
     Args:
         table: Prices of this setting.
