@@ -97,6 +97,8 @@ def test_scalars_and_configurations() -> None:
         (["drop a/0", "replace a/0 with t4"], "contradict"),
         (["set batch=8", "set batch=9"], "contradict"),
         (["tp=2", "pp=2"], "contradict"),
+        (["m=4"], "one device"),
+        (["set tensor=0"], "positive"),
     ],
 )
 def test_senseless_changes_say_what_is_wrong(changes: list[str], words: str) -> None:

@@ -123,15 +123,6 @@ def test_a_damaged_kept_answer_counts_as_absent(tmp_path: Path) -> None:
     assert AnswerCache(tmp_path).get("key") is None
 
 
-def test_shadow_prices_say_what_they_are_worth() -> None:
-    study = ask(worth=True)
-    worth = {w.what: w for w in study.worths}
-    assert "1 GiB more on a/1" in worth
-    faster = worth["10 % more speed of a/1"]
-    assert faster.saved_s >= -faster.noise_s
-    assert "by solving again" in str(study)
-
-
 def test_more_devices_are_never_slower_even_where_the_search_was_cut() -> None:
     study = ask(["drop b", "drop a/1; drop b", "set network.bytes_per_s=2e9"], time_limit_s=0.01)
     base, less, least = study.baseline.step_s, study.answers[0].step_s, study.answers[1].step_s
@@ -139,6 +130,34 @@ def test_more_devices_are_never_slower_even_where_the_search_was_cut() -> None:
     assert less is not None
     assert least is not None
     assert base <= less <= least
+
+
+def test_what_is_better_is_never_slower_even_where_the_search_was_cut() -> None:
+    better = [
+        "set network.bytes_per_s=9e9",
+        "set a.memory_bytes=40e9",
+        "set optimizer=sgd",
+        "add t4 to b",
+    ]
+    better += ["set batch=32", "set tensor=auto"]
+    worse = ["set recompute=on", "set schedule=gpipe", "set microbatches=2", "dp=2", "set a.slowdown=2"]
+    study = ask([*better, *worse], time_limit_s=0.02, worth=True, leave_out=True)
+    base = study.baseline.samples_per_s
+    assert base is not None
+    for answer in study.answers:
+        rate = answer.samples_per_s
+        assert rate is not None, answer
+        if answer.title in better:
+            assert rate >= base * (1 - 1e-9), answer.title
+        else:
+            assert rate <= base * (1 + 1e-9), answer.title
+    assert all(worth.saved_s >= -1e-12 for worth in study.worths)
+    assert {"1 GiB more on a/1", "10 % more speed of a/1"} <= {worth.what for worth in study.worths}
+    assert "by solving again" in str(study)
+    for name, answer in study.without:
+        change = answer.change(study.baseline)
+        assert change is None or change <= 1e-9
+        assert name in study.baseline.used or change == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_budget_is_searched_with_bounds() -> None:

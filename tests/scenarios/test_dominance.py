@@ -1,0 +1,106 @@
+"""What cannot be worse is never answered worse; plans carry over to other settings."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_samples import sample_partition, table_for
+from scenarios.test_changes import BASE
+
+from graphpar.partition.pipeline_price import price
+from graphpar.partition.relaxed_tables import with_batch
+from graphpar.scenarios.changes import apply
+from graphpar.scenarios.dominance import covers
+from graphpar.scenarios.transfer import carried
+from graphpar.scenarios.types import KnownPlan
+
+BETTER = (
+    "set network.bytes_per_s=2e9",
+    "set network.latency_s=1e-6",
+    "set a.link.bytes_per_s=1e12",
+    "set a/0.memory_bytes=90e9",
+    "add t4 to b",
+    "add l4",
+    "set batch=48",
+    "set tensor=auto",
+)
+"""Each of them gives the planner more, or no less."""
+
+WORSE = (
+    "set network.bytes_per_s=0.5e9",
+    "set a.link.latency_s=1",
+    "set b.memory_bytes=1e9",
+    "set a.slowdown=2",
+    "drop b/0",
+    "down a",
+    "set batch=8",
+    "set recompute=off",
+    "set recompute=on",
+    "set schedule=gpipe",
+    "set microbatches=4",
+    "dp=2",
+)
+
+OTHER = ("set precision=bfloat16", "replace b/0 with l4", "set seq_len=7", "set batch=24")
+
+
+@given(st.lists(st.sampled_from(BETTER), unique=True), st.lists(st.sampled_from(WORSE), max_size=3))
+def test_what_is_better_in_every_way_covers_what_is_not(better: list[str], worse: list[str]) -> None:
+    up = BASE
+    for change in better:
+        up = apply(up, [change])
+    down = BASE
+    for change in worse:
+        try:
+            down = apply(down, [change])
+        except ValueError:
+            continue  # the device it is about is gone
+    if up.batch % down.batch == 0 and (up.batch == down.batch or down.layout is None):
+        assert covers(up, down)
+    assert covers(down, up) <= (up == down or not better)
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_what_is_only_different_covers_nothing(change: str) -> None:
+    other = apply(BASE, [change])
+    assert not covers(other, BASE)
+    assert not covers(BASE, other)
+
+
+def test_a_lighter_optimiser_covers_a_heavier_one_where_that_is_known() -> None:
+    sgd, adam = (replace(BASE, optimizer=name) for name in ("sgd", "adam"))
+    assert covers(sgd, adam)
+    assert not covers(adam, sgd)
+    assert not covers(sgd, BASE)
+    assert covers(sgd, BASE, given_state=2.0)
+
+
+@given(st.integers(1, 5))
+def test_a_plan_carries_over_to_a_multiple_of_its_batch(times: int) -> None:
+    found = sample_partition()
+    plan = KnownPlan(found.pipelines, found.schedule, sum(p.samples for p in found.pipelines))
+    table = table_for(found)
+    whole = replace(
+        found, pipelines=tuple(replace(p, samples=times * p.samples) for p in found.pipelines)
+    )
+    larger = carried(table_for(whole), plan, again=False)
+    assert larger is not None
+    assert [p.sizes() for p in larger.pipelines] == [p.sizes() * times for p in found.pipelines]
+    same = carried(table, plan, again=False)
+    assert same is not None
+    assert same.objective_s == pytest.approx(price(table, same.pipelines, same.schedule).objective_s)
+
+
+def test_a_plan_that_cannot_be_had_is_not_carried_over() -> None:
+    found = sample_partition()
+    plan = KnownPlan(found.pipelines, found.schedule, sum(p.samples for p in found.pipelines))
+    table = table_for(found)
+    tiny = replace(
+        table, device_classes=tuple(replace(c, memory_bytes=1.0) for c in table.device_classes)
+    )
+    assert carried(tiny, plan, again=False) is None
+    assert carried(table, plan, again=True) is None
+    assert carried(with_batch(table, 1), plan, again=False) is None
+    gone = replace(table, device_classes=tuple(replace(c, devices=()) for c in table.device_classes))
+    assert carried(gone, plan, again=False) is None
