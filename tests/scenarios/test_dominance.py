@@ -6,14 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import sample_partition, table_for
-from scenarios.test_changes import BASE
 
+from graphpar.cluster import Cluster
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.relaxed_tables import with_batch
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers
 from graphpar.scenarios.transfer import carried
-from graphpar.scenarios.types import KnownPlan
+from graphpar.scenarios.types import KnownPlan, Setting
+
+LAB = Cluster.from_dict(
+    {
+        "nodes": [
+            {"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 2}},
+            {"name": "b", "devices": [{"kind": "t4", "count": 1}, {"kind": "l4", "count": 1}]},
+        ],
+        "network": {"bytes_per_s": 1e9, "latency_s": 1e-5},
+    }
+)
+BASE = Setting(LAB, batch=16, training=True)
 
 BETTER = (
     "set network.bytes_per_s=2e9",
