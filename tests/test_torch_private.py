@@ -167,3 +167,23 @@ def test_a_vmap_is_exported_with_its_levels_and_traced_below_autograd() -> None:
     made = [str(n.target) for n in traced.graph.nodes if n.op == "call_function"]
     assert made == ["aten.exp.default", "aten.sum.dim_IntList"]
     assert private.sets_gradient_mode(torch._C._set_grad_enabled)
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_failing_export_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    with private.quiet_failures(), pytest.raises(Exception, match="data-dependent"):
+        torch.export.export(Branches(), (torch.ones(2),), strict=False)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("made", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+def test_functional_gradients_call_a_function_first(made: Any) -> None:
+    calls: list[int] = []
+    with private.functional_gradients_call(lambda: calls.append(1)):
+        made(lambda x: x.sum())(torch.ones(2))
+    made(lambda x: x.sum())(torch.ones(2))
+    assert len(calls) == 1

@@ -11,6 +11,7 @@ from torch import nn
 from graphpar.errors import CaptureError
 from graphpar.frontend.convert import Converted, Literal
 from graphpar.frontend.fold import LEAST_BLOCKS, Exporter
+from graphpar.frontend.frames import blame
 from graphpar.frontend.objects import closed
 from graphpar.frontend.refusals import refuse_object_inputs
 from graphpar.frontend.torch_private import TreeSpec, flatten, unflatten
@@ -58,17 +59,19 @@ class Signature:
                 f"with {spec}. Call it like the example batch, or compile again."
             )
         bound = {}
-        for place, (expected, leaf) in enumerate(zip(self.inputs, leaves, strict=True)):
+        for path, expected, leaf in zip(leaf_paths(args, ordered), self.inputs, leaves, strict=True):
             if isinstance(expected, str):
                 if not isinstance(leaf, torch.Tensor):
                     raise ValueError(
-                        f"Argument {expected!r} was a tensor in the example batch, now it is {leaf!r}."
+                        f"Argument {path} was a tensor in the example batch, now it is {leaf!r}. Give a "
+                        "tensor, or compile again."
                     )
                 bound[expected] = leaf
             elif not _same_constant(leaf, expected.value):
                 raise ValueError(
-                    f"Argument number {place} was {expected.value!r} in the example batch and is part "
-                    f"of the captured graph; now it is {leaf!r}. Compile again for the other value."
+                    f"Argument {path} was {expected.value!r} in the example batch and is part of the "
+                    f"captured graph; now it is {_shown(leaf)}. Compile again for the other value, or "
+                    "make it a tensor."
                 )
         return bound
 
@@ -76,6 +79,23 @@ class Signature:
         """The user's output structure from flat results by name."""
         leaves = [r.value if isinstance(r, Literal) else values[r] for r in self.results]
         return closed(unflatten(leaves, self.output_spec))
+
+
+def _shown(leaf: Any) -> str:
+    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+
+
+def leaf_paths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """How a user would write each flat argument.
+
+    >>> leaf_paths((1, [2, 3]), {"scale": 4})
+    ['args[0]', 'args[1] (part 0)', 'args[1] (part 1)', 'scale']
+    """
+    paths = []
+    for name, value in (*((f"args[{i}]", a) for i, a in enumerate(args)), *kwargs.items()):
+        count = len(flatten(value)[0])
+        paths += [name] if count == 1 else [f"{name} (part {i})" for i in range(count)]
+    return paths
 
 
 def _same_constant(given: Any, captured: Any) -> bool:
@@ -126,17 +146,25 @@ def capture(
     Raises:
         CaptureError: Names the user's module, file and line, why, and what to try.
     """
+    _check_call(args, kwargs)
     refuse_object_inputs(args, kwargs)
     leaves, spec = flatten((tuple(args), dict(kwargs)))
+    leaves = [_plain(x) for x in leaves]
     batch = batch_size(leaves)
     exporter = Exporter(model, loss, training, fold)
 
     def run(size: int) -> tuple[Converted, TreeSpec]:
-        sized = [resize(x, batch, size) for x in leaves]
-        some_args, some_kwargs = unflatten(sized, spec)
-        return exporter.run(some_args, some_kwargs)
+        with torch.inference_mode(False):
+            sized = [resize(x, batch, size) for x in leaves]
+            some_args, some_kwargs = unflatten(sized, spec)
+            return exporter.run(some_args, some_kwargs)
 
     first, out_spec = run(batch)
+    if not any(isinstance(result, str) for result in first.results):
+        raise CaptureError(
+            f"The model, {blame(model, ())}, returns no tensor that it computes "
+            f"({_told(first.results)}), so that there is nothing to run. Return the tensors wanted."
+        )
     stamped = exporter.stamped
     ops, reason = _symbolic(first, out_spec, run, batch)
     ops, aliases = _merge_ties(model, ops)
@@ -150,6 +178,36 @@ def capture(
         output_spec=out_spec,
     )
     return Captured(graph, signature, first.constants, reason, stamped)
+
+
+def _check_call(args: Any, kwargs: Any) -> None:
+    """
+    Raises:
+        ValueError: Arguments that Python would take apart into other ones without a word.
+    """
+    if not isinstance(args, (tuple, list)):
+        hint = "args=(x,)" if isinstance(args, torch.Tensor) else "args=(first, second)"
+        if isinstance(args, Mapping):
+            hint = "kwargs={...} for keyword arguments, or args=(x,) for one dict"
+        raise ValueError(
+            f"args= must be a tuple of the model's positional arguments, not a {type(args).__name__}; "
+            f"give {hint}."
+        )
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"kwargs= must be a dict of keyword arguments, not a {type(kwargs).__name__}.")
+
+
+def _plain(leaf: Any) -> Any:
+    """A tensor made in inference mode as one that may be written to; anything else as it is."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.is_inference():
+        return leaf
+    with torch.inference_mode(False):
+        return leaf.clone()
+
+
+def _told(results: Sequence["str | Literal"]) -> str:
+    values = [r.value for r in results if isinstance(r, Literal)]
+    return ", ".join(map(repr, values[:3])) or "an empty structure"
 
 
 def batch_size(leaves: Sequence[Any]) -> int:

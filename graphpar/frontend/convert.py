@@ -79,6 +79,7 @@ def convert(
     differentiable: frozenset[int] = frozenset(),
     *,
     keeps_inputs: bool = False,
+    aliased: frozenset[int] = frozenset(),
 ) -> Converted:
     """Translate an exported program op by op.
 
@@ -87,11 +88,14 @@ def convert(
         model: The model, for its parameters' names.
         differentiable: Places of the flat inputs that carry gradients; none for a whole model.
         keeps_inputs: Whether a write to an input is refused; else it changes a copy.
+        aliased: Places of the flat inputs that share memory with others; a write to them is refused.
 
     Raises:
         CaptureError: An op cannot be translated; names the module and line.
     """
-    return _Converter(program, model, differentiable, Values(keeps_inputs=keeps_inputs)).run()
+    given = [s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    values = Values(keeps_inputs=keeps_inputs, shared=frozenset(given[place] for place in aliased))
+    return _Converter(program, model, differentiable, values).run()
 
 
 def renumbered(converted: Converted) -> Converted:
@@ -150,12 +154,9 @@ class _Converter:
             if node is not None:
                 self.values.env[node] = getattr(spec.arg, "value", None)
             return
-        if not isinstance(spec.arg, TensorArgument):
-            raise CaptureError(
-                f"Input {spec.arg.name!r} is a {type(spec.arg).__name__}; only tensors and constants "
-                "can be sent to workers. Pass it as a tensor, or make it an attribute of the model."
-            )
         node = nodes[spec.arg.name]
+        if not isinstance(spec.arg, TensorArgument):
+            raise self._not_a_tensor(spec, node)
         target = {
             InputKind.PARAMETER: "parameter",
             InputKind.BUFFER: "buffer",
@@ -169,6 +170,21 @@ class _Converter:
         if target in ("parameter", "input") and label in trained and op.type.is_floating:
             op = op.with_attrs(grad=True)
         self._emit(node, op)
+
+    def _not_a_tensor(self, spec: Any, node: fx.Node) -> CaptureError:
+        value = self.program.constants.get(spec.target or "")
+        reader = next(iter(node.users), node)
+        if isinstance(value, torch.Generator):
+            return unsupported(
+                reader,
+                "it draws from a torch.Generator of its own, with numbers that would depend on the plan; "
+                "leave generator= out (a job keys its numbers by Training(seed=)), or draw in __init__",
+            )
+        return unsupported(
+            reader,
+            f"it reads {spec.arg.name!r}, a {type(value or spec.arg).__name__}, and only tensors and "
+            "constants can be sent to workers; pass it as a tensor",
+        )
 
     def _emit(self, node: fx.Node, op: Op) -> None:
         self.values.ops[op.name] = op
@@ -185,7 +201,13 @@ class _Converter:
             if node not in needed:
                 continue
             if node.op == "call_function":
-                self._call(module, node)
+                try:
+                    self._call(module, node)
+                except (CaptureError, AssertionError):
+                    raise
+                except Exception as error:
+                    what = f"{node.target} cannot be translated ({type(error).__name__}: {error})"
+                    raise unsupported(node, what) from error
             elif node.op == "get_attr":
                 self._attribute(module, node)
             elif node.op == "output" and not outer:
@@ -239,7 +261,10 @@ class _Converter:
             values = [self._argument(a) for a in operands]
         else:
             raise unsupported(
-                node, f"the higher-order operator {higher} (control flow or a nested graph)"
+                node,
+                f"the higher-order operator {higher} (control flow or a nested graph); for torch.cond, "
+                "compute both branches and choose with torch.where(condition, a, b), for the others "
+                "write the loop in Python",
             )
         assert isinstance(body, fx.Node)
         inner = getattr(module, str(body.target))
@@ -332,7 +357,7 @@ class _Converter:
         ):  # fmt: skip
             if isinstance(value, cls):
                 return Symbol(kind, str(value).removeprefix("torch."))
-        raise CaptureError(f"An argument of type {type(value).__name__} cannot be kept in a graph.")
+        raise ValueError(f"an argument of type {type(value).__name__} cannot be kept in a graph")
 
     def _refuse_random_branches(self) -> None:
         """A branch on a number just drawn (a layer skipped at random) is another one at each step."""

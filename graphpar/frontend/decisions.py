@@ -10,12 +10,10 @@ Shapes that depend on values are answered in the same way: `x[mask]` and `nonzer
 in the example batch, and the count is checked.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +21,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from graphpar.errors import CaptureError
-from graphpar.frontend.refusals import left_as_it_was
+from graphpar.frontend.frames import users_line
+from graphpar.frontend.state import left_as_it_was
 from graphpar.frontend.torch_private import flatten, unflatten
 from graphpar.runtime.expected import expected
 
@@ -43,7 +42,6 @@ _SIZED = frozenset(
     """.split()
 )
 """Functions that take a tensor of one whole number for a size, and ask for its value inside of torch."""
-_TORCH_ROOT = torch.__path__[0]
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class _Record(_Asked):
 
     def answer(self, method: str, tensor: torch.Tensor, ask: Callable[[], Any]) -> Any:
         value = ask()
-        place = _user_line()
+        place = users_line()
         if isinstance(value, (bool, int, float)):
             self.made[place, method].append(Decision(place, method, value))
         return value
@@ -191,7 +189,7 @@ class _Answer(_Asked):
         self._answers, self._checks = answers, checks
 
     def answer(self, method: str, tensor: torch.Tensor, ask: Callable[[], Any]) -> Any:
-        noted = next(self._answers.get((_user_line(), method), iter(())), None)
+        noted = next(self._answers.get((users_line(), method), iter(())), None)
         if noted is None:
             return ask()
         self._checks.append(expected(tensor.detach(), float(noted.value), noted.place))
@@ -213,14 +211,3 @@ def record_decisions(model: nn.Module, call: Callable[[], Any]) -> Decisions:
     except Exception:
         return {}
     return dict(recorder.made)
-
-
-def _user_line() -> str:
-    """File and line of the innermost frame outside torch and this file."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name != __file__ and not name.startswith(_TORCH_ROOT):
-            return f"{name.rpartition('/')[2]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "an unknown line"

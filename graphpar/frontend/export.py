@@ -2,8 +2,8 @@
 
 import logging
 import re
-import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,22 +15,36 @@ from torch.export import ExportedProgram
 from graphpar.errors import CaptureError
 from graphpar.frontend.averages import averages_as_tensors
 from graphpar.frontend.decisions import Replay, record_decisions
+from graphpar.frontend.explain import ON_VALUES, explain_failure
 from graphpar.frontend.functions import functions_as_operators
-from graphpar.frontend.objects import opened
-from graphpar.frontend.refusals import (
+from graphpar.frontend.host import (
+    HostReads,
     host_randomness,
     host_state,
-    moved_numbers,
+    host_watched,
+    refuse_frozen,
+)
+from graphpar.frontend.objects import opened
+from graphpar.frontend.refusals import (
+    no_functional_gradients,
     no_tensor_hooks,
-    numbers_of,
-    refuse_counters,
     refuse_gradient_hooks,
     refuse_unready,
+)
+from graphpar.frontend.state import (
+    Kept,
+    attributes_left,
+    left_as_it_was,
+    moved_numbers,
+    numbers_of,
+    refuse_counters,
+    refuse_kept,
 )
 from graphpar.frontend.torch_private import (
     as_if_not_exported,
     code_on_demand,
     flatten,
+    quiet_failures,
     unflatten,
     vmap_can_be_exported,
 )
@@ -60,12 +74,14 @@ class Traced(nn.Module):
         self.replay = replay
         self.training = model.training
         self.moved: set[tuple[str, str]] = set()
+        self.kept: set[tuple[str, str]] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as the user would, and note which of its numbers change by that."""
-        before = numbers_of(self.model)
+        """Call the model as the user would, and note what it keeps of that in plain attributes."""
+        before, held = numbers_of(self.model), Kept.by(self.model)
         result = self._called(args, kwargs)
         self.moved.update(moved_numbers(self.model, before))
+        self.kept.update(Kept.by(self.model).changed_since(held))
         return result
 
     def _called(self, args: Any, kwargs: Any) -> Any:
@@ -134,6 +150,15 @@ def without_aliases(tree: Any, model: nn.Module | None = None) -> Any:
     return unflatten(fresh, spec)
 
 
+def aliased_places(tree: Any, model: nn.Module) -> frozenset[int]:
+    """Places of the flat arguments that share storage with another one or with the model's tensors."""
+    leaves, _ = flatten(tree)
+    places = {i: _storage(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    uses = Counter(places.values())
+    own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return frozenset(i for i, key in places.items() if uses[key] > 1 or key in own)
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return id(tensor) if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
 
@@ -165,43 +190,77 @@ def export(
     args, kwargs = without_aliases((tuple(args), dict(kwargs)), model)
     if loss is not None:
         refuse_gradient_hooks(model)
-    before = host_state()
-    with (
-        _mode(model, training),
-        _without_weights(model) as on_meta,
-        _watched(),
-        warnings.catch_warnings(),
-    ):
+    reads = HostReads(model)
+    before = host_state(reads)
+    with _mode(model, training), _without_weights(model) as on_meta, _watched(reads):
         args, kwargs = _moved(on_meta, (args, kwargs))
-        warnings.simplefilter("ignore")
+
+        def call() -> Any:
+            return Traced(model, loss)(*_copied(args), **_copied(kwargs))
+
         try:
             if isinstance(decide, Exception):
                 raise decide
-            program = _exported(Traced(model, loss), args, kwargs)
+            program = _exported(Traced(model, loss), args, kwargs, reads)
         except Exception as error:
             if isinstance(error, CaptureError) and error is not decide:
                 raise
-            again = _decided(model, loss, args, kwargs, error) if decide else None
+            again = _decided(model, loss, args, kwargs, error, reads) if decide else None
             if again is None:
                 if isinstance(error, CaptureError):
                     raise
-                raise CaptureError(explain_failure(model, error)) from error
+                eager = None if on_meta else _eager_failure(model, call)
+                raise CaptureError(explain_failure(model, error, eager)) from error
             program = again
-        if host_state() != before:
-            raise host_randomness(model, lambda: Traced(model, loss)(*args, **kwargs))
+        if host_state(reads) != before:
+            raise host_randomness(reads, call)
     return program
 
 
-def _exported(traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ExportedProgram:
+def _copied(tree: Any) -> Any:
+    """Arguments of which a model may change whatever it likes."""
+    leaves, spec = flatten(tree)
+    return unflatten([x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves], spec)
+
+
+def _eager_failure(model: nn.Module, call: Callable[[], Any]) -> Exception | None:
+    """What the model raises when it is simply called."""
+    try:
+        with left_as_it_was(model):
+            call()
+    except Exception as error:
+        return error
+    return None
+
+
+def _exported(
+    traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any], reads: HostReads
+) -> ExportedProgram:
+    model = traced.model
+
     def program() -> ExportedProgram:
-        with TRACING:
+        with TRACING, attributes_left(model):
             return torch.export.export(traced, tuple(args), dict(kwargs), strict=False)
 
+    def call() -> Any:
+        return traced(*_copied(args), **_copied(kwargs))
+
     made = program()
-    refuse_counters(
-        traced.model, traced.moved, lambda: traced(*args, **kwargs), lambda: str(program().graph)
-    )
+    kept = set(traced.kept)
+    refuse_counters(model, traced.moved, call, lambda: str(program().graph))
+    refuse_kept(model, kept, call)
+    refuse_frozen(reads, _described(made), lambda: _described(program()))
     return made
+
+
+def _described(program: ExportedProgram) -> str:
+    """All that tells one graph from another: its ops, and the values of its constants."""
+    constants = [f"{k}: {v.tolist()}" for k, v in program.constants.items() if _has_values(v)]
+    return "\n".join([str(program.graph), *constants])
+
+
+def _has_values(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "meta"
 
 
 def _decided(
@@ -210,23 +269,24 @@ def _decided(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     error: Exception,
+    reads: HostReads,
 ) -> ExportedProgram | None:
     """The export as the example batch goes in eager torch; None where that is not the remedy.
 
     Branches on values are taken as in the example batch. Where the failure has nothing to do with values,
     the model may go another way while it is exported than it does otherwise (transformers' masks do).
     """
-    on_values = re.search(_ON_VALUES, f"{type(error).__name__}: {error}", re.IGNORECASE)
-    decisions = record_decisions(model, lambda: Traced(model, loss)(*args, **kwargs))
+    on_values = re.search(ON_VALUES, f"{type(error).__name__}: {error}", re.IGNORECASE)
+    decisions = record_decisions(model, lambda: Traced(model, loss)(*_copied(args), **_copied(kwargs)))
     if on_values and not decisions:
         return None
     replay = Replay(decisions)
     try:
         if on_values:
-            program = _exported(Traced(model, loss, replay), args, kwargs)
+            program = _exported(Traced(model, loss, replay), args, kwargs, reads)
         else:
             with as_if_not_exported():
-                program = _exported(Traced(model, loss, replay), args, kwargs)
+                program = _exported(Traced(model, loss, replay), args, kwargs, reads)
     except CaptureError:
         raise
     except Exception:
@@ -238,15 +298,40 @@ def _decided(
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
-    """What torch.export needs help with, and what it would drop."""
+def _watched(reads: HostReads) -> Iterator[None]:
+    """What torch.export needs help with, and what it would drop or freeze."""
     with (
         code_on_demand(),
         functions_as_operators(),
-        no_tensor_hooks(),
+        no_tensor_hooks(reads.model),
+        no_functional_gradients(reads.model),
         averages_as_tensors(),
         vmap_can_be_exported(),
+        host_watched(reads),
+        quiet_failures(),
+        warnings.catch_warnings(),
+        _recording(),
     ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Gradients on and autocast off, whatever holds around the call of graphpar.
+
+    A graph holds what the model switches itself; a setting that holds around it would get lost.
+    """
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if kinds:
+        _log.warning(
+            "torch.autocast around graphpar is ignored; give precision=, or switch it on inside the model"
+        )
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         yield
 
 
@@ -263,10 +348,6 @@ def _mode(model: nn.Module, training: bool | None) -> Any:
 
 
 _log = logging.getLogger("graphpar.capture")
-_ON_VALUES = (
-    r"data.dependent|depends on the data|GuardOnDataDependent|unbacked|Could not extract specialized"
-    r"|item\(\)|_local_scalar"
-)
 
 
 @contextmanager
@@ -302,57 +383,3 @@ def _moved(on_meta: bool, tree: Any) -> Any:
     if on_meta:
         leaves = [x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in leaves]
     return unflatten(leaves, spec)
-
-
-_ADVICE = (
-    (r"vmap|batching rule|batching operators",
-     "it is called inside torch.vmap and has no batched form there",
-     "write the batch as a dimension of the tensors instead of using torch.vmap"),
-    (_ON_VALUES,
-     "the control flow or a shape depends on the values in a tensor, which no static graph can hold",
-     "compute both branches and choose with torch.where, or use a fixed size with a mask"),
-    (r"Unsupported.*(?:input|type)|Unsupported input",
-     "an argument has a type that torch.export does not know",
-     "pass tensors, numbers, strings, or nested tuples, lists and dicts of them"),
-    (r"device meta|Cannot copy out of meta|DeviceMismatch|on the same device|different devices",
-     "part of the model or of its inputs lives on another device than the rest",
-     "build model and example inputs on the same device"),
-    (r"missing \d+ required|unexpected keyword|takes \d+ positional",
-     "the example arguments do not match the model's forward signature",
-     "pass the example batch as args=(...) and kwargs={...} exactly as you would call the model"),
-    (r"shapes? cannot be multiplied|same reduction dim|size mismatch|must match the size|Expected.*dim",
-     "the example batch does not fit the model",
-     "run model(*args, **kwargs) once on its own; it should fail at the same line"),
-)  # fmt: skip
-
-
-def explain_failure(model: nn.Module, error: BaseException) -> str:
-    """What failed, in which of the user's modules, at which line, why, and what to try."""
-    text = f"{type(error).__name__}: {error}"
-    where = _blame(model, error)
-    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-    why, remedy = "torch.export cannot follow it", "see the message of torch.export below"
-    for pattern, reason, advice in _ADVICE:
-        if re.search(pattern, text, re.IGNORECASE | re.DOTALL):
-            why, remedy = reason, advice
-            break
-    return (
-        f"The model could not be captured at {where}: {why}. What to try: {remedy}. "
-        f"(torch: {type(error).__name__}: {first_line[:300]})"
-    )
-
-
-def _blame(model: nn.Module, error: BaseException) -> str:
-    """The deepest of the user's modules on the traceback, and the line it was at."""
-    names = {id(module): name for name, module in model.named_modules()}
-    place = f"module {type(model).__name__}"
-    torch_root = torch.__path__[0]
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        filename = frame.f_code.co_filename
-        if filename.startswith(torch_root) or filename == __file__:
-            continue
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and id(module) in names:
-            path = names[id(module)] or "(top)"
-            place = f"module {path!r} ({type(module).__name__}), {filename}:{line}"
-    return place

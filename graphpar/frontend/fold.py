@@ -23,7 +23,7 @@ from torch import nn
 from graphpar.errors import CaptureError
 from graphpar.frontend.blocks import Block, find_blocks
 from graphpar.frontend.convert import Converted, convert, renumbered
-from graphpar.frontend.export import export
+from graphpar.frontend.export import aliased_places, export
 from graphpar.frontend.torch_private import TreeSpec, flatten, output_spec, unflatten
 from graphpar.frontend.writes import BLOCK
 from graphpar.ir.ops import SOURCES, Op, map_arguments
@@ -266,24 +266,27 @@ class Exporter:
 
     def _whole(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Converted, TreeSpec]:
         program = export(self.model, args, kwargs, loss=self.loss, training=self.training)
+        aliased = aliased_places((tuple(args), dict(kwargs)), self.model)
         try:
-            converted = convert(program, self.model)
+            converted = convert(program, self.model, aliased=aliased)
         except CaptureError as error:  # a shape that depends on values is found only here
             program = export(
                 self.model, args, kwargs, loss=self.loss, training=self.training, decide=error
             )
-            converted = convert(program, self.model)
+            converted = convert(program, self.model, aliased=aliased)
         return renumbered(converted), output_spec(program)
 
     def _folded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Converted, TreeSpec]:
         calls = _Calls(self._blocks)
+
+        aliased = aliased_places((tuple(args), dict(kwargs)), self.model)
 
         def around() -> tuple[Converted, TreeSpec]:
             with calls.patched():
                 program = export(
                     self.model, args, kwargs, loss=self.loss, training=self.training, decide=False
                 )
-            return convert(program, self.model), output_spec(program)
+            return convert(program, self.model, aliased=aliased), output_spec(program)
 
         first, out_spec = around()
         templates = _Templates(calls.forms, self.training)

@@ -1,16 +1,14 @@
 """Where in the user's code a node of an exported graph comes from."""
 
-import os
 import re
 
-import torch
 from torch import fx
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.export import MODEL_PREFIX
+from graphpar.frontend.frames import is_users
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_NOT_THE_USERS = (torch.__path__[0], os.path.dirname(__file__))
 
 
 def strip_prefix(name: str) -> str:
@@ -39,6 +37,6 @@ def place(node: fx.Node) -> tuple[str, str]:
 
 def _source_line(trace: str) -> str:
     for filename, line in reversed(_FRAME.findall(trace)):
-        if not filename.startswith(_NOT_THE_USERS):
+        if is_users(filename):
             return f"{filename.rpartition('/')[2]}:{line}"
     return ""

@@ -5,6 +5,7 @@ for it that also knows registered classes such as transformers' `ModelOutput`.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch import predispatch
+from torch._functorch import eager_transforms, predispatch
 from torch._functorch import vmap as vmap_module
 from torch._guards import detect_fake_mode
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses import fake_tensor
 from torch.export import ExportedProgram
+from torch.export import _trace as export_trace
 from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -73,6 +77,44 @@ def code_on_demand() -> Iterator[None]:
     """
     with _use_lazy_graph_module(True):
         yield
+
+
+@contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Keep torch.export from writing to stderr when it fails: whole graphs, tracebacks, guesses."""
+    module: Any = export_trace
+    names = "torch.export", *(m.__name__ for m in (export_trace, symbolic_shapes, fake_tensor))
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.disabled for logger in loggers]
+    module.print = lambda *_, **__: None
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        del module.print
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+@contextmanager
+def functional_gradients_call(function: Callable[[], None]) -> Iterator[None]:
+    """Within it, `torch.func.grad`, `vjp`, `jvp` and what is made of them call a function first."""
+    module: Any = eager_transforms
+    before = module.grad_increment_nesting, module.jvp_increment_nesting
+
+    def first(original: Any) -> Any:
+        def entered() -> Any:
+            function()
+            return original()
+
+        return entered
+
+    module.grad_increment_nesting, module.jvp_increment_nesting = map(first, before)
+    try:
+        yield
+    finally:
+        module.grad_increment_nesting, module.jvp_increment_nesting = before
 
 
 @contextmanager

@@ -60,12 +60,14 @@ class Values:
         env: What each node of the exported graph stands for at this point.
         views: For each value that is a view, the value it views.
         keeps_inputs: Whether a write to an input is refused; else it changes a copy.
+        shared: Inputs whose memory another input, or the model, uses as well.
     """
 
     ops: dict[str, Op] = field(default_factory=dict)
     env: dict[fx.Node, Argument] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     keeps_inputs: bool = False
+    shared: frozenset[str] = frozenset()
 
     def fresh(self, name: str) -> str:
         candidate, count = name, 0
@@ -112,14 +114,25 @@ class Values:
                 "first call in a mode only, call it once in that mode before",
             )
         if root.target == "input":
-            _log.warning("%s overwrites the argument %s; the caller's tensor stays as it is",
-                         op.target, root.args[0])  # fmt: skip
+            self._refuse_shared(node, op, str(root.args[0]))
+            _log.warning(
+                "%s overwrites the argument %s at module %r, %s; the caller's tensor stays as it is",
+                op.target, root.args[0], op.module or "(top)", op.source,
+            )  # fmt: skip
         others = [n for n in self.ops if n not in chain and self._view_chain(n)[-1] == root.name]
         if any(self._read_later(name, node) for name in others):
             raise unsupported(node, f"{op.target} writes to storage that another live value shares")
         new = self._keep_type(functional)
         self._redirect(first.name, new.name)
         return self._write_back(node, op, chain, new)
+
+    def _refuse_shared(self, node: fx.Node, op: Op, label: str) -> None:
+        if label in self.shared:
+            raise unsupported(
+                node,
+                f"{op.target} overwrites the argument {label}, whose memory another argument, or the "
+                "model, uses as well and would see the change; write to a clone, or pass a clone",
+            )
 
     def _write_back(self, node: fx.Node, op: Op, chain: list[str], new: Op) -> Op:
         """Carry a written value to all that it was a view of; returns it as a view of the new base."""

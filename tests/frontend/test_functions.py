@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_function(function: Callable[[Calls, Tensor, 
         (lambda s, h, y: use(InPlace, h * 1).sum(), "InPlace changes its arguments in place"),
         (lambda s, h, y: use(Noisy, h).sum(), "Noisy draws random numbers"),
         (lambda s, h, y: (h * float(np.random.rand())).sum(), "draws random numbers with NumPy"),
-        (lambda s, h, y: (h * random.random()).sum(), r"'\(top\)' \(Calls\) draws random numbers"),
+        (lambda s, h, y: (h * random.random()).sum(), r"\(Calls\), .*_functions.py:\d+, draws"),
         (lambda s, h, y: (h.register_hook(lambda g: g * 2), h.sum())[1], "hook on its gradient"),
     ],
     ids=["in place", "random", "numpy", "random module", "hook"],
@@ -143,7 +143,7 @@ def test_the_innermost_module_that_draws_on_the_host_is_named() -> None:
             return x if np.random.rand() < 0.5 else 2 * x
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Skip()))
-    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\) draws"):
+    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\), .*_functions.py:143, draws"):
         ready(model, (X,), loss=None)
 
 

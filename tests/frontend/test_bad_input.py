@@ -1,0 +1,264 @@
+"""Each kind of bad input is refused with module, line, reason and a remedy, and the remedy works."""
+
+import datetime
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import date
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from one_device import Calls, assert_as_eager
+from torch import Tensor, nn
+
+from graphpar.errors import CaptureError
+from graphpar.frontend.capture import capture
+
+X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
+STREAM = np.random.default_rng(0)
+Function = Callable[[Calls, Tensor, Tensor], Any]
+
+
+def functional(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    gradient: Tensor = torch.func.grad(lambda t: (t * s.vector).pow(3).sum())(h)
+    return gradient.square().mean()
+
+
+def by_autograd(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad((h * s.vector).pow(3).sum(), h, create_graph=True)
+    return gradient.square().mean()
+
+
+def conditional(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    made: Tensor = torch.cond(h.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (h,))
+    return made.sum()
+
+
+def both_branches(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    return torch.where(h.sum() > 0, h.sin(), h.cos()).sum()
+
+
+def to_numpy(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    return (h * torch.from_numpy(np.tanh(h.detach().numpy()))).sum()
+
+
+def in_torch(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    return (h * torch.tanh(h.detach())).sum()
+
+
+def own_generator(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    return (h * torch.rand(4, 4, generator=torch.Generator().manual_seed(3))).sum()
+
+
+def fixed_seed(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return (h * torch.rand_like(h)).sum()
+
+
+def fixed_numbers(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    return (h * s.buffer[:4]).sum()
+
+
+def elsewhere(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    return (h + torch.ones(4).to("cuda:99")).sum()
+
+
+def here(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    return (h + torch.ones(4).to(h.device)).sum()
+
+
+def fails_itself(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    raise ValueError("this size is not supported")
+
+
+REFUSED: tuple[tuple[Function, str, Function | None], ...] = (
+    (functional, "torch.func .*torch.autograd.grad", by_autograd),
+    (conditional, "torch.cond.*torch.where", both_branches),
+    (to_numpy, "NumPy.*compute it with torch", in_torch),
+    (own_generator, "torch.Generator.*leave generator= out", None),
+    (fixed_seed, "seeds torch with 3 .*buffer", fixed_numbers),
+    (elsewhere, "a device that this machine does not have.*x.device", here),
+    (fails_itself, "the model itself fails.*on its own.*ValueError: this size is not", None),
+)
+
+
+@pytest.mark.parametrize(("bad", "why", "remedy"), REFUSED, ids=lambda f: getattr(f, "__name__", ""))
+def test_refused_by_name_with_a_remedy_that_works(
+    bad: Function, why: str, remedy: Function | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CaptureError, match=why) as caught:
+        capture(Calls(bad), (X, Y), {}, loss="returned")
+    assert "(top)" in str(caught.value) and ".py:" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    if remedy is not None:
+        assert_as_eager(Calls(remedy), (X, Y))
+
+
+def shifted(moment: float) -> float:
+    return moment % 7.0
+
+
+FROZEN: dict[str, Callable[[], float]] = {
+    "time.time": lambda: shifted(time.time()),
+    "perf_counter": lambda: shifted(perf_counter()),
+    "time.monotonic_ns": lambda: shifted(time.monotonic_ns() / 1e9),
+    "time.localtime": lambda: time.localtime().tm_yday,
+    "datetime.now": lambda: datetime.datetime.now().month,
+    "date.today": lambda: date.today().day,
+    "uuid.uuid4": lambda: uuid.uuid4().int % 1000,
+    "default_rng.. without a seed": lambda: np.random.default_rng().random(),
+    "random numbers with NumPy": lambda: float(STREAM.random()),
+    "draws random numbers": lambda: random.gauss(),
+}
+
+
+@pytest.mark.parametrize("what", FROZEN)
+def test_what_the_host_tells_is_not_frozen(what: str) -> None:
+    read = FROZEN[what]
+    with pytest.raises(CaptureError, match=rf"{what}.*torch.rand") as caught:
+        capture(Calls(lambda s, h, y: (h * read()).sum()), (X, Y), {}, loss="returned")
+    assert "(top)" in str(caught.value) and "test_bad_input.py:" in str(caught.value)
+    assert (time.time, datetime.date) == (time.time, date)
+    assert type(datetime.datetime.now()) is datetime.datetime
+
+
+def test_a_model_may_time_itself_and_be_told_the_time() -> None:
+    class Timed(nn.Module):
+        spent_s = 0.0
+
+        def forward(self, x: Tensor, now: Tensor) -> Tensor:
+            began = time.perf_counter()
+            seeded = np.random.default_rng(0).random()
+            result = (x * now).sum() * seeded
+            self.spent_s = time.perf_counter() - began
+            return result
+
+    model = Timed()
+    assert not capture(model, (X, torch.tensor(time.time())), {}).unsplittable
+    assert model.spent_s == 0.0
+
+
+class Remembers(nn.Module):
+    """Keeps its last state in a plain attribute, a list or a buffer; its result depends on it or not."""
+
+    def __init__(self, how: str, used: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.how, self.used = how, used
+        self.past: Any = [] if how == "list" else None
+        if how == "buffer":
+            del self.past
+            self.register_buffer("past", torch.zeros(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        past = self.past[-1] if self.how == "list" and self.past else self.past
+        if isinstance(past, Tensor) and self.used:
+            h = h + past
+        if self.how == "list":
+            self.past.append(h.detach())
+        elif self.how == "buffer":
+            self.past.copy_(h.detach())
+        else:
+            self.past = h.detach()
+        return h.square().mean()
+
+
+@pytest.mark.parametrize("how", ["attribute", "list"])
+def test_state_in_plain_attributes_is_refused_where_it_matters(how: str) -> None:
+    model = Remembers(how)
+    with pytest.raises(CaptureError, match=r"\(Remembers, .*_input.py:\d+\).*\(past\).*register_buffer"):
+        capture(model, (X,), {}, loss="returned")
+    assert not model.past
+    model = Remembers(how, used=False)
+    assert not capture(model, (X,), {}, loss="returned").unsplittable
+    assert not model.past
+
+
+def test_the_same_state_in_a_buffer_goes_through() -> None:
+    assert_as_eager(Remembers("buffer"), (X,))
+
+
+def test_an_argument_that_is_written_and_shared_is_refused() -> None:
+    class Writes(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            a.mul_(2)
+            return a + b
+
+    with pytest.raises(CaptureError, match=r"\(top\).*_input.py:.*memory another argument.*clone"):
+        capture(Writes(), (X, X), {})
+    before = X.clone()
+    capture(Writes(), (X, X.clone()), {})
+    assert torch.equal(X, before)
+
+
+def test_arguments_are_not_written_to_where_values_are_asked_for() -> None:
+    def asks(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        y += 1
+        return h.sum() if y.sum() > 0 else h.mean()
+
+    y = Y.clone()
+    capture(Calls(asks), (X, y), {}, loss="returned")
+    assert torch.equal(y, Y)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "why"),
+    [
+        (X, {}, r"not a Tensor; give args=\(x,\)"),
+        ({"x": X}, {}, r"not a dict; give kwargs="),
+        ((X,), [Y], "kwargs= must be a dict"),
+    ],
+)
+def test_arguments_that_python_would_take_apart(args: Any, kwargs: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        capture(Calls(here), args, kwargs)
+
+
+def yields(s: Calls, h: Tensor, y: Tensor) -> Iterator[Tensor]:
+    yield h
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        (lambda s, h, y: None, r"returns no tensor that it computes \(None\)"),
+        (lambda s, h, y: {"size": 3}, r"returns no tensor that it computes \(3\)"),
+        (yields, "returns a generator.*a tuple or a list"),
+    ],
+)
+def test_results_that_hold_no_tensor(output: Function, why: str) -> None:
+    with pytest.raises(CaptureError, match=rf"'\(top\)' \(Calls\), .*\.py:\d+.*{why}"):
+        capture(Calls(output), (X, Y), {})
+
+
+def test_a_plain_argument_that_changes_is_named() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float = 1.0, mode: str = "a") -> Tensor:
+            return x * scale if mode == "a" else x
+
+    signature = capture(Scaled(), (X, 2.0), {"mode": "a"}).signature
+    with pytest.raises(ValueError, match=r"Argument args\[1\] was 2.0 .* it is 3.0. Compile again"):
+        signature.bind((X, 3.0), {"mode": "a"})
+    with pytest.raises(ValueError, match=r"Argument mode was 'a' .* it is 'b'"):
+        signature.bind((X, 2.0), {"mode": "b"})
+    with pytest.raises(ValueError, match=r"Argument args\[1\] was 2.0 .* a tensor of shape \(\)"):
+        signature.bind((X, torch.tensor(2.0)), {"mode": "a"})
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_settings_around_the_capture_do_not_enter_the_graph(around: Any) -> None:
+    def without(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = h.exp()
+        return (h * scale).sum()
+
+    model = Calls(without)
+    wanted = capture(model, (X, Y), {}, loss="returned").graph
+    assert "aten.detach.default" in {op.target for op in wanted.ops}
+    with around(), torch.autocast("cpu", torch.bfloat16):
+        assert capture(model, (X * 1, Y), {}, loss="returned").graph.ops == wanted.ops
