@@ -9,6 +9,7 @@ from torch import nn
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
+from graphpar.frontend.refusals import warn_of_bad_weights
 from graphpar.hf_models import hf_buffers
 from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, Example, plan_prepared
 from graphpar.plans import Plan, hash_of
@@ -152,6 +153,7 @@ def compile(
     where = as_cluster(cluster)
     CompiledModel.warm_up()
     prepared = prepare(model, args, kwargs or {}, train)
+    warn_of_bad_weights(model)
 
     def decide() -> Plan:
         if plan is None:

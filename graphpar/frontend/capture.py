@@ -66,6 +66,7 @@ class Signature:
                         f"Argument {path} was a tensor in the example batch, now it is {leaf!r}. Give a "
                         "tensor, or compile again."
                     )
+                _refuse_form(path, leaf)
                 bound[expected] = leaf
             elif not _same_constant(leaf, expected.value):
                 raise ValueError(
@@ -79,6 +80,20 @@ class Signature:
         """The user's output structure from flat results by name."""
         leaves = [r.value if isinstance(r, Literal) else values[r] for r in self.results]
         return closed(unflatten(leaves, self.output_spec))
+
+
+def _refuse_form(path: str, tensor: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: The tensor holds no values, or not in a form that can be sent.
+    """
+    if tensor.device.type == "meta":
+        raise ValueError(f"Argument {path} is on the meta device and holds no values; give them.")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(
+            f"Argument {path} is a {'quantized' if tensor.is_quantized else tensor.layout} tensor, which "
+            "cannot be sent to workers; give tensor.to_dense() or tensor.dequantize()."
+        )
 
 
 def _shown(leaf: Any) -> str:
@@ -150,6 +165,9 @@ def capture(
     refuse_object_inputs(args, kwargs)
     leaves, spec = flatten((tuple(args), dict(kwargs)))
     leaves = [_plain(x) for x in leaves]
+    for path, leaf in zip(leaf_paths(args, kwargs), leaves, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+            _refuse_form(path, leaf)
     batch = batch_size(leaves)
     exporter = Exporter(model, loss, training, fold)
 

@@ -3,9 +3,11 @@
 - Modules of torch.jit, and lazy ones that have no shapes yet.
 - Arguments that are objects with tensors inside, such as a cache: a model may write to them.
 - Gradient hooks: a graph keeps the forward; what a hook does to gradients would be lost.
+- Weights of NaN are said.
 - `torch.func.grad` and its like, which torch.export records with what they differentiate held constant.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,8 @@ from graphpar.errors import CaptureError
 from graphpar.frontend.frames import blame, running
 from graphpar.frontend.objects import plain_objects
 from graphpar.frontend.torch_private import functional_gradients_call, has_gradient_hook
+
+_log = logging.getLogger("graphpar.capture")
 
 
 def refuse_unready(model: nn.Module) -> None:
@@ -37,6 +41,22 @@ def refuse_unready(model: nn.Module) -> None:
                 f"Tensor {name!r} of the model is lazy and has no shape yet. Call the model once on a "
                 "batch before giving it to graphpar."
             )
+
+
+def warn_of_bad_weights(model: nn.Module) -> None:
+    """Say so where weights hold NaN or infinity: all that follows will, too."""
+    bad = [name for name, tensor in model.named_parameters() if not _is_finite(tensor)]
+    if bad:
+        more = f" and {len(bad) - 3} others" if len(bad) > 3 else ""
+        _log.warning("Weights hold NaN or infinity: %s%s; results will, too", ", ".join(bad[:3]), more)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.device.type == "meta" or not tensor.is_floating_point() or is_lazy(tensor):
+        return True
+    flat = tensor.detach()
+    # A sum takes a fraction of the time of looking at each number, but may overflow.
+    return bool(torch.isfinite(flat.sum(dtype=torch.float64)) or torch.isfinite(flat).all())
 
 
 def refuse_object_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.capture import capture
+from graphpar.frontend.refusals import warn_of_bad_weights
 
 X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
 STREAM = np.random.default_rng(0)
@@ -262,3 +263,21 @@ def test_settings_around_the_capture_do_not_enter_the_graph(around: Any) -> None
     assert "aten.detach.default" in {op.target for op in wanted.ops}
     with around(), torch.autocast("cpu", torch.bfloat16):
         assert capture(model, (X * 1, Y), {}, loss="returned").graph.ops == wanted.ops
+
+
+@pytest.mark.parametrize(
+    ("given", "why"), [(X.to("meta"), "holds no values"), (X.to_sparse(), "sparse.*to_dense")]
+)
+def test_tensors_that_cannot_be_sent_are_refused_before_anything_runs(given: Tensor, why: str) -> None:
+    captured = capture(nn.Linear(4, 4), (X,), {})
+    with pytest.raises(ValueError, match=rf"Argument args\[0\] .*{why}"):
+        captured.signature.bind((given,), {})
+
+
+def test_weights_of_nan_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    warn_of_bad_weights(model)
+    assert not caplog.records
+    next(model[1].parameters()).data[0, 0] = float("nan")
+    warn_of_bad_weights(model)
+    assert "1.weight" in caplog.text and "0.weight" not in caplog.text
