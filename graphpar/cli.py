@@ -7,9 +7,11 @@ Exit codes: 0 ok, 2 usage or configuration, 3 infeasible, 4 capture failed, 5 ru
 differ, 130 interrupted; 1, without a word, when the reader of stdout went away.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -137,7 +139,20 @@ def graphpar(settings: Settings, debug: bool, verbose: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     warnings.formatwarning = _plain_warning
-    sys.exit(run(arguments, Settings()))
+    code = run(arguments, Settings())
+    if arguments is None and _compiles():
+        # Waiting for a compiler that nobody needs any more would pass a time limit by seconds.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _compiles() -> bool:
+    """Whether a search is still being compiled in the background."""
+    warm = sys.modules.get("graphpar.partition.shard_warm")
+    return warm is not None and warm.is_compiling()
 
 
 def _plain_warning(

@@ -8,10 +8,12 @@ https://github.com/msr-fiddle/dnn-partitioning): operators with CPU and accelera
 colour classes and transfer costs.
 """
 
+import contextlib
+import gc
 import gzip
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.errors import PlanError
+from graphpar.partition.clock import ShouldStop, in_time, never
 
 IMPOSSIBLE_COST = 10**18
 """Costs at or above this stand for "this combination cannot be"."""
@@ -111,7 +114,9 @@ class PlacementProblem:
 
 Problem: TypeAlias = ShardingProblem | PlacementProblem
 
-_Costs: TypeAlias = list[list[Number]]
+_Row: TypeAlias = tuple[Number, ...]
+_Costs: TypeAlias = list[_Row]
+_ROW = msgspec.json.Decoder(_Row)
 
 
 _Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
@@ -126,7 +131,8 @@ class _ShardingNodes(msgspec.Struct):
 
 class _ShardingEdges(msgspec.Struct):
     nodes: list[list[int]]
-    costs: _Costs
+    costs: list[msgspec.Raw]
+    """Nearly all of a large file; read edge by edge, so that reading can be cut short."""
 
 
 class _ShardingBody(msgspec.Struct):
@@ -167,25 +173,45 @@ class _PlacementFile(msgspec.Struct):
     memory_limit: float = msgspec.field(name="maxSizePerFPGA")
 
 
-def read_problem(path: str | Path) -> Problem:
+def read_problem(path: str | Path, should_stop: ShouldStop = never) -> Problem:
     """Read a problem file, `.json` or `.json.gz`, and recognise which of the two formats it is.
 
     Raises:
         ProblemError: The file is missing, truncated, of neither format, or inconsistent.
+        OutOfTimeError: It was time to stop.
     """
     path = Path(path)
-    return parse_problem(_read_bytes(path), name=path.name)
+    data = _read_bytes(path)
+    with _no_garbage_collection():
+        return parse_problem(data, path.name, should_stop)
 
 
-def parse_problem(data: bytes, name: str = "problem") -> Problem:
-    """The problem held in JSON bytes; `name` stands in error messages. Raises ProblemError."""
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of numbers in lists hold no cycles, and looking for some takes a third of the reading."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = never) -> Problem:
+    """The problem held in JSON bytes; `name` stands in error messages.
+
+    Raises:
+        ProblemError: The data are truncated, of neither format, or inconsistent.
+        OutOfTimeError: It was time to stop.
+    """
     try:
         keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProblemError(f"{name}: not a JSON object ({error}); is the file whole?") from error
     try:
         if "problem" in keys:
-            return _sharding(msgspec.json.decode(data, type=_ShardingFile).problem, name)
+            return _sharding(msgspec.json.decode(data, type=_ShardingFile).problem, name, should_stop)
         if "maxFPGAs" in keys:
             return _placement(msgspec.json.decode(data, type=_PlacementFile), name)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -209,7 +235,7 @@ def _read_bytes(path: Path) -> bytes:
         raise ProblemError(f"{path}: damaged gzip data ({error}); is the file whole?") from error
 
 
-def _sharding(body: _ShardingBody, name: str) -> ShardingProblem:
+def _sharding(body: _ShardingBody, name: str, should_stop: ShouldStop) -> ShardingProblem:
     nodes, edges = body.nodes, body.edges
     count = len(nodes.costs)
     if len(nodes.intervals) != count or len(nodes.usages) != count:
@@ -230,24 +256,30 @@ def _sharding(body: _ShardingBody, name: str) -> ShardingProblem:
         raise ProblemError(
             f"{name}: edges.nodes has {len(edges.nodes)} entries, edges.costs {len(edges.costs)}"
         )
-    for edge, (ends, costs) in enumerate(zip(edges.nodes, edges.costs, strict=True)):
+    edge_costs: _Costs = []
+    for edge, (ends, raw) in in_time(enumerate(zip(edges.nodes, edges.costs, strict=True)), should_stop):
+        try:
+            costs = _ROW.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProblemError(f"{name}: edge {edge} costs: {error}") from error
         _check_edge(ends, costs, nodes.costs, f"{name}: edge {edge}")
+        edge_costs.append(costs)
     if body.usage_limit is not None:
-        _require_finite([body.usage_limit], f"{name}: usage_limit")
+        _require_finite((body.usage_limit,), f"{name}: usage_limit")
         if body.usage_limit < 0:
             raise ProblemError(f"{name}: usage_limit is negative: {body.usage_limit}")
     return ShardingProblem(
         name=body.name or name,
         intervals=tuple(nodes.intervals),
-        node_costs=tuple(map(tuple, nodes.costs)),
-        usages=tuple(map(tuple, nodes.usages)),
+        node_costs=tuple(nodes.costs),
+        usages=tuple(nodes.usages),
         edge_nodes=tuple(map(tuple, edges.nodes)),
-        edge_costs=tuple(map(tuple, edges.costs)),
+        edge_costs=tuple(edge_costs),
         usage_limit=body.usage_limit,
     )
 
 
-def _check_edge(ends: list[int], costs: list[Number], node_costs: _Costs, where: str) -> None:
+def _check_edge(ends: list[int], costs: _Row, node_costs: _Costs, where: str) -> None:
     if len(ends) not in (1, 2):
         raise ProblemError(f"{where} joins {len(ends)} nodes; only one or two are understood")
     size = 1
@@ -260,7 +292,7 @@ def _check_edge(ends: list[int], costs: list[Number], node_costs: _Costs, where:
     _require_finite(costs, f"{where} costs")
 
 
-def _require_finite(numbers: list[Number], where: str) -> None:
+def _require_finite(numbers: _Row, where: str) -> None:
     # JSON has no NaN, but 1e999 reads as infinity, and whole numbers may have any length.
     try:
         finite = math.isfinite(math.fsum(map(abs, numbers)))

@@ -33,6 +33,7 @@ from graphpar.partition.reduce import reduce_graph, reduce_problem
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_exact import solve_exactly
+from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import count_pairs
 from graphpar.partition.shard_local import LocalSearch, Walker, promises
@@ -40,7 +41,7 @@ from graphpar.partition.shard_memory import MemoryMatrix
 from graphpar.partition.shard_plain import plain_bound, plain_choice
 from graphpar.partition.shard_search import WindowSearch
 from graphpar.partition.shard_state import Candidate, State
-from graphpar.partition.shard_warm import Stage, go_on_warming, warm_up
+from graphpar.partition.shard_warm import Stage, go_on_warming, is_compiling, warm_up
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _REDUCTIONS_SHARE = 0.5
@@ -48,6 +49,9 @@ _REDUCTIONS_SHARE = 0.5
 
 _COMPILER_SHARE = 0.05
 """Share of the time limit that the reductions wait for their compiled loops."""
+
+_FIRST_SHARE = 0.2
+"""Share of the time limit that a first answer to a large problem waits for its compiled loops."""
 
 _INSTANT_PAIRS = 20_000
 """Pairs up to which reductions, a first answer and a first bound take well under a second."""
@@ -114,7 +118,6 @@ def solve_sharding(
         time_limit_s,
         max(gap, OPTIMALITY_TOLERANCE),
         progress,
-        _whole(problem.node_costs) and _whole(problem.edge_costs),
     )
     infeasible = False
     with contextlib.suppress(OutOfTimeError):
@@ -130,6 +133,8 @@ def _whole(costs: tuple[tuple[Number, ...], ...]) -> bool:
 def _search(state: State, threads: int, seed: int) -> bool:
     """All phases; returns whether infeasibility was proven. Raises OutOfTimeError at any point."""
     warm_up(Stage.REDUCE, _COMPILER_SHARE * state.time_limit_s)
+    _instant_answer(state)
+    state.integral = _whole(state.problem.node_costs) and _whole(state.problem.edge_costs)
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
     clock = never if state.problem.num_pairs <= _INSTANT_PAIRS else state.out_of_time
     graph, rows = reduce_problem(
@@ -154,6 +159,17 @@ def _search(state: State, threads: int, seed: int) -> bool:
         return run.improve()
     finally:
         run.stop()
+
+
+def _instant_answer(state: State) -> None:
+    """An answer to a large problem before anything long begins, if the compiler is there in time."""
+    if state.problem.num_pairs <= _INSTANT_PAIRS or not COMPILED or state.out_of_time():
+        return
+    if warm_up(Stage.FIRST, _FIRST_SHARE * state.time_limit_s):
+        state.phase = "first answer"
+        answer = first_choice(state.problem)
+        if answer is not None:
+            state.take(answer)
 
 
 def _plain_answer(
@@ -406,22 +422,24 @@ class _Run:
         if cost < self.best_cost:
             state.offer(Candidate(small, memory.vertices, chosen, cost), at_once=True)
         if state.answer is not None and state.objective < self.best_cost:
-            self.best = _locate(self.graph, self.dual.vertices, state.answer)
-            self.best_cost = state.objective
+            located = _locate(self.graph, self.dual.vertices, state.answer)
+            if located is not None:
+                self.best, self.best_cost = located, state.objective
 
 
 def _pairs_kept(graph: ShardingGraph, kept: dict[int, IntArray]) -> int:
     return sum(len(kept[u]) * len(kept[v]) for u, tables in graph.tables.items() for v in tables if u < v)
 
 
-def _locate(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> IntArray:
-    """The choice in `graph` that expands to `answer`."""
+def _locate(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> IntArray | None:
+    """The choice in `graph` that expands to `answer`; None if that has strategies dropped since."""
     chosen = np.zeros(len(vertices), dtype=np.intp)
     for p, u in enumerate(vertices):
         match = np.ones(len(graph.costs[u]), dtype=np.bool_)
         for node, map_ in graph.members[u]:
             match &= map_ == answer[node]
-        assert match.any(), "an incumbent came from the graph itself"
+        if not match.any():
+            return None
         chosen[p] = match.argmax()
     return chosen
 
@@ -442,7 +460,7 @@ def _conclude(state: State, infeasible: bool) -> Solved[list[int]]:
         note = "no choice of strategies is possible within the memory limit"
         return Solved("infeasible", None, None, None, seconds, None, None, note)
     bound = state.bound if math.isfinite(state.bound) else None
-    if not warm_up(Stage.SEARCH, 0.0) and not state.closed():
+    if is_compiling() and not state.closed():
         note = _NOT_WARM
     if state.answer is None:
         return Solved("unknown", None, bound, None, seconds, "time limit", None, note)

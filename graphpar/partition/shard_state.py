@@ -35,7 +35,8 @@ class State:
     time_limit_s: float
     gap: float
     progress: ProgressCallback
-    integral: bool
+    integral: bool = False
+    """Whether all costs are whole numbers, so that bounds may be rounded up."""
     objective: float = math.inf
     answer: list[int] | None = None
     bound: float = -math.inf
@@ -92,13 +93,16 @@ class State:
             return
         began_s = self.elapsed_s()
         choice = {u: int(i) for u, i in zip(candidate.vertices, candidate.chosen, strict=True)}
-        answer = candidate.graph.expand(choice, self.problem.num_nodes)
+        self.take(candidate.graph.expand(choice, self.problem.num_nodes))
+        self.check_s = max(self.check_s, self.elapsed_s() - began_s)
+        self.next_check_s = self.elapsed_s() + self.check_s / _CHECKS_SHARE
+
+    def take(self, answer: list[int]) -> None:
+        """Take an answer as incumbent if the file itself says that it is feasible and better."""
         verdict = check_sharding(self.problem, answer)
         if verdict.feasible and verdict.cost < self.objective:
             self.objective, self.answer = float(verdict.cost), answer
             self.tell()
-        self.check_s = max(self.check_s, self.elapsed_s() - began_s)
-        self.next_check_s = self.elapsed_s() + self.check_s / _CHECKS_SHARE
 
     def tell(self) -> None:
         """Report progress, if there is any."""

@@ -3,11 +3,13 @@
 The first run of an installation compiles for some ten seconds of CPU time, later ones load what lies on
 disk. The compiler works in a thread of its own and in the order in which a run needs things. Reductions,
 a first answer and a first bound come from array operations until it is done with their loops. Most of
-a compilation holds the interpreter's lock, so it goes on after the reductions only when told to.
+a compilation holds the interpreter's lock, so what comes after the first answer waits to be called for.
 """
 
+import atexit
 import enum
 import threading
+from queue import SimpleQueue
 
 from graphpar.errors import GraphparError
 from graphpar.partition.jit import COMPILED
@@ -15,6 +17,8 @@ from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.reduce_loops import compile_all
 from graphpar.partition.shard_dual import DualAscent
+from graphpar.partition.shard_first import first_choice
+from graphpar.partition.shard_graph import IntArray
 from graphpar.partition.shard_local import LocalSearch
 from graphpar.tracing import TRACING
 
@@ -22,67 +26,95 @@ from graphpar.tracing import TRACING
 class Stage(enum.Enum):
     """What a run needs compiled, in the order of its need."""
 
-    REDUCE, BOUND, SEARCH = range(3)
+    REDUCE, FIRST, BOUND, SEARCH = range(4)
 
 
 class _Compiler:
-    """A thread that compiles, what it has made ready, and what stopped it."""
+    """A thread that compiles what is asked for, what it has made ready, and what stopped it."""
 
     def __init__(self) -> None:
         self.ready = {stage: threading.Event() for stage in Stage}
-        self.may_go_on = threading.Event()
+        self.asked: set[Stage] = set()
         self.fault: Exception | None = None
         self._lock = threading.Lock()
+        self._queue: SimpleQueue[Stage | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._sample: tuple[DualAscent, IntArray] | None = None
+        self._stopping = False
 
-    def wait(self, stage: Stage, most_s: float) -> bool:
+    def ask(self, *stages: Stage) -> None:
+        """Have stages compiled, one after the other."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self.run, name="graphpar-compiler", daemon=True)
                 self._thread.start()
-        return self.ready[stage].wait(max(0.0, most_s))
+                atexit.register(self._end)
+            for stage in stages:
+                if stage not in self.asked:
+                    self.asked.add(stage)
+                    self._queue.put(stage)
+
+    def is_busy(self) -> bool:
+        """Whether something asked for is not ready."""
+        return any(not self.ready[stage].is_set() for stage in self.asked)
+
+    def _end(self) -> None:
+        # A thread that the interpreter's end stops inside the compiler takes the process down.
+        self._stopping = True
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
 
     def run(self) -> None:
-        try:
-            self._compile()
-        except Exception as fault:
-            self.fault = fault
-        finally:
-            for event in self.ready.values():
-                event.set()
+        """The thread: compile until told to end."""
+        while (stage := self._queue.get()) is not None and not self._stopping:
+            try:
+                with TRACING:
+                    self._compile(stage)
+            except Exception as fault:
+                self.fault = fault
+                for event in self.ready.values():
+                    event.set()
+                return
+            self.ready[stage].set()
 
-    def _compile(self) -> None:
-        with TRACING:
+    def _compile(self, stage: Stage) -> None:
+        if stage is Stage.REDUCE:
             compile_all()
-        self.ready[Stage.REDUCE].set()
-        self.may_go_on.wait()
-        with TRACING:
-            graph, rows = reduce_problem(_sample())
-            dual = DualAscent(graph, rows)
+        elif stage is Stage.FIRST:
+            first_choice(_sample())
+        elif stage is Stage.BOUND:
+            dual = DualAscent(*reduce_problem(_sample()))
             dual.sweep()
-            chosen = dual.round_within_memory()
-        self.ready[Stage.BOUND].set()
-        with TRACING:
-            LocalSearch(dual, chosen, 0).rehearse()
+            self._sample = dual, dual.round_within_memory()
+        elif self._sample is not None:
+            LocalSearch(*self._sample, 0).rehearse()
 
 
 _COMPILER = _Compiler()
 
 
 def go_on_warming() -> None:
-    """Have the compiler go on after the first stage."""
-    _COMPILER.may_go_on.set()
+    """Have the compiler go on to what bounds and searches need."""
+    if COMPILED:
+        _COMPILER.ask(Stage.REDUCE, Stage.BOUND, Stage.SEARCH)
+
+
+def is_compiling() -> bool:
+    """Whether something that was called for is not ready."""
+    return _COMPILER.is_busy()
 
 
 def warm_up(stage: Stage, most_s: float) -> bool:
-    """Wait until a stage is compiled; returns whether it was ready in the given time.
+    """Have a stage compiled; returns whether it was ready in the given time.
 
     Raises:
         GraphparError: The compiler gave up.
     """
     if not COMPILED:
         return True
-    is_ready = _COMPILER.wait(stage, most_s)
+    _COMPILER.ask(stage)
+    is_ready = _COMPILER.ready[stage].wait(max(0.0, most_s))
     if _COMPILER.fault is not None:
         raise GraphparError(
             f"the search could not be compiled ({_COMPILER.fault}); if a disk is full or a cache folder "

@@ -16,6 +16,7 @@ from small_problems import (
     sharding_problems,
 )
 
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.problems import (
     PlacementProblem,
     ProblemError,
@@ -97,6 +98,8 @@ def damaged(problem: dict[str, Any], *path: Any, value: Any) -> bytes:
         (damaged(SHARDING, "problem", "edges", "nodes", 0, value=[0, 7]), "node 7"),
         (damaged(SHARDING, "problem", "edges", "nodes", 0, value=[0, 1, 1]), "3 nodes"),
         (damaged(SHARDING, "problem", "edges", "costs", 0, value=[1]), "4 combinations"),
+        (damaged(SHARDING, "problem", "edges", "costs", 0, 0, value=None), "edge 0 costs: Expected"),
+        (damaged(SHARDING, "problem", "edges", "costs", 0, value=3), "edge 0 costs: Expected"),
         (damaged(SHARDING, "problem", "usage_limit", value=-1), "usage_limit"),
         (damaged(SHARDING, "problem", "usage_limit", value=10**400), "too large"),
         (damaged(SHARDING, "problem", "nodes", "usages", 0, 0, value=10**400), "too large"),
@@ -124,6 +127,11 @@ def test_no_damage_passes_as_another_error(data: st.DataObject) -> None:
     broken = whole[:at] + noise + whole[at + data.draw(st.integers(0, 4)) :]
     with contextlib.suppress(ProblemError):
         parse_problem(broken)
+
+
+def test_reading_can_be_cut_short() -> None:
+    with pytest.raises(OutOfTimeError):
+        parse_problem(json.dumps(SHARDING).encode(), should_stop=lambda: True)
 
 
 def test_truncated_gzip_and_missing_file(tmp_path: Path) -> None:

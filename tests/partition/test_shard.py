@@ -1,6 +1,7 @@
 """Sharding against brute force: reductions, dual bounds, windows and the whole solver."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.partition import reduce_loops, shard
 from graphpar.partition.answers import Progress
-from graphpar.partition.problems import ShardingProblem
+from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard import solve_sharding
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_exact import solve_exactly
+from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_ilp import merge_classes
 from graphpar.partition.shard_memory import spread_peaks
 from graphpar.partition.shard_plain import plain_bound
@@ -141,6 +143,7 @@ def test_a_forced_truncation_is_reported() -> None:
 def test_an_answer_and_a_bound_come_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduce_loops, "_READY", threading.Event())
     monkeypatch.setattr(shard, "warm_up", lambda stage, most_s: False)
+    monkeypatch.setattr(shard, "is_compiling", lambda: True)
     solved = solve_sharding(ring(60, 0), time_limit_s=0.01)
     assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
     assert solved.objective is not None
@@ -156,6 +159,37 @@ def test_the_first_bound_is_true(problem: ShardingProblem) -> None:
     graph, _ = reduce_problem(problem)
     if best is not None:
         assert plain_bound(graph) <= best + 1e-9
+
+
+@settings(max_examples=150, deadline=None)
+@given(sharding_problems())
+def test_the_answer_before_reductions_is_feasible(problem: ShardingProblem) -> None:
+    answer = first_choice(problem)
+    if answer is None:
+        # Without a memory limit only conflicts of edges can have stopped it, and one edge has none.
+        assert (
+            problem.usage_limit is not None
+            or len(problem.edge_nodes) > 1
+            or best_sharding(problem) is None
+        )
+        return
+    assert check_sharding(problem, answer).feasible
+
+
+def test_the_answer_before_reductions_takes_back_what_does_not_fit() -> None:
+    # The cheap strategy of 0 leaves 1 only one that is too large, through the pairs possible with 2.
+    same = (0, IMPOSSIBLE_COST, IMPOSSIBLE_COST, 0)
+    problem = ShardingProblem(
+        "forced",
+        ((0, 1), (0, 1), (0, 1)),
+        ((0, 5), (0, 0), (0, 0)),
+        ((1, 1), (1, 1), (9, 1)),
+        ((0, 1), (2, 1)),
+        (same, same),
+        3,
+    )
+    assert first_choice(problem) == [1, 1, 1]
+    assert first_choice(replace(problem, usage_limit=2)) is None
 
 
 def test_array_operations_answer_as_the_loops_do() -> None:

@@ -86,6 +86,16 @@ def test_placement_as_json_and_table(tmp_path: Path) -> None:
     assert "lower bound" in page
 
 
+def test_a_limit_that_reading_uses_up_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_bytes(sharding_file(ring(60, 0)))
+    done = run(file, "--json", "--time-limit", 1e-6)
+    record = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert (record["status"], record["truncated_by"]) == ("unknown", "time limit")
+    assert "being read" in done.stderr
+
+
 def test_infeasible_ends_with_three(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     impossible = ShardingProblem("none", ((0, 1),), ((IMPOSSIBLE_COST, 4),), ((0, 9),), (), (), 8)

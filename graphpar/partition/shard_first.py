@@ -1,0 +1,306 @@
+"""A first answer straight from the file's numbers, before any reduction, for when time is short.
+
+Nodes are given their strategies in order: the cheapest, seen from the neighbours chosen before and from
+what the others promise at best. Every node has a domain of strategies that may still be taken. A choice
+shrinks the neighbours' domains to what it leaves possible, theirs shrink others' (arc consistency kept up
+all the way: Sabin and Freuder, 1994), and everybody undecided counts at the least memory of its domain.
+A choice that empties a domain or passes the memory limit is taken back and the next cheapest tried. Only
+the node's own choice is ever taken back, so there may be answers where this finds none.
+"""
+
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.partition.jit import compiled_exactly
+from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
+from graphpar.partition.shard_flat import Int64Array
+from graphpar.partition.shard_graph import FloatArray
+from graphpar.partition.shard_memory import memory_rows
+from graphpar.partition.shard_moves import add_range, excess_tree
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class RawArrays(NamedTuple):
+    """A problem as read, in flat arrays; impossible costs are infinite.
+
+    Attributes:
+        start: First strategy of each node, and their number at the end.
+        cost, usage: Per strategy.
+        end_start: Edge ends of node v are `end_start[v]` to `end_start[v + 1] - 1`.
+        end_to: The node at the other end.
+        end_table: Where the edge's table begins in `pairs`.
+        end_step, end_other: Distance in `pairs` between two strategies of v, and of the other node.
+        end_hard: Whether the edge makes some pair impossible.
+        pairs: All tables, one after the other.
+        row_first, row_last: Half-open range of memory rows in which each node is live.
+    """
+
+    start: Int64Array
+    cost: FloatArray
+    usage: FloatArray
+    end_start: Int64Array
+    end_to: Int64Array
+    end_table: Int64Array
+    end_step: Int64Array
+    end_other: Int64Array
+    end_hard: BoolArray
+    pairs: FloatArray
+    row_first: Int64Array
+    row_last: Int64Array
+
+
+def first_choice(problem: ShardingProblem) -> list[int] | None:
+    """An answer that respects every rule, or None where this simple way finds none."""
+    if not problem.num_nodes:
+        return []
+    raw, limit = _arrays(problem)
+    sizes = np.diff(raw.start)
+    usable = np.where(np.isfinite(raw.cost), raw.usage, np.inf)
+    least = np.minimum.reduceat(usable, raw.start[:-1])
+    if not np.isfinite(least).all():
+        return None
+    change = np.zeros(len(limit) + 1)
+    np.add.at(change, raw.row_first, least)
+    np.add.at(change, raw.row_last, -least)
+    top, lazy = excess_tree(np.cumsum(change)[:-1] - limit)
+    chosen = np.zeros(len(sizes), dtype=np.int64)
+    found = choose_in_order(raw, np.isfinite(raw.cost), least, top, lazy, chosen)
+    return chosen.tolist() if found else None
+
+
+def _arrays(problem: ShardingProblem) -> tuple[RawArrays, FloatArray]:
+    """The problem's arrays, and the memory limit of each row."""
+    rows = memory_rows(problem)
+    sizes = np.fromiter(map(len, problem.node_costs), np.int64, problem.num_nodes)
+    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    # An edge with one end costs that end alone; it is listed as one from the node to itself.
+    ends = np.array([(nodes[0], nodes[-1]) for nodes in problem.edge_nodes], np.int64).reshape(-1, 2)
+    single = np.fromiter((len(nodes) == 1 for nodes in problem.edge_nodes), np.bool_, len(ends))
+    lengths = np.fromiter(map(len, problem.edge_costs), np.int64, len(ends))
+    table = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    pairs = _joined(problem.edge_costs, int(table[-1]))
+    cost = _joined(problem.node_costs, int(start[-1]))
+    for e in np.flatnonzero(ends[:, 0] == ends[:, 1]):
+        v, entries = ends[e, 0], pairs[table[e] : table[e + 1]]
+        cost[start[v] : start[v + 1]] += entries if single[e] else entries[:: sizes[v] + 1]
+    other = ends[:, 0] != ends[:, 1]
+    hard = np.zeros(len(ends), dtype=np.bool_)
+    if len(ends):
+        hard = np.logical_or.reduceat(pairs == np.inf, table[:-1])
+    first, second = ends[other].T
+    width = sizes[second]
+    one = np.ones(len(first), dtype=np.int64)
+    owner = np.concatenate([first, second])
+    order = np.argsort(owner, kind="stable")
+    counts = np.bincount(owner, minlength=problem.num_nodes)
+    raw = RawArrays(
+        start,
+        cost,
+        _joined(problem.usages, int(start[-1])),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.concatenate([second, first])[order],
+        np.tile(table[:-1][other], 2)[order],
+        np.concatenate([width, one])[order],
+        np.concatenate([one, width])[order],
+        np.tile(hard[other], 2)[order],
+        pairs,
+        rows.first.astype(np.int64),
+        rows.last.astype(np.int64),
+    )
+    return raw, rows.limit
+
+
+def _joined(lists: tuple[tuple[int | float, ...], ...], count: int) -> FloatArray:
+    values = np.fromiter(chain.from_iterable(lists), np.float64, count)
+    values[values >= IMPOSSIBLE_COST] = np.inf
+    return values
+
+
+@compiled_exactly
+def choose_in_order(
+    raw: RawArrays,
+    alive: BoolArray,
+    least: FloatArray,
+    top: FloatArray,
+    lazy: FloatArray,
+    chosen: Int64Array,
+) -> bool:
+    """Fill `chosen`; returns whether that worked out.
+
+    `alive` marks every strategy that may be taken, `least` is the least memory of each node's, and the
+    tree counts everybody at that.
+    """
+    num_nodes = len(raw.start) - 1
+    gone = np.empty(len(alive), np.int64)
+    cut, queued = np.empty(num_nodes, np.int64), np.zeros(num_nodes, np.bool_)
+    queue = np.empty(num_nodes, np.int64)
+    is_cut = np.zeros(num_nodes, np.bool_)
+    decided = np.zeros(num_nodes, np.bool_)
+    counts = np.zeros(2, np.int64)
+    for v in range(num_nodes):
+        queue[v] = v
+        queued[v] = True
+    if not spread_cuts(raw, alive, least, top, lazy, queue, queued, num_nodes, gone, cut, is_cut, counts):
+        return False
+    if top[1] > 0.0:
+        return False
+    longest = 0
+    for v in range(num_nodes):
+        longest = max(longest, raw.start[v + 1] - raw.start[v])
+    view = np.empty(longest)
+    for v in range(num_nodes):
+        begin, count = raw.start[v], raw.start[v + 1] - raw.start[v]
+        view_promised(raw, alive, decided, chosen, v, view)
+        found = False
+        while not found:
+            best = -1
+            for i in range(count):
+                if alive[begin + i] and view[i] < np.inf and (best < 0 or view[i] < view[best]):
+                    best = i
+            if best < 0:
+                return False
+            for k in range(counts[1]):
+                is_cut[cut[k]] = False
+            counts[0] = counts[1] = 0
+            for i in range(count):
+                if i != best and alive[begin + i]:
+                    alive[begin + i] = False
+                    gone[counts[0]] = begin + i
+                    counts[0] += 1
+            note_cut(raw, alive, least, top, lazy, v, cut, is_cut, counts)
+            queue[0] = v
+            queued[v] = True
+            found = spread_cuts(raw, alive, least, top, lazy, queue, queued, 1, gone, cut, is_cut, counts)
+            found = found and top[1] <= 0.0
+            if not found:
+                for k in range(counts[0]):
+                    alive[gone[k]] = True
+                for k in range(counts[1]):
+                    count_least(raw, alive, least, top, lazy, cut[k])
+                view[best] = np.inf
+            else:
+                chosen[v] = best
+                decided[v] = True
+    return True
+
+
+@compiled_exactly
+def view_promised(
+    raw: RawArrays, alive: BoolArray, decided: BoolArray, chosen: Int64Array, v: int, view: FloatArray
+) -> None:
+    """What each strategy of v costs with the neighbours chosen so far, the rest at their best."""
+    begin, count = raw.start[v], raw.start[v + 1] - raw.start[v]
+    for i in range(count):
+        view[i] = raw.cost[begin + i]
+    for e in range(raw.end_start[v], raw.end_start[v + 1]):
+        u, at, step, other = raw.end_to[e], raw.end_table[e], raw.end_step[e], raw.end_other[e]
+        if decided[u]:
+            for i in range(count):
+                view[i] += raw.pairs[at + i * step + chosen[u] * other]
+            continue
+        start, width = raw.start[u], raw.start[u + 1] - raw.start[u]
+        for i in range(count):
+            if not alive[begin + i]:
+                continue
+            least = np.inf
+            for j in range(width):
+                if alive[start + j]:
+                    least = min(least, raw.pairs[at + i * step + j * other] + raw.cost[start + j])
+            view[i] += least
+
+
+@compiled_exactly
+def spread_cuts(
+    raw: RawArrays,
+    alive: BoolArray,
+    least: FloatArray,
+    top: FloatArray,
+    lazy: FloatArray,
+    queue: Int64Array,
+    queued: BoolArray,
+    waiting: int,
+    gone: Int64Array,
+    cut: Int64Array,
+    is_cut: BoolArray,
+    counts: Int64Array,
+) -> bool:
+    """Take strategies without a possible partner away; False if that leaves some node with none.
+
+    What went is appended to `gone` and the nodes concerned to `cut`, their numbers in `counts`.
+    """
+    possible = True
+    while waiting > 0:
+        waiting -= 1
+        v = queue[waiting]
+        queued[v] = False
+        if not possible:
+            continue
+        begin, end = raw.start[v], raw.start[v + 1]
+        for e in range(raw.end_start[v], raw.end_start[v + 1]):
+            if not raw.end_hard[e] or not possible:
+                continue
+            u, at, step, other = raw.end_to[e], raw.end_table[e], raw.end_step[e], raw.end_other[e]
+            changed, left = False, 0
+            for j in range(raw.start[u], raw.start[u + 1]):
+                if not alive[j]:
+                    continue
+                there = at + (j - raw.start[u]) * other
+                supported = False
+                for i in range(begin, end):
+                    if alive[i] and raw.pairs[there + (i - begin) * step] < np.inf:
+                        supported = True
+                        break
+                if supported:
+                    left += 1
+                else:
+                    alive[j] = False
+                    gone[counts[0]] = j
+                    counts[0] += 1
+                    changed = True
+            if changed:
+                note_cut(raw, alive, least, top, lazy, u, cut, is_cut, counts)
+                possible = left > 0
+                if not queued[u]:
+                    queued[u] = True
+                    queue[waiting] = u
+                    waiting += 1
+    return possible
+
+
+@compiled_exactly
+def note_cut(
+    raw: RawArrays,
+    alive: BoolArray,
+    least: FloatArray,
+    top: FloatArray,
+    lazy: FloatArray,
+    v: int,
+    cut: Int64Array,
+    is_cut: BoolArray,
+    counts: Int64Array,
+) -> None:
+    """Remember that v lost strategies and count it at what is least now."""
+    if not is_cut[v]:
+        is_cut[v] = True
+        cut[counts[1]] = v
+        counts[1] += 1
+    count_least(raw, alive, least, top, lazy, v)
+
+
+@compiled_exactly
+def count_least(
+    raw: RawArrays, alive: BoolArray, least: FloatArray, top: FloatArray, lazy: FloatArray, v: int
+) -> None:
+    """Count v at the least memory of the strategies that it still has."""
+    now = np.inf
+    for i in range(raw.start[v], raw.start[v + 1]):
+        if alive[i]:
+            now = min(now, raw.usage[i])
+    if now < np.inf and now != least[v]:
+        if raw.row_first[v] < raw.row_last[v]:
+            add_range(top, lazy, raw.row_first[v], raw.row_last[v], now - least[v])
+        least[v] = now
