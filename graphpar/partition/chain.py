@@ -29,7 +29,8 @@ import numpy.typing as npt
 
 from graphpar.partition.cells import Cells, StageOption, links_between
 from graphpar.partition.chain_columns import Columns, StagePrices, no_columns
-from graphpar.partition.chain_relaxed import Relaxation
+from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
+from graphpar.partition.chain_relaxed import Prices, Relaxation
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
@@ -45,6 +46,9 @@ _MOST_COUNTED = 16
 _FEW_COLUMNS = 1500
 """So few columns are solved as they are."""
 
+
+_FEW_LABELS=20000
+ROUNDS=8
 
 class NotSolvedError(OutOfTimeError):
     """A programme has no answer yet; every answer has a fill of at least `bound_s`."""
@@ -106,28 +110,27 @@ class ChainProgram:
         limits: Sequence[int],
         num_units: int,
         weights: FloatArray,
+        known: dict[object, Prices] | None = None,
     ) -> None:
+        self._known: dict[object, Prices] = {} if known is None else known
         self._prices = prices
         rows = self._rows = prices.rows
         self._cell_counts = tuple(limits)
         self._num_units = num_units
         self._weights = weights
         take = rows.take
-        self._counts_replicas = bool((rows.width != take.sum(axis=1)).any())
+        self._counts_replicas = rows.counts_replicas
         if self._counts_replicas:
             limits = (*limits, sum(limits))
             take = np.concatenate([take, rows.width[:, None]], axis=1)
         self.limits = tuple(limits)
         self._take = take
-        self._teams, team = np.unique(take, axis=0, return_inverse=True)
-        self._team: IntArray = team.reshape(-1).astype(np.intp)
+        self._teams, self._team = rows.teams(self._counts_replicas)
         self._strides = _strides(self.limits)
         self._states = _states(self.limits)
         self._replicas = self._states[:, -1] if self._counts_replicas else self._states.sum(axis=1)
-        self._places = sorted({o.places for o in rows.options}, key=sorted)
-        index = {p: i for i, p in enumerate(self._places)}
-        self._place = np.array([index[o.places] for o in rows.options], dtype=np.intp)
-        self._join = _joins(prices, cells, self._places)
+        self._places, self._place = rows.place_sets
+        self._join = rows.joins(cells)
         self._after_size = len(self._places) * len(rows.kinds) * (num_units + 1)
         self._kept: _Kept | None = None
         self._bound_s = 0.0
@@ -176,6 +179,7 @@ class ChainProgram:
         """
         if self._kept is None:
             self.tighten(np.inf, np.inf, 1.0)
+        self._sort()
         columns = self._columns
         within: BoolArray = (columns.extra_s <= limits.extra_s) & (columns.post_s <= limits.post_s)
         within &= columns.extra_s + columns.post_s <= limits.both_s
@@ -185,6 +189,94 @@ class ChainProgram:
             return None
         exits = self._sweep(index, deadline_s)
         return self._trace(index, exits)
+
+    def finds_best(self, deadline_s: float) -> bool:
+        return True
+
+    def best(
+        self,
+        target_s: float,
+        post_limit_s: float,
+        post_weight: float,
+        deadline_s: float,
+        *,
+        alone: bool = False,
+    ) -> ChainAnswer | None:
+        """The pipeline whose fill, extra and `post_weight` times post are least below a target, or None.
+
+        With `alone` of those with one replica per stage.
+
+        Raises:
+            OutOfTimeError: `time.monotonic()` passed `deadline_s`.
+        """
+        columns = self._columns
+        if alone:
+            limits = StageLimits(post_s=post_limit_s, all_s=target_s, post_weight=post_weight)
+            columns = self._prices.exact(self._prices.relaxed(limits, 1))[0]
+        columns = columns.pick(columns.post_s <= post_limit_s)
+        if len(columns) == 0:
+            return None
+        slots, units, team = self._rows.slots, self._num_units + 1, self._team[columns.option]
+        after = (slots.after * units + slots.last)[columns.slot]
+        order = np.argsort(team * (units * len(self._rows.kinds)) + after, kind="stable")
+        columns, team, after = columns.pick(order), team[order], after[order]
+        option, prices = columns.option, self._prices_of_devices()
+        take = self._rows.take.astype(np.float64)
+        priced = columns.cost_s + (take @ prices.nu)[option] * columns.extra_s
+        priced += post_weight * (take @ prices.rho)[option] * columns.post_s + (take @ prices.use)[option]
+        line = best_line(
+            LabelColumns(
+                team=team,
+                head=(slots.before * units + slots.first)[columns.slot],
+                after=after,
+                place=self._place[option],
+                width=self._rows.width[option],
+                below=np.minimum(columns.most_below, float(self._replicas.max())).astype(np.intp),
+                cost_s=columns.cost_s,
+                extra_s=columns.extra_s,
+                post_s=columns.post_s,
+                priced_s=priced,
+            ),
+            self._label_states(prices),
+            self._join,
+            self._num_units,
+            target_s=target_s,
+            post_weight=post_weight,
+            deadline_s=deadline_s,
+        )
+        return None if line is None else self._answer(columns.pick(np.array(line, dtype=np.intp)))
+
+    def _answer(self, line: Columns) -> ChainAnswer:
+        """The pipeline of some columns, first to last."""
+        slots, options = self._rows.slots, self._rows.options
+        stages = tuple(
+            Stage(int(slots.first[s]), int(slots.last[s]), options[o])
+            for s, o in zip(line.slot.tolist(), line.option.tolist(), strict=True)
+        )
+        fill = float(line.cost_s.sum())
+        return ChainAnswer(fill, float(line.extra_s.max()), float(line.post_s.max()), fill, stages)
+
+    def _prices_of_devices(self) -> Prices:
+        if self._relaxation is not None:
+            return self._relaxation.prices
+        counts = np.array(self._cell_counts, dtype=np.float64)
+        weights = np.where(counts > 0, self._weights, 0.0)
+        nu = weights / max(float(counts @ weights), 1e-300)
+        even = np.where(counts > 0, 1 / counts.sum(), 0.0)
+        return Prices(nu, even, np.zeros(len(counts)))
+
+    def _label_states(self, prices: Prices) -> LabelStates:
+        devices = self._states[:, : len(self._cell_counts)].astype(np.float64)
+        return LabelStates(
+            order=self._order(),
+            replicas=self._replicas,
+            usable=(self._teams[None] <= self._states[:, None]).all(axis=2),
+            rest=self._teams @ self._strides,
+            share=devices @ prices.nu,
+            post_share=devices @ prices.rho,
+            due=devices @ prices.use,
+            paid=float(np.array(self._cell_counts, dtype=np.float64) @ prices.use),
+        )
 
     def _cheapest(self, index: IntArray) -> IntArray:
         """Columns but those whose devices do the same for less with no tighter memory."""
@@ -204,7 +296,7 @@ class ChainProgram:
         limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
         columns = self._prices.relaxed(limits)
         self._bound_s, reduced = 0.0, np.zeros(len(columns))
-        if len(columns) > _FEW_COLUMNS:
+        if len(columns) > (_FEW_LABELS if self._prices.loops else _FEW_COLUMNS):
             if self._relaxation is None:
                 self._relaxation = Relaxation(
                     self._rows.slots,
@@ -214,10 +306,14 @@ class ChainProgram:
                     self._cell_counts,
                     self._weights,
                     wanted.post_weight,
+                    self._known.get(self._cell_counts),
                 )
-            columns, reduced = self._bounded(columns, wanted.all_s, deep=False)
-            if len(columns) > _MANY_COLUMNS and self._positions_matter(columns):
+                self._relaxation.loops = self._prices.loops
+            deep = self._prices.loops and self._positions_matter(columns)
+            columns, reduced = self._bounded(columns, wanted.all_s, deep=deep)
+            if not self._prices.loops and len(columns) > _MANY_COLUMNS and self._positions_matter(columns):
                 columns, reduced = self._bounded(columns, wanted.all_s, deep=True)
+            self._known[self._cell_counts] = self._relaxation.prices
         kept = np.flatnonzero(self._bound_s + reduced < wanted.all_s)
         columns, reduced = columns.pick(kept), reduced[kept]
         exact, rows = self._prices.exact(columns)
@@ -227,7 +323,8 @@ class ChainProgram:
     def _bounded(self, columns: Columns, target_s: float, *, deep: bool) -> tuple[Columns, FloatArray]:
         """The columns that the bound leaves, with what each adds to it."""
         assert self._relaxation is not None
-        bounded = self._relaxation.bound(columns, target_s, deep=deep)
+        rounds = 60 if not self._prices.loops else ROUNDS
+        bounded = self._relaxation.bound(columns, target_s, deep=deep, rounds=rounds)
         self._bound_s = max(self._bound_s, bounded.bound_s)
         kept = np.flatnonzero(bounded.bound_s + bounded.reduced_s < target_s)
         # What the better of two bounds says about a column is at least what the other said.
@@ -240,7 +337,16 @@ class ChainProgram:
         return replicas <= _MOST_COUNTED and bool((columns.most_below < replicas).any())
 
     def _use(self, columns: Columns, reduced: FloatArray | None = None) -> None:
-        """Columns sorted by where a sweep puts them."""
+        """Columns for the next answers, as they come."""
+        self._columns, self._sorted = columns, False
+        self._reduced_s = np.zeros(len(columns)) if reduced is None else reduced
+
+    def _sort(self) -> None:
+        """Sort columns by where a sweep puts them."""
+        if self._sorted:
+            return
+        self._sorted = True
+        columns, reduced = self._columns, self._reduced_s
         slots, option = self._rows.slots, columns.option
         kinds = len(self._rows.kinds)
         head = self._place[option] * kinds + slots.before[columns.slot]
@@ -250,7 +356,7 @@ class ChainProgram:
         key = (head * len(self._teams) + self._team[option]) * (self._after_size) + after
         order = np.lexsort((columns.cost_s, key))
         self._columns = columns.pick(order)
-        self._reduced_s = np.zeros(len(order)) if reduced is None else reduced[order]
+        self._reduced_s = reduced[order]
         self._head = head[order]
         self._after = after[order]
         self._rest = self._take[self._columns.option] @ self._strides
@@ -362,15 +468,3 @@ def _strides(limits: Sequence[int]) -> IntArray:
     for number in reversed(limits[1:]):
         strides.append(strides[-1] * (number + 1))
     return np.array(strides[::-1], dtype=np.intp)
-
-
-def _joins(prices: StagePrices, cells: Cells, places: Sequence[frozenset[int]]) -> BoolArray:
-    """[left place set, right place set, link kind]: whether that kind of link joins the two."""
-    number = {links: i for i, links in enumerate(prices.rows.kinds)}
-    joins = np.zeros((len(places), len(places), len(number)), dtype=np.bool_)
-    for i, left in enumerate(places):
-        for j, right in enumerate(places):
-            links = links_between(cells, left, right)
-            if links:
-                joins[i, j, number[links]] = True
-    return joins

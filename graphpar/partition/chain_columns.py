@@ -12,12 +12,14 @@ and only what is left after pruning is dealt one by one (`StagePrices.exact`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, Links, StageOption, links_between
+from graphpar.partition.chain_loops import exact_loop, relaxed_loop
 from graphpar.partition.stage_costs import (
     StageLimits,
     boundary_seconds,
@@ -108,6 +110,93 @@ class OptionRows:
         self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
         moved = [zero_seconds(table, units, o) for o in options]
         self.moved_s = {i: m for i, m in enumerate(moved) if m is not None}
+        self._teams: tuple[IntArray, IntArray] | None = None
+        self._joins: BoolArray | None = None
+        self._find_crews(table)
+        self.post_by_run = np.ascontiguousarray(self.post_s.T)
+        some = list(self.moved_s)
+        self.moved_row = np.full(len(options), -1, dtype=np.intp)
+        self.moved_row[some] = np.arange(len(some))
+        self._moved_rows = np.stack([self.moved_s[i] for i in some]) if some else np.zeros((1, 1))
+
+    @cached_property
+    def counts_replicas(self) -> bool:
+        """Whether some replicas are groups, so that replicas are not devices."""
+        return bool((self.width != self.take.sum(axis=1)).any())
+
+    def teams(self, with_replicas: bool) -> tuple[IntArray, IntArray]:
+        """The distinct rows of devices (and replicas) that options take, and which each of them takes."""
+        if self._teams is None:
+            take = self.take
+            if with_replicas:
+                take = np.concatenate([take, self.width[:, None]], axis=1)
+            found, inverse = np.unique(take, axis=0, return_inverse=True)
+            self._teams = found, inverse.reshape(-1).astype(np.intp)
+        return self._teams
+
+    @cached_property
+    def place_sets(self) -> tuple[list[frozenset[int]], IntArray]:
+        """All sets of places that stages stand in, and which one each option stands in."""
+        found = sorted({o.places for o in self.options}, key=sorted)
+        index = {p: i for i, p in enumerate(found)}
+        return found, np.array([index[o.places] for o in self.options], dtype=np.intp)
+
+    def joins(self, cells: Cells) -> BoolArray:
+        """[left place set, right place set, link kind]: whether that kind of link joins the two."""
+        if self._joins is None:
+            places = self.place_sets[0]
+            number = {links: i for i, links in enumerate(self.kinds)}
+            self._joins = np.zeros((len(places), len(places), len(number)), dtype=np.bool_)
+            for i, left in enumerate(places):
+                for j, right in enumerate(places):
+                    links = links_between(cells, left, right)
+                    if links:
+                        self._joins[i, j, number[links]] = True
+        return self._joins
+
+    def _find_crews(self, table: CostTable) -> None:
+        """Options of the same devices in other modes are a crew; modes of the same members a team."""
+        teams: dict[tuple[int, ...], int] = {}
+        of_mode = [
+            teams.setdefault(table.every_mode[m].members, len(teams)) for m in self.modes
+        ]
+        self.team_of_mode: IntArray = np.array(of_mode, dtype=np.intp)
+        self.num_teams = len(teams)
+        crews: dict[tuple[object, ...], list[int]] = {}
+        for row, option in enumerate(self.options):
+            team = tuple(of_mode[i] for i in self.staff[row, : option.width])
+            crews.setdefault((team, option.places), []).append(row)
+        rows = sorted(crews.values(), key=lambda own: int(self.width[own[0]]))
+        team_of = np.zeros((len(rows), self.staff.shape[1]), dtype=np.intp)
+        for crew, own in enumerate(rows):
+            wide = self.width[own[0]]
+            team_of[crew, :wide] = self.team_of_mode[self.staff[own[0], :wide]]
+        self._crews = (
+            np.array([r for own in rows for r in own], dtype=np.intp),
+            np.cumsum([0, *map(len, rows)], dtype=np.intp),
+            np.array([self.width[own[0]] for own in rows], dtype=np.intp),
+            team_of,
+        )
+
+    def crews(self, widest: int | None = None) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """Rows by crew, where each crew begins, its replicas, and their teams; narrow crews only."""
+        row_of, begin, wide, team_of = self._crews
+        if widest is None:
+            return self._crews
+        narrow = int((wide <= widest).sum())
+        return row_of, begin[: narrow + 1], wide[:narrow], team_of
+
+    @cached_property
+    def room(self) -> tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Arrays as long as there may be columns, used again and again."""
+        number = len(self.options) * len(self.slots.run)
+        option, slot = np.empty(number, dtype=np.intp), np.empty(number, dtype=np.intp)
+        return option, slot, np.empty(number), np.empty(number), np.empty(number), np.empty(number)
+
+    @property
+    def moved_rows(self) -> FloatArray:
+        """What ZeRO moves, one row for each option of `moved_row` that is not -1."""
+        return self._moved_rows
 
     def moved(self, rows: IntArray) -> FloatArray | float:
         """[option, run]: what ZeRO moves for every microbatch."""
@@ -145,17 +234,24 @@ def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
 class StagePrices:
     """The stages of a pipeline in one setting."""
 
+    loops = True
     def __init__(
         self, table: CostTable, rows: OptionRows, setting: Setting, runs: Ranges, cache: Cache
     ) -> None:
         self.rows = rows
         self.setting = setting
+        self._table_trains = table.training
         self._stalls = table.training and setting.schedule == "1f1b"
         self._units = units = UnitArrays(table, setting, runs, cache)
         self._seconds = np.stack([units.seconds(m) for m in rows.modes])
         self._sample = np.stack([units.sample_seconds(m) for m in rows.modes])
         self.before_s = boundary_seconds(table, setting, rows.kinds)
         self._slots_of_run = _positions(rows.slots.run, len(runs.first))
+        slots = rows.slots
+        self._ahead = self.before_s[slots.before, slots.first]
+        behind = self.before_s[slots.after, slots.last]
+        self._waits = (self._ahead + behind) / 2 if self._stalls else np.zeros(len(slots.run))
+        self._cut = (setting.microbatches - 1) * self._ahead
         widths = sorted(set(rows.width.tolist()))
         self._flight = np.full(
             (len(rows.modes), int(rows.width.max(initial=1)) + 1, len(runs.first)), -1.0
@@ -163,6 +259,12 @@ class StagePrices:
         for i, mode in enumerate(rows.modes):
             if widths:
                 self._flight[i, widths] = units.in_flight_by_width(mode, widths)
+        self._seconds_by_run = np.ascontiguousarray(self._seconds.T)
+        quickest = np.stack(
+            [self._seconds[rows.team_of_mode == i].min(axis=0) for i in range(rows.num_teams)], axis=1
+        )
+        self._fastest_by_run = 1 / np.maximum(quickest, 1e-300)
+        self._flight_by_run = np.ascontiguousarray(np.moveaxis(self._flight, 2, 0))
 
     @property
     def num_variables(self) -> int:
@@ -170,8 +272,13 @@ class StagePrices:
         usable = int((self.rows.width <= self.setting.microbatches).sum())
         return usable * len(self.rows.slots.run)
 
-    def relaxed(self, limits: StageLimits) -> Columns:
-        """All columns that may be within limits, each at most as dear as it is."""
+    def relaxed(self, limits: StageLimits, widest: int | None = None) -> Columns:
+        """All columns that may be within limits, each at most as dear as it is.
+
+        With `widest` only those of so many replicas or fewer. Arrays may be used again by the next call.
+        """
+        if self.loops:
+            return self._relaxed_loop(limits, widest)
         parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
         if not parts:
             return no_columns()
@@ -179,6 +286,8 @@ class StagePrices:
 
     def exact(self, columns: Columns) -> tuple[Columns, IntArray]:
         """The given columns at their real prices, without those that cannot be, and which are left."""
+        if self.loops:
+            return self._exact_loop(columns)
         slots, extra, below = self.rows.slots, columns.extra_s.copy(), columns.most_below.copy()
         for width in np.unique(self.rows.width[columns.option]).tolist():
             index = np.flatnonzero(self.rows.width[columns.option] == width)
@@ -191,6 +300,58 @@ class StagePrices:
             most = [self._flight[staff[:, r], width, run] for r in range(width)]
             below[index] = most_below(self.setting, own, most, width)
         extra = self._with_cut(extra, columns.slot)
+        found = Columns(columns.option, columns.slot, columns.cost_s, extra, columns.post_s, below)
+        kept = np.flatnonzero(np.isfinite(extra) & (below >= self.rows.width[columns.option]))
+        return found.pick(kept), kept
+
+    @property
+    def _loop_setting(self) -> tuple[int, int, bool, bool, bool]:
+        setting = self.setting
+        larger = setting.samples % setting.microbatches
+        gpipe = setting.schedule == "gpipe"
+        return setting.microbatches, larger, self._stalls, gpipe, self._table_trains
+
+    def _relaxed_loop(self, limits: StageLimits, widest: int | None) -> Columns:
+        slots, found = self.rows.slots, self.rows.room
+        count = relaxed_loop(
+            self.rows.crews(widest),
+            self.rows.staff,
+            self._seconds_by_run,
+            self._fastest_by_run,
+            self._flight_by_run,
+            self.rows.post_by_run,
+            self.rows.moved_rows,
+            self.rows.moved_row,
+            self.rows.near,
+            (slots.run, slots.before, slots.after),
+            self._ahead,
+            self._waits,
+            self._cut,
+            self._loop_setting,
+            (limits.extra_s, limits.post_s, limits.both_s, limits.fill_s, limits.all_s, limits.post_weight),
+            found,
+        )
+        return Columns(*(a[:count] for a in found))
+
+    def _exact_loop(self, columns: Columns) -> tuple[Columns, IntArray]:
+        extra, below = np.empty(len(columns)), np.empty(len(columns))
+        exact_loop(
+            columns.option,
+            columns.slot,
+            self.rows.slots.run[columns.slot],
+            self.rows.width,
+            self.rows.staff,
+            self._seconds_by_run,
+            np.ascontiguousarray(self._sample.T),
+            self._flight_by_run,
+            self.rows.moved_rows,
+            self.rows.moved_row,
+            self._waits,
+            self._cut,
+            self._loop_setting,
+            extra,
+            below,
+        )
         found = Columns(columns.option, columns.slot, columns.cost_s, extra, columns.post_s, below)
         kept = np.flatnonzero(np.isfinite(extra) & (below >= self.rows.width[columns.option]))
         return found.pick(kept), kept

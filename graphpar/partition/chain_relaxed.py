@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphpar.partition.chain_columns import Columns, Slots
+from graphpar.partition.chain_loops import chain_paths
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 _ROUNDS = 60
@@ -71,7 +72,9 @@ class Relaxation:
         counts: Sequence[int],
         weights: FloatArray,
         post_weight: float,
+        known: Prices | None = None,
     ) -> None:
+        self.loops = True
         self._slots = slots
         self._num_units = num_units
         self._num_kinds = int(slots.before.max(initial=0)) + 1
@@ -84,13 +87,15 @@ class Relaxation:
         nu = np.where(have, weights, 0.0)
         total = float(self._counts @ nu)
         even = np.where(have, 1 / max(float(self._counts.sum()), 1.0), 0.0)
-        self.prices = Prices(nu / total if total > 0 else even, even, np.zeros(len(self._counts)))
+        first = Prices(nu / total if total > 0 else even, even, np.zeros(len(self._counts)))
+        self.prices = first if known is None else known
 
     def bound(
         self, columns: Columns, target_s: float, *, rounds: int = _ROUNDS, deep: bool = False
     ) -> Bounded:
         """Raise the bound towards the target, and say what each column adds to it."""
-        everything = _Index(columns, self._width, int(self._counts.sum()) if deep else 0)
+        replicas = int(self._counts.sum()) if deep else 0
+        everything = _Index(columns, self._width, replicas, loops=self.loops)
         best, found = -np.inf, Bounded(-np.inf, np.zeros(len(columns)))
         prices, theta = self.prices, 1.0
         few = len(columns) <= _FEW
@@ -108,6 +113,8 @@ class Relaxation:
                 else:
                     theta *= 0.7
                 if best >= target_s:
+                    break
+                if self.loops and step == 0 and (best + reduced < target_s).sum() < 20000:
                     break
                 if not few:
                     kept = np.flatnonzero(reduced <= np.partition(reduced, _FEW)[_FEW])
@@ -146,6 +153,8 @@ class Relaxation:
         """The bound at some prices, the reduced costs, and the columns of the shortest path."""
         if len(columns) == 0:
             return np.inf, np.zeros(0), np.zeros(0, dtype=np.intp)
+        if self.loops:
+            return self._loop_paths(columns, index, prices)
         cost, slots = self._column_prices(columns, prices), self._slots
         least = index.least(cost, len(slots.run))
         rest = self._rest(least, index)
@@ -161,6 +170,30 @@ class Relaxation:
         reduced = np.maximum(cost + through[index.place(len(slots.run))] - whole, 0.0)
         value = whole - float(self._counts @ prices.use)
         return value, reduced, self._path(columns, cost, least, rest, index)
+
+    def _loop_paths(
+        self, columns: Columns, index: "_Index", prices: Prices
+    ) -> tuple[float, FloatArray, IntArray]:
+        slots, units = self._slots, self._num_units + 1
+        nu, use = self._take @ prices.nu, self._take @ prices.use
+        rho = self._post_weight * (self._take @ prices.rho)
+        counted = self._width if index.levels > 1 else np.zeros_like(self._width)
+        value, reduced, path = chain_paths(
+            columns.option,
+            columns.slot,
+            columns.cost_s,
+            columns.extra_s,
+            columns.post_s,
+            columns.most_below,
+            (counted, nu, rho, use),
+            (slots.before * units + slots.first, slots.after * units + slots.last),
+            index.levels,
+            self._num_kinds * units,
+            self._num_units,
+        )
+        if not np.isfinite(value):
+            return np.inf, np.full(len(columns), np.inf), path
+        return value - float(self._counts @ prices.use), reduced, path
 
     def _rest(self, least: FloatArray, index: "_Index") -> FloatArray:
         """[replicas left, unit, link before]: what the rest of the chain costs at least."""
@@ -268,8 +301,10 @@ class _Index:
     `levels` is one more than the replicas counted; with none counted all widths are nothing.
     """
 
-    def __init__(self, columns: Columns, width: IntArray, replicas: int) -> None:
-        self.levels = replicas + 1
+    def __init__(self, columns: Columns, width: IntArray, replicas: int, *, loops: bool) -> None:
+        self.levels, self.loops = replicas + 1, loops
+        if loops:
+            return
         of_column = width[columns.option] if replicas else np.zeros(len(columns), dtype=np.intp)
         kinds, row = np.unique(of_column, return_inverse=True)
         self.widths: list[int] = kinds.tolist() or [0]
@@ -279,6 +314,8 @@ class _Index:
 
     def pick(self, kept: IntArray) -> "_Index":
         """Of some columns only."""
+        if self.loops:
+            return self
         found = _Index.__new__(_Index)
         found.levels, found.widths = self.levels, self.widths
         found.row, found.below, found._slot = self.row[kept], self.below[kept], self._slot[kept]

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 
+import numpy as np
+
 from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import (
     Cells,
@@ -69,6 +71,9 @@ class Family:
     microbatches: Microbatches
     staffing: str
     repeats: Repeats | None = None
+    _within: dict[tuple[tuple[int, ...], int], tuple[StageOption, ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def counts(self, samples: int) -> list[int]:
         """The microbatch counts tried for a share of the batch."""
@@ -76,11 +81,13 @@ class Family:
 
     def within(self, limits: Sequence[int], width: int) -> tuple[StageOption, ...]:
         """Options that fit into a count of devices per cell, with at most `width` replicas."""
-        return tuple(
-            o
-            for o in self.options
-            if o.width <= width and all(a <= b for a, b in zip(o.take, limits, strict=True))
-        )
+        key = (tuple(limits), width)
+        if key not in self._within:
+            takes = np.array([o.take for o in self.options], dtype=np.intp)
+            widths = np.array([o.width for o in self.options], dtype=np.intp)
+            fits = (takes <= np.array(limits)).all(axis=1) & (widths <= width)
+            self._within[key] = tuple(self.options[i] for i in np.flatnonzero(fits).tolist())
+        return self._within[key]
 
     def classes(self, limits: Sequence[int]) -> list[int]:
         """Counts per device class of counts per cell."""

@@ -17,6 +17,7 @@ from graphpar.partition.bounds import (
 from graphpar.partition.cells import Links, StageOption, pareto
 from graphpar.partition.chain import ChainProgram
 from graphpar.partition.chain_columns import OptionRows, StagePrices
+from graphpar.partition.chain_relaxed import Prices
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
@@ -50,6 +51,7 @@ class Programs:
         self._ranges = run_ranges(family.table.num_units)
         self._rows: dict[object, OptionRows] = {}
         self._cache: Cache = {}
+        self._known_prices: dict[object, Prices] = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
 
@@ -219,7 +221,14 @@ class Programs:
             )
         rows = self._rows[key]
         prices = StagePrices(family.table, rows, setting, self._ranges, self._cache)
-        return ChainProgram(prices, family.cells, limits, family.table.num_units, self._cell_weights())
+        return ChainProgram(
+            prices,
+            family.cells,
+            limits,
+            family.table.num_units,
+            self._cell_weights(),
+            self._known_prices,
+        )
 
     def _cell_weights(self) -> FloatArray:
         """What a device of each cell is worth: chains of units per second."""

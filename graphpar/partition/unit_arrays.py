@@ -12,6 +12,7 @@ from graphpar.partition.types import ScheduleName
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
 
 UNLIMITED = 1e15
 """A number of microbatches or devices that no plan reaches."""

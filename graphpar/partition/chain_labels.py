@@ -1,0 +1,293 @@
+"""The best pipeline below a target in one sweep: labels instead of limits.
+
+`chain` finds the least fill under given limits on extra and post, a sweep per pair of limits. Here a
+suffix of a pipeline is a *label* (fill, extra so far, post so far) at (first unit, link before it,
+devices used), and all of them grow at once, by states with more and more replicas. What keeps them few:
+
+* A label stands for another one at the same place if `fill + max(0, its extra - other extra) + weight *
+  max(0, its post - other post)` is no more than the other's fill: whatever comes before, the largest extra
+  and post of the whole differ by no more than that.
+* A label ends where the least that comes before it brings the sum to the target. That least is a shortest
+  path over (replicas behind, unit, link), twice: over fill alone, and over the prices of `chain_relaxed`,
+  in which stages not yet there count with their extra and post as well.
+
+So the answer is exact, and None means that there is no plan below the target.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.chain_loops import least_before
+from graphpar.partition.jit import compiled_exactly
+from graphpar.partition.unit_arrays import FloatArray, IntArray
+
+BoolArray = npt.NDArray[np.bool_]
+
+_ROUNDING = 1 + 1e-12
+"""Sums of the same numbers in another order differ by less."""
+
+_FIRST_CAPACITY = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class LabelColumns:
+    """Stages that may be used, sorted by team and by where they end; arrays over stages.
+
+    `head` and `after` number (link kind, unit) before and after a stage as kind * (units + 1) + unit;
+    `priced_s` is what it costs in the relaxation.
+    """
+
+    team: IntArray
+    head: IntArray
+    after: IntArray
+    place: IntArray
+    width: IntArray
+    below: IntArray
+    cost_s: FloatArray
+    extra_s: FloatArray
+    post_s: FloatArray
+    priced_s: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class LabelStates:
+    """Sets of devices, by growing number of replicas.
+
+    `usable[state, team]` says whether the devices suffice for a team, `rest` by how much the number of a
+    state falls without it; `share`, `post_share` and `due` are the weights and the price of the devices.
+    """
+
+    order: IntArray
+    replicas: IntArray
+    usable: BoolArray
+    rest: IntArray
+    share: FloatArray
+    post_share: FloatArray
+    due: FloatArray
+    paid: float
+
+
+@dataclass(eq=False)
+class _Labels:
+    """Growing arrays over labels; `next` chains the labels of one place."""
+
+    fill: FloatArray
+    extra: FloatArray
+    post: FloatArray
+    column: IntArray
+    parent: IntArray
+    next: IntArray
+    number: int
+
+    @property
+    def arrays(self) -> tuple[FloatArray, FloatArray, FloatArray, IntArray, IntArray, IntArray]:
+        return self.fill, self.extra, self.post, self.column, self.parent, self.next
+
+    def double(self) -> "_Labels":
+        grown = [np.concatenate([a, np.zeros_like(a)]) for a in self.arrays]
+        return _Labels(*grown, self.number)  # type: ignore[arg-type]
+
+
+def _no_labels() -> _Labels:
+    floats = [np.zeros(_FIRST_CAPACITY) for _ in range(3)]
+    ints = [np.full(_FIRST_CAPACITY, -1, dtype=np.intp) for _ in range(3)]
+    return _Labels(*floats, *ints, 1)
+
+
+def best_line(
+    columns: LabelColumns,
+    states: LabelStates,
+    joins: BoolArray,
+    num_units: int,
+    *,
+    target_s: float,
+    post_weight: float,
+    deadline_s: float,
+) -> list[int] | None:
+    """The stages, first to last, of the pipeline that costs least below a target; None without one.
+
+    Args:
+        columns: The stages.
+        states: The sets of devices.
+        joins: [left place, right place, link kind]: whether that kind of link joins the two.
+        num_units: Units of the chain.
+        target_s: Fill, extra and `post_weight` times post must be less.
+        post_weight: How much post counts.
+        deadline_s: `time.monotonic()` at which to give up.
+
+    Raises:
+        OutOfTimeError: The deadline passed.
+    """
+    kinds, levels = joins.shape[2], int(states.replicas.max()) + 1
+    buckets = kinds * (num_units + 1)
+    by_first = np.argsort(columns.head % (num_units + 1), kind="stable")
+    parts = [a[by_first] for a in (columns.head, columns.after, columns.width, columns.below)]
+    priced, plain = (
+        np.ascontiguousarray(least_before(*parts, cost[by_first], levels, buckets).T)
+        for cost in (columns.priced_s, columns.cost_s)
+    )
+    key = columns.team * buckets + columns.after
+    begins = np.flatnonzero(np.diff(key, prepend=-1))
+    group_team, ends = columns.team[begins], np.append(begins[1:], len(key))
+    team_groups = np.searchsorted(group_team, np.arange(len(states.rest) + 1))
+    stands_for = _stands_for(joins)
+    first = np.full(len(states.replicas) * buckets, -1, dtype=np.intp)
+    labels = _no_labels()
+    first[num_units] = 0
+    target, best = target_s, -1
+    for number in states.order.tolist():
+        if time.monotonic() > deadline_s:
+            raise OutOfTimeError
+        teams = np.flatnonzero(states.usable[number])
+        limits = np.array([target, post_weight, states.share[number], states.post_share[number]])
+        due = states.due[number] - states.paid
+        level = int(states.replicas[number])
+        while True:
+            count, found, value = _extend(
+                number,
+                level,
+                teams,
+                states.rest,
+                team_groups,
+                begins,
+                ends,
+                columns.head,
+                columns.after,
+                columns.place,
+                columns.below,
+                columns.cost_s,
+                columns.extra_s,
+                columns.post_s,
+                joins,
+                stands_for,
+                priced[level],
+                plain[level],
+                limits,
+                due,
+                first,
+                *labels.arrays,
+                labels.number,
+                num_units,
+            )
+            if count >= 0:
+                break
+            # No room: what was made of this state is forgotten, and it is done again.
+            first[number * buckets : (number + 1) * buckets] = -1
+            labels = labels.double()
+        labels.number = count
+        if found >= 0:
+            target, best = value, found
+    if best < 0:
+        return None
+    line = []
+    while best > 0:
+        line.append(int(labels.column[best]))
+        best = int(labels.parent[best])
+    return line
+
+
+def _stands_for(joins: BoolArray) -> BoolArray:
+    """[place, other place, link kind]: whether all that reach the other place by it reach the place."""
+    left, right = joins[:, :, None, :], joins[:, None, :, :]
+    found: BoolArray = (left | ~right).all(axis=0)
+    return found
+
+
+@compiled_exactly
+def _extend(
+    state: int,
+    replicas: int,
+    teams: IntArray,
+    rest: IntArray,
+    team_groups: IntArray,
+    begins: IntArray,
+    ends: IntArray,
+    head: IntArray,
+    after: IntArray,
+    place: IntArray,
+    below: IntArray,
+    cost: FloatArray,
+    extra: FloatArray,
+    post: FloatArray,
+    joins: BoolArray,
+    stands_for: BoolArray,
+    priced: FloatArray,
+    plain: FloatArray,
+    limits: FloatArray,
+    due: float,
+    first: IntArray,
+    fill_of: FloatArray,
+    extra_of: FloatArray,
+    post_of: FloatArray,
+    column_of: IntArray,
+    parent_of: IntArray,
+    next_of: IntArray,
+    number: int,
+    num_units: int,
+) -> tuple[int, int, float]:
+    """All labels of one state: their number so far (-1: no room), the best whole one, and its value."""
+    target, weight, share, post_share = limits[0], limits[1], limits[2], limits[3]
+    buckets, capacity, best = len(priced), len(fill_of), -1
+    for team in teams:
+        source = (state - rest[team]) * buckets
+        for group in range(team_groups[team], team_groups[team + 1]):
+            start = first[source + after[begins[group]]]
+            if start < 0:
+                continue
+            kind = after[begins[group]] // (num_units + 1)
+            for c in range(begins[group], ends[group]):
+                if below[c] < replicas:
+                    continue
+                here, before = state * buckets + head[c], head[c] // (num_units + 1)
+                to_go, priced_to_go = plain[head[c]], priced[head[c]] + due
+                label = start
+                while label >= 0:
+                    old = label
+                    label = next_of[old]
+                    fill = fill_of[old] + cost[c]
+                    most, last = max(extra_of[old], extra[c]), max(post_of[old], post[c])
+                    whole = fill + most + weight * last
+                    if whole + to_go >= target * _ROUNDING:
+                        continue
+                    least = fill + share * most + weight * post_share * last + priced_to_go
+                    if least >= target * _ROUNDING:
+                        continue
+                    if kind > 0 and not joins[place[c], place[column_of[old]], kind]:
+                        continue
+                    if head[c] == 0 and whole >= target:
+                        continue
+                    kept, behind, other = True, -1, first[here]
+                    while other >= 0:
+                        same = place[column_of[other]]
+                        more = max(0.0, extra_of[other] - most)
+                        later = weight * max(0.0, post_of[other] - last)
+                        if fill_of[other] + more + later <= fill and stands_for[same, place[c], before]:
+                            kept = False
+                            break
+                        more = max(0.0, most - extra_of[other])
+                        later = weight * max(0.0, last - post_of[other])
+                        following = next_of[other]
+                        if fill + more + later <= fill_of[other] and stands_for[place[c], same, before]:
+                            if behind < 0:
+                                first[here] = following
+                            else:
+                                next_of[behind] = following
+                        else:
+                            behind = other
+                        other = following
+                    if not kept:
+                        continue
+                    if number >= capacity:
+                        return -1, -1, target
+                    fill_of[number], extra_of[number], post_of[number] = fill, most, last
+                    column_of[number], parent_of[number] = c, old
+                    next_of[number] = first[here]
+                    first[here] = number
+                    if head[c] == 0:
+                        target, best = whole, number
+                    number += 1
+    return number, best, target
