@@ -138,17 +138,24 @@ def chain_bound_s(bound: WorkBound, counts: Sequence[int], takes: FloatArray, mi
     whole = (bound.repeats @ bound.times_s[:, : len(number)])[used]
     if not used.any() or whole.min() <= 0 or len(takes) == 0:
         return 0.0
-    chosen = takes > 0
-    longest = np.where(chosen[:, None], bound.times_s[None], 0.0).max(axis=2)
+    rows = [(np.flatnonzero(column > 0), i) for i, column in enumerate(takes.T) if column.any()]
+    # Axes [distinct unit, option]; team by team, which are few.
+    shape = len(bound.times_s), len(takes)
+    longest = np.zeros(shape)
+    for options, team in rows:
+        longest[:, options] = np.maximum(longest[:, options], bound.times_s[:, team, None])
     best = 0.0
     for exponent in _EXPONENTS:
         prices = np.zeros(len(number))
         prices[used] = (whole.min() / whole) ** exponent
         prices = bound.teams.members @ (prices / (number @ prices))
-        cheapest = np.where(chosen[:, None], (bound.times_s * prices)[None], np.inf).min(axis=2)
+        cheapest = np.full(shape, np.inf)
+        for options, team in rows:
+            priced = bound.times_s[:, team, None] * prices[team]
+            cheapest[:, options] = np.minimum(cheapest[:, options], priced)
         free = np.maximum(1 - takes @ prices, 0.0)
-        each = longest * free[:, None] + microbatches * cheapest
-        best = max(best, float(bound.repeats @ each.min(axis=0)))
+        each = longest * free + microbatches * cheapest
+        best = max(best, float(bound.repeats @ each.min(axis=1)))
     return best
 
 

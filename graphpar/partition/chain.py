@@ -27,10 +27,9 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.partition.cells import Cells, StageOption, links_between
+from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain_columns import Columns, StagePrices, no_columns
-from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
-from graphpar.partition.chain_relaxed import Prices, Relaxation
+from graphpar.partition.chain_relaxed import ROUNDS, Prices, Relaxation
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
@@ -47,8 +46,16 @@ _FEW_COLUMNS = 1500
 """So few columns are solved as they are."""
 
 
-_FEW_LABELS=20000
-ROUNDS=8
+_FEW_FOR_LOOPS = 20_000
+"""With compiled loops so few columns are swept as they are; ..."""
+
+_ROUNDS_FOR_LOOPS = 8
+"""... more of them are bounded in so many steps first."""
+
+
+KnownPrices = dict[tuple[int, ...], Prices]
+"""The best prices found for pipelines on some devices, given as counts per cell."""
+
 
 class NotSolvedError(OutOfTimeError):
     """A programme has no answer yet; every answer has a fill of at least `bound_s`."""
@@ -82,14 +89,14 @@ class ChainAnswer:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """Which columns are in use: all that a plan below `all_s` within `post_s` may have."""
 
     all_s: float
     post_s: float
     post_weight: float
 
-    def covers(self, other: "_Kept") -> bool:
+    def covers(self, other: "Kept") -> bool:
         return (
             self.all_s >= other.all_s
             and self.post_s >= other.post_s
@@ -100,7 +107,8 @@ class _Kept:
 class ChainProgram:
     """The dynamic programme of one pipeline over the devices `limits` (a count per cell).
 
-    `weights` are first guesses of how much a device of each cell counts in the bound.
+    `weights` are first guesses of how much a device of each cell counts in the bound; programmes that
+    share `known` begin with the prices that others on the same devices ended with.
     """
 
     def __init__(
@@ -110,9 +118,9 @@ class ChainProgram:
         limits: Sequence[int],
         num_units: int,
         weights: FloatArray,
-        known: dict[object, Prices] | None = None,
+        known: KnownPrices | None = None,
     ) -> None:
-        self._known: dict[object, Prices] = {} if known is None else known
+        self._known: KnownPrices = {} if known is None else known
         self._prices = prices
         rows = self._rows = prices.rows
         self._cell_counts = tuple(limits)
@@ -132,7 +140,7 @@ class ChainProgram:
         self._places, self._place = rows.place_sets
         self._join = rows.joins(cells)
         self._after_size = len(self._places) * len(rows.kinds) * (num_units + 1)
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
         self._bound_s = 0.0
         self._relaxation: Relaxation | None = None
         self._use(no_columns())
@@ -162,7 +170,7 @@ class ChainProgram:
 
         The bound covers fill, extra and `post_weight` times post.
         """
-        wanted = _Kept(target_s, post_limit_s, post_weight)
+        wanted = Kept(target_s, post_limit_s, post_weight)
         if self._kept is None or not self._kept.covers(wanted):
             self._price(wanted)
         elif self._kept != wanted:
@@ -190,94 +198,6 @@ class ChainProgram:
         exits = self._sweep(index, deadline_s)
         return self._trace(index, exits)
 
-    def finds_best(self, deadline_s: float) -> bool:
-        return True
-
-    def best(
-        self,
-        target_s: float,
-        post_limit_s: float,
-        post_weight: float,
-        deadline_s: float,
-        *,
-        alone: bool = False,
-    ) -> ChainAnswer | None:
-        """The pipeline whose fill, extra and `post_weight` times post are least below a target, or None.
-
-        With `alone` of those with one replica per stage.
-
-        Raises:
-            OutOfTimeError: `time.monotonic()` passed `deadline_s`.
-        """
-        columns = self._columns
-        if alone:
-            limits = StageLimits(post_s=post_limit_s, all_s=target_s, post_weight=post_weight)
-            columns = self._prices.exact(self._prices.relaxed(limits, 1))[0]
-        columns = columns.pick(columns.post_s <= post_limit_s)
-        if len(columns) == 0:
-            return None
-        slots, units, team = self._rows.slots, self._num_units + 1, self._team[columns.option]
-        after = (slots.after * units + slots.last)[columns.slot]
-        order = np.argsort(team * (units * len(self._rows.kinds)) + after, kind="stable")
-        columns, team, after = columns.pick(order), team[order], after[order]
-        option, prices = columns.option, self._prices_of_devices()
-        take = self._rows.take.astype(np.float64)
-        priced = columns.cost_s + (take @ prices.nu)[option] * columns.extra_s
-        priced += post_weight * (take @ prices.rho)[option] * columns.post_s + (take @ prices.use)[option]
-        line = best_line(
-            LabelColumns(
-                team=team,
-                head=(slots.before * units + slots.first)[columns.slot],
-                after=after,
-                place=self._place[option],
-                width=self._rows.width[option],
-                below=np.minimum(columns.most_below, float(self._replicas.max())).astype(np.intp),
-                cost_s=columns.cost_s,
-                extra_s=columns.extra_s,
-                post_s=columns.post_s,
-                priced_s=priced,
-            ),
-            self._label_states(prices),
-            self._join,
-            self._num_units,
-            target_s=target_s,
-            post_weight=post_weight,
-            deadline_s=deadline_s,
-        )
-        return None if line is None else self._answer(columns.pick(np.array(line, dtype=np.intp)))
-
-    def _answer(self, line: Columns) -> ChainAnswer:
-        """The pipeline of some columns, first to last."""
-        slots, options = self._rows.slots, self._rows.options
-        stages = tuple(
-            Stage(int(slots.first[s]), int(slots.last[s]), options[o])
-            for s, o in zip(line.slot.tolist(), line.option.tolist(), strict=True)
-        )
-        fill = float(line.cost_s.sum())
-        return ChainAnswer(fill, float(line.extra_s.max()), float(line.post_s.max()), fill, stages)
-
-    def _prices_of_devices(self) -> Prices:
-        if self._relaxation is not None:
-            return self._relaxation.prices
-        counts = np.array(self._cell_counts, dtype=np.float64)
-        weights = np.where(counts > 0, self._weights, 0.0)
-        nu = weights / max(float(counts @ weights), 1e-300)
-        even = np.where(counts > 0, 1 / counts.sum(), 0.0)
-        return Prices(nu, even, np.zeros(len(counts)))
-
-    def _label_states(self, prices: Prices) -> LabelStates:
-        devices = self._states[:, : len(self._cell_counts)].astype(np.float64)
-        return LabelStates(
-            order=self._order(),
-            replicas=self._replicas,
-            usable=(self._teams[None] <= self._states[:, None]).all(axis=2),
-            rest=self._teams @ self._strides,
-            share=devices @ prices.nu,
-            post_share=devices @ prices.rho,
-            due=devices @ prices.use,
-            paid=float(np.array(self._cell_counts, dtype=np.float64) @ prices.use),
-        )
-
     def _cheapest(self, index: IntArray) -> IntArray:
         """Columns but those whose devices do the same for less with no tighter memory."""
         if len(index) == 0:
@@ -291,39 +211,49 @@ class ChainProgram:
 
     # --- which columns ---
 
-    def _price(self, wanted: _Kept) -> None:
+    def _price(self, wanted: Kept) -> None:
         """Price columns anew: those below the target by themselves, then those the bound leaves."""
         limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
         columns = self._prices.relaxed(limits)
         self._bound_s, reduced = 0.0, np.zeros(len(columns))
-        if len(columns) > (_FEW_LABELS if self._prices.loops else _FEW_COLUMNS):
-            if self._relaxation is None:
-                self._relaxation = Relaxation(
-                    self._rows.slots,
-                    self._num_units,
-                    self._rows.take,
-                    self._rows.width,
-                    self._cell_counts,
-                    self._weights,
-                    wanted.post_weight,
-                    self._known.get(self._cell_counts),
-                )
-                self._relaxation.loops = self._prices.loops
-            deep = self._prices.loops and self._positions_matter(columns)
-            columns, reduced = self._bounded(columns, wanted.all_s, deep=deep)
-            if not self._prices.loops and len(columns) > _MANY_COLUMNS and self._positions_matter(columns):
-                columns, reduced = self._bounded(columns, wanted.all_s, deep=True)
-            self._known[self._cell_counts] = self._relaxation.prices
+        if len(columns) > (_FEW_FOR_LOOPS if self._prices.loops else _FEW_COLUMNS):
+            columns, reduced = self._excluded(columns, wanted)
         kept = np.flatnonzero(self._bound_s + reduced < wanted.all_s)
         columns, reduced = columns.pick(kept), reduced[kept]
         exact, rows = self._prices.exact(columns)
         self._use(exact, reduced[rows])
         self._kept = wanted
 
-    def _bounded(self, columns: Columns, target_s: float, *, deep: bool) -> tuple[Columns, FloatArray]:
+    def _excluded(self, columns: Columns, wanted: Kept) -> tuple[Columns, FloatArray]:
+        """Columns without those that the bound excludes, and what each of them adds to it."""
+        if self._relaxation is None:
+            self._relaxation = Relaxation(
+                self._rows.slots,
+                self._num_units,
+                self._rows.take,
+                self._rows.width,
+                self._cell_counts,
+                self._weights,
+                wanted.post_weight,
+                self._known.get(self._cell_counts),
+                loops=self._prices.loops,
+            )
+        if self._prices.loops:
+            # A sweep of labels is cheap: a few steps from what is known of other settings will do.
+            deep, rounds = self._positions_matter(columns), _ROUNDS_FOR_LOOPS
+            found = self._bounded(columns, wanted.all_s, deep=deep, rounds=rounds)
+        else:
+            found = self._bounded(columns, wanted.all_s)
+            if len(found[0]) > _MANY_COLUMNS and self._positions_matter(found[0]):
+                found = self._bounded(found[0], wanted.all_s, deep=True)
+        self._known[self._cell_counts] = self._relaxation.prices
+        return found
+
+    def _bounded(
+        self, columns: Columns, target_s: float, *, deep: bool = False, rounds: int = ROUNDS
+    ) -> tuple[Columns, FloatArray]:
         """The columns that the bound leaves, with what each adds to it."""
         assert self._relaxation is not None
-        rounds = 60 if not self._prices.loops else ROUNDS
         bounded = self._relaxation.bound(columns, target_s, deep=deep, rounds=rounds)
         self._bound_s = max(self._bound_s, bounded.bound_s)
         kept = np.flatnonzero(bounded.bound_s + bounded.reduced_s < target_s)

@@ -157,9 +157,7 @@ class OptionRows:
     def _find_crews(self, table: CostTable) -> None:
         """Options of the same devices in other modes are a crew; modes of the same members a team."""
         teams: dict[tuple[int, ...], int] = {}
-        of_mode = [
-            teams.setdefault(table.every_mode[m].members, len(teams)) for m in self.modes
-        ]
+        of_mode = [teams.setdefault(table.every_mode[m].members, len(teams)) for m in self.modes]
         self.team_of_mode: IntArray = np.array(of_mode, dtype=np.intp)
         self.num_teams = len(teams)
         crews: dict[tuple[object, ...], list[int]] = {}
@@ -234,10 +232,17 @@ def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
 class StagePrices:
     """The stages of a pipeline in one setting."""
 
-    loops = True
     def __init__(
-        self, table: CostTable, rows: OptionRows, setting: Setting, runs: Ranges, cache: Cache
+        self,
+        table: CostTable,
+        rows: OptionRows,
+        setting: Setting,
+        runs: Ranges,
+        cache: Cache,
+        *,
+        loops: bool = False,
     ) -> None:
+        self.loops = loops
         self.rows = rows
         self.setting = setting
         self._table_trains = table.training
@@ -259,6 +264,8 @@ class StagePrices:
         for i, mode in enumerate(rows.modes):
             if widths:
                 self._flight[i, widths] = units.in_flight_by_width(mode, widths)
+        if not loops:
+            return
         self._seconds_by_run = np.ascontiguousarray(self._seconds.T)
         quickest = np.stack(
             [self._seconds[rows.team_of_mode == i].min(axis=0) for i in range(rows.num_teams)], axis=1
@@ -328,10 +335,20 @@ class StagePrices:
             self._waits,
             self._cut,
             self._loop_setting,
-            (limits.extra_s, limits.post_s, limits.both_s, limits.fill_s, limits.all_s, limits.post_weight),
+            (
+                limits.extra_s,
+                limits.post_s,
+                limits.both_s,
+                limits.fill_s,
+                limits.all_s,
+                limits.post_weight,
+            ),
             found,
         )
-        return Columns(*(a[:count] for a in found))
+        option, slot, cost_s, extra_s, post_s, below = found
+        return Columns(
+            option[:count], slot[:count], cost_s[:count], extra_s[:count], post_s[:count], below[:count]
+        )
 
     def _exact_loop(self, columns: Columns) -> tuple[Columns, IntArray]:
         extra, below = np.empty(len(columns)), np.empty(len(columns))

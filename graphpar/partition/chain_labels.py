@@ -4,9 +4,9 @@
 suffix of a pipeline is a *label* (fill, extra so far, post so far) at (first unit, link before it,
 devices used), and all of them grow at once, by states with more and more replicas. What keeps them few:
 
-* A label stands for another one at the same place if `fill + max(0, its extra - other extra) + weight *
-  max(0, its post - other post)` is no more than the other's fill: whatever comes before, the largest extra
-  and post of the whole differ by no more than that.
+* A label stands for another one at the same place if its fill, what its extra is more than the other's,
+  and `weight` times what its post is more, add up to no more than the other's fill: whatever comes before,
+  the largest extra and post of the whole differ by no more than that.
 * A label ends where the least that comes before it brings the sum to the target. That least is a shortest
   path over (replicas behind, unit, link), twice: over fill alone, and over the prices of `chain_relaxed`,
   in which stages not yet there count with their extra and post as well.
@@ -16,16 +16,16 @@ So the answer is exact, and None means that there is no plan below the target.
 
 import time
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.chain_loops import least_before
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import compiled_exactly
-from graphpar.partition.unit_arrays import FloatArray, IntArray
+from graphpar.partition.unit_arrays import BoolArray, FloatArray, IntArray
 
-BoolArray = npt.NDArray[np.bool_]
+ArrayT = TypeVar("ArrayT", FloatArray, IntArray)
 
 _ROUNDING = 1 + 1e-12
 """Sums of the same numbers in another order differ by less."""
@@ -83,19 +83,22 @@ class _Labels:
     next: IntArray
     number: int
 
-    @property
-    def arrays(self) -> tuple[FloatArray, FloatArray, FloatArray, IntArray, IntArray, IntArray]:
-        return self.fill, self.extra, self.post, self.column, self.parent, self.next
-
     def double(self) -> "_Labels":
-        grown = [np.concatenate([a, np.zeros_like(a)]) for a in self.arrays]
-        return _Labels(*grown, self.number)  # type: ignore[arg-type]
+        """The same with room for twice as many."""
+
+        def longer(array: ArrayT) -> ArrayT:
+            return np.concatenate([array, np.zeros_like(array)])
+
+        fill, extra, post = longer(self.fill), longer(self.extra), longer(self.post)
+        ints = longer(self.column), longer(self.parent), longer(self.next)
+        return _Labels(fill, extra, post, *ints, self.number)
 
 
-def _no_labels() -> _Labels:
-    floats = [np.zeros(_FIRST_CAPACITY) for _ in range(3)]
-    ints = [np.full(_FIRST_CAPACITY, -1, dtype=np.intp) for _ in range(3)]
-    return _Labels(*floats, *ints, 1)
+def _first_labels() -> _Labels:
+    """One label: nothing is done yet."""
+    nothing, nobody = np.zeros(_FIRST_CAPACITY), np.full(_FIRST_CAPACITY, -1, dtype=np.intp)
+    ints = nobody.copy(), nobody.copy(), nobody.copy()
+    return _Labels(nothing.copy(), nothing.copy(), nothing.copy(), *ints, 1)
 
 
 def best_line(
@@ -125,10 +128,11 @@ def best_line(
     kinds, levels = joins.shape[2], int(states.replicas.max()) + 1
     buckets = kinds * (num_units + 1)
     by_first = np.argsort(columns.head % (num_units + 1), kind="stable")
-    parts = [a[by_first] for a in (columns.head, columns.after, columns.width, columns.below)]
+    head, after = columns.head[by_first], columns.after[by_first]
+    width, below = columns.width[by_first], columns.below[by_first]
     priced, plain = (
-        np.ascontiguousarray(least_before(*parts, cost[by_first], levels, buckets).T)
-        for cost in (columns.priced_s, columns.cost_s)
+        np.ascontiguousarray(least_before(head, after, width, below, c[by_first], levels, buckets).T)
+        for c in (columns.priced_s, columns.cost_s)
     )
     key = columns.team * buckets + columns.after
     begins = np.flatnonzero(np.diff(key, prepend=-1))
@@ -136,7 +140,7 @@ def best_line(
     team_groups = np.searchsorted(group_team, np.arange(len(states.rest) + 1))
     stands_for = _stands_for(joins)
     first = np.full(len(states.replicas) * buckets, -1, dtype=np.intp)
-    labels = _no_labels()
+    labels = _first_labels()
     first[num_units] = 0
     target, best = target_s, -1
     for number in states.order.tolist():
@@ -169,7 +173,12 @@ def best_line(
                 limits,
                 due,
                 first,
-                *labels.arrays,
+                labels.fill,
+                labels.extra,
+                labels.post,
+                labels.column,
+                labels.parent,
+                labels.next,
                 labels.number,
                 num_units,
             )
@@ -193,7 +202,7 @@ def best_line(
 def _stands_for(joins: BoolArray) -> BoolArray:
     """[place, other place, link kind]: whether all that reach the other place by it reach the place."""
     left, right = joins[:, :, None, :], joins[:, None, :, :]
-    found: BoolArray = (left | ~right).all(axis=0)
+    found: BoolArray = np.logical_and.reduce(left | ~right, axis=0)
     return found
 
 

@@ -1,10 +1,10 @@
-"""The loops of `chain_columns.StagePrices` over all stages, compiled: the same numbers, sooner.
+"""The loops of `chain_columns.StagePrices` and `chain_relaxed` over all stages, compiled.
 
 Index legend: `row` numbers stage options, `run` runs of units, `slot` runs between kinds of links. Arrays
-are `seconds[run, mode]`, `fastest[run, team]` (the reciprocal of the fastest mode of a team), `sample[run, mode]`, `flight[run, mode, width]`, `post[run, row]`.
-`limits` are those of `StageLimits` as (extra, post, both, fill, all, post weight); `setting` is
-(microbatches, samples beyond whole ones, whether transfers stall, whether GPipe keeps all in flight,
-whether every stage holds a microbatch at least).
+are `seconds[run, mode]`, `fastest[run, team]` (the reciprocal of the fastest mode of a team),
+`sample[run, mode]`, `flight[run, mode, width]`, `post[run, row]`. `limits` are those of `StageLimits`:
+(extra, post, both, fill, all, post weight); `setting` is (microbatches, samples beyond whole ones,
+whether transfers stall, whether GPipe keeps all in flight, whether any stage holds a microbatch).
 """
 
 import numpy as np
@@ -63,7 +63,7 @@ def relaxed_loop(
             # All microbatches over all replicas, if they never wait: no division is needed to see that.
             if number * _HAIR >= (most_all - cost_ahead + stall) * rate:
                 continue
-            if _HAIR >= (min(most_fill, most_all) - cost_ahead) * least:
+            if (min(most_fill, most_all) - cost_ahead) * least <= _HAIR:
                 continue
             for place in range(begin[crew], begin[crew + 1]):
                 row = row_of[place]

@@ -25,7 +25,7 @@ from graphpar.partition.chain_columns import Columns, Slots
 from graphpar.partition.chain_loops import chain_paths
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
-_ROUNDS = 60
+ROUNDS = 60
 """Steps of the subgradient method."""
 
 _FEW = 20_000
@@ -73,8 +73,10 @@ class Relaxation:
         weights: FloatArray,
         post_weight: float,
         known: Prices | None = None,
+        *,
+        loops: bool = False,
     ) -> None:
-        self.loops = True
+        self._loops = loops
         self._slots = slots
         self._num_units = num_units
         self._num_kinds = int(slots.before.max(initial=0)) + 1
@@ -91,11 +93,11 @@ class Relaxation:
         self.prices = first if known is None else known
 
     def bound(
-        self, columns: Columns, target_s: float, *, rounds: int = _ROUNDS, deep: bool = False
+        self, columns: Columns, target_s: float, *, rounds: int = ROUNDS, deep: bool = False
     ) -> Bounded:
         """Raise the bound towards the target, and say what each column adds to it."""
         replicas = int(self._counts.sum()) if deep else 0
-        everything = _Index(columns, self._width, replicas, loops=self.loops)
+        everything = _Index(columns, self._width, replicas, loops=self._loops)
         best, found = -np.inf, Bounded(-np.inf, np.zeros(len(columns)))
         prices, theta = self.prices, 1.0
         few = len(columns) <= _FEW
@@ -114,7 +116,8 @@ class Relaxation:
                     theta *= 0.7
                 if best >= target_s:
                     break
-                if self.loops and step == 0 and (best + reduced < target_s).sum() < 20000:
+                # A sweep over so few is cheaper than another step.
+                if self._loops and step == 0 and int((best + reduced < target_s).sum()) < _FEW:
                     break
                 if not few:
                     kept = np.flatnonzero(reduced <= np.partition(reduced, _FEW)[_FEW])
@@ -153,7 +156,7 @@ class Relaxation:
         """The bound at some prices, the reduced costs, and the columns of the shortest path."""
         if len(columns) == 0:
             return np.inf, np.zeros(0), np.zeros(0, dtype=np.intp)
-        if self.loops:
+        if self._loops:
             return self._loop_paths(columns, index, prices)
         cost, slots = self._column_prices(columns, prices), self._slots
         least = index.least(cost, len(slots.run))
@@ -174,6 +177,7 @@ class Relaxation:
     def _loop_paths(
         self, columns: Columns, index: "_Index", prices: Prices
     ) -> tuple[float, FloatArray, IntArray]:
+        """`_paths` by compiled loops, for columns in the order of their slots."""
         slots, units = self._slots, self._num_units + 1
         nu, use = self._take @ prices.nu, self._take @ prices.use
         rho = self._post_weight * (self._take @ prices.rho)

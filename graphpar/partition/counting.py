@@ -148,22 +148,6 @@ class CountingProgram:
         found: FloatArray = np.unique(self._columns.post_s)
         return found
 
-    def finds_best(self, deadline_s: float) -> bool:
-        """Never: limits on extra and post are what makes a programme small."""
-        return False
-
-    def best(
-        self,
-        target_s: float,
-        post_limit_s: float,
-        post_weight: float,
-        deadline_s: float,
-        *,
-        alone: bool = False,
-    ) -> ChainAnswer | None:
-        """Not to be asked."""
-        raise NotImplementedError
-
     def tighten(self, target_s: float, post_limit_s: float, post_weight: float) -> float:
         """Nothing is forgotten: columns are generated anew for every solve."""
         return 0.0

@@ -77,23 +77,6 @@ class ChainSolver(Protocol):
     def solve(self, limits: StageLimits, deadline_s: float) -> ChainAnswer | None:
         """The least fill with all stages within the limits, or None where no pipeline fits."""
 
-    def finds_best(self, deadline_s: float) -> bool:
-        """Whether `best` can be asked now, instead of `solve` under one pair of limits after another."""
-
-    def best(
-        self,
-        target_s: float,
-        post_limit_s: float,
-        post_weight: float,
-        deadline_s: float,
-        *,
-        alone: bool = False,
-    ) -> ChainAnswer | None:
-        """The pipeline with the least fill, extra and weighted post below a target, or None.
-
-        With `alone` only stages of one replica count.
-        """
-
 
 @dataclass(frozen=True)
 class Found:
@@ -204,7 +187,6 @@ class _Run:
         self._met: dict[int, tuple[float, Found]] = {}
         self.programs = 0
         self._plunged: set[int] = set()
-        self._settled: set[int] = set()
         for index, task in enumerate(tasks):
             bound = task.bound_s + self._weight * task.post_s
             if bound >= cutoff_s:
@@ -265,8 +247,6 @@ class _Run:
             if count & (count - 1) == 0 and box.task not in known:
                 guesses.append((bound, box.task))
         heapq.heapify(guesses)
-        if self._dive_alone(sorted(guesses), deadline_s):
-            return
         most = _MOST_GUESS * guesses[0][0] if guesses else 0.0
         while guesses:
             bound, task = heapq.heappop(guesses)
@@ -275,37 +255,13 @@ class _Run:
             solver = self._solver(task)
             guess = min(_GUESS * bound, self._target())
             least = solver.tighten(guess, self._post_limit, self._weight)
-            if least < guess and solver.finds_best(deadline_s):
-                answer = solver.best(guess, self._post_limit, self._weight, deadline_s)
-                least = guess
-            else:
-                answer = solver.solve(StageLimits(post_s=self._post_limit), deadline_s)
+            answer = solver.solve(StageLimits(post_s=self._post_limit), deadline_s)
             if answer is not None:
                 self._offer_answer(task, answer)
                 self._climb(task, deadline_s)
                 return
             if guess < min(most, self._target()):
                 heapq.heappush(guesses, (max(guess, least), task))
-
-    def _dive_alone(self, guesses: list[tuple[float, int]], deadline_s: float) -> bool:
-        """Look for plans with one replica per stage, which are few; then around the best of them."""
-        found: int | None = None
-        for bound, task in guesses:
-            solver = self._solver(task)
-            if not solver.finds_best(deadline_s):
-                return False
-            if bound >= self._target():
-                break
-            answer = solver.best(
-                self._target(), self._post_limit, self._weight, deadline_s, alone=True
-            )
-            if answer is not None:
-                self._offer_answer(task, answer)
-                found = task
-        if found is not None:
-            self._look(found, deadline_s)
-            self._climb(found, deadline_s)
-        return found is not None
 
     def _climb(self, start: int, deadline_s: float) -> None:
         """From a task that has a plan to others with about twice or half as many microbatches."""
@@ -341,18 +297,7 @@ class _Run:
         solver = self._solver(task)
         if solver.tighten(self._target(), self._post_limit, self._weight) < self._target():
             self._plunged.add(task)
-            if solver.finds_best(deadline_s):
-                self._settle(task, solver, deadline_s)
-            else:
-                self._plunge(box, solver, deadline_s)
-
-    def _settle(self, task: int, solver: ChainSolver, deadline_s: float) -> None:
-        """Find the best plan of a task at once: nothing else in it is below the target."""
-        self.programs += 1
-        answer = solver.best(self._target(), self._post_limit, self._weight, deadline_s)
-        self._settled.add(task)
-        if answer is not None:
-            self._offer_answer(task, answer)
+            self._plunge(box, solver, deadline_s)
 
     def _plunge(self, box: _Box, solver: ChainSolver, deadline_s: float) -> None:
         """Follow a task downwards, with less extra each time, as long as that gives better plans."""
@@ -384,19 +329,12 @@ class _Run:
             raise OutOfTimeError
         solver = self._solver(box.task)
         target = self._target()
-        if box.task in self._settled:
-            self._pruned = min(self._pruned, max(bound, target))
-            return
         bound = max(bound, solver.tighten(target, self._post_limit, self._weight))
         if target < INFINITY:
             self._pruned = min(self._pruned, max(bound, target))
         if bound >= target:
             return
-        if solver.finds_best(deadline_s) and not (self._heap and bound > self._heap[0][0]):
-            self._settle(box.task, solver, deadline_s)
-            self._pruned = min(self._pruned, max(bound, self._target()))
-            return
-        if box.task not in self._plunged and not solver.finds_best(deadline_s):
+        if box.task not in self._plunged:
             self._plunged.add(box.task)
             self._plunge(box, solver, deadline_s)
             target = self._target()

@@ -1,11 +1,13 @@
 """The tasks of a search: one chain programme per schedule and microbatch count."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from graphpar.partition import chain_warm
 from graphpar.partition.bounds import (
     WorkBound,
     chain_bound_s,
@@ -15,14 +17,15 @@ from graphpar.partition.bounds import (
     work_bound,
 )
 from graphpar.partition.cells import Links, StageOption, pareto
-from graphpar.partition.chain import ChainProgram
+from graphpar.partition.chain import ChainProgram, KnownPrices
 from graphpar.partition.chain_columns import OptionRows, StagePrices
-from graphpar.partition.chain_relaxed import Prices
+from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
 from graphpar.partition.pipeline_search import INFINITY, ChainSolver, SearchResult, Task, search
 from graphpar.partition.stage_costs import slowest_transfer_s
+from graphpar.partition.task_search import search_tasks
 from graphpar.partition.types import ScheduleName
 from graphpar.partition.unit_arrays import (
     MEMORY_TOLERANCE,
@@ -51,8 +54,11 @@ class Programs:
         self._ranges = run_ranges(family.table.num_units)
         self._rows: dict[object, OptionRows] = {}
         self._cache: Cache = {}
-        self._known_prices: dict[object, Prices] = {}
+        self._least_times: dict[object, tuple[float, float, float]] = {}
+        self._known_prices: KnownPrices = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
+        many = family.repeats is None and self._most_steps() >= chain_warm.LOOPS_PAY
+        self._loops = many and chain_warm.loops_are_ready(deadline_s)
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
 
     def tasks(
@@ -93,7 +99,8 @@ class Programs:
                 post_limit_s=post_limit_s,
                 count_post=count_post,
             )
-        return search(
+        find = search_tasks if self._loops else search
+        return find(
             tasks,
             cutoff_s=cutoff_s,
             gap=gap,
@@ -120,6 +127,11 @@ class Programs:
             return False
         used = [c.device_class for c, n in zip(cells.cells, limits, strict=True) if n]
         return memory_never_binds(table, setting, used)
+
+    def _most_steps(self) -> int:
+        """Columns of the largest programme times its states, were there one kind of link only."""
+        states = math.prod(n + 1 for n in self.family.cells.counts)
+        return len(self.family.options) * len(self._ranges.first) * states
 
     @property
     def number(self) -> int:
@@ -153,23 +165,31 @@ class Programs:
         Weighted with the prices of the work bound and summed over devices this gives
         `extra >= (m - w) * work` where no stage has more than w replicas.
         """
-        bound = self._bounds.get(setting.size)
-        if bound is None:
-            bound = self._bounds[setting.size] = work_bound(self.family.table, setting.size)
-        counts, number = self.family.classes(limits), setting.microbatches
-        work, fastest = bound.seconds(counts), bound.fastest_pass_s(counts)
-        takes = self._takes(limits, setting)
-        extra = max(0.0, number - float(takes.sum(axis=1).max())) * work
-        # One device has no choice: there the work bound says it all.
-        chain = chain_bound_s(bound, counts, takes, number) if sum(counts) > 1 else 0.0
+        bound_s, fill_s, extra_s = self._least(limits, setting)
         return Task(
             setting=setting,
-            bound_s=max(work * number, fastest + extra, chain),
-            fill_s=fastest,
-            extra_s=extra,
+            bound_s=bound_s,
+            fill_s=fill_s,
+            extra_s=extra_s,
             post_s=self.least_post_s(limits, setting.peers, setting.across),
             build=self._builder(limits, setting),
         )
+
+    def _least(self, limits: tuple[int, ...], setting: Setting) -> tuple[float, float, float]:
+        """Lower bounds on the time, the fill and the extra of a setting, whatever its schedule."""
+        key = (limits, setting.size, setting.microbatches, setting.peers)
+        if key not in self._least_times:
+            bound = self._bounds.get(setting.size)
+            if bound is None:
+                bound = self._bounds[setting.size] = work_bound(self.family.table, setting.size)
+            counts, number = self.family.classes(limits), setting.microbatches
+            work, fastest = bound.seconds(counts), bound.fastest_pass_s(counts)
+            takes = self._takes(limits, setting)
+            extra = max(0.0, number - float(takes.sum(axis=1).max())) * work
+            # One device has no choice: there the work bound says it all.
+            chain = chain_bound_s(bound, counts, takes, number) if sum(counts) > 1 else 0.0
+            self._least_times[key] = max(work * number, fastest + extra, chain), fastest, extra
+        return self._least_times[key]
 
     def _takes(self, limits: tuple[int, ...], setting: Setting) -> FloatArray:
         """[option, team]: replicas of each team in the options for a pipeline; unlike rows only."""
@@ -220,8 +240,9 @@ class Programs:
                 family.table, family.cells, options, setting, self._ranges, self._cache
             )
         rows = self._rows[key]
-        prices = StagePrices(family.table, rows, setting, self._ranges, self._cache)
-        return ChainProgram(
+        prices = StagePrices(family.table, rows, setting, self._ranges, self._cache, loops=self._loops)
+        make = SweptProgram if self._loops else ChainProgram
+        return make(
             prices,
             family.cells,
             limits,

@@ -1,0 +1,114 @@
+"""The programme of one pipeline whose best plan is found in one sweep, with compiled loops."""
+
+import numpy as np
+
+from graphpar.partition.chain import ChainAnswer, ChainProgram, Kept, Stage
+from graphpar.partition.chain_columns import Columns
+from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
+from graphpar.partition.chain_relaxed import Prices
+from graphpar.partition.stage_costs import StageLimits
+
+
+class SweptProgram(ChainProgram):
+    """A `ChainProgram` that answers `best`; its prices have compiled loops."""
+
+    def best(
+        self, target_s: float, post_limit_s: float, post_weight: float, deadline_s: float
+    ) -> ChainAnswer | None:
+        """The pipeline whose fill, extra and `post_weight` times post are least below a target, or None.
+
+        To be asked after `tighten`.
+
+        Raises:
+            OutOfTimeError: `time.monotonic()` passed `deadline_s`.
+        """
+        return self._best_of(self._columns, target_s, post_limit_s, post_weight, deadline_s)
+
+    def best_alone(
+        self, target_s: float, post_limit_s: float, post_weight: float, deadline_s: float
+    ) -> ChainAnswer | None:
+        """`best` of the pipelines with one replica per stage, whatever columns were dropped."""
+        limits = StageLimits(post_s=post_limit_s, all_s=target_s, post_weight=post_weight)
+        columns = self._prices.exact(self._prices.relaxed(limits, 1))[0]
+        return self._best_of(columns, target_s, post_limit_s, post_weight, deadline_s)
+
+    def _best_of(
+        self,
+        columns: Columns,
+        target_s: float,
+        post_limit_s: float,
+        post_weight: float,
+        deadline_s: float,
+    ) -> ChainAnswer | None:
+        columns = columns.pick(columns.post_s <= post_limit_s)
+        if len(columns) == 0:
+            return None
+        slots, units, team = self._rows.slots, self._num_units + 1, self._team[columns.option]
+        after = (slots.after * units + slots.last)[columns.slot]
+        order = np.argsort(team * (units * len(self._rows.kinds)) + after, kind="stable")
+        columns, team, after = columns.pick(order), team[order], after[order]
+        option, prices = columns.option, self._prices_of_devices()
+        take = self._rows.take.astype(np.float64)
+        priced = columns.cost_s + (take @ prices.nu)[option] * columns.extra_s
+        priced += post_weight * (take @ prices.rho)[option] * columns.post_s + (take @ prices.use)[option]
+        line = best_line(
+            LabelColumns(
+                team=team,
+                head=(slots.before * units + slots.first)[columns.slot],
+                after=after,
+                place=self._place[option],
+                width=self._rows.width[option],
+                below=np.minimum(columns.most_below, float(self._replicas.max())).astype(np.intp),
+                cost_s=columns.cost_s,
+                extra_s=columns.extra_s,
+                post_s=columns.post_s,
+                priced_s=priced,
+            ),
+            self._label_states(prices),
+            self._join,
+            self._num_units,
+            target_s=target_s,
+            post_weight=post_weight,
+            deadline_s=deadline_s,
+        )
+        return None if line is None else self._answer(columns.pick(np.array(line, dtype=np.intp)))
+
+    def _answer(self, line: Columns) -> ChainAnswer:
+        """The pipeline of some columns, first to last."""
+        slots, options = self._rows.slots, self._rows.options
+        stages = tuple(
+            Stage(int(slots.first[s]), int(slots.last[s]), options[o])
+            for s, o in zip(line.slot.tolist(), line.option.tolist(), strict=True)
+        )
+        fill = float(line.cost_s.sum())
+        return ChainAnswer(fill, float(line.extra_s.max()), float(line.post_s.max()), fill, stages)
+
+    def rehearse(self) -> None:
+        """Use everything once that an answer may need."""
+        columns, _ = self._excluded(self._prices.relaxed(StageLimits()), Kept(np.inf, np.inf, 1.0))
+        self._use(self._prices.exact(columns)[0])
+        if self.best(np.inf, np.inf, 1.0, np.inf) is None:
+            raise AssertionError("the example has a plan")
+
+    def _prices_of_devices(self) -> Prices:
+        """The prices of the bound; any will do."""
+        if self._relaxation is not None:
+            return self._relaxation.prices
+        counts = np.array(self._cell_counts, dtype=np.float64)
+        weights = np.where(counts > 0, self._weights, 0.0)
+        nu = weights / max(float(counts @ weights), 1e-300)
+        even = np.where(counts > 0, 1 / counts.sum(), 0.0)
+        return Prices(nu, even, np.zeros(len(counts)))
+
+    def _label_states(self, prices: Prices) -> LabelStates:
+        devices = self._states[:, : len(self._cell_counts)].astype(np.float64)
+        return LabelStates(
+            order=self._order(),
+            replicas=self._replicas,
+            usable=np.logical_and.reduce(self._teams[None] <= self._states[:, None], axis=2),
+            rest=self._teams @ self._strides,
+            share=devices @ prices.nu,
+            post_share=devices @ prices.rho,
+            due=devices @ prices.use,
+            paid=float(np.array(self._cell_counts, dtype=np.float64) @ prices.use),
+        )

@@ -1,0 +1,47 @@
+"""The search by compiled loops and labels finds what the search by limits and arrays finds."""
+
+import pytest
+from cost_tables import small_tables
+from hypothesis import HealthCheck, given, settings
+
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition import chain_warm
+from graphpar.partition.pipeline import partition
+from graphpar.partition.types import Partition
+
+RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+def planned(table: CostTable, gap: float, *, loops: bool) -> Partition | None:
+    """The plan by either search, None where nothing fits."""
+    known = chain_warm.LOOPS_PAY
+    chain_warm.LOOPS_PAY = 0 if loops else 10**18
+    try:
+        return partition(table, gap=gap, time_limit_s=600.0)
+    except InfeasibleError:
+        return None
+    finally:
+        chain_warm.LOOPS_PAY = known
+
+
+def compare(table: CostTable) -> None:
+    by_loops, by_arrays = planned(table, 0.0, loops=True), planned(table, 0.0, loops=False)
+    assert (by_loops is None) == (by_arrays is None)
+    if by_loops is not None and by_arrays is not None:
+        assert by_loops.objective_s == pytest.approx(by_arrays.objective_s, rel=1e-9, abs=1e-12)
+        assert by_loops.bound_s == pytest.approx(by_arrays.bound_s, rel=1e-9, abs=1e-12)
+        assert by_loops.status == by_arrays.status == "optimal"
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=3, max_batch=4, modes=True))
+def test_loops_find_the_best_plan(table: CostTable) -> None:
+    compare(table)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=4, max_devices=4, max_batch=6, modes=True))
+def test_loops_find_the_best_plan_on_four_devices(table: CostTable) -> None:
+    compare(table)
