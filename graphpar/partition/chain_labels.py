@@ -4,9 +4,9 @@
 suffix of a pipeline is a *label* (fill, extra so far, post so far) at (first unit, link before it,
 devices used), and all of them grow at once, by states with more and more replicas. What keeps them few:
 
-* A label stands for another one at the same place if its fill, what its extra is more than the other's,
-  and `weight` times what its post is more, add up to no more than the other's fill: whatever comes before,
-  the largest extra and post of the whole differ by no more than that.
+* A label stands for another one at the same place if its fill, what its extra is more than that of the
+  other, and `weight` times what its post is more, add up to no more than the fill of the other: whatever
+  comes before, the largest extra and post of the whole differ by no more than that.
 * A label ends where the least that comes before it brings the sum to the target. That least is a shortest
   path over (replicas behind, unit, link), twice: over fill alone, and over the prices of `chain_relaxed`,
   in which stages not yet there count with their extra and post as well.
