@@ -6,12 +6,14 @@ Emulated devices on this machine, in nodes: slowed-down workers sleep for the re
 few cores are enough for many, and the network between nodes is slowed to `--network` bytes per second.
 Every strategy is the best of its kind by graphpar's own prices: data parallel over any subset of the
 devices, replicas taking microbatches by speed; one pipeline over any of them, cut anywhere; tensor
-parallel in any group of a node. All train the same model on the same batch, one strategy after another;
-measured times are medians of the steps after the first.
+parallel in any group of a node. All train the same model on the same batch. Strategies take turns in
+every round, each in a job of its own whose second step counts; the gain is the median over rounds of the
+fastest single strategy's time over the mix's.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,9 +23,9 @@ from typing import Any
 
 import torch
 
-import graphpar
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
+from graphpar.compiler import subject_of
 from graphpar.cost import CostTable, StageOptions
 from graphpar.cost_models.modes import with_modes
 from graphpar.errors import InfeasibleError
@@ -36,22 +38,26 @@ from graphpar.partition.types import Partition, PipelineChoice, Replica, StageCh
 from graphpar.planner import plan_of, plan_prepared, price
 from graphpar.plans import Plan
 from graphpar.preparation import Prepared, prepare
+from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.subject import Subject
 from graphpar.tensor_groups import candidate_groups, with_group_modes
 from graphpar.training import Training
 
 WARM_UP = 1
-NODES = [(2, 12.0), (2, 12.0), (2, 16.0)]
+NODES = [(2, 24.0, 4e9), (2, 24.0, 3.5e8), (4, 36.0, 3.5e8)]
+"""Two devices hold the model; the others, of the same and of another speed, hold about half of it."""
 Finder = Callable[[CostTable], Partition]
 
 
-def node_of(text: str) -> tuple[int, float]:
-    """Devices of a node and their slowdown, from `2x5`."""
-    count, _, slowdown = text.partition("x")
-    return int(count), float(slowdown)
+def node_of(text: str) -> tuple[int, float, float]:
+    """Devices of a node, their slowdown and their memory, from `2x5` (4 GB each) or `2x5@3.5e8`."""
+    count, _, rest = text.partition("x")
+    slowdown, _, memory = rest.partition("@")
+    return int(count), float(slowdown), float(memory or 4e9)
 
 
-def cluster_of(nodes: Sequence[tuple[int, float]], network: float, memory: float) -> Cluster:
-    """Nodes of so many workers with a slowdown."""
+def cluster_of(nodes: Sequence[tuple[int, float, float]], network: float) -> Cluster:
+    """Nodes of so many workers with a slowdown and a memory."""
     return Cluster.from_dict(
         {
             "nodes": [
@@ -65,7 +71,7 @@ def cluster_of(nodes: Sequence[tuple[int, float]], network: float, memory: float
                         "memory_bytes": memory,
                     },
                 }
-                for number, (count, slowdown) in enumerate(nodes)
+                for number, (count, slowdown, memory) in enumerate(nodes)
             ],
             "network": {"bytes_per_s": network, "latency_s": 2e-4},
         }
@@ -142,37 +148,39 @@ def plans_of(
 
 
 def measured(
-    model: torch.nn.Module,
-    cluster: Cluster,
-    batch: Any,
-    training: Training,
-    plans: dict[str, Plan],
-    rounds: int,
-) -> dict[str, list[float]]:
-    """Seconds of steps by strategy."""
-    seconds: dict[str, list[float]] = {}
-    for name, plan in plans.items():
-        with graphpar.compile(model, cluster, batch, train=training, plan=plan) as job:
-            seconds[name] = []
-            for number in range(rounds + WARM_UP):
-                job.step(*batch)
+    subject: Subject, batch: Any, plans: dict[str, Plan], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of a step, and its loss, by strategy and round; in each round strategies take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    losses: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(rounds):
+        for name, plan in plans.items():
+            with CompiledModel.start(subject, partial(_itself, plan)) as job:
+                for _ in range(WARM_UP + 1):
+                    loss = float(job.step(*batch))
                 assert job.last_step is not None
-                if number >= WARM_UP:
-                    seconds[name].append(job.last_step.seconds)
-    return seconds
+                seconds[name].append(job.last_step.seconds)
+                losses[name].append(loss)
+            print(f"{name:<16} {seconds[name][-1]:.3f} s, loss {loss:.6f}", file=sys.stderr, flush=True)
+    return seconds, losses
+
+
+def _itself(plan: Plan) -> Plan:
+    return plan
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--nodes", type=node_of, nargs="+", default=NODES, help="COUNTxSLOWDOWN of each")
+    parser.add_argument(
+        "--nodes", type=node_of, nargs="+", default=NODES, help="COUNTxSLOWDOWN[@BYTES] of each"
+    )
     parser.add_argument("--network", type=float, default=1.25e7, help="bytes per second")
-    parser.add_argument("--memory", type=float, default=4e9, help="bytes of each device")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--predict", action="store_true", help="measure nothing")
     parser.add_argument("--cached", action="store_true", help="use this machine's cached calibration")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -181,24 +189,37 @@ def main() -> None:
     model = GPT(given.width, given.layers, given.width // 32, given.length)
     ids = torch.randint(0, 256, (given.batch, given.length + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    cluster = cluster_of(given.nodes, given.network, given.memory)
-    training = Training(optimizer=partial(torch.optim.SGD, lr=0.01))
+    cluster = cluster_of(given.nodes, given.network)
+    training = Training(optimizer=partial(torch.optim.AdamW, lr=1e-3))
     calibration = (Calibration.cached() if given.predict or given.cached else None) or calibrate(
         show_progress=False
     )
-    found = plans_of(prepare(model, batch, {}, training), cluster, training, calibration)
+    prepared = prepare(model, batch, {}, training)
+    found = plans_of(prepared, cluster, training, calibration)
     plans = {name: plan for name, plan in found.items() if plan is not None}
-    times = {} if given.predict else measured(model, cluster, batch, training, plans, given.rounds)
-    result = report(given, found, times)
+    times: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
+    if not given.predict:
+        subject = subject_of(model, prepared, cluster, training)
+        times, losses = measured(subject, batch, plans, given.rounds)
+    result = report(given, found, times, losses)
     if given.json:
         print(json.dumps(result, indent=2))
         return
     for name, row in result["strategies"].items():
         print(f"{name:<16} {row}")
-    print(f"mix over the best single strategy: {result['speed_up']}")
+    print(
+        f"mix over the best single strategy: {result['speed_up']} (by round "
+        f"{result['speed_up_by_round']}, predicted {result['predicted_speed_up']})"
+    )
 
 
-def report(given: Any, found: dict[str, Plan | None], times: dict[str, list[float]]) -> dict[str, Any]:
+def report(
+    given: Any,
+    found: dict[str, Plan | None],
+    times: dict[str, list[float]],
+    losses: dict[str, list[float]],
+) -> dict[str, Any]:
     """Everything as plain data."""
     rows: dict[str, Any] = {}
     for name, plan in found.items():
@@ -212,15 +233,31 @@ def report(given: Any, found: dict[str, Plan | None], times: dict[str, list[floa
             "truncated_by": plan.partition.truncated_by,
             "measured_s": median(times[name]) if name in times else None,
             "steps_s": times.get(name, []),
+            "losses": losses.get(name, []),
+            "over_the_mix": _over_the_mix(name, times),
             "shape": shape_of(plan),
         }
-    key = "measured_s" if times else "predicted_s"
-    others = [row[key] for name, row in rows.items() if row and name != "planned mix"]
+    singles = {name: row for name, row in rows.items() if row and name != "planned mix"}
+    predicted = [row["predicted_s"] for row in singles.values()]
+    by_round = [
+        min(times[name][n] for name in singles) / mix
+        for n, mix in enumerate(times.get("planned mix", []))
+    ]
     return {
         "setting": {k: v for k, v in vars(given).items() if k not in ("json", "predict")},
         "strategies": rows,
-        "speed_up": min(others) / rows["planned mix"][key] if others else None,
+        "predicted_speed_up": min(predicted) / rows["planned mix"]["predicted_s"] if predicted else None,
+        "speed_up_by_round": by_round,
+        "speed_up": median(by_round) if by_round else None,
     }
+
+
+def _over_the_mix(name: str, times: dict[str, list[float]]) -> float | None:
+    """A strategy's time over the mix's, the median over rounds."""
+    if name not in times:
+        return None
+    pairs = zip(times[name], times["planned mix"], strict=True)
+    return median(own / mix for own, mix in pairs)
 
 
 def shape_of(plan: Plan) -> str:

@@ -102,7 +102,7 @@ def choose_auto(
     tried = _Tried(search, measure, budget)
     best = tried.fastest()
     found = search.certified(best.made, gap)
-    report = search.report(best.made, best.measured, best.correction, tried.told)
+    report = search.report(best.made, best.measured, best.correction, tried.refused, tried.told)
     notes = [] if best.made.lowered else [why_nothing(report)]
     return Answer(best.made.table, found, best.made.formats, (*best.made.formats.notes, *notes), report)
 
@@ -134,6 +134,8 @@ class _Tried:
     measure: MeasureErrors
     budget: float
     told: str = ""
+    refused: list[tuple[Candidate, Errors]] = field(default_factory=list)
+    """Choices that broke the budget, and their measured errors."""
     too_small: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """Corrections, of both errors, that are known to be too small: what they allowed broke the budget."""
 
@@ -157,6 +159,7 @@ class _Tried:
                 self.told = "the whole was not run"
                 return _Measured(made, None, correction)
             if max(measured) > self.budget:
+                self.refused.append((made, measured))
                 correction = self._more_careful(correction, made.errors, measured)
                 continue
             correction = self._bolder(correction, made.errors, measured)

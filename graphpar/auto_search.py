@@ -33,6 +33,8 @@ from graphpar.sensitivity import Sensitivities
 
 _ROUNDS = 3
 NO_CORRECTION = (1.0, 1.0)
+NEAR = 1e-3
+"""Steps that differ by a smaller share are taken for the same."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,15 @@ def candidate_formats(cluster: Cluster) -> tuple[str, ...]:
     """Lower formats worth considering anywhere in a cluster."""
     found = {f for device in cluster.devices for f in lower_formats(device)}
     return tuple(f for f in (*FORMATS, *PARTLY) if f in found)
+
+
+def _ratios(measured: Errors | None, estimated: Errors) -> Errors:
+    """What was measured of a whole over what was estimated."""
+    if measured is None:
+        return NO_CORRECTION
+    pairs = zip(measured, estimated, strict=True)
+    output, gradient = (m / e if e > 0 and m > 0 else 1.0 for m, e in pairs)
+    return output, gradient
 
 
 def within(errors: Errors, correction: Errors, budget: float) -> bool:
@@ -156,9 +167,7 @@ class Search:
 
     def gains_by_more(self, made: Candidate) -> bool:
         """Whether any budget would make the step of these stages shorter."""
-        problem = self.problem(made.found)
-        stages = [s for p in with_formats(made.found, made.formats).pipelines for s in p.stages]
-        return looser(problem, choice_of(problem, [s.formats for s in stages])) is not None
+        return looser(*self._as_chosen(made, NO_CORRECTION)) is not None
 
     def problem(self, found: Partition, correction: Errors = NO_CORRECTION) -> FormatProblem:
         """The choice of formats for the stages of a partition."""
@@ -254,13 +263,23 @@ class Search:
         )
 
     def report(
-        self, best: Candidate, measured: Errors | None, correction: Errors, told: str
+        self,
+        best: Candidate,
+        measured: Errors | None,
+        correction: Errors,
+        refused: Sequence[tuple[Candidate, Errors]],
+        told: str,
     ) -> PlanPrecision:
-        """How the budget was spent, and what others would buy."""
-        problem = self.problem(best.found, correction)
-        stages = [s for p in with_formats(best.found, best.formats).pipelines for s in p.stages]
-        chosen = choice_of(problem, [s.formats for s in stages])
-        more, less = looser(problem, chosen), tighter(problem, chosen)
+        """How the budget was spent, and what others would buy.
+
+        Estimates of other choices are corrected by what was measured of this one. `refused` are choices
+        that were run and broke the budget, with what was measured of them.
+        """
+        seen = _ratios(measured, best.errors)
+        problem, chosen = self._as_chosen(best, seen)
+        less = tighter(problem, chosen)
+        careful = max(correction[0], seen[0]), max(correction[1], seen[1])
+        more = self._looser(best, careful, refused)
         output, gradient = best.errors
         return PlanPrecision(
             budget=self.budget,
@@ -269,11 +288,31 @@ class Search:
             measured_output_error=measured[0] if measured is not None else None,
             measured_gradient_error=measured[1] if measured is not None else None,
             step_s=chosen.step_s,
-            looser=PlanBudget(budget=more[0], step_s=more[1].step_s) if more else None,
+            looser=more,
             tighter=PlanBudget(budget=less[0], step_s=less[1].step_s) if less else None,
             units=tuple(self._units(best)),
             note="; ".join(part for part in (self.sensitivities.note, told) if part),
         )
+
+    def _as_chosen(self, made: Candidate, correction: Errors) -> tuple[FormatProblem, FormatChoice]:
+        """The choice of formats for a candidate's stages, and what it chose."""
+        problem = self.problem(made.found, correction)
+        stages = [s for p in with_formats(made.found, made.formats).pipelines for s in p.stages]
+        return problem, choice_of(problem, [s.formats for s in stages])
+
+    def _looser(
+        self, best: Candidate, correction: Errors, refused: Sequence[tuple[Candidate, Errors]]
+    ) -> PlanBudget | None:
+        """The least budget above this one that is known, or else expected, to buy a shorter step."""
+        problem, chosen = self._as_chosen(best, correction)
+        runs = [(self._as_chosen(made, correction)[1].step_s, max(errors)) for made, errors in refused]
+        known = [PlanBudget(budget=error, step_s=step_s) for step_s, error in runs]
+        found = [other for other in known if other.step_s < chosen.step_s * (1 - NEAR)]
+        more = looser(problem, chosen)
+        if more is not None and not any(abs(k.step_s - more[1].step_s) <= NEAR * k.step_s for k in known):
+            # What the search had no time to run may break the budget for all that is known.
+            found.append(PlanBudget(budget=max(more[0], self.budget), step_s=more[1].step_s))
+        return min(found, key=lambda other: (other.budget, other.step_s), default=None)
 
     def _units(self, best: Candidate) -> Sequence[PlanUnitFormat]:
         rows: dict[int, PlanUnitFormat] = {}

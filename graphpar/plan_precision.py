@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from graphpar.partition.types import StageChoice
@@ -42,20 +43,45 @@ def _measured(report: PlanPrecision) -> str:
     return f"measured {output:.2g} and {gradient:.2g}"
 
 
-def _rows(formats: Sequence[PlanUnitFormat], units: Sequence[str]) -> Iterator[str]:
-    """Neighbours of one format on one line."""
+@dataclass(frozen=True)
+class FormatRun:
+    """Units `first` to `last`, all in one lower format: their errors together, and what they save."""
+
+    first: int
+    last: int
+    format: str
+    output_error: float
+    gradient_error: float
+    sources: tuple[str, ...]
+    saved_s: float
+    saved_bytes: float
+
+
+def format_runs(formats: Sequence[PlanUnitFormat]) -> Iterator[FormatRun]:
+    """Neighbouring units of one format taken together."""
     for _, group in groupby(
         enumerate(formats), key=lambda item: (item[1].format, item[1].unit - item[0])
     ):
         run = [row for _, row in group]
-        first, last = units[run[0].unit], units[run[-1].unit]
+        yield FormatRun(
+            first=run[0].unit,
+            last=run[-1].unit,
+            format=run[0].format,
+            output_error=math.hypot(*(r.output_error for r in run)),
+            gradient_error=math.hypot(*(r.gradient_error for r in run)),
+            sources=tuple(dict.fromkeys(r.source for r in run)),
+            saved_s=sum(r.saved_s for r in run),
+            saved_bytes=sum(r.saved_bytes for r in run),
+        )
+
+
+def _rows(formats: Sequence[PlanUnitFormat], units: Sequence[str]) -> Iterator[str]:
+    for run in format_runs(formats):
+        first, last = units[run.first], units[run.last]
         yield (
-            f"  {first if first == last else f'{first} .. {last}'}: {run[0].format}, errors "
-            f"{math.hypot(*(r.output_error for r in run)):.2g} and "
-            f"{math.hypot(*(r.gradient_error for r in run)):.2g} "
-            f"({', '.join(dict.fromkeys(r.source for r in run))}), saves "
-            f"{format_seconds(sum(r.saved_s for r in run))} and "
-            f"{_signed_bytes(sum(r.saved_bytes for r in run))}"
+            f"  {first if first == last else f'{first} .. {last}'}: {run.format}, errors "
+            f"{run.output_error:.2g} and {run.gradient_error:.2g} ({', '.join(run.sources)}), saves "
+            f"{format_seconds(run.saved_s)} and {_signed_bytes(run.saved_bytes)}"
         )
 
 

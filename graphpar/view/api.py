@@ -115,7 +115,8 @@ def _view(drawable: Drawable) -> ViewData:
     plan = _plan_of(drawable)
     if isinstance(drawable, Plan):
         return view_of(plan)
-    return view_of(plan, drawable.last_step, getattr(drawable, "comparison", None))
+    told = (getattr(drawable, name, None) for name in ("comparison", "true_error"))
+    return view_of(plan, drawable.last_step, *told)
 
 
 def _plan_of(drawable: Drawable) -> Plan:

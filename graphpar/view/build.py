@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from graphpar.partition.types import StageChoice
 from graphpar.plan_page import whole_notes
+from graphpar.plan_precision import format_runs
+from graphpar.plan_records import PlanPrecision
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule
 from graphpar.simulate import peak_parts
@@ -20,6 +22,8 @@ from graphpar.view.model import (
     ViewData,
     ViewDevice,
     ViewEdge,
+    ViewError,
+    ViewErrors,
     ViewLink,
     ViewNode,
     ViewPipeline,
@@ -33,8 +37,22 @@ _SPLITS_WEIGHTS = 3
 """The ZeRO level from which on a device holds a part of its weights only."""
 
 
+class FirstStepError(Protocol):
+    """What a job's first step was off by."""
+
+    @property
+    def output(self) -> float: ...
+    @property
+    def gradient_norm(self) -> float | None: ...
+    @property
+    def kept(self) -> bool: ...
+
+
 def view_of(
-    plan: Plan, measured: MeasuredStep | None = None, difference: StepDifference | None = None
+    plan: Plan,
+    measured: MeasuredStep | None = None,
+    difference: StepDifference | None = None,
+    first_step: FirstStepError | None = None,
 ) -> ViewData:
     """Everything there is to draw of a plan; simulates its step once."""
     timeline = plan.timeline()
@@ -79,6 +97,33 @@ def view_of(
         ),
         measured=ran,
         comparison=comparison_of(difference) if difference is not None else None,
+        errors=_errors(plan.error_budget, first_step) if plan.error_budget is not None else None,
+    )
+
+
+def _errors(report: PlanPrecision, first_step: FirstStepError | None) -> ViewErrors:
+    return ViewErrors(
+        budget=report.budget,
+        rows=(
+            ViewError(
+                "result",
+                report.output_error,
+                report.measured_output_error,
+                first_step.output if first_step is not None else None,
+            ),
+            ViewError(
+                "gradient (of its norm in the first step)" if first_step is not None else "gradient",
+                report.gradient_error,
+                report.measured_gradient_error,
+                first_step.gradient_norm if first_step is not None else None,
+            ),
+        ),
+        step_s=report.step_s,
+        looser=report.looser,
+        tighter=report.tighter,
+        runs=tuple(format_runs(report.units)),
+        note=report.note,
+        first_step_kept=first_step.kept if first_step is not None else None,
     )
 
 

@@ -38,6 +38,7 @@ _SCRIPTS = (
     "timeline.js",
     "memory.js",
     "why.js",
+    "errors.js",
     "certificate.js",
     "compare.js",
     "main.js",

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from graphpar.explanation import Explanation
+from graphpar.plan_precision import FormatRun
+from graphpar.plan_records import PlanBudget
 from graphpar.schedule import Action
 
 
@@ -279,6 +281,36 @@ class ViewComparison:
 
 
 @dataclass(frozen=True)
+class ViewError:
+    """A relative error: as estimated, as measured on the example batch, and in a job's first step."""
+
+    what: str
+    estimated: float
+    measured: float | None
+    first_step: float | None = None
+
+
+@dataclass(frozen=True)
+class ViewErrors:
+    """How an error budget was spent on lower number formats, and what others would buy.
+
+    Attributes:
+        step_s: The step that the formats were chosen with; to be compared with those of other budgets.
+        runs: Neighbouring units of one lower format.
+        first_step_kept: Whether a job's first step kept the budget; None where there was none.
+    """
+
+    budget: float
+    rows: tuple[ViewError, ...]
+    step_s: float
+    looser: PlanBudget | None
+    tighter: PlanBudget | None
+    runs: tuple[FormatRun, ...]
+    note: str
+    first_step_kept: bool | None = None
+
+
+@dataclass(frozen=True)
 class ViewData:
     """Everything the views show of one plan, and of a measured step if there is one."""
 
@@ -309,6 +341,7 @@ class ViewData:
     predicted: ViewTimeline = field(repr=False)
     measured: ViewTimeline | None = field(default=None, repr=False)
     comparison: ViewComparison | None = field(default=None, repr=False)
+    errors: ViewErrors | None = None
 
     @property
     def headline(self) -> str:

@@ -20,10 +20,12 @@ from graphpar.ir.graph import Graph
 from graphpar.partition.baselines import even_split
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plan_records import PlanBudget, PlanPrecision, PlanUnitFormat
 from graphpar.planner import plan_of, price
 from graphpar.plans import Plan, hash_of
 from graphpar.preparation import prepare
 from graphpar.runtime.comparison import compare_step
+from graphpar.runtime.true_error import TrueError
 from graphpar.simulated import stage_links
 from graphpar.view.api import Drawable, visualize
 from graphpar.view.build import view_of
@@ -367,6 +369,34 @@ def test_two_fingers_zoom(opened: Open) -> None:
         }"""
     )
     assert span_of(page) == pytest.approx(whole / 3, rel=0.01)
+
+
+def test_an_error_budget_is_shown_with_what_others_would_buy(opened: Open) -> None:
+    plan = sample_plan()
+    row = PlanUnitFormat(
+        unit=1, format="bfloat16", output_error=1e-3, gradient_error=4e-3,
+        source="measured", saved_s=0.25, saved_bytes=-2048.0,
+    )  # fmt: skip
+    report = PlanPrecision(
+        budget=1e-2, output_error=1e-3, gradient_error=4e-3,
+        measured_output_error=1.1e-3, measured_gradient_error=5e-3, step_s=0.5,
+        looser=PlanBudget(budget=0.02, step_s=0.4), tighter=PlanBudget(budget=0.004, step_s=0.8),
+        units=(row, msgspec.structs.replace(row, unit=2)), note="errors measured on 8 samples",
+    )  # fmt: skip
+    plan = msgspec.structs.replace(plan, error_budget=report)
+    text = opened(plan).inner_text("#errors")
+    rows = [line.split("\t") for line in text.splitlines()]
+    assert ["result", "0.001", "0.0011", "–", "0.01"] in [r[:5] for r in rows]
+    assert ["gradient", "0.004", "0.005", "–", "0.01"] in [r[:5] for r in rows]
+    assert ["the next tighter", "0.004", "800 ms", "+300 ms"] in rows
+    assert ["the next looser", "0.02", "400 ms", "−100 ms"] in rows
+    units = f"{plan.units[1]} … {plan.units[2]}"
+    assert [units, "bfloat16", "0.0014", "0.0057", "measured", "500 ms", "−4 KiB"] in rows
+    broken = Job(plan, measured_step(plan), true_error=TrueError(1e-2, (1e-3, 4e-3), 2e-3, 0.03))
+    page = opened(broken)
+    assert "gradient (of its norm in the first step)\t0.004\t0.005\t0.03" in page.inner_text("#errors")
+    assert "further off than the budget" in page.inner_text("#errors .alert")
+    assert opened(sample_plan()).locator("#errors").count() == 0
 
 
 def test_number_formats_are_hatched_and_named(opened: Open) -> None:

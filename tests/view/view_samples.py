@@ -71,6 +71,7 @@ class Job:
     plan: Plan
     last_step: Step | None
     comparison: Any = None
+    true_error: Any = None
 
 
 def measured_step(

@@ -18,6 +18,7 @@ async function main() {
   timelineSection(plan, lanes[0]);
   memorySection(plan, lanes[0]);
   whySection(plan);
+  errorsSection(plan);
   certificateSection(plan);
   if (DATA.diff) compareSection(DATA.plans, DATA.diff, lanes);
   markSections();
