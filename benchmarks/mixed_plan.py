@@ -44,8 +44,8 @@ from graphpar.tensor_groups import candidate_groups, with_group_modes
 from graphpar.training import Training
 
 WARM_UP = 1
-NODES = [(2, 24.0, 4e9), (2, 24.0, 3.5e8), (4, 36.0, 3.5e8)]
-"""Two devices hold the model; the others, of the same and of another speed, hold about half of it."""
+NODES = [(1, 24.0, 4e9)] * 2 + [(1, 24.0, 3.5e8)] * 2 + [(1, 36.0, 3.5e8)] * 4
+"""Eight machines of one device each: two hold the model, the others, alike or slower, about half of it."""
 Finder = Callable[[CostTable], Partition]
 
 
