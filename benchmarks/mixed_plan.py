@@ -45,7 +45,7 @@ from graphpar.training import Training
 
 WARM_UP = 1
 NODES = [(1, 24.0, 4e9)] * 2 + [(1, 24.0, 3.5e8)] * 2 + [(1, 36.0, 3.5e8)] * 4
-"""Eight machines of one device each: two hold the model, the others, alike or slower, about half of it."""
+"""Eight machines of one device each: two hold the model, the others, alike or slower, half of it."""
 Finder = Callable[[CostTable], Partition]
 
 
