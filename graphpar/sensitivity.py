@@ -21,6 +21,7 @@ from torch import nn
 
 from graphpar.calibration import cache_path, fingerprint
 from graphpar.frontend.capture import Captured
+from graphpar.frontend.torch_private import flatten
 from graphpar.ir.chain import Chain
 from graphpar.ir.formats import ATTENTION, PARTLY, ROUNDOFF, base_format, role_of
 from graphpar.ir.graph import Graph
@@ -160,10 +161,9 @@ def measure_sensitivities(
     Raises:
         ValueError: The example batch holds NaN, or the model's result on it is not finite.
     """
-    inputs = trial.captured.signature.bind(args, kwargs)
-    tensors = [*trial.model.parameters(), *trial.model.buffers(), *inputs.values()]
-    if any(t.device.type == "meta" or type(t).__name__ == "FakeTensor" for t in tensors):
+    if not _has_values(trial.model, args, kwargs):
         return estimated(trial.graph, trial.chain, formats)
+    inputs = trial.captured.signature.bind(args, kwargs)
     _refuse_nan(inputs)
     samples = check_inputs(trial.graph, inputs, trial.captured.signature.batched)
     path = _cache_file(trial, inputs, formats)
@@ -181,6 +181,13 @@ def measure_sensitivities(
     if complete:
         _write(path, found)
     return found
+
+
+def _has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether all tensors of a model and of a batch hold values."""
+    leaves = [leaf for leaf in flatten((tuple(args), dict(kwargs)))[0] if isinstance(leaf, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *leaves]
+    return not any(t.device.type == "meta" or type(t).__name__ == "FakeTensor" for t in tensors)
 
 
 def _fewer(trial: Trial, runs: _Runs, samples: int, formats: int, budget_s: float) -> int:
@@ -267,7 +274,8 @@ class TrueErrors:
 
     def __init__(self, trial: Trial, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._trial = trial
-        self._inputs = trial.captured.signature.bind(args, kwargs)
+        has_values = _has_values(trial.model, args, kwargs)
+        self._inputs = trial.captured.signature.bind(args, kwargs) if has_values else None
         self._runs: _Runs | None = None
         self._known: dict[Placing, Errors] = {}
 
@@ -278,8 +286,7 @@ class TrueErrors:
             formats: By unit its format.
             stages: By unit its stage; one stage where left out.
         """
-        tensors = [*self._trial.model.parameters(), *self._trial.model.buffers(), *self._inputs.values()]
-        if any(t.device.type == "meta" or type(t).__name__ == "FakeTensor" for t in tensors):
+        if self._inputs is None:
             return None
         self._runs = self._runs or _Runs(self._trial, self._inputs)
         key = formats, stages
