@@ -70,6 +70,15 @@ _WIDTHS = (2, 4, 8, 16, 1_000)
 _NUM_SEEDS = (1, 3, 1, 5, 3)
 """Seeds of the exact windows in turn: mostly one region, sometimes several that share memory."""
 
+_ROUND_SHARE = 0.06
+"""Share of the time limit for the walk and the exact windows of one round."""
+
+_FRESH_ROUNDS = (1, 3, 7, 15)
+"""Rounds that begin with a local search from a new rounding."""
+
+_FRESH_SHARE = 0.025
+"""Share of the time limit for each of these."""
+
 _MOST_PROOFS = 4
 """Times the whole problem is tried as one ILP, each for a larger share of the time left."""
 
@@ -202,6 +211,10 @@ class _Run:
         self.walker: Walker | None = None
         self.windows: WindowSearch | None = None
         self.stands_still = False
+        self.fresh = 0
+        self.windows_share = 0.5
+        self.gains, self.seconds = [0.0, 0.0], [0.0, 0.0]
+        self.window_turn = 0
         self.proofs = 0
         self.too_large_at: float | None = None
 
@@ -224,18 +237,35 @@ class _Run:
             self.prove_if_promising()  # sooner than any share of the time limit is spent on searching
         if state.done():
             return False
+        self.start_afresh(_FRESH_SHARE)
         self.start_walking()
         self.bound(0.04)
         rounds = 0
         while not state.done():
-            before = self.best_cost
-            self.walk(0.02 if self.walker else 0.06)
+            if rounds in _FRESH_ROUNDS:
+                self.start_afresh(_FRESH_SHARE)
+            share = self.windows_share if rounds else 0.0
+            self.walk(_ROUND_SHARE * (1.0 - share))
             self.bound(0.04 if rounds < 4 else 0.02)
             self.prove_if_promising()
-            if rounds > 2 and self.best_cost > (1.0 - 1e-4) * before:
-                self.exact_windows(0.04)
+            if rounds and not state.done():
+                self.exact_windows(_ROUND_SHARE * share)
+                self.share_out()
             rounds += 1
         return False
+
+    def share_out(self) -> None:
+        """Give exact windows the share of the search that they have earned of late.
+
+        What the walker improves counts for neither; while there is one, somebody always walks.
+        """
+        least = 0.5 if self.walker else 0.2
+        gains, seconds = self.gains, self.seconds
+        rates = [gain / max(1e-9, s) for gain, s in zip(gains, seconds, strict=True)]
+        earned = rates[1] / sum(rates) if sum(rates) > 0 else 0.5
+        self.windows_share = min(0.8, max(least, earned))
+        for k in range(2):
+            gains[k], seconds[k] = 0.5 * gains[k], 0.5 * seconds[k]
 
     def stop(self) -> None:
         """End the walker and take what it has."""
@@ -299,6 +329,24 @@ class _Run:
             if search.step(min(end_s - state.elapsed_s(), state.left_s())):
                 self.take_rounding(search.best)
 
+    def start_afresh(self, share: float) -> None:
+        """Local search from what the dual's messages and prices now round to.
+
+        Where memory is tight the walk cannot leave every bad start, and roundings are good ones.
+        """
+        state = self.state
+        state.phase = "search"
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        chosen = self.dual.round_within_memory()
+        if self.dual.memory.excess(chosen) > 0:
+            return
+        self.fresh += 1
+        local = LocalSearch(self.dual, chosen, self.seed + 7919 * self.fresh)
+        while state.elapsed_s() < end_s and not state.done():
+            local.step(min(end_s - state.elapsed_s(), state.left_s()))
+        self.take(local.best, local.cost)
+        self.trade()
+
     def start_walking(self) -> None:
         """Start the local search here, and another in a thread where there is a core for it."""
         assert self.best is not None
@@ -312,10 +360,14 @@ class _Run:
         assert local is not None
         state.phase = "search"
         local.promises = promises(self.dual)
-        end_s = state.elapsed_s() + share * state.time_limit_s
+        began_s = state.elapsed_s()
+        end_s = began_s + share * state.time_limit_s
         while state.elapsed_s() < end_s and not state.done():
+            before = local.cost
             if local.step(min(end_s - state.elapsed_s(), state.left_s())):
+                self.gains[0] += before - local.cost
                 self.take(local.best, local.cost)
+        self.seconds[0] += state.elapsed_s() - began_s
         self.trade()
 
     def trade(self) -> None:
@@ -337,9 +389,10 @@ class _Run:
             self.windows = WindowSearch(self.graph, self.rows, self.dual.memory, self.best, self.seed)
         search = self.windows
         search.guide(self.dual.excess_costs()[1])
-        search.offer(self.best)
-        end_s = state.elapsed_s() + share * state.time_limit_s
-        turn = 0
+        search.adopt(self.best, self.best_cost)
+        began_s = state.elapsed_s()
+        end_s = began_s + share * state.time_limit_s
+        turn = self.window_turn
         while (left_s := min(end_s - state.elapsed_s(), state.left_s())) > 0 and not state.closed():
             width = _WIDTHS[turn % len(_WIDTHS)]
             turn += 1
@@ -349,9 +402,12 @@ class _Run:
             gain = search.solve_window(window, patience_s)
             search.note(width, state.elapsed_s() - before_s, patience_s)
             if gain > 0:
+                self.gains[1] += gain
                 self.take(search.chosen, search.cost)
             self.trade()
-            search.offer(self.best)
+            search.adopt(self.best, self.best_cost)
+        self.window_turn = turn
+        self.seconds[1] += state.elapsed_s() - began_s
 
     def prove_if_promising(self) -> None:
         """Try a proof unless what was left was too large when the gap was about the same."""

@@ -49,15 +49,15 @@ class WindowSearch:
         """Cost of a choice, memory aside."""
         return self.graph.value({u: int(chosen[p]) for u, p in self.position.items()})
 
-    def offer(self, chosen: IntArray) -> bool:
-        """Take a choice as incumbent if it fits and is cheaper."""
-        if self.memory.excess(chosen) > 0:
-            return False
-        cost = self.evaluate(chosen)
+    def adopt(self, chosen: IntArray, cost: float) -> None:
+        """Go on from somebody else's choice that fits, if it is cheaper."""
         if cost < self.cost:
             self.chosen, self.cost = chosen.copy(), cost
-            return True
-        return False
+
+    def offer(self, chosen: IntArray) -> None:
+        """Take a choice as incumbent if it fits and is cheaper."""
+        if self.memory.excess(chosen) <= 0:
+            self.adopt(chosen, self.evaluate(chosen))
 
     def guide(self, excess: list[FloatArray]) -> None:
         """Rank strategies and blame vertices by reduced costs from the dual bound."""
