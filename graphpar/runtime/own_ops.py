@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from graphpar.runtime.casts import LowerWeights
-from graphpar.runtime.random import Layout, Part, StepContext, keep_mask, normal, uniform
+from graphpar.runtime.random import Layout, Part, StepContext, keep_factors, normal, uniform
 
 
 class _Keyed(nn.Module):
@@ -16,9 +16,10 @@ class _Keyed(nn.Module):
         super().__init__()
         self.context, self.stream, self.layout, self.part = context, stream, layout, part
 
-    def keep(self, x: torch.Tensor, drop: float) -> torch.Tensor:
-        """Mask of the elements that are kept."""
-        return keep_mask(x.shape, drop, self.stream, self.context, self.layout, x.device, self.part)
+    def factors(self, x: torch.Tensor, drop: float) -> torch.Tensor:
+        """What the elements of `x` are multiplied with: 0 where they are dropped."""
+        where = self.layout, x.device, x.dtype, self.part
+        return keep_factors(x.shape, drop, self.stream, self.context, *where)
 
 
 class Dropout(_Keyed):
@@ -31,7 +32,7 @@ class Dropout(_Keyed):
             pattern = pattern.narrow(dim, 0, 1)
         if drop >= 1.0:
             return x * 0.0
-        return x * (self.keep(pattern, drop).to(x.dtype) * (1.0 / (1.0 - drop)))
+        return x * self.factors(pattern, drop)
 
 
 class Bernoulli(_Keyed):
@@ -104,8 +105,7 @@ class Attention(_Keyed):
         # Sums of many exponentials need float32 at least; the result goes on in the scores' own format.
         exact = torch.promote_types(scores.dtype, torch.float32)
         weights = torch.softmax(scores, dim=-1, dtype=exact).to(scores.dtype)
-        weights = weights * (self.keep(weights, drop).to(weights.dtype) * (1.0 / (1.0 - drop)))
-        return weights @ value
+        return (weights * self.factors(weights, drop)) @ value
 
 
 class Share(nn.Module):

@@ -1,19 +1,19 @@
 """Random numbers that depend on seed, step, stream and position in the global batch, on nothing else.
 
-A counter-based hash of each element's position makes every bit, so that any split of the batch, any
-stage and any device draws the same numbers. The mixing function is the 32-bit finalizer with the
-multipliers 0x7feb352d and 0x846ca68b, found by exhaustive search for low bias (Chris Wellons,
-"Prospecting for Hash Functions", 2018, https://nullprogram.com/blog/2018/07/31/).
+A counter-based hash of each element's position makes every bit (`mixing`), so that any split of the
+batch, any stage and any device draws the same numbers.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import pi, prod
 
 import torch
 
+from graphpar.runtime.mixing import MULTIPLIERS, Grid, kept, mix, mixed
 from graphpar.runtime.slices import places, resized
 
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 _GOLDEN = 0x9E3779B9 - 2**32
 
 
@@ -60,16 +60,6 @@ class Part:
         return places(whole, self.counts, self.inner, self.member).to(device), whole
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Mix int32 bits in place; `>>` on int32 keeps the sign, hence the masks."""
-    x ^= (x >> 16) & 0xFFFF
-    x *= _MULTIPLIERS[0]
-    x ^= (x >> 15) & 0x1FFFF
-    x *= _MULTIPLIERS[1]
-    x ^= (x >> 16) & 0xFFFF
-    return x
-
-
 def _to_int32(x: torch.Tensor) -> torch.Tensor:
     return (((x + 2**31) & 0xFFFFFFFF) - 2**31).to(torch.int32)
 
@@ -77,8 +67,8 @@ def _to_int32(x: torch.Tensor) -> torch.Tensor:
 def _mix_number(value: int) -> int:
     """The same mixing of one whole number, in plain Python; signed like an int32."""
     x = (value ^ (value >> 32)) & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) * _MULTIPLIERS[0] & 0xFFFFFFFF
-    x = (x ^ (x >> 15)) * _MULTIPLIERS[1] & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * MULTIPLIERS[0] & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * MULTIPLIERS[1] & 0xFFFFFFFF
     x ^= x >> 16
     return x - 2**32 if x >= 2**31 else x
 
@@ -102,19 +92,61 @@ def random_bits(
         part: Which slice of the microbatch's tensor `shape` is; None for all of it. The bits are
             those that the whole has there.
     """
+    grid = _grid(shape, context, layout, device, part)
+    return mixed(grid, _key(stream, context)).view(shape)
+
+
+def _key(stream: int, context: StepContext) -> int:
+    """What makes the bits of a stream in a step other than those of all others."""
     key = context.seed
     for number in (context.step, stream):
         key = _mix_number((_mix_number(key) * 31 + number) ^ 0x5BD1E995)
+    return key
+
+
+def _grid(
+    shape: torch.Size,
+    context: StepContext,
+    layout: Layout | None,
+    device: torch.device,
+    part: Part | None,
+) -> Grid:
+    """Rows are indices up to and including the batch dimension, columns those after it."""
     dim = layout.dim if layout is not None else 0
-    rows = _global_rows(shape, dim, context, layout, device, part)
-    columns = _places(shape, range(dim + 1, len(shape)), part, device)[0]
-    row_bits = _mix(_mix(_to_int32(rows & 0xFFFFFFFF) ^ key) ^ _to_int32(rows >> 32))
-    column_bits = _mix(_to_int32(columns) * _GOLDEN)
-    return _mix(row_bits[:, None] ^ column_bits[None, :]).view(shape)
+    head, tail = range(dim + 1 if shape else dim), range(dim + 1, len(shape))
+    place = (context.samples, context.first_sample, context.batch) if layout is not None else (1, 0, 1)
+    low, high = _rows(tuple(shape[d] for d in head), *place, layout, device, _within(part, head))
+    return Grid(low, high, _columns(tuple(shape[d] for d in tail), device, _within(part, tail)))
+
+
+def _within(part: Part | None, dims: range) -> Part | None:
+    """The part as one of a tensor of these dimensions alone; None where it divides another one."""
+    return replace(part, dim=part.dim - dims.start) if part is not None and part.dim in dims else None
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(
+    sizes: tuple[int, ...],
+    samples: int,
+    first_sample: int,
+    batch: int,
+    layout: Layout | None,
+    device: torch.device,
+    part: Part | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower and upper half of each row's number in the global batch; the same for every step."""
+    rows = _global_rows(sizes, samples, first_sample, batch, layout, device, part)
+    return _to_int32(rows & 0xFFFFFFFF), _to_int32(rows >> 32)
+
+
+@functools.lru_cache(maxsize=16)
+def _columns(sizes: tuple[int, ...], device: torch.device, part: Part | None) -> torch.Tensor:
+    """Bits of each column, the same for every step and stream."""
+    return mix(_to_int32(_places(sizes, range(len(sizes)), part, device)[0]) * _GOLDEN)
 
 
 def _places(
-    shape: torch.Size, dims: range, part: Part | None, device: torch.device
+    shape: Sequence[int], dims: range, part: Part | None, device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """For each element of these dimensions, flattened, its place in the whole, and the whole's size."""
     if part is None or part.dim not in dims:
@@ -128,39 +160,43 @@ def _places(
 
 
 def _global_rows(
-    shape: torch.Size,
-    dim: int,
-    context: StepContext,
+    sizes: tuple[int, ...],
+    samples: int,
+    first_sample: int,
+    batch: int,
     layout: Layout | None,
     device: torch.device,
     part: Part | None,
 ) -> torch.Tensor:
-    """For each index up to and including the batch dimension its number in the global batch."""
-    index, total = _places(shape, range(dim, dim + 1 if shape else dim), part, device)
+    """For each index of these dimensions, the batch dimension last, its number in the global batch."""
+    dim = max(len(sizes) - 1, 0)
+    index, total = _places(sizes, range(dim, len(sizes)), part, device)
     if layout is not None:
         inner, outer = layout.inner, layout.outer
-        o = index // (context.samples * inner)
-        s = index // inner % context.samples + context.first_sample
-        index = (o * context.batch + s) * inner + index % inner
-        total = outer * context.batch * inner
-    before, _ = _places(shape, range(dim), part, device)
+        o = index // (samples * inner)
+        s = index // inner % samples + first_sample
+        index = (o * batch + s) * inner + index % inner
+        total = outer * batch * inner
+    before, _ = _places(sizes, range(dim), part, device)
     return (before[:, None] * total + index[None, :]).reshape(-1)
 
 
-def keep_mask(
+def keep_factors(
     shape: torch.Size,
     drop: float,
     stream: int,
     context: StepContext,
     layout: Layout | None,
     device: torch.device,
+    dtype: torch.dtype,
     part: Part | None = None,
 ) -> torch.Tensor:
-    """True where an element is kept, with probability `1 - drop` each."""
+    """1 / (1 - drop) where an element is kept, with probability `1 - drop` each, else 0."""
     threshold = round(drop * 2**32) - 2**31
     if threshold >= 2**31:
-        return torch.zeros(shape, dtype=torch.bool, device=device)
-    return random_bits(shape, stream, context, layout, device, part) >= threshold
+        return torch.zeros(shape, dtype=dtype, device=device)
+    grid = _grid(shape, context, layout, device, part)
+    return kept(grid, _key(stream, context), threshold, 1.0 / (1.0 - drop), dtype).view(shape)
 
 
 def uniform(
