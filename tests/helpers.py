@@ -1,5 +1,6 @@
 """Jobs whose partition is forced, so that a test decides who runs what, and their comparison."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from graphpar.cluster import Cluster
+from graphpar.cluster_build import cuda_devices
 from graphpar.compiler import as_cluster, subject_of
 from graphpar.cost import StageOptions
 from graphpar.cost_models.modes import with_modes
@@ -60,9 +62,19 @@ def straight(num_stages: int, microbatches: int = 1) -> tuple[Line, ...]:
     return (Line((1,) * num_stages, microbatches),)
 
 
+GPU_FIRST = bool(os.environ.get("GRAPHPAR_TEST_GPU"))
+"""Whether the first worker of `cpus` is this machine's first CUDA device."""
+
+
 def cpus(count: int, **keys: Any) -> Cluster:
-    """So many single-threaded workers on this machine."""
-    return Cluster.from_dict({"devices": [{"kind": "cpu", "count": count, "threads": 1, **keys}]})
+    """So many single-threaded workers on this machine.
+
+    Or one less beside a CUDA device, so that whatever a test checks is checked between the two.
+    """
+    gpus = cuda_devices()[:1] if GPU_FIRST else []
+    gpus = [gpu | {k: keys[k] for k in ("memory_bytes",) if k in keys} for gpu in gpus]
+    cpu = {"kind": "cpu", "count": count - len(gpus), "threads": 1, **keys}
+    return Cluster.from_dict({"devices": [*gpus, cpu] if count > len(gpus) else gpus})
 
 
 sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)

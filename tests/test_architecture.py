@@ -21,7 +21,7 @@ ROWS = (
     "frontend runtime passes cost_models view probes optimizer_probe measure neighbours loopback",
     "scenarios "
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
-    "format_remedies tensor_groups group_shardings unit_timing trial_worker "
+    "format_remedies tensor_groups group_shardings unit_timing local_timing trial_worker "
     "verify demo doctor model_spec "
     "hf_models hf_architectures hf_config hf_documented hf_inputs hf_refusal hf_repair "
     "commands cli examples",
@@ -39,6 +39,7 @@ DRIVERS = {
     "tensor_groups",
     "group_shardings",
     "trial_worker",
+    "local_timing",
     "unit_timing",
     "verify",
     "demo",

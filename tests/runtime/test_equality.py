@@ -452,7 +452,7 @@ def test_one_sample_at_a_time() -> None:
         (lambda i, la: ((i[:0], la[:0]), {}), "samples"),
         (lambda i, la: ((i,), {}), "structure"),
         (lambda i, la: ((i,), {"labels": la}), "labels"),
-        (lambda i, la: ((i, 3), {}), "args_1"),
+        (lambda i, la: ((i, 3), {}), r"args\[1\]"),
     ],
     ids=["dtype", "shape", "unequal", "empty", "missing", "keyword", "no tensor"],
 )
