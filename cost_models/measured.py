@@ -18,6 +18,7 @@ import msgspec
 from graphpar.calibration import Fingerprint, cache_path
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, UnitCost
+from graphpar.device import LOCAL_KIND
 from graphpar.ir.chain import Chain, structural_hash
 from graphpar.ir.graph import Graph
 
@@ -68,6 +69,7 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pauses: What waiting costs workers that are slowed down, by their slowdown.
         stage_s: What a stage costs beside its ops, per microbatch and direction.
         apart: How many times longer a backward takes that does not follow on its own forward.
+        precision: The number format that the units computed in.
     """
 
     units: dict[str, UnitTiming]
@@ -78,35 +80,42 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pauses: tuple[Pause, ...] = ()
     stage_s: float = 0.0
     apart: float = 1.0
+    precision: str = "float32"
 
 
 def with_timing(
-    table: CostTable, graph: Graph, chain: Chain, cluster: Cluster, timing: ModelTiming
+    table: CostTable,
+    graph: Graph,
+    chain: Chain,
+    cluster: Cluster,
+    timing: ModelTiming,
+    kind: str = LOCAL_KIND,
 ) -> CostTable:
-    """The table with measured times on this machine's processor; other devices keep theirs.
+    """The table with measured times on one kind of device; others keep theirs.
 
     Args:
-        table: Priced by `Roofline`, for the graph as it is (in no other formats).
+        table: Priced by `Roofline`, for the graph in the formats that were timed.
         graph: The captured graph.
         chain: Its units.
         cluster: The devices.
         timing: What was measured of units of this model.
+        kind: The kind of the devices; those of this machine's processor share its cores.
     """
-    local = [cluster.device(c.devices[0]).is_local_cpu for c in table.device_classes]
+    local = [cluster.device(c.devices[0]).kind == kind for c in table.device_classes]
     slowdowns = [cluster.device(c.devices[0]).slowdown for c in table.device_classes]
-    first = {kind: index for index, kind in reversed(list(enumerate(table.units)))}
+    first = {number: index for index, number in reversed(list(enumerate(table.units)))}
     costs = []
     pauses = [_pause(timing, slowdown) for slowdown in slowdowns]
     longer = [slowdown * pause.longer for slowdown, pause in zip(slowdowns, pauses, strict=True)]
-    for kind, cost in enumerate(table.costs):
-        unit = timing.units.get(unit_hash(graph, chain, first[kind]))
+    for number, cost in enumerate(table.costs):
+        unit = timing.units.get(unit_hash(graph, chain, first[number]))
         costs.append(_corrected(cost, unit, table.sizes, local, longer) if unit is not None else cost)
     costs = _divided(table, costs, "optimizer_s", timing.optimizer_s, local, slowdowns)
     if timing.halves is not None:
         costs = _divided(table, costs, "split_s", timing.halves.more_s, local, slowdowns)
         costs = _in_halves(table, costs, timing.halves.weights_share, local)
     shared = table.shared
-    if shared is not None:
+    if shared is not None and kind == LOCAL_KIND:
         slowing = timing.slowing or shared.slowing
         shared = replace(shared, slowing=slowing, reference_s=timing.reference_s, apart=timing.apart)
     classes = tuple(

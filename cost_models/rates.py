@@ -12,7 +12,29 @@ from graphpar.catalogue import Family
 from graphpar.cost_models import gemm
 from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
+from graphpar.ir.ops import DTYPE_BYTES
 
+ELEMENTS_PER_S = {
+    "layer_norm": 3.3e9,
+    "layer_norm_backward": 1.5e9,
+    "softmax": 4.7e9,
+    "softmax_backward": 1.4e9,
+    "cross_entropy": 1.33e9,
+    "cross_entropy_backward": 1.0e9,
+    "gelu": 6.6e9,
+    "gelu_backward": 5.2e9,
+    "gelu_tanh": 8.5e9,
+    "copy": 2.6e9,
+    "reduce": 5.0e9,
+    "dropout": 2.5e9,
+}
+"""Elements that one multiprocessor of a GPU gets through in a second where memory does not hold it back:
+kernels that reduce rows, call special functions or gather what lies apart. Fitted on an H200 to
+`benchmarks/device_curves.py`."""
+ATTENTION_HALF = (180.0, 455.0)
+"""Keys at which fused attention reaches half of its share, forward and backward; `CAUSAL_HALF` more and
+`CAUSAL_SHARE` of it where half is skipped, since tiles on the diagonal are not. Fitted like the above."""
+CAUSAL_HALF, CAUSAL_SHARE = 440.0, 0.87
 LISTED_TENSOR_S = 1e-6
 """The host's time per tensor of an op over a list of tensors (`torch._foreach_*`, the optimisers' default
 on GPUs): an estimate, not measured."""
@@ -46,15 +68,17 @@ class CatalogueRates:
     def seconds(self, kernels: Iterable[Kernel], *, backward: bool = False) -> float:
         """Device time, or the host's time to issue the kernels where that is longer."""
         listed = list(kernels)
-        device_s = sum(self._kernel(kernel) for kernel in listed)
-        host_s = len(listed) * self.family.host_op_s
-        return max(device_s, host_s)
+        return max(self.device_seconds(listed), len(listed) * self.family.host_op_s)
+
+    def device_seconds(self, kernels: Iterable[Kernel]) -> float:
+        """Time on the device alone, where the host is well ahead of it."""
+        return sum(self._kernel(kernel) for kernel in kernels)
 
     def _kernel(self, kernel: Kernel) -> float:
         if kernel.bytes == 0 and kernel.flops == 0:
             return 0.0
         memory_s = kernel.bytes / self._bytes_per_s
-        compute_s = self._product_s(kernel) or kernel.flops / self._flops_per_s(kernel)
+        compute_s = self._tiles_s(kernel) or kernel.flops / self._flops_per_s(kernel)
         # The 4-norm: like the textbook roofline (the maximum) far from the ridge, 19 % slower on it,
         # where neither side hides all of the other.
         return self.family.launch_s + math.sqrt(math.hypot(memory_s**2, compute_s**2))
@@ -63,13 +87,16 @@ class CatalogueRates:
     def _bytes_per_s(self) -> float:
         return self.device.memory_bytes_per_s * self.family.bandwidth_fraction
 
-    def _product_s(self, kernel: Kernel) -> float:
-        """A product by its tiles where the device's multiprocessors are known, else nothing."""
-        if kernel.matrix is None or not self.device.in_catalogue:
-            return 0.0
-        multiprocessors = catalogue.devices()[self.device.kind].multiprocessors
+    def _tiles_s(self, kernel: Kernel) -> float:
+        """A product by its tiles, other kernels by their elements, where the device's multiprocessors are
+        known and something is known of the kernel; else nothing."""
+        known = self.device.in_catalogue and kernel.attention is None
+        multiprocessors = catalogue.devices()[self.device.kind].multiprocessors if known else None
         if not multiprocessors:
             return 0.0
+        if kernel.matrix is None:
+            rate = ELEMENTS_PER_S.get(kernel.curve, math.inf) * multiprocessors
+            return kernel.elements / rate
         batch, rows, columns, inner = kernel.matrix
         return gemm.product_s(
             rows,
@@ -85,9 +112,18 @@ class CatalogueRates:
         if kernel.matrix is not None:
             return self.matmul_flops_per_s(kernel.flops, kernel.dtype)
         if kernel.attention is not None:
-            causal_gain = 2.0 if kernel.attention[2] else 1.0
-            return self.peak(kernel.dtype) * self.family.attention_fraction * causal_gain
+            length, head, causal = kernel.attention
+            share = self.family.attention_fraction
+            if self.family.attention_by_head and DTYPE_BYTES.get(kernel.dtype) == 2:
+                share = self._fused_share(length, head, causal, kernel.curve.endswith("backward"))
+            return self.peak(kernel.dtype) * share * (2.0 if causal else 1.0)
         return self.device.peak_flops_per_s.get("float32", self.peak("float32")) * 0.5
+
+    def _fused_share(self, length: float, head: int, causal: bool, backward: bool) -> float:
+        """Share of the peak that fused attention in 16 bits reaches on what it cannot skip."""
+        share = interpolate(self.family.attention_by_head, head) * (CAUSAL_SHARE if causal else 1.0)
+        half = ATTENTION_HALF[backward] + (CAUSAL_HALF if causal else 0.0)
+        return share * length / (length + half)
 
     def peak(self, dtype: str) -> float:
         """Dense peak for a dtype; formats the device lacks run in the nearest one it has."""
@@ -115,10 +151,11 @@ class CatalogueRates:
         return catalogue.devices()[self.device.kind].measured_matmul_fraction or points[-1][1]
 
     def optimizer_seconds(self, numel: float, tensors: int, state_ratio: float) -> float:
-        """Memory traffic: weight and states read and written, gradient read, in float32."""
-        moved = numel * 4 * (3 + 2 * state_ratio)
+        """Memory traffic in float32 of an op at a time; on a GPU the host issues ops meanwhile."""
+        moved = numel * 4 * optimizer_passes(state_ratio)
         rate = self.device.memory_bytes_per_s * self.family.bandwidth_fraction
-        return self._host_s(2 + 3 * state_ratio, tensors) + moved / rate
+        host_s = self._host_s(2 + 3 * state_ratio, tensors)
+        return host_s + moved / rate if self.device.is_cpu else max(host_s, moved / rate)
 
     def clip_seconds(self, numel: float, tensors: int) -> float:
         """Memory traffic: read for the norm, then read and written, in float32; four ops a tensor."""
@@ -130,6 +167,23 @@ class CatalogueRates:
         if self.device.is_cpu:
             return num_ops * tensors * self.family.host_op_s
         return num_ops * (self.family.host_op_s + tensors * LISTED_TENSOR_S)
+
+
+OPTIMIZER_PASSES = (3.0, 8.0, 20.0)
+"""How often an optimiser passes over a parameter's size with none, one or two states, one op after the
+other as torch's defaults do: SGD 3 (weight and gradient read, weight written), with momentum 8, AdamW 20
+(22 by the time that it took on an H200, `benchmarks/device_curves.py`)."""
+
+
+def optimizer_passes(state_ratio: float) -> float:
+    """Reads and writes of a parameter's size in one step of an optimiser with so many states.
+
+    >>> optimizer_passes(0), optimizer_passes(1.5), optimizer_passes(3)
+    (3.0, 14.0, 32.0)
+    """
+    low = min(int(state_ratio), len(OPTIMIZER_PASSES) - 2)
+    first, second = OPTIMIZER_PASSES[low : low + 2]
+    return first + (second - first) * (state_ratio - low)
 
 
 def interpolate(points: tuple[tuple[float, float], ...], flops: float) -> float:

@@ -12,6 +12,7 @@ from graphpar.cost_models.layout import Layout, find_layout
 from graphpar.cost_models.memory import (
     ALLOCATOR_SLACK,
     CPU_RESERVED_BYTES,
+    CPU_WARM_BYTES,
     GPU_RESERVED_BYTES,
     parameter_bytes,
     saved_roots,
@@ -99,9 +100,7 @@ class Roofline:
             batch_reason=options.batch_reason,
             tail_reason=options.tail_reason,
             in_step_reason=options.in_step_reason,
-            reserved_bytes=max(
-                CPU_RESERVED_BYTES if device.is_cpu else GPU_RESERVED_BYTES for device in examples
-            ),
+            reserved_bytes=max(map(self._reserved_bytes, examples)),
             sum_s_per_byte=self._sum_s_per_byte(cluster),
             shared=self.shared_cores(cluster),
         )
@@ -111,6 +110,13 @@ class Roofline:
         layout = find_layout(graph)
         found = {op.target for op in graph.ops if not work_of(op, graph, layout, 1).known}
         return tuple(sorted(found))
+
+    def _reserved_bytes(self, device: Device) -> float:
+        """Memory that a worker takes before it holds anything; torch's builds differ widely."""
+        if not device.is_cpu:
+            return GPU_RESERVED_BYTES
+        measured = self.calibration.worker_bytes if self.calibration and device.is_local_cpu else 0.0
+        return measured + CPU_WARM_BYTES if measured else CPU_RESERVED_BYTES
 
     def _message_s(self, device: Device) -> float:
         """Time a stage's process spends on handing a message to the transport."""
@@ -158,7 +164,7 @@ class Roofline:
         measured = self.calibration.loopback
         inside = dict(topology.inside)
         for node in cluster.nodes:
-            if node.link.kind == "loopback" and all(d.is_local_cpu for d in node.devices):
+            if node.link.kind == "loopback" and any(d.is_local_cpu for d in node.devices):
                 inside[node.name] = measured
         is_loopback = cluster.network.kind == "loopback"
         network: LinkCost = measured if is_loopback else topology.network

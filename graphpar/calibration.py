@@ -125,6 +125,7 @@ class Calibration:
         measured_at: When, as an ISO date and time.
         send_s: What handing a message to the transport takes a worker; 0 in files from before that.
         receive_s: What taking in a message that is there takes one.
+        worker_bytes: Memory of a worker that holds nothing yet; 0 in files from before that.
     """
 
     fingerprint: Fingerprint
@@ -142,6 +143,7 @@ class Calibration:
     measured_at: str = ""
     send_s: float = 0.0
     receive_s: float = 0.0
+    worker_bytes: float = 0.0
 
     def peak_flops_per_s(self, dtype: str = "float32") -> float:
         """The best matmul rate that was measured for a dtype, or for float32 where it was not."""
@@ -281,6 +283,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     measured_at: str
     send_s: float = 0.0
     receive_s: float = 0.0
+    worker_bytes: float = 0.0
 
     @classmethod
     def of(cls, c: Calibration) -> "_File":
@@ -301,6 +304,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             c.measured_at,
             c.send_s,
             c.receive_s,
+            c.worker_bytes,
         )
 
     def calibration(self) -> Calibration:
@@ -320,6 +324,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             self.measured_at,
             self.send_s,
             self.receive_s,
+            self.worker_bytes,
         )
 
 

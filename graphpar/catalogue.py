@@ -40,7 +40,8 @@ class DeviceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What kernels of one architecture reach of the peaks.
 
-    `matmul_efficiency` holds pairs of FLOPs of one call and the fraction of the peak at that size.
+    `matmul_efficiency` holds pairs of FLOPs of one call and the fraction of the peak at that size;
+    `attention_by_head`, where it was measured, pairs of head size and the fraction over long sequences.
     """
 
     matmul_efficiency: tuple[tuple[float, float], ...]
@@ -49,6 +50,7 @@ class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     launch_s: float
     host_op_s: float
     source: str
+    attention_by_head: tuple[tuple[float, float], ...] = ()
 
 
 class LinkKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -101,7 +101,14 @@ def _custom_device(group: DeviceSpec, kind: KindSpec, node: str, at: str) -> Dev
 
 
 def _default_link(spec: NodeSpec, devices: list[Device]) -> str:
-    """The slowest of the links that the node's kinds come with."""
+    """The slowest of the links that the node's kinds come with.
+
+    What a worker on the node's processor exchanges with one on a GPU goes through main memory and the
+    loopback interface, whatever the GPU's own link could do.
+    """
+    real = [device.kind == LOCAL_KIND for device in devices if device.compute == "real"]
+    if any(real) and not all(real):
+        return "loopback"
     names = []
     for group, device in zip(groups(spec), devices, strict=True):
         if isinstance(group.kind, KindSpec):

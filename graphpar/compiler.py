@@ -11,7 +11,8 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.frontend.refusals import warn_of_bad_weights
 from graphpar.hf_models import hf_buffers
-from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, Example, plan_prepared
+from graphpar.local_timing import Example
+from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, plan_prepared
 from graphpar.plans import Plan, hash_of
 from graphpar.precision import (
     check_precision,

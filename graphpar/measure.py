@@ -46,6 +46,7 @@ from graphpar.probes import (
     mixed_forward,
     view,
 )
+from graphpar.runtime.fork_server import ForkServer
 
 SIZES = (256, 4096, 32768, 131072, 524288, 1572864)
 """Elements of the tensors that curves are measured at."""
@@ -165,6 +166,7 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
         sum_s_per_byte=loopback.sum_s_per_byte,
         send_s=loopback.send_s,
         receive_s=loopback.receive_s,
+        worker_bytes=ForkServer.get().worker_bytes(),
         op_s=_mixed_extra(samples, backward=False),
         node_s=_mixed_extra(samples, backward=True),
         memory_bytes_per_s=24 * SIZES[-1] / 2 / samples.best(("pointwise", SIZES[-1])),

@@ -1,10 +1,9 @@
 """The middle of the line: price a captured model, partition it, explain and predict what was found."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,7 +17,6 @@ from graphpar.auto_precision import (
 from graphpar.auto_search import Pricing, candidate_formats
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
-from graphpar.cluster_build import system_memory_bytes
 from graphpar.cost import CostTable, PricingOptions, StageOptions
 from graphpar.cost_models.extrapolation import extrapolations
 from graphpar.cost_models.measured import ModelTiming, with_timing
@@ -31,6 +29,7 @@ from graphpar.errors import InfeasibleError
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.format_remedies import with_format_remedies
+from graphpar.local_timing import Example, Timings
 from graphpar.optimizer_probe import NEEDS_CLOSURE, joining_optimizer, optimizer_traits
 from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
@@ -59,8 +58,6 @@ from graphpar.sensitivity import (
 )
 from graphpar.tensor_groups import candidate_groups, settle_shardings, widest_group, with_group_modes
 from graphpar.training import Training
-from graphpar.trial_worker import TrialModel
-from graphpar.unit_timing import MOST_TWINS, timed
 
 EXPLAIN_S = 2.0
 """What `plan` may spend on saying why; `compile` is in more of a hurry."""
@@ -75,15 +72,6 @@ PRECISION_BUDGET = 1e-2
 """Largest relative error that `precision="auto"` may cause unless told otherwise."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """A model with an example batch, to run on this machine while planning."""
-
-    model: nn.Module
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-
-
 def price(
     prepared: Prepared,
     cluster: Cluster,
@@ -92,13 +80,13 @@ def price(
     precision: str = "float32",
     calibration: Calibration | None,
     formats: Formats | None = None,
-    timing: ModelTiming | None = None,
+    timings: Mapping[str, ModelTiming] | None = None,
 ) -> CostTable:
     """The table of numbers that the partitioner reads.
 
     With `formats` every device's numbers are those of the graph it runs; `precision` alone is a
-    shortcut for a device that does everything in it. With `timing` this machine's numbers in float32
-    are what its units were timed at.
+    shortcut for a device that does everything in it. With `timings`, by the kind of device, the numbers
+    of devices whose units compute in the format that was timed are what they were timed at.
     """
     limit = 1 if prepared.batch_reason else _UNSPLIT
     options = PricingOptions(
@@ -115,9 +103,11 @@ def price(
     )
     rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
     table = Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options, rewritten)
-    if timing is None or precision != "float32" or not (formats is None or formats.all_float32):
-        return table
-    return with_timing(table, prepared.graph, prepared.chain, cluster, timing)
+    for kind, timing in (timings or {}).items():
+        mine = {d.name for d in cluster.devices if d.kind == kind}
+        if precision == "float32" and (formats or Formats({})).all_in(mine, timing.precision):
+            table = with_timing(table, prepared.graph, prepared.chain, cluster, timing, kind)
+    return table
 
 
 def plan_prepared(
@@ -137,8 +127,9 @@ def plan_prepared(
 ) -> Plan:
     """Price, partition, explain (for at most `explain_s`) and predict a captured model.
 
-    `example` is run to measure errors under `precision="auto"`; without it they are estimated. On a
-    calibrated machine it is run in float32 to time the model's units there, for `measure_s` or so.
+    `example` is run to measure errors under `precision="auto"`; without it they are estimated. It is
+    also run to time the model's units, on each kind of device that this machine has of the cluster for
+    `measure_s` or so: on a calibrated processor in float32, on a GPU in the format it will compute in.
     """
     check_precision(precision)
     widest = widest_group(cluster, tensor)
@@ -147,10 +138,16 @@ def plan_prepared(
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
-    timing = None
-    if calibration is not None and example is not None and measure_s > 0 and precision == "float32":
-        # Under "auto" formats compete, so all of them are priced by the same curves.
-        timing = _timing(prepared, cluster, train, calibration, example, measure_s)
+    timings: dict[str, ModelTiming] = {}
+    if example is not None and measure_s > 0:
+        curves = calibration
+
+        def priced(alone: Cluster, formats: Formats) -> CostTable:
+            return price(prepared, alone, train=train, calibration=curves, formats=formats)
+
+        state_ratio = optimizer_state(train) if train else 0.0
+        wanted = Timings(prepared, example, train, precision, measure_s, state_ratio, priced)
+        timings = wanted.of(cluster, calibration)
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
     levels = _zero_levels(train)
@@ -166,7 +163,7 @@ def plan_prepared(
 
     def table_of(formats: Formats) -> CostTable:
         table = price(
-            prepared, cluster, train=train, calibration=calibration, formats=formats, timing=timing
+            prepared, cluster, train=train, calibration=calibration, formats=formats, timings=timings
         )
         one_part = bool(prepared.batch_reason or prepared.in_step_reason)
         if train is not None and not one_part:
@@ -231,36 +228,6 @@ def plan_prepared(
         error_budget=answer.report,
         train=train,
     )
-
-
-def _timing(
-    prepared: Prepared,
-    cluster: Cluster,
-    train: Training | None,
-    calibration: Calibration,
-    example: Example,
-    budget_s: float,
-) -> ModelTiming | None:
-    """The model's units timed on this machine.
-
-    None where no worker runs here, where the model has no weights, or where whole copies of it with their
-    gradients and optimiser state would take more than half of the memory.
-    """
-    here = [device for device in cluster.devices if device.is_local_cpu]
-    threads = {device.threads for device in here}
-    tensors = (*example.model.parameters(), *example.model.buffers())
-    away = any(tensor.device.type != "cpu" for tensor in tensors)
-    if threads != {calibration.fingerprint.threads} or away:
-        return None
-    slowdowns = sorted(device.slowdown for device in here)
-    copies = min(len(slowdowns), 1 + MOST_TWINS)
-    held = 2.0 + (optimizer_state(train) if train else 0.0)
-    if copies * held * sum(t.nbytes for t in tensors) > system_memory_bytes(math.inf) / 2:
-        return None
-    alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
-    table = price(prepared, alone, train=train, calibration=calibration)
-    model = TrialModel(example.model, prepared, example.args, example.kwargs, train, here[0].threads)
-    return timed(model, prepared.model_hash, table, budget_s, slowdowns)
 
 
 def _cast_seconds(

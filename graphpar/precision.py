@@ -1,7 +1,7 @@
 """Which number format runs where: from what is asked for and what the devices have."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.calibration import Calibration
@@ -61,6 +61,11 @@ class Formats:
     def all_float32(self) -> bool:
         """Whether nothing computes in a lower format."""
         return all(f == "float32" for formats in self.by_device.values() for f in formats)
+
+    def all_in(self, devices: Iterable[str], precision: str) -> bool:
+        """Whether these devices compute everything in one format."""
+        chosen = (self.by_device.get(name, ("float32",)) for name in devices)
+        return all(f == precision for formats in chosen for f in formats)
 
 
 def formats_of(device: Device) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ class TrialModel:
         kwargs: Keyword arguments of it.
         train: How it is trained; None to run forwards alone.
         threads: Threads of a worker.
+        device: The torch device that workers compute on.
+        precision: Number format that all units compute in.
     """
 
     model: nn.Module
@@ -53,6 +55,8 @@ class TrialModel:
     kwargs: Mapping[str, Any]
     train: Training | None
     threads: int = 1
+    device: str = "cpu"
+    precision: str = "float32"
     _tensors: dict[str, torch.Tensor] = field(init=False)
     _inputs: Mapping[str, torch.Tensor] = field(init=False)
 
@@ -74,14 +78,15 @@ class TrialModel:
         Raises:
             RunError: It could not be started.
         """
-        device = {"kind": "cpu", "threads": self.threads}
-        cluster = Cluster.from_dict({"devices": [device]})
-        whole = self._lowered(_alone(self.prepared))
-        starts = rank_starts(cluster, self.train, whole, Weights(self._tensors))
+        # Where it computes does not matter to what it starts with.
+        cluster = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": self.threads}]})
+        whole = self._lowered(_alone(self.prepared, self.precision))
+        (start,) = rank_starts(cluster, self.train, whole, Weights(self._tensors))
+        starts = [replace(start, setup=msgspec.structs.replace(start.setup, device=self.device))]
         optimizer = bytes(cloudpickle.dumps(self.train.optimizer)) if self.train else b""
         workers = LocalWorkers(starts, whole.trained, optimizer)
         with contextlib.closing(workers):
-            units = self._lowered(_unit_by_unit(_alone(self.prepared)))
+            units = self._lowered(_unit_by_unit(_alone(self.prepared, self.precision)))
             (program,) = whole.programs(whole.schedule(1), 1)
             divided = units.programs(units.schedule(1), 1)[0]
             workers.install_passes(WHOLE, program, 1)
@@ -160,11 +165,11 @@ class TrialWorker:
                 self.whole(size, slowdown)
 
 
-def _alone(prepared: Prepared) -> Partition:
+def _alone(prepared: Prepared, precision: str) -> Partition:
     alone = whole_on_one_device(prepared.graph)
     (pipeline,) = alone.pipelines
     (stage,) = pipeline.stages
-    stage = replace(stage, replicas=(Replica("local/0", 1),))
+    stage = replace(stage, replicas=(Replica("local/0", 1),), precision=precision)
     return replace(alone, pipelines=(replace(pipeline, stages=(stage,)),))
 
 
@@ -172,5 +177,6 @@ def _unit_by_unit(alone: Partition) -> Partition:
     """The same with a stage for every unit."""
     (pipeline,) = alone.pipelines
     units = pipeline.stages[-1].last
-    stages = tuple(StageChoice(u, u + 1, (Replica(f"local/{u}", 1),)) for u in range(units))
+    precision = pipeline.stages[-1].precision
+    stages = tuple(StageChoice(u, u + 1, (Replica(f"local/{u}", 1),), precision) for u in range(units))
     return replace(alone, pipelines=(replace(pipeline, stages=stages),))

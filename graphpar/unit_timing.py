@@ -97,6 +97,38 @@ def time_model(
         return None
 
 
+def time_gpu(model: TrialModel, table: CostTable, budget_s: float) -> ModelTiming | None:
+    """Seconds of every distinct unit on a GPU that nobody else uses, in the model's number format.
+
+    Args:
+        model: Runs the model, on a GPU.
+        table: What the cost model says of this GPU.
+        budget_s: What may be spent.
+    """
+    sizes = _affordable(table, budget_s)
+    if not sizes:
+        return None
+    try:
+        with model.worker() as worker:
+            worker.whole(sizes[-1])  # libraries choose and load their kernels when first called
+            sampled = {size: _at_size(worker, size) for size in sizes}
+            stage_s = sampled[sizes[0]].stage_s
+            return ModelTiming(
+                units=_by_hash(model.prepared, {n: s.without(stage_s) for n, s in sampled.items()}),
+                stage_s=stage_s,
+                slowing=(),
+                reference_s=0.0,
+                optimizer_s=_update_s(worker, sizes[0], budget_s) if table.training else 0.0,
+                halves=_halves(worker, sizes[len(sizes) // 2]) if table.training else None,
+                precision=model.precision,
+            )
+    except GraphparError as error:
+        _log.warning(
+            "The model could not be timed on %s, so that curves stand for it: %s", model.device, error
+        )
+        return None
+
+
 def _affordable(table: CostTable, budget_s: float) -> list[int]:
     """Microbatch sizes far apart, from the largest that half of the budget is enough for.
 

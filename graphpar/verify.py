@@ -13,7 +13,8 @@ from graphpar.compiler import compile as compile_model
 from graphpar.frontend.objects import opened
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.formats import ROUNDOFF, base_format
-from graphpar.planner import PRECISION_BUDGET, Example, plan_prepared
+from graphpar.local_timing import Example
+from graphpar.planner import PRECISION_BUDGET, plan_prepared
 from graphpar.plans import Plan
 from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.hold import HoldStill

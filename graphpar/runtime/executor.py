@@ -19,11 +19,12 @@ import torch
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
 from graphpar.runtime.casts import LowerWeights
+from graphpar.runtime.clocks import StepClock
 from graphpar.runtime.deferral import Deferral
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.in_step import Meetings
 from graphpar.runtime.lower import Message, StageBuilder, StageInterface
-from graphpar.runtime.program import WHOLE, Event, RankProgram, StepReport
+from graphpar.runtime.program import WHOLE, RankProgram, StepReport
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.scaling import LossScaler
 from graphpar.runtime.slices import padded, take
@@ -61,6 +62,7 @@ class _Step:
     """State of one step."""
 
     inputs: Mapping[str, torch.Tensor]
+    clock: StepClock
     posted: dict[Action, list[Arrival | None]] = field(default_factory=dict)
     to_post: deque[Action] = field(default_factory=deque)
     handed_over: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -72,8 +74,6 @@ class _Step:
     collected: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     whole: Whole | None = None
     results: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    events: list[Event] = field(default_factory=list)
-    start_s: float = field(default_factory=time.monotonic)
 
 
 class Executor:
@@ -171,17 +171,18 @@ class Executor:
         """
         self.context.step = number
         self.context.batch = self.program.batch
-        state = _Step({k: v.to(self.device) for k, v in inputs.items()})
+        own = {k: v.to(self.device) for k, v in inputs.items()}
+        state = _Step(own, StepClock(self.device))
         state.to_post.extend(a for a in self.actions if a.kind in "RG")
-        state.start_s = time.monotonic()
         self._running = state
         self._post_ahead(state)
         with torch.set_grad_enabled(self.program.training):
             for action in self.actions:
                 began = time.monotonic()
                 self._run[action.kind](state, action)
-                state.events.append(Event(str(action), began, time.monotonic()))
+                state.clock.note(str(action), began)
         self.transport.flush()
+        state.clock.finish()
         self._running = None
         return StepResult(state.results, self._report(state))
 
@@ -194,8 +195,8 @@ class Executor:
         return self._report(state) if state is not None else None
 
     def _report(self, state: _Step) -> StepReport:
-        events = tuple(state.events)
-        return StepReport(-1, state.start_s, time.monotonic(), events, peak_bytes(self.device))
+        events, started_s = state.clock.events(), state.clock.start_s
+        return StepReport(-1, started_s, time.monotonic(), events, peak_bytes(self.device))
 
     # --- messages ---
 
@@ -462,9 +463,15 @@ def _types(
     }
 
 
+CONTEXT_BYTES = 0.8e9
+"""What a process takes of a CUDA device besides, which torch cannot tell: by nvidia-smi on an H200, torch
+2.11, 2026-11-26, beside an allocator that had handed out 0.5 GB."""
+
+
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far: of the process on a CPU, of torch's allocator on a GPU."""
+    """Largest memory so far: of the process on a CPU; on a GPU what the allocator took from the device,
+    and `CONTEXT_BYTES`."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES)
     scale: Any = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)

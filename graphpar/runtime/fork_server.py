@@ -99,6 +99,18 @@ class ForkServer:
                 f"{self._exit_code()}. See its message above; `graphpar doctor` checks the installation."
             ) from error
 
+    def worker_bytes(self) -> float:
+        """Resident memory of a worker that was just started; 0 where the system does not tell.
+
+        Raises:
+            RunError: No worker could be started.
+        """
+        pid, channel = self.fork()
+        with channel, contextlib.suppress(OSError):
+            resident = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
+            return float(resident) * os.sysconf("SC_PAGE_SIZE")
+        return 0.0
+
     def exit_code(self, pid: int) -> int | None:
         """How a worker ended, None while it runs or where nobody knows."""
         self._listen(0.0)
@@ -164,9 +176,15 @@ the system and getting it anew, zeroed page by page, took 7 % of a step and vari
 threads, or what a thread freed would be kept for that thread alone."""
 
 
+_COUNTS_GPUS_ASIDE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Torch asks the management library whether there are GPUs: a process that has asked the CUDA driver
+itself cannot fork any that use them."""
+
+
 def _environment() -> dict[str, str]:
     """One thread while forking; graphpar itself is found wherever the driver found it."""
-    environment = {**_KEEPS_MEMORY, **os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**_KEEPS_MEMORY, **_COUNTS_GPUS_ASIDE, **os.environ}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     root = str(Path(__file__).resolve().parents[2])
     if root not in site.getsitepackages():
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]

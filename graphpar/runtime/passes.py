@@ -1,7 +1,6 @@
 """Passes over a model's stages in one process, timed stage by stage: what a profile is made of."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import mean
@@ -9,6 +8,7 @@ from statistics import mean
 import torch
 
 from graphpar.ir.text import parse_graph
+from graphpar.runtime.clocks import Clock
 from graphpar.runtime.deferral import Deferral
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.lower import Message, StageBuilder
@@ -26,7 +26,8 @@ class Passes:
         program: A rank's program; of it the graph, and whether it trains.
         num_stages: Stages of that graph.
         tensors: Parameters, buffers and constants by label.
-        clock: Tells the time.
+        device: Where they lie, and the passes run.
+        clock: Tells the time there.
         in_halves: Whether gradients of weights are made apart, as in schedules that do so.
     """
 
@@ -35,16 +36,18 @@ class Passes:
         program: RankProgram,
         num_stages: int,
         tensors: Mapping[str, torch.Tensor],
-        clock: Callable[[], float],
+        device: torch.device,
+        clock: Clock,
         in_halves: bool = False,
     ) -> None:
-        graph, cpu = parse_graph(program.graph), torch.device("cpu")
+        graph = parse_graph(program.graph)
+        self._device = device
         self._context = StepContext()
         self._training = program.training
         self._clock = clock
         self._deferral = Deferral() if in_halves else None
         self._builders = [
-            StageBuilder(graph, stage, tensors, cpu, self._context, deferral=self._deferral)
+            StageBuilder(graph, stage, tensors, device, self._context, deferral=self._deferral)
             for stage in range(num_stages)
         ]
 
@@ -56,7 +59,7 @@ class Passes:
         Between stages it waits as a worker does that is slowed down; that does not count. Of several
         microbatches in flight, all (alike) go forward before the first goes back.
         """
-        context = self._context
+        context, inputs = self._context, {k: v.to(self._device) for k, v in inputs.items()}
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
         with torch.set_grad_enabled(self._training):
             pace = Pace(slowdown, 1)
@@ -91,7 +94,7 @@ class _Ran:
 class _Pass:
     """One microbatch on its way through the stages and back."""
 
-    clock: Callable[[], float]
+    clock: Clock
     inputs: Mapping[str, torch.Tensor]
     size: int
     pace: Pace
@@ -163,8 +166,3 @@ def _detached(value: torch.Tensor, message: Message) -> torch.Tensor:
     """The value as if it had come from another process."""
     own = value.detach()
     return own.requires_grad_() if message.has_gradient and torch.is_grad_enabled() else own
-
-
-def clock_of(threads: int) -> Callable[[], float]:
-    """The processor time of one thread, which others disturb little; of several the time that passes."""
-    return time.thread_time if threads == 1 else time.perf_counter

@@ -176,8 +176,8 @@ class StepReport(msgspec.Struct, frozen=True):
         start_s: When the step began, on the machine's monotonic clock.
         end_s: When it ended.
         events: What was done when.
-        peak_bytes: Largest memory the rank held: of the process on a CPU, of torch's allocator on a
-            GPU.
+        peak_bytes: Largest memory the rank held: of the process on a CPU, of a GPU the allocator's
+            and a context's.
         grad_norm: Norm of all gradients over all ranks, before clipping; None where nobody asked.
         loss_scale: What the loss was multiplied with; None where it was not scaled.
         skipped: Whether gradients overflowed and the step was left out, on all ranks.

@@ -23,10 +23,11 @@ from torch import nn
 
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.checkpoint import Part, Restored, restore_optimizer, write_part
+from graphpar.runtime.clocks import work_clock
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
-from graphpar.runtime.passes import Passes, clock_of
+from graphpar.runtime.passes import Passes
 from graphpar.runtime.profiling import profiled
 from graphpar.runtime.program import Kernel, RankProgram, StepReport, WorkerSetup, encode
 from graphpar.runtime.scaling import LossScaler, is_finite
@@ -141,18 +142,15 @@ class Worker:
     def install_passes(self, name: str, program: RankProgram, num_stages: int, in_halves: bool) -> None:
         """Make ready to pass through all stages of a program's graph, for their times."""
         load_code(program.imports, program.operators)
-        self.passes[name] = Passes(
-            program, num_stages, self.tensors, clock_of(self.setup.threads), in_halves
-        )
+        clock = work_clock(self.setup.threads, self.device)
+        self.passes[name] = Passes(program, num_stages, self.tensors, self.device, clock, in_halves)
 
     def time_update(self) -> float:
         """Seconds of the optimiser's step, as a step of a job ends with it."""
-        clock = clock_of(self.setup.threads)
+        clock = work_clock(self.setup.threads, self.device)
         began_s = clock()
-        square = torch.zeros((), dtype=torch.float64)
         if self.setup.max_grad_norm is not None:
-            for gradient in self._gradients(self.trained):
-                square += torch.linalg.vector_norm(gradient).cpu().double().square()
+            float(torch.nn.utils.get_total_norm(self._gradients(self.trained)))
             for gradient in self._gradients(self.trained):
                 gradient.mul_(1.0)
         if self.optimizer is not None:

@@ -1,0 +1,117 @@
+"""Time a model's units on what this machine has of a cluster: its processor, and its CUDA devices."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpar.calibration import Calibration
+from graphpar.cluster import Cluster
+from graphpar.cluster_build import cuda_devices, system_memory_bytes
+from graphpar.cost import CostTable
+from graphpar.cost_models.measured import ModelTiming
+from graphpar.device import LOCAL_KIND
+from graphpar.errors import ClusterError
+from graphpar.precision import Formats, formats_of, uniform_formats
+from graphpar.preparation import Prepared
+from graphpar.training import Training
+from graphpar.trial_worker import TrialModel
+from graphpar.unit_timing import MOST_TWINS, time_gpu, timed
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model with an example batch, to run on this machine while planning."""
+
+    model: nn.Module
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What is to be timed, and for how long.
+
+    Args:
+        prepared: The captured model.
+        example: The model, with its weights, and the example batch.
+        train: How it is trained; None to run forwards alone.
+        precision: The number format of the plan.
+        budget_s: Seconds that may be spent on each kind of device.
+        state_ratio: Bytes of optimiser state per byte of parameters.
+        price: What the cost model says of a cluster whose devices compute in these formats.
+    """
+
+    prepared: Prepared
+    example: Example
+    train: Training | None
+    precision: str
+    budget_s: float
+    state_ratio: float
+    price: Callable[[Cluster, Formats], CostTable]
+
+    def of(self, cluster: Cluster, calibration: Calibration | None) -> dict[str, ModelTiming]:
+        """Timings by the kind of the device, of the kinds that the cluster names and this machine has."""
+        if self.precision == "auto" or not self._weights_are_here():
+            return {}
+        found = {LOCAL_KIND: self._on_processor(cluster, calibration)}
+        for kind, index in _cards_here(cluster).items():
+            found[kind] = self._on_card(kind, index, cluster)
+        return {kind: timing for kind, timing in found.items() if timing is not None}
+
+    def _weights_are_here(self) -> bool:
+        tensors = (*self.example.model.parameters(), *self.example.model.buffers())
+        return all(tensor.device.type == "cpu" for tensor in tensors)
+
+    def _on_processor(self, cluster: Cluster, calibration: Calibration | None) -> ModelTiming | None:
+        """None where no worker runs here, where the curves are not of such workers, or where whole copies
+        with gradients and optimiser state would take more than half of the memory."""
+        here = [device for device in cluster.devices if device.is_local_cpu]
+        if calibration is None or self.precision != "float32":
+            return None
+        if {device.threads for device in here} != {calibration.fingerprint.threads}:
+            return None
+        slowdowns = sorted(device.slowdown for device in here)
+        copies = min(len(slowdowns), 1 + MOST_TWINS)
+        if copies * self._held_bytes() > system_memory_bytes(math.inf) / 2:
+            return None
+        alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
+        table = self.price(alone, Formats({}))
+        model = self._trial(here[0].threads)
+        return timed(model, self.prepared.model_hash, table, self.budget_s, slowdowns)
+
+    def _on_card(self, kind: str, index: int, cluster: Cluster) -> ModelTiming | None:
+        card = next(device for device in cluster.devices if device.kind == kind)
+        if self._held_bytes() > card.memory_bytes / 2:
+            return None
+        precision = self.precision if self.precision in formats_of(card) else "float32"
+        alone = Cluster.from_dict({"devices": [{"kind": kind, "memory_bytes": card.memory_bytes}]})
+        formats = uniform_formats(alone, precision, len(self.prepared.chain.units))
+        table = self.price(alone, formats)
+        return time_gpu(self._trial(1, f"cuda:{index}", precision), table, self.budget_s)
+
+    def _held_bytes(self) -> float:
+        """Weights, gradients and optimiser state of one copy."""
+        tensors = (*self.example.model.parameters(), *self.example.model.buffers())
+        return (2.0 + self.state_ratio) * sum(tensor.nbytes for tensor in tensors)
+
+    def _trial(self, threads: int, device: str = "cpu", precision: str = "float32") -> TrialModel:
+        model, args, kwargs = self.example.model, self.example.args, self.example.kwargs
+        return TrialModel(model, self.prepared, args, kwargs, self.train, threads, device, precision)
+
+
+def _cards_here(cluster: Cluster) -> dict[str, int]:
+    """Kinds of the cluster's real GPUs that this machine has, with the place of the first of each."""
+    wanted = {d.kind for d in cluster.devices if not d.is_cpu and d.compute == "real"}
+    if not wanted or not torch.cuda.is_available():
+        return {}
+    found: dict[str, int] = {}
+    with contextlib.suppress(ClusterError):  # a card that the catalogue does not know
+        for index, card in enumerate(cuda_devices()):
+            if card["kind"] in wanted:
+                found.setdefault(card["kind"], index)
+    return found
