@@ -7,7 +7,7 @@ each answered by the dynamic programme of `chain`. Several pipelines side by sid
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
@@ -17,6 +17,7 @@ from graphpar.partition.bounds import physical_bound_s
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import (
+    EVERY_GROUPING,
     Family,
     choose_family,
     grouping_words,
@@ -30,7 +31,12 @@ from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs
 from graphpar.partition.regular import regular_plans
 from graphpar.partition.settings import Microbatches, ScheduleChoice
-from graphpar.partition.side_by_side import best_shares, estimate_shares, grouping_bound_s
+from graphpar.partition.side_by_side import (
+    best_shares,
+    estimate_shares,
+    grouping_bound_s,
+    pipelines_bound_s,
+)
 from graphpar.partition.solver import Backend
 from graphpar.partition.table_check import check_table
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, Status
@@ -194,6 +200,9 @@ class _Run:
             bound = grouping_bound_s(self._programs, groups)
             (others if any(sum(g) > 1 for g in groups) else alone).append((bound, groups))
         self.side_by_side(alone)
+        if sum(self.family.cells.counts) > EVERY_GROUPING:
+            # There one pipeline may take all the time there is.
+            others = list(self._sharper(others))
         self.single()
         self.side_by_side(others)
 
@@ -278,9 +287,12 @@ class _Run:
             deadline_s=self._deadline_s,
             dive=True,
         )
-        self._bound_s = min(self._bound_s, result.bound_s)
+        bound_s = result.bound_s
         if result.cut:
             self._cut("time limit: single pipeline")
+            if self.family.repeats is None:
+                bound_s = max(bound_s, pipelines_bound_s(self._programs, (self.family.cells.counts,)))
+        self._bound_s = min(self._bound_s, bound_s)
         for found in result.others[:RUNNERS_UP]:
             self._offer((found,))
         if result.best is not None:
@@ -288,13 +300,19 @@ class _Run:
 
     def side_by_side(self, bounded: list[tuple[float, Groups]]) -> None:
         """Every set of pipelines whose bound leaves hope, most promising first."""
-        for bound, groups in sorted(bounded):
+        for bound, groups in sorted(self._sharper(bounded)):
             if bound >= self._target_s:
                 self._bound_s = min(self._bound_s, bound)
                 return
             for schedule in self.family.schedules:
                 if not self._grouping(groups, schedule, bound):
                     return
+
+    def _sharper(self, bounded: list[tuple[float, Groups]]) -> Iterator[tuple[float, Groups]]:
+        """Better bounds where there is time and the first ones leave hope."""
+        for bound, groups in bounded:
+            hopeful = bound < self._target_s and time.monotonic() < self._deadline_s
+            yield max(bound, pipelines_bound_s(self._programs, groups) if hopeful else 0.0), groups
 
     def _grouping(self, groups: Groups, schedule: ScheduleName, bound_s: float) -> bool:
         result = best_shares(

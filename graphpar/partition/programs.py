@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
+from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
 from graphpar.partition.pipeline_search import INFINITY, ChainSolver, SearchResult, Task, search
 from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.task_search import search_tasks
@@ -158,6 +160,29 @@ class Programs:
     def least_post_s(self, limits: Sequence[int], peers: int = 1, across: Links = frozenset()) -> float:
         """A lower bound on the largest post of a pipeline on some devices."""
         return least_post_s(self.family.table, self.family.classes(limits), peers, across)
+
+    @cached_property
+    def larger_take_longer(self) -> bool:
+        """Whether no unit is faster for a larger microbatch in any mode."""
+        return bool((np.diff(self.family.table.both_s, axis=0) >= 0).all())
+
+    def pipeline_bound_s(self, limits: Sequence[int], samples: int, peers: int) -> float:
+        """A lower bound on the time of a pipeline on some devices, whatever its microbatches are."""
+        table, fixed = self.family.table, self.family.microbatches
+        most = min(samples, table.max_microbatches)
+        counts = range(1, most + 1) if fixed == "auto" else [min(fixed, most)]
+        settings = [Setting(samples, m, self.family.schedules[0], peers, frozenset()) for m in counts]
+        whole, numbers = tuple(limits), self.family.classes(limits)
+        room, least = room_bytes(table, numbers), INFINITY
+        bounded = [(self._task(whole, setting).bound_s, i, setting) for i, setting in enumerate(settings)]
+        for bound_s, _, setting in sorted(bounded):
+            if bound_s >= least:
+                break
+            held, takes = held_bytes(table, setting.size), self._takes(whole, setting)
+            work = self._bounds[setting.size]
+            more_s = held_bound_s(work, held, room, numbers, takes, setting.microbatches)
+            least = min(least, max(bound_s, more_s))
+        return least
 
     def _task(self, limits: tuple[int, ...], setting: Setting) -> Task:
         """Every device r has `m_r t_r <= t_r + extra`.

@@ -6,6 +6,7 @@ adding up to the batch. To improve on a step time T one needs f_g(n_g) <= T - Y 
 pipeline the shares that qualify are listed, and a sum of shares equal to the batch is looked for.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ _ESTIMATES = 3
 
 _ESTIMATE_GAP = 0.02
 """How closely a pipeline is searched for an estimate."""
+
+_MOST_COUNTS = 64
+"""Microbatch counts that a bound on a share goes through at most."""
 
 Group = tuple[int, ...]
 
@@ -80,6 +84,30 @@ def grouping_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
     across = group_links(programs.family.cells, groups)
     work = programs.work_per_sample_s(together) * programs.family.table.batch
     return work + max(programs.least_post_s(g, len(groups), across) for g in groups)
+
+
+def pipelines_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
+    """A lower bound on the step time of a set of pipelines that knows how a pipeline fills; 0 for none.
+
+    Whatever the shares of a batch of n are, for any weights w that add up to one some pipeline has
+    `n_g >= w_g n` samples. No pipeline takes longer for fewer samples, as long as no microbatch does; so
+    the step is at least the least, over the pipelines, of the bound on one with `ceil(w_g n)` samples in
+    any number of microbatches. Weights are in proportion to how fast the devices work.
+    """
+    if not programs.larger_take_longer:
+        return 0.0
+    across = group_links(programs.family.cells, groups)
+    rates = [1 / max(programs.work_per_sample_s(g), 1e-30) for g in groups]
+    batch = programs.family.table.batch
+    # A hair less than the share, lest rounding make the parts more than the batch.
+    shares = [max(1, math.ceil(batch * r / sum(rates) * (1 - 1e-9))) for r in rates]
+    if max(shares) > _MOST_COUNTS:
+        return 0.0
+    least = {
+        (g, n): programs.pipeline_bound_s(g, n, len(groups)) for g, n in zip(groups, shares, strict=True)
+    }
+    post_s = max(programs.least_post_s(g, len(groups), across) for g in groups)
+    return min(least.values()) + post_s
 
 
 def estimate_shares(

@@ -7,6 +7,7 @@ from itertools import chain
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.types import Partition, ScheduleName
+from graphpar.scenarios.types import KnownPlan
 
 MOST_PLANS = 6
 """Plans tried in other scenarios: the latest found that are unlike each other."""
@@ -21,12 +22,14 @@ class Known:
         bounds: Links, and how fast no plan over them can be.
         memory_binds: Whether memory without end would help.
         schedule: The schedule that was best under the fastest links.
+        regular: The best of equal pipelines, once it was looked for.
     """
 
     plans: list[Partition] = field(default_factory=list)
     bounds: list[tuple[Topology, float]] = field(default_factory=list)
     memory_binds: bool | None = None
     schedule: ScheduleName | None = None
+    regular: tuple[KnownPlan, ...] | None = None
 
     def note(self, table: CostTable, found: Partition) -> None:
         """Keep a plan and what is proven with it."""

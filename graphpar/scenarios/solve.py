@@ -13,6 +13,7 @@ from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
 from graphpar.scenarios.known import Known, speed_of
 from graphpar.scenarios.layouts import configured, recomputed
+from graphpar.scenarios.regular import best_regular
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.transfer import carried, marked
 from graphpar.scenarios.types import Answer, Bottleneck, KnownPlan, Layout
@@ -21,7 +22,7 @@ from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
 from graphpar.simulate import Timeline, simulate
 from graphpar.simulated import has_formula, simulated, stage_links
 from graphpar.timing import timing_of
-from graphpar.units import format_bytes
+from graphpar.units import format_bytes, format_percent
 
 FULL = 0.95
 """A device fuller than this at its peak leaves the planner little choice."""
@@ -31,6 +32,9 @@ CHOICE_S = 2.0
 
 LEAST_EXPLAIN_S, MOST_EXPLAIN_S = 1.0, 10.0
 """Seconds to look for what would fit where nothing does: as long as the search, within these."""
+
+REGULAR_SHARE = 0.2
+"""Share of the time of a scenario for trying equal pipelines."""
 
 FREE_MEMORY_GAIN = 0.02
 """If memory without limit would shorten the step by more than this, memory is the bottleneck."""
@@ -85,6 +89,8 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     """The plan found, or one of another scenario that is faster here."""
     others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
     if known is not None and task.layout is None:
+        others += _regular(table, task, known)
+    if known is not None and task.layout is None:
         known.seed(p for p in others if has_formula(p.schedule))
     try:
         best = _found(table, task, task.again and task.grouped, known)
@@ -96,11 +102,31 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     for other in others:
         step_s = simulated(table, other.pipelines, other.schedule).step_s
         if step_s < best_s:
-            bound_s = min(max(best.bound_s, other.bound_s), other.objective_s)
-            gap = (other.objective_s - bound_s) / other.objective_s
-            cut = best.truncated_by
-            best, best_s = replace(other, bound_s=bound_s, gap=gap, truncated_by=cut), step_s
+            best, best_s = _in_family_of(best, other, step_s), step_s
     return best
+
+
+def _in_family_of(found: Partition, other: Partition, step_s: float) -> Partition:
+    """A plan that was played through, with what the search proved about its family."""
+    bound_s = min(max(found.bound_s, other.physical_bound_s), step_s)
+    gap = (step_s - bound_s) / step_s if step_s > 0 else 0.0
+    cut, family = found.truncated_by, found.family
+    return replace(other, bound_s=bound_s, gap=gap, truncated_by=cut, family=family)
+
+
+def _regular(table: CostTable, task: Task, known: Known) -> list[Partition]:
+    """The best of the plans people write down; looked for once for scenarios with other links only."""
+    if known.regular is None:
+        limit_s = min(task.time_limit_s * REGULAR_SHARE, CHOICE_S)
+        plan = best_regular(table, task.schedule, time.monotonic() + limit_s)
+        known.regular = () if plan is None else (plan,)
+    made = (carried(table, plan, again=False) for plan in known.regular)
+    wanted = task.microbatches
+    return [
+        p
+        for p in made
+        if p is not None and (wanted == "auto" or all(q.microbatches == wanted for q in p.pipelines))
+    ]
 
 
 def brought(task: Task, plan: KnownPlan) -> Partition | None:
@@ -155,7 +181,11 @@ def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
     """The plan under the schedule wished for, or as it is with a note why not."""
     try:
         limit_s = min(task.time_limit_s, CHOICE_S)
-        return choose_schedule(table, found, task.schedule, task.microbatches, time_limit_s=limit_s)
+        chosen = choose_schedule(table, found, task.schedule, task.microbatches, time_limit_s=limit_s)
+        if has_formula(chosen.schedule) or task.layout is not None:
+            return chosen
+        # What was proven of 1F1B and GPipe stays proven; beside it stands the bound on any order.
+        return _in_family_of(found, chosen, chosen.objective_s)
     except UnavailableScheduleError as error:
         note = f"{task.schedule} was asked for but cannot be had: {error}"
         return replace(found, notes=(*found.notes, note))
@@ -181,6 +211,7 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
         step_s=timeline.step_s,
         bound_s=found.bound_s,
         gap=None if task.layout else found.gap,
+        any_bound_s=found.physical_bound_s,
         batch=table.batch,
         bottleneck=_bottleneck(table, found, timeline, peaks, capacity, task, known),
         headroom_bytes=headroom,
@@ -226,6 +257,12 @@ def _shape(found: Partition) -> str:
 
 def _remarks(found: Partition, task: Task) -> tuple[str, ...]:
     remarks = []
+    if not has_formula(found.schedule) and task.layout is None:
+        beyond = 1 - found.physical_bound_s / found.objective_s if found.objective_s > 0 else 0.0
+        remarks.append(
+            f"{found.schedule}: the gap is against the best 1F1B or GPipe plan of the family; no order "
+            f"of work at all can be more than {format_percent(beyond)} shorter"
+        )
     if found.truncated_by and task.layout is None:
         remarks.append(f"{CUT_SHORT} by {', '.join(found.truncated_by)}")
     if task.recompute and task.table.training:

@@ -233,18 +233,19 @@ class Solver:
 
 def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
     """Another setting's plan in the place of this one's."""
-    bound_s = mine.bound_s if mine.bound_s is not None else 0.0
+    # Of a setting that seemed infeasible nothing is known but what holds for plans of any kind.
+    bound_s = mine.bound_s if mine.bound_s is not None else other.any_bound_s or 0.0
     step_s = other.step_s or 0.0
     used = set(other.used)
     cut = tuple(r for r in mine.remarks if r.startswith(CUT_SHORT))
+    kept = (r for r in other.remarks if not r.startswith("left out"))
     return replace(
         other,
         bound_s=min(bound_s, step_s),
-        gap=max(other.gap or 0.0, 1 - bound_s / step_s)
-        if step_s > 0 and other.gap is not None
-        else other.gap,
+        gap=1 - min(bound_s / step_s, 1.0) if step_s > 0 and setting.layout is None else None,
+        any_bound_s=mine.any_bound_s if mine.any_bound_s is not None else other.any_bound_s,
         left_out=tuple(d.name for d in setting.cluster.devices if d.name not in used),
-        remarks=tuple(dict.fromkeys((*cut, *(r for r in other.remarks if not r.startswith("left out"))))),
+        remarks=tuple(dict.fromkeys((*cut, *kept))),
         seconds=mine.seconds + other.seconds,
     )
 
@@ -368,6 +369,11 @@ def as_plain(answer: Answer, baseline: Answer) -> dict[str, Any]:
     data["samples_per_s"] = answer.samples_per_s
     data["usd_per_million_samples"] = answer.usd_per_million_samples
     data["kwh_per_million_samples"] = answer.kwh_per_million_samples
+    data["gap_any"] = (
+        1 - answer.any_bound_s / answer.step_s
+        if answer.any_bound_s is not None and answer.step_s
+        else None
+    )
     data["least_headroom_bytes"] = min(answer.headroom_bytes.values(), default=None)
     data["change"] = answer.change(baseline)
     data["needless"] = answer.needless

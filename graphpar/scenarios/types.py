@@ -145,6 +145,8 @@ class Answer:
         step_s: Simulated time of one step.
         bound_s: No plan of the searched family has a shorter objective.
         gap: How far the plan may be from the best of its family; None for a hand-made configuration.
+            Where the schedule has no formula, the family is that of plans under 1F1B and GPipe.
+        any_bound_s: No plan of any kind has a shorter step under the same prices.
         batch: Samples per step.
         usd_per_h: Price of all nodes that hold a used device.
         watts: Power of the used devices at full load.
@@ -180,6 +182,7 @@ class Answer:
     one_device_s: float | None = None
     one_device: str = ""
     seconds: float = 0.0
+    any_bound_s: float | None = None
     plan: KnownPlan | None = None
 
     @property

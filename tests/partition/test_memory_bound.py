@@ -1,0 +1,44 @@
+"""Bounds on pipelines side by side that know how they fill and what they hold, against every plan."""
+
+import pytest
+from all_plans import best_step_s
+from cost_tables import make_table, small_tables
+from hypothesis import HealthCheck, given, settings
+
+from graphpar.cost import CostTable
+from graphpar.partition.counting import CountingLimits
+from graphpar.partition.family import choose_family, groupings
+from graphpar.partition.pipeline import partition
+from graphpar.partition.programs import Programs
+from graphpar.partition.side_by_side import pipelines_bound_s
+
+
+def programs(table: CostTable) -> Programs:
+    return Programs(choose_family(table, "auto", "auto"), CountingLimits(0.01, "highs"))
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(small_tables(max_units=3, modes=True))
+def test_no_plan_is_faster_than_the_least_of_the_bounds(table: CostTable) -> None:
+    best = best_step_s(table)
+    known = programs(table)
+    everything = [*groupings(known.family), (known.family.cells.counts,)]
+    least = min(pipelines_bound_s(known, groups) for groups in everything)
+    assert best is None or least <= best * (1 + 1e-9) + 1e-12
+
+
+def test_memory_that_is_scarce_raises_the_bound() -> None:
+    units, many = (1.0,) * 8, (8,)
+    wide = programs(make_table(units, devices_per_class=many, batch=8))
+    tight = programs(make_table(units, devices_per_class=many, batch=8, memory_bytes=3.0))
+    nothing = programs(make_table(units, devices_per_class=many, batch=8, memory_bytes=0.5))
+    free, scarce, none = (p.pipeline_bound_s((8,), 8, 1) for p in (wide, tight, nothing))
+    assert free == pytest.approx(24.0)
+    assert free < scarce < float("inf")
+    assert none == float("inf")
+    found = partition(make_table(units, devices_per_class=many, batch=8, memory_bytes=3.0), gap=0.0)
+    assert scarce <= found.objective_s
