@@ -127,7 +127,8 @@ def _with_rotary_parameters(config: Any) -> Any:
     size = first_int(config, ("head_dim",))
     size = size or first_int(config, ("hidden_size",)) // first_int(config, ("num_attention_heads",))
     half = (int(size * rope.get("partial_rotary_factor", 1.0)) + 1) // 2
-    rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    third = -(-half // 3)  # the first two alike, which some pair up
+    rope["mrope_section"] = [third, third, half - 2 * third]
     return config
 
 

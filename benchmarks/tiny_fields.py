@@ -25,6 +25,8 @@ PER_TOKEN = re.compile(r"experts_per_tok|moe_(topk|k)$|top_?k(_group)?$")
 POSITIONS = re.compile(r"(max|n|num)_\w*positions?(_embeddings)?$|n_ctx|max_seq_len|max_length")
 TOKEN = re.compile(r"token_(id|index|ids)$|^(pad|bos|eos|sep|cls|mask|unk)_index$")
 PICTURE = re.compile(r"image_size|img_size|input_size$|pretrain_image_size")
+PICTURE_BORDER = re.compile(r"visual_prompt_size$")
+"""Parts of a side of a picture, which shrink with it."""
 PICTURE_TOKENS = re.compile(r"mm_tokens_per_image|image_seq_length|num_patches$")
 INDICES = re.compile(r"indices|indexe?s?$|layer_ids?$|layer_idx")
 QUERIES = re.compile(

@@ -24,6 +24,7 @@ from tiny_fields import (
     NOT_WIDTH,
     PER_TOKEN,
     PICTURE,
+    PICTURE_BORDER,
     PICTURE_TOKENS,
     POSITIONS,
     QUERIES,
@@ -36,6 +37,8 @@ VOCABULARY = 160
 FIRST_WORD, LAST_WORD = 10, 110
 """Ids of ordinary words: below and above lie those of special tokens."""
 MAX_POSITIONS = 96
+PICTURE_SIZES = ("image_size", "img_size", "max_img_size", "crop_size")
+"""Fields that tell how many points a side of a picture has."""
 BROAD = 48
 """Numbers from here on are sizes rather than counts, whatever they are called."""
 
@@ -90,6 +93,7 @@ class Scale:
         fewer: Factor by which the number of heads shrinks.
         smaller: Factor by which the size of a head shrinks.
         patches: Places of a picture before and after.
+        points: Points along a side of a picture before and after.
         patch: Size of a patch.
         layers: Number of layers before.
     """
@@ -100,6 +104,7 @@ class Scale:
     fewer: int
     smaller: int
     patches: tuple[int, int]
+    points: tuple[int, int]
     patch: int
     layers: int
 
@@ -127,7 +132,8 @@ class Scale:
         layers = first_int(config, ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers",
                                      "n_layers", "depth"))  # fmt: skip
         places = (max(before // patch, 1) ** 2, max(after // patch, 1) ** 2)
-        return cls(style, heads or 1, width, fewer, smaller, places, patch, layers or 0)
+        sides = (before, after)
+        return cls(style, heads or 1, width, fewer, smaller, places, sides, patch, layers or 0)
 
     @property
     def few(self) -> int:
@@ -167,6 +173,8 @@ class Scale:
             return max(1, value * self.patches[1] // self.patches[0])
         if name == "image_embedding_size":  # places of a picture along one side
             return max(1, value * isqrt(self.patches[1]) // isqrt(self.patches[0]))
+        if PICTURE_BORDER.search(name):
+            return max(1, value * self.points[1] // self.points[0])
         if PICTURE.search(name):
             return _small_picture(value, self.patch) if self.style.pictures else value
         if name == "first_k_dense_replace":
@@ -298,10 +306,13 @@ def _patch(config: Any) -> int:
 
 
 def _picture(config: Any) -> int:
-    value = read(config, "image_size")
-    if isinstance(value, (list, tuple)) and value:
-        value = value[0]
-    return value if isinstance(value, int) and value > 0 else 224
+    for name in PICTURE_SIZES:
+        value = read(config, name)
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if isinstance(value, int) and value > 0:
+            return value
+    return 224
 
 
 def _small_picture(size: int, patch: int) -> int:

@@ -25,6 +25,7 @@ IGNORED = -100
 _SAMPLES_PER_FRAME = 320
 _FEATURES = 24
 """Of each time step where nothing tells how many; what the model says of them does afterwards."""
+_PICTURE_SIZES = ("image_size", "img_size", "max_img_size", "crop_size")
 _SUMS = {"*": operator.mul, "+": operator.add, "-": operator.sub, "//": operator.floordiv}
 _ALTERNATIVE = re.compile(
     r"embeds$|embeddings$|_outputs$|labels?$|head_mask|^past_|cache|_positions$|_values$(?<!input_values)(?<!pixel_values)"
@@ -348,8 +349,8 @@ class _Maker:
     # --- pictures, films, sound ---
 
     def _pixels(self) -> torch.Tensor:
-        config = part_with(getattr(self.config, "vision_config", None) or self.config, "image_size")
-        size = getattr(config, "image_size", None)
+        whole = getattr(self.config, "vision_config", None) or self.config
+        config, size = part_with(whole, "image_size"), first_field(whole, *_PICTURE_SIZES)
         if not isinstance(size, (int, list, tuple)) or not size:
             size = (64, 224, 32, 384, 64)[self.variant.form]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
