@@ -31,6 +31,8 @@ TIME_LIMIT_S = 300.0
 """Processor time that one architecture may take."""
 IDLE_S = 180.0
 """How long neither its process may use the processor."""
+MEMORY_BYTES = 6 * 2**30
+"""Memory that its process may hold: a model that is not tiny must not take that of the others."""
 LOOK_S = 0.5
 _FORKING = threading.Lock()
 
@@ -119,7 +121,7 @@ def _child(name: str, terms: Terms, server: ForkServer, writing: int) -> None:
 
 
 class _Watch:
-    """Tells when a process has had enough: of processor time, or of doing nothing.
+    """Tells when a process has had enough: of processor time, of memory, or of doing nothing.
 
     A limit of the wall clock would fail a model because the machine has other work.
     """
@@ -141,6 +143,8 @@ class _Watch:
         self._used_s = used_s
         if used_s > self.limit_s:
             return f"no end after {self.limit_s:g} s of processor time"
+        if _memory_bytes(self.pid) > MEMORY_BYTES:
+            return f"more than {MEMORY_BYTES / 2**30:g} GiB of memory"
         return f"nothing happened for {IDLE_S:g} s" if self._idle_s > IDLE_S else ""
 
 
@@ -151,6 +155,15 @@ def _processor_seconds(pid: int) -> float | None:
     except OSError:
         return None
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _memory_bytes(pid: int) -> int:
+    """Resident memory of a running process; 0 where the system does not tell."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _read(descriptor: int, watch: _Watch) -> tuple[str, str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from tiny_blanks import filled, guessed
 from tiny_defaults import default_config, parts_of, read
-from tiny_fields import NO_SIZES, is_drop, number_kind
+from tiny_fields import NO_SIZES, NOT_WIDTH, WIDTH, is_drop, number_kind
 from tiny_hints import Hints
-from tiny_scale import Scale, Style, first_int
+from tiny_scale import PICTURE_SIZES, Scale, Style, first_int
 
 
 def tiny_config(config_class: Any, style: Style, hints: Hints = MappingProxyType({})) -> Any:
@@ -95,7 +95,7 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], hints: Hints) -> An
                 values["pad_token_id"] = 1
         if value is None or name in NO_SIZES:
             continue
-        if derived and _same(value, read(usual, name)) and name != "head_dim":
+        if derived and _same(value, read(usual, name)) and not _is_size_of_its_own(name, value):
             continue
         made = scale.value(name, value, tokens) if name not in hints else value
         if isinstance(made, list) and len(made) == scale.layers > scale.few > 0:
@@ -179,6 +179,13 @@ def rebuilt(base: Any, changes: Mapping[tuple[str, ...], int], path: tuple[str, 
 def _is_derived(spec: "dataclasses.Field[Any]") -> bool:
     """Whether a class works a field out where it is not given."""
     return spec.default is None and spec.default_factory is dataclasses.MISSING
+
+
+def _is_size_of_its_own(name: str, value: Any) -> bool:
+    """Whether a class that fills a field in does so without looking at others, mostly."""
+    if name in ("head_dim", *PICTURE_SIZES) or name.endswith("feature_sizes"):
+        return True
+    return isinstance(value, (list, tuple)) and bool(WIDTH.search(name)) and not NOT_WIDTH.search(name)
 
 
 def _one_for_each_layer(values: list[Any], layers: int) -> list[Any]:

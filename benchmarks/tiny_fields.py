@@ -12,11 +12,11 @@ KEY_HEADS = re.compile(r"key_value|kv_heads|heads_kv|kv$")
 HEAD_SIZE = re.compile(r"head_dim|head_size|d_kv$|kv_channels|qk_(rope|nope)|rotary_dim|query_pre_attn")
 WIDTH = re.compile(
     r"hidden|d_model|latents|n_embd|embed|intermediate|ffn|d_ff|inner|(^|_)dims?$|width|projection|lora_rank"
-    r"|_dim(ensions?)?$|n_inner|d_inner|channels$|conv_dim|filters|classifier_proj_size"
+    r"|_dim(ensions?)?$|n_inner|d_inner|channels$|channel_list$|_dim_per_stage|conv_dim|filters|classifier_proj_size"
 )
 NOT_WIDTH = re.compile(
     r"num_channels|num_latents|max_|position|type_vocab|layers?$|num_conv|kernel|stride|ratio|in_channels$(?<!_in_channels)"
-    r"|audio_channels|^embed_(?!dim)|per_|token|groups|num_embeddings"
+    r"|audio_channels|^embed_(?!dim)|per_(?!stage)|token|groups|num_embeddings"
 )
 NO_SIZES = frozenset({"transformers_version", "id2label", "label2id", "architectures", "dtype"})
 NOT_BROAD = re.compile(r"_id$|window|rate|bins|frames|kernel|stride|max_|patch|theta|samples|length")

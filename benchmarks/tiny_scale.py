@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
-from tiny_defaults import read
+from tiny_defaults import parts_of, read
 from tiny_fields import (
     EXPERTS,
     HEAD_SIZE,
@@ -39,6 +39,7 @@ FIRST_WORD, LAST_WORD = 10, 110
 MAX_POSITIONS = 96
 PICTURE_SIZES = ("image_size", "img_size", "max_img_size", "crop_size")
 """Fields that tell how many points a side of a picture has."""
+LARGE_PICTURE = 512
 BROAD = 48
 """Numbers from here on are sizes rather than counts, whatever they are called."""
 
@@ -126,8 +127,7 @@ class Scale:
             smaller = _factor(size, style.head_size) if size else _power(_widest(config) // 64)
         if style.uniform:
             fewer, smaller = 1, style.uniform
-        patch = _patch(config)
-        before = _picture(config)
+        patch, before = _picture(config)
         after = _small_picture(before, patch) if style.pictures else before
         layers = first_int(config, ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers",
                                      "n_layers", "depth"))  # fmt: skip
@@ -152,11 +152,19 @@ class Scale:
             return min(value, 1.0)
         if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
             return self._list(name, value, tokens)
+        if name.endswith("feature_sizes") and isinstance(value, (list, tuple)):
+            return [self._places(size) for size in value]
         if isinstance(value, tuple):
             return list(value)  # as in a configuration that is read from a file
         if name == "rope_parameters" and isinstance(value, Mapping):
             return self._rope(value)
         return value
+
+    def _places(self, size: Any) -> Any:
+        """Sides of a map of features, which shrink with the picture."""
+        if isinstance(size, (list, tuple)):
+            return [self._places(side) for side in size]
+        return max(1, size * self.points[1] // self.points[0])
 
     def _number(self, name: str, value: int, tokens: dict[int, int]) -> int:
         if value <= 1:
@@ -263,8 +271,14 @@ def first_int(config: Any, names: Sequence[str]) -> int:
 
 
 def _widest(config: Any) -> int:
-    """The largest width of a configuration without heads, mostly one of convolutions."""
+    """The largest width of a configuration without heads, mostly one of convolutions.
+
+    Where a list tells by how much each of several stages samples down, each doubles the filters.
+    """
     found = [64]
+    stages = [read(config, name) for name in ("downsampling_ratios", "upsampling_ratios")]
+    doublings = max((len(s) for s in stages if isinstance(s, (list, tuple))), default=0)
+    found += [first_int(config, ("num_filters",)) << doublings]
     for spec in dataclasses.fields(config):
         if WIDTH.search(spec.name) and not NOT_WIDTH.search(spec.name):
             value = read(config, spec.name)
@@ -298,27 +312,27 @@ def _divided(value: int, by: int) -> int:
     return max(8, round(value / by / 8) * 8)
 
 
-def _patch(config: Any) -> int:
-    value = read(config, "patch_size")
+def _picture(config: Any) -> tuple[int, int]:
+    """Points of a patch and of a picture along a side, in the configuration or else in one inside it."""
+    for _, part in parts_of(config):
+        side = next((n for name in PICTURE_SIZES if (n := _side(read(part, name), 0))), 0)
+        if side:
+            return _side(read(part, "patch_size"), -1) or 1, side
+    return _side(read(config, "patch_size"), -1) or 1, 224
+
+
+def _side(value: Any, place: int) -> int:
+    """One number of a size along both sides; 0 where it is none."""
     if isinstance(value, (list, tuple)) and value:
-        value = value[-1]
-    return value if isinstance(value, int) and value > 0 else 1
-
-
-def _picture(config: Any) -> int:
-    for name in PICTURE_SIZES:
-        value = read(config, name)
-        if isinstance(value, (list, tuple)) and value:
-            value = value[0]
-        if isinstance(value, int) and value > 0:
-            return value
-    return 224
+        value = value[place]
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _small_picture(size: int, patch: int) -> int:
-    """A picture of few patches, and of at least 32 points.
+    """A picture of few patches, and of at least 32 points; of 64 where nothing tells a large one's patches.
 
-    >>> _small_picture(224, 16), _small_picture(224, 14), _small_picture(224, 4), _small_picture(28, 4)
-    (64, 56, 32, 28)
+    >>> [_small_picture(*sizes) for sizes in ((224, 16), (224, 14), (224, 4), (28, 4), (1024, 1))]
+    [64, 56, 32, 28, 64]
     """
-    return min(size, -(-max(4 * patch, 32) // patch) * patch)
+    least = 64 if patch == 1 and size >= LARGE_PICTURE else 32
+    return min(size, -(-max(4 * patch, least) // patch) * patch)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 _TASKS = (
     "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT",
     "MULTIMODAL_LM", "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION",
@@ -106,24 +108,41 @@ def config_for(made: Any, config: Any) -> Any:
 
 
 def _own_classes(architecture: Architecture) -> Iterator[Any]:
-    """Model classes beside the configuration that no mapping mentions, the bare one first."""
+    """Model classes beside the configuration that no mapping mentions, the bare one first.
+
+    Where none of a composite's own can be called, those of its parts.
+    """
+    config_class = architecture.config_class
+    found = sorted(_classes_beside(config_class), key=lambda c: c.__name__)
+    own = [c for c in found if c.config_class is config_class]
+    usual = f"{architecture.name}Model"
+    yield from sorted(own, key=lambda c: c.__name__ != usual)
+    parts = set(getattr(config_class, "sub_configs", {}).values())
+    if own and not any(map(_can_be_called, own)):
+        yield from (c for c in found if c.config_class in parts and _can_be_called(c))
+
+
+def _classes_beside(config_class: Any) -> set[Any]:
+    """All classes of models in the package of a configuration."""
     library = transformers_library()
-    package = architecture.config_class.__module__.rpartition(".")[0]
-    found = []
+    package = config_class.__module__.rpartition(".")[0]
+    found = set()
     for module_name in sorted(sys.modules[package].__dir__()) if package in sys.modules else ():
         if not module_name.startswith("modeling_"):
             continue
-        module = getattr(sys.modules[package], module_name)
-        found += [
+        found |= {
             value
-            for name, value in vars(module).items()
+            for name, value in vars(getattr(sys.modules[package], module_name)).items()
             if inspect.isclass(value)
             and issubclass(value, library.PreTrainedModel)
             and "PreTrainedModel" not in name
-            and getattr(value, "config_class", None) is architecture.config_class
-        ]
-    usual = f"{architecture.name}Model"
-    yield from sorted(set(found), key=lambda c: (c.__name__ != usual, c.__name__))
+            and getattr(value, "config_class", None) is not None
+        }
+    return found
+
+
+def _can_be_called(made: Any) -> bool:
+    return made.forward is not nn.Module.forward
 
 
 def _key(name: str) -> str:

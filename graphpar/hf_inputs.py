@@ -257,8 +257,9 @@ class _Maker:
 
     def _as_documented(self, name: str) -> torch.Tensor:
         if name == self.main and name not in self.documented:  # whatever the heads' preprocessors take
-            if self.variant.form == 2:
-                return self._floats(self.wanted.batch, self.wanted.length, _FEATURES)
+            if self.variant.form >= 2:
+                shape = (self.wanted.batch, self.wanted.length, _FEATURES)
+                return self._floats(*(shape if self.variant.form == 2 else shape[::2]))
             return self._words() if self.variant.form == 0 else self._pixels()
         made = self.documented[name]
         shape = tuple(self._size(part) for part in made.shape)

@@ -7,9 +7,11 @@ noted with its line, and the export is repeated with these answers. What makes t
 step with an error, which names the line, when it is another one than in the example batch.
 
 Shapes that depend on values are answered in the same way: `x[mask]` and `nonzero` have as many results as
-in the example batch, and the count is checked.
+in the example batch, and the count is checked. Where the places serve only to write one number to all of
+them (`x[torch.where(mask)] = 0`), their count does not matter: they are written through the mask.
 """
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,12 +59,41 @@ Decisions = Mapping[tuple[str, str], Sequence[Decision]]
 """Answers by line and method, in order of execution."""
 
 
+@dataclass(eq=False)
+class _Places:
+    """Places found by `torch.where(mask)`, and the check of their number until it is needed."""
+
+    places: tuple[torch.Tensor, ...]
+    mask: torch.Tensor
+    checks: list[torch.Tensor]
+    written: bool = False
+
+
+def _count(found: Sequence[_Places], leaves: Sequence[Any], checks: list[torch.Tensor]) -> None:
+    """Check the number of those places that are among some values."""
+    used = {id(leaf) for leaf in leaves}
+    for made in found:
+        if made.checks and any(id(place) in used for place in made.places):
+            checks += made.checks
+            made.checks.clear()
+
+
 class _Asked(TorchFunctionMode):
     """Sees every question for a value."""
+
+    def __init__(self, checks: list[torch.Tensor], found: list["_Places"]) -> None:
+        super().__init__()
+        self._checks, self._found = checks, found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if name == "__setitem__" and (mask := self._mask_of(args[1], args[2])) is not None:
+            behind = [1] * (args[0].ndim - mask.ndim)
+            args[0].masked_fill_(mask.reshape(*mask.shape, *behind), args[2])
+            return None
+        if self._found:
+            _count(self._found, flatten((args, kwargs))[0], self._checks)
         if first is None:
             return func(*args, **kwargs)
         if name in _ASKED and first.numel() == 1:
@@ -72,8 +103,9 @@ class _Asked(TorchFunctionMode):
         if name == "equal" and len(args) == 2 and first.shape == args[1].shape:
             return self.answer("equal", (first == args[1]).all(), lambda: func(*args, **kwargs))
         if name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1 and not kwargs):
-            found = self._nonzero(first)
-            return found.unbind(1) if name == "where" or kwargs.get("as_tuple") else found
+            if name == "where" or kwargs.get("as_tuple"):
+                return self._places(first)
+            return self._nonzero(first)
         if name == "__getitem__" and len(args) == 2:
             args = (first, self._index(args[1]))
         if name == "masked_select" and len(args) == 2:
@@ -99,6 +131,26 @@ class _Asked(TorchFunctionMode):
         """Where a tensor is not zero, as many places as in the example batch."""
         count = tensor.count_nonzero()
         return torch.nonzero_static(tensor, size=int(self.answer("nonzero", count, count.item)))
+
+    def _places(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Where a tensor is not zero, by dimension; their number is checked once they are used."""
+        before = len(self._checks)
+        places = self._nonzero(tensor).unbind(1)
+        made = _Places(places, tensor != 0, self._checks[before:])
+        del self._checks[before:]
+        self._found.append(made)
+        return places
+
+    def _mask_of(self, index: Any, value: Any) -> torch.Tensor | None:
+        """The mask that an index was found with, where one number is written to all its places."""
+        index = index if isinstance(index, tuple) else (index,)
+        if not isinstance(value, (bool, int, float)):
+            return None
+        for made in self._found:
+            if len(index) == len(made.places) and all(map(operator.is_, index, made.places)):
+                made.written = True
+                return made.mask
+        return None
 
     def _index(self, index: Any) -> Any:
         """An index with the places that masks in it choose instead of the masks."""
@@ -133,7 +185,7 @@ class _Record(_Asked):
     """Notes the answers of real tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__([], [])
         self.made: dict[tuple[str, str], list[Decision]] = defaultdict(list)
 
     def answer(self, method: str, tensor: torch.Tensor, ask: Callable[[], Any]) -> Any:
@@ -155,20 +207,26 @@ class Replay:
 
     decisions: Decisions
     checks: list[torch.Tensor] = field(default_factory=list)
+    _found: list[_Places] = field(default_factory=list)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it, questions are answered."""
         self.checks.clear()
-        with _Answer({key: iter(made) for key, made in self.decisions.items()}, self.checks):
+        self._found.clear()
+        answers = {key: iter(made) for key, made in self.decisions.items()}
+        with _Answer(answers, self.checks, self._found):
             yield
 
     def checked(self, result: Any) -> Any:
         """The result, made to depend on all checks so that none of them is left out."""
+        leaves, spec = flatten(result)
+        unused = [place for made in self._found if not made.written for place in made.places]
+        _count(self._found, [*leaves, *unused], self.checks)
+        self._found.clear()
         if not self.checks:
             return result
         zero = torch.stack(self.checks).sum()
-        leaves, spec = flatten(result)
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.bool:
                 leaves[place] = leaf + zero.to(leaf.dtype)
@@ -183,10 +241,13 @@ class _Answer(_Asked):
     """Answers as noted; a question that was not asked before is left to torch."""
 
     def __init__(
-        self, answers: Mapping[tuple[str, str], Iterator[Decision]], checks: list[torch.Tensor]
+        self,
+        answers: Mapping[tuple[str, str], Iterator[Decision]],
+        checks: list[torch.Tensor],
+        found: list[_Places],
     ) -> None:
-        super().__init__()
-        self._answers, self._checks = answers, checks
+        super().__init__(checks, found)
+        self._answers = answers
 
     def answer(self, method: str, tensor: torch.Tensor, ask: Callable[[], Any]) -> Any:
         noted = next(self._answers.get((users_line(), method), iter(())), None)

@@ -109,3 +109,32 @@ def test_a_model_that_goes_another_way_while_it_is_exported() -> None:
         return h.pow(2).mean()
 
     assert assert_as_eager(Calls(fails), (X, Y)).reason == ""
+
+
+def written(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    """One number goes wherever a mask tells, however many these places are."""
+    h = h.clone()
+    h[torch.where(y > 1)] = 0.5
+    h[torch.nonzero(h > 1, as_tuple=True)] = 1
+    return h.pow(2).sum()
+
+
+def written_and_counted(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    places = torch.where(y > 1)
+    h = h.clone()
+    h[places] = 0.5
+    return h.pow(2).sum() + places[0].shape[0]
+
+
+def test_places_that_only_receive_a_number_are_not_counted() -> None:
+    model = Calls(written)
+    made = assert_as_eager(model, (X, Y))
+    other = (3 * X, torch.tensor([2, 0, 2, 3]))
+    assert_close(in_parts(made, other, (4,)), in_parts(ready(model, other), other, (4,)))
+    assert made.reason == ""
+
+
+def test_places_that_are_counted_too_are_checked() -> None:
+    made = assert_as_eager(Calls(written_and_counted), (X, Y))
+    with pytest.raises(RunError, match=r"branches on values at test_decisions.py:\d+.*Compile again"):
+        made.device().forward((X, torch.tensor([0, 0, 2, 1])), {})
