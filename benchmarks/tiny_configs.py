@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tiny_blanks import filled, guessed
-from tiny_defaults import default_config, parts_of, read
+from tiny_defaults import default_config, names_of_parts, parts_of, read
 from tiny_fields import NO_SIZES, NOT_WIDTH, WIDTH, is_drop, number_kind
 from tiny_hints import Hints
 from tiny_scale import PICTURE_SIZES, Scale, Style, first_int
@@ -75,7 +75,7 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], hints: Hints) -> An
     """A scaled copy; fields that the class derives from others are left for it to derive."""
     usual = type(base)()
     values: dict[str, Any] = {}
-    inner = set(getattr(base, "sub_configs", {}))
+    inner = set(names_of_parts(base))
     scale = Scale.of(base, style)
     for spec in dataclasses.fields(base):
         name, value = spec.name, read(base, spec.name)
@@ -106,9 +106,11 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], hints: Hints) -> An
     indices = read(base, "out_indices")
     if isinstance(indices, (list, tuple)) and not _same(indices, read(usual, "out_indices")):
         values["out_indices"] = scale.value("out_indices", list(indices), tokens)
-    return _with_rotary_parameters(
-        type(base)(**_settings_beside(base, usual), **_divisible(base, values))
-    )
+    made = type(base)(**_settings_beside(base, usual), **_divisible(base, values))
+    for name in (key.partition(".")[2] for key in hints if key.startswith(f"{type(base).__name__}.")):
+        value = filled(name, base, scale, tokens) or guessed(name, "int | float", base)
+        setattr(made, name, scale.value(name, value, tokens))
+    return _with_rotary_parameters(made)
 
 
 def _with_rotary_parameters(config: Any) -> Any:
@@ -149,7 +151,7 @@ def _settings_beside(base: Any, usual: Any) -> dict[str, Any]:
 def rebuilt(base: Any, changes: Mapping[tuple[str, ...], int], path: tuple[str, ...] = ()) -> Any:
     """A copy with numbers changed, named by the fields that lead to them; derived fields follow."""
     usual = type(base)()
-    inner = set(getattr(base, "sub_configs", {}))
+    inner = set(names_of_parts(base))
     layers = Scale.of(base, Style()).layers
     few = next(
         (v for k, v in changes.items() if k[:-1] == path and number_kind(k[-1]) == "layers"), layers
@@ -183,7 +185,7 @@ def _is_derived(spec: "dataclasses.Field[Any]") -> bool:
 
 def _is_size_of_its_own(name: str, value: Any) -> bool:
     """Whether a class that fills a field in does so without looking at others, mostly."""
-    if name in ("head_dim", *PICTURE_SIZES) or name.endswith("feature_sizes"):
+    if name in ("head_dim", *PICTURE_SIZES) or name.endswith(("feature_sizes", "feature_layer")):
         return True
     return isinstance(value, (list, tuple)) and bool(WIDTH.search(name)) and not NOT_WIDTH.search(name)
 

@@ -80,7 +80,14 @@ def read(config: Any, name: str) -> Any:
 def parts_of(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The configuration and those inside it, each with the fields that lead to it."""
     yield path, config
-    for name in getattr(config, "sub_configs", {}):
+    for name in names_of_parts(config):
         inner = read(config, name)
         if inner is not None and not isinstance(inner, Mapping):
             yield from parts_of(inner, (*path, name))
+
+
+def names_of_parts(config: Any) -> list[str]:
+    """Fields that hold a configuration, declared as such or not."""
+    declared = list(getattr(config, "sub_configs", {}))
+    held = (k for k, v in vars(config).items() if isinstance(v, transformers.PreTrainedConfig))
+    return [*declared, *(name for name in held if name not in declared and not name.startswith("_"))]

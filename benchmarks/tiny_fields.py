@@ -28,7 +28,7 @@ PICTURE = re.compile(r"image_size|img_size|input_size$|pretrain_image_size")
 PICTURE_BORDER = re.compile(r"visual_prompt_size$")
 """Parts of a side of a picture, which shrink with it."""
 PICTURE_TOKENS = re.compile(r"mm_tokens_per_image|image_seq_length|num_patches$")
-INDICES = re.compile(r"indices|indexe?s?$|layer_ids?$|layer_idx")
+INDICES = re.compile(r"indices|indexe?s?$|layer_ids?$|layer_idx|feature_layers?$")
 QUERIES = re.compile(
     r"num_quer(y_tokens|ies)$|num_latents|num_denoising|train_num_points|resampler_n_latents"
 )

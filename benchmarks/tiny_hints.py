@@ -15,9 +15,13 @@ from tiny_defaults import parts_of, read
 from graphpar.hf_refusal import blamed_fields, blamed_names, words_of
 
 Hints = Mapping[str, int | None]
-"""Fields that must be a number, or stay as they are by default (None)."""
+"""Fields that must be a number, or stay as they are by default (None).
+
+`SomeConfig.name` is one that a class of configurations lacks though its models read it.
+"""
 _COMMON = frozenset({"dtype", "architectures", "vocab_size", "hidden_size"})
 """Fields that are everywhere in errors, and large."""
+_LACKS = re.compile(r"'(\w+Config)' object has no attribute '([a-z]\w*)'")
 _MUST_BE = re.compile(r"`?([a-z]\w+)`?(?: ?==? ?| must be | has to be | should be )(\d+)\b")
 _MUST_MATCH = re.compile(
     r"`?(?:\w+\.)?(\w+)`? \(\d+\) must (?:match|equal|be equal to) `?(?:\w+\.)?\w+`? \((\d+)\)"
@@ -43,7 +47,11 @@ def fields_named(error: Exception, config: Any) -> dict[str, int | None]:
     >>> from transformers import BertConfig
     >>> fields_named(ValueError("num_attention_heads does not divide hidden_size"), BertConfig())
     {'num_attention_heads': None}
+    >>> fields_named(AttributeError("'BertConfig' object has no attribute 'ratio'"), BertConfig())
+    {'BertConfig.ratio': None}
     """
+    if lacks := _LACKS.search(str(error)):
+        return {f"{lacks[1]}.{lacks[2]}": None}
     said, blamed = set(words_of(error)), {*blamed_names(error), *blamed_fields(error)}
     demanded = numbers_demanded(error)
     found: dict[str, int | None] = {}

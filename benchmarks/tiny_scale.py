@@ -236,7 +236,7 @@ class Scale:
             if self.style.layers > 2:
                 return [min(v, self.style.layers) for v in value]
             return [min(v, 2 if i == 0 else 1) for i, v in enumerate(value)]
-        if INDICES.search(name) and self.layers:
+        if INDICES.search(name) and (self.layers or name.endswith(("feature_layer", "feature_layers"))):
             return self._indices(value)
         if HEADS.search(name):
             return list(value)
@@ -244,8 +244,9 @@ class Scale:
 
     def _indices(self, value: Sequence[int]) -> list[int]:
         """Numbers of layers: in proportion, or the last ones where those would fall together."""
-        last = self.few
-        scaled = [v if v < 0 else v * last // self.layers for v in value]
+        layers = self.layers or max(value) + 1
+        last = min(layers, self.style.layers)
+        scaled = [v if v < 0 else v * last // layers for v in value]
         if len(set(scaled)) == len(scaled):
             return scaled
         top = max(max(scaled), len(scaled) - 1)
@@ -329,7 +330,7 @@ def _side(value: Any, place: int) -> int:
 
 
 def _small_picture(size: int, patch: int) -> int:
-    """A picture of few patches, and of at least 32 points; of 64 where nothing tells a large one's patches.
+    """A picture of few patches, of at least 32 points, or 64 where nothing tells a large one's patches.
 
     >>> [_small_picture(*sizes) for sizes in ((224, 16), (224, 14), (224, 4), (28, 4), (1024, 1))]
     [64, 56, 32, 28, 64]

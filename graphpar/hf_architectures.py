@@ -117,9 +117,10 @@ def _own_classes(architecture: Architecture) -> Iterator[Any]:
     own = [c for c in found if c.config_class is config_class]
     usual = f"{architecture.name}Model"
     yield from sorted(own, key=lambda c: c.__name__ != usual)
-    parts = set(getattr(config_class, "sub_configs", {}).values())
     if own and not any(map(_can_be_called, own)):
-        yield from (c for c in found if c.config_class in parts and _can_be_called(c))
+        for part in getattr(config_class, "sub_configs", {}).values():
+            theirs = [c for c in found if c.config_class is part and _can_be_called(c)]
+            yield from sorted(theirs, key=lambda c: "For" not in c.__name__)
 
 
 def _classes_beside(config_class: Any) -> set[Any]:

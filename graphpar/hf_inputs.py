@@ -61,7 +61,7 @@ class _Variant:
     Attributes:
         form: Which of the shapes that a name leaves open.
         names: "usual" inputs, those "documented" as needed as well, "all" documented, the
-            "main" one with what the signature demands, or "text" alone.
+            "main" one with what the signature demands, "text" alone, or "embeds" in its place.
         labels: Whether labels are given.
     """
 
@@ -78,6 +78,7 @@ _VARIANTS = (
     *(_Variant(form, "main") for form in _FORMS),
     *(_Variant(form, labels=False) for form in _FORMS),
     *(_Variant(form, "documented", labels=False) for form in _FORMS),
+    _Variant(0, "embeds"),
     _Variant(0, "all", labels=False),
 )
 
@@ -188,6 +189,10 @@ class _Maker:
             if "input_ids" not in self.accepted or self.main not in ("input_ids", *needed):
                 raise LookupError("input_ids")
             return ["input_ids", *(["attention_mask"] if self._takes_mask() else [])]
+        if self.variant.names == "embeds":
+            if not {"input_ids", "inputs_embeds"} <= self.accepted.keys():
+                raise LookupError("inputs_embeds")
+            return ["inputs_embeds", *(["attention_mask"] if self._takes_mask() else [])]
         if self.variant.names == "main":
             return [self.main, *(n for n in needed if n != self.main)]
         names = [n for n in ("input_ids", "pixel_values", "input_features", "input_values")
@@ -220,8 +225,8 @@ class _Maker:
     def _value(self, name: str) -> Any:
         if name == "attention_mask":
             return self._mask()
-        if name in ("input_ids", "decoder_input_ids") or name.endswith("input_ids"):
-            return self._words()
+        if name.endswith("input_ids"):
+            return self._words("input_ids" if name == "decoder_input_ids" else name)
         if name == "pixel_values" and "spatial_shapes" in self.accepted:
             return self._patches()
         if name == "spatial_shapes":
@@ -240,7 +245,7 @@ class _Maker:
         if name == "image_attention_mask":  # which of the pictures each word sees
             return self._ones(self.wanted.batch, self.wanted.length, 1)
         if name.endswith("_mask"):
-            return self._ones(self.wanted.batch, self.wanted.length)
+            return self._ones(self._rows(name), self.wanted.length)
         if name == "inputs_embeds" or name.endswith("hidden_states"):
             return self._floats(
                 self.wanted.batch, self.wanted.length, number_field(self.config, "hidden_size")
@@ -258,8 +263,8 @@ class _Maker:
     def _as_documented(self, name: str) -> torch.Tensor:
         if name == self.main and name not in self.documented:  # whatever the heads' preprocessors take
             if self.variant.form >= 2:
-                shape = (self.wanted.batch, self.wanted.length, _FEATURES)
-                return self._floats(*(shape if self.variant.form == 2 else shape[::2]))
+                places = (self.wanted.length,) if self.variant.form == 2 else ()
+                return self._floats(self.wanted.batch, *places, _FEATURES)
             return self._words() if self.variant.form == 0 else self._pixels()
         made = self.documented[name]
         shape = tuple(self._size(part) for part in made.shape)
@@ -308,11 +313,17 @@ class _Maker:
 
     def _words(self, like: str = "input_ids") -> torch.Tensor:
         low, high = self.wanted.words or (0, number_field(self._text_config(), "vocab_size"))
-        shape: tuple[int, ...] = (self.wanted.batch, self.wanted.length)
+        shape: tuple[int, ...] = (self._rows(like), self.wanted.length)
         told = self.documented.get(like)
         if told is not None and len(told.shape) > 2 and self.variant.names != "usual":  # several codes
             shape = (*shape, *(self._size(part) for part in told.shape[2:]))
         return self._integers(high - low, *shape) + low
+
+    def _rows(self, name: str) -> int:
+        """Texts in an input: one for each sample, or as many as the documentation says."""
+        told = self.documented.get(name)
+        first = told.shape[0] if told is not None and told.shape else ""
+        return self._size(first) if "*" in first else self.wanted.batch
 
     def _mask(self) -> torch.Tensor:
         """Ones and then zeros; the first sample is full, the last ones are shorter and shorter."""

@@ -71,10 +71,13 @@ def blamed_names(error: BaseException) -> list[str]:
 
 
 def blamed_fields(error: BaseException) -> list[str]:
-    """Fields of the configuration that were read into what stands in the expression that raised."""
-    places = failing_places(error)[:1]
-    found = []
-    for place in places:
+    """Fields of the configuration that were read into what stands in the expression that raised.
+
+    And those that stand in the calls that led there.
+    """
+    places = failing_places(error)
+    found = [name for place in places for name in re.findall(r"config\.(\w+)", place.source)]
+    for place in places[:1]:
         text = "".join(linecache.getlines(place.file))
         for name in dict.fromkeys(re.findall(r"self\.(\w+)", place.source)):
             found += re.findall(rf"self\.{name} = (?:self\.)?config\.(?:\w+\.)*(\w+)", text)

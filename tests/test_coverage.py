@@ -100,6 +100,9 @@ def test_tiny_models_run_and_have_no_zero_weights(name: str) -> None:
         ("glm5_next", "Glm5NextForConditionalGeneration", "labels"),  # sizes that must divide
         ("kosmos-2", "Kosmos2ForConditionalGeneration", "image_embeds_position_mask"),
         ("emu3", "Emu3ForCausalLM", "labels"),  # the class of a part
+        ("bark", "BarkSemanticModel", "input_ids"),  # a composite that cannot be called
+        ("rag", "RagModel", "context_input_ids"),  # undeclared parts, several texts for a sample
+        ("dbrx", "DbrxForCausalLM", "labels"),  # a field that the class of its part lacks
     ],
 )
 def test_refusals_tell_what_models_need(name: str, head: str, given: str) -> None:
