@@ -11,6 +11,7 @@ stops the export. The place of a block in its list (`layer_idx`) is replaced by 
 handed on but not be computed with. Where anything is in the way, the whole model is followed.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -298,10 +299,29 @@ class Exporter:
             again, _ = around()
             if _count(again) - count != len(calls.forms):
                 raise NotFoldable("torch.export followed the model more than once")
-            if stamped(again, calls.made, templates) != folded:
+            if not _alike(stamped(again, calls.made, templates), folded):
                 raise NotFoldable("a stamped block is not what following it gives")
         self.stamped = count
         return folded, out_spec
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two graphs are equal, constants that are tensors by their values.
+
+    >>> _alike((1, torch.ones(2)), (1, torch.ones(2))), _alike([torch.ones(2)], [torch.zeros(2)])
+    (True, False)
+    """
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if dataclasses.is_dataclass(a):
+        return all(_alike(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return bool(a == b)
 
 
 def _count(converted: Converted) -> int:
