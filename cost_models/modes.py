@@ -26,7 +26,8 @@ TENSOR_EFFICIENCY = 0.9
 def with_modes(table: CostTable, options: StageOptions) -> CostTable:
     """The same table with the modes that the options allow; ZeRO only where there is training.
 
-    They are derived for the plain mode of every class and for every precision the table has.
+    They are derived for the plain mode of every class, for every tensor group and for every precision the
+    table has; groups of the simple rule only for classes.
 
     >>> from graphpar.cost import StageOptions
     >>> StageOptions(recompute=True, zero=(1,)).zero
@@ -34,15 +35,16 @@ def with_modes(table: CostTable, options: StageOptions) -> CostTable:
     """
     entering, leaving = crossing_bytes(table)
     modes: list[Mode] = []
-    singles = [m for m in table.every_mode if len(m.members) == 1 and not (m.recompute or m.zero)]
-    for single in singles:
-        groups = [single, *_tensor_groups(table, single, options.tensor_widths, entering, leaving)]
+    known = {mode.key for mode in table.every_mode}
+    for plain in [m for m in table.every_mode if not (m.recompute or m.zero)]:
+        groups = [plain]
+        if len(plain.members) == 1:
+            groups += _tensor_groups(table, plain, options.tensor_widths, entering, leaving)
         for group in groups:
             ways = [group, *([recomputed(table, group, entering)] if options.recompute else [])]
             for way in ways if table.training else ways[:1]:
                 levels = (0, *options.zero) if table.training else (0,)
                 modes += (replace(way, zero=level) for level in levels)
-    known = {mode.key for mode in table.every_mode}
     return replace(table, modes=(*table.modes, *(m for m in modes if m.key not in known)))
 
 

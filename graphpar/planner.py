@@ -166,14 +166,14 @@ def plan_prepared(
             prepared, cluster, train=train, calibration=calibration, formats=formats, timings=timings
         )
         one_part = bool(prepared.batch_reason or prepared.in_step_reason)
-        if train is not None and not one_part:
-            # What writes into buffers (there, samples mix) cannot run twice.
-            table = with_modes(table, StageOptions(recompute=True, zero=levels))
         if candidates:
             lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
             table = with_group_modes(
                 table, prepared.graph, cluster, candidates, calibration, train, lower
             )
+        if train is not None and not one_part:
+            # What writes into buffers (there, samples mix) cannot run twice.
+            table = with_modes(table, StageOptions(recompute=True, zero=levels))
         return table
 
     def solve(table: CostTable) -> Partition:
@@ -335,6 +335,10 @@ def plan_of(
     groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
     if groups:
         table = with_group_modes(table, prepared.graph, cluster, groups, calibration)
+        choices = [s for p in found.pipelines for s in p.stages]
+        levels = tuple(sorted({s.zero for s in choices if s.zero}))
+        ways = StageOptions(recompute=any(s.recompute for s in choices), zero=levels)
+        table = with_modes(table, ways)
     lowered = lower(prepared.graph, found, table.training, cluster=cluster, shard=False)
     if groups and (train is not None or not table.training):
         settled = settle_shardings(prepared.graph, lowered.graphs, found, cluster, train)

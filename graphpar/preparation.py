@@ -132,7 +132,15 @@ def lower(
         lowered, _ = lowering_passes(tuple(stage_of_unit), formats, split).run(graph)
         graphs.append(lowered)
     local: dict[int, Graph] = {}
-    if shard and any(r.others for p in found.pipelines for s in p.stages for r in s.replicas):
+    has_groups = any(r.others for p in found.pipelines for s in p.stages for r in s.replicas)
+    in_step = next((op for op in graph.ops if op.attr("meets")), None)
+    if has_groups and in_step is not None and len(found.pipelines) > 1:
+        raise ValueError(
+            f"{in_step.target} in {in_step.module or 'the model'} ({in_step.source}) adds up what pipelines "
+            "side by side have of the batch, and members of tensor groups do not take part in that. Plan "
+            "with tensor=1, or give the groups one pipeline."
+        )
+    if shard and has_groups:
         if cluster is None:
             raise ValueError("A partition with tensor groups is lowered for a cluster; give cluster=.")
         local = member_graphs(graph, tuple(graphs), found, cluster, training, like, train)

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Literal
 
 from graphpar.calibration import Calibration
@@ -16,16 +17,18 @@ from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.group_shardings import agreed, recorded, restored
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
+from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
 from graphpar.optimizer_probe import optimizer_traits
-from graphpar.partition.types import GroupSharding, Partition, Replica
+from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.members import member_stages
 from graphpar.passes.place import Place, place_ops
 from graphpar.passes.shard import Shard
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.lower import stage_ops
 from graphpar.runtime.program import Slice
 from graphpar.training import Training
 
@@ -59,16 +62,25 @@ def member_graphs(
     stored = {(r.leader, r.stage): r for r in found.shardings} if like is None else {}
     solver = _Solver(graph, cluster, training, train)
     local: dict[int, Graph] = {}
+    units = tuple(unit.ops for unit in solver.chain.units)
+    shards: list[tuple[_Group, Shard]] = []
+    in_parts: dict[str, frozenset[str]] = {}
     for group in _groups(found, lowered):
         if (group.leader, group.stage) in stored:
             chosen = restored(stored[group.leader, group.stage], group.graph)
         else:
-            fixed = held_slices(like, group.first_rank) if like is not None else {}
+            fixed = held_slices(like, group.first_rank) if like is not None else None
             chosen = agreed(partial(solver.solve, group, fixed), group.leader, group.graph)
+        shard = Shard(group.stage, 0, chosen.chosen, chosen.forms, chosen.weights)
+        shards.append((group, shard))
+        own = shard.partial_weights(group.graph)
+        in_parts[group.leader] = in_parts.get(group.leader, frozenset()) | own
+    for group, shard in shards:
         first, size = group.first_rank, len(group.replica.devices)
         before = [local.get(first + member, group.graph) for member in range(size)]
-        shard = Shard(group.stage, 0, chosen.chosen, chosen.forms, chosen.weights)
-        stages = member_stages(before.__getitem__, shard, size, training)
+        shard = replace(shard, partial=in_parts[group.leader])
+        again = units[group.choice.first : group.choice.last] if group.choice.recompute else ()
+        stages = member_stages(before.__getitem__, shard, size, training, again)
         local.update(enumerate(stages, first))
         verify(local[group.first_rank])
     return local
@@ -88,7 +100,7 @@ def settle_shardings(
     """
     solver = _Solver(graph, cluster, train is not None, train)
     return tuple(
-        recorded(solver.solve(group, {}), group.leader, group.stage) for group in _groups(found, lowered)
+        recorded(solver.solve(group), group.leader, group.stage) for group in _groups(found, lowered)
     )
 
 
@@ -98,6 +110,7 @@ class _Group:
 
     graph: Graph
     stage: int
+    choice: StageChoice
     replica: Replica
     first_rank: int
     least_samples: int
@@ -114,7 +127,7 @@ def _groups(found: Partition, lowered: Sequence[Graph]) -> Iterator[_Group]:
             for replica in stage.replicas:
                 if replica.others:
                     least = min(pipeline.sizes(), default=0)
-                    yield _Group(graph, number, replica, rank_of[replica.device], least)
+                    yield _Group(graph, number, stage, replica, rank_of[replica.device], least)
 
 
 class _Solver:
@@ -124,16 +137,48 @@ class _Solver:
         self.cluster, self.chain = cluster, build_chain(graph)
         self.options = partial(group_options, graph, training, train)
         self.solved: dict[object, Sharding] = {}
+        self.slices: dict[object, Mapping[str, Layout]] = {}
+        self.held: dict[str, dict[str, Layout]] = {}
 
-    def solve(self, group: _Group, fixed: Mapping[str, Layout]) -> Sharding:
+    def solve(self, group: _Group, fixed: Mapping[str, Layout] | None = None) -> Sharding:
+        """How a group shares its stage.
+
+        Replicas of equal shares hold equal slices, and what a group reads in several stages it holds in
+        one way.
+
+        Args:
+            group: The group.
+            fixed: Slices by label that its members hold already; None where they hold none yet.
+        """
         members = tensor_group(self.cluster, group.replica)
-        held = tuple(sorted(fixed.items(), key=lambda item: item[0]))
+        stage = (id(group.graph), group.stage, members.shares)
+        kinds = tuple(map(_likeness, members.devices))
         cuts_batch = group.least_samples >= members.size
-        key = (id(group.graph), group.stage, members, held, cuts_batch)
-        if key not in self.solved:
+        earlier = self.held.setdefault(group.leader, {})
+        if fixed is None:
+            # Kinds or links of another replica may differ; gradients add up by slices where these agree.
+            fixed = {**earlier, **self.slices.get(stage, {})}
+        read = {str(op.args[0]) for op in stage_ops(group.graph, group.stage) if op.target in SOURCES}
+        fixed = {label: layout for label, layout in fixed.items() if label in read}
+        alike = (stage, kinds, members.link, cuts_batch)
+        if (alike, _sorted(fixed)) not in self.solved:
             options = replace(self.options(), fixed=fixed, cuts_batch=cuts_batch)
-            self.solved[key] = choose_sharding(group.graph, group.stage, self.chain, members, options)
-        return self.solved[key]
+            found = choose_sharding(group.graph, group.stage, self.chain, members, options)
+            held = _by_label(group.graph, found.weights)
+            # Who holds these slices already shares the stage in the same way.
+            self.solved[alike, _sorted(fixed)] = self.solved[alike, _sorted(held)] = found
+            self.slices.setdefault(stage, held)
+        found = self.solved[alike, _sorted(fixed)]
+        earlier.update(_by_label(group.graph, found.weights))
+        return found
+
+
+def _sorted(slices: Mapping[str, Layout]) -> tuple[tuple[str, Layout], ...]:
+    return tuple(sorted(slices.items(), key=itemgetter(0)))
+
+
+def _by_label(graph: Graph, weights: Mapping[str, Layout]) -> dict[str, Layout]:
+    return {str(graph[name].args[0]): layout for name, layout in weights.items()}
 
 
 def with_group_modes(

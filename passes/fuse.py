@@ -13,6 +13,7 @@ from graphpar.ir.formats import multiplies_8_bits
 from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Op, Ref
 from graphpar.ir.optable import packet
+from graphpar.ir.recomputed import Units, units_of_member
 
 SMALL_BYTES = 1 << 16
 """Sums below this size take as long as their latency; they share one message."""
@@ -32,9 +33,13 @@ class FuseComm:
       weights' gradients are computed while the collective before them is on its way.
     * A sum of a value that nobody else reads uses its place.
 
+    What is begun in a unit that is computed again is awaited there too, or the second time would wait
+    for what nobody began.
+
     Attributes:
         stage: The stage to rewrite.
         training: Whether there is a backward.
+        again: Ops of the units whose values are computed again for the backward.
 
     >>> from graphpar.ir.text import format_op, parse_graph
     >>> g = FuseComm(0, True).run(parse_graph('''graph lowered "N" batch=2
@@ -54,6 +59,7 @@ class FuseComm:
 
     stage: int
     training: bool
+    again: Units = ()
     name: str = "fuse_comm"
     takes: Level = "lowered"
     gives: Level = "lowered"
@@ -191,6 +197,8 @@ class _Overlap:
             op for op in graph.ops if op.attr("stage") == options.stage and op.target not in SOURCES
         ]
         self.place = {op.name: float(i) for i, op in enumerate(graph.ops)}
+        again = units_of_member(graph, options.stage, options.again)
+        self.unit_of = {name: number for number, names in enumerate(again) for name in names}
         self.windows = [self._window(op) for op in self.mine if any(sends(op, options.training))]
         if options.training:
             self._fill()
@@ -203,7 +211,8 @@ class _Overlap:
         for window in self.windows:
             op = window.op
             owned = replace(op, kwargs=(*op.kwargs, *self._owned(op)))
-            if not window.products and not self._computes_between(window):
+            beside = window.products or self._computes_between(window)
+            if not beside or not self._in_one_unit(op):
                 changed[op.name] = [owned]
                 continue
             begun = f"{op.name}_begun"
@@ -248,6 +257,17 @@ class _Overlap:
         readers = [self.place[user.name] for user in self.graph.users(op.name)]
         return _Window(op, begins, min(readers, default=self.place[op.name]) - 0.1, [])
 
+    def _in_one_unit(self, op: Op) -> bool:
+        """Whether a collective may be begun right behind its operand and awaited at its first reader."""
+        if not self.options.again:
+            return True
+        first = min(self.graph.users(op.name), key=lambda user: self.place[user.name], default=op)
+        return not self._on_weight(op) and self._unit_before(op) == self.unit_of.get(first.name)
+
+    def _unit_before(self, op: Op) -> int | None:
+        """The unit that makes what an op reads first."""
+        return self.unit_of.get(op.operands()[0])
+
     def _computes_between(self, window: _Window) -> bool:
         """Whether a product stands between the collective's two places."""
         return any(
@@ -259,9 +279,16 @@ class _Overlap:
 
         What reads a collective's result fills that one; any other product fills the one before.
         """
-        usable = [w for w in self.windows if sends(w.op, True)[1] and not self._on_weight(w.op)]
+        usable = [
+            w
+            for w in self.windows
+            if sends(w.op, True)[1] and not self._on_weight(w.op) and self._in_one_unit(w.op)
+        ]
         for op in self.mine:
-            earlier = [w for w in usable if self.place[w.op.name] < self.place[op.name]]
+            unit, place = self.unit_of.get(op.name), self.place[op.name]
+            earlier = [
+                w for w in usable if self.place[w.op.name] < place and self._unit_before(w.op) == unit
+            ]
             if not earlier or not self._may_be_late(op):
                 continue
             direct = _rows_of(op) == earlier[-1].op.name

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from graphpar.ir.graph import Graph
+from graphpar.ir.recomputed import Units
 from graphpar.ir.shards import Split
 from graphpar.passes.fuse import FuseComm
 from graphpar.passes.shard import Shard
@@ -11,7 +12,7 @@ from graphpar.passes.shard_args import moved
 
 
 def member_stages(
-    graph_of: Callable[[int], Graph], shard: Shard, size: int, training: bool
+    graph_of: Callable[[int], Graph], shard: Shard, size: int, training: bool, again: Units = ()
 ) -> list[Graph]:
     """What each member of a group runs of a stage, its collectives rewritten.
 
@@ -23,6 +24,7 @@ def member_stages(
         shard: How the stage is shared, for any member.
         size: Members.
         training: Whether there is a backward.
+        again: Ops of the stage's units whose values are computed again for the backward.
 
     >>> from graphpar.ir.text import format_op, parse_graph
     >>> from graphpar.ir.strategies import strategies_of
@@ -46,7 +48,7 @@ def member_stages(
         key = _likeness(shard, member)
         if key not in done or done[key][0] is not graph:
             local = replace(shard, member=member).run(graph)
-            done[key] = graph, FuseComm(shard.stage, training).run(local)
+            done[key] = graph, FuseComm(shard.stage, training, again).run(local)
             stages.append(done[key][1])
         else:
             stages.append(_moved(done[key][1], shard, member))
@@ -61,7 +63,9 @@ def _likeness(shard: Shard, member: int) -> Hashable:
     counts = {layout.counts for layout in layouts if isinstance(layout, Split)}
     if any(layout.of_batch for layout in layouts if isinstance(layout, Split)):
         return member  # sizes name the member whose samples they count
-    takes_all = member == 0 and any(s.first_only for s in shard.chosen.values())
+    takes_all = member == 0 and (
+        bool(shard.partial) or any(s.first_only or "copied" in s.operands for s in shard.chosen.values())
+    )
     return takes_all, tuple(each[member] for each in sorted(counts))
 
 

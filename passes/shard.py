@@ -21,6 +21,7 @@ class Shard:
         chosen: For ops of the stage how they are computed; an op without an entry is computed whole.
         forms: For a value that is read several times the layout into which it is brought first.
         weights: For parameters and buffers the slices that members hold; without an entry, all of it.
+        partial: Weights whose gradients are parts because of another stage of the same members.
 
     >>> from graphpar.ir.text import format_op, parse_graph
     >>> from graphpar.ir.strategies import strategies_of
@@ -43,6 +44,7 @@ class Shard:
     chosen: Mapping[str, Strategy] = field(default_factory=dict)
     forms: Mapping[str, Layout] = field(default_factory=dict)
     weights: Mapping[str, Layout] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
     name: str = "shard"
     takes: Level = "lowered"
     gives: Level = "lowered"
@@ -50,6 +52,25 @@ class Shard:
     def run(self, graph: Graph) -> Graph:
         """Build the member's graph."""
         return graph.with_ops(_Member(self, graph).ops())
+
+    def partial_weights(self, graph: Graph) -> frozenset[str]:
+        """Weights of which a reader wants a copy: a member's gradient is a part, summed once, after all.
+
+        Readers that want the whole then give the first member its gradient and the others none.
+        """
+        return self.partial | frozenset(
+            op.name
+            for op in graph.sources("parameter")
+            if op.attr("grad")
+            and not isinstance(self.weights.get(op.name), Split)
+            and any(
+                layout in ("copied", "first")
+                for user in graph.users(op.name)
+                if user.attr("stage") == self.stage and user.name in self.chosen
+                for name, layout in zip(user.operands(), self.chosen[user.name].operands, strict=True)
+                if name == op.name
+            )
+        )
 
 
 def shard_attribute(split: Split) -> tuple[int, ...]:
@@ -65,7 +86,7 @@ class _Member:
         self.built: list[Op] = []
         self.have: dict[tuple[str, Layout], str] = {}
         self.fresh: set[str] = set()
-        self.partial = frozenset(self._partial_weights())
+        self.partial = options.partial_weights(graph)
 
     def ops(self) -> Iterator[Op]:
         for op in self.graph.ops:
@@ -82,21 +103,6 @@ class _Member:
         yield from self.built
 
     # --- weights ---
-
-    def _partial_weights(self) -> Iterator[str]:
-        """Weights that every reader wants as a copy: their gradients are summed once, after all."""
-        for op in self.graph.sources("parameter"):
-            if not op.attr("grad") or isinstance(self.options.weights.get(op.name), Split):
-                continue
-            wanted = {
-                layout
-                for user in self.graph.users(op.name)
-                if user.attr("stage") == self.options.stage
-                for name, layout in zip(user.operands(), self._strategy(user).operands, strict=True)
-                if name == op.name
-            }
-            if wanted in ({"copied"}, {"first"}):
-                yield op.name
 
     def _source(self, op: Op) -> Op:
         layout = self.options.weights.get(op.name)
@@ -124,12 +130,30 @@ class _Member:
 
     def _read(self, name: str, wanted: Layout) -> str:
         """The name under which a value stands in a layout, made where it is not there yet."""
-        if name in self.partial:
-            return name
-        made = self._made(name)
+        if name in self.partial and not isinstance(wanted, Split):
+            return name if wanted != "whole" or self.options.member == 0 else self._detached(name)
+        made = self._made(name) if name not in self.partial else "copied"
         form = self.options.forms.get(name, made)
         first = self._converted(name, name, made, form)
         return self._converted(name, first, form, wanted)
+
+    def _detached(self, name: str) -> str:
+        """A weight whose gradient another member has already."""
+        key: tuple[str, Layout] = (name, "whole")
+        if key not in self.have:
+            source = self.graph[name]
+            detached = replace(
+                source,
+                name=self._fresh(f"{name}__detached"),
+                target="aten.detach.default",
+                args=(Ref(name),),
+                origin=source.origin or (name,),
+                made_by=self.options.name,
+                attrs=(),
+            )
+            self.built.append(detached.with_attrs(stage=self.options.stage))
+            self.have[key] = detached.name
+        return self.have[key]
 
     def _converted(self, name: str, start: str, made: Layout, wanted: Layout) -> str:
         has_gradient = bool(self.graph[name].attr("grad"))

@@ -128,10 +128,8 @@ def force(
     if by_op:
         prepared = replace(prepared, chain=finest_chain(prepared.graph))
     table = price(prepared, where, train=train, precision="float32", calibration=None)
-    if recompute:
-        table = with_modes(table, StageOptions(recompute=True))
-    if zero:
-        table = with_modes(table, StageOptions(zero=(zero,)))
+    if recompute or zero:
+        table = with_modes(table, StageOptions(recompute=recompute, zero=(zero,) if zero else ()))
     names = iter(device.name for device in where.devices)
     units = len(prepared.chain.units)
     pipelines = tuple(_pipeline(line, units, prepared.graph.batch, lambda: next(names)) for line in lines)

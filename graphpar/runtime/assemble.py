@@ -3,17 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
+
+import msgspec
 
 from graphpar.errors import VerifyError
 from graphpar.ir.graph import Graph
+from graphpar.ir.ops import Dim
+from graphpar.ir.recomputed import Units, units_of_member
 from graphpar.ir.text import format_graph
 from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
 from graphpar.runtime.copies import Holding, Reduction, owners, ranks_of, reductions
 from graphpar.runtime.lower import StageInterface, interface
 from graphpar.runtime.program import Meeting, RankProgram, Slice
-from graphpar.runtime.recompute import Units
 from graphpar.runtime.user_ops import foreign_targets, needed_code
 from graphpar.runtime.zero import rows_of
 from graphpar.schedule import Schedule, StageLink, build_schedule
@@ -97,7 +100,10 @@ class Lowered:
         faces = tuple(interface(graph, stage) for stage in stages)
         held = {label for face in faces for labels in face.tensors.values() for label in labels}
         choices = [self.partition.pipelines[pipeline].stages[stage] for stage in stages]
-        again = tuple(u for c in choices if c.recompute for u in self.units[c.first : c.last])
+        again: Units = ()
+        for stage, choice in zip(stages, choices, strict=True):
+            units = self.units[choice.first : choice.last] if choice.recompute else ()
+            again += units_of_member(graph, stage, units) if len(team) > 1 else units
         slices, partial = {}, set()
         for op in (*graph.sources("parameter"), *graph.sources("buffer")):
             label, cut = str(op.args[0]), op.attr("shard")
@@ -120,35 +126,93 @@ class Lowered:
 
     @cached_property
     def divided(self) -> Mapping[int, tuple[int, ...]]:
-        """For each rank whose optimiser state is divided (ZeRO), the replicas it is divided among."""
+        """For each rank whose optimiser state is divided (ZeRO), the replicas it is divided among.
+
+        Of tensor groups those are the members in equal places.
+        """
         rank_of = {device: rank for rank, device in enumerate(self.partition.used_devices)}
         found: dict[int, tuple[int, ...]] = {}
         for choice in (c for pipeline in self.partition.pipelines for c in pipeline.stages):
             if self.training and choice.zero and len(choice.replicas) > 1:
-                group = tuple(rank_of[replica.device] for replica in choice.replicas)
-                found.update(dict.fromkeys(group, group))
+                for alike in zip(*(replica.devices for replica in choice.replicas), strict=True):
+                    group = tuple(rank_of[device] for device in alike)
+                    found.update(dict.fromkeys(group, group))
         return found
 
     @cached_property
     def shards(self) -> tuple[Mapping[str, Slice], ...]:
-        """For each rank the rows that it steps alone, by parameter; of what stays whole nothing."""
-        graph = self.graphs[0]
-        shapes = {str(op.args[0]): op.type.shape for op in graph.sources("parameter")}
-        rows = {la: shape[0] for la, shape in shapes.items() if shape and isinstance(shape[0], int)}
+        """For each rank the rows of what it holds that it steps alone, by parameter.
+
+        Of what has fewer rows than there are replicas, or is held in other slices there, nothing.
+        """
         found: list[Mapping[str, Slice]] = []
         for rank, placement in enumerate(self.placements):
             group = self.divided.get(rank, ())
-            held = set(placement.tensors["parameter"])
-            own = [la for la in self.trained if la in held and group and rows.get(la, 0) >= len(group)]
+            held = set(placement.tensors["parameter"]) if group else ()
+            slices = [self.placements[other].slices for other in group]
+            own = [
+                (label, rows)
+                for label in self.trained
+                if label in held
+                and len({cuts.get(label) for cuts in slices}) == 1
+                and (rows := self._rows_held(rank, label)) >= len(group)
+            ]
             found.append(
-                {la: rows_of(rows[la], len(group), i, group.index(rank)) for i, la in enumerate(own)}
+                {
+                    label: rows_of(rows, len(group), turn, group.index(rank))
+                    for turn, (label, rows) in enumerate(own)
+                }
             )
         return tuple(found)
 
+    def _rows_held(self, rank: int, label: str) -> int:
+        """Size of the first dimension of what a rank holds of a parameter; 0 where there is none."""
+        shape = self._parameter_shapes[label]
+        rows = shape[0] if shape and isinstance(shape[0], int) else 0
+        cut = self.placements[rank].slices.get(label)
+        if cut is None or cut.dim != 0:
+            return rows
+        return rows // sum(cut.counts) * cut.counts[cut.member]
+
+    @cached_property
+    def _parameter_shapes(self) -> Mapping[str, tuple[Dim, ...]]:
+        return {str(op.args[0]): op.type.shape for op in self.graphs[0].sources("parameter")}
+
+    @cached_property
+    def stepped(self) -> tuple[Mapping[str, Slice], ...]:
+        """For each rank the slices of whole tensors that it holds, or of them the rows that it steps."""
+        found = []
+        for placement, rows in zip(self.placements, self.shards, strict=True):
+            cuts = dict(placement.slices)
+            for label, own in rows.items():
+                cuts[label] = msgspec.structs.replace(cuts[label], rows=own) if label in cuts else own
+            found.append(cuts)
+        return tuple(found)
+
     def steppers(self, label: str) -> tuple[int, ...]:
-        """The ranks that together step a trained parameter once: its first holder, or its replicas."""
-        ranks = tuple(holding.rank for holding in owners(self.holders[label]))
-        return self.divided[ranks[0]] if label in self.shards[ranks[0]] else ranks
+        """The ranks that together step a trained parameter once: its first holders, or their replicas."""
+        ranks = (holding.rank for holding in owners(self.holders[label]))
+        alike = (self.divided[rank] if label in self.shards[rank] else (rank,) for rank in ranks)
+        return tuple(chain.from_iterable(alike))
+
+    @cached_property
+    def givers(self) -> tuple[frozenset[str], ...]:
+        """For each rank the tensors that are read from it: each is held once by all that give it."""
+        given: list[set[str]] = [set() for _ in self.placements]
+        for kind in ("parameter", "buffer", "constant"):
+            for label, copies in self.copies(kind).items():
+                for holding in owners(copies):
+                    given[holding.rank].add(label)
+        return tuple(map(frozenset, given))
+
+    @cached_property
+    def stepping_givers(self) -> tuple[frozenset[str], ...]:
+        """The same with trained parameters as they are stepped: of divided ones replicas give rows."""
+        given = [set(labels - set(self.holders)) for labels in self.givers]
+        for label in self.holders:
+            for rank in self.steppers(label):
+                given[rank].add(label)
+        return tuple(map(frozenset, given))
 
     @cached_property
     def teams(self) -> tuple[tuple[int, ...], ...]:

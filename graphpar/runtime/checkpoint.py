@@ -22,8 +22,8 @@ import msgspec
 import torch
 
 from graphpar.errors import RunError
+from graphpar.runtime.pieces import joined
 from graphpar.runtime.program import Slice
-from graphpar.runtime.slices import join
 from graphpar.runtime.tensor_files import Stored, find_tensors, read_tensor, write_tensors
 
 MANIFEST, INDEX = "manifest.json", "model.safetensors.index.json"
@@ -275,15 +275,12 @@ def _put_together(
     held = [[la for la in own if la in cuts] for own, cuts in zip(labels, slices, strict=True)]
     for label in sorted({label for own in held for label in own}):
         answers = workers.kept([label if label in own else "" for own in held])
-        members = [(answer, cuts[label]) for answer, cuts in zip(answers, slices, strict=True) if answer]
-        members.sort(key=lambda pair: pair[1].member)
-        cut = members[0][1]
-        joined = {}
-        for key, first in members[0][0].items():
-            parts = [answer[key] for answer, _ in members]
-            like_it = first.ndim and first.shape == members[0][0][""].shape
-            joined[key] = join(parts, cut.dim, cut.counts, cut.inner) if like_it else first
-        yield label, joined
+        pieces = [(answer, cuts[label]) for answer, cuts in zip(answers, slices, strict=True) if answer]
+        whole = {}
+        for key, first in pieces[0][0].items():
+            like_it = first.ndim and first.shape == pieces[0][0][""].shape
+            whole[key] = joined((answer[key], cut) for answer, cut in pieces) if like_it else first
+        yield label, whole
 
 
 def _write_joined(folder: Path, number: int, label: str, kept: Mapping[str, torch.Tensor]) -> str:

@@ -34,13 +34,14 @@ from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.loaded import Loaded, with_own_constants
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
+from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Part, StepReport, in_part
 from graphpar.runtime.prologue import Prologue
 from graphpar.runtime.starts import rank_starts, refuse_foreign_devices
 from graphpar.runtime.subject import Subject
 from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
 from graphpar.runtime.true_error import TrueError, true_error
-from graphpar.runtime.weights import Weights, sliced
+from graphpar.runtime.weights import Weights
 from graphpar.runtime.workers import Workers
 from graphpar.schedule import Schedule
 from graphpar.view.notebook import drawn_job, framed_job

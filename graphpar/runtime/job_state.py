@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -16,10 +16,10 @@ from graphpar.runtime.checkpoint import (
     stored_optimizer,
     write_manifest,
 )
+from graphpar.runtime.pieces import joined, sliced
 from graphpar.runtime.program import Slice
-from graphpar.runtime.slices import join
 from graphpar.runtime.subject import Subject
-from graphpar.runtime.weights import Weights, sliced
+from graphpar.runtime.weights import Weights
 from graphpar.runtime.workers import Workers
 
 _log = logging.getLogger("graphpar.job")
@@ -44,13 +44,11 @@ class JobState:
         self._steps = 0
         self._held = [set(p.labels) for p in lowered.placements]
         self._slices = [dict(p.slices) for p in lowered.placements]
-        self._stepped = [
-            {**p.slices, **rows} for p, rows in zip(lowered.placements, lowered.shards, strict=True)
-        ]
+        self._stepped = lowered.stepped
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Whole tensors under the model's own names, tied and unused ones included."""
-        current = self._whole(self._workers.read, self._slices)
+        current = self._whole(self._workers.read, self._slices, self._trained_on.givers)
         names = self._subject.model.state_dict()
         return {name: current.get(name, self._weights.get(name, other)) for name, other in names.items()}
 
@@ -59,26 +57,20 @@ class JobState:
 
         The usual optimisers' gradients are cleared after each step, so this is empty then.
         """
-        return self._whole(self._workers.gradients, self._stepped)
+        return self._whole(self._workers.gradients, self._stepped, self._trained_on.stepping_givers)
 
     def _whole(
         self,
         read: Callable[[Sequence[Sequence[str]]], Sequence[Mapping[str, torch.Tensor]]],
         slices_of: Sequence[Mapping[str, Slice]],
+        wanted: Sequence[Collection[str]],
     ) -> dict[str, torch.Tensor]:
         """Whole tensors by name from what the ranks hold; slices are put together."""
-        wanted = self._owners(slices_of)
-        parts = read([sorted(labels) for labels in wanted])
-        slices: dict[str, list[torch.Tensor]] = {}
-        cuts = {}
-        for rank, part in enumerate(parts):
+        held: dict[str, list[tuple[torch.Tensor, Slice | None]]] = {}
+        for part, cuts in zip(read([sorted(labels) for labels in wanted]), slices_of, strict=True):
             for label, tensor in part.items():
-                slices.setdefault(label, []).append(tensor)
-                cuts[label] = slices_of[rank].get(label)
-        current = {
-            label: found[0] if cut is None else join(found, cut.dim, cut.counts, cut.inner)
-            for (label, found), cut in zip(slices.items(), cuts.values(), strict=True)
-        }
+                held.setdefault(label, []).append((tensor, cuts.get(label)))
+        current = {label: joined(parts) for label, parts in held.items()}
         for label, others in self._subject.graph.aliases.items():
             if label in current:
                 current.update(dict.fromkeys(others, current[label]))
@@ -125,7 +117,7 @@ class JobState:
         """
         place = free_place(path)
         shapes = self._shapes()
-        wanted = [sorted(labels & shapes.keys()) for labels in self._owners(self._stepped)]
+        wanted = [sorted(labels & shapes.keys()) for labels in self._trained_on.stepping_givers]
         held = {label for labels in wanted for label in labels}
         tied = {name for others in self._subject.graph.aliases.values() for name in others}
         rest = {n: self._weights[n] for n in shapes if n not in held | tied and n in self._weights}
@@ -163,25 +155,3 @@ class JobState:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in self._subject.model.state_dict().items()}
-
-    def _owners(self, slices_of: Sequence[Mapping[str, Slice]]) -> list[set[str]]:
-        """For each rank the tensors that are read from it: each label from its first replica.
-
-        Of a tensor group every member gives its slice, of what all hold whole the first. Where replicas
-        divide a parameter each gives its rows.
-        """
-        seen: dict[str, tuple[int, ...]] = {}
-        owners: list[set[str]] = []
-        divided = self._trained_on.divided
-        for rank, (held, placement) in enumerate(
-            zip(self._held, self._trained_on.placements, strict=True)
-        ):
-            own = set()
-            for label in held:
-                cut = label in slices_of[rank]
-                alike = divided[rank] if cut and rank in divided else placement.team
-                first = seen.setdefault(label, alike)
-                if first == alike and (rank == placement.team[0] or cut):
-                    own.add(label)
-            owners.append(own)
-        return owners

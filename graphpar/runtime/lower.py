@@ -17,6 +17,7 @@ from graphpar.ir.formats import multiplies_8_bits
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType
 from graphpar.ir.optable import packet
+from graphpar.ir.recomputed import Units
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.deferral import Deferral, Late
 from graphpar.runtime.eight_bits import EightBitProduct, EightBitWeights
@@ -25,7 +26,7 @@ from graphpar.runtime.in_step import BatchNormOfParts, Meetings, SumParts
 from graphpar.runtime.overlap import overlap_module
 from graphpar.runtime.own_ops import Attention, Bernoulli, CastWeight, Dropout, Random, Share
 from graphpar.runtime.random import Layout, Part, StepContext
-from graphpar.runtime.recompute import Recomputed, UnitPart, Units, cut_out
+from graphpar.runtime.recompute import Recomputed, UnitPart, cut_out
 from graphpar.runtime.steady import Steady, leave_out
 from graphpar.runtime.team import Team
 

@@ -19,7 +19,14 @@ class EmulatedLink(msgspec.Struct, frozen=True):
 
 
 class Slice(msgspec.Struct, frozen=True):
-    """The slice of a tensor that a member of a tensor group holds (see `slices.take`).
+    """The slice of a tensor that a rank holds or steps (see `slices.take`).
+
+    Attributes:
+        dim: The dimension that is cut.
+        counts: Units of each member.
+        inner: Size of a unit.
+        member: Whose slice this is.
+        rows: The part of the slice that is meant, where replicas of a tensor group divide it again.
 
     >>> Slice(0, (2, 1), 1, 0).share
     0.6666666666666666
@@ -29,6 +36,7 @@ class Slice(msgspec.Struct, frozen=True):
     counts: tuple[int, ...]
     inner: int
     member: int
+    rows: "Slice | None" = None
 
     @property
     def share(self) -> float:

@@ -17,9 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphpar.frontend.torch_private import lookup_op
 from graphpar.ir.ops import SOURCES, Op
-
-Units = tuple[tuple[str, ...], ...]
-"""Names of the ops of each unit that is computed again."""
+from graphpar.ir.recomputed import Units
 
 
 @dataclass(frozen=True)

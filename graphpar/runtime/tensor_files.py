@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
+from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Slice
 from graphpar.runtime.slices import take
 
@@ -145,7 +146,7 @@ def read_tensor(
     try:
         with open(stored.path, "rb", buffering=0) as opened:
             if cut is not None:
-                return _read_slice(opened, stored, dtype, cut)
+                return sliced(_read_slice(opened, stored, dtype, cut), cut.rows)
             result = torch.empty(stored.shape, dtype=dtype or getattr(torch, stored.dtype))
             _read_run(opened, stored, 0, result.view(-1))
             return result

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from graphpar.frontend.capture import Captured
+from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Slice
-from graphpar.runtime.slices import take
 from graphpar.runtime.tensor_files import Stored, find_tensors, read_tensor
 
 Init = Callable[[str, torch.Tensor], Any]
@@ -61,11 +61,6 @@ def materialize(origin: Origin, init: Init | None) -> torch.Tensor:
         torch.manual_seed(seed)
         init(origin.name, tensor)
     return sliced(tensor, origin.cut)
-
-
-def sliced(tensor: torch.Tensor, cut: Slice | None) -> torch.Tensor:
-    """What a rank holds of a tensor."""
-    return tensor if cut is None else take(tensor, cut.dim, cut.counts, cut.inner, cut.member)
 
 
 def pickled_init(init: Init | None) -> bytes:

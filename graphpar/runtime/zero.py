@@ -4,7 +4,8 @@ Every replica holds all weights of its stage and adds up all of their gradients.
 each gets the sum of its own rows of every weight, steps these rows alone, and the replicas give each
 other what they have stepped. Rows are a parameter of their own in the weight's memory, with as many
 dimensions as the weight has, so that optimisers that group parameters by dimensions group them alike.
-What has fewer rows than there are replicas stays whole on all of them.
+What has fewer rows than there are replicas stays whole on all of them. Replicas that are tensor groups
+divide what they hold: members in equal places have equal slices, and each steps some rows of its slice.
 
 That is the step on the whole for optimisers that work element by element; others are refused.
 """
@@ -47,11 +48,16 @@ def refuse_levels(pipeline: PipelineChoice, training: Training | None) -> None:
     for number, stage in enumerate(pipeline.stages):
         if not stage.zero or training is None:
             continue
-        groups = any(replica.others for replica in stage.replicas)
-        if stage.zero > 1 or groups:
+        if stage.zero > 1:
             raise ValueError(
-                f"Stage {number} of the plan has ZeRO level {stage.zero}{' on tensor groups' * groups}, "
-                "which can be planned, not run: level 1 runs, on replicas of one device each."
+                f"Stage {number} of the plan has ZeRO level {stage.zero}, which can be planned, not run: "
+                "level 1 runs."
+            )
+        if len({replica.member_shares for replica in stage.replicas}) > 1:
+            raise ValueError(
+                f"Stage {number} of the plan has ZeRO level {stage.zero} on tensor groups of unlike "
+                "widths or shares: they hold unlike slices, of which there is nothing to divide among "
+                "them. Give its replicas equal shares, or plan with Training(zero=0)."
             )
         traits = optimizer_traits(training.optimizer)
         if not traits.by_slices:

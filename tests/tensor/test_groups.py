@@ -1,16 +1,19 @@
 """Tensor groups in running jobs: the numbers of one device, whatever the widths and shares."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, Line, check_inference, check_training, force, sgd
+from helpers import TRAINING, Line, check_inference, check_training, force, sgd, state_of
 from torch import nn
 
 from graphpar.cost_models.group_times import OpTimes, TensorGroup
+from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.runtime.zero import refuse_levels
 from graphpar.training import Training
-from graphpar.verify import verify
+from graphpar.verify import reference_for, train_on_one_device, verify
 
 pytestmark = pytest.mark.distributed
 
@@ -84,7 +87,92 @@ def test_other_schedules() -> None:
     late = (Line((1, 1), 4, cuts=(1,), groups=(UNEVEN, even)),)
     check_training(Mlp(0.2), batch(), lines=late, schedule="zero-bubble")
     in_turns = (Line((1, 1), 4, groups=(UNEVEN, even), chunks=2),)
-    check_training(Deep(), batch(), lines=in_turns, schedule="interleaved")
+    check_training(Deep(), batch(), lines=in_turns, schedule="interleaved", recompute=True)
+
+
+class Words(nn.Module):
+    """A table of words that is the head too, layers and dropout between."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.table, self.drop = nn.Embedding(20, 8), nn.Dropout(drop)
+        self.ups = nn.ModuleList(nn.Linear(8, 12) for _ in range(3))
+        self.downs = nn.ModuleList(nn.Linear(12, 8) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + self.drop(down(torch.relu(up(x))))
+        scores = x @ self.table.weight.t()
+        result: torch.Tensor = nn.functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+        return result
+
+
+def sentences() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(0, 20, (6, 5)), torch.randint(0, 20, (6, 5))
+
+
+def test_a_tied_weight_in_two_stages_of_one_group() -> None:
+    """Table and head stand in unlike stages, but their common weight is held in one way."""
+    lines = (Line((1,), 2, groups=((0.5, 0.5),), chunks=2),)
+    check_training(Words(), sentences(), lines=lines, schedule="interleaved")
+
+
+def test_computed_again_with_divided_state() -> None:
+    """Two groups take turns; each member keeps the optimiser's state of half of its slices."""
+    adam = Training(optimizer=partial(torch.optim.AdamW, lr=0.01, eps=1e-3), max_grad_norm=0.3)
+    lines = (Line((2,), 3, groups=(UNEVEN,)),)
+    check_training(Words(0.2), sentences(), lines=lines, train=adam, zero=1, recompute=True)
+
+
+def test_divided_slices_are_saved_whole(tmp_path: Path) -> None:
+    """Rows of slices go into a checkpoint that one device reads, and back."""
+    adam = Training(optimizer=partial(torch.optim.AdamW, lr=0.01, eps=1e-3))
+    model, data = Mlp(), batch()
+    divided = force(model, data, lines=(Line((2,), 2, groups=(UNEVEN,)),), train=adam, zero=1)
+    with divided.start() as job:
+        cuts = [cut for cuts in job._trained_on.stepped for cut in cuts.values()]
+        assert sum(cut.rows is not None for cut in cuts) >= 8
+        losses = [float(job.step(*data))]
+        job.save(tmp_path / "divided")
+    with force(model, data, lines=(Line((1,)),), train=adam).start() as job:
+        job.load(tmp_path / "divided")
+        losses.append(float(job.step(*data)))
+        job.save(tmp_path / "whole")
+    with divided.start() as job:
+        job.load(tmp_path / "whole")
+        losses.append(float(job.step(*data)))
+        state = job.state_dict()
+    reference = reference_for(model, divided.prepared, adam)
+    assert losses == pytest.approx(list(train_on_one_device(reference, adam, data, {}, 3)), rel=1e-5)
+    for name, tensor in state_of(reference, divided).items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_of_unlike_shares_do_not_divide() -> None:
+    groups = Replica("a", 1, ("b",), (0.6, 0.4)), Replica("c", 1, ("d",), (0.7, 0.3))
+    pipeline = PipelineChoice(8, 2, (StageChoice(0, 1, groups, zero=1),))
+    with pytest.raises(ValueError, match="unlike widths or shares"):
+        refuse_levels(pipeline, TRAINING)
+
+
+class Normed(nn.Module):
+    """Statistics of the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(self.last(self.norm(self.first(x)).relu()), y)
+
+
+def test_groups_do_not_go_in_step_with_other_pipelines() -> None:
+    data = torch.randn(5, 6), torch.randn(5, 3)
+    check_training(Normed(), data, lines=(Line((1,), groups=(UNEVEN,)),))
+    beside = (Line((1,), samples=2), Line((1,), samples=3, groups=(UNEVEN,)))
+    with pytest.raises(ValueError, match=r"batch_norm.* tensor groups do not take part"):
+        force(Normed(), data, lines=beside)
 
 
 def test_inference_and_state_of_a_training_job() -> None:

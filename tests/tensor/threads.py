@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import nn
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
+from graphpar.ir.recomputed import units_of_member
 from graphpar.ir.rules import verify
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy
@@ -120,9 +122,20 @@ def one_stage(graph: Graph) -> Graph:
 
 
 def grouped(
-    model: nn.Module, prepared: Prepared, choice: Choice, size: int, args: Any, kwargs: Any, seed: int = 0
+    model: nn.Module,
+    prepared: Prepared,
+    choice: Choice,
+    size: int,
+    args: Any,
+    kwargs: Any,
+    seed: int = 0,
+    again: bool = False,
+    watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[list[list[torch.Tensor]], dict[str, torch.Tensor], list[float]]:
-    """Results of every member, whole gradients, and bytes sent by each, of one forward and backward."""
+    """Results of every member, whole gradients, and bytes sent by each, of one forward and backward.
+
+    With `again` every unit is computed again for the backward. Forwards run inside of `watched`.
+    """
     graph = one_stage(prepared.graph)
     whole = OneDevice(model, prepared.captured, graph, prepared.graph, seed)
     inputs = prepared.captured.signature.bind(args, kwargs)
@@ -130,10 +143,11 @@ def grouped(
     if whole._prologue is not None:
         inputs = {**inputs, **whole._prologue.run(inputs, samples)}
     shard = Shard(0, 0, choice.chosen, choice.forms, choice.weights)
-    stages = member_stages(lambda member: graph, shard, size, True)
+    units = tuple(unit.ops for unit in prepared.chain.units) if again else ()
+    stages = member_stages(lambda member: graph, shard, size, True, units)
 
     def work(team: ThreadTeam) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float, Graph]:
-        local = FuseComm(0, True).run(replace(shard, member=team.member).run(graph))
+        local = FuseComm(0, True, units).run(replace(shard, member=team.member).run(graph))
         assert local == stages[team.member], "members that share a rewriting are rewritten alike"
         verify(local)
         tensors: dict[str, torch.Tensor] = {}
@@ -147,9 +161,18 @@ def grouped(
                 trained = isinstance(whole.tensors[label], nn.Parameter)
                 tensors[label] = nn.Parameter(tensor.clone()) if trained else tensor.clone()
         context = StepContext(seed=seed, batch=samples, samples=samples)
-        builder = StageBuilder(local, 0, tensors, torch.device("cpu"), context, team=team)
+        builder = StageBuilder(
+            local,
+            0,
+            tensors,
+            torch.device("cpu"),
+            context,
+            team=team,
+            recompute=units_of_member(local, 0, units),
+        )
         module = builder.module(samples, samples)
-        _, results = module(*(inputs[label] for label in builder.interface.inputs))
+        with watched():
+            _, results = module(*(inputs[label] for label in builder.interface.inputs))
         if results[0].requires_grad:
             results[0].backward()
         gradients = {k: t.grad for k, t in tensors.items() if t.grad is not None}

@@ -1,0 +1,92 @@
+"""Groups that compute again and divide their state keep less, and are chosen where memory binds."""
+
+from contextlib import AbstractContextManager
+from functools import cache
+
+import pytest
+import torch
+from choices import FREE, gpus, planned
+from threads import grouped
+from torch import nn
+
+from graphpar.cluster import Cluster
+from graphpar.partition.types import StageChoice
+from graphpar.planner import plan_prepared
+from graphpar.preparation import Prepared, prepare
+from graphpar.training import Training
+
+hf = pytest.importorskip("transformers", reason="transformers is not installed")
+ADAM = Training(optimizer=torch.optim.AdamW, microbatches=2, zero=1)
+
+
+class Stack(nn.Module):
+    """Equal perceptrons and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(16, 64) for _ in range(4))
+        self.downs = nn.ModuleList(nn.Linear(64, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(nn.functional.gelu(up(x)))
+        return nn.functional.mse_loss(x, y)
+
+
+def test_less_is_kept() -> None:
+    model, data = Stack(), (torch.randn(32, 16), torch.randn(32, 16))
+    prepared = prepare(model, data, {}, Training(optimizer=torch.optim.SGD))
+    choice = planned(prepared, gpus(2, FREE))
+    kept = []
+    for again in (False, True):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        def watched() -> AbstractContextManager[None]:
+            return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+        grouped(model, prepared, choice, 2, data, {}, again=again, watched=watched)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.6 * kept[0]
+
+
+@cache
+def captured() -> Prepared:
+    """Two blocks of a small Llama without weights."""
+    with torch.device("meta"):
+        ids = torch.zeros(8, 512, dtype=torch.long)
+        config = hf.LlamaConfig(
+            vocab_size=1024, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
+            num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=512,
+        )  # fmt: skip
+        model = hf.LlamaForCausalLM(config)
+    return prepare(model, (ids,), {"labels": ids}, ADAM)
+
+
+def stages(memory_bytes: float) -> list[StageChoice]:
+    """What four H100 with so much memory do in groups of two at most."""
+    devices = {"kind": "h100-sxm-80gb", "count": 4, "memory_bytes": int(memory_bytes)}
+    cluster = Cluster.from_dict({"nodes": [{"name": "a", "devices": devices, "link": "nvlink4"}]})
+    plan = plan_prepared(
+        captured(),
+        cluster,
+        train=ADAM,
+        precision="float32",
+        calibration=None,
+        time_limit_s=60.0,
+        gap=0.01,
+        tensor=2,
+    )
+    assert max(plan.partition.peak_bytes.values()) <= memory_bytes
+    return [stage for pipeline in plan.partition.pipelines for stage in pipeline.stages]
+
+
+@pytest.mark.parametrize(("memory_bytes", "again"), [(1.8e9, False), (1.7e9, True)])
+def test_both_are_chosen_where_memory_binds(memory_bytes: float, again: bool) -> None:
+    (stage,) = stages(memory_bytes)
+    assert [len(replica.devices) for replica in stage.replicas] == [2, 2]
+    assert stage.zero == 1 and stage.recompute == again
