@@ -136,9 +136,9 @@ def lower(
     in_step = next((op for op in graph.ops if op.attr("meets")), None)
     if has_groups and in_step is not None and len(found.pipelines) > 1:
         raise ValueError(
-            f"{in_step.target} in {in_step.module or 'the model'} ({in_step.source}) adds up what pipelines "
-            "side by side have of the batch, and members of tensor groups do not take part in that. Plan "
-            "with tensor=1, or give the groups one pipeline."
+            f"{in_step.target} in {in_step.module or 'the model'} ({in_step.source}) adds up what "
+            "pipelines side by side have of the batch, and members of tensor groups do not take part in "
+            "that. Plan with tensor=1, or give the groups one pipeline."
         )
     if shard and has_groups:
         if cluster is None:
