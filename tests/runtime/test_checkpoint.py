@@ -22,9 +22,9 @@ from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, price
 from graphpar.preparation import prepare
 from graphpar.runtime.job import CompiledModel
+from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Slice
 from graphpar.runtime.tensor_files import find_tensors, read_tensor, write_tensors
-from graphpar.runtime.weights import sliced
 from graphpar.training import Training
 
 TRAINING = Training(

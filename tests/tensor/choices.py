@@ -29,8 +29,11 @@ def gpus(count: int, link: LinkCost, shares: tuple[float, ...] = ()) -> TensorGr
 
 
 def planned(prepared: Prepared, group: TensorGroup, options: ShardingOptions | None = None) -> Choice:
-    """What the programme chooses for the whole model as one stage."""
-    options = options or ShardingOptions(samples=prepared.graph.batch)
+    """What the programme chooses for the whole model as one stage; as many slices as there can be.
+
+    Kernels of tiny models take equally long whole or cut, so that what members hold has to decide.
+    """
+    options = options or ShardingOptions(samples=prepared.graph.batch, hold_factor=1e6)
     found = choose_sharding(one_stage(prepared.graph), 0, prepared.chain, group, options)
     return Choice(found.chosen, found.forms, found.weights)
 
