@@ -144,7 +144,7 @@ def test_an_answer_and_a_bound_come_before_anything_is_compiled(monkeypatch: pyt
     monkeypatch.setattr(reduce_loops, "_READY", threading.Event())
     monkeypatch.setattr(shard, "warm_up", lambda stage, most_s: False)
     monkeypatch.setattr(shard, "is_compiling", lambda: True)
-    solved = solve_sharding(ring(60, 0), time_limit_s=0.01)
+    solved = solve_sharding(ring(60, 0), time_limit_s=1e-6)
     assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
     assert solved.objective is not None
     assert solved.bound is not None
