@@ -187,3 +187,27 @@ def test_functional_gradients_call_a_function_first(made: Any) -> None:
         made(lambda x: x.sum())(torch.ones(2))
     made(lambda x: x.sum())(torch.ones(2))
     assert len(calls) == 1
+
+
+class Islands(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = x @ x
+            with torch.no_grad():
+                y = y.exp()
+            return y * x
+
+
+def test_gradient_modes_are_kept_in_autocast() -> None:
+    x = torch.ones(2, 2, requires_grad=True)
+    with private.gradient_modes_in_autocast():
+        program = torch.export.export(Islands(), (x,), strict=False)
+    names = [
+        private.higher_order_name(node.target)
+        for part in program.graph_module.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+    ]
+    assert names.count("wrap_with_set_grad_enabled") == 1 and "wrap_with_autocast" in names
+    with private.fake_tensors():
+        assert torch.empty(10**9, 10**9).shape == (10**9, 10**9)

@@ -23,6 +23,7 @@ from torch.export.graph_signature import (
 )
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.casting import Caster
 from graphpar.frontend.out_arguments import without_out_arguments
 from graphpar.frontend.places import place, strip_prefix, unsupported
 from graphpar.frontend.torch_private import (
@@ -31,7 +32,7 @@ from graphpar.frontend.torch_private import (
     mutated_arguments,
     op_name,
 )
-from graphpar.frontend.vmaps import without_vmaps
+from graphpar.frontend.vmaps import AUTOCAST, casting_of, without_vmaps
 from graphpar.frontend.writes import Values, dtype_name, is_off
 from graphpar.ir.ops import SOURCES, Argument, Op, Ref, Symbol, TensorType, map_arguments
 from graphpar.runtime.expected import EXPECTED
@@ -129,6 +130,9 @@ class _Converter:
     differentiable: frozenset[int]
     values: Values = field(default_factory=Values)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.caster = Caster(self.values)
 
     def run(self) -> Converted:
         without_out_arguments(self.program.graph_module)
@@ -246,19 +250,18 @@ class _Converter:
         raise unsupported(node, f"{node.target} is no tensor operator")
 
     def _region(self, module: fx.GraphModule, node: fx.Node, higher: str) -> None:
+        casting = self.caster.casting
+        before: dict[Argument, Argument] = {}
         if higher == "wrap_with_set_grad_enabled":
             enabled, body, *operands = node.args
-            values = [self._argument(a) for a in operands]
+            given = values = [self._argument(a) for a in operands]
             if not enabled:
                 values = [self._detached(v, node) for v in values]
-        elif higher == "wrap_with_autocast":
-            _device, _dtype, enabled, _cache, body, *operands = node.args
-            if enabled:
-                raise unsupported(
-                    _first_call(module, body) or node,
-                    "autocast inside the model; drop it and give precision= to compile instead",
-                )
+                before = dict(zip(values, given, strict=True))
+        elif higher == AUTOCAST:
+            _device, _dtype, _enabled, _cache, body, *operands = node.args
             values = [self._argument(a) for a in operands]
+            casting = casting_of(node)
         else:
             raise unsupported(
                 node,
@@ -270,7 +273,15 @@ class _Converter:
         inner = getattr(module, str(body.target))
         places = [n for n in inner.graph.nodes if n.op == "placeholder"]
         self.values.env.update(zip(places, values, strict=True))
-        self.values.env[node] = tuple(self._inline(inner, outer=False))
+        with self.caster.under(casting):
+            made = self._inline(inner, outer=False)
+        # What returns its argument, such as a cast to the type that it has, keeps its gradient.
+        self.values.env[node] = tuple(
+            before.get(self._itself(m), m) if isinstance(m, Ref) else m for m in made
+        )
+
+    def _itself(self, value: Ref) -> Ref:
+        return Ref(self.values.itself(self.values.ops[value.name]).name)
 
     def _detached(self, value: Argument, node: fx.Node) -> Argument:
         if not isinstance(value, Ref):
@@ -337,6 +348,7 @@ class _Converter:
             module,
             source,
         )
+        op = self.caster.cast(node, op)
         made = self.values.functional(node, op)
         if made is not op:
             self.values.env[node] = Ref(made.name)
@@ -414,12 +426,6 @@ def _drops_between_layers(node: fx.Node, name: str) -> bool:
         return False
     layers, drop, train = node.args[4:7]
     return train is True and bool(drop) and bool(layers != 1)
-
-
-def _first_call(module: fx.GraphModule, body: Any) -> fx.Node | None:
-    """The first call inside a region: unlike the region itself it knows its place."""
-    nodes = getattr(module, str(body.target)).graph.nodes
-    return next((node for node in nodes if node.op == "call_function"), None)
 
 
 def _flat_input(argument: Any) -> "str | Literal":

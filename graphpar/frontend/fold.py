@@ -116,6 +116,8 @@ class _Calls:
                 return original(*args, **kwargs)
             leaves, spec = flatten((args, kwargs))
             key = _Key(block.kind, str(spec), _leaves_key(leaves, block), torch.is_grad_enabled())
+            if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+                raise NotFoldable(f"{block.path} is called under torch.autocast")
             if block.is_trained and not key.grad_enabled:
                 raise NotFoldable(f"{block.path} holds trained weights where gradients are switched off")
             if key not in self.forms:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._export.passes import replace_set_grad_with_hop_pass
 from torch._functorch import eager_transforms, predispatch
 from torch._functorch import vmap as vmap_module
 from torch._guards import detect_fake_mode
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import fake_tensor
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.export import ExportedProgram
 from torch.export import _trace as export_trace
 from torch.fx import traceback as fx_traceback
@@ -39,7 +41,10 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     A dataclass that torch does not know yet is made known to it. What `is_leaf` holds for stays whole.
     """
     leaves, spec = pytree.tree_flatten(tree, is_leaf)
-    unknown = {type(x) for x in leaves if dataclasses.is_dataclass(x) and not isinstance(x, type)}
+    kept = is_leaf or (lambda x: False)
+    unknown = {
+        type(x) for x in leaves if dataclasses.is_dataclass(x) and not isinstance(x, type) and not kept(x)
+    }
     if not unknown:
         return leaves, spec
     for made in unknown:
@@ -115,6 +120,33 @@ def functional_gradients_call(function: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         module.grad_increment_nesting, module.jvp_increment_nesting = before
+
+
+@contextmanager
+def gradient_modes_in_autocast() -> Iterator[None]:
+    """Within it, torch.export keeps a `no_grad` that begins inside of an autocast.
+
+    It cuts the graph where gradients are switched, and enters the autocast anew in each part; a part
+    that does not begin with the switch itself is then taken for one without.
+    """
+    module: Any = replace_set_grad_with_hop_pass
+    before = module._is_set_grad_enabled_sub_mod
+
+    def switches(node: fx.Node, omit_if_same_with_ambient: bool = False) -> Any:
+        if node.op != "call_module":
+            return False
+        nodes = getattr(node.graph.owning_module, str(node.target)).graph.nodes
+        called = (n for n in nodes if n.op != "placeholder" and n.target is not enter_autocast)
+        first = next(called, None)
+        if first is None or not sets_gradient_mode(first.target):
+            return False
+        return first.args[0] != torch.is_grad_enabled() if omit_if_same_with_ambient else True
+
+    module._is_set_grad_enabled_sub_mod = switches
+    try:
+        yield
+    finally:
+        module._is_set_grad_enabled_sub_mod = before
 
 
 @contextmanager
@@ -211,6 +243,12 @@ def traced_below_autograd(function: Callable[..., Any], given: Sequence[Any]) ->
         with mode:
             plain = [g.detach() if isinstance(g, torch.Tensor) else g for g in given]
             return make_fx(function)(*plain)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Within it, tensors are made without memory, on any device."""
+    made: AbstractContextManager[Any] = fake_tensor.FakeTensorMode()
+    return made
 
 
 def standing_for(node: fx.Node) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ operators with the mapped dimension among their others.
 
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.autocast import Casting
 from graphpar.frontend.places import unsupported
 from graphpar.frontend.torch_private import (
     enters_vmap,
@@ -30,22 +32,40 @@ from graphpar.frontend.torch_private import (
     unflatten,
 )
 
+AUTOCAST = "wrap_with_autocast"
+CAST = "graphpar_cast"
+"""Marks nodes that were traced under autocast and need no casts any more."""
 
-def without_vmaps(module: fx.GraphModule) -> None:
+
+def without_vmaps(module: fx.GraphModule, casting: Casting | None = None) -> None:
     """Replace every vmap in a graph and in all graphs within it.
+
+    Args:
+        module: The graph.
+        casting: The autocast that it runs under.
 
     Raises:
         CaptureError: Something in a vmap has no batched form; names module and line.
     """
-    for part in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
-        for node in list(part.graph.nodes):
-            if prepares_vmap(node.target):
-                part.graph.erase_node(node)
-        for region in list(_regions(part)):
-            region.replace()
+    for node in list(module.graph.nodes):
+        if prepares_vmap(node.target):
+            module.graph.erase_node(node)
+    for region in list(_regions(module, casting)):
+        region.replace()
+    for node in module.graph.nodes:
+        inside = casting_of(node) if higher_order_name(node.target) == AUTOCAST else casting
+        for body in node.all_input_nodes:
+            if body.op == "get_attr" and isinstance(_attribute(module, body), fx.GraphModule):
+                without_vmaps(_attribute(module, body), inside)
 
 
-def _regions(module: fx.GraphModule) -> Iterator["_Region"]:
+def casting_of(node: fx.Node) -> Casting | None:
+    """The setting of an autocast, None where it is switched off."""
+    device, dtype, enabled, *_ = node.args
+    return Casting(device, dtype) if enabled else None  # type: ignore[arg-type]
+
+
+def _regions(module: fx.GraphModule, casting: Casting | None) -> Iterator["_Region"]:
     """Each outermost vmap, from entering its level to leaving it."""
     depth = 0
     nodes: list[fx.Node] = []
@@ -56,7 +76,7 @@ def _regions(module: fx.GraphModule) -> Iterator["_Region"]:
         if leaves_vmap(node.target):
             depth -= 1
             if not depth:
-                yield _Region(module, tuple(nodes), before=node)
+                yield _Region(module, tuple(nodes), node, casting)
                 nodes = []
 
 
@@ -65,6 +85,7 @@ class _Region:
     module: fx.GraphModule
     nodes: tuple[fx.Node, ...]
     before: fx.Node
+    casting: Casting | None = None
     depth: int = 0
     records: bool = True
     current: fx.Node | None = None
@@ -75,7 +96,8 @@ class _Region:
         given, made = self._given(), self._made()
         fakes = [self._standing_for(node) for node in given]
         try:
-            traced = traced_below_autograd(lambda *tensors: self._run(given, made, tensors), fakes)
+            with self.casting.on() if self.casting else nullcontext():
+                traced = traced_below_autograd(lambda *tensors: self._run(given, made, tensors), fakes)
         except CaptureError:
             raise
         except Exception as error:
@@ -140,13 +162,15 @@ class _Region:
             self.depth += enters_vmap(node.target) - leaves_vmap(node.target)
 
     def _within(self, module: fx.GraphModule, node: fx.Node, higher: str) -> Any:
-        """What a part with its own setting for gradients, or without autocast, computes."""
+        """What a part with its own setting for gradients or autocast computes."""
         before = self.records
+        setting: AbstractContextManager[Any] = nullcontext()
         if higher == "wrap_with_set_grad_enabled":
             records, body, *operands = node.args
             self.records = bool(records)
-        elif higher == "wrap_with_autocast" and not node.args[2]:
-            _device, _dtype, _enabled, _cache, body, *operands = node.args
+        elif higher == AUTOCAST:
+            device, dtype, enabled, _cache, body, *operands = node.args
+            setting = torch.autocast(device, dtype, enabled, False)  # type: ignore[arg-type]
         else:
             raise unsupported(node, f"the higher-order operator {higher} under torch.vmap")
         assert isinstance(body, fx.Node)
@@ -155,7 +179,8 @@ class _Region:
         places = [n for n in inner.graph.nodes if n.op == "placeholder"]
         for place, value in zip(places, values, strict=True):
             self.values[place] = value
-        made = self._body(inner)
+        with setting:
+            made = self._body(inner)
         self.records = before
         return made
 
@@ -180,6 +205,7 @@ class _Region:
                     copies[node] = graph.node_copy(node, copies.__getitem__)
                     for key in ("nn_module_stack", "stack_trace"):
                         copies[node].meta.setdefault(key, self.nodes[0].meta.get(key))
+                    copies[node].meta[CAST] = True
         returned = next(n for n in traced.graph.nodes if n.op == "output").args[0]
         for node, result in zip(made, returned, strict=True):
             node.replace_all_uses_with(copies[result])

@@ -28,6 +28,13 @@ _RESHAPES_IN_PLACE = frozenset(
     {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "detach_"}
 )
 """In-place ops that change how a value is seen, not what is in it."""
+_MAY_RETURN_ITS_ARGUMENT = frozenset(
+    {
+        "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other",
+        "aten.contiguous.default", "aten.dropout.default", "aten.feature_dropout.default",
+    }
+)  # fmt: skip
+"""Ops whose result, where it shares memory with the argument, is the argument."""
 _FUNCTIONAL = {
     "aten.zero.default": "aten.zeros_like.default",
     **{f"aten.__i{name}__.{kind}": f"aten.__{name}__.{kind}"
@@ -75,6 +82,12 @@ class Values:
             count += 1
             candidate = f"{name}_{count}"
         return candidate
+
+    def itself(self, op: Op) -> Op:
+        """What an op returns where it returns its very argument: a cast to the type that a value has."""
+        while op.target in _MAY_RETURN_ITS_ARGUMENT and op.name in self.views:
+            op = self.ops[self.views[op.name]]
+        return op
 
     def with_gradient(self, op: Op) -> Op:
         flows = any(self.ops[o].attr("grad") for o in op.operands()) or _holds_trained(op)

@@ -87,6 +87,17 @@ def test_dropout_that_is_on_is_keyed(layer: nn.Module) -> None:
     assert len(losses) == 2
 
 
+def test_what_returns_its_argument_keeps_the_gradient_outside_of_no_grad() -> None:
+    """Tracing goes on with the result of a cast that did nothing, made where there are no gradients."""
+
+    def uses_again(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = (h.float().contiguous() @ s.linear.weight.to(h.dtype)).amax()
+        return (h @ s.linear.weight).square().mean() * scale + (s.vector * scale).sum()
+
+    assert_as_eager(Calls(uses_again), (X, Y))
+
+
 def test_the_mode_of_each_submodule_is_kept_and_restored() -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4), nn.Dropout(0.5))
     model[0].eval()
