@@ -68,12 +68,6 @@ def writes_without_grad(s: Calls, h: Tensor, y: Tensor) -> Tensor:
     return (a * h).sum()
 
 
-@refused("autocast inside the model")
-def casts_itself(s: Calls, h: Tensor, y: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return (h @ s.linear.weight).float().sum()
-
-
 @refused("depend on the plan")
 def draws_unkeyed(s: Calls, h: Tensor, y: Tensor) -> Tensor:
     return (h * torch.randperm(4)).sum()
