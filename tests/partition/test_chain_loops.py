@@ -41,7 +41,8 @@ def test_loops_find_the_best_plan(table: CostTable) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=RELAXED)
+@pytest.mark.timeout(600)
+@settings(max_examples=10, deadline=None, suppress_health_check=RELAXED)
 @given(small_tables(max_units=4, max_devices=4, max_batch=6, modes=True))
 def test_loops_find_the_best_plan_on_four_devices(table: CostTable) -> None:
     compare(table)
