@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
+import logging
+logging.getLogger("graphpar").setLevel(logging.ERROR)  # how a busy machine compares with the plan
 import torch
 from torch import nn
 import graphpar
