@@ -1,9 +1,10 @@
 """The graphs of tensor groups: each stage's sharding programme solved, each member's graph rewritten."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from operator import itemgetter
 from typing import Literal
 
@@ -218,9 +219,11 @@ def with_group_modes(
         whole = wholes[id(chain)]
         group, options = tensor_group(cluster, replica), group_options(graph, table.training, train)
         chosen = choose_sharding(whole, 0, chain, group, options)
-        modes[key] = tensor_mode(
+        made = tensor_mode(
             table, whole, chain, group, chosen, options, shares=replica.shares, calibration=calibration
         )
+        # The table's links may be measured ones: what the group needs is told in their terms.
+        modes[key] = replace(made, link=_worst_link(replica, table.topology.link))
     return replace(table, modes=tuple(modes.values()))
 
 
@@ -335,10 +338,14 @@ def group_options(graph: Graph, training: bool, train: Training | None = None) -
 
 def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:
     """The devices, shares and worst link of a replica."""
-    names = replica.devices
-    links = [cluster.link(a, b).cost for i, a in enumerate(names) for b in names[i + 1 :]]
-    worst = LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
-    return TensorGroup(tuple(map(cluster.device, names)), replica.member_shares, worst)
+    worst = _worst_link(replica, lambda a, b: cluster.link(a, b).cost)
+    return TensorGroup(tuple(map(cluster.device, replica.devices)), replica.member_shares, worst)
+
+
+def _worst_link(replica: Replica, link: Callable[[str, str], LinkCost]) -> LinkCost:
+    """The longest latency and the lowest rate between members of a replica."""
+    links = [link(a, b) for a, b in combinations(replica.devices, 2)]
+    return LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
 
 
 def held_slices(like: Lowered, rank: int) -> Mapping[str, Layout]:

@@ -338,3 +338,47 @@ def test_the_next_budgets_buy_what_they_say(budget: float) -> None:
         assert report.tighter.budget < spent
         less = plan(min(report.tighter.budget * 1.1, spent * 0.999)).error_budget
         assert less is not None and report.step_s < less.step_s
+
+
+class Wide(nn.Module):
+    """A residual perceptron: one sample leaves a second device only a part of each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(x + self.down(self.up(self.norm(x)).relu()), y)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_formats_are_chosen_for_a_tensor_group_and_run_in_it() -> None:
+    torch.manual_seed(0)
+    model, batch = Wide(), (torch.randn(1, 16, 64), torch.randn(1, 16, 64))
+    cpus = {"devices": [{"kind": "cpu", "count": 2}]}
+    with graphpar.compile(
+        model, cpus, batch, train=TRAINING, precision="auto", precision_budget=3e-2, tensor="auto",
+        calibration=fast_lower_cpu(),
+    ) as job:  # fmt: skip
+        (pipeline,) = job.plan.partition.pipelines
+        assert any(replica.others for stage in pipeline.stages for replica in stage.replicas)
+        assert "bfloat16" in {f for stage in pipeline.stages for f in stage.formats}
+        report = job.plan.error_budget
+        assert report is not None and report.measured_gradient_error is not None
+        assert 0 < report.measured_gradient_error <= 3e-2
+        assert any(p.slices for p in job._trained_on.placements), "nothing is divided"
+        loss = float(job.step(*batch).detach())
+        told = job.true_error
+        assert told is not None and told.kept
+    assert loss == pytest.approx(float(model(*batch).detach()), rel=1e-2) and told.output > 0
+
+
+def test_groups_are_chosen_where_the_measured_loopback_is_slower_than_the_catalogues() -> None:
+    batch = (torch.randn(1, 16, 64), torch.randn(1, 16, 64))
+    cpus = {"devices": [{"kind": "cpu", "count": 2}]}
+    made = graphpar.plan(
+        Wide(), cpus, batch, train=TRAINING, tensor="auto", calibration=fast_lower_cpu(), measure_s=0
+    )
+    (stage,) = made.partition.pipelines[0].stages
+    assert stage.replicas[0].devices == ("local/0", "local/1")
