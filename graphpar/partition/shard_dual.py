@@ -44,6 +44,9 @@ _SMOOTHING = 0.15
 _PATIENCE = 15
 """Steps without a better bound after which the rate falls."""
 
+_STEADY_RISES, _GROWTH, _LARGEST_REGROWN = 6, 1.15, 2e-4
+"""After so many rises in a row a small rate grows by this factor a step, up to this."""
+
 _TOLERATED_FALL = 0.05
 """A bound this far below the best one means that the multipliers overshot."""
 
@@ -91,6 +94,7 @@ class DualAscent:
         self._priced = np.zeros(rows.num_rows, dtype=np.bool_)
         self._direction: FloatArray = np.zeros(rows.num_rows)
         self._rate, self._patience = _FIRST_RATE, _PATIENCE
+        self._last_value, self._rises = -np.inf, 0
 
     def sweep(self) -> IntArray:
         """A forward and a backward pass; returns the strategies the backward pass rounded to."""
@@ -144,7 +148,8 @@ class DualAscent:
 
         The peaks most over the limit join the priced rows. Prices follow the excess of the roundings,
         smoothed over the steps and clipped (a deflected subgradient: Camerini, Fratta and Maffioli,
-        1975); the rate falls whenever the bound has not risen for a while.
+        1975); the rate falls whenever the bound has not risen for a while, and grows again, not far, once
+        it rises all the time.
         """
         roundings = [self.sweep() for _ in range(sweeps)]
         if not self.memory.limit.size:
@@ -161,8 +166,12 @@ class DualAscent:
             self.restore_best()
             self._slow_down()
             return roundings
+        self._rises = self._rises + 1 if value > self._last_value else 0
+        self._last_value = value
         if self._patience <= 0:
             self._slow_down()
+        elif self._rises >= _STEADY_RISES:
+            self._rate = max(self._rate, min(_LARGEST_REGROWN, _GROWTH * self._rate))
         for row in spread_peaks(np.where(self._priced, 0.0, excess), _ROWS_PER_STEP):
             self._priced[row] = True
         self._direction += _SMOOTHING * (excess - self._direction)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from small_problems import best_sharding, ring, sharding_problems
 
-from graphpar.partition import reduce_loops, shard
+from graphpar.partition import reduce_loops, shard, shard_run
 from graphpar.partition.answers import Progress
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.reduce import reduce_problem
@@ -235,6 +235,6 @@ def test_wrong_limits_are_refused(limits: dict[str, float]) -> None:
 
 
 def test_the_proof_phase_alone_closes_a_small_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "_WIDTHS", (1,))
+    monkeypatch.setattr(shard_run, "_WIDTHS", (1,))
     solved = solve_sharding(ring(7, 3, (1, 2)), time_limit_s=60)
     assert solved.status == "optimal"

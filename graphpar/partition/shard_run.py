@@ -1,0 +1,359 @@
+"""The phases of a sharding search on one reduced graph, in the order of `shard`'s text."""
+
+import math
+import time
+
+import numpy as np
+
+from graphpar.partition.answers import relative_gap
+from graphpar.partition.jit import COMPILED
+from graphpar.partition.reduce import reduce_graph
+from graphpar.partition.shard_dual import DualAscent
+from graphpar.partition.shard_exact import solve_exactly
+from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
+from graphpar.partition.shard_ilp import count_pairs
+from graphpar.partition.shard_local import LocalSearch, Walker, promises
+from graphpar.partition.shard_memory import MemoryMatrix
+from graphpar.partition.shard_search import WindowSearch
+from graphpar.partition.shard_state import Candidate, State
+from graphpar.partition.shard_warm import Stage, warm_up
+
+_TINY_PAIRS = 2_000
+"""Pair variables up to which that ILP comes before any search."""
+_SMALL_PAIRS = 40_000
+"""Pair variables up to which one ILP over everything left is worth its time."""
+
+_HOPELESS_PAIRS = 10 * _SMALL_PAIRS
+"""Pairs that no reduction is expected to bring down to `_SMALL_PAIRS`."""
+
+_WIDTHS = (2, 4, 8, 16, 1_000)
+"""Strategies per vertex in the exact windows, from wide and shallow to full."""
+
+_NUM_SEEDS = (1, 3, 1, 5, 3)
+"""Seeds of the exact windows in turn: mostly one region, sometimes several that share memory."""
+
+_ROUND_SHARE = 0.06
+"""Share of the time limit for the walk and the exact windows of one round."""
+
+_FRESH_ROUNDS = (1, 3, 7, 15)
+"""Rounds that begin with a local search from a new rounding."""
+
+_FRESH_SHARE = 0.025
+"""Share of the time limit for each of these."""
+
+_MOST_PROOFS = 4
+"""Times the whole problem is tried as one ILP, each for a larger share of the time left."""
+
+
+class Run:
+    """The phases on one reduced graph, and what they share."""
+
+    def __init__(
+        self, state: State, graph: ShardingGraph, rows: MemoryRows, threads: int, seed: int
+    ) -> None:
+        self.state, self.graph, self.rows, self.threads, self.seed = state, graph, rows, threads, seed
+        self.dual = DualAscent(graph, rows, state.out_of_time)
+        self.nearest: IntArray = np.zeros(len(self.dual.vertices), dtype=np.intp)
+        self.nearest_excess = math.inf
+        self.best: IntArray | None = None
+        self.best_cost = math.inf
+        self.local: LocalSearch | None = None
+        self.walker: Walker | None = None
+        self.windows: WindowSearch | None = None
+        self.stands_still = False
+        self.fresh = 0
+        self.windows_share = 0.5
+        self.gains, self.seconds = [0.0, 0.0], [0.0, 0.0]
+        self.window_turn = 0
+        self.proofs = 0
+        self.too_large_at: float | None = None
+
+    def improve(self) -> bool:
+        """Search until the gap is closed or time is up; returns whether infeasibility was proven."""
+        state = self.state
+        self.bound(0.02)
+        while self.best is None and not state.done():
+            if self.is_small() and self.proofs < _MOST_PROOFS and self.prove(0.5):
+                return True
+            if warm_up(Stage.SEARCH, 0.0):
+                self.repair(0.04)
+            if self.best is None:
+                self.bound(0.04)
+        while not warm_up(Stage.SEARCH, 0.0) and not state.done():
+            self.bound(0.04)
+            self.prove_if_promising()
+            self.exact_windows(0.02)
+        if count_pairs(self.graph) <= _TINY_PAIRS:
+            self.prove_if_promising()  # sooner than any share of the time limit is spent on searching
+        if state.done():
+            return False
+        self.start_afresh(_FRESH_SHARE)
+        self.start_walking()
+        self.bound(0.04)
+        rounds = 0
+        while not state.done():
+            if rounds in _FRESH_ROUNDS:
+                self.start_afresh(_FRESH_SHARE)
+            share = self.windows_share if rounds else 0.0
+            self.walk(_ROUND_SHARE * (1.0 - share))
+            self.bound(0.04 if rounds < 4 else 0.02)
+            self.prove_if_promising()
+            if rounds and not state.done():
+                self.exact_windows(_ROUND_SHARE * share)
+                self.share_out()
+            rounds += 1
+        return False
+
+    def share_out(self) -> None:
+        """Give exact windows the share of the search that they have earned of late.
+
+        What the walker improves counts for neither; while there is one, somebody always walks.
+        """
+        least = 0.5 if self.walker else 0.2
+        gains, seconds = self.gains, self.seconds
+        rates = [gain / max(1e-9, s) for gain, s in zip(gains, seconds, strict=True)]
+        earned = rates[1] / sum(rates) if sum(rates) > 0 else 0.5
+        self.windows_share = min(0.8, max(least, earned))
+        for k in range(2):
+            gains[k], seconds[k] = 0.5 * gains[k], 0.5 * seconds[k]
+
+    def stop(self) -> None:
+        """End the walker and take what it has."""
+        if self.walker is not None:
+            cost, chosen = self.walker.stop()
+            self.walker = None
+            self.take(chosen, cost)
+        self.state.settle()
+
+    def is_small(self) -> bool:
+        """Whether one ILP could hold everything."""
+        return count_pairs(self.graph) <= _SMALL_PAIRS
+
+    def take(self, chosen: IntArray, cost: float) -> None:
+        """Take a choice that fits as the best one if it is cheaper."""
+        if cost < self.best_cost:
+            self.best, self.best_cost = chosen.copy(), cost
+            self.state.offer(Candidate(self.graph, self.dual.vertices, self.best, cost))
+
+    def take_rounding(self, chosen: IntArray) -> None:
+        """Take a rounding if it fits; remember the one nearest to fitting."""
+        excess = self.dual.memory.excess(chosen)
+        if excess < self.nearest_excess:
+            self.nearest, self.nearest_excess = chosen.copy(), excess
+        if excess <= 0:
+            value = self.graph.value({u: int(i) for u, i in zip(self.dual.vertices, chosen, strict=True)})
+            if math.isfinite(value):
+                self.take(chosen, value)
+
+    def bound(self, share: float) -> None:
+        """Message passing for a share of the time limit, or until the bound stands still."""
+        if self.stands_still and self.best is not None:
+            return
+        state, dual = self.state, self.dual
+        state.phase = "bound"
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        steps, idle, last = 0, 0, -math.inf
+        while state.elapsed_s() < end_s and not state.done():
+            if steps % 8 == 0 and self.best is None:
+                self.take_rounding(dual.round_within_memory())
+            for chosen in dual.ascend(2):
+                if self.local is None:
+                    self.take_rounding(chosen)
+            steps += 1
+            state.raise_bound(dual.bound)
+            idle = 0 if dual.bound > last + 1e-7 * abs(last) else idle + 1
+            last = max(last, dual.bound)
+            if idle >= 200:
+                self.stands_still = True
+                break
+        dual.restore_best()
+        dual.sweep()
+
+    def repair(self, share: float) -> None:
+        """Tree moves under a growing price of memory, from the rounding nearest to fitting."""
+        state = self.state
+        state.phase = "repair"
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        search = LocalSearch(self.dual, self.nearest, self.seed)
+        while state.elapsed_s() < end_s and not state.done() and self.best is None:
+            if search.step(min(end_s - state.elapsed_s(), state.left_s())):
+                self.take_rounding(search.best)
+
+    def start_afresh(self, share: float) -> None:
+        """Local search from what the dual's messages and prices now round to.
+
+        Where memory is tight the walk cannot leave every bad start, and roundings are good ones.
+        """
+        state = self.state
+        state.phase = "search"
+        end_s = state.elapsed_s() + share * state.time_limit_s
+        chosen = self.dual.round_within_memory()
+        if self.dual.memory.excess(chosen) > 0:
+            return
+        self.fresh += 1
+        local = LocalSearch(self.dual, chosen, self.seed + 7919 * self.fresh)
+        while state.elapsed_s() < end_s and not state.done():
+            local.step(min(end_s - state.elapsed_s(), state.left_s()))
+        self.take(local.best, local.cost)
+        self.trade()
+
+    def start_walking(self) -> None:
+        """Start the local search here, and another in a thread where there is a core for it."""
+        assert self.best is not None
+        self.local = LocalSearch(self.dual, self.best, self.seed)
+        if self.threads > 1 and COMPILED:
+            self.walker = Walker(LocalSearch(self.dual, self.best, self.seed + 1))
+
+    def walk(self, share: float) -> None:
+        """Local search for a share of the time limit, then trade with the walker."""
+        state, local = self.state, self.local
+        assert local is not None
+        state.phase = "search"
+        local.promises = promises(self.dual)
+        began_s = state.elapsed_s()
+        end_s = began_s + share * state.time_limit_s
+        while state.elapsed_s() < end_s and not state.done():
+            before = local.cost
+            if local.step(min(end_s - state.elapsed_s(), state.left_s())):
+                self.gains[0] += before - local.cost
+                self.take(local.best, local.cost)
+        self.seconds[0] += state.elapsed_s() - began_s
+        self.trade()
+
+    def trade(self) -> None:
+        """Exchange the best choices with the walker."""
+        if self.local is None:
+            return
+        assert self.best is not None
+        if self.walker is not None:
+            cost, chosen = self.walker.exchange(self.best, self.best_cost, self.local.promises)
+            self.take(chosen, cost)
+        self.local.adopt(self.best, self.best_cost)
+
+    def exact_windows(self, share: float) -> None:
+        """Windows for a share of the time limit, their size following how fast they solve."""
+        state = self.state
+        assert self.best is not None
+        state.phase = "windows"
+        if self.windows is None:
+            self.windows = WindowSearch(self.graph, self.rows, self.dual.memory, self.best, self.seed)
+        search = self.windows
+        search.guide(self.dual.excess_costs()[1])
+        search.adopt(self.best, self.best_cost)
+        began_s = state.elapsed_s()
+        end_s = began_s + share * state.time_limit_s
+        turn = self.window_turn
+        while (left_s := min(end_s - state.elapsed_s(), state.left_s())) > 0 and not state.closed():
+            width = _WIDTHS[turn % len(_WIDTHS)]
+            turn += 1
+            before_s = state.elapsed_s()
+            patience_s = min(left_s, max(5.0, 0.02 * state.time_limit_s))
+            window = search.grow(search.budget(width), width, _NUM_SEEDS[turn % len(_NUM_SEEDS)])
+            gain = search.solve_window(window, patience_s)
+            search.note(width, state.elapsed_s() - before_s, patience_s)
+            if gain > 0:
+                self.gains[1] += gain
+                self.take(search.chosen, search.cost)
+            self.trade()
+            search.adopt(self.best, self.best_cost)
+        self.window_turn = turn
+        self.seconds[1] += state.elapsed_s() - began_s
+
+    def prove_if_promising(self) -> None:
+        """Try a proof unless what was left was too large when the gap was about the same."""
+        state = self.state
+        state.settle()
+        if state.done() or self.proofs >= _MOST_PROOFS:
+            return
+        gap = relative_gap(state.objective, state.bound)
+        if self.too_large_at is not None and gap > 0.9 * self.too_large_at:
+            return
+        self.prove(min(1.0, 0.2 * 2**self.proofs))
+
+    def prove(self, share: float) -> bool:
+        """Drop what cannot be in a better answer, reduce, and close the rest by an ILP if small.
+
+        Returns whether infeasibility was proven.
+        """
+        state = self.state
+        state.settle()
+        state.phase = "prove"
+        deadline_s = time.perf_counter() + share * max(0.0, state.left_s())
+        # Whole costs: only an answer cheaper by one is better. Rounding errors stay on the safe side.
+        bound, excess = self.dual.excess_costs()
+        target = state.objective - (0.9 if state.integral else 0.0) + 1e-9 * abs(bound)
+        kept = {
+            u: np.flatnonzero(bound + row <= target)
+            for u, row in zip(self.dual.vertices, excess, strict=True)
+        }
+        if _pairs_kept(self.graph, kept) > _HOPELESS_PAIRS:
+            self.too_large_at = relative_gap(state.objective, state.bound)
+            return False
+        small = self.graph.copy()
+        for u, strategies in kept.items():
+            if len(strategies) < len(small.costs[u]):
+                small.keep(u, strategies)
+        small_rows = self.rows
+        if not small.infeasible:
+            small_rows = reduce_graph(small, self.rows, state.out_of_time)
+        if small.infeasible:
+            return _nothing_better(state)
+        if count_pairs(small) > _SMALL_PAIRS:
+            self.too_large_at = relative_gap(state.objective, state.bound)
+            return False
+        self.proofs += 1
+        memory = MemoryMatrix(small, small_rows)
+        result = solve_exactly(
+            small,
+            small_rows,
+            memory,
+            active=set(),
+            deadline_s=deadline_s,
+            relative_gap=state.gap,
+            threads=max(1, self.threads - 1),
+        )
+        if result.infeasible:
+            return _nothing_better(state)
+        if result.chosen is not None:
+            self.take_from(small, memory, result.chosen)
+        # The pruned problem holds every answer better than the incumbent, and nothing else is promised.
+        state.raise_bound(min(result.bound, state.objective))
+        return False
+
+    def take_from(self, small: ShardingGraph, memory: MemoryMatrix, chosen: IntArray) -> None:
+        """Take an answer to the pruned problem as the best choice in the whole graph's terms."""
+        state = self.state
+        choice = {u: int(i) for u, i in zip(memory.vertices, chosen, strict=True)}
+        cost = small.value(choice)
+        if cost < self.best_cost:
+            state.offer(Candidate(small, memory.vertices, chosen, cost), at_once=True)
+        if state.answer is not None and state.objective < self.best_cost:
+            located = _locate(self.graph, self.dual.vertices, state.answer)
+            if located is not None:
+                self.best, self.best_cost = located, state.objective
+
+
+def _pairs_kept(graph: ShardingGraph, kept: dict[int, IntArray]) -> int:
+    return sum(len(kept[u]) * len(kept[v]) for u, tables in graph.tables.items() for v in tables if u < v)
+
+
+def _locate(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> IntArray | None:
+    """The choice in `graph` that expands to `answer`; None if that has strategies dropped since."""
+    chosen = np.zeros(len(vertices), dtype=np.intp)
+    for p, u in enumerate(vertices):
+        match = np.ones(len(graph.costs[u]), dtype=np.bool_)
+        for node, map_ in graph.members[u]:
+            match &= map_ == answer[node]
+        if not match.any():
+            return None
+        chosen[p] = match.argmax()
+    return chosen
+
+
+def _nothing_better(state: State) -> bool:
+    """The pruned problem is empty: the incumbent is optimal, or there is no answer at all."""
+    if state.answer is None:
+        return True
+    state.bound = state.objective
+    state.tell()
+    return False
