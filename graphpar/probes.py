@@ -217,9 +217,7 @@ def clipping(size: int) -> Work:
     gradients = [tensor.grad for tensor in _trained_tensors(size) if tensor.grad is not None]
 
     def work() -> None:
-        square = torch.zeros((), dtype=torch.float64)
-        for gradient in gradients:
-            square += torch.linalg.vector_norm(gradient).cpu().double().square()
+        float(torch.nn.utils.get_total_norm(gradients))
         for gradient in gradients:
             gradient.mul_(1.0)
 

@@ -4,6 +4,7 @@ The first run of an installation compiles for some seconds, later ones load what
 search does not need the loops, and one that must end before they are compiled goes without.
 """
 
+import atexit
 import threading
 import time
 
@@ -31,6 +32,8 @@ class _Compiler:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="graphpar-chain", daemon=True)
                 self._thread.start()
+                # A thread that the interpreter's end stops inside the compiler takes the process down.
+                atexit.register(self._thread.join)
 
     def _run(self) -> None:
         from graphpar.partition.chain_example import run_example
@@ -44,6 +47,18 @@ class _Compiler:
 
 
 _COMPILER = _Compiler()
+
+
+NOT_COMPILED = "numba is not installed"
+NOT_READY = "its loops were not compiled when they were needed, as in the first run of an installation"
+
+
+def why_without_loops() -> str:
+    """What kept a search from the compiled loops."""
+    if not COMPILED:
+        return NOT_COMPILED
+    fault = _COMPILER.fault
+    return NOT_READY if fault is None else f"its loops could not be compiled ({fault})"
 
 
 def loops_are_ready(deadline_s: float) -> bool:

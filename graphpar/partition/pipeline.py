@@ -445,6 +445,8 @@ class _Run:
         if idle:
             names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
             notes.append(f"left out: {names}; no plan with them was found to be faster")
+        if self._programs.slowed:
+            notes.append(f"the search took its slower form: {self._programs.slowed}")
         if self.groupings_tried:
             notes.append(
                 f"pipelines of unlike kinds side by side: {self.groupings_tried} ways tried with shares "

@@ -61,6 +61,8 @@ class Programs:
         self._team_of = self._per_sample.teams.of_mode.tolist()
         many = family.repeats is None and self._most_steps() >= chain_warm.LOOPS_PAY
         self._loops = many and chain_warm.loops_are_ready(deadline_s)
+        self.slowed = chain_warm.why_without_loops() if many and not self._loops else ""
+        """Why the search takes array operations where loops would pay; empty where it does not."""
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
 
     def tasks(

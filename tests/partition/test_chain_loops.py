@@ -3,6 +3,7 @@
 import pytest
 from cost_tables import small_tables
 from hypothesis import HealthCheck, given, settings
+from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
@@ -46,3 +47,10 @@ def test_loops_find_the_best_plan(table: CostTable) -> None:
 @given(small_tables(max_units=4, max_devices=4, max_batch=6, modes=True))
 def test_loops_find_the_best_plan_on_four_devices(table: CostTable) -> None:
     compare(table)
+
+
+def test_a_plan_says_that_it_was_searched_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_warm, "LOOPS_PAY", 0)
+    monkeypatch.setattr(chain_warm, "loops_are_ready", lambda deadline_s: False)
+    found = partition(table_for(sample_partition()), gap=0.0, time_limit_s=60.0)
+    assert any("slower form" in note for note in found.notes)

@@ -195,6 +195,7 @@ def test_compiling_needs_no_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not COMPILED, reason="numba is not installed")
 def test_models_are_traced_while_the_search_is_compiled(tmp_path: Path) -> None:
     """torch.export replaces built-in functions while it traces; the compiler must not meet them."""
