@@ -145,7 +145,7 @@ class Answer:
         step_s: Simulated time of one step.
         bound_s: No plan of the searched family has a shorter objective.
         gap: How far the plan may be from the best of its family; None for a hand-made configuration.
-            Where the schedule has no formula, the family is that of plans under 1F1B and GPipe.
+            Where the schedule has no formula, how far it may be from plans of any kind.
         any_bound_s: No plan of any kind has a shorter step under the same prices.
         batch: Samples per step.
         usd_per_h: Price of all nodes that hold a used device.
