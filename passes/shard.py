@@ -131,29 +131,43 @@ class _Member:
     def _read(self, name: str, wanted: Layout) -> str:
         """The name under which a value stands in a layout, made where it is not there yet."""
         if name in self.partial and not isinstance(wanted, Split):
-            return name if wanted != "whole" or self.options.member == 0 else self._detached(name)
+            return name if wanted != "whole" or self.options.member == 0 else self._silent(name)
         made = self._made(name) if name not in self.partial else "copied"
         form = self.options.forms.get(name, made)
         first = self._converted(name, name, made, form)
         return self._converted(name, first, form, wanted)
 
-    def _detached(self, name: str) -> str:
-        """A weight whose gradient another member has already."""
+    def _silent(self, name: str) -> str:
+        """A weight whose gradient another member has already: its values, and a gradient of zeros.
+
+        Without any gradient what is made of it alone would have none either, and collectives of the
+        backward would wait for this member.
+        """
         key: tuple[str, Layout] = (name, "whole")
         if key not in self.have:
-            source = self.graph[name]
-            detached = replace(
-                source,
-                name=self._fresh(f"{name}__detached"),
-                target="aten.detach.default",
-                args=(Ref(name),),
-                origin=source.origin or (name,),
-                made_by=self.options.name,
-                attrs=(),
-            )
-            self.built.append(detached.with_attrs(stage=self.options.stage))
-            self.have[key] = detached.name
+            values = self._derived(name, "values", "aten.detach.default", (Ref(name),), grad=False)
+            zeros = self._derived(name, "zeros", "aten.mul.Scalar", (Ref(name), 0.0), grad=True)
+            both = (Ref(values), Ref(zeros))
+            self.have[key] = self._derived(name, "silent", "aten.add.Tensor", both, grad=True)
         return self.have[key]
+
+    def _derived(
+        self, name: str, suffix: str, target: str, args: tuple[Argument, ...], *, grad: bool
+    ) -> str:
+        """Add an op of a weight's own type; its name."""
+        source = self.graph[name]
+        made = replace(
+            source,
+            name=self._fresh(f"{name}__{suffix}"),
+            target=target,
+            args=args,
+            origin=source.origin or (name,),
+            made_by=self.options.name,
+            attrs=(),
+        )
+        attrs = {"stage": self.options.stage, **({"grad": True} if grad else {})}
+        self.built.append(made.with_attrs(**attrs))
+        return made.name
 
     def _converted(self, name: str, start: str, made: Layout, wanted: Layout) -> str:
         has_gradient = bool(self.graph[name].attr("grad"))
