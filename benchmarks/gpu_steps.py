@@ -2,7 +2,8 @@
 
 Every model trains with AdamW on one device: eager PyTorch (under autocast in bfloat16), then a job. The
 job's step is predicted twice, with the model's units timed on the device and by the catalogue's curves
-alone. All times are medians of steps after the first. Without a GPU the processor takes its place.
+alone. All times are medians of steps after the first. The peak of memory is what the worker reported.
+Eager steps under float8 are those of bfloat16. Without a GPU the processor takes its place.
 """
 
 import argparse
@@ -59,6 +60,7 @@ CASES = (
     Case("GPT-2 124M", 12, 768, 8, 512, "float32"),
     Case("GPT-2 124M", 12, 768, 8, 512, "bfloat16"),
     Case("GPT-2 350M", 24, 1024, 8, 1024, "bfloat16"),
+    Case("GPT-2 350M", 24, 1024, 8, 1024, "float8_e4m3fn"),
     Case("GPT-2 124M, dropout", 12, 768, 8, 512, "bfloat16", dropout=0.1),
     Case("4 layers of 512", 4, 512, 8, 128, "float32", vocabulary=2000),
 )
@@ -66,7 +68,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One case: seconds of a step."""
+    """One case: seconds of a step, bytes at the peak."""
 
     name: str
     precision: str
@@ -74,6 +76,8 @@ class Row:
     measured_s: float
     predicted_s: float
     by_curves_s: float
+    measured_bytes: int
+    predicted_bytes: float
 
 
 def measure(case: Case, cluster: Cluster) -> Row:
@@ -86,8 +90,12 @@ def measure(case: Case, cluster: Cluster) -> Row:
     eager_s = eager(model, kwargs, case.precision)
     with graphpar.compile(model, cluster, **wish) as job:
         measured_s = timed(lambda: job.step(**kwargs))
-    predicted_s = job.plan.predicted_step_s
-    return Row(case.name, case.precision, eager_s, measured_s, predicted_s, by_curves.predicted_step_s)
+        measured_bytes = job.last_step.reports[0].peak_bytes
+        plan = job.plan
+    return Row(
+        case.name, case.precision, eager_s, measured_s, plan.predicted_step_s, by_curves.predicted_step_s,
+        measured_bytes, plan.predicted_peak_bytes[plan.devices[0]],
+    )  # fmt: skip
 
 
 def eager(model: nn.Module, kwargs: dict[str, torch.Tensor], precision: str) -> float:
@@ -99,7 +107,7 @@ def eager(model: nn.Module, kwargs: dict[str, torch.Tensor], precision: str) -> 
     there = {name: tensor.to(device) for name, tensor in kwargs.items()}
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision != "float32"):
             loss = model(**there).loss
         loss.backward()
         optimizer.step()
@@ -135,14 +143,16 @@ def main() -> None:
     cluster = Cluster.from_dict({"devices": devices})
     rows = [measure(c, cluster) for c in CASES if arguments.only in f"{c.name} {c.precision}"]
     if arguments.json:
-        print(json.dumps({"device": cluster.devices[0].kind, "rows": [asdict(row) for row in rows]}))
+        made = {"device": cluster.devices[0].kind, "torch": torch.__version__}
+        print(json.dumps({**made, "rows": [asdict(row) for row in rows]}))
         return
     for row in rows:
         error, curves = (100 * (s / row.measured_s - 1) for s in (row.predicted_s, row.by_curves_s))
         print(
-            f"{row.name:22}{row.precision:10} eager {1e3 * row.eager_s:8.1f} ms  job "
+            f"{row.name:22}{row.precision:14} eager {1e3 * row.eager_s:8.1f} ms  job "
             f"{1e3 * row.measured_s:8.1f} ms  predicted {1e3 * row.predicted_s:8.1f} ms ({error:+.1f} %)"
-            f"  by curves {1e3 * row.by_curves_s:8.1f} ms ({curves:+.1f} %)"
+            f"  by curves {1e3 * row.by_curves_s:8.1f} ms ({curves:+.1f} %)  peak "
+            f"{row.measured_bytes / 1e9:.2f} GB, predicted {row.predicted_bytes / 1e9:.2f} GB"
         )
 
 
