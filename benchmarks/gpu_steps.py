@@ -8,6 +8,7 @@ Eager steps under float8 are those of bfloat16. Without a GPU the processor take
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -141,19 +142,26 @@ def main() -> None:
     arguments = parser.parse_args()
     devices = cuda_devices()[:1] or [{"kind": "cpu", "threads": 1}]
     cluster = Cluster.from_dict({"devices": devices})
-    rows = [measure(c, cluster) for c in CASES if arguments.only in f"{c.name} {c.precision}"]
+    rows = []
+    for case in CASES:
+        if arguments.only in f"{case.name} {case.precision}":
+            rows.append(measure(case, cluster))
+            # A line as soon as it is known: the next case may take a minute.
+            print(line(rows[-1]), file=sys.stderr if arguments.json else sys.stdout, flush=True)
     if arguments.json:
         made = {"device": cluster.devices[0].kind, "torch": torch.__version__}
         print(json.dumps({**made, "rows": [asdict(row) for row in rows]}))
-        return
-    for row in rows:
-        error, curves = (100 * (s / row.measured_s - 1) for s in (row.predicted_s, row.by_curves_s))
-        print(
-            f"{row.name:22}{row.precision:14} eager {1e3 * row.eager_s:8.1f} ms  job "
-            f"{1e3 * row.measured_s:8.1f} ms  predicted {1e3 * row.predicted_s:8.1f} ms ({error:+.1f} %)"
-            f"  by curves {1e3 * row.by_curves_s:8.1f} ms ({curves:+.1f} %)  peak "
-            f"{row.measured_bytes / 1e9:.2f} GB, predicted {row.predicted_bytes / 1e9:.2f} GB"
-        )
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    error, curves = (100 * (s / row.measured_s - 1) for s in (row.predicted_s, row.by_curves_s))
+    return (
+        f"{row.name:22}{row.precision:14} eager {1e3 * row.eager_s:8.1f} ms  job "
+        f"{1e3 * row.measured_s:8.1f} ms  predicted {1e3 * row.predicted_s:8.1f} ms ({error:+.1f} %)"
+        f"  by curves {1e3 * row.by_curves_s:8.1f} ms ({curves:+.1f} %)  peak "
+        f"{row.measured_bytes / 1e9:.2f} GB, predicted {row.predicted_bytes / 1e9:.2f} GB"
+    )
 
 
 if __name__ == "__main__":
