@@ -91,11 +91,10 @@ def measure(case: Case, cluster: Cluster) -> Row:
     eager_s = eager(model, kwargs, case.precision)
     with graphpar.compile(model, cluster, **wish) as job:
         measured_s = timed(lambda: job.step(**kwargs))
-        measured_bytes = job.last_step.reports[0].peak_bytes
-        plan = job.plan
+        last, plan = job.last_step, job.plan
     return Row(
         case.name, case.precision, eager_s, measured_s, plan.predicted_step_s, by_curves.predicted_step_s,
-        measured_bytes, plan.predicted_peak_bytes[plan.devices[0]],
+        last.reports[0].peak_bytes if last else 0, plan.predicted_peak_bytes[plan.devices[0]],
     )  # fmt: skip
 
 

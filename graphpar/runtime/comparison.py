@@ -217,8 +217,8 @@ def _compute_reason(
     told = f"{worst.device} computes {100 * abs(worst.compute_error):.0f} % {word}"
     if not kind.startswith("cpu"):
         return (
-            f"{told} than the catalogue's entry of {kind} promises: other clocks, a busy device, or "
-            "kernels that its efficiency curve does not know"
+            f"{told} than predicted: other clocks, a busy device, a host that issues kernels at another "
+            f"pace, or, unless its units were timed there, kernels that {kind}'s curves do not know"
         )
     beside = [d for d in devices if d is not worst and kinds.get(d.device, "").startswith("cpu")]
     return f"{told} than predicted: {_processor_reason(worst, beside, slower, machine)}"
