@@ -31,6 +31,7 @@ from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.lower import stage_ops
 from graphpar.runtime.program import Slice
+from graphpar.runtime.team_calls import check_in_step
 from graphpar.training import Training
 
 USUAL_MICROBATCHES = 4
@@ -82,6 +83,7 @@ def member_graphs(
         shard = replace(shard, partial=in_parts[group.leader])
         again = units[group.choice.first : group.choice.last] if group.choice.recompute else ()
         stages = member_stages(before.__getitem__, shard, size, training, again)
+        check_in_step(stages, group.stage, training=training, units=again)
         local.update(enumerate(stages, first))
         verify(local[group.first_rank])
     return local

@@ -1,9 +1,11 @@
 """Tensor groups whose members are threads of one process, for tests of the rewriting alone."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,7 @@ from graphpar.runtime.lower import StageBuilder
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.reference import OneDevice
 from graphpar.runtime.slices import join, take
+from graphpar.runtime.team_calls import TeamCall, check_in_step, team_calls
 from graphpar.tensor_groups import as_one_stage
 
 T = TypeVar("T")
@@ -145,6 +148,7 @@ def grouped(
     shard = Shard(0, 0, choice.chosen, choice.forms, choice.weights)
     units = tuple(unit.ops for unit in prepared.chain.units) if again else ()
     stages = member_stages(lambda member: graph, shard, size, True, units)
+    check_in_step(stages, 0, training=True, units=units)
 
     def work(team: ThreadTeam) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float, Graph]:
         local = FuseComm(0, True, units).run(replace(shard, member=team.member).run(graph))
@@ -175,11 +179,36 @@ def grouped(
             _, results = module(*(inputs[label] for label in builder.interface.inputs))
         if results[0].requires_grad:
             results[0].backward()
+        check_calls(
+            team.meeting.calls[team.member],
+            team_calls(local, 0, training=results[0].requires_grad, units=units),
+            samples,
+        )
         gradients = {k: t.grad for k, t in tensors.items() if t.grad is not None}
         return [r.detach() for r in results], gradients, team.sent_bytes, local
 
     done = in_threads(size, work)
     return [d[0] for d in done], _whole_gradients(done, choice), [d[2] for d in done]
+
+
+def check_calls(made: Sequence[str], foreseen: Sequence[TeamCall], samples: int) -> None:
+    """What a member asked of the others is what its graph says, in that order.
+
+    When a unit is computed again depends on what the backward looks up first, and it stops early.
+    """
+    again = Counter(_described(call, samples) for call in foreseen if call.phase == "again")
+    others = [_described(call, samples) for call in foreseen if call.phase != "again"]
+    if not again:
+        assert made == others
+    else:
+        assert Counter(others) <= Counter(made) <= Counter(others) + again
+
+
+def _described(call: TeamCall, samples: int) -> str:
+    """The call as a meeting notes it."""
+    sizes = [t.sizes(samples) for t in call.types]
+    size = sizes[0] if len(sizes) == 1 else (sum(map(prod, sizes)),)
+    return "exchange" if call.kind == "exchange" else f"{call.kind} {size}"
 
 
 def _whole_gradients(done: Sequence[Any], choice: Choice) -> dict[str, torch.Tensor]:
