@@ -6,7 +6,7 @@ collectives a backward has depends on what a gradient reaches: autograd runs nod
 of their making, those on a way from the results to something trained.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
@@ -14,12 +14,15 @@ from graphpar.errors import VerifyError
 from graphpar.ir.conversions import COLLECTIVES
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, Dim, Op, TensorType
+from graphpar.ir.optable import packet
 from graphpar.ir.recomputed import Units, units_of_member
 from graphpar.ir.text import format_op
 from graphpar.runtime.lower import interface, stage_ops
 from graphpar.runtime.recompute import UnitPart, cut_out
 
 _SHOWN = 10
+_ONE_BY_ONE = ("broadcast_tensors", "meshgrid")
+"""Ops that make each of their results of one operand."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +151,24 @@ def _backward(
 def _reached(ops: Sequence[Op], results: Iterable[str]) -> set[str]:
     """Ops whose node the backward runs: from a result or a message, towards something trained."""
     live: set[str] = set()
+    ops_by_name = {op.name: op for op in ops}
     for op in ops:
         trained = op.target in ("parameter", "gp.recv", "gp.collect")
-        if op.attr("grad") and (trained or any(name in live for name in op.operands())):
+        if op.attr("grad") and (trained or any(name in live for name in _followed(op, ops_by_name))):
             live.add(op.name)
     reached = {name for name in results if name in live}
     for op in reversed(ops):
         if (op.target in ("gp.send", "gp.collect") and op.attr("grad")) or op.name in reached:
             reached.update(name for name in op.operands() if name in live)
     return reached - {op.name for op in ops if op.target in SOURCES}
+
+
+def _followed(op: Op, ops: Mapping[str, Op]) -> tuple[str, ...]:
+    """What an op's gradient goes to; a part of a tuple that was made one by one goes to its own."""
+    source = ops.get(op.operands()[0]) if op.target == "getitem" else None
+    if source is not None and packet(source) in _ONE_BY_ONE and isinstance(op.args[1], int):
+        return (source.operands()[op.args[1]],)
+    return op.operands()
 
 
 def _ends(op: Op) -> tuple[str | None, str | None]:
