@@ -159,7 +159,7 @@ def _reached(ops: Sequence[Op], results: Iterable[str]) -> set[str]:
     reached = {name for name in results if name in live}
     for op in reversed(ops):
         if (op.target in ("gp.send", "gp.collect") and op.attr("grad")) or op.name in reached:
-            reached.update(name for name in op.operands() if name in live)
+            reached.update(name for name in _followed(op, ops_by_name) if name in live)
     return reached - {op.name for op in ops if op.target in SOURCES}
 
 
