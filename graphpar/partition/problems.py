@@ -11,24 +11,40 @@ colour classes and transfer costs.
 import contextlib
 import gc
 import gzip
+import io
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from graphpar.errors import PlanError
-from graphpar.partition.clock import ShouldStop, in_time, never
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, in_time, never
+from graphpar.partition.jit import COMPILED
+from graphpar.partition.number_rows import (
+    FloatArray,
+    Int64Array,
+    Number,
+    Rows,
+    flat,
+    parse_rows,
+    sizes_of,
+)
 
 IMPOSSIBLE_COST = 10**18
 """Costs at or above this stand for "this combination cannot be"."""
 
-Number: TypeAlias = int | float
+_LARGE_BYTES = 200_000
+"""Text of that length is read by a compiled loop, which takes a moment to load."""
+
+_BYTES_AT_A_TIME = 4_000_000
+"""Bytes unpacked between two looks at the clock."""
+
 NodeId: TypeAlias = int | str
 
 
@@ -52,10 +68,10 @@ class ShardingProblem:
 
     name: str
     intervals: tuple[tuple[int, int], ...]
-    node_costs: tuple[tuple[Number, ...], ...] = field(repr=False)
-    usages: tuple[tuple[Number, ...], ...] = field(repr=False)
+    node_costs: Rows = field(repr=False)
+    usages: Rows = field(repr=False)
     edge_nodes: tuple[tuple[int, ...], ...] = field(repr=False)
-    edge_costs: tuple[tuple[Number, ...], ...] = field(repr=False)
+    edge_costs: Rows = field(repr=False)
     usage_limit: Number | None
 
     @property
@@ -66,12 +82,22 @@ class ShardingProblem:
     @property
     def num_strategies(self) -> int:
         """Number of strategies, all nodes together."""
-        return sum(map(len, self.node_costs))
+        return int(sizes_of(self.node_costs).sum())
 
     @property
     def num_pairs(self) -> int:
         """Number of combinations that edges put a cost on."""
-        return sum(map(len, self.edge_costs))
+        return int(sizes_of(self.edge_costs).sum())
+
+    @cached_property
+    def flat_node_costs(self) -> tuple[Int64Array, FloatArray]:
+        """Where each node's costs begin, and all of them; impossible ones are infinite."""
+        return _finite(self.node_costs)
+
+    @cached_property
+    def flat_edge_costs(self) -> tuple[Int64Array, FloatArray]:
+        """Where each edge's costs begin, and all of them; impossible ones are infinite."""
+        return _finite(self.edge_costs)
 
 
 @dataclass(frozen=True)
@@ -115,8 +141,8 @@ class PlacementProblem:
 Problem: TypeAlias = ShardingProblem | PlacementProblem
 
 _Row: TypeAlias = tuple[Number, ...]
-_Costs: TypeAlias = list[_Row]
 _ROW = msgspec.json.Decoder(_Row)
+_RAW_ROWS = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 _Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
@@ -125,14 +151,14 @@ _Moment: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 
 class _ShardingNodes(msgspec.Struct):
     intervals: list[tuple[_Moment, _Moment]]
-    costs: _Costs
-    usages: _Costs
+    costs: msgspec.Raw
+    usages: msgspec.Raw
 
 
 class _ShardingEdges(msgspec.Struct):
     nodes: list[list[int]]
-    costs: list[msgspec.Raw]
-    """Nearly all of a large file; read edge by edge, so that reading can be cut short."""
+    costs: msgspec.Raw
+    """Nearly all of a large file; read piece by piece, so that reading can be cut short."""
 
 
 class _ShardingBody(msgspec.Struct):
@@ -181,7 +207,7 @@ def read_problem(path: str | Path, should_stop: ShouldStop = never) -> Problem:
         OutOfTimeError: It was time to stop.
     """
     path = Path(path)
-    data = _read_bytes(path)
+    data = _read_bytes(path, should_stop)
     with _no_garbage_collection():
         return parse_problem(data, path.name, should_stop)
 
@@ -209,6 +235,7 @@ def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = 
         keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProblemError(f"{name}: not a JSON object ({error}); is the file whole?") from error
+    _look_at(should_stop)
     try:
         if "problem" in keys:
             return _sharding(msgspec.json.decode(data, type=_ShardingFile).problem, name, should_stop)
@@ -222,48 +249,36 @@ def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = 
     )
 
 
-def _read_bytes(path: Path) -> bytes:
+def _look_at(should_stop: ShouldStop) -> None:
+    if should_stop():
+        raise OutOfTimeError
+
+
+def _read_bytes(path: Path, should_stop: ShouldStop) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ProblemError(f"{path}: cannot be read: {error.strerror}") from error
     if not data.startswith(b"\x1f\x8b"):
         return data
+    pieces = []
     try:
-        return gzip.decompress(data)
+        with gzip.open(io.BytesIO(data)) as unpacked:
+            while piece := unpacked.read(_BYTES_AT_A_TIME):
+                _look_at(should_stop)
+                pieces.append(piece)
     except (EOFError, OSError, zlib.error) as error:
         raise ProblemError(f"{path}: damaged gzip data ({error}); is the file whole?") from error
+    return b"".join(pieces)
 
 
 def _sharding(body: _ShardingBody, name: str, should_stop: ShouldStop) -> ShardingProblem:
     nodes, edges = body.nodes, body.edges
-    count = len(nodes.costs)
-    if len(nodes.intervals) != count or len(nodes.usages) != count:
-        raise ProblemError(
-            f"{name}: nodes.costs has {count} entries, nodes.intervals {len(nodes.intervals)}, "
-            f"nodes.usages {len(nodes.usages)}; they must agree"
-        )
-    for node, (costs, usages) in enumerate(zip(nodes.costs, nodes.usages, strict=True)):
-        if not costs:
-            raise ProblemError(f"{name}: node {node} has no strategy")
-        if len(costs) != len(usages):
-            raise ProblemError(f"{name}: node {node} has {len(costs)} costs but {len(usages)} usages")
-        _require_finite(costs, f"{name}: costs of node {node}")
-        _require_finite(usages, f"{name}: usages of node {node}")
-        if min(usages) < 0:
-            raise ProblemError(f"{name}: node {node} has a negative memory usage {min(usages)}")
-    if len(edges.nodes) != len(edges.costs):
-        raise ProblemError(
-            f"{name}: edges.nodes has {len(edges.nodes)} entries, edges.costs {len(edges.costs)}"
-        )
-    edge_costs: _Costs = []
-    for edge, (ends, raw) in in_time(enumerate(zip(edges.nodes, edges.costs, strict=True)), should_stop):
-        try:
-            costs = _ROW.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ProblemError(f"{name}: edge {edge} costs: {error}") from error
-        _check_edge(ends, costs, nodes.costs, f"{name}: edge {edge}")
-        edge_costs.append(costs)
+    node_costs = _rows(nodes.costs, lambda v: f"{name}: costs of node {v}", should_stop)
+    usages = _rows(nodes.usages, lambda v: f"{name}: usages of node {v}", should_stop)
+    edge_costs = _rows(edges.costs, lambda e: f"{name}: edge {e} costs", should_stop)
+    _check_nodes(node_costs, usages, len(nodes.intervals), name)
+    _check_edges(edges.nodes, edge_costs, sizes_of(node_costs), name)
     if body.usage_limit is not None:
         _require_finite((body.usage_limit,), f"{name}: usage_limit")
         if body.usage_limit < 0:
@@ -271,25 +286,71 @@ def _sharding(body: _ShardingBody, name: str, should_stop: ShouldStop) -> Shardi
     return ShardingProblem(
         name=body.name or name,
         intervals=tuple(nodes.intervals),
-        node_costs=tuple(nodes.costs),
-        usages=tuple(nodes.usages),
+        node_costs=node_costs,
+        usages=usages,
         edge_nodes=tuple(map(tuple, edges.nodes)),
-        edge_costs=tuple(edge_costs),
+        edge_costs=edge_costs,
         usage_limit=body.usage_limit,
     )
 
 
-def _check_edge(ends: list[int], costs: _Row, node_costs: _Costs, where: str) -> None:
-    if len(ends) not in (1, 2):
-        raise ProblemError(f"{where} joins {len(ends)} nodes; only one or two are understood")
-    size = 1
-    for node in ends:
-        if not 0 <= node < len(node_costs):
-            raise ProblemError(f"{where} names node {node}, but nodes are 0..{len(node_costs) - 1}")
-        size *= len(node_costs[node])
-    if size != len(costs):
-        raise ProblemError(f"{where} has {len(costs)} costs, its nodes make {size} combinations")
-    _require_finite(costs, f"{where} costs")
+def _rows(raw: msgspec.Raw, where: Callable[[int], str], should_stop: ShouldStop) -> Rows:
+    """Rows of finite numbers; `where` tells an error where it is, given the number of the row."""
+    text = memoryview(raw)
+    if COMPILED and len(text) >= _LARGE_BYTES:
+        rows = parse_rows(text, should_stop)
+        if rows is not None:
+            return rows
+    rows_read: list[_Row] = []
+    for place, row in in_time(enumerate(_RAW_ROWS.decode(raw)), should_stop):
+        try:
+            numbers = _ROW.decode(row)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProblemError(f"{where(place)}: {error}") from error
+        _require_finite(numbers, where(place))
+        rows_read.append(numbers)
+    return tuple(rows_read)
+
+
+def _check_nodes(node_costs: Rows, usages: Rows, num_intervals: int, name: str) -> None:
+    count = len(node_costs)
+    if num_intervals != count or len(usages) != count:
+        raise ProblemError(
+            f"{name}: nodes.costs has {count} entries, nodes.intervals {num_intervals}, "
+            f"nodes.usages {len(usages)}; they must agree"
+        )
+    arities, widths = sizes_of(node_costs), sizes_of(usages)
+    if count and arities.min() == 0:
+        raise ProblemError(f"{name}: node {arities.argmin()} has no strategy")
+    if (unlike := np.flatnonzero(arities != widths)).size:
+        v = unlike[0]
+        raise ProblemError(f"{name}: node {v} has {arities[v]} costs but {widths[v]} usages")
+    start, amounts = flat(usages)
+    if (negative := np.flatnonzero(amounts < 0)).size:
+        v = int(np.searchsorted(start, negative[0], side="right")) - 1
+        raise ProblemError(f"{name}: node {v} has a negative memory usage {amounts[negative[0]]:g}")
+
+
+def _check_edges(edge_nodes: list[list[int]], edge_costs: Rows, arities: Int64Array, name: str) -> None:
+    if len(edge_nodes) != len(edge_costs):
+        raise ProblemError(
+            f"{name}: edges.nodes has {len(edge_nodes)} entries, edges.costs {len(edge_costs)}"
+        )
+    widths, arity, count = sizes_of(edge_costs).tolist(), arities.tolist(), len(arities)
+    for edge, (ends, width) in enumerate(zip(edge_nodes, widths, strict=True)):
+        if len(ends) not in (1, 2):
+            raise ProblemError(
+                f"{name}: edge {edge} joins {len(ends)} nodes; only one or two are understood"
+            )
+        size = 1
+        for node in ends:
+            if not 0 <= node < count:
+                raise ProblemError(f"{name}: edge {edge} names node {node}, but nodes are 0..{count - 1}")
+            size *= arity[node]
+        if size != width:
+            raise ProblemError(
+                f"{name}: edge {edge} has {width} costs, its nodes make {size} combinations"
+            )
 
 
 def _require_finite(numbers: _Row, where: str) -> None:
@@ -366,12 +427,7 @@ def _require_amount(value: float, where: str) -> None:
         raise ProblemError(f"{where} is {value}; it must be finite and not negative")
 
 
-def finite_costs(costs: tuple[Number, ...]) -> npt.NDArray[np.float64]:
-    """Costs as floats, with infinity for the impossible ones.
-
-    >>> finite_costs((3, 10**18))
-    array([ 3., inf])
-    """
-    values = np.array(costs, dtype=np.float64)
+def _finite(rows: Rows) -> tuple[Int64Array, FloatArray]:
+    start, values = flat(rows)
     values[values >= IMPOSSIBLE_COST] = np.inf
-    return values
+    return start, values

@@ -18,22 +18,22 @@ applied wherever something changed until nothing changes any more:
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from graphpar.partition.clock import ShouldStop, never
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce_loops import (
     COLUMNS_DETERMINE,
     ROWS_DETERMINE,
+    BoolArray,
     add_largest_increase,
     any_impossible,
     determined,
+    forbid_more_memory,
     is_separable,
+    replaceable,
 )
-from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
+from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_memory import is_flat, memory_rows, tighten, vertex_profile
-
-BoolArray = npt.NDArray[np.bool_]
 
 _LARGEST_NEW_TABLE = 200_000
 """Entries above which eliminating a vertex of degree two would cost more than it saves."""
@@ -186,7 +186,9 @@ def drop_oversized(graph: ShardingGraph, rows: MemoryRows) -> set[int]:
     for profile in profiles.values():
         if profile is not None:
             boundaries, use = profile
-            change[boundaries] += np.diff(use.min(axis=0), prepend=0.0, append=0.0)
+            low = use.min(axis=0)
+            change[boundaries[:-1]] += low
+            change[boundaries[1:]] -= low
     room = np.append(rows.limit - np.cumsum(change)[:-1], np.inf)
     for vertex, profile in profiles.items():
         if profile is None:
@@ -221,27 +223,13 @@ def _dominated(graph: ShardingGraph, rows: MemoryRows, vertex: int) -> BoolArray
     worse = costs[None, :] - costs[:, None]
     profile = vertex_profile(graph.members[vertex], rows)
     if profile is not None:
-        use = profile[1]
-        worse = np.where(_uses_more(use), np.inf, worse)
+        forbid_more_memory(worse, profile[1])
     np.fill_diagonal(worse, np.inf)
     for table in graph.tables[vertex].values():
-        if not np.isfinite(worse).any():
+        if worse.min() == np.inf:
             break
         add_largest_increase(worse, np.ascontiguousarray(table))
-    dominated_by = np.asarray(worse <= 0.0)
-    # two strategies that replace each other: the first stays
-    mutual = dominated_by & dominated_by.T
-    dominated_by &= ~(mutual & np.triu(np.ones_like(mutual)))
-    result: BoolArray = np.logical_or.reduce(dominated_by, axis=1)
-    return result
-
-
-def _uses_more(use: FloatArray) -> BoolArray:
-    """`[a, b]`: whether b uses more memory than a in some segment."""
-    more = np.zeros((len(use), len(use)), dtype=np.bool_)
-    for column in use.T:
-        more |= column[None, :] > column[:, None]
-    return more
+    return replaceable(worse)
 
 
 def eliminate_small(graph: ShardingGraph, rows: MemoryRows, dirty: Iterable[int]) -> set[int]:

@@ -7,9 +7,12 @@ installation cannot wait for the compiler, and a call would block until the whol
 import threading
 
 import numpy as np
+import numpy.typing as npt
 
 from graphpar.partition.jit import COMPILED, compiled_exactly
 from graphpar.partition.shard_graph import FloatArray
+
+BoolArray = npt.NDArray[np.bool_]
 
 ROWS_DETERMINE, COLUMNS_DETERMINE = 1, 2
 """Bits of `determined`."""
@@ -78,6 +81,27 @@ def _add_largest_increase_loop(worse: FloatArray, table: FloatArray) -> None:
             worse[a, b] += most
 
 
+@compiled_exactly
+def _forbid_more_memory_loop(worse: FloatArray, use: FloatArray) -> None:
+    count, width = use.shape
+    for a in range(count):
+        for b in range(count):
+            for k in range(width):
+                if use[b, k] > use[a, k]:
+                    worse[a, b] = np.inf
+                    break
+
+
+@compiled_exactly
+def _replaceable_loop(worse: FloatArray, result: BoolArray) -> None:
+    count = len(worse)
+    for a in range(count):
+        for b in range(count):
+            if a != b and worse[a, b] <= 0.0 and (a > b or worse[b, a] > 0.0):
+                result[a] = True
+                break
+
+
 _READY = threading.Event()
 """Set once the loops are compiled."""
 
@@ -92,6 +116,10 @@ def compile_all() -> None:
         _is_separable_loop(table)
         _determined_loop(table)
     _add_largest_increase_loop(by_rows.copy(), by_rows)
+    _forbid_more_memory_loop(by_rows.copy(), by_rows)
+    _forbid_more_memory_loop(by_rows.copy(), by_rows.T)
+    _forbid_more_memory_loop(by_rows.copy(), np.zeros((3, 2))[:, :1])
+    _replaceable_loop(by_rows, np.zeros(2, dtype=np.bool_))
     _READY.set()
 
 
@@ -134,3 +162,25 @@ def add_largest_increase(worse: FloatArray, table: FloatArray) -> None:
         most = (table[:, asked] - row[asked]).max(axis=1, initial=-np.inf)
         finite = increase < np.inf
         increase[finite] += most[finite]
+
+
+def forbid_more_memory(worse: FloatArray, use: FloatArray) -> None:
+    """Make `worse[a, b]` infinite where b uses more memory than a in some segment."""
+    if _READY.is_set():
+        _forbid_more_memory_loop(worse, use)
+        return
+    for column in use.T:
+        worse[column[None, :] > column[:, None]] = np.inf
+
+
+def replaceable(worse: FloatArray) -> BoolArray:
+    """Which a have another b with `worse[a, b] <= 0`; of two that replace each other the first stays."""
+    if _READY.is_set():
+        result = np.zeros(len(worse), dtype=np.bool_)
+        _replaceable_loop(worse, result)
+        return result
+    by = np.asarray(worse <= 0.0)
+    np.fill_diagonal(by, False)
+    by &= ~(by.T & np.triu(np.ones_like(by)))
+    found: BoolArray = np.logical_or.reduce(by, axis=1)
+    return found

@@ -28,7 +28,8 @@ from graphpar.partition.answers import (
 )
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.jit import COMPILED
-from graphpar.partition.problems import Number, ShardingProblem
+from graphpar.partition.number_rows import are_whole
+from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_first import first_choice
@@ -104,16 +105,11 @@ def solve_sharding(
     return _conclude(state, infeasible)
 
 
-def _whole(costs: tuple[tuple[Number, ...], ...]) -> bool:
-    """Whether all costs are whole numbers, as read."""
-    return all(float not in set(map(type, row)) for row in costs)
-
-
 def _search(state: State, threads: int, seed: int) -> bool:
     """All phases; returns whether infeasibility was proven. Raises OutOfTimeError at any point."""
     warm_up(Stage.REDUCE, _COMPILER_SHARE * state.time_limit_s)
     _instant_answer(state)
-    state.integral = _whole(state.problem.node_costs) and _whole(state.problem.edge_costs)
+    state.integral = are_whole(state.problem.node_costs) and are_whole(state.problem.edge_costs)
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
     clock = never if state.problem.num_pairs <= _INSTANT_PAIRS else state.out_of_time
     graph, rows = reduce_problem(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from graphpar.partition.problems import IMPOSSIBLE_COST, Number, ShardingProblem
+from graphpar.partition.number_rows import Number
+from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 
 
 @dataclass(frozen=True)

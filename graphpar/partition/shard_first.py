@@ -8,14 +8,14 @@ A choice that empties a domain or passes the memory limit is taken back and the 
 the node's own choice is ever taken back, so there may be answers where this finds none.
 """
 
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from graphpar.partition.jit import compiled_exactly
-from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
+from graphpar.partition.number_rows import flat
+from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_flat import Int64Array
 from graphpar.partition.shard_graph import FloatArray
 from graphpar.partition.shard_memory import memory_rows
@@ -75,15 +75,12 @@ def first_choice(problem: ShardingProblem) -> list[int] | None:
 def _arrays(problem: ShardingProblem) -> tuple[RawArrays, FloatArray]:
     """The problem's arrays, and the memory limit of each row."""
     rows = memory_rows(problem)
-    sizes = np.fromiter(map(len, problem.node_costs), np.int64, problem.num_nodes)
-    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    start, node_costs = problem.flat_node_costs
+    sizes, cost = np.diff(start), node_costs.copy()
     # An edge with one end costs that end alone; it is listed as one from the node to itself.
     ends = np.array([(nodes[0], nodes[-1]) for nodes in problem.edge_nodes], np.int64).reshape(-1, 2)
     single = np.fromiter((len(nodes) == 1 for nodes in problem.edge_nodes), np.bool_, len(ends))
-    lengths = np.fromiter(map(len, problem.edge_costs), np.int64, len(ends))
-    table = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    pairs = _joined(problem.edge_costs, int(table[-1]))
-    cost = _joined(problem.node_costs, int(start[-1]))
+    table, pairs = problem.flat_edge_costs
     for e in np.flatnonzero(ends[:, 0] == ends[:, 1]):
         v, entries = ends[e, 0], pairs[table[e] : table[e + 1]]
         cost[start[v] : start[v + 1]] += entries if single[e] else entries[:: sizes[v] + 1]
@@ -100,7 +97,7 @@ def _arrays(problem: ShardingProblem) -> tuple[RawArrays, FloatArray]:
     raw = RawArrays(
         start,
         cost,
-        _joined(problem.usages, int(start[-1])),
+        flat(problem.usages)[1],
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         np.concatenate([second, first])[order],
         np.tile(table[:-1][other], 2)[order],
@@ -112,12 +109,6 @@ def _arrays(problem: ShardingProblem) -> tuple[RawArrays, FloatArray]:
         rows.last.astype(np.int64),
     )
     return raw, rows.limit
-
-
-def _joined(lists: tuple[tuple[int | float, ...], ...], count: int) -> FloatArray:
-    values = np.fromiter(chain.from_iterable(lists), np.float64, count)
-    values[values >= IMPOSSIBLE_COST] = np.inf
-    return values
 
 
 @compiled_exactly

@@ -9,12 +9,13 @@ which strategy of that moment each present one stands for.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from graphpar.partition.clock import ShouldStop, in_time, never
-from graphpar.partition.problems import ShardingProblem, finite_costs
+from graphpar.partition.problems import ShardingProblem
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
@@ -84,12 +85,11 @@ class ShardingGraph:
         Raises:
             OutOfTimeError: It was time to stop.
         """
-        raw = [finite_costs(costs) for costs in problem.node_costs]
+        raw = _pieces(*problem.flat_node_costs)
         arities = [len(costs) for costs in raw]
         pairs: list[tuple[int, int, FloatArray]] = []
-        edges = zip(problem.edge_nodes, problem.edge_costs, strict=True)
-        for ends, entries in in_time(edges, should_stop):
-            table = finite_costs(entries)
+        edges = zip(problem.edge_nodes, _pieces(*problem.flat_edge_costs), strict=True)
+        for ends, table in in_time(edges, should_stop):
             u, v = ends[0], ends[-1]
             if len(ends) == 1:
                 raw[u] = raw[u] + table
@@ -232,3 +232,7 @@ class ShardingGraph:
             nodes.update((node, int(map_[index])) for node, map_ in step.members)
             tags.update((tag, int(map_[index])) for tag, map_ in step.tags)
         return nodes, tags
+
+
+def _pieces(start: npt.NDArray[np.int64], values: FloatArray) -> list[FloatArray]:
+    return [values[begin:end] for begin, end in pairwise(start.tolist())]

@@ -5,10 +5,13 @@ live nodes is constant; of these sets only the maximal ones matter (uses are not
 the maximal ones only those at which everybody's largest use together would pass the limit.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from scipy import sparse
 
 from graphpar.partition.clock import ShouldStop, in_time, never
+from graphpar.partition.number_rows import flat
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 
@@ -23,7 +26,8 @@ def memory_rows(problem: ShardingProblem) -> MemoryRows:
     moments = _maximal_moments(starts[live], ends[live])
     first = np.searchsorted(moments, starts).astype(np.intp)
     last = np.where(live, np.searchsorted(moments, ends), first).astype(np.intp)
-    usages = {node: np.array(usage, dtype=np.float64) for node, usage in enumerate(problem.usages)}
+    start, amounts = flat(problem.usages)
+    usages = {node: amounts[begin:end] for node, (begin, end) in enumerate(pairwise(start.tolist()))}
     return MemoryRows(
         first,
         last,

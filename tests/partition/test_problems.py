@@ -16,7 +16,10 @@ from small_problems import (
     sharding_problems,
 )
 
+from graphpar.partition import problems
 from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.jit import COMPILED
+from graphpar.partition.number_rows import NumberRows, flat, parse_rows
 from graphpar.partition.problems import (
     PlacementProblem,
     ProblemError,
@@ -71,6 +74,56 @@ def test_placement_round_trip(problem: PlacementProblem) -> None:
     assert [op.accelerator_latency for op in read.operators] == [
         op.accelerator_latency for op in problem.operators
     ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-(2**64), 2**64), max_size=4), max_size=4),
+    st.sampled_from([",", " ,\n", ", "]),
+    st.data(),
+)
+def test_rows_of_whole_numbers_are_read_as_json_has_them(
+    rows: list[list[int]], comma: str, data: st.DataObject
+) -> None:
+    text = json.dumps(rows, separators=(comma, ":"))
+    at = data.draw(st.integers(0, len(text)))
+    text = (
+        text[:at]
+        + data.draw(st.sampled_from(["", "0", "-", " ", ".5", "e2", "]", "[1]", "1", ",", "x"]))
+        + text[at:]
+    )
+    read = parse_rows(text.encode())
+    try:
+        expected = json.loads(text)
+    except json.JSONDecodeError:
+        assert read is None
+        return
+    if read is not None:
+        assert [list(row) for row in read] == expected
+        return
+    assert not expected or any(
+        not isinstance(row, list) or not row or any(type(n) is not int or abs(n) >= 2**63 for n in row)
+        for row in expected
+    )
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+@settings(max_examples=30, deadline=None)
+@given(sharding_problems())
+def test_large_files_read_the_same(problem: ShardingProblem) -> None:
+    file = sharding_file(problem)
+    slowly = parse_problem(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(problems, "_LARGE_BYTES", 0)
+        fast = parse_problem(file)
+    assert isinstance(slowly, ShardingProblem)
+    assert isinstance(fast, ShardingProblem)
+    for name in ("node_costs", "usages", "edge_costs"):
+        rows, expected = getattr(fast, name), getattr(slowly, name)
+        assert isinstance(rows, NumberRows) or not expected or not isinstance(expected[0][0], int)
+        assert [tuple(row) for row in rows] == [tuple(row) for row in expected]
+        assert all((a == b).all() for a, b in zip(flat(rows), flat(expected), strict=True))
+    assert (fast.num_strategies, fast.num_pairs) == (slowly.num_strategies, slowly.num_pairs)
 
 
 def damaged(problem: dict[str, Any], *path: Any, value: Any) -> bytes:

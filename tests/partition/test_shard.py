@@ -207,12 +207,16 @@ def test_array_operations_answer_as_the_loops_do() -> None:
                 patch.setattr(reduce_loops, "_READY", ready)
                 increased = worse.copy()
                 reduce_loops.add_largest_increase(increased, table)
+                fitting = worse.copy()
+                reduce_loops.forbid_more_memory(fitting, table)
                 answers.append(
                     (
                         reduce_loops.any_impossible(table),
                         reduce_loops.is_separable(table),
                         reduce_loops.determined(table),
                         increased.tolist(),
+                        fitting.tolist(),
+                        reduce_loops.replaceable(fitting).tolist(),
                     )
                 )
         assert answers[0] == answers[1]
