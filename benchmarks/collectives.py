@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import published_devices
-import yaml
-from published_clean import number
+from published_clean import number, rows_of
 from published_devices import device_of
 from scipy.optimize import least_squares
 
@@ -73,8 +72,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--fit", action="store_true", help="Fit the protocols' constants, and leave out.")
     options = parser.parse_args()
-    table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    report = cross_validate(table["rows"]) if options.fit else compare(table["rows"])
+    rows = rows_of(options.file)
+    report = cross_validate(rows) if options.fit else compare(rows)
     if options.json:
         print(json.dumps(report, indent=1))
         return
@@ -86,14 +85,15 @@ def main() -> None:
     print(f"all: median {report['median_ape_pct']:.1f} % of {report['n']} rows")
 
 
-def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(rows: list[Any]) -> dict[str, Any]:
     """Raw relative error of each scoreable row, and medians by source, GPU and collective."""
     scored: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     for row in rows:
         result = score(row)
         if isinstance(result, str):
-            skipped.append({"id": str(row.get("id")), "why": result})
+            given = row if isinstance(row, dict) else {}
+            skipped.append({"id": str(given.get("id")), "why": result})
         else:
             scored.append(result)
     sets: dict[str, list[float]] = {}
@@ -116,14 +116,14 @@ OPERATIONS: dict[str, CollectiveName] = {
 """Operations by their names without punctuation; a reduce moves what a broadcast does."""
 
 
-def score(row: dict[str, Any]) -> dict[str, Any] | str:
+def score(row: Any) -> dict[str, Any] | str:
     """One row's prediction and error, or why it cannot be scored."""
     found = sample(row)
     if isinstance(found, str):
         return found
     predicted_s = found.predicted_s(PROTOCOLS)
     return {
-        "id": row.get("id"),
+        "id": str(row.get("id")),
         "set": f"{row['gpu']} {found.name} n={found.group.ranks}",
         "size_bytes": found.num_bytes,
         "measured_s": found.seconds,
@@ -132,8 +132,10 @@ def score(row: dict[str, Any]) -> dict[str, Any] | str:
     }
 
 
-def sample(row: dict[str, Any]) -> Sample | str:
+def sample(row: Any) -> Sample | str:
     """What a row measured, or why it cannot be scored."""
+    if not isinstance(row, dict):
+        return f"a row is fields with values, not {type(row).__name__}"
     if row.get("reliability") == "C":
         return "reliability C"
     name = OPERATIONS.get(re.sub(r"[^a-z0-9]", "", str(row.get("op")).lower()))
@@ -171,7 +173,7 @@ def whole(value: Any) -> int | None:
     return int(found) if found is not None and found == int(found) else None
 
 
-def samples(rows: list[dict[str, Any]]) -> list[Sample]:
+def samples(rows: list[Any]) -> list[Sample]:
     """Scoreable rows with what the model needs of them."""
     return [found for found in map(sample, rows) if isinstance(found, Sample)]
 
@@ -195,6 +197,8 @@ def fit(rows: list[Sample]) -> Protocols:
 def cross_validate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The fit of all rows, and what fits say of the GPU kinds and counts that they have not seen."""
     known = samples(rows)
+    if not known:
+        raise SystemExit("no row of the table can be scored; without --fit each one's reason is told")
     everything = fit(known)
     folds = []
     for kind, value_of in (("device", attrgetter("device")), ("ranks", attrgetter("group.ranks"))):

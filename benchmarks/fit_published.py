@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from published_clean import cleaned
+from published_clean import cleaned, rows_of
 from published_folds import Fold, Samples, folds
 from published_rows import measured_step_s, run_of
 from scipy.optimize import least_squares
@@ -92,8 +91,8 @@ def main() -> None:
     parser.add_argument("--cross-validate", action="store_true", help="Leave runs out of fits, too.")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    sets = samples(table["rows"])
+    rows = rows_of(options.file)
+    sets = samples(rows)
     fitted = fit_all(sets)
     report: dict[str, Any] = {
         "parameters": {f.name: getattr(fitted, f.name) for f in fields(fitted)},
@@ -163,7 +162,7 @@ def thinned(rows: list[tuple[Run, float]]) -> list[tuple[Run, float]]:
     return rows[:: max(len(rows) // THIN, 1)]
 
 
-def samples(rows: list[dict[str, Any]]) -> Samples:
+def samples(rows: list[Any]) -> Samples:
     """Runs with their measured step time, by set."""
     sets: Samples = defaultdict(list)
     for row in (cleaned(raw)[0] for raw in rows):

@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from published_clean import cleaned
+from published_clean import cleaned, rows_of
 from published_devices import device_of
 from published_rows import in_favour, measured_bytes, measured_step_s, run_of
 
@@ -28,8 +27,8 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    report = compare(table["rows"])
+    rows = rows_of(options.file)
+    report = compare(rows)
     if options.json:
         print(json.dumps(report, indent=1))
         return
@@ -48,13 +47,14 @@ def main() -> None:
     print(f"out of memory: {report['out_of_memory']}; skipped: {len(report['skipped'])}")
 
 
-def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(rows: list[Any]) -> dict[str, Any]:
     """All rows with their errors, and summaries by set."""
     scored, skipped = [], []
     for row in rows:
         result = score(row)
         if isinstance(result, str):
-            skipped.append({"id": row.get("id"), "set": row.get("set"), "why": result})
+            given = row if isinstance(row, dict) else {}
+            skipped.append({"id": str(given.get("id")), "set": str(given.get("set")), "why": result})
         else:
             scored.append(result)
     names = dict.fromkeys(r["set"] for r in scored)
@@ -66,8 +66,10 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def score(raw: dict[str, Any]) -> dict[str, Any] | str:
+def score(raw: Any) -> dict[str, Any] | str:
     """One row's prediction and errors, or why it cannot be scored."""
+    if not isinstance(raw, dict):
+        return f"a row is fields with values, not {type(raw).__name__}"
     row, remarks = cleaned(raw)
     run = run_of(row)
     if isinstance(run, str):

@@ -7,7 +7,10 @@ the reader's defaults apply; either way a remark says so.
 
 import math
 import re
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 GROUPS = ("model", "hardware", "parallel", "batch", "measured")
 
@@ -34,10 +37,31 @@ AMOUNTS = {
 
 MOE_COUNTS = ("experts", "topk", "moe_ffn", "ffn", "shared_experts", "q_lora", "kv_lora")
 
+LARGEST_COUNT = 10**7
+LARGEST_NODE = 1024
+SMALLEST_AMOUNT, LARGEST_AMOUNT = 1e-9, 1e15
+"""Beyond these a number is a slip of the pen: no step, rate, model or cluster is so large or so small."""
+
 SUFFIXES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
 
 
-def cleaned(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def rows_of(path: Path) -> list[Any]:
+    """The rows of a table's file.
+
+    Raises:
+        SystemExit: If it cannot be read, is no YAML, or holds no list `rows`.
+    """
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SystemExit(f"{path} cannot be read as a table: {error}") from error
+    rows = table.get("rows") if isinstance(table, dict) else table
+    if not isinstance(rows, list):
+        raise SystemExit(f"{path} is no table: a list `rows` with one mapping for each run is needed")
+    return rows
+
+
+def cleaned(given_row: Any) -> tuple[dict[str, Any], list[str]]:
     """The row in regular form, and what had to be changed or assumed.
 
     >>> row, remarks = cleaned({"id": "x", "model": {"hidden": "2,048"}, "hardware": {"count": 0}})
@@ -45,7 +69,9 @@ def cleaned(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     (2048, None, ['hardware.count is 0, which says nothing'])
     """
     remarks: list[str] = []
+    row = given_row if isinstance(given_row, dict) else {}
     found: dict[str, Any] = {**row, "id": str(row.get("id", "?")), "set": str(row.get("set", "?"))}
+    found["source"] = row["source"] if isinstance(row.get("source"), dict) else {}
     for group in GROUPS:
         given = row.get(group)
         found[group] = dict(given) if isinstance(given, dict) else {}
@@ -53,6 +79,9 @@ def cleaned(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             _settle(found[group], key, f"{group}.{key}", remarks, whole=True)
         for key in AMOUNTS[group]:
             _settle(found[group], key, f"{group}.{key}", remarks, whole=False)
+    found["model"]["name"] = str(found["model"].get("name"))
+    if found["hardware"].get("gpus_per_node", 0) > LARGEST_NODE:
+        remarks.append(f"hardware.gpus_per_node is {found['hardware'].pop('gpus_per_node')}, too many")
     _clean_experts(found["model"], remarks)
     _clean_zero(found["parallel"], remarks)
     _fill_shape(found["model"], remarks)
@@ -63,14 +92,20 @@ def cleaned(row: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def number(value: Any) -> float | None:
     """A number, from text too; None of anything else.
 
-    >>> number("2,048"), number("1.5k"), number("A100"), number(True)
-    (2048.0, 1500.0, None, None)
+    >>> number("2,048"), number("1.5k"), number("A100"), number(True), number(10**400), number("1e999")
+    (2048.0, 1500.0, None, None, None, None)
     """
     if isinstance(value, bool) or value is None:
         return None
-    if isinstance(value, int | float):
-        return float(value) if math.isfinite(value) else None
-    found = re.fullmatch(r"\s*([\d,]*\.?\d+(?:[eE][+-]?\d+)?)\s*([kKmMbBgG]?)\s*", str(value))
+    try:
+        found = float(value) if isinstance(value, int | float) else _from_text(str(value))
+    except OverflowError:
+        return None
+    return found if found is not None and math.isfinite(found) else None
+
+
+def _from_text(text: str) -> float | None:
+    found = re.fullmatch(r"\s*([\d,]*\.?\d+(?:[eE][+-]?\d+)?)\s*([kKmMbBgG]?)\s*", text)
     return float(found[1].replace(",", "")) * SUFFIXES[found[2].lower()] if found else None
 
 
@@ -81,7 +116,8 @@ def _settle(group: dict[str, Any], key: str, name: str, remarks: list[str], *, w
         group.pop(key, None)
         return
     value = number(given)
-    if value is None or value <= 0 or (whole and value < 1):
+    least, most = (1, LARGEST_COUNT) if whole else (SMALLEST_AMOUNT, LARGEST_AMOUNT)
+    if value is None or not least <= value <= most:
         del group[key]
         remarks.append(f"{name} is {given!r}, which says nothing")
         return

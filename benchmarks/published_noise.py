@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from published import ENOUGH, spearman
-from published_clean import cleaned
+from published_clean import cleaned, rows_of
 from published_rows import measured_step_s, run_of
 
 from graphpar.cost_models.training_run import Run
@@ -31,8 +30,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    table = yaml.load(options.file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    report = noise(table["rows"])
+    report = noise(rows_of(options.file))
     if options.json:
         print(json.dumps(report, indent=1))
         return

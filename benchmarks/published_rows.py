@@ -126,6 +126,8 @@ def run_of(row: dict[str, Any]) -> Run | str:
         return shape
     if not row["hardware"].get("gpu"):
         return "no device"
+    if (row["parallel"].get("pp") or 1) > shape.layers:
+        return f"{row['parallel']['pp']} pipeline stages for {shape.layers} layers"
     try:
         device, memory_bytes, _ = device_of(str(row["hardware"]["gpu"]))
     except ValueError as error:
@@ -223,7 +225,7 @@ def _run(
 
 def _release(row: dict[str, Any]) -> tuple[int, int]:
     """Year and month of a framework's release, where the row or the title of its table names one."""
-    words = f"{row['parallel'].get('framework')} {(row.get('source') or {}).get('table')}"
+    words = f"{row['parallel'].get('framework')} {row['source'].get('table')}"
     found = re.search(r"\b(2\d)\.(\d\d)\b", words)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 

@@ -1,6 +1,7 @@
 """Rows of published tables: whatever one lacks or misspells, it is predicted or refused with a reason."""
 
 import copy
+import json
 import math
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import collectives  # noqa: E402 - benchmarks are no package
 from fit_published import fit, samples  # noqa: E402
 from published import compare, score  # noqa: E402 - benchmarks are no package
-from published_clean import cleaned  # noqa: E402
+from published_clean import cleaned, rows_of  # noqa: E402
 from published_devices import device_of, network_of  # noqa: E402
 from published_folds import folds  # noqa: E402
 from published_noise import noise  # noqa: E402
@@ -72,7 +73,26 @@ FIELDS = [
     (i, group, key) for i, row in enumerate(ROWS) for group in row if isinstance(row[group], dict)
     for key in row[group]
 ]  # fmt: skip
-ODD: tuple[Any, ...] = (None, 0, -1, "weird", "16", 3, 7.5, [], {}, True, float("nan"))
+ODD: tuple[Any, ...] = (
+    None,
+    0,
+    -1,
+    "weird",
+    "16",
+    3,
+    7.5,
+    [],
+    {},
+    True,
+    float("nan"),
+    float("inf"),
+    10**400,
+    "1e999",
+    10**7,
+    10**30,
+    1e-300,
+    b"x",
+)
 
 
 def check(row: dict[str, Any]) -> None:
@@ -101,6 +121,32 @@ def test_rows_with_odd_fields_are_scored_or_refused_with_a_reason(
         rows[i][group][key] = value
     for row in rows:
         check(row)
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+@pytest.mark.parametrize("key", ["id", "set", "source", *(k for k in GPT if isinstance(GPT[k], dict))])
+def test_rows_with_odd_groups_are_scored_or_refused_with_a_reason(key: str, value: Any) -> None:
+    for row in ROWS:
+        json.dumps(compare([{**row, key: value}]))
+        check({**row, key: value})
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_what_is_no_row_is_refused(value: Any) -> None:
+    assert len(compare([value])["skipped"]) == 1
+    assert len(collectives.compare([value])["skipped"]) == 1
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    assert score({**GPT, "parallel": {"pp": 25, "dp": 1}}) == "25 pipeline stages for 24 layers"
+
+
+@pytest.mark.parametrize("text", ["rows: 5", "a: 1", "a: [", "5", ""])
+def test_files_that_are_no_tables_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match="table"):
+        rows_of(path)
 
 
 @pytest.mark.parametrize(("i", "group", "key"), FIELDS)
