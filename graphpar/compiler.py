@@ -14,18 +14,14 @@ from graphpar.hf_models import hf_buffers
 from graphpar.local_timing import Example
 from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, plan_prepared
 from graphpar.plans import Plan, hash_of
-from graphpar.precision import (
-    check_precision,
-)
+from graphpar.precision import check_precision
 from graphpar.preparation import Prepared, captured_again, lower, prepare, trial_of
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.subject import Subject
 from graphpar.runtime.weights import WeightSource, find_weights
 from graphpar.runtime.zero import refuse_cut_model, refuse_levels
-from graphpar.sensitivity import (
-    reference_run,
-)
+from graphpar.sensitivity import reference_run
 from graphpar.training import Training
 
 ClusterLike = Cluster | Mapping[str, Any] | str | os.PathLike[str]
@@ -128,9 +124,10 @@ def compile(
         weights: For a model without weights (built on the meta device or inside
             `graphpar.without_weights()`): a safetensors file, an index or a folder of several, or a
             function `init(name, tensor)` that fills a fresh tensor. Each rank reads or makes its own.
-        precision: Number format to compute in: "float32", "bfloat16" or "float16", each where a device
-            has it; "auto" to choose for each unit within `precision_budget`. Weights, optimiser
-            state, losses, norms and sums stay in float32.
+        precision: Number format to compute in: "float32", "bfloat16", "float16" or "float8_e4m3fn"
+            (products with weights in 8 bits, the rest in bfloat16), each where a device has it; "auto" to
+            choose for each unit within `precision_budget`. Weights, optimiser state, losses, norms and
+            sums stay in float32.
         precision_budget: Largest relative error of the result and of the gradient under "auto".
         tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
             none, "auto" for as many as a node has. Groups are used where that is faster or fits.
@@ -149,6 +146,12 @@ def compile(
         InfeasibleError: Nothing fits.
         PlanError: The plan given belongs to another model or cluster.
         RunError: Workers could not be started.
+
+    >>> import torch, graphpar
+    >>> model, batch = torch.nn.Linear(4, 2), torch.randn(6, 4)
+    >>> with graphpar.compile(model, {"devices": [{"kind": "cpu", "threads": 1}]}, (batch,)) as job:
+    ...     torch.allclose(job(batch), model(batch), atol=1e-6)
+    True
     """
     check_precision(precision)
     where = as_cluster(cluster)

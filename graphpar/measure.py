@@ -128,6 +128,11 @@ def calibrate(*, threads: int = 1, refresh: bool = False, show_progress: bool = 
 
     Raises:
         GraphparError: Two processes of this machine could not exchange messages.
+
+    The example is not run by the tests, for it takes 15 seconds where nothing was measured before:
+
+    >>> graphpar.calibrate().slowing[0]  # doctest: +SKIP
+    1.0
     """
     kept = None if refresh else Calibration.cached(threads)
     if kept is not None:

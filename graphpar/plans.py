@@ -35,7 +35,14 @@ _REMEDY = "mend the file, or make the plan anew with `graphpar plan`"
 
 
 class Plan(PlanRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A plan for one model and one cluster; its fields are those of `PlanRecord`."""
+    """A plan for one model and one cluster; its fields are those of `PlanRecord`.
+
+    >>> import torch, graphpar
+    >>> layer, batch = torch.nn.Linear(4, 2), torch.randn(6, 4)
+    >>> plan = graphpar.plan(layer, {"devices": [{"kind": "cpu"}]}, (batch,))
+    >>> plan.status, plan.gap, graphpar.Plan.from_json(plan.to_json()) == plan
+    ('optimal', 0.0, True)
+    """
 
     def check_model(self, model: str, model_hash: str) -> None:
         """Make sure that the plan is for this model; PlanError otherwise."""

@@ -24,6 +24,7 @@ from torch.export.graph_signature import (
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.casting import Caster
+from graphpar.frontend.explain import OWN_GENERATOR
 from graphpar.frontend.out_arguments import without_out_arguments
 from graphpar.frontend.places import place, strip_prefix, unsupported
 from graphpar.frontend.torch_private import (
@@ -179,11 +180,7 @@ class _Converter:
         value = self.program.constants.get(spec.target or "")
         reader = next(iter(node.users), node)
         if isinstance(value, torch.Generator):
-            return unsupported(
-                reader,
-                "it draws from a torch.Generator of its own, with numbers that would depend on the plan; "
-                "leave generator= out (a job keys its numbers by Training(seed=)), or draw in __init__",
-            )
+            return unsupported(reader, "; ".join(OWN_GENERATOR))
         return unsupported(
             reader,
             f"it reads {spec.arg.name!r}, a {type(value or spec.arg).__name__}, and only tensors and "

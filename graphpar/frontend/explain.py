@@ -12,7 +12,13 @@ ON_VALUES = (
 )
 """What errors of torch.export say where Python asks a tensor for its value."""
 
+OWN_GENERATOR = (
+    "it draws from a torch.Generator of its own, with numbers that would depend on the plan",
+    "leave generator= out (a job keys its numbers by Training(seed=)), or draw in __init__",
+)
+
 _ADVICE = (
+    (r"argument of type: <class 'torch._C.Generator'>", *OWN_GENERATOR),  # torch 2.11
     (r"vmap|batching rule|batching operators",
      "it is called inside torch.vmap and has no batched form there",
      "write the batch as a dimension of the tensors instead of using torch.vmap"),

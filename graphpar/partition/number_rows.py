@@ -98,7 +98,7 @@ def parse_rows(text: bytes | memoryview, should_stop: ShouldStop = never) -> Num
     Raises:
         OutOfTimeError: It was time to stop.
 
-    >>> list(parse_rows(b"[[1, -2],[30]]").values)
+    >>> parse_rows(b"[[1, -2],[30]]").values.tolist()
     [1, -2, 30]
     >>> parse_rows(b"[[1, 2.5]]") is None
     True

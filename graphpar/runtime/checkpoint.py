@@ -371,6 +371,15 @@ def checkpoint_state(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
     Raises:
         ValueError: The folder is no checkpoint.
+
+    >>> import tempfile, torch, graphpar
+    >>> model, batch = torch.nn.Linear(4, 2), torch.randn(6, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with graphpar.compile(model, {"devices": [{"kind": "cpu", "threads": 1}]}, (batch,)) as job:
+    ...         job.save(f"{folder}/kept")
+    ...     state = graphpar.checkpoint_state(f"{folder}/kept")
+    >>> model.load_state_dict(state)
+    <All keys matched successfully>
     """
     return {n: read_tensor(s) for n, s in stored_model(path, read_manifest(path)).items()}
 

@@ -57,6 +57,19 @@ class CompiledModel(JobState):
     """A model that runs on many devices; use it as a context manager, or call `close`.
 
     Made by `graphpar.compile`. `step` trains, calling it infers (in evaluation mode).
+
+    >>> import torch, graphpar
+    >>> training = graphpar.Training(
+    ...     optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss=torch.nn.functional.mse_loss
+    ... )
+    >>> x, y = torch.randn(6, 4), torch.randn(6, 2)
+    >>> cluster = {"devices": [{"kind": "cpu", "threads": 1}]}
+    >>> with graphpar.compile(torch.nn.Linear(4, 2), cluster, (x, y), train=training) as job:
+    ...     losses = [job.step(x, y) for _ in range(3)]
+    ...     sorted(job.state_dict())
+    ['bias', 'weight']
+    >>> losses[2] < losses[0]
+    tensor(True)
     """
 
     def __init__(

@@ -40,6 +40,14 @@ class Study:
         worths: Shadow prices, where asked for.
         without: The job without each device, where asked for.
         budget: The best cluster within a budget, where asked for.
+
+    >>> import torch, graphpar
+    >>> study = graphpar.what_if(
+    ...     torch.nn.Linear(4, 2), {"devices": [{"kind": "cpu", "count": 2}]}, {"one": "drop local/1"},
+    ...     args=(torch.randn(6, 4),), cache=False,
+    ... )
+    >>> study["one"].status, study.to_csv().count("\\n")
+    ('ok', 3)
     """
 
     model: str

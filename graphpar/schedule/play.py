@@ -58,7 +58,7 @@ def play(game: Game) -> list[list[Work]]:
     >>> pace = StagePace(1.0, 1.0, 1.0)
     >>> rows = play(Game([(0, 1)] * 3, [pace, pace], [False, True], [2, 1], [2, 2], [3], True))
     >>> [f"{kind}{m}" for kind, _, m in rows[1]]
-    ['F0', 'I0', 'F1', 'I1', 'W0', 'W1', 'F2', 'I2', 'W2']
+    ['F0', 'I0', 'F1', 'I1', 'W0', 'F2', 'I2', 'W1', 'W2']
     """
     return _Play(game).run()
 

@@ -67,6 +67,12 @@ def visualize(
             is given for something else than a page, the graph is not the plan's, or a `.png` is
             asked for without matplotlib.
         PlanError: The file cannot be written.
+
+    >>> import tempfile, torch, graphpar
+    >>> plan = graphpar.plan(torch.nn.Linear(4, 2), {"devices": [{"kind": "cpu"}]}, (torch.randn(6, 4),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     graphpar.visualize(plan, f"{folder}/plan.svg").read_text()[:4]
+    '<svg'
     """
     target = Path(path)
     check_suffix(target)
