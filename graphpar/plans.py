@@ -40,8 +40,8 @@ class Plan(PlanRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
     >>> import torch, graphpar
     >>> layer, batch = torch.nn.Linear(4, 2), torch.randn(6, 4)
     >>> plan = graphpar.plan(layer, {"devices": [{"kind": "cpu"}]}, (batch,))
-    >>> plan.status, plan.gap, graphpar.Plan.from_json(plan.to_json()) == plan
-    ('optimal', 0.0, True)
+    >>> plan.gap <= 0.01, graphpar.Plan.from_json(plan.to_json()) == plan
+    (True, True)
     """
 
     def check_model(self, model: str, model_hash: str) -> None:
