@@ -44,6 +44,9 @@ COMMANDS: dict[str, _Entry] = {
     "plan": _Entry("graphpar.commands.plan", "command", "Plan a model on a cluster."),
     "show": _Entry("graphpar.commands.show", "command", "Print a plan."),
     "view": _Entry("graphpar.commands.view", "command", "Draw a plan into one file."),
+    "rehearse": _Entry(
+        "graphpar.commands.rehearse", "command", "Play a plan's steps here, without computing."
+    ),
     "explain": _Entry("graphpar.commands.explain", "command", "Tell why a plan is as it is."),
     "diff": _Entry("graphpar.commands.diff", "command", "Tell what differs between two plans."),
     "what-if": _Entry(

@@ -70,7 +70,6 @@ def _device(group: DeviceSpec, node: str, at: str, num_local_cpus: int) -> Devic
         memory_bytes_per_s=kind.memory_bytes_per_s,
         peak_flops_per_s={t: peak * scale for t, peak in kind.peak_flops_per_s.items()},
         slowdown=group.slowdown,
-        compute=group.compute,
         is_cpu=kind.is_cpu,
         threads=threads,
         power_w=kind.power_w,
@@ -92,7 +91,6 @@ def _custom_device(group: DeviceSpec, kind: KindSpec, node: str, at: str) -> Dev
         memory_bytes_per_s=kind.memory_bytes_per_s,
         peak_flops_per_s=dict(kind.peak_flops_per_s),
         slowdown=group.slowdown,
-        compute=group.compute,
         is_cpu=kind.is_cpu,
         threads=group.threads,
         power_w=kind.power_w,
@@ -106,7 +104,7 @@ def _default_link(spec: NodeSpec, devices: list[Device]) -> str:
     What a worker on the node's processor exchanges with one on a GPU goes through main memory and the
     loopback interface, whatever the GPU's own link could do.
     """
-    real = [device.kind == LOCAL_KIND for device in devices if device.compute == "real"]
+    real = [device.kind == LOCAL_KIND for device in devices]
     if any(real) and not all(real):
         return "loopback"
     names = []
@@ -164,10 +162,8 @@ def _catalogue_link(name: str, at: str) -> Link:
 
 
 def runs_here(node: Node) -> bool:
-    """Whether every device of the node is this machine's processor or a simulation."""
-    return node.host is None and all(
-        device.kind == LOCAL_KIND or device.compute == "simulated" for device in node.devices
-    )
+    """Whether every device of the node is this machine's processor."""
+    return node.host is None and all(device.kind == LOCAL_KIND for device in node.devices)
 
 
 def num_cores() -> int:

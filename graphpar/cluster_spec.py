@@ -19,7 +19,7 @@ Short form, one node of this machine: `devices: [{kind: cpu, count: 2}]`, with a
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import yaml
@@ -50,7 +50,6 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     count: int = 1
     slowdown: float = 1.0
     memory_bytes: float | None = None
-    compute: Literal["real", "simulated"] = "real"
     threads: int = 1
 
 

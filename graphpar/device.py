@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from graphpar.cost import LinkCost
 from graphpar.units import format_bytes, format_rate, format_seconds
@@ -29,7 +29,6 @@ class Device:
         memory_bytes_per_s: Peak bandwidth of that memory.
         peak_flops_per_s: Dense peak by dtype.
         slowdown: Times slower than real, by waiting.
-        compute: `simulated` replaces kernels by a wait of the predicted time.
         is_cpu: Whether tensors live in main memory.
         threads: CPU threads one worker uses.
         power_w: Power at full load, where known.
@@ -44,7 +43,6 @@ class Device:
     memory_bytes_per_s: float
     peak_flops_per_s: Mapping[str, float] = field(hash=False)
     slowdown: float = 1.0
-    compute: Literal["real", "simulated"] = "real"
     is_cpu: bool = False
     threads: int = 1
     power_w: float | None = None
@@ -67,8 +65,6 @@ class Device:
             written["kind"] = self._kind_to_dict()
         if self.slowdown != 1:
             written["slowdown"] = self.slowdown
-        if self.compute != "real":
-            written["compute"] = self.compute
         if self.threads != 1:
             written["threads"] = self.threads
         return written
@@ -92,7 +88,7 @@ class Device:
             format_bytes(self.memory_bytes),
             format_rate(self.memory_bytes_per_s, "B"),
             f"{format_rate(peak, 'FLOP')} {dtype}",
-            f"{self.slowdown:g}" + (" simulated" if self.compute == "simulated" else ""),
+            f"{self.slowdown:g}",
         )
 
 

@@ -105,8 +105,8 @@ class Timings:
 
 
 def _cards_here(cluster: Cluster) -> dict[str, int]:
-    """Kinds of the cluster's real GPUs that this machine has, with the place of the first of each."""
-    wanted = {d.kind for d in cluster.devices if not d.is_cpu and d.compute == "real"}
+    """Kinds of the cluster's GPUs that this machine has, with the place of the first of each."""
+    wanted = {d.kind for d in cluster.devices if not d.is_cpu}
     if not wanted or not torch.cuda.is_available():
         return {}
     found: dict[str, int] = {}

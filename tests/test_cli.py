@@ -45,6 +45,7 @@ Commands:
   plan       Plan a model on a cluster.
   show       Print a plan.
   view       Draw a plan into one file.
+  rehearse   Play a plan's steps here, without computing.
   explain    Tell why a plan is as it is.
   diff       Tell what differs between two plans.
   what-if    Ask what other devices or settings would change.

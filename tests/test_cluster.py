@@ -53,7 +53,6 @@ def written_clusters(draw: st.DrawFn) -> dict[str, Any]:
             "kind": draw(st.sampled_from(kinds)),
             "count": draw(st.integers(1, 3)),
             "slowdown": draw(st.sampled_from([1.0, 2.5])),
-            "compute": draw(st.sampled_from(["real", "simulated"])),
             "memory_bytes": draw(st.sampled_from([1e9, 4e9])),
         }
 

@@ -49,8 +49,11 @@ class SlowLink:
 
     def submit(self, num_bytes: int, deliver: Callable[[], None]) -> None:
         """Deliver a message of so many bytes when the link would have carried it."""
-        start = max(time.monotonic(), self._free_at)
-        self._free_at = start + self.latency_s + num_bytes / self.bytes_per_s
+        self.carry(self.latency_s + num_bytes / self.bytes_per_s, deliver)
+
+    def carry(self, seconds: float, deliver: Callable[[], None]) -> None:
+        """Deliver a message that the link is busy with for so long."""
+        self._free_at = max(time.monotonic(), self._free_at) + seconds
         self._jobs.put((self._free_at, deliver))
 
     def drain(self) -> None:

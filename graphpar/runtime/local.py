@@ -22,7 +22,7 @@ from graphpar.runtime.executor import StepResult
 from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.passes import Spent
-from graphpar.runtime.program import RankProgram, StepReport, encode
+from graphpar.runtime.program import RankProgram, Scene, StepReport, encode
 from graphpar.runtime.weights import pickled_init
 from graphpar.runtime.workers import RankStart
 
@@ -131,6 +131,11 @@ class LocalWorkers:
         """Seconds of the optimiser's step on the first rank's gradients."""
         (reply, *_) = self._ask([Message("update")])
         return float(reply.data["seconds"])
+
+    def rehearse(self, scenes: Sequence[Sequence[Scene]]) -> list[StepReport]:
+        """Play a step without computing on every rank."""
+        asked = [Message("rehearse", {"scenes": [encode(s) for s in own]}) for own in scenes]
+        return [msgspec.convert(m.data["report"], StepReport) for m in self._ask(asked)]
 
     def read(self, labels: Sequence[Sequence[str]]) -> list[dict[str, torch.Tensor]]:
         """Tensors by label from every rank."""

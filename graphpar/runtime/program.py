@@ -203,6 +203,24 @@ class StepReport(msgspec.Struct, frozen=True):
     kernels: tuple[Kernel, ...] = ()
 
 
+class Scene(msgspec.Struct, frozen=True):
+    """An action of a rehearsal.
+
+    Attributes:
+        token: The action.
+        seconds: What to wait in place of computing.
+        messages: Peers, tags and seconds of what it receives or sends.
+        sums: Groups that meet in it, and what to wait after each.
+        waits: Whether the rank stands still while it sends.
+    """
+
+    token: str
+    seconds: float
+    messages: tuple[tuple[int, int, float], ...] = ()
+    sums: tuple[tuple[int, float], ...] = ()
+    waits: bool = False
+
+
 def encode(value: msgspec.Struct) -> dict[str, Any]:
     """Plain data for a message header."""
     data: dict[str, Any] = msgspec.to_builtins(value, builtin_types=(bytes,))

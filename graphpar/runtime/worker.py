@@ -28,8 +28,9 @@ from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.passes import Passes
+from graphpar.runtime.player import Player
 from graphpar.runtime.profiling import profiled
-from graphpar.runtime.program import Kernel, RankProgram, StepReport, WorkerSetup, encode
+from graphpar.runtime.program import Kernel, RankProgram, Scene, StepReport, WorkerSetup, encode
 from graphpar.runtime.scaling import LossScaler, is_finite
 from graphpar.runtime.team import TransportTeam
 from graphpar.runtime.tensor_files import read_tensor
@@ -84,6 +85,7 @@ class Worker:
         self._grad_norm: float | None = None
         self._skipped = False
         self._wants_norm = False
+        self._player: Player | None = None
 
     def install(self, name: str, program: RankProgram) -> None:
         """Make a program ready to run under a name."""
@@ -138,6 +140,11 @@ class Worker:
             if report is not None:
                 return msgspec.structs.replace(report, rank=self.setup.rank)
         return None
+
+    def rehearse(self, scenes: Sequence[Scene]) -> StepReport:
+        """Play a step without computing."""
+        self._player = self._player or Player(self.transport, self.setup.rank)
+        return self._player.play(scenes)
 
     def install_passes(self, name: str, program: RankProgram, num_stages: int, in_halves: bool) -> None:
         """Make ready to pass through all stages of a program's graph, for their times."""
@@ -220,6 +227,8 @@ class Worker:
     def close(self) -> None:
         """End what runs beside the worker; it cannot be used any more."""
         self.transport.close()
+        if self._player is not None:
+            self._player.close()
 
     def _parameter(self, label: str) -> nn.Parameter:
         parameter = self.shards.stepped(label, self.tensors[label])
@@ -357,6 +366,9 @@ def _answer(worker: Worker, command: Message) -> Message:
     if command.kind == "step":
         result = worker.step(data["name"], command.tensors, data["number"], data["profile"])
         return step_message(result)
+    if command.kind == "rehearse":
+        report = worker.rehearse(msgspec.convert(data["scenes"], tuple[Scene, ...]))
+        return Message("report", {"report": encode(report)})
     if command.kind == "read":
         return Message("tensors", tensors=worker.read(data["labels"]))
     if command.kind == "write":

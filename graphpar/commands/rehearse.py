@@ -1,0 +1,35 @@
+"""`graphpar rehearse PLAN`."""
+
+from dataclasses import asdict
+
+import click
+
+from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.plans import Plan
+from graphpar.runtime.rehearsal import LASTING_S, rehearse
+
+
+@click.command(name="rehearse")
+@click.argument("plan", type=click.Path(dir_okay=False))
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps to play.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True, max=3600),
+    default=LASTING_S,
+    show_default=True,
+    help="What a step is to take here; all times are stretched alike.",
+)
+@json_option
+def command(plan: str, steps: int, seconds: float, as_json: bool) -> None:
+    """Play a plan's steps here, without computing.
+
+    All ranks are started as processes of this machine, whatever the devices are. They wait as long as
+    their work was predicted to take, and exchange messages over links that are as slow as described.
+    """
+    loaded = Plan.load(plan)
+    with stdout_kept_clean(as_json):
+        found = rehearse(loaded, steps, seconds)
+    if as_json:
+        print_json({**asdict(found), "error": found.error})
+    else:
+        click.echo(str(found))
