@@ -56,12 +56,6 @@ def test_readme_commands_run(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").exists()
 
 
-def test_readme_links_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
-
-
 def test_make_targets_exist() -> None:
     """The README's first commands are targets of the Makefile."""
     make = shutil.which("make")
