@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from graphpar.runtime.program import EmulatedLink
-from graphpar.runtime.transport import Transport
+from graphpar.runtime.transport import Transport, meet_on_this_machine
 
 _SMALL_BYTES = 64
 _MEDIUM_BYTES = 1 << 17
@@ -32,9 +32,7 @@ _PAUSE_S = 0.05
 def main(rank: int, num_ranks: int, store: str) -> None:
     """Bounce small and large messages between two ranks, then sum over all of them."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=_TIMEOUT
-    )
+    meet_on_this_machine(store, rank, num_ranks, _TIMEOUT)
     latency_s = large_s = 0.0
     if rank < 2:
         latency_s = _one_way_s(rank, _SMALL_BYTES, 30)

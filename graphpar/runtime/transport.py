@@ -3,10 +3,13 @@
 Devices without gloo support are staged through the CPU, so that a GPU and a CPU can be neighbours.
 """
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 
 import torch
@@ -14,6 +17,13 @@ import torch.distributed as dist
 
 from graphpar.runtime.emulate import SlowLink
 from graphpar.runtime.program import EmulatedLink
+
+
+def meet_on_this_machine(store: str, rank: int, num_ranks: int, timeout: timedelta) -> None:
+    """Meet other processes of this machine through a file; nothing listens beyond loopback."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    met = dist.FileStore(store, num_ranks)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=met, rank=rank, world_size=num_ranks, timeout=timeout)
 
 
 @dataclass

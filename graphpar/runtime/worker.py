@@ -18,7 +18,6 @@ from typing import Any
 import cloudpickle
 import msgspec
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from graphpar.runtime.casts import LowerWeights
@@ -34,7 +33,7 @@ from graphpar.runtime.program import Kernel, RankProgram, Scene, StepReport, Wor
 from graphpar.runtime.scaling import LossScaler, is_finite
 from graphpar.runtime.team import TransportTeam
 from graphpar.runtime.tensor_files import read_tensor
-from graphpar.runtime.transport import Transport
+from graphpar.runtime.transport import Transport, meet_on_this_machine
 from graphpar.runtime.user_ops import load_code
 from graphpar.runtime.weights import Origin, Weights
 from graphpar.runtime.zero import Shards
@@ -282,19 +281,6 @@ class Worker:
         return self._grad_norm
 
 
-def join_local_group(setup: WorkerSetup) -> None:
-    """Meet the other workers of a local job through a file; nothing listens beyond loopback."""
-    name = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ["GLOO_SOCKET_IFNAME"] = name
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(setup.store, setup.world_size),  # type: ignore[attr-defined]
-        rank=setup.rank,
-        world_size=setup.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
-
-
 def serve(channel: socket.socket) -> None:
     """Answer the driver until it closes the channel; the process ends with this function.
 
@@ -339,7 +325,7 @@ def _set_up(command: Message) -> Worker:
     setup = msgspec.convert(command.data["setup"], WorkerSetup)
     sys.path[:] = [*setup.path, *(p for p in sys.path if p not in setup.path)]
     torch.set_num_threads(setup.threads)
-    join_local_group(setup)
+    meet_on_this_machine(setup.store, setup.rank, setup.world_size, COLLECTIVE_TIMEOUT)
     pickled = command.data["optimizer"]
     factory = cloudpickle.loads(pickled) if pickled else None
     init = cloudpickle.loads(command.data["init"]) if command.data["init"] else None

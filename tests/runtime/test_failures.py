@@ -65,6 +65,27 @@ def wait_until_gone(numbers: Iterable[int], seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def test_nothing_listens_beyond_loopback() -> None:
+    """By what the kernel says of the sockets that workers, the zygote and the driver hold."""
+    with three().start() as job:
+        workers = job._workers
+        assert isinstance(workers, LocalWorkers)
+        held = {
+            os.readlink(f).removeprefix("socket:[").removesuffix("]")
+            for pid in (os.getpid(), workers._server.process.pid, *workers.pids)
+            for f in Path(f"/proc/{pid}/fd").iterdir()
+            if f.is_symlink() and os.readlink(f).startswith("socket:")
+        }
+        lines = [
+            line.split()
+            for table in ("tcp", "tcp6")
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        ]
+    ours = [f for f in lines if f[3] == "0A" and f[9] in held]  # local address, state, socket
+    assert ours
+    assert {f[1].partition(":")[0] for f in ours} <= {"0100007F", "00000000000000000000000001000000"}
+
+
 @pytest.fixture
 def traces(temporary: Path) -> Iterator[None]:
     """Neither temporary files nor shared memory are left at the end."""
