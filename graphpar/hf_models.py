@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpar.hf_architectures import find_architecture, head_classes, transformers_library
+from graphpar.frontend.frames import being_built
+from graphpar.hf_architectures import (
+    Architecture,
+    find_architecture,
+    head_classes,
+    transformers_library,
+)
 from graphpar.hf_inputs import Wanted, candidate_inputs, further_input
 from graphpar.hf_repair import with_repairs
 
@@ -105,9 +111,9 @@ def build_hf_model(name: str, seq_len: int) -> nn.Module:
         seq_len: Tokens per sample; learned position tables are widened to hold them.
 
     Raises:
-        ValueError: The name is unknown, or transformers is not installed.
+        ValueError: The name is unknown, the model cannot be built, or transformers is not installed.
     """
-    transformers = transformers_library()
+    transformers_library()
     model_type, changes = PRESETS.get(name, (name, {}))
     try:
         architecture = find_architecture(model_type)
@@ -116,6 +122,18 @@ def build_hf_model(name: str, seq_len: int) -> nn.Module:
             f"hf:{name} is not known; give one of {', '.join(PRESETS)}, or an architecture of "
             f"transformers such as bert, gpt2 or Llama ({error})"
         ) from error
+    try:
+        model = _built(architecture, changes, seq_len)
+    except Exception as error:
+        raise ValueError(_why_not_built(name, architecture, error)) from error
+    if model is None:
+        raise ValueError(f"hf:{name} is a part of models and has no model class of its own")
+    return model
+
+
+def _built(architecture: Architecture, changes: Mapping[str, Any], seq_len: int) -> nn.Module | None:
+    """A model of the architecture's own configuration; None for one that is only a part of others."""
+    transformers = transformers_library()
     model_type = architecture.model_type
     config = transformers.AutoConfig.for_model(model_type, **changes)
     if hasattr(config, "use_cache"):
@@ -124,18 +142,29 @@ def build_hf_model(name: str, seq_len: int) -> nn.Module:
     if isinstance(positions, int) and positions < seq_len:
         config.max_position_embeddings = seq_len
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = config.pad_token_id
+        config.decoder_start_token_id = getattr(config, "pad_token_id", None)
     auto = _auto_class(transformers, model_type, bool(config.is_encoder_decoder))
     if auto is not None:
-        model = auto.from_config(config)
-    else:
-        classes = head_classes(architecture, bool(config.is_encoder_decoder))
-        made = next(classes, None)
-        if made is None:
-            raise ValueError(f"hf:{name} is a part of models and has no model class of its own")
-        model = made(config)
-    assert isinstance(model, nn.Module)
-    return model
+        made: nn.Module = auto.from_config(config)
+        return made
+    of_its_own = next(head_classes(architecture, bool(config.is_encoder_decoder)), None)
+    return None if of_its_own is None else of_its_own(config)
+
+
+def _why_not_built(name: str, architecture: Architecture, error: Exception) -> str:
+    """Where and why a model could not be built, and what to do instead."""
+    config = architecture.config_class.__name__
+    remedy = (
+        f"its default configuration may lack what it needs: build it with a {config} of your own in a "
+        "function and give package.module:function"
+    )
+    if isinstance(error, ImportError):
+        remedy = "install what it asks for"
+    said = " ".join(str(error).split())[:300].rstrip(".")
+    return (
+        f"hf:{name} could not be built{being_built(error)}: {type(error).__name__}: {said}. "
+        f"What to try: {remedy}."
+    )
 
 
 def is_hf_model(model: nn.Module) -> bool:

@@ -13,7 +13,6 @@ import importlib
 import math
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from graphpar.cluster_build import system_memory_bytes
-from graphpar.frontend.frames import is_users
+from graphpar.frontend.frames import being_built
 from graphpar.hf_models import build_hf_model, hf_inputs, is_hf_model
 from graphpar.units import format_bytes
 
@@ -118,10 +117,8 @@ def _made(spec: str, factory: Any) -> Any:
     try:
         return factory()
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        users = [frame for frame in frames if is_users(frame.filename)]
-        where = f" at {users[-1].filename}:{users[-1].lineno} ({users[-1].line})" if users else ""
-        hint = "it should fail at the same line" if users else "it has to need no arguments"
+        where = being_built(error)
+        hint = "it should fail at the same line" if where else "it has to need no arguments"
         raise ValueError(
             f"MODEL {spec!r}: building the model failed{where}: {type(error).__name__}: {error}; call "
             f"the factory on its own, {hint}"

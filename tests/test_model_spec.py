@@ -70,6 +70,32 @@ def test_a_factory_that_fails_is_told_with_its_line(
         load("spec_failing:build")
 
 
+def test_an_architecture_that_cannot_be_built_is_told_with_a_remedy_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(PRESETS, "odd-bert", ("bert", {"hidden_size": 10, "num_attention_heads": 3}))
+    with pytest.raises(ValueError) as caught:
+        load("hf:odd-bert")
+    message = str(caught.value)
+    for told in (
+        "hf:odd-bert could not be built in BertForSequenceClassification > BertModel > BertEncoder > Bert",
+        "modeling_bert.py:",
+        "The hidden size (10) is not a multiple",
+        "with a BertConfig of your own in a function and give package.module:function",
+    ):
+        assert told in message
+    (tmp_path / "spec_own.py").write_text(
+        "from transformers import BertConfig, BertForMaskedLM\n\n"
+        "def build():\n"
+        "    config = BertConfig(hidden_size=10, num_attention_heads=2, num_hidden_layers=1)\n"
+        "    return BertForMaskedLM(config)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    loaded = load("spec_own:build")
+    assert loaded.model(**loaded.kwargs).logits.shape[:2] == (3, 5)
+
+
 def test_a_module_object_serves_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_module(tmp_path, "spec_object", "torch.ones(batch_size, 4)")
     monkeypatch.chdir(tmp_path)

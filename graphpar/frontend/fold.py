@@ -43,16 +43,22 @@ class NotFoldable(Exception):  # noqa: N818 - control flow inside this file
 
 @dataclass(frozen=True)
 class _Made:
-    """A tensor as far as a graph tells: shape, strides, element type and device."""
+    """A tensor as far as an operator's choice of kernel may depend on it.
+
+    Attention takes another kernel where a mask wants a gradient, with other strides of its result.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    requires_grad: bool
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "_Made":
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        return cls(
+            tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+        )
 
     def empty(self) -> torch.Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
@@ -112,7 +118,7 @@ class _Calls:
         original = block.module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._entered:  # inside of a block that is followed
+            if self._entered or not torch.compiler.is_exporting():  # in a block, or called to try it
                 return original(*args, **kwargs)
             leaves, spec = flatten((args, kwargs))
             key = _Key(block.kind, str(spec), _leaves_key(leaves, block), torch.is_grad_enabled())
@@ -353,7 +359,10 @@ class _Templates:
         return self._converted[wanted]
 
     def _export(self, form: _Form) -> Any:
-        leaves = [leaf.empty() if isinstance(leaf, _Made) else leaf for leaf in form.leaves]
+        leaves = [
+            leaf.empty().requires_grad_(leaf.requires_grad) if isinstance(leaf, _Made) else leaf
+            for leaf in form.leaves
+        ]
         args, kwargs = unflatten(leaves, form.spec)
         module = form.block.module
         with ExitStack() as stack:

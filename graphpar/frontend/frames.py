@@ -55,6 +55,26 @@ def raised_at(error: BaseException) -> Iterable[tuple[FrameType, int]]:
     return list(traceback.walk_tb(error.__traceback__))
 
 
+def being_built(error: BaseException) -> str:
+    """Which modules' constructors were running when an error was raised, and the user's line it was at.
+
+    A module has no path before its parent has it; its place is told by the classes around it.
+    """
+    classes: list[str] = []
+    line, constructor = "", ""
+    for frame, number in raised_at(error):
+        if not is_users(frame.f_code.co_filename):
+            continue
+        line = f"{frame.f_code.co_filename}:{number}"
+        module = _first_argument(frame)
+        if frame.f_code.co_name == "__init__" and isinstance(module, nn.Module):
+            constructor = line
+            if type(module).__name__ not in classes[-1:]:
+                classes.append(type(module).__name__)
+    within = f" in {' > '.join(classes)}" if classes else ""
+    return f"{within} at {constructor or line}" if line else within
+
+
 def running() -> list[tuple[FrameType, int]]:
     """The frames of the caller's stack from the outermost on."""
     return list(traceback.walk_stack(sys._getframe(1)))[::-1]

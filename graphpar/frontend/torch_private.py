@@ -188,25 +188,31 @@ def _is_batched(value: Any) -> bool:
 def vmap_can_be_exported() -> Iterator[None]:
     """Within it, `torch.vmap` does in an export what it does in eager torch.
 
-    Functions may index with mapped numbers, and the mapped dimension may go anywhere in the result:
-    torch.export records results only where it comes first.
+    Functions may index with mapped numbers, and the mapped dimension may be anywhere in arguments and
+    results: torch.export records only where it comes first.
     """
     module: Any = vmap_module
-    flat, remove = module._flat_vmap, module._remove_batch_dim
+    flat, add, remove = module._flat_vmap, module._add_batch_dim, module._remove_batch_dim
 
     def flat_vmap(*args: Any, **kwargs: Any) -> Any:
         with _IndicesOfVmap():
             return flat(*args, **kwargs)
 
+    def add_batch_dim(tensor: torch.Tensor, dim: int, level: int) -> torch.Tensor:
+        made: torch.Tensor = add(tensor.movedim(dim, 0) if dim else tensor, 0, level)
+        return made
+
     def remove_batch_dim(batched: torch.Tensor, level: int, size: int, dim: int) -> torch.Tensor:
         made: torch.Tensor = remove(batched, level, size, 0)
         return made.movedim(0, dim) if dim else made
 
-    module._flat_vmap, module._remove_batch_dim = flat_vmap, remove_batch_dim
+    module._flat_vmap, module._add_batch_dim, module._remove_batch_dim = (
+        flat_vmap, add_batch_dim, remove_batch_dim,
+    )  # fmt: skip
     try:
         yield
     finally:
-        module._flat_vmap, module._remove_batch_dim = flat, remove
+        module._flat_vmap, module._add_batch_dim, module._remove_batch_dim = flat, add, remove
 
 
 def prepares_vmap(function: Any) -> bool:

@@ -1,0 +1,48 @@
+"""Stock models give the same graph and the same numbers whether equal blocks are stamped or followed."""
+
+from typing import Any
+
+import pytest
+from one_device import assert_close, eagerly
+from test_fold import assert_equal, both
+from torch import nn
+
+from graphpar.frontend.capture import Captured
+from graphpar.preparation import CAPTURE_PASSES, lower
+from graphpar.runtime.reference import OneDevice, whole_on_one_device
+
+pytest.importorskip("transformers")
+
+from stock_models import STOCK, batch_of, build
+
+STAMPED = {"llama": 2, "gpt2": 2, "t5": 2, "gemma2": 4}
+"""How many blocks are stamped: a first one is followed for each kind, and for each way of calling."""
+
+
+@pytest.mark.parametrize("name", STAMPED)
+def test_the_graphs_are_equal_without_weights(name: str) -> None:
+    batch = {key: value.to("meta") for key, value in batch_of(name).items()}
+    folded, whole = both(build(name, "meta").train(), **batch)
+    assert_equal(folded, whole)
+    assert folded.stamped == STAMPED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", STOCK)
+def test_graphs_and_numbers_are_equal(name: str, training: bool) -> None:
+    model, batch = build(name).train(training), batch_of(name)
+    folded, whole = both(model, **batch)
+    assert_equal(folded, whole)
+    assert folded.stamped >= 2
+    assert_close(numbers(model, folded, batch), eagerly(model, (), batch), 2e-5)
+
+
+def numbers(model: nn.Module, captured: Captured, batch: dict[str, Any]) -> Any:
+    """The loss and all gradients of a captured model on one device."""
+    source, _ = CAPTURE_PASSES.run(captured.graph)
+    (lowered,) = lower(source, whole_on_one_device(source), True).graphs
+    device = OneDevice(model, captured, lowered, source, 0)
+    (value,) = device.forward((), batch)
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach(), device.gradients()
