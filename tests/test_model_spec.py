@@ -79,7 +79,7 @@ def test_an_architecture_that_cannot_be_built_is_told_with_a_remedy_that_works(
         load("hf:odd-bert")
     message = str(caught.value)
     for told in (
-        "hf:odd-bert could not be built in BertForSequenceClassification > BertModel > BertEncoder > Bert",
+        "hf:odd-bert could not be built in BertForSequenceClassification > BertModel > BertEncoder",
         "modeling_bert.py:",
         "The hidden size (10) is not a multiple",
         "with a BertConfig of your own in a function and give package.module:function",

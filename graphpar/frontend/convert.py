@@ -270,12 +270,21 @@ class _Converter:
         inner = getattr(module, str(body.target))
         places = [n for n in inner.graph.nodes if n.op == "placeholder"]
         self.values.env.update(zip(places, values, strict=True))
+        outside = set(self.values.ops)
         with self.caster.under(casting):
             made = self._inline(inner, outer=False)
+        if higher == AUTOCAST and casting is None:
+            self._keep_formats(outside)
         # What returns its argument, such as a cast to the type that it has, keeps its gradient.
         self.values.env[node] = tuple(
             before.get(self._itself(m), m) if isinstance(m, Ref) else m for m in made
         )
+
+    def _keep_formats(self, outside: set[str]) -> None:
+        """Mark what was made since as computing in its own types, whatever precision= says."""
+        for name, op in self.values.ops.items():
+            if name not in outside and op.target not in SOURCES:
+                self.values.ops[name] = op.with_attrs(island=True)
 
     def _itself(self, value: Ref) -> Ref:
         return Ref(self.values.itself(self.values.ops[value.name]).name)

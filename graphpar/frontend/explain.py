@@ -21,7 +21,7 @@ _ADVICE = (
     (r"argument of type: <class 'torch._C.Generator'>", *OWN_GENERATOR),  # torch 2.11
     (r"random operation while in randomness error mode",
      "random numbers are drawn inside torch.vmap, which has not been told how",
-     "torch.vmap(..., randomness='different') for numbers of each sample's own, or 'same' for equal ones"),
+     "torch.vmap(..., randomness='different') for numbers of each sample's own, or 'same' for equal"),
     (r"vmap|batching rule|batching operators",
      "it is called inside torch.vmap and has no batched form there",
      "write the batch as a dimension of the tensors instead of using torch.vmap"),

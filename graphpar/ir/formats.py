@@ -123,6 +123,8 @@ def format_in(unit_format: str, op: Op) -> str:
 def role_of(op: Op) -> Role:
     """What an op does in a unit of a lower format.
 
+    What the model itself put outside of autocast (`autocast(enabled=False)`) stays as it is.
+
     Small powers follow in bfloat16, which has float32's range; float16 overflows from 256 squared on.
 
     >>> role_of(Op("y", "aten.linear.default")), role_of(Op("y", "aten.add.Tensor"))
@@ -131,6 +133,8 @@ def role_of(op: Op) -> Role:
     'island'
     """
     name = packet(op)
+    if op.attr("island"):
+        return "island"
     if name in _PRODUCTS:
         return "product"
     if name == "pow" and op.argument(1, "exponent") in (2, 2.0, 3, 3.0):

@@ -9,10 +9,11 @@ from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.text import format_op
 
 ATTRIBUTES: dict[Level, frozenset[str]] = {
-    "captured": frozenset("grad samples outer reduces tail meets in_step format".split()),
-    "placed": frozenset("grad samples outer reduces tail meets in_step format stage".split()),
+    "captured": frozenset("grad samples outer reduces tail meets in_step format island".split()),
+    "placed": frozenset("grad samples outer reduces tail meets in_step format island stage".split()),
     "lowered": frozenset(
-        "grad samples outer reduces tail meets in_step format stage shard partial held late".split()
+        "grad samples outer reduces tail meets in_step format island stage".split()
+        + "shard partial held late".split()
     ),
 }
 """Attributes an op may carry, by level.
@@ -21,7 +22,8 @@ ATTRIBUTES: dict[Level, frozenset[str]] = {
 batch (see `passes/samples.py`), `outer` how often the batch is repeated along its dimension.
 `reduces`: why an op joins samples. `tail`: it runs once, on values of the whole batch (see
 `passes/tail.py`). `meets`: parts of the batch meet in it (see `passes/in_step.py`), `in_step` why.
-`format`: the number format its unit computes in (see `formats.py`).
+`format`: the number format its unit computes in (see `formats.py`); `island`: the model itself put it
+outside of autocast, and it keeps its types.
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
 inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
 hold it, whether they read it or not. `late`: the places of the weights whose gradients are made in a

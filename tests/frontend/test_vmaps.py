@@ -118,9 +118,12 @@ class Dropping(nn.Module):
         self.linear, self.randomness, self.p = nn.Linear(16, 16), randomness, 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        drop: Any = torch.vmap(lambda v: F.dropout(v, self.p), randomness=self.randomness)
-        made: Tensor = drop(self.linear(x)).square().mean()
-        return made
+        def drop(v: Tensor) -> Tensor:
+            return F.dropout(v, self.p)
+
+        made: Any = torch.vmap(drop, randomness=self.randomness)(self.linear(x))
+        result: Tensor = made.square().mean()
+        return result
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
