@@ -264,6 +264,11 @@ class _Choice:
                 f"the search itself ended with {self.found.schedule}: {took} by its formula, proven "
                 f"within {gap} of the best of its family"
             )
+        elif self.best is not None and self.best.step_s < self.base_s:
+            yield (
+                f"{chosen} was kept: the bound of the search covers no other order, so that one must be "
+                f"{100 * LEAST_GAIN:.0f} % shorter; `schedule=` takes it as it is"
+            )
         if self.late:
             yield "schedules: not all were tried for lack of time"
 

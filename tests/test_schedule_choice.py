@@ -94,6 +94,14 @@ def test_halves_that_cost_more_than_they_gain_are_left_alone() -> None:
     assert chosen.schedule == found.schedule and chosen.gap == found.gap
 
 
+def test_a_shorter_schedule_that_is_not_taken_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphpar.schedule_choice.LEAST_GAIN", 0.99)
+    table = blocks()
+    chosen = choose_schedule(table, found := partition(table))
+    assert chosen.schedule == found.schedule
+    assert any("was kept" in note and "99 % shorter" in note for note in chosen.notes)
+
+
 @pytest.mark.parametrize("wish", ["interleaved", "zero-bubble"])
 def test_a_schedule_can_be_asked_for(wish: ScheduleWish) -> None:
     table = blocks(split_s=1e-2)
