@@ -56,7 +56,13 @@ from graphpar.sensitivity import (
     estimated,
     measure_sensitivities,
 )
-from graphpar.tensor_groups import candidate_groups, settle_shardings, widest_group, with_group_modes
+from graphpar.tensor_groups import (
+    candidate_groups,
+    settle_shardings,
+    widest_group,
+    width_notes,
+    with_group_modes,
+)
 from graphpar.training import Training
 
 EXPLAIN_S = 2.0
@@ -208,6 +214,7 @@ def plan_prepared(
         )
     if widest > 1 and prepared.in_step_reason:
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
+    notes = (*notes, *width_notes(answer.found, tensor, candidates))
     found = _scheduled(answer.table, answer.found, schedule, microbatches)
     sizes = [n for pipeline in answer.found.pipelines for n in pipeline.sizes()]
     # Under `auto` most of the work may stay in float32.

@@ -301,6 +301,22 @@ def widest_group(cluster: Cluster, tensor: int | Literal["auto"]) -> int:
     return min(tensor, most)
 
 
+def width_notes(
+    found: Partition, tensor: int | Literal["auto"], candidates: Sequence[Replica]
+) -> tuple[str, ...]:
+    """What became of a width that was asked for by number, where a plan's groups are narrower."""
+    widest = max((len(replica.devices) for replica in candidates), default=1)
+    stages = (stage for pipeline in found.pipelines for stage in pipeline.stages)
+    used = max((len(replica.devices) for stage in stages for replica in stage.replicas), default=1)
+    if tensor in ("auto", 1) or used >= widest:
+        return ()
+    none = "none" if used == 1 else f"none of more than {used}"
+    return (
+        f"tensor={tensor}: groups of up to {widest} devices were considered; {none} makes the step "
+        "shorter or is needed for memory",
+    )
+
+
 def placed_whole(graph: Graph, chain: Chain) -> Graph:
     """A captured graph, casts and all, lowered as a single stage of these units."""
     stages = {name: 0 for unit in chain.units for name in unit.ops}

@@ -10,9 +10,10 @@ from threads import grouped
 from torch import nn
 
 from graphpar.cluster import Cluster
-from graphpar.partition.types import StageChoice
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_prepared
 from graphpar.preparation import Prepared, prepare
+from graphpar.tensor_groups import width_notes
 from graphpar.training import Training
 
 hf = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -90,3 +91,17 @@ def test_both_are_chosen_where_memory_binds(memory_bytes: float, again: bool) ->
     (stage,) = stages(memory_bytes)
     assert [len(replica.devices) for replica in stage.replicas] == [2, 2]
     assert stage.zero == 1 and stage.recompute == again
+
+
+def test_what_became_of_a_width_that_was_asked_for() -> None:
+    def found(*widths: int) -> Partition:
+        replicas = tuple(Replica(f"a{i}", 1, ("b",) * (width - 1)) for i, width in enumerate(widths))
+        pipeline = PipelineChoice(1, 1, tuple(StageChoice(0, 1, (replica,)) for replica in replicas))
+        return Partition((pipeline,), "1f1b", "optimal", 1, {}, 1, 0, 1, 1, (), "", {})
+
+    candidates = [Replica("a", 1, ("b",)), Replica("a", 1, ("b", "c", "d"))]
+    (none,) = width_notes(found(1, 1), 4, candidates)
+    (narrower,) = width_notes(found(1, 2), 8, candidates)
+    assert "up to 4 devices were considered; none makes the step shorter" in none
+    assert "tensor=8: " in narrower and "none of more than 2 " in narrower
+    assert not width_notes(found(1, 4), 4, candidates) and not width_notes(found(1), "auto", candidates)
