@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240
 SCRIPT = str(Path(__file__).parent / "torchrun_script.py")
 WAIT_S = 200
 TWO = {"devices": [{"kind": "cpu", "count": 2, "threads": 1}]}
-THREE_ALIKE = {"devices": [{"kind": "cpu", "count": 3, "threads": 1}]}
 THREE = {
     "nodes": [
         {"name": "a", "devices": {"kind": "cpu", "count": 1, "threads": 1}},
@@ -121,21 +120,45 @@ def test_nodes_with_unequal_numbers_of_processes(tmp_path: Path, plain: dict[str
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_a_tensor_group_shares_as_the_plan_says(
-    tmp_path: Path, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+EVEN, UNEVEN = (0.5, 0.5), (0.6, 0.4)
+GROUPS: dict[str, tuple[Line, dict[str, Any]]] = {
+    "width 2, then one device": (Line((1, 1), 4, cuts=(1,), groups=(UNEVEN, ())), {}),
+    "two stages by turns": (
+        Line((1,), 4, groups=(UNEVEN,), chunks=2),
+        {"schedule": "interleaved", "recompute": True},
+    ),
+    "zero-bubble on 4": (
+        Line((1, 1), 4, cuts=(1,), groups=(UNEVEN, EVEN)),
+        {"schedule": "zero-bubble"},
+    ),
+    "tensor x pipeline x data on 8, state divided": (
+        Line((2, 2), 4, cuts=(1,), groups=(UNEVEN, EVEN)),
+        {"zero": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "how"), GROUPS.values(), ids=GROUPS.keys())
+def test_tensor_groups_share_as_the_plan_says(
+    tmp_path: Path,
+    plain: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    line: Line,
+    how: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
     monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
     torch.manual_seed(0)
     data = torch.randint(0, 20, (8, 5)), torch.randint(0, 20, (8, 5))
     training = Training(optimizer=torch.optim.AdamW, max_grad_norm=1.0, microbatches=4)
-    lines = (Line((1, 1), 4, cuts=(1,), groups=((0.6, 0.4), ())),)
-    plan = force(Net(16), data, lines=lines, train=training, cluster=THREE_ALIKE).plan
+    plan = force(Net(16), data, lines=(line,), train=training, **how).plan
     assert any(layout.startswith("dim") for layout in plan.partition.shardings[0].weights.values())
     plan.save(tmp_path / "plan.json")
-    seen = run(tmp_path, THREE_ALIKE, "planned", processes=3)
+    count = len(plan.partition.used_devices)
+    alike = {"devices": [{"kind": "cpu", "count": count, "threads": 1}]}
+    seen = run(tmp_path, alike, "planned", processes=count)
     assert_same(seen[0], plain)
-    assert seen[0] == seen[1] == seen[2]
+    assert all(other == seen[0] for other in seen)
 
 
 def test_port_in_use(tmp_path: Path) -> None:
