@@ -26,11 +26,14 @@ _NOT_READ = "the time limit passed while the file was being read"
 _LONGEST_START_S = 0.8
 """Starting the interpreter counts too; more CPU time than this was spent on something else."""
 
-_BUSIEST = 6.0
+_BUSIEST = 20.0
 """On a busy machine the start may take so many times its CPU time; more is somebody's thinking."""
 
-_FREEING_SHARE = 0.15
-"""Freeing what was read takes about this share of the time that reading took."""
+_LEAVING_CPU_S = 0.15
+"""CPU time that the end of the interpreter takes, whatever was read."""
+
+_FREEING_SHARE = 0.25
+"""Freeing what was read and made of it takes about this share of the CPU time until it was read."""
 
 
 class _Watcher(Protocol):
@@ -81,7 +84,7 @@ def solve(
     """
     began_s = time.perf_counter() - _started_s_ago()
     try:
-        problem = read_problem(file, lambda: time.perf_counter() - began_s > time_limit_s)
+        problem = read_problem(file, lambda: _is_over(time.perf_counter() - began_s, time_limit_s))
     except OutOfTimeError:
         problem = None
     read_s = time.perf_counter() - began_s
@@ -92,7 +95,7 @@ def solve(
     else:
         with _ProgressLine() as watch:
             # The limit is the whole command's, so starting up and reading a large file count.
-            left_s = max(0.05 * time_limit_s, time_limit_s - (1.0 + _FREEING_SHARE) * read_s)
+            left_s = max(0.05 * time_limit_s, time_limit_s - read_s - _leaving_s(read_s))
             solved = _solve(problem, objective or "throughput", left_s, gap, watch)
         solved = replace(solved, seconds=solved.seconds + read_s)
     if output is not None and solved.answer is not None:
@@ -124,6 +127,18 @@ def _started_s_ago() -> float:
         return cpu_s
     wall_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return min(max(cpu_s, wall_s), _BUSIEST * cpu_s)
+
+
+def _is_over(elapsed_s: float, time_limit_s: float) -> bool:
+    """Whether what was read so far could not be freed before the time limit has passed by a tenth."""
+    return elapsed_s + _leaving_s(elapsed_s) > 1.1 * time_limit_s or elapsed_s > time_limit_s
+
+
+def _leaving_s(read_s: float) -> float:
+    """Seconds from the answer to the end of the process, on a machine as busy as it has been so far."""
+    cpu_s = time.process_time()
+    busy = min(max(1.0, read_s / max(cpu_s, 1e-3)), _BUSIEST)
+    return busy * (_LEAVING_CPU_S + _FREEING_SHARE * cpu_s)
 
 
 def _solve(

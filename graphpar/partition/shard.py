@@ -47,8 +47,11 @@ _REDUCTIONS_SHARE = 0.5
 _COMPILER_SHARE = 0.05
 """Share of the time limit that the reductions wait for their compiled loops."""
 
-_FIRST_SHARE = 0.2
-"""Share of the time limit that a first answer to a large problem waits for its compiled loops."""
+_FIRST_SHARE, _LARGEST_SHARE = 0.2, 0.7
+"""Shares of the time limit that a first answer to a large problem waits for its compiled loops."""
+
+_LARGEST_PAIRS = 3_000_000
+"""Pairs from which compiling them takes less time than the reductions before any other answer."""
 
 _INSTANT_PAIRS = 20_000
 """Pairs up to which reductions, a first answer and a first bound take well under a second."""
@@ -140,9 +143,10 @@ def _instant_answer(state: State) -> None:
     """An answer to a large problem before anything long begins, if the compiler is there in time."""
     if state.problem.num_pairs <= _INSTANT_PAIRS or not COMPILED or state.out_of_time():
         return
-    if warm_up(Stage.FIRST, _FIRST_SHARE * state.time_limit_s):
+    share = _LARGEST_SHARE if state.problem.num_pairs >= _LARGEST_PAIRS else _FIRST_SHARE
+    if warm_up(Stage.FIRST, share * state.time_limit_s):
         state.phase = "first answer"
-        answer = first_choice(state.problem)
+        answer = first_choice(state.problem, state.out_of_time)
         if answer is not None:
             state.take(answer)
 

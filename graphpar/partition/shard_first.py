@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.number_rows import flat
 from graphpar.partition.problems import ShardingProblem
@@ -53,11 +54,17 @@ class RawArrays(NamedTuple):
     row_last: Int64Array
 
 
-def first_choice(problem: ShardingProblem) -> list[int] | None:
-    """An answer that respects every rule, or None where this simple way finds none."""
+def first_choice(problem: ShardingProblem, should_stop: ShouldStop = never) -> list[int] | None:
+    """An answer that respects every rule, or None where this simple way finds none.
+
+    Raises:
+        OutOfTimeError: It was time to stop.
+    """
     if not problem.num_nodes:
         return []
     raw, limit = _arrays(problem)
+    if should_stop():
+        raise OutOfTimeError
     sizes = np.diff(raw.start)
     usable = np.where(np.isfinite(raw.cost), raw.usage, np.inf)
     least = np.minimum.reduceat(usable, raw.start[:-1])
