@@ -6,43 +6,49 @@ done one piece after the other by a accelerators, every other block alone on the
     g[J, a] = min( min over I of g[I, a - 1] + accelerator load of J - I,
                    min over blocks b of g[J - b, a] + CPU time of b ).
 
-CPUs really run side by side, so the true latency is at most g. Moving one block at a time improves it.
-
-*Proof.* With x[b, d] = 1 if block b is on device d (0 the CPUs), e[b] the end of b, s[d] and f[d] start
-and end of accelerator d, and for each bundle q (the output of one block u) in[q, d], out[q, d]:
-
-    minimise T >= e[b]
-    f[d] = s[d] + sum_b acc[b] x[b, d] + sum_q cost[q] (in[q, d] + out[q, d])
-    e[b] >= e[u] + cpu[b] x[b, 0]                     for every edge (u, b)
-    e[b] >= f[d] - M (1 - x[b, d]),  s[d] >= e[u] - M (1 - x[b, d] + x[u, d])
-    in[q, d] >= x[b, d] - x[u, d],  out[q, d] >= x[u, d] - x[b, d]
-    sum_b size[b] x[b, d] <= memory,  s[d] <= s[d + 1]
-    T >= sum over the path of cpu[b] x[b, 0] + sum_d acc[b] x[b, d]      for some long paths
-
-A path that leaves an accelerator and comes back would have it wait for itself, so contiguity needs no
-rows; M is the best latency known, which every better answer's times stay below.
+CPUs really run side by side, so the true latency is at most g. Blocks are colour classes with the cycles
+among them put together, which is more than the rules ask for; local search goes on with single classes
+(`place_units`), together with what contiguity asks to come along. The bounds are those of
+`place_latency_bound` and of the ILP of `place_latency_program`.
 """
 
 import itertools
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import networkx as nx
 import numpy as np
 
-from graphpar.partition.place_check import check_placement
-from graphpar.partition.place_graph import Blocks, FloatArray, IntArray, contract
+from graphpar.partition.place_graph import Blocks, IntArray, contract
 from graphpar.partition.place_ideals import BoolArray, Ideals, Transfers, all_ideals, chain_ideals
+from graphpar.partition.place_latency_bound import IdealWalk, path_bound, walk_ideals
+from graphpar.partition.place_latency_program import LatencyProgram, is_worth_writing
 from graphpar.partition.place_simple import simple_placements
+from graphpar.partition.place_units import Devices, Units, units_of
 from graphpar.partition.problems import NodeId, PlacementProblem
-from graphpar.partition.solver import Program, Term, Variable
 
 _MOST_IDEALS = 5_000
 """Ideals up to which the serial dynamic programme looks at all pairs."""
 
-_NUM_PATHS = 24
-"""Long paths written into the ILP to lift its relaxation."""
+_SERIAL_SHARE, _SEARCH_SHARE = 0.4, 0.5
+"""Most of the time left for the serial dynamic programme, and for local search before the ILP."""
+
+_LONGEST_SEARCH_S = 10.0
+"""Seconds after which local search has mostly found what it finds."""
+
+_FEW_ITEMS = 12
+"""Items below which the ILP needs no bound from elsewhere."""
+
+_MOST_SEARCHES = 100
+"""Local searches before the ILP; small problems are done sooner than their share of the time."""
+
+_COMPILER_S = 4.0
+"""On an installation's first run the bound over ideals is compiled, which cannot be cut short."""
+
+_MOST_KICKED = 4
+"""Random moves between two local searches."""
 
 Tell = Callable[[str, float | None, float | None], None]
 
@@ -53,130 +59,88 @@ def search_latency(
     """Answer, lower bound, and whether the search was exhaustive."""
     if not problem.operators:
         return {}, 0.0, True
+    units = units_of(problem)
+    bound = path_bound(units)
     blocks = contract(problem, forward_only=False)
-    order: nx.DiGraph[int] = nx.DiGraph()
-    order.add_nodes_from(range(blocks.num_blocks))
-    order.add_edges_from(blocks.edges)
-    bound = _path_bound(problem, blocks, order)
-    best, value = _first_answer(problem, blocks, order, left_s)
+    best, value = _simple_answer(problem, units, blocks)
+    tell("simple", value if best is not None else None, bound)
+    walk = IdealWalk()
+    if units.num_items >= _FEW_ITEMS and left_s() >= _COMPILER_S:
+        end_s = (1.0 - _SERIAL_SHARE) * left_s()
+        walk = walk_ideals(units, value, lambda: left_s() <= end_s)
+        bound = max(bound, walk.bound)
+    serial = [walk.devices] if walk.devices else _serial_answers(problem, units, blocks, left_s)
+    for devices in serial:
+        if (found := units.latency(devices)) < value:
+            best, value = devices, found
     tell("serial", value if best is not None else None, bound)
-    if best is not None:
-        best, value = _local_search(problem, blocks, best, value, lambda: left_s() <= 0)
+
+    def answer() -> dict[NodeId, int] | None:
+        return None if best is None else units.placement(problem, best)
+
+    def is_done() -> bool:
+        return left_s() <= 0.1 or (best is not None and value <= bound * (1 + gap))
+
+    if best is not None and not is_done():
+        best, value = _local_search(units, best, value, lambda: left_s() <= 0.1)
         tell("local", value, bound)
-    if left_s() <= 0.1 or (best is not None and value <= bound * (1 + gap)):
-        return _placement(problem, blocks, best), bound, False
-    model = _LatencyProgram(problem, blocks, order, value, bound)
-    outcome = model.program.solve(time_limit_s=left_s(), relative_gap=gap, threads=threads, start=None)
+    if units.num_items >= _FEW_ITEMS and best is not None and not is_done():
+        end_s = left_s() - min(_LONGEST_SEARCH_S, _SEARCH_SHARE * left_s())
+        best, value = _search_around(units, best, value, lambda: left_s() <= max(end_s, 0.1))
+        tell("search", value, bound)
+    if is_done():
+        return answer(), bound, False
+    if not is_worth_writing(units):
+        if best is not None:
+            best, value = _search_around(units, best, value, lambda: left_s() <= 0.1, math.inf)
+        return answer(), bound, False
+    model = LatencyProgram(units, value, bound)
+    outcome = model.program.solve(
+        time_limit_s=max(0.1, left_s()), relative_gap=gap, threads=threads, start=None
+    )
     if outcome.status == "infeasible":
         # Nothing beats the first answer; without one there is nothing at all.
-        return _placement(problem, blocks, best), max(bound, value), True
+        return answer(), max(bound, value), True
     if outcome.bound is not None:
         bound = max(bound, min(outcome.bound, value))
     if outcome.has_point:
         devices = model.devices(outcome.values)
-        found = _evaluate(problem, blocks, devices)
+        found = units.latency(devices)
         if found < value:
             best, value = devices, found
-            best, value = _local_search(problem, blocks, best, value, lambda: left_s() <= 0)
+            best, value = _local_search(units, best, value, lambda: left_s() <= 0)
     tell("prove", value if best is not None else None, bound)
-    return _placement(problem, blocks, best), bound, False
+    return answer(), bound, False
 
 
-Devices = list[int]
-
-
-def _placement(
-    problem: PlacementProblem, blocks: Blocks, devices: Devices | None
-) -> dict[NodeId, int] | None:
-    if devices is None:
-        return None
-    answer: dict[NodeId, int] = {}
-    for members, device in zip(blocks.operators, devices, strict=True):
-        for v in members:
-            answer[problem.operators[v].node_id] = device
-    return answer
-
-
-def _evaluate(problem: PlacementProblem, blocks: Blocks, devices: Devices) -> float:
-    answer = _placement(problem, blocks, devices)
-    assert answer is not None
-    verdict = check_placement(problem, answer, "latency")
-    return verdict.value if verdict.feasible and verdict.value is not None else math.inf
-
-
-def _path_bound(problem: PlacementProblem, blocks: Blocks, order: "nx.DiGraph[int]") -> float:
-    """The best latency that some one path allows, exactly, by dynamic programming.
-
-    Along a path an accelerator's blocks are consecutive (it is contiguous), and it takes at least
-    their work plus the transfers over the path's edges at both ends. h[i, a] is the least time to do
-    the first i blocks of the path with a accelerators.
-    """
-    cost = {t.source: t.cost for t in problem.transfers}
-    place = {v: b for b, members in enumerate(blocks.operators) for v in members}
-    moved: dict[tuple[int, int], float] = {}
-    for t in problem.transfers:
-        edge = (place[t.source], place[t.target])
-        moved[edge] = max(moved.get(edge, 0.0), cost[t.source])
-    span = _cpu_span(problem, blocks)
-    return max(
-        (_one_path_bound(problem, blocks, path, span, moved) for path in _long_paths(blocks, order)),
-        default=0.0,
-    )
-
-
-def _one_path_bound(
-    problem: PlacementProblem,
-    blocks: Blocks,
-    path: list[int],
-    span: FloatArray,
-    moved: dict[tuple[int, int], float],
-) -> float:
-    steps = [0.0, *(moved[a, b] for a, b in itertools.pairwise(path)), 0.0]
-    most = problem.num_accelerators
-    least = np.full((len(path) + 1, most + 1), np.inf)
-    least[0] = 0.0
-    for i, b in enumerate(path, start=1):
-        if problem.num_cpus:
-            least[i] = least[i - 1] + span[b]
-        work = size = 0.0
-        for j in range(i, 0, -1):
-            work += float(blocks.accelerator[path[j - 1]])
-            size += float(blocks.size[path[j - 1]])
-            if size > problem.memory_limit * (1 + 1e-12) or not math.isfinite(work):
-                break
-            least[i, 1:] = np.minimum(least[i, 1:], least[j - 1, :-1] + work + steps[j - 1] + steps[i])
-    return float(least[-1].min())
-
-
-def _cpu_span(problem: PlacementProblem, blocks: Blocks) -> FloatArray:
-    """A block's least time on the CPUs, whose operators need not wait for one another."""
-    return np.array(
-        [
-            max((problem.operators[v].cpu_latency for v in members), default=0.0)
-            for members in blocks.operators
-        ]
-    )
-
-
-def _first_answer(
-    problem: PlacementProblem,
-    blocks: Blocks,
-    order: "nx.DiGraph[int]",
-    left_s: Callable[[], float],
+def _simple_answer(
+    problem: PlacementProblem, units: Units, blocks: Blocks
 ) -> tuple[Devices | None, float]:
-    ideals = all_ideals(blocks, _MOST_IDEALS)
-    if ideals is None:
-        ideals = chain_ideals(blocks, [list(nx.topological_sort(order))])
     best, value = None, math.inf
-    simple = (
-        [placement[problem.operators[members[0]].node_id] for members in blocks.operators]
-        for placement in simple_placements(problem, blocks)
-    )
-    for devices in itertools.chain(simple, _serial(problem, blocks, ideals, left_s)):
-        found = _evaluate(problem, blocks, devices)
-        if found < value:
+    for placement in simple_placements(problem, blocks):
+        devices = [
+            placement[problem.operators[units.operators[items[0]][0]].node_id] for items in units.items
+        ]
+        if (found := units.latency(devices)) < value:
             best, value = devices, found
     return best, value
+
+
+def _serial_answers(
+    problem: PlacementProblem, units: Units, blocks: Blocks, left_s: Callable[[], float]
+) -> list[Devices]:
+    ideals = all_ideals(blocks, _MOST_IDEALS)
+    if ideals is None:
+        order: nx.DiGraph[int] = nx.DiGraph()
+        order.add_nodes_from(range(blocks.num_blocks))
+        order.add_edges_from(blocks.edges)
+        ideals = chain_ideals(blocks, [list(nx.topological_sort(order))])
+    block_of = {v: b for b, members in enumerate(blocks.operators) for v in members}
+    end_s = (1.0 - _SERIAL_SHARE) * left_s()
+    return [
+        [by_block[block_of[units.operators[items[0]][0]]] for items in units.items]
+        for by_block in _serial(problem, blocks, ideals, lambda: left_s() - end_s)
+    ]
 
 
 def _serial(
@@ -228,164 +192,130 @@ def _follow(member: BoolArray, origin: IntArray, a: int) -> Devices:
     return devices
 
 
-def _local_search(
-    problem: PlacementProblem,
-    blocks: Blocks,
+def _search_around(
+    units: Units,
     devices: Devices,
     value: float,
     should_stop: Callable[[], bool],
+    most_searches: float = _MOST_SEARCHES,
 ) -> tuple[Devices, float]:
-    """Move single blocks, then swap neighbours along edges, while that helps."""
+    """Local search, again and again from the best answer with a few classes moved at random."""
+    draw = random.Random(0)
+    best, best_value = _local_search(units, devices, value, should_stop)
+    moves = list(itertools.islice(_moves(units, best, draw), 4 * units.num_classes))
+    searches = 0
+    while searches < most_searches and not should_stop() and moves:
+        searches += 1
+        trial = list(best)
+        for _ in range(draw.randint(1, _MOST_KICKED)):
+            for c, d in draw.choice(moves).items():
+                trial[c] = d
+        found = units.latency(trial)
+        if found < math.inf:
+            trial, found = _local_search(units, trial, found, should_stop, draw)
+        if found < best_value:
+            best, best_value = trial, found
+            moves = list(itertools.islice(_moves(units, best, draw), 4 * units.num_classes))
+    return best, best_value
+
+
+def _local_search(
+    units: Units,
+    devices: Devices,
+    value: float,
+    should_stop: Callable[[], bool],
+    draw: random.Random | None = None,
+) -> tuple[Devices, float]:
+    """Take moves that help until none does."""
     improved = True
     while improved and not should_stop():
         improved = False
-        moves = itertools.chain(
-            ((b,) for b in range(blocks.num_blocks)), ((a, b) for a, b in blocks.edges)
-        )
-        for moved in moves:
+        for move in _moves(units, devices, draw or random.Random(0)):
             if should_stop():
                 break
-            for device in range(problem.num_accelerators + 1):
-                trial = list(devices)
-                for b in moved:
-                    trial[b] = device
-                if trial != devices and (found := _evaluate(problem, blocks, trial)) < value:
-                    devices, value, improved = trial, found, True
+            trial = list(devices)
+            for c, d in move.items():
+                trial[c] = d
+            if (found := units.latency(trial)) < value * (1 - 1e-12):
+                devices, value, improved = trial, found, True
+                if draw is not None:
+                    break
     return devices, value
 
 
-class _LatencyProgram:
-    """The ILP of this module's text."""
+def _moves(units: Units, devices: Devices, draw: random.Random) -> Iterator[dict[int, int]]:
+    """One class elsewhere, alone or with what it must not be parted from there, in random order.
 
-    def __init__(
-        self,
-        problem: PlacementProblem,
-        blocks: Blocks,
-        order: "nx.DiGraph[int]",
-        best: float,
-        bound: float,
-    ) -> None:
-        self.program = Program("latency")
-        self._blocks, self._order = blocks, order
-        self._num = problem.num_accelerators
-        worst = float(blocks.cpu.sum() + blocks.accelerator[np.isfinite(blocks.accelerator)].sum())
-        worst += 2 * self._num * sum(cost for _, cost in blocks.bundles)
-        self._horizon = best if math.isfinite(best) else worst
-        self.latest = self.program.continuous("T", min(bound, self._horizon), self._horizon)
-        self.on = [
-            [self.program.binary(f"x{b}.{d}") for d in range(self._num + 1)]
-            for b in range(blocks.num_blocks)
-        ]
-        self.end = [
-            self.program.continuous(f"e{b}", 0.0, self._horizon) for b in range(blocks.num_blocks)
-        ]
-        self.start = [self.program.continuous(f"s{d}", 0.0, self._horizon) for d in range(self._num + 1)]
-        self.finish = [self.program.continuous(f"f{d}", 0.0, self._horizon) for d in range(self._num + 1)]
-        self._span = _cpu_span(problem, blocks)
-        self._assign(problem)
-        self._time_cpus()
-        self._time_accelerators(problem)
-        self._cover_paths()
-        self.program.minimize([(1.0, self.latest)])
-
-    def devices(self, values: FloatArray) -> Devices:
-        """The device of each block in a solution."""
-        return [max(range(self._num + 1), key=lambda d: values[row[d].index]) for row in self.on]
-
-    def _assign(self, problem: PlacementProblem) -> None:
-        for b, row in enumerate(self.on):
-            self.program.constrain([(1.0, x) for x in row], "==", 1.0)
-            self.program.constrain([(1.0, self.latest), (-1.0, self.end[b])], ">=", 0.0)
-            if not problem.num_cpus:
-                self.program.fix(row[0], 0.0)
-            if not math.isfinite(self._blocks.accelerator[b]):
-                for x in row[1:]:
-                    self.program.fix(x, 0.0)
-        scale = 1.0 / max(problem.memory_limit, 1.0)
-        for d in range(1, self._num + 1):
-            terms = [(self._blocks.size[b] * scale, row[d]) for b, row in enumerate(self.on)]
-            self.program.constrain(terms, "<=", problem.memory_limit * scale)
-            if d > 1:
-                self.program.constrain([(1.0, self.start[d]), (-1.0, self.start[d - 1])], ">=", 0.0)
-
-    def _time_cpus(self) -> None:
-        for b, row in enumerate(self.on):
-            own = (-float(self._span[b]), row[0])
-            before: list[list[Term]] = [[(-1.0, self.end[a])] for a in self._order.predecessors(b)]
-            for terms in before or [[]]:
-                self.program.constrain([(1.0, self.end[b]), own, *terms], ">=", 0.0)
-
-    def _time_accelerators(self, problem: PlacementProblem) -> None:
-        big = self._horizon
-        for d in range(1, self._num + 1):
-            load: list[Term] = [
-                (float(self._blocks.accelerator[b]), row[d])
-                for b, row in enumerate(self.on)
-                if math.isfinite(self._blocks.accelerator[b])
-            ]
-            for q, (ends, cost) in enumerate(self._blocks.bundles):
-                load.append((cost, self._moved(q, ends, d)))
-            self.program.constrain(
-                [(1.0, self.finish[d]), (-1.0, self.start[d]), *((-w, v) for w, v in load)],
-                "==",
-                0.0,
-            )
-            for b, row in enumerate(self.on):
-                self.program.constrain(
-                    [(1.0, self.end[b]), (-1.0, self.finish[d]), (-big, row[d])], ">=", -big
-                )
-            for a, b in self._blocks.edges:
-                self.program.constrain(
-                    [
-                        (1.0, self.start[d]),
-                        (-1.0, self.end[a]),
-                        (-big, self.on[b][d]),
-                        (big, self.on[a][d]),
-                    ],
-                    ">=",
-                    -big,
-                )
-
-    def _moved(self, q: int, ends: frozenset[int], d: int) -> Variable:
-        """One if bundle q enters or leaves device d: its blocks are partly there."""
-        moved = self.program.continuous(f"m{q}.{d}", 0.0, 1.0)
-        members = sorted(ends)
-        for a, b in zip(members, members[1:] + members[:1], strict=True):
-            self.program.constrain([(1.0, moved), (-1.0, self.on[a][d]), (1.0, self.on[b][d])], ">=", 0.0)
-        return moved
-
-    def _cover_paths(self) -> None:
-        """No answer ends before the work along any one path is done."""
-        for path in _long_paths(self._blocks, self._order):
-            terms: list[Term] = [(1.0, self.latest)]
-            for b in path:
-                terms.append((-float(self._span[b]), self.on[b][0]))
-                if math.isfinite(self._blocks.accelerator[b]):
-                    work = float(self._blocks.accelerator[b])
-                    terms.extend((-work, x) for x in self.on[b][1:])
-            self.program.constrain(terms, ">=", 0.0)
+    Joining a device it takes everything along that lies between it and the device's set; leaving one it
+    takes what comes before or after it there.
+    """
+    classes = list(range(units.num_classes))
+    draw.shuffle(classes)
+    reach = _Reach(units)
+    for c in classes:
+        for d in range(units.num_accelerators + 1):
+            if devices[c] == d:
+                continue
+            yield {c: d}
+            if d:
+                held = [e for e, present in enumerate(devices) if present == d]
+                yield dict.fromkeys(reach.between([c, *held]), d)
+            if devices[c]:
+                for beyond in (reach.after[c], reach.before[c]):
+                    yield {c: d} | {e: d for e in beyond if devices[e] == devices[c]}
+    for c in classes:
+        for i in units.items[c]:
+            for j in units.after[i]:
+                other = units.class_of[j]
+                if other != c:
+                    yield from ({c: d, other: d} for d in range(units.num_accelerators + 1))
 
 
-def _long_paths(blocks: Blocks, order: "nx.DiGraph[int]") -> list[list[int]]:
-    """Paths that between them visit much of the work: longest first, then least seen."""
-    weight = blocks.cpu + np.where(np.isfinite(blocks.accelerator), blocks.accelerator, 0.0)
-    weight = weight.astype(np.float64).copy()
-    paths: list[list[int]] = []
-    sequence = list(nx.topological_sort(order))
-    for _ in range(_NUM_PATHS):
-        length: dict[int, float] = {}
-        previous: dict[int, int | None] = {}
-        for b in sequence:
-            before = max(order.predecessors(b), key=lambda a: length[a], default=None)
-            length[b] = (0.0 if before is None else length[before]) + float(weight[b])
-            previous[b] = before
-        place: int | None = max(length, key=lambda b: length[b])
-        path: list[int] = []
-        while place is not None:
-            path.append(place)
-            place = previous[place]
-        if path[::-1] in paths:
-            break
-        paths.append(path[::-1])
-        weight[path] *= 0.5
-    return paths
+class _Reach:
+    """What lies before, after and between classes."""
+
+    def __init__(self, units: Units) -> None:
+        self._units = units
+        count = units.num_items
+        self._before, self._after = [0] * count, [0] * count
+        for i in range(count):
+            for j in units.before[i]:
+                self._before[i] |= self._before[j] | 1 << j
+        for i in reversed(range(count)):
+            for j in units.after[i]:
+                self._after[i] |= self._after[j] | 1 << j
+        self._own = [sum(1 << i for i in items) for items in units.items]
+        self.before = [self._classes(self._union(items, self._before)) for items in units.items]
+        self.after = [self._classes(self._union(items, self._after)) for items in units.items]
+
+    def between(self, classes: list[int]) -> list[int]:
+        """The classes, and all that lie between any of their items."""
+        inside = 0
+        for c in classes:
+            inside |= self._own[c]
+        while True:
+            items = _bits(inside)
+            grown = inside | (self._union(items, self._before) & self._union(items, self._after))
+            for c in self._classes(grown):
+                grown |= self._own[c]
+            if grown == inside:
+                return self._classes(inside)
+            inside = grown
+
+    def _union(self, items: "tuple[int, ...] | list[int]", masks: list[int]) -> int:
+        whole = 0
+        for i in items:
+            whole |= masks[i]
+        return whole
+
+    def _classes(self, items: int) -> list[int]:
+        return sorted({self._units.class_of[i] for i in _bits(items)})
+
+
+def _bits(mask: int) -> list[int]:
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found

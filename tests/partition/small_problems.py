@@ -68,6 +68,8 @@ def placement_problems(draw: st.DrawFn) -> PlacementProblem:
     """Up to six operators, two accelerators, colour classes, backward operators, tight memory."""
     count = draw(st.integers(1, 6))
     latency = st.integers(0, 8).map(float)
+    # Neighbours, or the ends from outside in as forward and backward operators of layers are.
+    shared = draw(st.sampled_from([lambda v: (v // 2,), lambda v: (min(v, count - 1 - v),) * 4]))
     operators = tuple(
         Operator(
             node_id=v,
@@ -75,7 +77,7 @@ def placement_problems(draw: st.DrawFn) -> PlacementProblem:
             accelerator_latency=draw(latency),
             on_accelerator=draw(st.integers(0, 5)) > 0,
             size=draw(st.integers(0, 3).map(float)),
-            colour=str(draw(st.sampled_from([v, v, v // 2]))),
+            colour=str(draw(st.sampled_from([v, v, *shared(v)]))),
             backward=draw(st.integers(0, 2)) == 0,
         )
         for v in range(count)

@@ -1,8 +1,11 @@
 """Placement against brute force: the checker's rules, the throughput optimum, latency with a bound."""
 
+import math
+
 import networkx as nx
 import pytest
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from small_problems import best_placement, placement_problems
 
 from graphpar.partition import place
@@ -10,6 +13,8 @@ from graphpar.partition.place import solve_placement
 from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_graph import contract, join_dominated
 from graphpar.partition.place_ideals import all_ideals
+from graphpar.partition.place_latency_bound import path_bound, walk_ideals
+from graphpar.partition.place_units import units_of
 from graphpar.partition.problems import NodeId, Operator, PlacementProblem, Transfer
 
 
@@ -62,6 +67,12 @@ def in_order(problem: PlacementProblem, answer: dict[NodeId, int]) -> bool:
 @given(placement_problems())
 def test_latency_answers_and_bounds_are_true(problem: PlacementProblem) -> None:
     best = best_placement(problem, "latency")
+    units = units_of(problem)
+    assert path_bound(units) <= (math.inf if best is None else best + 1e-6)
+    if best is not None:
+        walk = walk_ideals(units, best * 2 + 1, lambda: False)
+        assert walk.bound <= best + 1e-6
+        assert walk.devices is None or units.latency(walk.devices) >= best - 1e-6
     solved = solve_placement(problem, objective="latency", time_limit_s=20)
     if solved.status == "infeasible":
         assert best is None
@@ -72,6 +83,34 @@ def test_latency_answers_and_bounds_are_true(problem: PlacementProblem) -> None:
         assert solved.objective >= best - 1e-9
     if solved.status == "optimal":
         assert solved.objective == pytest.approx(best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(placement_problems(), st.data())
+def test_latency_of_classes_is_the_checkers(problem: PlacementProblem, data: st.DataObject) -> None:
+    units = units_of(problem)
+    device = st.integers(0, problem.num_accelerators)
+    devices = [data.draw(device) for _ in range(units.num_classes)]
+    verdict = check_placement(problem, units.placement(problem, devices), "latency")
+    assert units.latency(devices) == pytest.approx(
+        verdict.value if verdict.feasible and verdict.value is not None else math.inf
+    )
+
+
+def test_classes_that_wait_for_each_other_may_be_apart() -> None:
+    """The outer layer runs on the CPUs, before and after the inner one on an accelerator."""
+    operators = (
+        Operator("f1", 1.0, 100.0, True, 1.0, "outer", False),
+        Operator("f2", 100.0, 1.0, True, 1.0, "inner", False),
+        Operator("b2", 100.0, 1.0, True, 1.0, "inner", True),
+        Operator("b1", 1.0, 100.0, True, 1.0, "outer", True),
+    )
+    transfers = tuple(Transfer(v, v + 1, 0.125) for v in range(3))
+    solved = solve_placement(
+        PlacementProblem("u", operators, transfers, 2, 1, 100.0), objective="latency"
+    )
+    assert solved.status == "optimal"
+    assert solved.objective == pytest.approx(4.25)
 
 
 @pytest.mark.parametrize(
