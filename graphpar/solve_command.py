@@ -32,8 +32,8 @@ _BUSIEST = 20.0
 _LEAVING_CPU_S = 0.15
 """CPU time that the end of the interpreter takes, whatever was read."""
 
-_FREEING_SHARE = 0.25
-"""Freeing what was read and made of it takes about this share of the CPU time until it was read."""
+_FREEING_SHARE = 0.4
+"""Freeing what was read and made of it takes about this share of the CPU time that reading took."""
 
 
 class _Watcher(Protocol):
@@ -83,8 +83,16 @@ def solve(
     .json or .json.gz. Exit code 3 means that no answer exists.
     """
     began_s = time.perf_counter() - _started_s_ago()
+    started_cpu_s = time.process_time()
+
+    def is_over() -> bool:
+        elapsed_s = time.perf_counter() - began_s
+        # What was read would have to be freed before the limit has passed by a tenth.
+        leaving_s = _leaving_s(elapsed_s, started_cpu_s)
+        return elapsed_s > time_limit_s or elapsed_s + leaving_s > 1.1 * time_limit_s
+
     try:
-        problem = read_problem(file, lambda: _is_over(time.perf_counter() - began_s, time_limit_s))
+        problem = read_problem(file, is_over)
     except OutOfTimeError:
         problem = None
     read_s = time.perf_counter() - began_s
@@ -95,7 +103,7 @@ def solve(
     else:
         with _ProgressLine() as watch:
             # The limit is the whole command's, so starting up and reading a large file count.
-            left_s = max(0.05 * time_limit_s, time_limit_s - read_s - _leaving_s(read_s))
+            left_s = max(0.05 * time_limit_s, time_limit_s - read_s - _leaving_s(read_s, started_cpu_s))
             solved = _solve(problem, objective or "throughput", left_s, gap, watch)
         solved = replace(solved, seconds=solved.seconds + read_s)
     if output is not None and solved.answer is not None:
@@ -129,16 +137,11 @@ def _started_s_ago() -> float:
     return min(max(cpu_s, wall_s), _BUSIEST * cpu_s)
 
 
-def _is_over(elapsed_s: float, time_limit_s: float) -> bool:
-    """Whether what was read so far could not be freed before the time limit has passed by a tenth."""
-    return elapsed_s + _leaving_s(elapsed_s) > 1.1 * time_limit_s or elapsed_s > time_limit_s
-
-
-def _leaving_s(read_s: float) -> float:
+def _leaving_s(elapsed_s: float, started_cpu_s: float) -> float:
     """Seconds from the answer to the end of the process, on a machine as busy as it has been so far."""
     cpu_s = time.process_time()
-    busy = min(max(1.0, read_s / max(cpu_s, 1e-3)), _BUSIEST)
-    return busy * (_LEAVING_CPU_S + _FREEING_SHARE * cpu_s)
+    busy = min(max(1.0, elapsed_s / max(cpu_s, 1e-3)), _BUSIEST)
+    return busy * (_LEAVING_CPU_S + _FREEING_SHARE * (cpu_s - started_cpu_s))
 
 
 def _solve(

@@ -64,7 +64,7 @@ def test_sharding_as_json(tmp_path: Path) -> None:
 def test_a_search_cut_short_says_so(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_bytes(sharding_file(ring(60, 0)))
-    record = json.loads(run(file, "--json", "--time-limit", 2).stdout)
+    record = json.loads(run(file, "--json", "--time-limit", 5).stdout)
     assert (record["status"], record["truncated_by"]) == ("feasible", "time limit")
     assert record["bound"] < record["objective"]
     page = run(file, "--gap", 5).stdout
