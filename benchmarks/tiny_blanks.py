@@ -52,10 +52,10 @@ def guessed(name: str, annotation: str, base: Any) -> Any:
         return ["full_attention"] * layers
     if "dict" in annotation:
         return {}
-    if "int" not in annotation or "list" in annotation:
-        return 1.0 if "float" in annotation and "list" not in annotation else None
     if name.endswith("theta"):
         return 1e4
+    if "int" not in annotation or "list" in annotation:
+        return 1.0 if "float" in annotation and "list" not in annotation else None
     if "window" in name:
         return _WINDOW
     if HEADS.search(name):

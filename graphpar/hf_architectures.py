@@ -1,7 +1,8 @@
 """Architectures of the transformers library by name, and their classes with a head.
 
-An architecture is named by the prefix of its classes (`Llama`, `GPT2`, `T5`) or by its model type
-(`llama`, `gpt2`, `t5`); capitals, dashes and underscores do not matter.
+An architecture is named by the prefix of its classes (`Llama`, `GPT2`, `T5`), by its model type (`llama`,
+`gpt2`, `t5`), or by one of its classes (`LlamaForCausalLM`, `BarkCoarseConfig`); capitals, dashes and
+underscores do not matter.
 """
 
 import difflib
@@ -32,11 +33,13 @@ class Architecture:
         name: The prefix of its classes, such as `GPT2`.
         model_type: Its key in transformers, such as `gpt2`.
         config_class: The class of its configuration.
+        head: The model class that was named, where one was.
     """
 
     name: str
     model_type: str
     config_class: Any
+    head: Any = None
 
 
 def transformers_library() -> Any:
@@ -55,13 +58,15 @@ def transformers_library() -> Any:
 
 
 def find_architecture(name: str) -> Architecture:
-    """The architecture that a prefix or a model type names.
+    """The architecture that a prefix, a model type or a class names.
 
     Raises:
         ValueError: There is none; says which are nearest.
     """
     known = _by_key()
     model_type = known.get(_key(name)) or known.get(_key(name.removesuffix("Config")))
+    if model_type is None and (named := _by_class(name)) is not None:
+        return named
     if model_type is None:
         near = difflib.get_close_matches(_key(name), list(known), 3, 0.5)
         hint = f"; the nearest are {', '.join(known[k] for k in near)}" if near else ""
@@ -79,6 +84,9 @@ def model_types() -> tuple[str, ...]:
 
 def head_classes(architecture: Architecture, is_encoder_decoder: bool) -> Iterator[Any]:
     """Model classes of an architecture: those with a head that makes a loss first, the bare one last."""
+    if architecture.head is not None:
+        yield architecture.head
+        return
     library = transformers_library()
     known = library.models.auto.modeling_auto
     seen = set()
@@ -144,6 +152,27 @@ def _classes_beside(config_class: Any) -> set[Any]:
 
 def _can_be_called(made: Any) -> bool:
     return made.forward is not nn.Module.forward
+
+
+def _by_class(name: str) -> Architecture | None:
+    """The architecture that a class of transformers belongs to, of a model or of a configuration."""
+    library = transformers_library()
+    exported = _classes_by_key().get(_key(name))
+    found = getattr(library, exported, None) if exported else None
+    if not inspect.isclass(found):
+        return None
+    is_model = issubclass(found, library.PreTrainedModel)
+    config_class = found.config_class if is_model else found
+    if not (inspect.isclass(config_class) and getattr(config_class, "model_type", "")):
+        return None
+    prefix = config_class.__name__.removesuffix("Config")
+    head = found if is_model and _can_be_called(found) else None
+    return Architecture(prefix, config_class.model_type, config_class, head)
+
+
+@functools.cache
+def _classes_by_key() -> dict[str, str]:
+    return {_key(name): name for name in dir(transformers_library()) if name[:1].isupper()}
 
 
 def _key(name: str) -> str:

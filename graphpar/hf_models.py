@@ -106,8 +106,8 @@ def build_hf_model(name: str, seq_len: int) -> nn.Module:
     """A freshly initialised model by preset or architecture, on the current default device.
 
     Args:
-        name: A key of `PRESETS`, or any architecture of transformers: its model type such as `bert`, or
-            the prefix of its classes such as `Bert`.
+        name: A key of `PRESETS`, or any architecture of transformers: its model type such as `bert`, the
+            prefix of its classes such as `Bert`, or one of its model classes such as `BertForMaskedLM`.
         seq_len: Tokens per sample; learned position tables are widened to hold them.
 
     Raises:
@@ -135,7 +135,7 @@ def _built(architecture: Architecture, changes: Mapping[str, Any], seq_len: int)
     """A model of the architecture's own configuration; None for one that is only a part of others."""
     transformers = transformers_library()
     model_type = architecture.model_type
-    config = transformers.AutoConfig.for_model(model_type, **changes)
+    config = architecture.config_class(**changes)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     positions = getattr(config, "max_position_embeddings", None)
@@ -144,7 +144,7 @@ def _built(architecture: Architecture, changes: Mapping[str, Any], seq_len: int)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = getattr(config, "pad_token_id", None)
     auto = _auto_class(transformers, model_type, bool(config.is_encoder_decoder))
-    if auto is not None:
+    if auto is not None and architecture.head is None:
         made: nn.Module = auto.from_config(config)
         return made
     of_its_own = next(head_classes(architecture, bool(config.is_encoder_decoder)), None)

@@ -55,10 +55,27 @@ def test_one_that_takes_too_long_fails_and_the_next_goes_on() -> None:
         ("gpt-2", "GPT2"),
         ("DeBERTa-v2", "DebertaV2"),
         ("T5Config", "T5"),
+        ("LlamaForCausalLM", "Llama"),
+        ("bertmodel", "Bert"),
+        ("BarkCoarseConfig", "BarkCoarse"),  # a part that no mapping knows
     ],
 )
 def test_architectures_are_found_however_they_are_spelt(name: str, found: str) -> None:
     assert find_architecture(name).name == found
+
+
+def test_a_model_class_that_is_named_is_the_one_that_is_taken() -> None:
+    heads = head_classes(find_architecture("BertForTokenClassification"), is_encoder_decoder=False)
+    assert [made.__name__ for made in heads] == ["BertForTokenClassification"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "--json", "Config", "Model", "PreTrainedModel", "AutoModel", "../x", "Λλ", "T" * 5000],
+)
+def test_what_is_no_architecture_is_said_to_be_none(name: str) -> None:
+    with pytest.raises(ValueError, match="has no architecture"):
+        find_architecture(name)
 
 
 def test_an_unknown_architecture_is_answered_with_the_nearest() -> None:
