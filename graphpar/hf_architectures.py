@@ -158,12 +158,12 @@ def _by_class(name: str) -> Architecture | None:
     """The architecture that a class of transformers belongs to, of a model or of a configuration."""
     library = transformers_library()
     exported = _classes_by_key().get(_key(name))
-    found = getattr(library, exported, None) if exported else None
+    found: Any = getattr(library, exported, None) if exported else None
     if not inspect.isclass(found):
         return None
     is_model = issubclass(found, library.PreTrainedModel)
-    config_class = found.config_class if is_model else found
-    if not (inspect.isclass(config_class) and getattr(config_class, "model_type", "")):
+    config_class: Any = found.config_class if is_model else found
+    if not inspect.isclass(config_class) or not getattr(config_class, "model_type", ""):
         return None
     prefix = config_class.__name__.removesuffix("Config")
     head = found if is_model and _can_be_called(found) else None

@@ -25,7 +25,8 @@ def made_up(**fields: Any) -> Any:
 
 def shrunk(style: int = 0, **fields: Any) -> dict[str, Any]:
     """What becomes of the fields of a configuration."""
-    scale, tokens = Scale.of(made_up(**fields), STYLES[style]), {}
+    scale = Scale.of(made_up(**fields), STYLES[style])
+    tokens: dict[int, int] = {}
     return {name: scale.value(name, value, tokens) for name, value in fields.items()}
 
 
@@ -102,7 +103,8 @@ def test_indices_of_layers_stay_apart_and_in_range(
 
 
 def test_special_tokens_keep_apart_beyond_the_words() -> None:
-    scale, tokens = Scale.of(made_up(vocab_size=50_000, hidden_size=64), STYLES[0]), {}
+    scale = Scale.of(made_up(vocab_size=50_000, hidden_size=64), STYLES[0])
+    tokens: dict[int, int] = {}
     ids = [
         scale.value(name, number, tokens)
         for name, number in [
