@@ -159,15 +159,13 @@ def _by_class(name: str) -> Architecture | None:
     library = transformers_library()
     exported = _classes_by_key().get(_key(name))
     found: Any = getattr(library, exported, None) if exported else None
-    if not inspect.isclass(found):
-        return None
-    is_model = issubclass(found, library.PreTrainedModel)
-    config_class: Any = found.config_class if is_model else found
-    if not inspect.isclass(config_class) or not getattr(config_class, "model_type", ""):
+    is_model = inspect.isclass(found) and issubclass(found, library.PreTrainedModel)
+    config_class: Any = getattr(found, "config_class", None) if is_model else found
+    if not isinstance(config_class, type) or not getattr(config_class, "model_type", ""):
         return None
     prefix = config_class.__name__.removesuffix("Config")
     head = found if is_model and _can_be_called(found) else None
-    return Architecture(prefix, config_class.model_type, config_class, head)
+    return Architecture(prefix, getattr(config_class, "model_type", ""), config_class, head)
 
 
 @functools.cache
