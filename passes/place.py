@@ -61,10 +61,12 @@ Where = tuple[int, bool]
 def place_ops(graph: Graph, stages: dict[str, int], made_by: str) -> list[Op]:
     """Ops with stages; those without one (free ops) are repeated in each stage that reads them.
 
+    So are ops that make a number of a tensor (`item`), for no message carries a number.
     The tail runs in the last stage. What it reads of the parts of the batch it reads through
     `gp.collect`, and it repeats free ops on the whole batch for itself.
     """
     last = max(stages.values(), default=0)
+    stages = {name: stage for name, stage in stages.items() if not _is_number(graph, name)}
     wanted = _places_that_read(graph, stages, last)
     placed: list[Op] = []
     copies: dict[tuple[str, Where], str] = {}
@@ -91,6 +93,11 @@ def place_ops(graph: Graph, stages: dict[str, int], made_by: str) -> list[Op]:
                 copy = copy.with_attrs(stage=where[0])
                 placed.append(copy.with_attrs(tail=True) if where[1] else copy)
     return placed
+
+
+def _is_number(graph: Graph, name: str) -> bool:
+    """Whether an op makes something that is no tensor, which others read."""
+    return not graph[name].types and not graph[name].is_tuple and bool(graph.users(name))
 
 
 def _called(where: Where) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from graphpar.ir.ops import Argument, BatchSize, Dim, Op, Ref, TensorType
-from graphpar.ir.optable import POINTWISE, packet
+from graphpar.ir.optable import ELEMENTWISE_FUNCTIONS, POINTWISE, packet
 
 Kind = Literal[
     "shared",
@@ -194,6 +194,8 @@ def _inferred(call: Call) -> Samples:
     if kind in _RULES:
         return _RULES[kind](call)
     if kind in POINTWISE or (kind in ("max", "min") and call.op.target.endswith(".other")):
+        return _RULES["add"](call)
+    if call.op.target.startswith(f"{ELEMENTWISE_FUNCTIONS}.") and call.same_layout():
         return _RULES["add"](call)
     return call.mixed("is not known to keep samples apart")
 

@@ -10,7 +10,7 @@ The backward calls the Function once more to get back what its forward kept, and
 Function's backward; a Function costs a second forward in exchange.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch.utils import checkpoint as checkpoint_module
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.elementwise import acts_by_element
 from graphpar.frontend.torch_private import (
     DispatchMode,
     OpDefinition,
@@ -32,9 +33,10 @@ from graphpar.frontend.torch_private import (
     unflatten,
     writes_to,
 )
+from graphpar.ir.optable import ELEMENTWISE_FUNCTIONS, FUNCTIONS
 
-NAMESPACE = "graphpar_function"
-"""Operators of this namespace are Functions; no module can be imported to define them."""
+NAMESPACES = (FUNCTIONS, ELEMENTWISE_FUNCTIONS)
+"""Operators of these namespaces are Functions; no module can be imported to define them."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,16 @@ class FunctionCall:
             seen.add(place)
         return fresh[0] if self.results is None else tuple(fresh)
 
+    def gradients(self, given: Sequence[torch.Tensor], gradient: torch.Tensor) -> Any:
+        """Gradients of the tensors from that of a single result."""
+        leaves = [t.requires_grad_(t.is_floating_point() or t.is_complex()) for t in given]
+        wanted = [t for t in leaves if t.requires_grad]
+        with torch.enable_grad():
+            (made,) = self.call(tuple(leaves))
+        if not wanted or not made.requires_grad:
+            return ()
+        return torch.autograd.grad(made, wanted, gradient, allow_unused=True)
+
     def remember(self, ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         """Keep the arguments for the backward."""
         ctx.save_for_backward(*inputs)
@@ -105,7 +117,7 @@ class FunctionCall:
 _known: dict[str, list[FunctionCall]] = {}
 
 
-def operator_for(call: FunctionCall) -> Any:
+def operator_for(call: FunctionCall, namespace: str = FUNCTIONS) -> Any:
     """The torch operator of a call; equal calls share one."""
     label = "".join(
         c if c.isalnum() else "_" for c in f"{call.function.__module__}_{call.function.__qualname__}"
@@ -119,7 +131,7 @@ def operator_for(call: FunctionCall) -> Any:
     outputs = "Tensor" if call.results is None else f"({', '.join(['Tensor'] * count)})"
     define_op(
         OpDefinition(
-            name=f"{NAMESPACE}::{name}",
+            name=f"{namespace}::{name}",
             schema=f"({inputs}) -> {outputs}",
             function=call.forward,
             fake=call.forward,
@@ -127,7 +139,7 @@ def operator_for(call: FunctionCall) -> Any:
             setup_context=call.remember,
         )
     )
-    return lookup_op(f"{NAMESPACE}.{name}.default")
+    return lookup_op(f"{namespace}.{name}.default")
 
 
 @contextmanager
@@ -162,7 +174,9 @@ def _record(function: Any, args: tuple[Any, ...]) -> Any:
     parts = result if isinstance(result, (tuple, list)) else (result,)
     kept = tuple(i for i, part in enumerate(parts) if isinstance(part, torch.Tensor))
     single = isinstance(result, torch.Tensor)
-    made = operator_for(FunctionCall(function, spec, plain, places, None if single else kept))(*tensors)
+    call = FunctionCall(function, spec, plain, places, None if single else kept)
+    by_element = single and acts_by_element(call.forward, call.gradients, tensors, result)
+    made = operator_for(call, ELEMENTWISE_FUNCTIONS if by_element else FUNCTIONS)(*tensors)
     if single:
         return made
     fresh = iter(made)

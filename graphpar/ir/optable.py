@@ -27,6 +27,11 @@ POINTWISE = frozenset(
 )
 """Operators that act element by element on broadcast operands (or only change type or layout)."""
 
+FUNCTIONS = "graphpar_function"
+"""Namespace of operators that are a user's `torch.autograd.Function`."""
+ELEMENTWISE_FUNCTIONS = "graphpar_elementwise"
+"""Namespace of those among them that act element by element, forward and backward."""
+
 IDENTITY = frozenset({"alias", "contiguous", "detach", "clone", "lift_fresh_copy", "lift_fresh"})
 """Operators whose result has the values of the first operand."""
 

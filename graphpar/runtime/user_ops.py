@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import cloudpickle
 
 from graphpar.errors import RunError
-from graphpar.frontend.functions import NAMESPACE
+from graphpar.frontend.functions import NAMESPACES
 from graphpar.frontend.torch_private import OpDefinition, define_op, op_definition
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
@@ -40,7 +40,7 @@ def needed_code(targets: Iterable[str]) -> tuple[tuple[str, ...], bytes]:
         if definition is None:
             namespace = target.partition(".")[0]
             modules.update([namespace] if find_spec(namespace) is not None else [])
-        elif definition.function.__module__ == "__main__" or target.startswith(f"{NAMESPACE}."):
+        elif definition.function.__module__ == "__main__" or target.partition(".")[0] in NAMESPACES:
             loose.append(definition)
         else:
             modules.add(definition.function.__module__)
