@@ -55,12 +55,12 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
         "ForSpeechSeq2Seq", SIDES | {"num_mel_bins": 8, "max_source_positions": 8, "pad_token_id": 0},
     ),
     "wav2vec2": (
-        "ForAudioClassification",
+        "ForCTC",
         SMALL
         | {
             "conv_dim": [8, 8], "conv_stride": [4, 2], "conv_kernel": [8, 4], "mask_time_prob": 0.0,
             "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "layerdrop": 0.0,
-            "num_conv_pos_embedding_groups": 2,
+            "num_conv_pos_embedding_groups": 2, "ctc_loss_reduction": "mean",
         },
     ),
     "clip": (
@@ -103,8 +103,9 @@ def batch_of(name: str, samples: int = 4, length: int = 8) -> dict[str, torch.Te
     if name == "whisper":
         return {"input_features": torch.randn(samples, 8, 16, generator=generator), "labels": ids}
     if name == "wav2vec2":
+        labels = torch.where(torch.arange(3) < 1 + ids[:, :1] % 3, ids[:, :3], -100)
         sound = torch.randn(samples, 40 * length, generator=generator)
-        return {"input_values": sound, "labels": ids[:, 0] % 2}
+        return {"input_values": sound, "labels": labels}
     if name == "clip":
         ids[:, -1] = 2
         pixels = torch.randn(samples, 3, 8, 8, generator=generator)

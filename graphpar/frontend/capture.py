@@ -55,16 +55,16 @@ class Signature:
         leaves, spec = flatten((tuple(args), ordered))
         if spec != self.spec:
             raise ValueError(
-                f"The model was captured with arguments of the structure {self.spec}, but was called "
-                f"with {spec}. Call it like the example batch, or compile again."
+                f"The model was captured with arguments of the structure {_outline(self.spec)}, but was "
+                f"called with {_outline(spec)}. Call it like the example batch, or compile again."
             )
         bound = {}
         for path, expected, leaf in zip(leaf_paths(args, ordered), self.inputs, leaves, strict=True):
             if isinstance(expected, str):
                 if not isinstance(leaf, torch.Tensor):
                     raise ValueError(
-                        f"Argument {path} was a tensor in the example batch, now it is {leaf!r}. Give a "
-                        "tensor, or compile again."
+                        f"Argument {path} was a tensor in the example batch, now it is "
+                        f"{_shown(leaf)}. Give a tensor, or compile again."
                     )
                 _refuse_form(path, leaf)
                 bound[expected] = leaf
@@ -97,7 +97,23 @@ def _refuse_form(path: str, tensor: torch.Tensor) -> None:
 
 
 def _shown(leaf: Any) -> str:
-    return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)
+    if isinstance(leaf, torch.Tensor):
+        return f"a tensor of shape {tuple(leaf.shape)}"
+    if hasattr(leaf, "shape"):
+        return f"a {type(leaf).__name__} of shape {tuple(leaf.shape)}"
+    text = repr(leaf)
+    return text if len(text) <= 80 else f"a {type(leaf).__name__}"
+
+
+def _outline(spec: TreeSpec) -> str:
+    """The structure of a call as one would write it, with a star for each value."""
+    args, kwargs = unflatten([_Star()] * spec.num_leaves, spec)
+    return ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+
+
+class _Star:
+    def __repr__(self) -> str:
+        return "*"
 
 
 def leaf_paths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:

@@ -331,6 +331,7 @@ class _Converter:
 
     def _operator(self, node: fx.Node, name: str) -> None:
         function = node.target
+        name, keywords = _without_no_generator(name, node.kwargs)
         if is_random(function) and name not in _KNOWN_RANDOM and not is_off(node, name):
             raise unsupported(node, f"{name} draws random numbers in a way that would depend on the plan")
         if _drops_between_layers(node, name):
@@ -348,7 +349,7 @@ class _Converter:
             self.values.fresh(node.name),
             name,
             tuple(self._argument(a) for a in node.args),
-            tuple((k, self._argument(v)) for k, v in node.kwargs.items()),
+            tuple((k, self._argument(v)) for k, v in keywords.items()),
             types,
             is_tuple,
             module,
@@ -424,6 +425,14 @@ def _has_effect(node: fx.Node) -> bool:
         return True
     name = op_name(node.target)
     return name is not None and not name.startswith(_ASSERTIONS) and bool(mutated_arguments(node.target))
+
+
+def _without_no_generator(name: str, keywords: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """`torch.rand(..., generator=None)` as what it is: the operator that takes no generator."""
+    if keywords.get("generator", ...) is not None:
+        return name, keywords
+    plain = name.replace(".low_generator", ".low").replace(".generator", ".default")
+    return plain, {key: value for key, value in keywords.items() if key != "generator"}
 
 
 def _drops_between_layers(node: fx.Node, name: str) -> bool:

@@ -9,6 +9,7 @@ step with an error, which names the line, when it is another one than in the exa
 Shapes that depend on values are answered in the same way: `x[mask]` and `nonzero` have as many results as
 in the example batch, and the count is checked. Where the places serve only to write one number to all of
 them (`x[torch.where(mask)] = 0`), their count does not matter: they are written through the mask.
+Nor does it where `labels.masked_select(mask)` are the targets of a CTC loss: they are put in rows.
 """
 
 import operator
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from graphpar.errors import CaptureError
 from graphpar.frontend.frames import users_line
 from graphpar.frontend.state import left_as_it_was
 from graphpar.frontend.torch_private import flatten, unflatten
+from graphpar.runtime.ctc import ctc_losses
 from graphpar.runtime.expected import expected
 
 
@@ -61,11 +64,15 @@ Decisions = Mapping[tuple[str, str], Sequence[Decision]]
 
 @dataclass(eq=False)
 class _Places:
-    """Places found by `torch.where(mask)`, and the check of their number until it is needed."""
+    """Places found by `torch.where(mask)`, and the check of their number until it is needed.
+
+    Or what `values.masked_select(mask)` gave, in the place of places.
+    """
 
     places: tuple[torch.Tensor, ...]
     mask: torch.Tensor
     checks: list[torch.Tensor]
+    values: torch.Tensor | None = None
     written: bool = False
 
 
@@ -92,6 +99,8 @@ class _Asked(TorchFunctionMode):
             behind = [1] * (args[0].ndim - mask.ndim)
             args[0].masked_fill_(mask.reshape(*mask.shape, *behind), args[2])
             return None
+        if name == "ctc_loss" and (losses := self._ctc_loss(*args, **kwargs)) is not None:
+            return losses
         if self._found:
             _count(self._found, flatten((args, kwargs))[0], self._checks)
         if first is None:
@@ -111,7 +120,7 @@ class _Asked(TorchFunctionMode):
         if name == "masked_select" and len(args) == 2:
             mask = args[1].expand_as(first) if first.ndim >= args[1].ndim else args[1]
             value = first.expand_as(mask)
-            return value[self._nonzero(mask).unbind(1)]
+            return self._selected(value, mask)
         if name == "repeat_interleave" and len(args) > 1 and isinstance(args[1], torch.Tensor):
             if args[1].numel() > 1 and kwargs.get("output_size") is None:
                 total = args[1].sum()
@@ -141,13 +150,62 @@ class _Asked(TorchFunctionMode):
         self._found.append(made)
         return places
 
+    def _selected(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The values that a mask chooses; their number is checked once they are used."""
+        before = len(self._checks)
+        chosen = values[self._nonzero(mask).unbind(1)]
+        self._found.append(_Places((chosen,), mask, self._checks[before:], values))
+        del self._checks[before:]
+        return chosen
+
+    def _ctc_loss(
+        self,
+        log_probs: torch.Tensor,
+        targets: torch.Tensor,
+        input_lengths: Any,
+        target_lengths: Any,
+        blank: int = 0,
+        reduction: str | int = "mean",
+        zero_infinity: bool = False,
+    ) -> torch.Tensor | None:
+        """The loss by an operator of static shapes; None where torch's own has to do."""
+        lengths = input_lengths, target_lengths
+        if log_probs.ndim != 3 or not all(isinstance(n, torch.Tensor) for n in lengths):
+            return None
+        rows = targets if targets.ndim == 2 else self._rows(targets, target_lengths)
+        if rows is None:
+            return None
+        losses: torch.Tensor = ctc_losses(
+            log_probs, rows, input_lengths, target_lengths, blank, zero_infinity
+        )
+        if reduction in ("mean", 1):
+            mean: torch.Tensor = (losses / target_lengths.clamp_min(1)).mean()
+            return mean
+        return losses.sum() if reduction in ("sum", 2) else losses
+
+    def _rows(self, targets: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
+        """Targets that a mask chose, one row for each sample, with what was not chosen behind them."""
+        for made in self._found:
+            if made.values is None or made.places[0] is not targets or made.mask.ndim != 2:
+                continue
+            agree = (made.mask.sum(1) == lengths).all()
+            if self.answer("__bool__", agree, partial(bool, agree)):
+                made.written = True
+                order = torch.argsort((~made.mask).to(torch.int8), dim=1, stable=True)
+                return made.values.gather(1, order).clamp_min(0)
+        return None
+
     def _mask_of(self, index: Any, value: Any) -> torch.Tensor | None:
         """The mask that an index was found with, where one number is written to all its places."""
         index = index if isinstance(index, tuple) else (index,)
         if not isinstance(value, (bool, int, float)):
             return None
         for made in self._found:
-            if len(index) == len(made.places) and all(map(operator.is_, index, made.places)):
+            if (
+                made.values is None
+                and len(index) == len(made.places)
+                and all(map(operator.is_, index, made.places))
+            ):
                 made.written = True
                 return made.mask
         return None

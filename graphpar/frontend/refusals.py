@@ -2,6 +2,7 @@
 
 - Modules of torch.jit, and lazy ones that have no shapes yet.
 - Arguments that are objects with tensors inside, such as a cache: a model may write to them.
+  Modules, functions, generators, arrays.
 - Gradient hooks: a graph keeps the forward; what a hook does to gradients would be lost.
 - Weights of NaN are said.
 - `torch.func.grad` and its like, which torch.export records with what they differentiate held constant.
@@ -10,8 +11,10 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -19,9 +22,17 @@ from torch.nn.parameter import is_lazy
 from graphpar.errors import CaptureError
 from graphpar.frontend.frames import blame, running
 from graphpar.frontend.objects import plain_objects
-from graphpar.frontend.torch_private import functional_gradients_call, has_gradient_hook
+from graphpar.frontend.torch_private import flatten, functional_gradients_call, has_gradient_hook
 
 _log = logging.getLogger("graphpar.capture")
+_NO_ARGUMENTS: tuple[tuple[Any, str], ...] = (
+    (nn.Module, "make it a submodule of the model, so that its weights are the model's"),
+    (np.ndarray, "torch.from_numpy(array)"),
+    (torch.Generator, "None, or leave it out: a job keys its numbers by Training(seed=)"),
+    ((set, frozenset, Iterator), "a tuple or a list"),
+    ((FunctionType, MethodType, BuiltinFunctionType), "keep the function in an attribute of the model"),
+)
+"""Kinds of arguments that torch.export refuses without a name, or takes and cannot follow."""
 
 
 def refuse_unready(model: nn.Module) -> None:
@@ -62,9 +73,16 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def refuse_object_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """
     Raises:
-        CaptureError: An argument is a plain object that holds tensors; names it.
+        CaptureError: An argument is, or holds, what no graph can take; names it.
     """
-    for name, value in (*((f"number {i}", a) for i, a in enumerate(args)), *kwargs.items()):
+    for name, value in (*((f"args[{i}]", a) for i, a in enumerate(args)), *kwargs.items()):
+        for leaf in flatten(value)[0]:
+            for kinds, remedy in _NO_ARGUMENTS:
+                if isinstance(leaf, kinds):
+                    raise CaptureError(
+                        f"Argument {name} is or contains a {type(leaf).__name__}, which a graph cannot "
+                        f"take. What to try: {remedy}."
+                    )
         for found in plain_objects(value):
             raise CaptureError(
                 f"Argument {name} is or contains a {type(found).__name__}, an object that holds tensors. "

@@ -251,6 +251,51 @@ def test_a_plain_argument_that_changes_is_named() -> None:
         signature.bind((X, torch.tensor(2.0)), {"mode": "a"})
 
 
+class Takes(nn.Module):
+    """Uses whatever it is given."""
+
+    def __init__(self, own: nn.Module | None = None) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor, other: Any = None) -> Tensor:
+        if isinstance(other, torch.Generator):
+            return x * torch.rand(x.shape, generator=other)
+        if isinstance(other, np.ndarray):
+            other = torch.as_tensor(other).sum()
+        if isinstance(other, (set, tuple)):
+            other = torch.tensor(max(other))
+        if isinstance(other, Tensor):
+            return x * other
+        module: Any = other or self.own
+        result: Tensor = x * torch.rand(x.shape, generator=None) if module is None else module(x)
+        return result
+
+
+ONES = np.ones((1, 4), np.float32)
+NO_ARGUMENTS: tuple[tuple[Any, str, Callable[[], tuple[nn.Module, Any]]], ...] = (
+    (torch.Generator(), "Generator.*None", lambda: (Takes(), None)),
+    (nn.Linear(4, 4), "Linear.*submodule", lambda: (Takes(nn.Linear(4, 4)), None)),
+    (torch.sin, "builtin_function.*attribute of the model", lambda: (Takes(nn.Tanh()), None)),
+    (ONES, r"ndarray.*torch.from_numpy\(array\)", lambda: (Takes(), torch.from_numpy(ONES))),
+    ({1, 2}, "set.*a tuple or a list", lambda: (Takes(), (1, 2))),
+)
+
+
+@pytest.mark.parametrize(("given", "why", "remedy"), NO_ARGUMENTS, ids=lambda x: type(x).__name__)
+def test_arguments_that_no_graph_takes_are_named_with_a_remedy_that_works(
+    given: Any, why: str, remedy: Callable[[], tuple[nn.Module, Any]]
+) -> None:
+    for args, kwargs, name in (((X, given), {}, r"args\[1\]"), ((X,), {"other": [given]}, "other")):
+        with pytest.raises(CaptureError, match=f"Argument {name} is or contains a {why}"):
+            capture(Takes(), args, kwargs)
+    model, other = remedy()
+    captured = capture(model, (X, other), {})
+    assert not captured.unsplittable
+    with pytest.raises(ValueError, match=r"captured with arguments of the structure .* called with"):
+        captured.signature.bind((X, {"a": 1}), {})
+
+
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_settings_around_the_capture_do_not_enter_the_graph(around: Any) -> None:
     def without(s: Calls, h: Tensor, y: Tensor) -> Tensor:
