@@ -36,6 +36,7 @@ from graphpar.cluster import Cluster
 from graphpar.partition.types import Replica
 from graphpar.preparation import lower, prepare
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.optimizers import Recipe
 from graphpar.runtime.program import WorkerSetup
 from graphpar.runtime.reference import whole_on_one_device
 from graphpar.runtime.slices import take
@@ -136,7 +137,7 @@ def worker_of(lowered: Lowered, model: nn.Module, rank: int) -> Worker:
         rank=rank, world_size=MEMBERS, device="cpu", threads=1, slowdown=1.0, links=(),
         groups=lowered.groups, seed=0, max_grad_norm=None,
     )  # fmt: skip
-    return Worker(setup, Weights(tensors), lowered.trained, sgd, range(MEMBERS))
+    return Worker(setup, Weights(tensors), lowered.trained, Recipe(sgd), range(MEMBERS))
 
 
 def work(rank: int, name: str, size: Size, rounds: int, port: int, folder: str) -> None:

@@ -35,6 +35,20 @@ class OptimizerTraits:
         return self.elementwise and self.separable
 
 
+def refuse_foreign_parameters(optimizer: torch.optim.Optimizer, given: Iterable[nn.Parameter]) -> None:
+    """
+    Raises:
+        ValueError: The optimiser holds a parameter that the user's function was not given.
+    """
+    known = set(map(id, given))
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "Training(optimizer=...) made an optimiser of parameters that it was not given, such as "
+            "model.parameters(): those are copies here, and training them would change nothing. Take the "
+            "parameters from its argument: lambda p: torch.optim.AdamW(p, lr=1e-3)."
+        )
+
+
 def joining_optimizer(train: Training | None) -> str:
     """The name of an optimiser whose step on one parameter depends on the others; else empty."""
     traits = optimizer_traits(train.optimizer) if train is not None else None

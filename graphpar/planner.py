@@ -30,7 +30,12 @@ from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.format_remedies import with_format_remedies
 from graphpar.local_timing import Example, Timings
-from graphpar.optimizer_probe import NEEDS_CLOSURE, joining_optimizer, optimizer_traits
+from graphpar.optimizer_probe import (
+    NEEDS_CLOSURE,
+    joining_optimizer,
+    optimizer_traits,
+    refuse_foreign_parameters,
+)
 from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
@@ -371,6 +376,7 @@ def optimizer_state(train: Training) -> float:
     optimizer = None
     try:
         optimizer = train.optimizer([parameter])
+        refuse_foreign_parameters(optimizer, [parameter])
         optimizer.step()
     except Exception as error:
         if isinstance(optimizer, NEEDS_CLOSURE):

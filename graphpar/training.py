@@ -1,6 +1,6 @@
 """What training needs to know besides the model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -9,6 +9,7 @@ from graphpar.partition.settings import ScheduleWish
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,12 @@ class Training:
     """How to train.
 
     Attributes:
-        optimizer: Called on every rank with the rank's parameters; makes the optimiser.
+        optimizer: Called on every rank with the rank's parameters; makes the optimiser. What it makes of
+            a parameter must follow from the parameter alone, for each rank holds other ones.
+        scheduler: Called with that optimiser; makes a learning-rate scheduler, which steps after each
+            step of the job. `load` brings it to the checkpoint's step.
+        settings: Called with a parameter's name and the parameter, without its values; gives settings
+            of the optimiser for this one, such as `{"weight_decay": 0.0}`, or nothing.
         loss: None when the model returns its loss (a scalar, or `.loss`); otherwise
             `loss(output, target)`, the target being the last positional argument of `step`.
         max_grad_norm: Clip gradients by their global norm.
@@ -40,6 +46,8 @@ class Training:
     schedule: ScheduleWish = "auto"
     zero: Literal[0, 1] = 0
     seed: int = 0
+    scheduler: "Callable[[Optimizer], LRScheduler] | None" = None
+    settings: "Callable[[str, nn.Parameter], Mapping[str, Any] | None] | None" = None
 
     def __post_init__(self) -> None:
         if not callable(self.optimizer):
@@ -47,6 +55,10 @@ class Training:
                 f"Training(optimizer=...) must be a callable that makes an optimiser from parameters, "
                 f"such as lambda p: torch.optim.AdamW(p, lr=3e-4); got {self.optimizer!r}."
             )
+        for name in ("loss", "scheduler", "settings"):
+            given = getattr(self, name)
+            if given is not None and not callable(given):
+                raise ValueError(f"Training({name}=...) must be a function, not {given!r}.")
         if self.microbatches != "auto" and self.microbatches < 1:
             raise ValueError(f"Training(microbatches=...) must be at least 1, not {self.microbatches}.")
         if self.schedule not in get_args(ScheduleWish):

@@ -24,6 +24,7 @@ from graphpar.preparation import Prepared, lower
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.local import LocalWorkers
+from graphpar.runtime.optimizers import Recipe
 from graphpar.runtime.passes import Spent
 from graphpar.runtime.prologue import Prologue
 from graphpar.runtime.reference import whole_on_one_device
@@ -83,7 +84,7 @@ class TrialModel:
         whole = self._lowered(_alone(self.prepared, self.precision))
         (start,) = rank_starts(cluster, self.train, whole, Weights(self._tensors))
         starts = [replace(start, setup=msgspec.structs.replace(start.setup, device=self.device))]
-        optimizer = bytes(cloudpickle.dumps(self.train.optimizer)) if self.train else b""
+        optimizer = bytes(cloudpickle.dumps(Recipe.of(self.train))) if self.train else b""
         workers = LocalWorkers(starts, whole.trained, optimizer)
         with contextlib.closing(workers):
             units = self._lowered(_unit_by_unit(_alone(self.prepared, self.precision)))

@@ -20,6 +20,7 @@ from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference
+from graphpar.runtime.optimizers import on_one_device
 from graphpar.runtime.reference import EagerModel, OneDevice, draws_at_random, whole_on_one_device
 from graphpar.training import Training
 from graphpar.view.notebook import preformatted
@@ -228,7 +229,7 @@ def train_on_one_device(
     steps: int,
 ) -> Iterable[float]:
     """Losses of optimiser steps on one device."""
-    optimizer = train.optimizer(reference.parameters)
+    optimizer, scheduler = on_one_device(train, reference.trained)
     for step in range(steps):
         (loss,) = reference.forward(args, kwargs, step)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -236,6 +237,8 @@ def train_on_one_device(
             nn.utils.clip_grad_norm_(reference.parameters, train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
         yield float(loss.detach())
 
 

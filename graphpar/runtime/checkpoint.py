@@ -23,12 +23,12 @@ import torch
 
 from graphpar.errors import RunError
 from graphpar.runtime.pieces import joined
+from graphpar.runtime.plain import Plain, plain
 from graphpar.runtime.program import Slice
 from graphpar.runtime.tensor_files import Stored, find_tensors, read_tensor, write_tensors
 
 MANIFEST, INDEX = "manifest.json", "model.safetensors.index.json"
 FORMAT, VERSION = "graphpar-checkpoint", 1
-Plain = bool | int | float | str | None | list[Any]
 
 
 class ParameterState(msgspec.Struct, frozen=True):
@@ -77,7 +77,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Restored(msgspec.Struct, frozen=True):
-    """What one rank is to read: its tensors, and for each parameter the optimiser's state."""
+    """What one rank is to read: its tensors, for each parameter the optimiser's state, and the step."""
 
     model: dict[str, Stored]
     optimizer: dict[str, ParameterState]
@@ -85,6 +85,7 @@ class Restored(msgspec.Struct, frozen=True):
     scaler: tuple[float, int] | None = None
     slices: dict[str, Slice] = {}
     state_slices: dict[str, Slice] = {}
+    step: int = 0
 
     def optimizer_tensors(self, label: str) -> dict[str, torch.Tensor]:
         """What the optimiser kept of a parameter; of the parameter's shape is what is sliced like it."""
@@ -122,7 +123,7 @@ def write_part(
         if label not in apart:
             held.update({f"{label}:{key}": value for key, value in inside.items()})
         values = {key: value for key, value in state.items() if key not in inside}
-        states[label] = ParameterState(_plain(values), tuple(inside), _plain(settings))
+        states[label] = ParameterState(plain(values), tuple(inside), plain(settings))
     whole = {label: tensor for label, tensor in tensors.items() if label not in apart}
     if whole:
         write_tensors(Path(folder) / f"model-{rank:05d}.safetensors", whole)
@@ -161,19 +162,6 @@ def restore_optimizer(
                 packed["state"][number] = {**restored.optimizer[name].values, **tensors}
     packed["state"] = {number: state for number, state in packed["state"].items() if state}
     optimizer.load_state_dict(packed)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Plain]:
-    """What JSON can hold; a single number in a tensor is that number, anything else is left out."""
-    kept: dict[str, Plain] = {}
-    for key, value in values.items():
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if value is None or isinstance(value, (bool, int, float, str)):
-            kept[key] = value
-        elif isinstance(value, (tuple, list)) and all(isinstance(v, (bool, int, float)) for v in value):
-            kept[key] = list(value)
-    return kept
 
 
 def free_place(path: str | os.PathLike[str]) -> Path:
@@ -424,4 +412,5 @@ def restored_for(
         manifest.scaler,
         {label: slices[label] for label in wanted if label in slices},
         {label: state_slices[label] for label in wanted if label in state_slices},
+        manifest.step,
     )

@@ -34,6 +34,7 @@ from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.loaded import Loaded, with_own_constants
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import check_inputs, inputs_of_rank, merge_results
+from graphpar.runtime.optimizers import Recipe
 from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Part, StepReport, in_part
 from graphpar.runtime.prologue import Prologue
@@ -121,15 +122,15 @@ class CompiledModel(JobState):
             starts = rank_starts(
                 subject.cluster, subject.training, lowered, weights, measures_norm=measured
             )
-            factory = subject.training.optimizer if subject.training else None
-            session.begin(starts, lowered.trained, factory)
+            session.begin(starts, lowered.trained, Recipe.of(subject.training))
             return cls(subject, plan, session, lowered, weights)
         plan = decide()
         lowered = subject.lower(subject.graph, plan.partition, None)
         measured = plan.error_budget is not None
         refuse_foreign_devices(subject.cluster, lowered)
         weights = subject.find_weights()
-        pickled = _pickle(subject.training.optimizer) if subject.training else b""
+        recipe = Recipe.of(subject.training)
+        pickled = _pickle(recipe) if recipe else b""
         starts = rank_starts(subject.cluster, subject.training, lowered, weights, measures_norm=measured)
         workers = LocalWorkers(starts, lowered.trained, pickled)
         return cls(subject, plan, workers, lowered, weights)
@@ -397,12 +398,13 @@ def _form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     return str(spec), tuple(plain)
 
 
-def _pickle(factory: Callable[..., torch.optim.Optimizer]) -> bytes:
-    """The optimiser factory for workers in other processes."""
+def _pickle(recipe: Recipe) -> bytes:
+    """The user's functions for workers in other processes."""
     try:
-        return bytes(cloudpickle.dumps(factory))
+        return bytes(cloudpickle.dumps(recipe))
     except Exception as error:
+        what = "optimizer=..., scheduler" if recipe.scheduler else "optimizer"
         raise ValueError(
-            f"Training(optimizer=...) cannot be sent to the workers: {error}. Make it a function or a "
+            f"Training({what}=...) cannot be sent to the workers: {error}. Make it a function or a "
             "lambda that refers to nothing but modules and plain values."
         ) from error

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from graphpar.runtime.plain import Plain
 from graphpar.schedule import Action
 
 WHOLE = "whole"
@@ -138,6 +139,8 @@ class WorkerSetup(msgspec.Struct, frozen=True):
         measures_norm: Whether the first step reports the norm of all gradients.
         shards: Parameters of which the rank steps some rows alone, with these rows.
         shard_groups: The group of replicas that divides them.
+        own_settings: Settings of the optimiser that the user gave by a parameter's name.
+        settings: For the rank's parameters all settings that an optimiser of the whole model has.
         store: Path of the rendezvous file of a local job.
         path: The driver's `sys.path`, so that the optimiser factory finds the user's modules.
     """
@@ -155,6 +158,8 @@ class WorkerSetup(msgspec.Struct, frozen=True):
     measures_norm: bool = False
     shards: dict[str, Slice] = {}
     shard_groups: dict[str, int] = {}
+    own_settings: dict[str, dict[str, Plain]] = {}
+    settings: dict[str, str] = {}
     store: str = ""
     path: tuple[str, ...] = ()
 

@@ -70,7 +70,8 @@ class OneDevice:
         for name, tensor in (*model.named_buffers(), *model.named_parameters(remove_duplicate=False)):
             copied = tensor.detach().clone()
             self.tensors[name] = nn.Parameter(copied) if name in trained else copied
-        self.parameters = [p for p in self.tensors.values() if isinstance(p, nn.Parameter)]
+        self.trained = {n: p for n, p in self.tensors.items() if isinstance(p, nn.Parameter)}
+        self.parameters = list(self.trained.values())
         self._context = StepContext(seed=seed)
         cpu = torch.device("cpu")
         self._builder = StageBuilder(graph, 0, self.tensors, cpu, self._context)
@@ -110,7 +111,8 @@ class EagerModel:
         self.model = copy.deepcopy(model)
         self._loss = training.loss if training else None
         self._training = training is not None
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         if training is None:
             self.model.eval()
 

@@ -8,6 +8,7 @@ from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
 from graphpar.ir.formats import base_format
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.optimizers import Intended
 from graphpar.runtime.program import EmulatedLink, WorkerSetup
 from graphpar.runtime.weights import Weights
 from graphpar.runtime.workers import RankStart
@@ -22,11 +23,17 @@ def rank_starts(
     *,
     measures_norm: bool = False,
 ) -> list[RankStart]:
-    """What each rank of a job starts with, in rank order."""
+    """What each rank of a job starts with, in rank order.
+
+    Raises:
+        ValueError: The optimiser is not made of what it is given.
+    """
     names = lowered.partition.used_devices
+    intended = Intended.of(training, *_trained(lowered)) if training is not None else Intended({}, {})
     starts = []
     for rank, (name, placement) in enumerate(zip(names, lowered.placements, strict=True)):
         device = cluster.device(name)
+        own_settings, settings = intended.part(placement.labels)
         setup = WorkerSetup(
             rank=rank,
             world_size=len(names),
@@ -41,10 +48,21 @@ def rank_starts(
             scales_loss=training is not None and _uses_float16(lowered),
             shards=dict(lowered.shards[rank]),
             shard_groups={la: lowered.groups.index(lowered.divided[rank]) for la in lowered.shards[rank]},
+            own_settings=own_settings,
+            settings=settings,
         )
         own = tensors.part(placement.labels, placement.slices)
         starts.append(RankStart(name, setup, own))
     return starts
+
+
+def _trained(lowered: Lowered) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    """Shapes and number formats of all trained parameters by label, in the model's order."""
+    types = {str(op.args[0]): op.type for op in lowered.graphs[0].sources("parameter")}
+    shapes = {
+        la: tuple(size for size in types[la].shape if isinstance(size, int)) for la in lowered.trained
+    }
+    return shapes, {label: getattr(torch, types[label].dtype) for label in shapes}
 
 
 def _uses_float16(lowered: Lowered) -> bool:

@@ -17,10 +17,10 @@ from graphpar.runtime.checkpoint import Part, Restored
 from graphpar.runtime.executor import StepResult
 from graphpar.runtime.local import read_step
 from graphpar.runtime.messages import Message, pack, raw_bytes, unpack
+from graphpar.runtime.optimizers import Recipe
 from graphpar.runtime.program import RankProgram, encode
 from graphpar.runtime.worker import (
     COLLECTIVE_TIMEOUT,
-    OptimizerFactory,
     Worker,
     step_message,
 )
@@ -157,7 +157,7 @@ class TorchrunWorkers:
         self,
         starts: Sequence[RankStart],
         trained: Sequence[str],
-        factory: OptimizerFactory | None,
+        recipe: Recipe | None,
     ) -> None:
         """Set up this process's rank, if it has work; all processes make the groups together."""
         self._rank_of = [self._processes[start.device_name] for start in starts]
@@ -169,7 +169,7 @@ class TorchrunWorkers:
         start = starts[self._rank_of.index(mine)]
         torch.set_num_threads(start.setup.threads)
         atexit.register(self.close)
-        self._worker = Worker(start.setup, start.tensors, trained, factory, self._rank_of)
+        self._worker = Worker(start.setup, start.tensors, trained, recipe, self._rank_of)
 
     # --- the Workers protocol ---
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,7 @@ from graphpar.runtime.clocks import work_clock
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.messages import Message, receive, send
+from graphpar.runtime.optimizers import Recipe, made_as_intended
 from graphpar.runtime.passes import Passes
 from graphpar.runtime.player import Player
 from graphpar.runtime.profiling import profiled
@@ -38,7 +39,6 @@ from graphpar.runtime.user_ops import load_code
 from graphpar.runtime.weights import Origin, Weights
 from graphpar.runtime.zero import Shards
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A peer silent for this long is lost; deaths are noticed at once by other means."""
 ALL_RANKS = 0
@@ -52,7 +52,7 @@ class Worker:
         setup: What the rank needs once.
         tensors: Its parameters, buffers and constants by label.
         trained: Labels of the parameters to train, in the model's order.
-        factory: Makes the optimiser; None when nothing is trained.
+        recipe: Makes the optimiser; None when nothing is trained.
         ranks: For each rank of the job its rank in the process group.
     """
 
@@ -61,7 +61,7 @@ class Worker:
         setup: WorkerSetup,
         tensors: Weights,
         trained: Sequence[str],
-        factory: OptimizerFactory | None,
+        recipe: Recipe | None,
         ranks: Sequence[int],
     ) -> None:
         self.setup = setup
@@ -74,8 +74,9 @@ class Worker:
         self.trained = tuple(label for label in trained if label in self.tensors)
         self.transport = Transport(self.device, ranks, setup.groups, setup.links)
         self.shards = Shards(self.tensors, setup.shards, setup.shard_groups, self.transport)
-        parameters = [self._parameter(label) for label in self.trained]
-        self.optimizer = factory(parameters) if factory is not None and parameters else None
+        self._recipe = recipe
+        self.optimizer = self._fresh_optimizer()
+        self.scheduler = recipe.scheduled(self.optimizer) if recipe and self.optimizer else None
         self.pace = Pace(setup.slowdown, setup.threads)
         self.executors: dict[str, Executor] = {}
         self.passes: dict[str, Passes] = {}
@@ -85,6 +86,14 @@ class Worker:
         self._skipped = False
         self._wants_norm = False
         self._player: Player | None = None
+
+    def _fresh_optimizer(self) -> torch.optim.Optimizer | None:
+        """A new optimiser of the rank's parameters, where there is something to train."""
+        if self._recipe is None:
+            return None
+        parameters = {label: self._parameter(label) for label in self.trained}
+        setup = self.setup
+        return made_as_intended(self._recipe, parameters, setup.own_settings, setup.settings)
 
     def install(self, name: str, program: RankProgram) -> None:
         """Make a program ready to run under a name."""
@@ -215,8 +224,21 @@ class Worker:
         if self.optimizer is not None:
             labels = {id(self._parameter(label)): label for label in self.trained}
             restore_optimizer(self.optimizer, labels, restored)
+            self._restore_schedule(restored.step)
         if self.scaler is not None and restored.scaler is not None:
             self.scaler.scale, self.scaler.good_steps = restored.scaler
+
+    def _restore_schedule(self, step: int) -> None:
+        """With a scheduler the settings are those of the user's functions after so many steps."""
+        if self.optimizer is None or self._recipe is None or self.scheduler is None:
+            return
+        fresh = self._fresh_optimizer()
+        assert fresh is not None
+        for group, as_made in zip(self.optimizer.param_groups, fresh.param_groups, strict=True):
+            members = group["params"]
+            group.clear()
+            group.update({**as_made, "params": members})
+        self.scheduler = self._recipe.scheduled(self.optimizer, step)
 
     def gradients(self, labels: Iterable[str]) -> dict[str, torch.Tensor]:
         """Gradients of the last step by label, where they were kept."""
@@ -248,6 +270,8 @@ class Worker:
             self.lower_weights.forget()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def _unscale(self, program: RankProgram, scaler: LossScaler) -> bool:
         """Take the scale off all gradients; False where one overflowed, on whichever rank."""
@@ -327,11 +351,11 @@ def _set_up(command: Message) -> Worker:
     torch.set_num_threads(setup.threads)
     meet_on_this_machine(setup.store, setup.rank, setup.world_size, COLLECTIVE_TIMEOUT)
     pickled = command.data["optimizer"]
-    factory = cloudpickle.loads(pickled) if pickled else None
+    recipe = cloudpickle.loads(pickled) if pickled else None
     init = cloudpickle.loads(command.data["init"]) if command.data["init"] else None
     origins = msgspec.convert(command.data["origins"], dict[str, Origin])
     weights = Weights(dict(command.tensors), origins, init)
-    return Worker(setup, weights, command.data["trained"], factory, range(setup.world_size))
+    return Worker(setup, weights, command.data["trained"], recipe, range(setup.world_size))
 
 
 def _answer(worker: Worker, command: Message) -> Message:
