@@ -17,6 +17,7 @@ Short form, one node of this machine: `devices: [{kind: cpu, count: 2}]`, with a
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class LinkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     kind: str = ""
     bytes_per_s: float | None = None
     latency_s: float | None = None
+
+
+MOST_DEVICES = 100_000
+"""More than any plan could use; what stands for more is a slip, and would take the memory."""
 
 
 class PairSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -125,6 +130,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ClusterError(f"Cannot read the cluster file {path}: {error}") from error
     try:
+        node = yaml.compose(text, _UniqueKeyLoader)
+        _refuse_size(node, path)
         content = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ClusterError(f"The cluster file {path} is no valid YAML: {error}") from error
@@ -134,6 +141,32 @@ def read_file(path: str | Path) -> dict[str, Any]:
             "`devices` should stand."
         )
     return content
+
+
+def _refuse_size(root: yaml.Node | None, path: str | Path) -> None:
+    """
+    Raises:
+        ClusterError: References to anchors make more entries of the file than any cluster has.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, inside: frozenset[int]) -> int:
+        if id(node) in inside:
+            line = node.start_mark.line + 1
+            raise ClusterError(f"The cluster file {path} refers to itself in line {line}.")
+        if id(node) not in sizes:
+            parts = [node.value] if isinstance(node, yaml.ScalarNode) else node.value
+            children = [c for p in parts for c in (p if isinstance(p, tuple) else (p,))]
+            here = inside | {id(node)}
+            sizes[id(node)] = 1 + sum(size(c, here) for c in children if isinstance(c, yaml.Node))
+        return sizes[id(node)]
+
+    entries = size(root, frozenset()) if root is not None else 0
+    if entries > MOST_DEVICES:
+        raise ClusterError(
+            f"The cluster file {path} stands for {entries} entries, most of them by reference to "
+            "anchors; give each device group once, with its `count`."
+        )
 
 
 def parse(data: Mapping[str, Any], where: str = "cluster") -> ClusterSpec:
@@ -150,11 +183,22 @@ def parse(data: Mapping[str, Any], where: str = "cluster") -> ClusterSpec:
         # Not strict because YAML reads 12.5e9 (no sign in the exponent) as text.
         spec = msgspec.convert(_plain(data), form, strict=False)
     except msgspec.ValidationError as error:
-        raise ClusterError(f"In the {where}: {error}. {_keys_hint(form)}") from error
+        raise ClusterError(f"In the {where}: {error}. {_unit_hint(error)}{_keys_hint(form)}") from error
     if isinstance(spec, _LocalSpec):
         spec = ClusterSpec((NodeSpec(LOCAL_NODE, spec.devices, link=spec.link),))
     _check(spec, where)
     return spec
+
+
+_UNITS = re.compile(r"(?P<key>\w+_(?:bytes|bytes_per_s|flops_per_s|s|w)|bytes_per_s)`?$")
+
+
+def _unit_hint(error: msgspec.ValidationError) -> str:
+    """How a number with its unit in the key is written, where text stands instead."""
+    found = _UNITS.search(str(error))
+    if found is None or "got `str`" not in str(error):
+        return ""
+    return f"{found['key']} is a plain number in the unit of its name (16e9, not 16 GB). "
 
 
 def _keys_hint(form: type) -> str:
@@ -205,6 +249,8 @@ def _check_node(node: NodeSpec, place: str) -> None:
     for index, group in enumerate(groups(node)):
         at = f"{place}.devices" + ("" if isinstance(node.devices, DeviceSpec) else f"[{index}]")
         _check_whole(group.count, f"{at}.count")
+        if group.count > MOST_DEVICES:
+            raise ClusterError(f"{at}.count is {group.count}; it must be at most {MOST_DEVICES}.")
         _check_whole(group.threads, f"{at}.threads")
         _positive(group.slowdown, f"{at}.slowdown")
         if group.slowdown < 1:

@@ -9,6 +9,7 @@ from torch import nn
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
+from graphpar.errors import ClusterError
 from graphpar.frontend.refusals import warn_of_bad_weights
 from graphpar.hf_models import hf_buffers
 from graphpar.local_timing import Example
@@ -222,9 +223,18 @@ def subject_of(
 
 
 def as_cluster(cluster: ClusterLike) -> Cluster:
-    """A cluster from whatever describes it."""
+    """A cluster from whatever describes it.
+
+    Raises:
+        ClusterError: It describes none.
+    """
     if isinstance(cluster, Cluster):
         return cluster
     if isinstance(cluster, Mapping):
         return Cluster.from_dict(cluster)
+    if not isinstance(cluster, (str, os.PathLike)):
+        raise ClusterError(
+            f"cluster= takes a Cluster, a dict or the path of a cluster file, not {cluster!r}. "
+            "graphpar.Cluster.local() describes this machine."
+        )
     return Cluster.load(cluster)

@@ -86,6 +86,18 @@ def _check_weights_fit(spec: str, seq_len: int) -> None:
         )
 
 
+def _import_advice(spec: str) -> str:
+    """
+    >>> _import_advice("models/gpt.py:build")
+    'give the name of the module, not of its file: models.gpt:build'
+    """
+    module, _, factory = spec.partition(":")
+    if module.endswith(".py"):
+        name = module.removesuffix(".py").replace("/", ".").strip(".")
+        return f"give the name of the module, not of its file: {name}:{factory}"
+    return "run in the folder that holds it, or install it"
+
+
 def _load_factory(
     spec: str, module_name: str, factory_name: str, batch_size: int, seq_len: int, train: bool
 ) -> LoadedModel:
@@ -95,7 +107,7 @@ def _load_factory(
         except ImportError as error:
             raise ValueError(
                 f"MODEL {spec!r}: module {module_name} cannot be imported: {error}; "
-                "run in the folder that holds it, or install it"
+                f"{_import_advice(spec)}"
             ) from error
         factory = getattr(module, factory_name, None)
         if factory is None:

@@ -83,6 +83,8 @@ def prepare(
     """Capture a model for training or inference and cut it into units."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
+    if train is not None and not isinstance(train, Training):
+        raise ValueError(f"train= takes graphpar.Training(optimizer=...), not {train!r}.")
     if train is None:
         captured = capture(model, args, kwargs, loss=None, training=False)
     else:

@@ -212,6 +212,17 @@ def test_what_is_refused_says_where_and_why(data: dict[str, Any], message: str) 
         ("nodes: [", "no valid YAML"),
         ("- 1", "a mapping"),
         ("devices: [{kind: cpu, kind: t4}]", "'kind' is given twice"),
+        ("devices: [{kind: cpu, memory_bytes: 16 GB}]", "memory_bytes is a plain number.*not 16 GB"),
+        ("devices: [{kind: cpu, count: 100000000}]", "count is 100000000; it must be at most"),
+        ("devices: &d [*d]", "refers to itself in line 1"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{k}: &{k} [{', '.join([f'*{j}'] * 8)}]\n"
+                for j, k in zip("abcdef", "bcdefg", strict=True)
+            ),
+            "stands for [0-9]+ entries",
+        ),
     ],
 )
 def test_damaged_files(tmp_path: Path, text: str, message: str) -> None:

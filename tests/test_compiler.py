@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,20 @@ def test_wrong_arguments_are_value_errors() -> None:
         graphpar.plan(lambda x: x, CPUS, batch)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="optimiser"):
         graphpar.plan(small_gpt(), CPUS, batch, train=Training(optimizer=broken_factory))
+
+
+@pytest.mark.parametrize("given", [None, [{"kind": "cpu"}]])
+def test_what_is_no_cluster_is_told(given: Any) -> None:
+    with pytest.raises(graphpar.ClusterError, match=r"cluster= takes .*Cluster.local"):
+        graphpar.plan(torch.nn.Linear(2, 2), given, (torch.randn(2, 2),))
+
+
+def test_what_is_no_training_is_told() -> None:
+    given: Any = True
+    with pytest.raises(ValueError, match=r"train= takes graphpar.Training\(optimizer=...\), not True"):
+        graphpar.plan(
+            torch.nn.Linear(2, 2), {"devices": [{"kind": "cpu"}]}, (torch.randn(2, 2),), train=given
+        )
 
 
 def test_devices_elsewhere_need_torchrun() -> None:

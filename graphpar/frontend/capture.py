@@ -13,7 +13,7 @@ from graphpar.frontend.convert import Converted, Literal
 from graphpar.frontend.fold import LEAST_BLOCKS, Exporter
 from graphpar.frontend.frames import blame
 from graphpar.frontend.objects import closed
-from graphpar.frontend.refusals import refuse_object_inputs
+from graphpar.frontend.refusals import refuse_object_inputs, refuse_unready
 from graphpar.frontend.torch_private import TreeSpec, flatten, unflatten
 from graphpar.frontend.unify import Mismatch, unify
 from graphpar.ir.graph import Graph
@@ -178,6 +178,7 @@ def capture(
         CaptureError: Names the user's module, file and line, why, and what to try.
     """
     _check_call(args, kwargs)
+    refuse_unready(model)
     refuse_object_inputs(args, kwargs)
     leaves, spec = flatten((tuple(args), dict(kwargs)))
     leaves = [_plain(x) for x in leaves]

@@ -48,7 +48,8 @@ _ADVICE = (
      "build model and example inputs on the same device"),
     (r"missing \d+ required|unexpected keyword|takes \d+ positional",
      "the example arguments do not match the model's forward signature",
-     "pass the example batch as args=(...) and kwargs={...} exactly as you would call the model"),
+     "pass the example batch as args=(...) and kwargs={...} exactly as you would call the model; a "
+     "target that the model does not take goes last in args, and Training(loss=...) takes it"),
     (r"shapes? cannot be multiplied|same reduction dim|size mismatch|must match the size|Expected.*dim",
      "the example batch does not fit the model",
      "run model(*args, **kwargs) once on its own; it should fail at the same line"),

@@ -94,11 +94,26 @@ class Traced(nn.Module):
 
     def _result(self, args: Any, kwargs: Any) -> Any:
         if callable(self.loss):
-            return self.loss(self.model(*args[:-1], **kwargs), args[-1])
+            return checked_loss(self.loss(self.model(*args[:-1], **kwargs), args[-1]))
         result = self.model(*args, **kwargs)
         if self.loss is None:
             return opened(result)
         return find_loss(result)
+
+
+def checked_loss(loss: Any) -> torch.Tensor:
+    """What the user's loss function returned.
+
+    Raises:
+        CaptureError: It is no scalar tensor.
+    """
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        advice = "its mean, say" if isinstance(loss, torch.Tensor) else "without float() or item()"
+        raise CaptureError(
+            f"Training(loss=...) returned {_describe(loss)}. It must return a tensor of one number: "
+            f"{advice}."
+        )
+    return loss
 
 
 def find_loss(result: Any) -> torch.Tensor:

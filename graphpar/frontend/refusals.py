@@ -1,6 +1,7 @@
 """What torch.export cannot take, or would drop or freeze without a word, refused by name.
 
-- Modules of torch.jit, and lazy ones that have no shapes yet.
+- Modules of torch.jit, lazy ones that have no shapes yet, tensors that are not dense or for inference
+  alone.
 - Arguments that are objects with tensors inside, such as a cache: a model may write to them.
   Modules, functions, generators, arrays.
 - Gradient hooks: a graph keeps the forward; what a hook does to gradients would be lost.
@@ -38,7 +39,8 @@ _NO_ARGUMENTS: tuple[tuple[Any, str], ...] = (
 def refuse_unready(model: nn.Module) -> None:
     """
     Raises:
-        CaptureError: A submodule was made by torch.jit, or a tensor has no shape yet; names it.
+        CaptureError: A submodule was made by torch.jit, or a tensor has no shape yet, is not dense, or
+            was made under torch.inference_mode; names it.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -51,6 +53,17 @@ def refuse_unready(model: nn.Module) -> None:
             raise CaptureError(
                 f"Tensor {name!r} of the model is lazy and has no shape yet. Call the model once on a "
                 "batch before giving it to graphpar."
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            form = "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise CaptureError(
+                f"Tensor {name!r} of the model is a {form} tensor, which cannot be cut or sent to "
+                "workers. Build the model with dense tensors (to_dense(), dequantize())."
+            )
+        if tensor.is_inference():
+            raise CaptureError(
+                f"Tensor {name!r} of the model was made under torch.inference_mode(), for good: torch "
+                "neither trains nor exports it. Build the model outside; graphpar may be called within."
             )
 
 

@@ -1,6 +1,7 @@
 """The running job: the only stateful object users meet."""
 
 import logging
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +58,8 @@ _TELLING_STEP = 2
 class CompiledModel(JobState):
     """A model that runs on many devices; use it as a context manager, or call `close`.
 
-    Made by `graphpar.compile`. `step` trains, calling it infers (in evaluation mode).
+    Made by `graphpar.compile`. `step` trains, calling it infers (in evaluation mode). Threads that share
+    it take turns; processes forked from its own cannot use it.
 
     >>> import torch, graphpar
     >>> training = graphpar.Training(
@@ -88,6 +90,7 @@ class CompiledModel(JobState):
         self.true_error: TrueError | None = None
         self._devices = lowered.partition.used_devices
         self._profiles = False
+        self._turn = threading.RLock()
         main = Loaded(
             "train" if subject.training else "infer",
             replace(subject.captured, graph=subject.graph),
@@ -146,6 +149,10 @@ class CompiledModel(JobState):
         """
         if self._subject.training is None:
             raise ValueError("This job only infers; pass train=Training(...) to graphpar.compile.")
+        with self._turn:
+            return self._step(args, kwargs)
+
+    def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         loaded = self._main_for(args, kwargs)
         if self._subject.check is not None and self._steps == 0:
             loss = self._checked_step(loaded, self._subject.check, args, kwargs)
@@ -165,6 +172,10 @@ class CompiledModel(JobState):
             ValueError: The batch does not fit the model.
             RunError: A worker failed; names the rank at the root of it. The job is over then.
         """
+        with self._turn:
+            return self._inferred(args, kwargs)
+
+    def _inferred(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         training = self._subject.training is not None
         loaded = self._inference_for(args, kwargs) if training else self._main_for(args, kwargs)
         values = self._run(loaded, args, kwargs)

@@ -83,6 +83,11 @@ class JobState:
             ValueError: A tensor that a worker holds is missing, unknown, or of another shape.
         """
         own = self._subject.model.state_dict()
+        if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+            raise ValueError(
+                "load_state_dict takes a dict of tensors by name, as state_dict() gives it; the path of "
+                "a checkpoint goes to load()."
+            )
         unknown = sorted(state.keys() - own.keys())
         if unknown:
             raise ValueError(f"The model has no tensor of the name {', '.join(unknown)}.")

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class LocalWorkers:
     def __init__(self, starts: Sequence[RankStart], trained: Sequence[str], optimizer: bytes) -> None:
         self._folder = tempfile.mkdtemp(prefix="graphpar-")
         self._ended: str = ""
+        self._owner = os.getpid()
+        self._turn = threading.RLock()
         self._processes: list[_Process] = []
         self._server = ForkServer.get()
         try:
@@ -176,7 +179,9 @@ class LocalWorkers:
         self._ask([Message("load", {"restored": encode(part)}) for part in restored])
 
     def close(self) -> None:
-        """Ask all workers to end, and kill those that do not."""
+        """Ask all workers to end, and kill those that do not; a forked process leaves them alone."""
+        if self._owner != os.getpid():
+            return
         for process in self._processes:
             with contextlib.suppress(OSError):
                 send(process.channel, Message("close"))
@@ -191,6 +196,16 @@ class LocalWorkers:
     # --- asking and failing ---
 
     def _ask(self, messages: Sequence[Message]) -> list[Message]:
+        """One exchange with all workers; threads take turns, for a channel carries one at a time."""
+        if self._owner != os.getpid():
+            raise RunError(
+                f"This job belongs to process {self._owner}, from which this one was forked: both would "
+                "talk to its workers at once. Use the job there, or compile one here."
+            )
+        with self._turn:
+            return self._exchanged(messages)
+
+    def _exchanged(self, messages: Sequence[Message]) -> list[Message]:
         if self._ended:
             raise RunError(f"This job ended earlier: {self._ended}. Compile the model again.")
         try:

@@ -319,6 +319,47 @@ def test_tensors_that_cannot_be_sent_are_refused_before_anything_runs(given: Ten
         captured.signature.bind((given,), {})
 
 
+def made_for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(4, 4)
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.sparse.mm(self.weight, x)
+        return product
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (made_for_inference, "'weight' .*inference_mode.*Build the model outside"),
+        (Sparse, "'weight' .*sparse_coo.*dense"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), "'0.weight' .*lazy.*Call the model once"),
+    ],
+)
+def test_weights_that_no_graph_can_hold_are_named(model: Callable[[], nn.Module], why: str) -> None:
+    with pytest.raises(CaptureError, match=why):
+        capture(model(), (X,), {})
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (lambda out, y: (out - y).square(), r"returned a tensor of shape \(4, 4\).*its mean"),
+        (lambda out, y: float((out - y).square().mean()), "returned float.*without float"),
+        ("returned", r"a target that the model does not take goes last.*Training\(loss="),
+    ],
+)
+def test_losses_that_train_nothing_are_refused(loss: Any, why: str) -> None:
+    with pytest.raises(CaptureError, match=why):
+        capture(nn.Linear(4, 4), (X, torch.zeros(4, 4)), {}, loss=loss, training=True)
+
+
 def test_weights_of_nan_are_said(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     warn_of_bad_weights(model)

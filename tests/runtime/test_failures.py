@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,30 @@ def test_two_jobs_at_once_and_in_threads() -> None:
         thread.join(60)
     assert sorted(losses) == [0, 1, 2]
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_threads_that_share_a_job_take_turns() -> None:
+    forced, inputs = three(), batch()
+    with forced.start() as job, ThreadPoolExecutor(3) as pool:
+        losses = list(pool.map(lambda _: float(job.step(*inputs)), range(6)))
+    with forced.start() as job:
+        assert sorted(losses) == sorted(float(job.step(*inputs)) for _ in range(6))
+
+
+def test_a_forked_process_leaves_the_job_to_its_own() -> None:
+    inputs = batch()
+    with three().start() as job:
+        before = float(job.step(*inputs))
+        pid = os.fork()
+        if pid == 0:
+            job.close()
+            try:
+                job.step(*batch())
+            except RunError as error:
+                os._exit("forked" not in str(error))
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert float(job.step(*inputs)) != before
 
 
 def test_rendezvous_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
