@@ -137,7 +137,6 @@ class LayerWork:
 
     products: tuple[Product, ...]
     attention_flops: float
-    attention_tokens: float
     traffic_bytes: float
     kernels: float
     score_bytes: float = 0.0
@@ -193,7 +192,7 @@ def layer_work(
     if fused_attention:
         kernels = 14.0 if pointwise_traffic == 1 else 22.0
         routing = _routing_kernels(shape, expert)
-        return LayerWork(tuple(products), attention, tokens, moved, kernels, routing_kernels=routing)
+        return LayerWork(tuple(products), attention, moved, kernels, routing_kernels=routing)
     scores = samples * shape.heads / t * shape.seq_len / context * shape.seq_len
     batch = samples * shape.heads / t
     score_products = (
@@ -203,7 +202,7 @@ def layer_work(
     # Softmax reads and writes scores, dropout reads and writes them with a mask of one byte.
     score_bytes = scores * (2 * 2 + (2 * 2 + 1 if dropout else 0))
     kernels = 30.0
-    return LayerWork(tuple(products), 0.0, tokens, moved, kernels, score_bytes, score_products)
+    return LayerWork(tuple(products), 0.0, moved, kernels, score_bytes, score_products)
 
 
 def _routing_kernels(shape: ModelShape, expert: int) -> float:

@@ -53,11 +53,6 @@ class Device:
         """Whether it stands for this machine's own processor."""
         return self.kind == LOCAL_KIND
 
-    @property
-    def dtypes(self) -> frozenset[str]:
-        """Number formats it computes in natively."""
-        return frozenset(self.peak_flops_per_s)
-
     def to_dict(self) -> dict[str, Any]:
         """The written form of a group of one."""
         written: dict[str, Any] = {"kind": self.kind, "count": 1, "memory_bytes": self.memory_bytes}

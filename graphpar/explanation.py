@@ -141,7 +141,3 @@ class Explanation:
     def about_unit(self, unit: int) -> tuple[Choice, ...]:
         """The choices that concern one unit of the chain."""
         return tuple(c for c in self.choices if unit in c.units)
-
-    def about_stage(self, stage: int) -> tuple[Choice, ...]:
-        """The choices that concern one stage, numbered over all pipelines."""
-        return tuple(c for c in self.choices if c.stage == stage)

@@ -57,11 +57,6 @@ class Formats:
     by_device: Mapping[str, UnitFormats]
     notes: tuple[str, ...] = ()
 
-    @property
-    def all_float32(self) -> bool:
-        """Whether nothing computes in a lower format."""
-        return all(f == "float32" for formats in self.by_device.values() for f in formats)
-
     def all_in(self, devices: Iterable[str], precision: str) -> bool:
         """Whether these devices compute everything in one format."""
         chosen = (self.by_device.get(name, ("float32",)) for name in devices)

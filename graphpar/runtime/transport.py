@@ -175,12 +175,6 @@ class Transport:
                 seconds += link.latency_s + block.nbytes / link.bytes_per_s
         return seconds
 
-    def sum_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over every rank of the process group, those without work included."""
-        buffer = tensor.cpu()
-        dist.all_reduce(buffer)
-        return buffer.to(tensor.device)
-
     def _ring_seconds(self, members: Sequence[int], num_bytes: int) -> float:
         """A ring moves 2 (w - 1) / w of the bytes in 2 (w - 1) messages over its slowest link."""
         links = [self._emulated[r] for r in members if r in self._emulated]
