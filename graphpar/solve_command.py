@@ -96,7 +96,7 @@ def solve(
     except OutOfTimeError:
         problem = None
     read_s = time.perf_counter() - began_s
-    if objective is not None and not isinstance(problem, PlacementProblem):
+    if objective is not None and isinstance(problem, ShardingProblem):
         raise click.UsageError("--objective is for placement problems; this is a sharding problem")
     if problem is None:
         solved: Solved[Any] = Solved("unknown", None, None, None, read_s, "time limit", None, _NOT_READ)
@@ -111,7 +111,9 @@ def solve(
             output.write_text(json.dumps(solved.answer) + "\n")
         except OSError as error:
             raise click.FileError(str(output), error.strerror or "cannot be written") from error
-    kind = "placement" if isinstance(problem, PlacementProblem) else "sharding"
+    # What takes long to read is a sharding problem, unless the call says otherwise.
+    is_placement = isinstance(problem, PlacementProblem) or (problem is None and objective is not None)
+    kind = "placement" if is_placement else "sharding"
     if as_json:
         click.echo(json.dumps(_as_record(kind, solved)))
         if solved.note:

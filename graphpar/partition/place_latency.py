@@ -32,8 +32,8 @@ from graphpar.partition.problems import NodeId, PlacementProblem
 _MOST_IDEALS = 5_000
 """Ideals up to which the serial dynamic programme looks at all pairs."""
 
-_SERIAL_SHARE, _SEARCH_SHARE = 0.4, 0.5
-"""Most of the time left for the serial dynamic programme, and for local search before the ILP."""
+_PATHS_SHARE, _SERIAL_SHARE, _SEARCH_SHARE = 0.2, 0.4, 0.5
+"""Most of the time left for bounds of paths, the serial programme, and local search before the ILP."""
 
 _LONGEST_SEARCH_S = 10.0
 """Seconds after which local search has mostly found what it finds."""
@@ -60,10 +60,11 @@ def search_latency(
     if not problem.operators:
         return {}, 0.0, True
     units = units_of(problem)
-    bound = path_bound(units)
-    blocks = contract(problem, forward_only=False)
+    reach, blocks = _Reach(units), contract(problem, forward_only=False)
     best, value = _simple_answer(problem, units, blocks)
-    tell("simple", value if best is not None else None, bound)
+    tell("simple", value if best is not None else None, None)
+    bound_s = (1.0 - _PATHS_SHARE) * left_s()
+    bound = path_bound(units, lambda: left_s() <= bound_s)
     walk = IdealWalk()
     if units.num_items >= _FEW_ITEMS and left_s() >= _COMPILER_S:
         end_s = (1.0 - _SERIAL_SHARE) * left_s()
@@ -82,17 +83,17 @@ def search_latency(
         return left_s() <= 0.1 or (best is not None and value <= bound * (1 + gap))
 
     if best is not None and not is_done():
-        best, value = _local_search(units, best, value, lambda: left_s() <= 0.1)
+        best, value = _local_search(reach, best, value, lambda: left_s() <= 0.1)
         tell("local", value, bound)
     if units.num_items >= _FEW_ITEMS and best is not None and not is_done():
         end_s = left_s() - min(_LONGEST_SEARCH_S, _SEARCH_SHARE * left_s())
-        best, value = _search_around(units, best, value, lambda: left_s() <= max(end_s, 0.1))
+        best, value = _search_around(reach, best, value, lambda: left_s() <= max(end_s, 0.1))
         tell("search", value, bound)
     if is_done():
         return answer(), bound, False
     if not is_worth_writing(units):
         if best is not None:
-            best, value = _search_around(units, best, value, lambda: left_s() <= 0.1, math.inf)
+            best, value = _search_around(reach, best, value, lambda: left_s() <= 0.1, math.inf)
         return answer(), bound, False
     model = LatencyProgram(units, value, bound)
     outcome = model.program.solve(
@@ -108,7 +109,7 @@ def search_latency(
         found = units.latency(devices)
         if found < value:
             best, value = devices, found
-            best, value = _local_search(units, best, value, lambda: left_s() <= 0)
+            best, value = _local_search(reach, best, value, lambda: left_s() <= 0)
     tell("prove", value if best is not None else None, bound)
     return answer(), bound, False
 
@@ -193,16 +194,16 @@ def _follow(member: BoolArray, origin: IntArray, a: int) -> Devices:
 
 
 def _search_around(
-    units: Units,
+    reach: "_Reach",
     devices: Devices,
     value: float,
     should_stop: Callable[[], bool],
     most_searches: float = _MOST_SEARCHES,
 ) -> tuple[Devices, float]:
     """Local search, again and again from the best answer with a few classes moved at random."""
-    draw = random.Random(0)
-    best, best_value = _local_search(units, devices, value, should_stop)
-    moves = list(itertools.islice(_moves(units, best, draw), 4 * units.num_classes))
+    units, draw = reach.units, random.Random(0)
+    best, best_value = _local_search(reach, devices, value, should_stop)
+    moves = list(itertools.islice(_moves(reach, best, draw), 4 * units.num_classes))
     searches = 0
     while searches < most_searches and not should_stop() and moves:
         searches += 1
@@ -212,15 +213,15 @@ def _search_around(
                 trial[c] = d
         found = units.latency(trial)
         if found < math.inf:
-            trial, found = _local_search(units, trial, found, should_stop, draw)
+            trial, found = _local_search(reach, trial, found, should_stop, draw)
         if found < best_value:
             best, best_value = trial, found
-            moves = list(itertools.islice(_moves(units, best, draw), 4 * units.num_classes))
+            moves = list(itertools.islice(_moves(reach, best, draw), 4 * units.num_classes))
     return best, best_value
 
 
 def _local_search(
-    units: Units,
+    reach: "_Reach",
     devices: Devices,
     value: float,
     should_stop: Callable[[], bool],
@@ -230,28 +231,28 @@ def _local_search(
     improved = True
     while improved and not should_stop():
         improved = False
-        for move in _moves(units, devices, draw or random.Random(0)):
+        for move in _moves(reach, devices, draw or random.Random(0)):
             if should_stop():
                 break
             trial = list(devices)
             for c, d in move.items():
                 trial[c] = d
-            if (found := units.latency(trial)) < value * (1 - 1e-12):
+            if (found := reach.units.latency(trial)) < value * (1 - 1e-12):
                 devices, value, improved = trial, found, True
                 if draw is not None:
                     break
     return devices, value
 
 
-def _moves(units: Units, devices: Devices, draw: random.Random) -> Iterator[dict[int, int]]:
+def _moves(reach: "_Reach", devices: Devices, draw: random.Random) -> Iterator[dict[int, int]]:
     """One class elsewhere, alone or with what it must not be parted from there, in random order.
 
     Joining a device it takes everything along that lies between it and the device's set; leaving one it
     takes what comes before or after it there.
     """
+    units = reach.units
     classes = list(range(units.num_classes))
     draw.shuffle(classes)
-    reach = _Reach(units)
     for c in classes:
         for d in range(units.num_accelerators + 1):
             if devices[c] == d:
@@ -261,8 +262,8 @@ def _moves(units: Units, devices: Devices, draw: random.Random) -> Iterator[dict
                 held = [e for e, present in enumerate(devices) if present == d]
                 yield dict.fromkeys(reach.between([c, *held]), d)
             if devices[c]:
-                for beyond in (reach.after[c], reach.before[c]):
-                    yield {c: d} | {e: d for e in beyond if devices[e] == devices[c]}
+                for others in reach.beyond(c):
+                    yield {c: d} | {e: d for e in others if devices[e] == devices[c]}
     for c in classes:
         for i in units.items[c]:
             for j in units.after[i]:
@@ -272,10 +273,10 @@ def _moves(units: Units, devices: Devices, draw: random.Random) -> Iterator[dict
 
 
 class _Reach:
-    """What lies before, after and between classes."""
+    """What lies before, after and between classes; built once for all searches."""
 
     def __init__(self, units: Units) -> None:
-        self._units = units
+        self.units = units
         count = units.num_items
         self._before, self._after = [0] * count, [0] * count
         for i in range(count):
@@ -285,8 +286,15 @@ class _Reach:
             for j in units.after[i]:
                 self._after[i] |= self._after[j] | 1 << j
         self._own = [sum(1 << i for i in items) for items in units.items]
-        self.before = [self._classes(self._union(items, self._before)) for items in units.items]
-        self.after = [self._classes(self._union(items, self._after)) for items in units.items]
+        self._beyond: dict[int, tuple[list[int], list[int]]] = {}
+
+    def beyond(self, c: int) -> tuple[list[int], list[int]]:
+        """The classes after a class, and those before it."""
+        if c not in self._beyond:
+            items = self.units.items[c]
+            after, before = self._union(items, self._after), self._union(items, self._before)
+            self._beyond[c] = self._classes(after), self._classes(before)
+        return self._beyond[c]
 
     def between(self, classes: list[int]) -> list[int]:
         """The classes, and all that lie between any of their items."""
@@ -309,7 +317,7 @@ class _Reach:
         return whole
 
     def _classes(self, items: int) -> list[int]:
-        return sorted({self._units.class_of[i] for i in _bits(items)})
+        return sorted({self.units.class_of[i] for i in _bits(items)})
 
 
 def _bits(mask: int) -> list[int]:

@@ -25,15 +25,16 @@ least time in which ideal I can be done one piece after the other, with all tran
 CPUs really run side by side, so the latency of the answer is at most g.
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.jit import COMPILED, compiled_exactly
 from graphpar.partition.place_graph import FloatArray, IntArray
 from graphpar.partition.place_units import Devices, Units
@@ -43,6 +44,9 @@ WordArray = npt.NDArray[np.uint64]
 _NUM_PATHS = 24
 """Long paths looked at."""
 
+_PLACES_PER_LOOK = 16
+"""Places of a path between two looks at the clock."""
+
 _MOST_IDEALS = 12_000
 """Ideals up to which the relaxation over them takes some seconds."""
 
@@ -50,12 +54,16 @@ _AT_A_TIME = 64
 """Ideals between two looks at the clock."""
 
 
-def path_bound(units: Units) -> float:
-    """The best latency that some one path allows."""
-    return max((_one_path_bound(units, path) for path in long_paths(units)), default=0.0)
+def path_bound(units: Units, should_stop: ShouldStop = never) -> float:
+    """The best latency that some one path allows, of as many as there is time for."""
+    bound = 0.0
+    with contextlib.suppress(OutOfTimeError):
+        for path in long_paths(units):
+            bound = max(bound, _one_path_bound(units, path, should_stop))
+    return bound
 
 
-def _one_path_bound(units: Units, path: list[int]) -> float:
+def _one_path_bound(units: Units, path: list[int], should_stop: ShouldStop) -> float:
     # Transfers count only where a class ends with the set, so the ends are on different devices.
     steps = [0.0, *(units.sends[edge] for edge in itertools.pairwise(path)), 0.0]
     first: dict[int, int] = {}
@@ -66,6 +74,8 @@ def _one_path_bound(units: Units, path: list[int]) -> float:
     least = np.full((len(path) + 1, units.num_accelerators + 1), np.inf)
     least[0] = 0.0
     for i, item in enumerate(path, start=1):
+        if i % _PLACES_PER_LOOK == 0 and should_stop():
+            raise OutOfTimeError
         least[i] = least[i - 1] + units.cpu[item]
         work = size = 0.0
         begin, seen = i, set[int]()
@@ -114,7 +124,7 @@ class IdealWalk:
     devices: Devices | None = None
 
 
-def walk_ideals(units: Units, best: float, should_stop: Callable[[], bool]) -> IdealWalk:
+def walk_ideals(units: Units, best: float, should_stop: ShouldStop) -> IdealWalk:
     """Bound latencies and find the best serial schedule, both over all ideals; `best` is a known latency.
 
     Needs compiled loops, classes of one operator each, and not too many ideals; else there is nothing.
@@ -202,7 +212,7 @@ def _by_item(units: Units) -> tuple[FloatArray, FloatArray, FloatArray, FloatArr
     return units.accelerator[of], sent, units.cpu, units.size[of]
 
 
-def _ideals(units: Units, should_stop: Callable[[], bool]) -> list[int] | None:
+def _ideals(units: Units, should_stop: ShouldStop) -> list[int] | None:
     """All ideals as bits, smaller ones first, or None where there are too many."""
     need = [sum(1 << j for j in before) for before in units.before]
     levels = [{0}]

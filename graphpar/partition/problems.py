@@ -235,9 +235,9 @@ def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = 
         keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProblemError(f"{name}: not a JSON object ({error}); is the file whole?") from error
-    _look_at(should_stop)
     try:
         if "problem" in keys:
+            _look_at(should_stop)
             return _sharding(msgspec.json.decode(data, type=_ShardingFile).problem, name, should_stop)
         if "maxFPGAs" in keys:
             return _placement(msgspec.json.decode(data, type=_PlacementFile), name)

@@ -1,5 +1,6 @@
 """`graphpar solve`: formats recognised, JSON and nothing else on stdout, exit codes, no torch."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -94,6 +95,10 @@ def test_a_limit_that_reading_uses_up_is_no_error(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert (record["status"], record["truncated_by"]) == ("unknown", "time limit")
     assert "being read" in done.stderr
+    placement = tmp_path / "p.json.gz"
+    placement.write_bytes(gzip.compress(placement_file(PLACEMENT)))
+    record = json.loads(run(placement, "--json", "--objective", "latency", "--time-limit", 1e-6).stdout)
+    assert record["format"] == "placement"
 
 
 def test_infeasible_ends_with_three(tmp_path: Path) -> None:

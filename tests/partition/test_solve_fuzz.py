@@ -95,3 +95,28 @@ def test_odd_amounts_in_placement_files(data: st.DataObject, problem: PlacementP
     if solved.objective is not None:
         assert best is not None
         assert solved.objective >= best - 1e-9 * abs(best)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), placement_problems())
+def test_odd_amounts_in_placement_files_for_latency(
+    data: st.DataObject, problem: PlacementProblem
+) -> None:
+    try:
+        read = parse_problem(changed(data, placement_file(problem)))
+    except ProblemError:
+        return
+    assert isinstance(read, PlacementProblem)
+    solved = solve_placement(read, objective="latency", time_limit_s=20)
+    if read.num_accelerators > 2:
+        assert solved.status in ("optimal", "feasible", "infeasible")
+        return
+    best = best_placement(read, "latency")
+    if solved.status == "infeasible" or best is None:
+        assert solved.answer is None
+        assert best is None
+    else:
+        assert solved.objective is not None
+        assert solved.objective >= best - 1e-9 * abs(best)
+        assert solved.bound is not None
+        assert solved.bound <= best + 1e-6 * abs(best)
