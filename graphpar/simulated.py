@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
-from graphpar.partition.bounds import physical_bound_s
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import (
     Price,
     modes_of,

@@ -162,7 +162,7 @@ def chain_bound_s(bound: WorkBound, counts: Sequence[int], takes: FloatArray, mi
 def work_bound(table: CostTable, size: float) -> WorkBound:
     """The bound at one microbatch size."""
     teams = find_teams(table)
-    return WorkBound(teams.least(_times(table, size)), _repeats(table), teams)
+    return WorkBound(teams.least(times_s(table, size)), repeats_of(table), teams)
 
 
 def sample_bound(table: CostTable) -> WorkBound:
@@ -170,9 +170,9 @@ def sample_bound(table: CostTable) -> WorkBound:
 
     Times are linear between tabulated sizes, hence seconds per sample are least at one of those.
     """
-    work = np.stack([_times(table, s) / s for s in table.sizes_of_parts]).min(axis=0)
+    work = np.stack([times_s(table, s) / s for s in table.sizes_of_parts]).min(axis=0)
     teams = find_teams(table)
-    return WorkBound(teams.least(work), _repeats(table), teams)
+    return WorkBound(teams.least(work), repeats_of(table), teams)
 
 
 def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Links) -> float:
@@ -189,7 +189,7 @@ def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Li
     slow = max((1 / k.bytes_per_s for k in across), default=0.0)
     weight = 2 * (peers - 1) / peers * slow
     each = (steps + weight * gradients)[usable].min(axis=0)
-    return float(_repeats(table) @ each) / sum(counts)
+    return float(repeats_of(table) @ each) / sum(counts)
 
 
 def device_prices_s(table: CostTable) -> list[float]:
@@ -210,32 +210,15 @@ def least_bytes(table: CostTable) -> float:
         [sum(c.weight_bytes) + sum(c.gradient_bytes) + sum(c.optimizer_bytes) for c in m.costs]
         for m in table.every_mode
     ]
-    return float(_repeats(table) @ np.array(each).min(axis=0))
+    return float(repeats_of(table) @ np.array(each).min(axis=0))
 
 
-def physical_bound_s(table: CostTable) -> float:
-    """A lower bound on the step time of any plan, of whatever kind, under a table.
-
-    The larger of two: all work, each unit at its most efficient microbatch size and on fractional
-    devices, over all devices, the optimiser's work of one copy included; and one sample passing
-    through all units, each on its fastest class.
-    """
-    numbers = [len(c.devices) for c in table.device_classes]
-    teams, per_sample = find_teams(table), sample_bound(table)
-    work = per_sample.times_s * table.batch
-    if table.training:
-        step = np.array([[m.costs[i].optimizer_s for m in table.every_mode] for i in _distinct(table)])
-        work = work + teams.least(step)
-    whole = WorkBound(work, _repeats(table), teams).seconds(numbers)
-    single = teams.least(np.stack([_times(table, s) for s in table.sizes_of_parts]).min(axis=0))
-    return max(whole, WorkBound(single, _repeats(table), teams).fastest_pass_s(numbers))
-
-
-def _distinct(table: CostTable) -> range:
+def distinct(table: CostTable) -> range:
+    """Numbers of the distinct units."""
     return range(len(table.costs))
 
 
-def _times(table: CostTable, size: float) -> FloatArray:
+def times_s(table: CostTable, size: float) -> FloatArray:
     """[distinct unit, mode]: seconds of one microbatch, both directions (`CostTable.at_size`)."""
     sizes, rows = table.sizes, table.both_s
     found: FloatArray
@@ -250,5 +233,6 @@ def _times(table: CostTable, size: float) -> FloatArray:
     return found
 
 
-def _repeats(table: CostTable) -> FloatArray:
+def repeats_of(table: CostTable) -> FloatArray:
+    """[distinct unit]: how often each occurs in the chain."""
     return np.bincount(np.array(table.units), minlength=len(table.costs)).astype(np.float64)

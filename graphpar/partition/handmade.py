@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition.bounds import physical_bound_s
 from graphpar.partition.check import check_partition
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.settings import (
     Microbatches,

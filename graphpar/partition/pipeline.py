@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition.assign import groups_hold, name_devices
-from graphpar.partition.bounds import physical_bound_s
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import (
@@ -26,6 +25,7 @@ from graphpar.partition.family import (
 )
 from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device, priced_plan
 from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from graphpar import catalogue
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
-from graphpar.partition.bounds import physical_bound_s
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios.prices import instance_price, known_prices
 from graphpar.scenarios.study import Solver
 from graphpar.scenarios.types import Answer, Setting, renamed

@@ -6,11 +6,15 @@ from itertools import chain
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.partition.handmade import priced_plan
-from graphpar.partition.types import Partition, ScheduleName
+from graphpar.partition.physical_bound import physical_bound_s
+from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
 from graphpar.scenarios.types import KnownPlan
 
 MOST_PLANS = 6
 """Plans tried in other scenarios: the latest found that are unlike each other."""
+
+MOST_PLAYED = 4
+"""Plans played through in other scenarios, which takes longer than pricing them."""
 
 
 @dataclass
@@ -22,14 +26,24 @@ class Known:
         bounds: Links, and how fast no plan over them can be.
         memory_binds: Whether memory without end would help.
         schedule: The schedule that was best under the fastest links.
-        regular: The best of equal pipelines, once it was looked for.
+        played: Plans to be played through elsewhere: the best of equal pipelines, and those that were
+            best in a schedule without a formula.
+        looked: In how many scenarios equal pipelines were looked for.
+        tried: Stages that were tried under other schedules.
+        physical_s: The physical bound, which no link changes.
     """
 
     plans: list[Partition] = field(default_factory=list)
     bounds: list[tuple[Topology, float]] = field(default_factory=list)
     memory_binds: bool | None = None
     schedule: ScheduleName | None = None
-    regular: tuple[KnownPlan, ...] | None = None
+    played: tuple[KnownPlan, ...] = ()
+    looked: int = 0
+    tried: set[tuple[PipelineChoice, ...]] = field(default_factory=set)
+    physical_s: float | None = None
+    _priced: dict[tuple[int, int], tuple[Partition, Topology, Partition | None]] = field(
+        default_factory=dict
+    )
 
     def note(self, table: CostTable, found: Partition) -> None:
         """Keep a plan and what is proven with it."""
@@ -43,14 +57,19 @@ class Known:
         new = (p for p in plans if all(p.pipelines != q.pipelines for q in self.plans))
         self.plans = [*new, *self.plans][:MOST_PLANS]
 
+    def keep(self, plan: KnownPlan) -> None:
+        """A plan to be played through in the scenarios that follow."""
+        if plan not in self.played:
+            self.played = (*self.played, plan)[-MOST_PLAYED:]
+
     def bound_s(self, topology: Topology) -> float:
         """No plan is faster: it would be so over links that are at least as fast, too."""
         return max((b for other, b in self.bounds if at_least(other, topology)), default=0.0)
 
     def best(self, table: CostTable) -> Partition | None:
         """The best of the plans here, with the bound known; None where none fits."""
-        priced = [priced_plan(table, p.pipelines, p.schedule) for p in self.plans]
-        fitting = [p for p in priced if _fits(table, p)]
+        priced = (self._price(table, plan) for plan in self.plans)
+        fitting = [p for p in priced if p is not None]
         if not fitting:
             return None
         best = min(fitting, key=lambda p: p.objective_s)
@@ -64,6 +83,17 @@ class Known:
             truncated_by=(),
             notes=source.notes,
         )
+
+    def _price(self, table: CostTable, plan: Partition) -> Partition | None:
+        """The plan over these links, priced once; None where it does not fit."""
+        key = id(table.topology), id(plan)
+        if key not in self._priced:
+            if self.physical_s is None:
+                self.physical_s = physical_bound_s(table)
+            priced = priced_plan(table, plan.pipelines, plan.schedule, self.physical_s)
+            # Both are held, so that no other object gets the number of one that is gone.
+            self._priced[key] = plan, table.topology, priced if _fits(table, priced) else None
+        return self._priced[key][2]
 
     def gap(self, table: CostTable) -> float:
         """How far the best plan known may be from the best there is; 1 where none fits."""

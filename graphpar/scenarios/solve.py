@@ -1,5 +1,6 @@
 """One scenario from its cost table to its numbers. Needs no torch, so that processes start fast."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from graphpar.scenarios.types import Answer, Bottleneck, KnownPlan, Layout
 from graphpar.schedule import build_schedule
 from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
 from graphpar.simulate import Timeline, simulate
-from graphpar.simulated import has_formula, simulated, stage_links
+from graphpar.simulated import certified, has_formula, simulated, stage_links
 from graphpar.timing import timing_of
 from graphpar.units import format_bytes
 
@@ -35,6 +36,9 @@ LEAST_EXPLAIN_S, MOST_EXPLAIN_S = 1.0, 10.0
 
 REGULAR_SHARE = 0.2
 """Share of the time of a scenario for trying equal pipelines."""
+
+LOOKED = 2
+"""Scenarios of other links alone in which equal pipelines are tried."""
 
 FREE_MEMORY_GAIN = 0.02
 """If memory without limit would shorten the step by more than this, memory is the bottleneck."""
@@ -89,21 +93,50 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     """The plan found, or one of another scenario that is faster here."""
     others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
     if known is not None and task.layout is None:
-        others += _regular(table, task, known)
-    if known is not None and task.layout is None:
+        others += _played(table, task, known)
         known.seed(p for p in others if has_formula(p.schedule))
+        proven = _unbeaten(table, others, known)
+        if proven is not None:
+            return proven
     try:
         best = _found(table, task, task.again and task.grouped, known)
     except InfeasibleError:
         if not others:
             raise
-        best, others = others[0], others[1:]
-    best_s = simulated(table, best.pipelines, best.schedule, best.paces or None).step_s if others else 0.0
+        best, others = _sound(table, others[0]), others[1:]
+    best_s = _step_s(table, best) if others else 0.0
     for other in others:
-        step_s = simulated(table, other.pipelines, other.schedule).step_s
+        step_s = _step_s(table, other)
         if step_s < best_s:
-            best, best_s = _in_family_of(best, other, step_s), step_s
+            best, best_s = _in_family_of(best, _sound(table, other), step_s), step_s
+    if known is not None and task.layout is None and not has_formula(best.schedule):
+        known.keep(KnownPlan(best.pipelines, best.schedule, table.batch))
     return best
+
+
+def _step_s(table: CostTable, plan: Partition) -> float:
+    """What the plan takes when it is played through, as one without a formula has been."""
+    if not has_formula(plan.schedule):
+        return plan.objective_s
+    return simulated(table, plan.pipelines, plan.schedule, plan.paces or None).step_s
+
+
+def _sound(table: CostTable, plan: Partition) -> Partition:
+    """The plan with its lists checked and bounded."""
+    return plan if has_formula(plan.schedule) else replace(certified(table, plan), truncated_by=())
+
+
+def _unbeaten(table: CostTable, others: Sequence[Partition], known: Known) -> Partition | None:
+    """A plan that no search can beat: it is as fast as the bound on all that would be searched."""
+    searched_s = known.bound_s(table.topology)
+    played = [(_step_s(table, p), p) for p in others] if searched_s else []
+    step_s, fastest = min(played, key=lambda item: item[0], default=(math.inf, None))
+    if fastest is None or step_s > searched_s:
+        return None
+    best = _sound(table, fastest)
+    proven_s = searched_s if has_formula(best.schedule) else 0.0
+    bound_s = min(max(proven_s, best.physical_bound_s), step_s)
+    return replace(best, bound_s=bound_s, gap=(step_s - bound_s) / step_s if step_s > 0 else 0.0)
 
 
 def _in_family_of(found: Partition, other: Partition, step_s: float) -> Partition:
@@ -118,13 +151,18 @@ def _in_family_of(found: Partition, other: Partition, step_s: float) -> Partitio
     return replace(other, bound_s=bound_s, gap=gap, truncated_by=cut, family=family)
 
 
-def _regular(table: CostTable, task: Task, known: Known) -> list[Partition]:
-    """The best of the plans people write down; looked for once for scenarios with other links only."""
-    if known.regular is None:
+def _played(table: CostTable, task: Task, known: Known) -> list[Partition]:
+    """Plans known by playing them through, among them the best of those that people write down.
+
+    The latter are looked for over the fastest and the slowest links.
+    """
+    if known.looked < LOOKED:
+        known.looked += 1
         limit_s = min(task.time_limit_s * REGULAR_SHARE, CHOICE_S)
         plan = best_regular(table, task.schedule, time.monotonic() + limit_s)
-        known.regular = () if plan is None else (plan,)
-    made = (carried(table, plan, again=False) for plan in known.regular)
+        if plan is not None:
+            known.keep(plan)
+    made = (carried(table, plan, again=False, check=False) for plan in known.played)
     wanted = task.microbatches
     return [
         p
@@ -155,7 +193,12 @@ def _found(table: CostTable, task: Task, recompute: bool, known: Known | None) -
     if known.schedule is None:
         scheduled = _scheduled(table, found, task)
         known.schedule = scheduled.schedule
+        known.tried.add(found.pipelines)
         return scheduled
+    if task.schedule == "auto" and found.pipelines in known.tried:
+        # Their best order is among the plans played through.
+        return found
+    known.tried.add(found.pipelines)
     # What was best with other links is tried, nothing else.
     if known.schedule == found.schedule or task.schedule != "auto":
         return _scheduled(table, found, task) if task.schedule != "auto" else found

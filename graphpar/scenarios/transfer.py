@@ -10,7 +10,7 @@ from graphpar.scenarios.types import KnownPlan
 from graphpar.simulated import certified, has_formula, simulated
 
 
-def carried(table: CostTable, plan: KnownPlan, *, again: bool) -> Partition | None:
+def carried(table: CostTable, plan: KnownPlan, *, again: bool, check: bool = True) -> Partition | None:
     """A plan of another setting under this table; None where it cannot be had or does not fit.
 
     A batch that is a multiple of the plan's takes more microbatches of that size, a smaller one fewer.
@@ -19,6 +19,7 @@ def carried(table: CostTable, plan: KnownPlan, *, again: bool) -> Partition | No
         table: Prices of this setting.
         plan: What was found elsewhere.
         again: Whether the table's plain mode computes all activations again.
+        check: Whether lists without a formula are checked and bounded here, or `certified` later.
     """
     pipelines = _resized(plan, table.batch)
     if pipelines is None or any(s.recompute < again for p in pipelines for s in p.stages):
@@ -31,7 +32,8 @@ def carried(table: CostTable, plan: KnownPlan, *, again: bool) -> Partition | No
         if has_formula(plan.schedule):
             found = priced_plan(table, pipelines, plan.schedule)
         else:
-            found = certified(table, simulated(table, pipelines, plan.schedule).partition)
+            found = simulated(table, pipelines, plan.schedule).partition
+            found = certified(table, found) if check else found
     except (ValueError, VerifyError):
         return None
     fits = all(

@@ -1,0 +1,134 @@
+"""A lower bound on the step of any plan, whatever its stages, replicas and order of work."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.cost import CostTable
+from graphpar.partition.bounds import (
+    WorkBound,
+    distinct,
+    find_teams,
+    repeats_of,
+    sample_bound,
+    times_s,
+)
+from graphpar.partition.unit_arrays import FloatArray
+
+_WEIGHTS = np.geomspace(0.02, 4.0, 24)
+"""Prices of the samples' time together, over those of the devices' time, that are tried."""
+
+
+def physical_bound_s(table: CostTable) -> float:
+    """A lower bound on the step time of any plan, of whatever kind, under a table.
+
+    Devices work for no longer than the step T each, and no sample is longer on its way than T: forward
+    and backward of units that need each other's results come one after another, while gradients of
+    weights may wait. For any prices mu on the devices' time and lambda on the samples'
+
+        T (sum over devices of mu + lambda batch) >= sum over samples and units of the least, over modes
+            and microbatch sizes s, of mu t(s) / s + lambda p(s)
+
+    where t is a unit's time for a microbatch and p the part of it that others wait for. Large
+    microbatches are efficient but long on their way. The optimiser's work of one copy is added to the
+    left-hand side's work; with lambda = 0 the bound is work over speed, without mu the fastest way of a
+    single sample.
+    """
+    numbers = np.array([len(c.devices) for c in table.device_classes], dtype=np.float64)
+    teams, per_sample = find_teams(table), sample_bound(table)
+    work, step = per_sample.times_s * table.batch, _optimizer_s(table)
+    whole = WorkBound(work + teams.least(step), repeats_of(table), teams)
+    counts = [len(c.devices) for c in table.device_classes]
+    best, prices = whole.prices(counts)
+    usable = teams.within(numbers)[teams.of_mode]
+    if not usable.any():
+        return best
+    mode_prices = (teams.members @ prices)[teams.of_mode][usable]
+    rows = _Rows.of(table, usable)
+    waiting = _waiting(table, rows.path.min(axis=(0, 2)))
+    others = repeats_of(table) - waiting
+    best = max(best, float(waiting @ rows.path.min(axis=(0, 2))))
+    device_s = float(numbers @ prices)
+    if device_s <= 0:
+        return best
+    update = mode_prices * step[:, usable]
+    free = (table.batch * rows.least(mode_prices, 0.0) + update).min(axis=1)
+    for weight in _WEIGHTS * device_s / table.batch:
+        each = (table.batch * rows.least(mode_prices, float(weight)) + update).min(axis=1)
+        value = float(waiting @ each + others @ free) / (device_s + float(weight) * table.batch)
+        best = max(best, value)
+    return best
+
+
+def _optimizer_s(table: CostTable) -> FloatArray:
+    """[distinct unit, mode]: seconds of the optimiser, nothing in inference."""
+    rows = [[m.costs[i].optimizer_s * table.training for m in table.every_mode] for i in distinct(table)]
+    return np.array(rows, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Times at the microbatch sizes at which they bend; between those they are straight."""
+
+    sizes: FloatArray
+    time: FloatArray
+    """[size, distinct unit, mode]: seconds of one microbatch."""
+    path: FloatArray
+    """Likewise, without what nothing waits for."""
+
+    @staticmethod
+    def of(table: CostTable, usable: npt.NDArray[np.bool_]) -> "_Rows":
+        sizes = np.array(table.sizes_of_parts, dtype=np.float64)
+        time = np.stack([times_s(table, s) for s in sizes])
+        later = np.stack([_weight_s(table, s) for s in sizes])
+        return _Rows(sizes, time[..., usable], np.maximum(time - later, 0.0)[..., usable])
+
+    def least(self, prices: FloatArray, weight: float) -> FloatArray:
+        """[distinct unit, mode]: the least of `prices * time / size + weight * path` over all sizes.
+
+        On a straight piece it is `a / s + b + c s`: least at an end, or at the root of a / c.
+        """
+        ends = prices * self.time / self.sizes[:, None, None] + weight * self.path
+        found: FloatArray = ends.min(axis=0)
+        if len(self.sizes) == 1 or weight == 0:
+            return found
+        left, right = self.sizes[:-1, None, None], self.sizes[1:, None, None]
+        rise = prices * np.diff(self.time, axis=0) / (right - left)
+        fixed = prices * self.time[:-1] - rise * left
+        climb = weight * np.diff(self.path, axis=0) / (right - left)
+        inner = np.sqrt(np.maximum(fixed, 0) / np.maximum(climb, 1e-300)).clip(left, right)
+        between = fixed / inner + rise + weight * self.path[:-1] + climb * (inner - left)
+        least: FloatArray = np.minimum(found, between.min(axis=0))
+        return least
+
+
+def _weight_s(table: CostTable, size: float) -> FloatArray:
+    """[distinct unit, mode]: seconds of one microbatch for gradients of weights, which may come later."""
+    if not table.training:
+        return np.zeros((len(table.costs), len(table.every_mode)))
+    rows = [[m.costs[i].weight_s for m in table.every_mode] for i in distinct(table)]
+    return np.array([[table.at_size(row, size) if row else 0.0 for row in line] for line in rows])
+
+
+def _waiting(table: CostTable, path_s: FloatArray) -> FloatArray:
+    """[distinct unit]: how often each occurs on the longest way through units that need each other.
+
+    Where an edge has no gradient only forwards wait for each other; such edges are left out.
+    """
+    before: dict[int, list[int]] = {}
+    for edge in table.edges:
+        if not table.training or edge.gradient_bytes_per_sample > 0:
+            before.setdefault(edge.target, []).append(edge.source)
+    ends_s: list[float] = []
+    came_from: list[int | None] = []
+    for unit, number in enumerate(table.units):
+        source = max(before.get(unit, ()), key=ends_s.__getitem__, default=None)
+        ends_s.append(float(path_s[number]) + (ends_s[source] if source is not None else 0.0))
+        came_from.append(source)
+    found = np.zeros(len(table.costs))
+    at: int | None = int(np.argmax(ends_s)) if ends_s else None
+    while at is not None:
+        found[table.units[at]] += 1
+        at = came_from[at]
+    return found
