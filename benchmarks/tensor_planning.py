@@ -3,9 +3,9 @@
     python benchmarks/tensor_planning.py --members 32 --json
 
 Needs no weights and no GPU. The group is of equal H100 on NVLink; `lower` rewrites the graph of every
-member, collectives included. The model's key cache is off, as one trains; left on (`--cache`), it keeps
-capture from folding equal blocks. Raw seconds are printed, processor time too, and what the sharding
-programme proved.
+member, collectives included, and `check` compares what they ask of each other. The model's key cache is
+off, as one trains; left on (`--cache`), it keeps capture from folding equal blocks. Raw seconds are
+printed, processor time too, and what the sharding programme proved.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from graphpar.cost_models.sharding import choose_sharding
 from graphpar.passes.members import member_stages
 from graphpar.passes.shard import Shard
 from graphpar.preparation import prepare
+from graphpar.runtime.team_calls import check_in_step
 from graphpar.tensor_groups import as_one_stage
 from graphpar.training import Training
 
@@ -63,14 +64,17 @@ def measure(layers: int, members: int, cache: bool) -> dict[str, float]:
     chosen = choose_sharding(graph, 0, prepared.chain, group, options)
     times.append(time.perf_counter())
     shard = Shard(0, 0, chosen.chosen, chosen.forms, chosen.weights)
-    member_stages(lambda member: graph, shard, members, training=True)
+    stages = member_stages(lambda member: graph, shard, members, training=True)
+    times.append(time.perf_counter())
+    check_in_step(stages, 0, training=True)
     times.append(time.perf_counter())
     return {
         "ops": float(len(graph)),
         "capture_s": times[1] - times[0],
         "solve_s": times[2] - times[1],
         "lower_s": times[3] - times[2],
-        "total_s": times[3] - times[0],
+        "check_s": times[4] - times[3],
+        "total_s": times[4] - times[0],
         "total_cpu_s": time.process_time() - start_cpu,
         "objective_s": chosen.objective_s,
         "bound_s": chosen.bound_s if chosen.bound_s is not None else float("nan"),
