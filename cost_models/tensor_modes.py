@@ -6,18 +6,20 @@ lowered; there a value that leaves the stage must be whole, which the price of a
 slices does not hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.sharding import Sharding, conversions_of
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.shards import Layout, Split
+from graphpar.ir.strategies import value_of
 
 
 def tensor_mode(
@@ -68,11 +70,12 @@ def _unit(
     sharding: Sharding,
     times: Sequence[OpTimes],
 ) -> ModeCost:
-    forward, backward = [], []
+    forward, backward, again = [], [], []
     for at_size in times:
         ahead, behind = _seconds(graph, ops, sharding, at_size)
         forward.append(ahead)
         backward.append(behind if table.training else 0.0)
+        again.append(_seconds_again(graph, ops, sharding, at_size) if table.training else 0.0)
     weights = _own_weights(graph, chain, number)
     plain = table.every_mode[table.class_of[group.devices[0].name]].costs[kind]
     trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
@@ -93,6 +96,7 @@ def _unit(
         optimizer_bytes=tuple(g * state if table.training else 0.0 for g in grads),
         saved_bytes=tuple(tuple(x * share for x in plain.saved_bytes[0]) for share in kept),
         working_bytes=tuple(tuple(x * share for x in plain.working_bytes[0]) for share in kept),
+        again_s=tuple(again),
     )
 
 
@@ -112,6 +116,53 @@ def _seconds(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: OpTimes
                 done.add((name, wanted))
                 ahead, behind = ahead + found[0], behind + found[1]
     return ahead, behind
+
+
+def computed_again(graph: Graph, ops: Sequence[Op], times: OpTimes) -> Sequence[Op]:
+    """The ops of a unit up to the last one that keeps something for its backward.
+
+    There torch stops: a sum over the members behind a unit's last product is not made again.
+    """
+    last = 0
+    for number, op in enumerate(ops, 1):
+        work = work_of(op, graph, times.layout, times.options.samples)
+        if op.attr("grad") and work.backward and (work.saved or work.saved_bytes):
+            last = number
+    return ops[:last]
+
+
+def sent_again(
+    sharding: Sharding, graph: Graph, ops: Sequence[Op], again: Sequence[Op]
+) -> Iterator[tuple[str, Layout, Layout]]:
+    """Conversions that are made again: of the unit's own values, and of weights that only it reads.
+
+    What another unit made was sent before the unit and is kept as it arrived.
+    """
+    own = {op.name for op in ops}
+    done: set[tuple[str, Layout]] = set()
+    for number, op in enumerate(again, 1):
+        formed = _forming(sharding, graph, op) if number < len(again) else ()
+        for name, made, wanted in (*conversions_of(sharding, graph, op), *formed):
+            source, _ = value_of(graph, name)
+            of_weight = graph[source].target in SOURCES and graph[source].target != "input"
+            inside = all(user.name in own for user in graph.users(source)) if of_weight else source in own
+            if inside and (name, wanted) not in done:
+                done.add((name, wanted))
+                yield name, made, wanted
+
+
+def _seconds_again(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: OpTimes) -> float:
+    """What a unit that is computed again takes besides its backward."""
+    known = [op for op in ops if op.name in sharding.chosen]
+    again = computed_again(graph, known, times)
+    seconds = 0.0
+    for op in again:
+        strategy = sharding.chosen[op.name]
+        seconds += times.parts(op, strategy)[0] + times.inner_seconds(op, strategy)[0]
+    for name, made, wanted in sent_again(sharding, graph, known, again):
+        found = times.conversion_parts(graph[name], made, wanted)
+        seconds += found[0] if found is not None else 0.0
+    return seconds
 
 
 def _forming(sharding: Sharding, graph: Graph, op: Op) -> list[tuple[str, Layout, Layout]]:

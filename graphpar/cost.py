@@ -74,6 +74,7 @@ class ModeCost:
     `saved_bytes` and `working_bytes` are indexed [member][microbatch size]. ZeRO's division by the
     number of replicas is not made here, because the table does not know that number. `weight_s`,
     `deferred_bytes` and `split_s` are those of `UnitCost`, empty where no gradients may come later.
+    `again_s` is what of `forward_s` is done once more where the unit is computed again; empty for all.
     """
 
     forward_s: tuple[float, ...]
@@ -87,6 +88,7 @@ class ModeCost:
     weight_s: tuple[float, ...] = ()
     deferred_bytes: tuple[tuple[float, ...], ...] = ()
     split_s: float = 0.0
+    again_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
         tuple(w + s - k for w, s, k in zip(*rows, strict=True))
         for rows in zip(cost.working_bytes, cost.saved_bytes, kept, strict=True)
     )
-    backward = tuple(f + b for f, b in zip(cost.forward_s, cost.backward_s, strict=True))
+    again = cost.again_s or cost.forward_s
+    backward = tuple(a + b for a, b in zip(again, cost.backward_s, strict=True))
     # What is computed again lives inside one backward: no gradients of it come later.
     return replace(
         cost,
@@ -93,4 +94,5 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
         weight_s=(),
         deferred_bytes=(),
         split_s=0.0,
+        again_s=(),
     )
