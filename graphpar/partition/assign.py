@@ -7,7 +7,7 @@ from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import Stage
 from graphpar.partition.pipeline_price import modes_of, pairs, share_microbatches
-from graphpar.partition.pipeline_search import Found
+from graphpar.partition.search import Found
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 
 

@@ -7,8 +7,6 @@ grows pipelines (`counting_beam`). A box that no line is left in is done with; t
 looked at again with a wider beam. The least bound on the heap is at any time a bound on every pipeline.
 """
 
-import heapq
-import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingProgram, Least
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_lines import Line, Lines, Verdict
-from graphpar.partition.pipeline_search import INFINITY, Found, SearchResult, Task
+from graphpar.partition.search import INFINITY, Asked, Search, SearchResult, Task
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray
 
@@ -95,89 +93,20 @@ class _Guide:
     lines: tuple[_Known, ...]
 
 
-def search_counted(
-    tasks: Iterable[Task],
-    *,
-    cutoff_s: float,
-    gap: float,
-    deadline_s: float,
-    post_limit_s: float = INFINITY,
-    count_post: bool = True,
-) -> SearchResult:
-    """The pipeline with the least step time over the tasks of counting programmes.
-
-    Arguments as those of `pipeline_search.search`.
-    """
-    run = _Run(list(tasks), cutoff_s, gap, post_limit_s, count_post, deadline_s)
-    cut = False
-    try:
-        run.work()
-    except OutOfTimeError:
-        cut = True
-    return SearchResult(run.best, run.bound(), cut, run.programs, run.others())
+def search_counted(tasks: Iterable[Task], asked: Asked) -> SearchResult:
+    """The pipeline with the least step time over the tasks of counting programmes."""
+    return _CountedSearch(tasks, asked).run()
 
 
-class _Run:
-    """The state of one search."""
-
-    def __init__(
-        self,
-        tasks: list[Task],
-        cutoff_s: float,
-        gap: float,
-        post_limit_s: float,
-        count_post: bool,
-        deadline_s: float,
-    ) -> None:
-        self._tasks = tasks
-        self._weight = 1.0 if count_post else 0.0
-        self._gap, self._cutoff, self._deadline_s = gap, cutoff_s, deadline_s
-        self._post_limit = post_limit_s
-        self._pruned = INFINITY
-        self._ticket = itertools.count()
-        self._heap: list[tuple[float, int, _Box]] = []
+class _CountedSearch(Search[_Box]):
+    def __init__(self, tasks: Iterable[Task], asked: Asked) -> None:
+        super().__init__(tasks, asked)
         self._built: dict[int, CountingProgram] = {}
         self._guides: dict[int, _Guide] = {}
         self._dived: set[int] = set()
-        self._met: dict[int, tuple[float, Found]] = {}
-        self.best: Found | None = None
-        self.programs = 0
-        for index, task in enumerate(tasks):
-            bound = task.bound_s + self._weight * task.post_s
-            self._push(bound, _Box(index, (task.extra_s, INFINITY), (task.post_s, post_limit_s)))
 
-    def bound(self) -> float:
-        """A lower bound on every plan of the tasks; the cutoff where nothing better exists."""
-        return min(self._cutoff, self._pruned, self._heap[0][0] if self._heap else INFINITY)
-
-    def others(self) -> tuple[Found, ...]:
-        """The best of every setting but the winner's, best first."""
-        rest = [pair for pair in self._met.values() if pair[1] is not self.best]
-        return tuple(found for _, found in sorted(rest, key=lambda pair: pair[0]))
-
-    def work(self) -> None:
-        """Look into boxes until none can hold a plan better than the best by more than the gap."""
-        self._dive_first()
-        while self._heap:
-            bound, _, box = heapq.heappop(self._heap)
-            if bound >= self._target():
-                self._pruned = min(self._pruned, bound)
-                return
-            try:
-                self._look(bound, box)
-            except OutOfTimeError:
-                self._pruned = min(self._pruned, bound)
-                raise
-
-    def _target(self) -> float:
-        # Until something is found, everything below the cutoff is of interest.
-        return self._cutoff * (1 - self._gap) if self.best is not None else self._cutoff
-
-    def _push(self, bound: float, box: _Box) -> None:
-        if bound < self._target():
-            heapq.heappush(self._heap, (bound, next(self._ticket), box))
-        else:
-            self._pruned = min(self._pruned, bound)
+    def _whole(self, index: int, task: Task) -> _Box:
+        return _Box(index, (task.extra_s, INFINITY), (task.post_s, self._post_limit))
 
     def _program(self, task: int) -> CountingProgram:
         if task not in self._built:
@@ -193,11 +122,11 @@ class _Run:
         shrunk = self._shrink(program, box)
         if shrunk is None:
             # What was cut off costs the target or more.
-            self._pruned = min(self._pruned, max(bound, self._target()))
+            self._prune(max(bound, self._target()))
             return
         if self._target() < INFINITY:
             # So does what the limits below leave out.
-            self._pruned = min(self._pruned, max(bound, self._target()))
+            self._prune(max(bound, self._target()))
         box = shrunk
         least = self._least(box)
         if box.looks == 0:
@@ -207,7 +136,7 @@ class _Run:
                 return
             bound = max(bound, least.step_s + value)
             if bound >= self._target():
-                self._pruned = min(self._pruned, bound)
+                self._prune(bound)
                 return
             if not self._is_narrow(program, bound, box):
                 self._divide(program, bound, box)
@@ -267,17 +196,17 @@ class _Run:
         verdict = self._judge(box.task, lines, least, spend, box.extra[1])
         bound = max(bound, min(least.step_s + verdict.cost, self._target()))
         if verdict.excluded:
-            self._pruned = min(self._pruned, max(bound, self._target()))
+            self._prune(max(bound, self._target()))
             return
         straight = self._best_met(lines, verdict, spend)
         if straight is not None:
-            self._offer(box.task, program, lines, straight, bound)
+            self._offer(box.task, program.answer_of(lines, straight, bound))
             self._divide_at(program, bound, box, lines, straight)
             return
         width = _BEAMS[min(box.looks, len(_BEAMS)) - 1]
         harvest = grow_lines(lines, verdict.prices, spend, width, self._deadline_s)
         if harvest.line is None and harvest.complete:
-            self._pruned = min(self._pruned, max(bound, self._target()))
+            self._prune(max(bound, self._target()))
             return
         if harvest.line is None:
             self._look_again(program, bound, box)
@@ -285,7 +214,7 @@ class _Run:
         line = harvest.line
         if harvest.complete:
             bound = max(bound, least.step_s + line.cost)
-        self._offer(box.task, program, lines, line, bound)
+        self._offer(box.task, program.answer_of(lines, line, bound))
         self._divide_at(program, bound, box, lines, line)
 
     @staticmethod
@@ -302,7 +231,7 @@ class _Run:
             self._divide(program, bound, replace(box, looks=0))
         else:
             # Nothing is left to divide: the box stays what it is, and so does its bound.
-            self._pruned = min(self._pruned, bound)
+            self._prune(bound)
 
     def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
         number = len(lines.sums) + 1
@@ -312,19 +241,6 @@ class _Run:
         met = [_known(lines, line) for line in verdict.met]
         self._guides[task] = _Guide(verdict.prices, (*guide.lines, *met)[-_KEPT_LINES:])
         return verdict
-
-    def _offer(
-        self, task: int, program: CountingProgram, lines: Lines, line: Line, bound_s: float
-    ) -> float:
-        """Take a line for a plan; what it costs."""
-        answer = program.answer_of(lines, line, bound_s)
-        value = answer.fill_s + answer.extra_s + self._weight * answer.post_s
-        found = Found(self._tasks[task].setting, answer)
-        if task not in self._met or value < self._met[task][0]:
-            self._met[task] = value, found
-        if value < self._cutoff:
-            self._cutoff, self.best = value, found
-        return value
 
     def _divide_at(
         self, program: CountingProgram, bound: float, box: _Box, lines: Lines, line: Line
@@ -353,7 +269,7 @@ class _Run:
 
     # --- the first plan ---
 
-    def _dive_first(self) -> None:
+    def _start(self) -> None:
         """Dive into the task that promises most before all others are even built."""
         if not self._heap or self._heap[0][0] >= self._target():
             return
@@ -435,7 +351,7 @@ class _Run:
         if line is None:
             line = grow_lines(lines, verdict.prices, spend, _BEAMS[beam], self._deadline_s).line
         before = self._cutoff
-        return line is not None and self._offer(box.task, program, lines, line, 0.0) < before
+        return line is not None and self._offer(box.task, program.answer_of(lines, line, 0.0)) < before
 
 
 def _known(lines: Lines, line: Line) -> _Known:

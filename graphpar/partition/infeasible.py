@@ -10,9 +10,9 @@ from graphpar.errors import InfeasibleError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import Family, choose_family
-from graphpar.partition.pipeline_search import INFINITY
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options
+from graphpar.partition.search import INFINITY
 from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.units import format_bytes

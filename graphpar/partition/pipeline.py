@@ -27,9 +27,9 @@ from graphpar.partition.handmade import data_parallel, even_split, greedy_split,
 from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, share_microbatches
-from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs
 from graphpar.partition.regular import regular_plans
+from graphpar.partition.search import INFINITY, Found
 from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.side_by_side import (
     best_shares,

@@ -25,7 +25,8 @@ from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
-from graphpar.partition.pipeline_search import INFINITY, ChainSolver, SearchResult, Task, search
+from graphpar.partition.pipeline_search import search
+from graphpar.partition.search import INFINITY, Asked, ChainSolver, SearchResult, Task
 from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.task_search import search_tasks
 from graphpar.partition.types import ScheduleName
@@ -94,25 +95,11 @@ class Programs:
         dive: bool = False,
     ) -> SearchResult:
         """The best pipeline over some tasks, by whichever search suits the family's programmes."""
+        asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post)
         if self.family.repeats is not None:
-            return search_counted(
-                tasks,
-                cutoff_s=cutoff_s,
-                gap=gap,
-                deadline_s=deadline_s,
-                post_limit_s=post_limit_s,
-                count_post=count_post,
-            )
+            return search_counted(tasks, asked)
         find = search_tasks if self._loops else search
-        return find(
-            tasks,
-            cutoff_s=cutoff_s,
-            gap=gap,
-            deadline_s=deadline_s,
-            post_limit_s=post_limit_s,
-            count_post=count_post,
-            dive=dive,
-        )
+        return find(tasks, asked, dive=dive)
 
     def _outdone(self, limits: tuple[int, ...], task: Task) -> bool:
         """Whether GPipe is at least as good as 1F1B for every plan of a 1F1B task.

@@ -19,8 +19,8 @@ from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import ChainAnswer, Stage
 from graphpar.partition.counting_columns import BoolArray
 from graphpar.partition.family import Family
-from graphpar.partition.pipeline_search import Found
 from graphpar.partition.repeats import Repeats, find_repeats
+from graphpar.partition.search import Found
 from graphpar.partition.unit_arrays import FloatArray, IntArray, Setting
 
 _NO_LINK = LinkCost(0.0, float("inf"))

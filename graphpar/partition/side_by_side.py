@@ -16,8 +16,8 @@ import numpy as np
 from graphpar.partition.cells import group_links
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.family import share_step
-from graphpar.partition.pipeline_search import INFINITY, Found
 from graphpar.partition.programs import Programs
+from graphpar.partition.search import INFINITY, Found
 from graphpar.partition.types import ScheduleName
 
 _ESTIMATES = 3

@@ -15,9 +15,10 @@ from graphpar.partition.cells import class_cells, find_cells, make_option
 from graphpar.partition.counting import CountingLimits, counting_options, widths
 from graphpar.partition.family import Family
 from graphpar.partition.pipeline import partition
-from graphpar.partition.pipeline_search import SearchResult, search
+from graphpar.partition.pipeline_search import search
 from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats, find_repeats
+from graphpar.partition.search import Asked, SearchResult
 from graphpar.partition.solver import Backend
 from graphpar.partition.types import SearchedSchedule
 
@@ -66,7 +67,7 @@ def by_integers(family: Family, limits: CountingLimits) -> SearchResult:
     """The same, every box by an integer programme."""
     programs = Programs(family, limits)
     tasks = programs.tasks(family.cells.counts, family.table.batch, family.schedules)
-    return search(tasks, cutoff_s=float("inf"), gap=0.0, deadline_s=float("inf"))
+    return search(tasks, Asked(cutoff_s=float("inf"), gap=0.0, deadline_s=float("inf")))
 
 
 def counted(table: CostTable, repeats: Repeats, schedule: SearchedSchedule) -> Family:
