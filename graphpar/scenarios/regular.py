@@ -41,7 +41,7 @@ def best_regular(table: CostTable, wish: ScheduleWish, deadline_s: float) -> Kno
 
 def _schedules(wish: ScheduleWish) -> tuple[ScheduleName, ...]:
     if wish == "auto":
-        return ("zero-bubble", "1f1b")
+        return ("1f1b", "zero-bubble")
     return () if wish == "interleaved" else (wish,)
 
 

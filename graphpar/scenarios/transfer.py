@@ -7,7 +7,7 @@ from graphpar.errors import VerifyError
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.types import Partition, PipelineChoice
 from graphpar.scenarios.types import KnownPlan
-from graphpar.simulated import certified, has_formula, simulated
+from graphpar.simulated import certified, deal_any, has_formula, simulated
 
 
 def carried(table: CostTable, plan: KnownPlan, *, again: bool, check: bool = True) -> Partition | None:
@@ -29,6 +29,9 @@ def carried(table: CostTable, plan: KnownPlan, *, again: bool, check: bool = Tru
     if not _possible(table, pipelines):
         return None
     try:
+        if table.batch != plan.batch:
+            # Replicas share what are more or fewer microbatches now.
+            pipelines = tuple(deal_any(table, p, plan.schedule) for p in pipelines)
         if has_formula(plan.schedule):
             found = priced_plan(table, pipelines, plan.schedule)
         else:

@@ -115,3 +115,16 @@ def test_a_plan_that_cannot_be_had_is_not_carried_over() -> None:
     assert carried(with_batch(table, 1), plan, again=False) is None
     gone = replace(table, device_classes=tuple(replace(c, devices=()) for c in table.device_classes))
     assert carried(gone, plan, again=False) is None
+
+
+def test_replicas_share_the_microbatches_of_a_larger_batch_in_an_order_without_a_formula() -> None:
+    found = sample_partition()
+    assert any(len(s.replicas) > 1 for p in found.pipelines for s in p.stages)
+    plan = KnownPlan(found.pipelines, "zero-bubble", sum(p.samples for p in found.pipelines))
+    twice = replace(found, pipelines=tuple(replace(p, samples=2 * p.samples) for p in found.pipelines))
+    larger = carried(table_for(twice), plan, again=False)
+    assert larger is not None
+    for pipeline, small in zip(larger.pipelines, found.pipelines, strict=True):
+        assert pipeline.microbatches == 2 * small.microbatches
+        for stage in pipeline.stages:
+            assert sum(r.microbatches for r in stage.replicas) == pipeline.microbatches
