@@ -51,7 +51,11 @@ class InsertMessages:
         return graph.with_ops(ops, level="lowered")
 
     def _message(self, op: Op, stage: int, target: int, tag: int) -> tuple[Op, Op]:
-        shared = replace(op, kwargs=(), origin=op.origin or (op.name,), made_by=self.name, is_tuple=False)
+        # The op may be one in which parts of the batch meet; its message is none.
+        attrs = tuple((key, value) for key, value in op.attrs if key != "meets")
+        shared = replace(
+            op, kwargs=(), origin=op.origin or (op.name,), made_by=self.name, is_tuple=False, attrs=attrs
+        )
         send = replace(
             shared, name=f"{op.name}_to{target}", target="gp.send", args=(Ref(op.name), target, tag)
         )

@@ -1,4 +1,4 @@
-"""Numbers made of tensors never cross between stages: each stage makes them of the tensor."""
+"""What crosses between stages: tensors, no numbers made of them, and no marks of the op that made them."""
 
 from itertools import combinations_with_replacement
 
@@ -31,3 +31,17 @@ def test_each_stage_makes_its_own_number(stages: tuple[int, int, int]) -> None:
     for name in ("h", "i", "y"):
         read = next(o for o in lowered[name].operands() if o in numbers)
         assert numbers[read] == lowered[name].attr("stage")
+
+
+def test_a_message_is_no_place_where_parts_of_the_batch_meet() -> None:
+    graph = parse_graph("""graph placed "N" batch=2
+%x = input("x") : float32[B,4]
+%m = aten.sum.dim_IntList(%x, (0,)) : float32[4] {stage=0}
+%t = gp.sum_parts(%m) : float32[4] {meets=true, samples="shared", stage=0}
+%y = aten.sub.Tensor(%x, %t) : float32[B,4] {samples="sample", stage=1}
+%output = output((%y,))
+""")
+    lowered = InsertMessages().run(graph)
+    assert [op.name for op in lowered.ops if op.attr("meets")] == ["t"]
+    messages = [op for op in lowered.ops if op.target in ("gp.send", "gp.recv")]
+    assert [op.attr("samples") for op in messages] == ["shared", "shared"]
