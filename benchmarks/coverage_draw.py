@@ -5,6 +5,7 @@
 Drawn from the model types of transformers that are no part of another's configuration, and that stand
 neither in `coverage_lists.json` nor in a run or a draw of a smaller seed in `coverage_runs/`; draws are
 written down there (`draws.json`), for several model types can share the class that a row is named after.
+A draw that is written down is printed as it was drawn: what was run since changed what there is to draw from.
 """
 
 import argparse
@@ -33,16 +34,22 @@ def unseen(seen: frozenset[str]) -> list[str]:
 
 def seen_before(seed: int) -> frozenset[str]:
     """Model types of the lists, and of runs and draws of smaller seeds."""
-    drawn = json.loads((RUNS / "draws.json").read_text(encoding="utf-8"))
-    earlier = {name for key, names in drawn.items() if int(key) < seed for name in names}
+    earlier = {name for key, names in _drawn().items() if int(key) < seed for name in names}
     return frozenset(earlier | {find_architecture(name).model_type for name in _names(seed)})
 
 
 def draw(seed: int, count: int) -> list[str]:
-    """So many model types that were not seen before."""
+    """So many model types that were not seen before; those written down where the seed was drawn from."""
+    if (known := _drawn().get(str(seed))) is not None:
+        return known[:count]
     left = unseen(seen_before(seed))
     random.Random(seed).shuffle(left)
     return left[:count]
+
+
+def _drawn() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = json.loads((RUNS / "draws.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _names(seed: int) -> Iterator[str]:

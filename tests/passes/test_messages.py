@@ -1,4 +1,4 @@
-"""What crosses between stages: tensors, no numbers made of them, and no marks of the op that made them."""
+"""What crosses between stages: tensors, no numbers made of them, and no marks of ops that made them."""
 
 from itertools import combinations_with_replacement
 
