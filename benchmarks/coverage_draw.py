@@ -5,7 +5,7 @@
 Drawn from the model types of transformers that are no part of another's configuration, and that stand
 neither in `coverage_lists.json` nor in a run or a draw of a smaller seed in `coverage_runs/`; draws are
 written down there (`draws.json`), for several model types can share the class that a row is named after.
-A draw that is written down is printed as it was drawn: what was run since changed what there is to draw from.
+A draw that is written down is printed as it was: what was run since changed what there is to draw from.
 """
 
 import argparse
