@@ -56,11 +56,21 @@ _AT_A_TIME = 64
 
 def path_bound(units: Units, should_stop: ShouldStop = never) -> float:
     """The best latency that some one path allows, of as many as there is time for."""
-    bound = 0.0
+    bound = _least_bound(units)
     with contextlib.suppress(OutOfTimeError):
         for path in long_paths(units):
             bound = max(bound, _one_path_bound(units, path, should_stop))
     return bound
+
+
+def _least_bound(units: Units) -> float:
+    """The longest path, each item where it is fastest and nothing moved: takes no time."""
+    work = np.where(np.isfinite(units.accelerator[list(units.class_of)]), units.work, np.inf)
+    fastest = np.minimum(units.cpu, work if units.num_accelerators else np.inf)
+    length: list[float] = []
+    for i, before in enumerate(units.before):
+        length.append(float(fastest[i]) + max((length[j] for j in before), default=0.0))
+    return max(length, default=0.0)
 
 
 def _one_path_bound(units: Units, path: list[int], should_stop: ShouldStop) -> float:
