@@ -56,15 +56,15 @@ def graphpar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.distributed
 def test_plan_then_run_then_refuse_another_use(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     common = ("small_model:build", "--cluster", "cluster.yaml", "--batch-size", "6")
-    planned = graphpar(
-        folder, "plan", *common, "--train", "-o", "plan.json", "--json", "--view", "plan.html"
-    )
-    assert planned.returncode == 0, planned.stderr
+    monkeypatch.chdir(folder)
+    wished = ("--train", "-o", "plan.json", "--json", "--view", "plan.html")
+    assert cli.run(("plan", *common, *wished), cli.Settings()) == 0
+    printed = capfd.readouterr().out
     plan = Plan.load(folder / "plan.json")
-    assert json.loads(planned.stdout) == json.loads(plan.to_json())
+    assert json.loads(printed) == json.loads(plan.to_json())
     assert plan.training
     assert plan.batch == 6
     assert '"detail":"' in (folder / "plan.html").read_text(encoding="utf-8")
@@ -80,12 +80,11 @@ def test_plan_then_run_then_refuse_another_use(
     assert result["losses"] == sorted(result["losses"], reverse=True)
     assert result["predicted_step_s"] == plan.predicted_step_s
 
-    monkeypatch.chdir(folder)
     assert cli.run(("run", *common, "--profile"), cli.Settings()) == 2
-    assert "say where with --view FILE.json" in capsys.readouterr().err
+    assert "say where with --view FILE.json" in capfd.readouterr().err
     refused = ("run", *common, "--plan", "plan.json", "--inference")
     assert cli.run(refused, cli.Settings()) == 2
-    assert "made for training, but inference is asked for" in capsys.readouterr().err
+    assert "made for training, but inference is asked for" in capfd.readouterr().err
 
 
 def test_a_truncated_search_is_told_by_plan(
