@@ -8,79 +8,25 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Op, Symbol
 from graphpar.ir.optable import POINTWISE, packet
 
-VIEWS = frozenset(
-    [
-        "view",
-        "reshape",
-        "transpose",
-        "permute",
-        "t",
-        "numpy_T",
-        "mT",
-        "T",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "expand_as",
-        "slice",
-        "select",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "unsafe_split",
-        "unsafe_chunk",
-        "tensor_split",
-        "detach",
-        "alias",
-        "as_strided",
-        "view_as",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "diagonal",
-        "unfold",
-        "flatten",
-        "ravel",
-        "unflatten",
-        "_unsafe_view",
-        "lift_fresh",
-        "real",
-        "imag",
-        "view_as_real",
-        "view_as_complex",
-        "broadcast_to",
-        "adjoint",
-        "contiguous",
-        "getitem",
-        "gp.whole_batch",
-    ]
-)
-"""Operators whose result may share storage with the first operand."""
-
 GROWING = frozenset({"expand", "expand_as", "broadcast_to"})
 PARTIAL = frozenset(
-    [
-        "slice",
-        "select",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "unsafe_split",
-        "unsafe_chunk",
-        "tensor_split",
-        "diagonal",
-        "unfold",
-        "as_strided",
-    ]
+    "slice select narrow split split_with_sizes chunk unbind unsafe_split unsafe_chunk tensor_split "
+    "diagonal unfold as_strided".split()
 )
 """Views of a part of the storage: their backward has to fill or join the rest."""
 
 _RESHAPES = frozenset({"view", "reshape", "flatten", "ravel", "unflatten", "_unsafe_view", "view_as"})
+VIEWS = (
+    GROWING
+    | PARTIAL
+    | _RESHAPES
+    | frozenset(
+        "transpose permute t numpy_T mT T unsqueeze squeeze detach alias movedim moveaxis swapaxes "
+        "swapdims lift_fresh real imag view_as_real view_as_complex adjoint contiguous getitem "
+        "gp.whole_batch".split()
+    )
+)
+"""Operators whose result may share storage with the first operand."""
 
 
 @dataclass(frozen=True)

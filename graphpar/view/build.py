@@ -21,7 +21,6 @@ from graphpar.view.model import (
     ViewCertificate,
     ViewData,
     ViewDevice,
-    ViewEdge,
     ViewError,
     ViewErrors,
     ViewLink,
@@ -78,10 +77,7 @@ def view_of(
         pipelines=tuple(_pipelines(plan)),
         stages=tuple(_stages(plan, schedule)),
         units=plan.units,
-        edges=tuple(
-            ViewEdge(**{name: getattr(edge, name) for name in edge.__struct_fields__})
-            for edge in plan.edges
-        ),
+        edges=plan.edges,
         certificate=_certificate(plan),
         notes=(*plan.partition.notes, *plan.notes, *whole_notes(plan)),
         assumptions=plan.assumptions,

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import networkx as nx
 
+from graphpar.plan_records import PlanEdge
 from graphpar.units import format_bytes, format_rate, format_seconds
-from graphpar.view.model import ViewBlock, ViewData, ViewEdge, ViewStage
+from graphpar.view.model import ViewBlock, ViewData, ViewStage
 from graphpar.view.palette import device_colour, text_on
 from graphpar.view.texts import xml_text
 
@@ -29,7 +30,7 @@ def block_label(block: ViewBlock) -> str:
     return f"{block.label} x{block.count}" if block.count > 1 else block.label
 
 
-def edge_label(edge: ViewEdge) -> str:
+def edge_label(edge: PlanEdge) -> str:
     """Bytes per sample and the link they take."""
     ahead = format_bytes(edge.forward_bytes_per_sample) + "/sample"
     fixed = f" + {format_bytes(edge.forward_fixed_bytes)}" if edge.forward_fixed_bytes else ""

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from graphpar.explanation import Explanation
 from graphpar.plan_precision import FormatRun
-from graphpar.plan_records import PlanBudget
+from graphpar.plan_records import PlanBudget, PlanEdge
 from graphpar.schedule import Action
 
 
@@ -135,27 +135,6 @@ class ViewStage:
     unit_formats: tuple[str, ...] = ()
     recompute: bool = False
     zero: int = 0
-
-
-@dataclass(frozen=True)
-class ViewEdge:
-    """Data that cross between two stages, and the slowest link they take."""
-
-    source: int
-    target: int
-    forward_bytes_per_sample: float
-    backward_bytes_per_sample: float
-    forward_fixed_bytes: float
-    backward_fixed_bytes: float
-    source_device: str
-    target_device: str
-    latency_s: float
-    bytes_per_s: float
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether gradients travel back."""
-        return self.backward_bytes_per_sample > 0 or self.backward_fixed_bytes > 0
 
 
 @dataclass(frozen=True)
@@ -331,7 +310,7 @@ class ViewData:
     pipelines: tuple[ViewPipeline, ...]
     stages: tuple[ViewStage, ...]
     units: tuple[str, ...]
-    edges: tuple[ViewEdge, ...]
+    edges: tuple[PlanEdge, ...]
     certificate: ViewCertificate
     notes: tuple[str, ...]
     assumptions: tuple[str, ...]

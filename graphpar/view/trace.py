@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from graphpar.plan_records import PlanEdge
 from graphpar.schedule import Action
-from graphpar.view.model import ViewData, ViewEdge, ViewTimeline
+from graphpar.view.model import ViewData, ViewTimeline
 from graphpar.view.palette import ACTION_NAMES
 
 PREDICTED_PROCESS, MEASURED_PROCESS = 1, 2
@@ -142,7 +143,7 @@ def _flow_kind(action: Action) -> str:
     return "B" if action.kind == "I" else action.kind
 
 
-def _receivers(edges: tuple[ViewEdge, ...], stage: int, kind: str) -> list[int]:
+def _receivers(edges: tuple[PlanEdge, ...], stage: int, kind: str) -> list[int]:
     if kind == "S":
         return [e.target for e in edges if e.source == stage]
-    return [e.source for e in edges if e.target == stage and e.has_gradient]
+    return [e.source for e in edges if e.target == stage and e.link.has_gradient]
