@@ -23,9 +23,9 @@ from graphpar.explanation import (
     ShadowPrice,
 )
 from graphpar.partition.bounds import device_prices_s
+from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.infeasible import more_devices, scale_memory
 from graphpar.partition.pipeline import partition as solve
-from graphpar.partition.pipeline_price import modes_of
 from graphpar.partition.settings import microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.simulated import deal_any, has_formula, price_any

@@ -17,8 +17,8 @@ from itertools import accumulate, pairwise
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError, VerifyError
+from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.handmade import even_split, greedy_split
-from graphpar.partition.pipeline_price import modes_of
 from graphpar.partition.settings import Microbatches, ScheduleWish, microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, StageChoice, StagePace
 from graphpar.simulated import Simulated, certified, deal_any, simulated, stage_paces

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
+from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import (
     Price,
-    modes_of,
     price,
     replica_times_s,
     share_microbatches,

@@ -10,14 +10,8 @@ from functools import cached_property
 
 from graphpar.cores import SharedCores
 from graphpar.cost import CostTable, LinkCost
-from graphpar.partition.pipeline_price import (
-    meetings_s,
-    member_bytes,
-    modes_of,
-    most_bytes,
-    stage_sync_s,
-    zero_s,
-)
+from graphpar.partition.gradient_sums import gradient_sums, links_between_replicas, modes_of, ring_s
+from graphpar.partition.pipeline_price import meetings_s, member_bytes, zero_s
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 
 
@@ -262,67 +256,17 @@ def _stage_timing(
 
 
 def _gradient_groups(table: CostTable, partition: Partition) -> tuple[GradientGroup, ...]:
-    """Units held by the same ranks are reduced together.
-
-    Where ZeRO divides a stage, its replicas exchange what the level asks for instead. Members of tensor
-    groups exchange with the members in the same place.
-    """
-    holders: list[dict[int, list[int]]] = [{} for _ in range(table.num_units)]
-    divided: list[GradientGroup] = []
-    num_bytes: dict[tuple[int, ...], float] = {}
+    """Units held by the same ranks are reduced together (`graphpar.partition.gradient_sums`)."""
     rank_of = {device: rank for rank, device in enumerate(partition.used_devices)}
-    for pipeline in partition.pipelines:
-        for stage in pipeline.stages:
-            ranks: dict[int, list[int]] = {}
-            for replica in stage.replicas:
-                for member, device in enumerate(replica.devices):
-                    ranks.setdefault(member, []).append(rank_of[device])
-            divided += _divided_groups(table, stage, ranks)
-            for unit in range(stage.first, stage.last):
-                for member, own in ranks.items():
-                    # ZeRO's replicas are done among themselves: one speaks for them across pipelines.
-                    holders[unit].setdefault(member, []).extend(own[:1] if stage.zero else own)
-    modes = [_unit_gradients(table, partition, unit) for unit in range(table.num_units)]
-    for unit, by_member in enumerate(holders):
-        for member_ranks in by_member.values():
-            if len(member_ranks) > 1:
-                key = tuple(member_ranks)
-                num_bytes[key] = num_bytes.get(key, 0.0) + modes[unit]
-    whole = (
-        GradientGroup(key, total, _ring_seconds(table, partition, key, total))
-        for key, total in num_bytes.items()
-        if total > 0
-    )
-    return (*divided, *whole)
-
-
-def _divided_groups(
-    table: CostTable, stage: StageChoice, ranks: dict[int, list[int]]
-) -> list[GradientGroup]:
-    """What the replicas of a stage under ZeRO exchange after the last backward."""
-    seconds = stage_sync_s(table, stage) if stage.zero else 0.0
-    if seconds <= 0:
-        return []
-    num_bytes = most_bytes(table, stage, "gradient_bytes")
-    return [GradientGroup(tuple(own), num_bytes, seconds) for own in ranks.values() if len(own) > 1]
-
-
-def _unit_gradients(table: CostTable, partition: Partition, unit: int) -> float:
-    """Gradient bytes of a unit on the rank that holds most of them."""
-    return max(
-        max(table.every_mode[mode].costs[table.units[unit]].gradient_bytes)
-        for pipeline in partition.pipelines
-        for stage in pipeline.stages
-        if stage.first <= unit < stage.last
-        for mode in set(modes_of(table, stage))
+    return tuple(
+        GradientGroup(tuple(rank_of[d] for d in one.devices), one.num_bytes, one.seconds)
+        for one in gradient_sums(table, partition.pipelines)
     )
 
 
 def _ring_seconds(
     table: CostTable, partition: Partition, ranks: Sequence[int], num_bytes: float
 ) -> float:
-    devices = [partition.used_devices[rank] for rank in ranks]
-    hops = zip(devices, [*devices[1:], devices[0]], strict=True)
-    message = num_bytes / len(ranks)
-    slowest = max(table.topology.link(a, b).seconds(message) for a, b in hops)
-    return 2 * (len(ranks) - 1) * (slowest + table.sum_s_per_byte * message)
+    replicas = [Replica(partition.used_devices[rank], 0) for rank in ranks]
+    links = links_between_replicas(table, replicas)
+    return ring_s(links, num_bytes, len(ranks), table.sum_s_per_byte)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import Stage
-from graphpar.partition.pipeline_price import modes_of, pairs, share_microbatches
+from graphpar.partition.gradient_sums import modes_of
+from graphpar.partition.pipeline_price import pairs, share_microbatches
 from graphpar.partition.search import Found
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 

@@ -175,7 +175,7 @@ def sample_bound(table: CostTable) -> WorkBound:
     return WorkBound(teams.least(work), repeats_of(table), teams)
 
 
-def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Links) -> float:
+def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Sequence[Links]) -> float:
     """A lower bound on the largest post of a pipeline on some devices (counts per class).
 
     ZeRO divides the optimiser's work but somebody does each part, hence the sum over the devices of
@@ -186,7 +186,7 @@ def least_post_s(table: CostTable, counts: Sequence[int], peers: int, across: Li
     usable = [i for i, m in enumerate(table.every_mode) if all(have[k] for k in m.members)]
     if not table.training or not usable:
         return 0.0
-    slow = max((1 / k.bytes_per_s for k in across), default=0.0)
+    slow = min((max((1 / k.bytes_per_s for k in links), default=0.0) for links in across), default=0.0)
     weight = 2 * (peers - 1) / peers * slow
     each = (steps + weight * gradients)[usable].min(axis=0)
     return float(repeats_of(table) @ each) / sum(counts)

@@ -116,8 +116,14 @@ def class_cells(table: CostTable) -> Cells:
         _best([table.topology.inside[n] for n in {nodes[d] for d in c.devices} if sizes[n] > 1])
         for _, c in used
     ]
+    homes = [{nodes[d] for d in c.devices} for _, c in used]
+
+    def between(i: int, j: int) -> LinkCost | None:
+        together = [table.topology.inside[n] for n in homes[i] & homes[j]]
+        return _best([*together, *([network] if network else [])])
+
     links = tuple(
-        tuple(inside[i] if i == j else network for j in range(len(used))) for i in range(len(used))
+        tuple(inside[i] if i == j else between(i, j) for j in range(len(used))) for i in range(len(used))
     )
     cells = tuple(Cell(i, place, c.devices) for place, (i, c) in enumerate(used))
     largest = tuple(max(sizes[nodes[d]] for d in c.devices) for _, c in used)
@@ -192,16 +198,24 @@ def plain_option(cells: Cells, take: Sequence[int]) -> StageOption:
     return make_option(cells, groups, [cells.cells[i].device_class for (i,) in groups])
 
 
-def group_links(cells: Cells, groups: Sequence[Sequence[int]]) -> Links:
-    """The links between devices of different groups, each a count by cell."""
-    places = [
-        frozenset(c.place for c, n in zip(cells.cells, group, strict=True) if n) for group in groups
-    ]
-    found: set[LinkCost] = set()
-    for index, left in enumerate(places):
-        for right in places[index + 1 :]:
-            found |= links_between(cells, left, right)
-    return pareto(list(found))
+def links_to_others(
+    cells: Cells, groups: Sequence[Sequence[int]], own: Sequence[int]
+) -> tuple[Links, ...]:
+    """For each place the best links to each group but one that is its own; groups are counts by cell.
+
+    Whoever stands in a place and exchanges with all other groups meets links no better than these.
+    """
+    others = list(map(tuple, groups))
+    others.remove(tuple(own))
+    found = []
+    for here in range(max(c.place for c in cells.cells) + 1):
+        links = []
+        for group in others:
+            there = {c.place for c, n in zip(cells.cells, group, strict=True) if n}
+            best = _best([k for p in there if (k := cells.links[here][p]) is not None])
+            links += [best] if best is not None else []
+        found.append(pareto(links))
+    return tuple(found)
 
 
 def _all_links(table: CostTable) -> set[LinkCost]:

@@ -337,27 +337,53 @@ def _slowest_finish(table: CostTable, partition: Partition) -> tuple[float, floa
     worst = (0.0, 0.0)
     if not table.training:
         return worst
-    everywhere = _one_per_node(
-        table,
-        [
-            (number, device)
-            for number, p in enumerate(partition.pipelines)
-            for s in p.stages
-            for _, device in _own_group(s)
-        ],
-    )
+    clock: dict[str, float] = {}
+    for devices, seconds in _sums_in_order(table, partition):
+        end = max(clock.get(device, 0.0) for device in devices) + seconds
+        for device in devices:
+            clock[device] = end
     for pipeline in partition.pipelines:
         for stage in pipeline.stages:
-            size = _largest_part(table, stage, "gradient_bytes")
-            sync = _stage_finish(table, stage)
-            sync += _all_reduce(table, everywhere, len(partition.pipelines), size)
-            for index in range(len(stage.replicas)):
+            for index, replica in enumerate(stage.replicas):
                 mode = _mode(table, stage, index)
                 steps = [mode.costs[table.units[u]].optimizer_s for u in range(stage.first, stage.last)]
                 optimizer = sum(steps) / (len(stage.replicas) if stage.zero > 0 else 1)
-                if sync + optimizer > sum(worst):
-                    worst = (sync, optimizer)
+                for device in replica.devices:
+                    if clock.get(device, 0.0) + optimizer > sum(worst):
+                        worst = (clock.get(device, 0.0), optimizer)
     return worst
+
+
+def _sums_in_order(table: CostTable, partition: Partition) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Who sums after the last backward, and for how long: ZeRO's replicas, then all copies by unit."""
+    every = [s for p in partition.pipelines for s in p.stages]
+    for stage in every:
+        if stage.zero > 0 and len(stage.replicas) > 1:
+            seconds = _stage_finish(table, stage)
+            for member in range(len(stage.replicas[0].devices)):
+                yield tuple(r.devices[member] for r in stage.replicas), seconds
+    modes = {
+        id(s): {id(m): m for m in (_mode(table, s, i) for i in range(len(s.replicas)))} for s in every
+    }
+    held: dict[tuple[str, ...], tuple[list[Replica], dict[tuple[int, ...], dict[tuple[int, ...], float]]]]
+    held = {}
+    for unit, kind in enumerate(table.units):
+        here = [s for s in every if s.first <= unit < s.last]
+        run = tuple(map(id, here))
+        speaking = [r for s in here for r in s.replicas[: 1 if s.zero > 0 else None]]
+        for member in range(max(len(r.devices) for r in speaking)):
+            copies = [r for r in speaking if len(r.devices) > member]
+            _, runs = held.setdefault(tuple(r.devices[member] for r in copies), (copies, {}))
+            sizes = runs.setdefault(run, {})
+            for stage in here:
+                for number, mode in modes[id(stage)].items():
+                    for place, size in enumerate(mode.costs[kind].gradient_bytes):
+                        holder = (id(stage), number, place)
+                        sizes[holder] = sizes.get(holder, 0.0) + size
+    for devices, (copies, runs) in held.items():
+        group = _one_per_node(table, [(i, d) for i, r in enumerate(copies) for d in r.devices])
+        size = sum(max(sizes.values()) for sizes in runs.values())
+        yield devices, _all_reduce(table, group, len(devices), size)
 
 
 def _stage_finish(table: CostTable, stage: StageChoice) -> float:

@@ -16,7 +16,7 @@ from graphpar.cost import CostTable, Mode
 from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.repeats import Repeats
-from graphpar.partition.stage_costs import boundary_seconds, ring_array
+from graphpar.partition.stage_costs import boundary_seconds, ring_array, summing
 from graphpar.partition.unit_arrays import (
     UNLIMITED,
     Cache,
@@ -195,9 +195,9 @@ def _moved(table: CostTable, units: UnitArrays, mode: int, options: Sequence[Sta
     weights = units.most_bytes(mode, "weight_bytes")
     rows = []
     for option in options:
-        row = ring_array(option.ring, gradients, option.width, each) / 2
+        row = ring_array(option.ring, option.width, gradients, each) / 2
         if zero > 2:
-            row = row + ring_array(option.ring, weights, option.width, each)
+            row = row + ring_array(option.ring, option.width, weights, each)
         rows.append(row)
     found = units.cache[key] = np.stack(rows)
     return found
@@ -220,14 +220,13 @@ def _post(
     gradients = units.most_bytes(mode, "gradient_bytes")
     weights = units.most_bytes(mode, "weight_bytes")
     optimizer = units.ranges([c.optimizer_s for c in table.every_mode[mode].costs])
-    across = ring_array(setting.across, gradients, setting.peers, each)
     rows = []
     for option in options:
-        sync = across
-        if zero < 2:
-            sync = sync + ring_array(option.ring, gradients, option.width, each) / (2 if zero else 1)
+        sync = ring_array(*summing(option, zero, setting), gradients, each)
+        if zero == 1:
+            sync = sync + ring_array(option.ring, option.width, gradients, each) / 2
         if zero in (1, 2):
-            sync = sync + ring_array(option.ring, weights, option.width, each) / 2
+            sync = sync + ring_array(option.ring, option.width, weights, each) / 2
         rows.append(sync + optimizer / (option.width if zero else 1))
     found = units.cache[key] = np.stack(rows)
     return found

@@ -19,7 +19,7 @@ linear between neighbouring integer sizes, so the time at the mean size is the m
     extra_cut  = (m - 1) c_s               under GPipe and in inference
     fill   = sum_s max_r t_r + sum_s c_s
     time   = fill + max(extra)
-    post_r = sync of the gradients of U_s over the replicas of s + ring(the same over the pipelines)
+    post_r = until all sums of gradients that r takes part in are done (`gradient_sums`)
              + sum over U_s of the optimiser's time
     step   = max over pipelines of time + max over devices of post
 
@@ -32,18 +32,14 @@ transfer to either side is an upper bound on all these averages, and meets them 
 Under GPipe transfers overlap. What the price leaves out is that the replicas of a stage behind narrower
 ones start one after another: with few microbatches the simulated step may be longer by part of a fill.
 
-`ring(g, w) = 2 (w - 1) * (seconds(g / w) + sum_s_per_byte * g / w)` on the slowest link (Patarasuk and
-Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009); the second term is
-what holders that sum on their own processors spend on it. `half(g, w)` is half of that: a
-reduce-scatter or an all-gather. Microbatches are dealt by a rule, not a choice: the next one goes to
-the replica that would finish it first.
+Microbatches are dealt by a rule, not a choice: the next one goes to the replica that would finish it
+first.
 
 ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054) divides among the `w` replicas of a stage what all of
 them would hold. Level 1: optimiser state; sync is half(gradients) + half(weights), and each replica
 steps 1/w of the parameters. Level 2: gradients as well, reduced after every microbatch:
 `z = half(gradients)`, sync is half(weights). Level 3: weights as well, gathered for either pass:
-`z = half(gradients) + 2 half(weights)`, no sync is left. Members of tensor groups exchange only with
-their likes, all at once: the bytes of the member with most of them count.
+`z = half(gradients) + 2 half(weights)`, no sync is left. `half` stands in `gradient_sums`.
 
 Peak of a device: weights + gradients + optimiser state of `U_s`, each divided by `w` where ZeRO divides
 it, plus `in flight * saved` plus the largest temporary of a unit at the size of the largest microbatch
@@ -56,12 +52,21 @@ Inference keeps nothing.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
-from itertools import combinations
 
 from graphpar.cost import CostTable, LinkCost, ModeCost
+from graphpar.partition.gradient_sums import (
+    half_ring_s,
+    links_between_replicas,
+    modes_of,
+    most_bytes,
+    ring_s,
+    slowest,
+    unit_costs,
+    worst_finish_s,
+)
 from graphpar.partition.types import PipelineChoice, ScheduleName, StageChoice
 
 
@@ -72,32 +77,6 @@ class Price:
     objective_s: float
     parts: dict[str, float]
     peak_bytes: dict[str, float]
-
-
-def slowest(links: Iterable[LinkCost], num_bytes: float) -> float:
-    """Seconds of one message over the slowest of some links."""
-    return max((link.seconds(num_bytes) for link in links), default=0.0)
-
-
-def ring_s(
-    links: Iterable[LinkCost], num_bytes: float, copies: int, sum_s_per_byte: float = 0.0
-) -> float:
-    """Seconds of a ring all-reduce of `num_bytes` over `copies` holders.
-
-    >>> ring_s([LinkCost(0.0, 1e9)], 1e9, 2), ring_s([LinkCost(0.0, 1e9)], 1e9, 2, 2e-9)
-    (1.0, 3.0)
-    """
-    return 2 * half_ring_s(links, num_bytes, copies, sum_s_per_byte)
-
-
-def half_ring_s(
-    links: Iterable[LinkCost], num_bytes: float, copies: int, sum_s_per_byte: float = 0.0
-) -> float:
-    """Seconds of a reduce-scatter or an all-gather of `num_bytes` over `copies` holders."""
-    if copies < 2 or num_bytes <= 0:
-        return 0.0
-    message = num_bytes / copies
-    return (copies - 1) * (slowest(links, message) + sum_s_per_byte * message)
 
 
 def deal(times_s: Sequence[float], periods_s: Sequence[float], microbatches: int) -> tuple[int, ...]:
@@ -131,21 +110,6 @@ def stage_time_s(table: CostTable, first: int, last: int, mode: int, size: float
     if not table.training:
         return forward
     return forward + sum(table.backward_s(u, mode, size) for u in range(first, last)) + overhead
-
-
-def modes_of(table: CostTable, stage: StageChoice) -> list[int]:
-    """The mode of each replica; ValueError where the table does not price it."""
-    found = []
-    for replica in stage.replicas:
-        mode = table.mode_number(stage, replica)
-        if mode is None:
-            raise ValueError(
-                f"the cost table has no mode for units {stage.first} to {stage.last} on "
-                f"{', '.join(replica.devices)} with shares {replica.shares}, "
-                f"precision {stage.precision}, recompute {stage.recompute}, zero {stage.zero}"
-            )
-        found.append(mode)
-    return found
 
 
 def replica_times_s(table: CostTable, stage: StageChoice, size: float) -> list[float]:
@@ -184,51 +148,13 @@ def zero_s(table: CostTable, stage: StageChoice) -> float:
     width = len(stage.replicas)
     if stage.zero < 2 or width < 2 or not table.training:
         return 0.0
-    links = _links_between_replicas(table, stage)
+    links = links_between_replicas(table, stage.replicas)
     gradients = most_bytes(table, stage, "gradient_bytes")
     moved = half_ring_s(links, gradients, width, table.sum_s_per_byte)
     if stage.zero > 2:
         weights = most_bytes(table, stage, "weight_bytes")
         moved += ring_s(links, weights, width, table.sum_s_per_byte)
     return moved
-
-
-def _links_between_replicas(table: CostTable, stage: StageChoice) -> list[LinkCost]:
-    topology = table.topology
-    holders: dict[str, set[int]] = {}
-    for number, replica in enumerate(stage.replicas):
-        for device in replica.devices:
-            holders.setdefault(topology.node_of[device], set()).add(number)
-    found = {topology.inside[node] for node, own in holders.items() if len(own) > 1}
-    lone = [node for node, own in holders.items() if len(own) == 1]
-    shared = [node for node, own in holders.items() if len(own) > 1]
-    found |= topology.between_nodes(shared, holders)
-    if len({next(iter(holders[node])) for node in lone}) > 1:
-        found |= (
-            {
-                k
-                for a, b in combinations(lone, 2)
-                if holders[a] != holders[b]
-                for k in topology.between_nodes((a,), (b,))
-            }
-            if topology.between
-            else {topology.network}
-        )
-    return list(found)
-
-
-def _unit_costs(table: CostTable, stage: StageChoice, mode: int) -> list[ModeCost]:
-    costs = table.every_mode[mode].costs
-    return [costs[table.units[u]] for u in range(stage.first, stage.last)]
-
-
-def most_bytes(table: CostTable, stage: StageChoice, name: str) -> float:
-    """Bytes of the member that holds most, over all replicas."""
-    largest = 0.0
-    for mode in set(modes_of(table, stage)):
-        rows = (getattr(c, name) for c in _unit_costs(table, stage, mode))
-        largest = max(largest, *map(sum, zip(*rows, strict=True)))
-    return largest
 
 
 def boundary_s(table: CostTable, links: Sequence[LinkCost], boundary: int, size: float) -> float:
@@ -289,7 +215,7 @@ def price(table: CostTable, pipelines: Sequence[PipelineChoice], schedule: Sched
     """Price a plan whose microbatches are dealt; the formulas stand at the top of this file."""
     times = [_pipeline_time(table, p, schedule) for p in pipelines]
     slow = max(times, key=lambda parts: math.fsum(parts.values()))
-    sync, optimizer = _worst_post(table, pipelines)
+    sync, optimizer = worst_finish_s(table, pipelines)
     parts = {**slow, "sync_s": sync, "optimizer_s": optimizer}
     parts["fill_compute_s"] += meetings_s(table, pipelines, 0, table.num_units)
     peaks = {d: b for p in pipelines for d, b in _peaks(table, p, schedule).items()}
@@ -344,34 +270,6 @@ def cross_links(table: CostTable, pipelines: Sequence[PipelineChoice]) -> list[L
     )
 
 
-def _worst_post(table: CostTable, pipelines: Sequence[PipelineChoice]) -> tuple[float, float]:
-    """Gradient sync and optimiser of the device for which their sum is largest."""
-    if not table.training:
-        return 0.0, 0.0
-    across = cross_links(table, pipelines)
-    worst = (0.0, 0.0)
-    for pipeline in pipelines:
-        for stage in pipeline.stages:
-            modes, width = modes_of(table, stage), len(stage.replicas)
-            sync = stage_sync_s(table, stage)
-            gradients = most_bytes(table, stage, "gradient_bytes")
-            sync += ring_s(across, gradients, len(pipelines), table.sum_s_per_byte)
-            optimizer = max(sum(c.optimizer_s for c in _unit_costs(table, stage, mode)) for mode in modes)
-            worst = max(worst, (sync, optimizer / (width if stage.zero else 1)), key=sum)
-    return worst
-
-
-def stage_sync_s(table: CostTable, stage: StageChoice) -> float:
-    """Gradients summed over the replicas of a stage, or what ZeRO does instead."""
-    links, width = _links_between_replicas(table, stage), len(stage.replicas)
-    gradients = most_bytes(table, stage, "gradient_bytes")
-    if stage.zero == 0:
-        return ring_s(links, gradients, width, table.sum_s_per_byte)
-    scattered = half_ring_s(links, gradients, width, table.sum_s_per_byte) if stage.zero == 1 else 0.0
-    gathered = most_bytes(table, stage, "weight_bytes") if stage.zero < 3 else 0.0
-    return scattered + half_ring_s(links, gathered, width, table.sum_s_per_byte)
-
-
 def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -> dict[str, float]:
     size = -(-pipeline.samples // pipeline.microbatches)
     peaks: dict[str, float] = {}
@@ -383,7 +281,7 @@ def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -
             held = in_flight(table, schedule, replica.microbatches, below, width)
             for member, device in enumerate(replica.devices):
                 fixed, saved, working = member_bytes(
-                    table, _unit_costs(table, stage, mode), member, size, stage.zero, width
+                    table, unit_costs(table, stage, mode), member, size, stage.zero, width
                 )
                 peaks[device] = fixed + held * saved + working + table.reserved_bytes
     return peaks

@@ -72,7 +72,7 @@ class Programs:
         samples: int,
         schedules: Sequence[ScheduleName],
         peers: int = 1,
-        across: Links = frozenset(),
+        across: tuple[Links, ...] = (),
     ) -> list[Task]:
         """Every schedule and microbatch count for a pipeline on some devices."""
         whole = tuple(limits)
@@ -146,7 +146,9 @@ class Programs:
         """A lower bound on the time some devices need per sample at any microbatch size."""
         return self._per_sample.seconds(self.family.classes(limits))
 
-    def least_post_s(self, limits: Sequence[int], peers: int = 1, across: Links = frozenset()) -> float:
+    def least_post_s(
+        self, limits: Sequence[int], peers: int = 1, across: tuple[Links, ...] = ()
+    ) -> float:
         """A lower bound on the largest post of a pipeline on some devices."""
         return least_post_s(self.family.table, self.family.classes(limits), peers, across)
 
@@ -160,7 +162,7 @@ class Programs:
         table, fixed = self.family.table, self.family.microbatches
         most = min(samples, table.max_microbatches)
         counts = range(1, most + 1) if fixed == "auto" else [min(fixed, most)]
-        settings = [Setting(samples, m, self.family.schedules[0], peers, frozenset()) for m in counts]
+        settings = [Setting(samples, m, self.family.schedules[0], peers) for m in counts]
         whole, numbers = tuple(limits), self.family.classes(limits)
         room, least = room_bytes(table, numbers), INFINITY
         bounded = [(self._task(whole, setting).bound_s, i, setting) for i, setting in enumerate(settings)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.cells import group_links
+from graphpar.partition.cells import links_to_others
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.family import share_step
 from graphpar.partition.programs import Programs
@@ -81,9 +81,15 @@ def grouping_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
     if not all(programs.may_hold(g) for g in groups):
         return INFINITY
     together = [sum(column) for column in zip(*groups, strict=True)]
-    across = group_links(programs.family.cells, groups)
     work = programs.work_per_sample_s(together) * programs.family.table.batch
-    return work + max(programs.least_post_s(g, len(groups), across) for g in groups)
+    return work + _least_post_s(programs, groups)
+
+
+def _least_post_s(programs: Programs, groups: Sequence[Group]) -> float:
+    cells, number = programs.family.cells, len(groups)
+    return max(
+        programs.least_post_s(g, number, links_to_others(cells, groups, g)) for g in dict.fromkeys(groups)
+    )
 
 
 def pipelines_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
@@ -96,7 +102,6 @@ def pipelines_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
     """
     if not programs.larger_take_longer:
         return 0.0
-    across = group_links(programs.family.cells, groups)
     rates = [1 / max(programs.work_per_sample_s(g), 1e-30) for g in groups]
     batch = programs.family.table.batch
     # A hair less than the share, lest rounding make the parts more than the batch.
@@ -106,8 +111,7 @@ def pipelines_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
     least = {
         (g, n): programs.pipeline_bound_s(g, n, len(groups)) for g, n in zip(groups, shares, strict=True)
     }
-    post_s = max(programs.least_post_s(g, len(groups), across) for g in groups)
-    return min(least.values()) + post_s
+    return min(least.values()) + _least_post_s(programs, groups)
 
 
 def estimate_shares(
@@ -124,7 +128,6 @@ def estimate_shares(
     Microbatches are about as large as `size`. Nothing is proven about other shares.
     """
     table = programs.family.table
-    across = group_links(programs.family.cells, groups)
     rates = [1 / max(programs.work_per_sample_s(g), 1e-30) for g in groups]
     best: tuple[float, tuple[Found, ...]] | None = None
     tried: set[tuple[int, ...]] = set()
@@ -136,6 +139,7 @@ def estimate_shares(
         tried.add(shares)
         for key in zip(map(tuple, groups), shares, strict=True):
             if key not in known:
+                across = links_to_others(programs.family.cells, groups, key[0])
                 every = programs.tasks(key[0], key[1], (schedule,), len(groups), across)
                 tasks = [t for t in every if size / 1.6 <= t.setting.size <= size * 1.6]
                 result = programs.search(
@@ -178,11 +182,11 @@ class _Grouping:
         self._schedule = schedule
         self._gap = gap
         self._deadline = deadline_s
-        self._across = group_links(programs.family.cells, groups)
+        self._across = {g: links_to_others(programs.family.cells, groups, g) for g in self._groups}
         self._table = programs.family.table
         self._step = share_step(self._table)
         self._per_sample = {g: programs.work_per_sample_s(g) for g in self._groups}
-        self._least_post = max(programs.least_post_s(g, len(groups), self._across) for g in self._groups)
+        self._least_post = _least_post_s(programs, self._groups)
         self._fits: dict[tuple[Group, int], _Fit] = {}
         self.cutoff = INFINITY
         self.best: tuple[Found, ...] | None = None
@@ -264,7 +268,9 @@ class _Grouping:
                 return known
             if known.found is not None and known.found.answer.post_s <= post_limit:
                 return known
-        tasks = self._programs.tasks(group, share, (self._schedule,), len(self._groups), self._across)
+        tasks = self._programs.tasks(
+            group, share, (self._schedule,), len(self._groups), self._across[group]
+        )
         result = self._programs.search(
             tasks,
             cutoff_s=time_limit,

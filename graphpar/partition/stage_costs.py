@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.cost import CostTable
-from graphpar.partition.cells import Links, StageOption
+from graphpar.cost import CostTable, LinkCost
+from graphpar.partition.cells import Links, StageOption, pareto
 from graphpar.partition.unit_arrays import UNLIMITED, FloatArray, Setting, UnitArrays
 
 
@@ -38,9 +38,9 @@ def zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> Fl
     if zero < 2 or width < 2 or not table.training:
         return None
     each = table.sum_s_per_byte
-    moved = ring_array(option.ring, _most_bytes(units, option, "gradient_bytes"), width, each) / 2
+    moved = ring_array(option.ring, width, _most_bytes(units, option, "gradient_bytes"), each) / 2
     if zero > 2:
-        moved += ring_array(option.ring, _most_bytes(units, option, "weight_bytes"), width, each)
+        moved += ring_array(option.ring, width, _most_bytes(units, option, "weight_bytes"), each)
     return moved
 
 
@@ -170,7 +170,7 @@ def most_below(
 
 
 def cached_post(table: CostTable, units: UnitArrays, option: StageOption, setting: Setting) -> FloatArray:
-    key = ("post", option.staff, option.ring, setting.peers, setting.across)
+    key = ("post", option.staff, option.ring, option.places, setting.peers, setting.across)
     if key not in units.cache:
         units.cache[key] = _post(table, units, option, setting)
     return units.cache[key]
@@ -181,18 +181,30 @@ def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Set
         return np.where(units.valid, 0.0, np.inf)
     zero, width, each = table.every_mode[option.staff[0]].zero, option.width, table.sum_s_per_byte
     gradients = _most_bytes(units, option, "gradient_bytes")
-    sync = ring_array(setting.across, gradients, setting.peers, each)
-    if zero < 2:
-        sync = sync + ring_array(option.ring, gradients, width, each) / (1 if zero == 0 else 2)
+    sync = ring_array(*summing(option, zero, setting), gradients, each)
+    if zero == 1:
+        sync = sync + ring_array(option.ring, width, gradients, each) / 2
     if zero in (1, 2):
         weights = _most_bytes(units, option, "weight_bytes")
-        sync = sync + ring_array(option.ring, weights, width, each) / 2
+        sync = sync + ring_array(option.ring, width, weights, each) / 2
     optimizer = [units.optimizer_seconds(m) for m in set(option.staff)]
     share = width if zero else 1
     return np.where(units.valid, sync + np.maximum.reduce(optimizer) / share, np.inf)
 
 
-def ring_array(links: Links, num_bytes: FloatArray, copies: int, sum_s_per_byte: float) -> FloatArray:
+def summing(option: StageOption, zero: int, setting: Setting) -> tuple[Links, int]:
+    """The links and the holders of a stage's sums of gradients, at the least.
+
+    The stages of other pipelines that hold the same units have one replica or more, on links that are no
+    better than the best; then nothing is left out where each of them is one device.
+    """
+    links = frozenset[LinkCost]().union(*(setting.across[p] for p in option.places if setting.across))
+    if zero:
+        return pareto(list(links)), setting.peers
+    return pareto([*links, *option.ring]), option.width + setting.peers - 1
+
+
+def ring_array(links: Links, copies: int, num_bytes: FloatArray, sum_s_per_byte: float) -> FloatArray:
     """Seconds of a ring all-reduce over the slowest of some links."""
     if copies < 2:
         return np.zeros_like(num_bytes)

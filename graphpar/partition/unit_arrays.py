@@ -25,14 +25,15 @@ MEMORY_TOLERANCE = 1e-9
 class Setting:
     """What one pipeline is asked to do.
 
-    `peers` is the number of pipelines side by side, `across` the links between them.
+    `peers` is the number of pipelines side by side; `across` holds for each place of this one the best
+    links from there to each of the others.
     """
 
     samples: int
     microbatches: int
     schedule: ScheduleName
     peers: int = 1
-    across: Links = frozenset()
+    across: tuple[Links, ...] = ()
 
     @property
     def size(self) -> float:
