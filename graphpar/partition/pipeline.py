@@ -322,10 +322,9 @@ class _Run:
             cutoff_s=self.step_s,
             gap=self._gap,
             deadline_s=self._deadline_s,
+            offer=self._offer,
         )
         self._bound_s = min(self._bound_s, max(result.bound_s, bound_s))
-        if result.found is not None:
-            self._offer(result.found)
         if result.cut:
             self._cut("time limit: pipelines side by side")
         return not result.cut
@@ -403,6 +402,8 @@ class _Run:
         if gap > self._asked_gap * (1 + ROUNDING) + ROUNDING and not self.truncated:
             left_out = ", and leaves out what pipelines in step exchange"
             words = "links: the bound takes the best link where placement decides"
+            if self.family.exact:
+                words = "sums: the bound takes the least that pipelines side by side may have to sum"
             self._cut(words + left_out * bool(self._table.in_step_reason))
         status: Status = "optimal" if gap <= ROUNDING else "feasible"
         return Partition(

@@ -4,11 +4,15 @@ For a set of pipelines P_1..P_k, given by the devices each may use, and a limit 
 be the least time of pipeline g for n samples. The step is `max_g f_g(n_g) + Y` with the shares n_g
 adding up to the batch. To improve on a step time T one needs f_g(n_g) <= T - Y for all g: for each
 pipeline the shares that qualify are listed, and a sum of shares equal to the batch is looked for.
+
+The post of a pipeline depends on where the others cut and how many replicas they have there. Here it is
+the least that may be (`stage_costs.summing`), so all bounds are true; whoever is offered the plans that
+are met prices them as they are.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +38,8 @@ Group = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The best set of pipelines below a cutoff, if any, and a bound on all others of the grouping."""
+    """A bound on all plans of a grouping, and whether time ended the search."""
 
-    found: tuple[Found, ...] | None
-    step_s: float
     bound_s: float
     cut: bool
 
@@ -64,13 +66,17 @@ def best_shares(
     cutoff_s: float,
     gap: float,
     deadline_s: float,
+    offer: Callable[[tuple[Found, ...]], None],
 ) -> SideBySide:
-    """The best shares, microbatches and stages for one set of pipelines under one schedule."""
-    run = _Grouping(programs, groups, schedule, gap, deadline_s)
+    """The best shares, microbatches and stages for one set of pipelines under one schedule.
+
+    Plans that are met on the way are offered: what they really take is seen only of the whole.
+    """
+    run = _Grouping(programs, groups, schedule, gap, deadline_s, offer)
     try:
         return run.work(cutoff_s)
     except OutOfTimeError:
-        return SideBySide(run.best, run.cutoff, 0.0, True)
+        return SideBySide(0.0, True)
 
 
 def grouping_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
@@ -176,8 +182,10 @@ class _Grouping:
         schedule: ScheduleName,
         gap: float,
         deadline_s: float,
+        offer: Callable[[tuple[Found, ...]], None],
     ) -> None:
         self._programs = programs
+        self._offer = offer
         self._groups = tuple(groups)
         self._schedule = schedule
         self._gap = gap
@@ -188,19 +196,18 @@ class _Grouping:
         self._per_sample = {g: programs.work_per_sample_s(g) for g in self._groups}
         self._least_post = _least_post_s(programs, self._groups)
         self._fits: dict[tuple[Group, int], _Fit] = {}
-        self.cutoff = INFINITY
-        self.best: tuple[Found, ...] | None = None
+        self._cutoff = INFINITY
 
     def work(self, cutoff_s: float) -> SideBySide:
         """Lower the limit on post from above; at each, lower the time until nothing qualifies."""
-        self.cutoff = cutoff_s
+        self._cutoff = cutoff_s
         post_limit = INFINITY
         while (least := self._least_time(post_limit)) is not None:
             post_limit = np.nextafter(max(f.answer.post_s for f in least), -INFINITY)
-        return SideBySide(self.best, self.cutoff, self._target(), False)
+        return SideBySide(self._target(), False)
 
     def _target(self) -> float:
-        return self.cutoff * (1 - self._gap)
+        return self._cutoff * (1 - self._gap)
 
     def _least_time(self, post_limit: float) -> tuple[Found, ...] | None:
         """The pipelines with the least time under a limit on post; None if none can improve."""
@@ -213,10 +220,10 @@ class _Grouping:
             if found is None:
                 return least
             least = found
+            self._offer(found)
             slowest = max(f.answer.fill_s + f.answer.extra_s for f in found)
             step = slowest + max(f.answer.post_s for f in found)
-            if step < self.cutoff:
-                self.cutoff, self.best = step, found
+            self._cutoff = min(self._cutoff, step)
             time_limit = min(slowest * (1 - self._gap), self._target() - self._least_post)
 
     def _combine(self, time_limit: float, post_limit: float) -> tuple[Found, ...] | None:

@@ -1,11 +1,17 @@
 """The formula of the planner against the simulator, which plays the very action lists that run."""
 
+from dataclasses import replace
+
 import pytest
-from cost_tables import make_table
-from hypothesis import given, settings
+from cost_tables import make_table, small_tables
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graphpar.cost import CostTable, LinkCost, Topology
+from graphpar.errors import InfeasibleError
+from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import evaluate
+from graphpar.partition.pipeline import partition
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.simulated import simulated
 
@@ -55,3 +61,94 @@ def test_stages_take_no_longer_than_said_and_one_way_through(
     largest = 3 * sum(seconds[: len(widths)]) * -(-samples // microbatches)
     step_s = simulated(table, plan.pipelines, schedule).step_s
     assert step_s <= plan.objective_s + largest + 1e-9
+
+
+def grid_table(pipelines: int, stages: int, network: LinkCost) -> CostTable:
+    """A node for every stage with a device for every pipeline, far faster inside than across."""
+    # Some hair of a byte crosses the cuts: a backward waits only for what it is sent.
+    table = make_table(
+        [1.0] * stages,
+        (1.0,),
+        (pipelines * stages,),
+        cut_bytes=1e-9,
+        gradient_bytes=2.0,
+        optimizer_s=0.1,
+    )
+    node_of = {f"0.{i}": f"node{i // pipelines}" for i in range(pipelines * stages)}
+    inside = dict.fromkeys(node_of.values(), LinkCost(0.0, 100.0))
+    return replace(table, topology=Topology(node_of, inside, network), batch=4 * pipelines)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(0.01, 100.0), st.sampled_from(SCHEDULES))
+def test_an_even_grid_takes_what_is_said(
+    pipelines: int, stages: int, bytes_per_s: float, schedule: ScheduleName
+) -> None:
+    """Copies in one node sum over its link, whatever the links between nodes are."""
+    table = grid_table(pipelines, stages, LinkCost(0.0, bytes_per_s))
+    chosen = [
+        PipelineChoice(
+            4,
+            4,
+            tuple(StageChoice(s, s + 1, (Replica(f"0.{s * pipelines + p}", 0),)) for s in range(stages)),
+        )
+        for p in range(pipelines)
+    ]
+    plan = evaluate(table, chosen, schedule)
+    assert plan.objective_s == pytest.approx(simulated(table, plan.pipelines, schedule).step_s)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[CostTable, tuple[PipelineChoice, ...]]:
+    """Pipelines of unlike cuts and widths over nodes, whose stages sum gradients and do nothing else."""
+    sizes = draw(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=3))
+    number = sum(map(sum, sizes))
+    link = st.builds(LinkCost, st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([1.0, 5.0, 50.0]))
+    units = draw(st.lists(st.sampled_from([1.0, 2.0, 7.0]), min_size=4, max_size=4))
+    table = make_table([0.0] * 4, (1.0,), (number,), batch=3 * len(sizes), optimizer_s=0.3)
+    costs = tuple(replace(c, gradient_bytes=g) for c, g in zip(table.costs, units, strict=True))
+    node_of = {f"0.{i}": draw(st.sampled_from("abc")) for i in range(number)}
+    between = {("a", "b"): draw(link)} if draw(st.booleans()) else {}
+    topology = Topology(node_of, {n: draw(link) for n in "abc"}, draw(link), between)
+    table = replace(
+        table, costs=costs, topology=topology, sum_s_per_byte=draw(st.sampled_from([0.0, 0.2]))
+    )
+    names, chosen = iter(table.class_of), []
+    for widths in sizes:
+        cuts = sorted(
+            draw(st.sets(st.integers(1, 3), min_size=len(widths) - 1, max_size=len(widths) - 1))
+        )
+        ends = zip([0, *cuts], [*cuts, 4], widths, strict=True)
+        stages = (StageChoice(a, b, tuple(Replica(next(names), 0) for _ in range(w))) for a, b, w in ends)
+        chosen.append(PipelineChoice(3, 3, tuple(stages)))
+    return table, tuple(chosen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.sampled_from(SCHEDULES))
+def test_sums_take_what_is_said(
+    layout: tuple[CostTable, tuple[PipelineChoice, ...]], schedule: ScheduleName
+) -> None:
+    table, chosen = layout
+    plan = evaluate(table, chosen, schedule)
+    assert plan.objective_s == pytest.approx(simulated(table, plan.pipelines, schedule).step_s)
+    check_partition(table, plan)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_tables(), st.sampled_from([1.5, 10.0]), st.booleans())
+def test_faster_links_are_never_worse(table: CostTable, factor: float, everywhere: bool) -> None:
+    def faster(link: LinkCost) -> LinkCost:
+        return LinkCost(link.latency_s / factor, link.bytes_per_s * factor)
+
+    topology = replace(table.topology, network=faster(table.topology.network))
+    if everywhere:
+        topology = replace(topology, inside={n: faster(k) for n, k in topology.inside.items()})
+    try:
+        slow = partition(table, gap=0.0)
+    except InfeasibleError:
+        return
+    fast = partition(replace(table, topology=topology), gap=0.0)
+    assert fast.bound_s <= slow.objective_s * (1 + 1e-9)
+    assert fast.objective_s * (1 - fast.gap) <= slow.objective_s * (1 + 1e-9)
+    assert fast.status == "optimal" or fast.truncated_by
