@@ -29,10 +29,18 @@ def planned(table: CostTable, gap: float, *, loops: bool) -> Partition | None:
 def compare(table: CostTable) -> None:
     by_loops, by_arrays = planned(table, 0.0, loops=True), planned(table, 0.0, loops=False)
     assert (by_loops is None) == (by_arrays is None)
-    if by_loops is not None and by_arrays is not None:
+    if by_loops is None or by_arrays is None:
+        return
+    if by_loops.status != "optimal" or by_arrays.status != "optimal":
+        # Sums between pipelines of several stages: either search says what it left open.
+        assert by_loops.bound_s <= by_arrays.objective_s * (1 + 1e-9)
+        assert by_arrays.bound_s <= by_loops.objective_s * (1 + 1e-9)
+        told = (*by_loops.truncated_by, *by_arrays.truncated_by)
+        assert told
+        assert all(words.startswith("sums: ") for words in told)
+    else:
         assert by_loops.objective_s == pytest.approx(by_arrays.objective_s, rel=1e-9, abs=1e-12)
         assert by_loops.bound_s == pytest.approx(by_arrays.bound_s, rel=1e-9, abs=1e-12)
-        assert by_loops.status == by_arrays.status == "optimal"
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=RELAXED)
