@@ -383,7 +383,9 @@ def _sums_in_order(table: CostTable, partition: Partition) -> Iterator[tuple[tup
     for devices, (copies, runs) in held.items():
         group = _one_per_node(table, [(i, d) for i, r in enumerate(copies) for d in r.devices])
         size = sum(max(sizes.values()) for sizes in runs.values())
-        yield devices, _all_reduce(table, group, len(devices), size)
+        if size > 0:
+            # Who has nothing to sum waits for nobody.
+            yield devices, _all_reduce(table, group, len(devices), size)
 
 
 def _stage_finish(table: CostTable, stage: StageChoice) -> float:

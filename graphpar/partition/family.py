@@ -39,6 +39,9 @@ SWEEP_LIMIT = 10_000_000
 _MODES_MAY_COST = 6
 """How many times as much with all modes: in most tables few of them survive the first look."""
 
+_REAL_LINKS_MAY_COST = 3
+"""How many times as much where links would be relaxed otherwise: then nothing is proven of placement."""
+
 SHARE_STEPS = 64
 """Batch shares of pipelines side by side are multiples of batch / SHARE_STEPS, at least one sample."""
 
@@ -109,8 +112,9 @@ def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Micr
     repeats = find_repeats(table)
     if repeats is not None and repeats.number >= LEAST_BLOCKS:
         return _counted_family(table, schedules, microbatches, repeats)
-    for exact, cells in ((True, find_cells(table)), (False, relaxed_cells(table))):
-        placed = _placed_family(table, cells, exact, settings, wide=False)
+    real, relaxed = find_cells(table), relaxed_cells(table)
+    for exact, cells, most in ((True, real, _REAL_LINKS_MAY_COST), (False, relaxed, 1)):
+        placed = _placed_family(table, cells, exact, settings, wide=False, most=most * SWEEP_LIMIT)
         if placed is not None:
             return placed
     kept = max(map(len, (c.devices for c in table.device_classes))) * 3 // 4
@@ -128,16 +132,17 @@ def _placed_family(
     settings: tuple[tuple[SearchedSchedule, ...], Microbatches],
     *,
     wide: bool,
+    most: float = SWEEP_LIMIT,
 ) -> Family | None:
-    """The widest family whose dynamic programme is small enough; `wide` insists on replicas."""
+    """The widest family whose sweeps touch at most so many elements; `wide` insists on replicas."""
     for words, takes in _staffings(cells, table.max_replicas):
         if wide and len(takes) > 1 and max(map(sum, takes)) < min(table.max_replicas, 2):
             continue
-        if _sweep_elements(table, cells, takes) > SWEEP_LIMIT:
+        if _sweep_elements(table, cells, takes) > most:
             continue
         for more, options in _with_modes(table, cells, takes, exact):
             elements = _sweep_elements(table, cells, [o.take for o in options])
-            if not table.modes or elements <= SWEEP_LIMIT * _MODES_MAY_COST:
+            if not table.modes or elements <= most * _MODES_MAY_COST:
                 return Family(table, cells, exact, tuple(options), *settings, words + more)
     return None
 

@@ -228,13 +228,13 @@ class _Grouping:
 
     def _combine(self, time_limit: float, post_limit: float) -> tuple[Found, ...] | None:
         """Shares for which every pipeline's time is below a limit, the slowest as fast as can be."""
-        ranges = self._ranges(time_limit)
-        if ranges is None:
+        shares = self._usable(time_limit, post_limit)
+        if shares is None:
             return None
         reach: dict[int, tuple[float, tuple[Found, ...]]] = {0: (0.0, ())}
-        for group, (low, high) in zip(self._groups, ranges, strict=True):
+        for group, mine in zip(self._groups, shares, strict=True):
             fits = []
-            for share in self._shares(low, high):
+            for share in mine:
                 fit = self._fit(group, share, time_limit, post_limit)
                 if fit.time_s < time_limit and fit.found is not None:
                     fits.append((share, fit.found, fit.time_s))
@@ -242,18 +242,33 @@ class _Grouping:
         whole = reach.get(self._table.batch)
         return whole[1] if whole else None
 
-    def _shares(self, low: int, high: int) -> list[int]:
+    def _usable(self, time_limit: float, post_limit: float) -> list[list[int]] | None:
+        """The shares of each pipeline that a sum may need; None if there is none.
+
+        Most shares need no look: each pipeline's largest is found from above, beginning with what its
+        work allows, and what all of them exceed the batch by is what any may be smaller.
+        """
+        most = [self._largest_share(g, time_limit) for g in self._groups]
+        shares = [self._shares(n) for n in most]
+        if not all(shares):
+            return None
+        for number, group in enumerate(self._groups):
+            mine = shares[number]
+            while mine and sum(own[-1] for own in shares) >= self._table.batch:
+                if self._fit(group, mine[-1], time_limit, post_limit).time_s < time_limit:
+                    break
+                mine.pop()
+            if not mine:
+                return None
+        spare = sum(own[-1] for own in shares) - self._table.batch
+        if spare < 0:
+            return None
+        return [[n for n in own if n >= own[-1] - spare] for own in shares]
+
+    def _shares(self, most: int) -> list[int]:
         """Multiples of the step, and what is left of the batch after multiples for the others."""
         step, rest = self._step, self._table.batch % self._step
-        return [n for n in range(low, high + 1) if n % step in (0, rest)]
-
-    def _ranges(self, time_limit: float) -> list[tuple[int, int]] | None:
-        """The least and the largest share of each pipeline, by its work bound."""
-        most = [self._largest_share(g, time_limit) for g in self._groups]
-        spare = sum(most) - self._table.batch
-        if spare < 0 or min(most) < 1:
-            return None
-        return [(max(1, n - spare), n) for n in most]
+        return [n for n in range(1, most + 1) if n % step in (0, rest)]
 
     def _largest_share(self, group: Group, time_limit: float) -> int:
         low, high = 0, self._table.batch - len(self._groups) + 1

@@ -104,7 +104,7 @@ def layouts(draw: st.DrawFn) -> tuple[CostTable, tuple[PipelineChoice, ...]]:
     sizes = draw(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=3))
     number = sum(map(sum, sizes))
     link = st.builds(LinkCost, st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([1.0, 5.0, 50.0]))
-    units = draw(st.lists(st.sampled_from([1.0, 2.0, 7.0]), min_size=4, max_size=4))
+    units = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 7.0]), min_size=4, max_size=4))
     table = make_table([0.0] * 4, (1.0,), (number,), batch=3 * len(sizes), optimizer_s=0.3)
     costs = tuple(replace(c, gradient_bytes=g) for c, g in zip(table.costs, units, strict=True))
     node_of = {f"0.{i}": draw(st.sampled_from("abc")) for i in range(number)}
