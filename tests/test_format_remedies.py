@@ -18,7 +18,8 @@ class Wide(nn.Module):
         self.first, self.last = nn.Linear(8, 4096), nn.Linear(4096, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(x).tanh()).sum()
+        loss: torch.Tensor = self.last(self.first(x).tanh()).sum()
+        return loss
 
 
 def cluster(memory_bytes: float) -> dict[str, Any]:
