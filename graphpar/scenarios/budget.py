@@ -110,7 +110,12 @@ def _maximal_counts(prices: dict[str, float], usd_per_h: float) -> list[dict[str
         most = int((left + 1e-9) / prices[name])
         if index == len(names) - 1:
             full = {**counts, name: most} if most else counts
-            if full and _devices(full) <= MOST_DEVICES:
+            if _devices(full) > MOST_DEVICES:
+                raise ValueError(
+                    f"{usd_per_h:g} $/h pay for {_devices(full)} devices, of which at most "
+                    f"{MOST_DEVICES} are planned; give a smaller budget, or leave out the cheapest types"
+                )
+            if full:
                 found.append(full)
             return
         for count in range(most, -1, -1):

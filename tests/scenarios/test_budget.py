@@ -1,0 +1,92 @@
+"""The best cluster within a budget is the best of all clusters within it."""
+
+from collections.abc import Sequence
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphpar.catalogue import instances
+from graphpar.cluster import Cluster
+from graphpar.scenarios import budget
+from graphpar.scenarios.types import Answer, Setting
+
+TYPES = ("g4dn.xlarge", "g5.xlarge", "g6.xlarge", "p3.2xlarge", "g5.12xlarge")
+BASE = Setting(Cluster.of("g5.xlarge", 1), batch=16, training=True)
+
+
+def prices_of(types: Sequence[str]) -> dict[str, float]:
+    return {name: float(instances()[name].usd_per_h or 0.0) for name in types}
+
+
+def affordable(prices: dict[str, float], usd_per_h: float) -> list[dict[str, int]]:
+    most = [int((usd_per_h + 1e-9) / price) for price in prices.values()]
+    counted = (
+        dict(zip(prices, counts, strict=True)) for counts in product(*(range(n + 1) for n in most))
+    )
+    return [c for c in counted if any(c.values()) and cost(c, prices) <= usd_per_h + 1e-9]
+
+
+def cost(counts: dict[str, int], prices: dict[str, float]) -> float:
+    return sum(prices[name] * count for name, count in counts.items())
+
+
+class Oracle:
+    """A solver that knows the step of every cluster: a sum of speeds, less what each node costs."""
+
+    def __init__(self, speeds: dict[str, float], friction: float) -> None:
+        self.speeds, self.friction, self.asked = speeds, friction, 0
+
+    def step_s(self, counts: dict[str, int]) -> float:
+        """Idle nodes cost nothing: the best of all parts of the cluster."""
+        parts = product(*(range(n + 1) for n in counts.values()))
+        named = (dict(zip(counts, part, strict=True)) for part in parts)
+        return min(
+            (1 + self.friction * (sum(p.values()) - 1)) / sum(self.speeds[t] * n for t, n in p.items())
+            for p in named
+            if any(p.values())
+        )
+
+    def bound_s(self, counts: dict[str, int]) -> float:
+        return 1 / sum(self.speeds[t] * n for t, n in counts.items())
+
+    def answers(self, asked: Sequence[Any]) -> list[Answer]:
+        self.asked += len(asked)
+        return [Answer("", status="ok", step_s=self.step_s(s.counts), batch=16) for s in asked]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from(TYPES), min_size=1, max_size=3, unique=True),
+    st.floats(0.6, 9.0),
+    st.lists(st.floats(0.1, 10.0), min_size=5, max_size=5),
+    st.sampled_from([0.0, 0.2, 1.0]),
+)
+def test_no_cluster_within_the_budget_is_faster(
+    types: list[str], usd_per_h: float, speeds: list[float], friction: float
+) -> None:
+    prices = prices_of(types)
+    oracle = Oracle(dict(zip(TYPES, speeds, strict=True)), friction)
+    everything = affordable(prices, usd_per_h)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "_setting", lambda _, counts: SimpleNamespace(counts=counts))
+        patch.setattr(budget, "_bounds", lambda _, asked, __: [oracle.bound_s(s.counts) for s in asked])
+        if not everything:
+            with pytest.raises(ValueError, match="below the cheapest"):
+                budget.best_within(oracle, BASE, usd_per_h, types)  # type: ignore[arg-type]
+            return
+        found = budget.best_within(oracle, BASE, usd_per_h, types)  # type: ignore[arg-type]
+    best_s = min(oracle.step_s(counts) for counts in everything)
+    assert found.best is not None and found.best.step_s == pytest.approx(best_s)
+    assert found.usd_per_h == pytest.approx(cost(dict(found.counts), prices))
+    assert found.usd_per_h <= usd_per_h + 1e-6
+    assert found.proven
+    assert found.solved == oracle.asked <= found.considered <= len(everything)
+
+
+def test_a_budget_for_more_devices_than_are_planned_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 1024"):
+        budget.best_within(Oracle({}, 0.0), BASE, 1e4, ["g4dn.xlarge"])  # type: ignore[arg-type]
