@@ -11,6 +11,7 @@ machines share. A folder is written beside its place and moved there at the end:
 checkpoint under the name, the old or the new one.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from graphpar.runtime.program import Slice
 from graphpar.runtime.tensor_files import Stored, find_tensors, read_tensor, write_tensors
 
 MANIFEST, INDEX = "manifest.json", "model.safetensors.index.json"
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE, as linux/fcntl.h and linux/fs.h define them."""
 FORMAT, VERSION = "graphpar-checkpoint", 1
 
 
@@ -176,11 +179,26 @@ def free_place(path: str | os.PathLike[str]) -> Path:
     return place
 
 
+def exchanged(one: Path, other: Path) -> bool:
+    """Whether two folders could be made to change places in one step: renameat2(2) of Linux."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    if exchange is None:
+        return False
+    done: int = exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    return done == 0
+
+
 def swap(fresh: Path, place: Path) -> None:
-    """Move a folder to its place; one that was there is removed after, not before."""
+    """Move a folder to its place; one that was there is removed after, not before.
+
+    Where the system can exchange two folders at once, there is no moment without one in its place.
+    """
     fresh.chmod(0o755)
     if not place.exists():
         fresh.rename(place)
+        return
+    if exchanged(fresh, place):
+        shutil.rmtree(fresh, ignore_errors=True)
         return
     old = place.with_name(f".{place.name}-old-{os.getpid()}")
     place.rename(old)

@@ -21,6 +21,7 @@ from graphpar.errors import RunError
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, price
 from graphpar.preparation import prepare
+from graphpar.runtime.checkpoint import exchanged, swap
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Slice
@@ -177,3 +178,23 @@ def test_a_slice_is_read_as_it_is_taken(data: st.DataObject) -> None:
         stored = find_tensors(f"{folder}/x.safetensors")["x"]
         assert torch.equal(read_tensor(stored, cut=cut), sliced(tensor, cut))
         assert torch.equal(read_tensor(stored, torch.float64, cut), sliced(tensor, cut).double())
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_older_checkpoint_stands_until_the_new_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    fresh, place = tmp_path / ".c.new", tmp_path / "c"
+    for folder, content in ((fresh, "new"), (place, "old")):
+        folder.mkdir()
+        (folder / "file").write_text(content)
+    if at_once:
+        if not exchanged(fresh, place):
+            pytest.skip("this system cannot exchange two folders at once")
+        exchanged(fresh, place)
+        monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("there is a moment without one"))
+    else:
+        monkeypatch.setattr("graphpar.runtime.checkpoint.exchanged", lambda *_: False)
+    swap(fresh, place)
+    assert (place / "file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
