@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+from test_architecture import ROW, ROWS
 
 import graphpar
 from graphpar.cli import COMMANDS
@@ -115,3 +116,13 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_commands_are_found() -> None:
     found = {program for page in PAGES for program, _ in commands(page)}
     assert {"graphpar plan", "graphpar what-if", "python benchmarks/solve.py"} <= found
+
+
+def test_layers_are_those_that_are_enforced() -> None:
+    """Every name in design's table of layers stands in the row in which the imports' test has it."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(len(ROWS)))
+    for number, told in rows:
+        names = {name.rstrip("/") for name in re.findall(r"`([\w/]+)`", told)}
+        assert names and {name for name in names if ROW.get(name) != int(number)} == set()
