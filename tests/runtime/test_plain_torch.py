@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, check_inference, check_training, force, straight
+from helpers import TRAINING, Line, check_inference, check_training, force, straight
 from torch import Tensor, nn
 
 from graphpar.training import Training
@@ -220,3 +220,50 @@ def test_a_dataclass_may_hold_what_a_loss_needs() -> None:
     check_training(Answering(), batch, lines=straight(2, 3), train=training, by_op=True)
     with force(Answering(), batch, lines=straight(2), train=training, by_op=True).start() as job:
         job.step(*batch)
+
+
+class Halved(nn.Module):
+    """No parameters, and two results."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = x.chunk(2, -1)
+        return low.tanh(), high.sigmoid()
+
+
+class Nesting(nn.Module):
+    """Results in dicts, lists, tuples and a dataclass, and one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.split, self.last = nn.Linear(4, 8), Halved(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, *, flags: dict[str, Tensor]) -> dict[str, Any]:
+        low, high = self.split(self.first(x))
+        answer = Answer(self.last(low * high), {"low": low})
+        return {"answer": answer, "parts": [low, (high, None, 3)], "on": flags["on"], "again": low}
+
+
+def test_nested_results_of_modules_without_parameters_train() -> None:
+    def loss(given: dict[str, Any], target: Tensor) -> Tensor:
+        made = nn.functional.mse_loss(given["answer"].score, target)
+        return made + given["parts"][1][0].square().mean() + given["again"].mean()
+
+    flags = {"flags": {"on": torch.tensor([True, False] * 3)}}
+    x, target = torch.randn(6, 4), torch.randn(6, 3)
+    training = Training(optimizer=TRAINING.optimizer, loss=loss)
+    check_training(Nesting(), (x, target), flags, lines=straight(3, 2), train=training, by_op=True)
+    check_inference(Nesting(), (x,), flags, lines=straight(2, 2), by_op=True)
+
+
+class LossAlone(nn.Module):
+    """A loss of its inputs, with nothing to train."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(x.tanh(), y)
+
+
+def test_a_loss_without_parameters_has_a_step() -> None:
+    batch = torch.randn(6, 4), torch.randn(6, 4)
+    lines = (Line((1,), 2, 4), Line((1,), 1, 2))
+    with force(LossAlone(), batch, lines=lines).start() as job:
+        torch.testing.assert_close(job.step(*batch), LossAlone()(*batch))
