@@ -245,8 +245,9 @@ class Nesting(nn.Module):
 
 def test_nested_results_of_modules_without_parameters_train() -> None:
     def loss(given: dict[str, Any], target: Tensor) -> Tensor:
-        made = nn.functional.mse_loss(given["answer"].score, target)
-        return made + given["parts"][1][0].square().mean() + given["again"].mean()
+        made: Tensor = nn.functional.mse_loss(given["answer"].score, target)
+        made = made + given["parts"][1][0].square().mean() + given["again"].mean()
+        return made
 
     flags = {"flags": {"on": torch.tensor([True, False] * 3)}}
     x, target = torch.randn(6, 4), torch.randn(6, 3)
