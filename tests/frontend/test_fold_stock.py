@@ -34,7 +34,8 @@ def test_graphs_and_numbers_are_equal(name: str, training: bool) -> None:
     model, batch = build(name).train(training), batch_of(name)
     folded, whole = both(model, **batch)
     assert_equal(folded, whole)
-    assert folded.stamped >= 2
+    # What branches on values (the labels of a CTC loss) is followed in full.
+    assert folded.stamped == 0 if name == "wav2vec2" else folded.stamped >= 2
     assert_close(numbers(model, folded, batch), eagerly(model, (), batch), 2e-5)
 
 
