@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, Line, check_inference, check_training, force, straight
+from helpers import TRAINING, check_inference, check_training, force, straight
 from torch import Tensor, nn
 
 from graphpar.training import Training
@@ -254,18 +254,3 @@ def test_nested_results_of_modules_without_parameters_train() -> None:
     training = Training(optimizer=TRAINING.optimizer, loss=loss)
     check_training(Nesting(), (x, target), flags, lines=straight(3, 2), train=training, by_op=True)
     check_inference(Nesting(), (x,), flags, lines=straight(2, 2), by_op=True)
-
-
-class LossAlone(nn.Module):
-    """A loss of its inputs, with nothing to train."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        result: Tensor = nn.functional.mse_loss(x.tanh(), y)
-        return result
-
-
-def test_a_loss_without_parameters_has_a_step() -> None:
-    batch = torch.randn(6, 4), torch.randn(6, 4)
-    lines = (Line((1,), 2, 4), Line((1,), 1, 2))
-    with force(LossAlone(), batch, lines=lines).start() as job:
-        torch.testing.assert_close(job.step(*batch), LossAlone()(*batch))
