@@ -313,6 +313,9 @@ class _Maker:
 
     def _words(self, like: str = "input_ids") -> torch.Tensor:
         low, high = self.wanted.words or (0, number_field(self._text_config(), "vocab_size"))
+        known = first_field(self._text_config(), "vocab_size")
+        if isinstance(known, int) and low < known:
+            high = min(high, known)
         shape: tuple[int, ...] = (self._rows(like), self.wanted.length)
         told = self.documented.get(like)
         if told is not None and len(told.shape) > 2 and self.variant.names != "usual":  # several codes

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from graphpar.hf_inputs import Wanted, candidate_inputs
 from graphpar.hf_refusal import blamed_fields, blamed_names
 from graphpar.hf_repair import with_repairs
 
@@ -104,3 +105,12 @@ def test_a_field_is_blamed_for_what_was_read_from_it() -> None:
     with pytest.raises(TypeError) as caught:
         part.use()
     assert blamed_fields(caught.value) == ["inner_width"]
+
+
+def test_words_stay_within_a_vocabulary_that_is_smaller_than_their_range() -> None:
+    library = pytest.importorskip("transformers")
+    config = library.BertConfig(
+        vocab_size=40, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8
+    )
+    made = next(candidate_inputs(library.BertModel(config), Wanted(4, 30, words=(10, 110))))
+    assert int(made["input_ids"].min()) >= 10 and int(made["input_ids"].max()) < 40
