@@ -18,6 +18,9 @@ MOST_DEVICES = 64
 FORMATS = ("float32", "bfloat16 mixed", "bfloat16")
 """Mixed computes in bfloat16 and keeps weights, gradients and optimiser in float32."""
 
+LACKING = "*"
+"""Marks kinds of devices that lack one of the formats."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -150,11 +153,12 @@ def format_estimates(name: str, samples: str, found: Sequence[MemoryEstimate]) -
     choices = [e.format + (" +rc" if e.recompute else "") for e in found]
     kinds = list(found[0].devices)
     devices = catalogue.devices()
+    lacking = {k for k in kinds if "bfloat16" not in devices[k].peak_flops_per_s}
     table = [
         ("device kind", "memory", *choices),
         *(
             (
-                kind,
+                kind + (LACKING if kind in lacking else ""),
                 format_bytes(devices[kind].memory_bytes),
                 *(str(e.devices[kind] or "-") for e in found),
             )
@@ -166,6 +170,11 @@ def format_estimates(name: str, samples: str, found: Sequence[MemoryEstimate]) -
         *_aligned(table),
     ]
     lines.append("mixed: arithmetic and activations in bfloat16, the rest float32; +rc: recomputation")
+    if lacking:
+        lines.append(
+            f"{LACKING} the catalogue knows no rate of bfloat16 there: its columns say what would fit; "
+            "plans keep such a device in float32"
+        )
     return "\n".join(lines)
 
 

@@ -78,3 +78,9 @@ def test_estimate_gives_memory_by_part_and_device_counts(capsys: pytest.CaptureF
 def test_estimate_of_an_unknown_kind_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["estimate", TINY, "--kind", "h1000"], Settings()) == 2
     assert "nearest" in capsys.readouterr().err
+
+
+def test_estimate_marks_devices_without_the_format(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", TINY, "--kind", "t4", "--kind", "l4"], Settings()) == 0
+    shown = capsys.readouterr().out
+    assert "t4*" in shown and "l4*" not in shown and "no rate of bfloat16" in shown
