@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 Kind = Literal["float", "int", "bool"]
 _ENTRY = re.compile(
     r"^\s*(?P<name>\w+) \(`?(?P<type>[^`]*?Tensor[^`]*)`? of shape\s+`*[\(\[](?P<shape>[^`]*?)[\)\]]"
@@ -38,6 +40,26 @@ class DocumentedInput:
     kind: Kind
     is_optional: bool
     bound: str
+
+
+def handed_on(model: nn.Module, name: str) -> bool:
+    """Whether a model hands a keyword argument that its signature does not name on to a part that does.
+
+    >>> class Part(nn.Module):
+    ...     def forward(self, x, t_cond=None): ...
+    >>> class Whole(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.part = Part()
+    ...
+    ...     def forward(self, x, **kwargs): ...
+    >>> handed_on(Whole(), "t_cond"), handed_on(Whole(), "other"), handed_on(Part(), "t_cond")
+    (True, False, False)
+    """
+    taken = inspect.signature(model.forward).parameters
+    if name in taken or all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
+        return False
+    return any(name in inspect.signature(part.forward).parameters for part in model.modules())
 
 
 def documented_inputs(forward: Callable[..., Any]) -> Mapping[str, DocumentedInput]:

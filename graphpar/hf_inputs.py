@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from graphpar.hf_config import first_field, number_field, part_with, read_field
-from graphpar.hf_documented import documented_inputs
+from graphpar.hf_documented import documented_inputs, handed_on
 
 IGNORED = -100
 """The label that transformers leaves out of its losses."""
@@ -31,6 +31,8 @@ _ALTERNATIVE = re.compile(
     r"embeds$|embeddings$|_outputs$|labels?$|head_mask|^past_|cache|_positions$|_values$(?<!input_values)(?<!pixel_values)"
 )
 """Inputs that stand for others, or hold what an earlier call made."""
+_CONDITION = re.compile(r"(^|_)cond(ition(ing)?)?$")
+"""One vector for each sample, on which all its places depend."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ class _Maker:
         Raises:
             LookupError: The model takes none of this name, or nothing tells its shape.
         """
+        if name not in self.accepted and _CONDITION.search(name) and handed_on(self.model, name):
+            return self._floats(self.wanted.batch, 1, number_field(self.config, "hidden_size"))
         parameter = self.accepted[name]
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise LookupError(name)

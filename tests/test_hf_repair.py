@@ -2,12 +2,14 @@
 
 import linecache
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from graphpar.hf_inputs import Wanted, candidate_inputs
+from graphpar.hf_inputs import Wanted, candidate_inputs, further_input
 from graphpar.hf_refusal import blamed_fields, blamed_names
 from graphpar.hf_repair import with_repairs
 
@@ -114,3 +116,32 @@ def test_words_stay_within_a_vocabulary_that_is_smaller_than_their_range() -> No
     )
     made = next(candidate_inputs(library.BertModel(config), Wanted(4, 30, words=(10, 110))))
     assert int(made["input_ids"].min()) >= 10 and int(made["input_ids"].max()) < 40
+
+
+class Part(nn.Module):
+    """A layer that a condition shifts."""
+
+    def forward(self, states: torch.Tensor, t_cond: torch.Tensor | None = None) -> torch.Tensor:
+        assert t_cond is not None
+        return states + t_cond
+
+
+class Whole(nn.Module):
+    """A model whose signature does not name the condition that its layers need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=8)
+        self.part = Part()
+
+    def forward(self, states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = self.part(states, **kwargs)
+        return made
+
+
+def test_a_condition_that_only_parts_name_is_one_vector_for_each_sample() -> None:
+    made = further_input(Whole(), Wanted(4, 10), "t_cond")
+    assert made.shape == (4, 1, 8)
+    assert Whole()(torch.zeros(4, 10, 8), t_cond=made).shape == (4, 10, 8)
+    assert further_input(Whole(), Wanted(4, 10), "states_mask") is None
+    assert further_input(Whole(), Wanted(4, 10), "other_cond") is None
