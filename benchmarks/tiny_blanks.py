@@ -9,6 +9,7 @@ from tiny_scale import VOCABULARY, Scale, first_int
 
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech)_token_(id|index)$")
 """Words that stand in the text for what is no text."""
+_FACTORS = re.compile(r"(scales?|factors?|ratios?)$")
 _WINDOW = 4
 
 
@@ -52,6 +53,8 @@ def guessed(name: str, annotation: str, base: Any) -> Any:
         return ["full_attention"] * layers
     if "dict" in annotation:
         return {}
+    if _FACTORS.search(name) and "list[float" in annotation:  # one part, as large as what it is made of
+        return [1.0]
     if name.endswith("theta"):
         return 1e4
     if "int" not in annotation or "list" in annotation:

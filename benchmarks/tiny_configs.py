@@ -87,6 +87,8 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], hints: Hints) -> An
             values[name] = hints[name]
             continue
         derived = _is_derived(spec)
+        if value in ((), []) and name in hints:
+            value = guessed(name, str(spec.type), base)
         if value is None:
             value = filled(name, base, scale, tokens)
             if value is None and name in hints:
@@ -108,8 +110,9 @@ def _shrunk(base: Any, style: Style, tokens: dict[int, int], hints: Hints) -> An
         values["out_indices"] = scale.value("out_indices", list(indices), tokens)
     made = type(base)(**_settings_beside(base, usual), **_divisible(base, values))
     for name in (key.partition(".")[2] for key in hints if key.startswith(f"{type(base).__name__}.")):
+        of_part = next((n for part in inner if (n := read(read(made, part), name))), None)
         value = filled(name, base, scale, tokens) or guessed(name, "int | float", base)
-        setattr(made, name, scale.value(name, value, tokens))
+        setattr(made, name, of_part or scale.value(name, value, tokens))
     return _with_rotary_parameters(made)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from tiny_blanks import filled, guessed
+from tiny_configs import tiny_config
 from tiny_hints import fields_named, numbers_demanded
 from tiny_scale import STYLES, VOCABULARY, Scale
 
@@ -131,6 +132,8 @@ def test_special_tokens_keep_apart_beyond_the_words() -> None:
         ("scores", "dict | None", {}),
         ("layer_types", "list[str] | None", ["full_attention"] * 2),
         ("names", "list[str] | None", None),
+        ("level_scale_factors", "list[float] | tuple[float, ...]", [1.0]),
+        ("window_indices", "list[int] | tuple[int, ...]", None),
     ],
 )
 def test_empty_fields_get_what_their_names_tell(name: str, kind: str, wanted: Any) -> None:
@@ -146,3 +149,47 @@ def test_fields_that_a_refusal_names_are_hints_and_common_ones_are_not() -> None
     assert fields_named(lacks, config) == {"MadeUpConfig.ratio": None}
     assert fields_named(ValueError("index_topk must be 8"), config) == {"index_topk": 8}
     assert numbers_demanded(ValueError("nothing is said of numbers")) == {}
+
+
+@dataclasses.dataclass
+class PartConfig:
+    """A part that reads pictures."""
+
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+
+
+@dataclasses.dataclass
+class WholeConfig:
+    """A composite that takes another width of its part than that has, and no level of a pyramid."""
+
+    backbone: Any = dataclasses.field(default_factory=PartConfig)
+    hidden_size: int = 384
+    level_factors: list[float] | tuple[float, ...] = ()
+    window_indices: list[int] | tuple[int, ...] = ()
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone": PartConfig}
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+
+CHANNELS = RuntimeError(
+    "Given groups=1, weight of size [64, 144, 3, 3], expected input[4, 112, 8, 8] to have 144 channels, "
+    "but got 112 channels instead"
+)
+EMPTY = ValueError("torch.cat(): expected a non-empty list of Tensors")
+
+
+def test_a_whole_gets_the_width_of_its_part_where_channels_do_not_fit() -> None:
+    hints = fields_named(CHANNELS, WholeConfig())
+    assert hints == {"WholeConfig.hidden_size": None}
+    before, made = tiny_config(WholeConfig, STYLES[0]), tiny_config(WholeConfig, STYLES[0], hints)
+    assert before.hidden_size != before.backbone.hidden_size
+    assert made.hidden_size == made.backbone.hidden_size == before.backbone.hidden_size < 768
+    assert fields_named(CHANNELS, WholeConfig(hidden_size=768)) == {}
+
+
+def test_an_empty_list_of_factors_is_filled_where_a_model_makes_nothing_of_it() -> None:
+    hints = fields_named(EMPTY, WholeConfig())
+    assert hints == {"level_factors": None}
+    assert not tiny_config(WholeConfig, STYLES[0]).level_factors
+    made = tiny_config(WholeConfig, STYLES[0], hints)
+    assert made.level_factors == [1.0] and not made.window_indices
