@@ -167,7 +167,7 @@ class Intended:
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: str) -> nn.Parameter:
     """A parameter that takes no memory."""
-    return nn.Parameter(torch.empty(1, dtype=dtype, device=device).expand(tuple(shape)))
+    return nn.Parameter(torch.empty((), dtype=dtype, device=device).expand(tuple(shape)))
 
 
 def _given(training: Training, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Plain]]:

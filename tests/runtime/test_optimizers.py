@@ -11,6 +11,7 @@ from torch import nn
 
 import graphpar
 from graphpar.optimizer_probe import optimizer_traits
+from graphpar.runtime.optimizers import Intended
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
 
@@ -102,3 +103,10 @@ def test_a_closure_is_refused_by_name() -> None:
     training = Training(optimizer=lambda p: torch.optim.LBFGS(p))
     with pytest.raises(ValueError, match=r"LBFGS cannot train a parallel job.*closure"):
         graphpar.plan(Matrices(), CPUS, BATCH, train=training)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 4)])
+def test_settings_are_found_for_parameters_of_any_shape(shape: tuple[int, ...]) -> None:
+    training = Training(optimizer=partial(torch.optim.SGD, lr=0.25))
+    made = Intended.of(training, {"scale": shape}, {"scale": torch.float32})
+    assert "0.25" in made.settings["scale"]
