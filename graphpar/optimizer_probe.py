@@ -1,7 +1,8 @@
 """What an optimiser does to a slice of a parameter, found out by trying it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,13 +36,17 @@ class OptimizerTraits:
         return self.elementwise and self.separable
 
 
-def refuse_foreign_parameters(optimizer: torch.optim.Optimizer, given: Iterable[nn.Parameter]) -> None:
+def refuse_foreign_parameters(groups: Iterable[Mapping[str, Any]], given: Iterable[nn.Parameter]) -> None:
     """
+    Args:
+        groups: An optimiser's parameter groups.
+        given: What the user's function was called with.
+
     Raises:
         ValueError: The optimiser holds a parameter that the user's function was not given.
     """
     known = set(map(id, given))
-    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+    if any(id(p) not in known for group in groups for p in group["params"]):
         raise ValueError(
             "Training(optimizer=...) made an optimiser of parameters that it was not given, such as "
             "model.parameters(): those are copies here, and training them would change nothing. Take the "

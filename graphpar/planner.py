@@ -373,10 +373,13 @@ def optimizer_state(train: Training) -> float:
     """Bytes of optimiser state per byte of parameters, seen from one step on a small parameter."""
     parameter = nn.Parameter(torch.ones(64, 64))
     parameter.grad = torch.ones_like(parameter)
-    optimizer = None
     try:
         optimizer = train.optimizer([parameter])
-        refuse_foreign_parameters(optimizer, [parameter])
+        groups = optimizer.param_groups
+    except Exception as error:
+        raise ValueError(_FAILED.format(error=error)) from error
+    refuse_foreign_parameters(groups, [parameter])  # before a step, which would change them
+    try:
         optimizer.step()
     except Exception as error:
         if isinstance(optimizer, NEEDS_CLOSURE):
@@ -385,10 +388,13 @@ def optimizer_state(train: Training) -> float:
                 "times within one step (a closure). Take an optimiser that steps on gradients alone, "
                 "such as AdamW."
             ) from error
-        raise ValueError(
-            f"Training(optimizer=...) failed on a list of one parameter: {error}. It must make an "
-            "optimiser from any iterable of parameters."
-        ) from error
+        raise ValueError(_FAILED.format(error=error)) from error
     state = optimizer.state.get(parameter, {})
     held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
     return held / parameter.nbytes
+
+
+_FAILED = (
+    "Training(optimizer=...) failed on a list of one parameter: {error}. It must make an optimiser "
+    "from any iterable of parameters."
+)

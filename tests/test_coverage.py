@@ -41,6 +41,7 @@ def test_each_name_has_a_row_whatever_happens_to_the_others() -> None:
     assert set(found[1]["stages"]) == {2}
 
 
+@pytest.mark.slow
 def test_one_that_takes_too_long_fails_and_the_next_goes_on() -> None:
     found = rows("--time-limit", "0.01", "Llama", "Bert")
     assert [row["status"] for row in found] == ["fail", "fail"]

@@ -48,6 +48,7 @@ def test_training_over_unlike_workers_equals_one_device(
     assert_learned_the_same(report)
 
 
+@pytest.mark.slow
 def test_the_same_script_under_torchrun_prints_once_and_learns_the_same(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -54,7 +54,7 @@ class Recipe:
         made = self.optimizer(_groups(parameters, own) if own else given)  # type: ignore[arg-type]
         if not isinstance(made, Optimizer):
             raise ValueError(f"Training(optimizer=...) must make an optimiser, not {made!r}.")
-        refuse_foreign_parameters(made, given)
+        refuse_foreign_parameters(made.param_groups, given)
         return made
 
     def scheduled(self, optimizer: Optimizer, steps: int = 0) -> LRScheduler | None:

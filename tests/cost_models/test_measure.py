@@ -28,6 +28,7 @@ def test_every_kind_of_point_can_be_set_up_and_run() -> None:
             measure._rotated(point.make, 1e7)()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_loopback_is_measured_between_processes() -> None:
     loopback = measure.measure_loopback()

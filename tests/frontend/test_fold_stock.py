@@ -19,7 +19,9 @@ STAMPED = {"llama": 2, "gpt2": 2, "t5": 2, "gemma2": 4}
 """How many blocks are stamped: a first one is followed for each kind, and for each way of calling."""
 
 
-@pytest.mark.parametrize("name", STAMPED)
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "gemma2"))]
+)
 def test_the_graphs_are_equal_without_weights(name: str) -> None:
     batch = {key: value.to("meta") for key, value in batch_of(name).items()}
     folded, whole = both(build(name, "meta").train(), **batch)

@@ -39,6 +39,7 @@ def test_without_a_script(tmp_path: Path) -> None:
     assert run(["-"], tmp_path, PROGRAM) == "fell\n"
 
 
+@pytest.mark.slow
 def test_folder_with_unlucky_names(tmp_path: Path) -> None:
     """And a `random.py` that stands before the standard library only after torch was imported."""
     for name in ("passes", "cost_models", "tests", "runtime", "graphpar_user"):

@@ -331,7 +331,7 @@ def _start_script() -> tuple["subprocess.Popen[str]", list[int]]:
 
 
 @pytest.mark.usefixtures("traces")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_driver_that_ends(number: signal.Signals) -> None:
     script, numbers = _start_script()
     time.sleep(0.3)

@@ -62,7 +62,7 @@ def test_zero_steps_rows_with_the_same_settings() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("scheduler", [warm, cycle])
+@pytest.mark.parametrize("scheduler", [warm, pytest.param(cycle, marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_on_in_the_schedule(
     tmp_path: Path, scheduler: Callable[[torch.optim.Optimizer], LRScheduler]
 ) -> None:

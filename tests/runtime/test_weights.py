@@ -136,7 +136,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.skipif(GPU_FIRST, reason="CUDA reserves more address space than the limit allows")
-@pytest.mark.parametrize("source", ["files", "function"])
+@pytest.mark.parametrize("source", ["files", pytest.param("function", marks=pytest.mark.slow)])
 def test_no_process_holds_the_whole_model(source: str, tmp_path: Path) -> None:
     """Four ranks of a quarter each, under a limit of half the model on what they may allocate."""
     script = Path(__file__).with_name("large_model_script.py")

@@ -308,6 +308,7 @@ def test_a_long_model_is_shown_in_portions(opened: Open) -> None:
     assert not more.is_visible()
 
 
+@pytest.mark.slow
 def test_never_more_than_a_thousand_blocks_at_once(opened: Open) -> None:
     """Sixty modules of forty parts each: opening all of them closes those opened first."""
     names = _parts(60, 40)

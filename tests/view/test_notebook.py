@@ -84,6 +84,7 @@ def test_a_graph_draws_itself_whatever_its_names() -> None:
     assert {e.tag.partition("}")[2] for e in root.iter()} <= {"svg", "rect", "path", "text", "title"}
 
 
+@pytest.mark.slow
 def test_a_graph_of_a_hundred_thousand_operations_is_a_small_picture() -> None:
     attach()
     graph: Any = chain_graph([f"layers.{i // 100}.part{i % 7}" for i in range(100_000)])
