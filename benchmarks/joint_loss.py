@@ -174,15 +174,12 @@ def step_s(table: CostTable, *chosen: Sequence[Sequence[list[Way]]]) -> tuple[fl
     return found.objective_s, found.bound_s
 
 
-def losses(seed: int, memory: float = 1.0) -> tuple[float, float] | None:
+def losses(seed: int) -> tuple[float, float] | None:
     """What is lost with the fastest way of each block, and with the fastest or the leanest in a stage.
 
-    `memory` multiplies that of all devices. None where nothing fits. Where pipelines side by side leave a
-    gap, the loss is at most what is told.
+    None where nothing fits. Where pipelines side by side leave a gap, the loss is at most what is told.
     """
     table, every = drawn(seed)
-    classes = tuple(replace(c, memory_bytes=c.memory_bytes * memory) for c in table.device_classes)
-    table = replace(table, device_classes=classes)
     ways = [every[:BLOCKS], every[BLOCKS:]]
     _, joint_s = step_s(table, ways)
     if joint_s == float("inf"):
