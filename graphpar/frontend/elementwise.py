@@ -30,7 +30,9 @@ def acts_by_element(
     """Whether a Function with these arguments and this result only calls elementwise operators.
 
     It is run on small tensors of as many dimensions and of two sizes; the same operators with the same
-    numbers must be called, so that no number follows from a size.
+    numbers must be called, so that no number follows from a size. What computes without operators of
+    torch, in numpy or in an extension, is not seen so; hence other values in one place must change
+    nothing in the others.
 
     Args:
         forward: Takes the tensors, returns the result.
@@ -46,7 +48,8 @@ def acts_by_element(
 
     def look() -> None:
         try:
-            found.extend(_called(forward, backward, kinds, size) for size in _SIZES)
+            if _keeps_apart(forward, backward, kinds):
+                found.extend(_called(forward, backward, kinds, size) for size in _SIZES)
         except Exception:  # whatever a Function says to numbers that it does not expect
             found.clear()
 
@@ -72,6 +75,30 @@ def _called(
     if made.shape != given[0].shape:
         raise ValueError("the result has another shape than the arguments")
     return list(recorder.ops)
+
+
+def _keeps_apart(
+    forward: Callable[..., Any], backward: Callable[..., Any], kinds: Sequence[tuple[torch.dtype, int]]
+) -> bool:
+    """Whether results and gradients of all elements but the first stay when the first one changes."""
+
+    def rest(first: float) -> list[torch.Tensor]:
+        given = [_unlike(dtype, ndim, first) for dtype, ndim in kinds]
+        made = forward(*given)
+        gradients = backward(given, _unlike(made.dtype, made.ndim, first))
+        return [t.detach().flatten()[1:] for t in (made, *gradients) if t is not None]
+
+    before, after = rest(0.125), rest(0.875)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
+
+
+def _unlike(dtype: torch.dtype, ndim: int, first: float) -> torch.Tensor:
+    """A small tensor of unlike values, the first of them given."""
+    count: int = max(_SIZES) ** ndim
+    values = torch.linspace(0.25, 0.75, count)
+    values[0] = first
+    scale = 1 if dtype.is_floating_point or dtype.is_complex else count
+    return (values * scale).reshape((max(_SIZES),) * ndim).to(dtype)
 
 
 class _Recorder(DispatchMode):  # type: ignore[misc]

@@ -1,7 +1,6 @@
 """The running job: the only stateful object users meet."""
 
 import logging
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,7 +89,6 @@ class CompiledModel(JobState):
         self.true_error: TrueError | None = None
         self._devices = lowered.partition.used_devices
         self._profiles = False
-        self._turn = threading.RLock()
         main = Loaded(
             "train" if subject.training else "infer",
             replace(subject.captured, graph=subject.graph),

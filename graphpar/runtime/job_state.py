@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -42,6 +43,7 @@ class JobState:
         self._weights = weights
         self._weights_moved = False
         self._steps = 0
+        self._turn = threading.RLock()
         self._held = [set(p.labels) for p in lowered.placements]
         self._slices = [dict(p.slices) for p in lowered.placements]
         self._stepped = lowered.stepped
@@ -104,9 +106,10 @@ class JobState:
             if absent:
                 raise ValueError(f"The state has no tensor for {', '.join(absent)}.")
             per_rank.append({la: sliced(state[la], self._slices[rank].get(la)) for la in labels})
-        self._workers.write(per_rank)
-        self._weights_moved = True
-        self._weights.here.update({name: tensor.detach().clone() for name, tensor in state.items()})
+        with self._turn:
+            self._workers.write(per_rank)
+            self._weights_moved = True
+            self._weights.here.update({name: tensor.detach().clone() for name, tensor in state.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint: weights, optimiser state and step, in a folder that knows no plan.
@@ -126,16 +129,17 @@ class JobState:
         held = {label for labels in wanted for label in labels}
         tied = {name for others in self._subject.graph.aliases.values() for name in others}
         rest = {n: self._weights[n] for n in shapes if n not in held | tied and n in self._weights}
-        save_checkpoint(
-            self._workers,
-            place,
-            wanted,
-            rest,
-            self._stepped,
-            lambda folder, parts: write_manifest(
-                folder, self._subject.graph.name, self._steps, self._subject.graph.aliases, parts
-            ),
-        )
+        with self._turn:  # no other thread may step between the parts and their step's number
+            save_checkpoint(
+                self._workers,
+                place,
+                wanted,
+                rest,
+                self._stepped,
+                lambda folder, parts: write_manifest(
+                    folder, self._subject.graph.name, self._steps, self._subject.graph.aliases, parts
+                ),
+            )
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint, whatever plan wrote it: weights, optimiser state and step.
@@ -153,10 +157,11 @@ class JobState:
         ]
         if self._subject.training is not None and not manifest.optimizer:
             _log.warning("%s holds no optimiser state; the optimiser starts afresh.", os.fspath(path))
-        self._workers.load(parts)
-        self._weights_moved = True
-        self._weights.take({name: s for name, s in model.items() if name in shapes})
-        self._steps = manifest.step
+        with self._turn:
+            self._workers.load(parts)
+            self._weights_moved = True
+            self._weights.take({name: s for name, s in model.items() if name in shapes})
+            self._steps = manifest.step
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in self._subject.model.state_dict().items()}

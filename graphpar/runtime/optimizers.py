@@ -83,14 +83,14 @@ def _groups(
     parameters: Mapping[str, nn.Parameter], own: Mapping[str, Mapping[str, Plain]]
 ) -> list[dict[str, Any]]:
     """Parameters with equal settings together; groups that are empty here stand, too."""
-    groups: dict[str, dict[str, Any]] = {"{}": {"params": []}}
-    for settings in own.values():
-        groups.setdefault(_text(settings), {"params": [], **_unfrozen(settings)})
+    # Parameters without settings come first, on ranks that hold none of them, too.
+    texts = {_text(settings): settings for settings in sorted(own.values(), key=bool)}
+    groups: dict[str, dict[str, Any]] = {
+        text: {"params": [], **_unfrozen(settings)} for text, settings in texts.items()
+    }
     for name, parameter in parameters.items():
-        groups[_text(own.get(name, {}))]["params"].append(parameter)
-    return [
-        group for text, group in groups.items() if text != "{}" or group["params"] or len(groups) == 1
-    ]
+        groups[_text(own[name])]["params"].append(parameter)
+    return list(groups.values())
 
 
 def _unfrozen(settings: Mapping[str, Plain]) -> dict[str, Any]:
@@ -171,19 +171,19 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, device: str) -> nn.Paramete
 
 
 def _given(training: Training, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Plain]]:
-    """What `Training(settings=)` says of each parameter, where it says something."""
+    """What `Training(settings=)` says of each parameter; nothing where it says nothing of any."""
     found: dict[str, dict[str, Plain]] = {}
     for name, parameter in parameters.items():
         given = training.settings(name, parameter) if training.settings is not None else None
-        if given is None or given == {}:
-            continue
+        if given is None:
+            given = {}
         if not isinstance(given, Mapping) or plain(given).keys() != given.keys():
             raise ValueError(
                 f"Training(settings=...) gave {given!r} for {name}; it must give a dict of plain "
                 'settings, such as {"lr": 1e-4}, or nothing.'
             )
         found[name] = plain(given)
-    return found
+    return found if any(found.values()) else {}
 
 
 def made_as_intended(

@@ -22,8 +22,13 @@ def use(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
-def centred(x: Tensor) -> Tensor:
+def centred(x: Any) -> Any:
     return x - x.mean()
+
+
+def _reversed_in_place(x: Tensor) -> Tensor:
+    x.numpy()[:] = x.numpy()[::-1].copy()
+    return x
 
 
 ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], bool]] = {
@@ -39,6 +44,12 @@ ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], bool]] =
     "divides by the batch": (torch.sin, lambda x, g: g / x.shape[0], False),
     "looks at values": (lambda x: x * 2 if x.sum() > 0 else x * 3, lambda x, g: g, False),
     "another shape": (lambda x: x.sum(-1, keepdim=True), lambda x, g: g.expand_as(x), False),
+    "numpy in the backward": (
+        torch.sin,
+        lambda x, g: torch.from_numpy(g.numpy() - g.numpy().mean()),
+        False,
+    ),
+    "numpy in place": (torch.sin, lambda x, g: _reversed_in_place(g.clone()), False),
     "order": (lambda x: x.flip(0), lambda x, g: g.flip(0), False),
 }
 

@@ -1,6 +1,8 @@
 """Settings of optimisers are those of one device: by name, over steps, and whatever a rank holds."""
 
+import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLR
 import graphpar
 from graphpar.errors import RunError
 from graphpar.optimizer_probe import OptimizerFactory
+from graphpar.runtime.checkpoint import read_manifest
+from graphpar.runtime.optimizers import Intended, Recipe, made_as_intended, on_one_device
 from graphpar.training import Training
 
 BATCH = (torch.randn(6, 4), torch.randn(6, 4))
@@ -122,3 +126,38 @@ def test_what_is_left_out_may_be_all_a_rank_holds() -> None:
     training = Training(optimizer=lambda p: torch.optim.SGD([q for q in p if q.shape != (4, 8)], lr=0.1))
     lines = (Line((1, 1), cuts=(4,)),)
     check_training(Net(bias=False), BATCH, lines=lines, train=training, by_op=True)
+
+
+def test_every_rank_has_the_same_groups_in_the_same_order() -> None:
+    def by_group(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        def rate(number: int, _step: int) -> float:
+            return 0.5**number
+
+        return LambdaLR(optimizer, [partial(rate, n) for n in range(len(optimizer.param_groups))])
+
+    training = Training(optimizer=adamw, settings=by_name, scheduler=by_group)
+    parameters = dict(Net().named_parameters())
+    whole, _ = on_one_device(training, parameters)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    intended = Intended.of(training, shapes, dict.fromkeys(shapes, torch.float32))
+    held = {"head.weight": parameters["head.weight"]}
+    recipe = Recipe(adamw, by_group)
+    part = made_as_intended(recipe, held, *intended.part(held))
+    assert part is not None
+    recipe.scheduled(part)
+    rates = [[group["lr"] for group in made.param_groups] for made in (part, whole)]
+    assert rates[0] == rates[1] and len(rates[0]) == 3
+
+
+def test_what_a_checkpoint_says_of_its_step_is_of_one_turn(tmp_path: Path) -> None:
+    made = force(Net(), BATCH, lines=straight(1), train=Training(optimizer=adamw))
+    with made.start() as job:
+        job.step(*BATCH)
+        with job._turn:
+            saver = threading.Thread(target=job.save, args=(tmp_path / "kept",))
+            saver.start()
+            saver.join(0.1)
+            assert saver.is_alive()  # waits for its turn
+            job.step(*BATCH)
+        saver.join()
+    assert read_manifest(tmp_path / "kept").step == 2
