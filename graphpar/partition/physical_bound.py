@@ -32,13 +32,17 @@ def physical_bound_s(table: CostTable) -> float:
 
     where t is a unit's time for a microbatch and p the part of it that others wait for. Large
     microbatches are efficient but long on their way. The optimiser's work of one copy is added to the
-    left-hand side's work; with lambda = 0 the bound is work over speed, without mu the fastest way of a
-    single sample.
+    work; with lambda = 0 the bound is work over speed, without mu the fastest way of a single sample.
+    Replicas under ZeRO divide the optimiser's work otherwise than the samples, so there the least of
+    either counts for itself.
     """
     numbers = np.array([len(c.devices) for c in table.device_classes], dtype=np.float64)
     teams, per_sample = find_teams(table), sample_bound(table)
     work, step = per_sample.times_s * table.batch, _optimizer_s(table)
-    whole = WorkBound(work + teams.least(step), repeats_of(table), teams)
+    divided = np.array([m.zero > 0 for m in table.every_mode])
+    if len(set(teams.of_mode[divided].tolist())) <= 1:
+        work = work + teams.least(step)
+    whole = WorkBound(work, repeats_of(table), teams)
     counts = [len(c.devices) for c in table.device_classes]
     best, prices = whole.prices(counts)
     usable = teams.within(numbers)[teams.of_mode]
@@ -53,12 +57,23 @@ def physical_bound_s(table: CostTable) -> float:
     if device_s <= 0:
         return best
     update = mode_prices * step[:, usable]
-    free = (table.batch * rows.least(mode_prices, 0.0) + update).min(axis=1)
+    divided = divided[usable]
+    free = _cheapest(table.batch * rows.least(mode_prices, 0.0), update, divided)
+    best = max(best, float(repeats_of(table) @ free) / device_s)
     for weight in _WEIGHTS * device_s / table.batch:
-        each = (table.batch * rows.least(mode_prices, float(weight)) + update).min(axis=1)
+        each = _cheapest(table.batch * rows.least(mode_prices, float(weight)), update, divided)
         value = float(waiting @ each + others @ free) / (device_s + float(weight) * table.batch)
         best = max(best, value)
     return best
+
+
+def _cheapest(work: FloatArray, update: FloatArray, divided: npt.NDArray[np.bool_]) -> FloatArray:
+    """[distinct unit]: the least of work and update over modes, which those under ZeRO may mix."""
+    least: FloatArray = (work + update)[:, ~divided].min(axis=1, initial=np.inf)
+    if divided.any():
+        mixed = work[:, divided].min(axis=1) + update[:, divided].min(axis=1)
+        least = np.minimum(least, mixed)
+    return least
 
 
 def _optimizer_s(table: CostTable) -> FloatArray:

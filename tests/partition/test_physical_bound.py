@@ -10,7 +10,7 @@ from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.errors import VerifyError
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
@@ -80,3 +80,25 @@ def test_efficient_microbatches_are_too_long_to_keep_all_devices_busy() -> None:
     table = replace(table, costs=costs)
     work_s = 4 * (6.0 / 4) / 4
     assert work_s < 3.0 <= physical_bound_s(table) <= 3.0 + 1e-9
+
+
+def test_zero_divides_the_optimizer_otherwise_than_the_samples() -> None:
+    table = make_table((1.0,), speeds=(1.0, 1.0), devices_per_class=(1, 1), batch=4, cut_bytes=1.0)
+    times, steps = ((1.0, 4.0), (3.0, 12.0)), (1.0, 0.5)
+    nothing = ((0.0, 0.0),)
+    unit = replace(table.costs[0], forward_s=times, backward_s=nothing * 2, optimizer_s=steps)
+    modes = tuple(
+        Mode(
+            (k,),
+            (ModeCost(times[k], nothing[0], steps[k], (1.0,), (0.0,), (0.0,), nothing, nothing),),
+            zero=1,
+        )
+        for k in range(2)
+    )
+    table = replace(table, costs=(unit,), modes=modes)
+    replicas = (Replica("0.0", 3), Replica("1.0", 1))
+    plan = PipelineChoice(4, 4, (StageChoice(0, 1, replicas, zero=1),))
+    # Three samples and half a slow optimiser there, one sample and half a fast one here.
+    step_s = simulated(table, (plan,), "1f1b").step_s
+    assert step_s == pytest.approx(3.5, rel=1e-3)
+    assert 3.0 < physical_bound_s(table) <= step_s
