@@ -181,15 +181,19 @@ def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Set
         return np.where(units.valid, 0.0, np.inf)
     zero, width, each = table.every_mode[option.staff[0]].zero, option.width, table.sum_s_per_byte
     gradients = _most_bytes(units, option, "gradient_bytes")
-    sync = ring_array(*summing(option, zero, setting), gradients, each)
+    own = np.zeros_like(gradients)
     if zero == 1:
-        sync = sync + ring_array(option.ring, width, gradients, each) / 2
+        own = own + ring_array(option.ring, width, gradients, each) / 2
     if zero in (1, 2):
         weights = _most_bytes(units, option, "weight_bytes")
-        sync = sync + ring_array(option.ring, width, weights, each) / 2
-    optimizer = [units.optimizer_seconds(m) for m in set(option.staff)]
-    share = width if zero else 1
-    return np.where(units.valid, sync + np.maximum.reduce(optimizer) / share, np.inf)
+        own = own + ring_array(option.ring, width, weights, each) / 2
+    sync = own + ring_array(*summing(option, zero, setting), gradients, each)
+    steps = [units.optimizer_seconds(m) for m in set(option.staff)]
+    if not zero:
+        return np.where(units.valid, sync + np.maximum.reduce(steps), np.inf)
+    # Any of the replicas may be the one that speaks with other pipelines; the slowest need not.
+    speaker = sync + np.minimum.reduce(steps) / width
+    return np.where(units.valid, np.maximum(speaker, own + np.maximum.reduce(steps) / width), np.inf)
 
 
 def summing(option: StageOption, zero: int, setting: Setting) -> tuple[Links, int]:
@@ -198,10 +202,22 @@ def summing(option: StageOption, zero: int, setting: Setting) -> tuple[Links, in
     The stages of other pipelines that hold the same units have one replica or more, on links that are no
     better than the best; then nothing is left out where each of them is one device.
     """
-    links = frozenset[LinkCost]().union(*(setting.across[p] for p in option.places if setting.across))
+    kinds = [setting.across[p] for p in option.places if setting.across]
     if zero:
-        return pareto(list(links)), setting.peers
+        return _links_of_any(kinds), setting.peers
+    links = frozenset[LinkCost]().union(*kinds)
     return pareto([*links, *option.ring]), option.width + setting.peers - 1
+
+
+def _links_of_any(kinds: Sequence[Links]) -> Links:
+    """Links whose slowest is no slower than the slowest of any one kind, for any message."""
+    if len(kinds) == 1:
+        return kinds[0]
+    if not kinds or not all(kinds):
+        return frozenset()
+    latency_s = min(max(k.latency_s for k in links) for links in kinds)
+    bytes_per_s = max(min(k.bytes_per_s for k in links) for links in kinds)
+    return frozenset((LinkCost(latency_s, float("inf")), LinkCost(0.0, bytes_per_s)))
 
 
 def ring_array(links: Links, copies: int, num_bytes: FloatArray, sum_s_per_byte: float) -> FloatArray:

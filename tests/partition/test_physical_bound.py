@@ -10,10 +10,14 @@ from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graphpar.cost import CostTable, Mode, ModeCost
+from graphpar.cost import CostTable, LinkCost, Mode, ModeCost, Topology
 from graphpar.errors import VerifyError
+from graphpar.partition.cells import find_cells, links_to_others, make_option
+from graphpar.partition.gradient_sums import worst_finish_s
 from graphpar.partition.physical_bound import physical_bound_s
+from graphpar.partition.stage_costs import cached_post
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.partition.unit_arrays import Setting, UnitArrays, some_ranges
 from graphpar.simulated import simulated
 
 SCHEDULES: tuple[ScheduleName, ...] = ("zero-bubble", "1f1b", "gpipe")
@@ -82,23 +86,45 @@ def test_efficient_microbatches_are_too_long_to_keep_all_devices_busy() -> None:
     assert work_s < 3.0 <= physical_bound_s(table) <= 3.0 + 1e-9
 
 
-def test_zero_divides_the_optimizer_otherwise_than_the_samples() -> None:
-    table = make_table((1.0,), speeds=(1.0, 1.0), devices_per_class=(1, 1), batch=4, cut_bytes=1.0)
-    times, steps = ((1.0, 4.0), (3.0, 12.0)), (1.0, 0.5)
+def zero_table(steps: tuple[float, float], devices: tuple[int, int], gradients: float) -> CostTable:
+    """One unit on two kinds of devices, both also under ZeRO."""
+    table = make_table((1.0,), (1.0, 1.0), devices, batch=4, gradient_bytes=gradients)
+    times = ((1.0, 4.0), (3.0, 12.0))
     nothing = ((0.0, 0.0),)
     unit = replace(table.costs[0], forward_s=times, backward_s=nothing * 2, optimizer_s=steps)
     modes = tuple(
         Mode(
             (k,),
-            (ModeCost(times[k], nothing[0], steps[k], (1.0,), (0.0,), (0.0,), nothing, nothing),),
+            (ModeCost(times[k], nothing[0], steps[k], (1.0,), (gradients,), (0.0,), nothing, nothing),),
             zero=1,
         )
         for k in range(2)
     )
-    table = replace(table, costs=(unit,), modes=modes)
+    return replace(table, costs=(unit,), modes=modes)
+
+
+def test_zero_divides_the_optimizer_otherwise_than_the_samples() -> None:
+    table = zero_table((1.0, 0.5), (1, 1), 0.0)
     replicas = (Replica("0.0", 3), Replica("1.0", 1))
     plan = PipelineChoice(4, 4, (StageChoice(0, 1, replicas, zero=1),))
     # Three samples and half a slow optimiser there, one sample and half a fast one here.
     step_s = simulated(table, (plan,), "1f1b").step_s
     assert step_s == pytest.approx(3.5, rel=1e-3)
     assert 3.0 < physical_bound_s(table) <= step_s
+
+
+def test_whoever_speaks_with_other_pipelines_need_not_be_the_slowest() -> None:
+    table = zero_table((8.0, 0.0), (1, 2), 1.0)
+    far = LinkCost(0.0, 1.0)
+    table = replace(table, topology=Topology({d: d for d in table.class_of}, {}, far))
+    cells = find_cells(table)
+    place = {cell.device_class: k for k, cell in enumerate(cells.cells)}
+    option = make_option(cells, [(place[1],), (place[0],)], [3, 2])
+    groups = tuple(tuple(int(k in own) for k in range(2)) for own in ((0, 1), (place[1],)))
+    setting = Setting(2, 2, "gpipe", 2, links_to_others(cells, groups, groups[0]))
+    units = UnitArrays(table, setting, some_ranges([(0, 1)]))
+    stage = StageChoice(0, 1, (Replica("1.0", 1), Replica("0.0", 1)), zero=1)
+    other = PipelineChoice(2, 2, (StageChoice(0, 1, (Replica("1.1", 2),)),))
+    finish_s = sum(worst_finish_s(table, (PipelineChoice(2, 2, (stage,)), other)))
+    # The slow one ends after half its optimiser and what the two exchange; the other one sums as well.
+    assert float(cached_post(table, units, option, setting).min()) == pytest.approx(finish_s)
