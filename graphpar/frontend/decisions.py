@@ -172,6 +172,8 @@ class _Asked(TorchFunctionMode):
         lengths = input_lengths, target_lengths
         if log_probs.ndim != 3 or not all(isinstance(n, torch.Tensor) for n in lengths):
             return None
+        if reduction not in ("none", "mean", "sum", 0, 1, 2):
+            return None  # torch's own names the mistake
         rows = targets if targets.ndim == 2 else self._rows(targets, target_lengths)
         if rows is None:
             return None

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -20,6 +19,7 @@ from graphpar.runtime.checkpoint import (
 from graphpar.runtime.pieces import joined, sliced
 from graphpar.runtime.program import Slice
 from graphpar.runtime.subject import Subject
+from graphpar.runtime.turns import Turn
 from graphpar.runtime.weights import Weights
 from graphpar.runtime.workers import Workers
 
@@ -43,7 +43,7 @@ class JobState:
         self._weights = weights
         self._weights_moved = False
         self._steps = 0
-        self._turn = threading.RLock()
+        self._turn = Turn()
         self._held = [set(p.labels) for p in lowered.placements]
         self._slices = [dict(p.slices) for p in lowered.placements]
         self._stepped = lowered.stepped

@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from graphpar.runtime.fork_server import ForkServer
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.passes import Spent
 from graphpar.runtime.program import RankProgram, Scene, StepReport, encode
+from graphpar.runtime.turns import Turn
 from graphpar.runtime.weights import pickled_init
 from graphpar.runtime.workers import RankStart
 
@@ -57,7 +57,7 @@ class LocalWorkers:
         self._folder = tempfile.mkdtemp(prefix="graphpar-")
         self._ended: str = ""
         self._owner = os.getpid()
-        self._turn = threading.RLock()
+        self._turn = Turn()
         self._processes: list[_Process] = []
         self._server = ForkServer.get()
         try:
