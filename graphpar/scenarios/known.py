@@ -23,7 +23,7 @@ class Known:
 
     Attributes:
         plans: The latest plans.
-        bounds: Links, and how fast no plan over them can be.
+        bounds: Links, how fast no plan of some family over them can be, and that family.
         memory_binds: Whether memory without end would help.
         schedule: The schedule that was best under the fastest links.
         played: Plans to be played through elsewhere: the best of equal pipelines, and those that were
@@ -34,7 +34,7 @@ class Known:
     """
 
     plans: list[Partition] = field(default_factory=list)
-    bounds: list[tuple[Topology, float]] = field(default_factory=list)
+    bounds: list[tuple[Topology, float, str]] = field(default_factory=list)
     memory_binds: bool | None = None
     schedule: ScheduleName | None = None
     played: tuple[KnownPlan, ...] = ()
@@ -50,7 +50,7 @@ class Known:
         same = [p for p in self.plans if p.pipelines == found.pipelines and p.schedule == found.schedule]
         if not same:
             self.plans = [*self.plans, found][-MOST_PLANS:]
-        self.bounds.append((table.topology, found.bound_s))
+        self.bounds.append((table.topology, found.bound_s, found.family))
 
     def seed(self, plans: Iterable[Partition]) -> None:
         """Plans of other scenarios, of which nothing is proven here."""
@@ -64,7 +64,12 @@ class Known:
 
     def bound_s(self, topology: Topology) -> float:
         """No plan is faster: it would be so over links that are at least as fast, too."""
-        return max((b for other, b in self.bounds if at_least(other, topology)), default=0.0)
+        return self._bound(topology)[0]
+
+    def _bound(self, topology: Topology) -> tuple[float, str]:
+        """The best bound, and which plans it is about."""
+        there = ((b, family) for other, b, family in self.bounds if at_least(other, topology))
+        return max(there, default=(0.0, ""))
 
     def best(self, table: CostTable) -> Partition | None:
         """The best of the plans here, with the bound known; None where none fits."""
@@ -74,12 +79,13 @@ class Known:
             return None
         best = min(fitting, key=lambda p: p.objective_s)
         source = next(p for p in self.plans if p.pipelines == best.pipelines)
-        bound_s = min(max(self.bound_s(table.topology), best.physical_bound_s), best.objective_s)
+        known_s, family = self._bound(table.topology)
+        bound_s = min(max(known_s, best.physical_bound_s), best.objective_s)
         return replace(
             best,
             bound_s=bound_s,
             gap=(best.objective_s - bound_s) / best.objective_s,
-            family=source.family,
+            family=family or source.family,
             truncated_by=(),
             notes=source.notes,
         )
@@ -101,15 +107,18 @@ class Known:
         return best.gap if best is not None else 1.0
 
     def improved(self, table: CostTable, found: Partition) -> Partition:
-        """The better of a plan found here and the plans found elsewhere, with the better bound."""
+        """The better of a plan found here and the plans found elsewhere, with the better bound.
+
+        What the bound is about, its family of plans, goes with it.
+        """
         before = self.best(table)
-        bound_s = max(found.bound_s, self.bound_s(table.topology))
+        bound_s, family = max((found.bound_s, found.family), self._bound(table.topology))
         better = found
         if before is not None and before.objective_s < found.objective_s:
             better = replace(before, truncated_by=found.truncated_by)
         bound_s = min(bound_s, better.objective_s)
         gap = (better.objective_s - bound_s) / better.objective_s if better.objective_s > 0 else 0.0
-        return replace(better, bound_s=bound_s, gap=gap)
+        return replace(better, bound_s=bound_s, gap=gap, family=family)
 
 
 def _fits(table: CostTable, found: Partition) -> bool:

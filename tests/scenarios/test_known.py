@@ -46,6 +46,15 @@ def test_a_bound_holds_for_slower_links_only() -> None:
     known, (slow, fast) = Known(), tasks([1e8, 1e11])
     assert at_least(fast.table.topology, slow.table.topology)
     assert not at_least(slow.table.topology, fast.table.topology)
-    known.bounds.append((slow.table.topology, 7.0))
+    known.bounds.append((slow.table.topology, 7.0, "some plans"))
     assert known.bound_s(slow.table.topology) == 7.0
     assert known.bound_s(fast.table.topology) == 0.0
+
+
+def test_a_bound_goes_with_the_plans_that_it_is_about() -> None:
+    known, (task,) = Known(), tasks([1e9])
+    found = replace(sample_partition(), objective_s=9.0, bound_s=8.0, family="many plans")
+    assert known.improved(task.table, found).family == "many plans"
+    known.bounds.append((task.table.topology, 8.5, "few plans"))
+    better = known.improved(task.table, found)
+    assert (better.bound_s, better.family) == (8.5, "few plans")
