@@ -135,6 +135,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
         content = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ClusterError(f"The cluster file {path} is no valid YAML: {error}") from error
+    except RecursionError:
+        raise ClusterError(
+            f"The cluster file {path} nests its entries too deep; a cluster has a few levels of them."
+        ) from None
     if not isinstance(content, dict):
         raise ClusterError(
             f"The cluster file {path} holds {_describe(content)} where a mapping with `nodes` or "

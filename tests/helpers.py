@@ -153,7 +153,11 @@ def force(
 
 
 def finest_chain(graph: Graph) -> Chain:
-    """A chain with a unit for each op; an op with several results keeps them with it."""
+    """A chain with a unit for each op; an op with several results keeps them with it.
+
+    Ops that touch a buffer which one of them writes are cut apart, too, as no plan does: not for models
+    that keep such buffers beyond one op.
+    """
     free = free_ops(graph)
     units: list[Unit] = []
     for op in graph.ops:

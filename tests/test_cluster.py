@@ -215,6 +215,7 @@ def test_what_is_refused_says_where_and_why(data: dict[str, Any], message: str) 
         ("devices: [{kind: cpu, memory_bytes: 16 GB}]", "memory_bytes is a plain number.*not 16 GB"),
         ("devices: [{kind: cpu, count: 100000000}]", "count is 100000000; it must be at most"),
         ("devices: &d [*d]", "refers to itself in line 1"),
+        ("devices: " + "[" * 5000, "too deep"),
         (
             "a: &a [x, x, x, x, x, x, x, x]\n"
             + "".join(

@@ -2,7 +2,6 @@
 
 import os
 import threading
-from types import TracebackType
 
 
 class Turn:
@@ -26,10 +25,5 @@ class Turn:
             self._renew()
         self._lock.acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.release()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_functions import Straight
 from torch import Tensor, nn
 
 from graphpar.frontend.elementwise import acts_by_element
@@ -92,20 +93,6 @@ def _as_call(function: Any, tensors: int = 1) -> tuple[Any, Any]:
     spec = flatten((0,) * tensors)[1]
     call = FunctionCall(function, spec, (None,) * tensors, tuple(range(tensors)), None)
     return call.forward, call.gradients
-
-
-class Straight(torch.autograd.Function):
-    """A rounding whose gradient is one inside a range."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return gradients[0] * (x.abs() < 1)
 
 
 class Centred(torch.autograd.Function):

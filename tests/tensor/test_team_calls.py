@@ -1,7 +1,13 @@
 """Members whose collectives would not meet are found before anything runs."""
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+from helpers import Line, force
+from torch import nn
+
+from graphpar import tensor_groups
 from graphpar.errors import VerifyError
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Ref
@@ -62,3 +68,14 @@ def test_unlike_cuts_are_found() -> None:
     ]
     with pytest.raises(VerifyError, match="Call 1 differs"):
         check_in_step(stages, 0, training=True)
+
+
+def test_no_job_starts_with_members_out_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def last_one_alone(graph_of: Any, shard: Shard, size: int, *how: Any) -> list[Graph]:
+        return [*member_stages(graph_of, shard, size, *how)[:-1], graph_of(size - 1)]
+
+    model = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 64))
+    job = force(model, (torch.randn(4, 64),), lines=(Line((1,), 2, groups=((0.5, 0.5),)),), train=None)
+    monkeypatch.setattr(tensor_groups, "member_stages", last_one_alone)
+    with pytest.raises(VerifyError, match="do not ask the same"):
+        job.start()
