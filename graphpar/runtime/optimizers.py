@@ -7,6 +7,7 @@ it once with all parameters, without their values, and every rank compares.
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from graphpar.optimizer_probe import OptimizerFactory, refuse_foreign_parameters
 from graphpar.runtime.plain import Plain, plain
 from graphpar.training import Training
 
+_log = logging.getLogger("graphpar.job")
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 _IMPLEMENTATION = frozenset({"params", "param_names", "foreach", "fused"})
 """Entries of a parameter group that change no number."""
@@ -146,7 +148,8 @@ class Intended:
                 made = recipe.made(parameters, own)
             except ValueError:
                 raise
-            except Exception:
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
                 continue
             settings = settings_in(made, parameters)
             recipe.scheduled(made)
@@ -156,6 +159,11 @@ class Intended:
                     "be trained. Take them from its argument: lambda p: torch.optim.AdamW(p, lr=1e-3)."
                 )
             return cls(own, settings)
+        _log.warning(
+            "This optimiser cannot be made without values (%s): whether every rank gives its parameters "
+            "the settings that one optimiser of all of them would is not checked.",
+            failure,
+        )
         return cls(own, {})
 
     def part(self, names: Iterable[str]) -> tuple[dict[str, dict[str, Plain]], dict[str, str]]:

@@ -13,15 +13,13 @@ from graphpar.runtime.reference import OneDevice, whole_on_one_device
 
 pytest.importorskip("transformers")
 
-from stock_models import STOCK, batch_of, build
+from stock_models import batch_of, build, exhaustive, in_turn
 
 STAMPED = {"llama": 2, "gpt2": 2, "t5": 2, "gemma2": 4}
 """How many blocks are stamped: a first one is followed for each kind, and for each way of calling."""
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "gemma2"))]
-)
+@pytest.mark.parametrize("name", ["llama", "gpt2", *map(exhaustive, ("t5", "gemma2"))])
 def test_the_graphs_are_equal_without_weights(name: str) -> None:
     batch = {key: value.to("meta") for key, value in batch_of(name).items()}
     folded, whole = both(build(name, "meta").train(), **batch)
@@ -30,10 +28,9 @@ def test_the_graphs_are_equal_without_weights(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", STOCK)
-def test_graphs_and_numbers_are_equal(name: str, training: bool) -> None:
-    model, batch = build(name).train(training), batch_of(name)
+@pytest.mark.parametrize(("name", "way"), in_turn(("train", "eval")))
+def test_graphs_and_numbers_are_equal(name: str, way: str) -> None:
+    model, batch = build(name).train(way == "train"), batch_of(name)
     folded, whole = both(model, **batch)
     assert_equal(folded, whole)
     # What branches on values (the labels of a CTC loss) is followed in full.

@@ -1,5 +1,6 @@
 """Optimisers that are not elementwise: gathered where that is exact, otherwise kept apart or refused."""
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -110,3 +111,19 @@ def test_settings_are_found_for_parameters_of_any_shape(shape: tuple[int, ...]) 
     training = Training(optimizer=partial(torch.optim.SGD, lr=0.25))
     made = Intended.of(training, {"scale": shape}, {"scale": torch.float32})
     assert "0.25" in made.settings["scale"]
+
+
+def test_an_optimiser_that_needs_values_is_not_compared_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def scaled(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        (only,) = parameters
+        only.data.div_(
+            float(only.detach().norm())
+        )  # neither without values nor without memory of its own
+        return torch.optim.SGD([only], lr=0.25)
+
+    with caplog.at_level(logging.WARNING, "graphpar.job"):
+        made = Intended.of(Training(optimizer=scaled), {"w": (3, 2)}, {"w": torch.float32})
+    assert not made.settings
+    assert "is not checked" in caplog.text and "Error: " in caplog.text
