@@ -1,9 +1,10 @@
-"""What dividing the optimiser's state among replicas (ZeRO level 1) saves and costs, as predicted or not.
+"""What dividing optimiser state and gradients among replicas (ZeRO) saves and costs, as predicted or not.
 
     python benchmarks/zero.py --json
 
-Two or more replicas of a stack of square products train with Adam, once with whole optimiser state on
-each and once divided; the two jobs take turns step by step. Peaks are those of the processes.
+Two or more replicas of a stack of square products train with Adam, once with everything whole on each
+(level 0), once with the optimiser's state divided (1) and once with the sums of gradients divided too (2);
+the jobs take turns step by step. Peaks are those of the processes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from graphpar.planner import plan_of, price
 from graphpar.preparation import prepare
 
 WARM_UP = 2
+LEVELS = (0, 1, 2)
 
 
 class Stack(nn.Module):
@@ -63,25 +65,27 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=16, help="per replica")
+    parser.add_argument("--samples", type=int, default=16, help="per microbatch")
+    parser.add_argument("--microbatches", type=int, default=2, help="per replica")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Stack(asked.width, asked.layers)
-    samples = asked.samples * asked.replicas
+    microbatches = asked.microbatches * asked.replicas
+    samples = asked.samples * microbatches
     batch = torch.randn(samples, asked.width), torch.randn(samples, asked.width)
     cluster = graphpar.Cluster.local(slowdowns=(1.0,) * asked.replicas)
     training = graphpar.Training(optimizer=adam)
     prepared = prepare(model, batch, {}, training)
     calibration = graphpar.calibrate()
     table = price(prepared, cluster, train=training, calibration=calibration)
-    table = with_modes(table, StageOptions(zero=(1,)))
-    replicas = tuple(Replica(device.name, 1) for device in cluster.devices)
+    table = with_modes(table, StageOptions(zero=LEVELS[1:]))
+    replicas = tuple(Replica(device.name, asked.microbatches) for device in cluster.devices)
     stage = StageChoice(0, table.num_units, replicas)
     plans = {}
-    for level in (0, 1):
-        pipeline = PipelineChoice(samples, asked.replicas, (replace(stage, zero=level),))
+    for level in LEVELS:
+        pipeline = PipelineChoice(samples, microbatches, (replace(stage, zero=level),))
         plans[level] = plan_of(
             prepared, cluster, table, evaluate(table, (pipeline,)), calibration=calibration
         )

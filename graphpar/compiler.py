@@ -179,7 +179,7 @@ def compile(
         plan.check_cluster(where.to_dict(), hash_of(where.to_dict()))
         plan.check_mode(training=train is not None)
         for pipeline in plan.partition.pipelines:
-            refuse_levels(pipeline, train)
+            refuse_levels(pipeline, train, plan.partition.schedule)
             refuse_cut_model(pipeline, train)
         return plan
 

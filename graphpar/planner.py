@@ -303,9 +303,17 @@ def _zero_levels(train: Training | None) -> tuple[int, ...]:
         return ()
     traits = optimizer_traits(train.optimizer)
     if traits.by_slices:
-        return (1,)
+        most = train.zero
+        if most > 1 and train.schedule in ("interleaved", "zero-bubble"):
+            most = 1
+            warnings.warn(
+                f"Training(zero={train.zero}) is taken for zero=1: under the schedule {train.schedule} "
+                "gradients are not divided among replicas. Level 2 runs under 1f1b and gpipe.",
+                stacklevel=4,
+            )
+        return tuple(range(1, most + 1))
     warnings.warn(
-        f"Training(zero=1) is ignored: {traits.name} needs whole parameters, so its state cannot be "
+        f"Training(zero={train.zero}) is ignored: {traits.name} needs whole parameters, so its state cannot be "
         "divided among replicas by rows.",
         stacklevel=4,
     )

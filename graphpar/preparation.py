@@ -147,7 +147,8 @@ def lower(
             raise ValueError("A partition with tensor groups is lowered for a cluster; give cluster=.")
         local = member_graphs(graph, tuple(graphs), found, cluster, training, like, train)
     again = any(stage.recompute for pipeline in found.pipelines for stage in pipeline.stages)
-    units = tuple(unit.ops for unit in build_chain(graph).units) if again else ()
+    divided = any(stage.zero > 1 for pipeline in found.pipelines for stage in pipeline.stages)
+    units = tuple(unit.ops for unit in build_chain(graph).units) if again or divided else ()
     return Lowered(found, tuple(graphs), training, local=local, units=units)
 
 

@@ -154,6 +154,9 @@ class _Choice:
                 continue
 
     def _tries(self, base: Partition) -> Iterator[_Try]:
+        if any(stage.zero > 1 for pipeline in base.pipelines for stage in pipeline.stages):
+            self.out.setdefault("zero-bubble and interleaved", "not where gradients are divided (ZeRO 2)")
+            return
         names = [n for n in ("zero-bubble", "interleaved") if self.wish in ("auto", n)]
         if "zero-bubble" in names:
             yield _Try("zero-bubble", "zero-bubble", base.pipelines)

@@ -29,8 +29,9 @@ class Training:
         microbatches: Number of microbatches, or "auto".
         schedule: "gpipe", "1f1b", "interleaved" (1F1B with several stages on each device), "zero-bubble"
             (gradients of weights fill the gaps), or "auto" for the shortest step.
-        zero: Highest ZeRO level that replicas of a stage may use: 1 lets them divide the optimiser's
-            state where that is faster or fits. Only for optimisers that work element by element.
+        zero: Highest ZeRO level that replicas of a stage may use where that is faster or fits: 1 lets
+            them divide the optimiser's state, 2 the sums of gradients as well. Only for optimisers that
+            work element by element; level 2 only under "1f1b" and "gpipe".
         seed: Seed of the random streams (dropout); the same for every plan.
 
     >>> import torch
@@ -44,7 +45,7 @@ class Training:
     max_grad_norm: float | None = None
     microbatches: int | Literal["auto"] = "auto"
     schedule: ScheduleWish = "auto"
-    zero: Literal[0, 1] = 0
+    zero: Literal[0, 1, 2] = 0
     seed: int = 0
     scheduler: "Callable[[Optimizer], LRScheduler] | None" = None
     settings: "Callable[[str, nn.Parameter], Mapping[str, Any] | None] | None" = None
@@ -66,10 +67,10 @@ class Training:
                 f"Training(schedule=...) must be one of {', '.join(get_args(ScheduleWish))}, "
                 f"not {self.schedule!r}."
             )
-        if self.zero not in (0, 1):
+        if self.zero not in (0, 1, 2):
             raise ValueError(
-                f"Training(zero=...) must be 0 or 1, not {self.zero!r}; levels 2 and 3 can be planned "
-                "with graphpar.partition, not run."
+                f"Training(zero=...) must be 0, 1 or 2, not {self.zero!r}; level 3 can be planned with "
+                "graphpar.partition, not run."
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"Training(max_grad_norm=...) must be positive, not {self.max_grad_norm}.")

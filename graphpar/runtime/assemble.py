@@ -16,10 +16,11 @@ from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
 from graphpar.runtime.copies import Holding, Reduction, owners, ranks_of, reductions
 from graphpar.runtime.lower import StageInterface, interface
-from graphpar.runtime.program import Meeting, RankProgram, Slice
+from graphpar.runtime.parcels import parcels_of
+from graphpar.runtime.program import Meeting, RankProgram, Scatter, Slice
 from graphpar.runtime.user_ops import foreign_targets, needed_code
 from graphpar.runtime.zero import rows_of
-from graphpar.schedule import Schedule, StageLink, build_schedule
+from graphpar.schedule import Schedule, StageLink, backward_order, build_schedule
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ class Lowered:
         starts = (0, *accumulate(schedule.microbatch_sizes))
         first_stages = (0, *accumulate(len(p.stages) for p in self.partition.pipelines))
         meetings = self._meetings(schedule)
+        scatters = self._scatters(schedule)
         programs = []
         for rank, placement in enumerate(self.placements):
             mine = [r for rs in self._reductions.values() for r in rs if rank in r.group]
@@ -298,9 +300,34 @@ class Lowered:
                     first_stage=first_stages[placement.pipeline],
                     rank=rank,
                     meetings={name: m for name, m in meetings.items() if rank in m.ranks},
+                    scatter=scatters.get(rank),
                 )
             )
         return programs
+
+    def _scatters(self, schedule: Schedule) -> dict[int, Scatter]:
+        """For each rank that divides its gradients among replicas how it does so."""
+        found: dict[int, Scatter] = {}
+        ranks = [(r, p) for r, p in enumerate(self.placements) if self._zero_of(r) > 1]
+        if not ranks or not schedule.training:
+            return found
+        ordered = backward_order(schedule)
+        for rank, placement in ranks:
+            (stage,) = schedule.stages_of[rank]
+            group = self.divided.get(rank, ())
+            order = ordered.get(stage, ())
+            if not group or not self.shards[rank]:
+                continue
+            leaders = [self.placements[other].team[0] for other in group]
+            owners = (leaders.index(schedule.routes[m][placement.stages[0]]) for m in order)
+            units = parcels_of(self.graph_of(rank), placement.stages[0], self.shards[rank], self.units)
+            found[rank] = Scatter(group, group.index(rank), order, tuple(owners), units)
+        return found
+
+    def _zero_of(self, rank: int) -> int:
+        placement = self.placements[rank]
+        stages = self.partition.pipelines[placement.pipeline].stages
+        return max(stages[stage].zero for stage in placement.stages)
 
     def _meetings(self, schedule: Schedule) -> dict[str, Meeting]:
         """Ops in which the parts of pipelines in step meet, where there are several parts."""

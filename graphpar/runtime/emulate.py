@@ -17,6 +17,15 @@ class Pace:
     def __init__(self, slowdown: float, threads: int) -> None:
         self.slowdown = slowdown
         self.clock = time.thread_time if threads == 1 else time.perf_counter
+        self._waited_s = self._not_computed_s = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Work stands still in the body, for others; that is not stretched."""
+        began, computed = time.perf_counter(), self.clock()
+        yield
+        self._waited_s += time.perf_counter() - began
+        self._not_computed_s += self.clock() - computed
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -24,10 +33,11 @@ class Pace:
         if self.slowdown == 1.0:
             yield
             return
+        self._waited_s = self._not_computed_s = 0.0
         began, computed = time.perf_counter(), self.clock()
         yield
-        target = (self.clock() - computed) * self.slowdown
-        rest = target - (time.perf_counter() - began)
+        target = (self.clock() - computed - self._not_computed_s) * self.slowdown
+        rest = target - (time.perf_counter() - began - self._waited_s)
         if rest > 0:
             time.sleep(rest)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.clocks import StepClock
 from graphpar.runtime.deferral import Deferral
 from graphpar.runtime.emulate import Pace
+from graphpar.runtime.gradient_rows import GradientRows
 from graphpar.runtime.in_step import Meetings
 from graphpar.runtime.lower import Message, StageBuilder, StageInterface
 from graphpar.runtime.program import WHOLE, RankProgram, StepReport
@@ -140,6 +142,9 @@ class Executor:
         self._scaler = scaler
         self._tensors = tensors
         self._shards = shards or Shards({}, {}, {}, transport)
+        self._rows: GradientRows | None = None
+        if program.scatter is not None and any(action.kind == "A" for action in self.actions):
+            self._rows = GradientRows(program.scatter, self._shards, transport, pace)
         self._types = _types(graph, self.interfaces.values())
         self._tails = {s: tail for s, b in self.builders.items() if (tail := Tail.of(b, program, team))}
         self._own = tuple(
@@ -176,7 +181,8 @@ class Executor:
         state.to_post.extend(a for a in self.actions if a.kind in "RG")
         self._running = state
         self._post_ahead(state)
-        with torch.set_grad_enabled(self.program.training):
+        dividing = self._rows.step() if self._rows is not None else nullcontext()
+        with torch.set_grad_enabled(self.program.training), dividing:
             for action in self.actions:
                 began = time.monotonic()
                 self._run[action.kind](state, action)
@@ -353,7 +359,8 @@ class Executor:
         kept = state.in_flight.pop((action.stage, number))
         self._at_microbatch(number)  # units that are computed again draw the same bits again
         roots, gradients = self._roots(state, face, kept, number)
-        with self.pace.work():
+        dividing = self._rows.backward(number) if self._rows is not None else nullcontext()
+        with self.pace.work(), dividing:
             if roots:
                 torch.autograd.backward(roots, gradients)
         for message in face.receives:
@@ -403,34 +410,44 @@ class Executor:
 
     def _reduce(self, state: _Step, action: Action) -> None:
         """Sum the gradients of parameters that other ranks hold too."""
+        if self._rows is not None:
+            self._rows.finish()
+        divided = self._rows.labels if self._rows is not None else frozenset()
         buckets: dict[tuple[int, torch.dtype], list[str]] = {}
         for label, group in sorted(self.program.shared.items()):
-            parameter = self._tensors[label]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            buckets.setdefault((group, parameter.dtype), []).append(label)
+            if label not in divided or not self._shards.sums_rows(label, group):
+                buckets.setdefault((group, self._tensors[label].dtype), []).append(label)
         for (group, _), every in sorted(buckets.items(), key=lambda item: item[0][0]):
             by_rows = [label for label in every if self._shards.sums_rows(label, group)]
             labels = [label for label in every if label not in by_rows]
             if by_rows:
                 self._shards.sum_rows(by_rows)
-            for some in in_turns(labels, lambda label: self._tensors[label].nbytes, SUM_BYTES):
+            for some in in_turns(labels, self._summed_bytes, SUM_BYTES):
+                self._shards.make_whole(label for label in some if label in divided)
                 self._sum(some, group)
-            self._shards.keep_rows(labels)
+                self._shards.keep_rows(some)
+
+    def _summed_bytes(self, label: str) -> int:
+        """Bytes of a parameter's gradient in a sum; the same on all ranks that take part."""
+        cut, num_bytes = self.program.slices.get(label), self._tensors[label].nbytes
+        if label not in self.program.spread or cut is None:
+            return num_bytes
+        return num_bytes // cut.counts[cut.member] * sum(cut.counts)
 
     def _sum(self, labels: Sequence[str], group: int) -> None:
         given = [self._given(label) for label in labels]
-        total = self.transport.sum(torch.cat([g.reshape(-1) for g in given]), group)
+        flat = torch.cat([g.reshape(-1) for g in given]) if len(given) > 1 else given[0].reshape(-1)
+        total = self.transport.sum(flat, group)
         parts = torch.split(total, [g.numel() for g in given])
         for label, whole, part in zip(labels, given, parts, strict=True):
             self._tensors[label].grad = self._taken(label, part.view_as(whole))
 
     def _given(self, label: str) -> torch.Tensor:
         """What the rank adds to a sum: its gradient, in its place where others hold other slices."""
-        gradient, cut = self._tensors[label].grad, self.program.slices.get(label)
-        assert gradient is not None
-        if label in self.program.silent:
-            gradient = torch.zeros_like(gradient)
+        parameter, cut = self._tensors[label], self.program.slices.get(label)
+        gradient = parameter.grad
+        if gradient is None or label in self.program.silent:
+            gradient = torch.zeros_like(parameter)
         if label in self.program.spread and cut is not None:
             return padded(gradient, cut.dim, cut.counts, cut.inner, cut.member)
         return gradient

@@ -52,6 +52,24 @@ class Meeting(msgspec.Struct, frozen=True):
     ranks: tuple[int, ...]
 
 
+class Scatter(msgspec.Struct, frozen=True):
+    """How replicas of a stage give each other rows of their gradients in every backward (ZeRO level 2).
+
+    Attributes:
+        ranks: The replicas; of tensor groups the members in equal places.
+        own: This rank's place among them.
+        order: The stage's microbatches in the order in which their gradients are added up.
+        owners: For each of these the place of the replica that has it.
+        units: For each unit of the model, last ones first, parcels of parameters that are sent together.
+    """
+
+    ranks: tuple[int, ...]
+    own: int
+    order: tuple[int, ...]
+    owners: tuple[int, ...]
+    units: tuple[tuple[tuple[str, ...], ...], ...]
+
+
 class RankProgram(msgspec.Struct, frozen=True):
     """One rank's part of one schedule (training or inference).
 
@@ -78,6 +96,7 @@ class RankProgram(msgspec.Struct, frozen=True):
             name.
         rank: The rank's own number.
         meetings: Ops of the stage in which the parts of several pipelines meet.
+        scatter: How gradients are divided among replicas; None where each keeps its own whole.
     """
 
     graph: str
@@ -101,6 +120,7 @@ class RankProgram(msgspec.Struct, frozen=True):
     first_stage: int = 0
     rank: int = 0
     meetings: dict[str, Meeting] = {}
+    scatter: Scatter | None = None
 
 
 Part = Literal["", "gradients", "optimizer"]

@@ -4,10 +4,12 @@ Devices without gloo support are staged through the CPU, so that a GPU and a CPU
 """
 
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
@@ -64,8 +66,7 @@ class Transport:
         self._emulated = {link.rank: link for link in links}
         self._members = [tuple(g) for g in groups]
         self._groups = [dist.new_group([self.ranks[r] for r in g], backend="gloo") for g in groups]
-        self._lock = threading.Lock()
-        self._pending: list[tuple[dist.Work | None, torch.Tensor]] = []
+        self._leaving = _Leaving()
         self._busy_until = 0.0
 
     def post(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, tag: int) -> Arrival:
@@ -86,25 +87,38 @@ class Transport:
             return
         self._isend(flat, peer, tag)
 
+    def start_send(self, rank: int, tensor: torch.Tensor, tag: int) -> Callable[[], None]:
+        """Begin to send; the result waits, once, until the tensor is out."""
+        flat, peer = _flat(tensor.detach().cpu().contiguous()), self.ranks[rank]
+        slow = self._slow.get(rank)
+        if slow is None:
+            work = dist.isend(flat, dst=peer, tag=tag)
+            return lambda: _wait(work, 0.0)
+        due: Future[dist.Work | None] = Future()
+
+        def deliver() -> None:
+            try:
+                due.set_result(dist.isend(flat, dst=peer, tag=tag))
+            except Exception as error:
+                due.set_exception(error)
+
+        slow.submit(flat.nbytes, deliver)
+        return lambda: _wait(due.result(), 0.0)
+
     def _isend(self, flat: torch.Tensor, peer: int, tag: int) -> None:
-        work = dist.isend(flat, dst=peer, tag=tag)
-        with self._lock:
-            self._pending = [(w, t) for w, t in self._pending if w is not None and not w.is_completed()]
-            self._pending.append((work, flat))
+        self._leaving.add(dist.isend(flat, dst=peer, tag=tag), flat)
 
     def flush(self) -> None:
         """Wait until everything sent is out."""
         for slow in self._slow.values():
             slow.drain()
-        for work, _ in self._pending:
-            if work is not None:
-                work.wait()
-        self._pending.clear()
+        self._leaving.drain()
 
     def close(self) -> None:
-        """End the threads of emulated links; torch does not survive threads at the end of a process."""
+        """End the threads; torch does not survive threads at the end of a process."""
         for slow in self._slow.values():
             slow.close()
+        self._leaving.close()
 
     def sum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
         """Sum over a group of ranks; the result is on the tensor's device."""
@@ -183,6 +197,51 @@ class Transport:
         turns = 2 * (len(members) - 1)
         chunk = num_bytes / len(members)
         return turns * max(k.latency_s + chunk / k.bytes_per_s for k in links)
+
+
+_LAST_SENDS_S = 2.0
+"""How long the end of a job waits for messages that nobody may want any more."""
+
+
+class _Leaving:
+    """Tensors that are being sent, each let go of when it is out.
+
+    A send of gloo does not say by itself that it is out; somebody has to wait for it, on a thread.
+    """
+
+    def __init__(self) -> None:
+        self._sends: queue.Queue[tuple[dist.Work | None, torch.Tensor] | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def add(self, work: "dist.Work | None", tensor: torch.Tensor) -> None:
+        """Keep a tensor until its send is done."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="graphpar-sends", daemon=True)
+            self._thread.start()
+        self._sends.put((work, tensor))
+
+    def drain(self) -> None:
+        """Wait until everything is out; raises what waiting raised."""
+        self._sends.join()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the thread once everything is out; of a job that failed nothing may ever be."""
+        if self._thread is not None:
+            self._sends.put(None)
+            self._thread.join(_LAST_SENDS_S)
+
+    def _run(self) -> None:
+        while (sent := self._sends.get()) is not None:
+            try:
+                _wait(sent[0], 0.0)
+            except BaseException as error:
+                self._error = error
+            finally:
+                del sent
+                self._sends.task_done()
 
 
 def _wait(work: "dist.Work | None", due: float) -> None:

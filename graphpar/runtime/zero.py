@@ -1,10 +1,11 @@
-"""ZeRO level 1: replicas of a stage divide the optimiser's state among them (Rajbhandari et al., 2020).
+"""ZeRO: replicas of a stage divide the optimiser's state among them (Rajbhandari et al., 2020).
 
 Every replica holds all weights of its stage and adds up all of their gradients. After the last backward
 each gets the sum of its own rows of every weight, steps these rows alone, and the replicas give each
 other what they have stepped. Rows are a parameter of their own in the weight's memory, with as many
 dimensions as the weight has, so that optimisers that group parameters by dimensions group them alike.
-What has fewer rows than there are replicas stays whole on all of them. Replicas that are tensor groups
+What has fewer rows than there are replicas stays whole on all of them. At level 2 gradients are given
+by rows in every backward (`gradient_rows`). Replicas that are tensor groups
 divide what they hold: members in equal places have equal slices, and each steps some rows of its slice.
 
 That is the step on the whole for optimisers that work element by element; others are refused.
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from graphpar.optimizer_probe import joining_optimizer, optimizer_traits
-from graphpar.partition.types import PipelineChoice
+from graphpar.partition.types import PipelineChoice, ScheduleName
 from graphpar.runtime.program import Slice
 from graphpar.runtime.transport import Transport
 from graphpar.training import Training
@@ -40,18 +41,32 @@ def rows_of(rows: int, members: int, turn: int, member: int) -> Slice:
     return Slice(0, counts, 1, member)
 
 
-def refuse_levels(pipeline: PipelineChoice, training: Training | None) -> None:
+MOST_ZERO = 2
+"""The highest level that runs."""
+ZERO_2_SCHEDULES = ("gpipe", "1f1b")
+"""Schedules of which a rank has one stage and one backward for each microbatch."""
+
+
+def refuse_levels(
+    pipeline: PipelineChoice, training: Training | None, schedule: ScheduleName = "1f1b"
+) -> None:
     """
     Raises:
-        ValueError: A stage has a ZeRO level that does not run, or not with this optimiser.
+        ValueError: A stage has a ZeRO level that does not run, or not with this optimiser or schedule.
     """
     for number, stage in enumerate(pipeline.stages):
         if not stage.zero or training is None:
             continue
-        if stage.zero > 1:
+        if stage.zero > MOST_ZERO:
             raise ValueError(
                 f"Stage {number} of the plan has ZeRO level {stage.zero}, which can be planned, not run: "
-                "level 1 runs."
+                f"levels up to {MOST_ZERO} run."
+            )
+        if stage.zero > 1 and schedule not in ZERO_2_SCHEDULES:
+            raise ValueError(
+                f"Stage {number} of the plan has ZeRO level {stage.zero} under the schedule {schedule}; "
+                f"from level 2 on {' and '.join(ZERO_2_SCHEDULES)} run. Plan with Training(zero=1) or "
+                "Training(schedule='1f1b')."
             )
         if len({replica.member_shares for replica in stage.replicas}) > 1:
             raise ValueError(
@@ -62,8 +77,8 @@ def refuse_levels(pipeline: PipelineChoice, training: Training | None) -> None:
         traits = optimizer_traits(training.optimizer)
         if not traits.by_slices:
             raise ValueError(
-                f"Stage {number} of the plan divides the optimiser's state by rows (ZeRO level 1), but "
-                f"{traits.name} needs whole parameters. Plan with Training(zero=0)."
+                f"Stage {number} of the plan divides the optimiser's state by rows (ZeRO level "
+                f"{stage.zero}), but {traits.name} needs whole parameters. Plan with Training(zero=0)."
             )
 
 
@@ -144,6 +159,15 @@ class Shards:
             if shard is not None and shard.whole.grad is not None:
                 shard.rows.grad = shard.of(shard.whole.grad, shard.own).clone()
                 shard.whole.grad = None
+
+    def make_whole(self, labels: Iterable[str]) -> None:
+        """Of gradients of which this rank has its rows make whole ones, zero where others have rows."""
+        for label in labels:
+            shard = self.by_label[label]
+            shard.whole.grad = torch.zeros_like(shard.whole)
+            if shard.rows.grad is not None:
+                shard.of(shard.whole.grad, shard.own).copy_(shard.rows.grad)
+                shard.rows.grad = None
 
     def sum_rows(self, labels: Sequence[str]) -> None:
         """Sum gradients over the replicas, of each row where it is stepped; the labels share a group."""

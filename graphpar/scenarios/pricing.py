@@ -131,7 +131,10 @@ class PriceBook:
         """ZeRO levels besides 0 that stages may choose, as the planner takes them."""
         if self.train is None or not self.train.zero:
             return ()
-        return (1,) if optimizer_traits(self.train.optimizer).by_slices else ()
+        if not optimizer_traits(self.train.optimizer).by_slices:
+            return ()
+        whole = self.train.schedule in ("interleaved", "zero-bubble")
+        return (1,) if whole else tuple(range(1, self.train.zero + 1))
 
     def extrapolations(self, setting: Setting, used: Collection[str]) -> tuple[str, ...]:
         """What is guessed of the devices used, even for microbatches of one sample."""

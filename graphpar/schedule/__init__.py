@@ -5,6 +5,7 @@ proves that it is complete and cannot deadlock. `graphpar.simulate` predicts its
 """
 
 from graphpar.schedule.actions import KINDS, Action, ActionKind, PipelineSpan, Schedule, StageLink
+from graphpar.schedule.backwards import backward_order
 from graphpar.schedule.check import ScheduleReport, validate
 from graphpar.schedule.orders import build_schedule, in_flight_limit, route_microbatches
 
@@ -16,6 +17,7 @@ __all__ = [
     "Schedule",
     "ScheduleReport",
     "StageLink",
+    "backward_order",
     "build_schedule",
     "in_flight_limit",
     "route_microbatches",

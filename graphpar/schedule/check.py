@@ -14,7 +14,7 @@ from graphpar.errors import VerifyError
 from graphpar.schedule.actions import Action, PipelineSpan, Schedule
 from graphpar.schedule.teams import collapsed
 
-_Message = tuple[int, int, int, str]
+Message = tuple[int, int, int, str]
 """Source stage, target stage, microbatch, `S` for activations or `D` for gradients."""
 
 _CONTEXT = 5
@@ -54,7 +54,7 @@ def validate(schedule: Schedule) -> ScheduleReport:
     blocked = _rendezvous_blocked(schedule)
     return ScheduleReport(
         num_actions=sum(map(len, schedule.actions)),
-        num_messages=sum(1 for row in schedule.actions for a in row for _ in _sent(schedule, a)),
+        num_messages=sum(1 for row in schedule.actions for a in row for _ in messages_sent(schedule, a)),
         rendezvous_safe=not blocked,
         rendezvous_blocked=blocked,
     )
@@ -167,7 +167,8 @@ def _check_order(schedule: Schedule, rank: int) -> None:
         reached[key] = step
 
 
-def _sent(schedule: Schedule, action: Action) -> Iterator[_Message]:
+def messages_sent(schedule: Schedule, action: Action) -> Iterator[Message]:
+    """The messages that are on their way once an action is done."""
     stage, m = action.stage, action.microbatch
     if m is None:
         return
@@ -180,7 +181,8 @@ def _sent(schedule: Schedule, action: Action) -> Iterator[_Message]:
                 yield stage, link.source, m, "D"
 
 
-def _awaited(schedule: Schedule, action: Action) -> Iterator[_Message]:
+def messages_awaited(schedule: Schedule, action: Action) -> Iterator[Message]:
+    """The messages without which an action cannot be done."""
     stage, m = action.stage, action.microbatch
     if m is None:
         return
@@ -196,19 +198,19 @@ def _awaited(schedule: Schedule, action: Action) -> Iterator[_Message]:
 def _check_no_deadlock(schedule: Schedule) -> None:
     """Run with asynchronous sends; whoever cannot finish waits in a circle."""
     position = [0] * schedule.num_ranks
-    sent: set[_Message] = set()
-    waiting: dict[_Message, int] = {}
+    sent: set[Message] = set()
+    waiting: dict[Message, int] = {}
     ready = deque(range(schedule.num_ranks))
     while ready:
         rank = ready.popleft()
         row = schedule.actions[rank]
         while position[rank] < len(row):
             action = row[position[rank]]
-            lacking = next((x for x in _awaited(schedule, action) if x not in sent), None)
+            lacking = next((x for x in messages_awaited(schedule, action) if x not in sent), None)
             if lacking is not None:
                 waiting[lacking] = rank
                 break
-            for message in _sent(schedule, action):
+            for message in messages_sent(schedule, action):
                 sent.add(message)
                 if message in waiting:
                     ready.append(waiting.pop(message))
@@ -231,9 +233,11 @@ def _describe_stuck(schedule: Schedule, position: list[int]) -> str:
 
 def _rendezvous_blocked(schedule: Schedule) -> tuple[tuple[int, Action], ...]:
     """Run with rendezvous sends: a message passes when both its ends stand at it."""
-    scripts = [_script(schedule, rank, _sent, _awaited) for rank in range(schedule.num_ranks)]
+    scripts = [
+        _script(schedule, rank, messages_sent, messages_awaited) for rank in range(schedule.num_ranks)
+    ]
     position = [0] * schedule.num_ranks
-    standing: dict[_Message, int] = {}
+    standing: dict[Message, int] = {}
     ready = deque(range(schedule.num_ranks))
     while ready:
         rank = ready.popleft()
@@ -254,10 +258,10 @@ def _rendezvous_blocked(schedule: Schedule) -> tuple[tuple[int, Action], ...]:
     )
 
 
-_Messages = Callable[[Schedule, Action], Iterator[_Message]]
+_Messages = Callable[[Schedule, Action], Iterator[Message]]
 
 
-def _script(schedule: Schedule, rank: int, *sides: _Messages) -> list[tuple[Action, _Message]]:
+def _script(schedule: Schedule, rank: int, *sides: _Messages) -> list[tuple[Action, Message]]:
     """The messages of a rank in the order in which it comes to them; those to itself need no partner."""
     own = schedule.stages_of[rank]
     return [

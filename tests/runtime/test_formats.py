@@ -49,7 +49,7 @@ def in_formats(forced: Forced, *formats: str) -> Forced:
     stages = [stage for pipeline in pipelines for stage in pipeline.stages]
     whole = Formats({d: (s.precision,) * units for s in stages for d in _devices(s)})
     table = price(forced.prepared, forced.cluster, train=forced.training, calibration=None, formats=whole)
-    table = with_modes(table, StageOptions(recompute=True, zero=(1,)))
+    table = with_modes(table, StageOptions(recompute=True, zero=(1, 2)))
     made = plan_of(forced.prepared, forced.cluster, labelled(table, whole), found)
     return replace(forced, plan=made)
 
@@ -72,7 +72,7 @@ def test_training_is_that_of_float32_but_for_rounding(formats: tuple[str, str]) 
     assert losses != expected[:4]
 
 
-ZERO = {"lines": (Line(((1, 1), 2), 2, cuts=(1,)),), "zero": 1}
+ZERO = {"lines": (Line(((1, 1), 2), 2, cuts=(1,)),), "zero": 2}
 LATE = {"lines": (Line((1, 1), 2, cuts=(1,)),), "schedule": "zero-bubble"}
 SIDE = {"lines": (Line((1, 1), 1, 4, cuts=(1,)), Line((1, 1), 1, 2, cuts=(1,)))}
 

@@ -1,4 +1,4 @@
-"""ZeRO level 1: replicas divide the optimiser's state, and the numbers stay those of one device."""
+"""ZeRO: replicas divide optimiser state and gradients, and the numbers stay those of one device."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +10,8 @@ from test_equality import Language, sentences
 from torch import nn
 
 import graphpar
+from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.runtime.zero import refuse_levels
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
 
@@ -27,23 +29,31 @@ def by_dimensions(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 ADAM = Training(optimizer=by_dimensions)
 
 
+UNEQUAL = (Line(((3, 1, 1),), 5),)
+TIED = (Line((1, 2), 4),)
+BESIDE = (Line((2,), 2, 6), Line((1,), 1, 2))
+
+
 @pytest.mark.parametrize(
-    "lines",
+    ("level", "lines"),
     [
-        pytest.param((Line(((3, 1, 1),), 5),), id="unequal replicas"),
-        pytest.param((Line((1, 2), 2),), id="tied to another stage"),
-        pytest.param((Line((2,), 2, 6), Line((1,), 1, 2)), id="beside another pipeline"),
+        pytest.param(1, UNEQUAL, id="1, unequal replicas", marks=pytest.mark.slow),
+        pytest.param(1, TIED, id="1, tied to another stage"),
+        pytest.param(1, BESIDE, id="1, beside another pipeline", marks=pytest.mark.slow),
+        pytest.param(2, UNEQUAL, id="2, unequal replicas"),
+        pytest.param(2, TIED, id="2, tied to another stage"),
+        pytest.param(2, BESIDE, id="2, beside another pipeline", marks=pytest.mark.slow),
     ],
 )
-def test_numbers_are_those_of_one_device(lines: tuple[Line, ...]) -> None:
+def test_numbers_are_those_of_one_device(level: int, lines: tuple[Line, ...]) -> None:
     training = Training(optimizer=by_dimensions, max_grad_norm=0.3)
-    check_training(Language(), sentences(), lines=lines, train=training, zero=1, steps=3)
+    check_training(Language(), sentences(), lines=lines, train=training, zero=level, steps=3)
 
 
 def test_the_state_is_divided_and_saved_whole(tmp_path: Path) -> None:
     """A checkpoint of two replicas that divide the state goes on in one that does not, and back."""
     model, batch = Language(), sentences()
-    divided = force(model, batch, lines=(Line((2,), 2),), train=ADAM, zero=1)
+    divided = force(model, batch, lines=(Line((2,), 2),), train=ADAM, zero=2)
     with divided.start() as job:
         for _ in range(2):
             job.step(*batch)
@@ -72,8 +82,14 @@ def test_what_needs_whole_parameters_is_refused_by_name() -> None:
         graphpar.plan(Language(), {"devices": [{"kind": "cpu", "count": 2}]}, sentences(), train=training)
 
 
-def test_levels_that_do_not_run_are_refused() -> None:
-    model, batch = Language(), sentences()
-    forced = force(model, batch, lines=(Line((2,), 2),), train=ADAM, zero=2)
-    with pytest.raises(ValueError, match="level 2, which can be planned, not run"):
-        graphpar.compile(model, forced.cluster, batch, train=ADAM, plan=forced.plan)
+@pytest.mark.parametrize(
+    ("level", "schedule", "text"),
+    [
+        (3, "1f1b", "level 3, which can be planned, not run"),
+        (2, "zero-bubble", "level 2 under the schedule zero-bubble; from level 2 on gpipe and 1f1b run"),
+    ],
+)
+def test_levels_that_do_not_run_are_refused(level: int, schedule: ScheduleName, text: str) -> None:
+    stage = StageChoice(0, 1, (Replica("a", 1), Replica("b", 1)), zero=level)
+    with pytest.raises(ValueError, match=text):
+        refuse_levels(PipelineChoice(8, 2, (stage,)), ADAM, schedule)

@@ -119,10 +119,10 @@ def test_a_tied_weight_in_two_stages_of_one_group() -> None:
 
 
 def test_computed_again_with_divided_state() -> None:
-    """Two groups take turns; each member keeps the optimiser's state of half of its slices."""
+    """Two groups take turns; each member keeps state and gradients of half of its slices."""
     adam = Training(optimizer=partial(torch.optim.AdamW, lr=0.01, eps=1e-3), max_grad_norm=0.3)
     lines = (Line((2,), 3, groups=(UNEVEN,)),)
-    check_training(Words(0.2), sentences(), lines=lines, train=adam, zero=1, recompute=True)
+    check_training(Words(0.2), sentences(), lines=lines, train=adam, zero=2, recompute=True)
 
 
 def test_divided_slices_are_saved_whole(tmp_path: Path) -> None:
