@@ -4,8 +4,8 @@
 backward + forward, and while a unit is at work everything it would have kept is a temporary (Chen et
 al., 2016, arXiv:1604.06174).
 
-*ZeRO* needs no numbers of its own: the partitioner divides and adds what is exchanged
-(`graphpar.partition.pipeline_price`).
+*ZeRO*: the partitioner divides and adds what is exchanged (`graphpar.partition.pipeline_price`). From
+level 2 on whole gradients are temporaries, those of weights that several units read for longer.
 
 *Tensor groups* by a simple rule: `t` equal members each do 1/t of a unit's work and hold 1/t of its
 weights and of what it keeps, but for what enters the unit, which all of them hold; what leaves a unit
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from graphpar.cost import CostTable, LinkCost, Mode, ModeCost, StageOptions
-from graphpar.partition.relaxed_tables import crossing_bytes, recomputed
+from graphpar.partition.relaxed_tables import crossing_bytes, divided, recomputed
 
 TENSOR_EFFICIENCY = 0.9
 """Kernels of 1/t of the size run at somewhat less than full speed."""
@@ -44,7 +44,7 @@ def with_modes(table: CostTable, options: StageOptions) -> CostTable:
             ways = [group, *([recomputed(table, group, entering)] if options.recompute else [])]
             for way in ways if table.training else ways[:1]:
                 levels = (0, *options.zero) if table.training else (0,)
-                modes += (replace(way, zero=level) for level in levels)
+                modes += (divided(table, way, level) for level in levels)
     return replace(table, modes=(*table.modes, *(m for m in modes if m.key not in known)))
 
 

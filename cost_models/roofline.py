@@ -102,6 +102,9 @@ class Roofline:
             in_step_reason=options.in_step_reason,
             reserved_bytes=max(map(self._reserved_bytes, examples)),
             sum_s_per_byte=self._sum_s_per_byte(cluster),
+            passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
+            if options.training
+            else (),
             shared=self.shared_cores(cluster),
         )
 
@@ -169,6 +172,26 @@ class Roofline:
         is_loopback = cluster.network.kind == "loopback"
         network: LinkCost = measured if is_loopback else topology.network
         return Topology(topology.node_of, inside, network, topology.between)
+
+
+def passing_gradient_bytes(graph: Graph, chain: Chain, kinds: Sequence[int]) -> tuple[float, ...]:
+    """For each kind of unit bytes of gradients that several units add to, while backward is in it.
+
+    Backward makes the first part of such a gradient in the last unit that reads the weight, and the last
+    in the first; meanwhile the sum goes along. Empty where no weight is read by several units.
+    """
+    number = {name: i for i, unit in enumerate(chain.units) for name in unit.ops}
+    by_unit = [0.0] * len(kinds)
+    for op in graph.sources("parameter"):
+        readers = {number[user.name] for user in graph.users(op.name) if user.name in number}
+        if op.attr("grad") and len(readers) > 1:
+            for unit in range(min(readers) + 1, max(readers) + 1):
+                by_unit[unit] += op.type.bytes(1)
+    if not any(by_unit):
+        return ()
+    return tuple(
+        max(n for n, k in zip(by_unit, kinds, strict=True) if k == kind) for kind in range(max(kinds) + 1)
+    )
 
 
 def _dense(kinds: Sequence[Hashable]) -> tuple[int, ...]:

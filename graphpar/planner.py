@@ -313,8 +313,8 @@ def _zero_levels(train: Training | None) -> tuple[int, ...]:
             )
         return tuple(range(1, most + 1))
     warnings.warn(
-        f"Training(zero={train.zero}) is ignored: {traits.name} needs whole parameters, so its state cannot be "
-        "divided among replicas by rows.",
+        f"Training(zero={train.zero}) is ignored: {traits.name} needs whole parameters, so its state "
+        "cannot be divided among replicas by rows.",
         stacklevel=4,
     )
     return ()

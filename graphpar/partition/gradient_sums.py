@@ -25,7 +25,10 @@ from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 
 @dataclass(frozen=True)
 class GradientSum:
-    """Devices that sum the gradients of the units they all hold, or exchange what ZeRO divides."""
+    """Devices that sum the gradients of the units they all hold, or exchange what ZeRO divides.
+
+    `num_bytes` are the gradients that are summed; none where ZeRO has summed them in the backwards.
+    """
 
     devices: tuple[str, ...]
     num_bytes: float
@@ -163,7 +166,7 @@ def _divided(table: CostTable, stage: StageChoice) -> list[GradientSum]:
     seconds = stage_sync_s(table, stage) if stage.zero else 0.0
     if seconds <= 0:
         return []
-    num_bytes = most_bytes(table, stage, "gradient_bytes")
+    num_bytes = most_bytes(table, stage, "gradient_bytes") if stage.zero < 2 else 0.0
     members = zip(*(r.devices for r in stage.replicas), strict=True)
     return [GradientSum(own, num_bytes, seconds) for own in members if len(own) > 1]
 

@@ -34,7 +34,15 @@ def as_one_unit(table: CostTable) -> CostTable:
     )
     name = f"{table.unit_names[0]} .. {table.unit_names[-1]}"
     folded = (replace(cost, name=name),)
-    return replace(table, units=(0,), unit_names=(name,), costs=folded, edges=(), modes=modes)
+    return replace(
+        table,
+        units=(0,),
+        unit_names=(name,),
+        costs=folded,
+        edges=(),
+        modes=modes,
+        passing_gradient_bytes=(),
+    )
 
 
 def told_in_units(found: Partition, num_units: int) -> Partition:

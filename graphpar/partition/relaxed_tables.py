@@ -21,11 +21,26 @@ def with_options(table: CostTable, *, recompute: bool, zero: int) -> CostTable:
     known, found = {mode.key for mode in table.every_mode}, []
     for mode in table.every_mode:
         changed = recomputed(table, mode, entering) if recompute and not mode.recompute else mode
-        changed = replace(changed, zero=max(zero, changed.zero))
+        changed = divided(table, changed, zero) if zero > changed.zero else changed
         if changed.key not in known:
             known.add(changed.key)
             found.append(changed)
     return replace(table, modes=(*table.modes, *found))
+
+
+def divided(table: CostTable, way: Mode, level: int) -> Mode:
+    """A mode at a ZeRO level.
+
+    From level 2 on gradients of weights that several units read are there whole, beside those of the unit
+    that backward is in.
+    """
+    if level < 2 or not table.passing_gradient_bytes:
+        return replace(way, zero=level)
+    costs = tuple(
+        replace(cost, working_bytes=tuple(tuple(w + passing for w in row) for row in cost.working_bytes))
+        for cost, passing in zip(way.costs, table.passing_gradient_bytes, strict=True)
+    )
+    return replace(way, zero=level, costs=costs)
 
 
 def with_batch(table: CostTable, batch: int) -> CostTable:

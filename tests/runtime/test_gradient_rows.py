@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from graphpar.errors import RunError
-from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.gradient_rows import GradientRows
 from graphpar.runtime.program import Scatter
@@ -148,7 +148,7 @@ def test_a_lost_replica_ends_the_step() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_backwards_of_a_stage_can_end_in_that_order(
-    widths: list[list[int]], name: str, times: int
+    widths: list[list[int]], name: ScheduleName, times: int
 ) -> None:
     """Run without clocks, every backward waiting for all earlier ones of its stage."""
     microbatches = times * max(map(sum, widths))
@@ -161,7 +161,7 @@ def test_backwards_of_a_stage_can_end_in_that_order(
         stages.append(StageChoice(number, number + 1, replicas))
     links = [StageLink(i, i + 1, 1.0, 1.0) for i in range(len(stages) - 1)]
     pipelines = (PipelineChoice(microbatches, microbatches, tuple(stages)),)
-    partition = handmade(pipelines, name)  # type: ignore[arg-type]
+    partition = handmade(pipelines, name)
     schedule = build_schedule(partition, links, training=True)
     order = backward_order(schedule)
     assert all(sorted(found) == list(range(microbatches)) for found in order.values())

@@ -10,7 +10,10 @@ from test_equality import Language, sentences
 from torch import nn
 
 import graphpar
+from graphpar.cost import StageOptions
+from graphpar.cost_models.modes import with_modes
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.planner import price
 from graphpar.runtime.zero import refuse_levels
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
@@ -93,3 +96,15 @@ def test_levels_that_do_not_run_are_refused(level: int, schedule: ScheduleName, 
     stage = StageChoice(0, 1, (Replica("a", 1), Replica("b", 1)), zero=level)
     with pytest.raises(ValueError, match=text):
         refuse_levels(PipelineChoice(8, 2, (stage,)), ADAM, schedule)
+
+
+def test_gradients_of_tied_weights_stay_whole_for_longer() -> None:
+    """Those of the table are there from the head, where backward begins, to the table's own unit."""
+    forced = force(Language(), sentences(), lines=(Line((2,), 2),), train=ADAM, zero=2)
+    table = price(forced.prepared, forced.cluster, train=ADAM, calibration=None)
+    modes = {m.zero: m for m in with_modes(table, StageOptions(zero=(1, 2))).every_mode}
+    more = [
+        modes[2].costs[kind].working_bytes[0][0] - modes[1].costs[kind].working_bytes[0][0]
+        for kind in table.units
+    ]
+    assert more == pytest.approx([0.0] + [4.0 * 20 * 8] * (table.num_units - 1))
