@@ -30,6 +30,10 @@ WIDE = ("float32", "tf32")
 SCALED = ("float8_e4m3fn", "float4")
 """Formats whose operands are scaled and cast before each product."""
 
+WIDE_RESULT = 2**14
+"""Columns beyond which a result is the scores of a vocabulary; widths of layers are averages over devices
+and need not be whole."""
+
 PLAIN_SHARE = 0.8
 """Reached of the float32 units' peak by batched products."""
 
@@ -43,6 +47,11 @@ with and without (https://github.com/pytorch/torchtitan/tree/main/benchmarks).""
 ROW_SCALED = 0.5
 """Rate of float8 products with a scale for each row over that with one scale, by torchtitan's runs
 (https://github.com/pytorch/torchtitan/tree/main/benchmarks)."""
+
+UNALIGNED_SHARE = 0.33
+"""Rate of half-precision products whose result has rows that are no multiple of 16 bytes, over others: what
+is left of the time of steps that differ in layers alone, with 50257 outputs, at widths 1024 and 2048
+(https://github.com/VIA-Research/vTrain/tree/main/data)."""
 
 FALLBACK_KERNELS = 5.0
 """Kernels of an unfused scaled and masked softmax (scale, mask, to float32, softmax, back) beyond one."""
@@ -157,7 +166,10 @@ class _Machine:
         memory_s = product.bytes(self.itemsize) / (
             self.kind.memory_bytes_per_s * self.family.bandwidth_fraction
         )
-        return _either(self._arithmetic_s(product, dtype), memory_s)
+        arithmetic_s = self._arithmetic_s(product, dtype)
+        if half and product.columns > WIDE_RESULT and product.columns % 8:
+            arithmetic_s /= UNALIGNED_SHARE
+        return _either(arithmetic_s, memory_s)
 
     def _arithmetic_s(self, product: Product, dtype: str) -> float:
         points = self.family.matmul_efficiency
@@ -212,8 +224,8 @@ class _Machine:
     def layer_time(self) -> _LayerTime:
         """One layer, forward and backward, recomputation included.
 
-        Kernels and collectives are issued ahead by the host, which alone bounds small layers. Forward and
-        backward differ in which side leads, so near the ridge both cost: a 4-norm, not the maximum.
+        Kernels and collectives are issued ahead by the host, which alone bounds small layers. Which side
+        leads changes from kernel to kernel, so a share of the shorter side's time is not hidden.
         """
         work, run = self.work(), self.run
         products_s = sum(self.product_s(x, run.dtype) for x in work.products)
@@ -241,11 +253,18 @@ class _Machine:
         host_s = issue_s * (3.0 + again) + count * self._wait_s()
         collectives_s = count * self.tensor_collective_s(device_s / max(count, 1))
         collectives_s += (4 + 2 * again) * self.expert_collective_s(device_s / 4)
-        return _LayerTime(device_s, host_s, collectives_s, _either(device_s + collectives_s, host_s))
+        collectives_s += count * self._start_s()
+        longer_s, shorter_s = sorted((device_s + collectives_s, host_s), reverse=True)
+        total_s = longer_s + self.p.host_exposed * shorter_s
+        return _LayerTime(device_s, host_s, collectives_s, total_s)
 
     def _wait_s(self) -> float:
-        """What a tensor-parallel group waits for its slowest rank: jitter adds up over ranks."""
-        return self.p.wait_s * (self.run.tensor - 1)
+        """What hosts of a tensor-parallel group wait for the slowest: the most of so many jitters."""
+        return self.p.wait_s * math.log2(self.run.tensor)
+
+    def _start_s(self) -> float:
+        """What a collective inside a node begins later than alone; over nodes their latency covers it."""
+        return self.p.start_s if self.run.tensor <= self.run.per_node else 0.0
 
     def _tensor_collectives(self) -> int:
         """All-reduces of one layer: two forward, two backward, two more where forward runs again."""
@@ -268,6 +287,8 @@ class _Machine:
         tokens = run.microbatch * shape.seq_len / run.context
         # Vocabularies are padded to multiples of 128 per tensor-parallel rank.
         outputs = math.ceil(shape.outputs / (128 * run.tensor)) * 128 if shape.outputs > 128 else 2
+        if not run.pads_vocab and run.tensor == 1:
+            outputs = shape.outputs
         product = Product(tokens, outputs, shape.hidden)
         dtype = "bfloat16" if run.dtype in SCALED else run.dtype
         # Logits in float32: cast, maximum, exponentials, sum, quotient, gradient.

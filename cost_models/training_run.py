@@ -28,7 +28,10 @@ class TrainingParameters:
         imbalance: Relative loss per doubling of the devices (stragglers, clocks, jitter).
         loss_passes: Times that logits in float32 pass through memory in the loss, both directions.
         unfused_traffic: Memory traffic of pointwise work in eager kernels over that of fused ones.
-        wait_s: Seconds that tensor-parallel ranks wait for the slowest at each collective.
+        wait_s: Seconds that hosts of tensor-parallel ranks wait at each collective, per doubling of them.
+        host_exposed: Of the shorter of a layer's times on device and host, what the longer does not hide.
+        start_s: Seconds that a tensor-parallel collective in a node takes more beside compute than alone:
+            events of two streams, ranks that arrive late.
         expert_traffic: Times that routed tokens pass through memory on the way to experts and back.
     """
 
@@ -48,6 +51,8 @@ class TrainingParameters:
     loss_passes: float = 12.0
     unfused_traffic: float = 1.6
     wait_s: float = 5e-5
+    host_exposed: float = 0.2
+    start_s: float = 1e-4
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Run:
         gathers_late: Whether backward asks for a layer's sharded weights no earlier than it needs them.
         overlaps_experts: Whether experts' all-to-alls run beside other microbatches' compute.
         pure_half: Whether pointwise work too is in half precision, with no casts to float32.
+        pads_vocab: Whether the vocabulary is padded on one tensor-parallel rank too.
         stops_early: Whether recomputation ends with the last result that is needed.
         selects_products: Whether selective recomputation keeps every second product, else all but scores.
     """
@@ -137,6 +143,7 @@ class Run:
     overlaps_experts: bool = False
     pure_half: bool = False
     stops_early: bool = False
+    pads_vocab: bool = True
 
     @property
     def sent_bytes(self) -> float:
