@@ -62,7 +62,7 @@ EXPECTED = {
     "vendor_attention_share": 1.5,
     "traffic_share": 0.95,
     "backward_traffic": 2.0,
-    "host_kernel_s": 20e-6,
+    "host_kernel_s": 30e-6,
     "compiled_kernel_s": 5e-6,
     "network_share": 0.85,
     "contention": 0.3,

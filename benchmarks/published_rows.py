@@ -137,7 +137,7 @@ def run_of(row: dict[str, Any]) -> Run | str:
     if batch is None:
         return "no batch size"
     run = replace(_run(row, shape, device, batch, traits), memory_bytes=memory_bytes)
-    if row["source"].get("table") in REFUTED:
+    if str(row["source"].get("table")) in REFUTED:
         run = replace(run, recompute="none", pads_vocab=False)
         run = run if fits(run) else replace(run, recompute="full")
     return _adapted(run, traits)

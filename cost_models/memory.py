@@ -11,8 +11,12 @@ from graphpar.ir.ops import SOURCES, Op
 ALLOCATOR_SLACK = 1.03
 """Allocators round sizes up and cannot use every hole; a few percent of what is asked for."""
 
-GPU_RESERVED_BYTES = 1.2e9
-"""CUDA context, cuBLAS workspaces and NCCL buffers of one process on one device."""
+GPU_CONTEXT_BYTES = 0.8e9
+"""CUDA context, loaded kernels and cuBLAS workspaces of one process: what nvidia-smi showed on an H200 beyond what
+torch's allocator held, of steps of 7 to 23 GB."""
+
+GPU_MESSAGE_BYTES = 0.4e9
+"""NCCL's buffers and channels besides, where there is another device to talk to."""
 
 CPU_RESERVED_BYTES = 0.29e9
 """A worker that has run its first ops and holds nothing: resident memory, torch 2.13 for processors on

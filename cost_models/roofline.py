@@ -13,7 +13,8 @@ from graphpar.cost_models.memory import (
     ALLOCATOR_SLACK,
     CPU_RESERVED_BYTES,
     CPU_WARM_BYTES,
-    GPU_RESERVED_BYTES,
+    GPU_CONTEXT_BYTES,
+    GPU_MESSAGE_BYTES,
     parameter_bytes,
     saved_roots,
     unit_memory,
@@ -100,7 +101,7 @@ class Roofline:
             batch_reason=options.batch_reason,
             tail_reason=options.tail_reason,
             in_step_reason=options.in_step_reason,
-            reserved_bytes=max(map(self._reserved_bytes, examples)),
+            reserved_bytes=max(self._reserved_bytes(d, alone=len(cluster.devices) == 1) for d in examples),
             sum_s_per_byte=self._sum_s_per_byte(cluster),
             passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
             if options.training
@@ -114,10 +115,10 @@ class Roofline:
         found = {op.target for op in graph.ops if not work_of(op, graph, layout, 1).known}
         return tuple(sorted(found))
 
-    def _reserved_bytes(self, device: Device) -> float:
+    def _reserved_bytes(self, device: Device, *, alone: bool) -> float:
         """Memory that a worker takes before it holds anything; torch's builds differ widely."""
         if not device.is_cpu:
-            return GPU_RESERVED_BYTES
+            return GPU_CONTEXT_BYTES + (0.0 if alone else GPU_MESSAGE_BYTES)
         measured = self.calibration.worker_bytes if self.calibration and device.is_local_cpu else 0.0
         return measured + CPU_WARM_BYTES if measured else CPU_RESERVED_BYTES
 

@@ -88,6 +88,17 @@ def test_inference_has_no_backward_gradients_or_saved_values() -> None:
     assert all(e.gradient_bytes_per_sample == 0 for e in table.edges)
 
 
+def test_a_device_alone_holds_no_buffers_for_messages() -> None:
+    graph = parse_graph(BLOCKS)
+    reserved = [
+        Roofline().price(graph, build_chain(graph), cluster, PricingOptions(batch=4)).reserved_bytes
+        for cluster in (Cluster.of("p3.2xlarge", 1), Cluster.of("p3.2xlarge", 2))
+    ]
+    # Beyond what torch's allocator held, nvidia-smi showed 0.8 GB of a process alone on its device.
+    assert reserved[0] == pytest.approx(0.8e9)
+    assert reserved[1] > reserved[0]
+
+
 def test_saved_bytes_are_counted_by_storage() -> None:
     table = price()
     # relu keeps its result, which is also the second product's operand; the input of a unit is kept
