@@ -12,8 +12,8 @@ ALLOCATOR_SLACK = 1.03
 """Allocators round sizes up and cannot use every hole; a few percent of what is asked for."""
 
 GPU_CONTEXT_BYTES = 0.8e9
-"""CUDA context, loaded kernels and cuBLAS workspaces of one process: what nvidia-smi showed on an H200 beyond what
-torch's allocator held, of steps of 7 to 23 GB."""
+"""CUDA context, loaded kernels and cuBLAS workspaces of one process: what nvidia-smi showed on an H200
+beyond what torch's allocator held, of steps of 7 to 23 GB."""
 
 GPU_MESSAGE_BYTES = 0.4e9
 """NCCL's buffers and channels besides, where there is another device to talk to."""

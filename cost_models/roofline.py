@@ -101,7 +101,7 @@ class Roofline:
             batch_reason=options.batch_reason,
             tail_reason=options.tail_reason,
             in_step_reason=options.in_step_reason,
-            reserved_bytes=max(self._reserved_bytes(d, alone=len(cluster.devices) == 1) for d in examples),
+            reserved_bytes=max(self._reserved_bytes(d, len(cluster.devices) == 1) for d in examples),
             sum_s_per_byte=self._sum_s_per_byte(cluster),
             passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
             if options.training
@@ -115,7 +115,7 @@ class Roofline:
         found = {op.target for op in graph.ops if not work_of(op, graph, layout, 1).known}
         return tuple(sorted(found))
 
-    def _reserved_bytes(self, device: Device, *, alone: bool) -> float:
+    def _reserved_bytes(self, device: Device, alone: bool) -> float:
         """Memory that a worker takes before it holds anything; torch's builds differ widely."""
         if not device.is_cpu:
             return GPU_CONTEXT_BYTES + (0.0 if alone else GPU_MESSAGE_BYTES)

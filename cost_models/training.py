@@ -49,8 +49,8 @@ ROW_SCALED = 0.5
 (https://github.com/pytorch/torchtitan/tree/main/benchmarks)."""
 
 UNALIGNED_SHARE = 0.33
-"""Rate of half-precision products whose result has rows that are no multiple of 16 bytes, over others: what
-is left of the time of steps that differ in layers alone, with 50257 outputs, at widths 1024 and 2048
+"""Rate of half-precision products whose result has rows that are no multiple of 16 bytes, over others:
+what steps take beside their layers, told from such that differ in depth alone, with 50257 outputs
 (https://github.com/VIA-Research/vTrain/tree/main/data)."""
 
 FALLBACK_KERNELS = 5.0
