@@ -91,7 +91,9 @@ def test_inference_has_no_backward_gradients_or_saved_values() -> None:
 def test_a_device_alone_holds_no_buffers_for_messages() -> None:
     graph = parse_graph(BLOCKS)
     reserved = [
-        Roofline().price(graph, build_chain(graph), cluster, PricingOptions(batch=4)).reserved_bytes
+        Roofline()
+        .price(graph, build_chain(graph), cluster, PricingOptions(batch=4, training=True))
+        .reserved_bytes
         for cluster in (Cluster.of("p3.2xlarge", 1), Cluster.of("p3.2xlarge", 2))
     ]
     # Beyond what torch's allocator held, nvidia-smi showed 0.8 GB of a process alone on its device.
