@@ -29,6 +29,7 @@ from graphpar.frontend.refusals import (
     no_functional_gradients,
     no_tensor_hooks,
     refuse_gradient_hooks,
+    refuse_trained_loss,
     refuse_unready,
 )
 from graphpar.frontend.state import (
@@ -71,18 +72,28 @@ class Traced(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        # Not a submodule even where it is a module: the job's weights are the model's, and what else a
+        # loss holds (weights of classes, say) is a constant of the graph.
+        self._loss = (loss,)
         self.replay = replay
         self.training = model.training
         self.moved: set[tuple[str, str]] = set()
         self.kept: set[tuple[str, str]] = set()
 
+    def modules_called(self) -> nn.Module:
+        """The user's model, with the loss beside it where that is a module, too."""
+        (loss,) = self._loss
+        if not isinstance(loss, nn.Module):
+            return self.model
+        return nn.ModuleDict({"model": self.model, "loss": loss})
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model as the user would, and note what it keeps of that in plain attributes."""
-        before, held = numbers_of(self.model), Kept.by(self.model)
+        called = self.modules_called()
+        before, held = numbers_of(called), Kept.by(called)
         result = self._called(args, kwargs)
-        self.moved.update(moved_numbers(self.model, before))
-        self.kept.update(Kept.by(self.model).changed_since(held))
+        self.moved.update(moved_numbers(called, before))
+        self.kept.update(Kept.by(called).changed_since(held))
         return result
 
     def _called(self, args: Any, kwargs: Any) -> Any:
@@ -93,10 +104,11 @@ class Traced(nn.Module):
         return self.replay.checked(result)
 
     def _result(self, args: Any, kwargs: Any) -> Any:
-        if callable(self.loss):
-            return checked_loss(self.loss(self.model(*args[:-1], **kwargs), args[-1]))
+        (loss,) = self._loss
+        if callable(loss):
+            return checked_loss(loss(self.model(*args[:-1], **kwargs), args[-1]))
         result = self.model(*args, **kwargs)
-        if self.loss is None:
+        if loss is None:
             return opened(result)
         return find_loss(result)
 
@@ -206,6 +218,7 @@ def export(
     args, kwargs = without_aliases((tuple(args), dict(kwargs)), model)
     if loss is not None:
         refuse_gradient_hooks(model)
+        refuse_trained_loss(model, loss)
     reads = HostReads(model)
     before = host_state(reads)
     with _mode(model, training), _without_weights(model) as on_meta, _watched(reads):
@@ -252,7 +265,7 @@ def _eager_failure(model: nn.Module, call: Callable[[], Any]) -> Exception | Non
 def _exported(
     traced: Traced, args: Sequence[Any], kwargs: Mapping[str, Any], reads: HostReads
 ) -> ExportedProgram:
-    model = traced.model
+    model = traced.modules_called()
 
     def program() -> ExportedProgram:
         with TRACING, attributes_left(model):

@@ -36,6 +36,23 @@ _NO_ARGUMENTS: tuple[tuple[Any, str], ...] = (
 """Kinds of arguments that torch.export refuses without a name, or takes and cannot follow."""
 
 
+def refuse_trained_loss(model: nn.Module, loss: object) -> None:
+    """
+    Raises:
+        CaptureError: The loss is a module with parameters of its own that require gradients.
+    """
+    if not isinstance(loss, nn.Module):
+        return
+    known = {id(parameter) for parameter in model.parameters()}
+    own = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in known]
+    if own:
+        raise CaptureError(
+            f"Training(loss=...) has parameters of its own ({', '.join(own[:3])}), which no optimiser of "
+            "the model's parameters trains. Make one module of model and loss, whose forward takes the "
+            "target, too, and returns the loss, and leave loss= out; or freeze it: requires_grad_(False)."
+        )
+
+
 def refuse_unready(model: nn.Module) -> None:
     """
     Raises:

@@ -124,7 +124,8 @@ class Values:
             raise unsupported(
                 node,
                 f"{op.target} overwrites a parameter or a constant in place; if the model does so at its "
-                "first call in a mode only, call it once in that mode before",
+                "first call in a mode only, call it once in that mode before; what a loss keeps for its "
+                "next call belongs into the model: a buffer of one module of both, returning the loss",
             )
         if root.target == "input":
             self._refuse_shared(node, op, str(root.args[0]))

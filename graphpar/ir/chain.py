@@ -250,6 +250,8 @@ def _has_weight(graph: Graph, op: Op) -> bool:
     return any(graph[operand].target == "parameter" for operand in op.operands())
 
 
+_FEW_CUTS = 8
+"""With fewer cuts than this, places that are not the best next to them serve, too."""
 _NUMBER_BYTES = 16
 """What a single number takes at most."""
 
@@ -261,8 +263,8 @@ def _narrow_places(
 
     Of neighbouring places with equal bytes (layers in sequence without skips) those just before an op
     with weights are taken, or the first where there is none. A single value that is wider than the
-    cuts next to it (the middle of a bottleneck) is no place to cut; a lone number (a loss) is no cut
-    that others are measured by.
+    cuts next to it (the middle of a bottleneck) is no place to cut, unless it is as wide over several
+    layers or there are few other places; a lone number (a loss) is no cut that others are measured by.
     """
     valleys: list[tuple[float, bool, list[int]]] = []
     index = 0
@@ -280,12 +282,16 @@ def _narrow_places(
             valleys.append((here, lowest, chosen))
         index = end + 1
     cuts: list[int] = []
+    wider: list[int] = []
     for number, (here, lowest, chosen) in enumerate(valleys):
         near = valleys[max(number - 1, 0) : number + 2]
         beside = [v[0] for v in near if v[0] > _NUMBER_BYTES or v[0] == here]
-        if lowest or len(beside) == 1 or min(beside) == here or max(beside) > here:
+        layers = len(chosen) > 1
+        if lowest or layers or len(beside) == 1 or min(beside) == here or max(beside) > here:
             cuts += chosen
-    return cuts
+        else:
+            wider += chosen
+    return cuts if len(cuts) >= _FEW_CUTS else sorted(cuts + wider)
 
 
 def _merged_periods(kinds: Sequence[int], limit: int) -> list[int]:

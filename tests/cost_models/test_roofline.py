@@ -1,6 +1,7 @@
 """Pricing: FLOPs, bytes, saved activations and table shape on small graphs whose answers are known."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -21,24 +22,23 @@ from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
 
-BLOCKS = """graph captured "Net" batch=4
+NUM_BLOCKS = 9
+
+
+def block(name: str, x: str) -> str:
+    """A wide layer between two narrow ones."""
+    return f'''
+%w{name} = parameter("{name}.up") : float32[32,8] {{grad=true}}
+%v{name} = parameter("{name}.down") : float32[8,32] {{grad=true}}
+%a{name} = aten.linear.default(%{x}, %w{name}) : float32[B,32] {{grad=true}} @ "{name}" ""
+%b{name} = aten.relu.default(%a{name}) : float32[B,32] {{grad=true}} @ "{name}" ""
+%c{name} = aten.linear.default(%b{name}, %v{name}) : float32[B,8] {{grad=true}} @ "{name}" ""'''
+
+
+BLOCKS = f"""graph captured "Net" batch=4
 %x = input("x") : float32[B,8]
-%w = parameter("0.up") : float32[32,8] {grad=true}
-%v = parameter("0.down") : float32[8,32] {grad=true}
-%w1 = parameter("1.up") : float32[32,8] {grad=true}
-%v1 = parameter("1.down") : float32[8,32] {grad=true}
-%w2 = parameter("2.up") : float32[32,8] {grad=true}
-%v2 = parameter("2.down") : float32[8,32] {grad=true}
-%a = aten.linear.default(%x, %w) : float32[B,32] {grad=true} @ "0" ""
-%b = aten.relu.default(%a) : float32[B,32] {grad=true} @ "0" ""
-%c = aten.linear.default(%b, %v) : float32[B,8] {grad=true} @ "0" ""
-%a1 = aten.linear.default(%c, %w1) : float32[B,32] {grad=true} @ "1" ""
-%b1 = aten.relu.default(%a1) : float32[B,32] {grad=true} @ "1" ""
-%c1 = aten.linear.default(%b1, %v1) : float32[B,8] {grad=true} @ "1" ""
-%a2 = aten.linear.default(%c1, %w2) : float32[B,32] {grad=true} @ "2" ""
-%b2 = aten.relu.default(%a2) : float32[B,32] {grad=true} @ "2" ""
-%c2 = aten.linear.default(%b2, %v2) : float32[B,8] {grad=true} @ "2" ""
-%output = output((%c2,))
+{"".join(block(str(i), f"c{i - 1}" if i else "x") for i in range(NUM_BLOCKS))}
+%output = output((%c{NUM_BLOCKS - 1},))
 """
 
 
@@ -59,8 +59,8 @@ def price(training: bool = True, **options: float) -> CostTable:
 
 def test_equal_units_share_a_price_and_sources_belong_to_the_first_user() -> None:
     table = price()
-    assert table.num_units == 3
-    assert table.units == (0, 1, 1)  # the first sends no gradient to its input
+    assert table.num_units == NUM_BLOCKS
+    assert table.units == (0, *[1] * (NUM_BLOCKS - 1))  # the first sends no gradient to its input
     assert table.costs[0].weight_bytes == 2 * 4 * 8 * 32
     assert table.costs[0].gradient_bytes == table.costs[0].weight_bytes
     assert table.costs[0].optimizer_bytes == 2 * table.costs[0].weight_bytes
@@ -72,7 +72,7 @@ def test_equal_units_share_a_price_and_sources_belong_to_the_first_user() -> Non
 
 def test_edges_hold_bytes_per_sample_and_gradients_where_they_flow() -> None:
     table = price()
-    assert [(e.source, e.target) for e in table.edges] == [(0, 1), (1, 2)]
+    assert [(e.source, e.target) for e in table.edges] == list(pairwise(range(NUM_BLOCKS)))
     assert {e.bytes_per_sample for e in table.edges} == {32.0}
     assert {e.gradient_bytes_per_sample for e in table.edges} == {32.0}
     assert {e.fixed_bytes for e in table.edges} == {0.0}

@@ -1,5 +1,7 @@
 """A model as a chain of units."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,7 +170,7 @@ def test_a_model_of_free_ops_alone_is_one_chain_all_the_same() -> None:
 STEPS = ("linear", "add", "split", "relu", "mask", "joined")
 
 
-@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 3)), min_size=1, max_size=12))
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 3)), min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_units_cover_random_graphs_in_order(steps: list[tuple[str, int]]) -> None:
     lines, values = [CHAINED], ["x"]
@@ -205,3 +207,12 @@ def test_a_written_view_of_a_buffer_in_a_model_is_seen() -> None:
     prepared = prepare(Calls(remember), (torch.randn(4, 4), torch.zeros(4)), {}, None)
     assert {str(prepared.graph[n].args[0]) for n in written_buffers(prepared.graph)} == {"buffer"}
     assert "updates a buffer" in prepared.batch_reason
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from([4, 8, 8, 16, 64]), min_size=3, max_size=8))
+def test_a_few_layers_in_a_row_may_be_cut_between_any_two(widths: list[int]) -> None:
+    with torch.device("meta"):
+        layers = [t for a, b in pairwise(widths) for t in (nn.Linear(a, b), nn.ReLU())]
+        model, batch = nn.Sequential(*layers[:-1]), torch.empty(6, widths[0])
+    assert len(prepare(model, (batch,), {}, None).chain.units) == len(widths) - 1
