@@ -8,6 +8,7 @@ from graphpar.cluster import Cluster, Device
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, PricingOptions, Topology, UnitCost
 from graphpar.cost_models.classes import device_classes, microbatch_sizes
+from graphpar.cost_models.divisible import few_row_bytes, passing_gradient_bytes
 from graphpar.cost_models.layout import Layout, find_layout
 from graphpar.cost_models.memory import (
     ALLOCATOR_SLACK,
@@ -77,6 +78,7 @@ class Roofline:
         units = _dense([tuple(p.chain.units[u].kind for p in mine) for u in range(len(chain.units))])
         firsts = [units.index(kind) for kind in range(max(units, default=-1) + 1)]
         costs = tuple(_joined(list(zip(mine, examples, strict=True)), i, sizes) for i in firsts)
+        most = min(options.max_replicas, len(cluster.devices))
         free_s = [p.free_seconds(d, sizes[0]) for p, d in zip(mine, examples, strict=True)]
         return CostTable(
             batch=options.batch,
@@ -103,6 +105,7 @@ class Roofline:
             in_step_reason=options.in_step_reason,
             reserved_bytes=max(self._reserved_bytes(d, len(cluster.devices) == 1) for d in examples),
             sum_s_per_byte=self._sum_s_per_byte(cluster),
+            few_row_bytes=few_row_bytes(graph, chain, units, most) if options.training else (),
             passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
             if options.training
             else (),
@@ -173,26 +176,6 @@ class Roofline:
         is_loopback = cluster.network.kind == "loopback"
         network: LinkCost = measured if is_loopback else topology.network
         return Topology(topology.node_of, inside, network, topology.between)
-
-
-def passing_gradient_bytes(graph: Graph, chain: Chain, kinds: Sequence[int]) -> tuple[float, ...]:
-    """For each kind of unit bytes of gradients that several units add to, while backward is in it.
-
-    Backward makes the first part of such a gradient in the last unit that reads the weight, and the last
-    in the first; meanwhile the sum goes along. Empty where no weight is read by several units.
-    """
-    number = {name: i for i, unit in enumerate(chain.units) for name in unit.ops}
-    by_unit = [0.0] * len(kinds)
-    for op in graph.sources("parameter"):
-        readers = {number[user.name] for user in graph.users(op.name) if user.name in number}
-        if op.attr("grad") and len(readers) > 1:
-            for unit in range(min(readers) + 1, max(readers) + 1):
-                by_unit[unit] += op.type.bytes(1)
-    if not any(by_unit):
-        return ()
-    return tuple(
-        max(n for n, k in zip(by_unit, kinds, strict=True) if k == kind) for kind in range(max(kinds) + 1)
-    )
 
 
 def _dense(kinds: Sequence[Hashable]) -> tuple[int, ...]:

@@ -313,6 +313,8 @@ class CostTable:
         reserved_bytes: Memory the framework itself takes on every device.
         passing_gradient_bytes: For each distinct unit the gradients of weights that are being added up
             while backward is in it: those that an earlier unit reads as well. Empty for none.
+        few_row_bytes: For each distinct unit the trained weights that ZeRO may not divide among as many
+            replicas as there can be, for want of rows. Empty for none.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
         shared: Which devices share the cores of this machine; times are those of one that has its cores
@@ -336,6 +338,7 @@ class CostTable:
     reserved_bytes: float = 0.0
     sum_s_per_byte: float = 0.0
     passing_gradient_bytes: tuple[float, ...] = ()
+    few_row_bytes: tuple[float, ...] = ()
     modes: tuple[Mode, ...] = ()
     shared: SharedCores | None = None
 

@@ -34,6 +34,7 @@ def as_one_unit(table: CostTable) -> CostTable:
     )
     name = f"{table.unit_names[0]} .. {table.unit_names[-1]}"
     folded = (replace(cost, name=name),)
+    few = (sum(table.few_row_bytes[kind] for kind in table.units),) if table.few_row_bytes else ()
     return replace(
         table,
         units=(0,),
@@ -42,6 +43,7 @@ def as_one_unit(table: CostTable) -> CostTable:
         edges=(),
         modes=modes,
         passing_gradient_bytes=(),
+        few_row_bytes=few,
     )
 
 

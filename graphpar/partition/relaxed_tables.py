@@ -32,15 +32,36 @@ def divided(table: CostTable, way: Mode, level: int) -> Mode:
     """A mode at a ZeRO level.
 
     From level 2 on gradients of weights that several units read are there whole, beside those of the unit
-    that backward is in.
+    that backward is in. What has too few rows to be divided counts to the weights.
     """
-    if level < 2 or not table.passing_gradient_bytes:
+    nothing = (0.0,) * len(way.costs)
+    passing = (table.passing_gradient_bytes if level > 1 else ()) or nothing
+    whole = table.few_row_bytes or nothing
+    if not any(passing) and not any(whole):
         return replace(way, zero=level)
-    costs = tuple(
-        replace(cost, working_bytes=tuple(tuple(w + passing for w in row) for row in cost.working_bytes))
-        for cost, passing in zip(way.costs, table.passing_gradient_bytes, strict=True)
+    costs = map(_divided_cost, way.costs, passing, whole, (level,) * len(way.costs))
+    return replace(way, zero=level, costs=tuple(costs))
+
+
+def _divided_cost(cost: ModeCost, passing: float, whole: float, level: int) -> ModeCost:
+    """A unit's cost with gradients that pass through it, and what stays whole put to the weights."""
+    working = tuple(tuple(w + passing for w in row) for row in cost.working_bytes)
+    weights, gradients, state = [], [], []
+    for held, summed, kept in zip(
+        cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, strict=True
+    ):
+        share = min(1.0, whole / summed) if summed else 0.0
+        divided = 1.0 - share
+        weights.append(held + share * (kept + (summed if level > 1 else 0.0)))
+        gradients.append(summed * (divided if level > 1 else 1.0))
+        state.append(kept * divided)
+    return replace(
+        cost,
+        working_bytes=working,
+        weight_bytes=tuple(weights),
+        gradient_bytes=tuple(gradients),
+        optimizer_bytes=tuple(state),
     )
-    return replace(way, zero=level, costs=costs)
 
 
 def with_batch(table: CostTable, batch: int) -> CostTable:

@@ -11,6 +11,7 @@ from graphpar.errors import VerifyError
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Dim
 from graphpar.ir.recomputed import Units, units_of_member
+from graphpar.ir.rows import rows_in
 from graphpar.ir.text import format_graph
 from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
@@ -152,28 +153,27 @@ class Lowered:
             held = set(placement.tensors["parameter"]) if group else ()
             slices = [self.placements[other].slices for other in group]
             own = [
-                (label, rows)
+                (label, *rows)
                 for label in self.trained
                 if label in held
                 and len({cuts.get(label) for cuts in slices}) == 1
-                and (rows := self._rows_held(rank, label)) >= len(group)
+                and (rows := rows_in(self._shape_held(rank, label)))[1] >= len(group)
             ]
             found.append(
                 {
-                    label: rows_of(rows, len(group), turn, group.index(rank))
-                    for turn, (label, rows) in enumerate(own)
+                    label: rows_of(rows, len(group), turn, group.index(rank), dim)
+                    for turn, (label, dim, rows) in enumerate(own)
                 }
             )
         return tuple(found)
 
-    def _rows_held(self, rank: int, label: str) -> int:
-        """Size of the first dimension of what a rank holds of a parameter; 0 where there is none."""
-        shape = self._parameter_shapes[label]
-        rows = shape[0] if shape and isinstance(shape[0], int) else 0
+    def _shape_held(self, rank: int, label: str) -> tuple[int, ...]:
+        """Sizes of what a rank holds of a parameter."""
+        shape = [size if isinstance(size, int) else 0 for size in self._parameter_shapes[label]]
         cut = self.placements[rank].slices.get(label)
-        if cut is None or cut.dim != 0:
-            return rows
-        return rows // sum(cut.counts) * cut.counts[cut.member]
+        if cut is not None:
+            shape[cut.dim] = shape[cut.dim] // sum(cut.counts) * cut.counts[cut.member]
+        return tuple(shape)
 
     @cached_property
     def _parameter_shapes(self) -> Mapping[str, tuple[Dim, ...]]:

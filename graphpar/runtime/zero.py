@@ -30,7 +30,7 @@ TURN_BYTES = 4 * 2**20
 """Weights that are exchanged together; a larger one goes alone."""
 
 
-def rows_of(rows: int, members: int, turn: int, member: int) -> Slice:
+def rows_of(rows: int, members: int, turn: int, member: int, dim: int = 0) -> Slice:
     """A member's rows of a weight; who gets one more of those that are left over goes by turns.
 
     >>> rows_of(5, 3, 0, 0).counts, rows_of(5, 3, 1, 0).counts
@@ -38,7 +38,7 @@ def rows_of(rows: int, members: int, turn: int, member: int) -> Slice:
     """
     share, more = divmod(rows, members)
     counts = tuple(share + ((k - turn) % members < more) for k in range(members))
-    return Slice(0, counts, 1, member)
+    return Slice(dim, counts, 1, member)
 
 
 MOST_ZERO = 2
@@ -109,7 +109,7 @@ class Shard:
 
     def of(self, tensor: torch.Tensor, member: int) -> torch.Tensor:
         """A member's rows of a tensor like the weight, where they lie in it."""
-        return tensor.narrow(0, sum(self.cut.counts[:member]), self.cut.counts[member])
+        return tensor.narrow(self.cut.dim, sum(self.cut.counts[:member]), self.cut.counts[member])
 
     @property
     def own(self) -> int:
@@ -140,7 +140,7 @@ class Shards:
             whole = tensors[label]
             assert isinstance(whole, nn.Parameter)
             first = sum(cut.counts[: cut.member])
-            rows = nn.Parameter(whole.data.narrow(0, first, cut.counts[cut.member]))
+            rows = nn.Parameter(whole.data.narrow(cut.dim, first, cut.counts[cut.member]))
             self.by_label[label] = Shard(whole, rows, cut, groups[label])
 
     def stepped(self, label: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,30 @@ def by_dimensions(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.01)
 
 
+class Odd(nn.Module):
+    """Weights that are hard to divide: no dimension, one row, rows behind a single one, frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.place = nn.Parameter(torch.randn(1, 5, 4))
+        self.row = nn.Parameter(torch.randn(1, 4))
+        self.pair = nn.Parameter(torch.randn(2, 4))
+        self.fixed = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+        self.last = nn.Linear(4, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A loss; x: [batch, 5, 4]."""
+        x = torch.tanh((x + self.place) * self.scale + self.row) @ self.fixed
+        loss: torch.Tensor = (self.last(x * self.pair.sum(0)) ** 2).mean()
+        return loss
+
+
 ADAM = Training(optimizer=by_dimensions)
 
 
 UNEQUAL = (Line(((3, 1, 1),), 5),)
+THREE = (Line(((2, 1, 1),), 4),)
 TIED = (Line((1, 2), 4),)
 BESIDE = (Line((2,), 2, 6), Line((1,), 1, 2))
 
@@ -43,7 +63,7 @@ BESIDE = (Line((2,), 2, 6), Line((1,), 1, 2))
         pytest.param(1, UNEQUAL, id="1, unequal replicas", marks=pytest.mark.slow),
         pytest.param(1, TIED, id="1, tied to another stage"),
         pytest.param(1, BESIDE, id="1, beside another pipeline", marks=pytest.mark.slow),
-        pytest.param(2, UNEQUAL, id="2, unequal replicas"),
+        pytest.param(2, UNEQUAL, id="2, unequal replicas", marks=pytest.mark.slow),
         pytest.param(2, TIED, id="2, tied to another stage"),
         pytest.param(2, BESIDE, id="2, beside another pipeline", marks=pytest.mark.slow),
     ],
@@ -51,6 +71,15 @@ BESIDE = (Line((2,), 2, 6), Line((1,), 1, 2))
 def test_numbers_are_those_of_one_device(level: int, lines: tuple[Line, ...]) -> None:
     training = Training(optimizer=by_dimensions, max_grad_norm=0.3)
     check_training(Language(), sentences(), lines=lines, train=training, zero=level, steps=3)
+
+
+def test_weights_that_are_hard_to_divide() -> None:
+    """Three replicas; what has too few rows stays whole, and the price knows."""
+    training = Training(optimizer=by_dimensions)
+    check_training(Odd(), (torch.randn(8, 5, 4),), lines=THREE, train=training, zero=2)
+    forced = force(Odd(), (torch.randn(8, 5, 4),), lines=THREE, train=training, zero=2)
+    table = price(forced.prepared, forced.cluster, train=training, calibration=None)
+    assert sum(table.few_row_bytes[kind] for kind in table.units) == 4.0 * (1 + 8)
 
 
 def test_the_state_is_divided_and_saved_whole(tmp_path: Path) -> None:

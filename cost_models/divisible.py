@@ -1,0 +1,44 @@
+"""What of a model's weights and gradients replicas cannot divide, or not at all times (ZeRO)."""
+
+from collections.abc import Sequence
+
+from graphpar.ir.chain import Chain
+from graphpar.ir.graph import Graph
+from graphpar.ir.rows import rows_in
+
+
+def passing_gradient_bytes(graph: Graph, chain: Chain, kinds: Sequence[int]) -> tuple[float, ...]:
+    """For each kind of unit bytes of gradients that several units add to, while backward is in it.
+
+    Backward makes the first part of such a gradient in the last unit that reads the weight, and the last
+    in the first; meanwhile the sum goes along. Empty where no weight is read by several units.
+    """
+    number = {name: i for i, unit in enumerate(chain.units) for name in unit.ops}
+    by_unit = [0.0] * len(kinds)
+    for op in graph.sources("parameter"):
+        readers = {number[user.name] for user in graph.users(op.name) if user.name in number}
+        if op.attr("grad") and len(readers) > 1:
+            for unit in range(min(readers) + 1, max(readers) + 1):
+                by_unit[unit] += op.type.bytes(1)
+    if not any(by_unit):
+        return ()
+    return tuple(
+        max(n for n, k in zip(by_unit, kinds, strict=True) if k == kind) for kind in range(max(kinds) + 1)
+    )
+
+
+def few_row_bytes(
+    graph: Graph, chain: Chain, kinds: Sequence[int], most_replicas: int
+) -> tuple[float, ...]:
+    """For each kind of unit bytes of trained weights that have fewer rows than there may be replicas."""
+    number = {name: i for i, unit in enumerate(chain.units) for name in unit.ops}
+    found = [0.0] * (max(kinds, default=-1) + 1)
+    first_of = {kind: list(kinds).index(kind) for kind in kinds}
+    for op in graph.sources("parameter"):
+        readers = [number[user.name] for user in graph.users(op.name) if user.name in number]
+        shape = [size if isinstance(size, int) else 0 for size in op.type.shape]
+        if readers and op.attr("grad") and rows_in(shape)[1] < most_replicas:
+            unit = min(readers)
+            if first_of[kinds[unit]] == unit:
+                found[kinds[unit]] += op.type.bytes(1)
+    return tuple(found) if any(found) else ()
