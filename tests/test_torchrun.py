@@ -131,9 +131,9 @@ GROUPS: dict[str, tuple[Line, dict[str, Any]]] = {
         Line((1, 1), 4, cuts=(1,), groups=(UNEVEN, EVEN)),
         {"schedule": "zero-bubble"},
     ),
-    "tensor x pipeline x data on 8, state divided": (
+    "tensor x pipeline x data on 8, state and gradients divided": (
         Line((2, 2), 4, cuts=(1,), groups=(UNEVEN, EVEN)),
-        {"zero": 1},
+        {"zero": 2},
     ),
 }
 

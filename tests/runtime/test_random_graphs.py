@@ -1,6 +1,7 @@
 """Random modules, cut anywhere, dealt to any workers, compute what one device computes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from helpers import TRAINING, Line, check_inference, check_training, finest_chain
@@ -107,5 +108,8 @@ def test_random_modules_on_random_workers(data: st.DataObject) -> None:
     if first < 7:
         chosen.append(data.draw(lines(units, 7 - first, 2)))
     schedule = data.draw(st.sampled_from(["gpipe", "1f1b"]))
-    check = check_training if training else check_inference
-    check(model, batch, lines=chosen, train=train, schedule=schedule, by_op=True, prepared=prepared)
+    how: dict[str, Any] = {"train": train, "schedule": schedule, "by_op": True, "prepared": prepared}
+    if not training:
+        check_inference(model, batch, lines=chosen, **how)
+        return
+    check_training(model, batch, lines=chosen, zero=data.draw(st.sampled_from([0, 2])), **how)
