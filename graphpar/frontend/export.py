@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ from graphpar.frontend.torch_private import (
     vmap_can_be_exported,
 )
 from graphpar.tracing import TRACING
+
+FOLLOWS_ALL: ContextVar[bool] = ContextVar("FOLLOWS_ALL", default=False)
+"""Set while an export only serves a comparison: no block may stand for what is inside."""
 
 MODEL_PREFIX = "model."
 """Where the user's model sits inside `Traced`; stripped from every name."""
@@ -274,10 +278,17 @@ def _exported(
     def call() -> Any:
         return traced(*_copied(args), **_copied(kwargs))
 
+    def whole() -> str:
+        following = FOLLOWS_ALL.set(True)
+        try:
+            return str(program().graph)
+        finally:
+            FOLLOWS_ALL.reset(following)
+
     made = program()
     kept = set(traced.kept)
     refuse_counters(model, traced.moved, call, lambda: str(program().graph))
-    refuse_kept(model, kept, call)
+    refuse_kept(model, kept, call, whole)
     refuse_frozen(reads, _described(made), lambda: _described(program()))
     return made
 

@@ -24,7 +24,7 @@ from torch import nn
 from graphpar.errors import CaptureError
 from graphpar.frontend.blocks import Block, find_blocks
 from graphpar.frontend.convert import Converted, convert, renumbered
-from graphpar.frontend.export import aliased_places, export
+from graphpar.frontend.export import FOLLOWS_ALL, aliased_places, export
 from graphpar.frontend.torch_private import TreeSpec, flatten, output_spec, unflatten
 from graphpar.frontend.writes import BLOCK
 from graphpar.ir.ops import SOURCES, Op, map_arguments
@@ -118,7 +118,8 @@ class _Calls:
         original = block.module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._entered or not torch.compiler.is_exporting():  # in a block, or called to try it
+            tried = not torch.compiler.is_exporting() or FOLLOWS_ALL.get()
+            if self._entered or tried:
                 return original(*args, **kwargs)
             leaves, spec = flatten((args, kwargs))
             key = _Key(block.kind, str(spec), _leaves_key(leaves, block), torch.is_grad_enabled())

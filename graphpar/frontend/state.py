@@ -159,13 +159,21 @@ def _contents(value: Any) -> list[tuple[Any, Any]] | None:
     return list(vars(value).items()) if hasattr(value, "__dict__") else None
 
 
-def refuse_kept(model: nn.Module, moved: set[tuple[str, str]], call: Callable[[], Any]) -> None:
+def refuse_kept(
+    model: nn.Module,
+    moved: set[tuple[str, str]],
+    call: Callable[[], Any],
+    graph: Callable[[], str],
+) -> None:
     """Refuse a model whose result depends on what its call before left in plain attributes.
+
+    Without values there are no results to compare: graphs are, and a dependence is only told.
 
     Args:
         model: The model.
         moved: The attributes that one call changed.
         call: Calls the model.
+        graph: The text of its graph with the attributes it has.
 
     Raises:
         CaptureError: Called twice with the same, it returns something else; names module and attributes.
@@ -174,8 +182,9 @@ def refuse_kept(model: nn.Module, moved: set[tuple[str, str]], call: Callable[[]
         return
     names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in sorted(moved)[:3])
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
-        _log.warning("The model keeps values in plain attributes (%s); a graph does what its first call "
-                     "does", names)  # fmt: skip
+        if not _same_graph_after_a_call(model, call, graph):
+            _log.warning("The model keeps values in plain attributes (%s); a graph does what its first "
+                         "call does", names)  # fmt: skip
         return
     try:
         with left_as_it_was(model):
@@ -199,6 +208,17 @@ def refuse_kept(model: nn.Module, moved: set[tuple[str, str]], call: Callable[[]
         f"(self.register_buffer({name!r}, ...)) and write to it in place "
         f"(self.{name}.copy_(value.detach())), or pass it as an argument and return it."
     )
+
+
+def _same_graph_after_a_call(model: nn.Module, call: Callable[[], Any], graph: Callable[[], str]) -> bool:
+    """Whether what one call keeps leaves the graph of the next as it was; no where it cannot be tried."""
+    try:
+        with attributes_left(model):
+            first = graph()
+            call()
+            return graph() == first
+    except Exception:
+        return False
 
 
 def _as_good_as_equal(a: Any, b: Any) -> bool:

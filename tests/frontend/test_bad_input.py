@@ -180,6 +180,17 @@ def test_state_in_plain_attributes_is_refused_where_it_matters(how: str) -> None
     assert not model.past
 
 
+@pytest.mark.parametrize("how", ["attribute", "list"])
+@pytest.mark.parametrize("used", [True, False])
+def test_without_values_such_a_state_is_told_where_it_changes_the_graph(
+    how: str, used: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.device("meta"):
+        model = Remembers(how, used)
+    capture(model, (X.to("meta"),), {}, loss="returned")
+    assert ("keeps values in plain attributes (past)" in caplog.text) is used
+
+
 def test_the_same_state_in_a_buffer_goes_through() -> None:
     assert_as_eager(Remembers("buffer"), (X,))
 
