@@ -25,6 +25,7 @@ from graphpar.partition.place_graph import Blocks, IntArray, contract
 from graphpar.partition.place_ideals import BoolArray, Ideals, Transfers, all_ideals, chain_ideals
 from graphpar.partition.place_latency_bound import IdealWalk, path_bound, walk_ideals
 from graphpar.partition.place_latency_program import LatencyProgram, is_worth_writing
+from graphpar.partition.place_reach import Reach
 from graphpar.partition.place_simple import simple_placements
 from graphpar.partition.place_units import Devices, Units, units_of
 from graphpar.partition.problems import NodeId, PlacementProblem
@@ -60,15 +61,15 @@ def search_latency(
     if not problem.operators:
         return {}, 0.0, True
     units = units_of(problem)
-    reach, blocks = _Reach(units), contract(problem, forward_only=False)
+    reach, blocks = Reach(units), contract(problem, forward_only=False)
     best, value = _simple_answer(problem, units, blocks)
     tell("simple", value if best is not None else None, None)
     bound_s = (1.0 - _PATHS_SHARE) * left_s()
-    bound = path_bound(units, lambda: left_s() <= bound_s)
+    bound = path_bound(reach, lambda: left_s() <= bound_s)
     walk = IdealWalk()
     if units.num_items >= _FEW_ITEMS and left_s() >= _COMPILER_S:
         end_s = (1.0 - _SERIAL_SHARE) * left_s()
-        walk = walk_ideals(units, value, lambda: left_s() <= end_s)
+        walk = walk_ideals(reach, value, lambda: left_s() <= end_s)
         bound = max(bound, walk.bound)
     serial = [walk.devices] if walk.devices else _serial_answers(problem, units, blocks, left_s)
     for devices in serial:
@@ -194,7 +195,7 @@ def _follow(member: BoolArray, origin: IntArray, a: int) -> Devices:
 
 
 def _search_around(
-    reach: "_Reach",
+    reach: Reach,
     devices: Devices,
     value: float,
     should_stop: Callable[[], bool],
@@ -221,7 +222,7 @@ def _search_around(
 
 
 def _local_search(
-    reach: "_Reach",
+    reach: Reach,
     devices: Devices,
     value: float,
     should_stop: Callable[[], bool],
@@ -244,7 +245,7 @@ def _local_search(
     return devices, value
 
 
-def _moves(reach: "_Reach", devices: Devices, draw: random.Random) -> Iterator[dict[int, int]]:
+def _moves(reach: Reach, devices: Devices, draw: random.Random) -> Iterator[dict[int, int]]:
     """One class elsewhere, alone or with what it must not be parted from there, in random order.
 
     Joining a device it takes everything along that lies between it and the device's set; leaving one it
@@ -270,60 +271,3 @@ def _moves(reach: "_Reach", devices: Devices, draw: random.Random) -> Iterator[d
                 other = units.class_of[j]
                 if other != c:
                     yield from ({c: d, other: d} for d in range(units.num_accelerators + 1))
-
-
-class _Reach:
-    """What lies before, after and between classes; built once for all searches."""
-
-    def __init__(self, units: Units) -> None:
-        self.units = units
-        count = units.num_items
-        self._before, self._after = [0] * count, [0] * count
-        for i in range(count):
-            for j in units.before[i]:
-                self._before[i] |= self._before[j] | 1 << j
-        for i in reversed(range(count)):
-            for j in units.after[i]:
-                self._after[i] |= self._after[j] | 1 << j
-        self._own = [sum(1 << i for i in items) for items in units.items]
-        self._beyond: dict[int, tuple[list[int], list[int]]] = {}
-
-    def beyond(self, c: int) -> tuple[list[int], list[int]]:
-        """The classes after a class, and those before it."""
-        if c not in self._beyond:
-            items = self.units.items[c]
-            after, before = self._union(items, self._after), self._union(items, self._before)
-            self._beyond[c] = self._classes(after), self._classes(before)
-        return self._beyond[c]
-
-    def between(self, classes: list[int]) -> list[int]:
-        """The classes, and all that lie between any of their items."""
-        inside = 0
-        for c in classes:
-            inside |= self._own[c]
-        while True:
-            items = _bits(inside)
-            grown = inside | (self._union(items, self._before) & self._union(items, self._after))
-            for c in self._classes(grown):
-                grown |= self._own[c]
-            if grown == inside:
-                return self._classes(inside)
-            inside = grown
-
-    def _union(self, items: "tuple[int, ...] | list[int]", masks: list[int]) -> int:
-        whole = 0
-        for i in items:
-            whole |= masks[i]
-        return whole
-
-    def _classes(self, items: int) -> list[int]:
-        return sorted({self.units.class_of[i] for i in _bits(items)})
-
-
-def _bits(mask: int) -> list[int]:
-    found = []
-    while mask:
-        low = mask & -mask
-        found.append(low.bit_length() - 1)
-        mask ^= low
-    return found

@@ -1,23 +1,27 @@
 """Lower bounds on a placement's latency: along paths, and over ideals.
 
 *Paths.* Along a path an accelerator's items are consecutive (its set is contiguous), and it takes at
-least the work of their whole classes plus the transfers over the path's edges at both ends. The best way
-to do just one path is a small dynamic programme over its prefixes and the accelerators used.
+least the work of all that contiguity makes it hold with them (`place_reach`) plus the transfers over the
+path's edges at both ends. The best way to do just one path is a small dynamic programme over its prefixes
+and the accelerators used.
 
-*Ideals*, where no two operators share a class. h[I, a] is a lower bound on the time at which all of
+*Ideals.* h[I, a] is a lower bound on the time at which all of
 ideal I can be done if at most a accelerators hold part of it. Take the last, in an order in which they
-run, of the accelerators and CPU operators that hold part of I. Its part P is closed under successors
+run, of the accelerators and CPU items that hold part of I. Its part P is closed under successors
 in I, so I - P is an ideal; it starts when D, what P waits for in I - P, is done, and D is an ideal as
-well. With A(P) the work of P and the transfers of outputs of I - P that P wants,
+well. Let C(P) be what an accelerator with one of P's items must hold, for each of them: where C(P) has
+items of I - P, there is no such part. With A(P) the work of P and C(P) and the transfers of outputs of
+I - P that P wants,
 
     h[I, a] = min( min over P of        max(h[I - P, a - 1], h[D, a - 1] + A(P)),
                    min over maximal v   max(h[I - v, a], h[before v, a] + CPU time of v) ).
 
-Both terms may assume different answers, and an accelerator that reaches beyond I only counts its part:
-that is what makes it a bound and not a latency. If I is all that the first accelerators and operators do,
-whole sets of theirs, then so is I - P, and P pays for its transfers out of I as well; the bound for such
-ideals is kept apart, and the bound of everything is one of these. On the same way down, g[I, a] is the
-least time in which ideal I can be done one piece after the other, with all transfers in and out:
+Both terms may assume different answers, and an accelerator that reaches beyond I only counts its part and
+what that entails: that is what makes it a bound and not a latency. Classes count through C(P) alone. If I is
+all that the first accelerators and items do, whole sets of theirs, then so is I - P, C(P) is part of P, and
+P pays for its transfers out of I as well; the bound for such ideals is kept apart, and the bound of
+everything is one of these. On the same way down, g[I, a] is the least time in which ideal I can be done one
+piece after the other, with all transfers in and out:
 
     g[I, a] = min( min over P of g[I - P, a - 1] + load of P,
                    min over v of g[I - v, a] + CPU time of v ).
@@ -37,6 +41,7 @@ import numpy.typing as npt
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.jit import COMPILED, compiled_exactly
 from graphpar.partition.place_graph import FloatArray, IntArray
+from graphpar.partition.place_reach import Held, Reach, bits
 from graphpar.partition.place_units import Devices, Units
 
 WordArray = npt.NDArray[np.uint64]
@@ -54,12 +59,12 @@ _AT_A_TIME = 64
 """Ideals between two looks at the clock."""
 
 
-def path_bound(units: Units, should_stop: ShouldStop = never) -> float:
+def path_bound(reach: Reach, should_stop: ShouldStop = never) -> float:
     """The best latency that some one path allows, of as many as there is time for."""
-    bound = _least_bound(units)
+    bound = _least_bound(reach.units)
     with contextlib.suppress(OutOfTimeError):
-        for path in long_paths(units):
-            bound = max(bound, _one_path_bound(units, path, should_stop))
+        for path in long_paths(reach.units):
+            bound = max(bound, _one_path_bound(reach, path, should_stop))
     return bound
 
 
@@ -73,35 +78,30 @@ def _least_bound(units: Units) -> float:
     return max(length, default=0.0)
 
 
-def _one_path_bound(units: Units, path: list[int], should_stop: ShouldStop) -> float:
+def _one_path_bound(reach: Reach, path: list[int], should_stop: ShouldStop) -> float:
+    units = reach.units
     # Transfers count only where a class ends with the set, so the ends are on different devices.
     steps = [0.0, *(units.sends[edge] for edge in itertools.pairwise(path)), 0.0]
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for place, item in enumerate(path, start=1):
-        first.setdefault(units.class_of[item], place)
-        last[units.class_of[item]] = place
+    place = {item: k for k, item in enumerate(path, start=1)}
+    on_path = sum(1 << item for item in path)
     least = np.full((len(path) + 1, units.num_accelerators + 1), np.inf)
     least[0] = 0.0
     for i, item in enumerate(path, start=1):
         if i % _PLACES_PER_LOOK == 0 and should_stop():
             raise OutOfTimeError
         least[i] = least[i - 1] + units.cpu[item]
-        work = size = 0.0
-        begin, seen = i, set[int]()
+        held, begin = Held(reach), i
+        later = sum(1 << late for late in path[i:])
         for j in range(i, 0, -1):
-            c = units.class_of[path[j - 1]]
-            if last[c] > i:
+            earlier = held.items
+            held.take([units.class_of[path[j - 1]]])
+            if held.items & later or not math.isfinite(held.work):
                 break
-            begin = min(begin, first[c])
-            if c not in seen:
-                seen.add(c)
-                work += float(units.accelerator[c])
-                size += float(units.size[c])
-            if size > units.memory_limit * (1 + 1e-12) or not math.isfinite(work):
+            if held.size > units.memory_limit * (1 + 1e-12):
                 break
+            begin = min([begin, *(place[k] for k in bits(held.items & ~earlier & on_path))])
             if begin == j:
-                there = least[j - 1, :-1] + work + steps[j - 1] + steps[i]
+                there = least[j - 1, :-1] + held.work + steps[j - 1] + steps[i]
                 least[i, 1:] = np.minimum(least[i, 1:], there)
     return float(least[-1].min())
 
@@ -134,18 +134,18 @@ class IdealWalk:
     devices: Devices | None = None
 
 
-def walk_ideals(units: Units, best: float, should_stop: ShouldStop) -> IdealWalk:
+def walk_ideals(reach: Reach, best: float, should_stop: ShouldStop) -> IdealWalk:
     """Bound latencies and find the best serial schedule, both over all ideals; `best` is a known latency.
 
-    Needs compiled loops, classes of one operator each, and not too many ideals; else there is nothing.
+    Needs compiled loops and not too many ideals; else there is nothing.
     """
-    alone = units.num_classes == units.num_items and all(len(part) == 1 for part in units.operators)
-    if not COMPILED or not alone or not math.isfinite(best):
+    units = reach.units
+    if not COMPILED or not math.isfinite(best):
         return IdealWalk()
     found = _ideals(units, should_stop)
     if found is None:
         return IdealWalk()
-    ideals, *arguments = _arrays(units, found)
+    ideals, *arguments = _arrays(reach, found)
     least = np.full((len(found), units.num_accelerators + 1), best)
     serial = np.full(least.shape, np.inf)
     least[0] = serial[0] = 0.0
@@ -162,20 +162,27 @@ def walk_ideals(units: Units, best: float, should_stop: ShouldStop) -> IdealWalk
         end = min(begin + _AT_A_TIME, len(found))
         tables = (least, whole, serial, origin, slots, ideals, *arguments)
         fill(begin, end, *tables, memory, best, *scratch.arrays)
-    devices = _follow(found, serial, origin, units.num_items)
+    devices = _follow(found, serial, origin, units)
     return IdealWalk(float(whole[-1, -1]) * (1 - 1e-9), devices)
 
 
-def _arrays(units: Units, found: list[int]) -> tuple[Any, ...]:
+def _arrays(reach: Reach, found: list[int]) -> tuple[Any, ...]:
     """What `relax` needs to know of items and ideals, in its order."""
+    units = reach.units
     number = {ideal: k for k, ideal in enumerate(found)}
     count, width = units.num_items, 1 + units.num_items // 64
     ancestors = [0] * count
     for i, before in enumerate(units.before):
         for j in before:
             ancestors[i] |= ancestors[j] | 1 << j
+    closed = [0] * units.num_classes
+    for c in range(units.num_classes):
+        held = Held(reach)
+        held.take([c])
+        closed[c] = held.items
     return (
         _words(found, width),
+        _words([closed[c] for c in units.class_of], width),
         _words(ancestors, width),
         _words([sum(1 << j for j in before) for before in units.before], width),
         _words([sum(1 << j for j in after) for after in units.after], width),
@@ -185,17 +192,16 @@ def _arrays(units: Units, found: list[int]) -> tuple[Any, ...]:
     )
 
 
-def _follow(found: list[int], serial: FloatArray, origin: IntArray, count: int) -> Devices | None:
-    """The devices of the best serial schedule."""
+def _follow(found: list[int], serial: FloatArray, origin: IntArray, units: Units) -> Devices | None:
+    """The devices of the best serial schedule, in which classes on the CPUs may be done in parts."""
     a, k = int(serial[-1].argmin()), len(found) - 1
     if not math.isfinite(serial[k, a]):
         return None
-    devices = [0] * count
+    devices = [0] * units.num_classes
     while k:
         smaller, on_cpu = map(int, origin[k, a])
-        for i in range(count):
-            if (found[k] & ~found[smaller]) >> i & 1:
-                devices[i] = 0 if on_cpu else a
+        for i in bits(found[k] & ~found[smaller]):
+            devices[units.class_of[i]] = 0 if on_cpu else a
         k, a = smaller, a if on_cpu else a - 1
     return devices
 
@@ -208,18 +214,19 @@ class _Scratch:
             np.full(count, -1, np.int64),
             np.zeros((count, width), np.uint64),
             np.zeros((count, width), np.uint64),
-            np.zeros((count, 4)),
+            np.zeros((count, width), np.uint64),
+            np.zeros((count, 5)),
             np.zeros(count, np.int64),
         )
 
 
 def _by_item(units: Units) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Accelerator time, transfer cost, CPU time and memory of each item."""
-    of = list(units.class_of)
-    sent = np.zeros(units.num_items)
+    """Accelerator time, cheapest transfer, CPU time and memory of each item."""
+    sent = np.full(units.num_items, np.inf)
     for (j, _), cost in units.sends.items():
-        sent[j] = cost
-    return units.accelerator[of], sent, units.cpu, units.size[of]
+        sent[j] = min(sent[j], cost)
+    possible = np.isfinite(units.accelerator[list(units.class_of)])
+    return np.where(possible, units.work, np.inf), sent, units.cpu, units.held
 
 
 def _ideals(units: Units, should_stop: ShouldStop) -> list[int] | None:
@@ -304,6 +311,7 @@ def relax(
     origin: IntArray,
     slots: IntArray,
     ideals: WordArray,
+    closed: WordArray,
     ancestors: WordArray,
     before: WordArray,
     after: WordArray,
@@ -318,6 +326,7 @@ def relax(
     memory: float,
     best: float,
     stamp: IntArray,
+    holds: WordArray,
     waits: WordArray,
     wanted: WordArray,
     sums: FloatArray,
@@ -325,8 +334,8 @@ def relax(
 ) -> None:
     """Fill `least`, `whole`, `serial` and where that came from for ideals `begin` to `end - 1`, in order.
 
-    Of each smaller ideal on the way down: `waits` is D, `wanted` the items outside P whose outputs P
-    wants, `sums` the work, the transfers in, the memory and the transfers out of P.
+    Of each smaller ideal on the way down: `holds` is P and C(P), `waits` is D, `wanted` the items outside
+    P whose outputs P wants, `sums` the work of `holds`, the transfers in, its memory, the transfers out.
     """
     num, width, one = least.shape[1], ideals.shape[1], np.uint64(1)
     for top in range(begin, end):
@@ -341,6 +350,7 @@ def relax(
                     serial[top, a] = serial[below, a] + cpu[v]
                     origin[top, a, 0], origin[top, a, 1] = below, 1
         stamp[top] = top
+        holds[top] = np.uint64(0)
         waits[top] = np.uint64(0)
         wanted[top] = np.uint64(0)
         sums[top] = 0.0
@@ -352,15 +362,32 @@ def relax(
                 v, below = step_item[s], step_to[s]
                 if stamp[below] == top:
                     continue
-                busy, held = sums[here, 0] + work[v], sums[here, 2] + size[v]
+                busy, held = sums[here, 0], sums[here, 2]
+                within, entire = True, True
+                for w in range(width):
+                    fresh = closed[v, w] & ~holds[here, w]
+                    holds[below, w] = holds[here, w] | closed[v, w]
+                    within &= holds[below, w] & ideals[below, w] == 0
+                    entire &= holds[below, w] & ~ideals[top, w] == 0
+                    place = w * 64
+                    while fresh:
+                        if fresh & one:
+                            busy += work[place]
+                            held += size[place]
+                        fresh >>= one
+                        place += 1
                 if busy >= best or held > memory:
                     continue
                 stamp[below] = top
-                moved, leaving = sums[here, 1], sums[here, 3]
+                moved, leaving, last = sums[here, 1], sums[here, 3], sums[here, 4]
+                outside, inside = False, False
                 for w in range(width):
-                    if after[v, w] & ~ideals[top, w]:
-                        leaving += sent[v]
-                        break
+                    outside |= after[v, w] & ~ideals[top, w] != 0
+                    inside |= after[v, w] & ideals[top, w] != 0
+                if outside:
+                    leaving += sent[v]
+                    if not inside:
+                        last += sent[v]
                 word, bit = v // 64, one << np.uint64(v % 64)
                 if wanted[here, word] & bit:
                     moved -= sent[v]
@@ -377,13 +404,17 @@ def relax(
                 wanted[below, word] &= ~bit
                 waits[below, word] &= ~bit
                 sums[below, 0], sums[below, 1] = busy, moved
-                sums[below, 2], sums[below, 3] = held, leaving
+                sums[below, 2], sums[below, 3], sums[below, 4] = held, leaving, last
                 stack[height] = below
                 height += 1
+                if not within:
+                    continue
                 inner = find(waits[below], ideals, slots)
                 for a in range(1, num):
-                    done = max(least[below, a - 1], least[inner, a - 1] + busy + moved)
+                    done = max(least[below, a - 1], least[inner, a - 1] + busy + moved + last)
                     least[top, a] = min(least[top, a], done)
+                    if not entire:
+                        continue
                     start = least[inner, a - 1]
                     if inner == below:
                         start = max(start, whole[below, a - 1])

@@ -3,7 +3,8 @@
 A colour class shares a device. On an accelerator all of it ends together, but on the CPUs each operator
 runs as soon as its own inputs are there, so a class is no vertex of the order in which things happen:
 classes may well wait for each other in turn (forward and backward operators of layers do). Operators
-that wait for themselves in a circle are one *item*; it cannot run on the CPUs.
+that wait for themselves in a circle are one *item*; it cannot run on the CPUs. Operators of a class that
+may as well run in one go are one item, too (`place_items`).
 """
 
 import math
@@ -14,6 +15,7 @@ import networkx as nx
 import numpy as np
 
 from graphpar.partition.place_graph import FloatArray
+from graphpar.partition.place_items import items_of
 from graphpar.partition.problems import NodeId, PlacementProblem
 
 Devices = list[int]
@@ -30,6 +32,7 @@ class Units:
         items: For each class its items.
         cpu: Time of each item on the CPUs, infinite where it cannot run there.
         work: Time of each item on an accelerator, its class's faults aside.
+        held: Memory of each item.
         accelerator: For each class its time on an accelerator, infinite where it cannot run on one.
         size: Memory of each class.
         before, after: For each item the items that it waits for, and those that wait for it.
@@ -43,6 +46,7 @@ class Units:
     items: tuple[tuple[int, ...], ...]
     cpu: FloatArray
     work: FloatArray
+    held: FloatArray
     accelerator: FloatArray
     size: FloatArray
     before: tuple[tuple[int, ...], ...] = field(repr=False)
@@ -121,14 +125,8 @@ class Units:
 
 def units_of(problem: PlacementProblem) -> Units:
     """The items and classes of a problem."""
-    order: nx.DiGraph[int] = nx.DiGraph()
-    order.add_nodes_from(range(len(problem.operators)))
-    order.add_edges_from((t.source, t.target) for t in problem.transfers)
-    parts = list(nx.strongly_connected_components(order))
-    item_graph = nx.condensation(order, parts)
-    sequence = list(nx.topological_sort(item_graph))
-    operators = tuple(tuple(sorted(item_graph.nodes[n]["members"])) for n in sequence)
-    number = {n: i for i, n in enumerate(sequence)}
+    found = items_of(problem)
+    operators = tuple(item.operators for item in found)
     together: nx.Graph[object] = nx.Graph()
     together.add_nodes_from(range(len(operators)))
     for i, members in enumerate(operators):
@@ -138,7 +136,8 @@ def units_of(problem: PlacementProblem) -> Units:
     ]
     class_of = {i: c for c, items in enumerate(classes) for i in items}
     work = np.array([sum(problem.operators[v].accelerator_latency for v in part) for part in operators])
-    size = np.array([sum(problem.operators[v].size for i in c for v in operators[i]) for c in classes])
+    held = np.array([sum(problem.operators[v].size for v in part) for part in operators])
+    size = np.array([held[list(c)].sum() for c in classes])
     possible = [
         all(problem.operators[v].on_accelerator for i in items for v in operators[i])
         and size[c] <= problem.memory_limit * (1 + 1e-12)
@@ -149,19 +148,15 @@ def units_of(problem: PlacementProblem) -> Units:
         operators=operators,
         class_of=tuple(class_of[i] for i in range(len(operators))),
         items=tuple(classes),
-        cpu=np.array(
-            [
-                problem.operators[part[0]].cpu_latency if len(part) == 1 and problem.num_cpus else np.inf
-                for part in operators
-            ]
-        ),
+        cpu=np.array([item.cpu_latency if problem.num_cpus else np.inf for item in found]),
         work=work,
+        held=held,
         accelerator=np.array(
             [work[list(c)].sum() if ok else np.inf for c, ok in zip(classes, possible, strict=True)]
         ),
         size=size,
-        before=tuple(tuple(number[m] for m in item_graph.predecessors(n)) for n in sequence),
-        after=tuple(tuple(number[m] for m in item_graph.successors(n)) for n in sequence),
+        before=tuple(item.before for item in found),
+        after=tuple(item.after for item in found),
         bundles=_bundles(problem, place),
         sends=_sends(problem, {v: i for i, part in enumerate(operators) for v in part}),
         num_accelerators=problem.num_accelerators,

@@ -14,6 +14,7 @@ from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_graph import contract, join_dominated
 from graphpar.partition.place_ideals import all_ideals
 from graphpar.partition.place_latency_bound import path_bound, walk_ideals
+from graphpar.partition.place_reach import Reach
 from graphpar.partition.place_units import units_of
 from graphpar.partition.problems import NodeId, Operator, PlacementProblem, Transfer
 
@@ -68,9 +69,9 @@ def in_order(problem: PlacementProblem, answer: dict[NodeId, int]) -> bool:
 def test_latency_answers_and_bounds_are_true(problem: PlacementProblem) -> None:
     best = best_placement(problem, "latency")
     units = units_of(problem)
-    assert path_bound(units) <= (math.inf if best is None else best + 1e-6)
+    assert path_bound(Reach(units)) <= (math.inf if best is None else best + 1e-6)
     if best is not None:
-        walk = walk_ideals(units, best * 2 + 1, lambda: False)
+        walk = walk_ideals(Reach(units), best * 2 + 1, lambda: False)
         assert walk.bound <= best + 1e-6
         assert walk.devices is None or units.latency(walk.devices) >= best - 1e-6
     solved = solve_placement(problem, objective="latency", time_limit_s=20)
