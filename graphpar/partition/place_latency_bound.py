@@ -149,7 +149,7 @@ def walk_ideals(reach: Reach, best: float, should_stop: ShouldStop) -> IdealWalk
     least = np.full((len(found), units.num_accelerators + 1), best)
     serial = np.full(least.shape, np.inf)
     least[0] = serial[0] = 0.0
-    whole = least.copy()
+    whole, past, on_cpu = least.copy(), least.copy(), least.copy()
     origin = np.full((*least.shape, 2), -1, np.int64)
     fill: Any = relax
     slots = np.full(1 << (3 * len(found)).bit_length(), -1, np.int64)
@@ -160,7 +160,7 @@ def walk_ideals(reach: Reach, best: float, should_stop: ShouldStop) -> IdealWalk
         if should_stop():
             return IdealWalk()
         end = min(begin + _AT_A_TIME, len(found))
-        tables = (least, whole, serial, origin, slots, ideals, *arguments)
+        tables = (least, whole, on_cpu, past, serial, origin, slots, ideals, *arguments)
         fill(begin, end, *tables, memory, best, *scratch.arrays)
     devices = _follow(found, serial, origin, units)
     return IdealWalk(float(whole[-1, -1]) * (1 - 1e-9), devices)
@@ -216,7 +216,7 @@ class _Scratch:
             np.zeros((count, width), np.uint64),
             np.zeros((count, width), np.uint64),
             np.zeros((count, 5)),
-            np.zeros(count, np.int64),
+            np.zeros(64 * width * count, np.int64),
         )
 
 
@@ -302,11 +302,35 @@ def find(words: WordArray, ideals: WordArray, slots: IntArray) -> np.int64:
 
 
 @compiled_exactly
+def begin_last(
+    whole: FloatArray,
+    on_cpu: FloatArray,
+    past: FloatArray,
+    least: FloatArray,
+    below: int,
+    inner: int,
+    a: int,
+    load: float,
+) -> float:
+    """When everything is done, at least, if the last to be done waits for `inner` and leaves `below`."""
+    done = whole[below, a] + load
+    if inner == below:
+        return done
+    done = min(done, max(on_cpu[below, a], max(least[inner, a], past[inner, a]) + load))
+    if a > 0:
+        start = max(least[inner, a - 1], past[inner, a - 1])
+        done = min(done, max(whole[below, a], start + load))
+    return done
+
+
+@compiled_exactly
 def relax(
     begin: int,
     end: int,
     least: FloatArray,
     whole: FloatArray,
+    on_cpu: FloatArray,
+    past: FloatArray,
     serial: FloatArray,
     origin: IntArray,
     slots: IntArray,
@@ -344,8 +368,9 @@ def relax(
             for a in range(num):
                 done = max(least[below, a], least[before_ideal[v], a] + cpu[v])
                 least[top, a] = min(least[top, a], done)
-                done = max(whole[below, a], least[before_ideal[v], a] + cpu[v])
-                whole[top, a] = min(whole[top, a], done)
+                start = begin_last(whole, on_cpu, past, least, below, before_ideal[v], a, cpu[v])
+                on_cpu[top, a] = min(on_cpu[top, a], start)
+                whole[top, a] = min(whole[top, a], start)
                 if serial[below, a] + cpu[v] < serial[top, a]:
                     serial[top, a] = serial[below, a] + cpu[v]
                     origin[top, a, 0], origin[top, a, 1] = below, 1
@@ -415,10 +440,8 @@ def relax(
                     least[top, a] = min(least[top, a], done)
                     if not entire:
                         continue
-                    start = least[inner, a - 1]
-                    if inner == below:
-                        start = max(start, whole[below, a - 1])
-                    done = max(whole[below, a - 1], start + busy + moved + leaving)
+                    load = busy + moved + leaving
+                    done = begin_last(whole, on_cpu, past, least, below, inner, a - 1, load)
                     whole[top, a] = min(whole[top, a], done)
                     if serial[below, a - 1] + busy + moved + leaving < serial[top, a]:
                         serial[top, a] = serial[below, a - 1] + busy + moved + leaving
@@ -426,3 +449,16 @@ def relax(
         for a in range(1, num):
             least[top, a] = min(least[top, a], least[top, a - 1])
             whole[top, a] = min(whole[top, a], whole[top, a - 1])
+        stack[0], height = top, 1
+        while height > 0:
+            height -= 1
+            here, sooner = stack[height], False
+            for a in range(num):
+                if whole[top, a] < past[here, a]:
+                    past[here, a] = whole[top, a]
+                    sooner = True
+            # What is part of an ideal is past no later than that, so there is nothing to tell it.
+            if sooner:
+                for s in range(step_start[here], step_start[here + 1]):
+                    stack[height] = step_to[s]
+                    height += 1
