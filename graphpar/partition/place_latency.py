@@ -9,11 +9,12 @@ done one piece after the other by a accelerators, every other block alone on the
 CPUs really run side by side, so the true latency is at most g. Blocks are colour classes with the cycles
 among them put together, which is more than the rules ask for; local search goes on with single classes
 (`place_units`), together with what contiguity asks to come along. The bounds are those of
-`place_latency_bound` and of the ILP of `place_latency_program`.
+`place_paths`, `place_latency_bound` and of the ILP of `place_latency_program`.
 """
 
 import itertools
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,8 +24,9 @@ import numpy as np
 
 from graphpar.partition.place_graph import Blocks, IntArray, contract
 from graphpar.partition.place_ideals import BoolArray, Ideals, Transfers, all_ideals, chain_ideals
-from graphpar.partition.place_latency_bound import IdealWalk, path_bound, walk_ideals
+from graphpar.partition.place_latency_bound import IdealWalk, walk_ideals
 from graphpar.partition.place_latency_program import LatencyProgram, is_worth_writing
+from graphpar.partition.place_paths import path_bound
 from graphpar.partition.place_reach import Reach
 from graphpar.partition.place_simple import simple_placements
 from graphpar.partition.place_units import Devices, Units, units_of
@@ -33,8 +35,9 @@ from graphpar.partition.problems import NodeId, PlacementProblem
 _MOST_IDEALS = 5_000
 """Ideals up to which the serial dynamic programme looks at all pairs."""
 
-_PATHS_SHARE, _SERIAL_SHARE, _SEARCH_SHARE = 0.2, 0.4, 0.5
-"""Most of the time left for bounds of paths, the serial programme, and local search before the ILP."""
+_PATHS_SHARE, _IDEALS_SHARE, _SERIAL_SHARE, _SEARCH_SHARE = 0.2, 0.7, 0.4, 0.5
+"""Most of the time left for bounds of paths, those over ideals, the serial programme, and local search
+before the ILP."""
 
 _LONGEST_SEARCH_S = 10.0
 """Seconds after which local search has mostly found what it finds."""
@@ -68,8 +71,7 @@ def search_latency(
     bound = path_bound(reach, lambda: left_s() <= bound_s)
     walk = IdealWalk()
     if units.num_items >= _FEW_ITEMS and left_s() >= _COMPILER_S:
-        end_s = (1.0 - _SERIAL_SHARE) * left_s()
-        walk = walk_ideals(reach, value, lambda: left_s() <= end_s)
+        walk = walk_ideals(reach, value, _IDEALS_SHARE * left_s(), min(2, os.cpu_count() or 1))
         bound = max(bound, walk.bound)
     serial = [walk.devices] if walk.devices else _serial_answers(problem, units, blocks, left_s)
     for devices in serial:

@@ -22,7 +22,7 @@ and can be numbered in the order in which they start, in which none waits for a 
 import math
 
 from graphpar.partition.place_graph import FloatArray
-from graphpar.partition.place_latency_bound import long_paths
+from graphpar.partition.place_paths import long_paths
 from graphpar.partition.place_units import Devices, Units
 from graphpar.partition.solver import Program, Term, Variable
 

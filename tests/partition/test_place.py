@@ -13,7 +13,9 @@ from graphpar.partition.place import solve_placement
 from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_graph import contract, join_dominated
 from graphpar.partition.place_ideals import all_ideals
-from graphpar.partition.place_latency_bound import path_bound, walk_ideals
+from graphpar.partition.place_items import items_of
+from graphpar.partition.place_latency_bound import walk_ideals
+from graphpar.partition.place_paths import path_bound
 from graphpar.partition.place_reach import Reach
 from graphpar.partition.place_units import units_of
 from graphpar.partition.problems import NodeId, Operator, PlacementProblem, Transfer
@@ -71,7 +73,7 @@ def test_latency_answers_and_bounds_are_true(problem: PlacementProblem) -> None:
     units = units_of(problem)
     assert path_bound(Reach(units)) <= (math.inf if best is None else best + 1e-6)
     if best is not None:
-        walk = walk_ideals(Reach(units), best * 2 + 1, lambda: False)
+        walk = walk_ideals(Reach(units), best * 2 + 1, 60.0)
         assert walk.bound <= best + 1e-6
         assert walk.devices is None or units.latency(walk.devices) >= best - 1e-6
     solved = solve_placement(problem, objective="latency", time_limit_s=20)
@@ -214,3 +216,34 @@ def test_wrong_arguments_are_refused() -> None:
         solve_placement(chain([1.0]), time_limit_s=-1.0)
     with pytest.raises(ValueError, match="objective"):
         solve_placement(chain([1.0]), objective="speed")  # type: ignore[arg-type]
+
+
+def test_weights_join_what_they_multiply() -> None:
+    """Of a product, its weight, its bias and a look at its result one item is left."""
+    names = ("weight", "bias", "input", "product", "sum", "seen")
+    times = (0.0, 0.0, 1.0, 5.0, 1.0, 0.0)
+    operators = tuple(
+        Operator(name, time, time / 4, True, 1.0, "in" if name == "input" else "layer", False)
+        for name, time in zip(names, times, strict=True)
+    )
+    edges = ((0, 3), (2, 3), (1, 4), (3, 4), (4, 5))
+    transfers = tuple(Transfer(a, b, 1.0) for a, b in edges)
+    items = items_of(PlacementProblem("layer", operators, transfers, 1, 1, 100.0))
+    assert [item.operators for item in items] == [(2,), (0, 1, 3, 4, 5)]
+    assert [item.cpu_latency for item in items] == [1.0, 6.0]
+
+
+def test_a_trained_chain_is_proven_optimal() -> None:
+    """Layers hold forward and backward operators, so an accelerator takes the last ones of a chain."""
+    count = 10
+    operators = tuple(
+        Operator(v, 10.0 + v % 3, 1.0 + v % 4, True, 1.0, str(min(v, 2 * count - 1 - v)), v >= count)
+        for v in range(2 * count)
+    )
+    transfers = tuple(Transfer(v, v + 1, 0.5) for v in range(2 * count - 1))
+    problem = PlacementProblem("trained", operators, transfers, 3, 1, 2.0 * 7)
+    solved = solve_placement(problem, objective="latency", time_limit_s=60)
+    on_cpu = sum(operators[v].cpu_latency for v in (0, 1, 2, 17, 18, 19))
+    expected = on_cpu + sum(operators[v].accelerator_latency for v in range(3, 17)) + 2 * 0.5
+    assert solved.status == "optimal"
+    assert solved.objective == pytest.approx(expected)
