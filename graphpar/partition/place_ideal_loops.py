@@ -131,9 +131,9 @@ def has(ideals: WordArray, k: int, item: int) -> bool:
 
 
 @compiled_exactly
-def begin_last(times: Times, below: int, inner: int, a: int, load: float) -> float:
+def begin_last(times: Times, below: np.int64, inner: np.int64, a: int, load: float) -> np.float64:
     """When an ideal of whole sets is done, at least; its last waits for `inner` and leaves `below`."""
-    done = times.whole[below, a] + load
+    done: np.float64 = times.whole[below, a] + load
     if inner == below:
         return done
     start = max(times.least[inner, a], times.past[inner, a])
