@@ -195,13 +195,14 @@ def fit(rows: list[Sample]) -> Protocols:
 
 
 def cross_validate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fit of all rows, and what fits say of the GPU kinds and counts that they have not seen."""
+    """The fit of all rows, and what fits say of GPU kinds, counts and sizes that they have not seen."""
     known = samples(rows)
     if not known:
         raise SystemExit("no row of the table can be scored; without --fit each one's reason is told")
     everything = fit(known)
     folds = []
-    for kind, value_of in (("device", attrgetter("device")), ("ranks", attrgetter("group.ranks"))):
+    axes = (("device", attrgetter("device")), ("ranks", attrgetter("group.ranks")), ("size", decade))
+    for kind, value_of in axes:
         for value in dict.fromkeys(value_of(s) for s in known):
             seen = [s for s in known if value_of(s) != value]
             left = [s for s in known if value_of(s) == value]
@@ -213,6 +214,15 @@ def cross_validate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "protocols": asdict(everything),
         "folds": folds,
     }
+
+
+def decade(sample: Sample) -> str:
+    """The power of ten that a sample's size begins with.
+
+    >>> decade(Sample("a100-sxm-80gb", "all_reduce", 2**20, Group(8, "nvlink3"), "", 1e-4))
+    '1e6 bytes'
+    """
+    return f"1e{math.floor(math.log10(sample.num_bytes))} bytes"
 
 
 def show_fits(report: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ a low-latency protocol of a fraction of the bandwidth; the faster of the two cou
 (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-proto).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +47,15 @@ NO_PEER_ACCESS = 0.35
 
 NETWORK_LATENCY_S = 15e-6
 """What each node of a ring across nodes adds."""
+
+TREE_LEVEL_S = 14e-6
+QUICK_TREE_LEVEL_S = 7e-6
+"""What a message to the next node of a tree adds, with either protocol: read off the sums of 32 KiB to
+32 MiB among four nodes of https://github.com/stas00/ml-engineering/tree/master/network/benchmarks."""
+
+TREE_SHARE = 0.9
+"""Of the rings' bandwidth, what the library expects of trees when it chooses (ncclTopoTuneModel,
+https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc)."""
 
 CUBE_MESH_LINKS = {2: 1, 3: 2, 4: 4, 5: 2, 6: 2, 7: 4, 8: 6}
 """NVLink2 lines of 25 GB/s that rings over the first so many V100 of a hybrid cube mesh use together: as
@@ -158,9 +168,34 @@ def collective_s(
     ring_s = p.ring_base_s + p.ring_hops * hops_s + moved / rate + network_s
     quick_s = p.quick_base_s + p.quick_hops * hops_s + moved / (rate * p.quick_bandwidth) + network_s
     best = min(ring_s, quick_s)
+    if name == "all_reduce" and group.nodes > 1 and "ring" not in algo.lower():
+        best = _all_reduce_over_nodes_s(num_bytes, group, best, p)
     if name == "all_reduce" and _reduces_in_switch(group, algo):
         best = min(best, p.switch_base_s + num_bytes / (group.kind.bytes_per_s * p.switch_share))
     return best
+
+
+def _all_reduce_over_nodes_s(num_bytes: float, group: Group, ring_s: float, p: Protocols) -> float:
+    """Rings or, where the library takes it for faster, two trees over the nodes and a chain inside each.
+
+    Each tree carries half of the buffer up and down again, over few nodes less than rings send, which the
+    library's own choice does not know
+    (https://developer.nvidia.com/blog/massively-scale-deep-learning-training-nccl-2-4/).
+    """
+    network_bytes_per_s = ring_bytes_per_s(group)
+    levels = 2 * math.log2(group.nodes)
+    chain_s = (group.ranks // group.nodes - 1) * group.kind.latency_s
+    heads_s = (
+        p.ring_base_s + p.ring_hops * chain_s + levels * TREE_LEVEL_S,
+        p.quick_base_s + p.quick_hops * chain_s + levels * QUICK_TREE_LEVEL_S,
+    )
+    rates = (network_bytes_per_s, network_bytes_per_s * p.quick_bandwidth)
+    expected_s = min(h + 2 * num_bytes / (r * TREE_SHARE) for h, r in zip(heads_s, rates, strict=True))
+    if expected_s >= ring_s:
+        return ring_s
+    sent = 2 * num_bytes * (group.nodes - 1) / group.nodes
+    inside_s = 2 * num_bytes / _inside_bytes_per_s(group)
+    return min(h + max(sent / r, inside_s) for h, r in zip(heads_s, rates, strict=True))
 
 
 def bus_factor(name: CollectiveName, ranks: int) -> float:
