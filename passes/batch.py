@@ -27,7 +27,13 @@ from graphpar.ir.ops import (
     map_arguments,
 )
 from graphpar.ir.optable import IDENTITY, packet
-from graphpar.passes import dispatch, sample_moves, sample_rules  # noqa: F401 - they register rules
+from graphpar.passes import (  # noqa: F401 - they register rules
+    dispatch,
+    sample_batches,
+    sample_moves,
+    sample_rules,
+)
+from graphpar.passes.losses import CLASS_LOSSES, REDUCTION, terms
 from graphpar.passes.samples import (
     DISPATCHED,
     PARTIAL,
@@ -40,25 +46,22 @@ from graphpar.passes.samples import (
     place_of,
     settled,
 )
-from graphpar.passes.sizes import broadcast, has_loose_batch_size, sized, whole_batch_numbers
+from graphpar.passes.sizes import has_loose_batch_size, sized, whole_batch_numbers
 
 _REDUCTIONS = frozenset(
     """
     sum mean amax amin max min any all prod logsumexp var std var_mean std_mean norm
-    linalg_vector_norm argmax argmin median nansum nanmean count_nonzero special_logsumexp
+    linalg_vector_norm linalg_norm linalg_matrix_norm argmax argmin median nanmedian mode nansum
+    nanmean count_nonzero special_logsumexp
     """.split()
 )
 _DIM_SECOND = frozenset({
     "logsumexp", "special_logsumexp", "any", "all", "argmax", "argmin", "amax", "amin", "nansum",
-    "nanmean", "count_nonzero", "linalg_vector_norm",
+    "nanmean", "count_nonzero", "linalg_vector_norm", "linalg_norm", "linalg_matrix_norm", "mode",
 })  # fmt: skip
 """Reductions whose default overload takes dimensions too."""
-_ELEMENT_LOSSES = {
-    "mse_loss": 2, "l1_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "soft_margin_loss": 2,
-    "binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4, "kl_div": 2,
-}  # fmt: skip
-"""Losses that are a mean of one term per element, with the position of `reduction`."""
-_CLASS_LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss2d", "nll_loss_nd"})
+_REDUCES_UNASKED: dict[str, Argument] = {"linalg_matrix_norm": (-2, -1), "mode": -1}
+"""Dimensions of reductions that do not mean all of them where none is given."""
 _MEAN, _SUM = 1, 2
 EXPECTED = "graphpar.expected.default"
 """The check of a branch on values (see `graphpar.frontend.decisions`); its result is zero."""
@@ -96,6 +99,8 @@ def mixing_reason(graph: Graph) -> str:
     Only what reaches the output or changes a buffer counts, and nothing of a tail, which runs on the
     whole batch (see `tail.py`).
     """
+    if why := graph.output.attr("whole"):
+        return str(why)
     in_step = graph.output.attr("in_step")
     for op in graph.ops:
         same = op.attr("meets") or op.attr("samples") == "shared"
@@ -199,9 +204,9 @@ class BatchBuilder:
         if any(self.states[o].kind == "mixed" for o in op.operands()):
             op = self._with_whole_operands(op, {"mixed"})
         kind = packet(op)
-        if kind in _CLASS_LOSSES and self._class_loss(op):
+        if kind in CLASS_LOSSES and self._class_loss(op):
             return
-        if kind in _ELEMENT_LOSSES and self._element_loss(op):
+        if kind in REDUCTION and self._element_loss(op):
             return
         if kind in _REDUCTIONS and not op.target.endswith(".other") and self._reduction(op):
             return
@@ -226,7 +231,8 @@ class BatchBuilder:
         asked = self.ops[op.operands()[0]]
         while packet(asked) in IDENTITY and asked.operands():
             asked = self.ops[asked.operands()[0]]
-        return (packet(asked), op.args[1]) in (("all", 1.0), ("any", 0.0))
+        kind = packet(asked).removeprefix("_is_").removesuffix("_true")
+        return (kind, op.args[1]) in (("all", 1.0), ("any", 0.0))
 
     # --- whole-batch values ---
 
@@ -350,8 +356,9 @@ class BatchBuilder:
     def _reduced_dims(self, op: Op, ndim: int) -> tuple[int, ...]:
         if op.target.endswith(".default") and packet(op) not in _DIM_SECOND:
             return tuple(range(ndim))
-        position = 2 if packet(op) in ("norm", "linalg_vector_norm") else 1
-        return dims_argument(op.argument(position, "dim"), ndim)
+        position = 2 if "norm" in packet(op) else 1
+        default = _REDUCES_UNASKED.get(packet(op))
+        return dims_argument(op.argument(position, "dim", default), ndim)
 
     def _mean(self, op: Op, kind: TensorType, dims: tuple[int, ...]) -> None:
         count = 1
@@ -385,11 +392,10 @@ class BatchBuilder:
         self.add(self._piece(op, op.name, "aten.div.Tensor", (Ref(total), by)), PARTIAL)
 
     def _element_loss(self, op: Op) -> bool:
-        position = _ELEMENT_LOSSES[packet(op)]
+        position = REDUCTION[packet(op)]
         reduction = op.argument(position, "reduction", _MEAN)
         call = self.call(op)
-        unreduced = _as_pointwise(call)
-        state, kind = infer(unreduced), unreduced.op.type
+        state, shape = terms(call)
         if state.kind != "sample":
             return False
         if reduction not in (_MEAN, _SUM):
@@ -401,7 +407,7 @@ class BatchBuilder:
             return True
         self.add(total, PARTIAL)
         count = 1
-        for size in kind.shape:
+        for size in shape:
             count *= size.times if isinstance(size, BatchSize) else size
         self._divide(op, total.name, Symbol("batch", str(count)))
         return True
@@ -488,12 +494,3 @@ class BatchBuilder:
         piece = self._piece(op, f"{op.name}_{suffix}", target, args)
         piece = replace(piece, types=(TensorType(like.shape, dtype),), attrs=())
         return self.add(piece, PARTIAL if suffix == "count" else infer(self.call(piece)))
-
-
-def _as_pointwise(call: Call) -> Call:
-    """The call of a loss seen as its unreduced, elementwise form."""
-    tensors = call.operands()
-    types = [kind for kind in map(call.type, tensors) if kind is not None]
-    kind = TensorType(broadcast([t.shape for t in types]), types[0].dtype)
-    op = replace(call.op, target="aten.add.Tensor", args=tensors, kwargs=(), types=(kind,))
-    return replace(call, op=op)

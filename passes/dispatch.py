@@ -20,6 +20,7 @@ from dataclasses import replace
 from graphpar.ir.chain import RANDOM_TARGETS
 from graphpar.ir.ops import Argument, BatchSize, Op
 from graphpar.ir.optable import CASTS, packet
+from graphpar.passes import positions
 from graphpar.passes.samples import DISPATCHED, Call, Kind, Rule, Samples, detour, dims_argument, times
 
 _GROUPED = frozenset({"_grouped_mm", "transformers.grouped_mm_fallback.default"})
@@ -38,8 +39,10 @@ def dispatched(call: Call, rules: Rule) -> Samples | None:
     """
     kind = packet(call.op)
     states = [call.state(r) for r in call.operands()]
+    if any(s.kind in ("starts", "placed") for s in states):
+        return positions.followed(call, kind, rules)
     if any(s.kind in DISPATCHED for s in states):
-        return _inside(call, kind, rules)
+        return positions.rows_of_own(call) or _inside(call, kind, rules)
     if kind in _SORTS and _is_key(call, call.op.args[0]) and _ascending(call.op):
         state = states[0]
         made: Kind = "sorting" if kind == "sort" else "order"
@@ -47,7 +50,9 @@ def dispatched(call: Call, rules: Rule) -> Samples | None:
     if kind == "histc" and _is_key(call, call.op.args[0]) and _counts_each(call.op):
         return Samples("partial", key=_key(call, states[0]))
     if kind == "arange":
-        return _all_rows(call)
+        return _all_rows(call) or positions.begun(call, kind)
+    if kind == "mul":
+        return positions.begun(call, kind)
     if states and states[0].kind == "partial" and states[0].key:
         return _counts(call, kind, states[0])
     return None

@@ -46,7 +46,9 @@ class SplitBatch:
         if not mixing_reason(plain):
             return plain
         met = FindTail().run(AnalyseInStep().run(graph))
-        return plain if mixing_reason(met) else met
+        if not mixing_reason(met):
+            return met
+        return plain.with_ops([*plain.ops[:-1], plain.output.with_attrs(whole=mixing_reason(met))])
 
 
 @dataclass(frozen=True)

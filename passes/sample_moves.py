@@ -151,7 +151,7 @@ def _slice(call: Call) -> Samples:
     return call.state(x) if call.state(x).kind in ("partial", "iota") else call.like(x)
 
 
-def _along(call: Call, position: int, default: Argument, why: str) -> Samples:
+def along(call: Call, position: int, default: Argument, why: str) -> Samples:
     """Ops that work along given dimensions: fine along any but the batch."""
     x = call.op.args[0]
     kind = call.type(x)
@@ -170,19 +170,27 @@ def _along(call: Call, position: int, default: Argument, why: str) -> Samples:
       "cummax", "cummin", "flip", "unbind", "narrow", "glu")  # fmt: skip
 def _along_second(call: Call) -> Samples:
     default = -1 if packet(call.op) == "glu" else 0
-    return _along(call, 1, default, "works along the batch")
+    return along(call, 1, default, "works along the batch")
 
 
 @rule("diff")
 def _diff(call: Call) -> Samples:
-    return _along(call, 2, -1, "takes differences along the batch")
+    return along(call, 2, -1, "takes differences along the batch")
 
 
 @rule("select")
 def _select(call: Call) -> Samples:
     if call.state(call.op.args[0]).kind == "partial":
         return PARTIAL
-    return _along(call, 1, 0, "picks one sample for all")
+    return along(call, 1, 0, "picks one sample for all")
+
+
+@rule("quantile", "nanquantile")
+def _quantile(call: Call) -> Samples:
+    if call.state(call.op.args[1]).kind != "shared":
+        return call.mixed("takes another quantile for each sample")
+    alone = replace(call.op, args=(call.op.args[0], None, *call.op.args[2:]))
+    return along(replace(call, op=alone), 2, None, "takes quantiles of the batch")
 
 
 @rule("sort", "argsort", "topk", "kthvalue", "split", "chunk", "split_with_sizes")
@@ -190,13 +198,13 @@ def _along_third(call: Call) -> Samples:
     kind = packet(call.op)
     default = 0 if kind.startswith(("split", "chunk")) else -1
     position = 1 if kind in ("sort", "argsort") else 2
-    return _along(call, position, default, "works along the batch")
+    return along(call, position, default, "works along the batch")
 
 
 @rule("roll")
 def _roll(call: Call) -> Samples:
     """Without dimensions all elements are rolled as one row."""
-    return _along(call, 2, None, "rolls the batch")
+    return along(call, 2, None, "rolls the batch")
 
 
 @rule("tril", "triu")
@@ -207,7 +215,8 @@ def _triangle(call: Call) -> Samples:
     return call.like(call.op.args[0])
 
 
-@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+      "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
 def _pad(call: Call) -> Samples:
     x, pads = call.op.args[0], call.op.args[1]
     kind, dim = call.type(x), call.dim(x)

@@ -199,7 +199,10 @@ def _attention(call: Call) -> Samples:
     "adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool2d_with_indices", "upsample_nearest1d",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
     "pixel_shuffle", "pixel_unshuffle", "group_norm", "im2col", "col2im", "grid_sampler",
-    "channel_shuffle", "prelu",
+    "channel_shuffle", "prelu", "affine_grid_generator", "adaptive_max_pool3d", "upsample_nearest3d",
+    "upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_unpool2d",
+    "max_unpool3d", "max_pool3d_with_indices", "grid_sampler_2d", "grid_sampler_3d",
 )  # fmt: skip
 def _batch_first(call: Call) -> Samples:
     x = call.op.args[0]

@@ -32,16 +32,21 @@ Kind = Literal[
     "unorder",
     "rows",
     "offsets",
+    "starts",
+    "placed",
 ]
-DISPATCHED: frozenset[Kind] = frozenset({"sorting", "order", "sorted", "unorder", "rows", "offsets"})
-"""Kinds that only the rules of `dispatch.py` know; to all others such a value is mixed."""
+DISPATCHED: frozenset[Kind] = frozenset(
+    {"sorting", "order", "sorted", "unorder", "rows", "offsets", "starts", "placed"}
+)
+"""Kinds that only `dispatch.py` and `positions.py` know; to all other rules such a value is mixed."""
 
 
 @dataclass(frozen=True)
 class Samples:
     """One value's meaning to the samples; `reason` tells why samples met.
 
-    `key` and `every` belong to rows that were sorted (see `dispatch.py`).
+    `key` and `every` belong to rows that were sorted (see `dispatch.py`) or are counted through the batch
+    (see `positions.py`).
     """
 
     kind: Kind

@@ -11,7 +11,7 @@ _SIZES: dict[str, tuple[int, ...]] = {
     "view": (1,), "reshape": (1,), "_unsafe_view": (1,), "expand": (1,), "broadcast_to": (1,),
     "repeat": (1,), "tile": (1,), "unflatten": (2,), "full": (0,), "zeros": (0,), "ones": (0,),
     "empty": (0,), "new_full": (1,), "new_zeros": (1,), "new_ones": (1,), "new_empty": (1,),
-    "arange": (0, 1, 2), "gp.random": (1,),
+    "arange": (0, 1, 2), "gp.random": (1,), "affine_grid_generator": (1,),
 }  # fmt: skip
 """Positions of the arguments that are sizes of the result, stamped for the samples at hand."""
 _NUMBERS = POINTWISE | {"full", "new_full", "scalar_tensor"}

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from graphpar.errors import CaptureError
 from graphpar.frontend.frames import users_line
 from graphpar.frontend.state import left_as_it_was
-from graphpar.frontend.torch_private import flatten, unflatten
+from graphpar.frontend.torch_private import flatten, memory_of, unflatten
 from graphpar.runtime.ctc import ctc_losses
 from graphpar.runtime.expected import expected
 
@@ -40,6 +40,8 @@ _ASKED: Mapping[str, Callable[[Any], Any]] = {
     "__bool__": bool, "__int__": int, "__index__": int, "__float__": float, "item": _as_it_is,
 }  # fmt: skip
 """Methods by which Python asks a tensor for its value, and what they make of it."""
+_DATA = (torch.Tensor.data.__get__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+"""`x.data`, which torch.export does not see; it is followed as `x.detach()`, a view of that memory."""
 _SIZED = frozenset(
     """
     arange empty expand full interpolate narrow new_empty new_full new_ones new_zeros ones pad repeat
@@ -101,6 +103,8 @@ class _Asked(TorchFunctionMode):
             return None
         if name == "ctc_loss" and (losses := self._ctc_loss(*args, **kwargs)) is not None:
             return losses
+        if func in _DATA and first is not None:
+            return _data(first, *args[1:2]) if name == "__set__" else first.detach()
         if self._found:
             _count(self._found, flatten((args, kwargs))[0], self._checks)
         if first is None:
@@ -237,6 +241,19 @@ class _Asked(TorchFunctionMode):
         raise NotImplementedError
 
 
+def _data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """`tensor.data = value`, as a write in place; nothing where the value lies there already."""
+    if memory_of(value) == memory_of(tensor):
+        return
+    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+        raise CaptureError(
+            f"A tensor of the model is given data of another shape or type at {users_line()} "
+            "(`.data = ...`), which a graph cannot hold. Make a new tensor instead."
+        )
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
 def _is_mask(part: Any) -> bool:
     return isinstance(part, torch.Tensor) and part.dtype == torch.bool and part.ndim > 0
 
@@ -327,7 +344,7 @@ def record_decisions(model: nn.Module, call: Callable[[], Any]) -> Decisions:
         return {}
     recorder = _Record()
     try:
-        with left_as_it_was(model), recorder:
+        with left_as_it_was(model), torch.enable_grad(), recorder:
             call()
     except Exception:
         return {}

@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from graphpar.frontend.torch_private import DispatchMode, flatten
 from graphpar.ir.optable import POINTWISE
@@ -18,6 +19,15 @@ _SIZES = (2, 3)
 """Sizes to try; what a Function computes from its sizes differs between them."""
 _CONSTANT = "scalar_tensor"
 """Makes a tensor of no dimensions out of a number."""
+_SHAPE_READS = (torch.Tensor.shape.__get__, torch.Tensor.size)  # type: ignore[attr-defined]
+_SIZE_READS = (
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.__len__,
+    torch.Tensor.stride,
+    torch.Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+    torch.numel,
+)
 _Ops = list[tuple[str, tuple[str, ...]]]
 
 
@@ -30,13 +40,14 @@ def acts_by_element(
     """Whether a Function with these arguments and this result only calls elementwise operators.
 
     It is run on small tensors of as many dimensions and of two sizes; the same operators with the same
-    numbers must be called, so that no number follows from a size. What computes without operators of
-    torch, in numpy or in an extension, is not seen so; hence other values in one place must change
-    nothing in the others.
+    numbers must be called, so that no number follows from a size, and no size may be read, for what a
+    Function does with it may show at large sizes only. What computes without operators of torch, in numpy
+    or in an extension, is not seen so; hence other values in one place must change nothing in the others.
 
     Args:
         forward: Takes the tensors, returns the result.
-        backward: Takes the tensors and the gradient of the result, returns gradients of the tensors.
+        backward: Takes the tensors and the gradient of the result, and in what context to run the
+            Function's own backward, returns gradients of the tensors.
         tensors: Its arguments.
         result: What it makes of them.
     """
@@ -69,9 +80,10 @@ def _called(
     """Operators that a Function calls, and their arguments that are no tensors."""
     given = [torch.full((size,) * ndim, 0.5).to(dtype) for dtype, ndim in kinds]
     with _Recorder() as recorder:
-        made = forward(*given)
+        with _NoSizes():
+            made = forward(*given)
         start = torch.full_like(made, 0.25)
-        backward(given, start)
+        backward(given, start, _NoSizes())
     if made.shape != given[0].shape:
         raise ValueError("the result has another shape than the arguments")
     return list(recorder.ops)
@@ -113,6 +125,38 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         plain = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor))
         self.ops.append((str(func), plain))
         return func(*args, **(kwargs or {}))
+
+
+class _NoSizes(TorchFunctionMode):
+    """Tells no size of a tensor, and of a shape only whether another tensor has it as well."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _SHAPE_READS and isinstance(made, torch.Size):
+            return _Shape(made)
+        if func in _SHAPE_READS or func in _SIZE_READS:
+            raise ValueError("it reads the size of a tensor")
+        return made
+
+
+class _Shape(tuple[int, ...]):
+    """A shape that operators take, and that shows no size."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Shape):
+            raise ValueError("it compares a shape with numbers")
+        return tuple.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def _hidden(self, *_: Any) -> Any:
+        raise ValueError("it reads the size of a tensor")
+
+    __getitem__ = __iter__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = count = index = _hidden
 
 
 def _are_elementwise(ops: _Ops) -> bool:

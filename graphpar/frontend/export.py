@@ -259,7 +259,7 @@ def _copied(tree: Any) -> Any:
 def _eager_failure(model: nn.Module, call: Callable[[], Any]) -> Exception | None:
     """What the model raises when it is simply called."""
     try:
-        with left_as_it_was(model):
+        with left_as_it_was(model), torch.enable_grad():
             call()
     except Exception as error:
         return error

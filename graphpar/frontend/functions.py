@@ -11,7 +11,7 @@ Function's backward; a Function costs a second forward in exchange.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +81,21 @@ class FunctionCall:
             seen.add(place)
         return fresh[0] if self.results is None else tuple(fresh)
 
-    def gradients(self, given: Sequence[torch.Tensor], gradient: torch.Tensor) -> Any:
-        """Gradients of the tensors from that of a single result."""
+    def gradients(
+        self,
+        given: Sequence[torch.Tensor],
+        gradient: torch.Tensor,
+        watch: AbstractContextManager[Any] | None = None,
+    ) -> Any:
+        """Gradients of the tensors from that of a single result; the backward runs in `watch`."""
         leaves = [t.requires_grad_(t.is_floating_point() or t.is_complex()) for t in given]
         wanted = [t for t in leaves if t.requires_grad]
         with torch.enable_grad():
             (made,) = self.call(tuple(leaves))
         if not wanted or not made.requires_grad:
             return ()
+        if watch is not None and made.grad_fn is not None:
+            _run_within(made.grad_fn, watch)
         return torch.autograd.grad(made, wanted, gradient, allow_unused=True)
 
     def remember(self, ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
@@ -112,6 +119,19 @@ class FunctionCall:
         outputs, starts = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, starts, allow_unused=True))
         return tuple(next(found) if t.requires_grad else None for t in given)
+
+
+def _run_within(node: torch.autograd.graph.Node, watch: AbstractContextManager[Any]) -> None:
+    """Let a node of the tape run in a context."""
+
+    def enter(_: Any) -> None:
+        watch.__enter__()
+
+    def leave(*_: Any) -> None:
+        watch.__exit__(None, None, None)
+
+    node.register_prehook(enter)
+    node.register_hook(leave)
 
 
 _known: dict[str, list[FunctionCall]] = {}

@@ -121,12 +121,7 @@ class Values:
         if root.target == "input" and self.keeps_inputs:
             raise unsupported(node, f"{op.target} overwrites an input in place")
         if root.target in ("parameter", "constant"):
-            raise unsupported(
-                node,
-                f"{op.target} overwrites a parameter or a constant in place; if the model does so at its "
-                "first call in a mode only, call it once in that mode before; what a loss keeps for its "
-                "next call belongs into the model: a buffer of one module of both, returning the loss",
-            )
+            raise unsupported(node, _overwritten(op, root))
         if root.target == "input":
             self._refuse_shared(node, op, str(root.args[0]))
             _log.warning(
@@ -300,3 +295,18 @@ def _write_refused(op: Op, view: Op) -> str:
 def is_off(node: fx.Node, name: str) -> bool:
     """Whether a kind of dropout does nothing because the model does not train."""
     return "dropout" in name and len(node.args) > 2 and node.args[2] is False
+
+
+def _overwritten(op: Op, root: Op) -> str:
+    """Why what is no buffer may not be written to, and what to do."""
+    if root.target == "parameter":
+        return (
+            f"{op.target} overwrites the parameter {root.args[0]} in place; if the model does so at its "
+            "first call in a mode only, call it once in that mode before; else compute with a changed "
+            "copy, such as F.linear(x, self.weight * self.mask), or use nn.utils.parametrize"
+        )
+    return (
+        f"{op.target} overwrites a constant in place, a tensor in a plain attribute, say, which should be a "
+        "buffer; what a loss keeps for its next call belongs into the model: a buffer of one module of "
+        "both, returning the loss"
+    )

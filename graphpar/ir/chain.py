@@ -358,7 +358,7 @@ def structural_hash(graph: Graph, run: Sequence[Op]) -> str:
             op.target,
             types=op.types,
             is_tuple=op.is_tuple,
-            attrs=tuple((k, v) for k, v in op.attrs if k not in ("reduces", "format")),
+            attrs=tuple((k, v) for k, v in op.attrs if k not in ("reduces", "format", "whole")),
         )
         digest.update(format_op(shown).encode())
         digest.update("|".join(names[o] for o in op.operands()).encode())

@@ -9,10 +9,12 @@ from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.text import format_op
 
 ATTRIBUTES: dict[Level, frozenset[str]] = {
-    "captured": frozenset("grad samples outer reduces tail meets in_step format island".split()),
-    "placed": frozenset("grad samples outer reduces tail meets in_step format island stage".split()),
+    "captured": frozenset("grad samples outer reduces tail meets in_step whole format island".split()),
+    "placed": frozenset(
+        "grad samples outer reduces tail meets in_step whole format island stage".split()
+    ),
     "lowered": frozenset(
-        "grad samples outer reduces tail meets in_step format island stage".split()
+        "grad samples outer reduces tail meets in_step whole format island stage".split()
         + "shard partial held late".split()
     ),
 }
@@ -22,6 +24,7 @@ ATTRIBUTES: dict[Level, frozenset[str]] = {
 batch (see `passes/samples.py`), `outer` how often the batch is repeated along its dimension.
 `reduces`: why an op joins samples. `tail`: it runs once, on values of the whole batch (see
 `passes/tail.py`). `meets`: parts of the batch meet in it (see `passes/in_step.py`), `in_step` why.
+`whole`, on the output: why the batch can neither be split nor go in step.
 `format`: the number format its unit computes in (see `formats.py`); `island`: the model itself put it
 outside of autocast, and it keeps its types.
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,

@@ -19,6 +19,7 @@ from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, Tenso
 from graphpar.ir.optable import packet
 from graphpar.ir.recomputed import Units
 from graphpar.runtime.casts import LowerWeights
+from graphpar.runtime.complex_ops import OF_COMPLEX
 from graphpar.runtime.deferral import Deferral, Late
 from graphpar.runtime.eight_bits import EightBitProduct, EightBitWeights
 from graphpar.runtime.group_ops import group_module
@@ -466,6 +467,8 @@ def _function(op: Op) -> Callable[..., Any]:
     """What torch calls for an op."""
     if op.target == "getitem":
         return operator.getitem
+    if op.target in OF_COMPLEX and op.type.dtype.startswith("complex"):
+        return OF_COMPLEX[op.target]
     try:
         function: Callable[..., Any] = lookup_op(op.target)
     except AttributeError:

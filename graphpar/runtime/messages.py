@@ -124,11 +124,16 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The numbers of a tensor as bytes, in row-major order."""
+    """The numbers of a tensor as bytes, in row-major order.
+
+    >>> list(raw_bytes(torch.tensor([[1, 2], [3, 4]], dtype=torch.int16)[:1, 1]))
+    [2, 0]
+    """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel() == 0:
         return memoryview(b"")
-    return flat.view(torch.uint8).numpy().data
+    # A column of a single row counts as contiguous whatever its stride, which cannot be seen as bytes.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _tensor_of(raw: memoryview, header: _TensorHeader) -> torch.Tensor:

@@ -104,11 +104,27 @@ class OneDevice:
         return {k: t.grad for k, t in self.tensors.items() if t.grad is not None}
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares no memory with it.
+
+    What a module computes and keeps as a plain attribute (`nn.utils.weight_norm` its weight) cannot be
+    copied by torch with its history; it is copied without.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.twice = layer.weight * 2
+    >>> copied(layer).twice.requires_grad
+    False
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    made = [v for v in held if isinstance(v, torch.Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in made})
+
+
 class EagerModel:
     """The user's model on one device, on a copy of its weights."""
 
     def __init__(self, model: nn.Module, training: Training | None) -> None:
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         self._loss = training.loss if training else None
         self._training = training is not None
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

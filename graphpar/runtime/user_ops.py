@@ -6,6 +6,7 @@ its functions travel; so do those of a custom `autograd.Function`. Operators of 
 are looked for in a module named like their namespace (`torchvision.nms` in `torchvision`).
 """
 
+import warnings
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,5 +73,8 @@ def load_code(imports: Iterable[str], pickled: bytes) -> None:
                 f"The model calls operators that module {module!r} defines, but this worker cannot "
                 f"import it: {error}. Install it here, or put its folder on PYTHONPATH."
             ) from error
-    for definition in cloudpickle.loads(pickled) if pickled else ():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own trees unpickle by a deprecated class
+        definitions = cloudpickle.loads(pickled) if pickled else ()
+    for definition in definitions:
         define_op(definition)

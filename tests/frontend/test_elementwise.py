@@ -51,6 +51,18 @@ ELEMENTWISE: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], bool]] =
         False,
     ),
     "numpy in place": (torch.sin, lambda x, g: _reversed_in_place(g.clone()), False),
+    "sums where tensors are large": (
+        lambda x: x - x.mean() if x.numel() > 99 else x.sin(),
+        lambda x, g: g,
+        False,
+    ),
+    "looks whether shapes are equal": (
+        torch.sin,
+        lambda x, g: g if x.shape == g.shape else g.sum(),
+        True,
+    ),
+    "does otherwise for one shape": (torch.sin, lambda x, g: g if x.shape != (64, 4) else g - 1, False),
+    "divides where the batch is large": (torch.sin, lambda x, g: g / max(1, len(x) - 9), False),
     "order": (lambda x: x.flip(0), lambda x, g: g.flip(0), False),
 }
 

@@ -38,7 +38,7 @@ def refused(why: str) -> Callable[[Any], Any]:
     return register
 
 
-@refused("overwrites a parameter .* call it once in that mode before")
+@refused("overwrites the parameter vector .* call it once in that mode before")
 def writes_parameter(s: Calls, h: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         s.vector.mul_(2)

@@ -8,6 +8,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from one_device import Calls, assert_as_eager, assert_close, in_parts, ready
 from torch import Tensor, nn
 
+from graphpar.errors import CaptureError
+
 X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
 
 
@@ -185,3 +187,47 @@ def test_an_argument_that_is_overwritten_is_the_callers_no_more(caplog: pytest.L
     (loss,) = made.device().forward((X, y), {})
     assert torch.equal(y, Y)
     torch.testing.assert_close(loss, made.model(X, Y.clone()))
+
+
+class ByData(nn.Module):
+    """Writes to a buffer, and takes rounding for nothing, through `.data`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.linear(x)
+        self.mean.data.mul_(0.9).add_(h.data.mean(0), alpha=0.1)
+        self.mean.data = self.mean.data * 2
+        return F.cross_entropy(h + (h.round() - h).data - self.mean, y)
+
+
+def test_writes_through_data_are_followed() -> None:
+    model = ByData()
+    made = assert_as_eager(model, (X, Y))
+    device = made.device()
+    device.forward((X, Y), {})
+    model(X, Y)
+    torch.testing.assert_close(device.tensors["mean"], model.mean)
+
+
+class Masked(nn.Module):
+    """Overwrites its own weights at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.linear.weight.data *= 0.5
+        return F.cross_entropy(self.linear(x), y)
+
+
+def test_weights_overwritten_through_data_are_refused() -> None:
+    with pytest.raises(
+        CaptureError, match=r"overwrites the parameter linear.weight in place.*parametrize"
+    ):
+        ready(Masked(), (X, Y))

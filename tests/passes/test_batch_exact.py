@@ -105,6 +105,44 @@ ROWS: dict[str, Loss] = {
     "drop path": lambda s, h, y: (h * h.new_empty(h.size(0), 1).bernoulli_(0.5)).pow(2).sum(),
 }
 
+
+def neighbours(h: Tensor) -> Tensor:
+    """Each point's two nearest points, looked up in the batch laid flat."""
+    points = torch.stack([h, h.flip(1), h * 2], 1)
+    nearest = torch.cdist(points, points).topk(2, largest=False).indices
+    starts = torch.arange(h.size(0))[:, None, None] * 3
+    return points.flatten(0, 1)[(nearest + starts).view(-1)].view(-1, 3, 2, 4)
+
+
+ROWS |= {
+    "spectrum": lambda s, h, y: (torch.fft.rfft(h) * s.vector[:3]).abs().mean(),
+    "spectrum of pictures": lambda s, h, y: (
+        torch.fft.irfft2(torch.fft.rfft2(h.view(-1, 2, 2))).pow(3).sum()
+    ),
+    "a system per sample": lambda s, h, y: torch.linalg.solve(
+        torch.eye(2) + h.view(-1, 2, 2).pow(2), h.view(-1, 2, 2)
+    ).sum(),
+    "one system for all": lambda s, h, y: torch.linalg.solve_triangular(
+        s.linear.weight.tril() + torch.eye(4), h.t(), upper=False
+    ).mean(),
+    "distances to codes": lambda s, h, y: torch.cdist(h, s.table).amin(1).mean(),
+    "nearest neighbours": lambda s, h, y: (neighbours(h) * s.vector).pow(2).mean(),
+    "triplets": lambda s, h, y: F.triplet_margin_loss(h, s.table[y], h.flip(1)),
+    "margins of classes": lambda s, h, y: F.multi_margin_loss(h, y, weight=s.buffer[0].abs()),
+    "margins of cosines": lambda s, h, y: F.cosine_embedding_loss(h, s.table[y], y.sign() * 2 - 1),
+    "adding along rows": lambda s, h, y: h.index_add(1, torch.tensor([0, 2]), h[:, :2]).pow(2).sum(),
+    "writing to own places": lambda s, h, y: (
+        (h.index_put((arange(h.size(0)), y), s.vector[0]) * s.vector).pow(2).sum()
+    ),
+    "bags of words": lambda s, h, y: (
+        F.embedding_bag(torch.stack([y, y + 1], 1), s.table, mode="mean") * h
+    ).sum(),
+    "quantiles": lambda s, h, y: torch.quantile(h, 0.3, dim=1).pow(2).sum(),
+    "a row for each of several": lambda s, h, y: (
+        h.view(-1, 2)[arange(2 * len(y)), y.repeat_interleave(2) % 2].pow(2).sum()
+    ),
+}
+
 SEQUENCES: dict[str, Loss] = {
     "ignored labels": lambda s, h, y: F.cross_entropy(h.view(-1, 4), y.view(-1)),
     "ignored, weighted, smoothed": lambda s, h, y: F.cross_entropy(
@@ -222,6 +260,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
         lambda: nn.GRU(4, 4, batch_first=True),
         lambda s, h, y: s.layer(h, h[None, :, 0])[1].pow(2).sum(),
     ),
+    "lstm cell": (
+        lambda: nn.LSTMCell(4, 4),
+        lambda s, h, y: s.layer(h[:, 1], s.layer(h[:, 0]))[0].pow(2).sum(),
+    ),
+    "gru cell": (lambda: nn.GRUCell(4, 4), lambda s, h, y: s.layer(h[:, 1], h[:, 0]).pow(2).sum()),
     "multi-head attention": (
         lambda: nn.MultiheadAttention(4, 2, batch_first=True),
         lambda s, h, y: s.layer(h, h, h)[0].pow(2).sum(),

@@ -54,9 +54,7 @@ ROWS: dict[str, Loss] = {
     "written across": lambda s, h, y: h.scatter(0, y[:, None], 1.0).pow(2).sum(),
     "written by first rows": lambda s, h, y: h.scatter(1, s.buffer[:2, :1].long() * 0, 5.0).pow(2).sum(),
     "written from a table": lambda s, h, y: h.scatter(1, y[:, None], s.buffer[:, :1]).pow(2).sum(),
-    "put by index": lambda s, h, y: (
-        h.clone().index_put((arange(h.size(0)), y), torch.tensor(1.0)).pow(2).sum()
-    ),
+    "put by index": lambda s, h, y: h.clone().index_put((y, y), torch.tensor(1.0)).pow(2).sum(),
     "shifted": lambda s, h, y: (F.pad(h, (0, 0, 1, -1)) * h).sum(),
     "neighbours": lambda s, h, y: F.mse_loss(h[1:], h[:-1]),
     "windows": lambda s, h, y: h.unfold(0, 2, 1).prod(-1).sum(),

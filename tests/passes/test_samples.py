@@ -27,6 +27,24 @@ HEAD = """graph captured "N" batch=6
 %p = aten.sum.dim_IntList(%h, (0,)) : float32[4,2]
 %l = aten.sum.default(%h) : float32[]
 %k = aten.sum.default(%x) : float32[]
+%g = parameter("g") : float32[2,2]
+%c = constant("c") : int64[4]
+%ut = aten.transpose.int(%u, 0, 1) : float32[2,B]
+%xt = aten.transpose.int(%x, 0, 1) : float32[4,B,2]
+%q = aten.matmul.default(%x, %x) : float32[B,2,2]
+%v = input("v") : float32[B,2,3]
+%f = input("f") : int64[2*B]
+%o = aten.arange.start_step(0, 2*B, 2) : int64[B]
+%rows = aten.view.default(%x, (4*B, 2)) : float32[4*B,2]
+%best = aten.argsort.default(%x, 1) : int64[B,4,2]
+%best1 = aten.select.int(%best, 2, 0) : int64[B,4]
+%best2 = aten.view.default(%best1, (4*B,)) : int64[4*B]
+%first = aten.mul.Tensor(%a, 4) : int64[B]
+%first1 = aten.unsqueeze.default(%first, 1) : int64[B,1]
+%sum = aten.add.Tensor(%best1, %first1) : int64[B,4]
+%placed = aten.view.default(%sum, (4*B,)) : int64[4*B]
+%loose = aten.add.Tensor(%i, %first) : int64[B]
+%every = aten.arange.default(4*B) : int64[4*B]
 """
 CASES: list[tuple[str, str, int]] = [
     ("%y = aten.add.Tensor(%x, %w) : float32[B,4,2]", "sample", 1),
@@ -75,6 +93,36 @@ CASES: list[tuple[str, str, int]] = [
     ("%y = aten.frobnicate.default(%w) : float32[4,2]", "shared", 1),
     ("%y = aten.frobnicate.default(%w, B) : float32[4,2]", "mixed", 1),
     ("%y = aten.add.Tensor(%w, B) : float32[4,2]", "shared", 1),
+    ("%y = aten.fft_rfft.default(%x, none, 1) : complex64[B,3,2]", "sample", 1),
+    ("%y = aten.fft_rfft.default(%x, none, 0) : complex64[B,4,2]", "mixed", 1),
+    ("%y = aten.fft_fft2.default(%x) : complex64[B,4,2]", "sample", 1),
+    ("%y = aten.fft_fftn.default(%x) : complex64[B,4,2]", "mixed", 1),
+    ("%y = aten.linalg_inv.default(%q) : float32[B,2,2]", "sample", 1),
+    ("%y = aten.linalg_inv.default(%u) : float32[B,2]", "mixed", 1),
+    ("%y = aten.linalg_solve_triangular.default(%g, %ut, upper=true) : float32[2,B]", "sample", 1),
+    ("%y = aten.linalg_solve_triangular.default(%g, %u, upper=true) : float32[B,2]", "mixed", 1),
+    ("%y = aten.cdist.default(%u, %w) : float32[B,4]", "sample", 1),
+    ("%y = aten.cdist.default(%u, %u) : float32[B,B]", "mixed", 1),
+    ("%y = aten.index_add.default(%x, 1, %c, %x) : float32[B,4,2]", "sample", 1),
+    ("%y = aten.index_add.default(%x, 0, %i, %x) : float32[B,4,2]", "mixed", 1),
+    ("%y = aten.index_add.default(%x, 1, %i, %x) : float32[B,4,2]", "mixed", 1),
+    ("%y = aten.index_put.default(%u, (%a, %i), 1.0) : float32[B,2]", "sample", 1),
+    ("%y = aten.index_put.default(%u, (%i, %a), 1.0) : float32[B,2]", "mixed", 1),
+    ("%y = aten.index_put.default(%x, (none, %c), %x) : float32[B,4,2]", "sample", 1),
+    ("%y = aten.index_put.default(%x, (none, %c), %xt) : float32[B,4,2]", "mixed", 1),
+    ("%y = aten.affine_grid_generator.default(%v, (B, 1, 3, 3), false) : float32[B,3,3,2]", "sample", 1),
+    ("%y = aten.quantile.scalar(%x, 0.5, 1) : float32[B,2]", "sample", 1),
+    ("%y = aten.quantile.scalar(%x, 0.5) : float32[]", "mixed", 1),
+    ("%y = aten.embedding_bag.default(%t, %f, %o) : float32[B,4]", "sample", 1),
+    ("%y = aten.embedding_bag.default(%t, %f, %a) : float32[B,4]", "mixed", 1),
+    ("%y = aten.index.Tensor(%rows, (%placed,)) : float32[4*B,2]", "sample", 1),
+    ("%y = aten.index.Tensor(%rows, (%loose,)) : float32[B,2]", "mixed", 1),
+    ("%y = aten.index.Tensor(%x, (%placed,)) : float32[4*B,4,2]", "mixed", 1),
+    ("%y = aten.index.Tensor(%rows, (%every, %best2)) : float32[4*B]", "sample", 1),
+    ("%y = aten.bucketize.Tensor(%u, %e) : int64[B,2]", "sample", 1),
+    ("%y = aten.searchsorted.Tensor(%e, %u) : int64[B,2]", "sample", 1),
+    ("%y = aten.diagonal.default(%x, 0, 1, 2) : float32[B,2]", "sample", 1),
+    ("%y = aten.diagonal.default(%x, 0, 0, 2) : float32[4,2]", "mixed", 1),
 ]  # fmt: skip
 
 
