@@ -306,7 +306,7 @@ def _overwritten(op: Op, root: Op) -> str:
             "copy, such as F.linear(x, self.weight * self.mask), or use nn.utils.parametrize"
         )
     return (
-        f"{op.target} overwrites a constant in place, a tensor in a plain attribute, say, which should be a "
+        f"{op.target} overwrites a constant in place: a tensor in a plain attribute should be a "
         "buffer; what a loss keeps for its next call belongs into the model: a buffer of one module of "
         "both, returning the loss"
     )

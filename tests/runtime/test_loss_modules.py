@@ -71,7 +71,7 @@ def test_what_a_loss_holds_is_a_constant(loss: nn.Module) -> None:
     ("loss", "told"),
     [
         (Headed(), r"parameters of its own \(head.weight, head.bias\).*one module of model and loss"),
-        (Centred(), "overwrites a parameter or a constant.*a buffer of one module of both"),
+        (Centred(), "overwrites a constant.*a buffer of one module of both"),
         (Counting(), "Module 'loss' .* changes its attribute 'calls' at every call"),
     ],
 )
