@@ -25,6 +25,7 @@ from torch.export.graph_signature import (
 from graphpar.errors import CaptureError
 from graphpar.frontend.casting import Caster
 from graphpar.frontend.explain import OWN_GENERATOR
+from graphpar.frontend.functionalize import is_parts
 from graphpar.frontend.out_arguments import without_out_arguments
 from graphpar.frontend.places import place, strip_prefix, unsupported
 from graphpar.frontend.torch_private import (
@@ -326,7 +327,8 @@ class _Converter:
         if producer.attr("grad") and kind is not None and kind.is_floating:
             op = op.with_attrs(grad=True)
         if producer.name in self.values.views:
-            self.values.views[op.name] = producer.name
+            whole = producer.name
+            self.values.views[op.name] = self.values.views[whole] if is_parts(producer) else whole
         self._emit(node, op)
 
     def _operator(self, node: fx.Node, name: str) -> None:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from graphpar.ir.ops import Argument, BatchSize, Op, Ref
 from graphpar.ir.optable import packet
 
-_SCATTER = {"slice": "aten.slice_scatter.default", "select": "aten.select_scatter.default"}
+_SCATTER = {name: f"aten.{name}_scatter.default" for name in ("slice", "select", "diagonal")}
 _SAME = frozenset({"detach", "alias", "contiguous", "to", "_to_copy", "lift_fresh"})
+_PARTS = frozenset({"unbind", "split", "split_with_sizes", "chunk", "tensor_split"})
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten"})
 
 
@@ -27,6 +28,8 @@ def write_back(view: Op, base: Op, written: Op, name: str) -> Op | None:
     %x2 = aten.slice_scatter.default(%x, %n, 1, 1, 8) : int64[2,8]
     """
     kind = packet(view)
+    if view.type.dtype != base.type.dtype:  # the same bits as numbers of another type
+        return None
     made = replace(written, name=name, kwargs=(), types=base.types, is_tuple=False, made_by="capture")
     source = Ref(written.name)
     if kind in _SCATTER:
@@ -44,6 +47,36 @@ def write_back(view: Op, base: Op, written: Op, name: str) -> Op | None:
         inverse = tuple(forward.index(d) for d in range(len(forward)))
         return replace(made, target="aten.permute.default", args=(source, inverse))
     return None
+
+
+def is_parts(op: Op) -> bool:
+    """Whether an op takes a value apart along a dimension, without copying it."""
+    return packet(op) in _PARTS
+
+
+def part_of(part: Op, whole: Op) -> Op:
+    """The view of what was taken apart that is one of the parts.
+
+    >>> from graphpar.ir.text import parse_op
+    >>> whole = parse_op('%w = aten.split.Tensor(%x, 2, 1) : (int64[4,2], int64[4,1])')
+    >>> part = parse_op('%p = getitem(%w, 1) : int64[4,1]')
+    >>> from graphpar.ir.text import format_op
+    >>> print(format_op(part_of(part, whole)))
+    %p = aten.slice.Tensor(%x, 1, 2, 3) : int64[4,1]
+    """
+    index = part.args[1]
+    assert isinstance(index, int)
+    place = 1 if packet(whole) == "unbind" else 2
+    dim = whole.args[place] if len(whole.args) > place else dict(whole.kwargs).get("dim", 0)
+    assert isinstance(dim, int)
+    if packet(whole) == "unbind":
+        return replace(part, target="aten.select.int", args=(whole.args[0], dim, index))
+    sizes = [kind.sizes(1)[dim] for kind in whole.types if kind is not None]
+    index %= len(sizes)
+    first = sum(sizes[:index])
+    return replace(
+        part, target="aten.slice.Tensor", args=(whole.args[0], dim, first, first + sizes[index])
+    )
 
 
 def _shape(op: Op) -> tuple[int | BatchSize, ...]:

@@ -316,6 +316,26 @@ def without_out(function: Any) -> Any:
     return next((c for c in candidates if _arguments(c) == wanted), None)
 
 
+def functional_twin(function: Any) -> Any:
+    """The overload without side effects of what an in-place operator takes; None if there is none.
+
+    Names do not tell: `pow_.Scalar` takes a tensor and a number, `pow.Scalar` a number and a tensor.
+    """
+    name = function.overloadpacket.__name__
+    packet = getattr(getattr(torch.ops, function.namespace), name.removesuffix("_"), None)
+    if packet is None or name == packet.__name__:
+        return None
+    wanted = _kinds(function)
+    names = sorted(packet.overloads(), key=lambda name: name != function._overloadname)
+    fitting = (c for c in (getattr(packet, name) for name in names) if _kinds(c) == wanted)
+    return next((c for c in fitting if not mutated_arguments(c)), None)
+
+
+def _kinds(function: Any) -> list[str]:
+    """Types of an operator's arguments, but for the generator that a random one may take."""
+    return [kind for name, kind in _arguments(function) if name != "generator"]
+
+
 def _arguments(function: Any) -> list[tuple[str, str]]:
     return [(a.name, str(a.type)) for a in function._schema.arguments]
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphpar.frontend.functionalize import write_back
+from graphpar.frontend.functionalize import part_of, write_back
 from graphpar.frontend.places import unsupported
 from graphpar.frontend.torch_private import (
+    functional_twin,
     lookup_op,
     mutated_arguments,
+    op_name,
     shares_storage,
     views_first_argument,
 )
@@ -36,13 +38,12 @@ _MAY_RETURN_ITS_ARGUMENT = frozenset(
 )  # fmt: skip
 """Ops whose result, where it shares memory with the argument, is the argument."""
 _FUNCTIONAL = {
-    "aten.zero.default": "aten.zeros_like.default",
     **{f"aten.__i{name}__.{kind}": f"aten.__{name}__.{kind}"
        for name in ("and", "or", "xor", "lshift", "rshift") for kind in ("Tensor", "Scalar")},
-    "aten.bernoulli.float": "aten.bernoulli.p",
-    "aten.normal.default": "aten.normal_functional.default",
+    "aten.zero_.default": "aten.zeros_like.default",
+    "aten.normal_.default": "aten.normal_functional.default",
 }  # fmt: skip
-"""Functional forms that are not the in-place op's name without its underscore."""
+"""Functional forms of another name, and where the one of the same name has no derivative."""
 
 
 BLOCK = "graphpar.block.default"
@@ -129,11 +130,10 @@ class Values:
                 op.target, root.args[0], op.module or "(top)", op.source,
             )  # fmt: skip
         others = [n for n in self.ops if n not in chain and self._view_chain(n)[-1] == root.name]
-        if any(self._read_later(name, node) for name in others):
-            raise unsupported(node, f"{op.target} writes to storage that another live value shares")
+        others = [n for n in others if self._read_later(n, node)]
         new = self._keep_type(functional)
         self._redirect(first.name, new.name)
-        return self._write_back(node, op, chain, new)
+        return self._write_back(node, op, chain, new, others)
 
     def _refuse_shared(self, node: fx.Node, op: Op, label: str) -> None:
         if label in self.shared:
@@ -143,39 +143,58 @@ class Values:
                 "model, uses as well and would see the change; write to a clone, or pass a clone",
             )
 
-    def _write_back(self, node: fx.Node, op: Op, chain: list[str], new: Op) -> Op:
+    def _write_back(self, node: fx.Node, op: Op, chain: list[str], new: Op, others: list[str]) -> Op:
         """Carry a written value to all that it was a view of; returns it as a view of the new base."""
-        current, bases = new, []
+        current, now = new, {chain[0]: new.name}
         for place, (view, base) in enumerate(pairwise(chain), start=1):
             back = None
             if packet(self.ops[view]) != "detach" or not self.ops[base].attr("grad"):
-                back = write_back(self.ops[view], self.ops[base], current, self.fresh(f"{base}_new"))
+                seen = self._as_view(view)
+                back = write_back(seen, self.ops[base], current, self.fresh(f"{base}_new"))
             if back is None:
-                if any(self._read_later(left, node) for left in chain[place:]):
+                if others or any(self._read_later(left, node) for left in chain[place:]):
                     raise unsupported(node, _write_refused(op, self.ops[view]))
                 return new
             if self.ops[base].attr("grad") or current.attr("grad"):
                 back = back.with_attrs(grad=True)
             self.ops[back.name] = current = back
             self._redirect(base, back.name)
-            bases.append(back.name)
-        return self._views_again(chain, [new.name, *bases])
+            now[base] = back.name
+        # Without this a second write through the same view would not reach the base.
+        again = {chain[-1]: now[chain[-1]]}
+        for name in [chain[0], *others]:
+            self._view_again(node, name, again, now)
+        return self.ops[again[chain[0]]]
 
-    def _views_again(self, chain: list[str], written: list[str]) -> Op:
-        """Take the views of the new base that were taken of the old one; returns the last.
+    def _view_again(self, node: fx.Node, name: str, again: dict[str, str], now: dict[str, str]) -> None:
+        """Take a view of the new base as it was taken of the old one.
 
-        Without this a second write through the same view would not reach the base.
+        Args:
+            node: The write.
+            name: The view.
+            again: What has been taken again, by what it was before; the root's new value at first.
+            now: Values that were written, which reads no longer find under their old name.
         """
-        base = written[-1]
-        for view, old in reversed(list(zip(chain[:-1], written[:-1], strict=True))):
-            made = self.ops[view]
-            name = self.fresh(f"{view}_again")
-            again = replace(made, name=name, args=(Ref(base), *made.args[1:]), attrs=())
-            self.ops[name] = self.with_gradient(again)
-            self.views[name] = base
-            self._redirect(old, name)
-            base = name
-        return self.ops[base]
+        chain = self._view_chain(name)
+        for view, base in reversed(list(pairwise(chain))):
+            if view in again:
+                continue
+            made = self._as_view(view)
+            if made.is_tuple:
+                raise unsupported(node, "it writes to storage that another live value shares")
+            taken = self.fresh(f"{view}_again")
+            fresh = replace(made, name=taken, args=(Ref(again[base]), *made.args[1:]), attrs=())
+            self.ops[taken] = self.with_gradient(fresh)
+            self.views[taken] = again[base]
+            self._redirect(now.get(view, view), taken)
+            again[view] = taken
+
+    def _as_view(self, name: str) -> Op:
+        """The op that takes a view of its first argument; of several parts taken at once, that of one."""
+        op = self.ops[name]
+        if op.target != "getitem" or not isinstance(op.args[0], Ref):
+            return op
+        return part_of(op, self.ops[op.args[0].name])
 
     def _reshape_in_place(self, functional: Op, first: Ref) -> Op:
         """An op such as `unsqueeze_`: the value is seen in another shape from here on."""
@@ -222,16 +241,31 @@ class Values:
     def _without_side_effect(self, node: fx.Node, op: Op) -> Op:
         if packet(op) == "copy_":
             return self._copied(op)
-        name, _, overload = op.target.rpartition(".")
-        functional = op.target if name.endswith("__") else f"{name.removesuffix('_')}.{overload}"
-        if functional == "aten.bernoulli.float" and len(op.args) == 1:
+        if packet(op) == "fill_diagonal_":
+            return self._diagonal_filled(node, op)
+        functional = _FUNCTIONAL.get(op.target) or op_name(functional_twin(node.target))
+        if functional is None:
+            raise unsupported(node, f"{op.target} has no form without side effects")
+        if op.target == "aten.bernoulli_.float" and len(op.args) == 1:
             op = replace(op, args=(*op.args, 0.5))
-        functional = _FUNCTIONAL.get(functional, functional)
-        try:
-            lookup_op(functional)
-        except AttributeError:
-            raise unsupported(node, f"{op.target} has no form without side effects") from None
         return self.with_gradient(replace(op, target=functional))
+
+    def _diagonal_filled(self, node: fx.Node, op: Op) -> Op:
+        """The value that `fill_diagonal_` writes, which torch has no functional form for."""
+        matrix, value, *wraps = op.args
+        if len(op.type.shape) != 2 or any(wraps):
+            raise unsupported(node, f"{op.target} of more dimensions than two, or wrapped around")
+        kind = TensorType((min(op.type.sizes(1)),), op.type.dtype)
+        parts = [("diagonal", (matrix,)), ("full_like", (None, value))]
+        made = replace(op, kwargs=(), types=(kind,))
+        for name, args in parts:
+            args = tuple(Ref(made.name) if a is None else a for a in args)
+            made = replace(
+                made, name=self.fresh(f"{op.name}_{name}"), target=f"aten.{name}.default", args=args
+            )
+            self.ops[made.name] = made
+        scattered = replace(op, target="aten.diagonal_scatter.default", args=(matrix, Ref(made.name)))
+        return self.with_gradient(replace(scattered, kwargs=()))
 
     def _copied(self, op: Op) -> Op:
         """The value that `copy_` writes; torch has no derivative for its functional form."""

@@ -45,14 +45,6 @@ def writes_parameter(s: Calls, h: Tensor, y: Tensor) -> Tensor:
     return (h * s.vector).sum()
 
 
-@refused("another live value shares")
-def older_view_is_read(s: Calls, h: Tensor, y: Tensor) -> Tensor:
-    a = h * 1
-    view = a[:, 0]
-    a.add_(1)
-    return (view * h[:, 0]).sum()
-
-
 @refused("outside autograd")
 def writes_past_autograd(s: Calls, h: Tensor, y: Tensor) -> Tensor:
     a = h * 1

@@ -114,10 +114,47 @@ def counts(s: Calls, h: Tensor, y: Tensor) -> Tensor:
     return (h * s.buffer[:1]).sum()
 
 
+def renamed_in_place(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    """In-place ops whose functional form has another overload's name."""
+    step = y * 1
+    step //= 2
+    fixed, given = (h * s.vector).pow_(2), h.detach().abs()
+    wide = (fixed + 1).double().float_power_(0.5)
+    powers = (fixed + 1).pow_(given) + (fixed + 2).double().float_power_(given)
+    return (wide.transpose_(0, 1) + (fixed * 1).ldexp_(step[:, None]) + powers).sum().float()
+
+
+def diagonals(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = h @ h.t()
+    a.fill_diagonal_(0.5)
+    b = a * s.vector[0]
+    b.diagonal().mul_(3)
+    return b.pow(2).sum()
+
+
+def views_beside_a_write(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = h * s.vector
+    left, right, turned = a[:, :2], a[:, 2:], a.t()
+    corner = left[:, 0]
+    left.mul_(2)
+    right.add_(s.vector[:1])
+    return (a * left.sum()).sum() + (corner * right[:, 0]).sum() + turned[3].pow(2).sum()
+
+
+def rows_of_a_stack(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+    a = h.detach() * 2
+    columns = a.unbind(1)
+    for place, column in enumerate(columns):
+        column.mul_(place + 1.5)
+    head, tail = a.split([1, 3], 1)
+    tail.add_(head)
+    return (a * head * h).pow(2).sum() + columns[2].sum()
+
+
 FUNCTIONS: list[Callable[[Calls, Tensor, Tensor], Tensor]] = [
     nothing_recorded, recorded_inside, checked, fresh_writes, shift_right, two_writes_through_one_view,
     writes_through_reshape, copies_keep_apart, types_stay, filled_in_steps, reshaped_in_place,
-    parts_and_sorts, counts,
+    parts_and_sorts, counts, renamed_in_place, diagonals, views_beside_a_write, rows_of_a_stack,
 ]  # fmt: skip
 
 
