@@ -107,6 +107,9 @@ class _Asked(TorchFunctionMode):
             return _data(first, *args[1:2]) if name == "__set__" else first.detach()
         if self._found:
             _count(self._found, flatten((args, kwargs))[0], self._checks)
+        if name in _SIZED:
+            args = tuple(a if a is first else self._size(a) for a in args)
+            kwargs = {key: self._size(value) for key, value in kwargs.items()}
         if first is None:
             return func(*args, **kwargs)
         if name in _ASKED and first.numel() == 1:
@@ -119,8 +122,8 @@ class _Asked(TorchFunctionMode):
             if name == "where" or kwargs.get("as_tuple"):
                 return self._places(first)
             return self._nonzero(first)
-        if name == "__getitem__" and len(args) == 2:
-            args = (first, self._index(args[1]))
+        if name in ("__getitem__", "__setitem__"):
+            args = (first, self._index(args[1], name == "__getitem__"), *args[2:])
         if name == "masked_select" and len(args) == 2:
             mask = args[1].expand_as(first) if first.ndim >= args[1].ndim else args[1]
             value = first.expand_as(mask)
@@ -129,9 +132,6 @@ class _Asked(TorchFunctionMode):
             if args[1].numel() > 1 and kwargs.get("output_size") is None:
                 total = args[1].sum()
                 kwargs["output_size"] = self.answer("item", total, total.item)
-        if name in _SIZED:
-            args = (first, *(self._size(a) for a in args[1:]))
-            kwargs = {key: self._size(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _list(self, tensor: torch.Tensor) -> Any:
@@ -216,16 +216,32 @@ class _Asked(TorchFunctionMode):
                 return made.mask
         return None
 
-    def _index(self, index: Any) -> Any:
-        """An index with the places that masks in it choose instead of the masks."""
+    def _index(self, index: Any, read: bool) -> Any:
+        """An index of which torch asks no values: no tensors as bounds of slices or one by one in a tuple.
+
+        Where it is read, also without masks, but with the places that they choose.
+        """
         parts = index if isinstance(index, tuple) else (index,)
-        if not any(_is_mask(part) for part in parts):
+        plain = tuple(self._unasked(part) for part in parts)
+        if read and any(_is_mask(part) for part in plain):
+            plain = tuple(
+                place
+                for part in plain
+                for place in (self._nonzero(part).unbind(1) if _is_mask(part) else (part,))
+            )
+        elif all(map(operator.is_, plain, parts)):
             return index
-        return tuple(
-            place
-            for part in parts
-            for place in (self._nonzero(part).unbind(1) if _is_mask(part) else (part,))
-        )
+        return plain if isinstance(index, tuple) or len(plain) != 1 else plain[0]
+
+    def _unasked(self, part: Any) -> Any:
+        """A part of an index with its bounds as numbers, and numbers in a row as one tensor."""
+        if isinstance(part, slice):
+            bounds = part.start, part.stop, part.step
+            sizes = tuple(self._size(bound) for bound in bounds)
+            return part if all(map(operator.is_, bounds, sizes)) else slice(*sizes)
+        if isinstance(part, (list, tuple)) and part and all(_is_number(n) for n in part):
+            return torch.stack(list(part))
+        return part
 
     def _size(self, argument: Any) -> Any:
         """An argument with tensors that are one whole number each, alone or in a sequence, as numbers."""
@@ -252,6 +268,10 @@ def _data(tensor: torch.Tensor, value: torch.Tensor) -> None:
         )
     with torch.no_grad():
         tensor.copy_(value)
+
+
+def _is_number(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and not part.ndim and part.dtype in (torch.int32, torch.int64)
 
 
 def _is_mask(part: Any) -> bool:

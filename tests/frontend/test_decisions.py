@@ -20,12 +20,22 @@ def sized_by_values(s: Calls, h: Tensor, y: Any) -> Any:
     return F.pad(h, (0, y[1] + 1)).view(4, y[2] * 3).pow(2).mean()
 
 
+def indexed_by_values(s: Calls, h: Tensor, y: Any) -> Any:
+    """Bounds and rows of an index that are tensors of one number, and a size that stands first."""
+    rows, columns = zip(*torch.stack([y % 3, y % 2], 1), strict=True)
+    kept = torch.ones(3, 2)
+    kept[rows, columns] = 0
+    steps = torch.arange(0, y.max()).float()
+    return (h[:, : y[3]] * kept.sum()).pow(2).mean() * steps.sum()
+
+
 CASES: list[tuple[Callable[[Calls, Tensor, Tensor], Any], tuple[Tensor, Tensor], bool]] = [
     (lambda s, h, y: h.pow(2).mean() if torch.isfinite(h).all() else h.sum(), (NOT_A_NUMBER, Y), True),
     (lambda s, h, y: h.sum() if (y > 5).any() else h.pow(2).mean(), (X, Y + 9), True),
     (lambda s, h, y: h.sum() if (y > 2).any().item() else h.pow(2).mean(), (X, Y - 9), True),
     (lambda s, h, y: h[:, : int(y[-1])].pow(2).mean(), (X, Y - 1), False),
     (sized_by_values, (X, Y + 1), False),
+    (indexed_by_values, (X, Y + 1), False),
     (lambda s, h, y: h.pow(2).mean() * max(1.0, float(y.float().mean())), (X, Y + 1), False),
 ]
 
