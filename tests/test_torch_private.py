@@ -147,6 +147,21 @@ def test_operators_with_out_have_one_without() -> None:
     assert private.without_out(len) is None
 
 
+def test_in_place_operators_have_twins_by_what_they_take() -> None:
+    aten = torch.ops.aten
+    assert private.functional_twin(aten.pow_.Scalar) is aten.pow.Tensor_Scalar
+    assert private.functional_twin(aten.floor_divide_.Tensor) is aten.floor_divide.default
+    assert private.functional_twin(aten.bernoulli_.float) is aten.bernoulli.p
+    assert private.functional_twin(aten.fill_diagonal_.default) is None
+    assert private.functional_twin(aten.mul.Tensor) is None
+
+
+def test_arguments_of_a_conversion_are_told_apart() -> None:
+    wanted = (torch.device("cpu"), torch.float16, None)
+    assert private.parsed_conversion("cpu", torch.float16) == wanted
+    assert private.parsed_conversion(torch.empty(0, dtype=torch.float16)) == wanted
+
+
 class Mapped(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         return torch.vmap(lambda row, i: row[i].exp(), out_dims=-1)(x, torch.arange(2))

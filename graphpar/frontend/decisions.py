@@ -217,7 +217,7 @@ class _Asked(TorchFunctionMode):
         return None
 
     def _index(self, index: Any, read: bool) -> Any:
-        """An index of which torch asks no values: no tensors as bounds of slices or one by one in a tuple.
+        """An index of which torch asks no values: no tensors as bounds, or one by one in a tuple.
 
         Where it is read, also without masks, but with the places that they choose.
         """

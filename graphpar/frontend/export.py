@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.averages import averages_as_tensors
+from graphpar.frontend.conversions import conversions_left_out
 from graphpar.frontend.decisions import Replay, record_decisions
 from graphpar.frontend.explain import ON_VALUES, explain_failure
 from graphpar.frontend.functions import functions_as_operators
@@ -224,6 +225,24 @@ def export(
         refuse_gradient_hooks(model)
         refuse_trained_loss(model, loss)
     reads = HostReads(model)
+    try:
+        return _export(model, args, kwargs, loss, training, decide, reads)
+    except Exception:
+        if not reads.draws.asked:
+            raise
+    reads.draws.undecided = False
+    return _export(model, args, kwargs, loss, training, decide, reads)
+
+
+def _export(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any, Any], Any] | str | None,
+    training: bool | None,
+    decide: bool | Exception,
+    reads: HostReads,
+) -> ExportedProgram:
     before = host_state(reads)
     with _mode(model, training), _without_weights(model) as on_meta, _watched(reads):
         args, kwargs = _moved(on_meta, (args, kwargs))
@@ -346,6 +365,7 @@ def _watched(reads: HostReads) -> Iterator[None]:
         no_tensor_hooks(reads.model),
         no_functional_gradients(reads.model),
         averages_as_tensors(),
+        conversions_left_out(),
         vmap_can_be_exported(),
         gradient_modes_in_autocast(),
         host_watched(reads),

@@ -1,10 +1,10 @@
 """Clocks and random numbers of the host that a model reads while it runs.
 
 A graph would hold what they gave at the capture for ever. Random streams of Python and NumPy tell by
-their state that a model drew from them. Clocks and sources of fresh randomness are replaced while the
-model is exported: they note which line of the user's code asked them. A model may well time itself;
-so one that asked is exported once more with clocks that are far ahead, and refused if another graph
-comes out.
+their state that a model drew from them; single numbers that decide nothing may be drawn (`draws.py`).
+Clocks and sources of fresh randomness are replaced while the model is exported: they note which line of
+the user's code asked them. A model may well time itself; so one that asked is exported once more with
+clocks that are far ahead, and refused if another graph comes out.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.draws import Draws, draws_stand_ins
 from graphpar.frontend.frames import blame, called_by_user, is_users, running
 
 _now, _timedelta = time.time, datetime.timedelta
@@ -56,6 +57,7 @@ class HostReads:
         seeds: What torch's random numbers were seeded with, and where.
         modules: The Python modules of the user's own.
         streams: Random streams of Python and NumPy that the model can reach.
+        draws: What becomes of single numbers that the model draws.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class HostReads:
     seeds: list[tuple[str, str]] = field(default_factory=list)
     modules: list[ModuleType] = field(init=False)
     streams: list[Any] = field(init=False)
+    draws: Draws = field(default_factory=Draws)
 
     def __post_init__(self) -> None:
         self.modules = _users_modules(self.model)
@@ -207,6 +210,7 @@ _StandIn = Callable[[Any], Any]
 
 def _stand_ins(reads: HostReads) -> Iterator[tuple[Any, str, _StandIn]]:
     """What is replaced, and by what."""
+    yield from draws_stand_ins(reads.draws)
     for name in _CLOCKS:
         yield time, name, _clock(reads, f"time.{name}()", 1)
         if hasattr(time, f"{name}_ns"):

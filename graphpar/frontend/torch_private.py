@@ -351,6 +351,14 @@ def views_first_argument(function: Any) -> bool:
     return first is not None and not first.is_write
 
 
+def parsed_conversion(
+    *args: Any, **kwargs: Any
+) -> tuple[torch.device | None, torch.dtype | None, torch.memory_format | None]:
+    """What the arguments of `Module.to` ask for: a device, a type, an order in memory."""
+    device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+    return device, dtype, layout
+
+
 def memory_of(tensor: torch.Tensor) -> int:
     """What tells one piece of memory from another, for real and for fake tensors."""
     place: int = tensor.untyped_storage()._cdata

@@ -127,6 +127,30 @@ def test_what_the_host_tells_is_not_frozen(what: str) -> None:
     assert type(datetime.datetime.now()) is datetime.datetime
 
 
+def test_a_number_of_the_host_that_decides_nothing_may_be_drawn() -> None:
+    def skips(below: float) -> Function:
+        def run(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+            drawn = random.random(), np.random.uniform(0, 1), np.random.rand()
+            return (
+                h.sum() if min(below, 0) > drawn[0] or drawn[1] < below or not drawn[2] >= 0 else h.mean()
+            )
+
+        return run
+
+    assert_as_eager(Calls(skips(0.0)), (X, Y))
+    with pytest.raises(CaptureError, match="draws random numbers with NumPy"):
+        capture(Calls(skips(0.5)), (X, Y), {}, loss="returned")
+
+
+def test_a_layer_that_is_converted_to_what_it_is_may_be() -> None:
+    def run(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        s.layer = s.layer.to(h.dtype).float()
+        result: Tensor = s.layer(h).pow(2).mean()
+        return result
+
+    assert_as_eager(Calls(run, nn.Linear(4, 4)), (X, Y))
+
+
 def test_a_model_may_time_itself_and_be_told_the_time() -> None:
     class Timed(nn.Module):
         spent_s = 0.0

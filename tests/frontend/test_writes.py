@@ -146,7 +146,7 @@ def rows_of_a_stack(s: Calls, h: Tensor, y: Tensor) -> Tensor:
     columns = a.unbind(1)
     for place, column in enumerate(columns):
         column.mul_(place + 1.5)
-    head, tail = a.split([1, 3], 1)
+    head, tail = torch.split(a, [1, 3], 1)
     tail.add_(head)
     return (a * head * h).pow(2).sum() + columns[2].sum()
 
