@@ -49,6 +49,8 @@ _SIZED = frozenset(
     """.split()
 )
 """Functions that take a tensor of one whole number for a size, and ask for its value inside of torch."""
+_MADE = frozenset({"arange", "empty", "full", "ones", "zeros"})
+"""Those among them of which the first argument is a size, too."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class _Asked(TorchFunctionMode):
         if self._found:
             _count(self._found, flatten((args, kwargs))[0], self._checks)
         if name in _SIZED:
-            args = tuple(a if a is first else self._size(a) for a in args)
+            args = tuple(a if a is first and name not in _MADE else self._size(a) for a in args)
             kwargs = {key: self._size(value) for key, value in kwargs.items()}
         if first is None:
             return func(*args, **kwargs)
@@ -116,6 +118,8 @@ class _Asked(TorchFunctionMode):
             return self.answer(name, first, lambda: func(*args, **kwargs))
         if name == "tolist":
             return self._list(first)
+        if name == "__format__" and not first.ndim:
+            return format(self.answer("item", first, first.item), *args[1:])
         if name == "equal" and len(args) == 2 and first.shape == args[1].shape:
             return self.answer("equal", (first == args[1]).all(), lambda: func(*args, **kwargs))
         if name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1 and not kwargs):

@@ -21,12 +21,13 @@ def sized_by_values(s: Calls, h: Tensor, y: Any) -> Any:
 
 
 def indexed_by_values(s: Calls, h: Tensor, y: Any) -> Any:
-    """Bounds and rows of an index that are tensors of one number, and a size that stands first."""
+    """Bounds and rows of an index that are tensors of one number, sizes that stand first, and a name."""
     rows, columns = zip(*torch.stack([y % 3, y % 2], 1), strict=True)
     kept = torch.ones(3, 2)
     kept[rows, columns] = 0
-    steps = torch.arange(0, y.max()).float()
-    return (h[:, : y[3]] * kept.sum()).pow(2).mean() * steps.sum()
+    steps = torch.arange(0, y.max()).sum() + torch.arange(y.max()).sum()
+    named = {"0": s.vector, "1": h}[f"{y[0]}"]
+    return (h[:, : y[3]] * kept.sum()).pow(2).mean() * steps * named.sum()
 
 
 CASES: list[tuple[Callable[[Calls, Tensor, Tensor], Any], tuple[Tensor, Tensor], bool]] = [
