@@ -70,11 +70,12 @@ def _unit(
     sharding: Sharding,
     times: Sequence[OpTimes],
 ) -> ModeCost:
-    forward, backward, again = [], [], []
+    forward, backward, again, sent = [], [], [], []
     for at_size in times:
-        ahead, behind = _seconds(graph, ops, sharding, at_size)
+        (ahead, behind), collective = _seconds(graph, ops, sharding, at_size)
         forward.append(ahead)
         backward.append(behind if table.training else 0.0)
+        sent.append(collective[0] + (collective[1] if table.training else 0.0))
         again.append(_seconds_again(graph, ops, sharding, at_size) if table.training else 0.0)
     weights = _own_weights(graph, chain, number)
     plain = table.every_mode[table.class_of[group.devices[0].name]].costs[kind]
@@ -97,25 +98,33 @@ def _unit(
         saved_bytes=tuple(tuple(x * share for x in plain.saved_bytes[0]) for share in kept),
         working_bytes=tuple(tuple(x * share for x in plain.working_bytes[0]) for share in kept),
         again_s=tuple(again),
+        collective_s=tuple(sent),
     )
 
 
-def _seconds(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: OpTimes) -> tuple[float, float]:
-    """Forward and backward of some ops with the conversions they need, each conversion once."""
-    ahead = behind = 0.0
+_Ends = tuple[float, float]
+"""Seconds forward and backward."""
+
+
+def _seconds(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: OpTimes) -> tuple[_Ends, _Ends]:
+    """Some ops with the conversions they need, each conversion once; and what of that is collectives."""
+    computing: list[_Ends] = []
+    sending: list[_Ends] = []
     done: set[tuple[str, Layout]] = set()
     for op in ops:
         strategy = sharding.chosen.get(op.name)
         if strategy is None:
             continue
-        for parts in (times.parts(op, strategy), times.inner_seconds(op, strategy)):
-            ahead, behind = ahead + parts[0], behind + parts[1]
+        computing.append(times.parts(op, strategy))
+        sending.append(times.inner_seconds(op, strategy))
         for name, made, wanted in (*conversions_of(sharding, graph, op), *_forming(sharding, graph, op)):
             found = times.conversion_parts(graph[name], made, wanted)
             if (name, wanted) not in done and found is not None:
                 done.add((name, wanted))
-                ahead, behind = ahead + found[0], behind + found[1]
-    return ahead, behind
+                sending.append(found)
+    sent = sum(ends[0] for ends in sending), sum(ends[1] for ends in sending)
+    own = sum(ends[0] for ends in computing), sum(ends[1] for ends in computing)
+    return (own[0] + sent[0], own[1] + sent[1]), sent
 
 
 def computed_again(graph: Graph, ops: Sequence[Op], times: OpTimes) -> Sequence[Op]:

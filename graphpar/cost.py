@@ -75,6 +75,8 @@ class ModeCost:
     number of replicas is not made here, because the table does not know that number. `weight_s`,
     `deferred_bytes` and `split_s` are those of `UnitCost`, empty where no gradients may come later.
     `again_s` is what of `forward_s` is done once more where the unit is computed again; empty for all.
+    `collective_s` is what of `forward_s` and `backward_s` together members spend in collectives; empty
+    for none.
     """
 
     forward_s: tuple[float, ...]
@@ -89,6 +91,7 @@ class ModeCost:
     deferred_bytes: tuple[tuple[float, ...], ...] = ()
     split_s: float = 0.0
     again_s: tuple[float, ...] = ()
+    collective_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -433,6 +436,11 @@ class CostTable:
     def weight_s(self, unit: int, mode: int, size: float) -> float:
         """The part of `backward_s` for gradients of weights that may come later."""
         row = self.every_mode[mode].costs[self.units[unit]].weight_s
+        return self.at_size(row, size) if row else 0.0
+
+    def collective_s(self, unit: int, mode: int, size: float) -> float:
+        """What a unit's forward and backward of one microbatch spend in collectives of a tensor group."""
+        row = self.every_mode[mode].costs[self.units[unit]].collective_s
         return self.at_size(row, size) if row else 0.0
 
     def split_s(self, unit: int, mode: int) -> float:

@@ -143,7 +143,7 @@ def _replica(table: CostTable, prediction: Prediction, rank: int, stage: int) ->
         microbatches=len(microbatches),
         forward_s=sum(c.forward_s for c in costs),
         backward_s=sum(c.backward_s for c in costs),
-        comm_s=timeline.send_s[rank] + timeline.reduce_s[rank],
+        comm_s=timeline.send_s[rank] + timeline.reduce_s[rank] + timeline.collective_s[rank],
         busy_share=timeline.busy_share[rank],
         peak_bytes=timeline.peak_bytes[rank],
         capacity_bytes=device_class.memory_bytes,

@@ -19,7 +19,8 @@ Option = str | int | float | bool | None
 class PlanReplica(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One device of a stage; times are totals over one step.
 
-    Forwards and backwards are those of the stage, everything else of all the device's stages.
+    Forwards and backwards are those of the stage, everything else of all the device's stages. Collectives
+    of a tensor group are part of its forwards and backwards, and of `comm_s` too.
     """
 
     device: str

@@ -45,6 +45,7 @@ class Timeline:
         ends_s: For each rank the end of each of its actions.
         step_s: The end of the last action.
         compute_s: For each rank the time of its forwards, backwards and optimiser step.
+        collective_s: For each rank what of that it spends in collectives of its tensor group.
         send_s: For each rank the time its messages are on their way.
         reduce_s: For each rank the time of its gradient all-reduces.
         peak_bytes: For each rank the most memory in use at any time.
@@ -55,6 +56,7 @@ class Timeline:
     ends_s: tuple[Sequence[float], ...] = field(repr=False)
     step_s: float
     compute_s: tuple[float, ...]
+    collective_s: tuple[float, ...]
     send_s: tuple[float, ...]
     reduce_s: tuple[float, ...]
     peak_bytes: tuple[float, ...]
@@ -124,6 +126,7 @@ def _of_members(leaders: Timeline, schedule: Schedule, timing: Timing) -> Timeli
         ends_s=tuple(leaders.ends_s[i] for i in own),
         step_s=leaders.step_s,
         compute_s=tuple(leaders.compute_s[i] for i in own),
+        collective_s=tuple(leaders.collective_s[i] for i in own),
         send_s=tuple(leaders.send_s[i] for i in own),
         reduce_s=tuple(leaders.reduce_s[i] for i in own),
         peak_bytes=tuple(_peak_bytes(schedule, timing, rank) for rank in range(schedule.num_ranks)),
@@ -277,6 +280,14 @@ class _Simulation:
             self.compute_s[rank] += took_s
             self.ends[rank].append(self.clock[rank])
 
+    def _collective_s(self, rank: int) -> float:
+        sizes, schedule = self.schedule.microbatch_sizes, self.schedule
+        return sum(
+            self.numbers[rank][stage, sizes[m]].collective_s
+            for stage in schedule.stages_of[rank]
+            for m in schedule.microbatches_of(rank, stage)
+        )
+
     def timeline(self) -> Timeline:
         ranks = range(self.schedule.num_ranks)
         return Timeline(
@@ -285,6 +296,7 @@ class _Simulation:
             ends_s=tuple(self.ends),
             step_s=max(max(self.clock), max(self.egress)),
             compute_s=tuple(self.compute_s),
+            collective_s=tuple(self._collective_s(rank) for rank in ranks),
             send_s=tuple(self.send_s),
             reduce_s=tuple(self.reduce_s),
             peak_bytes=tuple(_peak_bytes(self.schedule, self.timing, r) for r in ranks),

@@ -21,7 +21,8 @@ class SizeTiming:
 
     `saved_bytes` are held from its forward to its backward, `working_bytes` while it computes. Of
     `backward_s`, `weight_s` are for gradients of weights that may be made later; until then
-    `deferred_bytes` are held, and `split_s` is what doing it in two halves takes besides.
+    `deferred_bytes` are held, and `split_s` is what doing it in two halves takes besides. Of both
+    directions, `collective_s` are spent in collectives with the other members of a tensor group.
     """
 
     size: int
@@ -33,6 +34,7 @@ class SizeTiming:
     deferred_bytes: float = 0.0
     split_s: float = 0.0
     stage: int | None = None
+    collective_s: float = 0.0
 
     def seconds(self, kind: str) -> float:
         """Time of a computing action: F, B, or a half of a backward (I, W)."""
@@ -247,6 +249,7 @@ def _stage_timing(
                 # The second half is an action of its own.
                 split_s=sum(c.split_s for c in costs)
                 + (overhead if any(c.weight_s for c in costs) else 0.0),
+                collective_s=sum(table.collective_s(u, mode, n) for u in units),
             )
             for n in sizes
         ),

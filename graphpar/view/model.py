@@ -218,7 +218,7 @@ class ViewShares:
 
     Attributes:
         compute: Forwards, backwards and the optimiser.
-        communication: Waiting for messages that are on their way.
+        communication: Waiting for messages that are on their way, and collectives inside tensor groups.
         gradients: Sums of gradients, with the waiting for the other ranks.
         bubble: Having nothing to do.
     """

@@ -14,16 +14,16 @@ def shares_of(timeline: Timeline) -> ViewShares:
     """Shares of the predicted step.
 
     A wait for a message counts as communication from the moment the message was sent, and as a bubble
-    before that, when the sender had not made it yet.
+    before that, when the sender had not made it yet. Collectives inside tensor groups are communication.
     """
     total = timeline.step_s * len(timeline.compute_s)
     if total <= 0:
         return ViewShares(0.0, 0.0, 0.0, 1.0)
-    compute, gradients = sum(timeline.compute_s) / total, sum(timeline.reduce_s) / total
-    communication = min(sum(_waits_for_messages(timeline)) / total, max(0.0, 1 - compute - gradients))
-    return ViewShares(
-        compute, communication, gradients, max(0.0, 1.0 - compute - gradients - communication)
-    )
+    busy, gradients = sum(timeline.compute_s) / total, sum(timeline.reduce_s) / total
+    waiting = min(sum(_waits_for_messages(timeline)) / total, max(0.0, 1 - busy - gradients))
+    collectives = min(sum(timeline.collective_s) / total, busy)
+    bubble = max(0.0, 1.0 - busy - gradients - waiting)
+    return ViewShares(busy - collectives, waiting + collectives, gradients, bubble)
 
 
 def _waits_for_messages(timeline: Timeline) -> Iterator[float]:

@@ -5,13 +5,16 @@ from functools import cache
 
 import pytest
 import torch
-from choices import FREE, gpus, planned
-from threads import grouped
+from choices import FREE, PCIE, gpus, planned
+from threads import grouped, one_stage
 from torch import nn
 
 from graphpar.cluster import Cluster
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.sharding import choose_sharding
+from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
-from graphpar.planner import plan_prepared
+from graphpar.planner import plan_prepared, price
 from graphpar.preparation import Prepared, prepare
 from graphpar.tensor_groups import width_notes
 from graphpar.training import Training
@@ -105,3 +108,29 @@ def test_what_became_of_a_width_that_was_asked_for() -> None:
     assert "up to 4 devices were considered; none makes the step shorter" in none
     assert "tensor=8: " in narrower and "none of more than 2 " in narrower
     assert not width_notes(found(1, 4), 4, candidates) and not width_notes(found(1), "auto", candidates)
+
+
+def test_collectives_are_told_apart_from_computing() -> None:
+    """What of a group's time depends on its link is what is said to be spent in collectives."""
+    prepared, cluster = (
+        captured(),
+        Cluster.from_dict({"devices": [{"kind": "h100-sxm-80gb", "count": 2}]}),
+    )
+    table = price(prepared, cluster, train=ADAM, calibration=None)
+    graph, options = one_stage(prepared.graph), ShardingOptions(samples=2, hold_factor=4.0)
+    chosen = choose_sharding(graph, 0, prepared.chain, gpus(2, PCIE), options)
+    modes = [
+        tensor_mode(
+            table, graph, prepared.chain, TensorGroup(cluster.devices, (0.5, 0.5), link), chosen, options
+        )
+        for link in (PCIE, FREE)
+    ]
+    sent = 0.0
+    for slow, free in zip(*(mode.costs for mode in modes), strict=True):
+        both = (map(sum, zip(c.forward_s, c.backward_s, strict=True)) for c in (slow, free))
+        longer = [a - b for a, b in zip(*both, strict=True)]
+        told = [a - b for a, b in zip(slow.collective_s, free.collective_s, strict=True)]
+        assert longer == pytest.approx(told, rel=1e-6, abs=1e-12)
+        assert max(free.collective_s) < 1e-7
+        sent += sum(slow.collective_s)
+    assert sent > 0

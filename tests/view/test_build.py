@@ -49,6 +49,26 @@ def test_slower_links_turn_bubbles_into_communication() -> None:
     assert told[0].bubble > 0.05
 
 
+def test_collectives_of_a_group_are_communication() -> None:
+    """They take the time that they take; only the name under which it is shown changes."""
+    plan = sample_plan()
+    ranks = (
+        replace(r, sizes=tuple(replace(row, collective_s=row.forward_s / 2) for row in r.sizes))
+        for r in plan.timing.ranks
+    )
+    alone, shared = (
+        simulate(plan.schedule(), timing)
+        for timing in (plan.timing, replace(plan.timing, ranks=tuple(ranks)))
+    )
+    assert shared.step_s == alone.step_s and shared.compute_s == alone.compute_s
+    moved = sum(shared.collective_s) / (shared.step_s * len(shared.collective_s))
+    before, after = shares_of(alone), shares_of(shared)
+    assert moved > 0.01
+    assert after.communication - before.communication == pytest.approx(moved)
+    assert before.compute - after.compute == pytest.approx(moved)
+    assert (after.gradients, after.bubble) == pytest.approx((before.gradients, before.bubble))
+
+
 def test_messages_know_their_bytes() -> None:
     view = view_of(sample_plan())
     by_name = {str(a): view.message_bytes(a) for lane in view.predicted.lanes for a in lane.actions}
