@@ -54,11 +54,13 @@ class Mesh:
         axes: Members along each axis of the group.
         replicas: Groups of this kind that share the samples.
         zero: ZeRO level of the replicas: at 1 they divide the optimiser's state and work.
+        divides: Whether members of a group do so with weights that they hold alike; no group does yet.
     """
 
     axes: tuple[int, ...]
     replicas: int = 1
     zero: int = 0
+    divides: bool = False
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.axes))
@@ -125,17 +127,23 @@ class MeshPrices:
 
     def held_bytes(self, op: Op, layouts: Layouts) -> float:
         """Weight, gradient and optimiser state."""
-        state = STATE_RATIO / (self.mesh.replicas if self.mesh.zero else 1)
-        return op.type.bytes(1) * (2 + state if op.attr("grad") else 1.0) * self.left(layouts)
+        left = self.left(layouts)
+        state = STATE_RATIO * self._stepped(layouts)
+        return op.type.bytes(1) * (2 * left + state if op.attr("grad") else left)
+
+    def _stepped(self, layouts: Layouts) -> float:
+        """The part of a weight whose state a member keeps."""
+        left = 1 / self.everybody.size if self.mesh.divides else self.left(layouts)
+        return left / (self.mesh.replicas if self.mesh.zero else 1)
 
     def step_seconds(self, op: Op, layouts: Layouts) -> float:
         """A microbatch's part of the optimiser's time, and of summing gradients over replicas."""
         if not op.attr("grad"):
             return 0.0
         replicas = self.mesh.replicas
-        parts = round(1 / self.left(layouts))
+        parts = round(1 / self._stepped(layouts))
         cut = Split(0, (1,) * parts + (0,) * (self.everybody.size - parts))
-        step = self.times.optimizer_seconds(op, cut) / (replicas if self.mesh.zero else 1)
+        step = self.times.optimizer_seconds(op, cut)
         sent = 2 * (replicas - 1) / replicas * op.type.bytes(1) * self.left(layouts)
         return step + sent / self.link.bytes_per_s / self.options.microbatches
 

@@ -26,6 +26,7 @@ from graphpar.cost_models.group_times import ShardingOptions
 from graphpar.preparation import Prepared, prepare
 from graphpar.training import Training
 
+MODELS = ("gpt", "llama", "mixtral", "deepseek")
 LINKS = {"nvlink": LinkCost(3e-6, 400e9), "pcie": LinkCost(10e-6, 12e9)}
 
 
@@ -61,11 +62,12 @@ def captured(name: str, batch: int, length: int, layers: int) -> Prepared:
     return prepare(built, (ids,), {"labels": ids}, Training(optimizer=torch.optim.SGD))
 
 
-def shapes(members: int) -> list[Mesh]:
+def shapes(members: int, divides: bool) -> list[Mesh]:
     """One axis, replicas of one axis with and without ZeRO, and two axes."""
     halves = [(a, members // a) for a in range(2, members // 2 + 1) if members % a == 0]
     beside = [Mesh((b,), a, zero) for a, b in halves for zero in (0, 1)]
-    return [Mesh((members,)), *beside, *(Mesh(pair) for pair in halves)]
+    groups = (Mesh(axes, divides=divides) for axes in ((members,), *halves))
+    return [*groups, *beside]
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,17 @@ class Row:
 
 
 def compare(
-    name: str, link: str, members: int, samples: int, prepared: Prepared, memories: Sequence[float]
+    name: str, link: str, members: int, prepared: Prepared, memories: Sequence[float], divides: bool
 ) -> Iterator[Row]:
     """A row for each limit of memory, in equal shares of the whole model."""
-    programmes = []
-    for mesh in shapes(members):
+    programmes, samples = [], prepared.graph.batch
+    for mesh in shapes(members, divides):
         options = ShardingOptions(samples=samples // mesh.replicas, state_ratio=STATE_RATIO)
         programmes.append(MeshProgramme(prepared, mesh, LINKS[link], options))
     whole = programmes[0].weight_bytes()
     for memory in memories:
         found = {p.mesh: p.solve(memory * whole / members) for p in programmes}
-        alone = found[Mesh((members,))][0]
+        alone = found[Mesh((members,), divides=divides)][0]
         beside = [
             min((s for m, (s, _) in found.items() if m.replicas > 1 and m.zero == zero), default=inf)
             for zero in (0, 1)
@@ -117,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["gpt", "llama", "mixtral", "deepseek"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--links", nargs="+", default=list(LINKS), choices=list(LINKS))
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--samples", type=int, default=0, help="in a microbatch; as many as members")
@@ -125,6 +127,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--memory", nargs="+", type=float, default=[1.05, 1.5, 2.1],
                         help="bytes of a member over its equal share of the model's")  # fmt: skip
+    parser.add_argument("--divides", action="store_true",
+                        help="let members divide the state of weights that they hold alike")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     given = parser.parse_args()
     samples = given.samples or given.members
@@ -132,12 +136,13 @@ def main() -> None:
     for name in given.models:
         prepared = captured(name, samples, given.length, given.layers)
         for link in given.links:
-            for row in compare(name, link, given.members, samples, prepared, given.memory):
+            for row in compare(name, link, given.members, prepared, given.memory, given.divides):
                 rows.append(row)
                 if not given.json:
                     print(row, flush=True)
     if given.json:
-        print(json.dumps([vars(row) for row in rows]))
+        finite = ({k: None if v == inf else v for k, v in vars(row).items()} for row in rows)
+        print(json.dumps(list(finite)))
 
 
 if __name__ == "__main__":

@@ -180,13 +180,26 @@ def _corrected(
         )
 
     backward_s = rows(cost.backward_s, timing.backward_s)
-    # What may be made later stays the same part of the backward.
-    weight_s = tuple(
-        tuple(w * new / old if old > 0 else w for w, old, new in zip(*parts, strict=True))
-        for parts in zip(cost.weight_s, cost.backward_s, backward_s, strict=False)
-    )
     forward_s = rows(cost.forward_s, timing.forward_s)
-    return replace(cost, forward_s=forward_s, backward_s=backward_s, weight_s=weight_s)
+    return replace(
+        cost,
+        forward_s=forward_s,
+        backward_s=backward_s,
+        weight_s=_same_part(cost.weight_s, cost.backward_s, backward_s),
+        again_s=_same_part(cost.again_s, cost.forward_s, forward_s),
+    )
+
+
+def _same_part(
+    part: tuple[tuple[float, ...], ...],
+    predicted: tuple[tuple[float, ...], ...],
+    measured: tuple[tuple[float, ...], ...],
+) -> tuple[tuple[float, ...], ...]:
+    """What may be made later, or again, stays the same part of what was measured."""
+    return tuple(
+        tuple(p * new / old if old > 0 else p for p, old, new in zip(*rows, strict=True))
+        for rows in zip(part, predicted, measured, strict=False)
+    )
 
 
 def _divided(

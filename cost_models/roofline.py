@@ -7,6 +7,7 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster, Device
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, PricingOptions, Topology, UnitCost
+from graphpar.cost_models.again import run_again
 from graphpar.cost_models.classes import device_classes, microbatch_sizes
 from graphpar.cost_models.divisible import few_row_bytes, passing_gradient_bytes
 from graphpar.cost_models.layout import Layout, find_layout
@@ -211,6 +212,7 @@ def _joined(runs: Sequence[tuple["_Pricer", Device]], index: int, sizes: Sequenc
         weight_s=tuple(cost.weight_s[row] for cost, row in rows) if can_defer else (),
         deferred_bytes=tuple(map(max, *(c.deferred_bytes for c in all_costs))) if can_defer else (),
         split_s=tuple(cost.split_s[row] for cost, row in rows) if can_defer else (),
+        again_s=tuple(cost.again_s[row] for cost, row in rows) if all_costs[0].again_s else (),
         working_bytes=tuple(map(max, *(cost.working_bytes for cost in all_costs))),
         weights_by_class=tuple(cost.weight_bytes for cost, _ in rows),
         saved_by_class=tuple(cost.saved_bytes for cost, _ in rows),
@@ -294,6 +296,18 @@ class _Pricer:
             weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
             deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
             split_s=tuple(LATE_OP_S * len(late) * d.slowdown for d in devices) if late else (),
+            again_s=self._again_s(works, list(zip(rates, devices, strict=True))),
+        )
+
+    def _again_s(
+        self, works: Sequence[dict[str, OpWork]], devices: Sequence[tuple[Rates, Device]]
+    ) -> tuple[tuple[float, ...], ...]:
+        if not self.options.training:
+            return ()
+        again = [{name: work[name] for name in run_again(self.graph, work)} for work in works]
+        return tuple(
+            tuple(self._forward_s(rate, work) * device.slowdown for work in again)
+            for rate, device in devices
         )
 
     def _late(self, unit: Unit) -> dict[str, tuple[int, ...]]:

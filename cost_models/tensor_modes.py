@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
+from graphpar.cost_models.again import kept_last
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import rates_of
@@ -132,12 +133,8 @@ def computed_again(graph: Graph, ops: Sequence[Op], times: OpTimes) -> Sequence[
 
     There torch stops: a sum over the members behind a unit's last product is not made again.
     """
-    last = 0
-    for number, op in enumerate(ops, 1):
-        work = work_of(op, graph, times.layout, times.options.samples)
-        if op.attr("grad") and work.backward and (work.saved or work.saved_bytes):
-            last = number
-    return ops[:last]
+    works = {op.name: work_of(op, graph, times.layout, times.options.samples) for op in ops}
+    return ops[: kept_last(graph, works)]
 
 
 def sent_again(

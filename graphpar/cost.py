@@ -36,7 +36,8 @@ class UnitCost:
     `weight_s`, indexed like `backward_s`, is the part of it that makes gradients of weights which may
     come later; `deferred_bytes`, by microbatch size, is what must be kept until then; `split_s`, by
     device class, is what a backward in two halves takes besides. All are empty where nothing may come
-    later.
+    later. `again_s`, indexed like `forward_s`, is the part of it that is computed once more where the
+    unit keeps only what enters it; empty for all of it.
 
     `meetings` is how often pipelines side by side exchange something in one forward, `met_bytes` how
     much each sends to each other one in all of these; a backward does the same.
@@ -57,6 +58,7 @@ class UnitCost:
     weight_s: tuple[tuple[float, ...], ...] = ()
     deferred_bytes: tuple[float, ...] = ()
     split_s: tuple[float, ...] = ()
+    again_s: tuple[tuple[float, ...], ...] = ()
     meetings: int = 0
     met_bytes: float = 0.0
     weights_by_class: tuple[float, ...] = ()
@@ -476,4 +478,5 @@ def _plain_cost(cost: UnitCost, k: int) -> ModeCost:
         weight_s=cost.weight_s[k] if cost.weight_s else (),
         deferred_bytes=(deferred,) if deferred else (),
         split_s=cost.split_s[k] if cost.split_s else 0.0,
+        again_s=cost.again_s[k] if cost.again_s else (),
     )
