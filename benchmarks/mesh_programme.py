@@ -53,7 +53,7 @@ class Mesh:
     Attributes:
         axes: Members along each axis of the group.
         replicas: Groups of this kind that share the samples.
-        zero: ZeRO level of the replicas: at 1 they divide the optimiser's state and work.
+        zero: ZeRO level of the replicas: at 1 they divide the optimiser's state and work, at 2 gradients too.
         divides: Whether members of a group do so with weights that they hold alike; no group does yet.
     """
 
@@ -128,8 +128,10 @@ class MeshPrices:
     def held_bytes(self, op: Op, layouts: Layouts) -> float:
         """Weight, gradient and optimiser state."""
         left = self.left(layouts)
-        state = STATE_RATIO * self._stepped(layouts)
-        return op.type.bytes(1) * (2 * left + state if op.attr("grad") else left)
+        if not op.attr("grad"):
+            return op.type.bytes(1) * left
+        gradient = left / self.mesh.replicas if self.mesh.zero > 1 else left
+        return op.type.bytes(1) * (left + gradient + STATE_RATIO * self._stepped(layouts))
 
     def _stepped(self, layouts: Layouts) -> float:
         """The part of a weight whose state a member keeps."""
@@ -144,8 +146,10 @@ class MeshPrices:
         parts = round(1 / self._stepped(layouts))
         cut = Split(0, (1,) * parts + (0,) * (self.everybody.size - parts))
         step = self.times.optimizer_seconds(op, cut)
-        sent = 2 * (replicas - 1) / replicas * op.type.bytes(1) * self.left(layouts)
-        return step + sent / self.link.bytes_per_s / self.options.microbatches
+        once = (replicas - 1) / replicas * op.type.bytes(1) * self.left(layouts) / self.link.bytes_per_s
+        # Gradients are scattered, and sums or weights gathered; at level 2 the first for each microbatch.
+        each = self.options.microbatches
+        return step + once / each + once / (1 if self.mesh.zero > 1 else each)
 
     def conversion_seconds(self, op: Op, made: Layouts, wanted: Layouts) -> float:
         """The cheapest order of axes, or all at once; endless where there is no way."""

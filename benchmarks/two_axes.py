@@ -4,7 +4,7 @@
 
 Meshes of two axes (`mesh_programme.py`) are compared at equal memory with what is planned today: groups
 of one axis over all members, and replicas of narrower groups, which sum gradients once a step, under ZeRO
-level 0 or 1. Weights and gradients in bfloat16, Adam's state and the master weight in float32 count as
+level 0, 1 or 2. Weights and gradients in bfloat16, Adam's state and the master weight in float32 count as
 memory, in equal shares of the whole model's.
 
 Printed are milliseconds of a microbatch, the best shape of each kind, and by how many percent the mesh is
@@ -26,6 +26,8 @@ from graphpar.cost_models.group_times import ShardingOptions
 from graphpar.preparation import Prepared, prepare
 from graphpar.training import Training
 
+LEVELS = (0, 1, 2)
+"""ZeRO levels of replicas that jobs run."""
 MODELS = ("gpt", "llama", "mixtral", "deepseek")
 LINKS = {"nvlink": LinkCost(3e-6, 400e9), "pcie": LinkCost(10e-6, 12e9)}
 
@@ -65,7 +67,7 @@ def captured(name: str, batch: int, length: int, layers: int) -> Prepared:
 def shapes(members: int, divides: bool) -> list[Mesh]:
     """One axis, replicas of one axis with and without ZeRO, and two axes."""
     halves = [(a, members // a) for a in range(2, members // 2 + 1) if members % a == 0]
-    beside = [Mesh((b,), a, zero) for a, b in halves for zero in (0, 1)]
+    beside = [Mesh((b,), a, zero) for a, b in halves for zero in LEVELS]
     groups = (Mesh(axes, divides=divides) for axes in ((members,), *halves))
     return [*groups, *beside]
 
@@ -81,11 +83,12 @@ class Row:
     one_axis_ms: float
     replicas_ms: float
     replicas_zero1_ms: float
+    replicas_zero2_ms: float
     mesh_ms: float
     mesh_bound_ms: float
     mesh: str
     gain_percent: float
-    gain_over_zero1_percent: float
+    gain_over_zero_percent: float
 
 
 def compare(
@@ -102,15 +105,15 @@ def compare(
         alone = found[Mesh((members,), divides=divides)][0]
         beside = [
             min((s for m, (s, _) in found.items() if m.replicas > 1 and m.zero == zero), default=inf)
-            for zero in (0, 1)
+            for zero in LEVELS
         ]
         best = min((m for m in found if len(m.axes) > 1), key=lambda m: found[m][0])
         seconds = found[best][0]
         without = min(alone, beside[0])
         yield Row(
-            name, link, members, memory, 1e3 * alone, 1e3 * beside[0], 1e3 * beside[1], 1e3 * seconds,
+            name, link, members, memory, 1e3 * alone, *(1e3 * s for s in beside), 1e3 * seconds,
             1e3 * min(found[m][1] for m in found if len(m.axes) > 1), str(best),
-            100 * (without / seconds - 1), 100 * (min(without, beside[1]) / seconds - 1),
+            100 * (without / seconds - 1), 100 * (min(alone, *beside) / seconds - 1),
         )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="in a microbatch; as many as members")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--memory", nargs="+", type=float, default=[1.05, 1.5, 2.1],
+    parser.add_argument("--memory", nargs="+", type=float, default=[1.05, 1.15, 1.5, 2.1],
                         help="bytes of a member over its equal share of the model's")  # fmt: skip
     parser.add_argument("--divides", action="store_true",
                         help="let members divide the state of weights that they hold alike")  # fmt: skip
