@@ -53,7 +53,7 @@ class Mesh:
     Attributes:
         axes: Members along each axis of the group.
         replicas: Groups of this kind that share the samples.
-        zero: ZeRO level of the replicas: at 1 they divide the optimiser's state and work, at 2 gradients too.
+        zero: ZeRO level of the replicas: they divide the optimiser's state at 1, gradients too at 2.
         divides: Whether members of a group do so with weights that they hold alike; no group does yet.
     """
 
