@@ -43,6 +43,7 @@ STATE_RATIO = 6.0
 """Adam's moments and the master weight in float32 beside a weight in bfloat16."""
 Layouts = tuple[Layout, ...]
 """A value's layout along each axis."""
+_WHOLE: Layout = "whole"
 Matrix = npt.NDArray[np.float64]
 
 
@@ -307,7 +308,7 @@ class MeshProgramme:
         if source in self.ways:
             made = [way.result(index) for way in self.ways[source]]
         else:
-            whole: Layouts = ("whole",) * len(self.mesh.axes)
+            whole: Layouts = tuple(_WHOLE for _ in self.mesh.axes)
             made = self.weights.get(source, [whole])
         start: str = source
         if len(readers) > 1 and self.graph[name].target not in SOURCES:
