@@ -111,8 +111,8 @@ def compare(
         seconds = found[best][0]
         without = min(alone, beside[0])
         yield Row(
-            name, link, members, memory, 1e3 * alone, 1e3 * beside[0], 1e3 * beside[1], 1e3 * beside[2], 1e3 * seconds,
-            1e3 * min(found[m][1] for m in found if len(m.axes) > 1), str(best),
+            name, link, members, memory, 1e3 * alone, 1e3 * beside[0], 1e3 * beside[1], 1e3 * beside[2],
+            1e3 * seconds, 1e3 * min(found[m][1] for m in found if len(m.axes) > 1), str(best),
             100 * (without / seconds - 1), 100 * (min(alone, *beside) / seconds - 1),
         )  # fmt: skip
 
