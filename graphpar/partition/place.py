@@ -7,6 +7,7 @@ splits whose devices can be ordered so that no forward transfer goes backwards.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from graphpar.partition.answers import (
     ignore_progress,
     relative_gap,
 )
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_free import improve_free, value_of
 from graphpar.partition.place_graph import Blocks, contract, join_dominated, loose, without
@@ -36,11 +38,18 @@ from graphpar.partition.place_ideals import (
 )
 from graphpar.partition.place_latency import search_latency
 from graphpar.partition.place_simple import simple_placements
+from graphpar.partition.place_split import best_split_of_all, ideals_of
 from graphpar.partition.problems import NodeId, PlacementProblem
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _MOST_IDEALS = 40_000
 """Ideals up to which all pairs are compared; memory grows with their number, time with its square."""
+
+_MOST_WALKED = 150_000
+"""Ideals up to which compiled loops visit all pairs that are near each other."""
+
+_FEW_IDEALS = 2_000
+"""Ideals up to which array operations take less than a second; compiled loops take as long to load."""
 
 _MOST_FREELY = 3_000
 """Ideals up to which every one is tried with every choice of the blocks that contiguity leaves free."""
@@ -161,7 +170,7 @@ class _Throughput:
         if self._stop():
             return
         blocks = contract(self.problem, forward_only=True, cutoff=self.load)
-        split, complete = self._run(blocks, all_ideals(blocks, _MOST_IDEALS), self.load)
+        split, complete = self._run_all(blocks)
         self._take(blocks, split, "ideals")
         if self._stop():
             return
@@ -206,6 +215,24 @@ class _Throughput:
         self.finished = complete
         if complete:
             self.bound = max(self.bound, self.load)
+
+    def _run_all(self, blocks: Blocks) -> tuple[Split | None, bool]:
+        """The best split of all ideals, if there are not too many, and whether there are none better."""
+        every = ideals_of(blocks, _MOST_WALKED, self._stop)
+        if every is None:
+            return None, False
+        if not COMPILED or len(every.found) < _FEW_IDEALS:
+            return self._run(blocks, all_ideals(blocks, _MOST_IDEALS), self.load)
+        return best_split_of_all(
+            blocks,
+            every,
+            num_accelerators=self.problem.num_accelerators,
+            num_cpu_pools=min(1, self.problem.num_cpus),
+            memory_limit=self.problem.memory_limit,
+            cutoff=self.load,
+            should_stop=self._stop,
+            threads=min(2, os.cpu_count() or 1),
+        )
 
     def _run(
         self, blocks: Blocks, ideals: Ideals | None, cutoff: float, *, relaxed: bool = False

@@ -3,13 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.place_graph import FloatArray, IntArray
-
-WordArray = npt.NDArray[np.uint64]
-"""Sets of items as bits, 64 to a word."""
+from graphpar.partition.place_steps import Steps, WordArray, has
 
 
 class Order(NamedTuple):
@@ -23,7 +20,7 @@ class Order(NamedTuple):
         ancestors: For each item what must be done before.
         before_start, before_item, after_start, after_item: For each item what it waits for, and what
             waits for it: where that begins, and the items.
-        step_start, step_item, step_to: For each ideal its maximal items, and the ideals without them.
+        steps: The steps between ideals.
         before_ideal: For each item its ancestors as an ideal.
         work, sent, cpu, size: Accelerator time, cheapest transfer, CPU time and memory of each item.
         memory: What an accelerator holds.
@@ -39,9 +36,7 @@ class Order(NamedTuple):
     before_item: IntArray
     after_start: IntArray
     after_item: IntArray
-    step_start: IntArray
-    step_item: IntArray
-    step_to: IntArray
+    steps: Steps
     before_ideal: IntArray
     work: FloatArray
     sent: FloatArray
@@ -125,12 +120,6 @@ def find(words: WordArray, ideals: WordArray, slots: IntArray) -> np.int64:
 
 
 @compiled_exactly
-def has(ideals: WordArray, k: int, item: int) -> bool:
-    """Whether an item is in an ideal."""
-    return bool(ideals[k, item // 64] >> np.uint64(item % 64) & np.uint64(1))
-
-
-@compiled_exactly
 def begin_last(times: Times, below: np.int64, inner: np.int64, a: int, load: float) -> np.float64:
     """When an ideal of whole sets is done, at least; its last waits for `inner` and leaves `below`."""
     done: np.float64 = times.whole[below, a] + load
@@ -152,8 +141,8 @@ def relax(begin: int, end: int, order: Order, times: Times, scratch: Scratch) ->
     ideals, best = order.ideals, order.best
     num, width, one = least.shape[1], ideals.shape[1], np.uint64(1)
     for top in range(begin, end):
-        for s in range(order.step_start[top], order.step_start[top + 1]):
-            v, below = order.step_item[s], order.step_to[s]
+        for s in range(order.steps.start[top], order.steps.start[top + 1]):
+            v, below = order.steps.item[s], order.steps.to[s]
             for a in range(num):
                 done = max(least[below, a], least[order.before_ideal[v], a] + order.cpu[v])
                 least[top, a] = min(least[top, a], done)
@@ -171,8 +160,8 @@ def relax(begin: int, end: int, order: Order, times: Times, scratch: Scratch) ->
         while height > 0:
             height -= 1
             here = stack[height]
-            for s in range(order.step_start[here], order.step_start[here + 1]):
-                v, below = order.step_item[s], order.step_to[s]
+            for s in range(order.steps.start[here], order.steps.start[here + 1]):
+                v, below = order.steps.item[s], order.steps.to[s]
                 if stamp[below] == top:
                     continue
                 busy, held = sums[here, 0] + order.work[v], sums[here, 2] + order.size[v]
@@ -259,6 +248,6 @@ def pass_on(begin: int, end: int, order: Order, times: Times, stack: IntArray) -
                     sooner = True
             # What is part of an ideal is past no later than that, so there is nothing to tell it.
             if sooner:
-                for s in range(order.step_start[here], order.step_start[here + 1]):
-                    stack[height] = order.step_to[s]
+                for s in range(order.steps.start[here], order.steps.start[here + 1]):
+                    stack[height] = order.steps.to[s]
                     height += 1

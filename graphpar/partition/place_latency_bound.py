@@ -38,27 +38,25 @@ after the other, with all transfers in and out:
 CPUs really run side by side, so the latency of the answer is at most g.
 """
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.clock import ShouldStop
 from graphpar.partition.jit import COMPILED
-from graphpar.partition.place_graph import IntArray
 from graphpar.partition.place_ideal_loops import (
     Order,
     Scratch,
     Times,
-    WordArray,
     fill_slots,
     pass_on,
     relax,
 )
 from graphpar.partition.place_reach import Held, Reach, bits
+from graphpar.partition.place_steps import AllIdeals, all_ideals_of, lists_of, words_of
 from graphpar.partition.place_units import Devices, Units
 
 _MOST_IDEALS = 50_000
@@ -87,28 +85,25 @@ def walk_ideals(reach: Reach, best: float, most_s: float, threads: int = 1) -> I
     units, began_s = reach.units, time.perf_counter()
     if not COMPILED or not math.isfinite(best):
         return IdealWalk()
-    levels = _levels(units, lambda: time.perf_counter() - began_s > most_s)
-    if levels is None:
+    need = [sum(1 << j for j in before) for before in units.before]
+    every = all_ideals_of(need, _MOST_IDEALS, lambda: time.perf_counter() - began_s > most_s)
+    if every is None:
         return IdealWalk()
-    found = [ideal for level in levels for ideal in level]
-    order = _order(reach, found, best)
+    order = _order(reach, every, best)
     times = _nothing_known(order, units.num_accelerators)
     scratches = [_scratch(order) for _ in range(threads)]
-    done = 1
     with ThreadPoolExecutor(threads) as pool:
-        for level in levels[1:]:
-            end = done + len(level)
+        for done, end in itertools.pairwise(every.levels[1:]):
             for begin in range(done, end, _AT_A_TIME * threads):
-                share = (begin / len(found)) ** 2
+                share = (begin / len(every.found)) ** 2
                 spent_s = time.perf_counter() - began_s
                 if spent_s > most_s or (share > _TELLING_SHARE and spent_s > share * most_s):
                     return IdealWalk()
                 until = min(begin + _AT_A_TIME * threads, end)
                 _relax_together(pool, begin, until, order, times, scratches)
             pass_on(done, end, order, times, scratches[0].stack)
-            done = end
     bound = float(times.whole[-1, -1]) * (1 - 1e-9)
-    return IdealWalk(bound, _follow(found, times, units))
+    return IdealWalk(bound, _follow(every.found, times, units))
 
 
 def _relax_together(
@@ -126,17 +121,15 @@ def _relax_together(
         result.result()
 
 
-def _order(reach: Reach, found: list[int], best: float) -> Order:
-    units = reach.units
-    number = {ideal: k for k, ideal in enumerate(found)}
-    width = 1 + units.num_items // 64
+def _order(reach: Reach, every: AllIdeals, best: float) -> Order:
+    units, found = reach.units, every.found
     ancestors = [reach.around([i])[0] for i in range(units.num_items)]
     closed = []
     for c in range(units.num_classes):
         held = Held(reach)
         held.take([c])
         closed.append(held.items)
-    ideals = _words(found, width)
+    ideals = words_of(found, units.num_items)
     slots = np.full(1 << (3 * len(found)).bit_length(), -1, np.int64)
     fill_slots(ideals, slots)
     sent = np.full(units.num_items, np.inf)
@@ -147,12 +140,12 @@ def _order(reach: Reach, found: list[int], best: float) -> Order:
         ideals,
         slots,
         units.num_classes < units.num_items,
-        _words([closed[c] for c in units.class_of], width),
-        _words(ancestors, width),
-        *_lists(units.before),
-        *_lists(units.after),
-        *_steps(units, found, number),
-        np.array([number[mask] for mask in ancestors], np.int64),
+        words_of([closed[c] for c in units.class_of], units.num_items),
+        words_of(ancestors, units.num_items),
+        *lists_of(units.before),
+        *lists_of(units.after),
+        every.steps,
+        np.array([every.number[mask] for mask in ancestors], np.int64),
         np.where(possible, units.work, np.inf).astype(np.float64),
         sent,
         units.cpu.astype(np.float64),
@@ -177,7 +170,7 @@ def _scratch(order: Order) -> Scratch:
         np.zeros((count, width), np.uint64),
         np.zeros((count, width), np.uint64),
         np.zeros((count, 5)),
-        np.zeros(count + len(order.step_to), np.int64),
+        np.zeros(count + len(order.steps.to), np.int64),
     )
 
 
@@ -193,44 +186,3 @@ def _follow(found: list[int], times: Times, units: Units) -> Devices | None:
             devices[units.class_of[i]] = 0 if on_cpu else a
         k, a = smaller, a if on_cpu else a - 1
     return devices
-
-
-def _levels(units: Units, should_stop: ShouldStop) -> list[list[int]] | None:
-    """All ideals as bits, by their size, or None where there are too many."""
-    need = [sum(1 << j for j in before) for before in units.before]
-    levels = [[0]]
-    total = 1
-    while levels[-1]:
-        following = set()
-        for ideal in levels[-1]:
-            for i, mask in enumerate(need):
-                if not ideal >> i & 1 and mask & ~ideal == 0:
-                    following.add(ideal | 1 << i)
-        total += len(following)
-        if total > _MOST_IDEALS or should_stop():
-            return None
-        levels.append(list(following))
-    return levels
-
-
-def _steps(units: Units, found: list[int], number: dict[int, int]) -> tuple[IntArray, IntArray, IntArray]:
-    """For each ideal its maximal items and the ideals without them: where they begin, items, ideals."""
-    later = [sum(1 << j for j in after) for after in units.after]
-    start, items, smaller = [0], [], []
-    for ideal in found:
-        for i, mask in enumerate(later):
-            if ideal >> i & 1 and mask & ideal == 0:
-                items.append(i)
-                smaller.append(number[ideal ^ 1 << i])
-        start.append(len(items))
-    return np.array(start, np.int64), np.array(items, np.int64), np.array(smaller, np.int64)
-
-
-def _lists(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
-    start = np.cumsum([0, *map(len, rows)])
-    return start.astype(np.int64), np.array([i for row in rows for i in row], np.int64)
-
-
-def _words(masks: list[int], width: int) -> WordArray:
-    rows = [[mask >> 64 * w & (2**64 - 1) for w in range(width)] for mask in masks]
-    return np.array(rows, dtype=np.uint64).reshape(len(masks), width)

@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from small_problems import best_placement, placement_problems
 
 from graphpar.partition import place
+from graphpar.partition.clock import never
 from graphpar.partition.place import solve_placement
 from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_graph import contract, join_dominated
-from graphpar.partition.place_ideals import all_ideals
+from graphpar.partition.place_ideals import all_ideals, best_split
 from graphpar.partition.place_items import items_of
 from graphpar.partition.place_latency_bound import walk_ideals
 from graphpar.partition.place_paths import path_bound
 from graphpar.partition.place_reach import Reach
+from graphpar.partition.place_split import best_split_of_all, ideals_of
 from graphpar.partition.place_units import units_of
 from graphpar.partition.problems import NodeId, Operator, PlacementProblem, Transfer
 
@@ -53,6 +55,40 @@ def test_throughput_answers_lie_between_bound_and_optimum(problem: PlacementProb
         assert solved.bound <= best + 1e-9 <= solved.objective + 2e-9
     if solved.status == "optimal":
         assert solved.objective == pytest.approx(best)
+
+
+@settings(max_examples=100, deadline=None)
+@given(placement_problems(), st.sampled_from([math.inf, 12.0]))
+def test_both_ways_over_all_ideals_agree(problem: PlacementProblem, cutoff: float) -> None:
+    blocks = contract(problem, forward_only=True)
+    every = ideals_of(blocks, 1_000, never)
+    ideals = all_ideals(blocks, 1_000)
+    assert every is not None
+    assert ideals is not None
+    assert len(every.found) == len(ideals.member)
+    by_arrays = best_split(
+        blocks,
+        ideals,
+        num_accelerators=problem.num_accelerators,
+        num_cpu_pools=min(1, problem.num_cpus),
+        memory_limit=problem.memory_limit,
+        cutoff=cutoff,
+    )
+    split, finished = best_split_of_all(
+        blocks,
+        every,
+        num_accelerators=problem.num_accelerators,
+        num_cpu_pools=min(1, problem.num_cpus),
+        memory_limit=problem.memory_limit,
+        cutoff=cutoff,
+        should_stop=never,
+        threads=2,
+    )
+    assert finished
+    assert (split is None) == (by_arrays is None)
+    if split and by_arrays:
+        assert split.load == pytest.approx(by_arrays.load)
+        assert sorted(b for _, part in split.parts for b in part) == list(range(blocks.num_blocks))
 
 
 def in_order(problem: PlacementProblem, answer: dict[NodeId, int]) -> bool:
