@@ -1,7 +1,8 @@
-"""What of a model's weights and gradients replicas cannot divide, or not at all times (ZeRO)."""
+"""Weights that do not count unit by unit: several units read them, or ZeRO may not divide them."""
 
 from collections.abc import Sequence
 
+from graphpar.cost import PricingOptions, RepeatedWeights
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.rows import rows_in
@@ -42,3 +43,27 @@ def few_row_bytes(
             if first_of[kinds[unit]] == unit:
                 found[kinds[unit]] += op.type.bytes(1)
     return tuple(found) if any(found) else ()
+
+
+def repeated_weights(
+    graph: Graph, chain: Chain, kinds: Sequence[int], options: PricingOptions
+) -> tuple[RepeatedWeights, ...]:
+    """Weights and buffers that units of several kinds read; the first reader's cost counts them.
+
+    Units of its kind count them, too, for they have its cost.
+    """
+    number = {name: i for i, unit in enumerate(chain.units) for name in unit.ops}
+    held: dict[tuple[int, tuple[int, ...]], list[float]] = {}
+    for op in (*graph.sources("parameter"), *graph.sources("buffer")):
+        readers = sorted({number[user.name] for user in graph.users(op.name) if user.name in number})
+        again = tuple(unit for unit in readers if kinds[unit] != kinds[readers[0]])
+        if again:
+            total = held.setdefault((readers[0], again), [0.0, 0.0])
+            total[0] += op.type.bytes(1)
+            if options.training and op.target == "parameter" and op.attr("grad"):
+                total[1] += op.type.bytes(1)
+    state = options.optimizer_state_bytes_per_parameter_byte
+    return tuple(
+        RepeatedWeights(first, again, weights, trained, trained * state)
+        for (first, again), (weights, trained) in held.items()
+    )

@@ -9,7 +9,7 @@ from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, PricingOptions, Topology, UnitCost
 from graphpar.cost_models.again import run_again
 from graphpar.cost_models.classes import device_classes, microbatch_sizes
-from graphpar.cost_models.divisible import few_row_bytes, passing_gradient_bytes
+from graphpar.cost_models.divisible import few_row_bytes, passing_gradient_bytes, repeated_weights
 from graphpar.cost_models.layout import Layout, find_layout
 from graphpar.cost_models.memory import (
     ALLOCATOR_SLACK,
@@ -106,6 +106,7 @@ class Roofline:
             in_step_reason=options.in_step_reason,
             reserved_bytes=max(self._reserved_bytes(d, len(cluster.devices) == 1) for d in examples),
             sum_s_per_byte=self._sum_s_per_byte(cluster),
+            repeated=repeated_weights(graph, chain, units, options),
             few_row_bytes=few_row_bytes(graph, chain, units, most) if options.training else (),
             passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
             if options.training

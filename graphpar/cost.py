@@ -273,6 +273,31 @@ class PricingOptions:
 
 
 @dataclass(frozen=True)
+class RepeatedWeights:
+    """Weights that units read whose cost does not count them, since an earlier unit's does.
+
+    A stage that has one of these units without the earlier one holds copies of its own.
+
+    Attributes:
+        first: The unit whose cost counts them.
+        again: Later units that read them, in order.
+        weight_bytes: Bytes of the weights.
+        gradient_bytes: Bytes of their gradients.
+        optimizer_bytes: Bytes of the optimiser's state.
+    """
+
+    first: int
+    again: tuple[int, ...]
+    weight_bytes: float
+    gradient_bytes: float
+    optimizer_bytes: float
+
+    def held_by(self, first: int, last: int) -> bool:
+        """Whether a stage of units `first .. last - 1` holds them besides what its units count."""
+        return self.first < first and any(first <= unit < last for unit in self.again)
+
+
+@dataclass(frozen=True)
 class StageOptions:
     """What stages may choose besides the plain mode of each device class.
 
@@ -320,6 +345,7 @@ class CostTable:
             while backward is in it: those that an earlier unit reads as well. Empty for none.
         few_row_bytes: For each distinct unit the trained weights that ZeRO may not divide among as many
             replicas as there can be, for want of rows. Empty for none.
+        repeated: Weights that several units read; each member of a tensor group counts them whole.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
         shared: Which devices share the cores of this machine; times are those of one that has its cores
@@ -344,6 +370,7 @@ class CostTable:
     sum_s_per_byte: float = 0.0
     passing_gradient_bytes: tuple[float, ...] = ()
     few_row_bytes: tuple[float, ...] = ()
+    repeated: tuple[RepeatedWeights, ...] = ()
     modes: tuple[Mode, ...] = ()
     shared: SharedCores | None = None
 

@@ -222,7 +222,7 @@ def _stage_timing(
     ahead = moved / 3 if stage.zero > 2 else 0.0
     optimizer_s = sum(c.optimizer_s for c in costs) / (len(stage.replicas) if stage.zero else 1)
     sizes = sorted(set(pipeline.sizes()))
-    held = {n: member_bytes(table, costs, member, n, stage.zero, len(stage.replicas)) for n in sizes}
+    held = {n: member_bytes(table, stage, costs, member, n) for n in sizes}
     own_stages = [s for s in pipeline.stages if s.replicas == stage.replicas]
     reserved = table.reserved_bytes if stage is own_stages[0] else 0.0
     return RankTiming(

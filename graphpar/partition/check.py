@@ -439,4 +439,8 @@ def _peak(
                 total += num_bytes
         total += held * table.at_size(cost.saved_bytes[member], size)
         largest = max(largest, temporary)
+    for again in table.repeated:
+        if again.first < stage.first and set(again.again) & set(range(stage.first, stage.last)):
+            parts = [(1, again.optimizer_bytes), (2, again.gradient_bytes), (3, again.weight_bytes)]
+            total += sum(b / (copies if stage.zero >= level else 1) for level, b in parts)
     return total + largest

@@ -44,6 +44,7 @@ def as_one_unit(table: CostTable) -> CostTable:
         modes=modes,
         passing_gradient_bytes=(),
         few_row_bytes=few,
+        repeated=(),
     )
 
 

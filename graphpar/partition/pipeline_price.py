@@ -281,22 +281,28 @@ def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -
             held = in_flight(table, schedule, replica.microbatches, below, width)
             for member, device in enumerate(replica.devices):
                 fixed, saved, working = member_bytes(
-                    table, unit_costs(table, stage, mode), member, size, stage.zero, width
+                    table, stage, unit_costs(table, stage, mode), member, size
                 )
                 peaks[device] = fixed + held * saved + working + table.reserved_bytes
     return peaks
 
 
 def member_bytes(
-    table: CostTable, costs: Sequence[ModeCost], member: int, size: float, zero: int, width: int
+    table: CostTable, stage: StageChoice, costs: Sequence[ModeCost], member: int, size: float
 ) -> tuple[float, float, float]:
     """Bytes of one member: what stays, what a microbatch in flight keeps, the largest temporary."""
-    of_weights, of_gradients, of_state = (width if zero >= level else 1 for level in (3, 2, 1))
+    width = len(stage.replicas)
+    of_weights, of_gradients, of_state = (width if stage.zero >= level else 1 for level in (3, 2, 1))
     fixed = sum(
         c.weight_bytes[member] / of_weights
         + c.gradient_bytes[member] / of_gradients
         + c.optimizer_bytes[member] / of_state
         for c in costs
+    )
+    fixed += sum(
+        r.weight_bytes / of_weights + r.gradient_bytes / of_gradients + r.optimizer_bytes / of_state
+        for r in table.repeated
+        if r.held_by(stage.first, stage.last)
     )
     saved = sum(table.at_size(c.saved_bytes[member], size) for c in costs)
     working = max(

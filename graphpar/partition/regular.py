@@ -179,13 +179,17 @@ class _Mode:
         held = -(-setting.microbatches // self._width)
         alone = self._stages == 1
 
+        again = self._repeated_bytes()
+
         def peak(blocks: IntArray, below: IntArray, head: FloatArray, tail: FloatArray) -> FloatArray:
             flying = np.minimum(held, below) if setting.schedule == "1f1b" else held
             flying = flying if self._table.training else 0 * flying
             fixed = self._fixed[1] * blocks + self._fixed[0] * head + self._fixed[2] * tail
             kept = saved[1] * blocks + saved[0] * head + saved[2] * tail
             most = np.maximum(working[1], np.maximum(working[0] * head, working[2] * tail))
-            found: FloatArray = fixed + flying * kept + most
+            # More than some stages hold; a single one holds nothing twice.
+            copies = np.where(alone, 0.0, again) * (1 - head)
+            found: FloatArray = fixed + copies + flying * kept + most
             return found
 
         no, yes = np.zeros(self._stages.shape), np.ones(self._stages.shape)
@@ -195,6 +199,16 @@ class _Mode:
         last = peak(self._last, np.ones_like(self._stages), np.where(alone, 1.0, 0.0), yes)
         fits: BoolArray = np.maximum(np.maximum(first, last), inner) <= self._memory
         return fits
+
+    def _repeated_bytes(self) -> FloatArray:
+        """All weights that several units read, with gradients and state, as a stage may hold them."""
+        weights, gradients, state = (
+            sum(getattr(r, name) for r in self._table.repeated)
+            for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes")
+        )
+        by = [self._width if self._mode.zero >= level else 1.0 for level in (3, 2, 1)]
+        found: FloatArray = weights / by[0] + gradients / by[1] + state / by[2] + 0.0 * self._width
+        return found
 
     def _step_s(self, setting: Setting) -> FloatArray:
         """Estimated step: exact but for the links."""

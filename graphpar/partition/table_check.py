@@ -43,6 +43,12 @@ def _shape_problems(table: CostTable) -> Iterator[str]:
     for unit in table.units:
         if not 0 <= unit < len(table.costs):
             yield f"a unit refers to cost {unit} of {len(table.costs)}"
+    for again in table.repeated:
+        units = again.first, *again.again
+        if list(units) != sorted(set(units)) or not 0 <= units[0] <= units[-1] < len(table.units):
+            yield f"weights are read by units {units}, which must increase and exist"
+        held = [again.weight_bytes, again.gradient_bytes, again.optimizer_bytes]
+        yield from _bad_numbers("weights that several units read", {"bytes": held})
     scalars = {"reserved_bytes": [table.reserved_bytes], "sum_s_per_byte": [table.sum_s_per_byte]}
     yield from _bad_numbers("the table", scalars)
 

@@ -174,7 +174,7 @@ class UnitArrays:
         size = -(-self.setting.samples // self.setting.microbatches)
         # What ZeRO divides, at its first level 1, 2 and 3.
         held = [
-            self.ranges([getattr(c, name)[member] for c in chosen.costs])
+            self.ranges([getattr(c, name)[member] for c in chosen.costs]) + self._repeated(name)
             for name in ("optimizer_bytes", "gradient_bytes", "weight_bytes")
         ]
         alone = np.array([table.at_size(c.working_bytes[member], size) for c in chosen.costs])
@@ -192,6 +192,16 @@ class UnitArrays:
             free = memory * (1 + MEMORY_TOLERANCE) - fixed - working[width > 1] - table.reserved_bytes
             rows.append(self._flights(free, saved))
         found: FloatArray = np.stack(rows if chosen.zero else rows * len(widths))
+        return found
+
+    def _repeated(self, name: str) -> FloatArray:
+        """Bytes of a kind that each run holds of weights which an earlier unit counts."""
+        found = np.zeros(self.valid.shape)
+        first, last = self.runs.first, self.runs.last
+        for again in self.table.repeated:
+            units = np.array(again.again)
+            reads = np.searchsorted(units, first) < np.searchsorted(units, last)
+            found += np.where((again.first < first) & reads, getattr(again, name), 0.0)
         return found
 
     def _flights(self, free: FloatArray, saved: FloatArray) -> FloatArray:

@@ -5,7 +5,17 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, ModeCost, Topology, UnitCost
+from graphpar.cost import (
+    CostTable,
+    CutEdge,
+    DeviceClass,
+    LinkCost,
+    Mode,
+    ModeCost,
+    RepeatedWeights,
+    Topology,
+    UnitCost,
+)
 
 FAST = LinkCost(1e-6, 1e12)
 
@@ -189,6 +199,11 @@ def small_tables(
         max_replicas=batch,
         sum_s_per_byte=draw(st.sampled_from([0.0, 0.02])),
     )
+    if number > 1 and draw(st.sampled_from([False, False, True])):
+        first = draw(st.integers(0, number - 2))
+        again = draw(st.sets(st.integers(first + 1, number - 1), min_size=1))
+        held = [draw(_bytes), *((draw(_bytes), draw(_bytes)) if training else (0.0, 0.0))]
+        table = replace(table, repeated=(RepeatedWeights(first, tuple(sorted(again)), *held),))
     if modes:
         table = replace(table, modes=draw(drawn_modes(table)))
     if mixed:
