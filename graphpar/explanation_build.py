@@ -255,6 +255,8 @@ class _Work:
                 continue
             if other.zero and len(other.replicas) == 1:
                 continue
+            if other.zero > 1 and self._found.schedule not in ("gpipe", "1f1b"):
+                continue
             pipelines = self._with_stages(number, index, other)
             yield _Change(f"{attribute} {value}", pipelines, self._found.schedule)
 

@@ -113,6 +113,13 @@ def planning_options(command: _Command) -> _Command:
             help="Order of work in training; auto takes the one with the shortest step.",
         ),
         click.option(
+            "--zero",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0, 2),
+            help="Most that replicas may divide (ZeRO): 1 optimiser state, 2 gradients too.",
+        ),
+        click.option(
             "--gap",
             default=0.01,
             show_default=True,

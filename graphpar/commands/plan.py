@@ -1,7 +1,7 @@
 """`graphpar plan MODEL --cluster FILE`."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -44,6 +44,7 @@ def command(
     seq_len: int,
     train: bool,
     schedule: ScheduleWish,
+    zero: Literal[0, 1, 2],
     as_json: bool,
     **planning: Any,
 ) -> None:
@@ -57,7 +58,7 @@ def command(
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
-        training = default_training(schedule) if train else None
+        training = default_training(schedule, zero) if train else None
         prepared = prepare(loaded.model, loaded.args, loaded.kwargs, training)
         plan = plan_prepared(
             prepared,

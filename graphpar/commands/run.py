@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -57,6 +57,7 @@ def command(
     seq_len: int,
     train: bool,
     schedule: ScheduleWish,
+    zero: Literal[0, 1, 2],
     picture: str | None,
     profile: bool,
     as_json: bool,
@@ -81,7 +82,7 @@ def command(
             cluster,
             loaded.args,
             loaded.kwargs,
-            train=default_training(schedule) if train else None,
+            train=default_training(schedule, zero) if train else None,
             plan=plan,
             **planning,
         ) as job:

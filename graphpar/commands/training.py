@@ -1,6 +1,7 @@
 """How the command line trains: AdamW, and the model returns its own loss."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,6 @@ def _adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
 
 
-def default_training(schedule: ScheduleWish = "auto") -> Training:
-    """What `--train` means, and `--schedule`."""
-    return Training(optimizer=_adamw, schedule=schedule)
+def default_training(schedule: ScheduleWish = "auto", zero: Literal[0, 1, 2] = 0) -> Training:
+    """What `--train` means, with `--schedule` and `--zero`."""
+    return Training(optimizer=_adamw, schedule=schedule, zero=zero)

@@ -1,6 +1,6 @@
 """`graphpar verify MODEL --cluster FILE`."""
 
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -39,6 +39,7 @@ def command(
     seq_len: int,
     train: bool,
     schedule: ScheduleWish,
+    zero: Literal[0, 1, 2],
     as_json: bool,
     **planning: Any,
 ) -> None:
@@ -54,7 +55,7 @@ def command(
             Cluster.load(cluster_file),
             loaded.args,
             loaded.kwargs,
-            train=default_training(schedule) if train else None,
+            train=default_training(schedule, zero) if train else None,
             plan=load_plan(plan_file, train=train),
             steps=steps,
             **planning,
