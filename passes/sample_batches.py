@@ -141,6 +141,20 @@ def _cell(call: Call) -> Samples:
     return call.state(x)
 
 
+@rule("graphpar.packed_rnn.default")
+def _packed(call: Call) -> Samples:
+    """Recurrent layers over sequences of unlike lengths (see `graphpar.runtime.packed`)."""
+    x, lengths, *states, weights = call.op.args[:5]
+    own = call.state(x)
+    if own.kind != "sample" or call.dim(x) != 0 or call.state(lengths) != own:
+        return call.mixed("runs along the batch")
+    if any(call.state(state) != own or call.dim(state) != 1 for state in states):
+        return call.mixed("starts from a state that is not one for each sample")
+    if isinstance(weights, tuple) and any(call.state(w) != SHARED for w in weights):
+        return call.mixed("has weights that depend on the batch")
+    return own
+
+
 @rule("bilinear")
 def _bilinear(call: Call) -> Samples:
     x, y, *weights = call.op.args

@@ -27,6 +27,7 @@ from graphpar.frontend.host import (
     refuse_frozen,
 )
 from graphpar.frontend.objects import opened
+from graphpar.frontend.packing import packed_as_padded
 from graphpar.frontend.refusals import (
     no_functional_gradients,
     no_tensor_hooks,
@@ -366,6 +367,7 @@ def _watched(reads: HostReads) -> Iterator[None]:
         no_functional_gradients(reads.model),
         averages_as_tensors(),
         conversions_left_out(),
+        packed_as_padded(reads.modules),
         vmap_can_be_exported(),
         gradient_modes_in_autocast(),
         host_watched(reads),
