@@ -11,6 +11,7 @@ from graphpar.calibration import Calibration
 from graphpar.catalogue import families
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, Mode, StageOptions
+from graphpar.cost_models.classes import device_classes
 from graphpar.cost_models.extrapolation import WIDER, extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
@@ -74,7 +75,7 @@ class PriceBook:
             ValueError: The setting needs inputs that nobody can make.
             CaptureError: The model cannot be captured at that sequence length.
         """
-        key = priced_by(setting)
+        key = costs_by(setting)
         if key not in self._tables:
             prepared = self._prepare(setting)
             units = len(prepared.chain.units)
@@ -85,15 +86,17 @@ class PriceBook:
                 calibration=self.calibration,
                 formats=uniform_formats(setting.cluster, setting.precision, units),
             )
-        # Links are all that is left: they do not change what a unit costs on a single device.
-        topology = Roofline(self.calibration).topology(setting.cluster)
-        return self._with_modes(replace(self._tables[key], topology=topology), setting)
+        # Links and how many devices of a class there are: they do not change what a unit costs on one.
+        return self._with_modes(_placed(self._tables[key], setting.cluster, self.calibration), setting)
 
     def _with_modes(self, table: CostTable, setting: Setting) -> CostTable:
         """The table with the ways to run units that the setting leaves open, or asks for."""
-        inside = [(node.name, str(node.link.cost)) for node in setting.cluster.nodes]
-        wish = (setting.recompute, setting.layout and setting.layout.tensor, setting.tensor, inside)
-        key = f"{priced_by(setting)} {wish}"
+        wish = (setting.recompute, setting.layout and setting.layout.tensor, setting.tensor)
+        key = f"{costs_by(setting)} {wish}"
+        if wish[1:] not in ((None, 1), (1, 1)):
+            # What groups take depends on which devices share a node, and over which links.
+            inside = [(node.name, str(node.link.cost)) for node in setting.cluster.nodes]
+            key = f"{priced_by(setting)} {wish} {inside}"
         if key not in self._modes:
             self._modes[key] = self._all_modes(table, setting).modes
         return replace(table, modes=self._modes[key])
@@ -185,10 +188,31 @@ class PriceBook:
 
 
 def priced_by(setting: Setting) -> str:
-    """What a setting's unit costs depend on: its devices, not its links or how it is searched."""
+    """What a setting is priced on: its devices and sizes, not its links or how it is searched."""
     devices = [(d.name, d.node, sorted(d.to_dict().items(), key=str)) for d in setting.cluster.devices]
-    chosen = (setting.batch, setting.seq_len, setting.precision, setting.optimizer, setting.training)
-    return repr((devices, chosen))
+    return repr((devices, _chosen(setting)))
+
+
+def costs_by(setting: Setting) -> str:
+    """What units cost by: one device of each class, or all where some share this machine's cores."""
+    if any(device.is_local_cpu for device in setting.cluster.devices):
+        return priced_by(setting)
+    examples = [setting.cluster.device(c.devices[0]) for c in device_classes(setting.cluster)]
+    return repr(([sorted(d.to_dict().items(), key=str) for d in examples], _chosen(setting)))
+
+
+def _chosen(setting: Setting) -> tuple[object, ...]:
+    return (setting.batch, setting.seq_len, setting.precision, setting.optimizer, setting.training)
+
+
+def _placed(table: CostTable, cluster: Cluster, calibration: Calibration | None) -> CostTable:
+    """The table for another cluster of the same classes of devices."""
+    classes = zip(table.device_classes, device_classes(cluster), strict=True)
+    return replace(
+        table,
+        device_classes=tuple(replace(known, devices=own.devices) for known, own in classes),
+        topology=Roofline(calibration).topology(cluster),
+    )
 
 
 def _sequence_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 from graphpar import catalogue
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError
 from graphpar.optimizer_probe import optimizer_traits
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers
@@ -23,6 +24,7 @@ from graphpar.scenarios.pricing import PriceBook, priced_by, trust
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.solve import Task, answer_of, brought, solve_together
 from graphpar.scenarios.types import Answer, KnownPlan, Scenario, Setting, renamed
+from graphpar.simulated import has_formula
 
 Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
@@ -65,6 +67,7 @@ class Solver:
     progress: Progress | None = None
     _known: dict[str, Answer] = field(default_factory=dict)
     _settings: dict[str, Setting] = field(default_factory=dict)
+    _compared: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def answers(self, settings: Sequence[Setting], time_limit_s: float | None = None) -> list[Answer]:
         """One answer per setting; equal settings are solved once.
@@ -87,8 +90,19 @@ class Solver:
                 self.kept.put(key, answer)
             done += 1
             self._tell(done, total)
-        found = {key: self._settled(key) for key in dict.fromkeys(keys)}
-        return [found[key] for key in keys]
+        self._settle(tuple(dict.fromkeys(keys)))
+        return [self._known[key] for key in keys]
+
+    def _settle(self, keys: Sequence[str]) -> None:
+        """Exchange answers for better ones that other plans give, until none is: each may help others."""
+        waiting = True
+        while waiting:
+            waiting = False
+            for key in keys:
+                better = self._settled(key)
+                if better is not self._known[key]:
+                    self._known[key], waiting = better, True
+                    self.kept.put(key, better)
 
     def _settled(self, key: str) -> Answer:
         """The answer, or a better one that the plan of another setting gives."""
@@ -107,7 +121,7 @@ class Solver:
                 and step_s >= best.step_s * (1 - _ROUNDING)
             ):
                 break
-            if covers(setting, self._settings[name], self._given_state):
+            if self._covers(key, name):
                 better = self._taken_over(setting, best, self._known[name])
                 if better is not None:
                     return better
@@ -123,10 +137,20 @@ class Solver:
                 other.batch != mine.batch or made.step_s <= (other.step_s or 0)
             ):
                 return _better(mine, made, setting)
+        if other.batch != mine.batch:
+            return None
         # Played under faster links an order of work may come out longer; it need not be changed.
-        return _better(mine, self._valued(other, setting), setting) if other.batch == mine.batch else None
+        held = replace(other, any_bound_s=physical_bound_s(task.searched_table))
+        return _better(mine, self._valued(held, setting), setting)
 
-    @property
+    def _covers(self, large: str, small: str) -> bool:
+        """Whether no plan of one setting is slower in another; found once for each pair."""
+        if (large, small) not in self._compared:
+            settings = self._settings[large], self._settings[small]
+            self._compared[large, small] = covers(*settings, self._given_state)
+        return self._compared[large, small]
+
+    @cached_property
     def _given_state(self) -> float:
         """The state of the caller's own optimiser, where others may stand beside it."""
         plain = self.book.train is not None and optimizer_traits(self.book.train.optimizer).elementwise
@@ -232,9 +256,11 @@ class Solver:
 
 
 def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
-    """Another setting's plan in the place of this one's."""
-    # Of a setting that seemed infeasible nothing is known but what holds for plans of any kind.
-    bound_s = mine.bound_s if mine.bound_s is not None else other.any_bound_s or 0.0
+    """Another setting's plan in the place of this one's; its bound on any plan is one of this setting."""
+    any_bound_s = mine.any_bound_s if mine.any_bound_s is not None else other.any_bound_s
+    # Of schedules without a formula, and of a setting that seemed infeasible, no search proved anything.
+    searched = mine.bound_s is not None and other.plan is not None and has_formula(other.plan.schedule)
+    bound_s = (mine.bound_s if searched else any_bound_s) or 0.0
     step_s = other.step_s or 0.0
     used = set(other.used)
     cut = tuple(r for r in mine.remarks if r.startswith(CUT_SHORT))
@@ -243,7 +269,7 @@ def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
         other,
         bound_s=min(bound_s, step_s),
         gap=1 - min(bound_s / step_s, 1.0) if step_s > 0 and setting.layout is None else None,
-        any_bound_s=mine.any_bound_s if mine.any_bound_s is not None else other.any_bound_s,
+        any_bound_s=any_bound_s,
         left_out=tuple(d.name for d in setting.cluster.devices if d.name not in used),
         remarks=tuple(dict.fromkeys((*cut, *kept))),
         seconds=mine.seconds + other.seconds,
