@@ -8,6 +8,7 @@ differ, 130 interrupted; 1, without a word, when the reader of stdout went away.
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import logging
@@ -177,11 +178,31 @@ def run(arguments: Sequence[str] | None, settings: Settings) -> int:
         return _report(f"error: {error}", error.exit_code, settings)
     except ValueError as error:
         return _report(f"error: {error}", EXIT_USAGE, settings)
+    except OSError as error:
+        if error.filename is None and error.errno in _NOT_TAKEN:
+            _leave_stdout()
+        return _report(f"error: {_told(error)}", EXIT_FAILED, settings)
     except Exception as error:
         hint = "" if settings.debug else "; `graphpar --debug ...` shows where it happened"
         text = f"unexpected error: {type(error).__name__}: {error}{hint}"
         return _report(text, EXIT_FAILED, settings)
     return result if isinstance(result, int) else 0
+
+
+_NOT_TAKEN = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT)
+"""What a full disk, or a terminal that is gone, answers."""
+
+
+def _leave_stdout() -> None:
+    """Send what is still to be flushed nowhere; the interpreter would fail with it once more."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told(error: OSError) -> str:
+    """What the system refused, and of which file; results go to standard output where none is named."""
+    where = error.filename if error.filename is not None else "a file or standard output"
+    return f"{where}: {error.strerror or error}"
 
 
 def _report(text: str, code: int, settings: Settings) -> int:

@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import msgspec
 
 from graphpar.errors import PlanError
+from graphpar.files import write_whole
 from graphpar.plan_check import find_contradiction
 from graphpar.plan_page import format_plan
 from graphpar.plan_records import (
@@ -76,8 +76,7 @@ class Plan(PlanRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
         target = Path(path)
         data = self.to_json()
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(target, data)
+            write_whole(target, data)
         except OSError as error:
             raise PlanError(
                 f"plan file {target}: cannot be written: {error.strerror or error}; "
@@ -204,16 +203,3 @@ def _first_difference(planned: object, given: object, where: str) -> str | None:
     if planned != given:
         return f"{where} is {planned!r} in the plan, {given!r} in the given one"
     return None
-
-
-def _write_whole(target: Path, data: bytes) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

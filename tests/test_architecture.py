@@ -11,7 +11,7 @@ from plan_samples import sample_plan
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "errors units tracing",
+    "errors units files tracing",
     "ir cores cost catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration",
     "partition",

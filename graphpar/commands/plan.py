@@ -14,6 +14,7 @@ from graphpar.commands.options import (
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
+from graphpar.files import check_writable
 from graphpar.model_spec import load_model
 from graphpar.partition.settings import ScheduleWish
 from graphpar.planner import EXPLAIN_S, plan_prepared
@@ -53,8 +54,11 @@ def command(
     MODEL is package.module:factory, hf:NAME (built from its configuration, no download) or a .pt2
     file. No accelerator is needed, and hf: models need no weights.
     """
+    if output is not None:
+        check_writable(output)
     if picture is not None:
         check_suffix(picture)
+        check_writable(picture)
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)

@@ -21,6 +21,7 @@ from graphpar.commands.options import (
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
 from graphpar.compiler import compile as compile_model
+from graphpar.files import check_writable
 from graphpar.model_spec import LoadedModel, load_model
 from graphpar.partition.settings import ScheduleWish
 from graphpar.runtime.job import CompiledModel
@@ -71,6 +72,7 @@ def command(
     """
     if picture is not None:
         check_suffix(picture)
+        check_writable(picture)
     if profile and not (picture or "").lower().endswith(".json"):
         raise ValueError("--profile adds operations to a trace; say where with --view FILE.json")
     with stdout_kept_clean(as_json):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -15,10 +16,15 @@ from graphpar.commands.options import (
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.commands.training import default_training
+from graphpar.errors import ClusterError
+from graphpar.files import check_writable, write_whole
 from graphpar.model_spec import load_model
-from graphpar.scenarios.api import Study, as_scenarios, what_if
+from graphpar.scenarios.api import Study, as_scenarios, baseline_setting, check_scenarios, what_if
+from graphpar.scenarios.plots import check_plot
 from graphpar.scenarios.study import Progress
+from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.types import Scenario, TensorWidth
+from graphpar.training import Training
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -87,37 +93,52 @@ def command(
     tensor: TensorWidth,
     as_json: bool,
     **single: Sequence[str],
-) -> None:
+) -> int:
     """Ask what other devices or settings would change.
 
     Each scenario is planned anew. Every --set, --drop, --down, --add, --replace and --config is a
     question of its own; --scenario makes several changes at once.
     """
+    asked = (*_scenarios(scenario), *_single(single))
+    types = [t.strip() for t in instances.split(",") if t.strip()]
+    if types and budget is None:
+        raise click.BadParameter(
+            "instance types are for a budget; add --budget", param_hint="--instances"
+        )
+    _check_files(csv_file, plot_file)
     with stdout_kept_clean():
+        cluster = Cluster.load(cluster_file)
+        training = default_training() if train else None
+        money = dict(_price(text) for text in price)
+        baseline = baseline_setting(
+            cluster, batch_size, training, precision=precision, tensor=tensor, prices=money
+        )
+        check_scenarios(baseline, (*scenarios_of(as_sweeps(sweep)), *asked))
         study = _study(
             model,
-            Cluster.load(cluster_file),
-            (*_scenarios(scenario), *_single(single)),
+            cluster,
+            asked,
             sweep=sweep,
             budget_usd_per_h=budget,
-            instances=[t.strip() for t in instances.split(",") if t.strip()],
-            prices=dict(_price(text) for text in price),
+            instances=types,
+            prices=money,
             worth=worth,
             leave_out=leave_out,
             processes=processes,
             cache=cache,
             sizes=(batch_size, seq_len),
-            train=train,
+            train=training,
             time_limit_s=time_limit_s,
             gap=gap,
             precision=precision,
             tensor=tensor,
         )
-        _write(study, csv_file, plot_file)
     if as_json:
         print_json(study.to_dict())
     else:
         click.echo(str(study))
+    _write(study, csv_file, plot_file)
+    return _told_unanswered(study)
 
 
 def _study(
@@ -126,14 +147,15 @@ def _study(
     scenarios: Sequence[Scenario],
     *,
     sizes: tuple[int, int],
-    train: bool,
+    train: Training | None,
     **options: Any,
 ) -> Study:
     batch_size, seq_len = sizes
-    loaded = load_model(spec, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
+    how = {"train": train is not None, "weights": False}
+    loaded = load_model(spec, batch_size=batch_size, seq_len=seq_len, **how)
 
     def inputs(batch: int, length: int) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        other = load_model(spec, batch_size=batch, seq_len=length, train=train, weights=False)
+        other = load_model(spec, batch_size=batch, seq_len=length, **how)
         return other.args, other.kwargs
 
     with _progress() as progress:
@@ -143,7 +165,7 @@ def _study(
             scenarios,
             loaded.args,
             loaded.kwargs,
-            train=default_training() if train else None,
+            train=train,
             inputs=inputs,
             progress=progress,
             **options,
@@ -193,10 +215,29 @@ def _price(text: str) -> tuple[str, float]:
     return node, usd_per_h
 
 
+def _check_files(csv_file: str | None, plot_file: str | None) -> None:
+    """Refuse files that could not be written, before anything is planned."""
+    if csv_file is not None:
+        check_writable(csv_file)
+    if plot_file is not None:
+        check_plot(plot_file)
+
+
+def _told_unanswered(study: Study) -> int:
+    """The exit code, after saying which scenarios turned out to make no sense."""
+    wrong = [a for a in study.answers if a.status == "invalid"]
+    for answer in wrong:
+        click.echo(f"error: scenario {answer.title!r}: {answer.problem}", err=True)
+    return NO_SENSE if wrong else 0
+
+
+NO_SENSE = ClusterError.exit_code
+"""Exit code where a scenario has no answer, for it asks for what there is not."""
+
+
 def _write(study: Study, csv_file: str | None, plot_file: str | None) -> None:
     if csv_file is not None:
-        with open(csv_file, "w", encoding="utf-8") as file:
-            file.write(study.to_csv())
+        write_whole(Path(csv_file), study.to_csv().encode())
         click.echo(f"table written to {csv_file}", err=True)
     if plot_file is not None:
         click.echo(f"picture written to {study.plot(plot_file)}", err=True)

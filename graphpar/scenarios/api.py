@@ -4,12 +4,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 from torch import nn
 
 from graphpar.calibration import Calibration
+from graphpar.cluster import Cluster
 from graphpar.compiler import ClusterLike, as_cluster
 from graphpar.scenarios.budget import BudgetAnswer, best_within
 from graphpar.scenarios.cache import AnswerCache, default_folder
@@ -17,7 +19,15 @@ from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
 from graphpar.scenarios.report import remark_lines, table_lines, to_csv, worth_lines
-from graphpar.scenarios.study import Limits, Progress, Solver, as_plain, ask, fair_limit_s
+from graphpar.scenarios.study import (
+    Limits,
+    Progress,
+    Solver,
+    as_plain,
+    ask,
+    changed,
+    fair_limit_s,
+)
 from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
 from graphpar.scenarios.types import Answer, Scenario, Setting, TensorWidth, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
@@ -197,7 +207,8 @@ def what_if(
     Raises:
         CaptureError: The model cannot be captured.
         ClusterError: The baseline's cluster makes no sense.
-        ValueError: A sweep or a budget makes no sense. A senseless scenario is answered `invalid`.
+        ValueError: The baseline, a sweep or a budget makes no sense. A senseless scenario is answered
+            `invalid`.
 
     >>> import torch, graphpar
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -212,15 +223,8 @@ def what_if(
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
     book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
-    baseline = Setting(
-        cluster=where,
-        batch=book.baseline().graph.batch,
-        training=train is not None,
-        precision=precision,
-        schedule=train.schedule if train else "auto",
-        microbatches=train.microbatches if train else "auto",
-        tensor=tensor,
-        usd_per_h=_prices(where, prices or {}),
+    baseline = baseline_setting(
+        where, book.baseline().graph.batch, train, precision=precision, tensor=tensor, prices=prices or {}
     )
     sweeps = as_sweeps(sweep)
     asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
@@ -247,6 +251,43 @@ def what_if(
     )
 
 
+def baseline_setting(
+    cluster: Cluster,
+    batch: int,
+    train: Training | None,
+    *,
+    precision: str = "float32",
+    tensor: TensorWidth = 1,
+    prices: Mapping[str, float] = MappingProxyType({}),
+) -> Setting:
+    """The job as it is; ClusterError if a price is of no node."""
+    return Setting(
+        cluster=cluster,
+        batch=batch,
+        training=train is not None,
+        precision=precision,
+        schedule=train.schedule if train else "auto",
+        microbatches=train.microbatches if train else "auto",
+        tensor=tensor,
+        usd_per_h=_prices(cluster, prices),
+    )
+
+
+def check_scenarios(baseline: Setting, scenarios: Sequence[Scenario]) -> None:
+    """Refuse scenarios that make no sense, before anything is planned.
+
+    Raises:
+        ValueError: Names every one of them and says what is wrong with it.
+    """
+    made = [(scenario.title, changed(baseline, scenario)) for scenario in scenarios]
+    wrong = [(title, why) for title, why in made if isinstance(why, str)]
+    if len(wrong) == 1:
+        raise ValueError(f"scenario {wrong[0][0]!r}: {wrong[0][1]}")
+    if wrong:
+        lines = "".join(f"\n  {title}: {why}" for title, why in wrong)
+        raise ValueError(f"{len(wrong)} of {len(made)} scenarios make no sense:{lines}")
+
+
 def as_scenarios(asked: Asked) -> tuple[Scenario, ...]:
     """Scenarios from names and words.
 
@@ -271,7 +312,7 @@ def _cache(cache: bool | str | os.PathLike[str]) -> AnswerCache:
     return AnswerCache(Path(cache))
 
 
-def _prices(cluster: Any, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+def _prices(cluster: Cluster, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
     for name in given:
         cluster.node(name)
     return tuple({**dict(known_prices(cluster)), **given}.items())

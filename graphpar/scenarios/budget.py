@@ -6,6 +6,7 @@ over all devices, fractional), which needs no search; clusters are solved in the
 until a bound exceeds the best step found.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -51,6 +52,8 @@ def best_within(
     Raises:
         ValueError: A type is unknown or has no price, or none fits the budget.
     """
+    if not 0 < usd_per_h < math.inf:
+        raise ValueError(f"the budget is {usd_per_h:g} $/h; it must be a positive number")
     prices = _prices(types)
     if min(prices.values()) > usd_per_h:
         cheapest = min(prices, key=prices.__getitem__)
@@ -88,7 +91,9 @@ def best_within(
 
 def _prices(types: Sequence[str]) -> dict[str, float]:
     if not types:
-        raise ValueError("a budget search needs instance types to choose from")
+        raise ValueError(
+            "a budget needs instance types to choose from: give instances=, or --instances TYPE,TYPE"
+        )
     prices = {}
     for name in types:
         key = catalogue.find_instance(name)

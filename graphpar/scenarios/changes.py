@@ -30,6 +30,12 @@ PATHS = (
     "NODE.network.bytes_per_s, NODE.network.latency_s, NODE.count, NODE.copies, NODE.usd_per_h, "
     "DEVICE.memory_bytes, DEVICE.slowdown"
 )
+MOST_DEVICES = 10_000
+"""More than any plan could use; what asks for more is a slip, and would take the memory."""
+
+MOST_SAMPLES = 1_000_000
+"""The largest whole number that anything may be set to."""
+
 FORMS = "drop, down, add, replace, set PATH=VALUE, or a configuration such as tp=2 pp=4"
 
 
@@ -39,9 +45,16 @@ def apply(setting: Setting, changes: Sequence[str]) -> Setting:
     Raises:
         ValueError: A change is not understood, names nothing, or contradicts another.
     """
+    if not changes:
+        raise ValueError(f"a scenario changes nothing; the forms of a change are {FORMS}")
     _check_contradictions(changes)
-    for change in changes:
-        setting = _apply_one(setting, change.strip())
+    for number, change in enumerate(changes):
+        try:
+            setting = _apply_one(setting, change.strip())
+        except ValueError as error:
+            if not number:
+                raise
+            raise ValueError(f"{error} (after {'; '.join(changes[:number])})") from error
     return setting
 
 
@@ -100,7 +113,7 @@ def _topics(change: str) -> list[str]:
     if match := re.match(r"set\s+([^=\s]+)\s*=", change):
         return [match[1]]
     if re.match(r"(tp|pp|dp|m)=", change):
-        return ["the configuration"]
+        return ["the configuration", "tensor", *(["microbatches"] if re.search(r"\bm=", change) else [])]
     return []
 
 
@@ -205,6 +218,7 @@ def _add(setting: Setting, rest: str) -> Setting:
     if match is None or match[1] == "0":
         raise ValueError(f"add {rest!r} is not understood; write: add [N] KIND [to NODE]")
     count, what, where = int(match[1] or 1), match[2], match[3]
+    _check_room(setting, count)
     if where is not None:
         return _add_devices(setting, count, what, where)
     try:
@@ -243,6 +257,12 @@ def _add_instance(setting: Setting, key: str) -> Setting:
     if usd_per_h is None:
         return made
     return replace(made, usd_per_h=(*made.usd_per_h, (node["name"], usd_per_h)))
+
+
+def _check_room(setting: Setting, more: int) -> None:
+    number = len(setting.cluster.devices) + more
+    if number > MOST_DEVICES:
+        raise ValueError(f"the cluster would have {number} devices; at most {MOST_DEVICES} are planned")
 
 
 def _free_name(cluster: Cluster, stem: str) -> str:
@@ -322,6 +342,7 @@ def _set_count(setting: Setting, data: dict[str, Any], owner: str, count: int) -
     setting.cluster.node(owner)
     node = next(n for n in data["nodes"] if n["name"] == owner)
     groups = node["devices"]
+    _check_room(setting, count - len(groups))
     first = {**groups[0], NAME: ""}
     if any({**g, NAME: ""} != first for g in groups):
         raise ValueError(f"{owner}.count cannot be set: the node's devices are unlike")
@@ -332,6 +353,7 @@ def _set_count(setting: Setting, data: dict[str, Any], owner: str, count: int) -
 def _set_copies(setting: Setting, data: dict[str, Any], owner: str, copies: int) -> Setting:
     setting.cluster.node(owner)
     node = next(n for n in data["nodes"] if n["name"] == owner)
+    _check_room(setting, (copies - 1) * len(node["devices"]))
     taken = {n["name"] for n in data["nodes"]}
     names = [name for i in range(2, copies + len(taken) + 2) if (name := f"{owner}-{i}") not in taken]
     for name in names[: copies - 1]:
@@ -394,6 +416,8 @@ def _number(path: str, text: str) -> float:
 
 def _whole(path: str, text: str) -> int:
     value = _number(path, text)
+    if value > MOST_SAMPLES:
+        raise ValueError(f"{path} is {text}; it must be at most {MOST_SAMPLES}")
     if value != int(value):
         raise ValueError(f"{path} is {text}; it must be a whole number")
     return int(value)

@@ -3,17 +3,20 @@
 Needs matplotlib (the extra `viz`); the ending of the file decides between PNG and SVG.
 """
 
+import importlib.util
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from graphpar.files import check_writable, write_whole
 from graphpar.scenarios.sweeps import Sweep
 from graphpar.scenarios.types import Answer
 from graphpar.view.palette import OKABE_ITO
 
 ENDINGS = (".png", ".svg", ".pdf")
+WITHOUT_MATPLOTLIB = "plots need matplotlib: pip install 'graphpar[viz]'"
 
 
 def plot(
@@ -22,14 +25,30 @@ def plot(
     """Draw the study into a file.
 
     Raises:
-        ValueError: The ending is none of `ENDINGS`, or matplotlib is not installed.
+        ValueError: As `check_plot` says.
+        OSError: The file could not be written after all.
     """
     target = Path(path)
-    if target.suffix not in ENDINGS:
-        raise ValueError(f"plot {target}: the file must end in one of {', '.join(ENDINGS)}")
-    figure = _drawn(baseline, answers, sweeps)
-    figure.savefig(target, dpi=150)
+    check_plot(target)
+    buffer = io.BytesIO()
+    kind = target.suffix.lower().removeprefix(".")
+    _drawn(baseline, answers, sweeps).savefig(buffer, dpi=150, format=kind)
+    write_whole(target, buffer.getvalue())
     return target
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Refuse what could not be drawn, before anything is worked out.
+
+    Raises:
+        ValueError: The ending is none of `ENDINGS`, matplotlib is not installed, or the file cannot be
+            written.
+    """
+    if Path(path).suffix.lower() not in ENDINGS:
+        raise ValueError(f"plot {path}: the file must end in one of {', '.join(ENDINGS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(WITHOUT_MATPLOTLIB)
+    check_writable(path)
 
 
 def plot_svg(baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> str:
@@ -48,7 +67,7 @@ def _drawn(baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep])
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plots need matplotlib; install graphpar[viz]") from error
+        raise ValueError(WITHOUT_MATPLOTLIB) from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     swept = answers[: _points(sweeps)]
     numeric = bool(sweeps) and all(_number(v) is not None for v in sweeps[0].values)

@@ -361,21 +361,30 @@ def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
     return future
 
 
+def changed(baseline: Setting, scenario: Scenario) -> Setting | str:
+    """The setting of a scenario, or why it makes no sense."""
+    try:
+        return apply(baseline, scenario.changes)
+    except (ValueError, GraphparError) as error:
+        return str(error)
+
+
 def ask(
     solver: Solver, baseline: Setting, scenarios: Sequence[Scenario]
 ) -> tuple[Answer, tuple[Answer, ...]]:
-    """The baseline's answer and the scenarios', in order; senseless scenarios are answered so."""
-    settings: list[Setting | str] = []
-    for scenario in scenarios:
-        try:
-            settings.append(apply(baseline, scenario.changes))
-        except (ValueError, GraphparError) as error:
-            settings.append(str(error))
+    """The baseline's answer and the scenarios', in order; senseless scenarios are answered so.
+
+    Raises:
+        ValueError: The baseline makes no sense itself.
+    """
+    settings = [changed(baseline, scenario) for scenario in scenarios]
     sound = [s for s in settings if isinstance(s, Setting)]
     first_limit_s = min(
         BASELINE_SHARE * solver.limits.time_limit_s, max(10.0, solver.limits.time_limit_s)
     )
-    solver.answers([baseline], first_limit_s)
+    (known,) = solver.answers([baseline], first_limit_s)
+    if known.status == "invalid":
+        raise ValueError(known.problem)
     rest = iter(solver.answers(sound))
     # Asked again, since a scenario may have found what the baseline's search missed.
     (first,) = solver.answers([baseline], first_limit_s)

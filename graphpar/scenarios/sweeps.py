@@ -42,6 +42,8 @@ def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sw
         sweeps = tuple(Sweep.parse(text) for text in given)
     if len(sweeps) > 2:
         raise ValueError(f"a sweep is over one or two things, not {len(sweeps)}")
+    if len({sweep.path for sweep in sweeps}) < len(sweeps):
+        raise ValueError(f"both sweeps are over {sweeps[0].path}; give all its values in one of them")
     return sweeps
 
 

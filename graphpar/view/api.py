@@ -1,12 +1,12 @@
 """The one call that draws: a plan or a job, and a path whose suffix says what to make."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from graphpar.errors import PlanError
+from graphpar.files import write_whole
 from graphpar.ir.graph import Graph
 from graphpar.plan_diff import diff_plans
 from graphpar.plans import Plan
@@ -83,14 +83,14 @@ def visualize(
         raise ValueError(f"operations are shown in a page; end the name {str(target)!r} in .html")
     view = _view(plan_or_job)
     if render is not render_html:
-        _write_whole(target, render(view))
+        _write(target, render(view))
         return target
     detail = _detail(_plan_of(plan_or_job), graph, plan_or_job)
     if compare is None:
-        _write_whole(target, render_html(view, detail=detail))
+        _write(target, render_html(view, detail=detail))
     else:
         diff = diff_plans(_plan_of(plan_or_job), _plan_of(compare))
-        _write_whole(target, render_html(view, _view(compare), diff, detail))
+        _write(target, render_html(view, _view(compare), diff, detail))
     return target
 
 
@@ -135,19 +135,9 @@ def _plan_of(drawable: Drawable) -> Plan:
     return plan
 
 
-def _write_whole(target: Path, data: bytes) -> None:
-    """Write beside the target and rename, so that no reader ever sees half a file."""
+def _write(target: Path, data: bytes) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".graphpar-view.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(temporary).chmod(0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(target, data)
     except OSError as error:
         raise PlanError(
             f"view {target}: cannot be written: {error.strerror or error}; "

@@ -54,13 +54,52 @@ def test_what_if_answers_in_json_and_writes_the_table(
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--replace", "b"], ["--price", "a=cheap"], ["--sweep", "batch"], ["--budget", "-1"]]
+    ("wrong", "told"),
+    [
+        (["--drop", "nope"], "nearest"),
+        (["--sweep", "bacth=1,2"], "2 of 2 scenarios"),
+        (["--scenario", "x: set batch=4; set batch=8"], "contradict"),
+        (["--scenario", "x: pp=2 m=2; set microbatches=3"], "contradict"),
+        (["--scenario", "x: drop a; drop a/0"], "after drop a"),
+        (["--scenario", ""], "changes nothing"),
+        (["--set", "a.count=1e9"], "at most"),
+        (["--add", "999999 h100"], "devices"),
+        (["--replace", "b"], "NAME=KIND"),
+        (["--price", "a=cheap"], "NODE=DOLLARS"),
+        (["--price", "z=1"], "no node"),
+        (["--sweep", "batch"], "PATH=VALUE"),
+        (["--sweep", "batch=1", "--sweep", "batch=2"], "both sweeps"),
+        (["--budget", "-1"], "budget"),
+        (["--instances", "g5.12xlarge"], "--budget"),
+        (["--plot", "x.gif"], "must end"),
+        (["--csv", "{cluster}/x.csv"], "no folder"),
+    ],
 )
-def test_wrong_options_are_usage_errors(
-    cluster: str, wrong: list[str], capsys: pytest.CaptureFixture[str]
+def test_senseless_questions_are_refused_before_the_model_is_even_looked_for(
+    cluster: str, wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["what-if", TINY, "--cluster", cluster, *wrong], Settings()) == 2
-    assert capsys.readouterr().out == ""
+    options = [word.format(cluster=cluster) for word in wrong]
+    assert run(["what-if", "no_such_module:make", "--cluster", cluster, *options], Settings()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+
+
+def test_a_scenario_found_senseless_while_planning_is_told_and_fails(
+    cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--set", "precision=float8_e4m3fn", "--processes", "1", "--time-limit", "0.3"]
+    assert run(["what-if", TINY, "--cluster", cluster, *options], Settings()) == 2
+    out, err = capsys.readouterr()
+    assert "baseline" in out and "no device of the cluster" in err
+
+
+def test_a_full_disk_loses_no_answer(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--csv", "/dev/full", "--processes", "1", "--time-limit", "0.3"]
+    assert run(["what-if", TINY, "--cluster", cluster, *options], Settings()) == 5
+    out, err = capsys.readouterr()
+    assert "baseline" in out
+    assert "error: /dev/full: No space left on device" in err
 
 
 def test_estimate_gives_memory_by_part_and_device_counts(capsys: pytest.CaptureFixture[str]) -> None:

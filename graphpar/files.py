@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Write beside the target and rename, so that no reader ever sees half a file.
+
+    Missing folders are made. A device or a pipe, such as `/dev/stdout`, is written to as it is: renaming
+    would put a file in its place.
+
+    Raises:
+        OSError: The target cannot be written; what it held before is still there.
+    """
+    try:
+        _write_whole(target, data)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(target)
+        raise
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    if is_special(target):
+        target.write_bytes(data)
+        return
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def is_special(target: Path) -> bool:
+    """Whether a path is no plain file and will not become one.
+
+    >>> is_special(Path("/dev/stdout")), is_special(Path("plan.json"))
+    (True, False)
+    """
+    return target.parts[:2] in (("/", "dev"), ("/", "proc")) or (target.exists() and not target.is_file())
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written, before what would be written is worked out.
+
+    Raises:
+        ValueError: Its folder cannot be made or written to.
+    """
+    target = Path(path)
+    if is_special(target):
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder; give the name of a file in it")
+        return
+    folder = next((p for p in target.resolve().parents if p.exists()), Path("/"))
+    if not folder.is_dir():
+        raise ValueError(f"{target} cannot be written: {folder} is no folder")
+    if not os.access(target if target.exists() else folder, os.W_OK):
+        raise ValueError(f"{target} cannot be written: no permission; give a path you may write to")
