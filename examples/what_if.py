@@ -33,7 +33,7 @@ def story(
         args=(ids,),
         kwargs={"targets": targets},
         train=graphpar.Training(optimizer=torch.optim.AdamW),
-        **{"time_limit_s": 1.0, **options},
+        **options,
     )
     print(study)
     return study

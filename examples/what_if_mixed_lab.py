@@ -4,6 +4,8 @@ One machine holds two RTX 3090, another four older V100, over 10 Gbit/s Ethernet
 job is planned again under every question, and no card is needed to ask.
 """
 
+from typing import Any
+
 import graphpar
 from graphpar.examples.what_if import story
 
@@ -25,10 +27,10 @@ QUESTIONS = {
 }
 
 
-def main(*, cache: bool = True, processes: int | None = None) -> graphpar.Study:
-    """Plan, ask, print."""
+def main(**options: Any) -> graphpar.Study:
+    """Plan, ask, print; `options` are those of `graphpar.what_if`."""
     size = {"width": 1024, "layers": 4, "batch": 32, "length": 1024}
-    return story(LAB, QUESTIONS, **size, gap=0.05, cache=cache, processes=processes)
+    return story(LAB, QUESTIONS, **size, **{"gap": 0.05, **options})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 A workstation has an RTX 4090 and, from earlier days, a T4. Does the T4 help, and what would?
 """
 
+from typing import Any
+
 import graphpar
 from graphpar.examples.what_if import story
 
@@ -21,12 +23,10 @@ QUESTIONS = {
 }
 
 
-def main(*, cache: bool = True, processes: int | None = None) -> graphpar.Study:
-    """Plan, leave each card out, ask, print."""
+def main(**options: Any) -> graphpar.Study:
+    """Plan, leave each card out, ask, print; `options` are those of `graphpar.what_if`."""
     size = {"width": 768, "layers": 6, "batch": 16, "length": 512}
-    return story(
-        WORKSTATION, QUESTIONS, **size, worth=True, leave_out=True, cache=cache, processes=processes
-    )
+    return story(WORKSTATION, QUESTIONS, **size, worth=True, leave_out=True, **options)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ def graphpar(settings: Settings, debug: bool, verbose: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     warnings.formatwarning = _plain_warning
+    _open_closed_streams()
     code = run(arguments, Settings())
     if arguments is None and "graphpar.solve_command" in sys.modules:
         # Freeing what a large search held, or waiting for its compiler, would pass a time limit.
@@ -151,6 +152,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Let what was closed (`>&-`) lead nowhere: the next file opened would else take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number free is the one that is missing.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _plain_warning(

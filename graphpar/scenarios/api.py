@@ -32,7 +32,7 @@ from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
 from graphpar.scenarios.types import Answer, Scenario, Setting, TensorWidth, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
-from graphpar.units import format_seconds
+from graphpar.units import format_percent, format_seconds
 from graphpar.view.notebook import preformatted
 
 Asked = Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str] | Scenario]
@@ -95,8 +95,10 @@ class Study:
         lines = [f"what if, for {self.model}", *table_lines(self.baseline, self.answers)]
         remarks = remark_lines(self.baseline, self.answers)
         if self.knee is not None:
-            past = f"past {self.sweeps[0].path}={self.knee} 1 % more of it brings less than {KNEE:g} %"
-            remarks.append(f"the knee: {past}")
+            remarks.append(
+                f"the knee is at {self.sweeps[0].path}={self.knee}: past it, 1 % more of it brings less "
+                f"than {KNEE:g} % more samples/s"
+            )
         if any(a.usd_per_million_samples is not None for a in (self.baseline, *self.answers)):
             remarks.append(f"prices are indicative on-demand ones of {price_dates()} unless given")
         remarks += self._without_lines()
@@ -322,12 +324,21 @@ def _budget_lines(budget: BudgetAnswer) -> list[str]:
     if budget.best is None or budget.best.step_s is None:
         return ["budget: nothing within it can run the model"]
     ruled = budget.considered - budget.solved
-    return [
-        f"best within the budget: {budget.best.title}, {budget.usd_per_h:g} $/h, "
-        f"{format_seconds(budget.best.step_s)} per step",
+    best, money = budget.best, budget.best.usd_per_million_samples
+    lines = [
+        f"best within the budget: {best.title}, {budget.usd_per_h:g} $/h, "
+        f"{format_seconds(budget.best.step_s)} ±{100 * best.error_bar:.0f}% per step, "
+        f"{best.samples_per_s:.4g} samples/s" + (f", {money:.4g} $/Msample" if money else ""),
         f"  {budget.considered} clusters use the budget up; {budget.solved} were planned, {ruled} ruled "
         "out by their bounds" + ("" if budget.proven else "; not all could be judged"),
+        f"  no plan on any of them is shorter than {format_seconds(budget.bound_s)} (gap "
+        f"{format_percent(budget.gap or 0.0)})",
     ]
+    if best.left_out:
+        lines.append(f"  its plan leaves out {', '.join(best.left_out)}")
+    if budget.too_dear:
+        lines.append(f"  one instance costs more than the budget: {', '.join(budget.too_dear)}")
+    return lines
 
 
 def _budget_plain(budget: BudgetAnswer | None, baseline: Answer) -> dict[str, Any] | None:
@@ -340,4 +351,7 @@ def _budget_plain(budget: BudgetAnswer | None, baseline: Answer) -> dict[str, An
         "considered": budget.considered,
         "solved": budget.solved,
         "proven": budget.proven,
+        "bound_s": budget.bound_s,
+        "gap": budget.gap,
+        "too_dear": list(budget.too_dear),
     }

@@ -34,6 +34,8 @@ class BudgetAnswer:
         considered: Clusters that use up the budget.
         solved: Of them, how many were planned; the others were ruled out by their bounds.
         proven: Whether every cluster not planned was ruled out.
+        bound_s: No plan on any cluster within the budget has a shorter step.
+        too_dear: Types of which a single instance costs more than the budget.
     """
 
     best: Answer | None
@@ -42,6 +44,14 @@ class BudgetAnswer:
     considered: int
     solved: int
     proven: bool
+    bound_s: float = 0.0
+    too_dear: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float | None:
+        """How much shorter a step within the budget could be at most; None without a plan."""
+        step_s = self.best.step_s if self.best is not None else None
+        return 1 - self.bound_s / step_s if step_s else None
 
 
 def best_within(
@@ -76,17 +86,21 @@ def best_within(
             break
         for i, answer in zip(hopeful, solver.answers([settings[i] for i in hopeful]), strict=True):
             solved += 1
+            # What was proven of any plan holds whatever schedule a plan has.
+            bounds[i] = max(bounds[i], answer.any_bound_s or 0.0)
             proven = proven and answer.status != "invalid"
             if answer.status != "ok" or answer.step_s is None:
                 continue
             if best is None or best.step_s is None or answer.step_s < best.step_s:
                 best, best_index = answer, i
+    dear = tuple(name for name, price in prices.items() if price > usd_per_h)
     if best is None:
-        return BudgetAnswer(None, (), 0.0, len(settings), solved, proven)
+        return BudgetAnswer(None, (), 0.0, len(settings), solved, proven, min(bounds), dear)
     counts = counted[best_index]
     price = sum(prices[t] * n for t, n in counts.items())
     named = renamed(best, " + ".join(f"{n} x {t}" for t, n in counts.items()), ())
-    return BudgetAnswer(named, tuple(counts.items()), price, len(settings), solved, proven)
+    bound_s = min(*bounds, best.step_s or 0.0)
+    return BudgetAnswer(named, tuple(counts.items()), price, len(settings), solved, proven, bound_s, dear)
 
 
 def _prices(types: Sequence[str]) -> dict[str, float]:

@@ -71,17 +71,36 @@ def remark_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
         lines.append(f"what would relieve the baseline: {baseline.bottleneck.relief}")
     if baseline.left_out:
         lines.append(f"the baseline's plan leaves out {', '.join(baseline.left_out)}")
-    lines += baseline.remarks
+    lines += _verdict((baseline, *answers))
+    lines += [remark for remark in baseline.remarks if not remark.startswith("schedules")]
     seen: dict[str, list[str]] = {}
     cut = [a.title for a in answers if any(r.startswith(CUT_SHORT) for r in a.remarks)]
     for answer in answers:
         for remark in answer.remarks:
             if remark not in baseline.remarks and not remark.startswith(IN_DATA_ONLY):
                 seen.setdefault(remark, []).append(answer.title)
+    for answer in answers:
+        if answer.status == "ok" and answer.needless and len(answer.used) > 1:
+            seen.setdefault("no gain over one device", []).append(answer.title)
+        if answer.status == "ok" and answer.left_out and answer.left_out != baseline.left_out:
+            told = f"the plan leaves out {_some(answer.left_out)}"
+            seen.setdefault(told, []).append(answer.title)
     lines += [f"{remark} ({_some(titles)})" for remark, titles in seen.items()]
     if cut:
         lines.append(f"{CUT_SHORT} by time, which the gaps allow for ({_some(cut)})")
     return lines
+
+
+def _verdict(answers: Sequence[Answer]) -> list[str]:
+    """Which is fastest and which is cheapest, where prices are known of several."""
+    priced = [a for a in answers if a.status == "ok" and a.usd_per_million_samples is not None]
+    if len(priced) < 2:
+        return []
+    fastest = max(priced, key=lambda a: a.samples_per_s or 0.0)
+    cheapest = min(priced, key=lambda a: a.usd_per_million_samples or 0.0)
+    if fastest is cheapest:
+        return [f"fastest, and cheapest per sample: {fastest.title}"]
+    return [f"fastest: {fastest.title}; cheapest per sample: {cheapest.title}"]
 
 
 def _some(titles: Sequence[str]) -> str:

@@ -4,10 +4,8 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -22,8 +20,9 @@ from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers
 from graphpar.scenarios.pricing import PriceBook, priced_by, trust
 from graphpar.scenarios.report import CUT_SHORT
-from graphpar.scenarios.solve import Task, answer_of, brought, solve_together
+from graphpar.scenarios.solve import Task, answer_of, brought
 from graphpar.scenarios.types import Answer, KnownPlan, Scenario, Setting, renamed
+from graphpar.scenarios.workers import solving
 from graphpar.simulated import has_formula
 
 Progress = Callable[[int, int], None]
@@ -188,7 +187,7 @@ class Solver:
     ) -> Iterator[tuple[str, Answer]]:
         if not missing:
             return
-        with _executor(self.limits.processes, len(missing)) as submit:
+        with solving(self.limits.processes, len(missing)) as submit:
             waiting: dict[Future[list[Answer]], list[tuple[str, Setting]]] = {}
             for group in shared_out(_alike(missing), self.limits.processes or num_cores()):
                 tasks, asked = [], []
@@ -334,31 +333,6 @@ def _catalogue_hash() -> str:
     """Of the data that prices come from; a changed number makes other answers."""
     files = sorted(catalogue.data_directory().glob("*.toml"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-@contextmanager
-def _executor(
-    processes: int | None, tasks: int
-) -> Iterator[Callable[[list[Task]], "Future[list[Answer]]"]]:
-    """Submits to other processes, or runs at once where one process is enough."""
-    count = min(processes if processes is not None else num_cores(), tasks)
-    if count <= 1 or (tasks <= 2 and processes is None):
-        yield _at_once
-        return
-    # Fresh interpreters: this one may have threads that a fork would not survive.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
-        try:
-            yield lambda tasks: pool.submit(solve_together, tasks)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
-    future: Future[list[Answer]] = Future()
-    future.set_result(solve_together(tasks))
-    return future
 
 
 def changed(baseline: Setting, scenario: Scenario) -> Setting | str:

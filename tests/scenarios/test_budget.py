@@ -84,6 +84,8 @@ def test_no_cluster_within_the_budget_is_faster(
     assert found.usd_per_h == pytest.approx(cost(dict(found.counts), prices))
     assert found.usd_per_h <= usd_per_h + 1e-6
     assert found.proven
+    assert found.bound_s <= best_s * (1 + 1e-9)
+    assert all(prices[name] > usd_per_h for name in found.too_dear)
     assert found.solved == oracle.asked <= found.considered <= len(everything)
 
 

@@ -6,7 +6,7 @@ from graphpar.examples import what_if_mixed_lab, what_if_old_card, what_if_rent
 
 
 def test_mixed_lab(capsys: pytest.CaptureFixture[str]) -> None:
-    study = what_if_mixed_lab.main(cache=False, processes=1)
+    study = what_if_mixed_lab.main(cache=False, processes=1, time_limit_s=1.0)
     page = capsys.readouterr().out
     assert all(name in page for name in what_if_mixed_lab.QUESTIONS)
     for name in ("without the old machine", "without the new machine", "one card fails"):
@@ -20,7 +20,7 @@ def test_mixed_lab(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rent_a_or_b(capsys: pytest.CaptureFixture[str]) -> None:
-    study = what_if_rent.main(cache=False, processes=1)
+    study = what_if_rent.main(cache=False, processes=1, time_limit_s=1.0)
     page = capsys.readouterr().out
     assert study.baseline.usd_per_million_samples is not None
     assert study.answers[0].usd_per_million_samples is not None
@@ -36,7 +36,7 @@ def test_rent_a_or_b(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_old_card(capsys: pytest.CaptureFixture[str]) -> None:
-    study = what_if_old_card.main(cache=False, processes=1)
+    study = what_if_old_card.main(cache=False, processes=1, time_limit_s=1.0)
     page = capsys.readouterr().out
     assert study.baseline.left_out == ("desk/1",)
     assert "leave desk/1 out: nothing is lost" in page

@@ -111,7 +111,7 @@ def test_answers_are_kept_by_content_and_not_solved_twice(
     def fail(task: object) -> None:
         raise AssertionError("solved again")
 
-    monkeypatch.setattr("graphpar.scenarios.study.solve_together", fail)
+    monkeypatch.setattr("graphpar.scenarios.workers.solve_together", fail)
     again = ask(["drop b"], cache=tmp_path)
     assert again.answers == first.answers
     with pytest.raises(AssertionError):

@@ -1,0 +1,84 @@
+"""Processes that solve scenarios: fresh interpreters that end with the one that asked."""
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import ModuleType
+
+from graphpar.cluster_build import num_cores
+from graphpar.errors import RunError
+from graphpar.scenarios.solve import Task, solve_together
+from graphpar.scenarios.types import Answer
+
+Submit = Callable[[list[Task]], "Future[list[Answer]]"]
+
+_LOOK_S = 0.5
+"""How often a process looks whether the one that started it is still there."""
+
+
+@contextmanager
+def solving(processes: int | None, tasks: int) -> Iterator[Submit]:
+    """Submits to other processes, or runs at once where one process is enough.
+
+    Raises:
+        RunError: One of the processes was killed.
+    """
+    count = min(processes if processes is not None else num_cores(), tasks)
+    if count <= 1 or (tasks <= 2 and processes is None):
+        yield _at_once
+        return
+    others = set(multiprocessing.active_children())
+    # Fresh interpreters: this one may have threads that a fork would not survive.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
+        try:
+            yield lambda tasks: _submitted(pool, tasks)
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a process that was planning scenarios was killed, most often for want of memory; "
+                "processes=1 (--processes 1) plans in this one, and what was answered before is kept"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
+
+
+def _submitted(pool: ProcessPoolExecutor, tasks: list[Task]) -> "Future[list[Answer]]":
+    """Hand over tasks, and start a process where one is wanted.
+
+    A process would run the script that asks once more from its top, to find what it defines; tasks are
+    made of nothing in it.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        return pool.submit(solve_together, tasks)
+    finally:
+        sys.modules["__main__"] = script
+
+
+def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
+    future: Future[list[Answer]] = Future()
+    future.set_result(solve_together(tasks))
+    return future
+
+
+def _end_with(parent: int) -> None:
+    """Let this process end as soon as its parent has, in the middle of a search too."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
