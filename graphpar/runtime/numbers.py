@@ -13,8 +13,10 @@ _NOISE_FLOOR = 1e-3
 """Gradients this much smaller than the largest of all are compared with this part of the largest."""
 
 
-def relative_difference(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
-    """Largest difference, relative to the largest magnitude in `b` (at least `floor`).
+def relative_difference(
+    a: torch.Tensor, b: torch.Tensor, floor: float = 0.0, explained: float = 0.0
+) -> float:
+    """Largest difference beyond what is explained, relative to the largest magnitude in `b` or `floor`.
 
     >>> round(relative_difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])), 3)
     0.2
@@ -34,20 +36,24 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) ->
     wide = torch.complex128 if b.is_complex() else torch.float64
     largest = max(float(b.abs().max()), floor)
     difference = float((a.to(wide) - b.to(wide)).abs().max())
-    if difference == 0.0:
+    if difference <= explained:
         return 0.0
     return difference / largest if largest > 0 else float("inf")
 
 
 def compare_gradients(
-    got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+    got: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    explained: Mapping[str, float] | None = None,
 ) -> tuple[str, float]:
-    """The parameter whose gradient differs most, and by how much."""
+    """The parameter whose gradient differs most, and by how much; smaller than `explained` is none."""
+    explained = explained or {}
     largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
     worst, difference = "", 0.0
     for name, gradient in wanted.items():
         if name in got:
-            own = relative_difference(got[name], gradient, _NOISE_FLOOR * largest)
+            floor = _NOISE_FLOOR * largest
+            own = relative_difference(got[name], gradient, floor, explained.get(name, 0.0))
         else:
             own = 0.0 if not bool(gradient.any()) else float("inf")
         if own > difference or own != own:
