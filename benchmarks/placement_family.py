@@ -122,6 +122,8 @@ def made_up(seed: int) -> Iterator[tuple[str, Body]]:
         "throughput-branches": branches(9, (2, 4, 6, 3), seed),
         "throughput-recurrent": recurrent(8, seed),
         "throughput-residual": residual(16, seed),
+        # 38,810 ideals, somewhat more than any published layer graph has
+        "throughput-wide": branches(11, (6, 7, 8, 6), seed),
     }
     for name, layers in graphs.items():
         for trained in (False, True):

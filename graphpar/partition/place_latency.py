@@ -22,6 +22,7 @@ from dataclasses import replace
 import networkx as nx
 import numpy as np
 
+from graphpar.partition.answers import relative_gap
 from graphpar.partition.place_graph import Blocks, IntArray, contract
 from graphpar.partition.place_ideals import BoolArray, Ideals, Transfers, all_ideals, chain_ideals
 from graphpar.partition.place_latency_bound import IdealWalk, walk_ideals
@@ -31,6 +32,7 @@ from graphpar.partition.place_reach import Reach
 from graphpar.partition.place_simple import simple_placements
 from graphpar.partition.place_units import Devices, Units, units_of
 from graphpar.partition.problems import NodeId, PlacementProblem
+from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 
 _MOST_IDEALS = 5_000
 """Ideals up to which the serial dynamic programme looks at all pairs."""
@@ -83,7 +85,8 @@ def search_latency(
         return None if best is None else units.placement(problem, best)
 
     def is_done() -> bool:
-        return left_s() <= 0.1 or (best is not None and value <= bound * (1 + gap))
+        close = best is not None and relative_gap(value, bound) <= max(gap, OPTIMALITY_TOLERANCE)
+        return left_s() <= 0.1 or close
 
     if best is not None and not is_done():
         best, value = _local_search(reach, best, value, lambda: left_s() <= 0.1)
