@@ -45,7 +45,7 @@ def check_placement(
     errors += _contiguity_errors(problem, devices, objective)
     loads = _loads(problem, devices)
     if objective == "throughput":
-        return PlacementVerdict(max(loads), tuple(errors))
+        return PlacementVerdict(max(loads.values(), default=0.0), tuple(errors))
     finish = _finish(problem, devices, loads)
     if finish is None:
         errors.append("accelerators wait for one another in a circle")
@@ -53,7 +53,8 @@ def check_placement(
 
 
 def _local_errors(problem: PlacementProblem, devices: list[int]) -> list[str]:
-    errors, sizes, colours = [], [0.0] * (problem.num_accelerators + 1), dict[str, int]()
+    errors, colours = [], dict[str, int]()
+    sizes = dict.fromkeys(sorted(set(devices)), 0.0)
     for op, device in zip(problem.operators, devices, strict=True):
         sizes[device] += op.size
         if device and not op.on_accelerator:
@@ -62,8 +63,8 @@ def _local_errors(problem: PlacementProblem, devices: list[int]) -> list[str]:
             errors.append(f"node {op.node_id!r} is on the CPUs, but there are none")
         if colours.setdefault(op.colour, device) != device:
             errors.append(f"colour class {op.colour} is split")
-    for device, size in enumerate(sizes[1:], start=1):
-        if size > problem.memory_limit * (1 + 1e-12):
+    for device, size in sizes.items():
+        if device and size > problem.memory_limit * (1 + 1e-12):
             errors.append(f"device {device} holds {size}, above {problem.memory_limit}")
     return errors
 
@@ -76,7 +77,7 @@ def _contiguity_errors(problem: PlacementProblem, devices: list[int], objective:
         if kept[edge.source] and kept[edge.target]:
             after[edge.source].append(edge.target)
     errors = []
-    for device in range(0 if forward_only else 1, problem.num_accelerators + 1):
+    for device in sorted(set(devices) if forward_only else set(devices) - {0}):
         inside = [kept[v] and devices[v] == device for v in range(len(devices))]
         waiting = [w for v, own in enumerate(inside) if own for w in after[v] if not inside[w]]
         seen = set(waiting)
@@ -92,8 +93,8 @@ def _contiguity_errors(problem: PlacementProblem, devices: list[int], objective:
     return errors
 
 
-def _loads(problem: PlacementProblem, devices: list[int]) -> list[float]:
-    loads = [0.0] * (problem.num_accelerators + 1)
+def _loads(problem: PlacementProblem, devices: list[int]) -> dict[int, float]:
+    loads = dict.fromkeys(devices, 0.0)
     for op, device in zip(problem.operators, devices, strict=True):
         loads[device] += op.accelerator_latency if device else op.cpu_latency
     moved: dict[tuple[int, int], float] = {}
@@ -107,7 +108,7 @@ def _loads(problem: PlacementProblem, devices: list[int]) -> list[float]:
     return loads
 
 
-def _finish(problem: PlacementProblem, devices: list[int], loads: list[float]) -> float | None:
+def _finish(problem: PlacementProblem, devices: list[int], loads: Mapping[int, float]) -> float | None:
     """When the last unit ends; a unit is one CPU operator or one whole accelerator."""
     count = len(devices)
     unit = [v if device == 0 else count + device for v, device in enumerate(devices)]
