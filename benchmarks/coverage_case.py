@@ -130,7 +130,7 @@ class _Case:
         except NumbersError as error:
             if not all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
                 raise
-            kwargs = {k: _double(v) for k, v in built.kwargs.items()}
+            kwargs = {k: double(v) for k, v in built.kwargs.items()}
             try:
                 self._compared(mode, model.double(), kwargs, train, built.loss, FLOAT64_ROUNDING)
             except Exception as again:
@@ -157,7 +157,7 @@ class _Case:
             self.row.modes += (mode,)
         if self.until == "capture":
             return
-        wanted = _reference(model, prepared, train, args, kwargs)
+        wanted = one_device_numbers(model, prepared, train, args, kwargs)
         if prepared.batch_reason:
             self.row.notes.append(f"{mode}: batch whole, {prepared.batch_reason}")
         elif train is not None:
@@ -179,8 +179,8 @@ class _Case:
         self, subject: Subject, plan: Plan, train: Training | None, args: Any, kwargs: Any
     ) -> "Numbers":
         self._at("run")
-        with CompiledModel.start(subject, partial(_given, plan)) as job:
-            return _run(job, train, args, kwargs)
+        with CompiledModel.start(subject, partial(given, plan)) as job:
+            return numbers_of(job, train, args, kwargs)
 
     def _compare(self, where: str, got: "Numbers", wanted: "Numbers", rounding: float) -> None:
         worst, largest = "", 0.0
@@ -214,16 +214,16 @@ class Numbers:
                 yield "state", name, relative_difference(self.state[name], b)
 
 
-def _double(value: Any) -> Any:
+def double(value: Any) -> Any:
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.double() if floating else value
 
 
-def _given(plan: Plan) -> Plan:
+def given(plan: Plan) -> Plan:
     return plan
 
 
-def _reference(
+def one_device_numbers(
     model: nn.Module, prepared: Prepared, train: Training | None, args: Any, kwargs: Any
 ) -> Numbers:
     """The numbers of one device: of the eager model, with dropout of the captured graph."""
@@ -236,7 +236,7 @@ def _reference(
     return Numbers([r.detach() for r in results], dict(reference.gradients()), dict(state))
 
 
-def _run(job: CompiledModel, train: Training | None, args: Any, kwargs: Any) -> Numbers:
+def numbers_of(job: CompiledModel, train: Training | None, args: Any, kwargs: Any) -> Numbers:
     if train is None:
         leaves, _ = flatten(opened(job(*args, **kwargs)))  # a decoder's cache, say
         return Numbers([t for t in leaves if isinstance(t, torch.Tensor)], {}, {})

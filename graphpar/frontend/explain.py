@@ -28,6 +28,11 @@ _ADVICE = (
     (ON_VALUES,
      "the control flow or a shape depends on the values in a tensor, which no static graph can hold",
      "compute both branches and choose with torch.where, or use a fixed size with a mask"),
+    (r"fake tensor in the exported program constant",
+     "it computes with a tensor of which torch.export does not see how it is made, most often because "
+     "torch.autograd.grad looks into layers there for what they keep",
+     "write the derivative out with the layers' weights (of b(tanh(a(x))): ((1 - h * h) * b.weight) @ "
+     "a.weight), or compute the tensor with torch's operators"),
     (r"Found <class '[\w.]*generator'> in output",
      "the model returns a generator, of which nobody can tell what it holds",
      "return a tuple or a list of what it yields"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import check_training, straight
-from one_device import Calls, ready
+from one_device import Calls, assert_as_eager, ready
 from torch import Tensor, nn
 
 from graphpar.errors import CaptureError
@@ -25,6 +25,31 @@ X, Y = torch.randn(4, 4), torch.tensor([0, 1, 2, 3])
 def test_models_that_cannot_be_exported_yet(model: Callable[[], nn.Module], why: str) -> None:
     with pytest.raises(CaptureError, match=why):
         capture(model(), (X,), {})
+
+
+class Force(nn.Module):
+    """The derivative of an energy by the places, by autograd or written out."""
+
+    def __init__(self, written_out: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.written_out = nn.Linear(4, 4), nn.Linear(4, 1), written_out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.written_out:
+            h = self.a(x).tanh()
+            force = ((1 - h * h) * self.b.weight) @ self.a.weight
+        else:
+            x = x.detach().requires_grad_()
+            (force,) = torch.autograd.grad(self.b(self.a(x).tanh()).sum(), x, create_graph=True)
+        return nn.functional.cross_entropy(force, y)
+
+
+def test_a_derivative_by_autograd_through_layers_is_refused() -> None:
+    with pytest.raises(
+        CaptureError, match=r"test_refusals.*torch.autograd.grad looks into layers.*write"
+    ):
+        ready(Force(written_out=False), (X, Y))
+    assert_as_eager(Force(written_out=True), (X, Y))
 
 
 REFUSED: dict[str, tuple[Callable[[Calls, Tensor, Tensor], Tensor], str]] = {}
