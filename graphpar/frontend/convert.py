@@ -201,6 +201,7 @@ class _Converter:
         needed = _needed(module.graph)
         for node in module.graph.nodes:
             if node not in needed:
+                self.values.env[node] = None  # nothing reads it later either
                 continue
             if node.op == "call_function":
                 try:

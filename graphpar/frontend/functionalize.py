@@ -35,6 +35,12 @@ def write_back(view: Op, base: Op, written: Op, name: str) -> Op | None:
     if kind in _SCATTER:
         target = _SCATTER[kind]
         return replace(made, target=target, args=(Ref(base.name), source, *view.args[1:]))
+    if kind == "narrow":
+        dim, first, length = view.args[1:4]
+        if not (isinstance(first, int) and isinstance(length, int)) or first < 0:
+            return None
+        places = (dim, first, first + length)
+        return replace(made, target=_SCATTER["slice"], args=(Ref(base.name), source, *places))
     if kind in _SAME:
         return replace(made, target="aten.alias.default", args=(source,))
     if kind in _RESHAPES:
