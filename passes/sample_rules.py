@@ -1,5 +1,7 @@
 """Rules for arithmetic and layers: what they make of values per sample (see `samples.py`)."""
 
+import re
+
 from graphpar.ir.ops import Argument, BatchSize
 from graphpar.ir.optable import packet
 from graphpar.passes.samples import PARTIAL, SHARED, Call, Samples, dims_argument, rule, scales, uniform
@@ -194,15 +196,9 @@ def _attention(call: Call) -> Samples:
 
 @rule(
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d",
-    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool2d_with_indices", "upsample_nearest1d",
-    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d",
-    "pixel_shuffle", "pixel_unshuffle", "group_norm", "im2col", "col2im", "grid_sampler",
-    "channel_shuffle", "prelu", "affine_grid_generator", "adaptive_max_pool3d", "upsample_nearest3d",
-    "upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
-    "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_unpool2d",
-    "max_unpool3d", "max_pool3d_with_indices", "grid_sampler_2d", "grid_sampler_3d",
+    "conv_transpose3d", "pixel_shuffle", "pixel_unshuffle", "group_norm", "im2col", "col2im",
+    "grid_sampler", "channel_shuffle", "prelu", "affine_grid_generator", "max_unpool2d",
+    "max_unpool3d", "grid_sampler_2d", "grid_sampler_3d",
 )  # fmt: skip
 def _batch_first(call: Call) -> Samples:
     x = call.op.args[0]
@@ -211,6 +207,26 @@ def _batch_first(call: Call) -> Samples:
         return call.mixed("does not have the batch as its first dimension")
     if any(call.state(r) != call.state(x) or call.dim(r) != 0 for r in others):
         return call.mixed("has weights that depend on the batch")
+    return call.like(x)
+
+
+@rule(
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)  # fmt: skip
+def _maps(call: Call) -> Samples:
+    """Every map of features is worked on alone, so that samples may stand where channels do as well."""
+    x = call.op.args[0]
+    kind, dim = call.type(x), call.dim(x)
+    if call.state(x).kind != "sample" or kind is None or dim is None:
+        return call.mixed("makes a map of a sum over the batch")
+    if dim >= len(kind.shape) - int(re.findall(r"(\d)d", packet(call.op))[0]):
+        return call.mixed("makes a map across samples")
     return call.like(x)
 
 

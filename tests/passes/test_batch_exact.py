@@ -213,7 +213,9 @@ SEQUENCES: dict[str, Loss] = {
     "batched product": lambda s, h, y: (
         torch.baddbmm(s.vector, h, s.linear.weight.expand(h.size(0), -1, -1)).pow(2).sum()
     ),
-    "unbatched pooling": lambda s, h, y: F.max_pool1d(h[:, 0], 2).pow(2).sum(),
+    "maps in place of channels": lambda s, h, y: (
+        F.interpolate(h[None], size=(7, 2))[0].mul(F.max_pool1d(h[:, 0], 2)[:, None]).pow(2).sum()
+    ),
     "channels dropped": lambda s, h, y: F.dropout2d(h[..., None], 0.5).pow(2).sum(),
 }
 
