@@ -264,7 +264,8 @@ class _Machine:
 
     def _start_s(self) -> float:
         """What a collective inside a node begins later than alone; over nodes their latency covers it."""
-        return self.p.start_s if self.run.tensor <= self.run.per_node else 0.0
+        late = self.run.starts_late and self.run.tensor <= self.run.per_node
+        return self.p.start_s if late else 0.0
 
     def _tensor_collectives(self) -> int:
         """All-reduces of one layer: two forward, two backward, two more where forward runs again."""

@@ -95,6 +95,7 @@ class Run:
         overlaps_experts: Whether experts' all-to-alls run beside other microbatches' compute.
         pure_half: Whether pointwise work too is in half precision, with no casts to float32.
         pads_vocab: Whether the vocabulary is padded on one tensor-parallel rank too.
+        starts_late: Whether tensor-parallel collectives begin late (`TrainingParameters.start_s`).
         stops_early: Whether recomputation ends with the last result that is needed.
         selects_products: Whether selective recomputation keeps every second product, else all but scores.
     """
@@ -144,6 +145,7 @@ class Run:
     pure_half: bool = False
     stops_early: bool = False
     pads_vocab: bool = True
+    starts_late: bool = True
 
     @property
     def sent_bytes(self) -> float:
