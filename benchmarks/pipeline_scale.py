@@ -1,7 +1,7 @@
 """How fast pipelines are planned, and how surely, against the number of devices, kinds and layers.
 
     python benchmarks/pipeline_scale.py [--json] [--time-limit S] [--quick] [--only WORD] [--seeds N]
-        [--alone]
+        [--alone] [--processor-time]
 
 The cases are those of `pipeline_cases.py`: clusters of 8 unlike devices, the 405B shape over devices,
 kinds, layers and options, and variants of it. 8 unlike devices are planned to the optimum, the others to
@@ -127,7 +127,12 @@ def main() -> None:
     parser.add_argument("--gap", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="clusters drawn at random")
     parser.add_argument("--alone", action="store_true", help="without baselines")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="limits count seconds of CPU: for a busy machine"
+    )
     arguments = parser.parse_args()
+    if arguments.processor_time:
+        time.monotonic = time.process_time
     seeds = 0 if arguments.quick else arguments.seeds
     cases = [*unlike_cases(seeds), *growth_cases(arguments.quick)]
     cases += [] if arguments.quick else variant_cases()

@@ -9,16 +9,17 @@ stages of a line otherwise are a few sums, each at most 1:
     devices    sum of the devices taken of a class / devices there are, and the same for whole groups
     nodes      1 + (twice the nodes filled - boundaries to the outside) / a constant
 
-With prices p on these sums that are not negative and add up to one, no line that keeps all of them costs
-more than 1. The least priced line is a shortest path,
+With prices p >= 0 on the sums but `spent`, a line that keeps all of them costs at least what the least
+priced line costs, less the sum of the prices (Lagrange), for `cost + p * (sums - 1) <= cost`. The least
+priced line is a shortest path,
 
     U[l, d] = min over columns with w replicas and b blocks that hold d + w replicas below:
               price + U[l + b, d + w]     U[l, d] = price of the first stage where it has all blocks left
 
-over blocks `l` and replicas `d` behind a stage, so a least price above 1 proves that no line keeps all
-sums. Prices are those of the matrix game between lines and sums, solved by cutting planes (Kelley, "The
-cutting-plane method for solving convex programs", 1960). Beyond `cap` replicas all `d` count as one:
-there a line may be priced that memory forbids, which keeps the bound a bound.
+over blocks `l` and replicas `d` behind a stage. Prices rise by cutting planes (Kelley, "The cutting-plane
+method for solving convex programs", 1960): those for which the cheapest of the lines met so far costs
+most, which are the prices of the cheapest mixture of these lines that keeps all sums. Beyond `cap`
+replicas all `d` count as one: there a line may be priced that memory forbids, and a bound stays one.
 """
 
 import time
@@ -37,14 +38,11 @@ _MOST_STEPS = 16_000_000
 
 _LEAST_CAP = 16
 
-_ROUNDS = 12
-"""Shortest paths tried for the prices of one set of columns, ..."""
+_ROUNDS = 40
+"""Shortest paths tried for the prices of one set of columns."""
 
-_FEW_ROUNDS = 4
-"""... and where no prices can exclude all lines, so that they only guide."""
-
-_CLOSE = 2e-3
-"""Prices are good enough where others raise the least price by no more than this."""
+_FIRST_PRICES, _RAISE, _MOST_PRICES = 1.0, 8.0, 600.0
+"""Prices are at most a multiple of what may be spent, which is raised where it binds, up to a limit."""
 
 _INWARDS = 0.4
 """The next prices lie by this share towards the best ones so far, which damps the cutting planes."""
@@ -64,21 +62,23 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The best prices found, the least price of a line under them, and what a line must cost.
+    """The best prices found on the sums but `spent`, and what a line costs at least that keeps these.
 
-    `prices[0]` is that of what is spent. `cost` is a lower bound on the cost of lines that keep the other
-    sums, infinite where there are none. `met` are the cheapest lines under all prices tried.
+    `met` are the cheapest lines under all prices tried.
     """
 
     prices: FloatArray
-    value: float
     cost: float
     met: tuple[Line, ...]
 
-    @property
-    def excluded(self) -> bool:
-        """Whether no line keeps all sums."""
-        return self.value > 1 + TOLERANCE
+    def excludes(self, spend: float) -> bool:
+        """Whether no line that keeps all sums costs so little."""
+        return self.cost > spend * (1 + TOLERANCE)
+
+    def shares(self, spend: float) -> FloatArray:
+        """Prices on all sums, first on what is spent, that add up to one: a line costs at most 1."""
+        found: FloatArray = np.concatenate([[spend], self.prices]) / (spend + self.prices.sum())
+        return found
 
 
 class Lines:
@@ -172,7 +172,7 @@ class Lines:
         return room[: self.blocks + 1].copy()
 
     def priced(self, prices: FloatArray, spend: float) -> FloatArray:
-        """What every column costs under prices on the sums, the first on what is spent."""
+        """What every column costs under prices on all sums, the first on what is spent."""
         found: FloatArray = prices[0] / spend * self.cost + prices[1:] @ self.sums
         return found
 
@@ -221,55 +221,59 @@ class Lines:
         fits = self.due[list(line.columns)] >= replicas
         return bool(fits.all() and (line.sums <= 1 + TOLERANCE).all())
 
-    def judge(self, spend: float, start: FloatArray, known: list[Line], deadline_s: float) -> Verdict:
-        """Look for prices under which every line costs more than 1.
+    def judge(
+        self, spend: float, close: float, start: FloatArray, known: list[Line], deadline_s: float
+    ) -> Verdict:
+        """Raise what lines that keep the sums are known to cost at least, until it exceeds `spend`.
 
-        `start` are prices to begin with, `known` are lines met before; only guidance either.
+        Prices are good enough where others raise that by no more than `close`. `start` are prices to
+        begin with, `known` are lines met before; only guidance either.
 
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s`.
         """
         met: list[Line] = []
-        prices, best = start, (-np.inf, start, 0.0)
+        prices, best, most = start, (-np.inf, start), _FIRST_PRICES
         for _ in range(_ROUNDS):
             if time.monotonic() > deadline_s:
                 raise OutOfTimeError
-            priced = self.priced(prices, spend)
+            priced = self.cost + prices @ self.sums
             least, line = self.cheapest_line(priced, self.to_go(priced))
-            value = least + float(prices[1:] @ self.constant)
-            # The sums but `spent` take at most what their prices add up to.
-            free = (value - float(prices[1:].sum())) * spend
-            cost = free / prices[0] if prices[0] > 0 else (np.inf if free > TOLERANCE * spend else 0.0)
-            best = max(best, (value, prices, cost), key=lambda b: b[0])
-            if line is None or value > 1 + TOLERANCE:
+            value = least + float(prices @ self.constant) - float(prices.sum())
+            if line is None or value > best[0]:
+                best = value, prices
+            if line is None or value > spend * (1 + TOLERANCE):
                 break
             met.append(line)
-            ceiling, wanted = _play([*known, *met], spend)
-            # Where mixtures of lines keep all sums, prices alone prove no more.
-            guides = ceiling <= 1 and len(met) >= _FEW_ROUNDS
-            if guides or ceiling - best[0] < _CLOSE * abs(1 - best[0]) + TOLERANCE:
+            ceiling, wanted = _mixture([*known, *met], most * spend)
+            while (
+                ceiling - best[0] < close
+                and most < _MOST_PRICES
+                and (wanted.max(initial=0.0) >= most * spend * (1 - TOLERANCE))
+            ):
+                most *= _RAISE
+                ceiling, wanted = _mixture([*known, *met], most * spend)
+            if ceiling - best[0] < close:
                 break
             prices = (1 - _INWARDS) * wanted + _INWARDS * best[1]
-        return Verdict(best[1], best[0], best[2], tuple(met))
+        return Verdict(best[1], best[0], tuple(met))
 
 
-def _play(lines: list[Line], spend: float) -> tuple[float, FloatArray]:
-    """The prices for which the cheapest of some lines costs most, and what it costs."""
-    rows = np.array([[line.cost / spend, *line.sums] for line in lines])
-    number, prices = rows.shape
-    matrix = np.zeros((number + 1, prices + 1))
-    matrix[:number, :prices], matrix[:number, prices] = rows, -1.0
-    matrix[number, :prices] = 1.0
+def _mixture(lines: list[Line], most: float) -> tuple[float, FloatArray]:
+    """The prices up to `most` for which the cheapest of some lines costs most, and what it costs."""
+    sums = np.array([line.sums for line in lines])
+    number, prices = sums.shape
+    # What a line costs is linear in the prices: cost + prices * (sums - 1) >= the least of them.
+    matrix = np.concatenate([sums - 1, np.full((number, 1), -1.0)], axis=1)
     outcome = MatrixProgram(
         cost=np.array([0.0] * prices + [-1.0]),
         lower=np.array([0.0] * prices + [-np.inf]),
-        upper=np.array([1.0] * prices + [np.inf]),
+        upper=np.array([most] * prices + [np.inf]),
         integer=np.zeros(prices + 1, dtype=np.bool_),
         matrix=sparse.csr_matrix(matrix),
-        row_lower=np.array([0.0] * number + [1.0]),
-        row_upper=np.array([np.inf] * number + [1.0]),
+        row_lower=-np.array([line.cost for line in lines]),
+        row_upper=np.full(number, np.inf),
     ).solve()
     if not outcome.has_point:
         raise OutOfTimeError
-    found = np.maximum(outcome.values[:prices], 0.0)
-    return float(outcome.values[prices]), found / found.sum()
+    return float(outcome.values[prices]), np.clip(outcome.values[:prices], 0.0, most)

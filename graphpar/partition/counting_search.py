@@ -45,6 +45,15 @@ _DIVE_FACTORS = (1.0, 1.01, 1.025, 1.05, 1.1, 1.18, 1.3, 1.5, 2.0, 3.0, 5.0)
 _DIVE_SPARE = 0.02
 """At a dive lines may cost this share of extra more than the relaxation says."""
 
+_CLOSE, _LEAST_CLOSE = 0.1, 5e-4
+"""Prices are found up to this share of the gap, or this share of the step."""
+
+_LAZY = 0.1
+"""A box waits where another's bound is less by this share of the gap."""
+
+_NEAR = 0.3
+"""Lines are looked for at first up to this share of the way from a box's bound to the target."""
+
 _KEPT_LINES = 40
 """Lines of a task that are remembered."""
 
@@ -195,7 +204,8 @@ class _CountedSearch(Search[_Box]):
             spend = 10 * (float(lines.cost.max()) * lines.blocks + 1.0)
         verdict = self._judge(box.task, lines, least, spend, box.extra[1])
         bound = max(bound, min(least.step_s + verdict.cost, self._target()))
-        if verdict.excluded:
+        self._current_s = bound
+        if verdict.excludes(spend):
             self._prune(max(bound, self._target()))
             return
         straight = self._best_met(lines, verdict, spend)
@@ -203,10 +213,18 @@ class _CountedSearch(Search[_Box]):
             self._offer(box.task, program.answer_of(lines, straight, bound))
             self._divide_at(program, bound, box, lines, straight)
             return
+        if self._heap and bound > self._heap[0][0] + _LAZY * self._gap * bound:
+            self._push(bound, box)
+            return
+        # Beginnings of lines that cost little more than they must are fewer.
+        near = min(spend, bound - least.step_s + max(_NEAR * (self._target() - bound), self._fine(bound)))
         width = _BEAMS[min(box.looks, len(_BEAMS)) - 1]
-        harvest = grow_lines(lines, verdict.prices, spend, width, self._deadline_s)
+        harvest = grow_lines(lines, verdict.shares(near), near, width, self._deadline_s)
         if harvest.line is None and harvest.complete:
-            self._prune(max(bound, self._target()))
+            if near < spend:
+                self._push(max(bound, least.step_s + near), box)
+            else:
+                self._prune(max(bound, self._target()))
             return
         if harvest.line is None:
             self._look_again(program, bound, box)
@@ -216,6 +234,10 @@ class _CountedSearch(Search[_Box]):
             bound = max(bound, least.step_s + line.cost)
         self._offer(box.task, program.answer_of(lines, line, bound))
         self._divide_at(program, bound, box, lines, line)
+
+    def _fine(self, step_s: float) -> float:
+        """A difference in steps that does not matter."""
+        return max(_CLOSE * self._gap, _LEAST_CLOSE) * step_s
 
     @staticmethod
     def _best_met(lines: Lines, verdict: Verdict, spend: float) -> Line | None:
@@ -234,10 +256,12 @@ class _CountedSearch(Search[_Box]):
             self._prune(bound)
 
     def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
-        number = len(lines.sums) + 1
-        guide = self._guides.get(task) or _Guide(np.full(number, 1 / number), ())
+        guide = self._guides.get(task) or _Guide(np.zeros(len(lines.sums)), ())
         known = [k for k in guide.lines if k.extra_s.max() <= extra_s]
-        verdict = lines.judge(spend, guide.prices, [k.line(least) for k in known], self._deadline_s)
+        close = self._fine(least.step_s)
+        verdict = lines.judge(
+            spend, close, guide.prices, [k.line(least) for k in known], self._deadline_s
+        )
         met = [_known(lines, line) for line in verdict.met]
         self._guides[task] = _Guide(verdict.prices, (*guide.lines, *met)[-_KEPT_LINES:])
         return verdict
@@ -345,11 +369,12 @@ class _CountedSearch(Search[_Box]):
         if lines is None or spend <= 0:
             return False
         verdict = self._judge(box.task, lines, least, spend, extra_s)
-        if verdict.excluded:
+        if verdict.excludes(spend):
             return False
         line = self._best_met(lines, verdict, spend)
         if line is None:
-            line = grow_lines(lines, verdict.prices, spend, _BEAMS[beam], self._deadline_s).line
+            shares = verdict.shares(spend)
+            line = grow_lines(lines, shares, spend, _BEAMS[beam], self._deadline_s).line
         before = self._cutoff
         return line is not None and self._offer(box.task, program.answer_of(lines, line, 0.0)) < before
 

@@ -1,0 +1,83 @@
+"""Bounds on lines of columns, and the beam that grows lines, against every line there is."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphpar.partition.counting_beam import grow_lines
+from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
+from graphpar.partition.counting_lines import Line, Lines
+
+BLOCKS = 4
+FOREVER = float("inf")
+
+
+@st.composite
+def some_lines(draw: st.DrawFn) -> Lines:
+    """Up to nine columns with three sums, the last of which (nodes) may fall along a line."""
+    number = draw(st.integers(1, 9))
+
+    def ints(low: int, high: int) -> np.ndarray:
+        return np.array(draw(st.lists(st.integers(low, high), min_size=number, max_size=number)))
+
+    role = ints(WHOLE, LAST)
+    blocks = np.where(role == WHOLE, BLOCKS, np.maximum(ints(0, BLOCKS), role == BODY))
+    sums = np.stack([ints(0, 6) / 10, ints(0, 6) / 10, ints(-3, 4) / 10])
+    # A stage alone has both ends outside its node.
+    sums[2, role == WHOLE] = -1.0
+    nothing, width = np.zeros(number), ints(1, 3)
+    columns = Columns(
+        role=role.astype(np.intp),
+        option=np.arange(number),
+        blocks=blocks.astype(np.intp),
+        arm=np.zeros(number, dtype=np.intp),
+        fill_s=nothing,
+        extra_s=nothing,
+        post_s=nothing,
+        most_below=(width + ints(0, 5)).astype(np.float64),
+    )
+    constant = np.array([0.0, 0.0, draw(st.integers(0, 10)) / 10])
+    return Lines(
+        columns=columns,
+        cost=ints(0, 20).astype(np.float64),
+        width=width.astype(np.intp),
+        sums=sums,
+        constant=constant,
+        blocks=BLOCKS,
+        devices=8,
+    )
+
+
+def every_line(lines: Lines) -> Iterator[Line]:
+    """All lines from last to first stage, whether they keep anything or not."""
+    columns = lines.columns
+    by_role = {r: np.flatnonzero(columns.role == r).tolist() for r in (WHOLE, FIRST, BODY, LAST)}
+    started: list[tuple[int, ...]] = [(c,) for c in by_role[LAST]]
+    whole: list[tuple[int, ...]] = [(c,) for c in by_role[WHOLE]]
+    while started:
+        begun = started.pop()
+        held = int(columns.blocks[list(begun)].sum())
+        whole += [(*begun, c) for c in by_role[FIRST] if held + columns.blocks[c] == BLOCKS]
+        started += [(*begun, c) for c in by_role[BODY] if held + columns.blocks[c] <= BLOCKS]
+    for found in whole:
+        used = list(found)
+        yield Line(found, float(lines.cost[used].sum()), lines.sums[:, used].sum(axis=1) + lines.constant)
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_lines(), st.sampled_from([4.0, 15.0, 60.0]), st.sampled_from([0.0, 3.0]))
+def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: float) -> None:
+    best = min((line.cost for line in every_line(lines) if lines.holds(line)), default=FOREVER)
+    verdict = lines.judge(spend, 1e-3, np.full(3, start), [], FOREVER)
+    assert verdict.cost <= best + 1e-6
+    if verdict.excludes(spend):
+        assert best > spend
+        return
+    harvest = grow_lines(lines, verdict.shares(spend), spend, 50, FOREVER)
+    if harvest.line is not None:
+        assert lines.holds(harvest.line)
+        assert harvest.line.cost >= best - 1e-9
+    if harvest.complete:
+        assert best >= spend - 1e-9 or (harvest.line is not None and harvest.line.cost == best)
