@@ -154,7 +154,15 @@ def _example_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     give: Callable[[int, int], Any] | None = getattr(module, "example_inputs", None)
     if give is not None:
-        return _as_call(spec, give(batch_size, seq_len))
+        try:
+            inputs = give(batch_size, seq_len)
+        except Exception as error:
+            first, *_ = str(error).splitlines() or [""]
+            raise ValueError(
+                f"MODEL {spec!r}: example_inputs({batch_size}, {seq_len}) failed: "
+                f"{type(error).__name__}: {first}"
+            ) from error
+        return _as_call(spec, inputs)
     if is_hf_model(model):
         return (), hf_inputs(model, batch_size, seq_len, train)
     raise ValueError(

@@ -10,6 +10,9 @@ from graphpar.plans import Plan
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+MOST = 2**31 - 1
+"""The largest size of a dimension that is taken; beyond it torch fails with a page of frames."""
+
 model_argument = click.argument("model")
 cluster_option = click.option(
     "--cluster",
@@ -50,14 +53,14 @@ def input_options(command: _Command) -> _Command:
             "--seq-len",
             default=128,
             show_default=True,
-            type=click.IntRange(min=1),
+            type=click.IntRange(min=1, max=MOST),
             help="Tokens per sample, for models that take tokens.",
         ),
         click.option(
             "--batch-size",
             default=8,
             show_default=True,
-            type=click.IntRange(min=1),
+            type=click.IntRange(min=1, max=MOST),
             help="Samples per global batch.",
         ),
     ):

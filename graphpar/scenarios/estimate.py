@@ -8,6 +8,7 @@ from graphpar import catalogue
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.planner import price
+from graphpar.precision import uniform_formats
 from graphpar.preparation import Prepared
 from graphpar.scenarios.layouts import recomputed
 from graphpar.training import Training
@@ -16,7 +17,8 @@ from graphpar.units import format_bytes
 MOST_DEVICES = 64
 
 FORMATS = ("float32", "bfloat16 mixed", "bfloat16")
-"""Mixed computes in bfloat16 and keeps weights, gradients and optimiser in float32."""
+"""Mixed computes in bfloat16 and keeps weights, gradients and optimiser in float32, and lower copies of
+the weights beside them."""
 
 LACKING = "*"
 """Marks kinds of devices that lack one of the formats."""
@@ -66,9 +68,11 @@ def estimate(prepared: Prepared, train: Training | None, kinds: Sequence[str]) -
 
 def _table(prepared: Prepared, train: Training | None, name: str) -> CostTable:
     cluster = Cluster.from_dict({"nodes": [{"name": "a", "devices": {"kind": "a100-sxm-80gb"}}]})
-    table = price(prepared, cluster, train=train, precision=name.split()[0], calibration=None)
     if name != "bfloat16":
-        return table
+        # As plans price it: lower formats keep a second, lower copy of the weights.
+        formats = uniform_formats(cluster, name.split()[0], len(prepared.chain.units))
+        return price(prepared, cluster, train=train, calibration=None, formats=formats)
+    table = price(prepared, cluster, train=train, precision=name, calibration=None)
     costs = tuple(
         replace(
             c,

@@ -1,0 +1,33 @@
+"""What `graphpar estimate` counts is what a plan for that device counts."""
+
+import pytest
+import torch
+from scenarios.tiny_model import example_inputs
+
+import graphpar
+from graphpar.cluster import Cluster
+from graphpar.examples.gpt import GPT
+from graphpar.partition.baselines import one_device
+from graphpar.planner import price
+from graphpar.precision import uniform_formats
+from graphpar.preparation import prepare
+from graphpar.scenarios.estimate import estimate
+
+BATCH = 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_total_is_the_peak_of_a_plan_with_one_sample_per_microbatch(training: bool) -> None:
+    train = graphpar.Training(optimizer=torch.optim.AdamW) if training else None
+    with torch.device("meta"):
+        model = GPT(width=64, layers=2, heads=2, length=64)
+        ids, targets = example_inputs(BATCH, 64)
+    prepared = prepare(model, (ids,), {"targets": targets}, train)
+    cluster = Cluster.from_dict({"devices": [{"kind": "a100-sxm-80gb"}]})
+    found = {(e.format, e.recompute): e for e in estimate(prepared, train, ["t4"])}
+    for name, precision in (("float32", "float32"), ("bfloat16 mixed", "bfloat16")):
+        formats = uniform_formats(cluster, precision, len(prepared.chain.units))
+        table = price(prepared, cluster, train=train, calibration=None, formats=formats)
+        alone = one_device(table, schedule="gpipe" if train is None else "1f1b", microbatches=BATCH)
+        (peak,) = alone.peak_bytes.values()
+        assert found[name, False].total_bytes == pytest.approx(peak, rel=1e-6), name
