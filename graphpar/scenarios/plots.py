@@ -5,13 +5,14 @@ Needs matplotlib (the extra `viz`); the ending of the file decides between PNG a
 
 import importlib.util
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from graphpar.files import check_writable, write_whole
-from graphpar.scenarios.sweeps import Sweep
+from graphpar.scenarios.sweeps import Sweep, knee
 from graphpar.scenarios.types import Answer
 from graphpar.view.palette import OKABE_ITO
 
@@ -80,6 +81,10 @@ def _drawn(baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep])
     return figure
 
 
+MOST_LABELS = 100
+"""Cells of a map that are still told in numbers."""
+
+
 def _points(sweeps: Sequence[Sweep]) -> int:
     count = 1
     for sweep in sweeps:
@@ -98,13 +103,15 @@ def _bars(figure: Any, baseline: Answer, answers: Sequence[Answer]) -> None:
     rows = [a for a in (baseline, *answers) if a.step_s is not None]
     axes = figure.subplots()
     positions = range(len(rows))
-    steps = [a.step_s or 0.0 for a in rows]
-    errors = [s * a.error_bar for s, a in zip(steps, rows, strict=True)]
+    # Steps of unlike batches say nothing beside each other.
+    unlike = len({a.batch for a in rows}) > 1
+    lengths = [(a.samples_per_s if unlike else a.step_s) or 0.0 for a in rows]
+    errors = [length * a.error_bar for length, a in zip(lengths, rows, strict=True)]
     colors = [OKABE_ITO[0] if a.status == "ok" else "lightgrey" for a in rows]
-    axes.barh(positions, steps, xerr=errors, color=colors, ecolor="grey", capsize=3)
+    axes.barh(positions, lengths, xerr=errors, color=colors, ecolor="grey", capsize=3)
     axes.set_yticks(positions, [a.title for a in rows], parse_math=False)
     axes.invert_yaxis()
-    axes.set_xlabel("predicted step, s")
+    axes.set_xlabel("predicted samples per second" if unlike else "predicted step, s")
 
 
 def _curve(figure: Any, baseline: Answer, answers: Sequence[Answer], sweep: Sweep) -> None:
@@ -119,6 +126,10 @@ def _curve(figure: Any, baseline: Answer, answers: Sequence[Answer], sweep: Swee
     axes.errorbar(xs, ys, yerr=errors, marker="o", color=OKABE_ITO[0], ecolor="grey", capsize=3)
     if baseline.samples_per_s:
         axes.axhline(baseline.samples_per_s, linestyle="--", color="grey", label="baseline")
+    bend = knee([float(v) for v in sweep.values], answers)
+    if bend is not None:
+        axes.axvline(bend, linestyle=":", color=OKABE_ITO[1], label="knee")
+    if axes.get_legend_handles_labels()[0]:
         axes.legend()
     if len(xs) > 2 and xs[0] > 0 and xs[-1] / xs[0] > 20:
         axes.set_xscale("log")
@@ -138,4 +149,10 @@ def _map(figure: Any, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> Non
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(sweeps[1].path)
     axes.set_ylabel(sweeps[0].path)
+    if len(rows) * len(columns) <= MOST_LABELS:
+        for i, row in enumerate(grid):
+            for j, rate in enumerate(row):
+                told = "-" if math.isnan(rate) else f"{rate:.3g}"
+                box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
+                axes.text(j, i, told, ha="center", va="center", bbox=box)
     figure.colorbar(image, label="samples per second")

@@ -352,7 +352,10 @@ def ask(
         ValueError: The baseline makes no sense itself.
     """
     settings = [changed(baseline, scenario) for scenario in scenarios]
-    sound = [s for s in settings if isinstance(s, Setting)]
+    # What changes nothing is the baseline, which is searched for the longest.
+    written = baseline.to_dict()
+    settings = [baseline if isinstance(s, Setting) and s.to_dict() == written else s for s in settings]
+    sound = [s for s in settings if isinstance(s, Setting) and s is not baseline]
     first_limit_s = min(
         BASELINE_SHARE * solver.limits.time_limit_s, max(10.0, solver.limits.time_limit_s)
     )
@@ -362,12 +365,13 @@ def ask(
     rest = iter(solver.answers(sound))
     # Asked again, since a scenario may have found what the baseline's search missed.
     (first,) = solver.answers([baseline], first_limit_s)
-    answers = [
-        renamed(next(rest), scenario.title, scenario.changes)
-        if isinstance(setting, Setting)
-        else Answer(scenario.title, scenario.changes, status="invalid", problem=setting)
-        for scenario, setting in zip(scenarios, settings, strict=True)
-    ]
+    answers = []
+    for scenario, setting in zip(scenarios, settings, strict=True):
+        if isinstance(setting, str):
+            answers.append(Answer(scenario.title, scenario.changes, status="invalid", problem=setting))
+            continue
+        found = first if setting is baseline else next(rest)
+        answers.append(renamed(found, scenario.title, scenario.changes))
     return renamed(first, "baseline", ()), tuple(answers)
 
 

@@ -189,3 +189,9 @@ def test_processes_give_the_same_answers() -> None:
         ask(asked, processes=2, time_limit_s=20.0, gap=0.3),
     )
     assert [a.step_s for a in alone.answers] == [a.step_s for a in together.answers]
+
+
+def test_what_changes_nothing_is_answered_as_the_baseline() -> None:
+    study = ask(["set a.count=2", "set precision=float32"], time_limit_s=0.2)
+    for answer in study.answers:
+        assert (answer.step_s, answer.gap) == (study.baseline.step_s, study.baseline.gap)
