@@ -98,6 +98,7 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
         proven = _unbeaten(table, others, known)
         if proven is not None:
             return proven
+    others += _alone_found(table, task)
     try:
         best = _found(table, task, task.again and task.grouped, known)
     except InfeasibleError:
@@ -112,6 +113,15 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     if known is not None and task.layout is None and not has_formula(best.schedule):
         known.keep(KnownPlan(best.pipelines, best.schedule, table.batch))
     return best
+
+
+def _alone_found(table: CostTable, task: Task) -> list[Partition]:
+    """The best single device, which a search cut short may miss; none where more was asked for."""
+    free = task.layout is None and task.microbatches == "auto"
+    if not free or not (task.schedule == "auto" or has_formula(task.schedule)):
+        return []
+    found = _one_device(table, task)
+    return [found] if found is not None else []
 
 
 def _step_s(table: CostTable, plan: Partition) -> float:
@@ -252,7 +262,8 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
         status="ok" if fits else "infeasible",
         problem="" if fits else f"{least} lacks {format_bytes(-headroom[least])}",
         step_s=timeline.step_s,
-        bound_s=found.bound_s,
+        # A formula may count more than is played; a bound above the step would say nothing of it.
+        bound_s=min(found.bound_s, timeline.step_s),
         gap=None if task.layout else found.gap,
         any_bound_s=found.physical_bound_s,
         batch=table.batch,
@@ -276,13 +287,17 @@ def _kept(found: Partition, task: Task) -> KnownPlan:
 
 def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
     """The best single device and its step time; None where the model fits into none."""
+    found = _one_device(table, task)
+    return (found.used_devices[0], found.objective_s) if found is not None else None
+
+
+def _one_device(table: CostTable, task: Task) -> Partition | None:
     if least_bytes(table) + table.reserved_bytes > max(c.memory_bytes for c in table.device_classes):
         return None
     try:
-        found = one_device(table, schedule=searched(task.schedule), microbatches="auto")
+        return one_device(table, schedule=searched(task.schedule), microbatches="auto")
     except (InfeasibleError, ValueError):
         return None
-    return found.used_devices[0], found.objective_s
 
 
 def _shape(found: Partition) -> str:

@@ -122,7 +122,7 @@ class Solver:
                 break
             if self._covers(key, name):
                 better = self._taken_over(setting, best, self._known[name])
-                if better is not None:
+                if better is not None and _shorter(better, best):
                     return better
         return best
 
@@ -273,6 +273,13 @@ def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
         remarks=tuple(dict.fromkeys((*cut, *kept))),
         seconds=mine.seconds + other.seconds,
     )
+
+
+def _shorter(mine: Answer, other: Answer) -> bool:
+    """Whether an answer is a plan, and the other none or a longer one."""
+    if mine.step_s is None or other.status != "ok" or other.step_s is None:
+        return mine.step_s is not None
+    return mine.step_s < other.step_s * (1 - _ROUNDING)
 
 
 def _alike(missing: Mapping[str, Setting]) -> list[list[tuple[str, Setting]]]:

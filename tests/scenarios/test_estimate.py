@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from scenarios.tiny_model import example_inputs
 
 import graphpar
 from graphpar.cluster import Cluster
-from graphpar.examples.gpt import GPT
+from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.partition.baselines import one_device
 from graphpar.planner import price
 from graphpar.precision import uniform_formats
