@@ -30,6 +30,7 @@ def check(
     args: Any,
     kwargs: Any,
     again: bool = False,
+    rounding: float = ROUNDING,
 ) -> None:
     """Loss and all gradients of a group are those of one device; computed `again` for backward or not."""
     whole = OneDevice(model, prepared.captured, one_stage(prepared.graph), prepared.graph, 0)
@@ -37,9 +38,9 @@ def check(
     loss.backward()  # type: ignore[no-untyped-call]
     results, gradients, _ = grouped(model, prepared, choice, size, args, kwargs, again=again)
     for (result,) in results:
-        torch.testing.assert_close(result, loss.detach(), rtol=ROUNDING, atol=1e-7)
+        torch.testing.assert_close(result, loss.detach(), rtol=rounding, atol=rounding / 100)
     name, difference = compare_gradients(gradients, whole.gradients())
-    assert difference <= ROUNDING, f"{name} differs by {difference}"
+    assert difference <= rounding, f"{name} differs by {difference}"
 
 
 @st.composite
@@ -114,12 +115,13 @@ def test_any_strategies_on_any_stack(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    model = Mixer(kinds, heads * head_size, heads, inner, drop, tied)
+    # In float64: a bias of one number has a gradient whose terms may all but cancel, down to rounding.
+    model = Mixer(kinds, heads * head_size, heads, inner, drop, tied).double()
     batch = torch.randint(0, 13, (3, 7)), torch.randint(0, 13, (3, 7))
     prepared = prepare(model, batch, {}, TRAINING)
     choice = at_random(one_stage(prepared.graph), parts, seed)
-    check(model, prepared, choice, len(parts), batch, {}, again)
-    check(model, prepared, planned(prepared, gpus(len(parts), FREE, parts)), len(parts), batch, {}, again)
+    for way in (choice, planned(prepared, gpus(len(parts), FREE, parts))):
+        check(model, prepared, way, len(parts), batch, {}, again, rounding=1e-10)
 
 
 class Pixels(nn.Module):
