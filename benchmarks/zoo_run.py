@@ -34,6 +34,7 @@ from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import FLOAT32_ROUNDING, relative_difference
 from graphpar.runtime.reference import draws_at_random
+from graphpar.runtime.subject import Subject
 from graphpar.training import Training
 
 SAMPLES = 6
@@ -131,12 +132,11 @@ def _compared(row: Row, mode: str, made: Case, wide: bool, sizes: bool) -> tuple
     worst, at = 0.0, ""
     wanted = one_device_numbers(made.model, prepared, train, args, kwargs)
     for layout, (cluster, plan) in _layouts(mode, prepared, train):
-        with CompiledModel.start(
-            subject_of(made.model, prepared, cluster, train), partial(given, plan)
-        ) as job:
+        subject = subject_of(made.model, prepared, cluster, train)
+        with CompiledModel.start(subject, partial(given, plan)) as job:
             numbers = [(layout, numbers_of(job, train, args, kwargs), wanted)]
-            if sizes:
-                numbers += _others(job, mode, made, train, wide)
+        if sizes:
+            numbers += _others(subject, plan, mode, made, wide)
         for where, got, right in numbers:
             for what, name, error in differences(got, right):
                 assert error <= rounding, f"{what} {name} differs by {error:.2g} ({where})"
@@ -153,22 +153,16 @@ def differences(got: Numbers, wanted: Numbers) -> Iterator[tuple[str, str, float
         yield what, name, error
 
 
-def _others(job: CompiledModel, mode: str, made: Case, train: Training | None, wide: bool) -> Any:
-    """Results for other numbers of samples, beside those of one device."""
+def _others(
+    subject: Subject, plan: Plan, mode: str, made: Case, wide: bool
+) -> Iterator[tuple[str, Numbers, Numbers]]:
+    """Results for other numbers of samples, beside those of one device; a job of its own for each."""
     for samples in OTHER_SAMPLES:
-        fresh = build(made.name)
-        set_dropout(fresh.model, 0.3 if mode == "dropout" else 0.0)
-        fresh.model.train(mode != "eval")
-        if wide:
-            fresh.model.double()
-        args, kwargs = _arguments(fresh, mode, samples, wide)
-        prepared = prepare(fresh.model, args, kwargs, train)
-        if draws_at_random(prepared.graph):
-            continue
-        state = dict(job.state_dict().items())
-        fresh.model.load_state_dict(state, strict=False)
-        wanted = one_device_numbers(fresh.model, prepared, train, args, kwargs)
-        yield f"{samples} samples", numbers_of(job, train, args, kwargs), wanted
+        args, kwargs = _arguments(made, mode, samples, wide)
+        prepared = prepare(made.model, args, kwargs, subject.training)
+        wanted = one_device_numbers(made.model, prepared, subject.training, args, kwargs)
+        with CompiledModel.start(subject, partial(given, plan)) as job:
+            yield f"{samples} samples", numbers_of(job, subject.training, args, kwargs), wanted
 
 
 def _layouts(
