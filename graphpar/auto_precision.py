@@ -172,6 +172,31 @@ class _Tried:
                 f"choices no longer tried after {runs} runs and {time.monotonic() - began_s:.0f} s"
             )
         assert best is not None
+        return self._stretched(best, seen, began_s)
+
+    def _stretched(
+        self, best: _Measured, seen: set[tuple[PipelineChoice, ...]], began_s: float
+    ) -> _Measured:
+        """One unit more in a lower format, as long as what is measured keeps the budget.
+
+        One number for all units corrects their estimates badly where units err in unlike ways: a looser
+        budget could end in a slower plan than a tighter one.
+        """
+        while time.monotonic() - began_s < SEARCH_S:
+            made = self.search.next_shorter(best.made)
+            if made is None or made.found.objective_s >= best.made.found.objective_s:
+                break
+            pipelines = with_formats(made.found, made.formats).pipelines
+            if pipelines in seen:
+                break
+            seen.add(pipelines)
+            measured = self.measure(pipelines)
+            if measured is None:
+                break
+            if max(measured) > self.budget:
+                self.refused.append((made, measured))
+                break
+            best = _Measured(made, measured, best.correction)
         return best
 
     def _more_careful(self, correction: Errors, estimated: Errors, measured: Errors) -> Errors:

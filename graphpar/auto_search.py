@@ -165,6 +165,11 @@ class Search:
         errors = errors_of(self.problem(found), [s.formats for s in stages])
         return Candidate(formats, table, found, errors)
 
+    def next_shorter(self, made: Candidate) -> Candidate | None:
+        """The plan of the least larger errors that makes the step of these stages shorter, if any does."""
+        more = looser(*self._as_chosen(made, NO_CORRECTION))
+        return self._planned(self._spread(made.found, more[1])) if more is not None else None
+
     def gains_by_more(self, made: Candidate) -> bool:
         """Whether any budget would make the step of these stages shorter."""
         return looser(*self._as_chosen(made, NO_CORRECTION)) is not None
