@@ -166,7 +166,7 @@ class Search:
         return Candidate(formats, table, found, errors)
 
     def next_shorter(self, made: Candidate) -> Candidate | None:
-        """The plan of the least larger errors that makes the step of these stages shorter, if any does."""
+        """The plan of the least larger errors that shortens the step of these stages, if any does."""
         more = looser(*self._as_chosen(made, NO_CORRECTION))
         return self._planned(self._spread(made.found, more[1])) if more is not None else None
 
