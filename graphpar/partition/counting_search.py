@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingProgram, Least
 from graphpar.partition.counting_beam import grow_lines
@@ -251,9 +252,27 @@ class _CountedSearch(Search[_Box]):
             self._push(bound, replace(box, looks=box.looks + 1))
         elif _middle(program.extras_s, box.extra) is not None:
             self._divide(program, bound, replace(box, looks=0))
+        elif (middle := _middle(program.posts_s, box.post)) is not None:
+            low, high = middle
+            self._push(bound, replace(box, post=(box.post[0], low), looks=0))
+            self._push(bound, replace(box, post=(high, box.post[1]), looks=0))
         else:
-            # Nothing is left to divide: the box stays what it is, and so does its bound.
+            self._solve(program, bound, box)
+
+    def _solve(self, program: CountingProgram, bound: float, box: _Box) -> None:
+        """The integer programme of a box that nothing is left to divide in."""
+        self.programs += 1
+        try:
+            answer = program.solve(StageLimits(box.extra[1], box.post[1]), self._deadline_s)
+        except NotSolvedError:
+            # The box stays what it is, and so does its bound.
             self._prune(bound)
+            return
+        if answer is None:
+            self._prune(max(bound, self._target()))
+            return
+        self._offer(box.task, answer)
+        self._prune(max(bound, answer.bound_s + box.extra[0] + self._weight * box.post[0]))
 
     def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
         guide = self._guides.get(task) or _Guide(np.zeros(len(lines.sums)), ())
