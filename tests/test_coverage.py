@@ -29,6 +29,7 @@ def rows(*arguments: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_each_name_has_a_row_whatever_happens_to_the_others() -> None:
     found = rows("--workers", "2", "NoSuchModel", "GPT2")
     assert [(row["name"], row["status"], row["stage"]) for row in found] == [

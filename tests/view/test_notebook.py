@@ -55,6 +55,7 @@ def test_the_public_plan_knows_how_to_show_itself() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_example_notebook_runs_and_everything_in_it_shows_itself() -> None:
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
