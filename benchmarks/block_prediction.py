@@ -15,8 +15,9 @@ import torch
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, PricingOptions
+from graphpar.cost import CostTable
 from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_options import PricingOptions
 from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.frontend.capture import capture
 from graphpar.ir.chain import build_chain

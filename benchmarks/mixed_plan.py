@@ -26,8 +26,9 @@ import torch
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.compiler import subject_of
-from graphpar.cost import CostTable, StageOptions
+from graphpar.cost import CostTable
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
 from graphpar.examples.gpt import GPT
 from graphpar.measure import calibrate

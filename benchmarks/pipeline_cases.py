@@ -15,11 +15,11 @@ from graphpar.cost import (
     LinkCost,
     Mode,
     ModeCost,
-    StageOptions,
     Topology,
     UnitCost,
 )
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 
 SAMPLE_TOKENS = 8192
 DEVICES_PER_NODE = 8

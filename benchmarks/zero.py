@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import graphpar
-from graphpar.cost import StageOptions
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, price

@@ -1,7 +1,8 @@
 """What a table of costs has rows and columns for: kinds of devices, and sizes of microbatches."""
 
 from graphpar.cluster import Cluster, Device
-from graphpar.cost import DeviceClass, PricingOptions
+from graphpar.cost import DeviceClass
+from graphpar.cost_options import PricingOptions
 
 MAX_SIZES = 24
 

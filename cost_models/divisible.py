@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from graphpar.cost import PricingOptions, RepeatedWeights
+from graphpar.cost import RepeatedWeights
+from graphpar.cost_options import PricingOptions
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.rows import rows_in

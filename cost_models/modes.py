@@ -16,7 +16,8 @@ with weights is summed over the members, forward and backward (one all-reduce ea
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from graphpar.cost import CostTable, LinkCost, Mode, ModeCost, StageOptions
+from graphpar.cost import CostTable, LinkCost, Mode, ModeCost
+from graphpar.cost_options import StageOptions
 from graphpar.partition.relaxed_tables import crossing_bytes, divided, recomputed
 
 TENSOR_EFFICIENCY = 0.9
@@ -29,7 +30,7 @@ def with_modes(table: CostTable, options: StageOptions) -> CostTable:
     They are derived for the plain mode of every class, for every tensor group and for every precision the
     table has; groups of the simple rule only for classes.
 
-    >>> from graphpar.cost import StageOptions
+    >>> from graphpar.cost_options import StageOptions
     >>> StageOptions(recompute=True, zero=(1,)).zero
     (1,)
     """

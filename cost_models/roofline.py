@@ -6,7 +6,14 @@ from dataclasses import dataclass, replace
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster, Device
 from graphpar.cores import CoreUse, SharedCores
-from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, PricingOptions, Topology, UnitCost
+from graphpar.cost import (
+    CostTable,
+    CutEdge,
+    DeviceClass,
+    LinkCost,
+    Topology,
+    UnitCost,
+)
 from graphpar.cost_models.again import run_again
 from graphpar.cost_models.classes import device_classes, microbatch_sizes
 from graphpar.cost_models.divisible import few_row_bytes, passing_gradient_bytes, repeated_weights
@@ -24,6 +31,7 @@ from graphpar.cost_models.memory import (
 from graphpar.cost_models.opcost import fan_out_kernels, work_of
 from graphpar.cost_models.rates import Rates, rates_of
 from graphpar.cost_models.work import Kernel, OpWork
+from graphpar.cost_options import PricingOptions
 from graphpar.ir.chain import Chain, Crossing, Unit, crossings
 from graphpar.ir.formats import multiplies_8_bits, wire_format
 from graphpar.ir.graph import Graph

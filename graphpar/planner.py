@@ -17,13 +17,14 @@ from graphpar.auto_precision import (
 from graphpar.auto_search import Pricing, candidate_formats
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, PricingOptions, StageOptions
+from graphpar.cost import CostTable
 from graphpar.cost_models.extrapolation import extrapolations
 from graphpar.cost_models.measured import ModelTiming, with_timing
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.work import Kernel
+from graphpar.cost_options import PricingOptions, StageOptions
 from graphpar.device import Device
 from graphpar.errors import InfeasibleError
 from graphpar.explanation import Explanation

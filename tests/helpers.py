@@ -12,8 +12,8 @@ from torch import nn
 from graphpar.cluster import Cluster
 from graphpar.cluster_build import cuda_devices
 from graphpar.compiler import as_cluster, subject_of
-from graphpar.cost import StageOptions
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.ir.chain import Chain, Unit, free_ops
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES

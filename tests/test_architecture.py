@@ -12,7 +12,7 @@ from plan_samples import sample_plan
 ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors units files tracing",
-    "ir cores cost catalogue device cluster cluster_build cluster_spec",
+    "ir cores cost cost_options catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration",
     "partition",
     "schedule timing team_timing crowding simulate simulated schedule_choice training solve_command "

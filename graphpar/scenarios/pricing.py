@@ -10,11 +10,12 @@ from torch import nn
 from graphpar.calibration import Calibration
 from graphpar.catalogue import families
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, Mode, StageOptions
+from graphpar.cost import CostTable, Mode
 from graphpar.cost_models.classes import device_classes
 from graphpar.cost_models.extrapolation import WIDER, extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_options import StageOptions
 from graphpar.device import Device
 from graphpar.ir.graph import Graph
 from graphpar.optimizer_probe import optimizer_traits

@@ -7,11 +7,11 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphpar.cluster import Cluster
-from graphpar.cost import PricingOptions
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import ALLOCATOR_SLACK
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_options import PricingOptions
 from graphpar.frontend.capture import capture
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from graphpar.calibration import Fingerprint
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, PricingOptions
+from graphpar.cost import CostTable
 from graphpar.cost_models.measured import (
     ModelTiming,
     Pause,
@@ -18,6 +18,7 @@ from graphpar.cost_models.measured import (
     with_timing,
 )
 from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_options import PricingOptions
 from graphpar.ir.chain import build_chain
 from graphpar.ir.text import parse_graph
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from graphpar.calibration import Calibration, Curve, Fingerprint, Grid, fingerprint
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, LinkCost, PricingOptions
+from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.classes import microbatch_sizes
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.work import OpWork
+from graphpar.cost_options import PricingOptions
 from graphpar.errors import GraphparError
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph

@@ -5,8 +5,16 @@ from itertools import pairwise
 
 import pytest
 
-from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, StageOptions, Topology, UnitCost
+from graphpar.cost import (
+    CostTable,
+    CutEdge,
+    DeviceClass,
+    LinkCost,
+    Topology,
+    UnitCost,
+)
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.partition.counting import widths
 from graphpar.partition.family import choose_family
 from graphpar.partition.pipeline import partition

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from cost_tables import make_table
 
-from graphpar.cost import LinkCost, StageOptions
+from graphpar.cost import LinkCost
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.scenarios.layouts import recomputed, tensor_groups
 from graphpar.scenarios.solve import Task, solve
 from graphpar.scenarios.types import Answer, Layout

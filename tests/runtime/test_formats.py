@@ -9,8 +9,8 @@ from helpers import TRAINING, Forced, Line, force
 from torch import nn
 
 import graphpar
-from graphpar.cost import StageOptions
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.partition.types import StageChoice
 from graphpar.planner import plan_of, price
 from graphpar.precision import Formats, labelled

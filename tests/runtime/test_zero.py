@@ -10,8 +10,8 @@ from test_equality import Language, sentences
 from torch import nn
 
 import graphpar
-from graphpar.cost import StageOptions
 from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.planner import price
 from graphpar.runtime.zero import refuse_levels
