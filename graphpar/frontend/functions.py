@@ -168,8 +168,8 @@ def functions_as_operators() -> Iterator[None]:
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is checkpoint_module.CheckpointFunction:
-            # What it would compute again is simply captured, once: eager torch changes buffers (statistics of a
-            # batch normalisation) a second time then.
+            # What it would compute again is captured, once: eager torch changes buffers (statistics
+            # of a batch normalisation) a second time then.
             function, _preserve, *rest = args
             return function(*rest)
         if cls.__module__.partition(".")[0] == "torch" or kwargs:
