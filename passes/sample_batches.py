@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from graphpar.ir.ops import Argument
+from graphpar.ir.ops import Argument, TensorType
 from graphpar.ir.optable import packet
 from graphpar.passes.sample_moves import along
 from graphpar.passes.sample_rules import pointwise
@@ -32,6 +32,8 @@ def _solve(call: Call) -> Samples:
     right, left = call.op.args[:2]
     if packet(call.op).startswith("linalg"):
         left, right = right, left
+    if packet(call.op) == "linalg_solve" and _as_sizes_say(call.type(left), call.type(right)):
+        return call.mixed("solves for a matrix, or for vectors where sizes happen to fit")
     if call.state(left) == SHARED and call.state(right).kind == "sample":
         kind = call.type(right)
         apart = kind is not None and call.dim(right) != max(len(kind.shape) - 2, 0)
@@ -39,6 +41,13 @@ def _solve(call: Call) -> Samples:
     if not call.same_layout() or not all(_is_before(call, r, 2) for r in call.operands()):
         return call.mixed("solves for several samples at once")
     return call.state(call.first_sample() or left)
+
+
+def _as_sizes_say(left: TensorType | None, right: TensorType | None) -> bool:
+    """Whether `linalg_solve` may take a matrix of a part of the batch for one vector for each system."""
+    if left is None or right is None or len(right.shape) < 2:
+        return False
+    return len(right.shape) == len(left.shape) - 1
 
 
 @rule("diagonal", "diag_embed", "linalg_diagonal")
@@ -70,7 +79,8 @@ def _distances(call: Call) -> Samples:
 
 @rule("linalg_cross", "cross")
 def _cross(call: Call) -> Samples:
-    dim = call.op.argument(2, "dim", -1)
+    """Without a dimension `cross` takes the first of size 3, which may be that of a part's samples."""
+    dim = call.op.argument(2, "dim", -1 if packet(call.op) == "linalg_cross" else None)
     if not isinstance(dim, int) or call.out_dim() in dims_argument(dim, len(call.op.type.shape)):
         return call.mixed("multiplies across samples")
     return pointwise(call)
@@ -222,7 +232,8 @@ def _put(call: Call) -> Samples:
     by_position = any(place == dim for place, _ in given)
     allowed = {"shared"}
     if by_position:
-        if dim != 0 or call.state(indices[0]).kind != "iota" or state != Samples("sample"):
+        own_row = call.state(indices[0]).kind == "iota" and call.dim(indices[0]) == 0
+        if dim != 0 or not own_row or state != Samples("sample"):
             return call.mixed("writes across samples")
         allowed = {"shared", "sample"}
         if len({len(kind.shape) for _, index in given if (kind := call.type(index)) is not None}) != 1:

@@ -48,6 +48,13 @@ ROWS: dict[str, Loss] = {
     "every pair": lambda s, h, y: (h[:, None] * h[None]).sum(),
     "contrastive": lambda s, h, y: F.cross_entropy(h @ h.t(), arange(h.size(0))),
     "distances": lambda s, h, y: torch.cdist(h, h).sum(),
+    "put at every pair": lambda s, h, y: (
+        h.index_put((arange(h.size(0))[None], y[:, None]), torch.tensor(0.0)).pow(2).sum()
+    ),
+    "cross product of what has size 3": lambda s, h, y: torch.cross(h[:, :3], 2 * h[:, 1:]).pow(2).sum(),
+    "matrix or vectors": lambda s, h, y: torch.linalg.solve(
+        torch.diag_embed(h.pow(2) + 1) + h[:, None], s.buffer[:4]
+    ).sum(),
     "one for all": lambda s, h, y: (h[0] * h).sum(),
     "others by index": lambda s, h, y: h[y].pow(2).sum(),
     "wrong place of the index": lambda s, h, y: h[y, arange(h.size(0)) % 4].pow(2).sum(),
