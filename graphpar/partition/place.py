@@ -54,6 +54,9 @@ _FEW_IDEALS = 2_000
 _MOST_FREELY = 3_000
 """Ideals up to which every one is tried with every choice of the blocks that contiguity leaves free."""
 
+_EARLY = 0.8
+"""A search that time ends takes this share of its limit at least."""
+
 Placement = dict[NodeId, int]
 
 
@@ -107,7 +110,9 @@ def solve_placement(
     else:
         raise ValueError(f"objective must be throughput or latency, got {objective!r}")
     seconds = time.perf_counter() - began_s
-    return _conclude(problem, answer, bound, finished, objective, gap, seconds)
+    # What ended well before its time would do no more with more of it.
+    ended_by = "search space" if finished or seconds < _EARLY * time_limit_s else "time limit"
+    return _conclude(problem, answer, bound, finished, objective, gap, seconds, ended_by)
 
 
 def _conclude(
@@ -118,13 +123,14 @@ def _conclude(
     objective: Objective,
     gap: float,
     seconds: float,
+    ended_by: str,
 ) -> Solved[Placement]:
     if answer is None:
         if finished:
             note = "no placement respects the memory limit, the colour classes and contiguity"
             return Solved("infeasible", None, None, None, seconds, None, None, note)
         finite = bound if math.isfinite(bound) else None
-        return Solved("unknown", None, finite, None, seconds, "time limit", None)
+        return Solved("unknown", None, finite, None, seconds, ended_by, None)
     verdict = check_placement(problem, answer, objective)
     if not verdict.feasible or verdict.value is None:
         raise VerifyError(
@@ -136,9 +142,7 @@ def _conclude(
     status: AnswerStatus = "optimal" if distance <= OPTIMALITY_TOLERANCE else "feasible"
     truncated_by: str | None = None
     if status == "feasible":
-        truncated_by = "gap" if distance <= gap else "time limit"
-        if finished and truncated_by == "time limit":
-            truncated_by = "search space"
+        truncated_by = "gap" if distance <= gap else ended_by
     return Solved(status, verdict.value, bound, distance, seconds, truncated_by, answer)
 
 

@@ -102,7 +102,9 @@ def walk_ideals(reach: Reach, best: float, most_s: float, threads: int = 1) -> I
                 until = min(begin + _AT_A_TIME * threads, end)
                 _relax_together(pool, begin, until, order, times, scratches)
             pass_on(done, end, order, times, scratches[0].stack)
-    bound = float(times.whole[-1, -1]) * (1 - 1e-9)
+    # Transfers are at most `best`, and each of a way's sums of them rounds once for each item.
+    rounding = float(np.finfo(np.float64).eps) * units.num_items**2 * best
+    bound = max(0.0, float(times.whole[-1, -1]) * (1 - 1e-9) - rounding)
     return IdealWalk(bound, _follow(every.found, times, units))
 
 
@@ -135,6 +137,8 @@ def _order(reach: Reach, every: AllIdeals, best: float) -> Order:
     sent = np.full(units.num_items, np.inf)
     for (j, _), cost in units.sends.items():
         sent[j] = min(sent[j], cost)
+    # What is dearer excludes no more, but would drown the others in sums that it comes and goes in.
+    sent = np.where(np.isfinite(sent), np.minimum(sent, best), sent)
     possible = np.isfinite(units.accelerator[list(units.class_of)])
     return Order(
         ideals,

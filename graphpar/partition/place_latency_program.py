@@ -15,11 +15,15 @@ and end of accelerator d, and for each bundle q of outputs m[q, d] = 1 if it ent
     T >= work of any one path, each item where it is          for some long paths      (path)
 
 A path that leaves an accelerator and comes back would have it wait for itself, so contiguity needs no
-rows; M is the best latency known, which every better answer's times stay below. Accelerators are alike
-and can be numbered in the order in which they start, in which none waits for a later one.
+rows; M is the best latency known, which every better answer's times stay below. Times beyond 2 M count
+as 2 M: they exclude as much, and a solver's tolerances are relative to M. Accelerators are alike and can
+be numbered in the order in which they start, in which none waits for a later one.
 """
 
 import math
+from dataclasses import replace
+
+import numpy as np
 
 from graphpar.partition.place_graph import FloatArray
 from graphpar.partition.place_paths import long_paths
@@ -42,7 +46,8 @@ class LatencyProgram:
 
     def __init__(self, units: Units, best: float, bound: float) -> None:
         self.program = Program("latency")
-        self._units, self._num = units, units.num_accelerators
+        self._units = units = _capped(units, 2.0 * best)
+        self._num = units.num_accelerators
         cpu = units.cpu[[math.isfinite(t) for t in units.cpu]].sum()
         worst = float(cpu + units.work.sum()) + 2 * sum(cost * len(ends) for ends, cost in units.bundles)
         self._horizon = best if math.isfinite(best) else worst
@@ -146,3 +151,18 @@ class LatencyProgram:
                 if math.isfinite(units.accelerator[units.class_of[i]]):
                     terms.extend((-float(units.work[i]), x) for x in self._row(i)[1:])
             self.program.constrain(terms, ">=", 0.0, "path")
+
+
+def _capped(units: Units, most: float) -> Units:
+    """Units whose times are at most `most`; infinite ones stay."""
+
+    def cap(times: FloatArray) -> FloatArray:
+        return np.where(np.isfinite(times), np.minimum(times, most), times)
+
+    return replace(
+        units,
+        cpu=cap(units.cpu),
+        work=cap(units.work),
+        accelerator=cap(units.accelerator),
+        bundles=tuple((ends, min(cost, most)) for ends, cost in units.bundles),
+    )

@@ -283,3 +283,26 @@ def test_a_trained_chain_is_proven_optimal() -> None:
     expected = on_cpu + sum(operators[v].accelerator_latency for v in range(3, 17)) + 2 * 0.5
     assert solved.status == "optimal"
     assert solved.objective == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("huge", [1e9, 1e18])
+def test_amounts_that_play_no_part_change_no_bound(huge: float) -> None:
+    """Operators that are no use on the CPUs, transfers that are no use at all, beside ordinary ones."""
+    cpu, work = [3.6, 8.9, 3.7, 2.4, 8.8, 0.9, huge, 8.3], [2.9, 9.7, 5.8, 0.5, 6.2, 0.3, 5.5, 0.0]
+    colours = "c2 c2 c3 c0 c3 c0 c1 c1".split()
+    operators = tuple(
+        Operator(v, *times, True, 1.0, colour, False)
+        for v, (*times, colour) in enumerate(zip(cpu, work, colours, strict=True))
+    )
+    sent = {2: 300.3, 3: 4.5, 4: huge, 6: 5.8}
+    ends = [(2, 1), (2, 7), (3, 2), (3, 4), (4, 0), (4, 5), (6, 1), (6, 4)]
+    transfers = tuple(Transfer(a, b, sent[a]) for a, b in ends)
+    problem = PlacementProblem("unlike", operators, transfers, 1, 1, 1e9)
+    best = best_placement(problem, "latency")
+    assert best is not None
+    reach = Reach(units_of(problem))
+    for known in (best * 1.001, best * 2, best * 1e6):
+        assert walk_ideals(reach, known, 60.0).bound <= best * (1 + 1e-12)
+    solved = solve_placement(problem, objective="latency")
+    assert solved.status == "optimal"
+    assert solved.objective == pytest.approx(best)
