@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import networkx as nx
+import numpy as np
 
 from graphpar.errors import VerifyError
 from graphpar.partition.answers import (
@@ -211,7 +212,11 @@ class _Throughput:
             ideals = all_ideals(blocks, _MOST_IDEALS)
         relaxed, proven = self._run(blocks, ideals, self.load * (1 + 1e-9), relaxed=True)
         if proven:
-            self.bound = max(self.bound, min(self.load, relaxed.load if relaxed else self.load))
+            # No amount in the sums exceeds twice the cutoff, and each of their terms rounds them once.
+            terms = 2 * blocks.num_blocks + len(blocks.bundles)
+            rounding = float(np.finfo(np.float64).eps) * terms**2 * self.load
+            lowest = relaxed.load - rounding if relaxed else self.load
+            self.bound = max(self.bound, min(self.load, lowest))
         self.finished = proven and (self.best is not None or relaxed is None)
         self._say("bound")
 

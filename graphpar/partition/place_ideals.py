@@ -206,9 +206,10 @@ def best_split(
         # What is above the cutoff anyway must not drown smaller amounts in sums.
         finite, cpu = np.minimum(finite, 2.0 * cutoff), np.minimum(cpu, 2.0 * cutoff)
     # Ideals of one batch should have similar work, so that few smaller ones are near all of them.
-    certain = finite.copy()
+    certain, certain_cpu = finite.copy(), cpu.copy()
     if relaxed:
-        certain[list(blocks.free)] = 0.0  # a device may go without these
+        # A device may go without these.
+        certain[list(blocks.free)] = certain_cpu[list(blocks.free)] = 0.0
     order = np.lexsort((ideals.member @ certain, ideals.member.sum(axis=1)))
     member = ideals.member[order]
     count = len(member)
@@ -224,7 +225,7 @@ def best_split(
     if optional is not None:
         amounts_of["optional"] = optional
         sums["optional"] = member @ optional
-    work = member.astype(np.float64) @ certain
+    work, cpu_work = member.astype(np.float64) @ certain, member @ certain_cpu
     if should_stop():
         return None
     elsewhere = Elsewhere(blocks, windows_of(blocks), member) if relaxed and blocks.free else None
@@ -243,7 +244,7 @@ def best_split(
                 return None
             here = slice(first, min(first + _BATCH, end))
             near = work[:begin] > work[here].min() - cutoff
-            near |= sums["cpu"][:begin] > sums["cpu"][here].min() - cutoff
+            near |= cpu_work[:begin] > cpu_work[here].min() - cutoff
             smaller = np.flatnonzero(near)
             if not smaller.size:
                 continue

@@ -13,7 +13,7 @@ from graphpar.partition.clock import never
 from graphpar.partition.place import solve_placement
 from graphpar.partition.place_check import Objective, check_placement
 from graphpar.partition.place_graph import contract, join_dominated
-from graphpar.partition.place_ideals import all_ideals, best_split
+from graphpar.partition.place_ideals import all_ideals, best_split, window_ideals
 from graphpar.partition.place_items import items_of
 from graphpar.partition.place_latency_bound import walk_ideals
 from graphpar.partition.place_paths import path_bound
@@ -291,8 +291,7 @@ def test_amounts_that_play_no_part_change_no_bound(huge: float) -> None:
     cpu, work = [3.6, 8.9, 3.7, 2.4, 8.8, 0.9, huge, 8.3], [2.9, 9.7, 5.8, 0.5, 6.2, 0.3, 5.5, 0.0]
     colours = "c2 c2 c3 c0 c3 c0 c1 c1".split()
     operators = tuple(
-        Operator(v, *times, True, 1.0, colour, False)
-        for v, (*times, colour) in enumerate(zip(cpu, work, colours, strict=True))
+        Operator(v, cpu[v], work[v], True, 1.0, colour, False) for v, colour in enumerate(colours)
     )
     sent = {2: 300.3, 3: 4.5, 4: huge, 6: 5.8}
     ends = [(2, 1), (2, 7), (3, 2), (3, 4), (4, 0), (4, 5), (6, 1), (6, 4)]
@@ -306,3 +305,26 @@ def test_amounts_that_play_no_part_change_no_bound(huge: float) -> None:
     solved = solve_placement(problem, objective="latency")
     assert solved.status == "optimal"
     assert solved.objective == pytest.approx(best)
+
+
+def test_cpus_may_leave_every_free_block_to_an_accelerator() -> None:
+    """With the backward operator, too, the CPUs would take more than the known answer."""
+    backward = Operator(2, 8.0, 5.0, True, 1.0, "free", True)
+    forward = [Operator(v, 4.0, 50.0, True, 1.0, f"own {v}", False) for v in range(2)]
+    transfers = (Transfer(0, 1, 1.0), Transfer(0, 2, 1.0), Transfer(1, 2, 1.0))
+    problem = PlacementProblem("free", (*forward, backward), transfers, 1, 1, 100.0)
+    blocks = contract(problem, forward_only=True, free="keep")
+    ideals = window_ideals(blocks, 1_000)
+    assert ideals is not None
+    relaxed = best_split(
+        blocks,
+        ideals,
+        num_accelerators=1,
+        num_cpu_pools=1,
+        memory_limit=100.0,
+        cutoff=9.0,
+        relaxed=True,
+    )
+    assert best_placement(problem, "throughput") == 8.0
+    assert relaxed is not None
+    assert relaxed.load <= 8.0
