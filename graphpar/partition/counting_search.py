@@ -265,8 +265,7 @@ class _CountedSearch(Search[_Box]):
         try:
             answer = program.solve(StageLimits(box.extra[1], box.post[1]), self._deadline_s)
         except NotSolvedError:
-            # The box stays what it is, and so does its bound.
-            self._prune(bound)
+            self._give_up(bound)
             return
         if answer is None:
             self._prune(max(bound, self._target()))

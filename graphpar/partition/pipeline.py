@@ -117,6 +117,7 @@ def partition(
     if incumbent is not None:
         run.start_from(*incumbent)
     run.work()
+    run.own_up()
     if run.truncated:
         run.fall_back(schedule, microbatches)
     if run.best is None:
@@ -205,6 +206,14 @@ class _Run:
             others = list(self._sharper(others))
         self.single()
         self.side_by_side(others)
+
+    def own_up(self) -> None:
+        """Name what the solver gave up on, unless what was asked is proven all the same."""
+        bound = max(self._bound_s, self._physical_s)
+        if self._programs.unsolved and (
+            self.best is None or self.step_s - bound > self._asked_gap * self.step_s
+        ):
+            self._cut("integer programmes: some had no answer after their share of the time")
 
     def counted(self) -> None:
         """A large cluster: one pipeline, with proof; then unlike ones side by side as time allows."""

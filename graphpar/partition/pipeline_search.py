@@ -229,8 +229,8 @@ class _BoxSearch(Search[_Box]):
         lowest, highest = max(box.extra[0], float(values[0])), min(most, float(values[-1]))
         middle = _next_above(values, (lowest + highest) / 2, lowest, highest)
         if not lowest < middle < highest:
-            # Nothing is left to divide: the box stays what it is, and so does its bound.
-            self._prune(max(bound, fill + lowest))
+            # Nothing is left to divide.
+            self._give_up(max(bound, fill + lowest))
             return
         for low, high in ((lowest, _next_below(values, middle)), (middle, highest)):
             half = _Box(box.task, fill, (low, high), box.post)

@@ -65,6 +65,8 @@ class Programs:
         self.slowed = chain_warm.why_without_loops() if many and not self._loops else ""
         """Why the search takes array operations where loops would pay; empty where it does not."""
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
+        self.unsolved = False
+        """Whether a search left something out that the solver had no answer for."""
 
     def tasks(
         self,
@@ -97,9 +99,12 @@ class Programs:
         """The best pipeline over some tasks, by whichever search suits the family's programmes."""
         asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post)
         if self.family.repeats is not None:
-            return search_counted(tasks, asked)
-        find = search_tasks if self._loops else search
-        return find(tasks, asked, dive=dive)
+            result = search_counted(tasks, asked)
+        else:
+            find = search_tasks if self._loops else search
+            result = find(tasks, asked, dive=dive)
+        self.unsolved |= result.unsolved
+        return result
 
     def _outdone(self, limits: tuple[int, ...], task: Task) -> bool:
         """Whether GPipe is at least as good as 1F1B for every plan of a 1F1B task.

@@ -82,6 +82,7 @@ class Task:
 class SearchResult:
     """The best pipeline below the cutoff, if any, and a bound on all others; `cut` where time ended.
 
+    `unsolved` says that parts which may hold better ones were too hard for the programmes' solver.
     `others` are the best pipelines of other settings that were met on the way, best first.
     """
 
@@ -90,6 +91,7 @@ class SearchResult:
     cut: bool
     programs: int
     others: tuple[Found, ...] = ()
+    unsolved: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Search(ABC, Generic[Part]):
         self._gap, self._cutoff, self._deadline_s = asked.gap, asked.cutoff_s, asked.deadline_s
         self._post_limit = asked.post_limit_s
         self._weight = 1.0 if asked.count_post else 0.0
-        self._pruned = INFINITY
+        self._pruned = self._given_up = INFINITY
         self._ticket = itertools.count()
         self._heap: list[tuple[float, int, Part]] = []
         self._met: dict[int, tuple[float, Found]] = {}
@@ -142,7 +144,8 @@ class Search(ABC, Generic[Part]):
             self._work()
         except OutOfTimeError:
             cut = True
-        return SearchResult(self.best, self._bound(), cut, self.programs, self._others())
+        unsolved = self._given_up < self._target()
+        return SearchResult(self.best, self._bound(), cut, self.programs, self._others(), unsolved)
 
     @abstractmethod
     def _whole(self, index: int, task: Task) -> Part:
@@ -185,6 +188,11 @@ class Search(ABC, Generic[Part]):
     def _prune(self, bound: float) -> None:
         """Put aside what costs so much at least."""
         self._pruned = min(self._pruned, bound)
+
+    def _give_up(self, bound: float) -> None:
+        """Put aside what the solver had no answer for: it stays what it is, and so does its bound."""
+        self._given_up = min(self._given_up, bound)
+        self._prune(bound)
 
     def _push(self, bound: float, part: Part) -> None:
         """Keep a part for later, unless it cannot reach the target."""
