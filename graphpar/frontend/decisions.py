@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from graphpar.errors import CaptureError
 from graphpar.frontend.frames import users_line
 from graphpar.frontend.state import left_as_it_was
-from graphpar.frontend.torch_private import flatten, memory_of, unflatten
+from graphpar.frontend.torch_private import flatten, memory_of, unflatten, writes_to
 from graphpar.runtime.ctc import ctc_losses
 from graphpar.runtime.expected import expected
 
@@ -40,8 +40,6 @@ _ASKED: Mapping[str, Callable[[Any], Any]] = {
     "__bool__": bool, "__int__": int, "__index__": int, "__float__": float, "item": _as_it_is,
 }  # fmt: skip
 """Methods by which Python asks a tensor for its value, and what they make of it."""
-_DATA = (torch.Tensor.data.__get__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
-"""`x.data`, which torch.export does not see; it is followed as `x.detach()`, a view of that memory."""
 _SIZED = frozenset(
     """
     arange empty expand full interpolate narrow new_empty new_full new_ones new_zeros ones pad repeat
@@ -105,8 +103,6 @@ class _Asked(TorchFunctionMode):
             return None
         if name == "ctc_loss" and (losses := self._ctc_loss(*args, **kwargs)) is not None:
             return losses
-        if func in _DATA and first is not None:
-            return _data(first, *args[1:2]) if name == "__set__" else first.detach()
         if self._found:
             _count(self._found, flatten((args, kwargs))[0], self._checks)
         if name in _SIZED:
@@ -261,17 +257,48 @@ class _Asked(TorchFunctionMode):
         raise NotImplementedError
 
 
-def _data(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """`tensor.data = value`, as a write in place; nothing where the value lies there already."""
-    if memory_of(value) == memory_of(tensor):
-        return
-    if value.shape != tensor.shape or value.dtype != tensor.dtype:
+@contextmanager
+def data_followed() -> Iterator[None]:
+    """Within it, torch.export sees `x.data`, as `x.detach()`, and `x.data = y`, as a write in place."""
+    given: list[tuple[torch.Tensor, int, str]] = []
+
+    def give(tensor: torch.Tensor, value: torch.Tensor) -> None:
+        if _give_data(tensor, value):
+            given.append((value, writes_to(value), users_line()))
+
+    torch.Tensor.data = property(torch.Tensor.detach, give)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.data
+    for value, writes, line in given:
+        if writes_to(value) != writes:
+            raise CaptureError(
+                f"The model writes in place to what it gave a tensor as data at {line} (`.data = ...`), "
+                "which changes both in eager; a graph holds a copy. Write before, or to a clone."
+            )
+
+
+def _give_data(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """`tensor.data = value`, as a write in place; nothing, and False, where the value lies there already.
+
+    Memory that other values see as well stays as it was in eager, and would be written to here.
+    """
+    same_memory = memory_of(value) == memory_of(tensor)
+    if same_memory and _layout(value) == _layout(tensor):
+        return False
+    if value.shape != tensor.shape or value.dtype != tensor.dtype or same_memory or tensor._is_view():
         raise CaptureError(
-            f"A tensor of the model is given data of another shape or type at {users_line()} "
-            "(`.data = ...`), which a graph cannot hold. Make a new tensor instead."
+            f"A tensor of the model is given data of another shape or type, or in place of a view, at "
+            f"{users_line()} (`.data = ...`), which a graph cannot hold. Make a new tensor instead."
         )
     with torch.no_grad():
         tensor.copy_(value)
+    return True
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
 def _is_number(part: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from graphpar.errors import CaptureError
 from graphpar.frontend.averages import averages_as_tensors
 from graphpar.frontend.conversions import conversions_left_out
-from graphpar.frontend.decisions import Replay, record_decisions
+from graphpar.frontend.decisions import Replay, data_followed, record_decisions
 from graphpar.frontend.explain import ON_VALUES, explain_failure
 from graphpar.frontend.functions import functions_as_operators
 from graphpar.frontend.host import (
@@ -109,6 +109,7 @@ class Traced(nn.Module):
             result = self._result(args, kwargs)
         return self.replay.checked(result)
 
+    @data_followed()
     def _result(self, args: Any, kwargs: Any) -> Any:
         (loss,) = self._loss
         if callable(loss):

@@ -252,6 +252,30 @@ def test_writes_through_data_are_followed() -> None:
     torch.testing.assert_close(device.tensors["mean"], model.mean)
 
 
+class OtherData(nn.Module):
+    """Puts one value in the place of another, the whole or a view, or writes to it afterwards."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both = torch.cat([x, 2 * x])
+        first, value = both[: len(x)], 5 * x
+        target = first if self.how == "view" else 3 * x
+        target.data = value
+        if self.how == "written":
+            value.add_(1)
+        return F.cross_entropy(self.linear(target) + first, y)
+
+
+def test_data_of_other_memory_is_followed_unless_memory_is_shared() -> None:
+    assert_as_eager(OtherData("whole"), (X, Y))
+    for how, told in (("view", "in place of a view"), ("written", "gave a tensor as data")):
+        with pytest.raises(CaptureError, match=told):
+            ready(OtherData(how), (X, Y))
+
+
 class Masked(nn.Module):
     """Overwrites its own weights at every call."""
 
