@@ -78,9 +78,10 @@ def _pad(
     size = int(lengths.max()) if total_length is None else total_length
     x = x[:, :size]
     if size > x.shape[1]:
-        x = nn.functional.pad(x, (0, 0, 0, size - x.shape[1]))
+        x = nn.functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, size - x.shape[1]))
     there = torch.arange(size, device=lengths.device) < lengths[:, None]
-    x = torch.where(there.to(x.device)[..., None], x, padding_value)
+    there = there.to(x.device).reshape(*there.shape, *(1,) * (x.ndim - 2))
+    x = torch.where(there, x, padding_value)
     return (x if batch_first else x.transpose(0, 1)), lengths
 
 

@@ -23,6 +23,19 @@ def _run(
     biases: bool,
     bidirectional: bool,
 ) -> _Results:
+    """What the layer makes of each sequence's own steps, zero behind them; its last states and cells.
+
+    Args:
+        x: [N, T, C].
+        lengths: [N], each from 1 to T.
+        hidden: States to start from, [layers (twice if bidirectional), N, H].
+        cells: Cells to start from, of the same shape; used by an LSTM alone.
+        weights: The layer's flat weights.
+        kind: "LSTM", "GRU", "tanh" or "relu".
+        layers: How many layers lie above each other.
+        biases: Whether the weights have biases among them.
+        bidirectional: Whether each layer runs back as well.
+    """
     packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     order, back = packed.sorted_indices, packed.unsorted_indices
     assert order is not None and back is not None
@@ -41,32 +54,7 @@ def _run(
     return out, h.index_select(1, back), c
 
 
-@torch.library.custom_op("graphpar::packed_rnn", mutates_args=())
-def packed_rnn(
-    x: torch.Tensor,
-    lengths: torch.Tensor,
-    hidden: torch.Tensor,
-    cells: torch.Tensor,
-    weights: list[torch.Tensor],
-    kind: str,
-    layers: int,
-    biases: bool,
-    bidirectional: bool,
-) -> _Results:
-    """What the layer makes of each sequence's own steps, zero behind them; its last states and cells.
-
-    Args:
-        x: [N, T, C].
-        lengths: [N], each from 1 to T.
-        hidden: States to start from, [layers (twice if bidirectional), N, H].
-        cells: Cells to start from, of the same shape; used by an LSTM alone.
-        weights: The layer's flat weights.
-        kind: "LSTM", "GRU", "tanh" or "relu".
-        layers: How many layers lie above each other.
-        biases: Whether the weights have biases among them.
-        bidirectional: Whether each layer runs back as well.
-    """
-    return _run(x, lengths, hidden, cells, weights, kind, layers, biases, bidirectional)
+packed_rnn = torch.library.custom_op("graphpar::packed_rnn", _run, mutates_args=())
 
 
 @packed_rnn.register_fake

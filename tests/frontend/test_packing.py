@@ -57,3 +57,21 @@ def test_the_rows_of_a_packed_sequence_are_refused() -> None:
     x = torch.randn(3, 4, 2, requires_grad=True)
     with pytest.raises(CaptureError, match=r"reads 'data' of a packed sequence at .*pad_packed_sequence"):
         ready(Reading(), (x, torch.tensor([4, 2, 1])))
+
+
+class Cut(nn.Module):
+    """Sets to zero what lies behind the end of each sequence, whatever its steps are made of."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linear, self.shape = nn.Linear(8, 8), shape
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        steps = self.linear(x).view(-1, *self.shape)
+        packed = pack_padded_sequence(steps, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(packed, batch_first=True, total_length=9)[0].pow(2).sum()
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 2)])
+def test_steps_of_other_ranks(shape: tuple[int, ...]) -> None:
+    assert_as_eager(Cut(shape), (torch.randn(3, 8), torch.tensor([1, 2, 1])))
