@@ -197,6 +197,8 @@ class _Tried:
                 self.refused.append((made, measured))
                 break
             best = _Measured(made, measured, best.correction)
+        else:
+            self.told = self.told or f"choices no longer tried after {SEARCH_S:.0f} s"
         return best
 
     def _more_careful(self, correction: Errors, estimated: Errors, measured: Errors) -> Errors:
