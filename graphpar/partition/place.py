@@ -55,6 +55,9 @@ _FEW_IDEALS = 2_000
 _MOST_FREELY = 3_000
 """Ideals up to which every one is tried with every choice of the blocks that contiguity leaves free."""
 
+_SPREAD = 1e6
+"""Amounts that are unlike by more than this are not added up where a smaller sum decides."""
+
 _EARLY = 0.8
 """A search that time ends takes this share of its limit at least."""
 
@@ -160,7 +163,7 @@ class _Throughput:
     def __init__(self, problem: PlacementProblem, left_s: Callable[[], float], tell: Tell) -> None:
         self.problem, self._left_s, self._tell = problem, left_s, tell
         self.best: Placement | None = None
-        self.load = math.inf
+        self.load = self._ceiling = math.inf
         self.bound = _average_bound(problem)
         self.finished = False
 
@@ -172,18 +175,41 @@ class _Throughput:
         self._say("simple")
         split, _ = self._run(blocks, chain_ideals(blocks, _orders(blocks)), self.load)
         self._take(blocks, split, "chain")
-        if self._stop():
-            return
-        blocks = contract(self.problem, forward_only=True, cutoff=self.load)
+        for ceiling in self._ceilings():
+            if self._stop():
+                self.finished = False
+                return
+            self._ceiling = ceiling
+            self._search_below()
+            if self.load < ceiling:
+                return
+
+    @property
+    def _cutoff(self) -> float:
+        """Only splits with less than this load are looked for now."""
+        return min(self.load, self._ceiling)
+
+    def _ceilings(self) -> list[float]:
+        """Cutoffs to go through, so that the best split's amounts do not drown in sums up to them."""
+        most = min(self.load, _sum_of_amounts(self.problem))
+        found, ceiling = [], _SPREAD * self.bound
+        while 0 < ceiling < most:
+            found.append(ceiling)
+            ceiling *= _SPREAD
+        return [*found, math.inf]
+
+    def _search_below(self) -> None:
+        """The best split below the cutoff."""
+        blocks = contract(self.problem, forward_only=True, cutoff=self._cutoff)
         split, complete = self._run_all(blocks)
         self._take(blocks, split, "ideals")
         if self._stop():
             return
-        kept = contract(self.problem, forward_only=True, free="keep", cutoff=self.load)
+        kept = contract(self.problem, forward_only=True, free="keep", cutoff=self._cutoff)
         if not kept.free:
             self._conclude(complete)
         elif (anywhere := free_ideals(kept, _MOST_FREELY)) is not None:
-            split, complete = self._run(kept, anywhere, self.load)
+            split, complete = self._run(kept, anywhere, self._cutoff)
             self._take(kept, split, "free")
             self._conclude(complete)
         else:
@@ -194,7 +220,7 @@ class _Throughput:
     def _answer_in_windows(self, kept: Blocks) -> None:
         blocks = join_dominated(kept, charged=True)
         blocks = without(blocks, loose(blocks))
-        split, _ = self._run(blocks, window_ideals(blocks, _MOST_IDEALS), self.load)
+        split, _ = self._run(blocks, window_ideals(blocks, _MOST_IDEALS), self._cutoff)
         starts = [] if self.best is None else [self.best]
         if split:
             starts.append(_completed(self.problem, self.best, _assign(self.problem, blocks, split)))
@@ -210,20 +236,24 @@ class _Throughput:
         if ideals is None:
             blocks = without(blocks, blocks.free)
             ideals = all_ideals(blocks, _MOST_IDEALS)
-        relaxed, proven = self._run(blocks, ideals, self.load * (1 + 1e-9), relaxed=True)
+        relaxed, proven = self._run(blocks, ideals, self._cutoff * (1 + 1e-9), relaxed=True)
         if proven:
             # No amount in the sums exceeds twice the cutoff, and each of their terms rounds them once.
             terms = 2 * blocks.num_blocks + len(blocks.bundles)
-            rounding = float(np.finfo(np.float64).eps) * terms**2 * self.load
-            lowest = relaxed.load - rounding if relaxed else self.load
-            self.bound = max(self.bound, min(self.load, lowest))
-        self.finished = proven and (self.best is not None or relaxed is None)
+            rounding = float(np.finfo(np.float64).eps) * terms**2 * self._cutoff
+            lowest = relaxed.load - rounding if relaxed else self._cutoff
+            self.bound = max(self.bound, min(self._cutoff, lowest))
+        self.finished = proven and (self.best is not None or self._is_nothing(relaxed))
         self._say("bound")
 
     def _conclude(self, complete: bool) -> None:
-        self.finished = complete
+        self.finished = complete and (self.best is not None or self._is_nothing(None))
         if complete:
-            self.bound = max(self.bound, self.load)
+            self.bound = max(self.bound, self._cutoff)
+
+    def _is_nothing(self, split: Split | None) -> bool:
+        """Whether there is no split at all."""
+        return split is None and self._cutoff == math.inf
 
     def _run_all(self, blocks: Blocks) -> tuple[Split | None, bool]:
         """The best split of all ideals, if there are not too many, and whether there are none better."""
@@ -231,14 +261,14 @@ class _Throughput:
         if every is None:
             return None, False
         if not COMPILED or len(every.found) < _FEW_IDEALS:
-            return self._run(blocks, all_ideals(blocks, _MOST_IDEALS), self.load)
+            return self._run(blocks, all_ideals(blocks, _MOST_IDEALS), self._cutoff)
         return best_split_of_all(
             blocks,
             every,
             num_accelerators=self.problem.num_accelerators,
             num_cpu_pools=min(1, self.problem.num_cpus),
             memory_limit=self.problem.memory_limit,
-            cutoff=self.load,
+            cutoff=self._cutoff,
             should_stop=self._stop,
             threads=min(2, os.cpu_count() or 1),
         )
@@ -292,6 +322,13 @@ def _orders(blocks: Blocks) -> list[list[int]]:
     depth_first: list[int] = list(nx.dfs_postorder_nodes(graph))[::-1]
     backwards = list(nx.dfs_postorder_nodes(graph.reverse()))
     return [depth_first, backwards, list(nx.topological_sort(graph))]
+
+
+def _sum_of_amounts(problem: PlacementProblem) -> float:
+    """What no load exceeds."""
+    moved = {t.source: t.cost for t in problem.transfers}
+    longest = (max(op.cpu_latency, op.accelerator_latency) for op in problem.operators)
+    return sum(longest) + sum(moved.values())
 
 
 def _average_bound(problem: PlacementProblem) -> float:

@@ -328,3 +328,16 @@ def test_cpus_may_leave_every_free_block_to_an_accelerator() -> None:
     assert best_placement(problem, "throughput") == 8.0
     assert relaxed is not None
     assert relaxed.load <= 8.0
+
+
+def test_what_nobody_can_run_on_the_cpus_drowns_no_load() -> None:
+    """Sums that hold the one huge time tell nothing of the others."""
+    times = [(5.8e18, 3.6), (83.9, 4.9), (0.0, 6.0), (80.2, 7.5)]
+    operators = tuple(Operator(v, *pair, v != 2, 0.1, f"own {v}", v != 1) for v, pair in enumerate(times))
+    sent = {1: 7.2, 2: 2.8, 3: 2.4}
+    transfers = tuple(Transfer(a, b, sent[a]) for a, b in [(1, 2), (1, 3), (2, 0), (3, 0)])
+    problem = PlacementProblem("unlike", operators, transfers, 3, 1, 4.0)
+    best = best_placement(problem, "throughput", keep=lambda answer: in_order(problem, answer))
+    solved = solve_placement(problem)
+    assert solved.status == "optimal"
+    assert solved.objective == pytest.approx(best)
