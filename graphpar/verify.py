@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any, Literal
 
 import msgspec
@@ -212,7 +213,7 @@ def _verify_training(
     reference = reference_for(model, prepared, train)
     expected = tuple(train_on_one_device(reference, train, args, kwargs, steps))
     pairs = [(first, float(loss.detach())), *zip(losses, expected, strict=True)]
-    loss_difference = max(abs(a - b) / max(abs(b), 1e-8) for a, b in pairs)
+    loss_difference = max(_apart(a, b) for a, b in pairs)
     equal = loss_difference <= rounding and gradient_difference <= rounding
     is_own_rounding = not equal and rounding >= _beyond_own_rounding(
         lambda: reference_for(model, prepared, train), train, args, kwargs, pairs, got, wanted
@@ -251,11 +252,14 @@ def _beyond_own_rounding(
     last_bits_changed(other, seed=0)
     moved = train_on_one_device(other, train, args, kwargs, steps)
     in_losses = [in_loss, *(MARGIN * abs(b - c) for (_, b), c in zip(losses[1:], moved, strict=True))]
-    beyond = [
-        max(abs(a - b) - allowed, 0.0) / max(abs(b), 1e-8)
-        for (a, b), allowed in zip(losses, in_losses, strict=True)
-    ]
+    beyond = [_apart(a, b, allowed) for (a, b), allowed in zip(losses, in_losses, strict=True)]
     return max(compare_gradients(got, wanted, explained)[1], *beyond)
+
+
+def _apart(loss: float, wanted: float, allowed: float = 0.0) -> float:
+    explained = allowed if isfinite(allowed) else 0.0
+    a, b = torch.tensor(loss, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
+    return relative_difference(a, b, 1e-8, explained)
 
 
 def train_on_one_device(

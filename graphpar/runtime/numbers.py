@@ -1,6 +1,7 @@
 """How far two results are apart, and what counts as rounding."""
 
 from collections.abc import Mapping
+from math import isfinite
 
 import torch
 
@@ -17,6 +18,8 @@ def relative_difference(
     a: torch.Tensor, b: torch.Tensor, floor: float = 0.0, explained: float = 0.0
 ) -> float:
     """Largest difference beyond what is explained, relative to the largest magnitude in `b` or `floor`.
+
+    It is infinite, never NaN, where only one of the two is finite: `max` passes over NaN.
 
     >>> round(relative_difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])), 3)
     0.2
@@ -38,7 +41,7 @@ def relative_difference(
     difference = float((a.to(wide) - b.to(wide)).abs().max())
     if difference <= explained:
         return 0.0
-    return difference / largest if largest > 0 else float("inf")
+    return difference / largest if largest > 0 and isfinite(difference) else float("inf")
 
 
 def compare_gradients(
@@ -56,6 +59,6 @@ def compare_gradients(
             own = relative_difference(got[name], gradient, floor, explained.get(name, 0.0))
         else:
             own = 0.0 if not bool(gradient.any()) else float("inf")
-        if own > difference or own != own:
+        if own > difference:
             worst, difference = name, own
     return worst, difference

@@ -9,6 +9,7 @@ says nothing against a plan.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import isfinite
 from typing import Any
 
 import torch
@@ -44,12 +45,17 @@ def own_rounding(
     """
     loss_moves, moves = 0.0, dict.fromkeys(gradients, 0.0)
     for other_loss, others in _others(make, args, kwargs):
-        loss_moves = max(loss_moves, abs(float(other_loss) - float(loss)))
+        loss_moves = _larger(loss_moves, abs(float(other_loss) - float(loss)))
         for name, gradient in others.items():
             if name in moves and gradient.numel():
                 moved = float((gradient.detach().cpu() - gradients[name]).abs().max())
-                moves[name] = max(moves[name], moved)
+                moves[name] = _larger(moves[name], moved)
     return MARGIN * loss_moves, {name: MARGIN * moved for name, moved in moves.items()}
+
+
+def _larger(before: float, moved: float) -> float:
+    """Numbers that overflow in one of the formats explain nothing."""
+    return max(before, moved) if isfinite(moved) else before
 
 
 def _others(
