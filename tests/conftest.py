@@ -1,5 +1,6 @@
-"""What all tests share: a fixed seed and a single thread, so that runs repeat."""
+"""What all tests share: a fixed seed, a single thread and the log as it was, so that runs repeat."""
 
+import logging
 import os
 import signal
 import tempfile
@@ -23,11 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
-    threads = torch.get_num_threads()
+    threads, log = torch.get_num_threads(), logging.getLogger("graphpar")
+    level = log.level  # the command line sets it for its process, which here is that of other tests, too
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    log.setLevel(level)
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_an_error_that_may_pass_for_rounding_is_told(
     (loss,) = (reference := EagerModel(model, training)).forward(given, {})
     loss.backward()  # type: ignore[no-untyped-call]
     found = {name: gradient * times for name, gradient in reference.gradients().items()}
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "graphpar"):
         check.compare(loss.detach(), found, {}, given, {})
     assert {record.levelname for record in caplog.records} == levels
     assert ("would not be noticed" in caplog.text) == (levels == {"WARNING"})
