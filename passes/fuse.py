@@ -110,6 +110,7 @@ def _together(bucket: Sequence[Op], name: str) -> list[Op]:
         name=f"{first.name}_together",
         target="gp.sum_together",
         args=(tuple(Ref(op.operands()[0]) for op in bucket), first.target),
+        kwargs=first.kwargs,
         types=tuple(op.type for op in bucket),
         is_tuple=True,
         module=first.module,
@@ -148,8 +149,8 @@ def _buckets(graph: Graph, stage: int) -> Iterator[list[Op]]:
         yield bucket
 
 
-def _kind(op: Op) -> tuple[str, str, bool]:
-    return op.target, op.type.dtype, bool(op.attr("grad"))
+def _kind(op: Op) -> tuple[object, ...]:
+    return op.target, op.type.dtype, bool(op.attr("grad")), op.kwarg("axis")
 
 
 def _sorted(ops: list[Op], keys: Mapping[str, float] | None = None) -> list[Op]:

@@ -1,9 +1,9 @@
 """The graphs of all members of a tensor group: equal members are rewritten once."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import coords_of
 from graphpar.ir.recomputed import Units
 from graphpar.ir.shards import Split
 from graphpar.passes.fuse import FuseComm
@@ -43,11 +43,12 @@ def member_stages(
     """
     done: dict[Hashable, tuple[Graph, Graph]] = {}
     stages = []
+    sizes = tuple(axis.size for axis in shard.axes)
     for member in range(size):
         graph = graph_of(member)
         key = _likeness(shard, member)
         if key not in done or done[key][0] is not graph:
-            local = replace(shard, member=member).run(graph)
+            local = shard.at(coords_of(member, sizes) if shard.inner is not None else (member,)).run(graph)
             done[key] = graph, FuseComm(shard.stage, training, again).run(local)
             stages.append(done[key][1])
         else:
@@ -57,6 +58,8 @@ def member_stages(
 
 def _likeness(shard: Shard, member: int) -> Hashable:
     """Members of equal likeness have equal ops but for where their units begin."""
+    if shard.inner is not None:
+        return member
     layouts = {*shard.weights.values(), *shard.forms.values()}
     for strategy in set(shard.chosen.values()):
         layouts.update((*strategy.operands, *strategy.results))

@@ -1,14 +1,14 @@
 """Rewrite a stage of a lowered graph into what one member of a tensor group computes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from graphpar.ir.conversions import conversion
 from graphpar.ir.graph import Graph, Level
+from graphpar.ir.mesh import Layouts, Move, at_once, local_type, localized, route, seen_along
 from graphpar.ir.ops import SOURCES, Argument, Attribute, Op, Ref, TensorType
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, layout_of
-from graphpar.passes.shard_args import localized
+from graphpar.passes.shard_args import local_arguments
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Shard:
         forms: For a value that is read several times the layout into which it is brought first.
         weights: For parameters and buffers the slices that members hold; without an entry, all of it.
         partial: Weights whose gradients are parts because of another stage of the same members.
+        size: Members along this axis; only asked for where there are two.
+        inner: The second axis of a mesh: how what a member has by this one is shared again by its row.
 
     >>> from graphpar.ir.text import format_op, parse_graph
     >>> from graphpar.ir.strategies import strategies_of
@@ -45,9 +47,21 @@ class Shard:
     forms: Mapping[str, Layout] = field(default_factory=dict)
     weights: Mapping[str, Layout] = field(default_factory=dict)
     partial: frozenset[str] = frozenset()
+    size: int = 0
+    inner: "Shard | None" = None
     name: str = "shard"
     takes: Level = "lowered"
     gives: Level = "lowered"
+
+    @property
+    def axes(self) -> "tuple[Shard, ...]":
+        """The axes of the mesh, the outer one first."""
+        return (self, *(self.inner.axes if self.inner is not None else ()))
+
+    def at(self, coords: Sequence[int]) -> "Shard":
+        """The same for the member with these places along the axes."""
+        inner = self.inner.at(coords[1:]) if self.inner is not None else None
+        return replace(self, member=coords[0], inner=inner)
 
     def run(self, graph: Graph) -> Graph:
         """Build the member's graph."""
@@ -83,17 +97,21 @@ class _Member:
 
     def __init__(self, options: Shard, graph: Graph) -> None:
         self.options, self.graph = options, graph
+        self.axes = options.axes
+        self.coords = tuple(axis.member for axis in self.axes)
+        self.sizes = tuple(axis.size for axis in self.axes)
         self.built: list[Op] = []
-        self.have: dict[tuple[str, Layout], str] = {}
+        self.have: dict[tuple[str, Layouts], str] = {}
+        self.silent: dict[str, str] = {}
         self.fresh: set[str] = set()
-        self.partial = options.partial_weights(graph)
+        self.partial = tuple(axis.partial_weights(graph) for axis in self.axes)
 
     def ops(self) -> Iterator[Op]:
         for op in self.graph.ops:
             if op.target in SOURCES:
                 self.built.append(self._source(op))
             elif op.target == "output":
-                self.built.append(self._with_operands(op, dict.fromkeys(range(99), "whole")))
+                self.built.append(self._with_operands(op, dict.fromkeys(range(99), self._whole)))
             elif op.attr("stage") != self.options.stage or op.target == "gp.recv":
                 self.built.append(op)
             elif op.target == "getitem":
@@ -102,40 +120,60 @@ class _Member:
                 self.built.append(self._computed(op))
         yield from self.built
 
+    @property
+    def _whole(self) -> Layouts:
+        return ("whole",) * len(self.axes)
+
     # --- weights ---
 
+    def _held(self, name: str) -> Layouts:
+        return tuple(axis.weights.get(name, "whole") for axis in self.axes)
+
     def _source(self, op: Op) -> Op:
-        layout = self.options.weights.get(op.name)
-        if isinstance(layout, Split):
-            local = replace(op, types=(layout.local(op.type, self.options.member),))
-            return local.with_attrs(shard=shard_attribute(layout))
-        if op.name in self.partial:
-            # Held by all members, read or not, so that they stay alike.
-            return op.with_attrs(partial=True, held=self.options.stage)
-        return op
+        held = self._held(op.name)
+        local = op if held == self._whole else replace(op, types=(local_type(op.type, held, self.coords),))
+        for key, layout in zip(("shard", "inner_shard"), localized(held, self.coords), strict=False):
+            if isinstance(layout, Split):
+                local = local.with_attrs(**{key: shard_attribute(layout)})
+        parts = tuple(axis for axis, names in enumerate(self.partial) if op.name in names)
+        if not parts:
+            return local
+        # Held by all members, read or not, so that they stay alike.
+        return local.with_attrs(partial=parts if len(self.axes) > 1 else True, held=self.options.stage)
 
     # --- values ---
 
-    def _strategy(self, op: Op) -> Strategy:
-        found = self.options.chosen.get(op.name)
-        if found is not None:
-            return found
+    def _strategies(self, op: Op) -> tuple[Strategy, ...]:
         whole: Layout = "whole"
-        return Strategy((whole,) * len(op.operands()), (whole,) * len(op.types))
+        computed_whole = Strategy((whole,) * len(op.operands()), (whole,) * len(op.types))
+        return tuple(axis.chosen.get(op.name, computed_whole) for axis in self.axes)
 
-    def _made(self, name: str) -> Layout:
+    def _made(self, name: str) -> Layouts:
         if self.graph[name].target in SOURCES:
-            return self.options.weights.get(name, "whole")
-        return layout_of(self.graph, self.options.chosen, name)
+            return self._held(name)
+        return tuple(layout_of(self.graph, axis.chosen, name) for axis in self.axes)
 
-    def _read(self, name: str, wanted: Layout) -> str:
-        """The name under which a value stands in a layout, made where it is not there yet."""
-        if name in self.partial and not isinstance(wanted, Split):
-            return name if wanted != "whole" or self.options.member == 0 else self._silent(name)
-        made = self._made(name) if name not in self.partial else "copied"
-        form = self.options.forms.get(name, made)
+    def _read(self, name: str, wanted: Layouts) -> str:
+        """The name under which a value stands in layouts, made where it is not there yet."""
+        if any(name in names for names in self.partial):
+            return self._read_in_parts(name, wanted)
+        made = self._made(name)
+        form = tuple(a.forms.get(name, own) for a, own in zip(self.axes, made, strict=True))
         first = self._converted(name, name, made, form)
         return self._converted(name, first, form, wanted)
+
+    def _read_in_parts(self, name: str, wanted: Layouts) -> str:
+        """A weight whose gradients are parts along some axes: it is a copy there for whoever reads it."""
+        made, asked, start = list(self._made(name)), list(wanted), name
+        for axis, names in enumerate(self.partial):
+            if name not in names:
+                continue
+            made[axis] = "copied"
+            if not isinstance(wanted[axis], Split):
+                asked[axis] = "copied"
+                if wanted[axis] == "whole" and self.coords[axis] > 0:
+                    start = self._silent(name)
+        return self._converted(name, start, tuple(made), tuple(asked))
 
     def _silent(self, name: str) -> str:
         """A weight whose gradient another member has already: its values, and a gradient of zeros.
@@ -143,13 +181,12 @@ class _Member:
         Without any gradient what is made of it alone would have none either, and collectives of the
         backward would wait for this member.
         """
-        key: tuple[str, Layout] = (name, "whole")
-        if key not in self.have:
+        if name not in self.silent:
             values = self._derived(name, "values", "aten.detach.default", (Ref(name),), grad=False)
             zeros = self._derived(name, "zeros", "aten.mul.Scalar", (Ref(name), 0.0), grad=True)
             both = (Ref(values), Ref(zeros))
-            self.have[key] = self._derived(name, "silent", "aten.add.Tensor", both, grad=True)
-        return self.have[key]
+            self.silent[name] = self._derived(name, "silent", "aten.add.Tensor", both, grad=True)
+        return self.silent[name]
 
     def _derived(
         self, name: str, suffix: str, target: str, args: tuple[Argument, ...], *, grad: bool
@@ -161,6 +198,7 @@ class _Member:
             name=self._fresh(f"{name}__{suffix}"),
             target=target,
             args=args,
+            types=(local_type(source.type, self._held(name), self.coords),),
             origin=source.origin or (name,),
             made_by=self.options.name,
             attrs=(),
@@ -169,33 +207,49 @@ class _Member:
         self.built.append(made.with_attrs(**attrs))
         return made.name
 
-    def _converted(self, name: str, start: str, made: Layout, wanted: Layout) -> str:
-        has_gradient = bool(self.graph[name].attr("grad"))
-        how = conversion(made, wanted, has_gradient)
-        assert how is not None, (name, made, wanted)
-        if not how.target:
-            return start
-        key = (start, wanted)
+    def _converted(self, name: str, start: str, made: Layouts, wanted: Layouts) -> str:
+        moves = route(self.sizes, made, wanted, bool(self.graph[name].attr("grad")))
+        assert moves is not None, (name, made, wanted)
+        for move in moves:
+            if move.how.target:
+                start = self._moved(name, start, move)
+        return start
+
+    def _moved(self, name: str, start: str, move: Move) -> str:
+        """The value behind one conversion."""
+        key = (start, move.after)
         if key not in self.have:
             source = self.graph[name]
-            own = wanted.local(source.type, self.options.member) if isinstance(wanted, Split) else None
-            kind = own or source.type
+            wanted = move.after[move.axis or 0]
             converted = Op(
                 name=self._fresh(f"{name}__{_word(wanted)}"),
-                target=how.target,
-                args=(Ref(start), *_split_arguments(made, wanted)),
-                types=(kind,),
+                target=move.how.target,
+                args=(Ref(start), *self._cuts(move)),
+                kwargs=(("axis", move.axis),) if len(self.axes) > 1 and move.axis is not None else (),
+                types=(local_type(source.type, move.after, self.coords),),
                 module=source.module,
                 source=source.source,
                 origin=source.origin or (name,),
                 made_by=self.options.name,
             )
             attrs: dict[str, Attribute] = {"stage": self.options.stage}
-            if has_gradient:
+            if source.attr("grad"):
                 attrs["grad"] = True
             self.built.append(converted.with_attrs(**attrs))
             self.have[key] = converted.name
         return self.have[key]
+
+    def _cuts(self, move: Move) -> tuple[Argument, ...]:
+        """Dimension, units of each member and inner size of the slices before and after."""
+        found: list[Argument] = []
+        for layouts in (move.before, move.after):
+            if move.axis is None:
+                layout = at_once(layouts, self.sizes)
+            else:
+                layout = seen_along(move.axis, layouts, self.coords)
+            if isinstance(layout, Split):
+                found += [layout.dim, layout.numbers, layout.inner]
+        return tuple(found)
 
     def _fresh(self, name: str) -> str:
         number, free = 1, name
@@ -208,13 +262,13 @@ class _Member:
     # --- ops ---
 
     def _computed(self, op: Op) -> Op:
-        strategy = self._strategy(op)
-        wanted = dict(enumerate(strategy.operands))
-        if self.options.member > 0:
-            for slot in strategy.first_only:
-                del wanted[slot]
+        ways = self._strategies(op)
+        wanted: dict[int, Layouts] = dict(enumerate(zip(*(way.operands for way in ways), strict=True)))
+        for way, member in zip(ways, self.coords, strict=True):
+            for slot in way.first_only if member > 0 else ():
+                wanted.pop(slot, None)
         read = self._with_operands(op, wanted)
-        local = self._local(op, read.args, strategy.results)
+        local = self._local(op, read.args, tuple(zip(*(way.results for way in ways), strict=True)))
         local = replace(local, kwargs=read.kwargs)
         if op.target == "gp.cast_weight" and local.operands() != op.operands():
             # What was gathered for this once is no weight that keeps its lower copy.
@@ -224,9 +278,9 @@ class _Member:
                 args=local.args[:1],
                 kwargs=(("dtype", op.args[1]),),
             )
-        return localized(op, local, strategy, self.options.member)
+        return local_arguments(op, local, ways, self.coords)
 
-    def _with_operands(self, op: Op, wanted: Mapping[int, Layout]) -> Op:
+    def _with_operands(self, op: Op, wanted: Mapping[int, Layouts]) -> Op:
         """The op reading each operand in the layout wanted of it; slots without one stay."""
         slots = iter(range(len(op.operands())))
         change = {}
@@ -239,14 +293,12 @@ class _Member:
         return _with_slots(op, change)
 
     def _result(self, name: str) -> str:
-        return self._read(name, "whole") if self.graph[name].attr("stage") == self.options.stage else name
+        return self._read(name, self._whole) if self.graph[name].attr("stage") == self.options.stage else name
 
-    def _local(self, op: Op, args: tuple[Argument, ...], layouts: tuple[Layout, ...]) -> Op:
+    def _local(self, op: Op, args: tuple[Argument, ...], layouts: tuple[Layouts, ...]) -> Op:
         types = tuple(
-            layout.local(kind, self.options.member)
-            if isinstance(layout, Split) and isinstance(kind, TensorType)
-            else kind
-            for kind, layout in zip(op.types, layouts, strict=True)
+            local_type(kind, own, self.coords) if isinstance(kind, TensorType) else kind
+            for kind, own in zip(op.types, layouts, strict=True)
         )
         local = replace(op, args=args, types=types)
         if local == op:
@@ -256,14 +308,6 @@ class _Member:
 
 def _word(layout: Layout) -> str:
     return f"split{layout.dim}" if isinstance(layout, Split) else layout
-
-
-def _split_arguments(made: Layout, wanted: Layout) -> tuple[Argument, ...]:
-    found: list[Argument] = []
-    for layout in (made, wanted):
-        if isinstance(layout, Split):
-            found += [layout.dim, layout.numbers, layout.inner]
-    return tuple(found)
 
 
 def _with_slots(op: Op, change: Mapping[int, str]) -> Op:

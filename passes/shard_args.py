@@ -1,32 +1,36 @@
 """The arguments of an op at one member of a tensor group: sizes, weights that enter once, own kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from graphpar.ir.mesh import localized
 from graphpar.ir.ops import Argument, Op, Ref
 from graphpar.ir.optable import packet
-from graphpar.ir.shards import Split
+from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy
 
 _RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
 _KEYED = ("gp.dropout", "gp.attention")
 
 
-def localized(op: Op, local: Op, strategy: Strategy, member: int) -> Op:
+def local_arguments(op: Op, local: Op, ways: Sequence[Strategy], coords: Sequence[int]) -> Op:
     """The local op with arguments that fit its local types.
 
     Args:
         op: The op as it was.
         local: The op reading the member's operands, with the member's types.
-        strategy: How it is computed.
-        member: Which member.
+        ways: How it is computed, along each axis of the group.
+        coords: Which member, by its place along each.
     """
-    if member > 0 and strategy.first_only:
+    if any(way.first_only and member > 0 for way, member in zip(ways, coords, strict=True)):
         local = _BARE[packet(op)](local)
-    if strategy.special:
-        return _SPECIAL[strategy.special](local, strategy, member)
-    split = next((layout for layout in strategy.results if isinstance(layout, Split)), None)
-    if split is None:
+    special = [axis for axis, way in enumerate(ways) if way.special]
+    if special:
+        local = _SPECIAL[ways[special[0]].special](local, _first(ways, coords))
+        along = (("axis", special[0]),) if len(special) < len(ways) else ()
+        return replace(local, kwargs=along) if local.target == "gp.class_loss" else local
+    cuts = _cuts_of_result(ways, coords)
+    if not cuts:
         return local
     if packet(op) in _RESHAPES:
         return replace(
@@ -37,9 +41,21 @@ def localized(op: Op, local: Op, strategy: Strategy, member: int) -> Op:
     if packet(op) in ("split", "unsafe_split", "split_with_sizes"):
         return _split(local, packet(op))
     if op.target in _KEYED:
-        part = (split.dim, split.numbers, split.inner, member)
-        return replace(local, kwargs=(*local.kwargs, ("part", part)))
+        keys = zip(("part", "inner_part"), cuts, strict=False)
+        return replace(local, kwargs=(*local.kwargs, *keys))
     return local
+
+
+def _cuts_of_result(ways: Sequence[Strategy], coords: Sequence[int]) -> list[Argument]:
+    """Slice of the first result that is cut along each axis: dimension, units, inner size, member."""
+    cut = [
+        next((layout for layout in way.results if isinstance(layout, Split)), "whole") for way in ways
+    ]
+    found: list[Argument] = []
+    for split, member in zip(localized(cut, coords), coords, strict=True):
+        if isinstance(split, Split):
+            found.append((split.dim, split.numbers, split.inner, member))
+    return found
 
 
 def _split(local: Op, name: str) -> Op:
@@ -81,37 +97,38 @@ _BARE: dict[str, Callable[[Op], Op]] = {
 }
 
 
-def _first(strategy: Strategy, member: int) -> int:
-    """Where the member's slice of what is cut begins."""
-    cut = next(layout for layout in strategy.operands if isinstance(layout, Split))
-    return cut.first(member) * cut.inner
+def _first(ways: Sequence[Strategy], coords: Sequence[int]) -> int:
+    """Where the member's slice of what is cut begins, of a slice of a slice within the whole."""
+    cut: list[Layout] = [
+        next(layout for layout in way.operands if isinstance(layout, Split)) if way.special else "whole"
+        for way in ways
+    ]
+    places = zip(localized(cut, coords), coords, strict=True)
+    return sum(split.first(k) * split.inner for split, k in places if isinstance(split, Split))
 
 
-def _lookup(local: Op, strategy: Strategy, member: int) -> Op:
+def _lookup(local: Op, first: int) -> Op:
     """Rows of the table that the member holds; zeros for the others."""
     padding = local.argument(2, "padding_idx", -1)
-    first = _first(strategy, member)
     return replace(local, target="gp.lookup", args=(*local.args[:2], first, padding), kwargs=())
 
 
-def _classes(local: Op, strategy: Strategy, member: int) -> Op:
+def _classes(local: Op, first: int) -> Op:
     """Cross entropy over scores whose classes are cut."""
-    first = _first(strategy, member)
     reduction, ignored = local.argument(3, "reduction", 1), local.argument(4, "ignore_index", -100)
     return replace(
         local, target="gp.class_loss", args=(*local.args[:2], first, reduction, ignored), kwargs=()
     )
 
 
-def _experts(local: Op, strategy: Strategy, member: int) -> Op:
+def _experts(local: Op, first: int) -> Op:
     """Products of the rows that belong to the member's experts."""
-    first = _first(strategy, member)
     ends = local.argument(2, "offs")
     assert isinstance(ends, Ref)
     return replace(local, target="gp.grouped_product", args=(*local.args[:2], ends, first), kwargs=())
 
 
-_SPECIAL: dict[str, Callable[[Op, Strategy, int], Op]] = {
+_SPECIAL: dict[str, Callable[[Op, int], Op]] = {
     "lookup": _lookup,
     "classes": _classes,
     "experts": _experts,
@@ -125,7 +142,7 @@ def moved(local: Op, strategy: Strategy | None, member: int) -> Op:
     """An op of one member for another one with as many units, whose units begin elsewhere."""
     place = _FIRST_AT.get(local.target)
     if strategy is not None and strategy.special and place is not None:
-        args = (*local.args[:place], _first(strategy, member), *local.args[place + 1 :])
+        args = (*local.args[:place], _first((strategy,), (member,)), *local.args[place + 1 :])
         return replace(local, args=args)
     part = local.kwarg("part")
     if isinstance(part, tuple):

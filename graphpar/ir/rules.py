@@ -15,7 +15,7 @@ ATTRIBUTES: dict[Level, frozenset[str]] = {
     ),
     "lowered": frozenset(
         "grad samples outer reduces tail meets in_step whole format island stage".split()
-        + "shard partial held late".split()
+        + "shard inner_shard partial held late".split()
     ),
 }
 """Attributes an op may carry, by level.
@@ -29,7 +29,8 @@ batch (see `passes/samples.py`), `outer` how often the batch is repeated along i
 outside of autocast, and it keeps its types.
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
 inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
-hold it, whether they read it or not. `late`: the places of the weights whose gradients are made in a
+hold it, whether they read it or not. In a group of two axes `inner_shard` is the slice along the second
+one of what the first leaves, and `partial` names the axes. `late`: the places of the weights whose gradients are made in a
 second half of the backward.
 """
 _OWN = frozenset(

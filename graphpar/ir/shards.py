@@ -117,7 +117,9 @@ def parse_layout(text: str) -> Layout:
 
 def scaled(outer: Dim, times: int) -> Dim:
     """A size times a whole number."""
-    return BatchSize(outer.times * times) if isinstance(outer, BatchSize) else outer * times
+    if isinstance(outer, BatchSize):
+        return BatchSize(outer.times * times, outer.parts, outer.member)
+    return outer * times
 
 
 def apportion_units(units: int, shares: Sequence[float]) -> tuple[int, ...] | None:

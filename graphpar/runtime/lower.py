@@ -396,7 +396,7 @@ class StageBuilder:
             "gp.random": Random,
             "gp.attention": Attention,
         }
-        return classes[op.target](self.context, stream, layout, _part(op, stamp))
+        return classes[op.target](self.context, stream, layout, _parts(op, stamp))
 
 
 def _group_module(op: Op, team: Team | None) -> nn.Module | None:
@@ -405,19 +405,23 @@ def _group_module(op: Op, team: Team | None) -> nn.Module | None:
     owned = (bool(given[0]), bool(given[1])) if isinstance(given, tuple) else (False, False)
     kind = op.args[1] if len(op.args) > 1 else ""
     named = kind if isinstance(kind, str) else ""
+    axis = op.kwarg("axis")
+    if team is not None and isinstance(axis, int):
+        team = team.along(axis)
     return group_module(op.target, team, owned) or overlap_module(op.target, named, owned, team)
 
 
-def _part(op: Op, stamp: "_Stamp") -> Part | None:
-    """Which slice of its result a random op makes, in a tensor group."""
-    given = op.kwarg("part")
-    if not isinstance(given, tuple):
-        return None
-    dim, counts, inner, member = given
-    assert isinstance(dim, int) and isinstance(inner, int) and isinstance(member, int)
-    assert isinstance(counts, tuple)
-    units = (stamp.argument(count, {}) for count in counts)
-    return Part(dim, tuple(units), inner, member)
+def _parts(op: Op, stamp: "_Stamp") -> tuple[Part, ...]:
+    """Which slice of its result a random op makes in a tensor group, and which slice of that."""
+    found = []
+    for given in (op.kwarg("part"), op.kwarg("inner_part")):
+        if isinstance(given, tuple):
+            dim, counts, inner, member = given
+            assert isinstance(dim, int) and isinstance(inner, int) and isinstance(member, int)
+            assert isinstance(counts, tuple)
+            units = (stamp.argument(count, {}) for count in counts)
+            found.append(Part(dim, tuple(units), inner, member))
+    return tuple(found)
 
 
 class _Stamp:

@@ -11,14 +11,14 @@ class _Keyed(nn.Module):
     """A module that draws from a keyed stream."""
 
     def __init__(
-        self, context: StepContext, stream: int, layout: Layout | None, part: Part | None = None
+        self, context: StepContext, stream: int, layout: Layout | None, parts: tuple[Part, ...] = ()
     ) -> None:
         super().__init__()
-        self.context, self.stream, self.layout, self.part = context, stream, layout, part
+        self.context, self.stream, self.layout, self.parts = context, stream, layout, parts
 
     def factors(self, x: torch.Tensor, drop: float) -> torch.Tensor:
         """What the elements of `x` are multiplied with: 0 where they are dropped."""
-        where = self.layout, x.device, x.dtype, self.part
+        where = self.layout, x.device, x.dtype, self.parts
         return keep_factors(x.shape, drop, self.stream, self.context, *where)
 
 

@@ -60,6 +60,10 @@ class Part:
         return places(whole, self.counts, self.inner, self.member).to(device), whole
 
 
+Parts = tuple[Part, ...]
+"""A slice, and a slice of that slice."""
+
+
 def _to_int32(x: torch.Tensor) -> torch.Tensor:
     return (((x + 2**31) & 0xFFFFFFFF) - 2**31).to(torch.int32)
 
@@ -79,7 +83,7 @@ def random_bits(
     context: StepContext,
     layout: Layout | None,
     device: torch.device,
-    part: Part | None = None,
+    parts: Parts = (),
 ) -> torch.Tensor:
     """Random int32 bits, one per element of `shape`.
 
@@ -89,10 +93,10 @@ def random_bits(
         context: Step and place in the global batch.
         layout: Where samples lie in `shape`; None for a tensor that all samples share.
         device: Where to make them.
-        part: Which slice of the microbatch's tensor `shape` is; None for all of it. The bits are
-            those that the whole has there.
+        parts: Which slice of the microbatch's tensor `shape` is, and of which slice of that; empty for
+            all of it. The bits are those that the whole has there.
     """
-    grid = _grid(shape, context, layout, device, part)
+    grid = _grid(shape, context, layout, device, parts)
     return mixed(grid, _key(stream, context)).view(shape)
 
 
@@ -109,19 +113,19 @@ def _grid(
     context: StepContext,
     layout: Layout | None,
     device: torch.device,
-    part: Part | None,
+    parts: Parts,
 ) -> Grid:
     """Rows are indices up to and including the batch dimension, columns those after it."""
     dim = layout.dim if layout is not None else 0
     head, tail = range(dim + 1 if shape else dim), range(dim + 1, len(shape))
     place = (context.samples, context.first_sample, context.batch) if layout is not None else (1, 0, 1)
-    low, high = _rows(tuple(shape[d] for d in head), *place, layout, device, _within(part, head))
-    return Grid(low, high, _columns(tuple(shape[d] for d in tail), device, _within(part, tail)))
+    low, high = _rows(tuple(shape[d] for d in head), *place, layout, device, _within(parts, head))
+    return Grid(low, high, _columns(tuple(shape[d] for d in tail), device, _within(parts, tail)))
 
 
-def _within(part: Part | None, dims: range) -> Part | None:
-    """The part as one of a tensor of these dimensions alone; None where it divides another one."""
-    return replace(part, dim=part.dim - dims.start) if part is not None and part.dim in dims else None
+def _within(parts: Parts, dims: range) -> Parts:
+    """The parts as those of a tensor of these dimensions alone, without those that divide others."""
+    return tuple(replace(part, dim=part.dim - dims.start) for part in parts if part.dim in dims)
 
 
 @functools.lru_cache(maxsize=256)
@@ -132,31 +136,42 @@ def _rows(
     batch: int,
     layout: Layout | None,
     device: torch.device,
-    part: Part | None,
+    parts: Parts,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower and upper half of each row's number in the global batch; the same for every step."""
-    rows = _global_rows(sizes, samples, first_sample, batch, layout, device, part)
+    rows = _global_rows(sizes, samples, first_sample, batch, layout, device, parts)
     return _to_int32(rows & 0xFFFFFFFF), _to_int32(rows >> 32)
 
 
 @functools.lru_cache(maxsize=16)
-def _columns(sizes: tuple[int, ...], device: torch.device, part: Part | None) -> torch.Tensor:
+def _columns(sizes: tuple[int, ...], device: torch.device, parts: Parts) -> torch.Tensor:
     """Bits of each column, the same for every step and stream."""
-    return mix(_to_int32(_places(sizes, range(len(sizes)), part, device)[0]) * _GOLDEN)
+    return mix(_to_int32(_places(sizes, range(len(sizes)), parts, device)[0]) * _GOLDEN)
 
 
 def _places(
-    shape: Sequence[int], dims: range, part: Part | None, device: torch.device
+    shape: Sequence[int], dims: range, parts: Parts, device: torch.device
 ) -> tuple[torch.Tensor, int]:
     """For each element of these dimensions, flattened, its place in the whole, and the whole's size."""
-    if part is None or part.dim not in dims:
+    cut = sorted({part.dim for part in parts if part.dim in dims})
+    if not cut:
         size = prod(shape[d] for d in dims)
         return torch.arange(size, device=device), size
-    before, _ = _places(shape, range(dims.start, part.dim), None, device)
-    own, whole = part.places(shape[part.dim], device)
-    after, tail = _places(shape, range(part.dim + 1, dims.stop), None, device)
+    before, first = _places(shape, range(dims.start, cut[0]), (), device)
+    own, whole = _along(shape[cut[0]], [part for part in parts if part.dim == cut[0]], device)
+    after, tail = _places(shape, range(cut[0] + 1, dims.stop), parts, device)
     place = (before[:, None, None] * whole + own[None, :, None]) * tail + after[None, None, :]
-    return place.reshape(-1), (before.numel() * whole) * tail
+    return place.reshape(-1), first * whole * tail
+
+
+def _along(size: int, parts: Sequence[Part], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Places of a slice, or of a slice of a slice, along one dimension, and the size of the whole."""
+    *outer, last = parts
+    own, whole = last.places(size, device)
+    for part in reversed(outer):
+        before, whole = part.places(whole, device)
+        own = before[own]
+    return own, whole
 
 
 def _global_rows(
@@ -166,18 +181,18 @@ def _global_rows(
     batch: int,
     layout: Layout | None,
     device: torch.device,
-    part: Part | None,
+    parts: Parts,
 ) -> torch.Tensor:
     """For each index of these dimensions, the batch dimension last, its number in the global batch."""
     dim = max(len(sizes) - 1, 0)
-    index, total = _places(sizes, range(dim, len(sizes)), part, device)
+    index, total = _places(sizes, range(dim, len(sizes)), parts, device)
     if layout is not None:
         inner, outer = layout.inner, layout.outer
         o = index // (samples * inner)
         s = index // inner % samples + first_sample
         index = (o * batch + s) * inner + index % inner
         total = outer * batch * inner
-    before, _ = _places(sizes, range(dim), part, device)
+    before, _ = _places(sizes, range(dim), parts, device)
     return (before[:, None] * total + index[None, :]).reshape(-1)
 
 
@@ -189,13 +204,13 @@ def keep_factors(
     layout: Layout | None,
     device: torch.device,
     dtype: torch.dtype,
-    part: Part | None = None,
+    parts: Parts = (),
 ) -> torch.Tensor:
     """1 / (1 - drop) where an element is kept, with probability `1 - drop` each, else 0."""
     threshold = round(drop * 2**32) - 2**31
     if threshold >= 2**31:
         return torch.zeros(shape, dtype=dtype, device=device)
-    grid = _grid(shape, context, layout, device, part)
+    grid = _grid(shape, context, layout, device, parts)
     return kept(grid, _key(stream, context), threshold, 1.0 / (1.0 - drop), dtype).view(shape)
 
 

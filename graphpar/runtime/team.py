@@ -22,6 +22,9 @@ class Team(Protocol):
     def size(self) -> int:
         """Members of the group."""
 
+    def along(self, axis: int) -> "Team":
+        """The members that differ from this one along one axis of a mesh alone, as a team."""
+
     def start_sum(self, tensor: torch.Tensor, owned: bool = False) -> Callable[[], torch.Tensor]:
         """Begin a sum over the members; calling what comes back waits for it, the same bits for each.
 
@@ -45,10 +48,23 @@ class TransportTeam:
         group: Number of the group among the transport's groups.
         member: The rank's place in it.
         size: Members of the group.
+        lines: The lines of a mesh that it stands in, one along each axis.
     """
 
-    def __init__(self, transport: Transport, group: int, member: int, size: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        group: int,
+        member: int,
+        size: int,
+        lines: "Sequence[TransportTeam]" = (),
+    ) -> None:
         self.transport, self.group, self.member, self.size = transport, group, member, size
+        self.lines = lines
+
+    def along(self, axis: int) -> "TransportTeam":
+        """The rank's line along an axis."""
+        return self.lines[axis]
 
     def start_sum(self, tensor: torch.Tensor, owned: bool = False) -> Callable[[], torch.Tensor]:
         """Begin a sum over the members."""

@@ -13,6 +13,7 @@ from itertools import chain, zip_longest
 from graphpar.errors import VerifyError
 from graphpar.ir.conversions import COLLECTIVES
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import line_of
 from graphpar.ir.ops import SOURCES, Argument, Dim, Op, TensorType
 from graphpar.ir.optable import packet
 from graphpar.ir.recomputed import Units, units_of_member
@@ -35,6 +36,7 @@ class TeamCall:
         cuts: Dimension, units of each member and inner size of each cut of an exchange.
         phase: `forward`, `backward`, or `again` where a unit is computed again.
         op: Name of the op that makes the call.
+        axis: Along which axis of a mesh, with the members of that line; None for the whole group.
     """
 
     kind: str
@@ -42,10 +44,21 @@ class TeamCall:
     cuts: tuple[Argument, ...] = ()
     phase: str = "forward"
     op: str = ""
+    axis: int | None = None
 
     def __str__(self) -> str:
         cut = f" cut {self.cuts}" if self.cuts else ""
-        return f"{self.phase} {self.kind} of {', '.join(map(str, self.types))}{cut} by %{self.op}"
+        along = f" along axis {self.axis}" if self.axis is not None else ""
+        return f"{self.phase} {self.kind} of {', '.join(map(str, self.types))}{cut}{along} by %{self.op}"
+
+    def meets(self, other: "TeamCall", axis: int | None) -> bool:
+        """Whether a member that differs along an axis alone makes the call that belongs to this one.
+
+        Along the other axis it does so with others, who have slices of another size.
+        """
+        if self.axis in (None, axis):
+            return replace(self, op=other.op) == other
+        return (self.kind, self.phase, self.axis) == (other.kind, other.phase, other.axis)
 
 
 def team_calls(graph: Graph, stage: int, *, training: bool, units: Units = ()) -> tuple[TeamCall, ...]:
@@ -83,7 +96,14 @@ def team_calls(graph: Graph, stage: int, *, training: bool, units: Units = ()) -
     return tuple(found)
 
 
-def check_in_step(graphs: Sequence[Graph], stage: int, *, training: bool, units: Units = ()) -> None:
+def check_in_step(
+    graphs: Sequence[Graph],
+    stage: int,
+    *,
+    training: bool,
+    units: Units = (),
+    mesh: tuple[int, ...] = (),
+) -> None:
     """Compare what the members of a group ask of each other.
 
     Args:
@@ -91,22 +111,35 @@ def check_in_step(graphs: Sequence[Graph], stage: int, *, training: bool, units:
         stage: The stage that they share.
         training: Whether there is a backward.
         units: Ops of the units that are computed again.
+        mesh: Members along each axis of a group of two.
 
     Raises:
         VerifyError: They differ; names the first call that does, and the ops around.
     """
-    members = [k for k in range(len(graphs)) if not any(_alike(graphs[k], g) for g in graphs[:k])]
-    calls = [team_calls(graphs[k], stage, training=training, units=units) for k in members]
-    for member, other in zip(members[1:], calls[1:], strict=True):
-        for number, (a, b) in enumerate(zip_longest(calls[0], other)):
-            if a is None or b is None or replace(a, op=b.op) != b:
-                shown = (_shown(graphs[k], k, call) for k, call in ((members[0], a), (member, b)))
+    first = [next(k for k, other in enumerate(graphs) if _alike(graph, other)) for graph in graphs]
+    calls = {k: team_calls(graphs[k], stage, training=training, units=units) for k in set(first)}
+    for before, member, axis in _neighbours(len(graphs), mesh):
+        if first[before] == first[member]:
+            continue
+        pairs = zip_longest(calls[first[before]], calls[first[member]])
+        for number, (a, b) in enumerate(pairs):
+            if a is None or b is None or not a.meets(b, axis):
+                shown = (_shown(graphs[k], k, call) for k, call in ((before, a), (member, b)))
                 raise VerifyError(
                     f"pass shard: the members of a tensor group do not ask the same of each other in "
                     f"stage {stage}; the job would wait for ever, so it is not started. This is a bug "
                     "of graphpar, please report it; tensor=1 plans without groups. Call "
                     f"{number + 1} differs:\n" + "\n".join(shown)
                 )
+
+
+def _neighbours(size: int, mesh: tuple[int, ...]) -> Iterator[tuple[int, int, int | None]]:
+    """Each member with the first one of every line it stands in, and the axis of the line."""
+    for member in range(size):
+        for axis in range(len(mesh)):
+            yield line_of(member, axis, mesh)[0], member, axis
+        if not mesh:
+            yield 0, member, None
 
 
 def _alike(a: Graph, b: Graph) -> bool:
@@ -192,14 +225,20 @@ def _ends(op: Op) -> tuple[str | None, str | None]:
 
 def _call(graph: Graph, op: Op, collective: str, phase: str) -> TeamCall:
     if op.target == "gp.sum_together":
-        return TeamCall("sum", tuple(t for t in op.types if t is not None), (), phase, op.name)
+        types = tuple(t for t in op.types if t is not None)
+        return TeamCall("sum", types, (), phase, op.name, _axis(op))
     cuts = op.args[2:] if op.target == "gp.begin" else op.args[1:]
     dims = {dim for dim in cuts[::3] if isinstance(dim, int)}
     given = graph[op.operands()[0]].type
     shape: tuple[Dim, ...] = tuple(-1 if d in dims else size for d, size in enumerate(given.shape))
     kind = "sum" if collective == "all_reduce" else "exchange"
-    return TeamCall(kind, (TensorType(shape, given.dtype),), cuts, phase, op.name)
+    return TeamCall(kind, (TensorType(shape, given.dtype),), cuts, phase, op.name, _axis(op))
 
 
 def _numbers(kind: str, shape: tuple[Dim, ...], op: Op, phase: str) -> TeamCall:
-    return TeamCall(kind, (TensorType(shape, "float32"),), (), phase, op.name)
+    return TeamCall(kind, (TensorType(shape, "float32"),), (), phase, op.name, _axis(op))
+
+
+def _axis(op: Op) -> int | None:
+    axis = op.kwarg("axis")
+    return axis if isinstance(axis, int) else None

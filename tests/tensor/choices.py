@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import product
 
 from threads import Choice, one_stage
 
@@ -9,11 +10,11 @@ from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import choose_sharding
-from graphpar.ir.conversions import conversion
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts, fit, route
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.shards import Layout, Split
-from graphpar.ir.strategies import Strategy, carries_gradient, layout_of, strategies_of
+from graphpar.ir.strategies import Strategy, carries_gradient, strategies_of, value_of
 from graphpar.preparation import Prepared
 
 FREE = LinkCost(0.0, 1e15)
@@ -43,59 +44,101 @@ def at_random(
     shares: Sequence[float],
     seed: int,
     prefers: Callable[[Strategy], bool] = lambda strategy: False,
+    inner: Sequence[float] = (),
 ) -> Choice:
-    """Any strategy for each op that its operands can be brought to; mostly not the whole one."""
+    """Any strategy for each op that its operands can be brought to; mostly not the whole one.
+
+    With `inner` members form a mesh, whose second axis has these shares.
+    """
     rng = random.Random(seed)
-    table = strategies_of(graph, shares)
-    weights = {op.name: rng.choice(_slices(graph, table, op.name)) for op in graph.sources("parameter")}
+    axes = [shares, inner] if inner else [shares]
+    sizes = tuple(map(len, axes))
+    tables = [strategies_of(graph, each) for each in axes]
+    weights = {
+        op.name: rng.choice(_slices(graph, tables, op.name, sizes)) for op in graph.sources("parameter")
+    }
     for copies in (True, False):
-        chosen = _chosen(graph, table, weights, rng, copies, prefers)
+        chosen = _chosen(graph, tables, weights, sizes, rng, copies, prefers)
         if chosen is not None:
-            return Choice(chosen, {}, weights)
+            return _along_axes(chosen, weights, len(axes))
     raise AssertionError("whole everywhere is always possible")
 
 
-def _slices(graph: Graph, table: dict[str, tuple[Strategy, ...]], name: str) -> list[Layout]:
-    found: list[Layout] = ["whole"]
-    for user in graph.users(name):
-        for strategy in table.get(user.name, ()):
-            for operand, layout in zip(user.operands(), strategy.operands, strict=True):
-                if operand == name and isinstance(layout, Split):
-                    found.append(layout)
+Ways = tuple[Strategy, ...]
+"""A strategy along each axis."""
+
+
+def _along_axes(chosen: dict[str, Ways], weights: dict[str, Layouts], axes: int) -> Choice:
+    found: Choice | None = None
+    for axis in reversed(range(axes)):
+        found = Choice(
+            {name: ways[axis] for name, ways in chosen.items()},
+            {},
+            {name: layouts[axis] for name, layouts in weights.items()},
+            found,
+        )
+    assert found is not None
     return found
+
+
+def _slices(
+    graph: Graph, tables: Sequence[dict[str, tuple[Strategy, ...]]], name: str, sizes: tuple[int, ...]
+) -> list[Layouts]:
+    found: list[list[Layout]] = [["whole"] for _ in tables]
+    for along, table in zip(found, tables, strict=True):
+        for user in graph.users(name):
+            for strategy in table.get(user.name, ()):
+                for operand, layout in zip(user.operands(), strategy.operands, strict=True):
+                    if operand == name and isinstance(layout, Split):
+                        along.append(layout)
+    return [layouts for layouts in product(*found) if fit(layouts, sizes)]
 
 
 def _chosen(
     graph: Graph,
-    table: dict[str, tuple[Strategy, ...]],
-    weights: dict[str, Layout],
+    tables: Sequence[dict[str, tuple[Strategy, ...]]],
+    weights: dict[str, Layouts],
+    sizes: tuple[int, ...],
     rng: random.Random,
     copies: bool,
     prefers: Callable[[Strategy], bool],
-) -> dict[str, Strategy] | None:
+) -> dict[str, Ways] | None:
     """A copy cannot become whole again; where that leads nowhere there are none."""
-    chosen: dict[str, Strategy] = {}
+    chosen: dict[str, Ways] = {}
     for op in graph.ops:
+        if op.name not in tables[0]:
+            continue
         possible = []
-        for strategy in table.get(op.name, ()):
-            ways = [
-                conversion(
-                    _made(graph, chosen, weights, name),
+        for ways in product(*(table[op.name] for table in tables)):
+            operands = list(zip(*(way.operands for way in ways), strict=True))
+            results = zip(*(way.results for way in ways), strict=True)
+            moves = (
+                route(
+                    sizes,
+                    _made(graph, chosen, weights, name, len(tables)),
                     wanted,
                     carries_gradient(graph, name),
                     graph[name].target == "parameter",
                 )
-                for name, wanted in zip(op.operands(), strategy.operands, strict=True)
-            ]
-            if all(way is not None for way in ways) and (copies or "copied" not in strategy.results):
-                possible.append(strategy)
-        if op.name in table and not possible:
+                for name, wanted in zip(op.operands(), operands, strict=True)
+            )
+            if (
+                all(fit(layouts, sizes) for layouts in (*operands, *results))
+                and (copies or not any("copied" in way.results for way in ways))
+                and all(way is not None for way in moves)
+            ):
+                possible.append(ways)
+        if not possible:
             return None
-        possible = [s for s in possible if prefers(s)] or possible
-        if possible:
-            chosen[op.name] = rng.choice(possible[1:] or possible if rng.random() < 0.8 else possible)
+        possible = [ways for ways in possible if any(map(prefers, ways))] or possible
+        chosen[op.name] = rng.choice(possible[1:] or possible if rng.random() < 0.8 else possible)
     return chosen
 
 
-def _made(graph: Graph, chosen: dict[str, Strategy], weights: dict[str, Layout], name: str) -> Layout:
-    return weights.get(name, "whole") if graph[name].target in SOURCES else layout_of(graph, chosen, name)
+def _made(
+    graph: Graph, chosen: dict[str, Ways], weights: dict[str, Layouts], name: str, axes: int
+) -> Layouts:
+    if graph[name].target in SOURCES:
+        return weights.get(name, ("whole",) * axes)
+    source, index = value_of(graph, name)
+    return tuple(way.results[index] for way in chosen[source])

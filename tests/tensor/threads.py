@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts, coords_of, line_of, localized
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.recomputed import units_of_member
 from graphpar.ir.rules import verify
@@ -35,8 +36,8 @@ T = TypeVar("T")
 class Meeting:
     """Where the threads of a group lay down what they bring and take what the others brought."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, axis: int | None = None) -> None:
+        self.size, self.axis = size, axis
         self.brought: list[Any] = [None] * size
         self.calls: list[list[str]] = [[] for _ in range(size)]
         self.barrier = threading.Barrier(size, timeout=60)
@@ -57,47 +58,67 @@ class ThreadTeam:
 
     meeting: Meeting
     member: int
-    sent_bytes: float = 0.0
+    lines: tuple["ThreadTeam", ...] = ()
+    calls: list[tuple[int | None, str]] = field(default_factory=list)
+    sent: list[float] = field(default_factory=list)
+
+    def along(self, axis: int) -> "ThreadTeam":
+        return self.lines[axis]
+
+    def _swap(self, call: str, thing: Any) -> list[Any]:
+        self.calls.append((self.meeting.axis, call))
+        return self.meeting.swap(self.member, call, thing)
 
     @property
     def size(self) -> int:
         return self.meeting.size
 
     def start_sum(self, tensor: torch.Tensor, owned: bool = False) -> Callable[[], torch.Tensor]:
-        self.sent_bytes += 2 * tensor.nbytes * (self.size - 1) / self.size
-        parts = self.meeting.swap(self.member, f"sum {tuple(tensor.shape)}", tensor.detach().clone())
+        self.sent.append(2 * tensor.nbytes * (self.size - 1) / self.size)
+        parts = self._swap(f"sum {tuple(tensor.shape)}", tensor.detach().clone())
         total = torch.stack(parts).sum(0)
         if owned:
             tensor.detach().fill_(float("nan"))  # whoever still reads it is found out
         return lambda: total
 
     def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.sent_bytes += 2 * tensor.nbytes * (self.size - 1) / self.size
-        parts = self.meeting.swap(self.member, f"maximum {tuple(tensor.shape)}", tensor.detach().clone())
+        self.sent.append(2 * tensor.nbytes * (self.size - 1) / self.size)
+        parts = self._swap(f"maximum {tuple(tensor.shape)}", tensor.detach().clone())
         return torch.stack(parts).amax(0)
 
     def start_exchange(
         self, blocks: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
     ) -> Callable[[], list[torch.Tensor]]:
-        self.sent_bytes += sum(b.nbytes for k, b in enumerate(blocks) if k != self.member)
-        parts = self.meeting.swap(self.member, "exchange", [b.detach().clone() for b in blocks])
+        self.sent.append(sum(b.nbytes for k, b in enumerate(blocks) if k != self.member))
+        parts = self._swap("exchange", [b.detach().clone() for b in blocks])
         mine = [part[self.member] for part in parts]
         assert [tuple(p.shape) for p in mine] == [tuple(s) for s in shapes]
         return lambda: [m.clone() for m in mine]
 
 
-def in_threads(size: int, work: Callable[[ThreadTeam], T]) -> list[T]:
-    """What every member's thread returned."""
+def in_threads(size: int, work: Callable[[ThreadTeam], T], mesh: tuple[int, ...] = ()) -> list[T]:
+    """What every member's thread returned; `mesh` has the members along each of two axes."""
     meeting = Meeting(size)
+    lines = {
+        line: Meeting(len(line), axis)
+        for axis in range(len(mesh))
+        for line in (line_of(member, axis, mesh) for member in range(size))
+    }
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
 
     def run(member: int) -> None:
         try:
-            results[member] = work(ThreadTeam(meeting, member))
+            team = ThreadTeam(meeting, member)
+            mine = (line_of(member, axis, mesh) for axis in range(len(mesh)))
+            team.lines = tuple(
+                ThreadTeam(lines[line], line.index(member), (), team.calls, team.sent) for line in mine
+            )
+            results[member] = work(team)
         except BaseException as error:
             errors.append(error)
-            meeting.barrier.abort()
+            for each in (meeting, *lines.values()):
+                each.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(size)]
     for thread in threads:
@@ -112,11 +133,17 @@ def in_threads(size: int, work: Callable[[ThreadTeam], T]) -> list[T]:
 
 @dataclass(frozen=True)
 class Choice:
-    """How every op of a stage is computed."""
+    """How every op of a stage is computed; along the second axis of a mesh as `inner` says."""
 
     chosen: Mapping[str, Strategy]
     forms: Mapping[str, Layout]
     weights: Mapping[str, Layout]
+    inner: "Choice | None" = None
+
+    def shard(self, mesh: tuple[int, ...]) -> Shard:
+        """The pass."""
+        inner = self.inner.shard(mesh[1:]) if self.inner is not None else None
+        return Shard(0, 0, self.chosen, self.forms, self.weights, size=mesh[0], inner=inner)
 
 
 def one_stage(graph: Graph) -> Graph:
@@ -134,6 +161,7 @@ def grouped(
     seed: int = 0,
     again: bool = False,
     watched: Callable[[], AbstractContextManager[None]] = nullcontext,
+    mesh: tuple[int, ...] = (),
 ) -> tuple[list[list[torch.Tensor]], dict[str, torch.Tensor], list[float]]:
     """Results of every member, whole gradients, and bytes sent by each, of one forward and backward.
 
@@ -145,13 +173,14 @@ def grouped(
     samples = prepared.graph.batch
     if whole._prologue is not None:
         inputs = {**inputs, **whole._prologue.run(inputs, samples)}
-    shard = Shard(0, 0, choice.chosen, choice.forms, choice.weights)
+    shard = choice.shard(mesh or (size,))
     units = tuple(unit.ops for unit in prepared.chain.units) if again else ()
     stages = member_stages(lambda member: graph, shard, size, True, units)
-    check_in_step(stages, 0, training=True, units=units)
+    check_in_step(stages, 0, training=True, units=units, mesh=mesh)
 
     def work(team: ThreadTeam) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float, Graph]:
-        local = FuseComm(0, True, units).run(replace(shard, member=team.member).run(graph))
+        coords = coords_of(team.member, mesh or (size,))
+        local = FuseComm(0, True, units).run(shard.at(coords).run(graph))
         assert local == stages[team.member], "members that share a rewriting are rewritten alike"
         verify(local)
         tensors: dict[str, torch.Tensor] = {}
@@ -159,9 +188,9 @@ def grouped(
             if op.target in SOURCES and op.target != "input":
                 label = str(op.args[0])
                 tensor = whole.tensors[label].detach()
-                layout = choice.weights.get(op.name)
-                if isinstance(layout, Split):
-                    tensor = take(tensor, layout.dim, layout.counts, layout.inner, team.member)
+                for layout, member in zip(_held(choice, op.name, coords), coords, strict=True):
+                    if isinstance(layout, Split):
+                        tensor = take(tensor, layout.dim, layout.counts, layout.inner, member)
                 trained = isinstance(whole.tensors[label], nn.Parameter)
                 tensors[label] = nn.Parameter(tensor.clone()) if trained else tensor.clone()
         context = StepContext(seed=seed, batch=samples, samples=samples)
@@ -180,18 +209,24 @@ def grouped(
         if results[0].requires_grad:
             results[0].backward()
         check_calls(
-            team.meeting.calls[team.member],
+            team.calls,
             team_calls(local, 0, training=results[0].requires_grad, units=units),
             samples,
         )
         gradients = {k: t.grad for k, t in tensors.items() if t.grad is not None}
-        return [r.detach() for r in results], gradients, team.sent_bytes, local
+        return [r.detach() for r in results], gradients, sum(team.sent), local
 
-    done = in_threads(size, work)
-    return [d[0] for d in done], _whole_gradients(done, choice), [d[2] for d in done]
+    done = in_threads(size, work, mesh)
+    return [d[0] for d in done], _whole_gradients(done, choice, mesh or (size,)), [d[2] for d in done]
 
 
-def check_calls(made: Sequence[str], foreseen: Sequence[TeamCall], samples: int) -> None:
+def _held(choice: Choice, name: str, coords: Sequence[int]) -> Layouts:
+    """How a weight is held along each axis, along the second of what the first leaves."""
+    inner = (choice.inner.weights.get(name, "whole"),) if choice.inner is not None else ()
+    return localized((choice.weights.get(name, "whole"), *inner), coords)
+
+
+def check_calls(made: Sequence[tuple[int | None, str]], foreseen: Sequence[TeamCall], samples: int) -> None:
     """What a member asked of the others is what its graph says, in that order.
 
     When a unit is computed again depends on what the backward looks up first, and it stops early.
@@ -204,30 +239,55 @@ def check_calls(made: Sequence[str], foreseen: Sequence[TeamCall], samples: int)
         assert Counter(others) <= Counter(made) <= Counter(others) + again
 
 
-def _described(call: TeamCall, samples: int) -> str:
-    """The call as a meeting notes it."""
+def _described(call: TeamCall, samples: int) -> tuple[int | None, str]:
+    """The call as a team notes it."""
     sizes = [t.sizes(samples) for t in call.types]
     size = sizes[0] if len(sizes) == 1 else (sum(map(prod, sizes)),)
-    return "exchange" if call.kind == "exchange" else f"{call.kind} {size}"
+    return call.axis, "exchange" if call.kind == "exchange" else f"{call.kind} {size}"
 
 
-def _whole_gradients(done: Sequence[Any], choice: Choice) -> dict[str, torch.Tensor]:
+def _whole_gradients(
+    done: Sequence[Any], choice: Choice, mesh: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
     gradients: dict[str, torch.Tensor] = {}
     for op in done[0][3].sources("parameter"):
         label = str(op.args[0])
-        parts = [d[1].get(label) for d in done]
-        if all(p is None for p in parts):
+        parts = {coords_of(k, mesh): d[1].get(label) for k, d in enumerate(done)}
+        if all(p is None for p in parts.values()):
             continue
-        layout = choice.weights.get(op.name)
-        if isinstance(layout, Split):
-            shapes = [p for p in parts if p is not None]
-            assert len(shapes) == len(parts), label
-            gradients[label] = join(shapes, layout.dim, layout.counts, layout.inner)
-        elif op.attr("partial"):
-            gradients[label] = torch.stack([p for p in parts if p is not None]).sum(0)
-        else:
-            for p in parts[1:]:
-                assert p is not None and parts[0] is not None, label
-                torch.testing.assert_close(p, parts[0], rtol=1e-4, atol=1e-6)
-            gradients[label] = parts[0]
+        in_parts = op.attr("partial")
+        axes = in_parts if isinstance(in_parts, tuple) else (0,) if in_parts else ()
+        whole = _put_together(label, (), choice, op.name, mesh, parts, axes)
+        assert whole is not None, label
+        gradients[label] = whole
     return gradients
+
+
+def _put_together(
+    label: str,
+    coords: tuple[int, ...],
+    choice: Choice,
+    name: str,
+    mesh: tuple[int, ...],
+    parts: Mapping[tuple[int, ...], torch.Tensor | None],
+    in_parts: Sequence[int],
+) -> torch.Tensor | None:
+    """What the members with these first coordinates have together: joined, summed, or all alike."""
+    axis = len(coords)
+    if axis == len(mesh):
+        return parts[coords]
+    rows = [
+        _put_together(label, (*coords, k), choice, name, mesh, parts, in_parts) for k in range(mesh[axis])
+    ]
+    known = [row for row in rows if row is not None]
+    padded = (*coords, *(0 for _ in mesh[axis:]))
+    layout = _held(choice, name, padded)[axis]
+    if isinstance(layout, Split):
+        assert len(known) == len(rows), label
+        return join(known, layout.dim, layout.counts, layout.inner)
+    if axis in in_parts:
+        return torch.stack(known).sum(0) if known else None
+    for row in known[1:]:
+        torch.testing.assert_close(row, known[0], rtol=1e-4, atol=1e-6)
+    assert len(known) in (0, len(rows)), label
+    return known[0] if known else None
