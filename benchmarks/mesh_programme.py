@@ -145,8 +145,7 @@ class MeshPrices:
             return 0.0
         replicas = self.mesh.replicas
         parts = round(1 / self._stepped(layouts))
-        cut = Split(0, (1,) * parts + (0,) * (self.everybody.size - parts))
-        step = self.times.optimizer_seconds(op, cut)
+        step = self.times.step_seconds(op, (1 / parts,) * self.everybody.size)
         once = (replicas - 1) / replicas * op.type.bytes(1) * self.left(layouts) / self.link.bytes_per_s
         # Gradients are scattered, and sums or weights gathered; at level 2 the first for each microbatch.
         each = self.options.microbatches

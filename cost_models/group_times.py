@@ -11,10 +11,10 @@ from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
 from graphpar.ir.conversions import CollectiveName, conversion
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts, axis_shares, coords_of, line_of
 from graphpar.ir.ops import Op, apportion
-from graphpar.ir.shards import Layout, Split
+from graphpar.ir.shards import Layout
 from graphpar.ir.strategies import Strategy, carries_gradient
-from graphpar.partition.problems import IMPOSSIBLE_COST
 
 _CPU_CALL_S = 1e-4
 """Processor time of the calling thread in a gloo collective of few bytes, its autograd node included:
@@ -42,11 +42,34 @@ class TensorGroup:
         devices: The members.
         shares: Each member's share of what is cut.
         link: The worst link between two of them.
+        mesh: Members along each axis of a group of two, row by row; empty for one.
+        links: The worst link between members that differ along one axis alone, by axis; empty for `link`.
     """
 
     devices: tuple[Device, ...]
     shares: tuple[float, ...]
     link: LinkCost
+    mesh: tuple[int, ...] = ()
+    links: tuple[LinkCost, ...] = ()
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Members along each axis."""
+        return self.mesh or (self.size,)
+
+    def along(self, axis: int) -> "TensorGroup":
+        """The line of the first member along an axis, with the shares that members have along it."""
+        if not self.mesh:
+            return self
+        line = line_of(0, axis, self.mesh)
+        shares = axis_shares(self.shares, self.mesh)[axis]
+        link = self.links[axis] if self.links else self.link
+        return TensorGroup(tuple(self.devices[k] for k in line), shares, link)
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """Each member's places along the axes."""
+        return tuple(coords_of(member, self.axes) for member in range(self.size))
 
     @property
     def size(self) -> int:
@@ -78,7 +101,7 @@ class ShardingOptions:
         microbatches: Microbatches between two optimiser steps.
         training: Whether there is a backward.
         state_ratio: Bytes of optimiser state per byte of weights.
-        fixed: Slices of weights by label that are given: those an earlier job holds.
+        fixed: Layouts of weights by label, along each axis, that are given: those an earlier job holds.
         cuts_batch: Whether the samples of a microbatch may be cut, if there are enough.
         cuts_weights: False keeps every weight whole, for optimisers that must see whole ones.
         memory_bytes: Most bytes that weights, gradients, optimiser state and the activations of one
@@ -92,7 +115,7 @@ class ShardingOptions:
     microbatches: int = 4
     training: bool = True
     state_ratio: float = 2.0
-    fixed: Mapping[str, Layout] = field(default_factory=dict)
+    fixed: Mapping[str, Layouts] = field(default_factory=dict)
     cuts_batch: bool = True
     cuts_weights: bool = True
     memory_bytes: float | None = None
@@ -133,7 +156,7 @@ class OpTimes:
             return 0.0, 0.0
         ends = self._members(op)
         times = []
-        for kind, share in self._unlike(self._shares(strategy) or (1.0,) * self.group.size):
+        for kind, share in self._unlike(self.shares_of(strategy) or (1.0,) * self.group.size):
             full, floor, full_b, floor_b = ends[kind]
             times.append((floor + (full - floor) * share, floor_b + (full_b - floor_b) * share))
         return max(t[0] for t in times), max(t[1] for t in times)
@@ -150,7 +173,7 @@ class OpTimes:
         rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
         return 2 * self.group.seconds("all_reduce", 8.0 * rows), 0.0
 
-    def _shares(self, strategy: Strategy) -> tuple[float, ...]:
+    def shares_of(self, strategy: Strategy) -> tuple[float, ...]:
         """Each member's part of the work; of samples there are only whole ones."""
         if not strategy.samples:
             return strategy.shares
@@ -189,14 +212,14 @@ class OpTimes:
             return None if how is None or how.target else (0.0, 0.0)
         num_bytes = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
         ahead, behind = (
-            self.group.seconds(name, num_bytes) + self._host_seconds(name, num_bytes)
+            self.group.seconds(name, num_bytes) + self.host_seconds(name, num_bytes)
             for name in (how.forward, how.backward)
         )
         if op.target == "parameter" and how.target == "gp.copy_to_group":
             behind /= self.options.microbatches  # summed once, after the last microbatch
         return ahead, behind
 
-    def _host_seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
+    def host_seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
         """What a collective asks of a CPU itself: calls, and copies to where slices belong."""
         if name is None:
             return 0.0
@@ -210,17 +233,11 @@ class OpTimes:
             default=0.0,
         )
 
-    def conversion_seconds(self, op: Op, made: Layout, wanted: Layout) -> float:
-        """Seconds in both directions; endless where there is no way."""
-        found = self.conversion_parts(op, made, wanted)
-        return float(IMPOSSIBLE_COST) if found is None else sum(found)
-
-    def optimizer_seconds(self, op: Op, layout: Layout) -> float:
-        """A microbatch's part of the optimiser's time for a weight."""
+    def step_seconds(self, op: Op, shares: tuple[float, ...]) -> float:
+        """A microbatch's part of the optimiser's time for a weight of which members hold these parts."""
         if not self.options.training or not op.attr("grad"):
             return 0.0
         numel = op.type.numel(1)
-        shares = tuple(_share(layout, k) for k in range(self.group.size))
         times = (
             self._rates[kind][0].optimizer_seconds(numel * share, 1, self.options.state_ratio)
             * self._rates[kind][1]
@@ -228,28 +245,27 @@ class OpTimes:
         )
         return max(times) / self.options.microbatches
 
-    def holding_seconds(self, op: Op, layout: Layout) -> float:
+    def holding_seconds(self, op: Op, share: float) -> float:
         """The price of memory, in seconds.
 
         Any slice counts as the largest share: heads that do not divide are no reason to cut elsewhere.
         """
-        cut = max(self.group.shares) if isinstance(layout, Split) else 1.0
-        sent = self.options.hold_factor * self.weight_bytes(op, "whole") * cut
+        sent = self.options.hold_factor * self.weight_bytes(op, 1.0) * share
         return sent / self.group.link.bytes_per_s
 
-    def weight_bytes(self, op: Op, layout: Layout) -> float:
-        """Weight, gradient and optimiser state at the member with most of it."""
+    def weight_bytes(self, op: Op, share: float) -> float:
+        """Weight, gradient and optimiser state at a member with this part of it."""
         trained = self.options.training and bool(op.attr("grad"))
         times = 2 + self.options.state_ratio if trained else 1.0
-        return op.type.bytes(1) * times * _largest_share(layout)
+        return op.type.bytes(1) * times * share
 
-    def kept_bytes(self, op: Op, strategy: Strategy) -> float:
-        """Results kept for backward, at the member with most of them."""
+    def kept_bytes(self, op: Op, shares: Sequence[float]) -> float:
+        """Results kept for backward, at a member with these parts of them."""
         if not self.options.training or not op.attr("grad"):
             return 0.0
         return sum(
-            kind.bytes(self.options.samples) * _largest_share(layout)
-            for kind, layout in zip(op.types, strategy.results, strict=True)
+            kind.bytes(self.options.samples) * share
+            for kind, share in zip(op.types, shares, strict=True)
             if kind is not None
         )
 
@@ -281,14 +297,6 @@ def _kinds_of(devices: Sequence[Device]) -> list[int]:
             found.append(nameless)
         numbers.append(found.index(nameless))
     return numbers
-
-
-def _share(layout: Layout, member: int) -> float:
-    return layout.share(member) if isinstance(layout, Split) else 1.0
-
-
-def _largest_share(layout: Layout) -> float:
-    return max(layout.counts) / layout.units if isinstance(layout, Split) else 1.0
 
 
 def _empty(kernels: Sequence[Kernel]) -> list[Kernel]:

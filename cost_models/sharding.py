@@ -1,7 +1,7 @@
 """The sharding programme of a stage: how a tensor group computes each op, at the least time.
 
 Minimise, over one strategy s_v for every op v, one form f_x for every value x that is read several
-times, and one slice w_p for every weight p:
+times, and one slice w_p for every weight p (on a mesh of two axes each is a pair, one along each axis):
 
     sum_v  t_v(s_v)                     the op's time at the member that takes longest
   + sum_p  u_p(w_p)                     the optimiser's time for the slice, and what holding it costs
@@ -14,13 +14,19 @@ in whole nanoseconds, so that bounds round up and the solver's proof is exact.
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
-from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+import numpy as np
+import numpy.typing as npt
+
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.whole_ops import whole_ops
 from graphpar.errors import VerifyError
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts, Ways, fit, ways_of, whole_along
 from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, strategies_of, value_of
@@ -44,6 +50,7 @@ class Sharding:
             price of memory.
         bound_s: No choice is faster under the same costs; None where the search was cut short.
         whole: What every member computes whole, and why.
+        inner: The same along the second axis of a mesh; None for a group of one axis.
     """
 
     chosen: Mapping[str, Strategy]
@@ -52,6 +59,27 @@ class Sharding:
     objective_s: float = 0.0
     bound_s: float | None = None
     whole: tuple[WholeOp, ...] = ()
+    inner: "Sharding | None" = None
+
+    @property
+    def axes(self) -> "tuple[Sharding, ...]":
+        """What it says along each axis, the outer one first."""
+        return (self, *(self.inner.axes if self.inner is not None else ()))
+
+    def ways(self, name: str) -> Ways | None:
+        """How an op of the stage is computed."""
+        if name not in self.chosen:
+            return None
+        return Ways(tuple(axis.chosen[name] for axis in self.axes))
+
+    def held(self, name: str) -> Layouts:
+        """How a weight is held."""
+        return tuple(axis.weights.get(name, "whole") for axis in self.axes)
+
+    def form(self, name: str, made: Layouts) -> Layouts:
+        """The layouts into which a value is brought for all its readers, where it is made in some."""
+        axes = zip(self.axes, made, strict=True)
+        return tuple(axis.forms.get(name, layout) for axis, layout in axes)
 
 
 def choose_sharding(
@@ -70,6 +98,7 @@ def choose_sharding(
 
 
 Key = Hashable
+Matrix = npt.NDArray[np.float64]
 
 
 @dataclass
@@ -94,29 +123,38 @@ class _Programme:
             if (op.attr("stage") == stage and op.target != "getitem") or op.target == "output"
         ]
         inside = {op.name for op in self.ops}
-        table = strategies_of(graph, group.shares)
-        self.table = {name: self._allowed(rows) for name, rows in table.items() if name in inside}
+        along = [group.along(axis) for axis in range(len(group.axes))]
+        tables = [self._allowed(strategies_of(graph, each.shares), each.size) for each in along]
+        self.table = ways_of(tables, group.axes, inside)
+        self.whole = whole_along(len(along))
         self.place = {
             name: (unit.kind, index) for unit in chain.units for index, name in enumerate(unit.ops)
         }
-        self.times = OpTimes(graph, group, options)
+        self.times = MeshTimes(graph, group, options)
         self.variables: dict[Key, _Variable] = {}
-        self.matrices: dict[tuple[int, int], list[list[float]]] = {}
+        self.matrices: dict[tuple[int, int], Matrix] = {}
+        self.tables: dict[Key, Matrix] = {}
         self.key_of: dict[str, Key] = {}
-        self.weights: dict[str, tuple[Layout, ...]] = {}
-        self.forms: dict[str, tuple[Layout, ...]] = {}
+        self.weights: dict[str, tuple[Layouts, ...]] = {}
+        self.forms: dict[str, tuple[Layouts, ...]] = {}
         self.readers: dict[str, list[tuple[Op, int]]] = defaultdict(list)
         self._build()
 
     # --- building ---
 
-    def _allowed(self, rows: Sequence[Strategy]) -> tuple[Strategy, ...]:
-        cuts_batch = self.options.cuts_batch and self.options.samples >= self.group.size
-        return tuple(
-            s
-            for s in rows
-            if (self.options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
-        )
+    def _allowed(
+        self, table: Mapping[str, Sequence[Strategy]], size: int
+    ) -> dict[str, tuple[Strategy, ...]]:
+        """The strategies along an axis of so many members that training and the batch allow."""
+        cuts_batch = self.options.cuts_batch and self.options.samples >= size
+        return {
+            name: tuple(
+                s
+                for s in rows
+                if (self.options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
+            )
+            for name, rows in table.items()
+        }
 
     def _build(self) -> None:
         for op in self.ops:
@@ -147,17 +185,14 @@ class _Programme:
 
     def _add_weight(self, op: Op, readers: Sequence[tuple[Op, int]]) -> None:
         label = str(op.args[0])
-        wanted: list[Layout] = ["whole"]
+        wanted: list[list[Layout]] = [["whole"] for _ in self.whole]
+        if self.options.cuts_weights and op.target == "parameter":
+            for along in range(len(self.whole)):
+                every = (ways.operands[slot][along] for r, slot in readers for ways in self.table[r.name])
+                wanted[along] += dict.fromkeys(layout for layout in every if isinstance(layout, Split))
+        layouts = tuple(held for held in product(*wanted) if fit(held, self.group.axes))
         if label in self.options.fixed:
-            wanted = [self.options.fixed[label]]
-        elif self.options.cuts_weights and op.target == "parameter":
-            wanted += [
-                s.operands[slot]
-                for reader, slot in readers
-                for s in self.table[reader.name]
-                if isinstance(s.operands[slot], Split)
-            ]
-        layouts = tuple(dict.fromkeys(wanted))
+            layouts = (self.options.fixed[label],)
         self.weights[op.name] = layouts
         first, slot = readers[0]
         key = ("weight", self._place(first), slot, layouts)
@@ -180,47 +215,46 @@ class _Programme:
         form = f"{name} form"
         self._add(form, ("form", self.key_of.get(source, source), index, forms), [0.0] * len(forms),
                   [0.0] * len(forms))  # fmt: skip
-        self._matrix(source, form, [[self._convert(name, a, b) for b in forms] for a in made])
+        self._matrix(source, form, self._converting(name, made, forms))
         for reader, slot in readers:
             self._edge(form, forms, reader, slot, name)
 
-    def _layouts(self, source: str, index: int) -> tuple[Layout, ...]:
+    def _layouts(self, source: str, index: int) -> tuple[Layouts, ...]:
         if source in self.table:
             return tuple(s.results[index] for s in self.table[source])
-        return self.weights.get(source, ("whole",))
+        return self.weights.get(source, (self.whole,))
 
-    def _edge(self, source: str, made: Sequence[Layout], reader: Op, slot: int, name: str) -> None:
-        rows = self.table[reader.name]
-        matrix = [
-            [
-                self._convert(name, a, s.operands[slot])
-                if reader.target != "gp.cast_weight" or _cast_as_held(a, s.operands[slot])
-                else float(IMPOSSIBLE_COST)
-                for s in rows
-            ]
-            for a in made
-        ]
+    def _edge(self, source: str, made: Sequence[Layouts], reader: Op, slot: int, name: str) -> None:
+        wanted = [ways.operands[slot] for ways in self.table[reader.name]]
+        matrix = self._converting(name, made, wanted)
+        if reader.target == "gp.cast_weight":
+            as_held = [[_cast_as_held(a, b) for b in wanted] for a in made]
+            matrix = np.where(as_held, matrix, float(IMPOSSIBLE_COST))
         self._matrix(source, reader.name, matrix)
 
-    def _convert(self, name: str, made: Layout, wanted: Layout) -> float:
-        return self.times.conversion_seconds(self.graph[name], made, wanted)
+    def _converting(self, name: str, made: Sequence[Layouts], wanted: Sequence[Layouts]) -> Matrix:
+        """Seconds from each of some layouts to each of others; priced once for each two that differ."""
+        op = self.graph[name]
+        rows, columns = tuple(dict.fromkeys(made)), tuple(dict.fromkeys(wanted))
+        key = (op.types, op.target == "parameter", bool(op.attr("grad")), rows, columns)
+        if key not in self.tables:
+            priced = [[self.times.conversion_seconds(op, a, b) for b in columns] for a in rows]
+            self.tables[key] = np.array(priced)
+        place, other = ({held: i for i, held in enumerate(side)} for side in (rows, columns))
+        return self.tables[key][np.ix_([place[a] for a in made], [other[b] for b in wanted])]
 
-    def _matrix(self, left: str, right: str, matrix: list[list[float]]) -> None:
+    def _matrix(self, left: str, right: str, matrix: Matrix) -> None:
         if left not in self.key_of:
             found = self.variables[self.key_of[right]]
-            found.costs = [a + b for a, b in zip(found.costs, matrix[0], strict=True)]
+            found.costs = [a + b for a, b in zip(found.costs, matrix[0].tolist(), strict=True)]
             return
         a, b = (self.variables[self.key_of[side]] for side in (left, right))
         if a is b:
-            a.costs = [cost + matrix[i][i] for i, cost in enumerate(a.costs)]
+            own = matrix.diagonal().tolist()
+            a.costs = [cost + more for cost, more in zip(a.costs, own, strict=True)]
             return
         key = (a.number, b.number)
-        old = self.matrices.get(key)
-        self.matrices[key] = (
-            matrix
-            if old is None
-            else [[x + y for x, y in zip(r, s, strict=True)] for r, s in zip(old, matrix, strict=True)]
-        )
+        self.matrices[key] = self.matrices[key] + matrix if key in self.matrices else matrix
 
     # --- solving ---
 
@@ -233,7 +267,7 @@ class _Programme:
             usages=tuple(tuple(map(round, v.usage)) for v in self.variables.values()),
             edge_nodes=tuple(self.matrices),
             edge_costs=tuple(
-                tuple(_nanoseconds(x) for row in m for x in row) for m in self.matrices.values()
+                tuple(map(_nanoseconds, m.ravel().tolist())) for m in self.matrices.values()
             ),
             usage_limit=self.options.memory_bytes,
         )
@@ -253,13 +287,22 @@ class _Programme:
             )
         pick = {key: found.answer[v.number] for key, v in self.variables.items()}
         chosen = {name: rows[pick[self.key_of[name]]] for name, rows in self.table.items()}
-        return Sharding(
-            chosen,
-            {name: forms[pick[self.key_of[f"{name} form"]]] for name, forms in self.forms.items()},
-            {name: rows[pick[self.key_of[name]]] for name, rows in self.weights.items()},
-            found.objective * 1e-9,
-            found.bound * 1e-9 if found.bound is not None else None,
-            whole_ops(self.ops, self.graph, self.table, chosen, self.times),
+        forms = {name: rows[pick[self.key_of[f"{name} form"]]] for name, rows in self.forms.items()}
+        weights = {name: rows[pick[self.key_of[name]]] for name, rows in self.weights.items()}
+        along: Sharding | None = None
+        for axis in reversed(range(len(self.whole))):
+            along = Sharding(
+                {name: ways.along[axis] for name, ways in chosen.items()},
+                {name: layouts[axis] for name, layouts in forms.items()},
+                {name: layouts[axis] for name, layouts in weights.items()},
+                inner=along,
+            )
+        assert along is not None
+        return replace(
+            along,
+            objective_s=found.objective * 1e-9,
+            bound_s=found.bound * 1e-9 if found.bound is not None else None,
+            whole=whole_ops(self.ops, self.graph, self.table, chosen, self.times),
         )
 
 
@@ -267,20 +310,21 @@ def _nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9) if seconds < IMPOSSIBLE_COST else IMPOSSIBLE_COST
 
 
-def _cast_as_held(held: Layout, wanted: Layout) -> bool:
+def _cast_as_held(held: Layouts, wanted: Layouts) -> bool:
     """Whether a weight is cast as it lies, and sent only afterwards, in the lower format.
 
     A bias that the first member alone reads is read through its cast; the others then take no part in
     whatever collective stood before.
     """
-    return held == wanted or (held == "whole" and wanted == "copied")
+    return all(a == b or (a == "whole" and b == "copied") for a, b in zip(held, wanted, strict=True))
 
 
-def conversions_of(sharding: Sharding, graph: Graph, op: Op) -> Iterator[tuple[str, Layout, Layout]]:
-    """What has to be converted for an op to run: value, layout it is in, layout it is wanted in."""
-    for name, wanted in zip(op.operands(), sharding.chosen[op.name].operands, strict=True):
+def conversions_of(sharding: Sharding, graph: Graph, op: Op) -> Iterator[tuple[str, Layouts, Layouts]]:
+    """What has to be converted for an op to run: value, layouts it is in, layouts it is wanted in."""
+    ways = sharding.ways(op.name)
+    assert ways is not None
+    for name, wanted in zip(op.operands(), ways.operands, strict=True):
         source, index = value_of(graph, name)
-        made: Layout = sharding.weights.get(name, "whole")
-        if source in sharding.chosen:
-            made = sharding.chosen[source].results[index]
-        yield name, sharding.forms.get(name, made), wanted
+        maker = sharding.ways(source)
+        made = maker.results[index] if maker is not None else sharding.held(name)
+        yield name, sharding.form(name, made), wanted

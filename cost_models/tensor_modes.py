@@ -12,14 +12,15 @@ from dataclasses import replace
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.again import kept_last
-from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.mesh_times import MeshTimes, share_held
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.sharding import Sharding, conversions_of
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts
 from graphpar.ir.ops import SOURCES, Op
-from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import value_of
 
 
@@ -47,7 +48,7 @@ def tensor_mode(
         calibration: Measured rates of this machine's processor.
     """
     times = [
-        OpTimes(graph, group, replace(options, samples=size), lambda d: rates_of(d, calibration))
+        MeshTimes(graph, group, replace(options, samples=size), lambda d: rates_of(d, calibration))
         for size in table.sizes
     ]
     first = {kind: unit for unit, kind in reversed(list(enumerate(table.units)))}
@@ -57,7 +58,7 @@ def tensor_mode(
         ops = [graph[name] for name in unit.ops if graph[name].target != "getitem"]
         costs.append(_unit(table, kind, graph, ops, chain, first[kind], group, sharding, times))
     members = tuple(table.class_of[device.name] for device in group.devices)
-    return Mode(members, tuple(costs), shares=shares, link=group.link)
+    return Mode(members, tuple(costs), shares=shares, link=group.link, mesh=group.mesh)
 
 
 def _unit(
@@ -69,7 +70,7 @@ def _unit(
     number: int,
     group: TensorGroup,
     sharding: Sharding,
-    times: Sequence[OpTimes],
+    times: Sequence[MeshTimes],
 ) -> ModeCost:
     forward, backward, again, sent = [], [], [], []
     for at_size in times:
@@ -81,17 +82,15 @@ def _unit(
     weights = _own_weights(graph, chain, number)
     plain = table.every_mode[table.class_of[group.devices[0].name]].costs[kind]
     trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
-    held = [sum(op.type.bytes(1) * _share(sharding, op, k) for op in weights) for k in range(group.size)]
-    grads = [sum(op.type.bytes(1) * _share(sharding, op, k) for op in trained) for k in range(group.size)]
+    held = [sum(op.type.bytes(1) * _share(sharding, op, at) for op in weights) for at in group.places]
+    grads = [sum(op.type.bytes(1) * _share(sharding, op, at) for op in trained) for at in group.places]
     gradients = plain.gradient_bytes[0]
     state = plain.optimizer_bytes[0] / gradients if gradients else 0.0
-    kept = [_kept_share(graph, ops, sharding, k, times[0].options.samples) for k in range(group.size)]
+    kept = [_kept_share(graph, ops, sharding, at, times[0].options.samples) for at in group.places]
     return ModeCost(
         forward_s=tuple(forward),
         backward_s=tuple(backward),
-        optimizer_s=sum(
-            times[0].optimizer_seconds(op, sharding.weights.get(op.name, "whole")) for op in trained
-        )
+        optimizer_s=sum(times[0].optimizer_seconds(op, sharding.held(op.name)) for op in trained)
         * times[0].options.microbatches,
         weight_bytes=tuple(held),
         gradient_bytes=tuple(g if table.training else 0.0 for g in grads),
@@ -107,13 +106,15 @@ _Ends = tuple[float, float]
 """Seconds forward and backward."""
 
 
-def _seconds(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: OpTimes) -> tuple[_Ends, _Ends]:
+def _seconds(
+    graph: Graph, ops: Sequence[Op], sharding: Sharding, times: MeshTimes
+) -> tuple[_Ends, _Ends]:
     """Some ops with the conversions they need, each conversion once; and what of that is collectives."""
     computing: list[_Ends] = []
     sending: list[_Ends] = []
-    done: set[tuple[str, Layout]] = set()
+    done: set[tuple[str, Layouts]] = set()
     for op in ops:
-        strategy = sharding.chosen.get(op.name)
+        strategy = sharding.ways(op.name)
         if strategy is None:
             continue
         computing.append(times.parts(op, strategy))
@@ -128,7 +129,7 @@ def _seconds(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: OpTimes
     return (own[0] + sent[0], own[1] + sent[1]), sent
 
 
-def computed_again(graph: Graph, ops: Sequence[Op], times: OpTimes) -> Sequence[Op]:
+def computed_again(graph: Graph, ops: Sequence[Op], times: MeshTimes) -> Sequence[Op]:
     """The ops of a unit up to the last one that keeps something for its backward.
 
     There torch stops: a sum over the members behind a unit's last product is not made again.
@@ -139,13 +140,13 @@ def computed_again(graph: Graph, ops: Sequence[Op], times: OpTimes) -> Sequence[
 
 def sent_again(
     sharding: Sharding, graph: Graph, ops: Sequence[Op], again: Sequence[Op]
-) -> Iterator[tuple[str, Layout, Layout]]:
+) -> Iterator[tuple[str, Layouts, Layouts]]:
     """Conversions that are made again: of the unit's own values, and of weights that only it reads.
 
     What another unit made was sent before the unit and is kept as it arrived.
     """
     own = {op.name for op in ops}
-    done: set[tuple[str, Layout]] = set()
+    done: set[tuple[str, Layouts]] = set()
     for number, op in enumerate(again, 1):
         formed = _forming(sharding, graph, op) if number < len(again) else ()
         for name, made, wanted in (*conversions_of(sharding, graph, op), *formed):
@@ -157,13 +158,14 @@ def sent_again(
                 yield name, made, wanted
 
 
-def _seconds_again(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: OpTimes) -> float:
+def _seconds_again(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: MeshTimes) -> float:
     """What a unit that is computed again takes besides its backward."""
     known = [op for op in ops if op.name in sharding.chosen]
     again = computed_again(graph, known, times)
     seconds = 0.0
     for op in again:
-        strategy = sharding.chosen[op.name]
+        strategy = sharding.ways(op.name)
+        assert strategy is not None
         seconds += times.parts(op, strategy)[0] + times.inner_seconds(op, strategy)[0]
     for name, made, wanted in sent_again(sharding, graph, known, again):
         found = times.conversion_parts(graph[name], made, wanted)
@@ -171,13 +173,15 @@ def _seconds_again(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: O
     return seconds
 
 
-def _forming(sharding: Sharding, graph: Graph, op: Op) -> list[tuple[str, Layout, Layout]]:
+def _forming(sharding: Sharding, graph: Graph, op: Op) -> list[tuple[str, Layouts, Layouts]]:
     """Results that are brought into a form for all their readers."""
     found = []
-    results = sharding.chosen[op.name].results
+    ways = sharding.ways(op.name)
+    assert ways is not None
     for index, name in enumerate(_names(graph, op)):
         if name in sharding.forms:
-            found.append((name, results[min(index, len(results) - 1)], sharding.forms[name]))
+            made = ways.results[min(index, len(ways.results) - 1)]
+            found.append((name, made, sharding.form(name, made)))
     return found
 
 
@@ -199,21 +203,22 @@ def _own_weights(graph: Graph, chain: Chain, number: int) -> list[Op]:
     ]
 
 
-def _share(sharding: Sharding, op: Op, member: int) -> float:
-    layout = sharding.weights.get(op.name, "whole")
-    return layout.share(member) if isinstance(layout, Split) else 1.0
+def _share(sharding: Sharding, op: Op, coords: tuple[int, ...]) -> float:
+    return share_held(sharding.held(op.name))(coords)
 
 
-def _kept_share(graph: Graph, ops: Sequence[Op], sharding: Sharding, member: int, samples: int) -> float:
+def _kept_share(
+    graph: Graph, ops: Sequence[Op], sharding: Sharding, coords: tuple[int, ...], samples: int
+) -> float:
     """The part of a unit's results that a member holds."""
     whole = own = 0.0
     for op in ops:
-        strategy = sharding.chosen.get(op.name)
-        if strategy is None or op.target in SOURCES:
+        ways = sharding.ways(op.name)
+        if ways is None or op.target in SOURCES:
             continue
-        for kind, layout in zip(op.types, strategy.results, strict=True):
+        for kind, layouts in zip(op.types, ways.results, strict=True):
             if kind is not None:
                 num_bytes = kind.bytes(samples)
                 whole += num_bytes
-                own += num_bytes * (layout.share(member) if isinstance(layout, Split) else 1.0)
+                own += num_bytes * share_held(layouts)(coords)
     return own / whole if whole else 1.0

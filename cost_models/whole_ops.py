@@ -3,11 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from graphpar.cost_models.group_times import OpTimes
+from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.ir.graph import Graph
 from graphpar.ir.links import links_of
+from graphpar.ir.mesh import Ways
 from graphpar.ir.ops import Op
-from graphpar.ir.strategies import Strategy
 from graphpar.partition.types import WholeOp
 
 _LEAST_SHARE = 1e-3
@@ -17,9 +17,9 @@ _LEAST_SHARE = 1e-3
 def whole_ops(
     ops: Sequence[Op],
     graph: Graph,
-    table: Mapping[str, Sequence[Strategy]],
-    chosen: Mapping[str, Strategy],
-    times: OpTimes,
+    table: Mapping[str, Sequence[Ways]],
+    chosen: Mapping[str, Ways],
+    times: MeshTimes,
 ) -> tuple[WholeOp, ...]:
     """Ops that all members compute whole, alike ones together, the most expensive first.
 
@@ -36,9 +36,9 @@ def whole_ops(
     for op in ops:
         way = chosen[op.name]
         is_number = all(kind is None or not kind.shape for kind in op.types)
-        if way.shares or is_number or way.results[0] not in ("whole", "copied"):
+        if way.divides or is_number or any(x not in ("whole", "copied") for x in way.results[0]):
             continue
-        reason = _reason(op, graph, table[op.name], times.group.size)
+        reason = _reason(op, graph, table[op.name], min(times.group.axes))
         is_unknown = reason == UNKNOWN and bool(op.attr("grad"))
         if seconds[op.name] > least or is_unknown:
             found.setdefault((op.target, re.sub(r"\d+", "*", op.module), reason), []).append(op)
@@ -59,8 +59,8 @@ def whole_ops(
 UNKNOWN = "no rule says how its work may be divided"
 
 
-def _reason(op: Op, graph: Graph, ways: Sequence[Strategy], size: int) -> str:
-    if any(way.shares for way in ways):
+def _reason(op: Op, graph: Graph, ways: Sequence[Ways], size: int) -> str:
+    if any(way.divides for way in ways):
         return "dividing it saves less than it costs"
     if op.attr("tail"):
         return "it runs once on the whole batch"

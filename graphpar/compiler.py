@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from graphpar.errors import ClusterError
 from graphpar.frontend.refusals import warn_of_bad_weights
 from graphpar.hf_models import hf_buffers
 from graphpar.local_timing import Example
+from graphpar.partition.types import TensorWidth
 from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, plan_prepared
 from graphpar.plans import Plan, hash_of
 from graphpar.precision import check_precision
@@ -37,7 +38,7 @@ def plan(
     train: Training | None = None,
     precision: str = "float32",
     precision_budget: float = PRECISION_BUDGET,
-    tensor: int | Literal["auto"] = 1,
+    tensor: TensorWidth = 1,
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
@@ -56,7 +57,9 @@ def plan(
             choose for each unit within `precision_budget`.
         precision_budget: Largest relative error of the result and of the gradient under "auto".
         tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
-            none, "auto" for as many as a node has. Groups are used where that is faster or fits.
+            none, "auto" for as many as a node has. Groups are used where that is faster or fits. Two
+            numbers, as (2, 4), let groups of equal devices split ops along two axes as well, the second
+            the inner one, where that beats groups of one axis of up to as many members.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
@@ -104,7 +107,7 @@ def compile(
     weights: WeightSource | None = None,
     precision: str = "float32",
     precision_budget: float = PRECISION_BUDGET,
-    tensor: int | Literal["auto"] = 1,
+    tensor: TensorWidth = 1,
     calibration: Calibration | None = None,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
@@ -131,7 +134,9 @@ def compile(
             sums stay in float32.
         precision_budget: Largest relative error of the result and of the gradient under "auto".
         tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
-            none, "auto" for as many as a node has. Groups are used where that is faster or fits.
+            none, "auto" for as many as a node has. Groups are used where that is faster or fits. Two
+            numbers, as (2, 4), let groups of equal devices split ops along two axes as well, the second
+            the inner one, where that beats groups of one axis of up to as many members.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.

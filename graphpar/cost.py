@@ -110,6 +110,7 @@ class Mode:
         zero: 0, or what the replicas of a stage divide among them: 1 optimiser state, 2 gradients as
             well, 3 weights as well.
         link: The worst link between members that the costs hold for; None for one member.
+        mesh: Members along each axis of a group of two; empty for one.
     """
 
     members: tuple[int, ...]
@@ -119,11 +120,12 @@ class Mode:
     recompute: bool = False
     zero: int = 0
     link: "LinkCost | None" = None
+    mesh: tuple[int, ...] = ()
 
     @property
     def key(self) -> "ModeKey":
         """What tells a mode from others."""
-        return self.members, self.shares, self.precision, self.recompute, self.zero
+        return self.members, self.shares, self.precision, self.recompute, self.zero, self.mesh
 
 
 class StageLike(Protocol):
@@ -153,9 +155,13 @@ class ReplicaLike(Protocol):
     def shares(self) -> tuple[float, ...]:
         """Shares of the members; empty for equal ones."""
 
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """Members along each axis of a group of two; empty for one."""
 
-ModeKey = tuple[tuple[int, ...], tuple[float, ...], str, bool, int]
-"""Members, shares, precision, recompute, zero."""
+
+ModeKey = tuple[tuple[int, ...], tuple[float, ...], str, bool, int, tuple[int, ...]]
+"""Members, shares, precision, recompute, zero, mesh."""
 
 
 @dataclass(frozen=True)
@@ -386,7 +392,7 @@ class CostTable:
     def mode_number(self, stage: "StageLike", replica: "ReplicaLike") -> int | None:
         """The index in `every_mode` of how a stage runs on a replica; None where it is not priced."""
         members = tuple(self.class_of[d] for d in replica.devices)
-        key = (members, replica.shares, stage.precision, stage.recompute, stage.zero)
+        key = (members, replica.shares, stage.precision, stage.recompute, stage.zero, replica.mesh)
         return self.mode_of_key.get(key)
 
     def mode_overhead_s(self, mode: int) -> float:

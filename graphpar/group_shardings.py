@@ -32,6 +32,7 @@ def recorded(sharding: Sharding, leader: str, stage: int) -> GroupSharding:
         forms={name: str(layout) for name, layout in sharding.forms.items()},
         weights={name: str(layout) for name, layout in sharding.weights.items()},
         whole=sharding.whole,
+        inner=recorded(sharding.inner, leader, stage) if sharding.inner is not None else None,
     )
 
 
@@ -61,7 +62,13 @@ def restored(record: GroupSharding, graph: Graph) -> Sharding:
             "have, or with other operands: it was planned with another version of torch or of the "
             "model's code; make the plan anew"
         )
-    return Sharding(chosen, forms, weights)
+    inner = restored(record.inner, graph) if record.inner is not None else None
+    if inner is not None and inner.chosen.keys() != chosen.keys():
+        raise PlanError(
+            f"partition.shardings of {record.leader}: its two axes name unlike ops; make the plan anew "
+            "with `graphpar plan`"
+        )
+    return Sharding(chosen, forms, weights, inner=inner)
 
 
 def _layouts(texts: tuple[str, ...]) -> tuple[Layout, ...]:

@@ -1,7 +1,9 @@
 """Whether the parts of a plan agree with each other, for plans that people edited."""
 
 from collections.abc import Iterator
+from math import prod
 
+from graphpar.ir.mesh import axis_shares
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.plan_records import PlanRecord
 
@@ -87,6 +89,21 @@ def _group_contradictions(where: str, replica: Replica) -> Iterator[str]:
         yield f"field {where}.shares: {len(shares)} shares for {len(replica.devices)} members"
     elif shares and (min(shares) <= 0 or abs(sum(shares) - 1) > _SHARE_ROUNDING):
         yield f"field {where}.shares: {list(shares)}; each must be positive and all add up to 1"
+    yield from _mesh_contradictions(where, replica)
+
+
+def _mesh_contradictions(where: str, replica: Replica) -> Iterator[str]:
+    """A mesh: two axes of at least two members each, whose shares are products along them."""
+    mesh, size = replica.mesh, len(replica.devices)
+    if not mesh:
+        return
+    if len(mesh) != 2 or min(mesh) < 2 or prod(mesh) != size:
+        yield f"field {where}.mesh: {list(mesh)} for {size} members; two axes of two or more are needed"
+    elif len(replica.member_shares) == size:
+        along = axis_shares(replica.member_shares, mesh)
+        made = [a * b for a in along[0] for b in along[1]]
+        if any(abs(a - b) > _SHARE_ROUNDING for a, b in zip(made, replica.member_shares, strict=True)):
+            yield f"field {where}.shares: {list(replica.shares)}; on a mesh, products along its two axes"
 
 
 def _table_contradictions(plan: PlanRecord) -> Iterator[str]:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import nn
@@ -40,7 +39,7 @@ from graphpar.optimizer_probe import (
 from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
-from graphpar.partition.types import Partition
+from graphpar.partition.types import Partition, TensorWidth
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plan_records import PlanPrecision
 from graphpar.plans import Plan, hash_of
@@ -64,6 +63,7 @@ from graphpar.sensitivity import (
 )
 from graphpar.tensor_groups import (
     candidate_groups,
+    mesh_of,
     settle_shardings,
     widest_group,
     width_notes,
@@ -134,7 +134,7 @@ def plan_prepared(
     precision_budget: float = PRECISION_BUDGET,
     example: Example | None = None,
     explain_s: float = 0.25,
-    tensor: int | Literal["auto"] = 1,
+    tensor: TensorWidth = 1,
     measure_s: float = MEASURE_S,
 ) -> Plan:
     """Price, partition, explain (for at most `explain_s`) and predict a captured model.
@@ -146,7 +146,9 @@ def plan_prepared(
     check_precision(precision)
     widest = widest_group(cluster, tensor)
     joins = joining_optimizer(train)
-    candidates = () if prepared.in_step_reason or joins else candidate_groups(cluster, widest)
+    candidates = (
+        () if prepared.in_step_reason or joins else candidate_groups(cluster, widest, mesh_of(tensor))
+    )
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
@@ -170,7 +172,7 @@ def plan_prepared(
         "microbatches": microbatches,
         "calibrated": calibration is not None,
         "precision": precision,
-        "tensor": tensor,
+        "tensor": "x".join(map(str, tensor)) if isinstance(tensor, tuple) else tensor,
     }
 
     def table_of(formats: Formats) -> CostTable:

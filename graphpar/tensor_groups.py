@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from math import prod
 from operator import itemgetter
-from typing import Literal
+from typing import TypeGuard
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster, Device
@@ -18,11 +19,11 @@ from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.group_shardings import agreed, recorded, restored
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts, line_of, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
-from graphpar.ir.shards import Layout, Split
 from graphpar.optimizer_probe import optimizer_traits
-from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice
+from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice, TensorWidth
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.members import member_stages
 from graphpar.passes.place import Place, place_ops
@@ -30,7 +31,6 @@ from graphpar.passes.shard import Shard
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.lower import stage_ops
-from graphpar.runtime.program import Slice
 from graphpar.runtime.team_calls import check_in_step
 from graphpar.training import Training
 
@@ -66,27 +66,44 @@ def member_graphs(
     local: dict[int, Graph] = {}
     units = tuple(unit.ops for unit in solver.chain.units)
     shards: list[tuple[_Group, Shard]] = []
-    in_parts: dict[str, frozenset[str]] = {}
+    in_parts: dict[tuple[str, int], frozenset[str]] = {}
     for group in _groups(found, lowered):
         if (group.leader, group.stage) in stored:
             chosen = restored(stored[group.leader, group.stage], group.graph)
         else:
             fixed = held_slices(like, group.first_rank) if like is not None else None
             chosen = agreed(partial(solver.solve, group, fixed), group.leader, group.graph)
-        shard = Shard(group.stage, 0, chosen.chosen, chosen.forms, chosen.weights)
+        shard = _shard(group, chosen)
         shards.append((group, shard))
-        own = shard.partial_weights(group.graph)
-        in_parts[group.leader] = in_parts.get(group.leader, frozenset()) | own
+        for axis, along in enumerate(shard.axes):
+            own = along.partial_weights(group.graph)
+            in_parts[group.leader, axis] = in_parts.get((group.leader, axis), frozenset()) | own
     for group, shard in shards:
         first, size = group.first_rank, len(group.replica.devices)
         before = [local.get(first + member, group.graph) for member in range(size)]
-        shard = replace(shard, partial=in_parts[group.leader])
+        shard = _in_parts(shard, [in_parts[group.leader, axis] for axis in range(len(shard.axes))])
         again = units[group.choice.first : group.choice.last] if group.choice.recompute else ()
         stages = member_stages(before.__getitem__, shard, size, training, again)
-        check_in_step(stages, group.stage, training=training, units=again)
+        mesh = group.replica.mesh
+        check_in_step(stages, group.stage, training=training, units=again, mesh=mesh)
         local.update(enumerate(stages, first))
         verify(local[group.first_rank])
     return local
+
+
+def _shard(group: "_Group", chosen: Sharding) -> Shard:
+    """The pass that rewrites a group's stage, for any member."""
+    shard: Shard | None = None
+    for axis, size in zip(reversed(chosen.axes), reversed(group.replica.axes), strict=True):
+        shard = Shard(group.stage, 0, axis.chosen, axis.forms, axis.weights, size=size, inner=shard)
+    assert shard is not None
+    return shard
+
+
+def _in_parts(shard: Shard, partial: Sequence[frozenset[str]]) -> Shard:
+    """The pass with the weights whose gradients are parts along each axis."""
+    inner = _in_parts(shard.inner, partial[1:]) if shard.inner is not None else None
+    return replace(shard, partial=partial[0], inner=inner)
 
 
 def settle_shardings(
@@ -140,10 +157,10 @@ class _Solver:
         self.cluster, self.chain = cluster, build_chain(graph)
         self.options = partial(group_options, graph, training, train)
         self.solved: dict[object, Sharding] = {}
-        self.slices: dict[object, Mapping[str, Layout]] = {}
-        self.held: dict[str, dict[str, Layout]] = {}
+        self.slices: dict[object, Mapping[str, Layouts]] = {}
+        self.held: dict[str, dict[str, Layouts]] = {}
 
-    def solve(self, group: _Group, fixed: Mapping[str, Layout] | None = None) -> Sharding:
+    def solve(self, group: _Group, fixed: Mapping[str, Layouts] | None = None) -> Sharding:
         """How a group shares its stage.
 
         Replicas of equal shares hold equal slices, and what a group reads in several stages it holds in
@@ -154,7 +171,7 @@ class _Solver:
             fixed: Slices by label that its members hold already; None where they hold none yet.
         """
         members = tensor_group(self.cluster, group.replica)
-        stage = (id(group.graph), group.stage, members.shares)
+        stage = (id(group.graph), group.stage, members.shares, members.mesh)
         kinds = tuple(map(_likeness, members.devices))
         cuts_batch = group.least_samples >= members.size
         earlier = self.held.setdefault(group.leader, {})
@@ -163,25 +180,25 @@ class _Solver:
             fixed = {**earlier, **self.slices.get(stage, {})}
         read = {str(op.args[0]) for op in stage_ops(group.graph, group.stage) if op.target in SOURCES}
         fixed = {label: layout for label, layout in fixed.items() if label in read}
-        alike = (stage, kinds, members.link, cuts_batch)
+        alike = (stage, kinds, members.link, members.links, cuts_batch)
         if (alike, _sorted(fixed)) not in self.solved:
             options = replace(self.options(), fixed=fixed, cuts_batch=cuts_batch)
             found = choose_sharding(group.graph, group.stage, self.chain, members, options)
-            held = _by_label(group.graph, found.weights)
+            held = _by_label(group.graph, found)
             # Who holds these slices already shares the stage in the same way.
             self.solved[alike, _sorted(fixed)] = self.solved[alike, _sorted(held)] = found
             self.slices.setdefault(stage, held)
         found = self.solved[alike, _sorted(fixed)]
-        earlier.update(_by_label(group.graph, found.weights))
+        earlier.update(_by_label(group.graph, found))
         return found
 
 
-def _sorted(slices: Mapping[str, Layout]) -> tuple[tuple[str, Layout], ...]:
+def _sorted(slices: Mapping[str, Layouts]) -> tuple[tuple[str, Layouts], ...]:
     return tuple(sorted(slices.items(), key=itemgetter(0)))
 
 
-def _by_label(graph: Graph, weights: Mapping[str, Layout]) -> dict[str, Layout]:
-    return {str(graph[name].args[0]): layout for name, layout in weights.items()}
+def _by_label(graph: Graph, sharding: Sharding) -> dict[str, Layouts]:
+    return {str(graph[name].args[0]): sharding.held(name) for name in sharding.weights}
 
 
 def with_group_modes(
@@ -210,7 +227,7 @@ def with_group_modes(
     wholes: dict[int, Graph] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)
-        key = (members, replica.shares, "float32", False, 0)
+        key = (members, replica.shares, "float32", False, 0, replica.mesh)
         first, *others = [lower.get(name, plain) for name in replica.devices]
         unlike = any(other[0] is not first[0] for other in others)
         if not replica.others or unlike or key in modes or key in table.mode_of_key:
@@ -229,12 +246,13 @@ def with_group_modes(
     return replace(table, modes=tuple(modes.values()))
 
 
-def candidate_groups(cluster: Cluster, widest: int) -> list[Replica]:
+def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) -> list[Replica]:
     """Tensor groups worth a price: inside a node, equal devices in powers of two, unlike ones by speed.
 
     Args:
         cluster: The devices.
         widest: Most members of a group.
+        mesh: Members along two axes, for groups of equal devices of that shape as well; empty for none.
 
     >>> nodes = [{"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 4}, "link": "nvlink4"}]
     >>> cluster = Cluster.from_dict({"nodes": nodes})
@@ -253,6 +271,9 @@ def candidate_groups(cluster: Cluster, widest: int) -> list[Replica]:
                     (_likeness(devices[0]), width, node.link.cost), _replica(devices[:width], ())
                 )
                 width *= 2
+            if mesh and prod(mesh) <= len(devices):
+                group = replace(_replica(devices[: prod(mesh)], ()), mesh=mesh)
+                found.setdefault((_likeness(devices[0]), mesh, node.link.cost), group)
         mixed = [devices[0] for devices in alike.values()]
         for some in (mixed, list(node.devices)):
             if len(alike) > 1 and len(some) <= widest:
@@ -278,42 +299,70 @@ def speed_shares(devices: Sequence[Device]) -> tuple[float, ...]:
     return tuple(speed / sum(speeds) for speed in speeds)
 
 
-def widest_group(cluster: Cluster, tensor: int | Literal["auto"]) -> int:
+def widest_group(cluster: Cluster, tensor: TensorWidth) -> int:
     """The most members that a tensor group may have.
 
     Raises:
-        ValueError: `tensor` is neither "auto" nor a whole number from 1 on.
+        ValueError: `tensor` is neither "auto", nor a whole number from 1 on, nor two from 2 on.
     """
     most = max(len(node.devices) for node in cluster.nodes)
     if tensor == "auto":
         return most
-    if isinstance(tensor, bool) or not isinstance(tensor, int) or tensor < 1:
+    wanted = prod(tensor) if _is_mesh(tensor) else tensor
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ValueError(
-            f"tensor={tensor!r}: give the most members a tensor group may have (1 for none), or 'auto' "
-            "for as many as a node has devices."
+            f"tensor={tensor!r}: give the most members a tensor group may have (1 for none), two numbers "
+            "from 2 on for a group of two axes, as (2, 4), or 'auto' for as many as a node has devices."
         )
-    if tensor > most:
+    if wanted > most:
         warnings.warn(
             f"tensor={tensor}, but no node has more than {most} devices; groups of up to {most} are "
             "considered.",
             stacklevel=3,
         )
-    return min(tensor, most)
+    return min(wanted, most)
 
 
-def width_notes(
-    found: Partition, tensor: int | Literal["auto"], candidates: Sequence[Replica]
-) -> tuple[str, ...]:
+def _is_mesh(tensor: object) -> TypeGuard[tuple[int, int]]:
+    return (
+        isinstance(tensor, tuple)
+        and len(tensor) == 2
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 1 for size in tensor)
+    )
+
+
+def mesh_of(tensor: TensorWidth) -> tuple[int, ...]:
+    """Members along two axes, where a group may have two; else empty."""
+    return tensor if isinstance(tensor, tuple) else ()
+
+
+def width_notes(found: Partition, tensor: TensorWidth, candidates: Sequence[Replica]) -> tuple[str, ...]:
     """What became of a width that was asked for by number, where a plan's groups are narrower."""
     widest = max((len(replica.devices) for replica in candidates), default=1)
-    stages = (stage for pipeline in found.pipelines for stage in pipeline.stages)
-    used = max((len(replica.devices) for stage in stages for replica in stage.replicas), default=1)
+    replicas = [r for p in found.pipelines for s in p.stages for r in s.replicas]
+    used = max((len(replica.devices) for replica in replicas), default=1)
+    if isinstance(tensor, tuple):
+        return _mesh_notes(tensor, replicas, candidates)
     if tensor in ("auto", 1) or used >= widest:
         return ()
     none = "none" if used == 1 else f"none of more than {used}"
     return (
         f"tensor={tensor}: groups of up to {widest} devices were considered; {none} makes the step "
         "shorter or is needed for memory",
+    )
+
+
+def _mesh_notes(
+    mesh: tuple[int, int], replicas: Sequence[Replica], candidates: Sequence[Replica]
+) -> tuple[str, ...]:
+    """What became of a wish for two axes."""
+    if any(replica.mesh == mesh for replica in replicas):
+        return ()
+    if not any(replica.mesh == mesh for replica in candidates):
+        return (f"tensor={mesh}: no node has {prod(mesh)} equal devices; groups have one axis",)
+    return (
+        f"tensor={mesh}: groups of two axes were considered; none makes the step shorter or is needed "
+        "for memory",
     )
 
 
@@ -355,31 +404,37 @@ def group_options(graph: Graph, training: bool, train: Training | None = None) -
 
 
 def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:
-    """The devices, shares and worst link of a replica."""
-    worst = _worst_link(replica, lambda a, b: cluster.link(a, b).cost)
-    return TensorGroup(tuple(map(cluster.device, replica.devices)), replica.member_shares, worst)
+    """The devices, shares and worst links of a replica."""
+
+    def link(a: str, b: str) -> LinkCost:
+        return cluster.link(a, b).cost
+
+    worst, members = _worst_link(replica, link), replica.devices
+    rows = (
+        [{line_of(k, axis, replica.mesh) for k in range(len(members))} for axis in range(2)]
+        if replica.mesh
+        else []
+    )
+    links = tuple(
+        _worst_of(link(members[a], members[b]) for line in lines for a, b in combinations(line, 2))
+        for lines in rows
+    )
+    devices = tuple(map(cluster.device, members))
+    return TensorGroup(devices, replica.member_shares, worst, replica.mesh, links)
 
 
 def _worst_link(replica: Replica, link: Callable[[str, str], LinkCost]) -> LinkCost:
     """The longest latency and the lowest rate between members of a replica."""
-    links = [link(a, b) for a, b in combinations(replica.devices, 2)]
-    return LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
+    return _worst_of(link(a, b) for a, b in combinations(replica.devices, 2))
 
 
-def held_slices(like: Lowered, rank: int) -> Mapping[str, Layout]:
-    """How the weights of a tensor group are held already, by label."""
+def _worst_of(links: Iterable[LinkCost]) -> LinkCost:
+    every = list(links)
+    return LinkCost(max(k.latency_s for k in every), min(k.bytes_per_s for k in every))
+
+
+def held_slices(like: Lowered, rank: int) -> Mapping[str, Layouts]:
+    """How the weights of a tensor group are held already, by label, along each of its axes."""
     placement = like.placements[rank]
-    held: dict[str, Layout] = dict.fromkeys(placement.labels, "whole")
-    for label, cut in placement.slices.items():
-        outer = _outer(like, rank, label, cut)
-        held[label] = Split(cut.dim, cut.counts, outer, cut.inner)
-    return held
-
-
-def _outer(like: Lowered, rank: int, label: str, cut: Slice) -> int:
-    """How many runs of units a slice is made of."""
-    graph = like.graph_of(rank)
-    op = next(op for op in graph.sources("parameter") if str(op.args[0]) == label)
-    size = op.type.shape[cut.dim]
-    assert isinstance(size, int)
-    return size // (cut.counts[cut.member] * cut.inner)
+    whole = whole_along(max(1, len(placement.mesh)))
+    return {**dict.fromkeys(placement.labels, whole), **placement.held}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -15,6 +15,7 @@ from graphpar.frontend.objects import opened
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.formats import ROUNDOFF, base_format
 from graphpar.local_timing import Example
+from graphpar.partition.types import TensorWidth
 from graphpar.planner import PRECISION_BUDGET, plan_prepared
 from graphpar.plans import Plan
 from graphpar.preparation import Prepared, lower, prepare
@@ -101,7 +102,7 @@ def verify(
     precision_budget: float = PRECISION_BUDGET,
     time_limit_s: float = 60.0,
     gap: float = 0.01,
-    tensor: int | Literal["auto"] = 1,
+    tensor: TensorWidth = 1,
 ) -> VerifyReport:
     """Run the same steps on the cluster and on one device, and compare.
 

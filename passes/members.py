@@ -48,7 +48,9 @@ def member_stages(
         graph = graph_of(member)
         key = _likeness(shard, member)
         if key not in done or done[key][0] is not graph:
-            local = shard.at(coords_of(member, sizes) if shard.inner is not None else (member,)).run(graph)
+            local = shard.at(coords_of(member, sizes) if shard.inner is not None else (member,)).run(
+                graph
+            )
             done[key] = graph, FuseComm(shard.stage, training, again).run(local)
             stages.append(done[key][1])
         else:

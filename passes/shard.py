@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graphpar.ir.graph import Graph, Level
-from graphpar.ir.mesh import Layouts, Move, at_once, local_type, localized, route, seen_along
+from graphpar.ir.mesh import Layouts, Move, at_once, local_type, route, seen_along, whole_along
 from graphpar.ir.ops import SOURCES, Argument, Attribute, Op, Ref, TensorType
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, layout_of
@@ -122,7 +122,7 @@ class _Member:
 
     @property
     def _whole(self) -> Layouts:
-        return ("whole",) * len(self.axes)
+        return whole_along(len(self.axes))
 
     # --- weights ---
 
@@ -131,8 +131,10 @@ class _Member:
 
     def _source(self, op: Op) -> Op:
         held = self._held(op.name)
-        local = op if held == self._whole else replace(op, types=(local_type(op.type, held, self.coords),))
-        for key, layout in zip(("shard", "inner_shard"), localized(held, self.coords), strict=False):
+        local = op
+        if held != self._whole:
+            local = replace(op, types=(local_type(op.type, held, self.coords),))
+        for key, layout in zip(("shard", "inner_shard"), held, strict=False):
             if isinstance(layout, Split):
                 local = local.with_attrs(**{key: shard_attribute(layout)})
         parts = tuple(axis for axis, names in enumerate(self.partial) if op.name in names)
@@ -293,7 +295,8 @@ class _Member:
         return _with_slots(op, change)
 
     def _result(self, name: str) -> str:
-        return self._read(name, self._whole) if self.graph[name].attr("stage") == self.options.stage else name
+        inside = self.graph[name].attr("stage") == self.options.stage
+        return self._read(name, self._whole) if inside else name
 
     def _local(self, op: Op, args: tuple[Argument, ...], layouts: tuple[Layouts, ...]) -> Op:
         types = tuple(

@@ -48,7 +48,7 @@ def local_arguments(op: Op, local: Op, ways: Sequence[Strategy], coords: Sequenc
 
 def _cuts_of_result(ways: Sequence[Strategy], coords: Sequence[int]) -> list[Argument]:
     """Slice of the first result that is cut along each axis: dimension, units, inner size, member."""
-    cut = [
+    cut: list[Layout] = [
         next((layout for layout in way.results if isinstance(layout, Split)), "whole") for way in ways
     ]
     found: list[Argument] = []

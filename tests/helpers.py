@@ -46,6 +46,7 @@ class Line:
         samples: Its part of the batch; None for all of it.
         cuts: Units where stages after the first begin; evenly spread when left out.
         groups: For each stage the shares of its replicas' members; one device each when left out.
+        meshes: For each stage the members along two axes of its groups; one axis when left out.
         chunks: How many stages each device holds: the whole list of stages is repeated so often.
     """
 
@@ -55,6 +56,7 @@ class Line:
     cuts: tuple[int, ...] | None = None
     groups: tuple[tuple[float, ...], ...] = ()
     chunks: int = 1
+    meshes: tuple[tuple[int, ...], ...] = ()
 
 
 def straight(num_stages: int, microbatches: int = 1) -> tuple[Line, ...]:
@@ -210,7 +212,9 @@ def _pipeline(line: Line, units: int, batch: int, device: Callable[[], str]) -> 
             continue
         shares = _shares(width, line.microbatches)
         parts = line.groups[len(stages)] if line.groups else ()
-        stages.append(StageChoice(first, last, tuple(_replica(device, n, parts) for n in shares)))
+        mesh = line.meshes[len(stages)] if line.meshes else ()
+        replicas = tuple(replace(_replica(device, n, parts), mesh=mesh) for n in shares)
+        stages.append(StageChoice(first, last, replicas))
     samples = batch if line.samples is None else line.samples
     return PipelineChoice(samples, line.microbatches, tuple(stages))
 

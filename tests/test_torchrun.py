@@ -147,7 +147,7 @@ def test_tensor_groups_share_as_the_plan_says(
     how: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
-    monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
+    monkeypatch.setattr(OpTimes, "host_seconds", lambda self, name, num_bytes: 0.0)
     torch.manual_seed(0)
     data = torch.randint(0, 20, (8, 5)), torch.randint(0, 20, (8, 5))
     training = Training(optimizer=torch.optim.AdamW, max_grad_norm=1.0, microbatches=4)

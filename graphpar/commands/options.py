@@ -68,25 +68,27 @@ def input_options(command: _Command) -> _Command:
     return command
 
 
-def _width(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+def _width(ctx: click.Context, param: click.Parameter, value: str) -> int | str | tuple[int, ...]:
     if value == "auto":
         return value
     try:
-        width = int(value)
+        widths = tuple(map(int, value.split("x")))
     except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
-    if width < 1:
-        raise click.BadParameter(f"{width} is not in the range x>=1")
-    return width
+        widths = ()
+    if len(widths) not in (1, 2):
+        raise click.BadParameter(f"{value!r} is neither a number, nor two as 2x4, nor auto") from None
+    if min(widths) < len(widths):
+        raise click.BadParameter(f"{min(widths)} is not in the range x>={len(widths)}")
+    return widths if len(widths) == 2 else widths[0]
 
 
 tensor_option = click.option(
     "--tensor",
     default="1",
     show_default=True,
-    metavar="N|auto",
+    metavar="N|AxB|auto",
     callback=_width,
-    help="Most devices of a node that may share every layer of a stage.",
+    help="Most devices of a node that may share every layer of a stage; AxB along two axes.",
 )
 
 

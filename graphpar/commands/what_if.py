@@ -19,11 +19,12 @@ from graphpar.commands.training import default_training
 from graphpar.errors import ClusterError
 from graphpar.files import check_writable, write_whole
 from graphpar.model_spec import load_model
+from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.api import Study, as_scenarios, baseline_setting, check_scenarios, what_if
 from graphpar.scenarios.plots import check_plot
 from graphpar.scenarios.study import Progress
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
-from graphpar.scenarios.types import Scenario, TensorWidth
+from graphpar.scenarios.types import Scenario
 from graphpar.training import Training
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

@@ -8,14 +8,15 @@ whatever brings a value into another layout along one axis works on each line by
 A group of one axis is a mesh of one, and nothing here changes what it does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import permutations
+from functools import cached_property, lru_cache
+from itertools import permutations, product
 
 from graphpar.ir.conversions import CollectiveName, Conversion, conversion
 from graphpar.ir.ops import BatchSize, Dim, TensorType, apportion
 from graphpar.ir.shards import Layout, Split
+from graphpar.ir.strategies import Strategy
 
 Layouts = tuple[Layout, ...]
 """A value's layout along each axis."""
@@ -23,6 +24,12 @@ _SENT: dict[CollectiveName | None, float] = {
     None: 0.0, "all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 0.5
 }  # fmt: skip
 """What is sent, about, in values that go round once."""
+
+
+def whole_along(axes: int) -> Layouts:
+    """The layouts of what every member has."""
+    whole: Layout = "whole"
+    return (whole,) * axes
 
 
 def same_units(a: Layout, b: Layout) -> bool:
@@ -43,8 +50,8 @@ def within(split: Split, outer: Split, member: int) -> Split:
 
     >>> within(Split(0, (16, 16)), Split(0, (24, 8)), 1)  # the same units: 8 are left
     Split(dim=0, counts=(4, 4), outer=1, inner=1, of_batch=False)
-    >>> within(Split(0, (3, 1)), Split(0, (1, 1), outer=4, inner=5), 0).inner, Split(0, (3, 1), 1, 10).inner
-    (0, 10)
+    >>> str(within(Split(0, (3, 1), 1, 10), Split(0, (1, 1), 4, 5), 0))  # half of what is in its units
+    'dim0:3/1x5'
     """
     if split.dim != outer.dim:
         return split
@@ -107,11 +114,11 @@ def fit(layouts: Sequence[Layout], sizes: Sequence[int]) -> bool:
     """
     for k, inner in enumerate(layouts):
         for outer in layouts[:k]:
-            if isinstance(inner, Split) and isinstance(outer, Split) and same_units(inner, outer):
-                if inner.of_batch or min(outer.counts) < sizes[k]:
+            if isinstance(inner, Split) and isinstance(outer, Split):
+                if inner.of_batch and outer.of_batch:
                     return False
-            elif isinstance(inner, Split) and isinstance(outer, Split) and inner.of_batch and outer.of_batch:
-                return False
+                if same_units(inner, outer) and min(outer.counts) < sizes[k]:
+                    return False
     return True
 
 
@@ -188,7 +195,9 @@ def route(
     if "first" in wanted:
         # The others do without it, so along no axis may it take part in what has to be in step.
         found = [moves for moves in found if not any(m.how.forward or m.how.backward for m in moves)]
-    return min(found, key=lambda moves: _sent(sizes, moves)) if found else None
+    if len(found) < 2:
+        return found[0] if found else None
+    return min(found, key=lambda moves: _sent(sizes, moves))
 
 
 def _in_order(
@@ -199,7 +208,8 @@ def _in_order(
         if now[axis] == wanted[axis]:
             continue
         after = (*now[:axis], wanted[axis], *now[axis + 1 :])
-        if any(same_units(now[k], each) for k in range(axis + 1, len(now)) for each in (now[axis], after[axis])):
+        within_it = now[axis + 1 :]
+        if any(same_units(each, own) for each in within_it for own in (now[axis], after[axis])):
             return None  # slices within its slices have to come together first
         how = conversion(now[axis], wanted[axis], has_gradient, is_weight)
         if how is None:
@@ -261,18 +271,6 @@ def line_of(member: int, axis: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(numbered(row, sizes) for row in rows)
 
 
-def split_places(sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Coordinates of all members, in order."""
-    return tuple(coords_of(member, sizes) for member in range(_product(sizes)))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
 def axis_shares(shares: Sequence[float], sizes: Sequence[int]) -> tuple[tuple[float, ...], ...]:
     """Shares along each axis, of members whose shares are products of theirs.
 
@@ -286,3 +284,49 @@ def axis_shares(shares: Sequence[float], sizes: Sequence[int]) -> tuple[tuple[fl
             sums[coords_of(member, sizes)[axis]] += share
         found.append(tuple(sums))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """One way for a group to compute an op: a strategy along each axis."""
+
+    along: tuple[Strategy, ...]
+
+    @cached_property
+    def operands(self) -> tuple[Layouts, ...]:
+        """The layouts wanted of each operand."""
+        return tuple(zip(*(way.operands for way in self.along), strict=True))
+
+    @cached_property
+    def results(self) -> tuple[Layouts, ...]:
+        """The layouts of each result."""
+        return tuple(zip(*(way.results for way in self.along), strict=True))
+
+    @property
+    def divides(self) -> bool:
+        """Whether members share the work."""
+        return any(way.shares for way in self.along)
+
+    @property
+    def samples(self) -> bool:
+        """Whether members share the samples."""
+        return any(way.samples for way in self.along)
+
+
+def ways_of(
+    tables: Sequence[Mapping[str, Sequence[Strategy]]], sizes: Sequence[int], names: Container[str]
+) -> dict[str, tuple[Ways, ...]]:
+    """The ways to compute ops, from the strategies along each axis, as far as values can be held so."""
+    made: dict[tuple[tuple[Strategy, ...], ...], tuple[Ways, ...]] = {}
+    found = {}
+    for name in tables[0]:
+        if name not in names:
+            continue
+        rows = tuple(tuple(table[name]) for table in tables)
+        if rows not in made:
+            every = map(Ways, product(*rows))
+            made[rows] = tuple(
+                w for w in every if all(fit(layouts, sizes) for layouts in (*w.operands, *w.results))
+            )
+        found[name] = made[rows]
+    return found

@@ -30,8 +30,8 @@ outside of autocast, and it keeps its types.
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
 inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
 hold it, whether they read it or not. In a group of two axes `inner_shard` is the slice along the second
-one of what the first leaves, and `partial` names the axes. `late`: the places of the weights whose gradients are made in a
-second half of the backward.
+one, as if of the whole, and `partial` names the axes. `late`: the places of the weights whose gradients
+are made in a second half of the backward.
 """
 _OWN = frozenset(
     {

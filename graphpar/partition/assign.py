@@ -137,8 +137,8 @@ def _stage(table: CostTable, stage: Stage, devices: Sequence[str]) -> StageChoic
     replicas = []
     for number in stage.option.staff:
         members = [next(names) for _ in table.every_mode[number].members]
-        shares = table.every_mode[number].shares
-        replicas.append(Replica(members[0], 0, tuple(members[1:]), shares))
+        own = table.every_mode[number]
+        replicas.append(Replica(members[0], 0, tuple(members[1:]), own.shares, own.mesh))
     return StageChoice(
         stage.first, stage.last, tuple(replicas), mode.precision, mode.recompute, mode.zero
     )

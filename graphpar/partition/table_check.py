@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 import numpy as np
 
@@ -117,7 +118,7 @@ def _cost_problems(table: CostTable, cost: UnitCost) -> Iterator[str]:
 
 def _mode_problems(table: CostTable) -> Iterator[str]:
     keys = {(k,) for k in range(len(table.device_classes))}
-    seen: set[object] = {(key, (), "float32", False, 0) for key in keys}
+    seen: set[object] = {(key, (), "float32", False, 0, ()) for key in keys}
     looked_at: set[tuple[int, int]] = set()
     for number, mode in enumerate(table.modes):
         where, size = f"mode {number}", len(mode.members)
@@ -125,6 +126,8 @@ def _mode_problems(table: CostTable) -> Iterator[str]:
             yield f"{where} has members {mode.members} of {len(table.device_classes)} device classes"
         if mode.shares and (len(mode.shares) != size or min(mode.shares) <= 0):
             yield f"{where} has shares {mode.shares} for {size} members"
+        if mode.mesh and (len(mode.mesh) != 2 or min(mode.mesh) < 2 or prod(mode.mesh) != size):
+            yield f"{where} has a mesh of {mode.mesh} for {size} members"
         if mode.zero not in (0, 1, 2, 3) or (mode.zero and not table.training):
             yield f"{where} has ZeRO level {mode.zero}; 0 to 3 are known, and only 0 in inference"
         if mode.key in seen:

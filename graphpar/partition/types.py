@@ -16,6 +16,10 @@ ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 """GPipe and 1F1B; 1F1B where devices hold several stages that do not follow each other; with backwards
 in two halves, of which the second (gradients of weights) fills gaps."""
 
+TensorWidth = int | Literal["auto"] | tuple[int, int]
+"""The most members of a tensor group, "auto" for as many as a node has devices, or how many stand along
+each of two axes, where groups of one axis of up to as many compete."""
+
 SearchedSchedule = Literal["gpipe", "1f1b"]
 """Schedules whose step time is a formula, so that partitions for them are searched for with a bound."""
 
@@ -30,6 +34,8 @@ class Replica:
         others: The further members of a tensor group, in order.
         shares: Each member's share of the dimensions that the group splits; they add up to one.
             Empty: equal shares.
+        mesh: Members along each axis of a group of two axes, whose rows follow one another in `devices`:
+            neighbours along the second axis stand side by side. Empty for a group of one axis.
 
     >>> Replica("a/0", 4, others=("a/1",), shares=(0.6, 0.4)).devices
     ('a/0', 'a/1')
@@ -39,6 +45,7 @@ class Replica:
     microbatches: int
     others: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
+    mesh: tuple[int, ...] = ()
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -49,6 +56,11 @@ class Replica:
     def member_shares(self) -> tuple[float, ...]:
         """Each member's share, equal ones spelled out."""
         return self.shares or (1 / len(self.devices),) * len(self.devices)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Members along each axis; one axis where there is no mesh."""
+        return self.mesh or (len(self.devices),)
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,7 @@ class GroupSharding:
         forms: For a value that is read several times the layout it is brought into first.
         weights: For each parameter and buffer the slice that members hold, or "whole".
         whole: What every member computes whole, the most expensive first.
+        inner: The same along the second axis of a group of two: layouts of what the first one leaves.
     """
 
     leader: str
@@ -186,6 +199,7 @@ class GroupSharding:
     forms: dict[str, str]
     weights: dict[str, str]
     whole: tuple[WholeOp, ...] = ()
+    inner: "GroupSharding | None" = None
 
 
 @dataclass(frozen=True)

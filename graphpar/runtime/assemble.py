@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
-import msgspec
-
 from graphpar.errors import VerifyError
 from graphpar.ir.graph import Graph
-from graphpar.ir.ops import Dim
+from graphpar.ir.mesh import Layouts, coords_of, line_of, localized, numbered, whole_along
+from graphpar.ir.ops import Dim, Op, TensorType
 from graphpar.ir.recomputed import Units, units_of_member
 from graphpar.ir.rows import rows_in
+from graphpar.ir.shards import Layout, Split
 from graphpar.ir.text import format_graph
 from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice, StageChoice
@@ -32,17 +32,38 @@ class Placement:
         pipeline: Its pipeline.
         interfaces: Its stages there, and what each reads and makes.
         team: The ranks of its tensor group, itself included; itself alone where there is none.
+        mesh: Members along each axis of a group of two; empty for one.
         slices: Of which tensors it holds a slice.
-        partial: Parameters whose gradient is summed over the tensor group.
+        held: The layouts of each of these along the axes of the group.
+        partial: Parameters whose gradients are summed over members, with the axes along which.
         recompute: Ops of the units whose values are computed again for the backward.
     """
 
     pipeline: int
     interfaces: tuple[StageInterface, ...]
     team: tuple[int, ...] = ()
+    mesh: tuple[int, ...] = ()
     slices: Mapping[str, Slice] = field(default_factory=dict)
-    partial: frozenset[str] = frozenset()
+    held: Mapping[str, Layouts] = field(default_factory=dict)
+    partial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     recompute: Units = ()
+
+    def lines(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """The ranks of the lines of a mesh that a rank of the group stands in, one along each axis."""
+        member = self.team.index(rank)
+        return tuple(
+            tuple(self.team[k] for k in line_of(member, axis, self.mesh))
+            for axis in range(len(self.mesh))
+        )
+
+    def holding(self, rank: int, label: str) -> Holding:
+        """What a rank of the group holds of a tensor."""
+        parts, sizes = self.partial.get(label, ()), self.mesh or (len(self.team),)
+        coords = coords_of(self.team.index(rank), sizes)
+        held = self.held.get(label, whole_along(len(sizes)))
+        same = [axis for axis, layout in enumerate(held) if layout == "whole" and axis not in parts]
+        alike = numbered([coords[axis] for axis in same], [sizes[axis] for axis in same])
+        return Holding(rank, self.slices.get(label), bool(parts), alike)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -85,18 +106,23 @@ class Lowered:
         """One per rank, in the order of `Partition.used_devices`."""
         rank_of = {device: rank for rank, device in enumerate(self.partition.used_devices)}
         stages: dict[int, list[int]] = {}
-        places: dict[int, tuple[int, tuple[int, ...]]] = {}
+        places: dict[int, tuple[int, tuple[int, ...], tuple[int, ...]]] = {}
         for number, pipeline in enumerate(self.partition.pipelines):
             for index, choice in enumerate(pipeline.stages):
                 for replica in choice.replicas:
                     team = tuple(rank_of[device] for device in replica.devices)
                     for rank in team:
-                        places[rank] = number, team
+                        places[rank] = number, team, replica.mesh
                         stages.setdefault(rank, []).append(index)
         return tuple(self._placement(rank, *places[rank], stages[rank]) for rank in sorted(places))
 
     def _placement(
-        self, rank: int, pipeline: int, team: tuple[int, ...], stages: Sequence[int]
+        self,
+        rank: int,
+        pipeline: int,
+        team: tuple[int, ...],
+        mesh: tuple[int, ...],
+        stages: Sequence[int],
     ) -> Placement:
         graph = self.local.get(rank, self.graphs[pipeline])
         faces = tuple(interface(graph, stage) for stage in stages)
@@ -106,14 +132,20 @@ class Lowered:
         for stage, choice in zip(stages, choices, strict=True):
             units = self.units[choice.first : choice.last] if choice.recompute else ()
             again += units_of_member(graph, stage, units) if len(team) > 1 else units
-        slices, partial = {}, set()
+        slices, layouts, partial = {}, {}, {}
+        coords = coords_of(team.index(rank), mesh or (len(team),))
         for op in (*graph.sources("parameter"), *graph.sources("buffer")):
-            label, cut = str(op.args[0]), op.attr("shard")
-            if label in held and isinstance(cut, tuple):
-                slices[label] = Slice(cut[0], cut[2:], cut[1], team.index(rank))
-            if label in held and op.attr("partial"):
-                partial.add(label)
-        return Placement(pipeline, faces, team, slices, frozenset(partial), again)
+            label = str(op.args[0])
+            if label not in held:
+                continue
+            own = _held(op, self.graphs[pipeline][op.name].type, len(coords))
+            cut = _slice_of(own, coords)
+            if cut is not None:
+                slices[label], layouts[label] = cut, own
+            parts = op.attr("partial")
+            if parts:
+                partial[label] = parts if isinstance(parts, tuple) else (0,)
+        return Placement(pipeline, faces, team, mesh, slices, layouts, partial, again)
 
     def graph_of(self, rank: int) -> Graph:
         """The graph that a rank runs its stage of."""
@@ -121,10 +153,12 @@ class Lowered:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """All ranks, the tensor groups, then every set of ranks that sum gradients together."""
+        """All ranks, the tensor groups, their lines, every set of ranks that sum gradients together."""
         everyone = tuple(range(len(self.placements)))
         summing = sorted({*ranks_of(self._reductions), *self.divided.values()})
-        return tuple(dict.fromkeys((everyone, *self.teams, *summing)))
+        placed = enumerate(self.placements)
+        lines = dict.fromkeys(line for rank, placement in placed for line in placement.lines(rank))
+        return tuple(dict.fromkeys((everyone, *self.teams, *lines, *summing)))
 
     @cached_property
     def divided(self) -> Mapping[int, tuple[int, ...]]:
@@ -171,8 +205,9 @@ class Lowered:
         """Sizes of what a rank holds of a parameter."""
         shape = [size if isinstance(size, int) else 0 for size in self._parameter_shapes[label]]
         cut = self.placements[rank].slices.get(label)
-        if cut is not None:
+        while cut is not None:
             shape[cut.dim] = shape[cut.dim] // sum(cut.counts) * cut.counts[cut.member]
+            cut = cut.rows
         return tuple(shape)
 
     @cached_property
@@ -186,7 +221,7 @@ class Lowered:
         for placement, rows in zip(self.placements, self.shards, strict=True):
             cuts = dict(placement.slices)
             for label, own in rows.items():
-                cuts[label] = msgspec.structs.replace(cuts[label], rows=own) if label in cuts else own
+                cuts[label] = cuts[label].divided(own) if label in cuts else own
             found.append(cuts)
         return tuple(found)
 
@@ -225,7 +260,7 @@ class Lowered:
         found: dict[str, dict[tuple[int, ...], list[Holding]]] = {}
         for rank, placement in enumerate(self.placements):
             for label in placement.tensors[kind]:
-                holding = Holding(rank, placement.slices.get(label), label in placement.partial)
+                holding = placement.holding(rank, label)
                 found.setdefault(label, {}).setdefault(placement.team, []).append(holding)
         return {label: tuple(map(tuple, teams.values())) for label, teams in found.items()}
 
@@ -294,6 +329,7 @@ class Lowered:
                     slices=dict(placement.slices),
                     teams=self.teams,
                     team=self.groups.index(placement.team) if len(placement.team) > 1 else -1,
+                    lines=tuple(map(self.groups.index, placement.lines(rank))),
                     imports=imports,
                     operators=operators,
                     recompute=placement.recompute if self.training else (),
@@ -372,6 +408,31 @@ class Lowered:
             return partition
         pipelines = tuple(_dealt(p, p.samples, min(p.samples, 1)) for p in partition.pipelines)
         return replace(partition, pipelines=pipelines)
+
+
+def _held(op: Op, whole: TensorType, axes: int) -> Layouts:
+    """How a weight is held along each axis, from what its op in a member's graph says."""
+    found: list[Layout] = []
+    for key in ("shard", "inner_shard")[:axes]:
+        cut = op.attr(key)
+        if not isinstance(cut, tuple):
+            found.append("whole")
+            continue
+        dim, inner, *counts = cut
+        size = whole.shape[dim]
+        assert isinstance(size, int)
+        found.append(Split(dim, tuple(counts), size // (sum(counts) * inner), inner))
+    return tuple(found)
+
+
+def _slice_of(held: Layouts, coords: Sequence[int]) -> Slice | None:
+    """What a member holds of a weight: a slice, or a slice of a slice; None for all of it."""
+    found: Slice | None = None
+    for split, member in zip(localized(held, coords), coords, strict=True):
+        if isinstance(split, Split):
+            own = Slice(split.dim, split.counts, split.inner, member)
+            found = own if found is None else found.divided(own)
+    return found
 
 
 def stage_links(partition: Partition, graphs: Sequence[Graph]) -> tuple[StageLink, ...]:

@@ -4,7 +4,7 @@ A replica holds a parameter whole, on one device or on every member of a tensor 
 Gradients of replicas add up; within a group they do only where each member has a part of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graphpar.runtime.program import Slice
@@ -12,11 +12,19 @@ from graphpar.runtime.program import Slice
 
 @dataclass(frozen=True)
 class Holding:
-    """What one rank holds of one parameter: all of it, or a slice; and whether its gradient is a part."""
+    """What one rank holds of one parameter.
+
+    Attributes:
+        rank: The rank.
+        slice: The slice it holds; None for all of it.
+        partial: Whether its gradient is a part, to be added to those of others that hold the same.
+        alike: Which of those it is whose gradients are the same; only the first one's counts.
+    """
 
     rank: int
     slice: Slice | None = None
     partial: bool = False
+    alike: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,34 +58,41 @@ def reductions(label: str, copies: Sequence[Sequence[Holding]]) -> list[Reductio
     everyone = tuple(h.rank for copy in copies for h in copy)
     if len(everyone) < 2:
         return []
-    silent = frozenset(
-        h.rank
-        for copy in copies
-        for h in copy[1:]
-        if h.slice is None and not (h.partial and copy[0].partial)
-    )
+    silent = frozenset(h.rank for copy in copies for h in copy if h.alike)
     if len(copies) == 1:
-        parts = copies[0][0].slice is None and copies[0][0].partial
-        return [Reduction(label, everyone, frozenset(), False)] if parts else []
-    if all(h.slice is None for copy in copies for h in copy):
-        return [Reduction(label, everyone, silent, False)]
-    if len({_kind(copy) for copy in copies}) == 1:
-        return [
-            Reduction(label, tuple(h.rank for h in alike), frozenset(), False)
-            for alike in zip(*copies, strict=True)
-        ]
+        # Members with the same gradients sum theirs beside one another.
+        return _grouped(label, copies, lambda h: (h.slice, h.alike), frozenset())
+    if len({tuple(h.slice for h in copy) for copy in copies}) == 1 or not any(
+        h.slice for copy in copies for h in copy
+    ):
+        return _grouped(label, copies, lambda h: h.slice, silent)
     return [Reduction(label, everyone, silent, True)]
 
 
-def _kind(copy: Sequence[Holding]) -> tuple[object, ...]:
-    """Equal for replicas whose members in equal places hold equal slices."""
-    return tuple((h.slice.dim, h.slice.counts, h.slice.inner) if h.slice else None for h in copy)
+def _grouped(
+    label: str,
+    copies: Sequence[Sequence[Holding]],
+    key: Callable[[Holding], object],
+    silent: frozenset[int],
+) -> list[Reduction]:
+    """Sums over those with equal keys, where there are several."""
+    groups: dict[object, list[int]] = {}
+    for copy in copies:
+        for holding in copy:
+            groups.setdefault(key(holding), []).append(holding.rank)
+    return [
+        Reduction(label, tuple(ranks), silent.intersection(ranks), False)
+        for ranks in groups.values()
+        if len(ranks) > 1
+    ]
 
 
 def owners(copies: Sequence[Sequence[Holding]]) -> tuple[Holding, ...]:
-    """Who together holds a tensor once: the first replica, of whole copies its first member."""
-    first = copies[0]
-    return tuple(first) if first[0].slice is not None else (first[0],)
+    """Who together holds a tensor once: in the first replica the first with each slice, or with all."""
+    found: dict[Slice | None, Holding] = {}
+    for holding in copies[0]:
+        found.setdefault(holding.slice, holding)
+    return tuple(found.values())
 
 
 def ranks_of(reduced: Mapping[str, Sequence[Reduction]]) -> set[tuple[int, ...]]:

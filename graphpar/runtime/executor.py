@@ -26,10 +26,10 @@ from graphpar.runtime.emulate import Pace
 from graphpar.runtime.gradient_rows import GradientRows
 from graphpar.runtime.in_step import Meetings
 from graphpar.runtime.lower import Message, StageBuilder, StageInterface
+from graphpar.runtime.pieces import in_place, sliced, whole_size
 from graphpar.runtime.program import WHOLE, RankProgram, StepReport
 from graphpar.runtime.random import StepContext
 from graphpar.runtime.scaling import LossScaler
-from graphpar.runtime.slices import padded, take
 from graphpar.runtime.tail import Tail, Whole
 from graphpar.runtime.team import Team
 from graphpar.runtime.transport import Arrival, Transport
@@ -432,7 +432,7 @@ class Executor:
         cut, num_bytes = self.program.slices.get(label), self._tensors[label].nbytes
         if label not in self.program.spread or cut is None:
             return num_bytes
-        return num_bytes // cut.counts[cut.member] * sum(cut.counts)
+        return whole_size(num_bytes, cut)
 
     def _sum(self, labels: Sequence[str], group: int) -> None:
         given = [self._given(label) for label in labels]
@@ -449,7 +449,7 @@ class Executor:
         if gradient is None or label in self.program.silent:
             gradient = torch.zeros_like(parameter)
         if label in self.program.spread and cut is not None:
-            return padded(gradient, cut.dim, cut.counts, cut.inner, cut.member)
+            return in_place(gradient, cut)
         return gradient
 
     def _taken(self, label: str, total: torch.Tensor) -> torch.Tensor:
@@ -457,7 +457,7 @@ class Executor:
         cut = self.program.slices.get(label)
         if label not in self.program.spread or cut is None:
             return total
-        return take(total, cut.dim, cut.counts, cut.inner, cut.member)
+        return sliced(total, cut)
 
     def _optimize(self, state: _Step, action: Action) -> None:
         if self._optimizer is not None:

@@ -27,7 +27,8 @@ class Slice(msgspec.Struct, frozen=True):
         counts: Units of each member.
         inner: Size of a unit.
         member: Whose slice this is.
-        rows: The part of the slice that is meant, where replicas of a tensor group divide it again.
+        rows: The part of the slice that is meant, where the second axis of a tensor group cuts it again,
+            or replicas divide it.
 
     >>> Slice(0, (2, 1), 1, 0).share
     0.6666666666666666
@@ -43,6 +44,14 @@ class Slice(msgspec.Struct, frozen=True):
     def share(self) -> float:
         """The member's part of the whole."""
         return self.counts[self.member] / sum(self.counts)
+
+    def divided(self, rows: "Slice") -> "Slice":
+        """The same with a part of what it is a slice of.
+
+        >>> Slice(0, (2, 1), 1, 0, rows=Slice(1, (4, 4), 1, 1)).divided(Slice(0, (1, 1), 1, 0)).rows.rows
+        Slice(dim=0, counts=(1, 1), inner=1, member=0, rows=None)
+        """
+        return msgspec.structs.replace(self, rows=self.rows.divided(rows) if self.rows else rows)
 
 
 class Meeting(msgspec.Struct, frozen=True):
@@ -89,6 +98,7 @@ class RankProgram(msgspec.Struct, frozen=True):
         slices: Parameters of which the rank holds a slice.
         teams: Ranks of every tensor group of several.
         team: Number of the rank's tensor group among the groups; -1 where it works alone.
+        lines: Of a group of two axes the numbers of the lines that the rank stands in, one along each.
         imports: Modules that define operators the stage calls.
         operators: Operators that no module defines, as pickled by the driver; empty for none.
         recompute: Ops of the units whose values are computed again for the backward.
@@ -114,6 +124,7 @@ class RankProgram(msgspec.Struct, frozen=True):
     slices: dict[str, Slice] = {}
     teams: tuple[tuple[int, ...], ...] = ()
     team: int = -1
+    lines: tuple[int, ...] = ()
     imports: tuple[str, ...] = ()
     operators: bytes = b""
     recompute: tuple[tuple[str, ...], ...] = ()

@@ -116,8 +116,14 @@ class Worker:
     def _team(self, program: RankProgram) -> TransportTeam | None:
         if program.team < 0:
             return None
-        members = self.setup.groups[program.team]
-        return TransportTeam(self.transport, program.team, members.index(self.setup.rank), len(members))
+        lines = [self._team_of(number) for number in program.lines]
+        return self._team_of(program.team, lines)
+
+    def _team_of(self, number: int, lines: Sequence[TransportTeam] = ()) -> TransportTeam:
+        """The rank's view of one of its groups."""
+        members = self.setup.groups[number]
+        place = members.index(self.setup.rank)
+        return TransportTeam(self.transport, number, place, len(members), lines)
 
     def step(
         self, name: str, inputs: Mapping[str, torch.Tensor], number: int, profile: bool = False

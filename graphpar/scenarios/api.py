@@ -13,6 +13,7 @@ from torch import nn
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.compiler import ClusterLike, as_cluster
+from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.budget import BudgetAnswer, best_within
 from graphpar.scenarios.cache import AnswerCache, default_folder
 from graphpar.scenarios.plots import plot, plot_svg
@@ -29,7 +30,7 @@ from graphpar.scenarios.study import (
     fair_limit_s,
 )
 from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
-from graphpar.scenarios.types import Answer, Scenario, Setting, TensorWidth, Worth
+from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
 from graphpar.units import format_percent, format_seconds

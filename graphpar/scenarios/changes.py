@@ -394,6 +394,9 @@ def _set_microbatches(setting: Setting, text: str) -> Setting:
 
 
 def _set_tensor(setting: Setting, text: str) -> Setting:
+    if "x" in text:
+        first, _, second = text.partition("x")
+        return replace(setting, tensor=(_whole("tensor", first), _whole("tensor", second)))
     return replace(setting, tensor="auto" if text == "auto" else _whole("tensor", text))
 
 

@@ -9,7 +9,8 @@ from math import inf
 
 from graphpar.cluster import Cluster
 from graphpar.device import Device, Link, Node
-from graphpar.scenarios.types import OPTIMIZER_STATES, Setting, TensorWidth
+from graphpar.partition.types import TensorWidth
+from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
 
 
 def covers(large: Setting, small: Setting, given_state: float = inf) -> bool:
@@ -37,12 +38,15 @@ def covers(large: Setting, small: Setting, given_state: float = inf) -> bool:
         and large.microbatches in ("auto", small.microbatches)
         and large.recompute in (None, small.recompute)
         and width(large.tensor) >= _width_used(small)
+        and (large.tensor == small.tensor or not isinstance(small.tensor, tuple))
         and _cluster_covers(large.cluster, small.cluster, large.layout is not None)
     )
 
 
 def width(tensor: TensorWidth) -> float:
     """The most members of a tensor group, as a number."""
+    if isinstance(tensor, tuple):
+        return tensor[0] * tensor[1]
     return inf if tensor == "auto" else tensor
 
 

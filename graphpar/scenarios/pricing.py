@@ -25,7 +25,7 @@ from graphpar.precision import formats_of, rewritten_by_device, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
-from graphpar.tensor_groups import candidate_groups, widest_group, with_group_modes
+from graphpar.tensor_groups import candidate_groups, mesh_of, widest_group, with_group_modes
 from graphpar.training import Training
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -118,7 +118,9 @@ class PriceBook:
         widest = widest_group(setting.cluster, setting.tensor)
         if widest < 2 or table.in_step_reason or setting.recompute:
             return table
-        return self._with_groups(table, setting, candidate_groups(setting.cluster, widest))
+        return self._with_groups(
+            table, setting, candidate_groups(setting.cluster, widest, mesh_of(setting.tensor))
+        )
 
     def _with_groups(self, table: CostTable, setting: Setting, groups: Sequence[Replica]) -> CostTable:
         if not groups:

@@ -5,14 +5,13 @@ from typing import Any, Literal
 
 from graphpar.cluster import Cluster
 from graphpar.partition.settings import Microbatches, ScheduleWish
-from graphpar.partition.types import PipelineChoice, ScheduleName
+from graphpar.partition.types import PipelineChoice, ScheduleName, TensorWidth
 
 OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of state per byte of parameters of the optimisers a scenario may name."""
 
 Status = Literal["ok", "infeasible", "invalid"]
 
-TensorWidth = int | Literal["auto"]
 """Most devices of a node that may share every layer; `auto` for as many as a node has."""
 
 

@@ -183,7 +183,7 @@ def in_format(forced: Forced, precision: str) -> Forced:
 def test_jobs_give_one_devices_numbers(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut into stages, microbatches and shards, all sums are of the same rounded numbers."""
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
-    monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
+    monkeypatch.setattr(OpTimes, "host_seconds", lambda self, name, num_bytes: 0.0)
     torch.manual_seed(0)
     model = Residual()
     single, parallel = (

@@ -9,9 +9,9 @@ from threads import Choice, one_stage
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.sharding import choose_sharding
+from graphpar.cost_models.sharding import Sharding, choose_sharding
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, fit, route
+from graphpar.ir.mesh import Layouts, fit, route, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, carries_gradient, strategies_of, value_of
@@ -23,10 +23,12 @@ PCIE = LinkCost(10e-6, 12e9)
 ETHERNET = LinkCost(50e-6, 1e9)
 
 
-def gpus(count: int, link: LinkCost, shares: tuple[float, ...] = ()) -> TensorGroup:
-    """So many H100 joined by a link."""
+def gpus(
+    count: int, link: LinkCost, shares: tuple[float, ...] = (), mesh: tuple[int, ...] = ()
+) -> TensorGroup:
+    """So many H100 joined by a link; in a mesh if given."""
     cluster = Cluster.from_dict({"devices": [{"kind": "h100-sxm-80gb", "count": count}]})
-    return TensorGroup(cluster.devices, shares or (1 / count,) * count, link)
+    return TensorGroup(cluster.devices, shares or (1 / count,) * count, link, mesh)
 
 
 def planned(prepared: Prepared, group: TensorGroup, options: ShardingOptions | None = None) -> Choice:
@@ -36,7 +38,13 @@ def planned(prepared: Prepared, group: TensorGroup, options: ShardingOptions | N
     """
     options = options or ShardingOptions(samples=prepared.graph.batch, hold_factor=1e6)
     found = choose_sharding(one_stage(prepared.graph), 0, prepared.chain, group, options)
-    return Choice(found.chosen, found.forms, found.weights)
+    return choice_of(found)
+
+
+def choice_of(found: Sharding) -> Choice:
+    """A sharding as what tests rewrite by."""
+    inner = choice_of(found.inner) if found.inner is not None else None
+    return Choice(found.chosen, found.forms, found.weights, inner)
 
 
 def at_random(
@@ -139,6 +147,6 @@ def _made(
     graph: Graph, chosen: dict[str, Ways], weights: dict[str, Layouts], name: str, axes: int
 ) -> Layouts:
     if graph[name].target in SOURCES:
-        return weights.get(name, ("whole",) * axes)
+        return weights.get(name, whole_along(axes))
     source, index = value_of(graph, name)
     return tuple(way.results[index] for way in chosen[source])

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.again import run_again
-from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.layout import find_layout
+from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.sharding import Sharding
 from graphpar.cost_models.tensor_modes import computed_again, sent_again
@@ -44,13 +45,13 @@ def test_collectives_made_again(keys: int, monkeypatch: pytest.MonkeyPatch) -> N
     group = cpus()
     choice = planned(prepared, group, ShardingOptions(samples=4, hold_factor=1e6, cuts_batch=False))
     graph = one_stage(prepared.graph)
-    times = OpTimes(graph, group, ShardingOptions(samples=4))
+    times = MeshTimes(graph, group, ShardingOptions(samples=4))
     sharding = Sharding(choice.chosen, choice.forms, choice.weights)
     priced = 0
     for unit in prepared.chain.units:
         ops = [graph[name] for name in unit.ops if graph[name].target != "getitem"]
         again = computed_again(graph, ops, times)
-        for name, made, wanted in sent_again(sharding, graph, ops, again):
+        for name, (made,), (wanted,) in sent_again(sharding, graph, ops, again):
             op = graph[name]
             how = conversion(made, wanted, bool(op.attr("grad")), op.target == "parameter")
             priced += how is not None and how.forward is not None

@@ -19,7 +19,7 @@ from graphpar.verify import reference_for, train_on_one_device
 @pytest.fixture(autouse=True)
 def free_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
-    monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
+    monkeypatch.setattr(OpTimes, "host_seconds", lambda self, name, num_bytes: 0.0)
 
 
 class Mlp(nn.Module):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 def free_links(monkeypatch: pytest.MonkeyPatch) -> None:
     """Links that cost nothing, so that small models are cut wherever they can be."""
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
-    monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
+    monkeypatch.setattr(OpTimes, "host_seconds", lambda self, name, num_bytes: 0.0)
 
 
 class Mlp(nn.Module):

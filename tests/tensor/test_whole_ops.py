@@ -26,7 +26,7 @@ class Odd(nn.Module):
 
 def test_an_op_without_a_rule_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorGroup, "seconds", lambda self, name, num_bytes: 0.0)
-    monkeypatch.setattr(OpTimes, "_host_seconds", lambda self, name, num_bytes: 0.0)
+    monkeypatch.setattr(OpTimes, "host_seconds", lambda self, name, num_bytes: 0.0)
     batch = torch.randn(2, 32), torch.randn(2, 1)
     forced = force(Odd(), batch, lines=(Line((1,), groups=((0.4, 0.3, 0.3),)),))
     (sharding,) = forced.plan.partition.shardings

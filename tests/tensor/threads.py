@@ -226,7 +226,9 @@ def _held(choice: Choice, name: str, coords: Sequence[int]) -> Layouts:
     return localized((choice.weights.get(name, "whole"), *inner), coords)
 
 
-def check_calls(made: Sequence[tuple[int | None, str]], foreseen: Sequence[TeamCall], samples: int) -> None:
+def check_calls(
+    made: Sequence[tuple[int | None, str]], foreseen: Sequence[TeamCall], samples: int
+) -> None:
     """What a member asked of the others is what its graph says, in that order.
 
     When a unit is computed again depends on what the backward looks up first, and it stops early.

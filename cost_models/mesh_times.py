@@ -1,0 +1,185 @@
+"""What ops, weights and collectives cost a group of one or two axes.
+
+An op takes its time at the member with the largest part of it: the product of its parts along the axes.
+A value goes from layouts to others as the rewriting will bring it there (`ir.mesh.route`): along an axis
+it is sent over that axis' link, of what the other one leaves. Collectives of lines that run side by side
+are priced as if each had its links to itself.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.rates import CatalogueRates, Rates
+from graphpar.device import Device
+from graphpar.ir.conversions import CollectiveName, Conversion
+from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts, Ways, route
+from graphpar.ir.ops import Op
+from graphpar.ir.shards import Split
+from graphpar.ir.strategies import Strategy, carries_gradient
+from graphpar.partition.problems import IMPOSSIBLE_COST
+
+
+class MeshTimes:
+    """Seconds and bytes of ops and conversions for one group; `OpTimes` where it has one axis.
+
+    Args:
+        graph: The lowered graph.
+        group: Who computes.
+        options: Microbatch size and the like.
+        rates: See `OpTimes`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        group: TensorGroup,
+        options: ShardingOptions,
+        rates: Callable[[Device], Rates] = CatalogueRates,
+    ) -> None:
+        self.graph, self.group, self.options = graph, group, options
+        self.alone = OpTimes(graph, group, options, rates)
+        self.layout = self.alone.layout
+        self._lines = [group.along(axis) for axis in range(len(group.axes))]
+        self._sent: dict[object, tuple[_Sent, ...] | None] = {}
+        self._priced: dict[object, tuple[float, float] | None] = {}
+
+    def parts(self, op: Op, ways: Ways) -> tuple[float, float]:
+        """Forward and backward seconds at the member that takes longest."""
+        return self.alone.parts(op, self._as_one(ways))
+
+    def seconds(self, op: Op, ways: Ways) -> float:
+        """Seconds of an op in both directions, collectives inside it included."""
+        if len(ways.along) == 1:
+            return self.alone.seconds(op, ways.along[0])
+        return self.alone.seconds(op, self._as_one(ways)) + sum(self.inner_seconds(op, ways))
+
+    def inner_seconds(self, op: Op, ways: Ways) -> tuple[float, float]:
+        """Collectives that are part of an op: a loss over cut classes exchanges a few numbers a row."""
+        special = [axis for axis, way in enumerate(ways.along) if way.special == "classes"]
+        if not special:
+            return 0.0, 0.0
+        if len(ways.along) == 1:
+            return self.alone.inner_seconds(op, ways.along[0])
+        rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
+        axis = special[0] if len(special) == 1 else None
+        rows *= _left(ways.operands[1], axis) if axis is not None else 1.0
+        return 2 * self._group(axis).seconds("all_reduce", 8.0 * rows), 0.0
+
+    def _as_one(self, ways: Ways) -> Strategy:
+        """A strategy along one axis in which each member has as much of the work."""
+        if len(ways.along) == 1:
+            return ways.along[0]
+        along = [
+            self.alone.shares_of(way) or (1.0,) * size
+            for way, size in zip(ways.along, self.group.axes, strict=True)
+        ]
+        shares: tuple[float, ...] = (1.0,)
+        for axis in along:
+            shares = tuple(before * own for before in shares for own in axis)
+        return Strategy((), (), shares=shares)
+
+    def _group(self, axis: int | None) -> TensorGroup:
+        return self.group if axis is None else self._lines[axis]
+
+    def conversion_parts(self, op: Op, made: Layouts, wanted: Layouts) -> tuple[float, float] | None:
+        """Forward and backward seconds of bringing a value from some layouts to others."""
+        if len(made) == 1:
+            return self.alone.conversion_parts(op, made[0], wanted[0])
+        gradient = self.options.training and carries_gradient(self.graph, op.name)
+        key = (op.types, op.target == "parameter", gradient, made, wanted)
+        if key not in self._priced:
+            self._priced[key] = self._conversion(op, gradient, made, wanted)
+        return self._priced[key]
+
+    def _conversion(
+        self, op: Op, gradient: bool, made: Layouts, wanted: Layouts
+    ) -> tuple[float, float] | None:
+        is_weight = op.target == "parameter"
+        key = (made, wanted, gradient, is_weight)
+        if key not in self._sent:
+            self._sent[key] = self._collectives(*key)
+        moves = self._sent[key]
+        if moves is None:
+            return None
+        if not all(t is not None for t in op.types):
+            return None if moves else (0.0, 0.0)
+        num_bytes = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
+        ahead = behind = 0.0
+        for how, group, left in moves:
+            ahead += self._send_seconds(how.forward, num_bytes * left, group)
+            once = is_weight and how.target == "gp.copy_to_group"
+            sent = self._send_seconds(how.backward, num_bytes * left, group)
+            behind += sent / (self.options.microbatches if once else 1)
+        return ahead, behind
+
+    def _collectives(
+        self, made: Layouts, wanted: Layouts, gradient: bool, is_weight: bool
+    ) -> "tuple[_Sent, ...] | None":
+        """The ops of a route, who takes part, and what part of the value the others' axis leaves."""
+        moves = route(self.group.axes, made, wanted, gradient, is_weight)
+        if moves is None:
+            return None
+        return tuple(
+            (
+                move.how,
+                self._group(move.axis),
+                1.0 if move.axis is None else _left(move.before, move.axis),
+            )
+            for move in moves
+            if move.how.target
+        )
+
+    def _send_seconds(self, name: CollectiveName | None, num_bytes: float, group: TensorGroup) -> float:
+        if name is None:
+            return 0.0
+        return group.seconds(name, num_bytes) + self.alone.host_seconds(name, num_bytes)
+
+    def conversion_seconds(self, op: Op, made: Layouts, wanted: Layouts) -> float:
+        """Seconds in both directions; endless where there is no way."""
+        found = self.conversion_parts(op, made, wanted)
+        return float(IMPOSSIBLE_COST) if found is None else sum(found)
+
+    def optimizer_seconds(self, op: Op, held: Layouts) -> float:
+        """A microbatch's part of the optimiser's time for a weight."""
+        return self.alone.step_seconds(op, tuple(map(share_held(held), self.group.places)))
+
+    def holding_seconds(self, op: Op, held: Layouts) -> float:
+        """The price of memory, in seconds (see `OpTimes.holding_seconds`)."""
+        largest = (
+            max(self.group.along(axis).shares) if isinstance(layout, Split) else 1.0
+            for axis, layout in enumerate(held)
+        )
+        return self.alone.holding_seconds(op, prod(largest))
+
+    def weight_bytes(self, op: Op, held: Layouts) -> float:
+        """Weight, gradient and optimiser state at the member with most of it."""
+        return self.alone.weight_bytes(op, _left(held))
+
+    def kept_bytes(self, op: Op, ways: Ways) -> float:
+        """Results kept for backward, at the member with most of them."""
+        return self.alone.kept_bytes(op, [_left(layouts) for layouts in ways.results])
+
+
+_Sent = tuple[Conversion, TensorGroup, float]
+"""A conversion, between whom, and of what part of the value."""
+
+
+def share_held(held: Layouts) -> Callable[[tuple[int, ...]], float]:
+    """By a member's places along the axes its part of a value."""
+
+    def share(coords: tuple[int, ...]) -> float:
+        parts = zip(held, coords, strict=True)
+        return prod(layout.share(k) for layout, k in parts if isinstance(layout, Split))
+
+    return share
+
+
+def _left(layouts: Layouts, without: int | None = None) -> float:
+    """The largest part of a value that a member has; as if one axis had all of it."""
+    return prod(
+        max(layout.counts) / layout.units
+        for axis, layout in enumerate(layouts)
+        if axis != without and isinstance(layout, Split)
+    )
