@@ -1,4 +1,4 @@
-"""The sharding programme of a group whose members are a mesh, to price what no group is planned with yet.
+"""The sharding programme of a mesh once more, with memory as a limit, replicas and ZeRO beside it.
 
 Each op has one strategy for each axis, each value one layout for each axis. For a mesh of a x b, minimise
 over a pair of strategies s_v = (s1, s2) for every op, a pair of layouts f_x for every value that is read

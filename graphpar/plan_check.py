@@ -77,12 +77,12 @@ def _pipeline_contradictions(where: str, pipeline: PipelineChoice, num_units: in
                 f"least one, and all together {pipeline.microbatches}"
             )
         for r, replica in enumerate(stage.replicas):
-            yield from _group_contradictions(f"{where}.stages[{s}].replicas[{r}]", replica)
+            yield from group_contradictions(f"{where}.stages[{s}].replicas[{r}]", replica)
     if end != num_units:
         yield f"field {where}.stages: cover {end} of {num_units} units"
 
 
-def _group_contradictions(where: str, replica: Replica) -> Iterator[str]:
+def group_contradictions(where: str, replica: Replica) -> Iterator[str]:
     """Shares of a tensor group: none at all for equal ones, else one for each member."""
     shares = replica.shares
     if shares and len(shares) != len(replica.devices):

@@ -183,7 +183,8 @@ def _group_texts(replicas: Sequence[Replica]) -> Iterator[str]:
         members = " & ".join(_shortened(d, 20) for d in replica.devices[:_MOST_MEMBERS])
         more = len(replica.devices) - _MOST_MEMBERS
         shares = " : ".join(f"{100 * s:.0f}" for s in replica.member_shares[:_MOST_MEMBERS])
-        yield f"tensor group {members}{f' & {more} more' if more > 0 else ''} ({shares} %)"
+        mesh = " of " + " x ".join(map(str, replica.mesh)) if replica.mesh else ""
+        yield f"tensor group{mesh} {members}{f' & {more} more' if more > 0 else ''} ({shares} %)"
     if len(groups) > _MOST_GROUPS:
         yield f"and {len(groups) - _MOST_GROUPS} more tensor groups"
 

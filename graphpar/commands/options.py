@@ -76,7 +76,7 @@ def _width(ctx: click.Context, param: click.Parameter, value: str) -> int | str 
     except ValueError:
         widths = ()
     if len(widths) not in (1, 2):
-        raise click.BadParameter(f"{value!r} is neither a number, nor two as 2x4, nor auto") from None
+        raise click.BadParameter(f"{value!r} is neither a number nor auto, nor two numbers as 2x4")
     if min(widths) < len(widths):
         raise click.BadParameter(f"{min(widths)} is not in the range x>={len(widths)}")
     return widths if len(widths) == 2 else widths[0]

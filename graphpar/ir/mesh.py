@@ -184,13 +184,14 @@ def route(
     """
     if made == wanted:
         return ()
-    if len(sizes) > 1:
+    changed = [axis for axis in range(len(sizes)) if made[axis] != wanted[axis]]
+    if len(changed) > 1:
         flat = [at_once(layouts, sizes) for layouts in (made, wanted)]
         if flat[0] is not None and flat[1] is not None:
             how = conversion(flat[0], flat[1], has_gradient, is_weight)
             if how is not None and how.target:
                 return (Move(None, how, made, wanted),)
-    orders = permutations(range(len(sizes)))
+    orders = permutations(changed)
     found = [moves for o in orders if (moves := _in_order(o, made, wanted, has_gradient, is_weight))]
     if "first" in wanted:
         # The others do without it, so along no axis may it take part in what has to be in step.
@@ -205,8 +206,6 @@ def _in_order(
 ) -> tuple[Move, ...] | None:
     now, moves = made, []
     for axis in order:
-        if now[axis] == wanted[axis]:
-            continue
         after = (*now[:axis], wanted[axis], *now[axis + 1 :])
         within_it = now[axis + 1 :]
         if any(same_units(each, own) for each in within_it for own in (now[axis], after[axis])):

@@ -1,5 +1,6 @@
 """The rewriting alone: members in threads give the numbers of one device, however ops are computed."""
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -31,12 +32,13 @@ def check(
     kwargs: Any,
     again: bool = False,
     rounding: float = ROUNDING,
+    mesh: tuple[int, ...] = (),
 ) -> None:
     """Loss and all gradients of a group are those of one device; computed `again` for backward or not."""
     whole = OneDevice(model, prepared.captured, one_stage(prepared.graph), prepared.graph, 0)
     (loss,) = whole.forward(args, kwargs)
     loss.backward()  # type: ignore[no-untyped-call]
-    results, gradients, _ = grouped(model, prepared, choice, size, args, kwargs, again=again)
+    results, gradients, _ = grouped(model, prepared, choice, size, args, kwargs, again=again, mesh=mesh)
     for (result,) in results:
         torch.testing.assert_close(result, loss.detach(), rtol=rounding, atol=rounding / 100)
     name, difference = compare_gradients(gradients, whole.gradients())
@@ -44,9 +46,9 @@ def check(
 
 
 @st.composite
-def shares(draw: st.DrawFn) -> tuple[float, ...]:
+def shares(draw: st.DrawFn, most: int = 4) -> tuple[float, ...]:
     """Two to four members of unlike strength."""
-    parts = draw(st.lists(st.floats(0.2, 1.0), min_size=2, max_size=4))
+    parts = draw(st.lists(st.floats(0.2, 1.0), min_size=2, max_size=most))
     return tuple(p / sum(parts) for p in parts)
 
 
@@ -101,6 +103,7 @@ class Mixer(nn.Module):
     tied=st.booleans(),
     again=st.booleans(),
     parts=shares(),
+    across=st.one_of(st.just(()), shares(most=2)),
     seed=st.integers(0, 10**6),
 )
 def test_any_strategies_on_any_stack(
@@ -112,14 +115,20 @@ def test_any_strategies_on_any_stack(
     tied: bool,
     again: bool,
     parts: tuple[float, ...],
+    across: tuple[float, ...],
     seed: int,
 ) -> None:
+    # With `across` members stand in a mesh, and each axis has strategies of its own.
     torch.manual_seed(seed)
     # In float64: a bias of one number has a gradient whose terms may all but cancel, down to rounding.
     model = Mixer(kinds, heads * head_size, heads, inner, drop, tied).double()
     batch = torch.randint(0, 13, (3, 7)), torch.randint(0, 13, (3, 7))
     prepared = prepare(model, batch, {}, TRAINING)
-    choice = at_random(one_stage(prepared.graph), parts, seed)
+    choice = at_random(one_stage(prepared.graph), parts, seed, inner=across)
+    if across:
+        mesh = (len(parts), len(across))
+        check(model, prepared, choice, prod(mesh), batch, {}, again, rounding=1e-10, mesh=mesh)
+        return
     for way in (choice, planned(prepared, gpus(len(parts), FREE, parts))):
         check(model, prepared, way, len(parts), batch, {}, again, rounding=1e-10)
 
@@ -200,6 +209,9 @@ def test_stock_models(name: str) -> None:
         choice = planned(prepared, gpus(len(parts), FREE, parts))
         assert sum(isinstance(layout, Split) for layout in choice.weights.values()) >= 4
         check(model, prepared, choice, len(parts), args, kwargs, again=len(parts) == 2)
-    for seed in range(3):
+    for seed in range(2):
         parts = ((0.6, 0.4), (0.2, 0.5, 0.3))[seed % 2]
         check(model, prepared, at_random(graph, parts, seed), len(parts), args, kwargs, again=seed == 1)
+    mesh_of_both = at_random(graph, (0.6, 0.4), 0, inner=(0.5, 0.5))
+    assert sum(mesh_of_both.shares_along_both(name) for name in mesh_of_both.chosen) >= 5
+    check(model, prepared, mesh_of_both, 4, args, kwargs, mesh=(2, 2))

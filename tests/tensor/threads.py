@@ -140,6 +140,11 @@ class Choice:
     weights: Mapping[str, Layout]
     inner: "Choice | None" = None
 
+    def shares_along_both(self, name: str) -> bool:
+        """Whether an op's work is divided along both axes of a mesh."""
+        inner = self.inner
+        return inner is not None and bool(self.chosen[name].shares and inner.chosen[name].shares)
+
     def shard(self, mesh: tuple[int, ...]) -> Shard:
         """The pass."""
         inner = self.inner.shard(mesh[1:]) if self.inner is not None else None
