@@ -66,7 +66,8 @@ class Heads(nn.Module):
         q, k, v = (t.view(batch, length, 2, -1).transpose(1, 2) for t in self.mix(x).chunk(3, -1))
         h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(h.transpose(1, 2).reshape(batch, length, width))
-        return (x + self.down(nn.functional.gelu(self.up(x)))).square().mean()
+        result: torch.Tensor = (x + self.down(nn.functional.gelu(self.up(x)))).square().mean()
+        return result
 
 
 def test_the_planner_takes_a_mesh_where_it_is_faster(tmp_path: Path) -> None:
