@@ -44,7 +44,6 @@ class Traits:
     gathers_late: bool = False
     keeps_outputs: bool = False
     reduces_half: bool = False
-    starts_late: bool = True
 
 
 OLD_MEGATRON = Traits(
@@ -55,12 +54,10 @@ OLD_MEGATRON = Traits(
     logit_bytes=13.0,
     fallback_softmax=True,
     adds_gradients=True,
-    starts_late=False,
 )
-"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward. Its collectives
-follow their products as fast as alone, by its own published runs on up to 1,536 devices."""
+"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward."""
 
-DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True, starts_late=True)
+DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True)
 """Its buckets hold 5e8 elements unless configured otherwise."""
 
 MODERN_MEGATRON = Traits(
@@ -238,7 +235,6 @@ def _run(
         keeps_outputs=traits.keeps_outputs,
         row_scales="row" in str(parallel.get("float8")).lower(),
         reduces_half=traits.reduces_half,
-        starts_late=traits.starts_late,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
     )
 

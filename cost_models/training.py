@@ -25,6 +25,22 @@ from graphpar.cost_models.transformer import LayerWork, Product, layer_work
 FUSED_LOSS_PASSES = 1.5
 """A fused loss reads half-precision logits twice and writes their gradient over them once."""
 
+POINTWISE_SHARE = 0.91
+"""Of the datasheet's memory bandwidth, reached by large pointwise kernels: measured on H100 and on H200
+(`benchmarks/device_curves_runs/`); what A100's steps tell by themselves is 0.91 too. NVIDIA's devices; for
+others the family's fraction stands."""
+
+LINE_SHARE = 0.96
+"""Of a network's line rate, what headers leave to payload."""
+
+CHANNELS = 32
+"""Multiprocessors that a collective takes from compute beside it, the most channels that NCCL opens
+(https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-max-nchannels)."""
+
+SHARPNESS = 8
+"""Norm by which a layer's times on device and host are joined: the longer one, and a little more where they
+are near each other, for which of them leads changes from kernel to kernel."""
+
 HALF = ("float16", "bfloat16")
 WIDE = ("float32", "tf32")
 SCALED = ("float8_e4m3fn", "float4")
@@ -139,7 +155,13 @@ class _Machine:
 
     @property
     def bytes_per_s(self) -> float:
-        return self.kind.memory_bytes_per_s * self.family.bandwidth_fraction * self.p.traffic_share
+        share = POINTWISE_SHARE if self.kind.vendor == "NVIDIA" else self.family.bandwidth_fraction
+        return self.kind.memory_bytes_per_s * share
+
+    @property
+    def contention(self) -> float:
+        """What a collective and the compute beside it cost each other, of the shorter one."""
+        return min(CHANNELS / (self.kind.multiprocessors or 108), 0.5)
 
     def peak(self, dtype: str) -> float:
         """Dense peak for a dtype; formats that the device lacks run in the next wider one it has."""
@@ -174,9 +196,7 @@ class _Machine:
     def _arithmetic_s(self, product: Product, dtype: str) -> float:
         points = self.family.matmul_efficiency
         top = self.kind.measured_matmul_fraction or points[-1][1]
-        share = self.p.float8_share if dtype in SCALED else self.p.matmul_share
-        if self.run.row_scales and dtype in SCALED:
-            share *= ROW_SCALED
+        share = ROW_SCALED if self.run.row_scales and dtype in SCALED else 1.0
         if self.kind.multiprocessors:
             return gemm.product_s(
                 product.rows,
@@ -224,8 +244,8 @@ class _Machine:
     def layer_time(self) -> _LayerTime:
         """One layer, forward and backward, recomputation included.
 
-        Kernels and collectives are issued ahead by the host, which alone bounds small layers. Which side
-        leads changes from kernel to kernel, so a share of the shorter side's time is not hidden.
+        Kernels and collectives are issued ahead by the host, which alone bounds small layers. On the device
+        each kernel costs its launch beside its work.
         """
         work, run = self.work(), self.run
         products_s = sum(self.product_s(x, run.dtype) for x in work.products)
@@ -237,7 +257,8 @@ class _Machine:
             traffic_s += casts / self.bytes_per_s
         attention_s = self._attention_s(work)
         forward_s = products_s + traffic_s + attention_s
-        backward_s = 2 * products_s + self.p.backward_traffic * traffic_s
+        backward_s = sum(self.product_s(x, run.dtype) for p in work.products for x in p.gradients)
+        backward_s += self.p.backward_traffic * traffic_s
         backward_s += (2.5 if run.fused_attention else 2.0) * attention_s
         again = run.recompute_share if run.recompute == "full" else 0.0
         # Stopped once nothing more is missing, recomputation leaves out the layer's last product.
@@ -245,27 +266,30 @@ class _Machine:
         again_s = again * (forward_s - spared_s)
         if run.recompute == "selective":
             again_s = attention_s if not run.fused_attention else 0.3 * forward_s
-        device_s = forward_s + backward_s + again_s
+        passes = 3.0 + again
+        kernels = work.kernels + work.routing_kernels
+        device_s = forward_s + backward_s + again_s + kernels * passes * self.family.launch_s
         each = self.p.compiled_kernel_s if run.compiled else self.p.host_kernel_s
         # What routing decides cannot be captured ahead of time.
         issue_s = each * work.kernels + self.p.host_kernel_s * work.routing_kernels
         count = self._tensor_collectives()
-        host_s = issue_s * (3.0 + again) + count * self._wait_s()
+        host_s = issue_s * passes + count * self._wait_s()
         collectives_s = count * self.tensor_collective_s(device_s / max(count, 1))
         collectives_s += (4 + 2 * again) * self.expert_collective_s(device_s / 4)
-        collectives_s += count * self._start_s()
+        collectives_s += count * self._start_s(host_s / (device_s + collectives_s))
         longer_s, shorter_s = sorted((device_s + collectives_s, host_s), reverse=True)
-        total_s = longer_s + self.p.host_exposed * shorter_s
+        total_s = longer_s * (1 + (shorter_s / longer_s) ** SHARPNESS) ** (1 / SHARPNESS)
         return _LayerTime(device_s, host_s, collectives_s, total_s)
 
     def _wait_s(self) -> float:
         """What hosts of a tensor-parallel group wait for the slowest: the most of so many jitters."""
         return self.p.wait_s * math.log2(self.run.tensor)
 
-    def _start_s(self) -> float:
-        """What a collective inside a node begins later than alone; over nodes their latency covers it."""
-        late = self.run.starts_late and self.run.tensor <= self.run.per_node
-        return self.p.start_s if late else 0.0
+    def _start_s(self, pace: float) -> float:
+        """What a collective inside a node begins later than alone, where the host needs so much of the
+        device's time: one that is far ahead has issued it long before. Over nodes their latency covers it."""
+        late = self.run.tensor <= self.run.per_node
+        return self.p.start_s * min(pace, 1.0) if late else 0.0
 
     def _tensor_collectives(self) -> int:
         """All-reduces of one layer: two forward, two backward, two more where forward runs again."""
@@ -304,8 +328,7 @@ class _Machine:
         per_node = ranks // nodes
         together = self.run.per_node // per_node if nodes > 1 else 1
         together = max(min(together, stride), 1) if sharing is None else sharing
-        share = self.p.network_share
-        network = replace(self.run.network, efficiency=share)
+        network = replace(self.run.network, efficiency=LINE_SHARE)
         return Group(ranks, self.link, nodes, network, together)
 
     def tensor_collective_s(self, beside_s: float) -> float:
@@ -366,7 +389,7 @@ class _Machine:
 
     def _exposed(self, spent_s: float, beside_s: float) -> float:
         """What a collective adds to compute it runs beside: the excess, and a share of the rest."""
-        return max(spent_s - beside_s, 0.0) + self.p.contention * min(spent_s, beside_s)
+        return max(spent_s - beside_s, 0.0) + self.contention * min(spent_s, beside_s)
 
     def stage_messages_s(self) -> float:
         """One microbatch's activations to the next stage and their gradients back."""
@@ -380,7 +403,7 @@ class _Machine:
         group = replace(group, nodes=2 if run.devices > run.per_node else 1)
         spent_s = 2 * collective_s("send", num_bytes, group)
         # Chunks of an interleaved schedule are sent while the next one computes.
-        return spent_s * self.p.contention if run.overlaps_tensor and run.virtual > 1 else spent_s
+        return spent_s * self.contention if run.overlaps_tensor and run.virtual > 1 else spent_s
 
     def gradient_collective_s(self, work_s: float) -> float:
         """The sum of gradients over replicas beyond what backward hides."""

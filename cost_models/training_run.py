@@ -14,44 +14,32 @@ class TrainingParameters:
     """Fitted constants, all dimensionless shares unless the name says otherwise.
 
     Attributes:
-        matmul_share: Reached over the catalogue's efficiency curve, in float16 and bfloat16.
-        float8_share: The same for float8 on its own peak.
         attention_share: Reached over the family's fused-attention fraction.
         vendor_attention_share: The same for the vendor's tuned attention kernels.
-        traffic_share: Reached over the family's bandwidth fraction, in pointwise kernels.
         backward_traffic: Backward's memory traffic over forward's.
         host_kernel_s: Seconds the host needs per kernel in eager frameworks.
         compiled_kernel_s: The same where steps are compiled or captured as CUDA graphs.
-        network_share: Reached of the network's line rate.
-        contention: What a collective and the compute beside it cost each other, of the shorter one.
         step_host_s: Fixed seconds per step: data, clipping, logging, synchronisation.
         imbalance: Relative loss per doubling of the devices (stragglers, clocks, jitter).
         loss_passes: Times that logits in float32 pass through memory in the loss, both directions.
         unfused_traffic: Memory traffic of pointwise work in eager kernels over that of fused ones.
         wait_s: Seconds that hosts of tensor-parallel ranks wait at each collective, per doubling of them.
-        host_exposed: Of the shorter of a layer's times on device and host, what the longer does not hide.
-        start_s: Seconds that a tensor-parallel collective in a node takes more beside compute than alone:
-            events of two streams, ranks that arrive late.
+        start_s: Seconds that a tensor-parallel collective in a node takes more where the host issues kernels
+            no faster than the device works: events of two streams, ranks that arrive late.
         expert_traffic: Times that routed tokens pass through memory on the way to experts and back.
     """
 
-    matmul_share: float = 0.95
-    float8_share: float = 0.8
     attention_share: float = 1.0
     vendor_attention_share: float = 1.5
-    traffic_share: float = 0.9
     backward_traffic: float = 1.8
     host_kernel_s: float = 25e-6
     compiled_kernel_s: float = 6e-6
-    network_share: float = 0.8
-    contention: float = 0.2
     step_host_s: float = 0.01
     imbalance: float = 0.01
     expert_traffic: float = 4.0
     loss_passes: float = 12.0
     unfused_traffic: float = 1.6
     wait_s: float = 5e-5
-    host_exposed: float = 0.2
     start_s: float = 1e-4
 
 
@@ -95,7 +83,6 @@ class Run:
         overlaps_experts: Whether experts' all-to-alls run beside other microbatches' compute.
         pure_half: Whether pointwise work too is in half precision, with no casts to float32.
         pads_vocab: Whether the vocabulary is padded on one tensor-parallel rank too.
-        starts_late: Whether tensor-parallel collectives begin late (`TrainingParameters.start_s`).
         stops_early: Whether recomputation ends with the last result that is needed.
         selects_products: Whether selective recomputation keeps every second product, else all but scores.
     """
@@ -145,7 +132,6 @@ class Run:
     pure_half: bool = False
     stops_early: bool = False
     pads_vocab: bool = True
-    starts_late: bool = True
 
     @property
     def sent_bytes(self) -> float:

@@ -122,6 +122,18 @@ class Product:
         """Operations."""
         return 2.0 * self.count * self.rows * self.columns * self.inner
 
+    @property
+    def gradients(self) -> tuple["Product", "Product"]:
+        """The two products of backward: of the input's gradient and of the weight's.
+
+        >>> Product(8, 4, 2).gradients
+        (Product(rows=8, columns=2, inner=4, count=1.0), Product(rows=2, columns=4, inner=8, count=1.0))
+        """
+        return (
+            Product(self.rows, self.inner, self.columns, self.count),
+            Product(self.inner, self.columns, self.rows, self.count),
+        )
+
     def bytes(self, itemsize: float) -> float:
         """Operands and result, each moved once."""
         one = self.rows * self.inner + self.inner * self.columns + self.rows * self.columns

@@ -88,7 +88,5 @@ def test_a_model_of_70_billion_needs_more_than_one_device() -> None:
 
 def test_constants_are_within_their_meaning() -> None:
     p = parameters()
-    for name in ("matmul_share", "float8_share", "network_share", "contention"):
-        assert 0 < getattr(p, name) <= 1, name
     assert p.compiled_kernel_s <= p.host_kernel_s
     assert (catalogue.data_directory() / "training.toml").exists()
