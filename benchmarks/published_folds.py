@@ -1,8 +1,9 @@
 """Ways to leave published runs out of a fit, so that its error on unseen ones can be told.
 
 A fold leaves out one set, all runs on one kind of device, some models with all their runs, the largest
-model of every set, or the runs on most devices of every set. The last two ask what matters to a
-user: does the model hold beyond what it has seen?
+model of every set, the runs on most devices of every set, all but the narrowest models of every set,
+models above ten billion weights, or runs on more than 64 devices. All but the first three ask what
+matters to a user: does the model hold beyond what it has seen?
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from graphpar.cost_models.training_run import Run
 Samples = dict[str, list[tuple[Run, float]]]
 
 MODEL_GROUPS = 5
+MANY_DEVICES = 64
+LARGE_PARAMETERS = 10e9
 ENOUGH = 6
 """Runs that a device must have for a fold of its own."""
 
@@ -41,6 +44,7 @@ def folds(sets: Samples) -> list[Fold]:
     known = [d for d in devices if sum(run.device == d for run in runs) >= ENOUGH]
     largest = {n: max(run.shape.parameters for run, _ in rows) for n, rows in sets.items()}
     widest = {n: max(run.devices for run, _ in rows) for n, rows in sets.items()}
+    narrowest = {n: min(run.shape.hidden for run, _ in rows) for n, rows in sets.items()}
     several = {n for n, rows in sets.items() if len({run.shape.parameters for run, _ in rows}) > 1}
     spread = {n for n, rows in sets.items() if len({run.devices for run, _ in rows}) > 1}
     of_sets = [Fold("set", name, partial(_is_set, name)) for name in sets]
@@ -55,6 +59,9 @@ def folds(sets: Samples) -> list[Fold]:
         *of_models,
         Fold("size", "largest model", lambda n, r: n in several and r.shape.parameters == largest[n]),
         Fold("devices", "most devices", lambda n, r: n in spread and r.devices == widest[n]),
+        Fold("size", "above 10 billion", lambda _, r: r.shape.parameters > LARGE_PARAMETERS),
+        Fold("width", "all but the narrowest", lambda n, r: r.shape.hidden > narrowest[n]),
+        Fold("devices", "more than 64", lambda _, r: r.devices > MANY_DEVICES),
     ]
 
 

@@ -27,8 +27,8 @@ FUSED_LOSS_PASSES = 1.5
 
 POINTWISE_SHARE = 0.91
 """Of the datasheet's memory bandwidth, reached by large pointwise kernels: measured on H100 and on H200
-(`benchmarks/device_curves_runs/`); what A100's steps tell by themselves is 0.91 too. NVIDIA's devices; for
-others the family's fraction stands."""
+(`benchmarks/device_curves_runs/`); what A100's steps tell by themselves is 0.91 too. For other vendors'
+devices the family's fraction stands."""
 
 LINE_SHARE = 0.96
 """Of a network's line rate, what headers leave to payload."""
@@ -38,8 +38,8 @@ CHANNELS = 32
 (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-max-nchannels)."""
 
 SHARPNESS = 8
-"""Norm by which a layer's times on device and host are joined: the longer one, and a little more where they
-are near each other, for which of them leads changes from kernel to kernel."""
+"""Norm by which a layer's times on device and host are joined: the longer one, and a little more where
+they are near each other, for which of them leads changes from kernel to kernel."""
 
 HALF = ("float16", "bfloat16")
 WIDE = ("float32", "tf32")
@@ -244,8 +244,8 @@ class _Machine:
     def layer_time(self) -> _LayerTime:
         """One layer, forward and backward, recomputation included.
 
-        Kernels and collectives are issued ahead by the host, which alone bounds small layers. On the device
-        each kernel costs its launch beside its work.
+        Kernels and collectives are issued ahead by the host, which alone bounds small layers. On the
+        device each kernel costs its launch beside its work.
         """
         work, run = self.work(), self.run
         products_s = sum(self.product_s(x, run.dtype) for x in work.products)
@@ -287,7 +287,7 @@ class _Machine:
 
     def _start_s(self, pace: float) -> float:
         """What a collective inside a node begins later than alone, where the host needs so much of the
-        device's time: one that is far ahead has issued it long before. Over nodes their latency covers it."""
+        device's time: one that is far ahead has issued it long before. Over nodes latency covers it."""
         late = self.run.tensor <= self.run.per_node
         return self.p.start_s * min(pace, 1.0) if late else 0.0
 

@@ -24,8 +24,8 @@ class TrainingParameters:
         loss_passes: Times that logits in float32 pass through memory in the loss, both directions.
         unfused_traffic: Memory traffic of pointwise work in eager kernels over that of fused ones.
         wait_s: Seconds that hosts of tensor-parallel ranks wait at each collective, per doubling of them.
-        start_s: Seconds that a tensor-parallel collective in a node takes more where the host issues kernels
-            no faster than the device works: events of two streams, ranks that arrive late.
+        start_s: Seconds that a tensor-parallel collective in a node takes more where the host issues
+            kernels no faster than the device works: events of two streams, ranks that arrive late.
         expert_traffic: Times that routed tokens pass through memory on the way to experts and back.
     """
 
