@@ -7,6 +7,9 @@ of one axis over all members, and replicas of narrower groups, which sum gradien
 level 0, 1 or 2. Weights and gradients in bfloat16, Adam's state and the master weight in float32 count as
 memory, in equal shares of the whole model's.
 
+With `--planned` it is instead what the planner's own programme chooses, with its price for memory: a
+group of one axis beside every mesh of as many members.
+
 Printed are milliseconds of a microbatch, the best shape of each kind, and by how many percent the mesh is
 faster than the best that is planned without ZeRO, and with it (negative: slower).
 """
@@ -14,16 +17,21 @@ faster than the best that is planned without ZeRO, and with it (negative: slower
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
+from time import process_time
 
 import torch
-from mesh_programme import STATE_RATIO, Mesh, MeshProgramme
+from mesh_programme import STATE_RATIO, Mesh, MeshProgramme, gpus
 from torch import nn
 
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions
+from graphpar.cost_models.mesh_times import MeshTimes
+from graphpar.cost_models.sharding import choose_sharding
+from graphpar.ir.mesh import whole_along
 from graphpar.preparation import Prepared, prepare
+from graphpar.tensor_groups import as_one_stage, group_options
 from graphpar.training import Training
 
 LEVELS = (0, 1, 2)
@@ -117,6 +125,42 @@ def compare(
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What the programme of groups chooses: a microbatch without the price of memory, and that memory."""
+
+    model: str
+    link: str
+    mesh: str
+    microbatch_ms: float
+    memory_shares: float
+    objective_ms: float
+    bound_ms: float
+    weights_cut_along_both: int
+    processor_s: float
+
+
+def planned(name: str, link: str, members: int, prepared: Prepared) -> Iterator[Planned]:
+    """A row for one axis and for every mesh."""
+    graph = as_one_stage(prepared.graph, len(prepared.chain.units))
+    options = replace(group_options(prepared.graph, training=True), samples=prepared.graph.batch)
+    for shape in ((), *((a, members // a) for a in range(2, members // 2 + 1) if members % a == 0)):
+        group = replace(gpus(members, LINKS[link]), mesh=shape)
+        began = process_time()
+        found = choose_sharding(graph, 0, prepared.chain, group, options)
+        spent = process_time() - began
+        times = MeshTimes(graph, group, options)
+        held = [(op, found.held(op.name)) for op in graph.sources("parameter")]
+        price = sum(times.holding_seconds(op, layouts) for op, layouts in held)
+        whole = sum(times.weight_bytes(op, whole_along(len(group.axes))) for op, _ in held)
+        own = sum(times.weight_bytes(op, layouts) for op, layouts in held)
+        both = sum(len(layouts) > 1 and "whole" not in layouts for _, layouts in held)
+        yield Planned(
+            name, link, "x".join(map(str, shape)) or "one axis", 1e3 * (found.objective_s - price),
+            members * own / whole, 1e3 * found.objective_s, 1e3 * (found.bound_s or 0.0), both, spent,
+        )  # fmt: skip
+
+
 def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(
@@ -132,14 +176,20 @@ def main() -> None:
                         help="bytes of a member over its equal share of the model's")  # fmt: skip
     parser.add_argument("--divides", action="store_true",
                         help="let members divide the state of weights that they hold alike")  # fmt: skip
+    parser.add_argument("--planned", action="store_true", help="what the planner's programme chooses")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     given = parser.parse_args()
     samples = given.samples or given.members
-    rows = []
+    rows: list[Row | Planned] = []
     for name in given.models:
         prepared = captured(name, samples, given.length, given.layers)
         for link in given.links:
-            for row in compare(name, link, given.members, prepared, given.memory, given.divides):
+            found: Iterator[Row | Planned] = (
+                planned(name, link, given.members, prepared)
+                if given.planned
+                else compare(name, link, given.members, prepared, given.memory, given.divides)
+            )
+            for row in found:
                 rows.append(row)
                 if not given.json:
                     print(row, flush=True)

@@ -252,7 +252,8 @@ def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) 
     Args:
         cluster: The devices.
         widest: Most members of a group.
-        mesh: Members along two axes, for groups of equal devices of that shape as well; empty for none.
+        mesh: Members along two axes, for groups of that shape as well: of equal devices, or of a whole node
+            with equal devices in each row and shares by the speed of the rows; empty for none.
 
     >>> nodes = [{"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 4}, "link": "nvlink4"}]
     >>> cluster = Cluster.from_dict({"nodes": nodes})
@@ -274,6 +275,11 @@ def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) 
             if mesh and prod(mesh) <= len(devices):
                 group = replace(_replica(devices[: prod(mesh)], ()), mesh=mesh)
                 found.setdefault((_likeness(devices[0]), mesh, node.link.cost), group)
+        rows = _equal_rows(alike.values(), mesh[1]) if mesh and len(alike) > 1 else []
+        if rows and len(rows) == mesh[0] and prod(mesh) == len(node.devices):
+            shares = (s / mesh[1] for s in speed_shares([row[0] for row in rows]) for _ in range(mesh[1]))
+            group = _replica([device for row in rows for device in row], tuple(shares))
+            found.setdefault((tuple(alike), mesh, node.link.cost), replace(group, mesh=mesh))
         mixed = [devices[0] for devices in alike.values()]
         for some in (mixed, list(node.devices)):
             if len(alike) > 1 and len(some) <= widest:
@@ -281,6 +287,15 @@ def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) 
                     (tuple(map(_likeness, some)), node.link.cost), _replica(some, speed_shares(some))
                 )
     return list(found.values())
+
+
+def _equal_rows(kinds: Iterable[Sequence[Device]], width: int) -> list[Sequence[Device]]:
+    """Rows of so many equal devices, as many as there are."""
+    return [
+        devices[first : first + width]
+        for devices in kinds
+        for first in range(0, len(devices) - width + 1, width)
+    ]
 
 
 def _likeness(device: Device) -> object:
@@ -359,7 +374,9 @@ def _mesh_notes(
     if any(replica.mesh == mesh for replica in replicas):
         return ()
     if not any(replica.mesh == mesh for replica in candidates):
-        return (f"tensor={mesh}: no node has {prod(mesh)} equal devices; groups have one axis",)
+        return (
+            f"tensor={mesh}: no node has {mesh[0]} rows of {mesh[1]} equal devices; groups have one axis",
+        )
     return (
         f"tensor={mesh}: groups of two axes were considered; none makes the step shorter or is needed "
         "for memory",

@@ -104,6 +104,11 @@ def test_wishes_that_make_no_mesh() -> None:
     with pytest.warns(UserWarning, match="no node has more than 4"):
         assert widest_group(four, (2, 4)) == 4
     assert not any(group.mesh for group in candidate_groups(four, 4, (2, 4)))
+    two_kinds = [{"kind": "a100-sxm-80gb", "count": 2}, {"kind": "h100-sxm-80gb", "count": 2}]
+    unlike = Cluster.from_dict({"nodes": [{"name": "n", "devices": two_kinds, "link": "nvlink3"}]})
+    (mesh_of_both,) = (group for group in candidate_groups(unlike, 4, (2, 2)) if group.mesh)
+    fast, slow = mesh_of_both.shares[3], mesh_of_both.shares[0]
+    assert mesh_of_both.shares == (slow, slow, fast, fast) and fast > 1.5 * slow
     for mesh, shares in (((2, 3), ()), ((4, 1), ()), ((2, 2), (0.4, 0.2, 0.2, 0.2))):
         replica = Replica("a", 1, ("b", "c", "d"), shares, mesh)
         assert list(group_contradictions("here", replica)), mesh
