@@ -58,8 +58,8 @@ def plan(
         precision_budget: Largest relative error of the result and of the gradient under "auto".
         tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
             none, "auto" for as many as a node has. Groups are used where that is faster or fits. Two
-            numbers, as (2, 4) for 2 rows of 4, let groups split ops along two axes as well, where that beats
-            groups of one axis of up to as many members.
+            numbers, as (2, 4) for 2 rows of 4, let groups split ops along two axes too, where that
+            beats groups of one axis of up to as many members.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
@@ -135,8 +135,8 @@ def compile(
         precision_budget: Largest relative error of the result and of the gradient under "auto".
         tensor: The most devices of a node that may share every layer of a stage (a tensor group); 1 for
             none, "auto" for as many as a node has. Groups are used where that is faster or fits. Two
-            numbers, as (2, 4) for 2 rows of 4, let groups split ops along two axes as well, where that beats
-            groups of one axis of up to as many members.
+            numbers, as (2, 4) for 2 rows of 4, let groups split ops along two axes too, where that
+            beats groups of one axis of up to as many members.
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.

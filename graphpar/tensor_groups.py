@@ -252,8 +252,8 @@ def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) 
     Args:
         cluster: The devices.
         widest: Most members of a group.
-        mesh: Members along two axes, for groups of that shape as well: of equal devices, or of a whole node
-            with equal devices in each row and shares by the speed of the rows; empty for none.
+        mesh: Members along two axes, for groups of that shape as well: of equal devices, or of a
+            whole node with equal devices in each row, shares by their speed; empty for none.
 
     >>> nodes = [{"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 4}, "link": "nvlink4"}]
     >>> cluster = Cluster.from_dict({"nodes": nodes})

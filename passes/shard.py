@@ -166,16 +166,17 @@ class _Member:
 
     def _read_in_parts(self, name: str, wanted: Layouts) -> str:
         """A weight whose gradients are parts along some axes: it is a copy there for whoever reads it."""
-        made, asked, start = list(self._made(name)), list(wanted), name
+        made, asked, is_silent = list(self._made(name)), list(wanted), False
         for axis, names in enumerate(self.partial):
             if name not in names:
                 continue
             made[axis] = "copied"
             if not isinstance(wanted[axis], Split):
                 asked[axis] = "copied"
-                if wanted[axis] == "whole" and self.coords[axis] > 0:
-                    start = self._silent(name)
-        return self._converted(name, start, tuple(made), tuple(asked))
+                is_silent = is_silent or (wanted[axis] == "whole" and self.coords[axis] > 0)
+        found = self._converted(name, name, tuple(made), tuple(asked))
+        # Last, so that what comes before it is the same for all members.
+        return self._silent(found) if is_silent else found
 
     def _silent(self, name: str) -> str:
         """A weight whose gradient another member has already: its values, and a gradient of zeros.
@@ -194,13 +195,13 @@ class _Member:
         self, name: str, suffix: str, target: str, args: tuple[Argument, ...], *, grad: bool
     ) -> str:
         """Add an op of a weight's own type; its name."""
-        source = self.graph[name]
+        source = next(op for op in reversed(self.built) if op.name == name)
         made = replace(
             source,
             name=self._fresh(f"{name}__{suffix}"),
             target=target,
             args=args,
-            types=(local_type(source.type, self._held(name), self.coords),),
+            kwargs=(),
             origin=source.origin or (name,),
             made_by=self.options.name,
             attrs=(),

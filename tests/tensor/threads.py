@@ -287,14 +287,16 @@ def _put_together(
         _put_together(label, (*coords, k), choice, name, mesh, parts, in_parts) for k in range(mesh[axis])
     ]
     known = [row for row in rows if row is not None]
+    if not known:
+        return None  # along another axis the others have parts of it, or of zeros
     padded = (*coords, *(0 for _ in mesh[axis:]))
     layout = _held(choice, name, padded)[axis]
     if isinstance(layout, Split):
         assert len(known) == len(rows), label
         return join(known, layout.dim, layout.counts, layout.inner)
     if axis in in_parts:
-        return torch.stack(known).sum(0) if known else None
+        return torch.stack(known).sum(0)
     for row in known[1:]:
         torch.testing.assert_close(row, known[0], rtol=1e-4, atol=1e-6)
-    assert len(known) in (0, len(rows)), label
-    return known[0] if known else None
+    assert len(known) == len(rows), label
+    return known[0]
