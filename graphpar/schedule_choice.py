@@ -10,6 +10,7 @@ A simulated schedule is outside the family that the bound of the search covers, 
 plan that uses one is the bound that no plan of any kind can beat.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,7 @@ def choose_schedule(
     microbatches: Microbatches = "auto",
     *,
     time_limit_s: float = 5.0,
+    cutoff_s: float = math.inf,
 ) -> Partition:
     """The partition under the schedule that makes its step shortest, or under the one asked for.
 
@@ -70,6 +72,7 @@ def choose_schedule(
         wish: A schedule, or `auto`.
         microbatches: The number that was fixed, if any.
         time_limit_s: Seconds after which nothing new is tried; the notes then say so.
+        cutoff_s: Ways that cannot be shorter than this are not played through.
 
     Raises:
         UnavailableScheduleError: The schedule asked for cannot be had on these devices; says why.
@@ -81,7 +84,7 @@ def choose_schedule(
         if named:
             raise UnavailableScheduleError(why_not)
         return found
-    choice = _Choice(table, found, wish, microbatches, time.monotonic() + time_limit_s)
+    choice = _Choice(table, found, wish, microbatches, time.monotonic() + time_limit_s, cutoff_s)
     choice.work()
     return choice.answer(named)
 
@@ -114,9 +117,10 @@ class _Choice:
         wish: ScheduleWish,
         microbatches: Microbatches,
         deadline_s: float,
+        cutoff_s: float,
     ) -> None:
         self.table, self.found, self.wish = table, found, wish
-        self.microbatches, self.deadline_s = microbatches, deadline_s
+        self.microbatches, self.deadline_s, self.cutoff_s = microbatches, deadline_s, cutoff_s
         self.base_s = simulated(table, found.pipelines, found.schedule).step_s
         self.best: Simulated | None = None
         self.shortest: dict[str, Simulated] = {}
@@ -189,6 +193,8 @@ class _Choice:
             return False
         try:
             dealt = tuple(deal_any(self.table, p, attempt.schedule) for p in attempt.pipelines)
+            if least_step_s(self.table, dealt) >= self.cutoff_s:
+                return False
             played = simulated(self.table, dealt, attempt.schedule, attempt.paces)
         except (ValueError, VerifyError):
             self.out.setdefault(attempt.words, "some replica would have no work or no price")
@@ -293,6 +299,38 @@ class _Choice:
             need=need,
             have=have,
         )
+
+
+def least_step_s(table: CostTable, pipelines: Sequence[PipelineChoice]) -> float:
+    """No order of work of these stages and microbatches is shorter; 0 where replicas or sizes are unlike.
+
+    A device starts when a microbatch has come through the stages before its first one, and has all its
+    work to do. After its last backward, gradients of weights aside, that microbatch still goes back
+    through the stages before.
+    """
+    least_s = 0.0
+    for pipeline in pipelines:
+        modes = [set(modes_of(table, stage)) for stage in pipeline.stages]
+        if pipeline.samples % pipeline.microbatches or any(len(own) > 1 for own in modes):
+            continue
+        size = pipeline.samples / pipeline.microbatches
+        there_s, back_s = 0.0, 0.0
+        works: dict[str, list[float]] = {}
+        for stage, (mode,) in zip(pipeline.stages, modes, strict=True):
+            units, overhead_s = range(stage.first, stage.last), table.mode_overhead_s(mode)
+            forward_s = overhead_s + math.fsum(table.forward_s(u, mode, size) for u in units)
+            weight_s = math.fsum(table.weight_s(u, mode, size) for u in units)
+            backward_s = overhead_s - weight_s + math.fsum(table.backward_s(u, mode, size) for u in units)
+            for replica in stage.replicas:
+                for device in replica.devices:
+                    work = works.setdefault(device, [there_s, back_s, 0.0, 0.0])
+                    work[2] += replica.microbatches * (forward_s + backward_s)
+                    work[3] += replica.microbatches * weight_s
+            there_s, back_s = there_s + forward_s, back_s + backward_s
+        least_s = max(
+            least_s, *(there + own + max(back, later) for there, back, own, later in works.values())
+        )
+    return least_s
 
 
 def _is_deep(plan: Partition) -> bool:

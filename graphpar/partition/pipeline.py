@@ -92,6 +92,7 @@ def partition(
     backend: Backend = "highs",
     incumbent: tuple[tuple[PipelineChoice, ...], ScheduleName] | None = None,
     explain_s: float = EXPLAIN_S,
+    simple_plans: bool = True,
 ) -> Partition:
     """The plan with the least step time, with a proven bound.
 
@@ -105,6 +106,8 @@ def partition(
         backend: The solver of integer programmes, where the search needs one.
         incumbent: A plan known before, which fits: only faster ones are looked for.
         explain_s: Seconds to look for what would fit where nothing does.
+        simple_plans: Whether a search cut short is to look at the plans of `handmade` as well; False
+            where the caller has better ones.
 
     Raises:
         ValueError: An argument or the table makes no sense.
@@ -118,7 +121,7 @@ def partition(
         run.start_from(*incumbent)
     run.work()
     run.own_up()
-    if run.truncated:
+    if run.truncated and (simple_plans or run.best is None):
         run.fall_back(schedule, microbatches)
     if run.best is None:
         explain_infeasible(table, family, run.truncated, explain_s)

@@ -202,7 +202,7 @@ def what_if(
         calibration: Measured curves of this machine's processor; the cached ones by default.
         gap: How close to the best of its family each plan has to be proven.
         time_limit_s: When to stop searching for one scenario's plan; by default so that all take about
-            30 seconds, but no less than 0.4 and no more than ten each.
+            20 seconds, but no less than 0.3 and no more than ten each.
         processes: How many solve at once; by default one per core.
         cache: Whether, or in which folder, answers are kept.
         progress: Called with how many answers are there, of how many.

@@ -1,21 +1,29 @@
-"""Plans that people write down by hand, as candidates: like devices in equal pipelines, played through.
+"""Plans that people write down by hand, as candidates: like devices in like pipelines, played through.
 
 The search weighs 1F1B and GPipe by a formula that is careful about gradient sums over slow links, and
-other schedules are tried on the stages it ends with. Equal pipelines of equal stages are often as good or
-better there, and are few.
+other schedules are tried on the stages it ends with. Pipelines as equal as the devices allow, of stages
+that take as equal times as the units allow, are often as good or better there, and are few. A quick
+estimate orders them, the formula prices the first, and the best of those are played through.
 """
 
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise, product
+
+import numpy as np
 
 from graphpar.cost import CostTable
-from graphpar.errors import InfeasibleError, VerifyError
+from graphpar.errors import VerifyError
+from graphpar.partition.bounds import least_bytes
+from graphpar.partition.pipeline_price import price
 from graphpar.partition.settings import ScheduleWish
-from graphpar.partition.types import ScheduleName
-from graphpar.scenarios.layouts import configured
-from graphpar.scenarios.types import KnownPlan, Layout
-from graphpar.simulated import deal_any, simulated
+from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.scenarios.types import KnownPlan
+from graphpar.schedule_choice import CHUNKS, interleaved, least_step_s
+from graphpar.simulated import deal_any, has_formula, simulated
 
 _SIZES = (1, 2, 4, 8)
 """Microbatch sizes that are tried."""
@@ -25,55 +33,256 @@ _MOST_FORWARDS = 10_000
 
 _MOST_DEVICES = 64
 
+_SPARED = 2 / 3
+"""Of a microbatch's way through the stages, what orders with split backwards need not wait for."""
+
+_MOST_PRICED = 24
+"""Plans of either sort priced by the formula, the best by estimate."""
+
+_MOST_PLAYED = 3
+"""Plans of either sort played through, the best by the formula."""
+
+Pipelines = tuple[PipelineChoice, ...]
+Widths = tuple[int, ...]
+"""Replicas of each stage of a pipeline."""
+
+
+@dataclass
+class _Blocks:
+    """The units' times on one kind of device, and how they are best cut."""
+
+    devices: tuple[str, ...]
+    times: dict[int, list[float]]
+    """By microbatch size: seconds of the units for one microbatch, forward and backward."""
+    _cuts: dict[Widths, list[int]] = field(default_factory=dict)
+
+    def cuts(self, widths: Widths) -> list[int]:
+        """Where stages begin and end."""
+        if widths not in self._cuts:
+            self._cuts[widths] = even_cuts(self.times[_SIZES[0]], widths)
+        return self._cuts[widths]
+
+    def step_s(self, widths: Widths, microbatches: int, size: int) -> float:
+        """Without messages, sums and update: the model once, and the longest stage again and again."""
+        times = self.times[size]
+        stages = [math.fsum(times[a:b]) for a, b in pairwise(self.cuts(widths))]
+        again_s = (own * (-(-microbatches // w) - 1) for own, w in zip(stages, widths, strict=True))
+        return math.fsum(stages) + max(again_s)
+
+
+@dataclass(frozen=True)
+class _Like:
+    """Like pipelines over all devices of a kind; larger ones have more samples for it."""
+
+    blocks: _Blocks
+    widths: tuple[Widths, ...]
+    samples: tuple[int, ...]
+    size: int
+
+    @cached_property
+    def microbatches(self) -> tuple[int, ...]:
+        """Of each pipeline."""
+        return tuple(max(1, own // self.size) for own in self.samples)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether any stage has several replicas."""
+        return any(width > 1 for own in self.widths for width in own)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of all stages in a step."""
+        return sum(m * len(own) for m, own in zip(self.microbatches, self.widths, strict=True))
+
+    def estimate_s(self) -> float:
+        """The step of the slowest pipeline, as `_Blocks.step_s` has it."""
+        unlike = set(zip(self.widths, self.microbatches, strict=True))
+        return max(self.blocks.step_s(*one, self.size) for one in unlike)
+
+    def pipelines(self) -> Pipelines:
+        """Stages on devices; copies of a stage stand side by side, as near as can be."""
+        free = iter(self.blocks.devices)
+        places: list[list[tuple[Replica, ...]]] = [[] for _ in self.widths]
+        for stage in range(max(map(len, self.widths))):
+            for own, widths in zip(places, self.widths, strict=True):
+                if stage < len(widths):
+                    own.append(tuple(Replica(next(free), 0) for _ in range(widths[stage])))
+        return tuple(
+            PipelineChoice(
+                samples,
+                microbatches,
+                tuple(
+                    StageChoice(a, b, replicas)
+                    for (a, b), replicas in zip(pairwise(self.blocks.cuts(widths)), own, strict=True)
+                ),
+            )
+            for samples, microbatches, widths, own in zip(
+                self.samples, self.microbatches, self.widths, places, strict=True
+            )
+        )
+
 
 def best_regular(table: CostTable, wish: ScheduleWish, deadline_s: float) -> KnownPlan | None:
-    """The fastest of equal pipelines of each kind of device, as far as there is time; None for none."""
-    best: tuple[float, KnownPlan] | None = None
-    for layout, part in _layouts(table):
-        for schedule in _schedules(wish):
-            if time.monotonic() > deadline_s:
-                return best[1] if best is not None else None
-            found = _played(table, part, layout, schedule)
-            if found is not None and (best is None or found[0] < best[0]):
-                best = found
-    return best[1] if best is not None else None
+    """The fastest plan of like pipelines of one kind of device, as far as there is time, or None."""
+    schedules = _schedules(wish)
+    if not schedules or not table.training or table.max_microbatches == 1 or table.tail_reason:
+        return None
+    bests: list[tuple[float, KnownPlan]] = []
+
+    def play(pipelines: Pipelines, orders: Sequence[ScheduleName]) -> None:
+        cutoff_s = bests[-1][0] if bests else math.inf
+        tried = (_played(table, pipelines, one, cutoff_s) for one in orders)
+        bests.extend(filter(None, [next(filter(None, tried), None)]))
+
+    def is_late() -> bool:
+        return bool(bests) and time.monotonic() > deadline_s
+
+    for pipelines in _shortest(table, schedules, deadline_s):
+        if not is_late():
+            play(pipelines, schedules)
+    # Stages dealt out in several rounds wait for less and send more.
+    for (_, base), chunks in product(bests[:-3:-1], CHUNKS):
+        dealt = tuple(interleaved(table, p, chunks) for p in base.pipelines)
+        if not is_late() and not has_formula(base.schedule) and dealt != base.pipelines:
+            play(dealt, (base.schedule,))
+    return bests[-1][1] if bests else None
 
 
 def _schedules(wish: ScheduleWish) -> tuple[ScheduleName, ...]:
     if wish == "auto":
-        return ("1f1b", "zero-bubble")
+        return ("zero-bubble", "1f1b")
     return () if wish == "interleaved" else (wish,)
 
 
-def _layouts(table: CostTable) -> Iterator[tuple[Layout, CostTable]]:
-    """Copies and stages of one kind of device, the fastest first, with the table of that kind alone."""
-    if not table.training or table.max_microbatches == 1 or table.tail_reason:
-        return
-    numbers = range(len(table.device_classes))
-    whole = [sum(table.forward_s(u, k, 1) for u in range(table.num_units)) for k in numbers]
-    for kind in sorted(numbers, key=whole.__getitem__):
-        classes = tuple(
-            c if k == kind else replace(c, devices=()) for k, c in enumerate(table.device_classes)
-        )
-        part, number = replace(table, device_classes=classes), len(classes[kind].devices)
-        for copies in (n for n in range(1, min(number, _MOST_DEVICES) + 1) if number % n == 0):
-            stages, share = number // copies, table.batch // copies
-            if stages > table.num_units or not share or copies > table.max_replicas:
+def _shortest(table: CostTable, schedules: Sequence[ScheduleName], deadline_s: float) -> list[Pipelines]:
+    """Those that fit with the shortest steps by the formula, as far as there is time to price them.
+
+    The formula may be fonder of replicas than other orders of work are, so both sorts are kept.
+    """
+    named: ScheduleName = next((s for s in schedules if has_formula(s)), "1f1b")
+    priced: dict[bool, list[tuple[float, int, Pipelines]]] = {True: [], False: []}
+    for number, like in enumerate(sorted(_all_like(table), key=_Like.estimate_s)):
+        if time.monotonic() > deadline_s:
+            break
+        same = priced[like.replicated]
+        if len(same) < _MOST_PRICED:
+            pipelines = like.pipelines()
+            step_s = _price_s(table, pipelines, named)
+            if step_s is not None:
+                same.append((step_s, number, pipelines))
+    best = sorted(plan for same in priced.values() for plan in sorted(same)[:_MOST_PLAYED])
+    return [pipelines for _, _, pipelines in best]
+
+
+def _all_like(table: CostTable) -> Iterator[_Like]:
+    """Those of each kind of device for which there are samples, and memory for the weights."""
+    units = range(table.num_units)
+    for kind, own in enumerate(table.device_classes):
+        times = {
+            size: [table.forward_s(u, kind, size) + table.backward_s(u, kind, size) for u in units]
+            for size in _SIZES
+        }
+        blocks = _Blocks(own.devices, times)
+        fewest = math.ceil(least_bytes(table) / max(own.memory_bytes - table.reserved_bytes, 1.0))
+        most = min(len(own.devices), _MOST_DEVICES, table.max_replicas, table.batch)
+        for widths in _forms(len(own.devices), most):
+            if not fewest <= min(map(len, widths)) <= max(map(len, widths)) <= table.num_units:
                 continue
-            for count in dict.fromkeys(max(1, share // size) for size in _SIZES):
-                if stages * copies * count <= _MOST_FORWARDS:
-                    yield Layout(1, stages, copies, count), part
+            samples = tuple(shares(table.batch, [sum(w) for w in widths]))
+            for size in _SIZES:
+                like = _Like(blocks, widths, samples, size)
+                enough = all(max(w) <= m for w, m in zip(widths, like.microbatches, strict=True))
+                if size <= max(samples) and enough and like.forwards <= _MOST_FORWARDS:
+                    yield like
+
+
+def _forms(devices: int, most: int) -> Iterator[tuple[Widths, ...]]:
+    """Pipelines as alike as can be over so many devices, with at most so many replicas of any stage.
+
+    >>> list(_forms(3, 3))
+    [((1, 1, 1),), ((1, 2),), ((2, 1),), ((3,),), ((1, 1), (1,)), ((1,), (1,), (1,))]
+    """
+    for copies in range(1, most + 1):
+        fewest, more = divmod(devices, copies)
+        for width in range(1, min(fewest, most // copies) + 1):
+            ends = _ends(fewest, width)
+            for first, last in ends if not more else [(0, 0)] * (width == 1):
+                numbers = [(fewest + (i < more) - first - last) // width for i in range(copies)]
+                yield tuple((first,) * (first > 0) + (width,) * n + (last,) * (last > 0) for n in numbers)
+
+
+def _ends(devices: int, width: int) -> list[tuple[int, int]]:
+    """How devices that do not make a whole stage are put before and behind the others."""
+    whole, rest = divmod(devices, width)
+    if not rest:
+        return [(0, 0)]
+    ends = [(rest, 0), (0, rest), (rest - rest // 2, rest // 2)]
+    if whole > 1:
+        more = rest + width
+        ends.append((more - more // 2, more // 2))
+    return list(dict.fromkeys(ends))
+
+
+def shares(batch: int, weights: Sequence[int]) -> list[int]:
+    """The batch in proportion to weights, in whole samples and at least one each.
+
+    >>> shares(16, [3, 3, 2]), shares(3, [5, 1, 1])
+    ([6, 6, 4], [1, 1, 1])
+    """
+    left, rest, shares = batch, sum(weights), []
+    for number, weight in enumerate(weights):
+        others = len(weights) - number - 1
+        shares.append(min(max(round(left * weight / rest), 1), left - others))
+        left, rest = left - shares[-1], rest - weight
+    return shares
+
+
+def even_cuts(times: Sequence[float], widths: Sequence[int]) -> list[int]:
+    """Where to cut units into stages of so many replicas so that the busiest replica has least to do.
+
+    Of several ways the one with the shortest stages in front, which hold the most in memory.
+
+    >>> even_cuts([1.0, 1.0, 1.0, 1.0, 3.0], [1, 1, 1]), even_cuts([1.0, 3.0, 1.0, 1.0], [2, 1, 1])
+    ([0, 1, 4, 5], [0, 2, 3, 4])
+    """
+    done = np.array([0.0, *accumulate(times)])
+    # [from, to]: a stage has a unit at least.
+    stage_s = np.where(np.tri(len(done), dtype=bool), np.inf, done - done[:, None])
+    least_s = np.where(done < done[-1], np.inf, 0.0)
+    ends = []
+    for width in reversed(widths):
+        busiest_s = np.maximum(stage_s / width, least_s)
+        ends.append(busiest_s.argmin(axis=1))
+        least_s = busiest_s.min(axis=1)
+    cuts = [0]
+    for end in reversed(ends):
+        cuts.append(int(end[cuts[-1]]))
+    return cuts
+
+
+def _price_s(table: CostTable, pipelines: Pipelines, schedule: ScheduleName) -> float | None:
+    """The step by 1F1B's formula, without most of its bubble; None where the plan does not fit."""
+    try:
+        dealt = tuple(deal_any(table, p, schedule) for p in pipelines)
+        cost = price(table, dealt, schedule)
+    except (ValueError, VerifyError):
+        return None
+    capacity = table.device_classes
+    fits = all(peak <= capacity[table.class_of[d]].memory_bytes for d, peak in cost.peak_bytes.items())
+    return cost.objective_s - _SPARED * cost.parts["fill_compute_s"] if fits else None
 
 
 def _played(
-    table: CostTable, part: CostTable, layout: Layout, schedule: ScheduleName
+    table: CostTable, pipelines: Pipelines, schedule: ScheduleName, cutoff_s: float
 ) -> tuple[float, KnownPlan] | None:
+    """The plan with its step as it is played through; None where it does not fit, or is no shorter."""
     try:
-        made = configured(part, layout, "1f1b", "auto")
-        pipelines = tuple(deal_any(table, p, schedule) for p in made.pipelines)
-        played = simulated(table, pipelines, schedule)
-    except (InfeasibleError, ValueError, VerifyError):
+        dealt = tuple(deal_any(table, p, schedule) for p in pipelines)
+        if least_step_s(table, dealt) >= cutoff_s:
+            return None
+        played = simulated(table, dealt, schedule)
+    except (ValueError, VerifyError):
         return None
-    if not played.fits(table):
+    if played.step_s >= cutoff_s or not played.fits(table):
         return None
-    return played.step_s, KnownPlan(pipelines, schedule, table.batch)
+    return played.step_s, KnownPlan(dealt, schedule, table.batch)

@@ -34,8 +34,8 @@ CHOICE_S = 2.0
 LEAST_EXPLAIN_S, MOST_EXPLAIN_S = 1.0, 10.0
 """Seconds to look for what would fit where nothing does: as long as the search, within these."""
 
-REGULAR_SHARE = 0.2
-"""Share of the time of a scenario for trying equal pipelines."""
+SEARCH_SHARE = 0.4
+"""Of a scenario's time, for the search at least, however long other plans were looked at before."""
 
 LOOKED = 2
 """Scenarios of other links alone in which equal pipelines are tried."""
@@ -91,6 +91,7 @@ def solve(task: Task, known: Known | None = None) -> Answer:
 
 def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     """The plan found, or one of another scenario that is faster here."""
+    began_s = time.monotonic()
     others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
     if known is not None and task.layout is None:
         others += _played(table, task, known)
@@ -99,8 +100,11 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
         if proven is not None:
             return proven
     others += _alone_found(table, task)
+    known_s = min((_step_s(table, other) for other in others), default=math.inf)
+    left_s = task.time_limit_s - (time.monotonic() - began_s)
+    searched_for_s = max(left_s, SEARCH_SHARE * task.time_limit_s)
     try:
-        best = _found(table, task, task.again and task.grouped, known)
+        best = _found(table, replace(task, time_limit_s=searched_for_s), known, known_s)
     except InfeasibleError:
         if not others:
             raise
@@ -168,7 +172,7 @@ def _played(table: CostTable, task: Task, known: Known) -> list[Partition]:
     """
     if known.looked < LOOKED:
         known.looked += 1
-        limit_s = min(task.time_limit_s * REGULAR_SHARE, CHOICE_S)
+        limit_s = min(task.time_limit_s, CHOICE_S)
         plan = best_regular(table, task.schedule, time.monotonic() + limit_s)
         if plan is not None:
             known.keep(plan)
@@ -191,17 +195,19 @@ def brought(task: Task, plan: KnownPlan) -> Partition | None:
     return found if all(p.microbatches == task.microbatches for p in found.pipelines) else None
 
 
-def _found(table: CostTable, task: Task, recompute: bool, known: Known | None) -> Partition:
+def _found(table: CostTable, task: Task, known: Known | None, known_s: float) -> Partition:
+    """The configuration asked for, or what a search finds; `known_s` is the step of a plan at hand."""
     if task.layout is not None:
+        recompute = task.again and task.grouped
         found = configured(table, task.layout, searched(task.schedule), task.microbatches, recompute)
         named = task.schedule in ("interleaved", "zero-bubble")
         return _scheduled(table, found, task) if named else found
-    found = _searched(table, task, known)
+    found = _searched(table, task, known, known_s)
     if known is None:
-        return _scheduled(table, found, task)
+        return _scheduled(table, found, task, known_s)
     known.note(table, found)
     if known.schedule is None:
-        scheduled = _scheduled(table, found, task)
+        scheduled = _scheduled(table, found, task, known_s)
         known.schedule = scheduled.schedule
         known.tried.add(found.pipelines)
         return scheduled
@@ -217,7 +223,7 @@ def _found(table: CostTable, task: Task, recompute: bool, known: Known | None) -
     return min(found, other, key=lambda p: simulated(table, p.pipelines, p.schedule).step_s)
 
 
-def _searched(table: CostTable, task: Task, known: Known | None) -> Partition:
+def _searched(table: CostTable, task: Task, known: Known | None, known_s: float) -> Partition:
     """The plan found by a search, or by others where that is good enough or there is no time."""
     before = known.best(table) if known is not None else None
     if before is not None and (before.gap <= task.gap or task.time_limit_s < LEAST_SEARCH_S):
@@ -230,15 +236,22 @@ def _searched(table: CostTable, task: Task, known: Known | None) -> Partition:
         microbatches=task.microbatches,
         incumbent=(before.pipelines, before.schedule) if before is not None else None,
         explain_s=min(max(task.time_limit_s, LEAST_EXPLAIN_S), MOST_EXPLAIN_S),
+        simple_plans=known_s == math.inf,
     )
     return known.improved(table, found) if known is not None else found
 
 
-def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
+def _scheduled(table: CostTable, found: Partition, task: Task, known_s: float = math.inf) -> Partition:
     """The plan under the schedule wished for, or as it is with a note why not."""
     try:
-        limit_s = min(task.time_limit_s, CHOICE_S)
-        return choose_schedule(table, found, task.schedule, task.microbatches, time_limit_s=limit_s)
+        return choose_schedule(
+            table,
+            found,
+            task.schedule,
+            task.microbatches,
+            time_limit_s=min(task.time_limit_s, CHOICE_S),
+            cutoff_s=known_s if task.schedule == "auto" else math.inf,
+        )
     except UnavailableScheduleError as error:
         note = f"{task.schedule} was asked for but cannot be had: {error}"
         return replace(found, notes=(*found.notes, note))
@@ -423,5 +436,5 @@ def solve_together(tasks: Sequence[Task]) -> list[Answer]:
 
 SHARES = (0.6, 0.5)
 """Of the time left, for the scenario with the fastest links and then for that with the slowest."""
-LEAST_SEARCH_S = 0.2
+LEAST_SEARCH_S = 0.1
 """A search shorter than this finds nothing that other scenarios' plans do not give."""

@@ -16,7 +16,7 @@ from graphpar.errors import GraphparError
 from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios.cache import AnswerCache, key_of
-from graphpar.scenarios.changes import apply
+from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import covers
 from graphpar.scenarios.pricing import PriceBook, priced_by, trust
 from graphpar.scenarios.report import CUT_SHORT
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
 
 
-STUDY_S = 30.0
+STUDY_S = 20.0
 """Wall-clock time that the searches of one study may take together where nobody says otherwise."""
 
 
@@ -41,6 +41,8 @@ MOST_HINTS = 3
 
 BASELINE_SHARE = 3.0
 """The baseline is searched for so many times as long as a scenario: the others start from its plan."""
+
+SAME = "nothing is changed: this is the baseline"
 
 _ROUNDING = 1e-9
 
@@ -242,6 +244,12 @@ class Solver:
         nodes = {cluster.device(name).node for name in answer.used}
         prices = dict(setting.usd_per_h)
         usd_per_h = sum(prices[n] for n in nodes) if nodes and nodes <= set(prices) else None
+        unknown = sorted(nodes - set(prices))
+        if prices and unknown:
+            remarks = (
+                *remarks,
+                f"no cost, for the price of {', '.join(unknown)} is not known: set NODE.usd_per_h",
+            )
         powers = [cluster.device(name).power_w for name in answer.used]
         watts = sum(p for p in powers if p is not None)
         known = bool(powers) and all(p is not None for p in powers)
@@ -322,10 +330,10 @@ def fair_limit_s(scenarios: int, processes: int | None) -> float:
     """Seconds for each of so many scenarios.
 
     >>> fair_limit_s(3, 2), fair_limit_s(40, 2), fair_limit_s(1000, 2)
-    (10.0, 1.5, 0.4)
+    (10.0, 1.0, 0.3)
     """
     together_s = STUDY_S * (processes if processes is not None else num_cores())
-    return min(max(together_s / scenarios, 0.4), 10.0)
+    return min(max(together_s / scenarios, 0.3), 10.0)
 
 
 def _version() -> str:
@@ -378,6 +386,10 @@ def ask(
             answers.append(Answer(scenario.title, scenario.changes, status="invalid", problem=setting))
             continue
         found = first if setting is baseline else next(rest)
+        told = idle(setting, scenario.changes)
+        if setting is baseline:
+            told = (SAME, *told)
+        found = replace(found, remarks=(*found.remarks, *told))
         answers.append(renamed(found, scenario.title, scenario.changes))
     return renamed(first, "baseline", ()), tuple(answers)
 

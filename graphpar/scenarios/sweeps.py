@@ -9,6 +9,9 @@ from graphpar.scenarios.types import Answer, Scenario
 KNEE = 0.5
 """Past the knee, 1 % more of the swept thing gives less than half a per cent of throughput."""
 
+WIDTHS = ("tp", "pp", "dp", "m")
+"""What a configuration made by hand consists of; swept like any path."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -50,19 +53,23 @@ def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sw
 def scenarios_of(sweeps: Sequence[Sweep]) -> tuple[Scenario, ...]:
     """One scenario per combination of values, the last sweep's values running fastest.
 
-    >>> [s.title for s in scenarios_of([Sweep("batch", ("8",)), Sweep("m", ("1", "2"))])]
-    ['batch=8, m=1', 'batch=8, m=2']
+    >>> [s.changes for s in scenarios_of([Sweep("batch", ("8",)), Sweep("tp", ("1", "2"))])]
+    [('set batch=8', 'tp=1'), ('set batch=8', 'tp=2')]
     """
     if not sweeps:
         return ()
-    rows = itertools.product(*(s.values for s in sweeps))
+    paths = [sweep.path for sweep in sweeps]
+    rows = itertools.product(*(sweep.values for sweep in sweeps))
     return tuple(
-        Scenario(
-            ", ".join(f"{s.path}={v}" for s, v in zip(sweeps, row, strict=True)),
-            tuple(f"set {s.path}={v}" for s, v in zip(sweeps, row, strict=True)),
-        )
-        for row in rows
+        _point([f"{path}={value}" for path, value in zip(paths, row, strict=True)]) for row in rows
     )
+
+
+def _point(settings: Sequence[str]) -> Scenario:
+    """Widths of a configuration make one change together; everything else is set on its own."""
+    widths = [text for text in settings if text.partition("=")[0] in WIDTHS]
+    changes = [f"set {text}" for text in settings if text not in widths]
+    return Scenario(", ".join(settings), (*changes, *([" ".join(widths)] if widths else [])))
 
 
 def knee(values: Sequence[float], answers: Sequence[Answer]) -> float | None:

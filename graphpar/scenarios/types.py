@@ -12,8 +12,6 @@ OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 
 Status = Literal["ok", "infeasible", "invalid"]
 
-"""Most devices of a node that may share every layer; `auto` for as many as a node has."""
-
 
 @dataclass(frozen=True)
 class Layout:

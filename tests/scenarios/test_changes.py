@@ -1,13 +1,15 @@
 """Changes in words: what they do to a setting, and what is refused."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphpar.cluster import Cluster
-from graphpar.scenarios.changes import apply
+from graphpar.scenarios.changes import apply, idle
+from graphpar.scenarios.prices import instance_price
 from graphpar.scenarios.types import Layout, Setting
 
 LAB = Cluster.from_dict(
@@ -116,3 +118,50 @@ def test_any_text_is_a_change_or_an_error_that_says_so(text: str) -> None:
 def test_replacing_keeps_the_number_and_dropping_lowers_it(name: str, kind: str) -> None:
     assert len(kinds(apply(BASE, [f"replace {name} with {kind}"]))) == len(kinds(BASE))
     assert len(kinds(apply(BASE, [f"drop {name}"]))) == len(kinds(BASE)) - 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["set a.link.bytes_per_s=1e9", "replace a with v100"],
+        ["set a.network.bytes_per_s=1e9", "set network.bytes_per_s=5e9"],
+        ["set a.count=3", "add 2 h100 to a"],
+        ["set a/0.memory_bytes=1e9", "drop a/0"],
+        ["set a.usd_per_h=9", "replace a with t4"],
+    ],
+)
+def test_what_a_later_change_takes_back_is_refused_and_the_other_order_is_not(changes: list[str]) -> None:
+    with pytest.raises(ValueError, match="is undone by what follows"):
+        apply(BASE, changes)
+    if "drop a/0" not in changes:
+        apply(BASE, changes[::-1])
+
+
+def test_a_node_of_other_devices_has_no_known_price() -> None:
+    for change in ("replace a with t4", "add t4 to a", "set a.count=4", "replace a/0 with t4"):
+        assert dict(apply(BASE, [change]).usd_per_h) == {"b": 1.0}, change
+    assert dict(apply(BASE, ["drop a/0"]).usd_per_h) == {"a": 4.0, "b": 1.0}
+    made = apply(BASE, ["replace b with g5.12xlarge"])
+    assert [d.kind for d in made.cluster.node("b").devices] == ["a10g"] * 4
+    assert dict(made.usd_per_h)["b"] == instance_price("g5.12xlarge")
+
+
+def test_a_latency_of_the_network_is_that_of_every_card() -> None:
+    cloud = Setting(Cluster.of("g5.12xlarge", 2), batch=8)
+    made = apply(cloud, ["set network.latency_s=1e-7"]).cluster.topology()
+    assert {link.latency_s for link in (made.network, *made.between.values())} == {1e-7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["drop b", "set network.bytes_per_s=1e9"], "one node"),
+        (["set a.count=1", "set a.link.latency_s=1e-3"], "one device"),
+        (["set recompute=on"], "inference"),
+        (["set network.bytes_per_s=1e9", "set batch=8"], None),
+    ],
+)
+def test_what_makes_no_difference_is_told(changes: list[str], words: str | None) -> None:
+    base = replace(BASE, training=words != "inference")
+    told = idle(apply(base, changes), changes)
+    assert words in told[0] if words else not told

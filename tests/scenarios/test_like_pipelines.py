@@ -1,0 +1,69 @@
+"""Plans that people write down by hand, and what they are ranked by."""
+
+import math
+import time
+from itertools import accumulate, combinations, pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan_samples import partitions, sample_partition, table_for
+
+from graphpar.errors import VerifyError
+from graphpar.partition.types import Partition, ScheduleName
+from graphpar.scenarios.regular import best_regular, even_cuts, shares
+from graphpar.schedule_choice import least_step_s
+from graphpar.simulated import deal_any, simulated
+
+
+@given(
+    st.lists(st.floats(0.1, 9.0), min_size=1, max_size=8),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+)
+def test_no_other_cuts_leave_the_busiest_replica_less(times: list[float], widths: list[int]) -> None:
+    widths = widths[: len(times)]
+    done = [0.0, *accumulate(times)]
+
+    def busiest(cuts: list[int]) -> float:
+        return max((done[b] - done[a]) / w for (a, b), w in zip(pairwise(cuts), widths, strict=True))
+
+    found = even_cuts(times, widths)
+    inner = combinations(range(1, len(times)), len(widths) - 1)
+    assert busiest(found) <= min(busiest([0, *cut, len(times)]) for cut in inner) * (1 + 1e-9)
+    assert found == sorted(set(found)) and found[0] == 0 and found[-1] == len(times)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(6, 40))
+def test_shares_are_whole_samples_in_proportion(weights: list[int], batch: int) -> None:
+    found = shares(batch, weights)
+    assert sum(found) == batch and min(found) >= 1
+    if min(found) > 1:
+        assert all(abs(s - batch * w / sum(weights)) < 2 for s, w in zip(found, weights, strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(partitions(), st.sampled_from(["1f1b", "gpipe", "zero-bubble"]))
+def test_no_order_of_work_is_shorter_than_the_least(found: Partition, schedule: ScheduleName) -> None:
+    table = table_for(found)
+    pipelines = tuple(deal_any(table, p, schedule) for p in found.pipelines)
+    try:
+        played = simulated(table, pipelines, schedule)
+    except VerifyError:
+        return
+    assert least_step_s(table, pipelines) <= played.step_s * (1 + 1e-9)
+
+
+def test_the_best_regular_plan_fits_and_is_what_it_takes_to_play_it() -> None:
+    table = table_for(sample_partition())
+    found = best_regular(table, "auto", time.monotonic() + 60)
+    assert found is not None
+    played = simulated(table, found.pipelines, found.schedule)
+    assert played.fits(table)
+    assert played.step_s >= least_step_s(table, found.pipelines)
+    assert best_regular(table, "interleaved", math.inf) is None
+
+
+@pytest.mark.parametrize("wish", ["1f1b", "gpipe", "zero-bubble"])
+def test_a_schedule_asked_for_is_kept(wish: ScheduleName) -> None:
+    found = best_regular(table_for(sample_partition()), wish, time.monotonic() + 60)
+    assert found is not None and found.schedule == wish
