@@ -177,7 +177,14 @@ def test_a_compiler_that_fails_is_an_error_and_no_wait(monkeypatch: pytest.Monke
     def fail() -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(shard_warm, "_COMPILER", shard_warm._Compiler())
+    compiler = shard_warm._Compiler()
+
+    def at_once(*stages: Stage) -> None:
+        compiler._queue.put(stages[0])
+        compiler.run()
+
+    monkeypatch.setattr(compiler, "ask", at_once)  # a busy machine may be slow to start a thread
+    monkeypatch.setattr(shard_warm, "_COMPILER", compiler)
     monkeypatch.setattr(shard_warm, "compile_all", fail)
     with pytest.raises(GraphparError, match=r"No space left on device.*NUMBA_CACHE_DIR"):
         solve_sharding(line(9), time_limit_s=60)

@@ -310,6 +310,8 @@ def check(model: nn.Module, args: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name: str) -> None:
+    if name == "quantiles" and torch.__version__.startswith("2.11"):
+        pytest.skip("torch.quantile of torch 2.11 reads its argument, which no export follows")
     check(Calls(ROWS[name]), rows())
 
 
