@@ -62,6 +62,66 @@ class Common(torch.optim.SGD):
         return super().step(closure)
 
 
+class Factored(torch.optim.Optimizer):
+    """Means of rows for large matrices, all squares for others, as factored optimisers do."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            squares = p.grad.square()
+            p.sub_(p.grad / (squares.mean(1, True) if min(p.shape) >= 128 else squares).sqrt())
+
+
+class Clipped(torch.optim.SGD):
+    """Clips by the norm of all gradients together, but only large ones."""
+
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 500.0)
+        return super().step(closure)
+
+
+class Centred(torch.optim.SGD):
+    """Takes the mean off the gradients of kernels alone."""
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.grad -= p.grad.mean((1, 2, 3), True) if p.ndim == 4 else 0.0
+        return super().step(closure)
+
+
+class Noisy(torch.optim.SGD):
+    """Adds a little noise."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            p.add_(torch.randn_like(p), alpha=1e-6)
+
+
+@pytest.mark.parametrize(
+    "factory", [Factored, Centred, partial(torch.optim.Adafactor, lr=1e-6), partial(Lamb, lr=1e-7)]
+)
+def test_what_needs_whole_weights_is_found_out(factory: Factory) -> None:
+    """Whatever shapes it looks at, and however short its steps are."""
+    traits = optimizer_traits(factory)
+    assert not traits.elementwise and traits.separable
+
+
+def test_what_joins_parameters_when_gradients_are_large_is_found_out() -> None:
+    assert not optimizer_traits(Clipped).separable
+
+
+def test_steps_at_random_are_refused_by_name_on_several_devices() -> None:
+    training = Training(optimizer=Noisy)
+    with pytest.raises(ValueError, match=r"Noisy cannot train on several devices.*drift apart"):
+        graphpar.plan(Matrices(), CPUS, BATCH, train=training)
+    graphpar.plan(Matrices(), {"devices": [{"kind": "cpu"}]}, BATCH, train=training, measure_s=0)
+
+
 ELEMENTWISE = "SGD Adam AdamW RMSprop Adagrad Adadelta NAdam RAdam Adamax ASGD Rprop".split()
 
 
