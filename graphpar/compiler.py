@@ -13,6 +13,7 @@ from graphpar.errors import ClusterError
 from graphpar.frontend.refusals import warn_of_bad_weights
 from graphpar.hf_models import hf_buffers
 from graphpar.local_timing import Example
+from graphpar.optimizer_probe import refuse_random_steps
 from graphpar.partition.types import TensorWidth
 from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, plan_prepared
 from graphpar.plans import Plan, hash_of
@@ -183,6 +184,7 @@ def compile(
         plan.check_model(prepared.graph.name, prepared.model_hash)
         plan.check_cluster(where.to_dict(), hash_of(where.to_dict()))
         plan.check_mode(training=train is not None)
+        refuse_random_steps(train, len(plan.partition.used_devices))
         for pipeline in plan.partition.pipelines:
             refuse_levels(pipeline, train, plan.partition.schedule)
             refuse_cut_model(pipeline, train)
@@ -192,9 +194,7 @@ def compile(
     if verify_first_step:
         if train is None:
             raise ValueError("verify_first_step=True checks a training step; pass train=Training(...).")
-        check = FirstStepCheck(
-            model, subject.captured, subject.graph, train, subject.lower, precision == "float32"
-        )
+        check = FirstStepCheck(model, subject.captured, subject.graph, train, subject.lower)
         subject = replace(subject, check=check)
     return CompiledModel.start(subject, decide)
 

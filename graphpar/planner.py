@@ -35,6 +35,7 @@ from graphpar.optimizer_probe import (
     joining_optimizer,
     optimizer_traits,
     refuse_foreign_parameters,
+    refuse_random_steps,
 )
 from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
@@ -67,6 +68,7 @@ from graphpar.tensor_groups import (
     settle_shardings,
     widest_group,
     width_notes,
+    with_candidates,
     with_group_modes,
 )
 from graphpar.training import Training
@@ -145,6 +147,7 @@ def plan_prepared(
     """
     check_precision(precision)
     widest = widest_group(cluster, tensor)
+    refuse_random_steps(train, len(cluster.devices))
     joins = joining_optimizer(train)
     candidates = (
         () if prepared.in_step_reason or joins else candidate_groups(cluster, widest, mesh_of(tensor))
@@ -182,9 +185,7 @@ def plan_prepared(
         one_part = bool(prepared.batch_reason or prepared.in_step_reason)
         if candidates:
             lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
-            table = with_group_modes(
-                table, prepared.graph, cluster, candidates, calibration, train, lower
-            )
+            table = with_candidates(table, prepared.graph, cluster, candidates, calibration, train, lower)
         if train is not None and not one_part:
             # What writes into buffers (there, samples mix) cannot run twice.
             table = with_modes(table, StageOptions(recompute=True, zero=levels))
@@ -357,7 +358,7 @@ def plan_of(
     """
     groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
     if groups:
-        table = with_group_modes(table, prepared.graph, cluster, groups, calibration)
+        table = with_group_modes(table, prepared.graph, cluster, groups, calibration, train)
         choices = [s for p in found.pipelines for s in p.stages]
         levels = tuple(sorted({s.zero for s in choices if s.zero}))
         ways = StageOptions(recompute=any(s.recompute for s in choices), zero=levels)

@@ -37,7 +37,6 @@ class FirstStepCheck:
         graph: Its graph after the first passes.
         training: How it is trained.
         lower: Lowers the graph for a partition.
-        is_exact: Whether the job computes in float32; rounding to fewer bits is told, not refused.
     """
 
     model: nn.Module
@@ -45,7 +44,6 @@ class FirstStepCheck:
     graph: Graph
     training: Training
     lower: Callable[[Graph, Partition, Lowered | None], Lowered]
-    is_exact: bool
 
     def compare(
         self,
@@ -54,14 +52,26 @@ class FirstStepCheck:
         state: Mapping[str, torch.Tensor],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
+        *,
+        step: int = 0,
+        is_exact: bool = True,
     ) -> None:
         """Compare a step from a state with the same step on one device.
+
+        Args:
+            loss: The job's.
+            gradients: The job's, by name.
+            state: The weights before the step.
+            args: Positional arguments of the batch.
+            kwargs: Keyword arguments of the batch.
+            step: The step's number, which random numbers depend on.
+            is_exact: Whether the job computes in float32; rounding to fewer bits is told, not refused.
 
         Raises:
             NumbersDifferError: Loss or gradients differ by more than rounding; says by how much.
         """
         reference = self._reference(state)
-        (result,) = reference.forward(args, kwargs)
+        (result,) = reference.forward(args, kwargs, step)
         result.backward()  # type: ignore[no-untyped-call]
         wanted = result.detach().cpu()
         loss_difference = relative_difference(loss, wanted)
@@ -74,7 +84,7 @@ class FirstStepCheck:
         )
         if loss_difference <= FLOAT32_ROUNDING and difference <= FLOAT32_ROUNDING:
             _log.info("The first step agrees with one device: %s", text)
-        elif self._is_rounding(loss, gradients, wanted, own, state, args, kwargs):
+        elif self._is_rounding(loss, gradients, wanted, own, state, args, kwargs, step):
             far = max(loss_difference, difference) > _TELLS_LITTLE
             _log.log(
                 logging.WARNING if far else logging.INFO,
@@ -82,7 +92,7 @@ class FirstStepCheck:
                 text,
                 _HIDES if far else "",
             )
-        elif self.is_exact:
+        elif is_exact:
             raise NumbersDifferError(
                 f"The first step differs from one device by more than rounding: {text}. The weights "
                 "have not been changed. This is a bug of graphpar: report it with the plan; until then "
@@ -100,9 +110,10 @@ class FirstStepCheck:
         state: Mapping[str, torch.Tensor],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
+        step: int,
     ) -> bool:
         """Whether the last bits of the weights move loss and gradients as much on one device."""
-        in_loss, explained = own_rounding(lambda: self._reference(state), args, kwargs, wanted, own)
+        in_loss, explained = own_rounding(lambda: self._reference(state), args, kwargs, wanted, own, step)
         _, rest = compare_gradients(gradients, own, explained)
         loss_rest = relative_difference(loss, wanted, explained=in_loss)
         return rest <= FLOAT32_ROUNDING and loss_rest <= FLOAT32_ROUNDING

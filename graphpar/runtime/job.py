@@ -10,6 +10,7 @@ from typing import Any
 import cloudpickle
 import torch
 import torch.distributed as dist
+from msgspec import structs
 
 from graphpar.cluster_build import num_cores
 from graphpar.device import LOCAL_KIND
@@ -38,6 +39,7 @@ from graphpar.runtime.optimizers import Recipe
 from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Part, StepReport, in_part
 from graphpar.runtime.prologue import Prologue
+from graphpar.runtime.scaling import is_finite
 from graphpar.runtime.starts import rank_starts, refuse_foreign_devices
 from graphpar.runtime.subject import Subject
 from graphpar.runtime.torchrun import TorchrunWorkers, under_torchrun
@@ -89,6 +91,7 @@ class CompiledModel(JobState):
         self.true_error: TrueError | None = None
         self._devices = lowered.partition.used_devices
         self._profiles = False
+        self._check, self._checks_step = subject.check, 0
         main = Loaded(
             "train" if subject.training else "infer",
             replace(subject.captured, graph=subject.graph),
@@ -103,6 +106,12 @@ class CompiledModel(JobState):
     def graph(self) -> Graph:
         """The captured graph of the model, which the plan cuts into units."""
         return self._subject.graph
+
+    @property
+    def _formats(self) -> set[str]:
+        """The number formats of all units."""
+        stages = [s for pipeline in self.plan.partition.pipelines for s in pipeline.stages]
+        return {unit_format for stage in stages for unit_format in stage.formats}
 
     @staticmethod
     def warm_up() -> None:
@@ -152,8 +161,8 @@ class CompiledModel(JobState):
 
     def _step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         loaded = self._main_for(args, kwargs)
-        if self._subject.check is not None and self._steps == 0:
-            loss = self._checked_step(loaded, self._subject.check, args, kwargs)
+        if self._check is not None and self._steps == self._checks_step:
+            loss = self._checked_step(loaded, self._check, args, kwargs)
         else:
             (loss,) = self._run(loaded, args, kwargs)
         if loaded is self._main:
@@ -303,15 +312,24 @@ class CompiledModel(JobState):
         state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         (loss,) = self._run(loaded, args, kwargs, part="gradients")
         assert self.last_step is not None
-        report = self.last_step.reports[0]
-        scale = report.loss_scale or 1.0
-        gradients = {name: tensor.cpu() / scale for name, tensor in self.gradients().items()}
-        check.compare(loss, gradients, state, args, kwargs)
+        scale = self.last_step.reports[0].loss_scale
+        gradients = {name: tensor.cpu() / (scale or 1.0) for name, tensor in self.gradients().items()}
+        if scale is not None and not is_finite(gradients.values()):
+            self._checks_step = self._steps + 1  # this one is skipped, and the factor halved
+        else:
+            is_exact = self._formats == {"float32"}
+            check.compare(loss, gradients, state, args, kwargs, step=self._steps, is_exact=is_exact)
         signature = loaded.captured.signature
         samples = check_inputs(loaded.captured.graph, signature.bind(args, kwargs), signature.batched)
         self._schedule(loaded, samples, "optimizer")
         nothing: list[dict[str, torch.Tensor]] = [{} for _ in loaded.lowered.placements]
-        self._workers.step(f"{loaded.name}:{samples}optimizer", nothing, self._steps)
+        stepped = self._workers.step(f"{loaded.name}:{samples}optimizer", nothing, self._steps)
+        told = [(r.report.skipped, r.report.grad_norm) for r in stepped]
+        reports = tuple(
+            structs.replace(report, skipped=skipped, grad_norm=norm)
+            for report, (skipped, norm) in zip(self.last_step.reports, told, strict=True)
+        )
+        self.last_step = replace(self.last_step, reports=reports)
         return loss
 
     def _run(

@@ -33,6 +33,7 @@ def own_rounding(
     kwargs: Mapping[str, Any],
     loss: torch.Tensor,
     gradients: Mapping[str, torch.Tensor],
+    step: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """What rounding explains of a difference in the loss and, by name, in each gradient.
 
@@ -42,9 +43,10 @@ def own_rounding(
         kwargs: Keyword arguments of the batch.
         loss: The loss on one device.
         gradients: The gradients on one device, on the processor.
+        step: The step's number, which random numbers depend on.
     """
     loss_moves, moves = 0.0, dict.fromkeys(gradients, 0.0)
-    for other_loss, others in _others(make, args, kwargs):
+    for other_loss, others in _others(make, args, kwargs, step):
         loss_moves = _larger(loss_moves, abs(float(other_loss) - float(loss)))
         for name, gradient in others.items():
             if name in moves and gradient.numel():
@@ -59,25 +61,26 @@ def _larger(before: float, moved: float) -> float:
 
 
 def _others(
-    make: Callable[[], EagerModel | OneDevice], args: Sequence[Any], kwargs: Mapping[str, Any]
+    make: Callable[[], EagerModel | OneDevice], args: Sequence[Any], kwargs: Mapping[str, Any], step: int
 ) -> Iterator[tuple[torch.Tensor, Mapping[str, torch.Tensor]]]:
     """Losses and gradients of the step with other last bits, and in float64 where that can be had."""
     for number in range(ROUNDS):
         reference = make()
         last_bits_changed(reference, number)
-        yield _step(reference, args, kwargs)
+        yield _step(reference, args, kwargs, step)
     exact = make()
     if isinstance(exact, EagerModel):
         exact.model.double()
         leaves, spec = flatten((tuple(args), dict(kwargs)))
         with suppress(Exception):  # a model may ask for float32 by name
-            yield _step(exact, *unflatten([_doubled(leaf) for leaf in leaves], spec))
+            doubled, named = unflatten([_doubled(leaf) for leaf in leaves], spec)
+            yield _step(exact, doubled, named, step)
 
 
 def _step(
-    reference: EagerModel | OneDevice, args: Sequence[Any], kwargs: Mapping[str, Any]
+    reference: EagerModel | OneDevice, args: Sequence[Any], kwargs: Mapping[str, Any], step: int
 ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-    (loss,) = reference.forward(args, kwargs)
+    (loss,) = reference.forward(args, kwargs, step)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach(), reference.gradients()
 

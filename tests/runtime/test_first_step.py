@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TRAINING, Forced, Line, force, straight
+from helpers import TRAINING, Forced, Line, force, sgd, straight
 from torch import nn
 
 import graphpar
@@ -77,13 +77,39 @@ def test_a_difference_is_told_with_numbers_before_weights_change() -> None:
         return lower(graph.with_ops(ops), found, training=True, like=like)
 
     subject = subject_of(model, forced.prepared, forced.cluster, TRAINING)
-    check = FirstStepCheck(model, subject.captured, subject.graph, TRAINING, subject.lower, is_exact=True)
+    check = FirstStepCheck(model, subject.captured, subject.graph, TRAINING, subject.lower)
     broken = replace(subject, lower=wrong, check=check)
     with CompiledModel.start(broken, lambda: forced.plan) as job:
         with pytest.raises(NumbersDifferError, match=r"loss is \d.*on one device.*gradient is \d.*\("):
             job.step(*given)
         state = job.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_step_that_overflows_is_skipped_and_the_next_one_checked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The format is the plan's, of which the call says nothing."""
+    caplog.set_level(logging.INFO, "graphpar.verify")
+    model, given, one = Net(), batch(), {"devices": [{"kind": "cpu", "threads": 1}]}
+    training = Training(optimizer=sgd, loss=lambda x, y: 50.0 * nn.functional.mse_loss(x, y))
+    layers, wanted = nn.Sequential(*model.layers), torch.randn(8, 4) * 40
+    plan = graphpar.plan(
+        layers, one, (given[0], wanted), train=training, precision="float16", measure_s=0
+    )
+    with graphpar.compile(
+        layers, one, (given[0], wanted), train=training, plan=plan, verify_first_step=True
+    ) as job:
+        skipped = True
+        for number in range(20):
+            job.step(given[0], wanted)
+            assert job.last_step is not None
+            skipped = job.last_step.skipped
+            assert skipped or number > 0
+            assert skipped == ("The first step" not in caplog.text)
+            if not skipped:
+                break
+    assert not skipped
 
 
 def test_inference_has_no_first_step() -> None:

@@ -95,7 +95,7 @@ def test_an_error_that_may_pass_for_rounding_is_told(
 ) -> None:
     model, given = nn.Linear(3, 1), (torch.randn(4, 3), torch.zeros(4, 1))
     training = Training(optimizer=sgd, loss=F.mse_loss)
-    check = FirstStepCheck(model, None, None, training, None, is_exact=True)  # type: ignore[arg-type]
+    check = FirstStepCheck(model, None, None, training, None)  # type: ignore[arg-type]
     monkeypatch.setattr(FirstStepCheck, "_reference", lambda *_: EagerModel(model, training))
     explains_all = {"weight": torch.inf, "bias": torch.inf}
     monkeypatch.setattr(first_step, "own_rounding", lambda *_: (1.0, explains_all))
