@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from graphpar.cluster import Cluster
-from graphpar.errors import ClusterError, GraphparError, RunError
+from graphpar.errors import ClusterError, RunError
 from graphpar.plans import Plan
 from graphpar.runtime.checkpoint import Part, Restored
 from graphpar.runtime.executor import StepResult
@@ -118,11 +118,11 @@ class TorchrunWorkers:
             RunError: The first process failed, or the processes do not run the same model.
         """
         mine = Message("none", {"model": model_hash})
-        failure: GraphparError | None = None
+        failure: Exception | None = None
         if dist.get_rank() == 0:
             try:
                 mine = Message("plan", {"model": model_hash, "json": decide().to_json()})
-            except GraphparError as error:
+            except Exception as error:  # the others wait for an answer, whatever went wrong
                 failure, mine = error, Message("error", {"text": str(error)})
         answers = exchange(mine)
         if failure is not None:
