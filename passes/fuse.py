@@ -34,7 +34,8 @@ class FuseComm:
     * A sum of a value that nobody else reads uses its place.
 
     What is begun in a unit that is computed again is awaited there too, or the second time would wait
-    for what nobody began.
+    for what nobody began. The ops of a unit have to stay together: of such units only sums of one unit's
+    values are joined, where the first of them stands.
 
     Attributes:
         stage: The stage to rewrite.
@@ -67,7 +68,9 @@ class FuseComm:
     def run(self, graph: Graph) -> Graph:
         """Build the new graph."""
         graph = _without_dead(graph, self.stage)
-        graph = _summed_together(graph, self.stage, self.name)
+        again = units_of_member(graph, self.stage, self.again)
+        unit_of = {name: number for number, names in enumerate(again) for name in names}
+        graph = _summed_together(graph, self.stage, self.name, unit_of)
         return _Overlap(graph, self).run()
 
 
@@ -93,11 +96,11 @@ def sends(op: Op, training: bool) -> tuple[bool, bool]:
 # --- small sums in one message ---
 
 
-def _summed_together(graph: Graph, stage: int, name: str) -> Graph:
+def _summed_together(graph: Graph, stage: int, name: str, unit_of: Mapping[str, int]) -> Graph:
     instead: dict[str, list[Op]] = {}
-    for bucket in _buckets(graph, stage):
+    for bucket in _buckets(graph, stage, unit_of):
         instead.update((op.name, []) for op in bucket)
-        instead[bucket[-1].name] = _together(bucket, name)
+        instead[bucket[0 if unit_of else -1].name] = _together(bucket, name)
     if not instead:
         return graph
     return graph.with_ops(_sorted([new for op in graph.ops for new in instead.get(op.name, [op])]))
@@ -126,8 +129,17 @@ def _together(bucket: Sequence[Op], name: str) -> list[Op]:
     return [joined, *parts]
 
 
-def _buckets(graph: Graph, stage: int) -> Iterator[list[Op]]:
-    """Runs of small sums of one kind, none of which depends on another."""
+def _buckets(graph: Graph, stage: int, unit_of: Mapping[str, int]) -> Iterator[list[Op]]:
+    """Runs of small sums of one kind, none of which depends on another.
+
+    Where units are computed again, of values of one unit that are all there before the first sum.
+    """
+    place = {op.name: number for number, op in enumerate(graph.ops)} if unit_of else {}
+
+    def may_join(op: Op, first: Op) -> bool:
+        (mine, *_), (its, *_) = op.operands(), first.operands()
+        return not unit_of or (unit_of.get(mine) == unit_of.get(its) and place[mine] < place[first.name])
+
     bucket: list[Op] = []
     behind: set[str] = set()
     for op in graph.ops:
@@ -139,6 +151,7 @@ def _buckets(graph: Graph, stage: int) -> Iterator[list[Op]]:
         if not small:
             continue
         alike = bucket and _kind(bucket[0]) == _kind(op) and op.name not in behind
+        alike = alike and may_join(op, bucket[0])
         if not alike:
             if len(bucket) > 1:
                 yield bucket

@@ -18,6 +18,7 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Argument, BatchSize, Op, Ref, Symbol, TensorType
 from graphpar.ir.optable import packet
 from graphpar.ir.recomputed import Units
+from graphpar.runtime.attention import ATTENTION, attention
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.complex_ops import OF_COMPLEX
 from graphpar.runtime.deferral import Deferral, Late
@@ -464,7 +465,8 @@ def _is_steady(op: Op, values: Mapping[str, Any]) -> bool:
 def _call(graph: fx.Graph, op: Op, env: Mapping[str, fx.Node], stamp: _Stamp) -> fx.Node:
     arguments = tuple(stamp.argument(a, env) for a in op.args)
     keywords = {k: stamp.argument(v, env) for k, v in op.kwargs}
-    return graph.call_function(_function(op), arguments, keywords)
+    function = attention if op.target == ATTENTION and op.attr("grad") else _function(op)
+    return graph.call_function(function, arguments, keywords)
 
 
 def _function(op: Op) -> Callable[..., Any]:
