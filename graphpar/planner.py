@@ -68,7 +68,6 @@ from graphpar.tensor_groups import (
     settle_shardings,
     widest_group,
     width_notes,
-    with_candidates,
     with_group_modes,
 )
 from graphpar.training import Training
@@ -185,7 +184,9 @@ def plan_prepared(
         one_part = bool(prepared.batch_reason or prepared.in_step_reason)
         if candidates:
             lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
-            table = with_candidates(table, prepared.graph, cluster, candidates, calibration, train, lower)
+            table = with_group_modes(
+                table, prepared.graph, cluster, candidates, calibration, train, lower
+            )
         if train is not None and not one_part:
             # What writes into buffers (there, samples mix) cannot run twice.
             table = with_modes(table, StageOptions(recompute=True, zero=levels))
