@@ -1,0 +1,283 @@
+"""What one unit costs in seconds and bytes on each kind of device, from the kernels of its ops."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graphpar.calibration import Calibration
+from graphpar.cluster import Device
+from graphpar.cost import CutEdge, UnitCost
+from graphpar.cost_models.again import run_again
+from graphpar.cost_models.layout import Layout
+from graphpar.cost_models.memory import ALLOCATOR_SLACK, parameter_bytes, saved_roots, unit_memory
+from graphpar.cost_models.opcost import fan_out_kernels, work_of
+from graphpar.cost_models.rates import Rates, rates_of
+from graphpar.cost_models.work import Kernel, OpWork
+from graphpar.cost_options import PricingOptions
+from graphpar.ir.chain import Chain, Crossing, Unit
+from graphpar.ir.formats import multiplies_8_bits, wire_format
+from graphpar.ir.graph import Graph
+from graphpar.ir.late import late_weights
+from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
+
+LATE_OP_S = 45e-6
+"""What an op on a tape of its own takes besides: a call of a Python function each way and two more of
+autograd's engine. Measured on a CPU, where `benchmarks/schedules.py` shows it."""
+
+
+@dataclass(frozen=True)
+class UnitPricer:
+    """Works out one graph; kernels do not depend on the device and are computed once per size."""
+
+    graph: Graph
+    chain: Chain
+    options: PricingOptions
+    layout: Layout
+    calibration: Calibration | None
+
+    def unit_cost(self, index: int, devices: Sequence[Device], sizes: Sequence[int]) -> UnitCost:
+        """What a unit costs on each of these devices, at each of these microbatch sizes."""
+        unit = self.chain.units[index]
+        works = [self._works(unit.ops, size) for size in sizes]
+        sources = self._own_sources(index)
+        weights, trained, numel, tensors = parameter_bytes(self.graph, sources)
+        options = self.options
+        memory = [
+            unit_memory(
+                self.graph,
+                self.layout,
+                work,
+                self._owned(index),
+                size,
+                options.precision,
+                options.training,
+            )
+            for work, size in zip(works, sizes, strict=True)
+        ]
+        copies, lower = self._lower_weights(unit)
+        late = self._late(unit)
+        rates = [rates_of(device, self.calibration) for device in devices]
+        state = options.optimizer_state_bytes_per_parameter_byte
+        met = [op for op in map(self.graph.__getitem__, unit.ops) if op.attr("meets")]
+        return UnitCost(
+            name=unit.name,
+            meetings=len(met),
+            met_bytes=sum(map(self._met_bytes, met)),
+            forward_s=tuple(
+                tuple(self._forward_s(rate, work) * device.slowdown for work in works)
+                for rate, device in zip(rates, devices, strict=True)
+            ),
+            backward_s=tuple(
+                tuple(
+                    self._backward_s(rate, unit, work, size, trained) * device.slowdown
+                    for work, size in zip(works, sizes, strict=True)
+                )
+                for rate, device in zip(rates, devices, strict=True)
+            ),
+            optimizer_s=tuple(
+                self._update_s(rate, numel, tensors, lower) * device.slowdown
+                for rate, device in zip(rates, devices, strict=True)
+            ),
+            weight_bytes=weights + copies,
+            gradient_bytes=trained if options.training else 0.0,
+            optimizer_bytes=trained * state if options.training else 0.0,
+            saved_bytes=tuple(m.saved_bytes for m in memory),
+            working_bytes=tuple(m.working_bytes for m in memory),
+            weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
+            deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
+            split_s=tuple(LATE_OP_S * len(late) * d.slowdown for d in devices) if late else (),
+            again_s=self._again_s(works, list(zip(rates, devices, strict=True))),
+        )
+
+    def _again_s(
+        self, works: Sequence[dict[str, OpWork]], devices: Sequence[tuple[Rates, Device]]
+    ) -> tuple[tuple[float, ...], ...]:
+        if not self.options.training:
+            return ()
+        again = [{name: work[name] for name in run_again(self.graph, work)} for work in works]
+        return tuple(
+            tuple(self._forward_s(rate, work) * device.slowdown for work in again)
+            for rate, device in devices
+        )
+
+    def _late(self, unit: Unit) -> dict[str, tuple[int, ...]]:
+        """The unit's ops whose weights may get their gradients later, with the places of these."""
+        if not self.options.training:
+            return {}
+        found = {name: late_weights(self.graph, self.graph[name]) for name in unit.ops}
+        return {name: places for name, places in found.items() if places}
+
+    def _weight_s(
+        self,
+        late: Mapping[str, tuple[int, ...]],
+        works: Sequence[dict[str, OpWork]],
+        devices: Sequence[tuple[Rates, Device]],
+    ) -> tuple[tuple[float, ...], ...]:
+        """What gradients of weights take that may be made later, adding them up included."""
+        if not late:
+            return ()
+        weights = {self.layout.root[a] for name, places in late.items() for a in self._at(name, places)}
+        trained = float(sum(self.graph[name].type.bytes(1) for name in weights))
+        adding = [Kernel("accumulate", trained / 4, 3 * trained, trained / 4)]
+        more = adding if self.options.max_microbatches > 1 else []
+        return tuple(
+            tuple(
+                rate.seconds([*(k for n in late for k in work[n].late), *more], backward=True)
+                * device.slowdown
+                for work in works
+            )
+            for rate, device in devices
+        )
+
+    def _at(self, name: str, places: Sequence[int]) -> list[str]:
+        """The values at some places of an op's arguments."""
+        return [a.name for i, a in enumerate(self.graph[name].args) if i in places and isinstance(a, Ref)]
+
+    def _deferred_bytes(self, late: Mapping[str, tuple[int, ...]], size: int) -> float:
+        """Until the weights' gradients are made: operands, by storage, and gradients of results."""
+        operands = {
+            self.layout.root[o]
+            for name, places in late.items()
+            for o in set(self.graph[name].operands()) - set(self._at(name, places))
+        }
+        kept = (t for name in (*operands, *late) for t in self.graph[name].types if t is not None)
+        return self._bytes(list(kept), size) * ALLOCATOR_SLACK
+
+    def _met_bytes(self, op: Op) -> float:
+        """What one part tells another: a sum, or three numbers in float64 for each channel."""
+        if op.target == "gp.sum_parts":
+            return float(op.type.bytes(1))
+        channels = op.type.shape[1]
+        assert isinstance(channels, int)
+        return 3.0 * DTYPE_BYTES["float64"] * channels
+
+    def _update_s(self, rates: Rates, numel: float, tensors: int, lower: Sequence[Kernel]) -> float:
+        """What happens to the unit's parameters once their gradients are summed.
+
+        `lower` are the kernels that make copies in lower formats of the new weights.
+        """
+        options = self.options
+        if not (options.training and tensors):
+            return 0.0
+        clip_s = rates.clip_seconds(numel, tensors) if options.clips_gradients else 0.0
+        state = options.optimizer_state_bytes_per_parameter_byte
+        update_s = clip_s + rates.optimizer_seconds(numel, tensors, state)
+        return update_s + rates.seconds(lower) if lower else update_s
+
+    def _lower_weights(self, unit: Unit) -> tuple[float, list[Kernel]]:
+        """Bytes of a unit's weights in lower formats, and the kernels that make them once a step."""
+        casts = [self.graph[name] for name in unit.ops if self.graph[name].target == "gp.cast_weight"]
+        wide = DTYPE_BYTES["float32"]
+        held, kernels = 0.0, []
+        for op in casts:
+            elements, size = op.type.numel(1), float(op.type.bytes(1))
+            kernels.append(Kernel("cast", elements, size + wide * elements, elements))
+            held += size
+            if len(op.type.shape) == 2 and any(map(multiplies_8_bits, self.graph.users(op.name))):
+                # Read for the largest element, scaled, cast, and turned once more for the backward.
+                kernels.append(Kernel("cast", elements, 11.0 * elements, elements))
+                held += 2.0 * elements
+        return held, kernels
+
+    def free_seconds(self, device: Device, size: int) -> float:
+        """Time of the ops that every stage computes for itself."""
+        works = self._works(tuple(sorted(self.chain.free)), size)
+        rate = rates_of(device, self.calibration)
+        return self._forward_s(rate, works) * device.slowdown
+
+    def edges(self, values: Sequence[Crossing]) -> tuple[CutEdge, ...]:
+        """Values that cross unit boundaries, with their bytes per sample."""
+        found = []
+        for crossing in values:
+            op = self.graph[crossing.name]
+            kinds = [self._on_the_wire(op, t) for t in op.types if t is not None]
+            fixed, each = self._bytes(kinds, 0), self._bytes(kinds, 1)
+            flows = self.options.training and bool(op.attr("grad"))
+            if all(not t.batch_dims for t in kinds):
+                fixed, each = each, 0.0
+            gradient = each if flows and all(t.is_floating for t in kinds) else 0.0
+            found.append(CutEdge(crossing.source, crossing.target, each, gradient, fixed))
+        return tuple(found)
+
+    def _on_the_wire(self, op: Op, kind: TensorType) -> TensorType:
+        """The type in which a value goes to a later stage."""
+        if op.attr("format") is None or op.is_tuple:
+            return kind
+        return TensorType(kind.shape, wire_format(op, self.graph.users(op.name)))
+
+    def _bytes(self, kinds: Sequence[TensorType], batch: int) -> float:
+        precision = self.options.precision
+        return float(
+            sum(
+                t.numel(batch) * DTYPE_BYTES[precision if t.dtype == "float32" else t.dtype]
+                for t in kinds
+            )
+        )
+
+    def _works(self, names: tuple[str, ...], size: int) -> dict[str, OpWork]:
+        return {name: self._work(self.graph[name], size) for name in names}
+
+    def _work(self, op: Op, size: int) -> OpWork:
+        """One op's work; of the tail, which runs once on the whole batch, the part of these samples."""
+        precision = self.options.precision
+        if not op.attr("tail"):
+            return work_of(op, self.graph, self.layout, size, precision)
+        whole = work_of(op, self.graph, self.layout, self.options.batch, precision)
+        return whole.part(size / self.options.batch)
+
+    def _forward_s(self, rates: Rates, works: dict[str, OpWork]) -> float:
+        return rates.seconds(k for work in works.values() for k in work.forward)
+
+    def _backward_s(
+        self, rates: Rates, unit: Unit, works: dict[str, OpWork], size: int, trained: float
+    ) -> float:
+        if not self.options.training:
+            return 0.0
+        kernels = [k for work in works.values() for k in work.backward]
+        for name in unit.ops:
+            kernels += fan_out_kernels(self.graph[name], self.graph, size, self.options.precision)
+        if trained and self.options.max_microbatches > 1:
+            # Gradients of later microbatches are added to those of earlier ones.
+            kernels.append(Kernel("accumulate", trained / 4, 3 * trained, trained / 4))
+        return rates.seconds(kernels, backward=True)
+
+    def _own_sources(self, index: int) -> tuple[str, ...]:
+        """Parameters and buffers whose first user is this unit."""
+        earlier = {name for unit in self.chain.units[:index] for name in unit.ops}
+        mine = self.chain.units[index].ops
+        found = dict.fromkeys(
+            operand
+            for name in mine
+            for operand in self.graph[name].operands()
+            if self.graph[operand].target in ("parameter", "buffer")
+        )
+        return tuple(
+            name for name in found if not any(user.name in earlier for user in self.graph.users(name))
+        )
+
+    def _owned(self, index: int) -> frozenset[str]:
+        """Storage that counts to this unit: its own, and what comes in and no earlier unit keeps."""
+        unit = self.chain.units[index]
+        inside = set(unit.ops)
+        incoming = {
+            self.layout.root[operand]
+            for name in unit.ops
+            for operand in self.graph[name].operands()
+            if operand not in inside
+        }
+        kept_before = self._kept_before(index, frozenset(incoming))
+        return frozenset(inside | (incoming - kept_before - self.chain.free))
+
+    def _kept_before(self, index: int, names: frozenset[str]) -> frozenset[str]:
+        """Which of these values an earlier unit keeps already."""
+        unit_of = self.chain.unit_of()
+        users = {
+            user.name
+            for root in names
+            for user in self._users_of_storage(root)
+            if unit_of.get(user.name, index) < index
+        } | {n for n in names if unit_of.get(n, index) < index}
+        works = self._works(tuple(sorted(users)), 1)
+        return saved_roots(self.graph, self.layout, works) & names
+
+    def _users_of_storage(self, root: str) -> tuple[Op, ...]:
+        return tuple(user for name in self.layout.sharers[root] for user in self.graph.users(name))
