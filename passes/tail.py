@@ -66,7 +66,7 @@ class FindTail:
         touched = {o for op in graph.ops if op.name in inside for o in op.operands()}
         if touched & written or not _worthwhile(graph, inside):
             return graph
-        return graph.with_ops(_in_order(graph, inside, live, self.name))
+        return graph.with_ops(_in_order(graph, inside, self.name))
 
 
 def _live(graph: Graph) -> frozenset[str]:
@@ -123,17 +123,20 @@ def _worthwhile(graph: Graph, inside: set[str]) -> bool:
     return of_tail <= LARGEST_SHARE * sum(op.type.numel(1) for op in held)
 
 
-def _in_order(graph: Graph, inside: set[str], live: frozenset[str], made_by: str) -> Sequence[Op]:
+def _in_order(graph: Graph, inside: set[str], made_by: str) -> Sequence[Op]:
     """The ops before the tail, the tail, the output; what both need stands in both."""
     before: list[Op] = []
     tail: list[Op] = []
     renamed: dict[str, str] = {}
+    both: set[str] = set()
+    for op in reversed(graph.ops[:-1]):
+        if op.name not in inside or op.name in both:
+            both.update(inside.intersection(op.operands()))
     for op in graph.ops[:-1]:
         if op.name not in inside:
             before.append(op)
             continue
-        readers = [user.name for user in graph.users(op.name)]
-        if any(name not in inside and name != graph.output.name for name in readers):
+        if op.name in both:
             before.append(op)
             renamed[op.name] = _fresh(f"{op.name}__tail", graph)
         copy = replace(map_arguments(op, renamed), name=renamed.get(op.name, op.name))

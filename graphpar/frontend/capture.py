@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.conditions import Asked, Condition, conditions, noted
 from graphpar.frontend.convert import Converted, Literal
 from graphpar.frontend.fold import LEAST_BLOCKS, Exporter
 from graphpar.frontend.frames import blame
 from graphpar.frontend.objects import closed
 from graphpar.frontend.refusals import refuse_object_inputs, refuse_unready
-from graphpar.frontend.torch_private import TreeSpec, flatten, unflatten
+from graphpar.frontend.torch_private import TreeSpec, flatten, memory_of, unflatten
 from graphpar.frontend.unify import Mismatch, unify
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Op, map_arguments
@@ -31,6 +32,7 @@ class Signature:
         batched: Names of the inputs whose first dimension is the batch.
         results: For each flat result the op's name, or the constant it always is.
         output_spec: Structure of the result.
+        overwritten: Names of the inputs that the model writes to.
     """
 
     keywords: tuple[str, ...]
@@ -39,6 +41,7 @@ class Signature:
     batched: frozenset[str]
     results: tuple["str | Literal", ...]
     output_spec: TreeSpec
+    overwritten: frozenset[str] = frozenset()
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Flat inputs by name from a call's arguments.
@@ -59,6 +62,7 @@ class Signature:
                 f"called with {_outline(spec)}. Call it like the example batch, or compile again."
             )
         bound = {}
+        seen: dict[int, tuple[str, str]] = {}
         for path, expected, leaf in zip(leaf_paths(args, ordered), self.inputs, leaves, strict=True):
             if isinstance(expected, str):
                 if not isinstance(leaf, torch.Tensor):
@@ -67,6 +71,7 @@ class Signature:
                         f"{_shown(leaf)}. Give a tensor, or compile again."
                     )
                 _refuse_form(path, leaf)
+                self._refuse_shared(path, expected, leaf, seen)
                 bound[expected] = leaf
             elif not _same_constant(leaf, expected.value):
                 raise ValueError(
@@ -75,6 +80,23 @@ class Signature:
                     "make it a tensor."
                 )
         return bound
+
+    def _refuse_shared(
+        self, path: str, name: str, tensor: torch.Tensor, seen: dict[int, tuple[str, str]]
+    ) -> None:
+        """
+        Raises:
+            ValueError: Two arguments share memory, and the model writes to one of them.
+        """
+        if not self.overwritten:
+            return
+        other, its_name = seen.setdefault(memory_of(tensor), (path, name))
+        if its_name != name and {name, its_name} & self.overwritten:
+            first, second = (path, other) if name in self.overwritten else (other, path)
+            raise ValueError(
+                f"Argument {first} is overwritten by the model, and its memory is also that of {second}, "
+                "which would change as well; a job works on copies. Give a clone of one of them."
+            )
 
     def assemble(self, values: Mapping[str, Any]) -> Any:
         """The user's output structure from flat results by name."""
@@ -144,6 +166,7 @@ class Captured:
     `unsplittable` tells why the graph is for the example's number of samples only; empty otherwise.
     `mixes` tells why a batch must stay whole though the graph is for any; the batch pass finds that.
     `stamped` counts the calls of repeated blocks that were not followed one by one.
+    `conditions` must come out as in the example for another number of samples.
     """
 
     graph: Graph
@@ -152,6 +175,14 @@ class Captured:
     unsplittable: str
     stamped: int = 0
     mixes: str = ""
+    conditions: tuple[Condition, ...] = ()
+
+    def unlike(self, samples: int) -> str:
+        """Why the model has another graph for so many samples; empty where it has not.
+
+        Where the graph is for the example's number of samples only, that is told apart.
+        """
+        return next((c.text for c in self.conditions if not c.holds(samples)), "")
 
 
 def capture(
@@ -188,20 +219,20 @@ def capture(
     batch = batch_size(leaves)
     exporter = Exporter(model, loss, training, fold)
 
-    def run(size: int) -> tuple[Converted, TreeSpec]:
-        with torch.inference_mode(False):
+    def run(size: int) -> tuple[Converted, TreeSpec, Asked]:
+        with torch.inference_mode(False), noted(size) as asked:
             sized = [resize(x, batch, size) for x in leaves]
             some_args, some_kwargs = unflatten(sized, spec)
-            return exporter.run(some_args, some_kwargs)
+            return *exporter.run(some_args, some_kwargs), asked
 
-    first, out_spec = run(batch)
+    first, out_spec, asked = run(batch)
     if not any(isinstance(result, str) for result in first.results):
         raise CaptureError(
             f"The model, {blame(model, ())}, returns no tensor that it computes "
             f"({_told(first.results)}), so that there is nothing to run. Return the tensors wanted."
         )
     stamped = exporter.stamped
-    ops, reason = _symbolic(first, out_spec, run, batch)
+    ops, reason, held = _symbolic(first, out_spec, asked, run, batch)
     ops, aliases = _merge_ties(model, ops)
     graph = Graph(ops, level="captured", name=type(model).__name__, batch=batch, aliases=aliases)
     signature = Signature(
@@ -211,8 +242,9 @@ def capture(
         batched=_batched(first, leaves, batch),
         results=first.results,
         output_spec=out_spec,
+        overwritten=first.overwritten,
     )
-    return Captured(graph, signature, first.constants, reason, stamped)
+    return Captured(graph, signature, first.constants, reason, stamped, conditions=held)
 
 
 def _check_call(args: Any, kwargs: Any) -> None:
@@ -274,23 +306,25 @@ def resize(leaf: Any, batch: int, size: int) -> Any:
 def _symbolic(
     first: Converted,
     out_spec: TreeSpec,
-    run: Callable[[int], tuple[Converted, TreeSpec]],
+    asked: Asked,
+    run: Callable[[int], tuple[Converted, TreeSpec, Asked]],
     batch: int,
-) -> tuple[tuple[Op, ...], str]:
-    """Ops for any batch size, or the concrete ones and the reason why not."""
+) -> tuple[tuple[Op, ...], str, tuple[Condition, ...]]:
+    """Ops for any batch size and under what conditions, or the concrete ones and the reason why not."""
     if batch == 1:
-        return first.ops, "the example batch has one sample"
+        return first.ops, "the example batch has one sample", ()
     other = _unlike_size(batch)
     try:
-        second, other_spec = run(other)
+        second, other_spec, also_asked = run(other)
         if other_spec != out_spec:
             raise Mismatch("the structure of the model's result changes with the batch size")
         _same_constants(first.constants, second.constants)
-        return unify(first.ops, second.ops, batch, other), ""
+        ops = unify(first.ops, second.ops, batch, other)
+        return ops, "", conditions(asked, also_asked, ops)
     except Mismatch as mismatch:
-        return first.ops, mismatch.reason
+        return first.ops, mismatch.reason, ()
     except CaptureError as error:
-        return first.ops, f"the model cannot be captured for a batch of {other}: {error}"
+        return first.ops, f"the model cannot be captured for a batch of {other}: {error}", ()
 
 
 def _same_constants(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:

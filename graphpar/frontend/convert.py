@@ -24,6 +24,7 @@ from torch.export.graph_signature import (
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.casting import Caster
+from graphpar.frontend.conditions import Count
 from graphpar.frontend.explain import OWN_GENERATOR
 from graphpar.frontend.functionalize import is_parts
 from graphpar.frontend.out_arguments import without_out_arguments
@@ -60,13 +61,14 @@ class Converted:
     """Ops with concrete sizes, flat inputs and results, and constants that export lifted.
 
     `inputs` and `results` hold for each flat argument and result of the user's function the name of
-    its op, or a `Literal`.
+    its op, or a `Literal`. `overwritten` are the inputs that the model writes to.
     """
 
     ops: tuple[Op, ...]
     inputs: tuple["str | Literal", ...]
     results: tuple["str | Literal", ...]
     constants: Mapping[str, torch.Tensor]
+    overwritten: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class _Converter:
         self._refuse_random_branches()
         ops = [*self.values.ops.values(), _output(results)]
         inputs = tuple(_flat_input(spec.arg) for spec in given)
-        return Converted(tuple(ops), inputs, results, self.constants)
+        overwritten = frozenset(self.values.overwritten)
+        return Converted(tuple(ops), inputs, results, self.constants, overwritten)
 
     def _source(self, spec: Any, nodes: Mapping[str, fx.Node], trained: set[str]) -> None:
         if isinstance(spec.arg, ConstantArgument) or spec.kind == InputKind.TOKEN:
@@ -359,6 +362,8 @@ class _Converter:
             source,
         )
         op = self.caster.cast(node, op)
+        if mutated_arguments(function) and not name.startswith("aten."):
+            op = op.with_attrs(writes=True)  # its name does not tell
         made = self.values.functional(node, op)
         if made is not op:
             self.values.env[node] = Ref(made.name)
@@ -372,7 +377,7 @@ class _Converter:
         if isinstance(value, (list, tuple)):
             return tuple(self._argument(v) for v in value)
         if value is None or isinstance(value, (bool, int, float, complex, str)):
-            return value
+            return int(value) if isinstance(value, Count) else value
         for kind, cls in (
             ("dtype", torch.dtype), ("device", torch.device), ("layout", torch.layout),
             ("memory_format", torch.memory_format),

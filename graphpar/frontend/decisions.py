@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.frames import users_line
+from graphpar.frontend.gaussian import gaussian_losses
 from graphpar.frontend.state import left_as_it_was
 from graphpar.frontend.torch_private import flatten, memory_of, unflatten, writes_to
 from graphpar.runtime.ctc import ctc_losses
@@ -101,6 +102,10 @@ class _Asked(TorchFunctionMode):
             behind = [1] * (args[0].ndim - mask.ndim)
             args[0].masked_fill_(mask.reshape(*mask.shape, *behind), args[2])
             return None
+        if name == "gaussian_nll_loss":
+            negative = torch.any(torch.as_tensor(args[2] if len(args) > 2 else kwargs["var"]) < 0)
+            if not self.answer("__bool__", negative, lambda: bool(negative)):
+                return gaussian_losses(*args, **kwargs)
         if name == "ctc_loss" and (losses := self._ctc_loss(*args, **kwargs)) is not None:
             return losses
         if self._found:

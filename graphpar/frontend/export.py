@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.averages import averages_as_tensors
+from graphpar.frontend.conditions import sizes_counted, uncounted
 from graphpar.frontend.conversions import conversions_left_out
 from graphpar.frontend.decisions import Replay, data_followed, record_decisions
 from graphpar.frontend.explain import ON_VALUES, explain_failure
@@ -35,6 +36,7 @@ from graphpar.frontend.refusals import (
     refuse_trained_loss,
     refuse_unready,
 )
+from graphpar.frontend.registered import Registered, read_copies
 from graphpar.frontend.state import (
     Kept,
     attributes_left,
@@ -85,6 +87,7 @@ class Traced(nn.Module):
         self.training = model.training
         self.moved: set[tuple[str, str]] = set()
         self.kept: set[tuple[str, str]] = set()
+        self.reassigned: set[tuple[str, str]] = set()
 
     def modules_called(self) -> nn.Module:
         """The user's model, with the loss beside it where that is a module, too."""
@@ -96,18 +99,27 @@ class Traced(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model as the user would, and note what it keeps of that in plain attributes."""
         called = self.modules_called()
-        before, held = numbers_of(called), Kept.by(called)
+        before, held, registered = numbers_of(called), Kept.by(called), Registered.by(called)
+        read_copies(called, self.reassigned)
         result = self._called(args, kwargs)
+        written, left = registered.write_reassigned()
+        self.reassigned |= written
+        self.kept |= left
         self.moved.update(moved_numbers(called, before))
         self.kept.update(Kept.by(called).changed_since(held))
         return result
 
     def _called(self, args: Any, kwargs: Any) -> Any:
         if self.replay is None:
-            return self._result(args, kwargs)
+            return self._plain_result(args, kwargs)
         with self.replay.running():
-            result = self._result(args, kwargs)
+            result = self._plain_result(args, kwargs)
         return self.replay.checked(result)
+
+    def _plain_result(self, args: Any, kwargs: Any) -> Any:
+        with sizes_counted():
+            leaves, spec = flatten(self._result(args, kwargs))
+        return unflatten([uncounted(leaf) for leaf in leaves], spec)
 
     @data_followed()
     def _result(self, args: Any, kwargs: Any) -> Any:
@@ -307,6 +319,8 @@ def _exported(
             FOLLOWS_ALL.reset(following)
 
     made = program()
+    if traced.reassigned:
+        made = program()  # with the buffers to copy known from the start
     kept = set(traced.kept)
     refuse_counters(model, traced.moved, call, lambda: str(program().graph))
     refuse_kept(model, kept, call, whole)

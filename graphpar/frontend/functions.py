@@ -19,6 +19,7 @@ import torch
 from torch.utils import checkpoint as checkpoint_module
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.conditions import uncounted
 from graphpar.frontend.elementwise import acts_by_element
 from graphpar.frontend.torch_private import (
     DispatchMode,
@@ -56,6 +57,10 @@ class FunctionCall:
     plain: tuple[Any, ...]
     tensors: tuple[int, ...]
     results: tuple[int, ...] | None
+
+    def is_like(self, other: "FunctionCall") -> bool:
+        """Whether another call does the same; True, 1 and 1.0 are equal, and not the same to it."""
+        return self == other and list(map(type, self.plain)) == list(map(type, other.plain))
 
     def arguments(self, given: tuple[torch.Tensor, ...]) -> Any:
         """The Function's own arguments with these tensors in their places."""
@@ -143,9 +148,10 @@ def operator_for(call: FunctionCall, namespace: str = FUNCTIONS) -> Any:
         c if c.isalnum() else "_" for c in f"{call.function.__module__}_{call.function.__qualname__}"
     )
     calls = _known.setdefault(label, [])
-    if call not in calls:
+    number = next((i for i, known in enumerate(calls) if call.is_like(known)), len(calls))
+    if number == len(calls):
         calls.append(call)
-    name = f"{label}_{calls.index(call)}"
+    name = f"{label}_{number}"
     inputs = ", ".join(f"Tensor x{i}" for i in range(len(call.tensors)))
     count = 1 if call.results is None else len(call.results)
     outputs = "Tensor" if call.results is None else f"({', '.join(['Tensor'] * count)})"
@@ -186,6 +192,7 @@ def functions_as_operators() -> Iterator[None]:
 
 def _record(function: Any, args: tuple[Any, ...]) -> Any:
     leaves, spec = flatten(args)
+    leaves = [uncounted(leaf) for leaf in leaves]
     places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
     tensors = tuple(leaves[i] for i in places)
     if not tensors:

@@ -15,6 +15,8 @@ import torch
 from graphpar.frontend.torch_private import flatten, register_node, unflatten
 
 _PLAIN = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), type)
+_LEAVES = (torch.Tensor, str, int, float, type(None))
+"""What torch.export lets a model return, in the structures that it knows."""
 _DEEPEST = 20
 
 
@@ -36,6 +38,16 @@ register_node(
     lambda o: (list(o.held.values()), (o.made, tuple(o.held), _Rest(o.rest))),
     lambda values, about: Opened(about[0], dict(zip(about[1], values, strict=True)), about[2].values),
 )
+
+
+class Fixed:
+    """A result that is neither a tensor nor a plain value, such as a member of an enumeration."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+
+register_node(Fixed, lambda fixed: ([], _Rest(fixed.values)), lambda _, rest: Fixed(rest.values))
 
 
 class _Rest:
@@ -69,8 +81,10 @@ def opened(tree: Any) -> Any:
 
 def closed(tree: Any) -> Any:
     """The inverse of `opened`: fresh objects of the same classes."""
-    leaves, spec = flatten(tree, is_leaf=lambda x: isinstance(x, Opened))
-    return unflatten([_closed(leaf) if isinstance(leaf, Opened) else leaf for leaf in leaves], spec)
+    leaves, spec = flatten(tree, is_leaf=lambda x: isinstance(x, (Opened, Fixed)))
+    return unflatten(
+        [_closed(leaf) if isinstance(leaf, (Opened, Fixed)) else leaf for leaf in leaves], spec
+    )
 
 
 def plain_objects(tree: Any) -> Iterator[Any]:
@@ -81,8 +95,12 @@ def plain_objects(tree: Any) -> Iterator[Any]:
 
 def _opened(tree: Any, above: tuple[int, ...]) -> Any:
     leaves, spec = flatten(tree)
-    apart = [_apart(leaf, above) if _holds_tensors(leaf, above) else leaf for leaf in leaves]
+    apart = [_apart(leaf, above) if _holds_tensors(leaf, above) else _fixed(leaf) for leaf in leaves]
     return unflatten(apart, spec)
+
+
+def _fixed(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, (*_LEAVES, Iterator)) else Fixed({"value": leaf})
 
 
 def _apart(made: Any, above: tuple[int, ...]) -> Opened:
@@ -92,7 +110,9 @@ def _apart(made: Any, above: tuple[int, ...]) -> Opened:
     return Opened(type(made), {k: _opened(v, inside) for k, v in held.items()}, rest)
 
 
-def _closed(apart: Opened) -> Any:
+def _closed(apart: Opened | Fixed) -> Any:
+    if isinstance(apart, Fixed):
+        return apart.values["value"]
     made: Any = apart.made.__new__(apart.made)  # type: ignore[call-overload]
     made.__dict__.update({k: copy.copy(v) for k, v in apart.rest.items()})
     made.__dict__.update({k: closed(v) for k, v in apart.held.items()})

@@ -86,28 +86,94 @@ def _pad(
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of recurrent layers, which takes sequences that only seem to be packed as well."""
+    """The forward of recurrent layers, which takes sequences that only seem to be packed as well.
+
+    Layers that drop out in between run one by one, so that what is dropped is keyed as everywhere else.
+    """
 
     def forward(self: nn.RNNBase, input: Any, hx: Any = None) -> Any:
+        drops = bool(self.dropout and self.training and self.num_layers > 1)
         if not isinstance(input, Packed):
-            return original(self, input, hx)
-        if self.proj_size or (self.dropout and self.training and self.num_layers > 1):
-            what = "dropout between its layers" if self.dropout else "proj_size"
-            raise CaptureError(
-                f"A {type(self).__name__} with {what} takes a packed sequence at {users_line()}, which a "
-                "graph cannot hold. Use one layer each, with nn.Dropout between them."
-            )
-        x, directions = input.padded, 2 if self.bidirectional else 1
-        zeros = x.new_zeros(self.num_layers * directions, x.shape[0], self.hidden_size)
-        is_lstm = isinstance(self, nn.LSTM)
-        hidden, cells = (hx if is_lstm else (hx, zeros)) if hx is not None else (zeros, zeros)
-        kind = type(self).__name__ if not isinstance(self, nn.RNN) else self.nonlinearity
-        kind = "LSTM" if is_lstm else "GRU" if isinstance(self, nn.GRU) else kind
-        # By name, for the list that the layer keeps of them is not that of the export.
-        weights = [weight for group in self.all_weights for weight in group]
-        out, h, c = packed_rnn(
-            x, input.lengths, hidden, cells, weights, kind, self.num_layers, self.bias, self.bidirectional
-        )
-        return Packed(out, input.lengths), (h, c) if is_lstm else h
+            return _dropping(self, input, hx) if drops else original(self, input, hx)
+        x, lengths = input.padded, input.lengths
+        states = _states(self, x, x.shape[0], hx)
+
+        def run(x: torch.Tensor, states: _States, weights: list[torch.Tensor], layers: int) -> _Layers:
+            hidden, cells = (*states, states[0])[:2]
+            options = _kind(self), layers, self.bias, self.bidirectional
+            out, h, c = packed_rnn(x, lengths, hidden, cells, weights, *options)
+            return out, (h, c)[: len(states)]
+
+        out, ends = _stacked(self, x, states, run, drops)
+        return Packed(out, lengths), ends if len(ends) > 1 else ends[0]
 
     return forward
+
+
+_States = tuple[torch.Tensor, ...]
+"""Hidden states, and of an LSTM cells behind them, [layers (twice if bidirectional), N, H] each."""
+_Layers = tuple[torch.Tensor, _States]
+
+
+def _kind(layer: nn.RNNBase) -> str:
+    """What `packed_rnn` calls a layer."""
+    if isinstance(layer, nn.RNN):
+        return str(layer.nonlinearity)
+    return "LSTM" if isinstance(layer, nn.LSTM) else "GRU"
+
+
+def _states(layer: nn.RNNBase, x: torch.Tensor, samples: int, given: Any) -> _States:
+    """States to start from: those given, or zeros."""
+    is_lstm = isinstance(layer, nn.LSTM)
+    if given is not None:
+        return tuple(given) if is_lstm else (given,)
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if is_lstm else 1]
+    return tuple(x.new_zeros(count, samples, size) for size in sizes)
+
+
+def _stacked(
+    layer: nn.RNNBase, x: torch.Tensor, states: _States, run: Callable[..., _Layers], drops: bool
+) -> _Layers:
+    """All layers at once, or one by one with dropout in between."""
+    directions, at_once = 2 if layer.bidirectional else 1, 1 if drops else layer.num_layers
+    ends = []
+    for first in range(0, layer.num_layers, at_once):
+        if first:
+            x = nn.functional.dropout(x, layer.dropout, training=True)
+        rows = slice(first * directions, (first + at_once) * directions)
+        # By name, for the list that the layer keeps of them is not that of the export.
+        weights = [weight for group in layer.all_weights[rows] for weight in group]
+        x, last = run(x, tuple(state[rows] for state in states), weights, at_once)
+        ends.append(last)
+    return x, ends[0] if len(ends) == 1 else tuple(torch.cat(parts) for parts in zip(*ends, strict=True))
+
+
+def _dropping(layer: nn.RNNBase, x: torch.Tensor, hx: Any) -> Any:
+    """The forward of a layer that drops out in between, of one sequence or of several."""
+    alone, samples_dim = x.ndim == 2, 0 if layer.batch_first else 1
+    if alone:
+        x = x.unsqueeze(samples_dim)
+        hx = _each(hx, lambda state: state.unsqueeze(1))
+    kind = _kind(layer)
+
+    def run(x: torch.Tensor, states: _States, weights: list[torch.Tensor], layers: int) -> _Layers:
+        options = weights, layer.bias, layers, 0.0, True, layer.bidirectional, layer.batch_first
+        if kind == "LSTM":
+            out, h, c = torch.lstm(x, list(states), *options)
+            return out, (h, c)
+        functions = {"GRU": torch.gru, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu}
+        out, h = functions[kind](x, states[0], *options)
+        return out, (h,)
+
+    out, ends = _stacked(layer, x, _states(layer, x, x.shape[samples_dim], hx), run, drops=True)
+    if alone:
+        out, ends = out.squeeze(samples_dim), _each(ends, lambda state: state.squeeze(1))
+    return out, ends if kind == "LSTM" else ends[0]
+
+
+def _each(states: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A state or several, or None, with each of them changed."""
+    if isinstance(states, tuple):
+        return tuple(map(change, states))
+    return states if states is None else change(states)

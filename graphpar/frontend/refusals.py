@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.frames import blame, running
@@ -29,6 +30,7 @@ _log = logging.getLogger("graphpar.capture")
 _NO_ARGUMENTS: tuple[tuple[Any, str], ...] = (
     (nn.Module, "make it a submodule of the model, so that its weights are the model's"),
     (np.ndarray, "torch.from_numpy(array)"),
+    (PackedSequence, "give the padded tensor and the lengths, and let the model pack them"),
     (torch.Generator, "None, or leave it out: a job keys its numbers by Training(seed=)"),
     ((set, frozenset, Iterator), "a tuple or a list"),
     ((FunctionType, MethodType, BuiltinFunctionType), "keep the function in an attribute of the model"),
@@ -106,7 +108,7 @@ def refuse_object_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None
         CaptureError: An argument is, or holds, what no graph can take; names it.
     """
     for name, value in (*((f"args[{i}]", a) for i, a in enumerate(args)), *kwargs.items()):
-        for leaf in flatten(value)[0]:
+        for leaf in flatten(value, is_leaf=lambda x: isinstance(x, PackedSequence))[0]:
             for kinds, remedy in _NO_ARGUMENTS:
                 if isinstance(leaf, kinds):
                     raise CaptureError(

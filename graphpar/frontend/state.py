@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.registered import registered_left
 from graphpar.frontend.torch_private import flatten, writes_to
 
 _log = logging.getLogger("graphpar.capture")
@@ -254,6 +255,7 @@ def _same_numbers(model: nn.Module) -> Iterator[None]:
 def attributes_left(model: nn.Module) -> Iterator[None]:
     """Within it, a model may do to its plain attributes what it likes; afterwards they are as before."""
     with ExitStack() as stack:
+        stack.enter_context(registered_left(model))
         seen: set[int] = set()
         for module in model.modules():
             own = vars(module)

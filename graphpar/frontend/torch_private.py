@@ -299,11 +299,11 @@ def is_random(function: Any) -> bool:
 
 def mutated_arguments(function: Any) -> tuple[int, ...]:
     """Positions of the arguments an operator writes to, by its schema."""
-    return tuple(
-        i
-        for i, argument in enumerate(function._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
+    return tuple(i for i, argument in enumerate(function._schema.arguments) if _is_written(argument))
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def without_out(function: Any) -> Any:
@@ -425,12 +425,17 @@ def op_definition(target: str) -> OpDefinition | None:
     )
 
 
+def _schema(name: str, schema: str) -> Any:
+    return torch._C.parse_schema(f"{name}{schema}")
+
+
 def define_op(definition: OpDefinition) -> None:
     """Make an operator known to torch; one that is known already is left as it is."""
     if definition.name in OPDEFS:
         return
+    written = [a.name for a in _schema(definition.name, definition.schema).arguments if _is_written(a)]
     made = torch.library.custom_op(
-        definition.name, definition.function, mutates_args=(), schema=definition.schema
+        definition.name, definition.function, mutates_args=written, schema=definition.schema
     )
     if definition.fake is not None:
         made.register_fake(definition.fake)

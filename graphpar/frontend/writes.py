@@ -69,6 +69,7 @@ class Values:
         views: For each value that is a view, the value it views.
         keeps_inputs: Whether a write to an input is refused; else it changes a copy.
         shared: Inputs whose memory another input, or the model, uses as well.
+        overwritten: Inputs that are written to.
     """
 
     ops: dict[str, Op] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Values:
     views: dict[str, str] = field(default_factory=dict)
     keeps_inputs: bool = False
     shared: frozenset[str] = frozenset()
+    overwritten: set[str] = field(default_factory=set)
 
     def fresh(self, name: str) -> str:
         candidate, count = name, 0
@@ -125,6 +127,7 @@ class Values:
             raise unsupported(node, _overwritten(op, root))
         if root.target == "input":
             self._refuse_shared(node, op, str(root.args[0]))
+            self.overwritten.add(root.name)
             _log.warning(
                 "%s overwrites the argument %s at module %r, %s; the caller's tensor stays as it is",
                 op.target, root.args[0], op.module or "(top)", op.source,

@@ -243,7 +243,7 @@ def writes_buffer(op: Op) -> bool:
     if op.target.startswith("aten.batch_norm.") or op.target.startswith("aten.instance_norm."):
         return op.argument(5, "training") is True and op.argument(3, "running_mean") is not None
     packet = op.target.split(".")[1] if op.target.count(".") >= 2 else ""
-    return packet.endswith("_") and not packet.endswith("__")
+    return bool(op.attr("writes")) or (packet.endswith("_") and not packet.endswith("__"))
 
 
 def _has_weight(graph: Graph, op: Op) -> bool:

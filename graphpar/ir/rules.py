@@ -9,12 +9,14 @@ from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.text import format_op
 
 ATTRIBUTES: dict[Level, frozenset[str]] = {
-    "captured": frozenset("grad samples outer reduces tail meets in_step whole format island".split()),
+    "captured": frozenset(
+        "grad samples outer reduces tail meets in_step whole format island writes".split()
+    ),
     "placed": frozenset(
-        "grad samples outer reduces tail meets in_step whole format island stage".split()
+        "grad samples outer reduces tail meets in_step whole format island writes stage".split()
     ),
     "lowered": frozenset(
-        "grad samples outer reduces tail meets in_step whole format island stage".split()
+        "grad samples outer reduces tail meets in_step whole format island writes stage".split()
         + "shard inner_shard partial held late".split()
     ),
 }
@@ -26,7 +28,7 @@ batch (see `passes/samples.py`), `outer` how often the batch is repeated along i
 `passes/tail.py`). `meets`: parts of the batch meet in it (see `passes/in_step.py`), `in_step` why.
 `whole`, on the output: why the batch can neither be split nor go in step.
 `format`: the number format its unit computes in (see `formats.py`); `island`: the model itself put it
-outside of autocast, and it keeps its types.
+outside of autocast, and it keeps its types. `writes`: an operator of the user's that changes a buffer.
 `stage`: the stage that runs it. Of weights in a tensor group: `shard`: the slice that is held (dimension,
 inner size, counts); `partial`: each member's gradient is a part; `held`: the stage whose members all
 hold it, whether they read it or not. In a group of two axes `inner_shard` is the slice along the second

@@ -11,6 +11,7 @@ from graphpar.frontend.capture import Captured
 from graphpar.ir.chain import Unit, build_chain, writes_buffer
 from graphpar.ir.formats import format_of
 from graphpar.ir.graph import Graph
+from graphpar.ir.whole import tail_reason
 from graphpar.partition.types import Partition, PipelineChoice
 from graphpar.runtime.assemble import Lowered
 
@@ -38,7 +39,10 @@ def lower_again(
     Raises:
         VerifyError: A rank would have to hold other weights than it does.
     """
-    lowered = lower(captured.graph, _fitted_to(captured.graph, before), before)
+    fitted = _fitted_to(captured.graph, before)
+    if tail_reason(captured.graph):
+        fitted = replace(fitted, schedule="gpipe")
+    lowered = lower(captured.graph, fitted, before)
     _check_held(lowered, before)
     if lowered.training and lowered.holders != before.holders:
         raise VerifyError(

@@ -282,7 +282,8 @@ class CompiledModel(JobState):
             )
             name = f"{loaded.name}:shape{len(self._reshaped)}"
             self._reshaped[key] = self._load(name, captured, lowered)
-        return self._reshaped[key]
+        # A graph for other lengths may be for some numbers of samples only.
+        return self._fitting(self._reshaped[key], args, kwargs, capture)
 
     def _apart(self, captured: Captured) -> Captured:
         return with_own_constants(captured, f"{len(self._inference)}.{len(self._reshaped)}:")

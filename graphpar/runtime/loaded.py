@@ -38,6 +38,11 @@ class Loaded:
                 f"The batch has {samples} samples, but the captured graph is for {graph.batch}: "
                 f"{self.captured.unsplittable}."
             )
+        if asked := self.captured.unlike(samples):
+            return (
+                f"The batch has {samples} samples, for which the model has another graph than for the "
+                f"{graph.batch} it was captured with: {asked}."
+            )
         try:
             check_inputs(graph, inputs, batched)
         except ValueError as error:
@@ -59,10 +64,10 @@ class Loaded:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments for as many samples as this graph was captured with.
 
-        A graph captured for them answers any number of samples; where it cannot be split, the
-        arguments stay as they are.
+        A graph captured for them answers any number of samples; where it cannot be split, or the model
+        has another graph for so many, the arguments stay as they are.
         """
-        if self.captured.unsplittable:
+        if self._for_its_batch(inputs):
             return tuple(args), dict(kwargs)
         graph, signature = self.captured.graph, self.captured.signature
         samples = samples_of(graph, inputs, signature.batched)
@@ -77,12 +82,18 @@ class Loaded:
 
     def shapes(self, inputs: Mapping[str, torch.Tensor]) -> Hashable:
         """What calls have in common that one other graph can answer: sizes, but for the batch."""
-        keep_batch = bool(self.captured.unsplittable)
+        keep_batch = self._for_its_batch(inputs)
         batched = self.captured.signature.batched
         return tuple(
             (name, tuple(tensor.shape[0 if keep_batch or name not in batched else 1 :]))
             for name, tensor in sorted(inputs.items())
         )
+
+    def _for_its_batch(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these inputs' number of samples needs a graph captured with it."""
+        captured = self.captured
+        samples = samples_of(captured.graph, inputs, captured.signature.batched)
+        return bool(captured.unsplittable or captured.unlike(samples))
 
 
 def with_own_constants(captured: Captured, prefix: str) -> Captured:

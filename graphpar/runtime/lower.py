@@ -23,6 +23,7 @@ from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.complex_ops import OF_COMPLEX
 from graphpar.runtime.deferral import Deferral, Late
 from graphpar.runtime.eight_bits import EightBitProduct, EightBitWeights
+from graphpar.runtime.failed_op import with_places
 from graphpar.runtime.group_ops import group_module
 from graphpar.runtime.in_step import BatchNormOfParts, Meetings, SumParts
 from graphpar.runtime.overlap import overlap_module
@@ -277,7 +278,7 @@ class StageBuilder:
             elif item.name not in env:
                 env[item.name] = self._run(root, graph, item, env, stamp)
         graph.output((tuple(sends), tuple(env[name] for name in results)))
-        return fx.GraphModule(root, graph)
+        return with_places(fx.GraphModule(root, graph), ops, env)
 
     def _in_parts(self, steady: Steady, results: Sequence[str]) -> Sequence[Op | UnitPart]:
         """What runs in order; recomputed units are one part each, the tail is kept as it is."""
@@ -301,7 +302,9 @@ class StageBuilder:
             inside[op.name] = self._run(inner_root, inner, op, inside, stamp)
         inner.output(tuple(inside[name] for name in part.gives))
         name = f"{_identifier(part.ops[0].name)}_unit"
-        root.add_module(name, Recomputed(fx.GraphModule(inner_root, inner)))
+        root.add_module(
+            name, Recomputed(with_places(fx.GraphModule(inner_root, inner), part.ops, inside))
+        )
         made = graph.call_module(name, tuple(env[n] for n in part.reads))
         return {n: graph.call_function(operator.getitem, (made, i)) for i, n in enumerate(part.gives)}
 

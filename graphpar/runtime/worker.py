@@ -20,11 +20,13 @@ import msgspec
 import torch
 from torch import nn
 
+from graphpar.errors import GraphparError
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.checkpoint import Part, Restored, restore_optimizer, write_part
 from graphpar.runtime.clocks import work_clock
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
+from graphpar.runtime.failed_op import place_of_failure
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.optimizers import Recipe, made_as_intended
 from graphpar.runtime.passes import Passes
@@ -414,12 +416,13 @@ def _so_far(worker: Worker | None) -> Message:
 
 
 def _failure(error: BaseException) -> Message:
+    place = place_of_failure(error)
     return Message(
         "error",
         {
             "time_s": time.monotonic(),
             "type": type(error).__name__,
-            "text": str(error),
-            "traceback": traceback.format_exc(),
+            "text": f"{error} (at {place})" if place else str(error),
+            "traceback": "" if isinstance(error, GraphparError) else traceback.format_exc(),
         },
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 from one_device import Calls, assert_as_eager
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.capture import capture
@@ -228,8 +229,10 @@ def test_an_argument_that_is_written_and_shared_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"\(top\).*_input.py:.*memory another argument.*clone"):
         capture(Writes(), (X, X), {})
     before = X.clone()
-    capture(Writes(), (X, X.clone()), {})
+    signature = capture(Writes(), (X, X.clone()), {}).signature
     assert torch.equal(X, before)
+    with pytest.raises(ValueError, match=r"Argument args\[0\] is overwritten .* args\[1\], .*clone"):
+        signature.bind((X, X[:]), {})
 
 
 def test_arguments_are_not_written_to_where_values_are_asked_for() -> None:
@@ -308,10 +311,12 @@ class Takes(nn.Module):
 
 
 ONES = np.ones((1, 4), np.float32)
+ONES_ = torch.from_numpy(ONES)
 NO_ARGUMENTS: tuple[tuple[Any, str, Callable[[], tuple[nn.Module, Any]]], ...] = (
     (torch.Generator(), "Generator.*None", lambda: (Takes(), None)),
     (nn.Linear(4, 4), "Linear.*submodule", lambda: (Takes(nn.Linear(4, 4)), None)),
     (torch.sin, "builtin_function.*attribute of the model", lambda: (Takes(nn.Tanh()), None)),
+    (pack_sequence([ONES_]), "PackedSequence.*let the model pack", lambda: (Takes(), ONES_)),
     (ONES, r"ndarray.*torch.from_numpy\(array\)", lambda: (Takes(), torch.from_numpy(ONES))),
     ({1, 2}, "set.*a tuple or a list", lambda: (Takes(), (1, 2))),
 )

@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
-from one_device import Calls, assert_as_eager, ready
+from one_device import Calls, assert_as_eager, assert_close, in_parts, ready
 from torch import Tensor, nn
 
-from graphpar.errors import CaptureError
 from graphpar.frontend.capture import capture
 from graphpar.frontend.export import without_aliases
 
@@ -57,16 +56,14 @@ def test_tied_weights_are_one_parameter_with_two_names() -> None:
     assert len(names & {"embed.weight", "head.weight"}) == 1
 
 
-def test_a_recurrent_layer_runs_and_dropout_between_layers_is_refused() -> None:
-    args = (torch.randn(4, 5, 4), Y)
-    assert_as_eager(
-        Calls(lambda s, h, y: s.layer(h)[0].pow(2).sum(), nn.LSTM(4, 3, 2, batch_first=True)), args
-    )
-    dropping = nn.LSTM(4, 3, 2, batch_first=True, dropout=0.5)
-    with pytest.raises(CaptureError, match=r"'layer' at .*drops out between its layers"):
-        ready(Calls(lambda s, h, y: s.layer(h)[0].sum(), dropping), args)
-    dropping.eval()
-    assert_as_eager(Calls(lambda s, h, y: s.layer(h)[0].pow(2).sum(), dropping), args)
+@pytest.mark.parametrize("dropout", [0.0, 1e-12, 0.5])
+def test_a_recurrent_layer_that_drops_out_between_its_layers(dropout: float) -> None:
+    layer = nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True, dropout=dropout)
+    model = Calls(lambda s, h, y: s.layer(h)[0].pow(2).sum() + s.layer(h)[1][1].sum(), layer)
+    args = (torch.randn(6, 5, 4), torch.randint(0, 4, (6,)))
+    made = ready(model, args) if dropout > 0.1 else assert_as_eager(model, args)
+    assert sum(op.target == "gp.dropout" for op in made.source.ops) == 2 * (dropout > 0)
+    assert_close(in_parts(made, args, (1, 3, 2)), in_parts(made, args, (6,)))
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), nn.AlphaDropout(0.5)])

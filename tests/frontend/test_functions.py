@@ -66,6 +66,19 @@ class Several(torch.autograd.Function):
         return 5 * gradients[0] * x, None, None, torch.zeros_like(y).index_add(0, index, gradients[2])
 
 
+class Typed(torch.autograd.Function):
+    """Goes by the type of a number: True, 1 and 1.0 are equal, and not the same to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: float) -> Tensor:
+        ctx.factor = {bool: 2, int: 3, float: 5}[type(kind)]
+        return x * ctx.factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * ctx.factor, None
+
+
 class InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -100,10 +113,11 @@ def several(s: Calls, h: Tensor, y: Tensor) -> Tensor:
         lambda s, h, y: (use(Reverse, h, 0.5) * use(Reverse, s.vector, 2.0)).pow(2).mean(),
         lambda s, h, y: use(Straight, h * s.vector).pow(2).mean(),
         several,
+        lambda s, h, y: (use(Typed, h, True) * use(Typed, h, 1).sin() * use(Typed, h, 1.0).cos()).mean(),
         lambda s, h, y: checkpoint(lambda z: s.layer(z).tanh(), h, use_reentrant=True).pow(2).mean(),
         lambda s, h, y: checkpoint(lambda z: s.layer(z).tanh(), h, use_reentrant=False).pow(2).mean(),
     ],
-    ids=["reversed", "twice", "straight-through", "several", "checkpoint", "new checkpoint"],
+    ids=["reversed", "twice", "straight-through", "several", "types", "checkpoint", "new checkpoint"],
 )
 def test_gradients_are_those_of_the_function(function: Callable[[Calls, Tensor, Tensor], Tensor]) -> None:
     assert_as_eager(Calls(function, nn.Linear(4, 4)), (X, Y))
@@ -143,7 +157,7 @@ def test_the_innermost_module_that_draws_on_the_host_is_named() -> None:
             return x if np.random.rand() < 0.5 else 2 * x
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Skip()))
-    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\), .*_functions.py:143, draws"):
+    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\), .*_functions.py:157, draws"):
         ready(model, (X,), loss=None)
 
 

@@ -227,6 +227,46 @@ def test_an_argument_that_is_overwritten_is_the_callers_no_more(caplog: pytest.L
     torch.testing.assert_close(loss, made.model(X, Y.clone()))
 
 
+class Assigning(nn.Module):
+    """Puts new tensors in the place of buffers, swaps two of them, and computes with what they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        for name in ("mean", "old", "older"):
+            self.register_buffer(name, torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x) * self.older
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        self.old, self.older = self.mean, self.old
+        return (h - self.mean).pow(2).mean()
+
+
+def test_tensors_put_in_the_place_of_buffers_are_kept() -> None:
+    model, x = Assigning(), torch.randn(6, 4)
+    device = assert_as_eager(model, (x,)).device()
+    for _ in range(3):
+        device.forward((x,), {})
+        model(x)
+    for name, wanted in model.named_buffers():
+        torch.testing.assert_close(device.tensors[name], wanted)
+
+
+@torch.library.custom_op("graphpar_tests::track", mutates_args={"seen"})
+def track(x: Tensor, seen: Tensor) -> None:
+    """Changes a buffer and returns nothing."""
+    seen.add_(x.mean())
+
+
+def test_an_operator_that_only_writes_to_a_buffer_is_kept() -> None:
+    def run(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        track(h.detach(), s.buffer)
+        return (h * s.buffer[0]).sum()
+
+    assert "track.default" in assert_as_eager(Calls(run), (X, Y)).reason
+
+
 class ByData(nn.Module):
     """Writes to a buffer, and takes rounding for nothing, through `.data`."""
 

@@ -54,6 +54,7 @@ ROWS: dict[str, Loss] = {
     "loss to a shared target": lambda s, h, y: torch.ops.aten.mse_loss(h, s.vector),
     "loss of a shared value": lambda s, h, y: torch.ops.aten.mse_loss(s.vector[:1], h),
     "huber": lambda s, h, y: F.huber_loss(h, s.table[y]),
+    "gaussian": lambda s, h, y: F.gaussian_nll_loss(h, s.table[y], h.exp()),
     "smooth l1": lambda s, h, y: F.smooth_l1_loss(h, s.table[y], beta=0.5),
     "binary, pos_weight": lambda s, h, y: F.binary_cross_entropy_with_logits(
         h, F.one_hot(y, 4).float(), weight=s.buffer[0].abs(), pos_weight=s.buffer[1].abs()

@@ -47,6 +47,9 @@ ROWS: dict[str, Loss] = {
     "column minus row loss": lambda s, h, y: torch.ops.aten.mse_loss(h[:, :1], y.float()),
     "every pair": lambda s, h, y: (h[:, None] * h[None]).sum(),
     "contrastive": lambda s, h, y: F.cross_entropy(h @ h.t(), arange(h.size(0))),
+    "counted pairs": lambda s, h, y: (
+        ((h @ h.t()).softmax(1) * (y[:, None] == y)).sum() / ((y[:, None] == y).sum(1) > 1).sum()
+    ),
     "distances": lambda s, h, y: torch.cdist(h, h).sum(),
     "put at every pair": lambda s, h, y: (
         h.index_put((arange(h.size(0))[None], y[:, None]), torch.tensor(0.0)).pow(2).sum()

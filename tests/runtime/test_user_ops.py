@@ -68,12 +68,18 @@ def _(x):
 doubled.register_autograd(lambda ctx, g: g * factor)
 factor = 2.0
 
+@torch.library.custom_op("script::track", mutates_args={"seen"})
+def track(x: torch.Tensor, seen: torch.Tensor) -> None:
+    seen.add_(x.sum())
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(3, 3)
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
+        track(x, self.seen)
         return doubled(self.layer(x)).square().mean()
 
 x, model = torch.ones(4, 3), Model()
@@ -81,6 +87,7 @@ training = graphpar.Training(optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
 with graphpar.compile(model, {"devices": [{"kind": "cpu", "threads": 1}]}, (x,), train=training) as job:
     assert torch.allclose(job.step(x), model(x))
     assert job.step(x) < model(x)
+    assert job.state_dict()["seen"] == 24.0
 print("equal")
 """
 

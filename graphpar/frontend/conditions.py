@@ -1,0 +1,247 @@
+"""For which numbers of samples a graph holds: what a model's own code asks of them, and where it cuts.
+
+Two exports at unlike batch sizes show what scales with the batch. A branch that goes the same way at
+both (`if len(x) > 64`), and a part that is all of both (`x[:64]`), they do not show. So sizes that are
+multiples of the number of samples are handed to the model's code as integers that remember it, and
+each comparison of them is noted. A batch for which one would come out otherwise is captured on its own.
+"""
+
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from graphpar.frontend.frames import is_users, users_line
+from graphpar.ir.ops import BatchSize, Dim, Op
+from graphpar.ir.optable import packet
+
+_READS = (
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.size,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.__len__,
+    torch.numel,
+)
+_PROBED = (*range(1, 66), 100, 128, 256, 1000, 1024, 4096, 100_000)
+"""Numbers of samples for which a comparison that always comes out alike says nothing."""
+_UNBOUNDED = 2**31
+"""Slices that end here or later end nowhere."""
+_Formula = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What came out of a comparison in the example batch, and does for another number of samples.
+
+    Attributes:
+        text: The comparison, with `samples` for their number, and the user's line.
+        answer: How it came out.
+        formula: How it comes out for a number of samples.
+    """
+
+    text: str
+    answer: bool
+    formula: _Formula
+
+    def holds(self, samples: int) -> bool:
+        """Whether it comes out alike for so many samples."""
+        try:
+            return bool(self.formula(samples)) == self.answer
+        except ArithmeticError:
+            return False
+
+
+@dataclass
+class Asked:
+    """The comparisons of one export at a number of samples, by line and text."""
+
+    batch: int
+    made: dict[str, Condition] = field(default_factory=dict)
+
+    def note(self, text: str, formula: _Formula) -> None:
+        """A comparison, made by the user's code or for it: export has a `min` and a `max` of its own."""
+        text = f"{text} at {users_line()}"
+        if text not in self.made:
+            self.made[text] = Condition(text, bool(formula(self.batch)), formula)
+
+
+_ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)
+
+
+class Count(int):
+    """A multiple of the number of samples, or what whole arithmetic makes of one."""
+
+    text: str
+    formula: _Formula
+    asked: Asked
+
+    @classmethod
+    def of(cls, value: int, text: str, formula: _Formula, asked: Asked) -> "Count":
+        """A number that remembers how it follows from the number of samples."""
+        made = cls(value)
+        made.text, made.formula, made.asked = text, formula, asked
+        return made
+
+    __hash__ = int.__hash__
+
+    def __bool__(self) -> bool:
+        self.asked.note(f"{self.text} != 0", self.formula)
+        return int(self) != 0
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+
+def _formula(value: Any) -> tuple[str, _Formula]:
+    return (value.text, value.formula) if isinstance(value, Count) else (repr(value), lambda n: value)
+
+
+def _arithmetic(function: Callable[[Any, Any], Any], sign: str) -> Any:
+    def straight(self: Count, other: Any) -> Any:
+        return made(self, other, self) if isinstance(other, int) else _plain(function, self, other)
+
+    def reflected(self: Count, other: Any) -> Any:
+        return made(other, self, self) if isinstance(other, int) else _plain(function, other, self)
+
+    def made(a: Any, b: Any, of: Count) -> Any:
+        value = function(int(a), int(b))
+        if type(value) is not int:
+            return value
+        (left, f), (right, g) = _formula(a), _formula(b)
+        return Count.of(value, f"({left} {sign} {right})", lambda n: function(f(n), g(n)), of.asked)
+
+    return straight, reflected
+
+
+def _plain(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    """What plain integers give with something else; it may know how to go on."""
+    a, b = (int(x) if isinstance(x, Count) else x for x in (a, b))
+    return function(a, b)
+
+
+def _comparison(function: Callable[[Any, Any], Any], sign: str) -> Any:
+    def compared(self: Count, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        text, formula = _formula(other)
+        self.asked.note(f"{self.text} {sign} {text}", lambda n: function(self.formula(n), formula(n)))
+        return function(int(self), _number(other))
+
+    return compared
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, Count) else value
+
+
+for _name, _sign in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//"), ("mod", "%")):
+    _straight, _reflected = _arithmetic(getattr(operator, _name), _sign)
+    setattr(Count, f"__{_name}__", _straight)
+    setattr(Count, f"__r{_name}__", _reflected)
+for _name, _sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!=")):
+    setattr(Count, f"__{_name}__", _comparison(getattr(operator, _name), _sign))
+
+
+class _Sizes(TorchFunctionMode):
+    """Hands out sizes that are multiples of the number of samples as such."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__()
+        self._asked = asked
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func not in _READS or not is_users(sys._getframe(1).f_code.co_filename):
+            return made
+        if isinstance(made, torch.Size):
+            return torch.Size([self._count(size) for size in made])
+        return self._count(made)
+
+    def _count(self, size: Any) -> Any:
+        batch = self._asked.batch
+        if type(size) is not int or not size or size % batch:
+            return size
+        times = size // batch
+        text = "samples" if times == 1 else f"(samples * {times})"
+        return Count.of(size, text, lambda n: times * n, self._asked)
+
+
+@contextmanager
+def noted(batch: int) -> Iterator[Asked]:
+    """Within it, exports note what the model's code asks of the number of samples."""
+    asked = Asked(batch)
+    before = _ASKED.set(asked)
+    try:
+        yield asked
+    finally:
+        _ASKED.reset(before)
+
+
+@contextmanager
+def sizes_counted() -> Iterator[None]:
+    """Around the model's own code, innermost: what it reads of sizes is noted, where that is wanted."""
+    asked = _ASKED.get()
+    if asked is None:
+        yield
+        return
+    with _Sizes(asked):
+        yield
+
+
+def uncounted(value: Any) -> Any:
+    """A plain integer in the place of one that remembers, anything else as it is."""
+    return int(value) if isinstance(value, Count) else value
+
+
+def conditions(first: Asked, second: Asked, ops: Sequence[Op]) -> tuple[Condition, ...]:
+    """What must hold for a graph made of two exports to be that of another number of samples.
+
+    Only what was asked in both counts: other sizes are multiples of one number of samples by accident.
+    """
+    kept = [c for text, c in first.made.items() if text in second.made and _says_something(c)]
+    return (*kept, *_bounds(ops))
+
+
+def _says_something(condition: Condition) -> bool:
+    return not all(map(condition.holds, _PROBED))
+
+
+def _bounds(ops: Sequence[Op]) -> Iterator[Condition]:
+    """Parts of the batch that are all of it up to some number of samples, or as many from one on."""
+    types = {op.name: op.types for op in ops}
+    for op in ops:
+        kind = packet(op)
+        if (kind == "split" and len(op.types) > 1) or kind not in ("slice", "split"):
+            continue
+        dim = op.argument(2 if kind == "split" else 1, "dim", 0)
+        (whole, *_), (part, *_) = types[op.operands()[0]], op.types
+        if whole is None or part is None or not isinstance(dim, int):
+            continue
+        size, left = whole.shape[dim], part.shape[dim]
+        if isinstance(size, BatchSize):
+            yield from (_bound(op, size.times, cut, left) for cut in _cuts(op, kind))
+
+
+def _cuts(op: Op, kind: str) -> Iterator[int]:
+    """How many rows from the start, or from the end, an op takes at most."""
+    if kind == "split":
+        cuts = [op.argument(1, "split_size")]
+    else:
+        start = op.argument(2, "start")
+        cuts = [op.argument(3, "end"), -start if isinstance(start, int) else None]
+    yield from (cut for cut in cuts if type(cut) is int and 0 < cut < _UNBOUNDED)
+
+
+def _bound(op: Op, times: int, cut: int, left: Dim) -> Condition:
+    sign, holds = ("<=", operator.le) if isinstance(left, BatchSize) else (">=", operator.ge)
+    rows = f"{times} * samples" if times > 1 else "samples"
+    return Condition(
+        f"{rows} {sign} {cut} ({op.target}) at {op.source}", True, lambda n: holds(times * n, cut)
+    )
