@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from graphpar.cluster import Cluster
+from graphpar.errors import CaptureError
 from graphpar.frontend.capture import Captured, capture
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
@@ -24,6 +25,7 @@ from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
+from graphpar.runtime.user_ops import refuse_without_derivative
 from graphpar.sensitivity import (
     Trial,
 )
@@ -89,13 +91,20 @@ def prepare(
         captured = capture(model, args, kwargs, loss=None, training=False)
     else:
         captured = capture(model, args, kwargs, loss=train.loss or "returned")
+        refuse_without_derivative(captured.graph)
     return _prepared(captured)
 
 
 def _prepared(captured: Captured) -> Prepared:
     graph, _ = CAPTURE_PASSES.run(captured.graph)
     reason = captured.unsplittable or mixing_reason(graph)
-    return Prepared(captured, graph, build_chain(graph), reason)
+    chain = build_chain(graph)
+    if not chain.units:
+        raise CaptureError(
+            f"The model, {graph.name}, computes nothing: it returns its arguments or weights as they "
+            "are, so that there is nothing to run. Leave it out."
+        )
+    return Prepared(captured, graph, chain, reason)
 
 
 def captured_again(prepared: Prepared) -> Captured:

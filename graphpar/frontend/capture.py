@@ -17,6 +17,7 @@ from graphpar.frontend.objects import closed
 from graphpar.frontend.refusals import refuse_object_inputs, refuse_unready
 from graphpar.frontend.torch_private import TreeSpec, flatten, memory_of, unflatten
 from graphpar.frontend.unify import Mismatch, unify
+from graphpar.frontend.weightless import values_apart
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Op, map_arguments
 
@@ -220,7 +221,7 @@ def capture(
     exporter = Exporter(model, loss, training, fold)
 
     def run(size: int) -> tuple[Converted, TreeSpec, Asked]:
-        with torch.inference_mode(False), noted(size) as asked:
+        with torch.inference_mode(False), noted(size) as asked, values_apart(model, loss):
             sized = [resize(x, batch, size) for x in leaves]
             some_args, some_kwargs = unflatten(sized, spec)
             return *exporter.run(some_args, some_kwargs), asked
@@ -320,11 +321,18 @@ def _symbolic(
             raise Mismatch("the structure of the model's result changes with the batch size")
         _same_constants(first.constants, second.constants)
         ops = unify(first.ops, second.ops, batch, other)
-        return ops, "", conditions(asked, also_asked, ops)
+        held = conditions(asked, also_asked, ops)
+        if _literals(first) != _literals(second):
+            held += (Condition(f"samples == {batch} (a result is a number)", True, lambda n: n == batch),)
+        return ops, "", held
     except Mismatch as mismatch:
         return first.ops, mismatch.reason, ()
     except CaptureError as error:
         return first.ops, f"the model cannot be captured for a batch of {other}: {error}", ()
+
+
+def _literals(made: Converted) -> list[Any]:
+    return [result.value for result in made.results if isinstance(result, Literal)]
 
 
 def _same_constants(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:

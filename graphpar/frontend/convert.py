@@ -36,6 +36,7 @@ from graphpar.frontend.torch_private import (
     op_name,
 )
 from graphpar.frontend.vmaps import AUTOCAST, casting_of, without_vmaps
+from graphpar.frontend.weightless import values_of
 from graphpar.frontend.writes import Values, dtype_name, is_off
 from graphpar.ir.ops import SOURCES, Argument, Op, Ref, Symbol, TensorType, map_arguments
 from graphpar.runtime.expected import EXPECTED
@@ -174,7 +175,7 @@ class _Converter:
         }[spec.kind]
         label = strip_prefix(spec.target) if spec.target else spec.arg.name
         if target == "constant":
-            self.constants[label] = self.program.constants[spec.target]
+            self.constants[label] = values_of(self.program.constants[spec.target])
         op = Op(node.name, target, (label,), types=_types(node.meta["val"])[0])
         if target in ("parameter", "input") and label in trained and op.type.is_floating:
             op = op.with_attrs(grad=True)
@@ -226,7 +227,7 @@ class _Converter:
         value = operator.attrgetter(str(node.target))(module)
         if isinstance(value, torch.Tensor):
             label = f"{node.name}_{len(self.constants)}"
-            self.constants[label] = value
+            self.constants[label] = values_of(value)
             self._emit(
                 node, Op(self.values.fresh(node.name), "constant", (label,), types=_types(value)[0])
             )

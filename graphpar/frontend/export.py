@@ -55,6 +55,7 @@ from graphpar.frontend.torch_private import (
     unflatten,
     vmap_can_be_exported,
 )
+from graphpar.frontend.weightless import numbers_as_operators
 from graphpar.tracing import TRACING
 
 FOLLOWS_ALL: ContextVar[bool] = ContextVar("FOLLOWS_ALL", default=False)
@@ -117,7 +118,7 @@ class Traced(nn.Module):
         return self.replay.checked(result)
 
     def _plain_result(self, args: Any, kwargs: Any) -> Any:
-        with sizes_counted():
+        with numbers_as_operators(), sizes_counted():
             leaves, spec = flatten(self._result(args, kwargs))
         return unflatten([uncounted(leaf) for leaf in leaves], spec)
 

@@ -80,10 +80,10 @@ class Registered:
                 written.add((path, name))
                 pairs.append((was, now))
         memory = {memory_of(was) for was, _ in pairs}
-        with torch.no_grad():
-            values = [now.clone() if memory_of(now) in memory else now for _, now in pairs]
-            for (was, _), value in zip(pairs, values, strict=True):
-                was.copy_(value)
+        values = [now.detach() for _, now in pairs]
+        values = [value.clone() if memory_of(value) in memory else value for value in values]
+        for (was, _), value in zip(pairs, values, strict=True):
+            was.copy_(value)
         return written, left
 
 

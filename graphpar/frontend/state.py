@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.frames import is_users
 from graphpar.frontend.registered import registered_left
 from graphpar.frontend.torch_private import flatten, writes_to
 
@@ -117,6 +118,8 @@ class Kept:
             for name, value in _attributes(module):
                 if type(value) not in (int, float):
                     marks[path, name] = _mark(value, seen, held, 0)
+        for path, names, name in _outside(model):
+            marks[path, name] = _mark(names[name], seen, held, 0)
         return cls(marks, tuple(held))
 
     def changed_since(self, before: "Kept") -> set[tuple[str, str]]:
@@ -127,6 +130,22 @@ class Kept:
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in vars(module).items() if name not in _TORCHS_OWN]
+
+
+def _outside(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Plain values of their files that the user's forwards read: module, the file's names, and which."""
+    for path, module in {type(m): (p, m) for p, m in model.named_modules()}.values():
+        forward = type(module).forward
+        code = getattr(forward, "__code__", None)
+        if code is None or not is_users(code.co_filename):
+            continue
+        names = forward.__globals__
+        yield from (
+            (path, names, name)
+            for name in code.co_names
+            if name in names
+            if isinstance(names[name], (*_PLAIN, torch.Tensor, list, dict, deque))
+        )
 
 
 def _mark(value: Any, seen: dict[int, Hashable], held: list[Any], depth: int) -> Hashable:
@@ -257,6 +276,9 @@ def attributes_left(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(registered_left(model))
         seen: set[int] = set()
+        for _, names, name in _outside(model):
+            stack.callback(names.__setitem__, name, names[name])
+            _save(names[name], stack, seen, 0)
         for module in model.modules():
             own = vars(module)
             stack.callback(_put_back, own, {k: v for k, v in own.items() if k not in _TORCHS_OWN})

@@ -11,7 +11,7 @@ from graphpar.ir.ops import Op
 
 def with_places(made: fx.GraphModule, ops: Sequence[Op], env: Mapping[str, fx.Node]) -> fx.GraphModule:
     """The module, with the user's line for each of its own lines."""
-    made.places = {
+    made.meta["places"] = {
         env[op.name].name: f"{op.target} in module {op.module or '(top)'!r}, {op.source}"
         for op in ops
         if op.name in env and op.source
@@ -25,5 +25,5 @@ def place_of_failure(error: BaseException) -> str:
         module = frame.f_locals.get("self")
         if isinstance(module, fx.GraphModule) and frame.f_code.co_name == "forward":
             line = linecache.getline(frame.f_code.co_filename, number, frame.f_globals)
-            return str(getattr(module, "places", {}).get(line.partition("=")[0].strip(), ""))
+            return str(module.meta.get("places", {}).get(line.partition("=")[0].strip(), ""))
     return ""

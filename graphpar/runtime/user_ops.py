@@ -12,9 +12,10 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import cloudpickle
+import torch
 
-from graphpar.errors import RunError
-from graphpar.frontend.functions import NAMESPACES
+from graphpar.errors import CaptureError, RunError
+from graphpar.frontend.functions import NAMESPACES, FunctionCall
 from graphpar.frontend.torch_private import OpDefinition, define_op, op_definition
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
@@ -26,6 +27,34 @@ def foreign_targets(graph: Graph, stage: int) -> list[str]:
     """Targets of a stage's ops that are neither torch's nor graphpar's own."""
     targets = {op.target for op in graph.ops if op.attr("stage") == stage and op.target not in SOURCES}
     return sorted(t for t in targets if "." in t and t.partition(".")[0] not in _OWN)
+
+
+def refuse_without_derivative(graph: Graph) -> None:
+    """
+    Raises:
+        CaptureError: A gradient flows through an operator or a Function that has none; names the line.
+    """
+    for op in graph.ops:
+        if not op.attr("grad") or op.target.partition(".")[0] in _OWN or "." not in op.target:
+            continue
+        definition = op_definition(op.target)
+        if definition is None or _has_derivative(definition):
+            continue
+        kind, remedy = "operator", "register_autograd"
+        if op.target.partition(".")[0] in NAMESPACES:
+            kind, remedy = "autograd.Function", "a backward"
+        raise CaptureError(
+            f"Module {op.module or '(top)'!r} at {op.source} calls the {kind} {op.target}, which has no "
+            f"derivative, where a gradient flows. Give it {remedy}, or call it on a detached tensor."
+        )
+
+
+def _has_derivative(definition: OpDefinition) -> bool:
+    call = getattr(definition.backward, "__self__", None)
+    if not isinstance(call, FunctionCall):
+        return definition.backward is not None
+    plain = torch.autograd.Function
+    return call.function.backward is not plain.backward or call.function.vjp is not plain.vjp
 
 
 def needed_code(targets: Iterable[str]) -> tuple[tuple[str, ...], bytes]:

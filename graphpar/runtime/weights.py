@@ -160,6 +160,12 @@ def find_weights(
     tensors = {**captured.constants, **held}
     here = {name: t.detach() for name, t in tensors.items() if t.device.type != "meta"}
     absent = {name: t for name, t in tensors.items() if name not in here}
+    lost = [name for name in captured.constants if name in absent]
+    if lost:
+        raise ValueError(
+            f"The model makes a tensor without values of its own while it runs ({lost[0]!r} of its "
+            "graph), for it has no weights. Keep it in a buffer, or build the model with its weights."
+        )
     if not absent and (source is None or callable(source)):
         return Weights(here)
     if source is None:

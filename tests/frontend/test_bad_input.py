@@ -205,6 +205,21 @@ def test_state_in_plain_attributes_is_refused_where_it_matters(how: str) -> None
     assert not model.past
 
 
+SEEN: list[int] = []
+
+
+class Counts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(1)
+        return x * len(SEEN)
+
+
+def test_state_in_the_file_is_refused_and_left_as_it_was() -> None:
+    with pytest.raises(CaptureError, match=r"\(Counts, .*_input.py:\d+\).*\(SEEN\)"):
+        capture(Counts(), (X,), {})
+    assert not SEEN
+
+
 @pytest.mark.parametrize("how", ["attribute", "list"])
 @pytest.mark.parametrize("used", [True, False])
 def test_without_values_such_a_state_is_told_where_it_changes_the_graph(

@@ -1,5 +1,7 @@
 """Capture: what the graph must get right where torch.export is known to be treacherous."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
@@ -129,3 +131,27 @@ def test_modules_and_lines_are_kept() -> None:
     assert [op.module for op in graph.ops if op.target.startswith("aten.")] == ["0", "1.0"]
     graph = capture(Calls(lambda s, h, y: h * 2), (X, Y), {}).graph
     assert graph.ops[-2].source.startswith("one_device.py:")
+
+
+class Weighing(nn.Module):
+    """Numbers in a plain attribute, of a global name, and made as the forward goes."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3, device=device)
+        self.classes = torch.tensor([1.0, 2.0, 3.0])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        made = torch.tensor([[1.0, 1.0, 2.5]], device=x.device) + torch.arange(3) * x.new_tensor(0.5)
+        weight = self.classes * made[0] * SHARES
+        return nn.functional.cross_entropy(self.linear(x), y.clamp(max=2), weight=weight)
+
+
+SHARES = torch.tensor([0.5, 0.25, 1.0])
+
+
+def test_numbers_of_a_model_without_weights_keep_their_values() -> None:
+    made, model = ready(Weighing("meta"), (X, Y)), Weighing("cpu")
+    (loss,) = replace(made, model=model).device().forward((X, Y), {})
+    torch.testing.assert_close(loss, model(X, Y))
+    assert SHARES.device == torch.device("cpu")

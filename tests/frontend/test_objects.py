@@ -12,6 +12,7 @@ import graphpar
 from graphpar.errors import CaptureError
 from graphpar.frontend.capture import capture
 from graphpar.frontend.objects import closed, opened, plain_objects
+from graphpar.frontend.torch_private import flatten
 
 
 class Cache:
@@ -52,7 +53,8 @@ def test_what_holds_no_tensor_or_itself_stays_as_it_is() -> None:
     knot = SimpleNamespace(keys=1)
     knot.self = knot
     tree = [knot, SimpleNamespace(name="a"), torch.ones(1), "text", nn.Linear(1, 1)]
-    assert all(a is b for a, b in zip(opened(tree), tree, strict=True))
+    assert all(a is b for a, b in zip(closed(opened(tree)), tree, strict=True))
+    assert [type(leaf) for leaf in flatten(opened(tree))[0]] == [torch.Tensor, str]
     knot.keys = torch.ones(1)
     (apart,) = opened([knot])
     assert apart.rest == {"keys": None, "self": knot}

@@ -73,20 +73,20 @@ class Branching(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = layer(x).sin() if len(x) > 7 else layer(x).relu()
+            x = layer(x).sin() if len(x) > 14 else layer(x).relu()  # more than the export's 6 and 13
         return x
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", [Normal(), Branching()], ids=lambda model: type(model).__name__)
-def test_batches_that_must_stay_whole(model: nn.Module) -> None:
+def test_batches_with_graphs_of_their_own(model: nn.Module) -> None:
     training = Training(optimizer=sgd, loss=nn.functional.cross_entropy)
 
     def batch(size: int) -> Batch:
         return torch.randn(size, 4), torch.randint(0, 2, (size,))
 
     forced = force(model, batch(6), lines=straight(2), train=training)
-    follow(forced, [batch(size) for size in (6, 5, 3, 8, 6)])
+    follow(forced, [batch(size) for size in (6, 5, 3, 16, 6)])
 
 
 @pytest.mark.distributed
