@@ -72,7 +72,8 @@ class Typed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: float) -> Tensor:
         ctx.factor = {bool: 2, int: 3, float: 5}[type(kind)]
-        return x * ctx.factor
+        result: Tensor = x * ctx.factor
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -157,7 +158,7 @@ def test_the_innermost_module_that_draws_on_the_host_is_named() -> None:
             return x if np.random.rand() < 0.5 else 2 * x
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Skip()))
-    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\), .*_functions.py:157, draws"):
+    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\), .*_functions.py:158, draws"):
         ready(model, (X,), loss=None)
 
 

@@ -233,6 +233,9 @@ class Assigning(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        self.mean: Tensor
+        self.old: Tensor
+        self.older: Tensor
         for name in ("mean", "old", "older"):
             self.register_buffer(name, torch.ones(4))
 
@@ -240,7 +243,8 @@ class Assigning(nn.Module):
         h: Tensor = self.linear(x) * self.older
         self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
         self.old, self.older = self.mean, self.old
-        return (h - self.mean).pow(2).mean()
+        result: Tensor = (h - self.mean).pow(2).mean()
+        return result
 
 
 def test_tensors_put_in_the_place_of_buffers_are_kept() -> None:
