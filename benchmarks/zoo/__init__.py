@@ -12,6 +12,7 @@ from zoo import mechanics as mechanics
 from zoo import metric as metric
 from zoo import mixers as mixers
 from zoo import routing as routing
+from zoo import scripts as scripts
 from zoo import speech as speech
 from zoo import tables as tables
 from zoo import vision as vision

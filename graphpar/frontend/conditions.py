@@ -9,15 +9,17 @@ each comparison of them is noted. A batch for which one would come out otherwise
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from graphpar.frontend.frames import is_users, users_line
+from graphpar.frontend.frames import is_users
+from graphpar.frontend.torch_private import min_and_max_of_export
 from graphpar.ir.ops import BatchSize, Dim, Op
 from graphpar.ir.optable import packet
 
@@ -29,6 +31,7 @@ _READS = (
     torch.Tensor.__len__,
     torch.numel,
 )
+_EXPORTS_OWN = min_and_max_of_export()
 _PROBED = (*range(1, 66), 100, 128, 256, 1000, 1024, 4096, 100_000)
 """Numbers of samples for which a comparison that always comes out alike says nothing."""
 _UNBOUNDED = 2**31
@@ -66,8 +69,13 @@ class Asked:
     made: dict[str, Condition] = field(default_factory=dict)
 
     def note(self, text: str, formula: _Formula) -> None:
-        """A comparison, made by the user's code or for it: export has a `min` and a `max` of its own."""
-        text = f"{text} at {users_line()}"
+        """A comparison of the caller's caller; nothing where that is not the user's code."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code.co_filename == _EXPORTS_OWN:
+            frame = frame.f_back  # export has a `min` and a `max` of its own
+        if frame is None or not is_users(frame.f_code.co_filename):
+            return
+        text = f"{text} at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         if text not in self.made:
             self.made[text] = Condition(text, bool(formula(self.batch)), formula)
 
@@ -165,12 +173,35 @@ class _Sizes(TorchFunctionMode):
         return self._count(made)
 
     def _count(self, size: Any) -> Any:
-        batch = self._asked.batch
-        if type(size) is not int or not size or size % batch:
-            return size
-        times = size // batch
-        text = "samples" if times == 1 else f"(samples * {times})"
-        return Count.of(size, text, lambda n: times * n, self._asked)
+        return _counted(size, self._asked)
+
+
+def _counted(size: Any, asked: Asked) -> Any:
+    """A size as one that remembers, where it is a multiple of the number of samples."""
+    if type(size) is not int or not size or size % asked.batch:
+        return size
+    times = size // asked.batch
+    text = "samples" if times == 1 else f"(samples * {times})"
+    return Count.of(size, text, lambda n: times * n, asked)
+
+
+@contextmanager
+def lengths_counted(modules: Sequence[ModuleType]) -> Iterator[None]:
+    """Within it, `len(tensor)` in these modules remembers as well; Python would make a plain one of it."""
+
+    def counted(held: Any) -> int:
+        asked = _ASKED.get()
+        if asked is None or not isinstance(held, torch.Tensor):
+            return len(held)
+        made: int = _counted(len(held), asked)
+        return made
+
+    with ExitStack() as stack:
+        for module in modules:
+            if "len" not in vars(module):
+                stack.callback(vars(module).pop, "len", None)
+                vars(module)["len"] = counted
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.averages import averages_as_tensors
-from graphpar.frontend.conditions import sizes_counted, uncounted
+from graphpar.frontend.conditions import lengths_counted, sizes_counted, uncounted
 from graphpar.frontend.conversions import conversions_left_out
 from graphpar.frontend.decisions import Replay, data_followed, record_decisions
 from graphpar.frontend.explain import ON_VALUES, explain_failure
@@ -384,6 +384,7 @@ def _watched(reads: HostReads) -> Iterator[None]:
         averages_as_tensors(),
         conversions_left_out(),
         packed_as_padded(reads.modules),
+        lengths_counted(reads.modules),
         vmap_can_be_exported(),
         gradient_modes_in_autocast(),
         host_watched(reads),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._export import non_strict_utils
 from torch._export.passes import replace_set_grad_with_hop_pass
 from torch._functorch import eager_transforms, predispatch
 from torch._functorch import vmap as vmap_module
@@ -357,6 +358,11 @@ def parsed_conversion(
     """What the arguments of `Module.to` ask for: a device, a type, an order in memory."""
     device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
     return device, dtype, layout
+
+
+def min_and_max_of_export() -> str:
+    """The file of what stands for `min` and `max` while torch.export traces."""
+    return str(non_strict_utils.__file__)
 
 
 def memory_of(tensor: torch.Tensor) -> int:
