@@ -187,7 +187,7 @@ def _counted(size: Any, asked: Asked) -> Any:
 
 @contextmanager
 def lengths_counted(modules: Sequence[ModuleType]) -> Iterator[None]:
-    """Within it, `len(tensor)` in these modules remembers as well; Python would make a plain one of it."""
+    """Within it, `len(tensor)` in these modules remembers as well; Python makes it a plain integer."""
 
     def counted(held: Any) -> int:
         asked = _ASKED.get()

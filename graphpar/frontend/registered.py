@@ -106,20 +106,22 @@ def read_copies(model: nn.Module, names: Names) -> None:
 
 def _refuse(path: str, module: nn.Module, kind: str, before: dict[str, Any]) -> None:
     now = getattr(module, kind)
-    name = next((n for n, value in now.items() if value is not before.get(n)), "")
+    others = [n for n, value in now.items() if value is not before.get(n)]
+    if kind == "_modules":  # while torch.export traces, stand-ins are told apart that stand for one
+        others = [n for n in others if before.get(n) is None]
+    name = next(iter(others), "")
     if not name:
         return
     code = getattr(type(module).forward, "__code__", None)
     line = f", {code.co_filename}:{code.co_firstlineno}" if code else ""
     where = f"Module {path or '(top)'!r} ({type(module).__name__}{line})"
-    what = "submodule" if kind == "_modules" else "parameter"
     if before.get(name) is None:
         raise CaptureError(
-            f"{where} makes its {what} {name!r} when it is called. Call the model once before giving it "
-            "to graphpar, or make it in __init__."
+            f"{where} makes its {kind[1:-1]} {name!r} when it is called. Call the model once before giving "
+            "it to graphpar, or make it in __init__."
         )
     raise CaptureError(
-        f"{where} puts another {what} in the place of {name!r} when it is called, which no optimiser "
+        f"{where} puts another parameter in the place of {name!r} when it is called, which no optimiser "
         "knows. Compute with a changed copy instead: F.linear(x, self.weight * 0.9)."
     )
 

@@ -233,6 +233,7 @@ class Assigning(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
+        self.again = self.linear
         self.mean: Tensor
         self.old: Tensor
         self.older: Tensor
@@ -240,7 +241,7 @@ class Assigning(nn.Module):
             self.register_buffer(name, torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.linear(x) * self.older
+        h: Tensor = self.again(self.linear(x)) * self.older
         self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
         self.old, self.older = self.mean, self.old
         result: Tensor = (h - self.mean).pow(2).mean()
