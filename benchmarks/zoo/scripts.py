@@ -16,6 +16,8 @@ class RunningMean(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
+        self.mean: Tensor
+        self.calls: Tensor
         self.register_buffer("mean", torch.zeros(5))
         self.register_buffer("calls", torch.tensor(0))
 

@@ -117,8 +117,8 @@ def _refuse(path: str, module: nn.Module, kind: str, before: dict[str, Any]) -> 
     where = f"Module {path or '(top)'!r} ({type(module).__name__}{line})"
     if before.get(name) is None:
         raise CaptureError(
-            f"{where} makes its {kind[1:-1]} {name!r} when it is called. Call the model once before giving "
-            "it to graphpar, or make it in __init__."
+            f"{where} makes its {kind[1:-1]} {name!r} when it is called. Call the model once before, or "
+            "make it in __init__."
         )
     raise CaptureError(
         f"{where} puts another parameter in the place of {name!r} when it is called, which no optimiser "
