@@ -20,14 +20,15 @@ _DEVICE_WORDS = (
     (r"A100.*40GB.*PCIe", "a100-pcie-40gb"), (r"A100.*80GB.*PCIe", "a100-pcie-80gb"),
     (r"A100.*PCIe.*40", "a100-pcie-40gb"), (r"A100.*PCIe", "a100-pcie-80gb"),
     (r"A100.*40GB", "a100-sxm-40gb"), ("A100", "a100-sxm-80gb"),
-    ("SXM3", "v100-sxm3-32gb"), ("RTX 8000", "rtx-8000"), ("6000 Ada", "rtx-6000-ada"),
+    ("SXM3", "v100-sxm3-32gb"), ("RTX ?8000", "rtx-8000"), ("6000 ?Ada", "rtx-6000-ada"),
+    ("Quadro RTX ?6000", "rtx-6000"),
     (r"V100.*PCIe.*16", "v100-pcie-16gb"), (r"V100.*16", "v100-sxm2-16gb"),
     ("V100S", "v100s-pcie-32gb"), (r"V100.*PCIe", "v100-pcie-32gb"),
     ("V100", "v100-sxm2-32gb"), ("A6000", "rtx-a6000"), ("A10G", "a10g"), (r"A10\b", "a10"),
     (r"A40\b", "a40"), ("A30", "a30"), ("L40S", "l40s"), (r"L4\b", "l4"), ("T4", "t4"),
     ("3090", "rtx-3090"), ("4090", "rtx-4090"), ("5090", "rtx-5090"), ("2080 ?Ti", "rtx-2080-ti"),
     ("A800", "a800-sxm-80gb"), ("H800", "h800-sxm-80gb"), ("P100", "p100-sxm2-16gb"),
-    ("TITAN RTX", "titan-rtx"), ("3080 ?Ti", "rtx-3080-ti"), ("3080", "rtx-3080"),
+    ("(?i)titan ?rtx", "titan-rtx"), ("3080 ?Ti", "rtx-3080-ti"), ("3080", "rtx-3080"),
     ("A5000", "rtx-a5000"), ("L40", "l40"), ("(?i)titan v", "titan-v"),
     ("MI300X", "mi300x"), ("MI325X", "mi325x"), ("MI355X", "mi355x"), ("MI250", "mi250x"),
     ("MI210", "mi210"), ("MI100", "mi100"), ("A4000", "rtx-a4000"),
@@ -72,12 +73,14 @@ def device_of(name: str) -> tuple[str, float, str]:
 
 
 def _variant(name: str) -> str | None:
-    """The kind whose name is nearly this one, with the same first number."""
+    """The kind whose name is nearly this one, with the same first number, or nothing."""
     wanted = catalogue.normalize(name)
     names = {catalogue.normalize(a): k for k, d in catalogue.devices().items() for a in (k, *d.aliases)}
     near = get_close_matches(wanted, names, 1, ALIKE)
     numbers = [re.findall(r"\d+", text)[:1] for text in (wanted, *near)]
-    return names[near[0]] if near and numbers[0] == numbers[1] else None
+    # Without a number nothing tells Titan Xp from Titan RTX, a generation and tensor cores apart.
+    alike = near[:1] == [wanted] or (numbers[0] and numbers[:1] == numbers[1:])
+    return names[near[0]] if alike else None
 
 
 NAMED_NETWORKS = (

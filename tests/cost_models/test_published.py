@@ -185,6 +185,8 @@ def test_variants_have_a_stand_in_with_their_own_memory() -> None:
     kind, _, remark = device_of("MI300A")
     assert kind == "mi300x"
     assert "MI300A" in remark
+    with pytest.raises(ValueError, match="not in the catalogue"):
+        device_of("Titan Xp")  # much unlike Titan RTX
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,7 @@ def test_variants_have_a_stand_in_with_their_own_memory() -> None:
     [
         ("A800", "a800-sxm-80gb"), ("H800-SXM-80GB", "h800-sxm-80gb"), ("MI250X", "mi250x"),
         ("MI300X", "mi300x"), ("NVIDIA L40S", "l40s"), ("A10G", "a10g"), ("GeForce RTX 4090", "rtx-4090"),
+        ("Quadro RTX 6000", "rtx-6000"), ("RTX 6000 Ada", "rtx-6000-ada"),
         ("B200", "b200-sxm"), ("GH200", "gh200-96gb"), ("H100 SXM5", "h100-sxm-80gb"),
     ],
 )  # fmt: skip
