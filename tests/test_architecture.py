@@ -59,6 +59,13 @@ def sources() -> Iterator[tuple[str, Path]]:
                 yield parts[0], path
 
 
+def test_files_are_short_enough_to_read() -> None:
+    folders = ("graphpar", "passes", "cost_models", "examples", "tests", "benchmarks")
+    paths = {p.resolve() for folder in folders for p in (ROOT / folder).rglob("*.py")}
+    long = [str(p.relative_to(ROOT)) for p in paths if len(p.read_text().splitlines()) > 500]
+    assert not long, "split these along what they are about"
+
+
 def imports(path: Path) -> Iterator[tuple[str, ast.stmt]]:
     """Dotted names that a file imports, those for type checkers alone left out."""
     tree = ast.parse(path.read_text())

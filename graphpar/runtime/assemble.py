@@ -14,9 +14,10 @@ from graphpar.ir.rows import rows_in
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.text import format_graph
 from graphpar.ir.whole import tail_reason
-from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.partition.types import Partition
 from graphpar.runtime.copies import Holding, Reduction, owners, ranks_of, reductions
 from graphpar.runtime.lower import StageInterface, interface
+from graphpar.runtime.other_batches import at_once, rescale, whole_batch
 from graphpar.runtime.parcels import parcels_of
 from graphpar.runtime.program import Meeting, RankProgram, Scatter, Slice
 from graphpar.runtime.user_ops import foreign_targets, needed_code
@@ -406,8 +407,7 @@ class Lowered:
         partition = rescale(self.partition, batch)
         if not self._in_step:
             return partition
-        pipelines = tuple(_dealt(p, p.samples, min(p.samples, 1)) for p in partition.pipelines)
-        return replace(partition, pipelines=pipelines)
+        return at_once(partition)
 
 
 def _held(op: Op, whole: TensorType, axes: int) -> Layouts:
@@ -461,62 +461,3 @@ def stage_links(partition: Partition, graphs: Sequence[Graph]) -> tuple[StageLin
         links += totals.values()
         first += len(pipeline.stages)
     return tuple(links)
-
-
-def rescale(partition: Partition, batch: int) -> Partition:
-    """The same stages for another number of samples: shares kept as nearly as whole samples allow.
-
-    Pipelines and replicas for which there are too few samples get none.
-    """
-    pipelines = partition.pipelines
-    if batch == sum(p.samples for p in pipelines):
-        return partition
-    samples = _apportion([p.samples for p in pipelines], batch)
-    return replace(
-        partition, pipelines=tuple(_resized(p, n) for p, n in zip(pipelines, samples, strict=True))
-    )
-
-
-def whole_batch(partition: Partition, batch: int) -> Partition:
-    """The same stages for a batch that must not be split: the first pipeline and replicas run it."""
-    first, *others = partition.pipelines
-    pipelines = (_dealt(first, batch, 1), *(_dealt(p, 0, 0) for p in others))
-    return replace(partition, pipelines=pipelines)
-
-
-def _resized(pipeline: PipelineChoice, samples: int) -> PipelineChoice:
-    microbatches = max(1, round(pipeline.microbatches * samples / pipeline.samples))
-    widest = max(len(stage.replicas) for stage in pipeline.stages)
-    return _dealt(pipeline, samples, min(samples, max(microbatches, widest)))
-
-
-def _dealt(pipeline: PipelineChoice, samples: int, microbatches: int) -> PipelineChoice:
-    """The pipeline with other samples and microbatches, these dealt to replicas by their shares."""
-    stages = tuple(_redealt(stage, microbatches) for stage in pipeline.stages)
-    return PipelineChoice(samples, microbatches, stages)
-
-
-def _redealt(stage: StageChoice, microbatches: int) -> StageChoice:
-    dealt = _apportion([r.microbatches for r in stage.replicas], microbatches)
-    replicas = zip(stage.replicas, dealt, strict=True)
-    return replace(stage, replicas=tuple(replace(r, microbatches=n) for r, n in replicas))
-
-
-def _apportion(shares: Sequence[int], total: int) -> list[int]:
-    """Whole numbers near the shares that add up to the total, each at least one while that lasts.
-
-    >>> _apportion([24, 8], 8), _apportion([5, 1], 3), _apportion([1, 5, 3], 2)
-    ([6, 2], [2, 1], [0, 1, 1])
-    """
-    if total < len(shares):
-        largest = sorted(range(len(shares)), key=lambda i: -shares[i])[:total]
-        return [int(i in largest) for i in range(len(shares))]
-    whole = sum(shares)
-    exact = [total * share / whole for share in shares]
-    result = [max(1, int(x)) for x in exact]
-    while sum(result) < total:
-        result[max(range(len(shares)), key=lambda i: exact[i] - result[i])] += 1
-    while sum(result) > total:
-        candidates = [i for i in range(len(shares)) if result[i] > 1]
-        result[min(candidates, key=lambda i: exact[i] - result[i])] -= 1
-    return result

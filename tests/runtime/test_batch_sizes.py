@@ -13,7 +13,7 @@ from test_equality import Language, sentences
 from torch import nn
 
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.runtime.assemble import rescale, whole_batch
+from graphpar.runtime.other_batches import rescale, whole_batch
 from graphpar.schedule import build_schedule
 from graphpar.schedule.check import validate
 from graphpar.training import Training
