@@ -127,6 +127,7 @@ GROUPS: dict[str, tuple[Line, dict[str, Any]]] = {
         Line((1,), 4, groups=(UNEVEN,), chunks=2),
         {"schedule": "interleaved", "recompute": True},
     ),
+    "two axes": (Line((1,), 4, groups=((0.35, 0.35, 0.15, 0.15),), meshes=((2, 2),)), {}),
     "zero-bubble on 4": (
         Line((1, 1), 4, cuts=(1,), groups=(UNEVEN, EVEN)),
         {"schedule": "zero-bubble"},
