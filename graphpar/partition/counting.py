@@ -53,6 +53,7 @@ from graphpar.partition.counting_columns import (
     drop_wider_and_dearer,
     price_columns,
 )
+from graphpar.partition.counting_kinds import Rows, Stocks, memory_row
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_master import Master
 from graphpar.partition.repeats import Repeats
@@ -122,9 +123,12 @@ class CountingProgram:
         columns = price_columns(table, cells, options, setting, repeats, cache, should_stop)
         self._mode = np.array([o.staff[0] for o in options], dtype=np.intp)
         self._columns = columns.pick(np.flatnonzero(self._most(columns) > 0))
-        self._rows, self._row_lower, self._row_upper = self._fixed_rows()
+        first = self._columns.most_below[self._columns.role == FIRST]
+        self._first_binds = bool((first < self._devices).any())
+        self._rows, self._row_lower, self._row_upper = self._fixed_rows(self._columns)
         self._warm = np.zeros(0, dtype=np.intp)
         self._dues: tuple[float, ...] = ()
+        self._duals: FloatArray = np.zeros(0)
 
     @property
     def num_variables(self) -> int:
@@ -187,7 +191,7 @@ class CountingProgram:
         try:
             value = master.relax(np.searchsorted(index, self._still(index)), self._dues, deadline_s)
         finally:
-            self._warm, self._dues = index[master.active], master.dues
+            self._warm, self._dues, self._duals = index[master.active], master.dues, master.duals
         return value
 
     def lines(self, limits: StageLimits, least: Least) -> Lines | None:
@@ -218,6 +222,28 @@ class CountingProgram:
             constant=constant,
             blocks=self._repeats.number,
             devices=self._devices,
+        )
+
+    def kinds(self, lines: Lines) -> tuple[Stocks, Rows]:
+        """What each kind has, and the rows besides, with the prices of the last relaxation."""
+        take = self._take[lines.columns.option]
+        stocks = Stocks(self._counts, take.argmax(axis=1), take.sum(axis=1))
+        begin = 3 + len(self._counts)
+        rows, lower, upper = (r[begin:] for r in self._fixed_rows(lines.columns))
+        # Those with a lower limit the other way round.
+        sign = np.where(np.isfinite(lower), -1.0, 1.0)
+        limits = np.where(np.isfinite(lower), -lower, upper)
+        prices, dues = np.zeros(len(rows)), []
+        fixed = len(self._row_lower)
+        if len(self._duals):
+            prices = np.maximum(-sign * self._duals[begin:fixed], 0.0)
+            found = zip(self._dues, self._duals[fixed:].tolist(), strict=False)
+            dues = [(int(d), -dual) for d, dual in found if dual < 0]
+        memory = [memory_row(lines, d)[None] for d, _ in dues]
+        return stocks, Rows(
+            np.concatenate([sign[:, None] * rows, *memory]),
+            np.concatenate([limits, [float(d) for d, _ in dues]]),
+            np.concatenate([prices, [p for _, p in dues]]),
         )
 
     def answer_of(self, lines: Lines, line: Line, bound_s: float) -> ChainAnswer:
@@ -286,9 +312,8 @@ class CountingProgram:
         found: IntArray = np.intersect1d(self._warm, index)
         return found
 
-    def _fixed_rows(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def _fixed_rows(self, columns: Columns) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Coefficients [row, column] of all rows but those of memory, with their limits."""
-        columns = self._columns
         take, width = self._take[columns.option], self._width[columns.option]
         rows: list[npt.NDArray[np.float64]] = [columns.blocks.astype(np.float64)]
         lower, upper = [float(self._repeats.number)], [float(self._repeats.number)]
@@ -304,13 +329,12 @@ class CountingProgram:
             rows.append(np.where(self._group[columns.option] >= size, take[:, index], 0.0))
             lower.append(-np.inf)
             upper.append(float(number))
-        rows.append(self._outside_row())
+        rows.append(self._outside_row(columns))
         lower.append(0.0)
         upper.append(np.inf)
-        first = columns.role == FIRST
-        below = np.minimum(columns.most_below, self._devices)
-        if (below[first] < self._devices).any():
+        if self._first_binds:
             # Whatever the pipeline uses is below its first stage.
+            first, below = columns.role == FIRST, np.minimum(columns.most_below, self._devices)
             rows.append(np.where(columns.role > 0, width, 0.0) - np.where(first, below, 0.0))
             lower.append(-np.inf)
             upper.append(0.0)
@@ -340,7 +364,7 @@ class CountingProgram:
         found: IntArray = np.where(columns.role == BODY, most, np.minimum(most, 1)).astype(np.intp)
         return found
 
-    def _outside_row(self) -> FloatArray:
+    def _outside_row(self, columns: Columns) -> FloatArray:
         """Boundaries that leave a node, at least twice the nodes that the stages fill.
 
         Neighbouring stages in one node form a group with two boundaries to the outside; a stage that
@@ -348,7 +372,7 @@ class CountingProgram:
         """
         sizes = np.array(self._cells.node_sizes, dtype=np.float64)
         share = np.minimum((self._take / sizes).sum(axis=1), 1.0)
-        found: FloatArray = self._columns.outside - 2 * share[self._columns.option]
+        found: FloatArray = columns.outside - 2 * share[columns.option]
         return found
 
     def _answer(self, columns: Columns, used: IntArray, fill_s: float, bound_s: float) -> ChainAnswer:

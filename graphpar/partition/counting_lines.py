@@ -185,8 +185,8 @@ class Lines:
         if not min(best, whole) < np.inf:
             return np.inf, None
         if whole <= best:
-            return whole, self._line([int(self.whole[priced[self.whole].argmin()])])
-        return best, self._line(self._follow(int(last[ends.argmin()]), priced, to_go))
+            return whole, self.line_of((int(self.whole[priced[self.whole].argmin()]),))
+        return best, self.line_of(tuple(self._follow(int(last[ends.argmin()]), priced, to_go)))
 
     def _follow(self, column: int, priced: FloatArray, to_go: FloatArray) -> list[int]:
         """The cheapest line that ends in a column."""
@@ -211,9 +211,11 @@ class Lines:
                 return columns
             behind, replicas = behind + int(ends[best]), int(after[best])
 
-    def _line(self, columns: list[int]) -> Line:
-        sums = self.sums[:, columns].sum(axis=1) + self.constant
-        return Line(tuple(columns), float(self.cost[columns].sum()), sums)
+    def line_of(self, columns: tuple[int, ...]) -> Line:
+        """The line of some columns, the last stage's first."""
+        used = list(columns)
+        sums = self.sums[:, used].sum(axis=1) + self.constant
+        return Line(columns, float(self.cost[used].sum()), sums)
 
     def holds(self, line: Line) -> bool:
         """Whether a line keeps its memory and all sums but what is spent."""
@@ -261,17 +263,25 @@ class Lines:
 
 def _mixture(lines: list[Line], most: float) -> tuple[float, FloatArray]:
     """The prices up to `most` for which the cheapest of some lines costs most, and what it costs."""
-    sums = np.array([line.sums for line in lines])
-    number, prices = sums.shape
-    # What a line costs is linear in the prices: cost + prices * (sums - 1) >= the least of them.
-    matrix = np.concatenate([sums - 1, np.full((number, 1), -1.0)], axis=1)
+    costs = np.array([line.cost for line in lines])
+    return best_prices(costs, np.array([line.sums for line in lines]) - 1, most)
+
+
+def best_prices(costs: FloatArray, excess: FloatArray, most: float) -> tuple[float, FloatArray]:
+    """The prices on rows for which the least of `costs + excess @ prices` is largest, and that least.
+
+    Raises:
+        OutOfTimeError: The solver gave up.
+    """
+    number, prices = excess.shape
+    matrix = np.concatenate([excess, np.full((number, 1), -1.0)], axis=1)
     outcome = MatrixProgram(
         cost=np.array([0.0] * prices + [-1.0]),
         lower=np.array([0.0] * prices + [-np.inf]),
         upper=np.array([most] * prices + [np.inf]),
         integer=np.zeros(prices + 1, dtype=np.bool_),
         matrix=sparse.csr_matrix(matrix),
-        row_lower=-np.array([line.cost for line in lines]),
+        row_lower=-costs,
         row_upper=np.full(number, np.inf),
     ).solve()
     if not outcome.has_point:

@@ -88,6 +88,8 @@ class Master:
         self._backend: Backend = backend
         self.active: IntArray = np.zeros(0, dtype=np.intp)
         self.dues: tuple[float, ...] = ()
+        self.duals: FloatArray = np.zeros(0)
+        """Of the last relaxation that was solved: of the fixed rows, then of those of `dues`."""
 
     def solve(self, warm: IntArray, dues: Sequence[float], deadline_s: float) -> Solution | None:
         """A whole solution below the cutoff that is within the slack of the best; None without one.
@@ -176,6 +178,7 @@ class Master:
             if broken:
                 self.dues = (*self.dues, *broken)
                 continue
+            self.duals = outcome.duals
             # At its upper limit a column may have a negative reduced cost: that is part of the value.
             return _Relaxed(value, np.maximum(reduced, 0.0))
 

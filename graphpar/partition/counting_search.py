@@ -17,7 +17,8 @@ from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingProgram, Least
 from graphpar.partition.counting_beam import grow_lines
-from graphpar.partition.counting_lines import Line, Lines, Verdict
+from graphpar.partition.counting_kinds import judge_kinds
+from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
 from graphpar.partition.search import INFINITY, Asked, Search, SearchResult, Task
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray
@@ -153,8 +154,8 @@ class _CountedSearch(Search[_Box]):
                 return
             if self.best is None and box.task not in self._dived and len(self._dived) < _DIVES:
                 self._dive(program, box)
-            box = replace(box, looks=1)
-            self._push(bound, box)
+                program.relaxed(self._limits(box), least, self._deadline_s)
+            self._look_at_kinds(program, bound, box)
             return
         self._look_closely(program, bound, box)
 
@@ -194,6 +195,23 @@ class _CountedSearch(Search[_Box]):
         self._push(bound, replace(box, extra=(high, box.extra[1])))
 
     # --- narrow boxes ---
+
+    def _look_at_kinds(self, program: CountingProgram, bound: float, box: _Box) -> None:
+        """Bound a box by whole stages of every kind, with the prices of the relaxation just solved."""
+        least = self._least(box)
+        lines, spend = program.lines(self._limits(box), least), self._target() - least.step_s
+        if lines is None or spend <= 0:
+            return
+        found = judge_kinds(lines, *program.kinds(lines), spend, self._fine(bound), self._deadline_s)
+        bound = max(bound, min(least.step_s + found.cost, self._target()))
+        self._current_s = bound
+        if found.line is not None:
+            self._offer(box.task, program.answer_of(lines, found.line, bound))
+            self._divide_at(program, bound, box, lines, found.line)
+        elif found.cost > spend * (1 + TOLERANCE):
+            self._prune(max(bound, self._target()))
+        else:
+            self._push(bound, replace(box, looks=1))
 
     def _look_closely(self, program: CountingProgram, bound: float, box: _Box) -> None:
         least = self._least(box)
@@ -305,9 +323,9 @@ class _CountedSearch(Search[_Box]):
             return
         for low, high in parts:
             if by_post:
-                self._push(bound, replace(box, post=(low, high), looks=1))
+                self._push(bound, replace(box, post=(low, high), looks=0))
             else:
-                self._push(bound, replace(box, extra=(low, high), looks=1))
+                self._push(bound, replace(box, extra=(low, high), looks=0))
 
     # --- the first plan ---
 
@@ -386,10 +404,15 @@ class _CountedSearch(Search[_Box]):
         lines = program.lines(limits, least)
         if lines is None or spend <= 0:
             return False
-        verdict = self._judge(box.task, lines, least, spend, extra_s)
-        if verdict.excludes(spend):
-            return False
-        line = self._best_met(lines, verdict, spend)
+        found = judge_kinds(lines, *program.kinds(lines), spend, self._fine(extra_s), self._deadline_s)
+        line = found.line
+        if line is None:
+            if found.cost > spend * (1 + TOLERANCE):
+                return False
+            verdict = self._judge(box.task, lines, least, spend, extra_s)
+            if verdict.excludes(spend):
+                return False
+            line = self._best_met(lines, verdict, spend)
         if line is None:
             shares = verdict.shares(spend)
             line = grow_lines(lines, shares, spend, _BEAMS[beam], self._deadline_s).line

@@ -1,4 +1,4 @@
-"""Bounds on lines of columns, and the beam that grows lines, against every line there is."""
+"""Bounds on lines of columns and on patterns of kinds, and the beam, against every line there is."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
+from graphpar.partition.counting_kinds import Harvest, Rows, Stocks, judge_kinds
 from graphpar.partition.counting_lines import Line, Lines
 
 BLOCKS = 4
@@ -24,7 +25,9 @@ def some_lines(draw: st.DrawFn) -> Lines:
 
     role = ints(WHOLE, LAST)
     blocks = np.where(role == WHOLE, BLOCKS, np.maximum(ints(0, BLOCKS), role == BODY))
-    sums = np.stack([ints(0, 6) / 10, ints(0, 6) / 10, ints(-3, 4) / 10])
+    # Devices of two kinds, then nodes.
+    kind, devices = ints(0, 1), ints(1, 6)
+    sums = np.stack([devices * (kind == 0) / 10, devices * (kind == 1) / 10, ints(-3, 4) / 10])
     # A stage alone has both ends outside its node.
     sums[2, role == WHOLE] = -1.0
     nothing, width = np.zeros(number), ints(1, 3)
@@ -66,12 +69,25 @@ def every_line(lines: Lines) -> Iterator[Line]:
         yield Line(found, float(lines.cost[used].sum()), lines.sums[:, used].sum(axis=1) + lines.constant)
 
 
+def bound_by_kinds(lines: Lines, spend: float) -> Harvest:
+    """What the patterns of two kinds of ten devices each say."""
+    devices = np.round(lines.sums[:2] * 10).astype(np.intp)
+    stocks = Stocks((10, 10), devices.argmax(axis=0), devices.max(axis=0))
+    nodes = Rows(lines.sums[2:], 1 - lines.constant[2:], np.zeros(1))
+    return judge_kinds(lines, stocks, nodes, spend, 1e-3, FOREVER)
+
+
 @settings(max_examples=60, deadline=None)
 @given(some_lines(), st.sampled_from([4.0, 15.0, 60.0]), st.sampled_from([0.0, 3.0]))
 def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: float) -> None:
     best = min((line.cost for line in every_line(lines) if lines.holds(line)), default=FOREVER)
     verdict = lines.judge(spend, 1e-3, np.full(3, start), [], FOREVER)
     assert verdict.cost <= best + 1e-6
+    kinds = bound_by_kinds(lines, spend)
+    assert kinds.cost <= best + 1e-6
+    if kinds.line is not None:
+        assert lines.holds(kinds.line)
+        assert best - 1e-9 <= kinds.line.cost < spend
     if verdict.excludes(spend):
         assert best > spend
         return
