@@ -62,6 +62,10 @@ from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import Cache, FloatArray, IntArray, Setting
 
 
+_EQUAL_PARTS = range(1, 5)
+"""All devices of a kind may be one stage, or so many equally wide ones."""
+
+
 @dataclass(frozen=True)
 class CountingLimits:
     """How closely one programme is solved, by what, and for how long before it gives up."""
@@ -401,7 +405,9 @@ class CountingProgram:
 
 
 def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[StageOption]:
-    """Stages of interchangeable replicas, in widths 1 to 4 and then in steps of at most a third.
+    """Stages of interchangeable replicas, in widths 1 to 4 and then in steps of at most a half.
+
+    And in those widths of which one to four use up all devices of a kind.
 
     Replicas are devices or tensor groups of one class, which stand inside a node unless the network is
     as good as the link their price holds for.
@@ -412,7 +418,8 @@ def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[Sta
             if set(mode.members) != {cell.device_class} or not _may_group(cells, index, mode):
                 continue
             most = sum(n // len(mode.members) for n in cells.rooms[index])
-            for width in widths(min(most, max_width)):
+            whole = {most // parts for parts in _EQUAL_PARTS} - {0}
+            for width in sorted({*widths(min(most, max_width)), *(w for w in whole if w <= max_width)}):
                 if width > 1 or mode.zero == 0:
                     options.append(_option(cells, index, number, len(mode.members), width))
     return options

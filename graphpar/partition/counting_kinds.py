@@ -27,10 +27,10 @@ from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, best_price
 from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
-_ROUNDS = 12
+_ROUNDS = 40
 """Prices tried for one box."""
 
-_PATIENCE = 5
+_PATIENCE = 12
 """Rounds without a better bound or pipeline after which no more prices are tried."""
 
 _MOST_PRICES = 20.0
@@ -122,7 +122,10 @@ class _Search:
             if self._best - self._cost < self._close or idle >= _PATIENCE:
                 break
             best = self._join(used, best)
-            self._prices = self._next(used, best)
+            ceiling, wanted = self._wanted(used)
+            if min(whole, ceiling) - self._cost < self._close:
+                break
+            self._prices = (1 - _INWARDS) * wanted + _INWARDS * best
         return Harvest(self._cost, self._line)
 
     @property
@@ -172,16 +175,13 @@ class _Search:
             best = np.append(best, 0.0)
         return best
 
-    def _next(self, used: IntArray, best: FloatArray) -> FloatArray:
-        """The prices for which the cheapest of the patterns met costs most, nearer to the best so far."""
+    def _wanted(self, used: IntArray) -> tuple[float, FloatArray]:
+        """The prices for which the cheapest of the patterns met costs most, and what it costs then."""
         self._met.append((float(self._lines.cost[used].sum()), used))
-        sums = np.array([self._values[:, u].sum(axis=1) - self._limits for _, u in self._met])
+        excess = np.array([self._values[:, u].sum(axis=1) - self._limits for _, u in self._met])
         costs = np.array([cost for cost, _ in self._met])
-        most = _MOST_PRICES * max(abs(self._spend), 1e-30) if np.isfinite(self._spend) else 1e30
-        most = min(most, _MOST_PRICES * float(np.abs(costs).max() + 1e-30))
-        _, wanted = best_prices(costs, sums, most)
-        found: FloatArray = (1 - _INWARDS) * wanted + _INWARDS * best
-        return found
+        size = min(abs(self._spend), float(np.abs(costs).max())) + 1e-30
+        return best_prices(costs, excess, _MOST_PRICES * size)
 
 
 def memory_row(lines: Lines, due: int) -> FloatArray:

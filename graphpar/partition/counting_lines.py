@@ -30,6 +30,7 @@ from scipy import sparse
 
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
+from graphpar.partition.jit import COMPILED, compiled_exactly
 from graphpar.partition.solver import MatrixProgram
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -121,6 +122,7 @@ class Lines:
         self._first_blocks = first_pairs[:, 1]
         most = int(body_pairs[:, 1].max(initial=0))
         self._room = np.full((blocks + 1 + most, self.cap + 1), np.inf)
+        self._body_width, self._body_blocks = (np.ascontiguousarray(p) for p in body_pairs.T)
         self._place = body_pairs[:, 1] * (self.cap + 1) + self._body_end
 
     def _pairs(self, index: IntArray) -> tuple[IntArray, IntArray]:
@@ -159,6 +161,11 @@ class Lines:
         ends = np.full((self.blocks + 1, self.cap + 1), np.inf)
         for number in np.unique(self._first_blocks):
             ends[number] = closing[:, self._first_blocks == number].min(axis=1)
+        if COMPILED:
+            room = np.empty((self.blocks + 1, self.cap + 1))
+            rows = np.ascontiguousarray(body.T)
+            to_go_loop(ends, rows, self._body_blocks, self._body_width, room)
+            return room
         room = self._room
         room[:] = np.inf
         flat = room.reshape(-1)
@@ -259,6 +266,30 @@ class Lines:
                 break
             prices = (1 - _INWARDS) * wanted + _INWARDS * best[1]
         return Verdict(best[1], best[0], tuple(met))
+
+
+@compiled_exactly
+def to_go_loop(
+    ends: FloatArray, body: FloatArray, blocks: IntArray, width: IntArray, room: FloatArray
+) -> None:
+    """Fill `room[blocks behind, replicas behind]` with the least price to go.
+
+    `ends[blocks]` are first stages, `body[pair, replicas behind]` pairs of blocks and replicas.
+    """
+    number, cap = room.shape[0] - 1, room.shape[1] - 1
+    for behind in range(number, -1, -1):
+        here = room[behind]
+        here[:] = ends[number - behind]
+        for pair in range(len(blocks)):
+            after = behind + blocks[pair]
+            if after > number:
+                continue
+            there, price = room[after], body[pair]
+            near = max(cap - width[pair], 0)
+            for replicas in range(near):
+                here[replicas] = min(here[replicas], price[replicas] + there[replicas + width[pair]])
+            for replicas in range(near, cap + 1):
+                here[replicas] = min(here[replicas], price[replicas] + there[cap])
 
 
 def _mixture(lines: list[Line], most: float) -> tuple[float, FloatArray]:

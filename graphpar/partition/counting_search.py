@@ -29,7 +29,7 @@ _NARROW = 0.5
 _LEAST_NARROW = 2e-3
 """... or by this share of the step, ..."""
 
-_BEAMS = (60, 240, 1000, 4000)
+_BEAMS = (60, 240)
 """Parts of lines kept at once, by how often a box was looked at."""
 
 _FAR = 0.25

@@ -66,6 +66,9 @@ _FEW_DEVICES = 64
 _GRACE_S = 0.5
 """A simple plan may take this long after the time is up if there is no other."""
 
+_EARLIER = 6
+"""So many pipelines that were the best for a time are priced on real links."""
+
 _LEAST_GAP = 1e-4
 """The counting search is not repeated with less gap than this."""
 
@@ -305,7 +308,8 @@ class _Run:
             if self.family.repeats is None:
                 bound_s = max(bound_s, pipelines_bound_s(self._programs, (self.family.cells.counts,)))
         self._bound_s = min(self._bound_s, bound_s)
-        for found in result.others[:RUNNERS_UP]:
+        # On real links one that was thought to be worse may be better.
+        for found in (*result.others[:RUNNERS_UP], *result.before[:_EARLIER]):
             self._offer((found,))
         if result.best is not None:
             self._offer((result.best,))

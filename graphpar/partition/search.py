@@ -83,7 +83,8 @@ class SearchResult:
     """The best pipeline below the cutoff, if any, and a bound on all others; `cut` where time ended.
 
     `unsolved` says that parts which may hold better ones were too hard for the programmes' solver.
-    `others` are the best pipelines of other settings that were met on the way, best first.
+    `others` are the best pipelines of other settings that were met on the way, best first; `before` are those
+    that were the best of all for a time, the last one first.
     """
 
     best: Found | None
@@ -92,6 +93,7 @@ class SearchResult:
     programs: int
     others: tuple[Found, ...] = ()
     unsolved: bool = False
+    before: tuple[Found, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Search(ABC, Generic[Part]):
         self._current_s = INFINITY
         """A lower bound on the part that is being looked at."""
         self.best: Found | None = None
+        self._before: list[Found] = []
         self.programs = 0
         for index, task in enumerate(self._tasks):
             self._push(task.bound_s + self._weight * task.post_s, self._whole(index, task))
@@ -145,7 +148,15 @@ class Search(ABC, Generic[Part]):
         except OutOfTimeError:
             cut = True
         unsolved = self._given_up < self._target()
-        return SearchResult(self.best, self._bound(), cut, self.programs, self._others(), unsolved)
+        return SearchResult(
+            best=self.best,
+            bound_s=self._bound(),
+            cut=cut,
+            programs=self.programs,
+            others=self._others(),
+            unsolved=unsolved,
+            before=tuple(reversed(self._before)),
+        )
 
     @abstractmethod
     def _whole(self, index: int, task: Task) -> Part:
@@ -208,6 +219,8 @@ class Search(ABC, Generic[Part]):
         if task not in self._met or value < self._met[task][0]:
             self._met[task] = value, found
         if value < self._cutoff:
+            if self.best is not None:
+                self._before.append(self.best)
             self._cutoff, self.best = value, found
         return value
 
