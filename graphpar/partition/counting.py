@@ -61,9 +61,8 @@ from graphpar.partition.solver import Backend
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import Cache, FloatArray, IntArray, Setting
 
-
-_EQUAL_PARTS = range(1, 5)
-"""All devices of a kind may be one stage, or so many equally wide ones."""
+_EQUAL_PARTS = (1, 2)
+"""All devices of a kind may be one stage, or two equally wide ones."""
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,11 @@ class Stocks:
 
 @dataclass(frozen=True, eq=False)
 class Harvest:
-    """What pipelines cost at least, and the cheapest one met that keeps everything."""
+    """What pipelines cost at least, the cheapest met that keeps everything, the columns of all met."""
 
     cost: float
     line: Line | None
+    met: IntArray
 
 
 def judge_kinds(
@@ -126,7 +127,8 @@ class _Search:
             if min(whole, ceiling) - self._cost < self._close:
                 break
             self._prices = (1 - _INWARDS) * wanted + _INWARDS * best
-        return Harvest(self._cost, self._line)
+        met = [used for _, used in self._met]
+        return Harvest(self._cost, self._line, np.unique(np.concatenate([*met, np.zeros(0, np.intp)])))
 
     @property
     def _best(self) -> float:
@@ -160,12 +162,12 @@ class _Search:
         last = lines.columns.role[used] == LAST
         load = np.where(lines.columns.role[used] <= FIRST, 0, lines.width[used])
         dues = np.unique(lines.due[used][~last & (lines.columns.role[used] == BODY)])
-        excess = [
-            (float(np.where(last, np.minimum(load, d), np.where(lines.due[used] <= d, load, 0)).sum()) - d)
-            / d
+        held = [
+            np.where(last, np.minimum(load, d), np.where(lines.due[used] <= d, load, 0)).sum()
             for d in dues.tolist()
         ]
-        worst = [int(dues[i]) for i in np.argsort(-np.array(excess))[:_JOIN] if excess[i] > TOLERANCE]
+        excess = np.array(held) / dues - 1
+        worst = [int(dues[i]) for i in np.argsort(-excess)[:_JOIN] if excess[i] > TOLERANCE]
         for due in worst:
             row = memory_row(lines, due) / due
             if (self._values == row).all(axis=1).any():
@@ -215,11 +217,11 @@ class _Patterns:
         if not np.isfinite(value):
             return np.inf, None
         used: list[int] = []
-        ends, blocks = 3, self._blocks
+        both, blocks = 3, self._blocks
         for kind, (of_ends, of_blocks) in zip(reversed(self._kinds), reversed(steps), strict=True):
-            mine, held = int(of_ends[ends, blocks]), int(of_blocks[ends, blocks])
+            mine, held = int(of_ends[both, blocks]), int(of_blocks[both, blocks])
             used += kind.columns(mine, held)
-            ends, blocks = ends - mine, blocks - held
+            both, blocks = both - mine, blocks - held
         return value, np.array(used, dtype=np.intp)
 
 
@@ -275,7 +277,7 @@ class _Kind:
         for taken in np.unique(last[1]).tolist():
             if taken > self._most:
                 continue
-            opened, arg = self._opened(self._most - taken)
+            opened, _ = self._opened(self._most - taken)
             those = np.flatnonzero(last[1] == taken)
             for place in those.tolist():
                 blocks = int(last[2][place])

@@ -224,6 +224,18 @@ class Lines:
         sums = self.sums[:, used].sum(axis=1) + self.constant
         return Line(columns, float(self.cost[used].sum()), sums)
 
+    def only(self, index: IntArray) -> "Lines":
+        """The lines of some of the columns."""
+        return Lines(
+            columns=self.columns.pick(index),
+            cost=self.cost[index],
+            width=self.width[index],
+            sums=self.sums[:, index],
+            constant=self.constant,
+            blocks=self.blocks,
+            devices=self.devices,
+        )
+
     def holds(self, line: Line) -> bool:
         """Whether a line keeps its memory and all sums but what is spent."""
         replicas = np.cumsum(self.width[list(line.columns)])
@@ -285,11 +297,14 @@ def to_go_loop(
             if after > number:
                 continue
             there, price = room[after], body[pair]
-            near = max(cap - width[pair], 0)
+            near, far = max(cap - width[pair], 0), width[pair]
+            # Not `min`, which asks about NaN and is no vector instruction.
             for replicas in range(near):
-                here[replicas] = min(here[replicas], price[replicas] + there[replicas + width[pair]])
+                new, old = price[replicas] + there[replicas + far], here[replicas]
+                here[replicas] = new if new < old else old
             for replicas in range(near, cap + 1):
-                here[replicas] = min(here[replicas], price[replicas] + there[cap])
+                new, old = price[replicas] + there[cap], here[replicas]
+                here[replicas] = new if new < old else old
 
 
 def _mixture(lines: list[Line], most: float) -> tuple[float, FloatArray]:

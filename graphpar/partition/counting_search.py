@@ -16,12 +16,13 @@ import numpy as np
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingProgram, Least
-from graphpar.partition.counting_beam import grow_lines
-from graphpar.partition.counting_kinds import judge_kinds
+from graphpar.partition.counting_beam import grow_among, grow_lines
+from graphpar.partition.counting_kinds import Harvest, judge_kinds
 from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.search import INFINITY, Asked, Search, SearchResult, Task
 from graphpar.partition.stage_costs import StageLimits
-from graphpar.partition.unit_arrays import FloatArray
+from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 _NARROW = 0.5
 """A box is narrow if its extra varies by this share of the gap, ..."""
@@ -31,6 +32,12 @@ _LEAST_NARROW = 2e-3
 
 _BEAMS = (60, 240)
 """Parts of lines kept at once, by how often a box was looked at."""
+
+_FEW_DEVICES = 32
+"""Without a compiler whole stages of kinds are only looked at in clusters up to this size."""
+
+_AMONG = 600
+"""The same where only columns are used that were met before: of patterns, and of lines."""
 
 _FAR = 0.25
 """... or by this share of what is left between its bound and the target."""
@@ -59,8 +66,8 @@ _NEAR = 0.3
 _KEPT_LINES = 40
 """Lines of a task that are remembered."""
 
-_REFINEMENTS = ((0, 5), (1, 3))
-"""Beams, and how often a dive that succeeded is tried again with each and less extra."""
+_REFINEMENTS = 5
+"""How often a dive that succeeded is tried again with less extra."""
 
 _FINE = 0.5
 """A dive ends where extra is known to within this share of the gap."""
@@ -202,7 +209,7 @@ class _CountedSearch(Search[_Box]):
         lines, spend = program.lines(self._limits(box), least), self._target() - least.step_s
         if lines is None or spend <= 0:
             return
-        found = judge_kinds(lines, *program.kinds(lines), spend, self._fine(bound), self._deadline_s)
+        found = self._judge_kinds(program, lines, spend, bound)
         bound = max(bound, min(least.step_s + found.cost, self._target()))
         self._current_s = bound
         if found.line is not None:
@@ -228,6 +235,9 @@ class _CountedSearch(Search[_Box]):
             self._prune(max(bound, self._target()))
             return
         straight = self._best_met(lines, verdict, spend)
+        if straight is None and box.looks == 1:
+            kinds = self._judge_kinds(program, lines, spend, bound)
+            straight = kinds.line or self._among_met(lines, verdict, kinds.met, spend)
         if straight is not None:
             self._offer(box.task, program.answer_of(lines, straight, bound))
             self._divide_at(program, bound, box, lines, straight)
@@ -263,6 +273,21 @@ class _CountedSearch(Search[_Box]):
         """The cheapest line met on the way that keeps everything."""
         held = [line for line in verdict.met if line.cost < spend and lines.holds(line)]
         return min(held, key=lambda line: line.cost, default=None)
+
+    def _judge_kinds(
+        self, program: CountingProgram, lines: Lines, spend: float, step_s: float
+    ) -> Harvest:
+        """What whole stages of each kind say; nothing where uncompiled loops would take long."""
+        if not COMPILED and lines.devices > _FEW_DEVICES:
+            return Harvest(-INFINITY, None, np.zeros(0, dtype=np.intp))
+        return judge_kinds(lines, *program.kinds(lines), spend, self._fine(step_s), self._deadline_s)
+
+    def _among_met(self, lines: Lines, verdict: Verdict, met: IntArray, spend: float) -> Line | None:
+        """A line of columns of patterns and lines that were met, none of which keeps everything."""
+        known = [np.array(line.columns, dtype=np.intp) for line in verdict.met]
+        index = np.unique(np.concatenate([met, *known]))
+        shares = verdict.shares(spend)
+        return grow_among(lines, index, shares, spend, _AMONG, self._deadline_s)
 
     def _look_again(self, program: CountingProgram, bound: float, box: _Box) -> None:
         """Nothing was found, but not everything was looked at."""
@@ -372,7 +397,7 @@ class _CountedSearch(Search[_Box]):
         failed = box.extra[1]
         for factor in _DIVE_FACTORS:
             extra = min(factor * box.extra[1], self._target() - self._tasks[box.task].fill_s)
-            if self._try(program, box, extra, 0):
+            if self._try(program, box, extra):
                 break
             failed = extra
             if extra < factor * box.extra[1]:
@@ -380,19 +405,18 @@ class _CountedSearch(Search[_Box]):
         if self.best is None:
             return
         found = self.best.answer.extra_s
-        for beam, number in _REFINEMENTS:
-            lowest = failed
-            for _ in range(number):
-                if found - lowest < _FINE * self._gap * found:
-                    break
-                extra = (lowest + found) / 2
-                if self._try(program, box, extra, beam):
-                    found = min(extra, self.best.answer.extra_s)
-                else:
-                    lowest = extra
+        lowest = failed
+        for _ in range(_REFINEMENTS):
+            if found - lowest < _FINE * self._gap * found:
+                break
+            extra = (lowest + found) / 2
+            if self._try(program, box, extra):
+                found = min(extra, self.best.answer.extra_s)
+            else:
+                lowest = extra
 
-    def _try(self, program: CountingProgram, box: _Box, extra_s: float, beam: int) -> bool:
-        """Whether a beam finds a pipeline with at most so much extra that beats the cutoff."""
+    def _try(self, program: CountingProgram, box: _Box, extra_s: float) -> bool:
+        """Whether a pipeline is found with at most so much extra that beats the cutoff."""
         least = Least(extra_s, box.post[0], self._weight)
         limits = StageLimits(extra_s, box.post[1])
         value = program.relaxed(limits, least, self._deadline_s)
@@ -404,7 +428,7 @@ class _CountedSearch(Search[_Box]):
         lines = program.lines(limits, least)
         if lines is None or spend <= 0:
             return False
-        found = judge_kinds(lines, *program.kinds(lines), spend, self._fine(extra_s), self._deadline_s)
+        found = self._judge_kinds(program, lines, spend, extra_s)
         line = found.line
         if line is None:
             if found.cost > spend * (1 + TOLERANCE):
@@ -412,10 +436,12 @@ class _CountedSearch(Search[_Box]):
             verdict = self._judge(box.task, lines, least, spend, extra_s)
             if verdict.excludes(spend):
                 return False
-            line = self._best_met(lines, verdict, spend)
-        if line is None:
+            line = self._best_met(lines, verdict, spend) or self._among_met(
+                lines, verdict, found.met, spend
+            )
+        if line is None and self.best is None:
             shares = verdict.shares(spend)
-            line = grow_lines(lines, shares, spend, _BEAMS[beam], self._deadline_s).line
+            line = grow_lines(lines, shares, spend, _BEAMS[0], self._deadline_s).line
         before = self._cutoff
         return line is not None and self._offer(box.task, program.answer_of(lines, line, 0.0)) < before
 

@@ -24,6 +24,7 @@ from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
 from graphpar.partition.pipeline_search import search
 from graphpar.partition.search import INFINITY, Asked, ChainSolver, SearchResult, Task
@@ -62,7 +63,9 @@ class Programs:
         self._team_of = self._per_sample.teams.of_mode.tolist()
         many = family.repeats is None and self._most_steps() >= chain_warm.LOOPS_PAY
         self._loops = many and chain_warm.loops_are_ready(deadline_s)
-        self.slowed = chain_warm.why_without_loops() if many and not self._loops else ""
+        counted = family.repeats is not None and not COMPILED
+        slowed = counted or (many and not self._loops)
+        self.slowed = chain_warm.why_without_loops() if slowed else ""
         """Why the search takes array operations where loops would pay; empty where it does not."""
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
         self.unsolved = False

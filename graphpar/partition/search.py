@@ -83,8 +83,8 @@ class SearchResult:
     """The best pipeline below the cutoff, if any, and a bound on all others; `cut` where time ended.
 
     `unsolved` says that parts which may hold better ones were too hard for the programmes' solver.
-    `others` are the best pipelines of other settings that were met on the way, best first; `before` are those
-    that were the best of all for a time, the last one first.
+    `others` are the best pipelines of other settings that were met on the way, best first; `before` are
+    those that were the best of all for a time, the last one first.
     """
 
     best: Found | None

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from cost_tables import make_table, mode_costs, unit_costs
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, Topology
 from graphpar.errors import InfeasibleError
-from graphpar.partition import counting_search
+from graphpar.partition import counting_kinds, counting_search
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option
 from graphpar.partition.chain import NotSolvedError
@@ -209,7 +210,7 @@ def test_counting_is_as_good_as_placing_in_all_modes(
 
 @st.composite
 def spread_tables(draw: st.DrawFn) -> CostTable:
-    """Mode tables whose devices stand in up to three nodes, kinds mixed, some nodes closer than others."""
+    """Mode tables with devices in up to three nodes, kinds mixed, some nodes closer than others."""
     table = draw(mode_tables())
     node_of = {d: draw(st.sampled_from("abc")) for d in table.class_of}
     fast, slow, slower = LinkCost(0.0, 1e4), LinkCost(0.05, 40.0), LinkCost(0.3, 5.0)
@@ -224,9 +225,7 @@ def spread_tables(draw: st.DrawFn) -> CostTable:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(spread_tables(), st.sampled_from(["1f1b", "gpipe"]))
-def test_counting_bounds_what_stands_in_real_nodes(
-    table: CostTable, schedule: SearchedSchedule
-) -> None:
+def test_counting_bounds_what_stands_in_real_nodes(table: CostTable, schedule: SearchedSchedule) -> None:
     family = counted(table, Repeats(1, 1, table.num_units - 2), schedule)
     count, place = best(family, schedule), best(placed(table, schedule), schedule)
     if place.best is None:
@@ -265,6 +264,9 @@ def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) ->
         raise NotSolvedError(0.0)
 
     monkeypatch.setattr(CountingProgram, "solve", give_up)
+    nothing = counting_kinds.Harvest(0.0, None, np.zeros(0, dtype=np.intp))
+    monkeypatch.setattr(counting_search, "judge_kinds", lambda *_: nothing)
+    monkeypatch.setattr(counting_search, "grow_among", lambda *_: None)
     monkeypatch.setattr(counting_search, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search._CountedSearch, "_best_met", lambda *_: None)
     found = partition(many_devices(12, 8), schedule="1f1b", microbatches=4, time_limit_s=60.0)
