@@ -223,7 +223,7 @@ def spread_tables(draw: st.DrawFn) -> CostTable:
     return replace(table, topology=Topology(node_of, inside, network, between), modes=modes)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(spread_tables(), st.sampled_from(["1f1b", "gpipe"]))
 def test_counting_bounds_what_stands_in_real_nodes(table: CostTable, schedule: SearchedSchedule) -> None:
     family = counted(table, Repeats(1, 1, table.num_units - 2), schedule)
