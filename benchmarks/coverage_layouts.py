@@ -40,7 +40,7 @@ def in_line(prepared: Prepared, workers: int, train: Training | None) -> tuple[C
 
 
 def side_by_side(prepared: Prepared, train: Training) -> tuple[Cluster, Plan]:
-    """Two stages for all samples but one, a single device for that one.
+    """Two stages (one where there is nothing to cut) for all samples but one, a device for that one.
 
     So the pipelines differ in length, in their shares of the batch and of its ignored labels, and in
     how many microbatches they take.
@@ -50,7 +50,7 @@ def side_by_side(prepared: Prepared, train: Training) -> tuple[Cluster, Plan]:
     fast, slow, alone = (device.name for device in cluster.devices)
     samples, units = prepared.graph.batch, table.num_units
     count = min(2, table.max_microbatches)
-    halves = ((fast, 0, units // 2), (slow, units // 2, units))
+    halves = ((fast, 0, units // 2), (slow, units // 2, units))[units < 2 :]
     long = tuple(StageChoice(first, last, (Replica(d, count),)) for d, first, last in halves)
     short = (StageChoice(0, units, (Replica(alone, 1),)),)
     pipelines = (PipelineChoice(samples - 1, count, long), PipelineChoice(1, 1, short))
