@@ -8,7 +8,6 @@ differ, 130 interrupted; 1, without a word, when the reader of stdout went away.
 """
 
 import contextlib
-import errno
 import importlib
 import importlib.metadata
 import logging
@@ -23,6 +22,7 @@ from typing import NamedTuple, NoReturn
 import click
 
 from graphpar.errors import GraphparError
+from graphpar.files import is_full
 
 EXIT_USAGE = 2
 EXIT_FAILED = 5
@@ -192,7 +192,7 @@ def run(arguments: Sequence[str] | None, settings: Settings) -> int:
     except ValueError as error:
         return _report(f"error: {error}", EXIT_USAGE, settings)
     except OSError as error:
-        if error.filename is None and error.errno in _NOT_TAKEN:
+        if error.filename is None and is_full(error):
             _leave_stdout()
         return _report(f"error: {_told(error)}", EXIT_FAILED, settings)
     except Exception as error:
@@ -200,10 +200,6 @@ def run(arguments: Sequence[str] | None, settings: Settings) -> int:
         text = f"unexpected error: {type(error).__name__}: {error}{hint}"
         return _report(text, EXIT_FAILED, settings)
     return result if isinstance(result, int) else 0
-
-
-_NOT_TAKEN = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT)
-"""What a full disk, or a terminal that is gone, answers."""
 
 
 def _leave_stdout() -> None:

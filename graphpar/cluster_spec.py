@@ -134,7 +134,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         _refuse_size(node, path)
         content = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ClusterError(f"The cluster file {path} is no valid YAML: {error}") from error
+        tabs = "; YAML takes no tabs, indent with spaces" if "\\t" in str(error) else ""
+        raise ClusterError(f"The cluster file {path} is no valid YAML: {error}{tabs}") from error
     except RecursionError:
         raise ClusterError(
             f"The cluster file {path} nests its entries too deep; a cluster has a few levels of them."

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -37,6 +38,15 @@ def _write_whole(target: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it is the disk, not the path, that took no more: another path would not help.
+
+    >>> is_full(OSError(errno.ENOSPC, "no space")), is_full(PermissionError(errno.EACCES, "no"))
+    (True, False)
+    """
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def is_special(target: Path) -> bool:

@@ -25,7 +25,15 @@ def meet_on_this_machine(store: str, rank: int, num_ranks: int, timeout: timedel
     """Meet other processes of this machine through a file; nothing listens beyond loopback."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     met = dist.FileStore(store, num_ranks)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=met, rank=rank, world_size=num_ranks, timeout=timeout)
+    try:
+        dist.init_process_group("gloo", store=met, rank=rank, world_size=num_ranks, timeout=timeout)
+    except RuntimeError as error:
+        if "Unable to find address" not in str(error):
+            raise
+        raise RuntimeError(
+            "the loopback interface of this machine has no address, as in a container without network: "
+            "bring it up (`ip link set lo up`); `graphpar doctor` tries it"
+        ) from None
 
 
 @dataclass

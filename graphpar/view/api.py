@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from graphpar.errors import PlanError
-from graphpar.files import write_whole
+from graphpar.files import is_full, write_whole
 from graphpar.ir.graph import Graph
 from graphpar.plan_diff import diff_plans
 from graphpar.plans import Plan
@@ -139,6 +139,8 @@ def _write(target: Path, data: bytes) -> None:
     try:
         write_whole(target, data)
     except OSError as error:
+        if is_full(error):
+            raise
         raise PlanError(
             f"view {target}: cannot be written: {error.strerror or error}; "
             "give a path in a folder you may write to"
