@@ -2,8 +2,8 @@
 
 Most chunks try message windows (`shard_windows`) of a random size, noise and tolerance; some try tree
 moves (`shard_moves`) at a low temperature. A chunk that walked uphill goes on from there or from the best
-choice. The loops release the interpreter lock, so a `Walker` searches on one core while bounds, exact
-windows and proofs run on another.
+choice, which has taken over what the walk did better in places (`shard_fuse`). The loops release the
+interpreter lock, so a `Walker` searches on one core while bounds, exact windows and proofs run on another.
 """
 
 import threading
@@ -15,6 +15,7 @@ import numpy as np
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_flat import FlatGraph, Int64Array, flat_cost
+from graphpar.partition.shard_fuse import fuse
 from graphpar.partition.shard_graph import FloatArray, IntArray
 from graphpar.partition.shard_moves import BEST, COST, WEIGHT, anneal, excess_tree, rises
 from graphpar.partition.shard_windows import search_windows
@@ -37,21 +38,42 @@ _LARGEST_TREE = 60 if COMPILED else 4
 _TREE_SHARE = 0.1
 """Share of the chunks that try tree moves."""
 
+_TOLERANT_SHARE = 0.5
+"""Share of the window chunks in which the choice may get worse on the way."""
+
+_BLAMED_SHARE = 0.5
+"""Share of the window chunks whose windows grow around vertices that pay more than the bound promises."""
+
+_NUM_STARTS = 1_000
+"""Vertices drawn for such a chunk."""
+
+_RETURN_SHARE = 0.1
+"""Share of the window chunks that begin at the best choice."""
+
 _FURTHEST = 0.02
 """A walk that is this much worse than the best choice, relatively, goes back to it."""
 
 
 class Promises(NamedTuple):
-    """A moment of the dual ascent: its messages, and what they hold for memory, per strategy."""
+    """A moment of the dual ascent.
+
+    Attributes:
+        theta, to: Its messages.
+        priced: What they hold for memory, per strategy.
+        excess: How much more than the bound any answer with a strategy costs, at least.
+    """
 
     theta: FloatArray
     to: FloatArray
     priced: FloatArray
+    excess: FloatArray
 
 
 def promises(dual: DualAscent) -> Promises:
     """Copies of the dual's messages, which windows start from."""
-    return Promises(dual.theta.copy(), dual.to.copy(), dual.memory.price(dual.multipliers))
+    excess = dual.excess_costs()[1]
+    priced = dual.memory.price(dual.multipliers)
+    return Promises(dual.theta.copy(), dual.to.copy(), priced, np.concatenate(excess))
 
 
 class LocalSearch:
@@ -100,9 +122,24 @@ class LocalSearch:
             self._numbers[WEIGHT] = 0.1 * self._stiff
 
     def adopt(self, chosen: IntArray, cost: float) -> None:
-        """Go on from somebody else's choice if it is better."""
+        """Take over what somebody else's choice does better; go on from there if that is anything."""
+        before, other = self._numbers[BEST], chosen
         if cost < self.cost:
-            self._restart(chosen)
+            other, self.best = self.best, chosen.astype(np.int64)
+            self._numbers[BEST] = flat_cost(self._flat, self.best)
+        if before < _NO_ANSWER and not np.array_equal(other, self.best):
+            self._fuse(other)
+        if self._numbers[BEST] < before:
+            self._restart(self.best)
+
+    def _fuse(self, other: IntArray) -> None:
+        """Let the best choice take over what another one does better."""
+        x = self.best.copy()
+        top, lazy = excess_tree(self._memory.usage(x) - self._memory.limit)
+        if fuse(self._flat, x, other.astype(np.int64), top, lazy):
+            cost = flat_cost(self._flat, x)
+            if cost < self._numbers[BEST]:
+                self._numbers[BEST], self.best = cost, x
 
     def step(self, most_s: float) -> bool:
         """One chunk of at most about the given time; returns whether the best choice improved."""
@@ -112,6 +149,8 @@ class LocalSearch:
             self._tree_moves(visits)
         else:
             self._windows(visits)
+            if self._numbers[COST] > self._numbers[BEST]:
+                self._fuse(self._x)
         seconds = time.perf_counter() - began_s
         speed = visits / max(seconds, 1e-6)
         self._visits_per_s = min(1.5 * self._visits_per_s, max(0.3 * self._visits_per_s, speed))
@@ -121,16 +160,17 @@ class LocalSearch:
         """Run every kind of move once, so that all is compiled."""
         self._tree_moves(1)
         self._windows(1)
+        self._fuse(self.best)
 
     def _windows(self, visits: int) -> None:
         largest = min(_LARGEST_WINDOW, self._flat.num_vertices, max(2, visits // 4))
         size = max(2, int(largest ** self._random.uniform(0.4, 1.0)))
         tolerance = 0.0
-        if self._random.random() < 0.5:
+        if self._random.random() < _TOLERANT_SHARE:
             tolerance = self._scale * 10.0 ** self._random.uniform(-2.5, -0.5)
-        if self._is_far() or self._random.random() < 0.1:
+        if self._is_far() or self._random.random() < _RETURN_SHARE:
             self._restart(self.best)
-        theta, to, priced = self.promises
+        theta, to, priced, _ = self.promises
         search_windows(
             self._flat,
             self._rise,
@@ -139,6 +179,7 @@ class LocalSearch:
             to,
             self._to_start,
             priced,
+            self._starts(),
             self._x,
             self.best,
             self._top,
@@ -151,6 +192,15 @@ class LocalSearch:
             self._stiff,
             tolerance,
         )
+
+    def _starts(self) -> Int64Array:
+        """Vertices around which windows grow: any, or more often those that pay much."""
+        count = self._flat.num_vertices
+        if self._random.random() < _BLAMED_SHARE:
+            paid = self.promises.excess[self._flat.start[:-1] + self.best]
+            if (total := float(paid.sum())) > 0.0:
+                return self._random.choice(count, _NUM_STARTS, p=paid / total)
+        return np.arange(count)
 
     def _is_far(self) -> bool:
         best, now = self._numbers[BEST], self._numbers[COST]

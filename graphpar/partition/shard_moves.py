@@ -110,9 +110,11 @@ def excess_tree(excess: FloatArray) -> tuple[FloatArray, FloatArray]:
         size *= 2
     top = np.full(2 * size, _NOWHERE)
     top[size + 1 : size + 1 + len(excess)] = excess
-    for i in range(size - 1, 0, -1):
-        top[i] = max(top[2 * i], top[2 * i + 1])
-    return top, np.zeros(2 * size)
+    while size > 1:
+        # the next level up: its nodes are `size // 2` to `size - 1`
+        top[size // 2 : size] = np.maximum(top[size : 2 * size : 2], top[size + 1 : 2 * size : 2])
+        size //= 2
+    return top, np.zeros(len(top))
 
 
 @compiled

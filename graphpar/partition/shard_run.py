@@ -195,6 +195,8 @@ class Run:
         while state.elapsed_s() < end_s and not state.done():
             local.step(min(end_s - state.elapsed_s(), state.left_s()))
         self.take(local.best, local.cost)
+        if self.local is not None:
+            self.local.adopt(local.best, local.cost)
         self.trade()
 
     def start_walking(self) -> None:
@@ -228,7 +230,9 @@ class Run:
         if self.walker is not None:
             cost, chosen = self.walker.exchange(self.best, self.best_cost, self.local.promises)
             self.take(chosen, cost)
+            self.local.adopt(chosen, cost)
         self.local.adopt(self.best, self.best_cost)
+        self.take(self.local.best, self.local.cost)
 
     def exact_windows(self, share: float) -> None:
         """Windows for a share of the time limit, their size following how fast they solve."""

@@ -49,10 +49,17 @@ def sort_up(values: Int64Array) -> None:
 
 @compiled
 def draw_window(
-    flat: FlatGraph, wanted: int, num_seeds: int, rank: Int64Array, state: UInt64Array
+    flat: FlatGraph,
+    wanted: int,
+    num_seeds: int,
+    starts: Int64Array,
+    rank: Int64Array,
+    state: UInt64Array,
 ) -> Int64Array:
-    """Positions of a random window in increasing order; sets their `rank`, which was -1 everywhere."""
-    num_vertices = len(flat.start) - 1
+    """Positions of a random window in increasing order; sets their `rank`, which was -1 everywhere.
+
+    It grows around vertices drawn from `starts`.
+    """
     window = np.empty(wanted, np.int64)
     size, tries = 0, 6 * wanted
     share = max(1, wanted // num_seeds)
@@ -60,7 +67,7 @@ def draw_window(
     while size < wanted and tries > 0:
         tries -= 1
         if size == begin or size - begin >= share:
-            v = int(draw_unit(state) * num_vertices)
+            v = starts[int(draw_unit(state) * len(starts))]
             begin = size
         else:
             u = window[begin + int(draw_unit(state) * (size - begin))]
@@ -145,6 +152,7 @@ def search_windows(
     to: FloatArray,
     to_start: Int64Array,
     priced: FloatArray,
+    starts: Int64Array,
     x: Int64Array,
     best: Int64Array,
     top: FloatArray,
@@ -161,6 +169,7 @@ def search_windows(
 
     Args:
         priced: What `theta` holds for memory, per strategy.
+        starts: Where windows begin, drawn at random.
         largest: Most vertices of a window.
         noise: Scale of the noise on the costs of strategies.
         weight: Cost of a unit of memory over the limit, while polishing.
@@ -176,7 +185,7 @@ def search_windows(
     while visits < num_visits:
         wanted = 2 + int((largest - 1) * draw_unit(state) ** 2)
         window = draw_window(
-            flat, min(wanted, num_vertices), 1 + int(3 * draw_unit(state) ** 2), rank, state
+            flat, min(wanted, num_vertices), 1 + int(3 * draw_unit(state) ** 2), starts, rank, state
         )
         visits += len(window)
         load_window(flat, theta, to, to_start, own_theta, own_to, rank, window, x)

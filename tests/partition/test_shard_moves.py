@@ -22,6 +22,7 @@ from graphpar.partition.shard import solve_sharding
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_flat import flat_cost
+from graphpar.partition.shard_fuse import fuse
 from graphpar.partition.shard_graph import ShardingGraph
 from graphpar.partition.shard_local import LocalSearch
 from graphpar.partition.shard_memory import MemoryMatrix
@@ -101,6 +102,30 @@ def test_local_search_keeps_its_books(problem: ShardingProblem, seed: int) -> No
         assert flat_cost(dual.flat, search.best) + graph.constant == pytest.approx(value)
         assert best is not None
         assert value >= best
+
+
+@settings(max_examples=60, deadline=None)
+@given(sharding_problems(), st.integers(0, 99))
+def test_of_two_choices_the_better_parts_are_taken(problem: ShardingProblem, seed: int) -> None:
+    graph, rows = reduce_problem(problem, lambda: True)
+    if graph.infeasible or not graph.costs:
+        return
+    dual = DualAscent(graph, rows)
+    memory, flat = dual.memory, dual.flat
+    own, other = (np.random.default_rng([seed, k]).integers(0, np.diff(flat.start)) for k in range(2))
+    fits = memory.excess(own) <= 0
+    # A choice that does not fit may stand for any that does, were there more memory.
+    room = memory.limit if fits else memory.usage(own)
+    x = own.copy()
+    top, lazy = excess_tree(memory.usage(x) - room)
+    fused = fuse(flat, x, other, top, lazy)
+    assert ((x == own) | (x == other)).all()
+    assert (memory.usage(x) - room).max(initial=0.0) <= 1e-9 * room.max(initial=1.0)
+    assert fused == bool((x != own).any())
+    before, after = flat_cost(flat, own), flat_cost(flat, x)
+    assert after <= before + 1e-9 * abs(before)
+    if not rows.num_rows:
+        assert after <= flat_cost(flat, other) + 1e-9 * abs(before)
 
 
 @settings(max_examples=60, deadline=None)
