@@ -3,7 +3,8 @@
 Most chunks try message windows (`shard_windows`) of a random size, noise and tolerance; some try tree
 moves (`shard_moves`) at a low temperature. A chunk that walked uphill goes on from there or from the best
 choice, which has taken over what the walk did better in places (`shard_fuse`). The loops release the
-interpreter lock, so a `Walker` searches on one core while bounds, exact windows and proofs run on another.
+interpreter lock, so a `Walker` searches on one core while bounds, exact windows and proofs run on the
+other.
 """
 
 import threading
