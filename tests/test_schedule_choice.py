@@ -15,7 +15,12 @@ from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import ScheduleWish
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.plan_build import predict
-from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule, interleaved
+from graphpar.schedule_choice import (
+    UnavailableScheduleError,
+    choose_schedule,
+    interleaved,
+    least_step_s,
+)
 from graphpar.simulated import Simulated, simulated, stage_links
 
 
@@ -179,3 +184,14 @@ def test_ways_that_differ_by_rounding_alone_are_no_trouble(monkeypatch: pytest.M
     monkeypatch.setattr("graphpar.schedule_choice.simulated", nearly_alike)
     table = blocks()
     assert choose_schedule(table, partition(table)).pipelines
+
+
+@pytest.mark.parametrize(("speeds", "microbatches"), [((1.0, 1.0), 6), ((1.0, 2.0), 3)])
+def test_what_no_order_is_shorter_than_is_reached_without_bubbles(
+    speeds: tuple[float, ...], microbatches: int
+) -> None:
+    table = blocks(speeds=speeds)
+    plan = [replace(straight((0, 4, 8), microbatches), samples=6)]
+    least_s = least_step_s(table, plan)
+    steps_s = [simulated(table, plan, name).step_s for name in ("1f1b", "gpipe", "zero-bubble")]
+    assert least_s <= min(steps_s) <= least_s * (1 + 1e-3)
