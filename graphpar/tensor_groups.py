@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from math import prod
+from math import isclose, prod
 from operator import itemgetter
 from typing import TypeGuard
 
@@ -39,6 +39,9 @@ USUAL_MICROBATCHES = 4
 
 _HOLD_FACTOR = 4.0
 """A group is there to hold what one device cannot: what it holds counts as if it were sent four times."""
+
+_NEARLY = 0.05
+"""Shares that differ by a smaller part are not tried apart."""
 
 
 def member_graphs(
@@ -247,7 +250,8 @@ def with_group_modes(
 
 
 def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) -> list[Replica]:
-    """Tensor groups worth a price: inside a node, equal devices in powers of two, unlike ones by speed.
+    """Tensor groups worth a price, inside a node: equal devices in powers of two and in parts of all of
+    them, unlike ones with shares by speed, by memory and halfway between.
 
     Args:
         cluster: The devices.
@@ -266,12 +270,10 @@ def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) 
         for device in node.devices:
             alike.setdefault(_likeness(device), []).append(device)
         for devices in alike.values():
-            width = 2
-            while width <= min(widest, len(devices)):
+            for width in _widths(len(devices), widest):
                 found.setdefault(
                     (_likeness(devices[0]), width, node.link.cost), _replica(devices[:width], ())
                 )
-                width *= 2
             if mesh and prod(mesh) <= len(devices):
                 group = replace(_replica(devices[: prod(mesh)], ()), mesh=mesh)
                 found.setdefault((_likeness(devices[0]), mesh, node.link.cost), group)
@@ -282,11 +284,30 @@ def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) 
             found.setdefault((tuple(alike), mesh, node.link.cost), replace(group, mesh=mesh))
         mixed = [devices[0] for devices in alike.values()]
         for some in (mixed, list(node.devices)):
-            if len(alike) > 1 and len(some) <= widest:
+            for parts in _ways_to_share(some) if len(alike) > 1 and len(some) <= widest else ():
                 found.setdefault(
-                    (tuple(map(_likeness, some)), node.link.cost), _replica(some, speed_shares(some))
+                    (tuple(map(_likeness, some)), parts, node.link.cost), _replica(some, parts)
                 )
     return list(found.values())
+
+
+def _widths(count: int, widest: int) -> list[int]:
+    """
+    >>> _widths(6, 6), _widths(8, 4), _widths(7, 8)
+    ([2, 3, 4, 6], [2, 4], [2, 4, 7])
+    """
+    widths = range(2, min(count, widest) + 1)
+    return [width for width in widths if count % width == 0 or width & (width - 1) == 0]
+
+
+def _ways_to_share(devices: Sequence[Device]) -> list[tuple[float, ...]]:
+    """Shares by speed; where memory would be divided otherwise, by that, too, and halfway between."""
+    by_speed, whole = speed_shares(devices), sum(device.memory_bytes for device in devices)
+    by_memory = tuple(device.memory_bytes / whole for device in devices)
+    if all(isclose(a, b, rel_tol=_NEARLY) for a, b in zip(by_speed, by_memory, strict=True)):
+        return [by_speed]
+    between = tuple((a + b) / 2 for a, b in zip(by_speed, by_memory, strict=True))
+    return [by_speed, between, by_memory]
 
 
 def _equal_rows(kinds: Iterable[Sequence[Device]], width: int) -> list[Sequence[Device]]:

@@ -16,7 +16,7 @@ from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_prepared, price
 from graphpar.preparation import Prepared, prepare
-from graphpar.tensor_groups import width_notes
+from graphpar.tensor_groups import candidate_groups, width_notes
 from graphpar.training import Training
 
 hf = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -94,6 +94,17 @@ def test_both_are_chosen_where_memory_binds(memory_bytes: float, again: bool) ->
     (stage,) = stages(memory_bytes)
     assert [len(replica.devices) for replica in stage.replicas] == [2, 2]
     assert stage.zero == 1 and stage.recompute == again
+
+
+def test_which_groups_are_priced() -> None:
+    """Three equal devices together; unlike ones by speed, by memory and halfway between."""
+    three = {"name": "a", "link": "nvlink4", "devices": {"kind": "h100-sxm-80gb", "count": 3}}
+    found = candidate_groups(Cluster.from_dict({"nodes": [three]}), 3)
+    assert [len(group.devices) for group in found] == [2, 3]
+    unlike = [{"kind": "h100-sxm-80gb", "memory_bytes": 10**9}, {"kind": "t4", "memory_bytes": 3 * 10**9}]
+    pair = {"name": "a", "link": "pcie4-x16", "devices": unlike}
+    speed, between, memory = candidate_groups(Cluster.from_dict({"nodes": [pair]}), 2)
+    assert memory.shares == (0.25, 0.75) and speed.shares[0] > between.shares[0] > 0.25
 
 
 def test_what_became_of_a_width_that_was_asked_for() -> None:
