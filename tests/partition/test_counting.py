@@ -217,9 +217,8 @@ def spread_tables(draw: st.DrawFn) -> CostTable:
     inside = {n: draw(st.sampled_from([fast, slow])) for n in "abc"}
     between = draw(st.sampled_from([{}, {("a", "b"): slow}]))
     network = draw(st.sampled_from([slow, slower]))
-    # Groups of two are priced for either link: they fit into nodes of one kind, or anywhere.
-    needed = draw(st.sampled_from([fast, slow, slower]))
-    modes = tuple(replace(m, link=needed if m.link else None) for m in table.modes)
+    # Groups across nodes are not counted.
+    modes = tuple(m for m in table.modes if len(m.members) == 1)
     return replace(table, topology=Topology(node_of, inside, network, between), modes=modes)
 
 
