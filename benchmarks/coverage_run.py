@@ -186,8 +186,13 @@ def _describe(status: int) -> str:
     return f"the process ended with exit code {code}"
 
 
+def _lists() -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = json.loads(LISTS.read_text(encoding="utf-8"))
+    return found
+
+
 def _names(options: Any) -> list[str]:
-    lists = json.loads(LISTS.read_text(encoding="utf-8"))
+    lists = _lists()
     names = list(options.names)
     for key in options.list or ([] if names else ["well-known"]):
         names += [name for group in lists[key].values() for name in group]
@@ -205,7 +210,7 @@ def main(description: str | None) -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="prefixes such as Llama, GPT2, T5")
     parser.add_argument(
-        "--list", action="append", help="a list of coverage_lists.json: well-known, others"
+        "--list", action="append", choices=list(_lists()), help="a list of coverage_lists.json"
     )
     parser.add_argument("--workers", type=_counts, default=WORKERS, help="how many, such as 2,3")
     parser.add_argument(
