@@ -85,6 +85,17 @@ def flat(rows: Rows) -> tuple[Int64Array, FloatArray]:
     return start, np.fromiter(chain.from_iterable(rows), np.float64, int(start[-1]))
 
 
+def at_least(rows: Rows, limit: int) -> npt.NDArray[np.bool_]:
+    """Which entries reach a limit, compared as read: not rounded.
+
+    >>> at_least(((10**18 - 1, 10**18),), 10**18)
+    array([False,  True])
+    """
+    if isinstance(rows, NumberRows):
+        return rows.values >= limit
+    return np.fromiter((number >= limit for row in rows for number in row), np.bool_)
+
+
 def are_whole(rows: Rows) -> bool:
     """Whether all numbers are whole, as read."""
     return isinstance(rows, NumberRows) or all(float not in set(map(type, row)) for row in rows)

@@ -31,6 +31,7 @@ from graphpar.partition.number_rows import (
     Int64Array,
     Number,
     Rows,
+    at_least,
     flat,
     parse_rows,
     sizes_of,
@@ -429,5 +430,9 @@ def _require_amount(value: float, where: str) -> None:
 
 def _finite(rows: Rows) -> tuple[Int64Array, FloatArray]:
     start, values = flat(rows)
-    values[values >= IMPOSSIBLE_COST] = np.inf
+    impossible = values >= IMPOSSIBLE_COST
+    # The largest possible whole numbers round to the limit itself.
+    if (values == IMPOSSIBLE_COST).any():
+        impossible &= at_least(rows, IMPOSSIBLE_COST)
+    values[impossible] = np.inf
     return start, values

@@ -1,6 +1,8 @@
 """Sharding against brute force: reductions, dual bounds, windows and the whole solver."""
 
+import json
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.partition import reduce_loops, shard, shard_run
 from graphpar.partition.answers import Progress
+from graphpar.partition.number_rows import Rows, parse_rows
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard import solve_sharding
@@ -242,3 +245,13 @@ def test_the_proof_phase_alone_closes_a_small_problem(monkeypatch: pytest.Monkey
     monkeypatch.setattr(shard_run, "_WIDTHS", (1,))
     solved = solve_sharding(ring(7, 3, (1, 2)), time_limit_s=60)
     assert solved.status == "optimal"
+
+
+@pytest.mark.parametrize("read", [tuple, lambda rows: parse_rows(json.dumps(rows).encode())])
+def test_costs_that_round_to_the_impossible_are_possible(read: Callable[..., Rows]) -> None:
+    largest = IMPOSSIBLE_COST - 1
+    costs = [[largest, IMPOSSIBLE_COST], [IMPOSSIBLE_COST, largest]]
+    rows, uses = read(costs), ((0, 0), (0, 0))
+    problem = ShardingProblem("large", ((0, 1), (0, 1)), rows, uses, (), (), None)
+    solved = solve_sharding(problem, time_limit_s=60)
+    assert (solved.status, solved.answer) == ("optimal", [0, 1])
