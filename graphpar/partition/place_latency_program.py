@@ -85,11 +85,15 @@ class LatencyProgram:
             if not math.isfinite(work):
                 for x in row[1:]:
                     self.program.fix(x, 0.0)
-        scale = 1.0 / max(units.memory_limit, 1.0)
+        limit = units.memory_limit
         for d in range(1, self._num + 1):
-            terms = [(float(size) * scale, row[d]) for size, row in zip(units.size, self.on, strict=True)]
-            fitting = [(weight, x) for weight, x in terms if weight <= 2.0 * units.memory_limit * scale]
-            self.program.constrain(fitting, "<=", units.memory_limit * scale, "memory")
+            # What does not fit is kept out above; shares of the limit are of a size that tolerances suit.
+            fitting = [
+                (float(size) / limit if limit else 0.0, row[d])
+                for size, row in zip(units.size, self.on, strict=True)
+                if size <= 2.0 * limit
+            ]
+            self.program.constrain(fitting, "<=", 1.0, "memory")
             if d > 1:
                 self.program.constrain(
                     [(1.0, self.start[d]), (-1.0, self.start[d - 1])], ">=", 0.0, "order"

@@ -173,6 +173,15 @@ def test_memory_forces_more_devices() -> None:
     assert solved.status == "optimal"
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-9])
+def test_memory_binds_in_any_unit(unit: float) -> None:
+    # Two classes that wait for each other share no accelerator, and one holds no more than either.
+    operators = tuple(Operator(v, 1.0, 1.0, True, unit, "ab"[v % 3 > 0], False) for v in range(4))
+    waits = (Transfer(0, 2, 0.0), Transfer(1, 3, 0.0))
+    problem = PlacementProblem("circle", operators, waits, 2, 0, 2 * unit)
+    assert solve_placement(problem, objective="latency").status == "infeasible"
+
+
 def test_no_devices_no_answer() -> None:
     problem = chain([1.0, 1.0], accelerators=0)
     no_cpu = PlacementProblem("none", problem.operators, problem.transfers, 0, 0, 100.0)
