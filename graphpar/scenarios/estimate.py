@@ -28,6 +28,8 @@ LACKING = "*"
 class MemoryEstimate:
     """Bytes of one way to hold the model; activations are those of one sample.
 
+    `update_bytes` is what an optimiser that updates all tensors together (torch's `foreach`, its default
+    on GPUs) needs besides: a value for every gradient. Activations and workspace are gone by then.
     `devices` says for each device kind how many of them a pipeline needs at least (0: more than
     `MOST_DEVICES`), with one sample per microbatch.
     """
@@ -39,20 +41,15 @@ class MemoryEstimate:
     optimizer_bytes: float
     activations_bytes: float
     workspace_bytes: float
+    update_bytes: float
     framework_bytes: float
     devices: dict[str, int]
 
     @property
     def total_bytes(self) -> float:
-        """All of it, on one device."""
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.optimizer_bytes
-            + self.activations_bytes
-            + self.workspace_bytes
-            + self.framework_bytes
-        )
+        """The peak on one device: in backward or in the update, whichever needs more."""
+        held = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.framework_bytes
+        return held + max(self.activations_bytes + self.workspace_bytes, self.update_bytes)
 
 
 def estimate(prepared: Prepared, train: Training | None, kinds: Sequence[str]) -> list[MemoryEstimate]:
@@ -88,14 +85,16 @@ def _table(prepared: Prepared, train: Training | None, name: str) -> CostTable:
 def _estimate(table: CostTable, name: str, recompute: bool, kinds: Sequence[str]) -> MemoryEstimate:
     costs = [table.costs[u] for u in table.units]
     devices = catalogue.devices()
+    gradients = sum(c.gradient_bytes for c in costs)
     return MemoryEstimate(
         format=name,
         recompute=recompute,
         weights_bytes=sum(c.weight_bytes for c in costs),
-        gradients_bytes=sum(c.gradient_bytes for c in costs),
+        gradients_bytes=gradients,
         optimizer_bytes=sum(c.optimizer_bytes for c in costs),
         activations_bytes=sum(c.saved_bytes[0] for c in costs) if table.training else 0.0,
         workspace_bytes=max(c.working_bytes[0] for c in costs),
+        update_bytes=gradients,
         framework_bytes=table.reserved_bytes,
         devices={kind: _fewest(table, devices[kind].memory_bytes) for kind in kinds},
     )
@@ -116,14 +115,14 @@ def _fewest(table: CostTable, capacity: float) -> int:
 def _fits(table: CostTable, capacity: float, stages: int) -> bool:
     left = list(reversed([table.costs[u] for u in table.units]))
     for stage in range(1, stages + 1):
-        used, working = table.reserved_bytes, 0.0
+        held, saved, working, update = table.reserved_bytes, 0.0, 0.0, 0.0
         while left:
             cost = left[0]
-            held = cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
-            held += stage * cost.saved_bytes[0] if table.training else 0.0
-            if used + held + max(working, cost.working_bytes[0]) > capacity:
+            held += cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
+            saved += stage * cost.saved_bytes[0] if table.training else 0.0
+            working, update = max(working, cost.working_bytes[0]), update + cost.gradient_bytes
+            if held + max(saved + working, update) > capacity:
                 break
-            used, working = used + held, max(working, cost.working_bytes[0])
             left.pop(0)
     return not left
 
@@ -139,7 +138,9 @@ def accelerators(words: Sequence[str] = ()) -> list[str]:
     return [name for name, kind in catalogue.devices().items() if not kind.is_cpu]
 
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "workspace", "framework", "total")
+TOTAL = "total: with activations and workspace, or with the update, whichever is more; never both at once"
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "workspace", "update", "framework", "total")
 
 
 def format_estimates(name: str, samples: str, found: Sequence[MemoryEstimate]) -> str:
@@ -153,7 +154,8 @@ def format_estimates(name: str, samples: str, found: Sequence[MemoryEstimate]) -
         )
         for e in found
     ]
-    lines = [f"memory of {name} on one device, {samples}", *_aligned([head, *rows]), ""]
+    lines = [f"memory of {name} on one device, {samples}", *_aligned([head, *rows])]
+    lines += [TOTAL, ""] if any(e.update_bytes for e in found) else [""]
     choices = [e.format + (" +rc" if e.recompute else "") for e in found]
     kinds = list(found[0].devices)
     devices = catalogue.devices()

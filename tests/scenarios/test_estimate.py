@@ -1,5 +1,7 @@
 """What `graphpar estimate` counts is what a plan for that device counts."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from graphpar.partition.baselines import one_device
 from graphpar.planner import price
 from graphpar.precision import uniform_formats
 from graphpar.preparation import prepare
-from graphpar.scenarios.estimate import estimate
+from graphpar.scenarios.estimate import _fits, _table, estimate
 
 BATCH = 4
 
@@ -30,3 +32,31 @@ def test_the_total_is_the_peak_of_a_plan_with_one_sample_per_microbatch(training
         alone = one_device(table, schedule="gpipe" if train is None else "1f1b", microbatches=BATCH)
         (peak,) = alone.peak_bytes.values()
         assert found[name, False].total_bytes == pytest.approx(peak, rel=1e-6), name
+
+
+def test_few_tokens_need_most_memory_in_the_update_which_stages_and_total_count() -> None:
+    train = graphpar.Training(optimizer=torch.optim.AdamW)
+    model = GPT(width=64, layers=2, heads=2, length=8)
+    ids, targets = example_inputs(1, 8)
+    prepared = prepare(model, (ids,), {"targets": targets}, train)
+    found = next(e for e in estimate(prepared, train, []) if e.format == "float32" and not e.recompute)
+    assert found.update_bytes > found.activations_bytes + found.workspace_bytes
+    table = _table(prepared, train, "float32")
+    assert _fits(table, found.total_bytes + 1, 1)
+    assert not _fits(table, found.total_bytes - 1, 1)
+    assert _update_peak_bytes(model) == pytest.approx(found.update_bytes, rel=0.01)
+
+
+def _update_peak_bytes(model: torch.nn.Module) -> float:
+    """What torch has at most besides, in an update of all tensors together as GPUs make it."""
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        optimizer.step()
+    events = seen.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return float(max(accumulate(size for _, size in changes)))
