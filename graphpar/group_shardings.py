@@ -1,6 +1,7 @@
 """How tensor groups share their stages, as part of a plan: settled once, the same for every process."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 import torch.distributed as dist
@@ -9,10 +10,12 @@ from graphpar.cost_models.sharding import Sharding
 from graphpar.errors import PlanError, RunError
 from graphpar.ir.graph import Graph
 from graphpar.ir.shards import Layout, parse_layout
-from graphpar.ir.strategies import Strategy
+from graphpar.ir.strategies import Strategy, strategies_of
+from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import GroupSharding, GroupStrategy
 from graphpar.runtime.messages import Message
 from graphpar.runtime.torchrun import exchange, under_torchrun
+from graphpar.training import Training
 
 
 def recorded(sharding: Sharding, leader: str, stage: int) -> GroupSharding:
@@ -69,6 +72,69 @@ def restored(record: GroupSharding, graph: Graph) -> Sharding:
             "with `graphpar plan`"
         )
     return Sharding(chosen, forms, weights, inner=inner)
+
+
+def refuse_unfit(
+    found: Sharding,
+    leader: str,
+    graph: Graph,
+    axes: Sequence[tuple[float, ...]],
+    train: Training | None = None,
+) -> None:
+    """Refuse what a plan may say and would give other numbers without an error.
+
+    Args:
+        found: A sharding out of a plan, which may have been edited or made for another optimiser.
+        leader: The group's first device.
+        graph: The graph it was restored for.
+        axes: The shares of the group's members along each axis.
+        train: How the job trains.
+
+    Raises:
+        PlanError: It is for a group of another shape, or computes or holds something as cannot be.
+        ValueError: Members hold slices of what the optimiser needs whole.
+    """
+    where = f"partition.shardings of {leader}"
+    if len(found.axes) != len(axes):
+        raise PlanError(
+            f"{where}: axes of the sharding {len(found.axes)}, of the group {len(axes)}; make the plan "
+            "anew with `graphpar plan`"
+        )
+    for axis, shares in zip(found.axes, axes, strict=True):
+        table = strategies_of(graph, shares)
+        ways = (name for name, way in axis.chosen.items() if way not in table.get(name, ()))
+        held = (
+            name
+            for name, layout in axis.weights.items()
+            if layout != "whole" and layout not in _read_as(name, graph, table)
+        )
+        wrong = next(chain(ways, held), None)
+        if wrong is not None:
+            raise PlanError(
+                f"{where} has a way for {wrong!r} that a group with the shares {list(shares)} cannot "
+                "take: the file was edited, or planned with another version; make the plan anew with "
+                "`graphpar plan`"
+            )
+    cut = (n for axis in found.axes for n, layout in axis.weights.items() if layout != "whole")
+    sliced = next((name for name in cut if graph[name].attr("grad")), None)
+    if train is None or sliced is None or (traits := optimizer_traits(train.optimizer)).elementwise:
+        return
+    raise ValueError(
+        f"Under this plan the members of the tensor group of {leader} hold slices of "
+        f"{graph[sliced].args[0]}, but {traits.name} needs whole parameters. Plan with this optimiser "
+        "(graphpar.plan(train=...)): then weights stay whole."
+    )
+
+
+def _read_as(name: str, graph: Graph, table: Mapping[str, Sequence[Strategy]]) -> set[Layout]:
+    """The layouts in which ops may want a weight."""
+    return {
+        layout
+        for user in graph.users(name)
+        for way in table.get(user.name, ())
+        for operand, layout in zip(user.operands(), way.operands, strict=True)
+        if operand == name
+    }
 
 
 def _layouts(texts: tuple[str, ...]) -> tuple[Layout, ...]:

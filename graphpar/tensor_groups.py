@@ -16,10 +16,10 @@ from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.rates import CatalogueRates
 from graphpar.cost_models.sharding import Sharding, choose_sharding
 from graphpar.cost_models.tensor_modes import tensor_mode
-from graphpar.group_shardings import agreed, recorded, restored
+from graphpar.group_shardings import agreed, recorded, refuse_unfit, restored
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, line_of, whole_along
+from graphpar.ir.mesh import Layouts, axis_shares, line_of, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
 from graphpar.optimizer_probe import optimizer_traits
@@ -73,6 +73,8 @@ def member_graphs(
     for group in _groups(found, lowered):
         if (group.leader, group.stage) in stored:
             chosen = restored(stored[group.leader, group.stage], group.graph)
+            shares = axis_shares(group.replica.member_shares, group.replica.axes)
+            refuse_unfit(chosen, group.leader, group.graph, shares, train)
         else:
             fixed = held_slices(like, group.first_rank) if like is not None else None
             chosen = agreed(partial(solver.solve, group, fixed), group.leader, group.graph)

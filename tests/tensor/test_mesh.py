@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from choices import PCIE, gpus
-from helpers import Line, check_training, force, state_of
+from helpers import TRAINING, Line, check_training, force, state_of
 from test_groups import Mlp, Words, batch, sentences
 from test_two_axes import block
 from threads import one_stage
@@ -20,9 +22,11 @@ import graphpar
 from graphpar.cluster import Cluster
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import choose_sharding
+from graphpar.errors import PlanError
 from graphpar.partition.types import Replica, TensorWidth
 from graphpar.plan_check import group_contradictions
 from graphpar.plans import Plan
+from graphpar.preparation import lower
 from graphpar.tensor_groups import candidate_groups, widest_group
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
@@ -156,3 +160,20 @@ CASES: dict[str, Mapping[str, Any]] = {
 @pytest.mark.parametrize("how", CASES.values(), ids=CASES.keys())
 def test_with_others(how: Mapping[str, Any], free_links: None) -> None:
     check_training(Mlp(0.2), batch(), **how)
+
+
+def test_a_plan_that_does_not_fit_is_refused(free_links: None) -> None:
+    """Edited, or made for an optimiser that steps slices: either would train otherwise, in silence."""
+    forced = force(Words(), sentences(), lines=(MESH,))
+    found, (sharding,) = forced.plan.partition, forced.plan.partition.shardings
+    ways = tuple(replace(w, results=("whole",) * len(w.results)) for w in sharding.strategies)
+    needs_whole = Training(optimizer=partial(torch.optim.Adafactor, lr=0.01))
+    for other, train, said in (
+        (sharding, TRAINING, ""),
+        (sharding, needs_whole, "Adafactor needs whole parameters"),
+        (replace(sharding, strategies=ways), TRAINING, "a way for .* cannot take"),
+        (replace(sharding, inner=None), TRAINING, "of the sharding 1, of the group 2"),
+    ):
+        edited, where = replace(found, shardings=(other,)), forced.cluster
+        with pytest.raises((ValueError, PlanError), match=said) if said else nullcontext():
+            lower(forced.prepared.graph, edited, True, cluster=where, train=train)
