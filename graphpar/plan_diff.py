@@ -88,7 +88,7 @@ _FACTS: tuple[tuple[str, Callable[[PlanRecord], str]], ...] = (
     ("computes in", lambda p: _told(f for choice in _choices(p) for f in choice.formats)),
     ("recomputes", lambda p: _told(_stages_where(p, lambda c: c.recompute))),
     ("ZeRO", lambda p: _told(f"level {c.zero}" for c in _choices(p) if c.zero)),
-    ("tensor widths", lambda p: _told(str(len(r.devices)) for c in _choices(p) for r in c.replicas)),
+    ("tensor widths", lambda p: _told(r.width for c in _choices(p) for r in c.replicas)),
     ("status", lambda p: p.status),
     ("gap", lambda p: format_percent(p.gap)),
     ("left out", lambda p: ", ".join(sorted(p.left_out)) or "none"),

@@ -62,6 +62,15 @@ class Replica:
         """Members along each axis; one axis where there is no mesh."""
         return self.mesh or (len(self.devices),)
 
+    @property
+    def width(self) -> str:
+        """Members as people write them, along each axis.
+
+        >>> Replica("a", 1, ("b", "c", "d")).width, Replica("a", 1, ("b", "c", "d"), mesh=(2, 2)).width
+        ('4', '2x2')
+        """
+        return "x".join(map(str, self.axes))
+
 
 @dataclass(frozen=True)
 class StageChoice:

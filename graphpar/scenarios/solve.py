@@ -319,8 +319,9 @@ def _shape(found: Partition) -> str:
         stages = [
             f"{len(s.replicas)}x" * (len(s.replicas) > 1) + str(s.last - s.first) for s in pipeline.stages
         ]
-        widest = max(len(r.devices) for s in pipeline.stages for r in s.replicas)
-        group = f" t={widest}" if widest > 1 else ""
+        replicas = (r for s in pipeline.stages for r in s.replicas)
+        widest = max(replicas, key=lambda r: len(r.devices))
+        group = f" t={widest.width}" if widest.others else ""
         parts.append(f"[{' '.join(stages)}]{group} m={pipeline.microbatches}")
     counted = [f"{parts.count(p)} x {p}" if parts.count(p) > 1 else p for p in dict.fromkeys(parts)]
     return f"{' + '.join(counted)} {found.schedule}"
