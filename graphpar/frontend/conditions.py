@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from numbers import Number
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -27,6 +28,7 @@ _READS = (
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.size,
     torch.Tensor.numel,
+    torch.Tensor.stride,
     torch.Tensor.nelement,
     torch.Tensor.__len__,
     torch.numel,
@@ -57,7 +59,7 @@ class Condition:
         """Whether it comes out alike for so many samples."""
         try:
             return bool(self.formula(samples)) == self.answer
-        except ArithmeticError:
+        except (ArithmeticError, ValueError):
             return False
 
 
@@ -69,9 +71,9 @@ class Asked:
     made: dict[str, Condition] = field(default_factory=dict)
 
     def note(self, text: str, formula: _Formula) -> None:
-        """A comparison of the caller's caller; nothing where that is not the user's code."""
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_code.co_filename == _EXPORTS_OWN:
+        """A comparison that led here; nothing where that is not the user's code."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename in (__file__, _EXPORTS_OWN):
             frame = frame.f_back  # export has a `min` and a `max` of its own
         if frame is None or not is_users(frame.f_code.co_filename):
             return
@@ -97,14 +99,19 @@ class Count(int):
         made.text, made.formula, made.asked = text, formula, asked
         return made
 
-    __hash__ = int.__hash__
+    def made(self, value: Any, text: str, formula: _Formula) -> Any:
+        """What was made of it; a number that cannot remember has to be what it is here."""
+        if type(value) is int and not text.startswith(("int(", "hash(")):
+            return Count.of(value, text, formula, self.asked)
+        self.asked.note(f"{text} as here", lambda n: bool(formula(n) == value))
+        return value
 
     def __bool__(self) -> bool:
         self.asked.note(f"{self.text} != 0", self.formula)
-        return int(self) != 0
+        return uncounted(self) != 0
 
     def __reduce__(self) -> Any:
-        return int, (int(self),)
+        return int, (uncounted(self),)
 
 
 def _formula(value: Any) -> tuple[str, _Formula]:
@@ -113,25 +120,27 @@ def _formula(value: Any) -> tuple[str, _Formula]:
 
 def _arithmetic(function: Callable[[Any, Any], Any], sign: str) -> Any:
     def straight(self: Count, other: Any) -> Any:
-        return made(self, other, self) if isinstance(other, int) else _plain(function, self, other)
+        return made(self, other, self)
 
     def reflected(self: Count, other: Any) -> Any:
-        return made(other, self, self) if isinstance(other, int) else _plain(function, other, self)
+        return made(other, self, self)
 
     def made(a: Any, b: Any, of: Count) -> Any:
-        value = function(int(a), int(b))
-        if type(value) is not int:
+        value = function(uncounted(a), uncounted(b))
+        if not (isinstance(a, Number) and isinstance(b, Number)):
             return value
         (left, f), (right, g) = _formula(a), _formula(b)
-        return Count.of(value, f"({left} {sign} {right})", lambda n: function(f(n), g(n)), of.asked)
+        return of.made(value, f"({left} {sign} {right})", lambda n: function(f(n), g(n)))
 
     return straight, reflected
 
 
-def _plain(function: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-    """What plain integers give with something else; it may know how to go on."""
-    a, b = (int(x) if isinstance(x, Count) else x for x in (a, b))
-    return function(a, b)
+def _method(function: Callable[..., Any]) -> Any:
+    def called(self: Count, *others: Any) -> Any:
+        name, value = function.__name__.strip("_"), function(uncounted(self), *others)
+        return self.made(value, f"{name}({self.text})", lambda n: function(self.formula(n), *others))
+
+    return called
 
 
 def _comparison(function: Callable[[Any, Any], Any], sign: str) -> Any:
@@ -140,19 +149,32 @@ def _comparison(function: Callable[[Any, Any], Any], sign: str) -> Any:
             return NotImplemented
         text, formula = _formula(other)
         self.asked.note(f"{self.text} {sign} {text}", lambda n: function(self.formula(n), formula(n)))
-        return function(int(self), _number(other))
+        return function(uncounted(self), uncounted(other))
 
     return compared
 
 
-def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, Count) else value
-
-
-for _name, _sign in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//"), ("mod", "%")):
-    _straight, _reflected = _arithmetic(getattr(operator, _name), _sign)
+_SIGNS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "add": (operator.add, "+"),
+    "sub": (operator.sub, "-"),
+    "mul": (operator.mul, "*"),
+    "truediv": (operator.truediv, "/"),
+    "floordiv": (operator.floordiv, "//"),
+    "mod": (operator.mod, "%"),
+    "divmod": (divmod, "divmod"),
+    "pow": (operator.pow, "**"),
+    "lshift": (operator.lshift, "<<"),
+    "rshift": (operator.rshift, ">>"),
+    "and": (operator.and_, "&"),
+    "or": (operator.or_, "|"),
+    "xor": (operator.xor, "^"),
+}
+for _name, (_function, _sign) in _SIGNS.items():
+    _straight, _reflected = _arithmetic(_function, _sign)
     setattr(Count, f"__{_name}__", _straight)
     setattr(Count, f"__r{_name}__", _reflected)
+for _name in ("neg", "abs", "invert", "float", "int", "hash", "round", "ceil", "floor", "trunc"):
+    setattr(Count, f"__{_name}__", _method(getattr(int, f"__{_name}__")))
 for _name, _sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!=")):
     setattr(Count, f"__{_name}__", _comparison(getattr(operator, _name), _sign))
 
@@ -170,6 +192,8 @@ class _Sizes(TorchFunctionMode):
             return made
         if isinstance(made, torch.Size):
             return torch.Size([self._count(size) for size in made])
+        if isinstance(made, tuple):
+            return tuple(map(self._count, made))
         return self._count(made)
 
     def _count(self, size: Any) -> Any:
@@ -228,7 +252,7 @@ def sizes_counted() -> Iterator[None]:
 
 def uncounted(value: Any) -> Any:
     """A plain integer in the place of one that remembers, anything else as it is."""
-    return int(value) if isinstance(value, Count) else value
+    return int.__int__(value) if isinstance(value, Count) else value
 
 
 def conditions(first: Asked, second: Asked, ops: Sequence[Op]) -> tuple[Condition, ...]:

@@ -6,6 +6,7 @@ forward reads a copy of the buffer, and once it is done the new values are writt
 refused.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ class Registered:
         """Write tensors that took the place of buffers since into these, which take their place again.
 
         Returns:
-            Module and name of the buffers written to, and of those for which that cannot be done; these
-            are left as they are.
+            Module and name of the buffers written to, and of those for which that cannot be done, as of
+            another form or also held elsewhere; these are left as they are.
 
         Raises:
             CaptureError: Another parameter or submodule took a place; names it.
@@ -66,6 +67,12 @@ class Registered:
         written: Names = set()
         left: Names = set()
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        places = Counter(
+            memory_of(buffer)
+            for _, _, kinds, _ in self.held
+            for buffer in kinds["_buffers"].values()
+            if buffer is not None
+        )
         for path, module, kinds, _ in self.held:
             for kind in ("_parameters", "_modules"):
                 _refuse(path, module, kind, kinds[kind])
@@ -73,7 +80,7 @@ class Registered:
                 was = kinds["_buffers"].get(name)
                 if now is was:
                     continue
-                if now is None or was is None or not _fits(now, was):
+                if now is None or was is None or not _fits(now, was) or places[memory_of(was)] > 1:
                     left.add((path, name))
                     continue
                 module._buffers[name] = was

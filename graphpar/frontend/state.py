@@ -221,12 +221,19 @@ def refuse_kept(
     module = model.get_submodule(path)
     code = getattr(type(module).forward, "__code__", None)
     line = f", {code.co_filename}:{code.co_firstlineno}" if code else ""
+    where = f"Module {path or '(top)'!r} ({type(module).__name__}{line})"
+    depends = "its result depends on them: the same call gives another result the second time"
+    if name in module._buffers:
+        raise CaptureError(
+            f"{where} puts tensors of another shape or type in the place of buffers, or of buffers that "
+            f"are held elsewhere too ({names}), and {depends}. Let a buffer keep its shape and type, or "
+            f"write to it in place (self.{name}.copy_(value.detach()))."
+        )
     raise CaptureError(
-        f"Module {path or '(top)'!r} ({type(module).__name__}{line}) keeps values in plain attributes "
-        f"({names}) from one call to the next, and its result depends on them: the same call gives "
-        f"another result the second time. A graph would repeat the first. Keep the value in a buffer "
-        f"(self.register_buffer({name!r}, ...)) and write to it in place "
-        f"(self.{name}.copy_(value.detach())), or pass it as an argument and return it."
+        f"{where} keeps values in plain attributes ({names}) from one call to the next, and {depends}. A "
+        f"graph would repeat the first. Keep the value in a buffer (self.register_buffer({name!r}, ...)) "
+        f"and write to it in place (self.{name}.copy_(value.detach())), or pass it as an argument and "
+        "return it."
     )
 
 

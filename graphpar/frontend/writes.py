@@ -113,6 +113,9 @@ class Values:
             raise unsupported(node, f"{op.target} writes to several values")
         chain = self._view_chain(first.name)
         root = self.ops[chain[-1]]
+        if root.target == "parameter" and not root.attr("grad"):
+            root = replace(root, target="buffer")  # a frozen weight that the forward keeps is just that
+            self.ops[root.name] = root
         if root.target == "buffer":
             self.views[op.name] = first.name  # its result is the buffer, or the same view of it
             return op

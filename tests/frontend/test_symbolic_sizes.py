@@ -1,13 +1,15 @@
 """Which sizes follow the batch, and what keeps a batch whole."""
 
+import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from one_device import Calls, assert_as_eager, assert_close, in_parts, ready
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphpar.frontend.capture import batch_size, capture, resize
 from graphpar.ir.ops import BatchSize
@@ -63,3 +65,34 @@ def test_batch_sizes_and_resizing() -> None:
     assert resize("text", 3, 2) == "text" and resize(torch.arange(4), 3, 2).tolist() == [0, 1, 2, 3]
     ghost = torch.zeros(3, 2, device="meta")
     assert resize(ghost, 3, 7).shape == (7, 2)
+
+
+ASKED: tuple[Callable[[int], Any], ...] = (
+    lambda n: n / 2 > 8,
+    lambda n: math.sqrt(n) > 4,
+    lambda n: math.ceil(n / 4) > 4,
+    lambda n: int(n * 0.5) > 8,
+    lambda n: int(n) > 16,
+    lambda n: float(n) > 16,
+    lambda n: n**2 > 256,
+    lambda n: -n < -16,
+    lambda n: divmod(n, 4)[0] > 4,
+    lambda n: n >> 4,
+    lambda n: n not in {10, 11},
+)
+
+
+class Asking(nn.Module):
+    """Asks its batch for its size in every way, and goes the same way for 24 samples and more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for asked in ASKED:
+            x = x * 2 if asked(x.shape[0]) else x + 1
+        return x
+
+
+def test_numbers_made_of_the_batch_size_are_conditions() -> None:
+    captured = capture(Asking(), (torch.ones(24, 2),), {})
+    told = {int(c.text.rpartition(":")[2]) for c in captured.conditions if not c.holds(10)}
+    assert told == {asked.__code__.co_firstlineno for asked in ASKED}
+    assert not captured.unsplittable and not captured.unlike(24)

@@ -258,6 +258,38 @@ def test_tensors_put_in_the_place_of_buffers_are_kept() -> None:
         torch.testing.assert_close(device.tensors[name], wanted)
 
 
+def test_a_buffer_that_is_held_elsewhere_too_cannot_be_reassigned() -> None:
+    model = Assigning()
+    model.register_buffer("other", model.mean)
+    with pytest.raises(CaptureError, match=r"held elsewhere too \(model.mean\)"):
+        ready(model, (torch.randn(6, 4),), loss=None)
+
+
+class Momentum(nn.Module):
+    """A frozen twin that follows the trained layer in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.twin = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.twin.weight.lerp_(self.layer.weight, 0.5)
+            self.twin.bias.data = self.twin.bias.data * 0.5 + self.layer.bias.data * 0.5
+            target = self.twin(x)
+        return F.mse_loss(self.layer(x), target) + F.cross_entropy(target, y)
+
+
+def test_a_frozen_weight_that_the_forward_writes_to_is_kept() -> None:
+    model = Momentum()
+    device = assert_as_eager(model, (X, Y)).device()
+    for _ in range(2):
+        device.forward((X, Y), {})
+        model(X, Y)
+    torch.testing.assert_close(device.tensors["twin.weight"], model.twin.weight)
+    torch.testing.assert_close(device.tensors["twin.bias"], model.twin.bias)
+
+
 @torch.library.custom_op("graphpar_tests::track", mutates_args={"seen"})
 def track(x: Tensor, seen: Tensor) -> None:
     """Changes a buffer and returns nothing."""
