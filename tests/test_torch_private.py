@@ -1,12 +1,14 @@
 """Every private use of torch still does what it is used for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree
+from torch.utils.checkpoint import checkpoint
 
 from graphpar.frontend import torch_private as private
 
@@ -226,3 +228,21 @@ def test_gradient_modes_are_kept_in_autocast() -> None:
     assert names.count("wrap_with_set_grad_enabled") == 1 and "wrap_with_autocast" in names
     with private.fake_tensors():
         assert torch.empty(10**9, 10**9).shape == (10**9, 10**9)
+
+
+def test_checkpointed_parts_can_be_run_within_something() -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        said.append("before")
+        yield
+        said.append("after")
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        said.append("part")
+        return x.exp()
+
+    with private.checkpoints_within(around):
+        checkpoint(part, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert said == ["before", "part", "after"]

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from graphpar.errors import CaptureError
 from graphpar.frontend.averages import averages_as_tensors
+from graphpar.frontend.checkpoints import called_for_training, checkpoints_followed
 from graphpar.frontend.conditions import lengths_counted, sizes_counted, uncounted
 from graphpar.frontend.conversions import conversions_left_out
 from graphpar.frontend.decisions import Replay, data_followed, record_decisions
@@ -102,7 +103,9 @@ class Traced(nn.Module):
         called = self.modules_called()
         before, held, registered = numbers_of(called), Kept.by(called), Registered.by(called)
         read_copies(called, self.reassigned)
-        result = self._called(args, kwargs)
+        (loss,) = self._loss
+        with called_for_training(called) if loss is not None else nullcontext():
+            result = self._called(args, kwargs)
         written, left = registered.write_reassigned()
         self.reassigned |= written
         self.kept |= left
@@ -379,6 +382,7 @@ def _watched(reads: HostReads) -> Iterator[None]:
     with (
         code_on_demand(),
         functions_as_operators(),
+        checkpoints_followed(),
         no_tensor_hooks(reads.model),
         no_functional_gradients(reads.model),
         averages_as_tensors(),

@@ -19,6 +19,7 @@ import torch
 from torch.utils import checkpoint as checkpoint_module
 
 from graphpar.errors import CaptureError
+from graphpar.frontend.checkpoints import run_again_later
 from graphpar.frontend.conditions import uncounted
 from graphpar.frontend.elementwise import acts_by_element
 from graphpar.frontend.torch_private import (
@@ -174,10 +175,12 @@ def functions_as_operators() -> Iterator[None]:
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is checkpoint_module.CheckpointFunction:
-            # What it would compute again is captured, once: eager torch changes buffers (statistics
-            # of a batch normalisation) a second time then.
             function, _preserve, *rest = args
-            return function(*rest)
+            if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in rest):
+                with torch.no_grad():  # as eager torch has it: no gradient comes back
+                    return function(*rest)
+            with run_again_later():
+                return function(*rest)
         if cls.__module__.partition(".")[0] == "torch" or kwargs:
             return apply_function(cls, *args, **kwargs)
         return _record(cls, args)

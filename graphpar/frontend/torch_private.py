@@ -29,6 +29,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint as checkpoint_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TreeSpec = pytree.TreeSpec
@@ -447,3 +448,19 @@ def define_op(definition: OpDefinition) -> None:
         made.register_fake(definition.fake)
     if definition.backward is not None:
         made.register_autograd(definition.backward, setup_context=definition.setup_context)
+
+
+@contextmanager
+def checkpoints_within(around: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Within it, `torch.utils.checkpoint` with `use_reentrant=False` runs its part within `around()`."""
+    original = checkpoint_module._checkpoint_without_reentrant_generator
+
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with around():
+            yield from original(*args, **kwargs)
+
+    checkpoint_module._checkpoint_without_reentrant_generator = generator
+    try:
+        yield
+    finally:
+        checkpoint_module._checkpoint_without_reentrant_generator = original

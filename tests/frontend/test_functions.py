@@ -1,5 +1,6 @@
 """Custom autograd Functions keep their own backward; what a graph cannot hold is refused."""
 
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -124,6 +125,44 @@ def test_gradients_are_those_of_the_function(function: Callable[[Calls, Tensor, 
     assert_as_eager(Calls(function, nn.Linear(4, 4)), (X, Y))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_leave_buffers_and_gradients_as_eager_torch_does(
+    reentrant: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        def part(z: Tensor) -> Tensor:
+            result: Tensor = s.layer(z).tanh()
+            return result
+
+        h = checkpoint(part, h, use_reentrant=reentrant)
+        if not reentrant:
+            return h.pow(2).mean()
+        no_gradient: Tensor = checkpoint(lambda z: s.vector * z, X, use_reentrant=True)
+        return (h * no_gradient).mean()
+
+    model = Calls(run, nn.BatchNorm1d(4, momentum=0.3))
+    with caplog.at_level(logging.WARNING, "graphpar.capture"):
+        made = assert_as_eager(model, (X, Y))
+    assert not caplog.records
+    device = made.device()
+    for _ in range(2):
+        device.forward((X, Y), {})
+        model(X, Y).backward()
+    for name, wanted in model.named_buffers():
+        torch.testing.assert_close(device.tensors[name], wanted)
+
+
+def test_what_a_checkpoint_changes_in_another_order_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def run(s: Calls, h: Tensor, y: Tensor) -> Tensor:
+        for _ in range(2):
+            h = checkpoint(lambda z: s.layer(z).tanh(), h, use_reentrant=False)
+        return h.mean()
+
+    with caplog.at_level(logging.WARNING, "graphpar.capture"):
+        ready(Calls(run, nn.BatchNorm1d(4)), (X, Y))
+    assert "changes the buffers layer.num_batches_tracked, layer.running_mean" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [
@@ -158,7 +197,7 @@ def test_the_innermost_module_that_draws_on_the_host_is_named() -> None:
             return x if np.random.rand() < 0.5 else 2 * x
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Skip()))
-    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\), .*_functions.py:158, draws"):
+    with pytest.raises(CaptureError, match=r"'1.1' \(Skip\), .*_functions.py:\d+, draws"):
         ready(model, (X,), loss=None)
 
 

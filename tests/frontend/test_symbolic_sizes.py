@@ -77,7 +77,7 @@ ASKED: tuple[Callable[[int], Any], ...] = (
     lambda n: n**2 > 256,
     lambda n: -n < -16,
     lambda n: divmod(n, 4)[0] > 4,
-    lambda n: n >> 4,
+    lambda n: bool(n >> 4),
     lambda n: n not in {10, 11},
 )
 
