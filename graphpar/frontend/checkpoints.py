@@ -92,7 +92,7 @@ def run_again_later() -> Iterator[None]:
         _log.warning(
             "torch.utils.checkpoint changes the buffers %s again in the backward of eager torch, in an "
             "order that a graph does not follow: they will differ from eager torch's. Change them "
-            "outside, or leave torch.utils.checkpoint out: plans choose themselves what to compute again.",
+            "outside, or leave torch.utils.checkpoint out: plans choose what to compute again.",
             ", ".join(changed[:3]),
         )
 
