@@ -108,7 +108,7 @@ class Count(int):
 
     def __bool__(self) -> bool:
         self.asked.note(f"{self.text} != 0", self.formula)
-        return uncounted(self) != 0
+        return bool(int.__int__(self))
 
     def __reduce__(self) -> Any:
         return int, (uncounted(self),)
