@@ -195,3 +195,15 @@ def test_what_no_order_is_shorter_than_is_reached_without_bubbles(
     least_s = least_step_s(table, plan)
     steps_s = [simulated(table, plan, name).step_s for name in ("1f1b", "gpipe", "zero-bubble")]
     assert least_s <= min(steps_s) <= least_s * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_stages_that_nothing_joins_need_not_wait(joined: bool) -> None:
+    table = blocks()
+    costs = tuple(replace(c, weight_s=()) for c in table.costs)
+    # Nothing at all crosses the boundary, or what does has no gradient, such as integers.
+    edges = [replace(e, bytes_per_sample=1.0, gradient_bytes_per_sample=0.0) for e in table.edges]
+    table = replace(table, costs=costs, edges=tuple(edges) if joined else ())
+    plan = [straight((0, 4, 8), 1)]
+    for name in ("1f1b", "gpipe", "zero-bubble"):
+        assert least_step_s(table, plan) <= simulated(table, plan, name).step_s * (1 + 1e-9)
