@@ -141,6 +141,9 @@ class PlacementProblem:
 
 Problem: TypeAlias = ShardingProblem | PlacementProblem
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises: no JSON or none of that form, bad UTF-8, lists too deep in one another."""
+
 _Row: TypeAlias = tuple[Number, ...]
 _ROW = msgspec.json.Decoder(_Row)
 _RAW_ROWS = msgspec.json.Decoder(list[msgspec.Raw])
@@ -234,7 +237,7 @@ def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = 
     """
     try:
         keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise ProblemError(f"{name}: not a JSON object ({error}); is the file whole?") from error
     try:
         if "problem" in keys:
@@ -242,7 +245,7 @@ def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = 
             return _sharding(msgspec.json.decode(data, type=_ShardingFile).problem, name, should_stop)
         if "maxFPGAs" in keys:
             return _placement(msgspec.json.decode(data, type=_PlacementFile), name)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise ProblemError(f"{name}: {error}") from error
     raise ProblemError(
         f"{name}: neither a sharding problem (key `problem`) nor a placement problem "
@@ -306,7 +309,7 @@ def _rows(raw: msgspec.Raw, where: Callable[[int], str], should_stop: ShouldStop
     for place, row in in_time(enumerate(_RAW_ROWS.decode(raw)), should_stop):
         try:
             numbers = _ROW.decode(row)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except _UNREADABLE as error:
             raise ProblemError(f"{where(place)}: {error}") from error
         _require_finite(numbers, where(place))
         rows_read.append(numbers)

@@ -142,6 +142,7 @@ def damaged(problem: dict[str, Any], *path: Any, value: Any) -> bytes:
         (b"", "JSON"),
         (b"[1, 2]", "JSON object"),
         (b"{}", "neither"),
+        (b'{"problem": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "recursion"),
         (json.dumps(SHARDING).encode()[:-9], "whole"),
         (damaged(SHARDING, "problem", "nodes", "costs", value=[[5, 1]]), "must agree"),
         (damaged(SHARDING, "problem", "nodes", "costs", 0, value=[]), "no strategy"),
