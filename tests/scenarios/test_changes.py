@@ -158,10 +158,12 @@ def test_a_latency_of_the_network_is_that_of_every_card() -> None:
         (["drop b", "set network.bytes_per_s=1e9"], "one node"),
         (["set a.count=1", "set a.link.latency_s=1e-3"], "one device"),
         (["set recompute=on"], "inference"),
+        (["set network.latency_s=1e-3"], "links of their own"),
         (["set network.bytes_per_s=1e9", "set batch=8"], None),
     ],
 )
 def test_what_makes_no_difference_is_told(changes: list[str], words: str | None) -> None:
-    base = replace(BASE, training=words != "inference")
+    pairs = ((("a", "b"), LAB.network),) if words == "links of their own" else ()
+    base = replace(BASE, training=words != "inference", cluster=replace(LAB, pairs=pairs))
     told = idle(apply(base, changes), changes)
     assert words in told[0] if words else not told

@@ -78,6 +78,7 @@ def test_answers_are_plans_of_the_changed_job(study: graphpar.Study) -> None:
     assert faster < base.step_s
     assert plain < base.step_s  # less optimiser work
     assert study["no t4"].usd_per_h == 4.0
+    assert any("price of a is not known" in remark for remark in study["faster"].remarks)
     assert base.gap is not None
     assert base.gap <= 1
 
