@@ -30,6 +30,9 @@ _NARROW = 0.5
 _LEAST_NARROW = 2e-3
 """... or by this share of the step, ..."""
 
+_ROUNDING = 1e-9
+"""Relative difference of a bound and what meets it that is rounding."""
+
 _BEAMS = (60, 240)
 """Parts of lines kept at once, by how often a box was looked at."""
 
@@ -124,7 +127,9 @@ class _CountedSearch(Search[_Box]):
         self._dived: set[int] = set()
 
     def _whole(self, index: int, task: Task) -> _Box:
-        return _Box(index, (task.extra_s, INFINITY), (task.post_s, self._post_limit))
+        # Bounds that a stage meets exactly may be above it by rounding.
+        extra_s, post_s = task.extra_s * (1 - _ROUNDING), task.post_s * (1 - _ROUNDING)
+        return _Box(index, (extra_s, INFINITY), (post_s, self._post_limit))
 
     def _program(self, task: int) -> CountingProgram:
         if task not in self._built:

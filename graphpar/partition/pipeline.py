@@ -36,6 +36,7 @@ from graphpar.partition.side_by_side import (
     estimate_shares,
     grouping_bound_s,
     pipelines_bound_s,
+    sharing_bound_s,
 )
 from graphpar.partition.solver import Backend
 from graphpar.partition.table_check import check_table
@@ -43,7 +44,6 @@ from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, St
 
 ROUNDING = 1e-9
 """Relative difference of two sums of the same numbers that is rounding."""
-
 
 RUNNERS_UP = 3
 """Plans that lost are kept up to this number."""
@@ -53,6 +53,9 @@ RELAXED_SHARE = 0.7
 
 _ESTIMATE_SHARE = 0.5
 """Time for trying pipelines side by side on a large cluster, as a share of that for one pipeline."""
+
+_SHARING_SHARE = 0.7
+"""Time for a bound on pipelines side by side, as a share of what is left."""
 
 _LEAST_PATIENCE_S = 1.0
 _PATIENCE_SHARE = 0.04
@@ -231,7 +234,6 @@ class _Run:
             self._gap, self._bound_s = self._gap / 3, INFINITY
             self.single()
             self._bound_s = max(known_s, self._bound_s)
-
         self.kinds_side_by_side()
 
     def regular(self) -> None:
@@ -246,8 +248,7 @@ class _Run:
     def kinds_side_by_side(self) -> None:
         """Try unlike kinds in pipelines side by side: by estimate first, and where that helps in full.
 
-        A grouping that was searched in full widens the family. One that was only tried stays outside of
-        it unless its plan is the answer: then its bound on work is all that is proven about it.
+        A grouping that gave a better plan widens the family; others were only tried and stay outside.
         """
         if self.truncated or self.best is None:
             return
@@ -258,7 +259,7 @@ class _Run:
         bounded = sorted((grouping_bound_s(self._programs, g), g) for g in groupings(self.family))
         promising = [(bound, g) for bound, g in bounded if bound < self._target_s]
         self.groupings_searched = len(bounded) - len(promising)
-        alone_s, better = self.step_s, []
+        better: list[tuple[float, Groups, tuple[Found, ...]]] = []
         for bound, groups in promising:
             if time.monotonic() > until_s:
                 break
@@ -271,20 +272,35 @@ class _Run:
                 deadline_s=until_s,
             )
             self.groupings_tried += 1
+            before_s = self.step_s
             if found is not None:
                 self._offer(found)
-                better.append((bound, groups))
-        if self.step_s < alone_s:
-            self._search_groupings(better)
+            if found is not None and self.step_s < before_s:
+                better.append((bound, groups, found))
+        self._search_groupings(better)
 
-    def _search_groupings(self, promising: list[tuple[float, Groups]]) -> None:
-        """Search the groupings that gave better plans to the end, as long as time allows."""
-        for bound, groups in reversed(promising):
+    def _search_groupings(self, promising: list[tuple[float, Groups, tuple[Found, ...]]]) -> None:
+        """Bound the groupings that gave better plans, and search them to the end as time allows."""
+        for work_s, groups, found in reversed(promising):
+            left_s = self._deadline_s - time.monotonic()
+            sharing_s = sharing_bound_s(
+                self._programs,
+                groups,
+                [f.setting.samples for f in found],
+                [f.step_s for f in found],
+                cutoff_s=self._target_s,
+                gap=self._gap,
+                deadline_s=time.monotonic() + _SHARING_SHARE * left_s,
+            )
+            bound = max(work_s, sharing_s)
+            self.groupings_searched += 1
+            if bound >= self._target_s:
+                self._bound_s = min(self._bound_s, bound)
+                continue
             for schedule in self.family.schedules:
                 if not self._grouping(groups, schedule, bound):
                     self._bound_s = min(self._bound_s, bound)
                     return
-            self.groupings_searched += 1
 
     def _missed(self) -> bool:
         """Whether the gap asked for is not reached though there is time."""

@@ -12,16 +12,18 @@ are met prices them as they are.
 
 import math
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from graphpar.cost import CostTable
 from graphpar.partition.cells import links_to_others
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.family import share_step
 from graphpar.partition.programs import Programs
-from graphpar.partition.search import INFINITY, Found
+from graphpar.partition.search import INFINITY, Found, Task
 from graphpar.partition.types import ScheduleName
 
 _ESTIMATES = 3
@@ -163,6 +165,80 @@ def estimate_shares(
     return best[1] if best is not None and best[0] < cutoff_s else None
 
 
+def sharing_bound_s(
+    programs: Programs,
+    groups: Sequence[Group],
+    shares: Sequence[int],
+    times_s: Sequence[float],
+    *,
+    cutoff_s: float,
+    gap: float,
+    deadline_s: float,
+) -> float:
+    """A lower bound up to `cutoff_s` on the step time of a set of pipelines, whatever their shares are.
+
+    Take a share `s_g` for each pipeline, and the largest that it may have below: `p_g`. If the `p_g` add
+    up to less than the batch, then in every plan some pipeline has `s_g` samples or more, for with less
+    in all of them part of the batch would be left. The step is no shorter than that pipeline would take
+    alone with its share: its fill, its extra, and what its own devices have to sum and step at least
+    (`stage_costs.summing`). Hence the least over all g, all shares from `s_g` on and all their settings
+    bounds the step. One best-first search looks at all of these; where it is cut short, what it has
+    proven by then holds as well. Nothing is said (0) where time ends before it begins.
+
+    Args:
+        programs: Of the family.
+        groups: The devices of each pipeline.
+        shares: Where the `s_g` begin: the samples that each pipeline has in a good plan.
+        times_s: How long each takes for them there. Where that is least, `s_g` rises: only guidance.
+        cutoff_s: Only plans that are faster are of interest.
+        gap: See `Asked`.
+        deadline_s: See `Asked`.
+    """
+    table, number = programs.family.table, len(groups)
+    every = _shares_of(table, number)
+    rates = [t / n for t, n in zip(times_s, shares, strict=True)]
+    least: dict[Group, int] = {}
+    wanted = _wanted_shares(every, table.batch, shares, rates)
+    for group, share in zip(groups, wanted, strict=True):
+        least[group] = min(share, least.get(group, share))
+    tasks: list[Task] = []
+    for group, share in least.items():
+        across = links_to_others(programs.family.cells, groups, group)
+        work_s = programs.work_per_sample_s(group)
+        for n in every[bisect_left(every, share) :]:
+            if work_s * n >= cutoff_s:
+                break
+            if time.monotonic() > deadline_s:
+                return 0.0
+            tasks += programs.tasks(group, n, programs.family.schedules, number, across)
+    return programs.search(tasks, cutoff_s=cutoff_s, gap=gap, deadline_s=deadline_s).bound_s
+
+
+def _wanted_shares(
+    every: Sequence[int], batch: int, shares: Sequence[int], rates: Sequence[float]
+) -> list[int]:
+    """Of every share there is, one for each pipeline, so that not all pipelines can have less.
+
+    `shares` add up to the batch; `rates` are seconds per sample.
+    """
+    index = [bisect_left(every, n) for n in shares]
+    below = sum(every[i - 1] for i in index if i)
+    while True:
+        fastest = min(range(len(index)), key=lambda g: rates[g] * every[index[g]])
+        here = index[fastest]
+        below += every[here] - (every[here - 1] if here else 0)
+        if below >= batch or here + 1 == len(every):
+            return [every[i] for i in index]
+        index[fastest] += 1
+
+
+def _shares_of(table: CostTable, peers: int) -> list[int]:
+    """Multiples of the step, and what is left of the batch after multiples for the others."""
+    step = share_step(table)
+    rest = table.batch % step
+    return [n for n in range(1, table.batch - peers + 2) if n % step in (0, rest)]
+
+
 def _apportion(rates: Sequence[float], batch: int, step: int) -> tuple[int, ...] | None:
     """Shares of a batch in proportion to rates, in steps; the last of the fastest takes what is left."""
     total = sum(rates)
@@ -192,7 +268,6 @@ class _Grouping:
         self._deadline = deadline_s
         self._across = {g: links_to_others(programs.family.cells, groups, g) for g in self._groups}
         self._table = programs.family.table
-        self._step = share_step(self._table)
         self._per_sample = {g: programs.work_per_sample_s(g) for g in self._groups}
         self._least_post = _least_post_s(programs, self._groups)
         self._fits: dict[tuple[Group, int], _Fit] = {}
@@ -249,7 +324,8 @@ class _Grouping:
         work allows, and what all of them exceed the batch by is what any may be smaller.
         """
         most = [self._largest_share(g, time_limit) for g in self._groups]
-        shares = [self._shares(n) for n in most]
+        every = _shares_of(self._table, len(self._groups))
+        shares = [every[: bisect_right(every, n)] for n in most]
         if not all(shares):
             return None
         for number, group in enumerate(self._groups):
@@ -264,11 +340,6 @@ class _Grouping:
         if spare < 0:
             return None
         return [[n for n in own if n >= own[-1] - spare] for own in shares]
-
-    def _shares(self, most: int) -> list[int]:
-        """Multiples of the step, and what is left of the batch after multiples for the others."""
-        step, rest = self._step, self._table.batch % self._step
-        return [n for n in range(1, most + 1) if n % step in (0, rest)]
 
     def _largest_share(self, group: Group, time_limit: float) -> int:
         low, high = 0, self._table.batch - len(self._groups) + 1

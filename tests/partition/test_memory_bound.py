@@ -1,16 +1,20 @@
 """Bounds on pipelines side by side that know how they fill and what they hold, against every plan."""
 
+from itertools import pairwise
+
 import pytest
 from all_plans import best_step_s
 from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from graphpar.cost import CostTable
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import choose_family, groupings
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
-from graphpar.partition.side_by_side import pipelines_bound_s
+from graphpar.partition.search import INFINITY
+from graphpar.partition.side_by_side import pipelines_bound_s, sharing_bound_s
 
 
 def programs(table: CostTable) -> Programs:
@@ -22,13 +26,34 @@ def programs(table: CostTable) -> Programs:
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(small_tables(max_units=3, modes=True))
-def test_no_plan_is_faster_than_the_least_of_the_bounds(table: CostTable) -> None:
+@given(small_tables(max_units=3, modes=True), st.data())
+def test_no_plan_is_faster_than_the_least_of_the_bounds(table: CostTable, data: st.DataObject) -> None:
     best = best_step_s(table)
     known = programs(table)
     everything = [*groupings(known.family), (known.family.cells.counts,)]
     least = min(pipelines_bound_s(known, groups) for groups in everything)
     assert best is None or least <= best * (1 + 1e-9) + 1e-12
+    # Bounds by shares hold wherever the shares begin, and whatever is thought of how long they take.
+    bounds = [
+        sharing_bound_s(
+            known,
+            groups,
+            *drawn_shares(data, table.batch, len(groups)),
+            cutoff_s=INFINITY,
+            gap=0.0,
+            deadline_s=INFINITY,
+        )
+        for groups in everything
+    ]
+    assert best is None or min(bounds) <= best * (1 + 1e-9) + 1e-12
+
+
+def drawn_shares(data: st.DataObject, batch: int, number: int) -> tuple[list[int], list[float]]:
+    """Shares that add up to a batch, and seconds."""
+    cuts = data.draw(st.permutations(range(1, batch)))[: number - 1]
+    ends = [0, *sorted(cuts), batch]
+    times_s = data.draw(st.lists(st.floats(0.1, 9.0), min_size=number, max_size=number))
+    return [b - a for a, b in pairwise(ends)], times_s
 
 
 def test_memory_that_is_scarce_raises_the_bound() -> None:
