@@ -15,6 +15,9 @@ from graphpar.partition.number_rows import flat
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 
+_EXACT, _ROUNDING = 2.0**53, 1e-12
+"""Whole numbers up to this add up exactly, larger ones to within this share."""
+
 
 def memory_rows(problem: ShardingProblem) -> MemoryRows:
     """One row per maximal live set, with the limit and the uses as the file has them."""
@@ -28,10 +31,14 @@ def memory_rows(problem: ShardingProblem) -> MemoryRows:
     last = np.where(live, np.searchsorted(moments, ends), first).astype(np.intp)
     start, amounts = flat(problem.usages)
     usages = {node: amounts[begin:end] for node, (begin, end) in enumerate(pairwise(start.tolist()))}
+    limit = float(problem.usage_limit or 0)
+    if max(amounts.sum(), limit) > _EXACT:
+        # Sums round, and nothing that fits may be lost; answers are checked against the file.
+        limit *= 1 + _ROUNDING
     return MemoryRows(
         first,
         last,
-        np.full(len(moments), float(problem.usage_limit or 0)),
+        np.full(len(moments), limit),
         usages,
         (first < last).tolist(),
     )

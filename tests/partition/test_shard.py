@@ -255,3 +255,9 @@ def test_costs_that_round_to_the_impossible_are_possible(read: Callable[..., Row
     problem = ShardingProblem("large", ((0, 1), (0, 1)), rows, uses, (), (), None)
     solved = solve_sharding(problem, time_limit_s=60)
     assert (solved.status, solved.answer) == ("optimal", [0, 1])
+
+
+def test_memory_beyond_exact_sums_is_not_said_to_be_too_much() -> None:
+    use = 2**53 + 3  # rounds up
+    problem = ShardingProblem("large", ((0, 1),) * 3, ((1,),) * 3, ((use,),) * 3, (), (), 3 * use)
+    assert solve_sharding(problem, time_limit_s=60).status == "optimal"
