@@ -227,6 +227,7 @@ def _widest(several: Sequence[tuple[CutEdge, ...]]) -> tuple[CutEdge, ...]:
             bytes_per_sample=max(e.bytes_per_sample for e in edges),
             gradient_bytes_per_sample=max(e.gradient_bytes_per_sample for e in edges),
             fixed_bytes=max(e.fixed_bytes for e in edges),
+            gradient_fixed_bytes=max(e.gradient_fixed_bytes for e in edges),
         )
         for edges in zip(*several, strict=True)
     )

@@ -194,8 +194,8 @@ class UnitPricer:
             flows = self.options.training and bool(op.attr("grad"))
             if all(not t.batch_dims for t in kinds):
                 fixed, each = each, 0.0
-            gradient = each if flows and all(t.is_floating for t in kinds) else 0.0
-            found.append(CutEdge(crossing.source, crossing.target, each, gradient, fixed))
+            back = (each, fixed) if flows and all(t.is_floating for t in kinds) else (0.0, 0.0)
+            found.append(CutEdge(crossing.source, crossing.target, each, back[0], fixed, back[1]))
         return tuple(found)
 
     def _on_the_wire(self, op: Op, kind: TensorType) -> TensorType:

@@ -73,4 +73,5 @@ def _least_edge(edges: Sequence[CutEdge]) -> CutEdge:
         bytes_per_sample=min(e.bytes_per_sample for e in edges),
         gradient_bytes_per_sample=min(e.gradient_bytes_per_sample for e in edges),
         fixed_bytes=min(e.fixed_bytes for e in edges),
+        gradient_fixed_bytes=min(e.gradient_fixed_bytes for e in edges),
     )

@@ -169,7 +169,8 @@ class CutEdge:
     """A value produced in unit `source` and last used in unit `target` (both indices of the chain).
 
     It crosses every boundary between the two. `bytes_per_sample` travels forward per sample,
-    `gradient_bytes_per_sample` backward; `fixed_bytes` travels once per microbatch whatever its size.
+    `gradient_bytes_per_sample` backward; `fixed_bytes` travels once per microbatch whatever its size,
+    and `gradient_fixed_bytes` back.
     """
 
     source: int
@@ -177,6 +178,7 @@ class CutEdge:
     bytes_per_sample: float
     gradient_bytes_per_sample: float = 0.0
     fixed_bytes: float = 0.0
+    gradient_fixed_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -431,7 +433,7 @@ class CostTable:
         for edge in self.edges:
             if edge.source < boundary <= edge.target:
                 forward += edge.bytes_per_sample * size + edge.fixed_bytes
-                backward += edge.gradient_bytes_per_sample * size
+                backward += edge.gradient_bytes_per_sample * size + edge.gradient_fixed_bytes
         return forward, backward
 
 

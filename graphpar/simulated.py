@@ -189,13 +189,14 @@ def stage_links(table: CostTable, pipelines: Sequence[PipelineChoice]) -> list[S
         for edge in table.edges:
             ends = stage_of[edge.source], stage_of[edge.target]
             if ends[0] < ends[1]:
-                total = sums.setdefault(ends, [0.0, 0.0, 0.0])
+                total = sums.setdefault(ends, [0.0, 0.0, 0.0, 0.0])
                 total[0] += edge.bytes_per_sample
                 total[1] += edge.gradient_bytes_per_sample if table.training else 0.0
                 total[2] += edge.fixed_bytes
+                total[3] += edge.gradient_fixed_bytes if table.training else 0.0
         links += [
-            StageLink(offset + a, offset + b, each, back, fixed, 0.0)
-            for (a, b), (each, back, fixed) in sorted(sums.items())
+            StageLink(offset + a, offset + b, each, back, fixed, fixed_back)
+            for (a, b), (each, back, fixed, fixed_back) in sorted(sums.items())
         ]
         offset += len(pipeline.stages)
     return links

@@ -244,7 +244,7 @@ def _transfer(table: CostTable, pipeline: PipelineChoice, number: int) -> float:
     for edge in table.edges:
         if edge.source < right.first <= edge.target:
             there += edge.bytes_per_sample * size + edge.fixed_bytes
-            back += edge.gradient_bytes_per_sample * size
+            back += edge.gradient_bytes_per_sample * size + edge.gradient_fixed_bytes
     forward = backward = 0.0
     node_of = table.topology.node_of
     senders = {node_of[d]: d for _, d in _own_group(left)}

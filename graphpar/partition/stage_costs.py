@@ -62,7 +62,7 @@ def boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links])
 
 def boundary_bytes(table: CostTable, size: float) -> tuple[FloatArray, FloatArray]:
     """`CostTable.cut_bytes` at every boundary: forward and backward."""
-    per_sample, fixed, back = np.zeros((3, table.num_units + 1))
+    per_sample, fixed, back, fixed_back = np.zeros((4, table.num_units + 1))
     for edge in table.edges:
         # An edge from s to t crosses the boundaries s + 1 to t. Counted first: a sum of differences
         # would leave rounding where nothing crosses.
@@ -70,7 +70,8 @@ def boundary_bytes(table: CostTable, size: float) -> tuple[FloatArray, FloatArra
         per_sample[crossed] += edge.bytes_per_sample
         fixed[crossed] += edge.fixed_bytes
         back[crossed] += edge.gradient_bytes_per_sample
-    return per_sample * size + fixed, back * size
+        fixed_back[crossed] += edge.gradient_fixed_bytes
+    return per_sample * size + fixed, back * size + fixed_back
 
 
 def slowest_transfer_s(table: CostTable, setting: Setting, links: Links) -> float:

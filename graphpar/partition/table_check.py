@@ -172,6 +172,7 @@ def _edge_problems(table: CostTable) -> Iterator[str]:
             "bytes_per_sample": [edge.bytes_per_sample],
             "gradient_bytes_per_sample": [edge.gradient_bytes_per_sample],
             "fixed_bytes": [edge.fixed_bytes],
+            "gradient_fixed_bytes": [edge.gradient_fixed_bytes],
         }
         yield from _bad_numbers(where, rows)
 
