@@ -22,6 +22,8 @@ from graphpar.errors import GraphparError
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
+from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.simulated import stage_links
 
 NUM_BLOCKS = 9
 
@@ -51,8 +53,8 @@ def one(line: str, *sources: str) -> tuple[Graph, OpWork]:
     return graph, work_of(graph["y"], graph, find_layout(graph), 3)
 
 
-def price(training: bool = True, **options: float) -> CostTable:
-    graph = parse_graph(BLOCKS)
+def price(training: bool = True, text: str = BLOCKS, **options: float) -> CostTable:
+    graph = parse_graph(text)
     settings = PricingOptions(batch=4, training=training, **options)  # type: ignore[arg-type]
     cluster = Cluster.of("p4d.24xlarge", 1, "p3.2xlarge", 1)
     return Roofline().price(graph, build_chain(graph), cluster, settings)
@@ -77,6 +79,21 @@ def test_edges_hold_bytes_per_sample_and_gradients_where_they_flow() -> None:
     assert {e.bytes_per_sample for e in table.edges} == {32.0}
     assert {e.gradient_bytes_per_sample for e in table.edges} == {32.0}
     assert {e.fixed_bytes for e in table.edges} == {0.0}
+
+
+def test_gradients_of_values_without_samples_go_back_as_well() -> None:
+    """A model whose batch stays whole sends such values between all of its stages."""
+    table = price(text=BLOCKS.replace("[B,", "[4,"))
+    assert {(e.bytes_per_sample, e.gradient_bytes_per_sample) for e in table.edges} == {(0.0, 0.0)}
+    assert {(e.fixed_bytes, e.gradient_fixed_bytes) for e in table.edges} == {(128.0, 128.0)}
+    assert table.cut_bytes(1, 4) == (128.0, 128.0)
+    devices = [device for c in table.device_classes for device in c.devices][:2]
+    stages = (
+        StageChoice(0, 1, (Replica(devices[0], 1),)),
+        StageChoice(1, NUM_BLOCKS, (Replica(devices[1], 1),)),
+    )
+    (link,) = stage_links(table, (PipelineChoice(4, 1, stages),))
+    assert link.backward_bytes(4) == 128.0
 
 
 def test_inference_has_no_backward_gradients_or_saved_values() -> None:
