@@ -5,6 +5,8 @@ instead of made never make the best plan slower. A search cut short may miss wha
 so the answers of a study are compared along this order.
 """
 
+from collections.abc import Collection
+from dataclasses import replace
 from math import inf
 
 from graphpar.cluster import Cluster
@@ -41,6 +43,21 @@ def covers(large: Setting, small: Setting, given_state: float = inf) -> bool:
         and (large.tensor == small.tensor or not isinstance(small.tensor, tuple))
         and _cluster_covers(large.cluster, small.cluster, large.layout is not None)
     )
+
+
+def with_these_alone(setting: Setting, used: Collection[str]) -> Setting:
+    """The setting without the devices that its plan leaves idle: the plan is one of this, too."""
+    if setting.layout is not None:
+        return setting
+    cluster = setting.cluster
+    nodes = (
+        replace(node, devices=tuple(device for device in node.devices if device.name in used))
+        for node in cluster.nodes
+    )
+    kept = tuple(node for node in nodes if node.devices)
+    names = {node.name for node in kept}
+    pairs = tuple((pair, link) for pair, link in cluster.pairs if set(pair) <= names)
+    return replace(setting, cluster=replace(cluster, nodes=kept, pairs=pairs))
 
 
 def width(tensor: TensorWidth) -> float:

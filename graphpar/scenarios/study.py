@@ -17,7 +17,7 @@ from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
-from graphpar.scenarios.dominance import covers
+from graphpar.scenarios.dominance import covers, with_these_alone
 from graphpar.scenarios.pricing import PriceBook, priced_by, trust
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.solve import Task, answer_of, brought
@@ -68,7 +68,7 @@ class Solver:
     progress: Progress | None = None
     _known: dict[str, Answer] = field(default_factory=dict)
     _settings: dict[str, Setting] = field(default_factory=dict)
-    _compared: dict[tuple[str, str], bool] = field(default_factory=dict)
+    _compared: dict[tuple[str, str, tuple[str, ...]], bool] = field(default_factory=dict)
 
     def answers(self, settings: Sequence[Setting], time_limit_s: float | None = None) -> list[Answer]:
         """One answer per setting; equal settings are solved once.
@@ -145,11 +145,12 @@ class Solver:
         return _better(mine, self._valued(held, setting), setting)
 
     def _covers(self, large: str, small: str) -> bool:
-        """Whether no plan of one setting is slower in another; found once for each pair."""
-        if (large, small) not in self._compared:
-            settings = self._settings[large], self._settings[small]
-            self._compared[large, small] = covers(*settings, self._given_state)
-        return self._compared[large, small]
+        """Whether the plan found for one setting is no slower in another; found once for each pair."""
+        used = self._known[small].used
+        if (large, small, used) not in self._compared:
+            needed = with_these_alone(self._settings[small], used)
+            self._compared[large, small, used] = covers(self._settings[large], needed, self._given_state)
+        return self._compared[large, small, used]
 
     @cached_property
     def _given_state(self) -> float:
@@ -219,7 +220,11 @@ class Solver:
         given = [
             plan
             for _, key, plan in sorted(known, key=lambda k: k[0])
-            if covers(setting, self._settings[key], self._given_state)
+            if covers(
+                setting,
+                with_these_alone(self._settings[key], self._known[key].used),
+                self._given_state,
+            )
         ]
         plans = dict.fromkeys([plan for _, _, plan in known[:1]] + given)
         return tuple(plans)[:MOST_HINTS]

@@ -11,7 +11,7 @@ from graphpar.cluster import Cluster
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.relaxed_tables import with_batch
 from graphpar.scenarios.changes import apply
-from graphpar.scenarios.dominance import covers
+from graphpar.scenarios.dominance import covers, with_these_alone
 from graphpar.scenarios.transfer import carried
 from graphpar.scenarios.types import KnownPlan, Setting
 
@@ -101,6 +101,14 @@ def test_a_plan_carries_over_to_a_multiple_of_its_batch(times: int) -> None:
     same = carried(table, plan, again=False)
     assert same is not None
     assert same.objective_s == pytest.approx(price(table, same.pipelines, same.schedule).objective_s)
+
+
+def test_what_a_plan_leaves_idle_may_be_missing() -> None:
+    without = apply(BASE, ["drop b/0"])
+    assert not covers(without, BASE)
+    assert covers(without, with_these_alone(BASE, ("a/0", "a/1", "b/1")))
+    assert covers(apply(BASE, ["drop b"]), with_these_alone(BASE, ("a/0",)))
+    assert not covers(without, with_these_alone(BASE, ("a/0", "b/0")))
 
 
 def test_a_plan_that_cannot_be_had_is_not_carried_over() -> None:
