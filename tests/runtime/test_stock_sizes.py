@@ -54,7 +54,10 @@ def test_training_goes_on_with_batches_of_other_sizes(
             torch.testing.assert_close(got, loss.detach(), rtol=2e-4, atol=1e-5, msg=str(loss))
         compare_states(job.state_dict(), alone.state_dict(), model.state_dict(), 2e-4)
     again = [r for r in caplog.records if "captured again" in r.message]
-    assert forced.prepared.batch_reason or len(again) <= (LENGTHS.get(name) != 8), "once a length"
+    # Stock masking code has a branch of its own for a single sample (`position_ids.shape[0] != 1`).
+    own = not all(c.holds(1) for c in forced.prepared.captured.conditions)
+    allowed = (LENGTHS.get(name) != 8) + own
+    assert forced.prepared.batch_reason or len(again) <= allowed, "once a length"
 
 
 @pytest.mark.slow
