@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import select
 import signal
 import sys
@@ -26,6 +27,7 @@ from coverage_case import WORKERS, Row, Until, run_case
 
 from graphpar.runtime.fork_server import ForkServer
 
+ROOT = Path(__file__).parents[1]
 LISTS = Path(__file__).with_name("coverage_lists.json")
 TIME_LIMIT_S = 300.0
 """Processor time that one architecture may take."""
@@ -111,13 +113,23 @@ def _child(name: str, terms: Terms, server: ForkServer, writing: int) -> None:
     row = Row(name, status="running")
 
     def tell() -> None:
-        os.write(writing, (json.dumps(asdict(row), default=str) + "\n").encode())
+        text = without_folders(json.dumps(asdict(row), default=str))
+        os.write(writing, (text + "\n").encode())
 
     try:
         run_case(name, row, terms.workers, tell, terms.until)
         tell()
     finally:
         os._exit(0)
+
+
+def without_folders(text: str) -> str:
+    """A text whose paths do not tell where this machine keeps its packages.
+
+    >>> without_folders("/usr/lib/python3.11/site-packages/torch/nn/functional.py:12: no")
+    'torch/nn/functional.py:12: no'
+    """
+    return re.sub(r"(?<![\w.])/[^\s\"']*/site-packages/", "", text.replace(f"{ROOT}{os.sep}", ""))
 
 
 class _Watch:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from coverage_model import build_tiny  # noqa: E402 - benchmarks are no package
+from coverage_run import without_folders  # noqa: E402
 from tiny_configs import tiny_config, with_dropout, without_randomness  # noqa: E402
 from tiny_scale import STYLES  # noqa: E402
 
@@ -47,6 +49,14 @@ def test_one_that_takes_too_long_fails_and_the_next_goes_on() -> None:
     found = rows("--time-limit", "0.01", "Llama", "Bert")
     assert [row["status"] for row in found] == ["fail", "fail"]
     assert all("no end after" in row["reason"] for row in found)
+
+
+def test_rows_tell_nothing_of_where_packages_are_kept() -> None:
+    file = torch.__file__
+    assert without_folders(f"at (Attention), {file}:19: no") == "at (Attention), torch/__init__.py:19: no"
+    assert without_folders(f"{ROOT}/graphpar/ir/ops.py:3 and 1/2") == "graphpar/ir/ops.py:3 and 1/2"
+    for path in (ROOT / "benchmarks" / "coverage_runs").glob("*.json"):
+        assert without_folders(text := path.read_text(encoding="utf-8")) == text
 
 
 @pytest.mark.parametrize(
