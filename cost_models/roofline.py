@@ -99,8 +99,8 @@ class Roofline:
             batch_reason=options.batch_reason,
             tail_reason=options.tail_reason,
             in_step_reason=options.in_step_reason,
-            reserved_bytes=max(self._reserved_bytes(d, len(cluster.devices) == 1) for d in examples),
-            sum_s_per_byte=self._sum_s_per_byte(cluster),
+            reserved_bytes=self.reserved_bytes(cluster),
+            sum_s_per_byte=self.sum_s_per_byte(cluster),
             repeated=repeated_weights(graph, chain, units, options),
             few_row_bytes=few_row_bytes(graph, chain, units, most) if options.training else (),
             passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
@@ -114,6 +114,11 @@ class Roofline:
         layout = find_layout(graph)
         found = {op.target for op in graph.ops if not work_of(op, graph, layout, 1).known}
         return tuple(sorted(found))
+
+    def reserved_bytes(self, cluster: Cluster) -> float:
+        """Memory that a worker takes on any of the devices; one alone sends no messages."""
+        alone = len(cluster.devices) == 1
+        return max(self._reserved_bytes(device, alone) for device in cluster.devices)
 
     def _reserved_bytes(self, device: Device, alone: bool) -> float:
         """Memory that a worker takes before it holds anything; torch's builds differ widely."""
@@ -130,7 +135,7 @@ class Roofline:
             return self.calibration.loopback.latency_s / 2 * device.slowdown
         return 20e-6 * device.slowdown
 
-    def _sum_s_per_byte(self, cluster: Cluster) -> float:
+    def sum_s_per_byte(self, cluster: Cluster) -> float:
         """What gradient sums cost this machine's processor; only measured where all workers run on it."""
         local = all(device.is_local_cpu for device in cluster.devices)
         measured = self.calibration

@@ -1,4 +1,4 @@
-"""Rehearse a plan: all its ranks as processes here, with messages, and waits in place of computing.
+"""Rehearse a plan: its ranks as processes here, with messages, and waits in place of computing.
 
 Every rank plays its own list of actions. A forward, a backward or an optimiser step waits for as long
 as it was predicted to take; messages of one byte go between the processes when the described link would
@@ -26,8 +26,8 @@ from graphpar.team_timing import timing_of_leaders
 from graphpar.timing import Timing
 from graphpar.units import format_seconds
 
-MOST_RANKS = 128
-"""Processes that are started at most; every pair of them keeps a connection."""
+MOST_PROCESSES = 128
+"""That are started at most; every pair of them keeps a connection."""
 LASTING_S = 2.0
 
 
@@ -36,7 +36,8 @@ class Rehearsal:
     """What came out of rehearsing a plan.
 
     Attributes:
-        ranks: Processes that took part; a tensor group is one.
+        ranks: The plan's ranks, one per device.
+        processes: Those that played them; a tensor group is one.
         stretch: How many times longer everything took than in the plan.
         predicted_s: The step that the plan predicts.
         rehearsed_s: Steps as they were played, over `stretch`.
@@ -46,6 +47,7 @@ class Rehearsal:
     """
 
     ranks: int
+    processes: int
     stretch: float
     predicted_s: float
     rehearsed_s: tuple[float, ...]
@@ -64,8 +66,11 @@ class Rehearsal:
             if self.stretch >= 1
             else f"1/{1 / self.stretch:.3g} as long"
         )
+        who = f"{self.ranks} rank{'s' if self.ranks > 1 else ''} as processes"
+        if self.processes < self.ranks:
+            who = f"{self.ranks} ranks, each tensor group as one process, {self.processes} in all,"
         return (
-            f"{self.ranks} ranks as processes of this machine, everything {how}\n"
+            f"{who} on this machine, everything {how}\n"
             f"step predicted {format_seconds(self.predicted_s)}, rehearsed {played} "
             f"({100 * self.error:+.1f} %)\n"
             f"latest against the prediction: {self.latest}, by {format_seconds(self.latest_s)}"
@@ -81,7 +86,7 @@ def rehearse(plan: Plan, steps: int = 3, lasting_s: float = LASTING_S) -> Rehear
         lasting_s: How long a step is to take here; all times are stretched alike.
 
     Raises:
-        RunError: It has too many ranks, or a process failed.
+        RunError: It needs too many processes, or a process failed.
         ValueError: A number is not positive.
 
     >>> import torch
@@ -94,9 +99,9 @@ def rehearse(plan: Plan, steps: int = 3, lasting_s: float = LASTING_S) -> Rehear
     if steps < 1 or not 0 < lasting_s < float("inf"):
         raise ValueError(f"steps={steps} and lasting_s={lasting_s} must be positive.")
     schedule, timing, names = _of_leaders(plan)
-    if schedule.num_ranks > MOST_RANKS:
+    if schedule.num_ranks > MOST_PROCESSES:
         raise RunError(
-            f"This plan has {schedule.num_ranks} ranks; {MOST_RANKS} processes can be rehearsed with at "
+            f"This plan needs {schedule.num_ranks} processes; {MOST_PROCESSES} can be rehearsed with at "
             "most. Plan fewer devices of each kind: what they do is alike."
         )
     predicted = simulate(schedule, timing)
@@ -108,7 +113,8 @@ def rehearse(plan: Plan, steps: int = 3, lasting_s: float = LASTING_S) -> Rehear
     seconds = [_step_s(reports) / stretch for reports in played]
     late_s, where = _latest(predicted, played[seconds.index(sorted(seconds)[len(seconds) // 2])], stretch)
     latest = f"{names[where[0]]}, {where[1]}"
-    return Rehearsal(schedule.num_ranks, stretch, predicted.step_s, tuple(seconds), late_s, latest)
+    ranks = plan.schedule().num_ranks
+    return Rehearsal(ranks, schedule.num_ranks, stretch, predicted.step_s, tuple(seconds), late_s, latest)
 
 
 def _of_leaders(plan: Plan) -> tuple[Schedule, Timing, list[str]]:

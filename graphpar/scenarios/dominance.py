@@ -12,6 +12,7 @@ from math import inf
 from graphpar.cluster import Cluster
 from graphpar.device import Device, Link, Node
 from graphpar.partition.types import TensorWidth
+from graphpar.scenarios.pricing import only
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
 
 
@@ -49,15 +50,7 @@ def with_these_alone(setting: Setting, used: Collection[str]) -> Setting:
     """The setting without the devices that its plan leaves idle: the plan is one of this, too."""
     if setting.layout is not None:
         return setting
-    cluster = setting.cluster
-    nodes = (
-        replace(node, devices=tuple(device for device in node.devices if device.name in used))
-        for node in cluster.nodes
-    )
-    kept = tuple(node for node in nodes if node.devices)
-    names = {node.name for node in kept}
-    pairs = tuple((pair, link) for pair, link in cluster.pairs if set(pair) <= names)
-    return replace(setting, cluster=replace(cluster, nodes=kept, pairs=pairs))
+    return replace(setting, cluster=only(setting.cluster, used))
 
 
 def width(tensor: TensorWidth) -> float:

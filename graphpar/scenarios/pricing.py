@@ -12,6 +12,7 @@ from graphpar.catalogue import families
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, Mode
 from graphpar.cost_models.classes import device_classes
+from graphpar.cost_models.divisible import few_row_bytes
 from graphpar.cost_models.extrapolation import WIDER, extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
@@ -88,12 +89,29 @@ class PriceBook:
                 formats=uniform_formats(setting.cluster, setting.precision, units),
             )
         # Links and how many devices of a class there are: they do not change what a unit costs on one.
-        return self._with_modes(_placed(self._tables[key], setting.cluster, self.calibration), setting)
+        return self._with_modes(self._placed(self._tables[key], setting), setting)
+
+    def _placed(self, table: CostTable, setting: Setting) -> CostTable:
+        """The table of the same classes of devices, for the setting's cluster."""
+        cluster, roofline = setting.cluster, Roofline(self.calibration)
+        classes = zip(table.device_classes, device_classes(cluster), strict=True)
+        few_row = table.few_row_bytes
+        if table.training:
+            prepared, most = self._prepare(setting), min(table.max_replicas, len(cluster.devices))
+            few_row = few_row_bytes(prepared.graph, prepared.chain, table.units, most)
+        return replace(
+            table,
+            device_classes=tuple(replace(known, devices=own.devices) for known, own in classes),
+            topology=roofline.topology(cluster),
+            reserved_bytes=roofline.reserved_bytes(cluster),
+            sum_s_per_byte=roofline.sum_s_per_byte(cluster),
+            few_row_bytes=few_row,
+        )
 
     def _with_modes(self, table: CostTable, setting: Setting) -> CostTable:
         """The table with the ways to run units that the setting leaves open, or asks for."""
         wish = (setting.recompute, setting.layout and setting.layout.tensor, setting.tensor)
-        key = f"{costs_by(setting)} {wish}"
+        key = f"{costs_by(setting)} {wish} {table.few_row_bytes}"
         if wish[1:] not in ((None, 1), (1, 1)):
             # What groups take depends on which devices share a node, and over which links.
             inside = [(node.name, str(node.link.cost)) for node in setting.cluster.nodes]
@@ -206,16 +224,6 @@ def costs_by(setting: Setting) -> str:
 
 def _chosen(setting: Setting) -> tuple[object, ...]:
     return (setting.batch, setting.seq_len, setting.precision, setting.optimizer, setting.training)
-
-
-def _placed(table: CostTable, cluster: Cluster, calibration: Calibration | None) -> CostTable:
-    """The table for another cluster of the same classes of devices."""
-    classes = zip(table.device_classes, device_classes(cluster), strict=True)
-    return replace(
-        table,
-        device_classes=tuple(replace(known, devices=own.devices) for known, own in classes),
-        topology=Roofline(calibration).topology(cluster),
-    )
 
 
 def _sequence_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

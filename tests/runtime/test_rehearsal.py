@@ -68,12 +68,17 @@ def test_what_cannot_be_played_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         rehearse(sample_plan(), steps=0)
     with pytest.raises(ValueError, match="positive"):
         rehearse(sample_plan(), lasting_s=float("nan"))
-    monkeypatch.setattr(rehearsal, "MOST_RANKS", 1)
-    with pytest.raises(RunError, match=f"{len(sample_plan().devices)} ranks; 1 processes"):
+    monkeypatch.setattr(rehearsal, "MOST_PROCESSES", 1)
+    with pytest.raises(RunError, match=f"{len(sample_plan().devices)} processes; 1 can"):
         rehearse(sample_plan())
 
 
-def test_the_page_says_which_way_times_were_stretched() -> None:
-    found = rehearsal.Rehearsal(2, 4.0, 1.0, (1.0, 1.25, 1.25), 0.1, "a/0, 0O")
+def test_the_page_says_who_played_and_which_way_times_were_stretched() -> None:
+    found = rehearsal.Rehearsal(2, 2, 4.0, 1.0, (1.0, 1.25, 1.25), 0.1, "a/0, 0O")
     assert "4 times as long" in str(found) and "-20.0 %" in str(found)
     assert "1/2 as long" in str(replace(found, stretch=0.5))
+    assert str(found).startswith("2 ranks as processes")
+    assert str(replace(found, ranks=1, processes=1)).startswith("1 rank as")
+    assert "4 ranks, each tensor group as one process, 1 in all" in str(
+        replace(found, ranks=4, processes=1)
+    )

@@ -1,6 +1,7 @@
 """Studies of a tiny model: every question planned anew, kept, written, drawn."""
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from torch import nn
 
 import graphpar
+from graphpar.scenarios.api import baseline_setting
 from graphpar.scenarios.cache import AnswerCache
+from graphpar.scenarios.changes import apply
+from graphpar.scenarios.pricing import PriceBook
 
 CLUSTER: dict[str, Any] = {
     "nodes": [
@@ -50,6 +54,19 @@ def study() -> graphpar.Study:
         "wrong": "drop c",
     }
     return ask(asked, sweep={"batch": [16, 48]}, leave_out=True, prices={"a": 4.0, "b": 1.0})
+
+
+@pytest.mark.parametrize("change", ["add t4 to b", "set b.count=9"])
+def test_what_was_priced_before_changes_no_price(change: str) -> None:
+    train = dataclasses.replace(TRAINING, zero=1)
+    cluster = graphpar.Cluster.from_dict({**CLUSTER, "nodes": CLUSTER["nodes"][1:]})
+    base = baseline_setting(cluster, 16, train)
+    changed = apply(base, [change])
+    with torch.device("meta"):
+        narrow = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))
+    used, fresh = (PriceBook(narrow, inputs(16), {}, train) for _ in range(2))
+    used.table(base)
+    assert used.table(changed) == fresh.table(changed)
 
 
 def test_every_scenario_is_answered_and_senseless_ones_say_why(study: graphpar.Study) -> None:
