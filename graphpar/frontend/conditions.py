@@ -34,8 +34,6 @@ _READS = (
     torch.numel,
 )
 _EXPORTS_OWN = min_and_max_of_export()
-_PROBED = (*range(1, 66), 100, 128, 256, 1000, 1024, 4096, 100_000)
-"""Numbers of samples for which a comparison that always comes out alike says nothing."""
 _UNBOUNDED = 2**31
 """Slices that end here or later end nowhere."""
 _Formula = Callable[[int], Any]
@@ -119,8 +117,8 @@ def _formula(value: Any) -> tuple[str, _Formula]:
 
 
 def _arithmetic(function: Callable[[Any, Any], Any], sign: str) -> Any:
-    def straight(self: Count, other: Any) -> Any:
-        return made(self, other, self)
+    def straight(self: Count, other: Any, *modulo: Any) -> Any:
+        return _power(self, other, *modulo) if modulo else made(self, other, self)
 
     def reflected(self: Count, other: Any) -> Any:
         return made(other, self, self)
@@ -137,10 +135,15 @@ def _arithmetic(function: Callable[[Any, Any], Any], sign: str) -> Any:
 
 def _method(function: Callable[..., Any]) -> Any:
     def called(self: Count, *others: Any) -> Any:
-        name, value = function.__name__.strip("_"), function(uncounted(self), *others)
-        return self.made(value, f"{name}({self.text})", lambda n: function(self.formula(n), *others))
+        texts, formulas = zip(*map(_formula, (self, *others)), strict=True)
+        value = function(*map(uncounted, (self, *others)))
+        text = f"{function.__name__.strip('_')}({', '.join(texts)})"
+        return self.made(value, text, lambda n: function(*(formula(n) for formula in formulas)))
 
     return called
+
+
+_power = _method(pow)
 
 
 def _comparison(function: Callable[[Any, Any], Any], sign: str) -> Any:
@@ -258,14 +261,19 @@ def uncounted(value: Any) -> Any:
 def conditions(first: Asked, second: Asked, ops: Sequence[Op]) -> tuple[Condition, ...]:
     """What must hold for a graph made of two exports to be that of another number of samples.
 
-    Only what was asked in both counts: other sizes are multiples of one number of samples by accident.
+    Only lines that asked in both count: other sizes are multiples of one number of samples by accident.
+    There, one text may differ from the other by such a size, and either may be the right one.
     """
-    kept = [c for text, c in first.made.items() if text in second.made and _says_something(c)]
+    lines = {text.rpartition(" at ")[2] for text in first.made}
+    kept = [c for text, c in first.made.items() if text in second.made]
+    for text, condition in second.made.items():
+        if (
+            text not in first.made
+            and text.rpartition(" at ")[2] in lines
+            and condition.holds(first.batch)
+        ):
+            kept.append(condition)
     return (*kept, *_bounds(ops))
-
-
-def _says_something(condition: Condition) -> bool:
-    return not all(map(condition.holds, _PROBED))
 
 
 def _bounds(ops: Sequence[Op]) -> Iterator[Condition]:

@@ -60,8 +60,8 @@ class FunctionCall:
     results: tuple[int, ...] | None
 
     def is_like(self, other: "FunctionCall") -> bool:
-        """Whether another call does the same; True, 1 and 1.0 are equal, and not the same to it."""
-        return self == other and list(map(type, self.plain)) == list(map(type, other.plain))
+        """Whether another call does the same; True, 1 and 1.0, 0.0 and -0.0 are not the same to it."""
+        return self == other and list(map(_kind, self.plain)) == list(map(_kind, other.plain))
 
     def arguments(self, given: tuple[torch.Tensor, ...]) -> Any:
         """The Function's own arguments with these tensors in their places."""
@@ -85,7 +85,7 @@ class FunctionCall:
             place = memory_of(tensor)
             fresh.append(tensor.clone() if place in seen else tensor)
             seen.add(place)
-        return fresh[0] if self.results is None else tuple(fresh)
+        return fresh[0] if len(fresh) == 1 else tuple(fresh)
 
     def gradients(
         self,
@@ -127,6 +127,10 @@ class FunctionCall:
         return tuple(next(found) if t.requires_grad else None for t in given)
 
 
+def _kind(plain: Any) -> tuple[type, str]:
+    return type(plain), repr(plain) if isinstance(plain, (float, complex)) else ""
+
+
 def _run_within(node: torch.autograd.graph.Node, watch: AbstractContextManager[Any]) -> None:
     """Let a node of the tape run in a context."""
 
@@ -155,7 +159,7 @@ def operator_for(call: FunctionCall, namespace: str = FUNCTIONS) -> Any:
     name = f"{label}_{number}"
     inputs = ", ".join(f"Tensor x{i}" for i in range(len(call.tensors)))
     count = 1 if call.results is None else len(call.results)
-    outputs = "Tensor" if call.results is None else f"({', '.join(['Tensor'] * count)})"
+    outputs = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
     define_op(
         OpDefinition(
             name=f"{namespace}::{name}",
@@ -204,13 +208,15 @@ def _record(function: Any, args: tuple[Any, ...]) -> Any:
     result = _probe(function, args, tensors)
     parts = result if isinstance(result, (tuple, list)) else (result,)
     kept = tuple(i for i, part in enumerate(parts) if isinstance(part, torch.Tensor))
+    if not kept:
+        return result
     single = isinstance(result, torch.Tensor)
     call = FunctionCall(function, spec, plain, places, None if single else kept)
     by_element = single and acts_by_element(call.forward, call.gradients, tensors, result)
     made = operator_for(call, ELEMENTWISE_FUNCTIONS if by_element else FUNCTIONS)(*tensors)
     if single:
         return made
-    fresh = iter(made)
+    fresh = iter((made,) if len(kept) == 1 else made)
     return type(result)(next(fresh) if i in kept else part for i, part in enumerate(parts))
 
 

@@ -277,8 +277,9 @@ class CompiledModel(JobState):
                 raise ValueError(f"{misfit} Capturing the model again failed: {error}") from error
             _log.warning(
                 "The model was captured again for inputs of %s, with the stages of the plan; this "
-                "happens once for each shape.",
+                "happens once for each shape. %s",
                 ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items()),
+                misfit,
             )
             name = f"{loaded.name}:shape{len(self._reshaped)}"
             self._reshaped[key] = self._load(name, captured, lowered)

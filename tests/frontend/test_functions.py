@@ -1,6 +1,7 @@
 """Custom autograd Functions keep their own backward; what a graph cannot hold is refused."""
 
 import logging
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -68,17 +69,29 @@ class Several(torch.autograd.Function):
 
 
 class Typed(torch.autograd.Function):
-    """Goes by the type of a number: True, 1 and 1.0 are equal, and not the same to it."""
+    """Goes by type and sign of a number: True, 1 and 1.0, 0.0 and -0.0 are not the same to it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: float) -> Tensor:
-        ctx.factor = {bool: 2, int: 3, float: 5}[type(kind)]
+        ctx.factor = math.copysign({bool: 2, int: 3, float: 5}[type(kind)], kind)
         result: Tensor = x * ctx.factor
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0] * ctx.factor, None
+
+
+class Labelled(torch.autograd.Function):
+    """One tensor among its results, beside what is none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[int, Tensor, str]:
+        return 3, x.view_as(x), "doubled"
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return 2 * gradients[1]
 
 
 class InPlace(torch.autograd.Function):
@@ -116,10 +129,22 @@ def several(s: Calls, h: Tensor, y: Tensor) -> Tensor:
         lambda s, h, y: use(Straight, h * s.vector).pow(2).mean(),
         several,
         lambda s, h, y: (use(Typed, h, True) * use(Typed, h, 1).sin() * use(Typed, h, 1.0).cos()).mean(),
+        lambda s, h, y: (use(Typed, h, 0.0) * use(Typed, h, -0.0).sin()).mean(),
+        lambda s, h, y: (use(Labelled, h)[0] * use(Labelled, h)[1]).pow(2).mean(),
         lambda s, h, y: checkpoint(lambda z: s.layer(z).tanh(), h, use_reentrant=True).pow(2).mean(),
         lambda s, h, y: checkpoint(lambda z: s.layer(z).tanh(), h, use_reentrant=False).pow(2).mean(),
     ],
-    ids=["reversed", "twice", "straight-through", "several", "types", "checkpoint", "new checkpoint"],
+    ids=[
+        "reversed",
+        "twice",
+        "straight-through",
+        "several",
+        "types",
+        "signs",
+        "labelled",
+        "checkpoint",
+        "new checkpoint",
+    ],
 )
 def test_gradients_are_those_of_the_function(function: Callable[[Calls, Tensor, Tensor], Tensor]) -> None:
     assert_as_eager(Calls(function, nn.Linear(4, 4)), (X, Y))

@@ -75,6 +75,7 @@ ASKED: tuple[Callable[[int], Any], ...] = (
     lambda n: int(n) > 16,
     lambda n: float(n) > 16,
     lambda n: n**2 > 256,
+    lambda n: pow(n, 2, 101) < 80,
     lambda n: -n < -16,
     lambda n: divmod(n, 4)[0] > 4,
     lambda n: bool(n >> 4),
@@ -96,3 +97,12 @@ def test_numbers_made_of_the_batch_size_are_conditions() -> None:
     told = {int(c.text.rpartition(":")[2]) for c in captured.conditions if not c.holds(10)}
     assert told == {asked.__code__.co_firstlineno for asked in ASKED}
     assert not captured.unsplittable and not captured.unlike(24)
+
+
+def test_one_number_of_samples_and_a_size_that_happens_to_be_a_multiple_are_conditions() -> None:
+    class Comparing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (2 if x.shape[0] > x.shape[1] else 3) + (1 if x.shape[0] == 73 else 0)
+
+    captured = capture(Comparing(), (torch.ones(24, 96),), {})
+    assert [n for n in (72, 73, 96, 97) if captured.unlike(n)] == [73, 97]

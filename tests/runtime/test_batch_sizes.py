@@ -79,14 +79,17 @@ class Branching(nn.Module):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", [Normal(), Branching()], ids=lambda model: type(model).__name__)
-def test_batches_with_graphs_of_their_own(model: nn.Module) -> None:
+def test_batches_with_graphs_of_their_own(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     training = Training(optimizer=sgd, loss=nn.functional.cross_entropy)
 
     def batch(size: int) -> Batch:
         return torch.randn(size, 4), torch.randint(0, 2, (size,))
 
     forced = force(model, batch(6), lines=straight(2), train=training)
-    follow(forced, [batch(size) for size in (6, 5, 3, 16, 6)])
+    with caplog.at_level(logging.WARNING, "graphpar.job"):
+        follow(forced, [batch(size) for size in (6, 5, 3, 16, 6)])
+    if isinstance(model, Branching):
+        assert "it was captured with: samples < 14 at test_batch_sizes.py" in caplog.text
 
 
 @pytest.mark.distributed
