@@ -406,7 +406,7 @@ class CountingProgram:
 def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[StageOption]:
     """Stages of interchangeable replicas, in widths 1 to 4 and then in steps of at most a half.
 
-    And in those widths of which one to four use up all devices of a kind.
+    And in those widths of which one or two use up all devices of a kind.
 
     Replicas are devices or tensor groups of one class, which stand inside a node unless the network is
     as good as the link their price holds for.

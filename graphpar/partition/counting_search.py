@@ -213,6 +213,8 @@ class _CountedSearch(Search[_Box]):
         least = self._least(box)
         lines, spend = program.lines(self._limits(box), least), self._target() - least.step_s
         if lines is None or spend <= 0:
+            # The dive found a plan so good that nothing here reaches the new target.
+            self._prune(max(bound, self._target()))
             return
         found = self._judge_kinds(program, lines, spend, bound)
         bound = max(bound, min(least.step_s + found.cost, self._target()))

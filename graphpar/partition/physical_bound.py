@@ -133,7 +133,8 @@ def _waiting(table: CostTable, path_s: FloatArray) -> FloatArray:
     """
     before: dict[int, list[int]] = {}
     for edge in table.edges:
-        if not table.training or edge.gradient_bytes_per_sample > 0:
+        back = edge.gradient_bytes_per_sample + edge.gradient_fixed_bytes
+        if not table.training or back > 0:
             before.setdefault(edge.target, []).append(edge.source)
     ends_s: list[float] = []
     came_from: list[int | None] = []

@@ -181,7 +181,7 @@ def small_tables(
         draw(_links),
     )
     edges = tuple(
-        CutEdge(i, draw(st.integers(i + 1, number - 1)), draw(_bytes), draw(_bytes), draw(_bytes))
+        CutEdge(i, draw(st.integers(i + 1, number - 1)), *(draw(_bytes) for _ in range(4)))
         for i in range(number - 1)
     )
     mixed = draw(st.booleans()) and draw(st.booleans())

@@ -23,7 +23,7 @@ from graphpar.partition.pipeline_price import price
 from graphpar.partition.pipeline_search import search
 from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats, find_repeats
-from graphpar.partition.search import Asked, SearchResult
+from graphpar.partition.search import Asked, SearchResult, Task
 from graphpar.partition.solver import Backend
 from graphpar.partition.types import SearchedSchedule
 
@@ -234,6 +234,34 @@ def test_counting_bounds_what_stands_in_real_nodes(table: CostTable, schedule: S
     named = name_devices(table, family.cells, (count.best,))
     if groups_hold(table, named):
         assert price(table, named, schedule).objective_s >= count.bound_s * (1 - 1e-9)
+
+
+def search_task(programs: Programs, task: Task, gap: float) -> SearchResult:
+    return programs.search([task], cutoff_s=float("inf"), gap=gap, deadline_s=float("inf"))
+
+
+def test_rounding_excludes_nothing_that_meets_a_bound() -> None:
+    """One device takes exactly what tasks say at least, but for the order of sums."""
+    table = make_table([0.1] * 8, devices_per_class=(1,), batch=8, optimizer_s=0.1)
+    programs = Programs(counted(table, Repeats(1, 1, 6), "1f1b"), LIMITS)
+    for task in programs.tasks((1,), 8, ("1f1b",)):
+        above = replace(task, post_s=float(np.nextafter(task.post_s, np.inf)))
+        for found in (search_task(programs, t, 0.0) for t in (task, above)):
+            assert found.best is not None, task.setting
+            assert found.bound_s <= found.best.step_s
+
+
+def test_a_late_first_plan_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the box in which it is found still counts, though it may miss the new target."""
+    monkeypatch.setattr(counting_search._CountedSearch, "_start", lambda _: None)
+    table = make_table([1.0] * 4, (1.0, 1.7), (3, 3), batch=64, memory_bytes=1e9)
+    family = counted(table, Repeats(1, 1, 2), "1f1b")
+    programs = Programs(family, LIMITS)
+    tasks = programs.tasks(family.cells.counts, 64, ("1f1b",))
+    (task,) = (t for t in tasks if t.setting.microbatches == 32)
+    rough, exact = (search_task(programs, task, gap) for gap in (0.2, 0.0))
+    assert exact.best is not None
+    assert rough.bound_s <= exact.best.step_s * (1 + 1e-9)
 
 
 def test_neighbours_stand_on_close_nodes() -> None:
