@@ -10,7 +10,7 @@ from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graphpar.cost import CostTable, LinkCost, Mode, ModeCost, Topology
+from graphpar.cost import CostTable, CutEdge, LinkCost, Mode, ModeCost, Topology
 from graphpar.errors import VerifyError
 from graphpar.partition.cells import find_cells, links_to_others, make_option
 from graphpar.partition.gradient_sums import worst_finish_s
@@ -68,8 +68,9 @@ def two_stages(samples: int, microbatches: int) -> PipelineChoice:
     return PipelineChoice(samples, microbatches, stages)
 
 
-def test_gradients_of_weights_are_not_waited_for() -> None:
-    table = halved(make_table((1.0, 1.0), batch=1, cut_bytes=1.0), 0.5)
+@pytest.mark.parametrize("edge", [CutEdge(0, 1, 1.0, 1.0), CutEdge(0, 1, 0.0, 0.0, 1.0, 1.0)])
+def test_gradients_of_weights_are_not_waited_for(edge: CutEdge) -> None:
+    table = halved(replace(make_table((1.0, 1.0), batch=1), edges=(edge,)), 0.5)
     step_s = simulated(table, (two_stages(1, 1),), "zero-bubble").step_s
     # Two forwards, two gradients of results, the first weights; the last ones run beside.
     assert step_s == pytest.approx(5.0, rel=1e-3)
