@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import checkpoint as checkpoint_module
 
 from graphpar.errors import CaptureError
@@ -220,8 +221,8 @@ def _record(function: Any, args: tuple[Any, ...]) -> Any:
     return type(result)(next(fresh) if i in kept else part for i, part in enumerate(parts))
 
 
-class _NoRandomness(DispatchMode):  # type: ignore[misc]
-    """Refuses ops that draw random numbers."""
+class _Watched(DispatchMode):  # type: ignore[misc]
+    """Refuses ops that draw random numbers, or read weights that are no arguments."""
 
     def __init__(self, function: Any) -> None:
         super().__init__()
@@ -233,14 +234,23 @@ class _NoRandomness(DispatchMode):  # type: ignore[misc]
                 f"The autograd.Function {self.function.__qualname__} draws random numbers ({func}), "
                 "which would depend on the plan. Draw them outside and pass them to it as a tensor."
             )
+        if any(isinstance(x, nn.Parameter) and x.requires_grad for x in flatten((args, kwargs))[0]):
+            raise CaptureError(
+                f"The autograd.Function {self.function.__qualname__} reads weights that its arguments do "
+                "not hold as tensors, but a module or a function; an operator would keep the values they "
+                "have now. Compute with the tensors that are passed to it; to save memory, call "
+                "torch.utils.checkpoint, or leave that to the plan."
+            )
         return func(*args, **(kwargs or {}))
 
 
 def _probe(function: Any, args: tuple[Any, ...], tensors: tuple[torch.Tensor, ...]) -> Any:
     """The Function's result, to see how many tensors it has; the ops recorded are dropped as dead."""
     versions = [writes_to(t) for t in tensors]
-    with torch.no_grad(), _NoRandomness(function):
-        result = apply_function(function, *args)
+    leaves, spec = flatten(args)
+    apart = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
+    with torch.no_grad(), _Watched(function):
+        result = apply_function(function, *unflatten(apart, spec))
     if any(writes_to(t) != v for t, v in zip(tensors, versions, strict=True)):
         raise CaptureError(
             f"The autograd.Function {function.__qualname__} changes its arguments in place, which a "

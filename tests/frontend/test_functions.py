@@ -94,6 +94,22 @@ class Labelled(torch.autograd.Function):
         return 2 * gradients[1]
 
 
+class Again(torch.autograd.Function):
+    """A checkpoint of the user's own, as many scripts have it."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.run, ctx.given = run, (x, *weights)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with torch.enable_grad():
+            x = ctx.given[0].detach().requires_grad_()
+            made = ctx.run(x)
+        return None, *torch.autograd.grad(made, (x, *ctx.given[1:]), gradients)
+
+
 class InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -193,11 +209,12 @@ def test_what_a_checkpoint_changes_in_another_order_is_told(caplog: pytest.LogCa
     [
         (lambda s, h, y: use(InPlace, h * 1).sum(), "InPlace changes its arguments in place"),
         (lambda s, h, y: use(Noisy, h).sum(), "Noisy draws random numbers"),
+        (lambda s, h, y: use(Again, s.linear, h, *s.linear.parameters()).sum(), "Again reads weights"),
         (lambda s, h, y: (h * float(np.random.rand())).sum(), "draws random numbers with NumPy"),
         (lambda s, h, y: (h * random.random()).sum(), r"\(Calls\), .*_functions.py:\d+, draws"),
         (lambda s, h, y: (h.register_hook(lambda g: g * 2), h.sum())[1], "hook on its gradient"),
     ],
-    ids=["in place", "random", "numpy", "random module", "hook"],
+    ids=["in place", "random", "weights", "numpy", "random module", "hook"],
 )
 def test_what_a_graph_cannot_hold_is_refused(function: Any, why: str) -> None:
     with pytest.raises(CaptureError, match=why):
