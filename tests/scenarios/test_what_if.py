@@ -16,6 +16,7 @@ from graphpar.scenarios.api import baseline_setting
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.pricing import PriceBook
+from graphpar.scenarios.study import Limits, Solver
 
 CLUSTER: dict[str, Any] = {
     "nodes": [
@@ -67,6 +68,23 @@ def test_what_was_priced_before_changes_no_price(change: str) -> None:
     used, fresh = (PriceBook(narrow, inputs(16), {}, train) for _ in range(2))
     used.table(base)
     assert used.table(changed) == fresh.table(changed)
+
+
+def test_a_plan_is_taken_over_where_only_idle_devices_are_missing() -> None:
+    book = PriceBook(model(), inputs(16), {}, TRAINING)
+    base = baseline_setting(graphpar.Cluster.from_dict(CLUSTER), 16, TRAINING)
+    base = apply(base, ["set network.bytes_per_s=1e4"])
+    solver = Solver(book, Limits(gap=0.1, time_limit_s=0.3, processes=1), AnswerCache(None))
+    (first,) = solver.answers([base])
+    assert "b/0" in first.left_out
+    smaller = apply(base, ["drop b"])
+    (found,) = solver.answers([smaller])
+    key = solver._key(smaller, 0.3)
+    # As if a search cut short had found nothing.
+    solver._known[key] = dataclasses.replace(found, status="infeasible", step_s=None, plan=None, used=())
+    (again,) = solver.answers([smaller])
+    assert again.step_s == pytest.approx(first.step_s)
+    assert set(again.used) | set(again.left_out) == {d.name for d in smaller.cluster.devices}
 
 
 def test_every_scenario_is_answered_and_senseless_ones_say_why(study: graphpar.Study) -> None:
