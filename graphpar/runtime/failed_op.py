@@ -3,18 +3,19 @@
 import linecache
 import traceback
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
 from graphpar.ir.ops import Op
 
 
-def with_places(made: fx.GraphModule, ops: Sequence[Op], env: Mapping[str, fx.Node]) -> fx.GraphModule:
+def with_places(made: fx.GraphModule, ops: Sequence[Op], env: Mapping[str, Any]) -> fx.GraphModule:
     """The module, with the user's line for each of its own lines."""
     made.meta["places"] = {
-        env[op.name].name: f"{op.target} in module {op.module or '(top)'!r}, {op.source}"
+        node.name: f"{op.target} in module {op.module or '(top)'!r}, {op.source}"
         for op in ops
-        if op.name in env and op.source
+        if isinstance(node := env.get(op.name), fx.Node) and op.source
     }
     return made
 

@@ -257,7 +257,7 @@ class StageBuilder:
     def _build(self, ops: Sequence[Op], results: Sequence[str], stamp: "_Stamp") -> fx.GraphModule:
         root = nn.Module()
         graph = fx.Graph()
-        env: dict[str, fx.Node] = {}
+        env: dict[str, Any] = {}
         for kinds in (("input",), ("gp.recv", "gp.collect")):
             for op in ops:
                 if op.target in kinds:
@@ -265,6 +265,9 @@ class StageBuilder:
         sends: list[fx.Node] = []
         steady = self._steady(ops, results, stamp)
         for name, value in steady.values.items():
+            if not isinstance(value, torch.Tensor):  # `item()` of a constant
+                env[name] = value
+                continue
             root.register_buffer(_identifier(name), value)
             env[name] = graph.get_attr(_identifier(name))
         for item in self._in_parts(steady, results):

@@ -21,7 +21,7 @@ class Steady:
     """
 
     ops: tuple[Op, ...]
-    values: Mapping[str, torch.Tensor]
+    values: Mapping[str, Any]
 
 
 def leave_out(ops: Iterable[Op], values: Mapping[str, Any], results: Iterable[str]) -> Steady:

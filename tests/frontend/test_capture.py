@@ -58,6 +58,11 @@ def test_tied_weights_are_one_parameter_with_two_names() -> None:
     assert len(names & {"embed.weight", "head.weight"}) == 1
 
 
+def test_a_number_of_a_constant_is_one_of_the_graph() -> None:
+    betas = torch.tensor([2.0, 3.0])
+    assert_as_eager(Calls(lambda s, h, y: (h * betas[1].item()).relu().mean() + betas[0].item()), (X, Y))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 1e-12, 0.5])
 def test_a_recurrent_layer_that_drops_out_between_its_layers(dropout: float) -> None:
     layer = nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True, dropout=dropout)
