@@ -1,6 +1,6 @@
 """What ops, weights and collectives cost a tensor group: seconds and bytes at its slowest member."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graphpar.cost import LinkCost
@@ -9,12 +9,11 @@ from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.cost_models.work import Kernel
 from graphpar.device import Device
-from graphpar.ir.conversions import CollectiveName, conversion
+from graphpar.ir.conversions import CollectiveName
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, axis_shares, coords_of, line_of
 from graphpar.ir.ops import Op, apportion
-from graphpar.ir.shards import Layout
-from graphpar.ir.strategies import Strategy, carries_gradient
+from graphpar.ir.strategies import Strategy
 
 _CPU_CALL_S = 1e-4
 """Processor time of the calling thread in a gloo collective of few bytes, its autograd node included:
@@ -123,7 +122,7 @@ class ShardingOptions:
 
 
 class OpTimes:
-    """Seconds and bytes of ops and conversions for one group.
+    """Seconds and bytes of ops for one group; see `MeshTimes` for what is sent.
 
     Args:
         graph: The lowered graph.
@@ -148,7 +147,6 @@ class OpTimes:
         self._whole: dict[str, tuple[_Ends, ...]] = {}
         self._of_kernels: dict[tuple[tuple[Kernel, ...], ...], tuple[_Ends, ...]] = {}
         self._pairs: dict[tuple[float, ...], tuple[tuple[int, float], ...]] = {}
-        self._converted: dict[Hashable, tuple[float, float] | None] = {}
 
     def parts(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""
@@ -195,29 +193,6 @@ class OpTimes:
                 self._of_kernels[kernels] = tuple(_ends(*kernels, *rate[:2]) for rate in self._rates)
             self._whole[op.name] = self._of_kernels[kernels]
         return self._whole[op.name]
-
-    def conversion_parts(self, op: Op, made: Layout, wanted: Layout) -> tuple[float, float] | None:
-        """Forward and backward seconds of bringing a value from one layout to another."""
-        gradient = self.options.training and carries_gradient(self.graph, op.name)
-        key = (op.types, op.target == "parameter", gradient, made, wanted)
-        if key not in self._converted:
-            self._converted[key] = self._conversion(op, gradient, made, wanted)
-        return self._converted[key]
-
-    def _conversion(
-        self, op: Op, gradient: bool, made: Layout, wanted: Layout
-    ) -> tuple[float, float] | None:
-        how = conversion(made, wanted, gradient, op.target == "parameter")
-        if how is None or not all(t is not None for t in op.types):
-            return None if how is None or how.target else (0.0, 0.0)
-        num_bytes = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
-        ahead, behind = (
-            self.group.seconds(name, num_bytes) + self.host_seconds(name, num_bytes)
-            for name in (how.forward, how.backward)
-        )
-        if op.target == "parameter" and how.target == "gp.copy_to_group":
-            behind /= self.options.microbatches  # summed once, after the last microbatch
-        return ahead, behind
 
     def host_seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
         """What a collective asks of a CPU itself: calls, and copies to where slices belong."""

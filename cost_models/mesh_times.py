@@ -22,7 +22,7 @@ from graphpar.partition.problems import IMPOSSIBLE_COST
 
 
 class MeshTimes:
-    """Seconds and bytes of ops and conversions for one group; `OpTimes` where it has one axis.
+    """Seconds and bytes of ops and conversions for one group; ops as in `OpTimes` where it has one axis.
 
     Args:
         graph: The lowered graph.
@@ -85,8 +85,6 @@ class MeshTimes:
 
     def conversion_parts(self, op: Op, made: Layouts, wanted: Layouts) -> tuple[float, float] | None:
         """Forward and backward seconds of bringing a value from some layouts to others."""
-        if len(made) == 1:
-            return self.alone.conversion_parts(op, made[0], wanted[0])
         gradient = self.options.training and carries_gradient(self.graph, op.name)
         key = (op.types, op.target == "parameter", gradient, made, wanted)
         if key not in self._priced:
@@ -111,6 +109,7 @@ class MeshTimes:
             ahead += self._send_seconds(how.forward, num_bytes * left, group)
             once = is_weight and how.target == "gp.copy_to_group"
             sent = self._send_seconds(how.backward, num_bytes * left, group)
+            # Summed once, after the last microbatch.
             behind += sent / (self.options.microbatches if once else 1)
         return ahead, behind
 
