@@ -129,7 +129,8 @@ def without_folders(text: str) -> str:
     >>> without_folders("/usr/lib/python3.11/site-packages/torch/nn/functional.py:12: no")
     'torch/nn/functional.py:12: no'
     """
-    return re.sub(r"(?<![\w.])/[^\s\"']*/site-packages/", "", text.replace(f"{ROOT}{os.sep}", ""))
+    # Packages first: they may be kept in a folder of this checkout.
+    return re.sub(r"(?<![\w.])/[^\s\"']*/site-packages/", "", text).replace(f"{ROOT}{os.sep}", "")
 
 
 class _Watch:
