@@ -401,7 +401,7 @@ def optimizer_state(train: Training) -> float:
                 "times within one step (a closure). Take an optimiser that steps on gradients alone, "
                 "such as AdamW."
             ) from error
-        raise ValueError(_FAILED.format(error=error)) from error
+        raise ValueError(_NO_STEP.format(error=error)) from error
     state = optimizer.state.get(parameter, {})
     held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
     return held / parameter.nbytes
@@ -410,4 +410,8 @@ def optimizer_state(train: Training) -> float:
 _FAILED = (
     "Training(optimizer=...) failed on a list of one parameter: {error}. It must make an optimiser "
     "from any iterable of parameters."
+)
+_NO_STEP = (
+    "The optimiser of Training(optimizer=...) failed in a step on one parameter: {error}. Gradients are "
+    "dense here, those of nn.Embedding(sparse=True) too."
 )

@@ -1,4 +1,7 @@
-"""Drop what computes nothing: dead ops, dropout that is off, casts to the type a value already has."""
+"""Drop what computes nothing: dead ops, dropout that is off, casts to the type a value already has.
+
+Lookups that would leave a sparse gradient leave a dense one.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -7,10 +10,16 @@ from graphpar.ir.graph import Graph, Level
 from graphpar.ir.ops import SOURCES, Op, map_arguments
 from graphpar.ir.optable import CASTS, packet
 
+_SPARSE = {"embedding": 4, "embedding_bag": 5}
+"""Where a lookup is told to leave a sparse gradient."""
+
 
 @dataclass(frozen=True)
 class Canonicalize:
     """Remove ops without effect and merge equal ops that read only inputs and constants.
+
+    A table's gradient is made dense, whatever `nn.Embedding(sparse=)` says: replicas, tensor groups and
+    divided optimiser state add up and cut gradients, and the optimisers that take either step alike.
 
     >>> from graphpar.ir.text import format_graph, parse_graph
     >>> print(format_graph(Canonicalize().run(parse_graph('''graph captured "N" batch=2
@@ -32,7 +41,7 @@ class Canonicalize:
 
     def run(self, graph: Graph) -> Graph:
         """Build the smaller graph."""
-        return _without_dead(_without_identities(graph))
+        return _with_dense_gradients(_without_dead(_without_identities(graph)))
 
 
 def _without_identities(graph: Graph) -> Graph:
@@ -88,3 +97,15 @@ def _without_dead(graph: Graph) -> Graph:
             live.add(op.name)
             live.update(op.operands())
     return graph.with_ops(op for op in graph.ops if op.name in live)
+
+
+def _with_dense_gradients(graph: Graph) -> Graph:
+    return graph.with_ops(_with_dense_gradient(op) for op in graph.ops)
+
+
+def _with_dense_gradient(op: Op) -> Op:
+    place = _SPARSE.get(packet(op)) if op.target.startswith("aten.") else None
+    if place is None or not op.argument(place, "sparse", False):
+        return op
+    args = tuple(False if at == place else argument for at, argument in enumerate(op.args))
+    return replace(op, args=args, kwargs=tuple((k, v) for k, v in op.kwargs if k != "sparse"))

@@ -162,7 +162,7 @@ def _embedding(op: Op, graph: Graph) -> Iterator[Link]:
     for d in range(rank):
         yield Link((Side(RESULT, (d,)), Side(1, (d,))))
     yield Link((Side(RESULT, (rank,)), Side(0, (1,))))
-    if not op.argument(3, "scale_grad_by_freq", False) and not op.argument(4, "sparse", False):
+    if not op.argument(3, "scale_grad_by_freq", False):
         yield Link((Side(0, (0,)),), True, "lookup")
 
 

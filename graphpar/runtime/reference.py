@@ -146,4 +146,4 @@ class EagerModel:
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by name since they were last cleared."""
         named = self.model.named_parameters()
-        return {name: p.grad for name, p in named if p.grad is not None}
+        return {name: p.grad.to_dense() for name, p in named if p.grad is not None}

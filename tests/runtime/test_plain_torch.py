@@ -1,11 +1,12 @@
 """Plain PyTorch modules of every shape, cut into stages, compute what one device computes."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, check_inference, check_training, force, straight
+from helpers import TRAINING, Line, check_inference, check_training, force, straight
 from torch import Tensor, nn
 
 from graphpar.training import Training
@@ -254,3 +255,33 @@ def test_nested_results_of_modules_without_parameters_train() -> None:
     training = Training(optimizer=TRAINING.optimizer, loss=loss)
     check_training(Nesting(), (x, target), flags, lines=straight(3, 2), train=training, by_op=True)
     check_inference(Nesting(), (x,), flags, lines=straight(2, 2), by_op=True)
+
+
+class Tables(nn.Module):
+    """Lookups that leave sparse gradients in eager torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bags = nn.Embedding(20, 6, sparse=True), nn.EmbeddingBag(20, 6, sparse=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.words(ids).mean(1) + self.bags(ids)), y)
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_sparse_gradients_are_added_up_and_divided(zero: int) -> None:
+    ids, y = torch.randint(20, (8, 5)), torch.randint(3, (8,))
+    training = Training(optimizer=partial(torch.optim.SGD, lr=0.1))
+    check_training(Tables(), (ids, y), lines=(Line((2,), 4),), train=training, zero=zero)
+
+
+def test_an_optimiser_of_sparse_gradients_alone_is_refused() -> None:
+    training = Training(optimizer=torch.optim.SparseAdam)
+    with pytest.raises(ValueError, match=r"failed in a step on one parameter.*Gradients are dense here"):
+        force(
+            Tables(),
+            (torch.randint(20, (8, 5)), torch.randint(3, (8,))),
+            lines=straight(1),
+            train=training,
+        )
