@@ -6,7 +6,7 @@ plans that were searched.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 
@@ -19,6 +19,7 @@ from graphpar.partition.cells import (
     class_cells,
     count_vectors,
     find_cells,
+    links_to_others,
     make_option,
     plain_option,
     relaxed_cells,
@@ -312,7 +313,13 @@ def share_step(table: CostTable) -> int:
     return max(1, table.batch // SHARE_STEPS)
 
 
-def groupings(family: Family) -> list[tuple[tuple[int, ...], ...]]:
+Group = tuple[int, ...]
+"""The devices that a pipeline may use, as counts per cell."""
+
+Grouping = tuple[Group, ...]
+
+
+def groupings(family: Family) -> list[Grouping]:
     """Sets of pipelines side by side, each pipeline given as counts of devices per cell."""
     table, counts = family.table, family.cells.counts
     most = min(table.batch, table.max_replicas, sum(counts))
@@ -321,9 +328,36 @@ def groupings(family: Family) -> list[tuple[tuple[int, ...], ...]]:
     if family.repeats is not None:
         return [g for g in dict.fromkeys(_of_kinds(counts)) if len(g) <= most and all(map(any, g))]
     if sum(counts) <= EVERY_GROUPING:
-        return [g for g in _partitions(counts) if 2 <= len(g) <= most]
-    found = dict.fromkeys(tuple(sorted(g, reverse=True)) for g in _natural(family))
-    return [g for g in found if 2 <= len(g) <= most and all(map(any, g))]
+        every: Iterable[Grouping] = _partitions(counts)
+    else:
+        every = dict.fromkeys(tuple(sorted(g, reverse=True)) for g in _natural(family))
+    found = [g for g in every if 2 <= len(g) <= most and all(map(any, g))]
+    return [g for g in found if not any(_covers(family.cells, h, g) for h in found)]
+
+
+def _covers(cells: Cells, wide: Grouping, narrow: Grouping) -> bool:
+    """Whether every plan of one grouping is a plan of another, at the same bounds.
+
+    A pipeline may leave devices out, so it is if the pipelines of one have all devices of those of the
+    other; the bounds are the same where the best links to the others are.
+    """
+    if len(wide) != len(narrow) or wide == narrow:
+        return False
+
+    def holds(large: Group, small: Group) -> bool:
+        if any(a < b for a, b in zip(large, small, strict=True)):
+            return False
+        here, there = (links_to_others(cells, g, o) for g, o in ((wide, large), (narrow, small)))
+        own = {c.place for c, n in zip(cells.cells, small, strict=True) if n}
+        return all(here[p] == there[p] for p in own)
+
+    def match(left: Grouping, right: Grouping) -> bool:
+        return not right or any(
+            holds(large, right[0]) and match((*left[:i], *left[i + 1 :]), right[1:])
+            for i, large in enumerate(left)
+        )
+
+    return match(wide, narrow)
 
 
 def grouping_words(family: Family, searched: int = 0) -> str:

@@ -31,13 +31,13 @@ from graphpar.partition.programs import Programs
 from graphpar.partition.regular import regular_plans
 from graphpar.partition.search import INFINITY, Found
 from graphpar.partition.settings import Microbatches, ScheduleChoice
-from graphpar.partition.side_by_side import (
-    best_shares,
-    estimate_shares,
+from graphpar.partition.share_bounds import (
+    ShareBounds,
     grouping_bound_s,
     pipelines_bound_s,
     sharing_bound_s,
 )
+from graphpar.partition.side_by_side import best_shares, estimate_shares
 from graphpar.partition.solver import Backend
 from graphpar.partition.table_check import check_table
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, Status
@@ -180,6 +180,7 @@ class _Run:
         self._deadline_s = deadline_s - min(_FINISH_SHARE * (deadline_s - began_s), _MOST_FINISH_S)
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_SHARE * (deadline_s - began_s))
         self._programs = Programs(family, replace(limits, patience_s=patience_s), self._deadline_s)
+        self._shares = ShareBounds(self._programs)
         self._bound_s = INFINITY
         self._physical_s = physical_bound_s(family.table)
 
@@ -351,6 +352,7 @@ class _Run:
             self._programs,
             groups,
             schedule,
+            bounds=None if self.family.repeats else self._shares,
             cutoff_s=self.step_s,
             gap=self._gap,
             deadline_s=self._deadline_s,
@@ -401,13 +403,9 @@ class _Run:
                 continue
             if made.objective_s < self.step_s:
                 self.best = Candidate(made.pipelines, made.schedule, made.objective_s)
-            if self._table_is_large:
+            if self.family.repeats is not None and self.best is not None:
+                # Pricing every simple plan of a large cluster would itself take long.
                 return
-
-    @property
-    def _table_is_large(self) -> bool:
-        """Whether pricing every simple plan would itself take long."""
-        return self.family.repeats is not None and self.best is not None
 
     def _prefer_1f1b(self, best: Candidate) -> Candidate:
         """The same plan under 1F1B where that takes no longer: it keeps less in memory."""

@@ -10,20 +10,19 @@ the least that may be (`stage_costs.summing`), so all bounds are true; whoever i
 are met prices them as they are.
 """
 
-import math
 import time
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.cost import CostTable
 from graphpar.partition.cells import links_to_others
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.family import share_step
 from graphpar.partition.programs import Programs
-from graphpar.partition.search import INFINITY, Found, Task
+from graphpar.partition.search import INFINITY, Found
+from graphpar.partition.share_bounds import Group, ShareBounds, least_post_s, shares_of
 from graphpar.partition.types import ScheduleName
 
 _ESTIMATES = 3
@@ -31,11 +30,6 @@ _ESTIMATES = 3
 
 _ESTIMATE_GAP = 0.02
 """How closely a pipeline is searched for an estimate."""
-
-_MOST_COUNTS = 64
-"""Microbatch counts that a bound on a share goes through at most."""
-
-Group = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,7 @@ def best_shares(
     groups: Sequence[Group],
     schedule: ScheduleName,
     *,
+    bounds: ShareBounds | None,
     cutoff_s: float,
     gap: float,
     deadline_s: float,
@@ -72,54 +67,18 @@ def best_shares(
 ) -> SideBySide:
     """The best shares, microbatches and stages for one set of pipelines under one schedule.
 
-    Plans that are met on the way are offered: what they really take is seen only of the whole.
+    Plans that are met on the way are offered: what they really take is seen only of the whole. With
+    `bounds` shares that no pipeline can have below the cutoff are left out first.
     """
-    run = _Grouping(programs, groups, schedule, gap, deadline_s, offer)
     try:
+        target_s = cutoff_s * (1 - gap)
+        most = bounds.largest(groups, cutoff_s=target_s, deadline_s=deadline_s) if bounds else {}
+        if most is None:
+            return SideBySide(target_s, False)
+        run = _Grouping(programs, groups, schedule, most, gap, deadline_s, offer)
         return run.work(cutoff_s)
     except OutOfTimeError:
         return SideBySide(0.0, True)
-
-
-def grouping_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
-    """A lower bound on the step time of a set of pipelines: their devices sharing all work.
-
-    Infinite where one of them cannot hold the model.
-    """
-    if not all(programs.may_hold(g) for g in groups):
-        return INFINITY
-    together = [sum(column) for column in zip(*groups, strict=True)]
-    work = programs.work_per_sample_s(together) * programs.family.table.batch
-    return work + _least_post_s(programs, groups)
-
-
-def _least_post_s(programs: Programs, groups: Sequence[Group]) -> float:
-    cells, number = programs.family.cells, len(groups)
-    return max(
-        programs.least_post_s(g, number, links_to_others(cells, groups, g)) for g in dict.fromkeys(groups)
-    )
-
-
-def pipelines_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
-    """A lower bound on the step time of a set of pipelines that knows how a pipeline fills; 0 for none.
-
-    Whatever the shares of a batch of n are, for any weights w that add up to one some pipeline has
-    `n_g >= w_g n` samples. No pipeline takes longer for fewer samples, as long as no microbatch does; so
-    the step is at least the least, over the pipelines, of the bound on one with `ceil(w_g n)` samples in
-    any number of microbatches. Weights are in proportion to how fast the devices work.
-    """
-    if not programs.larger_take_longer:
-        return 0.0
-    rates = [1 / max(programs.work_per_sample_s(g), 1e-30) for g in groups]
-    batch = programs.family.table.batch
-    # A hair less than the share, lest rounding make the parts more than the batch.
-    shares = [max(1, math.ceil(batch * r / sum(rates) * (1 - 1e-9))) for r in rates]
-    if max(shares) > _MOST_COUNTS:
-        return 0.0
-    least = {
-        (g, n): programs.pipeline_bound_s(g, n, len(groups)) for g, n in zip(groups, shares, strict=True)
-    }
-    return min(least.values()) + _least_post_s(programs, groups)
 
 
 def estimate_shares(
@@ -165,80 +124,6 @@ def estimate_shares(
     return best[1] if best is not None and best[0] < cutoff_s else None
 
 
-def sharing_bound_s(
-    programs: Programs,
-    groups: Sequence[Group],
-    shares: Sequence[int],
-    times_s: Sequence[float],
-    *,
-    cutoff_s: float,
-    gap: float,
-    deadline_s: float,
-) -> float:
-    """A lower bound up to `cutoff_s` on the step time of a set of pipelines, whatever their shares are.
-
-    Take a share `s_g` for each pipeline, and the largest that it may have below: `p_g`. If the `p_g` add
-    up to less than the batch, then in every plan some pipeline has `s_g` samples or more, for with less
-    in all of them part of the batch would be left. The step is no shorter than that pipeline would take
-    alone with its share: its fill, its extra, and what its own devices have to sum and step at least
-    (`stage_costs.summing`). Hence the least over all g, all shares from `s_g` on and all their settings
-    bounds the step. One best-first search looks at all of these; where it is cut short, what it has
-    proven by then holds as well. Nothing is said (0) where time ends before it begins.
-
-    Args:
-        programs: Of the family.
-        groups: The devices of each pipeline.
-        shares: Where the `s_g` begin: the samples that each pipeline has in a good plan.
-        times_s: How long each takes for them there. Where that is least, `s_g` rises: only guidance.
-        cutoff_s: Only plans that are faster are of interest.
-        gap: See `Asked`.
-        deadline_s: See `Asked`.
-    """
-    table, number = programs.family.table, len(groups)
-    every = _shares_of(table, number)
-    rates = [t / n for t, n in zip(times_s, shares, strict=True)]
-    least: dict[Group, int] = {}
-    wanted = _wanted_shares(every, table.batch, shares, rates)
-    for group, share in zip(groups, wanted, strict=True):
-        least[group] = min(share, least.get(group, share))
-    tasks: list[Task] = []
-    for group, share in least.items():
-        across = links_to_others(programs.family.cells, groups, group)
-        work_s = programs.work_per_sample_s(group)
-        for n in every[bisect_left(every, share) :]:
-            if work_s * n >= cutoff_s:
-                break
-            if time.monotonic() > deadline_s:
-                return 0.0
-            tasks += programs.tasks(group, n, programs.family.schedules, number, across)
-    return programs.search(tasks, cutoff_s=cutoff_s, gap=gap, deadline_s=deadline_s).bound_s
-
-
-def _wanted_shares(
-    every: Sequence[int], batch: int, shares: Sequence[int], rates: Sequence[float]
-) -> list[int]:
-    """Of every share there is, one for each pipeline, so that not all pipelines can have less.
-
-    `shares` add up to the batch; `rates` are seconds per sample.
-    """
-    index = [bisect_left(every, n) for n in shares]
-    below = sum(every[i - 1] for i in index if i)
-    while True:
-        fastest = min(range(len(index)), key=lambda g: rates[g] * every[index[g]])
-        here = index[fastest]
-        below += every[here] - (every[here - 1] if here else 0)
-        if below >= batch or here + 1 == len(every):
-            return [every[i] for i in index]
-        index[fastest] += 1
-
-
-def _shares_of(table: CostTable, peers: int) -> list[int]:
-    """Multiples of the step, and what is left of the batch after multiples for the others."""
-    step = share_step(table)
-    rest = table.batch % step
-    return [n for n in range(1, table.batch - peers + 2) if n % step in (0, rest)]
-
-
 def _apportion(rates: Sequence[float], batch: int, step: int) -> tuple[int, ...] | None:
     """Shares of a batch in proportion to rates, in steps; the last of the fastest takes what is left."""
     total = sum(rates)
@@ -256,6 +141,7 @@ class _Grouping:
         programs: Programs,
         groups: Sequence[Group],
         schedule: ScheduleName,
+        most: Mapping[Group, int],
         gap: float,
         deadline_s: float,
         offer: Callable[[tuple[Found, ...]], None],
@@ -264,12 +150,13 @@ class _Grouping:
         self._offer = offer
         self._groups = tuple(groups)
         self._schedule = schedule
+        self._most = most
         self._gap = gap
         self._deadline = deadline_s
         self._across = {g: links_to_others(programs.family.cells, groups, g) for g in self._groups}
         self._table = programs.family.table
         self._per_sample = {g: programs.work_per_sample_s(g) for g in self._groups}
-        self._least_post = _least_post_s(programs, self._groups)
+        self._least_post = least_post_s(programs, self._groups)
         self._fits: dict[tuple[Group, int], _Fit] = {}
         self._cutoff = INFINITY
 
@@ -324,7 +211,7 @@ class _Grouping:
         work allows, and what all of them exceed the batch by is what any may be smaller.
         """
         most = [self._largest_share(g, time_limit) for g in self._groups]
-        every = _shares_of(self._table, len(self._groups))
+        every = shares_of(self._table, len(self._groups))
         shares = [every[: bisect_right(every, n)] for n in most]
         if not all(shares):
             return None
@@ -342,7 +229,7 @@ class _Grouping:
         return [[n for n in own if n >= own[-1] - spare] for own in shares]
 
     def _largest_share(self, group: Group, time_limit: float) -> int:
-        low, high = 0, self._table.batch - len(self._groups) + 1
+        low, high = 0, self._most.get(group, self._table.batch - len(self._groups) + 1)
         while low < high:
             middle = (low + high + 1) // 2
             if self._per_sample[group] * middle < time_limit:

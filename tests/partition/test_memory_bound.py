@@ -14,7 +14,7 @@ from graphpar.partition.family import choose_family, groupings
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
 from graphpar.partition.search import INFINITY
-from graphpar.partition.side_by_side import pipelines_bound_s, sharing_bound_s
+from graphpar.partition.share_bounds import pipelines_bound_s, sharing_bound_s
 
 
 def programs(table: CostTable) -> Programs:
