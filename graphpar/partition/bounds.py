@@ -12,6 +12,8 @@ from graphpar.partition.cells import Links
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 _ROUNDS = 60
+_ROUNDS_FROM_KNOWN = 4
+"""So many steps where prices begin near the best, and small ones, as if so many had gone before."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,27 @@ class WorkBound:
     """How often each distinct unit occurs in the chain."""
     teams: Teams
 
-    def seconds(self, counts: Sequence[int]) -> float:
+    def seconds(self, counts: Sequence[int], known: FloatArray | None = None) -> float:
         """A lower bound on the time the given devices need for one microbatch of work."""
-        return self.prices(counts)[0]
+        return self.prices(counts, known)[0]
 
-    def prices(self, counts: Sequence[int]) -> tuple[float, FloatArray]:
-        """The bound and the prices on the devices' time, per class, that give it."""
+    def prices(self, counts: Sequence[int], known: FloatArray | None = None) -> tuple[float, FloatArray]:
+        """The bound and the prices on the devices' time, per class, that give it.
+
+        Prices `known` from another microbatch size save most of the steps.
+        """
         number = np.array(counts, dtype=np.float64)
         used = self.teams.within(number)
         times, members = self.times_s[:, used], self.teams.members[used]
         whole = self._whole(number)
         if not used.any() or whole[number > 0].min() <= 0:
             return 0.0, np.zeros(len(number))
-        prices = np.where(number > 0, 1 / np.where(whole > 0, whole, 1.0), 0.0)
+        first, steps = np.where(number > 0, 1 / np.where(whole > 0, whole, 1.0), 0.0), range(_ROUNDS)
+        if known is not None and known.any():
+            first, steps = known, range(_ROUNDS, _ROUNDS + _ROUNDS_FROM_KNOWN)
+        prices = first
         best, best_prices = 0.0, prices
-        for step in range(_ROUNDS if len(times[0]) > 1 else 1):
+        for step in steps if len(times[0]) > 1 else steps[:1]:
             value, load = self._dual(times, members, number, prices)
             if value > best:
                 best, best_prices = value, prices

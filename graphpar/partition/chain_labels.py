@@ -30,7 +30,8 @@ ArrayT = TypeVar("ArrayT", FloatArray, IntArray)
 _ROUNDING = 1 + 1e-12
 """Sums of the same numbers in another order differ by less."""
 
-_FIRST_CAPACITY = 20_000
+_FIRST_CAPACITY = 1_000_000
+"""Labels that there is room for at first: memory counts only once it is used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,9 @@ class _Labels:
         """The same with room for twice as many."""
 
         def longer(array: ArrayT) -> ArrayT:
-            return np.concatenate([array, np.zeros_like(array)])
+            found = np.empty(2 * len(array), dtype=array.dtype)
+            found[: self.number] = array[: self.number]
+            return found
 
         fill, extra, post = longer(self.fill), longer(self.extra), longer(self.post)
         ints = longer(self.column), longer(self.parent), longer(self.next)
@@ -96,9 +99,18 @@ class _Labels:
 
 def _first_labels() -> _Labels:
     """One label: nothing is done yet."""
-    nothing, nobody = np.zeros(_FIRST_CAPACITY), np.full(_FIRST_CAPACITY, -1, dtype=np.intp)
-    ints = nobody.copy(), nobody.copy(), nobody.copy()
-    return _Labels(nothing.copy(), nothing.copy(), nothing.copy(), *ints, 1)
+
+    def nothing() -> FloatArray:
+        found = np.empty(_FIRST_CAPACITY)
+        found[0] = 0.0
+        return found
+
+    def nobody() -> IntArray:
+        found = np.empty(_FIRST_CAPACITY, dtype=np.intp)
+        found[0] = -1
+        return found
+
+    return _Labels(nothing(), nothing(), nothing(), nobody(), nobody(), nobody(), 1)
 
 
 def best_line(

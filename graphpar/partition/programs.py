@@ -54,6 +54,8 @@ class Programs:
         self._bounds: dict[float, WorkBound] = {}
         self._replica_takes: dict[tuple[tuple[int, ...], int], FloatArray] = {}
         self._per_sample = sample_bound(family.table)
+        self._sample_work: dict[tuple[int, ...], tuple[float, FloatArray]] = {}
+        self._least_posts: dict[object, float] = {}
         self._least_bytes = least_bytes(family.table)
         self._ranges = run_ranges(family.table.num_units)
         self._rows: dict[object, OptionRows] = {}
@@ -152,13 +154,24 @@ class Programs:
 
     def work_per_sample_s(self, limits: Sequence[int]) -> float:
         """A lower bound on the time some devices need per sample at any microbatch size."""
-        return self._per_sample.seconds(self.family.classes(limits))
+        return self._work(limits)[0]
+
+    def _work(self, limits: Sequence[int]) -> tuple[float, FloatArray]:
+        """That bound and its prices on the time of each class."""
+        key = tuple(limits)
+        if key not in self._sample_work:
+            self._sample_work[key] = self._per_sample.prices(self.family.classes(limits))
+        return self._sample_work[key]
 
     def least_post_s(
         self, limits: Sequence[int], peers: int = 1, across: tuple[Links, ...] = ()
     ) -> float:
         """A lower bound on the largest post of a pipeline on some devices."""
-        return least_post_s(self.family.table, self.family.classes(limits), peers, across)
+        key = (tuple(limits), peers, across)
+        if key not in self._least_posts:
+            classes = self.family.classes(limits)
+            self._least_posts[key] = least_post_s(self.family.table, classes, peers, across)
+        return self._least_posts[key]
 
     @cached_property
     def larger_take_longer(self) -> bool:
@@ -207,7 +220,7 @@ class Programs:
             if bound is None:
                 bound = self._bounds[setting.size] = work_bound(self.family.table, setting.size)
             counts, number = self.family.classes(limits), setting.microbatches
-            work, fastest = bound.seconds(counts), bound.fastest_pass_s(counts)
+            work, fastest = bound.seconds(counts, self._work(limits)[1]), bound.fastest_pass_s(counts)
             takes = self._takes(limits, setting)
             extra = max(0.0, number - float(takes.sum(axis=1).max())) * work
             # One device has no choice: there the work bound says it all.
