@@ -241,7 +241,11 @@ class _Work:
             if kinds not in seen:
                 seen.add(kinds)
                 rest = (*stage.replicas[:at], *stage.replicas[at + 1 :])
-                pipelines = self._with_stages(number, index, replace(stage, replicas=rest))
+                # One that is left alone has nobody to divide anything with.
+                fewer = replace(stage, replicas=rest, zero=stage.zero if len(rest) > 1 else 0)
+                if any(self._table.mode_number(fewer, r) is None for r in rest):
+                    continue
+                pipelines = self._with_stages(number, index, fewer)
                 yield _Change(f"without {', '.join(replica.devices)}", pipelines, self._found.schedule)
 
     def _options(self, number: int, index: int, kind: ChoiceKind) -> Iterator[_Change]:
