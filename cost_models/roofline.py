@@ -90,6 +90,7 @@ class Roofline:
                     c.devices,
                     c.memory_bytes,
                     free / 2 + self._message_s(device),
+                    options.update_share if options.training and not device.is_cpu else 0.0,
                 )
                 for c, free, device in zip(classes, free_s, examples, strict=True)
             ),

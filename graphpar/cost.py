@@ -190,6 +190,22 @@ class DeviceClass:
     memory_bytes: float
     stage_overhead_s: float = 0.0
     """Fixed time a stage on this device spends per microbatch (launch, messages), once per direction."""
+    update_share: float = 0.0
+    """Bytes that the optimiser's update takes for a while, per byte of the gradients that it steps."""
+
+    def update_per_gradient(self, zero: int, width: int) -> float:
+        """What the update takes beyond what is held at other times, per byte of a stage's gradients.
+
+        Of `width` replicas each steps its part alone from ZeRO level 1 on; at level 1 it held whole
+        gradients until they were summed.
+
+        >>> gpu = DeviceClass("gpu", ("a/0",), 1e9, update_share=1.0)
+        >>> [gpu.update_per_gradient(zero, 4) for zero in (0, 1, 2)]
+        [1.0, 0.0, 0.25]
+        """
+        stepped = 1 / width if zero else 1.0
+        freed = 1 - stepped if zero == 1 else 0.0
+        return max(0.0, self.update_share * stepped - freed)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ class PricingOptions:
         training: Whether there is a backward pass and an optimiser.
         precision: Format that float32 values are computed in.
         optimizer_state_bytes_per_parameter_byte: 0 for plain SGD, 1 with momentum, 2 for Adam.
+        update_share: Bytes that the optimiser's update takes for a while on a GPU, per byte of
+            gradients: 1 for Adam as torch runs it there, 0 for SGD.
         max_microbatches: 1 where samples mix and the batch must stay whole, or pipelines go in step.
         max_replicas: 1 where samples mix and the batch must stay whole.
         batch_reason: Why the batch may not be split, for people.
@@ -24,6 +26,7 @@ class PricingOptions:
     training: bool
     precision: str = "float32"
     optimizer_state_bytes_per_parameter_byte: float = 2.0
+    update_share: float = 1.0
     max_microbatches: int = 64
     max_replicas: int = 64
     batch_reason: str = ""
@@ -37,6 +40,8 @@ class PricingOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.optimizer_state_bytes_per_parameter_byte < 0:
             raise ValueError("optimizer_state_bytes_per_parameter_byte must not be negative.")
+        if self.update_share < 0:
+            raise ValueError("update_share must not be negative.")
 
 
 @dataclass(frozen=True)

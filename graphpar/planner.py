@@ -30,6 +30,7 @@ from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.format_remedies import with_format_remedies
 from graphpar.local_timing import Example, Timings
+from graphpar.optimizer_memory import update_share
 from graphpar.optimizer_probe import (
     NEEDS_CLOSURE,
     joining_optimizer,
@@ -107,6 +108,7 @@ def price(
         training=train is not None,
         precision=precision,
         optimizer_state_bytes_per_parameter_byte=optimizer_state(train) if train else 0.0,
+        update_share=update_share(train.optimizer) if train else 0.0,
         max_microbatches=1 if prepared.in_step_reason else min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,

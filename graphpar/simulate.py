@@ -319,9 +319,12 @@ def _peak_bytes(schedule: Schedule, timing: Timing, rank: int) -> float:
 
 
 def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, float]:
-    """Bytes saved for backwards, and worked on, at the moment when their sum is largest."""
+    """Bytes saved for backwards, and worked on, at the moment when their sum is largest.
+
+    In the optimiser's update nothing is saved any more, and what it takes is worked on.
+    """
     numbers = _numbers_by_size(schedule, timing, rank)
-    saved, best = 0.0, (0.0, 0.0)
+    saved, best = 0.0, (0.0, timing.ranks[rank].update_bytes)
     for kind, stage, microbatch in schedule.actions[rank]:
         if microbatch is None or kind not in "FBIW":
             continue

@@ -92,6 +92,7 @@ def _together(members: Sequence[RankTiming]) -> RankTiming:
         tuple(sizes),
         max(m.optimizer_s for m in members),
         max(m.resident_bytes for m in members),
+        max(m.update_bytes for m in members),
     )
 
 

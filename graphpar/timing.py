@@ -11,7 +11,7 @@ from functools import cached_property
 from graphpar.cores import SharedCores
 from graphpar.cost import CostTable, LinkCost
 from graphpar.partition.gradient_sums import gradient_sums, links_between_replicas, modes_of, ring_s
-from graphpar.partition.pipeline_price import meetings_s, member_bytes, zero_s
+from graphpar.partition.pipeline_price import meetings_s, member_bytes, update_bytes, zero_s
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 
 
@@ -50,6 +50,7 @@ class RankTiming:
     """Seconds and bytes of one rank.
 
     `resident_bytes` stay for the whole step: weights, gradients, optimiser state, framework.
+    `update_bytes` is what the optimiser's update takes besides, when activations are gone.
     """
 
     device: str
@@ -57,6 +58,7 @@ class RankTiming:
     sizes: tuple[SizeTiming, ...]
     optimizer_s: float = 0.0
     resident_bytes: float = 0.0
+    update_bytes: float = 0.0
 
     def at_size(self, size: int, stage: int | None = None) -> SizeTiming:
         """The numbers for one microbatch size (in a stage); ValueError if it is not among them."""
@@ -187,6 +189,7 @@ def _of_all_stages(stages: Sequence[RankTiming]) -> RankTiming:
         sizes=tuple(row for stage in stages for row in stage.sizes),
         optimizer_s=sum(stage.optimizer_s for stage in stages),
         resident_bytes=sum(stage.resident_bytes for stage in stages),
+        update_bytes=sum(stage.update_bytes for stage in stages),
     )
 
 
@@ -255,6 +258,7 @@ def _stage_timing(
         ),
         optimizer_s=optimizer_s if table.training else 0.0,
         resident_bytes=reserved + held[sizes[0]][0],
+        update_bytes=update_bytes(table, stage, mode, member),
     )
 
 

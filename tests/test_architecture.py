@@ -18,7 +18,8 @@ ROWS = (
     "schedule timing team_timing crowding simulate simulated schedule_choice training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
-    "frontend runtime passes cost_models view probes optimizer_probe measure neighbours loopback",
+    "frontend runtime passes cost_models view probes optimizer_probe optimizer_memory measure "
+    "neighbours loopback",
     "scenarios "
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
     "format_remedies tensor_groups group_shardings unit_timing local_timing trial_worker "

@@ -6,6 +6,7 @@ for it that also knows registered classes such as transformers' `ModelOutput`.
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -257,6 +258,13 @@ def fake_tensors() -> AbstractContextManager[Any]:
     """Within it, tensors are made without memory, on any device."""
     made: AbstractContextManager[Any] = fake_tensor.FakeTensorMode()
     return made
+
+
+def steps_together(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser that is left the choice updates all parameters at once on a GPU."""
+    kinds = [kind for kind in type(optimizer).__mro__ if kind is not torch.optim.Optimizer]
+    modules = [sys.modules.get(kind.__module__) for kind in kinds]
+    return any(hasattr(module, "_default_to_fused_or_foreach") for module in modules)
 
 
 def standing_for(node: fx.Node) -> AbstractContextManager[None]:

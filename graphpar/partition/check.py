@@ -422,7 +422,7 @@ def _peak(
     size = max(pipeline.sizes())
     mode = _mode(table, stage, index)
     total = table.reserved_bytes
-    largest = 0.0
+    kept, largest, stepped, freed = 0.0, 0.0, 0.0, 0.0
     for unit in range(stage.first, stage.last):
         cost = mode.costs[table.units[unit]]
         parts = [
@@ -437,10 +437,19 @@ def _peak(
                 temporary += num_bytes if level > 1 else 0.0
             else:
                 total += num_bytes
-        total += held * table.at_size(cost.saved_bytes[member], size)
+        kept += held * table.at_size(cost.saved_bytes[member], size)
         largest = max(largest, temporary)
+        stepped += cost.gradient_bytes[member]
     for again in table.repeated:
         if again.first < stage.first and set(again.again) & set(range(stage.first, stage.last)):
             parts = [(1, again.optimizer_bytes), (2, again.gradient_bytes), (3, again.weight_bytes)]
             total += sum(b / (copies if stage.zero >= level else 1) for level, b in parts)
-    return total + largest
+            stepped += again.gradient_bytes
+    if not table.training:
+        return total + largest
+    if stage.zero:
+        # At level 1 gradients were whole until they were summed, and are gone when the update begins.
+        freed = stepped * (1 - 1 / copies) if stage.zero == 1 else 0.0
+        stepped /= copies
+    update = table.device_classes[mode.members[member]].update_share * stepped - freed
+    return total + max(kept + largest, update)

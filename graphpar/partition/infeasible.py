@@ -11,7 +11,7 @@ from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import Family, choose_family
 from graphpar.partition.programs import Programs
-from graphpar.partition.relaxed_tables import with_batch, with_options
+from graphpar.partition.relaxed_tables import with_batch, with_options, with_small_updates
 from graphpar.partition.search import INFINITY
 from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.stage_costs import StageLimits
@@ -69,6 +69,9 @@ def explain_infeasible(
 
 def _options(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
     """Options that the table lacks and with which a plan fits, each by itself if that is enough."""
+    if any(c.update_share for c in table.device_classes):
+        if _certain(with_small_updates(table), family, deadline_s):
+            yield "an optimiser whose update needs no further memory (in torch: fused=True)"
     has = {(m.recompute, m.zero) for m in table.every_mode}
     again = not any(recompute for recompute, _ in has)
     levels = [z for z in (1, 2, 3) if z > max(zero for _, zero in has)]

@@ -42,12 +42,13 @@ steps 1/w of the parameters. Level 2: gradients as well, reduced after every mic
 `z = half(gradients) + 2 half(weights)`, no sync is left. `half` stands in `gradient_sums`.
 
 Peak of a device: weights + gradients + optimiser state of `U_s`, each divided by `w` where ZeRO divides
-it, plus `in flight * saved` plus the largest temporary of a unit at the size of the largest microbatch
-(with the unit's whole gradients from level 2 and its whole weights from level 3 on), plus what the
-framework reserves. In flight are `m_r` microbatches under GPipe and `min(m_r, ceil(D_s / w_s))` under
-1F1B, where `D_s` counts the replicas of the pipeline from stage `s` on: one microbatch for each of them,
-shared by the `w_s` replicas; with one replica per stage that is the number of stages remaining.
-Inference keeps nothing.
+it, plus what the framework reserves, plus the larger of two: `in flight * saved` and the largest
+temporary of a unit at the size of the largest microbatch (with the unit's whole gradients from level 2
+and its whole weights from level 3 on), or what the optimiser's update takes when activations are gone
+(`DeviceClass.update_per_gradient`). In flight are `m_r` microbatches under GPipe and
+`min(m_r, ceil(D_s / w_s))` under 1F1B, where `D_s` counts the replicas of the pipeline from stage `s` on:
+one microbatch for each of them, shared by the `w_s` replicas; with one replica per stage that is the
+number of stages remaining. Inference keeps nothing.
 """
 
 import math
@@ -283,8 +284,19 @@ def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -
                 fixed, saved, working = member_bytes(
                     table, stage, unit_costs(table, stage, mode), member, size
                 )
-                peaks[device] = fixed + held * saved + working + table.reserved_bytes
+                update = update_bytes(table, stage, mode, member)
+                peaks[device] = fixed + max(held * saved + working, update) + table.reserved_bytes
     return peaks
+
+
+def update_bytes(table: CostTable, stage: StageChoice, mode: int, member: int) -> float:
+    """What the optimiser's update takes on one member of a replica when activations are gone."""
+    if not table.training:
+        return 0.0
+    gradients = sum(c.gradient_bytes[member] for c in unit_costs(table, stage, mode))
+    gradients += sum(r.gradient_bytes for r in table.repeated if r.held_by(stage.first, stage.last))
+    device_class = table.device_classes[table.every_mode[mode].members[member]]
+    return gradients * device_class.update_per_gradient(stage.zero, len(stage.replicas))
 
 
 def member_bytes(

@@ -123,7 +123,8 @@ class _Mode:
             range(repeats.end, table.num_units),
         )
         self._boundary = repeats.unit(1)
-        self._memory = table.device_classes[mode.members[0]].memory_bytes - table.reserved_bytes
+        self._class = table.device_classes[mode.members[0]]
+        self._memory = self._class.memory_bytes - table.reserved_bytes
         self._width = np.array([o.width for o in options], dtype=np.intp)[:, None]
         devices = self._width * len(mode.members)
         # Without nodes in the account all devices of a cell are joined alike.
@@ -179,7 +180,8 @@ class _Mode:
         held = -(-setting.microbatches // self._width)
         alone = self._stages == 1
 
-        again = self._repeated_bytes()
+        again, updated = self._repeated_bytes(), self._update_per_gradient()
+        more = sum(r.gradient_bytes for r in self._table.repeated)
 
         def peak(blocks: IntArray, below: IntArray, head: FloatArray, tail: FloatArray) -> FloatArray:
             flying = np.minimum(held, below) if setting.schedule == "1f1b" else held
@@ -188,8 +190,10 @@ class _Mode:
             kept = saved[1] * blocks + saved[0] * head + saved[2] * tail
             most = np.maximum(working[1], np.maximum(working[0] * head, working[2] * tail))
             # More than some stages hold; a single one holds nothing twice.
-            copies = np.where(alone, 0.0, again) * (1 - head)
-            found: FloatArray = fixed + copies + flying * kept + most
+            twice = np.where(alone, 0.0, 1.0) * (1 - head)
+            stepped = self._gradients[1] * blocks + self._gradients[0] * head + self._gradients[2] * tail
+            update = updated * (stepped + twice * more)
+            found: FloatArray = fixed + twice * again + np.maximum(flying * kept + most, update)
             return found
 
         no, yes = np.zeros(self._stages.shape), np.ones(self._stages.shape)
@@ -209,6 +213,14 @@ class _Mode:
         by = [self._width if self._mode.zero >= level else 1.0 for level in (3, 2, 1)]
         found: FloatArray = weights / by[0] + gradients / by[1] + state / by[2] + 0.0 * self._width
         return found
+
+    def _update_per_gradient(self) -> FloatArray:
+        """[width, 1]: what the optimiser's update takes per byte of a stage's gradients."""
+        if not self._table.training:
+            return np.zeros(self._width.shape)
+        widths = self._width[:, 0].tolist()
+        shares = [self._class.update_per_gradient(self._mode.zero, width) for width in widths]
+        return np.array(shares)[:, None]
 
     def _step_s(self, setting: Setting) -> FloatArray:
         """Estimated step: exact but for the links."""

@@ -1,4 +1,4 @@
-"""The same table with one thing relaxed: options that stages do not have yet, a smaller batch."""
+"""The same table with one thing relaxed: options that stages lack, the batch, what the update takes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,6 +62,12 @@ def _divided_cost(cost: ModeCost, passing: float, whole: float, level: int) -> M
         gradient_bytes=tuple(gradients),
         optimizer_bytes=tuple(state),
     )
+
+
+def with_small_updates(table: CostTable) -> CostTable:
+    """The table for an optimiser whose update takes nothing besides what it updates."""
+    classes = tuple(replace(c, update_share=0.0) for c in table.device_classes)
+    return replace(table, device_classes=classes)
 
 
 def with_batch(table: CostTable, batch: int) -> CostTable:

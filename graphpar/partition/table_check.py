@@ -62,6 +62,7 @@ def _device_problems(table: CostTable) -> Iterator[str]:
         rows = {
             "memory_bytes": [device_class.memory_bytes],
             "stage_overhead_s": [device_class.stage_overhead_s],
+            "update_share": [device_class.update_share],
         }
         yield from _bad_numbers(f"device class {device_class.name}", rows)
     topology = table.topology

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.cost import CostTable, Mode
+from graphpar.cost import CostTable, DeviceClass, Mode
 from graphpar.partition.cells import Links
 from graphpar.partition.types import ScheduleName
 
@@ -161,14 +161,14 @@ class UnitArrays:
         key = ("flight", mode, size, *(widths if chosen.zero else (len(widths),)))
         if key not in self.cache:
             parts = [
-                self._member_in_flight(chosen, i, self.table.device_classes[k].memory_bytes, widths)
+                self._member_in_flight(chosen, i, self.table.device_classes[k], widths)
                 for i, k in _unlike_members(chosen)
             ]
             self.cache[key] = np.minimum.reduce(parts)
         return self.cache[key]
 
     def _member_in_flight(
-        self, chosen: Mode, member: int, memory: float, widths: Sequence[int]
+        self, chosen: Mode, member: int, device_class: DeviceClass, widths: Sequence[int]
     ) -> FloatArray:
         table = self.table
         size = -(-self.setting.samples // self.setting.microbatches)
@@ -189,8 +189,11 @@ class UnitArrays:
         rows: list[FloatArray] = []
         for width in widths if chosen.zero else (1,):
             fixed = sum(b / (width if chosen.zero > level else 1) for level, b in enumerate(held))
-            free = memory * (1 + MEMORY_TOLERANCE) - fixed - working[width > 1] - table.reserved_bytes
-            rows.append(self._flights(free, saved))
+            free = device_class.memory_bytes * (1 + MEMORY_TOLERANCE) - fixed - table.reserved_bytes
+            flights = self._flights(free - working[width > 1], saved)
+            if table.training and (share := device_class.update_per_gradient(chosen.zero, width)):
+                flights = np.where(share * held[1] <= free, flights, -1.0)
+            rows.append(flights)
         found: FloatArray = np.stack(rows if chosen.zero else rows * len(widths))
         return found
 

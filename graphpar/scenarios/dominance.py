@@ -13,10 +13,10 @@ from graphpar.cluster import Cluster
 from graphpar.device import Device, Link, Node
 from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.pricing import only
-from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
+from graphpar.scenarios.types import OPTIMIZER_STATES, OPTIMIZER_UPDATES, Setting
 
 
-def covers(large: Setting, small: Setting, given_state: float = inf) -> bool:
+def covers(large: Setting, small: Setting, given_state: float = inf, given_update: float = inf) -> bool:
     """Whether any plan of `small` runs under `large`, in no more time per sample.
 
     The batch of `large` may be a multiple of that of `small`: each pipeline then takes more microbatches
@@ -27,6 +27,7 @@ def covers(large: Setting, small: Setting, given_state: float = inf) -> bool:
         small: What may be worse.
         given_state: Bytes of state per byte of parameters of the caller's own optimiser, where it is one
             that works element by element.
+        given_update: Bytes that its update takes on a GPU, per byte of gradients.
     """
     if large.layout is not None and large.layout != small.layout:
         return False
@@ -36,7 +37,7 @@ def covers(large: Setting, small: Setting, given_state: float = inf) -> bool:
     return (
         alike
         and _batch_covers(large, small)
-        and _optimizer_covers(large.optimizer, small.optimizer, given_state)
+        and _optimizer_covers(large.optimizer, small.optimizer, given_state, given_update)
         and large.schedule in ("auto", small.schedule)
         and large.microbatches in ("auto", small.microbatches)
         and large.recompute in (None, small.recompute)
@@ -71,11 +72,12 @@ def _batch_covers(large: Setting, small: Setting) -> bool:
     return free and large.batch % small.batch == 0
 
 
-def _optimizer_covers(large: str, small: str, given_state: float) -> bool:
+def _optimizer_covers(large: str, small: str, given_state: float, given_update: float) -> bool:
     if large == small:
         return True
     states = {**OPTIMIZER_STATES, "given": given_state}
-    return states[large] <= states[small] < inf
+    updates = {**OPTIMIZER_UPDATES, "given": given_update}
+    return states[large] <= states[small] < inf and updates[large] <= updates[small]
 
 
 def _cluster_covers(large: Cluster, small: Cluster, same_devices: bool) -> bool:

@@ -28,8 +28,9 @@ LACKING = "*"
 class MemoryEstimate:
     """Bytes of one way to hold the model; activations are those of one sample.
 
-    `update_bytes` is what an optimiser that updates all tensors together (torch's `foreach`, its default
-    on GPUs) needs besides: a value for every gradient. Activations and workspace are gone by then.
+    `update_bytes` is what the optimiser's update needs besides on a GPU, where torch updates all tensors
+    together unless told otherwise (`foreach`): for Adam a value for every gradient. Activations and
+    workspace are gone by then.
     `devices` says for each device kind how many of them a pipeline needs at least (0: more than
     `MOST_DEVICES`), with one sample per microbatch.
     """
@@ -94,10 +95,15 @@ def _estimate(table: CostTable, name: str, recompute: bool, kinds: Sequence[str]
         optimizer_bytes=sum(c.optimizer_bytes for c in costs),
         activations_bytes=sum(c.saved_bytes[0] for c in costs) if table.training else 0.0,
         workspace_bytes=max(c.working_bytes[0] for c in costs),
-        update_bytes=gradients,
+        update_bytes=_update_share(table) * gradients,
         framework_bytes=table.reserved_bytes,
         devices={kind: _fewest(table, devices[kind].memory_bytes) for kind in kinds},
     )
+
+
+def _update_share(table: CostTable) -> float:
+    """What the update takes per byte of gradients."""
+    return table.device_classes[0].update_per_gradient(zero=0, width=1) if table.training else 0.0
 
 
 def _fewest(table: CostTable, capacity: float) -> int:
@@ -120,7 +126,8 @@ def _fits(table: CostTable, capacity: float, stages: int) -> bool:
             cost = left[0]
             held += cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
             saved += stage * cost.saved_bytes[0] if table.training else 0.0
-            working, update = max(working, cost.working_bytes[0]), update + cost.gradient_bytes
+            working = max(working, cost.working_bytes[0])
+            update += _update_share(table) * cost.gradient_bytes
             if held + max(saved + working, update) > capacity:
                 break
             left.pop(0)

@@ -19,6 +19,7 @@ from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_options import StageOptions
 from graphpar.device import Device
 from graphpar.ir.graph import Graph
+from graphpar.optimizer_memory import update_share
 from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import Replica
 from graphpar.planner import optimizer_state, price
@@ -69,6 +70,10 @@ class PriceBook:
     def state_bytes(self) -> float:
         """Optimiser state per byte of parameters of the caller's own training; -1 without training."""
         return optimizer_state(self.train) if self.train is not None else -1.0
+
+    def update_share(self) -> float:
+        """Bytes that the update of the caller's own training takes on a GPU, per byte of gradients."""
+        return update_share(self.train.optimizer) if self.train is not None else 0.0
 
     def table(self, setting: Setting) -> CostTable:
         """The table of a setting.

@@ -149,8 +149,11 @@ class Solver:
         used = self._known[small].used
         if (large, small, used) not in self._compared:
             needed = with_these_alone(self._settings[small], used)
-            self._compared[large, small, used] = covers(self._settings[large], needed, self._given_state)
+            self._compared[large, small, used] = self._is_covered(self._settings[large], needed)
         return self._compared[large, small, used]
+
+    def _is_covered(self, large: Setting, small: Setting) -> bool:
+        return covers(large, small, self._given_state, self.book.update_share())
 
     @cached_property
     def _given_state(self) -> float:
@@ -178,6 +181,7 @@ class Solver:
                 "catalogue": _catalogue_hash(),
                 "model": self.book.baseline().model_hash,
                 "state": self.book.state_bytes(),
+                "update": self.book.update_share(),
                 "setting": setting.to_dict(),
                 "calibration": fingerprint,
                 "gap": self.limits.gap,
@@ -220,11 +224,7 @@ class Solver:
         given = [
             plan
             for _, key, plan in sorted(known, key=lambda k: k[0])
-            if covers(
-                setting,
-                with_these_alone(self._settings[key], self._known[key].used),
-                self._given_state,
-            )
+            if self._is_covered(setting, with_these_alone(self._settings[key], self._known[key].used))
         ]
         plans = dict.fromkeys([plan for _, _, plan in known[:1]] + given)
         return tuple(plans)[:MOST_HINTS]

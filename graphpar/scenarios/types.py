@@ -10,6 +10,9 @@ from graphpar.partition.types import PipelineChoice, ScheduleName, TensorWidth
 OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of state per byte of parameters of the optimisers a scenario may name."""
 
+OPTIMIZER_UPDATES = {"sgd": 0.0, "momentum": 0.0, "adam": 1.0, "adamw": 1.0}
+"""Bytes that their updates take for a while on a GPU, per byte of gradients (`optimizer_memory`)."""
+
 Status = Literal["ok", "infeasible", "invalid"]
 
 

@@ -148,6 +148,7 @@ def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterato
             weight_bytes=0.0 if splits else min(resident, share * weighs),
             saved_bytes=saved,
             working_bytes=working,
+            update_bytes=plan.timing.ranks[rank].update_bytes,
             memory_by_size=tuple(
                 (
                     schedule.stages_of[rank][0] if row.stage is None else row.stage,

@@ -45,6 +45,8 @@ class ViewDevice:
         weight_bytes: The weights among them, as far as they can be told apart; else 0.
         saved_bytes: Activations held for backwards when memory is at its peak.
         working_bytes: What is being worked on then.
+        update_bytes: What the optimiser's update takes when activations are gone; where memory is at its
+            peak in it that is `working_bytes`, too.
         memory_by_size: For each of its stages and each microbatch size: stage, size, and the bytes saved
             for its backward, worked on, and kept from the first half of a backward to the second.
         measured_peak_bytes: None where nothing was measured.
@@ -66,6 +68,7 @@ class ViewDevice:
     weight_bytes: float = 0.0
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
+    update_bytes: float = 0.0
     memory_by_size: tuple[tuple[int, int, float, float, float], ...] = ()
     measured_peak_bytes: float | None = None
 
@@ -73,6 +76,12 @@ class ViewDevice:
     def stage(self) -> int | None:
         """The first stage it runs; None for a device without work."""
         return self.stages[0] if self.stages else None
+
+    @property
+    def working_words(self) -> str:
+        """What `working_bytes` are for."""
+        in_update = self.update_bytes > 0 and self.working_bytes == self.update_bytes
+        return "the optimiser's update" if in_update else "working"
 
     @property
     def stage_words(self) -> str:

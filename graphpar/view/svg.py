@@ -140,7 +140,7 @@ def _memory(view: ViewData, rank: int, top: int) -> Iterator[str]:
     parts = (
         (device.resident_bytes, "#0072b2", "stays"),
         (device.saved_bytes, "#e69f00", "saved activations"),
-        (device.working_bytes, "#009e73", "working"),
+        (device.working_bytes, "#009e73", device.working_words),
     )
     for num_bytes, fill, name in parts:
         width = _BAR * num_bytes / scale

@@ -172,6 +172,7 @@ def small_tables(
             tuple(f"d{i}" for i, o in enumerate(owner) if o == k),
             draw(memory),
             draw(st.sampled_from([0.0, 0.05])),
+            draw(st.sampled_from([0.0, 1.0, 3.0])),
         )
         for k in range(classes)
     )

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, CutEdge, LinkCost, Topology
-from graphpar.errors import InfeasibleError
+from graphpar.errors import InfeasibleError, VerifyError
 from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
 from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import evaluate
@@ -224,6 +224,21 @@ def test_infeasible_names_options_that_fit() -> None:
     partition(with_batch(whole, 1))
     with pytest.raises(InfeasibleError):
         partition(with_batch(whole, 2))
+
+
+def test_infeasible_names_an_optimiser_whose_update_takes_less() -> None:
+    """Two stages of two units, each with 4 bytes of weights and gradients and 2 of the update."""
+    table = make_table([1.0] * 4, (1.0,), (2,), weight_bytes=1.0, gradient_bytes=1.0, memory_bytes=5.0)
+    gpus = tuple(replace(c, update_share=1.0) for c in table.device_classes)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(replace(table, device_classes=gpus))
+    assert "fused=True" in caught.value.remedy
+    assert set(partition(table).peak_bytes.values()) == {4.0}
+    (larger,) = (replace(c, memory_bytes=6.0) for c in gpus)
+    fitting = partition(replace(table, device_classes=(larger,)))
+    assert set(fitting.peak_bytes.values()) == {6.0}
+    with pytest.raises(VerifyError, match="needs 6 bytes of 5"):
+        check_partition(replace(table, device_classes=gpus), fitting)
 
 
 def test_infeasible_names_zero_where_replicas_can_share() -> None:

@@ -11,6 +11,7 @@ from helpers import Line, check_training, force
 from torch import nn
 
 import graphpar
+from graphpar.optimizer_memory import update_share
 from graphpar.optimizer_probe import optimizer_traits
 from graphpar.runtime.optimizers import Intended
 from graphpar.training import Training
@@ -128,6 +129,27 @@ ELEMENTWISE = "SGD Adam AdamW RMSprop Adagrad Adadelta NAdam RAdam Adamax ASGD R
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_optimisers_step_on_slices(name: str) -> None:
     assert optimizer_traits(partial(getattr(torch.optim, name), lr=0.01)).by_slices
+
+
+UPDATES: dict[Factory, float] = {
+    partial(torch.optim.SGD, lr=0.1, momentum=0.9): 0.0,
+    partial(torch.optim.SGD, lr=0.1, weight_decay=0.1): 1.0,
+    partial(torch.optim.Adam, weight_decay=0.1, maximize=True): 1.0,
+    partial(torch.optim.Adadelta, lr=0.1): 2.0,
+    partial(torch.optim.AdamW, foreach=False): 0.0,
+    partial(torch.optim.AdamW, lr=torch.tensor(0.1)): 0.0,
+    # Left the choice, torch goes parameter by parameter.
+    partial(torch.optim.Adafactor, lr=0.1): 0.0,
+    partial(torch.optim.Adafactor, lr=0.1, foreach=True): 1.0,
+    Lamb: 0.0,
+    partial(torch.optim.AdamW, lr=-1.0): 1.0,  # cannot be tried
+}
+"""What updates of GPUs take, per byte of gradients."""
+
+
+@pytest.mark.parametrize(("factory", "share"), UPDATES.items())
+def test_what_an_update_takes_on_a_gpu_is_seen(factory: Factory, share: float) -> None:
+    assert update_share(factory) == share
 
 
 @pytest.mark.slow

@@ -3,17 +3,21 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import sample_partition, table_for
 
 from graphpar.cluster import Cluster
+from graphpar.optimizer_memory import update_share
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.relaxed_tables import with_batch
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers, with_these_alone
+from graphpar.scenarios.pricing import _training
 from graphpar.scenarios.transfer import carried
-from graphpar.scenarios.types import KnownPlan, Setting
+from graphpar.scenarios.types import OPTIMIZER_UPDATES, KnownPlan, Setting
+from graphpar.training import Training
 
 LAB = Cluster.from_dict(
     {
@@ -85,6 +89,12 @@ def test_a_lighter_optimiser_covers_a_heavier_one_where_that_is_known() -> None:
     assert not covers(adam, sgd)
     assert not covers(sgd, BASE)
     assert covers(sgd, BASE, given_state=2.0)
+    # SGD with weight decay keeps no state, but its update takes a value for every gradient.
+    assert covers(sgd, BASE, 0.0, 1.0) and not covers(BASE, sgd, 0.0, 1.0)
+    train = Training(optimizer=torch.optim.SGD)
+    for name, share in OPTIMIZER_UPDATES.items():
+        named = _training(train, name)
+        assert named is not None and update_share(named.optimizer) == share
 
 
 @given(st.integers(1, 5))

@@ -34,8 +34,11 @@ def test_the_total_is_the_peak_of_a_plan_with_one_sample_per_microbatch(training
         assert found[name, False].total_bytes == pytest.approx(peak, rel=1e-6), name
 
 
-def test_few_tokens_need_most_memory_in_the_update_which_stages_and_total_count() -> None:
-    train = graphpar.Training(optimizer=torch.optim.AdamW)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_few_tokens_need_most_memory_in_the_update_which_plans_and_stages_count(
+    optimizer: type[torch.optim.Optimizer],
+) -> None:
+    train = graphpar.Training(optimizer=optimizer)
     model = GPT(width=64, layers=2, heads=2, length=8)
     ids, targets = example_inputs(1, 8)
     prepared = prepare(model, (ids,), {"targets": targets}, train)
@@ -44,12 +47,14 @@ def test_few_tokens_need_most_memory_in_the_update_which_stages_and_total_count(
     table = _table(prepared, train, "float32")
     assert _fits(table, found.total_bytes + 1, 1)
     assert not _fits(table, found.total_bytes - 1, 1)
-    assert _update_peak_bytes(model) == pytest.approx(found.update_bytes, rel=0.01)
+    (peak,) = one_device(table, schedule="1f1b", microbatches=1).peak_bytes.values()
+    assert found.total_bytes == pytest.approx(peak, rel=1e-9)
+    assert _update_peak_bytes(model, optimizer) == pytest.approx(found.update_bytes, rel=0.01)
 
 
-def _update_peak_bytes(model: torch.nn.Module) -> float:
+def _update_peak_bytes(model: torch.nn.Module, kind: type[torch.optim.Optimizer]) -> float:
     """What torch has at most besides, in an update of all tensors together as GPUs make it."""
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    optimizer = kind(model.parameters(), foreach=True)  # type: ignore[call-arg]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

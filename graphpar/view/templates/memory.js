@@ -15,6 +15,11 @@ function memoryParts(device) {
     saved: device.saved_bytes, working: device.working_bytes };
 }
 
+function partName(device, part, name) {
+  const inUpdate = part === "working" && device.update_bytes > 0 && device.working_bytes === device.update_bytes;
+  return inUpdate ? "the optimiser's update" : name;
+}
+
 function memorySection(plan, lanes) {
   const groups = alikeRanks(plan);
   const curve = make("div", { id: "curve" });
@@ -50,7 +55,7 @@ function memoryBar(plan, ranks, choose) {
   const device = plan.devices[ranks[0]];
   const scale = Math.max(device.capacity_bytes, device.peak_bytes, device.measured_peak_bytes ?? 0, 1);
   const amounts = memoryParts(device);
-  const parts = PARTS.map(([part, fill, name]) => ({ share: amounts[part] / scale, fill, label: `${name} ${bytes(amounts[part])}` }));
+  const parts = PARTS.map(([part, fill, name]) => ({ share: amounts[part] / scale, fill, label: `${partName(device, part, name)} ${bytes(amounts[part])}` }));
   const over = device.capacity_bytes > 0 && device.peak_bytes > device.capacity_bytes;
   const told = `${bytes(device.peak_bytes)}${device.capacity_bytes ? ` of ${bytes(device.capacity_bytes)}` : ""}${over ? ", too much" : ""}`;
   const measured = device.measured_peak_bytes === null ? "" : `; measured ${bytes(device.measured_peak_bytes)}`;
@@ -66,7 +71,7 @@ function memoryBar(plan, ranks, choose) {
 }
 
 // Bytes saved and worked on over time: a forward saves, its backward frees, and each works while it runs.
-// After the first half of a backward some is kept for the second.
+// After the first half of a backward some is kept for the second. The optimiser's update comes last.
 function memoryCourse(plan, track, rank) {
   const device = plan.devices[rank];
   const sizes = new Map(device.memory_by_size.map(
@@ -74,6 +79,7 @@ function memoryCourse(plan, track, rank) {
   const points = [{ time: 0, saved: 0, working: 0 }];
   let saved = 0;
   for (const event of track) {
+    if (event.kind === "O") points.push({ time: event.start, saved, working: device.update_bytes }, { time: event.end, saved, working: 0 });
     const amount = sizes.get(`${event.stage} ${microbatchSize(plan, event.microbatch)}`);
     if (!amount || !"FBIW".includes(event.kind)) continue;
     if (event.kind === "F" && plan.training) saved += amount.held;

@@ -1,0 +1,100 @@
+"""What an optimiser's update takes on a GPU beside what stays, found out by watching one."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphpar.frontend.torch_private import DispatchMode, flatten, steps_together
+from graphpar.optimizer_probe import OptimizerFactory
+
+_FEW, _MANY = 4, 8
+_SIZE = 32
+"""Parameters are square: some optimisers take matrices only."""
+
+
+def update_share(factory: OptimizerFactory) -> float:
+    """Bytes that a step on a GPU takes for a while, per byte of the gradients.
+
+    On GPUs most of torch's optimisers update all parameters together unless told otherwise (`foreach`),
+    so that what they work out for one parameter is there for all of them at once. A step is watched on
+    few parameters and on more, and what each further one adds is the answer: nothing for those that go
+    parameter by parameter. An optimiser that cannot be watched counts as Adam, one value for every
+    gradient.
+
+    >>> update_share(lambda p: torch.optim.AdamW(p)), update_share(lambda p: torch.optim.SGD(p, lr=0.1))
+    (1.0, 0.0)
+    >>> update_share(lambda p: torch.optim.AdamW(p, fused=True))
+    0.0
+    """
+    for as_on_gpu in (_together, _as_it_is):
+        with torch.random.fork_rng(devices=[]), suppress(Exception):
+            few, many = (_peak_bytes(factory, number, as_on_gpu) for number in (_FEW, _MANY))
+            return round((many - few) / (_MANY - _FEW) / (4 * _SIZE**2), 2)
+    return 1.0
+
+
+def _peak_bytes(
+    factory: OptimizerFactory, number: int, as_on_gpu: Callable[[torch.optim.Optimizer], None]
+) -> int:
+    """The most bytes in use at once of those that a step allocates, after one that has made the state."""
+    parameters = [nn.Parameter(torch.ones(_SIZE, _SIZE)) for _ in range(number)]
+    optimizer = factory(parameters)
+    as_on_gpu(optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with _Allocations() as seen:
+        optimizer.step()
+    return int(seen.most_bytes)
+
+
+def _together(optimizer: torch.optim.Optimizer) -> None:
+    """Have it step here as it would on a GPU, where the choice is left to torch."""
+    if steps_together(optimizer):
+        for group in optimizer.param_groups:
+            if group.get("foreach") is None and not group.get("fused"):
+                group["foreach"] = True
+
+
+def _as_it_is(optimizer: torch.optim.Optimizer) -> None:
+    """For those that refuse: a learning rate that is a tensor keeps torch from it on GPUs, too."""
+
+
+class _Allocations(DispatchMode):  # type: ignore[misc]
+    """Within it, counts the bytes of tensors that are made and not yet given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_bytes = 0
+        self._bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            self._note(tensor, num_bytes=0)  # not made here: it was there before
+        made = function(*args, **(kwargs or {}))
+        for tensor in _tensors(made):
+            self._note(tensor, tensor.untyped_storage().nbytes())
+        self.most_bytes = max(self.most_bytes, self._bytes)
+        return made
+
+    def _note(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._known:
+            self._known.add(id(storage))
+            self._bytes += num_bytes
+            weakref.finalize(storage, self._given_back, id(storage), num_bytes)
+
+    def _given_back(self, storage: int, num_bytes: int) -> None:
+        self._known.discard(storage)
+        self._bytes -= num_bytes
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
