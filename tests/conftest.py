@@ -1,15 +1,18 @@
-"""What all tests share: a fixed seed, a single thread and the log as it was, so that runs repeat."""
+"""What all tests share: a fixed seed, a single thread, the log as it was, a cache of their own."""
 
 import logging
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from graphpar.neighbours import reference_s
 
 # A suite started in the background of a shell ignores interrupts, and so would the processes that tests
 # start and interrupt.
@@ -31,6 +34,25 @@ def _repeatable() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     log.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees or changes what this machine keeps: a calibration of it would change every plan."""
+    kept = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    with pytest.MonkeyPatch.context() as patch:
+        if "MPLCONFIGDIR" not in os.environ:  # its list of fonts takes seconds to make
+            patch.setenv("MPLCONFIGDIR", str(Path(kept) / "matplotlib"))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine_looked_at_once() -> Iterator[None]:
+    """A job whose step was predicted badly, as of most tiny models, asks how fast the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graphpar.runtime.job.reference_s", cache(reference_s))
+        yield
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from captures import prepared_once
 from torch import nn
 
 from graphpar.cluster import Cluster
@@ -23,7 +24,7 @@ from graphpar.passes.place import place_ops
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.planner import plan_of, price
 from graphpar.plans import Plan, hash_of
-from graphpar.preparation import Prepared, prepare
+from graphpar.preparation import Prepared
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import compare_gradients, relative_difference
@@ -123,7 +124,7 @@ def force(
     stages compute what is inside their units again for the backward. `zero` is the ZeRO level of all.
     Where something needs the whole batch, all forwards come first, whatever the schedule asked for.
     """
-    prepared = prepared or prepare(model, args, kwargs or {}, train)
+    prepared = prepared or prepared_once(model, args, kwargs or {}, train)
     schedule = "gpipe" if prepared.tail_reason else schedule
     count = sum(_num_devices(line) for line in lines)
     where = as_cluster(cluster) if cluster is not None else cpus(count)
