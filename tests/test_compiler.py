@@ -22,7 +22,7 @@ def sgd(lr: float = 0.1) -> Training:
 
 def small_gpt() -> GPT:
     torch.manual_seed(0)
-    return GPT(width=32, layers=4, heads=2, length=16)
+    return GPT(width=32, layers=2, heads=2, length=16)
 
 
 def broken_factory(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -62,7 +62,7 @@ def test_compile_trains_like_one_device() -> None:
 
 def test_faster_devices_get_more(tmp_path: Path) -> None:
     """Over slowdowns 1, 2, 3 the work is uneven and in the order of speed."""
-    model = GPT(width=192, layers=6, heads=6, length=64)
+    model = GPT(width=192, layers=4, heads=6, length=64)
     plan = graphpar.plan(model, CPUS, example_inputs(16, 64), train=sgd())
     seconds = {r.device: r.forward_s for s in plan.stages for r in s.replicas}
     sped = {"local/0": 1.0, "local/1": 2.0, "local/2": 3.0}
@@ -76,7 +76,7 @@ def test_faster_devices_get_more(tmp_path: Path) -> None:
 
 def test_plan_needs_no_weights_and_no_gpu() -> None:
     with torch.device("meta"):
-        model = GPT(width=1024, layers=8, heads=16, length=512)
+        model = GPT(width=1024, layers=4, heads=16, length=512)
         batch = example_inputs(16, 512)
     plan = graphpar.plan(model, H100_V100, batch, train=sgd())
     assert set(plan.predicted_peak_bytes) <= {"a/0", "a/1", "b/0", "b/1", "b/2", "b/3"}
@@ -103,7 +103,7 @@ def test_unknown_device_names_the_nearest() -> None:
 def test_plan_for_another_model_cluster_or_mode_is_refused() -> None:
     batch = example_inputs(4, 16)
     plan = graphpar.plan(small_gpt(), CPUS, batch, train=sgd())
-    other = GPT(width=32, layers=3, heads=2, length=16)
+    other = GPT(width=32, layers=1, heads=2, length=16)
     with pytest.raises(graphpar.PlanError, match="model"):
         graphpar.compile(other, CPUS, batch, train=sgd(), plan=plan)
     with pytest.raises(graphpar.PlanError, match="cluster"):
@@ -174,7 +174,7 @@ def test_mixed_samples_keep_the_batch_whole_and_say_so() -> None:
 def test_truncated_search_is_said() -> None:
     """A search without time still plans, and says what it did not do."""
     with torch.device("meta"):
-        model = GPT(width=256, layers=24, heads=8, length=128)
+        model = GPT(width=256, layers=8, heads=8, length=128)
         batch = example_inputs(64, 128)
     plan = graphpar.plan(model, H100_V100, batch, train=sgd(), time_limit_s=1e-3, gap=0.0)
     assert plan.partition.truncated_by
