@@ -1,11 +1,13 @@
 """Jobs whose partition is forced, so that a test decides who runs what, and their comparison."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import cloudpickle
 import torch
 from captures import prepared_once
 from torch import nn
@@ -67,6 +69,15 @@ def straight(num_stages: int, microbatches: int = 1) -> tuple[Line, ...]:
 
 GPU_FIRST = bool(os.environ.get("GRAPHPAR_TEST_GPU"))
 """Whether the first worker of `cpus` is this machine's first CUDA device."""
+
+
+def sent_whole(module: str) -> None:
+    """Send workers the functions of a test module as they are.
+
+    By name they would import the module, and with it pytest and all of the compiler: a second or two of
+    each worker of each job.
+    """
+    cloudpickle.register_pickle_by_value(sys.modules[module])
 
 
 def cpus(count: int, **keys: Any) -> Cluster:
@@ -345,6 +356,7 @@ __all__ = [
     "eager",
     "finest_chain",
     "force",
+    "sent_whole",
     "sgd",
     "state_of",
     "straight",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GPU_FIRST, TRAINING, Forced, Line, cpus, force, straight
+from helpers import GPU_FIRST, TRAINING, Forced, Line, cpus, force, sent_whole, straight
 from torch import nn
 
 import graphpar
@@ -24,6 +24,9 @@ from graphpar.runtime.local import LocalWorkers
 from graphpar.training import Training
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+
+
+sent_whole(__name__)
 
 
 class Net(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Line, check_training, force
+from own_optimizers import Common
 from torch import nn
 
 import graphpar
@@ -51,16 +52,6 @@ class Lamb(torch.optim.Optimizer):
                 second = state.setdefault("second", torch.zeros_like(p)).lerp_(p.grad.square(), 0.01)
                 way = first / (second.sqrt() + 1e-4)
                 p.sub_(way, alpha=group["lr"] * float(p.norm() / way.norm()))
-
-
-class Common(torch.optim.SGD):
-    """Steps whose length depends on the gradients of all parameters together."""
-
-    def step(self, closure: Any = None) -> Any:
-        norms = [p.grad.norm() for g in self.param_groups for p in g["params"]]
-        for group in self.param_groups:
-            group["lr"] = 0.1 / float(torch.stack(norms).norm())
-        return super().step(closure)
 
 
 class Factored(torch.optim.Optimizer):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Line, check_training, cpus, force, straight
+from helpers import Line, check_training, cpus, force, sent_whole, straight
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -19,6 +19,7 @@ from graphpar.runtime.checkpoint import read_manifest
 from graphpar.runtime.optimizers import Intended, Recipe, made_as_intended, on_one_device
 from graphpar.training import Training
 
+sent_whole(__name__)
 BATCH = (torch.randn(6, 4), torch.randn(6, 4))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Line, check_training, force, state_of
+from helpers import Line, check_training, force, sent_whole, state_of
 from test_equality import Language, sentences
 from torch import nn
 
@@ -17,6 +17,8 @@ from graphpar.planner import price
 from graphpar.runtime.zero import refuse_levels
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
+
+sent_whole(__name__)
 
 
 def by_dimensions(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
