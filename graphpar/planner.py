@@ -41,14 +41,16 @@ from graphpar.optimizer_probe import (
 from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
-from graphpar.partition.types import Partition, TensorWidth
+from graphpar.partition.types import Partition, Replica, TensorWidth
 from graphpar.plan_build import PlanSubject, make_plan, predict
+from graphpar.plan_choice import choose_plan
 from graphpar.plan_records import PlanPrecision
 from graphpar.plans import Plan, hash_of
 from graphpar.precision import (
     Formats,
     check_precision,
     labelled,
+    quarrels,
     rewritten_by_device,
     slow_format_notes,
     unmeasured_notes,
@@ -56,7 +58,7 @@ from graphpar.precision import (
 )
 from graphpar.preparation import Prepared, lower, trial_of
 from graphpar.runtime.assemble import stage_links
-from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
+from graphpar.schedule_choice import UnavailableScheduleError
 from graphpar.sensitivity import (
     Sensitivities,
     TrueErrors,
@@ -125,6 +127,37 @@ def price(
     return table
 
 
+def with_groups(
+    table: CostTable,
+    prepared: Prepared,
+    cluster: Cluster,
+    groups: Sequence[Replica],
+    *,
+    train: Training | None,
+    formats: Formats,
+    calibration: Calibration | None,
+) -> CostTable:
+    """The table with a price for each tensor group, in the formats of its members."""
+    lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
+    return with_group_modes(table, prepared.graph, cluster, groups, calibration, train, lower)
+
+
+def may_repeat(table: CostTable) -> bool:
+    """Whether units may run a second time in a step, and their state be divided.
+
+    What writes into buffers (there, samples mix) cannot run twice.
+    """
+    return table.training and not table.batch_reason and not table.in_step_reason
+
+
+def uncut_note(optimizer: str) -> str:
+    """Why a model stays in one piece."""
+    return (
+        f"the model is not cut: a step of {optimizer} on one parameter depends on all others, so that "
+        "every device holds all of them"
+    )
+
+
 def plan_prepared(
     prepared: Prepared,
     cluster: Cluster,
@@ -183,16 +216,19 @@ def plan_prepared(
         table = price(
             prepared, cluster, train=train, calibration=calibration, formats=formats, timings=timings
         )
-        one_part = bool(prepared.batch_reason or prepared.in_step_reason)
         if candidates:
-            lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
-            table = with_group_modes(
-                table, prepared.graph, cluster, candidates, calibration, train, lower
+            table = with_groups(
+                table,
+                prepared,
+                cluster,
+                candidates,
+                train=train,
+                formats=formats,
+                calibration=calibration,
             )
-        if train is not None and not one_part:
-            # What writes into buffers (there, samples mix) cannot run twice.
-            table = with_modes(table, StageOptions(recompute=True, zero=levels))
-        return table
+        return (
+            with_modes(table, StageOptions(recompute=True, zero=levels)) if may_repeat(table) else table
+        )
 
     def solve(table: CostTable) -> Partition:
         found = partition_chain(
@@ -219,15 +255,15 @@ def plan_prepared(
             raise with_format_remedies(error, cluster, precision, number, table_of, wish) from None
         notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
     if joins:
-        notes = (
-            *notes,
-            f"the model is not cut: a step of {joins} on one parameter depends on all others, so that "
-            "every device holds all of them",
-        )
+        notes = (*notes, uncut_note(joins))
     if widest > 1 and prepared.in_step_reason:
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
     notes = (*notes, *width_notes(answer.found, tensor, candidates))
-    found = _scheduled(answer.table, answer.found, schedule, microbatches)
+    found = answer.found
+    if not joins:
+        # A model that is not cut has no stages that wait for each other.
+        chosen = _scheduled(answer.table, found, schedule, microbatches)
+        found = found if quarrels(chosen, answer.formats) else chosen
     sizes = [n for pipeline in answer.found.pipelines for n in pipeline.sizes()]
     # Under `auto` most of the work may stay in float32.
     wide = precision if precision != "auto" else "float32"
@@ -277,15 +313,20 @@ def _errors(
 def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:
     """How many microbatches to plan for; a batch that must stay whole is one, and says so."""
     wanted = train.microbatches if train else "auto"
-    reason = prepared.batch_reason or prepared.in_step_reason
+    reason = whole_reason(prepared)
     if wanted in ("auto", 1) or not reason:
         return wanted
-    warnings.warn(
-        f"Training(microbatches={wanted}) is ignored: {reason}, so that the samples of a pipeline must "
-        "stay together to give the numbers of one device. They are one microbatch.",
-        stacklevel=4,
-    )
+    warnings.warn(f"Training(microbatches={wanted}) is ignored: {reason}", stacklevel=4)
     return "auto"
+
+
+def whole_reason(prepared: Prepared) -> str:
+    """Why the samples of a pipeline are one microbatch; empty where they need not be."""
+    reason = prepared.batch_reason or prepared.in_step_reason
+    return reason and (
+        f"{reason}, so that the samples of a pipeline must stay together to give the numbers of one "
+        "device. They are one microbatch."
+    )
 
 
 def _scheduled(
@@ -295,7 +336,7 @@ def _scheduled(
     if not table.training:
         return found
     try:
-        return choose_schedule(table, found, wish, microbatches)
+        return choose_plan(table, found, wish, microbatches)
     except UnavailableScheduleError as error:
         warnings.warn(
             f"Training(schedule={wish!r}) is ignored: {error}. The schedule is {found.schedule}.",
@@ -305,39 +346,49 @@ def _scheduled(
 
 
 def _zero_levels(train: Training | None) -> tuple[int, ...]:
-    """ZeRO levels besides 0 that stages may choose."""
+    """ZeRO levels besides 0 that stages may choose, with a warning where that is less than asked for."""
     if train is None or not train.zero:
         return ()
-    traits = optimizer_traits(train.optimizer)
-    if traits.by_slices:
-        most = train.zero
-        if most > 1 and train.schedule in ("interleaved", "zero-bubble"):
-            most = 1
-            warnings.warn(
-                f"Training(zero={train.zero}) is taken for zero=1: under the schedule {train.schedule} "
-                "gradients are not divided among replicas. Level 2 runs under 1f1b and gpipe.",
-                stacklevel=4,
-            )
-        return tuple(range(1, most + 1))
-    warnings.warn(
-        f"Training(zero={train.zero}) is ignored: {traits.name} needs whole parameters, so its state "
-        "cannot be divided among replicas by rows.",
-        stacklevel=4,
-    )
-    return ()
+    levels = zero_levels(train, train.schedule)
+    if not levels:
+        warnings.warn(
+            f"Training(zero={train.zero}) is ignored: {optimizer_traits(train.optimizer).name} needs "
+            "whole parameters, so its state cannot be divided among replicas by rows.",
+            stacklevel=4,
+        )
+    elif max(levels) < train.zero:
+        warnings.warn(
+            f"Training(zero={train.zero}) is taken for zero=1: under the schedule {train.schedule} "
+            "gradients are not divided among replicas. Level 2 runs under 1f1b and gpipe.",
+            stacklevel=4,
+        )
+    return levels
+
+
+def zero_levels(train: Training | None, schedule: ScheduleWish) -> tuple[int, ...]:
+    """ZeRO levels besides 0 that stages may choose under the schedule wished for."""
+    if train is None or not train.zero or not optimizer_traits(train.optimizer).by_slices:
+        return ()
+    most = min(train.zero, 1) if schedule in ("interleaved", "zero-bubble") else train.zero
+    return tuple(range(1, most + 1))
 
 
 def _schedule(prepared: Prepared, train: Training | None) -> ScheduleWish:
     """The schedule to plan for; where the whole batch has to be there before any backward it is GPipe."""
     wanted: ScheduleWish = train.schedule if train else "auto"
-    if wanted in ("auto", "gpipe") or not prepared.tail_reason:
+    reason = gpipe_reason(prepared)
+    if wanted in ("auto", "gpipe") or not reason:
         return wanted
-    warnings.warn(
-        f"Training(schedule={wanted!r}) is ignored: {prepared.tail_reason}, so that all forwards have to "
-        "come before the first backward. The schedule is GPipe.",
-        stacklevel=4,
-    )
+    warnings.warn(f"Training(schedule={wanted!r}) is ignored: {reason}", stacklevel=4)
     return "gpipe"
+
+
+def gpipe_reason(prepared: Prepared) -> str:
+    """Why no schedule but GPipe is possible; empty where others are."""
+    return prepared.tail_reason and (
+        f"{prepared.tail_reason}, so that all forwards have to come before the first backward. The "
+        "schedule is GPipe."
+    )
 
 
 def plan_of(

@@ -22,7 +22,15 @@ from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.handmade import even_split, greedy_split
 from graphpar.partition.settings import Microbatches, ScheduleWish, microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, StageChoice, StagePace
-from graphpar.simulated import Simulated, certified, deal_any, simulated, stage_links, stage_paces
+from graphpar.simulated import (
+    Simulated,
+    certified,
+    deal_any,
+    has_formula,
+    simulated,
+    stage_links,
+    stage_paces,
+)
 from graphpar.units import format_percent, format_seconds
 
 LEAST_GAIN = 0.10
@@ -39,6 +47,15 @@ _MOST_DEVICES = 32
 """Simple splits are tried besides on clusters up to this size."""
 
 _ROUNDING = 1e-9
+
+
+def judged_s(step_s: float, schedule: ScheduleName) -> float:
+    """A step as it is compared with others: without a formula it has to be that much shorter.
+
+    >>> judged_s(9.0, "1f1b"), judged_s(9.0, "zero-bubble")
+    (9.0, 10.0)
+    """
+    return step_s if has_formula(schedule) else step_s / (1 - LEAST_GAIN)
 
 
 class UnavailableScheduleError(ValueError):
@@ -240,7 +257,7 @@ class _Choice:
         """The plan as it was found, or under another schedule, with what the others would take."""
         if self.best is None and named:
             self._nothing()
-        wins = self.best is not None and (named or self.best.step_s < self.base_s * (1 - LEAST_GAIN))
+        wins = self.best is not None and (named or _judged_s(self.best) < self.base_s)
         if self.best is None or not wins:
             return replace(self.found, notes=(*self.found.notes, *self._notes(self.found.schedule)))
         others = [p.partition for _, p in self._in_order() if p is not self.best]
@@ -255,7 +272,7 @@ class _Choice:
                 "schedule: no bound is known but that on plans of any kind",
             ),
             family=f"plans of any kind, any order of work; the stages come from: {self.found.family}",
-            notes=(*_but_left_out(self.found.notes, best, self.found), *self._notes(best.schedule)),
+            notes=(*but_left_out(self.found.notes, best, self.found), *self._notes(best.schedule)),
             runners_up=(base, *(certified(self.table, p) for p in others[:2])),
             num_programs=self.found.num_programs,
             num_variables=self.found.num_variables,
@@ -341,12 +358,16 @@ def least_step_s(table: CostTable, pipelines: Sequence[PipelineChoice]) -> float
     return least_s
 
 
+def _judged_s(played: Simulated) -> float:
+    return judged_s(played.step_s, played.partition.schedule)
+
+
 def _is_deep(plan: Partition) -> bool:
     """Whether any stage waits for another more than once."""
     return any(len(p.stages) > 1 and p.microbatches > 1 for p in plan.pipelines)
 
 
-def _but_left_out(notes: Sequence[str], best: Partition, found: Partition) -> Iterator[str]:
+def but_left_out(notes: Sequence[str], best: Partition, found: Partition) -> Iterator[str]:
     """What was said of the plan that was found, as far as it holds for another one."""
     same = set(best.used_devices) == set(found.used_devices)
     yield from (note for note in notes if same or not note.startswith("left out"))

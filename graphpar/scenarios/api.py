@@ -16,6 +16,7 @@ from graphpar.compiler import ClusterLike, as_cluster
 from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.budget import BudgetAnswer, best_within
 from graphpar.scenarios.cache import AnswerCache, default_folder
+from graphpar.scenarios.changes import check_format
 from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
@@ -36,7 +37,7 @@ from graphpar.training import Training
 from graphpar.units import format_percent, format_seconds
 from graphpar.view.notebook import preformatted
 
-Asked = Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str] | Scenario]
+Asked = str | Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str] | Scenario]
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,12 +115,14 @@ class Study:
         lines = []
         for name, gain in useless(self.baseline, self.without):
             told = f"{100 * gain:.0f} % faster" if gain > 0.005 else "nothing is lost"
-            lines.append(f"leave {name} out: {told}")
+            lines.append(f"leave {name}{',' * (',' in name)} out: {told}")
         if self.without and not lines:
             worst = min(self.without, key=lambda item: -(item[1].change(self.baseline) or -1.0))
-            change = worst[1].change(self.baseline)
-            told = f"costs {-100 * change:.0f} %" if change is not None else "leaves nothing that fits"
-            lines.append(f"every device earns its place; leaving out {worst[0]} {told}")
+            change, title = worst[1].change(self.baseline), worst[1].title
+            told = "leaves nothing that fits" if change is None else f"costs {-100 * change:.0f} %"
+            lines.append(
+                f"every device earns its place; leaving out {title}{',' * (',' in title)} {told}"
+            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def what_if(
         model: Any `nn.Module`; on the meta device is enough.
         cluster: The baseline's devices.
         scenarios: Changes in words (`graphpar.scenarios.changes`): a dict of names to a change or
-            several, or a sequence of them.
+            several, a sequence of them, or one.
         args: Positional arguments of an example batch, the global batch in size.
         kwargs: Keyword arguments of it.
         train: Plan training steps; without it, inference.
@@ -239,7 +242,7 @@ def what_if(
         if worth:
             shadow_prices(solver, baseline, first)
         if leave_out:
-            leave_one_out(solver, baseline)
+            leave_one_out(solver, baseline, first)
         first, answers = ask(solver, baseline, asked)
     return Study(
         model=book.baseline().graph.name,
@@ -247,7 +250,7 @@ def what_if(
         answers=answers,
         sweeps=sweeps,
         worths=shadow_prices(solver, baseline, first) if worth else (),
-        without=tuple(leave_one_out(solver, baseline)) if leave_out else (),
+        without=tuple(leave_one_out(solver, baseline, first)) if leave_out else (),
         budget=None
         if budget_usd_per_h is None
         else best_within(solver, baseline, budget_usd_per_h, instances),
@@ -263,7 +266,8 @@ def baseline_setting(
     tensor: TensorWidth = 1,
     prices: Mapping[str, float] = MappingProxyType({}),
 ) -> Setting:
-    """The job as it is; ClusterError if a price is of no node."""
+    """The job as it is; ClusterError if a price is of no node, ValueError if there is no such format."""
+    check_format(precision)
     return Setting(
         cluster=cluster,
         batch=batch,
@@ -292,13 +296,15 @@ def check_scenarios(baseline: Setting, scenarios: Sequence[Scenario]) -> None:
 
 
 def as_scenarios(asked: Asked) -> tuple[Scenario, ...]:
-    """Scenarios from names and words.
+    """Scenarios from names and words; a text alone is one scenario.
 
     >>> as_scenarios({"less": "drop a/0", "more": ["set batch=8", "drop a/1"]})[1].changes
     ('set batch=8', 'drop a/1')
     >>> as_scenarios(["drop a/0; set batch=8"])[0].changes
     ('drop a/0', 'set batch=8')
     """
+    if isinstance(asked, str):
+        asked = (asked,)
     if isinstance(asked, Mapping):
         return tuple(Scenario(name, _changes(changes)) for name, changes in asked.items())
     return tuple(item if isinstance(item, Scenario) else Scenario("", _changes(item)) for item in asked)

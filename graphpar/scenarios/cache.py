@@ -11,7 +11,7 @@ import msgspec
 
 from graphpar.scenarios.types import Answer
 
-FORMAT = 5
+FORMAT = 6
 """Part of every key; raised when answers get other fields or other meaning."""
 
 

@@ -106,7 +106,10 @@ def parse_layout(text: str) -> Layout:
     >>> parse_layout("pp=4 m=8")
     Layout(tensor=1, pipeline=4, data=1, microbatches=8)
     """
-    values = dict(re.findall(r"(tp|pp|dp|m)=(\d+)", text))
+    given = re.findall(r"(tp|pp|dp|m)=(\d+)", text)
+    values = dict(given)
+    if len(values) < len(given):
+        raise ValueError(f"configuration {text!r} says the same twice; leave one out")
     if not values.keys() & {"tp", "pp", "dp"}:
         raise ValueError(
             f"configuration {text!r} says nothing of tp, pp or dp, which would be one device; write for "
@@ -162,9 +165,23 @@ def _set(setting: Setting, rest: str) -> Setting:
     return set_in_cluster(setting, owner, field, text)
 
 
+def check_format(precision: str) -> None:
+    """Make sure that a whole job can be planned in a format.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if precision == "auto":
+        raise ValueError(
+            "precision=auto chooses formats unit by unit, by errors that are measured; what-if plans in "
+            f"one format: give one of {', '.join(PRECISIONS)}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not known; give one of {', '.join(PRECISIONS)}")
+
+
 def _set_precision(setting: Setting, text: str) -> Setting:
-    if text not in PRECISIONS:
-        raise ValueError(f"precision {text!r} is not known; give one of {', '.join(PRECISIONS)}")
+    check_format(text)
     return replace(setting, precision=text)
 
 
@@ -187,10 +204,13 @@ def _set_microbatches(setting: Setting, text: str) -> Setting:
 
 
 def _set_tensor(setting: Setting, text: str) -> Setting:
-    if "x" in text:
-        first, _, second = text.partition("x")
-        return replace(setting, tensor=(whole("tensor", first), whole("tensor", second)))
-    return replace(setting, tensor="auto" if text == "auto" else whole("tensor", text))
+    if text == "auto":
+        return replace(setting, tensor="auto")
+    numbers = text.split("x")
+    if len(numbers) > 2 or not all(numbers):
+        raise ValueError(f"tensor={text} is not understood; give a number, two as in 2x4, or auto")
+    widths = [whole("tensor", number) for number in numbers]
+    return replace(setting, tensor=(widths[0], widths[1]) if len(widths) == 2 else widths[0])
 
 
 def _set_recompute(setting: Setting, text: str) -> Setting:

@@ -17,10 +17,18 @@ from graphpar.scenarios.types import OPTIMIZER_STATES, OPTIMIZER_UPDATES, Settin
 
 
 def covers(large: Setting, small: Setting, given_state: float = inf, given_update: float = inf) -> bool:
-    """Whether any plan of `small` runs under `large`, in no more time per sample.
+    """Whether any plan of `small` runs under `large`, in no more time per sample; see `places`."""
+    return places(large, small, given_state, given_update) is not None
 
-    The batch of `large` may be a multiple of that of `small`: each pipeline then takes more microbatches
-    of the same size before one update.
+
+def places(
+    large: Setting, small: Setting, given_state: float = inf, given_update: float = inf
+) -> dict[str, str] | None:
+    """Where any plan of `small` runs under `large` in no more time per sample: device by device.
+
+    Equal devices of a node stand in for each other, and so do equal nodes. The batch of `large` may be a
+    multiple of that of `small`: each pipeline then takes more microbatches of the same size before one
+    update.
 
     Args:
         large: What may be better.
@@ -28,13 +36,16 @@ def covers(large: Setting, small: Setting, given_state: float = inf, given_updat
         given_state: Bytes of state per byte of parameters of the caller's own optimiser, where it is one
             that works element by element.
         given_update: Bytes that its update takes on a GPU, per byte of gradients.
+
+    Returns:
+        By device of `small` the one that takes its place; None where that is not so.
     """
     if large.layout is not None and large.layout != small.layout:
-        return False
+        return None
     alike = all(
         getattr(large, name) == getattr(small, name) for name in ("seq_len", "training", "precision")
     )
-    return (
+    possible = (
         alike
         and _batch_covers(large, small)
         and _optimizer_covers(large.optimizer, small.optimizer, given_state, given_update)
@@ -43,8 +54,8 @@ def covers(large: Setting, small: Setting, given_state: float = inf, given_updat
         and large.recompute in (None, small.recompute)
         and width(large.tensor) >= _width_used(small)
         and (large.tensor == small.tensor or not isinstance(small.tensor, tuple))
-        and _cluster_covers(large.cluster, small.cluster, large.layout is not None)
     )
+    return _places(large.cluster, small.cluster, large.layout is not None) if possible else None
 
 
 def with_these_alone(setting: Setting, used: Collection[str]) -> Setting:
@@ -80,37 +91,74 @@ def _optimizer_covers(large: str, small: str, given_state: float, given_update: 
     return states[large] <= states[small] < inf and updates[large] <= updates[small]
 
 
-def _cluster_covers(large: Cluster, small: Cluster, same_devices: bool) -> bool:
-    mine = {device.name: device for device in large.devices}
-    if same_devices and list(mine) != [device.name for device in small.devices]:
-        return False
-    if not all(d.name in mine and _device_covers(mine[d.name], d) for d in small.devices):
-        return False
-    return _links_cover(large, small)
+def _places(large: Cluster, small: Cluster, same_devices: bool) -> dict[str, str] | None:
+    if same_devices and [d.name for d in large.devices] != [d.name for d in small.devices]:
+        return None
+    if len(small.nodes) > 1 and not _link_covers(large.network, small.network):
+        return None
+    moved = _places_of_nodes(large, small)
+    if moved is None or not _pairs_cover(large, small):
+        return None
+    # A configuration made by hand takes devices as they come.
+    return None if same_devices and any(mine != other for mine, other in moved.items()) else moved
+
+
+def _places_of_nodes(large: Cluster, small: Cluster) -> dict[str, str] | None:
+    """Each node in the one of its name where that is enough, else in any other that is."""
+    free = {node.name: node for node in large.nodes}
+    moved: dict[str, str] = {}
+    waiting: list[Node] = []
+    for node in small.nodes:
+        own = free.get(node.name)
+        found = _places_in_node(own, node, small) if own is not None else None
+        if found is None:
+            waiting.append(node)
+            continue
+        del free[node.name]
+        moved |= found
+    if waiting and (large.pairs or small.pairs):
+        # Nodes with links of their own are not like others.
+        return None
+    for node in waiting:
+        able = ((name, _places_in_node(other, node, small)) for name, other in free.items())
+        name, there = next(((n, p) for n, p in able if p is not None), ("", None))
+        if there is None:
+            return None
+        del free[name]
+        moved |= there
+    return moved
+
+
+def _places_in_node(large: Node, small: Node, cluster: Cluster) -> dict[str, str] | None:
+    """Each device in that of its name, or in an equal one, or else in the weakest that is no worse."""
+    if len(small.devices) > 1 and not _link_covers(large.link, small.link):
+        return None
+    if len(cluster.nodes) > 1 and not _card_covers(large, small, cluster.network):
+        return None
+    free = sorted(large.devices, key=lambda d: (d.memory_bytes, -d.slowdown))
+    moved: dict[str, str] = {}
+    # Who may only stand where few may is placed first.
+    for device in sorted(small.devices, key=lambda d: (-d.memory_bytes, d.slowdown)):
+        able = [d for d in free if _device_covers(d, device)]
+        if not able:
+            return None
+        own = next((d for d in able if d.name == device.name), able[0])
+        free.remove(own)
+        moved[device.name] = own.name
+    return moved
 
 
 def _device_covers(large: Device, small: Device) -> bool:
     return (
-        large.node == small.node
-        and large.to_dict() | {"memory_bytes": 0, "slowdown": 1.0}
+        large.to_dict() | {"memory_bytes": 0, "slowdown": 1.0}
         == small.to_dict() | {"memory_bytes": 0, "slowdown": 1.0}
         and large.memory_bytes >= small.memory_bytes
         and large.slowdown <= small.slowdown
     )
 
 
-def _links_cover(large: Cluster, small: Cluster) -> bool:
-    mine = {node.name: node for node in large.nodes}
-    for node in small.nodes:
-        if len(node.devices) > 1 and not _link_covers(mine[node.name].link, node.link):
-            return False
-    if len(small.nodes) < 2:
-        return True
-    if not _link_covers(large.network, small.network):
-        return False
+def _pairs_cover(large: Cluster, small: Cluster) -> bool:
     names = {node.name for node in small.nodes}
-    if not all(_card_covers(mine[node.name], node, small.network) for node in small.nodes):
-        return False
     faster = {frozenset(pair): link for pair, link in large.pairs if set(pair) <= names}
     slower = {frozenset(pair): link for pair, link in small.pairs}
     return faster.keys() == slower.keys() and all(_link_covers(faster[k], slower[k]) for k in slower)

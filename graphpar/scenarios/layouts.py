@@ -1,7 +1,6 @@
 """Hand-made configurations: widths of tensor, pipeline and data parallelism, priced as given.
 
-Tensor groups are priced as the planner prices them: in float32 by solving how the members share every
-layer, in other formats, and where units are computed again, by the rule of `cost_models.modes`.
+Tensor groups are priced as the planner prices them, by solving how the members share every layer.
 """
 
 from dataclasses import replace
@@ -138,7 +137,10 @@ def tensor_groups(table: CostTable, width: int) -> list[Replica]:
 
 
 def recomputed(table: CostTable) -> CostTable:
-    """The table where every unit keeps its input alone and runs forward again before backward."""
+    """The table where every unit keeps its input alone and runs forward again before backward.
+
+    Ways of its plain rows besides that (groups, ZeRO) are told as if they did not.
+    """
     entering, _ = crossing_bytes(table)
     plain = table.every_mode[: len(table.device_classes)]
     again = [recomputed_mode(table, mode, entering).costs for mode in plain]
@@ -159,4 +161,5 @@ def recomputed(table: CostTable) -> CostTable:
         )
         for i, cost in enumerate(table.costs)
     )
-    return replace(table, costs=costs, modes=())
+    ways = [m for m in table.modes if m.recompute and (m.zero or len(m.members) > 1)]
+    return replace(table, costs=costs, modes=tuple(replace(m, recompute=False) for m in ways))

@@ -20,14 +20,14 @@ from graphpar.cost_options import StageOptions
 from graphpar.device import Device
 from graphpar.ir.graph import Graph
 from graphpar.optimizer_memory import update_share
-from graphpar.optimizer_probe import optimizer_traits
+from graphpar.optimizer_probe import joining_optimizer
 from graphpar.partition.types import Replica
-from graphpar.planner import optimizer_state, price
-from graphpar.precision import formats_of, rewritten_by_device, uniform_formats
+from graphpar.planner import may_repeat, optimizer_state, price, with_groups, zero_levels
+from graphpar.precision import Formats, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
-from graphpar.tensor_groups import candidate_groups, mesh_of, widest_group, with_group_modes
+from graphpar.tensor_groups import candidate_groups, mesh_of, widest_group
 from graphpar.training import Training
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -61,6 +61,7 @@ class PriceBook:
     _prepared: dict[tuple[int | None, int | None], Prepared] = field(default_factory=dict)
     _tables: dict[str, CostTable] = field(default_factory=dict)
     _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
+    _formats: dict[str, Formats] = field(default_factory=dict)
     _far: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def baseline(self) -> Prepared:
@@ -82,16 +83,15 @@ class PriceBook:
             ValueError: The setting needs inputs that nobody can make.
             CaptureError: The model cannot be captured at that sequence length.
         """
-        key = costs_by(setting)
+        key = self._costs_by(setting)
         if key not in self._tables:
-            prepared = self._prepare(setting)
-            units = len(prepared.chain.units)
+            prepared = self.prepared(setting)
             self._tables[key] = price(
                 prepared,
                 setting.cluster,
-                train=_training(self.train, setting.optimizer),
+                train=training_of(self.train, setting.optimizer),
                 calibration=self.calibration,
-                formats=uniform_formats(setting.cluster, setting.precision, units),
+                formats=self.formats(setting),
             )
         # Links and how many devices of a class there are: they do not change what a unit costs on one.
         return self._with_modes(self._placed(self._tables[key], setting), setting)
@@ -102,7 +102,7 @@ class PriceBook:
         classes = zip(table.device_classes, device_classes(cluster), strict=True)
         few_row = table.few_row_bytes
         if table.training:
-            prepared, most = self._prepare(setting), min(table.max_replicas, len(cluster.devices))
+            prepared, most = self.prepared(setting), min(table.max_replicas, len(cluster.devices))
             few_row = few_row_bytes(prepared.graph, prepared.chain, table.units, most)
         return replace(
             table,
@@ -116,68 +116,94 @@ class PriceBook:
     def _with_modes(self, table: CostTable, setting: Setting) -> CostTable:
         """The table with the ways to run units that the setting leaves open, or asks for."""
         wish = (setting.recompute, setting.layout and setting.layout.tensor, setting.tensor)
-        key = f"{costs_by(setting)} {wish} {table.few_row_bytes}"
+        levels = zero_levels(self.train, setting.schedule)
+        key = f"{self._costs_by(setting)} {wish} {levels} {table.few_row_bytes}"
         if wish[1:] not in ((None, 1), (1, 1)):
             # What groups take depends on which devices share a node, and over which links.
             inside = [(node.name, str(node.link.cost)) for node in setting.cluster.nodes]
-            key = f"{priced_by(setting)} {wish} {inside}"
+            key = f"{priced_by(setting)} {self._settled(setting)} {wish} {levels} {inside}"
         if key not in self._modes:
             self._modes[key] = self._all_modes(table, setting).modes
         return replace(table, modes=self._modes[key])
 
     def _all_modes(self, table: CostTable, setting: Setting) -> CostTable:
+        """The ways that the planner weighs; or those of the configuration asked for."""
         layout = setting.layout
+        groups: Sequence[Replica] = self._candidates(table, setting)
         if layout is not None:
-            if layout.tensor > 1 and setting.recompute:
-                options = StageOptions(recompute=True, tensor_widths=(layout.tensor,))
-                return with_modes(table, options)
-            groups = tensor_groups(table, layout.tensor) if layout.tensor > 1 else []
-            alike = {tuple(table.class_of[d] for d in g.devices): g for g in groups}
-            return self._with_groups(table, setting, list(alike.values()))
-        parts = setting.training and not table.batch_reason and not table.in_step_reason
-        if parts and not setting.recompute:
-            options = StageOptions(recompute=setting.recompute is None, zero=self._zero_levels())
-            table = with_modes(table, options)
+            own = tensor_groups(table, layout.tensor) if layout.tensor > 1 else []
+            groups = list({tuple(table.class_of[d] for d in g.devices): g for g in own}.values())
+        train = training_of(self.train, setting.optimizer)
+        if groups:
+            table = with_groups(
+                table,
+                self.prepared(setting),
+                setting.cluster,
+                groups,
+                train=train,
+                formats=self.formats(setting),
+                calibration=self.calibration,
+            )
+        if not may_repeat(table):
+            return table
+        levels = zero_levels(train, setting.schedule) if layout is None else ()
+        again = setting.recompute is not False if layout is None else bool(setting.recompute)
+        return with_modes(table, StageOptions(recompute=again, zero=levels))
+
+    def _candidates(self, table: CostTable, setting: Setting) -> Sequence[Replica]:
         widest = widest_group(setting.cluster, setting.tensor)
-        if widest < 2 or table.in_step_reason or setting.recompute:
-            return table
-        return self._with_groups(
-            table, setting, candidate_groups(setting.cluster, widest, mesh_of(setting.tensor))
-        )
-
-    def _with_groups(self, table: CostTable, setting: Setting, groups: Sequence[Replica]) -> CostTable:
-        if not groups:
-            return table
-        prepared = self._prepare(setting)
-        formats = uniform_formats(setting.cluster, setting.precision, len(prepared.chain.units))
-        lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
-        train = _training(self.train, setting.optimizer)
-        return with_group_modes(
-            table, prepared.graph, setting.cluster, groups, self.calibration, train, lower
-        )
-
-    def _zero_levels(self) -> tuple[int, ...]:
-        """ZeRO levels besides 0 that stages may choose, as the planner takes them."""
-        if self.train is None or not self.train.zero:
+        if widest < 2 or table.in_step_reason or self.joins(setting):
             return ()
-        if not optimizer_traits(self.train.optimizer).by_slices:
-            return ()
-        whole = self.train.schedule in ("interleaved", "zero-bubble")
-        return (1,) if whole else tuple(range(1, self.train.zero + 1))
+        return candidate_groups(setting.cluster, widest, mesh_of(setting.tensor))
+
+    def formats(self, setting: Setting) -> Formats:
+        """The format of each device: the one asked for where there is one that all agreed on."""
+        known = self._formats.get(priced_by(setting))
+        if known is not None:
+            return known
+        units = len(self.prepared(setting).chain.units)
+        return uniform_formats(setting.cluster, setting.precision, units)
+
+    def settle(self, setting: Setting, quarrels: Sequence[Sequence[str]]) -> None:
+        """Leave in float32 the kinds of devices that would share a stage but no format."""
+        agreed = settled(self.formats(setting), quarrels, setting.cluster)
+        self._formats[priced_by(setting)] = agreed
+
+    def _settled(self, setting: Setting) -> str:
+        """Which kinds compute in a lower format, where that is not as the setting has it."""
+        known = self._formats.get(priced_by(setting))
+        if known is None:
+            return ""
+        return repr(sorted({setting.cluster.device(name).kind for name in known.by_device}))
+
+    def _costs_by(self, setting: Setting) -> str:
+        return costs_by(setting) + self._settled(setting)
+
+    def joins(self, setting: Setting) -> str:
+        """The optimiser whose step on one parameter depends on all others; empty for any other."""
+        return joining_optimizer(training_of(self.train, setting.optimizer))
 
     def extrapolations(self, setting: Setting, used: Collection[str]) -> tuple[str, ...]:
         """What is guessed of the devices used, even for microbatches of one sample."""
-        key = f"{priced_by(setting)} {sorted(used)}"
+        key = f"{priced_by(setting)} {self._settled(setting)} {sorted(used)}"
         if key not in self._far:
-            graph = self._prepare(setting).graph
+            graph = self.prepared(setting).graph
             told: dict[str, None] = {}
-            for precision, devices in _by_format(setting, used).items():
+            for precision, devices in self.by_format(setting, used).items():
                 part = only(setting.cluster, devices)
                 told |= dict.fromkeys(extrapolations(graph, part, self.calibration, precision, 1))
             self._far[key] = tuple(told)
         return self._far[key]
 
-    def _prepare(self, setting: Setting) -> Prepared:
+    def by_format(self, setting: Setting, used: Collection[str]) -> dict[str, set[str]]:
+        """The used devices by the format they compute in: the one asked for, or float32 without it."""
+        lower, found = self.formats(setting).by_device, dict[str, set[str]]()
+        for name in used:
+            found.setdefault(setting.precision if name in lower else "float32", set()).add(name)
+        return found
+
+    def prepared(self, setting: Setting) -> Prepared:
+        """The capture at the setting's batch and sequence length."""
         base = self._capture(setting.seq_len, None)
         if setting.batch == base.graph.batch:
             return base
@@ -237,7 +263,8 @@ def _sequence_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return int(tensors[0].shape[1]) if tensors else 1
 
 
-def _training(train: Training | None, optimizer: str) -> Training | None:
+def training_of(train: Training | None, optimizer: str) -> Training | None:
+    """How a setting trains: as the caller does, or with another optimiser."""
     if train is None or optimizer == "given":
         return train
     state = OPTIMIZER_STATES[optimizer]
@@ -259,8 +286,8 @@ def trust(setting: Setting, book: PriceBook, used: Collection[str] = ()) -> tupl
     error = max(_error(d, calibration) for d in devices)
     remarks: list[str] = []
     if setting.precision != "float32":
-        remarks += uniform_formats(setting.cluster, setting.precision, 0).notes
-        if setting.precision in _by_format(setting, names):
+        remarks += book.formats(setting).notes
+        if setting.precision in book.by_format(setting, names):
             # Formats other than float32 were checked against fewer measurements.
             error *= 1.25
     if any(d.is_local_cpu for d in devices) and calibration is None:
@@ -271,16 +298,6 @@ def trust(setting: Setting, book: PriceBook, used: Collection[str] = ()) -> tupl
         error *= WIDER
         remarks += far
     return error, tuple(remarks)
-
-
-def _by_format(setting: Setting, used: Collection[str]) -> dict[str, set[str]]:
-    """The used devices by the format they compute in: the one asked for, or float32 without it."""
-    found: dict[str, set[str]] = {}
-    for device in setting.cluster.devices:
-        if device.name in used:
-            has = setting.precision in formats_of(device)
-            found.setdefault(setting.precision if has else "float32", set()).add(device.name)
-    return found
 
 
 def only(cluster: Cluster, names: Collection[str]) -> Cluster:

@@ -22,7 +22,7 @@ CSV_COLUMNS = (
 CUT_SHORT = "search cut short"
 """How the remark begins that a search ended before its proof."""
 
-IN_DATA_ONLY = (CUT_SHORT, "schedules", "the search itself ended", "left out")
+IN_DATA_ONLY = (CUT_SHORT, "schedules", "the search itself ended", "like pipelines", "left out")
 """Remarks on single scenarios that the page leaves to JSON and CSV."""
 
 

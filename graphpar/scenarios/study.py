@@ -13,17 +13,28 @@ from typing import Any, TypeVar
 from graphpar import catalogue
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError
-from graphpar.optimizer_probe import optimizer_traits
+from graphpar.optimizer_probe import optimizer_traits, refuse_random_steps
+from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
+from graphpar.planner import gpipe_reason, may_repeat, uncut_note, whole_reason
+from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
-from graphpar.scenarios.dominance import covers, with_these_alone
-from graphpar.scenarios.pricing import PriceBook, priced_by, trust
+from graphpar.scenarios.dominance import places, with_these_alone
+from graphpar.scenarios.naming import numbered, with_names
+from graphpar.scenarios.pricing import PriceBook, priced_by, training_of, trust
 from graphpar.scenarios.report import CUT_SHORT
-from graphpar.scenarios.solve import Task, answer_of, brought
+from graphpar.scenarios.solve import brought
+from graphpar.scenarios.task import Task
+from graphpar.scenarios.transfer import placed
 from graphpar.scenarios.types import Answer, KnownPlan, Scenario, Setting, renamed
 from graphpar.scenarios.workers import solving
+from graphpar.schedule_choice import LEAST_GAIN, judged_s
 from graphpar.simulated import has_formula
+from graphpar.units import format_seconds
+
+Places = Mapping[str, str]
+"""By device of a plan the one that takes its place elsewhere."""
 
 Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
@@ -68,13 +79,14 @@ class Solver:
     progress: Progress | None = None
     _known: dict[str, Answer] = field(default_factory=dict)
     _settings: dict[str, Setting] = field(default_factory=dict)
-    _compared: dict[tuple[str, str, tuple[str, ...]], bool] = field(default_factory=dict)
+    _compared: dict[tuple[str, str, tuple[str, ...]], Places | None] = field(default_factory=dict)
 
     def answers(self, settings: Sequence[Setting], time_limit_s: float | None = None) -> list[Answer]:
-        """One answer per setting; equal settings are solved once.
+        """One answer per setting; settings that differ in names of devices alone are solved once.
 
-        No answer is worse than what any other setting that was asked for gives as well (`covers`).
+        No answer is worse than what any other setting that was asked for gives as well (`places`).
         """
+        named, settings = settings, [numbered(setting) for setting in settings]
         limit_s = time_limit_s if time_limit_s is not None else self.limits.time_limit_s
         keys = [self._key(setting, limit_s) for setting in settings]
         missing = {
@@ -92,7 +104,10 @@ class Solver:
             done += 1
             self._tell(done, total)
         self._settle(tuple(dict.fromkeys(keys)))
-        return [self._known[key] for key in keys]
+        return [
+            with_names(self._known[key], own.cluster, setting.cluster)
+            for key, own, setting in zip(keys, settings, named, strict=True)
+        ]
 
     def _settle(self, keys: Sequence[str]) -> None:
         """Exchange answers for better ones that other plans give, until none is: each may help others."""
@@ -122,38 +137,39 @@ class Solver:
                 and step_s >= best.step_s * (1 - _ROUNDING)
             ):
                 break
-            if self._covers(key, name):
-                better = self._taken_over(setting, best, self._known[name])
+            there = self._places(key, name)
+            if there is not None:
+                better = self._taken_over(setting, best, self._known[name], there)
                 if better is not None and _shorter(better, best):
                     return better
         return best
 
-    def _taken_over(self, setting: Setting, mine: Answer, other: Answer) -> Answer | None:
+    def _taken_over(self, setting: Setting, mine: Answer, other: Answer, there: Places) -> Answer | None:
         """The other's plan as an answer to this setting, if that is better."""
         task = self._task(setting)
-        found = brought(task, other.plan) if other.plan is not None else None
+        found = brought(task, placed(other.plan, there)) if other.plan is not None else None
         if found is not None:
             made = self._valued(answer_of(task, found), setting)
             if made.step_s is not None and (
                 other.batch != mine.batch or made.step_s <= (other.step_s or 0)
             ):
                 return _better(mine, made, setting)
-        if other.batch != mine.batch:
+        if other.batch != mine.batch or any(name != place for name, place in there.items()):
             return None
         # Played under faster links an order of work may come out longer; it need not be changed.
         held = replace(other, any_bound_s=physical_bound_s(task.searched_table))
         return _better(mine, self._valued(held, setting), setting)
 
-    def _covers(self, large: str, small: str) -> bool:
-        """Whether the plan found for one setting is no slower in another; found once for each pair."""
+    def _places(self, large: str, small: str) -> Places | None:
+        """Where the plan found for one setting is no slower in another; found once for each pair."""
         used = self._known[small].used
         if (large, small, used) not in self._compared:
             needed = with_these_alone(self._settings[small], used)
-            self._compared[large, small, used] = self._is_covered(self._settings[large], needed)
+            self._compared[large, small, used] = self._moved(self._settings[large], needed)
         return self._compared[large, small, used]
 
-    def _is_covered(self, large: Setting, small: Setting) -> bool:
-        return covers(large, small, self._given_state, self.book.update_share())
+    def _moved(self, large: Setting, small: Setting) -> Places | None:
+        return places(large, small, self._given_state, self.book.update_share())
 
     @cached_property
     def _given_state(self) -> float:
@@ -192,8 +208,18 @@ class Solver:
     def _solved(
         self, missing: Mapping[str, Setting], time_limit_s: float
     ) -> Iterator[tuple[str, Answer]]:
-        if not missing:
-            return
+        """Answers as they come; where devices would share a stage but no format, in float32 instead."""
+        while missing:
+            again: dict[str, Setting] = {}
+            for key, answer in self._tried(missing, time_limit_s):
+                if answer.quarrels:
+                    self.book.settle(missing[key], answer.quarrels)
+                    again[key] = missing[key]
+                else:
+                    yield key, answer
+            missing = again
+
+    def _tried(self, missing: Mapping[str, Setting], time_limit_s: float) -> Iterator[tuple[str, Answer]]:
         with solving(self.limits.processes, len(missing)) as submit:
             waiting: dict[Future[list[Answer]], list[tuple[str, Setting]]] = {}
             for group in shared_out(_alike(missing), self.limits.processes or num_cores()):
@@ -221,30 +247,54 @@ class Solver:
             for key, answer in self._known.items()
             if answer.status == "ok" and answer.plan is not None and answer.step_s is not None
         ]
-        given = [
-            plan
-            for _, key, plan in sorted(known, key=lambda k: k[0])
-            if self._is_covered(setting, with_these_alone(self._settings[key], self._known[key].used))
-        ]
+        given = []
+        for _, key, plan in sorted(known, key=lambda k: k[0]):
+            alone = with_these_alone(self._settings[key], self._known[key].used)
+            there = self._moved(setting, alone)
+            given += [placed(plan, there)] if there is not None else []
         plans = dict.fromkeys([plan for _, _, plan in known[:1]] + given)
         return tuple(plans)[:MOST_HINTS]
 
     def _task(self, setting: Setting) -> Task:
+        """What a process works on, asked for as `plan` would.
+
+        Raises:
+            ValueError: The setting cannot be planned; says why.
+        """
+        train = training_of(self.book.train, setting.optimizer)
+        refuse_random_steps(train, len(setting.cluster.devices))
+        table, prepared = self.book.table(setting), self.book.prepared(setting)
+        if setting.recompute and not may_repeat(table) and table.training:
+            why = prepared.batch_reason or prepared.in_step_reason
+            raise ValueError(
+                f"recompute=on cannot be had: {why}, and what mixes samples cannot run twice"
+            )
         return Task(
-            self.book.table(setting),
-            setting.schedule,
-            setting.microbatches,
+            as_one_unit(table) if self.book.joins(setting) else table,
+            "gpipe" if setting.schedule != "auto" and gpipe_reason(prepared) else setting.schedule,
+            "auto" if whole_reason(prepared) else setting.microbatches,
             setting.recompute,
             setting.layout,
             self.limits.gap,
             self.limits.time_limit_s,
+            formats=dict.fromkeys(self.book.formats(setting).by_device, setting.precision),
         )
+
+    def _ignored(self, setting: Setting) -> tuple[str, ...]:
+        """What of the setting cannot be had, and what is done instead."""
+        prepared, told = self.book.prepared(setting), []
+        if setting.schedule not in ("auto", "gpipe") and gpipe_reason(prepared):
+            told.append(f"schedule={setting.schedule} is ignored: {gpipe_reason(prepared)}")
+        if setting.microbatches not in ("auto", 1) and whole_reason(prepared):
+            told.append(f"microbatches={setting.microbatches} is ignored: {whole_reason(prepared)}")
+        if joins := self.book.joins(setting):
+            told.append(uncut_note(joins))
+        return tuple(told)
 
     def _valued(self, answer: Answer, setting: Setting) -> Answer:
         """The answer with what only the setting knows: money, power, trust."""
         error, remarks = trust(setting, self.book, answer.used)
-        if setting.layout is not None and setting.layout.tensor > 1:
-            remarks = (*remarks, *_group_remarks(setting))
+        remarks = (*remarks, *self._ignored(setting))
         cluster = setting.cluster
         nodes = {cluster.device(name).node for name in answer.used}
         prices = dict(setting.usd_per_h)
@@ -275,7 +325,7 @@ def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
     bound_s = (mine.bound_s if searched else any_bound_s) or 0.0
     step_s = other.step_s or 0.0
     used = set(other.used)
-    cut = tuple(r for r in mine.remarks if r.startswith(CUT_SHORT))
+    cut = (*(r for r in mine.remarks if r.startswith(CUT_SHORT)), *_against_the_rule(mine, other))
     kept = (r for r in other.remarks if not r.startswith("left out"))
     return replace(
         other,
@@ -286,6 +336,19 @@ def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
         remarks=tuple(dict.fromkeys((*cut, *kept))),
         seconds=mine.seconds + other.seconds,
     )
+
+
+def _against_the_rule(mine: Answer, other: Answer) -> Iterator[str]:
+    """A remark where `plan` would keep the longer plan, for the bound that it has."""
+    if mine.plan is None or other.plan is None or mine.step_s is None or other.step_s is None:
+        return
+    here, there = mine.plan.schedule, other.plan.schedule
+    if judged_s(other.step_s, there) > judged_s(mine.step_s, here):
+        yield (
+            f"{there} is taken over from another scenario, so that what cannot be worse is not; by "
+            f"itself `plan` keeps {here} ({format_seconds(mine.step_s)}) unless another order is "
+            f"{100 * LEAST_GAIN:.0f} % shorter, or asked for by schedule={there}"
+        )
 
 
 def _shorter(mine: Answer, other: Answer) -> bool:
@@ -319,16 +382,6 @@ def shared_out(groups: Sequence[list[_Item]], processes: int) -> list[list[_Item
     """
     parts = [min(processes, len(group) // LEAST_TOGETHER) or 1 for group in groups]
     return [group[i::n] for group, n in zip(groups, parts, strict=True) for i in range(n)]
-
-
-def _group_remarks(setting: Setting) -> tuple[str, ...]:
-    """How tensor groups were priced."""
-    if not setting.recompute:
-        return ()
-    return (
-        "tensor groups with recomputation are priced by a rule: layers divided evenly at 90 % of full "
-        "speed, two sums per layer",
-    )
 
 
 def fair_limit_s(scenarios: int, processes: int | None) -> float:

@@ -37,17 +37,28 @@ class Sweep:
 def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sweep, ...]:
     """Sweeps from a dict of values by path, or from words; ValueError for more than two."""
     if isinstance(given, Mapping):
-        sweeps = tuple(
-            Sweep(path, tuple(f"{v:g}" if isinstance(v, float) else str(v) for v in values))
-            for path, values in given.items()
-        )
+        sweeps = tuple(Sweep(path, tuple(_written(v) for v in values)) for path, values in given.items())
     else:
-        sweeps = tuple(Sweep.parse(text) for text in given)
+        texts = (given,) if isinstance(given, str) else given
+        sweeps = tuple(Sweep.parse(text) for text in texts)
+    for sweep in sweeps:
+        if not sweep.values:
+            raise ValueError(f"the sweep over {sweep.path} has no values")
     if len(sweeps) > 2:
         raise ValueError(f"a sweep is over one or two things, not {len(sweeps)}")
     if len({sweep.path for sweep in sweeps}) < len(sweeps):
         raise ValueError(f"both sweeps are over {sweeps[0].path}; give all its values in one of them")
     return sweeps
+
+
+def _written(value: object) -> str:
+    """A value as it would be written; no digit of it is lost.
+
+    >>> _written(25e9), _written(1234567.5), _written(8)
+    ('2.5e+10', '1234567.5', '8')
+    """
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def scenarios_of(sweeps: Sequence[Sweep]) -> tuple[Scenario, ...]:

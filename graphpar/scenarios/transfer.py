@@ -1,11 +1,12 @@
 """Plans found for one setting, priced under another: where a search starts, and what it may not miss."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from graphpar.cost import CostTable
 from graphpar.errors import VerifyError
 from graphpar.partition.handmade import priced_plan
-from graphpar.partition.types import Partition, PipelineChoice
+from graphpar.partition.types import Partition, PipelineChoice, Replica
 from graphpar.scenarios.types import KnownPlan
 from graphpar.simulated import certified, deal_any, has_formula, simulated
 
@@ -51,6 +52,22 @@ def marked(pipelines: tuple[PipelineChoice, ...], *, recompute: bool) -> tuple[P
     return tuple(
         replace(p, stages=tuple(replace(s, recompute=recompute) for s in p.stages)) for p in pipelines
     )
+
+
+def placed(plan: KnownPlan, places: Mapping[str, str]) -> KnownPlan:
+    """The plan on other devices, each in the place of another."""
+
+    def moved(replica: Replica) -> Replica:
+        first, *others = (places[name] for name in replica.devices)
+        return replace(replica, device=first, others=tuple(others))
+
+    pipelines = tuple(
+        replace(
+            p, stages=tuple(replace(s, replicas=tuple(moved(r) for r in s.replicas)) for s in p.stages)
+        )
+        for p in plan.pipelines
+    )
+    return replace(plan, pipelines=pipelines)
 
 
 def _resized(plan: KnownPlan, batch: int) -> tuple[PipelineChoice, ...] | None:

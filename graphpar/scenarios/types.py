@@ -160,6 +160,7 @@ class Answer:
         one_device_s: Step time on the best single device, where the model fits into one.
         seconds: Time the search took.
         plan: The plan itself, for other scenarios to start from.
+        quarrels: Devices that would share a stage but no format; such an answer is asked for again.
     """
 
     title: str
@@ -184,6 +185,7 @@ class Answer:
     seconds: float = 0.0
     any_bound_s: float | None = None
     plan: KnownPlan | None = None
+    quarrels: tuple[tuple[str, ...], ...] = ()
 
     @property
     def samples_per_s(self) -> float | None:

@@ -13,7 +13,8 @@ from types import ModuleType
 
 from graphpar.cluster_build import num_cores
 from graphpar.errors import RunError
-from graphpar.scenarios.solve import Task, solve_together
+from graphpar.scenarios.solve import solve_together
+from graphpar.scenarios.task import Task
 from graphpar.scenarios.types import Answer
 
 Submit = Callable[[list[Task]], "Future[list[Answer]]"]

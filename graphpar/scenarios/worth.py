@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from graphpar.cluster import Cluster
+from graphpar.device import Link
+from graphpar.scenarios.pricing import only
 from graphpar.scenarios.study import Solver
-from graphpar.scenarios.types import Answer, Setting, Worth
+from graphpar.scenarios.types import Answer, Setting, Worth, renamed
 
 MEMORY_STEP_BYTES = 2**30
 SPEED_STEP = 1.1
@@ -30,36 +32,39 @@ def shadow_prices(solver: Solver, setting: Setting, answer: Answer) -> tuple[Wor
     )
 
 
-def leave_one_out(solver: Solver, setting: Setting) -> list[tuple[str, Answer]]:
-    """The plans without each device (equal devices of a node once), by device name."""
+def leave_one_out(solver: Solver, setting: Setting, answer: Answer) -> list[tuple[str, Answer]]:
+    """The plans without each device, by device name.
+
+    Of equal ones, which stand in for each other, that is asked once: of one that the plan leaves idle,
+    if it does.
+    """
     if len(setting.cluster.devices) < 2:
         return []
-    names = _representatives(setting.cluster)
-    data = setting.cluster.to_dict()
-    settings = [replace(setting, cluster=_without(data, setting.cluster, name)) for name in names]
-    return list(zip(names, solver.answers(settings), strict=True))
+    used = set(answer.used)
+    names = [next((n for n in e if n not in used), e[-1]) for e in _equals(setting.cluster)]
+    numbers = map(len, _equals(setting.cluster))
+    everyone = {device.name for device in setting.cluster.devices}
+    settings = [replace(setting, cluster=only(setting.cluster, everyone - {name})) for name in names]
+    return [
+        (name, renamed(found, f"{name}, one of {n} equal devices" if n > 1 else name, ()))
+        for name, n, found in zip(names, numbers, solver.answers(settings), strict=True)
+    ]
 
 
-def _representatives(cluster: Cluster) -> list[str]:
-    """The last device of every set of equal ones in a node."""
-    last = {(d.node, repr(d.to_dict())): d.name for d in cluster.devices}
-    return list(last.values())
-
-
-def _without(data: dict[str, object], cluster: Cluster, name: str) -> Cluster:
-    nodes = []
+def _equals(cluster: Cluster) -> list[list[str]]:
+    """Devices that stand in for each other: equal ones of a node, or of equal nodes."""
+    linked = {name for pair, _ in cluster.pairs for name in pair}
+    found: dict[tuple[str, str], list[str]] = {}
     for node in cluster.nodes:
-        kept = tuple(d for d in node.devices if d.name != name)
-        if kept:
-            nodes.append(replace(node, devices=kept))
-    names = {n.name for n in nodes}
-    pairs = tuple((pair, link) for pair, link in cluster.pairs if set(pair) <= names)
-    return Cluster(tuple(nodes), cluster.network, pairs)
+        kind = node.name if node.name in linked else repr({**node.to_dict(), "name": ""})
+        for device in node.devices:
+            found.setdefault((kind, repr(device.to_dict())), []).append(device.name)
+    return list(found.values())
 
 
 def _device_questions(setting: Setting) -> list[tuple[str, Setting]]:
     questions = []
-    for name in _representatives(setting.cluster):
+    for name in (equal[-1] for equal in _equals(setting.cluster)):
         device = setting.cluster.device(name)
         more = {"memory_bytes": device.memory_bytes + MEMORY_STEP_BYTES}
         questions.append((f"1 GiB more on {name}", _with_device(setting, name, more)))
@@ -87,33 +92,30 @@ def _link_questions(setting: Setting) -> list[tuple[str, Setting]]:
     questions = []
     for node in cluster.nodes:
         if len(node.devices) > 1:
-            link = replace(node.link, bytes_per_s=node.link.bytes_per_s * LINK_STEP, kind="")
+            link = _faster(node.link)
             nodes = tuple(replace(n, link=link) if n.name == node.name else n for n in cluster.nodes)
             changed = replace(cluster, nodes=nodes)
             questions.append(
                 (f"10 % more bandwidth inside node {node.name}", replace(setting, cluster=changed))
             )
     if len(cluster.nodes) > 1:
-        network = replace(cluster.network, bytes_per_s=cluster.network.bytes_per_s * LINK_STEP, kind="")
-        nodes = tuple(
-            n
-            if n.network is None
-            else replace(
-                n,
-                network=replace(n.network, bytes_per_s=n.network.bytes_per_s * LINK_STEP, kind=""),
-            )
-            for n in cluster.nodes
-        )
-        changed = replace(cluster, nodes=nodes, network=network)
+        network = _faster(cluster.network)
+        nodes = tuple(replace(n, network=n.network and _faster(n.network)) for n in cluster.nodes)
+        pairs = tuple((names, _faster(link)) for names, link in cluster.pairs)
+        changed = Cluster(nodes, network, pairs)
         questions.append(("10 % more network bandwidth", replace(setting, cluster=changed)))
     return questions
 
 
+def _faster(link: Link) -> Link:
+    return replace(link, bytes_per_s=link.bytes_per_s * LINK_STEP, kind="")
+
+
 def useless(baseline: Answer, without: Sequence[tuple[str, Answer]]) -> list[tuple[str, float]]:
-    """Devices without which the job is at least as fast, with the gain in throughput."""
+    """Devices, in words, without which the job is at least as fast, with the gain in throughput."""
     found = []
-    for name, answer in without:
+    for _, answer in without:
         change = answer.change(baseline)
         if change is not None and change >= -1e-6:
-            found.append((name, change))
+            found.append((answer.title, change))
     return found

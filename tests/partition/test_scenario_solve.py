@@ -9,7 +9,8 @@ from graphpar.cost import LinkCost
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.scenarios.layouts import recomputed, tensor_groups
-from graphpar.scenarios.solve import Task, solve
+from graphpar.scenarios.solve import solve
+from graphpar.scenarios.task import Task
 from graphpar.scenarios.types import Answer, Layout
 
 TABLE = make_table((1.0,) * 8, speeds=(2.0, 1.0), devices_per_class=(2, 2), batch=8)

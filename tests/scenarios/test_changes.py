@@ -101,6 +101,9 @@ def test_scalars_and_configurations() -> None:
         (["tp=2", "pp=2"], "contradict"),
         (["m=4"], "one device"),
         (["set tensor=0"], "positive"),
+        (["set tensor=3x"], "two as in 2x4"),
+        (["set precision=auto"], "one format"),
+        (["tp=2 tp=4"], "twice"),
     ],
 )
 def test_senseless_changes_say_what_is_wrong(changes: list[str], words: str) -> None:

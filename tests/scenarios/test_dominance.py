@@ -13,8 +13,8 @@ from graphpar.optimizer_memory import update_share
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.relaxed_tables import with_batch
 from graphpar.scenarios.changes import apply
-from graphpar.scenarios.dominance import covers, with_these_alone
-from graphpar.scenarios.pricing import _training
+from graphpar.scenarios.dominance import covers, places, with_these_alone
+from graphpar.scenarios.pricing import training_of
 from graphpar.scenarios.transfer import carried
 from graphpar.scenarios.types import OPTIMIZER_UPDATES, KnownPlan, Setting
 from graphpar.training import Training
@@ -93,7 +93,7 @@ def test_a_lighter_optimiser_covers_a_heavier_one_where_that_is_known() -> None:
     assert covers(sgd, BASE, 0.0, 1.0) and not covers(BASE, sgd, 0.0, 1.0)
     train = Training(optimizer=torch.optim.SGD)
     for name, share in OPTIMIZER_UPDATES.items():
-        named = _training(train, name)
+        named = training_of(train, name)
         assert named is not None and update_share(named.optimizer) == share
 
 
@@ -119,6 +119,26 @@ def test_what_a_plan_leaves_idle_may_be_missing() -> None:
     assert covers(without, with_these_alone(BASE, ("a/0", "a/1", "b/1")))
     assert covers(apply(BASE, ["drop b"]), with_these_alone(BASE, ("a/0",)))
     assert not covers(without, with_these_alone(BASE, ("a/0", "b/0")))
+
+
+def test_equal_devices_and_equal_nodes_stand_in_for_each_other() -> None:
+    first, second = (apply(BASE, [f"drop a/{i}"]) for i in (0, 1))
+    assert places(first, second) == {"a/0": "a/1", "b/0": "b/0", "b/1": "b/1"}
+    assert places(apply(BASE, ["drop b/0"]), with_these_alone(BASE, ("b/0",))) is None
+    twins = apply(BASE, ["drop b", "set a.copies=2"])
+    left, right = apply(twins, ["drop a"]), apply(twins, ["drop a-2"])
+    assert places(left, right) == {"a/0": "a-2/0", "a/1": "a-2/1"}
+    # The device with more memory takes the place of the one that needs it.
+    more = apply(BASE, ["set a/1.memory_bytes=90e9"])
+    assert places(more, apply(BASE, ["set a/0.memory_bytes=90e9"])) == {
+        "a/0": "a/1", "a/1": "a/0", "b/0": "b/0", "b/1": "b/1",
+    }  # fmt: skip
+
+
+def test_a_configuration_by_hand_is_not_carried_to_other_devices() -> None:
+    first, second = (apply(BASE, [f"drop a/{i}", "pp=2"]) for i in (0, 1))
+    assert covers(first, first)
+    assert not covers(first, second)
 
 
 def test_a_plan_that_cannot_be_had_is_not_carried_over() -> None:

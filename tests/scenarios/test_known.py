@@ -7,7 +7,8 @@ from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable, LinkCost
 from graphpar.scenarios.known import Known, at_least
-from graphpar.scenarios.solve import Task, solve, solve_together
+from graphpar.scenarios.solve import solve, solve_together
+from graphpar.scenarios.task import Task
 
 
 def tasks(rates: list[float], time_limit_s: float = 5.0) -> list[Task]:

@@ -15,8 +15,12 @@ import graphpar
 from graphpar.scenarios.api import baseline_setting
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.changes import apply
+from graphpar.scenarios.naming import numbered
 from graphpar.scenarios.pricing import PriceBook
+from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.study import Limits, Solver
+from graphpar.scenarios.task import Task
+from graphpar.scenarios.types import Answer
 
 CLUSTER: dict[str, Any] = {
     "nodes": [
@@ -79,12 +83,27 @@ def test_a_plan_is_taken_over_where_only_idle_devices_are_missing() -> None:
     assert "b/0" in first.left_out
     smaller = apply(base, ["drop b"])
     (found,) = solver.answers([smaller])
-    key = solver._key(smaller, 0.3)
+    key = solver._key(numbered(smaller), 0.3)
     # As if a search cut short had found nothing.
     solver._known[key] = dataclasses.replace(found, status="infeasible", step_s=None, plan=None, used=())
     (again,) = solver.answers([smaller])
     assert again.step_s == pytest.approx(first.step_s)
     assert set(again.used) | set(again.left_out) == {d.name for d in smaller.cluster.devices}
+
+
+def test_leaving_out_any_of_equal_devices_is_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[int] = []
+
+    def counted(tasks: list[Task]) -> list[Answer]:
+        solved.append(len(tasks))
+        return solve_together(tasks)
+
+    monkeypatch.setattr("graphpar.scenarios.workers.solve_together", counted)
+    first, second = ask(["drop a/0", "drop a/1"], leave_out=True).answers
+    assert first.step_s == second.step_s
+    assert ("a/1" in first.headroom_bytes) == ("a/0" in second.headroom_bytes)
+    assert "a/0" not in {*first.used, *first.left_out} and "a/1" not in {*second.used, *second.left_out}
+    assert sum(solved) == 3, "the baseline, without one of node a, without node b"
 
 
 def test_every_scenario_is_answered_and_senseless_ones_say_why(study: graphpar.Study) -> None:

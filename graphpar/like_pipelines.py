@@ -21,9 +21,8 @@ from graphpar.partition.bounds import least_bytes
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.settings import ScheduleWish
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.scenarios.types import KnownPlan
-from graphpar.schedule_choice import CHUNKS, interleaved, least_step_s
-from graphpar.simulated import deal_any, has_formula, simulated
+from graphpar.schedule_choice import CHUNKS, interleaved, judged_s, least_step_s
+from graphpar.simulated import Simulated, deal_any, has_formula, simulated
 
 _SIZES = (1, 2, 4, 8)
 """Microbatch sizes that are tried."""
@@ -122,17 +121,35 @@ class _Like:
         )
 
 
-def best_regular(table: CostTable, wish: ScheduleWish, deadline_s: float) -> KnownPlan | None:
-    """The fastest plan of like pipelines of one kind of device, as far as there is time, or None."""
-    schedules = _schedules(wish)
+def best_like(
+    table: CostTable,
+    wish: ScheduleWish,
+    deadline_s: float,
+    *,
+    formulas: bool = True,
+    cutoff_s: float = math.inf,
+) -> Simulated | None:
+    """The best plan of like pipelines of one kind of device, as far as there is time, or None.
+
+    Plans are compared by `judged_s`.
+
+    Args:
+        table: Seconds and bytes of everything.
+        wish: A schedule, or `auto`.
+        deadline_s: When nothing new is tried, by `time.monotonic`.
+        formulas: Whether schedules with a formula are tried, which the search covers.
+        cutoff_s: Only plans that are judged to be shorter are of interest.
+    """
+    schedules = tuple(s for s in _schedules(wish) if formulas or not has_formula(s))
     if not schedules or not table.training or table.max_microbatches == 1 or table.tail_reason:
         return None
-    bests: list[tuple[float, KnownPlan]] = []
+    bests: list[Simulated] = []
 
     def play(pipelines: Pipelines, orders: Sequence[ScheduleName]) -> None:
-        cutoff_s = bests[-1][0] if bests else math.inf
-        tried = (_played(table, pipelines, one, cutoff_s) for one in orders)
-        bests.extend(filter(None, [next(filter(None, tried), None)]))
+        for order in orders:
+            least_s = _judged_s(bests[-1]) if bests else cutoff_s
+            played = _played(table, pipelines, order, least_s)
+            bests.extend([played] if played is not None else [])
 
     def is_late() -> bool:
         return bool(bests) and time.monotonic() > deadline_s
@@ -141,11 +158,11 @@ def best_regular(table: CostTable, wish: ScheduleWish, deadline_s: float) -> Kno
         if not is_late():
             play(pipelines, schedules)
     # Stages dealt out in several rounds wait for less and send more.
-    for (_, base), chunks in product(bests[:-3:-1], CHUNKS):
+    for base, chunks in product([b.partition for b in bests[:-3:-1]], CHUNKS):
         dealt = tuple(interleaved(table, p, chunks) for p in base.pipelines)
         if not is_late() and not has_formula(base.schedule) and dealt != base.pipelines:
             play(dealt, (base.schedule,))
-    return bests[-1][1] if bests else None
+    return bests[-1] if bests else None
 
 
 def _schedules(wish: ScheduleWish) -> tuple[ScheduleName, ...]:
@@ -274,15 +291,17 @@ def _price_s(table: CostTable, pipelines: Pipelines, schedule: ScheduleName) -> 
 
 def _played(
     table: CostTable, pipelines: Pipelines, schedule: ScheduleName, cutoff_s: float
-) -> tuple[float, KnownPlan] | None:
-    """The plan with its step as it is played through; None where it does not fit, or is no shorter."""
+) -> Simulated | None:
+    """The plan as it is played through; None where it does not fit, or is not judged to be shorter."""
     try:
         dealt = tuple(deal_any(table, p, schedule) for p in pipelines)
-        if least_step_s(table, dealt) >= cutoff_s:
+        if judged_s(least_step_s(table, dealt), schedule) >= cutoff_s:
             return None
         played = simulated(table, dealt, schedule)
     except (ValueError, VerifyError):
         return None
-    if played.step_s >= cutoff_s or not played.fits(table):
-        return None
-    return played.step_s, KnownPlan(dealt, schedule, table.batch)
+    return played if _judged_s(played) < cutoff_s and played.fits(table) else None
+
+
+def _judged_s(played: Simulated) -> float:
+    return judged_s(played.step_s, played.partition.schedule)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from plan_samples import partitions, sample_partition, table_for
 
 from graphpar.errors import VerifyError
+from graphpar.like_pipelines import best_like, even_cuts, shares
 from graphpar.partition.types import Partition, ScheduleName
-from graphpar.scenarios.regular import best_regular, even_cuts, shares
 from graphpar.schedule_choice import least_step_s
 from graphpar.simulated import deal_any, simulated
 
@@ -55,15 +55,18 @@ def test_no_order_of_work_is_shorter_than_the_least(found: Partition, schedule: 
 
 def test_the_best_regular_plan_fits_and_is_what_it_takes_to_play_it() -> None:
     table = table_for(sample_partition())
-    found = best_regular(table, "auto", time.monotonic() + 60)
-    assert found is not None
-    played = simulated(table, found.pipelines, found.schedule)
-    assert played.fits(table)
-    assert played.step_s >= least_step_s(table, found.pipelines)
-    assert best_regular(table, "interleaved", math.inf) is None
+    found = best_like(table, "auto", time.monotonic() + 60)
+    assert found is not None and found.fits(table)
+    plan = found.partition
+    assert simulated(table, plan.pipelines, plan.schedule).step_s == found.step_s
+    assert found.step_s >= least_step_s(table, plan.pipelines)
+    again = best_like(table, "auto", math.inf, formulas=False)
+    assert again is not None and again.partition.schedule == "zero-bubble"
+    assert best_like(table, "auto", math.inf, cutoff_s=0.0) is None
+    assert best_like(table, "interleaved", math.inf) is None
 
 
 @pytest.mark.parametrize("wish", ["1f1b", "gpipe", "zero-bubble"])
 def test_a_schedule_asked_for_is_kept(wish: ScheduleName) -> None:
-    found = best_regular(table_for(sample_partition()), wish, time.monotonic() + 60)
-    assert found is not None and found.schedule == wish
+    found = best_like(table_for(sample_partition()), wish, time.monotonic() + 60)
+    assert found is not None and found.partition.schedule == wish

@@ -1,0 +1,154 @@
+"""Which plan is taken in the end: what the search found, another order of its work, or like pipelines.
+
+`plan`, `compile` and what-if questions all choose here, so that they answer the same question alike. A
+plan in a schedule without a formula has to be shorter by `schedule_choice.LEAST_GAIN`, wherever it comes
+from. One with a formula is covered by the search, and is tried only where that was cut short.
+"""
+
+import math
+import time
+from dataclasses import replace
+
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.like_pipelines import best_like
+from graphpar.partition.handmade import priced_plan
+from graphpar.partition.settings import Microbatches, ScheduleWish
+from graphpar.partition.types import Partition
+from graphpar.schedule_choice import but_left_out, choose_schedule, judged_s
+from graphpar.simulated import Simulated, certified, has_formula, simulated
+from graphpar.units import format_percent, format_seconds
+
+CHOICE_S = 5.0
+"""Most seconds for trying other orders of work, and as many for like pipelines."""
+
+
+def choose_plan(
+    table: CostTable,
+    found: Partition,
+    wish: ScheduleWish = "auto",
+    microbatches: Microbatches = "auto",
+    *,
+    time_limit_s: float = CHOICE_S,
+    cutoff_s: float = math.inf,
+) -> Partition:
+    """What the search found, in the order that makes it shortest, or a better plan of like pipelines.
+
+    Args:
+        table: What the partition was made for.
+        found: What the search found for 1F1B or GPipe.
+        wish: A schedule, or `auto`.
+        microbatches: The number that was fixed, if any.
+        time_limit_s: Seconds after which nothing new is tried, for either.
+        cutoff_s: Other ways that cannot be shorter than this are not played through.
+
+    Raises:
+        UnavailableScheduleError: The schedule asked for cannot be had on these devices; says why.
+        InfeasibleError: It does not fit into memory in any way that was tried.
+    """
+    like = _like(table, found, wish, microbatches, time_limit_s)
+    if like is not None:
+        cutoff_s = min(cutoff_s, like.step_s)
+    try:
+        chosen = choose_schedule(
+            table, found, wish, microbatches, time_limit_s=time_limit_s, cutoff_s=cutoff_s
+        )
+    except InfeasibleError:
+        if like is None:
+            raise
+        chosen = found
+    if like is None:
+        return chosen
+    made = _sound(table, like.partition)
+    if _fulfils(chosen, wish) and not is_better(table, made, chosen):
+        return chosen
+    best = in_family_of(found, made, like_notes(found, like))
+    return replace(best, runners_up=(replace(found, runners_up=()), *found.runners_up[:2]))
+
+
+def _like(
+    table: CostTable,
+    found: Partition,
+    wish: ScheduleWish,
+    microbatches: Microbatches,
+    time_limit_s: float,
+) -> Simulated | None:
+    """The best plan of like pipelines that is to be taken instead of what was found, if there is one."""
+    if len(table.class_of) == 1 or microbatches != "auto":
+        return None
+    formulas = bool(found.truncated_by)
+    cutoff_s = step_of(table, found) if _fulfils(found, wish) else math.inf
+    least_s = found.physical_bound_s
+    if (least_s if formulas else judged_s(least_s, "zero-bubble")) >= cutoff_s:
+        return None
+    until_s = time.monotonic() + time_limit_s
+    return best_like(table, wish, until_s, formulas=formulas, cutoff_s=cutoff_s)
+
+
+def _fulfils(plan: Partition, wish: ScheduleWish) -> bool:
+    return wish in ("auto", plan.schedule)
+
+
+def like_notes(found: Partition, like: Simulated) -> tuple[str, ...]:
+    """What is said of a plan of like pipelines: where it comes from, and what it was better than."""
+    told = (
+        f"like pipelines, as people write them down, take {format_seconds(like.step_s)}; the search "
+        f"itself ended with {found.schedule}: {format_seconds(found.objective_s)} by its formula, proven "
+        f"within {format_percent(found.gap)} of the best of its family"
+    )
+    return (*but_left_out(found.notes, like.partition, found), told)
+
+
+def is_better(table: CostTable, mine: Partition, other: Partition) -> bool:
+    """Whether a plan is to be taken instead of another one.
+
+    Two plans with a formula are compared by it, for that is what bounds are proven of; otherwise they
+    are as they are played through.
+    """
+    if has_formula(mine.schedule) and has_formula(other.schedule):
+        return mine.objective_s < other.objective_s
+    mine_s, other_s = (judged_s(step_of(table, p), p.schedule) for p in (mine, other))
+    return mine_s < other_s
+
+
+def step_of(table: CostTable, plan: Partition) -> float:
+    """What the plan takes when it is played through, as one without a formula has been."""
+    if not has_formula(plan.schedule):
+        return plan.objective_s
+    return simulated(table, plan.pipelines, plan.schedule, plan.paces or None).step_s
+
+
+def _sound(table: CostTable, played: Partition) -> Partition:
+    """The plan by its formula, or with its lists checked and bounded."""
+    if has_formula(played.schedule):
+        return priced_plan(table, played.pipelines, played.schedule)
+    return replace(certified(table, played), truncated_by=())
+
+
+def in_family_of(found: Partition, other: Partition, notes: tuple[str, ...] | None = None) -> Partition:
+    """A plan that was not searched for, with what the search proved about its family.
+
+    Of schedules without a formula the search proved nothing: they have the bound on any order of work.
+
+    Args:
+        found: What the search ended with.
+        other: Another plan, checked and with that bound.
+        notes: What is said of it, unless its own notes are.
+    """
+    formula, step_s = has_formula(other.schedule), other.objective_s
+    bound_s = min(max(found.bound_s if formula else 0.0, other.physical_bound_s), step_s)
+    gap = (step_s - bound_s) / step_s if step_s > 0 else 0.0
+    family, cut = found.family, found.truncated_by
+    if not formula:
+        family = f"plans of any kind, any order of work; the search was over: {family}"
+        cut = (*cut, "schedule: no bound is known but that on plans of any kind")
+    return replace(
+        other,
+        status="optimal" if gap <= 0 else "feasible",
+        bound_s=bound_s,
+        gap=gap,
+        seconds=found.seconds,
+        truncated_by=cut,
+        family=family,
+        notes=other.notes if notes is None else notes,
+    )

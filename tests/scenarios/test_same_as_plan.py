@@ -1,0 +1,63 @@
+"""The baseline of a study is the plan that `plan` makes of the same job."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphpar
+from graphpar.partition.types import TensorWidth
+from graphpar.training import Training
+
+
+def loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return ((out - target) ** 2).mean()
+
+
+class _Joined(torch.optim.SGD):
+    """A step size that all parameters share: the model may not be cut."""
+
+    def step(self, closure: Any = None) -> Any:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        for grad in grads:
+            grad /= 1 + norm
+        return super().step(closure)
+
+
+ADAM = Training(optimizer=torch.optim.AdamW, loss=loss)
+CASES: dict[str, tuple[Training | None, str, TensorWidth, float]] = {
+    "inference": (None, "float32", "auto", 16e9),
+    "little memory": (ADAM, "float32", 1, 1.2035e9),
+    "groups that recompute": (replace(ADAM, zero=1), "float32", 2, 1.2125e9),
+    "ZeRO under zero-bubble": (replace(ADAM, zero=2, schedule="zero-bubble"), "float32", 1, 16e9),
+    "two formats": (replace(ADAM, microbatches=4), "bfloat16", 1, 16e9),
+    "a model that is not cut": (
+        Training(optimizer=lambda p: _Joined(p, lr=0.1), loss=loss), "float32", 2, 16e9,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Training")
+@pytest.mark.parametrize("case", CASES)
+def test_the_baseline_is_the_plan(case: str) -> None:
+    train, precision, tensor, memory_bytes = CASES[case]
+    kinds = ("v100-sxm2-16gb", "a100-sxm-40gb")
+    nodes = [
+        {"name": k[0], "devices": {"kind": k, "count": 2, "memory_bytes": memory_bytes}} for k in kinds
+    ]
+    network = {"bytes_per_s": 12.5e9, "latency_s": 5e-6}
+    cluster = graphpar.Cluster.from_dict({"nodes": nodes, "network": network})
+    with torch.device("meta"):
+        model = nn.Sequential(*(part for _ in range(3) for part in (nn.Linear(256, 256), nn.GELU())))
+        batch = torch.empty(8, 32, 256)
+    args = (batch,) if train is None else (batch, batch)
+    how: dict[str, Any] = {"train": train, "precision": precision, "tensor": tensor}
+    plan = graphpar.plan(model, cluster, args, **how)
+    told = graphpar.what_if(model, cluster, (), args, cache=False, processes=1, **how).baseline
+    assert told.step_s == pytest.approx(plan.predicted_step_s, rel=1e-9), told.shape
+    assert told.gap == pytest.approx(plan.partition.gap, abs=1e-9)
+    free = {d: memory_bytes - peak for d, peak in plan.predicted_peak_bytes.items()}
+    assert told.headroom_bytes == pytest.approx(free)
