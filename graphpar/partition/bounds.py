@@ -1,6 +1,5 @@
 """Lower bounds on the step time that need no search."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import numpy.typing as npt
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Links
-from graphpar.partition.unit_arrays import FloatArray, IntArray
+from graphpar.partition.unit_arrays import FloatArray, IntArray, times_s
 
 _ROUNDS = 60
 _ROUNDS_FROM_KNOWN = 4
@@ -224,21 +223,6 @@ def least_bytes(table: CostTable) -> float:
 def distinct(table: CostTable) -> range:
     """Numbers of the distinct units."""
     return range(len(table.costs))
-
-
-def times_s(table: CostTable, size: float) -> FloatArray:
-    """[distinct unit, mode]: seconds of one microbatch, both directions (`CostTable.at_size`)."""
-    sizes, rows = table.sizes, table.both_s
-    found: FloatArray
-    if size <= sizes[0]:
-        found = rows[0] * (max(size, 0) / sizes[0])
-    elif size >= sizes[-1]:
-        found = rows[-1] * (size / sizes[-1])
-    else:
-        right = bisect_left(sizes, size)
-        share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-        found = rows[right - 1] * (1 - share) + rows[right] * share
-    return found
 
 
 def repeats_of(table: CostTable) -> FloatArray:

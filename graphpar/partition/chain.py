@@ -46,7 +46,7 @@ _FEW_COLUMNS = 1500
 """So few columns are solved as they are."""
 
 
-_FEW_FOR_LOOPS = 20_000
+FEW_FOR_LOOPS = 20_000
 """With compiled loops so few columns are swept as they are; ..."""
 
 _ROUNDS_FOR_LOOPS = 8
@@ -216,7 +216,7 @@ class ChainProgram:
         limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
         columns = self._prices.relaxed(limits)
         self._bound_s, reduced = 0.0, np.zeros(len(columns))
-        if len(columns) > (_FEW_FOR_LOOPS if self._prices.loops else _FEW_COLUMNS):
+        if len(columns) > (FEW_FOR_LOOPS if self._prices.loops else _FEW_COLUMNS):
             columns, reduced = self._excluded(columns, wanted)
         kept = np.flatnonzero(self._bound_s + reduced < wanted.all_s)
         columns, reduced = columns.pick(kept), reduced[kept]

@@ -250,7 +250,7 @@ class StagePrices:
         self._units = units = UnitArrays(table, setting, runs, cache)
         self._seconds = np.stack([units.seconds(m) for m in rows.modes])
         self._sample = np.stack([units.sample_seconds(m) for m in rows.modes])
-        self.before_s = boundary_seconds(table, setting, rows.kinds)
+        self.before_s = boundary_seconds(table, setting, rows.kinds, cache)
         self._slots_of_run = _positions(rows.slots.run, len(runs.first))
         slots = rows.slots
         self._ahead = self.before_s[slots.before, slots.first]
@@ -279,13 +279,14 @@ class StagePrices:
         usable = int((self.rows.width <= self.setting.microbatches).sum())
         return usable * len(self.rows.slots.run)
 
-    def relaxed(self, limits: StageLimits, widest: int | None = None) -> Columns:
+    def relaxed(self, limits: StageLimits, widest: int | None = None, *, spread: bool = False) -> Columns:
         """All columns that may be within limits, each at most as dear as it is.
 
-        With `widest` only those of so many replicas or fewer. Arrays may be used again by the next call.
+        With `widest` only those of so many replicas or fewer; with `spread`, which needs loops, as if
+        each of several replicas kept one microbatch. Arrays may be used again by the next call.
         """
         if self.loops:
-            return self._relaxed_loop(limits, widest)
+            return self._relaxed_loop(limits, widest, spread)
         parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
         if not parts:
             return no_columns()
@@ -318,7 +319,7 @@ class StagePrices:
         gpipe = setting.schedule == "gpipe"
         return setting.microbatches, larger, self._stalls, gpipe, self._table_trains
 
-    def _relaxed_loop(self, limits: StageLimits, widest: int | None) -> Columns:
+    def _relaxed_loop(self, limits: StageLimits, widest: int | None, spread: bool) -> Columns:
         slots, found = self.rows.slots, self.rows.room
         count = relaxed_loop(
             self.rows.crews(widest),
@@ -335,6 +336,7 @@ class StagePrices:
             self._waits,
             self._cut,
             self._loop_setting,
+            spread,
             (
                 limits.extra_s,
                 limits.post_s,

@@ -32,13 +32,15 @@ def relaxed_loop(
     wait: FloatArray,
     cut: FloatArray,
     setting: tuple[int, int, bool, bool, bool],
+    spread: bool,
     limits: tuple[float, float, float, float, float, float],
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> int:
     """Fill `found` with the columns that may be within limits, at lower bounds; their number.
 
     `slots` are (run, kind before, kind after) of each; columns come sorted by slot. `crews` are sets of
-    devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for).
+    devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for). With
+    `spread` each of several replicas has only one microbatch to keep.
     """
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
@@ -105,7 +107,9 @@ def relaxed_loop(
                 for r in range(wide):
                     most = flight[run, staff[row, r], wide]
                     share = float(number)
-                    if wide > 1:
+                    if wide > 1 and spread:
+                        share = 1.0
+                    elif wide > 1:
                         share = max(np.floor((end - times[r]) * rates[r] * _HAIR + 1), 1.0)
                     if share > most:
                         below = min(below, -1.0 if gpipe else wide * most)

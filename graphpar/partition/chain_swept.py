@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from graphpar.partition.chain import ChainAnswer, ChainProgram, Kept, Stage
+from graphpar.partition.chain import FEW_FOR_LOOPS, ChainAnswer, ChainProgram, Kept, Stage
 from graphpar.partition.chain_columns import Columns
 from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
 from graphpar.partition.chain_relaxed import Prices
@@ -31,6 +31,20 @@ class SweptProgram(ChainProgram):
         limits = StageLimits(post_s=post_limit_s, all_s=target_s, post_weight=post_weight)
         columns = self._prices.exact(self._prices.relaxed(limits, 1))[0]
         return self._best_of(columns, target_s, post_limit_s, post_weight, deadline_s)
+
+    def none_from(self, target_s: float, deadline_s: float) -> bool:
+        """Whether no pipeline with so many samples or more is below a target, in as many microbatches.
+
+        More samples take no less time and memory (`Programs.larger_need_more`). All that could get less
+        is how many microbatches one of several replicas takes, for which the least possible stands; and
+        whole samples are dealt at their mean (`chain_columns`). A stage that is the busiest then has no
+        less extra and first microbatch together, any other one no shorter a first microbatch; so the
+        least fill and extra of all is a bound on those with more samples.
+        """
+        columns = self._prices.relaxed(StageLimits(all_s=target_s), spread=True)
+        if len(columns) > FEW_FOR_LOOPS:
+            columns, _ = self._excluded(columns, Kept(target_s, np.inf, 1.0))
+        return self._best_of(columns, target_s, np.inf, 1.0, deadline_s) is None
 
     def _best_of(
         self,

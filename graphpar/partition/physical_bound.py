@@ -12,9 +12,8 @@ from graphpar.partition.bounds import (
     find_teams,
     repeats_of,
     sample_bound,
-    times_s,
 )
-from graphpar.partition.unit_arrays import FloatArray
+from graphpar.partition.unit_arrays import FloatArray, times_s
 
 _WEIGHTS = np.geomspace(0.02, 4.0, 24)
 """Prices of the samples' time together, over those of the devices' time, that are tried."""

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from graphpar.partition.cells import Links, StageOption, pareto
 from graphpar.partition.chain import ChainProgram, KnownPrices
 from graphpar.partition.chain_columns import OptionRows, StagePrices
 from graphpar.partition.chain_swept import SweptProgram
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
@@ -177,6 +179,54 @@ class Programs:
     def larger_take_longer(self) -> bool:
         """Whether no unit is faster for a larger microbatch in any mode."""
         return bool((np.diff(self.family.table.both_s, axis=0) >= 0).all())
+
+    @cached_property
+    def larger_need_more(self) -> bool:
+        """Whether larger microbatches take no less time and no less memory in any mode."""
+        rows = {
+            row
+            for mode in self.family.table.every_mode
+            for cost in mode.costs
+            for row in (*cost.saved_bytes, *cost.working_bytes)
+        }
+        return self.larger_take_longer and all(a <= b for row in rows for a, b in pairwise(row))
+
+    def none_from(
+        self,
+        limits: Sequence[int],
+        shares: Sequence[int],
+        peers: int,
+        across: tuple[Links, ...],
+        *,
+        cutoff_s: float,
+        deadline_s: float,
+    ) -> bool:
+        """Whether no pipeline has any of some shares, increasing, in a step below a cutoff.
+
+        False promises nothing. Each microbatch count that some share has is looked at once, with as few
+        samples as may be (`SweptProgram.none_from`).
+
+        Raises:
+            OutOfTimeError: `time.monotonic()` passed `deadline_s`.
+        """
+        if not (self._loops and self.larger_need_more):
+            return False
+        counts = {m for n in shares for m in self.family.counts(n)}
+        settings = [
+            Setting(max(shares[0], m), m, schedule, peers, across)
+            for schedule in self.family.schedules
+            for m in sorted(counts)
+        ]
+        tasks = [self._task(tuple(limits), setting) for setting in settings]
+        hopeful = [t for t in tasks if t.bound_s + t.post_s < cutoff_s]
+        for task in sorted(hopeful, key=lambda t: t.bound_s):
+            if time.monotonic() > deadline_s:
+                raise OutOfTimeError
+            program = task.build()
+            assert isinstance(program, SweptProgram)
+            if not program.none_from(cutoff_s, deadline_s):
+                return False
+        return True
 
     def pipeline_bound_s(self, limits: Sequence[int], samples: int, peers: int) -> float:
         """A lower bound on the time of a pipeline on some devices, whatever its microbatches are."""

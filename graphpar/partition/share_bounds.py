@@ -20,6 +20,9 @@ from graphpar.partition.search import INFINITY, Task
 _MOST_COUNTS = 64
 """Microbatch counts that a bound on a share goes through at most."""
 
+_ESTIMATES = 2
+"""Times that parts of the batch are adapted to what bounds say of them."""
+
 _ANY = 0.999
 """A gap with which a search ends at the first plan below its cutoff."""
 
@@ -124,23 +127,36 @@ class ShareBounds:
         self._programs = programs
         self._known: dict[tuple[Group, int, int, tuple[Links, ...]], tuple[float, float]] = {}
         """By devices, samples, pipelines and links: a bound on the step, and what a plan takes."""
+        self._too_slow: dict[tuple[Group, ...], float] = {}
+        """By grouping: no plan is below this."""
 
     def largest(
         self, groups: Sequence[Group], *, cutoff_s: float, deadline_s: float
     ) -> dict[Group, int] | None:
         """Upper bounds on the shares in steps below a cutoff; None where they cannot add up to the batch.
 
-        Shares are tried from above, those whose bounds are highest first, each in all schedules and
-        microbatch counts at once.
+        First all shares from one on are looked at together, for each pipeline from about its part of the
+        batch. What is left is tried from above, those whose bounds are highest first, each in all
+        schedules and microbatch counts at once.
 
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s`.
         """
+        if cutoff_s <= self._too_slow.get(tuple(groups), -INFINITY):
+            return None
+        found = self._largest(groups, cutoff_s, deadline_s)
+        if found is None:
+            self._too_slow[tuple(groups)] = cutoff_s
+        return found
+
+    def _largest(
+        self, groups: Sequence[Group], cutoff_s: float, deadline_s: float
+    ) -> dict[Group, int] | None:
         table = self._programs.family.table
         every = shares_of(table, len(groups))
-        left = {g: list(every) for g in groups}
+        left = self._few_enough(groups, every, cutoff_s, deadline_s)
         settled: set[Group] = set()
-        bounds = {g: self._least_s(groups, g, every[-1], cutoff_s) for g in left}
+        bounds = {g: self._least_s(groups, g, own[-1], cutoff_s) for g, own in left.items() if own}
         while all(left.values()) and sum(left[g][-1] for g in groups) >= table.batch:
             unsettled = [g for g in left if g not in settled]
             if not unsettled:
@@ -154,6 +170,54 @@ class ShareBounds:
             if left[group]:
                 bounds[group] = self._least_s(groups, group, left[group][-1], cutoff_s)
         return None
+
+    def _few_enough(
+        self, groups: Sequence[Group], every: list[int], cutoff_s: float, deadline_s: float
+    ) -> dict[Group, list[int]]:
+        """The shares of each pipeline below the ones that are too many in any number of microbatches."""
+        left: dict[Group, list[int]] = {}
+        for group in groups:
+            rate = self._programs.work_per_sample_s(group)
+            left[group] = every[: bisect_left(every, True, key=lambda n: rate * n >= cutoff_s)]
+        for group, fair in zip(groups, self._fair(groups, every, cutoff_s), strict=True):
+            own = left[group]
+            low, high = bisect_left(own, fair), len(own)
+            probe = low
+            while low < high:
+                if self._none_from(groups, group, own[probe:], cutoff_s, deadline_s):
+                    high = probe
+                else:
+                    low = probe + 1
+                probe = (low + high) // 2
+            left[group] = own[:high]
+        return left
+
+    def _fair(self, groups: Sequence[Group], every: list[int], cutoff_s: float) -> list[int]:
+        """Shares so that not all pipelines can have less, in proportion to what they can do at most."""
+        table = self._programs.family.table
+        rates = [1 / max(self._programs.work_per_sample_s(g), 1e-30) for g in groups]
+        shares: tuple[int, ...] | None = None
+        for _ in range(_ESTIMATES):
+            shares = apportion(rates, table.batch, share_step(table))
+            if shares is None:
+                return [every[-1]] * len(groups)
+            least = [self._least_s(groups, g, n, INFINITY) for g, n in zip(groups, shares, strict=True)]
+            rates = [n / max(s, 1e-30) for n, s in zip(shares, least, strict=True)]
+        assert shares is not None
+        return _wanted_shares(every, table.batch, shares, [1 / r for r in rates])
+
+    def _none_from(
+        self,
+        groups: Sequence[Group],
+        group: Group,
+        shares: Sequence[int],
+        cutoff_s: float,
+        deadline_s: float,
+    ) -> bool:
+        across = links_to_others(self._programs.family.cells, groups, group)
+        return self._programs.none_from(
+            group, shares, len(groups), across, cutoff_s=cutoff_s, deadline_s=deadline_s
+        )
 
     def _least_s(self, groups: Sequence[Group], group: Group, share: int, cutoff_s: float) -> float:
         """A lower bound on the step of a pipeline with a share that needs no search."""
@@ -219,3 +283,12 @@ def shares_of(table: CostTable, peers: int) -> list[int]:
     step = share_step(table)
     rest = table.batch % step
     return [n for n in range(1, table.batch - peers + 2) if n % step in (0, rest)]
+
+
+def apportion(rates: Sequence[float], batch: int, step: int) -> tuple[int, ...] | None:
+    """Shares of a batch in proportion to rates, in steps; the last of the fastest takes what is left."""
+    total = sum(rates)
+    shares = [max(step, round(batch * r / total / step) * step) for r in rates]
+    fastest = max(range(len(rates)), key=lambda i: rates[i])
+    shares[fastest] += batch - sum(shares)
+    return tuple(shares) if min(shares) > 0 else None

@@ -22,7 +22,7 @@ from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.family import share_step
 from graphpar.partition.programs import Programs
 from graphpar.partition.search import INFINITY, Found
-from graphpar.partition.share_bounds import Group, ShareBounds, least_post_s, shares_of
+from graphpar.partition.share_bounds import Group, ShareBounds, apportion, least_post_s, shares_of
 from graphpar.partition.types import ScheduleName
 
 _ESTIMATES = 3
@@ -100,7 +100,7 @@ def estimate_shares(
     tried: set[tuple[int, ...]] = set()
     known: dict[tuple[Group, int], Found | None] = {}
     for _ in range(_ESTIMATES):
-        shares = _apportion(rates, table.batch, share_step(table))
+        shares = apportion(rates, table.batch, share_step(table))
         if shares is None or shares in tried:
             break
         tried.add(shares)
@@ -122,15 +122,6 @@ def estimate_shares(
             best = step, tuple(f for f in found if f is not None)
         rates = [n / max(t, 1e-30) for n, t in zip(shares, times, strict=True)]
     return best[1] if best is not None and best[0] < cutoff_s else None
-
-
-def _apportion(rates: Sequence[float], batch: int, step: int) -> tuple[int, ...] | None:
-    """Shares of a batch in proportion to rates, in steps; the last of the fastest takes what is left."""
-    total = sum(rates)
-    shares = [max(step, round(batch * r / total / step) * step) for r in rates]
-    fastest = max(range(len(rates)), key=lambda i: rates[i])
-    shares[fastest] += batch - sum(shares)
-    return tuple(shares) if min(shares) > 0 else None
 
 
 class _Grouping:

@@ -11,7 +11,7 @@ import numpy as np
 
 from graphpar.cost import CostTable, LinkCost
 from graphpar.partition.cells import Links, StageOption, pareto
-from graphpar.partition.unit_arrays import UNLIMITED, FloatArray, Setting, UnitArrays
+from graphpar.partition.unit_arrays import UNLIMITED, Cache, FloatArray, Setting, UnitArrays
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ def _most_bytes(units: UnitArrays, option: StageOption, name: str) -> FloatArray
     return found
 
 
-def boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links]) -> FloatArray:
+def boundary_seconds(
+    table: CostTable, setting: Setting, kinds: Sequence[Links], cache: Cache | None = None
+) -> FloatArray:
     """[link kind, boundary]: seconds of a microbatch's transfers, both directions."""
-    forward, backward = boundary_bytes(table, setting.size)
+    forward, backward = boundary_bytes(table, setting.size, cache)
     seconds = np.zeros((len(kinds), table.num_units + 1))
     for number, links in enumerate(kinds):
         seconds[number] = _slowest(links, forward)
@@ -60,9 +62,21 @@ def boundary_seconds(table: CostTable, setting: Setting, kinds: Sequence[Links])
     return seconds
 
 
-def boundary_bytes(table: CostTable, size: float) -> tuple[FloatArray, FloatArray]:
+def boundary_bytes(
+    table: CostTable, size: float, cache: Cache | None = None
+) -> tuple[FloatArray, FloatArray]:
     """`CostTable.cut_bytes` at every boundary: forward and backward."""
-    per_sample, fixed, back, fixed_back = np.zeros((4, table.num_units + 1))
+    known: Cache = {} if cache is None else cache
+    if ("crossing",) not in known:
+        known[("crossing",)] = _crossing(table)
+    per_sample, fixed, back, fixed_back = known[("crossing",)]
+    return per_sample * size + fixed, back * size + fixed_back
+
+
+def _crossing(table: CostTable) -> FloatArray:
+    """[forward by sample, forward whatever the size, the same backward; boundary]: bytes that cross."""
+    found = np.zeros((4, table.num_units + 1))
+    per_sample, fixed, back, fixed_back = found
     for edge in table.edges:
         # An edge from s to t crosses the boundaries s + 1 to t. Counted first: a sum of differences
         # would leave rounding where nothing crosses.
@@ -71,7 +85,7 @@ def boundary_bytes(table: CostTable, size: float) -> tuple[FloatArray, FloatArra
         fixed[crossed] += edge.fixed_bytes
         back[crossed] += edge.gradient_bytes_per_sample
         fixed_back[crossed] += edge.gradient_fixed_bytes
-    return per_sample * size + fixed, back * size + fixed_back
+    return found
 
 
 def slowest_transfer_s(table: CostTable, setting: Setting, links: Links) -> float:

@@ -1,7 +1,9 @@
 """What a run of units costs on one device, for many runs at once."""
 
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +51,40 @@ class Ranges:
     last: IntArray
     valid: npt.NDArray[np.bool_]
 
+    @cached_property
+    def halves(self) -> list[tuple[BoolArray, IntArray, IntArray]]:
+        """By powers of two: the runs that are as long but not twice, and where two of them cover each."""
+        found, reach, length = [], 1, self.last - self.first
+        while (length >= reach).any():
+            here = self.valid & (length >= reach) & (length < 2 * reach)
+            found.append((here, self.first[here], self.last[here] - reach))
+            reach *= 2
+        return found
+
 
 def run_ranges(num_units: int) -> Ranges:
     """Every run, by first unit and then by length."""
     return some_ranges([(a, b) for a in range(num_units) for b in range(a + 1, num_units + 1)])
+
+
+def at_size(table: CostTable, rows: FloatArray, size: float) -> FloatArray:
+    """`CostTable.at_size` of [tabulated size, ...] at once."""
+    sizes = table.sizes
+    found: FloatArray
+    if size <= sizes[0]:
+        found = rows[0] * (max(size, 0) / sizes[0])
+    elif size >= sizes[-1]:
+        found = rows[-1] * (size / sizes[-1])
+    else:
+        right = bisect_left(sizes, size)
+        share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+        found = rows[right - 1] * (1 - share) + rows[right] * share
+    return found
+
+
+def times_s(table: CostTable, size: float) -> FloatArray:
+    """[distinct unit, mode]: seconds of one microbatch, both directions."""
+    return at_size(table, table.both_s, size)
 
 
 def some_ranges(runs: Sequence[tuple[int, int]]) -> Ranges:
@@ -77,12 +109,14 @@ class UnitArrays:
         self.runs = ranges
         self.valid = ranges.valid
         self._kind = np.array(table.units)
+        self._every_valid = bool(ranges.valid.all())
 
-    def ranges(self, per_cost: Sequence[float]) -> FloatArray:
+    def ranges(self, per_cost: Sequence[float] | FloatArray) -> FloatArray:
         """Sums over each run of a value per distinct unit; infinite where there is no run."""
         values = np.array(per_cost, dtype=np.float64)[self._kind]
         total = np.concatenate([[0.0], np.cumsum(values)])
-        return np.where(self.valid, total[self.runs.last] - total[self.runs.first], np.inf)
+        found: FloatArray = total[self.runs.last] - total[self.runs.first]
+        return found if self._every_valid else np.where(self.valid, found, np.inf)
 
     def maxima(self, per_cost: Sequence[float] | FloatArray) -> FloatArray:
         """Maxima over each run of a value per distinct unit."""
@@ -90,10 +124,7 @@ class UnitArrays:
         found = np.zeros(self.valid.shape)
         # Runs double in length: the maximum over a run is that over two overlapping powers of two.
         power, reach = values, 1
-        length = self.runs.last - self.runs.first
-        while reach <= len(values):
-            here = self.valid & (length >= reach) & (length < 2 * reach)
-            a, b = self.runs.first[here], self.runs.last[here] - reach
+        for here, a, b in self.runs.halves:
             found[here] = np.maximum(power[a], power[b])
             power, reach = np.maximum(power[:-reach], power[reach:]), 2 * reach
         return found
@@ -106,30 +137,23 @@ class UnitArrays:
         return self.cache[key]
 
     def _seconds(self, mode: int) -> FloatArray:
-        table, size = self.table, self.setting.size
-        overhead = table.mode_overhead_s(mode)
-        costs = table.every_mode[mode].costs
-        rows = [table.at_size(c.forward_s, size) for c in costs]
-        if table.training:
-            back = [table.at_size(c.backward_s, size) for c in costs]
-            rows = [f + b for f, b in zip(rows, back, strict=True)]
-            overhead *= 2
-        return self.ranges(rows) + overhead
+        overhead = self.table.mode_overhead_s(mode) * (2 if self.table.training else 1)
+        return self.ranges(self._both_s(self.setting.size)[:, mode]) + overhead
+
+    def _both_s(self, size: float) -> FloatArray:
+        """[distinct unit, mode]: `times_s`, known for each size."""
+        key = ("both", size)
+        if key not in self.cache:
+            self.cache[key] = times_s(self.table, size)
+        return self.cache[key]
 
     def sample_seconds(self, mode: int) -> FloatArray:
         """What a microbatch with one sample more takes longer than one of the smaller size."""
         small = self.setting.samples // self.setting.microbatches
         key = ("sample", mode, small)
         if key not in self.cache:
-            table = self.table
-            rows = [
-                sum(
-                    table.at_size(row, small + 1) - table.at_size(row, small)
-                    for row in ((c.forward_s, c.backward_s) if table.training else (c.forward_s,))
-                )
-                for c in table.every_mode[mode].costs
-            ]
-            self.cache[key] = self.ranges(rows)
+            more = self._both_s(small + 1)[:, mode] - self._both_s(small)[:, mode]
+            self.cache[key] = self.ranges(more)
         return self.cache[key]
 
     def most_bytes(self, mode: int, name: str) -> FloatArray:
@@ -174,10 +198,10 @@ class UnitArrays:
         size = -(-self.setting.samples // self.setting.microbatches)
         # What ZeRO divides, at its first level 1, 2 and 3.
         held = [
-            self.ranges([getattr(c, name)[member] for c in chosen.costs]) + self._repeated(name)
+            self._held(chosen, member, name)
             for name in ("optimizer_bytes", "gradient_bytes", "weight_bytes")
         ]
-        alone = np.array([table.at_size(c.working_bytes[member], size) for c in chosen.costs])
+        alone = np.array(at_size(table, self._rows(chosen, member, "working_bytes"), size))
         whole = np.zeros(len(alone))
         for level, name in ((2, "gradient_bytes"), (3, "weight_bytes")):
             if chosen.zero >= level:
@@ -185,7 +209,7 @@ class UnitArrays:
         divided = chosen.zero > 1 and max(widths) > 1
         working = {False: self.maxima(alone)}
         working[True] = self.maxima(alone + whole) if divided else working[False]
-        saved = self.ranges([table.at_size(c.saved_bytes[member], size) for c in chosen.costs])
+        saved = self.ranges(at_size(table, self._rows(chosen, member, "saved_bytes"), size))
         rows: list[FloatArray] = []
         for width in widths if chosen.zero else (1,):
             fixed = sum(b / (width if chosen.zero > level else 1) for level, b in enumerate(held))
@@ -196,6 +220,21 @@ class UnitArrays:
             rows.append(flights)
         found: FloatArray = np.stack(rows if chosen.zero else rows * len(widths))
         return found
+
+    def _held(self, chosen: Mode, member: int, name: str) -> FloatArray:
+        """Bytes of a kind that each run takes of a member."""
+        key = ("held", chosen.key, member, name)
+        if key not in self.cache:
+            own = self.ranges([getattr(c, name)[member] for c in chosen.costs])
+            self.cache[key] = own + self._repeated(name)
+        return self.cache[key]
+
+    def _rows(self, chosen: Mode, member: int, name: str) -> FloatArray:
+        """[size, distinct unit]: bytes of a kind on a member."""
+        key = ("rows", chosen.key, member, name)
+        if key not in self.cache:
+            self.cache[key] = np.array([getattr(c, name)[member] for c in chosen.costs]).T
+        return self.cache[key]
 
     def _repeated(self, name: str) -> FloatArray:
         """Bytes of a kind that each run holds of weights which an earlier unit counts."""

@@ -9,12 +9,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable
+from graphpar.partition import chain_warm
+from graphpar.partition.cells import links_to_others
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import choose_family, groupings
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
 from graphpar.partition.search import INFINITY
-from graphpar.partition.share_bounds import pipelines_bound_s, sharing_bound_s
+from graphpar.partition.share_bounds import (
+    ShareBounds,
+    pipelines_bound_s,
+    shares_of,
+    sharing_bound_s,
+)
 
 
 def programs(table: CostTable) -> Programs:
@@ -46,6 +53,58 @@ def test_no_plan_is_faster_than_the_least_of_the_bounds(table: CostTable, data: 
         for groups in everything
     ]
     assert best is None or min(bounds) <= best * (1 + 1e-9) + 1e-12
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(small_tables(max_units=3, max_batch=6, modes=True), st.data())
+def test_no_larger_share_is_faster_where_none_is(table: CostTable, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain_warm, "LOOPS_PAY", 0)
+        known = programs(table)
+    for groups in groupings(known.family):
+        shares = shares_of(table, len(groups))
+        own = {(g, links_to_others(known.family.cells, groups, g)) for g in groups}
+        steps = {}
+        for group, across in own:
+            for n in shares:
+                tasks = known.tasks(group, n, known.family.schedules, len(groups), across)
+                found = known.search(tasks, cutoff_s=INFINITY, gap=0.0, deadline_s=INFINITY).best
+                steps[group, n] = INFINITY if found is None else found.step_s
+            asked = [*(s for s in steps.values() if s < INFINITY), 1.0]
+            cutoff_s = data.draw(st.sampled_from(asked)) * data.draw(st.sampled_from([0.5, 1.0, 1.5]))
+            for i in range(len(shares)):
+                options = {"cutoff_s": cutoff_s, "deadline_s": INFINITY}
+                if known.none_from(group, shares[i:], len(groups), across, **options):
+                    assert min(steps[group, n] for n in shares[i:]) >= cutoff_s * (1 - 1e-9)
+        # What no pair of shares reaches is no bound on either; whatever all reach is kept.
+        most = ShareBounds(known).largest(groups, cutoff_s=cutoff_s, deadline_s=INFINITY)
+        for group in groups:
+            fits = [n for n in shares if steps[group, n] < cutoff_s * (1 - 1e-9)]
+            assert most is None or not fits or most[group] >= max(fits)
+        if most is None:
+            reach = {0}
+            for group in groups:
+                fits = [n for n in shares if steps[group, n] < cutoff_s * (1 - 1e-9)]
+                reach = {r + n for r in reach for n in fits}
+            assert table.batch not in reach
+
+
+def test_most_shares_are_excluded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_warm, "LOOPS_PAY", 0)
+    known = programs(make_table((1.0,) * 4, devices_per_class=(4,), batch=8))
+    half = (2,)
+    across = links_to_others(known.family.cells, (half, half), half)
+    # Two devices take 3 * 4 / 2 seconds a sample and have to fill: four samples take more than 24.
+    asked = {"cutoff_s": 24.0, "deadline_s": INFINITY}
+    assert known.none_from(half, range(4, 8), 2, across, **asked)
+    assert not known.none_from(half, range(3, 8), 2, across, **asked)
+    bounds = ShareBounds(known)
+    assert bounds.largest((half, half), cutoff_s=24.0, deadline_s=INFINITY) is None
+    assert bounds.largest((half, half), cutoff_s=60.0, deadline_s=INFINITY) is not None
 
 
 def drawn_shares(data: st.DataObject, batch: int, number: int) -> tuple[list[int], list[float]]:
