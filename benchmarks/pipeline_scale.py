@@ -4,8 +4,8 @@
         [--alone] [--processor-time]
 
 The cases are those of `pipeline_cases.py`: clusters of 8 unlike devices, the 405B shape over devices,
-kinds, layers and options, and variants of it. 8 unlike devices are planned to the optimum, the others to
-`--gap`.
+kinds, layers and options, and variants of it; and large clusters drawn by seed (`pipeline_draws.py`).
+8 unlike devices are planned to the optimum, the others to `--gap`.
 Beside each answer stand, from the same run, the even split, units in proportion to speed, data
 parallelism, the best plan on devices of one kind, and the textbook programme that gives every stage a
 slot (with as many seconds as the answer took, at least ten).
@@ -29,6 +29,7 @@ from graphpar.partition.types import Partition
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pipeline_cases import growth_cases, unlike_cases, variant_cases
+from pipeline_draws import drawn_cases
 from slot_programme import slot_programme
 
 
@@ -135,7 +136,7 @@ def main() -> None:
         time.monotonic = time.process_time
     seeds = 0 if arguments.quick else arguments.seeds
     cases = [*unlike_cases(seeds), *growth_cases(arguments.quick)]
-    cases += [] if arguments.quick else variant_cases()
+    cases += [] if arguments.quick else [*variant_cases(), *drawn_cases(seeds)]
     rows = []
     for case, table in cases:
         if arguments.only not in case:

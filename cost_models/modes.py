@@ -23,6 +23,9 @@ from graphpar.partition.relaxed_tables import crossing_bytes, divided, recompute
 TENSOR_EFFICIENCY = 0.9
 """Kernels of 1/t of the size run at somewhat less than full speed."""
 
+NEAR = 0.5
+"""A network with this share of the bandwidth inside nodes joins groups as well; others stay in nodes."""
+
 
 def with_modes(table: CostTable, options: StageOptions) -> CostTable:
     """The same table with the modes that the options allow; ZeRO only where there is training.
@@ -56,11 +59,12 @@ def _tensor_groups(
     entering: Sequence[Sequence[float]],
     leaving: Sequence[Sequence[float]],
 ) -> Iterator[Mode]:
-    """Groups of a class that fit into one of its nodes."""
+    """Groups of a class in one of its nodes; larger ones where the network is near the links inside."""
     (index,) = single.members
-    link, room = _inside(table, index)
+    inside, room = _inside(table, index)
     for width in widths:
-        if link is None or width > room:
+        link = inside if width <= room else _across(table, inside)
+        if link is None or width > len(table.device_classes[index].devices):
             continue
         costs = tuple(
             _split(cost, width, link, e, a)
@@ -79,6 +83,15 @@ def _inside(table: CostTable, index: int) -> tuple[LinkCost | None, int]:
         return None, 1
     worst = LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
     return worst, max(rooms.values())
+
+
+def _across(table: CostTable, inside: LinkCost | None) -> LinkCost | None:
+    """What joins a group beyond a node, None where the links inside are too much faster for that."""
+    topology = table.topology
+    links = [topology.network, *topology.between.values(), *([inside] if inside is not None else [])]
+    worst = LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
+    near = inside is None or worst.bytes_per_s >= NEAR * inside.bytes_per_s
+    return worst if near else None
 
 
 def _split(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
-from graphpar.cost import CostTable, LinkCost, Topology
+from graphpar.cost import CostTable, LinkCost, Mode, Topology
 
 Links = frozenset[LinkCost]
 
@@ -31,7 +31,8 @@ class Cells:
 
     `links[place][place]` is None where a place holds one device. The rest is kept only where cells
     span nodes: `node_sizes`, the most devices of any node that holds a device of the cell; `rooms`,
-    for each cell its devices in each node; `worst_inside`, the worst link inside those nodes.
+    for each cell its devices in each node; `worst_inside`, the worst link inside those nodes;
+    `worst_across`, the worst link between any two nodes.
     """
 
     cells: tuple[Cell, ...]
@@ -39,11 +40,30 @@ class Cells:
     node_sizes: tuple[int, ...] = ()
     rooms: tuple[tuple[int, ...], ...] = ()
     worst_inside: tuple[LinkCost | None, ...] = ()
+    worst_across: LinkCost | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Devices in each cell."""
         return tuple(len(c.devices) for c in self.cells)
+
+    def stands_anywhere(self, cell: int, mode: Mode) -> bool:
+        """Whether a group of a mode may have its members in any nodes of a cell."""
+        if len(mode.members) == 1 or mode.link is None or not self.rooms:
+            return True
+        links = [self.worst_across] if len(self.rooms[cell]) > 1 else []
+        links += [self.worst_inside[cell]] if max(self.rooms[cell]) > 1 else []
+        return all(k is not None and k.at_least(mode.link) for k in links)
+
+    def groups(self, cell: int, mode: Mode) -> int:
+        """How many groups of a mode may stand in a cell at once, joined by what its price needs."""
+        size = len(mode.members)
+        if self.stands_anywhere(cell, mode):
+            return self.counts[cell] // size
+        worst = self.worst_inside[cell]
+        if worst is None or mode.link is None or not worst.at_least(mode.link):
+            return 0
+        return sum(room // size for room in self.rooms[cell])
 
 
 @dataclass(frozen=True)
@@ -130,7 +150,7 @@ def class_cells(table: CostTable) -> Cells:
     rooms = [Counter(nodes[d] for d in c.devices) for _, c in used]
     worst = tuple(_worst([table.topology.inside[n] for n, k in r.items() if k > 1]) for r in rooms)
     whole = tuple(tuple(r.values()) for r in rooms)
-    return Cells(cells, (*links, (network,) * len(used)), largest, whole, worst)
+    return Cells(cells, (*links, (network,) * len(used)), largest, whole, worst, _worst(cross))
 
 
 def _best(links: Sequence[LinkCost]) -> LinkCost | None:

@@ -39,8 +39,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.cost import CostTable, Mode
-from graphpar.partition.cells import Cells, StageOption
+from graphpar.cost import CostTable
+from graphpar.partition.cells import Cells, StageOption, pareto
 from graphpar.partition.chain import ChainAnswer, Stage
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.counting_columns import (
@@ -93,6 +93,19 @@ class Least:
         return self.extra_s + self.post_weight * self.post_s
 
 
+@dataclass(frozen=True, eq=False)
+class Floors:
+    """Columns, and the least step of pipelines that use each of them."""
+
+    index: IntArray
+    step_s: FloatArray
+
+    def below(self, target_s: float) -> "Floors":
+        """Only the columns that a pipeline with a shorter step may use."""
+        kept = self.step_s < target_s
+        return self if kept.all() else Floors(self.index[kept], self.step_s[kept])
+
+
 class CountingProgram:
     """The programme of one setting; its columns do not depend on any limit.
 
@@ -120,9 +133,10 @@ class CountingProgram:
         self._devices = sum(self._counts)
         self._take = np.array([o.take for o in options], dtype=np.intp)
         self._width = np.array([o.width for o in options], dtype=np.intp)
-        teams = {(o.take, o.width): i for i, o in enumerate(options)}
-        self._team = np.array([teams[o.take, o.width] for o in options], dtype=np.intp)
-        self._group = np.array([len(o.groups[0]) for o in options], dtype=np.intp)
+        self._group = np.array([_node_group(table, cells, o) for o in options], dtype=np.intp)
+        alike = [(o.take, o.width, g) for o, g in zip(options, self._group.tolist(), strict=True)]
+        teams = {key: i for i, key in enumerate(alike)}
+        self._team = np.array([teams[key] for key in alike], dtype=np.intp)
         columns = price_columns(table, cells, options, setting, repeats, cache, should_stop)
         self._mode = np.array([o.staff[0] for o in options], dtype=np.intp)
         self._columns = columns.pick(np.flatnonzero(self._most(columns) > 0))
@@ -182,9 +196,14 @@ class CountingProgram:
         used = np.repeat(solution.columns, solution.counts)
         return self._answer(columns, used, solution.value, min(solution.bound, solution.value))
 
-    def relaxed(self, limits: StageLimits, least: Least, deadline_s: float) -> float | None:
-        """A lower bound on what pipelines within the limits cost beyond `least`; None where none fits."""
-        index = self._keeping(limits)
+    def relaxed(
+        self, limits: StageLimits, least: Least, deadline_s: float, known: Floors | None = None
+    ) -> float | None:
+        """A lower bound on what pipelines within the limits cost beyond `least`; None where none fits.
+
+        Pipelines are those of the columns that are `known` to be of use, of all columns by default.
+        """
+        index = self._keeping(limits, known)
         if len(index) == 0:
             return None
         if time.monotonic() > deadline_s:
@@ -197,9 +216,24 @@ class CountingProgram:
             self._warm, self._dues, self._duals = index[master.active], master.dues, master.duals
         return value
 
-    def lines(self, limits: StageLimits, least: Least) -> Lines | None:
+    def floors(
+        self, limits: StageLimits, least: Least, value: float, known: Floors | None = None
+    ) -> Floors:
+        """What pipelines within the limits cost at least that use a column, by the last relaxation.
+
+        `value` is what that said. Whoever uses a column costs at least that and the column's reduced
+        cost. It holds for columns that `_cheapest` dropped as well: all others of a pipeline may be
+        replaced by those that stand for them, which have no negative reduced cost.
+        """
+        index = self._keeping(limits, known)
+        cost = self._beyond(index, least)
+        master = self._master(index, cost, 0.0, np.inf)
+        master.dues = self._dues
+        return Floors(index, least.step_s + value + np.maximum(master.reduced(self._duals), 0.0))
+
+    def lines(self, limits: StageLimits, least: Least, known: Floors | None = None) -> Lines | None:
         """The lines of the columns within the limits, at what they cost at least beyond `least`."""
-        index = self._keeping(limits)
+        index = self._keeping(limits, known)
         if len(index) == 0:
             return None
         index = self._cheapest(index, least)
@@ -263,12 +297,12 @@ class CountingProgram:
         found: FloatArray = columns.fill_s[index] + columns.blocks[index] / self._repeats.number * over
         return found
 
-    def _keeping(self, limits: StageLimits) -> IntArray:
-        """The columns that keep the limits."""
-        everything = self._columns
-        within = (everything.extra_s <= limits.extra_s) & (everything.post_s <= limits.post_s)
-        within &= everything.extra_s + everything.post_s <= limits.both_s
-        found: IntArray = np.flatnonzero(within)
+    def _keeping(self, limits: StageLimits, known: Floors | None = None) -> IntArray:
+        """The columns that keep the limits, of all or of those that are known to be of use."""
+        index = slice(None) if known is None else known.index
+        extra, post = self._columns.extra_s[index], self._columns.post_s[index]
+        within = (extra <= limits.extra_s) & (post <= limits.post_s) & (extra + post <= limits.both_s)
+        found: IntArray = np.flatnonzero(within) if known is None else known.index[within]
         return found
 
     def _within(self, limits: StageLimits) -> IntArray:
@@ -414,9 +448,9 @@ def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[Sta
     options = []
     for index, cell in enumerate(cells.cells):
         for number, mode in enumerate(table.every_mode):
-            if set(mode.members) != {cell.device_class} or not _may_group(cells, index, mode):
+            if set(mode.members) != {cell.device_class}:
                 continue
-            most = sum(n // len(mode.members) for n in cells.rooms[index])
+            most = cells.groups(index, mode)
             whole = {most // parts for parts in _EQUAL_PARTS} - {0}
             for width in sorted({*widths(min(most, max_width)), *(w for w in whole if w <= max_width)}):
                 if width > 1 or mode.zero == 0:
@@ -424,29 +458,27 @@ def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[Sta
     return options
 
 
-def _may_group(cells: Cells, index: int, mode: Mode) -> bool:
-    """Whether the members of a mode fit into a node of a cell, joined by what its price needs."""
-    if mode.link is None:
-        return True
-    place = cells.cells[index].place
-    link = cells.links[place][place]
-    # `links` holds the best of several inside links: that of the worst node must do.
-    worst = cells.worst_inside[index]
-    enough = link is not None and worst is not None and worst.at_least(mode.link)
-    return enough and len(mode.members) <= cells.node_sizes[index]
+def _node_group(table: CostTable, cells: Cells, option: StageOption) -> int:
+    """Devices that must stand in one node."""
+    free = cells.stands_anywhere(option.groups[0][0], table.every_mode[option.staff[0]])
+    return 1 if free else len(option.groups[0])
 
 
 def _option(cells: Cells, index: int, mode: int, group: int, width: int) -> StageOption:
-    """A stage of one class: links inside a node as long as a node has room."""
+    """A stage of one class: links inside a node as long as a node has room.
+
+    With more replicas than nodes two of them share one, and exchange over the links inside as well.
+    """
     devices = group * width
     size, place = cells.node_sizes[index], cells.cells[index].place
     inside, network = cells.links[place][place], cells.links[-1][0]
-    ring = inside if devices <= size else network
+    ring = [inside] if devices <= size else [network]
+    ring += [inside] if width > len(cells.rooms[index]) else []
     near = (inside, network) if devices < size else (network,)
     return StageOption(
         take=tuple(devices if i == index else 0 for i in range(len(cells.counts))),
         places=frozenset({place}),
-        ring=frozenset() if ring is None or width == 1 else frozenset({ring}),
+        ring=frozenset() if width == 1 else pareto(k for k in ring if k is not None),
         staff=(mode,) * width,
         groups=((index,) * group,) * width,
         sides=tuple(dict.fromkeys(frozenset({k}) for k in near if k is not None)),

@@ -246,7 +246,8 @@ def _undominated(grids: Sequence[_Grid]) -> list[_Grid]:
     """Drop stages that another mode on the same devices does no worse in every respect."""
     teams: dict[tuple[object, ...], list[_Grid]] = {}
     for grid in grids:
-        teams.setdefault((grid.mode.members, grid.cell), []).append(grid)
+        # Where a group may stand is a matter of the link its price holds for.
+        teams.setdefault((grid.mode.members, grid.mode.link, grid.cell), []).append(grid)
     for team in teams.values():
         # The fastest first: they leave little of the others to compare with.
         team.sort(key=lambda g: float(np.where(g.usable, g.fill_s, 0.0).sum() / g.usable.sum()))

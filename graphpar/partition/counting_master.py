@@ -251,8 +251,11 @@ class Master:
         found: FloatArray = np.where(last, np.minimum(load, limit), np.where(due <= limit, load, 0.0))
         return found
 
+    def reduced(self, duals: FloatArray) -> FloatArray:
+        """Reduced costs of all columns, with the duals of a relaxation with the same `dues`."""
+        return self._reduced(self._cost, duals)
+
     def _reduced(self, cost: FloatArray, duals: FloatArray) -> FloatArray:
-        """Reduced costs of all columns."""
         fixed = len(self._row_lower)
         reduced: FloatArray = cost - duals[:fixed] @ self._rows
         for price, limit in zip(duals[fixed:], self.dues, strict=True):

@@ -17,6 +17,7 @@ from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingProgram, Least
 from graphpar.partition.counting_beam import grow_among, grow_lines
+from graphpar.partition.counting_boxes import Box, middle_of, split_below, within
 from graphpar.partition.counting_kinds import Harvest, judge_kinds
 from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
 from graphpar.partition.jit import COMPILED
@@ -79,16 +80,6 @@ _BISECTIONS = 12
 """Relaxations solved to find the least extra of a task."""
 
 
-@dataclass(frozen=True)
-class _Box:
-    """Extra and post from and to; `looks` counts the beams tried."""
-
-    task: int
-    extra: tuple[float, float]
-    post: tuple[float, float]
-    looks: int = 0
-
-
 @dataclass(frozen=True, eq=False)
 class _Known:
     """A line by the numbers of its columns, which mean something beyond the box it was met in."""
@@ -119,17 +110,22 @@ def search_counted(tasks: Iterable[Task], asked: Asked) -> SearchResult:
     return _CountedSearch(tasks, asked).run()
 
 
-class _CountedSearch(Search[_Box]):
+class _CountedSearch(Search[Box]):
     def __init__(self, tasks: Iterable[Task], asked: Asked) -> None:
         super().__init__(tasks, asked)
         self._built: dict[int, CountingProgram] = {}
         self._guides: dict[int, _Guide] = {}
         self._dived: set[int] = set()
+        self._aim = asked.aim
 
-    def _whole(self, index: int, task: Task) -> _Box:
+    def _work(self) -> None:
+        if self.best is None or self._aim != "plan":
+            super()._work()
+
+    def _whole(self, index: int, task: Task) -> Box:
         # Bounds that a stage meets exactly may be above it by rounding.
         extra_s, post_s = task.extra_s * (1 - _ROUNDING), task.post_s * (1 - _ROUNDING)
-        return _Box(index, (extra_s, INFINITY), (post_s, self._post_limit))
+        return Box(index, (extra_s, INFINITY), (post_s, self._post_limit))
 
     def _program(self, task: int) -> CountingProgram:
         if task not in self._built:
@@ -138,7 +134,7 @@ class _CountedSearch(Search[_Box]):
             self._built[task] = program
         return self._built[task]
 
-    def _look(self, bound: float, box: _Box) -> None:
+    def _look(self, bound: float, box: Box) -> None:
         if time.monotonic() > self._deadline_s:
             raise OutOfTimeError
         program = self._program(box.task)
@@ -151,56 +147,61 @@ class _CountedSearch(Search[_Box]):
             # So does what the limits below leave out.
             self._prune(max(bound, self._target()))
         box = shrunk
+        if box.known is not None:
+            box = replace(box, known=box.known.below(self._target()))
         least = self._least(box)
         if box.looks == 0:
             self.programs += 1
-            value = program.relaxed(self._limits(box), least, self._deadline_s)
+            value = program.relaxed(self._limits(box), least, self._deadline_s, box.known)
             if value is None:
                 return
             bound = max(bound, least.step_s + value)
             if bound >= self._target():
                 self._prune(bound)
                 return
+            if self._target() < INFINITY:
+                floors = program.floors(self._limits(box), least, value, box.known)
+                box = replace(box, known=floors.below(self._target()))
             if not self._is_narrow(program, bound, box):
                 self._divide(program, bound, box)
                 return
-            if self.best is None and box.task not in self._dived and len(self._dived) < _DIVES:
+            if self._needs_plan and box.task not in self._dived and len(self._dived) < _DIVES:
                 self._dive(program, box)
-                program.relaxed(self._limits(box), least, self._deadline_s)
+                program.relaxed(self._limits(box), least, self._deadline_s, box.known)
             self._look_at_kinds(program, bound, box)
             return
         self._look_closely(program, bound, box)
 
-    def _shrink(self, program: CountingProgram, box: _Box) -> _Box | None:
+    def _shrink(self, program: CountingProgram, box: Box) -> Box | None:
         """The box without what its extra or post excludes, on values that some column attains."""
         least_fill = self._tasks[box.task].fill_s
         room = self._target() - least_fill
         high = min(box.extra[1], room - self._weight * box.post[0])
-        extra = _within(program.extras_s, box.extra[0], high)
-        post = _within(program.posts_s, box.post[0], box.post[1])
+        extra = within(program.extras_s, box.extra[0], high)
+        post = within(program.posts_s, box.post[0], box.post[1])
         if extra is None or post is None:
             return None
         return replace(box, extra=extra, post=post)
 
-    def _least(self, box: _Box) -> Least:
+    def _least(self, box: Box) -> Least:
         return Least(box.extra[0], box.post[0], self._weight)
 
-    def _limits(self, box: _Box) -> StageLimits:
+    def _limits(self, box: Box) -> StageLimits:
         both = INFINITY
         if self._weight > 0:
             both = self._target() - self._tasks[box.task].fill_s
         return StageLimits(box.extra[1], box.post[1], both)
 
-    def _is_narrow(self, program: CountingProgram, bound: float, box: _Box) -> bool:
+    def _is_narrow(self, program: CountingProgram, bound: float, box: Box) -> bool:
         width = box.extra[1] - box.extra[0]
         allowed = max(_NARROW * self._gap, _LEAST_NARROW) * (box.extra[0] + self._tasks[box.task].fill_s)
-        if self.best is not None:
+        if self.best is not None or self._aim == "proof":
             allowed = max(allowed, _FAR * (self._target() - bound))
-        return width <= allowed or _middle(program.extras_s, box.extra) is None
+        return width <= allowed or middle_of(program.extras_s, box.extra) is None
 
-    def _divide(self, program: CountingProgram, bound: float, box: _Box) -> None:
+    def _divide(self, program: CountingProgram, bound: float, box: Box) -> None:
         """Push both halves of a box by extra."""
-        middle = _middle(program.extras_s, box.extra)
+        middle = middle_of(program.extras_s, box.extra)
         assert middle is not None
         low, high = middle
         self._push(bound, replace(box, extra=(box.extra[0], low)))
@@ -208,10 +209,11 @@ class _CountedSearch(Search[_Box]):
 
     # --- narrow boxes ---
 
-    def _look_at_kinds(self, program: CountingProgram, bound: float, box: _Box) -> None:
+    def _look_at_kinds(self, program: CountingProgram, bound: float, box: Box) -> None:
         """Bound a box by whole stages of every kind, with the prices of the relaxation just solved."""
         least = self._least(box)
-        lines, spend = program.lines(self._limits(box), least), self._target() - least.step_s
+        lines = program.lines(self._limits(box), least, box.known)
+        spend = self._target() - least.step_s
         if lines is None or spend <= 0:
             # The dive found a plan so good that nothing here reaches the new target.
             self._prune(max(bound, self._target()))
@@ -227,9 +229,9 @@ class _CountedSearch(Search[_Box]):
         else:
             self._push(bound, replace(box, looks=1))
 
-    def _look_closely(self, program: CountingProgram, bound: float, box: _Box) -> None:
+    def _look_closely(self, program: CountingProgram, bound: float, box: Box) -> None:
         least = self._least(box)
-        lines = program.lines(self._limits(box), least)
+        lines = program.lines(self._limits(box), least, box.known)
         spend = self._target() - least.step_s
         if lines is None or spend <= 0:
             return
@@ -296,20 +298,20 @@ class _CountedSearch(Search[_Box]):
         shares = verdict.shares(spend)
         return grow_among(lines, index, shares, spend, _AMONG, self._deadline_s)
 
-    def _look_again(self, program: CountingProgram, bound: float, box: _Box) -> None:
+    def _look_again(self, program: CountingProgram, bound: float, box: Box) -> None:
         """Nothing was found, but not everything was looked at."""
         if box.looks < len(_BEAMS):
             self._push(bound, replace(box, looks=box.looks + 1))
-        elif _middle(program.extras_s, box.extra) is not None:
+        elif middle_of(program.extras_s, box.extra) is not None:
             self._divide(program, bound, replace(box, looks=0))
-        elif (middle := _middle(program.posts_s, box.post)) is not None:
+        elif (middle := middle_of(program.posts_s, box.post)) is not None:
             low, high = middle
             self._push(bound, replace(box, post=(box.post[0], low), looks=0))
             self._push(bound, replace(box, post=(high, box.post[1]), looks=0))
         else:
             self._solve(program, bound, box)
 
-    def _solve(self, program: CountingProgram, bound: float, box: _Box) -> None:
+    def _solve(self, program: CountingProgram, bound: float, box: Box) -> None:
         """The integer programme of a box that nothing is left to divide in."""
         self.programs += 1
         try:
@@ -335,7 +337,7 @@ class _CountedSearch(Search[_Box]):
         return verdict
 
     def _divide_at(
-        self, program: CountingProgram, bound: float, box: _Box, lines: Lines, line: Line
+        self, program: CountingProgram, bound: float, box: Box, lines: Lines, line: Line
     ) -> None:
         """Divide a box where a line lies: by extra or by post, whichever falls short of more."""
         used = list(line.columns)
@@ -348,7 +350,7 @@ class _CountedSearch(Search[_Box]):
         by_post = self._weight * short[1][0] > short[0][0]
         values = program.posts_s if by_post else program.extras_s
         limits = box.post if by_post else box.extra
-        parts = _split_below(values, limits, short[1][1] if by_post else short[0][1])
+        parts = split_below(values, limits, short[1][1] if by_post else short[0][1])
         if parts is None:
             # The line lies at the lower end of the box: nothing else in it costs less.
             self._look_again(program, bound, box)
@@ -361,9 +363,13 @@ class _CountedSearch(Search[_Box]):
 
     # --- the first plan ---
 
+    @property
+    def _needs_plan(self) -> bool:
+        return self.best is None and self._aim != "proof"
+
     def _start(self) -> None:
         """Dive into the task that promises most before all others are even built."""
-        if not self._heap or self._heap[0][0] >= self._target():
+        if not self._needs_plan or not self._heap or self._heap[0][0] >= self._target():
             return
         near = self._heap[0][0] * (1 + _LIKE)
         alike = [box for bound, _, box in self._heap if bound <= near]
@@ -374,7 +380,7 @@ class _CountedSearch(Search[_Box]):
         if shrunk is not None and least is not None:
             self._dive(program, replace(shrunk, extra=(shrunk.extra[0], least)))
 
-    def _least_extra(self, program: CountingProgram, box: _Box) -> float | None:
+    def _least_extra(self, program: CountingProgram, box: Box) -> float | None:
         """The extra with which the relaxation costs least, about; None where nothing fits."""
         values = program.extras_s
         low = int(np.searchsorted(values, box.extra[0], side="left"))
@@ -398,7 +404,7 @@ class _CountedSearch(Search[_Box]):
             best, high = (extra + value, extra), middle - 1
         return None if best is None else best[1]
 
-    def _dive(self, program: CountingProgram, box: _Box) -> None:
+    def _dive(self, program: CountingProgram, box: Box) -> None:
         """Allow more and more extra until a beam finds a pipeline, then somewhat less again."""
         self._dived.add(box.task)
         failed = box.extra[1]
@@ -422,7 +428,7 @@ class _CountedSearch(Search[_Box]):
             else:
                 lowest = extra
 
-    def _try(self, program: CountingProgram, box: _Box, extra_s: float) -> bool:
+    def _try(self, program: CountingProgram, box: Box, extra_s: float) -> bool:
         """Whether a pipeline is found with at most so much extra that beats the cutoff."""
         least = Least(extra_s, box.post[0], self._weight)
         limits = StageLimits(extra_s, box.post[1])
@@ -432,8 +438,11 @@ class _CountedSearch(Search[_Box]):
         spend = min(
             self._target() - least.step_s, value + max(_DIVE_SPARE * extra_s, 0.2 * abs(value)) + 1e-12
         )
-        lines = program.lines(limits, least)
-        if lines is None or spend <= 0:
+        if spend <= 0:
+            return False
+        floors = program.floors(limits, least, value).below(least.step_s + spend)
+        lines = program.lines(limits, least, floors)
+        if lines is None:
             return False
         found = self._judge_kinds(program, lines, spend, extra_s)
         line = found.line
@@ -462,31 +471,3 @@ def _known(lines: Lines, line: Line) -> _Known:
         post_s=columns.post_s[used],
         sums=line.sums,
     )
-
-
-def _within(values: FloatArray, low: float, high: float) -> tuple[float, float] | None:
-    """The least and the largest of increasing values between two limits."""
-    first = int(np.searchsorted(values, low, side="left"))
-    last = int(np.searchsorted(values, high, side="right")) - 1
-    return (float(values[first]), float(values[last])) if first <= last else None
-
-
-def _middle(values: FloatArray, limits: tuple[float, float]) -> tuple[float, float] | None:
-    """Two neighbours among increasing values near the middle of limits, None where there are not two."""
-    first = int(np.searchsorted(values, limits[0], side="left"))
-    last = int(np.searchsorted(values, limits[1], side="right")) - 1
-    if last <= first:
-        return None
-    middle = int(np.searchsorted(values, (values[first] + values[last]) / 2, side="right"))
-    middle = min(max(middle, first + 1), last)
-    return float(values[middle - 1]), float(values[middle])
-
-
-def _split_below(
-    values: FloatArray, limits: tuple[float, float], value: float
-) -> list[tuple[float, float]] | None:
-    """Limits in two parts, the upper one from a value between the lower limit and the given one."""
-    parts = _middle(values, (limits[0], value))
-    if parts is None:
-        return None
-    return [(limits[0], parts[0]), (parts[1], limits[1])]

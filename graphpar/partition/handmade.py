@@ -101,7 +101,8 @@ def greedy_split(
         InfeasibleError: This split does not fit into memory under any microbatch count.
     """
     devices = list(table.class_of)[: table.num_units]
-    cuts = _proportional_cuts(table, devices, [_speed(table, d) for d in devices])
+    speed = _speeds(table)
+    cuts = _proportional_cuts(table, devices, [speed[table.class_of[d]] for d in devices])
     settings = (schedule, microbatches, deadline_s)
     return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], settings)
 
@@ -135,7 +136,8 @@ def one_device(
     Raises:
         InfeasibleError: The model does not fit into this device.
     """
-    fastest = max(table.class_of, key=lambda d: _speed(table, d))
+    speed = _speeds(table)
+    fastest = max(table.class_of, key=lambda d: speed[table.class_of[d]])
     settings = (schedule, microbatches, deadline_s)
     return _best_setting(table, "one device", [0, table.num_units], [[fastest]], settings)
 
@@ -144,13 +146,16 @@ def _even_cuts(total: int, parts: int) -> list[int]:
     return [total * i // parts for i in range(parts + 1)]
 
 
-def _speed(table: CostTable, device: str) -> float:
-    """Chains per second at the smallest microbatch."""
-    kind, size = table.class_of[device], table.sizes[0]
-    seconds = sum(
-        table.forward_s(u, kind, size) + table.backward_s(u, kind, size) for u in range(table.num_units)
-    )
-    return 1 / max(seconds, 1e-30)
+def _speeds(table: CostTable) -> list[float]:
+    """Chains per second of a device of each class at the smallest microbatch."""
+    size, found = table.sizes[0], []
+    for kind in range(len(table.device_classes)):
+        passes = (
+            table.forward_s(u, kind, size) + table.backward_s(u, kind, size)
+            for u in range(table.num_units)
+        )
+        found.append(1 / max(sum(passes), 1e-30))
+    return found
 
 
 def _proportional_cuts(table: CostTable, devices: Sequence[str], speeds: Sequence[float]) -> list[int]:

@@ -19,12 +19,11 @@ from graphpar.partition.family import (
     EVERY_GROUPING,
     Family,
     choose_family,
-    grouping_words,
     groupings,
-    share_step,
 )
 from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device, priced_plan
 from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible
+from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.programs import Programs
@@ -48,7 +47,7 @@ ROUNDING = 1e-9
 RUNNERS_UP = 3
 """Plans that lost are kept up to this number."""
 
-RELAXED_SHARE = 0.7
+RELAXED_SHARE = 0.9
 """Share of the asked-for gap that a search with relaxed links may use up."""
 
 _ESTIMATE_SHARE = 0.5
@@ -71,6 +70,12 @@ _GRACE_S = 0.5
 
 _EARLIER = 6
 """So many pipelines that were the best for a time are priced on real links."""
+
+_COARSE_BLOCKS = 64
+"""With twice as many blocks or more a first plan is looked for with that many, of several each, ..."""
+
+_COARSE_SHARE = 0.5
+"""... for this share of the time at most."""
 
 _LEAST_GAP = 1e-4
 """The counting search is not repeated with less gap than this."""
@@ -178,8 +183,10 @@ class _Run:
         # The answer must be priced and checked in time as well.
         self._final_s = deadline_s
         self._deadline_s = deadline_s - min(_FINISH_SHARE * (deadline_s - began_s), _MOST_FINISH_S)
+        self._near = False
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_SHARE * (deadline_s - began_s))
-        self._programs = Programs(family, replace(limits, patience_s=patience_s), self._deadline_s)
+        self._limits = replace(limits, patience_s=patience_s)
+        self._programs = Programs(family, self._limits, self._deadline_s)
         self._shares = ShareBounds(self._programs)
         self._bound_s = INFINITY
         self._physical_s = physical_bound_s(family.table)
@@ -228,6 +235,7 @@ class _Run:
     def counted(self) -> None:
         """A large cluster: one pipeline, with proof; then unlike ones side by side as time allows."""
         self.regular()
+        self.coarse()
         self.single()
         while self._gap > _LEAST_GAP and self._missed():
             # Real links cost more than was left for them: close the search's own gap further.
@@ -245,6 +253,26 @@ class _Run:
             self._offer((found,))
             if len(self._seen) > known:
                 return
+
+    def coarse(self) -> None:
+        """Many blocks: look for a plan whose stages have several at once, which are far fewer columns."""
+        repeats = self.family.repeats.coarser(_COARSE_BLOCKS) if self.family.repeats else None
+        if repeats is None:
+            return
+        now = time.monotonic()
+        programs = Programs(replace(self.family, repeats=repeats), self._limits, self._deadline_s)
+        result = programs.search(
+            programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules),
+            cutoff_s=self._target_s,
+            gap=self._gap,
+            deadline_s=now + _COARSE_SHARE * (self._deadline_s - now),
+            aim="plan",
+        )
+        for found in (*result.others[:RUNNERS_UP], *result.before[:_EARLIER]):
+            self._offer((found,))
+        if result.best is not None:
+            self._offer((result.best,))
+            self._near = True
 
     def kinds_side_by_side(self) -> None:
         """Try unlike kinds in pipelines side by side: by estimate first, and where that helps in full.
@@ -313,11 +341,11 @@ class _Run:
         tasks = self._programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
         result = self._programs.search(
             tasks,
-            # Relaxed links only make plans cheaper: what is no better with them is no better at all.
-            cutoff_s=self._target_s if self.family.exact else self.step_s,
+            cutoff_s=self._target_s,
             gap=self._gap,
             deadline_s=self._deadline_s,
             dive=True,
+            aim="proof" if self._near else "both",
         )
         bound_s = result.bound_s
         if result.cut:
@@ -447,7 +475,7 @@ class _Run:
             physical_bound_s=min(self._physical_s, cost.objective_s),
             seconds=time.monotonic() - self._began_s,
             truncated_by=tuple(self.truncated),
-            family=self._family_words(),
+            family=family_words(self.family, self.groupings_searched),
             peak_bytes=cost.peak_bytes,
             notes=self._notes(),
             runners_up=self.runners_up(),
@@ -455,27 +483,9 @@ class _Run:
             num_variables=self._programs.largest,
         )
 
-    def _family_words(self) -> str:
-        table = self._table
-        counts = self.family.counts(table.batch)
-        words = [
-            f"chains of stages over {sum(self.family.cells.counts)} devices, "
-            f"staffed by {self.family.staffing}",
-            grouping_words(self.family, self.groupings_searched)
-            + f", shares in steps of {share_step(table)}",
-            f"{len(counts)} microbatch counts from {counts[0]} to {counts[-1]}",
-            "schedule " + " or ".join(self.family.schedules),
-        ]
-        return "; ".join(words)
-
     def _notes(self) -> tuple[str, ...]:
         assert self.best is not None
-        notes = []
-        used = {d for p in self.best.pipelines for s in p.stages for r in s.replicas for d in r.devices}
-        idle = [d for d in self._table.class_of if d not in used]
-        if idle:
-            names = ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
-            notes.append(f"left out: {names}; no plan with them was found to be faster")
+        notes = idle_note(self._table, self.best.pipelines)
         if self._programs.slowed:
             notes.append(f"the search took its slower form: {self._programs.slowed}")
         if self.groupings_tried:
@@ -483,16 +493,4 @@ class _Run:
                 f"pipelines of unlike kinds side by side: {self.groupings_tried} ways tried with shares "
                 f"by estimate, {self.groupings_searched} searched or excluded by proof"
             )
-        if self._table.batch_reason:
-            notes.append(f"the batch stays whole: {self._table.batch_reason}")
-        if self._table.in_step_reason:
-            notes.append(
-                f"{self._table.in_step_reason}: each pipeline takes its samples as one microbatch, and "
-                "pipelines side by side go in step and add up such sums"
-            )
-        if self._table.tail_reason:
-            first = ", so that all forwards come before the backwards" if self._table.training else ""
-            notes.append(
-                f"{self._table.tail_reason}: from there on the last stage works on the whole batch{first}"
-            )
-        return tuple(notes)
+        return (*notes, *table_notes(self._table))

@@ -29,7 +29,7 @@ from graphpar.partition.family import Family
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
 from graphpar.partition.pipeline_search import search
-from graphpar.partition.search import INFINITY, Asked, ChainSolver, SearchResult, Task
+from graphpar.partition.search import INFINITY, Aim, Asked, ChainSolver, SearchResult, Task
 from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.task_search import search_tasks
 from graphpar.partition.types import ScheduleName
@@ -102,9 +102,10 @@ class Programs:
         post_limit_s: float = INFINITY,
         count_post: bool = True,
         dive: bool = False,
+        aim: Aim = "both",
     ) -> SearchResult:
         """The best pipeline over some tasks, by whichever search suits the family's programmes."""
-        asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post)
+        asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post, aim)
         if self.family.repeats is not None:
             result = search_counted(tasks, asked)
         else:

@@ -131,8 +131,7 @@ class _Mode:
         rooms = cells.rooms[cell] if cells.rooms else (cells.counts[cell],)
         self._is_inside = devices <= (cells.node_sizes[cell] if cells.node_sizes else rooms[0])
         self._stages = _stage_counts(repeats.number)[None, :]
-        groups = sum(n // len(mode.members) for n in rooms)
-        self._room = self._width * self._stages <= groups
+        self._room = self._width * self._stages <= cells.groups(cell, mode)
         self._set_blocks(repeats.number)
         weights, gradients, state = (
             self._bytes(f) for f in ("weight_bytes", "gradient_bytes", "optimizer_bytes")
@@ -263,7 +262,7 @@ class _Mode:
         message = num_bytes / self._width
         far = self._network.latency_s + message / self._network.bytes_per_s
         near = self._inside.latency_s + message / self._inside.bytes_per_s
-        seconds = np.where(self._is_inside, near, far)
+        seconds = np.where(self._is_inside, near, np.maximum(near, far))
         found: FloatArray = (self._width - 1) * (seconds + self._table.sum_s_per_byte * message)
         return found
 

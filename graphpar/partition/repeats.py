@@ -17,6 +17,17 @@ class Repeats:
         """The unit at which a block starts."""
         return self.start + block * self.period
 
+    def coarser(self, most: int) -> "Repeats | None":
+        """At least `most` blocks, each of as many of these as that allows; None where that is one.
+
+        What does not divide evenly is left to what follows the last block.
+
+        >>> Repeats(1, 1, 126).coarser(48)
+        Repeats(start=1, period=2, number=63)
+        """
+        joined = self.number // most
+        return Repeats(self.start, self.period * joined, self.number // joined) if joined > 1 else None
+
     @property
     def end(self) -> int:
         """The unit after the last block."""

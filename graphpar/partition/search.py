@@ -9,7 +9,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from graphpar.partition.chain import ChainAnswer
 from graphpar.partition.clock import OutOfTimeError
@@ -17,6 +17,8 @@ from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, Setting
 
 INFINITY = float("inf")
+
+Aim = Literal["both", "plan", "proof"]
 
 
 class ChainSolver(Protocol):
@@ -106,6 +108,8 @@ class Asked:
         deadline_s: `time.monotonic()` at which to stop.
         post_limit_s: Leave out stages with a longer post.
         count_post: Whether post is part of what is minimised, or only limited.
+        aim: `plan` ends with the first good plan where one is found before the search proper; `proof`
+            looks for none there, because the cutoff comes from a plan that is about as good as any.
     """
 
     cutoff_s: float
@@ -113,6 +117,7 @@ class Asked:
     deadline_s: float
     post_limit_s: float = INFINITY
     count_post: bool = True
+    aim: Aim = "both"
 
 
 Part = TypeVar("Part")

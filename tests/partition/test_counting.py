@@ -10,16 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, Topology
+from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
 from graphpar.partition import counting_kinds, counting_search
 from graphpar.partition.assign import groups_hold, name_devices
-from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option
+from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.counting import CountingLimits, CountingProgram, counting_options, widths
 from graphpar.partition.counting_beam import Harvest
 from graphpar.partition.family import Family, _homes, _multisets
 from graphpar.partition.pipeline import partition
-from graphpar.partition.pipeline_price import price
+from graphpar.partition.pipeline_price import pairs, price
 from graphpar.partition.pipeline_search import search
 from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats, find_repeats
@@ -210,15 +212,18 @@ def test_counting_is_as_good_as_placing_in_all_modes(
 
 @st.composite
 def spread_tables(draw: st.DrawFn) -> CostTable:
-    """Mode tables with devices in up to three nodes, kinds mixed, some nodes closer than others."""
+    """Mode tables with devices in up to three nodes, kinds mixed, some nodes closer than others.
+
+    Prices of groups hold for any link, or for the fast one alone.
+    """
     table = draw(mode_tables())
     node_of = {d: draw(st.sampled_from("abc")) for d in table.class_of}
     fast, slow, slower = LinkCost(0.0, 1e4), LinkCost(0.05, 40.0), LinkCost(0.3, 5.0)
     inside = {n: draw(st.sampled_from([fast, slow])) for n in "abc"}
     between = draw(st.sampled_from([{}, {("a", "b"): slow}]))
     network = draw(st.sampled_from([slow, slower]))
-    # Groups across nodes are not counted.
-    modes = tuple(m for m in table.modes if len(m.members) == 1)
+    joined = draw(st.sampled_from([LinkCost(1.0, 1.0), LinkCost(0.01, 100.0)]))
+    modes = tuple(m if m.link is None else replace(m, link=joined) for m in table.modes)
     return replace(table, topology=Topology(node_of, inside, network, between), modes=modes)
 
 
@@ -299,3 +304,46 @@ def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) ->
     found = partition(many_devices(12, 8), schedule="1f1b", microbatches=4, time_limit_s=60.0)
     assert found.gap > 0.01
     assert any("integer programmes" in reason for reason in found.truncated_by)
+
+
+def in_nodes(size: int, inside: LinkCost, network: LinkCost, memory_bytes: float) -> CostTable:
+    """Twelve equal units over eight devices in nodes of a size, with tensor groups of two."""
+    table = make_table([1.0] * 12, devices_per_class=(8,), batch=8, memory_bytes=memory_bytes)
+    node_of = {d: f"n{int(d[2:]) // size}" for d in table.class_of}
+    topology = Topology(node_of, dict.fromkeys(node_of.values(), inside), network)
+    return with_modes(replace(table, topology=topology), StageOptions(tensor_widths=(2,)))
+
+
+@pytest.mark.parametrize(("size", "network_bytes_per_s"), [(1, 1e4), (2, 1e4), (3, 1e4), (2, 1e2)])
+def test_groups_stand_in_several_nodes_where_links_allow_it(
+    size: int, network_bytes_per_s: float
+) -> None:
+    """Devices alone hold eight of the units; in groups, of one node or of two, they hold them all."""
+    table = in_nodes(size, LinkCost(1e-6, 1e4), LinkCost(1e-6, network_bytes_per_s), 1.5)
+    family = counted(table, Repeats(0, 1, 12), "1f1b")
+    found = best(family, "1f1b").best
+    assert found is not None
+    (pipeline,) = name_devices(table, family.cells, (found,))
+    assert groups_hold(table, (pipeline,))
+    assert len(pipeline.stages) == 4
+
+
+def test_replicas_that_share_a_node_exchange_inside_it() -> None:
+    """Where links inside nodes are slower than the network, wide stages are held up by them."""
+    slow, fast = LinkCost(1e-3, 1e2), LinkCost(1e-6, 1e4)
+    table = in_nodes(4, slow, fast, 1e9)
+    options = [o for o in counting_options(table, class_cells(table), 8) if o.staff[0] == 0]
+    rings = {o.num_devices: o.ring for o in options}
+    assert rings[8] == pareto(pairs(table, list(table.class_of), list(table.class_of)))
+    assert rings[2] == {slow}
+
+
+def test_many_blocks_begin_with_several_at_once() -> None:
+    table = many_devices(132, 8, batch=32)
+    found = partition(replace(table, device_classes=roomy(table, 60.0)), gap=0.03, time_limit_s=60.0)
+    assert found.gap <= 0.03
+    assert not found.truncated_by
+
+
+def roomy(table: CostTable, memory_bytes: float) -> tuple[DeviceClass, ...]:
+    return tuple(replace(c, memory_bytes=memory_bytes) for c in table.device_classes)
