@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from graphpar.cost_models.layout import Layout
 from graphpar.cost_models.work import Call, OpWork
+from graphpar.ir.formats import multiplies_8_bits
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op
 
@@ -49,6 +50,24 @@ def parameter_bytes(graph: Graph, names: Sequence[str]) -> tuple[float, float, f
             numel += op.type.numel(1)
             tensors += 1
     return total, trained, numel, tensors
+
+
+def lower_copy_bytes(graph: Graph, op: Op) -> float:
+    """Bytes of a weight's copy in a lower format, which a device holds beside the weight.
+
+    Args:
+        graph: The graph.
+        op: The `gp.cast_weight` that makes it.
+    """
+    held = float(op.type.bytes(1))
+    if is_scaled(graph, op):
+        held += 2.0 * op.type.numel(1)
+    return held
+
+
+def is_scaled(graph: Graph, op: Op) -> bool:
+    """Whether a copy is multiplied in eight bits: scaled, and held turned for the backward as well."""
+    return len(op.type.shape) == 2 and any(map(multiplies_8_bits, graph.users(op.name)))
 
 
 def unit_memory(

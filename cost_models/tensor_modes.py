@@ -13,6 +13,7 @@ from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.again import kept_last
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.memory import lower_copy_bytes
 from graphpar.cost_models.mesh_times import MeshTimes, share_held
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import rates_of
@@ -82,7 +83,11 @@ def _unit(
     weights = _own_weights(graph, chain, number)
     plain = table.every_mode[table.class_of[group.devices[0].name]].costs[kind]
     trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
-    held = [sum(op.type.bytes(1) * _share(sharding, op, at) for op in weights) for at in group.places]
+    held = [
+        sum(op.type.bytes(1) * _share(sharding, op, at) for op in weights)
+        + _lower_copies(graph, ops, sharding, at)
+        for at in group.places
+    ]
     grads = [sum(op.type.bytes(1) * _share(sharding, op, at) for op in trained) for at in group.places]
     gradients = plain.gradient_bytes[0]
     state = plain.optimizer_bytes[0] / gradients if gradients else 0.0
@@ -205,6 +210,16 @@ def _own_weights(graph: Graph, chain: Chain, number: int) -> list[Op]:
 
 def _share(sharding: Sharding, op: Op, coords: tuple[int, ...]) -> float:
     return share_held(sharding.held(op.name))(coords)
+
+
+def _lower_copies(graph: Graph, ops: Sequence[Op], sharding: Sharding, coords: tuple[int, ...]) -> float:
+    """Bytes of a member's copies of weights in lower formats."""
+    copied = 0.0
+    for op in ops:
+        ways = sharding.ways(op.name) if op.target == "gp.cast_weight" else None
+        if ways is not None:
+            copied += lower_copy_bytes(graph, op) * share_held(ways.results[0])(coords)
+    return copied
 
 
 def _kept_share(

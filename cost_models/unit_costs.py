@@ -8,13 +8,20 @@ from graphpar.cluster import Device
 from graphpar.cost import CutEdge, UnitCost
 from graphpar.cost_models.again import run_again
 from graphpar.cost_models.layout import Layout
-from graphpar.cost_models.memory import ALLOCATOR_SLACK, parameter_bytes, saved_roots, unit_memory
+from graphpar.cost_models.memory import (
+    ALLOCATOR_SLACK,
+    is_scaled,
+    lower_copy_bytes,
+    parameter_bytes,
+    saved_roots,
+    unit_memory,
+)
 from graphpar.cost_models.opcost import fan_out_kernels, work_of
 from graphpar.cost_models.rates import Rates, rates_of
 from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.cost_options import PricingOptions
 from graphpar.ir.chain import Chain, Crossing, Unit
-from graphpar.ir.formats import multiplies_8_bits, wire_format
+from graphpar.ir.formats import wire_format
 from graphpar.ir.graph import Graph
 from graphpar.ir.late import late_weights
 from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
@@ -171,11 +178,10 @@ class UnitPricer:
         for op in casts:
             elements, size = op.type.numel(1), float(op.type.bytes(1))
             kernels.append(Kernel("cast", elements, size + wide * elements, elements))
-            held += size
-            if len(op.type.shape) == 2 and any(map(multiplies_8_bits, self.graph.users(op.name))):
+            held += lower_copy_bytes(self.graph, op)
+            if is_scaled(self.graph, op):
                 # Read for the largest element, scaled, cast, and turned once more for the backward.
                 kernels.append(Kernel("cast", elements, 11.0 * elements, elements))
-                held += 2.0 * elements
         return held, kernels
 
     def free_seconds(self, device: Device, size: int) -> float:

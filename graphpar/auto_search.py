@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from graphpar.cheapest import cheapest
 from graphpar.cluster import Cluster
@@ -20,7 +21,7 @@ from graphpar.partition.formats import (
     looser,
     tighter,
 )
-from graphpar.partition.types import Partition, PipelineChoice, StageChoice
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.plan_records import PlanBudget, PlanPrecision, PlanUnitFormat
 from graphpar.precision import (
     Formats,
@@ -217,12 +218,19 @@ class Search:
     def _unit_s(self, table: CostTable, stage: StageChoice, unit: int, size: int) -> float:
         """Seconds of one microbatch of a unit on the slowest replica."""
         times = []
-        for replica in stage.replicas:
-            mode = table.mode_number(stage, replica)
-            mode = table.class_of[replica.device] if mode is None else mode
+        for mode in map(partial(_mode_of, table, stage), stage.replicas):
             backward_s = table.backward_s(unit, mode, size) if table.training else 0.0
             times.append(table.forward_s(unit, mode, size) + backward_s)
         return max(times)
+
+    def _unit_bytes(self, table: CostTable, stage: StageChoice, unit: int, size: int) -> float:
+        """What all members of a replica keep of one microbatch of a unit and its weights; the most."""
+        held = []
+        for mode in map(partial(_mode_of, table, stage), stage.replicas):
+            cost = table.every_mode[mode].costs[table.units[unit]]
+            kept = sum(table.at_size(row, size) for row in cost.saved_bytes)
+            held.append(kept + sum(cost.weight_bytes))
+        return max(held)
 
     def _spread(self, found: Partition, choice: FormatChoice) -> Formats:
         """The choice for every device: what runs a unit decides for those that might have run it."""
@@ -321,17 +329,19 @@ class Search:
 
     def _units(self, best: Candidate) -> Sequence[PlanUnitFormat]:
         rows: dict[int, PlanUnitFormat] = {}
-        for pipeline in with_formats(best.found, best.formats).pipelines:
+        wide = self.tables["float32"]
+        # Prices go by how the search ran a stage; formats are written into it afterwards.
+        lower = with_formats(best.found, best.formats).pipelines
+        for pipeline, told in zip(best.found.pipelines, lower, strict=True):
             size = max(pipeline.sizes())
-            for stage in pipeline.stages:
-                for unit, f in zip(range(stage.first, stage.last), stage.formats, strict=True):
+            for stage, chosen in zip(pipeline.stages, told.stages, strict=True):
+                for unit, f in zip(range(stage.first, stage.last), chosen.formats, strict=True):
                     if f == "float32":
                         continue
-                    saved_s = pipeline.microbatches * (
-                        self._unit_s(self.tables["float32"], stage, unit, size)
-                        - self._unit_s(self.tables[f], stage, unit, size)
-                    )
-                    before = rows[unit].saved_s if unit in rows else 0.0
+                    at = stage, unit, size
+                    saved_s = self._unit_s(wide, *at) - self._unit_s(self.tables[f], *at)
+                    saved_bytes = self._unit_bytes(wide, *at) - self._unit_bytes(self.tables[f], *at)
+                    before = rows.get(unit)
                     output, gradient = self.errors[unit][f]
                     rows[unit] = PlanUnitFormat(
                         unit=unit,
@@ -339,14 +349,13 @@ class Search:
                         output_error=output,
                         gradient_error=gradient,
                         source=self.sensitivities.sources[f][unit],
-                        saved_s=saved_s + before,
-                        saved_bytes=self._saved_bytes(f, unit, size),
+                        saved_s=pipeline.microbatches * saved_s + (before.saved_s if before else 0.0),
+                        saved_bytes=saved_bytes + (before.saved_bytes if before else 0.0),
                     )
         return [rows[unit] for unit in sorted(rows)]
 
-    def _saved_bytes(self, f: str, unit: int, size: int) -> float:
-        def held(table: CostTable) -> float:
-            cost = table.costs[table.units[unit]]
-            return table.at_size(cost.saved_bytes, size) + cost.weight_bytes
 
-        return held(self.tables["float32"]) - held(self.tables[f])
+def _mode_of(table: CostTable, stage: StageChoice, replica: Replica) -> int:
+    """How a replica runs a stage; where groups have no price in a table, as its first device alone."""
+    mode = table.mode_number(stage, replica)
+    return table.class_of[replica.device] if mode is None else mode

@@ -82,7 +82,8 @@ class PlanUnitFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     `source` says where the errors come from: a run of this unit ("measured"), of an equal one ("like
     its kind"), or rounding alone ("estimated"). Seconds are those of all microbatches of a step on the
-    unit's devices, bytes those of one microbatch's activations less the weights' lower copies.
+    unit's devices, bytes those of one microbatch's activations less the weights' lower copies, of all
+    members of a group together, and summed over pipelines.
     """
 
     unit: int

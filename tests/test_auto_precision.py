@@ -374,6 +374,24 @@ def test_formats_are_chosen_for_a_tensor_group_and_run_in_it() -> None:
     assert loss == pytest.approx(float(model(*batch).detach()), rel=1e-2) and told.output > 0
 
 
+def test_a_group_saves_what_its_members_save() -> None:
+    """Each computes half, so that a lower format saves less time than alone, of as many bytes."""
+    batch = (torch.randn(1, 16, 64), torch.randn(1, 16, 64))
+    saved = []
+    for count in (1, 2):
+        made = graphpar.plan(
+            Wide(), {"devices": [{"kind": "cpu", "count": count}]}, batch, train=TRAINING, tensor="auto",
+            precision="auto", precision_budget=3e-2, calibration=fast_lower_cpu(), measure_s=0,
+        )  # fmt: skip
+        report = made.error_budget
+        assert report is not None and report.units
+        saved.append([sum(getattr(u, n) for u in report.units) for n in ("saved_s", "saved_bytes")])
+    (alone_s, alone_bytes), (group_s, group_bytes) = saved
+    assert made.partition.pipelines[0].stages[0].replicas[0].others
+    assert 0.2 * alone_s < group_s < 0.8 * alone_s
+    assert group_bytes == pytest.approx(alone_bytes, rel=0.3) and group_bytes != alone_bytes
+
+
 def test_groups_are_chosen_where_the_measured_loopback_is_slower_than_the_catalogues() -> None:
     batch = (torch.randn(1, 16, 64), torch.randn(1, 16, 64))
     cpus = {"devices": [{"kind": "cpu", "count": 2}]}

@@ -25,11 +25,11 @@ def free_links(monkeypatch: pytest.MonkeyPatch) -> None:
 class Mlp(nn.Module):
     """A residual perceptron with a norm and a loss over classes."""
 
-    def __init__(self, steepness: float = 1.0) -> None:
+    def __init__(self, steepness: float = 1.0, width: int = 12, inner: int = 20) -> None:
         super().__init__()
         self.steepness = steepness
-        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
-        self.out = nn.Linear(12, 6)
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, inner)
+        self.down, self.out = nn.Linear(inner, width), nn.Linear(width, 6)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         h = x + self.down(torch.relu(self.up(self.norm(x))))
@@ -38,6 +38,7 @@ class Mlp(nn.Module):
 
 
 BATCH = (torch.randn(8, 12), torch.randint(0, 6, (8,)))
+PAIR = (Line((1,), 2, groups=((0.5, 0.5),)),)
 
 
 def grouped_job(model: nn.Module, precision: str) -> CompiledModel:
@@ -85,6 +86,23 @@ def test_an_overflow_on_one_member_skips_the_step_on_all() -> None:
         assert job.last_step is not None and job.last_step.skipped
         assert len({(r.skipped, r.loss_scale) for r in job.last_step.reports}) == 1
         assert all(torch.equal(t, before[n]) for n, t in job.state_dict().items())
+
+
+def test_members_hold_copies_in_the_lower_format() -> None:
+    """A group that cuts every weight holds each weight and its copy once among them all."""
+    batch = torch.randn(8, 64), torch.randint(0, 6, (8,))
+    forced = force(Mlp(width=64, inner=256), batch, lines=PAIR)
+    graph, units = forced.prepared.graph, len(forced.prepared.chain.units)
+    formats = Formats({d.name: ("bfloat16",) * units for d in forced.cluster.devices})
+    table = price(forced.prepared, forced.cluster, train=TRAINING, calibration=None, formats=formats)
+    groups = forced.plan.partition.pipelines[0].stages[0].replicas
+    lower = rewritten_by_device(graph, forced.prepared.chain, formats)
+    (mode,) = with_group_modes(table, graph, forced.cluster, groups, None, TRAINING, lower).modes
+    alone = sum(cost.weight_bytes[0] for cost in table.every_mode[0].costs)
+    together = sum(sum(cost.weight_bytes) for cost in mode.costs)
+    weights = sum(op.type.bytes(1) for op in graph.sources("parameter"))
+    assert alone == pytest.approx(1.5 * weights, rel=0.01)
+    assert alone <= together <= 1.05 * alone  # biases are held by both
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
