@@ -31,6 +31,7 @@ from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
 from graphpar.examples.gpt import GPT
+from graphpar.group_candidates import candidate_groups
 from graphpar.measure import calibrate
 from graphpar.partition.baselines import data_parallel, one_device
 from graphpar.partition.handmade import evaluate
@@ -41,7 +42,7 @@ from graphpar.plans import Plan
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.subject import Subject
-from graphpar.tensor_groups import candidate_groups, with_group_modes
+from graphpar.tensor_groups import with_group_modes
 from graphpar.training import Training
 
 WARM_UP = 1

@@ -6,19 +6,25 @@ it is sent over that axis' link, of what the other one leaves. Collectives of li
 are priced as if each had its links to itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
+
+import numpy as np
+import numpy.typing as npt
 
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.device import Device
-from graphpar.ir.conversions import CollectiveName, Conversion
+from graphpar.ir.conversions import CollectiveName
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, Ways, route
+from graphpar.ir.mesh import Layouts, Move, Ways, route
 from graphpar.ir.ops import Op
 from graphpar.ir.shards import Split
 from graphpar.ir.strategies import Strategy, carries_gradient
 from graphpar.partition.problems import IMPOSSIBLE_COST
+
+_Numbers = npt.NDArray[np.intp]
 
 
 class MeshTimes:
@@ -43,7 +49,8 @@ class MeshTimes:
         self.layout = self.alone.layout
         self._lines = [group.along(axis) for axis in range(len(group.axes))]
         self._sent: dict[object, tuple[_Sent, ...] | None] = {}
-        self._priced: dict[object, tuple[float, float] | None] = {}
+        self._priced: dict[object, tuple[float, float]] = {}
+        self._tables: dict[object, tuple[tuple[tuple[_Sent, ...] | None, ...], _Numbers]] = {}
 
     def parts(self, op: Op, ways: Ways) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""
@@ -85,60 +92,77 @@ class MeshTimes:
 
     def conversion_parts(self, op: Op, made: Layouts, wanted: Layouts) -> tuple[float, float] | None:
         """Forward and backward seconds of bringing a value from some layouts to others."""
-        gradient = self.options.training and carries_gradient(self.graph, op.name)
-        key = (op.types, op.target == "parameter", gradient, made, wanted)
-        if key not in self._priced:
-            self._priced[key] = self._conversion(op, gradient, made, wanted)
-        return self._priced[key]
-
-    def _conversion(
-        self, op: Op, gradient: bool, made: Layouts, wanted: Layouts
-    ) -> tuple[float, float] | None:
-        is_weight = op.target == "parameter"
-        key = (made, wanted, gradient, is_weight)
-        if key not in self._sent:
-            self._sent[key] = self._collectives(*key)
-        moves = self._sent[key]
+        moves = self._collectives(made, wanted, self._flows_back(op), op.target == "parameter")
         if moves is None:
             return None
         if not all(t is not None for t in op.types):
             return None if moves else (0.0, 0.0)
-        num_bytes = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
-        ahead = behind = 0.0
-        for how, group, left in moves:
-            ahead += self._send_seconds(how.forward, num_bytes * left, group)
-            once = is_weight and how.target == "gp.copy_to_group"
-            sent = self._send_seconds(how.backward, num_bytes * left, group)
-            # Summed once, after the last microbatch.
-            behind += sent / (self.options.microbatches if once else 1)
-        return ahead, behind
+        num_bytes = self._num_bytes(op)
+        return self._seconds(moves, num_bytes)
+
+    def conversion_table(
+        self, op: Op, made: Sequence[Layouts], wanted: Sequence[Layouts]
+    ) -> npt.NDArray[np.float64]:
+        """Seconds in both directions from each of some layouts to each of others; endless for no way.
+
+        Most pairs of layouts send the same and differ in what they cut alone: each way to send is priced
+        once.
+        """
+        key = (tuple(made), tuple(wanted), self._flows_back(op), op.target == "parameter")
+        if key not in self._tables:
+            kinds: dict[tuple[_Sent, ...] | None, int] = {}
+            every = (self._collectives(a, b, *key[2:]) for a in made for b in wanted)
+            numbers = np.array([kinds.setdefault(moves, len(kinds)) for moves in every], dtype=np.intp)
+            self._tables[key] = tuple(kinds), numbers.reshape(len(made), len(wanted))
+        ways, numbers = self._tables[key]
+        is_tensor = all(t is not None for t in op.types)
+        num_bytes = self._num_bytes(op) if is_tensor else 0.0
+        priced = [
+            float(IMPOSSIBLE_COST)
+            if moves is None or (moves and not is_tensor)
+            else sum(self._seconds(moves, num_bytes))
+            for moves in ways
+        ]
+        found: npt.NDArray[np.float64] = np.array(priced)[numbers]
+        return found
+
+    def _flows_back(self, op: Op) -> bool:
+        return self.options.training and carries_gradient(self.graph, op.name)
+
+    def _num_bytes(self, op: Op) -> float:
+        return sum(t.bytes(self.options.samples) for t in op.types if t is not None)
+
+    def _seconds(self, moves: "tuple[_Sent, ...]", num_bytes: float) -> tuple[float, float]:
+        key = moves, num_bytes
+        if key not in self._priced:
+            ahead = behind = 0.0
+            for move in moves:
+                group, sent = self._group(move.axis), num_bytes * move.left
+                ahead += self._send_seconds(move.forward, sent, group)
+                back = self._send_seconds(move.backward, sent, group)
+                # Summed once, after the last microbatch.
+                behind += back / (self.options.microbatches if move.once else 1)
+            self._priced[key] = ahead, behind
+        return self._priced[key]
 
     def _collectives(
         self, made: Layouts, wanted: Layouts, gradient: bool, is_weight: bool
     ) -> "tuple[_Sent, ...] | None":
-        """The ops of a route, who takes part, and what part of the value the others' axis leaves."""
-        moves = route(self.group.axes, made, wanted, gradient, is_weight)
-        if moves is None:
-            return None
-        return tuple(
-            (
-                move.how,
-                self._group(move.axis),
-                1.0 if move.axis is None else _left(move.before, move.axis),
+        """What a route sends; None where there is none."""
+        key = made, wanted, gradient, is_weight
+        if key not in self._sent:
+            moves = route(self.group.axes, made, wanted, gradient, is_weight)
+            self._sent[key] = (
+                None
+                if moves is None
+                else tuple(_sent(move, is_weight) for move in moves if move.how.target)
             )
-            for move in moves
-            if move.how.target
-        )
+        return self._sent[key]
 
     def _send_seconds(self, name: CollectiveName | None, num_bytes: float, group: TensorGroup) -> float:
         if name is None:
             return 0.0
         return group.seconds(name, num_bytes) + self.alone.host_seconds(name, num_bytes)
-
-    def conversion_seconds(self, op: Op, made: Layouts, wanted: Layouts) -> float:
-        """Seconds in both directions; endless where there is no way."""
-        found = self.conversion_parts(op, made, wanted)
-        return float(IMPOSSIBLE_COST) if found is None else sum(found)
 
     def optimizer_seconds(self, op: Op, held: Layouts) -> float:
         """A microbatch's part of the optimiser's time for a weight."""
@@ -161,8 +185,24 @@ class MeshTimes:
         return self.alone.kept_bytes(op, [_left(layouts) for layouts in ways.results])
 
 
-_Sent = tuple[Conversion, TensorGroup, float]
-"""A conversion, between whom, and of what part of the value."""
+@dataclass(frozen=True)
+class _Sent:
+    """What one conversion sends: forward, backward, along which axis, and of what part of the value.
+
+    `once`: what it sends in backward is sent once a step.
+    """
+
+    forward: CollectiveName | None
+    backward: CollectiveName | None
+    axis: int | None
+    left: float
+    once: bool
+
+
+def _sent(move: Move, is_weight: bool) -> _Sent:
+    left = 1.0 if move.axis is None else _left(move.before, move.axis)
+    once = is_weight and move.how.target == "gp.copy_to_group"
+    return _Sent(move.how.forward, move.how.backward, move.axis, left, once)
 
 
 def share_held(held: Layouts) -> Callable[[tuple[int, ...]], float]:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +98,32 @@ def choose_sharding(
     return _Programme(graph, stage, chain, group, options).solve()
 
 
+def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: ShardingOptions) -> float:
+    """No sharding has a lower objective, whatever it sends: every op and weight alone at its cheapest.
+
+    Args:
+        graph: A lowered graph.
+        stage: Which stage of it.
+        group: Who computes it.
+        options: Microbatch size and the like.
+    """
+    times = MeshTimes(graph, group, options)
+    along = [group.along(axis) for axis in range(len(group.axes))]
+    tables = [_allowed(strategies_of(graph, each.shares), each.size, options) for each in along]
+    ops = [op for op in graph.ops if op.attr("stage") == stage and op.target != "getitem"]
+    read = {name for op in ops for name in op.operands()}
+    cut = prod(max(each.shares) for each in along) if options.cuts_weights else 1.0
+    total = 0.0
+    for op in ops:
+        # Strategies with equal shares take equally long.
+        rows = [list({s.shares or s.samples: s for s in table[op.name]}.values()) for table in tables]
+        total += min(sum(times.parts(op, Ways(ways))) for ways in product(*rows))
+    for op in graph.sources("parameter"):
+        if op.name in read:
+            total += times.alone.holding_seconds(op, cut)
+    return total
+
+
 Key = Hashable
 Matrix = npt.NDArray[np.float64]
 
@@ -124,7 +151,7 @@ class _Programme:
         ]
         inside = {op.name for op in self.ops}
         along = [group.along(axis) for axis in range(len(group.axes))]
-        tables = [self._allowed(strategies_of(graph, each.shares), each.size) for each in along]
+        tables = [_allowed(strategies_of(graph, each.shares), each.size, options) for each in along]
         self.table = ways_of(tables, group.axes, inside)
         self.whole = whole_along(len(along))
         self.place = {
@@ -142,25 +169,17 @@ class _Programme:
 
     # --- building ---
 
-    def _allowed(
-        self, table: Mapping[str, Sequence[Strategy]], size: int
-    ) -> dict[str, tuple[Strategy, ...]]:
-        """The strategies along an axis of so many members that training and the batch allow."""
-        cuts_batch = self.options.cuts_batch and self.options.samples >= size
-        return {
-            name: tuple(
-                s
-                for s in rows
-                if (self.options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
-            )
-            for name, rows in table.items()
-        }
-
     def _build(self) -> None:
+        priced: dict[Key, tuple[list[float], list[float]]] = {}
         for op in self.ops:
             rows = self.table[op.name]
-            self._add(op.name, (self._place(op), rows), [self.times.seconds(op, s) for s in rows],
-                      [self.times.kept_bytes(op, s) for s in rows])  # fmt: skip
+            key = self._place(op), id(rows)  # `ways_of` gives equal ops the same rows
+            if key not in priced:
+                priced[key] = (
+                    [self.times.seconds(op, s) for s in rows],
+                    [self.times.kept_bytes(op, s) for s in rows],
+                )
+            self._add(op.name, key, *priced[key])
             for slot, name in enumerate(op.operands()):
                 self.readers[name].append((op, slot))
         for op in self.graph.ops:
@@ -238,8 +257,7 @@ class _Programme:
         rows, columns = tuple(dict.fromkeys(made)), tuple(dict.fromkeys(wanted))
         key = (op.types, op.target == "parameter", bool(op.attr("grad")), rows, columns)
         if key not in self.tables:
-            priced = [[self.times.conversion_seconds(op, a, b) for b in columns] for a in rows]
-            self.tables[key] = np.array(priced)
+            self.tables[key] = self.times.conversion_table(op, rows, columns)
         place, other = ({held: i for i, held in enumerate(side)} for side in (rows, columns))
         return self.tables[key][np.ix_([place[a] for a in made], [other[b] for b in wanted])]
 
@@ -304,6 +322,21 @@ class _Programme:
             bound_s=found.bound * 1e-9 if found.bound is not None else None,
             whole=whole_ops(self.ops, self.graph, self.table, chosen, self.times),
         )
+
+
+def _allowed(
+    table: Mapping[str, Sequence[Strategy]], size: int, options: ShardingOptions
+) -> dict[str, tuple[Strategy, ...]]:
+    """The strategies along an axis of so many members that training and the batch allow."""
+    cuts_batch = options.cuts_batch and options.samples >= size
+    return {
+        name: tuple(
+            s
+            for s in rows
+            if (options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
+        )
+        for name, rows in table.items()
+    }
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -29,6 +29,13 @@ from graphpar.errors import InfeasibleError
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
 from graphpar.format_remedies import with_format_remedies
+from graphpar.group_candidates import (
+    LEAST_GAIN,
+    candidate_groups,
+    meshes_of,
+    widest_group,
+    width_notes,
+)
 from graphpar.local_timing import Example, Timings
 from graphpar.optimizer_memory import update_share
 from graphpar.optimizer_probe import (
@@ -65,14 +72,7 @@ from graphpar.sensitivity import (
     estimated,
     measure_sensitivities,
 )
-from graphpar.tensor_groups import (
-    candidate_groups,
-    mesh_of,
-    settle_shardings,
-    widest_group,
-    width_notes,
-    with_group_modes,
-)
+from graphpar.tensor_groups import settle_shardings, with_group_modes
 from graphpar.training import Training
 
 EXPLAIN_S = 2.0
@@ -136,10 +136,14 @@ def with_groups(
     train: Training | None,
     formats: Formats,
     calibration: Calibration | None,
+    least_gain: float = 0.0,
 ) -> CostTable:
-    """The table with a price for each tensor group, in the formats of its members."""
+    """The table with a price for each tensor group, in the formats of its members.
+
+    `least_gain` leaves out groups of two axes (see `with_group_modes`).
+    """
     lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
-    return with_group_modes(table, prepared.graph, cluster, groups, calibration, train, lower)
+    return with_group_modes(table, prepared.graph, cluster, groups, calibration, train, lower, least_gain)
 
 
 def may_repeat(table: CostTable) -> bool:
@@ -183,9 +187,9 @@ def plan_prepared(
     widest = widest_group(cluster, tensor)
     refuse_random_steps(train, len(cluster.devices))
     joins = joining_optimizer(train)
-    candidates = (
-        () if prepared.in_step_reason or joins else candidate_groups(cluster, widest, mesh_of(tensor))
-    )
+    meshes = meshes_of(tensor, widest)
+    candidates = () if prepared.in_step_reason or joins else candidate_groups(cluster, widest, meshes)
+    least_gain = LEAST_GAIN if tensor == "auto" else 0.0
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
@@ -225,6 +229,7 @@ def plan_prepared(
                 train=train,
                 formats=formats,
                 calibration=calibration,
+                least_gain=least_gain,
             )
         return (
             with_modes(table, StageOptions(recompute=True, zero=levels)) if may_repeat(table) else table
@@ -258,7 +263,7 @@ def plan_prepared(
         notes = (*notes, uncut_note(joins))
     if widest > 1 and prepared.in_step_reason:
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
-    notes = (*notes, *width_notes(answer.found, tensor, candidates))
+    notes = (*notes, *width_notes(answer.found, tensor, candidates, answer.table))
     found = answer.found
     if not joins:
         # A model that is not cut has no stages that wait for each other.

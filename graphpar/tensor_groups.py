@@ -1,21 +1,19 @@
 """The graphs of tensor groups: each stage's sharding programme solved, each member's graph rewritten."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from math import isclose, prod
+from math import inf
 from operator import itemgetter
-from typing import TypeGuard
 
 from graphpar.calibration import Calibration
-from graphpar.cluster import Cluster, Device
+from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.rates import CatalogueRates
-from graphpar.cost_models.sharding import Sharding, choose_sharding
+from graphpar.cost_models.sharding import Sharding, choose_sharding, least_seconds
 from graphpar.cost_models.tensor_modes import tensor_mode
+from graphpar.group_candidates import likeness
 from graphpar.group_shardings import agreed, recorded, refuse_unfit, restored
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
@@ -23,7 +21,7 @@ from graphpar.ir.mesh import Layouts, axis_shares, line_of, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
 from graphpar.optimizer_probe import optimizer_traits
-from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice, TensorWidth
+from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.members import member_stages
 from graphpar.passes.place import Place, place_ops
@@ -39,9 +37,6 @@ USUAL_MICROBATCHES = 4
 
 _HOLD_FACTOR = 4.0
 """A group is there to hold what one device cannot: what it holds counts as if it were sent four times."""
-
-_NEARLY = 0.05
-"""Shares that differ by a smaller part are not tried apart."""
 
 
 def member_graphs(
@@ -177,7 +172,7 @@ class _Solver:
         """
         members = tensor_group(self.cluster, group.replica)
         stage = (id(group.graph), group.stage, members.shares, members.mesh)
-        kinds = tuple(map(_likeness, members.devices))
+        kinds = tuple(map(likeness, members.devices))
         cuts_batch = group.least_samples >= members.size
         earlier = self.held.setdefault(group.leader, {})
         if fixed is None:
@@ -214,6 +209,7 @@ def with_group_modes(
     calibration: Calibration | None = None,
     train: Training | None = None,
     rewritten: Mapping[str, tuple[Graph, Chain]] | None = None,
+    least_gain: float = 0.0,
 ) -> CostTable:
     """The table with a price for each of these tensor groups that it does not price yet.
 
@@ -226,10 +222,13 @@ def with_group_modes(
         calibration: Measured rates of this machine's processor.
         train: How the job trains.
         rewritten: By device what runs in place of the graph where that is in a lower format.
+        least_gain: A group of two axes that provably saves no larger part of a microbatch over the group
+            of one axis of the same devices, earlier among the replicas, gets no price.
     """
     modes = {mode.key: mode for mode in table.modes}
     plain, lower = (graph, build_chain(graph)), rewritten or {}
     wholes: dict[int, Graph] = {}
+    one_axis_s: dict[tuple[str, ...], float] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)
         key = (members, replica.shares, "float32", False, 0, replica.mesh)
@@ -242,168 +241,19 @@ def with_group_modes(
             wholes[id(chain)] = placed_whole(first[0], chain)
         whole = wholes[id(chain)]
         group, options = tensor_group(cluster, replica), group_options(graph, table.training, train)
+        if replica.mesh and least_gain > 0:
+            could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)
+            if least_seconds(whole, 0, group, options) >= could_s:
+                continue
         chosen = choose_sharding(whole, 0, chain, group, options)
+        if not replica.mesh:
+            one_axis_s.setdefault(replica.devices, chosen.objective_s)
         made = tensor_mode(
             table, whole, chain, group, chosen, options, shares=replica.shares, calibration=calibration
         )
         # The table's links may be measured ones: what the group needs is told in their terms.
         modes[key] = replace(made, link=_worst_link(replica, table.topology.link))
     return replace(table, modes=tuple(modes.values()))
-
-
-def candidate_groups(cluster: Cluster, widest: int, mesh: tuple[int, ...] = ()) -> list[Replica]:
-    """Tensor groups worth a price, inside a node: equal devices in powers of two and in parts of all of
-    them, unlike ones with shares by speed, by memory and halfway between.
-
-    Args:
-        cluster: The devices.
-        widest: Most members of a group.
-        mesh: Members along two axes, for groups of that shape as well: of equal devices, or of a
-            whole node with equal devices in each row, shares by their speed; empty for none.
-
-    >>> nodes = [{"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 4}, "link": "nvlink4"}]
-    >>> cluster = Cluster.from_dict({"nodes": nodes})
-    >>> [group.devices for group in candidate_groups(cluster, 4)]
-    [('a/0', 'a/1'), ('a/0', 'a/1', 'a/2', 'a/3')]
-    """
-    found: dict[object, Replica] = {}
-    for node in cluster.nodes:
-        alike: dict[object, list[Device]] = {}
-        for device in node.devices:
-            alike.setdefault(_likeness(device), []).append(device)
-        for devices in alike.values():
-            for width in _widths(len(devices), widest):
-                found.setdefault(
-                    (_likeness(devices[0]), width, node.link.cost), _replica(devices[:width], ())
-                )
-            if mesh and prod(mesh) <= len(devices):
-                group = replace(_replica(devices[: prod(mesh)], ()), mesh=mesh)
-                found.setdefault((_likeness(devices[0]), mesh, node.link.cost), group)
-        rows = _equal_rows(alike.values(), mesh[1]) if mesh and len(alike) > 1 else []
-        if rows and len(rows) == mesh[0] and prod(mesh) == len(node.devices):
-            shares = (s / mesh[1] for s in speed_shares([row[0] for row in rows]) for _ in range(mesh[1]))
-            group = _replica([device for row in rows for device in row], tuple(shares))
-            found.setdefault((tuple(alike), mesh, node.link.cost), replace(group, mesh=mesh))
-        mixed = [devices[0] for devices in alike.values()]
-        for some in (mixed, list(node.devices)):
-            for parts in _ways_to_share(some) if len(alike) > 1 and len(some) <= widest else ():
-                found.setdefault(
-                    (tuple(map(_likeness, some)), parts, node.link.cost), _replica(some, parts)
-                )
-    return list(found.values())
-
-
-def _widths(count: int, widest: int) -> list[int]:
-    """
-    >>> _widths(6, 6), _widths(8, 4), _widths(7, 8)
-    ([2, 3, 4, 6], [2, 4], [2, 4, 7])
-    """
-    widths = range(2, min(count, widest) + 1)
-    return [width for width in widths if count % width == 0 or width & (width - 1) == 0]
-
-
-def _ways_to_share(devices: Sequence[Device]) -> list[tuple[float, ...]]:
-    """Shares by speed; where memory would be divided otherwise, by that, too, and halfway between."""
-    by_speed, whole = speed_shares(devices), sum(device.memory_bytes for device in devices)
-    by_memory = tuple(device.memory_bytes / whole for device in devices)
-    if all(isclose(a, b, rel_tol=_NEARLY) for a, b in zip(by_speed, by_memory, strict=True)):
-        return [by_speed]
-    between = tuple((a + b) / 2 for a, b in zip(by_speed, by_memory, strict=True))
-    return [by_speed, between, by_memory]
-
-
-def _equal_rows(kinds: Iterable[Sequence[Device]], width: int) -> list[Sequence[Device]]:
-    """Rows of so many equal devices, as many as there are."""
-    return [
-        devices[first : first + width]
-        for devices in kinds
-        for first in range(0, len(devices) - width + 1, width)
-    ]
-
-
-def _likeness(device: Device) -> object:
-    peaks = tuple(sorted(device.peak_flops_per_s.items()))
-    return device.kind, device.slowdown, device.memory_bytes, device.threads, peaks
-
-
-def _replica(devices: Sequence[Device], shares: tuple[float, ...]) -> Replica:
-    first, *others = [device.name for device in devices]
-    return Replica(first, 1, tuple(others), shares)
-
-
-def speed_shares(devices: Sequence[Device]) -> tuple[float, ...]:
-    """Shares in proportion to what each device computes per second."""
-    speeds = [CatalogueRates(d).peak("float32") / d.slowdown for d in devices]
-    return tuple(speed / sum(speeds) for speed in speeds)
-
-
-def widest_group(cluster: Cluster, tensor: TensorWidth) -> int:
-    """The most members that a tensor group may have.
-
-    Raises:
-        ValueError: `tensor` is neither "auto", nor a whole number from 1 on, nor two from 2 on.
-    """
-    most = max(len(node.devices) for node in cluster.nodes)
-    if tensor == "auto":
-        return most
-    wanted = prod(tensor) if _is_mesh(tensor) else tensor
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise ValueError(
-            f"tensor={tensor!r}: give the most members a tensor group may have (1 for none), two numbers "
-            "from 2 on for a group of two axes, as (2, 4), or 'auto' for as many as a node has devices."
-        )
-    if wanted > most:
-        warnings.warn(
-            f"tensor={tensor}, but no node has more than {most} devices; groups of up to {most} are "
-            "considered.",
-            stacklevel=3,
-        )
-    return min(wanted, most)
-
-
-def _is_mesh(tensor: object) -> TypeGuard[tuple[int, int]]:
-    return (
-        isinstance(tensor, tuple)
-        and len(tensor) == 2
-        and all(isinstance(size, int) and not isinstance(size, bool) and size > 1 for size in tensor)
-    )
-
-
-def mesh_of(tensor: TensorWidth) -> tuple[int, ...]:
-    """Members along two axes, where a group may have two; else empty."""
-    return tensor if isinstance(tensor, tuple) else ()
-
-
-def width_notes(found: Partition, tensor: TensorWidth, candidates: Sequence[Replica]) -> tuple[str, ...]:
-    """What became of a width that was asked for by number, where a plan's groups are narrower."""
-    widest = max((len(replica.devices) for replica in candidates), default=1)
-    replicas = [r for p in found.pipelines for s in p.stages for r in s.replicas]
-    used = max((len(replica.devices) for replica in replicas), default=1)
-    if isinstance(tensor, tuple):
-        return _mesh_notes(tensor, replicas, candidates)
-    if tensor in ("auto", 1) or used >= widest:
-        return ()
-    none = "none" if used == 1 else f"none of more than {used}"
-    return (
-        f"tensor={tensor}: groups of up to {widest} devices were considered; {none} makes the step "
-        "shorter or is needed for memory",
-    )
-
-
-def _mesh_notes(
-    mesh: tuple[int, int], replicas: Sequence[Replica], candidates: Sequence[Replica]
-) -> tuple[str, ...]:
-    """What became of a wish for two axes."""
-    if any(replica.mesh == mesh for replica in replicas):
-        return ()
-    if not any(replica.mesh == mesh for replica in candidates):
-        return (
-            f"tensor={mesh}: no node has {mesh[0]} rows of {mesh[1]} equal devices; groups have one axis",
-        )
-    return (
-        f"tensor={mesh}: groups of two axes were considered; none makes the step shorter or is needed "
-        "for memory",
-    )
 
 
 def placed_whole(graph: Graph, chain: Chain) -> Graph:

@@ -19,8 +19,8 @@ ROWS = (
     "neighbours loopback",
     "scenarios "
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
-    "format_remedies tensor_groups group_shardings unit_timing local_timing trial_worker "
-    "verify demo doctor model_spec "
+    "format_remedies tensor_groups group_candidates group_shardings "
+    "unit_timing local_timing trial_worker verify demo doctor model_spec "
     "hf_models hf_architectures hf_config hf_documented hf_inputs hf_refusal hf_repair "
     "commands cli examples",
     "__init__ __main__",
@@ -35,6 +35,7 @@ DRIVERS = {
     "scenarios",
     "precision",
     "tensor_groups",
+    "group_candidates",
     "group_shardings",
     "trial_worker",
     "local_timing",

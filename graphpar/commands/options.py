@@ -88,7 +88,7 @@ tensor_option = click.option(
     show_default=True,
     metavar="N|AxB|auto",
     callback=_width,
-    help="Most devices of a node that may share every layer of a stage; AxB along two axes.",
+    help="Most devices of a node that may share every layer of a stage; AxB along two axes; auto: any.",
 )
 
 

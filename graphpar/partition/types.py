@@ -17,8 +17,8 @@ ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
 in two halves, of which the second (gradients of weights) fills gaps."""
 
 TensorWidth = int | Literal["auto"] | tuple[int, int]
-"""The most members of a tensor group, "auto" for as many as a node has devices, or how many stand along
-each of two axes, where groups of one axis of up to as many compete."""
+"""The most members of a tensor group; "auto" for as many as a node has devices, along one axis or two; or
+how many stand along each of two axes, where groups of one axis of up to as many compete."""
 
 SearchedSchedule = Literal["gpipe", "1f1b"]
 """Schedules whose step time is a formula, so that partitions for them are searched for with a bound."""

@@ -18,6 +18,7 @@ from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_options import StageOptions
 from graphpar.device import Device
+from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.ir.graph import Graph
 from graphpar.optimizer_memory import update_share
 from graphpar.optimizer_probe import joining_optimizer
@@ -27,7 +28,6 @@ from graphpar.precision import Formats, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
-from graphpar.tensor_groups import candidate_groups, mesh_of, widest_group
 from graphpar.training import Training
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -143,6 +143,7 @@ class PriceBook:
                 train=train,
                 formats=self.formats(setting),
                 calibration=self.calibration,
+                least_gain=LEAST_GAIN if setting.tensor == "auto" else 0.0,
             )
         if not may_repeat(table):
             return table
@@ -154,7 +155,7 @@ class PriceBook:
         widest = widest_group(setting.cluster, setting.tensor)
         if widest < 2 or table.in_step_reason or self.joins(setting):
             return ()
-        return candidate_groups(setting.cluster, widest, mesh_of(setting.tensor))
+        return candidate_groups(setting.cluster, widest, meshes_of(setting.tensor, widest))
 
     def formats(self, setting: Setting) -> Formats:
         """The format of each device: the one asked for where there is one that all agreed on."""

@@ -13,10 +13,10 @@ from graphpar.cluster import Cluster
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import choose_sharding
 from graphpar.cost_models.tensor_modes import tensor_mode
+from graphpar.group_candidates import candidate_groups, width_notes
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_prepared, price
 from graphpar.preparation import Prepared, prepare
-from graphpar.tensor_groups import candidate_groups, width_notes
 from graphpar.training import Training
 
 hf = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -114,11 +114,14 @@ def test_what_became_of_a_width_that_was_asked_for() -> None:
         return Partition((pipeline,), "1f1b", "optimal", 1, {}, 1, 0, 1, 1, (), "", {})
 
     candidates = [Replica("a", 1, ("b",)), Replica("a", 1, ("b", "c", "d"))]
-    (none,) = width_notes(found(1, 1), 4, candidates)
-    (narrower,) = width_notes(found(1, 2), 8, candidates)
+    where = Cluster.from_dict({"devices": [{"kind": "h100-sxm-80gb", "count": 4}]})
+    table = price(captured(), where, train=ADAM, calibration=None)
+    (none,) = width_notes(found(1, 1), 4, candidates, table)
+    (narrower,) = width_notes(found(1, 2), 8, candidates, table)
     assert "up to 4 devices were considered; none makes the step shorter" in none
     assert "tensor=8: " in narrower and "none of more than 2 " in narrower
-    assert not width_notes(found(1, 4), 4, candidates) and not width_notes(found(1), "auto", candidates)
+    assert not width_notes(found(1, 4), 4, candidates, table)
+    assert not width_notes(found(1), "auto", candidates, table)
 
 
 def test_collectives_are_told_apart_from_computing() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from choices import PCIE, gpus
+from choices import FREE, PCIE, gpus
 from helpers import TRAINING, Line, check_training, force, state_of
 from test_groups import Mlp, Words, batch, sentences
 from test_two_axes import block
@@ -20,14 +20,15 @@ from torch import nn
 
 import graphpar
 from graphpar.cluster import Cluster
+from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
-from graphpar.cost_models.sharding import choose_sharding
+from graphpar.cost_models.sharding import choose_sharding, least_seconds
 from graphpar.errors import PlanError
+from graphpar.group_candidates import candidate_groups, widest_group
 from graphpar.partition.types import Replica, TensorWidth
 from graphpar.plan_check import group_contradictions
 from graphpar.plans import Plan
 from graphpar.preparation import lower
-from graphpar.tensor_groups import candidate_groups, widest_group
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
 
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from mesh_programme import Mesh, MeshProgramme
 
+WISHES: tuple[TensorWidth, ...] = (4, (2, 2), "auto")
 EVEN, UNEVEN = (0.25,) * 4, (0.35, 0.35, 0.15, 0.15)
 ADAM = Training(optimizer=partial(torch.optim.AdamW, lr=0.01, eps=1e-3), max_grad_norm=0.3)
 
@@ -74,30 +76,89 @@ class Heads(nn.Module):
         return result
 
 
+FOUR = {"kind": "h100-sxm-80gb", "count": 4}
+SGD = Training(optimizer=torch.optim.SGD)
+
+
+def best(model: nn.Module, batch: torch.Tensor, tensor: TensorWidth, link: str, **more: Any) -> Plan:
+    """The plan for a node of four devices."""
+    node = {"name": "a", "devices": FOUR, "link": link}
+    plan = graphpar.plan(model, {"nodes": [node]}, (batch,), train=SGD, tensor=tensor, **more)
+    assert plan.partition.gap <= 0.0101
+    return plan
+
+
+def mesh_in(plan: Plan) -> tuple[int, ...]:
+    """The mesh of the plan's first group."""
+    return plan.partition.pipelines[0].stages[0].replicas[0].mesh
+
+
 def test_the_planner_takes_a_mesh_where_it_is_faster(tmp_path: Path) -> None:
-    """With its bound, in the file and on the page; where it is not, the plan is that of one axis."""
+    """Asked for or not, with its bound, in the file and on the page; else it is that of one axis."""
     with torch.device("meta"):
         model, x = Heads(), torch.zeros(1, 2048, 1024)
-    sgd = Training(optimizer=torch.optim.SGD)
-    steps: dict[tuple[str, TensorWidth], tuple[float, tuple[int, ...]]] = {}
-    wishes: tuple[TensorWidth, ...] = (4, (2, 2))
-    for link in ("nvlink4", "pcie3"):
-        node = {"name": "a", "devices": {"kind": "h100-sxm-80gb", "count": 4}, "link": link}
-        for tensor in wishes:
-            plan = graphpar.plan(model, {"nodes": [node]}, (x,), train=sgd, tensor=tensor)
-            (stage, *_) = plan.partition.pipelines[0].stages
-            steps[link, tensor] = plan.partition.objective_s, stage.replicas[0].mesh
-            assert plan.partition.gap <= 0.0101
-        if link == "nvlink4":
-            assert "tensor group of 2 x 2 a/0 & a/1" in str(plan)
-            plan.save(tmp_path / "plan.json")
-            assert Plan.load(tmp_path / "plan.json") == plan
-            assert plan.partition.shardings[0].inner is not None
-        else:
-            assert "tensor=(2, 2): groups of two axes were considered; none" in " ".join(plan.notes)
-    assert steps["nvlink4", (2, 2)][0] < 0.95 * steps["nvlink4", 4][0]
-    assert steps["nvlink4", (2, 2)][1] == (2, 2)
-    assert steps["pcie3", (2, 2)] == steps["pcie3", 4]
+    one, two, auto = (best(model, x, tensor, "nvlink4") for tensor in WISHES)
+    assert two.partition.objective_s < 0.95 * one.partition.objective_s
+    assert auto.partition.objective_s == two.partition.objective_s
+    assert mesh_in(two) == mesh_in(auto) == (2, 2)
+    assert "tensor group of 2 x 2 a/0 & a/1" in str(two)
+    two.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == two
+    assert two.partition.shardings[0].inner is not None
+    one, two, auto = (best(model, x, tensor, "pcie3") for tensor in WISHES)
+    assert "tensor=(2, 2): groups of two axes were considered; none" in " ".join(two.notes)
+    assert one.partition.objective_s == two.partition.objective_s == auto.partition.objective_s
+    assert mesh_in(two) == mesh_in(auto) == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_stock_blocks_take_a_mesh_where_it_is_faster(name: str) -> None:
+    """Two heads for four devices; on a slow link no group is worth its while."""
+    hf = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {
+        "vocab_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 1024,
+        "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False,
+    }  # fmt: skip
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    with torch.device("meta"):
+        model = (
+            hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **off))
+            if name == "gpt2"
+            else hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=4096, **sizes))
+        )
+        ids = torch.zeros(1, 2048, dtype=torch.long)
+    more: dict[str, Any] = {"kwargs": {"labels": ids}}
+    one, auto = (best(model, ids, tensor, "nvlink4", **more) for tensor in (4, WISHES[2]))
+    assert auto.partition.objective_s < 0.95 * one.partition.objective_s and mesh_in(auto) == (2, 2)
+    one, auto = (best(model, ids, tensor, "pcie3", **more) for tensor in (4, WISHES[2]))
+    assert auto.partition.objective_s == one.partition.objective_s and mesh_in(auto) == ()
+
+
+def test_a_mesh_that_cannot_pay_is_not_priced_and_the_plan_says_so() -> None:
+    """Devices so slow that only computing counts, which one axis divides as well."""
+    slow = {"name": "slow", "peak_flops_per_s": {"float32": 1e9}, "memory_bytes": 1e11,
+            "memory_bytes_per_s": 1e9}  # fmt: skip
+    batch = torch.zeros(2, 64), torch.zeros(2, dtype=torch.long)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
+    train = Training(optimizer=torch.optim.SGD, loss=nn.functional.cross_entropy)
+    node = {"name": "a", "devices": {"kind": slow, "count": 4}, "link": "nvlink4"}
+    for tensor, told in zip(WISHES, (False, False, True), strict=True):
+        plan = graphpar.plan(model, {"nodes": [node]}, batch, train=train, tensor=tensor)
+        assert ("tensor groups of 2 x 2 were not priced" in " ".join(plan.notes)) == told
+
+
+@pytest.mark.parametrize("link", [FREE, PCIE], ids=["free", "pcie"])
+def test_what_a_mesh_takes_at_least(link: LinkCost) -> None:
+    """A bound for any link; where sending is free, what the programme finds is near."""
+    prepared = block(False)
+    graph, options = one_stage(prepared.graph), ShardingOptions(samples=8)
+    for mesh in ((), (2, 2)):
+        group = gpus(4, link, mesh=mesh)
+        found = choose_sharding(graph, 0, prepared.chain, group, options)
+        least_s = least_seconds(graph, 0, group, options)
+        assert least_s <= found.objective_s * (1 + 1e-6)
+        assert (least_s > 0.7 * found.objective_s) == (link == FREE)
 
 
 def test_wishes_that_make_no_mesh() -> None:
@@ -107,10 +168,10 @@ def test_wishes_that_make_no_mesh() -> None:
             widest_group(four, wrong)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="no node has more than 4"):
         assert widest_group(four, (2, 4)) == 4
-    assert not any(group.mesh for group in candidate_groups(four, 4, (2, 4)))
+    assert not any(group.mesh for group in candidate_groups(four, 4, [(2, 4)]))
     two_kinds = [{"kind": "a100-sxm-80gb", "count": 2}, {"kind": "h100-sxm-80gb", "count": 2}]
     unlike = Cluster.from_dict({"nodes": [{"name": "n", "devices": two_kinds, "link": "nvlink3"}]})
-    (mesh_of_both,) = (group for group in candidate_groups(unlike, 4, (2, 2)) if group.mesh)
+    (mesh_of_both,) = (group for group in candidate_groups(unlike, 4, [(2, 2)]) if group.mesh)
     fast, slow = mesh_of_both.shares[3], mesh_of_both.shares[0]
     assert mesh_of_both.shares == (slow, slow, fast, fast) and fast > 1.5 * slow
     for mesh, shares in (((2, 3), ()), ((4, 1), ()), ((2, 2), (0.4, 0.2, 0.2, 0.2))):
@@ -153,6 +214,30 @@ CASES: dict[str, Mapping[str, Any]] = {
         "lines": (Line((2,), 2, None, None, (EVEN,), meshes=((2, 2),)),), "train": ADAM, "zero": 2},
     "computed again": {"lines": (MESH,), "recompute": True},
 }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_mesh_that_auto_chose_gives_the_numbers_of_one_device(free_links: None) -> None:
+    torch.manual_seed(0)
+    model, x = Heads(128), torch.randn(1, 256, 128)
+    sgd = Training(optimizer=partial(torch.optim.SGD, lr=0.1))
+    cpus = {"devices": [{"kind": "cpu", "count": 4}]}
+    with graphpar.compile(model, cpus, (x,), train=sgd, tensor="auto") as job:
+        assert mesh_in(job.plan) == (2, 2)
+        losses = [float(job.step(x)) for _ in range(3)]
+        state = job.state_dict()
+    optimizer = sgd.optimizer(model.parameters())
+    expected = []
+    for _ in range(3):
+        loss = model(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
