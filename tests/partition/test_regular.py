@@ -56,7 +56,7 @@ def like_table(memory_bytes: float, inside_bytes_per_s: float) -> CostTable:
         unit_names=tuple(map(str, range(len(units)))),
         costs=(unit("head", 30.0, 0.3), unit("block", 40.0, 1.0), unit("tail", 30.0, 0.4)),
         edges=tuple(CutEdge(i, i + 1, 1.0, 1.0) for i in range(len(units) - 1)),
-        device_classes=(DeviceClass("like", names, memory_bytes, 1e-3, update_share=1.0),),
+        device_classes=(DeviceClass("like", names, memory_bytes, 1e-3, update_share=6.0),),
         topology=Topology(node_of, dict.fromkeys(node_of.values(), inside), network),
         max_microbatches=BATCH,
         max_replicas=BATCH,
