@@ -23,9 +23,6 @@ CPU_RESERVED_BYTES = 0.29e9
 """A worker that has run its first ops and holds nothing: resident memory, torch 2.13 for processors on
 Linux (`benchmarks/prediction.py` compares what workers really held)."""
 
-CPU_WARM_BYTES = 0.03e9
-"""What of it comes with the first ops and messages: buffers of libraries, pages written after forking."""
-
 _HELD = SOURCES | {"gp.cast_weight"}
 """Targets of ops whose values are there whatever the microbatch."""
 

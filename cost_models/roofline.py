@@ -19,13 +19,13 @@ from graphpar.cost_models.divisible import few_row_bytes, passing_gradient_bytes
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import (
     CPU_RESERVED_BYTES,
-    CPU_WARM_BYTES,
     GPU_CONTEXT_BYTES,
     GPU_MESSAGE_BYTES,
 )
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_options import PricingOptions
+from graphpar.device import Link
 from graphpar.ir.chain import Chain, crossings
 from graphpar.ir.graph import Graph
 
@@ -125,8 +125,10 @@ class Roofline:
         """Memory that a worker takes before it holds anything; torch's builds differ widely."""
         if not device.is_cpu:
             return GPU_CONTEXT_BYTES + (0.0 if alone else GPU_MESSAGE_BYTES)
-        measured = self.calibration.worker_bytes if self.calibration and device.is_local_cpu else 0.0
-        return measured + CPU_WARM_BYTES if measured else CPU_RESERVED_BYTES
+        measured = self.calibration
+        if measured is None or not measured.worker_bytes or not device.is_local_cpu:
+            return CPU_RESERVED_BYTES
+        return measured.worker_bytes
 
     def _message_s(self, device: Device) -> float:
         """Time a stage's process spends on handing a message to the transport."""
@@ -142,8 +144,7 @@ class Roofline:
         measured = self.calibration
         if not local or measured is None or len(cluster.devices) < 2:
             return 0.0
-        links = [node.link for node in cluster.nodes if len(node.devices) > 1]
-        links += [cluster.network] if len(cluster.nodes) > 1 else []
+        links = _links_in_use(cluster)
         if not any(link.emulated for link in links):
             return measured.sum_s_per_byte
         # Sums over an emulated link run while it is waited for: what is seen of them is what they take
@@ -162,9 +163,17 @@ class Roofline:
         if self.calibration is None or not here or any(node.host for node in cluster.nodes):
             return None
         workers = {device.name: CoreUse(device.threads, device.slowdown) for device in here}
-        mine = self.calibration
-        handling = mine.send_s, mine.receive_s
-        return SharedCores(mine.fingerprint.num_cores, mine.slowing, workers, mine.reference_s, *handling)
+        mine, links = self.calibration, _links_in_use(cluster)
+        late_s = mine.late_s if links and all(link.emulated for link in links) else 0.0
+        return SharedCores(
+            mine.fingerprint.num_cores,
+            mine.slowing,
+            workers,
+            mine.reference_s,
+            mine.send_s,
+            mine.receive_s,
+            late_s,
+        )
 
     def topology(self, cluster: Cluster) -> Topology:
         """The cluster's links, with the measured loopback where this machine talks to itself."""
@@ -179,6 +188,12 @@ class Roofline:
         is_loopback = cluster.network.kind == "loopback"
         network: LinkCost = measured if is_loopback else topology.network
         return Topology(topology.node_of, inside, network, topology.between)
+
+
+def _links_in_use(cluster: Cluster) -> list[Link]:
+    """The links that messages take, inside nodes and between them."""
+    inside = [node.link for node in cluster.nodes if len(node.devices) > 1]
+    return inside + ([cluster.network] if len(cluster.nodes) > 1 else [])
 
 
 def _dense(kinds: Sequence[Hashable]) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from graphpar.errors import GraphparError
 
 _log = logging.getLogger("graphpar.calibration")
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,7 +125,8 @@ class Calibration:
         measured_at: When, as an ISO date and time.
         send_s: What handing a message to the transport takes a worker; 0 in files from before that.
         receive_s: What taking in a message that is there takes one.
-        worker_bytes: Memory of a worker that holds nothing yet; 0 in files from before that.
+        late_s: How much later than described a message of an emulated link is there.
+        worker_bytes: Peak memory of a worker that trains and holds next to nothing; 0 where not measured.
 
     >>> found = Calibration.cached()
     >>> found is None or found.peak_flops_per_s("float32") > 1e8
@@ -147,6 +148,7 @@ class Calibration:
     measured_at: str = ""
     send_s: float = 0.0
     receive_s: float = 0.0
+    late_s: float = 0.0
     worker_bytes: float = 0.0
 
     def peak_flops_per_s(self, dtype: str = "float32") -> float:
@@ -287,6 +289,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     measured_at: str
     send_s: float = 0.0
     receive_s: float = 0.0
+    late_s: float = 0.0
     worker_bytes: float = 0.0
 
     @classmethod
@@ -308,6 +311,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             c.measured_at,
             c.send_s,
             c.receive_s,
+            c.late_s,
             c.worker_bytes,
         )
 
@@ -328,6 +332,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
             self.measured_at,
             self.send_s,
             self.receive_s,
+            self.late_s,
             self.worker_bytes,
         )
 

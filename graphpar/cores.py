@@ -33,6 +33,7 @@ class SharedCores:
         reference_s: What a reference took when the times were measured; 0 where nobody knows.
         send_s: What handing a message to the transport takes a worker.
         receive_s: What taking in a message that is there takes one.
+        late_s: How much later than an emulated link says a message between them is there.
         apart: How many times longer a backward takes that does not follow on its own forward.
     """
 
@@ -42,6 +43,7 @@ class SharedCores:
     reference_s: float = 0.0
     send_s: float = 0.0
     receive_s: float = 0.0
+    late_s: float = 0.0
     apart: float = 1.0
 
     def slowed(self, busy: float) -> float:

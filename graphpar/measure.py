@@ -46,7 +46,7 @@ from graphpar.probes import (
     mixed_forward,
     view,
 )
-from graphpar.runtime.fork_server import ForkServer
+from graphpar.worker_memory import measure_worker_bytes
 
 SIZES = (256, 4096, 32768, 131072, 524288, 1572864)
 """Elements of the tensors that curves are measured at."""
@@ -154,7 +154,7 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
     Raises:
         GraphparError: Two processes of this machine could not exchange messages.
     """
-    loopback = measure_loopback()
+    loopback, worker_bytes = measure_loopback(), measure_worker_bytes(threads)
     samples = _Samples()
     with _threads(threads), _bar(show_progress) as step, torch.no_grad():
         plan = [point for _ in range(_ROUNDS) for point in _points()]
@@ -171,7 +171,8 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
         sum_s_per_byte=loopback.sum_s_per_byte,
         send_s=loopback.send_s,
         receive_s=loopback.receive_s,
-        worker_bytes=ForkServer.get().worker_bytes(),
+        late_s=loopback.late_s,
+        worker_bytes=worker_bytes,
         op_s=_mixed_extra(samples, backward=False),
         node_s=_mixed_extra(samples, backward=True),
         memory_bytes_per_s=24 * SIZES[-1] / 2 / samples.best(("pointwise", SIZES[-1])),
@@ -344,6 +345,7 @@ class Loopback:
     sum_s_per_byte: float
     send_s: float = 0.0
     receive_s: float = 0.0
+    late_s: float = 0.0
 
 
 def measure_loopback() -> Loopback:
@@ -392,6 +394,7 @@ def _exchange_messages() -> Loopback:
         found["sum_s_per_byte"],
         found["send_s"],
         found["receive_s"],
+        found["late_s"],
     )
 
 

@@ -153,6 +153,7 @@ class _Simulation:
         self.arrival_s: dict[tuple[int, int, int], float] = {}
         self.waiting: dict[tuple[int, int, int], int] = {}
         self.links: dict[tuple[int, int], LinkCost] = {}
+        self.late_s = timing.shared.late_s if timing.shared is not None else 0.0
         self.numbers = [_numbers_by_size(schedule, timing, rank) for rank in ranks]
         self.ready = deque(ranks)
 
@@ -229,7 +230,7 @@ class _Simulation:
             if receiver != rank:
                 end += self._link(rank, receiver).seconds(num_bytes)
             message = stage, other, microbatch
-            self.arrival_s[message] = end
+            self.arrival_s[message] = end + (self.late_s if receiver != rank else 0.0)
             waiting = self.waiting.pop(message, None)
             if waiting is not None:
                 self.ready.append(waiting)

@@ -15,12 +15,12 @@ ROWS = (
     "plan_choice training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_build explain_page",
-    "frontend runtime passes cost_models view probes optimizer_probe optimizer_memory measure "
+    "frontend runtime passes cost_models view probes optimizer_probe optimizer_memory "
     "neighbours loopback",
     "scenarios "
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
     "format_remedies tensor_groups group_candidates group_shardings "
-    "unit_timing local_timing trial_worker verify demo doctor model_spec "
+    "unit_timing local_timing trial_worker worker_memory measure verify demo doctor model_spec "
     "hf_models hf_architectures hf_config hf_documented hf_inputs hf_refusal hf_repair "
     "commands cli examples",
     "__init__ __main__",

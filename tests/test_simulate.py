@@ -335,5 +335,16 @@ def test_workers_on_the_same_cores_take_longer() -> None:
     assert 5.0 < side_by_side(4.0, 1.2, cores=2) < 5.5
 
 
+def test_messages_of_emulated_links_come_later_than_described() -> None:
+    partition = sample_partition()
+    timing = timing_of(table_for(partition), partition)
+    schedule = build_schedule(partition, SAMPLE_LINKS, training=True)
+    alone = simulate(schedule, replace(timing, shared=SharedCores(8, (1.0,), {})))
+    late = simulate(schedule, replace(timing, shared=SharedCores(8, (1.0,), {}, late_s=0.5)))
+    first = next(at for at, action in enumerate(schedule.actions[1]) if action.kind == "R")
+    assert late.ends_s[1][first] == pytest.approx(alone.ends_s[1][first] + 0.5)
+    assert late.step_s > alone.step_s and late.send_s == pytest.approx(alone.send_s)
+
+
 def test_a_worker_alone_has_the_cores_to_itself() -> None:
     assert side_by_side(1.0, 1.5, cores=2, workers=1) == pytest.approx(5.0)

@@ -6,18 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_TIMER_S = 2e-4
+"""A pause that lasts this much too long is the timer's doing; what is more, a core that was not free."""
+
 
 class Pace:
     """Stretches work to `slowdown` times its own computing time.
 
     With one thread the computing time is the thread's CPU time, so that waiting for a core that
-    another worker holds is not stretched too.
+    another worker holds is not stretched too. By what the system let the last pause last too long, a
+    tenth of a millisecond as a rule, the next one is shorter: many short actions would add up to a device
+    slower than described.
     """
 
     def __init__(self, slowdown: float, threads: int) -> None:
         self.slowdown = slowdown
         self.clock = time.thread_time if threads == 1 else time.perf_counter
         self._waited_s = self._not_computed_s = 0.0
+        self._late_s = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -39,7 +45,14 @@ class Pace:
         target = (self.clock() - computed - self._not_computed_s) * self.slowdown
         rest = target - (time.perf_counter() - began - self._waited_s)
         if rest > 0:
-            time.sleep(rest)
+            self._pause(rest)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.perf_counter() + seconds - self._late_s
+        wanted = until - time.perf_counter()
+        if wanted > 0:
+            time.sleep(wanted)
+        self._late_s = min(time.perf_counter() - until, _TIMER_S)
 
 
 class SlowLink:

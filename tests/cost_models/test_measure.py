@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from helpers import force, straight
+from torch import nn
 
-from graphpar import measure, probes
+from graphpar import Training, measure, probes
+from graphpar.cost_models.memory import CPU_RESERVED_BYTES
 from graphpar.cost_models.pointwise import _CURVES, ACTIVATIONS
 from graphpar.cost_models.work import MEMORY_CURVES
+from graphpar.worker_memory import measure_worker_bytes
 
 
 def test_every_kernel_the_rules_name_is_measured() -> None:
@@ -35,6 +39,29 @@ def test_loopback_is_measured_between_processes() -> None:
     assert 1e-6 < loopback.link.latency_s < 1
     assert loopback.link.bytes_per_s > 1e6
     assert 0 <= loopback.sum_s_per_byte < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_workers_hold_what_their_tensors_and_an_empty_worker_take() -> None:
+    # Large tensors of few sizes: where a heap has holes that none of them fits into, they are large.
+    layers = (nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(4))
+    model = nn.Sequential(*layers)
+    batch = (torch.randn(64, 512), torch.randn(64, 512))
+    empty_bytes = measure_worker_bytes()
+    training = Training(optimizer=torch.optim.AdamW, loss=nn.functional.mse_loss)
+    job = force(model, batch, lines=straight(2, microbatches=4), train=training)
+    with job.start() as running:
+        for _ in range(8):
+            running.step(*batch)
+        assert running.last_step is not None
+        peaks = [report.peak_bytes for report in running.last_step.reports]
+        expected = running.plan.predicted_peak_bytes.values()
+    ratios = [
+        (peak - empty_bytes) / (predicted - CPU_RESERVED_BYTES)
+        for peak, predicted in zip(peaks, expected, strict=True)
+    ]
+    assert all(0.85 < ratio < 1.15 for ratio in ratios), ratios
 
 
 def test_times_are_positive_and_grow() -> None:

@@ -14,6 +14,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.classes import microbatch_sizes
 from graphpar.cost_models.layout import find_layout
+from graphpar.cost_models.memory import CPU_RESERVED_BYTES
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.work import OpWork
@@ -249,6 +250,21 @@ def test_a_calibration_prices_this_machine_and_its_loopback() -> None:
     assert first.forward_s[0][-1] == pytest.approx(up + down + relu + floors)
 
 
+def test_memory_of_workers_and_lateness_of_messages_are_the_measured_ones() -> None:
+    measured = replace(calibration(), worker_bytes=3e8, late_s=2e-4)
+    alone, pair = {"kind": "cpu"}, {"kind": "cpu", "count": 2}
+    link = {"bytes_per_s": 1e8, "latency_s": 1e-3}
+    emulated, real, single = (
+        Cluster.from_dict(written)
+        for written in ({"devices": [pair], "link": link}, {"devices": [pair]}, {"devices": [alone]})
+    )
+    model = Roofline(measured)
+    assert [model.reserved_bytes(c) for c in (emulated, real, single)] == [3e8] * 3
+    late = [shared.late_s for c in (emulated, real, single) if (shared := model.shared_cores(c))]
+    assert late == [2e-4, 0.0, 0.0]
+    assert Roofline(calibration()).reserved_bytes(single) == CPU_RESERVED_BYTES
+
+
 def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:
     graph = parse_graph(BLOCKS)
     cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}, {"kind": "v100-sxm2-16gb"}]})
@@ -272,7 +288,7 @@ def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:
 def test_calibration_file_round_trips_and_refuses_damage(tmp_path: Path) -> None:
     path = calibration().save(tmp_path / "sub" / "c.json")
     assert Calibration.load(path) == calibration()
-    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 0'))
+    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 0'))
     with pytest.raises(GraphparError, match="older version of graphpar"):
         Calibration.load(path)
     path.write_text("{")
