@@ -44,6 +44,8 @@ class Traits:
     gathers_late: bool = False
     keeps_outputs: bool = False
     reduces_half: bool = False
+    overlaps_alone: bool = False
+    separate_projections: bool = False
 
 
 OLD_MEGATRON = Traits(
@@ -54,10 +56,12 @@ OLD_MEGATRON = Traits(
     logit_bytes=13.0,
     fallback_softmax=True,
     adds_gradients=True,
+    overlaps_alone=True,
 )
-"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward."""
+"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward; beside it, by torch's
+wrapper, where one microbatch without stages is all (Megatron-LM's README, "Distributed Pretraining")."""
 
-DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True)
+DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True, overlaps_alone=False)
 """Its buckets hold 5e8 elements unless configured otherwise."""
 
 MODERN_MEGATRON = Traits(
@@ -73,6 +77,11 @@ MODERN_MEGATRON = Traits(
 """Megatron Core as of 2024: vendor attention, overlapped collectives, the optimiser distributed, weights
 sharded where they would not fit."""
 
+TITAN = Traits(
+    fused_pointwise=False, zero=3, selects_products=True, stops_early=True, separate_projections=True
+)
+"""Its layers and what it recomputes: https://github.com/pytorch/torchtitan/tree/main/torchtitan/models/llama3."""
+
 FRAMEWORKS = (
     ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
     ("megatron-deepspeed", DEEPSPEED),
@@ -82,18 +91,18 @@ FRAMEWORKS = (
     ("nemo", MODERN_MEGATRON),
     ("megatron", OLD_MEGATRON),
     ("composer", Traits(True, False, fused_loss=True, zero=3, stops_early=True, gathers_late=True)),
-    ("torchtitan", Traits(True, False, zero=3, selects_products=True, stops_early=True)),
+    ("torchtitan", TITAN),
     (
         "fms-fsdp",
         Traits(compiled=True, gradient_bytes=2.0, zero=3, selects_layers=True, stops_early=True),
     ),
     ("nanotron", Traits(True, False, zero=1)),
-    ("nnscaler", Traits(True, False)),
+    ("nnscaler", Traits(True, False, separate_projections=True)),
     ("deepspeed", DEEPSPEED),
     ("fsdp", Traits(True, False, zero=3, stops_early=True)),
     ("jax", Traits(compiled=True, zero=3)),
     ("maxtext", Traits(compiled=True, zero=3)),
-    ("pytorch", Traits(False, False, dropout=True, gradient_bytes=2.0)),
+    ("pytorch", Traits(False, False, dropout=True, gradient_bytes=2.0, separate_projections=True)),
 )
 """By a part of the framework's name, the first that fits."""
 
@@ -218,7 +227,7 @@ def _run(
         compiled=traits.compiled or bool(parallel.get("compile")),
         sequence_parallel=_sequence_parallel(parallel),
         dropout=traits.dropout,
-        overlaps=traits.overlaps,
+        overlaps=traits.overlaps or (traits.overlaps_alone and _is_alone(row, batch)),
         gradient_bytes=2.0 if parallel.get("fsdp_mixed_precision") == "PURE" else traits.gradient_bytes,
         state_bytes=traits.state_bytes,
         bucket_elements=traits.bucket_elements,
@@ -235,8 +244,14 @@ def _run(
         keeps_outputs=traits.keeps_outputs,
         row_scales="row" in str(parallel.get("float8")).lower(),
         reduces_half=traits.reduces_half,
+        separate_projections=traits.separate_projections,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
     )
+
+
+def _is_alone(row: dict[str, Any], batch: tuple[float, float]) -> bool:
+    """Whether a replica's step is one microbatch, without stages."""
+    return (row["parallel"].get("pp") or 1) == 1 and batch[0] <= batch[1] * _data_width(row)
 
 
 def _release(row: dict[str, Any]) -> tuple[int, int]:

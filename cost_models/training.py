@@ -230,6 +230,7 @@ class _Machine:
             sequence_parallel=run.sequence_parallel,
             dropout=run.dropout,
             expert_passes=self.p.expert_traffic,
+            separate=run.separate_projections,
         )
         if run.fallback_softmax and run.shape.heads // run.tensor * run.microbatch % 4:
             kernels = work.kernels + FALLBACK_KERNELS
@@ -252,13 +253,14 @@ class _Machine:
         traffic_s = work.traffic_bytes * self.itemsize / 2 / self.bytes_per_s
         if run.dtype in SCALED:
             # Operands are read once more to be scaled and cast, along both directions for scales by row.
-            casts = sum(x.rows * x.inner * x.count for x in work.products) * 3
-            casts *= 2 if run.row_scales else 1
+            casts = 3 * work.input_elements * (2 if run.row_scales else 1)
             traffic_s += casts / self.bytes_per_s
         attention_s = self._attention_s(work)
         forward_s = products_s + traffic_s + attention_s
         backward_s = sum(self.product_s(x, run.dtype) for p in work.products for x in p.gradients)
-        backward_s += self.p.backward_traffic * traffic_s
+        backward_s += (
+            self.p.backward_traffic * traffic_s + work.sum_bytes * self.itemsize / 2 / self.bytes_per_s
+        )
         backward_s += (2.5 if run.fused_attention else 2.0) * attention_s
         again = run.recompute_share if run.recompute == "full" else 0.0
         # Stopped once nothing more is missing, recomputation leaves out the layer's last product.
@@ -292,10 +294,15 @@ class _Machine:
         return self.p.start_s * min(pace, 1.0) if late else 0.0
 
     def _tensor_collectives(self) -> int:
-        """All-reduces of one layer: two forward, two backward, two more where forward runs again."""
-        if self.run.tensor == 1:
+        """All-reduces of one layer: two forward, two backward, two more where forward runs again.
+
+        Selective recomputation that keeps what was reduced and scattered gathers again: half of two.
+        """
+        run = self.run
+        if run.tensor == 1:
             return 0
-        return 4 + (2 if self.run.recompute == "full" else 0)
+        gathers = run.recompute == "selective" and run.selects_products and run.sequence_parallel
+        return 4 + (2 if run.recompute == "full" else 1 if gathers else 0)
 
     def _attention_s(self, work: LayerWork) -> float:
         dtype = "bfloat16" if self.run.dtype in SCALED else self.run.dtype
@@ -340,7 +347,7 @@ class _Machine:
         num_bytes = tokens * run.shape.hidden * 2.0
         group = self._group(run.tensor, 1)
         if run.sequence_parallel:
-            gathered_s = collective_s("all_gather", num_bytes, group)
+            gathered_s = collective_s("all_gather", num_bytes * self._gathered_share(), group)
             spent_s = gathered_s + collective_s("reduce_scatter", num_bytes, group)
         else:
             spent_s = collective_s("all_reduce", num_bytes, group)
@@ -349,6 +356,16 @@ class _Machine:
             return spent_s
         hidden_s = min(TENSOR_HIDDEN * spent_s, 0.5 * beside_s)
         return spent_s - hidden_s
+
+    def _gathered_share(self) -> float:
+        """Bytes of gathered activations over those in half precision.
+
+        Where one scale stands for a tensor or a block, forward casts to float8 first and gathers that;
+        backward's gradients come as they are.
+        """
+        if self.run.dtype not in SCALED or self.run.row_scales:
+            return 1.0
+        return 0.75 if self.run.recompute == "none" else 2 / 3
 
     def expert_collective_s(self, beside_s: float) -> float:
         """What one all-to-all of a layer's tokens adds; forward and backward have two each."""

@@ -85,6 +85,7 @@ class Run:
         pads_vocab: Whether the vocabulary is padded on one tensor-parallel rank too.
         stops_early: Whether recomputation ends with the last result that is needed.
         selects_products: Whether selective recomputation keeps every second product, else all but scores.
+        separate_projections: Whether queries, keys, values and the gate are products of their own.
     """
 
     shape: ModelShape
@@ -132,6 +133,7 @@ class Run:
     pure_half: bool = False
     stops_early: bool = False
     pads_vocab: bool = True
+    separate_projections: bool = False
 
     @property
     def sent_bytes(self) -> float:

@@ -64,8 +64,10 @@ class ModelShape:
         """Weights of one layer's attention."""
         return sum(p.columns * p.inner for p in self.attention_products(1.0, 1))
 
-    def attention_products(self, tokens: float, tensor: int) -> tuple["Product", ...]:
-        """Projections before and after attention.
+    def attention_products(
+        self, tokens: float, tensor: int, separate: bool = False
+    ) -> tuple["Product", ...]:
+        """Projections before and after attention; queries, keys and values apart or as one product.
 
         With ranks given it is latent attention: queries, keys and values through low-rank factors,
         with `ROTARY` more elements per head in queries and keys.
@@ -73,7 +75,8 @@ class ModelShape:
         h, t, heads = self.hidden, tensor, self.heads
         if not self.value_rank:
             q, kv = heads * self.head, self.kv_heads * self.head
-            return (Product(tokens, (q + 2 * kv) / t, h), Product(tokens, h, q / t))
+            widths = (q, kv, kv) if separate else (q + 2 * kv,)
+            return (*(Product(tokens, each / t, h) for each in widths), Product(tokens, h, q / t))
         size = LATENT_HEAD
         rank = self.query_rank or h
         down = Product(tokens, self.value_rank + ROTARY + self.query_rank, h)
@@ -145,6 +148,8 @@ class LayerWork:
     """One layer's forward on one device: products, attention, plain memory traffic, kernels.
 
     `routing_kernels` come with experts; how many tokens they work on is known only while they run.
+    `input_elements` are those that products read, what several of them read once; `sum_bytes` is what
+    backward moves to add up the gradients of such.
     """
 
     products: tuple[Product, ...]
@@ -154,6 +159,8 @@ class LayerWork:
     score_bytes: float = 0.0
     score_products: tuple[Product, ...] = field(default=())
     routing_kernels: float = 0.0
+    sum_bytes: float = 0.0
+    input_elements: float = 0.0
 
 
 def layer_work(
@@ -168,6 +175,7 @@ def layer_work(
     sequence_parallel: bool = False,
     dropout: bool = False,
     expert_passes: float = 4.0,
+    separate: bool = False,
 ) -> LayerWork:
     """Forward work of one layer for a microbatch of so many samples.
 
@@ -182,14 +190,19 @@ def layer_work(
         sequence_parallel: Whether the parts outside of tensor parallelism are divided too.
         dropout: Whether dropout runs on residuals (and scores).
         expert_passes: Times that routed tokens pass through memory on the way to experts and back.
+        separate: Whether queries, keys, values, gate and values of the feed-forward are products each.
     """
     tokens = samples * shape.seq_len / context
     h, t = shape.hidden, tensor
     q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
-    products = [
-        *shape.attention_products(tokens, t),
-        *_mlp_products(shape, tokens, t, expert),
-    ]
+    joined, products = (
+        [*shape.attention_products(tokens, t, apart), *_mlp_products(shape, tokens, t, expert, apart)]
+        for apart in (False, separate)
+    )
+    inputs = sum(x.rows * x.inner * x.count for x in joined)
+    # Two additions for queries, keys and values, one for the gate: read twice, write.
+    additions = (2 + (shape.gated and shape.moe is None)) * (separate and not shape.value_rank)
+    summed = additions * 3 * 2.0 * tokens * h
     outer = t if sequence_parallel else 1
     # Two norms (read, write), two residual additions (read twice, write), with bias and dropout mask.
     residual = 4 + 2 * (3.5 if dropout else 3)
@@ -204,7 +217,15 @@ def layer_work(
     if fused_attention:
         kernels = 14.0 if pointwise_traffic == 1 else 22.0
         routing = _routing_kernels(shape, expert)
-        return LayerWork(tuple(products), attention, moved, kernels, routing_kernels=routing)
+        return LayerWork(
+            tuple(products),
+            attention,
+            moved,
+            kernels,
+            routing_kernels=routing,
+            sum_bytes=summed,
+            input_elements=inputs,
+        )
     scores = samples * shape.heads / t * shape.seq_len / context * shape.seq_len
     batch = samples * shape.heads / t
     score_products = (
@@ -214,7 +235,16 @@ def layer_work(
     # Softmax reads and writes scores, dropout reads and writes them with a mask of one byte.
     score_bytes = scores * (2 * 2 + (2 * 2 + 1 if dropout else 0))
     kernels = 30.0
-    return LayerWork(tuple(products), 0.0, moved, kernels, score_bytes, score_products)
+    return LayerWork(
+        tuple(products),
+        0.0,
+        moved,
+        kernels,
+        score_bytes,
+        score_products,
+        sum_bytes=summed,
+        input_elements=inputs,
+    )
 
 
 def _routing_kernels(shape: ModelShape, expert: int) -> float:
@@ -224,11 +254,12 @@ def _routing_kernels(shape: ModelShape, expert: int) -> float:
     return ROUTER_KERNELS + KERNELS_PER_EXPERT * max(shape.moe.experts / expert, 1)
 
 
-def _mlp_products(shape: ModelShape, tokens: float, t: int, expert: int) -> list[Product]:
+def _mlp_products(shape: ModelShape, tokens: float, t: int, expert: int, separate: bool) -> list[Product]:
     widths = 2 if shape.gated else 1
     if shape.moe is None:
+        apart, joined = (widths, 1) if separate else (1, widths)
         return [
-            Product(tokens, widths * shape.ffn / t, shape.hidden),
+            *[Product(tokens, joined * shape.ffn / t, shape.hidden)] * apart,
             Product(tokens, shape.hidden, shape.ffn / t),
         ]
     moe = shape.moe

@@ -245,6 +245,25 @@ def test_the_head_fills_up_a_stage_of_few_layers_first() -> None:
     assert full - one_more > 1.05 * (one_more - even)
 
 
+@pytest.mark.parametrize(
+    ("framework", "stages", "samples", "overlaps"),
+    [
+        ("megatron-lm", 1, 4, True),  # one microbatch: torch's wrapper
+        ("megatron-lm", 1, 8, False),
+        ("megatron-lm", 2, 4, False),
+        ("megatron-deepspeed", 1, 4, False),
+    ],
+)
+def test_old_frameworks_hide_sums_of_gradients_behind_a_single_backward(
+    framework: str, stages: int, samples: int, overlaps: bool
+) -> None:
+    parallel = {"tp": 1, "pp": stages, "dp": 8 // stages, "framework": framework}
+    batch = {"global_batch": samples * 8 // stages, "micro_batch": 4}
+    run = run_of(cleaned({**GPT, "parallel": parallel, "batch": batch})[0])
+    assert not isinstance(run, str)
+    assert run.overlaps is overlaps
+
+
 def test_noise_is_told_from_repetitions_and_limits_ranks() -> None:
     def row(micro_batch: int, seconds: float) -> dict[str, Any]:
         batch = {"global_batch": 32, "micro_batch": micro_batch}

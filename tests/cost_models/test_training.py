@@ -79,6 +79,27 @@ def test_memory_falls_with_sharding_and_rises_with_the_microbatch() -> None:
     assert memory_bytes(replace(BASE, recompute="full")) < memory_bytes(BASE)
 
 
+def test_what_frameworks_do_in_tensor_parallel_layers_is_counted() -> None:
+    base = replace(
+        BASE, shape=LLAMA, device="h100-sxm-80gb", tensor=8, data=1, sequence_parallel=True,
+        recompute="selective", selects_products=True, compiled=True, fused_loss=True,
+    )  # fmt: skip
+    tensor_s = step_time(base, parameters()).tensor_s
+    assert tensor_s == pytest.approx(
+        5 / 4 * step_time(replace(base, recompute="none"), parameters()).tensor_s, rel=0.1
+    )
+    # Narrow slices lose by reading their input again, and backward adds up what comes of it.
+    apart = seconds(replace(base, separate_projections=True)) / seconds(base)
+    assert 1.03 < apart < 1.3
+    assert seconds(replace(base, tensor=1, separate_projections=True)) < 1.03 * seconds(
+        replace(base, tensor=1)
+    )
+    # Cast before it is gathered, an input travels as float8, unless each row has its own scale.
+    float8 = replace(base, dtype="float8_e4m3fn")
+    by_row = step_time(replace(float8, row_scales=True), parameters()).tensor_s
+    assert 0.7 * by_row < step_time(float8, parameters()).tensor_s < 0.95 * by_row
+
+
 def test_a_model_of_70_billion_needs_more_than_one_device() -> None:
     large = ModelShape(80, 8192, 64, 8, 28672, 128256, 2048, gated=True)
     one = Run(large, "h100-sxm-80gb", 1, 8, Network(400e9), batch=1, microbatch=1)
