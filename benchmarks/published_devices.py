@@ -37,6 +37,9 @@ _DEVICE_WORDS = (
 )  # fmt: skip
 
 
+CARDS_OF_DIES = {"mi250x": 4}
+"""Most cards in a node of those that are two devices each."""
+
 VENDORS = ("NVIDIA", "AMD")
 """Whose devices run what the training model describes: kernels, streams, rings of collectives."""
 
@@ -70,6 +73,15 @@ def device_of(name: str) -> tuple[str, float, str]:
     low, high = (share * known[kind].memory_bytes for share in MEMORY_RANGE)
     other = low < memory < high and memory != known[kind].memory_bytes
     return kind, memory if other else 0.0, remark
+
+
+def die_of(kind: str, per_node: int) -> str:
+    """One die of a card with two, where that is what a table counts: no node holds eight such cards.
+
+    >>> die_of("mi250x", 8), die_of("mi250x", 4), die_of("a100-sxm-80gb", 8)
+    ('mi250x-gcd', 'mi250x', 'a100-sxm-80gb')
+    """
+    return f"{kind}-gcd" if per_node >= CARDS_OF_DIES.get(kind, per_node + 1) * 2 else kind
 
 
 def _variant(name: str) -> str | None:

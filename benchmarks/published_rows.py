@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from published_devices import device_of, network_of
+from published_devices import device_of, die_of, network_of
 
 from graphpar import catalogue
 from graphpar.cost_models.training_memory import fits, weights_of_stage
@@ -58,8 +58,8 @@ OLD_MEGATRON = Traits(
     adds_gradients=True,
     overlaps_alone=True,
 )
-"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward; beside it, by torch's
-wrapper, where one microbatch without stages is all (Megatron-LM's README, "Distributed Pretraining")."""
+"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward, or beside it by
+torch's wrapper where one microbatch is all (its README, "Distributed Pretraining")."""
 
 DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True, overlaps_alone=False)
 """Its buckets hold 5e8 elements unless configured otherwise."""
@@ -106,7 +106,7 @@ FRAMEWORKS = (
 )
 """By a part of the framework's name, the first that fits."""
 
-YOUNG_FAMILIES = frozenset({"hopper", "blackwell", "cdna3"})
+YOUNG_FAMILIES = frozenset({"hopper", "blackwell", "blackwell-sm100", "blackwell-sm103", "cdna3"})
 
 BERT = {
     "bert_base_squad": ModelShape(12, 768, 12, 12, 3072, 30522, 384, tied=True, causal=False, labels=2),
@@ -139,6 +139,7 @@ def run_of(row: dict[str, Any]) -> Run | str:
         return f"{row['parallel']['pp']} pipeline stages for {shape.layers} layers"
     try:
         device, memory_bytes, _ = device_of(str(row["hardware"]["gpu"]))
+        device = die_of(device, row["hardware"].get("gpus_per_node") or 0)
     except ValueError as error:
         return str(error)
     traits = _traits(row)
@@ -351,12 +352,21 @@ def _batches(row: dict[str, Any], traits: Traits) -> tuple[float, float] | None:
 
 
 def _traits(row: dict[str, Any]) -> Traits:
-    """What the framework of a row does; Megatron-LM on devices younger than 2022 is Megatron Core."""
+    """What the framework of a row does.
+
+    Megatron-LM on devices younger than 2022 is Megatron Core; so it is with gated layers or grouped keys,
+    for which the older one has no options. A DeepSpeed that has them has fused attention as well.
+    """
     name = str(row["parallel"].get("framework")).lower()
     traits = next((traits for key, traits in FRAMEWORKS if key in name), Traits())
     device = device_of(str(row["hardware"].get("gpu")))[0]
     young = catalogue.devices()[device].family in YOUNG_FAMILIES
-    return MODERN_MEGATRON if traits is OLD_MEGATRON and young else traits
+    model = row["model"]
+    recent = bool(model.get("gated_mlp")) or model.get("kv_heads", 0) < model.get("heads", 0)
+    if traits is OLD_MEGATRON and (young or recent):
+        return MODERN_MEGATRON
+    deepspeed = traits.bucket_elements > 0
+    return replace(traits, fused_attention=True, dropout=False) if deepspeed and recent else traits
 
 
 def _recompute(text: Any) -> str:

@@ -103,7 +103,7 @@ class CatalogueRates:
             columns,
             inner,
             batch,
-            flops_per_s=self.peak(kernel.dtype) * self._measured_top(),
+            flops_per_s=self.peak(kernel.dtype) * self._measured_top(kernel.dtype),
             multiprocessors=multiprocessors,
             bytes_per_s=self._bytes_per_s,
         )
@@ -139,16 +139,16 @@ class CatalogueRates:
     def matmul_flops_per_s(self, flops: float, dtype: str) -> float:
         """Rate of a matrix product of so many FLOPs."""
         points = self.family.matmul_efficiency
-        top = self._measured_top() / points[-1][1] if points else 1.0
+        top = self._measured_top(dtype) / points[-1][1] if points else 1.0
         # The curve was measured at the tensor-core peak; a slower format is saturated by less work.
         reach = max(self.device.peak_flops_per_s.values()) / self.peak(dtype)
         return self.peak(dtype) * min(interpolate(points, flops * reach) * top, 1.0)
 
-    def _measured_top(self) -> float:
+    def _measured_top(self, dtype: str) -> float:
         points = self.family.matmul_efficiency
         if not self.device.in_catalogue:
             return points[-1][1]
-        return catalogue.devices()[self.device.kind].measured_matmul_fraction or points[-1][1]
+        return catalogue.devices()[self.device.kind].measured_fraction(dtype) or points[-1][1]
 
     def optimizer_seconds(self, numel: float, tensors: int, state_ratio: float) -> float:
         """Memory traffic in float32 of an op at a time; on a GPU the host issues ops meanwhile."""

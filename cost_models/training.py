@@ -195,7 +195,7 @@ class _Machine:
 
     def _arithmetic_s(self, product: Product, dtype: str) -> float:
         points = self.family.matmul_efficiency
-        top = self.kind.measured_matmul_fraction or points[-1][1]
+        top = self.kind.measured_fraction(dtype) or points[-1][1]
         share = ROW_SCALED if self.run.row_scales and dtype in SCALED else 1.0
         if self.kind.multiprocessors:
             return gemm.product_s(

@@ -33,8 +33,14 @@ class DeviceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_cpu: bool = False
     multiprocessors: int | None = None
     measured_matmul_fraction: float | None = None
+    measured_float8_fraction: float | None = None
     power_w: float | None = None
     note: str = ""
+
+    def measured_fraction(self, dtype: str) -> float | None:
+        """Best measured rate of products over the peak; below 16 bits that of float8, if known."""
+        narrow = dtype.startswith(("float8", "float4"))
+        return (narrow and self.measured_float8_fraction) or self.measured_matmul_fraction
 
 
 class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -244,6 +244,13 @@ def test_unknown_device_and_wrong_counts() -> None:
         Cluster.of("p4.24xlarge", 1)
 
 
+def test_products_reach_in_narrow_formats_what_was_measured_in_float8() -> None:
+    h100, a100 = (catalogue.devices()[name] for name in ("h100-sxm-80gb", "a100-sxm-80gb"))
+    assert h100.measured_fraction("bfloat16") == pytest.approx(794.5 / 989, rel=0.01)
+    assert h100.measured_fraction("float8_e4m3fn") == pytest.approx(1402.6 / 1979, rel=0.01)
+    assert a100.measured_fraction("float8_e4m3fn") == a100.measured_matmul_fraction
+
+
 def test_catalogue_is_consistent_and_sourced() -> None:
     assert len(catalogue.devices()) >= 50
     assert len(catalogue.instances()) >= 50

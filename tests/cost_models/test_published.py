@@ -20,7 +20,7 @@ import fit_published  # noqa: E402
 from fit_published import fit, samples  # noqa: E402
 from published import compare, score  # noqa: E402 - benchmarks are no package
 from published_clean import cleaned, rows_of  # noqa: E402
-from published_devices import device_of, network_of  # noqa: E402
+from published_devices import device_of, die_of, network_of  # noqa: E402
 from published_folds import folds  # noqa: E402
 from published_noise import noise  # noqa: E402
 from published_rows import run_of  # noqa: E402
@@ -262,6 +262,29 @@ def test_old_frameworks_hide_sums_of_gradients_behind_a_single_backward(
     run = run_of(cleaned({**GPT, "parallel": parallel, "batch": batch})[0])
     assert not isinstance(run, str)
     assert run.overlaps is overlaps
+
+
+def test_cards_of_two_dies_are_counted_as_tables_count_them() -> None:
+    assert (die_of("mi250x", 8), die_of("mi250x", 4), die_of("mi300x", 8)) == (
+        "mi250x-gcd",
+        "mi250x",
+        "mi300x",
+    )
+    hardware = {**GPT["hardware"], "gpu": "MI250X"}
+    dies = run_of(cleaned({**GPT, "hardware": hardware})[0])
+    assert not isinstance(dies, str)
+    assert dies.device == "mi250x-gcd"
+
+
+@pytest.mark.parametrize("framework", ["megatron-lm", "megatron-deepspeed"])
+def test_what_old_frameworks_could_not_run_was_run_by_newer_ones(framework: str) -> None:
+    parallel = {**GPT["parallel"], "framework": framework}
+    plain, gated = (
+        run_of(cleaned({**GPT, "model": {**GPT["model"], "gated_mlp": gated}, "parallel": parallel})[0])
+        for gated in (False, True)
+    )
+    assert not isinstance(plain, str) and not isinstance(gated, str)
+    assert (plain.fused_attention, gated.fused_attention) == (False, True)
 
 
 def test_noise_is_told_from_repetitions_and_limits_ranks() -> None:
