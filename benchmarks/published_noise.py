@@ -3,7 +3,8 @@
 Some configurations were measured more than once. How far those repetitions differ is the noise of the
 measurements, and a prediction without any error would still meet the order of such measurements only in
 part: the printed ceiling is the mean rank correlation of each job's measured times with themselves under
-that noise. Repetitions that agree to the last digit are copies and do not count.
+that noise. Beside it stands what the predictions reach. Repetitions that agree to the last digit are
+copies and do not count.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from published import ENOUGH, spearman
 from published_clean import cleaned, rows_of
 from published_rows import measured_step_s, run_of
 
-from graphpar.cost_models.training_run import Run
+from graphpar.cost_models.training import step_time
+from graphpar.cost_models.training_run import Run, parameters
 
 DRAWS = 200
 Times = dict[str, list[float]]
@@ -40,13 +42,14 @@ def main() -> None:
         )
     for job in report["jobs"]:
         cells = "  ".join(f"{sigma} %: {value:.2f}" for sigma, value in job["ceiling"].items())
-        print(f"{job['set']:<16} {job['job']:<32} n {job['n']:>3}  {cells}")
+        reached = f"reached: {job['reached']:.2f}  ceiling at {cells}"
+        print(f"{job['set']:<16} {job['job']:<32} n {job['n']:>3}  {reached}")
 
 
 def noise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The spread of repetitions by set, and each job's ceiling under it and under 2 and 5 %."""
     repeated: dict[str, Times] = defaultdict(lambda: defaultdict(list))
-    jobs: dict[tuple[str, str], list[float]] = defaultdict(list)
+    jobs: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for raw in rows:
         row, _ = cleaned(raw)
         run = run_of(row)
@@ -54,7 +57,7 @@ def noise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         repeated[row["set"]][configuration(row, run)].append(seconds)
         job = f"{row['model'].get('name')} s{run.shape.seq_len} n{run.devices} b{run.batch:g}"
-        jobs[row["set"], job].append(seconds)
+        jobs[row["set"], job].append((seconds, step_time(run, parameters()).total_s))
     spreads = {name: spread(groups) for name, groups in repeated.items()}
     known = {name: found for name, found in spreads.items() if found is not None}
     sizes = sorted({2.0, 5.0} | {round(found["spread_pct"], 1) for found in known.values()})
@@ -64,11 +67,12 @@ def noise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 "set": name,
                 "job": job,
-                "n": len(times),
-                "ceiling": {sigma: ceiling(times, sigma / 100) for sigma in sizes},
+                "n": len(pairs),
+                "reached": spearman(pairs),
+                "ceiling": {sigma: ceiling([m for m, _ in pairs], sigma / 100) for sigma in sizes},
             }
-            for (name, job), times in jobs.items()
-            if len(times) >= ENOUGH
+            for (name, job), pairs in jobs.items()
+            if len(pairs) >= ENOUGH
         ],
     }
 

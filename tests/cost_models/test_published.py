@@ -25,6 +25,7 @@ from published_folds import folds  # noqa: E402
 from published_noise import noise  # noqa: E402
 from published_rows import run_of  # noqa: E402
 
+from graphpar import catalogue  # noqa: E402
 from graphpar.cost_models.training import step_time  # noqa: E402
 from graphpar.cost_models.training_run import parameters  # noqa: E402
 
@@ -285,6 +286,49 @@ def test_what_old_frameworks_could_not_run_was_run_by_newer_ones(framework: str)
     )
     assert not isinstance(plain, str) and not isinstance(gated, str)
     assert (plain.fused_attention, gated.fused_attention) == (False, True)
+
+
+LLAMA = {
+    "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256,
+    "gated_mlp": True, "seq_len": 8192,
+}  # fmt: skip
+EIGHT_EXPERTS = {**LLAMA, "seq_len": 4096, "moe": {"experts": 8, "topk": 2, "moe_ffn": 14336}}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "model", "parallel", "samples"),
+    [
+        ("A40", 8, LLAMA, {"framework": "fsdp", "zero": 3, "recompute": "full"}, 1),
+        ("L40S", 16, LLAMA, {"framework": "fsdp", "zero": 3, "recompute": "full"}, 1),
+        ("H200", 8, LLAMA, {"framework": "torchtitan", "compile": True, "recompute": "selective"}, 2),
+        ("H20", 16, LLAMA, {"framework": "nemo", "tp": 2, "dp": 8}, 4),
+        ("MI250X", 64, LLAMA, {"framework": "torchtitan", "compile": True, "recompute": "selective"}, 1),
+        ("MI300X", 64, LLAMA, {"framework": "megatron-lm", "tp": 8, "dp": 8}, 8),
+        ("A800", 64, LLAMA, {"framework": "megatron-lm", "tp": 2, "dp": 32, "recompute": "full"}, 16),
+        ("B200", 8, LLAMA, {"framework": "megatron-bridge", "dp": 8}, 16),
+        ("GB300", 72, LLAMA, {"framework": "megatron-bridge", "tp": 4, "dp": 18}, 16),
+        ("V100-SXM2-16GB", 32, GPT["model"], {"framework": "megatron-deepspeed", "pp": 4, "dp": 8}, 64),
+        ("H100", 16384, LLAMA, {"framework": "megatron-core", "tp": 8, "dp": 2048}, 16),
+        ("H100", 64, EIGHT_EXPERTS, {"framework": "nemo", "pp": 4, "ep": 8, "dp": 16}, 32),
+        ("A100-SXM-40GB", 128, EIGHT_EXPERTS, {"framework": "nemo", "tp": 4, "ep": 8, "dp": 32}, 32),
+    ],
+)  # fmt: skip
+def test_made_up_runs_use_a_sensible_share_of_their_devices(
+    gpu: str, count: int, model: dict[str, Any], parallel: dict[str, Any], samples: int
+) -> None:
+    hardware = {"gpu": gpu, "count": count, "gpus_per_node": 8}
+    batch = {"global_batch": samples * int(parallel.get("dp", count)), "micro_batch": 1}
+    run = run_of(cleaned({"model": model, "hardware": hardware, "parallel": parallel, "batch": batch})[0])
+    assert not isinstance(run, str)
+    chosen, experts = (2, 8) if run.shape.moe else (1, 1)
+    attention = run.shape.attention_parameters
+    layer = attention + (run.shape.layer_parameters - attention) * chosen / experts
+    weights = run.shape.layers * layer + run.shape.hidden * run.shape.outputs
+    scores = run.shape.layers * run.shape.hidden * run.shape.seq_len
+    flops = run.batch * run.shape.seq_len * 6 * (weights + scores)
+    peaks = catalogue.devices()[run.device].peak_flops_per_s
+    peak = max(peaks.get("bfloat16", 0.0), peaks.get("float16", 0.0))
+    assert 0.2 < flops / (step_time(run, parameters()).total_s * run.devices * peak) < 0.65
 
 
 def test_noise_is_told_from_repetitions_and_limits_ranks() -> None:
