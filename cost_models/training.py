@@ -22,6 +22,11 @@ from graphpar.cost_models.rates import interpolate
 from graphpar.cost_models.training_run import Run, TrainingParameters
 from graphpar.cost_models.transformer import LayerWork, Product, layer_work
 
+LOSS_PASSES = 13.0
+"""Times that float32 logits pass through memory: cast from half precision (1.5), maximum (1), less it
+(2), exponentials (2), sum (1), quotient (2), gradient (2), cast back (1.5), counted in Megatron-LM's loss
+(https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/tensor_parallel/cross_entropy.py)."""
+
 FUSED_LOSS_PASSES = 1.5
 """A fused loss reads half-precision logits twice and writes their gradient over them once."""
 
@@ -64,7 +69,7 @@ ROW_SCALED = 0.5
 """Rate of float8 products with a scale for each row over that with one scale, by torchtitan's runs
 (https://github.com/pytorch/torchtitan/tree/main/benchmarks)."""
 
-UNALIGNED_SHARE = 0.33
+UNALIGNED_SHARE = 0.3
 """Rate of half-precision products whose result has rows that are no multiple of 16 bytes, over others:
 what steps take beside their layers, told from such that differ in depth alone, with 50257 outputs
 (https://github.com/VIA-Research/vTrain/tree/main/data)."""
@@ -323,8 +328,7 @@ class _Machine:
             outputs = shape.outputs
         product = Product(tokens, outputs, shape.hidden)
         dtype = "bfloat16" if run.dtype in SCALED else run.dtype
-        # Logits in float32: cast, maximum, exponentials, sum, quotient, gradient.
-        passes = FUSED_LOSS_PASSES if run.fused_loss else self.p.loss_passes
+        passes = FUSED_LOSS_PASSES if run.fused_loss else LOSS_PASSES
         itemsize = 2 if run.pure_half else 4
         loss_bytes = tokens * shape.outputs / run.tensor * itemsize * passes
         return 3 * self.product_s(product, dtype) + loss_bytes / self.bytes_per_s

@@ -21,7 +21,6 @@ class TrainingParameters:
         compiled_kernel_s: The same where steps are compiled or captured as CUDA graphs.
         step_host_s: Fixed seconds per step: data, clipping, logging, synchronisation.
         imbalance: Relative loss per doubling of the devices (stragglers, clocks, jitter).
-        loss_passes: Times that logits in float32 pass through memory in the loss, both directions.
         unfused_traffic: Memory traffic of pointwise work in eager kernels over that of fused ones.
         wait_s: Seconds that hosts of tensor-parallel ranks wait at each collective, per doubling of them.
         start_s: Seconds that a tensor-parallel collective in a node takes more where the host issues
@@ -37,7 +36,6 @@ class TrainingParameters:
     step_host_s: float = 0.01
     imbalance: float = 0.01
     expert_traffic: float = 4.0
-    loss_passes: float = 12.0
     unfused_traffic: float = 1.6
     wait_s: float = 5e-5
     start_s: float = 1e-4
