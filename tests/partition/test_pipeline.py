@@ -8,6 +8,7 @@ from all_plans import best_step_s
 from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import examples
 
 from graphpar.cost import CostTable, CutEdge, LinkCost, Topology
 from graphpar.errors import InfeasibleError, VerifyError
@@ -36,7 +37,7 @@ def assert_best(table: CostTable, found: Partition, best: float) -> None:
     assert found.truncated_by
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=RELAXED)
 @given(small_tables())
 def test_partition_is_the_best_of_all_plans(table: CostTable) -> None:
     best = best_step_s(table)
@@ -49,7 +50,7 @@ def test_partition_is_the_best_of_all_plans(table: CostTable) -> None:
     check_partition(table, found)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=RELAXED)
 @given(small_tables(max_units=3, modes=True))
 def test_partition_is_the_best_of_all_plans_in_all_modes(table: CostTable) -> None:
     best = best_step_s(table)
@@ -81,7 +82,7 @@ def test_nothing_is_lost_against_all_decisions_at_once(table: CostTable) -> None
         assert_best(table, partition(table, gap=0.0), best)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=RELAXED)
 @given(small_tables(), st.sampled_from([0.05, 0.2]))
 def test_the_gap_is_kept_and_its_bound_true(table: CostTable, gap: float) -> None:
     best = best_step_s(table)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_problems import best_placement, placement_problems
+from strategies import examples
 
 from graphpar.partition import place
 from graphpar.partition.clock import never
@@ -102,7 +103,7 @@ def in_order(problem: PlacementProblem, answer: dict[NodeId, int]) -> bool:
     return nx.is_directed_acyclic_graph(order)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(placement_problems())
 def test_latency_answers_and_bounds_are_true(problem: PlacementProblem) -> None:
     best = best_placement(problem, "latency")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from small_problems import best_sharding, ring, sharding_problems
+from strategies import examples
 
 from graphpar.partition import reduce_loops, shard, shard_run
 from graphpar.partition.answers import Progress
@@ -26,7 +27,7 @@ from graphpar.partition.shard_plain import plain_bound
 from graphpar.partition.shard_search import WindowSearch
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sharding_problems())
 def test_the_solver_finds_the_optimum_and_proves_it(problem: ShardingProblem) -> None:
     best = best_sharding(problem)
@@ -39,7 +40,7 @@ def test_the_solver_finds_the_optimum_and_proves_it(problem: ShardingProblem) ->
     assert check_sharding(problem, solved.answer).feasible
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(sharding_problems())
 def test_reductions_keep_the_optimum(problem: ShardingProblem) -> None:
     best = best_sharding(problem)
@@ -67,7 +68,7 @@ def test_reductions_keep_the_optimum(problem: ShardingProblem) -> None:
     assert check_sharding(problem, answer).cost == best
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(sharding_problems())
 def test_dual_bounds_and_reduced_costs_are_true(problem: ShardingProblem) -> None:
     best = best_sharding(problem)
@@ -164,7 +165,7 @@ def test_the_first_bound_is_true(problem: ShardingProblem) -> None:
         assert plain_bound(graph) <= best + 1e-9
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sharding_problems())
 def test_the_answer_before_reductions_is_feasible(problem: ShardingProblem) -> None:
     answer = first_choice(problem)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from by_name import Common
 from helpers import Line, check_training, force
-from own_optimizers import Common
 from torch import nn
 
 import graphpar

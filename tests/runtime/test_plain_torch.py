@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_name import Sign
 from helpers import TRAINING, Line, check_inference, check_training, force, straight
 from torch import Tensor, nn
 
@@ -87,21 +88,6 @@ class Counting(nn.Module):
 def use(function: Any, *args: Any) -> Any:
     """Apply a Function, for which torch has no types."""
     return function.apply(*args)
-
-
-class Sign(torch.autograd.Function):
-    """A sign with the gradient of a clipped identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, width: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.width = width
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return gradients[0] * (x.abs() < ctx.width), None
 
 
 class Binary(nn.Module):

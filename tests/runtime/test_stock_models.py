@@ -60,6 +60,8 @@ def mixtral(balanced: bool = False) -> Case:
         num_key_value_heads=2,
         num_local_experts=4,
         output_router_logits=balanced,
+        # Of the two ways to run experts the other one needs transformers in each worker: seconds.
+        experts_implementation="batched_mm" if balanced else None,
         **SMALL,
     )
     ids, labels = words()
