@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from amounts import exhaustive
 from torch import nn
 
 SMALL = {
@@ -76,11 +77,6 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
 """The class of each model after `AutoModel`, and its sizes."""
 ANY_PICTURE = ("swin", "resnet")
 """Models that take pictures of another size than the one they were made for."""
-
-
-def exhaustive(*values: Any, id: str | None = None) -> Any:
-    """A case that only `make exhaustive` tries."""
-    return pytest.param(*values, id=id, marks=(pytest.mark.slow, pytest.mark.exhaustive))
 
 
 def in_turn(ways: Iterable[str]) -> list[Any]:

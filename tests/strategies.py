@@ -1,7 +1,5 @@
 """Hypothesis strategies shared by the tests: arguments, ops, graphs, and small models."""
 
-import os
-
 from hypothesis import strategies as st
 
 from graphpar.ir.graph import LEVELS, Graph
@@ -15,12 +13,6 @@ from graphpar.ir.ops import (
     Symbol,
     TensorType,
 )
-
-
-def examples(most: int) -> int:
-    """How many a test tries: the most where `make exhaustive` asks for them, a third otherwise."""
-    return most if os.environ.get("GRAPHPAR_EXHAUSTIVE") else max(10, most // 3)
-
 
 TEXTS = st.text(max_size=12) | st.sampled_from(
     [

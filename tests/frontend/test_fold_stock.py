@@ -13,7 +13,8 @@ from graphpar.runtime.reference import OneDevice, whole_on_one_device
 
 pytest.importorskip("transformers")
 
-from stock_models import batch_of, build, exhaustive, in_turn
+from amounts import exhaustive
+from stock_models import batch_of, build, in_turn
 
 STAMPED = {"llama": 2, "gpt2": 2, "t5": 2, "gemma2": 4}
 """How many blocks are stamped: a first one is followed for each kind, and for each way of calling."""

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 from all_plans import best_step_s
+from amounts import examples
 from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import examples
 
 from graphpar.cost import CostTable, CutEdge, LinkCost, Topology
 from graphpar.errors import InfeasibleError, VerifyError

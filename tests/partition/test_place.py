@@ -4,10 +4,10 @@ import math
 
 import networkx as nx
 import pytest
+from amounts import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_problems import best_placement, placement_problems
-from strategies import examples
 
 from graphpar.partition import place
 from graphpar.partition.clock import never

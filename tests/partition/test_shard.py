@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from amounts import examples
 from hypothesis import given, settings
 from small_problems import best_sharding, ring, sharding_problems
-from strategies import examples
 
 from graphpar.partition import reduce_loops, shard, shard_run
 from graphpar.partition.answers import Progress

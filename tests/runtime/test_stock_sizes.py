@@ -11,7 +11,8 @@ from helpers import Line, compare_states, force, sgd, straight
 
 pytest.importorskip("transformers")
 
-from stock_models import ANY_PICTURE, STOCK, batch_of, build, exhaustive, in_turn
+from amounts import exhaustive
+from stock_models import ANY_PICTURE, STOCK, batch_of, build, in_turn
 
 LENGTHS = {"vit": 8, "whisper": 8, **dict.fromkeys(ANY_PICTURE, 16)}
 """Another length than the example's eight; models of one size of picture or sound take no other."""
