@@ -79,13 +79,17 @@ ANY_PICTURE = ("swin", "resnet")
 """Models that take pictures of another size than the one they were made for."""
 
 
-def in_turn(ways: Iterable[str]) -> list[Any]:
-    """Every stock model in one of some ways, the ways by turns; in the others where all are asked for."""
-    ways = tuple(ways)
+def in_turn(ways: Iterable[str], among: Iterable[str] = ()) -> list[Any]:
+    """Every stock model in one of some ways, the ways by turns; in the others where all are asked for.
+
+    With `among` only cases of these ways are given; another test has the others.
+    """
+    ways, given = tuple(ways), set(among)
     return [
         (pytest.param if place % len(ways) == turn else exhaustive)(name, way, id=f"{name}-{way}")
         for place, name in enumerate(STOCK)
         for turn, way in enumerate(ways)
+        if not given or way in given
     ]
 
 

@@ -11,14 +11,14 @@ from helpers import Line, compare_states, force, sgd, straight
 
 pytest.importorskip("transformers")
 
-from amounts import exhaustive
-from stock_models import ANY_PICTURE, STOCK, batch_of, build, in_turn
+from stock_models import ANY_PICTURE, batch_of, build, in_turn
 
 LENGTHS = {"vit": 8, "whisper": 8, **dict.fromkeys(ANY_PICTURE, 16)}
 """Another length than the example's eight; models of one size of picture or sound take no other."""
 SIZES = ((4, False), (9, False), (3, False), (1, False), (5, True), (2, True), (4, False))
 """Samples, and whether they are of the other length: more, a last few, and back to the example."""
 LINES = {"stages": straight(2, 2), "replicas": (Line((1,), 1, 3), Line((1,), 1, 1))}
+WAYS = (*LINES, "inference")
 
 
 def batches(name: str) -> list[dict[str, torch.Tensor]]:
@@ -37,7 +37,7 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("name", "plan"), in_turn(LINES))
+@pytest.mark.parametrize(("name", "plan"), in_turn(WAYS, among=LINES))
 def test_training_goes_on_with_batches_of_other_sizes(
     name: str, plan: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -63,10 +63,10 @@ def test_training_goes_on_with_batches_of_other_sizes(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", [*list(STOCK)[::2], *map(exhaustive, list(STOCK)[1::2])])
-def test_inference_takes_batches_of_other_sizes(name: str) -> None:
+@pytest.mark.parametrize(("name", "way"), in_turn(WAYS, among=["inference"]))
+def test_inference_takes_batches_of_other_sizes(name: str, way: str) -> None:
     model, sized = build(name).eval(), batches(name)
-    forced = force(model, (), sized[0], lines=straight(2, 2), train=None)
+    forced = force(model, (), sized[0], lines=LINES["stages"], train=None)
     with forced.start() as job, torch.no_grad():
         for batch in sized:
             got, wanted = tensors_of(job(**batch)), tensors_of(model(**batch))
