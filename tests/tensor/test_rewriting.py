@@ -215,9 +215,9 @@ def test_stock_models(name: str) -> None:
         choice = planned(prepared, gpus(len(parts), FREE, parts))
         assert sum(isinstance(layout, Split) for layout in choice.weights.values()) >= 4
         check(model, prepared, choice, len(parts), args, kwargs, again=len(parts) == 2)
-    for seed in range(2):
-        parts = ((0.6, 0.4), (0.2, 0.5, 0.3))[seed % 2]
-        check(model, prepared, at_random(graph, parts, seed), len(parts), args, kwargs, again=seed == 1)
+    for seed, shared in enumerate(((0.6, 0.4), (0.2, 0.5, 0.3))):
+        choice = at_random(graph, shared, seed)
+        check(model, prepared, choice, len(shared), args, kwargs, again=seed == 1)
     mesh_of_both = at_random(graph, (0.6, 0.4), 0, inner=(0.5, 0.5))
     assert sum(mesh_of_both.shares_along_both(name) for name in mesh_of_both.chosen) >= 5
     check(model, prepared, mesh_of_both, 4, args, kwargs, mesh=(2, 2))
