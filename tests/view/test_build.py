@@ -1,8 +1,10 @@
 """What the views show, against the plan it comes from."""
 
+import html
 from collections.abc import Iterator
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from graphpar.view.fold import fold_units
 from graphpar.view.model import ViewModule
 from graphpar.view.outline import outline
 from graphpar.view.shares import shares_of
+from graphpar.view.svg import render_svg
 
 
 def test_the_view_repeats_the_plan() -> None:
@@ -30,6 +33,19 @@ def test_the_view_repeats_the_plan() -> None:
         assert device.peak_bytes == pytest.approx(plan.predicted_peak_bytes[device.name])
         parts = device.resident_bytes + device.saved_bytes + device.working_bytes
         assert parts == pytest.approx(device.peak_bytes)
+
+
+def test_where_memory_is_at_its_peak_in_the_update_that_is_shown() -> None:
+    plan = sample_plan()
+    ranks = tuple(replace(rank, update_bytes=2.0**40) for rank in plan.timing.ranks)
+    timing = replace(plan.timing, ranks=ranks)
+    view = view_of(msgspec.structs.replace(plan, timing=timing))
+    for device in view.devices[: view.num_ranks]:
+        assert (device.saved_bytes, device.working_bytes) == (0.0, 2.0**40)
+        assert device.peak_bytes == device.resident_bytes + 2.0**40
+    told = "the optimiser's update: 1 TiB"
+    assert told in html.unescape(render_svg(view).decode())
+    assert told not in html.unescape(render_svg(view_of(plan)).decode())
 
 
 def test_shares_add_up() -> None:
