@@ -202,7 +202,8 @@ class ShareBounds:
             if shares is None:
                 return [every[-1]] * len(groups)
             least = [self._least_s(groups, g, n, INFINITY) for g, n in zip(groups, shares, strict=True)]
-            rates = [n / max(s, 1e-30) for n, s in zip(shares, least, strict=True)]
+            # A pipeline that has no room for its share takes for ever, which must not be divided by.
+            rates = [n / min(max(s, 1e-30), 1e30) for n, s in zip(shares, least, strict=True)]
         assert shares is not None
         return _wanted_shares(every, table.batch, shares, [1 / r for r in rates])
 
