@@ -98,21 +98,3 @@ def test_operator_of_a_script(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
     assert done.stdout == "equal\n", done.stderr
-
-
-@pytest.mark.slow
-def test_mixtral() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
-        vocab_size=30,
-    )
-    model = transformers.MixtralForCausalLM(config)
-    ids = torch.randint(0, 30, (4, 6))
-    kwargs = {"labels": ids.clone(), "use_cache": False}
-    check_training(model, (ids,), kwargs, lines=straight(2))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from amounts import exhaustive
 from choices import NVLINK, PCIE, gpus, planned
 from test_rewriting import TRAINING
 from threads import Choice, grouped, one_stage
@@ -143,9 +144,19 @@ def sums_of_a_block(name: str, size: int, link: LinkCost) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("link", [NVLINK, PCIE], ids=["nvlink", "pcie"])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "size", "link"),
+    [
+        pytest.param("gpt", 2, NVLINK, id="gpt-2-nvlink"),
+        pytest.param("gpt", 4, PCIE, id="gpt-4-pcie"),
+        pytest.param("llama", 2, PCIE, id="llama-2-pcie"),
+        pytest.param("llama", 4, NVLINK, id="llama-4-nvlink"),
+        exhaustive("gpt", 2, PCIE, id="gpt-2-pcie"),
+        exhaustive("gpt", 4, NVLINK, id="gpt-4-nvlink"),
+        exhaustive("llama", 2, NVLINK, id="llama-2-nvlink"),
+        exhaustive("llama", 4, PCIE, id="llama-4-pcie"),
+    ],
+)
 def test_a_block_sends_what_megatron_does(name: str, size: int, link: LinkCost) -> None:
     """Two sums in each direction.
 
