@@ -1,23 +1,26 @@
 """What ops, weights and collectives cost a tensor group: seconds and bytes at its slowest member."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from graphpar.cost import LinkCost
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import CatalogueRates, Rates
-from graphpar.cost_models.work import Kernel
+from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.device import Device
 from graphpar.ir.conversions import CollectiveName
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, axis_shares, coords_of, line_of
-from graphpar.ir.ops import Op, apportion
+from graphpar.ir.ops import SOURCES, Op, apportion
 from graphpar.ir.strategies import Strategy
 
 _CPU_CALL_S = 1e-4
 """Processor time of the calling thread in a gloo collective of few bytes, its autograd node included:
 75 to 130 microseconds for a sum, twice that for an exchange, on an AMD EPYC, torch 2.13, 2026-11-25."""
+WORKLESS = SOURCES | {"gp.send", "gp.recv", "output", "getitem"}
 _BATCH_CUT_S = 1e-9
 """What an op whose samples are cut costs beside its time: of two ways that take equally long the one that
 suits microbatches of any size is taken."""
@@ -119,6 +122,7 @@ class ShardingOptions:
     cuts_weights: bool = True
     memory_bytes: float | None = None
     hold_factor: float = 0.0
+    keep_factor: float = 0.0
 
 
 class OpTimes:
@@ -144,13 +148,14 @@ class OpTimes:
         self._kinds = _kinds_of(group.devices)
         firsts = [group.devices[self._kinds.index(kind)] for kind in range(max(self._kinds) + 1)]
         self._rates = [(rates(device), device.slowdown, device.is_cpu) for device in firsts]
+        self._works: dict[str, OpWork] = {}
         self._whole: dict[str, tuple[_Ends, ...]] = {}
         self._of_kernels: dict[tuple[tuple[Kernel, ...], ...], tuple[_Ends, ...]] = {}
         self._pairs: dict[tuple[float, ...], tuple[tuple[int, float], ...]] = {}
 
     def parts(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""
-        if op.target in ("gp.send", "gp.recv", "output"):
+        if op.target in WORKLESS:
             return 0.0, 0.0
         ends = self._members(op)
         times = []
@@ -187,12 +192,29 @@ class OpTimes:
     def _members(self, op: Op) -> "tuple[_Ends, ...]":
         """What the op takes each kind of member."""
         if op.name not in self._whole:
-            work = work_of(op, self.graph, self.layout, self.options.samples)
+            work = self.work(op)
             kernels = (work.forward, work.backward if self.options.training else ())
             if kernels not in self._of_kernels:
                 self._of_kernels[kernels] = tuple(_ends(*kernels, *rate[:2]) for rate in self._rates)
             self._whole[op.name] = self._of_kernels[kernels]
         return self._whole[op.name]
+
+    def work(self, op: Op) -> OpWork:
+        """What the op asks of one device that computes it whole."""
+        if op.name not in self._works:
+            self._works[op.name] = work_of(op, self.graph, self.layout, self.options.samples)
+        return self._works[op.name]
+
+    @cached_property
+    def keepers(self) -> Counter[str]:
+        """How many ops keep a storage for their backward."""
+        works = (self.work(op) for op in self.graph.ops if op.target not in WORKLESS)
+        return Counter(
+            root
+            for work in works
+            if work.backward
+            for root in {self.layout.root[name] for name in work.saved}
+        )
 
     def host_seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
         """What a collective asks of a CPU itself: calls, and copies to where slices belong."""
@@ -220,29 +242,11 @@ class OpTimes:
         )
         return max(times) / self.options.microbatches
 
-    def holding_seconds(self, op: Op, share: float) -> float:
-        """The price of memory, in seconds.
-
-        Any slice counts as the largest share: heads that do not divide are no reason to cut elsewhere.
-        """
-        sent = self.options.hold_factor * self.weight_bytes(op, 1.0) * share
-        return sent / self.group.link.bytes_per_s
-
     def weight_bytes(self, op: Op, share: float) -> float:
         """Weight, gradient and optimiser state at a member with this part of it."""
         trained = self.options.training and bool(op.attr("grad"))
         times = 2 + self.options.state_ratio if trained else 1.0
         return op.type.bytes(1) * times * share
-
-    def kept_bytes(self, op: Op, shares: Sequence[float]) -> float:
-        """Results kept for backward, at a member with these parts of them."""
-        if not self.options.training or not op.attr("grad"):
-            return 0.0
-        return sum(
-            kind.bytes(self.options.samples) * share
-            for kind, share in zip(op.types, shares, strict=True)
-            if kind is not None
-        )
 
 
 _Ends = tuple[float, float, float, float]

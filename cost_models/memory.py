@@ -23,7 +23,7 @@ CPU_RESERVED_BYTES = 0.29e9
 """A worker that has run its first ops and holds nothing: resident memory, torch 2.13 for processors on
 Linux (`benchmarks/prediction.py` compares what workers really held)."""
 
-_HELD = SOURCES | {"gp.cast_weight"}
+HELD = SOURCES | {"gp.cast_weight"}
 """Targets of ops whose values are there whatever the microbatch."""
 
 
@@ -106,7 +106,7 @@ def saved_roots(graph: Graph, layout: Layout, works: Mapping[str, OpWork]) -> fr
         for op_name, work in works.items()
         if work.backward
         for name in work.saved
-        if graph[layout.root[name]].target not in _HELD
+        if graph[layout.root[name]].target not in HELD
     )
 
 
@@ -129,7 +129,7 @@ def _peak_temporaries(
     live: dict[str, float] = {}
     peak = 0.0
     for i, op in enumerate(ops):
-        made = op.target not in ("getitem", *_HELD)
+        made = op.target not in ("getitem", *HELD)
         if layout.root[op.name] == op.name and op.name not in kept and made:
             live[op.name] = sizes[op.name]
         peak = max(peak, sum(live.values()))

@@ -13,12 +13,13 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.group_times import WORKLESS, OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.memory import HELD
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.device import Device
 from graphpar.ir.conversions import CollectiveName
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, Move, Ways, route
+from graphpar.ir.mesh import Layouts, Move, Ways, numbered, route
 from graphpar.ir.ops import Op
 from graphpar.ir.shards import Split
 from graphpar.ir.strategies import Strategy, carries_gradient
@@ -168,21 +169,49 @@ class MeshTimes:
         """A microbatch's part of the optimiser's time for a weight."""
         return self.alone.step_seconds(op, tuple(map(share_held(held), self.group.places)))
 
-    def holding_seconds(self, op: Op, held: Layouts) -> float:
-        """The price of memory, in seconds (see `OpTimes.holding_seconds`)."""
+    def priced_bytes(self, op: Op, held: Layouts) -> float:
+        """Bytes of weight, gradient and optimiser state at a member, as they are priced.
+
+        Any slice counts as the largest share: heads that do not divide are no reason to cut elsewhere.
+        """
         largest = (
             max(self.group.along(axis).shares) if isinstance(layout, Split) else 1.0
             for axis, layout in enumerate(held)
         )
-        return self.alone.holding_seconds(op, prod(largest))
+        return self.alone.weight_bytes(op, prod(largest))
+
+    def holding_seconds(self, op: Op, held: Layouts) -> float:
+        """The price of holding a weight, in seconds."""
+        return self.options.hold_factor * self.priced_bytes(op, held) / self.group.link.bytes_per_s
 
     def weight_bytes(self, op: Op, held: Layouts) -> float:
         """Weight, gradient and optimiser state at the member with most of it."""
         return self.alone.weight_bytes(op, _left(held))
 
     def kept_bytes(self, op: Op, ways: Ways) -> float:
-        """Results kept for backward, at the member with most of them."""
-        return self.alone.kept_bytes(op, [_left(layouts) for layouts in ways.results])
+        """What the op keeps for its backward, at the member with most of it.
+
+        Of a value that several ops keep each counts for its part, as if all read it in the same layouts.
+        """
+        alone, samples = self.alone, self.options.samples
+        work = alone.work(op) if self.options.training and op.target not in WORKLESS else None
+        if work is None or not work.backward:
+            return 0.0
+        total, slots = work.saved_bytes * max(self._shares(ways)), op.operands()
+        for name in work.saved:
+            root = self.graph[self.layout.root[name]]
+            if root.target not in HELD:
+                layouts = ways.results[0] if name == op.name else ways.operands[slots.index(name)]
+                num_bytes = sum(t.bytes(samples) for t in root.types if t is not None)
+                total += num_bytes * _left(layouts) / alone.keepers[root.name]
+        return total
+
+    def share_of(self, ways: Ways, coords: tuple[int, ...]) -> float:
+        """A member's part of an op's work."""
+        return self._shares(ways)[numbered(coords, self.group.axes)]
+
+    def _shares(self, ways: Ways) -> tuple[float, ...]:
+        return self.alone.shares_of(self._as_one(ways)) or (1.0,) * self.group.size
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,17 @@ def choose_sharding(
         group: Who computes it.
         options: Microbatch size and the like.
     """
-    return _Programme(graph, stage, chain, group, options).solve()
+    (found,) = choose_shardings(graph, stage, chain, group, (options,))
+    return found
+
+
+def choose_shardings(
+    graph: Graph, stage: int, chain: Chain, group: TensorGroup, options: Sequence[ShardingOptions]
+) -> tuple[Sharding, ...]:
+    """`choose_sharding` at several prices of memory, in which alone the options may differ."""
+    keeps = any(each.keep_factor or each.memory_bytes is not None for each in options)
+    programme = _Programme(graph, stage, chain, group, options[0], keeps)
+    return tuple(programme.solve(each) for each in options)
 
 
 def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: ShardingOptions) -> float:
@@ -112,7 +122,8 @@ def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: Shardin
     tables = [_allowed(strategies_of(graph, each.shares), each.size, options) for each in along]
     ops = [op for op in graph.ops if op.attr("stage") == stage and op.target != "getitem"]
     read = {name for op in ops for name in op.operands()}
-    cut = prod(max(each.shares) for each in along) if options.cuts_weights else 1.0
+    hold_s = options.hold_factor / group.link.bytes_per_s
+    hold_s *= prod(max(each.shares) for each in along) if options.cuts_weights else 1.0
     total = 0.0
     for op in ops:
         # Strategies with equal shares take equally long.
@@ -120,7 +131,7 @@ def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: Shardin
         total += min(sum(times.parts(op, Ways(ways))) for ways in product(*rows))
     for op in graph.sources("parameter"):
         if op.name in read:
-            total += times.alone.holding_seconds(op, cut)
+            total += hold_s * times.alone.weight_bytes(op, 1.0)
     return total
 
 
@@ -130,20 +141,32 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass
 class _Variable:
-    """One decision: its alternatives with their costs in nanoseconds and their bytes."""
+    """One decision: of each alternative the seconds, and the bytes that are held and kept.
+
+    `priced` are the bytes held as they are priced (see `MeshTimes.priced_bytes`).
+    """
 
     number: int
     costs: list[float]
-    usage: list[float]
+    held: list[float]
+    kept: list[float]
+    priced: list[float]
 
 
 class _Programme:
-    """Builds and reads one problem."""
+    """Builds a problem, for several prices of memory; `keeps` where what is kept for backward counts."""
 
     def __init__(
-        self, graph: Graph, stage: int, chain: Chain, group: TensorGroup, options: ShardingOptions
+        self,
+        graph: Graph,
+        stage: int,
+        chain: Chain,
+        group: TensorGroup,
+        options: ShardingOptions,
+        keeps: bool,
     ) -> None:
         self.graph, self.stage, self.group, self.options = graph, stage, group, options
+        self.keeps = keeps
         self.ops = [
             op
             for op in graph.ops
@@ -177,9 +200,10 @@ class _Programme:
             if key not in priced:
                 priced[key] = (
                     [self.times.seconds(op, s) for s in rows],
-                    [self.times.kept_bytes(op, s) for s in rows],
+                    [self.times.kept_bytes(op, s) for s in rows] if self.keeps else [],
                 )
-            self._add(op.name, key, *priced[key])
+            costs, kept = priced[key]
+            self._add(op.name, key, costs, kept=kept)
             for slot, name in enumerate(op.operands()):
                 self.readers[name].append((op, slot))
         for op in self.graph.ops:
@@ -192,15 +216,25 @@ class _Programme:
     def _place(self, op: Op) -> Key:
         return self.place.get(op.name, op.name)
 
-    def _add(self, name: str, key: Key, costs: Sequence[float], usage: Sequence[float]) -> None:
+    def _add(
+        self,
+        name: str,
+        key: Key,
+        costs: Sequence[float],
+        held: Sequence[float] = (),
+        kept: Sequence[float] = (),
+        priced: Sequence[float] = (),
+    ) -> None:
         """Costs of all that share a variable add up; so do their bytes."""
         self.key_of[name] = key
         found = self.variables.get(key)
         if found is None:
-            number = len(self.variables)
-            found = self.variables[key] = _Variable(number, [0.0] * len(costs), [0.0] * len(costs))
+            none = [0.0] * len(costs)
+            found = self.variables[key] = _Variable(len(self.variables), none, none, none, none)
         found.costs = [a + b for a, b in zip(found.costs, costs, strict=True)]
-        found.usage = [a + b for a, b in zip(found.usage, usage, strict=True)]
+        for name, row in (("held", held), ("kept", kept), ("priced", priced)):
+            if row:
+                setattr(found, name, [a + b for a, b in zip(getattr(found, name), row, strict=True)])
 
     def _add_weight(self, op: Op, readers: Sequence[tuple[Op, int]]) -> None:
         label = str(op.args[0])
@@ -215,11 +249,13 @@ class _Programme:
         self.weights[op.name] = layouts
         first, slot = readers[0]
         key = ("weight", self._place(first), slot, layouts)
-        costs = [
-            self.times.optimizer_seconds(op, layout) + self.times.holding_seconds(op, layout)
-            for layout in layouts
-        ]
-        self._add(op.name, key, costs, [self.times.weight_bytes(op, layout) for layout in layouts])
+        self._add(
+            op.name,
+            key,
+            [self.times.optimizer_seconds(op, layout) for layout in layouts],
+            held=[self.times.weight_bytes(op, layout) for layout in layouts],
+            priced=[self.times.priced_bytes(op, layout) for layout in layouts],
+        )
 
     def _connect(self, name: str, readers: Sequence[tuple[Op, int]]) -> None:
         source, index = value_of(self.graph, name)
@@ -232,8 +268,7 @@ class _Programme:
         forms = tuple(dict.fromkeys((*made, *wanted)))
         self.forms[name] = forms
         form = f"{name} form"
-        self._add(form, ("form", self.key_of.get(source, source), index, forms), [0.0] * len(forms),
-                  [0.0] * len(forms))  # fmt: skip
+        self._add(form, ("form", self.key_of.get(source, source), index, forms), [0.0] * len(forms))
         self._matrix(source, form, self._converting(name, made, forms))
         for reader, slot in readers:
             self._edge(form, forms, reader, slot, name)
@@ -276,25 +311,36 @@ class _Programme:
 
     # --- solving ---
 
-    def problem(self) -> ShardingProblem:
+    def problem(self, options: ShardingOptions) -> ShardingProblem:
         """The problem in the terms of the solver, in nanoseconds."""
+        hold_s, keep_s = (
+            factor / self.group.link.bytes_per_s for factor in (options.hold_factor, options.keep_factor)
+        )
+        rows = [
+            [c + hold_s * h + keep_s * k for c, h, k in zip(v.costs, v.priced, v.kept, strict=True)]
+            for v in self.variables.values()
+        ]
         return ShardingProblem(
             name=f"stage {self.stage} of {self.graph.name}",
             intervals=tuple((0, 1) for _ in self.variables),
-            node_costs=tuple(tuple(map(_nanoseconds, v.costs)) for v in self.variables.values()),
-            usages=tuple(tuple(map(round, v.usage)) for v in self.variables.values()),
+            node_costs=tuple(tuple(map(_nanoseconds, row)) for row in rows),
+            usages=tuple(
+                tuple(round(h + k) for h, k in zip(v.held, v.kept, strict=True))
+                for v in self.variables.values()
+            ),
             edge_nodes=tuple(self.matrices),
             edge_costs=tuple(
                 tuple(map(_nanoseconds, m.ravel().tolist())) for m in self.matrices.values()
             ),
-            usage_limit=self.options.memory_bytes,
+            usage_limit=options.memory_bytes,
         )
 
-    def solve(self) -> Sharding:
+    def solve(self, options: ShardingOptions) -> Sharding:
+        """The best sharding at the prices of some options."""
         if not self.variables:
             return Sharding({}, {}, {})
         for limit_s in _SOLVE_LIMITS_S:
-            found = solve_sharding(self.problem(), time_limit_s=limit_s)
+            found = solve_sharding(self.problem(options), time_limit_s=limit_s)
             if found.status != "unknown":
                 break
         if found.answer is None or found.objective is None:

@@ -13,7 +13,8 @@ from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.again import kept_last
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.memory import lower_copy_bytes
+from graphpar.cost_models.kept import kept_of
+from graphpar.cost_models.memory import ALLOCATOR_SLACK, lower_copy_bytes
 from graphpar.cost_models.mesh_times import MeshTimes, share_held
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import rates_of
@@ -34,6 +35,7 @@ def tensor_mode(
     options: ShardingOptions,
     *,
     shares: tuple[float, ...] = (),
+    lean: int = 0,
     calibration: Calibration | None = None,
 ) -> Mode:
     """One more mode of a table: its units shared by a group.
@@ -46,6 +48,7 @@ def tensor_mode(
         sharding: How, as solved for this graph.
         options: What it was solved for.
         shares: The shares as the partition will name them; empty for equal ones.
+        lean: The price of memory that the sharding was chosen at, as the partition will name it.
         calibration: Measured rates of this machine's processor.
     """
     times = [
@@ -59,7 +62,7 @@ def tensor_mode(
         ops = [graph[name] for name in unit.ops if graph[name].target != "getitem"]
         costs.append(_unit(table, kind, graph, ops, chain, first[kind], group, sharding, times))
     members = tuple(table.class_of[device.name] for device in group.devices)
-    return Mode(members, tuple(costs), shares=shares, link=group.link, mesh=group.mesh)
+    return Mode(members, tuple(costs), shares=shares, link=group.link, mesh=group.mesh, lean=lean)
 
 
 def _unit(
@@ -91,7 +94,9 @@ def _unit(
     grads = [sum(op.type.bytes(1) * _share(sharding, op, at) for op in trained) for at in group.places]
     gradients = plain.gradient_bytes[0]
     state = plain.optimizer_bytes[0] / gradients if gradients else 0.0
-    kept = [_kept_share(graph, ops, sharding, at, times[0].options.samples) for at in group.places]
+    part = [_part_held(graph, ops, sharding, at, times[0].options.samples) for at in group.places]
+    earlier = {name for unit in chain.units[:number] for name in unit.ops}
+    kept = [kept_of(graph, sharding, times[0], ops, earlier, at) for at in group.places]
     return ModeCost(
         forward_s=tuple(forward),
         backward_s=tuple(backward),
@@ -100,8 +105,13 @@ def _unit(
         weight_bytes=tuple(held),
         gradient_bytes=tuple(g if table.training else 0.0 for g in grads),
         optimizer_bytes=tuple(g * state if table.training else 0.0 for g in grads),
-        saved_bytes=tuple(tuple(x * share for x in plain.saved_bytes[0]) for share in kept),
-        working_bytes=tuple(tuple(x * share for x in plain.working_bytes[0]) for share in kept),
+        saved_bytes=tuple(
+            tuple(x * own.share + own.weight_bytes * ALLOCATOR_SLACK for x in plain.saved_bytes[0])
+            if table.training
+            else (0.0,) * len(table.sizes)
+            for own in kept
+        ),
+        working_bytes=tuple(tuple(x * share for x in plain.working_bytes[0]) for share in part),
         again_s=tuple(again),
         collective_s=tuple(sent),
     )
@@ -222,7 +232,7 @@ def _lower_copies(graph: Graph, ops: Sequence[Op], sharding: Sharding, coords: t
     return copied
 
 
-def _kept_share(
+def _part_held(
     graph: Graph, ops: Sequence[Op], sharding: Sharding, coords: tuple[int, ...], samples: int
 ) -> float:
     """The part of a unit's results that a member holds."""

@@ -111,6 +111,7 @@ class Mode:
             well, 3 weights as well.
         link: The worst link between members that the costs hold for; None for one member.
         mesh: Members along each axis of a group of two; empty for one.
+        lean: How dear memory was when it was decided how a tensor group shares its units.
     """
 
     members: tuple[int, ...]
@@ -121,11 +122,12 @@ class Mode:
     zero: int = 0
     link: "LinkCost | None" = None
     mesh: tuple[int, ...] = ()
+    lean: int = 0
 
     @property
     def key(self) -> "ModeKey":
         """What tells a mode from others."""
-        return self.members, self.shares, self.precision, self.recompute, self.zero, self.mesh
+        return self.members, self.shares, self.precision, self.recompute, self.zero, self.mesh, self.lean
 
 
 class StageLike(Protocol):
@@ -159,9 +161,13 @@ class ReplicaLike(Protocol):
     def mesh(self) -> tuple[int, ...]:
         """Members along each axis of a group of two; empty for one."""
 
+    @property
+    def lean(self) -> int:
+        """How dear memory was when it was decided how the group shares its units."""
 
-ModeKey = tuple[tuple[int, ...], tuple[float, ...], str, bool, int, tuple[int, ...]]
-"""Members, shares, precision, recompute, zero, mesh."""
+
+ModeKey = tuple[tuple[int, ...], tuple[float, ...], str, bool, int, tuple[int, ...], int]
+"""Members, shares, precision, recompute, zero, mesh, lean."""
 
 
 @dataclass(frozen=True)
@@ -410,8 +416,8 @@ class CostTable:
     def mode_number(self, stage: "StageLike", replica: "ReplicaLike") -> int | None:
         """The index in `every_mode` of how a stage runs on a replica; None where it is not priced."""
         members = tuple(self.class_of[d] for d in replica.devices)
-        key = (members, replica.shares, stage.precision, stage.recompute, stage.zero, replica.mesh)
-        return self.mode_of_key.get(key)
+        options = (stage.precision, stage.recompute, stage.zero)
+        return self.mode_of_key.get((members, replica.shares, *options, replica.mesh, replica.lean))
 
     def mode_overhead_s(self, mode: int) -> float:
         """Fixed time a stage in this mode spends per microbatch, once per direction."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import prod
 
 from graphpar.ir.mesh import axis_shares
-from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.partition.types import MOST_LEAN, PipelineChoice, Replica, StageChoice
 from graphpar.plan_records import PlanRecord
 
 _SHARE_ROUNDING = 1e-6
@@ -89,6 +89,8 @@ def group_contradictions(where: str, replica: Replica) -> Iterator[str]:
         yield f"field {where}.shares: {len(shares)} shares for {len(replica.devices)} members"
     elif shares and (min(shares) <= 0 or abs(sum(shares) - 1) > _SHARE_ROUNDING):
         yield f"field {where}.shares: {list(shares)}; each must be positive and all add up to 1"
+    if not 0 <= replica.lean <= MOST_LEAN:
+        yield f"field {where}.lean: {replica.lean}; it goes from 0 to {MOST_LEAN}"
     yield from _mesh_contradictions(where, replica)
 
 

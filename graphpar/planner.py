@@ -137,13 +137,16 @@ def with_groups(
     formats: Formats,
     calibration: Calibration | None,
     least_gain: float = 0.0,
+    leaner: bool = False,
 ) -> CostTable:
     """The table with a price for each tensor group, in the formats of its members.
 
-    `least_gain` leaves out groups of two axes (see `with_group_modes`).
+    `least_gain` leaves out groups of two axes, `leaner` adds shardings (see `with_group_modes`).
     """
     lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
-    return with_group_modes(table, prepared.graph, cluster, groups, calibration, train, lower, least_gain)
+    return with_group_modes(
+        table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner
+    )
 
 
 def may_repeat(table: CostTable) -> bool:
@@ -230,6 +233,7 @@ def plan_prepared(
                 formats=formats,
                 calibration=calibration,
                 least_gain=least_gain,
+                leaner=True,
             )
         return (
             with_modes(table, StageOptions(recompute=True, zero=levels)) if may_repeat(table) else table

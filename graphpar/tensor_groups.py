@@ -9,9 +9,9 @@ from operator import itemgetter
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, LinkCost
+from graphpar.cost import CostTable, LinkCost, Mode, ModeCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.sharding import Sharding, choose_sharding, least_seconds
+from graphpar.cost_models.sharding import Sharding, choose_sharding, choose_shardings, least_seconds
 from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.group_candidates import likeness
 from graphpar.group_shardings import agreed, recorded, refuse_unfit, restored
@@ -21,7 +21,7 @@ from graphpar.ir.mesh import Layouts, axis_shares, line_of, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
 from graphpar.optimizer_probe import optimizer_traits
-from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice
+from graphpar.partition.types import MOST_LEAN, GroupSharding, Partition, Replica, StageChoice
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.members import member_stages
 from graphpar.passes.place import Place, place_ops
@@ -35,8 +35,12 @@ from graphpar.training import Training
 USUAL_MICROBATCHES = 4
 """Strategies are chosen for a quarter of the batch, whatever the schedule: a price holds for them all."""
 
-_HOLD_FACTOR = 4.0
-"""A group is there to hold what one device cannot: what it holds counts as if it were sent four times."""
+_PRICES = ((4.0, 0.0), (4.0, 1.0), (4.0, 4.0), (16.0, 16.0))
+"""By how dear memory is (`Replica.lean`) how often a byte counts as if it were sent: one of weights,
+gradients and state, and one kept for backward. A group is there to hold what one device cannot."""
+
+_LEANER = 0.01
+"""A sharding that saves a smaller part of a unit's memory is not considered beside a faster one."""
 
 
 def member_graphs(
@@ -171,7 +175,8 @@ class _Solver:
             fixed: Slices by label that its members hold already; None where they hold none yet.
         """
         members = tensor_group(self.cluster, group.replica)
-        stage = (id(group.graph), group.stage, members.shares, members.mesh)
+        lean = group.replica.lean
+        stage = (id(group.graph), group.stage, members.shares, members.mesh, lean)
         kinds = tuple(map(likeness, members.devices))
         cuts_batch = group.least_samples >= members.size
         earlier = self.held.setdefault(group.leader, {})
@@ -182,7 +187,7 @@ class _Solver:
         fixed = {label: layout for label, layout in fixed.items() if label in read}
         alike = (stage, kinds, members.link, members.links, cuts_batch)
         if (alike, _sorted(fixed)) not in self.solved:
-            options = replace(self.options(), fixed=fixed, cuts_batch=cuts_batch)
+            options = replace(self.options(lean), fixed=fixed, cuts_batch=cuts_batch)
             found = choose_sharding(group.graph, group.stage, self.chain, members, options)
             held = _by_label(group.graph, found)
             # Who holds these slices already shares the stage in the same way.
@@ -210,6 +215,7 @@ def with_group_modes(
     train: Training | None = None,
     rewritten: Mapping[str, tuple[Graph, Chain]] | None = None,
     least_gain: float = 0.0,
+    leaner: bool = False,
 ) -> CostTable:
     """The table with a price for each of these tensor groups that it does not price yet.
 
@@ -224,6 +230,8 @@ def with_group_modes(
         rewritten: By device what runs in place of the graph where that is in a lower format.
         least_gain: A group of two axes that provably saves no larger part of a microbatch over the group
             of one axis of the same devices, earlier among the replicas, gets no price.
+        leaner: Whether a group that cannot hold the whole model is also priced with shardings that hold
+            less and take longer.
     """
     modes = {mode.key: mode for mode in table.modes}
     plain, lower = (graph, build_chain(graph)), rewritten or {}
@@ -231,7 +239,7 @@ def with_group_modes(
     one_axis_s: dict[tuple[str, ...], float] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)
-        key = (members, replica.shares, "float32", False, 0, replica.mesh)
+        key = (members, replica.shares, "float32", False, 0, replica.mesh, replica.lean)
         first, *others = [lower.get(name, plain) for name in replica.devices]
         unlike = any(other[0] is not first[0] for other in others)
         if not replica.others or unlike or key in modes or key in table.mode_of_key:
@@ -239,21 +247,100 @@ def with_group_modes(
         chain = first[1]
         if id(chain) not in wholes:
             wholes[id(chain)] = placed_whole(first[0], chain)
-        whole = wholes[id(chain)]
-        group, options = tensor_group(cluster, replica), group_options(graph, table.training, train)
+        options = partial(group_options, graph, table.training, train)
+        pricer = _GroupPricer(table, wholes[id(chain)], chain, cluster, replica, options, calibration)
         if replica.mesh and least_gain > 0:
             could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)
-            if least_seconds(whole, 0, group, options) >= could_s:
+            if pricer.least_seconds() >= could_s:
                 continue
-        chosen = choose_sharding(whole, 0, chain, group, options)
+        (usual,) = pricer.modes((replica.lean,))
         if not replica.mesh:
-            one_axis_s.setdefault(replica.devices, chosen.objective_s)
-        made = tensor_mode(
-            table, whole, chain, group, chosen, options, shares=replica.shares, calibration=calibration
-        )
-        # The table's links may be measured ones: what the group needs is told in their terms.
-        modes[key] = replace(made, link=_worst_link(replica, table.topology.link))
+            one_axis_s.setdefault(replica.devices, pricer.objective_s)
+        modes[key] = usual
+        if leaner and _may_lack_memory(table, usual):
+            for mode in _pareto(usual, pricer.modes(range(1, MOST_LEAN + 1))):
+                modes[mode.key] = mode
     return replace(table, modes=tuple(modes.values()))
+
+
+class _GroupPricer:
+    """Prices one tensor group, at any prices of memory."""
+
+    def __init__(
+        self,
+        table: CostTable,
+        whole: Graph,
+        chain: Chain,
+        cluster: Cluster,
+        replica: Replica,
+        options: Callable[[int], ShardingOptions],
+        calibration: Calibration | None,
+    ) -> None:
+        self.table, self.whole, self.chain, self.replica = table, whole, chain, replica
+        self.group, self.options, self.calibration = tensor_group(cluster, replica), options, calibration
+        self.objective_s = inf
+        """Of the last sharding that was chosen."""
+
+    def least_seconds(self) -> float:
+        """No sharding of the whole model takes less, the price of memory included."""
+        return least_seconds(self.whole, 0, self.group, self.options(self.replica.lean))
+
+    def modes(self, levels: Sequence[int]) -> tuple[Mode, ...]:
+        """The group's modes with the shardings chosen at some prices of memory."""
+        options = [self.options(level) for level in levels]
+        chosen = choose_shardings(self.whole, 0, self.chain, self.group, options)
+        self.objective_s = chosen[-1].objective_s
+        return tuple(
+            self._mode(level, sharding, own)
+            for level, sharding, own in zip(levels, chosen, options, strict=True)
+        )
+
+    def _mode(self, level: int, sharding: Sharding, options: ShardingOptions) -> Mode:
+        made = tensor_mode(
+            self.table, self.whole, self.chain, self.group, sharding, options,
+            shares=self.replica.shares, lean=level, calibration=self.calibration,
+        )  # fmt: skip
+        # The table's links may be measured ones: what the group needs is told in their terms.
+        return replace(made, link=_worst_link(self.replica, self.table.topology.link))
+
+
+def _may_lack_memory(table: CostTable, mode: Mode) -> bool:
+    """Whether some member of a group could not hold the whole model, with the whole batch at once."""
+    for member, device_class in enumerate(mode.members):
+        costs = [mode.costs[kind] for kind in table.units]
+        held = sum(_held(cost, member) + cost.saved_bytes[member][-1] for cost in costs)
+        working = max(cost.working_bytes[member][-1] for cost in costs)
+        room = table.device_classes[device_class].memory_bytes - table.reserved_bytes
+        if held + working > room:
+            return True
+    return False
+
+
+def _held(cost: ModeCost, member: int) -> float:
+    return cost.weight_bytes[member] + cost.gradient_bytes[member] + cost.optimizer_bytes[member]
+
+
+def _pareto(usual: Mode, leaner: Iterable[Mode]) -> Iterator[Mode]:
+    """Those modes that need less of some memory than every faster one."""
+    known = [usual]
+    for mode in leaner:
+        if all(_saves(mode, other) for other in known):
+            known.append(mode)
+            yield mode
+
+
+def _saves(mode: Mode, other: Mode) -> bool:
+    """Whether some member needs less of a unit's memory, of any kind, than in another mode."""
+    for own, its in zip(mode.costs, other.costs, strict=True):
+        for member in range(len(mode.members)):
+            pairs = (
+                (_held(own, member), _held(its, member)),
+                (own.saved_bytes[member][-1], its.saved_bytes[member][-1]),
+                (own.working_bytes[member][-1], its.working_bytes[member][-1]),
+            )
+            if any(a < (1 - _LEANER) * b for a, b in pairs):
+                return True
+    return False
 
 
 def placed_whole(graph: Graph, chain: Chain) -> Graph:
@@ -269,12 +356,21 @@ def as_one_stage(graph: Graph, num_units: int) -> Graph:
     return lowered
 
 
-def group_options(graph: Graph, training: bool, train: Training | None = None) -> ShardingOptions:
+def group_options(
+    graph: Graph, training: bool, train: Training | None = None, lean: int = 0
+) -> ShardingOptions:
     """What strategies are chosen for.
+
+    Args:
+        graph: The captured graph.
+        training: Whether there is a backward.
+        train: How the job trains.
+        lean: How dear memory is.
 
     Raises:
         ValueError: The optimiser's step on one parameter depends on others, which other members hold.
     """
+    hold_factor, keep_factor = _PRICES[lean]
     samples = max(1, graph.batch // USUAL_MICROBATCHES)
     traits = optimizer_traits(train.optimizer) if train is not None else None
     if traits is not None and not traits.separable:
@@ -289,7 +385,8 @@ def group_options(graph: Graph, training: bool, train: Training | None = None) -
         microbatches=USUAL_MICROBATCHES,
         training=training,
         cuts_weights=traits is None or traits.elementwise,
-        hold_factor=_HOLD_FACTOR,
+        hold_factor=hold_factor,
+        keep_factor=keep_factor,
     )
 
 

@@ -138,7 +138,7 @@ def _stage(table: CostTable, stage: Stage, devices: Sequence[str]) -> StageChoic
     for number in stage.option.staff:
         members = [next(names) for _ in table.every_mode[number].members]
         own = table.every_mode[number]
-        replicas.append(Replica(members[0], 0, tuple(members[1:]), own.shares, own.mesh))
+        replicas.append(Replica(members[0], 0, tuple(members[1:]), own.shares, own.mesh, own.lean))
     return StageChoice(
         stage.first, stage.last, tuple(replicas), mode.precision, mode.recompute, mode.zero
     )

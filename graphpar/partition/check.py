@@ -111,7 +111,8 @@ def _find_mode(table: CostTable, stage: StageChoice, replica: Replica) -> Mode |
     for mode in table.every_mode:
         if (mode.precision, mode.recompute, mode.zero) != options:
             continue
-        if list(mode.members) == kinds and (mode.shares, mode.mesh) == (replica.shares, replica.mesh):
+        how = replica.shares, replica.mesh, replica.lean
+        if list(mode.members) == kinds and (mode.shares, mode.mesh, mode.lean) == how:
             return mode
     return None
 

@@ -20,6 +20,9 @@ TensorWidth = int | Literal["auto"] | tuple[int, int]
 """The most members of a tensor group; "auto" for as many as a node has devices, along one axis or two; or
 how many stand along each of two axes, where groups of one axis of up to as many compete."""
 
+MOST_LEAN = 3
+"""The dearest that memory may be where a tensor group decides how to share a stage (`Replica.lean`)."""
+
 SearchedSchedule = Literal["gpipe", "1f1b"]
 """Schedules whose step time is a formula, so that partitions for them are searched for with a bound."""
 
@@ -36,6 +39,8 @@ class Replica:
             Empty: equal shares.
         mesh: Members along each axis of a group of two axes, whose rows follow one another in `devices`:
             neighbours along the second axis stand side by side. Empty for a group of one axis.
+        lean: How dear memory was when it was decided how a tensor group shares the stage: 0 as usual,
+            up to `MOST_LEAN` for shardings that take longer and hold less.
 
     >>> Replica("a/0", 4, others=("a/1",), shares=(0.6, 0.4)).devices
     ('a/0', 'a/1')
@@ -46,6 +51,7 @@ class Replica:
     others: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
     mesh: tuple[int, ...] = ()
+    lean: int = 0
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def refuse_levels(
                 f"from level 2 on {' and '.join(ZERO_2_SCHEDULES)} run. Plan with Training(zero=1) or "
                 "Training(schedule='1f1b')."
             )
-        if len({(replica.member_shares, replica.mesh) for replica in stage.replicas}) > 1:
+        if len({(r.member_shares, r.mesh, r.lean) for r in stage.replicas}) > 1:
             raise ValueError(
                 f"Stage {number} of the plan has ZeRO level {stage.zero} on tensor groups of unlike "
                 "widths or shares: they hold unlike slices, of which there is nothing to divide among "

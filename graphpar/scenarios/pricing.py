@@ -144,6 +144,7 @@ class PriceBook:
                 formats=self.formats(setting),
                 calibration=self.calibration,
                 least_gain=LEAST_GAIN if setting.tensor == "auto" else 0.0,
+                leaner=layout is None,
             )
         if not may_repeat(table):
             return table

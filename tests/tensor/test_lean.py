@@ -1,0 +1,221 @@
+"""Shardings at several prices of memory: what is kept, all strategies tried, plans that need one."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from choices import ETHERNET, NVLINK, PCIE, at_random, gpus
+from threads import grouped, one_stage
+from torch import nn
+
+import graphpar
+from graphpar import tensor_groups
+from graphpar.cost import LinkCost
+from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.kept import kept_of
+from graphpar.cost_models.mesh_times import MeshTimes
+from graphpar.cost_models.sharding import Sharding, choose_sharding, choose_shardings
+from graphpar.errors import InfeasibleError
+from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Layouts, Ways
+from graphpar.ir.strategies import strategies_of, value_of
+from graphpar.partition.types import MOST_LEAN
+from graphpar.preparation import prepare
+from graphpar.tensor_groups import group_options
+from graphpar.training import Training
+
+ADAM = Training(optimizer=partial(torch.optim.Adam, lr=0.01))
+
+
+class Block(nn.Module):
+    """A perceptron behind a norm, beside what goes past it, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width, inner = 16, 48
+        self.enter, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        result: torch.Tensor = x.sin().square().mean()
+        return result
+
+
+_OF_WEIGHTS = ("TBackward0", "_LateWeightBackward")
+
+
+class Watch:
+    """Counts storages that autograd keeps, but for weights and inputs."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        self.alive: list[torch.Tensor] = []  # or a place might be used twice
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def hooks(self) -> AbstractContextManager[None]:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.grad_fn is not None and type(tensor.grad_fn).__name__ not in _OF_WEIGHTS:
+            self.alive.append(tensor)
+            self.sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_members_keep_is_what_autograd_keeps(seed: int) -> None:
+    """However ops are computed, as a part of what one device keeps."""
+    model, data = Block(), (torch.randn(32, 8, 16),)
+    prepared = prepare(model, data, {}, ADAM)
+    graph = one_stage(prepared.graph)
+    choice = at_random(graph, (0.5, 0.5), seed)
+    whole, own = Watch(), Watch()
+    with whole.hooks():
+        model(*data)
+    grouped(model, prepared, choice, 2, data, {}, watched=own.hooks)
+    times = MeshTimes(graph, gpus(2, PCIE), ShardingOptions(samples=32))
+    sharding = Sharding(choice.chosen, choice.forms, choice.weights)
+    ops = [op for op in graph.ops if op.name in choice.chosen]
+    shares = [kept_of(graph, sharding, times, ops, (), (member,)).share for member in range(2)]
+    assert own.num_bytes == pytest.approx(sum(shares) * whole.num_bytes, rel=0.02)
+
+
+class Plain(nn.Module):
+    """Few enough ops to try every strategy of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256, bias=False), nn.Linear(256, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down(self.up(x).relu()).relu().sum()
+        return result
+
+
+Numbers = npt.NDArray[np.float64]
+
+
+class Every:
+    """Seconds, bytes held and kept of every way to share a chain of ops; an axis for each choice."""
+
+    def __init__(self, graph: Graph, group: TensorGroup, options: ShardingOptions) -> None:
+        self.times = MeshTimes(graph, group, options)
+        ways = {
+            name: [Ways((s,)) for s in rows] for name, rows in strategies_of(graph, group.shares).items()
+        }
+        held: dict[str, list[Layouts]] = {}
+        for op in graph.sources("parameter"):
+            (reader,) = graph.users(op.name)
+            wanted = (w.operands[reader.operands().index(op.name)] for w in ways[reader.name])
+            held[op.name] = list(dict.fromkeys([("whole",), *(w for w in wanted if w[0] not in TEXTS)]))
+        self.axes = [*ways, *held]
+        self.seconds, self.held, self.kept = self._on((), 0.0), self._on((), 0.0), self._on((), 0.0)
+        for name, rows in ways.items():
+            op = graph[name]
+            self.seconds = self.seconds + self._on((name,), [self.times.seconds(op, w) for w in rows])
+            self.kept = self.kept + self._on((name,), [self.times.kept_bytes(op, w) for w in rows])
+            for slot, read in enumerate(op.operands()):
+                source, index = value_of(graph, read)
+                made = [w.results[index] for w in ways.get(source, ())] or held.get(source, [("whole",)])
+                table = self.times.conversion_table(graph[read], made, [w.operands[slot] for w in rows])
+                named = source in self.axes
+                self.seconds = self.seconds + self._on(
+                    (source, name) if named else (name,), table if named else table[0]
+                )
+        for name, layouts in held.items():
+            op = graph[name]
+            steps = [self.times.optimizer_seconds(op, layout) for layout in layouts]
+            self.seconds = self.seconds + self._on((name,), steps)
+            own = [self.times.weight_bytes(op, layout) for layout in layouts]
+            self.held = self.held + self._on((name,), own)
+
+    def _on(self, names: tuple[str, ...], values: object) -> Numbers:
+        """Values along the axes of some choices."""
+        found = np.array(values, dtype=np.float64)
+        order = sorted(range(len(names)), key=lambda k: self.axes.index(names[k]))
+        sizes = iter(found.transpose(order).shape)
+        return found.transpose(order).reshape([next(sizes) if axis in names else 1 for axis in self.axes])
+
+
+TEXTS = ("whole", "copied", "first", "partial", "disjoint")
+
+
+@pytest.mark.parametrize("link", [NVLINK, PCIE, ETHERNET], ids=["nvlink", "pcie", "ethernet"])
+def test_no_strategy_does_better_in_as_little_memory(link: LinkCost) -> None:
+    """Under a limit, and at every price, what was chosen is the best of all, and so is its bound."""
+    with torch.device("meta"):
+        model, x = Plain(), torch.zeros(2, 2048, 64)
+    prepared = prepare(model, (x,), {}, ADAM)
+    graph, group = one_stage(prepared.graph), gpus(2, link)
+    free = replace(group_options(prepared.graph, True), samples=2, hold_factor=0.0)
+    every = Every(graph, group, free)
+    total = every.held + every.kept
+    seen = set()
+    for part in (0.0, 0.2, 0.5, 1.0):
+        limit = float(np.ceil((1 - part) * total.min() + part * total.max())) + 1
+        found = choose_sharding(graph, 0, prepared.chain, group, replace(free, memory_bytes=limit))
+        best_s = every.seconds[total <= limit].min()
+        assert found.objective_s == pytest.approx(best_s, rel=1e-4)
+        assert found.bound_s == pytest.approx(best_s, rel=1e-4)
+        seen.add(round(1e6 * found.objective_s))
+    assert len(seen) > 1, "the limit never bound"
+    prices = [group_options(prepared.graph, True, lean=lean) for lean in range(MOST_LEAN + 1)]
+    chosen = choose_shardings(graph, 0, prepared.chain, group, [replace(p, samples=2) for p in prices])
+    for sharding, price in zip(chosen, prices, strict=True):
+        dear = price.hold_factor * every.held + price.keep_factor * every.kept
+        best_s = (every.seconds + dear / link.bytes_per_s).min()
+        assert sharding.objective_s == pytest.approx(best_s, rel=1e-4)
+        assert sharding.bound_s == pytest.approx(best_s, rel=1e-4)
+
+
+class Beside(nn.Module):
+    """A perceptron behind a norm, beside what goes past it: one unit that keeps all of it, and a loss."""
+
+    def __init__(self, width: int = 512, inner: int = 2048) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, inner),
+            nn.Linear(inner, width),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = (x + self.down(nn.functional.gelu(self.up(self.norm(x))))).square().mean()
+        return result
+
+
+def test_a_plan_takes_a_leaner_sharding_where_only_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample: neither replicas nor stages nor computing again would need less."""
+    with torch.device("meta"):
+        model, x = Beside(), torch.zeros(1, 4096, 512)
+
+    def planned(memory_bytes: float) -> graphpar.Plan:
+        devices = {"kind": "h100-sxm-80gb", "count": 2, "memory_bytes": int(memory_bytes)}
+        node = {"name": "a", "devices": devices, "link": "pcie4-x16"}
+        return graphpar.plan(model, {"nodes": [node]}, (x,), train=ADAM, tensor="auto")
+
+    roomy = planned(1.4e9)
+    (peak_bytes,) = set(roomy.partition.peak_bytes.values())
+    tight = planned(peak_bytes - 1e6)
+    replicas = [plan.partition.pipelines[0].stages[0].replicas[0] for plan in (roomy, tight)]
+    assert [r.width for r in replicas] == ["2", "2"] and replicas[0].lean == 0 < replicas[1].lean
+    assert max(tight.partition.peak_bytes.values()) < peak_bytes - 1e6
+    assert tight.partition.objective_s > roomy.partition.objective_s and tight.partition.gap <= 0.0101
+    assert "members hold less and take longer" in " ".join(str(tight).split())
+    tight.save(tmp_path / "plan.json")
+    assert graphpar.Plan.load(tmp_path / "plan.json") == tight
+    monkeypatch.setattr(tensor_groups, "_may_lack_memory", lambda table, mode: False)
+    with pytest.raises(InfeasibleError):
+        planned(peak_bytes - 1e6)
