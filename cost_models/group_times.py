@@ -21,7 +21,7 @@ _CPU_CALL_S = 1e-4
 """Processor time of the calling thread in a gloo collective of few bytes, its autograd node included:
 75 to 130 microseconds for a sum, twice that for an exchange, on an AMD EPYC, torch 2.13, 2026-11-25."""
 WORKLESS = SOURCES | {"gp.send", "gp.recv", "output", "getitem"}
-_BATCH_CUT_S = 1e-9
+BATCH_CUT_S = 1e-9
 """What an op whose samples are cut costs beside its time: of two ways that take equally long the one that
 suits microbatches of any size is taken."""
 _CALLS: dict[CollectiveName, int] = {
@@ -163,18 +163,6 @@ class OpTimes:
             full, floor, full_b, floor_b = ends[kind]
             times.append((floor + (full - floor) * share, floor_b + (full_b - floor_b) * share))
         return max(t[0] for t in times), max(t[1] for t in times)
-
-    def seconds(self, op: Op, strategy: Strategy) -> float:
-        """Seconds of an op in both directions, collectives inside it included."""
-        total = sum(self.parts(op, strategy))
-        return total + sum(self.inner_seconds(op, strategy)) + (_BATCH_CUT_S if strategy.samples else 0)
-
-    def inner_seconds(self, op: Op, strategy: Strategy) -> tuple[float, float]:
-        """Collectives that are part of an op: a loss over cut classes exchanges a few numbers a row."""
-        if strategy.special != "classes":
-            return 0.0, 0.0
-        rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
-        return 2 * self.group.seconds("all_reduce", 8.0 * rows), 0.0
 
     def shares_of(self, strategy: Strategy) -> tuple[float, ...]:
         """Each member's part of the work; of samples there are only whole ones."""

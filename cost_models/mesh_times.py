@@ -13,7 +13,13 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.cost_models.group_times import WORKLESS, OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.group_times import (
+    BATCH_CUT_S,
+    WORKLESS,
+    OpTimes,
+    ShardingOptions,
+    TensorGroup,
+)
 from graphpar.cost_models.memory import HELD
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.device import Device
@@ -29,7 +35,7 @@ _Numbers = npt.NDArray[np.intp]
 
 
 class MeshTimes:
-    """Seconds and bytes of ops and conversions for one group; ops as in `OpTimes` where it has one axis.
+    """Seconds and bytes of ops and conversions for one group.
 
     Args:
         graph: The lowered graph.
@@ -59,17 +65,14 @@ class MeshTimes:
 
     def seconds(self, op: Op, ways: Ways) -> float:
         """Seconds of an op in both directions, collectives inside it included."""
-        if len(ways.along) == 1:
-            return self.alone.seconds(op, ways.along[0])
-        return self.alone.seconds(op, self._as_one(ways)) + sum(self.inner_seconds(op, ways))
+        total = sum(self.parts(op, ways)) + sum(self.inner_seconds(op, ways))
+        return total + (BATCH_CUT_S if ways.samples else 0.0)
 
     def inner_seconds(self, op: Op, ways: Ways) -> tuple[float, float]:
         """Collectives that are part of an op: a loss over cut classes exchanges a few numbers a row."""
         special = [axis for axis, way in enumerate(ways.along) if way.special == "classes"]
         if not special:
             return 0.0, 0.0
-        if len(ways.along) == 1:
-            return self.alone.inner_seconds(op, ways.along[0])
         rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
         axis = special[0] if len(special) == 1 else None
         rows *= _left(ways.operands[1], axis) if axis is not None else 1.0
