@@ -145,10 +145,15 @@ def _buckets(graph: Graph, stage: int, unit_of: Mapping[str, int]) -> Iterator[l
     for op in graph.ops:
         if any(name in behind for name in op.operands()):
             behind.add(op.name)
-        small = (
-            op.attr("stage") == stage and op.target in _SUMS and op.type.bytes(graph.batch) < SMALL_BYTES
-        )
-        if not small:
+        if op.attr("stage") != stage or op.target not in _SUMS:
+            continue
+        if bucket and op.kwarg("axis") != bucket[0].kwarg("axis"):
+            # Whether it is small differs among those that wait for the bucket: members of a line of one
+            # axis may have slices of unlike size of what the other axis sums.
+            if len(bucket) > 1:
+                yield bucket
+            bucket, behind = [], set()
+        if op.type.bytes(graph.batch) >= SMALL_BYTES:
             continue
         alike = bucket and _kind(bucket[0]) == _kind(op) and op.name not in behind
         alike = alike and may_join(op, bucket[0])

@@ -13,6 +13,7 @@ from graphpar.ir.text import format_op, parse_graph
 from graphpar.passes.fuse import FuseComm
 from graphpar.passes.shard import Shard
 from graphpar.runtime.overlap import SumTogether
+from graphpar.runtime.team_calls import team_calls
 
 PERCEPTRON = parse_graph("""graph lowered "Perceptron" batch=2
 %x = input("x") : float32[B,4]
@@ -143,3 +144,21 @@ def test_every_conversion_tells_what_it_sends() -> None:
             how = conversion(made, wanted, True)
             if how is not None and how.target in COLLECTIVES:
                 assert (how.forward, how.backward) == COLLECTIVES[how.target]
+
+
+@pytest.mark.parametrize("width", [4, 1 << 14])
+def test_a_sum_of_the_other_axis_ends_a_message_whatever_its_size(width: int) -> None:
+    """Members of a line have slices of unlike size of it, and must decide alike on their own sums."""
+    graph = parse_graph(f"""graph lowered "Lines" batch=2
+%x = input("x") : float32[B,4]
+%z = input("z") : float32[B,{width}]
+%p = aten.neg.default(%x) : float32[B,4] {{stage=0}}
+%q = aten.neg.default(%z) : float32[B,{width}] {{stage=0}}
+%r = aten.exp.default(%x) : float32[B,4] {{stage=0}}
+%p__whole = gp.all_reduce(%p, axis=0) : float32[B,4] {{stage=0}}
+%q__whole = gp.all_reduce(%q, axis=1) : float32[B,{width}] {{stage=0}}
+%r__whole = gp.all_reduce(%r, axis=0) : float32[B,4] {{stage=0}}
+%output = output((%p__whole, %q__whole, %r__whole))
+""")
+    calls = team_calls(FuseComm(0, False).run(graph), 0, training=False)
+    assert [(call.axis, len(call.types)) for call in calls] == [(0, 1), (1, 1), (0, 1)]
