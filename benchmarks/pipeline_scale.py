@@ -8,7 +8,9 @@ kinds, layers and options, and variants of it; and large clusters drawn by seed 
 8 unlike devices are planned to the optimum, the others to `--gap`.
 Beside each answer stand, from the same run, the even split, units in proportion to speed, data
 parallelism, the best plan on devices of one kind, and the textbook programme that gives every stage a
-slot (with as many seconds as the answer took, at least ten).
+slot. Where a table has options, equal stages with every option stand there too (`uniform_plans.py`),
+blocks spread evenly and by speed. All but the first three get as many seconds as the answer took, at
+least ten.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from graphpar.cost import CostTable
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pipeline_cases import growth_cases, unlike_cases, variant_cases
 from pipeline_draws import drawn_cases
 from slot_programme import slot_programme
+from uniform_plans import uniform_plan
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,12 @@ def baselines(table: CostTable, found: Partition, time_limit_s: float) -> dict[s
         "even split": lambda: even_split(table),
         "in proportion to speed": lambda: greedy_split(table),
         "data parallel": lambda: data_parallel(table),
-        # Time enough for each kind; what it finds may still be a search cut short.
-        "devices of one kind": lambda: best_like_subset(
-            table, time_limit_s=15.0 * len(table.device_classes)
-        ),
+        "devices of one kind": lambda: best_like_subset(table, time_limit_s=time_limit_s),
         "stage-slot programme": lambda: slot_programme(table, found, time_limit_s),
     }
+    if table.modes:
+        for words, by_speed in (("equal stages", False), ("equal stages by speed", True)):
+            ways[words] = partial(uniform_plan, table, by_speed=by_speed, time_limit_s=time_limit_s)
     steps: dict[str, float | None] = {}
     for name, make in ways.items():
         try:

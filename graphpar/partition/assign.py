@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, StageOption
@@ -18,30 +19,42 @@ def name_devices(table: CostTable, cells: Cells, found: Sequence[Found]) -> tupl
     Stages wider than a node choose first, then those with larger groups, then the others in the order
     of the pipeline: the node of the stage before them if it has room, else the emptiest node where a
     like stage follows, else the fullest one that has room, else what is left, fewest nodes first. Where
-    pairs of nodes have links of their own, only the closest nodes with room are considered.
+    pairs of nodes have links of their own, only the closest nodes with room are considered. Stages that
+    are to share a node choose one together, which has room for all, those that need most first.
     """
     pools = [_Pool(table, c.devices) for c in cells.cells]
-    stages = [(p, s) for p, one in enumerate(found) for s in range(len(one.answer.stages))]
+    runs = [(p, run) for p, one in enumerate(found) for run in _runs(one.answer.stages)]
     names: dict[tuple[int, int], list[str]] = {}
-    for p, s in sorted(stages, key=lambda at: _urgency(pools, found[at[0]].answer.stages[at[1]])):
+    for p, run in sorted(runs, key=lambda at: _urgency(pools, found[at[0]].answer.stages, at[1])):
         line = found[p].answer.stages
-        before = names.get((p, s - 1), [])
-        follows = s + 1 < len(line) and line[s + 1].option == line[s].option
-        names[p, s] = _draw(pools, line[s].option, before, follows)
+        for s in run:
+            before = names.get((p, s - 1), [])
+            follows = s + 1 < len(line) and line[s + 1].option == line[s].option
+            room = sum(line[i].option.num_devices for i in run) if s == run[0] < run[-1] else 0
+            names[p, s] = _draw(pools, line[s].option, before, follows, room)
     return tuple(
         _pipeline(table, one, [names[p, s] for s in range(len(one.answer.stages))])
         for p, one in enumerate(found)
     )
 
 
+def _runs(stages: Sequence[Stage]) -> list[range]:
+    """Stages one after another that are to share a node."""
+    begins = [i for i, stage in enumerate(stages) if not stage.joined]
+    return [range(a, b) for a, b in pairwise([*begins, len(stages)])]
+
+
 def _draw(
-    pools: Sequence["_Pool"], option: StageOption, before: Sequence[str], follows: bool
+    pools: Sequence["_Pool"], option: StageOption, before: Sequence[str], follows: bool, room: int
 ) -> list[str]:
-    """Devices of a stage, replica by replica; its groups each in a node if that is possible."""
+    """Devices of a stage, replica by replica; its groups each in a node if that is possible.
+
+    `room` is what the stages that are to stand in the same node need with it, nothing for one alone.
+    """
     wide = any(n > pool.most_free for pool, n in zip(pools, option.take, strict=True))
     if len(option.groups[0]) == 1 or not wide:
         drawn = [
-            iter(pool.draw(number, before, follows))
+            iter(pool.draw(number, before, follows, room))
             for pool, number in zip(pools, option.take, strict=True)
         ]
         return [next(drawn[cell]) for group in option.groups for cell in group]
@@ -81,8 +94,10 @@ class _Pool:
         """Free devices in the node that has most."""
         return max(map(len, self._free.values()), default=0)
 
-    def draw(self, number: int, before: Sequence[str], follows: bool) -> list[str]:
-        """Take some devices, if possible of one node."""
+    def draw(self, number: int, before: Sequence[str], follows: bool, room: int = 0) -> list[str]:
+        """Take some devices, if possible of one node, and of one that has `room` where others follow."""
+        if number and (wide := [n for n, free in self._free.items() if len(free) >= room > 0]):
+            return self._take(min(self._closest(wide, before), key=lambda n: len(self._free[n])), number)
         roomy = self._closest([n for n, free in self._free.items() if len(free) >= number], before)
         near = [n for n in roomy if any(self._node_of[d] == n for d in before)]
         if near:
@@ -115,11 +130,15 @@ class _Pool:
         return taken
 
 
-def _urgency(pools: Sequence[_Pool], stage: Stage) -> tuple[int, int]:
-    """Stages beyond a node first, then those with large groups."""
-    take = stage.option.take
-    beyond = max(max(0, n - pool.node_size) for pool, n in zip(pools, take, strict=True))
-    return -beyond, -len(stage.option.groups[0])
+def _urgency(pools: Sequence[_Pool], line: Sequence[Stage], run: range) -> tuple[int, int, int]:
+    """Stages beyond a node first, then those with large groups, then those that stand together."""
+    beyond = group = devices = 0
+    for stage in (line[i] for i in run):
+        take = stage.option.take
+        short = max(max(0, n - pool.node_size) for pool, n in zip(pools, take, strict=True))
+        beyond, group = max(beyond, short), max(group, len(stage.option.groups[0]))
+        devices += stage.option.num_devices
+    return -beyond, -group, -devices if len(run) > 1 else 0
 
 
 def _pipeline(table: CostTable, one: Found, names: Sequence[Sequence[str]]) -> PipelineChoice:

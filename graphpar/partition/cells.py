@@ -32,7 +32,7 @@ class Cells:
     `links[place][place]` is None where a place holds one device. The rest is kept only where cells
     span nodes: `node_sizes`, the most devices of any node that holds a device of the cell; `rooms`,
     for each cell its devices in each node; `worst_inside`, the worst link inside those nodes;
-    `worst_across`, the worst link between any two nodes.
+    `worst_across`, the worst link between any two nodes; `alone`, whether a cell's nodes hold no others.
     """
 
     cells: tuple[Cell, ...]
@@ -41,6 +41,7 @@ class Cells:
     rooms: tuple[tuple[int, ...], ...] = ()
     worst_inside: tuple[LinkCost | None, ...] = ()
     worst_across: LinkCost | None = None
+    alone: tuple[bool, ...] = ()
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -150,7 +151,8 @@ def class_cells(table: CostTable) -> Cells:
     rooms = [Counter(nodes[d] for d in c.devices) for _, c in used]
     worst = tuple(_worst([table.topology.inside[n] for n, k in r.items() if k > 1]) for r in rooms)
     whole = tuple(tuple(r.values()) for r in rooms)
-    return Cells(cells, (*links, (network,) * len(used)), largest, whole, worst, _worst(cross))
+    alone = tuple(all(sizes[n] == k for n, k in r.items()) for r in rooms)
+    return Cells(cells, (*links, (network,) * len(used)), largest, whole, worst, _worst(cross), alone)
 
 
 def _best(links: Sequence[LinkCost]) -> LinkCost | None:

@@ -67,11 +67,14 @@ class NotSolvedError(OutOfTimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """Units `first` to `last - 1` staffed by an option."""
+    """Units `first` to `last - 1` staffed by an option; `joined` where it is to share the node of the
+    stage before it.
+    """
 
     first: int
     last: int
     option: StageOption
+    joined: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ last column. Columns that break a limit on extra or post are left out, and
                 sum_j [class of j = c] devices_j x_j <= N_c        devices of each class
                 sum_{j of class c in groups >= t} devices_j x_j <= t sum_nodes floor(size / t)
                 sum_{j: D_j <= d} width_j x_j <= d   for all d     memory by position
-                sum_j outside_j x_j >= 2 sum_j min(1, devices_j / node_j) x_j  nodes are left
+                boundaries leave nodes, rows of `counting_nodes`
                 one first column, one last column
 
 A column says which of its two boundaries stay inside a node (`outside_j` do not). `D_j` is the most
@@ -56,6 +56,8 @@ from graphpar.partition.counting_columns import (
 from graphpar.partition.counting_kinds import Rows, Stocks, memory_row
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_master import Master
+from graphpar.partition.counting_nodes import node_rows
+from graphpar.partition.counting_order import Placed, line_up
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.solver import Backend
 from graphpar.partition.stage_costs import StageLimits
@@ -259,6 +261,7 @@ class CountingProgram:
             constant=constant,
             blocks=self._repeats.number,
             devices=self._devices,
+            nodes=node_rows(self._cells, columns, self._take[columns.option]),
         )
 
     def kinds(self, lines: Lines) -> tuple[Stocks, Rows]:
@@ -366,9 +369,10 @@ class CountingProgram:
             rows.append(np.where(self._group[columns.option] >= size, take[:, index], 0.0))
             lower.append(-np.inf)
             upper.append(float(number))
-        rows.append(self._outside_row(columns))
-        lower.append(0.0)
-        upper.append(np.inf)
+        nodes, least = node_rows(self._cells, columns, take)
+        rows += list(nodes)
+        lower += least.tolist()
+        upper += [np.inf] * len(nodes)
         if self._first_binds:
             # Whatever the pipeline uses is below its first stage.
             first, below = columns.role == FIRST, np.minimum(columns.most_below, self._devices)
@@ -401,26 +405,22 @@ class CountingProgram:
         found: IntArray = np.where(columns.role == BODY, most, np.minimum(most, 1)).astype(np.intp)
         return found
 
-    def _outside_row(self, columns: Columns) -> FloatArray:
-        """Boundaries that leave a node, at least twice the nodes that the stages fill.
-
-        Neighbouring stages in one node form a group with two boundaries to the outside; a stage that
-        spans nodes is a group of its own.
-        """
-        sizes = np.array(self._cells.node_sizes, dtype=np.float64)
-        share = np.minimum((self._take / sizes).sum(axis=1), 1.0)
-        found: FloatArray = columns.outside - 2 * share[columns.option]
-        return found
-
     def _answer(self, columns: Columns, used: IntArray, fill_s: float, bound_s: float) -> ChainAnswer:
-        """Line the stages up: from the end by growing `most_below`, equals by option."""
+        """Line the stages up: from the end by growing `most_below`, equals by option, then in nodes."""
         below = np.minimum(columns.most_below[used], self._devices)
         # Roles are numbered in the order of the line.
-        order = np.lexsort((columns.blocks[used], columns.option[used], -below, columns.role[used]))
+        rank = np.lexsort((columns.blocks[used], columns.option[used], -below, columns.role[used]))
+        take = self._take[columns.option[used]]
+        cell, devices = take.argmax(axis=1), take.sum(axis=1)
+        size = np.array(self._cells.node_sizes)[cell]
+        width, inside = self._width[columns.option[used]], 2 - columns.outside[used]
+        fields = (columns.role[used], cell, devices, width, below.astype(np.intp), inside, size)
+        to_place = [Placed(*row) for row in zip(*(f.tolist() for f in fields), strict=True)]
+        order, joined = line_up(to_place, rank)
         stages, unit = [], 0
-        for number, index in enumerate(used[order]):
+        for number, (index, joins) in enumerate(zip(used[order], joined, strict=True)):
             end = self._end(unit, int(columns.blocks[index]), number, len(used))
-            stages.append(Stage(unit, end, self._options[columns.option[index]]))
+            stages.append(Stage(unit, end, self._options[columns.option[index]], joins))
             unit = end
         return ChainAnswer(
             fill_s=fill_s,

@@ -92,7 +92,11 @@ class _Beam:
             self._levels.append(parts)
             self._close(parts)
             parts = self._narrow(self._extend(parts))
-        return Harvest(self._line(), self._complete)
+        line = self._line()
+        if line is not None and not self._lines.holds(line):
+            # Sums know nodes of all kinds together only.
+            return Harvest(None, complete=False)
+        return Harvest(line, self._complete)
 
     @property
     def _limit(self) -> float:

@@ -93,6 +93,7 @@ class Lines:
         constant: [sum], added once for a line.
         blocks: Blocks of a whole line.
         devices: Most replicas of a line.
+        nodes: Further sums over a pipeline's columns, [row, column], and what they are at least.
     """
 
     def __init__(
@@ -105,8 +106,10 @@ class Lines:
         constant: FloatArray,
         blocks: int,
         devices: int,
+        nodes: tuple[FloatArray, FloatArray],
     ) -> None:
         self.columns, self.cost, self.width = columns, cost, width
+        self.nodes = nodes
         self.sums, self.constant = sums, constant
         self.blocks, self.devices = blocks, devices
         self.due: IntArray = np.minimum(columns.most_below, devices).astype(np.intp)
@@ -234,13 +237,16 @@ class Lines:
             constant=self.constant,
             blocks=self.blocks,
             devices=self.devices,
+            nodes=(self.nodes[0][:, index], self.nodes[1]),
         )
 
     def holds(self, line: Line) -> bool:
-        """Whether a line keeps its memory and all sums but what is spent."""
-        replicas = np.cumsum(self.width[list(line.columns)])
-        fits = self.due[list(line.columns)] >= replicas
-        return bool(fits.all() and (line.sums <= 1 + TOLERANCE).all())
+        """Whether a line keeps its memory, the nodes, and all sums but what is spent."""
+        used = list(line.columns)
+        fits = self.due[used] >= np.cumsum(self.width[used])
+        rows, least = self.nodes
+        stands = rows[:, used].sum(axis=1) >= least - TOLERANCE * (1 + np.abs(least))
+        return bool(fits.all() and stands.all() and (line.sums <= 1 + TOLERANCE).all())
 
     def judge(
         self, spend: float, close: float, start: FloatArray, known: list[Line], deadline_s: float

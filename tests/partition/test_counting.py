@@ -217,7 +217,10 @@ def spread_tables(draw: st.DrawFn) -> CostTable:
     Prices of groups hold for any link, or for the fast one alone.
     """
     table = draw(mode_tables())
-    node_of = {d: draw(st.sampled_from("abc")) for d in table.class_of}
+    mixed = draw(st.booleans())
+    # Either may hold devices of both classes, or nodes a and b are of the one and c of the other.
+    homes = {d: "abc" if mixed else ("ab", "c")[table.class_of[d]] for d in table.class_of}
+    node_of = {d: draw(st.sampled_from(home)) for d, home in homes.items()}
     fast, slow, slower = LinkCost(0.0, 1e4), LinkCost(0.05, 40.0), LinkCost(0.3, 5.0)
     inside = {n: draw(st.sampled_from([fast, slow])) for n in "abc"}
     between = draw(st.sampled_from([{}, {("a", "b"): slow}]))

@@ -50,6 +50,7 @@ def some_lines(draw: st.DrawFn) -> Lines:
         constant=constant,
         blocks=BLOCKS,
         devices=8,
+        nodes=(np.zeros((0, number)), np.zeros(0)),
     )
 
 
