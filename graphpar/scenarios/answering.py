@@ -1,8 +1,10 @@
 """What a plan of a scenario promises: its numbers, its bottleneck and what would relieve it."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, LinkCost
 from graphpar.errors import InfeasibleError
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
@@ -12,7 +14,7 @@ from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.task import Task, alone_on_one
 from graphpar.scenarios.transfer import marked
 from graphpar.scenarios.types import Answer, Bottleneck, KnownPlan
-from graphpar.schedule import build_schedule
+from graphpar.schedule import Schedule, build_schedule
 from graphpar.simulate import Timeline, simulate
 from graphpar.simulated import has_formula, stage_links
 from graphpar.timing import timing_of
@@ -20,6 +22,12 @@ from graphpar.units import format_bytes
 
 FULL = 0.95
 """A device fuller than this at its peak leaves the planner little choice."""
+
+NEARLY = 0.95
+"""Devices that are so nearly as busy as the busiest hold the step up as much."""
+
+FASTER = 1e6
+"""A link so many times as fast takes no time."""
 
 FREE_MEMORY_GAIN = 0.02
 """If memory without limit would shorten the step by more than this, memory is the bottleneck."""
@@ -48,7 +56,7 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
         gap=None if task.layout else found.gap,
         any_bound_s=found.physical_bound_s,
         batch=table.batch,
-        bottleneck=_bottleneck(table, found, timeline, peaks, capacity, task, known),
+        bottleneck=_bottleneck(table, found, schedule, timeline, peaks, capacity, task, known),
         headroom_bytes=headroom,
         used=used,
         left_out=tuple(d for d in everyone if d not in headroom),
@@ -103,6 +111,7 @@ def _remarks(found: Partition, task: Task) -> tuple[str, ...]:
 def _bottleneck(
     table: CostTable,
     found: Partition,
+    schedule: Schedule,
     timeline: Timeline,
     peaks: dict[str, float],
     capacity: dict[str, float],
@@ -112,35 +121,67 @@ def _bottleneck(
     fullest = max(peaks, key=lambda d: peaks[d] / capacity[d])
     fullness = peaks[fullest] / capacity[fullest]
     if fullness > FULL and task.layout is None and _memory_binds(table, found, timeline, task, known):
+        names = _told([d for d in peaks if peaks[d] / capacity[d] > FULL])
         return Bottleneck(
-            "memory", fullest, fullness, f"more memory on {fullest}, recomputation, or smaller formats"
+            "memory", fullest, fullness, f"more memory on {names}, recomputation, or smaller formats"
         )
     step_s = max(timeline.step_s, 1e-30)
     devices = found.used_devices
     slowest = max(range(len(devices)), key=lambda r: timeline.busy_share[r])
-    busy = timeline.busy_share[slowest]
-    sends = [s + r for s, r in zip(timeline.send_s, timeline.reduce_s, strict=True)]
+    busy, idle = timeline.busy_share[slowest], timeline.bubble_share
+    sends = [(s + r) / step_s for s, r in zip(timeline.send_s, timeline.reduce_s, strict=True)]
     chatty = max(range(len(devices)), key=lambda r: sends[r])
-    if busy >= max(sends[chatty] / step_s, timeline.bubble_share):
-        return Bottleneck(
-            "compute", devices[slowest], busy, f"a faster device in place of {devices[slowest]}"
-        )
-    if sends[chatty] / step_s >= timeline.bubble_share:
-        node = table.topology.node_of[devices[chatty]]
-        return Bottleneck(
-            "link", devices[chatty], sends[chatty] / step_s, _faster_link(table, node, found)
-        )
-    return Bottleneck(
-        "bubble",
-        devices[slowest],
-        timeline.bubble_share,
-        "more microbatches: a larger batch, or fewer stages",
+    compute = Bottleneck("compute", devices[slowest], busy, _faster_devices(devices, timeline))
+    if busy >= max(idle, sends[chatty]):
+        return compute
+    mended_s, link = _without_links(table, found, schedule)
+    linked = 1 - mended_s / step_s
+    if linked >= max(busy, idle - linked):
+        return Bottleneck("link", devices[chatty], linked, link)
+    if busy >= idle - linked:
+        return compute
+    relief = "a larger batch, for more microbatches, or more memory, for fewer stages"
+    return Bottleneck("bubble", devices[slowest], idle - linked, relief)
+
+
+def _faster_devices(devices: Sequence[str], timeline: Timeline) -> str:
+    """Where only some are as busy as the busiest, one faster device in the place of any is no help."""
+    most = max(timeline.busy_share)
+    names = [d for d, busy in zip(devices, timeline.busy_share, strict=True) if busy >= NEARLY * most]
+    if len(names) == 1:
+        return f"a faster device in place of {names[0]}"
+    return f"faster devices in place of {_told(names)}, or more devices"
+
+
+def _told(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _without_links(table: CostTable, found: Partition, schedule: Schedule) -> tuple[float, str]:
+    """The step of the plan if those links took no time that cost it most, and which they are."""
+    topology = table.topology
+    between = {pair: _faster(link) for pair, link in topology.between.items()}
+    inside = {node: _faster(link) for node, link in topology.inside.items()}
+    nodes = Counter(topology.node_of[d] for d in found.used_devices)
+    several = [node for node, number in nodes.items() if number > 1]
+    words = f"faster links inside nodes {_told(several)}"
+    mended = {
+        "a faster network between nodes": replace(
+            topology, network=_faster(topology.network), between=between
+        ),
+        words if len(several) > 1 else f"a faster link inside node {''.join(several)}": replace(
+            topology, inside=inside
+        ),
+    }
+    steps = (
+        (simulate(schedule, timing_of(replace(table, topology=links), found)).step_s, words)
+        for words, links in mended.items()
     )
+    return min(steps)
 
 
-def _faster_link(table: CostTable, node: str, found: Partition) -> str:
-    nodes = {table.topology.node_of[d] for d in found.used_devices}
-    return f"a faster link inside node {node}" if len(nodes) == 1 else "a faster network between nodes"
+def _faster(link: LinkCost) -> LinkCost:
+    return LinkCost(link.latency_s / FASTER, link.bytes_per_s * FASTER)
 
 
 def _memory_binds(

@@ -87,7 +87,31 @@ def test_bottlenecks_are_told_apart() -> None:
     compute = solve(Task(make_table((5.0,), devices_per_class=(1,))))
     assert compute.bottleneck is not None
     assert compute.bottleneck.kind == "compute"
+    assert compute.bottleneck.relief == "a faster device in place of 0.0"
+    both = solve(Task(make_table((1.0, 1.0), batch=8)))
+    assert both.bottleneck is not None
+    assert both.bottleneck.relief.startswith("faster devices in place of 0.0, 0.1, or more")
     tight = make_table((1.0,) * 4, devices_per_class=(2,), batch=4, memory_bytes=3.0, saved_bytes=0.1)
     memory = solve(Task(tight))
     assert memory.bottleneck is not None
     assert memory.headroom_bytes
+
+
+@pytest.mark.parametrize("slow", ["inside", "network"])
+def test_the_link_that_is_told_to_be_slow_shortens_the_step_when_it_is_mended(slow: str) -> None:
+    table = make_table((1.0,) * 4, devices_per_class=(4,), batch=4, cut_bytes=20.0)
+    fast, snail = LinkCost(1e-3, 1e3), LinkCost(1e-3, 1.0)
+    nodes = {"0.0": "a", "0.1": "a", "0.2": "b", "0.3": "b"}
+
+    def over(inside: LinkCost, network: LinkCost) -> Answer:
+        topology = replace(
+            table.topology, node_of=nodes, inside={"a": inside, "b": inside}, network=network
+        )
+        return solve(Task(replace(table, topology=topology), layout=Layout(pipeline=4, microbatches=4)))
+
+    held = over(snail, fast) if slow == "inside" else over(fast, snail)
+    assert held.bottleneck is not None and held.bottleneck.kind == "link"
+    assert ("inside nodes a, b" if slow == "inside" else "network") in held.bottleneck.relief
+    mended = over(fast, fast)
+    assert mended.step_s is not None and held.step_s is not None
+    assert mended.step_s < 0.9 * held.step_s
