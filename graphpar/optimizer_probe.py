@@ -73,10 +73,16 @@ def refuse_random_steps(train: Training | None, num_devices: int) -> None:
     Raises:
         ValueError: The optimiser draws at random and there are several devices.
     """
-    if train is None or num_devices < 2:
-        return
-    traits = optimizer_traits(train.optimizer)
-    if not traits.repeatable:
+    if train is not None and num_devices > 1:
+        refuse_unrepeatable(optimizer_traits(train.optimizer), num_devices)
+
+
+def refuse_unrepeatable(traits: OptimizerTraits, num_devices: int) -> None:
+    """
+    Raises:
+        ValueError: The optimiser draws at random and there are several devices.
+    """
+    if num_devices > 1 and not traits.repeatable:
         raise ValueError(
             f"{traits.name} cannot train on several devices: it makes other steps of the same gradients "
             "each time (it draws at random), so that copies of a weight would drift apart. Draw in the "

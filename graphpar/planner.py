@@ -358,10 +358,11 @@ def _zero_levels(train: Training | None) -> tuple[int, ...]:
     """ZeRO levels besides 0 that stages may choose, with a warning where that is less than asked for."""
     if train is None or not train.zero:
         return ()
-    levels = zero_levels(train, train.schedule)
+    traits = optimizer_traits(train.optimizer)
+    levels = zero_levels(train, traits.by_slices, train.schedule)
     if not levels:
         warnings.warn(
-            f"Training(zero={train.zero}) is ignored: {optimizer_traits(train.optimizer).name} needs "
+            f"Training(zero={train.zero}) is ignored: {traits.name} needs "
             "whole parameters, so its state cannot be divided among replicas by rows.",
             stacklevel=4,
         )
@@ -374,9 +375,12 @@ def _zero_levels(train: Training | None) -> tuple[int, ...]:
     return levels
 
 
-def zero_levels(train: Training | None, schedule: ScheduleWish) -> tuple[int, ...]:
-    """ZeRO levels besides 0 that stages may choose under the schedule wished for."""
-    if train is None or not train.zero or not optimizer_traits(train.optimizer).by_slices:
+def zero_levels(train: Training | None, by_slices: bool, schedule: ScheduleWish) -> tuple[int, ...]:
+    """ZeRO levels besides 0 that stages may choose under the schedule wished for.
+
+    `by_slices` says whether the optimiser works on rows of parameters as on whole ones.
+    """
+    if train is None or not by_slices:
         return ()
     most = min(train.zero, 1) if schedule in ("interleaved", "zero-bubble") else train.zero
     return tuple(range(1, most + 1))

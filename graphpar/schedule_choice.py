@@ -291,9 +291,11 @@ class _Choice:
                 f"within {gap} of the best of its family"
             )
         elif self.best is not None and self.best.step_s < self.base_s:
+            other, took = self.best.partition.schedule, format_seconds(self.best.step_s)
             yield (
-                f"{chosen} was kept: the bound of the search covers no other order, so that one must be "
-                f"{100 * LEAST_GAIN:.0f} % shorter; `schedule=` takes it as it is"
+                f"{chosen} was kept: {other} takes {took} instead of {format_seconds(self.base_s)}, but "
+                "the bound of the search covers no other order, so that one must be "
+                f"{100 * LEAST_GAIN:.0f} % shorter; schedule={other} takes it as it is"
             )
         if self.late:
             yield "schedules: not all were tried for lack of time"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from graphpar.device import Device
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.ir.graph import Graph
 from graphpar.optimizer_memory import update_share
-from graphpar.optimizer_probe import joining_optimizer
+from graphpar.optimizer_probe import OptimizerTraits, optimizer_traits
 from graphpar.partition.types import Replica
 from graphpar.planner import may_repeat, optimizer_state, price, with_groups, zero_levels
 from graphpar.precision import Formats, settled, uniform_formats
@@ -62,16 +63,19 @@ class PriceBook:
     _tables: dict[str, CostTable] = field(default_factory=dict)
     _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
     _formats: dict[str, Formats] = field(default_factory=dict)
+    _traits: dict[str, OptimizerTraits] = field(default_factory=dict)
     _far: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def baseline(self) -> Prepared:
         """The example batch's capture."""
         return self._capture(None, None)
 
+    @cached_property
     def state_bytes(self) -> float:
         """Optimiser state per byte of parameters of the caller's own training; -1 without training."""
         return optimizer_state(self.train) if self.train is not None else -1.0
 
+    @cached_property
     def update_share(self) -> float:
         """Bytes that the update of the caller's own training takes on a GPU, per byte of gradients."""
         return update_share(self.train.optimizer) if self.train is not None else 0.0
@@ -116,7 +120,7 @@ class PriceBook:
     def _with_modes(self, table: CostTable, setting: Setting) -> CostTable:
         """The table with the ways to run units that the setting leaves open, or asks for."""
         wish = (setting.recompute, setting.layout and setting.layout.tensor, setting.tensor)
-        levels = zero_levels(self.train, setting.schedule)
+        levels = self._zero_levels(setting)
         key = f"{self._costs_by(setting)} {wish} {levels} {table.few_row_bytes}"
         if wish[1:] not in ((None, 1), (1, 1)):
             # What groups take depends on which devices share a node, and over which links.
@@ -148,7 +152,7 @@ class PriceBook:
             )
         if not may_repeat(table):
             return table
-        levels = zero_levels(train, setting.schedule) if layout is None else ()
+        levels = self._zero_levels(setting) if layout is None else ()
         again = setting.recompute is not False if layout is None else bool(setting.recompute)
         return with_modes(table, StageOptions(recompute=again, zero=levels))
 
@@ -181,21 +185,39 @@ class PriceBook:
     def _costs_by(self, setting: Setting) -> str:
         return costs_by(setting) + self._settled(setting)
 
+    def traits(self, optimizer: str) -> OptimizerTraits | None:
+        """What an optimiser of that name is like, tried once; None without training."""
+        train = training_of(self.train, optimizer)
+        if train is not None and optimizer not in self._traits:
+            self._traits[optimizer] = optimizer_traits(train.optimizer)
+        return self._traits.get(optimizer)
+
     def joins(self, setting: Setting) -> str:
         """The optimiser whose step on one parameter depends on all others; empty for any other."""
-        return joining_optimizer(training_of(self.train, setting.optimizer))
+        traits = self.traits(setting.optimizer)
+        return traits.name if traits is not None and not traits.separable else ""
+
+    def _zero_levels(self, setting: Setting) -> tuple[int, ...]:
+        if self.train is None or not self.train.zero:
+            return ()
+        traits = self.traits(setting.optimizer)
+        return zero_levels(self.train, traits is not None and traits.by_slices, setting.schedule)
 
     def extrapolations(self, setting: Setting, used: Collection[str]) -> tuple[str, ...]:
         """What is guessed of the devices used, even for microbatches of one sample."""
-        key = f"{priced_by(setting)} {self._settled(setting)} {sorted(used)}"
-        if key not in self._far:
-            graph = self.prepared(setting).graph
-            told: dict[str, None] = {}
-            for precision, devices in self.by_format(setting, used).items():
-                part = only(setting.cluster, devices)
-                told |= dict.fromkeys(extrapolations(graph, part, self.calibration, precision, 1))
-            self._far[key] = tuple(told)
-        return self._far[key]
+        told: dict[str, None] = {}
+        base = self._capture(setting.seq_len, None)
+        prepared = self.prepared(setting) if base.batch_reason else base
+        for precision, devices in self.by_format(setting, used).items():
+            part = only(setting.cluster, devices)
+            one_each = {device.kind: device.name for device in part.devices}
+            key = f"{setting.seq_len} {prepared.graph.batch} {precision} {sorted(one_each)}"
+            if key not in self._far:
+                part = only(part, one_each.values())
+                far = extrapolations(prepared.graph, part, self.calibration, precision, 1)
+                self._far[key] = far
+            told |= dict.fromkeys(self._far[key])
+        return tuple(told)
 
     def by_format(self, setting: Setting, used: Collection[str]) -> dict[str, set[str]]:
         """The used devices by the format they compute in: the one asked for, or float32 without it."""

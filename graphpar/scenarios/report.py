@@ -72,7 +72,7 @@ def remark_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
     if baseline.left_out:
         lines.append(f"the baseline's plan leaves out {', '.join(baseline.left_out)}")
     lines += _verdict((baseline, *answers))
-    lines += [remark for remark in baseline.remarks if not remark.startswith("schedules")]
+    lines += [remark for remark in baseline.remarks if not remark.startswith(("schedules", "left out"))]
     seen: dict[str, list[str]] = {}
     cut = [a.title for a in answers if any(r.startswith(CUT_SHORT) for r in a.remarks)]
     for answer in answers:

@@ -28,8 +28,9 @@ ORDERS_S = 2.0
 LEAST_EXPLAIN_S, MOST_EXPLAIN_S = 1.0, 10.0
 """Seconds to look for what would fit where nothing does: as long as the search, within these."""
 
-SEARCH_SHARE = 0.5
-"""Of a scenario's time, for the search where that is short; the rest is for other orders of work."""
+SEARCH_SHARE, CHOICE_SHARE = 0.4, 0.3
+"""Of a scenario's time where that is short: for the search, and at least for other orders of work and for
+like pipelines each."""
 
 LOOKED = 2
 """Scenarios of other links alone in which equal pipelines are tried."""
@@ -74,6 +75,9 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     if task.layout is not None:
         return _configured(table, task, task.layout)
     others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
+    if known is None and task.searches_briefly:
+        # Like pipelines are tried later; pricing the plans of `handmade` takes as long as the search.
+        others += _alone_found(table, task)
     find = partial(_planned, table, task, others)
     if known is not None:
         others += _played(table, task, known)
@@ -117,10 +121,11 @@ def _planned(table: CostTable, task: Task, others: Sequence[Partition]) -> Parti
         microbatches=task.microbatches,
         incumbent=(start.pipelines, start.schedule) if start is not None else None,
         explain_s=_explain_s(task),
+        simple_plans=start is None,
     )
     _check_formats(task, found)
     left_s = task.time_limit_s - (time.monotonic() - began_s)
-    choice_s = max(left_s, (1 - SEARCH_SHARE) * task.time_limit_s)
+    choice_s = max(left_s / 2, CHOICE_SHARE * task.time_limit_s)
     chosen = _scheduled(table, found, replace(task, time_limit_s=min(choice_s, CHOICE_S)))
     return found if quarrels_of(task, chosen) else chosen
 

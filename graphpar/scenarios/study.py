@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from graphpar import catalogue
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError
-from graphpar.optimizer_probe import optimizer_traits, refuse_random_steps
+from graphpar.optimizer_probe import refuse_unrepeatable
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.planner import gpipe_reason, may_repeat, uncut_note, whole_reason
@@ -22,7 +22,7 @@ from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import places, with_these_alone
 from graphpar.scenarios.naming import numbered, with_names
-from graphpar.scenarios.pricing import PriceBook, priced_by, training_of, trust
+from graphpar.scenarios.pricing import PriceBook, priced_by, trust
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.solve import brought
 from graphpar.scenarios.task import Task
@@ -169,13 +169,13 @@ class Solver:
         return self._compared[large, small, used]
 
     def _moved(self, large: Setting, small: Setting) -> Places | None:
-        return places(large, small, self._given_state, self.book.update_share())
+        return places(large, small, self._given_state, self.book.update_share)
 
     @cached_property
     def _given_state(self) -> float:
         """The state of the caller's own optimiser, where others may stand beside it."""
-        plain = self.book.train is not None and optimizer_traits(self.book.train.optimizer).elementwise
-        return self.book.state_bytes() if plain else math.inf
+        traits = self.book.traits("given")
+        return self.book.state_bytes if traits is not None and traits.elementwise else math.inf
 
     def _tell(self, done: int, total: int) -> None:
         if self.progress is not None:
@@ -196,8 +196,8 @@ class Solver:
                 "version": _version(),
                 "catalogue": _catalogue_hash(),
                 "model": self.book.baseline().model_hash,
-                "state": self.book.state_bytes(),
-                "update": self.book.update_share(),
+                "state": self.book.state_bytes,
+                "update": self.book.update_share,
                 "setting": setting.to_dict(),
                 "calibration": fingerprint,
                 "gap": self.limits.gap,
@@ -261,8 +261,9 @@ class Solver:
         Raises:
             ValueError: The setting cannot be planned; says why.
         """
-        train = training_of(self.book.train, setting.optimizer)
-        refuse_random_steps(train, len(setting.cluster.devices))
+        traits = self.book.traits(setting.optimizer)
+        if traits is not None:
+            refuse_unrepeatable(traits, len(setting.cluster.devices))
         table, prepared = self.book.table(setting), self.book.prepared(setting)
         if setting.recompute and not may_repeat(table) and table.training:
             why = prepared.batch_reason or prepared.in_step_reason
