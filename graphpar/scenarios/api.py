@@ -225,14 +225,13 @@ def what_if(
     >>> [answer.status for answer in study.answers]
     ['ok', 'ok']
     """
-    where = as_cluster(cluster)
+    sweeps, where = as_sweeps(sweep), as_cluster(cluster)
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
     book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
     baseline = baseline_setting(
         where, book.baseline().graph.batch, train, precision=precision, tensor=tensor, prices=prices or {}
     )
-    sweeps = as_sweeps(sweep)
     asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
     limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)
     solver = Solver(book, Limits(gap, limit_s, processes), _cache(cache), progress)

@@ -40,12 +40,21 @@ def places(
     Returns:
         By device of `small` the one that takes its place; None where that is not so.
     """
-    if large.layout is not None and large.layout != small.layout:
+    if not could_cover(large, small, given_state, given_update):
         return None
+    return _places(large.cluster, small.cluster, large.layout is not None)
+
+
+def could_cover(
+    large: Setting, small: Setting, given_state: float = inf, given_update: float = inf
+) -> bool:
+    """`covers` but for the clusters; cheap, for studies of many scenarios."""
+    if large.layout is not None and large.layout != small.layout:
+        return False
     alike = all(
         getattr(large, name) == getattr(small, name) for name in ("seq_len", "training", "precision")
     )
-    possible = (
+    return (
         alike
         and _batch_covers(large, small)
         and _optimizer_covers(large.optimizer, small.optimizer, given_state, given_update)
@@ -55,7 +64,6 @@ def places(
         and width(large.tensor) >= _width_used(small)
         and (large.tensor == small.tensor or not isinstance(small.tensor, tuple))
     )
-    return _places(large.cluster, small.cluster, large.layout is not None) if possible else None
 
 
 def with_these_alone(setting: Setting, used: Collection[str]) -> Setting:

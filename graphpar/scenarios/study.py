@@ -20,7 +20,7 @@ from graphpar.planner import gpipe_reason, may_repeat, uncut_note, whole_reason
 from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
-from graphpar.scenarios.dominance import places, with_these_alone
+from graphpar.scenarios.dominance import could_cover, places, with_these_alone
 from graphpar.scenarios.naming import numbered, with_names
 from graphpar.scenarios.pricing import PriceBook, priced_by, trust
 from graphpar.scenarios.report import CUT_SHORT
@@ -80,6 +80,8 @@ class Solver:
     _known: dict[str, Answer] = field(default_factory=dict)
     _settings: dict[str, Setting] = field(default_factory=dict)
     _compared: dict[tuple[str, str, tuple[str, ...]], Places | None] = field(default_factory=dict)
+
+    _alone: dict[tuple[str, tuple[str, ...]], Setting] = field(default_factory=dict)
 
     def answers(self, settings: Sequence[Setting], time_limit_s: float | None = None) -> list[Answer]:
         """One answer per setting; settings that differ in names of devices alone are solved once.
@@ -164,12 +166,18 @@ class Solver:
         """Where the plan found for one setting is no slower in another; found once for each pair."""
         used = self._known[small].used
         if (large, small, used) not in self._compared:
-            needed = with_these_alone(self._settings[small], used)
-            self._compared[large, small, used] = self._moved(self._settings[large], needed)
+            self._compared[large, small, used] = self._moved(self._settings[large], small)
         return self._compared[large, small, used]
 
-    def _moved(self, large: Setting, small: Setting) -> Places | None:
-        return places(large, small, self._given_state, self.book.update_share)
+    def _moved(self, large: Setting, small: str) -> Places | None:
+        """Where the plan found for a setting is no slower in another one."""
+        heavy = self._given_state, self.book.update_share
+        if not could_cover(large, self._settings[small], *heavy):
+            return None
+        used = self._known[small].used
+        if (small, used) not in self._alone:
+            self._alone[small, used] = with_these_alone(self._settings[small], used)
+        return places(large, self._alone[small, used], *heavy)
 
     @cached_property
     def _given_state(self) -> float:
@@ -249,8 +257,7 @@ class Solver:
         ]
         given = []
         for _, key, plan in sorted(known, key=lambda k: k[0]):
-            alone = with_these_alone(self._settings[key], self._known[key].used)
-            there = self._moved(setting, alone)
+            there = self._moved(setting, key)
             given += [placed(plan, there)] if there is not None else []
         plans = dict.fromkeys([plan for _, _, plan in known[:1]] + given)
         return tuple(plans)[:MOST_HINTS]

@@ -3,11 +3,15 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from graphpar.scenarios.types import Answer, Scenario
 
 KNEE = 0.5
 """Past the knee, 1 % more of the swept thing gives less than half a per cent of throughput."""
+
+MOST_POINTS = 1000
+"""More would take many minutes, and as long to compare with each other."""
 
 WIDTHS = ("tp", "pp", "dp", "m")
 """What a configuration made by hand consists of; swept like any path."""
@@ -44,6 +48,11 @@ def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sw
     for sweep in sweeps:
         if not sweep.values:
             raise ValueError(f"the sweep over {sweep.path} has no values")
+    if (number := prod(len(sweep.values) for sweep in sweeps)) > MOST_POINTS:
+        raise ValueError(
+            f"the sweep has {number} points, and at most {MOST_POINTS} are planned at once; each takes "
+            "about half a second of processor time. Sweep fewer values, or in parts: answers are kept"
+        )
     if len(sweeps) > 2:
         raise ValueError(f"a sweep is over one or two things, not {len(sweeps)}")
     if len({sweep.path for sweep in sweeps}) < len(sweeps):

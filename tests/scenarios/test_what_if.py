@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 import graphpar
-from graphpar.scenarios.api import baseline_setting
+from graphpar.scenarios.api import as_scenarios, baseline_setting
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.naming import numbered
 from graphpar.scenarios.pricing import PriceBook
 from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.study import Limits, Solver
+from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.task import Task
 from graphpar.scenarios.types import Answer
 
@@ -231,9 +232,24 @@ def test_a_sequence_length_needs_inputs() -> None:
     assert "inputs=" in ask(["set seq_len=7"]).answers[0].problem
 
 
-def test_three_sweeps_are_too_many() -> None:
-    with pytest.raises(ValueError, match="one or two"):
-        ask(sweep=["batch=1", "a.count=1", "b.count=1"])
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        (["batch=1", "a.count=1", "b.count=1"], "one or two"),
+        ({"batch": []}, "no values"),
+        ({"batch": range(1, 102), "a.count": range(1, 101)}, "10100 points"),
+        (["batch=1", "batch=2"], "both sweeps"),
+        ("batch", "PATH=VALUE"),
+    ],
+)
+def test_senseless_sweeps_are_refused_before_anything_is_captured(sweep: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ask(sweep=sweep)
+
+
+def test_a_text_alone_is_one_scenario_or_sweep() -> None:
+    assert [s.title for s in as_scenarios("drop b; set batch=8")] == ["drop b; set batch=8"]
+    assert scenarios_of(as_sweeps("batch=8,16")) == scenarios_of(as_sweeps({"batch": [8, 16]}))
 
 
 @pytest.mark.slow
