@@ -141,7 +141,7 @@ def best_like(
         cutoff_s: Only plans that are judged to be shorter are of interest.
     """
     schedules = tuple(s for s in _schedules(wish) if formulas or not has_formula(s))
-    if not schedules or not table.training or table.max_microbatches == 1 or table.tail_reason:
+    if not schedules or not has_likes(table):
         return None
     bests: list[Simulated] = []
 
@@ -163,6 +163,11 @@ def best_like(
         if not is_late() and not has_formula(base.schedule) and dealt != base.pipelines:
             play(dealt, (base.schedule,))
     return bests[-1] if bests else None
+
+
+def has_likes(table: CostTable) -> bool:
+    """Whether there is anything to order: a training step of several microbatches."""
+    return table.training and table.max_microbatches > 1 and not table.tail_reason
 
 
 def _schedules(wish: ScheduleWish) -> tuple[ScheduleName, ...]:
