@@ -15,6 +15,9 @@ makes the measured steps longer, not the predicted ones.
 
 Every plan runs twice, in two jobs one right after the other. How far the second one's step is from the
 first one's (`rerun_pct`) is what a forecast by running the very job would be off by.
+
+`--memory` compares peak memory alone, which other work on the machine does not disturb: plans by curves,
+every one run once.
 """
 
 import argparse
@@ -172,17 +175,22 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--cached", action="store_true", help="Use the calibration at hand.")
+    parser.add_argument("--memory", action="store_true", help="Peak memory alone.")
     parser.add_argument("--model", default="", help="Only models whose name holds this.")
     parser.add_argument("--cluster", default="", help="Only clusters whose name holds this.")
     options = parser.parse_args()
     calibration = graphpar.Calibration.cached() if options.cached else None
     calibration = calibration or graphpar.calibrate(refresh=True)
-    rows = [
-        measure(name, model, args, kwargs, cluster, slowdowns, calibration, options.steps)
-        for name, model, args, kwargs in cases()
+    chosen = [
+        (*case, cluster, slowdowns, calibration, options.steps)
+        for case in cases()
         for cluster, slowdowns in CLUSTERS.items()
-        if options.model in name and options.cluster in cluster
+        if options.model in case[0] and options.cluster in cluster
     ]
+    if options.memory:
+        compare_memory(chosen, options.json)
+        return
+    rows = [measure(*case) for case in chosen]
     report = summary(rows)
     if options.json:
         print(json.dumps(report, indent=1))
@@ -221,8 +229,6 @@ def measure(
     with graphpar.compile(model, where, args, kwargs, train=training, plan=plan) as job:
         again = run(job, args, kwargs, steps)
     seconds = [step.seconds for step in kept]
-    peaks = {r.rank: r.peak_bytes for r in kept[-1].reports}
-    predicted = [plan.predicted_peak_bytes[d] for d in plan.devices]
     middle = median(seconds)
     return Row(
         model=name,
@@ -232,12 +238,58 @@ def measure(
         measured_s=middle,
         again_s=median(step.seconds for step in again),
         spread=(max(seconds) - min(seconds)) / middle,
-        memory_errors_pct=tuple(
-            100 * (p / peaks[r] - 1) for r, p in enumerate(predicted) if peaks.get(r)
-        ),
+        memory_errors_pct=memory_errors_pct(plan, kept[-1]),
         overlap=median(overlap(plan, step) for step in kept),
         parts_pct=error_parts(plan, kept, middle),
     )
+
+
+def measure_memory(
+    name: str,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    cluster: str,
+    slowdowns: Sequence[float],
+    calibration: graphpar.Calibration,
+    steps: int,
+) -> tuple[float, ...]:
+    """Errors of the workers' peaks of one job, planned without timing the model."""
+    devices = [{"kind": "cpu", "slowdown": s, "threads": 1} for s in slowdowns]
+    training = graphpar.Training(optimizer=torch.optim.AdamW)
+    where = {"devices": devices, "link": link_of(cluster)}
+    with graphpar.compile(
+        model, where, args, kwargs, train=training, calibration=calibration, time_limit_s=2.0, measure_s=0
+    ) as job:
+        return memory_errors_pct(job.plan, run(job, args, kwargs, steps)[-1])
+
+
+def memory_errors_pct(plan: Plan, step: LastStep) -> tuple[float, ...]:
+    """Predicted over measured peaks by rank, minus one."""
+    peaks = {r.rank: r.peak_bytes for r in step.reports}
+    predicted = [plan.predicted_peak_bytes[d] for d in plan.devices]
+    return tuple(100 * (p / peaks[r] - 1) for r, p in enumerate(predicted) if peaks.get(r))
+
+
+def compare_memory(chosen: Sequence[tuple[Any, ...]], as_json: bool) -> None:
+    """Run jobs and tell their errors, each when it is known."""
+    rows = []
+    for case in chosen:
+        errors = measure_memory(*case)
+        rows.append({"model": case[0], "cluster": case[4], "memory_errors_pct": errors})
+        if not as_json:
+            print(f"{case[0]:<13}{case[4]:<12}" + "".join(f"{e:>+7.1f}" for e in errors), flush=True)
+    total = memory_summary([e for row in rows for e in row["memory_errors_pct"]])
+    if as_json:
+        print(json.dumps({"memory_error_pct": total, "rows": rows}, indent=1))
+    else:
+        print("memory_error_pct", total)
+
+
+def memory_summary(errors: Sequence[float]) -> dict[str, float]:
+    """Median and worst size of errors, and their mean with signs."""
+    sizes = [abs(e) for e in errors]
+    return {"median": median(sizes), "worst": max(sizes), "bias": mean(errors)}
 
 
 def run(
@@ -339,11 +391,10 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """All rows, and their medians and worst."""
     errors = [abs(r.error_pct) for r in rows]
     reruns = [abs(r.rerun_pct) for r in rows]
-    memory = [abs(e) for r in rows for e in r.memory_errors_pct]
     return {
         "step_error_pct": {"median": median(errors), "worst": max(errors), "mean": mean(errors)},
         "rerun_pct": {"median": median(reruns), "worst": max(reruns), "mean": mean(reruns)},
-        "memory_error_pct": {"median": median(memory), "worst": max(memory)},
+        "memory_error_pct": memory_summary([e for r in rows for e in r.memory_errors_pct]),
         "overlap": {"median": median(r.overlap for r in rows), "worst": min(r.overlap for r in rows)},
         "rows": [{**asdict(r), "error_pct": r.error_pct, "rerun_pct": r.rerun_pct} for r in rows],
     }
