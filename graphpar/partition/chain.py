@@ -49,6 +49,9 @@ _FEW_COLUMNS = 1500
 FEW_FOR_LOOPS = 20_000
 """With compiled loops so few columns are swept as they are; ..."""
 
+MANY_FOR_LOOPS = 200_000
+"""So many columns are bounded by sets of devices first, whatever the mode."""
+
 _ROUNDS_FOR_LOOPS = 8
 """... more of them are bounded in so many steps first."""
 
@@ -107,6 +110,19 @@ class Kept:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Excluded:
+    """What no plan below `all_s` has: sets of devices by slot, [slot, crew]; and a bound on them all."""
+
+    all_s: float
+    bound_s: float
+    hopeless: BoolArray
+
+
+Shared = dict[tuple[object, ...], Excluded]
+"""What is excluded under either schedule, by setting, devices, and how post counts."""
+
+
 class ChainProgram:
     """The dynamic programme of one pipeline over the devices `limits` (a count per cell).
 
@@ -122,7 +138,9 @@ class ChainProgram:
         num_units: int,
         weights: FloatArray,
         known: KnownPrices | None = None,
+        shared: Shared | None = None,
     ) -> None:
+        self._shared: Shared = {} if shared is None else shared
         self._known: KnownPrices = {} if known is None else known
         self._prices = prices
         rows = self._rows = prices.rows
@@ -217,8 +235,16 @@ class ChainProgram:
     def _price(self, wanted: Kept) -> None:
         """Price columns anew: those below the target by themselves, then those the bound leaves."""
         limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
-        columns = self._prices.relaxed(limits)
-        self._bound_s, reduced = 0.0, np.zeros(len(columns))
+        self._bound_s, hopeless = 0.0, None
+        if self._prices.loops and self._prices.num_variables > MANY_FOR_LOOPS:
+            excluded = self._left_out(wanted)
+            self._bound_s, hopeless = excluded.bound_s, excluded.hopeless
+            if self._bound_s >= wanted.all_s:
+                self._use(no_columns())
+                self._kept = wanted
+                return
+        columns = self._prices.relaxed(limits, hopeless=hopeless)
+        reduced = np.zeros(len(columns))
         if len(columns) > (FEW_FOR_LOOPS if self._prices.loops else _FEW_COLUMNS):
             columns, reduced = self._excluded(columns, wanted)
         kept = np.flatnonzero(self._bound_s + reduced < wanted.all_s)
@@ -227,20 +253,56 @@ class ChainProgram:
         self._use(exact, reduced[rows])
         self._kept = wanted
 
+    def _left_out(self, wanted: Kept) -> Excluded:
+        """Which sets of devices no plan below the target has where, under either schedule.
+
+        First whatever the mode, then in the modes that are left. Both schedules share the answer.
+        """
+        key = (self._prices.setting.shared, self._cell_counts, wanted.post_s, wanted.post_weight)
+        known = self._shared.get(key)
+        if known is not None and known.all_s >= wanted.all_s:
+            return known
+        rows, slots = self._rows, len(self._rows.slots.run)
+        limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
+        first = rows.first_rows
+        ideal = self._prices.ideal(limits, either=True)
+        relaxation = self._new_relaxation(rows.take[first], rows.width[first], wanted.post_weight)
+        bound_s, hopeless = 0.0, np.zeros((slots, len(first)), dtype=np.bool_)
+        for step in range(2):
+            if step:
+                ideal = self._prices.relaxed(limits, hopeless=hopeless, either=True)
+                relaxation = self._new_relaxation(rows.take, rows.width, wanted.post_weight)
+            deep = self._positions_matter(ideal)
+            bounded = relaxation.bound(ideal, wanted.all_s, rounds=_ROUNDS_FOR_LOOPS, deep=deep)
+            self._known[self._cell_counts] = relaxation.prices
+            bound_s = max(bound_s, bounded.bound_s)
+            kept = bounded.bound_s + bounded.reduced_s < wanted.all_s
+            crew = rows.crew_of[ideal.option] if step else ideal.option
+            hopeless = np.ones((slots, len(first)), dtype=np.bool_)
+            hopeless[ideal.slot[kept], crew[kept]] = False
+            if bound_s >= wanted.all_s:
+                break
+        found = self._shared[key] = Excluded(wanted.all_s, bound_s, hopeless)
+        return found
+
+    def _new_relaxation(self, take: IntArray, width: IntArray, post_weight: float) -> Relaxation:
+        return Relaxation(
+            self._rows.slots,
+            self._num_units,
+            take,
+            width,
+            self._cell_counts,
+            self._weights,
+            post_weight,
+            self._known.get(self._cell_counts),
+            loops=self._prices.loops,
+        )
+
     def _excluded(self, columns: Columns, wanted: Kept) -> tuple[Columns, FloatArray]:
         """Columns without those that the bound excludes, and what each of them adds to it."""
         if self._relaxation is None:
-            self._relaxation = Relaxation(
-                self._rows.slots,
-                self._num_units,
-                self._rows.take,
-                self._rows.width,
-                self._cell_counts,
-                self._weights,
-                wanted.post_weight,
-                self._known.get(self._cell_counts),
-                loops=self._prices.loops,
-            )
+            rows = self._rows
+            self._relaxation = self._new_relaxation(rows.take, rows.width, wanted.post_weight)
         if self._prices.loops:
             # A sweep of labels is cheap: a few steps from what is known of other settings will do.
             deep, rounds = self._positions_matter(columns), _ROUNDS_FOR_LOOPS

@@ -10,23 +10,20 @@ microbatches are dealt to unlike replicas as if they could be divided:
 and only what is left after pruning is dealt one by one (`StagePrices.exact`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from graphpar.cost import CostTable
-from graphpar.partition.cells import Cells, Links, StageOption, links_between
-from graphpar.partition.chain_loops import exact_loop, relaxed_loop
+from graphpar.partition.chain_loops import exact_loop, ideal_loop, relaxed_loop
+from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.stage_costs import (
     StageLimits,
     boundary_seconds,
-    cached_post,
     most_below,
     stage_extra,
-    zero_seconds,
 )
 from graphpar.partition.unit_arrays import (
     Cache,
@@ -39,19 +36,10 @@ from graphpar.partition.unit_arrays import (
 
 BoolArray = npt.NDArray[np.bool_]
 
+_NONE = np.zeros((0, 0), dtype=np.bool_)
+
 _AT_ONCE = 400_000
 """Pairs of an option and a run that are looked at in one go: what fits into a processor's cache."""
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Runs of units between kinds of links, sorted by first unit and link before."""
-
-    run: IntArray
-    first: IntArray
-    last: IntArray
-    before: IntArray
-    after: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,152 +69,6 @@ def no_columns() -> Columns:
     """None at all."""
     none, nothing = np.zeros(0, dtype=np.intp), np.zeros(0)
     return Columns(none, none, nothing, nothing, nothing, nothing)
-
-
-class OptionRows:
-    """What does not depend on microbatches: who staffs each option, its post, what ZeRO moves."""
-
-    def __init__(
-        self,
-        table: CostTable,
-        cells: Cells,
-        options: Sequence[StageOption],
-        setting: Setting,
-        runs: Ranges,
-        cache: Cache,
-    ) -> None:
-        self.options = tuple(options)
-        units = UnitArrays(table, setting, runs, cache)
-        self.width = np.array([o.width for o in options], dtype=np.intp)
-        self.take = np.array([o.take for o in options], dtype=np.intp)
-        self.modes = sorted({m for o in options for m in o.staff})
-        row = {mode: i for i, mode in enumerate(self.modes)}
-        widest = int(self.width.max(initial=1))
-        padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
-        self.staff = np.array(padded, dtype=np.intp).reshape(len(padded), widest)
-        self.kinds, self.near = _kinds_near(cells, options)
-        self.slots = find_slots(runs, table.num_units, len(self.kinds))
-        posts = [cached_post(table, units, o, setting) for o in options]
-        self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
-        moved = [zero_seconds(table, units, o) for o in options]
-        self.moved_s = {i: m for i, m in enumerate(moved) if m is not None}
-        self._teams: tuple[IntArray, IntArray] | None = None
-        self._joins: BoolArray | None = None
-        self._find_crews(table)
-        self.post_by_run = np.ascontiguousarray(self.post_s.T)
-        some = list(self.moved_s)
-        self.moved_row = np.full(len(options), -1, dtype=np.intp)
-        self.moved_row[some] = np.arange(len(some))
-        self._moved_rows = np.stack([self.moved_s[i] for i in some]) if some else np.zeros((1, 1))
-
-    @cached_property
-    def counts_replicas(self) -> bool:
-        """Whether some replicas are groups, so that replicas are not devices."""
-        return bool((self.width != self.take.sum(axis=1)).any())
-
-    def teams(self, with_replicas: bool) -> tuple[IntArray, IntArray]:
-        """The distinct rows of devices (and replicas) that options take, and which each of them takes."""
-        if self._teams is None:
-            take = self.take
-            if with_replicas:
-                take = np.concatenate([take, self.width[:, None]], axis=1)
-            found, inverse = np.unique(take, axis=0, return_inverse=True)
-            self._teams = found, inverse.reshape(-1).astype(np.intp)
-        return self._teams
-
-    @cached_property
-    def place_sets(self) -> tuple[list[frozenset[int]], IntArray]:
-        """All sets of places that stages stand in, and which one each option stands in."""
-        found = sorted({o.places for o in self.options}, key=sorted)
-        index = {p: i for i, p in enumerate(found)}
-        return found, np.array([index[o.places] for o in self.options], dtype=np.intp)
-
-    def joins(self, cells: Cells) -> BoolArray:
-        """[left place set, right place set, link kind]: whether that kind of link joins the two."""
-        if self._joins is None:
-            places = self.place_sets[0]
-            number = {links: i for i, links in enumerate(self.kinds)}
-            self._joins = np.zeros((len(places), len(places), len(number)), dtype=np.bool_)
-            for i, left in enumerate(places):
-                for j, right in enumerate(places):
-                    links = links_between(cells, left, right)
-                    if links:
-                        self._joins[i, j, number[links]] = True
-        return self._joins
-
-    def _find_crews(self, table: CostTable) -> None:
-        """Options of the same devices in other modes are a crew; modes of the same members a team."""
-        teams: dict[tuple[int, ...], int] = {}
-        of_mode = [teams.setdefault(table.every_mode[m].members, len(teams)) for m in self.modes]
-        self.team_of_mode: IntArray = np.array(of_mode, dtype=np.intp)
-        self.num_teams = len(teams)
-        crews: dict[tuple[object, ...], list[int]] = {}
-        for row, option in enumerate(self.options):
-            team = tuple(of_mode[i] for i in self.staff[row, : option.width])
-            crews.setdefault((team, option.places), []).append(row)
-        rows = sorted(crews.values(), key=lambda own: int(self.width[own[0]]))
-        team_of = np.zeros((len(rows), self.staff.shape[1]), dtype=np.intp)
-        for crew, own in enumerate(rows):
-            wide = self.width[own[0]]
-            team_of[crew, :wide] = self.team_of_mode[self.staff[own[0], :wide]]
-        self._crews = (
-            np.array([r for own in rows for r in own], dtype=np.intp),
-            np.cumsum([0, *map(len, rows)], dtype=np.intp),
-            np.array([self.width[own[0]] for own in rows], dtype=np.intp),
-            team_of,
-        )
-
-    def crews(self, widest: int | None = None) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-        """Rows by crew, where each crew begins, its replicas, and their teams; narrow crews only."""
-        row_of, begin, wide, team_of = self._crews
-        if widest is None:
-            return self._crews
-        narrow = int((wide <= widest).sum())
-        return row_of, begin[: narrow + 1], wide[:narrow], team_of
-
-    @cached_property
-    def room(self) -> tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]:
-        """Arrays as long as there may be columns, used again and again."""
-        number = len(self.options) * len(self.slots.run)
-        option, slot = np.empty(number, dtype=np.intp), np.empty(number, dtype=np.intp)
-        return option, slot, np.empty(number), np.empty(number), np.empty(number), np.empty(number)
-
-    @property
-    def moved_rows(self) -> FloatArray:
-        """What ZeRO moves, one row for each option of `moved_row` that is not -1."""
-        return self._moved_rows
-
-    def moved(self, rows: IntArray) -> FloatArray | float:
-        """[option, run]: what ZeRO moves for every microbatch."""
-        if not any(i in self.moved_s for i in rows.tolist()):
-            return 0.0
-        nothing = np.zeros(self.post_s.shape[1])
-        return np.stack([self.moved_s.get(i, nothing) for i in rows.tolist()])
-
-
-def _kinds_near(cells: Cells, options: Sequence[StageOption]) -> tuple[tuple[Links, ...], BoolArray]:
-    """All kinds of links that two stages can have between them; [option, kind] whether this one can."""
-    places = {o.places for o in options}
-    near = {p: {links_between(cells, p, q) for q in places} for p in places}
-    kinds = (frozenset(), *sorted({k for own in near.values() for k in own if k}, key=repr))
-    reach = {p: [i == 0 or k in own for i, k in enumerate(kinds)] for p, own in near.items()}
-    return kinds, np.array([reach[o.places] for o in options], dtype=np.bool_).reshape(-1, len(kinds))
-
-
-def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
-    """Every run with every pair of links it may stand between."""
-    run, before, after = (
-        a.ravel()
-        for a in np.meshgrid(
-            np.arange(len(runs.first)), np.arange(num_kinds), np.arange(num_kinds), indexing="ij"
-        )
-    )
-    first, last = runs.first[run], runs.last[run]
-    # The pipeline starts and ends where nothing is sent, and only there.
-    real = ((first == 0) == (before == 0)) & ((last == num_units) == (after == 0))
-    order = np.flatnonzero(real)
-    order = order[np.lexsort((after[order], last[order], before[order], first[order]))]
-    return Slots(run[order], first[order], last[order], before[order], after[order])
 
 
 class StagePrices:
@@ -279,14 +121,65 @@ class StagePrices:
         usable = int((self.rows.width <= self.setting.microbatches).sum())
         return usable * len(self.rows.slots.run)
 
-    def relaxed(self, limits: StageLimits, widest: int | None = None, *, spread: bool = False) -> Columns:
+    def _scheduled(
+        self, either: bool
+    ) -> tuple[FloatArray, FloatArray, tuple[int, int, bool, bool, bool]]:
+        """What loops need to know of the schedule, or of `either` at its best."""
+        if not either:
+            return self._waits, self._cut, self._loop_setting
+        number, larger, _, _, keeps = self._loop_setting
+        nothing = np.zeros(len(self._waits))
+        return nothing, nothing, (number, larger, False, False, keeps)
+
+    def ideal(self, limits: StageLimits, *, either: bool = False) -> Columns:
+        """One column per slot and crew, which stands for those in all its modes; needs loops.
+
+        Each replica is as fast as in its fastest mode, post is the least of any mode, and memory that of
+        the mode with most room, where each of several replicas keeps one microbatch. A column of any mode
+        has no less cost, and no less cost and extra together, so none is cheaper in the relaxation. Here
+        `option` numbers crews. Arrays may be used again by the next call.
+        """
+        slots, found = self.rows.slots, self.rows.room
+        waits, cut, setting = self._scheduled(either)
+        best = [self._flight_by_run[:, self.rows.team_of_mode == i] for i in range(self.rows.num_teams)]
+        count = ideal_loop(
+            self.rows.crews(),
+            self._fastest_by_run,
+            np.stack([own.max(axis=1) for own in best], axis=1),
+            self.rows.least_post,
+            self.rows.near,
+            (slots.run, slots.before, slots.after),
+            self._ahead,
+            waits,
+            cut,
+            setting,
+            (limits.all_s, limits.post_s, limits.post_weight),
+            found,
+        )
+        option, slot, cost_s, extra_s, post_s, below = found
+        return Columns(
+            option[:count], slot[:count], cost_s[:count], extra_s[:count], post_s[:count], below[:count]
+        )
+
+    def relaxed(
+        self,
+        limits: StageLimits,
+        widest: int | None = None,
+        *,
+        spread: bool = False,
+        hopeless: BoolArray | None = None,
+        either: bool = False,
+    ) -> Columns:
         """All columns that may be within limits, each at most as dear as it is.
 
         With `widest` only those of so many replicas or fewer; with `spread`, which needs loops, as if
-        each of several replicas kept one microbatch. Arrays may be used again by the next call.
+        each of several replicas kept one microbatch, and without `hopeless` [slot, crew]. With `either`
+        each is at most as dear as under the schedule for which it is less: transfers neither wait nor
+        take longest, and no more is kept than under 1F1B. Arrays may be used again by the next call.
         """
         if self.loops:
-            return self._relaxed_loop(limits, widest, spread)
+            left_out = _NONE if hopeless is None else hopeless
+            return self._relaxed_loop(limits, widest, spread, left_out, either)
         parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
         if not parts:
             return no_columns()
@@ -319,8 +212,16 @@ class StagePrices:
         gpipe = setting.schedule == "gpipe"
         return setting.microbatches, larger, self._stalls, gpipe, self._table_trains
 
-    def _relaxed_loop(self, limits: StageLimits, widest: int | None, spread: bool) -> Columns:
+    def _relaxed_loop(
+        self,
+        limits: StageLimits,
+        widest: int | None,
+        spread: bool,
+        hopeless: BoolArray,
+        either: bool,
+    ) -> Columns:
         slots, found = self.rows.slots, self.rows.room
+        waits, cut, setting = self._scheduled(either)
         count = relaxed_loop(
             self.rows.crews(widest),
             self.rows.staff,
@@ -333,10 +234,11 @@ class StagePrices:
             self.rows.near,
             (slots.run, slots.before, slots.after),
             self._ahead,
-            self._waits,
-            self._cut,
-            self._loop_setting,
+            waits,
+            cut,
+            setting,
             spread,
+            hopeless,
             (
                 limits.extra_s,
                 limits.post_s,

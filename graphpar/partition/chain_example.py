@@ -4,8 +4,9 @@ import numpy as np
 
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology, UnitCost
 from graphpar.partition.cells import count_vectors, find_cells, plain_option
-from graphpar.partition.chain_columns import OptionRows, StagePrices
+from graphpar.partition.chain_columns import StagePrices
 from graphpar.partition.chain_swept import SweptProgram
+from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.unit_arrays import Cache, Setting, run_ranges
 
 

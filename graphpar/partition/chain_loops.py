@@ -17,6 +17,78 @@ _HAIR = 1 - 1e-12
 
 
 @compiled_exactly
+def ideal_loop(
+    crews: tuple[IntArray, IntArray, IntArray, IntArray],
+    fastest: FloatArray,
+    flight: FloatArray,
+    post: FloatArray,
+    near: BoolArray,
+    slots: tuple[IntArray, IntArray, IntArray],
+    ahead: FloatArray,
+    wait: FloatArray,
+    cut: FloatArray,
+    setting: tuple[int, int, bool, bool, bool],
+    limits: tuple[float, float, float],
+    found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
+) -> int:
+    """Fill `found` with one column per slot and crew, at least as good in all as those of its rows.
+
+    Options are the numbers of crews. `flight[run, team, width]` and `post[run, crew]` are the best of the
+    modes, `limits` (all, post, post weight). Each of several replicas keeps one microbatch.
+    """
+    run_of, before, after = slots
+    row_of, begin, wide_of, team = crews
+    number, _, stalls, _, keeps = setting
+    most_all, most_post, weight = limits
+    options, places, costs, extras, posts, belows = found
+    count = 0
+    for slot in range(len(run_of)):
+        run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
+        for crew in range(len(wide_of)):
+            wide, own_post = wide_of[crew], post[run, crew]
+            first = row_of[begin[crew]]
+            if wide > number or not own_post <= most_post:
+                continue
+            if not (near[first, before[slot]] and near[first, after[slot]]):
+                continue
+            rate, least, room = 0.0, np.inf, UNLIMITED
+            for r in range(wide):
+                rate += fastest[run, team[crew, r]]
+                least = min(least, fastest[run, team[crew, r]])
+                room = min(room, flight[run, team[crew, r], wide])
+            if room < 1 and keeps:
+                continue
+            # All microbatches over all replicas, if they never wait: no division is needed to see that.
+            if number * _HAIR >= (most_all - cost_ahead + stall) * rate:
+                continue
+            longest = 1 / least
+            cost = longest + cost_ahead
+            if not cost + weight * own_post < most_all:
+                continue
+            below = UNLIMITED
+            if wide == 1:
+                extra = (number - 1) * (longest + stall)
+                if number > room:
+                    below = -1.0 if setting[3] else room
+            else:
+                rate = offset = 0.0
+                for r in range(wide):
+                    time = 1 / fastest[run, team[crew, r]]
+                    rate += 1 / max(time + stall, 1e-300)
+                    offset += 1 - time / max(time + stall, 1e-300)
+                extra = max((number - offset) / rate * _HAIR - longest, 0.0)
+            if not stalls:
+                extra = max(extra, cut[slot])
+            if below < wide or not cost + extra + weight * own_post < most_all:
+                continue
+            options[count], places[count] = crew, slot
+            costs[count], extras[count] = cost, extra
+            posts[count], belows[count] = own_post, below
+            count += 1
+    return count
+
+
+@compiled_exactly
 def relaxed_loop(
     crews: tuple[IntArray, IntArray, IntArray, IntArray],
     staff: IntArray,
@@ -33,6 +105,7 @@ def relaxed_loop(
     cut: FloatArray,
     setting: tuple[int, int, bool, bool, bool],
     spread: bool,
+    hopeless: BoolArray,
     limits: tuple[float, float, float, float, float, float],
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> int:
@@ -40,7 +113,8 @@ def relaxed_loop(
 
     `slots` are (run, kind before, kind after) of each; columns come sorted by slot. `crews` are sets of
     devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for). With
-    `spread` each of several replicas has only one microbatch to keep.
+    `spread` each of several replicas has only one microbatch to keep. `hopeless[slot, crew]` are left
+    out, if there are any.
     """
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
@@ -48,12 +122,12 @@ def relaxed_loop(
     most_extra, most_post, most_both, most_fill, most_all, weight = limits
     options, places, costs, extras, posts, belows = found
     times, rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
-    count = 0
+    count, some = 0, len(hopeless) > 0
     for slot in range(len(run_of)):
         run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
         for crew in range(len(wide_of)):
             wide = wide_of[crew]
-            if wide > number:
+            if wide > number or (some and hopeless[slot, crew]):
                 continue
             first = row_of[begin[crew]]
             if not (near[first, before[slot]] and near[first, after[slot]]):

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.chain_columns import Columns, Slots
+from graphpar.partition.chain_columns import Columns
 from graphpar.partition.chain_loops import chain_paths
+from graphpar.partition.option_rows import Slots
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 ROUNDS = 60

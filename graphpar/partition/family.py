@@ -25,6 +25,7 @@ from graphpar.partition.cells import (
     relaxed_cells,
 )
 from graphpar.partition.counting import counting_options
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.settings import (
     Microbatches,
@@ -39,6 +40,12 @@ SWEEP_LIMIT = 10_000_000
 
 _MODES_MAY_COST = 6
 """How many times as much with all modes: in most tables few of them survive the first look."""
+
+_FEW_STATES = 256
+_LOOPS_MAY_COST = 6
+_MODES_MAY_COST_LOOPS = 100
+"""How many times as much for so few sets of devices where loops are compiled: what is swept is bounded
+first, and modes share a bound."""
 
 _REAL_LINKS_MAY_COST = 3
 """How many times as much where links would be relaxed otherwise: then nothing is proven of placement."""
@@ -107,7 +114,9 @@ def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Micr
     if not table.training:
         schedules = ("gpipe",) if schedule == "auto" else (schedule,)
     settings = (schedules, microbatches)
-    placed = _placed_family(table, find_cells(table), True, settings, wide=True)
+    cells = find_cells(table)
+    more = _LOOPS_MAY_COST if COMPILED and _states(cells) <= _FEW_STATES else 1
+    placed = _placed_family(table, cells, True, settings, wide=True, most=more * SWEEP_LIMIT)
     if placed is not None:
         return placed
     repeats = find_repeats(table)
@@ -143,7 +152,8 @@ def _placed_family(
             continue
         for more, options in _with_modes(table, cells, takes, exact):
             elements = _sweep_elements(table, cells, [o.take for o in options])
-            if not table.modes or elements <= most * _MODES_MAY_COST:
+            may_cost = _MODES_MAY_COST if most <= SWEEP_LIMIT else _MODES_MAY_COST_LOOPS
+            if not table.modes or elements <= most * may_cost:
                 return Family(table, cells, exact, tuple(options), *settings, words + more)
     return None
 
@@ -286,7 +296,7 @@ def _counted_family(
 def _staffings(cells: Cells, max_width: int) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
     """Ways to restrict the staffing of a stage, widest first."""
     counts = cells.counts
-    if math.prod(n + 1 for n in counts) > 4096:
+    if _states(cells) > 4096:
         return
     everything = count_vectors(counts, min(max_width, sum(counts)))
     if len(everything) <= 255:
@@ -298,6 +308,11 @@ def _staffings(cells: Cells, max_width: int) -> Iterator[tuple[str, list[tuple[i
         yield "interchangeable replicas, or any two devices", near
         yield "interchangeable replicas", uniform
     yield "one device per stage", singles
+
+
+def _states(cells: Cells) -> int:
+    """Sets of devices."""
+    return math.prod(n + 1 for n in cells.counts)
 
 
 def _sweep_elements(table: CostTable, cells: Cells, takes: Sequence[tuple[int, ...]]) -> float:

@@ -19,8 +19,8 @@ from graphpar.partition.bounds import (
     work_bound,
 )
 from graphpar.partition.cells import Links, StageOption, pareto
-from graphpar.partition.chain import ChainProgram, KnownPrices
-from graphpar.partition.chain_columns import OptionRows, StagePrices
+from graphpar.partition.chain import ChainProgram, KnownPrices, Shared
+from graphpar.partition.chain_columns import StagePrices
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits, CountingProgram
@@ -28,6 +28,7 @@ from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
+from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline_search import search
 from graphpar.partition.search import INFINITY, Aim, Asked, ChainSolver, SearchResult, Task
 from graphpar.partition.stage_costs import slowest_transfer_s
@@ -64,6 +65,7 @@ class Programs:
         self._cache: Cache = {}
         self._least_times: dict[object, tuple[float, float, float]] = {}
         self._known_prices: KnownPrices = {}
+        self._excluded: Shared = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
         many = family.repeats is None and self._most_steps() >= chain_warm.LOOPS_PAY
         self._loops = many and chain_warm.loops_are_ready(deadline_s)
@@ -337,6 +339,7 @@ class Programs:
             family.table.num_units,
             self._cell_weights(),
             self._known_prices,
+            self._excluded,
         )
 
     def _cell_weights(self) -> FloatArray:

@@ -38,6 +38,11 @@ class Setting:
     across: tuple[Links, ...] = ()
 
     @property
+    def shared(self) -> tuple[object, ...]:
+        """All but the schedule."""
+        return self.samples, self.microbatches, self.peers, self.across
+
+    @property
     def size(self) -> float:
         """Mean microbatch size."""
         return self.samples / self.microbatches

@@ -7,7 +7,7 @@ from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition import chain_warm
+from graphpar.partition import chain, chain_warm
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition
 
@@ -16,14 +16,13 @@ RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_
 
 def planned(table: CostTable, gap: float, *, loops: bool) -> Partition | None:
     """The plan by either search, None where nothing fits."""
-    known = chain_warm.LOOPS_PAY
-    chain_warm.LOOPS_PAY = 0 if loops else 10**18
-    try:
-        return partition(table, gap=gap, time_limit_s=600.0)
-    except InfeasibleError:
-        return None
-    finally:
-        chain_warm.LOOPS_PAY = known
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain_warm, "LOOPS_PAY", 0 if loops else 10**18)
+        patch.setattr(chain, "MANY_FOR_LOOPS", 0)
+        try:
+            return partition(table, gap=gap, time_limit_s=600.0)
+        except InfeasibleError:
+            return None
 
 
 def compare(table: CostTable) -> None:

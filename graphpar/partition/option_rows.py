@@ -1,0 +1,201 @@
+"""Who may staff a stage where: what does not depend on microbatches.
+
+A *slot* is a run of units with the kinds of links at its two boundaries (link kind 0 is the end of the
+pipeline, where nothing is sent). A *crew* are the options of the same devices in all modes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from graphpar.cost import CostTable
+from graphpar.partition.cells import Cells, Links, StageOption, links_between
+from graphpar.partition.stage_costs import cached_post, zero_seconds
+from graphpar.partition.unit_arrays import (
+    BoolArray,
+    Cache,
+    FloatArray,
+    IntArray,
+    Ranges,
+    Setting,
+    UnitArrays,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Runs of units between kinds of links, sorted by first unit and link before."""
+
+    run: IntArray
+    first: IntArray
+    last: IntArray
+    before: IntArray
+    after: IntArray
+
+
+class OptionRows:
+    """What does not depend on microbatches: who staffs each option, its post, what ZeRO moves."""
+
+    def __init__(
+        self,
+        table: CostTable,
+        cells: Cells,
+        options: Sequence[StageOption],
+        setting: Setting,
+        runs: Ranges,
+        cache: Cache,
+    ) -> None:
+        self.options = tuple(options)
+        units = UnitArrays(table, setting, runs, cache)
+        self.width = np.array([o.width for o in options], dtype=np.intp)
+        self.take = np.array([o.take for o in options], dtype=np.intp)
+        self.modes = sorted({m for o in options for m in o.staff})
+        row = {mode: i for i, mode in enumerate(self.modes)}
+        widest = int(self.width.max(initial=1))
+        padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
+        self.staff = np.array(padded, dtype=np.intp).reshape(len(padded), widest)
+        self.kinds, self.near = _kinds_near(cells, options)
+        self.slots = find_slots(runs, table.num_units, len(self.kinds))
+        posts = [cached_post(table, units, o, setting) for o in options]
+        self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
+        moved = [zero_seconds(table, units, o) for o in options]
+        self.moved_s = {i: m for i, m in enumerate(moved) if m is not None}
+        self._teams: tuple[IntArray, IntArray] | None = None
+        self._joins: BoolArray | None = None
+        self._find_crews(table)
+        self.post_by_run = np.ascontiguousarray(self.post_s.T)
+        some = list(self.moved_s)
+        self.moved_row = np.full(len(options), -1, dtype=np.intp)
+        self.moved_row[some] = np.arange(len(some))
+        self._moved_rows = np.stack([self.moved_s[i] for i in some]) if some else np.zeros((1, 1))
+
+    @cached_property
+    def counts_replicas(self) -> bool:
+        """Whether some replicas are groups, so that replicas are not devices."""
+        return bool((self.width != self.take.sum(axis=1)).any())
+
+    def teams(self, with_replicas: bool) -> tuple[IntArray, IntArray]:
+        """The distinct rows of devices (and replicas) that options take, and which each of them takes."""
+        if self._teams is None:
+            take = self.take
+            if with_replicas:
+                take = np.concatenate([take, self.width[:, None]], axis=1)
+            found, inverse = np.unique(take, axis=0, return_inverse=True)
+            self._teams = found, inverse.reshape(-1).astype(np.intp)
+        return self._teams
+
+    @cached_property
+    def place_sets(self) -> tuple[list[frozenset[int]], IntArray]:
+        """All sets of places that stages stand in, and which one each option stands in."""
+        found = sorted({o.places for o in self.options}, key=sorted)
+        index = {p: i for i, p in enumerate(found)}
+        return found, np.array([index[o.places] for o in self.options], dtype=np.intp)
+
+    def joins(self, cells: Cells) -> BoolArray:
+        """[left place set, right place set, link kind]: whether that kind of link joins the two."""
+        if self._joins is None:
+            places = self.place_sets[0]
+            number = {links: i for i, links in enumerate(self.kinds)}
+            self._joins = np.zeros((len(places), len(places), len(number)), dtype=np.bool_)
+            for i, left in enumerate(places):
+                for j, right in enumerate(places):
+                    links = links_between(cells, left, right)
+                    if links:
+                        self._joins[i, j, number[links]] = True
+        return self._joins
+
+    def _find_crews(self, table: CostTable) -> None:
+        """Options of the same devices in other modes are a crew; modes of the same members a team."""
+        teams: dict[tuple[int, ...], int] = {}
+        of_mode = [teams.setdefault(table.every_mode[m].members, len(teams)) for m in self.modes]
+        self.team_of_mode: IntArray = np.array(of_mode, dtype=np.intp)
+        self.num_teams = len(teams)
+        crews: dict[tuple[object, ...], list[int]] = {}
+        for row, option in enumerate(self.options):
+            team = tuple(of_mode[i] for i in self.staff[row, : option.width])
+            crews.setdefault((team, option.places, option.take), []).append(row)
+        rows = sorted(crews.values(), key=lambda own: int(self.width[own[0]]))
+        team_of = np.zeros((len(rows), self.staff.shape[1]), dtype=np.intp)
+        for crew, own in enumerate(rows):
+            wide = self.width[own[0]]
+            team_of[crew, :wide] = self.team_of_mode[self.staff[own[0], :wide]]
+        self._crews = (
+            np.array([r for own in rows for r in own], dtype=np.intp),
+            np.cumsum([0, *map(len, rows)], dtype=np.intp),
+            np.array([self.width[own[0]] for own in rows], dtype=np.intp),
+            team_of,
+        )
+
+    def crews(self, widest: int | None = None) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """Rows by crew, where each crew begins, its replicas, and their teams; narrow crews only."""
+        row_of, begin, wide, team_of = self._crews
+        if widest is None:
+            return self._crews
+        narrow = int((wide <= widest).sum())
+        return row_of, begin[: narrow + 1], wide[:narrow], team_of
+
+    @cached_property
+    def first_rows(self) -> IntArray:
+        """The first row of each crew."""
+        return self._crews[0][self._crews[1][:-1]]
+
+    @cached_property
+    def crew_of(self) -> IntArray:
+        """The crew of each row."""
+        row_of, begin = self._crews[:2]
+        found = np.empty(len(row_of), dtype=np.intp)
+        found[row_of] = np.repeat(np.arange(len(begin) - 1), np.diff(begin))
+        return found
+
+    @cached_property
+    def least_post(self) -> FloatArray:
+        """[run, crew]: the least post of its rows."""
+        row_of, begin = self._crews[:2]
+        found: FloatArray = np.minimum.reduceat(self.post_by_run[:, row_of], begin[:-1], axis=1)
+        return found
+
+    @cached_property
+    def room(self) -> tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Arrays as long as there may be columns, used again and again."""
+        number = len(self.options) * len(self.slots.run)
+        option, slot = np.empty(number, dtype=np.intp), np.empty(number, dtype=np.intp)
+        return option, slot, np.empty(number), np.empty(number), np.empty(number), np.empty(number)
+
+    @property
+    def moved_rows(self) -> FloatArray:
+        """What ZeRO moves, one row for each option of `moved_row` that is not -1."""
+        return self._moved_rows
+
+    def moved(self, rows: IntArray) -> FloatArray | float:
+        """[option, run]: what ZeRO moves for every microbatch."""
+        if not any(i in self.moved_s for i in rows.tolist()):
+            return 0.0
+        nothing = np.zeros(self.post_s.shape[1])
+        return np.stack([self.moved_s.get(i, nothing) for i in rows.tolist()])
+
+
+def _kinds_near(cells: Cells, options: Sequence[StageOption]) -> tuple[tuple[Links, ...], BoolArray]:
+    """All kinds of links that two stages can have between them; [option, kind] whether this one can."""
+    places = {o.places for o in options}
+    near = {p: {links_between(cells, p, q) for q in places} for p in places}
+    kinds = (frozenset(), *sorted({k for own in near.values() for k in own if k}, key=repr))
+    reach = {p: [i == 0 or k in own for i, k in enumerate(kinds)] for p, own in near.items()}
+    return kinds, np.array([reach[o.places] for o in options], dtype=np.bool_).reshape(-1, len(kinds))
+
+
+def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
+    """Every run with every pair of links it may stand between."""
+    run, before, after = (
+        a.ravel()
+        for a in np.meshgrid(
+            np.arange(len(runs.first)), np.arange(num_kinds), np.arange(num_kinds), indexing="ij"
+        )
+    )
+    first, last = runs.first[run], runs.last[run]
+    # The pipeline starts and ends where nothing is sent, and only there.
+    real = ((first == 0) == (before == 0)) & ((last == num_units) == (after == 0))
+    order = np.flatnonzero(real)
+    order = order[np.lexsort((after[order], last[order], before[order], first[order]))]
+    return Slots(run[order], first[order], last[order], before[order], after[order])
