@@ -10,7 +10,7 @@ microbatches are dealt to unlike replicas as if they could be divided:
 and only what is left after pruning is dealt one by one (`StagePrices.exact`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -99,13 +99,7 @@ class StagePrices:
         behind = self.before_s[slots.after, slots.last]
         self._waits = (self._ahead + behind) / 2 if self._stalls else np.zeros(len(slots.run))
         self._cut = (setting.microbatches - 1) * self._ahead
-        widths = sorted(set(rows.width.tolist()))
-        self._flight = np.full(
-            (len(rows.modes), int(rows.width.max(initial=1)) + 1, len(runs.first)), -1.0
-        )
-        for i, mode in enumerate(rows.modes):
-            if widths:
-                self._flight[i, widths] = units.in_flight_by_width(mode, widths)
+        self._flight = self._known("flight", cache, self._flights)
         if not loops:
             return
         self._seconds_by_run = np.ascontiguousarray(self._seconds.T)
@@ -113,7 +107,36 @@ class StagePrices:
             [self._seconds[rows.team_of_mode == i].min(axis=0) for i in range(rows.num_teams)], axis=1
         )
         self._fastest_by_run = 1 / np.maximum(quickest, 1e-300)
-        self._flight_by_run = np.ascontiguousarray(np.moveaxis(self._flight, 2, 0))
+        self._flight_by_run = self._known("flight by run", cache, self._flights_by_run)
+        self._best_flight = self._known("best flight", cache, self._best_flights)
+
+    def _known(self, name: str, cache: Cache, make: Callable[[], FloatArray]) -> FloatArray:
+        """What settings with equally large microbatches share."""
+        rows = self.rows
+        largest = -(-self.setting.samples // self.setting.microbatches)
+        key = (name, tuple(rows.modes), tuple(np.unique(rows.width).tolist()), largest)
+        if key not in cache:
+            cache[key] = make()
+        return cache[key]
+
+    def _flights(self) -> FloatArray:
+        """[mode, width, run]: the most microbatches whose saved values fit; -1 where nothing does."""
+        rows, widths = self.rows, np.unique(self.rows.width).tolist()
+        shape = len(rows.modes), int(rows.width.max(initial=1)) + 1, rows.post_s.shape[1]
+        found = np.full(shape, -1.0)
+        for i, mode in enumerate(rows.modes):
+            if widths:
+                found[i, widths] = self._units.in_flight_by_width(mode, widths)
+        return found
+
+    def _flights_by_run(self) -> FloatArray:
+        """The same as [run, mode, width]."""
+        return np.ascontiguousarray(np.moveaxis(self._flight, 2, 0))
+
+    def _best_flights(self) -> FloatArray:
+        """[run, team, width]: of the mode with most room."""
+        own = [self._flight_by_run[:, self.rows.team_of_mode == i] for i in range(self.rows.num_teams)]
+        return np.stack([modes.max(axis=1) for modes in own], axis=1)
 
     @property
     def num_variables(self) -> int:
@@ -141,11 +164,10 @@ class StagePrices:
         """
         slots, found = self.rows.slots, self.rows.room
         waits, cut, setting = self._scheduled(either)
-        best = [self._flight_by_run[:, self.rows.team_of_mode == i] for i in range(self.rows.num_teams)]
         count = ideal_loop(
             self.rows.crews(),
             self._fastest_by_run,
-            np.stack([own.max(axis=1) for own in best], axis=1),
+            self._best_flight,
             self.rows.least_post,
             self.rows.near,
             (slots.run, slots.before, slots.after),
