@@ -66,9 +66,11 @@ def _of_equal(
     for width in widths:
         yield _replica(devices[:width], ())
     for mesh in meshes:
-        turned = mesh[::-1]
-        if prod(mesh) <= len(devices) and (mesh <= turned or turned not in meshes):
-            yield replace(_replica(devices[: prod(mesh)], ()), mesh=mesh)
+        turned, size = mesh[::-1], prod(mesh)
+        # Of several shapes those that have a group of one axis to be compared with; one was asked for.
+        fits = size in widths if len(meshes) > 1 else size <= len(devices)
+        if fits and (mesh <= turned or turned not in meshes):
+            yield replace(_replica(devices[:size], ()), mesh=mesh)
 
 
 def _of_equal_rows(
@@ -208,13 +210,11 @@ def width_notes(
 def _unpriced_notes(candidates: Sequence[Replica], table: CostTable) -> tuple[str, ...]:
     """Groups of two axes that were left out beside a group of one axis of the same devices."""
     priced = {(mode.members, mode.mesh) for mode in table.modes}
-    known = {
-        group: {(tuple(table.class_of[d] for d in group.devices), mesh) for mesh in (group.mesh, ())}
-        for group in candidates
-        if group.mesh
-    }
+    meshes = {g: tuple(table.class_of[d] for d in g.devices) for g in candidates if g.mesh}
     left_out = dict.fromkeys(
-        group.width.replace("x", " x ") for group, keys in known.items() if len(keys & priced) == 1
+        group.width.replace("x", " x ")
+        for group, members in meshes.items()
+        if (members, ()) in priced and (members, group.mesh) not in priced
     )
     if not left_out:
         return ()

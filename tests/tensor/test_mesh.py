@@ -24,7 +24,7 @@ from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import choose_sharding, least_seconds
 from graphpar.errors import PlanError
-from graphpar.group_candidates import candidate_groups, widest_group
+from graphpar.group_candidates import candidate_groups, meshes_of, widest_group
 from graphpar.partition.types import Replica, TensorWidth
 from graphpar.plan_check import group_contradictions
 from graphpar.plans import Plan
@@ -169,6 +169,9 @@ def test_wishes_that_make_no_mesh() -> None:
     with pytest.warns(UserWarning, match="no node has more than 4"):
         assert widest_group(four, (2, 4)) == 4
     assert not any(group.mesh for group in candidate_groups(four, 4, [(2, 4)]))
+    node = {"name": "n", "devices": {"kind": "h100-sxm-80gb", "count": 8}, "link": "nvlink4"}
+    found = candidate_groups(Cluster.from_dict({"nodes": [node]}), 8, meshes_of("auto", 8))
+    assert [group.width for group in found] == ["2", "4", "8", "2x2", "2x4"]
     two_kinds = [{"kind": "a100-sxm-80gb", "count": 2}, {"kind": "h100-sxm-80gb", "count": 2}]
     unlike = Cluster.from_dict({"nodes": [{"name": "n", "devices": two_kinds, "link": "nvlink3"}]})
     (mesh_of_both,) = (group for group in candidate_groups(unlike, 4, [(2, 2)]) if group.mesh)
