@@ -119,19 +119,22 @@ def _fewest(table: CostTable, capacity: float) -> int:
 
 
 def _fits(table: CostTable, capacity: float, stages: int) -> bool:
-    left = list(reversed([table.costs[u] for u in table.units]))
+    share, last = _update_share(table), table.num_units
     for stage in range(1, stages + 1):
-        held, saved, working, update = table.reserved_bytes, 0.0, 0.0, 0.0
-        while left:
-            cost = left[0]
+        end, held, saved, working, update = last, table.reserved_bytes, 0.0, 0.0, 0.0
+        for unit in reversed(range(end)):
+            cost = table.costs[table.units[unit]]
             held += cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
             saved += stage * cost.saved_bytes[0] if table.training else 0.0
-            working = max(working, cost.working_bytes[0])
-            update += _update_share(table) * cost.gradient_bytes
-            if held + max(saved + working, update) > capacity:
+            working, update = max(working, cost.working_bytes[0]), update + share * cost.gradient_bytes
+            # Of weights that an earlier stage counts this one has copies of its own.
+            again = [r for r in table.repeated if r.held_by(unit, end)]
+            copies = sum(r.weight_bytes + r.gradient_bytes + r.optimizer_bytes for r in again)
+            update_of_copies = share * sum(r.gradient_bytes for r in again)
+            if held + copies + max(saved + working, update + update_of_copies) > capacity:
                 break
-            left.pop(0)
-    return not left
+            last = unit
+    return last == 0
 
 
 def accelerators(words: Sequence[str] = ()) -> list[str]:

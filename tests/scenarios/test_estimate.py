@@ -1,5 +1,6 @@
 """What `graphpar estimate` counts is what a plan for that device counts."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import graphpar
 from graphpar.cluster import Cluster
+from graphpar.cost import CostTable
 from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.partition.baselines import one_device
 from graphpar.planner import price
@@ -32,6 +34,33 @@ def test_the_total_is_the_peak_of_a_plan_with_one_sample_per_microbatch(training
         alone = one_device(table, schedule="gpipe" if train is None else "1f1b", microbatches=BATCH)
         (peak,) = alone.peak_bytes.values()
         assert found[name, False].total_bytes == pytest.approx(peak, rel=1e-6), name
+
+
+def test_a_table_that_is_also_the_head_is_counted_in_both_stages() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(4000, 64)
+            self.inner = torch.nn.Linear(64, 64)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.inner(self.table(ids)).relu() @ self.table.weight.T
+            return out
+
+    train = graphpar.Training(optimizer=torch.optim.AdamW, loss=lambda out, _: out.square().mean())
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    table = _table(prepare(Tied(), (ids, ids), {}, train), train, "float32")
+    assert table.repeated
+    assert _least(table) > _least(replace(table, repeated=()))
+
+
+def _least(table: CostTable) -> float:
+    """The least memory on which two stages fit."""
+    low, high = 0.0, 1e12
+    while high - low > 1:
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fits(table, middle, 2) else (middle, high)
+    return high
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
