@@ -6,6 +6,7 @@ from typing import get_args
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from graphpar.calibration import Calibration, Curve, Fingerprint, Grid
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology, UnitCost
 from graphpar.partition.types import (
     Partition,
@@ -207,4 +208,23 @@ def sample_plan(head_first: int = 5, *, training: bool = True) -> Plan:
         table,
         predict(table, partition, SAMPLE_LINKS),
         notes=["layer norms stay in float32"],
+    )
+
+
+def calibration() -> Calibration:
+    """Made-up measurements of this machine."""
+    rate = Grid((1.0, 64.0), (8.0, 64.0), ((1e9, 2e9), (4e9, 8e9)))
+    names = """pointwise accumulate copy fill reduce relu relu_backward view adamw sgd clip""".split()
+    kinds = ("full", "causal", "full_backward", "causal_backward")
+    return Calibration(
+        fingerprint=Fingerprint("test", 2, "2.13.0", 1),
+        curves={name: Curve((1.0, 1e6), (1e-6, 1e-3)) for name in names},
+        matmul={"float32": rate},
+        batched_matmul={"float32": rate},
+        attention=dict.fromkeys(kinds, rate),
+        loopback=LinkCost(5e-5, 1e9),
+        sum_s_per_byte=2e-9,
+        op_s=1e-6,
+        node_s=2e-6,
+        memory_bytes_per_s=1e10,
     )

@@ -11,7 +11,7 @@ from torch import nn
 from graphpar.calibration import Calibration
 from graphpar.catalogue import families
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, Mode
+from graphpar.cost import CostTable, Mode, Topology
 from graphpar.cost_models.classes import device_classes
 from graphpar.cost_models.divisible import few_row_bytes
 from graphpar.cost_models.extrapolation import WIDER, extrapolations
@@ -100,6 +100,10 @@ class PriceBook:
         # Links and how many devices of a class there are: they do not change what a unit costs on one.
         return self._with_modes(self._placed(self._tables[key], setting), setting)
 
+    def topology(self, setting: Setting) -> Topology:
+        """The links as they are priced, with the measured loopback where this machine talks to itself."""
+        return Roofline(self.calibration).topology(setting.cluster)
+
     def _placed(self, table: CostTable, setting: Setting) -> CostTable:
         """The table of the same classes of devices, for the setting's cluster."""
         cluster, roofline = setting.cluster, Roofline(self.calibration)
@@ -114,6 +118,7 @@ class PriceBook:
             topology=roofline.topology(cluster),
             reserved_bytes=roofline.reserved_bytes(cluster),
             sum_s_per_byte=roofline.sum_s_per_byte(cluster),
+            shared=roofline.shared_cores(cluster),
             few_row_bytes=few_row,
         )
 

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_samples import calibration
 
-from graphpar.calibration import Calibration, Curve, Fingerprint, Grid, fingerprint
+from graphpar.calibration import Calibration, Curve, fingerprint
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.classes import microbatch_sizes
@@ -214,24 +215,6 @@ def test_unknown_operators_are_priced_and_named() -> None:
     assert Roofline().unpriced(graph) == ("aten.fft_fft.default",)
     work = work_of(graph["y"], graph, find_layout(graph), 2)
     assert work.forward[0].bytes == 2 * 4 * (4 + 8)
-
-
-def calibration() -> Calibration:
-    rate = Grid((1.0, 64.0), (8.0, 64.0), ((1e9, 2e9), (4e9, 8e9)))
-    names = """pointwise accumulate copy fill reduce relu relu_backward view adamw sgd clip""".split()
-    kinds = ("full", "causal", "full_backward", "causal_backward")
-    return Calibration(
-        fingerprint=Fingerprint("test", 2, "2.13.0", 1),
-        curves={name: Curve((1.0, 1e6), (1e-6, 1e-3)) for name in names},
-        matmul={"float32": rate},
-        batched_matmul={"float32": rate},
-        attention=dict.fromkeys(kinds, rate),
-        loopback=LinkCost(5e-5, 1e9),
-        sum_s_per_byte=2e-9,
-        op_s=1e-6,
-        node_s=2e-6,
-        memory_bytes_per_s=1e10,
-    )
 
 
 def test_a_calibration_prices_this_machine_and_its_loopback() -> None:

@@ -9,19 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from plan_samples import calibration
 from torch import nn
 
 import graphpar
+from graphpar.cost import LinkCost
 from graphpar.scenarios.api import as_scenarios, baseline_setting
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.changes import apply
+from graphpar.scenarios.dominance import covers
 from graphpar.scenarios.naming import numbered
 from graphpar.scenarios.pricing import PriceBook
 from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.study import Limits, Solver
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.task import Task
-from graphpar.scenarios.types import Answer
+from graphpar.scenarios.types import Answer, Setting
+from graphpar.scenarios.worth import link_questions
 
 CLUSTER: dict[str, Any] = {
     "nodes": [
@@ -73,6 +77,29 @@ def test_what_was_priced_before_changes_no_price(change: str) -> None:
     used, fresh = (PriceBook(narrow, inputs(16), {}, train) for _ in range(2))
     used.table(base)
     assert used.table(changed) == fresh.table(changed)
+
+
+def here(link: str | dict[str, float]) -> Setting:
+    nodes = [{"name": "a", "devices": {"kind": "cpu", "count": 2}, "link": link}]
+    return baseline_setting(graphpar.Cluster.from_dict({"nodes": nodes}), 16, TRAINING)
+
+
+def test_links_of_this_machine_are_told_from_emulated_ones_of_any_speed() -> None:
+    measured = dataclasses.replace(calibration(), late_s=2e-4)
+    book = PriceBook(model(), inputs(16), {}, TRAINING, measured)
+    real, fast = here("loopback"), here({"bytes_per_s": 1e12, "latency_s": 1e-9})
+    late = [shared.late_s for s in (real, fast, real) if (shared := book.table(s).shared)]
+    assert late == [0.0, 2e-4, 0.0]
+    assert not covers(fast, real) and covers(fast, apply(fast, ["set a.link.bytes_per_s=1e11"]))
+
+
+def test_more_bandwidth_of_this_machine_is_more_than_was_measured() -> None:
+    # Slower than the catalogue says.
+    measured = dataclasses.replace(calibration(), loopback=LinkCost(1e-3, 1e9))
+    book, real = PriceBook(model(), inputs(16), {}, TRAINING, measured), here("loopback")
+    ((_, asked),) = link_questions(real, book.topology(real))
+    assert book.topology(asked).inside["a"] == LinkCost(1e-3, 1.1 * 1e9)
+    assert not covers(real, asked)
 
 
 def test_a_plan_is_taken_over_where_only_idle_devices_are_missing() -> None:
