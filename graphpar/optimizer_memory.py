@@ -31,7 +31,7 @@ def update_share(factory: OptimizerFactory) -> float:
     0.0
     """
     for as_on_gpu in (_together, _as_it_is):
-        with torch.random.fork_rng(devices=[]), suppress(Exception):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), suppress(Exception):
             few, many = (_peak_bytes(factory, number, as_on_gpu) for number in (_FEW, _MANY))
             return round((many - few) / (_MANY - _FEW) / (4 * _SIZE**2), 2)
     return 1.0
@@ -41,7 +41,8 @@ def _peak_bytes(
     factory: OptimizerFactory, number: int, as_on_gpu: Callable[[torch.optim.Optimizer], None]
 ) -> int:
     """The most bytes in use at once of those that a step allocates, after one that has made the state."""
-    parameters = [nn.Parameter(torch.ones(_SIZE, _SIZE)) for _ in range(number)]
+    weights = (torch.ones(_SIZE, _SIZE, dtype=torch.float32) for _ in range(number))
+    parameters = [nn.Parameter(weight) for weight in weights]
     optimizer = factory(parameters)
     as_on_gpu(optimizer)
     for parameter in parameters:

@@ -102,7 +102,7 @@ def optimizer_traits(factory: OptimizerFactory) -> OptimizerTraits:
     """
     failed = OptimizerTraits(getattr(factory, "__name__", "this optimiser"), False, True)
     for dtype in (torch.float64, torch.float32):
-        with torch.random.fork_rng(devices=[]), suppress(Exception):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), suppress(Exception):
             name = type(factory([nn.Parameter(torch.ones(6, 10))])).__name__
             failed = replace(failed, name=name)
             return _tried(factory, name, dtype)

@@ -143,6 +143,18 @@ def test_what_an_update_takes_on_a_gpu_is_seen(factory: Factory, share: float) -
     assert update_share(factory) == share
 
 
+def test_what_a_script_makes_tensors_of_is_not_what_optimisers_are_tried_on() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert update_share(torch.optim.AdamW) == 1.0
+            assert update_share(partial(torch.optim.Adadelta, lr=0.1)) == 2.0
+            assert optimizer_traits(torch.optim.AdamW).by_slices
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("factory", [partial(torch.optim.Muon, lr=0.02), Lamb], ids=["Muon", "Lamb"])
