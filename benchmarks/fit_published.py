@@ -87,10 +87,13 @@ def main() -> None:
     sets = samples(rows)
     if unknown := set(options.only or ()) - set(sets):
         parser.error(f"no set {', '.join(sorted(unknown))}; there are {', '.join(sorted(sets))}")
+    if options.only and (options.write or options.cross_validate):
+        parser.error("--only tells how near one source can be met; nothing is kept or left out then")
     fitted = fit_only(sets, options.only) if options.only else fit_all(sets)
+    seen = options.only or FITTED
     report: dict[str, Any] = {
         "parameters": {f.name: getattr(fitted, f.name) for f in fields(fitted)},
-        "sets": [summary(name, rows, fitted) for name, rows in sorted(sets.items())],
+        "sets": [summary(name, rows, fitted, name in seen) for name, rows in sorted(sets.items())],
     }
     if options.cross_validate:
         report["folds"] = cross_validate(sets, fitted)
@@ -117,9 +120,11 @@ def show(report: dict[str, Any]) -> None:
         print(f"{name} = {value:.4g}")
 
 
-def summary(name: str, rows: list[tuple[Run, float]], p: TrainingParameters) -> dict[str, Any]:
+def summary(
+    name: str, rows: list[tuple[Run, float]], p: TrainingParameters, seen: bool
+) -> dict[str, Any]:
     """Errors of one set."""
-    return {"set": name, "fitted": name in FITTED, "n": len(rows), **errors(rows, p)}
+    return {"set": name, "fitted": seen, "n": len(rows), **errors(rows, p)}
 
 
 def errors(rows: list[tuple[Run, float]], p: TrainingParameters) -> dict[str, float]:

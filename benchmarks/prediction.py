@@ -179,14 +179,17 @@ def main() -> None:
     parser.add_argument("--model", default="", help="Only models whose name holds this.")
     parser.add_argument("--cluster", default="", help="Only clusters whose name holds this.")
     options = parser.parse_args()
-    calibration = graphpar.Calibration.cached() if options.cached else None
-    calibration = calibration or graphpar.calibrate(refresh=True)
-    chosen = [
-        (*case, cluster, slowdowns, calibration, options.steps)
+    asked = [
+        (*case, cluster, slowdowns)
         for case in cases()
         for cluster, slowdowns in CLUSTERS.items()
         if options.model in case[0] and options.cluster in cluster
     ]
+    if not asked:
+        parser.error(f"no such job; clusters are {', '.join(CLUSTERS)}")
+    calibration = graphpar.Calibration.cached() if options.cached else None
+    calibration = calibration or graphpar.calibrate(refresh=True)
+    chosen = [(*job, calibration, options.steps) for job in asked]
     if options.memory:
         compare_memory(chosen, options.json)
         return

@@ -41,9 +41,13 @@ def main() -> None:
             f"{name:<20} {found['groups']:>3} configurations repeated, spread {found['spread_pct']:.1f} %"
         )
     for job in report["jobs"]:
-        cells = "  ".join(f"{sigma} %: {value:.2f}" for sigma, value in job["ceiling"].items())
-        reached = f"reached: {job['reached']:.2f}  ceiling at {cells}"
+        cells = "  ".join(f"{sigma} %: {_told(value)}" for sigma, value in job["ceiling"].items())
+        reached = f"reached: {_told(job['reached'])}  ceiling at {cells}"
         print(f"{job['set']:<16} {job['job']:<32} n {job['n']:>3}  {reached}")
+
+
+def _told(correlation: float | None) -> str:
+    return "-" if correlation is None else f"{correlation:.2f}"
 
 
 def noise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -94,8 +98,10 @@ def spread(groups: Times) -> dict[str, float] | None:
     return {"groups": len(several), "spread_pct": 100 * math.sqrt(squares / freedom)}
 
 
-def ceiling(times: list[float], sigma: float) -> float:
-    """Mean rank correlation of times with themselves under relative noise."""
+def ceiling(times: list[float], sigma: float) -> float | None:
+    """Mean rank correlation of times with themselves under relative noise; None where all are equal."""
+    if len(set(times)) == 1:
+        return None
     generator = np.random.default_rng(0)
     noisy = (np.array(times) * np.exp(generator.normal(0, sigma, len(times))) for _ in range(DRAWS))
     found = [spearman(list(zip(times, draw.tolist(), strict=True))) for draw in noisy]

@@ -139,7 +139,7 @@ def run_of(row: dict[str, Any]) -> Run | str:
         return f"{row['parallel']['pp']} pipeline stages for {shape.layers} layers"
     try:
         device, memory_bytes, _ = device_of(str(row["hardware"]["gpu"]))
-        device = die_of(device, row["hardware"].get("gpus_per_node") or 0)
+        device = die_of(device, _per_node(row))
     except ValueError as error:
         return str(error)
     traits = _traits(row)
@@ -196,7 +196,7 @@ def _run(
     row: dict[str, Any], shape: ModelShape, device: str, batch: tuple[float, float], traits: Traits
 ) -> Run:
     parallel, hardware = row["parallel"], row["hardware"]
-    per_node = hardware.get("gpus_per_node") or min(8, _count(row))
+    per_node = _per_node(row)
     intra = str(hardware.get("intra") or "")
     if device.startswith("gb") or "NVL72" in intra:
         per_node = 72
@@ -273,6 +273,10 @@ def _count(row: dict[str, Any]) -> int:
     hardware, parallel = row["hardware"], row["parallel"]
     widths = [parallel.get(k) or 1 for k in ("tp", "pp", "dp", "cp")]
     return int(hardware.get("count") or math.prod(int(w) for w in widths))
+
+
+def _per_node(row: dict[str, Any]) -> int:
+    return int(row["hardware"].get("gpus_per_node") or min(8, _count(row)))
 
 
 def _data_width(row: dict[str, Any]) -> int:
@@ -362,7 +366,8 @@ def _traits(row: dict[str, Any]) -> Traits:
     device = device_of(str(row["hardware"].get("gpu")))[0]
     young = catalogue.devices()[device].family in YOUNG_FAMILIES
     model = row["model"]
-    recent = bool(model.get("gated_mlp")) or model.get("kv_heads", 0) < model.get("heads", 0)
+    heads = model.get("heads", 0)
+    recent = bool(model.get("gated_mlp")) or model.get("kv_heads", heads) < heads
     if traits is OLD_MEGATRON and (young or recent):
         return MODERN_MEGATRON
     deepspeed = traits.bucket_elements > 0

@@ -271,10 +271,11 @@ def test_cards_of_two_dies_are_counted_as_tables_count_them() -> None:
         "mi250x",
         "mi300x",
     )
-    hardware = {**GPT["hardware"], "gpu": "MI250X"}
-    dies = run_of(cleaned({**GPT, "hardware": hardware})[0])
-    assert not isinstance(dies, str)
-    assert dies.device == "mi250x-gcd"
+    for per_node in (8, None):  # nodes of eight are what is assumed of so many devices
+        hardware = {**GPT["hardware"], "gpu": "MI250X", "gpus_per_node": per_node}
+        dies = run_of(cleaned({**GPT, "hardware": hardware})[0])
+        assert not isinstance(dies, str)
+        assert dies.device == "mi250x-gcd"
 
 
 @pytest.mark.parametrize("framework", ["megatron-lm", "megatron-deepspeed"])
@@ -343,6 +344,8 @@ def test_noise_is_told_from_repetitions_and_limits_ranks() -> None:
     assert found["repeated"]["gpt"]["spread_pct"] == pytest.approx(100 * math.log(1.1) / 2**0.5)
     ceilings = found["jobs"][0]["ceiling"]
     assert 1 > ceilings[2.0] > ceilings[5.0] > 0.5
+    (tied,) = noise([row(2**i, 1.0) for i in range(5)])["jobs"]
+    assert set(tied["ceiling"].values()) == {None} and tied["reached"] is None
 
 
 COLLECTIVE = {
