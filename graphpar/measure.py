@@ -152,7 +152,8 @@ def measure(threads: int = 1, *, show_progress: bool = False) -> Calibration:
         show_progress: Show a progress bar on standard error if that is a terminal.
 
     Raises:
-        GraphparError: Two processes of this machine could not exchange messages.
+        GraphparError: Two processes of this machine could not exchange messages, or no worker could be
+            started.
     """
     loopback, worker_bytes = measure_loopback(), measure_worker_bytes(threads)
     samples = _Samples()

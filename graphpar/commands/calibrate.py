@@ -26,8 +26,8 @@ from graphpar.measure import measure
 def command(output: str | None, threads: int, as_json: bool) -> None:
     """Measure this machine for better predictions.
 
-    Measures matrix products, memory bandwidth and the local link, and keeps them under this
-    machine's fingerprint for later plans.
+    Measures matrix products, memory bandwidth, the local link and what a worker takes for itself, and
+    keeps them under this machine's fingerprint for later plans.
     """
     with stdout_kept_clean(as_json):
         calibration = measure(threads, show_progress=True)

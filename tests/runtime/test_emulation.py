@@ -52,6 +52,30 @@ def test_pace_adds_to_the_computing_time_only() -> None:
     assert time.perf_counter() - began < 2.0, "sleeping was stretched too"
 
 
+class LateClock:
+    """Time that passes by sleeping alone, a tenth of a millisecond longer than asked for."""
+
+    now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    thread_time = perf_counter
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds + 1e-4
+
+
+def test_pauses_that_last_too_long_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = LateClock()
+    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+    pace = Pace(3.0, threads=1)
+    for _ in range(100):
+        with pace.work():
+            clock.now_s += 1e-3
+    assert clock.now_s == pytest.approx(100 * 3e-3, abs=2e-4)
+
+
 def test_message_takes_latency_and_bytes_over_rate() -> None:
     latency_s, rate = 0.05, 1e6
     cluster = {

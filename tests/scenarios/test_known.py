@@ -24,8 +24,9 @@ RATES = [1e8, 1e9, 1e11, 3e8]
 
 
 def test_together_is_as_good_as_alone() -> None:
-    together = solve_together(tasks(RATES))
-    for answer, task in zip(together, tasks(RATES), strict=True):
+    # Searches take half a second of processor time; one that ends by its limit is no equal of the others.
+    asked = tasks(RATES, time_limit_s=60.0)
+    for answer, task in zip(solve_together(asked), asked, strict=True):
         alone = solve(task)
         assert answer.status == alone.status == "ok"
         assert answer.step_s == pytest.approx(alone.step_s, rel=0.01)
