@@ -46,7 +46,7 @@ _FEW_COLUMNS = 1500
 """So few columns are solved as they are."""
 
 
-FEW_FOR_LOOPS = 20_000
+_FEW_FOR_LOOPS = 20_000
 """With compiled loops so few columns are swept as they are; ..."""
 
 MANY_FOR_LOOPS = 200_000
@@ -245,8 +245,8 @@ class ChainProgram:
                 return
         columns = self._prices.relaxed(limits, hopeless=hopeless)
         reduced = np.zeros(len(columns))
-        if len(columns) > (FEW_FOR_LOOPS if self._prices.loops else _FEW_COLUMNS):
-            columns, reduced = self._excluded(columns, wanted)
+        if self._are_many(columns):
+            columns, reduced, self._bound_s = self._excluded(columns, wanted, self._bound_s)
         kept = np.flatnonzero(self._bound_s + reduced < wanted.all_s)
         columns, reduced = columns.pick(kept), reduced[kept]
         exact, rows = self._prices.exact(columns)
@@ -298,33 +298,50 @@ class ChainProgram:
             loops=self._prices.loops,
         )
 
-    def _excluded(self, columns: Columns, wanted: Kept) -> tuple[Columns, FloatArray]:
-        """Columns without those that the bound excludes, and what each of them adds to it."""
-        if self._relaxation is None:
+    def _are_many(self, columns: Columns) -> bool:
+        """Whether a bound takes less time than columns that it excludes would."""
+        return len(columns) > (_FEW_FOR_LOOPS if self._prices.loops else _FEW_COLUMNS)
+
+    def _excluded(
+        self, columns: Columns, wanted: Kept, bound_s: float = 0.0
+    ) -> tuple[Columns, FloatArray, float]:
+        """Columns without those that the bound excludes, what each adds to it, and the bound.
+
+        `bound_s` is one that is known.
+        """
+        # A bound that counts post is none on what a pipeline takes without it.
+        if self._relaxation is None or self._relaxation.post_weight != wanted.post_weight:
             rows = self._rows
             self._relaxation = self._new_relaxation(rows.take, rows.width, wanted.post_weight)
+        target_s = wanted.all_s
         if self._prices.loops:
             # A sweep of labels is cheap: a few steps from what is known of other settings will do.
             deep, rounds = self._positions_matter(columns), _ROUNDS_FOR_LOOPS
-            found = self._bounded(columns, wanted.all_s, deep=deep, rounds=rounds)
+            found = self._bounded(columns, target_s, bound_s, deep=deep, rounds=rounds)
         else:
-            found = self._bounded(columns, wanted.all_s)
+            found = self._bounded(columns, target_s, bound_s)
             if len(found[0]) > _MANY_COLUMNS and self._positions_matter(found[0]):
-                found = self._bounded(found[0], wanted.all_s, deep=True)
+                found = self._bounded(found[0], target_s, found[2], deep=True)
         self._known[self._cell_counts] = self._relaxation.prices
         return found
 
     def _bounded(
-        self, columns: Columns, target_s: float, *, deep: bool = False, rounds: int = ROUNDS
-    ) -> tuple[Columns, FloatArray]:
-        """The columns that the bound leaves, with what each adds to it."""
+        self,
+        columns: Columns,
+        target_s: float,
+        known_s: float,
+        *,
+        deep: bool = False,
+        rounds: int = ROUNDS,
+    ) -> tuple[Columns, FloatArray, float]:
+        """The columns that the bound leaves, what each adds to it or a known one if better, and that."""
         assert self._relaxation is not None
         bounded = self._relaxation.bound(columns, target_s, deep=deep, rounds=rounds)
-        self._bound_s = max(self._bound_s, bounded.bound_s)
+        bound_s = max(known_s, bounded.bound_s)
         kept = np.flatnonzero(bounded.bound_s + bounded.reduced_s < target_s)
         # What the better of two bounds says about a column is at least what the other said.
-        left = bounded.reduced_s[kept] + (bounded.bound_s - self._bound_s)
-        return columns.pick(kept), left
+        left = bounded.reduced_s[kept] + (bounded.bound_s - bound_s)
+        return columns.pick(kept), left, bound_s
 
     def _positions_matter(self, columns: Columns) -> bool:
         """Whether memory limits where some stages may stand, and replicas are few enough to count."""

@@ -197,11 +197,12 @@ class StagePrices:
         With `widest` only those of so many replicas or fewer; with `spread`, which needs loops, as if
         each of several replicas kept one microbatch, and without `hopeless` [slot, crew]. With `either`
         each is at most as dear as under the schedule for which it is less: transfers neither wait nor
-        take longest, and no more is kept than under 1F1B. Arrays may be used again by the next call.
+        take longest, and no more is kept than under 1F1B. How waiting deals microbatches is left out, so
+        that each of several replicas keeps one. Arrays may be used again by the next call.
         """
         if self.loops:
             left_out = _NONE if hopeless is None else hopeless
-            return self._relaxed_loop(limits, widest, spread, left_out, either)
+            return self._relaxed_loop(limits, widest, spread or either, left_out, either)
         parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
         if not parts:
             return no_columns()

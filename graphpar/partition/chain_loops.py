@@ -239,7 +239,8 @@ def exact_loop(
                 if larger:
                     share = larger * counts[r] / number
                     own = float(-((r - larger) // wide)) if alike else np.ceil(share - 1e-9)
-                    end += (own - share) * sample[run[c], staff[row, r]]
+                    more = sample[run[c], staff[row, r]]
+                    end += (own - share) * (more if alike else max(more, 0.0))
                 worst, fewest = max(worst, end), min(fewest, counts[r])
             worst -= longest
             if fewest < 1 or (least <= 0 and slowest > 0):

@@ -85,7 +85,7 @@ class Relaxation:
         self._take = take.astype(np.float64)
         self._width = width
         self._counts = np.array(counts, dtype=np.float64)
-        self._post_weight = post_weight
+        self.post_weight = post_weight
         have = self._counts > 0
         nu = np.where(have, weights, 0.0)
         total = float(self._counts @ nu)
@@ -147,8 +147,8 @@ class Relaxation:
     def _column_prices(self, columns: Columns, prices: Prices) -> FloatArray:
         nu, use = self._take @ prices.nu, self._take @ prices.use
         found: FloatArray = columns.cost_s + nu[columns.option] * columns.extra_s + use[columns.option]
-        if self._post_weight > 0:
-            found += self._post_weight * (self._take @ prices.rho)[columns.option] * columns.post_s
+        if self.post_weight > 0:
+            found += self.post_weight * (self._take @ prices.rho)[columns.option] * columns.post_s
         return found
 
     def _paths(
@@ -181,7 +181,7 @@ class Relaxation:
         """`_paths` by compiled loops, for columns in the order of their slots."""
         slots, units = self._slots, self._num_units + 1
         nu, use = self._take @ prices.nu, self._take @ prices.use
-        rho = self._post_weight * (self._take @ prices.rho)
+        rho = self.post_weight * (self._take @ prices.rho)
         counted = self._width if index.levels > 1 else np.zeros_like(self._width)
         value, reduced, path = chain_paths(
             columns.option,
@@ -269,7 +269,7 @@ class Relaxation:
         uses = np.where(self._counts > 0, take.sum(axis=0) - self._counts, 0.0)
         extra, extra_scale = self._excess(take, columns.extra_s[path], prices.nu)
         post, post_scale = self._excess(take, columns.post_s[path], prices.rho)
-        if self._post_weight == 0 or post_scale < 0.01 * extra_scale:
+        if self.post_weight == 0 or post_scale < 0.01 * extra_scale:
             post, post_scale = np.zeros(len(post)), 0.0
         return np.concatenate([uses, extra, post]), (extra_scale, post_scale)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from graphpar.partition.chain import FEW_FOR_LOOPS, ChainAnswer, ChainProgram, Kept, Stage
+from graphpar.partition.chain import ChainAnswer, ChainProgram, Kept, Stage
 from graphpar.partition.chain_columns import Columns
 from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
 from graphpar.partition.chain_relaxed import Prices
@@ -42,8 +42,8 @@ class SweptProgram(ChainProgram):
         least fill and extra of all is a bound on those with more samples.
         """
         columns = self._prices.relaxed(StageLimits(all_s=target_s), spread=True)
-        if len(columns) > FEW_FOR_LOOPS:
-            columns, _ = self._excluded(columns, Kept(target_s, np.inf, 1.0))
+        if self._are_many(columns):
+            columns, _, _ = self._excluded(columns, Kept(target_s, np.inf, 1.0))
         return self._best_of(columns, target_s, np.inf, 1.0, deadline_s) is None
 
     def _best_of(
@@ -100,7 +100,7 @@ class SweptProgram(ChainProgram):
     def rehearse(self) -> None:
         """Use everything once that an answer may need."""
         self._left_out(Kept(np.inf, np.inf, 1.0))
-        columns, _ = self._excluded(self._prices.relaxed(StageLimits()), Kept(np.inf, np.inf, 1.0))
+        columns, _, _ = self._excluded(self._prices.relaxed(StageLimits()), Kept(np.inf, np.inf, 1.0))
         self._use(self._prices.exact(columns)[0])
         if self.best(np.inf, np.inf, 1.0, np.inf) is None:
             raise AssertionError("the example has a plan")

@@ -196,6 +196,9 @@ def _uneven(
         cost = costs[table.units[unit]]
         for row in (cost.forward_s, cost.backward_s) if table.training else (cost.forward_s,):
             seconds += table.at_size(row, sizes[0]) - table.at_size(row, sizes[-1])
+    if min(times) < max(times):
+        # It is not sure to have so many, which is no comfort where larger ones are faster.
+        seconds = max(seconds, 0.0)
     return float(having - share) * seconds
 
 

@@ -139,7 +139,7 @@ def _watched(items: Iterable[_ItemT], should_stop: ShouldStop) -> Iterator[_Item
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """All widths of one mode: [width, run]."""
+    """All widths of one mode: [width, run]; `extra_s` is without waiting."""
 
     mode: Mode
     number: int
@@ -148,6 +148,7 @@ class _Grid:
     devices: IntArray
     cell: int
     fill_s: FloatArray
+    extra_s: FloatArray
     post_s: FloatArray
     most_below: FloatArray
     usable: BoolArray
@@ -177,6 +178,7 @@ def _grids(
             devices=width * len(mode.members),
             cell=cell,
             fill_s=seconds,
+            extra_s=_more(setting, width) * seconds + _ragged(units, number, width),
             post_s=_post(table, units, number, [options[i] for i in own], setting),
             most_below=below,
             usable=np.isfinite(seconds) & (below >= width[:, None]),
@@ -263,10 +265,12 @@ def _undominated(grids: Sequence[_Grid]) -> list[_Grid]:
 def _drop_where_worse(grid: _Grid, other: _Grid) -> None:
     """Mark what the other mode, where it is still in use, replaces; ties go to whoever is asked first.
 
-    With the same replicas a stage that is faster per microbatch has less extra whatever its links.
+    With the same replicas both wait equally often, so that less extra without it is less extra whatever
+    the links are. Of unequal microbatches a stage that is faster on average may have more.
     """
     rows, others = _same_widths(grid.width, other.width)
     worse = other.usable[others] & (other.fill_s[others] <= grid.fill_s[rows])
+    worse &= other.extra_s[others] <= grid.extra_s[rows]
     worse &= (other.post_s[others] <= grid.post_s[rows]) & (
         other.most_below[others] >= grid.most_below[rows]
     )
@@ -301,7 +305,7 @@ def _arms(
     kinds, cuts = links
     setting = units.setting
     stalls = table.training and setting.schedule == "1f1b"
-    more = -(-setting.microbatches // grid.width[:, None]) - 1
+    more = _more(setting, grid.width)
     is_first = (runs.role == FIRST) | (runs.role == WHOLE)
     is_last = (runs.role == LAST) | (runs.role == WHOLE)
     for before in (0, 1):
@@ -321,7 +325,7 @@ def _arms(
             ahead = np.where(is_first, 0.0, cuts[before][runs.first])
             behind = np.where(is_last, 0.0, cuts[after][runs.last])
             wait = (ahead + behind) / 2 if stalls else np.zeros(len(ahead))
-            extra = more * (grid.fill_s + wait) + _ragged(units, grid)
+            extra = grid.extra_s + more * wait
             if not stalls:
                 extra = np.maximum(extra, (setting.microbatches - 1) * ahead)
             yield Columns(
@@ -336,15 +340,21 @@ def _arms(
             )
 
 
-def _ragged(units: UnitArrays, grid: _Grid) -> FloatArray:
+def _more(setting: Setting, width: IntArray) -> IntArray:
+    """[width, 1]: microbatches of the replica that has most, but the first one."""
+    found: IntArray = -(-setting.microbatches // width[:, None]) - 1
+    return found
+
+
+def _ragged(units: UnitArrays, mode: int, widths: IntArray) -> FloatArray:
     """What unequal microbatches add to the first replica, which ends last (`pipeline_price.ragged_s`)."""
     setting = units.setting
     larger = setting.samples % setting.microbatches
     if larger == 0:
         return np.zeros((1, 1))
-    width = grid.width[:, None]
+    width = widths[:, None]
     share = larger * -(-setting.microbatches // width) / setting.microbatches
-    found: FloatArray = (-(-larger // width) - share) * units.sample_seconds(grid.number)[None]
+    found: FloatArray = (-(-larger // width) - share) * units.sample_seconds(mode)[None]
     return found
 
 

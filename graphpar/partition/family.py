@@ -284,6 +284,8 @@ def _counted_family(
     options = counting_options(table, cells, table.max_replicas)
     used = ", ".join(str(w) for w in sorted({o.width for o in options}))
     words = f"replicas of one kind in numbers {used}"
+    if _inside_is_slower(cells):
+        words += ", inside a node where they fit into one"
     if table.modes:
         modes = {o.staff[0] for o in options}
         sizes = ", ".join(map(str, sorted({len(table.every_mode[m].members) for m in modes})))
@@ -291,6 +293,13 @@ def _counted_family(
     if repeats.period > 1:
         words += f", cut only between the {repeats.number} equal blocks"
     return Family(table, cells, False, tuple(options), schedules, microbatches, words, repeats)
+
+
+def _inside_is_slower(cells: Cells) -> bool:
+    """Whether replicas in several nodes might exchange faster than in one, which is not searched."""
+    network = cells.links[-1][0]
+    inside = [cells.links[c.place][c.place] for c in cells.cells]
+    return network is not None and any(k is not None and not k.at_least(network) for k in inside)
 
 
 def _staffings(cells: Cells, max_width: int) -> Iterator[tuple[str, list[tuple[int, ...]]]]:

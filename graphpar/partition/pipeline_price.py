@@ -14,7 +14,7 @@ linear between neighbouring integer sizes, so the time at the mean size is the m
            = t_r                           under GPipe and in inference
     x_r    = l_r - l m_r / m, where l = n mod m microbatches have a sample more than the others, of
              which r has l_r: every w-th where replicas are alike, else at most ceil(l m_r / m)
-    u_r    = seconds of one sample more
+    u_r    = seconds of one sample more, where replicas are unlike not less than 0
     extra_s    = max_r (t_r + (m_r - 1) e_r + x_r u_r) - max_r t_r
     extra_cut  = (m - 1) c_s               under GPipe and in inference
     fill   = sum_s max_r t_r + sum_s c_s
@@ -140,7 +140,8 @@ def ragged_s(
         sample_s = stage_time_s(table, *bounds, mode, small + 1) - stage_time_s(
             table, *bounds, mode, small
         )
-        found.append((own - share / number) * sample_s)
+        # Unlike replicas need not have as many of the larger ones, so that nobody counts on being faster.
+        found.append((own - share / number) * (sample_s if alike else max(sample_s, 0.0)))
     return found
 
 

@@ -100,17 +100,18 @@ def _slowest(links: Links, num_bytes: FloatArray) -> FloatArray:
     return np.where(num_bytes > 0, slow, 0.0)
 
 
-def _ragged_shares(
-    seconds: list[FloatArray], own: list[FloatArray], setting: Setting
+def _ragged_s(
+    seconds: list[FloatArray], own: list[FloatArray], setting: Setting, sample_s: list[FloatArray]
 ) -> list[FloatArray]:
-    """Samples that each replica has beyond its share of the mean (`pipeline_price.ragged_s`)."""
+    """What samples beyond its share of the mean take each replica (`pipeline_price.ragged_s`)."""
     larger, number, width = setting.samples % setting.microbatches, setting.microbatches, len(own)
     alike = np.logical_and.reduce([s == seconds[0] for s in seconds])
     found = []
-    for place, counts in enumerate(own):
+    for place, (counts, each) in enumerate(zip(own, sample_s, strict=True)):
         share = larger * counts / number
         most = np.ceil(share - 1e-9)
-        found.append(np.where(alike, -((place - larger) // width), most) - share)
+        more = np.where(alike, -((place - larger) // width), most) - share
+        found.append(more * np.where(alike, each, np.maximum(each, 0.0)))
     return found
 
 
@@ -134,8 +135,8 @@ def stage_extra(
         counts = _deal_arrays(seconds, periods, microbatches)
         ends = [t + (n - 1) * p for t, p, n in zip(seconds, periods, counts, strict=True)]
         if setting.samples % microbatches:
-            ragged = _ragged_shares(seconds, counts, setting)
-            ends = [e + x * u for e, x, u in zip(ends, ragged, sample_s, strict=True)]
+            ragged = _ragged_s(seconds, counts, setting, sample_s)
+            ends = [e + x for e, x in zip(ends, ragged, strict=True)]
         extra = np.maximum.reduce(ends) - np.maximum.reduce(seconds)
     # A replica without a microbatch makes this the stage of another option.
     idle = np.minimum.reduce(counts) < 1

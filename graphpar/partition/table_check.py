@@ -119,7 +119,7 @@ def _cost_problems(table: CostTable, cost: UnitCost) -> Iterator[str]:
 
 def _mode_problems(table: CostTable) -> Iterator[str]:
     keys = {(k,) for k in range(len(table.device_classes))}
-    seen: set[object] = {(key, (), "float32", False, 0, ()) for key in keys}
+    seen: set[object] = {(key, (), "float32", False, 0, (), 0) for key in keys}
     looked_at: set[tuple[int, int]] = set()
     for number, mode in enumerate(table.modes):
         where, size = f"mode {number}", len(mode.members)

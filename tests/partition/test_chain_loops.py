@@ -1,15 +1,25 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
-from cost_tables import small_tables
+from all_plans import best_step_s
+from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from plan_samples import sample_partition, table_for
 
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, LinkCost
 from graphpar.errors import InfeasibleError
 from graphpar.partition import chain, chain_warm
+from graphpar.partition.chain_columns import Columns, StagePrices
+from graphpar.partition.chain_swept import SweptProgram
+from graphpar.partition.family import choose_family
+from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition
-from graphpar.partition.types import Partition
+from graphpar.partition.stage_costs import StageLimits
+from graphpar.partition.types import Partition, SearchedSchedule
+from graphpar.partition.unit_arrays import Cache, IntArray, Setting, run_ranges
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -18,7 +28,9 @@ def planned(table: CostTable, gap: float, *, loops: bool) -> Partition | None:
     """The plan by either search, None where nothing fits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain_warm, "LOOPS_PAY", 0 if loops else 10**18)
-        patch.setattr(chain, "MANY_FOR_LOOPS", 0)
+        # Everything is bounded, however few columns there are.
+        for limit in ("MANY_FOR_LOOPS", "_FEW_FOR_LOOPS", "_FEW_COLUMNS"):
+            patch.setattr(chain, limit, 0)
         try:
             return partition(table, gap=gap, time_limit_s=600.0)
         except InfeasibleError:
@@ -61,3 +73,116 @@ def test_a_plan_says_that_it_was_searched_without_loops(monkeypatch: pytest.Monk
     monkeypatch.setattr(chain_warm, "loops_are_ready", lambda deadline_s: False)
     found = partition(table_for(sample_partition()), gap=0.0, time_limit_s=60.0)
     assert any("slower form" in note for note in found.notes)
+
+
+Key = tuple[int, int]
+"""An option or crew, and a slot."""
+
+
+def by_place(columns: Columns) -> dict[Key, tuple[float, float, float, float]]:
+    """What columns cost, cost with their extra, their post, and the replicas they may have below."""
+    rows = zip(
+        columns.option.tolist(),
+        columns.slot.tolist(),
+        columns.cost_s.tolist(),
+        (columns.cost_s + columns.extra_s).tolist(),
+        columns.post_s.tolist(),
+        columns.most_below.tolist(),
+        strict=True,
+    )
+    return {(o, s): (cost, whole, post, below) for o, s, cost, whole, post, below in rows}
+
+
+def stage_prices(table: CostTable, setting: Setting) -> StagePrices:
+    """Of all stages in all modes, with compiled loops."""
+    family = choose_family(table, "auto", "auto")
+    runs = run_ranges(table.num_units)
+    cache: Cache = {}
+    rows = OptionRows(table, family.cells, family.options, setting, runs, cache)
+    return StagePrices(table, rows, setting, runs, cache, loops=True)
+
+
+def assert_never_better(exact: Columns, relaxed: Columns, crew: IntArray | None = None) -> None:
+    """Every stage is there among those that stand for it, at no more and with as much room."""
+    known = by_place(relaxed)
+    for (option, slot), (cost, whole, post, below) in by_place(exact).items():
+        least = known[(option if crew is None else int(crew[option])), slot]
+        assert all(a <= b * (1 + 1e-9) + 1e-12 for a, b in zip(least, (cost, whole, post), strict=False))
+        assert least[3] >= below
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=3, max_batch=6, modes=True))
+def test_what_stands_for_a_stage_is_at_least_as_good(table: CostTable) -> None:
+    schedules: tuple[SearchedSchedule, ...] = ("1f1b", "gpipe") if table.training else ("gpipe",)
+    for microbatches in range(1, table.max_microbatches + 1):
+        for schedule in schedules:
+            prices = stage_prices(table, Setting(table.batch, microbatches, schedule))
+            exact = prices.exact(prices.relaxed(StageLimits()))[0]
+            for spread, either in ((False, False), (True, False), (False, True)):
+                found = prices.relaxed(StageLimits(), spread=spread, either=either)
+                assert_never_better(exact, found)
+            assert_never_better(exact, prices.ideal(StageLimits(), either=True), prices.rows.crew_of)
+
+
+def test_waiting_leaves_a_fast_replica_fewer_microbatches() -> None:
+    """Without transfers the fast one has three of four and no room for them, with transfers two."""
+    table = make_table(
+        (1.0, 1.0),
+        (3.0, 0.3),
+        (1, 1),
+        link=LinkCost(20.0, 1e12),
+        cut_bytes=1.0,
+        saved_bytes=1.0,
+        memory_bytes=3.5,
+    )
+    prices = stage_prices(table, Setting(4, 4, "1f1b"))
+    exact = prices.exact(prices.relaxed(StageLimits()))[0]
+    wide = exact.pick((prices.rows.width[exact.option] == 2) & (prices.rows.slots.before[exact.slot] > 0))
+    assert len(wide) and (wide.most_below > 4).all()
+    assert_never_better(exact, prices.relaxed(StageLimits(), either=True))
+
+
+def test_microbatches_that_are_faster_when_larger_are_nobodys_gain() -> None:
+    """Three samples in two microbatches: nobody knows who has the larger one, which is faster."""
+    table = make_table((1.0,), (1.0, 1.1), (1, 1), batch=3)
+    none = (0.0,) * 3
+    rows = ((4.0, 2.0, 3.0), (4.4, 2.2, 3.3))
+    costs = tuple(
+        replace(c, forward_s=rows, backward_s=(none, none), saved_bytes=none, working_bytes=none)
+        for c in table.costs
+    )
+    table = replace(table, sizes=(1, 2, 3), costs=costs)
+    prices = stage_prices(table, Setting(3, 2, "1f1b"))
+    relaxed = prices.relaxed(StageLimits())
+    assert_never_better(prices.exact(relaxed)[0], relaxed)
+    found, best = partition(table, gap=0.0), best_step_s(table)
+    assert found.objective_s == pytest.approx(best)
+    assert found.bound_s <= found.objective_s
+
+
+def test_bounds_with_and_without_post_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("MANY_FOR_LOOPS", "_FEW_FOR_LOOPS"):
+        monkeypatch.setattr(chain, limit, 0)
+    table = make_table((1.0, 1.0), optimizer_s=50.0)
+    family = choose_family(table, "1f1b", 4)
+    prices = stage_prices(table, Setting(4, 4, "1f1b"))
+    program = SweptProgram(
+        prices, family.cells, family.cells.counts, 2, np.ones(len(family.cells.counts))
+    )
+    inf = float("inf")
+
+    def best(weight: float) -> float:
+        bound = program.tighten(inf, inf, weight)
+        answer = program.best(inf, inf, weight, inf)
+        assert answer is not None
+        takes = answer.fill_s + answer.extra_s + weight * answer.post_s
+        assert bound <= takes * (1 + 1e-9)
+        return takes
+
+    with_post, without = best(1.0), best(0.0)
+    assert without < 20.0 < with_post
+    # What is asked of larger shares on the way changes nothing.
+    program.none_from(with_post, inf)
+    assert program.tighten(2 * without, inf, 0.0) <= without * (1 + 1e-9)
+    assert program.best(2 * without, inf, 0.0, inf) is not None

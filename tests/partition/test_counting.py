@@ -19,7 +19,8 @@ from graphpar.partition.cells import class_cells, count_vectors, find_cells, mak
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.counting import CountingLimits, CountingProgram, counting_options, widths
 from graphpar.partition.counting_beam import Harvest
-from graphpar.partition.family import Family, _homes, _multisets
+from graphpar.partition.counting_columns import price_columns
+from graphpar.partition.family import Family, _counted_family, _homes, _multisets
 from graphpar.partition.pipeline import partition
 from graphpar.partition.pipeline_price import pairs, price
 from graphpar.partition.pipeline_search import search
@@ -28,6 +29,7 @@ from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.search import Asked, SearchResult, Task
 from graphpar.partition.solver import Backend
 from graphpar.partition.types import SearchedSchedule
+from graphpar.partition.unit_arrays import Setting
 
 BACKENDS: tuple[Backend, ...] = ("highs", "cbc")
 LIMITS = CountingLimits(0.0, "highs")
@@ -339,6 +341,34 @@ def test_replicas_that_share_a_node_exchange_inside_it() -> None:
     rings = {o.num_devices: o.ring for o in options}
     assert rings[8] == pareto(pairs(table, list(table.class_of), list(table.class_of)))
     assert rings[2] == {slow}
+    # Two replicas in two nodes would exchange faster, which is not looked at, and said.
+    words = _counted_family(table, ("1f1b",), "auto", Repeats(0, 1, 12)).staffing
+    assert "inside a node where they fit" in words
+    level = in_nodes(4, fast, fast, 1e9)
+    assert "inside a node" not in _counted_family(level, ("1f1b",), "auto", Repeats(0, 1, 12)).staffing
+
+
+def test_a_mode_that_is_faster_on_average_need_not_end_first() -> None:
+    """Five samples in four microbatches: of two replicas one has half a sample more than the mean."""
+    table = make_table([1.0] * 8, devices_per_class=(2,), batch=5)
+    rows = {"even": (2.0, 2.8), "steep": (1.0, 9.0)}
+    costs = {
+        name: tuple(
+            replace(c, forward_s=(row,), backward_s=((0.0, 0.0),), name=name) for c in table.costs
+        )
+        for name, row in rows.items()
+    }
+    plain = replace(table, costs=costs["even"])
+    steep = replace(replace(table, costs=costs["steep"]).every_mode[0], precision="bfloat16")
+    both = replace(plain, modes=(steep,))
+    cells, setting = class_cells(both), Setting(5, 4, "1f1b")
+    options = counting_options(both, cells, 2)
+    columns = price_columns(both, cells, options, setting, Repeats(0, 1, 8))
+    wide = columns.pick(np.flatnonzero([options[i].width == 2 for i in columns.option]))
+    kinds = {options[i].staff[0] for i in wide.option}
+    assert kinds == {0, 1}
+    fastest, first = int(wide.fill_s.argmin()), int(wide.extra_s.argmin())
+    assert [options[wide.option[i]].staff[0] for i in (fastest, first)] == [1, 0]
 
 
 def test_many_blocks_begin_with_several_at_once() -> None:

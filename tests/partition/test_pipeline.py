@@ -242,6 +242,12 @@ def test_infeasible_names_an_optimiser_whose_update_takes_less() -> None:
         check_partition(replace(table, device_classes=gpus), fitting)
 
 
+def test_a_mode_like_the_plain_one_is_refused() -> None:
+    table = make_table()
+    with pytest.raises(ValueError, match="mode 0 is there twice"):
+        partition(replace(table, modes=(table.every_mode[0],)))
+
+
 def test_infeasible_names_zero_where_replicas_can_share() -> None:
     table = make_table([1.0], (1.0,), (2,), batch=4, memory_bytes=25.0)
     costs = tuple(replace(c, optimizer_bytes=40.0) for c in table.costs)
