@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import nn
 from graphpar.frontend.torch_private import DispatchMode, flatten, steps_together
 from graphpar.optimizer_probe import OptimizerFactory
 
-_FEW, _MANY = 4, 8
+_NUMBERS = (2, 4, 8, 16)
+"""Of parameters. Several, since a function may put the first few into a group of their own, and groups
+are updated in turn: wherever it cuts, some doubling adds to one group alone."""
+
 _SIZE = 32
 """Parameters are square: some optimisers take matrices only."""
 
@@ -21,8 +25,8 @@ def update_share(factory: OptimizerFactory) -> float:
 
     On GPUs most of torch's optimisers update all parameters together unless told otherwise (`foreach`),
     so that what they work out for one parameter is there for all of them at once. A step is watched on
-    few parameters and on more, and what each further one adds is the answer: nothing for those that go
-    parameter by parameter. An optimiser that cannot be watched counts as Adam, one value for every
+    few parameters and on more, and the most that a further one adds is the answer: nothing for those that
+    go parameter by parameter. An optimiser that cannot be watched counts as Adam, one value for every
     gradient.
 
     >>> update_share(lambda p: torch.optim.AdamW(p)), update_share(lambda p: torch.optim.SGD(p, lr=0.1))
@@ -32,8 +36,9 @@ def update_share(factory: OptimizerFactory) -> float:
     """
     for as_on_gpu in (_together, _as_it_is):
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), suppress(Exception):
-            few, many = (_peak_bytes(factory, number, as_on_gpu) for number in (_FEW, _MANY))
-            return round((many - few) / (_MANY - _FEW) / (4 * _SIZE**2), 2)
+            peaks = [(number, _peak_bytes(factory, number, as_on_gpu)) for number in _NUMBERS]
+            added = max((many - few) / (n - m) for (m, few), (n, many) in pairwise(peaks))
+            return round(added / (4 * _SIZE**2), 2)
     return 1.0
 
 

@@ -122,6 +122,15 @@ def test_elementwise_optimisers_step_on_slices(name: str) -> None:
     assert optimizer_traits(partial(getattr(torch.optim, name), lr=0.01)).by_slices
 
 
+def first_apart(
+    number: int, parameters: Iterable[nn.Parameter], each: bool = False
+) -> torch.optim.Optimizer:
+    """Adam with some parameters in a group of their own, or every one."""
+    given = list(parameters)
+    parts = [[p] for p in given] if each else [given[:number], given[number:]]
+    return torch.optim.AdamW([{"params": part} for part in parts])
+
+
 UPDATES: dict[Factory, float] = {
     partial(torch.optim.SGD, lr=0.1, momentum=0.9): 0.0,
     partial(torch.optim.SGD, lr=0.1, weight_decay=0.1): 1.0,
@@ -133,6 +142,8 @@ UPDATES: dict[Factory, float] = {
     partial(torch.optim.Adafactor, lr=0.1): 0.0,
     partial(torch.optim.Adafactor, lr=0.1, foreach=True): 1.0,
     Lamb: 0.0,
+    **{partial(first_apart, number): 1.0 for number in (2, 3, 4, 6, 9)},
+    partial(first_apart, 1, each=True): 0.0,
     partial(torch.optim.AdamW, lr=-1.0): 1.0,  # cannot be tried
 }
 """What updates of GPUs take, per byte of gradients."""
