@@ -179,11 +179,6 @@ class Programs:
         return self._least_posts[key]
 
     @cached_property
-    def larger_take_longer(self) -> bool:
-        """Whether no unit is faster for a larger microbatch in any mode."""
-        return bool((np.diff(self.family.table.both_s, axis=0) >= 0).all())
-
-    @cached_property
     def larger_need_more(self) -> bool:
         """Whether larger microbatches take no less time and no less memory in any mode."""
         rows = {
@@ -192,7 +187,8 @@ class Programs:
             for cost in mode.costs
             for row in (*cost.saved_bytes, *cost.working_bytes)
         }
-        return self.larger_take_longer and all(a <= b for row in rows for a, b in pairwise(row))
+        longer = (np.diff(self.family.table.both_s, axis=0) >= 0).all()
+        return bool(longer) and all(a <= b for row in rows for a, b in pairwise(row))
 
     def none_from(
         self,

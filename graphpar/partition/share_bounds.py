@@ -53,11 +53,12 @@ def pipelines_bound_s(programs: Programs, groups: Sequence[Group]) -> float:
     """A lower bound on the step time of a set of pipelines that knows how a pipeline fills; 0 for none.
 
     Whatever the shares of a batch of n are, for any weights w that add up to one some pipeline has
-    `n_g >= w_g n` samples. No pipeline takes longer for fewer samples, as long as no microbatch does; so
-    the step is at least the least, over the pipelines, of the bound on one with `ceil(w_g n)` samples in
-    any number of microbatches. Weights are in proportion to how fast the devices work.
+    `n_g >= w_g n` samples. No pipeline takes longer for fewer samples or holds more, as long as no
+    microbatch does; so the step is at least the least, over the pipelines, of the bound on one with
+    `ceil(w_g n)` samples in any number of microbatches. Weights are in proportion to how fast the
+    devices work.
     """
-    if not programs.larger_take_longer:
+    if not programs.larger_need_more:
         return 0.0
     rates = [1 / max(programs.work_per_sample_s(g), 1e-30) for g in groups]
     batch = programs.family.table.batch

@@ -1,5 +1,6 @@
 """Bounds on pipelines side by side that know how they fill and what they hold, against every plan."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -113,6 +114,16 @@ def drawn_shares(data: st.DataObject, batch: int, number: int) -> tuple[list[int
     ends = [0, *sorted(cuts), batch]
     times_s = data.draw(st.lists(st.floats(0.1, 9.0), min_size=number, max_size=number))
     return [b - a for a, b in pairwise(ends)], times_s
+
+
+def test_a_bound_by_fewer_samples_needs_that_more_are_no_easier() -> None:
+    table = make_table((1.0,) * 4, devices_per_class=(4,), batch=8)
+    half = (2,)
+    assert pipelines_bound_s(programs(table), (half, half)) > 0
+    faster = tuple(replace(c, forward_s=((9.0, 1.0),), backward_s=((0.0, 0.0),)) for c in table.costs)
+    smaller = tuple(replace(c, saved_bytes=(2.0, 1.0)) for c in table.costs)
+    for costs in (faster, smaller):
+        assert pipelines_bound_s(programs(replace(table, costs=costs)), (half, half)) == 0
 
 
 def test_memory_that_is_scarce_raises_the_bound() -> None:
