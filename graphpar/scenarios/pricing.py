@@ -11,14 +11,14 @@ from torch import nn
 from graphpar.calibration import Calibration
 from graphpar.catalogue import families
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, Mode, Topology
+from graphpar.cost import CostTable, LinkCost, Mode
 from graphpar.cost_models.classes import device_classes
 from graphpar.cost_models.divisible import few_row_bytes
 from graphpar.cost_models.extrapolation import WIDER, extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_options import StageOptions
-from graphpar.device import Device
+from graphpar.device import Device, Link
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.ir.graph import Graph
 from graphpar.optimizer_memory import update_share
@@ -100,9 +100,15 @@ class PriceBook:
         # Links and how many devices of a class there are: they do not change what a unit costs on one.
         return self._with_modes(self._placed(self._tables[key], setting), setting)
 
-    def topology(self, setting: Setting) -> Topology:
-        """The links as they are priced, with the measured loopback where this machine talks to itself."""
-        return Roofline(self.calibration).topology(setting.cluster)
+    def with_links_as_priced(self, setting: Setting) -> Setting:
+        """The setting with the measured loopback where this machine talks to itself."""
+        cluster = setting.cluster
+        if self.calibration is None or not any(device.is_local_cpu for device in cluster.devices):
+            return setting
+        topology = Roofline(self.calibration).topology(cluster)
+        nodes = tuple(replace(n, link=_priced_at(n.link, topology.inside[n.name])) for n in cluster.nodes)
+        network = _priced_at(cluster.network, topology.network)
+        return replace(setting, cluster=replace(cluster, nodes=nodes, network=network))
 
     def _placed(self, table: CostTable, setting: Setting) -> CostTable:
         """The table of the same classes of devices, for the setting's cluster."""
@@ -266,6 +272,12 @@ class PriceBook:
         base = self.baseline().graph
         length = seq_len if seq_len is not None else _sequence_length(self.args, self.kwargs)
         return self.inputs(batch or base.batch, length)
+
+
+def _priced_at(link: Link, cost: LinkCost) -> Link:
+    if link.cost == cost:
+        return link
+    return replace(link, bytes_per_s=cost.bytes_per_s, latency_s=cost.latency_s, kind="")
 
 
 def priced_by(setting: Setting) -> str:

@@ -176,8 +176,9 @@ class Solver:
             return None
         used = self._known[small].used
         if (small, used) not in self._alone:
-            self._alone[small, used] = with_these_alone(self._settings[small], used)
-        return places(large, self._alone[small, used], *heavy)
+            alone = with_these_alone(self._settings[small], used)
+            self._alone[small, used] = self.book.with_links_as_priced(alone)
+        return places(self.book.with_links_as_priced(large), self._alone[small, used], *heavy)
 
     @cached_property
     def _given_state(self) -> float:

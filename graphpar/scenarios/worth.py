@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from graphpar.cluster import Cluster
-from graphpar.cost import LinkCost, Topology
 from graphpar.device import Link
 from graphpar.scenarios.pricing import only
 from graphpar.scenarios.study import Solver
@@ -23,7 +22,7 @@ def shadow_prices(solver: Solver, setting: Setting, answer: Answer) -> tuple[Wor
     """
     if answer.step_s is None:
         return ()
-    asked = [*_device_questions(setting), *link_questions(setting, solver.book.topology(setting))]
+    asked = [*_device_questions(setting), *_link_questions(solver.book.with_links_as_priced(setting))]
     found = solver.answers([question for _, question in asked])
     noise_s = (answer.gap or 0.0) * answer.step_s
     return tuple(
@@ -88,32 +87,28 @@ def _with_device(setting: Setting, name: str, fields: Mapping[str, float]) -> Se
     return replace(setting, cluster=replace(setting.cluster, nodes=nodes))
 
 
-def link_questions(setting: Setting, topology: Topology) -> list[tuple[str, Setting]]:
-    """The setting with more bandwidth of each link in turn, in words, given what they are priced at."""
+def _link_questions(setting: Setting) -> list[tuple[str, Setting]]:
     cluster = setting.cluster
     questions = []
     for node in cluster.nodes:
         if len(node.devices) > 1:
-            link = _faster(node.link, topology.inside[node.name])
+            link = _faster(node.link)
             nodes = tuple(replace(n, link=link) if n.name == node.name else n for n in cluster.nodes)
             changed = replace(cluster, nodes=nodes)
             questions.append(
                 (f"10 % more bandwidth inside node {node.name}", replace(setting, cluster=changed))
             )
     if len(cluster.nodes) > 1:
-        network = _faster(cluster.network, topology.network)
-        nodes = tuple(
-            replace(n, network=n.network and _faster(n.network, n.network.cost)) for n in cluster.nodes
-        )
-        pairs = tuple((names, _faster(link, link.cost)) for names, link in cluster.pairs)
+        network = _faster(cluster.network)
+        nodes = tuple(replace(n, network=n.network and _faster(n.network)) for n in cluster.nodes)
+        pairs = tuple((names, _faster(link)) for names, link in cluster.pairs)
         changed = Cluster(nodes, network, pairs)
         questions.append(("10 % more network bandwidth", replace(setting, cluster=changed)))
     return questions
 
 
-def _faster(link: Link, cost: LinkCost) -> Link:
-    """The link with more bandwidth than it is priced at, which for this machine's own was measured."""
-    return replace(link, bytes_per_s=cost.bytes_per_s * LINK_STEP, latency_s=cost.latency_s, kind="")
+def _faster(link: Link) -> Link:
+    return replace(link, bytes_per_s=link.bytes_per_s * LINK_STEP, kind="")
 
 
 def useless(baseline: Answer, without: Sequence[tuple[str, Answer]]) -> list[tuple[str, float]]:

@@ -25,7 +25,7 @@ from graphpar.scenarios.study import Limits, Solver
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.task import Task
 from graphpar.scenarios.types import Answer, Setting
-from graphpar.scenarios.worth import link_questions
+from graphpar.scenarios.worth import shadow_prices
 
 CLUSTER: dict[str, Any] = {
     "nodes": [
@@ -94,12 +94,19 @@ def test_links_of_this_machine_are_told_from_emulated_ones_of_any_speed() -> Non
 
 
 def test_more_bandwidth_of_this_machine_is_more_than_was_measured() -> None:
-    # Slower than the catalogue says.
+    # Slower than the catalogue has it.
     measured = dataclasses.replace(calibration(), loopback=LinkCost(1e-3, 1e9))
-    book, real = PriceBook(model(), inputs(16), {}, TRAINING, measured), here("loopback")
-    ((_, asked),) = link_questions(real, book.topology(real))
-    assert book.topology(asked).inside["a"] == LinkCost(1e-3, 1.1 * 1e9)
-    assert not covers(real, asked)
+    solver = Solver(
+        PriceBook(model(), inputs(16), {}, TRAINING, measured), Limits(0.1, 0.3, 1), AnswerCache(None)
+    )
+    real = here("loopback")
+    (first,) = solver.answers([real])
+    shadow_prices(solver, real, first)
+    links = [setting.cluster.node("a").link for setting in solver._settings.values()]
+    assert {link.cost for link in links} == {real.cluster.node("a").link.cost, LinkCost(1e-3, 1.1e9)}
+    faster = next(s for s in solver._settings.values() if s.cluster.node("a").link.kind == "")
+    priced = solver.book.with_links_as_priced(real)
+    assert covers(faster, priced) and not covers(priced, faster)
 
 
 def test_a_plan_is_taken_over_where_only_idle_devices_are_missing() -> None:
