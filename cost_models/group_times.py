@@ -111,6 +111,7 @@ class ShardingOptions:
         hold_factor: Price of memory: a byte of weights, gradients and optimiser state that a member
             holds counts as so many bytes sent. 0 lets time alone decide, which often keeps weights
             whole and cuts the sequence.
+        keep_factor: The same for a byte that a member keeps from forward to backward.
     """
 
     samples: int

@@ -126,8 +126,8 @@ def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: Shardin
     hold_s *= prod(max(each.shares) for each in along) if options.cuts_weights else 1.0
     total = 0.0
     for op in ops:
-        # Strategies with equal shares take equally long.
-        rows = [list({s.shares or s.samples: s for s in table[op.name]}.values()) for table in tables]
+        # Strategies with equal shares take equally long; of samples there are only whole ones.
+        rows = [list({times.alone.shares_of(s): s for s in table[op.name]}.values()) for table in tables]
         total += min(sum(times.parts(op, Ways(ways))) for ways in product(*rows))
     for op in graph.sources("parameter"):
         if op.name in read:

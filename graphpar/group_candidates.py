@@ -12,7 +12,8 @@ from graphpar.cost_models.rates import CatalogueRates
 from graphpar.partition.types import Partition, Replica, TensorWidth
 
 LEAST_GAIN = 0.02
-"""With `tensor="auto"` a second axis that cannot save a larger part of a microbatch is not priced."""
+"""With `tensor="auto"` a second axis that cannot save a larger part of a microbatch, the price of memory
+included, is not priced."""
 
 _NEARLY = 0.05
 """Shares that differ by a smaller part are not tried apart."""
@@ -54,7 +55,8 @@ def candidate_groups(
                     (tuple(map(likeness, some)), parts, node.link.cost), _replica(some, parts)
                 )
         for group in _of_equal_rows(list(alike.values()), len(node.devices), meshes):
-            found.setdefault((tuple(alike), group.mesh, node.link.cost), group)
+            members = tuple(likeness(cluster.device(name)) for name in group.devices)
+            found.setdefault((members, group.mesh, node.link.cost), group)
     return list(found.values())
 
 
@@ -114,6 +116,7 @@ def _equal_rows(kinds: Iterable[Sequence[Device]], width: int) -> list[Sequence[
 
 
 def likeness(device: Device) -> object:
+    """What equal devices have in common."""
     peaks = tuple(sorted(device.peak_flops_per_s.items()))
     return device.kind, device.slowdown, device.memory_bytes, device.threads, peaks
 
@@ -220,8 +223,8 @@ def _unpriced_notes(candidates: Sequence[Replica], table: CostTable) -> tuple[st
         return ()
     return (
         f"tensor groups of {', '.join(left_out)} were not priced: they could save no more than "
-        f"{LEAST_GAIN:.0%} of a microbatch over groups of one axis of the same devices, whatever they "
-        "send; ask for one by its shape, as tensor=(2, 2)",
+        f"{LEAST_GAIN:.0%} of a microbatch, the price of memory included, over groups of one axis of the "
+        "same devices, whatever they send; ask for one by its shape, as tensor=(2, 2)",
     )
 
 

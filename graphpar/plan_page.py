@@ -186,7 +186,7 @@ def _group_texts(replicas: Sequence[Replica]) -> Iterator[str]:
         mesh = " of " + " x ".join(map(str, replica.mesh)) if replica.mesh else ""
         yield f"tensor group{mesh} {members}{f' & {more} more' if more > 0 else ''} ({shares} %)"
         if replica.lean:
-            yield f"  sharing so that members hold less and take longer (price of memory {replica.lean})"
+            yield f"shared so that members hold less and take longer (price of memory {replica.lean})"
     if len(groups) > _MOST_GROUPS:
         yield f"and {len(groups) - _MOST_GROUPS} more tensor groups"
 

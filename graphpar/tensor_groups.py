@@ -228,8 +228,9 @@ def with_group_modes(
         calibration: Measured rates of this machine's processor.
         train: How the job trains.
         rewritten: By device what runs in place of the graph where that is in a lower format.
-        least_gain: A group of two axes that provably saves no larger part of a microbatch over the group
-            of one axis of the same devices, earlier among the replicas, gets no price.
+        least_gain: A group of two axes that provably saves no larger part of a microbatch and the price
+            of its memory over the group of one axis of the same devices, earlier among the replicas,
+            gets no price.
         leaner: Whether a group that cannot hold the whole model is also priced with shardings that hold
             less and take longer.
     """
@@ -305,13 +306,15 @@ class _GroupPricer:
 
 
 def _may_lack_memory(table: CostTable, mode: Mode) -> bool:
-    """Whether some member of a group could not hold the whole model, with the whole batch at once."""
-    for member, device_class in enumerate(mode.members):
-        costs = [mode.costs[kind] for kind in table.units]
-        held = sum(_held(cost, member) + cost.saved_bytes[member][-1] for cost in costs)
+    """Whether some member could not hold the whole model, the whole batch at once or the update."""
+    costs = [mode.costs[kind] for kind in table.units]
+    for member, number in enumerate(mode.members):
+        device_class = table.device_classes[number]
+        held = sum(_held(cost, member) for cost in costs)
+        saved = sum(cost.saved_bytes[member][-1] for cost in costs)
         working = max(cost.working_bytes[member][-1] for cost in costs)
-        room = table.device_classes[device_class].memory_bytes - table.reserved_bytes
-        if held + working > room:
+        update = device_class.update_share * sum(cost.gradient_bytes[member] for cost in costs)
+        if held + max(saved + working, update) > device_class.memory_bytes - table.reserved_bytes:
             return True
     return False
 
@@ -321,7 +324,7 @@ def _held(cost: ModeCost, member: int) -> float:
 
 
 def _pareto(usual: Mode, leaner: Iterable[Mode]) -> Iterator[Mode]:
-    """Those modes that need less of some memory than every faster one."""
+    """Those modes that need less of some memory than each one before, where memory was less dear."""
     known = [usual]
     for mode in leaner:
         if all(_saves(mode, other) for other in known):

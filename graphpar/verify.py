@@ -275,6 +275,9 @@ def train_on_one_device(
     for step in range(steps):
         (loss,) = reference.forward(args, kwargs, step)
         loss.backward()  # type: ignore[no-untyped-call]
+        for p in reference.parameters:
+            if p.grad is not None and p.grad.is_sparse:  # the job's are dense, which Adam needs
+                p.grad = p.grad.to_dense()
         if train.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(reference.parameters, train.max_grad_norm)
         optimizer.step()

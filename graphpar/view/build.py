@@ -222,7 +222,17 @@ def _stages(plan: Plan, schedule: Schedule) -> Iterator[ViewStage]:
             unit_formats=choice.unit_formats,
             recompute=choice.recompute,
             zero=choice.zero,
+            sharing=tuple(dict.fromkeys(_sharing(choice))),
         )
+
+
+def _sharing(choice: StageChoice) -> Iterator[str]:
+    """Axes of tensor groups that have two, and dear memory."""
+    for replica in choice.replicas:
+        if replica.mesh:
+            yield f"groups of {' x '.join(map(str, replica.mesh))}"
+        if replica.lean:
+            yield f"members hold less (price of memory {replica.lean})"
 
 
 def _choices(plan: Plan) -> Iterator[StageChoice]:

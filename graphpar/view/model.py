@@ -129,6 +129,7 @@ class ViewStage:
         unit_formats: The format of each unit where they differ; else empty.
         recompute: Whether activations are computed again in the backward.
         zero: ZeRO level.
+        sharing: How its tensor groups share it, where that is not the usual way.
     """
 
     index: int
@@ -144,6 +145,7 @@ class ViewStage:
     unit_formats: tuple[str, ...] = ()
     recompute: bool = False
     zero: int = 0
+    sharing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,23 @@ from torch import nn
 
 import graphpar
 from graphpar import tensor_groups
+from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.kept import kept_of
 from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import Sharding, choose_sharding, choose_shardings
 from graphpar.errors import InfeasibleError
+from graphpar.group_candidates import candidate_groups
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.strategies import strategies_of, value_of
 from graphpar.partition.types import MOST_LEAN
+from graphpar.planner import price
 from graphpar.preparation import prepare
-from graphpar.tensor_groups import group_options
+from graphpar.tensor_groups import group_options, with_group_modes
 from graphpar.training import Training
+from graphpar.view.build import view_of
 
 ADAM = Training(optimizer=partial(torch.optim.Adam, lr=0.01))
 
@@ -171,8 +175,8 @@ def test_no_strategy_does_better_in_as_little_memory(link: LinkCost) -> None:
     assert len(seen) > 1, "the limit never bound"
     prices = [group_options(prepared.graph, True, lean=lean) for lean in range(MOST_LEAN + 1)]
     chosen = choose_shardings(graph, 0, prepared.chain, group, [replace(p, samples=2) for p in prices])
-    for sharding, price in zip(chosen, prices, strict=True):
-        dear = price.hold_factor * every.held + price.keep_factor * every.kept
+    for sharding, asked in zip(chosen, prices, strict=True):
+        dear = asked.hold_factor * every.held + asked.keep_factor * every.kept
         best_s = (every.seconds + dear / link.bytes_per_s).min()
         assert sharding.objective_s == pytest.approx(best_s, rel=1e-4)
         assert sharding.bound_s == pytest.approx(best_s, rel=1e-4)
@@ -214,8 +218,27 @@ def test_a_plan_takes_a_leaner_sharding_where_only_that_fits(
     assert max(tight.partition.peak_bytes.values()) < peak_bytes - 1e6
     assert tight.partition.objective_s > roomy.partition.objective_s and tight.partition.gap <= 0.0101
     assert "members hold less and take longer" in " ".join(str(tight).split())
+    told = f"members hold less (price of memory {replicas[1].lean})"
+    assert [stage.sharing for plan in (roomy, tight) for stage in view_of(plan).stages] == [(), (told,)]
     tight.save(tmp_path / "plan.json")
     assert graphpar.Plan.load(tmp_path / "plan.json") == tight
     monkeypatch.setattr(tensor_groups, "_may_lack_memory", lambda table, mode: False)
     with pytest.raises(InfeasibleError):
         planned(peak_bytes - 1e6)
+
+
+def test_memory_that_the_update_alone_lacks_asks_for_leaner_shardings() -> None:
+    """Of a single sample little is kept; Adam on a GPU makes one more value for every gradient."""
+    with torch.device("meta"):
+        prepared = prepare(Beside(), (torch.zeros(1, 8, 512),), {}, ADAM)
+    two = Cluster.from_dict({"devices": [{"kind": "h100-sxm-80gb", "count": 2}]})
+    table = price(prepared, two, train=ADAM, calibration=None)
+    (usual,) = with_group_modes(table, prepared.graph, two, candidate_groups(two, 2), train=ADAM).modes
+    weights = sum(usual.costs[kind].weight_bytes[0] for kind in table.units)
+    (kind,) = table.device_classes
+    lacking = []
+    for times, update_share in ((5.1, 1.0), (4.9, 1.0), (4.9, 0.0)):
+        memory_bytes = table.reserved_bytes + times * weights
+        small = replace(kind, memory_bytes=memory_bytes, update_share=update_share)
+        lacking.append(tensor_groups._may_lack_memory(replace(table, device_classes=(small,)), usual))
+    assert lacking == [False, True, False]

@@ -152,9 +152,10 @@ def test_a_mesh_that_cannot_pay_is_not_priced_and_the_plan_says_so() -> None:
 def test_what_a_mesh_takes_at_least(link: LinkCost) -> None:
     """A bound for any link; where sending is free, what the programme finds is near."""
     prepared = block(False)
-    graph, options = one_stage(prepared.graph), ShardingOptions(samples=8)
-    for mesh in ((), (2, 2)):
-        group = gpus(4, link, mesh=mesh)
+    graph = one_stage(prepared.graph)
+    # Six samples make uneven parts for four members.
+    for mesh, samples in (((), 8), ((2, 2), 8), ((), 6)):
+        group, options = gpus(4, link, mesh=mesh), ShardingOptions(samples=samples)
         found = choose_sharding(graph, 0, prepared.chain, group, options)
         least_s = least_seconds(graph, 0, group, options)
         assert least_s <= found.objective_s * (1 + 1e-6)
@@ -177,6 +178,13 @@ def test_wishes_that_make_no_mesh() -> None:
     (mesh_of_both,) = (group for group in candidate_groups(unlike, 4, [(2, 2)]) if group.mesh)
     fast, slow = mesh_of_both.shares[3], mesh_of_both.shares[0]
     assert mesh_of_both.shares == (slow, slow, fast, fast) and fast > 1.5 * slow
+    kinds = [("a100-sxm-80gb", 2), ("h100-sxm-80gb", 4)], [("a100-sxm-80gb", 4), ("h100-sxm-80gb", 2)]
+    uneven = [
+        {"name": name, "devices": [{"kind": k, "count": n} for k, n in node], "link": "nvlink3"}
+        for name, node in zip("nm", kinds, strict=True)
+    ]
+    both = Cluster.from_dict({"nodes": uneven, "network": "ethernet-25g"})
+    assert len({group.shares for group in candidate_groups(both, 6, [(3, 2)]) if group.mesh}) == 2
     for mesh, shares in (((2, 3), ()), ((4, 1), ()), ((2, 2), (0.4, 0.2, 0.2, 0.2))):
         replica = Replica("a", 1, ("b", "c", "d"), shares, mesh)
         assert list(group_contradictions("here", replica)), mesh

@@ -178,7 +178,8 @@ function formatOf(stage, first, last) {
 
 // How a stage computes, where that is not the plain way.
 function stageOptions(stage) {
-  return [formatOf(stage, stage.first, stage.last), stage.recompute ? "recompute" : null, stage.zero ? `ZeRO ${stage.zero}` : null].filter(Boolean);
+  return [formatOf(stage, stage.first, stage.last), stage.recompute ? "recompute" : null, stage.zero ? `ZeRO ${stage.zero}` : null,
+    ...stage.sharing].filter(Boolean);
 }
 
 function stageWords(device) {
