@@ -89,8 +89,10 @@ def group_contradictions(where: str, replica: Replica) -> Iterator[str]:
         yield f"field {where}.shares: {len(shares)} shares for {len(replica.devices)} members"
     elif shares and (min(shares) <= 0 or abs(sum(shares) - 1) > _SHARE_ROUNDING):
         yield f"field {where}.shares: {list(shares)}; each must be positive and all add up to 1"
-    if not 0 <= replica.lean <= MOST_LEAN:
-        yield f"field {where}.lean: {replica.lean}; it goes from 0 to {MOST_LEAN}"
+    most = MOST_LEAN if replica.others else 0
+    if not 0 <= replica.lean <= most:
+        members = "a tensor group" if replica.others else "a device on its own"
+        yield f"field {where}.lean: {replica.lean}; for {members} it goes from 0 to {most}"
     yield from _mesh_contradictions(where, replica)
 
 

@@ -89,6 +89,7 @@ _FACTS: tuple[tuple[str, Callable[[PlanRecord], str]], ...] = (
     ("recomputes", lambda p: _told(_stages_where(p, lambda c: c.recompute))),
     ("ZeRO", lambda p: _told(f"level {c.zero}" for c in _choices(p) if c.zero)),
     ("tensor widths", lambda p: _told(r.width for c in _choices(p) for r in c.replicas)),
+    ("price of memory", lambda p: _told(str(r.lean) for c in _choices(p) for r in c.replicas if r.lean)),
     ("status", lambda p: p.status),
     ("gap", lambda p: format_percent(p.gap)),
     ("left out", lambda p: ", ".join(sorted(p.left_out)) or "none"),

@@ -26,7 +26,9 @@ from graphpar.group_candidates import candidate_groups
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.strategies import strategies_of, value_of
-from graphpar.partition.types import MOST_LEAN
+from graphpar.partition.types import MOST_LEAN, Replica
+from graphpar.plan_check import group_contradictions
+from graphpar.plan_diff import Change, diff_plans
 from graphpar.planner import price
 from graphpar.preparation import prepare
 from graphpar.tensor_groups import group_options, with_group_modes
@@ -220,8 +222,11 @@ def test_a_plan_takes_a_leaner_sharding_where_only_that_fits(
     assert "members hold less and take longer" in " ".join(str(tight).split())
     told = f"members hold less (price of memory {replicas[1].lean})"
     assert [stage.sharing for plan in (roomy, tight) for stage in view_of(plan).stages] == [(), (told,)]
+    assert Change("price of memory", "none", str(replicas[1].lean)) in diff_plans(roomy, tight).changes
     tight.save(tmp_path / "plan.json")
     assert graphpar.Plan.load(tmp_path / "plan.json") == tight
+    for wrong in (Replica("a/0", 1, lean=1), replace(replicas[1], lean=MOST_LEAN + 1)):
+        assert any("lean" in problem for problem in group_contradictions("here", wrong))
     monkeypatch.setattr(tensor_groups, "_may_lack_memory", lambda table, mode: False)
     with pytest.raises(InfeasibleError):
         planned(peak_bytes - 1e6)
