@@ -95,17 +95,7 @@ def choose_sharding(
         group: Who computes it.
         options: Microbatch size and the like.
     """
-    (found,) = choose_shardings(graph, stage, chain, group, (options,))
-    return found
-
-
-def choose_shardings(
-    graph: Graph, stage: int, chain: Chain, group: TensorGroup, options: Sequence[ShardingOptions]
-) -> tuple[Sharding, ...]:
-    """`choose_sharding` at several prices of memory, in which alone the options may differ."""
-    keeps = any(each.keep_factor or each.memory_bytes is not None for each in options)
-    programme = _Programme(graph, stage, chain, group, options[0], keeps)
-    return tuple(programme.solve(each) for each in options)
+    return ShardingProgramme(graph, stage, chain, group, options).solve(options)
 
 
 def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: ShardingOptions) -> float:
@@ -153,20 +143,22 @@ class _Variable:
     priced: list[float]
 
 
-class _Programme:
-    """Builds a problem, for several prices of memory; `keeps` where what is kept for backward counts."""
+class ShardingProgramme:
+    """The programme of one stage, which may be solved at several prices of memory.
+
+    Args:
+        graph: A lowered graph.
+        stage: Which stage of it.
+        chain: Units of the captured graph.
+        group: Who computes it.
+        options: Those of `solve` may differ in the price and limit of memory alone.
+    """
 
     def __init__(
-        self,
-        graph: Graph,
-        stage: int,
-        chain: Chain,
-        group: TensorGroup,
-        options: ShardingOptions,
-        keeps: bool,
+        self, graph: Graph, stage: int, chain: Chain, group: TensorGroup, options: ShardingOptions
     ) -> None:
         self.graph, self.stage, self.group, self.options = graph, stage, group, options
-        self.keeps = keeps
+        self.keeps = False
         self.ops = [
             op
             for op in graph.ops
@@ -193,17 +185,13 @@ class _Programme:
     # --- building ---
 
     def _build(self) -> None:
-        priced: dict[Key, tuple[list[float], list[float]]] = {}
+        priced: dict[Key, list[float]] = {}
         for op in self.ops:
             rows = self.table[op.name]
             key = self._place(op), id(rows)  # `ways_of` gives equal ops the same rows
             if key not in priced:
-                priced[key] = (
-                    [self.times.seconds(op, s) for s in rows],
-                    [self.times.kept_bytes(op, s) for s in rows] if self.keeps else [],
-                )
-            costs, kept = priced[key]
-            self._add(op.name, key, costs, kept=kept)
+                priced[key] = [self.times.seconds(op, s) for s in rows]
+            self._add(op.name, key, priced[key])
             for slot, name in enumerate(op.operands()):
                 self.readers[name].append((op, slot))
         for op in self.graph.ops:
@@ -212,6 +200,17 @@ class _Programme:
                 self._add_weight(op, readers)
         for name, readers in self.readers.items():
             self._connect(name, readers)
+
+    def _count_kept(self) -> None:
+        """What every way keeps for backward; most programmes are solved without."""
+        kept: dict[Key, list[float]] = {}
+        for op in self.ops:
+            key = self.key_of[op.name]
+            if key not in kept:
+                kept[key] = [self.times.kept_bytes(op, s) for s in self.table[op.name]]
+            found = self.variables[key]
+            found.kept = [a + b for a, b in zip(found.kept, kept[key], strict=True)]
+        self.keeps = True
 
     def _place(self, op: Op) -> Key:
         return self.place.get(op.name, op.name)
@@ -222,7 +221,6 @@ class _Programme:
         key: Key,
         costs: Sequence[float],
         held: Sequence[float] = (),
-        kept: Sequence[float] = (),
         priced: Sequence[float] = (),
     ) -> None:
         """Costs of all that share a variable add up; so do their bytes."""
@@ -232,9 +230,9 @@ class _Programme:
             none = [0.0] * len(costs)
             found = self.variables[key] = _Variable(len(self.variables), none, none, none, none)
         found.costs = [a + b for a, b in zip(found.costs, costs, strict=True)]
-        for name, row in (("held", held), ("kept", kept), ("priced", priced)):
-            if row:
-                setattr(found, name, [a + b for a, b in zip(getattr(found, name), row, strict=True)])
+        if held:
+            found.held = [a + b for a, b in zip(found.held, held, strict=True)]
+            found.priced = [a + b for a, b in zip(found.priced, priced, strict=True)]
 
     def _add_weight(self, op: Op, readers: Sequence[tuple[Op, int]]) -> None:
         label = str(op.args[0])
@@ -339,6 +337,8 @@ class _Programme:
         """The best sharding at the prices of some options."""
         if not self.variables:
             return Sharding({}, {}, {})
+        if not self.keeps and (options.keep_factor or options.memory_bytes is not None):
+            self._count_kept()
         for limit_s in _SOLVE_LIMITS_S:
             found = solve_sharding(self.problem(options), time_limit_s=limit_s)
             if found.status != "unknown":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from math import inf
 from operator import itemgetter
@@ -11,7 +11,12 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost, Mode, ModeCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.sharding import Sharding, choose_sharding, choose_shardings, least_seconds
+from graphpar.cost_models.sharding import (
+    Sharding,
+    ShardingProgramme,
+    choose_sharding,
+    least_seconds,
+)
 from graphpar.cost_models.tensor_modes import tensor_mode
 from graphpar.group_candidates import likeness
 from graphpar.group_shardings import agreed, recorded, refuse_unfit, restored
@@ -254,12 +259,12 @@ def with_group_modes(
             could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)
             if pricer.least_seconds() >= could_s:
                 continue
-        (usual,) = pricer.modes((replica.lean,))
-        if not replica.mesh:
-            one_axis_s.setdefault(replica.devices, pricer.objective_s)
+        usual, objective_s = pricer.mode(replica.lean)
         modes[key] = usual
+        if not replica.mesh:
+            one_axis_s.setdefault(replica.devices, objective_s)
         if leaner and _may_lack_memory(table, usual):
-            for mode in _pareto(usual, pricer.modes(range(1, MOST_LEAN + 1))):
+            for mode in _pareto(usual, (pricer.mode(lean)[0] for lean in range(1, MOST_LEAN + 1))):
                 modes[mode.key] = mode
     return replace(table, modes=tuple(modes.values()))
 
@@ -279,30 +284,27 @@ class _GroupPricer:
     ) -> None:
         self.table, self.whole, self.chain, self.replica = table, whole, chain, replica
         self.group, self.options, self.calibration = tensor_group(cluster, replica), options, calibration
-        self.objective_s = inf
-        """Of the last sharding that was chosen."""
+
+    @cached_property
+    def _programme(self) -> ShardingProgramme:
+        options = self.options(self.replica.lean)
+        return ShardingProgramme(self.whole, 0, self.chain, self.group, options)
 
     def least_seconds(self) -> float:
         """No sharding of the whole model takes less, the price of memory included."""
         return least_seconds(self.whole, 0, self.group, self.options(self.replica.lean))
 
-    def modes(self, levels: Sequence[int]) -> tuple[Mode, ...]:
-        """The group's modes with the shardings chosen at some prices of memory."""
-        options = [self.options(level) for level in levels]
-        chosen = choose_shardings(self.whole, 0, self.chain, self.group, options)
-        self.objective_s = chosen[-1].objective_s
-        return tuple(
-            self._mode(level, sharding, own)
-            for level, sharding, own in zip(levels, chosen, options, strict=True)
-        )
-
-    def _mode(self, level: int, sharding: Sharding, options: ShardingOptions) -> Mode:
+    def mode(self, lean: int) -> tuple[Mode, float]:
+        """The mode with the sharding chosen at a price of memory, and the objective of that sharding."""
+        options = self.options(lean)
+        sharding = self._programme.solve(options)
         made = tensor_mode(
             self.table, self.whole, self.chain, self.group, sharding, options,
-            shares=self.replica.shares, lean=level, calibration=self.calibration,
+            shares=self.replica.shares, lean=lean, calibration=self.calibration,
         )  # fmt: skip
         # The table's links may be measured ones: what the group needs is told in their terms.
-        return replace(made, link=_worst_link(self.replica, self.table.topology.link))
+        link = _worst_link(self.replica, self.table.topology.link)
+        return replace(made, link=link), sharding.objective_s
 
 
 def _may_lack_memory(table: CostTable, mode: Mode) -> bool:
