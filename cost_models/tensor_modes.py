@@ -32,11 +32,10 @@ def tensor_mode(
     chain: Chain,
     group: TensorGroup,
     sharding: Sharding,
-    options: ShardingOptions,
+    times: Sequence[MeshTimes],
     *,
     shares: tuple[float, ...] = (),
     lean: int = 0,
-    calibration: Calibration | None = None,
 ) -> Mode:
     """One more mode of a table: its units shared by a group.
 
@@ -46,15 +45,10 @@ def tensor_mode(
         chain: Its units.
         group: Who shares.
         sharding: How, as solved for this graph.
-        options: What it was solved for.
+        times: Prices at the table's sizes (`times_by_size`).
         shares: The shares as the partition will name them; empty for equal ones.
         lean: The price of memory that the sharding was chosen at, as the partition will name it.
-        calibration: Measured rates of this machine's processor.
     """
-    times = [
-        MeshTimes(graph, group, replace(options, samples=size), lambda d: rates_of(d, calibration))
-        for size in table.sizes
-    ]
     first = {kind: unit for unit, kind in reversed(list(enumerate(table.units)))}
     costs = []
     for kind in range(len(table.costs)):
@@ -63,6 +57,28 @@ def tensor_mode(
         costs.append(_unit(table, kind, graph, ops, chain, first[kind], group, sharding, times))
     members = tuple(table.class_of[device.name] for device in group.devices)
     return Mode(members, tuple(costs), shares=shares, link=group.link, mesh=group.mesh, lean=lean)
+
+
+def times_by_size(
+    table: CostTable,
+    graph: Graph,
+    group: TensorGroup,
+    options: ShardingOptions,
+    calibration: Calibration | None = None,
+) -> list[MeshTimes]:
+    """What ops cost a group at every size of a table; whatever memory is worth.
+
+    Args:
+        table: The table with the plain prices.
+        graph: The captured graph, lowered as one stage.
+        group: Who shares.
+        options: What shardings are solved for.
+        calibration: Measured rates of this machine's processor.
+    """
+    return [
+        MeshTimes(graph, group, replace(options, samples=size), lambda d: rates_of(d, calibration))
+        for size in table.sizes
+    ]
 
 
 def _unit(

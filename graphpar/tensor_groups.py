@@ -11,13 +11,14 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost, Mode, ModeCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import (
     Sharding,
     ShardingProgramme,
     choose_sharding,
     least_seconds,
 )
-from graphpar.cost_models.tensor_modes import tensor_mode
+from graphpar.cost_models.tensor_modes import tensor_mode, times_by_size
 from graphpar.group_candidates import likeness
 from graphpar.group_shardings import agreed, recorded, refuse_unfit, restored
 from graphpar.ir.chain import Chain, build_chain
@@ -290,17 +291,21 @@ class _GroupPricer:
         options = self.options(self.replica.lean)
         return ShardingProgramme(self.whole, 0, self.chain, self.group, options)
 
+    @cached_property
+    def _times(self) -> list[MeshTimes]:
+        options = self.options(self.replica.lean)
+        return times_by_size(self.table, self.whole, self.group, options, self.calibration)
+
     def least_seconds(self) -> float:
         """No sharding of the whole model takes less, the price of memory included."""
         return least_seconds(self.whole, 0, self.group, self.options(self.replica.lean))
 
     def mode(self, lean: int) -> tuple[Mode, float]:
         """The mode with the sharding chosen at a price of memory, and the objective of that sharding."""
-        options = self.options(lean)
-        sharding = self._programme.solve(options)
+        sharding = self._programme.solve(self.options(lean))
         made = tensor_mode(
-            self.table, self.whole, self.chain, self.group, sharding, options,
-            shares=self.replica.shares, lean=lean, calibration=self.calibration,
+            self.table, self.whole, self.chain, self.group, sharding, self._times,
+            shares=self.replica.shares, lean=lean,
         )  # fmt: skip
         # The table's links may be measured ones: what the group needs is told in their terms.
         link = _worst_link(self.replica, self.table.topology.link)
