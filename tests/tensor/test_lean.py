@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from choices import ETHERNET, NVLINK, PCIE, at_random, gpus
+from helpers import cpus
 from threads import grouped, one_stage
 from torch import nn
 
@@ -31,8 +32,10 @@ from graphpar.plan_check import group_contradictions
 from graphpar.plan_diff import Change, diff_plans
 from graphpar.planner import price
 from graphpar.preparation import prepare
+from graphpar.runtime.reference import EagerModel
 from graphpar.tensor_groups import group_options, with_group_modes
 from graphpar.training import Training
+from graphpar.verify import train_on_one_device
 from graphpar.view.build import view_of
 
 ADAM = Training(optimizer=partial(torch.optim.Adam, lr=0.01))
@@ -235,11 +238,13 @@ def test_a_plan_takes_a_leaner_sharding_where_only_that_fits(
 
 def test_memory_that_the_update_alone_lacks_asks_for_leaner_shardings() -> None:
     """Of a single sample little is kept; Adam on a GPU makes one more value for every gradient."""
+    train = Training(optimizer=torch.optim.Adam, loss=nn.functional.mse_loss)
     with torch.device("meta"):
-        prepared = prepare(Beside(), (torch.zeros(1, 8, 512),), {}, ADAM)
+        layers = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(8)))
+        prepared = prepare(layers, (torch.zeros(1, 512), torch.zeros(1, 512)), {}, train)
     two = Cluster.from_dict({"devices": [{"kind": "h100-sxm-80gb", "count": 2}]})
-    table = price(prepared, two, train=ADAM, calibration=None)
-    (usual,) = with_group_modes(table, prepared.graph, two, candidate_groups(two, 2), train=ADAM).modes
+    table = price(prepared, two, train=train, calibration=None)
+    (usual,) = with_group_modes(table, prepared.graph, two, candidate_groups(two, 2), train=train).modes
     weights = sum(usual.costs[kind].weight_bytes[0] for kind in table.units)
     (kind,) = table.device_classes
     lacking = []
@@ -248,3 +253,30 @@ def test_memory_that_the_update_alone_lacks_asks_for_leaner_shardings() -> None:
         small = replace(kind, memory_bytes=memory_bytes, update_share=update_share)
         lacking.append(tensor_groups._may_lack_memory(replace(table, device_classes=(small,)), usual))
     assert lacking == [False, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_job_under_a_leaner_plan_has_the_numbers_of_one_device(tmp_path: Path) -> None:
+    """Two workers with less memory than the usual sharding takes; the plan comes from its file."""
+    torch.manual_seed(0)
+    model, x = Beside(256, 1024), torch.randn(1, 1024, 256)
+    adam = Training(optimizer=partial(torch.optim.Adam, lr=0.01, eps=1e-3))
+
+    def planned(memory_bytes: float) -> tuple[Cluster, graphpar.Plan]:
+        where = cpus(2, memory_bytes=int(memory_bytes))
+        return where, graphpar.plan(model, where, (x,), train=adam, tensor="auto", measure_s=0)
+
+    _, roomy = planned(8e9)
+    where, tight = planned(max(roomy.partition.peak_bytes.values()) - 1e5)
+    leans = [p.partition.pipelines[0].stages[0].replicas[0].lean for p in (roomy, tight)]
+    assert leans[0] == 0 < leans[1]
+    tight.save(tmp_path / "plan.json")
+    plan = graphpar.Plan.load(tmp_path / "plan.json")
+    with graphpar.compile(model, where, (x,), train=adam, plan=plan) as job:
+        losses = [float(job.step(x)) for _ in range(3)]
+        state = job.state_dict()
+    reference = EagerModel(model, adam)
+    assert losses == pytest.approx(list(train_on_one_device(reference, adam, (x,), {}, 3)), rel=1e-5)
+    for name, tensor in reference.model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
