@@ -45,6 +45,7 @@ def block_tables(draw: st.DrawFn) -> CostTable:
     counts = draw(st.sampled_from([(1, 1), (2, 1), (3, 2), (3, 3)]))
     names = [tuple(f"{k}.{i}" for i in range(n)) for k, n in enumerate(counts)]
     memory = [draw(st.sampled_from([1e6, 400.0, 150.0, 100.0])) for _ in counts]
+    update = draw(st.sampled_from([0.0, 1.0, 3.0]))
     cut = draw(st.sampled_from([0.0, 3.0]))
     link = draw(st.sampled_from([LinkCost(0.0, 1e4), LinkCost(0.1, 20.0)]))
     return CostTable(
@@ -56,7 +57,7 @@ def block_tables(draw: st.DrawFn) -> CostTable:
         costs=kinds,
         edges=tuple(CutEdge(i, i + 1, cut, cut) for i in range(len(units) - 1)),
         device_classes=tuple(
-            DeviceClass(f"kind{k}", n, m, 0.01)
+            DeviceClass(f"kind{k}", n, m, 0.01, update)
             for k, (n, m) in enumerate(zip(names, memory, strict=True))
         ),
         topology=Topology({d: "a" for n in names for d in n}, {"a": link}, link),
