@@ -113,7 +113,7 @@ def run_demo(steps: int, out: Path) -> DemoReport:
         out: Folder for the results; made if it is missing.
     """
     console = Console(stderr=True)
-    console.print("Measuring this machine's processor, some 20 seconds")
+    console.print("Measuring this machine's processor, half a minute")
     calibration = calibrate(refresh=True, show_progress=console.is_terminal)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

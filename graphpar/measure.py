@@ -1,4 +1,4 @@
-"""Measure this machine's processor: the curves that the cost models need, in some twenty seconds.
+"""Measure this machine's processor: the curves that the cost models need, in half a minute.
 
 Every kernel is called the way a worker calls it (through `torch.ops.aten`, results freshly allocated),
 so the curves hold the launch floor, the caches and the price of new memory alike.
@@ -129,7 +129,7 @@ def calibrate(*, threads: int = 1, refresh: bool = False, show_progress: bool = 
     Raises:
         GraphparError: Two processes of this machine could not exchange messages.
 
-    The example is not run by the tests, for it takes 15 seconds where nothing was measured before:
+    The example is not run by the tests, for it takes half a minute where nothing was measured before:
 
     >>> graphpar.calibrate().slowing[0]  # doctest: +SKIP
     1.0
