@@ -16,8 +16,9 @@ _NUMBERS = (2, 4, 8, 16)
 """Of parameters. Several, since a function may put the first few into a group of their own, and groups
 are updated in turn: wherever it cuts, some doubling adds to one group alone."""
 
-_SIZE = 32
-"""Parameters are square: some optimisers take matrices only."""
+_SIZE = 64
+"""Parameters are square, for some optimisers take matrices only, and as large as the one that tells
+the state."""
 
 
 def update_share(factory: OptimizerFactory) -> float:

@@ -88,6 +88,10 @@ PRECISION_BUDGET = 1e-2
 """Largest relative error that `precision="auto"` may cause unless told otherwise."""
 
 
+def _all_cpus(cluster: Cluster) -> bool:
+    return all(device.is_cpu for device in cluster.devices)
+
+
 def price(
     prepared: Prepared,
     cluster: Cluster,
@@ -110,7 +114,8 @@ def price(
         training=train is not None,
         precision=precision,
         optimizer_state_bytes_per_parameter_byte=optimizer_state(train) if train else 0.0,
-        update_share=update_share(train.optimizer) if train else 0.0,
+        # Only GPUs update all parameters together; the user's optimiser is not tried for nothing.
+        update_share=0.0 if train is None or _all_cpus(cluster) else update_share(train.optimizer),
         max_microbatches=1 if prepared.in_step_reason else min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,
