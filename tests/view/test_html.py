@@ -124,6 +124,13 @@ def test_no_text_ends_a_script(text: str) -> None:
     assert json.loads(written) == [text]
 
 
+def test_scripts_share_one_scope_and_no_name() -> None:
+    templates = Path(render_html.__code__.co_filename).with_name("templates")
+    texts = [script.read_text(encoding="utf-8") for script in templates.glob("*.js")]
+    names = [n for t in texts for n in re.findall(r"^(?:async )?(?:function|const|let) (\w+)", t, re.M)]
+    assert len(names) > 50 and len(names) == len(set(names))
+
+
 def test_templates_are_filled_once() -> None:
     data = data_of(render_html(view_of(_named("@@script@@ @@data@@"))))
     assert data["plans"][0]["model"] == "@@script@@ @@data@@"

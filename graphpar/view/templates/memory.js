@@ -15,7 +15,7 @@ function memoryParts(device) {
     saved: device.saved_bytes, working: device.working_bytes };
 }
 
-function partName(device, part, name) {
+function memoryPart(device, part, name) {
   const inUpdate = part === "working" && device.update_bytes > 0 && device.working_bytes === device.update_bytes;
   return inUpdate ? "the optimiser's update" : name;
 }
@@ -55,7 +55,7 @@ function memoryBar(plan, ranks, choose) {
   const device = plan.devices[ranks[0]];
   const scale = Math.max(device.capacity_bytes, device.peak_bytes, device.measured_peak_bytes ?? 0, 1);
   const amounts = memoryParts(device);
-  const parts = PARTS.map(([part, fill, name]) => ({ share: amounts[part] / scale, fill, label: `${partName(device, part, name)} ${bytes(amounts[part])}` }));
+  const parts = PARTS.map(([part, fill, name]) => ({ share: amounts[part] / scale, fill, label: `${memoryPart(device, part, name)} ${bytes(amounts[part])}` }));
   const over = device.capacity_bytes > 0 && device.peak_bytes > device.capacity_bytes;
   const told = `${bytes(device.peak_bytes)}${device.capacity_bytes ? ` of ${bytes(device.capacity_bytes)}` : ""}${over ? ", too much" : ""}`;
   const measured = device.measured_peak_bytes === null ? "" : `; measured ${bytes(device.measured_peak_bytes)}`;
