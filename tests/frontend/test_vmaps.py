@@ -188,8 +188,9 @@ class Nested(nn.Module):
 )
 def test_any_nesting_is_as_in_eager(axes: list[tuple[int, int]], bodies: list[int]) -> None:
     torch.manual_seed(0)
-    model = Nested(axes, bodies)
-    made = assert_as_eager(model, (torch.randn(2, 5, 3),))
+    # Some bodies leave gradients that all but cancel, of which float32 keeps its rounding.
+    model = Nested(axes, bodies).double()
+    made = assert_as_eager(model, (torch.randn(2, 5, 3).double(),))
     if not made.reason:
-        other = torch.randn(3, 5, 3)
+        other = torch.randn(3, 5, 3).double()
         assert_close(in_parts(made, (other,), (1, 2)), eagerly(model, (other,)))
