@@ -67,7 +67,7 @@ def _tensor_groups(
         if link is None or width > len(table.device_classes[index].devices):
             continue
         costs = tuple(
-            _split(cost, width, link, e, a)
+            _split(cost, width, link, e, a, table.training)
             for cost, e, a in zip(single.costs, entering, leaving, strict=True)
         )
         yield Mode((index,) * width, costs, precision=single.precision, link=link)
@@ -95,7 +95,12 @@ def _across(table: CostTable, inside: LinkCost | None) -> LinkCost | None:
 
 
 def _split(
-    cost: ModeCost, width: int, link: LinkCost, entering: Sequence[float], leaving: Sequence[float]
+    cost: ModeCost,
+    width: int,
+    link: LinkCost,
+    entering: Sequence[float],
+    leaving: Sequence[float],
+    training: bool,
 ) -> ModeCost:
     """One of `width` equal parts of a unit."""
     speed = width * TENSOR_EFFICIENCY
@@ -117,4 +122,6 @@ def _split(
         optimizer_bytes=(cost.optimizer_bytes[0] / width,) * width,
         saved_bytes=(saved,) * width,
         working_bytes=(working,) * width,
+        collective_s=tuple(s + b for s, b in zip(sums, back, strict=True)) if training else tuple(sums),
+        collective_again_s=tuple(sums) if training else (),
     )

@@ -92,13 +92,15 @@ def _unit(
     sharding: Sharding,
     times: Sequence[MeshTimes],
 ) -> ModeCost:
-    forward, backward, again, sent = [], [], [], []
+    forward, backward, again, sent, sent_anew = [], [], [], [], []
     for at_size in times:
         (ahead, behind), collective = _seconds(graph, ops, sharding, at_size)
         forward.append(ahead)
         backward.append(behind if table.training else 0.0)
         sent.append(collective[0] + (collective[1] if table.training else 0.0))
-        again.append(_seconds_again(graph, ops, sharding, at_size) if table.training else 0.0)
+        anew = _seconds_again(graph, ops, sharding, at_size) if table.training else (0.0, 0.0)
+        again.append(anew[0])
+        sent_anew.append(anew[1])
     weights = _own_weights(graph, chain, number)
     plain = table.every_mode[table.class_of[group.devices[0].name]].costs[kind]
     trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
@@ -130,6 +132,7 @@ def _unit(
         working_bytes=tuple(tuple(x * share for x in plain.working_bytes[0]) for share in part),
         again_s=tuple(again),
         collective_s=tuple(sent),
+        collective_again_s=tuple(sent_anew),
     )
 
 
@@ -189,19 +192,22 @@ def sent_again(
                 yield name, made, wanted
 
 
-def _seconds_again(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: MeshTimes) -> float:
-    """What a unit that is computed again takes besides its backward."""
+def _seconds_again(
+    graph: Graph, ops: Sequence[Op], sharding: Sharding, times: MeshTimes
+) -> tuple[float, float]:
+    """What a unit that is computed again takes besides its backward, and what of it is collectives."""
     known = [op for op in ops if op.name in sharding.chosen]
     again = computed_again(graph, known, times)
-    seconds = 0.0
+    own = sent = 0.0
     for op in again:
         strategy = sharding.ways(op.name)
         assert strategy is not None
-        seconds += times.parts(op, strategy)[0] + times.inner_seconds(op, strategy)[0]
+        own += times.parts(op, strategy)[0]
+        sent += times.inner_seconds(op, strategy)[0]
     for name, made, wanted in sent_again(sharding, graph, known, again):
         found = times.conversion_parts(graph[name], made, wanted)
-        seconds += found[0] if found is not None else 0.0
-    return seconds
+        sent += found[0] if found is not None else 0.0
+    return own + sent, sent
 
 
 def _forming(sharding: Sharding, graph: Graph, op: Op) -> list[tuple[str, Layouts, Layouts]]:

@@ -77,8 +77,8 @@ class ModeCost:
     number of replicas is not made here, because the table does not know that number. `weight_s`,
     `deferred_bytes` and `split_s` are those of `UnitCost`, empty where no gradients may come later.
     `again_s` is what of `forward_s` is done once more where the unit is computed again; empty for all.
-    `collective_s` is what of `forward_s` and `backward_s` together members spend in collectives; empty
-    for none.
+    `collective_s` is what of `forward_s` and `backward_s` together members spend in collectives, and
+    `collective_again_s` what of `again_s`; both are empty for none.
     """
 
     forward_s: tuple[float, ...]
@@ -94,6 +94,7 @@ class ModeCost:
     split_s: float = 0.0
     again_s: tuple[float, ...] = ()
     collective_s: tuple[float, ...] = ()
+    collective_again_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

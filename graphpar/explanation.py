@@ -120,7 +120,8 @@ class Explanation:
 
     Attributes:
         step_s: The programme's step time of the plan; `bound_s` and `gap` are its certificate.
-        parts: The step by its parts, which add up to `step_s`.
+        parts: The step by its parts, which add up to `step_s`: those of the programme, with what stages
+            send inside themselves (`..._collective_s`) apart from what they compute.
         binding: What keeps the plan from being faster, most binding first, in words.
         choices: Decisions, those with the smallest margin first.
         runners_up: Whole plans that lost, best first.

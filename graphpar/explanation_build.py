@@ -29,6 +29,7 @@ from graphpar.partition.pipeline import partition as solve
 from graphpar.partition.settings import microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.simulated import deal_any, has_formula, price_any
+from graphpar.step_parts import told_parts
 from graphpar.units import format_bytes, format_percent, format_seconds
 
 _MORE = 1.1
@@ -51,13 +52,14 @@ def explain_partition(table: CostTable, found: Partition, *, time_limit_s: float
     work = _Work(table, found, time.monotonic() + time_limit_s)
     choices = [c for c in work.choices() if c.alternatives]
     prices = list(work.shadow_prices())
+    parts = told_parts(table, found)
     never = float("inf")
     return Explanation(
         step_s=found.objective_s,
         bound_s=found.bound_s,
         gap=found.gap,
-        parts=dict(found.parts),
-        binding=tuple(_binding(table, found)),
+        parts=parts,
+        binding=tuple(_binding(table, found, parts)),
         choices=tuple(sorted(choices, key=lambda c: never if c.margin_s is None else c.margin_s)),
         runners_up=tuple(_runner_up(table, found, other) for other in found.runners_up),
         shadow_prices=tuple(sorted(prices, key=lambda p: -(p.saves_s or 0.0))),
@@ -401,16 +403,18 @@ def _impossible(label: str, why: str) -> Alternative:
     return Alternative(label, None, None, "re-priced", impossible=why)
 
 
-def _binding(table: CostTable, found: Partition) -> Iterator[str]:
+def _binding(table: CostTable, found: Partition, parts: dict[str, float]) -> Iterator[str]:
     """The largest parts of the step, and devices whose memory is nearly full."""
     names = {
         "steady_s": "the busiest stage, for all microbatches but the first",
+        "steady_collective_s": "collectives of the busiest stage, for all microbatches but the first",
         "fill_compute_s": "one microbatch computing through all stages",
+        "fill_collective_s": "collectives of one microbatch inside the stages",
         "fill_transfer_s": "transfers of one microbatch",
         "sync_s": "summing gradients after the last backward",
         "optimizer_s": "the optimiser's step",
     }
-    for name, seconds in sorted(found.parts.items(), key=lambda item: -item[1]):
+    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         if seconds > 0.05 * found.objective_s:
             share = format_percent(seconds / found.objective_s)
             yield f"{names.get(name, name)}: {format_seconds(seconds)}, {share} of the step"

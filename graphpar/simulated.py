@@ -139,9 +139,9 @@ def _parts(table: CostTable, plan: Partition, timeline: Timeline, timing: Timing
     optimizer_s = timing.ranks[last].optimizer_s
     sync_s = timeline.reduce_s[last]
     rest_s = max(0.0, timeline.step_s - optimizer_s - sync_s)
-    longest = max(plan.pipelines, key=lambda p: _through_s(table, p))
+    longest = max(plan.pipelines, key=lambda p: through_s(table, p))
     moved_s = min(math.fsum(transfers_s(table, longest)), rest_s)
-    fill_s = min(_through_s(table, longest), rest_s - moved_s)
+    fill_s = min(through_s(table, longest), rest_s - moved_s)
     return {
         "fill_compute_s": fill_s,
         "fill_transfer_s": moved_s,
@@ -151,7 +151,8 @@ def _parts(table: CostTable, plan: Partition, timeline: Timeline, timing: Timing
     }
 
 
-def _through_s(table: CostTable, pipeline: PipelineChoice) -> float:
+def through_s(table: CostTable, pipeline: PipelineChoice) -> float:
+    """Seconds that one microbatch computes on its way through the stages and back."""
     size = pipeline.samples / pipeline.microbatches
     return math.fsum(max(replica_times_s(table, stage, size)) for stage in pipeline.stages)
 

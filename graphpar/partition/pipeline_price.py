@@ -215,7 +215,7 @@ def in_flight(table: CostTable, schedule: ScheduleName, own: int, replicas_below
 
 def price(table: CostTable, pipelines: Sequence[PipelineChoice], schedule: ScheduleName) -> Price:
     """Price a plan whose microbatches are dealt; the formulas stand at the top of this file."""
-    times = [_pipeline_time(table, p, schedule) for p in pipelines]
+    times = [pipeline_parts_s(table, p, schedule) for p in pipelines]
     slow = max(times, key=lambda parts: math.fsum(parts.values()))
     sync, optimizer = worst_finish_s(table, pipelines)
     parts = {**slow, "sync_s": sync, "optimizer_s": optimizer}
@@ -236,9 +236,10 @@ def _devices(stage: StageChoice) -> list[str]:
     return [d for r in stage.replicas for d in r.devices]
 
 
-def _pipeline_time(
+def pipeline_parts_s(
     table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName
 ) -> dict[str, float]:
+    """The parts of a step that a pipeline takes before gradients are summed."""
     size = pipeline.samples / pipeline.microbatches
     cuts = transfers_s(table, pipeline)
     overlapped = not table.training or schedule == "gpipe"

@@ -127,6 +127,9 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
     )
     again = cost.again_s or cost.forward_s
     backward = tuple(a + b for a, b in zip(again, cost.backward_s, strict=True))
+    sent = cost.collective_s
+    if cost.collective_again_s:
+        sent = tuple(a + b for a, b in zip(sent, cost.collective_again_s, strict=True))
     # What is computed again lives inside one backward: no gradients of it come later.
     return replace(
         cost,
@@ -137,4 +140,6 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
         deferred_bytes=(),
         split_s=0.0,
         again_s=(),
+        collective_s=sent,
+        collective_again_s=(),
     )

@@ -252,4 +252,6 @@ def _member_shares(plan: Plan) -> Iterator[float]:
 def _certificate(plan: Plan) -> ViewCertificate:
     fields = ViewCertificate.__dataclass_fields__
     known = msgspec.to_builtins(plan.partition)
+    if plan.explanation is not None:
+        known["parts"] = dict(plan.explanation.parts)
     return msgspec.convert({name: known[name] for name in fields}, ViewCertificate)

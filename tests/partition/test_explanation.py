@@ -6,10 +6,15 @@ import pytest
 from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 
-from graphpar.cost import CostTable, LinkCost
+from graphpar.cost import CostTable, LinkCost, Topology
+from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
 from graphpar.explanation_build import explain_partition
+from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
+from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.simulated import has_formula, simulated
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -75,3 +80,39 @@ def test_without_time_what_was_not_tried_is_said() -> None:
     assert told.left_out
     assert {p.method for p in told.shadow_prices} == {"dual"}
     assert all(p.saves_s is not None and p.saves_s > 0 for p in told.shadow_prices)
+
+
+def _two_groups(training: bool, inside: LinkCost) -> CostTable:
+    """Two nodes of two devices, a network that takes nothing, and the modes of groups of two."""
+    table = make_table((3.0, 1.0, 1.0), (1.0,), (4,), batch=6, training=training, cut_bytes=1e3)
+    nodes = {f"0.{i}": "ab"[i // 2] for i in range(4)}
+    topology = Topology(nodes, {"a": inside, "b": inside}, LinkCost(0.0, 1e30))
+    return with_modes(replace(table, topology=topology), StageOptions(tensor_widths=(2,), recompute=True))
+
+
+@pytest.mark.parametrize(("training", "recompute"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero-bubble"])
+def test_collectives_of_groups_are_no_computing(
+    schedule: ScheduleName, training: bool, recompute: bool
+) -> None:
+    """What is told as computing is what the same plan takes where members send in no time."""
+    groups = Replica("0.0", 3, ("0.1",)), Replica("0.2", 3, ("0.3",))
+    stages = tuple(
+        StageChoice(first, last, (group,), recompute=recompute)
+        for (first, last), group in zip(((0, 1), (1, 3)), groups, strict=True)
+    )
+    pipelines = (PipelineChoice(6, 3, stages),)
+    slow, free = (_two_groups(training, LinkCost(0.0, rate)) for rate in (2e3, 1e30))
+    if has_formula(schedule):
+        found, computed = (evaluate(table, pipelines, schedule) for table in (slow, free))
+    else:
+        found, computed = (simulated(t, pipelines, schedule).partition for t in (slow, free))
+    told = explain_partition(slow, found, time_limit_s=1e-9)
+    assert sum(told.parts.values()) == pytest.approx(told.step_s)
+    assert told.parts["fill_collective_s"] > 0.1
+    assert told.parts["fill_compute_s"] == pytest.approx(computed.parts["fill_compute_s"])
+    if has_formula(schedule):
+        assert told.parts["steady_collective_s"] > 0.1
+        assert told.parts["steady_s"] == pytest.approx(computed.parts["steady_s"])
+    (line,) = (text for text in told.binding if text.startswith("collectives of one microbatch"))
+    assert "inside the stages" in line

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import sample_plan
+from view_samples import explained_plan
 
 from graphpar.cost import LinkCost
 from graphpar.simulate import simulate
@@ -83,6 +84,16 @@ def test_collectives_of_a_group_are_communication() -> None:
     assert after.communication - before.communication == pytest.approx(moved)
     assert before.compute - after.compute == pytest.approx(moved)
     assert (after.gradients, after.bubble) == pytest.approx((before.gradients, before.bubble))
+
+
+def test_parts_of_the_step_are_those_of_the_explanation() -> None:
+    """There collectives inside stages stand apart; a plan that was not explained has the programme's."""
+    plan = explained_plan()
+    assert plan.explanation is not None
+    parts = {"fill_compute_s": 0.03, "fill_collective_s": 0.02, "steady_s": 0.15}
+    told = replace(plan.explanation, parts=parts)
+    assert view_of(msgspec.structs.replace(plan, explanation=told)).certificate.parts == parts
+    assert view_of(sample_plan()).certificate.parts == sample_plan().partition.parts
 
 
 def test_messages_know_their_bytes() -> None:
