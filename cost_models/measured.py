@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,6 +21,9 @@ from graphpar.cost import CostTable, UnitCost
 from graphpar.device import LOCAL_KIND
 from graphpar.ir.chain import Chain, structural_hash
 from graphpar.ir.graph import Graph
+
+Kept = TypeVar("Kept", bound=msgspec.Struct)
+"""What may be kept of a timing: of a model's units, or of a plan's stages."""
 
 
 class UnitTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +86,42 @@ class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: str = "float32"
 
 
+class StageSeconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one microbatch costs a stage on a device: processor seconds, pauses not counted.
+
+    Attributes:
+        stage: Its number among the stages of all pipelines.
+        slowdown: By what the device is slowed down, so that it waits after every action.
+        size: Samples of the microbatch.
+        forward_s: Seconds of the forward.
+        backward_s: Seconds of the backward; 0 where nothing is trained.
+    """
+
+    stage: int
+    slowdown: float
+    size: int
+    forward_s: float
+    backward_s: float
+
+
+class StageTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The stages of one plan as they were timed at a moment.
+
+    Attributes:
+        rows: One for every stage and slowdown that could be tried.
+        update: How many times longer the optimiser takes after a wait, beside others', than at once.
+        reference_s: What the reference took at that moment: the machine's speed.
+    """
+
+    rows: tuple[StageSeconds, ...]
+    update: float
+    reference_s: float
+
+    def of(self, stage: int, slowdown: float) -> StageSeconds | None:
+        """What was measured of a stage on such a device; None where it was not tried."""
+        return next((r for r in self.rows if r.stage == stage and r.slowdown == slowdown), None)
+
+
 def with_timing(
     table: CostTable,
     graph: Graph,
@@ -141,17 +180,17 @@ def unit_hash(graph: Graph, chain: Chain, index: int) -> str:
     return structural_hash(graph, [graph[name] for name in chain.units[index].ops])
 
 
-def load_timing(mine: Fingerprint, model: str) -> ModelTiming | None:
-    """What is kept of a model (by its hash) on this machine; None where there is no readable file."""
+def load_timing(mine: Fingerprint, key: str, kind: type[Kept]) -> Kept | None:
+    """What is kept under a hash for this machine; None where there is no readable file."""
     try:
-        return msgspec.json.decode(_path(mine, model).read_bytes(), type=ModelTiming)
+        return msgspec.json.decode(_path(mine, key).read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError):
         return None
 
 
-def save_timing(mine: Fingerprint, model: str, timing: ModelTiming) -> Path:
-    """Keep a model's timing for this machine; the file is replaced in one step."""
-    target = _path(mine, model)
+def save_timing(mine: Fingerprint, key: str, timing: msgspec.Struct) -> Path:
+    """Keep a timing for this machine; the file is replaced in one step."""
+    target = _path(mine, key)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     partial.write_bytes(msgspec.json.encode(timing, order="sorted"))
@@ -159,9 +198,9 @@ def save_timing(mine: Fingerprint, model: str, timing: ModelTiming) -> Path:
     return target
 
 
-def _path(mine: Fingerprint, model: str) -> Path:
+def _path(mine: Fingerprint, key: str) -> Path:
     calibration = cache_path(mine)
-    return calibration.with_name(f"units-{mine.key}-{model[:24]}.json")
+    return calibration.with_name(f"units-{mine.key}-{key[:24]}.json")
 
 
 def _corrected(

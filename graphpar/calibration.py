@@ -23,7 +23,7 @@ from graphpar.errors import GraphparError
 
 _log = logging.getLogger("graphpar.calibration")
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,10 +14,13 @@ from graphpar.cluster import Cluster
 from graphpar.cluster_build import cuda_devices, system_memory_bytes
 from graphpar.cost import CostTable
 from graphpar.cost_models.measured import ModelTiming
-from graphpar.device import LOCAL_KIND
+from graphpar.device import LOCAL_KIND, Device
 from graphpar.errors import ClusterError
+from graphpar.partition.types import Partition
 from graphpar.precision import Formats, formats_of, uniform_formats
 from graphpar.preparation import Prepared
+from graphpar.stage_timing import retimed, timed_stages
+from graphpar.timing import Timing
 from graphpar.training import Training
 from graphpar.trial_worker import TrialModel
 from graphpar.unit_timing import MOST_TWINS, time_gpu, timed
@@ -70,10 +73,8 @@ class Timings:
     def _on_processor(self, cluster: Cluster, calibration: Calibration | None) -> ModelTiming | None:
         """None where no worker runs here, where the curves are not of such workers, or where whole copies
         with gradients and optimiser state would take more than half of the memory."""
-        here = [device for device in cluster.devices if device.is_local_cpu]
-        if calibration is None or self.precision != "float32":
-            return None
-        if {device.threads for device in here} != {calibration.fingerprint.threads}:
+        here = _workers_here(cluster, calibration)
+        if not here or self.precision != "float32":
             return None
         slowdowns = sorted(device.slowdown for device in here)
         copies = min(len(slowdowns), 1 + MOST_TWINS)
@@ -83,6 +84,23 @@ class Timings:
         table = self.price(alone, Formats({}))
         model = self._trial(here[0].threads)
         return timed(model, self.prepared.model_hash, table, self.budget_s, slowdowns)
+
+    def retimed(
+        self, cluster: Cluster, calibration: Calibration | None, found: Partition, timing: Timing
+    ) -> Timing:
+        """The timing with stages on this machine's processor as they are when tried there.
+
+        As it was where no worker runs here, where the calibration is not of such workers, or where the
+        model is too large or has no weights.
+        """
+        here = _workers_here(cluster, calibration)
+        enough = 2 * self._held_bytes() <= system_memory_bytes(math.inf)
+        if not here or not enough or self.prepared.in_step_reason or not self._weights_are_here():
+            return timing
+        slowdowns = {device.name: device.slowdown for device in here}
+        model, about = self._trial(here[0].threads), self.prepared.model_hash
+        measured = timed_stages(model, about, found, timing, slowdowns, self.budget_s)
+        return timing if measured is None else retimed(timing, found, measured, slowdowns)
 
     def _on_card(self, kind: str, index: int, cluster: Cluster) -> ModelTiming | None:
         card = next(device for device in cluster.devices if device.kind == kind)
@@ -102,6 +120,14 @@ class Timings:
     def _trial(self, threads: int, device: str = "cpu", precision: str = "float32") -> TrialModel:
         model, args, kwargs = self.example.model, self.example.args, self.example.kwargs
         return TrialModel(model, self.prepared, args, kwargs, self.train, threads, device, precision)
+
+
+def _workers_here(cluster: Cluster, calibration: Calibration | None) -> list[Device]:
+    """Devices of the cluster that are processes on this machine, if its calibration is of such ones."""
+    here = [device for device in cluster.devices if device.is_local_cpu]
+    if calibration is None or {device.threads for device in here} != {calibration.fingerprint.threads}:
+        return []
+    return here
 
 
 def _cards_here(cluster: Cluster) -> dict[str, int]:

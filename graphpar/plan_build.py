@@ -1,6 +1,6 @@
 """From a partition to a plan: schedule it, predict it, and write down all of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,11 +50,12 @@ def predict(
     partition: Partition,
     links: Sequence[StageLink],
     summed_bytes: Mapping[tuple[int, ...], float] | None = None,
+    retime: Callable[[Timing], Timing] | None = None,
 ) -> Prediction:
     """Schedule a partition, prove the schedule sound, and simulate it.
 
     `summed_bytes` are what sets of ranks sum in the graph that runs: weights used in several stages too,
-    of which the table knows nothing.
+    of which the table knows nothing; `retime` corrects the seconds of stages that were tried.
 
     Raises:
         VerifyError: The partition cannot be scheduled, or its schedule breaks a rule.
@@ -64,6 +65,8 @@ def predict(
     timing = timing_of(table, partition)
     if summed_bytes:
         timing = with_sums(timing, table, partition, summed_bytes)
+    if retime is not None:
+        timing = retime(timing)
     return Prediction(partition, schedule, timing, simulate(schedule, timing))
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -73,6 +74,7 @@ from graphpar.sensitivity import (
     measure_sensitivities,
 )
 from graphpar.tensor_groups import settle_shardings, with_group_modes
+from graphpar.timing import Timing
 from graphpar.training import Training
 
 EXPLAIN_S = 2.0
@@ -202,6 +204,7 @@ def plan_prepared(
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
     timings: dict[str, ModelTiming] = {}
+    retime: Callable[[Partition, Timing], Timing] | None = None
     if example is not None and measure_s > 0:
         curves = calibration
 
@@ -211,6 +214,7 @@ def plan_prepared(
         state_ratio = optimizer_state(train) if train else 0.0
         wanted = Timings(prepared, example, train, precision, measure_s, state_ratio, priced)
         timings = wanted.of(cluster, calibration)
+        retime = partial(wanted.retimed, cluster, calibration)
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
     levels = _zero_levels(train)
@@ -296,6 +300,7 @@ def plan_prepared(
         calibration=calibration,
         error_budget=answer.report,
         train=train,
+        retime=retime,
     )
 
 
@@ -422,11 +427,12 @@ def plan_of(
     calibration: Calibration | None = None,
     error_budget: PlanPrecision | None = None,
     train: Training | None = None,
+    retime: Callable[[Partition, Timing], Timing] | None = None,
 ) -> Plan:
     """The plan of a partition, whoever found it; `options` is what the planner was asked for.
 
     With `train` the plan says how its tensor groups share their stages; otherwise that is worked out
-    whenever it is lowered for training.
+    whenever it is lowered for training; `retime` may try its stages and correct their seconds.
     """
     groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
     if groups:
@@ -449,7 +455,8 @@ def plan_of(
         error_budget=error_budget,
     )
     links = stage_links(found, lowered.graphs)
-    prediction = predict(table, found, links, lowered.summed_bytes)
+    tried = partial(retime, found) if retime is not None else None
+    prediction = predict(table, found, links, lowered.summed_bytes, tried)
     return make_plan(subject, table, prediction, notes=notes, explanation=explanation)
 
 

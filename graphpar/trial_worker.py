@@ -5,6 +5,7 @@ the same allocator, the same tensors, the same optimiser.
 """
 
 import contextlib
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,8 +74,11 @@ class TrialModel:
         self._inputs = inputs
 
     @contextlib.contextmanager
-    def worker(self) -> Iterator["TrialWorker"]:
+    def worker(self, divided: Sequence[Partition] = ()) -> Iterator["TrialWorker"]:
         """A worker of its own beside the body; it is gone afterwards.
+
+        Besides the whole model and its units it can pass through the stages of the partitions given, of
+        one pipeline each.
 
         Raises:
             RunError: It could not be started.
@@ -87,15 +91,23 @@ class TrialModel:
         optimizer = bytes(cloudpickle.dumps(Recipe.of(self.train))) if self.train else b""
         workers = LocalWorkers(starts, whole.trained, optimizer)
         with contextlib.closing(workers):
-            units = self._lowered(_unit_by_unit(_alone(self.prepared, self.precision)))
             (program,) = whole.programs(whole.schedule(1), 1)
-            divided = units.programs(units.schedule(1), 1)[0]
             workers.install_passes(WHOLE, program, 1)
-            workers.install_passes(BY_UNIT, divided, len(units.placements))
+            units = _unit_by_unit(_alone(self.prepared, self.precision))
+            for name, cut in ((BY_UNIT, units), *((_by_stage(k), cut) for k, cut in enumerate(divided))):
+                stages = self._lowered(cut)
+                workers.install_passes(
+                    name, stages.programs(stages.schedule(1), 1)[0], len(stages.placements)
+                )
             marked, _ = Pipeline((DeferWeightGradients(frozenset({0})),)).run(whole.graphs[0])
             halves = msgspec.structs.replace(program, graph=format_graph(marked))
             workers.install_passes(IN_HALVES, halves, 1, in_halves=True)
             yield TrialWorker(workers, self)
+
+    def key(self, model_hash: str) -> list[str | bool]:
+        """What its times depend on besides how it is tried: the model, whether it trains, and by what."""
+        recipe = cloudpickle.dumps(Recipe.of(self.train)) if self.train else b""
+        return [model_hash, self.train is not None, hashlib.sha256(recipe).hexdigest()]
 
     def _lowered(self, chosen: Partition) -> Lowered:
         return lower(self.prepared.graph, chosen, self.train is not None)
@@ -152,18 +164,32 @@ class TrialWorker:
         """Forward and backward seconds of every unit of the chain, in one pass over all of them."""
         return self._passed(BY_UNIT, size, slowdown)
 
+    def by_stage(self, number: int, size: int, slowdowns: Sequence[float], in_flight: int) -> Spent:
+        """Forward and backward seconds of every stage of a partition that the worker was given.
+
+        It waits after each stage as a worker does that is slowed down by the stage's own number.
+        """
+        return self.workers.time_pass(
+            _by_stage(number), self.model.inputs(size), size, slowdowns, in_flight
+        )
+
     def update(self) -> float:
         """Seconds of the optimiser on the gradients at hand, which are gone afterwards."""
         return self.workers.time_update()
 
     def _passed(self, name: str, size: int, slowdown: float = 1.0, in_flight: int = 1) -> Spent:
-        return self.workers.time_pass(name, self.model.inputs(size), size, slowdown, in_flight)
+        stages = len(self.model.prepared.chain.units) if name == BY_UNIT else 1
+        return self.workers.time_pass(name, self.model.inputs(size), size, [slowdown] * stages, in_flight)
 
     def repeat(self, size: int, slowdown: float, over: threading.Event) -> None:
         """Pass through the model, with pauses, until it is over or the worker is gone."""
         with contextlib.suppress(RunError):
             while not over.is_set():
                 self.whole(size, slowdown)
+
+
+def _by_stage(number: int) -> str:
+    return f"by stage {number}"
 
 
 def _alone(prepared: Prepared, precision: str) -> Partition:

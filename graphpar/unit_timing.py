@@ -6,13 +6,11 @@ timed where it stands in the model, behind and before the units that it will sha
 with.
 """
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from graphpar.calibration import fingerprint
 from graphpar.cluster_build import num_cores
 from graphpar.cost import CostTable
 from graphpar.cost_models.measured import (
@@ -20,11 +18,10 @@ from graphpar.cost_models.measured import (
     ModelTiming,
     Pause,
     UnitTiming,
-    load_timing,
-    save_timing,
     unit_hash,
 )
 from graphpar.errors import GraphparError
+from graphpar.kept_timings import kept_or_fresh
 from graphpar.neighbours import reference_s, slowing_by, up_to
 from graphpar.plans import hash_of
 from graphpar.preparation import Prepared
@@ -41,23 +38,14 @@ def timed(
     model: TrialModel, model_hash: str, table: CostTable, budget_s: float, slowdowns: Sequence[float]
 ) -> ModelTiming | None:
     """What is kept of this model, as long as the machine is as fast as it was then; else timed anew."""
-    mine = fingerprint(model.threads)
-    key = hash_of([model_hash, table.sizes, table.training, list(slowdowns), _VERSION])
-    kept = load_timing(mine, key)
-    if kept is not None and abs(reference_s() / kept.reference_s - 1) <= _STEADY:
-        return kept
-    fresh = time_model(model, table, budget_s, slowdowns)
-    if fresh is not None:
-        with contextlib.suppress(OSError):  # what cannot be kept is measured again
-            save_timing(mine, key, fresh)
-    return fresh
+    key = hash_of([*model.key(model_hash), table.sizes, list(slowdowns), _VERSION])
+    return kept_or_fresh(
+        model.threads, key, ModelTiming, lambda: time_model(model, table, budget_s, slowdowns)
+    )
 
 
 _VERSION = 5
 """Of what is timed and how; what was kept of another one is timed anew."""
-
-_STEADY = 0.03
-"""Timings are used again while a reference kernel takes what it took beside them, within this share."""
 
 
 def time_model(

@@ -20,7 +20,8 @@ ROWS = (
     "scenarios "
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
     "format_remedies tensor_groups group_candidates group_shardings "
-    "unit_timing local_timing trial_worker worker_memory measure verify demo doctor model_spec "
+    "kept_timings unit_timing stage_timing local_timing trial_worker worker_memory "
+    "measure verify demo doctor model_spec "
     "hf_models hf_architectures hf_config hf_documented hf_inputs hf_refusal hf_repair "
     "commands cli examples",
     "__init__ __main__",
@@ -40,6 +41,8 @@ DRIVERS = {
     "trial_worker",
     "local_timing",
     "unit_timing",
+    "stage_timing",
+    "kept_timings",
     "verify",
     "demo",
     "commands",

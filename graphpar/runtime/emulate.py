@@ -1,36 +1,56 @@
-"""Emulation: real numbers, real messages, and a pause for the time a slower device would need more."""
+"""Emulation: real numbers, real messages, and a pause for the time a slower device would need more.
 
+Emulated devices and links live in a time of their own: an action begins when its device has done the one
+before and its messages are due, whatever the system that runs the worker makes of it. A worker that is
+behind that time, because it was woken late or another one had the core, makes up for it in pauses that it
+has anyway.
+"""
+
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_TIMER_S = 2e-4
-"""A pause that lasts this much too long is the timer's doing; what is more, a core that was not free."""
-
 
 class Pace:
-    """Stretches work to `slowdown` times its own computing time.
+    """Stretches work to `slowdown` times its own computing time, and keeps the device's time.
 
     With one thread the computing time is the thread's CPU time, so that waiting for a core that
-    another worker holds is not stretched too. By what the system let the last pause last too long, a
-    tenth of a millisecond as a rule, the next one is shorter: many short actions would add up to a device
-    slower than described.
+    another worker holds is not stretched too. A device that is not slowed down has no pauses to catch up
+    in: its time is the machine's.
     """
 
     def __init__(self, slowdown: float, threads: int) -> None:
         self.slowdown = slowdown
         self.clock = time.thread_time if threads == 1 else time.perf_counter
         self._waited_s = self._not_computed_s = 0.0
-        self._late_s = 0.0
+        self._free_s = self._ready_s = -math.inf
+        self._works = False
+
+    def restart(self, at_s: float) -> None:
+        """The device has nothing to do, and inputs for what comes next, since a time."""
+        self._free_s, self._ready_s = at_s, -math.inf
+
+    def ready(self, at_s: float) -> None:
+        """What the next action waits for was there at a time, or will be."""
+        self._ready_s = max(self._ready_s, at_s)
+
+    def now_s(self) -> float:
+        """The device's time, which the machine's may be ahead of."""
+        now_s = time.monotonic()
+        if self.slowdown == 1.0 or self._works:
+            return now_s
+        own_s = max(self._free_s, self._ready_s)
+        return min(own_s, now_s) if own_s > -math.inf else now_s
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Work stands still in the body, for others; that is not stretched."""
-        began, computed = time.perf_counter(), self.clock()
+        began, computed = time.monotonic(), self.clock()
         yield
-        self._waited_s += time.perf_counter() - began
+        self._waited_s += time.monotonic() - began
         self._not_computed_s += self.clock() - computed
 
     @contextmanager
@@ -40,39 +60,42 @@ class Pace:
             yield
             return
         self._waited_s = self._not_computed_s = 0.0
-        began, computed = time.perf_counter(), self.clock()
+        began, computed = self.now_s(), self.clock()
+        self._works = True
         yield
-        target = (self.clock() - computed - self._not_computed_s) * self.slowdown
-        rest = target - (time.perf_counter() - began - self._waited_s)
+        self._works = False
+        own_s = (self.clock() - computed - self._not_computed_s) * self.slowdown
+        self._free_s = began + own_s + self._waited_s
+        rest = self._free_s - time.monotonic()
         if rest > 0:
-            self._pause(rest)
-
-    def _pause(self, seconds: float) -> None:
-        until = time.perf_counter() + seconds - self._late_s
-        wanted = until - time.perf_counter()
-        if wanted > 0:
-            time.sleep(wanted)
-        self._late_s = min(time.perf_counter() - until, _TIMER_S)
+            time.sleep(rest)
 
 
-class SlowLink:
-    """One direction of a link that carries one message at a time at a given rate.
-
-    A message leaves when the link is free and has had `latency_s + bytes / bytes_per_s`; sending
-    happens on a thread of its own, so that computing goes on meanwhile.
-    """
+class LinkTime:
+    """When messages over one direction of an emulated link are there: one by one, at a given rate."""
 
     def __init__(self, latency_s: float, bytes_per_s: float) -> None:
         self.latency_s, self.bytes_per_s = latency_s, bytes_per_s
+        self._free_s = -math.inf
+
+    def due_s(self, num_bytes: int, leaves_s: float) -> float:
+        """When a message will be there that could leave at a time, and leaves when the link is free."""
+        self._free_s = max(leaves_s, self._free_s) + self.latency_s + num_bytes / self.bytes_per_s
+        return self._free_s
+
+
+class SlowLink:
+    """Delivers one message after another, each when it has been on its way for its time.
+
+    That happens on a thread of its own, so that other things go on meanwhile.
+    """
+
+    def __init__(self) -> None:
         self._free_at = 0.0
         self._jobs: queue.Queue[tuple[float, Callable[[], None]] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="graphpar-link", daemon=True)
         self._thread.start()
-
-    def submit(self, num_bytes: int, deliver: Callable[[], None]) -> None:
-        """Deliver a message of so many bytes when the link would have carried it."""
-        self.carry(self.latency_s + num_bytes / self.bytes_per_s, deliver)
 
     def carry(self, seconds: float, deliver: Callable[[], None]) -> None:
         """Deliver a message that the link is busy with for so long."""

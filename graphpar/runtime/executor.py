@@ -181,6 +181,7 @@ class Executor:
         state.to_post.extend(a for a in self.actions if a.kind in "RG")
         self._running = state
         self._post_ahead(state)
+        self.pace.restart(state.clock.start_s)
         dividing = self._rows.step() if self._rows is not None else nullcontext()
         with torch.set_grad_enabled(self.program.training), dividing:
             for action in self.actions:

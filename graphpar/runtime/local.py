@@ -122,11 +122,11 @@ class LocalWorkers:
         name: str,
         inputs: Mapping[str, torch.Tensor],
         size: int,
-        slowdown: float = 1.0,
+        slowdowns: Sequence[float],
         in_flight: int = 1,
     ) -> Spent:
-        """Seconds of every stage in a pass over them on the first rank, which waits between them."""
-        data = {"name": name, "size": size, "slowdown": slowdown, "in_flight": in_flight}
+        """Seconds of every stage in a pass over them on the first rank, which waits after each."""
+        data = {"name": name, "size": size, "slowdowns": list(slowdowns), "in_flight": in_flight}
         (reply, *_) = self._ask([Message("pass", data, inputs)])
         return [tuple(seconds) for seconds in reply.data["spent"]]
 

@@ -1,7 +1,8 @@
 """Passes over a model's stages in one process, timed stage by stage: what a profile is made of."""
 
+import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import mean
 
@@ -52,21 +53,25 @@ class Passes:
         ]
 
     def run(
-        self, inputs: Mapping[str, torch.Tensor], size: int, slowdown: float = 1.0, in_flight: int = 1
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        size: int,
+        slowdowns: Sequence[float],
+        in_flight: int = 1,
     ) -> Spent:
         """Mean seconds of every stage; gradients are added to those at hand.
 
-        Between stages it waits as a worker does that is slowed down; that does not count. Of several
-        microbatches in flight, all (alike) go forward before the first goes back.
+        Between stages it waits as workers do that are slowed down, by a number for each stage; that does
+        not count. Of several microbatches in flight, all (alike) go forward before the first goes back.
         """
         context, inputs = self._context, {k: v.to(self._device) for k, v in inputs.items()}
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
         with torch.set_grad_enabled(self._training):
-            pace = Pace(slowdown, 1)
-            passes = [_Pass(self._clock, inputs, size, pace, self._deferral) for _ in range(in_flight)]
+            paces = [Pace(slowdown, 1) for slowdown in slowdowns]
+            passes = [_Pass(self._clock, inputs, size, paces, self._deferral) for _ in range(in_flight)]
             for running in passes:
-                for builder in self._builders:
-                    running.forward(builder)
+                for number in range(len(self._builders)):
+                    running.forward(self._builders[number], number)
             for running in passes if self._training else ():
                 for number in reversed(range(len(self._builders))):
                     running.backward(number)
@@ -97,7 +102,7 @@ class _Pass:
     clock: Clock
     inputs: Mapping[str, torch.Tensor]
     size: int
-    pace: Pace
+    paces: Sequence[Pace]
     deferral: Deferral | None = None
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     gradients: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -106,13 +111,13 @@ class _Pass:
     backward_s: list[float] = field(default_factory=list)
     weights_s: list[float] = field(default_factory=list)
 
-    def forward(self, builder: StageBuilder) -> None:
+    def forward(self, builder: StageBuilder, number: int) -> None:
         """Run the next stage on what earlier ones sent."""
         face = builder.interface
         module = builder.module(self.size, self.size)
         received = {m.tag: _detached(self.values.pop(m.tag), m) for m in face.receives}
         given = [self.inputs[label] for label in face.inputs]
-        with self.pace.work():
+        with self._work(number):
             began_s = self.clock()
             sends, results = module(*given, *received.values())
             if face.tail is not None:
@@ -128,7 +133,7 @@ class _Pass:
     def backward(self, number: int) -> None:
         """Run a stage backward from the gradients that later ones left."""
         ran = self.ran[number]
-        with self.pace.work():
+        with self._work(number):
             began_s = self.clock()
             roots = self._roots(ran)
             noting = self.deferral.noting(id(self)) if self.deferral is not None else nullcontext()
@@ -140,10 +145,15 @@ class _Pass:
         self.gradients.update({tag: grad for tag, grad in grads if grad is not None})
         ran.received, ran.sent, ran.loss = {}, {}, None
 
+    def _work(self, number: int) -> AbstractContextManager[None]:
+        """Work of a stage's own device, which has waited for the stages before."""
+        self.paces[number].restart(time.monotonic())
+        return self.paces[number].work()
+
     def weights(self) -> None:
         """Make the gradients of weights that the backward of its one stage has left for later."""
         assert self.deferral is not None
-        with self.pace.work():
+        with self._work(0):
             began_s = self.clock()
             self.deferral.settle(id(self))
             self.weights_s.append(self.clock() - began_s)

@@ -29,7 +29,7 @@ class Player:
     def __init__(self, transport: Transport, rank: int) -> None:
         self._transport, self._rank = transport, rank
         # A rank sends one message at a time, to whomever: links of single peers do not overlap.
-        self._way_out = SlowLink(0.0, 1.0)
+        self._way_out = SlowLink()
         self._posted: deque[list[Arrival]] = deque()
 
     def play(self, scenes: Sequence[Scene]) -> StepReport:

@@ -1,6 +1,8 @@
 """Tensors between ranks over torch.distributed (gloo): tagged, asynchronous, receives posted ahead.
 
 Devices without gloo support are staged through the CPU, so that a GPU and a CPU can be neighbours.
+Emulated links carry with a message when it is due, on the clock that all processes of the machine share;
+it is sent at once and whoever receives it waits until then.
 """
 
 import os
@@ -9,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
@@ -17,7 +18,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from graphpar.runtime.emulate import SlowLink
+from graphpar.runtime.emulate import LinkTime, Pace
 from graphpar.runtime.program import EmulatedLink
 
 
@@ -43,12 +44,29 @@ class Arrival:
     buffer: torch.Tensor
     work: "dist.Work | None"
     device: torch.device
+    pace: Pace
+    due: torch.Tensor | None = None
 
     def wait(self) -> torch.Tensor:
-        """Block until the message is here."""
+        """Block until the message is here, and due where its link is emulated."""
         if self.work is not None:
+            began_s = time.monotonic()
             self.work.wait()
+            now_s = time.monotonic()
+            if self.due is not None:
+                due_s = float(self.due)
+                time.sleep(max(0.0, due_s - now_s))
+                self.pace.ready(due_s)
+            elif now_s - began_s > _AT_ONCE_S:
+                self.pace.ready(now_s)
         return self.buffer.to(self.device)
+
+
+_AT_ONCE_S = 5e-5
+"""What was waited for no longer than this was there before."""
+
+_DUE_BYTES = 8
+"""A message over an emulated link ends in a float64: when it is due."""
 
 
 class Transport:
@@ -59,6 +77,7 @@ class Transport:
         ranks: For each rank of the job its rank in the process group.
         groups: Ranks of the job that reduce together; created by all ranks in this order.
         links: Links of this rank that are made slower.
+        pace: The time of the device, where that is emulated.
     """
 
     def __init__(
@@ -67,10 +86,12 @@ class Transport:
         ranks: Sequence[int],
         groups: Sequence[Sequence[int]],
         links: Sequence[EmulatedLink] = (),
+        pace: Pace | None = None,
     ) -> None:
         self.device = device
         self.ranks = tuple(ranks)
-        self._slow = {link.rank: SlowLink(link.latency_s, link.bytes_per_s) for link in links}
+        self.pace = pace or Pace(1.0, 1)
+        self._slow = {link.rank: LinkTime(link.latency_s, link.bytes_per_s) for link in links}
         self._emulated = {link.rank: link for link in links}
         self._members = [tuple(g) for g in groups]
         self._groups = [dist.new_group([self.ranks[r] for r in g], backend="gloo") for g in groups]
@@ -79,53 +100,47 @@ class Transport:
 
     def post(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, tag: int) -> Arrival:
         """Make ready for a message from a rank."""
-        buffer = torch.empty(shape, dtype=dtype)
-        work = dist.irecv(_flat(buffer), src=self.ranks[rank], tag=tag)
-        return Arrival(buffer, work, self.device)
+        due = None
+        if rank in self._slow:
+            num_bytes = prod(shape) * dtype.itemsize
+            packet = torch.empty(_aligned(num_bytes) + _DUE_BYTES, dtype=torch.uint8)
+            buffer = packet[:num_bytes].view(dtype).view(shape)
+            due = packet[-_DUE_BYTES:].view(torch.float64)
+        else:
+            buffer = torch.empty(shape, dtype=dtype)
+            packet = _flat(buffer)
+        work = dist.irecv(packet, src=self.ranks[rank], tag=tag)
+        return Arrival(buffer, work, self.device, self.pace, due)
 
     def send(self, rank: int, tensor: torch.Tensor, tag: int) -> None:
         """Send without waiting; the tensor is kept until it is out."""
-        buffer = tensor.detach().cpu().contiguous()
-        flat = _flat(buffer)
-        peer = self.ranks[rank]
-        slow = self._slow.get(rank)
-        if slow is not None:
-            # Not a blocking send: receivers may take messages of one link in another order.
-            slow.submit(flat.nbytes, lambda: self._isend(flat, peer, tag))
-            return
-        self._isend(flat, peer, tag)
+        # Not a blocking send: receivers may take messages of one link in another order.
+        packet, _ = self._packet(rank, tensor)
+        self._leaving.add(dist.isend(packet, dst=self.ranks[rank], tag=tag), packet)
 
     def start_send(self, rank: int, tensor: torch.Tensor, tag: int) -> Callable[[], None]:
-        """Begin to send; the result waits, once, until the tensor is out."""
-        flat, peer = _flat(tensor.detach().cpu().contiguous()), self.ranks[rank]
-        slow = self._slow.get(rank)
+        """Begin to send; the result waits, once, until the tensor is out and an emulated link free."""
+        packet, due_s = self._packet(rank, tensor)
+        work = dist.isend(packet, dst=self.ranks[rank], tag=tag)
+        return lambda: _wait(work, due_s)
+
+    def _packet(self, rank: int, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The bytes to send, and when they are due; 0 where no link is emulated."""
+        flat, slow = _flat(tensor.detach().cpu().contiguous()), self._slow.get(rank)
         if slow is None:
-            work = dist.isend(flat, dst=peer, tag=tag)
-            return lambda: _wait(work, 0.0)
-        due: Future[dist.Work | None] = Future()
-
-        def deliver() -> None:
-            try:
-                due.set_result(dist.isend(flat, dst=peer, tag=tag))
-            except Exception as error:
-                due.set_exception(error)
-
-        slow.submit(flat.nbytes, deliver)
-        return lambda: _wait(due.result(), 0.0)
-
-    def _isend(self, flat: torch.Tensor, peer: int, tag: int) -> None:
-        self._leaving.add(dist.isend(flat, dst=peer, tag=tag), flat)
+            return flat, 0.0
+        due_s = slow.due_s(flat.nbytes, self.pace.now_s())
+        packet = torch.empty(_aligned(flat.nbytes) + _DUE_BYTES, dtype=torch.uint8)
+        packet[: flat.nbytes] = flat.view(torch.uint8)
+        packet[-_DUE_BYTES:].view(torch.float64).fill_(due_s)
+        return packet, due_s
 
     def flush(self) -> None:
         """Wait until everything sent is out."""
-        for slow in self._slow.values():
-            slow.drain()
         self._leaving.drain()
 
     def close(self) -> None:
         """End the threads; torch does not survive threads at the end of a process."""
-        for slow in self._slow.values():
-            slow.close()
         self._leaving.close()
 
     def sum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
@@ -139,7 +154,7 @@ class Transport:
         work = dist.all_reduce(buffer, group=self._groups[group], async_op=True)
 
         def finish() -> torch.Tensor:
-            _wait(work, due)
+            self._await(work, due)
             return buffer.to(tensor.device)
 
         return finish
@@ -149,7 +164,7 @@ class Transport:
         buffer = tensor.cpu()
         due = self._due(self._ring_seconds(self._members[group], buffer.nbytes))
         dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self._groups[group])
-        _wait(None, due)
+        self._await(None, due)
         return buffer.to(tensor.device)
 
     def start_exchange(
@@ -172,7 +187,7 @@ class Transport:
         work = dist.all_to_all_single(arrived, flat, sizes, given, group=group_of, async_op=True)
 
         def finish() -> list[torch.Tensor]:
-            _wait(work, due)
+            self._await(work, due)
             parts = torch.split(arrived, sizes)
             return [
                 blocks[k] if k == own else part.view(shape).to(blocks[k].device)
@@ -185,8 +200,15 @@ class Transport:
         """When an emulated link will have carried a collective that takes so long, one after another."""
         if not seconds:
             return 0.0
-        self._busy_until = max(time.monotonic(), self._busy_until) + seconds
+        self._busy_until = max(self.pace.now_s(), self._busy_until) + seconds
         return self._busy_until
+
+    def _await(self, work: "dist.Work | None", due_s: float) -> None:
+        """Wait for a collective that all members meet in, and until a link would have carried it."""
+        if work is not None:
+            work.wait()
+        self.pace.ready(max(due_s, time.monotonic()))
+        _wait(None, due_s)
 
     def _peer_seconds(self, members: Sequence[int], blocks: Sequence[torch.Tensor]) -> float:
         """Blocks leave one after another; each link takes its own time."""
@@ -258,6 +280,11 @@ def _wait(work: "dist.Work | None", due: float) -> None:
         work.wait()
     if due:
         time.sleep(max(0.0, due - time.monotonic()))
+
+
+def _aligned(num_bytes: int) -> int:
+    """The place of a float64 behind so many bytes."""
+    return -(-num_bytes // _DUE_BYTES) * _DUE_BYTES
 
 
 def _flat(buffer: torch.Tensor) -> torch.Tensor:

@@ -74,12 +74,12 @@ class Worker:
             tensor = tensors.own(label, self.device)
             self.tensors[label] = nn.Parameter(tensor) if label in wanted else tensor
         self.trained = tuple(label for label in trained if label in self.tensors)
-        self.transport = Transport(self.device, ranks, setup.groups, setup.links)
+        self.pace = Pace(setup.slowdown, setup.threads)
+        self.transport = Transport(self.device, ranks, setup.groups, setup.links, self.pace)
         self.shards = Shards(self.tensors, setup.shards, setup.shard_groups, self.transport)
         self._recipe = recipe
         self.optimizer = self._fresh_optimizer()
         self.scheduler = recipe.scheduled(self.optimizer) if recipe and self.optimizer else None
-        self.pace = Pace(setup.slowdown, setup.threads)
         self.executors: dict[str, Executor] = {}
         self.passes: dict[str, Passes] = {}
         self.lower_weights = LowerWeights()
@@ -377,7 +377,7 @@ def _answer(worker: Worker, command: Message) -> Message:
         return Message("ready")
     if command.kind == "pass":
         passes = worker.passes[data["name"]]
-        spent = passes.run(command.tensors, data["size"], data["slowdown"], data["in_flight"])
+        spent = passes.run(command.tensors, data["size"], data["slowdowns"], data["in_flight"])
         return Message("spent", {"spent": spent})
     if command.kind == "update":
         return Message("seconds", {"seconds": worker.time_update()})

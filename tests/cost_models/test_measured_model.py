@@ -95,7 +95,7 @@ def test_timings_are_kept_by_machine_and_model(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     mine, other = Fingerprint("a", 2, "2.13", 1), Fingerprint("b", 2, "2.13", 1)
     path = save_timing(mine, "m", timing(1))
-    assert load_timing(mine, "m") == timing(1)
-    assert load_timing(other, "m") is None and load_timing(mine, "n") is None
+    assert load_timing(mine, "m", ModelTiming) == timing(1)
+    assert load_timing(other, "m", ModelTiming) is None and load_timing(mine, "n", ModelTiming) is None
     path.write_text("{")
-    assert load_timing(mine, "m") is None
+    assert load_timing(mine, "m", ModelTiming) is None

@@ -1,13 +1,14 @@
 """Emulated devices take longer for the same work, emulated links for the same message."""
 
 import time
+from statistics import mean
 
 import pytest
 import torch
 from helpers import Line, force, straight
 from torch import nn
 
-from graphpar.runtime.emulate import Pace, SlowLink
+from graphpar.runtime.emulate import LinkTime, Pace, SlowLink
 from graphpar.runtime.job import CompiledModel
 
 
@@ -23,21 +24,24 @@ class Wide(nn.Module):
         return result
 
 
-def compute_s(job: CompiledModel, rank: int, kinds: str) -> float:
-    """The shortest of the rank's forwards or backwards in the last step."""
+def compute_s(job: CompiledModel, rank: int, kind: str) -> list[float]:
+    """Seconds of the rank's forwards or backwards in the last step."""
     assert job.last_step is not None
     events = job.last_step.reports[rank].events
-    return min(e.end_s - e.start_s for e in events if e.token[1] in kinds)
+    return [e.end_s - e.start_s for e in events if e.token[1] == kind]
 
 
 @pytest.mark.parametrize("kind", ["F", "B"])
 def test_slowdown_stretches_the_same_work(kind: str) -> None:
-    cluster = {"devices": [{"kind": "cpu", "threads": 1}, {"kind": "cpu", "threads": 1, "slowdown": 4.0}]}
-    batch = (torch.randn(256, 256),)
+    cluster = {
+        "devices": [{"kind": "cpu", "threads": 1}, {"kind": "cpu", "threads": 1, "slowdown": 12.0}]
+    }
+    batch = (torch.randn(512, 256),)
     with force(Wide(), batch, lines=(Line((2,), 8),), cluster=cluster).start() as job:
         for _ in range(2):
             job.step(*batch)
-        assert compute_s(job, 1, kind) > 2 * compute_s(job, 0, kind)
+        # Single actions may be late, and shorter for that; the device as a whole is as slow as described.
+        assert mean(compute_s(job, 1, kind)) > 4 * min(compute_s(job, 0, kind))
 
 
 def test_pace_adds_to_the_computing_time_only() -> None:
@@ -53,27 +57,56 @@ def test_pace_adds_to_the_computing_time_only() -> None:
 
 
 class LateClock:
-    """Time that passes by sleeping alone, a tenth of a millisecond longer than asked for."""
+    """Time that passes by sleeping alone, somewhat longer than asked for."""
 
-    now_s = 0.0
+    def __init__(self, late_s: float) -> None:
+        self.now_s, self.late_s = 0.0, late_s
 
-    def perf_counter(self) -> float:
+    def monotonic(self) -> float:
         return self.now_s
 
-    thread_time = perf_counter
+    thread_time = perf_counter = monotonic
 
     def sleep(self, seconds: float) -> None:
-        self.now_s += seconds + 1e-4
+        self.now_s += seconds + self.late_s
 
 
-def test_pauses_that_last_too_long_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = LateClock()
+@pytest.mark.parametrize("late_s", [1e-4, 1.5e-3])
+def test_pauses_that_last_too_long_do_not_add_up(monkeypatch: pytest.MonkeyPatch, late_s: float) -> None:
+    clock = LateClock(late_s)
     monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
     pace = Pace(3.0, threads=1)
+    pace.restart(0.0)
     for _ in range(100):
         with pace.work():
             clock.now_s += 1e-3
-    assert clock.now_s == pytest.approx(100 * 3e-3, abs=2e-4)
+    assert clock.now_s == pytest.approx(100 * 3e-3, abs=late_s + 1e-6)
+
+
+def test_an_action_begins_when_its_message_is_due_not_when_the_worker_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = LateClock(0.0)
+    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+    pace = Pace(3.0, threads=1)
+    pace.restart(0.0)
+    clock.now_s = 0.012
+    pace.ready(0.010)
+    assert pace.now_s() == pytest.approx(0.010)
+    with pace.work():
+        clock.now_s += 2e-3
+    assert clock.now_s == pytest.approx(0.016)
+
+
+def test_a_device_that_is_not_slowed_down_lives_in_the_machines_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = LateClock(0.0)
+    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+    pace = Pace(1.0, threads=1)
+    pace.restart(0.0)
+    clock.now_s = 0.5
+    assert pace.now_s() == 0.5
 
 
 def test_message_takes_latency_and_bytes_over_rate() -> None:
@@ -96,23 +129,29 @@ def test_message_takes_latency_and_bytes_over_rate() -> None:
     assert sent.end_s - sent.start_s < latency_s, "the sender does not wait for the link"
 
 
-def test_slow_link_carries_one_message_at_a_time_in_order() -> None:
-    link = SlowLink(latency_s=0.01, bytes_per_s=1e4)
+def test_link_carries_one_message_at_a_time_in_order() -> None:
+    link = LinkTime(latency_s=0.01, bytes_per_s=1e4)
+    assert [link.due_s(100, 5.0) for _ in range(3)] == pytest.approx([5.02, 5.04, 5.06])
+    assert link.due_s(100, 6.0) == pytest.approx(6.02)
+
+
+def test_deliveries_come_one_after_another() -> None:
+    link = SlowLink()
     arrived: list[tuple[int, float]] = []
     began = time.monotonic()
     for number in range(3):
-        link.submit(100, lambda n=number: arrived.append((n, time.monotonic())))  # type: ignore[misc]
+        link.carry(0.02, lambda n=number: arrived.append((n, time.monotonic())))  # type: ignore[misc]
     link.drain()
     assert [n for n, _ in arrived] == [0, 1, 2]
     assert all(at - began >= 0.02 * (n + 1) for n, at in arrived)
 
 
-def test_failure_on_a_slow_link_is_raised_where_it_is_drained() -> None:
-    link = SlowLink(0.0, 1e9)
+def test_a_failed_delivery_is_raised_where_it_is_waited_for() -> None:
+    link = SlowLink()
 
     def fail() -> None:
         raise ConnectionError("gone")
 
-    link.submit(1, fail)
+    link.carry(0.0, fail)
     with pytest.raises(ConnectionError, match="gone"):
         link.drain()

@@ -1,0 +1,272 @@
+"""Time a plan's stages on this machine as they will run: at their sizes, in their formats, with pauses.
+
+Planning prices a stage as the sum of its units, at any size. What is chosen in the end is one cut, one
+microbatch size and one device for every stage, and that can be tried as it is: a worker that holds the
+whole model passes through the plan's own stages, and waits after each as the stage's device will. What a
+pause costs depends on what a stage reads again after it, hence on cut and size.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from statistics import median
+
+import msgspec
+
+from graphpar.cost_models.measured import StageSeconds, StageTiming
+from graphpar.errors import GraphparError
+from graphpar.kept_timings import kept_or_fresh
+from graphpar.neighbours import reference_s
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.plans import hash_of
+from graphpar.timing import RankTiming, SizeTiming, Timing
+from graphpar.trial_worker import TrialModel, TrialWorker
+
+_log = logging.getLogger("graphpar.timing")
+
+ROUNDS = 3
+"""Passes that are counted, after one that warms up."""
+
+IN_FLIGHT = 2
+"""Microbatches that go forward before the first goes back, where a pipeline has several."""
+
+_RESTS_S = 0.1
+"""Updates are timed after so long a wait, when what they read has left the caches."""
+
+
+def timed_stages(
+    model: TrialModel,
+    model_hash: str,
+    found: Partition,
+    timing: Timing,
+    slowdowns: Mapping[str, float],
+    budget_s: float,
+) -> StageTiming | None:
+    """What is kept of these stages, as long as the machine is as fast as it was then; else timed anew."""
+    pipelines = [msgspec.to_builtins(pipeline) for pipeline in found.pipelines]
+    asked = [*model.key(model_hash), pipelines, sorted(slowdowns.items()), _VERSION]
+    return kept_or_fresh(
+        model.threads,
+        hash_of(asked),
+        StageTiming,
+        lambda: time_stages(model, found, timing, slowdowns, budget_s),
+    )
+
+
+_VERSION = 1
+"""Of what is timed and how; what was kept of another one is timed anew."""
+
+
+def time_stages(
+    model: TrialModel, found: Partition, timing: Timing, slowdowns: Mapping[str, float], budget_s: float
+) -> StageTiming | None:
+    """Run the stages of a plan one after another in one worker; None where that fails or takes too long.
+
+    Args:
+        model: Runs the model.
+        found: The plan's pipelines.
+        timing: What is predicted, which says what a trial will take.
+        slowdowns: Of every device that is a worker on this machine.
+        budget_s: What may be spent on a pipeline.
+    """
+    trials = [
+        trial
+        for number in range(len(found.pipelines))
+        for trial in _trials(found, number, slowdowns)
+        if trial.costs_s(timing) <= budget_s
+    ]
+    if not trials:
+        return None
+    try:
+        with model.worker([trial.alone for trial in trials]) as worker:
+            speed_s = reference_s()
+            rows = [row for number, trial in enumerate(trials) for row in trial.run(worker, number)]
+            size = max(trial.size for trial in trials)
+            several = len(found.used_devices) > 1
+            waits = several or any(slowdown > 1 for slowdown in slowdowns.values())
+            longer = _rested(model, worker, size, several) if waits and model.train is not None else 1.0
+            return StageTiming(tuple(rows), longer, speed_s)
+    except GraphparError as error:
+        _log.warning("The plan's stages could not be timed, so that units stand for them: %s", error)
+        return None
+
+
+def retimed(
+    timing: Timing, found: Partition, measured: StageTiming, slowdowns: Mapping[str, float]
+) -> Timing:
+    """The timing with what was measured of stages in place of what their units add up to.
+
+    Other microbatch sizes, and halves of backwards, keep their proportions to the size that was timed.
+    """
+    ranks = tuple(
+        _retimed_rank(rank, _first_stage(found, rank.device), measured, slowdowns[rank.device])
+        if rank.device in slowdowns
+        else rank
+        for rank in timing.ranks
+    )
+    return replace(timing, ranks=ranks)
+
+
+def _retimed_rank(
+    rank: RankTiming, first_stage: int, measured: StageTiming, slowdown: float
+) -> RankTiming:
+    sizes = []
+    for row in rank.sizes:
+        stage = first_stage if row.stage is None else row.stage
+        seconds = measured.of(stage, slowdown)
+        timed = None if seconds is None else rank.at_size(seconds.size, row.stage)
+        sizes.append(row if seconds is None or timed is None else _scaled(row, timed, seconds))
+    return replace(rank, sizes=tuple(sizes), optimizer_s=rank.optimizer_s * measured.update)
+
+
+def _first_stage(found: Partition, device: str) -> int:
+    """The number of a device's first stage among those of all pipelines."""
+    stages = [stage for pipeline in found.pipelines for stage in pipeline.stages]
+    return next(k for k, stage in enumerate(stages) if any(device in r.devices for r in stage.replicas))
+
+
+def _scaled(row: SizeTiming, timed: SizeTiming, seconds: StageSeconds) -> SizeTiming:
+    """A row times what was measured over what was predicted at the size that was timed."""
+    ahead = seconds.forward_s * seconds.slowdown / timed.forward_s if timed.forward_s > 0 else 1.0
+    back = seconds.backward_s * seconds.slowdown / timed.backward_s if timed.backward_s > 0 else 1.0
+    return replace(
+        row,
+        forward_s=row.forward_s * ahead,
+        backward_s=row.backward_s * back,
+        weight_s=row.weight_s * back,
+        split_s=row.split_s * back,
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage in a trial: its number in the plan, the device it is tried for, whether that counts."""
+
+    number: int
+    device: str
+    slowdown: float
+    counts: bool
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One pipeline to be passed through, each stage as on one of its devices.
+
+    Attributes:
+        alone: The pipeline's stages, one after another on one device.
+        stages: The same, with their devices in the plan.
+        size: Samples of a microbatch.
+        in_flight: Microbatches that go forward before the first goes back.
+    """
+
+    alone: Partition
+    stages: tuple[_Stage, ...]
+    size: int
+    in_flight: int
+
+    def costs_s(self, timing: Timing) -> float:
+        """Seconds that all passes will take, by what was predicted."""
+        by_device = {rank.device: rank for rank in timing.ranks}
+        rows = [by_device[stage.device].at_size(self.size, stage.number) for stage in self.stages]
+        return (1 + ROUNDS) * self.in_flight * sum(row.forward_s + row.backward_s for row in rows)
+
+    def run(self, worker: TrialWorker, number: int) -> list[StageSeconds]:
+        """Pass through the stages, as the `number`-th partition that the worker was given."""
+        slowdowns = [stage.slowdown for stage in self.stages]
+        passes = [
+            worker.by_stage(number, self.size, slowdowns, self.in_flight) for _ in range(1 + ROUNDS)
+        ][1:]
+        return [
+            StageSeconds(
+                stage.number,
+                stage.slowdown,
+                self.size,
+                median(p[k][0] for p in passes),
+                median(p[k][1] for p in passes),
+            )
+            for k, stage in enumerate(self.stages)
+            if stage.counts
+        ]
+
+
+def _trials(found: Partition, number: int, slowdowns: Mapping[str, float]) -> list[_Trial]:
+    """Trials of a pipeline: as many as a stage has replicas with unlike slowdowns.
+
+    None of one with a stage that nobody runs on this machine.
+    """
+    pipeline = found.pipelines[number]
+    first_stage = sum(len(p.stages) for p in found.pipelines[:number])
+    kinds = [_kinds(stage, slowdowns) for stage in pipeline.stages]
+    if not all(kinds):
+        return []
+    replicas = max(len(stage.replicas) for stage in pipeline.stages)
+    alone = replace(
+        found, pipelines=(_on_one_device(pipeline, _batch(found)),), schedule="gpipe", shardings=()
+    )
+    return [
+        _Trial(
+            alone=alone,
+            stages=tuple(
+                _Stage(
+                    first_stage + k,
+                    *mine[min(turn, len(mine) - 1)],
+                    counts=turn < len(mine) and _passes_through(stage),
+                )
+                for k, (stage, mine) in enumerate(zip(pipeline.stages, kinds, strict=True))
+            ),
+            size=max(pipeline.sizes()),
+            in_flight=IN_FLIGHT if pipeline.microbatches > replicas else 1,
+        )
+        for turn in range(max(map(len, kinds)))
+    ]
+
+
+def _kinds(stage: StageChoice, slowdowns: Mapping[str, float]) -> list[tuple[str, float]]:
+    """One device here for each slowdown among a stage's replicas."""
+    found: dict[float, str] = {}
+    for replica in stage.replicas:
+        if replica.device in slowdowns:
+            found.setdefault(slowdowns[replica.device], replica.device)
+    return [(device, slowdown) for slowdown, device in sorted(found.items())]
+
+
+def _passes_through(stage: StageChoice) -> bool:
+    """Whether a microbatch costs a stage what a pass costs it, and no messages or second forward."""
+    return not stage.recompute and stage.zero < 2 and not any(r.others for r in stage.replicas)
+
+
+def _on_one_device(pipeline: PipelineChoice, batch: int) -> PipelineChoice:
+    stages = tuple(
+        replace(stage, replicas=(Replica(f"local/{k}", 1),), recompute=False, zero=0)
+        for k, stage in enumerate(pipeline.stages)
+    )
+    return replace(pipeline, samples=batch, microbatches=1, stages=stages)
+
+
+def _batch(found: Partition) -> int:
+    return sum(pipeline.samples for pipeline in found.pipelines)
+
+
+def _rested(model: TrialModel, worker: TrialWorker, size: int, several: bool) -> float:
+    """How many times longer an update takes after a wait, beside another one if there are several.
+
+    Updates right after a pass and rested ones are taken in turn.
+    """
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        twin = stack.enter_context(model.worker()) if several else None
+        ratios = []
+        for _ in range(1 + ROUNDS):
+            worker.whole(size)
+            at_once_s = worker.update()
+            worker.whole(size)
+            if twin is not None:
+                twin.whole(size)
+            time.sleep(_RESTS_S)
+            beside = pool.submit(twin.update) if twin is not None else None
+            ratios.append(worker.update() / max(at_once_s, 1e-9))
+            if beside is not None:
+                beside.result()
+    return max(median(ratios[1:]), 1.0)

@@ -1,0 +1,65 @@
+"""Messages over emulated links carry when they are due, whatever they hold."""
+
+import time
+
+import pytest
+import torch
+
+from graphpar.runtime.emulate import Pace
+from graphpar.runtime.program import EmulatedLink
+from graphpar.runtime.transport import Transport
+
+
+class Wire:
+    """Stands for gloo: what is sent with a tag is what was posted for it."""
+
+    def __init__(self) -> None:
+        self.posted: dict[int, torch.Tensor] = {}
+
+    def irecv(self, packet: torch.Tensor, src: int, tag: int) -> "Wire":
+        self.posted[tag] = packet
+        return self
+
+    def isend(self, packet: torch.Tensor, dst: int, tag: int) -> "Wire":
+        into = self.posted[tag]
+        assert into.dtype == packet.dtype and into.shape == packet.shape
+        into.copy_(packet)
+        return self
+
+    def wait(self) -> None:
+        """Everything is there."""
+
+
+@pytest.mark.parametrize("link", [(), (EmulatedLink(1, 0.01, 1e6),)])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 5),
+        torch.randn(7).bfloat16(),
+        torch.tensor([True, False, True]),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.arange(5, dtype=torch.int64),
+        torch.empty(0, 4),
+        torch.randn(3, dtype=torch.complex64),
+        torch.randn(4, 6).t(),
+    ],
+    ids=lambda t: f"{t.dtype}-{tuple(t.shape)}",
+)
+def test_a_message_arrives_as_it_was_and_not_before_it_is_due(
+    monkeypatch: pytest.MonkeyPatch, tensor: torch.Tensor, link: tuple[EmulatedLink, ...]
+) -> None:
+    wire = Wire()
+    monkeypatch.setattr("graphpar.runtime.transport.dist", wire)
+    pace = Pace(2.0, 1)
+    ends = Transport(torch.device("cpu"), (0, 1), (), link, pace)
+    arrival = ends.post(1, tuple(tensor.shape), tensor.dtype, 5)
+    began_s = time.monotonic()
+    pace.restart(began_s)
+    ends.start_send(1, tensor, 5)
+    found = arrival.wait()
+    assert found.dtype == tensor.dtype and found.shape == tensor.shape
+    assert torch.equal(found, tensor)
+    if link:
+        due_s = began_s + 0.01 + tensor.nbytes / 1e6
+        assert time.monotonic() >= due_s
+        assert pace.now_s() == pytest.approx(due_s, abs=1e-9), "lateness is not the device's"

@@ -1,0 +1,111 @@
+"""Stages of a plan are tried as they will run; what was measured takes the place of what was priced."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import graphpar
+from graphpar.cost_models.measured import StageSeconds, StageTiming
+from graphpar.partition.types import Partition, Replica
+from graphpar.preparation import prepare
+from graphpar.stage_timing import retimed, time_stages
+from graphpar.timing import RankTiming, SizeTiming, Timing
+from graphpar.trial_worker import TrialModel
+
+TRAINING = graphpar.Training(optimizer=torch.optim.AdamW, loss=nn.functional.mse_loss)
+SLOWDOWNS = {"local/0": 1.0, "local/1": 2.0}
+CLUSTER = {"devices": [{"kind": "cpu", "threads": 1}, {"kind": "cpu", "threads": 1, "slowdown": 2.0}]}
+
+
+def model_and_batch() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    layers = [m for _ in range(3) for m in (nn.Linear(16, 16), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(16, 4)), (torch.randn(8, 16), torch.randn(8, 4))
+
+
+def two_stages(plan: graphpar.Plan, precision: str = "float32") -> Partition:
+    """The model cut in the middle, a stage for each device."""
+    (pipeline, *_), last = plan.partition.pipelines, len(plan.units)
+    stage, cut = pipeline.stages[0], last // 2
+    stages = (
+        replace(stage, first=0, last=cut, replicas=(Replica("local/0", 2),), precision=precision),
+        replace(stage, first=cut, last=last, replicas=(Replica("local/1", 2),), precision=precision),
+    )
+    one = replace(pipeline, samples=8, microbatches=2, stages=stages)
+    return replace(plan.partition, pipelines=(one,))
+
+
+def timing_of_two(found: Partition) -> Timing:
+    row = SizeTiming(4, forward_s=1e-4, backward_s=2e-4)
+    ranks = tuple(RankTiming(device, "local", (row,), optimizer_s=1e-4) for device in SLOWDOWNS)
+    return Timing(ranks, (), graphpar.plan(*_tiny()).timing.network)
+
+
+def _tiny() -> tuple[nn.Module, dict[str, object], tuple[torch.Tensor]]:
+    return nn.Linear(2, 2), {"devices": [{"kind": "cpu"}]}, (torch.randn(2, 2),)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_stage_is_timed_in_its_format_and_the_model_is_left_alone(precision: str) -> None:
+    model, batch = model_and_batch()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
+    found = two_stages(plan, precision)
+    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    measured = time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 5.0)
+    assert measured is not None and measured.update >= 1
+    assert [(r.stage, r.slowdown, r.size) for r in measured.rows] == [(0, 1.0, 4), (1, 2.0, 4)]
+    assert all(r.forward_s > 0 and r.backward_s > 0 for r in measured.rows)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.distributed
+def test_stages_that_do_more_than_pass_through_keep_their_prices() -> None:
+    model, batch = model_and_batch()
+    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    (pipeline,) = found.pipelines
+    first, second = pipeline.stages
+    again = replace(pipeline, stages=(replace(first, recompute=True), second))
+    found = replace(found, pipelines=(again,))
+    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    measured = time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 5.0)
+    assert measured is not None
+    assert [r.stage for r in measured.rows] == [1]
+
+
+def test_nothing_is_tried_that_takes_too_long_or_runs_elsewhere() -> None:
+    model, batch = model_and_batch()
+    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    assert time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 1e-9) is None
+    assert time_stages(trial, found, timing_of_two(found), {"local/0": 1.0}, 5.0) is None
+
+
+def test_measured_seconds_take_the_place_of_priced_ones_in_proportion() -> None:
+    model, batch = model_and_batch()
+    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    sizes = (
+        SizeTiming(3, 3.0, 6.0, saved_bytes=5.0, weight_s=2.0, split_s=0.5),
+        SizeTiming(4, 4.0, 8.0, saved_bytes=7.0, weight_s=3.0, split_s=0.5),
+    )
+    ranks = tuple(RankTiming(device, "local", sizes, optimizer_s=1.0) for device in SLOWDOWNS)
+    timing = replace(timing_of_two(found), ranks=ranks)
+    measured = StageTiming((StageSeconds(1, 2.0, 4, 2.5, 6.0),), 1.25, 1.0)
+    first, second = retimed(timing, found, measured, SLOWDOWNS).ranks
+    assert first == replace(ranks[0], optimizer_s=1.25)
+    at_four, at_three = second.at_size(4), second.at_size(3)
+    assert (at_four.forward_s, at_four.backward_s) == (5.0, 12.0)
+    assert (at_three.forward_s, at_three.backward_s) == (3.75, 9.0)
+    assert (at_four.weight_s, at_four.split_s, at_four.saved_bytes) == (4.5, 0.75, 7.0)
+
+
+def test_times_of_one_optimiser_are_not_used_for_another() -> None:
+    model, batch = model_and_batch()
+    prepared = prepare(model, batch, {}, TRAINING)
+    keys = [
+        TrialModel(model, prepared, batch, {}, replace(TRAINING, optimizer=optimizer)).key("m")
+        for optimizer in (torch.optim.AdamW, torch.optim.SGD, torch.optim.AdamW)
+    ]
+    assert keys[0] == keys[2] != keys[1]
