@@ -337,7 +337,7 @@ class _Work:
     ) -> ShadowPrice:
         gap = max(self._searched.gap, 1e-4)
         try:
-            again = solve(table, gap=gap, time_limit_s=left_s, schedule="auto")
+            again = solve(table, gap=gap, time_limit_s=left_s, schedule="auto", compare_simple=False)
         except InfeasibleError:
             return ShadowPrice(kind, subject, have, change, unit, None, None, "re-solved")
         # More of a resource never hurts: where the search found nothing better, the old plan stands.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from simple_plans import watch_plans
 
 from graphpar.neighbours import reference_s
 
@@ -52,6 +53,14 @@ def _machine_looked_at_once() -> Iterator[None]:
     """A job whose step was predicted badly, as of most tiny models, asks how fast the machine is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("graphpar.runtime.job.reference_s", cache(reference_s))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_simple_plan_is_better() -> Iterator[None]:
+    """No partition of any test may be worse than what people do without a planner."""
+    with pytest.MonkeyPatch.context() as patch:
+        watch_plans(patch)
         yield
 
 

@@ -5,7 +5,7 @@ by microbatch instead of by mean sizes, unit by unit instead of by prefix sums.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -20,11 +20,20 @@ TOLERANCE = 1e-7
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checker found: step time with its parts, and peak bytes per device."""
+    """What the checker found: step time, peak bytes per device, and the parts of the step.
+
+    Where several pipelines, or devices after them, end last at the same time, any of them may say what
+    the step consists of: `parts` are those of one, `ways` those of all.
+    """
 
     objective_s: float
-    parts: dict[str, float]
+    ways: tuple[dict[str, float], ...]
     peak_bytes: dict[str, float]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What adds up to the step."""
+        return self.ways[0]
 
 
 def check_partition(table: CostTable, partition: Partition, *, memory: bool = True) -> Checked:
@@ -49,22 +58,26 @@ def check_partition(table: CostTable, partition: Partition, *, memory: bool = Tr
 
 def recompute(table: CostTable, partition: Partition) -> Checked:
     """Step time, parts and peaks of a partition whose structure is sound."""
-    slowest = max(
-        (_pipeline_parts(table, partition, p) for p in partition.pipelines),
-        key=lambda parts: sum(parts),
+    slowest = _last([_pipeline_parts(table, partition, p) for p in partition.pipelines])
+    exchanges = _exchanges(table, partition)
+    names = ("fill_compute_s", "fill_transfer_s", "steady_s", "sync_s", "optimizer_s")
+    ways = tuple(
+        dict(zip(names, (fill + exchanges, *rest, *finish), strict=True))
+        for (fill, *rest), finish in product(slowest, _last(_finishes(table, partition)))
     )
-    sync, optimizer = _slowest_finish(table, partition)
-    names = ("fill_compute_s", "fill_transfer_s", "steady_s")
-    parts = dict(zip(names, slowest, strict=True))
-    parts |= {"sync_s": sync, "optimizer_s": optimizer}
-    parts["fill_compute_s"] += _exchanges(table, partition)
     peaks: dict[str, float] = {}
     for pipeline in partition.pipelines:
         for number, stage in enumerate(pipeline.stages):
             for index, replica in enumerate(stage.replicas):
                 for member, device in enumerate(replica.devices):
                     peaks[device] = _peak(table, partition, pipeline, number, index, member)
-    return Checked(sum(parts.values()), parts, peaks)
+    return Checked(max(sum(parts.values()) for parts in ways), ways, peaks)
+
+
+def _last(every: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Those that together take longest, to within the tolerance, without repetition."""
+    longest = max(map(sum, every))
+    return list(dict.fromkeys(p for p in every if sum(p) >= longest * (1 - TOLERANCE)))
 
 
 def _structure_problems(table: CostTable, partition: Partition) -> Iterator[str]:
@@ -139,10 +152,7 @@ def _number_problems(
 ) -> Iterator[str]:
     if not _close(partition.objective_s, checked.objective_s):
         yield f"step {partition.objective_s!r} s, recomputed {checked.objective_s!r} s"
-    for name, value in checked.parts.items():
-        if abs(partition.parts.get(name, math.nan) - value) <= TOLERANCE * checked.objective_s:
-            continue
-        yield f"{name} {partition.parts.get(name)!r}, recomputed {value!r}"
+    yield from min((list(_other_parts(partition, checked, way)) for way in checked.ways), key=len)
     if partition.bound_s > checked.objective_s * (1 + TOLERANCE):
         yield f"bound {partition.bound_s!r} s above the step {checked.objective_s!r} s"
     if partition.physical_bound_s > checked.objective_s * (1 + TOLERANCE):
@@ -155,6 +165,12 @@ def _number_problems(
         capacity = table.device_classes[table.class_of[device]].memory_bytes
         if memory and peak > capacity * (1 + TOLERANCE):
             yield f"{device} needs {peak:.6g} bytes of {capacity:.6g}"
+
+
+def _other_parts(partition: Partition, checked: Checked, way: dict[str, float]) -> Iterator[str]:
+    for name, value in way.items():
+        if not abs(partition.parts.get(name, math.nan) - value) <= TOLERANCE * checked.objective_s:
+            yield f"{name} {partition.parts.get(name)!r}, recomputed {value!r}"
 
 
 def _close(claimed: float, value: float) -> bool:
@@ -336,11 +352,11 @@ def _all_devices(pipeline: PipelineChoice) -> list[str]:
     return [device for stage in pipeline.stages for r in stage.replicas for device in r.devices]
 
 
-def _slowest_finish(table: CostTable, partition: Partition) -> tuple[float, float]:
-    """Sync and optimiser seconds of the device on which they take longest together."""
-    worst = (0.0, 0.0)
+def _finishes(table: CostTable, partition: Partition) -> list[tuple[float, ...]]:
+    """Sync and optimiser seconds of every device."""
     if not table.training:
-        return worst
+        return [(0.0, 0.0)]
+    found: list[tuple[float, ...]] = []
     clock: dict[str, float] = {}
     for devices, seconds in _sums_in_order(table, partition):
         end = max(clock.get(device, 0.0) for device in devices) + seconds
@@ -352,10 +368,8 @@ def _slowest_finish(table: CostTable, partition: Partition) -> tuple[float, floa
                 mode = _mode(table, stage, index)
                 steps = [mode.costs[table.units[u]].optimizer_s for u in range(stage.first, stage.last)]
                 optimizer = sum(steps) / (len(stage.replicas) if stage.zero > 0 else 1)
-                for device in replica.devices:
-                    if clock.get(device, 0.0) + optimizer > sum(worst):
-                        worst = (clock.get(device, 0.0), optimizer)
-    return worst
+                found += [(clock.get(device, 0.0), optimizer) for device in replica.devices]
+    return found
 
 
 def _sums_in_order(table: CostTable, partition: Partition) -> Iterator[tuple[tuple[str, ...], float]]:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 from graphpar.cost import CostTable
@@ -72,6 +73,7 @@ def even_split(
     schedule: ScheduleChoice = "auto",
     microbatches: Microbatches = "auto",
     deadline_s: float = math.inf,
+    physical_s: float | None = None,
 ) -> Partition:
     """The same number of units on every device, all devices in the table's order, one pipeline.
 
@@ -85,7 +87,9 @@ def even_split(
     stages = min(len(devices), table.num_units)
     cuts = _even_cuts(table.num_units, stages)
     groups = [devices[a:b] for a, b in pairwise(_even_cuts(len(devices), stages))]
-    return _best_setting(table, "the even split", cuts, groups, (schedule, microbatches, deadline_s))
+    return _best_setting(
+        table, "the even split", cuts, groups, (schedule, microbatches, deadline_s, physical_s)
+    )
 
 
 def greedy_split(
@@ -94,6 +98,7 @@ def greedy_split(
     schedule: ScheduleChoice = "auto",
     microbatches: Microbatches = "auto",
     deadline_s: float = math.inf,
+    physical_s: float | None = None,
 ) -> Partition:
     """Units in proportion to each device's speed, all devices in the table's order, one pipeline.
 
@@ -103,7 +108,7 @@ def greedy_split(
     devices = list(table.class_of)[: table.num_units]
     speed = _speeds(table)
     cuts = _proportional_cuts(table, devices, [speed[table.class_of[d]] for d in devices])
-    settings = (schedule, microbatches, deadline_s)
+    settings = (schedule, microbatches, deadline_s, physical_s)
     return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], settings)
 
 
@@ -113,6 +118,7 @@ def data_parallel(
     schedule: ScheduleChoice = "auto",
     microbatches: Microbatches = "auto",
     deadline_s: float = math.inf,
+    physical_s: float | None = None,
 ) -> Partition:
     """Every device holds the whole model and takes turns over the microbatches.
 
@@ -120,7 +126,7 @@ def data_parallel(
         InfeasibleError: The model does not fit into one device, or samples mix.
     """
     devices = list(table.class_of)
-    settings = (schedule, microbatches, deadline_s)
+    settings = (schedule, microbatches, deadline_s, physical_s)
     return _best_setting(table, "data parallelism", [0, table.num_units], [devices], settings)
 
 
@@ -130,6 +136,7 @@ def one_device(
     schedule: ScheduleChoice = "auto",
     microbatches: Microbatches = "auto",
     deadline_s: float = math.inf,
+    physical_s: float | None = None,
 ) -> Partition:
     """Everything on the device that is fastest for the whole chain.
 
@@ -138,8 +145,27 @@ def one_device(
     """
     speed = _speeds(table)
     fastest = max(table.class_of, key=lambda d: speed[table.class_of[d]])
-    settings = (schedule, microbatches, deadline_s)
+    settings = (schedule, microbatches, deadline_s, physical_s)
     return _best_setting(table, "one device", [0, table.num_units], [[fastest]], settings)
+
+
+def simple_plans(
+    table: CostTable,
+    schedule: ScheduleChoice = "auto",
+    microbatches: Microbatches = "auto",
+    deadline_s: float = math.inf,
+    physical_s: float | None = None,
+) -> Iterator[Partition]:
+    """Those of the plans above that fit; `physical_s` as for `priced_plan`."""
+    for make in (one_device, data_parallel, greedy_split, even_split):
+        with suppress(InfeasibleError):
+            yield make(
+                table,
+                schedule=schedule,
+                microbatches=microbatches,
+                deadline_s=deadline_s,
+                physical_s=physical_s,
+            )
 
 
 def _even_cuts(total: int, parts: int) -> list[int]:
@@ -174,23 +200,30 @@ def _best_setting(
     name: str,
     cuts: Sequence[int],
     groups: Sequence[Sequence[str]],
-    settings: tuple[ScheduleChoice, Microbatches, float],
+    settings: tuple[ScheduleChoice, Microbatches, float, float | None],
 ) -> Partition:
     """The given stages under the microbatch count and schedule that suit them best.
 
-    `settings` are the schedule and count that are asked for, and `time.monotonic()` at which to stop with
-    what was found so far.
+    `settings` are the schedule and count that are asked for, `time.monotonic()` at which to stop with
+    what was found so far, and the physical bound of a table that was checked.
     """
-    schedule, microbatches, deadline_s = settings
+    schedule, microbatches, deadline_s, physical_s = settings
     names = schedules_of(table, schedule)
     stages = tuple(
         StageChoice(a, b, tuple(Replica(d, 0) for d in group))
         for (a, b), group in zip(pairwise(cuts), groups, strict=True)
     )
-    check_table(table)
+    if physical_s is None:
+        check_table(table)
+        physical_s = physical_bound_s(table)
+    over = max(_least_excess_bytes(table, stage) for stage in stages)
+    if over > 0:
+        raise InfeasibleError(
+            f"{name} does not fit: {format_bytes(over)} too much on a device", limit="memory"
+        )
     best: Partition | None = None
     over = float("inf")
-    late, physical_s = False, physical_bound_s(table)
+    late = False
     # Small microbatches first: they need least memory.
     for count in reversed(microbatch_counts(table, table.batch, microbatches)):
         if max(map(len, groups)) > min(count, table.max_replicas):
@@ -217,6 +250,16 @@ def _best_setting(
         raise InfeasibleError(f"{name} does not fit: {reason}", limit="memory")
     check_partition(table, best)
     return best
+
+
+def _least_excess_bytes(table: CostTable, stage: StageChoice) -> float:
+    """By how much weights, gradients and state alone are too much for some device of a stage."""
+    excess = -math.inf
+    for kind in {table.class_of[r.device] for r in stage.replicas}:
+        costs = [table.every_mode[kind].costs[unit] for unit in table.units[stage.first : stage.last]]
+        held = sum(c.weight_bytes[0] + c.gradient_bytes[0] + c.optimizer_bytes[0] for c in costs)
+        excess = max(excess, held + table.reserved_bytes - table.device_classes[kind].memory_bytes)
+    return excess
 
 
 def _excess_bytes(table: CostTable, found: Partition) -> float:

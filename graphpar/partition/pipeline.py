@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
-from graphpar.errors import InfeasibleError
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
@@ -21,7 +20,7 @@ from graphpar.partition.family import (
     choose_family,
     groupings,
 )
-from graphpar.partition.handmade import data_parallel, even_split, greedy_split, one_device, priced_plan
+from graphpar.partition.handmade import priced_plan, simple_plans
 from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
@@ -103,7 +102,7 @@ def partition(
     backend: Backend = "highs",
     incumbent: tuple[tuple[PipelineChoice, ...], ScheduleName] | None = None,
     explain_s: float = EXPLAIN_S,
-    simple_plans: bool = True,
+    compare_simple: bool = True,
 ) -> Partition:
     """The plan with the least step time, with a proven bound.
 
@@ -117,8 +116,8 @@ def partition(
         backend: The solver of integer programmes, where the search needs one.
         incumbent: A plan known before, which fits: only faster ones are looked for.
         explain_s: Seconds to look for what would fit where nothing does.
-        simple_plans: Whether a search cut short is to look at the plans of `handmade` as well; False
-            where the caller has better ones.
+        compare_simple: Whether the answer is compared with those of `handmade` (over many devices only if
+            the search was cut short); False where the caller has better ones.
 
     Raises:
         ValueError: An argument or the table makes no sense.
@@ -132,8 +131,8 @@ def partition(
         run.start_from(*incumbent)
     run.work()
     run.own_up()
-    if run.truncated and (simple_plans or run.best is None):
-        run.fall_back(schedule, microbatches)
+    if compare_simple or run.best is None:
+        run.compare(schedule, microbatches)
     if run.best is None:
         explain_infeasible(table, family, run.truncated, explain_s)
     answer = run.answer()
@@ -416,24 +415,20 @@ class _Run:
         chosen = list(seen.values())[:RUNNERS_UP]
         return tuple(priced_plan(self._table, c.pipelines, c.schedule) for c in chosen)
 
-    def fall_back(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
-        """After a search cut short: no answer may be worse than the plans nobody searches for."""
-        if self.family.repeats is None:
+    def compare(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
+        """No answer may be worse than simple plans, as within its gap or cut short it could be."""
+        few = len(self._table.class_of) <= _FEW_DEVICES
+        if not few and not self.truncated:
+            # Pricing them for a large cluster takes as long as some searches.
+            return
+        if self.truncated and self.family.repeats is None:
             self.regular()
-        for make in (one_device, data_parallel, greedy_split, even_split):
-            # Over few devices this takes milliseconds; else a late answer is only better than none.
-            few = len(self._table.class_of) <= _FEW_DEVICES
-            grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
-            until_s = INFINITY if few else max(self._final_s, grace_s)
-            try:
-                made = make(self._table, schedule=schedule, microbatches=microbatches, deadline_s=until_s)
-            except InfeasibleError:
-                continue
+        # Over few devices this takes milliseconds; else a late answer is only better than none.
+        grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
+        until_s = INFINITY if few else max(self._final_s, grace_s)
+        for made in simple_plans(self._table, schedule, microbatches, until_s, self._physical_s):
             if made.objective_s < self.step_s:
                 self.best = Candidate(made.pipelines, made.schedule, made.objective_s)
-            if self.family.repeats is not None and self.best is not None:
-                # Pricing every simple plan of a large cluster would itself take long.
-                return
 
     def _prefer_1f1b(self, best: Candidate) -> Candidate:
         """The same plan under 1F1B where that takes no longer: it keeps less in memory."""

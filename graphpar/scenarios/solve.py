@@ -8,7 +8,7 @@ from functools import partial
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.like_pipelines import best_like, has_likes
+from graphpar.like_pipelines import best_like
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
 from graphpar.partition.types import Partition
@@ -76,7 +76,7 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
         return _configured(table, task, task.layout)
     others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
     if known is None and task.searches_briefly:
-        # Like pipelines follow; pricing the other plans of `handmade` takes as long as the search.
+        # What a short search has to beat.
         others += _alone_found(table, task)
     find = partial(_planned, table, task, others)
     if known is not None:
@@ -121,7 +121,6 @@ def _planned(table: CostTable, task: Task, others: Sequence[Partition]) -> Parti
         microbatches=task.microbatches,
         incumbent=(start.pipelines, start.schedule) if start is not None else None,
         explain_s=_explain_s(task),
-        simple_plans=not task.searches_briefly or not has_likes(table),
     )
     _check_formats(task, found)
     left_s = task.time_limit_s - (time.monotonic() - began_s)
@@ -239,7 +238,7 @@ def _searched(table: CostTable, task: Task, known: Known, known_s: float) -> Par
         microbatches=task.microbatches,
         incumbent=(before.pipelines, before.schedule) if before is not None else None,
         explain_s=_explain_s(task),
-        simple_plans=known_s == math.inf,
+        compare_simple=known_s == math.inf,
     )
     return known.improved(table, found)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from graphpar.cost import CostTable
 from graphpar.errors import VerifyError
 from graphpar.partition.check import check_partition, recompute
+from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
@@ -45,6 +46,21 @@ def test_a_good_partition_passes() -> None:
     table, found = good()
     checked = check_partition(table, found)
     assert checked.objective_s == pytest.approx(found.objective_s)
+
+
+def test_of_pipelines_that_end_together_any_may_say_what_the_step_consists_of() -> None:
+    """Sums of equal numbers differ by rounding: which of two pipelines is the slower is no claim."""
+    table = make_table([1.0] * 4, (3.0, 1.0), (1, 1), batch=4)
+    fast = PipelineChoice(3, 3, (StageChoice(0, 4, (Replica("0.0", 0),)),))
+    slow = PipelineChoice(1, 1, (StageChoice(0, 4, (Replica("1.0", 0),)),))
+    found = evaluate(table, [fast, slow])
+    for fill_s, steady_s in ((4.0, 8.0), (12.0, 0.0)):
+        parts = {**found.parts, "fill_compute_s": fill_s, "steady_s": steady_s}
+        check_partition(table, replace(found, parts=parts))
+    with pytest.raises(VerifyError, match="fill_compute_s"):
+        check_partition(
+            table, replace(found, parts={**found.parts, "fill_compute_s": 8.0, "steady_s": 4.0})
+        )
 
 
 def broken() -> list[tuple[Partition, str]]:

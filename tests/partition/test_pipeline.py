@@ -14,7 +14,7 @@ from graphpar.cost import CostTable, CutEdge, LinkCost, Topology
 from graphpar.errors import InfeasibleError, VerifyError
 from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
 from graphpar.partition.check import check_partition
-from graphpar.partition.handmade import evaluate
+from graphpar.partition.handmade import evaluate, simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.relaxed_tables import with_batch, with_options
 from graphpar.partition.types import Partition, PipelineChoice, Replica, SearchedSchedule, StageChoice
@@ -110,6 +110,19 @@ def test_no_baseline_is_better(table: CostTable, time_limit_s: float) -> None:
             assert found.objective_s * (1 - found.gap) <= baseline.objective_s * (1 + 1e-9)
             continue
         assert found.objective_s <= baseline.objective_s * (1 + 1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "speeds", "counts", "batch"),
+    [([1.0, 1.0], (1.0,), (3,), 4), ([2.0, 1.0], (3.0, 1.5), (1, 1), 8)],
+)
+def test_no_simple_plan_is_better_within_the_gap(
+    seconds: list[float], speeds: tuple[float, ...], counts: tuple[int, ...], batch: int
+) -> None:
+    """A search may stop at a plan within its gap that a split by hand beats by some per cent."""
+    table = make_table(seconds, speeds, counts, batch=batch, link=LinkCost(0.1, 1.0), gradient_bytes=5.0)
+    found = partition(table, gap=0.2)
+    assert found.objective_s <= min(p.objective_s for p in simple_plans(table)) * (1 + 1e-9)
 
 
 def test_a_search_cut_short_says_so() -> None:
