@@ -30,8 +30,11 @@ _log = logging.getLogger("graphpar.timing")
 ROUNDS = 3
 """Passes that are counted, after one that warms up."""
 
+SETTLING = 4
+"""Passes without pauses before: the first of a fresh process took up to a third longer."""
+
 IN_FLIGHT = 2
-"""Microbatches that go forward before the first goes back, where a pipeline has several."""
+"""Microbatches that go forward before the first goes back, where a replica has as many."""
 
 _RESTS_S = 0.1
 """Updates are timed after so long a wait, when what they read has left the caches."""
@@ -56,7 +59,7 @@ def timed_stages(
     )
 
 
-_VERSION = 1
+_VERSION = 3
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 
@@ -169,13 +172,17 @@ class _Trial:
 
     def costs_s(self, timing: Timing) -> float:
         """Seconds that all passes will take, by what was predicted."""
-        by_device = {rank.device: rank for rank in timing.ranks}
-        rows = [by_device[stage.device].at_size(self.size, stage.number) for stage in self.stages]
-        return (1 + ROUNDS) * self.in_flight * sum(row.forward_s + row.backward_s for row in rows)
+        by_device, total_s = {rank.device: rank for rank in timing.ranks}, 0.0
+        for stage in self.stages:
+            row = by_device[stage.device].at_size(self.size, stage.number)
+            total_s += (row.forward_s + row.backward_s) * (1 + ROUNDS + SETTLING / stage.slowdown)
+        return self.in_flight * total_s
 
     def run(self, worker: TrialWorker, number: int) -> list[StageSeconds]:
         """Pass through the stages, as the `number`-th partition that the worker was given."""
         slowdowns = [stage.slowdown for stage in self.stages]
+        for _ in range(SETTLING):
+            worker.by_stage(number, self.size, [1.0] * len(slowdowns), self.in_flight)
         passes = [
             worker.by_stage(number, self.size, slowdowns, self.in_flight) for _ in range(1 + ROUNDS)
         ][1:]
@@ -218,7 +225,7 @@ def _trials(found: Partition, number: int, slowdowns: Mapping[str, float]) -> li
                 for k, (stage, mine) in enumerate(zip(pipeline.stages, kinds, strict=True))
             ),
             size=max(pipeline.sizes()),
-            in_flight=IN_FLIGHT if pipeline.microbatches > replicas else 1,
+            in_flight=max(min(IN_FLIGHT, pipeline.microbatches // replicas), 1),
         )
         for turn in range(max(map(len, kinds)))
     ]

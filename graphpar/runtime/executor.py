@@ -65,6 +65,7 @@ class _Step:
 
     inputs: Mapping[str, torch.Tensor]
     clock: StepClock
+    start_s: float
     posted: dict[Action, list[Arrival | None]] = field(default_factory=dict)
     to_post: deque[Action] = field(default_factory=deque)
     handed_over: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -177,11 +178,10 @@ class Executor:
         self.context.step = number
         self.context.batch = self.program.batch
         own = {k: v.to(self.device) for k, v in inputs.items()}
-        state = _Step(own, StepClock(self.device))
+        state = _Step(own, StepClock(self.device), self.pace.now_s())
         state.to_post.extend(a for a in self.actions if a.kind in "RG")
         self._running = state
         self._post_ahead(state)
-        self.pace.restart(state.clock.start_s)
         dividing = self._rows.step() if self._rows is not None else nullcontext()
         with torch.set_grad_enabled(self.program.training), dividing:
             for action in self.actions:
@@ -202,8 +202,8 @@ class Executor:
         return self._report(state) if state is not None else None
 
     def _report(self, state: _Step) -> StepReport:
-        events, started_s = state.clock.events(), state.clock.start_s
-        return StepReport(-1, started_s, time.monotonic(), events, peak_bytes(self.device))
+        events = state.clock.events()
+        return StepReport(-1, state.start_s, time.monotonic(), events, peak_bytes(self.device))
 
     # --- messages ---
 

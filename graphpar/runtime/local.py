@@ -102,7 +102,7 @@ class LocalWorkers:
         profile: bool = False,
     ) -> list[StepResult]:
         """Run a program once on every rank."""
-        data = {"name": name, "number": number, "profile": profile}
+        data = {"name": name, "number": number, "profile": profile, "asked_s": time.monotonic()}
         return [read_step(m) for m in self._ask([Message("step", data, i) for i in inputs])]
 
     def install_passes(

@@ -62,25 +62,27 @@ class Passes:
         """Mean seconds of every stage; gradients are added to those at hand.
 
         Between stages it waits as workers do that are slowed down, by a number for each stage; that does
-        not count. Of several microbatches in flight, all (alike) go forward before the first goes back.
+        not count. Of several microbatches in flight all (alike) go forward before the first goes back,
+        stage by stage, as each stage has a device of its own; the first one, which comes after those of
+        another stage, does not count.
         """
         context, inputs = self._context, {k: v.to(self._device) for k, v in inputs.items()}
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
         with torch.set_grad_enabled(self._training):
             paces = [Pace(slowdown, 1) for slowdown in slowdowns]
             passes = [_Pass(self._clock, inputs, size, paces, self._deferral) for _ in range(in_flight)]
-            for running in passes:
-                for number in range(len(self._builders)):
-                    running.forward(self._builders[number], number)
-            for running in passes if self._training else ():
-                for number in reversed(range(len(self._builders))):
+            for number, builder in enumerate(self._builders):
+                for running in passes:
+                    running.forward(builder, number)
+            for number in reversed(range(len(self._builders))) if self._training else ():
+                for running in passes:
                     running.backward(number)
             for running in passes if self._deferral is not None else ():
                 running.weights()
-        nothing = [0.0] * len(self._builders)
-        columns = [[p.forward_s for p in passes], [p.backward_s or nothing for p in passes]]
+        nothing, counted = [0.0] * len(self._builders), passes[1:] or passes
+        columns = [[p.forward_s for p in counted], [p.backward_s or nothing for p in counted]]
         if self._deferral is not None:
-            columns.append([p.weights_s for p in passes])
+            columns.append([p.weights_s for p in counted])
         means = [[mean(times) for times in zip(*column, strict=True)] for column in columns]
         return list(zip(*means, strict=True))
 

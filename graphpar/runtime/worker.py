@@ -128,9 +128,15 @@ class Worker:
         return TransportTeam(self.transport, number, place, len(members), lines)
 
     def step(
-        self, name: str, inputs: Mapping[str, torch.Tensor], number: int, profile: bool = False
+        self,
+        name: str,
+        inputs: Mapping[str, torch.Tensor],
+        number: int,
+        profile: bool = False,
+        asked_s: float | None = None,
     ) -> StepResult:
-        """Run a program once, under torch.profiler if asked."""
+        """Run a program once, under torch.profiler if wanted; all ranks were asked to at one time."""
+        self.pace.restart(time.monotonic() if asked_s is None else asked_s)
         scale = self.scaler.scale if self.scaler is not None else None
         self._grad_norm, self._skipped = None, False
         self._wants_norm = self.setup.measures_norm and number == 0
@@ -382,8 +388,8 @@ def _answer(worker: Worker, command: Message) -> Message:
     if command.kind == "update":
         return Message("seconds", {"seconds": worker.time_update()})
     if command.kind == "step":
-        result = worker.step(data["name"], command.tensors, data["number"], data["profile"])
-        return step_message(result)
+        asked = data["name"], command.tensors, data["number"], data["profile"], data["asked_s"]
+        return step_message(worker.step(*asked))
     if command.kind == "rehearse":
         report = worker.rehearse(msgspec.convert(data["scenes"], tuple[Scene, ...]))
         return Message("report", {"report": encode(report)})
