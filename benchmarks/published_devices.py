@@ -7,8 +7,9 @@ from graphpar import catalogue
 from graphpar.cost_models.communication import Network
 
 NETWORK_PER_DEVICE = {
-    "V100": 3.125e9, "A100": 25e9, "H100": 50e9, "H200": 50e9, "B200": 50e9, "B300": 100e9,
-    "GB200": 50e9, "GB300": 100e9, "MI300X": 50e9,
+    "V100": 3.125e9, "A100": 25e9, "A800": 25e9, "H100": 50e9, "H800": 50e9, "H20": 50e9, "H200": 50e9,
+    "GH200": 50e9, "B200": 50e9, "B300": 100e9, "GB200": 50e9, "GB300": 100e9,
+    "MI300X": 50e9, "MI325X": 50e9, "MI355X": 50e9,
 }  # fmt: skip
 """Usual network per device of that generation's reference design, where a row does not state it."""
 
@@ -28,8 +29,8 @@ _DEVICE_WORDS = (
     (r"A40\b", "a40"), ("A30", "a30"), ("L40S", "l40s"), (r"L4\b", "l4"), ("T4", "t4"),
     ("3090", "rtx-3090"), ("4090", "rtx-4090"), ("5090", "rtx-5090"), ("2080 ?Ti", "rtx-2080-ti"),
     ("A800", "a800-sxm-80gb"), ("H800", "h800-sxm-80gb"), ("P100", "p100-sxm2-16gb"),
-    ("(?i)titan ?rtx", "titan-rtx"), ("3080 ?Ti", "rtx-3080-ti"), ("3080", "rtx-3080"),
-    ("A5000", "rtx-a5000"), ("L40", "l40"), ("(?i)titan v", "titan-v"),
+    ("titan ?rtx", "titan-rtx"), ("3080 ?Ti", "rtx-3080-ti"), ("3080", "rtx-3080"),
+    ("A5000", "rtx-a5000"), ("L40", "l40"), ("titan v", "titan-v"),
     ("MI300X", "mi300x"), ("MI325X", "mi325x"), ("MI355X", "mi355x"), ("MI250", "mi250x"),
     ("MI210", "mi210"), ("MI100", "mi100"), ("A4000", "rtx-a4000"),
     ("A4500", "rtx-a4500"), ("A5500", "rtx-a5500"), ("5000 Ada", "rtx-5000-ada"), ("L20", "l20"),
@@ -58,7 +59,9 @@ def device_of(name: str) -> tuple[str, float, str]:
     """
     known = catalogue.devices()
     remark = ""
-    kind = next((k for pattern, k in _DEVICE_WORDS if re.search(pattern, name) and k in known), None)
+    # Drivers say "A100-PCIE-40GB" and "H100 PCIe"; tables write names in any case.
+    words = (k for pattern, k in _DEVICE_WORDS if re.search(pattern, name, re.IGNORECASE))
+    kind = next((k for k in words if k in known), None)
     if kind is None:
         kind = _variant(name)
         if kind is None:

@@ -117,12 +117,19 @@ HEAD_SIZES = {"qwen3": 128, "gpt-oss": 64, "deepseek-v3": 160, "kimi-k2": 160, "
 """Attention head sizes of families whose heads do not divide the hidden size; for latent attention the
 mean of the query-key and value sizes."""
 
+BIASED_EXPERTS = ("gpt-oss",)
+"""Families whose experts have biases and clamped activations (https://arxiv.org/abs/2508.10925)."""
+
 DEVICES_PER_HOST = {"gb200": 4, "gb300": 4}
 """Devices that one operating system drives, where it is not a whole node of eight."""
 
 
 OVERLAPPED_EXPERTS = (26, 6)
 """NeMo release since which experts' all-to-alls overlap with compute."""
+
+CAPTURED_STEPS = (26, 6)
+"""NeMo release since which MXFP8 recipes on Blackwell capture whole steps as CUDA graphs, with products
+of experts that apply activations and casts (https://github.com/NVIDIA-NeMo/Megatron-Bridge/releases)."""
 
 
 def run_of(row: dict[str, Any]) -> Run | str:
@@ -204,6 +211,7 @@ def _run(
     fsdp = parallel.get("fsdp")
     if fsdp and str(fsdp) not in ("0", "None"):
         zero = 3
+    captured = _captures_steps(row, device, traits)
     return Run(
         shape=shape,
         device=device,
@@ -247,7 +255,17 @@ def _run(
         reduces_half=traits.reduces_half,
         separate_projections=traits.separate_projections,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
+        fused_experts=captured,
+        captured=captured,
     )
+
+
+def _captures_steps(row: dict[str, Any], device: str, traits: Traits) -> bool:
+    """Whether a row's recipe captures whole steps and fuses what experts do."""
+    scaled = "mx" in str(row["parallel"].get("precision")).lower()
+    family = catalogue.devices()[device].family
+    known = traits is MODERN_MEGATRON and _release(row) >= CAPTURED_STEPS
+    return known and scaled and family.startswith("blackwell-")
 
 
 def _is_alone(row: dict[str, Any], batch: tuple[float, float]) -> bool:
@@ -319,13 +337,13 @@ def _shape(model: dict[str, Any]) -> ModelShape | str:
         gated=bool(model.get("gated_mlp", moe is not None)),
         tied=bool(model.get("tied_embeddings", False)),
         head_size=head,
-        moe=_moe(moe) if moe else None,
+        moe=_moe(moe, any(key in name for key in BIASED_EXPERTS)) if moe else None,
         query_rank=(moe or {}).get("q_lora") or 0,
         value_rank=(moe or {}).get("kv_lora") or 0,
     )
 
 
-def _moe(moe: dict[str, Any]) -> MoeShape | None:
+def _moe(moe: dict[str, Any], biased: bool) -> MoeShape | None:
     if not moe.get("experts") or not moe.get("topk"):
         return None
     return MoeShape(
@@ -334,6 +352,7 @@ def _moe(moe: dict[str, Any]) -> MoeShape | None:
         moe.get("moe_ffn") or moe.get("ffn") or 0,
         moe.get("dense_layers") or 0,
         moe.get("shared_experts") or 0,
+        biased,
     )
 
 

@@ -236,6 +236,7 @@ class _Machine:
             dropout=run.dropout,
             expert_passes=self.p.expert_traffic,
             separate=run.separate_projections,
+            fused_experts=run.fused_experts,
         )
         if run.fallback_softmax and run.shape.heads // run.tensor * run.microbatch % 4:
             kernels = work.kernels + FALLBACK_KERNELS
@@ -277,8 +278,9 @@ class _Machine:
         kernels = work.kernels + work.routing_kernels
         device_s = forward_s + backward_s + again_s + kernels * passes * self.family.launch_s
         each = self.p.compiled_kernel_s if run.compiled else self.p.host_kernel_s
-        # What routing decides cannot be captured ahead of time.
-        issue_s = each * work.kernels + self.p.host_kernel_s * work.routing_kernels
+        # What routing decides is captured only where nothing of it comes back to the host.
+        routed = each if run.captured else self.p.host_kernel_s
+        issue_s = each * work.kernels + routed * work.routing_kernels
         count = self._tensor_collectives()
         host_s = issue_s * passes + count * self._wait_s()
         collectives_s = count * self.tensor_collective_s(device_s / max(count, 1))

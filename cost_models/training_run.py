@@ -83,6 +83,8 @@ class Run:
         pads_vocab: Whether the vocabulary is padded on one tensor-parallel rank too.
         stops_early: Whether recomputation ends with the last result that is needed.
         selects_products: Whether selective recomputation keeps every second product, else all but scores.
+        fused_experts: Whether experts' products apply activations, biases and casts themselves.
+        captured: Whether whole steps are captured as CUDA graphs, routing of experts included.
         separate_projections: Whether queries, keys, values and the gate are products of their own.
     """
 
@@ -132,6 +134,8 @@ class Run:
     stops_early: bool = False
     pads_vocab: bool = True
     separate_projections: bool = False
+    fused_experts: bool = False
+    captured: bool = False
 
     @property
     def sent_bytes(self) -> float:

@@ -17,6 +17,17 @@ ROUTER_KERNELS = 40.0
 KERNELS_PER_EXPERT = 4.0
 """Two products and the casts of what they read."""
 
+BIASED_KERNELS_PER_EXPERT = 3.0
+"""Per pass, nine in three: the bias weighted and added; backward a cast, two products and four sums."""
+
+BIASED_OUTPUT_BYTES = 28.0
+CLAMPED_BYTES = 16.0
+"""Memory traffic in forward of experts with biases and clamped activations, per element of their output
+and of their width: the bias weighted (4) and added (10) in float32, joined over experts (8) and cast back
+(6); gate and values clamped (8) and joined again (8). Counted in Megatron Core
+(https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/transformer/moe/experts.py, `_apply_bias`,
+and fusions/fused_bias_geglu.py)."""
+
 
 @dataclass(frozen=True)
 class MoeShape:
@@ -27,6 +38,7 @@ class MoeShape:
     ffn: int
     dense_layers: int = 0
     shared_experts: int = 0
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +188,7 @@ def layer_work(
     dropout: bool = False,
     expert_passes: float = 4.0,
     separate: bool = False,
+    fused_experts: bool = False,
 ) -> LayerWork:
     """Forward work of one layer for a microbatch of so many samples.
 
@@ -191,6 +204,7 @@ def layer_work(
         dropout: Whether dropout runs on residuals (and scores).
         expert_passes: Times that routed tokens pass through memory on the way to experts and back.
         separate: Whether queries, keys, values, gate and values of the feed-forward are products each.
+        fused_experts: Whether experts' products apply activations, biases and casts themselves.
     """
     tokens = samples * shape.seq_len / context
     h, t = shape.hidden, tensor
@@ -206,17 +220,22 @@ def layer_work(
     outer = t if sequence_parallel else 1
     # Two norms (read, write), two residual additions (read twice, write), with bias and dropout mask.
     residual = 4 + 2 * (3.5 if dropout else 3)
-    wide = (3 if shape.gated else 2) * (shape.moe.ffn * shape.moe.topk if shape.moe else shape.ffn)
+    routed = shape.moe.ffn * shape.moe.topk if shape.moe else 0
+    wide = (3 if shape.gated else 2) * (routed or shape.ffn)
+    if fused_experts and shape.moe:
+        wide, inputs = 0, inputs - tokens * routed / t
     heads = 2 * (q + 2 * kv) + 2 * q
     fused = residual * h / outer + wide / t + heads / t
     moved = tokens * 2.0 * fused * pointwise_traffic
     if shape.moe is not None:
         moved += tokens * 2.0 * expert_passes * h * shape.moe.topk / outer
+        if shape.moe.biased and not fused_experts:
+            moved += tokens * (BIASED_OUTPUT_BYTES * h * shape.moe.topk + CLAMPED_BYTES * routed / t)
     pairs = shape.seq_len * (0.5 if shape.causal and fused_attention else 1.0)
     attention = 4.0 * tokens * pairs * q / t
     if fused_attention:
         kernels = 14.0 if pointwise_traffic == 1 else 22.0
-        routing = _routing_kernels(shape, expert)
+        routing = _routing_kernels(shape, expert, fused_experts)
         return LayerWork(
             tuple(products),
             attention,
@@ -247,11 +266,12 @@ def layer_work(
     )
 
 
-def _routing_kernels(shape: ModelShape, expert: int) -> float:
+def _routing_kernels(shape: ModelShape, expert: int, fused: bool) -> float:
     """Kernels of the router, of sorting tokens there and back, and of each expert at hand."""
     if shape.moe is None:
         return 0.0
-    return ROUTER_KERNELS + KERNELS_PER_EXPERT * max(shape.moe.experts / expert, 1)
+    each = KERNELS_PER_EXPERT + BIASED_KERNELS_PER_EXPERT * (shape.moe.biased and not fused)
+    return ROUTER_KERNELS + (0 if fused else each * max(shape.moe.experts / expert, 1))
 
 
 def _mlp_products(shape: ModelShape, tokens: float, t: int, expert: int, separate: bool) -> list[Product]:

@@ -197,6 +197,7 @@ def test_variants_have_a_stand_in_with_their_own_memory() -> None:
         ("MI300X", "mi300x"), ("NVIDIA L40S", "l40s"), ("A10G", "a10g"), ("GeForce RTX 4090", "rtx-4090"),
         ("Quadro RTX 6000", "rtx-6000"), ("RTX 6000 Ada", "rtx-6000-ada"),
         ("B200", "b200-sxm"), ("GH200", "gh200-96gb"), ("H100 SXM5", "h100-sxm-80gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"), ("tesla v100-pcie-16gb", "v100-pcie-16gb"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["id"]))
@@ -263,6 +264,45 @@ def test_old_frameworks_hide_sums_of_gradients_behind_a_single_backward(
     run = run_of(cleaned({**GPT, "parallel": parallel, "batch": batch})[0])
     assert not isinstance(run, str)
     assert run.overlaps is overlaps
+
+
+@pytest.mark.parametrize(
+    ("family", "slower"), [("qwen3", {}), ("gpt-oss-120b", {"26.04": True, "26.06": False})]
+)
+def test_biased_experts_cost_more_until_releases_fuse_them(family: str, slower: dict[str, bool]) -> None:
+    """Megatron Core adds biases expert by expert in float32; fused products add them themselves."""
+
+    def seconds(name: str, release: str) -> float:
+        row = copy.deepcopy(MIXTURE)
+        row["model"]["name"] = name
+        row["source"] = {"table": f"{release} NeMo Container"}
+        run = run_of(cleaned(row)[0])
+        assert not isinstance(run, str)
+        plain = replace(run, shape=replace(run.shape, head_size=64))
+        return step_time(plain, parameters()).total_s
+
+    for release in ("26.04", "26.06"):
+        ratio = seconds(family, release) / seconds("some mixture", release)
+        assert (1.1 < ratio < 1.5) if slower.get(release) else ratio == pytest.approx(1.0)
+    assert seconds(family, "26.06") < 0.9 * seconds(family, "26.04")
+
+
+@pytest.mark.parametrize(("change", "captured"), [
+    ({}, True),
+    ({"release": "26.04"}, False),
+    ({"precision": "BF16"}, False),
+    ({"precision": "FP8"}, False),
+    ({"gpu": "H100-SXM-80GB"}, False),
+    ({"framework": "torchtitan"}, False),
+])  # fmt: skip
+def test_whole_steps_are_captured_where_releases_say_so(change: dict[str, str], captured: bool) -> None:
+    row = copy.deepcopy(MIXTURE)
+    row["source"] = {"table": f"{change.get('release', '26.08')} NeMo Container"}
+    row["hardware"]["gpu"] = change.get("gpu", "GB200")
+    row["parallel"] |= {key: change[key] for key in ("precision", "framework") if key in change}
+    run = run_of(cleaned(row)[0])
+    assert not isinstance(run, str)
+    assert (run.captured, run.fused_experts) == (captured, captured)
 
 
 def test_cards_of_two_dies_are_counted_as_tables_count_them() -> None:
