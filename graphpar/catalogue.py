@@ -34,13 +34,15 @@ class DeviceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     multiprocessors: int | None = None
     measured_matmul_fraction: float | None = None
     measured_float8_fraction: float | None = None
+    measured_float32_fraction: float | None = None
     power_w: float | None = None
     note: str = ""
 
     def measured_fraction(self, dtype: str) -> float | None:
-        """Best measured rate of products over the peak; below 16 bits that of float8, if known."""
+        """Best measured rate of products over the peak; that of float32 and of float8 if known."""
         narrow = dtype.startswith(("float8", "float4"))
-        return (narrow and self.measured_float8_fraction) or self.measured_matmul_fraction
+        own = self.measured_float8_fraction if narrow else self.measured_float32_fraction
+        return (own if narrow or dtype == "float32" else None) or self.measured_matmul_fraction
 
 
 class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -249,6 +249,9 @@ def test_products_reach_in_narrow_formats_what_was_measured_in_float8() -> None:
     assert h100.measured_fraction("bfloat16") == pytest.approx(794.5 / 989, rel=0.01)
     assert h100.measured_fraction("float8_e4m3fn") == pytest.approx(1402.6 / 1979, rel=0.01)
     assert a100.measured_fraction("float8_e4m3fn") == a100.measured_matmul_fraction
+    card = catalogue.devices()["rtx-3090"]  # above the stated clock where products run at half rate
+    fractions = [card.measured_fraction(dtype) for dtype in ("bfloat16", "tf32", "float32")]
+    assert fractions == [pytest.approx(76.7 / 71, rel=0.01)] * 2 + [pytest.approx(24.8 / 35.6, rel=0.01)]
 
 
 def test_catalogue_is_consistent_and_sourced() -> None:
