@@ -367,9 +367,11 @@ def test_made_up_runs_use_a_sensible_share_of_their_devices(
     weights = run.shape.layers * layer + run.shape.hidden * run.shape.outputs
     scores = run.shape.layers * run.shape.hidden * run.shape.seq_len
     flops = run.batch * run.shape.seq_len * 6 * (weights + scores)
-    peaks = catalogue.devices()[run.device].peak_flops_per_s
-    peak = max(peaks.get("bfloat16", 0.0), peaks.get("float16", 0.0))
-    assert 0.2 < flops / (step_time(run, parameters()).total_s * run.devices * peak) < 0.65
+    device = catalogue.devices()[run.device]
+    peak = max(device.peak_flops_per_s.get(dtype, 0.0) for dtype in ("bfloat16", "float16"))
+    share = flops / (step_time(run, parameters()).total_s * run.devices * peak)
+    # One of few multipliers and fast memory (H20: products at 0.96 of the peak) is used more than others.
+    assert 0.2 < share < 0.65 * max((device.measured_fraction("bfloat16") or 0.0) / 0.8, 1.0)
 
 
 def test_noise_is_told_from_repetitions_and_limits_ranks() -> None:
