@@ -52,7 +52,7 @@ _FEW_FOR_LOOPS = 20_000
 MANY_FOR_LOOPS = 200_000
 """So many columns are bounded by sets of devices first, whatever the mode."""
 
-_ROUNDS_FOR_LOOPS = 8
+ROUNDS_FOR_LOOPS = 8
 """... more of them are bounded in so many steps first."""
 
 
@@ -101,6 +101,10 @@ class Kept:
     all_s: float
     post_s: float
     post_weight: float
+
+    def answers(self, other: "Kept") -> bool:
+        """Whether the best plan below one target is that below the other, if it is below that at all."""
+        return self.covers(other) and self.post_s == other.post_s
 
     def covers(self, other: "Kept") -> bool:
         return (
@@ -273,7 +277,7 @@ class ChainProgram:
                 ideal = self._prices.relaxed(limits, hopeless=hopeless, either=True)
                 relaxation = self._new_relaxation(rows.take, rows.width, wanted.post_weight)
             deep = self._positions_matter(ideal)
-            bounded = relaxation.bound(ideal, wanted.all_s, rounds=_ROUNDS_FOR_LOOPS, deep=deep)
+            bounded = relaxation.bound(ideal, wanted.all_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
             self._known[self._cell_counts] = relaxation.prices
             bound_s = max(bound_s, bounded.bound_s)
             kept = bounded.bound_s + bounded.reduced_s < wanted.all_s
@@ -316,7 +320,7 @@ class ChainProgram:
         target_s = wanted.all_s
         if self._prices.loops:
             # A sweep of labels is cheap: a few steps from what is known of other settings will do.
-            deep, rounds = self._positions_matter(columns), _ROUNDS_FOR_LOOPS
+            deep, rounds = self._positions_matter(columns), ROUNDS_FOR_LOOPS
             found = self._bounded(columns, target_s, bound_s, deep=deep, rounds=rounds)
         else:
             found = self._bounded(columns, target_s, bound_s)

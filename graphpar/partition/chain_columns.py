@@ -135,8 +135,9 @@ class StagePrices:
 
     def _best_flights(self) -> FloatArray:
         """[run, team, width]: of the mode with most room."""
-        own = [self._flight_by_run[:, self.rows.team_of_mode == i] for i in range(self.rows.num_teams)]
-        return np.stack([modes.max(axis=1) for modes in own], axis=1)
+        team_of = self.rows.team_of_mode
+        best = np.stack([self._flight[team_of == i].max(axis=0) for i in range(self.rows.num_teams)])
+        return np.ascontiguousarray(np.moveaxis(best, 2, 0))
 
     @property
     def num_variables(self) -> int:
@@ -165,10 +166,11 @@ class StagePrices:
         slots, found = self.rows.slots, self.rows.room
         waits, cut, setting = self._scheduled(either)
         count = ideal_loop(
-            self.rows.crews(),
+            self.rows.crews,
             self._fastest_by_run,
             self._best_flight,
             self.rows.least_post,
+            self.rows.least_moved,
             self.rows.near,
             (slots.run, slots.before, slots.after),
             self._ahead,
@@ -186,23 +188,24 @@ class StagePrices:
     def relaxed(
         self,
         limits: StageLimits,
-        widest: int | None = None,
         *,
+        simple: int = 0,
         spread: bool = False,
         hopeless: BoolArray | None = None,
         either: bool = False,
     ) -> Columns:
         """All columns that may be within limits, each at most as dear as it is.
 
-        With `widest` only those of so many replicas or fewer; with `spread`, which needs loops, as if
-        each of several replicas kept one microbatch, and without `hopeless` [slot, crew]. With `either`
-        each is at most as dear as under the schedule for which it is less: transfers neither wait nor
-        take longest, and no more is kept than under 1F1B. How waiting deals microbatches is left out, so
-        that each of several replicas keeps one. Arrays may be used again by the next call.
+        The rest needs loops. At `simple` 1 only those of one replica or of all units, at 2 only the
+        latter; with `spread` as if each of several replicas kept one microbatch, and without `hopeless`
+        [slot, crew]. With `either` each is at most as dear as under the schedule for which it is less:
+        transfers neither wait nor take longest, and no more is kept than under 1F1B. How waiting deals
+        microbatches is left out, so that each of several replicas keeps one. Arrays may be used again by
+        the next call.
         """
         if self.loops:
             left_out = _NONE if hopeless is None else hopeless
-            return self._relaxed_loop(limits, widest, spread or either, left_out, either)
+            return self._relaxed_loop(limits, simple, spread or either, left_out, either)
         parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
         if not parts:
             return no_columns()
@@ -238,7 +241,7 @@ class StagePrices:
     def _relaxed_loop(
         self,
         limits: StageLimits,
-        widest: int | None,
+        simple: int,
         spread: bool,
         hopeless: BoolArray,
         either: bool,
@@ -246,7 +249,7 @@ class StagePrices:
         slots, found = self.rows.slots, self.rows.room
         waits, cut, setting = self._scheduled(either)
         count = relaxed_loop(
-            self.rows.crews(widest),
+            self.rows.crews,
             self.rows.staff,
             self._seconds_by_run,
             self._fastest_by_run,
@@ -260,6 +263,7 @@ class StagePrices:
             waits,
             cut,
             setting,
+            simple,
             spread,
             hopeless,
             (

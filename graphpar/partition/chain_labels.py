@@ -122,6 +122,7 @@ def best_line(
     target_s: float,
     post_weight: float,
     deadline_s: float,
+    slack_s: float = 0.0,
 ) -> list[int] | None:
     """The stages, first to last, of the pipeline that costs least below a target; None without one.
 
@@ -133,6 +134,7 @@ def best_line(
         target_s: Fill, extra and `post_weight` times post must be less.
         post_weight: How much post counts.
         deadline_s: `time.monotonic()` at which to give up.
+        slack_s: A label may stand for one that is less by so much; then some plan, if any, is found.
 
     Raises:
         OutOfTimeError: The deadline passed.
@@ -159,7 +161,7 @@ def best_line(
         if time.monotonic() > deadline_s:
             raise OutOfTimeError
         teams = np.flatnonzero(states.usable[number])
-        limits = np.array([target, post_weight, states.share[number], states.post_share[number]])
+        limits = np.array([target, post_weight, states.share[number], states.post_share[number], slack_s])
         due = states.due[number] - states.paid
         level = int(states.replicas[number])
         while True:
@@ -251,7 +253,7 @@ def _extend(
     num_units: int,
 ) -> tuple[int, int, float]:
     """All labels of one state: their number so far (-1: no room), the best whole one, and its value."""
-    target, weight, share, post_share = limits[0], limits[1], limits[2], limits[3]
+    target, weight, share, post_share, slack = limits[0], limits[1], limits[2], limits[3], limits[4]
     buckets, capacity, best = len(priced), len(fill_of), -1
     for team in teams:
         source = (state - rest[team]) * buckets
@@ -286,7 +288,10 @@ def _extend(
                         same = place[column_of[other]]
                         more = max(0.0, extra_of[other] - most)
                         later = weight * max(0.0, post_of[other] - last)
-                        if fill_of[other] + more + later <= fill and stands_for[same, place[c], before]:
+                        if (
+                            fill_of[other] + more + later <= fill + slack
+                            and stands_for[same, place[c], before]
+                        ):
                             kept = False
                             break
                         more = max(0.0, most - extra_of[other])

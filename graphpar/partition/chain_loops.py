@@ -22,6 +22,7 @@ def ideal_loop(
     fastest: FloatArray,
     flight: FloatArray,
     post: FloatArray,
+    moved: FloatArray,
     near: BoolArray,
     slots: tuple[IntArray, IntArray, IntArray],
     ahead: FloatArray,
@@ -33,8 +34,9 @@ def ideal_loop(
 ) -> int:
     """Fill `found` with one column per slot and crew, at least as good in all as those of its rows.
 
-    Options are the numbers of crews. `flight[run, team, width]` and `post[run, crew]` are the best of the
-    modes, `limits` (all, post, post weight). Each of several replicas keeps one microbatch.
+    Options are the numbers of crews. `flight[run, team, width]`, `post[run, crew]` and what ZeRO moves,
+    `moved[run, crew]`, are the best of the modes, `limits` (all, post, post weight). Each of several
+    replicas keeps one microbatch.
     """
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
@@ -45,7 +47,7 @@ def ideal_loop(
     for slot in range(len(run_of)):
         run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
         for crew in range(len(wide_of)):
-            wide, own_post = wide_of[crew], post[run, crew]
+            wide, own_post, extra_move = wide_of[crew], post[run, crew], moved[run, crew]
             first = row_of[begin[crew]]
             if wide > number or not own_post <= most_post:
                 continue
@@ -61,7 +63,7 @@ def ideal_loop(
             # All microbatches over all replicas, if they never wait: no division is needed to see that.
             if number * _HAIR >= (most_all - cost_ahead + stall) * rate:
                 continue
-            longest = 1 / least
+            longest = 1 / least + extra_move
             cost = longest + cost_ahead
             if not cost + weight * own_post < most_all:
                 continue
@@ -73,7 +75,7 @@ def ideal_loop(
             else:
                 rate = offset = 0.0
                 for r in range(wide):
-                    time = 1 / fastest[run, team[crew, r]]
+                    time = 1 / fastest[run, team[crew, r]] + extra_move
                     rate += 1 / max(time + stall, 1e-300)
                     offset += 1 - time / max(time + stall, 1e-300)
                 extra = max((number - offset) / rate * _HAIR - longest, 0.0)
@@ -104,6 +106,7 @@ def relaxed_loop(
     wait: FloatArray,
     cut: FloatArray,
     setting: tuple[int, int, bool, bool, bool],
+    simple: int,
     spread: bool,
     hopeless: BoolArray,
     limits: tuple[float, float, float, float, float, float],
@@ -112,9 +115,10 @@ def relaxed_loop(
     """Fill `found` with the columns that may be within limits, at lower bounds; their number.
 
     `slots` are (run, kind before, kind after) of each; columns come sorted by slot. `crews` are sets of
-    devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for). With
-    `spread` each of several replicas has only one microbatch to keep. `hopeless[slot, crew]` are left
-    out, if there are any.
+    devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for),
+    narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is one stage.
+    With `spread` each of several replicas has only one microbatch to keep. `hopeless[slot, crew]` are
+    left out, if there are any.
     """
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
@@ -125,8 +129,13 @@ def relaxed_loop(
     count, some = 0, len(hopeless) > 0
     for slot in range(len(run_of)):
         run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
+        whole = before[slot] == 0 and after[slot] == 0
+        if simple == 2 and not whole:
+            continue
         for crew in range(len(wide_of)):
             wide = wide_of[crew]
+            if simple and wide > 1 and not whole:
+                break
             if wide > number or (some and hopeless[slot, crew]):
                 continue
             first = row_of[begin[crew]]

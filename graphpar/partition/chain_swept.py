@@ -2,15 +2,21 @@
 
 import numpy as np
 
-from graphpar.partition.chain import ChainAnswer, ChainProgram, Kept, Stage
+from graphpar.partition.chain import ROUNDS_FOR_LOOPS, ChainAnswer, ChainProgram, Kept, Stage
 from graphpar.partition.chain_columns import Columns
 from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
-from graphpar.partition.chain_relaxed import Prices
+from graphpar.partition.chain_relaxed import Bounded, Prices
 from graphpar.partition.stage_costs import StageLimits
+
+_SLACK = 2e-3
+"""Differences of so much of the step are none where any good plan will do."""
 
 
 class SweptProgram(ChainProgram):
     """A `ChainProgram` that answers `best`; its prices have compiled loops."""
+
+    _answered: tuple[Kept, ChainAnswer | None] | None = None
+    _simple: tuple[Columns, Bounded, Prices] | None = None
 
     def best(
         self, target_s: float, post_limit_s: float, post_weight: float, deadline_s: float
@@ -22,15 +28,45 @@ class SweptProgram(ChainProgram):
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s`.
         """
-        return self._best_of(self._columns, target_s, post_limit_s, post_weight, deadline_s)
+        asked = Kept(target_s, post_limit_s, post_weight)
+        if self._answered is None or not self._answered[0].answers(asked):
+            found = self._best_of(self._columns, target_s, post_limit_s, post_weight, deadline_s)
+            self._answered = asked, found
+        known = self._answered[1]
+        if known is None or known.fill_s + known.extra_s + post_weight * known.post_s >= target_s:
+            return None
+        return known
 
-    def best_alone(
-        self, target_s: float, post_limit_s: float, post_weight: float, deadline_s: float
-    ) -> ChainAnswer | None:
-        """`best` of the pipelines with one replica per stage, whatever columns were dropped."""
+    def best_whole(self, target_s: float, post_limit_s: float, post_weight: float) -> ChainAnswer | None:
+        """`best` of the pipelines of one stage."""
         limits = StageLimits(post_s=post_limit_s, all_s=target_s, post_weight=post_weight)
-        columns = self._prices.exact(self._prices.relaxed(limits, 1))[0]
-        return self._best_of(columns, target_s, post_limit_s, post_weight, deadline_s)
+        columns = self._prices.exact(self._prices.relaxed(limits, simple=2))[0]
+        takes = columns.cost_s + columns.extra_s + post_weight * columns.post_s
+        index = np.flatnonzero(takes < target_s)
+        if len(index) == 0:
+            return None
+        return self._answer(columns.pick(index[[takes[index].argmin()]]))
+
+    def bound_simple(self, target_s: float, post_limit_s: float, post_weight: float) -> float:
+        """A lower bound on the pipelines with one replica per stage that are below a target."""
+        limits = StageLimits(post_s=post_limit_s, all_s=target_s, post_weight=post_weight)
+        columns = self._prices.exact(self._prices.relaxed(limits, simple=1))[0]
+        relaxation = self._new_relaxation(self._rows.take, self._rows.width, post_weight)
+        deep = self._positions_matter(columns)
+        bounded = relaxation.bound(columns, target_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
+        self._known[self._cell_counts] = relaxation.prices
+        self._simple = columns, bounded, relaxation.prices
+        return bounded.bound_s
+
+    def good_simple(
+        self, most_s: float, post_limit_s: float, post_weight: float, deadline_s: float
+    ) -> ChainAnswer | None:
+        """About the best of those below a limit, if any; to be asked after `bound_simple`."""
+        assert self._simple is not None
+        columns, bounded, prices = self._simple
+        kept = columns.pick(bounded.bound_s + bounded.reduced_s < most_s)
+        slack_s = _SLACK * most_s if most_s < np.inf else 0.0
+        return self._best_of(kept, most_s, post_limit_s, post_weight, deadline_s, prices, slack_s)
 
     def none_from(self, target_s: float, deadline_s: float) -> bool:
         """Whether no pipeline with so many samples or more is below a target, in as many microbatches.
@@ -53,6 +89,8 @@ class SweptProgram(ChainProgram):
         post_limit_s: float,
         post_weight: float,
         deadline_s: float,
+        known: Prices | None = None,
+        slack_s: float = 0.0,
     ) -> ChainAnswer | None:
         columns = columns.pick(columns.post_s <= post_limit_s)
         if len(columns) == 0:
@@ -61,7 +99,7 @@ class SweptProgram(ChainProgram):
         after = (slots.after * units + slots.last)[columns.slot]
         order = np.argsort(team * (units * len(self._rows.kinds)) + after, kind="stable")
         columns, team, after = columns.pick(order), team[order], after[order]
-        option, prices = columns.option, self._prices_of_devices()
+        option, prices = columns.option, known or self._prices_of_devices()
         take = self._rows.take.astype(np.float64)
         priced = columns.cost_s + (take @ prices.nu)[option] * columns.extra_s
         priced += post_weight * (take @ prices.rho)[option] * columns.post_s + (take @ prices.use)[option]
@@ -84,6 +122,7 @@ class SweptProgram(ChainProgram):
             target_s=target_s,
             post_weight=post_weight,
             deadline_s=deadline_s,
+            slack_s=slack_s,
         )
         return None if line is None else self._answer(columns.pick(np.array(line, dtype=np.intp)))
 

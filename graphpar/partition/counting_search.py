@@ -116,7 +116,6 @@ class _CountedSearch(Search[Box]):
         self._built: dict[int, CountingProgram] = {}
         self._guides: dict[int, _Guide] = {}
         self._dived: set[int] = set()
-        self._aim = asked.aim
 
     def _work(self) -> None:
         if self.best is None or self._aim != "plan":

@@ -1,7 +1,8 @@
 """Who may staff a stage where: what does not depend on microbatches.
 
 A *slot* is a run of units with the kinds of links at its two boundaries (link kind 0 is the end of the
-pipeline, where nothing is sent). A *crew* are the options of the same devices in all modes.
+pipeline, where nothing is sent). A *crew* are the options of the same devices in all modes that move as
+much for ZeRO: at level 2 every microbatch sends gradients, at level 3 weights as well.
 """
 
 from collections.abc import Sequence
@@ -107,9 +108,15 @@ class OptionRows:
         return self._joins
 
     def _find_crews(self, table: CostTable) -> None:
-        """Options of the same devices in other modes are a crew; modes of the same members a team."""
-        teams: dict[tuple[int, ...], int] = {}
-        of_mode = [teams.setdefault(table.every_mode[m].members, len(teams)) for m in self.modes]
+        """Options of the same devices in other modes are a crew; modes of the same members a team.
+
+        `crews` are rows by crew, where each begins, its replicas, [crew, replica] the team; narrow ones
+        first.
+        """
+        teams: dict[tuple[tuple[int, ...], int], int] = {}
+        modes = [table.every_mode[m] for m in self.modes]
+        # Below level 2 nothing is sent for a microbatch.
+        of_mode = [teams.setdefault((m.members, max(m.zero, 1)), len(teams)) for m in modes]
         self.team_of_mode: IntArray = np.array(of_mode, dtype=np.intp)
         self.num_teams = len(teams)
         crews: dict[tuple[object, ...], list[int]] = {}
@@ -121,30 +128,22 @@ class OptionRows:
         for crew, own in enumerate(rows):
             wide = self.width[own[0]]
             team_of[crew, :wide] = self.team_of_mode[self.staff[own[0], :wide]]
-        self._crews = (
+        self.crews = (
             np.array([r for own in rows for r in own], dtype=np.intp),
             np.cumsum([0, *map(len, rows)], dtype=np.intp),
             np.array([self.width[own[0]] for own in rows], dtype=np.intp),
             team_of,
         )
 
-    def crews(self, widest: int | None = None) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-        """Rows by crew, where each crew begins, its replicas, and their teams; narrow crews only."""
-        row_of, begin, wide, team_of = self._crews
-        if widest is None:
-            return self._crews
-        narrow = int((wide <= widest).sum())
-        return row_of, begin[: narrow + 1], wide[:narrow], team_of
-
     @cached_property
     def first_rows(self) -> IntArray:
         """The first row of each crew."""
-        return self._crews[0][self._crews[1][:-1]]
+        return self.crews[0][self.crews[1][:-1]]
 
     @cached_property
     def crew_of(self) -> IntArray:
         """The crew of each row."""
-        row_of, begin = self._crews[:2]
+        row_of, begin = self.crews[:2]
         found = np.empty(len(row_of), dtype=np.intp)
         found[row_of] = np.repeat(np.arange(len(begin) - 1), np.diff(begin))
         return found
@@ -152,9 +151,18 @@ class OptionRows:
     @cached_property
     def least_post(self) -> FloatArray:
         """[run, crew]: the least post of its rows."""
-        row_of, begin = self._crews[:2]
-        found: FloatArray = np.minimum.reduceat(self.post_by_run[:, row_of], begin[:-1], axis=1)
-        return found
+        row_of, begin = self.crews[:2]
+        return np.ascontiguousarray(np.minimum.reduceat(self.post_s[row_of], begin[:-1], axis=0).T)
+
+    @cached_property
+    def least_moved(self) -> FloatArray:
+        """[run, crew]: the least of what its rows move for ZeRO."""
+        row_of, begin = self.crews[:2]
+        found = np.zeros((len(begin) - 1, self.post_s.shape[1]))
+        for crew, own in enumerate(np.split(self.moved_row[row_of], begin[1:-1])):
+            if (own >= 0).all():
+                found[crew] = self._moved_rows[own].min(axis=0)
+        return np.ascontiguousarray(found.T)
 
     @cached_property
     def room(self) -> tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]:

@@ -27,7 +27,7 @@ from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.programs import Programs
 from graphpar.partition.regular import regular_plans
-from graphpar.partition.search import INFINITY, Found
+from graphpar.partition.search import INFINITY, Aim, Found, SearchResult
 from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.share_bounds import (
     ShareBounds,
@@ -37,7 +37,7 @@ from graphpar.partition.share_bounds import (
 )
 from graphpar.partition.side_by_side import best_shares, estimate_shares
 from graphpar.partition.solver import Backend
-from graphpar.partition.table_check import check_table
+from graphpar.partition.table_check import check_arguments
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, Status
 
 ROUNDING = 1e-9
@@ -124,7 +124,7 @@ def partition(
         InfeasibleError: No plan fits; says what binds and the smallest change that fits.
     """
     began_s = time.monotonic()
-    _check_arguments(table, gap, time_limit_s, schedule, microbatches)
+    check_arguments(table, gap, time_limit_s, schedule, microbatches)
     family = choose_family(table, schedule, microbatches)
     run = _Run(family, CountingLimits(gap, backend), began_s, began_s + time_limit_s)
     if incumbent is not None:
@@ -138,30 +138,6 @@ def partition(
     answer = run.answer()
     check_partition(table, answer)
     return answer
-
-
-def _check_arguments(
-    table: CostTable,
-    gap: float,
-    time_limit_s: float,
-    schedule: str,
-    microbatches: Microbatches,
-) -> None:
-    check_table(table)
-    if not 0 <= gap < 1:
-        raise ValueError(f"gap must be in [0, 1), got {gap}")
-    if not time_limit_s > 0:
-        raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
-    if schedule not in ("auto", "gpipe", "1f1b"):
-        raise ValueError(f"schedule must be auto, gpipe or 1f1b, got {schedule!r}")
-    if microbatches == "auto":
-        return
-    most = min(table.batch, table.max_microbatches)
-    if not isinstance(microbatches, int) or not 1 <= microbatches <= most:
-        reason = f" ({table.batch_reason})" if table.batch_reason else ""
-        raise ValueError(
-            f"microbatches must be 'auto' or between 1 and {most}{reason}, got {microbatches!r}"
-        )
 
 
 class _Run:
@@ -216,6 +192,7 @@ class _Run:
         for groups in groupings(self.family):
             bound = grouping_bound_s(self._programs, groups)
             (others if any(sum(g) > 1 for g in groups) else alone).append((bound, groups))
+        self.first()
         self.side_by_side(alone)
         if sum(self.family.cells.counts) > EVERY_GROUPING:
             # There one pipeline may take all the time there is.
@@ -335,23 +312,37 @@ class _Run:
         left = time.monotonic() < self._deadline_s and not self.truncated
         return left and self.step_s - self._bound_s > self._asked_gap * self.step_s
 
-    def single(self) -> None:
-        """One pipeline over the whole cluster."""
+    def first(self) -> None:
+        """One good pipeline over the whole cluster, where that is quick."""
+        if self._programs.loops:
+            self._take(self._pipeline("plan"))
+            self._near = self.best is not None
+
+    def _pipeline(self, aim: Aim) -> SearchResult:
+        """The best pipeline over the whole cluster."""
         tasks = self._programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
-        result = self._programs.search(
+        return self._programs.search(
             tasks,
             cutoff_s=self._target_s,
             gap=self._gap,
             deadline_s=self._deadline_s,
             dive=True,
-            aim="proof" if self._near else "both",
+            aim=aim,
         )
+
+    def single(self) -> None:
+        """One pipeline over the whole cluster, with proof."""
+        result = self._pipeline("proof" if self._near else "both")
         bound_s = result.bound_s
         if result.cut:
             self._cut("time limit: single pipeline")
             if self.family.repeats is None:
                 bound_s = max(bound_s, pipelines_bound_s(self._programs, (self.family.cells.counts,)))
         self._bound_s = min(self._bound_s, bound_s)
+        self._take(result)
+
+    def _take(self, result: SearchResult) -> None:
+        """Offer what a search for one pipeline found."""
         # On real links one that was thought to be worse may be better.
         for found in (*result.others[:RUNNERS_UP], *result.before[:_EARLIER]):
             self._offer((found,))

@@ -65,12 +65,14 @@ class Programs:
         self._cache: Cache = {}
         self._least_times: dict[object, tuple[float, float, float]] = {}
         self._known_prices: KnownPrices = {}
+        self._slowest_s: dict[float, float] = {}
+        self._never_binds: dict[tuple[tuple[int, ...], int, int], bool] = {}
         self._excluded: Shared = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
         many = family.repeats is None and self._most_steps() >= chain_warm.LOOPS_PAY
-        self._loops = many and chain_warm.loops_are_ready(deadline_s)
+        self.loops = many and chain_warm.loops_are_ready(deadline_s)
         counted = family.repeats is not None and not COMPILED
-        slowed = counted or (many and not self._loops)
+        slowed = counted or (many and not self.loops)
         self.slowed = chain_warm.why_without_loops() if slowed else ""
         """Why the search takes array operations where loops would pay; empty where it does not."""
         self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
@@ -111,7 +113,7 @@ class Programs:
         if self.family.repeats is not None:
             result = search_counted(tasks, asked)
         else:
-            find = search_tasks if self._loops else search
+            find = search_tasks if self.loops else search
             result = find(tasks, asked, dive=dive)
         self.unsolved |= result.unsolved
         return result
@@ -126,13 +128,17 @@ class Programs:
         if setting.schedule != "1f1b":
             return False
         cells = self.family.cells
-        links = pareto([k for row in cells.links for k in row if k is not None])
         table = self.family.table
-        slowest = slowest_transfer_s(table, setting, links)
-        if (setting.microbatches - 1) * slowest > task.extra_s:
+        if setting.size not in self._slowest_s:
+            links = pareto([k for row in cells.links for k in row if k is not None])
+            self._slowest_s[setting.size] = slowest_transfer_s(table, setting, links)
+        if (setting.microbatches - 1) * self._slowest_s[setting.size] > task.extra_s:
             return False
-        used = [c.device_class for c, n in zip(cells.cells, limits, strict=True) if n]
-        return memory_never_binds(table, setting, used)
+        used = tuple(c.device_class for c, n in zip(cells.cells, limits, strict=True) if n)
+        key = (used, setting.samples, setting.microbatches)
+        if key not in self._never_binds:
+            self._never_binds[key] = memory_never_binds(table, setting, used)
+        return self._never_binds[key]
 
     def _most_steps(self) -> int:
         """Columns of the largest programme times its states, were there one kind of link only."""
@@ -208,7 +214,7 @@ class Programs:
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s`.
         """
-        if not (self._loops and self.larger_need_more):
+        if not (self.loops and self.larger_need_more):
             return False
         counts = {m for n in shares for m in self.family.counts(n)}
         settings = [
@@ -326,8 +332,8 @@ class Programs:
                 family.table, family.cells, options, setting, self._ranges, self._cache
             )
         rows = self._rows[key]
-        prices = StagePrices(family.table, rows, setting, self._ranges, self._cache, loops=self._loops)
-        make = SweptProgram if self._loops else ChainProgram
+        prices = StagePrices(family.table, rows, setting, self._ranges, self._cache, loops=self.loops)
+        make = SweptProgram if self.loops else ChainProgram
         return make(
             prices,
             family.cells,

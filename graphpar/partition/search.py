@@ -131,6 +131,7 @@ class Search(ABC, Generic[Part]):
         self._tasks = list(tasks)
         self._gap, self._cutoff, self._deadline_s = asked.gap, asked.cutoff_s, asked.deadline_s
         self._post_limit = asked.post_limit_s
+        self._aim = asked.aim
         self._weight = 1.0 if asked.count_post else 0.0
         self._pruned = self._given_up = INFINITY
         self._ticket = itertools.count()

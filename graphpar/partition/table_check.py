@@ -7,6 +7,36 @@ from math import prod
 import numpy as np
 
 from graphpar.cost import CostTable, LinkCost, ModeCost, UnitCost
+from graphpar.partition.settings import Microbatches
+
+
+def check_arguments(
+    table: CostTable,
+    gap: float,
+    time_limit_s: float,
+    schedule: str,
+    microbatches: Microbatches,
+) -> None:
+    """Refuse what cannot be searched; see `pipeline.partition`.
+
+    Raises:
+        ValueError: An argument or the table makes no sense.
+    """
+    check_table(table)
+    if not 0 <= gap < 1:
+        raise ValueError(f"gap must be in [0, 1), got {gap}")
+    if not time_limit_s > 0:
+        raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
+    if schedule not in ("auto", "gpipe", "1f1b"):
+        raise ValueError(f"schedule must be auto, gpipe or 1f1b, got {schedule!r}")
+    if microbatches == "auto":
+        return
+    most = min(table.batch, table.max_microbatches)
+    if not isinstance(microbatches, int) or not 1 <= microbatches <= most:
+        reason = f" ({table.batch_reason})" if table.batch_reason else ""
+        raise ValueError(
+            f"microbatches must be 'auto' or between 1 and {most}{reason}, got {microbatches!r}"
+        )
 
 
 def check_table(table: CostTable) -> None:

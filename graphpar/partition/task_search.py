@@ -4,12 +4,13 @@ Where `pipeline_search` divides the limits on extra and post into boxes, here a 
 by its bound or has its best plan found at once. The least bound of the settings that are left is at any
 time a bound on every plan.
 
-The first plan is looked for among those with one replica per stage, which are few, in settings whose
-number of microbatches is a power of two; then, from there, in the settings with about twice and half as
-many microbatches.
+The first plan is looked for among those of one stage or with one replica per stage, which are few, in
+settings whose number of microbatches is a power of two; then, from there, in the settings with about
+twice and half as many microbatches.
 """
 
 import heapq
+import math
 import time
 from collections.abc import Iterable
 
@@ -19,6 +20,9 @@ from graphpar.partition.search import Asked, Search, SearchResult, Task
 
 _NEAREST = 4
 """The settings with the least bounds are tried at first whatever their microbatches."""
+
+_GUESSES = (1.05, 1.12, 1.2, 1.3, 1.45, 1.7, 2.2, 4.0, math.inf)
+"""A first plan is looked for below so many times a bound."""
 
 
 def search_tasks(tasks: Iterable[Task], asked: Asked, *, dive: bool = False) -> SearchResult:
@@ -40,8 +44,12 @@ class _TaskSearch(Search[int]):
         return index
 
     def _start(self) -> None:
-        if self._dives:
+        if self._dives and self._aim != "proof":
             self._dive()
+
+    def _work(self) -> None:
+        if self._aim != "plan" or self.best is None:
+            super()._work()
 
     def _look(self, bound: float, task: int) -> None:
         if task in self._settled:
@@ -83,20 +91,42 @@ class _TaskSearch(Search[int]):
     def _dive(self) -> None:
         """Look for a good plan where there are few, then around it."""
         nearest = {task for _, _, task in heapq.nsmallest(_NEAREST, self._heap)}
-        found: int | None = None
+        some: list[tuple[float, int]] = []
         for bound, _, task in sorted(self._heap):
             count = self._tasks[task].setting.microbatches
-            if bound >= self._target() or (task not in nearest and count & (count - 1)):
-                continue
-            answer = self._program(task).best_alone(
-                self._target(), self._post_limit, self._weight, self._deadline_s
-            )
+            if task in nearest or count & (count - 1) == 0:
+                some.append((bound, task))
+        best: int | None = None
+        for bound, task in some:
+            if bound < self._target():
+                answer = self._program(task).best_whole(self._target(), self._post_limit, self._weight)
+                if answer is not None:
+                    self._offer(task, answer)
+                    best = task
+        found = self._guess(task for bound, task in some if bound < self._target())
+        best = best if found is None else found
+        if best is not None:
+            self._improve(best)
+            self._climb(best, self._improve)
+
+    def _guess(self, tasks: Iterable[int]) -> int | None:
+        """Find a plan with one replica per stage: raise guesses of what tasks cost, the lowest first.
+
+        With little to spare a sweep is short.
+        """
+        asked = self._post_limit, self._weight
+        bounded = [(self._program(t).bound_simple(self._target(), *asked), t) for t in tasks]
+        guesses = [(_GUESSES[0] * bound, 0, bound, task) for bound, task in bounded]
+        heapq.heapify(guesses)
+        while guesses and guesses[0][2] < self._target():
+            guess, step, bound, task = heapq.heappop(guesses)
+            answer = self._program(task).good_simple(min(guess, self._target()), *asked, self._deadline_s)
             if answer is not None:
                 self._offer(task, answer)
-                found = task
-        if found is not None:
-            self._improve(found)
-            self._climb(found, self._improve)
+                return task
+            if guess < self._target() and step + 1 < len(_GUESSES):
+                heapq.heappush(guesses, (_GUESSES[step + 1] * bound, step + 1, bound, task))
+        return None
 
     def _improve(self, task: int) -> None:
         """Settle a task out of turn, unless its bound excludes it."""

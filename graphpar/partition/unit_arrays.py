@@ -215,16 +215,15 @@ class UnitArrays:
         working = {False: self.maxima(alone)}
         working[True] = self.maxima(alone + whole) if divided else working[False]
         saved = self.ranges(at_size(table, self._rows(chosen, member, "saved_bytes"), size))
-        rows: list[FloatArray] = []
-        for width in widths if chosen.zero else (1,):
-            fixed = sum(b / (width if chosen.zero > level else 1) for level, b in enumerate(held))
-            free = device_class.memory_bytes * (1 + MEMORY_TOLERANCE) - fixed - table.reserved_bytes
-            flights = self._flights(free - working[width > 1], saved)
-            if table.training and (share := device_class.update_per_gradient(chosen.zero, width)):
-                flights = np.where(share * held[1] <= free, flights, -1.0)
-            rows.append(flights)
-        found: FloatArray = np.stack(rows if chosen.zero else rows * len(widths))
-        return found
+        some = widths if chosen.zero else [1]
+        wide = np.array(some, dtype=np.float64)[:, None]
+        fixed = sum(b / (wide if chosen.zero > level else 1) for level, b in enumerate(held))
+        free = device_class.memory_bytes * (1 + MEMORY_TOLERANCE) - fixed - table.reserved_bytes
+        found = self._flights(free - np.where(wide > 1, working[True], working[False]), saved)
+        shares = np.array([[device_class.update_per_gradient(chosen.zero, n)] for n in some])
+        if table.training and shares.any():
+            found = np.where((shares > 0) & (shares * held[1] > free), -1.0, found)
+        return found if chosen.zero else np.repeat(found, len(widths), axis=0)
 
     def _held(self, chosen: Mode, member: int, name: str) -> FloatArray:
         """Bytes of a kind that each run takes of a member."""
