@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import calibration
 
-from graphpar.calibration import Calibration, Curve, fingerprint
+from graphpar.calibration import FORMAT_VERSION, Calibration, Curve, fingerprint
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.classes import microbatch_sizes
@@ -271,7 +271,8 @@ def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:
 def test_calibration_file_round_trips_and_refuses_damage(tmp_path: Path) -> None:
     path = calibration().save(tmp_path / "sub" / "c.json")
     assert Calibration.load(path) == calibration()
-    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 0'))
+    now = f'"format_version": {FORMAT_VERSION}'
+    path.write_text(path.read_text().replace(now, '"format_version": 0'))
     with pytest.raises(GraphparError, match="older version of graphpar"):
         Calibration.load(path)
     path.write_text("{")
