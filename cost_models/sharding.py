@@ -13,8 +13,9 @@ in whole nanoseconds, so that bounds round up and the solver's proof is exact.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -30,7 +31,7 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways, fit, ways_of, whole_along
 from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.shards import Layout, Split
-from graphpar.ir.strategies import Strategy, strategies_of, value_of
+from graphpar.ir.strategies import Strategy, StrategyTables, value_of
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.shard import solve_sharding
 from graphpar.partition.types import WholeOp
@@ -98,27 +99,41 @@ def choose_sharding(
     return ShardingProgramme(graph, stage, chain, group, options).solve(options)
 
 
-def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: ShardingOptions) -> float:
+def least_seconds(
+    graph: Graph,
+    stage: int,
+    chain: Chain,
+    group: TensorGroup,
+    options: ShardingOptions,
+    strategies: StrategyTables | None = None,
+) -> float:
     """No sharding has a lower objective, whatever it sends: every op and weight alone at its cheapest.
 
     Args:
         graph: A lowered graph.
         stage: Which stage of it.
+        chain: Units of the captured graph; ops of equal kinds take equally long.
         group: Who computes it.
         options: Microbatch size and the like.
+        strategies: Those of the graph, where they were asked for before.
     """
     times = MeshTimes(graph, group, options)
-    along = [group.along(axis) for axis in range(len(group.axes))]
-    tables = [_allowed(strategies_of(graph, each.shares), each.size, options) for each in along]
+    tables = _tables(strategies or StrategyTables(graph), group, options)
+    places, least = _places(chain), dict[Key, float]()
     ops = [op for op in graph.ops if op.attr("stage") == stage and op.target != "getitem"]
     read = {name for op in ops for name in op.operands()}
     hold_s = options.hold_factor / group.link.bytes_per_s
-    hold_s *= prod(max(each.shares) for each in along) if options.cuts_weights else 1.0
+    if options.cuts_weights:
+        hold_s *= prod(max(group.along(axis).shares) for axis in range(len(group.axes)))
     total = 0.0
     for op in ops:
-        # Strategies with equal shares take equally long; of samples there are only whole ones.
-        rows = [list({times.alone.shares_of(s): s for s in table[op.name]}.values()) for table in tables]
-        total += min(sum(times.parts(op, Ways(ways))) for ways in product(*rows))
+        rows = [table[op.name] for table in tables]
+        key = places.get(op.name, op.name), tuple(map(id, rows))
+        if key not in least:
+            # Strategies with equal shares take equally long; of samples there are only whole ones.
+            unlike = [list({times.alone.shares_of(s): s for s in row}.values()) for row in rows]
+            least[key] = min(sum(times.parts(op, Ways(ways))) for ways in product(*unlike))
+        total += least[key]
     for op in graph.sources("parameter"):
         if op.name in read:
             total += hold_s * times.alone.weight_bytes(op, 1.0)
@@ -127,6 +142,7 @@ def least_seconds(graph: Graph, stage: int, group: TensorGroup, options: Shardin
 
 Key = Hashable
 Matrix = npt.NDArray[np.float64]
+_Rows = tuple[Layouts, ...]
 
 
 @dataclass
@@ -152,10 +168,17 @@ class ShardingProgramme:
         chain: Units of the captured graph.
         group: Who computes it.
         options: Those of `solve` may differ in the price and limit of memory alone.
+        strategies: Those of the graph, where they were asked for before.
     """
 
     def __init__(
-        self, graph: Graph, stage: int, chain: Chain, group: TensorGroup, options: ShardingOptions
+        self,
+        graph: Graph,
+        stage: int,
+        chain: Chain,
+        group: TensorGroup,
+        options: ShardingOptions,
+        strategies: StrategyTables | None = None,
     ) -> None:
         self.graph, self.stage, self.group, self.options = graph, stage, group, options
         self.keeps = False
@@ -165,17 +188,15 @@ class ShardingProgramme:
             if (op.attr("stage") == stage and op.target != "getitem") or op.target == "output"
         ]
         inside = {op.name for op in self.ops}
-        along = [group.along(axis) for axis in range(len(group.axes))]
-        tables = [_allowed(strategies_of(graph, each.shares), each.size, options) for each in along]
+        tables = _tables(strategies or StrategyTables(graph), group, options)
         self.table = ways_of(tables, group.axes, inside)
-        self.whole = whole_along(len(along))
-        self.place = {
-            name: (unit.kind, index) for unit in chain.units for index, name in enumerate(unit.ops)
-        }
+        self.whole = whole_along(len(group.axes))
+        self.place = _places(chain)
         self.times = MeshTimes(graph, group, options)
         self.variables: dict[Key, _Variable] = {}
         self.matrices: dict[tuple[int, int], Matrix] = {}
-        self.tables: dict[Key, Matrix] = {}
+        self.converted: dict[Key, Matrix] = {}
+        self.rows: dict[Key, _Rows] = {}
         self.key_of: dict[str, Key] = {}
         self.weights: dict[str, tuple[Layouts, ...]] = {}
         self.forms: dict[str, tuple[Layouts, ...]] = {}
@@ -236,17 +257,14 @@ class ShardingProgramme:
 
     def _add_weight(self, op: Op, readers: Sequence[tuple[Op, int]]) -> None:
         label = str(op.args[0])
-        wanted: list[list[Layout]] = [["whole"] for _ in self.whole]
-        if self.options.cuts_weights and op.target == "parameter":
-            for along in range(len(self.whole)):
-                every = (ways.operands[slot][along] for r, slot in readers for ways in self.table[r.name])
-                wanted[along] += dict.fromkeys(layout for layout in every if isinstance(layout, Split))
-        layouts = tuple(held for held in product(*wanted) if fit(held, self.group.axes))
+        cuts = self.options.cuts_weights and op.target == "parameter"
+        wanted = tuple(dict.fromkeys(id(self._wanted(*reader)) for reader in readers))
+        layouts = self._once(("held", cuts, wanted), lambda: self._held(readers if cuts else ()))
         if label in self.options.fixed:
-            layouts = (self.options.fixed[label],)
+            layouts = self._once(("fixed", label), lambda: (self.options.fixed[label],))
         self.weights[op.name] = layouts
         first, slot = readers[0]
-        key = ("weight", self._place(first), slot, layouts)
+        key = ("weight", self._place(first), slot, id(layouts))
         self._add(
             op.name,
             key,
@@ -255,6 +273,21 @@ class ShardingProgramme:
             priced=[self.times.priced_bytes(op, layout) for layout in layouts],
         )
 
+    def _held(self, readers: Sequence[tuple[Op, int]]) -> "_Rows":
+        """How a weight may be held: whole, and in the slices that its readers want."""
+        wanted: list[list[Layout]] = [["whole"] for _ in self.whole]
+        for along in range(len(self.whole)):
+            every = (layouts[along] for reader in readers for layouts in self._wanted(*reader))
+            wanted[along] += dict.fromkeys(layout for layout in every if isinstance(layout, Split))
+        return tuple(held for held in product(*wanted) if fit(held, self.group.axes))
+
+    def _once(self, key: Key, make: Callable[[], "_Rows"]) -> "_Rows":
+        """Rows of layouts, made once for a key; equal ones are one object."""
+        if key not in self.rows:
+            made = make()
+            self.rows[key] = self.rows.setdefault(made, made)
+        return self.rows[key]
+
     def _connect(self, name: str, readers: Sequence[tuple[Op, int]]) -> None:
         source, index = value_of(self.graph, name)
         made = self._layouts(source, index)
@@ -262,37 +295,54 @@ class ShardingProgramme:
             for reader, slot in readers:
                 self._edge(source, made, reader, slot, name)
             return
-        wanted = [s.operands[slot] for r, slot in readers for s in self.table[r.name]]
-        forms = tuple(dict.fromkeys((*made, *wanted)))
+        wanted = {id(rows): rows for rows in (self._wanted(*reader) for reader in readers)}
+        every = (layouts for rows in (made, *wanted.values()) for layouts in rows)
+        forms = self._once(("form", id(made), tuple(wanted)), lambda: tuple(dict.fromkeys(every)))
         self.forms[name] = forms
         form = f"{name} form"
-        self._add(form, ("form", self.key_of.get(source, source), index, forms), [0.0] * len(forms))
+        self._add(form, ("form", self.key_of.get(source, source), index, id(forms)), [0.0] * len(forms))
         self._matrix(source, form, self._converting(name, made, forms))
         for reader, slot in readers:
             self._edge(form, forms, reader, slot, name)
 
-    def _layouts(self, source: str, index: int) -> tuple[Layouts, ...]:
+    def _layouts(self, source: str, index: int) -> "_Rows":
+        """How a value is made, by the ways of its op, or held."""
         if source in self.table:
-            return tuple(s.results[index] for s in self.table[source])
-        return self.weights.get(source, (self.whole,))
+            rows = self.table[source]
+            return self._once(
+                ("made", id(rows), index), lambda: tuple(ways.results[index] for ways in rows)
+            )
+        return self.weights.get(source) or self._once("whole", lambda: (self.whole,))
 
-    def _edge(self, source: str, made: Sequence[Layouts], reader: Op, slot: int, name: str) -> None:
-        wanted = [ways.operands[slot] for ways in self.table[reader.name]]
+    def _wanted(self, reader: Op, slot: int) -> "_Rows":
+        """How a reader wants an operand, by its ways."""
+        rows = self.table[reader.name]
+        return self._once(("read", id(rows), slot), lambda: tuple(ways.operands[slot] for ways in rows))
+
+    def _edge(self, source: str, made: "_Rows", reader: Op, slot: int, name: str) -> None:
+        wanted = self._wanted(reader, slot)
         matrix = self._converting(name, made, wanted)
         if reader.target == "gp.cast_weight":
-            as_held = [[_cast_as_held(a, b) for b in wanted] for a in made]
-            matrix = np.where(as_held, matrix, float(IMPOSSIBLE_COST))
+            key = "cast as held", id(made), id(wanted)
+            if key not in self.converted:
+                self.converted[key] = np.array([[_cast_as_held(a, b) for b in wanted] for a in made])
+            matrix = np.where(self.converted[key], matrix, float(IMPOSSIBLE_COST))
         self._matrix(source, reader.name, matrix)
 
-    def _converting(self, name: str, made: Sequence[Layouts], wanted: Sequence[Layouts]) -> Matrix:
+    def _converting(self, name: str, made: "_Rows", wanted: "_Rows") -> Matrix:
         """Seconds from each of some layouts to each of others; priced once for each two that differ."""
         op = self.graph[name]
-        rows, columns = tuple(dict.fromkeys(made)), tuple(dict.fromkeys(wanted))
-        key = (op.types, op.target == "parameter", bool(op.attr("grad")), rows, columns)
-        if key not in self.tables:
-            self.tables[key] = self.times.conversion_table(op, rows, columns)
-        place, other = ({held: i for i, held in enumerate(side)} for side in (rows, columns))
-        return self.tables[key][np.ix_([place[a] for a in made], [other[b] for b in wanted])]
+        alike = op.types, op.target == "parameter", bool(op.attr("grad"))
+        key = (*alike, id(made), id(wanted))
+        if key not in self.converted:
+            rows, columns = tuple(dict.fromkeys(made)), tuple(dict.fromkeys(wanted))
+            unlike = (*alike, rows, columns)
+            if unlike not in self.converted:
+                self.converted[unlike] = self.times.conversion_table(op, rows, columns)
+            place, other = ({held: i for i, held in enumerate(side)} for side in (rows, columns))
+            picked = np.ix_([place[a] for a in made], [other[b] for b in wanted])
+            self.converted[key] = self.converted[unlike][picked]
+        return self.converted[key]
 
     def _matrix(self, left: str, right: str, matrix: Matrix) -> None:
         if left not in self.key_of:
@@ -327,11 +377,18 @@ class ShardingProgramme:
                 for v in self.variables.values()
             ),
             edge_nodes=tuple(self.matrices),
-            edge_costs=tuple(
-                tuple(map(_nanoseconds, m.ravel().tolist())) for m in self.matrices.values()
-            ),
+            edge_costs=self._edge_costs,
             usage_limit=options.memory_bytes,
         )
+
+    @cached_property
+    def _edge_costs(self) -> tuple[tuple[int, ...], ...]:
+        """In whole nanoseconds; they do not depend on prices of memory."""
+        whole = (
+            np.where(m < IMPOSSIBLE_COST, np.rint(np.minimum(m, IMPOSSIBLE_COST) * 1e9), IMPOSSIBLE_COST)
+            for m in self.matrices.values()
+        )
+        return tuple(tuple(m.astype(np.int64).ravel().tolist()) for m in whole)
 
     def solve(self, options: ShardingOptions) -> Sharding:
         """The best sharding at the prices of some options."""
@@ -370,19 +427,35 @@ class ShardingProgramme:
         )
 
 
+def _places(chain: Chain) -> dict[str, Key]:
+    """For each op what it shares with the equal ops of equal units."""
+    return {name: (unit.kind, index) for unit in chain.units for index, name in enumerate(unit.ops)}
+
+
+def _tables(
+    strategies: StrategyTables, group: TensorGroup, options: ShardingOptions
+) -> list[dict[str, tuple[Strategy, ...]]]:
+    """For each axis of a group the strategies along it that training and the batch allow."""
+    along = [group.along(axis) for axis in range(len(group.axes))]
+    return [_allowed(strategies.of(each.shares), each.size, options) for each in along]
+
+
 def _allowed(
-    table: Mapping[str, Sequence[Strategy]], size: int, options: ShardingOptions
+    table: Mapping[str, tuple[Strategy, ...]], size: int, options: ShardingOptions
 ) -> dict[str, tuple[Strategy, ...]]:
-    """The strategies along an axis of so many members that training and the batch allow."""
+    """The strategies along an axis of so many members; equal rows stay one object."""
     cuts_batch = options.cuts_batch and options.samples >= size
-    return {
-        name: tuple(
-            s
-            for s in rows
-            if (options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
-        )
-        for name, rows in table.items()
-    }
+    kept: dict[int, tuple[Strategy, ...]] = {}
+    same: dict[tuple[Strategy, ...], tuple[Strategy, ...]] = {}
+    for rows in table.values():
+        if id(rows) not in kept:
+            left = tuple(
+                s
+                for s in rows
+                if (options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
+            )
+            kept[id(rows)] = same.setdefault(left, left)
+    return {name: kept[id(rows)] for name, rows in table.items()}
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -26,6 +26,7 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, axis_shares, line_of, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
+from graphpar.ir.strategies import StrategyTables
 from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import MOST_LEAN, GroupSharding, Partition, Replica, StageChoice
 from graphpar.passes.comm import InsertMessages
@@ -242,7 +243,7 @@ def with_group_modes(
     """
     modes = {mode.key: mode for mode in table.modes}
     plain, lower = (graph, build_chain(graph)), rewritten or {}
-    wholes: dict[int, Graph] = {}
+    wholes: dict[int, tuple[Graph, StrategyTables]] = {}
     one_axis_s: dict[tuple[str, ...], float] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)
@@ -253,9 +254,10 @@ def with_group_modes(
             continue
         chain = first[1]
         if id(chain) not in wholes:
-            wholes[id(chain)] = placed_whole(first[0], chain)
+            placed = placed_whole(first[0], chain)
+            wholes[id(chain)] = placed, StrategyTables(placed)
         options = partial(group_options, graph, table.training, train)
-        pricer = _GroupPricer(table, wholes[id(chain)], chain, cluster, replica, options, calibration)
+        pricer = _GroupPricer(table, *wholes[id(chain)], chain, cluster, replica, options, calibration)
         if replica.mesh and least_gain > 0:
             could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)
             if pricer.least_seconds() >= could_s:
@@ -277,6 +279,7 @@ class _GroupPricer:
         self,
         table: CostTable,
         whole: Graph,
+        strategies: StrategyTables,
         chain: Chain,
         cluster: Cluster,
         replica: Replica,
@@ -284,12 +287,13 @@ class _GroupPricer:
         calibration: Calibration | None,
     ) -> None:
         self.table, self.whole, self.chain, self.replica = table, whole, chain, replica
+        self.strategies = strategies
         self.group, self.options, self.calibration = tensor_group(cluster, replica), options, calibration
 
     @cached_property
     def _programme(self) -> ShardingProgramme:
         options = self.options(self.replica.lean)
-        return ShardingProgramme(self.whole, 0, self.chain, self.group, options)
+        return ShardingProgramme(self.whole, 0, self.chain, self.group, options, self.strategies)
 
     @cached_property
     def _times(self) -> list[MeshTimes]:
@@ -298,7 +302,8 @@ class _GroupPricer:
 
     def least_seconds(self) -> float:
         """No sharding of the whole model takes less, the price of memory included."""
-        return least_seconds(self.whole, 0, self.group, self.options(self.replica.lean))
+        options = self.options(self.replica.lean)
+        return least_seconds(self.whole, 0, self.chain, self.group, options, self.strategies)
 
     def mode(self, lean: int) -> tuple[Mode, float]:
         """The mode with the sharding chosen at a price of memory, and the objective of that sharding."""

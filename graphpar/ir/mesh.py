@@ -316,16 +316,17 @@ def ways_of(
     tables: Sequence[Mapping[str, Sequence[Strategy]]], sizes: Sequence[int], names: Container[str]
 ) -> dict[str, tuple[Ways, ...]]:
     """The ways to compute ops, from the strategies along each axis, as far as values can be held so."""
-    made: dict[tuple[tuple[Strategy, ...], ...], tuple[Ways, ...]] = {}
+    made: dict[tuple[int, ...], tuple[Ways, ...]] = {}
     found = {}
     for name in tables[0]:
         if name not in names:
             continue
-        rows = tuple(tuple(table[name]) for table in tables)
-        if rows not in made:
+        rows = [table[name] for table in tables]
+        key = tuple(map(id, rows))  # rows of equal ops are one object
+        if key not in made:
             every = map(Ways, product(*rows))
-            made[rows] = tuple(
+            made[key] = tuple(
                 w for w in every if all(fit(layouts, sizes) for layouts in (*w.operands, *w.results))
             )
-        found[name] = made[rows]
+        found[name] = made[key]
     return found

@@ -7,6 +7,7 @@ passing parts through an op that is linear, and passing a copy through.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from graphpar.ir.chain import writes_buffer
 from graphpar.ir.factors import Factors, Loop, taken, type_at
@@ -66,13 +67,36 @@ def strategies_of(graph: Graph, shares: Sequence[float]) -> dict[str, tuple[Stra
         graph: A graph; of a lowered one, messages and results stay whole.
         shares: Each member's share of what is cut.
     """
-    factors = Factors(graph)
-    table = {}
-    for op in graph.ops:
-        if op.target in (*SOURCES, "getitem"):
-            continue
-        table[op.name] = tuple(dict.fromkeys(_strategies(op, graph, factors, shares)))
-    return table
+    return StrategyTables(graph).of(shares)
+
+
+class StrategyTables:
+    """`strategies_of` for several groups: what a graph's ops run over is found once, each table once.
+
+    Equal rows are one object, in all tables.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._tables: dict[tuple[float, ...], dict[str, tuple[Strategy, ...]]] = {}
+        self._rows: dict[tuple[Strategy, ...], tuple[Strategy, ...]] = {}
+
+    @cached_property
+    def _loops(self) -> dict[str, tuple[Loop, ...]]:
+        factors = Factors(self._graph)
+        return {op.name: tuple(factors.loops(op)) for op in self._graph.ops}
+
+    def of(self, shares: Sequence[float]) -> dict[str, tuple[Strategy, ...]]:
+        """The table for these shares; not to be changed."""
+        key = tuple(shares)
+        if key not in self._tables:
+            table = self._tables[key] = {}
+            for op in self._graph.ops:
+                if op.target not in (*SOURCES, "getitem"):
+                    found = _strategies(op, self._graph, self._loops[op.name], shares)
+                    row = tuple(dict.fromkeys(found))
+                    table[op.name] = self._rows.setdefault(row, row)
+        return self._tables[key]
 
 
 def carries_gradient(graph: Graph, name: str) -> bool:
@@ -80,7 +104,9 @@ def carries_gradient(graph: Graph, name: str) -> bool:
     return bool(graph[name].attr("grad"))
 
 
-def _strategies(op: Op, graph: Graph, factors: Factors, shares: Sequence[float]) -> Iterator[Strategy]:
+def _strategies(
+    op: Op, graph: Graph, loops: Sequence[Loop], shares: Sequence[float]
+) -> Iterator[Strategy]:
     operands, results = op.operands(), op.types
     yield Strategy((_WHOLE,) * len(operands), (_WHOLE,) * len(results))
     fixed = op.target in ("output", "gp.send", "gp.recv") or writes_buffer(op) or "rand" in op.target
@@ -92,7 +118,7 @@ def _strategies(op: Op, graph: Graph, factors: Factors, shares: Sequence[float])
     if has_gradient:
         yield Strategy(copied, (_COPIED,) * len(results))
     yield from _passing(op, graph, copied)
-    for loop in factors.loops(op):
+    for loop in loops:
         found = _by_loop(op, graph, loop, shares, copied)
         if found is not None:
             yield found

@@ -53,6 +53,9 @@ _REAL_LINKS_MAY_COST = 3
 SHARE_STEPS = 64
 """Batch shares of pipelines side by side are multiples of batch / SHARE_STEPS, at least one sample."""
 
+_SHARED = ", equal blocks of a stage shared in one way"
+"""Each mode of a tensor group has one sharding for every kind of unit."""
+
 LEAST_BLOCKS = 8
 """A chain with fewer equal blocks is not counted."""
 
@@ -170,7 +173,7 @@ def _with_modes(
     groups = list(_group_options(table, cells)) if exact else []
     some = f" in {len(variants)} further mode{'s' * (len(variants) > 1)}" if variants else ""
     many = len({o.staff[0] for o in groups})
-    words = f"{some}, or tensor groups in {many} modes, alike in a stage" if groups else some
+    words = f"{some}, or tensor groups in {many} modes, alike in a stage{_SHARED}" if groups else some
     yield words, [*plain, *_in_variants(table, cells, plain, variants), *groups]
     uniform = [o for o in plain if len(set(o.staff)) == 1 and len(o.places) == 1]
     if len(uniform) < len(plain):
@@ -289,7 +292,8 @@ def _counted_family(
     if table.modes:
         modes = {o.staff[0] for o in options}
         sizes = ", ".join(map(str, sorted({len(table.every_mode[m].members) for m in modes})))
-        words += f", in {len(modes)} modes, tensor groups of {sizes}"
+        shared = _SHARED if sizes != "1" else ""
+        words += f", in {len(modes)} modes, tensor groups of {sizes}{shared}"
     if repeats.period > 1:
         words += f", cut only between the {repeats.number} equal blocks"
     return Family(table, cells, False, tuple(options), schedules, microbatches, words, repeats)

@@ -1,10 +1,11 @@
 """Tensor groups of two axes: planned, running, saved; their prices against an independent programme."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ import graphpar
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import choose_sharding, least_seconds
 from graphpar.errors import PlanError
 from graphpar.group_candidates import candidate_groups, meshes_of, widest_group
+from graphpar.ir.graph import Graph
+from graphpar.ir.mesh import Ways
+from graphpar.ir.strategies import Strategy, StrategyTables, strategies_of
 from graphpar.partition.types import Replica, TensorWidth
 from graphpar.plan_check import group_contradictions
 from graphpar.plans import Plan
@@ -146,6 +151,7 @@ def test_a_mesh_that_cannot_pay_is_not_priced_and_the_plan_says_so() -> None:
     for tensor, told in zip(WISHES, (False, False, True), strict=True):
         plan = graphpar.plan(model, {"nodes": [node]}, batch, train=train, tensor=tensor)
         assert ("tensor groups of 2 x 2 were not priced" in " ".join(plan.notes)) == told
+        assert "equal blocks of a stage shared in one way" in plan.partition.family
 
 
 @pytest.mark.parametrize("link", [FREE, PCIE], ids=["free", "pcie"])
@@ -154,12 +160,36 @@ def test_what_a_mesh_takes_at_least(link: LinkCost) -> None:
     prepared = block(False)
     graph = one_stage(prepared.graph)
     # Six samples make uneven parts for four members.
-    for mesh, samples in (((), 8), ((2, 2), 8), ((), 6)):
+    for mesh, samples in (((), 8), ((2, 2), 8), ((), 6), ((2, 2), 3)):
         group, options = gpus(4, link, mesh=mesh), ShardingOptions(samples=samples)
         found = choose_sharding(graph, 0, prepared.chain, group, options)
-        least_s = least_seconds(graph, 0, group, options)
+        least_s = least_seconds(graph, 0, prepared.chain, group, options)
         assert least_s <= found.objective_s * (1 + 1e-6)
         assert (least_s > 0.7 * found.objective_s) == (link == FREE)
+        assert least_s == pytest.approx(sum(cheapest(graph, group, options)))
+        # Of strategies with equal shares, of which samples make other parts, any may come last.
+        turned = least_seconds(graph, 0, prepared.chain, group, options, Backwards(graph))
+        assert turned == pytest.approx(least_s)
+
+
+class Backwards(StrategyTables):
+    """Every op's strategies in the other order."""
+
+    def of(self, shares: Sequence[float]) -> dict[str, tuple[Strategy, ...]]:
+        return {name: rows[::-1] for name, rows in super().of(shares).items()}
+
+
+def cheapest(graph: Graph, group: TensorGroup, options: ShardingOptions) -> Iterator[float]:
+    """What each op takes at least, every pair of strategies tried."""
+    times = MeshTimes(graph, group, options)
+    along = [group.along(axis) for axis in range(len(group.axes))]
+    tables = [strategies_of(graph, each.shares) for each in along]
+    for name in tables[0]:
+        rows = (
+            [s for s in table[name] if options.samples >= each.size or not s.samples]
+            for table, each in zip(tables, along, strict=True)
+        )
+        yield min(sum(times.parts(graph[name], Ways(ways))) for ways in product(*rows))
 
 
 def test_wishes_that_make_no_mesh() -> None:
