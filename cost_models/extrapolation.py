@@ -58,15 +58,18 @@ def extrapolations(
         graph: A captured graph.
         cluster: The devices.
         calibration: What was measured of this machine's processor.
-        precision: Format that float32 values are computed in.
+        precision: Format that float32 values are computed in; devices without it stay in float32.
         size: Samples of a microbatch.
     """
-    layout = find_layout(graph)
-    works = (work_of(op, graph, layout, size, precision) for op in graph.ops)
-    kernels = [k for work in works for k in work.forward if k.flops and (k.matrix or k.attention)]
+    layout, kernels = find_layout(graph), dict[str, list[Kernel]]()
     found: dict[str, list[str]] = {}
     for kind, device in {d.kind: d for d in cluster.devices}.items():
-        for told in _told(device, calibration, kernels):
+        has_it = device.is_local_cpu or precision in device.peak_flops_per_s
+        own = precision if has_it else "float32"
+        if own not in kernels:
+            every = (k for op in graph.ops for k in work_of(op, graph, layout, size, own).forward)
+            kernels[own] = [k for k in every if k.flops and (k.matrix or k.attention)]
+        for told in _told(device, calibration, kernels[own]):
             found.setdefault(told, []).append(kind)
     return tuple(f"{told} ({', '.join(kinds)})" for told, kinds in found.items())
 

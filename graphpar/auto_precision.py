@@ -71,7 +71,8 @@ def check_budget(budget: float) -> None:
     ...
     ValueError: precision_budget is -1.0; it is a relative error, zero or more, such as 1e-2.
     """
-    if not (isinstance(budget, (int, float)) and math.isfinite(budget) and budget >= 0):
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not (number and math.isfinite(budget) and budget >= 0):
         raise ValueError(
             f"precision_budget is {budget!r}; it is a relative error, zero or more, such as 1e-2."
         )

@@ -228,8 +228,8 @@ def test_an_unmeasured_cpu_says_so() -> None:
     assert any("graphpar calibrate" in note for note in made.notes)
 
 
-@pytest.mark.parametrize("budget", [-1.0, math.nan, math.inf])
-def test_budgets_that_are_none(budget: float) -> None:
+@pytest.mark.parametrize("budget", [-1.0, math.nan, math.inf, True, "0.01"])
+def test_budgets_that_are_none(budget: Any) -> None:
     with pytest.raises(ValueError, match="precision_budget is"):
         plan(budget)
 

@@ -21,6 +21,8 @@ def told(kind: str, width: int, dtype: str = "float32", precision: str = "float3
 def test_usual_sizes_and_formats_are_not_mentioned() -> None:
     assert told("a100-sxm-80gb", 1024) == ()
     assert told("a100-sxm-80gb", 1024, precision="bfloat16") == ()
+    # It has no bfloat16 and stays in float32, of which everything is known.
+    assert told("v100-sxm2-16gb", 1024, precision="bfloat16") == ()
 
 
 @pytest.mark.parametrize(
