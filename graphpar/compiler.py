@@ -64,8 +64,9 @@ def plan(
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
-        measure_s: On a calibrated machine, what may be spent on timing the model's own units on its
-            processor first (about so many seconds; 0 for none), for workers that run there.
+        measure_s: On a calibrated machine, what may be spent on any one measurement of the model's own
+            units and stages on its processor (five to twelve seconds in all; 0 for none), for workers
+            that run there. Kept for later plans.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -141,8 +142,9 @@ def compile(
         calibration: Measured curves of this machine's CPU; the cached ones by default.
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.
-        measure_s: On a calibrated machine, what may be spent on timing the model's own units on its
-            processor first (about so many seconds; 0 for none), for workers that run there.
+        measure_s: On a calibrated machine, what may be spent on any one measurement of the model's own
+            units and stages on its processor (five to twelve seconds in all; 0 for none), for workers
+            that run there. Kept for later plans.
         verify_first_step: Compare loss and gradients of the first training step with one device before
             the weights change: for models that fit into the driver twice. `NumbersDifferError` where
             they differ by more than rounding, a warning where the job computes in fewer bits.

@@ -22,8 +22,8 @@ from graphpar.preparation import Prepared
 from graphpar.stage_timing import retimed, timed_stages
 from graphpar.timing import Timing
 from graphpar.training import Training
-from graphpar.trial_worker import TrialModel
-from graphpar.unit_timing import MOST_TWINS, time_gpu, timed
+from graphpar.trial_worker import MOST_TWINS, TrialModel
+from graphpar.unit_timing import time_gpu, timed
 
 
 @dataclass(frozen=True)

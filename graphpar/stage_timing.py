@@ -9,7 +9,7 @@ pause costs depends on what a stage reads again after it, hence on cut and size.
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import median
@@ -22,12 +22,13 @@ from graphpar.kept_timings import kept_or_fresh
 from graphpar.neighbours import reference_s
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.plans import hash_of
+from graphpar.runtime.passes import Spent
 from graphpar.timing import RankTiming, SizeTiming, Timing
-from graphpar.trial_worker import TrialModel, TrialWorker
+from graphpar.trial_worker import MOST_TWINS, TrialModel, TrialWorker
 
 _log = logging.getLogger("graphpar.timing")
 
-ROUNDS = 3
+ROUNDS = 4
 """Passes that are counted, after one that warms up."""
 
 SETTLING = 4
@@ -59,7 +60,7 @@ def timed_stages(
     )
 
 
-_VERSION = 3
+_VERSION = 6
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 
@@ -75,21 +76,23 @@ def time_stages(
         slowdowns: Of every device that is a worker on this machine.
         budget_s: What may be spent on a pipeline.
     """
-    trials = [
+    trials = _alike(
         trial
         for number in range(len(found.pipelines))
         for trial in _trials(found, number, slowdowns)
         if trial.costs_s(timing) <= budget_s
-    ]
+    )
     if not trials:
         return None
     try:
-        with model.worker([trial.alone for trial in trials]) as worker:
+        with model.worker([alike[0].alone for alike in trials]) as worker:
             speed_s = reference_s()
-            rows = [row for number, trial in enumerate(trials) for row in trial.run(worker, number)]
-            size = max(trial.size for trial in trials)
+            size = max(alike[0].size for alike in trials)
+            used = [slowdowns[device] for device in found.used_devices if device in slowdowns]
+            with model.twins(sorted(used)[1 : 1 + MOST_TWINS], size):
+                rows = [row for number, alike in enumerate(trials) for row in _run(alike, worker, number)]
             several = len(found.used_devices) > 1
-            waits = several or any(slowdown > 1 for slowdown in slowdowns.values())
+            waits = several or any(slowdown > 1 for slowdown in used)
             longer = _rested(model, worker, size, several) if waits and model.train is not None else 1.0
             return StageTiming(tuple(rows), longer, speed_s)
     except GraphparError as error:
@@ -162,13 +165,18 @@ class _Trial:
         alone: The pipeline's stages, one after another on one device.
         stages: The same, with their devices in the plan.
         size: Samples of a microbatch.
-        in_flight: Microbatches that go forward before the first goes back.
+        microbatches: How many of them a replica has in a step.
     """
 
     alone: Partition
     stages: tuple[_Stage, ...]
     size: int
-    in_flight: int
+    microbatches: int
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches that go forward before the first goes back."""
+        return min(self.microbatches, IN_FLIGHT)
 
     def costs_s(self, timing: Timing) -> float:
         """Seconds that all passes will take, by what was predicted."""
@@ -178,25 +186,46 @@ class _Trial:
             total_s += (row.forward_s + row.backward_s) * (1 + ROUNDS + SETTLING / stage.slowdown)
         return self.in_flight * total_s
 
-    def run(self, worker: TrialWorker, number: int) -> list[StageSeconds]:
-        """Pass through the stages, as the `number`-th partition that the worker was given."""
+    @property
+    def key(self) -> Hashable:
+        """The same for trials that do the same."""
+        stages = [(cut.first, cut.last, cut.formats) for cut in self.alone.pipelines[0].stages]
+        return (*stages, *(s.slowdown for s in self.stages), self.size, self.microbatches)
+
+    def seconds(self, worker: TrialWorker, number: int) -> list[tuple[float, float]]:
+        """Pass through the stages, as the `number`-th partition that the worker was given.
+
+        Forward and backward seconds of every stage.
+        """
         slowdowns = [stage.slowdown for stage in self.stages]
         for _ in range(SETTLING):
             worker.by_stage(number, self.size, [1.0] * len(slowdowns), self.in_flight)
         passes = [
             worker.by_stage(number, self.size, slowdowns, self.in_flight) for _ in range(1 + ROUNDS)
         ][1:]
-        return [
-            StageSeconds(
-                stage.number,
-                stage.slowdown,
-                self.size,
-                median(p[k][0] for p in passes),
-                median(p[k][1] for p in passes),
-            )
-            for k, stage in enumerate(self.stages)
-            if stage.counts
-        ]
+        return [(self._mean_s(passes, k, 0), self._mean_s(passes, k, 1)) for k in range(len(slowdowns))]
+
+    def _mean_s(self, passes: Sequence[tuple[Spent, Spent]], stage: int, direction: int) -> float:
+        """Over a step's microbatches: the first comes after something else, and makes the gradients."""
+        first_s, later_s = (median(p[turn][stage][direction] for p in passes) for turn in (0, 1))
+        return (first_s + (self.microbatches - 1) * later_s) / self.microbatches
+
+
+def _alike(trials: Iterable[_Trial]) -> list[list[_Trial]]:
+    """Trials that do the same together, as pipelines side by side often do."""
+    found: dict[Hashable, list[_Trial]] = {}
+    for trial in trials:
+        found.setdefault(trial.key, []).append(trial)
+    return list(found.values())
+
+
+def _run(alike: Sequence[_Trial], worker: TrialWorker, number: int) -> Iterator[StageSeconds]:
+    """What stages of trials that do the same take, measured once."""
+    seconds = alike[0].seconds(worker, number)
+    for trial in alike:
+        for stage, (forward_s, backward_s) in zip(trial.stages, seconds, strict=True):
+            if stage.counts:
+                yield StageSeconds(stage.number, stage.slowdown, trial.size, forward_s, backward_s)
 
 
 def _trials(found: Partition, number: int, slowdowns: Mapping[str, float]) -> list[_Trial]:
@@ -225,7 +254,7 @@ def _trials(found: Partition, number: int, slowdowns: Mapping[str, float]) -> li
                 for k, (stage, mine) in enumerate(zip(pipeline.stages, kinds, strict=True))
             ),
             size=max(pipeline.sizes()),
-            in_flight=max(min(IN_FLIGHT, pipeline.microbatches // replicas), 1),
+            microbatches=max(pipeline.microbatches // replicas, 1),
         )
         for turn in range(max(map(len, kinds)))
     ]

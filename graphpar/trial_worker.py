@@ -9,6 +9,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import Any
 
 import cloudpickle
@@ -34,6 +35,9 @@ from graphpar.runtime.weights import Weights
 from graphpar.training import Training
 
 WHOLE, BY_UNIT, IN_HALVES = "whole", "by unit", "in halves"
+
+MOST_TWINS = 3
+"""More neighbours than this are not started to find what they cost."""
 
 
 @dataclass
@@ -164,14 +168,18 @@ class TrialWorker:
         """Forward and backward seconds of every unit of the chain, in one pass over all of them."""
         return self._passed(BY_UNIT, size, slowdown)
 
-    def by_stage(self, number: int, size: int, slowdowns: Sequence[float], in_flight: int) -> Spent:
+    def by_stage(
+        self, number: int, size: int, slowdowns: Sequence[float], in_flight: int
+    ) -> tuple[Spent, Spent]:
         """Forward and backward seconds of every stage of a partition that the worker was given.
 
-        It waits after each stage as a worker does that is slowed down by the stage's own number.
+        It waits after each stage as a worker does that is slowed down by the stage's own number. Those of
+        a step's first microbatch, and of the last in flight.
         """
-        return self.workers.time_pass(
-            _by_stage(number), self.model.inputs(size), size, slowdowns, in_flight
+        spent = self.workers.time_pass(
+            _by_stage(number), self.model.inputs(size), size, slowdowns, in_flight, whole_step=True
         )
+        return spent[0], spent[-1]
 
     def update(self) -> float:
         """Seconds of the optimiser on the gradients at hand, which are gone afterwards."""
@@ -179,7 +187,12 @@ class TrialWorker:
 
     def _passed(self, name: str, size: int, slowdown: float = 1.0, in_flight: int = 1) -> Spent:
         stages = len(self.model.prepared.chain.units) if name == BY_UNIT else 1
-        return self.workers.time_pass(name, self.model.inputs(size), size, [slowdown] * stages, in_flight)
+        spent = self.workers.time_pass(
+            name, self.model.inputs(size), size, [slowdown] * stages, in_flight
+        )
+        # The first microbatch of several comes after another stage's, or after a pause.
+        counted = zip(*(spent[1:] or spent), strict=True)
+        return [tuple(map(mean, zip(*of_stage, strict=True))) for of_stage in counted]
 
     def repeat(self, size: int, slowdown: float, over: threading.Event) -> None:
         """Pass through the model, with pauses, until it is over or the worker is gone."""

@@ -26,7 +26,7 @@ from graphpar.neighbours import reference_s, slowing_by, up_to
 from graphpar.plans import hash_of
 from graphpar.preparation import Prepared
 from graphpar.runtime.passes import Spent
-from graphpar.trial_worker import TrialModel, TrialWorker
+from graphpar.trial_worker import MOST_TWINS, TrialModel, TrialWorker
 
 _log = logging.getLogger("graphpar.timing")
 
@@ -295,7 +295,3 @@ def _slowing(
     with model.twins(beside, size) as pids:
         factor = slowing_by(pids, lambda: sum(worker.whole(size, own)))
     return up_to(cores, 1.0 + (factor - 1.0) * (cores - 1) / load)
-
-
-MOST_TWINS = 3
-"""More neighbours than this are not started to find what they cost."""

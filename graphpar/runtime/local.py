@@ -124,11 +124,13 @@ class LocalWorkers:
         size: int,
         slowdowns: Sequence[float],
         in_flight: int = 1,
-    ) -> Spent:
-        """Seconds of every stage in a pass over them on the first rank, which waits after each."""
-        data = {"name": name, "size": size, "slowdowns": list(slowdowns), "in_flight": in_flight}
+        whole_step: bool = False,
+    ) -> list[Spent]:
+        """Seconds of every stage, for each microbatch of a pass on the first rank, with its waits."""
+        data = {"name": name, "size": size, "slowdowns": list(slowdowns)}
+        data |= {"in_flight": in_flight, "whole_step": whole_step}
         (reply, *_) = self._ask([Message("pass", data, inputs)])
-        return [tuple(seconds) for seconds in reply.data["spent"]]
+        return [[tuple(seconds) for seconds in spent] for spent in reply.data["spent"]]
 
     def time_update(self) -> float:
         """Seconds of the optimiser's step on the first rank's gradients."""

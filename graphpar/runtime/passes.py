@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from statistics import mean
 
 import torch
 
@@ -42,7 +41,7 @@ class Passes:
         in_halves: bool = False,
     ) -> None:
         graph = parse_graph(program.graph)
-        self._device = device
+        self._device, self._tensors = device, tensors
         self._context = StepContext()
         self._training = program.training
         self._clock = clock
@@ -58,16 +57,19 @@ class Passes:
         size: int,
         slowdowns: Sequence[float],
         in_flight: int = 1,
-    ) -> Spent:
-        """Mean seconds of every stage; gradients are added to those at hand.
+        whole_step: bool = False,
+    ) -> list[Spent]:
+        """Seconds of every stage for each microbatch; gradients are added to those at hand.
 
         Between stages it waits as workers do that are slowed down, by a number for each stage; that does
         not count. Of several microbatches in flight all (alike) go forward before the first goes back,
-        stage by stage, as each stage has a device of its own; the first one, which comes after those of
-        another stage, does not count.
+        stage by stage, as each stage has a device of its own. With `whole_step` they are those of a step:
+        there are no gradients before the first.
         """
         context, inputs = self._context, {k: v.to(self._device) for k, v in inputs.items()}
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
+        for tensor in self._tensors.values() if whole_step else ():
+            tensor.grad = None
         with torch.set_grad_enabled(self._training):
             paces = [Pace(slowdown, 1) for slowdown in slowdowns]
             passes = [_Pass(self._clock, inputs, size, paces, self._deferral) for _ in range(in_flight)]
@@ -79,12 +81,7 @@ class Passes:
                     running.backward(number)
             for running in passes if self._deferral is not None else ():
                 running.weights()
-        nothing, counted = [0.0] * len(self._builders), passes[1:] or passes
-        columns = [[p.forward_s for p in counted], [p.backward_s or nothing for p in counted]]
-        if self._deferral is not None:
-            columns.append([p.weights_s for p in counted])
-        means = [[mean(times) for times in zip(*column, strict=True)] for column in columns]
-        return list(zip(*means, strict=True))
+        return [running.spent() for running in passes]
 
 
 @dataclass
@@ -146,6 +143,13 @@ class _Pass:
         grads = ((tag, value.grad) for tag, value in ran.received.items())
         self.gradients.update({tag: grad for tag, grad in grads if grad is not None})
         ran.received, ran.sent, ran.loss = {}, {}, None
+
+    def spent(self) -> Spent:
+        """Seconds of every stage, once it is through."""
+        backward_s = self.backward_s or [0.0] * len(self.forward_s)
+        if self.deferral is None:
+            return list(zip(self.forward_s, backward_s, strict=True))
+        return list(zip(self.forward_s, backward_s, self.weights_s, strict=True))
 
     def _work(self, number: int) -> AbstractContextManager[None]:
         """Work of a stage's own device, which has waited for the stages before."""

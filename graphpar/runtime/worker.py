@@ -383,8 +383,8 @@ def _answer(worker: Worker, command: Message) -> Message:
         return Message("ready")
     if command.kind == "pass":
         passes = worker.passes[data["name"]]
-        spent = passes.run(command.tensors, data["size"], data["slowdowns"], data["in_flight"])
-        return Message("spent", {"spent": spent})
+        how = data["size"], data["slowdowns"], data["in_flight"], data["whole_step"]
+        return Message("spent", {"spent": passes.run(command.tensors, *how)})
     if command.kind == "update":
         return Message("seconds", {"seconds": worker.time_update()})
     if command.kind == "step":
