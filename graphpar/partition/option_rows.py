@@ -6,7 +6,7 @@ much for ZeRO: at level 2 every microbatch sends gradients, at level 3 weights a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -48,8 +48,10 @@ class OptionRows:
         runs: Ranges,
         cache: Cache,
     ) -> None:
-        self.options = tuple(options)
         units = UnitArrays(table, setting, runs, cache)
+        if setting.peers == 1:
+            options = _without_outdone(table, units, options, setting)
+        self.options = tuple(options)
         self.width = np.array([o.width for o in options], dtype=np.intp)
         self.take = np.array([o.take for o in options], dtype=np.intp)
         self.modes = sorted({m for o in options for m in o.staff})
@@ -182,6 +184,34 @@ class OptionRows:
             return 0.0
         nothing = np.zeros(self.post_s.shape[1])
         return np.stack([self.moved_s.get(i, nothing) for i in rows.tolist()])
+
+
+def _without_outdone(
+    table: CostTable, units: UnitArrays, options: Sequence[StageOption], setting: Setting
+) -> list[StageOption]:
+    """Without the options for which the same devices at ZeRO level 1 sum and step sooner on every run.
+
+    That takes as long for every microbatch, and holds no more. Beside other pipelines a post is only a
+    bound, which says nothing of this.
+    """
+    every = table.every_mode
+    keys = [replace(m, zero=0, costs=()) for m in every]
+    divided = {keys[i]: i for i, m in enumerate(every) if m.zero == 1}
+    other_of = [divided.get(k, -1) if m.zero == 0 else -1 for k, m in zip(keys, every, strict=True)]
+    other_of = [
+        o if o >= 0 and every[o].costs == m.costs else -1 for o, m in zip(other_of, every, strict=True)
+    ]
+    known = {(o.take, o.places, o.staff): o for o in options}
+    found = []
+    for option in options:
+        staff = tuple(other_of[m] for m in option.staff)
+        other = known.get((option.take, option.places, staff))
+        if other is not None:
+            mine, its = (cached_post(table, units, o, setting) for o in (option, other))
+            if (its <= mine).all() and (its < mine).any():
+                continue
+        found.append(option)
+    return found
 
 
 def _kinds_near(cells: Cells, options: Sequence[StageOption]) -> tuple[tuple[Links, ...], BoolArray]:
