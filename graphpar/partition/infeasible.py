@@ -23,6 +23,9 @@ EXPLAIN_S = 10.0
 _PRECISION = 1.02
 """The smallest sufficient memory is found to within two per cent."""
 
+_MOST_FACTOR = 2.0**20
+"""No more memory than so many times what there is is tried."""
+
 _MOST_DEVICES = 64
 """No more than this many further devices of a class are proposed."""
 
@@ -36,32 +39,38 @@ def explain_infeasible(
         InfeasibleError: With the limit, the need, what there is and the remedy.
     """
     deadline_s = time.monotonic() + seconds
-    if truncated and fits(family, deadline_s):
+    some = fits(family, deadline_s) if truncated else False
+    if some is not False:
+        known = "though one exists" if some else "nor was it settled whether one fits"
         raise InfeasibleError(
-            f"no plan was found in the time given ({', '.join(truncated)}), though one exists; "
+            f"no plan was found in the time given ({', '.join(truncated)}), {known}; "
             "give the search more time",
             limit="time",
             remedy="a larger time_limit_s",
         )
-    factor = _least_factor(table, family, deadline_s)
+    less, factor = _least_factor(table, family, deadline_s)
     largest = max(c.memory_bytes for c in table.device_classes if c.devices)
     have = sum(c.memory_bytes * len(c.devices) for c in table.device_classes)
     options = list(_options(table, family, deadline_s)) if table.training else []
     remedies = [*options, *_smaller_batch(table, family, deadline_s)]
     remedies += _remedies(table, family, factor, deadline_s)
-    need = have * factor if factor < INFINITY else INFINITY
+    is_least = factor / less <= _PRECISION
     text = (
         f"no plan fits into memory: {sum(len(c.devices) for c in table.device_classes)} devices have "
         f"{format_bytes(have)} together, {format_bytes(largest)} at most on one"
     )
-    if factor < INFINITY:
+    if is_least:
         text += f"; the least demanding plan needs {factor:.2f} times the memory of every device"
+    elif factor < INFINITY:
+        text += f"; {factor:.2f} times the memory of every device is enough, which may not be the least"
+    elif less > 1:
+        text += f"; {less:.2f} times the memory of every device is not enough"
     if remedies:
         text += ". What would fit: " + "; or ".join(remedies)
     raise InfeasibleError(
         text,
         limit="memory",
-        need=need if need < INFINITY else None,
+        need=have * factor if is_least else None,
         have=have,
         remedy=remedies[0] if remedies else "",
     )
@@ -112,21 +121,19 @@ def _smaller_batch(table: CostTable, family: Family, deadline_s: float) -> Itera
 
 
 def _certain(table: CostTable, family: Family, deadline_s: float) -> bool:
-    """Whether a plan was found that fits; unlike `fits`, False where time runs out."""
-    return _fits_table(table, family, deadline_s) and time.monotonic() < deadline_s
+    """Whether a plan was found that fits; False where time runs out."""
+    return bool(_fits_table(table, family, deadline_s))
 
 
 def some_plan_fits(
     table: CostTable, schedule: ScheduleChoice, microbatches: Microbatches, deadline_s: float
 ) -> bool:
     """Whether a plan was found that fits into memory; False where time ran out."""
-    return (
-        fits(choose_family(table, schedule, microbatches), deadline_s) and time.monotonic() < deadline_s
-    )
+    return bool(fits(choose_family(table, schedule, microbatches), deadline_s))
 
 
-def fits(family: Family, deadline_s: float) -> bool:
-    """Whether any single pipeline of the family fits into memory; True where time runs out."""
+def fits(family: Family, deadline_s: float) -> bool | None:
+    """Whether any single pipeline of the family fits into memory; None where time runs out."""
     programs = Programs(family, CountingLimits(0.5, "highs"))
     tasks = programs.tasks(family.cells.counts, family.table.batch, family.schedules)
     try:
@@ -135,11 +142,11 @@ def fits(family: Family, deadline_s: float) -> bool:
             if task.build().solve(StageLimits(), deadline_s) is not None:
                 return True
     except OutOfTimeError:
-        return True
+        return None
     return False
 
 
-def _fits_table(table: CostTable, family: Family, deadline_s: float) -> bool:
+def _fits_table(table: CostTable, family: Family, deadline_s: float) -> bool | None:
     schedule = family.schedules[0] if len(family.schedules) == 1 else "auto"
     relaxed = choose_family(table, schedule, family.microbatches)
     return fits(relaxed, deadline_s)
@@ -151,20 +158,19 @@ def scale_memory(table: CostTable, factor: float) -> CostTable:
     return replace(table, device_classes=classes)
 
 
-def _least_factor(table: CostTable, family: Family, deadline_s: float) -> float:
-    """By what all memories must be multiplied for a plan to fit; infinite if nothing helps."""
-    low, high = 1.0, 2.0
-    while not _fits_table(scale_memory(table, high), family, deadline_s):
-        low, high = high, high * 2
-        if high > 2**20:
-            return INFINITY
-    while high / low > _PRECISION:
-        middle = (low * high) ** 0.5
-        if _fits_table(scale_memory(table, middle), family, deadline_s):
-            high = middle
-        else:
-            low = middle
-    return high
+def _least_factor(table: CostTable, family: Family, deadline_s: float) -> tuple[float, float]:
+    """By what all memories must be multiplied for a plan to fit: too little, and enough.
+
+    The two are close where time allows. Enough is infinite if nothing helps or none was found in time.
+    """
+    low, high = 1.0, INFINITY
+    while high / low > _PRECISION and low < _MOST_FACTOR:
+        middle = low * 2 if high == INFINITY else (low * high) ** 0.5
+        enough = _fits_table(scale_memory(table, middle), family, deadline_s)
+        if enough is None:
+            break
+        low, high = (low, middle) if enough else (middle, high)
+    return low, high
 
 
 def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float) -> list[str]:
@@ -184,21 +190,18 @@ def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float
 
 def _devices_needed(table: CostTable, index: int, family: Family, deadline_s: float) -> int | None:
     """How many further devices of a class make a plan fit, or None."""
-    number = 1
-    while number <= _MOST_DEVICES and time.monotonic() < deadline_s:
-        if _fits_table(more_devices(table, index, number), family, deadline_s):
-            break
-        number *= 2
-    else:
-        return None
-    low = number // 2
+    low, number = 0, 1
+    while not _certain(more_devices(table, index, number), family, deadline_s):
+        low, number = number, number * 2
+        if number > _MOST_DEVICES or time.monotonic() > deadline_s:
+            return None
     while number - low > 1:
         middle = (number + low) // 2
-        if _fits_table(more_devices(table, index, middle), family, deadline_s):
-            number = middle
-        else:
-            low = middle
-    return number if time.monotonic() < deadline_s else None
+        enough = _fits_table(more_devices(table, index, middle), family, deadline_s)
+        if enough is None:
+            return None
+        low, number = (low, middle) if enough else (middle, number)
+    return number
 
 
 def more_devices(table: CostTable, index: int, number: int) -> CostTable:

@@ -1,5 +1,6 @@
 """The partitioner against every plan there is, against the baselines, and where it must refuse."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, CutEdge, LinkCost, Topology
 from graphpar.errors import InfeasibleError, VerifyError
+from graphpar.partition import infeasible
 from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
 from graphpar.partition.check import check_partition
+from graphpar.partition.family import Family
 from graphpar.partition.handmade import evaluate, simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.relaxed_tables import with_batch, with_options
@@ -219,6 +222,29 @@ def test_infeasible_names_need_have_and_remedy() -> None:
     partition(larger)
     more = make_table([1.0] * 4, (1.0,), (4,), batch=2, weight_bytes=10.0, memory_bytes=15.0)
     partition(more)
+
+
+@pytest.mark.parametrize("answers", range(14))
+def test_what_time_did_not_settle_is_not_claimed(answers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices of 5 bytes for 40: four times the memory fits, and no plan does with 3.9 times."""
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=2, weight_bytes=10.0, memory_bytes=5.0)
+    fits, asked = infeasible.fits, iter(range(answers))
+
+    def in_time(family: Family, deadline_s: float) -> bool | None:
+        return None if next(asked, None) is None else fits(family, deadline_s)
+
+    monkeypatch.setattr(infeasible, "fits", in_time)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(table)
+    text, need = str(caught.value), caught.value.need
+    assert need is None or need == pytest.approx(40.0, rel=0.03)
+    assert ("the least demanding plan" in text) == (need is not None)
+    for factor in re.findall(r"([0-9.]+) times the memory of every device is not enough", text):
+        assert float(factor) < 4
+    for factor in re.findall(r"devices with ([0-9.]+) times the memory", text):
+        assert float(factor) >= 4 * 0.99
+    # Eight devices of 5 bytes hold nothing either: a unit has 10.
+    assert "more of kind0" not in text
 
 
 def test_infeasible_names_options_that_fit() -> None:
