@@ -9,7 +9,7 @@ from graphpar.cost import CostTable, DeviceClass
 from graphpar.errors import InfeasibleError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits
-from graphpar.partition.family import Family, choose_family
+from graphpar.partition.family import Family, Group, Grouping, choose_family, groupings
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options, with_small_updates
 from graphpar.partition.search import INFINITY
@@ -133,17 +133,45 @@ def some_plan_fits(
 
 
 def fits(family: Family, deadline_s: float) -> bool | None:
-    """Whether any single pipeline of the family fits into memory; None where time runs out."""
-    programs = Programs(family, CountingLimits(0.5, "highs"))
-    tasks = programs.tasks(family.cells.counts, family.table.batch, family.schedules)
+    """Whether any plan of the family fits into memory; None where time runs out.
+
+    One pipeline over all devices keeps no more than several do, but where what is kept grows with its
+    samples: there pipelines side by side are asked for as well.
+    """
+    programs, table = Programs(family, CountingLimits(0.5, "highs")), family.table
+    grows = bool(table.in_step_reason or table.tail_reason) or family.schedules == ("gpipe",)
+    grows = table.training and (grows or family.microbatches != "auto")
     try:
-        # The smallest microbatches need least memory: try them first.
-        for task in reversed(tasks):
-            if task.build().solve(StageLimits(), deadline_s) is not None:
-                return True
+        if _holds(programs, family.cells.counts, table.batch, 1, deadline_s):
+            return True
+        return grows and any(_hold_together(programs, g, deadline_s) for g in groupings(family))
     except OutOfTimeError:
         return None
-    return False
+
+
+def _holds(programs: Programs, group: Group, samples: int, peers: int, deadline_s: float) -> bool:
+    """Whether one of so many pipelines, on devices given by counts per cell, can take so many samples."""
+    tasks = programs.tasks(group, samples, programs.family.schedules, peers)
+    # The smallest microbatches need least memory: try them first.
+    return any(t.build().solve(StageLimits(), deadline_s) is not None for t in reversed(tasks))
+
+
+def _hold_together(programs: Programs, groups: Grouping, deadline_s: float) -> bool:
+    """Whether the most that each of some pipelines can take add up to the batch."""
+    batch = programs.family.table.batch
+    most = {group: _most_samples(programs, group, len(groups), deadline_s) for group in set(groups)}
+    return min(most.values()) > 0 and sum(most[group] for group in groups) >= batch
+
+
+def _most_samples(programs: Programs, group: Group, peers: int, deadline_s: float) -> int:
+    low, over = 0, programs.family.table.batch
+    while over - low > 1:
+        middle = (low + over) // 2
+        if _holds(programs, group, middle, peers, deadline_s):
+            low = middle
+        else:
+            over = middle
+    return low
 
 
 def _fits_table(table: CostTable, family: Family, deadline_s: float) -> bool | None:

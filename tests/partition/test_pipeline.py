@@ -266,6 +266,24 @@ def test_infeasible_names_options_that_fit() -> None:
         partition(with_batch(whole, 2))
 
 
+def test_infeasible_counts_on_pipelines_side_by_side() -> None:
+    """In step each pipeline keeps all its samples: two take more of them than one over all devices."""
+
+    def kept(devices: int, memory_bytes: float) -> CostTable:
+        table = make_table(
+            [1.0] * 2, (1.0,), (devices,), batch=8, saved_bytes=2.0, memory_bytes=memory_bytes
+        )
+        return replace(table, in_step_reason="sums over the batch", max_microbatches=1)
+
+    with pytest.raises(InfeasibleError) as caught:
+        partition(kept(3, 11.0))
+    # Two stages of a unit of one byte take 6 samples of 2 bytes, the third device 2; alone they take 8.
+    assert caught.value.need == pytest.approx(3 * (1 + 2 * 6), rel=0.03)
+    assert "1 more of kind0" in str(caught.value)
+    partition(kept(3, 13.0))
+    partition(kept(4, 11.0))
+
+
 def test_infeasible_names_an_optimiser_whose_update_takes_less() -> None:
     """Two stages of two units, each with 4 bytes of weights and gradients and 2 of the update."""
     table = make_table([1.0] * 4, (1.0,), (2,), weight_bytes=1.0, gradient_bytes=1.0, memory_bytes=5.0)
