@@ -48,6 +48,7 @@ from graphpar.partition.counting_columns import (
     FIRST,
     LAST,
     Columns,
+    Span,
     drop_dearer,
     drop_wider,
     drop_wider_and_dearer,
@@ -111,7 +112,8 @@ class Floors:
 class CountingProgram:
     """The programme of one setting; its columns do not depend on any limit.
 
-    `counts` are the devices of each cell that the pipeline may use, all by default.
+    `counts` are the devices of each cell that the pipeline may use, all by default. With a span
+    relaxations bound the pipelines of all its microbatch counts, in either schedule.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class CountingProgram:
         counts: Sequence[int] | None = None,
         cache: Cache | None = None,
         should_stop: ShouldStop = never,
+        span: Span = (),
     ) -> None:
         self._cells = cells
         self._counts = tuple(cells.counts if counts is None else counts)
@@ -139,7 +142,7 @@ class CountingProgram:
         alike = [(o.take, o.width, g) for o, g in zip(options, self._group.tolist(), strict=True)]
         teams = {key: i for i, key in enumerate(alike)}
         self._team = np.array([teams[key] for key in alike], dtype=np.intp)
-        columns = price_columns(table, cells, options, setting, repeats, cache, should_stop)
+        columns = price_columns(table, cells, options, setting, repeats, cache, should_stop, span)
         self._mode = np.array([o.staff[0] for o in options], dtype=np.intp)
         self._columns = columns.pick(np.flatnonzero(self._most(columns) > 0))
         first = self._columns.most_below[self._columns.role == FIRST]

@@ -6,7 +6,7 @@ blocks; columns that cannot be used or that another one replaces are dropped at 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,9 @@ from graphpar.partition.unit_arrays import (
 
 BoolArray = npt.NDArray[np.bool_]
 _ItemT = TypeVar("_ItemT")
+
+Span = tuple[int, ...]
+"""Microbatch counts that columns are to hold for at once; none where the setting's own is meant."""
 
 WHOLE, FIRST, BODY, LAST = range(4)
 """Roles of a column, in the order of the line."""
@@ -99,9 +102,11 @@ def price_columns(
     repeats: Repeats,
     cache: Cache | None = None,
     should_stop: ShouldStop = never,
+    span: Span = (),
 ) -> Columns:
     """All columns of a setting that may be part of a best pipeline.
 
+    With a span they are lower bounds on those of all its microbatch counts, in either schedule.
     `cache` keeps what settings of the same table, options and blocks share.
 
     Raises:
@@ -110,18 +115,15 @@ def price_columns(
     runs = find_runs(table, repeats)
     pairs = list(zip(runs.first.tolist(), runs.last.tolist(), strict=True))
     units = UnitArrays(table, setting, some_ranges(pairs), cache)
+    settings = [replace(setting, microbatches=m) for m in span] or [setting]
     grids = _undominated(
-        [
-            g
-            for g in _watched(_grids(table, cells, units, options, setting), should_stop)
-            if g.usable.any()
-        ]
+        [g for g in _watched(_grids(table, units, options, settings), should_stop) if g.usable.any()]
     )
-    cuts = [_cuts(table, cells, setting, cell) for cell in range(len(cells.cells))]
+    cuts = [_cuts(table, cells, settings, cell) for cell in range(len(cells.cells))]
     found = [
         part
         for grid in _watched(grids, should_stop)
-        for part in _arms(table, cells, units, runs, grid, cuts[grid.cell])
+        for part in _arms(table, cells, runs, grid, settings, cuts[grid.cell], either=bool(span))
     ]
     if not found:
         none, nothing = np.zeros(0, dtype=np.intp), np.zeros(0)
@@ -155,12 +157,11 @@ class _Grid:
 
 
 def _grids(
-    table: CostTable,
-    cells: Cells,
-    units: UnitArrays,
-    options: Sequence[StageOption],
-    setting: Setting,
+    table: CostTable, units: UnitArrays, options: Sequence[StageOption], settings: Sequence[Setting]
 ) -> Iterator[_Grid]:
+    """All modes, by the setting of `units` but for extra, which is the least of the settings."""
+    setting = units.setting
+    each = [UnitArrays(table, s, units.runs, units.cache) for s in settings]
     by_mode: dict[tuple[int, int], list[int]] = {}
     for number, option in enumerate(options):
         if option.width <= setting.microbatches:
@@ -168,8 +169,13 @@ def _grids(
     for (number, cell), own in by_mode.items():
         mode = table.every_mode[number]
         width = np.array([options[i].width for i in own], dtype=np.intp)
-        seconds = units.seconds(number)[None] + _moved(table, units, number, [options[i] for i in own])
-        below = _most_below(units, number, width)
+        moved = _moved(table, units, number, [options[i] for i in own])
+        seconds = units.seconds(number)[None] + moved
+        below = _most_below(units, number, width, min(s.microbatches for s in settings))
+        extras = [
+            _more(u.setting, width) * (u.seconds(number)[None] + moved) + _ragged(u, number, width)
+            for u in each
+        ]
         yield _Grid(
             mode=mode,
             number=number,
@@ -178,11 +184,21 @@ def _grids(
             devices=width * len(mode.members),
             cell=cell,
             fill_s=seconds,
-            extra_s=_more(setting, width) * seconds + _ragged(units, number, width),
+            extra_s=_least(extras, settings, width),
             post_s=_post(table, units, number, [options[i] for i in own], setting),
             most_below=below,
             usable=np.isfinite(seconds) & (below >= width[:, None]),
         )
+
+
+def _least(values: Sequence[FloatArray], settings: Sequence[Setting], width: IntArray) -> FloatArray:
+    """[width, run]: the least of some values over the settings with a microbatch for each replica."""
+    if len(values) == 1:
+        return values[0]
+    alone = (np.array([s.microbatches for s in settings]) >= width[:, None]).T[:, :, None]
+    rows = [np.where(fits, own, np.inf) for fits, own in zip(alone, values, strict=True)]
+    found: FloatArray = np.minimum.reduce(rows)
+    return found
 
 
 def _moved(table: CostTable, units: UnitArrays, mode: int, options: Sequence[StageOption]) -> FloatArray:
@@ -234,9 +250,9 @@ def _post(
     return found
 
 
-def _most_below(units: UnitArrays, mode: int, width: IntArray) -> FloatArray:
+def _most_below(units: UnitArrays, mode: int, width: IntArray, microbatches: int) -> FloatArray:
     """The most replicas from the stage on with which memory holds, -1 where it never does."""
-    microbatches, gpipe = units.setting.microbatches, units.setting.schedule == "gpipe"
+    gpipe = units.setting.schedule == "gpipe"
     flight = units.in_flight_by_width(mode, width.tolist())
     own = -(-microbatches // width[:, None])
     bounded = np.full(flight.shape, -1.0) if gpipe else width[:, None] * flight
@@ -285,27 +301,34 @@ def _same_widths(left: IntArray, right: IntArray) -> tuple[IntArray | slice, Int
     return rows, others
 
 
-def _cuts(table: CostTable, cells: Cells, setting: Setting, cell: int) -> tuple[list[bool], FloatArray]:
-    """Whether there is a link inside and across nodes, and [link, boundary] seconds over them."""
+def _cuts(
+    table: CostTable, cells: Cells, settings: Sequence[Setting], cell: int
+) -> tuple[list[bool], list[FloatArray]]:
+    """Whether there is a link inside and across nodes; by setting [link, boundary] seconds over them."""
     place = cells.cells[cell].place
     links = cells.links[place][place], cells.links[-1][0]
     kinds = [frozenset() if k is None else frozenset({k}) for k in links]
-    return [bool(k) for k in kinds], boundary_seconds(table, setting, kinds)
+    return [bool(k) for k in kinds], [boundary_seconds(table, s, kinds) for s in settings]
 
 
 def _arms(
     table: CostTable,
     cells: Cells,
-    units: UnitArrays,
     runs: Runs,
     grid: _Grid,
-    links: tuple[list[bool], FloatArray],
+    settings: Sequence[Setting],
+    links: tuple[list[bool], list[FloatArray]],
+    *,
+    either: bool,
 ) -> Iterator[Columns]:
-    """The stages of one mode between all kinds of links that a neighbour may give them."""
+    """The stages of one mode between all kinds of links that a neighbour may give them.
+
+    With `either` schedule stages that have the memory for GPipe take the least of both.
+    """
     kinds, cuts = links
-    setting = units.setting
-    stalls = table.training and setting.schedule == "1f1b"
-    more = _more(setting, grid.width)
+    stalls = table.training and settings[0].schedule == "1f1b"
+    least = min(s.size for s in settings)
+    shortest = cuts[[s.size for s in settings].index(least)]
     is_first = (runs.role == FIRST) | (runs.role == WHOLE)
     is_last = (runs.role == LAST) | (runs.role == WHOLE)
     for before in (0, 1):
@@ -322,12 +345,23 @@ def _arms(
             rows, columns = np.nonzero(usable)
             if len(rows) == 0:
                 continue
-            ahead = np.where(is_first, 0.0, cuts[before][runs.first])
-            behind = np.where(is_last, 0.0, cuts[after][runs.last])
-            wait = (ahead + behind) / 2 if stalls else np.zeros(len(ahead))
-            extra = grid.extra_s + more * wait
-            if not stalls:
-                extra = np.maximum(extra, (setting.microbatches - 1) * ahead)
+            aheads = [np.where(is_first, 0.0, c[before][runs.first]) for c in cuts]
+            behinds = [np.where(is_last, 0.0, c[after][runs.last]) for c in cuts]
+            waits = [
+                _more(s, grid.width) * (a + b) / 2
+                for s, a, b in zip(settings, aheads, behinds, strict=True)
+            ]
+            extra = grid.extra_s
+            if stalls:
+                extra = extra + _least(waits, settings, grid.width)
+            if either or not stalls:
+                sent = [(s.microbatches - 1) * a for s, a in zip(settings, aheads, strict=True)]
+                overlapped = np.maximum(grid.extra_s, np.minimum.reduce(sent))
+                keeps_all = grid.most_below >= UNLIMITED
+                extra = (
+                    np.where(keeps_all, np.minimum(extra, overlapped), extra) if stalls else overlapped
+                )
+            ahead = np.where(is_first, 0.0, shortest[before][runs.first])
             yield Columns(
                 role=runs.role[columns],
                 option=grid.option[rows],

@@ -20,8 +20,9 @@ from graphpar.partition.counting_beam import grow_among, grow_lines
 from graphpar.partition.counting_boxes import Box, middle_of, split_below, within
 from graphpar.partition.counting_kinds import Harvest, judge_kinds
 from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
+from graphpar.partition.counting_together import SearchTogether, Together
 from graphpar.partition.jit import COMPILED
-from graphpar.partition.search import INFINITY, Asked, Search, SearchResult, Task
+from graphpar.partition.search import INFINITY, Asked, SearchResult, Task
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -30,9 +31,6 @@ _NARROW = 0.5
 
 _LEAST_NARROW = 2e-3
 """... or by this share of the step, ..."""
-
-_ROUNDING = 1e-9
-"""Relative difference of a bound and what meets it that is rounding."""
 
 _BEAMS = (60, 240)
 """Parts of lines kept at once, by how often a box was looked at."""
@@ -48,9 +46,6 @@ _FAR = 0.25
 
 _DIVES = 3
 """Tasks in which a first pipeline is looked for before the search proper."""
-
-_LIKE = 0.02
-"""Of tasks whose bounds differ by less than this the one with most microbatches is dived into first."""
 
 _DIVE_FACTORS = (1.0, 1.01, 1.025, 1.05, 1.1, 1.18, 1.3, 1.5, 2.0, 3.0, 5.0)
 """Extra allowed at a dive, in multiples of what the relaxation needs."""
@@ -105,33 +100,21 @@ class _Guide:
     lines: tuple[_Known, ...]
 
 
-def search_counted(tasks: Iterable[Task], asked: Asked) -> SearchResult:
+def search_counted(tasks: Iterable[Task], asked: Asked, together: Together) -> SearchResult:
     """The pipeline with the least step time over the tasks of counting programmes."""
-    return _CountedSearch(tasks, asked).run()
+    return _CountedSearch(tasks, asked, together).run()
 
 
-class _CountedSearch(Search[Box]):
-    def __init__(self, tasks: Iterable[Task], asked: Asked) -> None:
-        super().__init__(tasks, asked)
-        self._built: dict[int, CountingProgram] = {}
+class _CountedSearch(SearchTogether):
+    def __init__(self, tasks: Iterable[Task], asked: Asked, together: Together) -> None:
+        super().__init__(tasks, asked, together)
         self._guides: dict[int, _Guide] = {}
         self._dived: set[int] = set()
 
     def _work(self) -> None:
         if self.best is None or self._aim != "plan":
+            self._gather()
             super()._work()
-
-    def _whole(self, index: int, task: Task) -> Box:
-        # Bounds that a stage meets exactly may be above it by rounding.
-        extra_s, post_s = task.extra_s * (1 - _ROUNDING), task.post_s * (1 - _ROUNDING)
-        return Box(index, (extra_s, INFINITY), (post_s, self._post_limit))
-
-    def _program(self, task: int) -> CountingProgram:
-        if task not in self._built:
-            program = self._tasks[task].build()
-            assert isinstance(program, CountingProgram)
-            self._built[task] = program
-        return self._built[task]
 
     def _look(self, bound: float, box: Box) -> None:
         if time.monotonic() > self._deadline_s:
@@ -157,6 +140,9 @@ class _CountedSearch(Search[Box]):
             bound = max(bound, least.step_s + value)
             if bound >= self._target():
                 self._prune(bound)
+                return
+            if box.task in self._parts:
+                self._part(bound, self._parts[box.task])
                 return
             if self._target() < INFINITY:
                 floors = program.floors(self._limits(box), least, value, box.known)
@@ -370,9 +356,7 @@ class _CountedSearch(Search[Box]):
         """Dive into the task that promises most before all others are even built."""
         if not self._needs_plan or not self._heap or self._heap[0][0] >= self._target():
             return
-        near = self._heap[0][0] * (1 + _LIKE)
-        alike = [box for bound, _, box in self._heap if bound <= near]
-        box = max(alike, key=lambda b: self._tasks[b.task].setting.microbatches)
+        box = self._promising()
         program = self._program(box.task)
         shrunk = self._shrink(program, box)
         least = None if shrunk is None else self._least_extra(program, shrunk)

@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -24,6 +25,7 @@ from graphpar.partition.chain_columns import StagePrices
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits, CountingProgram
+from graphpar.partition.counting_columns import Span
 from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
 from graphpar.partition.jit import COMPILED
@@ -75,7 +77,7 @@ class Programs:
         slowed = counted or (many and not self.loops)
         self.slowed = chain_warm.why_without_loops() if slowed else ""
         """Why the search takes array operations where loops would pay; empty where it does not."""
-        self._built: dict[tuple[tuple[int, ...], Setting], ChainSolver] = {}
+        self._built: dict[tuple[tuple[int, ...], Setting, Span], ChainSolver] = {}
         self.unsolved = False
         """Whether a search left something out that the solver had no answer for."""
 
@@ -111,7 +113,7 @@ class Programs:
         """The best pipeline over some tasks, by whichever search suits the family's programmes."""
         asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post, aim)
         if self.family.repeats is not None:
-            result = search_counted(tasks, asked)
+            result = search_counted(tasks, asked, self._together)
         else:
             find = search_tasks if self.loops else search
             result = find(tasks, asked, dive=dive)
@@ -265,6 +267,7 @@ class Programs:
             extra_s=extra_s,
             post_s=self.least_post_s(limits, setting.peers, setting.across),
             build=self._builder(limits, setting),
+            limits=limits,
         )
 
     def _least(self, limits: tuple[int, ...], setting: Setting) -> tuple[float, float, float]:
@@ -298,20 +301,41 @@ class Programs:
             self._replica_takes[key] = takes
         return self._replica_takes[key]
 
-    def _builder(self, limits: tuple[int, ...], setting: Setting) -> Callable[[], ChainSolver]:
+    def _together(self, tasks: Sequence[Task]) -> Task | None:
+        """A task whose relaxations bound those of several, which differ in microbatches and schedule.
+
+        None where that cannot be promised.
+        """
+        if not (self.family.table.training and self.larger_need_more):
+            return None
+        span = tuple(sorted({t.setting.microbatches for t in tasks}))
+        setting = replace(tasks[0].setting, microbatches=span[-1], schedule="1f1b")
+        return Task(
+            setting=setting,
+            bound_s=min(t.bound_s for t in tasks),
+            fill_s=min(t.fill_s for t in tasks),
+            extra_s=min(t.extra_s for t in tasks),
+            post_s=min(t.post_s for t in tasks),
+            build=self._builder(tasks[0].limits, setting, span),
+            limits=tasks[0].limits,
+        )
+
+    def _builder(
+        self, limits: tuple[int, ...], setting: Setting, span: Span = ()
+    ) -> Callable[[], ChainSolver]:
         def build() -> ChainSolver:
-            key = (limits, setting)
+            key = (limits, setting, span)
             if key not in self._built:
                 family = self.family
                 width = family.table.max_replicas // setting.peers
                 options = family.within(limits, width)
-                self._built[key] = self._program(limits, setting, options)
+                self._built[key] = self._program(limits, setting, options, span)
             return self._built[key]
 
         return build
 
     def _program(
-        self, limits: tuple[int, ...], setting: Setting, options: Sequence[StageOption]
+        self, limits: tuple[int, ...], setting: Setting, options: Sequence[StageOption], span: Span
     ) -> ChainSolver:
         family = self.family
         if family.repeats is not None:
@@ -325,6 +349,7 @@ class Programs:
                 limits,
                 self._cache,
                 lambda: time.monotonic() > self._deadline_s,
+                span,
             )
         key = (limits, setting.peers, setting.across)
         if key not in self._rows:

@@ -69,7 +69,7 @@ class Task:
     """A setting to try, and how to build its programme when needed.
 
     All numbers are lower bounds on its plans: `bound_s` on the step without post, the others on its
-    parts.
+    parts. `limits` are the devices of each cell that its pipelines may use.
     """
 
     setting: Setting
@@ -78,6 +78,7 @@ class Task:
     extra_s: float
     post_s: float
     build: Callable[[], ChainSolver]
+    limits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

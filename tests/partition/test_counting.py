@@ -17,7 +17,13 @@ from graphpar.partition import counting_kinds, counting_search
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
 from graphpar.partition.chain import NotSolvedError
-from graphpar.partition.counting import CountingLimits, CountingProgram, counting_options, widths
+from graphpar.partition.counting import (
+    CountingLimits,
+    CountingProgram,
+    Least,
+    counting_options,
+    widths,
+)
 from graphpar.partition.counting_beam import Harvest
 from graphpar.partition.counting_columns import price_columns
 from graphpar.partition.family import Family, _counted_family, _homes, _multisets
@@ -28,6 +34,7 @@ from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.search import Asked, SearchResult, Task
 from graphpar.partition.solver import Backend
+from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import SearchedSchedule
 from graphpar.partition.unit_arrays import Setting
 
@@ -211,6 +218,53 @@ def test_counting_is_as_good_as_placing_in_all_modes(
     if count.best is not None and place.best is not None:
         assert count.best.step_s == pytest.approx(place.best.step_s, rel=1e-6, abs=1e-9)
         assert count.bound_s <= place.best.step_s * (1 + 1e-6) + 1e-9
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(mode_tables(), st.sampled_from([4, 7, 12]), st.floats(0.0, 1.0), st.sampled_from([1.0, 1.3]))
+def test_tasks_together_cost_no_more_than_each(
+    table: CostTable, batch: int, part: float, most: float
+) -> None:
+    """What bounds several microbatch counts and both schedules at once bounds them one by one."""
+    table = replace(table, batch=batch, max_microbatches=batch)
+    programs = Programs(counted(table, Repeats(1, 1, table.num_units - 2), "1f1b"), LIMITS)
+    tasks = programs.tasks(programs.family.cells.counts, batch, ("1f1b", "gpipe"))
+    for team in (tasks, [t for t in tasks if 2 <= t.setting.microbatches <= 5]):
+        joint = programs._together(team)
+        assert (joint is None) == (not programs.larger_need_more)
+        if joint is None:
+            continue
+        for task in team:
+            program, all_of = task.build(), joint.build()
+            assert isinstance(program, CountingProgram)
+            assert isinstance(all_of, CountingProgram)
+            if len(program.extras_s) == 0:
+                continue
+            extra_s = part * float(program.extras_s[-1])
+            limits = StageLimits(most * float(program.extras_s[-1]) - extra_s * (most > 1))
+            own = program.relaxed(limits, Least(extra_s, 0.0, 1.0), np.inf)
+            least = all_of.relaxed(limits, Least(extra_s, 0.0, 1.0), np.inf)
+            if own is not None:
+                assert least is not None
+                assert least <= own * (1 + 1e-9) + 1e-9
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(mode_tables(), st.sampled_from([4, 7, 12]), st.floats(1.001, 2.0))
+def test_a_search_with_tasks_together_finds_the_same(table: CostTable, batch: int, above: float) -> None:
+    table = replace(table, batch=batch, max_microbatches=batch)
+    programs = Programs(counted(table, Repeats(1, 1, table.num_units - 2), "1f1b"), LIMITS)
+    tasks = programs.tasks(programs.family.cells.counts, batch, ("1f1b", "gpipe"))
+    alone = [search_task(programs, t, 0.0).best for t in tasks]
+    least_s = min((f.step_s for f in alone if f is not None), default=None)
+    if least_s is None:
+        return
+    found = programs.search(
+        tasks, cutoff_s=above * least_s + 1e-9, gap=0.0, deadline_s=np.inf, aim="proof"
+    )
+    assert found.best is not None
+    assert found.best.step_s == pytest.approx(least_s, rel=1e-9)
+    assert found.bound_s <= least_s * (1 + 1e-9)
 
 
 @st.composite
