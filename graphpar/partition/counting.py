@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.cost import CostTable
-from graphpar.partition.cells import Cells, StageOption, pareto
+from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import ChainAnswer, Stage
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.counting_columns import (
@@ -57,15 +57,13 @@ from graphpar.partition.counting_columns import (
 from graphpar.partition.counting_kinds import Rows, Stocks, memory_row
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_master import Master
-from graphpar.partition.counting_nodes import node_rows
+from graphpar.partition.counting_nodes import node_rows, odd_columns
+from graphpar.partition.counting_options import node_group
 from graphpar.partition.counting_order import Placed, line_up
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.solver import Backend
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import Cache, FloatArray, IntArray, Setting
-
-_EQUAL_PARTS = (1, 2)
-"""All devices of a kind may be one stage, or two equally wide ones."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class CountingProgram:
         self._devices = sum(self._counts)
         self._take = np.array([o.take for o in options], dtype=np.intp)
         self._width = np.array([o.width for o in options], dtype=np.intp)
-        self._group = np.array([_node_group(table, cells, o) for o in options], dtype=np.intp)
+        self._group = np.array([node_group(table, cells, o) for o in options], dtype=np.intp)
         alike = [(o.take, o.width, g) for o, g in zip(options, self._group.tolist(), strict=True)]
         teams = {key: i for i, key in enumerate(alike)}
         self._team = np.array([teams[key] for key in alike], dtype=np.intp)
@@ -265,12 +263,13 @@ class CountingProgram:
             blocks=self._repeats.number,
             devices=self._devices,
             nodes=node_rows(self._cells, columns, self._take[columns.option]),
+            odd=odd_columns(self._cells, columns, self._take[columns.option]),
         )
 
     def kinds(self, lines: Lines) -> tuple[Stocks, Rows]:
         """What each kind has, and the rows besides, with the prices of the last relaxation."""
         take = self._take[lines.columns.option]
-        stocks = Stocks(self._counts, take.argmax(axis=1), take.sum(axis=1))
+        stocks = Stocks(self._counts, take.argmax(axis=1), take.sum(axis=1), lines.odd.sum(axis=0))
         begin = 3 + len(self._counts)
         rows, lower, upper = (r[begin:] for r in self._fixed_rows(lines.columns))
         # Those with a lower limit the other way round.
@@ -438,61 +437,3 @@ class CountingProgram:
         if number == count - 1:
             return self._num_units
         return (self._repeats.start if number == 0 else unit) + blocks * self._repeats.period
-
-
-def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[StageOption]:
-    """Stages of interchangeable replicas, in widths 1 to 4 and then in steps of at most a half.
-
-    And in those widths of which one or two use up all devices of a kind.
-
-    Replicas are devices or tensor groups of one class, which stand inside a node unless the network is
-    as good as the link their price holds for.
-    """
-    options = []
-    for index, cell in enumerate(cells.cells):
-        for number, mode in enumerate(table.every_mode):
-            if set(mode.members) != {cell.device_class}:
-                continue
-            most = cells.groups(index, mode)
-            whole = {most // parts for parts in _EQUAL_PARTS} - {0}
-            for width in sorted({*widths(min(most, max_width)), *(w for w in whole if w <= max_width)}):
-                if width > 1 or mode.zero == 0:
-                    options.append(_option(cells, index, number, len(mode.members), width))
-    return options
-
-
-def _node_group(table: CostTable, cells: Cells, option: StageOption) -> int:
-    """Devices that must stand in one node."""
-    free = cells.stands_anywhere(option.groups[0][0], table.every_mode[option.staff[0]])
-    return 1 if free else len(option.groups[0])
-
-
-def _option(cells: Cells, index: int, mode: int, group: int, width: int) -> StageOption:
-    """A stage of one class: links inside a node as long as a node has room.
-
-    With more replicas than nodes two of them share one, and exchange over the links inside as well.
-    """
-    devices = group * width
-    size, place = cells.node_sizes[index], cells.cells[index].place
-    inside, network = cells.links[place][place], cells.links[-1][0]
-    ring = [inside] if devices <= size else [network]
-    ring += [inside] if width > len(cells.rooms[index]) else []
-    near = (inside, network) if devices < size else (network,)
-    return StageOption(
-        take=tuple(devices if i == index else 0 for i in range(len(cells.counts))),
-        places=frozenset({place}),
-        ring=frozenset() if width == 1 else pareto(k for k in ring if k is not None),
-        staff=(mode,) * width,
-        groups=((index,) * group,) * width,
-        sides=tuple(dict.fromkeys(frozenset({k}) for k in near if k is not None)),
-    )
-
-
-def widths(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... up to the given number.
-
-    >>> widths(20)
-    [1, 2, 3, 4, 6, 8, 12, 16]
-    """
-    found = {p * f // 2 for p in (2**i for i in range(1, 32)) for f in (1, 2, 3)}
-    return sorted(w for w in found if w <= most)

@@ -40,6 +40,8 @@ class _Parts:
     price: FloatArray
     sums: FloatArray
     """[part, sum]"""
+    odd: IntArray
+    """A bit for each kind with a boundary inside a node that wants another one."""
     column: IntArray
     parent: IntArray
 
@@ -50,6 +52,7 @@ class _Parts:
             self.cost[index],
             self.price[index],
             self.sums[index],
+            self.odd[index],
             self.column[index],
             self.parent[index],
         )
@@ -82,6 +85,7 @@ class _Beam:
         self._most = 1 + TOLERANCE - float(prices[1:] @ lines.constant)
         self._sums = np.ascontiguousarray(lines.sums.T)
         self._room = 1 + TOLERANCE - lines.constant
+        self._odd: IntArray = (1 << np.arange(len(lines.odd))) @ lines.odd
         self._levels: list[_Parts] = []
         self._best: tuple[float, int, int, int] | None = None
         self._complete = True
@@ -133,6 +137,7 @@ class _Beam:
             cost=lines.cost[column],
             price=self._priced[column],
             sums=self._sums[column],
+            odd=self._odd[column],
             column=column,
             parent=parent,
         )
@@ -144,6 +149,7 @@ class _Beam:
             cost=new.cost + before.cost[parent],
             price=new.price + before.price[parent],
             sums=new.sums + before.sums[parent],
+            odd=new.odd ^ before.odd[parent],
             column=column,
             parent=parent,
         )
@@ -154,6 +160,7 @@ class _Beam:
         fits = parts.blocks[:, None] + lines.columns.blocks[first][None] == lines.blocks
         fits &= parts.replicas[:, None] + lines.width[first][None] <= lines.due[first][None]
         fits &= parts.cost[:, None] + lines.cost[first][None] < self._limit
+        fits &= parts.odd[:, None] == self._odd[first][None]
         part, place = np.nonzero(fits)
         sums = parts.sums[part] + self._sums[first[place]]
         kept = (sums <= self._room).all(axis=1)
@@ -209,7 +216,7 @@ class _Beam:
         if len(kept) > _SPARE * self._width:
             kept, self._complete = kept[: _SPARE * self._width], False
         alike = np.column_stack(
-            [parts.blocks[kept], parts.replicas[kept], np.round(parts.sums[kept] * 1e8)]
+            [parts.blocks[kept], parts.replicas[kept], parts.odd[kept], np.round(parts.sums[kept] * 1e8)]
         ).astype(np.int64)
         # Sorted by price: the first of those that are alike costs least.
         place = np.sort(np.unique(alike, axis=0, return_index=True)[1])

@@ -60,6 +60,8 @@ class Stocks:
     counts: tuple[int, ...]
     kind: IntArray
     devices: IntArray
+    odd: IntArray
+    """1 where a column has one boundary inside a node that only its kind has: another one needs it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,8 +262,12 @@ class _Kind:
         self._index = [mine[lines.columns.role[mine] == role] for role in (BODY, FIRST, LAST)]
         devices = [stocks.devices[i] // self._unit for i in self._index]
         blocks = [lines.columns.blocks[i] for i in self._index]
-        self._pair = [d * (lines.blocks + 1) + b for d, b in zip(devices, blocks, strict=True)]
-        self._value = np.zeros((self._most + 1, lines.blocks + 1))
+        odd = [stocks.odd[i] for i in self._index]
+        self._pair = [
+            (d * (lines.blocks + 1) + b) * 2 + o for d, b, o in zip(devices, blocks, odd, strict=True)
+        ]
+        parities = 1 + int(any(o.any() for o in odd))
+        self._value = np.zeros((parities, self._most + 1, lines.blocks + 1))
         self._pick = np.zeros(self._value.shape, dtype=np.intp)
 
     def solve(self, priced: FloatArray) -> FloatArray:
@@ -271,95 +277,108 @@ class _Kind:
         knapsack_loop(*body[1:], self._value, self._pick)
         found = np.full((4, self._blocks + 1), np.inf)
         self._arg = np.full((4, self._blocks + 1), -1, dtype=np.intp)
-        found[0] = self._value[self._most]
-        end_loop(*first[1:], self._value, self._most, found[1], self._arg[1])
-        end_loop(*last[1:], self._value, self._most, found[2], self._arg[2])
-        for taken in np.unique(last[1]).tolist():
+        found[0] = self._value[0, self._most]
+        end_loop(*first[1:], self._value, self._most, 0, found[1], self._arg[1])
+        end_loop(*last[1:], self._value, self._most, 0, found[2], self._arg[2])
+        for taken, odd in np.unique(np.stack([last[1], last[3]], axis=1), axis=0).tolist():
             if taken > self._most:
                 continue
-            opened, _ = self._opened(self._most - taken)
-            those = np.flatnonzero(last[1] == taken)
+            opened, _ = self._opened(self._most - taken, odd)
+            those = np.flatnonzero((last[1] == taken) & (last[3] == odd))
             for place in those.tolist():
                 blocks = int(last[2][place])
-                value = opened[: self._blocks + 1 - blocks] + last[3][place]
+                value = opened[: self._blocks + 1 - blocks] + last[4][place]
                 better = value < found[3][blocks:]
                 found[3][blocks:][better] = value[better]
                 self._arg[3][blocks:][better] = place
         return found
 
-    def _opened(self, most: int) -> tuple[FloatArray, IntArray]:
+    def _opened(self, most: int, parity: int) -> tuple[FloatArray, IntArray]:
         """[blocks]: the least price with a first stage on so many devices, and which."""
         value = np.full(self._blocks + 1, np.inf)
         arg = np.full(self._blocks + 1, -1, dtype=np.intp)
-        end_loop(*self._tried[1][1:], self._value, most, value, arg)
+        end_loop(*self._tried[1][1:], self._value, most, parity, value, arg)
         return value, arg
 
     def _cheapest(
         self, place: int, priced: FloatArray
-    ) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
-        """Columns, devices, blocks and prices by devices: the cheapest of each pair."""
+    ) -> tuple[IntArray, IntArray, IntArray, IntArray, FloatArray]:
+        """Columns, devices, blocks, whether odd, and prices, by devices: the cheapest of those alike."""
         index, pair = self._index[place], self._pair[place]
         order = np.lexsort((priced[index], pair))
         begins = np.concatenate([[True], np.diff(pair[order]) != 0])[: len(order)]
         order = order[begins]
-        devices, blocks = pair[order] // (self._blocks + 1), pair[order] % (self._blocks + 1)
-        return index[order], devices, blocks, priced[index[order]]
+        both, odd = np.divmod(pair[order], 2)
+        devices, blocks = np.divmod(both, self._blocks + 1)
+        return index[order], devices, blocks, odd, priced[index[order]]
 
     def columns(self, ends: int, blocks: int) -> list[int]:
         """The columns of a pattern that was found."""
         body, first, last = self._tried
-        used, devices = [], self._most
+        used, devices, parity = [], self._most, 0
+
+        def take(stages: tuple[IntArray, IntArray, IntArray, IntArray, FloatArray], place: int) -> None:
+            nonlocal devices, blocks, parity
+            used.append(int(stages[0][place]))
+            devices, blocks = devices - int(stages[1][place]), blocks - int(stages[2][place])
+            parity ^= int(stages[3][place])
+
         if ends >= 2:
-            place = int(self._arg[ends][blocks])
-            used.append(int(last[0][place]))
-            devices, blocks = devices - int(last[1][place]), blocks - int(last[2][place])
+            take(last, int(self._arg[ends][blocks]))
         if ends % 2:
-            place = int(self._opened(devices)[1][blocks])
-            used.append(int(first[0][place]))
-            devices, blocks = devices - int(first[1][place]), blocks - int(first[2][place])
+            take(first, int(self._opened(devices, parity)[1][blocks]))
         while blocks > 0:
-            place = int(self._pick[devices, blocks])
+            place = int(self._pick[parity, devices, blocks])
             if place < 0:
                 devices -= 1
-                continue
-            used.append(int(body[0][place]))
-            devices, blocks = devices - int(body[1][place]), blocks - int(body[2][place])
+            else:
+                take(body, place)
         return used
 
 
 @compiled_exactly
 def knapsack_loop(
-    devices: IntArray, blocks: IntArray, price: FloatArray, value: FloatArray, pick: IntArray
+    devices: IntArray,
+    blocks: IntArray,
+    odd: IntArray,
+    price: FloatArray,
+    value: FloatArray,
+    pick: IntArray,
 ) -> None:
-    """Fill `value[devices, blocks]` with the least price of stages that may repeat, and which is last.
+    """Fill `value[parity, devices, blocks]` with the least price of stages, and which is last.
 
-    Stages come by devices. One whose place others fill as cheaply is of no use with more devices either.
+    Stages may repeat and come by devices; the parity is that of the odd ones among them. One whose place
+    others fill as cheaply is of no use with more devices either.
     """
-    most, number = value.shape[0] - 1, value.shape[1]
+    parities, most, number = value.shape[0], value.shape[1] - 1, value.shape[2]
     used = np.empty(len(devices), dtype=np.intp)
     count, coming = 0, 0
-    for b in range(number):
-        value[0, b] = 0.0 if b == 0 else np.inf
-        pick[0, b] = -1
-    for d in range(1, most + 1):
+    for parity in range(parities):
         for b in range(number):
-            value[d, b] = value[d - 1, b]
-            pick[d, b] = -1
+            value[parity, 0, b] = 0.0 if b == 0 and parity == 0 else np.inf
+            pick[parity, 0, b] = -1
+    for d in range(1, most + 1):
+        for parity in range(parities):
+            for b in range(number):
+                value[parity, d, b] = value[parity, d - 1, b]
+                pick[parity, d, b] = -1
         for place in range(count):
             stage = used[place]
             held, own, left = blocks[stage], price[stage], d - devices[stage]
-            for b in range(held, number):
-                new = value[left, b - held] + own
-                if new < value[d, b]:
-                    value[d, b] = new
-                    pick[d, b] = stage
+            for parity in range(parities):
+                before, here = value[parity ^ odd[stage], left], value[parity, d]
+                for b in range(held, number):
+                    new = before[b - held] + own
+                    if new < here[b]:
+                        here[b] = new
+                        pick[parity, d, b] = stage
         while coming < len(devices) and devices[coming] == d:
-            held, own = blocks[coming], price[coming]
-            if held < number and own < value[d, held]:
+            held, own, parity = blocks[coming], price[coming], odd[coming]
+            if held < number and own < value[parity, d, held]:
                 used[count] = coming
                 count += 1
-                value[d, held] = own
-                pick[d, held] = coming
+                value[parity, d, held] = own
+                pick[parity, d, held] = coming
             coming += 1
 
 
@@ -367,21 +386,26 @@ def knapsack_loop(
 def end_loop(
     devices: IntArray,
     blocks: IntArray,
+    odd: IntArray,
     price: FloatArray,
     value: FloatArray,
     most: int,
+    parity: int,
     found: FloatArray,
     arg: IntArray,
 ) -> None:
-    """Fill `found[blocks]` with the least price of one of these stages and others on `most` devices."""
-    number = value.shape[1]
+    """Fill `found[blocks]` with the least price of one of these stages and others on `most` devices.
+
+    All together have a parity.
+    """
+    number = value.shape[2]
     for stage in range(len(devices)):
         left = most - devices[stage]
         if left < 0:
             continue
         held, own = blocks[stage], price[stage]
         for b in range(held, number):
-            new = value[left, b - held] + own
+            new = value[parity ^ odd[stage], left, b - held] + own
             if new < found[b]:
                 found[b] = new
                 arg[b] = stage

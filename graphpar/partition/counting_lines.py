@@ -94,6 +94,7 @@ class Lines:
         blocks: Blocks of a whole line.
         devices: Most replicas of a line.
         nodes: Further sums over a pipeline's columns, [row, column], and what they are at least.
+        odd: Sums that are even in a pipeline: boundaries inside nodes of a kind, [kind, column].
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class Lines:
         blocks: int,
         devices: int,
         nodes: tuple[FloatArray, FloatArray],
+        odd: IntArray,
     ) -> None:
         self.columns, self.cost, self.width = columns, cost, width
-        self.nodes = nodes
+        self.nodes, self.odd = nodes, odd
         self.sums, self.constant = sums, constant
         self.blocks, self.devices = blocks, devices
         self.due: IntArray = np.minimum(columns.most_below, devices).astype(np.intp)
@@ -238,6 +240,7 @@ class Lines:
             blocks=self.blocks,
             devices=self.devices,
             nodes=(self.nodes[0][:, index], self.nodes[1]),
+            odd=self.odd[:, index],
         )
 
     def holds(self, line: Line) -> bool:
@@ -246,7 +249,8 @@ class Lines:
         fits = self.due[used] >= np.cumsum(self.width[used])
         rows, least = self.nodes
         stands = rows[:, used].sum(axis=1) >= least - TOLERANCE * (1 + np.abs(least))
-        return bool(fits.all() and stands.all() and (line.sums <= 1 + TOLERANCE).all())
+        paired = self.odd[:, used].sum(axis=1) % 2 == 0
+        return bool(fits.all() and stands.all() and paired.all() and (line.sums <= 1 + TOLERANCE).all())
 
     def judge(
         self, spend: float, close: float, start: FloatArray, known: list[Line], deadline_s: float

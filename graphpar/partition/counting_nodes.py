@@ -51,6 +51,15 @@ def node_rows(cells: Cells, columns: Columns, take: IntArray) -> tuple[FloatArra
     return np.stack(rows), np.array(least)
 
 
+def odd_columns(cells: Cells, columns: Columns, take: IntArray) -> IntArray:
+    """[cell, column]: 1 where one boundary of a column is inside a node that holds no other kind.
+
+    A boundary inside a node is one of two stages, so that in a pipeline these are even for each kind.
+    """
+    one = (take.T > 0) & np.array(cells.alone)[:, None] & (columns.outside == 1)
+    return one.astype(np.intp)
+
+
 def node_shares(size: int) -> list[FloatArray]:
     """Dual feasible functions of a node of a size, each over 0 to `size` devices, the share first.
 

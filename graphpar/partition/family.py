@@ -24,7 +24,7 @@ from graphpar.partition.cells import (
     plain_option,
     relaxed_cells,
 )
-from graphpar.partition.counting import counting_options
+from graphpar.partition.counting_options import counting_options
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.settings import (

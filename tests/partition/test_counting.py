@@ -17,15 +17,10 @@ from graphpar.partition import counting_kinds, counting_search
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
 from graphpar.partition.chain import NotSolvedError
-from graphpar.partition.counting import (
-    CountingLimits,
-    CountingProgram,
-    Least,
-    counting_options,
-    widths,
-)
+from graphpar.partition.counting import CountingLimits, CountingProgram, Least
 from graphpar.partition.counting_beam import Harvest
 from graphpar.partition.counting_columns import price_columns
+from graphpar.partition.counting_options import counting_options, widths
 from graphpar.partition.family import Family, _counted_family, _homes, _multisets
 from graphpar.partition.pipeline import partition
 from graphpar.partition.pipeline_price import pairs, price

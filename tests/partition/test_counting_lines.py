@@ -30,6 +30,7 @@ def some_lines(draw: st.DrawFn) -> Lines:
     sums = np.stack([devices * (kind == 0) / 10, devices * (kind == 1) / 10, ints(-3, 4) / 10])
     # A stage alone has both ends outside its node.
     sums[2, role == WHOLE] = -1.0
+    odd = np.where(role == WHOLE, 0, ints(0, 1))
     nothing, width = np.zeros(number), ints(1, 3)
     columns = Columns(
         role=role.astype(np.intp),
@@ -51,6 +52,7 @@ def some_lines(draw: st.DrawFn) -> Lines:
         blocks=BLOCKS,
         devices=8,
         nodes=(np.zeros((0, number)), np.zeros(0)),
+        odd=np.stack([odd * (kind == k) for k in (0, 1)]).astype(np.intp),
     )
 
 
@@ -73,7 +75,7 @@ def every_line(lines: Lines) -> Iterator[Line]:
 def bound_by_kinds(lines: Lines, spend: float) -> Harvest:
     """What the patterns of two kinds of ten devices each say."""
     devices = np.round(lines.sums[:2] * 10).astype(np.intp)
-    stocks = Stocks((10, 10), devices.argmax(axis=0), devices.max(axis=0))
+    stocks = Stocks((10, 10), devices.argmax(axis=0), devices.max(axis=0), lines.odd.sum(axis=0))
     nodes = Rows(lines.sums[2:], 1 - lines.constant[2:], np.zeros(1))
     return judge_kinds(lines, stocks, nodes, spend, 1e-3, FOREVER)
 
