@@ -418,7 +418,7 @@ class CountingProgram:
         width, inside = self._width[columns.option[used]], 2 - columns.outside[used]
         fields = (columns.role[used], cell, devices, width, below.astype(np.intp), inside, size)
         to_place = [Placed(*row) for row in zip(*(f.tolist() for f in fields), strict=True)]
-        order, joined = line_up(to_place, rank)
+        order, joined = line_up(to_place, rank, self._cells.rooms)
         stages, unit = [], 0
         for number, (index, joins) in enumerate(zip(used[order], joined, strict=True)):
             end = self._end(unit, int(columns.blocks[index]), number, len(used))

@@ -76,9 +76,6 @@ _COARSE_BLOCKS = 64
 _COARSE_SHARE = 0.5
 """... for this share of the time at most."""
 
-_LEAST_GAP = 1e-4
-"""The counting search is not repeated with less gap than this."""
-
 Groups = tuple[tuple[int, ...], ...]
 """Pipelines side by side, each as counts of devices per cell."""
 
@@ -153,7 +150,8 @@ class _Run:
         self._table = family.table
         self._asked_gap = limits.gap
         # Where links are relaxed the real price may be higher: leave room for that within the gap.
-        self._gap = limits.gap * (1 - ROUNDING if family.exact else RELAXED_SHARE)
+        by_name = family.exact or family.repeats is not None
+        self._gap = limits.gap * (1 - ROUNDING if by_name else RELAXED_SHARE)
         self._began_s = began_s
         # The answer must be priced and checked in time as well.
         self._final_s = deadline_s
@@ -213,12 +211,6 @@ class _Run:
         self.regular()
         self.coarse()
         self.single()
-        while self._gap > _LEAST_GAP and self._missed():
-            # Real links cost more than was left for them: close the search's own gap further.
-            known_s = self._bound_s
-            self._gap, self._bound_s = self._gap / 3, INFINITY
-            self.single()
-            self._bound_s = max(known_s, self._bound_s)
         self.kinds_side_by_side()
 
     def regular(self) -> None:
@@ -243,12 +235,9 @@ class _Run:
             gap=self._gap,
             deadline_s=now + _COARSE_SHARE * (self._deadline_s - now),
             aim="plan",
+            real_s=self._real_s,
         )
-        for found in (*result.others[:RUNNERS_UP], *result.before[:_EARLIER]):
-            self._offer((found,))
-        if result.best is not None:
-            self._offer((result.best,))
-            self._near = True
+        self._near = result.best is not None
 
     def kinds_side_by_side(self) -> None:
         """Try unlike kinds in pipelines side by side: by estimate first, and where that helps in full.
@@ -307,11 +296,6 @@ class _Run:
                     self._bound_s = min(self._bound_s, bound)
                     return
 
-    def _missed(self) -> bool:
-        """Whether the gap asked for is not reached though there is time."""
-        left = time.monotonic() < self._deadline_s and not self.truncated
-        return left and self.step_s - self._bound_s > self._asked_gap * self.step_s
-
     def first(self) -> None:
         """One good pipeline over the whole cluster, where that is quick."""
         if self._programs.loops:
@@ -328,6 +312,7 @@ class _Run:
             deadline_s=self._deadline_s,
             dive=True,
             aim=aim,
+            real_s=self._real_s if self.family.repeats is not None else None,
         )
 
     def single(self) -> None:
@@ -342,7 +327,9 @@ class _Run:
         self._take(result)
 
     def _take(self, result: SearchResult) -> None:
-        """Offer what a search for one pipeline found."""
+        """Offer what a search for one pipeline found; searches of large clusters did so on the way."""
+        if self.family.repeats is not None:
+            return
         # On real links one that was thought to be worse may be better.
         for found in (*result.others[:RUNNERS_UP], *result.before[:_EARLIER]):
             self._offer((found,))
@@ -384,6 +371,12 @@ class _Run:
     def _cut(self, reason: str) -> None:
         if reason not in self.truncated:
             self.truncated.append(reason)
+
+    def _real_s(self, found: Found) -> float:
+        """What a pipeline takes on real devices and links; infinite where its groups cannot stand."""
+        known = len(self._seen)
+        self._offer((found,))
+        return self._seen[-1].step_s if len(self._seen) > known else INFINITY
 
     def _offer(self, found: Sequence[Found]) -> None:
         schedule = found[0].setting.schedule

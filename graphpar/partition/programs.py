@@ -32,7 +32,7 @@ from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline_search import search
-from graphpar.partition.search import INFINITY, Aim, Asked, ChainSolver, SearchResult, Task
+from graphpar.partition.search import INFINITY, Aim, Asked, ChainSolver, Found, SearchResult, Task
 from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.task_search import search_tasks
 from graphpar.partition.types import ScheduleName
@@ -109,9 +109,10 @@ class Programs:
         count_post: bool = True,
         dive: bool = False,
         aim: Aim = "both",
+        real_s: Callable[[Found], float] | None = None,
     ) -> SearchResult:
         """The best pipeline over some tasks, by whichever search suits the family's programmes."""
-        asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post, aim)
+        asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post, aim, real_s)
         if self.family.repeats is not None:
             result = search_counted(tasks, asked, self._together)
         else:
