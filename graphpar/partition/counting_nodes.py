@@ -57,7 +57,8 @@ def odd_columns(cells: Cells, columns: Columns, take: IntArray) -> IntArray:
     A boundary inside a node is one of two stages, so that in a pipeline these are even for each kind.
     """
     one = (take.T > 0) & np.array(cells.alone)[:, None] & (columns.outside == 1)
-    return one.astype(np.intp)
+    found: IntArray = one.astype(np.intp)
+    return found
 
 
 def node_shares(size: int) -> list[FloatArray]:
