@@ -1,5 +1,6 @@
 """The counting programme against the dynamic programme, which places every stage."""
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -156,7 +157,9 @@ def test_counting_says_when_nothing_fits() -> None:
     assert caught.value.limit == "memory"
 
 
-def test_a_cut_search_over_many_devices_says_so() -> None:
+def test_a_cut_search_over_many_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine the half second of grace for a simple plan may pass without computing.
+    monkeypatch.setattr(time, "monotonic", time.process_time)
     found = partition(many_devices(64, 64, batch=64), gap=0.0, time_limit_s=1e-9)
     assert found.truncated_by
     assert found.gap > 0.01
