@@ -31,6 +31,9 @@ _log = logging.getLogger("graphpar.timing")
 ROUNDS = 4
 """Passes that are counted, after one that warms up."""
 
+LEAST_ROUNDS = 2
+"""As few where the budget is not enough for more; with less a stage keeps its price."""
+
 SETTLING = 4
 """Passes without pauses before: the first of a fresh process took up to a third longer."""
 
@@ -80,7 +83,7 @@ def time_stages(
         trial
         for number in range(len(found.pipelines))
         for trial in _trials(found, number, slowdowns)
-        if trial.costs_s(timing) <= budget_s
+        if trial.costs_s(timing, LEAST_ROUNDS) <= budget_s
     )
     if not trials:
         return None
@@ -90,7 +93,11 @@ def time_stages(
             size = max(alike[0].size for alike in trials)
             used = [slowdowns[device] for device in found.used_devices if device in slowdowns]
             with model.twins(sorted(used)[1 : 1 + MOST_TWINS], size):
-                rows = [row for number, alike in enumerate(trials) for row in _run(alike, worker, number)]
+                rows = [
+                    row
+                    for number, alike in enumerate(trials)
+                    for row in _run(alike, worker, number, alike[0].rounds(timing, budget_s))
+                ]
             several = len(found.used_devices) > 1
             waits = several or any(slowdown > 1 for slowdown in used)
             longer = _rested(model, worker, size, several) if waits and model.train is not None else 1.0
@@ -178,12 +185,16 @@ class _Trial:
         """Microbatches that go forward before the first goes back."""
         return min(self.microbatches, IN_FLIGHT)
 
-    def costs_s(self, timing: Timing) -> float:
+    def rounds(self, timing: Timing, budget_s: float) -> int:
+        """How many passes are counted."""
+        return ROUNDS if self.costs_s(timing, ROUNDS) <= budget_s else LEAST_ROUNDS
+
+    def costs_s(self, timing: Timing, rounds: int) -> float:
         """Seconds that all passes will take, by what was predicted."""
         by_device, total_s = {rank.device: rank for rank in timing.ranks}, 0.0
         for stage in self.stages:
             row = by_device[stage.device].at_size(self.size, stage.number)
-            total_s += (row.forward_s + row.backward_s) * (1 + ROUNDS + SETTLING / stage.slowdown)
+            total_s += (row.forward_s + row.backward_s) * (1 + rounds + SETTLING / stage.slowdown)
         return self.in_flight * total_s
 
     @property
@@ -192,7 +203,7 @@ class _Trial:
         stages = [(cut.first, cut.last, cut.formats) for cut in self.alone.pipelines[0].stages]
         return (*stages, *(s.slowdown for s in self.stages), self.size, self.microbatches)
 
-    def seconds(self, worker: TrialWorker, number: int) -> list[tuple[float, float]]:
+    def seconds(self, worker: TrialWorker, number: int, rounds: int) -> list[tuple[float, float]]:
         """Pass through the stages, as the `number`-th partition that the worker was given.
 
         Forward and backward seconds of every stage.
@@ -201,7 +212,7 @@ class _Trial:
         for _ in range(SETTLING):
             worker.by_stage(number, self.size, [1.0] * len(slowdowns), self.in_flight)
         passes = [
-            worker.by_stage(number, self.size, slowdowns, self.in_flight) for _ in range(1 + ROUNDS)
+            worker.by_stage(number, self.size, slowdowns, self.in_flight) for _ in range(1 + rounds)
         ][1:]
         return [(self._mean_s(passes, k, 0), self._mean_s(passes, k, 1)) for k in range(len(slowdowns))]
 
@@ -219,9 +230,11 @@ def _alike(trials: Iterable[_Trial]) -> list[list[_Trial]]:
     return list(found.values())
 
 
-def _run(alike: Sequence[_Trial], worker: TrialWorker, number: int) -> Iterator[StageSeconds]:
+def _run(
+    alike: Sequence[_Trial], worker: TrialWorker, number: int, rounds: int
+) -> Iterator[StageSeconds]:
     """What stages of trials that do the same take, measured once."""
-    seconds = alike[0].seconds(worker, number)
+    seconds = alike[0].seconds(worker, number, rounds)
     for trial in alike:
         for stage, (forward_s, backward_s) in zip(trial.stages, seconds, strict=True):
             if stage.counts:
