@@ -129,7 +129,9 @@ OVERLAPPED_EXPERTS = (26, 6)
 
 CAPTURED_STEPS = (26, 6)
 """NeMo release since which MXFP8 recipes on Blackwell capture whole steps as CUDA graphs, with products
-of experts that apply activations and casts (https://github.com/NVIDIA-NeMo/Megatron-Bridge/releases)."""
+of experts that apply activations and casts: those of DeepSeek-V3, Qwen3 and gpt-oss on GB200 and GB300
+(https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3983, 4226, 4249, 4173). Taken for all models and
+Blackwells, though some came later or not at all (Kimi-K2: pull/5168; gpt-oss on B200 and B300)."""
 
 
 def run_of(row: dict[str, Any]) -> Run | str:

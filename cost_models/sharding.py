@@ -384,10 +384,7 @@ class ShardingProgramme:
     @cached_property
     def _edge_costs(self) -> tuple[tuple[int, ...], ...]:
         """In whole nanoseconds; they do not depend on prices of memory."""
-        whole = (
-            np.where(m < IMPOSSIBLE_COST, np.rint(np.minimum(m, IMPOSSIBLE_COST) * 1e9), IMPOSSIBLE_COST)
-            for m in self.matrices.values()
-        )
+        whole = (np.minimum(np.rint(m * 1e9), IMPOSSIBLE_COST) for m in self.matrices.values())
         return tuple(tuple(m.astype(np.int64).ravel().tolist()) for m in whole)
 
     def solve(self, options: ShardingOptions) -> Sharding:
@@ -459,7 +456,7 @@ def _allowed(
 
 
 def _nanoseconds(seconds: float) -> int:
-    return round(seconds * 1e9) if seconds < IMPOSSIBLE_COST else IMPOSSIBLE_COST
+    return min(round(seconds * 1e9), IMPOSSIBLE_COST)
 
 
 def _cast_as_held(held: Layouts, wanted: Layouts) -> bool:

@@ -10,6 +10,7 @@ import math
 from graphpar.cost import CostTable
 from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.pipeline_price import (
+    busy_s,
     meetings_s,
     pipeline_parts_s,
     replica_times_s,
@@ -78,10 +79,9 @@ def _steady_s(table: CostTable, pipeline: PipelineChoice, found: Partition) -> f
     for index, stage in enumerate(pipeline.stages):
         times = replica_times_s(table, stage, size)
         wait = waiting_s(table, found.schedule, cuts[index], cuts[index + 1])
-        rows = zip(times, _by_replica(table, pipeline, stage), stage.replicas, strict=True)
-        busy_s, sent_s = max(
-            (t + (r.microbatches - 1) * (t + wait), r.microbatches * sent) for t, sent, r in rows
-        )
-        own = busy_s - max(times), sent_s - _sent_s(table, pipeline, stage)
-        longest = max(longest, own)
+        ends_s = busy_s(table, pipeline, stage, times, wait)
+        rows = zip(ends_s, _by_replica(table, pipeline, stage), stage.replicas, strict=True)
+        end_s, sent_s, last = max(rows, key=lambda row: row[0])
+        own_s = last.microbatches * sent_s - _sent_s(table, pipeline, stage)
+        longest = max(longest, (end_s - max(times), own_s))
     return max(0.0, longest[1])

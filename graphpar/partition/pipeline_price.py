@@ -247,15 +247,24 @@ def pipeline_parts_s(
     for index, stage in enumerate(pipeline.stages):
         wait = waiting_s(table, schedule, cuts[index], cuts[index + 1])
         times = replica_times_s(table, stage, size)
-        ends = [
-            t + (r.microbatches - 1) * (t + wait) + x
-            for t, r, x in zip(
-                times, stage.replicas, ragged_s(table, pipeline, stage, times), strict=True
-            )
-        ]
         compute += max(times)
-        extra = max(extra, max(ends) - max(times))
+        extra = max(extra, max(busy_s(table, pipeline, stage, times, wait)) - max(times))
     return {"fill_compute_s": compute, "fill_transfer_s": sum(cuts), "steady_s": extra}
+
+
+def busy_s(
+    table: CostTable,
+    pipeline: PipelineChoice,
+    stage: StageChoice,
+    times_s: Sequence[float],
+    wait_s: float,
+) -> list[float]:
+    """Seconds that each replica needs for all its microbatches.
+
+    `times_s` are those of a microbatch of mean size by replica, `wait_s` what each further one waits.
+    """
+    rows = zip(times_s, stage.replicas, ragged_s(table, pipeline, stage, times_s), strict=True)
+    return [t + (r.microbatches - 1) * (t + wait_s) + x for t, r, x in rows]
 
 
 def cross_links(table: CostTable, pipelines: Sequence[PipelineChoice]) -> list[LinkCost]:
