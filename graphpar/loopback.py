@@ -77,8 +77,8 @@ def _emulated(rank: int) -> Transport:
 def _late_s(rank: int) -> float:
     """Median seconds by which rank 0 has a message later than the link says, in the quietest burst.
 
-    The system wakes the link's thread late, and the real message takes its own time. Each one carries the
-    time when it was sent, by the clock that both processes read.
+    The system wakes who waits for it late, and hands it over. Each one carries the time when it was sent,
+    by the clock that both processes read.
     """
     transport, value = _emulated(rank), torch.zeros(_MEDIUM_BYTES // 8, dtype=torch.float64)
     meant_s, late = _LATENCY_S + _MEDIUM_BYTES / _EMULATED_BYTES_PER_S, []

@@ -32,7 +32,7 @@ STEPS = 3
 """The optimiser's state comes with the first one; the next need all memory at once."""
 
 _LINK = {"bytes_per_s": 1e9, "latency_s": 1e-4}
-"""Emulated, as most links between workers of one machine: such a link has a thread of its own."""
+"""Emulated, as most links between workers of one machine: messages are copied, with when they are due."""
 
 
 def measure_worker_bytes(threads: int = 1) -> float:

@@ -7,10 +7,8 @@ has anyway.
 """
 
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -62,8 +60,10 @@ class Pace:
         self._waited_s = self._not_computed_s = 0.0
         began, computed = self.now_s(), self.clock()
         self._works = True
-        yield
-        self._works = False
+        try:
+            yield
+        finally:
+            self._works = False
         own_s = (self.clock() - computed - self._not_computed_s) * self.slowdown
         self._free_s = began + own_s + self._waited_s
         rest = self._free_s - time.monotonic()
@@ -82,46 +82,3 @@ class LinkTime:
         """When a message will be there that could leave at a time, and leaves when the link is free."""
         self._free_s = max(leaves_s, self._free_s) + self.latency_s + num_bytes / self.bytes_per_s
         return self._free_s
-
-
-class SlowLink:
-    """Delivers one message after another, each when it has been on its way for its time.
-
-    That happens on a thread of its own, so that other things go on meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._free_at = 0.0
-        self._jobs: queue.Queue[tuple[float, Callable[[], None]] | None] = queue.Queue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="graphpar-link", daemon=True)
-        self._thread.start()
-
-    def carry(self, seconds: float, deliver: Callable[[], None]) -> None:
-        """Deliver a message that the link is busy with for so long."""
-        self._free_at = max(time.monotonic(), self._free_at) + seconds
-        self._jobs.put((self._free_at, deliver))
-
-    def drain(self) -> None:
-        """Wait until everything submitted is delivered; raises what delivering raised."""
-        self._jobs.join()
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """End the thread once everything submitted is delivered."""
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            due, deliver = job
-            rest = due - time.monotonic()
-            if rest > 0:
-                time.sleep(rest)
-            try:
-                deliver()
-            except BaseException as error:
-                self._error = error
-            finally:
-                self._jobs.task_done()

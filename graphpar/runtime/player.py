@@ -1,13 +1,14 @@
 """One rank of a rehearsal: waits in place of computing, and messages of one byte (see `rehearsal`)."""
 
+import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from graphpar.runtime.emulate import SlowLink
 from graphpar.runtime.program import Event, Scene, StepReport
 from graphpar.runtime.transport import Arrival, Transport
 from graphpar.schedule import Action
@@ -79,6 +80,49 @@ class Player:
 
     def _meet(self, group: int) -> None:
         self._transport.sum(torch.zeros(1), group)
+
+
+class SlowLink:
+    """Delivers one message after another, each when it has been on its way for its time.
+
+    That happens on a thread of its own, so that other things go on meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+        self._jobs: queue.Queue[tuple[float, Callable[[], None]] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="graphpar-link", daemon=True)
+        self._thread.start()
+
+    def carry(self, seconds: float, deliver: Callable[[], None]) -> None:
+        """Deliver a message that the link is busy with for so long."""
+        self._free_at = max(time.monotonic(), self._free_at) + seconds
+        self._jobs.put((self._free_at, deliver))
+
+    def drain(self) -> None:
+        """Wait until everything submitted is delivered; raises what delivering raised."""
+        self._jobs.join()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the thread once everything submitted is delivered."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            due, deliver = job
+            rest = due - time.monotonic()
+            if rest > 0:
+                time.sleep(rest)
+            try:
+                deliver()
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._jobs.task_done()
 
 
 @dataclass(frozen=True)

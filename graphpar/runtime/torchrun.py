@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 import torch
@@ -18,7 +19,7 @@ from graphpar.runtime.executor import StepResult
 from graphpar.runtime.local import read_step
 from graphpar.runtime.messages import Message, pack, raw_bytes, unpack
 from graphpar.runtime.optimizers import Recipe
-from graphpar.runtime.program import RankProgram, encode
+from graphpar.runtime.program import EmulatedLink, RankProgram, encode
 from graphpar.runtime.worker import (
     COLLECTIVE_TIMEOUT,
     Worker,
@@ -79,14 +80,36 @@ def _describe(by_node: Mapping[int, Mapping[int, int]], names: Mapping[int, str]
     return ", ".join(f"{len(ranks)} processes on {names[node]}" for node, ranks in by_node.items())
 
 
+def links_inside(
+    links: Sequence[EmulatedLink], rank: int, machines: Sequence[str]
+) -> tuple[EmulatedLink, ...]:
+    """Those links of a rank that do not leave its machine.
+
+    Between machines a link is what it is, and there is no clock by which a message could be due.
+
+    >>> links = EmulatedLink(1, 1e-3, 1e9), EmulatedLink(2, 1e-3, 1e9)
+    >>> [link.rank for link in links_inside(links, 0, ["a", "a", "b"])]
+    [1]
+    """
+    return tuple(link for link in links if machines[link.rank] == machines[rank])
+
+
+def _machine() -> str:
+    """The same for processes that share a monotonic clock."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
 class TorchrunWorkers:
     """This process's rank, and collectives with all others.
 
     Processes without work take part in the exchange of results only.
     """
 
-    def __init__(self, processes: Mapping[str, int]) -> None:
-        self._processes = processes
+    def __init__(self, processes: Mapping[str, int], machines: Sequence[str]) -> None:
+        self._processes, self._machines = processes, machines
         self._worker: Worker | None = None
         self._rank_of: list[int] = []
         self._closed = False
@@ -106,10 +129,10 @@ class TorchrunWorkers:
                 ) from error
         local = int(os.environ.get("LOCAL_RANK", "0"))
         node = int(os.environ.get("GROUP_RANK", "0"))
-        here = {"node": node, "host": socket.gethostname(), "local": local}
+        here = {"node": node, "host": socket.gethostname(), "local": local, "machine": _machine()}
         met = [m.data for m in exchange(Message("host", here))]
         hosts = [(m["node"], m["host"], m["local"]) for m in met]
-        return cls(match_devices(cluster, hosts))
+        return cls(match_devices(cluster, hosts), [m["machine"] for m in met])
 
     def agree(self, decide: Callable[[], Plan], model_hash: str) -> Plan:
         """The first process decides; all others get its plan, or its error.
@@ -169,7 +192,11 @@ class TorchrunWorkers:
         start = starts[self._rank_of.index(mine)]
         torch.set_num_threads(start.setup.threads)
         atexit.register(self.close)
-        self._worker = Worker(start.setup, start.tensors, trained, recipe, self._rank_of)
+        machines = [self._machines[process] for process in self._rank_of]
+        setup = msgspec.structs.replace(
+            start.setup, links=links_inside(start.setup.links, start.setup.rank, machines)
+        )
+        self._worker = Worker(setup, start.tensors, trained, recipe, self._rank_of)
 
     # --- the Workers protocol ---
 

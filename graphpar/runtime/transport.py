@@ -126,7 +126,9 @@ class Transport:
 
     def _packet(self, rank: int, tensor: torch.Tensor) -> tuple[torch.Tensor, float]:
         """The bytes to send, and when they are due; 0 where no link is emulated."""
-        flat, slow = _flat(tensor.detach().cpu().contiguous()), self._slow.get(rank)
+        # Lazy conjugates and negatives are told by a bit that bytes do not carry.
+        written = tensor.detach().resolve_conj().resolve_neg()
+        flat, slow = _flat(written.cpu().contiguous()), self._slow.get(rank)
         if slow is None:
             return flat, 0.0
         due_s = slow.due_s(flat.nbytes, self.pace.now_s())

@@ -7,7 +7,8 @@ import torch
 from helpers import Line, force, straight
 from torch import nn
 
-from graphpar.runtime.emulate import LinkTime, Pace, SlowLink
+from graphpar.runtime.emulate import LinkTime, Pace
+from graphpar.runtime.player import SlowLink
 
 
 class Wide(nn.Module):
@@ -91,6 +92,19 @@ def test_an_action_begins_when_its_message_is_due_not_when_the_worker_looks(
     with pace.work():
         clock.now_s += 2e-3
     assert clock.now_s == pytest.approx(0.016)
+
+
+def test_a_device_whose_work_failed_keeps_its_time_in_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = LateClock(0.0)
+    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+    pace = Pace(3.0, threads=1)
+    with pytest.raises(ValueError, match="no shape"), pace.work():
+        raise ValueError("no shape")
+    pace.restart(0.010)
+    clock.now_s = 0.5
+    assert pace.now_s() == pytest.approx(0.010)
 
 
 def test_a_device_that_is_not_slowed_down_lives_in_the_machines_time(

@@ -23,6 +23,7 @@ class Wire:
     def isend(self, packet: torch.Tensor, dst: int, tag: int) -> "Wire":
         into = self.posted[tag]
         assert into.dtype == packet.dtype and into.shape == packet.shape
+        assert not packet.is_conj() and not packet.is_neg(), "gloo sends bytes alone"
         into.copy_(packet)
         return self
 
@@ -41,9 +42,11 @@ class Wire:
         torch.arange(5, dtype=torch.int64),
         torch.empty(0, 4),
         torch.randn(3, dtype=torch.complex64),
+        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.randn(3, dtype=torch.complex64).conj().imag,
         torch.randn(4, 6).t(),
     ],
-    ids=lambda t: f"{t.dtype}-{tuple(t.shape)}",
+    ids=lambda t: f"{t.dtype}-{tuple(t.shape)}-{t.is_conj()}-{t.is_neg()}",
 )
 def test_a_message_arrives_as_it_was_and_not_before_it_is_due(
     monkeypatch: pytest.MonkeyPatch, tensor: torch.Tensor, link: tuple[EmulatedLink, ...]
