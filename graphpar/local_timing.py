@@ -76,10 +76,9 @@ class Timings:
         here = _workers_here(cluster, calibration)
         if not here or self.precision != "float32":
             return None
-        slowdowns = sorted(device.slowdown for device in here)
-        copies = min(len(slowdowns), 1 + MOST_TWINS)
-        if copies * self._held_bytes() > system_memory_bytes(math.inf) / 2:
+        if not self._copies_fit(len(here)):
             return None
+        slowdowns = sorted(device.slowdown for device in here)
         alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
         table = self.price(alone, Formats({}))
         model = self._trial(here[0].threads)
@@ -90,12 +89,14 @@ class Timings:
     ) -> Timing:
         """The timing with stages on this machine's processor as they are when tried there.
 
-        As it was where no worker runs here, where the calibration is not of such workers, or where the
-        model is too large or has no weights.
+        As it was where no worker runs here, where the calibration is not of such workers, where the
+        model's parts meet within a step, or where it has no weights or copies of it would take more than
+        half of the memory.
         """
         here = _workers_here(cluster, calibration)
-        enough = 2 * self._held_bytes() <= system_memory_bytes(math.inf)
-        if not here or not enough or self.prepared.in_step_reason or not self._weights_are_here():
+        if not here or self.prepared.in_step_reason or not self._weights_are_here():
+            return timing
+        if not self._copies_fit(len(here)):
             return timing
         slowdowns = {device.name: device.slowdown for device in here}
         model, about = self._trial(here[0].threads), self.prepared.model_hash
@@ -111,6 +112,11 @@ class Timings:
         formats = uniform_formats(alone, precision, len(self.prepared.chain.units))
         table = self.price(alone, formats)
         return time_gpu(self._trial(1, f"cuda:{index}", precision), table, self.budget_s)
+
+    def _copies_fit(self, workers: int) -> bool:
+        """Whether half of the memory holds the copies that are tried beside each other."""
+        copies = min(workers, 1 + MOST_TWINS)
+        return copies * self._held_bytes() <= system_memory_bytes(math.inf) / 2
 
     def _held_bytes(self) -> float:
         """Weights, gradients and optimiser state of one copy."""

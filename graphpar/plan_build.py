@@ -17,16 +17,24 @@ from graphpar.timing import Timing, timing_of, with_sums
 
 _SENDS = "sends overlap with compute; a device sends one message at a time, links are not shared"
 _GRADIENTS = "gradients are summed by a ring all-reduce after the last backward"
+_TRIED = (
+    "stages on this machine's processor take what they took when they were tried; the objective, its "
+    "bounds and what holds the plan back are of the sums of their units, by which it was chosen"
+)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A partition, the schedule that carries it out, and its simulated timeline."""
+    """A partition, the schedule that carries it out, and its simulated timeline.
+
+    `tried` says that seconds of stages in the timing are not the table's.
+    """
 
     partition: Partition
     schedule: Schedule
     timing: Timing
     timeline: Timeline
+    tried: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,8 @@ def predict(
     timing = timing_of(table, partition)
     if summed_bytes:
         timing = with_sums(timing, table, partition, summed_bytes)
-    if retime is not None:
-        timing = retime(timing)
-    return Prediction(partition, schedule, timing, simulate(schedule, timing))
+    tried = timing if retime is None else retime(timing)
+    return Prediction(partition, schedule, tried, simulate(schedule, tried), tried != timing)
 
 
 def make_plan(
@@ -101,7 +108,12 @@ def make_plan(
         predicted_step_s=timeline.step_s,
         predicted_peak_bytes=dict(zip(partition.used_devices, timeline.peak_bytes, strict=True)),
         bubble_share=timeline.bubble_share,
-        assumptions=(_SENDS, *((_GRADIENTS,) if table.training else ()), *assumptions),
+        assumptions=(
+            _SENDS,
+            *((_GRADIENTS,) if table.training else ()),
+            *((_TRIED,) if prediction.tried else ()),
+            *assumptions,
+        ),
         notes=tuple(notes),
         explanation=explanation,
         error_budget=subject.error_budget,

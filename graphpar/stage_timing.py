@@ -54,7 +54,7 @@ def timed_stages(
 ) -> StageTiming | None:
     """What is kept of these stages, as long as the machine is as fast as it was then; else timed anew."""
     pipelines = [msgspec.to_builtins(pipeline) for pipeline in found.pipelines]
-    asked = [*model.key(model_hash), pipelines, sorted(slowdowns.items()), _VERSION]
+    asked = [*model.key(model_hash), pipelines, sorted(slowdowns.items()), budget_s, _VERSION]
     return kept_or_fresh(
         model.threads,
         hash_of(asked),

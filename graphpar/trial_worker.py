@@ -108,10 +108,11 @@ class TrialModel:
             workers.install_passes(IN_HALVES, halves, 1, in_halves=True)
             yield TrialWorker(workers, self)
 
-    def key(self, model_hash: str) -> list[str | bool]:
+    def key(self, model_hash: str) -> list[str | bool | float | None]:
         """What its times depend on besides how it is tried: the model, whether it trains, and by what."""
         recipe = cloudpickle.dumps(Recipe.of(self.train)) if self.train else b""
-        return [model_hash, self.train is not None, hashlib.sha256(recipe).hexdigest()]
+        clips = self.train.max_grad_norm if self.train else None
+        return [model_hash, self.train is not None, hashlib.sha256(recipe).hexdigest(), clips]
 
     def _lowered(self, chosen: Partition) -> Lowered:
         return lower(self.prepared.graph, chosen, self.train is not None)

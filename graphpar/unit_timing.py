@@ -38,7 +38,7 @@ def timed(
     model: TrialModel, model_hash: str, table: CostTable, budget_s: float, slowdowns: Sequence[float]
 ) -> ModelTiming | None:
     """What is kept of this model, as long as the machine is as fast as it was then; else timed anew."""
-    key = hash_of([*model.key(model_hash), table.sizes, list(slowdowns), _VERSION])
+    key = hash_of([*model.key(model_hash), table.sizes, list(slowdowns), budget_s, _VERSION])
     return kept_or_fresh(
         model.threads, key, ModelTiming, lambda: time_model(model, table, budget_s, slowdowns)
     )

@@ -1,16 +1,22 @@
 """Stages of a plan are tried as they will run; what was measured takes the place of what was priced."""
 
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import graphpar
+from graphpar.cluster import Cluster
 from graphpar.cost_models.measured import StageSeconds, StageTiming
+from graphpar.local_timing import Example, Timings
 from graphpar.partition.types import Partition, Replica
-from graphpar.preparation import prepare
-from graphpar.stage_timing import retimed, time_stages
+from graphpar.planner import plan_of, price
+from graphpar.preparation import lower, prepare
+from graphpar.runtime.passes import Passes
+from graphpar.stage_timing import retimed, time_stages, timed_stages
 from graphpar.timing import RankTiming, SizeTiming, Timing
 from graphpar.trial_worker import TrialModel
 
@@ -101,11 +107,84 @@ def test_measured_seconds_take_the_place_of_priced_ones_in_proportion() -> None:
     assert (at_four.weight_s, at_four.split_s, at_four.saved_bytes) == (4.5, 0.75, 7.0)
 
 
-def test_times_of_one_optimiser_are_not_used_for_another() -> None:
+def test_times_of_one_way_to_train_are_not_used_for_another() -> None:
     model, batch = model_and_batch()
     prepared = prepare(model, batch, {}, TRAINING)
-    keys = [
-        TrialModel(model, prepared, batch, {}, replace(TRAINING, optimizer=optimizer)).key("m")
-        for optimizer in (torch.optim.AdamW, torch.optim.SGD, torch.optim.AdamW)
+    ways = [
+        TRAINING,
+        replace(TRAINING, optimizer=torch.optim.SGD),
+        replace(TRAINING, max_grad_norm=1.0),
+        replace(TRAINING, optimizer=torch.optim.AdamW),
     ]
+    first, *others, again = [TrialModel(model, prepared, batch, {}, way).key("m") for way in ways]
+    assert first == again and first not in others
+
+
+def test_times_that_had_less_to_spend_are_not_used_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+    monkeypatch.setattr("graphpar.stage_timing.kept_or_fresh", lambda _, key, *more: keys.append(key))
+    model, batch = model_and_batch()
+    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    for budget_s in (0.1, 3.0, 0.1):
+        timed_stages(trial, "m", found, timing_of_two(found), SLOWDOWNS, budget_s)
     assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize(("memory_copies", "tried"), [(3.9, False), (4.1, True)])
+def test_stages_are_tried_where_half_of_the_memory_holds_all_copies(
+    monkeypatch: pytest.MonkeyPatch, memory_copies: float, tried: bool
+) -> None:
+    model, batch = model_and_batch()
+    plan = graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
+    here = Cluster.from_dict(CLUSTER)
+    held_bytes = (2 + 2) * sum(p.nbytes for p in model.parameters())  # gradients, and Adam's two
+    asked: list[object] = []
+    monkeypatch.setattr("graphpar.local_timing.system_memory_bytes", lambda _: memory_copies * held_bytes)
+    monkeypatch.setattr("graphpar.local_timing._workers_here", lambda *_: here.devices)
+    monkeypatch.setattr("graphpar.local_timing.timed_stages", lambda *how: asked.append(how))
+    prepared, example = prepare(model, batch, {}, TRAINING), Example(model, batch, {})
+    priced = partial(price, prepared, train=TRAINING, calibration=None)
+    wanted = Timings(prepared, example, TRAINING, "float32", 3.0, 2.0, lambda c, f: priced(c, formats=f))
+    assert wanted.retimed(here, None, plan.partition, plan.timing) is plan.timing
+    assert bool(asked) is tried
+
+
+@pytest.mark.parametrize("longer", [1.0, 2.0])
+def test_a_plan_says_that_its_stages_were_tried(longer: float) -> None:
+    model, batch = model_and_batch()
+    plan = graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
+    prepared, cluster = prepare(model, batch, {}, TRAINING), Cluster.from_dict(CLUSTER)
+    table = price(prepared, cluster, train=TRAINING, calibration=None)
+
+    def retime(_: Partition, timing: Timing) -> Timing:
+        ranks = (replace(rank, optimizer_s=rank.optimizer_s * longer) for rank in timing.ranks)
+        return replace(timing, ranks=tuple(ranks))
+
+    again = plan_of(prepared, cluster, table, plan.partition, train=TRAINING, retime=retime)
+    assert any("when they were tried" in text for text in again.assumptions) is (longer > 1)
+
+
+def test_a_step_casts_its_weights_anew() -> None:
+    model, batch = model_and_batch()
+    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0), "bfloat16")
+    prepared = prepare(model, batch, {}, TRAINING)
+    (pipeline,) = found.pipelines
+    stages = tuple(
+        replace(stage, replicas=(Replica(f"local/{k}", 1),)) for k, stage in enumerate(pipeline.stages)
+    )
+    pipeline = replace(pipeline, microbatches=1, stages=stages)
+    alone = replace(found, pipelines=(pipeline,), schedule="gpipe")
+    lowered = lower(prepared.graph, alone, training=True)
+    (program, *_) = lowered.programs(lowered.schedule(1), 1)
+    trial = TrialModel(model, prepared, batch, {}, TRAINING)
+    weights = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    passes = Passes(program, 2, weights, torch.device("cpu"), time.thread_time)
+    gradients = []
+    for _ in range(2):
+        passes.run(trial.inputs(8), 8, [1.0, 1.0], whole_step=True)
+        gradients.append([weight.grad for weight in weights.values() if weight.grad is not None])
+        for weight in weights.values():
+            weight.data.mul_(2.0)  # as some optimisers write, which leaves no trace
+    pairs = list(zip(*gradients, strict=True))
+    assert len(pairs) == len(weights) and not any(torch.equal(*pair) for pair in pairs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphpar.ir.text import parse_graph
+from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.clocks import Clock
 from graphpar.runtime.deferral import Deferral
 from graphpar.runtime.emulate import Pace
@@ -46,9 +47,10 @@ class Passes:
         self._training = program.training
         self._clock = clock
         self._deferral = Deferral() if in_halves else None
+        self._lower = [LowerWeights() for _ in range(num_stages)]
         self._builders = [
-            StageBuilder(graph, stage, tensors, device, self._context, deferral=self._deferral)
-            for stage in range(num_stages)
+            StageBuilder(graph, stage, tensors, device, self._context, lower, deferral=self._deferral)
+            for stage, lower in enumerate(self._lower)
         ]
 
     def run(
@@ -64,12 +66,15 @@ class Passes:
         Between stages it waits as workers do that are slowed down, by a number for each stage; that does
         not count. Of several microbatches in flight all (alike) go forward before the first goes back,
         stage by stage, as each stage has a device of its own. With `whole_step` they are those of a step:
-        there are no gradients before the first.
+        there are no gradients before the first, and it casts the weights anew.
         """
         context, inputs = self._context, {k: v.to(self._device) for k, v in inputs.items()}
         context.step, context.batch, context.first_sample, context.samples = 0, size, 0, size
-        for tensor in self._tensors.values() if whole_step else ():
-            tensor.grad = None
+        if whole_step:
+            for lower in self._lower:
+                lower.forget()
+            for tensor in self._tensors.values():
+                tensor.grad = None
         with torch.set_grad_enabled(self._training):
             paces = [Pace(slowdown, 1) for slowdown in slowdowns]
             passes = [_Pass(self._clock, inputs, size, paces, self._deferral) for _ in range(in_flight)]
