@@ -134,7 +134,8 @@ def best_line(
         target_s: Fill, extra and `post_weight` times post must be less.
         post_weight: How much post counts.
         deadline_s: `time.monotonic()` at which to give up.
-        slack_s: A label may stand for one that is less by so much; then some plan, if any, is found.
+        slack_s: A label may stand for one that is less by so much; then a better plan may be missed, and
+            one just below the target.
 
     Raises:
         OutOfTimeError: The deadline passed.

@@ -42,6 +42,7 @@ from graphpar.partition.place_simple import simple_placements
 from graphpar.partition.place_split import best_split_of_all, ideals_of
 from graphpar.partition.problems import NodeId, PlacementProblem
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
+from graphpar.partition.why_impossible import why_no_placement
 
 _MOST_IDEALS = 40_000
 """Ideals up to which all pairs are compared; memory grows with their number, time with its square."""
@@ -131,7 +132,7 @@ def _conclude(
 ) -> Solved[Placement]:
     if answer is None:
         if finished:
-            note = "no placement respects the memory limit, the colour classes and contiguity"
+            note = why_no_placement(problem, objective)
             return Solved("infeasible", None, None, None, seconds, None, None, note)
         finite = bound if math.isfinite(bound) else None
         return Solved("unknown", None, finite, None, seconds, ended_by, None)

@@ -8,6 +8,9 @@ from graphpar.partition.problems import NodeId, PlacementProblem
 
 Objective: TypeAlias = Literal["throughput", "latency"]
 
+MEMORY_TOLERANCE = 1e-12
+"""Relative excess of a sum of sizes over a memory limit that is rounding."""
+
 
 @dataclass(frozen=True)
 class PlacementVerdict:
@@ -64,7 +67,7 @@ def _local_errors(problem: PlacementProblem, devices: list[int]) -> list[str]:
         if colours.setdefault(op.colour, device) != device:
             errors.append(f"colour class {op.colour} is split")
     for device, size in sizes.items():
-        if device and size > problem.memory_limit * (1 + 1e-12):
+        if device and size > problem.memory_limit * (1 + MEMORY_TOLERANCE):
             errors.append(f"device {device} holds {size}, above {problem.memory_limit}")
     return errors
 

@@ -282,6 +282,11 @@ def _sharding(body: _ShardingBody, name: str, should_stop: ShouldStop) -> Shardi
     usages = _rows(nodes.usages, lambda v: f"{name}: usages of node {v}", should_stop)
     edge_costs = _rows(edges.costs, lambda e: f"{name}: edge {e} costs", should_stop)
     _check_nodes(node_costs, usages, len(nodes.intervals), name)
+    for v, (begin, end) in enumerate(nodes.intervals):
+        if end < begin:
+            raise ProblemError(
+                f"{name}: node {v} has the interval [{begin}, {end}], which ends before it begins"
+            )
     _check_edges(edges.nodes, edge_costs, sizes_of(node_costs), name)
     if body.usage_limit is not None:
         _require_finite((body.usage_limit,), f"{name}: usage_limit")

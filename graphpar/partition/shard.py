@@ -40,6 +40,7 @@ from graphpar.partition.shard_run import Run
 from graphpar.partition.shard_state import Candidate, State
 from graphpar.partition.shard_warm import Stage, go_on_warming, is_compiling, warm_up
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
+from graphpar.partition.why_impossible import why_no_strategies
 
 _REDUCTIONS_SHARE = 0.5
 """Share of the time limit after which the reductions are cut short."""
@@ -169,7 +170,7 @@ def _conclude(state: State, infeasible: bool) -> Solved[list[int]]:
     note = "" if COMPILED else NOT_COMPILED
     seconds = state.elapsed_s()
     if infeasible:
-        note = "no choice of strategies is possible within the memory limit"
+        note = why_no_strategies(state.problem)
         return Solved("infeasible", None, None, None, seconds, None, None, note)
     bound = state.bound if math.isfinite(state.bound) else None
     if is_compiling() and not state.closed():

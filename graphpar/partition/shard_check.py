@@ -52,13 +52,14 @@ def check_sharding(problem: ShardingProblem, answer: Sequence[int]) -> ShardingV
         if cost >= IMPOSSIBLE_COST:
             errors.append(f"edge {edge} joins impossible strategies")
         total += cost
-    peak, when = _peak(problem, answer)
+    peak, when = peak_usage(problem, answer)
     if problem.usage_limit is not None and peak > problem.usage_limit:
         errors.append(f"memory at time {when} is {peak}, above the limit {problem.usage_limit}")
     return ShardingVerdict(total, peak, tuple(errors))
 
 
-def _peak(problem: ShardingProblem, answer: Sequence[int]) -> tuple[Number, int]:
+def peak_usage(problem: ShardingProblem, answer: Sequence[int]) -> tuple[Number, int]:
+    """The most memory that an answer has live at once, and when first."""
     change: dict[int, Number] = {}
     for (begin, end), usage, strategy in zip(problem.intervals, problem.usages, answer, strict=True):
         if begin < end:

@@ -1,6 +1,7 @@
 """Placement against brute force: the checker's rules, the throughput optimum, latency with a bound."""
 
 import math
+from dataclasses import replace
 
 import networkx as nx
 import pytest
@@ -185,11 +186,56 @@ def test_memory_binds_in_any_unit(unit: float) -> None:
 
 def test_no_devices_no_answer() -> None:
     problem = chain([1.0, 1.0], accelerators=0)
-    no_cpu = PlacementProblem("none", problem.operators, problem.transfers, 0, 0, 100.0)
     for objective in ("throughput", "latency"):
-        solved = solve_placement(no_cpu, objective=objective)
+        solved = solve_placement(replace(problem, num_cpus=0), objective=objective)
         assert (solved.status, solved.answer) == ("infeasible", None)
+        assert "no devices" in solved.note
     assert solve_placement(problem).objective == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+@pytest.mark.parametrize(
+    ("operators", "limit", "words"),
+    [
+        ([(True, 1.0, "a"), (False, 1.0, "b")], 9.0, "node 1 runs on CPUs only"),
+        (
+            [(True, 1.0, "a"), (True, 2.0, "b"), (True, 2.0, "b")],
+            3.0,
+            "node 1 and its colour class hold 4,",
+        ),
+        ([(True, 3.0, "a"), (True, 2.0, "b"), (True, 2.0, "c")], 3.0, "hold 7, above the 6 of 2"),
+        ([(True, 2.0, "a"), (True, 2.0, "b"), (True, 2.0, "c")], 3.0, "all at once"),
+    ],
+)
+def test_why_there_is_no_placement_is_said(
+    operators: list[tuple[bool, float, str]], limit: float, words: str, objective: Objective
+) -> None:
+    made = tuple(Operator(v, 1.0, 1.0, *rest, backward=False) for v, rest in enumerate(operators))
+    solved = solve_placement(PlacementProblem("none", made, (), 2, 0, limit), objective=objective)
+    assert solved.status == "infeasible"
+    assert words in solved.note
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "last", "limit", "words"),
+    [
+        (0, True, 9.0, "there is none"),
+        (2, False, 9.0, "node 2 cannot be there"),
+        (2, True, 2.0, "they hold 3, above the memory limit 2"),
+        (2, True, 3.0, ""),
+    ],
+)
+def test_a_circle_that_no_accelerator_can_run_has_no_latency(
+    accelerators: int, last: bool, limit: float, words: str
+) -> None:
+    operators = tuple(Operator(v, 1.0, 1.0, last or v < 2, 1.0, f"own {v}", v > 0) for v in range(3))
+    circle = tuple(Transfer(v, (v + 1) % 3, 0.0) for v in range(3))
+    problem = PlacementProblem("circle", operators, circle, accelerators, 1, limit)
+    solved = solve_placement(problem, objective="latency")
+    assert solved.status == ("infeasible" if words else "optimal")
+    assert words in solved.note
+    assert not words or "circle (" in solved.note
+    assert solve_placement(problem).status == "optimal"
 
 
 def test_a_cycle_becomes_one_block() -> None:

@@ -14,7 +14,8 @@ from small_problems import best_sharding, ring, sharding_problems
 from graphpar.partition import reduce_loops, shard, shard_run
 from graphpar.partition.answers import Progress
 from graphpar.partition.number_rows import Rows, parse_rows
-from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
+from graphpar.partition.problems import IMPOSSIBLE_COST as NO
+from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard import solve_sharding
 from graphpar.partition.shard_check import check_sharding
@@ -38,6 +39,33 @@ def test_the_solver_finds_the_optimum_and_proves_it(problem: ShardingProblem) ->
     assert (solved.status, solved.objective, solved.truncated_by) == ("optimal", best, None)
     assert solved.answer is not None
     assert check_sharding(problem, solved.answer).feasible
+
+
+@pytest.mark.parametrize(
+    ("costs", "usages", "edges", "limit", "words"),
+    [
+        (((1, 2), (NO, NO)), ((0, 0), (0, 0)), {}, 8, "node 1 has nothing but impossible costs"),
+        (((1, 2), (1, 2)), ((0, 0), (0, 0)), {(0, 1): (NO,) * 4}, 8, "edge 0 has nothing but impossible"),
+        (((NO, 2), (1, 2)), ((0, 0), (0, 0)), {(0, 1): (0, 0, NO, NO)}, 8, "whatever memory there is"),
+        (((NO, 2), (1, 2)), ((0, 0), (0, 0)), {(0, 1): (0, 0, NO, NO)}, None, "whatever memory there is"),
+        (((NO, 2), (1, 2)), ((0, 6), (3, 4)), {}, 8, "hold 9 at time 1, above the memory limit 8"),
+        (((1, 2), (1, 2)), ((0, 6), (0, 6)), {(0, 1): (NO, 0, 0, 0)}, 5, "within the memory limit 5 has"),
+    ],
+)
+def test_why_nothing_is_possible_is_said(
+    costs: Rows,
+    usages: Rows,
+    edges: dict[tuple[int, ...], tuple[int, ...]],
+    limit: int | None,
+    words: str,
+) -> None:
+    intervals = ((0, 2), (1, 3))
+    problem = ShardingProblem(
+        "none", intervals, costs, usages, tuple(edges), tuple(edges.values()), limit
+    )
+    solved = solve_sharding(problem)
+    assert solved.status == "infeasible"
+    assert words in solved.note
 
 
 @settings(max_examples=examples(100), deadline=None)
@@ -182,7 +210,7 @@ def test_the_answer_before_reductions_is_feasible(problem: ShardingProblem) -> N
 
 def test_the_answer_before_reductions_takes_back_what_does_not_fit() -> None:
     # The cheap strategy of 0 leaves 1 only one that is too large, through the pairs possible with 2.
-    same = (0, IMPOSSIBLE_COST, IMPOSSIBLE_COST, 0)
+    same = (0, NO, NO, 0)
     problem = ShardingProblem(
         "forced",
         ((0, 1), (0, 1), (0, 1)),
@@ -250,8 +278,8 @@ def test_the_proof_phase_alone_closes_a_small_problem(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("read", [tuple, lambda rows: parse_rows(json.dumps(rows).encode())])
 def test_costs_that_round_to_the_impossible_are_possible(read: Callable[..., Rows]) -> None:
-    largest = IMPOSSIBLE_COST - 1
-    costs = [[largest, IMPOSSIBLE_COST], [IMPOSSIBLE_COST, largest]]
+    largest = NO - 1
+    costs = [[largest, NO], [NO, largest]]
     rows, uses = read(costs), ((0, 0), (0, 0))
     problem = ShardingProblem("large", ((0, 1), (0, 1)), rows, uses, (), (), None)
     solved = solve_sharding(problem, time_limit_s=60)
