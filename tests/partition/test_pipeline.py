@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, CutEdge, LinkCost, Topology
+from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError, VerifyError
 from graphpar.partition import infeasible
 from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
@@ -40,9 +42,7 @@ def assert_best(table: CostTable, found: Partition, best: float) -> None:
     assert found.truncated_by
 
 
-@settings(max_examples=examples(60), deadline=None, suppress_health_check=RELAXED)
-@given(small_tables())
-def test_partition_is_the_best_of_all_plans(table: CostTable) -> None:
+def assert_best_of_all(table: CostTable) -> None:
     best = best_step_s(table)
     if best is None:
         with pytest.raises(InfeasibleError):
@@ -51,19 +51,40 @@ def test_partition_is_the_best_of_all_plans(table: CostTable) -> None:
     found = partition(table, gap=0.0)
     assert_best(table, found, best)
     check_partition(table, found)
+
+
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=RELAXED)
+@given(small_tables())
+def test_partition_is_the_best_of_all_plans(table: CostTable) -> None:
+    assert_best_of_all(table)
 
 
 @settings(max_examples=examples(60), deadline=None, suppress_health_check=RELAXED)
 @given(small_tables(max_units=3, modes=True))
 def test_partition_is_the_best_of_all_plans_in_all_modes(table: CostTable) -> None:
-    best = best_step_s(table)
-    if best is None:
-        with pytest.raises(InfeasibleError):
-            partition(table, gap=0.0)
-        return
-    found = partition(table, gap=0.0)
-    assert_best(table, found, best)
-    check_partition(table, found)
+    assert_best_of_all(table)
+
+
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=3), st.sampled_from([(1,), (1, 2, 3)]), st.booleans())
+def test_partition_is_the_best_of_all_plans_where_modes_outdo_others(
+    table: CostTable, zero: tuple[int, ...], recompute: bool
+) -> None:
+    """Modes drawn one by one never cost the same; those of a table do, and then some are dropped."""
+    assert_best_of_all(with_modes(table, StageOptions(zero=zero, recompute=recompute)))
+
+
+@pytest.mark.parametrize(("optimizer_s", "zero"), [(0.0, 0), (40.0, 1)])
+def test_replicas_divide_the_optimiser_where_that_takes_less(optimizer_s: float, zero: int) -> None:
+    """Two replicas beside one device, which pipelines side by side cannot be: a device holds one unit."""
+    table = make_table(
+        (2.0, 1.0), (1.0,), (3,), memory_bytes=25.0, link=LinkCost(0.0, 10.0),
+        weight_bytes=20.0, gradient_bytes=1.0, optimizer_s=optimizer_s,
+    )  # fmt: skip
+    table = with_modes(table, StageOptions(zero=(1,)))
+    assert_best_of_all(table)
+    (pipeline,) = partition(table, gap=0.0).pipelines
+    assert [(len(s.replicas), s.zero) for s in pipeline.stages] == [(2, zero), (1, 0)]
 
 
 @pytest.mark.slow
