@@ -407,7 +407,7 @@ class _Run:
             return
         if self.truncated and self.family.repeats is None:
             self.regular()
-        # Over few devices this takes milliseconds; else a late answer is only better than none.
+        # Over few devices this takes a second at most; else a late answer is only better than none.
         grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
         until_s = INFINITY if few else max(self._final_s, grace_s)
         for made in simple_plans(self._table, schedule, microbatches, until_s, self._physical_s):
