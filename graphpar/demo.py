@@ -15,6 +15,7 @@ from graphpar.cluster import Cluster
 from graphpar.compiler import compile as compile_model
 from graphpar.examples.gpt import GPT
 from graphpar.examples.text import batches, standard_library_text
+from graphpar.local_timing import Example
 from graphpar.measure import calibrate
 from graphpar.partition.baselines import even_split
 from graphpar.planner import plan_of, plan_prepared, price
@@ -126,7 +127,7 @@ def run_demo(steps: int, out: Path) -> DemoReport:
     table = price(prepared, cluster, train=training, precision="float32", calibration=calibration)
     plan = plan_prepared(
         prepared, cluster, train=training, precision="float32", calibration=calibration,
-        time_limit_s=20.0, gap=0.01,
+        time_limit_s=20.0, gap=0.01, example=Example(model, data[0], {}),
     )  # fmt: skip
     even = plan_of(prepared, cluster, table, even_split(table))
     console.print(str(plan), highlight=False, markup=False)
