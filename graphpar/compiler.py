@@ -65,7 +65,7 @@ def plan(
         time_limit_s: When to stop searching; the plan then says so.
         gap: When to stop searching: proven within this fraction of the best.
         measure_s: On a calibrated machine, what may be spent on any one measurement of the model's own
-            units and stages on its processor (five to twelve seconds in all; 0 for none), for workers
+            units and stages on its processor (several times as much in all; 0 for none), for workers
             that run there. Kept for later plans.
 
     Raises:
@@ -143,7 +143,7 @@ def compile(
         time_limit_s: When to stop searching for a plan.
         gap: When to stop searching: proven within this fraction of the best.
         measure_s: On a calibrated machine, what may be spent on any one measurement of the model's own
-            units and stages on its processor (five to twelve seconds in all; 0 for none), for workers
+            units and stages on its processor (several times as much in all; 0 for none), for workers
             that run there. Kept for later plans.
         verify_first_step: Compare loss and gradients of the first training step with one device before
             the weights change: for models that fit into the driver twice. `NumbersDifferError` where

@@ -1,7 +1,7 @@
 """From a partition to a plan: schedule it, predict it, and write down all of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -27,7 +27,8 @@ _TRIED = (
 class Prediction:
     """A partition, the schedule that carries it out, and its simulated timeline.
 
-    `tried` says that seconds of stages in the timing are not the table's.
+    `tried` says that seconds of stages in the timing are not the table's; `untried` are workers beside
+    those of which some are.
     """
 
     partition: Partition
@@ -35,6 +36,7 @@ class Prediction:
     timing: Timing
     timeline: Timeline
     tried: bool = False
+    untried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,27 @@ def predict(
     if summed_bytes:
         timing = with_sums(timing, table, partition, summed_bytes)
     tried = timing if retime is None else retime(timing)
-    return Prediction(partition, schedule, tried, simulate(schedule, tried), tried != timing)
+    prediction = Prediction(partition, schedule, tried, simulate(schedule, tried), tried != timing)
+    return replace(prediction, untried=_untried(timing, tried)) if prediction.tried else prediction
+
+
+def _untried(before: Timing, after: Timing) -> tuple[str, ...]:
+    """Workers on this machine of which some stage keeps its price."""
+    here = before.shared.workers if before.shared is not None else {}
+    return tuple(
+        old.device
+        for old, new in zip(before.ranks, after.ranks, strict=True)
+        if old.device in here and any(a == b for a, b in zip(old.sizes, new.sizes, strict=True))
+    )
+
+
+def _said_of_trials(prediction: Prediction) -> tuple[str, ...]:
+    if not prediction.tried:
+        return ()
+    if not prediction.untried:
+        return (_TRIED,)
+    kept = ", ".join(prediction.untried)
+    return (_TRIED, f"stages of {kept} were not tried, or not all of them: the sums of their units stand")
 
 
 def make_plan(
@@ -111,7 +133,7 @@ def make_plan(
         assumptions=(
             _SENDS,
             *((_GRADIENTS,) if table.training else ()),
-            *((_TRIED,) if prediction.tried else ()),
+            *_said_of_trials(prediction),
             *assumptions,
         ),
         notes=tuple(notes),

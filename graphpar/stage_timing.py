@@ -35,7 +35,7 @@ LEAST_ROUNDS = 2
 """As few where the budget is not enough for more; with less a stage keeps its price."""
 
 SETTLING = 4
-"""Passes without pauses before: the first of a fresh process took up to a third longer."""
+"""Passes without pauses before: the first of a fresh process are slower."""
 
 IN_FLIGHT = 2
 """Microbatches that go forward before the first goes back, where a replica has as many."""

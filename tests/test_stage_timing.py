@@ -10,6 +10,7 @@ from torch import nn
 
 import graphpar
 from graphpar.cluster import Cluster
+from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost_models.measured import StageSeconds, StageTiming
 from graphpar.local_timing import Example, Timings
 from graphpar.partition.types import Partition, Replica
@@ -163,6 +164,27 @@ def test_a_plan_says_that_its_stages_were_tried(longer: float) -> None:
 
     again = plan_of(prepared, cluster, table, plan.partition, train=TRAINING, retime=retime)
     assert any("when they were tried" in text for text in again.assumptions) is (longer > 1)
+
+
+@pytest.mark.parametrize("tried", [("local/0",), ("local/0", "local/1")])
+def test_a_plan_names_the_workers_whose_stages_were_not_tried(tried: tuple[str, ...]) -> None:
+    model, batch = model_and_batch()
+    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    prepared, cluster = prepare(model, batch, {}, TRAINING), Cluster.from_dict(CLUSTER)
+    table = price(prepared, cluster, train=TRAINING, calibration=None)
+    workers = {device: CoreUse(slowdown=slowdown) for device, slowdown in SLOWDOWNS.items()}
+    table = replace(table, shared=SharedCores(2, (1.0, 1.0), workers))
+    rows = tuple(
+        StageSeconds(k, SLOWDOWNS[d], 4, 9.0, 9.0) for k, d in enumerate(SLOWDOWNS) if d in tried
+    )
+
+    def retime(partition: Partition, timing: Timing) -> Timing:
+        return retimed(timing, partition, StageTiming(rows, 1.0, 1.0), SLOWDOWNS)
+
+    plan = plan_of(prepared, cluster, table, found, train=TRAINING, retime=retime)
+    said = [text for text in plan.assumptions if "were not tried" in text]
+    assert bool(said) is (len(tried) == 1)
+    assert all("local/1" in text and "local/0" not in text for text in said)
 
 
 def test_a_step_casts_its_weights_anew() -> None:
