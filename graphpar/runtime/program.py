@@ -164,6 +164,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
         slowdown: Emulation: how many times slower than it is the device should be.
         links: Emulated links from this rank.
         groups: Ranks that share parameters; every rank creates all groups in this order.
+        timed_groups: Those of the groups, by number, some of whose links are emulated, on one machine.
         seed: Seed of the keyed random streams.
         max_grad_norm: Global norm that gradients are clipped to; None for no clipping.
         scales_loss: Whether some stage computes in float16, so that the loss has to be scaled.
@@ -187,6 +188,7 @@ class WorkerSetup(msgspec.Struct, frozen=True):
     max_grad_norm: float | None
     scales_loss: bool = False
     measures_norm: bool = False
+    timed_groups: tuple[int, ...] = ()
     shards: dict[str, Slice] = {}
     shard_groups: dict[str, int] = {}
     own_settings: dict[str, dict[str, Plain]] = {}

@@ -1,6 +1,7 @@
 """What ranks start with: which tensors they hold, and which torch device a device of the cluster is."""
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 
@@ -30,6 +31,7 @@ def rank_starts(
     """
     names = lowered.partition.used_devices
     intended = Intended.of(training, *_trained(lowered)) if training is not None else Intended({}, {})
+    timed = _timed_groups(cluster, names, lowered.groups)
     starts = []
     for rank, (name, placement) in enumerate(zip(names, lowered.placements, strict=True)):
         device = cluster.device(name)
@@ -42,6 +44,7 @@ def rank_starts(
             slowdown=device.slowdown,
             links=_emulated_links(cluster, names, rank),
             groups=lowered.groups,
+            timed_groups=timed,
             seed=training.seed if training else 0,
             max_grad_norm=training.max_grad_norm if training else None,
             measures_norm=measures_norm,
@@ -89,6 +92,17 @@ def _emulated_links(cluster: Cluster, names: Sequence[str], rank: int) -> tuple[
         if link is not None and link.emulated:
             links.append(EmulatedLink(other, link.latency_s, link.bytes_per_s))
     return tuple(links)
+
+
+def _timed_groups(
+    cluster: Cluster, names: Sequence[str], groups: Sequence[Sequence[int]]
+) -> tuple[int, ...]:
+    """Groups, by number, with an emulated link between any two of their ranks."""
+    return tuple(
+        number
+        for number, ranks in enumerate(groups)
+        if any(cluster.link(names[a], names[b]).emulated for a, b in combinations(ranks, 2))
+    )
 
 
 def refuse_foreign_devices(cluster: Cluster, lowered: Lowered) -> None:

@@ -94,6 +94,17 @@ def links_inside(
     return tuple(link for link in links if machines[link.rank] == machines[rank])
 
 
+def groups_inside(
+    timed: Sequence[int], groups: Sequence[Sequence[int]], machines: Sequence[str]
+) -> tuple[int, ...]:
+    """Those groups, by number, whose ranks are all on one machine, and so share a clock.
+
+    >>> groups_inside([0, 1], [(0, 1), (0, 2)], ["a", "a", "b"])
+    (0,)
+    """
+    return tuple(g for g in timed if len({machines[rank] for rank in groups[g]}) == 1)
+
+
 def _machine() -> str:
     """The same for processes that share a monotonic clock."""
     try:
@@ -194,7 +205,9 @@ class TorchrunWorkers:
         atexit.register(self.close)
         machines = [self._machines[process] for process in self._rank_of]
         setup = msgspec.structs.replace(
-            start.setup, links=links_inside(start.setup.links, start.setup.rank, machines)
+            start.setup,
+            links=links_inside(start.setup.links, start.setup.rank, machines),
+            timed_groups=groups_inside(start.setup.timed_groups, start.setup.groups, machines),
         )
         self._worker = Worker(setup, start.tensors, trained, recipe, self._rank_of)
 

@@ -10,7 +10,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
@@ -78,6 +78,8 @@ class Transport:
         groups: Ranks of the job that reduce together; created by all ranks in this order.
         links: Links of this rank that are made slower.
         pace: The time of the device, where that is emulated.
+        timed_groups: Groups, by number, whose collectives begin when the last member has come by its own
+            time, and take what emulated links would. All members of a group give the same.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Transport:
         groups: Sequence[Sequence[int]],
         links: Sequence[EmulatedLink] = (),
         pace: Pace | None = None,
+        timed_groups: Collection[int] = (),
     ) -> None:
         self.device = device
         self.ranks = tuple(ranks)
@@ -95,6 +98,7 @@ class Transport:
         self._emulated = {link.rank: link for link in links}
         self._members = [tuple(g) for g in groups]
         self._groups = [dist.new_group([self.ranks[r] for r in g], backend="gloo") for g in groups]
+        self._timed = frozenset(timed_groups)
         self._leaving = _Leaving()
         self._busy_until = 0.0
 
@@ -152,7 +156,7 @@ class Transport:
     def start_sum(self, tensor: torch.Tensor, group: int) -> Callable[[], torch.Tensor]:
         """Begin a sum, in the tensor's own place where it lies on the CPU; the result of waiting."""
         buffer = tensor.cpu().contiguous()
-        due = self._due(self._ring_seconds(self._members[group], buffer.nbytes))
+        due = self._due(self._ring_seconds(self._members[group], buffer.nbytes), group)
         work = dist.all_reduce(buffer, group=self._groups[group], async_op=True)
 
         def finish() -> torch.Tensor:
@@ -164,7 +168,7 @@ class Transport:
     def maximum(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
         """Largest values over a group of ranks; the result is on the tensor's device."""
         buffer = tensor.cpu()
-        due = self._due(self._ring_seconds(self._members[group], buffer.nbytes))
+        due = self._due(self._ring_seconds(self._members[group], buffer.nbytes), group)
         dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self._groups[group])
         self._await(None, due)
         return buffer.to(tensor.device)
@@ -183,7 +187,7 @@ class Transport:
         flat = away[0] if len(away) == 1 else torch.cat(away)
         sizes = [0 if k == own else prod(shape) for k, shape in enumerate(shapes)]
         arrived = torch.empty(sum(sizes), dtype=flat.dtype)
-        due = self._due(self._peer_seconds(members, blocks))
+        due = self._due(self._peer_seconds(members, blocks), group)
         given = [0 if k == own else block.numel() for k, block in enumerate(blocks)]
         group_of = self._groups[group]
         work = dist.all_to_all_single(arrived, flat, sizes, given, group=group_of, async_op=True)
@@ -198,17 +202,32 @@ class Transport:
 
         return finish
 
-    def _due(self, seconds: float) -> float:
-        """When an emulated link will have carried a collective that takes so long, one after another."""
-        if not seconds:
-            return 0.0
-        self._busy_until = max(self.pace.now_s(), self._busy_until) + seconds
-        return self._busy_until
+    def _due(self, seconds: float, group: int) -> Callable[[], float]:
+        """When emulated links will have carried a collective that begins now; 0 where none is emulated.
 
-    def _await(self, work: "dist.Work | None", due_s: float) -> None:
-        """Wait for a collective that all members meet in, and until a link would have carried it."""
+        A link carries one after another, and this one not before all members have come. A member that is
+        ahead of its device's time may have come long before it, so members tell each other when they are
+        done.
+        """
+        own_s = max(self.pace.now_s(), self._busy_until) + seconds if seconds else 0.0
+        self._busy_until = max(self._busy_until, own_s)
+        if group not in self._timed:
+            return lambda: own_s
+        last = torch.tensor([own_s], dtype=torch.float64)
+        work = dist.all_reduce(last, dist.ReduceOp.MAX, group=self._groups[group], async_op=True)
+
+        def due_s() -> float:
+            work.wait()
+            self._busy_until = max(self._busy_until, float(last))
+            return float(last)
+
+        return due_s
+
+    def _await(self, work: "dist.Work | None", due: Callable[[], float]) -> None:
+        """Wait for a collective that all members meet in, and until links would have carried it."""
         if work is not None:
             work.wait()
+        due_s = due()
         self.pace.ready(max(due_s, time.monotonic()))
         _wait(None, due_s)
 

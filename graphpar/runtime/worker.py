@@ -75,7 +75,8 @@ class Worker:
             self.tensors[label] = nn.Parameter(tensor) if label in wanted else tensor
         self.trained = tuple(label for label in trained if label in self.tensors)
         self.pace = Pace(setup.slowdown, setup.threads)
-        self.transport = Transport(self.device, ranks, setup.groups, setup.links, self.pace)
+        timed = setup.timed_groups
+        self.transport = Transport(self.device, ranks, setup.groups, setup.links, self.pace, timed)
         self.shards = Shards(self.tensors, setup.shards, setup.shard_groups, self.transport)
         self._recipe = recipe
         self.optimizer = self._fresh_optimizer()

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.program import EmulatedLink
@@ -66,3 +67,38 @@ def test_a_message_arrives_as_it_was_and_not_before_it_is_due(
         due_s = began_s + 0.01 + tensor.nbytes / 1e6
         assert time.monotonic() >= due_s
         assert pace.now_s() == pytest.approx(due_s, abs=1e-9), "lateness is not the device's"
+
+
+class Meeting(Wire):
+    """Collectives with a member that comes later by its own time, though it is there already."""
+
+    ReduceOp = dist.ReduceOp
+
+    def __init__(self, other_s: float) -> None:
+        super().__init__()
+        self.other_s = other_s
+
+    def new_group(self, ranks: list[int], backend: str) -> object:
+        """A group is nothing but its name."""
+        return tuple(ranks)
+
+    def all_reduce(
+        self, tensor: torch.Tensor, op: object = None, *, group: object, async_op: bool = False
+    ) -> "Meeting":
+        """The other member has the same gradients, and its own time."""
+        if op is dist.ReduceOp.MAX:
+            tensor.clamp_(min=self.other_s)
+        else:
+            tensor.mul_(2)
+        return self
+
+
+def test_a_sum_over_a_link_begins_when_the_last_member_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    began_s, link_s = time.monotonic(), 2 * 0.01
+    meeting = Meeting(other_s=began_s + 0.3 + link_s)
+    monkeypatch.setattr("graphpar.runtime.transport.dist", meeting)
+    pace, link = Pace(2.0, 1), (EmulatedLink(1, 0.01, 1e12),)
+    member = Transport(torch.device("cpu"), (0, 1), [(0, 1)], link, pace, timed_groups=[0])
+    pace.restart(began_s)
+    assert torch.equal(member.sum(torch.ones(4), 0), torch.full((4,), 2.0))
+    assert pace.now_s() >= meeting.other_s - 1e-9, "the link carried it before the other member had come"
