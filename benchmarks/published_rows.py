@@ -46,6 +46,9 @@ class Traits:
     reduces_half: bool = False
     overlaps_alone: bool = False
     separate_projections: bool = False
+    growing_segments: bool = False
+    keeps_gathered: bool = False
+    divides_loss: bool = False
 
 
 OLD_MEGATRON = Traits(
@@ -78,9 +81,18 @@ MODERN_MEGATRON = Traits(
 sharded where they would not fit."""
 
 TITAN = Traits(
-    fused_pointwise=False, zero=3, selects_products=True, stops_early=True, separate_projections=True
+    fused_pointwise=False,
+    zero=3,
+    selects_products=True,
+    stops_early=True,
+    separate_projections=True,
+    growing_segments=True,
+    keeps_gathered=True,
+    divides_loss=True,
 )
-"""Its layers and what it recomputes: https://github.com/pytorch/torchtitan/tree/main/torchtitan/models/llama3."""
+"""Its layers and what it recomputes: https://github.com/pytorch/torchtitan/tree/main/torchtitan/models/llama3.
+Its launcher, `run_train.sh`, has the allocator's segments grow; `parallelize_llama.py` keeps weights
+gathered in a pipeline and divides the loss by vocabulary (`loss_parallel`)."""
 
 FRAMEWORKS = (
     ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
@@ -256,6 +268,9 @@ def _run(
         row_scales="row" in str(parallel.get("float8")).lower(),
         reduces_half=traits.reduces_half,
         separate_projections=traits.separate_projections,
+        growing_segments=traits.growing_segments,
+        keeps_gathered=traits.keeps_gathered,
+        divides_loss=traits.divides_loss,
         overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
         fused_experts=captured,
         captured=captured,

@@ -24,8 +24,8 @@ FRAGMENTATION = 1.12
 WORST_FRAGMENTATION = 1.25
 """The most to reckon with: 56 of 57 measured peaks of BLOOM's runs stayed below it."""
 
-COMPILED_FRAGMENTATION = 1.0
-"""The same where a compiler has planned the buffers."""
+DENSE_FRAGMENTATION = 1.0
+"""The same where a compiler has planned the buffers, or where the allocator's segments grow as needed."""
 
 USABLE = 0.945
 """Share of a device's memory that tensors can fill: driver and display take some, and what is left in
@@ -96,27 +96,34 @@ def stage_layers(run: Run, stage: int) -> int:
 
 def weights_of_stage(run: Run, stage: int) -> float:
     """Elements of weights that one device of a stage computes with."""
-    shape = run.shape
-    per_layer = shape.layer_parameters
-    if shape.moe is not None:
-        attention = shape.attention_parameters
-        per_layer = attention + (per_layer - attention) / max(run.expert, 1)
+    return sum(_elements(run, stage))
+
+
+def _elements(run: Run, stage: int) -> tuple[float, float]:
+    """Those that all tensor-parallel ranks divide, and those of its experts."""
+    shape, layers = run.shape, stage_layers(run, stage)
     tables = shape.vocab * shape.hidden * (stage == 0) + shape.outputs * shape.hidden * (
         stage == run.pipeline - 1 and not (shape.tied and run.pipeline == 1)
     )
-    return (per_layer * stage_layers(run, stage) + tables) / run.tensor
+    dense, experts = _layer_elements(run)
+    return dense * layers + tables / run.tensor, experts * layers
+
+
+def _layer_elements(run: Run) -> tuple[float, float]:
+    """The same of an average layer; experts are divided by groups of their own."""
+    routed = run.shape.routed_parameters
+    return (run.shape.layer_parameters - routed) / run.tensor, routed / (run.expert * run.expert_tensor)
 
 
 def stage_parts(run: Run, stage: int) -> MemoryParts:
     """The peak of one device of a stage by part."""
-    elements = weights_of_stage(run, stage)
-    weights, gradients, optimizer, gathered = _state_bytes(run, elements)
+    weights, gradients, optimizer, gathered = _state_bytes(run, stage)
     kept, working = _activation_bytes(run, stage)
     logits = logits_bytes(run) if stage == run.pipeline - 1 else 0.0
     # One layer's recomputation and the loss do not happen at the same time.
     activations, logits = (kept + working, 0.0) if working > logits else (kept, logits)
     tensors = weights + gradients + optimizer + gathered + activations + logits
-    slack = COMPILED_FRAGMENTATION if run.compiled else FRAGMENTATION
+    slack = DENSE_FRAGMENTATION if run.compiled or run.growing_segments else FRAGMENTATION
     groups = sum(width > 1 for width in (run.tensor, run.pipeline, run.data * run.context))
     overhead = CONTEXT_BYTES + groups * COMMUNICATOR_BYTES
     return MemoryParts(
@@ -124,62 +131,101 @@ def stage_parts(run: Run, stage: int) -> MemoryParts:
     )
 
 
-def _state_bytes(run: Run, elements: float) -> tuple[float, float, float, float]:
+def _state_bytes(run: Run, stage: int) -> tuple[float, float, float, float]:
     """Weights, gradients, optimiser state, and buffers of whole layers where weights are sharded."""
+    dense, experts = _elements(run, stage)
+    elements = dense + experts
     shards = max(run.shard_group or run.data * run.context, 1)
+    # Copies of experts are those that their own groups leave of the stage's devices.
+    copies = max(shards * run.tensor / (run.expert * run.expert_tensor), 1.0)
+    sharded = dense / shards + experts / copies
     if run.zero >= 3:
-        # The shard itself is the float32 master; whole layers in half precision come and go: one in use,
-        # one on its way, one's gradient in float32 on its way out; the tables are one unit of their own.
-        layer = run.shape.layer_parameters / run.tensor
-        tables = run.shape.embedding_parameters / run.tensor
-        gathered = layer * (2 * 2.0 + 2.0 + run.gradient_bytes) + tables * 2.0
-        sharded = elements / shards
+        # The shard itself is the master in full precision.
+        gathered = _gathered_bytes(run, stage, elements)
         return 4.0 * sharded, 4.0 * sharded, (run.state_bytes - 4.0) * sharded, gathered
-    optimizer = run.state_bytes * elements / (shards if run.zero >= 1 else 1)
-    if run.gradient_bytes < 4 and run.dtype != "float32":
+    stepped = sharded if run.zero >= 1 else elements
+    summed = sharded if run.zero >= 2 else elements
+    if is_wide(run):
+        # No second copy of anything, however the optimiser would hold that of half precision.
+        return 4.0 * elements, 4.0 * summed, (run.state_bytes - 4.0) * stepped, 0.0
+    optimizer = run.state_bytes * stepped
+    if run.gradient_bytes < 4:
         # Half-precision gradients are unscaled into float32 before the update.
-        optimizer += 4.0 * elements / (shards if run.zero >= 1 else 1)
+        optimizer += 4.0 * stepped
     if run.bucket_elements and run.zero == 0:
         # DeepSpeed's optimiser without sharding copies all gradients into one flat buffer.
         optimizer += run.gradient_bytes * elements
-    gradients = run.gradient_bytes * elements / (shards if run.zero >= 2 else 1)
-    return 2.0 * elements, gradients, optimizer, 2 * 2.0 * min(elements, run.bucket_elements)
+    gathered = 2 * 2.0 * min(elements, run.bucket_elements)
+    return 2.0 * elements, run.gradient_bytes * summed, optimizer, gathered
+
+
+def is_wide(run: Run) -> bool:
+    """Whether values are held in float32."""
+    return run.dtype in ("float32", "tf32")
+
+
+def _gathered_bytes(run: Run, stage: int, elements: float) -> float:
+    """Whole weights and gradients of a stage whose state is sharded.
+
+    Layers in half precision come and go: one in use, one on its way, one's gradient on its way out, in
+    half precision and as it is summed. The tables are one unit with the model itself, which is there from
+    forward to the end of backward, and the head's gradient with it. A pipeline stage that gathered its
+    layers for each microbatch would do little else: some keep them, and gradients as they are summed, to
+    the last one.
+    """
+    word = 4.0 if is_wide(run) else 2.0
+    if run.keeps_gathered and run.pipeline > 1:
+        return elements * (word + (run.gradient_bytes if microbatches(run) > 1 else word))
+    layer = sum(_layer_elements(run))
+    tables = run.shape.embedding_parameters / run.tensor
+    head = run.shape.outputs * run.shape.hidden / run.tensor * (stage == run.pipeline - 1)
+    return layer * (3 * word + run.gradient_bytes) + (tables + head) * word
+
+
+def microbatches(run: Run) -> int:
+    """Microbatches of a replica's step."""
+    return max(round(run.batch / (run.data * run.microbatch)), 1)
 
 
 def in_flight(run: Run, stage: int) -> float:
     """Microbatches whose activations a stage holds at once under 1F1B or its interleaved form."""
-    microbatches = max(round(run.batch / (run.data * run.microbatch)), 1)
     ahead = float(run.pipeline - stage)
     if run.virtual > 1:
         # Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 2.2.
         ahead *= 1 + (run.pipeline - 1) / (run.pipeline * run.virtual)
-    return min(ahead, microbatches)
+    return min(ahead, microbatches(run))
 
 
 def _activation_bytes(run: Run, stage: int) -> tuple[float, float]:
-    """What waits for backward on a stage, and one layer's work while it is recomputed."""
+    """What waits for backward on a stage, and what of one layer is computed again beside it."""
     layers = stage_layers(run, stage)
     tokens = run.microbatch * run.shape.seq_len / run.context
+    outer = run.tensor if run.sequence_parallel else 1
     full = layer_activation_bytes(run)
     # What a stage has sent on stays with DeepSpeed until its gradient is back.
     sent = tokens * run.shape.hidden * 2.0 if run.keeps_outputs and run.pipeline > 1 else 0.0
-    sent *= in_flight(run, stage)
-    if run.recompute == "none":
-        return in_flight(run, stage) * layers * full + sent, 0.0
-    outer = run.tensor if run.sequence_parallel else 1
-    if run.recompute == "full":
-        share = run.recompute_share
-        kept = share * tokens * run.shape.hidden * 2.0 / outer + (1 - share) * full
-    else:
-        kept = tokens * _selected_bytes_per_token(run)
-    return in_flight(run, stage) * layers * kept + sent, full
+    one = {
+        "none": full,
+        "full": tokens * run.shape.hidden * 2.0 / outer,
+        "selective": min(tokens * _selected_bytes_per_token(run), full),
+    }[run.recompute]
+    share = run.recompute_share if run.recompute == "full" else 1.0
+    kept = in_flight(run, stage) * (layers * (share * one + (1 - share) * full) + sent)
+    # What runs again is there beside the gradient of its result.
+    passing = tokens * run.shape.hidden * 2.0 / outer
+    again = 0.0 if run.recompute == "none" or not share else full - one + passing
+    # Counted for half precision; a mask of bits is the same in both, and little.
+    wide = 2.0 if is_wide(run) else 1.0
+    return wide * kept, wide * again
 
 
 def _selected_bytes_per_token(run: Run) -> float:
     """What selective recomputation keeps of one layer per token.
 
-    Without fused attention it drops the scores alone (Korthikanti et al., section 4.2); with it, every
-    second product's result, the attention's, and the layer's input are kept.
+    Without fused attention it drops the scores alone (Korthikanti et al., section 4.2). Torchtitan's
+    policy keeps, besides the layer's input, the attention's result, every second product's (queries,
+    values, the feed-forward's first and last) and what was reduced and scattered. Nothing in backward
+    reads the last product's result: eager torch keeps it all the same, a compiler drops it.
     """
     shape, t = run.shape, run.tensor
     outer = t if run.sequence_parallel else 1
@@ -187,7 +233,9 @@ def _selected_bytes_per_token(run: Run) -> float:
         return _dense_bytes_per_token(run)
     q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
     wide = shape.moe.ffn * shape.moe.topk if shape.moe else shape.ffn
-    return 2.0 * (2 * shape.hidden / outer + (2 * q + kv + wide) / t)
+    scattered = shape.hidden / outer if t > 1 else 0.0
+    unread = 0.0 if run.compiled else shape.hidden + scattered
+    return 2.0 * (shape.hidden / outer + scattered + unread + (2 * q + kv + wide) / t)
 
 
 def _dense_bytes_per_token(run: Run) -> float:
@@ -224,8 +272,10 @@ def layer_activation_bytes(run: Run) -> float:
 def logits_bytes(run: Run) -> float:
     """Logits of one microbatch: in half precision, in float32, their logarithms, and the gradient.
 
-    A fused loss keeps them in half precision with their gradient in place of them.
+    A fused loss keeps them in half precision with their gradient in place of them. Torch's loss of logits
+    that are divided by vocabulary works out their exponentials anew in backward, beside all else.
     """
     tokens = run.microbatch * run.shape.seq_len / run.context
-    per_logit = 4.0 if run.fused_loss else run.logit_bytes
+    apart = 4.0 if run.divides_loss and run.tensor > 1 else 0.0
+    per_logit = 4.0 if run.fused_loss else run.logit_bytes + apart
     return tokens * run.shape.outputs / run.tensor * per_logit

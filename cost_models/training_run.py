@@ -86,6 +86,10 @@ class Run:
         fused_experts: Whether experts' products apply activations, biases and casts themselves.
         captured: Whether whole steps are captured as CUDA graphs, routing of experts included.
         separate_projections: Whether queries, keys, values and the gate are products of their own.
+        growing_segments: Whether the allocator's segments grow, which leaves few holes.
+        keeps_gathered: Whether a pipeline stage keeps sharded weights gathered, and its gradients whole,
+            from the first microbatch to the last.
+        divides_loss: Whether torch's own operators divide the loss by vocabulary in tensor groups.
     """
 
     shape: ModelShape
@@ -134,6 +138,9 @@ class Run:
     stops_early: bool = False
     pads_vocab: bool = True
     separate_projections: bool = False
+    growing_segments: bool = False
+    keeps_gathered: bool = False
+    divides_loss: bool = False
     fused_experts: bool = False
     captured: bool = False
 

@@ -113,6 +113,14 @@ class ModelShape:
         return self.attention_parameters + mixed
 
     @property
+    def routed_parameters(self) -> float:
+        """Those of them that are experts to choose from."""
+        if self.moe is None:
+            return 0.0
+        sparse = 1 - self.moe.dense_layers / self.layers
+        return sparse * self.moe.experts * self.mlp_parameters(self.moe.ffn)
+
+    @property
     def embedding_parameters(self) -> float:
         """Weights of the input table, and of the output where it is not the same."""
         return float(self.vocab * self.hidden * (1 if self.tied else 2))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from graphpar import catalogue
 from graphpar.cost_models.communication import Network
 from graphpar.cost_models.training import step_time
-from graphpar.cost_models.training_memory import fits, memory_bytes
+from graphpar.cost_models.training_memory import fits, memory_bytes, stage_parts, weights_of_stage
 from graphpar.cost_models.training_run import Run, parameters
 from graphpar.cost_models.transformer import ModelShape, MoeShape, layer_work
 
@@ -76,7 +76,47 @@ def test_memory_falls_with_sharding_and_rises_with_the_microbatch() -> None:
     sizes = [memory_bytes(replace(BASE, zero=zero)) for zero in (0, 1, 3)]
     assert sizes == sorted(sizes, reverse=True)
     assert memory_bytes(replace(BASE, microbatch=4)) > memory_bytes(BASE)
-    assert memory_bytes(replace(BASE, recompute="full")) < memory_bytes(BASE)
+    for run in (BASE, replace(BASE, fused_attention=False), replace(BASE, dtype="float32")):
+        sizes = [memory_bytes(replace(run, recompute=kind)) for kind in ("full", "selective", "none")]
+        assert sizes == sorted(sizes)
+
+
+def test_float32_keeps_twice_the_activations_and_no_second_weights() -> None:
+    half, wide = (stage_parts(replace(BASE, dtype=dtype), 0) for dtype in ("bfloat16", "float32"))
+    assert wide.activations == 2 * half.activations
+    assert wide.weights + wide.gradients + wide.optimizer == 16 * GPT.parameters
+
+
+def test_experts_are_divided_by_groups_of_their_own() -> None:
+    shape = replace(LLAMA, moe=MoeShape(8, 2, 14336))
+    experts = LLAMA.layers * 8 * 3 * 4096 * 14336
+    for expert, width in ((1, 1), (2, 1), (4, 2), (8, 4)):
+        run = replace(BASE, shape=shape, devices=32, tensor=4, data=8, expert=expert, expert_tensor=width)
+        parts = stage_parts(replace(run, zero=1), 0)
+        dense = shape.parameters - experts
+        assert parts.weights == pytest.approx(2 * (dense / 4 + experts / (expert * width)))
+        # However they are divided, all devices together hold the optimiser's state of each weight once.
+        assert parts.optimizer * 32 == pytest.approx((12 + 4) * shape.parameters)
+
+
+def test_a_pipeline_that_keeps_its_weights_gathered_holds_whole_gradients_too() -> None:
+    run = replace(BASE, shape=LLAMA, tensor=2, pipeline=2, data=2, zero=3, gradient_bytes=4.0, batch=16)
+    ends = [sum(vars(stage_parts(replace(run, keeps_gathered=keeps), 0)).values()) for keeps in (0, 1)]
+    kept = stage_parts(replace(run, keeps_gathered=True), 0)
+    assert kept.gathered == (2 + 4) * weights_of_stage(run, 0)
+    assert ends[1] > ends[0]
+
+
+def test_what_selective_recomputation_keeps_is_what_its_policy_lists() -> None:
+    run = replace(
+        BASE, shape=LLAMA, microbatch=1, recompute="selective", selects_products=True, fused_loss=True
+    )
+    tokens, h, kv, wide = 8192, 4096, 1024, 14336
+    layers = 32 * tokens * 2  # in half precision
+    eager, compiled = (stage_parts(replace(run, compiled=c), 0) for c in (False, True))
+    assert compiled.activations - eager.activations == -layers * h  # the last product's result
+    full = stage_parts(replace(run, compiled=True, recompute="full"), 0)
+    assert compiled.tensors - full.tensors == pytest.approx(layers * (2 * h + kv + wide))
 
 
 def test_what_frameworks_do_in_tensor_parallel_layers_is_counted() -> None:
