@@ -101,7 +101,9 @@ def test_experts_are_divided_by_groups_of_their_own() -> None:
 
 def test_a_pipeline_that_keeps_its_weights_gathered_holds_whole_gradients_too() -> None:
     run = replace(BASE, shape=LLAMA, tensor=2, pipeline=2, data=2, zero=3, gradient_bytes=4.0, batch=16)
-    ends = [sum(vars(stage_parts(replace(run, keeps_gathered=keeps), 0)).values()) for keeps in (0, 1)]
+    ends = [
+        sum(vars(stage_parts(replace(run, keeps_gathered=keeps), 0)).values()) for keeps in (False, True)
+    ]
     kept = stage_parts(replace(run, keeps_gathered=True), 0)
     assert kept.gathered == (2 + 4) * weights_of_stage(run, 0)
     assert ends[1] > ends[0]
