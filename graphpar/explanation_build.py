@@ -19,37 +19,47 @@ from graphpar.explanation import (
     ChoiceKind,
     Explanation,
     ResourceKind,
-    RunnerUp,
     ShadowPrice,
 )
+from graphpar.explanation_words import FULL, binding, runner_up
 from graphpar.partition.bounds import device_prices_s
 from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.infeasible import more_devices, scale_memory
+from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.pipeline import partition as solve
-from graphpar.partition.settings import microbatch_counts
+from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.simulated import deal_any, has_formula, price_any
 from graphpar.step_parts import told_parts
-from graphpar.units import format_bytes, format_percent, format_seconds
+from graphpar.units import format_bytes
 
 _MORE = 1.1
 """Memory and bandwidth are tried with a tenth more."""
 
-_FULL = 0.9
-"""A device that is fuller than this may be held back by its memory."""
-
 Pipelines = tuple[PipelineChoice, ...]
 
 
-def explain_partition(table: CostTable, found: Partition, *, time_limit_s: float = 2.0) -> Explanation:
+def explain_partition(
+    table: CostTable,
+    found: Partition,
+    *,
+    time_limit_s: float = 2.0,
+    schedule: ScheduleChoice = "auto",
+    microbatches: Microbatches = "auto",
+    whole: bool = False,
+) -> Explanation:
     """Explain a partition of a table.
 
     Args:
         table: What it was made for.
         found: The partition.
         time_limit_s: Seconds after which nothing new is tried; what was not is said.
+        schedule: What was searched for; solving again searches for the same.
+        microbatches: The number that was fixed, if any.
+        whole: Whether the model may not be cut.
     """
-    work = _Work(table, found, time.monotonic() + time_limit_s)
+    settings = _Settings(schedule, microbatches, whole)
+    work = _Work(table, found, time.monotonic() + time_limit_s, settings)
     choices = [c for c in work.choices() if c.alternatives]
     prices = list(work.shadow_prices())
     parts = told_parts(table, found)
@@ -59,9 +69,9 @@ def explain_partition(table: CostTable, found: Partition, *, time_limit_s: float
         bound_s=found.bound_s,
         gap=found.gap,
         parts=parts,
-        binding=tuple(_binding(table, found, parts)),
+        binding=tuple(binding(table, found, parts)),
         choices=tuple(sorted(choices, key=lambda c: never if c.margin_s is None else c.margin_s)),
-        runners_up=tuple(_runner_up(table, found, other) for other in found.runners_up),
+        runners_up=tuple(runner_up(table, found, other) for other in found.runners_up),
         shadow_prices=tuple(sorted(prices, key=lambda p: -(p.saves_s or 0.0))),
         left_out=tuple(work.left_out),
     )
@@ -76,12 +86,24 @@ class _Change:
     schedule: ScheduleName
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What was asked for when the partition was made."""
+
+    schedule: ScheduleChoice
+    microbatches: Microbatches
+    whole: bool
+
+
 class _Work:
     """One explanation in the making."""
 
-    def __init__(self, table: CostTable, found: Partition, deadline_s: float) -> None:
+    def __init__(
+        self, table: CostTable, found: Partition, deadline_s: float, settings: _Settings
+    ) -> None:
         self._table = table
         self._found = found
+        self._settings = settings
         # Solving again gives plans whose step is a formula: they are compared with such a one.
         formulas = (p for p in (found, *found.runners_up) if has_formula(p.schedule))
         self._searched = next(formulas, found)
@@ -337,7 +359,14 @@ class _Work:
     ) -> ShadowPrice:
         gap = max(self._searched.gap, 1e-4)
         try:
-            again = solve(table, gap=gap, time_limit_s=left_s, schedule="auto", compare_simple=False)
+            again = solve(
+                as_one_unit(table) if self._settings.whole else table,
+                gap=gap,
+                time_limit_s=left_s,
+                schedule=self._settings.schedule,
+                microbatches=self._settings.microbatches,
+                compare_simple=False,
+            )
         except InfeasibleError:
             return ShadowPrice(kind, subject, have, change, unit, None, None, "re-solved")
         # More of a resource never hurts: where the search found nothing better, the old plan stands.
@@ -364,7 +393,7 @@ class _Work:
         for number, device_class in enumerate(table.device_classes):
             peaks = [self._found.peak_bytes.get(d, 0.0) for d in device_class.devices]
             have = device_class.memory_bytes
-            if not peaks or max(peaks) < _FULL * have:
+            if not peaks or max(peaks) < FULL * have:
                 continue
             grown = scale_memory(table, _MORE).device_classes[number]
             classes = tuple(grown if i == number else c for i, c in enumerate(table.device_classes))
@@ -401,73 +430,3 @@ class _Work:
 
 def _impossible(label: str, why: str) -> Alternative:
     return Alternative(label, None, None, "re-priced", impossible=why)
-
-
-def _binding(table: CostTable, found: Partition, parts: dict[str, float]) -> Iterator[str]:
-    """The largest parts of the step, and devices whose memory is nearly full."""
-    names = {
-        "steady_s": "the busiest stage, for all microbatches but the first",
-        "steady_collective_s": "collectives of the busiest stage, for all microbatches but the first",
-        "fill_compute_s": "one microbatch computing through all stages",
-        "fill_collective_s": "collectives of one microbatch inside the stages",
-        "fill_transfer_s": "transfers of one microbatch",
-        "sync_s": "summing gradients after the last backward",
-        "optimizer_s": "the optimiser's step",
-    }
-    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-        if seconds > 0.05 * found.objective_s:
-            share = format_percent(seconds / found.objective_s)
-            yield f"{names.get(name, name)}: {format_seconds(seconds)}, {share} of the step"
-    for device_class in table.device_classes:
-        peaks = [(found.peak_bytes[d], d) for d in device_class.devices if d in found.peak_bytes]
-        if peaks and max(peaks)[0] > _FULL * device_class.memory_bytes:
-            peak, device = max(peaks)
-            yield (
-                f"memory of {device_class.name}: {device} uses {format_bytes(peak)} of "
-                f"{format_bytes(device_class.memory_bytes)}"
-            )
-
-
-def _runner_up(table: CostTable, found: Partition, other: Partition) -> RunnerUp:
-    return RunnerUp(
-        differences=tuple(_differences(found, other)),
-        step_s=other.objective_s,
-        costs_s=other.objective_s - found.objective_s,
-        num_devices=len(other.used_devices),
-        num_stages=sum(len(p.stages) for p in other.pipelines),
-    )
-
-
-def _differences(found: Partition, other: Partition) -> Iterator[str]:
-    if found.schedule != other.schedule:
-        yield f"schedule {other.schedule} instead of {found.schedule}"
-    if len(found.pipelines) != len(other.pipelines):
-        yield f"{len(other.pipelines)} pipelines instead of {len(found.pipelines)}"
-    ours, theirs = ([p.microbatches for p in x.pipelines] for x in (found, other))
-    if ours != theirs:
-        yield f"{_listed(theirs)} microbatches instead of {_listed(ours)}"
-    ours, theirs = ([len(p.stages) for p in x.pipelines] for x in (found, other))
-    if ours != theirs:
-        yield f"{_listed(theirs)} stages instead of {_listed(ours)}"
-    unused = sorted(set(found.used_devices) - set(other.used_devices))
-    new = sorted(set(other.used_devices) - set(found.used_devices))
-    for word, devices in (("without", unused), ("with", new)):
-        if devices:
-            more = f" and {len(devices) - 4} more" if len(devices) > 4 else ""
-            yield f"{word} {', '.join(devices[:4])}{more}"
-    options = [
-        {(s.precision, s.recompute, s.zero) for p in x.pipelines for s in p.stages}
-        for x in (found, other)
-    ]
-    if options[0] != options[1]:
-        yield "other precision, recomputation or ZeRO in some stages"
-    cuts = [[[s.first for s in p.stages] for p in x.pipelines] for x in (found, other)]
-    if cuts[0] != cuts[1]:
-        yield f"stages start at units {_listed(cuts[1][0])} instead of {_listed(cuts[0][0])}"
-    elif not options[0] ^ options[1]:
-        yield "the same cuts on other devices, or with other replicas"
-
-
-def _listed(values: list[int]) -> str:
-    more = ", ..." if len(values) > 8 else ""
-    return ", ".join(map(str, values[:8])) + more

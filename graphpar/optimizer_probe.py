@@ -197,3 +197,38 @@ def _same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
     """Whether changes are the same but for rounding, step by step."""
     pairs = zip(some, others, strict=True)
     return all(float((a - b).abs().max()) <= _ROUNDING * float(b.abs().max()) for a, b in pairs)
+
+
+def optimizer_state(train: Training) -> float:
+    """Bytes of optimiser state per byte of parameters, seen from one step on a small parameter."""
+    parameter = nn.Parameter(torch.ones(64, 64))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer = train.optimizer([parameter])
+        groups = optimizer.param_groups
+    except Exception as error:
+        raise ValueError(_FAILED.format(error=error)) from error
+    refuse_foreign_parameters(groups, [parameter])  # before a step, which would change them
+    try:
+        optimizer.step()
+    except Exception as error:
+        if isinstance(optimizer, NEEDS_CLOSURE):
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot train a parallel job: it computes the loss several "
+                "times within one step (a closure). Take an optimiser that steps on gradients alone, "
+                "such as AdamW."
+            ) from error
+        raise ValueError(_NO_STEP.format(error=error)) from error
+    state = optimizer.state.get(parameter, {})
+    held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
+    return held / parameter.nbytes
+
+
+_FAILED = (
+    "Training(optimizer=...) failed on a list of one parameter: {error}. It must make an optimiser "
+    "from any iterable of parameters."
+)
+_NO_STEP = (
+    "The optimiser of Training(optimizer=...) failed in a step on one parameter: {error}. Gradients are "
+    "dense here, those of nn.Embedding(sparse=True) too."
+)

@@ -5,9 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch import nn
-
 from graphpar.auto_precision import (
     MeasureErrors,
     check_budget,
@@ -40,10 +37,9 @@ from graphpar.group_candidates import (
 from graphpar.local_timing import Example, Timings
 from graphpar.optimizer_memory import update_share
 from graphpar.optimizer_probe import (
-    NEEDS_CLOSURE,
     joining_optimizer,
+    optimizer_state,
     optimizer_traits,
-    refuse_foreign_parameters,
     refuse_random_steps,
 )
 from graphpar.partition.one_unit import as_one_unit, told_in_units
@@ -217,7 +213,7 @@ def plan_prepared(
         retime = partial(wanted.retimed, cluster, calibration)
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
-    levels = _zero_levels(train)
+    levels, possible = _zero_levels(train), _possible_levels(train)
     options: dict[str, str | int | float | bool | None] = {
         "gap": gap,
         "time_limit_s": time_limit_s,
@@ -255,6 +251,7 @@ def plan_prepared(
             time_limit_s=time_limit_s,
             schedule=searched(schedule),
             microbatches=microbatches,
+            zero_levels=possible,
         )
         return told_in_units(found, table.num_units) if joins else found
 
@@ -287,7 +284,14 @@ def plan_prepared(
     wide = precision if precision != "auto" else "float32"
     far = extrapolations(prepared.graph, cluster, calibration, wide, max(sizes, default=1))
     notes = (*notes, *far)
-    explanation = explain_partition(answer.table, found, time_limit_s=explain_s)
+    explanation = explain_partition(
+        answer.table,
+        found,
+        time_limit_s=explain_s,
+        schedule=searched(schedule),
+        microbatches=microbatches,
+        whole=bool(joins),
+    )
     return plan_of(
         prepared,
         cluster,
@@ -385,6 +389,15 @@ def _zero_levels(train: Training | None) -> tuple[int, ...]:
     return levels
 
 
+def _possible_levels(train: Training | None) -> tuple[int, ...]:
+    """ZeRO levels that could be asked for, whatever was."""
+    if train is None:
+        return ()
+    return zero_levels(
+        replace(train, zero=2), optimizer_traits(train.optimizer).by_slices, train.schedule
+    )
+
+
 def zero_levels(train: Training | None, by_slices: bool, schedule: ScheduleWish) -> tuple[int, ...]:
     """ZeRO levels besides 0 that stages may choose under the schedule wished for.
 
@@ -458,38 +471,3 @@ def plan_of(
     tried = partial(retime, found) if retime is not None else None
     prediction = predict(table, found, links, lowered.summed_bytes, tried)
     return make_plan(subject, table, prediction, notes=notes, explanation=explanation)
-
-
-def optimizer_state(train: Training) -> float:
-    """Bytes of optimiser state per byte of parameters, seen from one step on a small parameter."""
-    parameter = nn.Parameter(torch.ones(64, 64))
-    parameter.grad = torch.ones_like(parameter)
-    try:
-        optimizer = train.optimizer([parameter])
-        groups = optimizer.param_groups
-    except Exception as error:
-        raise ValueError(_FAILED.format(error=error)) from error
-    refuse_foreign_parameters(groups, [parameter])  # before a step, which would change them
-    try:
-        optimizer.step()
-    except Exception as error:
-        if isinstance(optimizer, NEEDS_CLOSURE):
-            raise ValueError(
-                f"{type(optimizer).__name__} cannot train a parallel job: it computes the loss several "
-                "times within one step (a closure). Take an optimiser that steps on gradients alone, "
-                "such as AdamW."
-            ) from error
-        raise ValueError(_NO_STEP.format(error=error)) from error
-    state = optimizer.state.get(parameter, {})
-    held = sum(v.nbytes for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
-    return held / parameter.nbytes
-
-
-_FAILED = (
-    "Training(optimizer=...) failed on a list of one parameter: {error}. It must make an optimiser "
-    "from any iterable of parameters."
-)
-_NO_STEP = (
-    "The optimiser of Training(optimizer=...) failed in a step on one parameter: {error}. Gradients are "
-    "dense here, those of nn.Embedding(sparse=True) too."
-)

@@ -22,6 +22,20 @@ def format_bytes(num_bytes: float) -> str:
     return f"{value:.3g} {_BINARY[power]}"
 
 
+def enough_bytes(num_bytes: float) -> str:
+    """Bytes as `format_bytes` has them, but rounded up: whoever has so many has enough.
+
+    >>> enough_bytes(1541), format_bytes(1541)
+    ('1.51 KiB', '1.5 KiB')
+    """
+    if num_bytes < 1:
+        return format_bytes(num_bytes)
+    unit = 1024 ** min(int(math.log(num_bytes, 1024)), len(_BINARY) - 1)
+    step = unit * 10.0 ** (math.floor(math.log10(num_bytes / unit)) - 2)
+    # A hair less, lest what has three digits already gets another one.
+    return format_bytes(step * math.ceil(num_bytes / step * (1 - 1e-12)))
+
+
 def format_seconds(seconds: float) -> str:
     """Seconds with a readable unit, three significant digits.
 

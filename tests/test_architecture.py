@@ -14,7 +14,7 @@ ROWS = (
     "schedule timing team_timing crowding simulate simulated schedule_choice like_pipelines "
     "plan_choice training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
-    "explanation step_parts explanation_build explain_page",
+    "explanation explanation_words step_parts explanation_build explain_page",
     "frontend runtime passes cost_models view probes optimizer_probe optimizer_memory "
     "neighbours loopback",
     "scenarios "

@@ -1,7 +1,7 @@
 """From counts of interchangeable devices to devices with names."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 from graphpar.cost import CostTable
@@ -11,6 +11,7 @@ from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.pipeline_price import pairs, share_microbatches
 from graphpar.partition.search import Found
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.partition.zones import Zone, closeness
 
 
 def name_devices(table: CostTable, cells: Cells, found: Sequence[Found]) -> tuple[PipelineChoice, ...]:
@@ -19,10 +20,11 @@ def name_devices(table: CostTable, cells: Cells, found: Sequence[Found]) -> tupl
     Stages wider than a node choose first, then those with larger groups, then the others in the order
     of the pipeline: the node of the stage before them if it has room, else the emptiest node where a
     like stage follows, else the fullest one that has room, else what is left, fewest nodes first. Where
-    pairs of nodes have links of their own, only the closest nodes with room are considered. Stages that
-    are to share a node choose one together, which has room for all, those that need most first.
+    pairs of nodes have links of their own, only the closest nodes with room are considered, and a stage
+    beyond a node stays in the smallest zone that has room (`zones`). Stages that are to share a node
+    choose one together, which has room for all, those that need most first.
     """
-    pools = [_Pool(table, c.devices) for c in cells.cells]
+    pools = [_Pool(table, c.devices, cells.zone) for c in cells.cells]
     runs = [(p, run) for p, one in enumerate(found) for run in _runs(one.answer.stages)]
     names: dict[tuple[int, int], list[str]] = {}
     for p, run in sorted(runs, key=lambda at: _urgency(pools, found[at[0]].answer.stages, at[1])):
@@ -59,9 +61,13 @@ def _draw(
         ]
         return [next(drawn[cell]) for group in option.groups for cell in group]
     found: list[str] = []
+    near = [pool.zone_for(len(option.groups[0]), option.width, before) for pool in pools]
     for group in option.groups:
         # One group after another, in the node of the last while it has room.
-        taken = {i: iter(pools[i].draw(n, found or before, True)) for i, n in Counter(group).items()}
+        taken = {
+            i: iter(pools[i].draw(n, found or before, True, within=near[i]))
+            for i, n in Counter(group).items()
+        }
         found += [next(taken[cell]) for cell in group]
     return found
 
@@ -81,9 +87,10 @@ def groups_hold(table: CostTable, pipelines: Sequence[PipelineChoice]) -> bool:
 class _Pool:
     """The free devices of a cell, by node."""
 
-    def __init__(self, table: CostTable, devices: Sequence[str]) -> None:
+    def __init__(self, table: CostTable, devices: Sequence[str], zone: Zone | None) -> None:
         self._topology = table.topology
         self._node_of = table.topology.node_of
+        self._zone = zone
         self._free: dict[str, list[str]] = {}
         for device in devices:
             self._free.setdefault(self._node_of[device], []).append(device)
@@ -94,36 +101,84 @@ class _Pool:
         """Free devices in the node that has most."""
         return max(map(len, self._free.values()), default=0)
 
-    def draw(self, number: int, before: Sequence[str], follows: bool, room: int = 0) -> list[str]:
-        """Take some devices, if possible of one node, and of one that has `room` where others follow."""
+    def draw(
+        self,
+        number: int,
+        before: Sequence[str],
+        follows: bool,
+        room: int = 0,
+        within: Collection[str] | None = None,
+    ) -> list[str]:
+        """Take some devices, if possible of one node, and of one that has `room` where others follow.
+
+        Nodes `within` a set come first.
+        """
         if number and (wide := [n for n, free in self._free.items() if len(free) >= room > 0]):
             return self._take(min(self._closest(wide, before), key=lambda n: len(self._free[n])), number)
-        roomy = self._closest([n for n, free in self._free.items() if len(free) >= number], before)
+        enough = [n for n, free in self._free.items() if len(free) >= number]
+        enough = [n for n in enough if within is None or n in within] or enough
+        roomy = self._closest(enough, before)
         near = [n for n in roomy if any(self._node_of[d] == n for d in before)]
         if near:
             return self._take(near[0], number)
         if roomy:
             choose = max if follows else min
             return self._take(choose(roomy, key=lambda n: len(self._free[n])), number)
+        if self._zone is not None:
+            return self._spread(self._zone, number, before)
         taken: list[str] = []
         for node in sorted(self._free, key=lambda n: -len(self._free[n])):
             taken += self._take(node, min(number - len(taken), len(self._free[node])))
         return taken
+
+    def zone_for(self, size: int, number: int, before: Sequence[str]) -> Collection[str] | None:
+        """Nodes of the smallest zone with room for so many groups of a size; None where all are alike."""
+        zone = self._zone
+        while zone is not None and (inner := self._roomy(zone, size, number, before)) is not None:
+            zone = inner
+        return None if zone is None else frozenset(zone.nodes)
+
+    def _spread(self, zone: Zone, number: int, before: Sequence[str]) -> list[str]:
+        """Devices of several nodes of a zone that are as close to each other as can be."""
+        if not zone.parts:
+            return self._take(zone.nodes[0], number)
+        inner = self._roomy(zone, 1, number, before)
+        if inner is not None:
+            return self._spread(inner, number, before)
+        fullest = max(zone.parts, key=lambda part: self._room(part, 1))
+        taken = self._spread(fullest, self._room(fullest, 1), before)
+        if not taken:
+            return []
+        return taken + self._spread(zone, number - len(taken), taken)
+
+    def _roomy(self, zone: Zone, size: int, number: int, before: Sequence[str]) -> Zone | None:
+        """The closest part of a zone with room for so many groups, of several the one with least."""
+        fitting = [part for part in zone.parts if self._room(part, size) >= number]
+        ahead = {self._node_of[d] for d in before}
+
+        def order(part: Zone) -> tuple[tuple[float, float], int]:
+            nearest = min(self._worst(node, ahead) for node in part.nodes)
+            return nearest, self._room(part, size)
+
+        return min(fitting, key=order, default=None)
+
+    def _room(self, zone: Zone, size: int) -> int:
+        """Groups of a size that the free devices of a zone make."""
+        return sum(len(self._free.get(node, ())) // size for node in zone.nodes)
 
     def _closest(self, nodes: list[str], before: Sequence[str]) -> list[str]:
         """Of some nodes those with the fastest links to the devices of the stage before."""
         if not self._topology.between or not before or len(nodes) < 2:
             return nodes
         ahead = {self._node_of[d] for d in before}
-
-        def worst(node: str) -> tuple[float, float]:
-            # A node's inside link counts for itself: nothing is closer.
-            links = self._topology.between_nodes((node,), ahead - {node})
-            return max(((1 / k.bytes_per_s, k.latency_s) for k in links), default=(0.0, 0.0))
-
-        distance = {node: worst(node) for node in nodes}
+        distance = {node: self._worst(node, ahead) for node in nodes}
         least = min(distance.values())
         return [node for node in nodes if distance[node] == least]
+
+    def _worst(self, node: str, others: set[str]) -> tuple[float, float]:
+        """The slowest link of a node to others; its inside link counts for itself: nothing is closer."""
+        links = self._topology.between_nodes((node,), others - {node})
+        return max((closeness(k) for k in links), default=(0.0, 0.0))
 
     def _take(self, node: str, number: int) -> list[str]:
         taken, self._free[node] = self._free[node][:number], self._free[node][number:]

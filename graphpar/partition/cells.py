@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 from graphpar.cost import CostTable, LinkCost, Mode, Topology
+from graphpar.partition.zones import Zone, crossings, find_zones
 
 Links = frozenset[LinkCost]
 
@@ -32,7 +33,9 @@ class Cells:
     `links[place][place]` is None where a place holds one device. The rest is kept only where cells
     span nodes: `node_sizes`, the most devices of any node that holds a device of the cell; `rooms`,
     for each cell its devices in each node; `worst_inside`, the worst link inside those nodes;
-    `worst_across`, the worst link between any two nodes; `alone`, whether a cell's nodes hold no others.
+    `worst_across`, the worst link between any two nodes; `alone`, whether a cell's nodes hold no others;
+    `zone`, which nodes are close where pairs of them have links of their own; `beyond`, for each cell
+    what more devices than one zone has meet (`zones.crossings`).
     """
 
     cells: tuple[Cell, ...]
@@ -42,6 +45,8 @@ class Cells:
     worst_inside: tuple[LinkCost | None, ...] = ()
     worst_across: LinkCost | None = None
     alone: tuple[bool, ...] = ()
+    zone: Zone | None = None
+    beyond: tuple[tuple[tuple[int, LinkCost], ...], ...] = ()
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -119,7 +124,7 @@ def relaxed_cells(table: CostTable) -> Cells:
     """
     best = _best(list(_all_links(table)))
     cells = tuple(Cell(i, 0, c.devices) for i, c in enumerate(table.device_classes) if c.devices)
-    return Cells(cells, ((best,),))
+    return Cells(cells, ((best,),), zone=_zone(table))
 
 
 def class_cells(table: CostTable) -> Cells:
@@ -152,7 +157,15 @@ def class_cells(table: CostTable) -> Cells:
     worst = tuple(_worst([table.topology.inside[n] for n, k in r.items() if k > 1]) for r in rooms)
     whole = tuple(tuple(r.values()) for r in rooms)
     alone = tuple(all(sizes[n] == k for n, k in r.items()) for r in rooms)
-    return Cells(cells, (*links, (network,) * len(used)), largest, whole, worst, _worst(cross), alone)
+    zone = _zone(table)
+    beyond = tuple(crossings(table.topology, zone, r) for r in rooms) if zone is not None else ()
+    across = (*links, (network,) * len(used))
+    return Cells(cells, across, largest, whole, worst, _worst(cross), alone, zone, beyond)
+
+
+def _zone(table: CostTable) -> Zone | None:
+    nodes = list(_node_sizes(table))
+    return find_zones(table.topology, nodes) if table.topology.between else None
 
 
 def _best(links: Sequence[LinkCost]) -> LinkCost | None:

@@ -37,13 +37,16 @@ def node_group(table: CostTable, cells: Cells, option: StageOption) -> int:
 def _option(cells: Cells, index: int, mode: int, group: int, width: int) -> StageOption:
     """A stage of one class: links inside a node as long as a node has room.
 
-    With more replicas than nodes two of them share one, and exchange over the links inside as well.
+    With more replicas than nodes two of them share one, and exchange over the links inside as well. With
+    more devices than any zone of nodes has two replicas exchange over a link between zones: where two
+    devices in unlike zones are of one replica, those of another one are in another zone than either.
     """
     devices = group * width
     size, place = cells.node_sizes[index], cells.cells[index].place
     inside, network = cells.links[place][place], cells.links[-1][0]
     ring = [inside] if devices <= size else [network]
     ring += [inside] if width > len(cells.rooms[index]) else []
+    ring += [link for most, link in cells.beyond[index] if devices > most] if cells.beyond else []
     near = (inside, network) if devices < size else (network,)
     return StageOption(
         take=tuple(devices if i == index else 0 for i in range(len(cells.counts))),

@@ -1,5 +1,6 @@
 """Say why nothing fits, and the smallest change that would, found by relaxing the memory limits."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,9 +14,9 @@ from graphpar.partition.family import Family, Group, Grouping, choose_family, gr
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options, with_small_updates
 from graphpar.partition.search import INFINITY
-from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
 from graphpar.partition.stage_costs import StageLimits
-from graphpar.units import format_bytes
+from graphpar.units import enough_bytes, format_bytes
 
 EXPLAIN_S = 10.0
 """Time the search for a remedy may take, where nobody says otherwise."""
@@ -26,14 +27,21 @@ _PRECISION = 1.02
 _MOST_FACTOR = 2.0**20
 """No more memory than so many times what there is is tried."""
 
+EVERY_LEVEL = (1, 2, 3)
+"""ZeRO levels that may be proposed."""
+
 _MOST_DEVICES = 64
 """No more than this many further devices of a class are proposed."""
 
 
 def explain_infeasible(
-    table: CostTable, family: Family, truncated: Sequence[str], seconds: float = EXPLAIN_S
+    table: CostTable,
+    family: Family,
+    truncated: Sequence[str],
+    seconds: float = EXPLAIN_S,
+    zero_levels: Sequence[int] = EVERY_LEVEL,
 ) -> NoReturn:
-    """Raise the error for a search that found no plan.
+    """Raise the error for a search that found no plan; of ZeRO only some levels may be proposed.
 
     Raises:
         InfeasibleError: With the limit, the need, what there is and the remedy.
@@ -51,8 +59,9 @@ def explain_infeasible(
     less, factor = _least_factor(table, family, deadline_s)
     largest = max(c.memory_bytes for c in table.device_classes if c.devices)
     have = sum(c.memory_bytes * len(c.devices) for c in table.device_classes)
-    options = list(_options(table, family, deadline_s)) if table.training else []
-    remedies = [*options, *_smaller_batch(table, family, deadline_s)]
+    options = list(_options(table, family, zero_levels, deadline_s)) if table.training else []
+    remedies = [*_settings(table, family, deadline_s), *options]
+    remedies += _smaller_batch(table, family, deadline_s)
     remedies += _remedies(table, family, factor, deadline_s)
     is_least = factor / less <= _PRECISION
     text = (
@@ -60,11 +69,11 @@ def explain_infeasible(
         f"{format_bytes(have)} together, {format_bytes(largest)} at most on one"
     )
     if is_least:
-        text += f"; the least demanding plan needs {factor:.2f} times the memory of every device"
+        text += f"; the least demanding plan needs {_up(factor)} times the memory of every device"
     elif factor < INFINITY:
-        text += f"; {factor:.2f} times the memory of every device is enough, which may not be the least"
+        text += f"; {_up(factor)} times the memory of every device is enough, which may not be the least"
     elif less > 1:
-        text += f"; {less:.2f} times the memory of every device is not enough"
+        text += f"; {math.floor(100 * less) / 100:.2f} times the memory of every device is not enough"
     if remedies:
         text += ". What would fit: " + "; or ".join(remedies)
     raise InfeasibleError(
@@ -76,14 +85,51 @@ def explain_infeasible(
     )
 
 
-def _options(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
-    """Options that the table lacks and with which a plan fits, each by itself if that is enough."""
+def _up(factor: float) -> str:
+    """A factor that is enough, with two digits.
+
+    >>> _up(1.361), _up(1.5)
+    ('1.37', '1.50')
+    """
+    return f"{math.ceil(100 * factor * (1 - 1e-12)) / 100:.2f}"
+
+
+def _settings(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
+    """What was fixed and would fit if it were not: the fewest microbatches beyond, and 1F1B."""
+    if family.microbatches != "auto":
+        counts = microbatch_counts(table, table.batch, "auto")
+        more = [n for n in counts if n > family.microbatches]
+        if more and _fit_cut(table, family, more[-1], deadline_s):
+            low, high = -1, len(more) - 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                enough = _fit_cut(table, family, more[middle], deadline_s)
+                low, high = (low, middle) if enough else (middle, high)
+            yield f"microbatches={more[high]} instead of {family.microbatches}"
+    if table.training and family.schedules == ("gpipe",) and not table.tail_reason:
+        if some_plan_fits(table, "1f1b", family.microbatches, deadline_s):
+            yield 'schedule="1f1b" instead of "gpipe"'
+
+
+def _fit_cut(table: CostTable, family: Family, microbatches: int, deadline_s: float) -> bool:
+    """Whether a plan of so many microbatches was found to fit."""
+    return bool(_fits_table(table, replace(family, microbatches=microbatches), deadline_s))
+
+
+def _options(
+    table: CostTable, family: Family, zero_levels: Sequence[int], deadline_s: float
+) -> Iterator[str]:
+    """Options that the table lacks and with which a plan fits, each by itself if that is enough.
+
+    Units of a model whose samples mix write into buffers: they do not run twice.
+    """
     if any(c.update_share for c in table.device_classes):
         if _certain(with_small_updates(table), family, deadline_s):
             yield "an optimiser whose update needs no further memory (in torch: fused=True)"
     has = {(m.recompute, m.zero) for m in table.every_mode}
-    again = not any(recompute for recompute, _ in has)
-    levels = [z for z in (1, 2, 3) if z > max(zero for _, zero in has)]
+    mixes = table.batch_reason or table.in_step_reason
+    again = not mixes and not any(recompute for recompute, _ in has)
+    levels = [z for z in zero_levels if z > max(zero for _, zero in has)]
     if again and _certain(with_options(table, recompute=True, zero=0), family, deadline_s):
         yield "recomputation"
         again = False
@@ -206,8 +252,8 @@ def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float
     if factor < INFINITY:
         largest = max(c.memory_bytes for c in table.device_classes if c.devices)
         found.append(
-            f"devices with {factor:.2f} times the memory "
-            f"({format_bytes(largest * factor)} instead of {format_bytes(largest)})"
+            f"devices with {_up(factor)} times the memory "
+            f"({enough_bytes(largest * factor)} instead of {format_bytes(largest)})"
         )
     for index, device_class in enumerate(table.device_classes):
         number = _devices_needed(table, index, family, deadline_s)

@@ -21,7 +21,8 @@ from graphpar.partition.family import (
     groupings,
 )
 from graphpar.partition.handmade import priced_plan, simple_plans
-from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible
+from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible
+from graphpar.partition.nearer import brought_nearer, links_differ
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, share_microbatches
@@ -67,6 +68,10 @@ _FEW_DEVICES = 64
 _GRACE_S = 0.5
 """A simple plan may take this long after the time is up if there is no other."""
 
+_NEARER_SHARE = 0.05
+_MOST_NEARER_S = 1.0
+"""Share of all time for bringing devices nearer that were named after counting, or this long."""
+
 _EARLIER = 6
 """So many pipelines that were the best for a time are priced on real links."""
 
@@ -99,6 +104,7 @@ def partition(
     backend: Backend = "highs",
     incumbent: tuple[tuple[PipelineChoice, ...], ScheduleName] | None = None,
     explain_s: float = EXPLAIN_S,
+    zero_levels: Sequence[int] = EVERY_LEVEL,
     compare_simple: bool = True,
 ) -> Partition:
     """The plan with the least step time, with a proven bound.
@@ -113,6 +119,7 @@ def partition(
         backend: The solver of integer programmes, where the search needs one.
         incumbent: A plan known before, which fits: only faster ones are looked for.
         explain_s: Seconds to look for what would fit where nothing does.
+        zero_levels: The ZeRO levels that may be proposed then.
         compare_simple: Whether the answer is compared with those of `handmade` (over many devices only if
             the search was cut short); False where the caller has better ones.
 
@@ -127,11 +134,12 @@ def partition(
     if incumbent is not None:
         run.start_from(*incumbent)
     run.work()
+    run.bring_nearer()
     run.own_up()
     if compare_simple or run.best is None:
         run.compare(schedule, microbatches)
     if run.best is None:
-        explain_infeasible(table, family, run.truncated, explain_s)
+        explain_infeasible(table, family, run.truncated, explain_s, zero_levels)
     answer = run.answer()
     check_partition(table, answer)
     return answer
@@ -388,6 +396,18 @@ class _Run:
         self._seen.append(candidate)
         if step < self.step_s:
             self.best = candidate
+
+    def bring_nearer(self) -> None:
+        """Let devices of the best plan change places, where they were counted and links differ."""
+        if self.best is None or self.family.exact or not links_differ(self._table):
+            return
+        seconds = min(_MOST_NEARER_S, _NEARER_SHARE * (self._final_s - self._began_s))
+        until_s = time.monotonic() + seconds
+        found = brought_nearer(self._table, self.best.pipelines, self.best.schedule, until_s)
+        if found != self.best.pipelines:
+            step_s = price(self._table, found, self.best.schedule).objective_s
+            self.best = Candidate(found, self.best.schedule, step_s)
+            self._seen.append(self.best)
 
     def runners_up(self) -> tuple[Partition, ...]:
         """The best plans that lost, as they were met; each priced like any plan made by hand."""

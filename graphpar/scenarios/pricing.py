@@ -22,9 +22,9 @@ from graphpar.device import Device, Link
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.ir.graph import Graph
 from graphpar.optimizer_memory import update_share
-from graphpar.optimizer_probe import OptimizerTraits, optimizer_traits
+from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
-from graphpar.planner import may_repeat, optimizer_state, price, with_groups, zero_levels
+from graphpar.planner import may_repeat, price, with_groups, zero_levels
 from graphpar.precision import Formats, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.layouts import tensor_groups

@@ -73,6 +73,18 @@ def test_devices_and_memory_have_their_prices() -> None:
     assert any("memory" in line for line in told.binding)
 
 
+def test_what_was_fixed_stays_fixed_where_it_is_solved_again() -> None:
+    """With one microbatch three devices side by side take as long as ever; cut finer they would not."""
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=8)
+    table = replace(table, max_replicas=1)
+    found = partition(table, gap=0.0, microbatches=1, schedule="gpipe")
+    told = explain_partition(table, found, time_limit_s=60.0, microbatches=1, schedule="gpipe")
+    assert not told.left_out
+    assert {p.saves_s for p in told.shadow_prices if p.kind == "devices"} == {0.0}
+    free = explain_partition(table, found, time_limit_s=60.0)
+    assert all(p.saves_s for p in free.shadow_prices if p.kind == "devices")
+
+
 def test_without_time_what_was_not_tried_is_said() -> None:
     table = make_table([1.0] * 6, (1.0, 2.0), (2, 1), batch=4, link=LinkCost(0.1, 1.0))
     found = partition(table)

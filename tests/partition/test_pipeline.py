@@ -273,7 +273,7 @@ def test_infeasible_names_options_that_fit() -> None:
     kept = make_table(
         [1.0] * 4, (1.0,), (1,), batch=4, weight_bytes=1.0, saved_bytes=10.0, memory_bytes=60.0
     )
-    whole = replace(kept, max_microbatches=1, max_replicas=1, sizes=(4,), batch_reason="samples mix")
+    whole = replace(kept, max_microbatches=1, max_replicas=1, sizes=(4,))
     rows = {"forward_s": ((4.0,),), "backward_s": ((8.0,),), "saved_bytes": (40.0,)}
     costs = tuple(replace(c, **rows, working_bytes=(0.0,)) for c in kept.costs)  # type: ignore[arg-type]
     whole = replace(whole, costs=costs)
@@ -285,6 +285,41 @@ def test_infeasible_names_options_that_fit() -> None:
     partition(with_batch(whole, 1))
     with pytest.raises(InfeasibleError):
         partition(with_batch(whole, 2))
+    # Where samples mix, units may not run twice.
+    with pytest.raises(InfeasibleError) as caught:
+        partition(replace(whole, batch_reason="samples mix"))
+    assert caught.value.remedy == "a batch of 1 instead of 4"
+
+
+def test_infeasible_names_what_was_fixed_too_tightly() -> None:
+    """Two stages of two units; the first one's microbatches in flight fit if they are small enough."""
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=8, saved_bytes=1.0, memory_bytes=11.0)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(table, microbatches=2)
+    # Weights of 2, and two microbatches of 8 / m samples in two units each: 2 + 2 * 2 * 8 / m.
+    assert caught.value.remedy == "microbatches=4 instead of 2"
+    partition(table, microbatches=4)
+    with pytest.raises(InfeasibleError):
+        partition(table, microbatches=3)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(table, schedule="gpipe")
+    assert caught.value.remedy == 'schedule="1f1b" instead of "gpipe"'
+    assert partition(table, schedule="1f1b").schedule == "1f1b"
+
+
+def test_enough_is_rounded_up() -> None:
+    """Three devices of which two hold three units of ten bytes; what is told must be enough."""
+    table = make_table([1.0] * 7, (1.0,), (3,), weight_bytes=10.007, memory_bytes=22.0)
+    with pytest.raises(InfeasibleError) as caught:
+        partition(table)
+    found = re.search(
+        r"devices with [0-9.]+ times the memory \(([0-9.]+) B instead of 22 B\)", str(caught.value)
+    )
+    assert found is not None
+    enough = float(found.group(1))
+    partition(make_table([1.0] * 7, (1.0,), (3,), weight_bytes=10.007, memory_bytes=enough))
+    with pytest.raises(InfeasibleError):
+        partition(make_table([1.0] * 7, (1.0,), (3,), weight_bytes=10.007, memory_bytes=enough / 1.03))
 
 
 def test_infeasible_counts_on_pipelines_side_by_side() -> None:
