@@ -136,14 +136,17 @@ DEVICES_PER_HOST = {"gb200": 4, "gb300": 4}
 """Devices that one operating system drives, where it is not a whole node of eight."""
 
 
-OVERLAPPED_EXPERTS = (26, 6)
-"""NeMo release since which experts' all-to-alls overlap with compute."""
-
-CAPTURED_STEPS = (26, 6)
-"""NeMo release since which MXFP8 recipes on Blackwell capture whole steps as CUDA graphs, with products
-of experts that apply activations and casts: those of DeepSeek-V3, Qwen3 and gpt-oss on GB200 and GB300
-(https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3983, 4226, 4249, 4173). Taken for all models and
-Blackwells, though some came later or not at all (Kimi-K2: pull/5168; gpt-oss on B200 and B300)."""
+CAPTURED_STEPS = (
+    ("kimi", r"gb[23]00", (26, 8)),
+    ("", r"gb[23]00", (26, 6)),
+    ("qwen3", "b300", (26, 6)),
+    ("qwen3-235b", "b200", (26, 6)),
+    ("deepseek", "b300", (26, 6, 1)),
+)
+"""Models, devices and the NeMo release since which MXFP8 recipes capture whole steps as CUDA graphs,
+with products of experts that apply activations and casts, and all-to-alls beside other microbatches
+(https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3983, 4173, 4226, 4249, 4458, 4606, 5168). gpt-oss's
+are for GB200 and GB300 only, and Qwen3's 30B does not fit a B200 (pull/5356)."""
 
 
 def run_of(row: dict[str, Any]) -> Run | str:
@@ -271,18 +274,22 @@ def _run(
         growing_segments=traits.growing_segments,
         keeps_gathered=traits.keeps_gathered,
         divides_loss=traits.divides_loss,
-        overlaps_experts=traits is MODERN_MEGATRON and _release(row) >= OVERLAPPED_EXPERTS,
+        overlaps_experts=captured,
         fused_experts=captured,
         captured=captured,
     )
 
 
 def _captures_steps(row: dict[str, Any], device: str, traits: Traits) -> bool:
-    """Whether a row's recipe captures whole steps and fuses what experts do."""
+    """Whether a row's recipe captures whole steps, fuses experts and overlaps their all-to-alls."""
     scaled = "mx" in str(row["parallel"].get("precision")).lower()
-    family = catalogue.devices()[device].family
-    known = traits is MODERN_MEGATRON and _release(row) >= CAPTURED_STEPS
-    return known and scaled and family.startswith("blackwell-")
+    since = (
+        release
+        for model, devices, release in CAPTURED_STEPS
+        if model in row["model"]["name"].lower() and re.match(devices, device)
+    )
+    first = next(since, None)
+    return traits is MODERN_MEGATRON and scaled and first is not None and _release(row) >= first
 
 
 def _is_alone(row: dict[str, Any], batch: tuple[float, float]) -> bool:
@@ -290,11 +297,11 @@ def _is_alone(row: dict[str, Any], batch: tuple[float, float]) -> bool:
     return (row["parallel"].get("pp") or 1) == 1 and batch[0] <= batch[1] * _data_width(row)
 
 
-def _release(row: dict[str, Any]) -> tuple[int, int]:
-    """Year and month of a framework's release, where the row or the title of its table names one."""
+def _release(row: dict[str, Any]) -> tuple[int, ...]:
+    """Year, month and number of a framework's release, where the row or its table's title names one."""
     words = f"{row['parallel'].get('framework')} {row['source'].get('table')}"
-    found = re.search(r"\b(2\d)\.(\d\d)\b", words)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    found = re.search(r"\b(2\d)\.(\d\d)(?:\.(\d\d))?\b", words)
+    return tuple(int(part) for part in found.groups("0")) if found else ()
 
 
 def _overlaps_tensor(parallel: dict[str, Any], device: str, traits: Traits) -> bool:

@@ -294,15 +294,23 @@ def test_biased_experts_cost_more_until_releases_fuse_them(family: str, slower: 
     ({"precision": "FP8"}, False),
     ({"gpu": "H100-SXM-80GB"}, False),
     ({"framework": "torchtitan"}, False),
+    ({"model": "kimi-k2"}, True),
+    ({"model": "kimi-k2", "release": "26.06"}, False),
+    ({"gpu": "B300"}, False),
+    ({"gpu": "B300", "model": "qwen3-30b-a3b"}, True),
+    ({"gpu": "B200", "model": "qwen3-30b-a3b"}, False),
+    ({"gpu": "B300", "model": "deepseek-v3", "release": "26.06"}, False),
+    ({"gpu": "B300", "model": "deepseek-v3", "release": "26.06.01"}, True),
 ])  # fmt: skip
 def test_whole_steps_are_captured_where_releases_say_so(change: dict[str, str], captured: bool) -> None:
     row = copy.deepcopy(MIXTURE)
     row["source"] = {"table": f"{change.get('release', '26.08')} NeMo Container"}
     row["hardware"]["gpu"] = change.get("gpu", "GB200")
+    row["model"]["name"] = change.get("model", "some mixture")
     row["parallel"] |= {key: change[key] for key in ("precision", "framework") if key in change}
     run = run_of(cleaned(row)[0])
     assert not isinstance(run, str)
-    assert (run.captured, run.fused_experts) == (captured, captured)
+    assert (run.captured, run.fused_experts, run.overlaps_experts) == (captured, captured, captured)
 
 
 def test_cards_of_two_dies_are_counted_as_tables_count_them() -> None:
