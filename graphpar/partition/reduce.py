@@ -24,7 +24,6 @@ from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce_loops import (
     COLUMNS_DETERMINE,
     ROWS_DETERMINE,
-    BoolArray,
     add_largest_increase,
     any_impossible,
     determined,
@@ -32,8 +31,9 @@ from graphpar.partition.reduce_loops import (
     is_separable,
     replaceable,
 )
-from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
+from graphpar.partition.shard_graph import BoolArray, IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_memory import is_flat, memory_rows, tighten, vertex_profile
+from graphpar.partition.shard_trim import Trimmed
 
 _LARGEST_NEW_TABLE = 200_000
 """Entries above which eliminating a vertex of degree two would cost more than it saves."""
@@ -44,23 +44,41 @@ _LOOK_SHARE = 0.2
 
 
 def reduce_problem(
-    problem: ShardingProblem, should_stop: ShouldStop = never, out_of_time: ShouldStop = never
+    problem: ShardingProblem,
+    should_stop: ShouldStop = never,
+    out_of_time: ShouldStop = never,
+    trimmed: Trimmed | None = None,
 ) -> tuple[ShardingGraph, MemoryRows]:
     """The reduced graph and the memory rows that can still bind; stops early when told to.
+
+    Where `trim` has been through the problem, its strategies and its hints where to begin are taken over.
 
     Raises:
         OutOfTimeError: `out_of_time` was true before there was a graph.
     """
-    graph = ShardingGraph.of(problem, out_of_time)
-    return graph, reduce_graph(graph, memory_rows(problem), should_stop)
+    if trimmed is None:
+        graph = ShardingGraph.of(problem, out_of_time)
+        return graph, reduce_graph(graph, memory_rows(problem), should_stop)
+    graph = ShardingGraph.of(problem, out_of_time, trimmed.alive)
+    unsettled = set(np.flatnonzero(trimmed.unsettled).tolist())
+    return graph, reduce_graph(graph, memory_rows(problem), should_stop, unsettled)
 
 
-def reduce_graph(graph: ShardingGraph, rows: MemoryRows, should_stop: ShouldStop = never) -> MemoryRows:
-    """Shrink a graph in place until nothing changes; returns the rows that can still bind."""
+def reduce_graph(
+    graph: ShardingGraph,
+    rows: MemoryRows,
+    should_stop: ShouldStop = never,
+    unsettled: set[int] | None = None,
+) -> MemoryRows:
+    """Shrink a graph in place until nothing changes; returns the rows that can still bind.
+
+    Nothing can be done at first except at the vertices that are `unsettled`, which may be all.
+    """
     if graph.infeasible:
         return rows
     rows = tighten(rows, graph)
-    dirty, is_first, num_changed = set(graph.costs), True, 0
+    is_first, num_changed = unsettled is None, 0
+    dirty = set(graph.costs) if unsettled is None else unsettled
     while dirty and graph.is_possible() and not should_stop():
         dirty = _sweep(graph, rows, dirty, should_stop)
         num_changed += len(dirty)

@@ -7,12 +7,9 @@ installation cannot wait for the compiler, and a call would block until the whol
 import threading
 
 import numpy as np
-import numpy.typing as npt
 
 from graphpar.partition.jit import COMPILED, compiled_exactly
-from graphpar.partition.shard_graph import FloatArray
-
-BoolArray = npt.NDArray[np.bool_]
+from graphpar.partition.shard_graph import BoolArray, FloatArray
 
 ROWS_DETERMINE, COLUMNS_DETERMINE = 1, 2
 """Bits of `determined`."""

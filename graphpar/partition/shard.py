@@ -36,8 +36,10 @@ from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_memory import MemoryMatrix
 from graphpar.partition.shard_plain import plain_bound, plain_choice
+from graphpar.partition.shard_raw import RawProblem, raw_problem
 from graphpar.partition.shard_run import Run
 from graphpar.partition.shard_state import Candidate, State
+from graphpar.partition.shard_trim import Trimmed, trim
 from graphpar.partition.shard_warm import Stage, go_on_warming, is_compiling, warm_up
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 from graphpar.partition.why_impossible import why_no_strategies
@@ -112,7 +114,8 @@ def solve_sharding(
 def _search(state: State, threads: int, seed: int) -> bool:
     """All phases; returns whether infeasibility was proven. Raises OutOfTimeError at any point."""
     warm_up(Stage.REDUCE, _COMPILER_SHARE * state.time_limit_s)
-    _instant_answer(state)
+    raw = _raw(state)
+    _instant_answer(state, raw)
     state.integral = are_whole(state.problem.node_costs) and are_whole(state.problem.edge_costs)
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
     clock = never if state.problem.num_pairs <= _INSTANT_PAIRS else state.out_of_time
@@ -120,6 +123,7 @@ def _search(state: State, threads: int, seed: int) -> bool:
         state.problem,
         lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
         clock,
+        _trimmed(state, raw),
     )
     if graph.infeasible:
         return True
@@ -127,7 +131,9 @@ def _search(state: State, threads: int, seed: int) -> bool:
         state.offer(Candidate(graph, [], np.zeros(0, dtype=np.intp), graph.constant), at_once=True)
         state.raise_bound(graph.constant)
         return False
-    first = _plain_answer(state, graph, rows, clock)
+    first = None
+    if state.answer is None or not warm_up(Stage.BOUND, _COMPILER_SHARE * state.time_limit_s):
+        first = _plain_answer(state, graph, rows, clock)
     go_on_warming()
     if not warm_up(Stage.BOUND, state.left_s()):
         return False
@@ -140,16 +146,31 @@ def _search(state: State, threads: int, seed: int) -> bool:
         run.stop()
 
 
-def _instant_answer(state: State) -> None:
-    """An answer to a large problem before anything long begins, if the compiler is there in time."""
+def _raw(state: State) -> RawProblem | None:
+    """The arrays of a problem large enough for loops over them to pay."""
     if state.problem.num_pairs <= _INSTANT_PAIRS or not COMPILED or state.out_of_time():
+        return None
+    return raw_problem(state.problem)
+
+
+def _instant_answer(state: State, raw: RawProblem | None) -> None:
+    """An answer to a large problem before anything long begins, if the compiler is there in time."""
+    if raw is None:
         return
     share = _LARGEST_SHARE if state.problem.num_pairs >= _LARGEST_PAIRS else _FIRST_SHARE
     if warm_up(Stage.FIRST, share * state.time_limit_s):
         state.phase = "first answer"
-        answer = first_choice(state.problem, state.out_of_time)
+        answer = first_choice(raw, state.out_of_time)
         if answer is not None:
             state.take(answer)
+
+
+def _trimmed(state: State, raw: RawProblem | None) -> Trimmed | None:
+    """What is left of a large problem without looking at its graph, if the compiler is there in time."""
+    if raw is None or not warm_up(Stage.TRIM, _COMPILER_SHARE * state.time_limit_s):
+        return None
+    state.phase = "reduce"
+    return trim(raw, state.out_of_time)
 
 
 def _plain_answer(

@@ -8,119 +8,41 @@ A choice that empties a domain or passes the memory limit is taken back and the 
 the node's own choice is ever taken back, so there may be answers where this finds none.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-import numpy.typing as npt
 
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.jit import compiled_exactly
-from graphpar.partition.number_rows import flat
-from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_flat import Int64Array
-from graphpar.partition.shard_graph import FloatArray
-from graphpar.partition.shard_memory import memory_rows
+from graphpar.partition.shard_graph import BoolArray, FloatArray
+from graphpar.partition.shard_memory import add_up
 from graphpar.partition.shard_moves import add_range, excess_tree
-
-BoolArray = npt.NDArray[np.bool_]
-
-
-class RawArrays(NamedTuple):
-    """A problem as read, in flat arrays; impossible costs are infinite.
-
-    Attributes:
-        start: First strategy of each node, and their number at the end.
-        cost, usage: Per strategy.
-        end_start: Edge ends of node v are `end_start[v]` to `end_start[v + 1] - 1`.
-        end_to: The node at the other end.
-        end_table: Where the edge's table begins in `pairs`.
-        end_step, end_other: Distance in `pairs` between two strategies of v, and of the other node.
-        end_hard: Whether the edge makes some pair impossible.
-        pairs: All tables, one after the other.
-        row_first, row_last: Half-open range of memory rows in which each node is live.
-    """
-
-    start: Int64Array
-    cost: FloatArray
-    usage: FloatArray
-    end_start: Int64Array
-    end_to: Int64Array
-    end_table: Int64Array
-    end_step: Int64Array
-    end_other: Int64Array
-    end_hard: BoolArray
-    pairs: FloatArray
-    row_first: Int64Array
-    row_last: Int64Array
+from graphpar.partition.shard_raw import RawProblem
 
 
-def first_choice(problem: ShardingProblem, should_stop: ShouldStop = never) -> list[int] | None:
+def first_choice(raw: RawProblem, should_stop: ShouldStop = never) -> list[int] | None:
     """An answer that respects every rule, or None where this simple way finds none.
 
     Raises:
         OutOfTimeError: It was time to stop.
     """
-    if not problem.num_nodes:
+    if not raw.num_nodes:
         return []
-    raw, limit = _arrays(problem)
     if should_stop():
         raise OutOfTimeError
-    sizes = np.diff(raw.start)
     usable = np.where(np.isfinite(raw.cost), raw.usage, np.inf)
     least = np.minimum.reduceat(usable, raw.start[:-1])
     if not np.isfinite(least).all():
         return None
-    change = np.zeros(len(limit) + 1)
-    np.add.at(change, raw.row_first, least)
-    np.add.at(change, raw.row_last, -least)
-    top, lazy = excess_tree(np.cumsum(change)[:-1] - limit)
-    chosen = np.zeros(len(sizes), dtype=np.int64)
+    held = add_up(raw.row_first, raw.row_last, least, len(raw.limit))
+    top, lazy = excess_tree(held - raw.limit)
+    chosen = np.zeros(raw.num_nodes, dtype=np.int64)
     found = choose_in_order(raw, np.isfinite(raw.cost), least, top, lazy, chosen)
     return chosen.tolist() if found else None
 
 
-def _arrays(problem: ShardingProblem) -> tuple[RawArrays, FloatArray]:
-    """The problem's arrays, and the memory limit of each row."""
-    rows = memory_rows(problem)
-    start, node_costs = problem.flat_node_costs
-    sizes, cost = np.diff(start), node_costs.copy()
-    # An edge with one end costs that end alone; it is listed as one from the node to itself.
-    ends = np.array([(nodes[0], nodes[-1]) for nodes in problem.edge_nodes], np.int64).reshape(-1, 2)
-    single = np.fromiter((len(nodes) == 1 for nodes in problem.edge_nodes), np.bool_, len(ends))
-    table, pairs = problem.flat_edge_costs
-    for e in np.flatnonzero(ends[:, 0] == ends[:, 1]):
-        v, entries = ends[e, 0], pairs[table[e] : table[e + 1]]
-        cost[start[v] : start[v + 1]] += entries if single[e] else entries[:: sizes[v] + 1]
-    other = ends[:, 0] != ends[:, 1]
-    hard = np.zeros(len(ends), dtype=np.bool_)
-    if len(ends):
-        hard = np.logical_or.reduceat(pairs == np.inf, table[:-1])
-    first, second = ends[other].T
-    width = sizes[second]
-    one = np.ones(len(first), dtype=np.int64)
-    owner = np.concatenate([first, second])
-    order = np.argsort(owner, kind="stable")
-    counts = np.bincount(owner, minlength=problem.num_nodes)
-    raw = RawArrays(
-        start,
-        cost,
-        flat(problem.usages)[1],
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        np.concatenate([second, first])[order],
-        np.tile(table[:-1][other], 2)[order],
-        np.concatenate([width, one])[order],
-        np.concatenate([one, width])[order],
-        np.tile(hard[other], 2)[order],
-        pairs,
-        rows.first.astype(np.int64),
-        rows.last.astype(np.int64),
-    )
-    return raw, rows.limit
-
-
 @compiled_exactly
 def choose_in_order(
-    raw: RawArrays,
+    raw: RawProblem,
     alive: BoolArray,
     least: FloatArray,
     top: FloatArray,
@@ -188,7 +110,7 @@ def choose_in_order(
 
 @compiled_exactly
 def view_promised(
-    raw: RawArrays, alive: BoolArray, decided: BoolArray, chosen: Int64Array, v: int, view: FloatArray
+    raw: RawProblem, alive: BoolArray, decided: BoolArray, chosen: Int64Array, v: int, view: FloatArray
 ) -> None:
     """What each strategy of v costs with the neighbours chosen so far, the rest at their best."""
     begin, count = raw.start[v], raw.start[v + 1] - raw.start[v]
@@ -213,7 +135,7 @@ def view_promised(
 
 @compiled_exactly
 def spread_cuts(
-    raw: RawArrays,
+    raw: RawProblem,
     alive: BoolArray,
     least: FloatArray,
     top: FloatArray,
@@ -271,7 +193,7 @@ def spread_cuts(
 
 @compiled_exactly
 def note_cut(
-    raw: RawArrays,
+    raw: RawProblem,
     alive: BoolArray,
     least: FloatArray,
     top: FloatArray,
@@ -291,7 +213,7 @@ def note_cut(
 
 @compiled_exactly
 def count_least(
-    raw: RawArrays, alive: BoolArray, least: FloatArray, top: FloatArray, lazy: FloatArray, v: int
+    raw: RawProblem, alive: BoolArray, least: FloatArray, top: FloatArray, lazy: FloatArray, v: int
 ) -> None:
     """Count v at the least memory of the strategies that it still has."""
     now = np.inf

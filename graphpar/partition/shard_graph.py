@@ -10,6 +10,7 @@ which strategy of that moment each present one stands for.
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from graphpar.partition.problems import ShardingProblem
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
+
+ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +83,12 @@ class ShardingGraph:
     _fresh_tag: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, problem: ShardingProblem, should_stop: ShouldStop = never) -> "ShardingGraph":
+    def of(
+        cls, problem: ShardingProblem, should_stop: ShouldStop = never, alive: BoolArray | None = None
+    ) -> "ShardingGraph":
         """The graph of a problem: impossible strategies dropped, parallel edges added up.
+
+        Of all strategies, one node's after the other's, only those that are `alive` are taken.
 
         Raises:
             OutOfTimeError: It was time to stop.
@@ -97,7 +105,10 @@ class ShardingGraph:
                 raw[u] = raw[u] + table.reshape(arities[u], arities[u]).diagonal()
             else:
                 pairs.append((u, v, table.reshape(arities[u], arities[v])))
-        kept = [np.flatnonzero(np.isfinite(costs)) for costs in raw]
+        if alive is None:
+            kept = [np.flatnonzero(np.isfinite(costs)) for costs in raw]
+        else:
+            kept = [np.flatnonzero(left) for left in _pieces(problem.flat_node_costs[0], alive)]
         graph = cls(
             costs={v: costs[kept[v]] for v, costs in enumerate(raw)},
             tables={v: {} for v in range(len(raw))},
@@ -234,5 +245,5 @@ class ShardingGraph:
         return nodes, tags
 
 
-def _pieces(start: npt.NDArray[np.int64], values: FloatArray) -> list[FloatArray]:
+def _pieces(start: npt.NDArray[np.int64], values: npt.NDArray[ScalarT]) -> list[npt.NDArray[ScalarT]]:
     return [values[begin:end] for begin, end in pairwise(start.tolist())]

@@ -60,8 +60,8 @@ def tighten(rows: MemoryRows, graph: ShardingGraph) -> MemoryRows:
             spread[node] = present.max(initial=low) - low
             if low:
                 usages[node] = usages[node] - low
-    limit = rows.limit - _profile(rows.first, rows.last, least, num_rows)
-    most = _profile(rows.first, rows.last, spread, num_rows)
+    limit = rows.limit - add_up(rows.first, rows.last, least, num_rows)
+    most = add_up(rows.first, rows.last, spread, num_rows)
     # A negative limit stays in sight even where nobody has a choice: it proves infeasibility.
     binding = (most > limit) | (limit < 0)
     position = np.concatenate([[0], np.cumsum(binding)]).astype(np.intp)
@@ -165,7 +165,8 @@ def _maximal_moments(starts: IntArray, ends: IntArray) -> IntArray:
     return unique_starts[next_end <= next_start]
 
 
-def _profile(first: IntArray, last: IntArray, amount: FloatArray, num_rows: int) -> FloatArray:
+def add_up(first: IntArray, last: IntArray, amount: FloatArray, num_rows: int) -> FloatArray:
+    """The sum at each row of the amounts that the half-open ranges of rows put on it."""
     change = np.zeros(num_rows + 1)
     np.add.at(change, first, amount)
     np.add.at(change, last, -amount)

@@ -99,6 +99,21 @@ def pass_forward(
 
 
 @compiled
+def pass_back(
+    flat: FlatGraph,
+    theta: FloatArray,
+    to: FloatArray,
+    to_start: Int64Array,
+    rank: Int64Array,
+    order: Int64Array,
+) -> None:
+    """Visit the vertices of `order`, last to first."""
+    for place in range(len(order) - 1, -1, -1):
+        collect(flat, theta, to, to_start, rank, order[place], _LATER)
+        spread(flat, theta, to, to_start, rank, order[place], _EARLIER)
+
+
+@compiled
 def pass_backward(
     flat: FlatGraph,
     theta: FloatArray,

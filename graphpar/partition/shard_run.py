@@ -10,6 +10,7 @@ from graphpar.partition.jit import COMPILED
 from graphpar.partition.reduce import reduce_graph
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_exact import solve_exactly
+from graphpar.partition.shard_flat import flat_cost
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import count_pairs
 from graphpar.partition.shard_local import LocalSearch, Walker, promises
@@ -140,7 +141,7 @@ class Run:
         excess = self.dual.memory.excess(chosen)
         if excess < self.nearest_excess:
             self.nearest, self.nearest_excess = chosen.copy(), excess
-        if excess <= 0:
+        if excess <= 0 and flat_cost(self.dual.flat, chosen) + self.dual.constant < self.best_cost:
             value = self.graph.value({u: int(i) for u, i in zip(self.dual.vertices, chosen, strict=True)})
             if math.isfinite(value):
                 self.take(chosen, value)

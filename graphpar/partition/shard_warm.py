@@ -20,13 +20,15 @@ from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_graph import IntArray
 from graphpar.partition.shard_local import LocalSearch
+from graphpar.partition.shard_raw import raw_problem
+from graphpar.partition.shard_trim import trim
 from graphpar.tracing import TRACING
 
 
 class Stage(enum.Enum):
     """What a run needs compiled, in the order of its need."""
 
-    REDUCE, FIRST, BOUND, SEARCH = range(4)
+    REDUCE, FIRST, TRIM, BOUND, SEARCH = range(5)
 
 
 class _Compiler:
@@ -82,7 +84,9 @@ class _Compiler:
         if stage is Stage.REDUCE:
             compile_all()
         elif stage is Stage.FIRST:
-            first_choice(_sample())
+            first_choice(raw_problem(_sample()))
+        elif stage is Stage.TRIM:
+            trim(raw_problem(_sample()))
         elif stage is Stage.BOUND:
             dual = DualAscent(*reduce_problem(_sample()))
             dual.sweep()

@@ -13,7 +13,7 @@ from graphpar.partition.jit import compiled
 from graphpar.partition.shard_flat import FlatGraph, Int64Array
 from graphpar.partition.shard_graph import FloatArray
 from graphpar.partition.shard_messages import (
-    pass_backward,
+    pass_back,
     pass_forward,
     pass_within_memory,
     shrink,
@@ -180,7 +180,6 @@ def search_windows(
     own_theta, own_to = np.empty(len(theta)), np.empty(len(to))
     view, over = np.empty(len(theta)), np.empty(len(theta))
     old = x.copy()
-    nothing = np.empty(0)
     visits = 0
     while visits < num_visits:
         wanted = 2 + int((largest - 1) * draw_unit(state) ** 2)
@@ -200,10 +199,8 @@ def search_windows(
         passes = int(4 * draw_unit(state))
         for _ in range(passes):
             pass_forward(flat, own_theta, own_to, to_start, rank, window)
-            pass_backward(flat, own_theta, own_to, to_start, rank, window, x, nothing)
+            pass_back(flat, own_theta, own_to, to_start, rank, window)
         pass_forward(flat, own_theta, own_to, to_start, rank, window)
-        for p in window:
-            x[p] = old[p]
         shrink(flat, x, top, lazy, window)
         pass_within_memory(flat, own_theta, own_to, to_start, rank, window, x, top, lazy)
         change = exchange_cost(flat, x, old, rank, window)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from amounts import examples
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.partition import reduce_loops, shard, shard_run
@@ -25,7 +26,9 @@ from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_ilp import merge_classes
 from graphpar.partition.shard_memory import spread_peaks
 from graphpar.partition.shard_plain import plain_bound
+from graphpar.partition.shard_raw import raw_problem
 from graphpar.partition.shard_search import WindowSearch
+from graphpar.partition.shard_trim import trim
 
 
 @settings(max_examples=examples(150), deadline=None)
@@ -69,10 +72,10 @@ def test_why_nothing_is_possible_is_said(
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(sharding_problems())
-def test_reductions_keep_the_optimum(problem: ShardingProblem) -> None:
+@given(sharding_problems(), st.booleans())
+def test_reductions_keep_the_optimum(problem: ShardingProblem, trims: bool) -> None:
     best = best_sharding(problem)
-    graph, rows = reduce_problem(problem)
+    graph, rows = reduce_problem(problem, trimmed=trim(raw_problem(problem)) if trims else None)
     if graph.infeasible:
         assert best is None
         return
@@ -196,7 +199,7 @@ def test_the_first_bound_is_true(problem: ShardingProblem) -> None:
 @settings(max_examples=examples(150), deadline=None)
 @given(sharding_problems())
 def test_the_answer_before_reductions_is_feasible(problem: ShardingProblem) -> None:
-    answer = first_choice(problem)
+    answer = first_choice(raw_problem(problem))
     if answer is None:
         # Without a memory limit only conflicts of edges can have stopped it, and one edge has none.
         assert (
@@ -220,8 +223,8 @@ def test_the_answer_before_reductions_takes_back_what_does_not_fit() -> None:
         (same, same),
         3,
     )
-    assert first_choice(problem) == [1, 1, 1]
-    assert first_choice(replace(problem, usage_limit=2)) is None
+    assert first_choice(raw_problem(problem)) == [1, 1, 1]
+    assert first_choice(raw_problem(replace(problem, usage_limit=2))) is None
 
 
 def test_array_operations_answer_as_the_loops_do() -> None:
