@@ -42,6 +42,12 @@ _TREE_SHARE = 0.1
 _TOLERANT_SHARE = 0.5
 """Share of the window chunks in which the choice may get worse on the way."""
 
+_CHARGED_SHARE = 0.7
+"""Share of the window chunks that pay for the memory they take and are paid for what they free."""
+
+_LEAST_CHARGE, _MOST_CHARGE = 0.3, 1.2
+"""What they pay, in units of the prices of the bound."""
+
 _BLAMED_SHARE = 0.5
 """Share of the window chunks whose windows grow around vertices that pay more than the bound promises."""
 
@@ -169,6 +175,9 @@ class LocalSearch:
         tolerance = 0.0
         if self._random.random() < _TOLERANT_SHARE:
             tolerance = self._scale * 10.0 ** self._random.uniform(-2.5, -0.5)
+        charge = 0.0
+        if self._random.random() < _CHARGED_SHARE:
+            charge = self._random.uniform(_LEAST_CHARGE, _MOST_CHARGE)
         if self._is_far() or self._random.random() < _RETURN_SHARE:
             self._restart(self.best)
         theta, to, priced, _ = self.promises
@@ -192,6 +201,7 @@ class LocalSearch:
             self._scale * 10.0 ** self._random.uniform(-1.5, 0.5),
             self._stiff,
             tolerance,
+            charge,
         )
 
     def _starts(self) -> Int64Array:

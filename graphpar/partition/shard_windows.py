@@ -3,8 +3,10 @@
 A window is a random connected piece of the graph, or a few of them; everybody else stands still. Starting
 from the messages of the global bound, a few passes under random noise adapt to the frozen surroundings,
 the last one rounds within the memory that is left, and single vertices are then improved one by one. What
-is not worse than before is kept. A window of a hundred vertices takes about a millisecond, so thousands
-are tried where an exact window would still be solving its first relaxation.
+is not worse than before is kept, as told by the costs, or by the costs and the bound's price of memory:
+then windows that free memory for little are kept as well, and others follow that make much of it, which
+no single window could do where memory is full. A window of a hundred vertices takes a millisecond, so
+thousands are tried where an exact window would still be solving its first relaxation.
 """
 
 import numpy as np
@@ -127,12 +129,19 @@ def polish(
     stamps: Int64Array,
     view: FloatArray,
     over: FloatArray,
+    priced: FloatArray,
+    charge: float,
 ) -> float:
-    """Give each vertex of a window its cheapest strategy, one after the other; returns the change."""
+    """Give each vertex of a window its cheapest strategy, one after the other; returns the change.
+
+    Cheapest is what costs least with `charge` times the price of its memory.
+    """
     change = 0.0
     for p in window:
-        count = flat.start[p + 1] - flat.start[p]
+        begin, count = flat.start[p], flat.start[p + 1] - flat.start[p]
         look(flat, x, p, view[:count], stamps, ZERO)
+        for i in range(count):
+            view[i] += charge * priced[begin + i]
         add_penalty(flat, rise, x, top, lazy, weight, p, view[:count], over)
         best = x[p]
         for i in range(count):
@@ -164,6 +173,7 @@ def search_windows(
     noise: float,
     weight: float,
     tolerance: float,
+    charge: float,
 ) -> None:
     """Windows until about `num_visits` vertices have been re-chosen, in `x` and `numbers[COST]`.
 
@@ -174,6 +184,7 @@ def search_windows(
         noise: Scale of the noise on the costs of strategies.
         weight: Cost of a unit of memory over the limit, while polishing.
         tolerance: A window may make the choice worse by so much times an exponential variate.
+        charge: What is worse is told by costs and so many times the price of memory.
     """
     num_vertices = len(flat.start) - 1
     rank, stamps = filled(num_vertices, _FROZEN), filled(num_vertices, -1)
@@ -204,14 +215,16 @@ def search_windows(
         shrink(flat, x, top, lazy, window)
         pass_within_memory(flat, own_theta, own_to, to_start, rank, window, x, top, lazy)
         change = exchange_cost(flat, x, old, rank, window)
-        change += polish(flat, rise, x, top, lazy, weight, window, stamps, view, over)
-        change += polish(flat, rise, x, top, lazy, weight, window, stamps, view, over)
+        for _ in range(2):
+            change += polish(flat, rise, x, top, lazy, weight, window, stamps, view, over, priced, charge)
+        paid = 0.0
         for p in window:
             rank[p] = _FROZEN
+            paid += priced[flat.start[p] + x[p]] - priced[flat.start[p] + old[p]]
         allowed = 0.0
         if tolerance > 0.0:
             allowed = -tolerance * np.log(1.0 - draw_unit(state))
-        if top[1] > 0.0 or change > allowed:
+        if top[1] > 0.0 or change + charge * paid > allowed:
             for p in window:
                 if x[p] != old[p]:
                     change_strategy(flat, x, top, lazy, p, old[p])
