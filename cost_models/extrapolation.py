@@ -96,8 +96,21 @@ def _range(device: Device, calibration: Calibration | None) -> _Range:
     if device.is_local_cpu and calibration is not None:
         products, attention = calibration.matmul["float32"], calibration.attention.get("full")
         return _Range(products.rows[-1], products.widths[-1], attention.rows[-1] if attention else None)
-    points = catalogue.families()[device.family].matmul_efficiency
-    return _Range(flops=points[-1][0] if len(points) > 1 else None)
+    family = catalogue.families()[device.family]
+    points = family.matmul_efficiency
+    fastest = max(device.peak_flops_per_s.values())
+    moved = 1.0 if device.in_catalogue else fastest / family.matmul_peak_flops_per_s
+    return _Range(flops=points[-1][0] * moved if len(points) > 1 else None)
+
+
+def described(devices: Iterable[Device]) -> tuple[str, ...]:
+    """What is assumed of kinds that a cluster file describes: a datasheet says nothing of kernels."""
+    kinds = {device.kind: device.family for device in devices if not device.in_catalogue}
+    return tuple(
+        f"{kind} is described in the cluster: kernels are taken to reach of its peaks and bandwidth what "
+        f"they reach on devices of the family {family}, at sizes in proportion to the peaks"
+        for kind, family in kinds.items()
+    )
 
 
 def _stand_in(device: Device, calibration: Calibration | None, dtype: str) -> str:

@@ -6,7 +6,6 @@ hash, in one file per machine and model; those of a plan's stages (`graphpar.sta
 """
 
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,13 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import structs
 
 from graphpar.calibration import Fingerprint, cache_path
 from graphpar.cluster import Cluster
+from graphpar.cores import SharedCores
 from graphpar.cost import CostTable, UnitCost
 from graphpar.device import LOCAL_KIND
 from graphpar.ir.chain import Chain, structural_hash
 from graphpar.ir.graph import Graph
+from graphpar.kept_files import read_kept, write_kept
 
 Kept = TypeVar("Kept", bound=msgspec.Struct)
 """What may be kept of a timing: of a model's units, or of a plan's stages."""
@@ -111,15 +113,39 @@ class StageTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rows: One for every stage and slowdown that could be tried.
         update: How many times longer the optimiser takes after a wait, beside others', than at once.
         reference_s: What the reference took at that moment: the machine's speed.
+        threads: Of the worker that was timed.
+        beside: Cores that others kept at work while stages were timed.
+        update_beside: Cores that others kept at work while updates were timed.
+        left_out: Why some pipelines were not passed through; empty where all were.
     """
 
     rows: tuple[StageSeconds, ...]
     update: float
     reference_s: float
+    threads: int = 1
+    beside: float = 0.0
+    update_beside: float = 0.0
+    left_out: str = ""
 
     def of(self, stage: int, slowdown: float) -> StageSeconds | None:
         """What was measured of a stage on such a device; None where it was not tried."""
         return next((r for r in self.rows if r.stage == stage and r.slowdown == slowdown), None)
+
+    def as_alone(self, shared: SharedCores | None) -> "StageTiming":
+        """What would have been measured without others, by what cores at work cost each other.
+
+        The simulator adds what others cost each action, from seconds of workers that have the cores to
+        themselves; it must not be counted twice.
+        """
+        if shared is None:
+            return self
+        longer = shared.longer_beside(self.beside, self.threads)
+        rows = tuple(
+            structs.replace(row, forward_s=row.forward_s / longer, backward_s=row.backward_s / longer)
+            for row in self.rows
+        )
+        update = self.update / shared.longer_beside(self.update_beside, self.threads)
+        return structs.replace(self, rows=rows, update=max(update, 1.0), beside=0.0, update_beside=0.0)
 
 
 def with_timing(
@@ -182,25 +208,25 @@ def unit_hash(graph: Graph, chain: Chain, index: int) -> str:
 
 def load_timing(mine: Fingerprint, key: str, kind: type[Kept]) -> Kept | None:
     """What is kept under a hash for this machine; None where there is no readable file."""
+    found = read_kept(_path(mine, key))
     try:
-        return msgspec.json.decode(_path(mine, key).read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError):
+        return None if found is None else msgspec.json.decode(found, type=kind)
+    except msgspec.DecodeError:
         return None
 
 
 def save_timing(mine: Fingerprint, key: str, timing: msgspec.Struct) -> Path:
-    """Keep a timing for this machine; the file is replaced in one step."""
+    """Keep a timing for this machine, and of all timings those that were used last."""
     target = _path(mine, key)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    partial.write_bytes(msgspec.json.encode(timing, order="sorted"))
-    partial.replace(target)
+    write_kept(target, msgspec.json.encode(timing, order="sorted"), _KIND)
     return target
 
 
+_KIND = r"units-[0-9a-f]{16}-[0-9a-f]{24}\.json"
+
+
 def _path(mine: Fingerprint, key: str) -> Path:
-    calibration = cache_path(mine)
-    return calibration.with_name(f"units-{mine.key}-{key[:24]}.json")
+    return cache_path(mine).with_name(f"units-{mine.key}-{key[:24]}.json")
 
 
 def _corrected(

@@ -140,8 +140,11 @@ class CatalogueRates:
         """Rate of a matrix product of so many FLOPs."""
         points = self.family.matmul_efficiency
         top = self._measured_top(dtype) / points[-1][1] if points else 1.0
-        # The curve was measured at the tensor-core peak; a slower format is saturated by less work.
-        reach = max(self.device.peak_flops_per_s.values()) / self.peak(dtype)
+        # The curve was measured at the tensor-core peak; a slower format is saturated by less work, and
+        # so is a slower device of which there is a description alone.
+        fastest = max(self.device.peak_flops_per_s.values())
+        measured = fastest if self.device.in_catalogue else self.family.matmul_peak_flops_per_s
+        reach = measured / self.peak(dtype)
         return self.peak(dtype) * min(interpolate(points, flops * reach) * top, 1.0)
 
     def _measured_top(self, dtype: str) -> float:

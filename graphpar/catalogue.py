@@ -48,11 +48,13 @@ class DeviceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What kernels of one architecture reach of the peaks.
 
-    `matmul_efficiency` holds pairs of FLOPs of one call and the fraction of the peak at that size;
-    `attention_by_head`, where it was measured, pairs of head size and the fraction over long sequences.
+    `matmul_efficiency` holds pairs of FLOPs of one call and the fraction of the peak at that size, where
+    the peak is `matmul_peak_flops_per_s`; `attention_by_head`, where it was measured, pairs of head size
+    and the fraction over long sequences.
     """
 
     matmul_efficiency: tuple[tuple[float, float], ...]
+    matmul_peak_flops_per_s: float
     bandwidth_fraction: float
     attention_fraction: float
     launch_s: float

@@ -57,3 +57,12 @@ class SharedCores:
         if low < 0:
             return self.slowing[-1]
         return self.slowing[low] + (place - low) * (self.slowing[low + 1] - self.slowing[low])
+
+    def longer_beside(self, others: float, threads: int = 1) -> float:
+        """How many times longer a worker's kernels take while others keep so many cores at work.
+
+        >>> cores = SharedCores(2, (1.0, 1.2), {})
+        >>> cores.longer_beside(0.5), cores.longer_beside(3)
+        (1.1, 1.2)
+        """
+        return self.slowed(min(threads + others, self.num_cores)) / self.slowed(threads)

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from graphpar.cost import CostTable
 from graphpar.cost_models.measured import ModelTiming
 from graphpar.device import LOCAL_KIND, Device
 from graphpar.errors import ClusterError
+from graphpar.kept_timings import NotTimedError
 from graphpar.partition.types import Partition
 from graphpar.precision import Formats, formats_of, uniform_formats
 from graphpar.preparation import Prepared
@@ -57,27 +59,35 @@ class Timings:
     state_ratio: float
     price: Callable[[Cluster, Formats], CostTable]
 
-    def of(self, cluster: Cluster, calibration: Calibration | None) -> dict[str, ModelTiming]:
-        """Timings by the kind of the device, of the kinds that the cluster names and this machine has."""
+    def of(
+        self, cluster: Cluster, calibration: Calibration | None
+    ) -> tuple[dict[str, ModelTiming], tuple[str, ...]]:
+        """Timings by the kind of the device, of the kinds that the cluster names and this machine has.
+
+        And, of kinds that were to be timed and could not be, what a plan takes for granted instead.
+        """
         if self.precision == "auto" or not self._weights_are_here():
-            return {}
-        found = {LOCAL_KIND: self._on_processor(cluster, calibration)}
+            return {}, ()
+        ways: dict[str, Callable[[], ModelTiming]] = {}
+        here = _workers_here(cluster, calibration)
+        if here and self.precision == "float32":
+            ways[LOCAL_KIND] = partial(self._on_processor, here)
         for kind, index in _cards_here(cluster).items():
-            found[kind] = self._on_card(kind, index, cluster)
-        return {kind: timing for kind, timing in found.items() if timing is not None}
+            ways[kind] = partial(self._on_card, kind, index, cluster)
+        found, untimed = {}, []
+        for kind, time_it in ways.items():
+            try:
+                found[kind] = time_it()
+            except NotTimedError as reason:
+                untimed.append(f"the model was not timed on {kind} ({reason}): curves stand for it")
+        return found, tuple(untimed)
 
     def _weights_are_here(self) -> bool:
         tensors = (*self.example.model.parameters(), *self.example.model.buffers())
         return all(tensor.device.type == "cpu" for tensor in tensors)
 
-    def _on_processor(self, cluster: Cluster, calibration: Calibration | None) -> ModelTiming | None:
-        """None where no worker runs here, where the curves are not of such workers, or where whole copies
-        with gradients and optimiser state would take more than half of the memory."""
-        here = _workers_here(cluster, calibration)
-        if not here or self.precision != "float32":
-            return None
-        if not self._copies_fit(len(here)):
-            return None
+    def _on_processor(self, here: Sequence[Device]) -> ModelTiming:
+        self._refuse_many_copies(len(here))
         slowdowns = sorted(device.slowdown for device in here)
         alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
         table = self.price(alone, Formats({}))
@@ -86,37 +96,43 @@ class Timings:
 
     def retimed(
         self, cluster: Cluster, calibration: Calibration | None, found: Partition, timing: Timing
-    ) -> Timing:
+    ) -> tuple[Timing, str]:
         """The timing with stages on this machine's processor as they are when tried there.
 
-        As it was where no worker runs here, where the calibration is not of such workers, where the
-        model's parts meet within a step, or where it has no weights or copies of it would take more than
-        half of the memory.
+        As it was, and why, where they cannot be tried. Nothing is said where no stage runs here in a
+        worker that the calibration is of.
         """
         here = _workers_here(cluster, calibration)
-        if not here or self.prepared.in_step_reason or not self._weights_are_here():
-            return timing
-        if not self._copies_fit(len(here)):
-            return timing
         slowdowns = {device.name: device.slowdown for device in here}
-        model, about = self._trial(here[0].threads), self.prepared.model_hash
-        measured = timed_stages(model, about, found, timing, slowdowns, self.budget_s)
-        return timing if measured is None else retimed(timing, found, measured, slowdowns)
+        if not slowdowns.keys() & set(found.used_devices):
+            return timing, ""
+        try:
+            if self.prepared.in_step_reason:
+                raise NotTimedError("parts of the batch meet within a step")
+            if not self._weights_are_here():
+                raise NotTimedError("the model has no weights here")
+            self._refuse_many_copies(len(here))
+            model, about = self._trial(here[0].threads), self.prepared.model_hash
+            measured = timed_stages(model, about, found, timing, slowdowns, self.budget_s)
+        except NotTimedError as reason:
+            return timing, str(reason)
+        return retimed(timing, found, measured, slowdowns), measured.left_out
 
-    def _on_card(self, kind: str, index: int, cluster: Cluster) -> ModelTiming | None:
+    def _on_card(self, kind: str, index: int, cluster: Cluster) -> ModelTiming:
         card = next(device for device in cluster.devices if device.kind == kind)
         if self._held_bytes() > card.memory_bytes / 2:
-            return None
+            raise NotTimedError("a copy of it would take more than half of the memory")
         precision = self.precision if self.precision in formats_of(card) else "float32"
         alone = Cluster.from_dict({"devices": [{"kind": kind, "memory_bytes": card.memory_bytes}]})
         formats = uniform_formats(alone, precision, len(self.prepared.chain.units))
         table = self.price(alone, formats)
         return time_gpu(self._trial(1, f"cuda:{index}", precision), table, self.budget_s)
 
-    def _copies_fit(self, workers: int) -> bool:
-        """Whether half of the memory holds the copies that are tried beside each other."""
+    def _refuse_many_copies(self, workers: int) -> None:
+        """Half of the memory has to hold the copies that are tried beside each other."""
         copies = min(workers, 1 + MOST_TWINS)
-        return copies * self._held_bytes() <= system_memory_bytes(math.inf) / 2
+        if copies * self._held_bytes() > system_memory_bytes(math.inf) / 2:
+            raise NotTimedError(f"{copies} copies of it would take more than half of the memory")
 
     def _held_bytes(self) -> float:
         """Weights, gradients and optimiser state of one copy."""

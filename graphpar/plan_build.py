@@ -28,7 +28,7 @@ class Prediction:
     """A partition, the schedule that carries it out, and its simulated timeline.
 
     `tried` says that seconds of stages in the timing are not the table's; `untried` are workers beside
-    those of which some are.
+    those of which some are, `why_untried` the reason where it is none of the stages' own.
     """
 
     partition: Partition
@@ -37,6 +37,7 @@ class Prediction:
     timeline: Timeline
     tried: bool = False
     untried: tuple[str, ...] = ()
+    why_untried: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ def predict(
     partition: Partition,
     links: Sequence[StageLink],
     summed_bytes: Mapping[tuple[int, ...], float] | None = None,
-    retime: Callable[[Timing], Timing] | None = None,
+    retime: Callable[[Timing], tuple[Timing, str]] | None = None,
 ) -> Prediction:
     """Schedule a partition, prove the schedule sound, and simulate it.
 
     `summed_bytes` are what sets of ranks sum in the graph that runs: weights used in several stages too,
-    of which the table knows nothing; `retime` corrects the seconds of stages that were tried.
+    of which the table knows nothing; `retime` corrects the seconds of stages that were tried, and says
+    why others were not.
 
     Raises:
         VerifyError: The partition cannot be scheduled, or its schedule breaks a rule.
@@ -75,8 +77,10 @@ def predict(
     timing = timing_of(table, partition)
     if summed_bytes:
         timing = with_sums(timing, table, partition, summed_bytes)
-    tried = timing if retime is None else retime(timing)
-    prediction = Prediction(partition, schedule, tried, simulate(schedule, tried), tried != timing)
+    tried, why_not = (timing, "") if retime is None else retime(timing)
+    prediction = Prediction(
+        partition, schedule, tried, simulate(schedule, tried), tried != timing, why_untried=why_not
+    )
     return replace(prediction, untried=_untried(timing, tried)) if prediction.tried else prediction
 
 
@@ -91,12 +95,14 @@ def _untried(before: Timing, after: Timing) -> tuple[str, ...]:
 
 
 def _said_of_trials(prediction: Prediction) -> tuple[str, ...]:
+    why = f" ({prediction.why_untried})" if prediction.why_untried else ""
     if not prediction.tried:
-        return ()
+        return (f"stages were not tried{why}: the sums of their units stand",) if why else ()
     if not prediction.untried:
         return (_TRIED,)
     kept = ", ".join(prediction.untried)
-    return (_TRIED, f"stages of {kept} were not tried, or not all of them: the sums of their units stand")
+    instead = "the sums of their units stand"
+    return (_TRIED, f"stages of {kept} were not tried, or not all of them{why}: {instead}")
 
 
 def make_plan(

@@ -15,7 +15,7 @@ from graphpar.auto_search import Pricing, candidate_formats
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
-from graphpar.cost_models.extrapolation import extrapolations
+from graphpar.cost_models.extrapolation import described, extrapolations
 from graphpar.cost_models.measured import ModelTiming, with_timing
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.rates import rates_of
@@ -200,7 +200,8 @@ def plan_prepared(
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
     timings: dict[str, ModelTiming] = {}
-    retime: Callable[[Partition, Timing], Timing] | None = None
+    untimed: tuple[str, ...] = ()
+    retime: Callable[[Partition, Timing], tuple[Timing, str]] | None = None
     if example is not None and measure_s > 0:
         curves = calibration
 
@@ -209,7 +210,7 @@ def plan_prepared(
 
         state_ratio = optimizer_state(train) if train else 0.0
         wanted = Timings(prepared, example, train, precision, measure_s, state_ratio, priced)
-        timings = wanted.of(cluster, calibration)
+        timings, untimed = wanted.of(cluster, calibration)
         retime = partial(wanted.retimed, cluster, calibration)
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
@@ -305,6 +306,7 @@ def plan_prepared(
         error_budget=answer.report,
         train=train,
         retime=retime,
+        assumptions=(*untimed, *described(cluster.devices)),
     )
 
 
@@ -440,12 +442,14 @@ def plan_of(
     calibration: Calibration | None = None,
     error_budget: PlanPrecision | None = None,
     train: Training | None = None,
-    retime: Callable[[Partition, Timing], Timing] | None = None,
+    retime: Callable[[Partition, Timing], tuple[Timing, str]] | None = None,
+    assumptions: Sequence[str] = (),
 ) -> Plan:
     """The plan of a partition, whoever found it; `options` is what the planner was asked for.
 
     With `train` the plan says how its tensor groups share their stages; otherwise that is worked out
-    whenever it is lowered for training; `retime` may try its stages and correct their seconds.
+    whenever it is lowered for training; `retime` may try its stages and correct their seconds, and says
+    why where it does not.
     """
     groups = [r for p in found.pipelines for s in p.stages for r in s.replicas if r.others]
     if groups:
@@ -470,4 +474,6 @@ def plan_of(
     links = stage_links(found, lowered.graphs)
     tried = partial(retime, found) if retime is not None else None
     prediction = predict(table, found, links, lowered.summed_bytes, tried)
-    return make_plan(subject, table, prediction, notes=notes, explanation=explanation)
+    return make_plan(
+        subject, table, prediction, assumptions=assumptions, notes=notes, explanation=explanation
+    )

@@ -5,10 +5,10 @@ format. What is compared is the result (the loss, when training) and all gradien
 `|y' - y| / |y|` in the Euclidean norm.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from graphpar.ir.chain import Chain
 from graphpar.ir.formats import ATTENTION, PARTLY, ROUNDOFF, base_format, role_of
 from graphpar.ir.graph import Graph
 from graphpar.ir.optable import packet
+from graphpar.kept_files import read_kept, write_kept
 from graphpar.partition.formats import Errors
 from graphpar.partition.types import PipelineChoice
 from graphpar.runtime.merge import check_inputs
@@ -351,10 +352,14 @@ def _cache_file(trial: Trial, inputs: Mapping[str, torch.Tensor], formats: Seque
     return cache_path(fingerprint()).with_name(f"sensitivity-{digest.hexdigest()[:24]}.json")
 
 
+_KIND = r"sensitivity-[0-9a-f]{24}\.json"
+
+
 def _read(path: Path) -> Sensitivities | None:
+    found = read_kept(path)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Sensitivities)
-    except (OSError, msgspec.DecodeError):
+        return None if found is None else msgspec.json.decode(found, type=Sensitivities)
+    except msgspec.DecodeError:
         return None
 
 
@@ -363,10 +368,5 @@ def _write(path: Path, found: Sensitivities) -> None:
     finite = all(math.isfinite(x) for es in found.errors.values() for e in es for x in e)
     if not finite:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        partial.write_bytes(msgspec.json.encode(found))
-        partial.replace(path)
-    except OSError:
-        return
+    with contextlib.suppress(OSError):
+        write_kept(path, msgspec.json.encode(found), _KIND)

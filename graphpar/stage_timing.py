@@ -18,7 +18,7 @@ import msgspec
 
 from graphpar.cost_models.measured import StageSeconds, StageTiming
 from graphpar.errors import GraphparError
-from graphpar.kept_timings import kept_or_fresh
+from graphpar.kept_timings import TOO_LONG, NotTimedError, kept_or_fresh
 from graphpar.neighbours import reference_s
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.plans import hash_of
@@ -51,8 +51,12 @@ def timed_stages(
     timing: Timing,
     slowdowns: Mapping[str, float],
     budget_s: float,
-) -> StageTiming | None:
-    """What is kept of these stages, as long as the machine is as fast as it was then; else timed anew."""
+) -> StageTiming:
+    """What is kept of these stages, as long as the machine is as fast as it was then; else timed anew.
+
+    Raises:
+        NotTimedError: None of them was tried.
+    """
     pipelines = [msgspec.to_builtins(pipeline) for pipeline in found.pipelines]
     asked = [*model.key(model_hash), pipelines, sorted(slowdowns.items()), budget_s, _VERSION]
     return kept_or_fresh(
@@ -63,14 +67,14 @@ def timed_stages(
     )
 
 
-_VERSION = 6
+_VERSION = 7
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 
 def time_stages(
     model: TrialModel, found: Partition, timing: Timing, slowdowns: Mapping[str, float], budget_s: float
-) -> StageTiming | None:
-    """Run the stages of a plan one after another in one worker; None where that fails or takes too long.
+) -> StageTiming:
+    """Run the stages of a plan one after another in one worker.
 
     Args:
         model: Runs the model.
@@ -78,21 +82,24 @@ def time_stages(
         timing: What is predicted, which says what a trial will take.
         slowdowns: Of every device that is a worker on this machine.
         budget_s: What may be spent on a pipeline.
+
+    Raises:
+        NotTimedError: That fails, or takes too long for every pipeline that runs here as a whole.
     """
-    trials = _alike(
-        trial
-        for number in range(len(found.pipelines))
-        for trial in _trials(found, number, slowdowns)
-        if trial.costs_s(timing, LEAST_ROUNDS) <= budget_s
-    )
+    possible = [t for k in range(len(found.pipelines)) for t in _trials(found, k, slowdowns)]
+    short = [t for t in possible if t.costs_s(timing, LEAST_ROUNDS) <= budget_s]
+    trials = _alike(short)
+    if not possible:
+        raise NotTimedError("every pipeline has stages that run elsewhere")
     if not trials:
-        return None
+        raise NotTimedError(TOO_LONG.format(budget_s))
     try:
         with model.worker([alike[0].alone for alike in trials]) as worker:
             speed_s = reference_s()
             size = max(alike[0].size for alike in trials)
             used = [slowdowns[device] for device in found.used_devices if device in slowdowns]
-            with model.twins(sorted(used)[1 : 1 + MOST_TWINS], size):
+            twins = sorted(used)[1 : 1 + MOST_TWINS]
+            with model.twins(twins, size):
                 rows = [
                     row
                     for number, alike in enumerate(trials)
@@ -101,10 +108,18 @@ def time_stages(
             several = len(found.used_devices) > 1
             waits = several or any(slowdown > 1 for slowdown in used)
             longer = _rested(model, worker, size, several) if waits and model.train is not None else 1.0
-            return StageTiming(tuple(rows), longer, speed_s)
+            return StageTiming(
+                tuple(rows),
+                longer,
+                speed_s,
+                threads=model.threads,
+                beside=model.threads * sum(1 / slowdown for slowdown in twins),
+                update_beside=model.threads if several else 0.0,
+                left_out="" if len(short) == len(possible) else TOO_LONG.format(budget_s),
+            )
     except GraphparError as error:
         _log.warning("The plan's stages could not be timed, so that units stand for them: %s", error)
-        return None
+        raise NotTimedError("timing them failed") from error
 
 
 def retimed(
@@ -113,9 +128,12 @@ def retimed(
     """The timing with what was measured of stages in place of what their units add up to.
 
     Other microbatch sizes, and halves of backwards, keep their proportions to the size that was timed.
+    The timing's seconds are those of workers that have the cores to themselves: the simulator adds what
+    others cost each action. So that is taken off what was measured beside others.
     """
+    alone = measured.as_alone(timing.shared)
     ranks = tuple(
-        _retimed_rank(rank, _first_stage(found, rank.device), measured, slowdowns[rank.device])
+        _retimed_rank(rank, _first_stage(found, rank.device), alone, slowdowns[rank.device])
         if rank.device in slowdowns
         else rank
         for rank in timing.ranks

@@ -9,6 +9,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import mean
 from typing import Any
 
@@ -77,36 +78,43 @@ class TrialModel:
             inputs = {**inputs, **prologue.run(inputs, self.prepared.graph.batch)}
         self._inputs = inputs
 
+    @cached_property
+    def _lowered_whole(self) -> Lowered:
+        return self._lowered(_alone(self.prepared, self.precision))
+
     @contextlib.contextmanager
     def worker(self, divided: Sequence[Partition] = ()) -> Iterator["TrialWorker"]:
         """A worker of its own beside the body; it is gone afterwards.
 
         Besides the whole model and its units it can pass through the stages of the partitions given, of
-        one pipeline each.
+        one pipeline each. It is made ready for each way when that is first asked for.
 
         Raises:
             RunError: It could not be started.
         """
         # Where it computes does not matter to what it starts with.
         cluster = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": self.threads}]})
-        whole = self._lowered(_alone(self.prepared, self.precision))
+        whole = self._lowered_whole
         (start,) = rank_starts(cluster, self.train, whole, Weights(self._tensors))
         starts = [replace(start, setup=msgspec.structs.replace(start.setup, device=self.device))]
         optimizer = bytes(cloudpickle.dumps(Recipe.of(self.train))) if self.train else b""
         workers = LocalWorkers(starts, whole.trained, optimizer)
         with contextlib.closing(workers):
+            yield TrialWorker(workers, self, {_by_stage(k): cut for k, cut in enumerate(divided)})
+
+    def install(self, workers: LocalWorkers, name: str, cut: Partition | None) -> None:
+        """Make workers ready to pass through the model in a way, which a partition may give."""
+        whole = self._lowered_whole
+        if name in (WHOLE, IN_HALVES):
             (program,) = whole.programs(whole.schedule(1), 1)
-            workers.install_passes(WHOLE, program, 1)
-            units = _unit_by_unit(_alone(self.prepared, self.precision))
-            for name, cut in ((BY_UNIT, units), *((_by_stage(k), cut) for k, cut in enumerate(divided))):
-                stages = self._lowered(cut)
-                workers.install_passes(
-                    name, stages.programs(stages.schedule(1), 1)[0], len(stages.placements)
-                )
-            marked, _ = Pipeline((DeferWeightGradients(frozenset({0})),)).run(whole.graphs[0])
-            halves = msgspec.structs.replace(program, graph=format_graph(marked))
-            workers.install_passes(IN_HALVES, halves, 1, in_halves=True)
-            yield TrialWorker(workers, self)
+            if name == IN_HALVES:
+                marked, _ = Pipeline((DeferWeightGradients(frozenset({0})),)).run(whole.graphs[0])
+                program = msgspec.structs.replace(program, graph=format_graph(marked))
+            workers.install_passes(name, program, 1, in_halves=name == IN_HALVES)
+        else:
+            stages = self._lowered(cut or _unit_by_unit(_alone(self.prepared, self.precision)))
+            (program, *_) = stages.programs(stages.schedule(1), 1)
+            workers.install_passes(name, program, len(stages.placements))
 
     def key(self, model_hash: str) -> list[str | bool | float | None]:
         """What its times depend on besides how it is tried: the model, whether it trains, and by what."""
@@ -148,12 +156,20 @@ class TrialModel:
                     thread.join()
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrialWorker:
-    """One worker with the whole model."""
+    """One worker with the whole model.
+
+    Args:
+        workers: The worker.
+        model: What it holds.
+        divided: Partitions that it may be asked to pass through, by the names of these ways.
+    """
 
     workers: LocalWorkers
     model: TrialModel
+    divided: Mapping[str, Partition]
+    _ready: set[str] = field(default_factory=set)
 
     def whole(self, size: int, slowdown: float = 1.0, in_flight: int = 1) -> tuple[float, float]:
         """Forward and backward seconds of the model for one microbatch, with pauses after either."""
@@ -177,9 +193,7 @@ class TrialWorker:
         It waits after each stage as a worker does that is slowed down by the stage's own number. Those of
         a step's first microbatch, and of the last in flight.
         """
-        spent = self.workers.time_pass(
-            _by_stage(number), self.model.inputs(size), size, slowdowns, in_flight, whole_step=True
-        )
+        spent = self._pass(_by_stage(number), size, slowdowns, in_flight, whole_step=True)
         return spent[0], spent[-1]
 
     def update(self) -> float:
@@ -188,12 +202,19 @@ class TrialWorker:
 
     def _passed(self, name: str, size: int, slowdown: float = 1.0, in_flight: int = 1) -> Spent:
         stages = len(self.model.prepared.chain.units) if name == BY_UNIT else 1
-        spent = self.workers.time_pass(
-            name, self.model.inputs(size), size, [slowdown] * stages, in_flight
-        )
+        spent = self._pass(name, size, [slowdown] * stages, in_flight)
         # The first microbatch of several comes after another stage's, or after a pause.
         counted = zip(*(spent[1:] or spent), strict=True)
         return [tuple(map(mean, zip(*of_stage, strict=True))) for of_stage in counted]
+
+    def _pass(
+        self, name: str, size: int, slowdowns: Sequence[float], in_flight: int, whole_step: bool = False
+    ) -> list[Spent]:
+        if name not in self._ready:
+            self.model.install(self.workers, name, self.divided.get(name))
+            self._ready.add(name)
+        inputs = self.model.inputs(size)
+        return self.workers.time_pass(name, inputs, size, slowdowns, in_flight, whole_step)
 
     def repeat(self, size: int, slowdown: float, over: threading.Event) -> None:
         """Pass through the model, with pauses, until it is over or the worker is gone."""

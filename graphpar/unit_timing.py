@@ -21,7 +21,7 @@ from graphpar.cost_models.measured import (
     unit_hash,
 )
 from graphpar.errors import GraphparError
-from graphpar.kept_timings import kept_or_fresh
+from graphpar.kept_timings import TOO_LONG, NotTimedError, kept_or_fresh
 from graphpar.neighbours import reference_s, slowing_by, up_to
 from graphpar.plans import hash_of
 from graphpar.preparation import Prepared
@@ -36,8 +36,12 @@ ROUNDS = 3
 
 def timed(
     model: TrialModel, model_hash: str, table: CostTable, budget_s: float, slowdowns: Sequence[float]
-) -> ModelTiming | None:
-    """What is kept of this model, as long as the machine is as fast as it was then; else timed anew."""
+) -> ModelTiming:
+    """What is kept of this model, as long as the machine is as fast as it was then; else timed anew.
+
+    Raises:
+        NotTimedError: It could not be timed.
+    """
     key = hash_of([*model.key(model_hash), table.sizes, list(slowdowns), budget_s, _VERSION])
     return kept_or_fresh(
         model.threads, key, ModelTiming, lambda: time_model(model, table, budget_s, slowdowns)
@@ -50,7 +54,7 @@ _VERSION = 6
 
 def time_model(
     model: TrialModel, table: CostTable, budget_s: float, slowdowns: Sequence[float]
-) -> ModelTiming | None:
+) -> ModelTiming:
     """Seconds of every distinct unit at a few microbatch sizes, and what cores at work cost them.
 
     Args:
@@ -58,10 +62,11 @@ def time_model(
         table: Predicted seconds on this machine's processor, which say what fits into the budget.
         budget_s: What may be spent; a model of which one sample takes too long is not timed.
         slowdowns: By what the workers on this machine would be slowed down, in increasing order.
+
+    Raises:
+        NotTimedError: It fails, or one sample takes too long.
     """
     sizes = _affordable(table, budget_s)
-    if not sizes:
-        return None
     try:
         with model.worker() as worker:
             speed_s = reference_s()
@@ -82,20 +87,21 @@ def time_model(
             )
     except GraphparError as error:
         _log.warning("The model's units could not be timed, so that curves stand for them: %s", error)
-        return None
+        raise NotTimedError("timing them failed") from error
 
 
-def time_gpu(model: TrialModel, table: CostTable, budget_s: float) -> ModelTiming | None:
+def time_gpu(model: TrialModel, table: CostTable, budget_s: float) -> ModelTiming:
     """Seconds of every distinct unit on a GPU that nobody else uses, in the model's number format.
 
     Args:
         model: Runs the model, on a GPU.
         table: What the cost model says of this GPU.
         budget_s: What may be spent.
+
+    Raises:
+        NotTimedError: It fails, or one sample takes too long.
     """
     sizes = _affordable(table, budget_s)
-    if not sizes:
-        return None
     try:
         with model.worker() as worker:
             worker.whole(sizes[-1])  # libraries choose and load their kernels when first called
@@ -114,13 +120,16 @@ def time_gpu(model: TrialModel, table: CostTable, budget_s: float) -> ModelTimin
         _log.warning(
             "The model could not be timed on %s, so that curves stand for it: %s", model.device, error
         )
-        return None
+        raise NotTimedError("timing them failed") from error
 
 
 def _affordable(table: CostTable, budget_s: float) -> list[int]:
     """Microbatch sizes far apart, from the largest that half of the budget is enough for.
 
     Each is passed through `PASSES` times; smaller ones get what is left.
+
+    Raises:
+        NotTimedError: Not even the smallest size takes so little.
     """
     found: list[int] = []
     left_s = budget_s
@@ -130,6 +139,8 @@ def _affordable(table: CostTable, budget_s: float) -> list[int]:
         if apart and cost_s <= (left_s if found else budget_s / 2):
             found.append(size)
             left_s -= cost_s
+    if not found:
+        raise NotTimedError(TOO_LONG.format(budget_s))
     return sorted(found)
 
 

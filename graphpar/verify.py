@@ -21,7 +21,12 @@ from graphpar.plans import Plan
 from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel
-from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference
+from graphpar.runtime.numbers import (
+    FLOAT32_ROUNDING,
+    compare_gradients,
+    finite_share,
+    relative_difference,
+)
 from graphpar.runtime.optimizers import on_one_device
 from graphpar.runtime.own_rounding import MARGIN, last_bits_changed, own_rounding
 from graphpar.runtime.reference import EagerModel, OneDevice, draws_at_random, whole_on_one_device
@@ -48,6 +53,8 @@ class VerifyReport(msgspec.Struct, frozen=True):
         rounding: Differences up to this count as rounding: more where stages compute in lower formats.
         is_own_rounding: Some are larger, but so are those of one device from float64, or from itself when
             the last bits of its weights change.
+        finite_share: Share of one device's numbers that are finite. Where they are NaN or infinite
+            nothing is told but that the job's are, too.
     """
 
     equal: bool
@@ -61,10 +68,19 @@ class VerifyReport(msgspec.Struct, frozen=True):
     devices: tuple[str, ...]
     rounding: float = FLOAT32_ROUNDING
     is_own_rounding: bool = False
+    finite_share: float = 1.0
 
     def _verdict(self) -> str:
         if not self.equal:
             return "THE NUMBERS DIFFER"
+        if not self.finite_share:
+            return "nothing is told: all numbers are NaN or infinite on one device, too"
+        if self.finite_share < 1:
+            bad_pct = 100 * (1 - self.finite_share)
+            return f"{self._of_finite()}; {bad_pct:.3g} % of them are NaN or infinite in both"
+        return self._of_finite()
+
+    def _of_finite(self) -> str:
         if self.is_own_rounding:
             return "no more apart than one device is from float64, or from itself with other last bits"
         if self.rounding > FLOAT32_ROUNDING:
@@ -187,6 +203,7 @@ def _verify_inference(
         reference_losses=(),
         devices=devices,
         rounding=rounding,
+        finite_share=finite_share(wanted),
     )
 
 
@@ -231,6 +248,7 @@ def _verify_training(
         devices=devices,
         rounding=rounding,
         is_own_rounding=is_own_rounding,
+        finite_share=finite_share([torch.tensor(expected), *wanted.values()]),
     )
 
 

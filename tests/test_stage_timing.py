@@ -12,6 +12,7 @@ import graphpar
 from graphpar.cluster import Cluster
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost_models.measured import StageSeconds, StageTiming
+from graphpar.kept_timings import NotTimedError
 from graphpar.local_timing import Example, Timings
 from graphpar.partition.types import Partition, Replica
 from graphpar.planner import plan_of, price
@@ -62,7 +63,7 @@ def test_every_stage_is_timed_in_its_format_and_the_model_is_left_alone(precisio
     found = two_stages(plan, precision)
     trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
     measured = time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 5.0)
-    assert measured is not None and measured.update >= 1
+    assert measured.update >= 1
     assert [(r.stage, r.slowdown, r.size) for r in measured.rows] == [(0, 1.0, 4), (1, 2.0, 4)]
     assert all(r.forward_s > 0 and r.backward_s > 0 for r in measured.rows)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -78,7 +79,6 @@ def test_stages_that_do_more_than_pass_through_keep_their_prices() -> None:
     found = replace(found, pipelines=(again,))
     trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
     measured = time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 5.0)
-    assert measured is not None
     assert [r.stage for r in measured.rows] == [1]
 
 
@@ -86,8 +86,10 @@ def test_nothing_is_tried_that_takes_too_long_or_runs_elsewhere() -> None:
     model, batch = model_and_batch()
     found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
     trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
-    assert time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 1e-9) is None
-    assert time_stages(trial, found, timing_of_two(found), {"local/0": 1.0}, 5.0) is None
+    with pytest.raises(NotTimedError, match="longer than the 1e-09 s"):
+        time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 1e-9)
+    with pytest.raises(NotTimedError, match="run elsewhere"):
+        time_stages(trial, found, timing_of_two(found), {"local/0": 1.0}, 5.0)
 
 
 def test_measured_seconds_take_the_place_of_priced_ones_in_proportion() -> None:
@@ -106,6 +108,16 @@ def test_measured_seconds_take_the_place_of_priced_ones_in_proportion() -> None:
     assert (at_four.forward_s, at_four.backward_s) == (5.0, 12.0)
     assert (at_three.forward_s, at_three.backward_s) == (3.75, 9.0)
     assert (at_four.weight_s, at_four.split_s, at_four.saved_bytes) == (4.5, 0.75, 7.0)
+
+
+def test_what_neighbours_cost_is_not_counted_twice() -> None:
+    """The simulator adds it: what was measured beside as much work as there will be stays what it was."""
+    rows = (StageSeconds(0, 1.0, 4, 1.2, 2.4),)
+    measured = StageTiming(rows, 1.5, 1.0, beside=0.5, update_beside=1.0)
+    alone = measured.as_alone(SharedCores(3, (1.0, 1.4, 1.6), {}))
+    assert (alone.rows[0].forward_s, alone.rows[0].backward_s) == pytest.approx((1.0, 2.0))
+    assert alone.update == pytest.approx(1.5 / 1.4)
+    assert measured.as_alone(SharedCores(1, (1.0,), {})).rows == rows == measured.as_alone(None).rows
 
 
 def test_times_of_one_way_to_train_are_not_used_for_another() -> None:
@@ -143,12 +155,21 @@ def test_stages_are_tried_where_half_of_the_memory_holds_all_copies(
     asked: list[object] = []
     monkeypatch.setattr("graphpar.local_timing.system_memory_bytes", lambda _: memory_copies * held_bytes)
     monkeypatch.setattr("graphpar.local_timing._workers_here", lambda *_: here.devices)
-    monkeypatch.setattr("graphpar.local_timing.timed_stages", lambda *how: asked.append(how))
+
+    def time_nothing(*how: object) -> StageTiming:
+        asked.append(how)
+        raise NotTimedError("of this test")
+
+    monkeypatch.setattr("graphpar.local_timing.timed_stages", time_nothing)
     prepared, example = prepare(model, batch, {}, TRAINING), Example(model, batch, {})
     priced = partial(price, prepared, train=TRAINING, calibration=None)
     wanted = Timings(prepared, example, TRAINING, "float32", 3.0, 2.0, lambda c, f: priced(c, formats=f))
-    assert wanted.retimed(here, None, plan.partition, plan.timing) is plan.timing
+    timing, why_not = wanted.retimed(here, None, plan.partition, plan.timing)
+    assert timing is plan.timing
     assert bool(asked) is tried
+    assert why_not == (
+        "of this test" if tried else "2 copies of it would take more than half of the memory"
+    )
 
 
 @pytest.mark.parametrize("longer", [1.0, 2.0])
@@ -158,12 +179,13 @@ def test_a_plan_says_that_its_stages_were_tried(longer: float) -> None:
     prepared, cluster = prepare(model, batch, {}, TRAINING), Cluster.from_dict(CLUSTER)
     table = price(prepared, cluster, train=TRAINING, calibration=None)
 
-    def retime(_: Partition, timing: Timing) -> Timing:
+    def retime(_: Partition, timing: Timing) -> tuple[Timing, str]:
         ranks = (replace(rank, optimizer_s=rank.optimizer_s * longer) for rank in timing.ranks)
-        return replace(timing, ranks=tuple(ranks))
+        return replace(timing, ranks=tuple(ranks)), "" if longer > 1 else "too long"
 
     again = plan_of(prepared, cluster, table, plan.partition, train=TRAINING, retime=retime)
     assert any("when they were tried" in text for text in again.assumptions) is (longer > 1)
+    assert any("were not tried (too long)" in text for text in again.assumptions) is (longer == 1)
 
 
 @pytest.mark.parametrize("tried", [("local/0",), ("local/0", "local/1")])
@@ -178,8 +200,8 @@ def test_a_plan_names_the_workers_whose_stages_were_not_tried(tried: tuple[str, 
         StageSeconds(k, SLOWDOWNS[d], 4, 9.0, 9.0) for k, d in enumerate(SLOWDOWNS) if d in tried
     )
 
-    def retime(partition: Partition, timing: Timing) -> Timing:
-        return retimed(timing, partition, StageTiming(rows, 1.0, 1.0), SLOWDOWNS)
+    def retime(partition: Partition, timing: Timing) -> tuple[Timing, str]:
+        return retimed(timing, partition, StageTiming(rows, 1.0, 1.0), SLOWDOWNS), ""
 
     plan = plan_of(prepared, cluster, table, found, train=TRAINING, retime=retime)
     said = [text for text in plan.assumptions if "were not tried" in text]

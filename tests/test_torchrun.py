@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240
 
 SCRIPT = str(Path(__file__).parent / "torchrun_script.py")
 WAIT_S = 200
+ENDS_S = 15
 TWO = {"devices": [{"kind": "cpu", "count": 2, "threads": 1}]}
 THREE = {
     "nodes": [
@@ -71,6 +73,13 @@ def run(folder: Path, cluster: Mapping[str, Any], *mode: str, processes: int = 2
     return written(folder, processes)
 
 
+def await_files(paths: Sequence[Path]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < until, "the ranks have not come so far"
+        time.sleep(0.1)
+
+
 def written(folder: Path, count: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
@@ -100,8 +109,17 @@ def test_same_as_plain_python_whatever_weights_other_ranks_begin_with(
     assert first == second, "weights that no rank trains are the same too"
 
 
-def test_every_rank_tells_what_does_not_match(tmp_path: Path) -> None:
-    for seen in run(tmp_path, TWO, "misfits"):
+def test_every_rank_tells_what_does_not_match_and_ends_with_a_torchrun_that_is_killed(
+    tmp_path: Path,
+) -> None:
+    command = torchrun("--standalone", "--nproc-per-node", "2")
+    agent = begin(command, tmp_path, TWO, "misfits", "lingers")
+    try:
+        await_files([tmp_path / f"{rank}.json" for rank in range(2)])
+    finally:
+        agent.kill()
+    agent.communicate(timeout=ENDS_S)  # until the ranks, which have its pipes, are gone as well
+    for seen in written(tmp_path, 2):
         (cluster_error, told), (model_error, said) = seen["errors"]
         assert cluster_error == "ClusterError" and "--nproc-per-node" in told
         assert model_error == "RunError" and "Rank 1" in said

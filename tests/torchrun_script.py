@@ -1,13 +1,14 @@
 """Trains a small model and writes what it saw; run under plain python and under torchrun.
 
-Usage: torchrun_script.py FOLDER CLUSTER_JSON [unlike | misfits | planned]
+Usage: torchrun_script.py FOLDER CLUSTER_JSON [unlike | misfits | planned | lingers]
 
-`planned` takes the plan that lies in the folder.
+`planned` takes the plan that lies in the folder; with `lingers` the process goes on and on afterwards.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -73,6 +74,8 @@ def main() -> None:
     if errors:
         seen["errors"] = errors
     (folder / f"{rank}.json").write_text(json.dumps(seen))
+    if "lingers" in mode:
+        time.sleep(100)
 
 
 if __name__ == "__main__":

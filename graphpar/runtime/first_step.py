@@ -13,7 +13,12 @@ from graphpar.frontend.capture import Captured
 from graphpar.ir.graph import Graph
 from graphpar.partition.types import Partition
 from graphpar.runtime.assemble import Lowered
-from graphpar.runtime.numbers import FLOAT32_ROUNDING, compare_gradients, relative_difference
+from graphpar.runtime.numbers import (
+    FLOAT32_ROUNDING,
+    compare_gradients,
+    finite_share,
+    relative_difference,
+)
 from graphpar.runtime.own_rounding import own_rounding
 from graphpar.runtime.reference import EagerModel, OneDevice, draws_at_random, whole_on_one_device
 from graphpar.training import Training
@@ -83,7 +88,7 @@ class FirstStepCheck:
             + (f" ({worst})" if worst else "")
         )
         if loss_difference <= FLOAT32_ROUNDING and difference <= FLOAT32_ROUNDING:
-            _log.info("The first step agrees with one device: %s", text)
+            self._tell_agreement(text, finite_share([wanted, *own.values()]))
         elif self._is_rounding(loss, gradients, wanted, own, state, args, kwargs, step):
             far = max(loss_difference, difference) > _TELLS_LITTLE
             _log.log(
@@ -100,6 +105,17 @@ class FirstStepCheck:
             )
         else:
             _log.warning("The first step was rounded to fewer bits: %s", text)
+
+    def _tell_agreement(self, text: str, share: float) -> None:
+        if share == 1:
+            _log.info("The first step agrees with one device: %s", text)
+        else:
+            _log.warning(
+                "The first step agrees with one device, but %.3g %% of its numbers are NaN or infinite "
+                "there too, which tells nothing: %s",
+                100 * (1 - share),
+                text,
+            )
 
     def _is_rounding(
         self,

@@ -1,6 +1,6 @@
 """How far two results are apart, and what counts as rounding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
 
 import torch
@@ -44,6 +44,17 @@ def relative_difference(
     return difference / largest if largest > 0 and isfinite(difference) else float("inf")
 
 
+def finite_share(tensors: Iterable[torch.Tensor]) -> float:
+    """Share of all numbers that are finite; 1 where there are none.
+
+    >>> finite_share([torch.tensor([1.0, float("nan")]), torch.tensor([2, 3])])
+    0.75
+    """
+    counts = [(int(torch.isfinite(t).sum()), t.numel()) for t in tensors]
+    total = sum(numel for _, numel in counts)
+    return sum(finite for finite, _ in counts) / total if total else 1.0
+
+
 def compare_gradients(
     got: Mapping[str, torch.Tensor],
     wanted: Mapping[str, torch.Tensor],
@@ -51,7 +62,8 @@ def compare_gradients(
 ) -> tuple[str, float]:
     """The parameter whose gradient differs most, and by how much; smaller than `explained` is none."""
     explained = explained or {}
-    largest = max((float(g.abs().max()) for g in wanted.values() if g.numel()), default=0.0)
+    magnitudes = (float(g.abs().max()) for g in wanted.values() if g.numel())
+    largest = max(filter(isfinite, magnitudes), default=0.0)
     worst, difference = "", 0.0
     for name, gradient in wanted.items():
         if name in got:

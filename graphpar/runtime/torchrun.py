@@ -1,6 +1,7 @@
 """The same job under torchrun: every rank runs the user's script and is one device of the cluster."""
 
 import atexit
+import functools
 import hashlib
 import os
 import socket
@@ -19,6 +20,7 @@ from graphpar.runtime.executor import StepResult
 from graphpar.runtime.local import read_step
 from graphpar.runtime.messages import Message, pack, raw_bytes, unpack
 from graphpar.runtime.optimizers import Recipe
+from graphpar.runtime.parent import end_with_parent, started_by_torchrun
 from graphpar.runtime.program import EmulatedLink, RankProgram, encode
 from graphpar.runtime.worker import (
     COLLECTIVE_TIMEOUT,
@@ -128,6 +130,8 @@ class TorchrunWorkers:
     @classmethod
     def join(cls, cluster: Cluster) -> "TorchrunWorkers":
         """Meet all processes and match them with the cluster's devices."""
+        if started_by_torchrun():
+            _end_with_torchrun()
         if not dist.is_initialized():
             try:
                 dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -303,6 +307,12 @@ class TorchrunWorkers:
             raise RunError("This job was closed. Compile the model again.")
         answers = exchange(message)
         return [answers[process] for process in self._rank_of]
+
+
+@functools.cache
+def _end_with_torchrun() -> None:
+    """Once in a process, however many jobs it runs."""
+    end_with_parent()
 
 
 def _leave() -> None:

@@ -1,18 +1,22 @@
 """Answers kept on disk by content: the same question about the same model is not solved twice."""
 
+import contextlib
 import hashlib
 import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from graphpar.kept_files import read_kept, write_kept
 from graphpar.scenarios.types import Answer
 
 FORMAT = 6
 """Part of every key; raised when answers get other fields or other meaning."""
+
+_KIND, _MOST = r"[0-9a-f]{64}\.json", 5000
+"""Names of answers, and how many are kept, of some kilobytes each."""
 
 
 def default_folder() -> Path:
@@ -38,22 +42,15 @@ class AnswerCache:
 
     def get(self, key: str) -> Answer | None:
         """The answer under a key."""
-        if self.folder is None:
-            return None
+        found = None if self.folder is None else read_kept(self.folder / f"{key}.json")
         try:
-            return msgspec.json.decode((self.folder / f"{key}.json").read_bytes(), type=Answer)
-        except (OSError, msgspec.DecodeError):
+            return None if found is None else msgspec.json.decode(found, type=Answer)
+        except msgspec.DecodeError:
             return None
 
     def put(self, key: str, answer: Answer) -> None:
-        """Keep an answer; written whole or not at all."""
-        if self.folder is None:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
-            with os.fdopen(handle, "wb") as file:
-                file.write(msgspec.json.encode(asdict(answer)))
-            os.replace(name, self.folder / f"{key}.json")
-        except OSError:
-            return
+        """Keep an answer; written whole or not at all. Those not asked for the longest make room."""
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                data = msgspec.json.encode(asdict(answer))
+                write_kept(self.folder / f"{key}.json", data, _KIND, _MOST)

@@ -14,7 +14,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost, Mode
 from graphpar.cost_models.classes import device_classes
 from graphpar.cost_models.divisible import few_row_bytes
-from graphpar.cost_models.extrapolation import WIDER, extrapolations
+from graphpar.cost_models.extrapolation import WIDER, described, extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_options import StageOptions
@@ -325,7 +325,7 @@ def trust(setting: Setting, book: PriceBook, used: Collection[str] = ()) -> tupl
     devices = [d for d in everyone if d.name in used] or list(everyone)
     names = {d.name for d in devices}
     error = max(_error(d, calibration) for d in devices)
-    remarks: list[str] = []
+    remarks = list(described(devices))
     if setting.precision != "float32":
         remarks += book.formats(setting).notes
         if setting.precision in book.by_format(setting, names):

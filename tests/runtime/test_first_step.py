@@ -112,6 +112,25 @@ def test_a_step_that_overflows_is_skipped_and_the_next_one_checked(
     assert not skipped
 
 
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_numbers_that_are_none_are_no_proof(bad: float, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "graphpar.verify")
+    model, given = Net(), batch()
+    given[0][-1] = bad
+    forced = force(model, given, lines=straight(2, 2))
+    subject = subject_of(model, forced.prepared, forced.cluster, TRAINING)
+    check = FirstStepCheck(model, subject.captured, subject.graph, TRAINING, subject.lower)
+    loss = model(*given)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    check.compare(loss.detach(), gradients, model.state_dict(), given, {})
+    (told,) = caplog.records
+    assert (told.levelname, "100 % of its numbers" in told.message) == (
+        ("INFO", False) if bad == 0 else ("WARNING", True)
+    )
+
+
 def test_inference_has_no_first_step() -> None:
     with pytest.raises(ValueError, match="checks a training step"):
         graphpar.compile(Net(), {"devices": [{"kind": "cpu"}]}, batch(), verify_first_step=True)

@@ -101,7 +101,9 @@ def test_units_are_timed_on_the_device(precision: str) -> None:
         return price(prepared, alone, train=TRAINING, calibration=None, formats=formats)
 
     wanted = Timings(prepared, Example(model, data, {}), TRAINING, precision, 2.0, 1.0, curves)
-    ((kind, timing),) = wanted.of(gpu(), None).items()
+    timings, untimed = wanted.of(gpu(), None)
+    ((kind, timing),) = timings.items()
+    assert not untimed
     assert kind == gpu().devices[0].kind and timing.precision == precision
     assert all(min(unit.forward_s + unit.backward_s) >= 0 for unit in timing.units.values())
     assert timing.optimizer_s > 0
