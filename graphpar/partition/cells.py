@@ -254,9 +254,9 @@ def links_to_others(
 
 
 def _all_links(table: CostTable) -> set[LinkCost]:
-    nodes = sorted(set(table.topology.node_of.values()))
-    found = {_link(table.topology, a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :]}
     sizes = _node_sizes(table)
+    nodes = sorted(sizes)
+    found = {_link(table.topology, a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :]}
     return found | {table.topology.inside[a] for a in nodes if sizes[a] > 1}
 
 

@@ -22,7 +22,6 @@ within k, in array operations.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +51,7 @@ _FEW_FOR_LOOPS = 20_000
 MANY_FOR_LOOPS = 200_000
 """So many columns are bounded by sets of devices first, whatever the mode."""
 
-ROUNDS_FOR_LOOPS = 8
+ROUNDS_FOR_LOOPS = 30
 """... more of them are bounded in so many steps first."""
 
 
@@ -476,7 +475,8 @@ class ChainProgram:
 
 
 def _states(limits: Sequence[int]) -> IntArray:
-    return np.array(list(product(*(range(n + 1) for n in limits))), dtype=np.intp)
+    """All counts within the limits, the last one growing first."""
+    return np.ascontiguousarray(np.indices([n + 1 for n in limits]).reshape(len(limits), -1).T)
 
 
 def _strides(limits: Sequence[int]) -> IntArray:

@@ -33,6 +33,9 @@ _ROUNDING = 1 + 1e-12
 _FIRST_CAPACITY = 1_000_000
 """Labels that there is room for at first: memory counts only once it is used."""
 
+_AT_ONCE = 64
+"""States after which somebody looks at the clock."""
+
 
 @dataclass(frozen=True, eq=False)
 class LabelColumns:
@@ -157,54 +160,34 @@ def best_line(
     first = np.full(len(states.replicas) * buckets, -1, dtype=np.intp)
     labels = _first_labels()
     first[num_units] = 0
-    target, best = target_s, -1
-    for number in states.order.tolist():
+    target, best, done = target_s, -1, 0
+    while done < len(states.order):
         if time.monotonic() > deadline_s:
             raise OutOfTimeError
-        teams = np.flatnonzero(states.usable[number])
-        limits = np.array([target, post_weight, states.share[number], states.post_share[number], slack_s])
-        due = states.due[number] - states.paid
-        level = int(states.replicas[number])
-        while True:
-            count, found, value = _extend(
-                number,
-                level,
-                teams,
-                states.rest,
-                team_groups,
-                begins,
-                ends,
-                columns.head,
-                columns.after,
-                columns.place,
-                columns.below,
-                columns.cost_s,
-                columns.extra_s,
-                columns.post_s,
-                joins,
-                stands_for,
-                priced[level],
-                plain[level],
-                limits,
-                due,
-                first,
-                labels.fill,
-                labels.extra,
-                labels.post,
-                labels.column,
-                labels.parent,
-                labels.next,
-                labels.number,
-                num_units,
-            )
-            if count >= 0:
-                break
-            # No room: what was made of this state is forgotten, and it is done again.
-            first[number * buckets : (number + 1) * buckets] = -1
+        wanted = min(done + _AT_ONCE, len(states.order))
+        done, labels.number, found, target = _sweep(
+            done,
+            wanted,
+            (states.order, states.replicas, states.rest),
+            states.usable,
+            (states.share, states.post_share, states.due - states.paid),
+            (team_groups, begins, ends),
+            (columns.head, columns.after, columns.place, columns.below),
+            (columns.cost_s, columns.extra_s, columns.post_s),
+            joins,
+            stands_for,
+            priced,
+            plain,
+            (target, post_weight, slack_s),
+            first,
+            (labels.fill, labels.extra, labels.post),
+            (labels.column, labels.parent, labels.next),
+            labels.number,
+            num_units,
+        )
+        best = found if found >= 0 else best
+        if done < wanted:
             labels = labels.double()
-        labels.number = count
-        if found >= 0:
-            target, best = value, found
     if best < 0:
         return None
     line = []
@@ -222,41 +205,97 @@ def _stands_for(joins: BoolArray) -> BoolArray:
 
 
 @compiled_exactly
-def _extend(
-    state: int,
-    replicas: int,
-    teams: IntArray,
-    rest: IntArray,
-    team_groups: IntArray,
-    begins: IntArray,
-    ends: IntArray,
-    head: IntArray,
-    after: IntArray,
-    place: IntArray,
-    below: IntArray,
-    cost: FloatArray,
-    extra: FloatArray,
-    post: FloatArray,
+def _sweep(
+    done: int,
+    until: int,
+    states: tuple[IntArray, IntArray, IntArray],
+    usable: BoolArray,
+    of_devices: tuple[FloatArray, FloatArray, FloatArray],
+    groups: tuple[IntArray, IntArray, IntArray],
+    places: tuple[IntArray, IntArray, IntArray, IntArray],
+    seconds: tuple[FloatArray, FloatArray, FloatArray],
     joins: BoolArray,
     stands_for: BoolArray,
     priced: FloatArray,
     plain: FloatArray,
-    limits: FloatArray,
-    due: float,
+    limits: tuple[float, float, float],
     first: IntArray,
-    fill_of: FloatArray,
-    extra_of: FloatArray,
-    post_of: FloatArray,
-    column_of: IntArray,
-    parent_of: IntArray,
-    next_of: IntArray,
+    label_seconds: tuple[FloatArray, FloatArray, FloatArray],
+    label_numbers: tuple[IntArray, IntArray, IntArray],
+    number: int,
+    num_units: int,
+) -> tuple[int, int, int, float]:
+    """All labels of some states: how many states are done, labels, the best whole one, and its value.
+
+    States are not done where there was no room for their labels; what was made of these is forgotten.
+    """
+    order, replicas, rest = states
+    share, post_share, due = of_devices
+    target, weight, slack = limits
+    best, buckets = -1, priced.shape[1]
+    while done < until:
+        state = order[done]
+        level = replicas[state]
+        own = (target, weight, share[state], post_share[state], due[state], slack)
+        count, found, value = _extend(
+            state,
+            level,
+            usable[state],
+            rest,
+            groups,
+            places,
+            seconds,
+            joins,
+            stands_for,
+            priced[level],
+            plain[level],
+            own,
+            first,
+            label_seconds,
+            label_numbers,
+            number,
+            num_units,
+        )
+        if count < 0:
+            first[state * buckets : (state + 1) * buckets] = -1
+            break
+        number, done = count, done + 1
+        if found >= 0:
+            target, best = value, found
+    return done, number, best, target
+
+
+@compiled_exactly
+def _extend(
+    state: int,
+    replicas: int,
+    usable: BoolArray,
+    rest: IntArray,
+    groups: tuple[IntArray, IntArray, IntArray],
+    places: tuple[IntArray, IntArray, IntArray, IntArray],
+    seconds: tuple[FloatArray, FloatArray, FloatArray],
+    joins: BoolArray,
+    stands_for: BoolArray,
+    priced: FloatArray,
+    plain: FloatArray,
+    limits: tuple[float, float, float, float, float, float],
+    first: IntArray,
+    label_seconds: tuple[FloatArray, FloatArray, FloatArray],
+    label_numbers: tuple[IntArray, IntArray, IntArray],
     number: int,
     num_units: int,
 ) -> tuple[int, int, float]:
     """All labels of one state: their number so far (-1: no room), the best whole one, and its value."""
-    target, weight, share, post_share, slack = limits[0], limits[1], limits[2], limits[3], limits[4]
+    target, weight, share, post_share, due, slack = limits
+    team_groups, begins, ends = groups
+    head, after, place, below = places
+    cost, extra, post = seconds
+    fill_of, extra_of, post_of = label_seconds
+    column_of, parent_of, next_of = label_numbers
     buckets, capacity, best = len(priced), len(fill_of), -1
-    for team in teams:
+    for team in range(len(usable)):
+        if not usable[team]:
+            continue
         source = (state - rest[team]) * buckets
         for group in range(team_groups[team], team_groups[team + 1]):
             start = first[source + after[begins[group]]]

@@ -7,9 +7,7 @@ from graphpar.partition.chain_columns import Columns
 from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
 from graphpar.partition.chain_relaxed import Bounded, Prices
 from graphpar.partition.stage_costs import StageLimits
-
-_SLACK = 2e-3
-"""Differences of so much of the step are none where any good plan will do."""
+from graphpar.partition.unit_arrays import BoolArray
 
 
 class SweptProgram(ChainProgram):
@@ -59,14 +57,21 @@ class SweptProgram(ChainProgram):
         return bounded.bound_s
 
     def good_simple(
-        self, most_s: float, post_limit_s: float, post_weight: float, deadline_s: float
+        self,
+        target_s: float,
+        post_limit_s: float,
+        post_weight: float,
+        deadline_s: float,
+        slack_s: float,
     ) -> ChainAnswer | None:
-        """About the best of those below a limit, if any; to be asked after `bound_simple`."""
+        """About the best of those below a target, if any; to be asked after `bound_simple`.
+
+        Differences of `slack_s` are none: a plan that is less by so much per stage may be missed.
+        """
         assert self._simple is not None
         columns, bounded, prices = self._simple
-        kept = columns.pick(bounded.bound_s + bounded.reduced_s < most_s)
-        slack_s = _SLACK * most_s if most_s < np.inf else 0.0
-        return self._best_of(kept, most_s, post_limit_s, post_weight, deadline_s, prices, slack_s)
+        kept = columns.pick(bounded.bound_s + bounded.reduced_s < target_s)
+        return self._best_of(kept, target_s, post_limit_s, post_weight, deadline_s, prices, slack_s)
 
     def none_from(self, target_s: float, deadline_s: float) -> bool:
         """Whether no pipeline with so many samples or more is below a target, in as many microbatches.
@@ -154,12 +159,22 @@ class SweptProgram(ChainProgram):
         even = np.where(counts > 0, 1 / counts.sum(), 0.0)
         return Prices(nu, even, np.zeros(len(counts)))
 
+    @property
+    def _usable(self) -> BoolArray:
+        """[state, team]: whether the devices suffice for a team; the same for all settings."""
+        rows = self._rows
+        if rows.usable is None:
+            rows.usable = np.stack(
+                [np.logical_and.reduce(team <= self._states, axis=1) for team in self._teams], axis=1
+            )
+        return rows.usable
+
     def _label_states(self, prices: Prices) -> LabelStates:
         devices = self._states[:, : len(self._cell_counts)].astype(np.float64)
         return LabelStates(
             order=self._order(),
             replicas=self._replicas,
-            usable=np.logical_and.reduce(self._teams[None] <= self._states[:, None], axis=2),
+            usable=self._usable,
             rest=self._teams @ self._strides,
             share=devices @ prices.nu,
             post_share=devices @ prices.rho,

@@ -4,7 +4,6 @@ Everything here that narrows the search is spelled out in words, because a bound
 plans that were searched.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,22 +32,14 @@ from graphpar.partition.settings import (
     microbatch_counts,
     schedules_of,
 )
+from graphpar.partition.staffings import BY_ARRAYS, BY_LOOPS, ON_REAL_LINKS, Effort, staffings, states
 from graphpar.partition.types import SearchedSchedule
 
-SWEEP_LIMIT = 10_000_000
-"""Array elements one sweep of the dynamic programme may touch: some tens of milliseconds."""
-
-_MODES_MAY_COST = 6
-"""How many times as much with all modes: in most tables few of them survive the first look."""
-
 _FEW_STATES = 256
-_LOOPS_MAY_COST = 6
-_MODES_MAY_COST_LOOPS = 100
-"""How many times as much for so few sets of devices where loops are compiled: what is swept is bounded
-first, and modes share a bound."""
+"""So few sets of devices are searched by compiled loops rather than counted; so are unlike devices."""
 
-_REAL_LINKS_MAY_COST = 3
-"""How many times as much where links would be relaxed otherwise: then nothing is proven of placement."""
+_AMONG = ", among the"
+"""Begins the words for a part of the devices."""
 
 SHARE_STEPS = 64
 """Batch shares of pipelines side by side are multiples of batch / SHARE_STEPS, at least one sample."""
@@ -117,25 +108,25 @@ def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Micr
     if not table.training:
         schedules = ("gpipe",) if schedule == "auto" else (schedule,)
     settings = (schedules, microbatches)
-    cells = find_cells(table)
-    more = _LOOPS_MAY_COST if COMPILED and _states(cells) <= _FEW_STATES else 1
-    placed = _placed_family(table, cells, True, settings, wide=True, most=more * SWEEP_LIMIT)
+    cells, repeats = find_cells(table), find_repeats(table)
+    counted = repeats is not None and repeats.number >= LEAST_BLOCKS
+    few = states(cells) <= _FEW_STATES or max(cells.counts, default=0) == 1
+    effort = BY_LOOPS if COMPILED and (few or not counted) else BY_ARRAYS
+    placed = _placed_family(table, cells, True, settings, effort, wide=True)
     if placed is not None:
         return placed
-    repeats = find_repeats(table)
-    if repeats is not None and repeats.number >= LEAST_BLOCKS:
+    if repeats is not None and counted:
         return _counted_family(table, schedules, microbatches, repeats)
-    real, relaxed = find_cells(table), relaxed_cells(table)
-    for exact, cells, most in ((True, real, _REAL_LINKS_MAY_COST), (False, relaxed, 1)):
-        placed = _placed_family(table, cells, exact, settings, wide=False, most=most * SWEEP_LIMIT)
+    ways = [(True, cells, ON_REAL_LINKS), (False, relaxed_cells(table), BY_ARRAYS)]
+    for exact, some, effort in [(True, cells, BY_LOOPS)] * COMPILED + ways:
+        placed = _placed_family(table, some, exact, settings, effort, wide=False)
         if placed is not None:
             return placed
-    kept = max(map(len, (c.devices for c in table.device_classes))) * 3 // 4
-    fewer = choose_family(first_devices(table, kept), schedule, microbatches)
-    words = fewer.staffing
-    if " of each kind" not in words:
-        words += f", among the first {kept} devices of each kind only"
-    return replace(fewer, staffing=words)
+    fewer, words = _fewer_devices(table)
+    family = choose_family(fewer, schedule, microbatches)
+    if _AMONG not in family.staffing:
+        family = replace(family, staffing=family.staffing + words)
+    return family
 
 
 def _placed_family(
@@ -143,20 +134,18 @@ def _placed_family(
     cells: Cells,
     exact: bool,
     settings: tuple[tuple[SearchedSchedule, ...], Microbatches],
+    effort: Effort,
     *,
     wide: bool,
-    most: float = SWEEP_LIMIT,
 ) -> Family | None:
-    """The widest family whose sweeps touch at most so many elements; `wide` insists on replicas."""
-    for words, takes in _staffings(cells, table.max_replicas):
+    """The widest family that an effort allows to search; `wide` insists on replicas."""
+    for words, takes in staffings(cells, table.max_replicas, effort):
         if wide and len(takes) > 1 and max(map(sum, takes)) < min(table.max_replicas, 2):
             continue
-        if _sweep_elements(table, cells, takes) > most:
+        if not effort.allows(table, cells, takes, plain=True):
             continue
         for more, options in _with_modes(table, cells, takes, exact):
-            elements = _sweep_elements(table, cells, [o.take for o in options])
-            may_cost = _MODES_MAY_COST if most <= SWEEP_LIMIT else _MODES_MAY_COST_LOOPS
-            if not table.modes or elements <= most * may_cost:
+            if not table.modes or effort.allows(table, cells, [o.take for o in options], plain=False):
                 return Family(table, cells, exact, tuple(options), *settings, words + more)
     return None
 
@@ -277,6 +266,25 @@ def first_devices(table: CostTable, number: int) -> CostTable:
     return replace(table, device_classes=classes)
 
 
+def _fewer_devices(table: CostTable) -> tuple[CostTable, str]:
+    """The same table with fewer devices of each kind; where each has only one, without the slowest.
+
+    A slow one with more memory than the others have on average stays as long as there are others.
+    """
+    most = max(len(c.devices) for c in table.device_classes)
+    if most > 1:
+        kept = most * 3 // 4
+        return first_devices(table, kept), f"{_AMONG} first {kept} devices of each kind only"
+    whole = _whole_s(table)
+    used = [i for i, c in enumerate(table.device_classes) if c.devices]
+    mean = sum(table.device_classes[i].memory_bytes for i in used) / len(used)
+    slow = max(used, key=lambda i: (table.device_classes[i].memory_bytes <= mean, whole[i]))
+    classes = tuple(
+        replace(c, devices=()) if i == slow else c for i, c in enumerate(table.device_classes)
+    )
+    return replace(table, device_classes=classes), f"{_AMONG} faster devices only"
+
+
 def _counted_family(
     table: CostTable,
     schedules: tuple[SearchedSchedule, ...],
@@ -304,36 +312,6 @@ def _inside_is_slower(cells: Cells) -> bool:
     network = cells.links[-1][0]
     inside = [cells.links[c.place][c.place] for c in cells.cells]
     return network is not None and any(k is not None and not k.at_least(network) for k in inside)
-
-
-def _staffings(cells: Cells, max_width: int) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    """Ways to restrict the staffing of a stage, widest first."""
-    counts = cells.counts
-    if _states(cells) > 4096:
-        return
-    everything = count_vectors(counts, min(max_width, sum(counts)))
-    if len(everything) <= 255:
-        yield "any set of replicas", everything
-    singles = [t for t in everything if sum(t) == 1]
-    uniform = [t for t in everything if sum(n > 0 for n in t) == 1]
-    if any(sum(t) > 1 for t in everything):
-        near = [t for t in everything if sum(t) == 2 or t in uniform]
-        yield "interchangeable replicas, or any two devices", near
-        yield "interchangeable replicas", uniform
-    yield "one device per stage", singles
-
-
-def _states(cells: Cells) -> int:
-    """Sets of devices."""
-    return math.prod(n + 1 for n in cells.counts)
-
-
-def _sweep_elements(table: CostTable, cells: Cells, takes: Sequence[tuple[int, ...]]) -> float:
-    states = 0
-    for take in takes:
-        states += math.prod(n - t + 1 for n, t in zip(cells.counts, take, strict=True))
-    kinds = len({k for row in cells.links for k in row if k is not None})
-    return states * max(kinds, 1) ** 2 * table.num_units**2
 
 
 def share_step(table: CostTable) -> int:
@@ -457,15 +435,16 @@ def _natural(family: Family) -> Iterator[tuple[tuple[int, ...], ...]]:
 
 def _class_prefixes(family: Family) -> Iterator[set[int]]:
     """All classes, then without the slowest, and so on."""
-    table = family.table
-    size = table.sizes[-1]
-    whole = {
-        k: sum(table.forward_s(u, k, size) for u in range(table.num_units))
-        for k in {c.device_class for c in family.cells.cells}
-    }
-    order = sorted(whole, key=lambda k: whole[k])
+    whole = _whole_s(family.table)
+    order = sorted({c.device_class for c in family.cells.cells}, key=lambda k: whole[k])
     for number in range(len(order), 0, -1):
         yield set(order[:number])
+
+
+def _whole_s(table: CostTable) -> list[float]:
+    """[class]: seconds of a forward of the whole chain at the largest size."""
+    units, size = range(table.num_units), table.sizes[-1]
+    return [sum(table.forward_s(u, k, size) for u in units) for k in range(len(table.device_classes))]
 
 
 def _by(counts: Sequence[int], key: Sequence[int]) -> tuple[tuple[int, ...], ...]:

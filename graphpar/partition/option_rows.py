@@ -67,6 +67,8 @@ class OptionRows:
         self.moved_s = {i: m for i, m in enumerate(moved) if m is not None}
         self._teams: tuple[IntArray, IntArray] | None = None
         self._joins: BoolArray | None = None
+        self.usable: BoolArray | None = None
+        """[set of devices, team]: whether they suffice for it, once somebody has asked."""
         self._find_crews(table)
         self.post_by_run = np.ascontiguousarray(self.post_s.T)
         some = list(self.moved_s)

@@ -37,16 +37,30 @@ def zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> Fl
     zero, width = table.every_mode[option.staff[0]].zero, option.width
     if zero < 2 or width < 2 or not table.training:
         return None
-    each = table.sum_s_per_byte
-    moved = ring_array(option.ring, width, _most_bytes(units, option, "gradient_bytes"), each) / 2
+    moved = _ring(units, option.ring, width, _most_bytes(units, option, "gradient_bytes")) / 2
     if zero > 2:
-        moved += ring_array(option.ring, width, _most_bytes(units, option, "weight_bytes"), each)
+        moved += _ring(units, option.ring, width, _most_bytes(units, option, "weight_bytes"))
     return moved
 
 
 def _most_bytes(units: UnitArrays, option: StageOption, name: str) -> FloatArray:
-    found: FloatArray = np.maximum.reduce([units.most_bytes(m, name) for m in set(option.staff)])
-    return found
+    """The same array again for all options whose replicas hold the same."""
+    arrays = {id(a): a for a in (units.most_bytes(m, name) for m in set(option.staff))}
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    # What has such a number is kept in the cache, so that no other array gets it.
+    key = ("most of", *sorted(arrays))
+    if key not in units.cache:
+        units.cache[key] = np.maximum.reduce(list(arrays.values()))
+    return units.cache[key]
+
+
+def _ring(units: UnitArrays, links: Links, copies: int, num_bytes: FloatArray) -> FloatArray:
+    """`ring_array` of an array that is kept, worked out once."""
+    key = ("ring", links, copies, id(num_bytes))
+    if key not in units.cache:
+        units.cache[key] = ring_array(links, copies, num_bytes, units.table.sum_s_per_byte)
+    return units.cache[key]
 
 
 def boundary_seconds(
@@ -195,21 +209,23 @@ def cached_post(table: CostTable, units: UnitArrays, option: StageOption, settin
 def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Setting) -> FloatArray:
     if not table.training:
         return np.where(units.valid, 0.0, np.inf)
-    zero, width, each = table.every_mode[option.staff[0]].zero, option.width, table.sum_s_per_byte
+    zero, width = table.every_mode[option.staff[0]].zero, option.width
     gradients = _most_bytes(units, option, "gradient_bytes")
-    own = np.zeros_like(gradients)
+    own: FloatArray | float = 0.0
     if zero == 1:
-        own = own + ring_array(option.ring, width, gradients, each) / 2
+        own = own + _ring(units, option.ring, width, gradients) / 2
     if zero in (1, 2):
         weights = _most_bytes(units, option, "weight_bytes")
-        own = own + ring_array(option.ring, width, weights, each) / 2
-    sync = own + ring_array(*summing(option, zero, setting), gradients, each)
+        own = own + _ring(units, option.ring, width, weights) / 2
+    sync = own + _ring(units, *summing(option, zero, setting), gradients)
     steps = [units.optimizer_seconds(m) for m in set(option.staff)]
+    longest = np.maximum.reduce(steps)
     if not zero:
-        return np.where(units.valid, sync + np.maximum.reduce(steps), np.inf)
-    # Any of the replicas may be the one that speaks with other pipelines; the slowest need not.
-    speaker = sync + np.minimum.reduce(steps) / width
-    return np.where(units.valid, np.maximum(speaker, own + np.maximum.reduce(steps) / width), np.inf)
+        found = sync + longest
+    else:
+        # Any of the replicas may be the one that speaks with other pipelines; the slowest need not.
+        found = np.maximum(sync + np.minimum.reduce(steps) / width, own + longest / width)
+    return found if units.valid.all() else np.where(units.valid, found, np.inf)
 
 
 def summing(option: StageOption, zero: int, setting: Setting) -> tuple[Links, int]:

@@ -16,13 +16,19 @@ from collections.abc import Iterable
 
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
-from graphpar.partition.search import Asked, Search, SearchResult, Task
+from graphpar.partition.search import INFINITY, Asked, Search, SearchResult, Task
 
 _NEAREST = 4
 """The settings with the least bounds are tried at first whatever their microbatches."""
 
-_GUESSES = (1.05, 1.12, 1.2, 1.3, 1.45, 1.7, 2.2, 4.0, math.inf)
-"""A first plan is looked for below so many times a bound."""
+_GUESSES = (1.5, 2.0, 3.0, 5.0, 10.0, 100.0, math.inf)
+"""A first plan is looked for below so many times a bound, ..."""
+
+_ROUGH, _FINE = 0.05, 0.01
+"""... where this share of the guess does not matter, and then this one."""
+
+_FURTHER = 3
+"""Settings that are looked at roughly once one of them has a plan."""
 
 
 def search_tasks(tasks: Iterable[Task], asked: Asked, *, dive: bool = False) -> SearchResult:
@@ -112,21 +118,33 @@ class _TaskSearch(Search[int]):
     def _guess(self, tasks: Iterable[int]) -> int | None:
         """Find a plan with one replica per stage: raise guesses of what tasks cost, the lowest first.
 
-        With little to spare a sweep is short.
+        Roughly: a sweep that takes all below a twentieth of the guess for nothing is short. What is found
+        is looked at more closely.
         """
         asked = self._post_limit, self._weight
         bounded = [(self._program(t).bound_simple(self._target(), *asked), t) for t in tasks]
         guesses = [(_GUESSES[0] * bound, 0, bound, task) for bound, task in bounded]
         heapq.heapify(guesses)
-        while guesses and guesses[0][2] < self._target():
+        best, further = None, 0
+        while guesses and guesses[0][2] < self._target() and further < _FURTHER:
             guess, step, bound, task = heapq.heappop(guesses)
-            answer = self._program(task).good_simple(min(guess, self._target()), *asked, self._deadline_s)
-            if answer is not None:
-                self._offer(task, answer)
-                return task
-            if guess < self._target() and step + 1 < len(_GUESSES):
+            further += best is not None
+            if self._simple(task, min(guess, self._target()), _ROUGH):
+                best = task
+            elif best is None and guess < self._target() and step + 1 < len(_GUESSES):
                 heapq.heappush(guesses, (_GUESSES[step + 1] * bound, step + 1, bound, task))
-        return None
+        if best is not None:
+            self._simple(best, self._target(), _FINE)
+        return best
+
+    def _simple(self, task: int, most_s: float, rough: float) -> bool:
+        """Whether a better plan with one replica per stage is found in a task."""
+        slack_s = rough * most_s if most_s < INFINITY else 0.0
+        answer = self._program(task).good_simple(
+            most_s, self._post_limit, self._weight, self._deadline_s, slack_s
+        )
+        before = self._cutoff
+        return answer is not None and self._offer(task, answer) < before
 
     def _improve(self, task: int) -> None:
         """Settle a task out of turn, unless its bound excludes it."""

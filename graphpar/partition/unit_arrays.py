@@ -162,13 +162,17 @@ class UnitArrays:
         return self.cache[key]
 
     def most_bytes(self, mode: int, name: str) -> FloatArray:
-        """Gradients or weights of each stage, on the member that holds most of them."""
+        """Gradients or weights of each stage, on the member that holds most of them.
+
+        One array for all modes that hold the same.
+        """
         key = ("most", mode, name)
         if key not in self.cache:
-            costs = self.table.every_mode[mode].costs
-            members = range(len(self.table.every_mode[mode].members))
-            parts = [self.ranges([getattr(c, name)[i] for c in costs]) for i in members]
-            self.cache[key] = np.maximum.reduce(parts)
+            held = tuple(getattr(c, name) for c in self.table.every_mode[mode].costs)
+            if ("most", held) not in self.cache:
+                parts = [self.ranges([own[i] for own in held]) for i in range(len(held[0]))]
+                self.cache[("most", held)] = np.maximum.reduce(parts)
+            self.cache[key] = self.cache[("most", held)]
         return self.cache[key]
 
     def optimizer_seconds(self, mode: int) -> FloatArray:

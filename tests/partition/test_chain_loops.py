@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from all_plans import best_step_s
-from cost_tables import make_table, small_tables
+from cost_tables import FAST, make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from plan_samples import sample_partition, table_for
 
-from graphpar.cost import CostTable, LinkCost
+from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
 from graphpar.partition import chain, chain_warm
 from graphpar.partition.chain_columns import Columns, StagePrices
@@ -186,3 +186,30 @@ def test_bounds_with_and_without_post_are_apart(monkeypatch: pytest.MonkeyPatch)
     program.none_from(with_post, inf)
     assert program.tighten(2 * without, inf, 0.0) <= without * (1 + 1e-9)
     assert program.best(2 * without, inf, 0.0, inf) is not None
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_of_many_unlike_devices_none_is_left_out_but_for_want_of_a_compiler(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve kinds of one device each and units without repetition: kinds cannot be counted."""
+    seconds, speeds = [1 + i / 100 for i in range(50)], [1 + i / 4 for i in range(12)]
+    table = make_table(seconds, speeds, (1,) * 12)
+    classes = list(table.device_classes)
+    classes[0] = replace(classes[0], memory_bytes=3e12)
+    nodes = {d: d[0] for d in table.class_of}
+    table = replace(
+        table,
+        device_classes=tuple(classes),
+        topology=Topology(nodes, dict.fromkeys(nodes.values(), FAST), LinkCost(1e-3, 1e9)),
+    )
+    monkeypatch.setattr("graphpar.partition.family.COMPILED", compiled)
+    found = choose_family(table, "auto", "auto")
+    if compiled:
+        assert found.cells.counts == (1,) * 12
+        assert "any set" in found.staffing or "any three" in found.staffing
+    else:
+        # The slowest stays: it has most memory.
+        assert len(found.cells.counts) >= 8
+        assert found.cells.cells[0].devices == table.device_classes[0].devices
+        assert "among the faster devices only" in found.staffing
