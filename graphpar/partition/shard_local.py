@@ -42,11 +42,8 @@ _TREE_SHARE = 0.1
 _TOLERANT_SHARE = 0.5
 """Share of the window chunks in which the choice may get worse on the way."""
 
-_CHARGED_SHARE = 0.7
-"""Share of the window chunks that pay for the memory they take and are paid for what they free."""
-
 _LEAST_CHARGE, _MOST_CHARGE = 0.3, 1.2
-"""What they pay, in units of the prices of the bound."""
+"""What chunks that pay for memory pay, and get for what they free, in prices of the bound."""
 
 _BLAMED_SHARE = 0.5
 """Share of the window chunks whose windows grow around vertices that pay more than the bound promises."""
@@ -54,11 +51,11 @@ _BLAMED_SHARE = 0.5
 _NUM_STARTS = 1_000
 """Vertices drawn for such a chunk."""
 
-_RETURN_SHARE = 0.1
+_RETURN_SHARE = 0.03
 """Share of the window chunks that begin at the best choice."""
 
-_FURTHEST = 0.02
-"""A walk that is this much worse than the best choice, relatively, goes back to it."""
+_NEAREST, _FURTHEST = 0.02, 0.2
+"""A walk that is worse than the best choice by a share between these, relatively, goes back to it."""
 
 
 class Promises(NamedTuple):
@@ -101,6 +98,7 @@ class LocalSearch:
         self._gumbel = self._random.gumbel(size=4096 + int(np.diff(dual.flat.start).max()))
         self._state = np.array([self._random.integers(1, 2**62)], dtype=np.uint64)
         self._numbers = np.array([0.0, _NO_ANSWER, 1.0])
+        self._set_out()
         self._visits_per_s = _FIRST_VISITS / _CHUNK_S
         self.best: Int64Array = chosen.astype(np.int64)
         self._numbers[BEST] = _NO_ANSWER
@@ -176,10 +174,11 @@ class LocalSearch:
         if self._random.random() < _TOLERANT_SHARE:
             tolerance = self._scale * 10.0 ** self._random.uniform(-2.5, -0.5)
         charge = 0.0
-        if self._random.random() < _CHARGED_SHARE:
+        if self._random.random() < self._charged_share:
             charge = self._random.uniform(_LEAST_CHARGE, _MOST_CHARGE)
         if self._is_far() or self._random.random() < _RETURN_SHARE:
             self._restart(self.best)
+            self._set_out()
         theta, to, priced, _ = self.promises
         search_windows(
             self._flat,
@@ -204,6 +203,11 @@ class LocalSearch:
             charge,
         )
 
+    def _set_out(self) -> None:
+        """Draw how far the next walk may go, and how often it pays for memory: no one way suits all."""
+        self._leash = _NEAREST * (_FURTHEST / _NEAREST) ** self._random.random()
+        self._charged_share = 1.0 - self._random.random() ** 2
+
     def _starts(self) -> Int64Array:
         """Vertices around which windows grow: any, or more often those that pay much."""
         count = self._flat.num_vertices
@@ -215,7 +219,7 @@ class LocalSearch:
 
     def _is_far(self) -> bool:
         best, now = self._numbers[BEST], self._numbers[COST]
-        return bool(self._top[1] > 0.0 or now > best + _FURTHEST * abs(best))
+        return bool(self._top[1] > 0.0 or now > best + self._leash * abs(best))
 
     def _tree_moves(self, visits: int) -> None:
         lost = self._numbers[BEST] >= _NO_ANSWER
