@@ -31,6 +31,11 @@ _BUSIEST = 20.0
 _LEAVING_CPU_S = 0.04
 """CPU time from the last look at the clock to the end of the process, which frees nothing (see `cli`)."""
 
+_LOADING_CPU_S = 0.2
+"""CPU time to load an engine; large files are not read to the end where that would come too late."""
+
+_LARGE_BYTES = 100_000
+
 
 class _Watcher(Protocol):
     def __call__(self, moment: Progress, /) -> None: ...
@@ -86,9 +91,12 @@ def solve(
     """
     began_s = time.perf_counter() - _started_s_ago()
 
+    is_large = file.is_file() and file.stat().st_size >= _LARGE_BYTES
+
     def is_over() -> bool:
         elapsed_s = time.perf_counter() - began_s
-        return elapsed_s + _leaving_s(elapsed_s) > time_limit_s
+        rest_cpu_s = _LEAVING_CPU_S + _LOADING_CPU_S * is_large
+        return elapsed_s + _busy(elapsed_s) * rest_cpu_s > time_limit_s
 
     try:
         problem = read_problem(file, is_over)
@@ -104,7 +112,7 @@ def solve(
             engine = _engine(problem, objective or "throughput")
             # The limit is the whole command's, so starting up and reading a large file count.
             began_solving_s = time.perf_counter() - began_s
-            left_s = time_limit_s - began_solving_s - _leaving_s(began_solving_s)
+            left_s = time_limit_s - began_solving_s - _busy(began_solving_s) * _LEAVING_CPU_S
             solved = engine(problem, max(0.05 * time_limit_s, left_s), gap, watch)
         solved = replace(solved, seconds=solved.seconds + began_solving_s)
     if output is not None and solved.answer is not None:
@@ -140,10 +148,9 @@ def _started_s_ago() -> float:
     return min(max(cpu_s, wall_s), _BUSIEST * cpu_s)
 
 
-def _leaving_s(elapsed_s: float) -> float:
-    """Seconds from the answer to the end of the process, on a machine as busy as it has been so far."""
-    busy = min(max(1.0, elapsed_s / max(time.process_time(), 1e-3)), _BUSIEST)
-    return busy * _LEAVING_CPU_S
+def _busy(elapsed_s: float) -> float:
+    """Seconds that a second of CPU time takes, on a machine as busy as it has been so far."""
+    return min(max(1.0, elapsed_s / max(time.process_time(), 1e-3)), _BUSIEST)
 
 
 def _engine(problem: Problem, objective: Objective) -> _Engine:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from graphpar.partition.clock import ShouldStop, never
+from graphpar.partition.clock import ShouldStop, in_time, never
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce_loops import (
     COLUMNS_DETERMINE,
@@ -58,43 +58,48 @@ def reduce_problem(
     """
     if trimmed is None:
         graph = ShardingGraph.of(problem, out_of_time)
-        return graph, reduce_graph(graph, memory_rows(problem), should_stop)
+        return graph, reduce_graph(graph, memory_rows(problem), should_stop, out_of_time)
     graph = ShardingGraph.of(problem, out_of_time, trimmed.alive)
     unsettled = set(np.flatnonzero(trimmed.unsettled).tolist())
-    return graph, reduce_graph(graph, memory_rows(problem), should_stop, unsettled)
+    rows = memory_rows(problem)
+    return graph, reduce_graph(graph, rows, should_stop, out_of_time, unsettled)
 
 
 def reduce_graph(
     graph: ShardingGraph,
     rows: MemoryRows,
     should_stop: ShouldStop = never,
+    out_of_time: ShouldStop = never,
     unsettled: set[int] | None = None,
 ) -> MemoryRows:
     """Shrink a graph in place until nothing changes; returns the rows that can still bind.
 
     Nothing can be done at first except at the vertices that are `unsettled`, which may be all.
+
+    Raises:
+        OutOfTimeError: `out_of_time` was true, and the graph is of no use. After `should_stop` it is.
     """
     if graph.infeasible:
         return rows
-    rows = tighten(rows, graph)
+    rows = tighten(rows, graph, out_of_time)
     is_first, num_changed = unsettled is None, 0
     dirty = set(graph.costs) if unsettled is None else unsettled
     while dirty and graph.is_possible() and not should_stop():
-        dirty = _sweep(graph, rows, dirty, should_stop)
+        dirty = _sweep(graph, rows, dirty, should_stop, out_of_time)
         num_changed += len(dirty)
         if not graph.is_possible() or not (
             is_first or not dirty or num_changed > _LOOK_SHARE * len(graph.costs)
         ):
             continue
         # These look at every vertex, so not after every sweep: a change can run along a chain for long.
-        rows, num_changed = tighten(rows, graph), 0
+        rows, num_changed = tighten(rows, graph, out_of_time), 0
         if (is_first or not dirty) and not should_stop():
-            dirty |= drop_oversized(graph, rows) & graph.costs.keys()
+            dirty |= drop_oversized(graph, rows, out_of_time) & graph.costs.keys()
         is_first = False
     if dirty and graph.is_possible():
         # Cut short: message passing still relies on every strategy having a possible partner.
-        drop_unsupported(graph, set(graph.costs))
-        rows = tighten(rows, graph) if graph.is_possible() else rows
+        drop_unsupported(graph, set(graph.costs), out_of_time)
+        rows = tighten(rows, graph, out_of_time) if graph.is_possible() else rows
     if graph.is_possible() and np.any(rows.limit < 0):
         graph.infeasible = True
     return rows
@@ -108,10 +113,16 @@ def _until(should_stop: ShouldStop, vertices: Iterable[int]) -> Iterator[int]:
         yield vertex
 
 
-def _sweep(graph: ShardingGraph, rows: MemoryRows, dirty: set[int], should_stop: ShouldStop) -> set[int]:
+def _sweep(
+    graph: ShardingGraph,
+    rows: MemoryRows,
+    dirty: set[int],
+    should_stop: ShouldStop,
+    out_of_time: ShouldStop,
+) -> set[int]:
     """Apply every reduction once at the dirty vertices; returns the vertices that changed."""
     changed: set[int] = set()
-    changed |= drop_unsupported(graph, dirty)
+    changed |= drop_unsupported(graph, dirty, out_of_time)
     if not graph.is_possible():
         return set()
     for reduction in (split_separable, contract_determined):
@@ -122,11 +133,16 @@ def _sweep(graph: ShardingGraph, rows: MemoryRows, dirty: set[int], should_stop:
     return changed & graph.costs.keys()
 
 
-def drop_unsupported(graph: ShardingGraph, dirty: set[int]) -> set[int]:
+def _popped(waiting: set[int]) -> Iterator[int]:
+    """Members taken out until none is left; more may be put in meanwhile."""
+    while waiting:
+        yield waiting.pop()
+
+
+def drop_unsupported(graph: ShardingGraph, dirty: set[int], out_of_time: ShouldStop = never) -> set[int]:
     """Arc consistency: drop strategies that no partner supports; returns the vertices cut."""
     waiting, touched = set(dirty), set()
-    while waiting and graph.is_possible():
-        vertex = waiting.pop()
+    for vertex in in_time(_popped(waiting), out_of_time):
         for other, table in list(graph.tables[vertex].items()):
             if not any_impossible(table):
                 continue
@@ -194,12 +210,14 @@ def _determined(graph: ShardingGraph, u: int, v: int) -> tuple[int, int, IntArra
     return min(options, key=lambda option: len(graph.tables[option[1]]), default=None)
 
 
-def drop_oversized(graph: ShardingGraph, rows: MemoryRows) -> set[int]:
+def drop_oversized(graph: ShardingGraph, rows: MemoryRows, out_of_time: ShouldStop = never) -> set[int]:
     """Drop strategies that do not fit even if everybody else uses the least memory possible."""
     touched: set[int] = set()
     if not rows.num_rows:
         return touched
-    profiles = {u: vertex_profile(members, rows) for u, members in graph.members.items()}
+    profiles = {
+        u: vertex_profile(members, rows) for u, members in in_time(graph.members.items(), out_of_time)
+    }
     change = np.zeros(rows.num_rows + 1)
     for profile in profiles.values():
         if profile is not None:

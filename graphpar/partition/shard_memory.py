@@ -44,16 +44,19 @@ def memory_rows(problem: ShardingProblem) -> MemoryRows:
     )
 
 
-def tighten(rows: MemoryRows, graph: ShardingGraph) -> MemoryRows:
+def tighten(rows: MemoryRows, graph: ShardingGraph, out_of_time: ShouldStop = never) -> MemoryRows:
     """The same rows for fewer strategies: each node's least use is paid for from the limit.
 
     Rows that cannot bind any more go. Eliminated vertices count too; they use the same memory
     whatever they choose.
+
+    Raises:
+        OutOfTimeError: It was time to stop.
     """
     count, num_rows = len(rows.first), rows.num_rows
     least, spread = np.zeros(count), np.zeros(count)
     usages = dict(rows.usages)
-    for node, map_ in _remaining(graph):
+    for node, map_ in in_time(_remaining(graph), out_of_time):
         if rows.first[node] < rows.last[node]:
             present = usages[node][map_]
             least[node] = low = present.min(initial=np.inf)
