@@ -71,7 +71,7 @@ class Timings:
         ways: dict[str, Callable[[], ModelTiming]] = {}
         here = _workers_here(cluster, calibration)
         if here and self.precision == "float32":
-            ways[LOCAL_KIND] = partial(self._on_processor, here)
+            ways[LOCAL_KIND] = partial(self._on_processor, here, self._runs_at_once(cluster))
         for kind, index in _cards_here(cluster).items():
             ways[kind] = partial(self._on_card, kind, index, cluster)
         found, untimed = {}, []
@@ -86,13 +86,19 @@ class Timings:
         tensors = (*self.example.model.parameters(), *self.example.model.buffers())
         return all(tensor.device.type == "cpu" for tensor in tensors)
 
-    def _on_processor(self, here: Sequence[Device]) -> ModelTiming:
+    def _runs_at_once(self, cluster: Cluster) -> bool:
+        """Whether every backward is whole and follows on its own forward, as it does on one device."""
+        wish = self.train.schedule if self.train else "auto"
+        return len(cluster.devices) == 1 and wish in ("auto", "1f1b") and not self.prepared.tail_reason
+
+    def _on_processor(self, here: Sequence[Device], at_once: bool) -> ModelTiming:
         self._refuse_many_copies(len(here))
         slowdowns = sorted(device.slowdown for device in here)
         alone = Cluster.from_dict({"devices": [{"kind": "cpu", "threads": here[0].threads}]})
         table = self.price(alone, Formats({}))
         model = self._trial(here[0].threads)
-        return timed(model, self.prepared.model_hash, table, self.budget_s, slowdowns)
+        about = self.prepared.model_hash
+        return timed(model, about, table, self.budget_s, slowdowns, at_once)
 
     def retimed(
         self, cluster: Cluster, calibration: Calibration | None, found: Partition, timing: Timing

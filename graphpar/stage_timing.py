@@ -9,7 +9,7 @@ pause costs depends on what a stage reads again after it, hence on cut and size.
 import contextlib
 import logging
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import median
@@ -29,13 +29,16 @@ from graphpar.trial_worker import MOST_TWINS, TrialModel, TrialWorker
 _log = logging.getLogger("graphpar.timing")
 
 ROUNDS = 4
-"""Passes that are counted, after one that warms up."""
+"""Passes that are counted at most, after one that warms up."""
 
 LEAST_ROUNDS = 2
-"""As few where the budget is not enough for more; with less a stage keeps its price."""
+"""As few where they agree, or the budget is not enough for more; with less a stage keeps its price."""
 
 SETTLING = 4
-"""Passes without pauses before: the first of a fresh process are slower."""
+"""Passes without pauses before, at most: the first of a fresh process are slower."""
+
+AGREES = 0.01
+"""Two passes in a row that differ by less need no third one."""
 
 IN_FLIGHT = 2
 """Microbatches that go forward before the first goes back, where a replica has as many."""
@@ -67,7 +70,7 @@ def timed_stages(
     )
 
 
-_VERSION = 7
+_VERSION = 8
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 
@@ -227,17 +230,38 @@ class _Trial:
         Forward and backward seconds of every stage.
         """
         slowdowns = [stage.slowdown for stage in self.stages]
-        for _ in range(SETTLING):
-            worker.by_stage(number, self.size, [1.0] * len(slowdowns), self.in_flight)
-        passes = [
-            worker.by_stage(number, self.size, slowdowns, self.in_flight) for _ in range(1 + rounds)
-        ][1:]
+
+        def once(slowdowns: Sequence[float]) -> tuple[Spent, Spent]:
+            return worker.by_stage(number, self.size, slowdowns, self.in_flight)
+
+        until_alike(lambda: once([1.0] * len(slowdowns)), 2, SETTLING)
+        once(slowdowns)
+        passes = until_alike(lambda: once(slowdowns), LEAST_ROUNDS, rounds)
         return [(self._mean_s(passes, k, 0), self._mean_s(passes, k, 1)) for k in range(len(slowdowns))]
 
     def _mean_s(self, passes: Sequence[tuple[Spent, Spent]], stage: int, direction: int) -> float:
         """Over a step's microbatches: the first comes after something else, and makes the gradients."""
         first_s, later_s = (median(p[turn][stage][direction] for p in passes) for turn in (0, 1))
         return (first_s + (self.microbatches - 1) * later_s) / self.microbatches
+
+
+def until_alike(
+    once: Callable[[], tuple[Spent, Spent]], least: int, most: int
+) -> list[tuple[Spent, Spent]]:
+    """Passes until the last two take the same, or as many as there may be.
+
+    >>> times = iter([2.0, 1.2, 1.0, 1.001, 1.0])
+    >>> len(until_alike(lambda: ([(next(times), 0.0)], [(1.0, 1.0)]), 2, 5))
+    4
+    """
+    passes: list[tuple[Spent, Spent]] = []
+    totals_s: list[float] = []
+    while len(passes) < most:
+        passes.append(once())
+        totals_s.append(sum(sum(map(sum, spent)) for spent in passes[-1]))
+        if len(passes) >= least and abs(totals_s[-1] - totals_s[-2]) <= AGREES * totals_s[-1]:
+            break
+    return passes
 
 
 def _alike(trials: Iterable[_Trial]) -> list[list[_Trial]]:

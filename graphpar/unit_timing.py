@@ -35,16 +35,21 @@ ROUNDS = 3
 
 
 def timed(
-    model: TrialModel, model_hash: str, table: CostTable, budget_s: float, slowdowns: Sequence[float]
+    model: TrialModel,
+    model_hash: str,
+    table: CostTable,
+    budget_s: float,
+    slowdowns: Sequence[float],
+    at_once: bool = False,
 ) -> ModelTiming:
     """What is kept of this model, as long as the machine is as fast as it was then; else timed anew.
 
     Raises:
         NotTimedError: It could not be timed.
     """
-    key = hash_of([*model.key(model_hash), table.sizes, list(slowdowns), budget_s, _VERSION])
+    key = hash_of([*model.key(model_hash), table.sizes, list(slowdowns), budget_s, at_once, _VERSION])
     return kept_or_fresh(
-        model.threads, key, ModelTiming, lambda: time_model(model, table, budget_s, slowdowns)
+        model.threads, key, ModelTiming, lambda: time_model(model, table, budget_s, slowdowns, at_once)
     )
 
 
@@ -53,7 +58,11 @@ _VERSION = 6
 
 
 def time_model(
-    model: TrialModel, table: CostTable, budget_s: float, slowdowns: Sequence[float]
+    model: TrialModel,
+    table: CostTable,
+    budget_s: float,
+    slowdowns: Sequence[float],
+    at_once: bool = False,
 ) -> ModelTiming:
     """Seconds of every distinct unit at a few microbatch sizes, and what cores at work cost them.
 
@@ -62,6 +71,8 @@ def time_model(
         table: Predicted seconds on this machine's processor, which say what fits into the budget.
         budget_s: What may be spent; a model of which one sample takes too long is not timed.
         slowdowns: By what the workers on this machine would be slowed down, in increasing order.
+        at_once: Whether every backward of a plan will follow on its own forward, and whole, as on one
+            device.
 
     Raises:
         NotTimedError: It fails, or one sample takes too long.
@@ -82,8 +93,8 @@ def time_model(
                 pauses=_pauses(
                     model, worker, table, [s for s in sizes if s <= middle], slowdowns, budget_s
                 ),
-                apart=_apart(worker, middle, slowdowns[0]) if table.training else 1.0,
-                halves=_halves(worker, middle) if table.training else None,
+                apart=_apart(worker, middle, slowdowns[0]) if table.training and not at_once else 1.0,
+                halves=_halves(worker, middle) if table.training and not at_once else None,
             )
     except GraphparError as error:
         _log.warning("The model's units could not be timed, so that curves stand for them: %s", error)

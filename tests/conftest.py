@@ -1,5 +1,6 @@
 """What all tests share: a fixed seed, a single thread, the log as it was, a cache of their own."""
 
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,16 @@ settings.register_profile("graphpar", deadline=None)
 settings.load_profile("graphpar")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection() -> None:
+    """Nothing that importing torch and the tests makes is garbage, and looking for it takes seconds."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

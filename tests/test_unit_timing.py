@@ -22,15 +22,21 @@ def stack(norm: bool) -> nn.Module:
     return nn.Sequential(*([nn.BatchNorm1d(16)] if norm else []), *layers, nn.Linear(16, 4))
 
 
-@pytest.mark.parametrize(("norm", "train"), [(False, TRAINING), (True, TRAINING), (False, None)])
-def test_units_are_timed_and_the_model_is_left_alone(norm: bool, train: graphpar.Training | None) -> None:
+@pytest.mark.parametrize(
+    ("norm", "train", "at_once"),
+    [(False, TRAINING, False), (True, TRAINING, True), (False, None, False)],
+)
+def test_units_are_timed_and_the_model_is_left_alone(
+    norm: bool, train: graphpar.Training | None, at_once: bool
+) -> None:
     model = stack(norm)
     args = (torch.randn(8, 16), torch.randn(8, 4)) if train else (torch.randn(8, 16),)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepared = prepare(model, args, {}, train)
     cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}]})
     table = price(prepared, cluster, train=train, calibration=None)
-    timing = time_model(TrialModel(model, prepared, args, {}, train), table, 1.0, (2.0,))
+    timing = time_model(TrialModel(model, prepared, args, {}, train), table, 1.0, (2.0,), at_once)
+    assert (timing.halves is not None) == (train is not None and not at_once)
     assert all(s > 0 for unit in timing.units.values() for s in unit.forward_s)
     (pause,) = timing.pauses
     assert pause.slowdown == 2.0 and pause.action_s >= 0 and pause.longer >= 1
