@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from test_trace import check_trace
 
 import graphpar
@@ -20,7 +21,9 @@ CPUS = {"devices": [{"kind": "cpu", "slowdown": s} for s in (1.0, 2.0)]}
 
 
 @pytest.mark.distributed
-def test_a_jobs_last_step_is_drawn_beside_its_prediction(tmp_path: Path) -> None:
+def test_a_jobs_last_step_is_drawn_beside_its_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = GPT(width=192, layers=4, heads=4, length=64)
     inputs = example_inputs(8, 64)
     training = Training(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
@@ -35,6 +38,13 @@ def test_a_jobs_last_step_is_drawn_beside_its_prediction(tmp_path: Path) -> None
         with job.profiling():
             job.step(*inputs)
         graphpar.visualize(job, tmp_path / "profiled.json")
+        job.plan = structs.replace(job.plan, predicted_step_s=1.0)
+        looked: list[object] = []
+        monkeypatch.setattr("graphpar.runtime.job._machine", looked.append)
+        for times in (1, 2):
+            job.step(*inputs)
+            assert job.comparison is not None and job.comparison.off
+            assert str(job) and len(looked) == times, "the machine is looked at once after a step"
     before, after = (
         json.loads((tmp_path / f"{name}.json").read_text())["traceEvents"] for name in ("before", "after")
     )
