@@ -3,8 +3,9 @@
 The partitioner searches partitions for 1F1B and GPipe, whose step is a formula, and proves a bound. Here
 the stages it found, and those of simple splits, are tried under the other schedules: backwards in two
 halves, every device with two to four stages, or both, and with neighbouring microbatch counts. Each try
-is played through as it would run; those that do not fit into memory are out. What is chosen is the
-shortest simulated step, where it is shorter by more than `LEAST_GAIN`.
+is played through as it would run; those that do not fit into memory are out. On few devices the best is
+then changed in one thing at a time (`near_plans`) while that helps. What is chosen is the shortest
+simulated step, where it is shorter by more than `LEAST_GAIN`.
 
 A simulated schedule is outside the family that the bound of the search covers, so the certificate of a
 plan that uses one is the bound that no plan of any kind can beat.
@@ -14,10 +15,12 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError, VerifyError
+from graphpar.near_plans import as_replicas, near_plans
 from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.handmade import even_split, greedy_split
 from graphpar.partition.settings import Microbatches, ScheduleWish, microbatch_counts
@@ -45,6 +48,12 @@ MOST_ACTIONS = 40_000
 
 _MOST_DEVICES = 32
 """Simple splits are tried besides on clusters up to this size."""
+
+_MOST_CHANGED = 8
+"""Plans of up to so many devices are changed in one thing at a time, ..."""
+
+_MOST_CHANGES = 80
+"""... and so many of those that may be shorter are played through."""
 
 _ROUNDING = 1e-9
 
@@ -141,8 +150,9 @@ class _Choice:
         self.base_s = simulated(table, found.pipelines, found.schedule).step_s
         self.best: Simulated | None = None
         self.shortest: dict[str, Simulated] = {}
-        self.too_large: Simulated | None = None
+        self.tight: dict[str, Simulated] = {}
         self.out: dict[str, str] = {}
+        self.changes = 0
         self.late = False
 
     def work(self) -> None:
@@ -154,7 +164,13 @@ class _Choice:
                     return
                 if number == 0 or attempt.words in promising:
                     self._play(attempt)
+        for pipelines in as_replicas(self.table, self.found.pipelines):
+            for attempt in self._tries(replace(self.found, pipelines=pipelines)):
+                if self._is_late():
+                    return
+                self._play(attempt)
         self._other_counts()
+        self._change()
 
     def _is_late(self) -> bool:
         self.late = self.late or time.monotonic() > self.deadline_s
@@ -218,10 +234,9 @@ class _Choice:
             return False
         if not played.fits(self.table):
             self.out[attempt.words] = f"{format_seconds(played.step_s)}, but does not fit into memory"
-            if self.too_large is None or _excess(self.table, played) < _excess(
-                self.table, self.too_large
-            ):
-                self.too_large = played
+            known = self.tight.get(attempt.words)
+            if known is None or _excess(self.table, played) < _excess(self.table, known):
+                self.tight[attempt.words] = played
             return False
         known = self.shortest.get(attempt.words)
         # By the same measure as below: the best is always among the shortest.
@@ -239,6 +254,34 @@ class _Choice:
         for direction in (-1, 1):
             while not self._is_late() and self._step_to(direction):
                 pass
+
+    def _change(self) -> None:
+        """Change the best in one thing at a time as long as that helps."""
+        if len(self.table.class_of) > _MOST_CHANGED:
+            return
+        for words, played in sorted(self.tight.items(), key=lambda item: item[1].step_s):
+            self._changed(words, played.partition)
+        before = None
+        while self.best is not None and self.best is not before:
+            before, best = self.best, self.best.partition
+            self._changed(next(w for w, p in self.shortest.items() if p.partition is best), best)
+
+    def _changed(self, words: str, base: Partition) -> None:
+        """Play plans that are near another one until one of them is the best."""
+        for pipelines in near_plans(self.table, base.pipelines):
+            if self.changes >= _MOST_CHANGES or self._is_late():
+                return
+            if any(s.zero > 1 for p in pipelines for s in p.stages):
+                continue
+            try:
+                dealt = tuple(deal_any(self.table, p, base.schedule) for p in pipelines)
+            except ValueError:
+                continue
+            least_s = self.best.step_s if self.best is not None else math.inf
+            if least_step_s(self.table, dealt) < least_s:
+                self.changes += 1
+                if self._play(_Try(words, base.schedule, pipelines)):
+                    return
 
     def _step_to(self, direction: int) -> bool:
         assert self.best is not None
@@ -304,11 +347,11 @@ class _Choice:
         return sorted(self.shortest.items(), key=lambda item: item[1].step_s)
 
     def _nothing(self) -> None:
-        if self.too_large is None:
+        if not self.tight:
             raise UnavailableScheduleError(
                 "no split of the model that was tried gives several stages and several microbatches"
             )
-        needs = self.too_large.needs(self.table)
+        needs = min(self.tight.values(), key=partial(_excess, self.table)).needs(self.table)
         device = max(needs, key=lambda d: needs[d][0] - needs[d][1])
         need, have = needs[device]
         raise InfeasibleError(

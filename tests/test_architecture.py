@@ -11,7 +11,7 @@ ROWS = (
     "ir cores cost cost_options catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration",
     "partition",
-    "schedule timing team_timing crowding simulate simulated schedule_choice like_pipelines "
+    "schedule timing team_timing crowding simulate simulated schedule_choice like_pipelines near_plans "
     "plan_choice training solve_command "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_words step_parts explanation_build explain_page",

@@ -6,7 +6,40 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "joint_loss.py"
+from graphpar.near_plans import as_replicas, near_plans
+from graphpar.partition.handmade import evaluate
+from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.schedule_choice import choose_schedule
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARK = BENCHMARKS / "joint_loss.py"
+
+
+def test_orders_are_tried_on_the_members_of_groups_and_on_plans_nearby() -> None:
+    """Drawn cluster 3 of `joint_exact.py`: the best of all plans, 40.456 s, takes three changes.
+
+    The search ends with two groups; members as replicas, with two stages each, do not fit unless the
+    stages change places and one of them divides its state.
+    """
+    table, _ = runpy.run_path(str(BENCHMARKS / "joint_tables.py"))["tables"](3, 4)
+    fastest = {m.members: m.shares for m in reversed(table.modes) if len(m.members) == 2}
+    first, last = (
+        StageChoice(a, a + 2, (Replica(f"{k}0", 0, (f"{k}1",), fastest[kind, kind]),))
+        for a, k, kind in ((0, "b", 1), (2, "a", 0))
+    )
+    grouped = evaluate(table, [PipelineChoice(4, 4, (first, last))], "gpipe")
+    found = choose_schedule(table, grouped, time_limit_s=60.0)
+    assert found.schedule == "zero-bubble"
+    assert len(found.pipelines[0].stages) == 4
+    assert found.objective_s == pytest.approx(40.45568, abs=1e-4)
+    (whole, divided) = as_replicas(table, grouped.pipelines)
+    assert [s.zero for s in (*whole[0].stages, *divided[0].stages)] == [0, 0, 1, 1]
+    near = list(near_plans(table, whole))
+    assert whole not in near
+    assert len(near) == len(set(near))
+    for plan in near:
+        assert plan[0].stages[0].last == plan[0].stages[1].first
+        assert {r.device for s in plan[0].stages for r in s.replicas} <= set(table.class_of)
 
 
 @pytest.mark.slow
