@@ -235,8 +235,8 @@ class Exact:
         most = -(-microbatches // width)
         needs = [a + b for a, b in zip(ahead, back, strict=True)]
         own = most * min(n + w for n, w in zip(needs, later, strict=True))
-        costs = (*ahead, *back, *later, *numbers)
-        return _Staffed(choice, min(ahead), min(back), own, most * min(needs), costs)
+        every = (*ahead, *back, *later, *numbers)
+        return _Staffed(choice, min(ahead), min(back), own, most * min(needs), every)
 
     # --- playing ---
 

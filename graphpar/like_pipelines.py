@@ -21,8 +21,8 @@ from graphpar.partition.bounds import least_bytes
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.settings import ScheduleWish
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.schedule_choice import CHUNKS, interleaved, judged_s, least_step_s
-from graphpar.simulated import Simulated, deal_any, has_formula, simulated
+from graphpar.schedule_choice import CHUNKS, interleaved, judged_s
+from graphpar.simulated import Simulated, deal_any, has_formula, least_step_s, simulated
 
 _SIZES = (1, 2, 4, 8)
 """Microbatch sizes that are tried."""

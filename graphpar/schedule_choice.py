@@ -30,8 +30,8 @@ from graphpar.simulated import (
     certified,
     deal_any,
     has_formula,
+    least_step_s,
     simulated,
-    stage_links,
     stage_paces,
 )
 from graphpar.units import format_percent, format_seconds
@@ -164,13 +164,12 @@ class _Choice:
                     return
                 if number == 0 or attempt.words in promising:
                     self._play(attempt)
-        for pipelines in as_replicas(self.table, self.found.pipelines):
-            for attempt in self._tries(replace(self.found, pipelines=pipelines)):
-                if self._is_late():
-                    return
-                self._play(attempt)
+        self._ungroup(self.found)
         self._other_counts()
         self._change()
+        if self.best is not None and self.changes:
+            self._ungroup(self.best.partition)
+            self._change()
 
     def _is_late(self) -> bool:
         self.late = self.late or time.monotonic() > self.deadline_s
@@ -255,13 +254,24 @@ class _Choice:
             while not self._is_late() and self._step_to(direction):
                 pass
 
+    def _ungroup(self, base: Partition) -> None:
+        """Try all ways on the members of a plan's tensor groups."""
+        for pipelines in as_replicas(self.table, base.pipelines):
+            for attempt in self._tries(replace(base, pipelines=pipelines)):
+                if self._is_late():
+                    return
+                self._play(attempt)
+
     def _change(self) -> None:
         """Change the best in one thing at a time as long as that helps."""
         if len(self.table.class_of) > _MOST_CHANGED:
             return
-        for words, played in sorted(self.tight.items(), key=lambda item: item[1].step_s):
-            self._changed(words, played.partition)
-        before = None
+        before: Simulated | None = None
+        for words in sorted(self.tight, key=lambda words: self.tight[words].step_s):
+            # What does not fit is changed to what exceeds memory less.
+            while (played := self.tight[words]) is not before:
+                before = played
+                self._changed(words, played.partition)
         while self.best is not None and self.best is not before:
             before, best = self.best, self.best.partition
             self._changed(next(w for w, p in self.shortest.items() if p.partition is best), best)
@@ -361,46 +371,6 @@ class _Choice:
             need=need,
             have=have,
         )
-
-
-def least_step_s(table: CostTable, pipelines: Sequence[PipelineChoice]) -> float:
-    """No order of work of these stages and microbatches is shorter; 0 where replicas or sizes are unlike.
-
-    A device starts when a microbatch has come through the stages before its first one that feed it, and
-    has all its work to do. After its last backward, gradients of weights aside, the gradient still goes
-    back through those stages, as far as there is one.
-    """
-    least_s = 0.0
-    for pipeline in pipelines:
-        modes = [set(modes_of(table, stage)) for stage in pipeline.stages]
-        if pipeline.samples % pipeline.microbatches or any(len(own) > 1 for own in modes):
-            continue
-        size = pipeline.samples / pipeline.microbatches
-        links = stage_links(table, [pipeline])
-        there_s, back_s = ([0.0] * len(modes) for _ in range(2))
-        works: dict[str, list[float]] = {}
-        for number, (stage, (mode,)) in enumerate(zip(pipeline.stages, modes, strict=True)):
-            units, overhead_s = range(stage.first, stage.last), table.mode_overhead_s(mode)
-            forward_s = overhead_s + math.fsum(table.forward_s(u, mode, size) for u in units)
-            weight_s = math.fsum(table.weight_s(u, mode, size) for u in units)
-            backward_s = overhead_s - weight_s + math.fsum(table.backward_s(u, mode, size) for u in units)
-            for replica in stage.replicas:
-                for device in replica.devices:
-                    work = works.setdefault(device, [there_s[number], back_s[number], 0.0, 0.0])
-                    # Of several stages any may be the first to start and the last to end.
-                    work[:2] = min(work[0], there_s[number]), min(work[1], back_s[number])
-                    work[2] += replica.microbatches * (forward_s + backward_s)
-                    work[3] += replica.microbatches * weight_s
-            for link in links:
-                if link.source == number:
-                    after = link.target
-                    there_s[after] = max(there_s[after], there_s[number] + forward_s)
-                    if link.has_gradient:
-                        back_s[after] = max(back_s[after], back_s[number] + backward_s)
-        least_s = max(
-            least_s, *(there + own + max(back, later) for there, back, own, later in works.values())
-        )
-    return least_s
 
 
 def _judged_s(played: Simulated) -> float:

@@ -201,3 +201,43 @@ def stage_links(table: CostTable, pipelines: Sequence[PipelineChoice]) -> list[S
         ]
         offset += len(pipeline.stages)
     return links
+
+
+def least_step_s(table: CostTable, pipelines: Sequence[PipelineChoice]) -> float:
+    """No order of work of these stages and microbatches is shorter; 0 where replicas or sizes are unlike.
+
+    A device starts when a microbatch has come through the stages before its first one that feed it, and
+    has all its work to do. After its last backward, gradients of weights aside, the gradient still goes
+    back through those stages, as far as there is one.
+    """
+    least_s = 0.0
+    for pipeline in pipelines:
+        modes = [set(modes_of(table, stage)) for stage in pipeline.stages]
+        if pipeline.samples % pipeline.microbatches or any(len(own) > 1 for own in modes):
+            continue
+        size = pipeline.samples / pipeline.microbatches
+        links = stage_links(table, [pipeline])
+        there_s, back_s = ([0.0] * len(modes) for _ in range(2))
+        works: dict[str, list[float]] = {}
+        for number, (stage, (mode,)) in enumerate(zip(pipeline.stages, modes, strict=True)):
+            units, overhead_s = range(stage.first, stage.last), table.mode_overhead_s(mode)
+            forward_s = overhead_s + math.fsum(table.forward_s(u, mode, size) for u in units)
+            weight_s = math.fsum(table.weight_s(u, mode, size) for u in units)
+            backward_s = overhead_s - weight_s + math.fsum(table.backward_s(u, mode, size) for u in units)
+            for replica in stage.replicas:
+                for device in replica.devices:
+                    work = works.setdefault(device, [there_s[number], back_s[number], 0.0, 0.0])
+                    # Of several stages any may be the first to start and the last to end.
+                    work[:2] = min(work[0], there_s[number]), min(work[1], back_s[number])
+                    work[2] += replica.microbatches * (forward_s + backward_s)
+                    work[3] += replica.microbatches * weight_s
+            for link in links:
+                if link.source == number:
+                    after = link.target
+                    there_s[after] = max(there_s[after], there_s[number] + forward_s)
+                    if link.has_gradient:
+                        back_s[after] = max(back_s[after], back_s[number] + backward_s)
+        least_s = max(
+            least_s, *(there + own + max(back, later) for there, back, own, later in works.values())
+        )
+    return least_s

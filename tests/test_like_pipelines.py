@@ -12,8 +12,7 @@ from plan_samples import partitions, sample_partition, table_for
 from graphpar.errors import VerifyError
 from graphpar.like_pipelines import best_like, even_cuts, shares
 from graphpar.partition.types import Partition, ScheduleName
-from graphpar.schedule_choice import least_step_s
-from graphpar.simulated import deal_any, simulated
+from graphpar.simulated import deal_any, least_step_s, simulated
 
 
 @given(

@@ -19,9 +19,8 @@ from graphpar.schedule_choice import (
     UnavailableScheduleError,
     choose_schedule,
     interleaved,
-    least_step_s,
 )
-from graphpar.simulated import Simulated, simulated, stage_links
+from graphpar.simulated import Simulated, least_step_s, simulated, stage_links
 
 
 def blocks(
