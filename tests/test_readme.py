@@ -30,7 +30,7 @@ def test_python_blocks_run(page: str, number: int, code: str, tmp_path: Path) ->
     script = tmp_path / "shown.py"
     script.write_text(code, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
 

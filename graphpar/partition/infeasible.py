@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NoReturn
 
 from graphpar.cost import CostTable, DeviceClass
@@ -198,8 +199,31 @@ def fits(family: Family, deadline_s: float) -> bool | None:
 def _holds(programs: Programs, group: Group, samples: int, peers: int, deadline_s: float) -> bool:
     """Whether one of so many pipelines, on devices given by counts per cell, can take so many samples."""
     tasks = programs.tasks(group, samples, programs.family.schedules, peers)
+    finest = [t for t in tasks if t.setting.microbatches == samples]
+    if finest and _finest_holds_least(programs.family):
+        tasks = [t for t in finest if t.setting.schedule == "1f1b"] or finest
     # The smallest microbatches need least memory: try them first.
     return any(t.build().solve(StageLimits(), deadline_s) is not None for t in reversed(tasks))
+
+
+def _finest_holds_least(family: Family) -> bool:
+    """Whether whatever fits in any number of microbatches fits in as many as there are samples.
+
+    With m microbatches of up to s = ceil(n / m) samples a replica holds `h(m) = min(ceil(m / w),
+    ceil(D / w))` of them, under GPipe `ceil(m / w)`, and under 1F1B no more than under GPipe. As `s m >=
+    n`, `s h(m) >= h(n)`. So it is enough that s samples at once keep no less than s times what one does,
+    and that temporaries grow; ZeRO's do not depend on s, and n microbatches allow as many replicas as
+    any. Unlike replicas need not have equal shares: a fast one may hold more when they are cut finer.
+    """
+    table = family.table
+    alike = all(len(set(option.staff)) == 1 for option in family.options)
+    rows = [(c.saved_bytes, c.working_bytes) for mode in table.every_mode for c in mode.costs]
+    return (alike and table.sizes[0] == 1) and all(
+        all(kept >= size * row[0] * (1 - 1e-12) for size, kept in zip(table.sizes, row, strict=True))
+        and all(a <= b for a, b in pairwise(more))
+        for saved, working in rows
+        for row, more in zip(saved, working, strict=True)
+    )
 
 
 def _hold_together(programs: Programs, groups: Grouping, deadline_s: float) -> bool:

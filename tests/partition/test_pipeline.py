@@ -1,6 +1,7 @@
 """The partitioner against every plan there is, against the baselines, and where it must refuse."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,10 +19,13 @@ from graphpar.errors import InfeasibleError, VerifyError
 from graphpar.partition import infeasible
 from graphpar.partition.baselines import BASELINES, best_like_subset, even_split
 from graphpar.partition.check import check_partition
-from graphpar.partition.family import Family
+from graphpar.partition.counting import CountingLimits
+from graphpar.partition.family import Family, choose_family
 from graphpar.partition.handmade import evaluate, simple_plans
 from graphpar.partition.pipeline import partition
+from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options
+from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import Partition, PipelineChoice, Replica, SearchedSchedule, StageChoice
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -305,6 +309,31 @@ def test_infeasible_names_what_was_fixed_too_tightly() -> None:
         partition(table, schedule="gpipe")
     assert caught.value.remedy == 'schedule="1f1b" instead of "gpipe"'
     assert partition(table, schedule="1f1b").schedule == "1f1b"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_tables(modes=True), st.sampled_from([0.02, 0.1, 0.4]))
+def test_whether_the_finest_microbatches_fit_says_whether_any_do(table: CostTable, part: float) -> None:
+    def by_sample(row: Sequence[float]) -> tuple[float, ...]:
+        return tuple(size * row[0] for size in table.sizes)
+
+    costs = tuple(replace(c, saved_bytes=by_sample(c.saved_bytes)) for c in table.costs)
+    modes = tuple(
+        replace(
+            mode,
+            costs=tuple(replace(c, saved_bytes=tuple(map(by_sample, c.saved_bytes))) for c in mode.costs),
+        )
+        for mode in table.modes
+    )
+    scaled = infeasible.scale_memory(replace(table, costs=costs, modes=modes), part)
+    family = choose_family(scaled, "auto", "auto")
+    alike = tuple(o for o in family.options if len(set(o.staff)) == 1)
+    family = replace(family, options=alike)
+    assert infeasible._finest_holds_least(family)
+    programs = Programs(family, CountingLimits(0.5, "highs"))
+    tasks = programs.tasks(family.cells.counts, table.batch, family.schedules)
+    every = any(t.build().solve(StageLimits(), float("inf")) is not None for t in tasks)
+    assert infeasible._holds(programs, family.cells.counts, table.batch, 1, float("inf")) == every
 
 
 def test_enough_is_rounded_up() -> None:
