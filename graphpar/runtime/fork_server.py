@@ -159,16 +159,17 @@ _KEEPS_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_ARENA_MAX": "1",
     "MKL_DISABLE_FAST_MM": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=2",
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
 }
 """Workers of glibc keep what a step frees for the next one, which needs as much again: handing it back to
 the system and getting it anew, zeroed page by page, took 7 % of a step and varied. One heap for all
 threads, or what a thread freed would be kept for that thread alone. MKL's products, too, take what they
 pack operands into from that heap: a store of their own keeps 5 to 30 MB, by the shapes it has seen.
 
-Splinters beside aligned tensors are given back at once: kept in the thread's cache they stay between
-a freed tensor and its neighbours, and no tensor of the same size fits into its place again. That took up
-to two thirds more than all tensors together."""
+Splinters beside aligned tensors are given back at once: kept in the thread's cache, or in the bins of
+small chunks that are not joined with what is free beside them, they stay between a freed tensor and its
+neighbours, and no tensor of the same size fits into its place again. That took up to two thirds more than
+all tensors together."""
 
 
 _COUNTS_GPUS_ASIDE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
