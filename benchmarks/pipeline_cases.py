@@ -281,6 +281,29 @@ def growth_cases(quick: bool) -> Iterator[tuple[str, CostTable]]:
         yield f"405B, 1024 devices, {name}", decoder_table(LLAMA_405B, counts, 2048, options)
 
 
+def rack_cases() -> Iterator[tuple[str, CostTable]]:
+    """64 devices in two racks with a tenth of the bandwidth between them; names do not tell the racks."""
+    small = Shape(32, 4096, 0.2e9, 0.13e9)
+    state = Options(StageOptions(recompute=True, zero=(1,)))
+    groups = Options(StageOptions(recompute=True, zero=(1, 2, 3), tensor_widths=(2, 4, 8)))
+    for name, shape, kind, options in (
+        ("70B on 64 h, tensor groups", LLAMA_70B, "h", groups),
+        ("7B on 64 a, tensor groups", small, "a", groups),
+        ("7B on 64 v", small, "v", state),
+    ):
+        yield f"two racks: {name}", _in_racks(decoder_table(shape, {kind: 64}, 256, options), 4)
+
+
+def _in_racks(table: CostTable, nodes_per_rack: int) -> CostTable:
+    nodes = sorted(table.topology.inside)
+    random.Random(1).shuffle(nodes)
+    rack = {node: i // nodes_per_rack for i, node in enumerate(nodes)}
+    pairs = [(a, b) for a in nodes for b in nodes if a < b and rack[a] == rack[b]]
+    between = dict.fromkeys(pairs, LinkCost(1e-5, 50e9))
+    slow = LinkCost(3e-5, 5e9)
+    return replace(table, topology=replace(table.topology, network=slow, between=between))
+
+
 def variant_cases() -> Iterator[tuple[str, CostTable]]:
     """Other mixes of kinds, batches, models and networks than the growth cases have."""
     mixes: dict[str, dict[str, int]] = {

@@ -31,7 +31,7 @@ from graphpar.partition.types import Partition
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pipeline_cases import growth_cases, unlike_cases, variant_cases
+from pipeline_cases import growth_cases, rack_cases, unlike_cases, variant_cases
 from pipeline_draws import drawn_cases
 from slot_programme import slot_programme
 from uniform_plans import uniform_plan
@@ -140,7 +140,7 @@ def main() -> None:
         time.monotonic = time.process_time
     seeds = 0 if arguments.quick else arguments.seeds
     cases = [*unlike_cases(seeds), *growth_cases(arguments.quick)]
-    cases += [] if arguments.quick else [*variant_cases(), *drawn_cases(seeds)]
+    cases += [] if arguments.quick else [*variant_cases(), *rack_cases(), *drawn_cases(seeds)]
     rows = []
     for case, table in cases:
         if arguments.only not in case:

@@ -19,6 +19,10 @@ from graphpar.partition.types import PipelineChoice, Replica, ScheduleName
 
 Pipelines = tuple[PipelineChoice, ...]
 
+_SHARE = 0.05
+_MOST_S = 1.0
+"""Share of a search's time for bringing devices nearer, or this long."""
+
 _HAIR = 1e-9
 """Steps that differ by less are equal."""
 
@@ -27,6 +31,15 @@ def links_differ(table: CostTable) -> bool:
     """Whether it matters which nodes stages stand in, beyond which share one."""
     topology = table.topology
     return bool(topology.between) or len(set(topology.inside.values())) > 1
+
+
+def most_s(limit_s: float) -> float:
+    """Seconds that bringing devices nearer may take where all may take so long.
+
+    >>> most_s(60.0), most_s(2.0)
+    (1.0, 0.1)
+    """
+    return min(_MOST_S, _SHARE * limit_s)
 
 
 def brought_nearer(

@@ -17,12 +17,13 @@ from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import (
     EVERY_GROUPING,
     Family,
+    Grouping,
     choose_family,
     groupings,
 )
 from graphpar.partition.handmade import priced_plan, simple_plans
 from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible
-from graphpar.partition.nearer import brought_nearer, links_differ
+from graphpar.partition.nearer import brought_nearer, links_differ, most_s
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, share_microbatches
@@ -68,10 +69,6 @@ _FEW_DEVICES = 64
 _GRACE_S = 0.5
 """A simple plan may take this long after the time is up if there is no other."""
 
-_NEARER_SHARE = 0.05
-_MOST_NEARER_S = 1.0
-"""Share of all time for bringing devices nearer that were named after counting, or this long."""
-
 _EARLIER = 6
 """So many pipelines that were the best for a time are priced on real links."""
 
@@ -80,9 +77,6 @@ _COARSE_BLOCKS = 64
 
 _COARSE_SHARE = 0.5
 """... for this share of the time at most."""
-
-Groups = tuple[tuple[int, ...], ...]
-"""Pipelines side by side, each as counts of devices per cell."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +187,8 @@ class _Run:
         if self.family.repeats is not None:
             self.counted()
             return
-        alone: list[tuple[float, Groups]] = []
-        others: list[tuple[float, Groups]] = []
+        alone: list[tuple[float, Grouping]] = []
+        others: list[tuple[float, Grouping]] = []
         for groups in groupings(self.family):
             bound = grouping_bound_s(self._programs, groups)
             (others if any(sum(g) > 1 for g in groups) else alone).append((bound, groups))
@@ -252,7 +246,10 @@ class _Run:
 
         A grouping that gave a better plan widens the family; others were only tried and stay outside.
         """
-        if self.truncated or self.best is None:
+        if self.truncated:
+            return
+        if self.best is None:
+            self.only_together()
             return
         alone = self.best.pipelines[0]
         size = alone.samples / alone.microbatches
@@ -261,7 +258,7 @@ class _Run:
         bounded = sorted((grouping_bound_s(self._programs, g), g) for g in groupings(self.family))
         promising = [(bound, g) for bound, g in bounded if bound < self._target_s]
         self.groupings_searched = len(bounded) - len(promising)
-        better: list[tuple[float, Groups, tuple[Found, ...]]] = []
+        better: list[tuple[float, Grouping, tuple[Found, ...]]] = []
         for bound, groups in promising:
             if time.monotonic() > until_s:
                 break
@@ -281,7 +278,15 @@ class _Run:
                 better.append((bound, groups, found))
         self._search_groupings(better)
 
-    def _search_groupings(self, promising: list[tuple[float, Groups, tuple[Found, ...]]]) -> None:
+    def only_together(self) -> None:
+        """Where no pipeline fits alone, several may, each with part of the samples: the first way."""
+        for groups in groupings(self.family):
+            self.groupings_searched += 1
+            ended = [self._grouping(groups, schedule, 0.0) for schedule in self.family.schedules]
+            if self.best is not None or not all(ended):
+                return
+
+    def _search_groupings(self, promising: list[tuple[float, Grouping, tuple[Found, ...]]]) -> None:
         """Bound the groupings that gave better plans, and search them to the end as time allows."""
         for work_s, groups, found in reversed(promising):
             left_s = self._deadline_s - time.monotonic()
@@ -344,7 +349,7 @@ class _Run:
         if result.best is not None:
             self._offer((result.best,))
 
-    def side_by_side(self, bounded: list[tuple[float, Groups]]) -> None:
+    def side_by_side(self, bounded: list[tuple[float, Grouping]]) -> None:
         """Every set of pipelines whose bound leaves hope, most promising first."""
         for bound, groups in sorted(self._sharper(bounded)):
             if bound >= self._target_s:
@@ -354,13 +359,13 @@ class _Run:
                 if not self._grouping(groups, schedule, bound):
                     return
 
-    def _sharper(self, bounded: list[tuple[float, Groups]]) -> Iterator[tuple[float, Groups]]:
+    def _sharper(self, bounded: list[tuple[float, Grouping]]) -> Iterator[tuple[float, Grouping]]:
         """Better bounds where there is time and the first ones leave hope."""
         for bound, groups in bounded:
             hopeful = bound < self._target_s and time.monotonic() < self._deadline_s
             yield max(bound, pipelines_bound_s(self._programs, groups) if hopeful else 0.0), groups
 
-    def _grouping(self, groups: Groups, schedule: ScheduleName, bound_s: float) -> bool:
+    def _grouping(self, groups: Grouping, schedule: ScheduleName, bound_s: float) -> bool:
         result = best_shares(
             self._programs,
             groups,
@@ -399,10 +404,10 @@ class _Run:
 
     def bring_nearer(self) -> None:
         """Let devices of the best plan change places, where they were counted and links differ."""
-        if self.best is None or self.family.exact or not links_differ(self._table):
+        near = min(self._bound_s, self.step_s) >= self._target_s  # as near as was asked for
+        if self.best is None or near or self.family.exact or not links_differ(self._table):
             return
-        seconds = min(_MOST_NEARER_S, _NEARER_SHARE * (self._final_s - self._began_s))
-        until_s = time.monotonic() + seconds
+        until_s = time.monotonic() + most_s(self._final_s - self._began_s)
         found = brought_nearer(self._table, self.best.pipelines, self.best.schedule, until_s)
         if found != self.best.pipelines:
             step_s = price(self._table, found, self.best.schedule).objective_s

@@ -14,7 +14,7 @@ from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, Topol
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
-from graphpar.partition import counting_kinds, counting_search
+from graphpar.partition import counting_kinds, counting_search, pipeline
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
 from graphpar.partition.chain import NotSolvedError
@@ -325,6 +325,18 @@ def test_a_late_first_plan_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     rough, exact = (search_task(programs, task, gap) for gap in (0.2, 0.0))
     assert exact.best is not None
     assert rough.bound_s <= exact.best.step_s * (1 + 1e-9)
+
+
+def test_pipelines_side_by_side_are_searched_where_none_fits_alone() -> None:
+    """One microbatch of 16 samples keeps 17 bytes in each unit's device; half as many keep 9."""
+    table = make_table([1.0] * 16, (1.0,), (80,), batch=16, saved_bytes=1.0, memory_bytes=10.0)
+    family = replace(counted(table, Repeats(0, 1, 16), "1f1b"), microbatches=1)
+    began_s = time.monotonic()
+    run = pipeline._Run(family, CountingLimits(0.5, "highs"), began_s, began_s + 60.0)
+    run.work()
+    assert run.best is not None
+    assert [p.samples for p in run.best.pipelines] in ([8] * 2, [4] * 4)
+    assert "to run kinds side by side" in run.answer().family
 
 
 def test_neighbours_stand_on_close_nodes() -> None:
