@@ -2,8 +2,9 @@
 
 A fold leaves out one set, all runs on one kind of device, some models with all their runs, the largest
 model of every set, the runs on most devices of every set, all but the narrowest models of every set,
-models above ten billion weights, or runs on more than 64 devices. All but the first three ask what
-matters to a user: does the model hold beyond what it has seen?
+models above ten billion weights, runs on more than 64 devices, all mixtures of experts, or all runs in
+less than 16 bits. All but the first three ask what matters to a user: does the model hold beyond what it
+has seen?
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from zlib import crc32
 
+from graphpar.cost_models.training import SCALED
 from graphpar.cost_models.training_run import Run
 
 Samples = dict[str, list[tuple[Run, float]]]
@@ -62,6 +64,8 @@ def folds(sets: Samples) -> list[Fold]:
         Fold("size", "above 10 billion", lambda _, r: r.shape.parameters > LARGE_PARAMETERS),
         Fold("width", "all but the narrowest", lambda n, r: r.shape.hidden > narrowest[n]),
         Fold("devices", "more than 64", lambda _, r: r.devices > MANY_DEVICES),
+        Fold("kind", "mixtures of experts", lambda _, r: r.shape.moe is not None),
+        Fold("kind", "8 and 4 bits", lambda _, r: r.dtype in SCALED),
     ]
 
 

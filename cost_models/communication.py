@@ -2,7 +2,8 @@
 
 A collective of S bytes over n ranks moves `factor * S` through each rank's slowest link, with factor
 2(n-1)/n for an all-reduce and (n-1)/n for all-gather, reduce-scatter and all-to-all. Small messages use
-a low-latency protocol of a fraction of the bandwidth; the faster of the two counts, as in NCCL
+a low-latency protocol of a fraction of the bandwidth, larger ones on NVLink one between the two; the
+fastest counts, as in NCCL
 (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-proto).
 """
 
@@ -26,6 +27,8 @@ class Protocols:
         quick_base_s: The same launch with the low-latency protocol.
         quick_hops: What each further rank adds there.
         quick_bandwidth: Its share of the bandwidth (half of every word is a flag, and fewer channels).
+        line_base_s, line_hops, line_bandwidth: The same of the protocol between the two, which has a flag
+            in each line of 128 bytes and needs NVLink inside a node, which keeps a line together (LL128).
         switch_share: All-reduce inside an NVLink switch (NVLS): bytes per second of the message over
             the line rate.
         switch_base_s: Launch of that.
@@ -38,6 +41,9 @@ class Protocols:
     quick_bandwidth: float = 0.228
     switch_share: float = 0.584
     switch_base_s: float = 40.4e-6
+    line_base_s: float = 32.0e-6
+    line_hops: float = 0.667
+    line_bandwidth: float = 0.770
 
 
 PROTOCOLS = Protocols()
@@ -68,6 +74,11 @@ CUBE_MESH_EFFICIENCY = 0.895
 RING_FILL = 0.47
 """By what part of a round a ring over NVLink3 falls short, per rank: 197, 221 and 229 of 300 GB/s among
 2, 4 and 8 A100 (https://github.com/VIA-Research/vTrain/tree/main/trace)."""
+
+WHOLE_LINE_KINDS = frozenset(
+    {"nvlink2", "nvlink2-nvswitch", "nvlink3", "nvlink3-400g", "nvlink4", "nvlink4-400g", "nvlink5"}
+)
+"""Links of Volta and later data-centre devices, on which the library takes lines of 128 bytes."""
 
 SWITCHED_REDUCTION_KINDS = frozenset({"nvlink4", "nvlink5"})
 
@@ -168,6 +179,8 @@ def collective_s(
     ring_s = p.ring_base_s + p.ring_hops * hops_s + moved / rate + network_s
     quick_s = p.quick_base_s + p.quick_hops * hops_s + moved / (rate * p.quick_bandwidth) + network_s
     best = min(ring_s, quick_s)
+    if group.nodes == 1 and group.link in WHOLE_LINE_KINDS:
+        best = min(best, p.line_base_s + p.line_hops * hops_s + moved / (rate * p.line_bandwidth))
     if name == "all_reduce" and group.nodes > 1 and "ring" not in algo.lower():
         best = _all_reduce_over_nodes_s(num_bytes, group, best, p)
     if name == "all_reduce" and _reduces_in_switch(group, algo):

@@ -433,7 +433,7 @@ def test_collectives_are_known_by_their_usual_names(name: str) -> None:
 def test_folds_split_runs_into_seen_and_left_out() -> None:
     sets = samples(list(ROWS))
     found = folds(sets)
-    assert {fold.kind for fold in found} >= {"set", "models", "size", "devices"}
+    assert {fold.kind for fold in found} >= {"set", "models", "size", "devices", "kind"}
     for fold in found:
         seen, left = fold.split(sets)
         counts = [sum(len(rows) for rows in part.values()) for part in (seen, left, sets)]
