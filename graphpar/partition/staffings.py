@@ -31,6 +31,9 @@ _PRICED_LIMIT = 4_000_000
 _MODES_PRICED = 12
 """How many times as many stages there may be with all modes, as most are excluded before these differ."""
 
+_FEW_SETS = 1024
+"""With more sets of devices sweeps take longer: fewer stages are priced, by the root of the ratio."""
+
 _MOST_STATES = 1 << 16
 """Sets of devices that a sweep by loops may go through."""
 
@@ -61,6 +64,8 @@ class Effort:
     def allows(self, table: CostTable, cells: Cells, takes: Sequence[Take], *, plain: bool) -> bool:
         """Whether stages that take so many devices of each cell, one entry per option, cost no more."""
         most = self.plain if plain else self.modes
+        if self.loops:
+            most *= min(1.0, (_FEW_SETS / states(cells)) ** 0.5)
         return _cost(table, cells, takes, self.loops) <= most
 
 
