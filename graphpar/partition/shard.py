@@ -134,6 +134,8 @@ def _search(state: State, threads: int, seed: int) -> bool:
     first = None
     if state.answer is None or not warm_up(Stage.BOUND, _COMPILER_SHARE * state.time_limit_s):
         first = _plain_answer(state, graph, rows, clock)
+    if state.answer is None:
+        _instant_answer(state, raw)  # its loops may be compiled by now
     go_on_warming()
     if not warm_up(Stage.BOUND, state.left_s()):
         return False
@@ -176,8 +178,11 @@ def _trimmed(state: State, raw: RawProblem | None) -> Trimmed | None:
 def _plain_answer(
     state: State, graph: ShardingGraph, rows: MemoryRows, clock: ShouldStop
 ) -> IntArray | None:
-    """A first answer and bound; on an installation's first run the better ones wait for the compiler."""
+    """A first answer, if there is none, and bound; at first the better ones wait for the compiler."""
     state.phase = "first answer"
+    if state.answer is not None:
+        state.raise_bound(plain_bound(graph, clock))
+        return None
     memory = MemoryMatrix(graph, rows, clock)
     chosen = plain_choice(graph, memory, clock)
     if chosen is not None:
