@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from graphpar.kept_timings import NotTimedError
 from graphpar.local_timing import Example, Timings
 from graphpar.partition.types import Partition, Replica
 from graphpar.planner import plan_of, price
-from graphpar.preparation import lower, prepare
+from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.passes import Passes
 from graphpar.stage_timing import retimed, time_stages, timed_stages
 from graphpar.timing import RankTiming, SizeTiming, Timing
@@ -27,9 +27,21 @@ SLOWDOWNS = {"local/0": 1.0, "local/1": 2.0}
 CLUSTER = {"devices": [{"kind": "cpu", "threads": 1}, {"kind": "cpu", "threads": 1, "slowdown": 2.0}]}
 
 
+@cache
 def model_and_batch() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     layers = [m for _ in range(3) for m in (nn.Linear(16, 16), nn.Tanh())]
     return nn.Sequential(*layers, nn.Linear(16, 4)), (torch.randn(8, 16), torch.randn(8, 4))
+
+
+@cache
+def planned() -> graphpar.Plan:
+    model, batch = model_and_batch()
+    return graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
+
+
+@cache
+def prepared() -> Prepared:
+    return prepare(*model_and_batch(), {}, TRAINING)
 
 
 def two_stages(plan: graphpar.Plan, precision: str = "float32") -> Partition:
@@ -59,9 +71,9 @@ def _tiny() -> tuple[nn.Module, dict[str, object], tuple[torch.Tensor]]:
 def test_every_stage_is_timed_in_its_format_and_the_model_is_left_alone(precision: str) -> None:
     model, batch = model_and_batch()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
+    plan = planned()
     found = two_stages(plan, precision)
-    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    trial = TrialModel(model, prepared(), batch, {}, TRAINING)
     measured = time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 5.0)
     assert measured.update >= 1
     assert [(r.stage, r.slowdown, r.size) for r in measured.rows] == [(0, 1.0, 4), (1, 2.0, 4)]
@@ -72,20 +84,20 @@ def test_every_stage_is_timed_in_its_format_and_the_model_is_left_alone(precisio
 @pytest.mark.distributed
 def test_stages_that_do_more_than_pass_through_keep_their_prices() -> None:
     model, batch = model_and_batch()
-    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    found = two_stages(planned())
     (pipeline,) = found.pipelines
     first, second = pipeline.stages
     again = replace(pipeline, stages=(replace(first, recompute=True), second))
     found = replace(found, pipelines=(again,))
-    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    trial = TrialModel(model, prepared(), batch, {}, TRAINING)
     measured = time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 5.0)
     assert [r.stage for r in measured.rows] == [1]
 
 
 def test_nothing_is_tried_that_takes_too_long_or_runs_elsewhere() -> None:
     model, batch = model_and_batch()
-    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
-    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    found = two_stages(planned())
+    trial = TrialModel(model, prepared(), batch, {}, TRAINING)
     with pytest.raises(NotTimedError, match="longer than the 1e-09 s"):
         time_stages(trial, found, timing_of_two(found), SLOWDOWNS, 1e-9)
     with pytest.raises(NotTimedError, match="run elsewhere"):
@@ -93,8 +105,7 @@ def test_nothing_is_tried_that_takes_too_long_or_runs_elsewhere() -> None:
 
 
 def test_measured_seconds_take_the_place_of_priced_ones_in_proportion() -> None:
-    model, batch = model_and_batch()
-    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    found = two_stages(planned())
     sizes = (
         SizeTiming(3, 3.0, 6.0, saved_bytes=5.0, weight_s=2.0, split_s=0.5),
         SizeTiming(4, 4.0, 8.0, saved_bytes=7.0, weight_s=3.0, split_s=0.5),
@@ -122,14 +133,14 @@ def test_what_neighbours_cost_is_not_counted_twice() -> None:
 
 def test_times_of_one_way_to_train_are_not_used_for_another() -> None:
     model, batch = model_and_batch()
-    prepared = prepare(model, batch, {}, TRAINING)
+    captured = prepared()
     ways = [
         TRAINING,
         replace(TRAINING, optimizer=torch.optim.SGD),
         replace(TRAINING, max_grad_norm=1.0),
         replace(TRAINING, optimizer=torch.optim.AdamW),
     ]
-    first, *others, again = [TrialModel(model, prepared, batch, {}, way).key("m") for way in ways]
+    first, *others, again = [TrialModel(model, captured, batch, {}, way).key("m") for way in ways]
     assert first == again and first not in others
 
 
@@ -137,8 +148,8 @@ def test_times_that_had_less_to_spend_are_not_used_for_more(monkeypatch: pytest.
     keys: list[str] = []
     monkeypatch.setattr("graphpar.stage_timing.kept_or_fresh", lambda _, key, *more: keys.append(key))
     model, batch = model_and_batch()
-    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
-    trial = TrialModel(model, prepare(model, batch, {}, TRAINING), batch, {}, TRAINING)
+    found = two_stages(planned())
+    trial = TrialModel(model, prepared(), batch, {}, TRAINING)
     for budget_s in (0.1, 3.0, 0.1):
         timed_stages(trial, "m", found, timing_of_two(found), SLOWDOWNS, budget_s)
     assert keys[0] == keys[2] != keys[1]
@@ -149,7 +160,7 @@ def test_stages_are_tried_where_half_of_the_memory_holds_all_copies(
     monkeypatch: pytest.MonkeyPatch, memory_copies: float, tried: bool
 ) -> None:
     model, batch = model_and_batch()
-    plan = graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
+    plan = planned()
     here = Cluster.from_dict(CLUSTER)
     held_bytes = (2 + 2) * sum(p.nbytes for p in model.parameters())  # gradients, and Adam's two
     asked: list[object] = []
@@ -161,9 +172,9 @@ def test_stages_are_tried_where_half_of_the_memory_holds_all_copies(
         raise NotTimedError("of this test")
 
     monkeypatch.setattr("graphpar.local_timing.timed_stages", time_nothing)
-    prepared, example = prepare(model, batch, {}, TRAINING), Example(model, batch, {})
-    priced = partial(price, prepared, train=TRAINING, calibration=None)
-    wanted = Timings(prepared, example, TRAINING, "float32", 3.0, 2.0, lambda c, f: priced(c, formats=f))
+    captured, example = prepared(), Example(model, batch, {})
+    priced = partial(price, captured, train=TRAINING, calibration=None)
+    wanted = Timings(captured, example, TRAINING, "float32", 3.0, 2.0, lambda c, f: priced(c, formats=f))
     timing, why_not = wanted.retimed(here, None, plan.partition, plan.timing)
     assert timing is plan.timing
     assert bool(asked) is tried
@@ -174,26 +185,24 @@ def test_stages_are_tried_where_half_of_the_memory_holds_all_copies(
 
 @pytest.mark.parametrize("longer", [1.0, 2.0])
 def test_a_plan_says_that_its_stages_were_tried(longer: float) -> None:
-    model, batch = model_and_batch()
-    plan = graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
-    prepared, cluster = prepare(model, batch, {}, TRAINING), Cluster.from_dict(CLUSTER)
-    table = price(prepared, cluster, train=TRAINING, calibration=None)
+    plan = planned()
+    captured, cluster = prepared(), Cluster.from_dict(CLUSTER)
+    table = price(captured, cluster, train=TRAINING, calibration=None)
 
     def retime(_: Partition, timing: Timing) -> tuple[Timing, str]:
         ranks = (replace(rank, optimizer_s=rank.optimizer_s * longer) for rank in timing.ranks)
         return replace(timing, ranks=tuple(ranks)), "" if longer > 1 else "too long"
 
-    again = plan_of(prepared, cluster, table, plan.partition, train=TRAINING, retime=retime)
+    again = plan_of(captured, cluster, table, plan.partition, train=TRAINING, retime=retime)
     assert any("when they were tried" in text for text in again.assumptions) is (longer > 1)
     assert any("were not tried (too long)" in text for text in again.assumptions) is (longer == 1)
 
 
 @pytest.mark.parametrize("tried", [("local/0",), ("local/0", "local/1")])
 def test_a_plan_names_the_workers_whose_stages_were_not_tried(tried: tuple[str, ...]) -> None:
-    model, batch = model_and_batch()
-    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
-    prepared, cluster = prepare(model, batch, {}, TRAINING), Cluster.from_dict(CLUSTER)
-    table = price(prepared, cluster, train=TRAINING, calibration=None)
+    found = two_stages(planned())
+    captured, cluster = prepared(), Cluster.from_dict(CLUSTER)
+    table = price(captured, cluster, train=TRAINING, calibration=None)
     workers = {device: CoreUse(slowdown=slowdown) for device, slowdown in SLOWDOWNS.items()}
     table = replace(table, shared=SharedCores(2, (1.0, 1.0), workers))
     rows = tuple(
@@ -203,7 +212,7 @@ def test_a_plan_names_the_workers_whose_stages_were_not_tried(tried: tuple[str, 
     def retime(partition: Partition, timing: Timing) -> tuple[Timing, str]:
         return retimed(timing, partition, StageTiming(rows, 1.0, 1.0), SLOWDOWNS), ""
 
-    plan = plan_of(prepared, cluster, table, found, train=TRAINING, retime=retime)
+    plan = plan_of(captured, cluster, table, found, train=TRAINING, retime=retime)
     said = [text for text in plan.assumptions if "were not tried" in text]
     assert bool(said) is (len(tried) == 1)
     assert all("local/1" in text and "local/0" not in text for text in said)
@@ -211,17 +220,17 @@ def test_a_plan_names_the_workers_whose_stages_were_not_tried(tried: tuple[str, 
 
 def test_a_step_casts_its_weights_anew() -> None:
     model, batch = model_and_batch()
-    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0), "bfloat16")
-    prepared = prepare(model, batch, {}, TRAINING)
+    found = two_stages(planned(), "bfloat16")
+    captured = prepared()
     (pipeline,) = found.pipelines
     stages = tuple(
         replace(stage, replicas=(Replica(f"local/{k}", 1),)) for k, stage in enumerate(pipeline.stages)
     )
     pipeline = replace(pipeline, microbatches=1, stages=stages)
     alone = replace(found, pipelines=(pipeline,), schedule="gpipe")
-    lowered = lower(prepared.graph, alone, training=True)
+    lowered = lower(captured.graph, alone, training=True)
     (program, *_) = lowered.programs(lowered.schedule(1), 1)
-    trial = TrialModel(model, prepared, batch, {}, TRAINING)
+    trial = TrialModel(model, captured, batch, {}, TRAINING)
     weights = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
     passes = Passes(program, 2, weights, torch.device("cpu"), time.thread_time)
     gradients = []
