@@ -60,10 +60,14 @@ from graphpar.partition.counting_master import Master
 from graphpar.partition.counting_nodes import node_rows, odd_columns
 from graphpar.partition.counting_options import node_group
 from graphpar.partition.counting_order import Placed, line_up
+from graphpar.partition.counting_segments import Prices
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.solver import Backend
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import Cache, FloatArray, IntArray, Setting
+
+_USED = 1e-9
+"""A column that a relaxation takes less of is not in use."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,16 @@ class Least:
     def step_s(self) -> float:
         """What the least alone comes to."""
         return self.extra_s + self.post_weight * self.post_s
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The largest extra and post that a relaxation uses, and what its means fall short of these."""
+
+    extra_s: float
+    extra_short_s: float
+    post_s: float
+    post_short_s: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +163,7 @@ class CountingProgram:
         self._warm = np.zeros(0, dtype=np.intp)
         self._dues: tuple[float, ...] = ()
         self._duals: FloatArray = np.zeros(0)
+        self._values: FloatArray = np.zeros(0)
 
     @property
     def num_variables(self) -> int:
@@ -217,7 +232,20 @@ class CountingProgram:
             value = master.relax(np.searchsorted(index, self._still(index)), self._dues, deadline_s)
         finally:
             self._warm, self._dues, self._duals = index[master.active], master.dues, master.duals
+            self._values = master.values
         return value
+
+    def spread(self, least: Least) -> Spread:
+        """How far the last relaxation, with this least, takes means where a pipeline takes the most."""
+        if len(self._values) != len(self._warm) or not (self._values > _USED).any():
+            return Spread(0.0, 0.0, 0.0, 0.0)
+        used = self._warm[self._values > _USED]
+        share = self._values[self._values > _USED] * self._columns.blocks[used] / self._repeats.number
+        found: list[float] = []
+        for own, low in ((self._columns.extra_s, least.extra_s), (self._columns.post_s, least.post_s)):
+            mean = low + float(share @ np.maximum(own[used] - low, 0.0))
+            found += [float(own[used].max()), max(float(own[used].max()) - mean, 0.0)]
+        return Spread(*found)
 
     def floors(
         self, limits: StageLimits, least: Least, value: float, known: Floors | None = None
@@ -287,6 +315,23 @@ class CountingProgram:
             np.concatenate([limits, [float(d) for d, _ in dues]]),
             np.concatenate([prices, [p for _, p in dues]]),
         )
+
+    def worth(self) -> Prices:
+        """What blocks and the devices of every kind are worth, by the last relaxation."""
+        if len(self._duals) == 0:
+            return Prices(0.0, np.zeros(len(self._counts)))
+        devices = np.maximum(-self._duals[3 : 3 + len(self._counts)], 0.0) * np.array(self._counts)
+        return Prices(float(self._duals[0]), devices)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Devices of each kind that pipelines may use."""
+        return self._counts
+
+    @property
+    def node_sizes(self) -> tuple[int, ...]:
+        """Devices of the largest node of each kind."""
+        return self._cells.node_sizes
 
     def answer_of(self, lines: Lines, line: Line, bound_s: float) -> ChainAnswer:
         """A line as a pipeline, with a lower bound on the fill of others."""

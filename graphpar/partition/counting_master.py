@@ -90,6 +90,8 @@ class Master:
         self.dues: tuple[float, ...] = ()
         self.duals: FloatArray = np.zeros(0)
         """Of the last relaxation that was solved: of the fixed rows, then of those of `dues`."""
+        self.values: FloatArray = np.zeros(0)
+        """How often that takes the active columns."""
 
     def solve(self, warm: IntArray, dues: Sequence[float], deadline_s: float) -> Solution | None:
         """A whole solution below the cutoff that is within the slack of the best; None without one.
@@ -178,7 +180,7 @@ class Master:
             if broken:
                 self.dues = (*self.dues, *broken)
                 continue
-            self.duals = outcome.duals
+            self.duals, self.values = outcome.duals, outcome.values[:number]
             # At its upper limit a column may have a negative reduced cost: that is part of the value.
             return _Relaxed(value, np.maximum(reduced, 0.0))
 

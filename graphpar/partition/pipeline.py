@@ -159,6 +159,7 @@ class _Run:
         self._final_s = deadline_s
         self._deadline_s = deadline_s - min(_FINISH_SHARE * (deadline_s - began_s), _MOST_FINISH_S)
         self._near = False
+        self._coarse: Found | None = None
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_SHARE * (deadline_s - began_s))
         self._limits = replace(limits, patience_s=patience_s)
         self._programs = Programs(family, self._limits, self._deadline_s)
@@ -239,7 +240,8 @@ class _Run:
             aim="plan",
             real_s=self._real_s,
         )
-        self._near = result.best is not None
+        # What is not found with several blocks at once is hardly there.
+        self._near, self._coarse = result.best is not None or not result.cut, result.best
 
     def kinds_side_by_side(self) -> None:
         """Try unlike kinds in pipelines side by side: by estimate first, and where that helps in full.
@@ -326,6 +328,7 @@ class _Run:
             dive=True,
             aim=aim,
             real_s=self._real_s if self.family.repeats is not None else None,
+            near=self._coarse,
         )
 
     def single(self) -> None:

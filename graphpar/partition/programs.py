@@ -110,9 +110,10 @@ class Programs:
         dive: bool = False,
         aim: Aim = "both",
         real_s: Callable[[Found], float] | None = None,
+        near: Found | None = None,
     ) -> SearchResult:
         """The best pipeline over some tasks, by whichever search suits the family's programmes."""
-        asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post, aim, real_s)
+        asked = Asked(cutoff_s, gap, deadline_s, post_limit_s, count_post, aim, real_s, near)
         if self.family.repeats is not None:
             result = search_counted(tasks, asked, self._together)
         else:

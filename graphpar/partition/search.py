@@ -111,6 +111,7 @@ class Asked:
         count_post: Whether post is part of what is minimised, or only limited.
         aim: `plan` ends with the first good plan where one is found before the search proper; `proof`
             looks for none there, because the cutoff comes from a plan that is about as good as any.
+        near: A pipeline known to be about as good as any: better ones may have somewhat less extra.
         real_s: What a pipeline takes on devices with names, where that may be more than it costs here.
     """
 
@@ -121,6 +122,7 @@ class Asked:
     count_post: bool = True
     aim: Aim = "both"
     real_s: Callable[[Found], float] | None = None
+    near: Found | None = None
 
 
 Part = TypeVar("Part")
@@ -134,7 +136,7 @@ class Search(ABC, Generic[Part]):
         self._tasks = list(tasks)
         self._gap, self._cutoff, self._deadline_s = asked.gap, asked.cutoff_s, asked.deadline_s
         self._post_limit = asked.post_limit_s
-        self._aim, self._real_s = asked.aim, asked.real_s
+        self._aim, self._real_s, self._known = asked.aim, asked.real_s, asked.near
         self._weight = 1.0 if asked.count_post else 0.0
         self._pruned = self._given_up = INFINITY
         self._ticket = itertools.count()

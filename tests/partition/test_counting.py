@@ -14,7 +14,7 @@ from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, Topol
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
-from graphpar.partition import counting_kinds, counting_search, pipeline
+from graphpar.partition import counting_dive, counting_kinds, counting_search, pipeline
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
 from graphpar.partition.chain import NotSolvedError
@@ -22,6 +22,7 @@ from graphpar.partition.counting import CountingLimits, CountingProgram, Least
 from graphpar.partition.counting_beam import Harvest
 from graphpar.partition.counting_columns import price_columns
 from graphpar.partition.counting_options import counting_options, widths
+from graphpar.partition.counting_segments import grow_segments
 from graphpar.partition.family import Family, _counted_family, _homes, _multisets
 from graphpar.partition.pipeline import partition
 from graphpar.partition.pipeline_price import pairs, price
@@ -358,6 +359,31 @@ def test_neighbours_stand_on_close_nodes() -> None:
     assert sum(a != b for a, b in pairwise(racks)) == 1
 
 
+@pytest.mark.parametrize(("memory_bytes", "worse"), [(8.0, 1.01), (3.5, 1.05)])
+def test_stretches_of_kinds_find_good_pipelines(memory_bytes: float, worse: float) -> None:
+    """Also where memory is so tight that stages stand in the order of what they hold."""
+    table = many_devices(12, 8)
+    kinds = tuple(replace(c, memory_bytes=memory_bytes) for c in table.device_classes)
+    programs = Programs(counted(replace(table, device_classes=kinds), Repeats(1, 1, 10), "1f1b"), LIMITS)
+    tasks = programs.tasks(programs.family.cells.counts, 8, ("1f1b",))
+    (task,) = (t for t in tasks if t.setting.microbatches == 8)
+    found = search_task(programs, task, 0.0).best
+    program = task.build()
+    assert found is not None
+    assert isinstance(program, CountingProgram)
+    limits, least = StageLimits(found.answer.extra_s), Least(found.answer.extra_s, 0.0, 1.0)
+    assert program.relaxed(limits, least, np.inf) is not None
+    lines = program.lines(limits, least)
+    assert lines is not None
+    stocks, _ = program.kinds(lines)
+    line = grow_segments(lines, stocks, program.node_sizes, program.worth(), np.inf, np.inf)
+    assert line is not None
+    assert lines.holds(line)
+    step_s = least.step_s + line.cost
+    assert found.step_s * (1 - 1e-9) <= step_s + found.answer.post_s
+    assert step_s <= worse * found.step_s
+
+
 @pytest.mark.slow
 def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither beams nor integer programmes find a pipeline that others promise."""
@@ -367,8 +393,10 @@ def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(CountingProgram, "solve", give_up)
     nothing = counting_kinds.Harvest(0.0, None, np.zeros(0, dtype=np.intp))
-    monkeypatch.setattr(counting_search, "judge_kinds", lambda *_: nothing)
-    monkeypatch.setattr(counting_search, "grow_among", lambda *_: None)
+    monkeypatch.setattr(counting_dive, "judge_kinds", lambda *_: nothing)
+    monkeypatch.setattr(counting_dive, "grow_among", lambda *_: None)
+    monkeypatch.setattr(counting_dive, "grow_segments", lambda *_: None)
+    monkeypatch.setattr(counting_dive, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search._CountedSearch, "_best_met", lambda *_: None)
     found = partition(many_devices(12, 8), schedule="1f1b", microbatches=4, time_limit_s=60.0)

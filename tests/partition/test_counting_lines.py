@@ -10,6 +10,7 @@ from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
 from graphpar.partition.counting_kinds import Harvest, Rows, Stocks, judge_kinds
 from graphpar.partition.counting_lines import Line, Lines
+from graphpar.partition.counting_segments import Prices, grow_segments
 
 BLOCKS = 4
 FOREVER = float("inf")
@@ -36,7 +37,7 @@ def some_lines(draw: st.DrawFn) -> Lines:
         role=role.astype(np.intp),
         option=np.arange(number),
         blocks=blocks.astype(np.intp),
-        arm=np.zeros(number, dtype=np.intp),
+        arm=np.where(odd, 1, 3 * ints(0, 1)).astype(np.intp),
         fill_s=nothing,
         extra_s=nothing,
         post_s=nothing,
@@ -91,6 +92,12 @@ def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: 
     if kinds.line is not None:
         assert lines.holds(kinds.line)
         assert best - 1e-9 <= kinds.line.cost < spend
+    devices = np.round(lines.sums[:2] * 10).astype(np.intp)
+    stocks = Stocks((10, 10), devices.argmax(axis=0), devices.max(axis=0), lines.odd.sum(axis=0))
+    stretch = grow_segments(lines, stocks, (8, 8), Prices(0.0, np.zeros(2)), spend, FOREVER)
+    if stretch is not None:
+        assert lines.holds(stretch)
+        assert best - 1e-9 <= stretch.cost < spend
     if verdict.excludes(spend):
         assert best > spend
         return

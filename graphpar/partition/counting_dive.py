@@ -1,0 +1,382 @@
+"""How a search over counting programmes looks for lines, and for its first plan.
+
+The first plan comes from a dive: the relaxation says with how much extra and post there may be a plan;
+from there extra rises until one is found, and falls again. Stretches of kinds (`counting_segments`) are
+looked for first, which takes some hundredths of a second.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graphpar.partition.counting import CountingProgram, Least
+from graphpar.partition.counting_beam import grow_among, grow_lines
+from graphpar.partition.counting_boxes import Box, within
+from graphpar.partition.counting_kinds import Harvest, judge_kinds
+from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
+from graphpar.partition.counting_segments import grow_segments
+from graphpar.partition.counting_together import SearchTogether, Together
+from graphpar.partition.jit import COMPILED
+from graphpar.partition.search import INFINITY, Asked, Found, Task
+from graphpar.partition.stage_costs import StageLimits
+from graphpar.partition.unit_arrays import FloatArray, IntArray
+
+_FEW_DEVICES = 32
+"""Without a compiler whole stages of kinds are only looked at in clusters up to this size."""
+
+_BEAM = 60
+"""Parts of lines kept at once, ..."""
+
+_AMONG = 600
+"""... and where only columns are used that were met before: of patterns, and of lines."""
+
+_DIVE_FACTORS = (1.0, 1.01, 1.025, 1.05, 1.1, 1.18, 1.3, 1.5, 2.0, 3.0, 5.0)
+"""Extra allowed at a dive, in multiples of what the relaxation needs."""
+
+_SEGMENT_FACTORS = (1.0, 1.02, 1.05, 1.08, 1.12, 1.18, 1.25, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0)
+"""The same for stretches of kinds."""
+
+_DIVE_SPARE = 0.02
+"""At a dive lines may cost this share of extra more than the relaxation says."""
+
+_CLOSE, _LEAST_CLOSE = 0.1, 5e-4
+"""Prices are found up to this share of the gap, or this share of the step."""
+
+_KEPT_LINES = 40
+"""Lines of a task that are remembered."""
+
+_REFINEMENTS = 5
+"""How often a dive that succeeded is tried again with less extra."""
+
+_FINE = 0.5
+"""A dive ends where extra is known to within this share of the gap."""
+
+_EXTRA_FALLS, _CLOSER = 0.6, (0.5, 0.25)
+"""From one extra to the next in the search for that of the least relaxation, and powers of it at last."""
+
+_POST_MATTERS = 0.01
+"""Post is limited at a dive where the relaxation spreads more than this share of the step over stages."""
+
+_POST_FALLS, _POSTS, _WAYS = 0.5, 12, 3
+"""From one limit on post to the next, how many are tried, and how many are dived into."""
+
+_NO_BETTER = 1.25
+"""No lower limit on post is tried where the relaxation costs so many times the least."""
+
+_SEGMENT_SPARE, _SEGMENT_SPARE_FILL = 0.05, 2.0
+"""Stretches of kinds may cost this share of extra, or of the fill, more than the relaxation says."""
+
+_DIVE_SHARE, _SHORT_SHARE = 0.35, 0.25
+"""Share of the time left that a dive may take, and where there is a good plan already."""
+
+_WAYS_SHARE = 0.15
+"""Share of the time left after which no further limit on post is tried."""
+
+_LESS_EXTRA, _FAILS = 0.97, 3
+"""A known pipeline is improved with less extra each time, until that failed so often."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A line by the numbers of its columns, which mean something beyond the box it was met in."""
+
+    fill_s: float
+    shares: FloatArray
+    extra_s: FloatArray
+    post_s: FloatArray
+    sums: FloatArray
+
+    def line(self, least: Least) -> Line:
+        """The line at its cost beyond another least."""
+        over = np.maximum(self.extra_s - least.extra_s, 0.0)
+        over = over + least.post_weight * np.maximum(self.post_s - least.post_s, 0.0)
+        return Line((), self.fill_s + float(self.shares @ over), self.sums)
+
+
+@dataclass(frozen=True, eq=False)
+class _Guide:
+    """What was learnt in a task: prices and lines."""
+
+    prices: FloatArray
+    lines: tuple[_Known, ...]
+
+
+class SearchDiving(SearchTogether):
+    """A search that finds its first plan by diving."""
+
+    def __init__(self, tasks: Iterable[Task], asked: Asked, together: Together) -> None:
+        super().__init__(tasks, asked, together)
+        self._guides: dict[int, _Guide] = {}
+        self._dived: set[int] = set()
+
+    def _shrink(self, program: CountingProgram, box: Box) -> Box | None:
+        """The box without what its extra or post excludes, on values that some column attains."""
+        least_fill = self._tasks[box.task].fill_s
+        room = self._target() - least_fill
+        high = min(box.extra[1], room - self._weight * box.post[0])
+        extra = within(program.extras_s, box.extra[0], high)
+        post = within(program.posts_s, box.post[0], box.post[1])
+        if extra is None or post is None:
+            return None
+        return replace(box, extra=extra, post=post)
+
+    def _fine(self, step_s: float) -> float:
+        """A difference in steps that does not matter."""
+        return max(_CLOSE * self._gap, _LEAST_CLOSE) * step_s
+
+    @staticmethod
+    def _best_met(lines: Lines, verdict: Verdict, spend: float) -> Line | None:
+        """The cheapest line met on the way that keeps everything."""
+        held = [line for line in verdict.met if line.cost < spend and lines.holds(line)]
+        return min(held, key=lambda line: line.cost, default=None)
+
+    def _judge_kinds(
+        self, program: CountingProgram, lines: Lines, spend: float, step_s: float
+    ) -> Harvest:
+        """What whole stages of each kind say; nothing where uncompiled loops would take long."""
+        if not COMPILED and lines.devices > _FEW_DEVICES:
+            return Harvest(-INFINITY, None, np.zeros(0, dtype=np.intp))
+        return judge_kinds(lines, *program.kinds(lines), spend, self._fine(step_s), self._deadline_s)
+
+    def _among_met(self, lines: Lines, verdict: Verdict, met: IntArray, spend: float) -> Line | None:
+        """A line of columns of patterns and lines that were met, none of which keeps everything."""
+        known = [np.array(line.columns, dtype=np.intp) for line in verdict.met]
+        index = np.unique(np.concatenate([met, *known]))
+        shares = verdict.shares(spend)
+        return grow_among(lines, index, shares, spend, _AMONG, self._deadline_s)
+
+    def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
+        guide = self._guides.get(task) or _Guide(np.zeros(len(lines.sums)), ())
+        known = [k for k in guide.lines if k.extra_s.max() <= extra_s]
+        close = self._fine(least.step_s)
+        verdict = lines.judge(
+            spend, close, guide.prices, [k.line(least) for k in known], self._deadline_s
+        )
+        met = [_known(lines, line) for line in verdict.met]
+        self._guides[task] = _Guide(verdict.prices, (*guide.lines, *met)[-_KEPT_LINES:])
+        return verdict
+
+    # --- the first plan ---
+
+    @property
+    def _needs_plan(self) -> bool:
+        return self.best is None and self._aim != "proof"
+
+    def _start(self) -> None:
+        """Dive into the task that promises most before all others are even built."""
+        if not self._heap or self._heap[0][0] >= self._target():
+            return
+        if self._known is not None:
+            self._improve(self._known)
+        if not self._needs_plan:
+            return
+        box = self._promising()
+        program = self._program(box.task)
+        shrunk = self._shrink(program, box)
+        if shrunk is not None:
+            self._dive(program, shrunk)
+
+    def _improve(self, known: Found) -> None:
+        """Look for stretches of kinds with less extra than a known pipeline has."""
+        box = next((b for _, _, b in self._heap if self._tasks[b.task].setting == known.setting), None)
+        if box is None:
+            return
+        program = self._program(box.task)
+        until_s = time.monotonic() + _SHORT_SHARE * (self._deadline_s - time.monotonic())
+        extra_s, failed = known.answer.extra_s, 0
+        while failed < _FAILS and time.monotonic() < until_s:
+            extra_s *= _LESS_EXTRA
+            failed = 0 if self._try_segments(program, box, extra_s) else failed + 1
+
+    def _dive(self, program: CountingProgram, box: Box) -> None:
+        """Look for a pipeline near the limits with which the relaxation costs least, then below these."""
+        self._dived.add(box.task)
+        left_s = self._deadline_s - time.monotonic()
+        ways = self._ways(program, box, time.monotonic() + _WAYS_SHARE * left_s)
+        until_s = time.monotonic() + _DIVE_SHARE * left_s
+        found: tuple[Box, float] | None = None
+        for way in ways:
+            failed = self._find_segments(program, way, until_s)
+            found = found if failed is None else (way, failed)
+        if found is not None:
+            self._refine(program, *found, until_s)
+        elif ways:
+            self._plunge(program, ways[0])
+
+    def _ways(self, program: CountingProgram, box: Box, until_s: float) -> list[Box]:
+        """Boxes up to limits on extra and post with which the relaxation costs little, least first."""
+        first = self._least_extra(program, box, box.extra[1])
+        if first is None:
+            return []
+        step_s, extra_s = first
+        least = Least(extra_s, box.post[0], self._weight)
+        program.relaxed(StageLimits(extra_s, box.post[1]), least, self._deadline_s)
+        spread = program.spread(least)
+        if self._weight * spread.post_short_s <= _POST_MATTERS * step_s:
+            return [replace(box, extra=(box.extra[0], extra_s))]
+        found: list[tuple[float, Box]] = []
+        post_s = spread.post_s
+        for _ in range(_POSTS):
+            limits = within(program.posts_s, box.post[0], post_s)
+            narrowed = box if limits is None else replace(box, post=(limits[1], limits[1]))
+            way = None if limits is None else self._least_extra(program, narrowed, extra_s / _EXTRA_FALLS)
+            if way is None:
+                break
+            found.append((way[0], replace(narrowed, extra=(box.extra[0], way[1]))))
+            if way[0] > _NO_BETTER * min(total for total, _ in found) or time.monotonic() > until_s:
+                break
+            post_s = _POST_FALLS * narrowed.post[1]
+        return [way for _, way in sorted(found, key=lambda pair: pair[0])[:_WAYS]]
+
+    def _least_extra(
+        self, program: CountingProgram, box: Box, from_s: float
+    ) -> tuple[float, float] | None:
+        """What the relaxation costs at least with extra up to a limit, about, and with how much.
+
+        None where nothing fits.
+        """
+        most = within(program.extras_s, box.extra[0], min(box.extra[1], from_s))
+        tried: dict[float, float] = {}
+
+        def step_s(wanted_s: float) -> float:
+            at = within(program.extras_s, box.extra[0], wanted_s)
+            if at is None:
+                return INFINITY
+            if at[1] not in tried:
+                least = Least(at[1], box.post[0], self._weight)
+                value = program.relaxed(StageLimits(at[1], box.post[1]), least, self._deadline_s)
+                tried[at[1]] = INFINITY if value is None else least.step_s + value
+            return tried[at[1]]
+
+        # Downwards as long as that costs less, then in smaller steps around the least.
+        extra_s, least_s = most[1] if most else 0.0, INFINITY
+        while (found := step_s(extra_s)) < least_s:
+            least_s, extra_s = found, extra_s * _EXTRA_FALLS
+        for power in _CLOSER:
+            for side in (-power, power):
+                step_s(min(tried, key=lambda x: tried[x]) * _EXTRA_FALLS**side)
+        if not tried or min(tried.values()) == INFINITY:
+            return None
+        return min((total, extra) for extra, total in tried.items())
+
+    def _find_segments(self, program: CountingProgram, box: Box, until_s: float) -> float | None:
+        """Allow more and more extra as long as stretches of kinds may make a pipeline below the target.
+
+        Returns the extra before that of the best one found, None where none was.
+        """
+        before, found = box.extra[1], None
+        for factor in _SEGMENT_FACTORS:
+            if time.monotonic() > until_s:
+                break
+            extra = factor * box.extra[1]
+            better = self._try_segments(program, box, extra)
+            if better is None:
+                break
+            found, before = before if better else found, extra
+        return found
+
+    def _try_segments(self, program: CountingProgram, box: Box, extra_s: float) -> bool | None:
+        """Whether stretches of kinds beat the cutoff with at most so much extra; None if nothing does."""
+        if not COMPILED and sum(program.counts) > _FEW_DEVICES:
+            return None
+        least, limits = Least(extra_s, box.post[0], self._weight), StageLimits(extra_s, box.post[1])
+        value = program.relaxed(limits, least, self._deadline_s)
+        if value is None:
+            return False
+        most = self._target() - least.step_s
+        if value >= most:
+            return None
+        spare = max(_SEGMENT_SPARE * least.extra_s, _SEGMENT_SPARE_FILL * abs(value)) + 1e-12
+        spend = min(most, value + spare)
+        floors = program.floors(limits, least, value).below(least.step_s + spend)
+        lines = program.lines(limits, least, floors)
+        if lines is None:
+            return False
+        stocks, _ = program.kinds(lines)
+        sizes, worth = program.node_sizes, program.worth()
+        line = grow_segments(lines, stocks, sizes, worth, spend, self._deadline_s)
+        return self._takes(program, box, lines, line)
+
+    def _takes(self, program: CountingProgram, box: Box, lines: Lines, line: Line | None) -> bool:
+        """Offer a line, if there is one; whether it beats what was known."""
+        before = self._cutoff
+        return line is not None and self._offer(box.task, program.answer_of(lines, line, 0.0)) < before
+
+    def _plunge(self, program: CountingProgram, box: Box) -> None:
+        """Allow more and more extra until a beam finds a pipeline, then somewhat less again."""
+        failed = box.extra[1]
+        for factor in _DIVE_FACTORS:
+            extra = min(factor * box.extra[1], self._target() - self._tasks[box.task].fill_s)
+            if self._try(program, box, extra):
+                break
+            failed = extra
+            if extra < factor * box.extra[1]:
+                return
+        if self.best is not None:
+            self._bisect(program, box, failed, INFINITY)
+
+    def _refine(self, program: CountingProgram, box: Box, failed: float, until_s: float) -> None:
+        """Look with the least extra there may be, then between what failed and what was found."""
+        if self._aim == "both" and failed > box.extra[1] and self._try(program, box, box.extra[1]):
+            return
+        self._bisect(program, box, failed, until_s)
+
+    def _bisect(self, program: CountingProgram, box: Box, lowest: float, until_s: float) -> None:
+        """Allow less extra than the best plan has, but more than failed."""
+        assert self.best is not None
+        found = self.best.answer.extra_s
+        for _ in range(_REFINEMENTS):
+            if found - lowest < _FINE * self._gap * found or time.monotonic() > until_s:
+                break
+            extra = (lowest + found) / 2
+            if self._try_segments(program, box, extra) or (
+                self._aim == "both" and self._try(program, box, extra)
+            ):
+                found = min(extra, self.best.answer.extra_s)
+            else:
+                lowest = extra
+
+    def _try(self, program: CountingProgram, box: Box, extra_s: float) -> bool:
+        """Whether a pipeline is found with at most so much extra that beats the cutoff."""
+        least = Least(extra_s, box.post[0], self._weight)
+        limits = StageLimits(extra_s, box.post[1])
+        value = program.relaxed(limits, least, self._deadline_s)
+        if value is None:
+            return False
+        spend = min(
+            self._target() - least.step_s, value + max(_DIVE_SPARE * extra_s, 0.2 * abs(value)) + 1e-12
+        )
+        if spend <= 0:
+            return False
+        floors = program.floors(limits, least, value).below(least.step_s + spend)
+        lines = program.lines(limits, least, floors)
+        if lines is None:
+            return False
+        found = self._judge_kinds(program, lines, spend, extra_s)
+        line = found.line
+        if line is None:
+            if found.cost > spend * (1 + TOLERANCE):
+                return False
+            verdict = self._judge(box.task, lines, least, spend, extra_s)
+            if verdict.excludes(spend):
+                return False
+            line = self._best_met(lines, verdict, spend) or self._among_met(
+                lines, verdict, found.met, spend
+            )
+        if line is None and self.best is None:
+            shares = verdict.shares(spend)
+            line = grow_lines(lines, shares, spend, _BEAM, self._deadline_s).line
+        return self._takes(program, box, lines, line)
+
+
+def _known(lines: Lines, line: Line) -> _Known:
+    used, columns = list(line.columns), lines.columns
+    return _Known(
+        fill_s=float(columns.fill_s[used].sum()),
+        shares=columns.blocks[used] / lines.blocks,
+        extra_s=columns.extra_s[used],
+        post_s=columns.post_s[used],
+        sums=line.sums,
+    )
