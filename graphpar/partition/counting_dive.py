@@ -71,6 +71,9 @@ _SEGMENT_SPARE, _SEGMENT_SPARE_FILL = 0.05, 2.0
 _DIVE_SHARE, _SHORT_SHARE = 0.35, 0.25
 """Share of the time left that a dive may take, and where there is a good plan already."""
 
+_PLAN_SHARE = 0.8
+"""The same where a plan is all that is wanted."""
+
 _WAYS_SHARE = 0.15
 """Share of the time left after which no further limit on post is tried."""
 
@@ -195,7 +198,8 @@ class SearchDiving(SearchTogether):
         self._dived.add(box.task)
         left_s = self._deadline_s - time.monotonic()
         ways = self._ways(program, box, time.monotonic() + _WAYS_SHARE * left_s)
-        until_s = time.monotonic() + _DIVE_SHARE * left_s
+        share = _PLAN_SHARE if self._aim == "plan" else _DIVE_SHARE
+        until_s = time.monotonic() + share * (self._deadline_s - time.monotonic())
         found: tuple[Box, float] | None = None
         for way in ways:
             failed = self._find_segments(program, way, until_s)
