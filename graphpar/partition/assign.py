@@ -118,7 +118,8 @@ class _Pool:
         enough = [n for n, free in self._free.items() if len(free) >= number]
         enough = [n for n in enough if within is None or n in within] or enough
         roomy = self._closest(enough, before)
-        near = [n for n in roomy if any(self._node_of[d] == n for d in before)]
+        homes = {self._node_of[d] for d in before}
+        near = [n for n in roomy if n in homes]
         if near:
             return self._take(near[0], number)
         if roomy:

@@ -115,11 +115,9 @@ def stage_time_s(table: CostTable, first: int, last: int, mode: int, size: float
 
 def replica_times_s(table: CostTable, stage: StageChoice, size: float) -> list[float]:
     """Seconds of one microbatch on each replica, ZeRO's exchange for every microbatch included."""
-    moved = zero_s(table, stage)
-    return [
-        stage_time_s(table, stage.first, stage.last, mode, size) + moved
-        for mode in modes_of(table, stage)
-    ]
+    moved, modes = zero_s(table, stage), modes_of(table, stage)
+    times_s = {m: stage_time_s(table, stage.first, stage.last, m, size) + moved for m in set(modes)}
+    return [times_s[m] for m in modes]
 
 
 def ragged_s(
@@ -289,15 +287,23 @@ def _peaks(table: CostTable, pipeline: PipelineChoice, schedule: ScheduleName) -
     for stage in reversed(pipeline.stages):
         width = len(stage.replicas)
         below += width
+        alike: dict[tuple[int, float], list[float]] = {}
         for replica, mode in zip(stage.replicas, modes_of(table, stage), strict=True):
             held = in_flight(table, schedule, replica.microbatches, below, width)
-            for member, device in enumerate(replica.devices):
-                fixed, saved, working = member_bytes(
-                    table, stage, unit_costs(table, stage, mode), member, size
-                )
-                update = update_bytes(table, stage, mode, member)
-                peaks[device] = fixed + max(held * saved + working, update) + table.reserved_bytes
+            if (mode, held) not in alike:
+                members = range(len(replica.devices))
+                alike[mode, held] = [_peak(table, stage, mode, m, held, size) for m in members]
+            peaks.update(zip(replica.devices, alike[mode, held], strict=True))
     return peaks
+
+
+def _peak(
+    table: CostTable, stage: StageChoice, mode: int, member: int, held: float, size: float
+) -> float:
+    """Most bytes that one member of a replica with so many microbatches in flight has in use."""
+    fixed, saved, working = member_bytes(table, stage, unit_costs(table, stage, mode), member, size)
+    update = update_bytes(table, stage, mode, member)
+    return fixed + max(held * saved + working, update) + table.reserved_bytes
 
 
 def update_bytes(table: CostTable, stage: StageChoice, mode: int, member: int) -> float:
