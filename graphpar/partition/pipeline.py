@@ -218,11 +218,9 @@ class _Run:
 
     def regular(self) -> None:
         """Take the best regular plan: whatever else is found, an answer is there."""
-        known = len(self._seen)
         for found in regular_plans(self.family):
             # The estimate orders plans; naming devices decides whether groups are joined as priced.
-            self._offer((found,))
-            if len(self._seen) > known:
+            if self._real_s(found) < INFINITY:
                 return
 
     def coarse(self) -> None:
@@ -230,13 +228,12 @@ class _Run:
         repeats = self.family.repeats.coarser(_COARSE_BLOCKS) if self.family.repeats else None
         if repeats is None:
             return
-        now = time.monotonic()
         programs = Programs(replace(self.family, repeats=repeats), self._limits, self._deadline_s)
         result = programs.search(
             programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules),
             cutoff_s=self._target_s,
             gap=self._gap,
-            deadline_s=now + _COARSE_SHARE * (self._deadline_s - now),
+            deadline_s=(1 - _COARSE_SHARE) * time.monotonic() + _COARSE_SHARE * self._deadline_s,
             aim="plan",
             real_s=self._real_s,
         )
