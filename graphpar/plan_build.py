@@ -14,6 +14,7 @@ from graphpar.plans import Plan
 from graphpar.schedule import Schedule, StageLink, build_schedule, validate
 from graphpar.simulate import Timeline, simulate
 from graphpar.timing import Timing, timing_of, with_sums
+from graphpar.units import format_percent
 
 _SENDS = "sends overlap with compute; a device sends one message at a time, links are not shared"
 _GRADIENTS = "gradients are summed by a ring all-reduce after the last backward"
@@ -105,6 +106,22 @@ def _said_of_trials(prediction: Prediction) -> tuple[str, ...]:
     return (_TRIED, f"stages of {kept} were not tried, or not all of them{why}: {instead}")
 
 
+def _said_of_formula(prediction: Prediction) -> tuple[str, ...]:
+    """Whether the programme's step is another one than the played step; trials say so by themselves."""
+    step_s, formula_s = prediction.timeline.step_s, prediction.partition.objective_s
+    if prediction.tried or formula_s <= 0 or abs(step_s / formula_s - 1) < _SAME_STEP:
+        return ()
+    off, how = abs(step_s / formula_s - 1), "longer" if step_s > formula_s else "shorter"
+    return (
+        f"played through action by action, a step takes {format_percent(off)} {how} than by the "
+        "programme's formula; the gap and the bound are about the formula",
+    )
+
+
+_SAME_STEP = 0.05
+"""Formula and simulation that differ by less are not told apart on the page."""
+
+
 def make_plan(
     subject: PlanSubject,
     table: CostTable,
@@ -140,6 +157,7 @@ def make_plan(
             _SENDS,
             *((_GRADIENTS,) if table.training else ()),
             *_said_of_trials(prediction),
+            *_said_of_formula(prediction),
             *assumptions,
         ),
         notes=tuple(notes),

@@ -198,6 +198,18 @@ def test_a_plan_says_that_its_stages_were_tried(longer: float) -> None:
     assert any("were not tried (too long)" in text for text in again.assumptions) is (longer == 1)
 
 
+@pytest.mark.parametrize(("times", "told"), [(1.0, ""), (0.5, "longer"), (2.0, "50 % shorter")])
+def test_a_plan_says_that_its_formula_is_not_the_played_step(times: float, told: str) -> None:
+    model, batch = model_and_batch()
+    found = graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0)
+    prepared, cluster = prepare(model, batch, {}, TRAINING), Cluster.from_dict(CLUSTER)
+    table = price(prepared, cluster, train=TRAINING, calibration=None)
+    partition = replace(found.partition, objective_s=found.predicted_step_s * times)
+    again = plan_of(prepared, cluster, table, partition, train=TRAINING)
+    said = [text for text in again.assumptions if "programme's formula" in text]
+    assert len(said) == bool(told) and told in "".join(said)
+
+
 @pytest.mark.parametrize("tried", [("local/0",), ("local/0", "local/1")])
 def test_a_plan_names_the_workers_whose_stages_were_not_tried(tried: tuple[str, ...]) -> None:
     found = two_stages(planned())

@@ -7,12 +7,13 @@ much for ZeRO: at level 2 every microbatch sends gradients, at level 3 weights a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 
 import numpy as np
 
 from graphpar.cost import CostTable
-from graphpar.partition.cells import Cells, Links, StageOption, links_between
+from graphpar.partition.cells import Cells, Links, StageOption, links_between, pareto
 from graphpar.partition.stage_costs import cached_post, zero_seconds
 from graphpar.partition.unit_arrays import (
     BoolArray,
@@ -218,8 +219,20 @@ def _without_outdone(
 
 def _kinds_near(cells: Cells, options: Sequence[StageOption]) -> tuple[tuple[Links, ...], BoolArray]:
     """All kinds of links that two stages can have between them; [option, kind] whether this one can."""
+    every = list({link for row in cells.links for link in row if link is not None})
+    bit_of = {link: 1 << number for number, link in enumerate(every)}
+    bits = [[bit_of.get(link, 0) for link in row] for row in cells.links]
     places = {o.places for o in options}
-    near = {p: {links_between(cells, p, q) for q in places} for p in places}
+    # Most sets of places are reached alike, so that pairs of sets need not be looked at one by one.
+    reached = (
+        {tuple(reduce(or_, (row[b] for b in q), 0) for row in bits) for q in places} if every else set()
+    )
+    masks = {p: {reduce(or_, (reach[a] for a in p), 0) for reach in reached} for p in places}
+    links_of = {
+        mask: pareto([link for link, bit in bit_of.items() if mask & bit])
+        for mask in set().union(*masks.values())
+    }
+    near = {p: {links_of[mask] for mask in own} for p, own in masks.items()}
     kinds = (frozenset(), *sorted({k for own in near.values() for k in own if k}, key=repr))
     reach = {p: [i == 0 or k in own for i, k in enumerate(kinds)] for p, own in near.items()}
     return kinds, np.array([reach[o.places] for o in options], dtype=np.bool_).reshape(-1, len(kinds))

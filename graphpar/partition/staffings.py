@@ -34,7 +34,7 @@ _MODES_PRICED = 12
 _FEW_SETS = 1024
 """With more sets of devices sweeps take longer: fewer stages are priced, by the root of the ratio."""
 
-_MOST_STATES = 1 << 16
+_MOST_STATES = 1 << 12
 """Sets of devices that a sweep by loops may go through."""
 
 _MOST_ARRAY_STATES = 4096

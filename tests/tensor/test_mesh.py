@@ -141,11 +141,11 @@ def test_stock_blocks_take_a_mesh_where_it_is_faster(name: str) -> None:
 
 
 def test_a_mesh_that_cannot_pay_is_not_priced_and_the_plan_says_so() -> None:
-    """Devices so slow that only computing counts, which one axis divides as well."""
-    slow = {"name": "slow", "peak_flops_per_s": {"float32": 1e9}, "memory_bytes": 1e11,
-            "memory_bytes_per_s": 1e9}  # fmt: skip
-    batch = torch.zeros(2, 64), torch.zeros(2, dtype=torch.long)
-    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
+    """Devices that compute so slowly that nothing else counts, which one axis divides as well."""
+    slow = {"name": "slow", "peak_flops_per_s": {"float32": 1e8}, "memory_bytes": 1e11,
+            "memory_bytes_per_s": 1e12}  # fmt: skip
+    batch = torch.zeros(8, 512), torch.zeros(8, dtype=torch.long)
+    model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
     train = Training(optimizer=torch.optim.SGD, loss=nn.functional.cross_entropy)
     node = {"name": "a", "devices": {"kind": slow, "count": 4}, "link": "nvlink4"}
     for tensor, told in zip(WISHES, (False, False, True), strict=True):
