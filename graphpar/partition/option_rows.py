@@ -221,7 +221,7 @@ def _kinds_near(cells: Cells, options: Sequence[StageOption]) -> tuple[tuple[Lin
     """All kinds of links that two stages can have between them; [option, kind] whether this one can."""
     every = list({link for row in cells.links for link in row if link is not None})
     bit_of = {link: 1 << number for number, link in enumerate(every)}
-    bits = [[bit_of.get(link, 0) for link in row] for row in cells.links]
+    bits = [[bit_of[link] if link is not None else 0 for link in row] for row in cells.links]
     places = {o.places for o in options}
     # Most sets of places are reached alike, so that pairs of sets need not be looked at one by one.
     reached = (
