@@ -113,7 +113,7 @@ def _said_of_formula(prediction: Prediction) -> tuple[str, ...]:
         return ()
     off, how = abs(step_s / formula_s - 1), "longer" if step_s > formula_s else "shorter"
     return (
-        f"played through action by action, a step takes {format_percent(off)} {how} than by the "
+        f"played through action by action, a step is {format_percent(off)} {how} than by the "
         "programme's formula; the gap and the bound are about the formula",
     )
 
