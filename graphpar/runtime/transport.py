@@ -79,7 +79,7 @@ class Transport:
         links: Links of this rank that are made slower.
         pace: The time of the device, where that is emulated.
         timed_groups: Groups, by number, whose collectives begin when the last member has come by its own
-            time, and take what emulated links would. All members of a group give the same.
+            time, and take what the slowest emulated links would. All members of a group give the same.
     """
 
     def __init__(
@@ -206,22 +206,24 @@ class Transport:
         """When emulated links will have carried a collective that begins now; 0 where none is emulated.
 
         A link carries one after another, and this one not before all members have come. A member that is
-        ahead of its device's time may have come long before it, so members tell each other when they are
-        done.
+        ahead of its device's time may have come long before it, and one of fast links may come last, so
+        members tell each other when they begin and what their links take.
         """
-        own_s = max(self.pace.now_s(), self._busy_until) + seconds if seconds else 0.0
+        begins_s = max(self.pace.now_s(), self._busy_until)
+        own_s = begins_s + seconds if seconds else 0.0
         self._busy_until = max(self._busy_until, own_s)
         if group not in self._timed:
             return lambda: own_s
-        last = torch.tensor([own_s], dtype=torch.float64)
-        work = dist.all_reduce(last, dist.ReduceOp.MAX, group=self._groups[group], async_op=True)
+        latest = torch.tensor([begins_s, seconds], dtype=torch.float64)
+        work = dist.all_reduce(latest, dist.ReduceOp.MAX, group=self._groups[group], async_op=True)
 
-        def due_s() -> float:
+        def agreed_s() -> float:
             work.wait()
-            self._busy_until = max(self._busy_until, float(last))
-            return float(last)
+            due_s = float(latest.sum())
+            self._busy_until = max(self._busy_until, due_s)
+            return due_s
 
-        return due_s
+        return agreed_s
 
     def _await(self, work: "dist.Work | None", due: Callable[[], float]) -> None:
         """Wait for a collective that all members meet in, and until links would have carried it."""

@@ -1,5 +1,6 @@
 """Messages over emulated links carry when they are due, whatever they hold."""
 
+import math
 import time
 
 import pytest
@@ -70,13 +71,13 @@ def test_a_message_arrives_as_it_was_and_not_before_it_is_due(
 
 
 class Meeting(Wire):
-    """Collectives with a member that comes later by its own time, though it is there already."""
+    """Collectives with a member that comes at another time by its own, though it is there already."""
 
     ReduceOp = dist.ReduceOp
 
-    def __init__(self, other_s: float) -> None:
+    def __init__(self, begins_s: float, link_s: float) -> None:
         super().__init__()
-        self.other_s = other_s
+        self.other = torch.tensor([begins_s, link_s], dtype=torch.float64)
 
     def new_group(self, ranks: list[int], backend: str) -> object:
         """A group is nothing but its name."""
@@ -87,18 +88,20 @@ class Meeting(Wire):
     ) -> "Meeting":
         """The other member has the same gradients, and its own time."""
         if op is dist.ReduceOp.MAX:
-            tensor.clamp_(min=self.other_s)
+            torch.maximum(tensor, self.other, out=tensor)
         else:
             tensor.mul_(2)
         return self
 
 
-def test_a_sum_over_a_link_begins_when_the_last_member_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    began_s, link_s = time.monotonic(), 2 * 0.01
-    meeting = Meeting(other_s=began_s + 0.3 + link_s)
-    monkeypatch.setattr("graphpar.runtime.transport.dist", meeting)
-    pace, link = Pace(2.0, 1), (EmulatedLink(1, 0.01, 1e12),)
-    member = Transport(torch.device("cpu"), (0, 1), [(0, 1)], link, pace, timed_groups=[0])
+@pytest.mark.parametrize(("own", "other"), [(0.1, 0.0), (0.0, 0.1), (0.02, 0.1)])
+def test_a_sum_begins_when_the_last_member_has_come_and_takes_what_the_slowest_link_does(
+    own: float, other: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began_s = time.monotonic()
+    monkeypatch.setattr("graphpar.runtime.transport.dist", Meeting(began_s + 0.1, other))
+    pace, links = Pace(2.0, 1), (EmulatedLink(1, own / 2, math.inf),) if own else ()
+    member = Transport(torch.device("cpu"), (0, 1), [(0, 1)], links, pace, timed_groups=[0])
     pace.restart(began_s)
     assert torch.equal(member.sum(torch.ones(4), 0), torch.full((4,), 2.0))
-    assert pace.now_s() >= meeting.other_s - 1e-9, "the link carried it before the other member had come"
+    assert pace.now_s() >= began_s + 0.1 + max(own, other) - 1e-9, "a link carried it too early"
