@@ -142,6 +142,8 @@ class TrialModel:
         over = threading.Event()
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(self.worker()) for _ in slowdowns]
+            for worker in workers:  # or the body would be measured beside what is not at work yet
+                worker.make_ready(WHOLE)
             threads = [
                 threading.Thread(target=worker.repeat, args=(size, slowdown, over), daemon=True)
                 for worker, slowdown in zip(workers, slowdowns, strict=True)
@@ -210,11 +212,15 @@ class TrialWorker:
     def _pass(
         self, name: str, size: int, slowdowns: Sequence[float], in_flight: int, whole_step: bool = False
     ) -> list[Spent]:
+        self.make_ready(name)
+        inputs = self.model.inputs(size)
+        return self.workers.time_pass(name, inputs, size, slowdowns, in_flight, whole_step)
+
+    def make_ready(self, name: str) -> None:
+        """Install a way to pass through the model, unless it is there."""
         if name not in self._ready:
             self.model.install(self.workers, name, self.divided.get(name))
             self._ready.add(name)
-        inputs = self.model.inputs(size)
-        return self.workers.time_pass(name, inputs, size, slowdowns, in_flight, whole_step)
 
     def repeat(self, size: int, slowdown: float, over: threading.Event) -> None:
         """Pass through the model, with pauses, until it is over or the worker is gone."""

@@ -1,5 +1,7 @@
 """Timing a model's own units in a worker: every unit gets times, and the user's model stays as it is."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,11 @@ from torch import nn
 import graphpar
 from graphpar.cluster import Cluster
 from graphpar.kept_timings import NotTimedError
+from graphpar.partition.types import Partition
 from graphpar.planner import price
 from graphpar.preparation import prepare
-from graphpar.trial_worker import TrialModel
+from graphpar.runtime.local import LocalWorkers
+from graphpar.trial_worker import WHOLE, TrialModel
 from graphpar.unit_timing import time_model
 
 pytestmark = pytest.mark.distributed
@@ -53,3 +57,17 @@ def test_a_model_of_which_one_sample_takes_too_long_is_not_timed() -> None:
     table = price(prepared, cluster, train=None, calibration=None)
     with pytest.raises(NotTimedError, match="longer than the 1e-09 s"):
         time_model(TrialModel(model, prepared, args, {}, None), table, 1e-9, (1.0,))
+
+
+def test_twins_are_ready_before_anything_is_measured_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready, install = [], TrialModel.install
+
+    def slowly(self: TrialModel, workers: LocalWorkers, name: str, cut: Partition | None) -> None:
+        time.sleep(0.05)
+        install(self, workers, name, cut)
+        ready.append(name)
+
+    monkeypatch.setattr(TrialModel, "install", slowly)
+    model, args = stack(False), (torch.randn(8, 16),)
+    with TrialModel(model, prepare(model, args, {}, None), args, {}, None).twins([1.0, 2.0], 4):
+        assert ready == [WHOLE, WHOLE]
