@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from graphpar.cli import Settings, run
+from graphpar.errors import CaptureError
 
 CLUSTER = """
 nodes:
@@ -112,6 +113,19 @@ def test_estimate_gives_memory_by_part_and_device_counts(capsys: pytest.CaptureF
     assert again["activations_bytes"] <= plain["activations_bytes"]
     assert by_key["bfloat16", False]["weights_bytes"] == plain["weights_bytes"] / 2
     assert plain["devices"] == {"t4": 1}
+
+
+def test_estimate_says_why_it_leaves_bfloat16_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object) -> None:
+        raise CaptureError("no such kernel")
+
+    monkeypatch.setattr("graphpar.commands.estimate.in_bfloat16", fails)
+    assert run(["estimate", TINY, "--train", "--kind", "t4", "--json"], Settings()) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {row["format"] for row in shown["estimates"]} == {"float32", "bfloat16 mixed"}
+    assert "no such kernel" in shown["notes"][0]
 
 
 def test_estimate_of_an_unknown_kind_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
