@@ -13,6 +13,7 @@ from graphpar.plan_records import Option, PlanEdge, PlanPrecision, PlanReplica, 
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule, StageLink, build_schedule, validate
 from graphpar.simulate import Timeline, simulate
+from graphpar.simulated import has_formula
 from graphpar.timing import Timing, timing_of, with_sums
 from graphpar.units import format_percent
 
@@ -107,11 +108,16 @@ def _said_of_trials(prediction: Prediction) -> tuple[str, ...]:
 
 
 def _said_of_formula(prediction: Prediction) -> tuple[str, ...]:
-    """Whether the programme's step is another one than the played step; trials say so by themselves."""
+    """Whether the programme's step is another one than the played step; trials say so by themselves.
+
+    Schedules without a formula have been played through by the search as well.
+    """
     step_s, formula_s = prediction.timeline.step_s, prediction.partition.objective_s
-    if prediction.tried or formula_s <= 0 or abs(step_s / formula_s - 1) < _SAME_STEP:
+    if prediction.tried or formula_s <= 0 or not has_formula(prediction.partition.schedule):
         return ()
     off, how = abs(step_s / formula_s - 1), "longer" if step_s > formula_s else "shorter"
+    if off < _SAME_STEP:
+        return ()
     return (
         f"played through action by action, a step is {format_percent(off)} {how} than by the "
         "programme's formula; the gap and the bound are about the formula",

@@ -14,7 +14,7 @@ from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost_models.measured import StageSeconds, StageTiming
 from graphpar.kept_timings import NotTimedError
 from graphpar.local_timing import Example, Timings
-from graphpar.partition.types import Partition, Replica
+from graphpar.partition.types import Partition, Replica, ScheduleName
 from graphpar.planner import plan_of, price
 from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.passes import Passes
@@ -208,6 +208,18 @@ def test_a_plan_says_that_its_formula_is_not_the_played_step(times: float, told:
     again = plan_of(prepared, cluster, table, partition, train=TRAINING)
     said = [text for text in again.assumptions if "programme's formula" in text]
     assert len(said) == bool(told) and told in "".join(said)
+
+
+def test_a_schedule_without_a_formula_has_no_other_step_than_the_played_one() -> None:
+    model, batch = model_and_batch()
+    found = two_stages(graphpar.plan(model, CLUSTER, batch, train=TRAINING, measure_s=0))
+    prepared, cluster = prepare(model, batch, {}, TRAINING), Cluster.from_dict(CLUSTER)
+    table = price(prepared, cluster, train=TRAINING, calibration=None)
+    schedules: dict[ScheduleName, bool] = {"1f1b": True, "zero-bubble": False}
+    for schedule, told in schedules.items():
+        partition = replace(found, schedule=schedule, objective_s=1e3)
+        said = plan_of(prepared, cluster, table, partition, train=TRAINING).assumptions
+        assert any("programme's formula" in text for text in said) is told
 
 
 @pytest.mark.parametrize("tried", [("local/0",), ("local/0", "local/1")])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from amounts import examples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
@@ -71,8 +71,14 @@ def test_why_nothing_is_possible_is_said(
     assert words in solved.note
 
 
+CHEAP_BUT_LARGE = ShardingProblem("memory", ((0, 1),) * 2, ((0, 1),) * 2, ((5, 0),) * 2, (), (), 5)
+"""The cheaper strategies of both nodes do not fit together."""
+
+
 @settings(max_examples=examples(100), deadline=None)
 @given(sharding_problems(), st.booleans())
+@example(CHEAP_BUT_LARGE, True)
+@example(CHEAP_BUT_LARGE, False)
 def test_reductions_keep_the_optimum(problem: ShardingProblem, trims: bool) -> None:
     best = best_sharding(problem)
     graph, rows = reduce_problem(problem, trimmed=trim(raw_problem(problem)) if trims else None)
