@@ -50,6 +50,7 @@ class Roofline:
         cluster: Cluster,
         options: PricingOptions,
         rewritten: Mapping[str, Rewritten] | None = None,
+        known: dict[int, UnitPricer] | None = None,
     ) -> CostTable:
         """Fill the table of seconds and bytes.
 
@@ -60,6 +61,8 @@ class Roofline:
             options: Batch, training or inference, optimiser, limits on splitting.
             rewritten: By device name the graph that the device runs in place of this one, the same
                 units in other number formats; devices left out run this one.
+            known: Pricers of graphs by their identity, to be used and added to: what they worked out for
+                another batch holds for this one. Only where no op works on the whole batch.
         """
         classes = device_classes(cluster)
         sizes = microbatch_sizes(options)
@@ -67,9 +70,12 @@ class Roofline:
         given = rewritten or {}
         runs = [given.get(device.name, (graph, chain)) for device in examples]
         pricers: dict[int, UnitPricer] = {}
+        shared = known if known is not None else {}
         for run in runs:
-            if id(run[0]) not in pricers:
-                pricers[id(run[0])] = UnitPricer(*run, options, find_layout(run[0]), self.calibration)
+            key = id(run[0])
+            if key not in shared:
+                shared[key] = UnitPricer(*run, options, find_layout(run[0]), self.calibration)
+            pricers[key] = replace(shared[key], options=options)
         mine = [pricers[id(run[0])] for run in runs]
         units = _dense([tuple(p.chain.units[u].kind for p in mine) for u in range(len(chain.units))])
         firsts = [units.index(kind) for kind in range(max(units, default=-1) + 1)]

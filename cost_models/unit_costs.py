@@ -1,7 +1,7 @@
 """What one unit costs in seconds and bytes on each kind of device, from the kernels of its ops."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Device
@@ -10,6 +10,7 @@ from graphpar.cost_models.again import run_again
 from graphpar.cost_models.layout import Layout
 from graphpar.cost_models.memory import (
     ALLOCATOR_SLACK,
+    UnitMemory,
     is_scaled,
     lower_copy_bytes,
     parameter_bytes,
@@ -33,13 +34,19 @@ autograd's engine. Measured on a CPU, where `benchmarks/schedules.py` shows it."
 
 @dataclass(frozen=True)
 class UnitPricer:
-    """Works out one graph; kernels do not depend on the device and are computed once per size."""
+    """Works out one graph; kernels do not depend on the device and are computed once per size.
+
+    `works` are the ops' kernels by name and size, `memories` what units keep by number and size. They may
+    be shared with pricers of the same graph for other batches, where nothing depends on the whole batch.
+    """
 
     graph: Graph
     chain: Chain
     options: PricingOptions
     layout: Layout
     calibration: Calibration | None
+    works: dict[tuple[str, int], OpWork] = field(default_factory=dict, repr=False)
+    memories: dict[tuple[int, int], UnitMemory] = field(default_factory=dict, repr=False)
 
     def unit_cost(self, index: int, devices: Sequence[Device], sizes: Sequence[int]) -> UnitCost:
         """What a unit costs on each of these devices, at each of these microbatch sizes."""
@@ -48,18 +55,7 @@ class UnitPricer:
         sources = self._own_sources(index)
         weights, trained, numel, tensors = parameter_bytes(self.graph, sources)
         options = self.options
-        memory = [
-            unit_memory(
-                self.graph,
-                self.layout,
-                work,
-                self._owned(index),
-                size,
-                options.precision,
-                options.training,
-            )
-            for work, size in zip(works, sizes, strict=True)
-        ]
+        memory = [self._memory(index, w, size) for w, size in zip(works, sizes, strict=True)]
         copies, lower = self._lower_weights(unit)
         late = self._late(unit)
         rates = [rates_of(device, self.calibration) for device in devices]
@@ -94,6 +90,15 @@ class UnitPricer:
             split_s=tuple(LATE_OP_S * len(late) * d.slowdown for d in devices) if late else (),
             again_s=self._again_s(works, list(zip(rates, devices, strict=True))),
         )
+
+    def _memory(self, index: int, works: Mapping[str, OpWork], size: int) -> UnitMemory:
+        """What a unit keeps and needs for a microbatch of this size."""
+        if (index, size) not in self.memories:
+            how = self.options.precision, self.options.training
+            self.memories[index, size] = unit_memory(
+                self.graph, self.layout, works, self._owned(index), size, *how
+            )
+        return self.memories[index, size]
 
     def _again_s(
         self, works: Sequence[dict[str, OpWork]], devices: Sequence[tuple[Rates, Device]]
@@ -220,7 +225,10 @@ class UnitPricer:
         )
 
     def _works(self, names: tuple[str, ...], size: int) -> dict[str, OpWork]:
-        return {name: self._work(self.graph[name], size) for name in names}
+        for name in names:
+            if (name, size) not in self.works:
+                self.works[name, size] = self._work(self.graph[name], size)
+        return {name: self.works[name, size] for name in names}
 
     def _work(self, op: Op, size: int) -> OpWork:
         """One op's work; of the tail, which runs once on the whole batch, the part of these samples."""

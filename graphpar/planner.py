@@ -19,7 +19,8 @@ from graphpar.cost_models.extrapolation import described, extrapolations
 from graphpar.cost_models.measured import ModelTiming, with_timing
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.rates import rates_of
-from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_models.roofline import Rewritten, Roofline
+from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_models.work import Kernel
 from graphpar.cost_options import PricingOptions, StageOptions
 from graphpar.device import Device
@@ -99,21 +100,28 @@ def price(
     calibration: Calibration | None,
     formats: Formats | None = None,
     timings: Mapping[str, ModelTiming] | None = None,
+    tried: tuple[float, float] | None = None,
+    rewritten: Mapping[str, Rewritten] | None = None,
+    known: dict[int, UnitPricer] | None = None,
 ) -> CostTable:
     """The table of numbers that the partitioner reads.
 
     With `formats` every device's numbers are those of the graph it runs; `precision` alone is a
     shortcut for a device that does everything in it. With `timings`, by the kind of device, the numbers
     of devices whose units compute in the format that was timed are what they were timed at.
+
+    What tables of one model have in common may be given: `tried` are the optimiser's bytes of state per
+    byte of parameters and of its update per byte of gradients, `rewritten` what devices run in their
+    formats, `known` the pricers of these graphs (see `Roofline.price`).
     """
+    state, share = tried or tried_optimizer(train, cluster)
     limit = 1 if prepared.batch_reason else _UNSPLIT
     options = PricingOptions(
         batch=prepared.graph.batch,
         training=train is not None,
         precision=precision,
-        optimizer_state_bytes_per_parameter_byte=optimizer_state(train) if train else 0.0,
-        # Only GPUs update all parameters together; the user's optimiser is not tried for nothing.
-        update_share=0.0 if train is None or _all_cpus(cluster) else update_share(train.optimizer),
+        optimizer_state_bytes_per_parameter_byte=state,
+        update_share=share,
         max_microbatches=1 if prepared.in_step_reason else min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,
@@ -121,13 +129,24 @@ def price(
         in_step_reason=prepared.in_step_reason,
         clips_gradients=train is not None and train.max_grad_norm is not None,
     )
-    rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
-    table = Roofline(calibration).price(prepared.graph, prepared.chain, cluster, options, rewritten)
+    if rewritten is None:
+        rewritten = rewritten_by_device(prepared.graph, prepared.chain, formats) if formats else {}
+    table = Roofline(calibration).price(
+        prepared.graph, prepared.chain, cluster, options, rewritten, known
+    )
     for kind, timing in (timings or {}).items():
         mine = {d.name for d in cluster.devices if d.kind == kind}
         if precision == "float32" and (formats or Formats({})).all_in(mine, timing.precision):
             table = with_timing(table, prepared.graph, prepared.chain, cluster, timing, kind)
     return table
+
+
+def tried_optimizer(train: Training | None, cluster: Cluster) -> tuple[float, float]:
+    """Bytes of state per byte of parameters, and of the update per byte of gradients, by trying."""
+    if train is None:
+        return 0.0, 0.0
+    # Only GPUs update all parameters together; the user's optimiser is not tried for nothing.
+    return optimizer_state(train), 0.0 if _all_cpus(cluster) else update_share(train.optimizer)
 
 
 def with_groups(
@@ -141,12 +160,16 @@ def with_groups(
     calibration: Calibration | None,
     least_gain: float = 0.0,
     leaner: bool = False,
+    rewritten: Mapping[str, Rewritten] | None = None,
 ) -> CostTable:
     """The table with a price for each tensor group, in the formats of its members.
 
-    `least_gain` leaves out groups of two axes, `leaner` adds shardings (see `with_group_modes`).
+    `least_gain` leaves out groups of two axes, `leaner` adds shardings (see `with_group_modes`);
+    `rewritten` is what devices run in their formats, where that is known.
     """
-    lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
+    lower = rewritten
+    if lower is None:
+        lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
     return with_group_modes(
         table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner
     )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,7 @@ class Prepared:
         """What makes parts of the batch meet in the middle of the model; empty where nothing does."""
         return "" if self.batch_reason else str(self.graph.output.attr("in_step", ""))
 
-    @property
+    @cached_property
     def model_hash(self) -> str:
         """Hash of the structure: ops, shapes and names, not source lines or weights."""
         digest = hashlib.sha256()

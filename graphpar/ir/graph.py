@@ -1,5 +1,6 @@
 """The graph: ops in topological order, a NetworkX multigraph on demand, immutable to its users."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Literal
@@ -125,6 +126,12 @@ class Graph:
             batch=self.batch,
             aliases=self.aliases,
         )
+
+    def with_batch(self, batch: int) -> "Graph":
+        """The same ops for an example batch of another size."""
+        other = copy.copy(self)
+        other.batch = batch
+        return other
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):

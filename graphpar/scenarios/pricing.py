@@ -16,18 +16,21 @@ from graphpar.cost_models.classes import device_classes
 from graphpar.cost_models.divisible import few_row_bytes
 from graphpar.cost_models.extrapolation import WIDER, described, extrapolations
 from graphpar.cost_models.modes import with_modes
-from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_models.roofline import Rewritten, Roofline
+from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_options import StageOptions
 from graphpar.device import Device, Link
+from graphpar.frontend.torch_private import flatten
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
-from graphpar.ir.graph import Graph
 from graphpar.optimizer_memory import update_share
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
-from graphpar.planner import may_repeat, price, with_groups, zero_levels
-from graphpar.precision import Formats, settled, uniform_formats
+from graphpar.planner import may_repeat, price, tried_optimizer, with_groups, zero_levels
+from graphpar.precision import Formats, rewrite, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
+from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of
 from graphpar.scenarios.layouts import tensor_groups
+from graphpar.scenarios.lengths import between, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
 from graphpar.training import Training
 
@@ -60,8 +63,13 @@ class PriceBook:
     calibration: Calibration | None = None
     inputs: Inputs | None = None
     _prepared: dict[tuple[int | None, int | None], Prepared] = field(default_factory=dict)
+    _support: tuple[int, ...] = ()
     _tables: dict[str, CostTable] = field(default_factory=dict)
     _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
+    _tried: dict[tuple[str, bool], tuple[float, float]] = field(default_factory=dict)
+    _trainings: dict[str, Training | None] = field(default_factory=dict)
+    _rewritten: dict[object, Rewritten] = field(default_factory=dict)
+    _pricers: dict[str, dict[int, UnitPricer]] = field(default_factory=dict)
     _formats: dict[str, Formats] = field(default_factory=dict)
     _traits: dict[str, OptimizerTraits] = field(default_factory=dict)
     _far: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -87,18 +95,52 @@ class PriceBook:
             ValueError: The setting needs inputs that nobody can make.
             CaptureError: The model cannot be captured at that sequence length.
         """
-        key = self._costs_by(setting)
+        key, alone = self._costs_by(setting), not _is_local(setting.cluster)
         if key not in self._tables:
-            prepared = self.prepared(setting)
+            train, prepared = self._training(setting), self.prepared(setting)
+            cluster = at_full_speed(setting.cluster) if alone else setting.cluster
+            how = setting.optimizer, all(device.is_cpu for device in cluster.devices)
+            if how not in self._tried:
+                self._tried[how] = tried_optimizer(train, cluster)
+            # What works on the whole batch has other kernels for another one.
+            shared = not prepared.batch_reason and not prepared.tail_reason
+            known = self._pricers.setdefault(f"{setting.optimizer} {setting.seq_len}", {})
             self._tables[key] = price(
                 prepared,
-                setting.cluster,
-                train=training_of(self.train, setting.optimizer),
+                cluster,
+                train=train,
                 calibration=self.calibration,
                 formats=self.formats(setting),
+                tried=self._tried[how],
+                rewritten=self._runs(setting),
+                known=known if shared else None,
             )
         # Links and how many devices of a class there are: they do not change what a unit costs on one.
-        return self._with_modes(self._placed(self._tables[key], setting), setting)
+        table = self._tables[key]
+        table = for_devices(table, setting.cluster) if alone else table
+        return self._with_modes(self._placed(table, setting), setting)
+
+    def _training(self, setting: Setting) -> Training | None:
+        """How a setting trains, the same for all that name the same optimiser."""
+        if setting.optimizer not in self._trainings:
+            self._trainings[setting.optimizer] = training_of(self.train, setting.optimizer)
+        return self._trainings[setting.optimizer]
+
+    def _runs(self, setting: Setting) -> dict[str, Rewritten]:
+        """What each device runs: one graph for each format, made once for all batches."""
+        base = prepared = self.prepared(setting)
+        if not prepared.batch_reason and not prepared.tail_reason:
+            base = self._capture(setting.seq_len, None)
+        by_device = self.formats(setting).by_device
+        found = {}
+        for device in setting.cluster.devices:
+            units = by_device.get(device.name, ())
+            key = setting.seq_len, base.graph.batch, units if any(f != "float32" for f in units) else ()
+            if key not in self._rewritten:
+                plain = base.graph, base.chain
+                self._rewritten[key] = rewrite(*plain, units) if key[2] else plain
+            found[device.name] = self._rewritten[key]
+        return found
 
     def with_links_as_priced(self, setting: Setting) -> Setting:
         """The setting with the measured loopback where this machine talks to itself."""
@@ -132,7 +174,9 @@ class PriceBook:
         """The table with the ways to run units that the setting leaves open, or asks for."""
         wish = (setting.recompute, setting.layout and setting.layout.tensor, setting.tensor)
         levels = self._zero_levels(setting)
-        key = f"{self._costs_by(setting)} {wish} {levels} {table.few_row_bytes}"
+        key = (
+            f"{self._costs_by(setting)} {rows_of(setting.cluster)} {wish} {levels} {table.few_row_bytes}"
+        )
         if wish[1:] not in ((None, 1), (1, 1)):
             # What groups take depends on which devices share a node, and over which links.
             inside = [(node.name, str(node.link.cost)) for node in setting.cluster.nodes]
@@ -148,18 +192,21 @@ class PriceBook:
         if layout is not None:
             own = tensor_groups(table, layout.tensor) if layout.tensor > 1 else []
             groups = list({tuple(table.class_of[d] for d in g.devices): g for g in own}.values())
-        train = training_of(self.train, setting.optimizer)
         if groups:
+            # Strategies are chosen for a part of the batch.
+            runs = self._runs(setting)
+            at_batch = {id(g): (g.with_batch(setting.batch), units) for g, units in runs.values()}
             table = with_groups(
                 table,
                 self.prepared(setting),
                 setting.cluster,
                 groups,
-                train=train,
+                train=self._training(setting),
                 formats=self.formats(setting),
                 calibration=self.calibration,
                 least_gain=LEAST_GAIN if setting.tensor == "auto" else 0.0,
                 leaner=layout is None,
+                rewritten={name: at_batch[id(g)] for name, (g, _) in runs.items()},
             )
         if not may_repeat(table):
             return table
@@ -198,7 +245,9 @@ class PriceBook:
 
     def traits(self, optimizer: str) -> OptimizerTraits | None:
         """What an optimiser of that name is like, tried once; None without training."""
-        train = training_of(self.train, optimizer)
+        if optimizer not in self._trainings:
+            self._trainings[optimizer] = training_of(self.train, optimizer)
+        train = self._trainings[optimizer]
         if train is not None and optimizer not in self._traits:
             self._traits[optimizer] = optimizer_traits(train.optimizer)
         return self._traits.get(optimizer)
@@ -244,23 +293,34 @@ class PriceBook:
             return base
         if base.batch_reason:
             return self._capture(setting.seq_len, setting.batch)
-        graph = Graph(
-            base.graph.ops,
-            level=base.graph.level,
-            name=base.graph.name,
-            batch=setting.batch,
-            aliases=base.graph.aliases,
-        )
-        return replace(base, graph=graph)
+        return replace(base, graph=base.graph.with_batch(setting.batch))
+
+    def expect(self, lengths: Collection[int]) -> None:
+        """Say which sequence lengths will be asked for: of many, few are captured, and others follow."""
+        captured = {length for length, batch in self._prepared if length is not None and batch is None}
+        captured.add(_sequence_length(self.args, self.kwargs))
+        self._support = support(set(lengths), captured)
 
     def _capture(self, seq_len: int | None, batch: int | None) -> Prepared:
         key = seq_len, batch
         if key not in self._prepared:
-            args, kwargs = self.args, self.kwargs
-            if key != (None, None):
-                args, kwargs = self._inputs(seq_len, batch)
-            self._prepared[key] = prepare(self.model, args, kwargs, self.train)
+            made = self._between(seq_len) if seq_len is not None and batch is None else None
+            self._prepared[key] = made or self._exported(seq_len, batch)
         return self._prepared[key]
+
+    def _between(self, seq_len: int) -> Prepared | None:
+        """The capture at a length from those at others; None where it is to be made itself."""
+        if seq_len in self._support or seq_len == _sequence_length(self.args, self.kwargs):
+            return None
+        return between({length: self._capture(length, None) for length in self._support}, seq_len)
+
+    def _exported(self, seq_len: int | None, batch: int | None) -> Prepared:
+        args, kwargs = self.args, self.kwargs
+        if (seq_len, batch) != (None, None):
+            args, kwargs = self._inputs(seq_len, batch)
+            if _same_form((args, kwargs), (self.args, self.kwargs)):
+                return self.baseline()
+        return prepare(self.model, args, kwargs, self.train)
 
     def _inputs(self, seq_len: int | None, batch: int | None) -> tuple[Sequence[Any], Mapping[str, Any]]:
         if self.inputs is None:
@@ -272,6 +332,18 @@ class PriceBook:
         base = self.baseline().graph
         length = seq_len if seq_len is not None else _sequence_length(self.args, self.kwargs)
         return self.inputs(batch or base.batch, length)
+
+
+def _same_form(call: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    """Whether two calls have the same structure, shapes and constants."""
+    (mine, spec), (others, other_spec) = flatten(call), flatten(other)
+    return spec == other_spec and all(map(_same_leaf, mine, others))
+
+
+def _same_leaf(mine: Any, other: Any) -> bool:
+    if not isinstance(mine, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(mine) is type(other) and bool(mine == other)
+    return (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device)
 
 
 def _priced_at(link: Link, cost: LinkCost) -> Link:
@@ -288,10 +360,16 @@ def priced_by(setting: Setting) -> str:
 
 def costs_by(setting: Setting) -> str:
     """What units cost by: one device of each class, or all where some share this machine's cores."""
-    if any(device.is_local_cpu for device in setting.cluster.devices):
+    if _is_local(setting.cluster):
         return priced_by(setting)
-    examples = [setting.cluster.device(c.devices[0]) for c in device_classes(setting.cluster)]
+    plain = at_full_speed(setting.cluster)
+    examples = [plain.device(c.devices[0]) for c in device_classes(plain)]
     return repr(([sorted(d.to_dict().items(), key=str) for d in examples], _chosen(setting)))
+
+
+def _is_local(cluster: Cluster) -> bool:
+    """Whether some devices share this machine's cores."""
+    return any(device.is_local_cpu for device in cluster.devices)
 
 
 def _chosen(setting: Setting) -> tuple[object, ...]:

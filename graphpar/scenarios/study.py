@@ -96,6 +96,7 @@ class Solver:
             for key, setting in zip(keys, settings, strict=True)
             if key not in self._known and not self._from_cache(key, setting)
         }
+        self.book.expect({s.seq_len for s in missing.values() if s.seq_len is not None})
         done = len(set(keys)) - len(missing)
         total = len(set(keys))
         self._tell(done, total)

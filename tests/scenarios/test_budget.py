@@ -1,17 +1,24 @@
 """The best cluster within a budget is the best of all clusters within it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from graphpar.catalogue import instances
 from graphpar.cluster import Cluster
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios import budget
+from graphpar.scenarios.cache import AnswerCache
+from graphpar.scenarios.pricing import PriceBook
+from graphpar.scenarios.study import Limits, Solver
 from graphpar.scenarios.types import Answer, Setting
 
 TYPES = ("g4dn.xlarge", "g5.xlarge", "g6.xlarge", "p3.2xlarge", "g5.12xlarge")
@@ -86,7 +93,47 @@ def test_no_cluster_within_the_budget_is_faster(
     assert found.proven
     assert found.bound_s <= best_s * (1 + 1e-9)
     assert all(prices[name] > usd_per_h for name in found.too_dear)
-    assert found.solved == oracle.asked <= found.considered <= len(everything)
+    assert found.solved == oracle.asked <= found.considered == len(used_up(everything, prices, usd_per_h))
+
+
+def used_up(
+    everything: list[dict[str, int]], prices: dict[str, float], usd_per_h: float
+) -> list[dict[str, int]]:
+    """Mixes that no instance more could be paid for."""
+    left = [(counts, usd_per_h + 1e-9 - cost(counts, prices)) for counts in everything]
+    return [counts for counts, rest in left if rest < min(prices.values())]
+
+
+def test_the_bound_of_a_budget_is_the_least_of_its_mixes_and_no_mix_is_faster() -> None:
+    types, usd_per_h = ("g6.xlarge", "g5.xlarge", "p3.2xlarge"), 3.3
+    prices = prices_of(types)
+    mixes = used_up(affordable(prices, usd_per_h), prices, usd_per_h)
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6)))
+    inputs = (torch.empty(16, 2048, device="meta"),)
+    solver = Solver(PriceBook(model, inputs, {}, None), Limits(0.1, 0.05, 1), AnswerCache(None))
+    base = replace(BASE, training=False)
+    found = budget.best_within(solver, base, usd_per_h, types)
+    assert found.best is not None and found.best.step_s is not None and found.proven
+    assert len(mixes) == found.considered > 3
+    steps, bounds = {}, {}
+    for counts in mixes:
+        cluster = Cluster.of(*(x for pair in counts.items() if pair[1] for x in pair))
+        setting = replace(base, cluster=cluster)
+        (answer,) = solver.answers([setting])
+        assert answer.step_s is not None
+        mix = tuple(sorted((name, n) for name, n in counts.items() if n))
+        steps[mix], bounds[mix] = answer.step_s, physical_bound_s(solver.book.table(setting))
+        assert answer.step_s >= bounds[mix] * (1 - 1e-9)
+    assert found.best.step_s == pytest.approx(min(steps.values()))
+    assert found.bound_s == pytest.approx(min(bounds.values())) and found.bound_s < found.best.step_s
+    mix = tuple(sorted(found.counts))
+    assert steps[mix] == pytest.approx(found.best.step_s)
+    assert found.usd_per_h == pytest.approx(cost(dict(found.counts), prices))
+    # Who leaves no node idle pays for all.
+    nodes = {name.rpartition("/")[0] for name in found.best.used}
+    if len(nodes) == sum(n for _, n in found.counts):
+        assert found.best.usd_per_h == pytest.approx(found.usd_per_h)
 
 
 def test_a_budget_for_more_devices_than_are_planned_is_refused() -> None:

@@ -14,12 +14,15 @@ from torch import nn
 
 import graphpar
 from graphpar.cost import LinkCost
+from graphpar.planner import price
+from graphpar.precision import uniform_formats
+from graphpar.preparation import prepare
 from graphpar.scenarios.api import as_scenarios, baseline_setting
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers
 from graphpar.scenarios.naming import numbered
-from graphpar.scenarios.pricing import PriceBook
+from graphpar.scenarios.pricing import PriceBook, training_of
 from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.study import Limits, Solver
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
@@ -77,6 +80,43 @@ def test_what_was_priced_before_changes_no_price(change: str) -> None:
     used, fresh = (PriceBook(narrow, inputs(16), {}, train) for _ in range(2))
     used.table(base)
     assert used.table(changed) == fresh.table(changed)
+
+
+FORMS = (
+    "set a.slowdown=3",
+    "set a/1.slowdown=1.7; set a/0.memory_bytes=9e9",
+    "set batch=24; set precision=float16",
+    "set optimizer=sgd; set b.memory_bytes=1e9",
+    "replace b with a100-sxm-80gb; set precision=bfloat16; set batch=5",
+)
+
+
+@pytest.fixture(scope="module")
+def used_book() -> PriceBook:
+    """Prices that a whole study shares."""
+    return PriceBook(model(), inputs(16), {}, TRAINING)
+
+
+@pytest.mark.parametrize("changes", FORMS)
+def test_shared_prices_are_those_of_the_setting_alone(used_book: PriceBook, changes: str) -> None:
+    base = baseline_setting(graphpar.Cluster.from_dict(CLUSTER), 16, TRAINING)
+    (scenario,) = as_scenarios([changes])
+    setting = apply(base, scenario.changes)
+    used_book.table(base)
+    shared = used_book.table(setting)
+    train = training_of(TRAINING, setting.optimizer)
+    prepared = prepare(model(), inputs(setting.batch), {}, train)
+    units = len(prepared.chain.units)
+    formats = uniform_formats(setting.cluster, setting.precision, units)
+    alone = price(prepared, setting.cluster, train=train, calibration=None, formats=formats)
+    assert (shared.costs, shared.sizes, shared.units) == (alone.costs, alone.sizes, alone.units)
+    for mine, other in zip(shared.device_classes, alone.device_classes, strict=True):
+        assert mine.stage_overhead_s == pytest.approx(other.stage_overhead_s)
+        plain = {"stage_overhead_s": 0.0}
+        assert dataclasses.replace(mine, **plain) == dataclasses.replace(other, **plain)  # type: ignore[arg-type]
+    same = {"costs": (), "device_classes": (), "modes": ()}
+    rest = (dataclasses.replace(table, **same) for table in (shared, alone))  # type: ignore[arg-type]
+    assert next(rest) == next(rest)
 
 
 def here(link: str | dict[str, float]) -> Setting:

@@ -1,0 +1,145 @@
+"""Captures at some sequence lengths become captures at those between them.
+
+An export takes seconds and a sweep may ask for many lengths. Three exports are enough where every size
+and every whole number in them lies on one straight line over the lengths: then those of a length in
+between lie on it as well. What bends between them (a window, a table of fixed size) does not, and such
+a model is captured at each length. Sizes that are rounded up to a power of two would look straight at
+multiples of it, so that a length has to be as divisible by two as the three are.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from graphpar.ir.chain import build_chain
+from graphpar.ir.graph import Graph
+from graphpar.ir.ops import BatchSize, Op, Symbol, TensorType
+from graphpar.preparation import Prepared
+
+FEWEST = 3
+"""Captures that others are made of: two give a line, and the third shows that it is one."""
+
+
+def support(lengths: Collection[int], captured: Collection[int] = ()) -> tuple[int, ...]:
+    """The lengths to capture so that others follow: the ends, and one between as divisible as any.
+
+    Of several in between one that is captured already is preferred.
+
+    >>> support([256, 512, 768, 1024]), support([512, 640]), support([128, 256, 512, 1024], [512])
+    ((256, 512, 1024), (512, 640), (128, 512, 1024))
+    >>> support([1024, 1536, 2048, 4096])
+    (1024, 1536, 4096)
+    """
+    ordered = sorted(set(lengths))
+    if len(ordered) <= FEWEST:
+        return tuple(ordered)
+    low, *inner, high = ordered
+    least = min(map(_twos, inner))
+    able = [n for n in inner if min(map(_twos, (low, n, high))) <= least]
+    middle = min(able, key=lambda n: (n not in captured, abs(2 * n - low - high)))
+    return low, middle, high
+
+
+def _twos(length: int) -> int:
+    """The largest power of two in it.
+
+    >>> _twos(768), _twos(7)
+    (256, 1)
+    """
+    return length & -length
+
+
+def between(captures: Mapping[int, Prepared], length: int) -> Prepared | None:
+    """The capture at a length between three others; None where it does not follow from them.
+
+    Args:
+        captures: Captures of one model by their length; three of them.
+        length: Between the least and the greatest of them.
+    """
+    ends = sorted(captures)
+    if len(ends) != FEWEST or not ends[0] < length < ends[-1] or _twos(length) < min(map(_twos, ends)):
+        return None
+    made = [captures[end] for end in ends]
+    if len({bool(prepared.batch_reason) for prepared in made}) > 1:
+        return None
+    graphs = [prepared.graph for prepared in made]
+    first = graphs[0]
+    if any(
+        (g.batch, g.aliases, len(g.ops)) != (first.batch, first.aliases, len(first.ops)) for g in graphs
+    ):
+        return None
+    low, middle, high = ends
+    line = _Line(low, middle, high, length)
+    try:
+        ops = [line.op(*three) for three in zip(*(g.ops for g in graphs), strict=True)]
+    except _BentError:
+        return None
+    graph = Graph(ops, level=first.level, name=first.name, batch=first.batch, aliases=first.aliases)
+    # Where units are cut depends on what crosses, and that on the length.
+    return replace(made[0], graph=graph, chain=build_chain(graph))
+
+
+class _BentError(Exception):
+    """Something of three captures is not on a line."""
+
+
+class _Line:
+    """Values at a length from those at three others."""
+
+    def __init__(self, low: int, middle: int, high: int, at: int) -> None:
+        self.low, self.middle, self.high, self.at = low, middle, high, at
+
+    def op(self, a: Op, b: Op, c: Op) -> Op:
+        """The op at the length."""
+        if (a.name, a.target) != (b.name, b.target) or (a.name, a.target) != (c.name, c.target):
+            raise _BentError
+        if a == b == c:
+            return a
+        args, kwargs, types, attrs = (
+            self.value(x, y, z)
+            for x, y, z in (
+                (a.args, b.args, c.args),
+                (a.kwargs, b.kwargs, c.kwargs),
+                (a.types, b.types, c.types),
+                (a.attrs, b.attrs, c.attrs),
+            )
+        )
+        rest = {"args": (), "kwargs": (), "types": (), "attrs": ()}
+        if not replace(a, **rest) == replace(b, **rest) == replace(c, **rest):  # type: ignore[arg-type]
+            raise _BentError
+        return replace(a, args=args, kwargs=kwargs, types=types, attrs=attrs)
+
+    def value(self, x: Any, y: Any, z: Any) -> Any:
+        """A part of an op: whole numbers on the line, everything else the same at all three."""
+        if not type(x) is type(y) is type(z):
+            raise _BentError
+        if x == y == z or (x != x and y != y and z != z):
+            return x
+        if isinstance(x, tuple) and len(x) == len(y) == len(z):
+            return tuple(self.value(*three) for three in zip(x, y, z, strict=True))
+        if type(x) is int:
+            return self.whole(x, y, z)
+        if isinstance(x, BatchSize) and not (x.parts or y.parts or z.parts):
+            return BatchSize(self.whole(x.times, y.times, z.times))
+        if isinstance(x, TensorType) and x.dtype == y.dtype == z.dtype:
+            return TensorType(self.value(x.shape, y.shape, z.shape), x.dtype)
+        if isinstance(x, Symbol) and x.kind == y.kind == z.kind == "batch":
+            # A number per sample, such as its tokens.
+            each = [float(one.value) for one in (x, y, z)]
+            if all(number.is_integer() for number in each):
+                number = self.whole(*map(int, each))
+                return replace(x, value=repr(float(number)) if "." in x.value else str(number))
+        raise _BentError
+
+    def whole(self, x: int, y: int, z: int) -> int:
+        """The whole number on the line of three.
+
+        >>> _Line(2, 3, 5, 4).whole(5, 7, 11)
+        9
+        """
+        if (y - x) * (self.high - self.low) != (z - x) * (self.middle - self.low):
+            raise _BentError
+        more, rest = divmod((z - x) * (self.at - self.low), self.high - self.low)
+        if rest:
+            raise _BentError
+        return x + more

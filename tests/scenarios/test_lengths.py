@@ -1,0 +1,103 @@
+"""Captures between others are the captures that would be made there."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import graphpar
+from graphpar.examples.gpt import GPT
+from graphpar.preparation import Prepared, prepare
+from graphpar.scenarios.lengths import between, support
+from graphpar.scenarios.pricing import PriceBook
+
+TRAINING = graphpar.Training(optimizer=torch.optim.AdamW)
+
+
+def gpt() -> nn.Module:
+    with torch.device("meta"):
+        return GPT(width=32, layers=2, heads=2, length=128)
+
+
+def ids(batch: int, length: int) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    tokens = torch.empty(batch, length, dtype=torch.long, device="meta")
+    return (tokens, tokens), {}
+
+
+def captured(model: nn.Module, length: int) -> Prepared:
+    return prepare(model, *ids(6, length), TRAINING)
+
+
+@given(st.sets(st.integers(1, 300), min_size=1))
+def test_what_is_captured_spans_all_lengths_and_divides_as_little(lengths: set[int]) -> None:
+    chosen = support(lengths)
+    assert set(chosen) <= lengths and {min(lengths), max(lengths)} <= set(chosen)
+    assert len(chosen) == min(len(lengths), 3)
+    assert min(n & -n for n in chosen) <= min(n & -n for n in lengths)
+
+
+def test_a_length_between_three_is_as_captured_there() -> None:
+    model = gpt()
+    ends = {length: captured(model, length) for length in (32, 80, 128)}
+    made, real = between(ends, 96), captured(model, 96)
+    assert made is not None
+    assert made.graph.ops == real.graph.ops
+    assert (made.chain, made.batch_reason, made.model_hash) == (
+        real.chain, real.batch_reason, real.model_hash,
+    )  # fmt: skip
+    assert made.graph.ops != ends[80].graph.ops
+    # Beyond the ends, or less divisible: nothing is known there.
+    assert between(ends, 24) is None and between(ends, 136) is None and between(ends, 97) is None
+
+
+class Windowed(nn.Module):
+    """Averages that bend somewhere between the lengths, or do something else."""
+
+    def __init__(self, bend: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.table, self.bend = nn.Embedding(128, 8, device="meta"), bend
+
+    def forward(self, tokens: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return self.bend(self.table(tokens)).mean()
+
+
+BENDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a window": lambda x: x[:, :64],
+    "a scale": lambda x: x * (1.0 / x.shape[1] ** 0.5),
+    "another way": lambda x: x.relu() if x.shape[1] > 100 else x,
+    "pairs": lambda x: x @ x.reshape(x.shape[0], 1, -1).transpose(1, 2)[:, :8],
+    "squares": lambda x: (x @ x.transpose(1, 2)).flatten(1),
+}
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_what_does_not_lie_on_a_line_is_captured_itself(bend: str) -> None:
+    model = Windowed(BENDS[bend])
+    ends = {length: captured(model, length) for length in (32, 64, 128)}
+    made = between(ends, 96)
+    assert made is None or (bend == "pairs" and made.graph.ops == captured(model, 96).graph.ops)
+
+
+def test_a_sweep_of_lengths_is_captured_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(model: nn.Module, args: tuple[torch.Tensor, ...], *rest: object) -> Prepared:
+        made.append(args[0].shape[1])
+        return prepare(model, args, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("graphpar.scenarios.pricing.prepare", counted)
+    study = graphpar.what_if(
+        gpt(), {"devices": [{"kind": "t4", "count": 1}]}, (), *ids(6, 64), train=TRAINING, inputs=ids,
+        sweep={"seq_len": [32, 48, 64, 80, 96, 112, 128]}, cache=False, processes=1, time_limit_s=0.1,
+    )  # fmt: skip
+    assert sorted(made) == [32, 64, 80, 128], "the baseline, and three that the others follow from"
+    assert len({answer.step_s for answer in study.answers} - {None}) == 7
+    assert study["seq_len=64"].step_s == study.baseline.step_s
+
+
+def test_the_same_call_is_not_captured_again() -> None:
+    book = PriceBook(gpt(), *ids(6, 64), TRAINING, inputs=ids)
+    assert book._capture(64, None) is book.baseline()
