@@ -238,7 +238,8 @@ def _searched(table: CostTable, task: Task, known: Known, known_s: float) -> Par
         microbatches=task.microbatches,
         incumbent=(before.pipelines, before.schedule) if before is not None else None,
         explain_s=_explain_s(task),
-        compare_simple=known_s == math.inf,
+        # Like pipelines, where there was time to look for them, make simple plans needless.
+        compare_simple=known_s == math.inf or not known.played,
     )
     return known.improved(table, found)
 
