@@ -52,7 +52,7 @@ BANDWIDTHS = (1e9, 2e9, 4e9, 6e9, 8e9, 12e9, 16e9, 25e9, 50e9, 100e9)
 LATENCIES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 LENGTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 MEMORIES = (24e9, 32e9, 40e9, 48e9, 56e9, 64e9, 72e9, 80e9, 96e9, 141e9)
-SLOWDOWNS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
+SLOWDOWNS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0)
 SCHEDULES = ("auto", "1f1b", "gpipe", "interleaved", "zero-bubble")
 TYPES = ("p3.8xlarge", "g5.12xlarge", "g6.12xlarge", "p4d.24xlarge", "g5.48xlarge", "g4dn.12xlarge")
 

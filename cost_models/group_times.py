@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from graphpar.cost import LinkCost
-from graphpar.cost_models.layout import find_layout
+from graphpar.cost_models.layout import Layout, find_layout
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.cost_models.work import Kernel, OpWork
@@ -135,6 +135,7 @@ class OpTimes:
         options: Microbatch size and the like.
         rates: Rates of each member; from the catalogue when left out, so that every rank of a job
             decides the same whatever was measured on its machine.
+        layout: Of the graph, where it is known.
     """
 
     def __init__(
@@ -143,9 +144,10 @@ class OpTimes:
         group: TensorGroup,
         options: ShardingOptions,
         rates: Callable[[Device], Rates] = CatalogueRates,
+        layout: Layout | None = None,
     ) -> None:
         self.graph, self.group, self.options = graph, group, options
-        self.layout = find_layout(graph)
+        self.layout = layout or find_layout(graph)
         self._kinds = _kinds_of(group.devices)
         firsts = [group.devices[self._kinds.index(kind)] for kind in range(max(self._kinds) + 1)]
         self._rates = [(rates(device), device.slowdown, device.is_cpu) for device in firsts]

@@ -20,6 +20,7 @@ from graphpar.cost_models.group_times import (
     ShardingOptions,
     TensorGroup,
 )
+from graphpar.cost_models.layout import Layout
 from graphpar.cost_models.memory import HELD
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.device import Device
@@ -42,6 +43,7 @@ class MeshTimes:
         group: Who computes.
         options: Microbatch size and the like.
         rates: See `OpTimes`.
+        layout: See `OpTimes`.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class MeshTimes:
         group: TensorGroup,
         options: ShardingOptions,
         rates: Callable[[Device], Rates] = CatalogueRates,
+        layout: Layout | None = None,
     ) -> None:
         self.graph, self.group, self.options = graph, group, options
-        self.alone = OpTimes(graph, group, options, rates)
+        self.alone = OpTimes(graph, group, options, rates, layout)
         self.layout = self.alone.layout
         self._lines = [group.along(axis) for axis in range(len(group.axes))]
         self._sent: dict[object, tuple[_Sent, ...] | None] = {}

@@ -14,6 +14,7 @@ from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.again import kept_last
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.kept import kept_of
+from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import ALLOCATOR_SLACK, lower_copy_bytes
 from graphpar.cost_models.mesh_times import MeshTimes, share_held
 from graphpar.cost_models.opcost import work_of
@@ -75,8 +76,11 @@ def times_by_size(
         options: What shardings are solved for.
         calibration: Measured rates of this machine's processor.
     """
+    layout = find_layout(graph)
     return [
-        MeshTimes(graph, group, replace(options, samples=size), lambda d: rates_of(d, calibration))
+        MeshTimes(
+            graph, group, replace(options, samples=size), lambda d: rates_of(d, calibration), layout
+        )
         for size in table.sizes
     ]
 

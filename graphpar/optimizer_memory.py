@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphpar.cluster import Cluster
 from graphpar.frontend.torch_private import DispatchMode, flatten, steps_together
-from graphpar.optimizer_probe import OptimizerFactory
+from graphpar.optimizer_probe import OptimizerFactory, optimizer_state
+from graphpar.training import Training
 
 _NUMBERS = (2, 4, 8, 16)
 """Of parameters. Several, since a function may put the first few into a group of their own, and groups
@@ -41,6 +43,16 @@ def update_share(factory: OptimizerFactory) -> float:
             added = max((many - few) / (n - m) for (m, few), (n, many) in pairwise(peaks))
             return round(added / (4 * _SIZE**2), 2)
     return 1.0
+
+
+def tried_optimizer(train: Training | None, cluster: Cluster) -> tuple[float, float]:
+    """Bytes of state per byte of parameters, and of the update per byte of gradients, by trying."""
+    if train is None:
+        return 0.0, 0.0
+    # Only GPUs update all parameters together; the user's optimiser is not tried for nothing.
+    return optimizer_state(train), 0.0 if all(d.is_cpu for d in cluster.devices) else update_share(
+        train.optimizer
+    )
 
 
 def _peak_bytes(

@@ -35,8 +35,10 @@ from graphpar.group_candidates import (
     widest_group,
     width_notes,
 )
+from graphpar.ir.graph import Graph
+from graphpar.ir.strategies import StrategyTables
 from graphpar.local_timing import Example, Timings
-from graphpar.optimizer_memory import update_share
+from graphpar.optimizer_memory import tried_optimizer
 from graphpar.optimizer_probe import (
     joining_optimizer,
     optimizer_state,
@@ -85,10 +87,6 @@ _UNSPLIT = 10**6
 
 PRECISION_BUDGET = 1e-2
 """Largest relative error that `precision="auto"` may cause unless told otherwise."""
-
-
-def _all_cpus(cluster: Cluster) -> bool:
-    return all(device.is_cpu for device in cluster.devices)
 
 
 def price(
@@ -141,14 +139,6 @@ def price(
     return table
 
 
-def tried_optimizer(train: Training | None, cluster: Cluster) -> tuple[float, float]:
-    """Bytes of state per byte of parameters, and of the update per byte of gradients, by trying."""
-    if train is None:
-        return 0.0, 0.0
-    # Only GPUs update all parameters together; the user's optimiser is not tried for nothing.
-    return optimizer_state(train), 0.0 if _all_cpus(cluster) else update_share(train.optimizer)
-
-
 def with_groups(
     table: CostTable,
     prepared: Prepared,
@@ -161,17 +151,18 @@ def with_groups(
     least_gain: float = 0.0,
     leaner: bool = False,
     rewritten: Mapping[str, Rewritten] | None = None,
+    wholes: dict[int, tuple[Graph, StrategyTables]] | None = None,
 ) -> CostTable:
     """The table with a price for each tensor group, in the formats of its members.
 
     `least_gain` leaves out groups of two axes, `leaner` adds shardings (see `with_group_modes`);
-    `rewritten` is what devices run in their formats, where that is known.
+    `rewritten` is what devices run in their formats, where that is known, for `wholes` see there, too.
     """
     lower = rewritten
     if lower is None:
         lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
     return with_group_modes(
-        table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner
+        table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner, wholes
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import combinations
 from math import inf
 from operator import itemgetter
@@ -223,6 +223,7 @@ def with_group_modes(
     rewritten: Mapping[str, tuple[Graph, Chain]] | None = None,
     least_gain: float = 0.0,
     leaner: bool = False,
+    wholes: dict[int, tuple[Graph, StrategyTables]] | None = None,
 ) -> CostTable:
     """The table with a price for each of these tensor groups that it does not price yet.
 
@@ -240,10 +241,15 @@ def with_group_modes(
             gets no price.
         leaner: Whether a group that cannot hold the whole model is also priced with shardings that hold
             less and take longer.
+        wholes: By chain of units its graph as one stage and the strategies there, to be used and added
+            to: those of another batch hold for this one where no op works on the whole batch.
     """
     modes = {mode.key: mode for mode in table.modes}
-    plain, lower = (graph, build_chain(graph)), rewritten or {}
-    wholes: dict[int, tuple[Graph, StrategyTables]] = {}
+    lower = rewritten or {}
+    everywhere = all(device.name in lower for device in cluster.devices)
+    plain = graph, Chain((), frozenset()) if everywhere else build_chain(graph)
+    wholes = {} if wholes is None else wholes
+    options = cache(partial(group_options, graph, table.training, train))
     one_axis_s: dict[tuple[str, ...], float] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)
@@ -256,7 +262,6 @@ def with_group_modes(
         if id(chain) not in wholes:
             placed = placed_whole(first[0], chain)
             wholes[id(chain)] = placed, StrategyTables(placed)
-        options = partial(group_options, graph, table.training, train)
         pricer = _GroupPricer(table, *wholes[id(chain)], chain, cluster, replica, options, calibration)
         if replica.mesh and least_gain > 0:
             could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)

@@ -42,11 +42,13 @@ class AnswerCache:
 
     def get(self, key: str) -> Answer | None:
         """The answer under a key."""
-        found = None if self.folder is None else read_kept(self.folder / f"{key}.json")
+        data = None if self.folder is None else read_kept(self.folder / f"{key}.json")
         try:
-            return None if found is None else msgspec.json.decode(found, type=Answer)
+            found = None if data is None else msgspec.json.decode(data, type=Answer)
         except msgspec.DecodeError:
             return None
+        # Any object reads as an answer; one without a plan is none.
+        return None if found and found.status == "ok" and not (found.step_s and found.plan) else found
 
     def put(self, key: str, answer: Answer) -> None:
         """Keep an answer; written whole or not at all. Those not asked for the longest make room."""

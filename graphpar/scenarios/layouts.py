@@ -8,7 +8,8 @@ from itertools import accumulate, pairwise
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition.handmade import evaluate
+from graphpar.partition.handmade import priced_plan
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.relaxed_tables import crossing_bytes
 from graphpar.partition.relaxed_tables import recomputed as recomputed_mode
 from graphpar.partition.settings import (
@@ -17,6 +18,7 @@ from graphpar.partition.settings import (
     microbatch_counts,
     schedules_of,
 )
+from graphpar.partition.table_check import check_table
 from graphpar.partition.types import (
     Partition,
     PipelineChoice,
@@ -73,8 +75,10 @@ def configured(
             f"{layout} has {share} samples per pipeline; {count} microbatches are too many", limit="batch"
         )
     names = schedules_of(table, schedule)
+    check_table(table)
+    physical_s = physical_bound_s(table)
     tried = [
-        evaluate(table, _pipelines(table.batch, groups, cuts, layout, n, recompute), name)
+        priced_plan(table, _pipelines(table.batch, groups, cuts, layout, n, recompute), name, physical_s)
         for n in counts
         for name in names
     ]

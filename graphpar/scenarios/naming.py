@@ -14,7 +14,7 @@ from graphpar.scenarios.types import Answer, Setting
 
 
 def numbered(setting: Setting) -> Setting:
-    """The setting with the devices of each node counted from 0.
+    """The setting with the devices of each node counted from 0, and one network where there is one node.
 
     >>> cluster = Cluster.from_dict({"devices": [{"kind": "t4", "count": 2}]})
     >>> (node,) = cluster.nodes
@@ -28,7 +28,9 @@ def numbered(setting: Setting) -> Setting:
         )
         for node in setting.cluster.nodes
     )
-    return replace(setting, cluster=replace(setting.cluster, nodes=nodes))
+    # A network that nothing is sent over makes no other question.
+    network = nodes[0].link if len(nodes) == 1 else setting.cluster.network
+    return replace(setting, cluster=replace(setting.cluster, nodes=nodes, network=network))
 
 
 def with_names(answer: Answer, numbers: Cluster, named: Cluster) -> Answer:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from graphpar.cost_options import StageOptions
 from graphpar.device import Device, Link
 from graphpar.frontend.torch_private import flatten
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
-from graphpar.optimizer_memory import update_share
+from graphpar.ir.graph import Graph
+from graphpar.ir.strategies import StrategyTables
+from graphpar.optimizer_memory import tried_optimizer, update_share
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
-from graphpar.planner import may_repeat, price, tried_optimizer, with_groups, zero_levels
+from graphpar.planner import may_repeat, price, with_groups, zero_levels
 from graphpar.precision import Formats, rewrite, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of
@@ -69,6 +72,8 @@ class PriceBook:
     _tried: dict[tuple[str, bool], tuple[float, float]] = field(default_factory=dict)
     _trainings: dict[str, Training | None] = field(default_factory=dict)
     _rewritten: dict[object, Rewritten] = field(default_factory=dict)
+    _groups: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
+    _wholes: dict[int, tuple[Graph, StrategyTables]] = field(default_factory=dict)
     _pricers: dict[str, dict[int, UnitPricer]] = field(default_factory=dict)
     _formats: dict[str, Formats] = field(default_factory=dict)
     _traits: dict[str, OptimizerTraits] = field(default_factory=dict)
@@ -192,27 +197,52 @@ class PriceBook:
         if layout is not None:
             own = tensor_groups(table, layout.tensor) if layout.tensor > 1 else []
             groups = list({tuple(table.class_of[d] for d in g.devices): g for g in own}.values())
-        if groups:
-            # Strategies are chosen for a part of the batch.
-            runs = self._runs(setting)
-            at_batch = {id(g): (g.with_batch(setting.batch), units) for g, units in runs.values()}
-            table = with_groups(
-                table,
-                self.prepared(setting),
-                setting.cluster,
-                groups,
-                train=self._training(setting),
-                formats=self.formats(setting),
-                calibration=self.calibration,
-                least_gain=LEAST_GAIN if setting.tensor == "auto" else 0.0,
-                leaner=layout is None,
-                rewritten={name: at_batch[id(g)] for name, (g, _) in runs.items()},
-            )
+        table = self._with_groups(table, setting, groups)
         if not may_repeat(table):
             return table
         levels = self._zero_levels(setting) if layout is None else ()
         again = setting.recompute is not False if layout is None else bool(setting.recompute)
         return with_modes(table, StageOptions(recompute=again, zero=levels))
+
+    def _with_groups(self, table: CostTable, setting: Setting, groups: Sequence[Replica]) -> CostTable:
+        """The table with prices of tensor groups; those of the same devices over the same links once."""
+        alike: dict[tuple[str, ...], list[Replica]] = {}
+        for group in groups:
+            alike.setdefault(group.devices, []).append(group)
+        memory = [c.memory_bytes for c in table.device_classes], table.reserved_bytes
+        common = f"{self._costs_by(setting)} {rows_of(setting.cluster)} {memory} {setting.layout is None}"
+        modes = {mode.key: mode for mode in table.modes}
+        for devices, own in alike.items():
+            links = [str(table.topology.link(*pair)) for pair in combinations(devices, 2)]
+            shapes = [(group.shares, group.mesh, group.lean) for group in own]
+            classes = [table.class_of[name] for name in devices]
+            key = f"{common} {setting.tensor == 'auto'} {classes} {links} {shapes}"
+            if key not in self._groups:
+                self._groups[key] = self._priced_groups(table, setting, own)
+            for mode in self._groups[key]:
+                modes.setdefault(mode.key, mode)
+        return replace(table, modes=tuple(modes.values()))
+
+    def _priced_groups(
+        self, table: CostTable, setting: Setting, groups: Sequence[Replica]
+    ) -> tuple[Mode, ...]:
+        runs, prepared = self._runs(setting), self.prepared(setting)
+        # Strategies are chosen for a part of the batch.
+        at_batch = {id(g): (g.with_batch(setting.batch), units) for g, units in runs.values()}
+        found = with_groups(
+            table,
+            prepared,
+            setting.cluster,
+            groups,
+            train=self._training(setting),
+            formats=self.formats(setting),
+            calibration=self.calibration,
+            least_gain=LEAST_GAIN if setting.tensor == "auto" else 0.0,
+            leaner=setting.layout is None,
+            rewritten={name: at_batch[id(g)] for name, (g, _) in runs.items()},
+            wholes=None if prepared.tail_reason else self._wholes,
+        )
+        return found.modes[len(table.modes) :]
 
     def _candidates(self, table: CostTable, setting: Setting) -> Sequence[Replica]:
         widest = widest_group(setting.cluster, setting.tensor)

@@ -119,6 +119,23 @@ def test_shared_prices_are_those_of_the_setting_alone(used_book: PriceBook, chan
     assert next(rest) == next(rest)
 
 
+def test_tensor_groups_are_priced_once_for_each_shape_and_as_alone() -> None:
+    cluster = graphpar.Cluster.from_dict(
+        {"nodes": [{"name": "b", "devices": {"kind": "l4", "count": 4}}]}
+    )
+    base = baseline_setting(cluster, 16, TRAINING, tensor="auto")
+    used, fresh = (PriceBook(model(), inputs(16), {}, TRAINING) for _ in range(2))
+    for before in ("set batch=16", "set b.count=3", "set batch=48"):
+        used.table(apply(base, [before]))
+    changed = apply(base, ["set b.count=6", "set batch=48"])
+    mine, other = used.table(changed), fresh.table(changed)
+    assert {len(mode.members) for mode in mine.modes} > {2, 4}
+    assert mine == other
+    known = len(used._groups)
+    used.table(apply(base, ["set b.count=5", "set batch=48"]))
+    assert len(used._groups) == known + 1, "groups of five, which there were none of before"
+
+
 def here(link: str | dict[str, float]) -> Setting:
     nodes = [{"name": "a", "devices": {"kind": "cpu", "count": 2}, "link": link}]
     return baseline_setting(graphpar.Cluster.from_dict({"nodes": nodes}), 16, TRAINING)
@@ -249,8 +266,13 @@ def test_answers_are_kept_by_content_and_not_solved_twice(
 
 
 def test_a_damaged_kept_answer_counts_as_absent(tmp_path: Path) -> None:
-    (tmp_path / "key.json").write_text("{")
-    assert AnswerCache(tmp_path).get("key") is None
+    for damaged in ("{", "[1]", '{"title": "x"}', '{"title": "x", "step_s": 1.0}'):
+        (tmp_path / "key.json").write_text(damaged)
+        assert AnswerCache(tmp_path).get("key") is None
+    # A folder that cannot be made keeps nothing, and nothing fails.
+    inside = AnswerCache(tmp_path / "key.json" / "below")
+    inside.put("key", Answer("x"))
+    assert inside.get("key") is None
 
 
 def test_more_devices_are_never_slower_even_where_the_search_was_cut() -> None:
