@@ -11,8 +11,10 @@ def device_classes(cluster: Cluster) -> tuple[DeviceClass, ...]:
     """Devices that cost the same, in order of first appearance."""
     groups: dict[tuple[object, ...], list[Device]] = {}
     for device in cluster.devices:
+        # Kinds described in place may share a name.
         peaks = tuple(sorted(device.peak_flops_per_s.items()))
-        key = (device.kind, device.slowdown, device.memory_bytes, device.threads, peaks)
+        own = (device.kind, device.family, device.is_cpu, device.memory_bytes_per_s, peaks)
+        key = (*own, device.slowdown, device.memory_bytes, device.threads)
         groups.setdefault(key, []).append(device)
     return tuple(
         DeviceClass(_class_name(g[0]), tuple(d.name for d in g), float(g[0].memory_bytes))

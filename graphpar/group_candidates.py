@@ -118,7 +118,8 @@ def _equal_rows(kinds: Iterable[Sequence[Device]], width: int) -> list[Sequence[
 def likeness(device: Device) -> object:
     """What equal devices have in common."""
     peaks = tuple(sorted(device.peak_flops_per_s.items()))
-    return device.kind, device.slowdown, device.memory_bytes, device.threads, peaks
+    own = (device.kind, device.family, device.is_cpu, device.memory_bytes_per_s, peaks)
+    return *own, device.slowdown, device.memory_bytes, device.threads
 
 
 def _replica(devices: Sequence[Device], shares: tuple[float, ...]) -> Replica:

@@ -50,9 +50,8 @@ def tried_optimizer(train: Training | None, cluster: Cluster) -> tuple[float, fl
     if train is None:
         return 0.0, 0.0
     # Only GPUs update all parameters together; the user's optimiser is not tried for nothing.
-    return optimizer_state(train), 0.0 if all(d.is_cpu for d in cluster.devices) else update_share(
-        train.optimizer
-    )
+    together = not all(device.is_cpu for device in cluster.devices)
+    return optimizer_state(train), update_share(train.optimizer) if together else 0.0
 
 
 def _peak_bytes(

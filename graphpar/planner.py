@@ -35,8 +35,6 @@ from graphpar.group_candidates import (
     widest_group,
     width_notes,
 )
-from graphpar.ir.graph import Graph
-from graphpar.ir.strategies import StrategyTables
 from graphpar.local_timing import Example, Timings
 from graphpar.optimizer_memory import tried_optimizer
 from graphpar.optimizer_probe import (
@@ -72,7 +70,7 @@ from graphpar.sensitivity import (
     estimated,
     measure_sensitivities,
 )
-from graphpar.tensor_groups import settle_shardings, with_group_modes
+from graphpar.tensor_groups import Wholes, settle_shardings, with_group_modes
 from graphpar.timing import Timing
 from graphpar.training import Training
 
@@ -151,7 +149,7 @@ def with_groups(
     least_gain: float = 0.0,
     leaner: bool = False,
     rewritten: Mapping[str, Rewritten] | None = None,
-    wholes: dict[int, tuple[Graph, StrategyTables]] | None = None,
+    wholes: Wholes | None = None,
 ) -> CostTable:
     """The table with a price for each tensor group, in the formats of its members.
 

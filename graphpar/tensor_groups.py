@@ -49,6 +49,10 @@ gradients and state, and one kept for backward. A group is there to hold what on
 _LEANER = 0.01
 """A sharding that saves a smaller part of a unit's memory is not considered beside a faster one."""
 
+Wholes = dict[int, tuple[Graph, StrategyTables, Chain]]
+"""By the identity of a chain of units its graph as one stage, the strategies there, and the chain itself,
+so that no other chain gets the number of one that is gone."""
+
 
 def member_graphs(
     graph: Graph,
@@ -223,7 +227,7 @@ def with_group_modes(
     rewritten: Mapping[str, tuple[Graph, Chain]] | None = None,
     least_gain: float = 0.0,
     leaner: bool = False,
-    wholes: dict[int, tuple[Graph, StrategyTables]] | None = None,
+    wholes: Wholes | None = None,
 ) -> CostTable:
     """The table with a price for each of these tensor groups that it does not price yet.
 
@@ -241,8 +245,8 @@ def with_group_modes(
             gets no price.
         leaner: Whether a group that cannot hold the whole model is also priced with shardings that hold
             less and take longer.
-        wholes: By chain of units its graph as one stage and the strategies there, to be used and added
-            to: those of another batch hold for this one where no op works on the whole batch.
+        wholes: What was worked out of chains of units, to be used and added to: that of another batch
+            holds for this one where no op works on the whole batch.
     """
     modes = {mode.key: mode for mode in table.modes}
     lower = rewritten or {}
@@ -261,8 +265,8 @@ def with_group_modes(
         chain = first[1]
         if id(chain) not in wholes:
             placed = placed_whole(first[0], chain)
-            wholes[id(chain)] = placed, StrategyTables(placed)
-        pricer = _GroupPricer(table, *wholes[id(chain)], chain, cluster, replica, options, calibration)
+            wholes[id(chain)] = placed, StrategyTables(placed), chain
+        pricer = _GroupPricer(table, *wholes[id(chain)], cluster, replica, options, calibration)
         if replica.mesh and least_gain > 0:
             could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)
             if pricer.least_seconds() >= could_s:

@@ -3,12 +3,15 @@
 An export takes seconds and a sweep may ask for many lengths. Three exports are enough where every size
 and every whole number in them lies on one straight line over the lengths: then those of a length in
 between lie on it as well. What bends between them (a window, a table of fixed size) does not, and such
-a model is captured at each length. Sizes that are rounded up to a power of two would look straight at
-multiples of it, so that a length has to be as divisible by two as the three are.
+a model is captured at each length. Sizes that are rounded, up to a multiple of 64 or to whole strides,
+would look straight at lengths that are multiples of it apart: so a length has to be a multiple of the
+step that the three are apart from one another.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from graphpar.ir.chain import build_chain
@@ -21,9 +24,9 @@ FEWEST = 3
 
 
 def support(lengths: Collection[int], captured: Collection[int] = ()) -> tuple[int, ...]:
-    """The lengths to capture so that others follow: the ends, and one between as divisible as any.
+    """The lengths to capture so that others follow: the ends, and the one between that most follow from.
 
-    Of several in between one that is captured already is preferred.
+    Of several in between one that is captured already is preferred, then one near the middle.
 
     >>> support([256, 512, 768, 1024]), support([512, 640]), support([128, 256, 512, 1024], [512])
     ((256, 512, 1024), (512, 640), (128, 512, 1024))
@@ -34,19 +37,22 @@ def support(lengths: Collection[int], captured: Collection[int] = ()) -> tuple[i
     if len(ordered) <= FEWEST:
         return tuple(ordered)
     low, *inner, high = ordered
-    least = min(map(_twos, inner))
-    able = [n for n in inner if min(map(_twos, (low, n, high))) <= least]
-    middle = min(able, key=lambda n: (n not in captured, abs(2 * n - low - high)))
-    return low, middle, high
+
+    def worth(middle: int) -> tuple[int, bool, int]:
+        step = _step((low, middle, high))
+        left = sum((n - low) % step > 0 for n in inner)
+        return left, middle not in captured, abs(2 * middle - low - high)
+
+    return low, min(inner, key=worth), high
 
 
-def _twos(length: int) -> int:
-    """The largest power of two in it.
+def _step(lengths: Collection[int]) -> int:
+    """The largest number that lengths are multiples of apart.
 
-    >>> _twos(768), _twos(7)
-    (256, 1)
+    >>> _step([256, 512, 1024]), _step([6, 9, 15])
+    (256, 3)
     """
-    return length & -length
+    return math.gcd(*(b - a for a, b in pairwise(sorted(lengths))))
 
 
 def between(captures: Mapping[int, Prepared], length: int) -> Prepared | None:
@@ -57,7 +63,7 @@ def between(captures: Mapping[int, Prepared], length: int) -> Prepared | None:
         length: Between the least and the greatest of them.
     """
     ends = sorted(captures)
-    if len(ends) != FEWEST or not ends[0] < length < ends[-1] or _twos(length) < min(map(_twos, ends)):
+    if len(ends) != FEWEST or not ends[0] < length < ends[-1] or (length - ends[0]) % _step(ends):
         return None
     made = [captures[end] for end in ends]
     if len({bool(prepared.batch_reason) for prepared in made}) > 1:

@@ -23,8 +23,6 @@ from graphpar.cost_options import StageOptions
 from graphpar.device import Device, Link
 from graphpar.frontend.torch_private import flatten
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
-from graphpar.ir.graph import Graph
-from graphpar.ir.strategies import StrategyTables
 from graphpar.optimizer_memory import tried_optimizer, update_share
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
@@ -35,6 +33,7 @@ from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.lengths import between, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
+from graphpar.tensor_groups import Wholes
 from graphpar.training import Training
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -73,7 +72,7 @@ class PriceBook:
     _trainings: dict[str, Training | None] = field(default_factory=dict)
     _rewritten: dict[object, Rewritten] = field(default_factory=dict)
     _groups: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
-    _wholes: dict[int, tuple[Graph, StrategyTables]] = field(default_factory=dict)
+    _wholes: Wholes = field(default_factory=dict)
     _pricers: dict[str, dict[int, UnitPricer]] = field(default_factory=dict)
     _formats: dict[str, Formats] = field(default_factory=dict)
     _traits: dict[str, OptimizerTraits] = field(default_factory=dict)
@@ -127,9 +126,12 @@ class PriceBook:
 
     def _training(self, setting: Setting) -> Training | None:
         """How a setting trains, the same for all that name the same optimiser."""
-        if setting.optimizer not in self._trainings:
-            self._trainings[setting.optimizer] = training_of(self.train, setting.optimizer)
-        return self._trainings[setting.optimizer]
+        return self._trained_with(setting.optimizer)
+
+    def _trained_with(self, optimizer: str) -> Training | None:
+        if optimizer not in self._trainings:
+            self._trainings[optimizer] = training_of(self.train, optimizer)
+        return self._trainings[optimizer]
 
     def _runs(self, setting: Setting) -> dict[str, Rewritten]:
         """What each device runs: one graph for each format, made once for all batches."""
@@ -275,9 +277,7 @@ class PriceBook:
 
     def traits(self, optimizer: str) -> OptimizerTraits | None:
         """What an optimiser of that name is like, tried once; None without training."""
-        if optimizer not in self._trainings:
-            self._trainings[optimizer] = training_of(self.train, optimizer)
-        train = self._trainings[optimizer]
+        train = self._trained_with(optimizer)
         if train is not None and optimizer not in self._traits:
             self._traits[optimizer] = optimizer_traits(train.optimizer)
         return self._traits.get(optimizer)

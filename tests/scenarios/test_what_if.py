@@ -11,6 +11,7 @@ import pytest
 import torch
 from plan_samples import calibration
 from torch import nn
+from torch.nn import functional
 
 import graphpar
 from graphpar.cost import LinkCost
@@ -91,21 +92,53 @@ FORMS = (
 )
 
 
+def contrasted(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss in which all samples of the batch meet at the end."""
+    return functional.cross_entropy(out @ target.t(), torch.arange(len(out)))
+
+
+def normed() -> nn.Module:
+    """Samples meet in the middle of the model."""
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64))
+
+
+MEETS = {
+    "nowhere": (model, TRAINING),
+    "at the end": (model, dataclasses.replace(TRAINING, loss=contrasted)),
+    "in the middle": (normed, TRAINING),
+}
+
+
 @pytest.fixture(scope="module")
-def used_book() -> PriceBook:
-    """Prices that a whole study shares."""
-    return PriceBook(model(), inputs(16), {}, TRAINING)
+def used_books() -> dict[str, PriceBook]:
+    """Prices that whole studies share, of models whose samples meet somewhere or do not."""
+
+    def made(batch: int, _: int) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        return inputs(batch), {}
+
+    return {
+        name: PriceBook(make(), inputs(16), {}, train, inputs=made)
+        for name, (make, train) in MEETS.items()
+    }
 
 
+@pytest.mark.parametrize("meet", MEETS)
 @pytest.mark.parametrize("changes", FORMS)
-def test_shared_prices_are_those_of_the_setting_alone(used_book: PriceBook, changes: str) -> None:
+def test_shared_prices_are_those_of_the_setting_alone(
+    used_books: dict[str, PriceBook], changes: str, meet: str
+) -> None:
     base = baseline_setting(graphpar.Cluster.from_dict(CLUSTER), 16, TRAINING)
     (scenario,) = as_scenarios([changes])
     setting = apply(base, scenario.changes)
-    used_book.table(base)
-    shared = used_book.table(setting)
-    train = training_of(TRAINING, setting.optimizer)
-    prepared = prepare(model(), inputs(setting.batch), {}, train)
+    used_books[meet].table(base)
+    shared = used_books[meet].table(setting)
+    make, given = MEETS[meet]
+    train = training_of(given, setting.optimizer)
+    prepared = prepare(make(), inputs(setting.batch), {}, train)
+    assert (prepared.tail_reason != "", prepared.in_step_reason != "", prepared.batch_reason) == (
+        meet == "at the end", meet == "in the middle", "",
+    )  # fmt: skip
     units = len(prepared.chain.units)
     formats = uniform_formats(setting.cluster, setting.precision, units)
     alone = price(prepared, setting.cluster, train=train, calibration=None, formats=formats)
