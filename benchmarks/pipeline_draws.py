@@ -7,7 +7,7 @@ take more than two thirds of all memory is drawn again.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pipeline_cases import ALL_OPTIONS, DEVICES_PER_NODE, KINDS, Shape, decoder_table
@@ -85,9 +85,9 @@ def _network(rng: random.Random) -> LinkCost:
     return LinkCost(rng.choice((5e-6, 1e-5, 3e-5)), rng.choice(_GIGABITS_PER_S) * 1e9 / 8)
 
 
-def drawn_cases(seeds: int) -> Iterator[tuple[str, CostTable]]:
-    """All options over clusters drawn with the seeds below a number."""
-    for seed in range(seeds):
+def drawn_cases(seeds: Iterable[int]) -> Iterator[tuple[str, CostTable]]:
+    """All options over clusters drawn with some seeds."""
+    for seed in seeds:
         found = draw(seed)
         table = decoder_table(found.shape, found.counts, found.batch, ALL_OPTIONS, found.network)
         yield f"large drawn {seed}: {found.words}", table

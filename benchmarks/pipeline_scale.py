@@ -1,7 +1,7 @@
 """How fast pipelines are planned, and how surely, against the number of devices, kinds and layers.
 
     python benchmarks/pipeline_scale.py [--json] [--time-limit S] [--quick] [--only WORD] [--seeds N]
-        [--alone] [--processor-time]
+        [--first-seed N] [--alone] [--baseline-limit S] [--processor-time]
 
 The cases are those of `pipeline_cases.py`: clusters of 8 unlike devices, the 405B shape over devices,
 kinds, layers and options, and variants of it; and large clusters drawn by seed (`pipeline_draws.py`).
@@ -9,8 +9,9 @@ kinds, layers and options, and variants of it; and large clusters drawn by seed 
 Beside each answer stand, from the same run, the even split, units in proportion to speed, data
 parallelism, the best plan on devices of one kind, and the textbook programme that gives every stage a
 slot. Where a table has options, equal stages with every option stand there too (`uniform_plans.py`),
-blocks spread evenly and by speed. All but the first three get as many seconds as the answer took, at
-least ten.
+blocks spread evenly and by speed. Each gets as many seconds of processor time as the answer took, at
+least `--baseline-limit`, in another process (`simple_plan_runs.py`); where one has no plan the row says
+why.
 """
 
 import argparse
@@ -18,28 +19,26 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition.baselines import best_like_subset, data_parallel, even_split, greedy_split
 from graphpar.partition.pipeline import partition
-from graphpar.partition.types import Partition
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pipeline_cases import growth_cases, rack_cases, unlike_cases, variant_cases
 from pipeline_draws import drawn_cases
-from slot_programme import slot_programme
-from uniform_plans import uniform_plan
+from simple_plan_runs import SimplePlans
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case and what came out; `modes` are the ways to run a unit besides the plain ones."""
+    """One case and what came out; `modes` are the ways to run a unit besides the plain ones.
+
+    `baselines_none` says of the simple plans that are missing in `baselines_s` why.
+    """
 
     case: str
     devices: int
@@ -47,7 +46,8 @@ class Row:
     units: int
     batch: int
     modes: int
-    baselines_s: dict[str, float | None]
+    baselines_s: dict[str, float] = field(default_factory=dict)
+    baselines_none: dict[str, str] = field(default_factory=dict)
     status: str = ""
     seconds: float = 0.0
     cpu_s: float = 0.0
@@ -63,8 +63,15 @@ class Row:
     family: str = ""
 
 
-def measure(case: str, table: CostTable, time_limit_s: float, gap: float, *, alone: bool) -> Row:
-    """Plan one table and, unless alone, its baselines."""
+def measure(
+    case: str,
+    table: CostTable,
+    time_limit_s: float,
+    gap: float,
+    simple: SimplePlans | None,
+    least_s: float,
+) -> Row:
+    """Plan one table and its simple plans, where these are asked for; each for `least_s` at least."""
     blank = Row(
         case=case,
         devices=sum(len(c.devices) for c in table.device_classes),
@@ -72,7 +79,6 @@ def measure(case: str, table: CostTable, time_limit_s: float, gap: float, *, alo
         units=table.num_units,
         batch=table.batch,
         modes=len(table.modes),
-        baselines_s={},
     )
     began_s, computed_s = time.perf_counter(), time.process_time()
     try:
@@ -96,30 +102,14 @@ def measure(case: str, table: CostTable, time_limit_s: float, gap: float, *, alo
         truncated_by=found.truncated_by,
         family=found.family,
     )
-    if alone:
+    if simple is None:
         return row
-    return replace(row, baselines_s=baselines(table, found, max(10.0, row.seconds)))
-
-
-def baselines(table: CostTable, found: Partition, time_limit_s: float) -> dict[str, float | None]:
-    """Step times of simple plans; None where one does not fit or is not found in time."""
-    ways: dict[str, Callable[[], Partition]] = {
-        "even split": lambda: even_split(table),
-        "in proportion to speed": lambda: greedy_split(table),
-        "data parallel": lambda: data_parallel(table),
-        "devices of one kind": lambda: best_like_subset(table, time_limit_s=time_limit_s),
-        "stage-slot programme": lambda: slot_programme(table, found, time_limit_s),
-    }
-    if table.modes:
-        for words, by_speed in (("equal stages", False), ("equal stages by speed", True)):
-            ways[words] = partial(uniform_plan, table, by_speed=by_speed, time_limit_s=time_limit_s)
-    steps: dict[str, float | None] = {}
-    for name, make in ways.items():
-        try:
-            steps[name] = make().objective_s
-        except InfeasibleError:
-            steps[name] = None
-    return steps
+    steps = simple.steps(table, found, max(least_s, row.cpu_s))
+    return replace(
+        row,
+        baselines_s={name: s.step_s for name, s in steps.items() if s.step_s is not None},
+        baselines_none={name: s.why_none for name, s in steps.items() if s.step_s is None},
+    )
 
 
 def main() -> None:
@@ -131,25 +121,31 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S")
     parser.add_argument("--gap", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="clusters drawn at random")
-    parser.add_argument("--alone", action="store_true", help="without baselines")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of them")
+    parser.add_argument("--alone", action="store_true", help="without simple plans")
+    parser.add_argument(
+        "--baseline-limit", type=float, default=10.0, metavar="S", help="for each simple plan"
+    )
     parser.add_argument(
         "--processor-time", action="store_true", help="limits count seconds of CPU: for a busy machine"
     )
     arguments = parser.parse_args()
     if arguments.processor_time:
         time.monotonic = time.process_time
-    seeds = 0 if arguments.quick else arguments.seeds
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds * (not arguments.quick))
     cases = [*unlike_cases(seeds), *growth_cases(arguments.quick)]
     cases += [] if arguments.quick else [*variant_cases(), *rack_cases(), *drawn_cases(seeds)]
+    simple = None if arguments.alone else SimplePlans()
     rows = []
     for case, table in cases:
         if arguments.only not in case:
             continue
         gap = 0.0 if "unlike" in case else arguments.gap
-        row = measure(case, table, arguments.time_limit, gap, alone=arguments.alone)
-        rows.append(row)
+        rows.append(measure(case, table, arguments.time_limit, gap, simple, arguments.baseline_limit))
         if not arguments.json:
-            print(_line(row), flush=True)
+            print(_line(rows[-1]), flush=True)
+    if simple is not None:
+        simple.close()
     if arguments.json:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"rows": [asdict(r) for r in rows], "peak_bytes": peak}, indent=1))
@@ -158,14 +154,12 @@ def main() -> None:
 def _line(row: Row) -> str:
     if row.step_s is None or row.gap is None:
         return f"{row.case:50} {row.seconds:7.2f} s  {row.status}"
-    against = ", ".join(
-        f"{name} {value / row.step_s:.2f}x" if value is not None else f"{name} does not fit"
-        for name, value in row.baselines_s.items()
-    )
+    against = [f"{name} {value / row.step_s:.2f}x" for name, value in row.baselines_s.items()]
+    against += [f"{name} {why}" for name, why in row.baselines_none.items()]
     return (
         f"{row.case:50} {row.seconds:7.2f} s ({row.cpu_s:.2f} s of CPU)  gap {100 * row.gap:.2f} %  "
         f"step {row.step_s:.6g} s  {row.stages} stages  {row.variables} variables  {row.modes} modes  "
-        f"[{against}]  {', '.join(row.truncated_by)}"
+        f"[{', '.join(against)}]  {', '.join(row.truncated_by)}"
     )
 
 

@@ -30,6 +30,7 @@ def best_like_subset(table: CostTable, *, gap: float = 0.01, time_limit_s: float
                     replace(table, device_classes=classes),
                     gap=gap,
                     time_limit_s=time_limit_s / len(used),
+                    explain_s=0.0,
                 )
             )
         except InfeasibleError:
