@@ -163,6 +163,8 @@ class CountingProgram:
         self._warm = np.zeros(0, dtype=np.intp)
         self._dues: tuple[float, ...] = ()
         self._duals: FloatArray = np.zeros(0)
+        self._basic: IntArray = np.zeros(0, dtype=np.intp)
+        self._basic_rows: npt.NDArray[np.bool_] | None = None
         self._values: FloatArray = np.zeros(0)
 
     @property
@@ -228,11 +230,20 @@ class CountingProgram:
             raise OutOfTimeError
         index = self._cheapest(index, least)
         master = self._master(index, self._beyond(index, least), 0.0, np.inf)
+        basic = np.flatnonzero(np.isin(index, self._basic)) if self._basic_rows is not None else None
         try:
-            value = master.relax(np.searchsorted(index, self._still(index)), self._dues, deadline_s)
+            value = master.relax(
+                np.searchsorted(index, self._still(index)),
+                self._dues,
+                deadline_s,
+                basic,
+                self._basic_rows,
+            )
         finally:
             self._warm, self._dues, self._duals = index[master.active], master.dues, master.duals
             self._values = master.values
+        if master.basic is not None:
+            self._basic, self._basic_rows = self._warm[master.basic.columns], master.basic.rows
         return value
 
     def spread(self, least: Least) -> Spread:

@@ -169,7 +169,9 @@ class Lines:
         if COMPILED:
             room = np.empty((self.blocks + 1, self.cap + 1))
             rows = np.ascontiguousarray(body.T)
-            to_go_loop(ends, rows, self._body_blocks, self._body_width, room)
+            reach = np.empty(len(rows), dtype=np.intp)
+            reach_loop(rows, self._body_blocks, reach)
+            to_go_loop(ends, rows, self._body_blocks, self._body_width, reach, room)
             return room
         room = self._room
         room[:] = np.inf
@@ -291,12 +293,36 @@ class Lines:
 
 
 @compiled_exactly
+def reach_loop(body: FloatArray, blocks: IntArray, reach: IntArray) -> None:
+    """Below how many replicas behind each pair of `body[pair, replicas behind]` is of use.
+
+    Pairs come by blocks, the narrower first: one with as many blocks that costs no more and leaves fewer
+    replicas behind stands for a wider one, for what is still to come costs no less with more of them.
+    """
+    least = np.empty(body.shape[1])
+    for pair in range(len(blocks)):
+        if pair == 0 or blocks[pair] != blocks[pair - 1]:
+            least[:] = np.inf
+        reach[pair] = 0
+        for replicas in range(body.shape[1]):
+            if body[pair, replicas] < least[replicas]:
+                least[replicas] = body[pair, replicas]
+                reach[pair] = replicas + 1
+
+
+@compiled_exactly
 def to_go_loop(
-    ends: FloatArray, body: FloatArray, blocks: IntArray, width: IntArray, room: FloatArray
+    ends: FloatArray,
+    body: FloatArray,
+    blocks: IntArray,
+    width: IntArray,
+    reach: IntArray,
+    room: FloatArray,
 ) -> None:
     """Fill `room[blocks behind, replicas behind]` with the least price to go.
 
-    `ends[blocks]` are first stages, `body[pair, replicas behind]` pairs of blocks and replicas.
+    `ends[blocks]` are first stages, `body[pair, replicas behind]` pairs of blocks and replicas, each of
+    use below `reach[pair]` replicas behind.
     """
     number, cap = room.shape[0] - 1, room.shape[1] - 1
     for behind in range(number, -1, -1):
@@ -307,12 +333,12 @@ def to_go_loop(
             if after > number:
                 continue
             there, price = room[after], body[pair]
-            near, far = max(cap - width[pair], 0), width[pair]
+            near, far = min(max(cap - width[pair], 0), reach[pair]), width[pair]
             # Not `min`, which asks about NaN and is no vector instruction.
             for replicas in range(near):
                 new, old = price[replicas] + there[replicas + far], here[replicas]
                 here[replicas] = new if new < old else old
-            for replicas in range(near, cap + 1):
+            for replicas in range(near, reach[pair]):
                 new, old = price[replicas] + there[cap], here[replicas]
                 here[replicas] = new if new < old else old
 

@@ -17,7 +17,10 @@ from scipy import sparse
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
+from graphpar.partition.solver_growing import Basis, GrowingProgram
 from graphpar.partition.unit_arrays import FloatArray, IntArray
+
+BoolArray = npt.NDArray[np.bool_]
 
 _PRICED_AT_ONCE = 250
 """Columns that join the linear programme in one round."""
@@ -31,6 +34,9 @@ _FIRST_DELTA = 2e-3
 _MOST_FIRST_DELTA = 2e-2
 """... or within twice the slack, up to this share."""
 
+
+_SLACKS = 3
+"""The first rows, which have to be met, may be missed at a price."""
 
 _LEAST_SLACK = 1e-7
 """Rows broken by less than this are kept."""
@@ -92,6 +98,9 @@ class Master:
         """Of the last relaxation that was solved: of the fixed rows, then of those of `dues`."""
         self.values: FloatArray = np.zeros(0)
         """How often that takes the active columns."""
+        self.basic: Basis | None = None
+        """Which active columns and which rows are basic then."""
+        self._begin: Basis | None = None
 
     def solve(self, warm: IntArray, dues: Sequence[float], deadline_s: float) -> Solution | None:
         """A whole solution below the cutoff that is within the slack of the best; None without one.
@@ -131,14 +140,28 @@ class Master:
                 return best
             delta = min(max(best.value - relaxed.value, delta * 2), most)
 
-    def relax(self, warm: IntArray, dues: Sequence[float], deadline_s: float) -> float | None:
+    def relax(
+        self,
+        warm: IntArray,
+        dues: Sequence[float],
+        deadline_s: float,
+        basic: IntArray | None = None,
+        basic_rows: BoolArray | None = None,
+    ) -> float | None:
         """The value of the linear relaxation, None where it has no solution.
+
+        It begins with the columns `warm`, and where it is given with a basis of another relaxation: its
+        basic columns and whether rows were, in the same order; others joined since.
 
         Raises:
             OutOfTimeError: The deadline passed.
         """
         self.dues = tuple(dues)
         self.active = np.union1d(warm, self._first_guess())
+        if basic is not None and basic_rows is not None:
+            rows = np.ones(len(self._row_lower) + len(self.dues), dtype=np.bool_)
+            rows[: len(basic_rows)] = basic_rows
+            self._begin = Basis(np.isin(self.active, basic), rows)
         relaxed = self._relax(deadline_s)
         return None if relaxed is None else relaxed.value
 
@@ -157,82 +180,104 @@ class Master:
     def _relax(self, deadline_s: float) -> _Relaxed | None:
         """Solve over all columns and all dues, which join as needed; None where nothing is possible."""
         penalty = 10 * float(np.abs(self._cost).max(initial=0.0)) + 1.0
-        most_slack = np.inf
+        program = self._growing(self._cost, penalty, self._begin)
         while True:
-            outcome = self._linear(self._cost, penalty, most_slack, deadline_s)
+            outcome = self._solved(program, deadline_s)
             if outcome is None:
                 # A due that joined leaves nothing among the active columns.
+                before = len(self.active)
                 if not self._reach(deadline_s):
                     return None
+                self._let_join(program, self._cost, self.active[before:])
                 continue
             value = outcome.objective
             assert value is not None
             reduced = self._reduced(self._cost, outcome.duals)
-            if self._join(reduced, _TOLERANCE * max(abs(value), 1e-30)):
+            joining = self._joining(reduced, _TOLERANCE * max(abs(value), 1e-30))
+            if len(joining):
+                self.active = np.append(self.active, joining)
+                self._let_join(program, self._cost, joining)
                 continue
-            number = len(self.active)
-            if np.any(outcome.values[number:] > _LEAST_SLACK):
+            points = outcome.values[_SLACKS:]
+            if np.any(outcome.values[:_SLACKS] > _LEAST_SLACK):
+                before = len(self.active)
                 if not self._reach(deadline_s):
                     return None
-                most_slack = 0.0
+                self._let_join(program, self._cost, self.active[before:])
+                for slack in range(_SLACKS):
+                    program.limit(slack, 0.0)
                 continue
-            broken = self._broken(self.active, outcome.values[:number])
+            broken = self._broken(self.active, points)
             if broken:
                 self.dues = (*self.dues, *broken)
+                rows = np.concatenate(
+                    [np.zeros((len(broken), _SLACKS)), self._memory(self.active, broken)], axis=1
+                )
+                program.add_rows(rows, np.full(len(broken), -np.inf), np.array(broken))
                 continue
-            self.duals, self.values = outcome.duals, outcome.values[:number]
+            self.duals, self.values = outcome.duals, points
+            basis = program.basis
+            self.basic = Basis(basis.columns[_SLACKS:], basis.rows)
             # At its upper limit a column may have a negative reduced cost: that is part of the value.
             return _Relaxed(value, np.maximum(reduced, 0.0))
 
     def _reach(self, deadline_s: float) -> bool:
         """Let columns join until all rows can be met; False where all columns together cannot."""
         free = np.zeros(len(self._cost))
+        program = self._growing(free, 1.0, None)
         while True:
-            outcome = self._linear(free, 1.0, np.inf, deadline_s)
+            outcome = self._solved(program, deadline_s)
             assert outcome is not None and outcome.objective is not None
             if outcome.objective <= _LEAST_SLACK:
                 return True
-            if not self._join(self._reduced(free, outcome.duals), _LEAST_SLACK):
+            joining = self._joining(self._reduced(free, outcome.duals), _LEAST_SLACK)
+            if len(joining) == 0:
                 return False
+            self.active = np.append(self.active, joining)
+            self._let_join(program, free, joining)
 
-    def _join(self, reduced: FloatArray, least: float) -> bool:
-        """Let the columns join whose reduced costs are most negative; False where there are none."""
+    def _joining(self, reduced: FloatArray, least: float) -> IntArray:
+        """The columns that join: those whose reduced costs are most negative."""
         candidates = np.flatnonzero((reduced < -least) & (self._most > 0))
         candidates = np.setdiff1d(candidates, self.active, assume_unique=True)
-        if len(candidates):
-            order = np.argsort(reduced[candidates], kind="stable")[:_PRICED_AT_ONCE]
-            self.active = np.union1d(self.active, candidates[order])
-        return len(candidates) > 0
+        found: IntArray = candidates[np.argsort(reduced[candidates], kind="stable")[:_PRICED_AT_ONCE]]
+        return found
 
-    def _linear(
-        self, cost: FloatArray, penalty: float, most_slack: float, deadline_s: float
-    ) -> Outcome | None:
-        """The relaxation over active columns, with slack at a price; None where it has no point.
+    def _growing(self, cost: FloatArray, penalty: float, begin: Basis | None) -> GrowingProgram:
+        """The relaxation over active columns, with slack at a price before them."""
+        rows = np.concatenate([self._rows[:, self.active], self._memory(self.active)])
+        slack = np.zeros((len(rows), _SLACKS))
+        slack[range(_SLACKS), range(_SLACKS)] = 1.0
+        lower, upper = self._limits()
+        if begin is not None:
+            begin = Basis(np.append(np.zeros(_SLACKS, dtype=np.bool_), begin.columns), begin.rows)
+        return GrowingProgram(
+            np.append(np.full(_SLACKS, penalty), cost[self.active]),
+            np.append(np.full(_SLACKS, np.inf), self._most[self.active]),
+            np.concatenate([slack, rows], axis=1),
+            lower,
+            upper,
+            begin,
+        )
+
+    def _let_join(self, program: GrowingProgram, cost: FloatArray, index: IntArray) -> None:
+        """Columns join the relaxation."""
+        rows = np.concatenate([self._rows[:, index], self._memory(index)])
+        program.add_columns(cost[index], self._most[index], rows)
+
+    def _solved(self, program: GrowingProgram, deadline_s: float) -> Outcome | None:
+        """The best point of a relaxation; None where it has none.
 
         Raises:
             OutOfTimeError: The deadline passed, or the solver gave up.
         """
-        number = len(self.active)
-        matrix = np.concatenate([self._rows[:, self.active], self._memory(self.active)])
-        slack = np.zeros((len(matrix), 3))
-        slack[0, 0] = slack[1, 1] = slack[2, 2] = 1.0
-        lower, upper = self._limits()
-        program = MatrixProgram(
-            cost=np.concatenate([cost[self.active], [penalty] * 3]),
-            lower=np.zeros(number + 3),
-            upper=np.concatenate([self._most[self.active], [most_slack] * 3]),
-            integer=np.zeros(number + 3, dtype=np.bool_),
-            matrix=sparse.csr_matrix(np.concatenate([matrix, slack], axis=1)),
-            row_lower=lower,
-            row_upper=upper,
-        )
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise OutOfTimeError
-        outcome = program.solve(time_limit_s=min(left_s, _LONGEST_LINEAR_S))
+        outcome = program.solve(min(left_s, _LONGEST_LINEAR_S))
         if outcome.status == "infeasible":
             return None
-        if not outcome.has_point or len(outcome.duals) != len(matrix):
+        if not outcome.has_point or len(outcome.duals) != len(self._row_lower) + len(self.dues):
             raise OutOfTimeError
         return outcome
 
@@ -240,10 +285,10 @@ class Master:
         lower = np.concatenate([self._row_lower, np.full(len(self.dues), -np.inf)])
         return lower, np.concatenate([self._row_upper, np.array(self.dues, dtype=np.float64)])
 
-    def _memory(self, index: IntArray) -> FloatArray:
-        """Coefficients [due, column] of the memory rows."""
+    def _memory(self, index: IntArray, dues: Sequence[float] | None = None) -> FloatArray:
+        """Coefficients [due, column] of the memory rows, of all dues by default."""
         due, load, last = self._due[index], self._load[index], self._is_last[index]
-        rows = [self._memory_row(d, due, load, last) for d in self.dues]
+        rows = [self._memory_row(d, due, load, last) for d in (self.dues if dues is None else dues)]
         return np.stack(rows) if rows else np.zeros((0, len(index)))
 
     def _memory_row(

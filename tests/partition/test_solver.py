@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
-from graphpar.partition.solver import Backend, Program
+from graphpar.partition.solver import Backend, MatrixProgram, Program
+from graphpar.partition.solver_growing import Basis, GrowingProgram
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -103,6 +105,41 @@ def test_binary_programmes_against_brute_force(
             best = min(float(np.dot(cost, point)) for point in points)
             assert outcome.status == "optimal"
             assert outcome.objective == pytest.approx(scale * best, abs=1e-6 * scale)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_programmes_that_grow_end_like_those_built_at_once(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrix, cost = rng.integers(0, 4, (5, 12)).astype(float), rng.integers(-5, 6, 12).astype(float)
+    upper, most = rng.integers(1, 5, 12).astype(float), rng.integers(2, 12, 5).astype(float)
+    least = np.full(5, -np.inf)
+    program = GrowingProgram(cost[:6], upper[:6].copy(), matrix[:3, :6], least[:3], most[:3])
+    begun = program.solve(10.0)
+    # A basis of another programme is where to begin, no more.
+    basis = Basis(rng.random(12) < 0.3, rng.random(5) < 0.5)
+    again = GrowingProgram(cost, upper.copy(), matrix, least, most, basis).solve(10.0)
+    program.add_columns(cost[6:], upper[6:], matrix[:3, 6:])
+    program.solve(10.0)
+    program.add_rows(matrix[3:], least[3:], most[3:])
+    grown = program.solve(10.0)
+    whole = MatrixProgram(
+        cost=cost,
+        lower=np.zeros(12),
+        upper=upper,
+        integer=np.zeros(12, dtype=np.bool_),
+        matrix=sparse.csr_matrix(matrix),
+        row_lower=least,
+        row_upper=most,
+    ).solve()
+    assert begun.status == grown.status == again.status == whole.status == "optimal"
+    assert grown.objective == pytest.approx(whole.objective, abs=1e-9)
+    assert again.objective == pytest.approx(whole.objective, abs=1e-9)
+    # Duals give a bound whatever the point is (Lagrange).
+    reduced = cost - grown.duals @ matrix
+    assert np.minimum(reduced * upper, 0).sum() + grown.duals @ most == pytest.approx(
+        whole.objective, abs=1e-6
+    )
 
 
 def test_wrong_arguments_are_refused() -> None:
