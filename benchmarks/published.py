@@ -11,7 +11,7 @@ from typing import Any
 
 from published_clean import cleaned, rows_of
 from published_devices import device_of
-from published_rows import in_favour, measured_bytes, measured_step_s, refuted, run_of
+from published_rows import assumed, in_favour, measured_bytes, measured_step_s, refuted, run_of
 
 from graphpar.cost_models.training import StepTime, step_time
 from graphpar.cost_models.training_memory import bound_bytes, fits, stage_parts
@@ -94,7 +94,11 @@ def score(raw: Any) -> dict[str, Any] | str:
         "memory_error_pct": None if measured_b is None else 100 * (predicted_b / measured_b - 1),
         "measured_oom": failed,
         "predicted_oom": not fits(in_favour(run, row)),
-        "remarks": [*remarks, *filter(None, [device_of(str(row["hardware"]["gpu"]))[2], refuted(row)])],
+        "remarks": [
+            *remarks,
+            *filter(None, [device_of(str(row["hardware"]["gpu"]))[2], refuted(row)]),
+            *assumed(row, run),
+        ],
     }
 
 

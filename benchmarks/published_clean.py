@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from published_models import is_gated
 
 GROUPS = ("model", "hardware", "parallel", "batch", "measured")
 
@@ -160,7 +161,7 @@ def _fill_shape(model: dict[str, Any], remarks: list[str]) -> None:
     """What follows from layers and hidden size by the usual proportions."""
     if not model.get("layers") or not model.get("hidden"):
         return
-    hidden, gated = model["hidden"], model.get("gated_mlp")
+    hidden, gated = model["hidden"], is_gated(model)
     usual = {
         "heads": max(hidden // 128, 1),
         "kv_heads": model.get("heads") or max(hidden // 128, 1),

@@ -1,152 +1,17 @@
-"""From a row of a table of published training runs to a `Run` of the cost model.
-
-What a framework does (fused attention, overlap, dropout, gradient format) is read from its name and
-age, which is public knowledge about the software, the same for every row of every source.
-"""
+"""From a row of a table of published training runs to a `Run` of the cost model."""
 
 import math
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from published_devices import device_of, die_of, network_of
+from published_frameworks import Traits, captures_steps, overlaps_tensor, traits_of
+from published_models import shape_of
 
 from graphpar import catalogue
 from graphpar.cost_models.training_memory import fits, weights_of_stage
 from graphpar.cost_models.training_run import Run
-from graphpar.cost_models.transformer import ModelShape, MoeShape
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What a training framework does."""
-
-    fused_attention: bool = True
-    fused_pointwise: bool = True
-    fused_loss: bool = False
-    compiled: bool = False
-    dropout: bool = False
-    overlaps: bool = True
-    gradient_bytes: float = 4.0
-    state_bytes: float = 12.0
-    zero: int = 0
-    bucket_elements: float = 0.0
-    fallback_softmax: bool = False
-    vendor_attention: bool = False
-    overlaps_tensor: bool = False
-    selects_layers: bool = False
-    may_shard: bool = False
-    accumulates: bool = False
-    logit_bytes: float = 14.0
-    selects_products: bool = False
-    adds_gradients: bool = False
-    stops_early: bool = False
-    gathers_late: bool = False
-    keeps_outputs: bool = False
-    reduces_half: bool = False
-    overlaps_alone: bool = False
-    separate_projections: bool = False
-    growing_segments: bool = False
-    keeps_gathered: bool = False
-    divides_loss: bool = False
-
-
-OLD_MEGATRON = Traits(
-    False,
-    dropout=True,
-    overlaps=False,
-    gradient_bytes=2.0,
-    logit_bytes=13.0,
-    fallback_softmax=True,
-    adds_gradients=True,
-    overlaps_alone=True,
-)
-"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward, or beside it by
-torch's wrapper where one microbatch is all (its README, "Distributed Pretraining")."""
-
-DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True, overlaps_alone=False)
-"""Its buckets hold 5e8 elements unless configured otherwise."""
-
-MODERN_MEGATRON = Traits(
-    fused_loss=True,
-    compiled=True,
-    zero=1,
-    vendor_attention=True,
-    overlaps_tensor=True,
-    may_shard=True,
-    accumulates=True,
-    reduces_half=True,
-)
-"""Megatron Core as of 2024: vendor attention, overlapped collectives, the optimiser distributed, weights
-sharded where they would not fit."""
-
-TITAN = Traits(
-    fused_pointwise=False,
-    zero=3,
-    selects_products=True,
-    stops_early=True,
-    separate_projections=True,
-    growing_segments=True,
-    keeps_gathered=True,
-    divides_loss=True,
-)
-"""Its layers and what it recomputes: https://github.com/pytorch/torchtitan/tree/main/torchtitan/models/llama3.
-Its launcher, `run_train.sh`, has the allocator's segments grow; `parallelize_llama.py` keeps weights
-gathered in a pipeline and divides the loss by vocabulary (`loss_parallel`)."""
-
-FRAMEWORKS = (
-    ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
-    ("megatron-deepspeed", DEEPSPEED),
-    ("megatron-bridge", MODERN_MEGATRON),
-    ("megatron-core", MODERN_MEGATRON),
-    ("megatron core", MODERN_MEGATRON),
-    ("nemo", MODERN_MEGATRON),
-    ("megatron", OLD_MEGATRON),
-    ("composer", Traits(True, False, fused_loss=True, zero=3, stops_early=True, gathers_late=True)),
-    ("torchtitan", TITAN),
-    (
-        "fms-fsdp",
-        Traits(compiled=True, gradient_bytes=2.0, zero=3, selects_layers=True, stops_early=True),
-    ),
-    ("nanotron", Traits(True, False, zero=1)),
-    ("nnscaler", Traits(True, False, separate_projections=True)),
-    ("deepspeed", DEEPSPEED),
-    ("fsdp", Traits(True, False, zero=3, stops_early=True)),
-    ("jax", Traits(compiled=True, zero=3)),
-    ("maxtext", Traits(compiled=True, zero=3)),
-    ("pytorch", Traits(False, False, dropout=True, gradient_bytes=2.0, separate_projections=True)),
-)
-"""By a part of the framework's name, the first that fits."""
-
-YOUNG_FAMILIES = frozenset({"hopper", "blackwell", "blackwell-sm100", "blackwell-sm103", "cdna3"})
-
-BERT = {
-    "bert_base_squad": ModelShape(12, 768, 12, 12, 3072, 30522, 384, tied=True, causal=False, labels=2),
-    "bert_large_squad": ModelShape(24, 1024, 16, 16, 4096, 30522, 384, tied=True, causal=False, labels=2),
-}
-
-HEAD_SIZES = {"qwen3": 128, "gpt-oss": 64, "deepseek-v3": 160, "kimi-k2": 160, "nemotron4": 0}
-"""Attention head sizes of families whose heads do not divide the hidden size; for latent attention the
-mean of the query-key and value sizes."""
-
-BIASED_EXPERTS = ("gpt-oss",)
-"""Families whose experts have biases and clamped activations (https://arxiv.org/abs/2508.10925)."""
-
-DEVICES_PER_HOST = {"gb200": 4, "gb300": 4}
-"""Devices that one operating system drives, where it is not a whole node of eight."""
-
-
-CAPTURED_STEPS = (
-    ("kimi", r"gb[23]00", (26, 8)),
-    ("", r"gb[23]00", (26, 6)),
-    ("qwen3", "b300", (26, 6)),
-    ("qwen3-235b", "b200", (26, 6)),
-    ("deepseek", "b300", (26, 6, 1)),
-)
-"""Models, devices and the NeMo release since which MXFP8 recipes capture whole steps as CUDA graphs,
-with products of experts that apply activations and casts, and all-to-alls beside other microbatches
-(https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3983, 4173, 4226, 4249, 4458, 4606, 5168). gpt-oss's
-are for GB200 and GB300 only, and Qwen3's 30B does not fit a B200 (pull/5356)."""
+from graphpar.cost_models.transformer import ModelShape
 
 
 def run_of(row: dict[str, Any]) -> Run | str:
@@ -154,7 +19,7 @@ def run_of(row: dict[str, Any]) -> Run | str:
     if row.get("reliability") == "C":
         return "reliability C"
     row = _with_planned_widths(row)
-    shape = _shape(row["model"])
+    shape = shape_of(row["model"])
     if isinstance(shape, str):
         return shape
     if not row["hardware"].get("gpu"):
@@ -166,14 +31,18 @@ def run_of(row: dict[str, Any]) -> Run | str:
         device = die_of(device, _per_node(row))
     except ValueError as error:
         return str(error)
-    traits = _traits(row)
+    traits = traits_of(row)
     batch = _batches(row, traits)
     if batch is None:
         return "no batch size"
+    if not _states_batch(row) and row["measured"].get("step_time_s"):
+        return "a step's time, but of how many microbatches is not stated"
     run = replace(_run(row, shape, device, batch, traits), memory_bytes=memory_bytes)
     if refuted(row):
         run = replace(run, recompute="none", pads_vocab=False)
         run = run if fits(run) else replace(run, recompute="full")
+    if run.shape.moe is not None and not row["parallel"].get("ep"):
+        run = _spread_experts(run)
     return _adapted(run, traits)
 
 
@@ -188,6 +57,41 @@ def refuted(row: dict[str, Any]) -> str:
     """What the row's own times say against what it states, or nothing."""
     known = str(row["source"].get("table")) in REFUTED and row["parallel"].get("recompute") == "full"
     return "recomputation is refuted by the table's times; taken only where memory asks for it" * known
+
+
+def _spread_experts(run: Run) -> Run:
+    """The run with the narrowest expert parallelism that fits, where its row does not state any."""
+    experts = run.shape.moe.experts if run.shape.moe else 1
+    most = math.gcd(experts, run.data * run.context * run.tensor // run.expert_tensor)
+    widths = [replace(run, expert=width) for width in range(1, most + 1) if most % width == 0]
+    return next((r for r in widths if fits(r)), widths[-1])
+
+
+ASSUMED = (
+    ("parallel", "framework", "eager torch"),
+    ("parallel", "precision", "half precision"),
+    ("parallel", "recompute", "none"),
+    ("hardware", "inter", "the network of the device's reference design"),
+)
+"""What is taken where a row does not say."""
+
+
+def assumed(row: dict[str, Any], run: Run) -> list[str]:
+    """What the prediction of a cleaned row takes for granted, in words."""
+    said = [(row[group].get(key), f"{group}.{key}", text) for group, key, text in ASSUMED]
+    unsaid = [
+        f"{name} is not stated; {text} assumed"
+        for value, name, text in said
+        if value in (None, "", "not stated") and (name != "hardware.inter" or run.devices > run.per_node)
+    ]
+    batch, parallel = row["batch"], row["parallel"]
+    if not batch.get("micro_batch"):
+        unsaid.append(f"batch.micro_batch is not stated; {run.microbatch:g} assumed")
+    if not batch.get("global_batch"):
+        unsaid.append(f"batch.global_batch is not stated; {run.batch:g} assumed")
+    if run.shape.moe is not None and not parallel.get("ep"):
+        unsaid.append(f"parallel.ep is not stated; {run.expert} assumed, the fewest that fit")
+    return unsaid
 
 
 LAYER_SHARES = tuple(i / 8 for i in range(9))
@@ -220,21 +124,23 @@ def _run(
     row: dict[str, Any], shape: ModelShape, device: str, batch: tuple[float, float], traits: Traits
 ) -> Run:
     parallel, hardware = row["parallel"], row["hardware"]
-    per_node = _per_node(row)
+    stated = _per_node(row)
     intra = str(hardware.get("intra") or "")
-    if device.startswith("gb") or "NVL72" in intra:
-        per_node = 72
+    per_node = 72 if device.startswith("gb") or "NVL72" in intra else stated
+    network = network_of(str(hardware.get("inter") or ""), device, stated)
+    # What is said of a node holds of so many devices as it has, not of all that NVLink joins.
+    network = replace(network, node_bytes_per_s=network.node_bytes_per_s * per_node / stated)
     zero = parallel.get("zero")
     fsdp = parallel.get("fsdp")
     if fsdp and str(fsdp) not in ("0", "None"):
         zero = 3
-    captured = _captures_steps(row, device, traits)
+    captured = captures_steps(row, device, traits)
     return Run(
         shape=shape,
         device=device,
         devices=_count(row),
         per_node=per_node,
-        network=network_of(str(hardware.get("inter") or ""), device, per_node),
+        network=network,
         batch=batch[0],
         microbatch=batch[1],
         tensor=parallel.get("tp") or 1,
@@ -260,7 +166,7 @@ def _run(
         logit_bytes=traits.logit_bytes,
         fallback_softmax=traits.fallback_softmax,
         vendor_attention=traits.vendor_attention,
-        overlaps_tensor=_overlaps_tensor(parallel, device, traits),
+        overlaps_tensor=overlaps_tensor(parallel, device, traits),
         shard_group=per_node if fsdp == "HSDP" else 0,
         selects_products=traits.selects_products,
         adds_gradients=traits.adds_gradients,
@@ -280,34 +186,9 @@ def _run(
     )
 
 
-def _captures_steps(row: dict[str, Any], device: str, traits: Traits) -> bool:
-    """Whether a row's recipe captures whole steps, fuses experts and overlaps their all-to-alls."""
-    scaled = "mx" in str(row["parallel"].get("precision")).lower()
-    since = (
-        release
-        for model, devices, release in CAPTURED_STEPS
-        if model in row["model"]["name"].lower() and re.match(devices, device)
-    )
-    first = next(since, None)
-    return traits is MODERN_MEGATRON and scaled and first is not None and _release(row) >= first
-
-
 def _is_alone(row: dict[str, Any], batch: tuple[float, float]) -> bool:
     """Whether a replica's step is one microbatch, without stages."""
     return (row["parallel"].get("pp") or 1) == 1 and batch[0] <= batch[1] * _data_width(row)
-
-
-def _release(row: dict[str, Any]) -> tuple[int, ...]:
-    """Year, month and number of a framework's release, where the row or its table's title names one."""
-    words = f"{row['parallel'].get('framework')} {row['source'].get('table')}"
-    found = re.search(r"\b(2\d)\.(\d\d)(?:\.(\d\d))?\b", words)
-    return tuple(int(part) for part in found.groups("0")) if found else ()
-
-
-def _overlaps_tensor(parallel: dict[str, Any], device: str, traits: Traits) -> bool:
-    """Overlap within tensor-parallel groups writes into peers' buffers, which one host maps."""
-    fits_host = (parallel.get("tp") or 1) <= DEVICES_PER_HOST.get(device, 8)
-    return bool(parallel.get("async_tp")) or (traits.overlaps_tensor and fits_host)
 
 
 def _count(row: dict[str, Any]) -> int:
@@ -318,7 +199,10 @@ def _count(row: dict[str, Any]) -> int:
 
 
 def _per_node(row: dict[str, Any]) -> int:
-    return int(row["hardware"].get("gpus_per_node") or min(8, _count(row)))
+    hardware, count = row["hardware"], _count(row)
+    nodes = hardware.get("nodes") or 1
+    usual = count // nodes if nodes > 1 and count % nodes == 0 else min(8, count)
+    return int(hardware.get("gpus_per_node") or usual)
 
 
 def _data_width(row: dict[str, Any]) -> int:
@@ -336,48 +220,6 @@ def _sequence_parallel(parallel: dict[str, Any]) -> bool:
         return bool(stated)
     words = f"{parallel.get('recompute')} {parallel.get('tp_mode')} {parallel.get('framework')}"
     return any(w in words for w in ("sequence", "torchtitan", "bridge", "nemo", "nnscaler"))
-
-
-def _shape(model: dict[str, Any]) -> ModelShape | str:
-    if model.get("name") in BERT:
-        return replace(BERT[model["name"]], seq_len=model.get("seq_len", 384))
-    if model.get("kind") == "inference":
-        return "inference"
-    if not all(model.get(k) for k in ("layers", "hidden", "heads", "ffn", "seq_len")):
-        return "no model shape"
-    if model["heads"] > model["hidden"]:
-        return "more heads than elements"
-    moe = model.get("moe")
-    name = str(model.get("name"))
-    head = next((size for key, size in HEAD_SIZES.items() if key in name), 0)
-    return ModelShape(
-        layers=model["layers"],
-        hidden=model["hidden"],
-        heads=model["heads"],
-        kv_heads=model.get("kv_heads") or model["heads"],
-        ffn=model["ffn"],
-        vocab=model.get("vocab") or 128256,
-        seq_len=model["seq_len"],
-        gated=bool(model.get("gated_mlp", moe is not None)),
-        tied=bool(model.get("tied_embeddings", False)),
-        head_size=head,
-        moe=_moe(moe, any(key in name for key in BIASED_EXPERTS)) if moe else None,
-        query_rank=(moe or {}).get("q_lora") or 0,
-        value_rank=(moe or {}).get("kv_lora") or 0,
-    )
-
-
-def _moe(moe: dict[str, Any], biased: bool) -> MoeShape | None:
-    if not moe.get("experts") or not moe.get("topk"):
-        return None
-    return MoeShape(
-        moe["experts"],
-        moe["topk"],
-        moe.get("moe_ffn") or moe.get("ffn") or 0,
-        moe.get("dense_layers") or 0,
-        moe.get("shared_experts") or 0,
-        biased,
-    )
 
 
 def _batches(row: dict[str, Any], traits: Traits) -> tuple[float, float] | None:
@@ -398,23 +240,8 @@ def _batches(row: dict[str, Any], traits: Traits) -> tuple[float, float] | None:
     return float(total), float(min(micro, max(total / data, 1)))
 
 
-def _traits(row: dict[str, Any]) -> Traits:
-    """What the framework of a row does.
-
-    Megatron-LM on devices younger than 2022 is Megatron Core; so it is with gated layers or grouped keys,
-    for which the older one has no options. A DeepSpeed that has them has fused attention as well.
-    """
-    name = str(row["parallel"].get("framework")).lower()
-    traits = next((traits for key, traits in FRAMEWORKS if key in name), Traits())
-    device = device_of(str(row["hardware"].get("gpu")))[0]
-    young = catalogue.devices()[device].family in YOUNG_FAMILIES
-    model = row["model"]
-    heads = model.get("heads", 0)
-    recent = bool(model.get("gated_mlp")) or model.get("kv_heads", heads) < heads
-    if traits is OLD_MEGATRON and (young or recent):
-        return MODERN_MEGATRON
-    deepspeed = traits.bucket_elements > 0
-    return replace(traits, fused_attention=True, dropout=False) if deepspeed and recent else traits
+def _states_batch(row: dict[str, Any]) -> bool:
+    return any(row["batch"].get(key) for key in ("global_batch", "local_batch", "grad_accum"))
 
 
 def _recompute(text: Any) -> str:
@@ -443,7 +270,7 @@ def _dtype(parallel: dict[str, Any]) -> str:
 def measured_step_s(row: dict[str, Any]) -> float | None:
     """Seconds of one step, from time, tokens per second, or a stated FLOP count."""
     measured, model = row["measured"], row["model"]
-    stated = _batches(row, _traits(row))
+    stated = _batches(row, traits_of(row))
     batch = stated[0] if stated else None
     count = _count(row)
     if measured.get("step_time_s"):

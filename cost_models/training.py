@@ -17,8 +17,15 @@ from dataclasses import dataclass, replace
 
 from graphpar import catalogue
 from graphpar.cost_models import gemm
-from graphpar.cost_models.communication import Group, collective_s, nodes_for
+from graphpar.cost_models.communication import CollectiveName, Group, collective_s, nodes_for
 from graphpar.cost_models.rates import interpolate
+from graphpar.cost_models.training_memory import (
+    dense_copies,
+    expert_copies,
+    layer_elements,
+    stage_elements,
+    weights_of_stage,
+)
 from graphpar.cost_models.training_run import Run, TrainingParameters
 from graphpar.cost_models.transformer import LayerWork, Product, layer_work
 
@@ -95,31 +102,32 @@ class StepTime:
 def step_time(run: Run, p: TrainingParameters) -> StepTime:
     """Predict one step."""
     machine = _Machine(run, p)
-    microbatches = max(round(run.batch / (run.data * run.microbatch)), 1)
+    # A last microbatch that is smaller than the others takes its part of their time.
+    passes = max(run.batch / (run.data * run.microbatch), 1.0)
     layers = math.ceil(run.shape.layers / run.pipeline)
     layer = machine.layer_time()
     shard_s = machine.shard_collectives_s(layer.device_s)
     shards_s = layers * shard_s
-    gradients_s = machine.accumulation_s() if microbatches > 1 else 0.0
+    gradients_s = machine.accumulation_s() if passes > 1 else 0.0
     head_s = machine.head_seconds()
     each_s = layer.total_s + shard_s
     # The last stage holds no more layers than any other, and the head.
     last_s = run.shape.layers // run.pipeline * each_s + head_s
     slowest_s = max(layers * each_s, last_s)
     bubble_s = (run.shape.layers * each_s + head_s - slowest_s) / run.virtual
-    pipeline_s = machine.stage_messages_s() * (microbatches * run.virtual + run.pipeline - 1)
-    work_s = microbatches * (slowest_s + gradients_s)
+    pipeline_s = machine.stage_messages_s() * (passes * run.virtual + run.pipeline - 1)
+    work_s = passes * (slowest_s + gradients_s)
     data_s = machine.gradient_collective_s(work_s)
     optimizer_s = machine.optimizer_s() + p.step_host_s
     total_s = work_s + bubble_s + pipeline_s + data_s + optimizer_s
     total_s *= 1 + p.imbalance * math.log2(max(run.devices, 1))
     return StepTime(
         total_s,
-        microbatches * layers * layer.device_s,
-        microbatches * layers * layer.host_s,
-        microbatches * layers * layer.collectives_s,
+        passes * layers * layer.device_s,
+        passes * layers * layer.host_s,
+        passes * layers * layer.collectives_s,
         pipeline_s,
-        data_s + microbatches * shards_s,
+        data_s + passes * shards_s,
         optimizer_s,
         bubble_s,
     )
@@ -187,14 +195,11 @@ class _Machine:
 
     def product_s(self, product: Product, dtype: str) -> float:
         """A matrix product: arithmetic and memory traffic, partly overlapped."""
-        half = dtype in HALF
-        if half and product.count > 1 and (product.columns % 8 or product.inner % 8):
-            return self._plain_product_s(product)
         memory_s = product.bytes(self.itemsize) / (
             self.kind.memory_bytes_per_s * self.family.bandwidth_fraction
         )
         arithmetic_s = self._arithmetic_s(product, dtype)
-        if half and product.columns > WIDE_RESULT and product.columns % 8:
+        if dtype in HALF and product.columns > WIDE_RESULT and product.columns % 8:
             arithmetic_s /= UNALIGNED_SHARE
         return _either(arithmetic_s, memory_s)
 
@@ -215,12 +220,15 @@ class _Machine:
         efficiency = interpolate(points, product.flops) * top / points[-1][1] * share
         return product.flops / (self.peak(dtype) * efficiency)
 
-    def _plain_product_s(self, product: Product) -> float:
-        """A product of half-precision matrices whose rows are not multiples of 16 bytes: tensor cores
-        cannot load them, and the plain float32 units do the work."""
-        peaks = self.kind.peak_flops_per_s
-        rate = peaks.get("float32", self.peak("float16") / 16)
-        return product.flops / (rate * PLAIN_SHARE)
+    def _score_product_s(self, product: Product, dtype: str) -> float:
+        """A product with scores that lie in memory.
+
+        Where the rows of half-precision matrices are no multiples of 16 bytes, tensor cores cannot load
+        them, and the plain float32 units do the work.
+        """
+        if dtype in HALF and (product.columns % 8 or product.inner % 8):
+            return product.flops / (self.peak("float32") * PLAIN_SHARE)
+        return self.product_s(product, dtype)
 
     def work(self) -> LayerWork:
         run = self.run
@@ -285,7 +293,8 @@ class _Machine:
         host_s = issue_s * passes + count * self._wait_s()
         collectives_s = count * self.tensor_collective_s(device_s / max(count, 1))
         collectives_s += (4 + 2 * again) * self.expert_collective_s(device_s / 4)
-        collectives_s += count * self._start_s(host_s / (device_s + collectives_s))
+        collectives_s += (3 + again) * self.context_collective_s(attention_s)
+        collectives_s += self._late_s(count, host_s, device_s + collectives_s)
         longer_s, shorter_s = sorted((device_s + collectives_s, host_s), reverse=True)
         total_s = longer_s * (1 + (shorter_s / longer_s) ** SHARPNESS) ** (1 / SHARPNESS)
         return _LayerTime(device_s, host_s, collectives_s, total_s)
@@ -294,11 +303,19 @@ class _Machine:
         """What hosts of a tensor-parallel group wait for the slowest: the most of so many jitters."""
         return self.p.wait_s * math.log2(self.run.tensor)
 
-    def _start_s(self, pace: float) -> float:
-        """What a collective inside a node begins later than alone, where the host needs so much of the
-        device's time: one that is far ahead has issued it long before. Over nodes latency covers it."""
-        late = self.run.tensor <= self.run.per_node
-        return self.p.start_s * min(pace, 1.0) if late else 0.0
+    def _late_s(self, count: int, host_s: float, device_s: float) -> float:
+        """What a layer's collectives inside a node begin later than alone, by the host's share of the
+        device's time: a host far ahead has issued them long before. Over nodes latency covers it.
+
+        A faster device is never later by more than it gains, for it could as well have been slower.
+        """
+        if not count or self.run.tensor > self.run.per_node:
+            return 0.0
+        most_s = count * self.p.start_s
+        late_s = most_s * min(host_s / device_s, 1.0)
+        # Where device and lateness together are least.
+        least_s = math.sqrt(most_s * host_s)
+        return min(late_s, 2 * least_s - device_s) if least_s > max(device_s, host_s) else late_s
 
     def _tensor_collectives(self) -> int:
         """All-reduces of one layer: two forward, two backward, two more where forward runs again.
@@ -314,7 +331,7 @@ class _Machine:
     def _attention_s(self, work: LayerWork) -> float:
         dtype = "bfloat16" if self.run.dtype in SCALED else self.run.dtype
         if work.score_products:
-            products = sum(self.product_s(x, dtype) for x in work.score_products)
+            products = sum(self._score_product_s(x, dtype) for x in work.score_products)
             return products + work.score_bytes / self.bytes_per_s
         share = self.p.vendor_attention_share if self.run.vendor_attention else self.p.attention_share
         rate = self.peak(dtype) * self.family.attention_fraction * share
@@ -389,22 +406,30 @@ class _Machine:
         spent_s = collective_s("all_to_all", tokens * run.shape.hidden * 2.0 * chosen, group)
         return self._exposed(spent_s, beside_s) if run.overlaps_experts else spent_s
 
+    def context_collective_s(self, beside_s: float) -> float:
+        """What keys and values add on their way around a context-parallel group beside attention: once
+        in forward, and in backward once more with their gradients coming back."""
+        run, shape = self.run, self.run.shape
+        if run.context == 1:
+            return 0.0
+        elements = 2.0 * run.microbatch * shape.seq_len * shape.kv_heads * shape.head / run.tensor
+        group = self._group(run.context, run.tensor)
+        return self._exposed(collective_s("all_gather", elements * 2.0, group), beside_s)
+
     def accumulation_s(self) -> float:
         """One microbatch's gradients added to those before: read both, write the sum."""
         if not self.run.adds_gradients:
             return 0.0
-        return 3 * self.run.gradient_bytes * self._weights_per_device() / self.bytes_per_s
+        return 3 * self.run.gradient_bytes * weights_of_stage(self.run, 0) / self.bytes_per_s
 
     def shard_collectives_s(self, device_s: float) -> float:
         """What sharded weights cost per layer and microbatch beyond what compute hides."""
         run = self.run
-        shards = run.shard_group or run.data * run.context
-        if run.zero < 3 or shards == 1:
+        if run.zero < 3:
             return 0.0
-        weights = run.shape.layer_parameters / run.tensor
-        group = self._group(shards, run.tensor)
-        gather_s = collective_s("all_gather", weights * 2.0, group)
-        scatter_s = collective_s("reduce_scatter", weights * run.sent_bytes, group)
+        weights = layer_elements(run)
+        gather_s = self._over_copies_s("all_gather", weights, 2.0)
+        scatter_s = self._over_copies_s("reduce_scatter", weights, run.sent_bytes)
         if run.gathers_late:
             # Asked for only after the gradients of the layer before, nothing is left to hide it behind.
             return gather_s + self._exposed(gather_s + scatter_s, device_s)
@@ -422,8 +447,10 @@ class _Machine:
         tokens = run.microbatch * run.shape.seq_len / run.context
         # Ranks of a tensor-parallel group send a slice each and gather it inside the node.
         num_bytes = tokens * run.shape.hidden * 2.0 / run.tensor
-        group = self._group(2, run.tensor * run.data)
-        group = replace(group, nodes=2 if run.devices > run.per_node else 1)
+        stride = run.tensor * run.context * run.data
+        over_nodes = run.devices > run.per_node
+        group = self._group(2, stride, min(stride, run.per_node) if over_nodes else 1)
+        group = replace(group, nodes=2 if over_nodes else 1)
         spent_s = 2 * collective_s("send", num_bytes, group)
         # Chunks of an interleaved schedule are sent while the next one computes.
         return spent_s * self.contention if run.overlaps_tensor and run.virtual > 1 else spent_s
@@ -431,27 +458,38 @@ class _Machine:
     def gradient_collective_s(self, work_s: float) -> float:
         """The sum of gradients over replicas beyond what backward hides."""
         run = self.run
-        if run.data == 1 or run.zero >= 3:
-            return 0.0
-        weights = self._weights_per_device()
-        group = self._group(run.data, run.tensor)
-        spent = collective_s("all_reduce", weights * run.sent_bytes, group)
-        if not run.overlaps:
-            return spent
-        microbatches = max(run.batch / (run.data * run.microbatch), 1)
-        window = work_s / microbatches * 0.66
-        return self._exposed(spent, window)
+        window_s = work_s / max(run.batch / (run.data * run.microbatch), 1.0) * 0.66
+        if run.zero >= 3:
+            # Those of shards run beside the shards' own, whose multiprocessors are counted.
+            return max(self._shard_sums_s() - window_s, 0.0)
+        spent_s = self._over_copies_s("all_reduce", stage_elements(run, 0), run.sent_bytes)
+        return self._exposed(spent_s, window_s) if run.overlaps else spent_s
 
-    def _weights_per_device(self) -> float:
+    def _shard_sums_s(self) -> float:
+        """Under hybrid sharding, the sums of shards over the groups that have divided weights."""
         run = self.run
-        per_layer = run.shape.layer_parameters
-        if run.shape.moe is not None:
-            attention = run.shape.attention_parameters
-            per_layer = attention + (per_layer - attention) / max(run.expert, 1)
-        layers = per_layer * math.ceil(run.shape.layers / run.pipeline)
-        return (layers + run.shape.embedding_parameters / min(run.pipeline, 2)) / run.tensor
+        if not run.shard_group:
+            return 0.0
+        groups = max(run.data * run.context // run.shard_group, 1)
+        shard = weights_of_stage(run, 0) / run.shard_group
+        group = self._group(groups, run.tensor * run.shard_group)
+        return collective_s("all_reduce", shard * run.sent_bytes, group)
+
+    def _over_copies_s(self, name: CollectiveName, elements: tuple[float, float], each: float) -> float:
+        """A collective of some elements of weights, dense ones and experts, of so many bytes each, over
+        the devices that hold the same: experts' groups leave fewer of them."""
+        run = self.run
+        dense, experts = elements
+        spent_s = collective_s(name, dense * each, self._group(dense_copies(run), run.tensor))
+        if experts:
+            group = self._group(expert_copies(run), run.expert * run.expert_tensor)
+            spent_s += collective_s(name, experts * each, group)
+        return spent_s
 
     def optimizer_s(self) -> float:
         """Adam in float32 with half-precision copies: 12 bytes of state read and written, and more."""
-        shards = self.run.data if self.run.zero >= 1 else 1
-        return self._weights_per_device() / shards * 34.0 / self.bytes_per_s
+        run = self.run
+        dense, experts = stage_elements(run, 0)
+        if run.zero >= 1:
+            dense, experts = dense / dense_copies(run), experts / expert_copies(run)
+        return (dense + experts) * 34.0 / self.bytes_per_s

@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from graphpar import catalogue
 from graphpar.cost_models.training_run import Run
 
-CONTEXT_BYTES = 1.8e9
+CONTEXT_BYTES = 0.9e9
 """CUDA context, loaded kernels and cuBLAS workspaces of one process."""
 
-COMMUNICATOR_BYTES = 0.2e9
-"""Buffers of one NCCL communicator's channels to all its peers, and of the buckets it is fed from."""
+PEER_BYTES = 0.21e9
+"""Buffers of the channels to one peer of a communicator."""
 
-FRAGMENTATION = 1.12
+MOST_PEERS = 8
+"""Ranks that a communicator connects one with at most: two of the ring, and a parent and two children in
+each of two trees (https://developer.nvidia.com/blog/massively-scale-deep-learning-training-nccl-2-4/)."""
+
+FRAGMENTATION = 1.10
 """Reserved over allocated: holes that the caching allocator cannot use in eager execution."""
 
 WORST_FRAGMENTATION = 1.25
@@ -67,13 +71,13 @@ def bound_bytes(run: Run, stage: int) -> float:
     """Peak of one device of a stage if everything comes together at its worst.
 
     Beyond the expected peak: the loss's logits while one layer is recomputed, no fused loss, the
-    allocator's worst slack in spite of a compiler's plan, and twice the buffers of communicators.
+    allocator's worst slack in spite of a compiler's plan, and twice all that is no tensor.
     """
     expected = stage_parts(run, stage)
     kept, working = _activation_bytes(run, stage)
     logits = logits_bytes(replace(run, fused_loss=False)) if stage == run.pipeline - 1 else 0.0
     tensors = expected.tensors - expected.activations - expected.logits + kept + working + logits
-    return tensors * WORST_FRAGMENTATION + 2 * expected.overhead - CONTEXT_BYTES
+    return tensors * WORST_FRAGMENTATION + 2 * expected.overhead
 
 
 def fits(run: Run) -> bool:
@@ -96,23 +100,33 @@ def stage_layers(run: Run, stage: int) -> int:
 
 def weights_of_stage(run: Run, stage: int) -> float:
     """Elements of weights that one device of a stage computes with."""
-    return sum(_elements(run, stage))
+    return sum(stage_elements(run, stage))
 
 
-def _elements(run: Run, stage: int) -> tuple[float, float]:
-    """Those that all tensor-parallel ranks divide, and those of its experts."""
+def stage_elements(run: Run, stage: int) -> tuple[float, float]:
+    """Elements of a stage that one device holds: what all tensor-parallel ranks divide, and experts."""
     shape, layers = run.shape, stage_layers(run, stage)
     tables = shape.vocab * shape.hidden * (stage == 0) + shape.outputs * shape.hidden * (
         stage == run.pipeline - 1 and not (shape.tied and run.pipeline == 1)
     )
-    dense, experts = _layer_elements(run)
+    dense, experts = layer_elements(run)
     return dense * layers + tables / run.tensor, experts * layers
 
 
-def _layer_elements(run: Run) -> tuple[float, float]:
+def layer_elements(run: Run) -> tuple[float, float]:
     """The same of an average layer; experts are divided by groups of their own."""
     routed = run.shape.routed_parameters
     return (run.shape.layer_parameters - routed) / run.tensor, routed / (run.expert * run.expert_tensor)
+
+
+def dense_copies(run: Run) -> int:
+    """Devices among which what each of them holds of a stage, but experts, is divided or summed."""
+    return max(run.shard_group or run.data * run.context, 1)
+
+
+def expert_copies(run: Run) -> int:
+    """The same of experts: what their own groups leave of those devices."""
+    return max(dense_copies(run) * run.tensor // (run.expert * run.expert_tensor), 1)
 
 
 def stage_parts(run: Run, stage: int) -> MemoryParts:
@@ -123,22 +137,36 @@ def stage_parts(run: Run, stage: int) -> MemoryParts:
     # One layer's recomputation and the loss do not happen at the same time.
     activations, logits = (kept + working, 0.0) if working > logits else (kept, logits)
     tensors = weights + gradients + optimizer + gathered + activations + logits
-    slack = DENSE_FRAGMENTATION if run.compiled or run.growing_segments else FRAGMENTATION
-    groups = sum(width > 1 for width in (run.tensor, run.pipeline, run.data * run.context))
-    overhead = CONTEXT_BYTES + groups * COMMUNICATOR_BYTES
+    slack = FRAGMENTATION if leaves_holes(run) else DENSE_FRAGMENTATION
+    overhead = CONTEXT_BYTES + peers(run) * PEER_BYTES
     return MemoryParts(
         weights, gradients, optimizer, gathered, activations, logits, overhead, tensors * (slack - 1)
     )
 
 
+def leaves_holes(run: Run) -> bool:
+    """Whether the allocator keeps holes: no compiler has planned buffers, and segments do not grow."""
+    return not (run.compiled or run.growing_segments)
+
+
+def peers(run: Run) -> int:
+    """Ranks that one device's communicators connect it with: tensor, pipeline and data groups.
+
+    >>> from graphpar.cost_models.communication import Network
+    >>> from graphpar.cost_models.transformer import ModelShape
+    >>> gpt = ModelShape(24, 2048, 16, 16, 8192, 50257, 1024)
+    >>> peers(Run(gpt, "a100-sxm-80gb", 64, 8, Network(200e9), 64, 2, tensor=2, data=32))
+    9
+    """
+    widths = (run.tensor, run.pipeline, run.data * run.context)
+    return sum(min(width - 1, MOST_PEERS) for width in widths)
+
+
 def _state_bytes(run: Run, stage: int) -> tuple[float, float, float, float]:
     """Weights, gradients, optimiser state, and buffers of whole layers where weights are sharded."""
-    dense, experts = _elements(run, stage)
+    dense, experts = stage_elements(run, stage)
     elements = dense + experts
-    shards = max(run.shard_group or run.data * run.context, 1)
-    # Copies of experts are those that their own groups leave of the stage's devices.
-    copies = max(shards * run.tensor / (run.expert * run.expert_tensor), 1.0)
-    sharded = dense / shards + experts / copies
+    sharded = dense / dense_copies(run) + experts / expert_copies(run)
     if run.zero >= 3:
         # The shard itself is the master in full precision.
         gathered = _gathered_bytes(run, stage, elements)
@@ -176,7 +204,7 @@ def _gathered_bytes(run: Run, stage: int, elements: float) -> float:
     word = 4.0 if is_wide(run) else 2.0
     if run.keeps_gathered and run.pipeline > 1:
         return elements * (word + (run.gradient_bytes if microbatches(run) > 1 else word))
-    layer = sum(_layer_elements(run))
+    layer = sum(layer_elements(run))
     tables = run.shape.embedding_parameters / run.tensor
     head = run.shape.outputs * run.shape.hidden / run.tensor * (stage == run.pipeline - 1)
     return layer * (3 * word + run.gradient_bytes) + (tables + head) * word

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import collectives  # noqa: E402 - benchmarks are no package
 import fit_published  # noqa: E402
+import published_memory  # noqa: E402
 from fit_published import fit, samples  # noqa: E402
 from published import compare, score  # noqa: E402 - benchmarks are no package
 from published_clean import cleaned, rows_of  # noqa: E402
@@ -294,8 +295,9 @@ def test_biased_experts_cost_more_until_releases_fuse_them(family: str, slower: 
     ({"precision": "FP8"}, False),
     ({"gpu": "H100-SXM-80GB"}, False),
     ({"framework": "torchtitan"}, False),
-    ({"model": "kimi-k2"}, True),
-    ({"model": "kimi-k2", "release": "26.06"}, False),
+    ({"model": "kimi-k2"}, False),
+    ({"model": "kimi-k2", "gpu": "GB300"}, True),
+    ({"model": "kimi-k2", "gpu": "GB300", "release": "26.06"}, False),
     ({"gpu": "B300"}, False),
     ({"gpu": "B300", "model": "qwen3-30b-a3b"}, True),
     ({"gpu": "B200", "model": "qwen3-30b-a3b"}, False),
@@ -455,6 +457,23 @@ def test_a_fit_finds_the_constants_that_made_its_data(monkeypatch: pytest.Monkey
     found = fit(parameters(), ["host_kernel_s", "unfused_traffic"], made)
     assert found.host_kernel_s == pytest.approx(20e-6, rel=0.03)
     assert found.unfused_traffic == pytest.approx(3.5, rel=0.03)
+
+
+def test_constants_of_memory_are_found_from_the_peaks_that_they_make() -> None:
+    truth = (0.5e9, 0.1e9, 0.2)
+    made = {"one": [], "other": []}  # type: ignore[var-annotated]
+    for i, (row, devices) in enumerate((row, count) for row in (GPT, SHARDED) for count in (8, 16, 64)):
+        run = run_of(cleaned({**row, "hardware": {**row["hardware"], "count": devices}})[0])
+        assert not isinstance(run, str)
+        tensors, factors = published_memory.terms(run)
+        peak = tensors + sum(f * c for f, c in zip(factors, truth, strict=True))
+        made["one" if i % 2 else "other"].append((run, peak))
+    assert published_memory.fit(made) == pytest.approx(truth, rel=1e-3)
+    report = published_memory.left_out(made)
+    assert [line["fitted_pct"] for line in report["sets"]] == pytest.approx([0, 0], abs=1e-3)
+    assert all(line["kept_pct"] > 1 for line in report["sets"])
+    with pytest.raises(SystemExit, match="at least two"):
+        published_memory.left_out({"one": made["one"]})
 
 
 def test_no_constant_lies_at_its_limit() -> None:

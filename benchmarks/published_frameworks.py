@@ -1,0 +1,178 @@
+"""What training frameworks do (fused attention, overlap, dropout, gradient format), by name and age.
+
+That is public knowledge about the software, the same for every row of every source.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from published_devices import device_of
+from published_models import family_name, is_gated
+
+from graphpar import catalogue
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a training framework does."""
+
+    fused_attention: bool = True
+    fused_pointwise: bool = True
+    fused_loss: bool = False
+    compiled: bool = False
+    dropout: bool = False
+    overlaps: bool = True
+    gradient_bytes: float = 4.0
+    state_bytes: float = 12.0
+    zero: int = 0
+    bucket_elements: float = 0.0
+    fallback_softmax: bool = False
+    vendor_attention: bool = False
+    overlaps_tensor: bool = False
+    selects_layers: bool = False
+    may_shard: bool = False
+    accumulates: bool = False
+    logit_bytes: float = 14.0
+    selects_products: bool = False
+    adds_gradients: bool = False
+    stops_early: bool = False
+    gathers_late: bool = False
+    keeps_outputs: bool = False
+    reduces_half: bool = False
+    overlaps_alone: bool = False
+    separate_projections: bool = False
+    growing_segments: bool = False
+    keeps_gathered: bool = False
+    divides_loss: bool = False
+
+
+OLD_MEGATRON = Traits(
+    False,
+    dropout=True,
+    overlaps=False,
+    gradient_bytes=2.0,
+    logit_bytes=13.0,
+    fallback_softmax=True,
+    adds_gradients=True,
+    overlaps_alone=True,
+)
+"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward, or beside it by
+torch's wrapper where one microbatch is all (its README, "Distributed Pretraining")."""
+
+DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True, overlaps_alone=False)
+"""Its buckets hold 5e8 elements unless configured otherwise."""
+
+MODERN_MEGATRON = Traits(
+    fused_loss=True,
+    compiled=True,
+    zero=1,
+    vendor_attention=True,
+    overlaps_tensor=True,
+    may_shard=True,
+    accumulates=True,
+    reduces_half=True,
+)
+"""Megatron Core as of 2024: vendor attention, overlapped collectives, the optimiser distributed, weights
+sharded where they would not fit."""
+
+TITAN = Traits(
+    fused_pointwise=False,
+    zero=3,
+    selects_products=True,
+    stops_early=True,
+    separate_projections=True,
+    growing_segments=True,
+    keeps_gathered=True,
+    divides_loss=True,
+)
+"""Its layers and what it recomputes: https://github.com/pytorch/torchtitan/tree/main/torchtitan/models/llama3.
+Its launcher, `run_train.sh`, has the allocator's segments grow; `parallelize_llama.py` keeps weights
+gathered in a pipeline and divides the loss by vocabulary (`loss_parallel`)."""
+
+FRAMEWORKS = (
+    ("megatron-lm/deepspeed", replace(DEEPSPEED, zero=1)),
+    ("megatron-deepspeed", DEEPSPEED),
+    ("megatron-bridge", MODERN_MEGATRON),
+    ("megatron-core", MODERN_MEGATRON),
+    ("megatron core", MODERN_MEGATRON),
+    ("nemo", MODERN_MEGATRON),
+    ("megatron", OLD_MEGATRON),
+    ("composer", Traits(True, False, fused_loss=True, zero=3, stops_early=True, gathers_late=True)),
+    ("torchtitan", TITAN),
+    (
+        "fms-fsdp",
+        Traits(compiled=True, gradient_bytes=2.0, zero=3, selects_layers=True, stops_early=True),
+    ),
+    ("nanotron", Traits(True, False, zero=1)),
+    ("nnscaler", Traits(True, False, separate_projections=True)),
+    ("deepspeed", DEEPSPEED),
+    ("fsdp", Traits(True, False, zero=3, stops_early=True)),
+    ("jax", Traits(compiled=True, zero=3)),
+    ("maxtext", Traits(compiled=True, zero=3)),
+    ("pytorch", Traits(False, False, dropout=True, gradient_bytes=2.0, separate_projections=True)),
+)
+"""By a part of the framework's name, the first that fits."""
+
+YOUNG_FAMILIES = frozenset({"hopper", "blackwell", "blackwell-sm100", "blackwell-sm103", "cdna3"})
+
+DEVICES_PER_HOST = {"gb200": 4, "gb300": 4}
+"""Devices that one operating system drives, where it is not a whole node of eight."""
+
+
+CAPTURED_STEPS = (
+    ("kimi", "gb300", (26, 8)),
+    (r"(?!kimi)", r"gb[23]00", (26, 6)),
+    ("qwen3", "b300", (26, 6)),
+    ("qwen3-235b", "b200", (26, 6)),
+    ("deepseek", "b300", (26, 6, 1)),
+)
+"""Models, devices and the NeMo release since which MXFP8 recipes capture whole steps as CUDA graphs,
+with products of experts that apply activations and casts, and all-to-alls beside other microbatches
+(https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3983, 4173, 4226, 4249, 4458, 4606, 5168). gpt-oss's
+are for GB200 and GB300 only, Kimi-K2's for GB300, and Qwen3's 30B does not fit a B200 (pull/5356)."""
+
+
+def traits_of(row: dict[str, Any]) -> Traits:
+    """What the framework of a row does.
+
+    Megatron-LM on devices younger than 2022 is Megatron Core; so it is with gated layers or grouped keys,
+    for which the older one has no options. A DeepSpeed that has them has fused attention as well.
+    """
+    name = str(row["parallel"].get("framework")).lower()
+    traits = next((traits for key, traits in FRAMEWORKS if key in name), Traits())
+    device = device_of(str(row["hardware"].get("gpu")))[0]
+    young = catalogue.devices()[device].family in YOUNG_FAMILIES
+    model = row["model"]
+    heads = model.get("heads", 0)
+    recent = is_gated(model) or model.get("kv_heads", heads) < heads
+    if traits is OLD_MEGATRON and (young or recent):
+        return MODERN_MEGATRON
+    deepspeed = traits.bucket_elements > 0
+    return replace(traits, fused_attention=True, dropout=False) if deepspeed and recent else traits
+
+
+def captures_steps(row: dict[str, Any], device: str, traits: Traits) -> bool:
+    """Whether a row's recipe captures whole steps, fuses experts and overlaps their all-to-alls."""
+    name = family_name(row["model"])
+    scaled = "mx" in str(row["parallel"].get("precision")).lower()
+    since = (
+        release
+        for model, devices, release in CAPTURED_STEPS
+        if re.match(model, name) and re.match(devices, device)
+    )
+    first = next(since, None)
+    return traits is MODERN_MEGATRON and scaled and first is not None and _release(row) >= first
+
+
+def _release(row: dict[str, Any]) -> tuple[int, ...]:
+    """Year, month and number of a framework's release, where the row or its table's title names one."""
+    words = f"{row['parallel'].get('framework')} {row['source'].get('table')}"
+    found = re.search(r"\b(2\d)\.(\d\d)(?:\.(\d\d))?\b", words)
+    return tuple(int(part) for part in found.groups("0")) if found else ()
+
+
+def overlaps_tensor(parallel: dict[str, Any], device: str, traits: Traits) -> bool:
+    """Overlap within tensor-parallel groups writes into peers' buffers, which one host maps."""
+    fits_host = (parallel.get("tp") or 1) <= DEVICES_PER_HOST.get(device, 8)
+    return bool(parallel.get("async_tp")) or (traits.overlaps_tensor and fits_host)
