@@ -260,7 +260,8 @@ def group_of(row: dict[str, Any], ranks: int) -> Group | str:
         return nodes
     link = catalogue.devices()[kind].link
     if "pcie" in intra:
-        link = next((k for k in ("pcie3", "pcie4", "pcie5") if k[-1] in intra), "pcie4")
+        generation = re.search(r"pcie\D{0,8}([345])", intra)
+        link = f"pcie{generation[1]}" if generation else "pcie4"
     elif "nvswitch" in intra and link == "nvlink2":
         link = "nvlink2-nvswitch"
     elif link.endswith("-bridge") and "bridge" not in intra and ranks > 2:

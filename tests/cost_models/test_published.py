@@ -25,6 +25,7 @@ from published_devices import device_of, die_of, network_of  # noqa: E402
 from published_folds import folds  # noqa: E402
 from published_noise import noise  # noqa: E402
 from published_rows import run_of  # noqa: E402
+from published_sense import CHANGES, Change, changed, costs, longer, sense  # noqa: E402
 
 from graphpar import catalogue  # noqa: E402
 from graphpar.cost_models.training import step_time  # noqa: E402
@@ -474,6 +475,19 @@ def test_constants_of_memory_are_found_from_the_peaks_that_they_make() -> None:
     assert all(line["kept_pct"] > 1 for line in report["sets"])
     with pytest.raises(SystemExit, match="at least two"):
         published_memory.left_out({"one": made["one"]})
+
+
+def test_what_changes_of_rows_do_is_told_and_held_against_limits() -> None:
+    report = sense(list(ROWS))
+    assert len(report["changes"]) == len(CHANGES)
+    assert [line["outside"] for line in report["changes"]] == [[]] * len(CHANGES)
+    fields = {line.pop("field"): line for line in report["fields"]}
+    assert fields["model.layers"] == {"n": 3, "refused": 3, "moved": 0, "unsaid": 0}
+    assert fields["parallel.framework"] == {"n": 3, "refused": 0, "moved": 2, "unsaid": 0}
+    run = run_of(cleaned(GPT)[0])
+    assert not isinstance(run, str)
+    strict = Change("no longer", longer, (0.0, 1.0), (0.0, math.inf))
+    assert changed(strict, [("gpt", run, *costs(run))])["outside"] == ["gpt"]
 
 
 def test_no_constant_lies_at_its_limit() -> None:
