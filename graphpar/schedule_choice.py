@@ -153,6 +153,7 @@ class _Choice:
         self.tight: dict[str, Simulated] = {}
         self.out: dict[str, str] = {}
         self.changes = 0
+        self.unplayed = False
         self.late = False
 
     def work(self) -> None:
@@ -279,7 +280,7 @@ class _Choice:
     def _changed(self, words: str, base: Partition) -> None:
         """Play plans that are near another one until one of them is the best."""
         for pipelines in near_plans(self.table, base.pipelines):
-            if self.changes >= _MOST_CHANGES or self._is_late():
+            if self._is_late():
                 return
             if any(s.zero > 1 for p in pipelines for s in p.stages):
                 continue
@@ -288,10 +289,14 @@ class _Choice:
             except ValueError:
                 continue
             least_s = self.best.step_s if self.best is not None else math.inf
-            if least_step_s(self.table, dealt) < least_s:
-                self.changes += 1
-                if self._play(_Try(words, base.schedule, pipelines)):
-                    return
+            if least_step_s(self.table, dealt) >= least_s:
+                continue
+            if self.changes >= _MOST_CHANGES:
+                self.unplayed = True
+                return
+            self.changes += 1
+            if self._play(_Try(words, base.schedule, pipelines)):
+                return
 
     def _step_to(self, direction: int) -> bool:
         assert self.best is not None
@@ -352,6 +357,8 @@ class _Choice:
             )
         if self.late:
             yield "schedules: not all were tried for lack of time"
+        if self.unplayed:
+            yield f"schedules: of plans that differ in one thing only {self.changes} were played through"
 
     def _in_order(self) -> list[tuple[str, Simulated]]:
         return sorted(self.shortest.items(), key=lambda item: item[1].step_s)

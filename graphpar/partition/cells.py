@@ -182,12 +182,6 @@ def _worst(links: Sequence[LinkCost]) -> LinkCost | None:
     return LinkCost(max(k.latency_s for k in links), min(k.bytes_per_s for k in links))
 
 
-def links_between(cells: Cells, left: frozenset[int], right: frozenset[int]) -> Links:
-    """The links a message may need between a device of some places and another of some others."""
-    found = {cells.links[a][b] for a in left for b in right}
-    return pareto(k for k in found if k is not None)
-
-
 def pareto(links: Iterator[LinkCost] | Sequence[LinkCost]) -> Links:
     """Only links that can be the slowest for some message size."""
     kept: list[LinkCost] = []

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.partition.cells import Cells, StageOption
+from graphpar.partition.cells import StageOption
 from graphpar.partition.chain_columns import Columns, StagePrices, no_columns
 from graphpar.partition.chain_relaxed import ROUNDS, Prices, Relaxation
 from graphpar.partition.clock import OutOfTimeError
@@ -136,7 +136,6 @@ class ChainProgram:
     def __init__(
         self,
         prices: StagePrices,
-        cells: Cells,
         limits: Sequence[int],
         num_units: int,
         weights: FloatArray,
@@ -158,12 +157,11 @@ class ChainProgram:
         self.limits = tuple(limits)
         self._take = take
         self._teams, self._team = rows.teams(self._counts_replicas)
-        self._strides = _strides(self.limits)
-        self._states = _states(self.limits)
+        self._strides = strides_of(self.limits)
+        self._states = states_of(self.limits)
         self._replicas = self._states[:, -1] if self._counts_replicas else self._states.sum(axis=1)
-        self._places, self._place = rows.place_sets
-        self._join = rows.joins(cells)
-        self._after_size = len(self._places) * len(rows.kinds) * (num_units + 1)
+        self._place, self._join = rows.place, rows.joins
+        self._after_size = len(rows.joins) * len(rows.kinds) * (num_units + 1)
         self._kept: Kept | None = None
         self._bound_s = 0.0
         self._relaxation: Relaxation | None = None
@@ -382,7 +380,7 @@ class ChainProgram:
     def _sweep(self, index: IntArray, deadline_s: float) -> FloatArray:
         """V as [state, (place, link kind after), unit], the last two as one axis."""
         width = self._num_units + 1
-        kinds, places = len(self._rows.kinds), len(self._places)
+        kinds, places = len(self._rows.kinds), len(self._join)
         exits = np.full((len(self._states), places * kinds * width), np.inf)
         ends = (np.arange(places) * kinds) * width + self._num_units
         exits[0, ends] = 0.0
@@ -474,12 +472,12 @@ class ChainProgram:
         return ChainAnswer(fill, extra, post, fill, tuple(stages))
 
 
-def _states(limits: Sequence[int]) -> IntArray:
+def states_of(limits: Sequence[int]) -> IntArray:
     """All counts within the limits, the last one growing first."""
     return np.ascontiguousarray(np.indices([n + 1 for n in limits]).reshape(len(limits), -1).T)
 
 
-def _strides(limits: Sequence[int]) -> IntArray:
+def strides_of(limits: Sequence[int]) -> IntArray:
     strides = [1]
     for number in reversed(limits[1:]):
         strides.append(strides[-1] * (number + 1))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology, UnitCost
+from graphpar.partition import memory_fit
 from graphpar.partition.cells import count_vectors, find_cells, plain_option
 from graphpar.partition.chain_columns import StagePrices
 from graphpar.partition.chain_swept import SweptProgram
@@ -19,8 +20,9 @@ def run_example() -> None:
     cache: Cache = {}
     rows = OptionRows(table, cells, options, setting, runs, cache)
     prices = StagePrices(table, rows, setting, runs, cache, loops=True)
-    program = SweptProgram(prices, cells, cells.counts, table.num_units, np.ones(len(cells.counts)))
+    program = SweptProgram(prices, cells.counts, table.num_units, np.ones(len(cells.counts)))
     program.rehearse()
+    memory_fit.rehearse()
 
 
 def _table() -> CostTable:

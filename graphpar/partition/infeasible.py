@@ -12,11 +12,14 @@ from graphpar.errors import InfeasibleError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import Family, Group, Grouping, choose_family, groupings
+from graphpar.partition.memory_fit import larger_hold_more
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options, with_small_updates
 from graphpar.partition.search import INFINITY
 from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
 from graphpar.partition.stage_costs import StageLimits
+from graphpar.partition.types import ScheduleName
+from graphpar.partition.unit_arrays import Setting
 from graphpar.units import enough_bytes, format_bytes
 
 EXPLAIN_S = 10.0
@@ -57,7 +60,7 @@ def explain_infeasible(
             limit="time",
             remedy="a larger time_limit_s",
         )
-    less, factor = _least_factor(table, family, deadline_s)
+    less, factor = _least_factor(family, deadline_s)
     largest = max(c.memory_bytes for c in table.device_classes if c.devices)
     have = sum(c.memory_bytes * len(c.devices) for c in table.device_classes)
     options = list(_options(table, family, zero_levels, deadline_s)) if table.training else []
@@ -198,12 +201,28 @@ def fits(family: Family, deadline_s: float) -> bool | None:
 
 def _holds(programs: Programs, group: Group, samples: int, peers: int, deadline_s: float) -> bool:
     """Whether one of so many pipelines, on devices given by counts per cell, can take so many samples."""
+    if programs.loops and (known := _by_memory_alone(programs, group, samples, peers)) is not None:
+        return known
     tasks = programs.tasks(group, samples, programs.family.schedules, peers)
     finest = [t for t in tasks if t.setting.microbatches == samples]
     if finest and _finest_holds_least(programs.family):
         tasks = [t for t in finest if t.setting.schedule == "1f1b"] or finest
     # The smallest microbatches need least memory: try them first.
     return any(t.build().solve(StageLimits(), deadline_s) is not None for t in reversed(tasks))
+
+
+def _by_memory_alone(programs: Programs, group: Group, samples: int, peers: int) -> bool | None:
+    """`_holds` as far as memory alone says it, which is quick; None where it does not."""
+    family = programs.family
+    counts = family.counts(samples)
+    if not counts:
+        return False
+    fit = programs.memory_fit(group, peers)
+    schedule: ScheduleName = "1f1b" if "1f1b" in family.schedules else "gpipe"
+    settings = [Setting(samples, m, schedule) for m in reversed(counts)]
+    if (len(counts) == 1 or larger_hold_more(family.table)) and not fit.may_fit(settings[0]):
+        return False
+    return True if any(fit.witness(s) is not None for s in settings) else None
 
 
 def _finest_holds_least(family: Family) -> bool:
@@ -256,7 +275,7 @@ def scale_memory(table: CostTable, factor: float) -> CostTable:
     return replace(table, device_classes=classes)
 
 
-def _least_factor(table: CostTable, family: Family, deadline_s: float) -> tuple[float, float]:
+def _least_factor(family: Family, deadline_s: float) -> tuple[float, float]:
     """By what all memories must be multiplied for a plan to fit: too little, and enough.
 
     The two are close where time allows. Enough is infinite if nothing helps or none was found in time.
@@ -264,7 +283,8 @@ def _least_factor(table: CostTable, family: Family, deadline_s: float) -> tuple[
     low, high = 1.0, INFINITY
     while high / low > _PRECISION and low < _MOST_FACTOR:
         middle = low * 2 if high == INFINITY else (low * high) ** 0.5
-        enough = _fits_table(scale_memory(table, middle), family, deadline_s)
+        # What is searched does not depend on memory.
+        enough = fits(replace(family, table=scale_memory(family.table, middle)), deadline_s)
         if enough is None:
             break
         low, high = (low, middle) if enough else (middle, high)

@@ -13,7 +13,7 @@ from operator import or_
 import numpy as np
 
 from graphpar.cost import CostTable
-from graphpar.partition.cells import Cells, Links, StageOption, links_between, pareto
+from graphpar.partition.cells import Cells, Links, StageOption, pareto
 from graphpar.partition.stage_costs import cached_post, zero_seconds
 from graphpar.partition.unit_arrays import (
     BoolArray,
@@ -60,14 +60,13 @@ class OptionRows:
         widest = int(self.width.max(initial=1))
         padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
         self.staff = np.array(padded, dtype=np.intp).reshape(len(padded), widest)
-        self.kinds, self.near = _kinds_near(cells, options)
+        self.kinds, self.near, self.place, self.joins = _places(cells, options)
         self.slots = find_slots(runs, table.num_units, len(self.kinds))
         posts = [cached_post(table, units, o, setting) for o in options]
         self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
         moved = [zero_seconds(table, units, o) for o in options]
         self.moved_s = {i: m for i, m in enumerate(moved) if m is not None}
         self._teams: tuple[IntArray, IntArray] | None = None
-        self._joins: BoolArray | None = None
         self.usable: BoolArray | None = None
         """[set of devices, team]: whether they suffice for it, once somebody has asked."""
         self._find_crews(table)
@@ -91,26 +90,6 @@ class OptionRows:
             found, inverse = np.unique(take, axis=0, return_inverse=True)
             self._teams = found, inverse.reshape(-1).astype(np.intp)
         return self._teams
-
-    @cached_property
-    def place_sets(self) -> tuple[list[frozenset[int]], IntArray]:
-        """All sets of places that stages stand in, and which one each option stands in."""
-        found = sorted({o.places for o in self.options}, key=sorted)
-        index = {p: i for i, p in enumerate(found)}
-        return found, np.array([index[o.places] for o in self.options], dtype=np.intp)
-
-    def joins(self, cells: Cells) -> BoolArray:
-        """[left place set, right place set, link kind]: whether that kind of link joins the two."""
-        if self._joins is None:
-            places = self.place_sets[0]
-            number = {links: i for i, links in enumerate(self.kinds)}
-            self._joins = np.zeros((len(places), len(places), len(number)), dtype=np.bool_)
-            for i, left in enumerate(places):
-                for j, right in enumerate(places):
-                    links = links_between(cells, left, right)
-                    if links:
-                        self._joins[i, j, number[links]] = True
-        return self._joins
 
     def _find_crews(self, table: CostTable) -> None:
         """Options of the same devices in other modes are a crew; modes of the same members a team.
@@ -217,25 +196,39 @@ def _without_outdone(
     return found
 
 
-def _kinds_near(cells: Cells, options: Sequence[StageOption]) -> tuple[tuple[Links, ...], BoolArray]:
-    """All kinds of links that two stages can have between them; [option, kind] whether this one can."""
+def _places(
+    cells: Cells, options: Sequence[StageOption]
+) -> tuple[tuple[Links, ...], BoolArray, IntArray, BoolArray]:
+    """Where stages may stand, and what kinds of links they can have between them.
+
+    Sets of places that are joined to every place by the same links are one: most are. Gives the kinds,
+    [option, kind] whether a stage can have it beside it, [option] its set of places, and
+    [left set, right set, kind] whether that kind joins the two.
+    """
     every = list({link for row in cells.links for link in row if link is not None})
     bit_of = {link: 1 << number for number, link in enumerate(every)}
     bits = [[bit_of[link] if link is not None else 0 for link in row] for row in cells.links]
-    places = {o.places for o in options}
-    # Most sets of places are reached alike, so that pairs of sets need not be looked at one by one.
-    reached = (
-        {tuple(reduce(or_, (row[b] for b in q), 0) for row in bits) for q in places} if every else set()
-    )
-    masks = {p: {reduce(or_, (reach[a] for a in p), 0) for reach in reached} for p in places}
+
+    def reach(places: frozenset[int]) -> tuple[int, ...]:
+        """By place the links to it, as bits."""
+        return tuple(reduce(or_, (row[b] for b in places), 0) for row in bits)
+
+    of_places = {p: reach(p) for p in dict.fromkeys(o.places for o in options)}
+    like = {row: p for p, row in of_places.items()}
+    number = {row: i for i, row in enumerate(like)}
+    masks = [[reduce(or_, (row[a] for a in p), 0) for row in like] for p in like.values()]
     links_of = {
         mask: pareto([link for link, bit in bit_of.items() if mask & bit])
-        for mask in set().union(*masks.values())
+        for mask in {m for row in masks for m in row}
     }
-    near = {p: {links_of[mask] for mask in own} for p, own in masks.items()}
-    kinds = (frozenset(), *sorted({k for own in near.values() for k in own if k}, key=repr))
-    reach = {p: [i == 0 or k in own for i, k in enumerate(kinds)] for p, own in near.items()}
-    return kinds, np.array([reach[o.places] for o in options], dtype=np.bool_).reshape(-1, len(kinds))
+    kinds = (frozenset(), *sorted({k for k in links_of.values() if k}, key=repr))
+    kind_of = {mask: kinds.index(links) for mask, links in links_of.items()}
+    between = np.array([[kind_of[m] for m in row] for row in masks], dtype=np.intp)
+    every_kind = np.arange(len(kinds))
+    joins = (between.reshape(len(like), len(like), 1) == every_kind) & (every_kind > 0)
+    near = joins.any(axis=1) | (every_kind == 0)
+    place = np.array([number[of_places[o.places]] for o in options], dtype=np.intp)
+    return kinds, near[place], place, joins
 
 
 def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:

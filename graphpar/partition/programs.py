@@ -30,6 +30,7 @@ from graphpar.partition.counting_search import search_counted
 from graphpar.partition.family import Family
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
+from graphpar.partition.memory_fit import MemoryFit
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline_search import search
 from graphpar.partition.search import INFINITY, Aim, Asked, ChainSolver, Found, SearchResult, Task
@@ -64,6 +65,7 @@ class Programs:
         self._least_bytes = least_bytes(family.table)
         self._ranges = run_ranges(family.table.num_units)
         self._rows: dict[object, OptionRows] = {}
+        self._fits: dict[tuple[tuple[int, ...], int], MemoryFit] = {}
         self._cache: Cache = {}
         self._least_times: dict[object, tuple[float, float, float]] = {}
         self._known_prices: KnownPrices = {}
@@ -166,6 +168,14 @@ class Programs:
         numbers = self.family.classes(limits)
         room = sum(n * max(0.0, c.memory_bytes - reserved) for n, c in zip(numbers, classes, strict=True))
         return self._least_bytes <= room * (1 + MEMORY_TOLERANCE)
+
+    def memory_fit(self, limits: Sequence[int], peers: int) -> MemoryFit:
+        """What fits into the memory of some devices, for one of so many pipelines; counts no stages."""
+        key = tuple(limits), self.family.table.max_replicas // peers
+        if key not in self._fits:
+            options = self.family.within(*key)
+            self._fits[key] = MemoryFit(self.family, key[0], options, self._ranges, self._cache)
+        return self._fits[key]
 
     def work_per_sample_s(self, limits: Sequence[int]) -> float:
         """A lower bound on the time some devices need per sample at any microbatch size."""
@@ -363,7 +373,6 @@ class Programs:
         make = SweptProgram if self.loops else ChainProgram
         return make(
             prices,
-            family.cells,
             limits,
             family.table.num_units,
             self._cell_weights(),

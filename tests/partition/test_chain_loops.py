@@ -167,9 +167,7 @@ def test_bounds_with_and_without_post_are_apart(monkeypatch: pytest.MonkeyPatch)
     table = make_table((1.0, 1.0), optimizer_s=50.0)
     family = choose_family(table, "1f1b", 4)
     prices = stage_prices(table, Setting(4, 4, "1f1b"))
-    program = SweptProgram(
-        prices, family.cells, family.cells.counts, 2, np.ones(len(family.cells.counts))
-    )
+    program = SweptProgram(prices, family.cells.counts, 2, np.ones(len(family.cells.counts)))
     inf = float("inf")
 
     def best(weight: float) -> float:

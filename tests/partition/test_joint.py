@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graphpar import schedule_choice
 from graphpar.near_plans import as_replicas, near_plans
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
@@ -15,7 +16,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BENCHMARK = BENCHMARKS / "joint_loss.py"
 
 
-def test_orders_are_tried_on_the_members_of_groups_and_on_plans_nearby() -> None:
+def test_orders_are_tried_on_the_members_of_groups_and_on_plans_nearby(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Drawn cluster 3 of `joint_exact.py`: the best of all plans, 40.456 s, takes three changes.
 
     The search ends with two groups; members as replicas, with two stages each, do not fit unless the
@@ -32,6 +35,15 @@ def test_orders_are_tried_on_the_members_of_groups_and_on_plans_nearby() -> None
     assert found.schedule == "zero-bubble"
     assert len(found.pipelines[0].stages) == 4
     assert found.objective_s == pytest.approx(40.45568, abs=1e-4)
+    # Not all that is near was played through, which is said; with fewer tries, or none, it is not found.
+    assert any("only 80 were played through" in note for note in found.notes)
+    monkeypatch.setattr(schedule_choice, "_MOST_CHANGES", 0)
+    fewer = choose_schedule(table, grouped, time_limit_s=60.0)
+    assert any("only 0 were played through" in note for note in fewer.notes)
+    monkeypatch.setattr(schedule_choice, "near_plans", lambda table, pipelines: iter(()))
+    alone = choose_schedule(table, grouped, time_limit_s=60.0)
+    assert not any("played through" in note for note in alone.notes)
+    assert alone.objective_s == fewer.objective_s > found.objective_s * 1.05
     (whole, divided) = as_replicas(table, grouped.pipelines)
     assert [s.zero for s in (*whole[0].stages, *divided[0].stages)] == [0, 0, 1, 1]
     near = list(near_plans(table, whole))

@@ -1,0 +1,217 @@
+"""Whether one pipeline over few devices fits into memory, whatever it takes: no seconds, no links.
+
+A stage of `w` replicas, `r` of which has room for `F_r` microbatches of `s` samples, with `D` replicas
+from it to the end of the pipeline, fits under 1F1B where `min(m_r, ceil(D / w)) <= F_r` for all of them.
+How many microbatches `m_r` each gets depends on seconds. Two conditions do without:
+
+* it *may* fit if every `F_r >= 1`, and some `F_r w >= D` or `sum F_r >= m`, for the `m_r` add up to m;
+* it *does* fit, however they are dealt, if every `F_r w >= D` or every `F_r >= m`.
+
+Which sets of devices can run the units from each one to the end follows by dynamic programming, over
+sets: some thousand times some thousand runs of units, in hundredths of a second. Where no pipeline may
+fit with the smallest microbatches that are tried, none does in any number (`may_fit`): larger ones keep
+and need no less per sample. Where one does fit, it is priced as it stands before it counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from graphpar.cost import CostTable
+from graphpar.partition.assign import groups_hold, name_devices
+from graphpar.partition.cells import StageOption
+from graphpar.partition.chain import ChainAnswer, Stage, states_of, strides_of
+from graphpar.partition.family import Family
+from graphpar.partition.jit import compiled_exactly
+from graphpar.partition.pipeline_price import price
+from graphpar.partition.search import Found
+from graphpar.partition.unit_arrays import (
+    MEMORY_TOLERANCE,
+    UNLIMITED,
+    BoolArray,
+    Cache,
+    FloatArray,
+    IntArray,
+    Ranges,
+    Setting,
+    UnitArrays,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Room:
+    """By team and run of units the most replicas from a stage to the end with which it fits.
+
+    `row[team, run]` is the option of the team that has this; options come by `options`.
+    """
+
+    below: FloatArray
+    row: IntArray
+
+
+class MemoryFit:
+    """Which pipelines on some devices fit, of a family whose stages are not counted."""
+
+    def __init__(
+        self,
+        family: Family,
+        limits: Sequence[int],
+        options: Sequence[StageOption],
+        runs: Ranges,
+        cache: Cache,
+    ) -> None:
+        self._family, self._options, self._runs, self._cache = family, options, runs, cache
+        self._width = np.array([o.width for o in options], dtype=np.intp)
+        self._widths = np.unique(self._width).tolist()
+        self._modes = sorted({m for o in options for m in o.staff})
+        number, widest = {m: i for i, m in enumerate(self._modes)}, max(self._widths)
+        staff = [[number[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
+        self._staff = np.array(staff, dtype=np.intp)
+        take = np.array([o.take for o in options], dtype=np.intp).reshape(len(options), len(limits))
+        groups = bool((self._width != take.sum(axis=1)).any())
+        if groups:
+            # Replicas are not devices: both are counted.
+            take, limits = np.concatenate([take, self._width[:, None]], axis=1), (*limits, sum(limits))
+        teams, team = np.unique(take, axis=0, return_inverse=True)
+        self._by_team = np.argsort(team.reshape(-1), kind="stable")
+        self._begins = np.searchsorted(team.reshape(-1)[self._by_team], np.arange(len(teams)))
+        states = states_of(limits)
+        self._replicas = states[:, -1] if groups else states.sum(axis=1)
+        self._order = np.argsort(self._replicas, kind="stable")
+        self._rest = teams @ strides_of(limits)
+        self._usable: BoolArray = np.stack([(t <= states).all(axis=1) for t in teams], axis=1)
+
+    def may_fit(self, setting: Setting) -> bool:
+        """Whether any pipeline may fit with microbatches of this size or larger ones; False is proven.
+
+        `larger_hold_more` must hold of the table, or the setting be the only one.
+        """
+        return self._line(self._room(setting, certain=False)) is not None
+
+    def witness(self, setting: Setting) -> Found | None:
+        """A pipeline that fits in a setting, priced to be sure; None promises nothing."""
+        room = self._room(setting, certain=True)
+        line = self._line(room)
+        if line is None:
+            return None
+        stages = tuple(Stage(a, b, self._options[room.row[t, self._run(a, b)]]) for a, b, t in line)
+        found = Found(setting, ChainAnswer(0.0, 0.0, 0.0, 0.0, stages))
+        return found if self._holds(found) else None
+
+    def _holds(self, found: Found) -> bool:
+        """Whether every device of a pipeline has work, and the memory for it."""
+        table = self._family.table
+        pipelines = name_devices(table, self._family.cells, (found,))
+        if not groups_hold(table, pipelines):
+            return False
+        if not all(r.microbatches for p in pipelines for s in p.stages for r in s.replicas):
+            return False
+        memory = {d: c.memory_bytes for c in table.device_classes for d in c.devices}
+        peaks = price(table, pipelines, found.setting.schedule).peak_bytes
+        return all(peak <= memory[d] * (1 + MEMORY_TOLERANCE) for d, peak in peaks.items())
+
+    def _room(self, setting: Setting, *, certain: bool) -> _Room:
+        """How many replicas may follow every stage, or may certainly."""
+        units = UnitArrays(self._family.table, setting, self._runs, self._cache)
+        below = np.full((len(self._options), len(self._runs.first)), -1.0)
+        flight = np.stack([units.in_flight_by_width(m, self._widths) for m in self._modes])
+        for index, width in enumerate(self._widths):
+            if width <= setting.microbatches or not certain:
+                own = np.flatnonzero(self._width == width)
+                rooms = [flight[self._staff[own, r], index] for r in range(width)]
+                below[own] = _below(rooms, setting, width, certain)
+        below = below[self._by_team]
+        best = np.maximum.reduceat(below, self._begins, axis=0)
+        # The first option of a team that has the most room.
+        ends = np.append(self._begins[1:], len(below))
+        row = np.stack([a + below[a:b].argmax(axis=0) for a, b in zip(self._begins, ends, strict=True)])
+        return _Room(best, self._by_team[row])
+
+    def _run(self, first: int, last: int) -> int:
+        """The number of a run of units."""
+        n = self._family.table.num_units
+        return first * n - first * (first - 1) // 2 + last - first - 1
+
+    def _line(self, room: _Room) -> list[tuple[int, int, int]] | None:
+        """A pipeline of stages with room, as (first unit, last, team); None where there is none."""
+        n = self._family.table.num_units
+        team = np.full((len(self._replicas), n + 1), -1, dtype=np.intp)
+        last = np.full((len(self._replicas), n + 1), -1, dtype=np.intp)
+        state = int(
+            fit_loop(self._order, self._replicas, self._usable, self._rest, room.below, n, team, last)
+        )
+        if state < 0:
+            return None
+        line, unit = [], 0
+        while unit < n:
+            chosen, end = int(team[state, unit]), int(last[state, unit])
+            line.append((unit, end, chosen))
+            state, unit = state - int(self._rest[chosen]), end
+        return line
+
+
+def rehearse() -> None:
+    """Run the loop once, so that it is compiled."""
+    none, found = np.zeros(1, dtype=np.intp), np.full((1, 2), -1, dtype=np.intp)
+    fit_loop(none, none, np.zeros((1, 1), dtype=np.bool_), none, np.zeros((1, 1)), 1, found, found.copy())
+
+
+def _below(rooms: Sequence[FloatArray], setting: Setting, width: int, certain: bool) -> FloatArray:
+    """[option, run]: the most replicas from a stage on; `rooms`: the microbatches of each replica."""
+    least, size = np.minimum.reduce(rooms), -(-setting.samples // setting.microbatches)
+    some, enough, number = least, least, setting.microbatches
+    if not certain:
+        # Larger microbatches that are no multiple may make use of room that is less than one of these.
+        some, enough = np.maximum.reduce(rooms), np.add.reduce(rooms) + width * (size > 1)
+        number = -(-setting.samples // size)
+    limited = -1.0 if setting.schedule == "gpipe" else width * some
+    found = np.where(enough >= number, UNLIMITED, limited)
+    return np.where(least >= 1, found, -1.0)
+
+
+def larger_hold_more(table: CostTable) -> bool:
+    """Whether larger microbatches keep no less per sample, and have no smaller temporaries."""
+    sizes = table.sizes
+    return all(
+        all(a / s <= b / t * (1 + 1e-12) for (s, a), (t, b) in pairwise(zip(sizes, row, strict=True)))
+        and all(x <= y for x, y in pairwise(more))
+        for mode in table.every_mode
+        for cost in mode.costs
+        for row, more in zip(cost.saved_bytes, cost.working_bytes, strict=True)
+    )
+
+
+@compiled_exactly
+def fit_loop(
+    order: IntArray,
+    replicas: IntArray,
+    usable: BoolArray,
+    rest: IntArray,
+    below: FloatArray,
+    num_units: int,
+    team_of: IntArray,
+    last_of: IntArray,
+) -> int:
+    """The first set of devices on which all units fit, or -1; runs are numbered by first unit, then last.
+
+    `team_of[set, unit]` and `last_of` become the first stage of what fits from a unit on, -1 where
+    nothing does.
+    """
+    last_of[0, num_units] = num_units
+    for state in order:
+        for team in range(len(rest)):
+            if not usable[state, team]:
+                continue
+            source = state - rest[team]
+            for last in range(1, num_units + 1):
+                if last_of[source, last] < 0:
+                    continue
+                for first in range(last):
+                    run = first * num_units - first * (first - 1) // 2 + last - first - 1
+                    if last_of[state, first] < 0 and below[team, run] >= replicas[state]:
+                        team_of[state, first], last_of[state, first] = team, last
+        if last_of[state, 0] >= 0:
+            return int(state)
+    return -1
