@@ -77,6 +77,9 @@ _PLAN_SHARE = 0.8
 _WAYS_SHARE = 0.15
 """Share of the time left after which no further limit on post is tried."""
 
+_SOUGHT = (0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)
+"""Better pipelines are looked for at these shares of the way from a box's extra to that of the best."""
+
 _LESS_EXTRA, _FAILS = 0.97, 3
 """A known pipeline is improved with less extra each time, until that failed so often."""
 
@@ -113,6 +116,7 @@ class SearchDiving(SearchTogether):
         super().__init__(tasks, asked, together)
         self._guides: dict[int, _Guide] = {}
         self._dived: set[int] = set()
+        self._sought: tuple[Found | None, int] = None, 0
 
     def _shrink(self, program: CountingProgram, box: Box) -> Box | None:
         """The box without what its extra or post excludes, on values that some column attains."""
@@ -192,6 +196,27 @@ class SearchDiving(SearchTogether):
         while failed < _FAILS and time.monotonic() < until_s:
             extra_s *= _LESS_EXTRA
             failed = 0 if self._try_segments(program, box, extra_s) else failed + 1
+
+    def _seek(self, low_s: float) -> None:
+        """Look once for a better pipeline: with more extra than where none was found, less than the best.
+
+        Boxes with the least bound are looked at first. Where nothing raises that, all the time there is
+        may go to boxes without a pipeline, while there are better ones in others.
+        """
+        best, number = self.best or self._known, self._sought[1]
+        if best is not self._sought[0]:
+            number = 0
+        self._sought = best, number + 1
+        if best is None or number >= len(_SOUGHT):
+            return
+        task = next(i for i, t in enumerate(self._tasks) if t.setting == best.setting)
+        high_s = min(best.answer.extra_s, self._target() - self._tasks[task].fill_s)
+        if high_s <= low_s:
+            return
+        extra_s = low_s + _SOUGHT[number] * (high_s - low_s)
+        box = self._whole(task, self._tasks[task])
+        program = self._program(task)
+        self._try(program, box, extra_s, widely=True)
 
     def _dive(self, program: CountingProgram, box: Box) -> None:
         """Look for a pipeline near the limits with which the relaxation costs least, then below these."""
@@ -342,8 +367,11 @@ class SearchDiving(SearchTogether):
             else:
                 lowest = extra
 
-    def _try(self, program: CountingProgram, box: Box, extra_s: float) -> bool:
-        """Whether a pipeline is found with at most so much extra that beats the cutoff."""
+    def _try(self, program: CountingProgram, box: Box, extra_s: float, *, widely: bool = False) -> bool:
+        """Whether a pipeline is found with at most so much extra that beats the cutoff.
+
+        A beam looks for it only where there is none yet, or `widely`.
+        """
         least = Least(extra_s, box.post[0], self._weight)
         limits = StageLimits(extra_s, box.post[1])
         value = program.relaxed(limits, least, self._deadline_s)
@@ -369,7 +397,7 @@ class SearchDiving(SearchTogether):
             line = self._best_met(lines, verdict, spend) or self._among_met(
                 lines, verdict, found.met, spend
             )
-        if line is None and self.best is None:
+        if line is None and (self.best is None or widely):
             shares = verdict.shares(spend)
             line = grow_lines(lines, shares, spend, _BEAM, self._deadline_s).line
         return self._takes(program, box, lines, line)
