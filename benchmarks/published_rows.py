@@ -152,7 +152,7 @@ def _run(
         virtual=parallel.get("virtual_stages") or 1,
         zero=traits.zero if zero is None else zero,
         recompute=_recompute(parallel.get("recompute")),
-        dtype=_dtype(parallel),
+        dtype=_dtype(parallel, device),
         fused_attention=traits.fused_attention,
         fused_pointwise=traits.fused_pointwise or bool(parallel.get("compile")),
         fused_loss=traits.fused_loss,
@@ -255,16 +255,18 @@ PRECISIONS = (
 )  # fmt: skip
 
 
-def _dtype(parallel: dict[str, Any]) -> str:
-    words = str(parallel.get("precision") or "bf16").lower()
+def _dtype(parallel: dict[str, Any], device: str) -> str:
+    """The format a row states; what it leaves open is the half precision that its device has."""
+    half = "bfloat16" if "bfloat16" in catalogue.devices()[device].peak_flops_per_s else "float16"
+    words = str(parallel.get("precision") or half).lower()
     float8 = str(parallel.get("float8") or "").lower()
     if "fp4" in words:
         return "float4"
     if "fp8" in words or float8 not in ("", "none", "false"):
         return "float8_e4m3fn"
-    if "bf16" in words or "mixed" in words:
+    if "bf16" in words or "bfloat16" in words:
         return "bfloat16"
-    return next((dtype for word, dtype in PRECISIONS if word in words), "bfloat16")
+    return next((dtype for word, dtype in PRECISIONS if word in words), half)
 
 
 def measured_step_s(row: dict[str, Any]) -> float | None:

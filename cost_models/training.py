@@ -183,6 +183,8 @@ class _Machine:
             return peaks[dtype]
         if dtype == "float4" and "float8_e4m3fn" in peaks:
             return peaks["float8_e4m3fn"]
+        if dtype == "bfloat16" and "float32" in peaks:
+            return peaks["float32"]
         half = max(peaks.get(d, 0.0) for d in ("float16", "bfloat16", "float32"))
         if dtype == "tf32":
             return max(half / 2, peaks.get("float32", 0.0)) if "bfloat16" in peaks else peaks["float32"]

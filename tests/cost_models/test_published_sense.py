@@ -207,6 +207,26 @@ def test_what_is_taken_for_granted_is_said_and_a_step_of_unknown_size_refused() 
     assert isinstance(score({**bare, "measured": {"tokens_per_s": 1e5}}), dict)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "precision", "dtype"),
+    [
+        ("V100-SXM2-32GB", None, "float16"),
+        ("V100-SXM2-32GB", "mixed", "float16"),
+        ("GeForce GTX 1080Ti", "amp", "float16"),
+        ("A100-SXM-80GB", None, "bfloat16"),
+        ("A100-SXM-80GB", "mixed", "bfloat16"),
+        ("A100-SXM-80GB", "fp16 AMP", "float16"),
+        ("Quadro RTX 5000", "fp32", "float32"),
+    ],
+)
+def test_half_precision_is_the_one_that_the_device_has(gpu: str, precision: str, dtype: str) -> None:
+    row = changed(OLD, hardware={"gpu": gpu}, parallel={"precision": precision})
+    assert run(row).dtype == dtype
+    # A format that it does not have is computed in the next wider one.
+    stated = changed(OLD, hardware={"gpu": "V100-SXM2-32GB"}, parallel={"precision": "bf16"})
+    assert seconds(stated) > 3 * seconds(changed(stated, parallel={"precision": "fp16"}))
+
+
 def test_every_gpu_has_a_rate_in_float32() -> None:
     """What lacks it would be priced at the rate of its tensor cores."""
     for kind, device in catalogue.devices().items():
