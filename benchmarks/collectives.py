@@ -264,9 +264,7 @@ def group_of(row: dict[str, Any], ranks: int) -> Group | str:
         link = f"pcie{generation[1]}" if generation else "pcie4"
     elif "nvswitch" in intra and link == "nvlink2":
         link = "nvlink2-nvswitch"
-    elif link.endswith("-bridge") and "bridge" not in intra and ranks > 2:
-        link = "pcie4"
-    patched = "p2p" in intra
+    patched = "p2p" in intra and re.search(r"\b(no|without|off|disabled)\b", intra) is None
     # GeForce cards since Turing reach each other's memory over NVLink only.
     gaming = re.match(r"(NVIDIA )?(GEFORCE )?(RTX)?[ -]?[2-5]0[5-9]0", gpu.upper()) is not None
     return Group(
@@ -278,7 +276,7 @@ def group_of(row: dict[str, Any], ranks: int) -> Group | str:
     )
 
 
-DEVICES_PER_NODE = {"gb200": 72, "gb300": 72}
+DEVICES_PER_NODE = {"gb200": 72, "gb300": 72, "v100-sxm3-32gb": 16}
 
 
 def _nodes(row: dict[str, Any], ranks: int, per_node: int) -> int | str:

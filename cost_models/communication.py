@@ -82,6 +82,14 @@ WHOLE_LINE_KINDS = frozenset(
 
 SWITCHED_REDUCTION_KINDS = frozenset({"nvlink4", "nvlink5"})
 
+BEYOND_PAIRS = {
+    "nvlink2-bridge": "pcie3",
+    "nvlink3-bridge": "pcie4",
+    "nvlink3-bridges": "pcie4",
+    "nvlink4-bridge": "pcie5",
+}
+"""Bridges between two cards, and what joins pairs of them."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -114,6 +122,7 @@ class Group:
         network: What joins the nodes.
         sharing: How many such groups of other ranks use each node's network at the same time.
         peer_access: Whether devices on PCIe reach each other's memory.
+        neighbours: Whether ranks of a node are next to each other, as bridges join them.
 
     Raises:
         ValueError: If ranks, nodes or sharing are no whole numbers above zero, or the ranks cannot be
@@ -130,6 +139,7 @@ class Group:
     network: Network | None = None
     sharing: int = 1
     peer_access: bool = True
+    neighbours: bool = True
 
     def __post_init__(self) -> None:
         for name in ("ranks", "nodes", "sharing"):
@@ -143,9 +153,15 @@ class Group:
             )
 
     @property
+    def inside(self) -> str:
+        """The link that binds a ring over a node's ranks: bridges join pairs, beyond them it is PCIe."""
+        paired = self.neighbours and self.ranks // self.nodes <= 2
+        return self.link if paired else BEYOND_PAIRS.get(self.link, self.link)
+
+    @property
     def kind(self) -> LinkKind:
-        """The link inside a node."""
-        return catalogue.links()[self.link]
+        """That link's entry in the catalogue."""
+        return catalogue.links()[self.inside]
 
 
 def nodes_for(ranks: int, per_node: int) -> int:
@@ -251,7 +267,7 @@ def _inside_bytes_per_s(group: Group) -> float:
     if group.link == "nvlink2":
         lines = CUBE_MESH_LINKS.get(per_node, 6)
         return lines * CUBE_MESH_LINE_BYTES_PER_S * CUBE_MESH_EFFICIENCY
-    if group.link.startswith("pcie") and not group.peer_access:
+    if group.inside.startswith("pcie") and not group.peer_access:
         return kind.bytes_per_s * NO_PEER_ACCESS
     rate = kind.bytes_per_s * kind.efficiency
     if group.link == "nvlink3":

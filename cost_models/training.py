@@ -183,8 +183,8 @@ class _Machine:
             return peaks[dtype]
         if dtype == "float4" and "float8_e4m3fn" in peaks:
             return peaks["float8_e4m3fn"]
-        if dtype == "bfloat16" and "float32" in peaks:
-            return peaks["float32"]
+        if dtype == "bfloat16":
+            return peaks.get("float32", max(peaks.values()))
         half = max(peaks.get(d, 0.0) for d in ("float16", "bfloat16", "float32"))
         if dtype == "tf32":
             return max(half / 2, peaks.get("float32", 0.0)) if "bfloat16" in peaks else peaks["float32"]
@@ -307,10 +307,8 @@ class _Machine:
 
     def _late_s(self, count: int, host_s: float, device_s: float) -> float:
         """What a layer's collectives inside a node begin later than alone, by the host's share of the
-        device's time: a host far ahead has issued them long before. Over nodes latency covers it.
-
-        A faster device is never later by more than it gains, for it could as well have been slower.
-        """
+        device's time: a host far ahead has issued them long before. Over nodes latency covers it. A
+        faster device is never later by more than it gains, for it could as well have been slower."""
         if not count or self.run.tensor > self.run.per_node:
             return 0.0
         most_s = count * self.p.start_s
@@ -361,7 +359,7 @@ class _Machine:
         together = self.run.per_node // per_node if nodes > 1 else 1
         together = max(min(together, stride), 1) if sharing is None else sharing
         network = replace(self.run.network, efficiency=LINE_SHARE)
-        return Group(ranks, self.link, nodes, network, together)
+        return Group(ranks, self.link, nodes, network, together, neighbours=stride == 1)
 
     def tensor_collective_s(self, beside_s: float) -> float:
         """What one all-reduce of activations adds to the compute that comes with it."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from graphpar.cost_models.communication import (
+    BEYOND_PAIRS,
     CUBE_MESH_LINKS,
     CollectiveName,
     Group,
@@ -18,6 +19,7 @@ from graphpar.cost_models.communication import (
     bus_factor,
     collective_s,
     nodes_for,
+    ring_bytes_per_s,
 )
 
 SIZES = st.floats(1e3, 1e11)
@@ -144,3 +146,15 @@ def test_ranks_spread_evenly_over_the_nodes_they_need(ranks: int, per_node: int)
     nodes = nodes_for(ranks, per_node)
     assert ranks % nodes == 0
     assert ranks // nodes <= per_node
+
+
+@pytest.mark.parametrize("link", BEYOND_PAIRS)
+def test_bridges_join_pairs_and_no_more(link: str) -> None:
+    pair, four, pairs = (
+        ring_bytes_per_s(Group(ranks, link, nodes, Network(800e9)))
+        for ranks, nodes in ((2, 1), (4, 1), (4, 2))
+    )
+    assert pair == pairs != four
+    assert four == ring_bytes_per_s(Group(4, BEYOND_PAIRS[link]))
+    hidden, apart = Group(4, link, peer_access=False), Group(2, link, neighbours=False)
+    assert ring_bytes_per_s(hidden) < four == ring_bytes_per_s(apart)

@@ -16,16 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import collectives  # noqa: E402 - benchmarks are no package
-import fit_published  # noqa: E402
-import published_memory  # noqa: E402
-from fit_published import fit, samples  # noqa: E402
 from published import compare, score  # noqa: E402 - benchmarks are no package
 from published_clean import cleaned, rows_of  # noqa: E402
 from published_devices import device_of, die_of, network_of  # noqa: E402
-from published_folds import folds  # noqa: E402
 from published_noise import noise  # noqa: E402
 from published_rows import run_of  # noqa: E402
-from published_sense import CHANGES, Change, changed, costs, longer, sense  # noqa: E402
 
 from graphpar import catalogue  # noqa: E402
 from graphpar.cost_models.training import step_time  # noqa: E402
@@ -427,70 +422,24 @@ def test_collectives_over_impossible_nodes_are_refused_with_what_was_said(nodes:
 
 
 @pytest.mark.parametrize(
+    ("words", "peer_access", "link"),
+    [
+        ("PCIe4 with patched P2P driver", True, "pcie4"),
+        ("PCIe4 (no P2P)", False, "pcie4"),
+        ("PCIe Gen5 x16, P2P disabled", False, "pcie5"),
+        ("", False, "pcie4"),
+    ],
+)
+def test_links_of_collectives_are_read_from_words(words: str, peer_access: bool, link: str) -> None:
+    group = collectives.group_of({"gpu": "RTX4090", "intra": words}, 4)
+    assert not isinstance(group, str)
+    assert (group.peer_access, group.link) == (peer_access, link)
+    twins = collectives.group_of({"gpu": "V100-SXM3", "intra": "NVSwitch"}, 16)
+    assert not isinstance(twins, str) and twins.nodes == 1
+
+
+@pytest.mark.parametrize(
     "name", ["allreduce", "All-Gather", "reduce_scatter", "alltoall", "sendrecv", "reduce"]
 )
 def test_collectives_are_known_by_their_usual_names(name: str) -> None:
     assert isinstance(collectives.score({**COLLECTIVE, "op": name}), dict)
-
-
-def test_folds_split_runs_into_seen_and_left_out() -> None:
-    sets = samples(list(ROWS))
-    found = folds(sets)
-    assert {fold.kind for fold in found} >= {"set", "models", "size", "devices", "kind"}
-    for fold in found:
-        seen, left = fold.split(sets)
-        counts = [sum(len(rows) for rows in part.values()) for part in (seen, left, sets)]
-        assert counts[0] + counts[1] == counts[2]
-        assert all(fold.left_out(name, run) for name, rows in left.items() for run, _ in rows)
-
-
-def test_a_fit_finds_the_constants_that_made_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Few rows against a guess of one's own: the data alone have to lead to what made them.
-    monkeypatch.setattr(fit_published, "PULL", 0.001)
-    truth = replace(parameters(), host_kernel_s=20e-6, unfused_traffic=3.5)
-    rows = [
-        {**row, "batch": {"global_batch": 64, "micro_batch": size}}
-        for row in (GPT, SHARDED)
-        for size in (1, 2, 4, 8)
-    ]
-    runs = [run for made in samples(rows).values() for run, _ in made]
-    made = {"made": [(run, step_time(run, truth).total_s) for run in runs]}
-    found = fit(parameters(), ["host_kernel_s", "unfused_traffic"], made)
-    assert found.host_kernel_s == pytest.approx(20e-6, rel=0.03)
-    assert found.unfused_traffic == pytest.approx(3.5, rel=0.03)
-
-
-def test_constants_of_memory_are_found_from_the_peaks_that_they_make() -> None:
-    truth = (0.5e9, 0.1e9, 0.2)
-    made = {"one": [], "other": []}  # type: ignore[var-annotated]
-    for i, (row, devices) in enumerate((row, count) for row in (GPT, SHARDED) for count in (8, 16, 64)):
-        run = run_of(cleaned({**row, "hardware": {**row["hardware"], "count": devices}})[0])
-        assert not isinstance(run, str)
-        tensors, factors = published_memory.terms(run)
-        peak = tensors + sum(f * c for f, c in zip(factors, truth, strict=True))
-        made["one" if i % 2 else "other"].append((run, peak))
-    assert published_memory.fit(made) == pytest.approx(truth, rel=1e-3)
-    report = published_memory.left_out(made)
-    assert [line["fitted_pct"] for line in report["sets"]] == pytest.approx([0, 0], abs=1e-3)
-    assert all(line["kept_pct"] > 1 for line in report["sets"])
-    with pytest.raises(SystemExit, match="at least two"):
-        published_memory.left_out({"one": made["one"]})
-
-
-def test_what_changes_of_rows_do_is_told_and_held_against_limits() -> None:
-    report = sense(list(ROWS))
-    assert len(report["changes"]) == len(CHANGES)
-    assert [line["outside"] for line in report["changes"]] == [[]] * len(CHANGES)
-    fields = {line.pop("field"): line for line in report["fields"]}
-    assert fields["model.layers"] == {"n": 3, "refused": 3, "moved": 0, "unsaid": 0}
-    assert fields["parallel.framework"] == {"n": 3, "refused": 0, "moved": 2, "unsaid": 0}
-    run = run_of(cleaned(GPT)[0])
-    assert not isinstance(run, str)
-    strict = Change("no longer", longer, (0.0, 1.0), (0.0, math.inf))
-    assert changed(strict, [("gpt", run, *costs(run))])["outside"] == ["gpt"]
-
-
-def test_no_constant_lies_at_its_limit() -> None:
-    for name, (low, high) in fit_published.BOUNDS.items():
-        margin = (high - low) / 100
-        assert low + margin < getattr(parameters(), name) < high - margin, name
