@@ -16,6 +16,7 @@ bound is one. Patterns that keep all rows are a pipeline.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
@@ -211,49 +212,46 @@ class _Patterns:
         """The least price of patterns that make a pipeline of several stages, and their columns."""
         total = np.full((4, self._blocks + 1), np.inf)
         total[0, 0] = 0.0
-        steps: list[tuple[IntArray, IntArray]] = []
+        totals = [total]
         for kind in self._kinds:
-            total, ends, own = _joined(total, kind.solve(priced))
-            steps.append((ends, own))
+            joined = np.full(total.shape, np.inf)
+            join_loop(total, kind.solve(priced), joined)
+            total = joined
+            totals.append(total)
         value = float(total[3, self._blocks])
         if not np.isfinite(value):
             return np.inf, None
         used: list[int] = []
         both, blocks = 3, self._blocks
-        for kind, (of_ends, of_blocks) in zip(reversed(self._kinds), reversed(steps), strict=True):
-            mine, held = int(of_ends[both, blocks]), int(of_blocks[both, blocks])
+        for place in reversed(range(len(self._kinds))):
+            kind, before = self._kinds[place], totals[place]
+            mine, held = _parted(before, kind.found, both, blocks, float(totals[place + 1][both, blocks]))
             used += kind.columns(mine, held)
             both, blocks = both - mine, blocks - held
         return value, np.array(used, dtype=np.intp)
 
 
-def _joined(total: FloatArray, own: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
-    """[ends, blocks] of some kinds with one more: the least price, that kind's ends and blocks.
-
-    Ends are a bit each: 1 for the first stage, 2 for the last.
-    """
-    number = total.shape[1]
-    best = np.full(total.shape, np.inf)
-    of_ends, of_blocks = (np.zeros(total.shape, dtype=np.intp) for _ in range(2))
-    held = np.arange(number)
-    before = held[:, None] - held[None]
+def _parted(before: FloatArray, own: FloatArray, both: int, blocks: int, value: float) -> tuple[int, int]:
+    """The ends and blocks of a kind in a least price that `join_loop` found."""
     for mine in range(4):
-        row = np.where(before >= 0, own[mine][None], np.inf)
-        for ends in range(4):
-            if ends & mine:
-                continue
-            sums = total[ends][np.maximum(before, 0)] + row
-            place = sums.argmin(axis=1)
-            value = sums[held, place]
-            better = value < best[ends | mine]
-            best[ends | mine][better] = value[better]
-            of_ends[ends | mine][better] = mine
-            of_blocks[ends | mine][better] = place[better]
-    return best, of_ends, of_blocks
+        if mine & ~both:
+            continue
+        sums = before[both - mine, : blocks + 1][::-1] + own[mine, : blocks + 1]
+        held = int(np.argmax(sums == value))
+        if sums[held] == value:
+            return mine, held
+    raise AssertionError
+
+
+_Stages = tuple[IntArray, IntArray, IntArray, IntArray, FloatArray]
+"""Columns, their devices, blocks, whether odd, prices."""
 
 
 class _Kind:
-    """Columns of one kind, those with equal devices and blocks in turn the cheapest."""
+    """Columns of one kind, those with equal devices and blocks in turn the cheapest.
+
+    What was cheapest is found again from the values: sums are the same ones, to the last bit.
+    """
 
     def __init__(self, lines: Lines, stocks: Stocks, number: int, count: int) -> None:
         mine = np.flatnonzero((stocks.kind == number) & (lines.columns.role >= FIRST))
@@ -268,41 +266,36 @@ class _Kind:
         ]
         parities = 1 + int(any(o.any() for o in odd))
         self._value = np.zeros((parities, self._most + 1, lines.blocks + 1))
-        self._pick = np.zeros(self._value.shape, dtype=np.intp)
+        self.found = np.full((4, lines.blocks + 1), np.inf)
+        """[ends, blocks]: the least price of stages that fit into the devices."""
 
     def solve(self, priced: FloatArray) -> FloatArray:
-        """[ends, blocks]: the least price of stages that fit into the devices."""
+        """What `found` is under some prices."""
         body, first, last = (self._cheapest(place, priced) for place in range(3))
         self._tried = body, first, last
-        knapsack_loop(*body[1:], self._value, self._pick)
-        found = np.full((4, self._blocks + 1), np.inf)
-        self._arg = np.full((4, self._blocks + 1), -1, dtype=np.intp)
-        found[0] = self._value[0, self._most]
-        end_loop(*first[1:], self._value, self._most, 0, found[1], self._arg[1])
-        end_loop(*last[1:], self._value, self._most, 0, found[2], self._arg[2])
-        for taken, odd in np.unique(np.stack([last[1], last[3]], axis=1), axis=0).tolist():
-            if taken > self._most:
-                continue
-            opened, _ = self._opened(self._most - taken, odd)
-            those = np.flatnonzero((last[1] == taken) & (last[3] == odd))
-            for place in those.tolist():
-                blocks = int(last[2][place])
-                value = opened[: self._blocks + 1 - blocks] + last[4][place]
-                better = value < found[3][blocks:]
-                found[3][blocks:][better] = value[better]
-                self._arg[3][blocks:][better] = place
-        return found
+        knapsack_loop(*body[1:], self._value)
+        self.found = np.full((4, self._blocks + 1), np.inf)
+        self.found[0] = self._value[0, self._most]
+        end_loop(*first[1:], self._value, self._most, 0, self.found[1])
+        end_loop(*last[1:], self._value, self._most, 0, self.found[2])
+        for taken, odd, those in self._alike_ends():
+            close_loop(last[2][those], last[4][those], self._opened(taken, odd), self.found[3])
+        return self.found
 
-    def _opened(self, most: int, parity: int) -> tuple[FloatArray, IntArray]:
-        """[blocks]: the least price with a first stage on so many devices, and which."""
+    def _alike_ends(self) -> Iterator[tuple[int, int, IntArray]]:
+        """Devices, whether odd, and the places of last stages that leave room for a first one."""
+        _, devices, _, odd, _ = self._tried[2]
+        for taken, parity in np.unique(np.stack([devices, odd], axis=1), axis=0).tolist():
+            if taken <= self._most:
+                yield taken, parity, np.flatnonzero((devices == taken) & (odd == parity))
+
+    def _opened(self, taken: int, parity: int) -> FloatArray:
+        """[blocks]: the least price with a first stage on the devices that a last one leaves."""
         value = np.full(self._blocks + 1, np.inf)
-        arg = np.full(self._blocks + 1, -1, dtype=np.intp)
-        end_loop(*self._tried[1][1:], self._value, most, parity, value, arg)
-        return value, arg
+        end_loop(*self._tried[1][1:], self._value, self._most - taken, parity, value)
+        return value
 
-    def _cheapest(
-        self, place: int, priced: FloatArray
-    ) -> tuple[IntArray, IntArray, IntArray, IntArray, FloatArray]:
+    def _cheapest(self, place: int, priced: FloatArray) -> _Stages:
         """Columns, devices, blocks, whether odd, and prices, by devices: the cheapest of those alike."""
         index, pair = self._index[place], self._pair[place]
         order = np.lexsort((priced[index], pair))
@@ -315,37 +308,53 @@ class _Kind:
     def columns(self, ends: int, blocks: int) -> list[int]:
         """The columns of a pattern that was found."""
         body, first, last = self._tried
-        used, devices, parity = [], self._most, 0
+        used, devices, parity, value = [], self._most, 0, float(self.found[ends, blocks])
 
-        def take(stages: tuple[IntArray, IntArray, IntArray, IntArray, FloatArray], place: int) -> None:
+        def take(stages: _Stages, place: int) -> None:
             nonlocal devices, blocks, parity
             used.append(int(stages[0][place]))
             devices, blocks = devices - int(stages[1][place]), blocks - int(stages[2][place])
             parity ^= int(stages[3][place])
 
-        if ends >= 2:
-            take(last, int(self._arg[ends][blocks]))
+        if ends == 3:
+            place, value = self._closing(blocks, value)
+            take(last, place)
+        elif ends == 2:
+            take(last, self._place(last, devices, blocks, parity, value))
         if ends % 2:
-            take(first, int(self._opened(devices, parity)[1][blocks]))
+            take(first, self._place(first, devices, blocks, parity, value))
         while blocks > 0:
-            place = int(self._pick[parity, devices, blocks])
-            if place < 0:
+            value = float(self._value[parity, devices, blocks])
+            if devices > 0 and self._value[parity, devices - 1, blocks] == value:
                 devices -= 1
             else:
-                take(body, place)
+                take(body, self._place(body, devices, blocks, parity, value))
         return used
+
+    def _closing(self, blocks: int, value: float) -> tuple[int, float]:
+        """The last stage of a pattern with both ends, and the least price of what is before it."""
+        _, _, held, _, price = self._tried[2]
+        for taken, odd, those in self._alike_ends():
+            those = those[held[those] <= blocks]
+            opened = self._opened(taken, odd)[blocks - held[those]]
+            found = np.flatnonzero(opened + price[those] == value)
+            if len(found):
+                return int(those[found[0]]), float(opened[found[0]])
+        raise AssertionError
+
+    def _place(self, stages: _Stages, devices: int, blocks: int, parity: int, value: float) -> int:
+        """The stage that makes a least price with others on the devices it leaves."""
+        fits = np.flatnonzero((stages[1] <= devices) & (stages[2] <= blocks))
+        own, held, odd = stages[1][fits], stages[2][fits], stages[3][fits]
+        sums = self._value[parity ^ odd, devices - own, blocks - held] + stages[4][fits]
+        return int(fits[np.flatnonzero(sums == value)[0]])
 
 
 @compiled_exactly
 def knapsack_loop(
-    devices: IntArray,
-    blocks: IntArray,
-    odd: IntArray,
-    price: FloatArray,
-    value: FloatArray,
-    pick: IntArray,
+    devices: IntArray, blocks: IntArray, odd: IntArray, price: FloatArray, value: FloatArray
 ) -> None:
-    """Fill `value[parity, devices, blocks]` with the least price of stages, and which is last.
+    """Fill `value[parity, devices, blocks]` with the least price of stages.
 
     Stages may repeat and come by devices; the parity is that of the odd ones among them. One whose place
     others fill as cheaply is of no use with more devices either.
@@ -356,29 +365,24 @@ def knapsack_loop(
     for parity in range(parities):
         for b in range(number):
             value[parity, 0, b] = 0.0 if b == 0 and parity == 0 else np.inf
-            pick[parity, 0, b] = -1
     for d in range(1, most + 1):
         for parity in range(parities):
-            for b in range(number):
-                value[parity, d, b] = value[parity, d - 1, b]
-                pick[parity, d, b] = -1
+            value[parity, d] = value[parity, d - 1]
         for place in range(count):
             stage = used[place]
             held, own, left = blocks[stage], price[stage], d - devices[stage]
             for parity in range(parities):
                 before, here = value[parity ^ odd[stage], left], value[parity, d]
-                for b in range(held, number):
-                    new = before[b - held] + own
-                    if new < here[b]:
-                        here[b] = new
-                        pick[parity, d, b] = stage
+                # Not `min`, which asks about NaN and is no vector instruction.
+                for b in range(number - held):
+                    new, old = before[b] + own, here[b + held]
+                    here[b + held] = new if new < old else old
         while coming < len(devices) and devices[coming] == d:
             held, own, parity = blocks[coming], price[coming], odd[coming]
             if held < number and own < value[parity, d, held]:
                 used[count] = coming
                 count += 1
                 value[parity, d, held] = own
-                pick[parity, d, held] = coming
             coming += 1
 
 
@@ -392,7 +396,6 @@ def end_loop(
     most: int,
     parity: int,
     found: FloatArray,
-    arg: IntArray,
 ) -> None:
     """Fill `found[blocks]` with the least price of one of these stages and others on `most` devices.
 
@@ -403,9 +406,39 @@ def end_loop(
         left = most - devices[stage]
         if left < 0:
             continue
+        held, own, before = blocks[stage], price[stage], value[parity ^ odd[stage], left]
+        for b in range(number - held):
+            new, old = before[b] + own, found[b + held]
+            found[b + held] = new if new < old else old
+
+
+@compiled_exactly
+def close_loop(blocks: IntArray, price: FloatArray, opened: FloatArray, found: FloatArray) -> None:
+    """Lower `found[blocks]` to the least price of one of these stages after what `opened` says."""
+    number = len(found)
+    for stage in range(len(blocks)):
         held, own = blocks[stage], price[stage]
-        for b in range(held, number):
-            new = value[parity ^ odd[stage], left, b - held] + own
-            if new < found[b]:
-                found[b] = new
-                arg[b] = stage
+        for b in range(number - held):
+            new, old = opened[b] + own, found[b + held]
+            found[b + held] = new if new < old else old
+
+
+@compiled_exactly
+def join_loop(total: FloatArray, own: FloatArray, joined: FloatArray) -> None:
+    """Lower `joined[ends, blocks]` to the least price of some kinds with one more.
+
+    Ends are a bit each: 1 for the first stage, 2 for the last.
+    """
+    number = total.shape[1]
+    for mine in range(4):
+        for held in range(number):
+            price = own[mine, held]
+            if not price < np.inf:
+                continue
+            for ends in range(4):
+                if ends & mine:
+                    continue
+                before, here = total[ends], joined[ends | mine]
+                for b in range(number - held):
+                    new, old = before[b] + price, here[b + held]
+                    here[b + held] = new if new < old else old

@@ -8,7 +8,8 @@ as `pipeline_price` counts them, for the member that holds most. So where a regu
 one is found, whatever time is left for a search.
 """
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -51,15 +52,30 @@ def regular_plans(family: Family) -> Iterator[Found]:
     schedule = "1f1b" if "1f1b" in family.schedules else family.schedules[0]
     table, by_mode = family.table, _by_mode(family)
     settings = [Setting(table.batch, m, schedule) for m in family.counts(table.batch)]
-    found: list[_Regular] = []
-    for (cell, mode), options in by_mode.items():
-        found += _Mode(table, family.cells, repeats, cell, mode, options).best(settings)
-    for plan in sorted(found, key=lambda r: r.step_s):
+    modes = [
+        _Mode(table, family.cells, repeats, cell, mode, options)
+        for (cell, mode), options in by_mode.items()
+    ]
+    for plan in _shortest_first(modes, settings):
         stages = tuple(
             Stage(a, b, plan.option) for a, b in pairwise(_cuts(repeats, table.num_units, plan.stages))
         )
         step = plan.step_s
         yield Found(plan.setting, ChainAnswer(step, 0.0, 0.0, 0.0, stages))
+
+
+def _shortest_first(modes: Sequence["_Mode"], settings: Sequence[Setting]) -> Iterator[_Regular]:
+    """The best plans of every mode and setting; those whose bound is no less are priced after a plan."""
+    bounds = np.array([[mode.bound_s(setting) for setting in settings] for mode in modes]).ravel()
+    found: list[tuple[float, int, _Regular]] = []
+    for pair in np.argsort(bounds, kind="stable").tolist():
+        while found and found[0][0] <= bounds[pair]:
+            yield heapq.heappop(found)[2]
+        mode, setting = divmod(pair, len(settings))
+        plan = modes[mode].best(settings[setting])
+        if plan is not None:
+            heapq.heappush(found, (plan.step_s, pair, plan))
+    yield from (plan for _, _, plan in sorted(found))
 
 
 def _by_mode(family: Family) -> dict[tuple[int, int], list[StageOption]]:
@@ -131,6 +147,7 @@ class _Mode:
         rooms = cells.rooms[cell] if cells.rooms else (cells.counts[cell],)
         self._is_inside = devices <= (cells.node_sizes[cell] if cells.node_sizes else rooms[0])
         self._stages = _stage_counts(repeats.number)[None, :]
+        self._groups = max(cells.groups(cell, mode), 1)
         self._room = self._width * self._stages <= cells.groups(cell, mode)
         self._set_blocks(repeats.number)
         weights, gradients, state = (
@@ -151,20 +168,27 @@ class _Mode:
         self._below = np.array([len(r) - r.index(max(r)) for r in rows])
         self._blocks = number
 
-    def best(self, settings: list[Setting]) -> Iterator[_Regular]:
-        """The plan with the least estimated step of each setting that has one."""
+    def bound_s(self, setting: Setting) -> float:
+        """No plan of a setting has a shorter estimated step: its blocks on all groups at once."""
         if not self._room.any() or self._memory <= 0:
-            return
-        for setting in settings:
-            fits = self._room & (self._width <= setting.microbatches)
-            fits = fits & self._fits(setting)
-            if not fits.any():
-                continue
-            step = np.where(fits, self._step_s(setting), np.inf)
-            row, column = np.unravel_index(int(np.argmin(step)), step.shape)
-            yield _Regular(
-                float(step[row, column]), setting, self._options[row], int(self._stages[0, column])
-            )
+            return np.inf
+        size = setting.samples / setting.microbatches
+        block = self._pass_s(self._parts[1], size)
+        return setting.microbatches * self._blocks * block / self._groups
+
+    def best(self, setting: Setting) -> _Regular | None:
+        """The plan of a setting with the least estimated step, if there is one."""
+        if not self._room.any() or self._memory <= 0:
+            return None
+        fits = self._room & (self._width <= setting.microbatches)
+        fits = fits & self._fits(setting)
+        if not fits.any():
+            return None
+        step = np.where(fits, self._step_s(setting), np.inf)
+        row, column = np.unravel_index(int(np.argmin(step)), step.shape)
+        return _Regular(
+            float(step[row, column]), setting, self._options[row], int(self._stages[0, column])
+        )
 
     def _fits(self, setting: Setting) -> BoolArray:
         """Whether the first stage, the fullest and the last one fit into memory."""
