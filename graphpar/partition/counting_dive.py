@@ -80,6 +80,9 @@ _WAYS_SHARE = 0.15
 _SOUGHT = (0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)
 """Better pipelines are looked for at these shares of the way from a box's extra to that of the best."""
 
+_SOUGHT_FIRST = 3
+"""So many of these are looked at as soon as there is a pipeline."""
+
 _LESS_EXTRA, _FAILS = 0.97, 3
 """A known pipeline is improved with less extra each time, until that failed so often."""
 
@@ -197,8 +200,8 @@ class SearchDiving(SearchTogether):
             extra_s *= _LESS_EXTRA
             failed = 0 if self._try_segments(program, box, extra_s) else failed + 1
 
-    def _seek(self, low_s: float) -> None:
-        """Look once for a better pipeline: with more extra than where none was found, less than the best.
+    def _seek_again(self, low_s: float) -> None:
+        """Look once more for a better pipeline than the best, with more extra than where none was found.
 
         Boxes with the least bound are looked at first. Where nothing raises that, all the time there is
         may go to boxes without a pipeline, while there are better ones in others.
@@ -207,16 +210,19 @@ class SearchDiving(SearchTogether):
         if best is not self._sought[0]:
             number = 0
         self._sought = best, number + 1
-        if best is None or number >= len(_SOUGHT):
+        if number < len(_SOUGHT):
+            self._seek(low_s, _SOUGHT[number])
+
+    def _seek(self, low_s: float, share: float) -> None:
+        """Look for a better pipeline so far on the way from some extra to that of the best."""
+        best = self.best or self._known
+        task = next((i for i, t in enumerate(self._tasks) if best and t.setting == best.setting), None)
+        if best is None or task is None:
             return
-        task = next(i for i, t in enumerate(self._tasks) if t.setting == best.setting)
         high_s = min(best.answer.extra_s, self._target() - self._tasks[task].fill_s)
-        if high_s <= low_s:
-            return
-        extra_s = low_s + _SOUGHT[number] * (high_s - low_s)
-        box = self._whole(task, self._tasks[task])
-        program = self._program(task)
-        self._try(program, box, extra_s, widely=True)
+        if high_s > low_s:
+            box, extra_s = self._whole(task, self._tasks[task]), low_s + share * (high_s - low_s)
+            self._try(self._program(task), box, extra_s, widely=True)
 
     def _dive(self, program: CountingProgram, box: Box) -> None:
         """Look for a pipeline near the limits with which the relaxation costs least, then below these."""
@@ -231,6 +237,9 @@ class SearchDiving(SearchTogether):
             found = found if failed is None else (way, failed)
         if found is not None:
             self._refine(program, *found, until_s)
+            for share in _SOUGHT[:_SOUGHT_FIRST] if self._aim == "both" else ():
+                if time.monotonic() < until_s:
+                    self._seek(found[0].extra[1], share)
         elif ways:
             self._plunge(program, ways[0])
 

@@ -200,7 +200,7 @@ class _CountedSearch(SearchDiving):
 
     def _look_again(self, program: CountingProgram, bound: float, box: Box) -> None:
         """Nothing was found, but not everything was looked at."""
-        self._seek(box.extra[0])
+        self._seek_again(box.extra[0])
         if box.looks < len(_BEAMS):
             self._push(bound, replace(box, looks=box.looks + 1))
         elif middle_of(program.extras_s, box.extra) is not None:
