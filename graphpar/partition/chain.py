@@ -345,9 +345,11 @@ class ChainProgram:
         return columns.pick(kept), left, bound_s
 
     def _positions_matter(self, columns: Columns) -> bool:
-        """Whether memory limits where some stages may stand, and replicas are few enough to count."""
+        """Whether replicas are counted: few enough, and cheap or memory limits where stages may stand."""
         replicas = sum(self._cell_counts)
-        return replicas <= _MOST_COUNTED and bool((columns.most_below < replicas).any())
+        if replicas > _MOST_COUNTED or self._prices.loops:
+            return replicas <= _MOST_COUNTED
+        return bool((columns.most_below < replicas).any())
 
     def _use(self, columns: Columns, reduced: FloatArray | None = None) -> None:
         """Columns for the next answers, as they come."""

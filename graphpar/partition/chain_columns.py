@@ -109,6 +109,7 @@ class StagePrices:
         self._fastest_by_run = 1 / np.maximum(quickest, 1e-300)
         self._flight_by_run = self._known("flight by run", cache, self._flights_by_run)
         self._best_flight = self._known("best flight", cache, self._best_flights)
+        self._beside = self._fastest_beside()
 
     def _known(self, name: str, cache: Cache, make: Callable[[], FloatArray]) -> FloatArray:
         """What settings with equally large microbatches share."""
@@ -132,6 +133,16 @@ class StagePrices:
     def _flights_by_run(self) -> FloatArray:
         """The same as [run, mode, width]."""
         return np.ascontiguousarray(np.moveaxis(self._flight, 2, 0))
+
+    def _fastest_beside(self) -> FloatArray:
+        """[run]: what all units beside it take at least, each in its fastest mode.
+
+        A hair less, so that rounding never excludes what is just as good.
+        """
+        least = self._units.mode_seconds(self.rows.modes).min(axis=1)
+        upto, runs = np.concatenate([[0.0], np.cumsum(least)]), self._units.runs
+        found: FloatArray = (upto[runs.first] + (upto[-1] - upto[runs.last])) * (1 - 1e-12)
+        return found
 
     def _best_flights(self) -> FloatArray:
         """[run, team, width]: of the mode with most room."""
@@ -174,6 +185,7 @@ class StagePrices:
             self.rows.near,
             (slots.run, slots.before, slots.after),
             self._ahead,
+            self._beside,
             waits,
             cut,
             setting,
@@ -260,6 +272,7 @@ class StagePrices:
             self.rows.near,
             (slots.run, slots.before, slots.after),
             self._ahead,
+            self._beside,
             waits,
             cut,
             setting,

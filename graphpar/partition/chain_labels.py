@@ -205,6 +205,37 @@ def _stands_for(joins: BoolArray) -> BoolArray:
 
 
 @compiled_exactly
+def not_outdone(
+    team: IntArray,
+    slot: IntArray,
+    seconds: tuple[FloatArray, FloatArray, FloatArray, FloatArray],
+    weight: float,
+) -> BoolArray:
+    """Which columns no other one of the same devices on the same slot stands for; likes come together.
+
+    `seconds` are cost, extra and post, with the most replicas from there on. One stands for another as
+    labels do: what it costs more later is made up for by what it costs less, wherever memory allows.
+    """
+    cost, extra, post, below = seconds
+    kept = np.ones(len(team), dtype=np.bool_)
+    start = 0
+    while start < len(team):
+        end = start + 1
+        while end < len(team) and team[end] == team[start] and slot[end] == slot[start]:
+            end += 1
+        for c in range(start, end):
+            for other in range(start, end):
+                if other == c or not kept[other] or below[other] < below[c]:
+                    continue
+                more = max(0.0, extra[other] - extra[c]) + weight * max(0.0, post[other] - post[c])
+                if cost[other] + more <= cost[c]:
+                    kept[c] = False
+                    break
+        start = end
+    return kept
+
+
+@compiled_exactly
 def _sweep(
     done: int,
     until: int,

@@ -26,6 +26,7 @@ def ideal_loop(
     near: BoolArray,
     slots: tuple[IntArray, IntArray, IntArray],
     ahead: FloatArray,
+    beside: FloatArray,
     wait: FloatArray,
     cut: FloatArray,
     setting: tuple[int, int, bool, bool, bool],
@@ -41,11 +42,12 @@ def ideal_loop(
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
     number, _, stalls, _, keeps = setting
-    most_all, most_post, weight = limits
+    whole_all, most_post, weight = limits
     options, places, costs, extras, posts, belows = found
     count = 0
     for slot in range(len(run_of)):
         run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
+        most_all = whole_all - beside[run]
         for crew in range(len(wide_of)):
             wide, own_post, extra_move = wide_of[crew], post[run, crew], moved[run, crew]
             first = row_of[begin[crew]]
@@ -103,6 +105,7 @@ def relaxed_loop(
     near: BoolArray,
     slots: tuple[IntArray, IntArray, IntArray],
     ahead: FloatArray,
+    beside: FloatArray,
     wait: FloatArray,
     cut: FloatArray,
     setting: tuple[int, int, bool, bool, bool],
@@ -123,12 +126,13 @@ def relaxed_loop(
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
     number, _, stalls, gpipe, keeps = setting
-    most_extra, most_post, most_both, most_fill, most_all, weight = limits
+    most_extra, most_post, most_both, whole_fill, whole_all, weight = limits
     options, places, costs, extras, posts, belows = found
     times, rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
     count, some = 0, len(hopeless) > 0
     for slot in range(len(run_of)):
         run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
+        most_fill, most_all = whole_fill - beside[run], whole_all - beside[run]
         whole = before[slot] == 0 and after[slot] == 0
         if simple == 2 and not whole:
             continue

@@ -2,12 +2,15 @@
 
 import numpy as np
 
-from graphpar.partition.chain import ROUNDS_FOR_LOOPS, ChainAnswer, ChainProgram, Kept, Stage
+from graphpar.partition.chain import ChainAnswer, ChainProgram, Kept, Stage
 from graphpar.partition.chain_columns import Columns
-from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line
+from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line, not_outdone
 from graphpar.partition.chain_relaxed import Bounded, Prices
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import BoolArray
+
+_ROUNDS_FOR_SIMPLE = 10
+"""Steps to bound pipelines with one replica per stage: only guesses begin there."""
 
 
 class SweptProgram(ChainProgram):
@@ -51,7 +54,7 @@ class SweptProgram(ChainProgram):
         columns = self._prices.exact(self._prices.relaxed(limits, simple=1))[0]
         relaxation = self._new_relaxation(self._rows.take, self._rows.width, post_weight)
         deep = self._positions_matter(columns)
-        bounded = relaxation.bound(columns, target_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
+        bounded = relaxation.bound(columns, target_s, rounds=_ROUNDS_FOR_SIMPLE, deep=deep)
         self._known[self._cell_counts] = relaxation.prices
         self._simple = columns, bounded, relaxation.prices
         return bounded.bound_s
@@ -103,7 +106,14 @@ class SweptProgram(ChainProgram):
         slots, units, team = self._rows.slots, self._num_units + 1, self._team[columns.option]
         after = (slots.after * units + slots.last)[columns.slot]
         order = np.argsort(team * (units * len(self._rows.kinds)) + after, kind="stable")
-        columns, team, after = columns.pick(order), team[order], after[order]
+        columns, team = columns.pick(order), team[order]
+        kept = not_outdone(
+            team,
+            columns.slot,
+            (columns.cost_s, columns.extra_s, columns.post_s, columns.most_below),
+            post_weight,
+        )
+        columns, team, after = columns.pick(kept), team[kept], after[order][kept]
         option, prices = columns.option, known or self._prices_of_devices()
         take = self._rows.take.astype(np.float64)
         priced = columns.cost_s + (take @ prices.nu)[option] * columns.extra_s
@@ -153,6 +163,8 @@ class SweptProgram(ChainProgram):
         """The prices of the bound; any will do."""
         if self._relaxation is not None:
             return self._relaxation.prices
+        if self._cell_counts in self._known:
+            return self._known[self._cell_counts]
         counts = np.array(self._cell_counts, dtype=np.float64)
         weights = np.where(counts > 0, self._weights, 0.0)
         nu = weights / max(float(counts @ weights), 1e-300)

@@ -13,6 +13,7 @@ import heapq
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
@@ -26,6 +27,9 @@ _GUESSES = (1.5, 2.0, 3.0, 5.0, 10.0, 100.0, math.inf)
 
 _ROUGH, _FINE = 0.05, 0.01
 """... where this share of the guess does not matter, and then this one."""
+
+_HAIR = 1 - 1e-12
+"""Sums of the same numbers in another order differ by less."""
 
 _FURTHER = 3
 """Settings that are looked at roughly once one of them has a plan."""
@@ -41,7 +45,9 @@ def search_tasks(tasks: Iterable[Task], asked: Asked, *, dive: bool = False) -> 
 
 class _TaskSearch(Search[int]):
     def __init__(self, tasks: Iterable[Task], asked: Asked, dive: bool) -> None:
-        super().__init__(tasks, asked)
+        # What was found before need not be found, and nothing be priced, again for a hair more.
+        cutoff_s = asked.cutoff_s * (_HAIR if asked.aim == "proof" else 1.0)
+        super().__init__(tasks, replace(asked, cutoff_s=cutoff_s))
         self._dives = dive
         self._built: dict[int, SweptProgram] = {}
         self._settled: set[int] = set()
@@ -112,8 +118,16 @@ class _TaskSearch(Search[int]):
         found = self._guess(task for bound, task in some if bound < self._target())
         best = best if found is None else found
         if best is not None:
-            self._improve(best)
-            self._climb(best, self._improve)
+            self._improve_all(best)
+
+    def _improve_all(self, task: int) -> None:
+        """Settle a task, then as many microbatches under another schedule, then more from the better."""
+        settings = [t.setting for t in self._tasks]
+        alike = [i for i, s in enumerate(settings) if i != task and s.shared == settings[task].shared]
+        for one in (task, *alike):
+            self._improve(one)
+        best = task if self.best is None else settings.index(self.best.setting)
+        self._climb(best if best in alike else task, self._improve)
 
     def _guess(self, tasks: Iterable[int]) -> int | None:
         """Find a plan with one replica per stage: raise guesses of what tasks cost, the lowest first.

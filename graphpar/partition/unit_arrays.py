@@ -152,6 +152,11 @@ class UnitArrays:
             self.cache[key] = times_s(self.table, size)
         return self.cache[key]
 
+    def mode_seconds(self, modes: Sequence[int]) -> FloatArray:
+        """[unit, mode]: seconds of one microbatch of each unit alone, without overhead."""
+        found: FloatArray = self._both_s(self.setting.size)[self._kind][:, list(modes)]
+        return found
+
     def sample_seconds(self, mode: int) -> FloatArray:
         """What a microbatch with one sample more takes longer than one of the smaller size."""
         small = self.setting.samples // self.setting.microbatches

@@ -1,18 +1,21 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
 from all_plans import best_step_s
 from cost_tables import FAST, make_table, small_tables
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
 from graphpar.partition import chain, chain_warm
 from graphpar.partition.chain_columns import Columns, StagePrices
+from graphpar.partition.chain_labels import not_outdone
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.family import choose_family
 from graphpar.partition.option_rows import OptionRows
@@ -123,6 +126,30 @@ def test_what_stands_for_a_stage_is_at_least_as_good(table: CostTable) -> None:
                 found = prices.relaxed(StageLimits(), spread=spread, either=either)
                 assert_never_better(exact, found)
             assert_never_better(exact, prices.ideal(StageLimits(), either=True), prices.rows.crew_of)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 1)] * 2, *[st.integers(0, 3)] * 4), max_size=12))
+def test_columns_are_outdone_by_others_on_the_same_slot(rows: list[tuple[int, ...]]) -> None:
+    """Whoever is left out has one that is left: no dearer, whatever extra and post the others have."""
+    table = np.array(sorted(rows), dtype=np.float64).reshape(-1, 6).T
+    team, slot = (row.astype(np.intp) for row in table[:2])
+    cost, extra, post, below = (np.ascontiguousarray(row) for row in table[2:])
+    kept = not_outdone(team, slot, (cost, extra, post, below), 1.0)
+
+    def costs(column: int, most: int, last: int) -> float:
+        return float(cost[column] + max(extra[column], most) + max(post[column], last))
+
+    for left_out in np.flatnonzero(~kept).tolist():
+        alike = kept & (team == team[left_out]) & (slot == slot[left_out]) & (below >= below[left_out])
+        assert any(
+            all(costs(c, m, p) <= costs(left_out, m, p) for m in range(4) for p in range(4))
+            for c in np.flatnonzero(alike).tolist()
+        )
+    for column, other in permutations(np.flatnonzero(kept).tolist(), 2):
+        same = (team[column], slot[column]) == (team[other], slot[other])
+        dearer = any(costs(other, m, p) > costs(column, m, p) for m in range(4) for p in range(4))
+        assert not same or dearer or below[other] < below[column]
 
 
 def test_waiting_leaves_a_fast_replica_fewer_microbatches() -> None:
