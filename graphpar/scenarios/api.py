@@ -142,16 +142,22 @@ class Study:
         return msgspec.json.format(msgspec.json.encode(self.to_dict()), indent=2) + b"\n"
 
     def to_csv(self) -> str:
-        """One line per scenario, the baseline first."""
-        return to_csv(self.baseline, self.answers)
+        """One line per scenario, the baseline first, and at last the best within the budget."""
+        bought = self._bought
+        return to_csv(self.baseline, (*self.answers, *(() if bought is None else (bought,))))
+
+    @property
+    def _bought(self) -> Answer | None:
+        """The best within the budget, by the name of its instances."""
+        return None if self.budget is None else self.budget.best
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw into a PNG or SVG file; needs the extra `viz`."""
-        return plot(path, self.baseline, self.answers, self.sweeps)
+        return plot(path, self.baseline, self.answers, self.sweeps, self._bought)
 
     def _repr_svg_(self) -> str | None:
         try:
-            return plot_svg(self.baseline, self.answers, self.sweeps)
+            return plot_svg(self.baseline, self.answers, self.sweeps, self._bought)
         except ValueError:
             return None  # without matplotlib a notebook shows the text
 

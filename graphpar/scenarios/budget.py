@@ -7,6 +7,7 @@ until a bound exceeds the best step found.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from graphpar import catalogue
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.partition.physical_bound import physical_bound_s
-from graphpar.scenarios.prices import instance_price, known_prices
+from graphpar.scenarios.prices import instance_of, instance_price, known_prices
 from graphpar.scenarios.study import Solver
 from graphpar.scenarios.types import Answer, Setting, renamed
 
@@ -29,8 +30,8 @@ class BudgetAnswer:
 
     Attributes:
         best: Its plan; None when nothing within the budget can run the model.
-        counts: Instances of each type in it.
-        usd_per_h: Its price.
+        counts: Instances of each type in it, without those that its plan leaves idle.
+        usd_per_h: Their price.
         considered: Clusters that use up the budget.
         solved: Of them, how many were planned; the others were ruled out by their bounds.
         proven: Whether every cluster not planned was ruled out.
@@ -96,11 +97,32 @@ def best_within(
     dear = tuple(name for name, price in prices.items() if price > usd_per_h)
     if best is None:
         return BudgetAnswer(None, (), 0.0, len(settings), solved, proven, min(bounds), dear)
-    counts = counted[best_index]
+    best, counts = _without_idle(solver, baseline, best, settings[best_index], counted[best_index])
     price = sum(prices[t] * n for t, n in counts.items())
     named = renamed(best, " + ".join(f"{n} x {t}" for t, n in counts.items()), ())
     bound_s = min(*bounds, best.step_s or 0.0)
     return BudgetAnswer(named, tuple(counts.items()), price, len(settings), solved, proven, bound_s, dear)
+
+
+def _without_idle(
+    solver: Solver, baseline: Setting, best: Answer, setting: Setting, counts: dict[str, int]
+) -> tuple[Answer, dict[str, int]]:
+    """The best answer and its instances, without those that its plan leaves idle."""
+    used = _in_use(setting, best)
+    if not used or used == counts:
+        return best, counts
+    (fewer,) = solver.answers([_setting(baseline, used)])
+    least_s = (best.step_s or 0.0) * (1 + 1e-9)
+    if fewer.status == "ok" and fewer.step_s is not None and fewer.step_s <= least_s:
+        return fewer, used
+    return best, counts
+
+
+def _in_use(setting: Setting, answer: Answer) -> dict[str, int]:
+    """Instances of each type that hold a device with work."""
+    busy = {setting.cluster.device(name).node for name in answer.used}
+    types = (instance_of(node) for node in setting.cluster.nodes if node.name in busy)
+    return dict(Counter(name for name in types if name is not None))
 
 
 def _prices(types: Sequence[str]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """A picture of a study: bars of step times, the curve of a sweep, or the map of a double sweep.
 
+The best cluster within a budget is one more bar, a line beside a curve, or told above a map.
+
 Needs matplotlib (the extra `viz`); the ending of the file decides between PNG and SVG.
 """
 
@@ -7,13 +9,14 @@ import importlib.util
 import io
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from graphpar.files import check_writable, write_whole
 from graphpar.scenarios.sweeps import Sweep, knee
-from graphpar.scenarios.types import Answer
+from graphpar.scenarios.types import Answer, renamed
 from graphpar.view.palette import OKABE_ITO
 
 ENDINGS = (".png", ".svg", ".pdf")
@@ -21,9 +24,13 @@ WITHOUT_MATPLOTLIB = "plots need matplotlib: pip install 'graphpar[viz]'"
 
 
 def plot(
-    path: str | os.PathLike[str], baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep]
+    path: str | os.PathLike[str],
+    baseline: Answer,
+    answers: Sequence[Answer],
+    sweeps: Sequence[Sweep],
+    best: Answer | None = None,
 ) -> Path:
-    """Draw the study into a file.
+    """Draw the study into a file; `best` is the best within its budget.
 
     Raises:
         ValueError: As `check_plot` says.
@@ -33,7 +40,7 @@ def plot(
     check_plot(target)
     buffer = io.BytesIO()
     kind = target.suffix.lower().removeprefix(".")
-    _drawn(baseline, answers, sweeps).savefig(buffer, dpi=150, format=kind)
+    _drawn(baseline, answers, sweeps, best).savefig(buffer, dpi=150, format=kind)
     write_whole(target, buffer.getvalue())
     return target
 
@@ -52,37 +59,54 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     check_writable(path)
 
 
-def plot_svg(baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> str:
+def plot_svg(
+    baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep], best: Answer | None = None
+) -> str:
     """The picture as the text of an `svg` element, for a notebook.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
     buffer = io.StringIO()
-    _drawn(baseline, answers, sweeps).savefig(buffer, format="svg")
+    _drawn(baseline, answers, sweeps, best).savefig(buffer, format="svg")
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def _drawn(baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> Any:
+def _drawn(
+    baseline: Answer, answers: Sequence[Answer], sweeps: Sequence[Sweep], best: Answer | None
+) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(WITHOUT_MATPLOTLIB) from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, HEIGHT), layout="constrained")
     swept = answers[: _points(sweeps)]
     numeric = bool(sweeps) and all(_number(v) is not None for v in sweeps[0].values)
     if len(sweeps) == 2:
-        _map(figure, swept, sweeps)
+        axes = _map(figure, swept, sweeps)
+        if best is not None and best.samples_per_s:
+            axes.set_title(f"{_titled(best)}: {best.samples_per_s:.3g} samples/s", parse_math=False)
     elif sweeps and numeric:
-        _curve(figure, baseline, swept, sweeps[0])
+        _curve(figure, baseline, swept, sweeps[0], best)
     else:
-        _bars(figure, baseline, answers)
+        also = () if best is None else (renamed(best, _titled(best), ()),)
+        _bars(figure, baseline, (*answers, *also))
     return figure
+
+
+def _titled(best: Answer) -> str:
+    return f"best within the budget: {best.title}"
 
 
 MOST_LABELS = 100
 """Cells of a map that are still told in numbers."""
+
+HEIGHT, BAR_HEIGHT = 4.5, 0.4
+"""Inches: of a picture, and at least of each of its bars."""
+
+LABEL_LETTERS = 32
+"""A longer name of a scenario takes several lines."""
 
 
 def _points(sweeps: Sequence[Sweep]) -> int:
@@ -100,21 +124,28 @@ def _number(text: str) -> float | None:
 
 
 def _bars(figure: Any, baseline: Answer, answers: Sequence[Answer]) -> None:
-    rows = [a for a in (baseline, *answers) if a.step_s is not None]
+    rows = (baseline, *answers)
+    figure.set_figheight(max(HEIGHT, BAR_HEIGHT * len(rows)))
     axes = figure.subplots()
     positions = range(len(rows))
     # Steps of unlike batches say nothing beside each other.
-    unlike = len({a.batch for a in rows}) > 1
-    lengths = [(a.samples_per_s if unlike else a.step_s) or 0.0 for a in rows]
-    errors = [length * a.error_bar for length, a in zip(lengths, rows, strict=True)]
-    colors = [OKABE_ITO[0] if a.status == "ok" else "lightgrey" for a in rows]
-    axes.barh(positions, lengths, xerr=errors, color=colors, ecolor="grey", capsize=3)
-    axes.set_yticks(positions, [a.title for a in rows], parse_math=False)
+    unlike = len({a.batch for a in rows if a.status == "ok"}) > 1
+    lengths = [(a.samples_per_s if unlike else a.step_s) if a.status == "ok" else None for a in rows]
+    errors = [(length or 0.0) * a.error_bar for length, a in zip(lengths, rows, strict=True)]
+    bars = [length or 0.0 for length in lengths]
+    axes.barh(positions, bars, xerr=errors, color=OKABE_ITO[0], ecolor="grey", capsize=3)
+    for position, answer in enumerate(rows):
+        if lengths[position] is None:
+            axes.text(0, position, f" {answer.status}", va="center", color="grey")
+    titles = [textwrap.fill(a.title, LABEL_LETTERS) for a in rows]
+    axes.set_yticks(positions, titles, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("predicted samples per second" if unlike else "predicted step, s")
 
 
-def _curve(figure: Any, baseline: Answer, answers: Sequence[Answer], sweep: Sweep) -> None:
+def _curve(
+    figure: Any, baseline: Answer, answers: Sequence[Answer], sweep: Sweep, best: Answer | None
+) -> None:
     axes = figure.subplots()
     points = sorted(
         (float(v), a.samples_per_s, a.error_bar)
@@ -126,6 +157,8 @@ def _curve(figure: Any, baseline: Answer, answers: Sequence[Answer], sweep: Swee
     axes.errorbar(xs, ys, yerr=errors, marker="o", color=OKABE_ITO[0], ecolor="grey", capsize=3)
     if baseline.samples_per_s:
         axes.axhline(baseline.samples_per_s, linestyle="--", color="grey", label="baseline")
+    if best is not None and best.samples_per_s:
+        axes.axhline(best.samples_per_s, linestyle="-.", color=OKABE_ITO[2], label=_titled(best))
     bend = knee([float(v) for v in sweep.values], answers)
     if bend is not None:
         axes.axvline(bend, linestyle=":", color=OKABE_ITO[1], label="knee")
@@ -137,13 +170,12 @@ def _curve(figure: Any, baseline: Answer, answers: Sequence[Answer], sweep: Swee
     axes.set_ylabel("samples per second")
 
 
-def _map(figure: Any, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> None:
+def _map(figure: Any, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> Any:
     axes = figure.subplots()
     rows, columns = (s.values for s in sweeps)
-    grid = [
-        [answers[i * len(columns) + j].samples_per_s or float("nan") for j in range(len(columns))]
-        for i in range(len(rows))
-    ]
+    # What does not fit has a rate, too, were there more memory: it is no answer.
+    rates = [(a.samples_per_s if a.status == "ok" else None) or math.nan for a in answers]
+    grid = [rates[i * len(columns) : (i + 1) * len(columns)] for i in range(len(rows))]
     image = axes.imshow(grid, aspect="auto", origin="lower")
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -155,4 +187,7 @@ def _map(figure: Any, answers: Sequence[Answer], sweeps: Sequence[Sweep]) -> Non
                 told = "-" if math.isnan(rate) else f"{rate:.3g}"
                 box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1.5}
                 axes.text(j, i, told, ha="center", va="center", bbox=box)
+        if any(map(math.isnan, rates)):
+            axes.annotate("- : no plan", (1, 1.01), xycoords="axes fraction", ha="right", color="grey")
     figure.colorbar(image, label="samples per second")
+    return axes

@@ -29,6 +29,11 @@ def prices_of(types: Sequence[str]) -> dict[str, float]:
     return {name: float(instances()[name].usd_per_h or 0.0) for name in types}
 
 
+def prices_of_some(name: str, number: int) -> float:
+    """A budget to the cent."""
+    return min(9.0, prices_of((name,))[name] * number)
+
+
 def affordable(prices: dict[str, float], usd_per_h: float) -> list[dict[str, int]]:
     most = [int((usd_per_h + 1e-9) / price) for price in prices.values()]
     counted = (
@@ -45,30 +50,35 @@ class Oracle:
     """A solver that knows the step of every cluster: a sum of speeds, less what each node costs."""
 
     def __init__(self, speeds: dict[str, float], friction: float) -> None:
-        self.speeds, self.friction, self.asked = speeds, friction, 0
+        self.speeds, self.friction = speeds, friction
+        self.asked: list[dict[str, int]] = []
+
+    def part(self, counts: dict[str, int]) -> dict[str, int]:
+        """The best of all parts of the cluster, the fewest nodes of several: idle nodes cost nothing."""
+        parts = product(*(range(n + 1) for n in counts.values()))
+        named = (dict(zip(counts, part, strict=True)) for part in parts if any(part))
+        least = min(named, key=lambda p: (self.whole_s(p), sum(p.values())))
+        return {name: n for name, n in least.items() if n}
+
+    def whole_s(self, counts: dict[str, int]) -> float:
+        speed = sum(self.speeds[t] * n for t, n in counts.items())
+        return (1 + self.friction * (sum(counts.values()) - 1)) / speed
 
     def step_s(self, counts: dict[str, int]) -> float:
-        """Idle nodes cost nothing: the best of all parts of the cluster."""
-        parts = product(*(range(n + 1) for n in counts.values()))
-        named = (dict(zip(counts, part, strict=True)) for part in parts)
-        return min(
-            (1 + self.friction * (sum(p.values()) - 1)) / sum(self.speeds[t] * n for t, n in p.items())
-            for p in named
-            if any(p.values())
-        )
+        return self.whole_s(self.part(counts))
 
     def bound_s(self, counts: dict[str, int]) -> float:
         return 1 / sum(self.speeds[t] * n for t, n in counts.items())
 
     def answers(self, asked: Sequence[Any]) -> list[Answer]:
-        self.asked += len(asked)
+        self.asked += [s.counts for s in asked]
         return [Answer("", status="ok", step_s=self.step_s(s.counts), batch=16) for s in asked]
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.sampled_from(TYPES), min_size=1, max_size=3, unique=True),
-    st.floats(0.6, 9.0),
+    st.floats(0.6, 9.0) | st.builds(prices_of_some, st.sampled_from(TYPES), st.integers(1, 7)),
     st.lists(st.floats(0.1, 10.0), min_size=5, max_size=5),
     st.sampled_from([0.0, 0.2, 1.0]),
 )
@@ -79,7 +89,9 @@ def test_no_cluster_within_the_budget_is_faster(
     oracle = Oracle(dict(zip(TYPES, speeds, strict=True)), friction)
     everything = affordable(prices, usd_per_h)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "BATCH_OF_SOLVES", 1)
         patch.setattr(budget, "_setting", lambda _, counts: SimpleNamespace(counts=counts))
+        patch.setattr(budget, "_in_use", lambda setting, _: oracle.part(setting.counts))
         patch.setattr(budget, "_bounds", lambda _, asked, __: [oracle.bound_s(s.counts) for s in asked])
         if not everything:
             with pytest.raises(ValueError, match="below the cheapest"):
@@ -93,7 +105,14 @@ def test_no_cluster_within_the_budget_is_faster(
     assert found.proven
     assert found.bound_s <= best_s * (1 + 1e-9)
     assert all(prices[name] > usd_per_h for name in found.too_dear)
-    assert found.solved == oracle.asked <= found.considered == len(used_up(everything, prices, usd_per_h))
+    assert dict(found.counts) == oracle.part(dict(found.counts)), "nothing idle is rented"
+    assert len(oracle.asked) - 1 <= found.solved <= min(len(oracle.asked), found.considered)
+    mixes = used_up(everything, prices, usd_per_h)
+    assert found.considered == len(mixes)
+    planned = [{name: n for name, n in counts.items() if n} for counts in oracle.asked]
+    for counts in mixes:
+        known = {name: n for name, n in counts.items() if n} in planned
+        assert known or oracle.bound_s(counts) >= best_s * (1 - 1e-9), "nothing is ruled out untried"
 
 
 def used_up(
@@ -117,23 +136,23 @@ def test_the_bound_of_a_budget_is_the_least_of_its_mixes_and_no_mix_is_faster() 
     assert found.best is not None and found.best.step_s is not None and found.proven
     assert len(mixes) == found.considered > 3
     steps, bounds = {}, {}
-    for counts in mixes:
-        cluster = Cluster.of(*(x for pair in counts.items() if pair[1] for x in pair))
-        setting = replace(base, cluster=cluster)
+    clusters = [Cluster.of(*(x for pair in counts.items() if pair[1] for x in pair)) for counts in mixes]
+    asked = [replace(base, cluster=cluster) for cluster in clusters]
+    for counts, setting in zip(mixes, asked, strict=True):
         (answer,) = solver.answers([setting])
         assert answer.step_s is not None
         mix = tuple(sorted((name, n) for name, n in counts.items() if n))
         steps[mix], bounds[mix] = answer.step_s, physical_bound_s(solver.book.table(setting))
         assert answer.step_s >= bounds[mix] * (1 - 1e-9)
+    assert budget._bounds(solver, asked, prices) == pytest.approx(list(bounds.values()))
     assert found.best.step_s == pytest.approx(min(steps.values()))
     assert found.bound_s == pytest.approx(min(bounds.values())) and found.bound_s < found.best.step_s
-    mix = tuple(sorted(found.counts))
-    assert steps[mix] == pytest.approx(found.best.step_s)
-    assert found.usd_per_h == pytest.approx(cost(dict(found.counts), prices))
-    # Who leaves no node idle pays for all.
     nodes = {name.rpartition("/")[0] for name in found.best.used}
-    if len(nodes) == sum(n for _, n in found.counts):
-        assert found.best.usd_per_h == pytest.approx(found.usd_per_h)
+    assert len(nodes) == sum(n for _, n in found.counts), "no node is rented to stay idle"
+    assert found.usd_per_h <= usd_per_h and found.usd_per_h == pytest.approx(
+        cost(dict(found.counts), prices)
+    )
+    assert found.best.usd_per_h == pytest.approx(found.usd_per_h)
 
 
 def test_a_budget_for_more_devices_than_are_planned_is_refused() -> None:

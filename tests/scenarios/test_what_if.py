@@ -353,6 +353,8 @@ def test_a_budget_is_searched_with_bounds() -> None:
     assert found.usd_per_h <= 8.0
     assert found.proven
     assert 1 <= found.solved <= found.considered
+    last = list(csv.DictReader(io.StringIO(study.to_csv())))[-1]
+    assert (last["scenario"], float(last["step_s"])) == (found.best.title, found.best.step_s)
     with pytest.raises(ValueError, match="below the cheapest"):
         ask(budget_usd_per_h=0.01, instances=["g5.12xlarge"])
 
