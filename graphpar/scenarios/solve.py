@@ -9,6 +9,7 @@ from functools import partial
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.like_pipelines import best_like
+from graphpar.partition.handmade import simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
 from graphpar.partition.types import Partition
@@ -229,7 +230,7 @@ def _searched(table: CostTable, task: Task, known: Known, known_s: float) -> Par
     """The plan found by a search, or by others where that is good enough or there is no time."""
     before = known.best(table)
     if before is not None and (before.gap <= task.gap or task.time_limit_s < LEAST_SEARCH_S):
-        return before
+        return before if known.played else _or_simple(table, task, known, before)
     found = partition(
         table,
         gap=task.gap,
@@ -242,6 +243,13 @@ def _searched(table: CostTable, task: Task, known: Known, known_s: float) -> Par
         compare_simple=known_s == math.inf or not known.played,
     )
     return known.improved(table, found)
+
+
+def _or_simple(table: CostTable, task: Task, known: Known, found: Partition) -> Partition:
+    """The plan, or one that people make without a planner where it is shorter here."""
+    simple = simple_plans(table, searched(task.schedule), task.microbatches)
+    best = min(simple, key=lambda p: p.objective_s, default=found)
+    return known.improved(table, best) if best.objective_s < found.objective_s else found
 
 
 def _explain_s(task: Task) -> float:

@@ -36,8 +36,9 @@ def test_together_is_as_good_as_alone() -> None:
         assert answer.bound_s <= objective_s * (1 + 1e-9)
 
 
-def test_without_time_for_all_the_others_plans_are_taken() -> None:
-    answers = solve_together(tasks(RATES, time_limit_s=0.15))
+@pytest.mark.parametrize("limit_s", [0.15, 1e-3])
+def test_without_time_for_all_the_others_plans_are_taken(limit_s: float) -> None:
+    answers = solve_together(tasks(RATES, time_limit_s=limit_s))
     assert all(a.status == "ok" and a.gap is not None and 0 <= a.gap <= 1 for a in answers)
     by_rate = sorted(zip(RATES, answers, strict=True), key=lambda item: item[0])
     bounds = [a.bound_s for _, a in by_rate]
