@@ -211,7 +211,7 @@ def what_if(
         calibration: Measured curves of this machine's processor; the cached ones by default.
         gap: How close to the best of its family each plan has to be proven.
         time_limit_s: When to stop searching for one scenario's plan; by default so that all take about
-            20 seconds, but no less than 0.3 and no more than ten each.
+            20 seconds, but no less than 0.3 and no more than ten each; so do the clusters of a budget.
         processes: How many solve at once; by default one per core.
         cache: Whether, or in which folder, answers are kept.
         progress: Called with how many answers are there, of how many.
@@ -258,7 +258,7 @@ def what_if(
         without=tuple(leave_one_out(solver, baseline, first)) if leave_out else (),
         budget=None
         if budget_usd_per_h is None
-        else best_within(solver, baseline, budget_usd_per_h, instances),
+        else best_within(solver, baseline, budget_usd_per_h, instances, share_time=time_limit_s is None),
     )
 
 

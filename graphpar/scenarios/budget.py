@@ -16,11 +16,14 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios.prices import instance_of, instance_price, known_prices
-from graphpar.scenarios.study import Solver
+from graphpar.scenarios.study import Solver, fair_limit_s
 from graphpar.scenarios.types import Answer, Setting, renamed
 
 MOST_CLUSTERS = 2000
 BATCH_OF_SOLVES = 4
+"""Clusters planned at first before bounds are looked at again; twice as many each time, since processes
+have to start for each."""
+
 MOST_DEVICES = 1024
 
 
@@ -56,9 +59,12 @@ class BudgetAnswer:
 
 
 def best_within(
-    solver: Solver, baseline: Setting, usd_per_h: float, types: Sequence[str]
+    solver: Solver, baseline: Setting, usd_per_h: float, types: Sequence[str], *, share_time: bool = False
 ) -> BudgetAnswer:
     """The cluster of these instance types with the shortest step that costs no more.
+
+    With `share_time` each of many clusters is searched for a part of the time that all may take together,
+    and the best again for as long as a scenario.
 
     Raises:
         ValueError: A type is unknown or has no price, or none fits the budget.
@@ -76,16 +82,20 @@ def best_within(
     settings = [_setting(baseline, counts) for counts in counted]
     bounds = _bounds(solver, settings, prices)
     order = sorted(range(len(settings)), key=bounds.__getitem__)
+    limit_s = fair_limit_s(len(settings), solver.limits.processes) if share_time else None
     best, best_index, solved, proven = None, -1, 0, True
-    for start in range(0, len(order), BATCH_OF_SOLVES):
+    start, many = 0, BATCH_OF_SOLVES
+    while start < len(order):
         hopeful = [
             i
-            for i in order[start : start + BATCH_OF_SOLVES]
+            for i in order[start : start + many]
             if best is None or best.step_s is None or bounds[i] < best.step_s
         ]
         if not hopeful:
             break
-        for i, answer in zip(hopeful, solver.answers([settings[i] for i in hopeful]), strict=True):
+        start, many = start + many, 2 * many
+        answers = solver.answers([settings[i] for i in hopeful], limit_s)
+        for i, answer in zip(hopeful, answers, strict=True):
             solved += 1
             # What was proven of any plan holds whatever schedule a plan has.
             bounds[i] = max(bounds[i], answer.any_bound_s or 0.0)
@@ -97,24 +107,24 @@ def best_within(
     dear = tuple(name for name, price in prices.items() if price > usd_per_h)
     if best is None:
         return BudgetAnswer(None, (), 0.0, len(settings), solved, proven, min(bounds), dear)
-    best, counts = _without_idle(solver, baseline, best, settings[best_index], counted[best_index])
+    counts = counted[best_index]
+    used = _in_use(settings[best_index], best) or counts
+    if used != counts or limit_s is not None:
+        best, counts = _again(solver, baseline, used, best, counts)
     price = sum(prices[t] * n for t, n in counts.items())
     named = renamed(best, " + ".join(f"{n} x {t}" for t, n in counts.items()), ())
     bound_s = min(*bounds, best.step_s or 0.0)
     return BudgetAnswer(named, tuple(counts.items()), price, len(settings), solved, proven, bound_s, dear)
 
 
-def _without_idle(
-    solver: Solver, baseline: Setting, best: Answer, setting: Setting, counts: dict[str, int]
+def _again(
+    solver: Solver, baseline: Setting, used: dict[str, int], best: Answer, counts: dict[str, int]
 ) -> tuple[Answer, dict[str, int]]:
-    """The best answer and its instances, without those that its plan leaves idle."""
-    used = _in_use(setting, best)
-    if not used or used == counts:
-        return best, counts
-    (fewer,) = solver.answers([_setting(baseline, used)])
+    """The best answer planned once more, without the instances that its plan leaves idle."""
+    (answer,) = solver.answers([_setting(baseline, used)])
     least_s = (best.step_s or 0.0) * (1 + 1e-9)
-    if fewer.status == "ok" and fewer.step_s is not None and fewer.step_s <= least_s:
-        return fewer, used
+    if answer.status == "ok" and answer.step_s is not None and answer.step_s <= least_s:
+        return answer, used
     return best, counts
 
 

@@ -33,6 +33,9 @@ SEARCH_SHARE, CHOICE_SHARE = 0.4, 0.3
 """Of a scenario's time where that is short: for the search, and at least for other orders of work and for
 like pipelines each."""
 
+FEW_DEVICES = 8
+"""Up to so many a cluster's simple plans are priced in milliseconds."""
+
 LOOKED = 2
 """Scenarios of other links alone in which equal pipelines are tried."""
 
@@ -230,7 +233,7 @@ def _searched(table: CostTable, task: Task, known: Known, known_s: float) -> Par
     """The plan found by a search, or by others where that is good enough or there is no time."""
     before = known.best(table)
     if before is not None and (before.gap <= task.gap or task.time_limit_s < LEAST_SEARCH_S):
-        return before if known.played else _or_simple(table, task, known, before)
+        return _or_simple(table, task, known, before) if _weighs_simple(table, known) else before
     found = partition(
         table,
         gap=task.gap,
@@ -239,10 +242,15 @@ def _searched(table: CostTable, task: Task, known: Known, known_s: float) -> Par
         microbatches=task.microbatches,
         incumbent=(before.pipelines, before.schedule) if before is not None else None,
         explain_s=_explain_s(task),
-        # Like pipelines, where there was time to look for them, make simple plans needless.
-        compare_simple=known_s == math.inf or not known.played,
+        compare_simple=known_s == math.inf or _weighs_simple(table, known),
     )
     return known.improved(table, found)
+
+
+def _weighs_simple(table: CostTable, known: Known) -> bool:
+    """Whether plans made without a planner are looked at; over many devices they take long to price, and
+    like pipelines, where there was time to look for them, make them needless."""
+    return not known.played or len(table.class_of) <= FEW_DEVICES
 
 
 def _or_simple(table: CostTable, task: Task, known: Known, found: Partition) -> Partition:

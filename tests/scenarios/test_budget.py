@@ -18,7 +18,7 @@ from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios import budget
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.pricing import PriceBook
-from graphpar.scenarios.study import Limits, Solver
+from graphpar.scenarios.study import Limits, Solver, fair_limit_s
 from graphpar.scenarios.types import Answer, Setting
 
 TYPES = ("g4dn.xlarge", "g5.xlarge", "g6.xlarge", "p3.2xlarge", "g5.12xlarge")
@@ -52,6 +52,7 @@ class Oracle:
     def __init__(self, speeds: dict[str, float], friction: float) -> None:
         self.speeds, self.friction = speeds, friction
         self.asked: list[dict[str, int]] = []
+        self.limits_s: list[float | None] = []
 
     def part(self, counts: dict[str, int]) -> dict[str, int]:
         """The best of all parts of the cluster, the fewest nodes of several: idle nodes cost nothing."""
@@ -70,7 +71,10 @@ class Oracle:
     def bound_s(self, counts: dict[str, int]) -> float:
         return 1 / sum(self.speeds[t] * n for t, n in counts.items())
 
-    def answers(self, asked: Sequence[Any]) -> list[Answer]:
+    limits = Limits(processes=1)
+
+    def answers(self, asked: Sequence[Any], time_limit_s: float | None = None) -> list[Answer]:
+        self.limits_s.append(time_limit_s)
         self.asked += [s.counts for s in asked]
         return [Answer("", status="ok", step_s=self.step_s(s.counts), batch=16) for s in asked]
 
@@ -81,9 +85,10 @@ class Oracle:
     st.floats(0.6, 9.0) | st.builds(prices_of_some, st.sampled_from(TYPES), st.integers(1, 7)),
     st.lists(st.floats(0.1, 10.0), min_size=5, max_size=5),
     st.sampled_from([0.0, 0.2, 1.0]),
+    st.booleans(),
 )
 def test_no_cluster_within_the_budget_is_faster(
-    types: list[str], usd_per_h: float, speeds: list[float], friction: float
+    types: list[str], usd_per_h: float, speeds: list[float], friction: float, share_time: bool
 ) -> None:
     prices = prices_of(types)
     oracle = Oracle(dict(zip(TYPES, speeds, strict=True)), friction)
@@ -97,7 +102,7 @@ def test_no_cluster_within_the_budget_is_faster(
             with pytest.raises(ValueError, match="below the cheapest"):
                 budget.best_within(oracle, BASE, usd_per_h, types)  # type: ignore[arg-type]
             return
-        found = budget.best_within(oracle, BASE, usd_per_h, types)  # type: ignore[arg-type]
+        found = budget.best_within(oracle, BASE, usd_per_h, types, share_time=share_time)  # type: ignore[arg-type]
     best_s = min(oracle.step_s(counts) for counts in everything)
     assert found.best is not None and found.best.step_s == pytest.approx(best_s)
     assert found.usd_per_h == pytest.approx(cost(dict(found.counts), prices))
@@ -106,6 +111,11 @@ def test_no_cluster_within_the_budget_is_faster(
     assert found.bound_s <= best_s * (1 + 1e-9)
     assert all(prices[name] > usd_per_h for name in found.too_dear)
     assert dict(found.counts) == oracle.part(dict(found.counts)), "nothing idle is rented"
+    if share_time:
+        each_s = fair_limit_s(found.considered, 1)
+        assert oracle.limits_s == [each_s] * (len(oracle.limits_s) - 1) + [None], "the best has more time"
+    else:
+        assert set(oracle.limits_s) == {None}
     assert len(oracle.asked) - 1 <= found.solved <= min(len(oracle.asked), found.considered)
     mixes = used_up(everything, prices, usd_per_h)
     assert found.considered == len(mixes)
