@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def solve(
         return elapsed_s + _busy(elapsed_s) * rest_cpu_s > time_limit_s
 
     try:
-        problem = read_problem(file, is_over)
+        problem = read_problem(file, is_over, _load_sharding)
     except OutOfTimeError:
         problem = None
     read_s = time.perf_counter() - began_s
@@ -151,6 +152,15 @@ def _started_s_ago() -> float:
 def _busy(elapsed_s: float) -> float:
     """Seconds that a second of CPU time takes, on a machine as busy as it has been so far."""
     return min(max(1.0, elapsed_s / max(time.process_time(), 1e-3)), _BUSIEST)
+
+
+def _load_sharding() -> None:
+    """Load that engine, and what it has compiled, while the rest of a file is read."""
+
+    def load() -> None:
+        importlib.import_module("graphpar.partition.shard_warm").begin_warming()
+
+    threading.Thread(target=load, name="graphpar-loader", daemon=True).start()
 
 
 def _engine(problem: Problem, objective: Objective) -> _Engine:

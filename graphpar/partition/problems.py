@@ -144,6 +144,11 @@ Problem: TypeAlias = ShardingProblem | PlacementProblem
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What decoding raises: no JSON or none of that form, bad UTF-8, lists too deep in one another."""
 
+
+def _nothing() -> None:
+    """What a caller has to do who has nothing else to do."""
+
+
 _Row: TypeAlias = tuple[Number, ...]
 _ROW = msgspec.json.Decoder(_Row)
 _RAW_ROWS = msgspec.json.Decoder(list[msgspec.Raw])
@@ -203,8 +208,12 @@ class _PlacementFile(msgspec.Struct):
     memory_limit: float = msgspec.field(name="maxSizePerFPGA")
 
 
-def read_problem(path: str | Path, should_stop: ShouldStop = never) -> Problem:
+def read_problem(
+    path: str | Path, should_stop: ShouldStop = never, begin: Callable[[], None] = _nothing
+) -> Problem:
     """Read a problem file, `.json` or `.json.gz`, and recognise which of the two formats it is.
+
+    `begin` is called as soon as it turns out to be a large sharding problem, most of it still to be read.
 
     Raises:
         ProblemError: The file is missing, truncated, of neither format, or inconsistent.
@@ -213,7 +222,7 @@ def read_problem(path: str | Path, should_stop: ShouldStop = never) -> Problem:
     path = Path(path)
     data = _read_bytes(path, should_stop)
     with _no_garbage_collection():
-        return parse_problem(data, path.name, should_stop)
+        return parse_problem(data, path.name, should_stop, begin)
 
 
 @contextlib.contextmanager
@@ -228,7 +237,12 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = never) -> Problem:
+def parse_problem(
+    data: bytes,
+    name: str = "problem",
+    should_stop: ShouldStop = never,
+    begin: Callable[[], None] = _nothing,
+) -> Problem:
     """The problem held in JSON bytes; `name` stands in error messages.
 
     Raises:
@@ -242,7 +256,8 @@ def parse_problem(data: bytes, name: str = "problem", should_stop: ShouldStop = 
     try:
         if "problem" in keys:
             _look_at(should_stop)
-            return _sharding(msgspec.json.decode(data, type=_ShardingFile).problem, name, should_stop)
+            body = msgspec.json.decode(data, type=_ShardingFile).problem
+            return _sharding(body, name, should_stop, begin)
         if "maxFPGAs" in keys:
             return _placement(msgspec.json.decode(data, type=_PlacementFile), name)
     except _UNREADABLE as error:
@@ -276,16 +291,21 @@ def _read_bytes(path: Path, should_stop: ShouldStop) -> bytes:
     return b"".join(pieces)
 
 
-def _sharding(body: _ShardingBody, name: str, should_stop: ShouldStop) -> ShardingProblem:
+def _sharding(
+    body: _ShardingBody, name: str, should_stop: ShouldStop, begin: Callable[[], None]
+) -> ShardingProblem:
     nodes, edges = body.nodes, body.edges
     node_costs = _rows(nodes.costs, lambda v: f"{name}: costs of node {v}", should_stop)
+    if len(memoryview(edges.costs)) >= _LARGE_BYTES:
+        # Not sooner: whoever compiles has the compiler for himself, and reading needed it just now.
+        begin()
     usages = _rows(nodes.usages, lambda v: f"{name}: usages of node {v}", should_stop)
     edge_costs = _rows(edges.costs, lambda e: f"{name}: edge {e} costs", should_stop)
     _check_nodes(node_costs, usages, len(nodes.intervals), name)
-    for v, (begin, end) in enumerate(nodes.intervals):
-        if end < begin:
+    for v, (first, last) in enumerate(nodes.intervals):
+        if last < first:
             raise ProblemError(
-                f"{name}: node {v} has the interval [{begin}, {end}], which ends before it begins"
+                f"{name}: node {v} has the interval [{first}, {last}], which ends before it begins"
             )
     _check_edges(edges.nodes, edge_costs, sizes_of(node_costs), name)
     if body.usage_limit is not None:

@@ -42,6 +42,9 @@ _LARGEST_NEW_TABLE = 200_000
 _LOOK_SHARE = 0.2
 """Share of the vertices that must have changed before memory is looked at again."""
 
+_LEAST_SHARE = 0.02
+"""The same once nothing else is left to do."""
+
 
 def reduce_problem(
     problem: ShardingProblem,
@@ -62,7 +65,21 @@ def reduce_problem(
     graph = ShardingGraph.of(problem, out_of_time, trimmed.alive)
     unsettled = set(np.flatnonzero(trimmed.unsettled).tolist())
     rows = memory_rows(problem)
+    if graph.is_possible():
+        # What each of several edges supports their sum may not.
+        unsettled |= drop_unsupported(graph, _joined_twice(problem), out_of_time)
     return graph, reduce_graph(graph, rows, should_stop, out_of_time, unsettled)
+
+
+def _joined_twice(problem: ShardingProblem) -> set[int]:
+    """The nodes that several edges join to the same other one."""
+    seen: set[frozenset[int]] = set()
+    found: set[int] = set()
+    for ends in map(frozenset, problem.edge_nodes):
+        if ends in seen:
+            found |= ends
+        seen.add(ends)
+    return found
 
 
 def reduce_graph(
@@ -74,7 +91,8 @@ def reduce_graph(
 ) -> MemoryRows:
     """Shrink a graph in place until nothing changes; returns the rows that can still bind.
 
-    Nothing can be done at first except at the vertices that are `unsettled`, which may be all.
+    Where some vertices are `unsettled`, nothing can be done at first anywhere else, and every strategy
+    has a possible partner.
 
     Raises:
         OutOfTimeError: `out_of_time` was true, and the graph is of no use. After `should_stop` it is.
@@ -83,18 +101,24 @@ def reduce_graph(
         return rows
     rows = tighten(rows, graph, out_of_time)
     is_first, num_changed = unsettled is None, 0
+    is_supported, least_changed = not is_first, 1.0
     dirty = set(graph.costs) if unsettled is None else unsettled
     while dirty and graph.is_possible() and not should_stop():
-        dirty = _sweep(graph, rows, dirty, should_stop, out_of_time)
+        dirty = _sweep(graph, rows, dirty, is_supported, should_stop, out_of_time)
+        is_supported = False
         num_changed += len(dirty)
         if not graph.is_possible() or not (
             is_first or not dirty or num_changed > _LOOK_SHARE * len(graph.costs)
         ):
             continue
         # These look at every vertex, so not after every sweep: a change can run along a chain for long.
+        is_last = not dirty
+        if is_last and num_changed < least_changed:
+            break
         rows, num_changed = tighten(rows, graph, out_of_time), 0
-        if (is_first or not dirty) and not should_stop():
+        if (is_first or is_last) and not should_stop():
             dirty |= drop_oversized(graph, rows, out_of_time) & graph.costs.keys()
+            num_changed, least_changed = len(dirty), _LEAST_SHARE * len(graph.costs)
         is_first = False
     if dirty and graph.is_possible():
         # Cut short: message passing still relies on every strategy having a possible partner.
@@ -117,12 +141,17 @@ def _sweep(
     graph: ShardingGraph,
     rows: MemoryRows,
     dirty: set[int],
+    is_supported: bool,
     should_stop: ShouldStop,
     out_of_time: ShouldStop,
 ) -> set[int]:
-    """Apply every reduction once at the dirty vertices; returns the vertices that changed."""
+    """Apply every reduction once at the dirty vertices; returns the vertices that changed.
+
+    Where all is supported nothing is looked for that is not.
+    """
     changed: set[int] = set()
-    changed |= drop_unsupported(graph, dirty, out_of_time)
+    if not is_supported:
+        changed |= drop_unsupported(graph, dirty, out_of_time)
     if not graph.is_possible():
         return set()
     for reduction in (split_separable, contract_determined):

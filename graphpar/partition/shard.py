@@ -40,20 +40,27 @@ from graphpar.partition.shard_raw import RawProblem, raw_problem
 from graphpar.partition.shard_run import Run
 from graphpar.partition.shard_state import Candidate, State
 from graphpar.partition.shard_trim import Trimmed, trim
-from graphpar.partition.shard_warm import Stage, go_on_warming, is_compiling, warm_up
+from graphpar.partition.shard_warm import (
+    Stage,
+    begin_warming,
+    go_on_warming,
+    is_compiling,
+    warm_up,
+)
 from graphpar.partition.solver import OPTIMALITY_TOLERANCE
 from graphpar.partition.why_impossible import why_no_strategies
 
 _REDUCTIONS_SHARE = 0.5
 """Share of the time limit after which the reductions are cut short."""
 
-_COMPILER_SHARE = 0.05
-"""Share of the time limit that the reductions wait for their compiled loops."""
+_COMPILER_SHARE, _COMPILER_S = 0.05, 0.5
+"""Share of the time limit that a step waits for its compiled loops. Those of large problems are asked for
+while the file is read, and waited for so many seconds at most."""
 
 _FIRST_SHARE, _LARGEST_SHARE = 0.2, 0.7
 """Shares of the time limit that a first answer to a large problem waits for its compiled loops."""
 
-_LARGEST_PAIRS = 3_000_000
+_LARGEST_PAIRS = 1_000_000
 """Pairs from which compiling them takes less time than the reductions before any other answer."""
 
 _INSTANT_PAIRS = 20_000
@@ -113,9 +120,9 @@ def solve_sharding(
 
 def _search(state: State, threads: int, seed: int) -> bool:
     """All phases; returns whether infeasibility was proven. Raises OutOfTimeError at any point."""
-    warm_up(Stage.REDUCE, _COMPILER_SHARE * state.time_limit_s)
     raw = _raw(state)
     _instant_answer(state, raw)
+    _wait_for(Stage.REDUCE, state, raw)
     state.integral = are_whole(state.problem.node_costs) and are_whole(state.problem.edge_costs)
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
     clock = never if state.problem.num_pairs <= _INSTANT_PAIRS else state.out_of_time
@@ -132,7 +139,7 @@ def _search(state: State, threads: int, seed: int) -> bool:
         state.raise_bound(graph.constant)
         return False
     first = None
-    if state.answer is None or not warm_up(Stage.BOUND, _COMPILER_SHARE * state.time_limit_s):
+    if state.answer is None or not _wait_for(Stage.BOUND, state, raw):
         first = _plain_answer(state, graph, rows, clock)
     if state.answer is None:
         _instant_answer(state, raw)  # its loops may be compiled by now
@@ -152,7 +159,16 @@ def _raw(state: State) -> RawProblem | None:
     """The arrays of a problem large enough for loops over them to pay."""
     if state.problem.num_pairs <= _INSTANT_PAIRS or not COMPILED or state.out_of_time():
         return None
-    return raw_problem(state.problem)
+    begin_warming()
+    return raw_problem(state.problem, state.out_of_time)
+
+
+def _wait_for(stage: Stage, state: State, raw: RawProblem | None) -> bool:
+    """Wait a little for a stage to be compiled; returns whether it is."""
+    most_s = _COMPILER_SHARE * state.time_limit_s
+    if raw is not None:
+        most_s = min(most_s, _COMPILER_S)
+    return warm_up(stage, min(most_s, state.left_s()))
 
 
 def _instant_answer(state: State, raw: RawProblem | None) -> None:
@@ -160,7 +176,7 @@ def _instant_answer(state: State, raw: RawProblem | None) -> None:
     if raw is None:
         return
     share = _LARGEST_SHARE if state.problem.num_pairs >= _LARGEST_PAIRS else _FIRST_SHARE
-    if warm_up(Stage.FIRST, share * state.time_limit_s):
+    if warm_up(Stage.FIRST, min(share * state.time_limit_s, state.left_s())):
         state.phase = "first answer"
         answer = first_choice(raw, state.out_of_time)
         if answer is not None:
@@ -169,7 +185,7 @@ def _instant_answer(state: State, raw: RawProblem | None) -> None:
 
 def _trimmed(state: State, raw: RawProblem | None) -> Trimmed | None:
     """What is left of a large problem without looking at its graph, if the compiler is there in time."""
-    if raw is None or not warm_up(Stage.TRIM, _COMPILER_SHARE * state.time_limit_s):
+    if raw is None or not _wait_for(Stage.TRIM, state, raw):
         return None
     state.phase = "reduce"
     return trim(raw, state.out_of_time)

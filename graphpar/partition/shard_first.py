@@ -15,7 +15,7 @@ from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.shard_flat import Int64Array
 from graphpar.partition.shard_graph import BoolArray, FloatArray
 from graphpar.partition.shard_memory import add_up
-from graphpar.partition.shard_moves import add_range, excess_tree
+from graphpar.partition.shard_moves import ZERO, add_range, excess_tree
 from graphpar.partition.shard_raw import RawProblem
 
 
@@ -94,7 +94,10 @@ def choose_in_order(
             note_cut(raw, alive, least, top, lazy, v, cut, is_cut, counts)
             queue[0] = v
             queued[v] = True
-            found = spread_cuts(raw, alive, least, top, lazy, queue, queued, 1, gone, cut, is_cut, counts)
+            waiting = ZERO + 1  # a literal would have `spread_cuts` compiled a second time
+            found = spread_cuts(
+                raw, alive, least, top, lazy, queue, queued, waiting, gone, cut, is_cut, counts
+            )
             found = found and top[1] <= 0.0
             if not found:
                 for k in range(counts[0]):

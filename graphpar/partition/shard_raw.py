@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
 from graphpar.partition.number_rows import flat
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_flat import Int64Array
@@ -47,15 +48,21 @@ class RawProblem(NamedTuple):
         return len(self.start) - 1
 
 
-def raw_problem(problem: ShardingProblem) -> RawProblem:
-    """The arrays of a problem."""
+def raw_problem(problem: ShardingProblem, should_stop: ShouldStop = never) -> RawProblem:
+    """The arrays of a problem.
+
+    Raises:
+        OutOfTimeError: It was time to stop.
+    """
     rows = memory_rows(problem)
     start, node_costs = problem.flat_node_costs
+    _look_at(should_stop)
     sizes, cost = np.diff(start), node_costs.copy()
     # An edge with one end costs that end alone; it is listed as one from the node to itself.
     ends = np.array([(nodes[0], nodes[-1]) for nodes in problem.edge_nodes], np.int64).reshape(-1, 2)
     single = np.fromiter((len(nodes) == 1 for nodes in problem.edge_nodes), np.bool_, len(ends))
     table, pairs = problem.flat_edge_costs
+    _look_at(should_stop)
     for e in np.flatnonzero(ends[:, 0] == ends[:, 1]):
         v, entries = ends[e, 0], pairs[table[e] : table[e + 1]]
         cost[start[v] : start[v + 1]] += entries if single[e] else entries[:: sizes[v] + 1]
@@ -84,3 +91,8 @@ def raw_problem(problem: ShardingProblem) -> RawProblem:
         rows.last.astype(np.int64),
         rows.limit,
     )
+
+
+def _look_at(should_stop: ShouldStop) -> None:
+    if should_stop():
+        raise OutOfTimeError

@@ -26,7 +26,7 @@ from graphpar.tracing import TRACING
 
 
 class Stage(enum.Enum):
-    """What a run needs compiled, in the order of its need."""
+    """What a run may need compiled."""
 
     REDUCE, FIRST, TRIM, BOUND, SEARCH = range(5)
 
@@ -96,6 +96,15 @@ class _Compiler:
 
 
 _COMPILER = _Compiler()
+
+
+def begin_warming() -> None:
+    """Have the compiler begin with what answers to a large problem need, in the order of their need.
+
+    Reductions come last: array operations stand in for their loops.
+    """
+    if COMPILED:
+        _COMPILER.ask(Stage.FIRST, Stage.BOUND, Stage.TRIM, Stage.REDUCE)
 
 
 def go_on_warming() -> None:

@@ -120,10 +120,12 @@ def test_rows_of_whole_numbers_are_read_as_json_has_them(
 @given(sharding_problems())
 def test_large_files_read_the_same(problem: ShardingProblem) -> None:
     file = sharding_file(problem)
-    slowly = parse_problem(file)
+    begun: list[bool] = []
+    slowly = parse_problem(file, begin=lambda: begun.append(False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(problems, "_LARGE_BYTES", 0)
-        fast = parse_problem(file)
+        fast = parse_problem(file, begin=lambda: begun.append(True))
+    assert begun == [True]  # what large files need is begun with while they are read
     assert isinstance(slowly, ShardingProblem)
     assert isinstance(fast, ShardingProblem)
     for name in ("node_costs", "usages", "edge_costs"):

@@ -14,6 +14,7 @@ from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.partition import reduce_loops, shard, shard_run
 from graphpar.partition.answers import Progress
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.number_rows import Rows, parse_rows
 from graphpar.partition.problems import IMPOSSIBLE_COST as NO
 from graphpar.partition.problems import ShardingProblem
@@ -28,7 +29,9 @@ from graphpar.partition.shard_memory import spread_peaks
 from graphpar.partition.shard_plain import plain_bound
 from graphpar.partition.shard_raw import raw_problem
 from graphpar.partition.shard_search import WindowSearch
+from graphpar.partition.shard_state import State
 from graphpar.partition.shard_trim import trim
+from graphpar.partition.shard_warm import Stage
 
 
 @settings(max_examples=examples(150), deadline=None)
@@ -191,6 +194,24 @@ def test_an_answer_and_a_bound_come_before_anything_is_compiled(monkeypatch: pyt
     assert solved.bound is not None
     assert 0 < solved.bound < solved.objective
     assert "compiled" in solved.note
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+def test_no_wait_for_the_compiler_passes_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[tuple[Stage, float]] = []
+
+    def never_ready(stage: Stage, most_s: float) -> bool:
+        waited.append((stage, most_s))
+        return False
+
+    monkeypatch.setattr(shard, "warm_up", never_ready)
+    monkeypatch.setattr(shard, "_INSTANT_PAIRS", 0)
+    monkeypatch.setattr(shard, "_LARGEST_PAIRS", 0)
+    monkeypatch.setattr(State, "left_s", lambda self: 0.25 * self.time_limit_s)
+    assert solve_sharding(ring(60, 0), time_limit_s=20.0).status == "feasible"
+    stages, seconds = zip(*waited, strict=True)
+    assert set(stages) == {Stage.FIRST, Stage.REDUCE, Stage.TRIM, Stage.BOUND}
+    assert 0 < min(seconds) <= max(seconds) <= 5.0
 
 
 @settings(max_examples=50, deadline=None)
