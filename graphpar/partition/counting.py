@@ -60,6 +60,7 @@ from graphpar.partition.counting_master import Master
 from graphpar.partition.counting_nodes import node_rows, odd_columns
 from graphpar.partition.counting_options import node_group
 from graphpar.partition.counting_order import Placed, line_up
+from graphpar.partition.counting_rows import AlikeRows
 from graphpar.partition.counting_segments import Prices
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.solver import Backend
@@ -159,7 +160,7 @@ class CountingProgram:
         self._columns = columns.pick(np.flatnonzero(self._most(columns) > 0))
         first = self._columns.most_below[self._columns.role == FIRST]
         self._first_binds = bool((first < self._devices).any())
-        self._rows, self._row_lower, self._row_upper = self._fixed_rows(self._columns)
+        self._rows, self._row_lower, self._row_upper = self._alike_rows(self._columns)
         self._warm = np.zeros(0, dtype=np.intp)
         self._dues: tuple[float, ...] = ()
         self._duals: FloatArray = np.zeros(0)
@@ -199,7 +200,7 @@ class CountingProgram:
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s` without an answer.
         """
-        index = self._within(limits)
+        index = self._narrowest(self._keeping(limits))
         if len(index) == 0:
             return None
         if time.monotonic() > deadline_s:
@@ -281,13 +282,14 @@ class CountingProgram:
         index = self._cheapest(index, least)
         number = len(self._counts) + len(self._group_limits())
         upper = self._row_upper[3 : 3 + number]
-        index = index[(self._rows[3 : 3 + number, index][upper <= 0] <= 0).all(axis=0)]
+        taken = self._rows.of(index)[3 : 4 + number]
+        usable = (taken[:-1][upper <= 0] <= 0).all(axis=0)
+        index, taken = index[usable], taken[:, usable]
         columns, cost = self._columns.pick(index), self._beyond(index, least)
         due = np.minimum(columns.most_below, self._devices).astype(np.intp)
         kept = drop_dearer(columns, cost, self._team[columns.option], due)
-        columns, cost, index = columns.pick(kept), cost[kept], index[kept]
-        rows = self._rows[3 : 3 + number, index]
-        filled = -self._rows[3 + number, index]
+        columns, cost, taken = columns.pick(kept), cost[kept], taken[:, kept]
+        rows, filled = taken[:-1], -taken[-1]
         # The whole would be 2 per node; a tenth weighs like the other sums in usual plans.
         scale = 2.0 + 0.2 * float((np.array(self._counts) / np.array(self._cells.node_sizes)).sum())
         sums = np.concatenate([rows[upper > 0] / upper[upper > 0][:, None], filled[None] / scale])
@@ -366,24 +368,18 @@ class CountingProgram:
         found: IntArray = np.flatnonzero(within) if known is None else known.index[within]
         return found
 
-    def _within(self, limits: StageLimits) -> IntArray:
-        """The columns that keep the limits and that no narrower one replaces, if only fill counts."""
-        return self._narrowest(self._keeping(limits))
-
     def _cheapest(self, index: IntArray, least: Least) -> IntArray:
         """Columns that no narrower one stands for at what they cost beyond the least."""
         columns, cost = self._columns.pick(index), self._beyond(index, least)
-        option = columns.option
-        kept: IntArray = index[
-            drop_wider_and_dearer(columns, cost, self._mode[option], self._width[option], self._devices)
-        ]
+        mode, width = self._mode[columns.option], self._width[columns.option]
+        kept: IntArray = index[drop_wider_and_dearer(columns, cost, mode, width, self._devices)]
         return kept
 
     def _master(self, index: IntArray, cost: FloatArray, slack_s: float, cutoff_s: float) -> Master:
         columns = self._columns.pick(index)
         return Master(
             cost=cost,
-            rows=self._rows[:, index],
+            rows=self._rows.pick(index),
             row_lower=self._row_lower,
             row_upper=self._row_upper,
             most=self._most(columns),
@@ -397,18 +393,27 @@ class CountingProgram:
         )
 
     def _narrowest(self, index: IntArray) -> IntArray:
-        """Columns that no other within the same limits may stand for."""
+        """Columns that no narrower one within the same limits may stand for, if only fill counts."""
         columns = self._columns.pick(index)
-        option = columns.option
-        kept: IntArray = index[
-            drop_wider(columns, self._mode[option], self._width[option], self._devices)
-        ]
+        mode, width = self._mode[columns.option], self._width[columns.option]
+        kept: IntArray = index[drop_wider(columns, mode, width, self._devices)]
         return kept
 
     def _still(self, index: IntArray) -> IntArray:
         """Columns that the last programme used and that are within the limits."""
         found: IntArray = np.intersect1d(self._warm, index)
         return found
+
+    def _alike_rows(self, columns: Columns) -> tuple[AlikeRows, FloatArray, FloatArray]:
+        """The same where most columns are alike: in devices, replicas, role and boundaries."""
+        key = (self._team[columns.option] * 4 + columns.role) * 3 + columns.outside
+        if self._first_binds:
+            below = np.minimum(columns.most_below, self._devices).astype(np.intp)
+            key = key * (self._devices + 2) + np.where(columns.role == FIRST, below + 1, 0)
+        _, one, sort = np.unique(key, return_index=True, return_inverse=True)
+        table, lower, upper = self._fixed_rows(columns.pick(one))
+        table[0] = 0.0
+        return AlikeRows(columns.blocks.astype(np.float64), sort.reshape(-1), table), lower, upper
 
     def _fixed_rows(self, columns: Columns) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Coefficients [row, column] of all rows but those of memory, with their limits."""

@@ -77,11 +77,11 @@ _PLAN_SHARE = 0.8
 _WAYS_SHARE = 0.15
 """Share of the time left after which no further limit on post is tried."""
 
-_SOUGHT = (0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)
-"""Better pipelines are looked for at these shares of the way from a box's extra to that of the best."""
+_SOUGHT_FIRST = (0.5, 0.75, 0.25)
+"""Better pipelines than the first one are looked for at these shares of the way to its extra, ..."""
 
-_SOUGHT_FIRST = 3
-"""So many of these are looked at as soon as there is a pipeline."""
+_SOUGHT = (0.875, 0.5, 0.75, 0.25, 0.625, 0.375, 0.125)
+"""... and later at these of the way from the extra of a box without one to that of the best."""
 
 _LESS_EXTRA, _FAILS = 0.97, 3
 """A known pipeline is improved with less extra each time, until that failed so often."""
@@ -213,6 +213,16 @@ class SearchDiving(SearchTogether):
         if number < len(_SOUGHT):
             self._seek(low_s, _SOUGHT[number])
 
+    def _seek_first(self, low_s: float, until_s: float) -> None:
+        """Look a few times for a better pipeline than the first one, from the middle again after each."""
+        number = 0
+        for _ in _SOUGHT_FIRST:
+            if time.monotonic() > until_s:
+                return
+            before = self._cutoff
+            self._seek(low_s, _SOUGHT_FIRST[number])
+            number = number + 1 if self._cutoff == before else 0
+
     def _seek(self, low_s: float, share: float) -> None:
         """Look for a better pipeline so far on the way from some extra to that of the best."""
         best = self.best or self._known
@@ -237,9 +247,8 @@ class SearchDiving(SearchTogether):
             found = found if failed is None else (way, failed)
         if found is not None:
             self._refine(program, *found, until_s)
-            for share in _SOUGHT[:_SOUGHT_FIRST] if self._aim == "both" else ():
-                if time.monotonic() < until_s:
-                    self._seek(found[0].extra[1], share)
+            if self._aim == "both":
+                self._seek_first(found[0].extra[1], until_s)
         elif ways:
             self._plunge(program, ways[0])
 

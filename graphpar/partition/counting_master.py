@@ -16,6 +16,7 @@ from scipy import sparse
 
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.counting_rows import AlikeRows
 from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
 from graphpar.partition.solver_growing import Basis, GrowingProgram
 from graphpar.partition.unit_arrays import FloatArray, IntArray
@@ -68,7 +69,7 @@ class Master:
         self,
         *,
         cost: FloatArray,
-        rows: FloatArray,
+        rows: AlikeRows,
         row_lower: FloatArray,
         row_upper: FloatArray,
         most: IntArray,
@@ -170,9 +171,9 @@ class Master:
     def _first_guess(self) -> IntArray:
         """For every set of equal coefficients in rows that must be met, the cheapest column."""
         usable = self._most > 0
-        ratio = np.where(usable, self._cost / np.maximum(self._rows[0], 0.5), np.inf)
+        ratio = np.where(usable, self._cost / np.maximum(self._rows.blocks, 0.5), np.inf)
         cheapest = np.argsort(ratio, kind="stable")[:_PRICED_AT_ONCE]
-        ends = [np.flatnonzero(usable & (self._rows[r] > 0)) for r in (1, 2)]
+        ends = [np.flatnonzero(usable & (self._rows.row(r) > 0)) for r in (1, 2)]
         some = [e[np.argsort(self._cost[e], kind="stable")[:_PRICED_AT_ONCE]] for e in ends]
         found: IntArray = np.unique(np.concatenate([cheapest[np.isfinite(ratio[cheapest])], *some]))
         return found
@@ -245,7 +246,7 @@ class Master:
 
     def _growing(self, cost: FloatArray, penalty: float, begin: Basis | None) -> GrowingProgram:
         """The relaxation over active columns, with slack at a price before them."""
-        rows = np.concatenate([self._rows[:, self.active], self._memory(self.active)])
+        rows = np.concatenate([self._rows.of(self.active), self._memory(self.active)])
         slack = np.zeros((len(rows), _SLACKS))
         slack[range(_SLACKS), range(_SLACKS)] = 1.0
         lower, upper = self._limits()
@@ -262,7 +263,7 @@ class Master:
 
     def _let_join(self, program: GrowingProgram, cost: FloatArray, index: IntArray) -> None:
         """Columns join the relaxation."""
-        rows = np.concatenate([self._rows[:, index], self._memory(index)])
+        rows = np.concatenate([self._rows.of(index), self._memory(index)])
         program.add_columns(cost[index], self._most[index], rows)
 
     def _solved(self, program: GrowingProgram, deadline_s: float) -> Outcome | None:
@@ -304,7 +305,7 @@ class Master:
 
     def _reduced(self, cost: FloatArray, duals: FloatArray) -> FloatArray:
         fixed = len(self._row_lower)
-        reduced: FloatArray = cost - duals[:fixed] @ self._rows
+        reduced: FloatArray = cost - self._rows.priced(duals[:fixed])
         for price, limit in zip(duals[fixed:], self.dues, strict=True):
             if price != 0:
                 reduced -= price * self._memory_row(limit, self._due, self._load, self._is_last)
@@ -351,7 +352,7 @@ class Master:
             return found, bound, outcome.truncated_by == "time limit"
 
     def _run(self, chosen: IntArray, gap: float, left_s: float) -> Outcome:
-        matrix = np.concatenate([self._rows[:, chosen], self._memory(chosen)])
+        matrix = np.concatenate([self._rows.of(chosen), self._memory(chosen)])
         lower, upper = self._limits()
         if self._backend == "cbc":
             return self._through_program(matrix, chosen, lower, upper, gap, left_s)
