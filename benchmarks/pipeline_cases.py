@@ -7,6 +7,7 @@ here is a measurement of a machine.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from graphpar.cost import (
     CostTable,
@@ -243,16 +244,16 @@ def _small_table(
     )
 
 
-def unlike_cases(seeds: Iterable[int]) -> Iterator[tuple[str, CostTable]]:
-    """8 unlike devices: two regular tables, and tables drawn with some seeds."""
+def unlike_cases(seeds: Iterable[int], devices: Iterable[int] = (8,)) -> Iterator[tuple[str, CostTable]]:
+    """8 unlike devices: regular tables; of any numbers of devices tables drawn with some seeds."""
     slow, fast = LinkCost(5e-5, 2e8), LinkCost(1e-5, 1e10)
     some = StageOptions(recompute=True, zero=(1, 2, 3))
     yield "8 unlike devices, 50 units, slow network", unlike_table(8, 50, 32, slow)
     yield "8 unlike devices, 50 units, fast network", unlike_table(8, 50, 32, fast)
     unlike = with_modes(unlike_table(8, 50, 32, slow), some)
     yield "8 unlike devices, 50 units, recomputation and ZeRO", unlike
-    for seed in seeds:
-        yield f"8 unlike devices, drawn {seed}", drawn_table(seed)
+    for number, seed in product(devices, seeds):
+        yield f"{number} unlike devices, drawn {seed}", drawn_table(seed, number)
 
 
 def growth_cases(quick: bool) -> Iterator[tuple[str, CostTable]]:

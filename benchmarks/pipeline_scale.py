@@ -1,11 +1,12 @@
 """How fast pipelines are planned, and how surely, against the number of devices, kinds and layers.
 
     python benchmarks/pipeline_scale.py [--json] [--time-limit S] [--quick] [--only WORD] [--seeds N]
-        [--first-seed N] [--alone] [--baseline-limit S] [--processor-time]
+        [--first-seed N] [--devices N ...] [--alone] [--baseline-limit S] [--processor-time]
 
-The cases are those of `pipeline_cases.py`: clusters of 8 unlike devices, the 405B shape over devices,
-kinds, layers and options, and variants of it; and large clusters drawn by seed (`pipeline_draws.py`).
-8 unlike devices are planned to the optimum, the others to `--gap`.
+The cases are those of `pipeline_cases.py`: clusters of 8 unlike devices (drawn ones of as many as
+`--devices` says), the 405B shape over devices, kinds, layers and options, and variants of it; and large
+clusters drawn by seed (`pipeline_draws.py`). Unlike devices are planned to the optimum, the others to
+`--gap`.
 Beside each answer stand, from the same run, the even split, units in proportion to speed, data
 parallelism, the best plan on devices of one kind, and the textbook programme that gives every stage a
 slot. Where a table has options, equal stages with every option stand there too (`uniform_plans.py`),
@@ -84,8 +85,8 @@ def measure(
     try:
         found = partition(table, gap=gap, time_limit_s=time_limit_s)
     except InfeasibleError as error:
-        spent = time.perf_counter() - began_s
-        return replace(blank, status=f"infeasible: {error.limit}", seconds=spent)
+        spent_s, cpu_s = time.perf_counter() - began_s, time.process_time() - computed_s
+        return replace(blank, status=f"infeasible: {error.limit}", seconds=spent_s, cpu_s=cpu_s)
     row = replace(
         blank,
         status=found.status,
@@ -122,6 +123,9 @@ def main() -> None:
     parser.add_argument("--gap", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="clusters drawn at random")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of them")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", default=[8], metavar="N", help="numbers of unlike devices"
+    )
     parser.add_argument("--alone", action="store_true", help="without simple plans")
     parser.add_argument(
         "--baseline-limit", type=float, default=10.0, metavar="S", help="for each simple plan"
@@ -133,7 +137,7 @@ def main() -> None:
     if arguments.processor_time:
         time.monotonic = time.process_time
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds * (not arguments.quick))
-    cases = [*unlike_cases(seeds), *growth_cases(arguments.quick)]
+    cases = [*unlike_cases(seeds, arguments.devices), *growth_cases(arguments.quick)]
     cases += [] if arguments.quick else [*variant_cases(), *rack_cases(), *drawn_cases(seeds)]
     simple = None if arguments.alone else SimplePlans()
     rows = []
@@ -153,7 +157,7 @@ def main() -> None:
 
 def _line(row: Row) -> str:
     if row.step_s is None or row.gap is None:
-        return f"{row.case:50} {row.seconds:7.2f} s  {row.status}"
+        return f"{row.case:50} {row.seconds:7.2f} s ({row.cpu_s:.2f} s of CPU)  {row.status}"
     against = [f"{name} {value / row.step_s:.2f}x" for name, value in row.baselines_s.items()]
     against += [f"{name} {why}" for name, why in row.baselines_none.items()]
     return (

@@ -9,9 +9,11 @@ from typing import NoReturn
 
 from graphpar.cost import CostTable, DeviceClass
 from graphpar.errors import InfeasibleError
+from graphpar.partition.bounds import least_bytes
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import Family, Group, Grouping, choose_family, groupings
+from graphpar.partition.memory_bound import room_bytes
 from graphpar.partition.memory_fit import larger_hold_more
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options, with_small_updates
@@ -217,9 +219,12 @@ def _by_memory_alone(programs: Programs, group: Group, samples: int, peers: int)
     counts = family.counts(samples)
     if not counts:
         return False
-    fit = programs.memory_fit(group, peers)
     schedule: ScheduleName = "1f1b" if "1f1b" in family.schedules else "gpipe"
     settings = [Setting(samples, m, schedule) for m in reversed(counts)]
+    # One replica per stage is looked at first: there are few such stages, and mostly they will do.
+    if programs.memory_fit(group, 1).witness(settings[0]) is not None:
+        return True
+    fit = programs.memory_fit(group, family.table.max_replicas // peers)
     if (len(counts) == 1 or larger_hold_more(family.table)) and not fit.may_fit(settings[0]):
         return False
     return True if any(fit.witness(s) is not None for s in settings) else None
@@ -308,11 +313,16 @@ def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float
 
 def _devices_needed(table: CostTable, index: int, family: Family, deadline_s: float) -> int | None:
     """How many further devices of a class make a plan fit, or None."""
-    low, number = 0, 1
-    while not _certain(more_devices(table, index, number), family, deadline_s):
-        low, number = number, number * 2
-        if number > _MOST_DEVICES or time.monotonic() > deadline_s:
+    low = _too_few(table, index)
+    number, step = low + 1, 1
+    while number <= _MOST_DEVICES:
+        if _certain(more_devices(table, index, number), family, deadline_s):
+            break
+        low, number, step = number, number + step, 2 * step
+        if time.monotonic() > deadline_s:
             return None
+    else:
+        return None
     while number - low > 1:
         middle = (number + low) // 2
         enough = _fits_table(more_devices(table, index, middle), family, deadline_s)
@@ -320,6 +330,15 @@ def _devices_needed(table: CostTable, index: int, family: Family, deadline_s: fl
             return None
         low, number = (low, middle) if enough else (middle, number)
     return number
+
+
+def _too_few(table: CostTable, index: int) -> int:
+    """So many further devices of a class do not have the memory for one copy of all units."""
+    each = room_bytes(table, [int(i == index) for i in range(len(table.device_classes))])
+    missing = least_bytes(table) - room_bytes(table, [len(c.devices) for c in table.device_classes])
+    if missing <= 0:
+        return 0
+    return min(math.ceil(missing / each * (1 - 1e-9)) - 1, _MOST_DEVICES) if each > 0 else _MOST_DEVICES
 
 
 def more_devices(table: CostTable, index: int, number: int) -> CostTable:

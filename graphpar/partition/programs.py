@@ -169,9 +169,9 @@ class Programs:
         room = sum(n * max(0.0, c.memory_bytes - reserved) for n, c in zip(numbers, classes, strict=True))
         return self._least_bytes <= room * (1 + MEMORY_TOLERANCE)
 
-    def memory_fit(self, limits: Sequence[int], peers: int) -> MemoryFit:
-        """What fits into the memory of some devices, for one of so many pipelines; counts no stages."""
-        key = tuple(limits), self.family.table.max_replicas // peers
+    def memory_fit(self, limits: Sequence[int], width: int) -> MemoryFit:
+        """What fits into the memory of some devices with so many replicas at most; counts no stages."""
+        key = tuple(limits), width
         if key not in self._fits:
             options = self.family.within(*key)
             self._fits[key] = MemoryFit(self.family, key[0], options, self._ranges, self._cache)

@@ -35,7 +35,7 @@ def test_every_number_of_microbatches_is_excluded(table: CostTable, part: float)
     table = infeasible.scale_memory(table, part)
     family = choose_family(table, "auto", "auto")
     programs = Programs(family, CountingLimits(0.5, "highs"))
-    fit = programs.memory_fit(family.cells.counts, 1)
+    fit = programs.memory_fit(family.cells.counts, table.max_replicas)
     schedule = family.schedules[0]
     for microbatches in range(1, table.max_microbatches + 1):
         setting = Setting(table.batch, microbatches, schedule)
