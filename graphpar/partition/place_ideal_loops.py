@@ -70,7 +70,9 @@ class Scratch(NamedTuple):
 
     Attributes:
         stamp: The ideal that the way came from.
-        holds, waits: P with C(P), and D.
+        holds: P with C(P).
+        inner: The number of D.
+        words: Room for an ideal to look up.
         sums: The work of `holds`, the transfers in, the memory of `holds`, the transfers out of I, and
             those of them that nobody in I wants.
         stack: Ideals to go on from.
@@ -78,7 +80,8 @@ class Scratch(NamedTuple):
 
     stamp: IntArray
     holds: WordArray
-    waits: WordArray
+    inner: IntArray
+    words: WordArray
     sums: FloatArray
     stack: IntArray
 
@@ -137,7 +140,7 @@ def begin_last(times: Times, below: np.int64, inner: np.int64, a: int, load: flo
 def relax(begin: int, end: int, order: Order, times: Times, scratch: Scratch) -> None:
     """Fill in the times of ideals `begin` to `end - 1`, one after the other; `past` stays as it is."""
     least, whole, serial, origin = times.least, times.whole, times.serial, times.origin
-    stamp, holds, waits, sums, stack = scratch
+    stamp, holds, inners, words, sums, stack = scratch
     ideals, best = order.ideals, order.best
     num, width, one = least.shape[1], ideals.shape[1], np.uint64(1)
     for top in range(begin, end):
@@ -154,7 +157,7 @@ def relax(begin: int, end: int, order: Order, times: Times, scratch: Scratch) ->
                     origin[top, a, 0], origin[top, a, 1] = below, 1
         stamp[top] = top
         holds[top] = np.uint64(0)
-        waits[top] = np.uint64(0)
+        inners[top] = 0
         sums[top] = 0.0
         stack[0], height = top, 1 if num > 1 else 0
         while height > 0:
@@ -205,16 +208,25 @@ def relax(begin: int, end: int, order: Order, times: Times, scratch: Scratch) ->
                         wanted |= x != v and has(ideals, top, x) and not has(ideals, below, x)
                     if not wanted:
                         moved += order.sent[u]
-                for w in range(width):
-                    waits[below, w] = waits[here, w] | order.ancestors[v, w]
-                waits[below, v // 64] &= ~(one << np.uint64(v % 64))
+                # If D has v, then as a maximal item: what comes after v is taken already.
+                past, inner = inners[here], np.int64(-1)
+                for k in range(order.steps.start[past], order.steps.start[past + 1]):
+                    if order.steps.item[k] == v:
+                        inner = order.steps.to[k]
+                        break
+                if inner < 0 and past == 0:
+                    inner = order.before_ideal[v]
+                if inner < 0:
+                    for w in range(width):
+                        words[w] = ideals[past, w] | order.ancestors[v, w]
+                    inner = find(words, ideals, order.slots)
+                inners[below] = inner
                 sums[below, 0], sums[below, 1] = busy, moved
                 sums[below, 2], sums[below, 3], sums[below, 4] = held, leaving, last
                 stack[height] = below
                 height += 1
                 if not within:
                     continue
-                inner = find(waits[below], ideals, order.slots)
                 load = busy + moved + leaving
                 for a in range(1, num):
                     done = least[inner, a - 1] + busy + moved + last
@@ -225,6 +237,9 @@ def relax(begin: int, end: int, order: Order, times: Times, scratch: Scratch) ->
                     if least[inner, a - 1] + load < whole[top, a]:
                         done = begin_last(times, below, inner, a - 1, load)
                         whole[top, a] = min(whole[top, a], done)
+                    # What takes longer one piece after the other than side by side is no better.
+                    if least[inner, a - 1] + load >= serial[top, a]:
+                        continue
                     if serial[below, a - 1] + load < serial[top, a]:
                         serial[top, a] = serial[below, a - 1] + load
                         origin[top, a, 0], origin[top, a, 1] = below, 0

@@ -170,9 +170,10 @@ def _nothing_known(order: Order, num_accelerators: int) -> Times:
 def _scratch(order: Order) -> Scratch:
     count, width = order.ideals.shape
     return Scratch(
-        np.full(count, -1, np.int64),
+        np.full(count, -1, np.int32),
         np.zeros((count, width), np.uint64),
-        np.zeros((count, width), np.uint64),
+        np.zeros(count, np.int64),
+        np.zeros(width, np.uint64),
         np.zeros((count, 5)),
         np.zeros(count + len(order.steps.to), np.int64),
     )
