@@ -27,6 +27,7 @@ from graphpar.runtime.clocks import work_clock
 from graphpar.runtime.emulate import Pace
 from graphpar.runtime.executor import Executor, StepResult
 from graphpar.runtime.failed_op import place_of_failure
+from graphpar.runtime.heap import go_on_behind_a_line
 from graphpar.runtime.messages import Message, receive, send
 from graphpar.runtime.optimizers import Recipe, made_as_intended
 from graphpar.runtime.passes import Passes
@@ -377,6 +378,7 @@ def _answer(worker: Worker, command: Message) -> Message:
     data: Mapping[str, Any] = command.data
     if command.kind == "install":
         worker.install(data["name"], msgspec.convert(data["program"], RankProgram))
+        go_on_behind_a_line()
         return Message("ready")
     if command.kind == "install passes":
         program = msgspec.convert(data["program"], RankProgram)

@@ -18,6 +18,7 @@ import sys
 import torch
 
 from graphpar.runtime.fork_server import EXIT, FORK
+from graphpar.runtime.heap import go_on_behind_a_line, keep_small_apart
 from graphpar.runtime.messages import Message, send
 from graphpar.runtime.worker import serve
 
@@ -36,6 +37,8 @@ def main() -> None:
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     import_for_optimizers()
+    keep_small_apart()
+    go_on_behind_a_line()
     children: set[int] = set()
     watched: list[socket.socket | int] = [channel, wake]
     with contextlib.suppress(OSError):

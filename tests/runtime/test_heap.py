@@ -1,0 +1,55 @@
+"""Places of freed tensors are taken by others of their size, in a process that has a worker's heap."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from graphpar.runtime import heap
+from graphpar.runtime.fork_server import _KEEPS_MEMORY
+
+WORK = """
+import ctypes, importlib.util, sys
+spec = importlib.util.spec_from_file_location("heap", sys.argv[1])
+heap = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(heap)
+libc = heap._glibc()
+def tensor():
+    place = ctypes.c_void_p()
+    libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(64), ctypes.c_size_t(2**20))
+    return place.value
+if sys.argv[2] == "prepared":
+    heap.keep_small_apart()
+libc.malloc(2**20 + int(sys.argv[3]))  # what else is there, of any size
+if sys.argv[2] == "prepared":
+    heap.go_on_behind_a_line()
+first = []
+for _ in range(16):
+    first.append(tensor())
+    [libc.malloc(size) for size in (24, 40, 56, 72, 88)]
+for gone in first[1:-1:2]:
+    libc.free(gone)
+    [libc.malloc(size) for size in (24, 40, 56, 72, 88)]
+found = {tensor() for _ in first[1:-1:2]}
+print(len(found & set(first)))
+"""
+
+
+def taken_again(way: str, before: int = 0) -> int:
+    """How many of seven freed places seven tensors of that size take."""
+    run = [sys.executable, "-c", WORK, heap.__file__, way, str(before)]
+    environment = {**os.environ, **_KEEPS_MEMORY}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="workers' heaps are prepared with glibc alone")
+@pytest.mark.parametrize("before", [0, 48])
+def test_tensors_find_the_places_of_their_size(before: int) -> None:
+    assert taken_again("prepared", before) == 7
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="workers' heaps are prepared with glibc alone")
+def test_a_heap_that_is_not_prepared_has_no_use_for_them() -> None:
+    assert taken_again("as it is") < 7
