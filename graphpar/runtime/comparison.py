@@ -203,6 +203,8 @@ def _reasons(found: StepComparison, plan: Plan, machine: MachineNow) -> tuple[st
 
 _DRIFTED = 0.05
 """A reference that takes this much longer or shorter tells that the machine's speed has moved."""
+_EXPLAINS = 0.5
+"""A reference that is off by less than this share of what a device is off explains it in part only."""
 _BUSY_CORES = 0.5
 """Other work on more cores than this is in the way of workers."""
 
@@ -234,7 +236,8 @@ def _processor_reason(
             f"other work keeps {machine.others:.1f} of this machine's {machine.num_cores} cores busy; "
             "stop it, or describe fewer or slower workers"
         )
-    if abs(moved) > _DRIFTED and (moved > 0) == slower:
+    explains = (moved > 0) == slower and abs(moved) > _EXPLAINS * abs(worst.compute_error)
+    if abs(moved) > _DRIFTED and explains:
         return (
             f"a reference takes {1 + moved:.2f} times what it took when this machine was measured, so "
             "its speed has moved; `graphpar calibrate` measures anew"
@@ -244,6 +247,12 @@ def _processor_reason(
         return (
             f"the other workers of this machine are not off like that, so this one is {word} than the "
             "cluster describes it (`slowdown`), or has its core under other conditions than they do"
+        )
+    if machine.drift is not None and machine.others is not None and machine.others <= _BUSY_CORES:
+        return (
+            f"nothing else is at work, and a reference takes {1 + moved:.2f} times what it took when "
+            "this machine was measured, so the times it was planned with are wrong: `graphpar calibrate` "
+            "measures anew, and a larger `measure_s` tries more of the plan"
         )
     why = (
         "its core was shared with other work, or the machine slowed down since it was measured"

@@ -66,8 +66,13 @@ def on_this_machine() -> Plan:
     [
         (1.6, MachineNow(1.4, 0.1, 2), "1.40 times"),
         (1.6, MachineNow(1.4, 1.2, 2), "1.2 of this machine's 2 cores busy"),
-        (1.6, MachineNow(0.7, 0.1, 2), "was shared with other work"),  # a faster machine explains nothing
+        (1.6, MachineNow(0.7, 0.1, 2), "planned with are wrong"),  # a faster machine explains nothing
+        (2.6, MachineNow(1.2, 0.1, 2), "planned with are wrong"),  # nor does one that is a little slower
+        (1.2, MachineNow(1.2, 0.1, 2), "1.20 times"),
+        (0.5, MachineNow(1.2, 0.1, 2), "planned with are wrong"),
         (1.6, MachineNow(1.01, None, 2), "was shared with other work"),
+        (1.6, MachineNow(1.01, 0.1, 2), "planned with are wrong"),
+        (0.5, MachineNow(0.99, 0.1, 2), "planned with are wrong"),
         (1.6, None, "was shared with other work"),
         (0.5, MachineNow(0.7, 0.1, 2), "0.70 times"),
         (0.5, MachineNow(1.4, 1.2, 2), "busier when it was measured"),
