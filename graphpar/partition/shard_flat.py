@@ -76,14 +76,14 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix, should_stop: ShouldStop 
             tables.append(table)
     edge_back = [
         place[edge_to[e], p]
-        for p in range(len(vertices))
+        for p in in_time(range(len(vertices)), should_stop)
         for e in range(edge_start[p], edge_start[p + 1])
     ]
     edge_table = np.concatenate([[0], np.cumsum([t.size for t in tables])]).astype(np.int64)
-    pairs = np.concatenate([np.zeros(0), *(t.ravel() for t in tables)])
+    pairs = np.concatenate([np.zeros(0), *(t.ravel() for t in in_time(tables, should_stop))])
     possible = np.isfinite(pairs)
     if not possible.all():
-        pairs[~possible] = _prohibitive(graph)
+        pairs[~possible] = _prohibitive(graph, should_stop)
     return FlatGraph(
         memory.start.astype(np.int64),
         np.concatenate([np.zeros(0), *(graph.costs[u] for u in vertices)]),
@@ -92,7 +92,7 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix, should_stop: ShouldStop 
         np.array(edge_back, dtype=np.int64),
         edge_table[:-1],
         pairs,
-        *_segments(memory),
+        *_segments(memory, should_stop),
         memory.limit.astype(np.float64),
     )
 
@@ -106,9 +106,9 @@ def flat_cost(flat: FlatGraph, x: IntArray) -> float:
     return float(flat.cost[flat.start[:-1] + x].sum() + pairs.sum())
 
 
-def _prohibitive(graph: ShardingGraph) -> float:
+def _prohibitive(graph: ShardingGraph, should_stop: ShouldStop) -> float:
     total = sum(float(np.abs(costs).max()) for costs in graph.costs.values())
-    for u, tables in graph.tables.items():
+    for u, tables in in_time(graph.tables.items(), should_stop):
         for v, table in tables.items():
             if u < v:
                 total += float(np.abs(table[np.isfinite(table)]).max(initial=0.0))
@@ -116,11 +116,11 @@ def _prohibitive(graph: ShardingGraph) -> float:
 
 
 def _segments(
-    memory: MemoryMatrix,
+    memory: MemoryMatrix, should_stop: ShouldStop
 ) -> tuple[Int64Array, Int64Array, Int64Array, FloatArray, Int64Array]:
     """Segments of the vertices whose choice makes a difference to memory; the rest holds still."""
     counts, first, last, uses, use_start = [0], [], [], [np.zeros(0)], [0]
-    for profile in memory.profiles:
+    for profile in in_time(memory.profiles, should_stop):
         if profile is None or is_flat(profile):
             counts.append(0)
             use_start.append(use_start[-1])

@@ -118,7 +118,7 @@ class MemoryMatrix:
             vertex_profile(graph.members[u], rows) for u in in_time(self.vertices, should_stop)
         ]
         entries: list[tuple[FloatArray, IntArray, IntArray]] = []
-        for p in range(len(self.vertices)):
+        for p in in_time(range(len(self.vertices)), should_stop):
             profile = self.profiles[p]
             if profile is None:
                 continue

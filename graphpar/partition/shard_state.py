@@ -99,7 +99,9 @@ class State:
 
     def take(self, answer: list[int]) -> None:
         """Take an answer as incumbent if the file itself says that it is feasible and better."""
+        began_s = self.elapsed_s()
         verdict = check_sharding(self.problem, answer)
+        self.check_s = max(self.check_s, self.elapsed_s() - began_s)
         if verdict.feasible and verdict.cost < self.objective:
             self.objective, self.answer = float(verdict.cost), answer
             self.tell()
