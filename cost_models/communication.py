@@ -82,14 +82,6 @@ WHOLE_LINE_KINDS = frozenset(
 
 SWITCHED_REDUCTION_KINDS = frozenset({"nvlink4", "nvlink5"})
 
-BEYOND_PAIRS = {
-    "nvlink2-bridge": "pcie3",
-    "nvlink3-bridge": "pcie4",
-    "nvlink3-bridges": "pcie4",
-    "nvlink4-bridge": "pcie5",
-}
-"""Bridges between two cards, and what joins pairs of them."""
-
 
 @dataclass(frozen=True)
 class Network:
@@ -156,7 +148,7 @@ class Group:
     def inside(self) -> str:
         """The link that binds a ring over a node's ranks: bridges join pairs, beyond them it is PCIe."""
         paired = self.neighbours and self.ranks // self.nodes <= 2
-        return self.link if paired else BEYOND_PAIRS.get(self.link, self.link)
+        return self.link if paired else catalogue.links()[self.link].beyond_pairs or self.link
 
     @property
     def kind(self) -> LinkKind:

@@ -64,7 +64,7 @@ class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LinkKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One kind of link, one direction."""
+    """One kind of link, one direction; `beyond_pairs` is what joins more devices than two."""
 
     bytes_per_s: float
     pair_bytes_per_s: float
@@ -72,6 +72,7 @@ class LinkKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latency_s: float
     source: str
     aliases: tuple[str, ...] = ()
+    beyond_pairs: str = ""
     note: str = ""
 
 

@@ -42,7 +42,7 @@ def build_node(spec: NodeSpec, where: str, num_local_cpus: int) -> Node:
             devices.append(replace(base, name=f"{spec.name}/{len(devices)}"))
     bare = Node(spec.name, tuple(devices), Link(1.0, 0.0), spec.host)
     here = runs_here(bare)
-    link = build_link(spec.link, _default_link(spec, kinds), here, f"{where}.link")
+    link = build_link(spec.link, _default_link(spec, kinds), here, f"{where}.link", len(devices))
     network = None
     if spec.network is not None:
         network = build_link(spec.network, DEFAULT_NETWORK, here, f"{where}.network")
@@ -126,6 +126,7 @@ def build_link(
     default: str | Link,
     here: bool,
     at: str,
+    ends: int = 2,
 ) -> Link:
     """The link that is written, what is missing taken from the default.
 
@@ -134,14 +135,15 @@ def build_link(
         default: A kind's name, or a link.
         here: Whether both ends run on this machine, so that numbers given must be emulated.
         at: Where it is written, for errors.
+        ends: How many devices it joins; a bridge between two leaves more to their bus.
     """
-    if written is None:
-        return default if isinstance(default, Link) else _emulated(_catalogue_link(default, at), here)
-    if isinstance(written, str):
-        return _emulated(_catalogue_link(written, at), here)
-    base = _catalogue_link(written.kind, at) if written.kind else default
+    if written is None and isinstance(default, Link):
+        return default
+    if written is None or isinstance(written, str):
+        return _emulated(_catalogue_link(written or str(default), at, ends), here)
+    base = _catalogue_link(written.kind, at, ends) if written.kind else default
     if isinstance(base, str):
-        base = _catalogue_link(base, at)
+        base = _catalogue_link(base, at, ends)
     if written.bytes_per_s is None and written.latency_s is None:
         return _emulated(base, here) if base.kind else base
     return Link(
@@ -155,9 +157,11 @@ def _emulated(link: Link, here: bool) -> Link:
     return replace(link, emulated=here and link.kind != "loopback")
 
 
-def _catalogue_link(name: str, at: str) -> Link:
+def _catalogue_link(name: str, at: str, ends: int) -> Link:
     key = catalogue.find_link(name, at)
     kind = catalogue.links()[key]
+    if kind.beyond_pairs and ends > 2:
+        key, kind = kind.beyond_pairs, catalogue.links()[kind.beyond_pairs]
     return Link(kind.pair_bytes_per_s * kind.efficiency, kind.latency_s, kind=key)
 
 

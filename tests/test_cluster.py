@@ -132,6 +132,22 @@ def test_instances_bring_devices_links_and_network() -> None:
     assert cluster.link("p4d-0/0", "g5-2/0").bytes_per_s < fast * 1.01
 
 
+def test_bridges_join_two_devices_of_a_node_and_no_more() -> None:
+    for link in (None, "nvlink3-bridges", {"kind": "nvlink3-bridges", "latency_s": 6e-6}):
+        node = {"name": "a", "devices": {"kind": "a100-pcie-80gb", "count": 2}, "link": link}
+        node = {key: value for key, value in node.items() if value}
+        pair = Cluster.from_dict({"nodes": [node]}).link("a/0", "a/1")
+        assert pair.bytes_per_s == pytest.approx(0.39 * 300e9)
+        node["devices"] = {"kind": "a100-pcie-80gb", "count": 4}
+        four = Cluster.from_dict({"nodes": [node]}).link("a/0", "a/1")
+        assert four.bytes_per_s == pytest.approx(0.83 * 31e9)
+    # Numbers are taken as they are.
+    node["link"] = {"kind": "nvlink3-bridges", "bytes_per_s": 1e11}
+    assert Cluster.from_dict({"nodes": [node]}).link("a/0", "a/3").bytes_per_s == 1e11
+    (azure,) = Cluster.of("standard_nc96ads_a100_v4", 1).nodes
+    assert azure.link.kind == "pcie4"
+
+
 def test_local_looks_for_cuda_devices_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "graphpar.cluster.cuda_devices", lambda: [{"kind": "h100-sxm-80gb", "memory_bytes": 8 << 30}]
@@ -271,6 +287,7 @@ def test_catalogue_is_consistent_and_sourced() -> None:
         assert link.source in catalogue.sources("links"), name
         assert link.pair_bytes_per_s <= link.bytes_per_s, name
         assert 0 < link.efficiency <= 1, name
+        assert (link.beyond_pairs or name) in catalogue.links(), name
 
 
 def test_no_two_entries_share_a_name() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from graphpar import catalogue
 from graphpar.cost_models.communication import (
-    BEYOND_PAIRS,
     CUBE_MESH_LINKS,
     CollectiveName,
     Group,
@@ -148,13 +148,16 @@ def test_ranks_spread_evenly_over_the_nodes_they_need(ranks: int, per_node: int)
     assert ranks // nodes <= per_node
 
 
-@pytest.mark.parametrize("link", BEYOND_PAIRS)
+BRIDGES = {name: kind.beyond_pairs for name, kind in catalogue.links().items() if kind.beyond_pairs}
+
+
+@pytest.mark.parametrize("link", BRIDGES)
 def test_bridges_join_pairs_and_no_more(link: str) -> None:
     pair, four, pairs = (
         ring_bytes_per_s(Group(ranks, link, nodes, Network(800e9)))
         for ranks, nodes in ((2, 1), (4, 1), (4, 2))
     )
     assert pair == pairs != four
-    assert four == ring_bytes_per_s(Group(4, BEYOND_PAIRS[link]))
+    assert four == ring_bytes_per_s(Group(4, BRIDGES[link]))
     hidden, apart = Group(4, link, peer_access=False), Group(2, link, neighbours=False)
     assert ring_bytes_per_s(hidden) < four == ring_bytes_per_s(apart)
