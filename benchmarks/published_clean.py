@@ -177,12 +177,21 @@ def _fill_shape(model: dict[str, Any], remarks: list[str]) -> None:
 
 
 def _match_widths(row: dict[str, Any], remarks: list[str]) -> None:
-    """A data-parallel width that fits the devices, where the stated one does not."""
+    """A data-parallel width that fits the devices, and no groups of experts that do not fit a stage's."""
     parallel, count = row["parallel"], row["hardware"].get("count")
-    dp = parallel.get("dp")
-    if not count or not dp or parallel.get("plan_gpus"):
+    if parallel.get("plan_gpus"):
         return
-    others = math.prod(parallel.get(key) or 1 for key in ("tp", "pp", "cp"))
-    if others * dp != count and count % others == 0:
-        parallel["dp"] = count // others
-        remarks.append(f"dp {dp} does not fit {count} devices; {parallel['dp']} assumed")
+    dp, stages = parallel.get("dp"), parallel.get("pp") or 1
+    others = math.prod(parallel.get(key) or 1 for key in ("tp", "cp"))
+    if count and dp and others * stages * dp != count:
+        if count % (others * stages) == 0:
+            parallel["dp"] = count // (others * stages)
+            remarks.append(f"dp {dp} does not fit {count} devices; {parallel['dp']} assumed")
+        else:
+            remarks.append(f"the widths make {others * stages * dp} devices, and {count} are stated")
+    dp = parallel.get("dp") or max((count or 1) // (others * stages), 1)
+    experts = (parallel.get("ep") or 1) * (parallel.get("etp") or 1)
+    if (others * dp) % experts:
+        remarks.append(f"experts in groups of {experts} do not fit the {others * dp} devices of a stage")
+        parallel.pop("ep", None)
+        parallel.pop("etp", None)

@@ -11,6 +11,7 @@ from published_devices import device_of
 from published_models import family_name, is_gated
 
 from graphpar import catalogue
+from graphpar.cost_models.communication import nodes_for
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,35 @@ def traits_of(row: dict[str, Any]) -> Traits:
         return MODERN_MEGATRON
     deepspeed = traits.bucket_elements > 0
     return replace(traits, fused_attention=True, dropout=False) if deepspeed and recent else traits
+
+
+UNSHARDED = frozenset({"0", "false", "no", "none", "off", "no_shard", "ddp"})
+SHARDING_STAGES = {"optim": 1, "optim_grads": 2, "shard_grad_op": 2}
+"""Words of `torch.distributed.fsdp.ShardingStrategy` and of Megatron Core's
+`--data-parallel-sharding-strategy` for less than weights."""
+
+
+def sharding_of(parallel: dict[str, Any], traits: Traits, replicas: int, near: int) -> tuple[int, int]:
+    """ZeRO's stage, and the ranks that divide weights where not all replicas do (else 0).
+
+    Rows say it by a stage, a number of ranks or a strategy's name; `near` replicas are in one node.
+
+    >>> [sharding_of({"fsdp": said}, TITAN, 64, 8) for said in ("HYBRID_SHARD", 16, "SHARD_GRAD_OP")]
+    [(3, 8), (3, 16), (2, 0)]
+    """
+    stage = traits.zero if parallel.get("zero") is None else parallel["zero"]
+    if parallel.get("fsdp") is None:
+        return stage, 0
+    words = str(parallel["fsdp"]).lower().rpartition(".")[2]
+    if words in UNSHARDED:
+        return (0 if stage == 3 and parallel.get("zero") is None else stage), 0
+    if "hybrid" in words or "hsdp" in words:
+        width = replicas // nodes_for(replicas, near)
+        return 3, width if width < replicas else 0
+    if words in SHARDING_STAGES:
+        return SHARDING_STAGES[words], 0
+    width = int(words) if words.isdecimal() else 0
+    return 3, width if 1 < width < replicas and replicas % width == 0 else 0
 
 
 def captures_steps(row: dict[str, Any], device: str, traits: Traits) -> bool:

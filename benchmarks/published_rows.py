@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from published_devices import device_of, die_of, network_of
-from published_frameworks import Traits, captures_steps, overlaps_tensor, traits_of
+from published_frameworks import Traits, captures_steps, overlaps_tensor, sharding_of, traits_of
 from published_models import shape_of
 
 from graphpar import catalogue
@@ -130,10 +130,8 @@ def _run(
     network = network_of(str(hardware.get("inter") or ""), device, stated)
     # What is said of a node holds of so many devices as it has, not of all that NVLink joins.
     network = replace(network, node_bytes_per_s=network.node_bytes_per_s * per_node / stated)
-    zero = parallel.get("zero")
-    fsdp = parallel.get("fsdp")
-    if fsdp and str(fsdp) not in ("0", "None"):
-        zero = 3
+    tensor, replicas = parallel.get("tp") or 1, _data_width(row) * (parallel.get("cp") or 1)
+    zero, shard_group = sharding_of(parallel, traits, replicas, max(per_node // tensor, 1))
     captured = captures_steps(row, device, traits)
     return Run(
         shape=shape,
@@ -143,14 +141,14 @@ def _run(
         network=network,
         batch=batch[0],
         microbatch=batch[1],
-        tensor=parallel.get("tp") or 1,
+        tensor=tensor,
         pipeline=parallel.get("pp") or 1,
         data=_data_width(row),
         context=parallel.get("cp") or 1,
         expert=parallel.get("ep") or 1,
         expert_tensor=parallel.get("etp") or 1,
         virtual=parallel.get("virtual_stages") or 1,
-        zero=traits.zero if zero is None else zero,
+        zero=zero,
         recompute=_recompute(parallel.get("recompute")),
         dtype=_dtype(parallel, device),
         fused_attention=traits.fused_attention,
@@ -167,7 +165,7 @@ def _run(
         fallback_softmax=traits.fallback_softmax,
         vendor_attention=traits.vendor_attention,
         overlaps_tensor=overlaps_tensor(parallel, device, traits),
-        shard_group=per_node if fsdp == "HSDP" else 0,
+        shard_group=shard_group,
         selects_products=traits.selects_products,
         adds_gradients=traits.adds_gradients,
         pure_half=parallel.get("fsdp_mixed_precision") == "PURE",

@@ -161,6 +161,38 @@ def test_hybrid_sharding_sums_its_shards_over_a_slow_network() -> None:
     assert seconds(slow) > 1.2 * seconds(row)
 
 
+@pytest.mark.parametrize(
+    ("fields", "devices", "told"),
+    [
+        ({"fsdp": "HSDP"}, 64, (3, 8)),
+        ({"fsdp": "HYBRID_SHARD", "tp": 2}, 64, (3, 4)),
+        ({"fsdp": "HSDP", "tp": 8}, 64, (3, 1)),
+        ({"fsdp": "HSDP"}, 4, (3, 0)),
+        ({"fsdp": "16"}, 64, (3, 16)),
+        ({"fsdp": 64}, 64, (3, 0)),
+        ({"fsdp": 1}, 64, (3, 0)),
+        ({"fsdp": "SHARD_GRAD_OP", "zero": None}, 64, (2, 0)),
+        ({"fsdp": "NO_SHARD", "zero": None}, 64, (0, 0)),
+        ({"fsdp": "optim_grads_params"}, 64, (3, 0)),
+        ({"fsdp": 0, "zero": 1}, 64, (1, 0)),
+    ],
+)
+def test_weights_are_sharded_over_the_ranks_that_a_row_says(
+    fields: Row, devices: int, told: tuple[int, int]
+) -> None:
+    found = run(changed(SHARDED, parallel=fields, hardware={"count": devices}))
+    assert (found.zero, found.shard_group) == told
+    assert seconds(changed(SHARDED, parallel=fields)) > 0
+
+
+def test_widths_that_do_not_fit_the_devices_are_said() -> None:
+    odd = changed(MIXTURE, parallel={"ep": 128})
+    assert "experts in groups of 128 do not fit the 32 devices of a stage" in remarks(odd)
+    assert run(odd).expert == run(changed(odd, parallel={"ep": None})).expert
+    odd = changed(DENSE, parallel={"tp": 3})
+    assert "the widths make 96 devices, and 64 are stated" in remarks(odd)
+
+
 def test_words_about_a_tray_are_not_about_all_devices_that_nvlink_joins() -> None:
     """Four cards in a tray of four GB200 are a card each, also among 72 of them."""
     row = changed(MIXTURE, hardware={"gpu": "GB200", "gpus_per_node": 4, "inter": "4x400Gb/s"})
