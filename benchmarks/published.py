@@ -14,7 +14,7 @@ from published_devices import device_of
 from published_rows import assumed, in_favour, measured_bytes, measured_step_s, refuted, run_of
 
 from graphpar.cost_models.training import StepTime, step_time
-from graphpar.cost_models.training_memory import bound_bytes, fits, stage_parts
+from graphpar.cost_models.training_memory import bound_bytes, filled, stage_parts
 from graphpar.cost_models.training_run import parameters
 
 ENOUGH = 5
@@ -44,7 +44,8 @@ def main() -> None:
     for name, s in report["sets"].items():
         cells = ("-" if s[key] is None else f"{s[key]:.2f}" for key in columns)
         print(f"{name:<24}{s['n']:>5}" + "".join(f"{cell:>15}" for cell in cells))
-    print(f"out of memory: {report['out_of_memory']}; skipped: {len(report['skipped'])}")
+    called = {k: round(v, 1) if isinstance(v, float) else v for k, v in report["out_of_memory"].items()}
+    print(f"out of memory: {called}; skipped: {len(report['skipped'])}")
 
 
 def compare(rows: list[Any]) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def score(raw: Any) -> dict[str, Any] | str:
         return "no measured time, rate or memory"
     predicted = step_time(run, parameters())
     predicted_b = stage_parts(run, 0).total  # tools report the first rank's memory
+    filled_share = filled(in_favour(run, row))
     return {
         "id": row["id"],
         "set": row["set"],
@@ -93,7 +95,8 @@ def score(raw: Any) -> dict[str, Any] | str:
         "bound_bytes": bound_bytes(run, 0),
         "memory_error_pct": None if measured_b is None else 100 * (predicted_b / measured_b - 1),
         "measured_oom": failed,
-        "predicted_oom": not fits(in_favour(run, row)),
+        "predicted_oom": filled_share > 1,
+        "filled_pct": 100 * filled_share,
         "remarks": [
             *remarks,
             *filter(None, [device_of(str(row["hardware"]["gpu"]))[2], refuted(row)]),
@@ -170,12 +173,15 @@ def ranks(values: list[float]) -> list[float]:
     return result
 
 
-def out_of_memory(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """How often running out of memory was called right, missed, and called wrongly."""
+def out_of_memory(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often running out of memory was called right, missed, and called wrongly, and how narrowly."""
+    failed, went = ([r["filled_pct"] for r in rows if r["measured_oom"] is oom] for oom in (True, False))
     return {
         "called_right": sum(r["measured_oom"] and r["predicted_oom"] for r in rows),
         "missed": sum(r["measured_oom"] and not r["predicted_oom"] for r in rows),
         "called_wrongly": sum(not r["measured_oom"] and r["predicted_oom"] for r in rows),
+        "fullest_that_went_pct": max(went, default=None),
+        "emptiest_that_failed_pct": min(failed, default=None),
     }
 
 

@@ -82,9 +82,14 @@ def bound_bytes(run: Run, stage: int) -> float:
 
 def fits(run: Run) -> bool:
     """Whether the run would go through on the fullest stage."""
+    return filled(run) <= 1.0
+
+
+def filled(run: Run) -> float:
+    """What the fullest stage needs, over what a device has for it."""
     parts = memory_parts(run)
     capacity = run.memory_bytes or catalogue.devices()[run.device].memory_bytes
-    return parts.total - parts.slack <= USABLE * capacity
+    return (parts.total - parts.slack) / (USABLE * capacity)
 
 
 def memory_parts(run: Run) -> MemoryParts:

@@ -2,17 +2,18 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from published import score  # noqa: E402 - benchmarks are no package
+from published import compare, score  # noqa: E402 - benchmarks are no package
 from published_clean import cleaned  # noqa: E402
 from published_rows import run_of  # noqa: E402
 
@@ -88,6 +89,7 @@ def remarks(row: Row) -> list[str]:
 
 
 @settings(max_examples=40)
+@example("old", ("A100-SXM-80GB", "H100-SXM-80GB"), 512, 1, 2)  # its ranks are later than it gains
 @given(
     st.sampled_from(sorted(KINDS)),
     st.sampled_from(FASTER),
@@ -138,12 +140,31 @@ def test_experts_are_spread_as_far_as_memory_asks_where_a_row_does_not_say() -> 
 
 
 def test_gradients_of_experts_are_summed_over_fewer_devices() -> None:
-    """With as many groups as devices nothing of them is left to send."""
+    """With as many groups as devices nothing of them is left to send; each steps its part as before."""
     slow = changed(MIXTURE, hardware={"inter": "10Gb/s per node"}, parallel={"pp": 1, "dp": 64})
-    sums = [
-        step_time(run(changed(slow, parallel={"ep": width})), parameters()).data_s for width in (8, 64)
+    few, many = (step_time(run(changed(slow, parallel={"ep": width})), parameters()) for width in (8, 64))
+    assert many.data_s < 0.5 * few.data_s
+    assert many.optimizer_s == pytest.approx(few.optimizer_s)
+
+
+def test_only_neighbours_meet_over_a_bridge() -> None:
+    """Tensor-parallel pairs do; replicas, every other card, meet over the bus."""
+    row = changed(DENSE, hardware={"gpu": "H100 PCIe", "count": 4}, parallel={"pp": 1, "dp": 2})
+    bridge, bus = (
+        step_time(replace(run(row), link=link), parameters()) for link in ("nvlink4-bridge", "pcie5")
+    )
+    assert bridge.tensor_s < 0.7 * bus.tensor_s
+    assert bridge.data_s == pytest.approx(bus.data_s)
+
+
+def test_ranks_of_a_stage_share_the_network_to_the_next() -> None:
+    """Each sends its part of a microbatch, divided by tokens or by width."""
+    base = changed(DENSE, hardware={"count": 16}, batch={"global_batch": 8})
+    sent = [
+        step_time(run(changed(base, parallel={"dp": 1, "tp": 1, width: 8})), parameters()).pipeline_s
+        for width in ("tp", "cp")
     ]
-    assert sums[1] < 0.5 * sums[0]
+    assert sent[0] == pytest.approx(sent[1])
 
 
 def test_keys_and_values_of_long_sequences_cross_a_slow_network() -> None:
@@ -183,6 +204,15 @@ def test_weights_are_sharded_over_the_ranks_that_a_row_says(
     found = run(changed(SHARDED, parallel=fields, hardware={"count": devices}))
     assert (found.zero, found.shard_group) == told
     assert seconds(changed(SHARDED, parallel=fields)) > 0
+
+
+def test_out_of_memory_is_called_and_how_narrowly() -> None:
+    small = changed(DENSE, hardware={"gpu": "T4"}, measured={"oom": True})
+    found = compare([DENSE, small])["out_of_memory"]
+    assert (found["called_right"], found["missed"], found["called_wrongly"]) == (1, 0, 0)
+    assert 0 < found["fullest_that_went_pct"] < 100 < found["emptiest_that_failed_pct"]
+    wrong = compare([changed(DENSE, measured={"oom": True}), changed(small, measured={"oom": False})])
+    assert (wrong["out_of_memory"]["missed"], wrong["out_of_memory"]["called_wrongly"]) == (1, 1)
 
 
 def test_widths_that_do_not_fit_the_devices_are_said() -> None:
