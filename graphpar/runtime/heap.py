@@ -18,7 +18,7 @@ from typing import Any
 _SMALL_BYTES = range(32, 128, 16)
 """Chunks of these sizes are kept apart: a splinter has 32 to 96 bytes, two that meet a few more."""
 _OF_EACH = 4000
-"""They take 2.6 MB in all, with what lies between them, or they would become one."""
+"""They take 2.5 MB in all, with what lies between them, or they would become one."""
 _HEADER_BYTES, _LINE_BYTES, _BEGIN_BYTES = 8, 64, 32
 
 
@@ -37,10 +37,10 @@ def keep_small_apart() -> None:
 
 
 def go_on_behind_a_line() -> None:
-    """Let what comes to the heap's end begin 32 bytes behind a multiple of 64.
+    """Let what comes to the heap's end begin 32 bytes behind a multiple of 64, before a first step.
 
     What is skipped is larger than all free places, so that it is at the end, and is never touched: it
-    takes addresses, no memory.
+    takes addresses, no memory, while nothing large was freed there.
     """
     libc = _glibc()
     if libc is None:
@@ -48,6 +48,8 @@ def go_on_behind_a_line() -> None:
     info = libc.mallinfo2()
     skipped = (info.free_bytes - info.end_bytes) // _LINE_BYTES * _LINE_BYTES + 2 * _LINE_BYTES
     place = libc.malloc(skipped - _HEADER_BYTES)
+    if place is None:
+        return  # addresses may be limited, too
     missing = (_BEGIN_BYTES - _end(libc, place)) % _LINE_BYTES
     libc.free(place)
     libc.malloc(skipped - _HEADER_BYTES + missing)

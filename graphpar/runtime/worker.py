@@ -377,8 +377,11 @@ def _set_up(command: Message) -> Worker:
 def _answer(worker: Worker, command: Message) -> Message:
     data: Mapping[str, Any] = command.data
     if command.kind == "install":
+        first = not worker.executors
         worker.install(data["name"], msgspec.convert(data["program"], RankProgram))
-        go_on_behind_a_line()
+        if first:
+            # Later, for another batch size, the heap's end is what steps have freed: skipped, it is lost.
+            go_on_behind_a_line()
         return Message("ready")
     if command.kind == "install passes":
         program = msgspec.convert(data["program"], RankProgram)

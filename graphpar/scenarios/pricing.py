@@ -21,6 +21,7 @@ from graphpar.cost_models.roofline import Rewritten, Roofline
 from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_options import StageOptions
 from graphpar.device import Device, Link
+from graphpar.errors import GraphparError
 from graphpar.frontend.torch_private import flatten
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.optimizer_memory import tried_optimizer, update_share
@@ -65,6 +66,7 @@ class PriceBook:
     calibration: Calibration | None = None
     inputs: Inputs | None = None
     _prepared: dict[tuple[int | None, int | None], Prepared] = field(default_factory=dict)
+    _lengths: frozenset[int] = frozenset()
     _support: tuple[int, ...] = ()
     _tables: dict[str, CostTable] = field(default_factory=dict)
     _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
@@ -329,7 +331,8 @@ class PriceBook:
         """Say which sequence lengths will be asked for: of many, few are captured, and others follow."""
         captured = {length for length, batch in self._prepared if length is not None and batch is None}
         captured.add(_sequence_length(self.args, self.kwargs))
-        self._support = support(set(lengths), captured)
+        self._lengths = frozenset(lengths)
+        self._support = support(self._lengths, captured)
 
     def _capture(self, seq_len: int | None, batch: int | None) -> Prepared:
         key = seq_len, batch
@@ -342,7 +345,20 @@ class PriceBook:
         """The capture at a length from those at others; None where it is to be made itself."""
         if seq_len in self._support or seq_len == _sequence_length(self.args, self.kwargs):
             return None
-        return between({length: self._capture(length, None) for length in self._support}, seq_len)
+        ends = self._ends()
+        return ends.get(seq_len) or between(ends, seq_len)
+
+    def _ends(self) -> dict[int, Prepared]:
+        """The captures that others follow from."""
+        found = {}
+        for length in self._support:
+            try:
+                found[length] = self._capture(length, None)
+            except (ValueError, GraphparError):
+                # A model may have too few positions for this one; that is its own answer alone.
+                self.expect(self._lengths - {length})
+                return self._ends()
+        return found
 
     def _exported(self, seq_len: int | None, batch: int | None) -> Prepared:
         args, kwargs = self.args, self.kwargs

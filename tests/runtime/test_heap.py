@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from graphpar.runtime import heap
+from graphpar.runtime import heap, worker
 from graphpar.runtime.fork_server import _KEEPS_MEMORY
+from graphpar.runtime.messages import Message
 
 WORK = """
 import ctypes, importlib.util, sys
@@ -53,3 +55,15 @@ def test_tensors_find_the_places_of_their_size(before: int) -> None:
 @pytest.mark.skipif(heap._glibc() is None, reason="workers' heaps are prepared with glibc alone")
 def test_a_heap_that_is_not_prepared_has_no_use_for_them() -> None:
     assert taken_again("as it is") < 7
+
+
+def test_what_steps_have_freed_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped: list[bool] = []
+    monkeypatch.setattr(worker, "go_on_behind_a_line", lambda: skipped.append(True))
+    monkeypatch.setattr(worker.msgspec, "convert", lambda program, _: program)
+    executors: dict[str, str] = {}
+    held = SimpleNamespace(executors=executors, install=executors.__setitem__)
+    for batch in ("16", "15", "14"):
+        asked = Message("install", {"name": batch, "program": batch})
+        assert worker._answer(held, asked).kind == "ready"  # type: ignore[arg-type]
+    assert list(executors) == ["16", "15", "14"] and skipped == [True]

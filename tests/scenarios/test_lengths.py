@@ -93,6 +93,18 @@ def test_what_does_not_lie_on_a_line_is_captured_itself(bend: str) -> None:
         assert made is not None and made.graph.ops == captured(model, 96).graph.ops
 
 
+class Limited(nn.Module):
+    """A model of 128 positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpt = gpt()
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert tokens.shape[1] <= 128
+        return self.gpt(tokens, targets)
+
+
 def test_a_sweep_of_lengths_is_captured_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
@@ -101,11 +113,14 @@ def test_a_sweep_of_lengths_is_captured_three_times(monkeypatch: pytest.MonkeyPa
         return prepare(model, args, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr("graphpar.scenarios.pricing.prepare", counted)
+    device, lengths = {"kind": "t4", "count": 1}, [32, 48, 64, 80, 96, 112, 128, 144]
     study = graphpar.what_if(
-        gpt(), {"devices": [{"kind": "t4", "count": 1}]}, (), *ids(6, 64), train=TRAINING, inputs=ids,
-        sweep={"seq_len": [32, 48, 64, 80, 96, 112, 128]}, cache=False, processes=1, time_limit_s=0.1,
+        Limited(), {"devices": [device]}, (), *ids(6, 64), train=TRAINING, inputs=ids,
+        sweep={"seq_len": lengths}, cache=False, processes=1, time_limit_s=0.1,
     )  # fmt: skip
-    assert sorted(made) == [32, 48, 64, 128], "the baseline, and three that the others follow from"
+    # The baseline, three that the others follow from, and what cannot be captured, as an end and itself.
+    assert sorted(made) == [32, 48, 64, 128, 144, 144]
+    assert [answer.status for answer in study.answers] == 7 * ["ok"] + ["invalid"]
     assert len({answer.step_s for answer in study.answers} - {None}) == 7
     assert study["seq_len=64"].step_s == study.baseline.step_s
 
