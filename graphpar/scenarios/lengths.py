@@ -5,11 +5,12 @@ and every whole number in them lies on one straight line over the lengths: then 
 between lie on it as well. What bends between them (a window, a table of fixed size) does not, and such
 a model is captured at each length. Sizes that are rounded, up to a multiple of 64 or to whole strides,
 would look straight at lengths that are multiples of it apart: so a length has to be a multiple of the
-step that the three are apart from one another.
+step that the three are apart from one another. And what is rounded up to a power of two, as
+parallel scans are, looks straight where the three are doublings of the first: then no others follow.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -29,7 +30,7 @@ def support(lengths: Collection[int], captured: Collection[int] = ()) -> tuple[i
     Of several in between one that is captured already is preferred, then one near the middle.
 
     >>> support([256, 512, 768, 1024]), support([512, 640]), support([128, 256, 512, 1024], [512])
-    ((256, 512, 1024), (512, 640), (128, 512, 1024))
+    ((256, 768, 1024), (512, 640), (128, 512, 1024))
     >>> support([1024, 1536, 2048, 4096])
     (1024, 1536, 4096)
     """
@@ -39,20 +40,29 @@ def support(lengths: Collection[int], captured: Collection[int] = ()) -> tuple[i
     low, *inner, high = ordered
 
     def worth(middle: int) -> tuple[int, bool, int]:
-        step = _step((low, middle, high))
-        left = sum((n - low) % step > 0 for n in inner)
+        left = sum(not _follows((low, middle, high), n) for n in inner if n != middle)
         return left, middle not in captured, abs(2 * middle - low - high)
 
     return low, min(inner, key=worth), high
 
 
-def _step(lengths: Collection[int]) -> int:
-    """The largest number that lengths are multiples of apart.
+def _follows(ends: Sequence[int], length: int) -> bool:
+    """Whether what is straight at these three lengths, in order, is so at another one between them.
 
-    >>> _step([256, 512, 1024]), _step([6, 9, 15])
-    (256, 3)
+    >>> _follows((256, 768, 1024), 512), _follows((256, 512, 1024), 768), _follows((6, 9, 15), 10)
+    (True, False, False)
     """
-    return math.gcd(*(b - a for a, b in pairwise(sorted(lengths))))
+    low = ends[0]
+    step = math.gcd(*(b - a for a, b in pairwise(ends)))
+    doubled = all(_is_doubling(low, end) for end in ends)
+    in_step = low < length < ends[-1] and (length - low) % step == 0
+    return in_step and (not doubled or _is_doubling(low, length))
+
+
+def _is_doubling(low: int, length: int) -> bool:
+    """Whether a length is another one times a power of two."""
+    times, rest = divmod(length, low)
+    return rest == 0 and times.bit_count() == 1
 
 
 def between(captures: Mapping[int, Prepared], length: int) -> Prepared | None:
@@ -63,7 +73,7 @@ def between(captures: Mapping[int, Prepared], length: int) -> Prepared | None:
         length: Between the least and the greatest of them.
     """
     ends = sorted(captures)
-    if len(ends) != FEWEST or not ends[0] < length < ends[-1] or (length - ends[0]) % _step(ends):
+    if len(ends) != FEWEST or not _follows(ends, length):
         return None
     made = [captures[end] for end in ends]
     if len({bool(prepared.batch_reason) for prepared in made}) > 1:

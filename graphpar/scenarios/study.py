@@ -201,6 +201,7 @@ class Solver:
         calibration = self.book.calibration
         devices = setting.cluster.devices
         fingerprint = repr(calibration) if calibration and any(d.is_local_cpu for d in devices) else ""
+        train = self.book.train
         return key_of(
             {
                 "version": _version(),
@@ -208,6 +209,9 @@ class Solver:
                 "model": self.book.baseline().model_hash,
                 "state": self.book.state_bytes,
                 "update": self.book.update_share,
+                "optimizer": repr(self.book.traits(setting.optimizer)),
+                "clips": train is not None and train.max_grad_norm is not None,
+                "zero": 0 if train is None else train.zero,
                 "setting": setting.to_dict(),
                 "calibration": fingerprint,
                 "gap": self.limits.gap,

@@ -60,7 +60,7 @@ def test_a_heap_that_is_not_prepared_has_no_use_for_them() -> None:
 def test_what_steps_have_freed_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     skipped: list[bool] = []
     monkeypatch.setattr(worker, "go_on_behind_a_line", lambda: skipped.append(True))
-    monkeypatch.setattr(worker.msgspec, "convert", lambda program, _: program)
+    monkeypatch.setattr("msgspec.convert", lambda program, _: program)
     executors: dict[str, str] = {}
     held = SimpleNamespace(executors=executors, install=executors.__setitem__)
     for batch in ("16", "15", "14"):

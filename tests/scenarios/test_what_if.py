@@ -55,8 +55,8 @@ TRAINING = graphpar.Training(
 
 
 def ask(scenarios: Any = (), **options: Any) -> graphpar.Study:
-    chosen = {"cache": False, "processes": 1, "time_limit_s": 1.0, "gap": 0.1, **options}
-    return graphpar.what_if(model(), CLUSTER, scenarios, args=inputs(16), train=TRAINING, **chosen)
+    chosen = {"cache": False, "processes": 1, "time_limit_s": 1.0, "gap": 0.1, "train": TRAINING}
+    return graphpar.what_if(model(), CLUSTER, scenarios, args=inputs(16), **{**chosen, **options})
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +296,21 @@ def test_answers_are_kept_by_content_and_not_solved_twice(
     assert again.answers == first.answers
     with pytest.raises(AssertionError):
         ask(["drop a/0"], cache=tmp_path)
+    # What is held, what gradients cost and who may divide them are other questions.
+    for other in ({"zero": 1}, {"max_grad_norm": 1.0}, {"optimizer": Joined}):
+        with pytest.raises(AssertionError):
+            ask(["drop b"], cache=tmp_path, train=dataclasses.replace(TRAINING, **other))
+
+
+class Joined(torch.optim.AdamW):
+    """An optimiser with Adam's state that looks at all parameters before it changes one."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in given:
+            parameter.grad /= 1 + sum(p.grad.square().sum() for p in given)
+        super().step(closure)
 
 
 def test_a_damaged_kept_answer_counts_as_absent(tmp_path: Path) -> None:
