@@ -102,8 +102,8 @@ def _titled(best: Answer) -> str:
 MOST_LABELS = 100
 """Cells of a map that are still told in numbers."""
 
-HEIGHT, BAR_HEIGHT = 4.5, 0.4
-"""Inches: of a picture, and at least of each of its bars."""
+HEIGHT, BAR_HEIGHT, MOST_HEIGHT = 4.5, 0.4, 400.0
+"""Inches: of a picture, at least of each of its bars, and of a picture that a PNG can hold."""
 
 LABEL_LETTERS = 32
 """A longer name of a scenario takes several lines."""
@@ -125,7 +125,7 @@ def _number(text: str) -> float | None:
 
 def _bars(figure: Any, baseline: Answer, answers: Sequence[Answer]) -> None:
     rows = (baseline, *answers)
-    figure.set_figheight(max(HEIGHT, BAR_HEIGHT * len(rows)))
+    figure.set_figheight(min(max(HEIGHT, BAR_HEIGHT * len(rows)), MOST_HEIGHT))
     axes = figure.subplots()
     positions = range(len(rows))
     # Steps of unlike batches say nothing beside each other.
@@ -155,7 +155,7 @@ def _curve(
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     errors = [rate * bar for _, rate, bar in points]
     axes.errorbar(xs, ys, yerr=errors, marker="o", color=OKABE_ITO[0], ecolor="grey", capsize=3)
-    if baseline.samples_per_s:
+    if baseline.samples_per_s and baseline.status == "ok":
         axes.axhline(baseline.samples_per_s, linestyle="--", color="grey", label="baseline")
     if best is not None and best.samples_per_s:
         axes.axhline(best.samples_per_s, linestyle="-.", color=OKABE_ITO[2], label=_titled(best))

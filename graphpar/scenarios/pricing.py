@@ -66,6 +66,7 @@ class PriceBook:
     calibration: Calibration | None = None
     inputs: Inputs | None = None
     _prepared: dict[tuple[int | None, int | None], Prepared] = field(default_factory=dict)
+    _failed: dict[tuple[int | None, int | None], Exception] = field(default_factory=dict)
     _lengths: frozenset[int] = frozenset()
     _support: tuple[int, ...] = ()
     _tables: dict[str, CostTable] = field(default_factory=dict)
@@ -336,29 +337,35 @@ class PriceBook:
 
     def _capture(self, seq_len: int | None, batch: int | None) -> Prepared:
         key = seq_len, batch
+        if key in self._failed:
+            raise self._failed[key]
         if key not in self._prepared:
             made = self._between(seq_len) if seq_len is not None and batch is None else None
-            self._prepared[key] = made or self._exported(seq_len, batch)
+            try:
+                self._prepared[key] = made or self._exported(seq_len, batch)
+            except (ValueError, GraphparError) as error:
+                self._failed[key] = error
+                raise
         return self._prepared[key]
 
     def _between(self, seq_len: int) -> Prepared | None:
         """The capture at a length from those at others; None where it is to be made itself."""
-        if seq_len in self._support or seq_len == _sequence_length(self.args, self.kwargs):
+        own = seq_len == _sequence_length(self.args, self.kwargs)
+        if own or self.inputs is None or seq_len in self._support:
             return None
-        ends = self._ends()
+        # A model may have too few positions for some: those are answered so, and tell nothing of others.
+        while lacking := {n for n in self._support if not self._captures(n)}:
+            self.expect(self._lengths - lacking)
+        ends = {n: self._capture(n, None) for n in self._support}
         return ends.get(seq_len) or between(ends, seq_len)
 
-    def _ends(self) -> dict[int, Prepared]:
-        """The captures that others follow from."""
-        found = {}
-        for length in self._support:
-            try:
-                found[length] = self._capture(length, None)
-            except (ValueError, GraphparError):
-                # A model may have too few positions for this one; that is its own answer alone.
-                self.expect(self._lengths - {length})
-                return self._ends()
-        return found
+    def _captures(self, seq_len: int) -> bool:
+        """Whether the model can be captured at a length."""
+        try:
+            self._capture(seq_len, None)
+        except (ValueError, GraphparError):
+            return False
+        return True
 
     def _exported(self, seq_len: int | None, batch: int | None) -> Prepared:
         args, kwargs = self.args, self.kwargs

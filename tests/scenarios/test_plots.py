@@ -20,13 +20,18 @@ def at(rate: float) -> Answer:
     return Answer(f"{rate}", step_s=8 / rate, batch=8)
 
 
-def drawn(answers: list[Answer], sweeps: tuple[Sweep, ...] = (), best: Answer | None = BEST) -> Any:
-    figure = plots._drawn(BASELINE, answers, sweeps, best)
+def drawn(
+    answers: list[Answer],
+    sweeps: tuple[Sweep, ...] = (),
+    best: Answer | None = BEST,
+    baseline: Answer = BASELINE,
+) -> Any:
+    figure = plots._drawn(baseline, answers, sweeps, best)
     figure.canvas.draw()
     return figure
 
 
-def test_bars_show_every_scenario_and_the_best_within_a_budget() -> None:
+def test_bars_show_every_scenario_and_the_best_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = drawn([Answer("other", step_s=1.0, batch=8), FULL, Answer("wrong", status="invalid")])
     (axes,) = figure.axes
     labels = [" ".join(label.get_text().split()) for label in axes.get_yticklabels()]
@@ -37,6 +42,8 @@ def test_bars_show_every_scenario_and_the_best_within_a_budget() -> None:
     assert [text.get_text().strip() for text in axes.texts] == ["infeasible", "invalid"]
     many = drawn([at(n) for n in range(1, 60)])
     assert many.get_figheight() > 3 * figure.get_figheight(), "names do not run into one another"
+    monkeypatch.setattr(plots, "MOST_HEIGHT", 10.0)
+    assert drawn([at(n) for n in range(1, 60)]).get_figheight() == 10
 
 
 def test_bars_of_unlike_batches_are_rates() -> None:
@@ -52,6 +59,8 @@ def test_a_curve_has_its_points_in_order_and_lines_beside_it() -> None:
     assert list(line.get_xdata()) == [1, 2, 4] and list(line.get_ydata()) == [1.0, 2.0, 4.0]
     told = [text.get_text() for text in axes.get_legend().get_texts()]
     assert told == ["baseline", "best within the budget: 2 x g5.12xlarge"]
+    (axes,) = drawn([at(4.0), at(1.0)], (Sweep("a.count", ("4", "1")),), None, FULL).axes
+    assert axes.get_legend() is None, "a baseline that does not fit has no rate"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("a.count", "samples per second")
 
 

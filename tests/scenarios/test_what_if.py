@@ -306,11 +306,11 @@ class Joined(torch.optim.AdamW):
     """An optimiser with Adam's state that looks at all parameters before it changes one."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in given:
             parameter.grad /= 1 + sum(p.grad.square().sum() for p in given)
-        super().step(closure)
+        return super().step(closure)
 
 
 def test_a_damaged_kept_answer_counts_as_absent(tmp_path: Path) -> None:
