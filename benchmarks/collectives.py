@@ -265,14 +265,12 @@ def group_of(row: dict[str, Any], ranks: int) -> Group | str:
     elif "nvswitch" in intra and link == "nvlink2":
         link = "nvlink2-nvswitch"
     patched = "p2p" in intra and re.search(r"\b(no|without|off|disabled)\b", intra) is None
-    # GeForce cards since Turing reach each other's memory over NVLink only.
-    gaming = re.match(r"(NVIDIA )?(GEFORCE )?(RTX)?[ -]?[2-5]0[5-9]0", gpu.upper()) is not None
     return Group(
         ranks=ranks,
         link=link,
         nodes=nodes,
         network=network_of(str(row.get("inter") or ""), kind, ranks // nodes) if nodes > 1 else None,
-        peer_access=patched or not gaming,
+        peer_access=patched or catalogue.devices()[kind].peer_access,
     )
 
 

@@ -98,7 +98,7 @@ def odd_experts(run: Run) -> Run | None:
 NEXT = {
     "v100-sxm2-16gb": "v100-sxm2-32gb", "v100-sxm2-32gb": "a100-sxm-40gb",
     "a100-sxm-40gb": "a100-sxm-80gb", "a100-sxm-80gb": "h100-sxm-80gb", "h100-sxm-80gb": "h200-sxm-141gb",
-    "h200-sxm-141gb": "b200-sxm", "b200-sxm": "b300-sxm", "gb200": "gb300", "rtx-3090": "rtx-4090",
+    "h200-sxm-141gb": "b200-sxm", "b200-sxm": "b300-sxm", "gb200": "gb300", "rtx-4080": "rtx-4090",
     "a100-pcie-40gb": "a100-sxm-40gb", "a100-pcie-80gb": "a100-sxm-80gb",
     "h100-pcie-80gb": "h100-sxm-80gb",
 }  # fmt: skip

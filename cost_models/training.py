@@ -359,7 +359,7 @@ class _Machine:
         together = self.run.per_node // per_node if nodes > 1 else 1
         together = max(min(together, stride), 1) if sharing is None else sharing
         network = replace(self.run.network, efficiency=LINE_SHARE)
-        return Group(ranks, self.link, nodes, network, together, neighbours=stride == 1)
+        return Group(ranks, self.link, nodes, network, together, self.kind.peer_access, stride == 1)
 
     def tensor_collective_s(self, beside_s: float) -> float:
         """What one all-reduce of activations adds to the compute that comes with it."""

@@ -20,7 +20,7 @@ from graphpar.errors import ClusterError
 
 
 class DeviceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One kind of device; peaks are dense FLOP/s by dtype."""
+    """One kind of device; peaks are dense FLOP/s by dtype; `peer_access` over PCIe, from card to card."""
 
     vendor: str
     family: str
@@ -36,6 +36,7 @@ class DeviceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measured_float8_fraction: float | None = None
     measured_float32_fraction: float | None = None
     power_w: float | None = None
+    peer_access: bool = True
     note: str = ""
 
     def measured_fraction(self, dtype: str) -> float | None:

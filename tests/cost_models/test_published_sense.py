@@ -58,7 +58,7 @@ FASTER = (
     ("T4", "L4"), ("L4", "L40S"), ("V100-SXM2-32GB", "A100-SXM-40GB"), ("A100-SXM-40GB", "A100-SXM-80GB"),
     ("A100 80GB PCIe", "A100-SXM-80GB"), ("A800", "A100-SXM-80GB"), ("A100-SXM-80GB", "H100-SXM-80GB"),
     ("H100-SXM-80GB", "H200"), ("H20", "H200"), ("H200", "B200-SXM"), ("B200-SXM", "B300-SXM"),
-    ("GB200", "GB300"), ("RTX 3090", "RTX 4090"), ("RTX 4090", "RTX 5090"), ("MI250X", "MI300X"),
+    ("GB200", "GB300"), ("RTX 4080", "RTX 4090"), ("RTX 4090", "RTX 5090"), ("MI250X", "MI300X"),
     ("MI300X", "MI325X"),
 )  # fmt: skip
 
@@ -155,6 +155,17 @@ def test_only_neighbours_meet_over_a_bridge() -> None:
     )
     assert bridge.tensor_s < 0.7 * bus.tensor_s
     assert bridge.data_s == pytest.approx(bus.data_s)
+
+
+def test_gaming_cards_reach_each_other_through_main_memory() -> None:
+    """GeForce cards since Turing have no access to each other's memory over PCIe."""
+    row = changed(DENSE, hardware={"gpu": "RTX 4090", "count": 4}, parallel={"tp": 4, "pp": 1, "dp": 1})
+    cards = replace(run(row), overlaps_tensor=False)
+    gaming, other = (
+        step_time(replace(cards, device=kind, link="pcie4"), parameters())
+        for kind in ("rtx-4090", "rtx-6000-ada")
+    )
+    assert 2 < gaming.tensor_s / other.tensor_s < 0.83 / 0.35 + 1e-9
 
 
 def test_ranks_of_a_stage_share_the_network_to_the_next() -> None:
