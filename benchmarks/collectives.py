@@ -260,7 +260,7 @@ def group_of(row: dict[str, Any], ranks: int) -> Group | str:
         return nodes
     link = catalogue.devices()[kind].link
     if "pcie" in intra:
-        generation = re.search(r"pcie\D{0,8}([345])", intra)
+        generation = re.search(r"pcie\D{0,8}([3-6])", intra)
         link = f"pcie{generation[1]}" if generation else "pcie4"
     elif "nvswitch" in intra and link == "nvlink2":
         link = "nvlink2-nvswitch"

@@ -427,6 +427,7 @@ def test_collectives_over_impossible_nodes_are_refused_with_what_was_said(nodes:
         ("PCIe4 with patched P2P driver", True, "pcie4"),
         ("PCIe4 (no P2P)", False, "pcie4"),
         ("PCIe Gen5 x16, P2P disabled", False, "pcie5"),
+        ("PCIe 6.0", False, "pcie6"),
         ("", False, "pcie4"),
     ],
 )
