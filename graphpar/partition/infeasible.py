@@ -190,7 +190,7 @@ def fits(family: Family, deadline_s: float) -> bool | None:
     One pipeline over all devices keeps no more than several do, but where what is kept grows with its
     samples: there pipelines side by side are asked for as well.
     """
-    programs, table = Programs(family, CountingLimits(0.5, "highs")), family.table
+    programs, table = Programs(family, CountingLimits(0.5, "highs"), deadline_s), family.table
     grows = bool(table.in_step_reason or table.tail_reason) or family.schedules == ("gpipe",)
     grows = table.training and (grows or family.microbatches != "auto")
     try:

@@ -89,7 +89,7 @@ def reduce_graph(
     out_of_time: ShouldStop = never,
     unsettled: set[int] | None = None,
 ) -> MemoryRows:
-    """Shrink a graph in place until nothing changes; returns the rows that can still bind.
+    """Shrink a graph in place until nothing much changes; returns the rows that can still bind.
 
     Where some vertices are `unsettled`, nothing can be done at first anywhere else, and every strategy
     has a possible partner.

@@ -24,6 +24,7 @@ from graphpar.partition.counting_columns import price_columns
 from graphpar.partition.counting_options import counting_options, widths
 from graphpar.partition.counting_segments import grow_segments
 from graphpar.partition.family import Family, _counted_family, _homes, _multisets
+from graphpar.partition.infeasible import fits
 from graphpar.partition.pipeline import partition
 from graphpar.partition.pipeline_price import pairs, price
 from graphpar.partition.pipeline_search import search
@@ -302,6 +303,13 @@ def test_counting_bounds_what_stands_in_real_nodes(table: CostTable, schedule: S
 
 def search_task(programs: Programs, task: Task, gap: float) -> SearchResult:
     return programs.search([task], cutoff_s=float("inf"), gap=gap, deadline_s=float("inf"))
+
+
+def test_whether_anything_fits_is_not_priced_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = counted(make_table([1.0] * 8, (1.0, 2.0), (3, 3)), Repeats(1, 1, 6), "1f1b")
+    assert fits(family, np.inf)
+    monkeypatch.setattr(CountingProgram, "solve", lambda *_: pytest.fail("columns were priced"))
+    assert fits(family, time.monotonic()) is None
 
 
 def test_rounding_excludes_nothing_that_meets_a_bound() -> None:
