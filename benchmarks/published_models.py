@@ -17,7 +17,7 @@ HEAD_SIZES = ((r"qwen-?3(?!\d)", 128), (r"gpt-?oss", 64))
 LATENT_HEAD = 160
 """Mean of the query-key and value sizes of latent attention's heads."""
 
-LATENT_FAMILIES = r"deepseek-?(v?[23]|r1)|kimi-?k2|moonlight"
+LATENT_FAMILIES = r"deepseek-?(v[23]|[23](?![\db])|r1(?!-distill))|kimi-?k2|moonlight"
 LATENT_RANKS = (1536, 512)
 """Families with latent attention, and the ranks of its queries and of its keys and values where a row
 states neither (DeepSeek-V2, https://arxiv.org/abs/2405.04434, and all that followed it in that size).
