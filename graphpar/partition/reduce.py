@@ -101,12 +101,13 @@ def reduce_graph(
         return rows
     rows = tighten(rows, graph, out_of_time)
     is_first, num_changed = unsettled is None, 0
-    is_supported, least_changed = not is_first, 1.0
+    is_supported, is_stale, least_changed = not is_first, False, 1.0
     dirty = set(graph.costs) if unsettled is None else unsettled
     while dirty and graph.is_possible() and not should_stop():
         dirty = _sweep(graph, rows, dirty, is_supported, should_stop, out_of_time)
         is_supported = False
         num_changed += len(dirty)
+        is_stale = True
         if not graph.is_possible() or not (
             is_first or not dirty or num_changed > _LOOK_SHARE * len(graph.costs)
         ):
@@ -115,15 +116,20 @@ def reduce_graph(
         is_last = not dirty
         if is_last and num_changed < least_changed:
             break
-        rows, num_changed = tighten(rows, graph, out_of_time), 0
+        rows, num_changed, is_stale = tighten(rows, graph, out_of_time), 0, False
         if (is_first or is_last) and not should_stop():
-            dirty |= drop_oversized(graph, rows, out_of_time) & graph.costs.keys()
+            dropped = drop_oversized(graph, rows, out_of_time)
+            is_stale = bool(dropped)
+            dirty |= dropped & graph.costs.keys()
             num_changed, least_changed = len(dirty), _LEAST_SHARE * len(graph.costs)
         is_first = False
     if dirty and graph.is_possible():
         # Cut short: message passing still relies on every strategy having a possible partner.
         drop_unsupported(graph, set(graph.costs), out_of_time)
-        rows = tighten(rows, graph, out_of_time) if graph.is_possible() else rows
+        is_stale = True
+    if is_stale and graph.is_possible():
+        # What has no choice left uses what it uses: nobody but the limits knows of it any more.
+        rows = tighten(rows, graph, out_of_time)
     if graph.is_possible() and np.any(rows.limit < 0):
         graph.infeasible = True
     return rows

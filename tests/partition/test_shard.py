@@ -78,9 +78,23 @@ CHEAP_BUT_LARGE = ShardingProblem("memory", ((0, 1),) * 2, ((0, 1),) * 2, ((5, 0
 """The cheaper strategies of both nodes do not fit together."""
 
 
+NO_CHOICE_BUT_LARGE = ShardingProblem(
+    "no choice",
+    ((0, 1),) * 5,
+    ((0, 0), (0, 0), (0, 1), (0, 2), (0, 3)),
+    ((8, 0), (0, 2), (1, 0), (1, 0), (1, 0)),
+    ((0, 1),),
+    ((0, NO, NO, 0),),
+    3,
+)
+"""The first two nodes go together, and only with more than each could do with: one is left."""
+
+
 @settings(max_examples=examples(100), deadline=None)
 @given(sharding_problems(), st.booleans())
 @example(CHEAP_BUT_LARGE, True)
+@example(NO_CHOICE_BUT_LARGE, True)
+@example(NO_CHOICE_BUT_LARGE, False)
 @example(CHEAP_BUT_LARGE, False)
 def test_reductions_keep_the_optimum(problem: ShardingProblem, trims: bool) -> None:
     best = best_sharding(problem)
