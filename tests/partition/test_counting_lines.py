@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphpar.partition import counting_lines
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
 from graphpar.partition.counting_kinds import Harvest, Rows, Stocks, judge_kinds
@@ -87,6 +89,11 @@ def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: 
     best = min((line.cost for line in every_line(lines) if lines.holds(line)), default=FOREVER)
     verdict = lines.judge(spend, 1e-3, np.full(3, start), [], FOREVER)
     assert verdict.cost <= best + 1e-6
+    with pytest.MonkeyPatch.context() as patch:
+        prices = lines.priced(np.full(4, 1.0), spend)
+        compiled = lines.to_go(prices)
+        patch.setattr(counting_lines, "COMPILED", False)
+        np.testing.assert_array_equal(compiled, lines.to_go(prices))
     kinds = bound_by_kinds(lines, spend)
     assert kinds.cost <= best + 1e-6
     if kinds.line is not None:
