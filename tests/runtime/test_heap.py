@@ -21,11 +21,9 @@ def tensor():
     place = ctypes.c_void_p()
     libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(64), ctypes.c_size_t(2**20))
     return place.value
-if sys.argv[2] == "prepared":
-    heap.keep_small_apart()
-libc.malloc(2**20 + int(sys.argv[3]))  # what else is there, of any size
-if sys.argv[2] == "prepared":
-    heap.go_on_behind_a_line()
+heap.keep_small_apart()
+libc.malloc(2**20 + int(sys.argv[2]))  # what else is there, of any size
+heap.go_on_behind_a_line()
 first = []
 for _ in range(16):
     first.append(tensor())
@@ -38,9 +36,9 @@ print(len(found & set(first)))
 """
 
 
-def taken_again(way: str, before: int = 0) -> int:
+def taken_again(before: int) -> int:
     """How many of seven freed places seven tensors of that size take."""
-    run = [sys.executable, "-c", WORK, heap.__file__, way, str(before)]
+    run = [sys.executable, "-c", WORK, heap.__file__, str(before)]
     environment = {**os.environ, **_KEEPS_MEMORY}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
     return int(done.stdout)
@@ -49,12 +47,7 @@ def taken_again(way: str, before: int = 0) -> int:
 @pytest.mark.skipif(heap._glibc() is None, reason="workers' heaps are prepared with glibc alone")
 @pytest.mark.parametrize("before", [0, 48])
 def test_tensors_find_the_places_of_their_size(before: int) -> None:
-    assert taken_again("prepared", before) == 7
-
-
-@pytest.mark.skipif(heap._glibc() is None, reason="workers' heaps are prepared with glibc alone")
-def test_a_heap_that_is_not_prepared_has_no_use_for_them() -> None:
-    assert taken_again("as it is") < 7
+    assert taken_again(before) == 7
 
 
 def test_what_steps_have_freed_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
