@@ -48,9 +48,6 @@ class Protocols:
 
 PROTOCOLS = Protocols()
 
-NO_PEER_ACCESS = 0.35
-"""Share of PCIe's rate that remains when messages go through main memory."""
-
 NETWORK_LATENCY_S = 15e-6
 """What each node of a ring across nodes adds."""
 
@@ -259,9 +256,7 @@ def _inside_bytes_per_s(group: Group) -> float:
     if group.link == "nvlink2":
         lines = CUBE_MESH_LINKS.get(per_node, 6)
         return lines * CUBE_MESH_LINE_BYTES_PER_S * CUBE_MESH_EFFICIENCY
-    if group.inside.startswith("pcie") and not group.peer_access:
-        return kind.bytes_per_s * NO_PEER_ACCESS
-    rate = kind.bytes_per_s * kind.efficiency
+    rate = kind.bytes_per_s * kind.reached(group.peer_access)
     if group.link == "nvlink3":
         # Few ranks keep fewer chunks on their way.
         return rate * (1 + RING_FILL / 8) / (1 + RING_FILL / per_node)

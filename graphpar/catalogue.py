@@ -65,7 +65,10 @@ class Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LinkKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One kind of link, one direction; `beyond_pairs` is what joins more devices than two."""
+    """One kind of link, one direction; `beyond_pairs` is what joins more devices than two.
+
+    `staged_efficiency` stands for `efficiency` between devices that do not reach each other's memory.
+    """
 
     bytes_per_s: float
     pair_bytes_per_s: float
@@ -74,7 +77,17 @@ class LinkKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     aliases: tuple[str, ...] = ()
     beyond_pairs: str = ""
+    staged_efficiency: float | None = None
     note: str = ""
+
+    def reached(self, peer_access: bool) -> float:
+        """The share of its rate that large messages get, from memory to memory or by way of the host's.
+
+        >>> bus = links()["pcie4"]
+        >>> bus.reached(True), bus.reached(False), links()["nvlink4"].reached(False)
+        (0.83, 0.35, 0.81)
+        """
+        return self.efficiency if peer_access else self.staged_efficiency or self.efficiency
 
 
 class InstanceKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,17 @@ from graphpar.errors import ClusterError
 DEFAULT_NETWORK = "ethernet-10g"
 
 
+@dataclass(frozen=True)
+class Ends:
+    """What a link joins: how many devices, and whether all of them reach each other's memory."""
+
+    count: int = 2
+    peer_access: bool = True
+
+
+ANY_TWO = Ends()
+
+
 def build_node(spec: NodeSpec, where: str, num_local_cpus: int) -> Node:
     """One node with its devices and links.
 
@@ -42,7 +53,8 @@ def build_node(spec: NodeSpec, where: str, num_local_cpus: int) -> Node:
             devices.append(replace(base, name=f"{spec.name}/{len(devices)}"))
     bare = Node(spec.name, tuple(devices), Link(1.0, 0.0), spec.host)
     here = runs_here(bare)
-    link = build_link(spec.link, _default_link(spec, kinds), here, f"{where}.link", len(devices))
+    ends = Ends(len(devices), all(map(_has_peer_access, kinds)))
+    link = build_link(spec.link, _default_link(spec, kinds), here, f"{where}.link", ends)
     network = None
     if spec.network is not None:
         network = build_link(spec.network, DEFAULT_NETWORK, here, f"{where}.network")
@@ -126,7 +138,7 @@ def build_link(
     default: str | Link,
     here: bool,
     at: str,
-    ends: int = 2,
+    ends: Ends = ANY_TWO,
 ) -> Link:
     """The link that is written, what is missing taken from the default.
 
@@ -135,7 +147,8 @@ def build_link(
         default: A kind's name, or a link.
         here: Whether both ends run on this machine, so that numbers given must be emulated.
         at: Where it is written, for errors.
-        ends: How many devices it joins; a bridge between two leaves more to their bus.
+        ends: What it joins. A bridge between two devices leaves more of them to their bus, and a bus what
+            cannot pass from memory to memory to the host.
     """
     if written is None and isinstance(default, Link):
         return default
@@ -157,12 +170,17 @@ def _emulated(link: Link, here: bool) -> Link:
     return replace(link, emulated=here and link.kind != "loopback")
 
 
-def _catalogue_link(name: str, at: str, ends: int) -> Link:
+def _catalogue_link(name: str, at: str, ends: Ends) -> Link:
     key = catalogue.find_link(name, at)
     kind = catalogue.links()[key]
-    if kind.beyond_pairs and ends > 2:
+    if kind.beyond_pairs and ends.count > 2:
         key, kind = kind.beyond_pairs, catalogue.links()[kind.beyond_pairs]
-    return Link(kind.pair_bytes_per_s * kind.efficiency, kind.latency_s, kind=key)
+    return Link(kind.pair_bytes_per_s * kind.reached(ends.peer_access), kind.latency_s, kind=key)
+
+
+def _has_peer_access(device: Device) -> bool:
+    """As the catalogue says; a device that is not of it is taken to have it."""
+    return not device.in_catalogue or catalogue.devices()[device.kind].peer_access
 
 
 def runs_here(node: Node) -> bool:

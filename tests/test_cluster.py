@@ -148,6 +148,24 @@ def test_bridges_join_two_devices_of_a_node_and_no_more() -> None:
     assert azure.link.kind == "pcie4"
 
 
+def test_cards_without_peer_access_meet_by_way_of_main_memory() -> None:
+    def rate(devices: Any, **link: Any) -> float:
+        return (
+            Cluster.from_dict({"nodes": [{"name": "a", "devices": devices, **link}]})
+            .link("a/0", "a/1")
+            .bytes_per_s
+        )
+
+    gaming, other = ({"kind": kind, "count": 2} for kind in ("rtx-4090", "rtx-6000-ada"))
+    assert rate(gaming) == rate(gaming, link="pcie4") == pytest.approx(0.35 * 31e9)
+    assert rate(other) == pytest.approx(0.83 * 31e9)
+    assert rate([other, gaming]) == rate(gaming)
+    # Neither a bridge nor a patched driver's numbers are touched by it.
+    assert rate({"kind": "rtx-3090", "count": 2}) == pytest.approx(0.4 * 56.25e9)
+    assert rate({"kind": "rtx-3090", "count": 4}) == rate(gaming)
+    assert rate(gaming, link={"kind": "pcie4", "bytes_per_s": 25e9}) == 25e9
+
+
 def test_local_looks_for_cuda_devices_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "graphpar.cluster.cuda_devices", lambda: [{"kind": "h100-sxm-80gb", "memory_bytes": 8 << 30}]
