@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import published_devices
 from published_clean import number, rows_of
-from published_devices import device_of
+from published_devices import device_of, link_of
 from scipy.optimize import least_squares
 
 from graphpar import catalogue
@@ -258,16 +258,10 @@ def group_of(row: dict[str, Any], ranks: int) -> Group | str:
     nodes = _nodes(row, ranks, DEVICES_PER_NODE.get(kind, 8))
     if isinstance(nodes, str):
         return nodes
-    link = catalogue.devices()[kind].link
-    if "pcie" in intra:
-        generation = re.search(r"pcie\D{0,8}([3-6])", intra)
-        link = f"pcie{generation[1]}" if generation else "pcie4"
-    elif "nvswitch" in intra and link == "nvlink2":
-        link = "nvlink2-nvswitch"
     patched = "p2p" in intra and re.search(r"\b(no|without|off|disabled)\b", intra) is None
     return Group(
         ranks=ranks,
-        link=link,
+        link=link_of(intra, kind),
         nodes=nodes,
         network=network_of(str(row.get("inter") or ""), kind, ranks // nodes) if nodes > 1 else None,
         peer_access=patched or catalogue.devices()[kind].peer_access,

@@ -36,6 +36,14 @@ AMOUNTS = {
 }  # fmt: skip
 """Numbers above zero."""
 
+FLAGS = (
+    ("model", "gated_mlp"), ("model", "tied_embeddings"), ("parallel", "sequence_parallel"),
+    ("parallel", "compile"), ("parallel", "async_tp"), ("parallel", "cpu_offload"), ("measured", "oom"),
+)  # fmt: skip
+"""Said or not; text such as "no" says not."""
+
+DENIALS = frozenset({"", "0", "false", "no", "none", "off", "disabled"})
+
 MOE_COUNTS = ("experts", "topk", "moe_ffn", "ffn", "shared_experts", "q_lora", "kv_lora")
 
 LARGEST_COUNT = 10**7
@@ -80,6 +88,10 @@ def cleaned(given_row: Any) -> tuple[dict[str, Any], list[str]]:
             _settle(found[group], key, f"{group}.{key}", remarks, whole=True)
         for key in AMOUNTS[group]:
             _settle(found[group], key, f"{group}.{key}", remarks, whole=False)
+    for group, key in FLAGS:
+        if isinstance(found[group].get(key), str):
+            found[group][key] = found[group][key].strip().lower() not in DENIALS
+    _count_devices(found["hardware"], remarks)
     found["model"]["name"] = str(found["model"].get("name"))
     if found["hardware"].get("gpus_per_node", 0) > LARGEST_NODE:
         remarks.append(f"hardware.gpus_per_node is {found['hardware'].pop('gpus_per_node')}, too many")
@@ -123,6 +135,14 @@ def _settle(group: dict[str, Any], key: str, name: str, remarks: list[str], *, w
         remarks.append(f"{name} is {given!r}, which says nothing")
         return
     group[key] = round(value) if whole else value
+
+
+def _count_devices(hardware: dict[str, Any], remarks: list[str]) -> None:
+    """As many as all nodes have, where a row does not state them."""
+    nodes, each = hardware.get("nodes"), hardware.get("gpus_per_node")
+    if not hardware.get("count") and nodes and each:
+        hardware["count"] = nodes * each
+        remarks.append(f"hardware.count is not stated; {nodes} nodes of {each} are {nodes * each}")
 
 
 def _clean_experts(model: dict[str, Any], remarks: list[str]) -> None:

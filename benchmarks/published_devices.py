@@ -18,16 +18,15 @@ _DEVICE_WORDS = (
     ("GH200", "gh200-96gb"), ("H200", "h200-sxm-141gb"), ("H20", "h20-sxm-96gb"),
     ("96GB-HBM2e", "h100-sxm-96gb-hbm2e"),
     (r"H100.*PCIe", "h100-pcie-80gb"), (r"H100.*NVL", "h100-nvl-94gb"), ("H100", "h100-sxm-80gb"),
-    (r"A100.*40GB.*PCIe", "a100-pcie-40gb"), (r"A100.*80GB.*PCIe", "a100-pcie-80gb"),
-    (r"A100.*PCIe.*40", "a100-pcie-40gb"), (r"A100.*PCIe", "a100-pcie-80gb"),
-    (r"A100.*40GB", "a100-sxm-40gb"), ("A100", "a100-sxm-80gb"),
+    (r"A100.*40 ?G.*PCIe", "a100-pcie-40gb"), (r"A100.*PCIe.*40", "a100-pcie-40gb"),
+    (r"A100.*PCIe", "a100-pcie-80gb"), (r"A100.*\b40 ?G", "a100-sxm-40gb"), ("A100", "a100-sxm-80gb"),
     ("SXM3", "v100-sxm3-32gb"), ("RTX ?8000", "rtx-8000"), ("6000 ?Ada", "rtx-6000-ada"),
     ("Quadro RTX ?6000", "rtx-6000"), ("Quadro RTX ?5000", "quadro-rtx-5000"),
     ("1080 ?Ti", "gtx-1080-ti"),
     (r"V100.*PCIe.*16", "v100-pcie-16gb"), (r"V100.*16", "v100-sxm2-16gb"),
     ("V100S", "v100s-pcie-32gb"), (r"V100.*PCIe", "v100-pcie-32gb"),
     ("V100", "v100-sxm2-32gb"), ("A6000", "rtx-a6000"), ("A10G", "a10g"), (r"A10\b", "a10"),
-    (r"A40\b", "a40"), ("A30", "a30"), ("L40S", "l40s"), (r"L4\b", "l4"), ("T4", "t4"),
+    (r"A40\b", "a40"), ("A30", "a30"), ("L40S", "l40s"), (r"L4\b", "l4"), (r"T4\b", "t4"),
     ("3090", "rtx-3090"), ("4090", "rtx-4090"), ("5090", "rtx-5090"), ("2080 ?Ti", "rtx-2080-ti"),
     ("A800", "a800-sxm-80gb"), ("H800", "h800-sxm-80gb"), ("P100", "p100-sxm2-16gb"),
     ("titan ?rtx", "titan-rtx"), ("3080 ?Ti", "rtx-3080-ti"), ("3080", "rtx-3080"),
@@ -44,6 +43,9 @@ CARDS_OF_DIES = {"mi250x": 4}
 
 VENDORS = ("NVIDIA", "AMD")
 """Whose devices run what the training model describes: kernels, streams, rings of collectives."""
+
+VARIANT_WORDS = ("ti", "super", "nvl", "pcie", "d", "max")
+"""Words of a name that tell a variant of a card; what stands for it should have them too."""
 
 ALIKE = 0.8
 """How much of a name two variants of one device share at least ("MI300A", "MI300X")."""
@@ -72,11 +74,44 @@ def device_of(name: str) -> tuple[str, float, str]:
             remark = f"{name!r} is not in the catalogue; {kind} stands for it"
     if known[kind].vendor not in VENDORS or known[kind].is_cpu:
         raise ValueError(f"device {name!r} is no GPU; only those are predicted without a graph")
-    stated = re.search(r"(\d+)\s*G[Bi]", name)
+    own = " ".join((kind, *known[kind].aliases))
+    others = [w for w in VARIANT_WORDS if _has_word(name, w) and not _has_word(own, w)]
+    if others and not remark:
+        remark = f"{name!r} is taken for {kind}, which is not {' '.join(others)}"
+    stated = re.search(r"(\d+)\s*G(?:[Bi]|\b)", name)
     memory = float(stated[1]) * 2**30 if stated else 0.0
     low, high = (share * known[kind].memory_bytes for share in MEMORY_RANGE)
     other = low < memory < high and memory != known[kind].memory_bytes
     return kind, memory if other else 0.0, remark
+
+
+def _has_word(text: str, word: str) -> bool:
+    """Whether a word stands in a text, be it written with what is before it ("3080Ti").
+
+    >>> _has_word("RTX 3080Ti", "ti"), _has_word("Titan V", "ti")
+    (True, False)
+    """
+    return re.search(rf"(?<![a-z]){word}(?![a-z0-9])", text.lower()) is not None
+
+
+NO_NVLINK = r"\b(no|without)\b.{0,8}nvlink|nvlink.{0,4}\b(not|off|disabled|unused)\b"
+
+
+def link_of(words: str, kind: str) -> str:
+    """The link inside a node: as words such as "PCIe Gen5" or "no NVLink" say, else the device's.
+
+    >>> [link_of(words, "rtx-a6000") for words in ("", "PCIe Gen3 x16", "no NVLink")]
+    ['nvlink3-bridge', 'pcie3', 'pcie4']
+    """
+    words = words.lower()
+    own = catalogue.devices()[kind].link
+    if "nvswitch" in words and own == "nvlink2":
+        return "nvlink2-nvswitch"
+    if re.search(NO_NVLINK, words) is None and ("pcie" not in words or "nvlink" in words):
+        return own
+    generation = re.search(r"pcie\D{0,8}([3-6])", words)
+    bus = own if own.startswith("pcie") else catalogue.links()[own].beyond_pairs
+    return f"pcie{generation[1]}" if generation else bus or "pcie4"
 
 
 def die_of(kind: str, per_node: int) -> str:
@@ -100,10 +135,14 @@ def _variant(name: str) -> str | None:
 
 
 NAMED_NETWORKS = (
-    ("xdr", 800), ("ndr", 400), ("hdr", 200), ("edr", 100), ("fdr", 56), ("omni", 100),
+    ("hdr100", 100), ("xdr", 800), ("ndr", 400), ("hdr", 200), ("edr", 100), ("fdr", 56), ("omni", 100),
     ("slingshot", 200),
 )  # fmt: skip
 """Gbit/s of one port by the generation's name."""
+
+TIMES_BEFORE = r"(\d+)\s*(?:[x×*](?![a-z])|(?:nics?|hcas?|ports?|cards?|rails?|adapters?)\b)"
+TIMES_AFTER = r"(?<![a-z])[x×*]\s*(\d+)\b(?!\s*[gtm])"
+"""How many ports: "8x200Gb/s", "4 HCAs of", "200 Gb/s x8"."""
 
 OMNI_PATH_SHARE = 0.37
 """Omni-Path leaves the protocol and the copies to the host's processor. So much of 4 x 100 Gbit/s
@@ -125,11 +164,11 @@ def network_of(text: str, device: str, per_node: int) -> Network:
     """
     words = text.lower()
     share = OMNI_PATH_SHARE if "omni" in words else 1.0
-    times = re.search(r"(\d+)\s*x\b|(\d+)\s*x\s*\d", words)
+    times = re.search(TIMES_BEFORE, words) or re.search(TIMES_AFTER, words)
     # A port per device, each of the stated rate, or so many cards.
     per_device = re.search(r"per (gpu|device|accelerator)", words) is not None
-    cards = per_node if per_device else int((times[1] or times[2]) if times else 1)
-    rate = re.search(r"(\d+(?:\.\d+)?)\s*([GTM])(b|B|[bB]it)(/s|ps|E\b)?", text)
+    cards = per_node if per_device else int(times[1]) if times else 1
+    rate = re.search(r"(\d+(?:\.\d+)?)\s*([GTM])(?:(b|B|[bB]it)|\b)", text)
     if rate is not None:
         bits = 1 if rate[3] != "B" else 8
         each = float(rate[1]) * BITS_PER_S[rate[2].lower() + "b"] * bits / 8

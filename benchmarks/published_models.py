@@ -43,8 +43,6 @@ def shape_of(model: dict[str, Any]) -> ModelShape | str:
     """The shape that a cleaned row's model has, or why there is none."""
     if model.get("name") in BERT:
         return replace(BERT[model["name"]], seq_len=model.get("seq_len", 384))
-    if model.get("kind") == "inference":
-        return "inference"
     if not all(model.get(k) for k in ("layers", "hidden", "heads", "ffn", "seq_len")):
         return "no model shape"
     if model["heads"] > model["hidden"]:

@@ -1,10 +1,11 @@
 """From a row of a table of published training runs to a `Run` of the cost model."""
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
-from published_devices import device_of, die_of, network_of
+from published_devices import device_of, die_of, link_of, network_of
 from published_frameworks import Traits, captures_steps, overlaps_tensor, sharding_of, traits_of
 from published_models import shape_of
 
@@ -18,6 +19,8 @@ def run_of(row: dict[str, Any]) -> Run | str:
     """The run that a cleaned row describes, or why it cannot be predicted."""
     if row.get("reliability") == "C":
         return "reliability C"
+    if unlike := unlike_training(row):
+        return unlike
     row = _with_planned_widths(row)
     shape = shape_of(row["model"])
     if isinstance(shape, str):
@@ -44,6 +47,23 @@ def run_of(row: dict[str, Any]) -> Run | str:
     if run.shape.moe is not None and not row["parallel"].get("ep"):
         run = _spread_experts(run)
     return _adapted(run, traits)
+
+
+ADAPTERS = r"\b(q?lora|peft|adapters?)\b"
+
+
+def unlike_training(row: dict[str, Any]) -> str:
+    """Why a row is no training of all weights on devices alone, or nothing.
+
+    >>> unlike_training({"model": {}, "parallel": {"stage": "LoRA Performance"}})
+    'trains adapters and not all weights'
+    """
+    words = f"{row['parallel'].get('stage')} {row['model'].get('kind')}".lower()
+    if re.search(ADAPTERS, words):
+        return "trains adapters and not all weights"
+    if "inference" in words:
+        return "inference"
+    return "weights or states on hosts are not predicted" if row["parallel"].get("cpu_offload") else ""
 
 
 REFUTED = frozenset({"data/ground_truth_single.csv"})
@@ -139,6 +159,7 @@ def _run(
         devices=_count(row),
         per_node=per_node,
         network=network,
+        link=link_of(intra, device),
         batch=batch[0],
         microbatch=batch[1],
         tensor=tensor,
@@ -242,9 +263,20 @@ def _states_batch(row: dict[str, Any]) -> bool:
     return any(row["batch"].get(key) for key in ("global_batch", "local_batch", "grad_accum"))
 
 
+RECOMPUTED = r"\b(per|true|yes|on|all|every|uniform|block|checkpoint(ing|s|ed)?)\b"
+"""Words for recomputation of whole layers that do not say "full"."""
+
+
 def _recompute(text: Any) -> str:
+    """
+    >>> [_recompute(said) for said in (None, True, "Full, uniform", "selective op", "per layer", False)]
+    ['none', 'full', 'full', 'selective', 'full', 'none']
+    """
     words = str(text or "none").lower()
-    return next((w for w in ("full", "selective") if w in words), "full" if "per " in words else "none")
+    if re.search(r"\b(no|not|none|without|off|disabled)\b", words):
+        return "none"
+    said = (w for w in ("full", "selective") if w in words)
+    return next(said, "full" if re.search(RECOMPUTED, words) else "none")
 
 
 PRECISIONS = (
