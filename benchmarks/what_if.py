@@ -117,7 +117,7 @@ def run(name: str, processes: int) -> tuple[Row, Study]:
         return other.args, other.kwargs
 
     # As long as each scenario of a hundred has on two cores.
-    limit_s = 0.4 if processes == 1 else None
+    limit_s = 0.4 if processes == 1 and sweep.over else None
     began_s, wall_s = time.process_time(), time.perf_counter()
     # Other processes take the real function, and their time is not this one's.
     with _searches_timed() if processes == 1 else nullcontext([0.0]) as searches:
@@ -160,6 +160,8 @@ def _budget(study: Study) -> dict[str, Any] | None:
         "gap": found.gap,
         "mixes": found.considered,
         "planned": found.solved,
+        "ruled_out": found.ruled_out,
+        "unplanned": found.unplanned,
     }
 
 

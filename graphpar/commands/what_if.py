@@ -58,7 +58,8 @@ def _several(name: str, metavar: str, text: str) -> Callable[[_Command], _Comman
     "--time-limit",
     "time_limit_s",
     type=click.FloatRange(min=0, min_open=True),
-    help="Seconds to search for each scenario's plan.  [default: all in about 20 s]",
+    help="Seconds to search for each scenario's plan, and for the whole budget.  [default: all scenarios "
+    "in about 20 s, a budget in 30]",
 )
 @click.option(
     "--gap",

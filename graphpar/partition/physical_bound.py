@@ -1,9 +1,9 @@
 """A lower bound on the step of any plan, whatever its stages, replicas and order of work."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from graphpar.cost import CostTable
 from graphpar.partition.bounds import (
@@ -13,7 +13,7 @@ from graphpar.partition.bounds import (
     repeats_of,
     sample_bound,
 )
-from graphpar.partition.unit_arrays import FloatArray, times_s
+from graphpar.partition.unit_arrays import BoolArray, FloatArray, times_s
 
 _WEIGHTS = np.geomspace(0.02, 4.0, 24)
 """Prices of the samples' time together, over those of the devices' time, that are tried."""
@@ -35,38 +35,89 @@ def physical_bound_s(table: CostTable) -> float:
     Replicas under ZeRO divide the optimiser's work otherwise than the samples, so there the least of
     either counts for itself.
     """
-    numbers = np.array([len(c.devices) for c in table.device_classes], dtype=np.float64)
-    teams, per_sample = find_teams(table), sample_bound(table)
-    work, step = per_sample.times_s * table.batch, _optimizer_s(table)
-    divided = np.array([m.zero > 0 for m in table.every_mode])
-    if len(set(teams.of_mode[divided].tolist())) <= 1:
-        work = work + teams.least(step)
-    whole = WorkBound(work, repeats_of(table), teams)
-    counts = [len(c.devices) for c in table.device_classes]
-    best, prices = whole.prices(counts)
-    usable = teams.within(numbers)[teams.of_mode]
-    if not usable.any():
-        return best
-    mode_prices = (teams.members @ prices)[teams.of_mode][usable]
-    rows = _Rows.of(table, usable)
-    waiting = _waiting(table, rows.path.min(axis=(0, 2)))
-    others = repeats_of(table) - waiting
-    best = max(best, float(waiting @ rows.path.min(axis=(0, 2))))
-    device_s = float(numbers @ prices)
-    if device_s <= 0:
-        return best
-    update = mode_prices * step[:, usable]
-    divided = divided[usable]
-    free = _cheapest(table.batch * rows.least(mode_prices, 0.0), update, divided)
-    best = max(best, float(repeats_of(table) @ free) / device_s)
-    for weight in _WEIGHTS * device_s / table.batch:
-        each = _cheapest(table.batch * rows.least(mode_prices, float(weight)), update, divided)
-        value = float(waiting @ each + others @ free) / (device_s + float(weight) * table.batch)
-        best = max(best, value)
-    return best
+    return PhysicalBound(table).seconds([len(c.devices) for c in table.device_classes])
 
 
-def _cheapest(work: FloatArray, update: FloatArray, divided: npt.NDArray[np.bool_]) -> FloatArray:
+@dataclass(frozen=True)
+class TimePrices:
+    """Prices that bound the step of any number of devices: `T >= work_s / (counts @ device + sample)`.
+
+    `device` is per device of each class, `sample` of all samples of the batch together.
+    """
+
+    work_s: float
+    device: FloatArray
+    sample: float
+
+
+class PhysicalBound:
+    """The bound of `physical_bound_s` for one table and any number of devices of its classes."""
+
+    def __init__(self, table: CostTable) -> None:
+        self._table = table
+        self._teams, per_sample = find_teams(table), sample_bound(table)
+        self._step = _optimizer_s(table)
+        self._divided = np.array([m.zero > 0 for m in table.every_mode])
+        work = per_sample.times_s * table.batch
+        if len(set(self._teams.of_mode[self._divided].tolist())) <= 1:
+            work = work + self._teams.least(self._step)
+        self._whole = WorkBound(work, repeats_of(table), self._teams)
+        self._repeats, self._rows = repeats_of(table), _Rows.of(table)
+
+    def seconds(self, counts: Sequence[int]) -> float:
+        """The bound for so many devices of each class."""
+        return self._best(counts)[0]
+
+    def prices(self, counts: Sequence[int]) -> tuple[float, TimePrices]:
+        """The bound, and the prices that give it or nearly so, to bound other numbers of devices by.
+
+        Of classes that are not among them a device costs so much that it never is the cheapest.
+        """
+        number = np.array(counts, dtype=np.float64)
+        best, device, weight = self._best(counts)
+        missing, every = number <= 0, np.ones(len(self._divided), dtype=np.bool_)
+        if missing.any() and device.any():
+            times = self._whole.times_s[:, : len(number)]
+            least = (times[:, ~missing] * device[~missing]).min(axis=1)
+            device = device.copy()
+            device[missing] = (least[:, None] / np.maximum(times[:, missing], 1e-300)).max(axis=0)
+        (work_s,) = self._work_s(device, every, [weight])
+        return best, TimePrices(work_s, device, weight * self._table.batch)
+
+    def _best(self, counts: Sequence[int]) -> tuple[float, FloatArray, float]:
+        """The bound, and the prices of the devices and of a sample that give it."""
+        numbers = np.array(counts, dtype=np.float64)
+        best, prices = self._whole.prices(counts)
+        usable = self._teams.within(numbers)[self._teams.of_mode]
+        if not usable.any():
+            return best, prices, 0.0
+        path = self._rows.path[..., usable].min(axis=(0, 2))
+        best = max(best, float(_waiting(self._table, path) @ path))
+        device_s, batch = float(numbers @ prices), self._table.batch
+        if device_s <= 0:
+            return best, prices, 0.0
+        weights = [0.0, *(float(weight) for weight in _WEIGHTS * device_s / batch)]
+        works = self._work_s(prices, usable, weights)
+        values = [w / (device_s + weight * batch) for w, weight in zip(works, weights, strict=True)]
+        number = int(np.argmax(values))
+        return max(best, values[number]), prices, weights[number]
+
+    def _work_s(self, prices: FloatArray, usable: BoolArray, weights: Sequence[float]) -> list[float]:
+        """What all work costs at least, by the price of a sample's time, at prices of the devices'."""
+        rows, batch = self._rows.among(usable), self._table.batch
+        waiting = _waiting(self._table, rows.path.min(axis=(0, 2)))
+        others = self._repeats - waiting
+        mode_prices = (self._teams.members @ prices)[self._teams.of_mode][usable]
+        update, divided = mode_prices * self._step[:, usable], self._divided[usable]
+        free = _cheapest(batch * rows.least(mode_prices, 0.0), update, divided)
+        found = []
+        for weight in weights:
+            each = _cheapest(batch * rows.least(mode_prices, weight), update, divided) if weight else free
+            found.append(float(waiting @ each + others @ free))
+        return found
+
+
+def _cheapest(work: FloatArray, update: FloatArray, divided: BoolArray) -> FloatArray:
     """[distinct unit]: the least of work and update over modes, which those under ZeRO may mix."""
     least: FloatArray = (work + update)[:, ~divided].min(axis=1, initial=np.inf)
     if divided.any():
@@ -92,11 +143,15 @@ class _Rows:
     """Likewise, without what nothing waits for."""
 
     @staticmethod
-    def of(table: CostTable, usable: npt.NDArray[np.bool_]) -> "_Rows":
+    def of(table: CostTable) -> "_Rows":
         sizes = np.array(table.sizes_of_parts, dtype=np.float64)
         time = np.stack([times_s(table, s) for s in sizes])
         later = np.stack([_weight_s(table, s) for s in sizes])
-        return _Rows(sizes, time[..., usable], np.maximum(time - later, 0.0)[..., usable])
+        return _Rows(sizes, time, np.maximum(time - later, 0.0))
+
+    def among(self, usable: BoolArray) -> "_Rows":
+        """Those of some modes alone."""
+        return replace(self, time=self.time[..., usable], path=self.path[..., usable])
 
     def least(self, prices: FloatArray, weight: float) -> FloatArray:
         """[distinct unit, mode]: the least of `prices * time / size + weight * path` over all sizes.

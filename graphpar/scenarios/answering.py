@@ -43,7 +43,7 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
     headroom = {d: capacity[d] - peaks[d] for d in peaks}
     used = tuple(headroom)
     everyone = [d for c in task.table.device_classes for d in c.devices]
-    alone = _alone(table, task)
+    alone = None if task.step_only else _alone(table, task)
     least = min(headroom, key=headroom.__getitem__)
     fits = headroom[least] >= 0
     return Answer(
@@ -56,7 +56,9 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
         gap=None if task.layout else found.gap,
         any_bound_s=found.physical_bound_s,
         batch=table.batch,
-        bottleneck=_bottleneck(table, found, schedule, timeline, peaks, capacity, task, known),
+        bottleneck=None
+        if task.step_only
+        else _bottleneck(table, found, schedule, timeline, peaks, capacity, task, known),
         headroom_bytes=headroom,
         used=used,
         left_out=tuple(d for d in everyone if d not in headroom),

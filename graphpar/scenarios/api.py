@@ -20,12 +20,11 @@ from graphpar.scenarios.changes import check_format
 from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
-from graphpar.scenarios.report import remark_lines, table_lines, to_csv, worth_lines
+from graphpar.scenarios.report import as_plain, remark_lines, table_lines, to_csv, worth_lines
 from graphpar.scenarios.study import (
     Limits,
     Progress,
     Solver,
-    as_plain,
     ask,
     changed,
     fair_limit_s,
@@ -211,7 +210,8 @@ def what_if(
         calibration: Measured curves of this machine's processor; the cached ones by default.
         gap: How close to the best of its family each plan has to be proven.
         time_limit_s: When to stop searching for one scenario's plan; by default so that all take about
-            20 seconds, but no less than 0.3 and no more than ten each; so do the clusters of a budget.
+            20 seconds, but no less than 0.3 and no more than ten each. All clusters of a budget together
+            take no longer; by default 30 seconds.
         processes: How many solve at once; by default one per core.
         cache: Whether, or in which folder, answers are kept.
         progress: Called with how many answers are there, of how many.
@@ -258,7 +258,7 @@ def what_if(
         without=tuple(leave_one_out(solver, baseline, first)) if leave_out else (),
         budget=None
         if budget_usd_per_h is None
-        else best_within(solver, baseline, budget_usd_per_h, instances, share_time=time_limit_s is None),
+        else best_within(solver, baseline, budget_usd_per_h, instances, time_limit_s),
     )
 
 
@@ -333,16 +333,26 @@ def _prices(cluster: Cluster, given: Mapping[str, float]) -> tuple[tuple[str, fl
 
 
 def _budget_lines(budget: BudgetAnswer) -> list[str]:
-    if budget.best is None or budget.best.step_s is None:
-        return ["budget: nothing within it can run the model"]
-    ruled = budget.considered - budget.solved
-    best, money = budget.best, budget.best.usd_per_million_samples
+    counted = (
+        f"  {budget.considered} clusters use the budget up; {budget.solved} were planned, "
+        f"{budget.ruled_out} ruled out by their bounds"
+    )
+    if budget.unable:
+        counted += f", {budget.unable} cannot be planned as asked ({budget.problem})"
+    if budget.unplanned:
+        counted += f"; the time was up before the other {budget.unplanned}, which may be better"
+    best = budget.best
+    if best is None or best.step_s is None:
+        found = (
+            "no plan was found in the time" if budget.unplanned else "nothing within it can run the model"
+        )
+        return [f"budget: {found}", counted]
+    money = best.usd_per_million_samples
     lines = [
         f"best within the budget: {best.title}, {budget.usd_per_h:g} $/h, "
-        f"{format_seconds(budget.best.step_s)} ±{100 * best.error_bar:.0f}% per step, "
+        f"{format_seconds(best.step_s)} ±{100 * best.error_bar:.0f}% per step, "
         f"{best.samples_per_s:.4g} samples/s" + (f", {money:.4g} $/Msample" if money else ""),
-        f"  {budget.considered} clusters use the budget up; {budget.solved} were planned, {ruled} ruled "
-        "out by their bounds" + ("" if budget.proven else "; not all could be judged"),
+        counted,
         f"  no plan on any of them is shorter than {format_seconds(budget.bound_s)} (gap "
         f"{format_percent(budget.gap or 0.0)})",
     ]
@@ -362,6 +372,10 @@ def _budget_plain(budget: BudgetAnswer | None, baseline: Answer) -> dict[str, An
         "usd_per_h": budget.usd_per_h,
         "considered": budget.considered,
         "solved": budget.solved,
+        "ruled_out": budget.ruled_out,
+        "unable": budget.unable,
+        "unplanned": budget.unplanned,
+        "truncated_by": ["time limit"] if budget.unplanned else [],
         "proven": budget.proven,
         "bound_s": budget.bound_s,
         "gap": budget.gap,

@@ -1,30 +1,30 @@
-"""The best cluster for the money: a search over counts of instance types, pruned by bounds.
-
-Whatever is left idle costs nothing in time, so more instances never make the best plan slower: only
-budgets that are used up are looked at. Each such cluster has a lower bound on its step time (all work
-over all devices, fractional), which needs no search; clusters are solved in the order of their bounds
-until a bound exceeds the best step found.
-"""
+"""The best cluster for the money: which mix of instance types, and how much faster any could be."""
 
 import math
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
 
 from graphpar import catalogue
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
-from graphpar.partition.physical_bound import physical_bound_s
+from graphpar.errors import ClusterError
+from graphpar.partition.unit_arrays import BoolArray, FloatArray
+from graphpar.scenarios.mix_search import Found, MixSearch
+from graphpar.scenarios.mixes import MixBounds, Mixes, mixes_within
 from graphpar.scenarios.prices import instance_of, instance_price, known_prices
-from graphpar.scenarios.study import Solver, fair_limit_s
+from graphpar.scenarios.study import Solver
 from graphpar.scenarios.types import Answer, Setting, renamed
 
-MOST_CLUSTERS = 2000
-BATCH_OF_SOLVES = 4
-"""Clusters planned at first before bounds are looked at again; twice as many each time, since processes
-have to start for each."""
+BUDGET_S = 30.0
+"""Wall-clock time that a budget may take where nobody says otherwise, ..."""
 
-MOST_DEVICES = 1024
+FINAL_SHARE = 0.3
+"""... of which this share is kept for the best mix alone."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class BudgetAnswer:
     """The best cluster within a budget.
 
     Attributes:
-        best: Its plan; None when nothing within the budget can run the model.
+        best: Its plan; None when nothing within the budget is known to run the model.
         counts: Instances of each type in it, without those that its plan leaves idle.
         usd_per_h: Their price.
         considered: Clusters that use up the budget.
-        solved: Of them, how many were planned; the others were ruled out by their bounds.
-        proven: Whether every cluster not planned was ruled out.
+        solved: Of them, how many were planned.
+        unplanned: Of them, how many were neither planned nor ruled out by their bounds, for want of time.
+        unable: Of them, how many cannot be planned as asked; `problem` says why.
         bound_s: No plan on any cluster within the budget has a shorter step.
         too_dear: Types of which a single instance costs more than the budget.
+        problem: Why clusters cannot be planned as asked.
     """
 
     best: Answer | None
@@ -47,9 +49,21 @@ class BudgetAnswer:
     usd_per_h: float
     considered: int
     solved: int
-    proven: bool
+    unplanned: int = 0
+    unable: int = 0
     bound_s: float = 0.0
     too_dear: tuple[str, ...] = ()
+    problem: str = ""
+
+    @property
+    def proven(self) -> bool:
+        """Whether every cluster was planned or ruled out, of those that can be planned as asked."""
+        return not self.unplanned
+
+    @property
+    def ruled_out(self) -> int:
+        """Clusters that no plan can make better than the best, by their bounds."""
+        return self.considered - self.solved - self.unplanned - self.unable
 
     @property
     def gap(self) -> float | None:
@@ -59,16 +73,25 @@ class BudgetAnswer:
 
 
 def best_within(
-    solver: Solver, baseline: Setting, usd_per_h: float, types: Sequence[str], *, share_time: bool = False
+    solver: Solver,
+    baseline: Setting,
+    usd_per_h: float,
+    types: Sequence[str],
+    time_limit_s: float | None = None,
 ) -> BudgetAnswer:
     """The cluster of these instance types with the shortest step that costs no more.
 
-    With `share_time` each of many clusters is searched for a part of the time that all may take together,
-    and the best again for as long as a scenario.
+    Args:
+        solver: Prices and plans settings.
+        baseline: What to plan, on another cluster.
+        usd_per_h: The budget.
+        types: Names of instance types.
+        time_limit_s: Wall-clock seconds for all clusters together; by default 30.
 
     Raises:
         ValueError: A type is unknown or has no price, or none fits the budget.
     """
+    ends_s = time.monotonic() + (BUDGET_S if time_limit_s is None else time_limit_s)
     if not 0 < usd_per_h < math.inf:
         raise ValueError(f"the budget is {usd_per_h:g} $/h; it must be a positive number")
     prices = _prices(types)
@@ -78,54 +101,47 @@ def best_within(
             f"the budget of {usd_per_h:g} $/h is below the cheapest type: {cheapest} costs "
             f"{prices[cheapest]:g} $/h"
         )
-    counted = _maximal_counts(prices, usd_per_h)
-    settings = [_setting(baseline, counts) for counts in counted]
-    bounds = _bounds(solver, settings, prices)
-    order = sorted(range(len(settings)), key=bounds.__getitem__)
-    limit_s = fair_limit_s(len(settings), solver.limits.processes) if share_time else None
-    best, best_index, solved, proven = None, -1, 0, True
-    start, many = 0, BATCH_OF_SOLVES
-    while start < len(order):
-        hopeful = [
-            i
-            for i in order[start : start + many]
-            if best is None or best.step_s is None or bounds[i] < best.step_s
-        ]
-        if not hopeful:
-            break
-        start, many = start + many, 2 * many
-        answers = solver.answers([settings[i] for i in hopeful], limit_s)
-        for i, answer in zip(hopeful, answers, strict=True):
-            solved += 1
-            # What was proven of any plan holds whatever schedule a plan has.
-            bounds[i] = max(bounds[i], answer.any_bound_s or 0.0)
-            proven = proven and answer.status != "invalid"
-            if answer.status != "ok" or answer.step_s is None:
-                continue
-            if best is None or best.step_s is None or answer.step_s < best.step_s:
-                best, best_index = answer, i
     dear = tuple(name for name, price in prices.items() if price > usd_per_h)
-    if best is None:
-        return BudgetAnswer(None, (), 0.0, len(settings), solved, proven, min(bounds), dear)
-    counts = counted[best_index]
-    used = _in_use(settings[best_index], best) or counts
-    if used != counts or limit_s is not None:
-        best, counts = _again(solver, baseline, used, best, counts)
-    price = sum(prices[t] * n for t, n in counts.items())
-    named = renamed(best, " + ".join(f"{n} x {t}" for t, n in counts.items()), ())
-    bound_s = min(*bounds, best.step_s or 0.0)
-    return BudgetAnswer(named, tuple(counts.items()), price, len(settings), solved, proven, bound_s, dear)
+    mixes = mixes_within({t: p for t, p in prices.items() if t not in dear}, usd_per_h)
+    search = MixSearch(solver, mixes, bounds_of(solver, mixes, baseline), partial(_setting, baseline))
+    search.run((1 - FINAL_SHARE) * (ends_s - time.monotonic()))
+    answer = BudgetAnswer(
+        best=None,
+        counts=(),
+        usd_per_h=0.0,
+        considered=len(mixes.counts),
+        solved=len(search.planned),
+        unplanned=search.open,
+        unable=int(search.bounds.excluded.sum()),
+        bound_s=float(search.bounds.least_s.min()),
+        too_dear=dear,
+        problem=search.bounds.problem,
+    )
+    if search.best is None:
+        return answer
+    found = _again(solver, baseline, search.best, ends_s - time.monotonic())
+    best = renamed(found.answer, " + ".join(f"{n} x {t}" for t, n in found.counts.items()), ())
+    return replace(
+        answer,
+        best=best,
+        counts=tuple(found.counts.items()),
+        usd_per_h=sum(prices[t] * n for t, n in found.counts.items()),
+        bound_s=min(answer.bound_s, found.step_s),
+    )
 
 
-def _again(
-    solver: Solver, baseline: Setting, used: dict[str, int], best: Answer, counts: dict[str, int]
-) -> tuple[Answer, dict[str, int]]:
-    """The best answer planned once more, without the instances that its plan leaves idle."""
-    (answer,) = solver.answers([_setting(baseline, used)])
-    least_s = (best.step_s or 0.0) * (1 + 1e-9)
-    if answer.status == "ok" and answer.step_s is not None and answer.step_s <= least_s:
-        return answer, used
-    return best, counts
+def _again(solver: Solver, baseline: Setting, best: Found, time_limit_s: float) -> Found:
+    """The best planned once more and told in full, without the instances that its plan leaves idle."""
+    used = _in_use(best.setting, best.answer) or dict(best.counts)
+    setting = _setting(baseline, used)
+    before = replace(best, answer=solver.learn(best.setting, best.answer))
+    (answer,) = solver.answers([setting], max(time_limit_s, _LEAST_S))
+    again = Found(used, setting, answer)
+    return again if again.step_s <= before.step_s * (1 + 1e-9) else before
+
+
+_LEAST_S = 0.1
+"""The answer that is told needs some time to be worked out."""
 
 
 def _in_use(setting: Setting, answer: Answer) -> dict[str, int]:
@@ -150,59 +166,66 @@ def _prices(types: Sequence[str]) -> dict[str, float]:
     return prices
 
 
-def _maximal_counts(prices: dict[str, float], usd_per_h: float) -> list[dict[str, int]]:
-    """Counts of each type such that no instance more could be paid."""
-    found: list[dict[str, int]] = []
-    names = sorted(prices, key=prices.__getitem__, reverse=True)
-
-    def extend(index: int, left: float, counts: dict[str, int]) -> None:
-        name = names[index]
-        # A price list's cents must not make the last instance too dear.
-        most = int((left + 1e-9) / prices[name])
-        if index == len(names) - 1:
-            full = {**counts, name: most} if most else counts
-            if _devices(full) > MOST_DEVICES:
-                raise ValueError(
-                    f"{usd_per_h:g} $/h pay for {_devices(full)} devices, of which at most "
-                    f"{MOST_DEVICES} are planned; give a smaller budget, or leave out the cheapest types"
-                )
-            if full:
-                found.append(full)
-            return
-        for count in range(most, -1, -1):
-            if len(found) > MOST_CLUSTERS:
-                raise ValueError(
-                    f"more than {MOST_CLUSTERS} clusters cost up to {usd_per_h:g} $/h; give fewer types "
-                    "or a smaller budget"
-                )
-            more = {**counts, name: count} if count else counts
-            extend(index + 1, left - count * prices[name], more)
-
-    extend(0, usd_per_h, {})
-    return found
-
-
-def _devices(counts: dict[str, int]) -> int:
-    return sum(catalogue.instances()[t].count * n for t, n in counts.items())
-
-
-def _setting(baseline: Setting, counts: dict[str, int]) -> Setting:
+def _setting(baseline: Setting, counts: Mapping[str, int]) -> Setting:
     cluster = Cluster.of(*(x for pair in counts.items() for x in pair))
     return replace(baseline, cluster=cluster, usd_per_h=known_prices(cluster))
 
 
-def _bounds(solver: Solver, settings: Sequence[Setting], prices: dict[str, float]) -> list[float]:
-    """A lower bound on the step of each cluster, from one table of all kinds of devices."""
-    everyone = Cluster.of(*(x for name in prices for x in (name, 1)))
-    table = solver.book.table(replace(settings[0], cluster=everyone))
-    return [physical_bound_s(_with_counts(table, setting.cluster)) for setting in settings]
+def bounds_of(solver: Solver, mixes: Mixes, baseline: Setting) -> MixBounds:
+    """Lower bounds of the mixes, from one table of all kinds of devices for all mixes that price alike.
+
+    What stages send each other, and what of a backward may come later, is as the formats of the devices
+    allow that are there. So mixes whose devices all have the format asked for have a table of such
+    devices. Tensor groups take the links that nodes have; types that differ in those alone are not
+    mixed where there may be groups.
+    """
+    bounds = MixBounds(mixes)
+    alone = [_setting(baseline, {name: 1}) for name in mixes.types]
+    having = np.array([_has_format(solver, setting) for setting in alone])
+    there = mixes.counts > 0
+    if having.any():
+        lacking = np.logical_not(np.logical_or.reduce(there[:, having], axis=1))
+        bounds.exclude(lacking, f"no device computes in {baseline.precision}")
+    apart = _apart(alone) if baseline.tensor != 1 else np.zeros_like(having)
+    marks = np.column_stack([there[:, ~having].any(axis=1), there[:, apart]])
+    for mark in np.unique(marks, axis=0):
+        rows = (marks == mark).all(axis=1) & (bounds.least_s < np.inf)
+        wanted = (having | mark[0]) & (~apart | (there[rows] > 0).any(axis=0))
+        if rows.any():
+            names = [t for t, wants in zip(mixes.types, wanted, strict=True) if wants]
+            setting = _setting(baseline, dict.fromkeys(names, 1))
+            table = solver.book.table(setting)
+            bounds.cover(rows, table, _devices(mixes, setting, table))
+    return bounds
 
 
-def _with_counts(table: CostTable, cluster: Cluster) -> CostTable:
-    """The table with as many devices per class as a cluster has; names do not matter to bounds."""
-    kinds = [device.kind for device in cluster.devices]
-    classes = tuple(
-        replace(c, devices=tuple(f"{c.name}/{i}" for i in range(kinds.count(c.name))))
-        for c in table.device_classes
-    )
-    return replace(table, device_classes=classes)
+def _apart(alone: Sequence[Setting]) -> BoolArray:
+    """[type]: whether another type has the same kind of device over other links."""
+    links: dict[str, set[str]] = {}
+    kinds = [setting.cluster.devices[0].kind for setting in alone]
+    for kind, setting in zip(kinds, alone, strict=True):
+        links.setdefault(kind, set()).add(str(setting.cluster.nodes[0].link.cost))
+    return np.array([len(links[kind]) > 1 for kind in kinds])
+
+
+def _has_format(solver: Solver, setting: Setting) -> bool:
+    """Whether an instance computes in the format asked for; others stay in float32 beside it."""
+    try:
+        solver.book.formats(setting)
+    except ClusterError:
+        return False
+    return True
+
+
+def _devices(mixes: Mixes, setting: Setting, table: CostTable) -> FloatArray:
+    """[type, class of the table]: devices of each class in an instance of each type."""
+    node_of = table.topology.node_of
+    types = [instance_of(node) for node in setting.cluster.nodes]
+    row = {
+        node.name: mixes.types.index(t) for node, t in zip(setting.cluster.nodes, types, strict=True) if t
+    }
+    found = np.zeros((len(mixes.types), len(table.device_classes)))
+    for number, own in enumerate(table.device_classes):
+        for device in own.devices:
+            found[row[node_of[device]], number] += 1
+    return found

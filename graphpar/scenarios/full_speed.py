@@ -49,9 +49,19 @@ def for_devices(table: CostTable, cluster: Cluster) -> CostTable:
         )
         for c, (row, slowdown) in own
     )
-    same = rows == tuple((number, 1.0) for number in range(len(table.device_classes)))
-    costs = table.costs if same else tuple(_of_rows(cost, rows) for cost in table.costs)
-    return replace(table, device_classes=classes, costs=costs)
+    return replace(with_rows(table, rows), device_classes=classes)
+
+
+def with_rows(table: CostTable, rows: Sequence[tuple[int, float]]) -> CostTable:
+    """The table of some rows of another, each so many times slower."""
+    rows = tuple(rows)
+    if rows == tuple((number, 1.0) for number in range(len(table.device_classes))):
+        return table
+    return replace(
+        table,
+        costs=tuple(_of_rows(cost, rows) for cost in table.costs),
+        device_classes=tuple(table.device_classes[row] for row, _ in rows),
+    )
 
 
 def _of_rows(cost: UnitCost, rows: Rows) -> UnitCost:

@@ -10,17 +10,16 @@ import torch
 from torch import nn
 
 from graphpar.calibration import Calibration
-from graphpar.catalogue import families
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost, Mode
 from graphpar.cost_models.classes import device_classes
 from graphpar.cost_models.divisible import few_row_bytes
-from graphpar.cost_models.extrapolation import WIDER, described, extrapolations
+from graphpar.cost_models.extrapolation import extrapolations
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_models.roofline import Rewritten, Roofline
 from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_options import StageOptions
-from graphpar.device import Device, Link
+from graphpar.device import Link
 from graphpar.errors import GraphparError
 from graphpar.frontend.torch_private import flatten
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
@@ -30,7 +29,7 @@ from graphpar.partition.types import Replica
 from graphpar.planner import may_repeat, price, with_groups, zero_levels
 from graphpar.precision import Formats, rewrite, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
-from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of
+from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of, with_rows
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.lengths import between, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
@@ -40,9 +39,8 @@ from graphpar.training import Training
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
 """From a batch size and a sequence length to positional and keyword arguments."""
 
-MEASURED_ERROR, CATALOGUE_ERROR, DESCRIBED_ERROR = 0.10, 0.20, 0.35
-"""Half-widths of the interval a step is expected in: this machine's measured processor, a device of the
-catalogue (the errors in docs/cost-models.md), a device described in place."""
+_Kinds = list[tuple[str, int]]
+"""For each class of devices what tells it from others, and the number of the graph that it runs."""
 
 
 @dataclass
@@ -70,6 +68,7 @@ class PriceBook:
     _lengths: frozenset[int] = frozenset()
     _support: tuple[int, ...] = ()
     _tables: dict[str, CostTable] = field(default_factory=dict)
+    _by_kinds: dict[object, list[tuple[_Kinds, CostTable]]] = field(default_factory=dict)
     _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
     _tried: dict[tuple[str, bool], tuple[float, float]] = field(default_factory=dict)
     _trainings: dict[str, Training | None] = field(default_factory=dict)
@@ -104,28 +103,47 @@ class PriceBook:
         """
         key, alone = self._costs_by(setting), not _is_local(setting.cluster)
         if key not in self._tables:
-            train, prepared = self._training(setting), self.prepared(setting)
-            cluster = at_full_speed(setting.cluster) if alone else setting.cluster
-            how = setting.optimizer, all(device.is_cpu for device in cluster.devices)
-            if how not in self._tried:
-                self._tried[how] = tried_optimizer(train, cluster)
-            # What works on the whole batch has other kernels for another one.
-            shared = not prepared.batch_reason and not prepared.tail_reason
-            known = self._pricers.setdefault(f"{setting.optimizer} {setting.seq_len}", {})
-            self._tables[key] = price(
-                prepared,
-                cluster,
-                train=train,
-                calibration=self.calibration,
-                formats=self.formats(setting),
-                tried=self._tried[how],
-                rewritten=self._runs(setting),
-                known=known if shared else None,
+            self._tables[key] = (
+                self._of_some(setting) if alone else self._priced(setting, setting.cluster)
             )
         # Links and how many devices of a class there are: they do not change what a unit costs on one.
         table = self._tables[key]
         table = for_devices(table, setting.cluster) if alone else table
         return self._with_modes(self._placed(table, setting), setting)
+
+    def _of_some(self, setting: Setting) -> CostTable:
+        """The table of devices at full speed, out of one of more kinds of devices if there is any."""
+        cluster, runs = at_full_speed(setting.cluster), self._runs(setting)
+        firsts = [cluster.device(c.devices[0]) for c in device_classes(cluster)]
+        kinds = [(str(sorted(d.to_dict().items(), key=str)), id(runs[d.name][0])) for d in firsts]
+        graphs, on_cpu = {graph for _, graph in kinds}, all(d.is_cpu for d in firsts)
+        known = self._by_kinds.setdefault((*_chosen(setting), on_cpu), [])
+        for others, table in known:
+            # What stages send each other is in the format that needs most bytes.
+            if graphs == {graph for _, graph in others} and {*kinds} <= {*others}:
+                return with_rows(table, [(others.index(kind), 1.0) for kind in kinds])
+        known.append((kinds, self._priced(setting, cluster)))
+        return known[-1][1]
+
+    def _priced(self, setting: Setting, cluster: Cluster) -> CostTable:
+        """A table from nothing."""
+        train, prepared = self._training(setting), self.prepared(setting)
+        how = setting.optimizer, all(device.is_cpu for device in cluster.devices)
+        if how not in self._tried:
+            self._tried[how] = tried_optimizer(train, cluster)
+        # What works on the whole batch has other kernels for another one.
+        shared = not prepared.batch_reason and not prepared.tail_reason
+        known = self._pricers.setdefault(f"{setting.optimizer} {setting.seq_len}", {})
+        return price(
+            prepared,
+            cluster,
+            train=train,
+            calibration=self.calibration,
+            formats=self.formats(setting),
+            tried=self._tried[how],
+            rewritten=self._runs(setting),
+            known=known if shared else None,
+        )
 
     def _training(self, setting: Setting) -> Training | None:
         """How a setting trains, the same for all that name the same optimiser."""
@@ -450,41 +468,9 @@ def training_of(train: Training | None, optimizer: str) -> Training | None:
     return replace(train, optimizer=make)
 
 
-def trust(setting: Setting, book: PriceBook, used: Collection[str] = ()) -> tuple[float, tuple[str, ...]]:
-    """How wide the error bar of a plan on the used devices is, and what is assumed; of none: of all."""
-    calibration, everyone = book.calibration, setting.cluster.devices
-    devices = [d for d in everyone if d.name in used] or list(everyone)
-    names = {d.name for d in devices}
-    error = max(_error(d, calibration) for d in devices)
-    remarks = list(described(devices))
-    if setting.precision != "float32":
-        remarks += book.formats(setting).notes
-        if setting.precision in book.by_format(setting, names):
-            # Formats other than float32 were checked against fewer measurements.
-            error *= 1.25
-    if any(d.is_local_cpu for d in devices) and calibration is None:
-        error = max(error, DESCRIBED_ERROR)
-        remarks.append("this machine's processor is not calibrated; run `graphpar calibrate`")
-    far = book.extrapolations(setting, names)
-    if far:
-        error *= WIDER
-        remarks += far
-    return error, tuple(remarks)
-
-
 def only(cluster: Cluster, names: Collection[str]) -> Cluster:
     """The cluster without all other devices."""
     kept = (replace(n, devices=tuple(d for d in n.devices if d.name in names)) for n in cluster.nodes)
     nodes = tuple(node for node in kept if node.devices)
     left = {node.name for node in nodes}
     return Cluster(nodes, cluster.network, tuple(p for p in cluster.pairs if set(p[0]) <= left))
-
-
-def _error(device: Device, calibration: Calibration | None) -> float:
-    if device.is_local_cpu:
-        return MEASURED_ERROR if calibration is not None else DESCRIBED_ERROR
-    if not device.in_catalogue:
-        return DESCRIBED_ERROR
-    # A curve of few points says less.
-    points = len(families()[device.family].matmul_efficiency)
-    return CATALOGUE_ERROR if points > 1 else DESCRIBED_ERROR

@@ -1,8 +1,11 @@
 """A study's answers as a table for people, as CSV, as JSON."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from graphpar.scenarios.types import Answer, Worth
 from graphpar.units import format_bytes, format_percent, format_seconds
@@ -144,3 +147,21 @@ def to_csv(baseline: Answer, answers: Sequence[Answer]) -> str:
             ]
         )  # fmt: skip
     return out.getvalue()
+
+
+def as_plain(answer: Answer, baseline: Answer) -> dict[str, Any]:
+    """An answer as plain data with its derived numbers."""
+    data = dataclasses.asdict(replace(answer, plan=None))
+    del data["plan"]
+    data["samples_per_s"] = answer.samples_per_s
+    data["usd_per_million_samples"] = answer.usd_per_million_samples
+    data["kwh_per_million_samples"] = answer.kwh_per_million_samples
+    data["gap_any"] = (
+        1 - answer.any_bound_s / answer.step_s
+        if answer.any_bound_s is not None and answer.step_s
+        else None
+    )
+    data["least_headroom_bytes"] = min(answer.headroom_bytes.values(), default=None)
+    data["change"] = answer.change(baseline)
+    data["needless"] = answer.needless
+    return data

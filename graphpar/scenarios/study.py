@@ -1,6 +1,5 @@
 """A study: a baseline and scenarios, each planned anew, in parallel and from the cache where known."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import math
@@ -8,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from graphpar import catalogue
 from graphpar.cluster_build import num_cores
@@ -22,11 +21,12 @@ from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import could_cover, places, with_these_alone
 from graphpar.scenarios.naming import numbered, with_names
-from graphpar.scenarios.pricing import PriceBook, priced_by, trust
+from graphpar.scenarios.pricing import PriceBook, priced_by
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.solve import brought
 from graphpar.scenarios.task import Task
 from graphpar.scenarios.transfer import placed
+from graphpar.scenarios.trust import trust
 from graphpar.scenarios.types import Answer, KnownPlan, Scenario, Setting, renamed
 from graphpar.scenarios.workers import solving
 from graphpar.schedule_choice import LEAST_GAIN, judged_s
@@ -99,13 +99,13 @@ class Solver:
         self.book.expect({s.seq_len for s in missing.values() if s.seq_len is not None})
         done = len(set(keys)) - len(missing)
         total = len(set(keys))
-        self._tell(done, total)
+        self.tell(done, total)
         for key, answer in self._solved(missing, limit_s):
             self._known[key], self._settings[key] = answer, missing[key]
             if answer.status != "invalid":
                 self.kept.put(key, answer)
             done += 1
-            self._tell(done, total)
+            self.tell(done, total)
         self._settle(tuple(dict.fromkeys(keys)))
         return [
             with_names(self._known[key], own.cluster, setting.cluster)
@@ -149,7 +149,7 @@ class Solver:
 
     def _taken_over(self, setting: Setting, mine: Answer, other: Answer, there: Places) -> Answer | None:
         """The other's plan as an answer to this setting, if that is better."""
-        task = self._task(setting)
+        task = self.task(setting)
         found = brought(task, placed(other.plan, there)) if other.plan is not None else None
         if found is not None:
             made = self._valued(answer_of(task, found), setting)
@@ -187,9 +187,17 @@ class Solver:
         traits = self.book.traits("given")
         return self.book.state_bytes if traits is not None and traits.elementwise else math.inf
 
-    def _tell(self, done: int, total: int) -> None:
+    def tell(self, done: int, total: int) -> None:
+        """Say how many answers are there, of how many."""
         if self.progress is not None:
             self.progress(done, total)
+
+    def learn(self, setting: Setting, answer: Answer) -> Answer:
+        """Take an answer found elsewhere as known, which others begin with and are no worse than."""
+        setting = numbered(setting)
+        key = self._key(setting, answer.seconds)
+        self._known[key], self._settings[key] = self._valued(answer, setting), setting
+        return self._known[key]
 
     def _from_cache(self, key: str, setting: Setting) -> bool:
         found = self.kept.get(key)
@@ -240,8 +248,7 @@ class Solver:
                 tasks, asked = [], []
                 for key, setting in group:
                     try:
-                        task = self._task(setting)
-                        tasks.append(replace(task, time_limit_s=time_limit_s, hints=self._hints(setting)))
+                        tasks.append(self.task(setting, time_limit_s, self._hints(setting)))
                     except (ValueError, GraphparError) as error:
                         yield key, Answer("", status="invalid", problem=str(error), batch=setting.batch)
                         continue
@@ -268,7 +275,9 @@ class Solver:
         plans = dict.fromkeys([plan for _, _, plan in known[:1]] + given)
         return tuple(plans)[:MOST_HINTS]
 
-    def _task(self, setting: Setting) -> Task:
+    def task(
+        self, setting: Setting, time_limit_s: float | None = None, hints: tuple[KnownPlan, ...] = ()
+    ) -> Task:
         """What a process works on, asked for as `plan` would.
 
         Raises:
@@ -290,7 +299,8 @@ class Solver:
             setting.recompute,
             setting.layout,
             self.limits.gap,
-            self.limits.time_limit_s,
+            self.limits.time_limit_s if time_limit_s is None else time_limit_s,
+            hints,
             formats=dict.fromkeys(self.book.formats(setting).by_device, setting.precision),
         )
 
@@ -464,21 +474,3 @@ def ask(
         found = replace(found, remarks=(*found.remarks, *told))
         answers.append(renamed(found, scenario.title, scenario.changes))
     return renamed(first, "baseline", ()), tuple(answers)
-
-
-def as_plain(answer: Answer, baseline: Answer) -> dict[str, Any]:
-    """An answer as plain data with its derived numbers."""
-    data = dataclasses.asdict(replace(answer, plan=None))
-    del data["plan"]
-    data["samples_per_s"] = answer.samples_per_s
-    data["usd_per_million_samples"] = answer.usd_per_million_samples
-    data["kwh_per_million_samples"] = answer.kwh_per_million_samples
-    data["gap_any"] = (
-        1 - answer.any_bound_s / answer.step_s
-        if answer.any_bound_s is not None and answer.step_s
-        else None
-    )
-    data["least_headroom_bytes"] = min(answer.headroom_bytes.values(), default=None)
-    data["change"] = answer.change(baseline)
-    data["needless"] = answer.needless
-    return data

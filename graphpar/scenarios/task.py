@@ -30,6 +30,8 @@ class Task:
     hints: tuple[KnownPlan, ...] = ()
     formats: Mapping[str, str] = field(default_factory=dict)
     """By device the format that it computes in; float32 without one."""
+    step_only: bool = False
+    """Whether the step alone is asked for: neither what limits it nor the best single device."""
 
     @property
     def searches_briefly(self) -> bool:

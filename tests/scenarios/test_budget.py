@@ -1,11 +1,15 @@
 """The best cluster within a budget is the best of all clusters within it."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,12 +18,18 @@ from torch import nn
 
 from graphpar.catalogue import instances
 from graphpar.cluster import Cluster
+from graphpar.errors import ClusterError, GraphparError
 from graphpar.partition.physical_bound import physical_bound_s
-from graphpar.scenarios import budget
+from graphpar.scenarios import budget, mix_search
+from graphpar.scenarios.api import _budget_lines, _budget_plain
+from graphpar.scenarios.budget import BudgetAnswer
 from graphpar.scenarios.cache import AnswerCache
+from graphpar.scenarios.mixes import MixBounds, Mixes, mixes_within
 from graphpar.scenarios.pricing import PriceBook
-from graphpar.scenarios.study import Limits, Solver, fair_limit_s
-from graphpar.scenarios.types import Answer, Setting
+from graphpar.scenarios.study import Limits, Solver
+from graphpar.scenarios.task import Task
+from graphpar.scenarios.types import Answer, KnownPlan, Setting
+from graphpar.training import Training
 
 TYPES = ("g4dn.xlarge", "g5.xlarge", "g6.xlarge", "p3.2xlarge", "g5.12xlarge")
 BASE = Setting(Cluster.of("g5.xlarge", 1), batch=16, training=True)
@@ -47,12 +57,16 @@ def cost(counts: dict[str, int], prices: dict[str, float]) -> float:
 
 
 class Oracle:
-    """A solver that knows the step of every cluster: a sum of speeds, less what each node costs."""
+    """A solver that knows the step of every cluster: a sum of speeds, less what each node costs.
 
-    def __init__(self, speeds: dict[str, float], friction: float) -> None:
-        self.speeds, self.friction = speeds, friction
+    Its clock goes on by `takes_s` with every cluster that it plans.
+    """
+
+    def __init__(self, speeds: dict[str, float], friction: float, takes_s: float = 0.0) -> None:
+        self.speeds, self.friction, self.takes_s = speeds, friction, takes_s
         self.asked: list[dict[str, int]] = []
-        self.limits_s: list[float | None] = []
+        self.limits_s: list[float] = []
+        self.now_s = 0.0
 
     def part(self, counts: dict[str, int]) -> dict[str, int]:
         """The best of all parts of the cluster, the fewest nodes of several: idle nodes cost nothing."""
@@ -71,58 +85,118 @@ class Oracle:
     def bound_s(self, counts: dict[str, int]) -> float:
         return 1 / sum(self.speeds[t] * n for t, n in counts.items())
 
-    limits = Limits(processes=1)
+    limits = Limits(gap=0.0, processes=1)
 
-    def answers(self, asked: Sequence[Any], time_limit_s: float | None = None) -> list[Answer]:
+    def answer(self, counts: dict[str, int]) -> Answer:
+        self.asked.append(dict(counts))
+        self.now_s += self.takes_s
+        plan = KnownPlan((), "1f1b", 16)
+        return Answer("", status="ok", step_s=self.step_s(counts), batch=16, plan=plan)
+
+    def answers(self, asked: Sequence[Any], time_limit_s: float) -> list[Answer]:
+        return [self.answer(s.counts) for s in asked]
+
+    def task(self, setting: Any, time_limit_s: float, hints: tuple[KnownPlan, ...]) -> Task:
         self.limits_s.append(time_limit_s)
-        self.asked += [s.counts for s in asked]
-        return [Answer("", status="ok", step_s=self.step_s(s.counts), batch=16) for s in asked]
+        return Task(setting.counts, hints=hints)
+
+    def learn(self, setting: Any, answer: Answer) -> Answer:
+        return answer
+
+    def tell(self, done: int, total: int) -> None:
+        assert done <= total
+
+    @contextmanager
+    def solving(self, processes: int, tasks: int) -> Iterator[Any]:
+        def submit(tasks: list[Task]) -> "Future[list[Answer]]":
+            future: Future[list[Answer]] = Future()
+            future.set_result([self.answer(task.table) for task in tasks])  # type: ignore[arg-type]
+            return future
+
+        yield submit
+
+    def bounds(self, mixes: Mixes) -> MixBounds:
+        """Nine tenths of the bound of each mix; all of it where it is sharpened."""
+        oracle = self
+
+        class Bounds(MixBounds):
+            def sharpen(self, mix: int) -> bool:
+                before = self.least_s[mix]
+                self.raise_to(mix, oracle.bound_s(mixes.named(mix)))
+                return bool(self.least_s[mix] > before)
+
+        found = Bounds(mixes)
+        for mix in range(len(mixes.counts)):
+            found.raise_to(mix, 0.9 * self.bound_s(mixes.named(mix)))
+        return found
+
+    def best_within(self, usd_per_h: float, types: Sequence[str], **options: Any) -> BudgetAnswer:
+        def setting(_: Setting, counts: dict[str, int]) -> Any:
+            nodes = [SimpleNamespace(devices=()) for _ in range(sum(counts.values()))]
+            return SimpleNamespace(counts=dict(counts), cluster=SimpleNamespace(nodes=nodes))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mix_search, "solving", self.solving)
+            patch.setattr("time.monotonic", lambda: self.now_s)
+            patch.setattr(budget, "_setting", setting)
+            patch.setattr(budget, "_in_use", lambda setting, _: self.part(setting.counts))
+            patch.setattr(budget, "bounds_of", lambda _, mixes, __: self.bounds(mixes))
+            return budget.best_within(self, BASE, usd_per_h, types, **options)  # type: ignore[arg-type]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.sampled_from(TYPES), min_size=1, max_size=3, unique=True),
     st.floats(0.6, 9.0) | st.builds(prices_of_some, st.sampled_from(TYPES), st.integers(1, 7)),
     st.lists(st.floats(0.1, 10.0), min_size=5, max_size=5),
     st.sampled_from([0.0, 0.2, 1.0]),
-    st.booleans(),
+    st.sampled_from([0.0, 0.0, 1.0, 4.0]),
 )
 def test_no_cluster_within_the_budget_is_faster(
-    types: list[str], usd_per_h: float, speeds: list[float], friction: float, share_time: bool
+    types: list[str], usd_per_h: float, speeds: list[float], friction: float, takes_s: float
 ) -> None:
     prices = prices_of(types)
-    oracle = Oracle(dict(zip(TYPES, speeds, strict=True)), friction)
+    oracle = Oracle(dict(zip(TYPES, speeds, strict=True)), friction, takes_s)
     everything = affordable(prices, usd_per_h)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "BATCH_OF_SOLVES", 1)
-        patch.setattr(budget, "_setting", lambda _, counts: SimpleNamespace(counts=counts))
-        patch.setattr(budget, "_in_use", lambda setting, _: oracle.part(setting.counts))
-        patch.setattr(budget, "_bounds", lambda _, asked, __: [oracle.bound_s(s.counts) for s in asked])
-        if not everything:
-            with pytest.raises(ValueError, match="below the cheapest"):
-                budget.best_within(oracle, BASE, usd_per_h, types)  # type: ignore[arg-type]
-            return
-        found = budget.best_within(oracle, BASE, usd_per_h, types, share_time=share_time)  # type: ignore[arg-type]
+    if not everything:
+        with pytest.raises(ValueError, match="below the cheapest"):
+            oracle.best_within(usd_per_h, types)
+        return
+    found = oracle.best_within(usd_per_h, types, time_limit_s=20.0)
     best_s = min(oracle.step_s(counts) for counts in everything)
-    assert found.best is not None and found.best.step_s == pytest.approx(best_s)
+    assert found.best is not None and found.best.step_s is not None
     assert found.usd_per_h == pytest.approx(cost(dict(found.counts), prices))
     assert found.usd_per_h <= usd_per_h + 1e-6
-    assert found.proven
-    assert found.bound_s <= best_s * (1 + 1e-9)
+    assert found.bound_s <= best_s * (1 + 1e-9), "what was not looked at counts with its bound"
     assert all(prices[name] > usd_per_h for name in found.too_dear)
     assert dict(found.counts) == oracle.part(dict(found.counts)), "nothing idle is rented"
-    if share_time:
-        each_s = fair_limit_s(found.considered, 1)
-        assert oracle.limits_s == [each_s] * (len(oracle.limits_s) - 1) + [None], "the best has more time"
-    else:
-        assert set(oracle.limits_s) == {None}
-    assert len(oracle.asked) - 1 <= found.solved <= min(len(oracle.asked), found.considered)
     mixes = used_up(everything, prices, usd_per_h)
     assert found.considered == len(mixes)
+    assert found.considered == found.solved + found.ruled_out + found.unplanned
+    assert oracle.now_s - takes_s <= 20.0 + 1e-9, "one more plan tells the answer"
     planned = [{name: n for name, n in counts.items() if n} for counts in oracle.asked]
-    for counts in mixes:
-        known = {name: n for name, n in counts.items() if n} in planned
-        assert known or oracle.bound_s(counts) >= best_s * (1 - 1e-9), "nothing is ruled out untried"
+    missed = [counts for counts in mixes if named(counts) not in planned]
+    hopeful = [c for c in missed if oracle.bound_s(c) < found.best.step_s * (1 - 1e-9)]
+    assert found.unplanned >= len(hopeful), "nothing is ruled out untried"
+    if not takes_s:
+        assert found.proven and not hopeful
+    if found.proven:
+        assert found.best.step_s == pytest.approx(best_s)
+
+
+def named(counts: dict[str, int]) -> dict[str, int]:
+    return {name: n for name, n in counts.items() if n}
+
+
+def test_a_budget_whose_time_is_up_says_what_it_did_not_look_at() -> None:
+    oracle = Oracle(dict.fromkeys(TYPES, 1.0), 0.5, takes_s=1.0)
+    found = oracle.best_within(40.0, TYPES, time_limit_s=10.0)
+    assert found.considered > 500 and not found.proven
+    assert found.unplanned > found.considered - 10 - found.ruled_out
+    assert found.bound_s == pytest.approx(min(found.bound_s, 1 / 70))
+    told = "\n".join(_budget_lines(found))
+    assert f"the time was up before the other {found.unplanned}" in told
+    assert _budget_plain(found, found.best)["truncated_by"] == ["time limit"]  # type: ignore[arg-type, index]
 
 
 def used_up(
@@ -133,30 +207,32 @@ def used_up(
     return [counts for counts, rest in left if rest < min(prices.values())]
 
 
-def test_the_bound_of_a_budget_is_the_least_of_its_mixes_and_no_mix_is_faster() -> None:
+def test_the_bound_of_a_budget_is_the_least_of_its_mixes_and_no_mix_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Whatever else the machine does.
+    monkeypatch.setattr(time, "monotonic", time.process_time)
     types, usd_per_h = ("g6.xlarge", "g5.xlarge", "p3.2xlarge"), 3.3
     prices = prices_of(types)
-    mixes = used_up(affordable(prices, usd_per_h), prices, usd_per_h)
+    counted = used_up(affordable(prices, usd_per_h), prices, usd_per_h)
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6)))
     inputs = (torch.empty(16, 2048, device="meta"),)
     solver = Solver(PriceBook(model, inputs, {}, None), Limits(0.1, 0.05, 1), AnswerCache(None))
     base = replace(BASE, training=False)
-    found = budget.best_within(solver, base, usd_per_h, types)
+    found = budget.best_within(solver, base, usd_per_h, types, 3.0)
     assert found.best is not None and found.best.step_s is not None and found.proven
-    assert len(mixes) == found.considered > 3
-    steps, bounds = {}, {}
-    clusters = [Cluster.of(*(x for pair in counts.items() if pair[1] for x in pair)) for counts in mixes]
-    asked = [replace(base, cluster=cluster) for cluster in clusters]
-    for counts, setting in zip(mixes, asked, strict=True):
+    assert len(counted) == found.considered > 3
+    steps, bounds = [], []
+    for counts in counted:
+        setting = budget._setting(base, named(counts))
         (answer,) = solver.answers([setting])
         assert answer.step_s is not None
-        mix = tuple(sorted((name, n) for name, n in counts.items() if n))
-        steps[mix], bounds[mix] = answer.step_s, physical_bound_s(solver.book.table(setting))
-        assert answer.step_s >= bounds[mix] * (1 - 1e-9)
-    assert budget._bounds(solver, asked, prices) == pytest.approx(list(bounds.values()))
-    assert found.best.step_s == pytest.approx(min(steps.values()))
-    assert found.bound_s == pytest.approx(min(bounds.values())) and found.bound_s < found.best.step_s
+        steps.append(answer.step_s)
+        bounds.append(physical_bound_s(solver.book.table(setting)))
+        assert answer.step_s >= bounds[-1] * (1 - 1e-9)
+    assert found.best.step_s <= min(steps) / (1 - solver.limits.gap)
+    assert found.bound_s <= min(steps)
     nodes = {name.rpartition("/")[0] for name in found.best.used}
     assert len(nodes) == sum(n for _, n in found.counts), "no node is rented to stay idle"
     assert found.usd_per_h <= usd_per_h and found.usd_per_h == pytest.approx(
@@ -165,6 +241,95 @@ def test_the_bound_of_a_budget_is_the_least_of_its_mixes_and_no_mix_is_faster() 
     assert found.best.usd_per_h == pytest.approx(found.usd_per_h)
 
 
+FIVE = ("g4dn.xlarge", "g5.12xlarge", "g5.48xlarge", "g6.12xlarge", "p3.8xlarge")
+
+
+def half_trained() -> Training:
+    return Training(optimizer=torch.optim.AdamW, loss=nn.functional.mse_loss)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tensor", "types", "usd_per_h"),
+    [
+        ("float32", 1, FIVE, 19.0),
+        ("bfloat16", 1, FIVE, 19.0),
+        # The same kind of device over two kinds of links.
+        ("float16", 2, ("p3.2xlarge", "p3.8xlarge", "g4dn.xlarge"), 13.0),
+    ],
+)
+def test_bounds_of_mixes_are_true_from_the_first_and_those_of_their_own_tables_in_the_end(
+    precision: str, tensor: int, types: tuple[str, ...], usd_per_h: float
+) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
+    inputs = (torch.empty(16, 512, device="meta"),) * 2
+    solver = Solver(PriceBook(model, inputs, {}, half_trained()), Limits(), AnswerCache(None))
+    base = replace(BASE, precision=precision, tensor=tensor)
+    mixes = mixes_within(prices_of(types), usd_per_h)
+    bounds = budget.bounds_of(solver, mixes, base)
+    first = bounds.least_s.copy()
+    alone = Solver(PriceBook(model, inputs, {}, half_trained()), Limits(), AnswerCache(None))
+    for mix in range(len(mixes.counts)):
+        setting = budget._setting(base, mixes.named(mix))
+        if bounds.excluded[mix]:
+            assert not {"g5.12xlarge", "g5.48xlarge", "g6.12xlarge"} & mixes.named(mix).keys()
+            with pytest.raises(ClusterError):
+                alone.task(setting)
+            continue
+        alone.book._by_kinds.clear()
+        own = alone.book.table(setting)
+        assert solver.book.table(setting) == own, "part of a table is the table of a part"
+        exact_s = physical_bound_s(own)
+        assert 0 < first[mix] <= exact_s * (1 + 1e-9)
+        bounds.sharpen(mix)
+        assert bounds.least_s[mix] == pytest.approx(exact_s, rel=1e-9)
+
+
+def test_a_mix_that_cannot_hold_the_model_is_ruled_out() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(32768, 32768, bias=False) for _ in range(10)))
+    inputs = (torch.empty(16, 32768, device="meta"),)
+    solver = Solver(PriceBook(model, inputs, {}, None), Limits(), AnswerCache(None))
+    mixes = mixes_within(prices_of(("g4dn.xlarge", "g5.xlarge")), 1.6)
+    bounds = budget.bounds_of(solver, mixes, replace(BASE, training=False))
+    # 40 GiB of weights are more than cards of 24 GB and 16 GB hold, and less than three of 16 GB.
+    held = [(mixes.named(mix), bool(bounds.least_s[mix] < np.inf)) for mix in range(len(mixes.counts))]
+    assert held == [({"g4dn.xlarge": 3}, True), ({"g5.xlarge": 1, "g4dn.xlarge": 1}, False)]
+
+
+def test_mixes_are_those_to_which_nothing_can_be_added() -> None:
+    prices = prices_of(TYPES)
+    for usd_per_h in (0.6, 3.06, 6.12, 12.0):
+        affordable_ones = {t: p for t, p in prices.items() if p <= usd_per_h}
+        mixes = mixes_within(affordable_ones, usd_per_h)
+        found = [mixes.named(mix) for mix in range(len(mixes.counts))]
+        wanted = [named(c) for c in used_up(affordable(prices, usd_per_h), prices, usd_per_h)]
+        assert sorted(map(sorted_items, found)) == sorted(map(sorted_items, wanted))
+    with pytest.raises(ValueError, match="more than 1,000,000 clusters"):
+        mixes_within({name: 0.01 + 0.001 * i for i, name in enumerate(TYPES)}, 3.0)
+
+
+def sorted_items(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items())
+
+
 def test_a_budget_for_more_devices_than_are_planned_is_refused() -> None:
     with pytest.raises(ValueError, match="at most 1024"):
-        budget.best_within(Oracle({}, 0.0), BASE, 1e4, ["g4dn.xlarge"])  # type: ignore[arg-type]
+        Oracle({}, 0.0).best_within(1e4, ["g4dn.xlarge"])
+
+
+@pytest.mark.parametrize(
+    ("usd_per_h", "types", "words"),
+    [
+        (0.0, ("g5.xlarge",), "must be a positive number"),
+        (-1.0, ("g5.xlarge",), "must be a positive number"),
+        (float("nan"), ("g5.xlarge",), "must be a positive number"),
+        (float("inf"), ("g5.xlarge",), "must be a positive number"),
+        (0.1, ("g5.xlarge", "g4dn.xlarge"), "below the cheapest type: g4dn.xlarge"),
+        (9.0, (), "needs instance types"),
+        (9.0, ("g5.xlarg",), "g5.xlarge"),
+    ],
+)
+def test_senseless_budgets_are_refused(usd_per_h: float, types: tuple[str, ...], words: str) -> None:
+    with pytest.raises((ValueError, GraphparError), match=words):
+        Oracle({}, 0.0).best_within(usd_per_h, types)

@@ -366,8 +366,13 @@ def test_a_budget_is_searched_with_bounds() -> None:
     assert found is not None
     assert found.best is not None
     assert found.usd_per_h <= 8.0
-    assert found.proven
-    assert 1 <= found.solved <= found.considered
+    assert found.considered == found.solved + found.ruled_out + found.unplanned == 2
+    told = study.to_dict()["budget"]
+    assert told["truncated_by"] == (["time limit"] if found.unplanned else [])
+    assert told["bound_s"] <= told["best"]["step_s"]
+    assert ("2 clusters use the budget up" in str(study)) and (
+        ("the time was up" in str(study)) != found.proven
+    )
     last = list(csv.DictReader(io.StringIO(study.to_csv())))[-1]
     assert (last["scenario"], float(last["step_s"])) == (found.best.title, found.best.step_s)
     with pytest.raises(ValueError, match="below the cheapest"):

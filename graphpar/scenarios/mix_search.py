@@ -1,0 +1,240 @@
+"""Which mix of instance types is the fastest: planned best bound first, as far as the time goes.
+
+A mix whose bound is no better than the best plan found, less the gap asked for, is never planned. What
+one type alone gives comes first, for such clusters are the easiest to plan well; its plan is where
+larger mixes begin. What is found fastest in a short time is searched again for longer.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from graphpar.cluster_build import num_cores
+from graphpar.errors import GraphparError
+from graphpar.scenarios.mixes import MixBounds, Mixes
+from graphpar.scenarios.study import MOST_HINTS, Solver
+from graphpar.scenarios.transfer import placed
+from graphpar.scenarios.types import Answer, KnownPlan, Setting
+from graphpar.scenarios.workers import Submit, solving
+
+ALONE_SHARE, COARSE_SHARE = 0.25, 0.45
+"""Of the time: for types alone, and for mixes that are planned briefly; the rest for the best again."""
+
+LEAST_S, MOST_S = 1.0, 4.0
+"""No mix is planned briefly for less or more than this, ..."""
+
+LEAST_SHARE = 0.04
+"""... or for less than this share of all time, where there is little."""
+
+AGAIN = 4
+"""So many of the fastest are searched again, each in so many times the time."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cluster within the budget and its answer."""
+
+    counts: Mapping[str, int]
+    setting: Setting
+    answer: Answer
+
+    @property
+    def step_s(self) -> float:
+        """Infinite where no plan was found."""
+        step_s = self.answer.step_s if self.answer.status == "ok" else None
+        return step_s if step_s is not None else np.inf
+
+
+@dataclass(frozen=True)
+class _Try:
+    """What is planned next, for how long; `mix` is its number, None for a part of a mix."""
+
+    counts: Mapping[str, int]
+    setting: Setting
+    mix: int | None
+    limit_s: float
+
+
+@dataclass
+class MixSearch:
+    """The state of a search.
+
+    Attributes:
+        planned: Numbers of the mixes that were planned.
+        found: The clusters that were planned, by their counts.
+    """
+
+    solver: Solver
+    mixes: Mixes
+    bounds: MixBounds
+    setting_of: Callable[[Mapping[str, int]], Setting]
+    planned: set[int] = field(default_factory=set)
+    found: dict[tuple[tuple[str, int], ...], Found] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Found | None:
+        """The fastest; None without any plan."""
+        best = min(self.found.values(), key=lambda f: f.step_s, default=None)
+        return best if best is not None and best.step_s < np.inf else None
+
+    @property
+    def target_s(self) -> float:
+        """Only steps shorter than this are of interest."""
+        best = self.best
+        return best.step_s * (1 - self.solver.limits.gap) if best is not None else np.inf
+
+    @property
+    def open(self) -> int:
+        """How many mixes were neither planned nor ruled out."""
+        hopeful = self.bounds.least_s < self.target_s
+        hopeful[[*self.planned]] = False
+        return int(hopeful.sum())
+
+    def run(self, time_limit_s: float) -> None:
+        """Search for so long."""
+        began_s = time.monotonic()
+        self._processes = self.solver.limits.processes or num_cores()
+        self._end_s, self._least_s = began_s + time_limit_s, min(LEAST_S, LEAST_SHARE * time_limit_s)
+        with solving(self.solver.limits.processes, len(self.mixes.counts) + 2) as submit:
+            self._work(submit, self._alone(began_s + ALONE_SHARE * time_limit_s))
+            self._work(submit, self._by_bound(began_s + (ALONE_SHARE + COARSE_SHARE) * time_limit_s))
+            self._work(submit, self._again())
+            # Where nothing was left to be searched again there is time for more mixes.
+            self._work(submit, self._by_bound(self._end_s))
+
+    def _alone(self, until_s: float) -> Iterator[_Try]:
+        """As many of each type as can be paid, first those of the mixes with the least bounds."""
+        left_s = (until_s - time.monotonic()) * self._processes
+        limit_s = self._briefly(left_s / len(self.mixes.types))
+        most = self.mixes.counts.max(axis=0)
+        least_s = [
+            self.bounds.least_s[self.mixes.counts[:, i] == n].min() for i, n in enumerate(most.tolist())
+        ]
+        for number in np.argsort(least_s).tolist():
+            if self.best is not None and time.monotonic() > until_s:
+                return
+            yield self._try({self.mixes.types[number]: int(most[number])}, limit_s)
+
+    def _by_bound(self, until_s: float) -> Iterator[_Try]:
+        """Mixes that no bound rules out, the least bound first."""
+        left_s = (until_s - time.monotonic()) * self._processes
+        limit_s = self._briefly(left_s / max(self.open, 1))
+        while time.monotonic() < until_s:
+            mix = self._next()
+            if mix is None:
+                return
+            self.planned.add(mix)
+            yield self._try(self.mixes.named(mix), limit_s, mix)
+
+    def _next(self) -> int | None:
+        """The mix with the least bound, sharp, of those not planned; None if all others are ruled out."""
+        waiting = self.bounds.least_s.copy()
+        waiting[[*self.planned]] = np.inf
+        while True:
+            mix = int(waiting.argmin())
+            if waiting[mix] >= self.target_s:
+                return None
+            if not self.bounds.sharpen(mix):
+                return mix
+            better = waiting < np.inf
+            waiting[better] = self.bounds.least_s[better]
+
+    def _again(self) -> Iterator[_Try]:
+        """The fastest, each searched for longer than before."""
+        best = sorted(self.found.values(), key=lambda f: f.step_s)[:AGAIN]
+        numbers = {tuple(self.mixes.named(mix).items()): mix for mix in self.planned}
+        for found in best if len(self.found) > 1 else ():
+            left_s = (self._end_s - time.monotonic()) * self._processes / len(best)
+            if found.step_s < np.inf and left_s > self._least_s:
+                mix = numbers.get(tuple(found.counts.items()))
+                yield self._try(found.counts, left_s, mix)
+
+    def _briefly(self, limit_s: float) -> float:
+        return min(max(limit_s, self._least_s), MOST_S)
+
+    def _try(self, counts: Mapping[str, int], limit_s: float, mix: int | None = None) -> _Try:
+        return _Try(counts, self.setting_of(counts), mix, limit_s)
+
+    def _work(self, submit: Submit, tries: Iterator[_Try]) -> None:
+        """Plan as many at once as there are processes, until there is nothing left or the time is up."""
+        running: dict[Future[list[Answer]], _Try] = {}
+        once_more: list[_Try] = []
+        while True:
+            while len(running) < self._processes and (late_s := self._late()) is not None:
+                one = once_more.pop() if once_more else next(tries, None)
+                if one is None:
+                    break
+                self._begin(submit, one, running, late_s)
+            if not running:
+                self.planned.difference_update(one.mix for one in once_more if one.mix is not None)
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                one, (answer,) = running.pop(future), future.result()
+                if answer.quarrels:
+                    # Devices that shared a stage but no format compute in float32 then.
+                    self.solver.book.settle(one.setting, answer.quarrels)
+                    once_more.append(one)
+                else:
+                    self._take(one, answer)
+
+    def _late(self) -> float | None:
+        """Seconds left; None where it is too late for another try. One is made in any case."""
+        left_s = self._end_s - time.monotonic()
+        if left_s <= 0 and self.found:
+            return None
+        return max(left_s, _NO_TIME_S)
+
+    def _begin(
+        self, submit: Submit, one: _Try, running: dict[Future[list[Answer]], _Try], left_s: float
+    ) -> None:
+        hints = self._hints(one.counts)
+        try:
+            task = self.solver.task(one.setting, min(one.limit_s, left_s), hints)
+        except (ValueError, GraphparError) as error:
+            self._take(one, Answer("", status="invalid", problem=str(error)))
+            return
+        running[submit([replace(task, step_only=True)])] = one
+
+    def _take(self, one: _Try, answer: Answer) -> None:
+        """What a try found."""
+        if one.mix is not None and answer.status == "invalid":
+            self.planned.discard(one.mix)
+            self.bounds.exclude(one.mix, answer.problem)
+        key, mine = tuple(one.counts.items()), Found(one.counts, one.setting, answer)
+        before = self.found.get(key)
+        if before is None or mine.step_s < before.step_s:
+            self.found[key] = mine
+        self.solver.tell(len(self.planned), len(self.planned) + self.open)
+
+    def _hints(self, counts: Mapping[str, int]) -> tuple[KnownPlan, ...]:
+        """The fastest plans found for parts of a mix, on its devices."""
+        parts = (
+            f
+            for f in self.found.values()
+            if f.step_s < np.inf and all(n <= counts.get(t, 0) for t, n in f.counts.items())
+        )
+        best = sorted(parts, key=lambda f: f.step_s)[:MOST_HINTS]
+        return tuple(
+            placed(f.answer.plan, _places(f, counts, self.setting_of(counts)))
+            for f in best
+            if f.answer.plan is not None
+        )
+
+
+def _places(part: Found, counts: Mapping[str, int], setting: Setting) -> dict[str, str]:
+    """By device of a part of a mix that of the mix: the first instances of each type."""
+    own, theirs = iter(part.setting.cluster.nodes), iter(setting.cluster.nodes)
+    found: dict[str, str] = {}
+    for name, number in counts.items():
+        nodes = [next(theirs) for _ in range(number)]
+        for node in nodes[: part.counts.get(name, 0)]:
+            mine = next(own)
+            found |= {a.name: b.name for a, b in zip(mine.devices, node.devices, strict=True)}
+    return found
+
+
+_NO_TIME_S = 1e-3
+"""A search needs some time to be one."""
