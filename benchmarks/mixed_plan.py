@@ -32,6 +32,7 @@ from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
 from graphpar.examples.gpt import GPT
 from graphpar.group_candidates import candidate_groups
+from graphpar.group_modes import with_group_modes
 from graphpar.measure import calibrate
 from graphpar.partition.baselines import data_parallel, one_device
 from graphpar.partition.handmade import evaluate
@@ -42,7 +43,6 @@ from graphpar.plans import Plan
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.subject import Subject
-from graphpar.tensor_groups import with_group_modes
 from graphpar.training import Training
 
 WARM_UP = 1

@@ -28,6 +28,7 @@ from pipeline_cases import ALL_OPTIONS, FOUR, LLAMA_405B, decoder_table
 from graphpar.cluster import Cluster
 from graphpar.commands.training import default_training
 from graphpar.cost import CostTable
+from graphpar.group_modes import with_group_modes
 from graphpar.ir.graph import Graph
 from graphpar.model_spec import load_model
 from graphpar.partition.baselines import even_split
@@ -39,7 +40,6 @@ from graphpar.planner import plan_of, plan_prepared, price
 from graphpar.plans import Plan, hash_of
 from graphpar.preparation import Prepared, prepare
 from graphpar.schedule import StageLink
-from graphpar.tensor_groups import with_group_modes
 from graphpar.view.build import view_of
 from graphpar.view.detail import detail_of
 from graphpar.view.html import render_html

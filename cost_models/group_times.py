@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -155,6 +156,13 @@ class OpTimes:
         self._whole: dict[str, tuple[_Ends, ...]] = {}
         self._of_kernels: dict[tuple[tuple[Kernel, ...], ...], tuple[_Ends, ...]] = {}
         self._pairs: dict[tuple[float, ...], tuple[tuple[int, float], ...]] = {}
+
+    def at(self, samples: int) -> "OpTimes":
+        """The same for microbatches of another size; what kernels take is found once for all."""
+        other = copy(self)
+        other.options, other._works, other._whole = replace(self.options, samples=samples), {}, {}
+        other.__dict__.pop("keepers", None)
+        return other
 
     def parts(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""

@@ -4,13 +4,12 @@ An op keeps operands as it reads them, so of a value that was gathered for it th
 slice the slice; whatever reads the same value in the same layouts keeps the same storage.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graphpar.cost_models.layout import Layout as Storage
 from graphpar.cost_models.memory import HELD
 from graphpar.cost_models.mesh_times import MeshTimes, share_held
-from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.sharding import Sharding
 from graphpar.cost_models.work import OpWork
 from graphpar.ir.graph import Graph
@@ -48,9 +47,9 @@ def kept_of(
     times: MeshTimes,
     ops: Collection[Op],
     earlier: Collection[str],
-    coords: tuple[int, ...],
-) -> Kept:
-    """What a member keeps of a unit, and no earlier unit of its stage does.
+    places: Sequence[tuple[int, ...]],
+) -> tuple[Kept, ...]:
+    """What each member keeps of a unit, and no earlier unit of its stage does.
 
     Args:
         graph: The lowered graph.
@@ -58,10 +57,10 @@ def kept_of(
         times: Prices at the microbatch size that counts.
         ops: The unit's ops.
         earlier: Names of the ops of earlier units.
-        coords: The member's places along the axes.
+        places: Each member's places along the axes.
     """
     storage, samples = times.layout, times.options.samples
-    works = {op.name: work_of(op, graph, storage, samples) for op in ops}
+    works = {op.name: times.alone.work(op) for op in ops}
     inside = set(works)
     values = _values(graph, sharding, storage, works)
     roots = {key[0] for key in values} - inside
@@ -72,21 +71,24 @@ def kept_of(
         for user in graph.users(name)
         if user.name in earlier
     ]
-    done = _values(
-        graph, sharding, storage, {n: work_of(graph[n], graph, storage, samples) for n in before}
-    )
+    done = _values(graph, sharding, storage, {n: times.alone.work(graph[n]) for n in before})
     whole = _bytes_alone(graph, storage, works, {key[0] for key in done}, samples)
-    own = copies = 0.0
+    whole += sum(work.saved_bytes for work in works.values())
+    own, copies = [0.0] * len(places), [0.0] * len(places)
     for key, value in values.items():
         if key not in done:
-            num_bytes = _num_bytes(graph[value.size], samples) * share_held(value.layouts)(coords)
-            own, copies = (own, copies + num_bytes) if value.is_weight else (own + num_bytes, copies)
+            num_bytes, share = _num_bytes(graph[value.size], samples), share_held(value.layouts)
+            side = copies if value.is_weight else own
+            for member, coords in enumerate(places):
+                side[member] += num_bytes * share(coords)
     for op in ops:
-        ways = sharding.ways(op.name)
-        share = times.share_of(ways, coords) if ways is not None else 1.0
-        whole += works[op.name].saved_bytes
-        own += works[op.name].saved_bytes * share
-    return Kept(own / whole if whole else 1.0, copies)
+        ways, saved = sharding.ways(op.name), works[op.name].saved_bytes
+        if saved:
+            for member, coords in enumerate(places):
+                own[member] += saved * (times.share_of(ways, coords) if ways is not None else 1.0)
+    return tuple(
+        Kept(part / whole if whole else 1.0, extra) for part, extra in zip(own, copies, strict=True)
+    )
 
 
 _Key = tuple[str, Hashable]

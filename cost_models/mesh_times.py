@@ -7,7 +7,8 @@ are priced as if each had its links to itself.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -58,9 +59,17 @@ class MeshTimes:
         self.alone = OpTimes(graph, group, options, rates, layout)
         self.layout = self.alone.layout
         self._lines = [group.along(axis) for axis in range(len(group.axes))]
-        self._sent: dict[object, tuple[_Sent, ...] | None] = {}
+        self._bytes: dict[str, float] = {}
+        self._sent: dict[object, Sent | None] = {}
         self._priced: dict[object, tuple[float, float]] = {}
-        self._tables: dict[object, tuple[tuple[tuple[_Sent, ...] | None, ...], _Numbers]] = {}
+        self._tables: dict[object, tuple[tuple[Sent | None, ...], _Numbers]] = {}
+
+    def at(self, samples: int) -> "MeshTimes":
+        """The same for microbatches of another size; what does not depend on it is found once for all."""
+        other = copy(self)
+        other.options = replace(self.options, samples=samples)
+        other.alone, other._bytes = self.alone.at(samples), {}
+        return other
 
     def parts(self, op: Op, ways: Ways) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""
@@ -78,7 +87,7 @@ class MeshTimes:
             return 0.0, 0.0
         rows = self.graph[op.operands()[1]].type.bytes(self.options.samples) / 8
         axis = special[0] if len(special) == 1 else None
-        rows *= _left(ways.operands[1], axis) if axis is not None else 1.0
+        rows *= largest_part(ways.operands[1], axis) if axis is not None else 1.0
         return 2 * self._group(axis).seconds("all_reduce", 8.0 * rows), 0.0
 
     def _as_one(self, ways: Ways) -> Strategy:
@@ -99,47 +108,76 @@ class MeshTimes:
 
     def conversion_parts(self, op: Op, made: Layouts, wanted: Layouts) -> tuple[float, float] | None:
         """Forward and backward seconds of bringing a value from some layouts to others."""
+        moves = self.sent(op, made, wanted)
+        return self.sent_seconds(op, moves) if moves is not None else None
+
+    def sent(self, op: Op, made: Layouts, wanted: Layouts) -> "Sent | None":
+        """What is sent to bring a value from some layouts to others; None where it cannot be brought."""
         moves = self._collectives(made, wanted, self._flows_back(op), op.target == "parameter")
-        if moves is None:
-            return None
-        if not all(t is not None for t in op.types):
-            return None if moves else (0.0, 0.0)
-        num_bytes = self._num_bytes(op)
-        return self._seconds(moves, num_bytes)
+        return None if moves and not all(t is not None for t in op.types) else moves
+
+    def sent_seconds(self, op: Op, moves: "Sent") -> tuple[float, float]:
+        """Forward and backward seconds of sending a value so."""
+        return self._seconds(moves, self._num_bytes(op)) if moves else (0.0, 0.0)
 
     def conversion_table(
         self, op: Op, made: Sequence[Layouts], wanted: Sequence[Layouts]
     ) -> npt.NDArray[np.float64]:
-        """Seconds in both directions from each of some layouts to each of others; endless for no way.
+        """Seconds in both directions from each of some layouts to each of others; endless for no way."""
+        ways, numbers = self.conversions(op, made, wanted)
+        found: npt.NDArray[np.float64] = self.sending_seconds(op, ways)[numbers]
+        return found
 
-        Most pairs of layouts send the same and differ in what they cut alone: each way to send is priced
-        once.
+    def conversions(
+        self, op: Op, made: Sequence[Layouts], wanted: Sequence[Layouts]
+    ) -> "tuple[tuple[Sent | None, ...], npt.NDArray[np.intp]]":
+        """The ways in which a value is sent, and which of them leads from each layout to each other one.
+
+        Most pairs of layouts send the same and differ in what they cut alone.
         """
         key = (tuple(made), tuple(wanted), self._flows_back(op), op.target == "parameter")
         if key not in self._tables:
-            kinds: dict[tuple[_Sent, ...] | None, int] = {}
+            kinds: dict[Sent | None, int] = {}
             every = (self._collectives(a, b, *key[2:]) for a in made for b in wanted)
             numbers = np.array([kinds.setdefault(moves, len(kinds)) for moves in every], dtype=np.intp)
             self._tables[key] = tuple(kinds), numbers.reshape(len(made), len(wanted))
-        ways, numbers = self._tables[key]
+        return self._tables[key]
+
+    def sending_seconds(self, op: Op, ways: "Sequence[Sent | None]") -> npt.NDArray[np.float64]:
+        """Seconds of each of some ways to send a value in both directions; endless for no way."""
         is_tensor = all(t is not None for t in op.types)
         num_bytes = self._num_bytes(op) if is_tensor else 0.0
-        priced = [
+        return np.array([
             float(IMPOSSIBLE_COST)
             if moves is None or (moves and not is_tensor)
             else sum(self._seconds(moves, num_bytes))
             for moves in ways
-        ]
-        found: npt.NDArray[np.float64] = np.array(priced)[numbers]
-        return found
+        ])  # fmt: skip
+
+    @staticmethod
+    def alike(rows: Sequence[Ways]) -> tuple[list[Ways], npt.NDArray[np.intp]]:
+        """Of ways to compute an op one of each kind that takes equally long, and the kind of each."""
+        kinds: dict[object, int] = {}
+        first: list[Ways] = []
+        numbers = []
+        for ways in rows:
+            special = [axis for axis, way in enumerate(ways.along) if way.special == "classes"]
+            scores = ways.operands[1] if special else ()
+            key = tuple((way.samples, way.shares) for way in ways.along), tuple(special), scores
+            numbers.append(kinds.setdefault(key, len(kinds)))
+            if len(kinds) > len(first):
+                first.append(ways)
+        return first, np.array(numbers, dtype=np.intp)
 
     def _flows_back(self, op: Op) -> bool:
         return self.options.training and carries_gradient(self.graph, op.name)
 
     def _num_bytes(self, op: Op) -> float:
-        return sum(t.bytes(self.options.samples) for t in op.types if t is not None)
+        if op.name not in self._bytes:
+            self._bytes[op.name] = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
+        return self._bytes[op.name]
 
-    def _seconds(self, moves: "tuple[_Sent, ...]", num_bytes: float) -> tuple[float, float]:
+    def _seconds(self, moves: "Sent", num_bytes: float) -> tuple[float, float]:
         key = moves, num_bytes
         if key not in self._priced:
             ahead = behind = 0.0
@@ -154,7 +192,7 @@ class MeshTimes:
 
     def _collectives(
         self, made: Layouts, wanted: Layouts, gradient: bool, is_weight: bool
-    ) -> "tuple[_Sent, ...] | None":
+    ) -> "Sent | None":
         """What a route sends; None where there is none."""
         key = made, wanted, gradient, is_weight
         if key not in self._sent:
@@ -192,25 +230,38 @@ class MeshTimes:
 
     def weight_bytes(self, op: Op, held: Layouts) -> float:
         """Weight, gradient and optimiser state at the member with most of it."""
-        return self.alone.weight_bytes(op, _left(held))
+        return self.alone.weight_bytes(op, largest_part(held))
 
     def kept_bytes(self, op: Op, ways: Ways) -> float:
         """What the op keeps for its backward, at the member with most of it.
 
         Of a value that several ops keep each counts for its part, as if all read it in the same layouts.
         """
+        own, values = self.kept_values(op)
+        total = own * self.largest_share(ways) if own else 0.0
+        for slot, num_bytes in values:
+            layouts = ways.results[0] if slot is None else ways.operands[slot]
+            total += num_bytes * largest_part(layouts)
+        return total
+
+    def kept_values(self, op: Op) -> tuple[float, list[tuple[int | None, float]]]:
+        """Bytes of its own that an op keeps for its backward, and of its operands and result (None)."""
         alone, samples = self.alone, self.options.samples
         work = alone.work(op) if self.options.training and op.target not in WORKLESS else None
         if work is None or not work.backward:
-            return 0.0
-        total, slots = work.saved_bytes * max(self._shares(ways)), op.operands()
+            return 0.0, []
+        slots, values = op.operands(), list[tuple[int | None, float]]()
         for name in work.saved:
             root = self.graph[self.layout.root[name]]
             if root.target not in HELD:
-                layouts = ways.results[0] if name == op.name else ways.operands[slots.index(name)]
                 num_bytes = sum(t.bytes(samples) for t in root.types if t is not None)
-                total += num_bytes * _left(layouts) / alone.keepers[root.name]
-        return total
+                slot = None if name == op.name else slots.index(name)
+                values.append((slot, num_bytes / alone.keepers[root.name]))
+        return work.saved_bytes, values
+
+    def largest_share(self, ways: Ways) -> float:
+        """The largest part of an op's work that a member has."""
+        return max(self._shares(ways))
 
     def share_of(self, ways: Ways, coords: tuple[int, ...]) -> float:
         """A member's part of an op's work."""
@@ -234,8 +285,12 @@ class _Sent:
     once: bool
 
 
+Sent = tuple[_Sent, ...]
+"""What one way to convert a value sends, step by step."""
+
+
 def _sent(move: Move, is_weight: bool) -> _Sent:
-    left = 1.0 if move.axis is None else _left(move.before, move.axis)
+    left = 1.0 if move.axis is None else largest_part(move.before, move.axis)
     once = is_weight and move.how.target == "gp.copy_to_group"
     return _Sent(move.how.forward, move.how.backward, move.axis, left, once)
 
@@ -250,7 +305,7 @@ def share_held(held: Layouts) -> Callable[[tuple[int, ...]], float]:
     return share
 
 
-def _left(layouts: Layouts, without: int | None = None) -> float:
+def largest_part(layouts: Layouts, without: int | None = None) -> float:
     """The largest part of a value that a member has; as if one axis had all of it."""
     return prod(
         max(layout.counts) / layout.units

@@ -12,8 +12,7 @@ does, and the edge from a block to its successor becomes an edge of the block to
 in whole nanoseconds, so that bounds round up and the solver's proof is exact.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -24,14 +23,16 @@ import numpy.typing as npt
 
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.mesh_times import MeshTimes
+from graphpar.cost_models.sharding_structure import Key, Structure, allowed_strategies, places
 from graphpar.cost_models.whole_ops import whole_ops
 from graphpar.errors import VerifyError
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, Ways, fit, ways_of, whole_along
-from graphpar.ir.ops import SOURCES, Op
-from graphpar.ir.shards import Layout, Split
+from graphpar.ir.mesh import Layouts, Ways
+from graphpar.ir.ops import Op
+from graphpar.ir.shards import Layout
 from graphpar.ir.strategies import Strategy, StrategyTables, value_of
+from graphpar.partition.number_rows import NumberRows
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
 from graphpar.partition.shard import solve_sharding
 from graphpar.partition.types import WholeOp
@@ -72,7 +73,13 @@ class Sharding:
         """How an op of the stage is computed."""
         if name not in self.chosen:
             return None
-        return Ways(tuple(axis.chosen[name] for axis in self.axes))
+        if name not in self._ways:
+            self._ways[name] = Ways(tuple(axis.chosen[name] for axis in self.axes))
+        return self._ways[name]
+
+    @cached_property
+    def _ways(self) -> dict[str, Ways]:
+        return {}
 
     def held(self, name: str) -> Layouts:
         """How a weight is held."""
@@ -96,7 +103,9 @@ def choose_sharding(
         group: Who computes it.
         options: Microbatch size and the like.
     """
-    return ShardingProgramme(graph, stage, chain, group, options).solve(options)
+    programme = ShardingProgramme.of(graph, stage, chain, group, options)
+    found = programme.sharding(programme.solve(options))
+    return replace(found, whole=programme.whole_ops(found))
 
 
 def least_seconds(
@@ -106,6 +115,7 @@ def least_seconds(
     group: TensorGroup,
     options: ShardingOptions,
     strategies: StrategyTables | None = None,
+    times: MeshTimes | None = None,
 ) -> float:
     """No sharding has a lower objective, whatever it sends: every op and weight alone at its cheapest.
 
@@ -116,10 +126,11 @@ def least_seconds(
         group: Who computes it.
         options: Microbatch size and the like.
         strategies: Those of the graph, where they were asked for before.
+        times: What the group takes at that microbatch size, where that was asked for before.
     """
-    times = MeshTimes(graph, group, options)
-    tables = _tables(strategies or StrategyTables(graph), group, options)
-    places, least = _places(chain), dict[Key, float]()
+    times = times or MeshTimes(graph, group, options)
+    tables = allowed_strategies(strategies or StrategyTables(graph), group, options)
+    place, least = places(chain), dict[Key, float]()
     ops = [op for op in graph.ops if op.attr("stage") == stage and op.target != "getitem"]
     read = {name for op in ops for name in op.operands()}
     hold_s = options.hold_factor / group.link.bytes_per_s
@@ -128,7 +139,7 @@ def least_seconds(
     total = 0.0
     for op in ops:
         rows = [table[op.name] for table in tables]
-        key = places.get(op.name, op.name), tuple(map(id, rows))
+        key = place.get(op.name, op.name), tuple(map(id, rows))
         if key not in least:
             # Strategies with equal shares take equally long; of samples there are only whole ones.
             unlike = [list({times.alone.shares_of(s): s for s in row}.values()) for row in rows]
@@ -140,332 +151,189 @@ def least_seconds(
     return total
 
 
-Key = Hashable
-Matrix = npt.NDArray[np.float64]
-_Rows = tuple[Layouts, ...]
-
-
-@dataclass
-class _Variable:
-    """One decision: of each alternative the seconds, and the bytes that are held and kept.
-
-    `priced` are the bytes held as they are priced (see `MeshTimes.priced_bytes`).
-    """
-
-    number: int
-    costs: list[float]
-    held: list[float]
-    kept: list[float]
-    priced: list[float]
+_Floats = npt.NDArray[np.float64]
 
 
 class ShardingProgramme:
-    """The programme of one stage, which may be solved at several prices of memory.
+    """The programme of one stage at one microbatch size, which may be solved at several prices of memory.
 
     Args:
-        graph: A lowered graph.
-        stage: Which stage of it.
-        chain: Units of the captured graph.
-        group: Who computes it.
-        options: Those of `solve` may differ in the price and limit of memory alone.
-        strategies: Those of the graph, where they were asked for before.
+        structure: What is decided.
+        times: What that costs.
     """
 
-    def __init__(
-        self,
+    def __init__(self, structure: Structure, times: MeshTimes) -> None:
+        self.structure, self.times = structure, times
+
+    @classmethod
+    def of(
+        cls,
         graph: Graph,
         stage: int,
         chain: Chain,
         group: TensorGroup,
         options: ShardingOptions,
         strategies: StrategyTables | None = None,
-    ) -> None:
-        self.graph, self.stage, self.group, self.options = graph, stage, group, options
-        self.keeps = False
-        self.ops = [
-            op
-            for op in graph.ops
-            if (op.attr("stage") == stage and op.target != "getitem") or op.target == "output"
+    ) -> "ShardingProgramme":
+        """The programme of a stage of a lowered graph (see `choose_sharding`).
+
+        Options of `solve` may differ in the price and limit of memory alone. Strategies are those of the
+        graph, where they were asked for before.
+        """
+        times = MeshTimes(graph, group, options)
+        return cls(Structure(graph, stage, chain, times, strategies or StrategyTables(graph)), times)
+
+    # --- costs ---
+
+    @cached_property
+    def _seconds(self) -> _Floats:
+        """Of every alternative, one variable's after the other's."""
+        found = [np.zeros(size) for size in self.structure.sizes]
+        for number, computed in self.structure.computed.items():
+            first, alike = self.times.alike(computed.ways)
+            seconds = np.array([self.times.seconds(computed.op, ways) for ways in first])
+            found[number] += computed.count * seconds[alike]
+        for number, weights in self.structure.held.items():
+            for held in weights:
+                steps = [self.times.optimizer_seconds(held.op, layouts) for layouts in held.layouts]
+                found[number] += held.count * np.array(steps)
+        for (number, conversion, is_own), count in self.structure.alone.items():
+            table = self._sending[conversion][self.structure.converted[conversion].numbers]
+            found[number] += count * (table.diagonal() if is_own else table[0])
+        return np.concatenate(found)
+
+    @cached_property
+    def _sending(self) -> list[_Floats]:
+        """By conversion the seconds of each way to send, and of none."""
+        none = float(IMPOSSIBLE_COST)
+        return [
+            np.append(self.times.sending_seconds(converted.op, converted.ways), none)
+            for converted in self.structure.converted
         ]
-        inside = {op.name for op in self.ops}
-        tables = _tables(strategies or StrategyTables(graph), group, options)
-        self.table = ways_of(tables, group.axes, inside)
-        self.whole = whole_along(len(group.axes))
-        self.place = _places(chain)
-        self.times = MeshTimes(graph, group, options)
-        self.variables: dict[Key, _Variable] = {}
-        self.matrices: dict[tuple[int, int], Matrix] = {}
-        self.converted: dict[Key, Matrix] = {}
-        self.rows: dict[Key, _Rows] = {}
-        self.key_of: dict[str, Key] = {}
-        self.weights: dict[str, tuple[Layouts, ...]] = {}
-        self.forms: dict[str, tuple[Layouts, ...]] = {}
-        self.readers: dict[str, list[tuple[Op, int]]] = defaultdict(list)
-        self._build()
 
-    # --- building ---
-
-    def _build(self) -> None:
-        priced: dict[Key, list[float]] = {}
-        for op in self.ops:
-            rows = self.table[op.name]
-            key = self._place(op), id(rows)  # `ways_of` gives equal ops the same rows
-            if key not in priced:
-                priced[key] = [self.times.seconds(op, s) for s in rows]
-            self._add(op.name, key, priced[key])
-            for slot, name in enumerate(op.operands()):
-                self.readers[name].append((op, slot))
-        for op in self.graph.ops:
-            readers = self.readers.get(op.name, [])
-            if op.target in ("parameter", "buffer") and readers:
-                self._add_weight(op, readers)
-        for name, readers in self.readers.items():
-            self._connect(name, readers)
-
-    def _count_kept(self) -> None:
-        """What every way keeps for backward; most programmes are solved without."""
-        kept: dict[Key, list[float]] = {}
-        for op in self.ops:
-            key = self.key_of[op.name]
-            if key not in kept:
-                kept[key] = [self.times.kept_bytes(op, s) for s in self.table[op.name]]
-            found = self.variables[key]
-            found.kept = [a + b for a, b in zip(found.kept, kept[key], strict=True)]
-        self.keeps = True
-
-    def _place(self, op: Op) -> Key:
-        return self.place.get(op.name, op.name)
-
-    def _add(
-        self,
-        name: str,
-        key: Key,
-        costs: Sequence[float],
-        held: Sequence[float] = (),
-        priced: Sequence[float] = (),
-    ) -> None:
-        """Costs of all that share a variable add up; so do their bytes."""
-        self.key_of[name] = key
-        found = self.variables.get(key)
-        if found is None:
-            none = [0.0] * len(costs)
-            found = self.variables[key] = _Variable(len(self.variables), none, none, none, none)
-        found.costs = [a + b for a, b in zip(found.costs, costs, strict=True)]
-        if held:
-            found.held = [a + b for a, b in zip(found.held, held, strict=True)]
-            found.priced = [a + b for a, b in zip(found.priced, priced, strict=True)]
-
-    def _add_weight(self, op: Op, readers: Sequence[tuple[Op, int]]) -> None:
-        label = str(op.args[0])
-        cuts = self.options.cuts_weights and op.target == "parameter"
-        wanted = tuple(dict.fromkeys(id(self._wanted(*reader)) for reader in readers))
-        layouts = self._once(("held", cuts, wanted), lambda: self._held(readers if cuts else ()))
-        if label in self.options.fixed:
-            layouts = self._once(("fixed", label), lambda: (self.options.fixed[label],))
-        self.weights[op.name] = layouts
-        first, slot = readers[0]
-        key = ("weight", self._place(first), slot, id(layouts))
-        self._add(
-            op.name,
-            key,
-            [self.times.optimizer_seconds(op, layout) for layout in layouts],
-            held=[self.times.weight_bytes(op, layout) for layout in layouts],
-            priced=[self.times.priced_bytes(op, layout) for layout in layouts],
-        )
-
-    def _held(self, readers: Sequence[tuple[Op, int]]) -> "_Rows":
-        """How a weight may be held: whole, and in the slices that its readers want."""
-        wanted: list[list[Layout]] = [["whole"] for _ in self.whole]
-        for along in range(len(self.whole)):
-            every = (layouts[along] for reader in readers for layouts in self._wanted(*reader))
-            wanted[along] += dict.fromkeys(layout for layout in every if isinstance(layout, Split))
-        return tuple(held for held in product(*wanted) if fit(held, self.group.axes))
-
-    def _once(self, key: Key, make: Callable[[], "_Rows"]) -> "_Rows":
-        """Rows of layouts, made once for a key; equal ones are one object."""
-        if key not in self.rows:
-            made = make()
-            self.rows[key] = self.rows.setdefault(made, made)
-        return self.rows[key]
-
-    def _connect(self, name: str, readers: Sequence[tuple[Op, int]]) -> None:
-        source, index = value_of(self.graph, name)
-        made = self._layouts(source, index)
-        if len(readers) == 1 or self.graph[name].target in SOURCES:
-            for reader, slot in readers:
-                self._edge(source, made, reader, slot, name)
-            return
-        wanted = {id(rows): rows for rows in (self._wanted(*reader) for reader in readers)}
-        every = (layouts for rows in (made, *wanted.values()) for layouts in rows)
-        forms = self._once(("form", id(made), tuple(wanted)), lambda: tuple(dict.fromkeys(every)))
-        self.forms[name] = forms
-        form = f"{name} form"
-        self._add(form, ("form", self.key_of.get(source, source), index, id(forms)), [0.0] * len(forms))
-        self._matrix(source, form, self._converting(name, made, forms))
-        for reader, slot in readers:
-            self._edge(form, forms, reader, slot, name)
-
-    def _layouts(self, source: str, index: int) -> "_Rows":
-        """How a value is made, by the ways of its op, or held."""
-        if source in self.table:
-            rows = self.table[source]
-            return self._once(
-                ("made", id(rows), index), lambda: tuple(ways.results[index] for ways in rows)
+    @cached_property
+    def _edge_costs(self) -> NumberRows:
+        """In whole nanoseconds; they do not depend on prices of memory."""
+        start, rows = [0], []
+        for conversions in self.structure.joined.values():
+            total = sum(
+                count * self._sending[conversion][self.structure.converted[conversion].numbers]
+                for conversion, count in conversions.items()
             )
-        return self.weights.get(source) or self._once("whole", lambda: (self.whole,))
+            rows.append(_nanoseconds(np.ravel(total)))
+            start.append(start[-1] + len(rows[-1]))
+        every = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+        return NumberRows(np.array(start, dtype=np.int64), every)
 
-    def _wanted(self, reader: Op, slot: int) -> "_Rows":
-        """How a reader wants an operand, by its ways."""
-        rows = self.table[reader.name]
-        return self._once(("read", id(rows), slot), lambda: tuple(ways.operands[slot] for ways in rows))
+    def _bytes_of_weights(self, of: Callable[[Op, Layouts], float]) -> _Floats:
+        found = [np.zeros(size) for size in self.structure.sizes]
+        for number, weights in self.structure.held.items():
+            for held in weights:
+                found[number] += held.count * np.array([of(held.op, each) for each in held.layouts])
+        return np.concatenate(found)
 
-    def _edge(self, source: str, made: "_Rows", reader: Op, slot: int, name: str) -> None:
-        wanted = self._wanted(reader, slot)
-        matrix = self._converting(name, made, wanted)
-        if reader.target == "gp.cast_weight":
-            key = "cast as held", id(made), id(wanted)
-            if key not in self.converted:
-                self.converted[key] = np.array([[_cast_as_held(a, b) for b in wanted] for a in made])
-            matrix = np.where(self.converted[key], matrix, float(IMPOSSIBLE_COST))
-        self._matrix(source, reader.name, matrix)
+    @cached_property
+    def _held(self) -> _Floats:
+        """Bytes held of every alternative."""
+        return self._bytes_of_weights(self.times.weight_bytes)
 
-    def _converting(self, name: str, made: "_Rows", wanted: "_Rows") -> Matrix:
-        """Seconds from each of some layouts to each of others; priced once for each two that differ."""
-        op = self.graph[name]
-        alike = op.types, op.target == "parameter", bool(op.attr("grad"))
-        key = (*alike, id(made), id(wanted))
-        if key not in self.converted:
-            rows, columns = tuple(dict.fromkeys(made)), tuple(dict.fromkeys(wanted))
-            unlike = (*alike, rows, columns)
-            if unlike not in self.converted:
-                self.converted[unlike] = self.times.conversion_table(op, rows, columns)
-            place, other = ({held: i for i, held in enumerate(side)} for side in (rows, columns))
-            picked = np.ix_([place[a] for a in made], [other[b] for b in wanted])
-            self.converted[key] = self.converted[unlike][picked]
-        return self.converted[key]
+    @cached_property
+    def _priced(self) -> _Floats:
+        """Bytes held as they are priced (see `MeshTimes.priced_bytes`)."""
+        return self._bytes_of_weights(self.times.priced_bytes)
 
-    def _matrix(self, left: str, right: str, matrix: Matrix) -> None:
-        if left not in self.key_of:
-            found = self.variables[self.key_of[right]]
-            found.costs = [a + b for a, b in zip(found.costs, matrix[0].tolist(), strict=True)]
-            return
-        a, b = (self.variables[self.key_of[side]] for side in (left, right))
-        if a is b:
-            own = matrix.diagonal().tolist()
-            a.costs = [cost + more for cost, more in zip(a.costs, own, strict=True)]
-            return
-        key = (a.number, b.number)
-        self.matrices[key] = self.matrices[key] + matrix if key in self.matrices else matrix
+    @cached_property
+    def _kept(self) -> _Floats:
+        """Bytes kept for backward; most programmes are solved without."""
+        found = [np.zeros(size) for size in self.structure.sizes]
+        for number, computed in self.structure.computed.items():
+            own, values = self.times.kept_values(computed.op)
+            if own:
+                shares = [self.times.largest_share(ways) for ways in computed.ways]
+                found[number] += computed.count * own * np.array(shares)
+            for slot, num_bytes in values:
+                found[number] += computed.count * num_bytes * self.structure.largest_parts(number, slot)
+        return np.concatenate(found)
 
     # --- solving ---
 
     def problem(self, options: ShardingOptions) -> ShardingProblem:
         """The problem in the terms of the solver, in nanoseconds."""
         hold_s, keep_s = (
-            factor / self.group.link.bytes_per_s for factor in (options.hold_factor, options.keep_factor)
+            factor / self.structure.group.link.bytes_per_s
+            for factor in (options.hold_factor, options.keep_factor)
         )
-        rows = [
-            [c + hold_s * h + keep_s * k for c, h, k in zip(v.costs, v.priced, v.kept, strict=True)]
-            for v in self.variables.values()
-        ]
+        keeps = bool(options.keep_factor) or options.memory_bytes is not None
+        kept = self._kept if keeps else np.zeros(1)
+        sizes = self.structure.sizes
+        start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         return ShardingProblem(
-            name=f"stage {self.stage} of {self.graph.name}",
-            intervals=tuple((0, 1) for _ in self.variables),
-            node_costs=tuple(tuple(map(_nanoseconds, row)) for row in rows),
-            usages=tuple(
-                tuple(round(h + k) for h, k in zip(v.held, v.kept, strict=True))
-                for v in self.variables.values()
+            name=f"stage {self.structure.stage} of {self.structure.graph.name}",
+            intervals=tuple((0, 1) for _ in sizes),
+            node_costs=NumberRows(
+                start, _nanoseconds(self._seconds + hold_s * self._priced + keep_s * kept)
             ),
-            edge_nodes=tuple(self.matrices),
+            usages=NumberRows(start, np.rint(self._held + kept).astype(np.int64)),
+            edge_nodes=tuple(self.structure.joined),
             edge_costs=self._edge_costs,
             usage_limit=options.memory_bytes,
         )
 
-    @cached_property
-    def _edge_costs(self) -> tuple[tuple[int, ...], ...]:
-        """In whole nanoseconds; they do not depend on prices of memory."""
-        whole = (np.minimum(np.rint(m * 1e9), IMPOSSIBLE_COST) for m in self.matrices.values())
-        return tuple(tuple(m.astype(np.int64).ravel().tolist()) for m in whole)
-
-    def solve(self, options: ShardingOptions) -> Sharding:
-        """The best sharding at the prices of some options."""
-        if not self.variables:
-            return Sharding({}, {}, {})
-        if not self.keeps and (options.keep_factor or options.memory_bytes is not None):
-            self._count_kept()
+    def solve(self, options: ShardingOptions) -> "Found":
+        """The best choice at the prices of some options."""
+        if not self.structure.sizes:
+            return Found((), 0.0, None)
         for limit_s in _SOLVE_LIMITS_S:
             found = solve_sharding(self.problem(options), time_limit_s=limit_s)
             if found.status != "unknown":
                 break
         if found.answer is None or found.objective is None:
             raise VerifyError(
-                f"The sharding programme of stage {self.stage} of {self.graph.name} has no answer "
-                f"({found.status}); whole everywhere is one unless memory_bytes forbids it; "
-                "on a machine that is busy with other things, try again."
+                f"The sharding programme of stage {self.structure.stage} of {self.structure.graph.name} "
+                f"has no answer ({found.status}); whole everywhere is one unless memory_bytes forbids "
+                "it; on a machine that is busy with other things, try again."
             )
-        pick = {key: found.answer[v.number] for key, v in self.variables.items()}
-        chosen = {name: rows[pick[self.key_of[name]]] for name, rows in self.table.items()}
-        forms = {name: rows[pick[self.key_of[f"{name} form"]]] for name, rows in self.forms.items()}
-        weights = {name: rows[pick[self.key_of[name]]] for name, rows in self.weights.items()}
+        bound_s = found.bound * 1e-9 if found.bound is not None else None
+        return Found(tuple(found.answer), found.objective * 1e-9, bound_s)
+
+    def sharding(self, found: "Found") -> Sharding:
+        """What a choice means for every op, value and weight."""
+        made, pick = self.structure, found.choice
+        chosen = {name: rows[pick[made.number_of[name]]] for name, rows in made.table.items()}
+        forms = {name: rows[pick[made.number_of[f"{name} form"]]] for name, rows in made.forms.items()}
+        weights = {name: rows[pick[made.number_of[name]]] for name, rows in made.weights.items()}
         along: Sharding | None = None
-        for axis in reversed(range(len(self.whole))):
+        for axis in reversed(range(len(made.whole))):
             along = Sharding(
                 {name: ways.along[axis] for name, ways in chosen.items()},
                 {name: layouts[axis] for name, layouts in forms.items()},
                 {name: layouts[axis] for name, layouts in weights.items()},
+                objective_s=found.objective_s if axis == 0 else 0.0,
+                bound_s=found.bound_s if axis == 0 else None,
                 inner=along,
             )
         assert along is not None
-        return replace(
-            along,
-            objective_s=found.objective * 1e-9,
-            bound_s=found.bound * 1e-9 if found.bound is not None else None,
-            whole=whole_ops(self.ops, self.graph, self.table, chosen, self.times),
-        )
+        return along
+
+    def whole_ops(self, sharding: Sharding) -> tuple[WholeOp, ...]:
+        """What every member computes whole under a sharding, and why."""
+        made = self.structure
+        chosen = {name: Ways(tuple(axis.chosen[name] for axis in sharding.axes)) for name in made.table}
+        return whole_ops(made.ops, made.graph, made.table, chosen, self.times)
 
 
-def _places(chain: Chain) -> dict[str, Key]:
-    """For each op what it shares with the equal ops of equal units."""
-    return {name: (unit.kind, index) for unit in chain.units for index, name in enumerate(unit.ops)}
+@dataclass(frozen=True)
+class Found:
+    """A choice of one alternative for each variable, with its objective and bound as in `Sharding`."""
+
+    choice: tuple[int, ...]
+    objective_s: float
+    bound_s: float | None
 
 
-def _tables(
-    strategies: StrategyTables, group: TensorGroup, options: ShardingOptions
-) -> list[dict[str, tuple[Strategy, ...]]]:
-    """For each axis of a group the strategies along it that training and the batch allow."""
-    along = [group.along(axis) for axis in range(len(group.axes))]
-    return [_allowed(strategies.of(each.shares), each.size, options) for each in along]
-
-
-def _allowed(
-    table: Mapping[str, tuple[Strategy, ...]], size: int, options: ShardingOptions
-) -> dict[str, tuple[Strategy, ...]]:
-    """The strategies along an axis of so many members; equal rows stay one object."""
-    cuts_batch = options.cuts_batch and options.samples >= size
-    kept: dict[int, tuple[Strategy, ...]] = {}
-    same: dict[tuple[Strategy, ...], tuple[Strategy, ...]] = {}
-    for rows in table.values():
-        if id(rows) not in kept:
-            left = tuple(
-                s
-                for s in rows
-                if (options.training or "copied" not in s.results) and (cuts_batch or not s.samples)
-            )
-            kept[id(rows)] = same.setdefault(left, left)
-    return {name: kept[id(rows)] for name, rows in table.items()}
-
-
-def _nanoseconds(seconds: float) -> int:
-    return min(round(seconds * 1e9), IMPOSSIBLE_COST)
-
-
-def _cast_as_held(held: Layouts, wanted: Layouts) -> bool:
-    """Whether a weight is cast as it lies, and sent only afterwards, in the lower format.
-
-    A bias that the first member alone reads is read through its cast; the others then take no part in
-    whatever collective stood before.
-    """
-    return all(a == b or (a == "whole" and b == "copied") for a, b in zip(held, wanted, strict=True))
+def _nanoseconds(seconds: _Floats) -> npt.NDArray[np.int64]:
+    whole: npt.NDArray[np.int64] = np.minimum(np.rint(seconds * 1e9), IMPOSSIBLE_COST).astype(np.int64)
+    return whole
 
 
 def conversions_of(sharding: Sharding, graph: Graph, op: Op) -> Iterator[tuple[str, Layouts, Layouts]]:

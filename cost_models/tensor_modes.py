@@ -7,164 +7,173 @@ slices does not hold.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.again import kept_last
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.kept import kept_of
-from graphpar.cost_models.layout import find_layout
+from graphpar.cost_models.kept import Kept, kept_of
 from graphpar.cost_models.memory import ALLOCATOR_SLACK, lower_copy_bytes
-from graphpar.cost_models.mesh_times import MeshTimes, share_held
-from graphpar.cost_models.opcost import work_of
+from graphpar.cost_models.mesh_times import MeshTimes, Sent, share_held
 from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.sharding import Sharding, conversions_of
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts
+from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.strategies import value_of
 
 
-def tensor_mode(
-    table: CostTable,
-    graph: Graph,
-    chain: Chain,
-    group: TensorGroup,
-    sharding: Sharding,
-    times: Sequence[MeshTimes],
-    *,
-    shares: tuple[float, ...] = (),
-    lean: int = 0,
-) -> Mode:
-    """One more mode of a table: its units shared by a group.
+class TimesBySize:
+    """What ops cost a group at every microbatch size; whatever memory is worth.
 
     Args:
-        table: The table with the plain prices.
-        graph: The captured graph, lowered as one stage.
-        chain: Its units.
-        group: Who shares.
-        sharding: How, as solved for this graph.
-        times: Prices at the table's sizes (`times_by_size`).
-        shares: The shares as the partition will name them; empty for equal ones.
-        lean: The price of memory that the sharding was chosen at, as the partition will name it.
-    """
-    first = {kind: unit for unit, kind in reversed(list(enumerate(table.units)))}
-    costs = []
-    for kind in range(len(table.costs)):
-        unit = chain.units[first[kind]]
-        ops = [graph[name] for name in unit.ops if graph[name].target != "getitem"]
-        costs.append(_unit(table, kind, graph, ops, chain, first[kind], group, sharding, times))
-    members = tuple(table.class_of[device.name] for device in group.devices)
-    return Mode(members, tuple(costs), shares=shares, link=group.link, mesh=group.mesh, lean=lean)
-
-
-def times_by_size(
-    table: CostTable,
-    graph: Graph,
-    group: TensorGroup,
-    options: ShardingOptions,
-    calibration: Calibration | None = None,
-) -> list[MeshTimes]:
-    """What ops cost a group at every size of a table; whatever memory is worth.
-
-    Args:
-        table: The table with the plain prices.
         graph: The captured graph, lowered as one stage.
         group: Who shares.
         options: What shardings are solved for.
         calibration: Measured rates of this machine's processor.
     """
-    layout = find_layout(graph)
-    return [
-        MeshTimes(
-            graph, group, replace(options, samples=size), lambda d: rates_of(d, calibration), layout
+
+    def __init__(
+        self,
+        graph: Graph,
+        group: TensorGroup,
+        options: ShardingOptions,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.group = group
+        self._any = MeshTimes(graph, group, options, lambda device: rates_of(device, calibration))
+        self._at: dict[int, MeshTimes] = {}
+
+    def at(self, samples: int) -> MeshTimes:
+        """Those for microbatches of so many samples."""
+        if samples not in self._at:
+            self._at[samples] = self._any.at(samples)
+        return self._at[samples]
+
+
+class SharedUnits:
+    """Units shared by a group in one way: what they cost, found once for every unit and size.
+
+    Args:
+        graph: The captured graph, lowered as one stage; of any batch.
+        chain: Its units.
+        sharding: How they are shared, as solved for this graph.
+        times: Prices of the group at any microbatch size (`times_by_size`).
+    """
+
+    def __init__(self, graph: Graph, chain: Chain, sharding: Sharding, times: TimesBySize) -> None:
+        self.graph, self.chain, self.sharding, self.times = graph, chain, sharding, times
+        self._steps: dict[int, _Steps] = {}
+        self._seconds: dict[tuple[int, int], _Seconds] = {}
+        self._parts: dict[tuple[int, int], _Parts] = {}
+
+    def mode(
+        self, table: CostTable, members: tuple[int, ...], shares: tuple[float, ...] = (), lean: int = 0
+    ) -> Mode:
+        """One more mode of a table: its units shared by the group.
+
+        Args:
+            table: The table with the plain prices.
+            members: The device class of each member.
+            shares: The shares as the partition will name them; empty for equal ones.
+            lean: The price of memory that the sharding was chosen at, as the partition will name it.
+        """
+        first = {kind: unit for unit, kind in reversed(list(enumerate(table.units)))}
+        costs = tuple(
+            self._unit(table, table.every_mode[members[0]].costs[kind], first[kind])
+            for kind in range(len(table.costs))
         )
-        for size in table.sizes
-    ]
+        group = self.times.group
+        return Mode(members, costs, shares=shares, link=group.link, mesh=group.mesh, lean=lean)
+
+    def _unit(self, table: CostTable, plain: ModeCost, number: int) -> ModeCost:
+        at_sizes = [self._seconds_of(number, size) for size in table.sizes]
+        parts = self._parts_of(number, table.sizes[0])
+        gradients = plain.gradient_bytes[0]
+        state = plain.optimizer_bytes[0] / gradients if gradients else 0.0
+        trains, none = table.training, 0.0
+        return ModeCost(
+            forward_s=tuple(at.forward_s for at in at_sizes),
+            backward_s=tuple(at.backward_s if trains else none for at in at_sizes),
+            optimizer_s=parts.optimizer_s,
+            weight_bytes=parts.weight_bytes,
+            gradient_bytes=tuple(g if trains else none for g in parts.gradient_bytes),
+            optimizer_bytes=tuple(g * state if trains else none for g in parts.gradient_bytes),
+            saved_bytes=tuple(
+                tuple(x * own.share + own.weight_bytes * ALLOCATOR_SLACK for x in plain.saved_bytes[0])
+                if trains
+                else (none,) * len(table.sizes)
+                for own in parts.kept
+            ),
+            working_bytes=tuple(
+                tuple(x * share for x in plain.working_bytes[0]) for share in parts.results
+            ),
+            again_s=tuple(at.again_s if trains else none for at in at_sizes),
+            collective_s=tuple(at.sent_s + (at.sent_back_s if trains else none) for at in at_sizes),
+            collective_again_s=tuple(at.sent_again_s if trains else none for at in at_sizes),
+        )
+
+    def _ops(self, number: int) -> list[Op]:
+        unit = self.chain.units[number]
+        return [self.graph[name] for name in unit.ops if self.graph[name].target != "getitem"]
+
+    def _seconds_of(self, number: int, size: int) -> "_Seconds":
+        """What a unit takes at a microbatch size."""
+        if (number, size) not in self._seconds:
+            times = self.times.at(size)
+            if number not in self._steps:
+                self._steps[number] = _steps(self.graph, self._ops(number), self.sharding, times)
+            self._seconds[number, size] = self._steps[number].seconds(times)
+        return self._seconds[number, size]
+
+    def _parts_of(self, number: int, size: int) -> "_Parts":
+        """What members hold and keep of a unit, shares of it being those at a microbatch size."""
+        if (number, size) not in self._parts:
+            graph, sharding, times = self.graph, self.sharding, self.times.at(size)
+            ops, places = self._ops(number), times.group.places
+            weights = _own_weights(graph, self.chain, number)
+            trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
+            steps = (times.optimizer_seconds(op, sharding.held(op.name)) for op in trained)
+            earlier = {name for unit in self.chain.units[:number] for name in unit.ops}
+            self._parts[number, size] = _Parts(
+                optimizer_s=sum(steps) * times.options.microbatches,
+                weight_bytes=tuple(
+                    sum(op.type.bytes(1) * _share(sharding, op, at) for op in weights)
+                    + _lower_copies(graph, ops, sharding, at)
+                    for at in places
+                ),
+                gradient_bytes=tuple(
+                    sum(op.type.bytes(1) * _share(sharding, op, at) for op in trained) for at in places
+                ),
+                results=tuple(_part_held(graph, ops, sharding, at, size) for at in places),
+                kept=kept_of(graph, sharding, times, ops, earlier, places),
+            )
+        return self._parts[number, size]
 
 
-def _unit(
-    table: CostTable,
-    kind: int,
-    graph: Graph,
-    ops: Sequence[Op],
-    chain: Chain,
-    number: int,
-    group: TensorGroup,
-    sharding: Sharding,
-    times: Sequence[MeshTimes],
-) -> ModeCost:
-    forward, backward, again, sent, sent_anew = [], [], [], [], []
-    for at_size in times:
-        (ahead, behind), collective = _seconds(graph, ops, sharding, at_size)
-        forward.append(ahead)
-        backward.append(behind if table.training else 0.0)
-        sent.append(collective[0] + (collective[1] if table.training else 0.0))
-        anew = _seconds_again(graph, ops, sharding, at_size) if table.training else (0.0, 0.0)
-        again.append(anew[0])
-        sent_anew.append(anew[1])
-    weights = _own_weights(graph, chain, number)
-    plain = table.every_mode[table.class_of[group.devices[0].name]].costs[kind]
-    trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
-    held = [
-        sum(op.type.bytes(1) * _share(sharding, op, at) for op in weights)
-        + _lower_copies(graph, ops, sharding, at)
-        for at in group.places
-    ]
-    grads = [sum(op.type.bytes(1) * _share(sharding, op, at) for op in trained) for at in group.places]
-    gradients = plain.gradient_bytes[0]
-    state = plain.optimizer_bytes[0] / gradients if gradients else 0.0
-    part = [_part_held(graph, ops, sharding, at, times[0].options.samples) for at in group.places]
-    earlier = {name for unit in chain.units[:number] for name in unit.ops}
-    kept = [kept_of(graph, sharding, times[0], ops, earlier, at) for at in group.places]
-    return ModeCost(
-        forward_s=tuple(forward),
-        backward_s=tuple(backward),
-        optimizer_s=sum(times[0].optimizer_seconds(op, sharding.held(op.name)) for op in trained)
-        * times[0].options.microbatches,
-        weight_bytes=tuple(held),
-        gradient_bytes=tuple(g if table.training else 0.0 for g in grads),
-        optimizer_bytes=tuple(g * state if table.training else 0.0 for g in grads),
-        saved_bytes=tuple(
-            tuple(x * own.share + own.weight_bytes * ALLOCATOR_SLACK for x in plain.saved_bytes[0])
-            if table.training
-            else (0.0,) * len(table.sizes)
-            for own in kept
-        ),
-        working_bytes=tuple(tuple(x * share for x in plain.working_bytes[0]) for share in part),
-        again_s=tuple(again),
-        collective_s=tuple(sent),
-        collective_again_s=tuple(sent_anew),
-    )
+@dataclass(frozen=True)
+class _Seconds:
+    """Of a unit at one microbatch size, and what of it is collectives; the same for doing it again."""
+
+    forward_s: float
+    backward_s: float
+    sent_s: float
+    sent_back_s: float
+    again_s: float
+    sent_again_s: float
 
 
-_Ends = tuple[float, float]
-"""Seconds forward and backward."""
+@dataclass(frozen=True)
+class _Parts:
+    """Of a unit the optimiser's seconds, and by member bytes and parts of what one device holds."""
 
-
-def _seconds(
-    graph: Graph, ops: Sequence[Op], sharding: Sharding, times: MeshTimes
-) -> tuple[_Ends, _Ends]:
-    """Some ops with the conversions they need, each conversion once; and what of that is collectives."""
-    computing: list[_Ends] = []
-    sending: list[_Ends] = []
-    done: set[tuple[str, Layouts]] = set()
-    for op in ops:
-        strategy = sharding.ways(op.name)
-        if strategy is None:
-            continue
-        computing.append(times.parts(op, strategy))
-        sending.append(times.inner_seconds(op, strategy))
-        for name, made, wanted in (*conversions_of(sharding, graph, op), *_forming(sharding, graph, op)):
-            found = times.conversion_parts(graph[name], made, wanted)
-            if (name, wanted) not in done and found is not None:
-                done.add((name, wanted))
-                sending.append(found)
-    sent = sum(ends[0] for ends in sending), sum(ends[1] for ends in sending)
-    own = sum(ends[0] for ends in computing), sum(ends[1] for ends in computing)
-    return (own[0] + sent[0], own[1] + sent[1]), sent
+    optimizer_s: float
+    weight_bytes: tuple[float, ...]
+    gradient_bytes: tuple[float, ...]
+    results: tuple[float, ...]
+    kept: tuple[Kept, ...]
 
 
 def computed_again(graph: Graph, ops: Sequence[Op], times: MeshTimes) -> Sequence[Op]:
@@ -172,7 +181,7 @@ def computed_again(graph: Graph, ops: Sequence[Op], times: MeshTimes) -> Sequenc
 
     There torch stops: a sum over the members behind a unit's last product is not made again.
     """
-    works = {op.name: work_of(op, graph, times.layout, times.options.samples) for op in ops}
+    works = {op.name: times.alone.work(op) for op in ops}
     return ops[: kept_last(graph, works)]
 
 
@@ -196,22 +205,58 @@ def sent_again(
                 yield name, made, wanted
 
 
-def _seconds_again(
-    graph: Graph, ops: Sequence[Op], sharding: Sharding, times: MeshTimes
-) -> tuple[float, float]:
-    """What a unit that is computed again takes besides its backward, and what of it is collectives."""
+@dataclass(frozen=True)
+class _Steps:
+    """What a unit does at any microbatch size: ops in their ways, and values with what is sent of each.
+
+    Of the ops the first `ops_again` are computed again for the backward, where that is asked for.
+    """
+
+    ops: tuple[tuple[Op, Ways], ...]
+    sends: tuple[tuple[Op, Sent], ...]
+    ops_again: int
+    sends_again: tuple[tuple[Op, Sent], ...]
+
+    def seconds(self, times: MeshTimes) -> "_Seconds":
+        """What that takes at one size."""
+        computing = [times.parts(op, ways) for op, ways in self.ops]
+        inner = [times.inner_seconds(op, ways) for op, ways in self.ops]
+        sending = [times.sent_seconds(op, sent) for op, sent in self.sends]
+        sent_s, sent_back_s = (sum(ends[k] for ends in (*inner, *sending)) for k in range(2))
+        sent_again_s = sum(ends[0] for ends in inner[: self.ops_again]) + sum(
+            times.sent_seconds(op, sent)[0] for op, sent in self.sends_again
+        )
+        return _Seconds(
+            forward_s=sum(ends[0] for ends in computing) + sent_s,
+            backward_s=sum(ends[1] for ends in computing) + sent_back_s,
+            sent_s=sent_s,
+            sent_back_s=sent_back_s,
+            again_s=sum(ends[0] for ends in computing[: self.ops_again]) + sent_again_s,
+            sent_again_s=sent_again_s,
+        )
+
+
+def _steps(graph: Graph, ops: Sequence[Op], sharding: Sharding, times: MeshTimes) -> _Steps:
+    """A unit's ops with the conversions they need, each conversion once."""
     known = [op for op in ops if op.name in sharding.chosen]
-    again = computed_again(graph, known, times)
-    own = sent = 0.0
-    for op in again:
-        strategy = sharding.ways(op.name)
-        assert strategy is not None
-        own += times.parts(op, strategy)[0]
-        sent += times.inner_seconds(op, strategy)[0]
-    for name, made, wanted in sent_again(sharding, graph, known, again):
-        found = times.conversion_parts(graph[name], made, wanted)
-        sent += found[0] if found is not None else 0.0
-    return own + sent, sent
+    done: dict[tuple[str, Layouts], tuple[Op, Sent]] = {}
+    for op in known:
+        for name, made, wanted in (*conversions_of(sharding, graph, op), *_forming(sharding, graph, op)):
+            sent = times.sent(graph[name], made, wanted)
+            if sent is not None:
+                done.setdefault((name, wanted), (graph[name], sent))
+    again = computed_again(graph, known, times) if times.options.training else ()
+    anew = sent_again(sharding, graph, known, again)
+    return _Steps(
+        ops=tuple((op, ways) for op in known if (ways := sharding.ways(op.name)) is not None),
+        sends=tuple((op, sent) for op, sent in done.values() if sent),
+        ops_again=len(again),
+        sends_again=tuple(
+            (graph[name], sent)
+            for name, made, wanted in anew
+            if (sent := times.sent(graph[name], made, wanted))
+        ),
+    )
 
 
 def _forming(sharding: Sharding, graph: Graph, op: Op) -> list[tuple[str, Layouts, Layouts]]:

@@ -35,6 +35,7 @@ from graphpar.group_candidates import (
     widest_group,
     width_notes,
 )
+from graphpar.group_modes import KnownGroups, with_group_modes
 from graphpar.local_timing import Example, Timings
 from graphpar.optimizer_memory import tried_optimizer
 from graphpar.optimizer_probe import (
@@ -70,7 +71,7 @@ from graphpar.sensitivity import (
     estimated,
     measure_sensitivities,
 )
-from graphpar.tensor_groups import Wholes, settle_shardings, with_group_modes
+from graphpar.tensor_groups import settle_shardings
 from graphpar.timing import Timing
 from graphpar.training import Training
 
@@ -149,18 +150,18 @@ def with_groups(
     least_gain: float = 0.0,
     leaner: bool = False,
     rewritten: Mapping[str, Rewritten] | None = None,
-    wholes: Wholes | None = None,
+    known: KnownGroups | None = None,
 ) -> CostTable:
     """The table with a price for each tensor group, in the formats of its members.
 
     `least_gain` leaves out groups of two axes, `leaner` adds shardings (see `with_group_modes`);
-    `rewritten` is what devices run in their formats, where that is known, for `wholes` see there, too.
+    `rewritten` is what devices run in their formats, where that is known, for `known` see there, too.
     """
     lower = rewritten
     if lower is None:
         lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
     return with_group_modes(
-        table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner, wholes
+        table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner, known
     )
 
 

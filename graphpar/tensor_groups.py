@@ -2,23 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import partial
 from itertools import combinations
-from math import inf
 from operator import itemgetter
 
-from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
-from graphpar.cost import CostTable, LinkCost, Mode, ModeCost
+from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import (
     Sharding,
-    ShardingProgramme,
     choose_sharding,
-    least_seconds,
 )
-from graphpar.cost_models.tensor_modes import tensor_mode, times_by_size
 from graphpar.group_candidates import likeness
 from graphpar.group_shardings import agreed, recorded, refuse_unfit, restored
 from graphpar.ir.chain import Chain, build_chain
@@ -26,9 +20,8 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, axis_shares, line_of, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
-from graphpar.ir.strategies import StrategyTables
 from graphpar.optimizer_probe import optimizer_traits
-from graphpar.partition.types import MOST_LEAN, GroupSharding, Partition, Replica, StageChoice
+from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.members import member_stages
 from graphpar.passes.place import Place, place_ops
@@ -45,13 +38,6 @@ USUAL_MICROBATCHES = 4
 _PRICES = ((4.0, 0.0), (4.0, 1.0), (4.0, 4.0), (16.0, 16.0))
 """By how dear memory is (`Replica.lean`) how often a byte counts as if it were sent: one of weights,
 gradients and state, and one kept for backward. A group is there to hold what one device cannot."""
-
-_LEANER = 0.01
-"""A sharding that saves a smaller part of a unit's memory is not considered beside a faster one."""
-
-Wholes = dict[int, tuple[Graph, StrategyTables, Chain]]
-"""By the identity of a chain of units its graph as one stage, the strategies there, and the chain itself,
-so that no other chain gets the number of one that is gone."""
 
 
 def member_graphs(
@@ -217,156 +203,6 @@ def _by_label(graph: Graph, sharding: Sharding) -> dict[str, Layouts]:
     return {str(graph[name].args[0]): sharding.held(name) for name in sharding.weights}
 
 
-def with_group_modes(
-    table: CostTable,
-    graph: Graph,
-    cluster: Cluster,
-    replicas: Iterable[Replica],
-    calibration: Calibration | None = None,
-    train: Training | None = None,
-    rewritten: Mapping[str, tuple[Graph, Chain]] | None = None,
-    least_gain: float = 0.0,
-    leaner: bool = False,
-    wholes: Wholes | None = None,
-) -> CostTable:
-    """The table with a price for each of these tensor groups that it does not price yet.
-
-    Args:
-        table: Plain prices.
-        graph: The captured graph.
-        cluster: The devices.
-        replicas: Tensor groups; single devices are passed over, and so are groups whose members
-            compute in unlike formats.
-        calibration: Measured rates of this machine's processor.
-        train: How the job trains.
-        rewritten: By device what runs in place of the graph where that is in a lower format.
-        least_gain: A group of two axes that provably saves no larger part of a microbatch and the price
-            of its memory over the group of one axis of the same devices, earlier among the replicas,
-            gets no price.
-        leaner: Whether a group that cannot hold the whole model is also priced with shardings that hold
-            less and take longer.
-        wholes: What was worked out of chains of units, to be used and added to: that of another batch
-            holds for this one where no op works on the whole batch.
-    """
-    modes = {mode.key: mode for mode in table.modes}
-    lower = rewritten or {}
-    everywhere = all(device.name in lower for device in cluster.devices)
-    plain = graph, Chain((), frozenset()) if everywhere else build_chain(graph)
-    wholes = {} if wholes is None else wholes
-    options = cache(partial(group_options, graph, table.training, train))
-    one_axis_s: dict[tuple[str, ...], float] = {}
-    for replica in replicas:
-        members = tuple(table.class_of[name] for name in replica.devices)
-        key = (members, replica.shares, "float32", False, 0, replica.mesh, replica.lean)
-        first, *others = [lower.get(name, plain) for name in replica.devices]
-        unlike = any(other[0] is not first[0] for other in others)
-        if not replica.others or unlike or key in modes or key in table.mode_of_key:
-            continue
-        chain = first[1]
-        if id(chain) not in wholes:
-            placed = placed_whole(first[0], chain)
-            wholes[id(chain)] = placed, StrategyTables(placed), chain
-        pricer = _GroupPricer(table, *wholes[id(chain)], cluster, replica, options, calibration)
-        if replica.mesh and least_gain > 0:
-            could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)
-            if pricer.least_seconds() >= could_s:
-                continue
-        usual, objective_s = pricer.mode(replica.lean)
-        modes[key] = usual
-        if not replica.mesh:
-            one_axis_s.setdefault(replica.devices, objective_s)
-        if leaner and _may_lack_memory(table, usual):
-            for mode in _pareto(usual, (pricer.mode(lean)[0] for lean in range(1, MOST_LEAN + 1))):
-                modes[mode.key] = mode
-    return replace(table, modes=tuple(modes.values()))
-
-
-class _GroupPricer:
-    """Prices one tensor group, at any prices of memory."""
-
-    def __init__(
-        self,
-        table: CostTable,
-        whole: Graph,
-        strategies: StrategyTables,
-        chain: Chain,
-        cluster: Cluster,
-        replica: Replica,
-        options: Callable[[int], ShardingOptions],
-        calibration: Calibration | None,
-    ) -> None:
-        self.table, self.whole, self.chain, self.replica = table, whole, chain, replica
-        self.strategies = strategies
-        self.group, self.options, self.calibration = tensor_group(cluster, replica), options, calibration
-
-    @cached_property
-    def _programme(self) -> ShardingProgramme:
-        options = self.options(self.replica.lean)
-        return ShardingProgramme(self.whole, 0, self.chain, self.group, options, self.strategies)
-
-    @cached_property
-    def _times(self) -> list[MeshTimes]:
-        options = self.options(self.replica.lean)
-        return times_by_size(self.table, self.whole, self.group, options, self.calibration)
-
-    def least_seconds(self) -> float:
-        """No sharding of the whole model takes less, the price of memory included."""
-        options = self.options(self.replica.lean)
-        return least_seconds(self.whole, 0, self.chain, self.group, options, self.strategies)
-
-    def mode(self, lean: int) -> tuple[Mode, float]:
-        """The mode with the sharding chosen at a price of memory, and the objective of that sharding."""
-        sharding = self._programme.solve(self.options(lean))
-        made = tensor_mode(
-            self.table, self.whole, self.chain, self.group, sharding, self._times,
-            shares=self.replica.shares, lean=lean,
-        )  # fmt: skip
-        # The table's links may be measured ones: what the group needs is told in their terms.
-        link = _worst_link(self.replica, self.table.topology.link)
-        return replace(made, link=link), sharding.objective_s
-
-
-def _may_lack_memory(table: CostTable, mode: Mode) -> bool:
-    """Whether some member could not hold the whole model, the whole batch at once or the update."""
-    costs = [mode.costs[kind] for kind in table.units]
-    for member, number in enumerate(mode.members):
-        device_class = table.device_classes[number]
-        held = sum(_held(cost, member) for cost in costs)
-        saved = sum(cost.saved_bytes[member][-1] for cost in costs)
-        working = max(cost.working_bytes[member][-1] for cost in costs)
-        update = device_class.update_share * sum(cost.gradient_bytes[member] for cost in costs)
-        if held + max(saved + working, update) > device_class.memory_bytes - table.reserved_bytes:
-            return True
-    return False
-
-
-def _held(cost: ModeCost, member: int) -> float:
-    return cost.weight_bytes[member] + cost.gradient_bytes[member] + cost.optimizer_bytes[member]
-
-
-def _pareto(usual: Mode, leaner: Iterable[Mode]) -> Iterator[Mode]:
-    """Those modes that need less of some memory than each one before, where memory was less dear."""
-    known = [usual]
-    for mode in leaner:
-        if all(_saves(mode, other) for other in known):
-            known.append(mode)
-            yield mode
-
-
-def _saves(mode: Mode, other: Mode) -> bool:
-    """Whether some member needs less of a unit's memory, of any kind, than in another mode."""
-    for own, its in zip(mode.costs, other.costs, strict=True):
-        for member in range(len(mode.members)):
-            pairs = (
-                (_held(own, member), _held(its, member)),
-                (own.saved_bytes[member][-1], its.saved_bytes[member][-1]),
-                (own.working_bytes[member][-1], its.working_bytes[member][-1]),
-            )
-            if any(a < (1 - _LEANER) * b for a, b in pairs):
-                return True
-    return False
-
-
 def placed_whole(graph: Graph, chain: Chain) -> Graph:
     """A captured graph, casts and all, lowered as a single stage of these units."""
     stages = {name: 0 for unit in chain.units for name in unit.ops}
@@ -420,7 +256,7 @@ def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:
     def link(a: str, b: str) -> LinkCost:
         return cluster.link(a, b).cost
 
-    worst, members = _worst_link(replica, link), replica.devices
+    worst, members = worst_link(replica, link), replica.devices
     rows = (
         [{line_of(k, axis, replica.mesh) for k in range(len(members))} for axis in range(2)]
         if replica.mesh
@@ -434,7 +270,7 @@ def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:
     return TensorGroup(devices, replica.member_shares, worst, replica.mesh, links)
 
 
-def _worst_link(replica: Replica, link: Callable[[str, str], LinkCost]) -> LinkCost:
+def worst_link(replica: Replica, link: Callable[[str, str], LinkCost]) -> LinkCost:
     """The longest latency and the lowest rate between members of a replica."""
     return _worst_of(link(a, b) for a, b in combinations(replica.devices, 2))
 

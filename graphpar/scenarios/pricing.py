@@ -23,6 +23,7 @@ from graphpar.device import Link
 from graphpar.errors import GraphparError
 from graphpar.frontend.torch_private import flatten
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
+from graphpar.group_modes import KnownGroups
 from graphpar.optimizer_memory import tried_optimizer, update_share
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
@@ -33,7 +34,6 @@ from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of, w
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.lengths import between, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
-from graphpar.tensor_groups import Wholes
 from graphpar.training import Training
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
@@ -74,7 +74,7 @@ class PriceBook:
     _trainings: dict[str, Training | None] = field(default_factory=dict)
     _rewritten: dict[object, Rewritten] = field(default_factory=dict)
     _groups: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
-    _wholes: Wholes = field(default_factory=dict)
+    _known_groups: KnownGroups = field(default_factory=KnownGroups)
     _pricers: dict[str, dict[int, UnitPricer]] = field(default_factory=dict)
     _formats: dict[str, Formats] = field(default_factory=dict)
     _traits: dict[str, OptimizerTraits] = field(default_factory=dict)
@@ -263,7 +263,7 @@ class PriceBook:
             least_gain=LEAST_GAIN if setting.tensor == "auto" else 0.0,
             leaner=setting.layout is None,
             rewritten={name: at_batch[id(g)] for name, (g, _) in runs.items()},
-            wholes=None if prepared.tail_reason else self._wholes,
+            known=None if prepared.tail_reason else self._known_groups,
         )
         return found.modes[len(table.modes) :]
 

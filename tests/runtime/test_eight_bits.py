@@ -13,12 +13,12 @@ from torch import nn
 
 import graphpar
 from graphpar.cost_models.group_times import OpTimes, TensorGroup
+from graphpar.group_modes import with_group_modes
 from graphpar.planner import plan_of, price
 from graphpar.precision import Formats, labelled, rewritten_by_device
 from graphpar.runtime import eight_bits
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.eight_bits import BACKWARD, FORWARD, EightBitProduct, EightBitWeights, scaled
-from graphpar.tensor_groups import with_group_modes
 from graphpar.verify import verify
 
 SIZES = st.floats(2.0**-60, 2.0**60)

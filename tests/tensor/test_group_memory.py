@@ -12,7 +12,7 @@ from torch import nn
 from graphpar.cluster import Cluster
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import choose_sharding
-from graphpar.cost_models.tensor_modes import tensor_mode, times_by_size
+from graphpar.cost_models.tensor_modes import SharedUnits, TimesBySize
 from graphpar.group_candidates import candidate_groups, width_notes
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_prepared, price
@@ -136,8 +136,8 @@ def test_collectives_are_told_apart_from_computing() -> None:
     modes = []
     for link in (PCIE, FREE):
         group = TensorGroup(cluster.devices, (0.5, 0.5), link)
-        times = times_by_size(table, graph, group, options)
-        modes.append(tensor_mode(table, graph, prepared.chain, group, chosen, times))
+        times = TimesBySize(graph, group, options)
+        modes.append(SharedUnits(graph, prepared.chain, chosen, times).mode(table, (0, 0)))
     sent = 0.0
     for slow, free in zip(*(mode.costs for mode in modes), strict=True):
         both = (map(sum, zip(c.forward_s, c.backward_s, strict=True)) for c in (slow, free))

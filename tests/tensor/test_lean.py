@@ -15,7 +15,7 @@ from threads import grouped, one_stage
 from torch import nn
 
 import graphpar
-from graphpar import tensor_groups
+from graphpar import group_modes
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
@@ -24,6 +24,7 @@ from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import Sharding, ShardingProgramme, choose_sharding
 from graphpar.errors import InfeasibleError
 from graphpar.group_candidates import candidate_groups
+from graphpar.group_modes import with_group_modes
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.strategies import strategies_of, value_of
@@ -33,7 +34,7 @@ from graphpar.plan_diff import Change, diff_plans
 from graphpar.planner import price
 from graphpar.preparation import prepare
 from graphpar.runtime.reference import EagerModel
-from graphpar.tensor_groups import group_options, with_group_modes
+from graphpar.tensor_groups import group_options
 from graphpar.training import Training
 from graphpar.verify import train_on_one_device
 from graphpar.view.build import view_of
@@ -95,8 +96,8 @@ def test_what_members_keep_is_what_autograd_keeps(seed: int) -> None:
     times = MeshTimes(graph, gpus(2, PCIE), ShardingOptions(samples=32))
     sharding = Sharding(choice.chosen, choice.forms, choice.weights)
     ops = [op for op in graph.ops if op.name in choice.chosen]
-    shares = [kept_of(graph, sharding, times, ops, (), (member,)).share for member in range(2)]
-    assert own.num_bytes == pytest.approx(sum(shares) * whole.num_bytes, rel=0.02)
+    members = kept_of(graph, sharding, times, ops, (), times.group.places)
+    assert own.num_bytes == pytest.approx(sum(kept.share for kept in members) * whole.num_bytes, rel=0.02)
 
 
 class Plain(nn.Module):
@@ -179,7 +180,7 @@ def test_no_strategy_does_better_in_as_little_memory(link: LinkCost) -> None:
         seen.add(round(1e6 * found.objective_s))
     assert len(seen) > 1, "the limit never bound"
     prices = [group_options(prepared.graph, True, lean=lean) for lean in range(MOST_LEAN + 1)]
-    programme = ShardingProgramme(graph, 0, prepared.chain, group, replace(prices[0], samples=2))
+    programme = ShardingProgramme.of(graph, 0, prepared.chain, group, replace(prices[0], samples=2))
     for asked in prices:
         sharding = programme.solve(replace(asked, samples=2))
         dear = asked.hold_factor * every.held + asked.keep_factor * every.kept
@@ -231,7 +232,7 @@ def test_a_plan_takes_a_leaner_sharding_where_only_that_fits(
     assert graphpar.Plan.load(tmp_path / "plan.json") == tight
     for wrong in (Replica("a/0", 1, lean=1), replace(replicas[1], lean=MOST_LEAN + 1)):
         assert any("lean" in problem for problem in group_contradictions("here", wrong))
-    monkeypatch.setattr(tensor_groups, "_may_lack_memory", lambda table, mode: False)
+    monkeypatch.setattr(group_modes, "_may_lack_memory", lambda table, mode: False)
     with pytest.raises(InfeasibleError):
         planned(peak_bytes - 1e6)
 
@@ -251,7 +252,7 @@ def test_memory_that_the_update_alone_lacks_asks_for_leaner_shardings() -> None:
     for times, update_share in ((5.1, 1.0), (4.9, 1.0), (4.9, 0.0)):
         memory_bytes = table.reserved_bytes + times * weights
         small = replace(kind, memory_bytes=memory_bytes, update_share=update_share)
-        lacking.append(tensor_groups._may_lack_memory(replace(table, device_classes=(small,)), usual))
+        lacking.append(group_modes._may_lack_memory(replace(table, device_classes=(small,)), usual))
     assert lacking == [False, True, False]
 
 
