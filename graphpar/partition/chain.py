@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.partition.cells import StageOption
-from graphpar.partition.chain_columns import Columns, StagePrices, no_columns
+from graphpar.partition.chain_columns import Columns, Hopeful, StagePrices, no_columns
 from graphpar.partition.chain_relaxed import ROUNDS, Prices, Relaxation
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
@@ -115,11 +115,11 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Excluded:
-    """What no plan below `all_s` has: sets of devices by slot, [slot, crew]; and a bound on them all."""
+    """What a plan below `all_s` may have, sets of devices by slot; and a bound on them all."""
 
     all_s: float
     bound_s: float
-    hopeless: BoolArray
+    hopeful: Hopeful
 
 
 Shared = dict[tuple[object, ...], Excluded]
@@ -236,15 +236,15 @@ class ChainProgram:
     def _price(self, wanted: Kept) -> None:
         """Price columns anew: those below the target by themselves, then those the bound leaves."""
         limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
-        self._bound_s, hopeless = 0.0, None
+        self._bound_s, hopeful = 0.0, None
         if self._prices.loops and self._prices.num_variables > MANY_FOR_LOOPS:
             excluded = self._left_out(wanted)
-            self._bound_s, hopeless = excluded.bound_s, excluded.hopeless
+            self._bound_s, hopeful = excluded.bound_s, excluded.hopeful
             if self._bound_s >= wanted.all_s:
                 self._use(no_columns())
                 self._kept = wanted
                 return
-        columns = self._prices.relaxed(limits, hopeless=hopeless)
+        columns = self._prices.relaxed(limits, hopeful=hopeful)
         reduced = np.zeros(len(columns))
         if self._are_many(columns):
             columns, reduced, self._bound_s = self._excluded(columns, wanted, self._bound_s)
@@ -263,28 +263,37 @@ class ChainProgram:
         known = self._shared.get(key)
         if known is not None and known.all_s >= wanted.all_s:
             return known
-        rows, slots = self._rows, len(self._rows.slots.run)
-        limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
-        first = rows.first_rows
-        ideal = self._prices.ideal(limits, either=True)
-        relaxation = self._new_relaxation(rows.take[first], rows.width[first], wanted.post_weight)
-        bound_s, hopeless = 0.0, np.zeros((slots, len(first)), dtype=np.bool_)
+        rows, post_weight = self._rows, wanted.post_weight
+        limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=post_weight)
+        first, bound_s, hopeful = rows.first_rows, 0.0, None
         for step in range(2):
-            if step:
-                ideal = self._prices.relaxed(limits, hopeless=hopeless, either=True)
-                relaxation = self._new_relaxation(rows.take, rows.width, wanted.post_weight)
+            if hopeful is None:
+                ideal = self._prices.ideal(limits)
+                relaxation = self._new_relaxation(rows.take[first], rows.width[first], post_weight)
+            else:
+                ideal = self._prices.relaxed(limits, hopeful=hopeful, either=True)
+                relaxation = self._new_relaxation(rows.take, rows.width, post_weight)
             deep = self._positions_matter(ideal)
             bounded = relaxation.bound(ideal, wanted.all_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
             self._known[self._cell_counts] = relaxation.prices
             bound_s = max(bound_s, bounded.bound_s)
             kept = bounded.bound_s + bounded.reduced_s < wanted.all_s
-            crew = rows.crew_of[ideal.option] if step else ideal.option
-            hopeless = np.ones((slots, len(first)), dtype=np.bool_)
-            hopeless[ideal.slot[kept], crew[kept]] = False
+            crew = rows.crew_of[ideal.option[kept]] if step else ideal.option[kept]
+            hopeful = self._hopeful(ideal.slot[kept], crew)
             if bound_s >= wanted.all_s:
                 break
-        found = self._shared[key] = Excluded(wanted.all_s, bound_s, hopeless)
+        assert hopeful is not None
+        found = self._shared[key] = Excluded(wanted.all_s, bound_s, hopeful)
         return found
+
+    def _hopeful(self, slot: IntArray, crew: IntArray) -> Hopeful:
+        """The crews on each slot, without repetition."""
+        slots, crews = len(self._rows.slots.run), len(self._rows.first_rows)
+        there = np.zeros(slots * crews, dtype=np.bool_)
+        there[slot * crews + crew] = True
+        places = np.flatnonzero(there)
+        begins = np.searchsorted(places, np.arange(slots + 1) * crews)
+        return begins.astype(np.intp), (places % crews).astype(np.intp)
 
     def _new_relaxation(self, take: IntArray, width: IntArray, post_weight: float) -> Relaxation:
         return Relaxation(

@@ -36,7 +36,12 @@ from graphpar.partition.unit_arrays import (
 
 BoolArray = npt.NDArray[np.bool_]
 
-_NONE = np.zeros((0, 0), dtype=np.bool_)
+Hopeful = tuple[IntArray, IntArray]
+"""Which crews there may be on which slots: where those of each slot begin, and their numbers."""
+
+_ANY: Hopeful = (np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp))
+
+_HALF: npt.DTypeLike = np.float32
 
 _AT_ONCE = 400_000
 """Pairs of an option and a run that are looked at in one go: what fits into a processor's cache."""
@@ -89,50 +94,68 @@ class StagePrices:
         self.setting = setting
         self._table_trains = table.training
         self._stalls = table.training and setting.schedule == "1f1b"
-        self._units = units = UnitArrays(table, setting, runs, cache)
-        self._seconds = np.stack([units.seconds(m) for m in rows.modes])
-        self._sample = np.stack([units.sample_seconds(m) for m in rows.modes])
+        self._units = UnitArrays(table, setting, runs, cache)
+        self._seconds = self._known("seconds", self._mode_seconds, setting.size)
+        small = setting.samples // setting.microbatches
+        self._sample = self._known("sample", self._sample_seconds, small)
         self.before_s = boundary_seconds(table, setting, rows.kinds, cache)
-        self._slots_of_run = _positions(rows.slots.run, len(runs.first))
         slots = rows.slots
         self._ahead = self.before_s[slots.before, slots.first]
         behind = self.before_s[slots.after, slots.last]
         self._waits = (self._ahead + behind) / 2 if self._stalls else np.zeros(len(slots.run))
         self._cut = (setting.microbatches - 1) * self._ahead
-        self._flight = self._known("flight", cache, self._flights)
         if not loops:
+            self._slots_of_run = _positions(slots.run, len(runs.first))
+            self._flight = self._flights()
             return
-        self._seconds_by_run = np.ascontiguousarray(self._seconds.T)
-        quickest = np.stack(
-            [self._seconds[rows.team_of_mode == i].min(axis=0) for i in range(rows.num_teams)], axis=1
-        )
-        self._fastest_by_run = 1 / np.maximum(quickest, 1e-300)
-        self._flight_by_run = self._known("flight by run", cache, self._flights_by_run)
-        self._best_flight = self._known("best flight", cache, self._best_flights)
-        self._beside = self._fastest_beside()
+        self._seconds_by_run = self._known("seconds by run", self._seconds_by, setting.size)
+        self._fastest_by_run = self._known("fastest", self._fastest, setting.size)
+        largest = -(-setting.samples // setting.microbatches)
+        self._flight_by_run = self._known("flight by run", self._flights_by_run, largest)
+        self._best_flight = self._known("best flight", self._best_flights, largest)
+        self._beside = self._known("beside", self._fastest_beside, setting.size)
 
-    def _known(self, name: str, cache: Cache, make: Callable[[], FloatArray]) -> FloatArray:
-        """What settings with equally large microbatches share."""
-        rows = self.rows
-        largest = -(-self.setting.samples // self.setting.microbatches)
-        key = (name, tuple(rows.modes), tuple(np.unique(rows.width).tolist()), largest)
-        if key not in cache:
-            cache[key] = make()
-        return cache[key]
+    def _known(self, name: str, make: Callable[[], FloatArray], size: float) -> FloatArray:
+        """What settings with microbatches of one size share."""
+        key = (name, self.rows.key, size)
+        if key not in self._units.cache:
+            self._units.cache[key] = make()
+        return self._units.cache[key]
+
+    def _mode_seconds(self) -> FloatArray:
+        """[mode, run]"""
+        return np.stack([self._units.seconds(m) for m in self.rows.modes])
+
+    def _sample_seconds(self) -> FloatArray:
+        """[mode, run]"""
+        return np.stack([self._units.sample_seconds(m) for m in self.rows.modes])
+
+    def _seconds_by(self) -> FloatArray:
+        """[run, mode]"""
+        return np.ascontiguousarray(self._seconds.T)
+
+    def _fastest(self) -> FloatArray:
+        """[run, team]: the reciprocal of the fastest mode."""
+        team_of = self.rows.team_of_mode
+        quickest = [self._seconds[team_of == i].min(axis=0) for i in range(self.rows.num_teams)]
+        found: FloatArray = 1 / np.maximum(np.stack(quickest, axis=1), 1e-300)
+        return found
 
     def _flights(self) -> FloatArray:
         """[mode, width, run]: the most microbatches whose saved values fit; -1 where nothing does."""
-        rows, widths = self.rows, np.unique(self.rows.width).tolist()
-        shape = len(rows.modes), int(rows.width.max(initial=1)) + 1, rows.post_s.shape[1]
-        found = np.full(shape, -1.0)
+        rows, widths = self.rows, self.rows.widths
+        found = np.full((len(rows.modes), widths[-1] + 1, rows.post_s.shape[1]), -1.0)
         for i, mode in enumerate(rows.modes):
-            if widths:
-                found[i, widths] = self._units.in_flight_by_width(mode, widths)
+            found[i, widths] = self._units.in_flight_by_width(mode, widths)
         return found
 
     def _flights_by_run(self) -> FloatArray:
-        """The same as [run, mode, width]."""
-        return np.ascontiguousarray(np.moveaxis(self._flight, 2, 0))
+        """The same as [run, mode, width], with half the digits: numbers beyond 2^24 are never reached."""
+        rows, widths = self.rows, self.rows.widths
+        found = np.full((rows.post_s.shape[1], len(rows.modes), widths[-1] + 1), -1.0, dtype=_HALF)
+        for i, mode in enumerate(rows.modes):
+            found[:, i, widths] = self._units.most_by_width(mode, widths).T
+        return found
 
     def _fastest_beside(self) -> FloatArray:
         """[run]: what all units beside it take at least, each in its fastest mode.
@@ -147,8 +170,8 @@ class StagePrices:
     def _best_flights(self) -> FloatArray:
         """[run, team, width]: of the mode with most room."""
         team_of = self.rows.team_of_mode
-        best = np.stack([self._flight[team_of == i].max(axis=0) for i in range(self.rows.num_teams)])
-        return np.ascontiguousarray(np.moveaxis(best, 2, 0))
+        best = [self._flight_by_run[:, team_of == i].max(axis=1) for i in range(self.rows.num_teams)]
+        return np.stack(best, axis=1)
 
     @property
     def num_variables(self) -> int:
@@ -156,26 +179,16 @@ class StagePrices:
         usable = int((self.rows.width <= self.setting.microbatches).sum())
         return usable * len(self.rows.slots.run)
 
-    def _scheduled(
-        self, either: bool
-    ) -> tuple[FloatArray, FloatArray, tuple[int, int, bool, bool, bool]]:
-        """What loops need to know of the schedule, or of `either` at its best."""
-        if not either:
-            return self._waits, self._cut, self._loop_setting
-        number, larger, _, _, keeps = self._loop_setting
-        nothing = np.zeros(len(self._waits))
-        return nothing, nothing, (number, larger, False, False, keeps)
-
-    def ideal(self, limits: StageLimits, *, either: bool = False) -> Columns:
+    def ideal(self, limits: StageLimits) -> Columns:
         """One column per slot and crew, which stands for those in all its modes; needs loops.
 
         Each replica is as fast as in its fastest mode, post is the least of any mode, and memory that of
         the mode with most room, where each of several replicas keeps one microbatch. A column of any mode
-        has no less cost, and no less cost and extra together, so none is cheaper in the relaxation. Here
-        `option` numbers crews. Arrays may be used again by the next call.
+        has no less cost, and no less cost and extra together, so none is cheaper in the relaxation,
+        under either schedule (`relaxed`). Here `option` numbers crews. Columns come by run; arrays may be
+        used again by the next call.
         """
         slots, found = self.rows.slots, self.rows.room
-        waits, cut, setting = self._scheduled(either)
         count = ideal_loop(
             self.rows.crews,
             self._fastest_by_run,
@@ -186,13 +199,15 @@ class StagePrices:
             (slots.run, slots.before, slots.after),
             self._ahead,
             self._beside,
-            waits,
-            cut,
-            setting,
+            (self.setting.microbatches, self._table_trains),
             (limits.all_s, limits.post_s, limits.post_weight),
             found,
         )
-        option, slot, cost_s, extra_s, post_s, below = found
+        return self._filled(count)
+
+    def _filled(self, count: int) -> Columns:
+        """The first columns of the arrays that loops fill."""
+        option, slot, cost_s, extra_s, post_s, below = self.rows.room
         return Columns(
             option[:count], slot[:count], cost_s[:count], extra_s[:count], post_s[:count], below[:count]
         )
@@ -203,21 +218,20 @@ class StagePrices:
         *,
         simple: int = 0,
         spread: bool = False,
-        hopeless: BoolArray | None = None,
+        hopeful: Hopeful | None = None,
         either: bool = False,
     ) -> Columns:
         """All columns that may be within limits, each at most as dear as it is.
 
         The rest needs loops. At `simple` 1 only those of one replica or of all units, at 2 only the
-        latter; with `spread` as if each of several replicas kept one microbatch, and without `hopeless`
-        [slot, crew]. With `either` each is at most as dear as under the schedule for which it is less:
+        latter; with `spread` as if each of several replicas kept one microbatch; of the `hopeful` ones
+        only. With `either` each is at most as dear as under the schedule for which it is less:
         transfers neither wait nor take longest, and no more is kept than under 1F1B. How waiting deals
         microbatches is left out, so that each of several replicas keeps one. Arrays may be used again by
         the next call.
         """
         if self.loops:
-            left_out = _NONE if hopeless is None else hopeless
-            return self._relaxed_loop(limits, simple, spread or either, left_out, either)
+            return self._relaxed_loop(limits, simple, spread or either, hopeful or _ANY, either)
         parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
         if not parts:
             return no_columns()
@@ -255,11 +269,14 @@ class StagePrices:
         limits: StageLimits,
         simple: int,
         spread: bool,
-        hopeless: BoolArray,
+        hopeful: Hopeful,
         either: bool,
     ) -> Columns:
         slots, found = self.rows.slots, self.rows.room
-        waits, cut, setting = self._scheduled(either)
+        waits, cut, setting = self._waits, self._cut, self._loop_setting
+        if either:
+            waits = cut = np.zeros(len(waits))
+            setting = (*setting[:2], False, False, setting[4])
         count = relaxed_loop(
             self.rows.crews,
             self.rows.staff,
@@ -278,7 +295,7 @@ class StagePrices:
             setting,
             simple,
             spread,
-            hopeless,
+            hopeful,
             (
                 limits.extra_s,
                 limits.post_s,
@@ -289,10 +306,7 @@ class StagePrices:
             ),
             found,
         )
-        option, slot, cost_s, extra_s, post_s, below = found
-        return Columns(
-            option[:count], slot[:count], cost_s[:count], extra_s[:count], post_s[:count], below[:count]
-        )
+        return self._filled(count)
 
     def _exact_loop(self, columns: Columns) -> tuple[Columns, IntArray]:
         extra, below = np.empty(len(columns)), np.empty(len(columns))

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from graphpar.partition.chain_loops import least_before
+from graphpar.partition.chain_path_loops import least_before
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.unit_arrays import BoolArray, FloatArray, IntArray

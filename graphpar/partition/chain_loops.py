@@ -1,4 +1,4 @@
-"""The loops of `chain_columns.StagePrices` and `chain_relaxed` over all stages, compiled.
+"""The loops of `chain_columns.StagePrices` over all stages, compiled.
 
 Index legend: `row` numbers stage options, `run` runs of units, `slot` runs between kinds of links. Arrays
 are `seconds[run, mode]`, `fastest[run, team]` (the reciprocal of the fastest mode of a team),
@@ -27,33 +27,32 @@ def ideal_loop(
     slots: tuple[IntArray, IntArray, IntArray],
     ahead: FloatArray,
     beside: FloatArray,
-    wait: FloatArray,
-    cut: FloatArray,
-    setting: tuple[int, int, bool, bool, bool],
+    setting: tuple[int, bool],
     limits: tuple[float, float, float],
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> int:
     """Fill `found` with one column per slot and crew, at least as good in all as those of its rows.
 
     Options are the numbers of crews. `flight[run, team, width]`, `post[run, crew]` and what ZeRO moves,
-    `moved[run, crew]`, are the best of the modes, `limits` (all, post, post weight). Each of several
-    replicas keeps one microbatch.
+    `moved[run, crew]`, are the best of the modes, `limits` (all, post, post weight), `setting`
+    (microbatches, whether any stage holds one). Each of several replicas keeps one microbatch. What
+    does not depend on links is worked out once for all slots of a run, which come together.
     """
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
-    number, _, stalls, _, keeps = setting
+    number, keeps = setting
     whole_all, most_post, weight = limits
     options, places, costs, extras, posts, belows = found
-    count = 0
-    for slot in range(len(run_of)):
-        run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
+    count = end = 0
+    while end < len(run_of):
+        start, run, least_ahead = end, run_of[end], ahead[end]
+        while end < len(run_of) and run_of[end] == run:
+            least_ahead = min(least_ahead, ahead[end])
+            end += 1
         most_all = whole_all - beside[run]
         for crew in range(len(wide_of)):
             wide, own_post, extra_move = wide_of[crew], post[run, crew], moved[run, crew]
-            first = row_of[begin[crew]]
             if wide > number or not own_post <= most_post:
-                continue
-            if not (near[first, before[slot]] and near[first, after[slot]]):
                 continue
             rate, least, room = 0.0, np.inf, UNLIMITED
             for r in range(wide):
@@ -63,32 +62,33 @@ def ideal_loop(
             if room < 1 and keeps:
                 continue
             # All microbatches over all replicas, if they never wait: no division is needed to see that.
-            if number * _HAIR >= (most_all - cost_ahead + stall) * rate:
+            if number * _HAIR >= (most_all - least_ahead) * rate:
                 continue
-            longest = 1 / least + extra_move
-            cost = longest + cost_ahead
-            if not cost + weight * own_post < most_all:
-                continue
-            below = UNLIMITED
+            longest, below = 1 / least + extra_move, UNLIMITED
             if wide == 1:
-                extra = (number - 1) * (longest + stall)
+                extra = (number - 1) * longest
                 if number > room:
-                    below = -1.0 if setting[3] else room
+                    below = room
             else:
                 rate = offset = 0.0
                 for r in range(wide):
                     time = 1 / fastest[run, team[crew, r]] + extra_move
-                    rate += 1 / max(time + stall, 1e-300)
-                    offset += 1 - time / max(time + stall, 1e-300)
+                    rate += 1 / max(time, 1e-300)
+                    offset += 1 - time / max(time, 1e-300)
                 extra = max((number - offset) / rate * _HAIR - longest, 0.0)
-            if not stalls:
-                extra = max(extra, cut[slot])
-            if below < wide or not cost + extra + weight * own_post < most_all:
+            row, whole = row_of[begin[crew]], longest + extra + weight * own_post
+            if below < wide or not whole + least_ahead < most_all:
                 continue
-            options[count], places[count] = crew, slot
-            costs[count], extras[count] = cost, extra
-            posts[count], belows[count] = own_post, below
-            count += 1
+            for slot in range(start, end):
+                cost = longest + ahead[slot]
+                if not (near[row, before[slot]] and near[row, after[slot]]):
+                    continue
+                if not cost + extra + weight * own_post < most_all:
+                    continue
+                options[count], places[count] = crew, slot
+                costs[count], extras[count] = cost, extra
+                posts[count], belows[count] = own_post, below
+                count += 1
     return count
 
 
@@ -111,7 +111,7 @@ def relaxed_loop(
     setting: tuple[int, int, bool, bool, bool],
     simple: int,
     spread: bool,
-    hopeless: BoolArray,
+    hopeful: tuple[IntArray, IntArray],
     limits: tuple[float, float, float, float, float, float],
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> int:
@@ -120,8 +120,8 @@ def relaxed_loop(
     `slots` are (run, kind before, kind after) of each; columns come sorted by slot. `crews` are sets of
     devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for),
     narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is one stage.
-    With `spread` each of several replicas has only one microbatch to keep. `hopeless[slot, crew]` are
-    left out, if there are any.
+    With `spread` each of several replicas has only one microbatch to keep. `hopeful` are the crews that
+    are looked at: where those of each slot begin, and their numbers, increasing; all if it is empty.
     """
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
@@ -129,18 +129,20 @@ def relaxed_loop(
     most_extra, most_post, most_both, whole_fill, whole_all, weight = limits
     options, places, costs, extras, posts, belows = found
     times, rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
-    count, some = 0, len(hopeless) > 0
+    count, some, every = 0, len(hopeful[0]) > 0, len(wide_of)
     for slot in range(len(run_of)):
         run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
         most_fill, most_all = whole_fill - beside[run], whole_all - beside[run]
         whole = before[slot] == 0 and after[slot] == 0
         if simple == 2 and not whole:
             continue
-        for crew in range(len(wide_of)):
+        first_crew = hopeful[0][slot] if some else 0
+        for place_of_crew in range(first_crew, hopeful[0][slot + 1] if some else every):
+            crew = hopeful[1][place_of_crew] if some else place_of_crew
             wide = wide_of[crew]
             if simple and wide > 1 and not whole:
                 break
-            if wide > number or (some and hopeless[slot, crew]):
+            if wide > number:
                 continue
             first = row_of[begin[crew]]
             if not (near[first, before[slot]] and near[first, after[slot]]):
@@ -293,112 +295,3 @@ def _deal(
                 first, soonest = r, end
         counts[first] += 1
         missing -= 1
-
-
-@compiled_exactly
-def least_before(
-    head: IntArray,
-    after: IntArray,
-    width: IntArray,
-    below: IntArray,
-    cost: FloatArray,
-    levels: int,
-    buckets: int,
-) -> FloatArray:
-    """[(link, unit), replicas behind]: what the chain before costs at least; columns by first unit."""
-    least = np.full((buckets, levels), np.inf)
-    least[0] = 0.0
-    for c in range(len(cost)):
-        wide, own, start, end = width[c], cost[c], least[head[c]], least[after[c]]
-        for level in range(min(levels - 1, below[c]) - wide + 1):
-            end[level] = min(end[level], own + start[level + wide])
-    return least
-
-
-@compiled_exactly
-def least_after(
-    head: IntArray,
-    after: IntArray,
-    width: IntArray,
-    below: IntArray,
-    cost: FloatArray,
-    levels: int,
-    buckets: int,
-    end: int,
-) -> FloatArray:
-    """[(link, unit), replicas from here on]: what the rest of the chain costs at least."""
-    least = np.full((buckets, levels), np.inf)
-    least[end, 0] = 0.0
-    for c in range(len(cost) - 1, -1, -1):
-        wide, own, start, behind = width[c], cost[c], least[head[c]], least[after[c]]
-        for level in range(min(levels - 1, below[c]) - wide + 1):
-            start[level + wide] = min(start[level + wide], own + behind[level])
-    return least
-
-
-@compiled_exactly
-def least_path(
-    head: IntArray,
-    after: IntArray,
-    width: IntArray,
-    below: IntArray,
-    cost: FloatArray,
-    least: FloatArray,
-    level: int,
-    end: int,
-) -> IntArray:
-    """The columns of a cheapest chain with so many replicas; `least` as `least_after` gives it."""
-    found = np.empty(least.shape[0], dtype=np.intp)
-    place, number = 0, 0
-    for c in range(len(cost)):
-        if place == end:
-            break
-        if head[c] != place or below[c] < level or width[c] > level:
-            continue
-        if cost[c] + least[after[c], level - width[c]] == least[place, level]:
-            found[number] = c
-            number, place, level = number + 1, after[c], level - width[c]
-    return found[:number]
-
-
-@compiled_exactly
-def chain_paths(
-    option: IntArray,
-    slot: IntArray,
-    cost: FloatArray,
-    extra: FloatArray,
-    post: FloatArray,
-    most_below: FloatArray,
-    per_option: tuple[IntArray, FloatArray, FloatArray, FloatArray],
-    per_slot: tuple[IntArray, IntArray],
-    levels: int,
-    buckets: int,
-    end: int,
-) -> tuple[float, FloatArray, IntArray]:
-    """The cheapest chain, what each column adds to it, and its columns (none where there is no chain).
-
-    A column costs `cost + a * extra + b * post + c` by (replicas counted, a, b, c) of its option.
-    """
-    number = len(option)
-    priced = np.empty(number)
-    head, after = np.empty(number, dtype=np.intp), np.empty(number, dtype=np.intp)
-    width, below = np.empty(number, dtype=np.intp), np.empty(number, dtype=np.intp)
-    counted, of_extra, of_post, of_use = per_option
-    for c in range(number):
-        row = option[c]
-        priced[c] = cost[c] + of_extra[row] * extra[c] + of_post[row] * post[c] + of_use[row]
-        head[c], after[c] = per_slot[0][slot[c]], per_slot[1][slot[c]]
-        width[c], below[c] = counted[row], int(min(max(most_below[c], 0.0), levels - 1.0))
-    rest = least_after(head, after, width, below, priced, levels, buckets, end)
-    level = rest[0].argmin()
-    whole = rest[0, level]
-    if not np.isfinite(whole):
-        return np.inf, priced, head[:0]
-    before = least_before(head, after, width, below, priced, levels, buckets)
-    path = least_path(head, after, width, below, priced, rest, level, end)
-    for c in range(number):
-        wide, best, start, behind = width[c], np.inf, before[head[c]], rest[after[c]]
-        for level in range(min(levels - 1, below[c]) - wide + 1):
-            best = min(best, start[level + wide] + behind[level])
-        priced[c] = max(best + priced[c] - whole, 0.0)
-    return whole, priced, path

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphpar.partition.chain_columns import Columns
-from graphpar.partition.chain_loops import chain_paths
+from graphpar.partition.chain_path_loops import chain_paths
 from graphpar.partition.option_rows import Slots
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -33,6 +33,9 @@ _FEW = 20_000
 """Columns that steps look at; every so often those are chosen anew among all."""
 
 _RENEWED = 15
+
+_SHARE_KEPT = 0.7
+"""Where no more than this share may still be below the target, the others are forgotten."""
 
 _STEP = 5e-4
 """Less progress than this is none."""
@@ -96,13 +99,16 @@ class Relaxation:
     def bound(
         self, columns: Columns, target_s: float, *, rounds: int = ROUNDS, deep: bool = False
     ) -> Bounded:
-        """Raise the bound towards the target, and say what each column adds to it."""
+        """Raise the bound towards the target, and say what each column adds to it.
+
+        Infinite for those that were excluded on the way.
+        """
         replicas = int(self._counts.sum()) if deep else 0
         everything = _Index(columns, self._width, replicas, loops=self._loops)
         best, found = -np.inf, Bounded(-np.inf, np.zeros(len(columns)))
         prices, theta = self.prices, 1.0
         few = len(columns) <= _FEW
-        used, index = columns, everything
+        used, index, number, left = columns, everything, len(columns), None
         mean = np.zeros(3 * len(self._counts))
         stale, highest = 0, -np.inf
         for step in range(rounds):
@@ -110,7 +116,7 @@ class Relaxation:
             if anew:
                 value, reduced, path = self._paths(columns, everything, prices)
                 if not np.isfinite(value):
-                    return Bounded(np.inf, np.full(len(columns), np.inf))
+                    return Bounded(np.inf, np.full(number, np.inf))
                 if value > best:
                     best, found, self.prices = value, Bounded(value, reduced), prices
                 else:
@@ -118,8 +124,22 @@ class Relaxation:
                 if best >= target_s:
                     break
                 # A sweep over so few is cheaper than another step.
-                if self._loops and step == 0 and int((best + reduced < target_s).sum()) < _FEW:
+                hopeful = best + found.reduced_s < target_s
+                some = int(hopeful.sum())
+                if self._loops and step == 0 and some < _FEW:
                     break
+                if not few and some < _SHARE_KEPT * len(columns):
+                    kept = np.flatnonzero(hopeful)
+                    left = kept if left is None else left[kept]
+                    columns, everything, reduced = (
+                        columns.pick(kept),
+                        everything.pick(kept),
+                        reduced[kept],
+                    )
+                    found = Bounded(best, found.reduced_s[kept])
+                    few = len(columns) <= _FEW
+                    used, index = columns, everything
+                    anew = False
                 if not few:
                     kept = np.flatnonzero(reduced <= np.partition(reduced, _FEW)[_FEW])
                     used, index = columns.pick(kept), everything.pick(kept)
@@ -142,7 +162,11 @@ class Relaxation:
             value, reduced, _ = self._paths(columns, everything, prices)
             if value > best:
                 found, self.prices = Bounded(value, reduced), prices
-        return found
+        if left is None:
+            return found
+        every = np.full(number, np.inf)
+        every[left] = found.reduced_s
+        return Bounded(found.bound_s, every)
 
     def _column_prices(self, columns: Columns, prices: Prices) -> FloatArray:
         nu, use = self._take @ prices.nu, self._take @ prices.use
@@ -184,12 +208,14 @@ class Relaxation:
         rho = self.post_weight * (self._take @ prices.rho)
         counted = self._width if index.levels > 1 else np.zeros_like(self._width)
         value, reduced, path = chain_paths(
-            columns.option,
-            columns.slot,
-            columns.cost_s,
-            columns.extra_s,
-            columns.post_s,
-            columns.most_below,
+            (
+                columns.option,
+                columns.slot,
+                columns.cost_s,
+                columns.extra_s,
+                columns.post_s,
+                columns.most_below,
+            ),
             (counted, nu, rho, use),
             (slots.before * units + slots.first, slots.after * units + slots.last),
             index.levels,
@@ -322,7 +348,7 @@ class _Index:
         if self.loops:
             return self
         found = _Index.__new__(_Index)
-        found.levels, found.widths = self.levels, self.widths
+        found.levels, found.widths, found.loops = self.levels, self.widths, False
         found.row, found.below, found._slot = self.row[kept], self.below[kept], self._slot[kept]
         return found
 

@@ -28,7 +28,7 @@ from graphpar.partition.unit_arrays import (
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Runs of units between kinds of links, sorted by first unit and link before."""
+    """Runs of units between kinds of links, sorted by run, which are sorted by first unit."""
 
     run: IntArray
     first: IntArray
@@ -56,6 +56,9 @@ class OptionRows:
         self.width = np.array([o.width for o in options], dtype=np.intp)
         self.take = np.array([o.take for o in options], dtype=np.intp)
         self.modes = sorted({m for o in options for m in o.staff})
+        self.widths: list[int] = np.unique(self.width).tolist() or [1]
+        self.key = (tuple(self.modes), tuple(self.widths))
+        """Whoever has the same has equal arrays over modes and widths."""
         row = {mode: i for i, mode in enumerate(self.modes)}
         widest = int(self.width.max(initial=1))
         padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
@@ -136,7 +139,10 @@ class OptionRows:
     def least_post(self) -> FloatArray:
         """[run, crew]: the least post of its rows."""
         row_of, begin = self.crews[:2]
-        return np.ascontiguousarray(np.minimum.reduceat(self.post_s[row_of], begin[:-1], axis=0).T)
+        found = np.empty((len(begin) - 1, self.post_s.shape[1]))
+        for crew, own in enumerate(np.split(row_of, begin[1:-1])):
+            np.minimum.reduce(self.post_s[own], axis=0, out=found[crew])
+        return np.ascontiguousarray(found.T)
 
     @cached_property
     def least_moved(self) -> FloatArray:
@@ -243,5 +249,5 @@ def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
     # The pipeline starts and ends where nothing is sent, and only there.
     real = ((first == 0) == (before == 0)) & ((last == num_units) == (after == 0))
     order = np.flatnonzero(real)
-    order = order[np.lexsort((after[order], last[order], before[order], first[order]))]
+    order = order[np.lexsort((after[order], before[order], last[order], first[order]))]
     return Slots(run[order], first[order], last[order], before[order], after[order])

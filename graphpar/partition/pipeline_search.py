@@ -162,8 +162,8 @@ class _BoxSearch(Search[_Box]):
         solver = self._solver(box.task)
         target = self._target()
         bound = max(bound, solver.tighten(target, self._post_limit, self._weight))
-        if target < INFINITY:
-            self._prune(max(bound, target))
+        # Stages that are left out cost the target or more, whatever the bound says of the others.
+        self._prune(target)
         if bound >= target:
             return
         if box.task not in self._plunged:

@@ -49,9 +49,12 @@ class _Fit:
 
     @property
     def time_s(self) -> float:
-        if self.found is None:
-            return INFINITY
-        return self.found.answer.fill_s + self.found.answer.extra_s
+        return INFINITY if self.found is None else _time_s(self.found)
+
+
+def _time_s(found: Found) -> float:
+    """Seconds of a pipeline without what comes after its last backward."""
+    return found.answer.fill_s + found.answer.extra_s
 
 
 def best_shares(
@@ -116,7 +119,7 @@ def estimate_shares(
         found = [known[key] for key in zip(map(tuple, groups), shares, strict=True)]
         if any(f is None for f in found):
             break
-        times = [f.answer.fill_s + f.answer.extra_s for f in found if f is not None]
+        times = [_time_s(f) for f in found if f is not None]
         step = max(f.step_s for f in found if f is not None)
         if best is None or step < best[0]:
             best = step, tuple(f for f in found if f is not None)
@@ -152,11 +155,17 @@ class _Grouping:
         self._cutoff = INFINITY
 
     def work(self, cutoff_s: float) -> SideBySide:
-        """Lower the limit on post from above; at each, lower the time until nothing qualifies."""
+        """Lower the limit on post from above; at each, lower the time until nothing qualifies.
+
+        With less post nothing is sooner ready. So what improves on the target has less post than what the
+        target leaves after the least time under the limit before.
+        """
         self._cutoff = cutoff_s
         post_limit = INFINITY
         while (least := self._least_time(post_limit)) is not None:
-            post_limit = np.nextafter(max(f.answer.post_s for f in least), -INFINITY)
+            left_s = self._target() - (1 - self._gap) * max(map(_time_s, least))
+            post_limit = min(max(f.answer.post_s for f in least), left_s)
+            post_limit = np.nextafter(post_limit, -INFINITY)
         return SideBySide(self._target(), False)
 
     def _target(self) -> float:
@@ -174,7 +183,7 @@ class _Grouping:
                 return least
             least = found
             self._offer(found)
-            slowest = max(f.answer.fill_s + f.answer.extra_s for f in found)
+            slowest = max(map(_time_s, found))
             step = slowest + max(f.answer.post_s for f in found)
             self._cutoff = min(self._cutoff, step)
             time_limit = min(slowest * (1 - self._gap), self._target() - self._least_post)

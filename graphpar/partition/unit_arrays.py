@@ -1,7 +1,7 @@
 """What a run of units costs on one device, for many runs at once."""
 
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -194,45 +194,79 @@ class UnitArrays:
 
     def in_flight_by_width(self, mode: int, widths: Sequence[int]) -> FloatArray:
         """`most_in_flight` for several numbers of replicas: [width, range]."""
-        size = -(-self.setting.samples // self.setting.microbatches)
         chosen = self.table.every_mode[mode]
-        key = ("flight", mode, size, *(widths if chosen.zero else (len(widths),)))
+        key = ("flight", mode, self._largest, *(widths if chosen.zero else (len(widths),)))
         if key not in self.cache:
-            parts = [
-                self._member_in_flight(chosen, i, self.table.device_classes[k], widths)
-                for i, k in _unlike_members(chosen)
-            ]
-            self.cache[key] = np.minimum.reduce(parts)
+            found = self.most_by_width(mode, widths)
+            self.cache[key] = found if chosen.zero else np.repeat(found, len(widths), axis=0)
         return self.cache[key]
 
-    def _member_in_flight(
-        self, chosen: Mode, member: int, device_class: DeviceClass, widths: Sequence[int]
+    def most_by_width(self, mode: int, widths: Sequence[int]) -> FloatArray:
+        """The same worked out anew, in one row for all widths where nothing is divided."""
+        chosen = self.table.every_mode[mode]
+        some = tuple(widths) if chosen.zero else (1,)
+        parts = []
+        for member, device_class in _unlike_members(chosen):
+            free = self._free(chosen, mode, member, self.table.device_classes[device_class], some)
+            working = self._working(chosen, member, some)
+            parts.append(self._flights(free - working, self._saved(chosen, member)))
+        return parts[0] if len(parts) == 1 else np.minimum.reduce(parts)
+
+    @property
+    def _largest(self) -> int:
+        """Samples of the largest microbatch."""
+        return -(-self.setting.samples // self.setting.microbatches)
+
+    def _free(
+        self, chosen: Mode, mode: int, member: int, device_class: DeviceClass, widths: tuple[int, ...]
     ) -> FloatArray:
+        """[width, range]: bytes for microbatches and temporaries; -inf where the update does not fit."""
+        key = ("free", mode, member, widths)
+        if key in self.cache:
+            return self.cache[key]
         table = self.table
-        size = -(-self.setting.samples // self.setting.microbatches)
         # What ZeRO divides, at its first level 1, 2 and 3.
-        held = [
-            self._held(chosen, member, name)
-            for name in ("optimizer_bytes", "gradient_bytes", "weight_bytes")
-        ]
-        alone = np.array(at_size(table, self._rows(chosen, member, "working_bytes"), size))
-        whole = np.zeros(len(alone))
-        for level, name in ((2, "gradient_bytes"), (3, "weight_bytes")):
-            if chosen.zero >= level:
-                whole += [getattr(c, name)[member] for c in chosen.costs]
-        divided = chosen.zero > 1 and max(widths) > 1
-        working = {False: self.maxima(alone)}
-        working[True] = self.maxima(alone + whole) if divided else working[False]
-        saved = self.ranges(at_size(table, self._rows(chosen, member, "saved_bytes"), size))
-        some = widths if chosen.zero else [1]
-        wide = np.array(some, dtype=np.float64)[:, None]
+        names = ("optimizer_bytes", "gradient_bytes", "weight_bytes")
+        held = [self._held(chosen, member, name) for name in names]
+        wide = np.array(widths, dtype=np.float64)[:, None]
         fixed = sum(b / (wide if chosen.zero > level else 1) for level, b in enumerate(held))
         free = device_class.memory_bytes * (1 + MEMORY_TOLERANCE) - fixed - table.reserved_bytes
-        found = self._flights(free - np.where(wide > 1, working[True], working[False]), saved)
-        shares = np.array([[device_class.update_per_gradient(chosen.zero, n)] for n in some])
+        shares = np.array([[device_class.update_per_gradient(chosen.zero, n)] for n in widths])
         if table.training and shares.any():
-            found = np.where((shares > 0) & (shares * held[1] > free), -1.0, found)
-        return found if chosen.zero else np.repeat(found, len(widths), axis=0)
+            free = np.where((shares > 0) & (shares * held[1] > free), -np.inf, free)
+        found = self.cache[key] = np.atleast_2d(free)
+        return found
+
+    def _working(self, chosen: Mode, member: int, widths: tuple[int, ...]) -> FloatArray:
+        """[width, range] or [range]: the largest temporary; wholes are some from ZeRO level 2 on."""
+        alone = self._at_largest(chosen, member, "working_bytes")
+        names = [n for at, n in ((2, "gradient_bytes"), (3, "weight_bytes")) if chosen.zero >= at]
+        single = self._maxima_of(alone)
+        if not names or max(widths) < 2:
+            return single
+        whole = sum(np.array([getattr(c, name)[member] for c in chosen.costs]) for name in names)
+        divided = self._maxima_of(alone + whole)
+        wide = np.array(widths)[:, None] > 1
+        return divided if wide.all() else np.where(wide, divided, single)
+
+    def _saved(self, chosen: Mode, member: int) -> FloatArray:
+        """[range]: what one of the largest microbatches keeps."""
+        row = self._at_largest(chosen, member, "saved_bytes")
+        return self._alike("saved", row, self.ranges)
+
+    def _maxima_of(self, row: FloatArray) -> FloatArray:
+        return self._alike("largest", row, self.maxima)
+
+    def _alike(self, name: str, row: FloatArray, make: Callable[[FloatArray], FloatArray]) -> FloatArray:
+        """What is made of a row, once for all rows that are equal, as those of many devices are."""
+        key = (name, row.tobytes())
+        if key not in self.cache:
+            self.cache[key] = make(row)
+        return self.cache[key]
+
+    def _at_largest(self, chosen: Mode, member: int, name: str) -> FloatArray:
+        """[distinct unit]: bytes of a kind in a microbatch of the largest size."""
+        return np.array(at_size(self.table, self._rows(chosen, member, name), self._largest))
 
     def _held(self, chosen: Mode, member: int, name: str) -> FloatArray:
         """Bytes of a kind that each run takes of a member."""
@@ -269,6 +303,8 @@ class UnitArrays:
 
 def _unlike_members(mode: Mode) -> list[tuple[int, int]]:
     """Places and classes of members that differ in class or bytes; one stands for its likes."""
+    if len(mode.members) == 1:
+        return [(0, mode.members[0])]
     found: dict[object, tuple[int, int]] = {}
     for i, k in enumerate(mode.members):
         held = tuple(

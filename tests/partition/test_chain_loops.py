@@ -125,7 +125,7 @@ def test_what_stands_for_a_stage_is_at_least_as_good(table: CostTable) -> None:
             for spread, either in ((False, False), (True, False), (False, True)):
                 found = prices.relaxed(StageLimits(), spread=spread, either=either)
                 assert_never_better(exact, found)
-            assert_never_better(exact, prices.ideal(StageLimits(), either=True), prices.rows.crew_of)
+            assert_never_better(exact, prices.ideal(StageLimits()), prices.rows.crew_of)
 
 
 @settings(max_examples=25, deadline=None)
