@@ -54,6 +54,7 @@ from graphpar.partition.counting_columns import (
     drop_wider_and_dearer,
     price_columns,
 )
+from graphpar.partition.counting_floors import Floors, Least, Spread
 from graphpar.partition.counting_kinds import Rows, Stocks, memory_row
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_master import Master
@@ -61,6 +62,7 @@ from graphpar.partition.counting_nodes import node_rows, odd_columns
 from graphpar.partition.counting_options import node_group
 from graphpar.partition.counting_order import Placed, line_up
 from graphpar.partition.counting_rows import AlikeRows
+from graphpar.partition.counting_runs import BOTH, Limits, Stages, join_runs, sums_of
 from graphpar.partition.counting_segments import Prices
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.solver import Backend
@@ -78,48 +80,6 @@ class CountingLimits:
     gap: float
     backend: Backend
     patience_s: float = float("inf")
-
-
-@dataclass(frozen=True)
-class Least:
-    """Pipelines of interest have this much extra and post, or more.
-
-    The largest extra of a pipeline's stages is at least its mean over the blocks, and so is the larger of
-    that and of a constant: `max(X, max extra) >= X + sum_j blocks_j / L max(extra_j - X, 0)`. Hence what
-    a pipeline costs beyond the least is at least a sum over its columns.
-    """
-
-    extra_s: float
-    post_s: float
-    post_weight: float
-
-    @property
-    def step_s(self) -> float:
-        """What the least alone comes to."""
-        return self.extra_s + self.post_weight * self.post_s
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The largest extra and post that a relaxation uses, and what its means fall short of these."""
-
-    extra_s: float
-    extra_short_s: float
-    post_s: float
-    post_short_s: float
-
-
-@dataclass(frozen=True, eq=False)
-class Floors:
-    """Columns, and the least step of pipelines that use each of them."""
-
-    index: IntArray
-    step_s: FloatArray
-
-    def below(self, target_s: float) -> "Floors":
-        """Only the columns that a pipeline with a shorter step may use."""
-        kept = self.step_s < target_s
-        return self if kept.all() else Floors(self.index[kept], self.step_s[kept])
 
 
 class CountingProgram:
@@ -272,10 +232,17 @@ class CountingProgram:
         cost = self._beyond(index, least)
         master = self._master(index, cost, 0.0, np.inf)
         master.dues = self._dues
-        return Floors(index, least.step_s + value + np.maximum(master.reduced(self._duals), 0.0))
+        least_s = least.step_s + value
+        return Floors(index, least_s + np.maximum(master.reduced(self._duals), 0.0), least_s)
 
-    def lines(self, limits: StageLimits, least: Least, known: Floors | None = None) -> Lines | None:
-        """The lines of the columns within the limits, at what they cost at least beyond `least`."""
+    def lines(
+        self, limits: StageLimits, least: Least, known: Floors | None = None, spend: float = np.inf
+    ) -> Lines | None:
+        """The lines of the columns within the limits, at what they cost at least beyond `least`.
+
+        Lines that cost `spend` or more may be missing.
+        """
+        known = known or Floors(np.arange(len(self._columns)), np.zeros(len(self._columns)), 0.0)
         index = self._keeping(limits, known)
         if len(index) == 0:
             return None
@@ -288,45 +255,61 @@ class CountingProgram:
         columns, cost = self._columns.pick(index), self._beyond(index, least)
         due = np.minimum(columns.most_below, self._devices).astype(np.intp)
         kept = drop_dearer(columns, cost, self._team[columns.option], due)
-        columns, cost, taken = columns.pick(kept), cost[kept], taken[:, kept]
+        index, columns, cost, taken = index[kept], columns.pick(kept), cost[kept], taken[:, kept]
+        option = columns.option
+        stages = Stages(
+            columns, cost, self._width[option], due[kept], self._take[option], known.rise_s(index)
+        )
+        limit = Limits(self._repeats.number, spend, least.step_s + spend - known.least_s)
+        joined = join_runs(stages, self._cells.node_sizes, self._cells.alone, limit)
+        taken = sums_of(taken, joined.members)
         rows, filled = taken[:-1], -taken[-1]
         # The whole would be 2 per node; a tenth weighs like the other sums in usual plans.
         scale = 2.0 + 0.2 * float((np.array(self._counts) / np.array(self._cells.node_sizes)).sum())
         sums = np.concatenate([rows[upper > 0] / upper[upper > 0][:, None], filled[None] / scale])
         constant = np.zeros(len(sums))
         constant[-1] = 1.0
+        columns, runs = joined.columns, (joined.members >= 0).sum(axis=1) > 1
         return Lines(
             columns=columns,
-            cost=cost,
-            width=self._width[columns.option],
+            cost=joined.cost,
+            width=joined.width,
             sums=sums,
             constant=constant,
             blocks=self._repeats.number,
             devices=self._devices,
-            nodes=node_rows(self._cells, columns, self._take[columns.option]),
-            odd=odd_columns(self._cells, columns, self._take[columns.option]),
+            nodes=node_rows(self._cells, columns.outside, joined.take, runs),
+            odd=odd_columns(self._cells, columns, joined.take),
+            take=joined.take,
+            stages=stages.columns,
+            members=joined.members,
         )
 
     def kinds(self, lines: Lines) -> tuple[Stocks, Rows]:
         """What each kind has, and the rows besides, with the prices of the last relaxation."""
-        take = self._take[lines.columns.option]
-        stocks = Stocks(self._counts, take.argmax(axis=1), take.sum(axis=1), lines.odd.sum(axis=0))
-        begin = 3 + len(self._counts)
-        rows, lower, upper = (r[begin:] for r in self._fixed_rows(lines.columns))
+        stocks = Stocks(
+            self._counts, lines.take.argmax(axis=1), lines.take.sum(axis=1), lines.odd.sum(axis=0)
+        )
+        begin, fixed = 3 + len(self._counts), len(self._row_lower)
+        rows = sums_of(self._fixed_rows(lines.stages)[0][begin:], lines.members)
+        nodes = len(self._group_limits())
+        rows[nodes : nodes + len(lines.nodes[0])] = lines.nodes[0]
+        lower, upper = self._row_lower[begin:], self._row_upper[begin:]
         # Those with a lower limit the other way round.
         sign = np.where(np.isfinite(lower), -1.0, 1.0)
-        limits = np.where(np.isfinite(lower), -lower, upper)
+        rows, limits = sign[:, None] * rows, np.where(np.isfinite(lower), -lower, upper)
         prices, dues = np.zeros(len(rows)), []
-        fixed = len(self._row_lower)
         if len(self._duals):
             prices = np.maximum(-sign * self._duals[begin:fixed], 0.0)
             found = zip(self._dues, self._duals[fixed:].tolist(), strict=False)
             dues = [(int(d), -dual) for d, dual in found if dual < 0]
+        # Runs keep most rows of nodes by themselves.
+        binds = (rows > 0).any(axis=1) | (limits < 0)
         memory = [memory_row(lines, d)[None] for d, _ in dues]
         return stocks, Rows(
-            np.concatenate([sign[:, None] * rows, *memory]),
-            np.concatenate([limits, [float(d) for d, _ in dues]]),
-            np.concatenate([prices, [p for _, p in dues]]),
+            np.concatenate([rows[binds], *memory]),
+            np.concatenate([limits[binds], [float(d) for d, _ in dues]]),
+            np.concatenate([prices[binds], [p for _, p in dues]]),
         )
 
     def worth(self) -> Prices:
@@ -348,9 +331,12 @@ class CountingProgram:
 
     def answer_of(self, lines: Lines, line: Line, bound_s: float) -> ChainAnswer:
         """A line as a pipeline, with a lower bound on the fill of others."""
-        used = np.array(line.columns, dtype=np.intp)
-        fill = float(lines.columns.fill_s[used].sum())
-        return self._answer(lines.columns, used, fill, min(bound_s, fill))
+        used, columns = lines.stages_of(line), lines.stages
+        fill = float(columns.fill_s[used].sum())
+        if (columns.arm[used] == BOTH).all() or (lines.columns.arm[list(line.columns)] < BOTH).any():
+            return self._answer(columns, used, fill, min(bound_s, fill))
+        order, joined = lines.in_order(line)
+        return self._pipeline(columns, order, joined, fill, min(bound_s, fill))
 
     def _beyond(self, index: IntArray, least: Least) -> FloatArray:
         """Fill of columns, and their part in how far extra and post exceed the least."""
@@ -432,7 +418,7 @@ class CountingProgram:
             rows.append(np.where(self._group[columns.option] >= size, take[:, index], 0.0))
             lower.append(-np.inf)
             upper.append(float(number))
-        nodes, least = node_rows(self._cells, columns, take)
+        nodes, least = node_rows(self._cells, columns.outside, take)
         rows += list(nodes)
         lower += least.tolist()
         upper += [np.inf] * len(nodes)
@@ -480,8 +466,14 @@ class CountingProgram:
         fields = (columns.role[used], cell, devices, width, below.astype(np.intp), inside, size)
         to_place = [Placed(*row) for row in zip(*(f.tolist() for f in fields), strict=True)]
         order, joined = line_up(to_place, rank, self._cells.rooms)
+        return self._pipeline(columns, used[order], joined, fill_s, bound_s)
+
+    def _pipeline(
+        self, columns: Columns, used: IntArray, joined: list[bool], fill_s: float, bound_s: float
+    ) -> ChainAnswer:
+        """Stages from the first to the last; those that are `joined` share the node of the one before."""
         stages, unit = [], 0
-        for number, (index, joins) in enumerate(zip(used[order], joined, strict=True)):
+        for number, (index, joins) in enumerate(zip(used, joined, strict=True)):
             end = self._end(unit, int(columns.blocks[index]), number, len(used))
             stages.append(Stage(unit, end, self._options[columns.option[index]], joins))
             unit = end

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from graphpar.partition.counting import Floors
+from graphpar.partition.counting_floors import Floors
 from graphpar.partition.unit_arrays import FloatArray
 
 

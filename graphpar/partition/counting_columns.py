@@ -434,14 +434,22 @@ def drop_wider_and_dearer(
 
 
 def drop_dearer(columns: Columns, cost: FloatArray, team: IntArray, due: IntArray) -> IntArray:
-    """Columns but those that another one stands for: the same devices, role, blocks and boundaries
-    outside.
+    """Columns but those that another one stands for: the same devices, role, blocks and boundaries.
 
     The other costs no more and keeps its memory with at least as many replicas below. `team` numbers what
     devices a column takes as how many replicas.
     """
-    key = (team * 4 + columns.role) * 3 + columns.outside
-    key = key * (int(columns.blocks.max(initial=0)) + 1) + columns.blocks
+    key = (team * 4 + columns.role) * 4 + columns.arm
+    return undominated(key * (int(columns.blocks.max(initial=0)) + 1) + columns.blocks, cost, due)
+
+
+def undominated(key: IntArray, cost: FloatArray, due: IntArray) -> IntArray:
+    """Places but those for which another one with the same key costs no more and has no earlier due.
+
+    >>> key, cost, due = np.array([1, 1, 1, 2]), np.array([3.0, 4.0, 4.0, 9.0]), np.array([5, 5, 6, 1])
+    >>> undominated(key, cost, due).tolist()
+    [0, 2, 3]
+    """
     order = np.lexsort((cost, -due, key))
     begins = np.concatenate([[True], np.diff(key[order]) != 0])[: len(order)]
     # With falling due only what costs less than all before it in its group is of use. Ranks are exact

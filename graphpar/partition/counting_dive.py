@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graphpar.partition.counting import CountingProgram, Least
+from graphpar.partition.counting import CountingProgram
 from graphpar.partition.counting_beam import grow_among, grow_lines
 from graphpar.partition.counting_boxes import Box, within
+from graphpar.partition.counting_floors import Least
 from graphpar.partition.counting_kinds import Harvest, judge_kinds
 from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
 from graphpar.partition.counting_segments import grow_segments
@@ -338,7 +339,7 @@ class SearchDiving(SearchTogether):
         spare = max(_SEGMENT_SPARE * least.extra_s, _SEGMENT_SPARE_FILL * abs(value)) + 1e-12
         spend = min(most, value + spare)
         floors = program.floors(limits, least, value).below(least.step_s + spend)
-        lines = program.lines(limits, least, floors)
+        lines = program.lines(limits, least, floors, spend)
         if lines is None:
             return False
         stocks, _ = program.kinds(lines)
@@ -401,7 +402,7 @@ class SearchDiving(SearchTogether):
         if spend <= 0:
             return False
         floors = program.floors(limits, least, value).below(least.step_s + spend)
-        lines = program.lines(limits, least, floors)
+        lines = program.lines(limits, least, floors, spend)
         if lines is None:
             return False
         found = self._judge_kinds(program, lines, spend, extra_s)
@@ -422,7 +423,7 @@ class SearchDiving(SearchTogether):
 
 
 def _known(lines: Lines, line: Line) -> _Known:
-    used, columns = list(line.columns), lines.columns
+    used, columns = lines.stages_of(line), lines.stages
     return _Known(
         fill_s=float(columns.fill_s[used].sum()),
         shares=columns.blocks[used] / lines.blocks,

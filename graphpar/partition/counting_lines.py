@@ -95,6 +95,9 @@ class Lines:
         devices: Most replicas of a line.
         nodes: Further sums over a pipeline's columns, [row, column], and what they are at least.
         odd: Sums that are even in a pipeline: boundaries inside nodes of a kind, [kind, column].
+        take: Devices of each kind, [column, kind].
+        stages: The columns of single stages that these are made of, the same ones by default.
+        members: [column, place] of those, the last stage first, -1 for none (`counting_runs`).
     """
 
     def __init__(
@@ -109,8 +112,13 @@ class Lines:
         devices: int,
         nodes: tuple[FloatArray, FloatArray],
         odd: IntArray,
+        take: IntArray,
+        stages: Columns | None = None,
+        members: IntArray | None = None,
     ) -> None:
         self.columns, self.cost, self.width = columns, cost, width
+        self.take, self.stages = take, columns if stages is None else stages
+        self.members: IntArray = np.arange(len(columns))[:, None] if members is None else members
         self.nodes, self.odd = nodes, odd
         self.sums, self.constant = sums, constant
         self.blocks, self.devices = blocks, devices
@@ -231,6 +239,26 @@ class Lines:
         sums = self.sums[:, used].sum(axis=1) + self.constant
         return Line(columns, float(self.cost[used].sum()), sums)
 
+    def stages_of(self, line: Line) -> IntArray:
+        """The single stages of a line, from its last to its first."""
+        members = self.members[list(line.columns)]
+        found: IntArray = members[members >= 0]
+        return found
+
+    def in_order(self, line: Line) -> tuple[IntArray, list[bool]]:
+        """Single stages from the first to the last, and whether each joins the node of the one before.
+
+        Columns stand by falling due, which keeps memory if any order does; equals by what they are.
+        """
+        used, columns = np.array(line.columns, dtype=np.intp), self.columns
+        rank = np.lexsort(
+            (columns.blocks[used], columns.option[used], -self.due[used], columns.role[used])
+        )
+        members = self.members[used[rank]][:, ::-1]
+        stands = members >= 0
+        joined = np.concatenate([np.zeros((len(members), 1), dtype=np.bool_), stands[:, :-1]], axis=1)
+        return members[stands], joined[stands].tolist()
+
     def only(self, index: IntArray) -> "Lines":
         """The lines of some of the columns."""
         return Lines(
@@ -243,6 +271,9 @@ class Lines:
             devices=self.devices,
             nodes=(self.nodes[0][:, index], self.nodes[1]),
             odd=self.odd[:, index],
+            take=self.take[index],
+            stages=self.stages,
+            members=self.members[index],
         )
 
     def holds(self, line: Line) -> bool:

@@ -23,29 +23,32 @@ kind hold no others, runs are of one kind, and the rows hold for each kind alone
 import numpy as np
 
 from graphpar.partition.cells import Cells
-from graphpar.partition.counting_columns import Columns
+from graphpar.partition.counting_columns import BoolArray, Columns
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 _MOST_PARTS = 3
 """The functions `f_k` up to this k are tried."""
 
 
-def node_rows(cells: Cells, columns: Columns, take: IntArray) -> tuple[FloatArray, FloatArray]:
+def node_rows(
+    cells: Cells, outside: IntArray, take: IntArray, runs: BoolArray | None = None
+) -> tuple[FloatArray, FloatArray]:
     """[row, column], and what sums over the columns of a pipeline are at least.
 
-    The first row is the boundaries of all kinds together less twice their shares; `take` is [column,
-    cell].
+    The first row is the boundaries of all kinds together less twice their shares; `outside` are the
+    boundaries of each column that leave a node, `take` is [column, cell]. Columns that are `runs` stand
+    in a node as a whole, too.
     """
     sizes = np.array(cells.node_sizes, dtype=np.float64)
     share = np.minimum((take / sizes).sum(axis=1), 1.0)
-    inside = columns.outside < 2
-    rows, least = [np.where(inside, columns.outside - 2 * share, 0.0)], [0.0]
+    inside = outside < 2 if runs is None else (outside < 2) | runs
+    rows, least = [np.where(inside, outside - 2 * share, 0.0)], [0.0]
     for cell, size in enumerate(cells.node_sizes):
         if not cells.alone[cell] or size == 1:
             continue
         mine, devices = take[:, cell] > 0, np.minimum(take[:, cell], size)
         for filled in node_shares(size):
-            rows.append(np.where(mine & inside, columns.outside - 2 * filled[devices], 0.0))
+            rows.append(np.where(mine & inside, outside - 2 * filled[devices], 0.0))
             rows.append(np.where(mine & inside, -filled[devices], 0.0))
             least += [0.0, -float(filled[list(cells.rooms[cell])].sum())]
     return np.stack(rows), np.array(least)

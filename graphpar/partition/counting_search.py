@@ -15,10 +15,11 @@ import numpy as np
 
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
-from graphpar.partition.counting import CountingProgram, Least, Spread
+from graphpar.partition.counting import CountingProgram
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_boxes import Box, middle_of, split_below
 from graphpar.partition.counting_dive import SearchDiving
+from graphpar.partition.counting_floors import Least, Spread
 from graphpar.partition.counting_lines import TOLERANCE, Line, Lines
 from graphpar.partition.counting_together import Together
 from graphpar.partition.search import INFINITY, Asked, SearchResult, Task
@@ -137,8 +138,8 @@ class _CountedSearch(SearchDiving):
     def _look_at_kinds(self, program: CountingProgram, bound: float, box: Box) -> None:
         """Bound a box by whole stages of every kind, with the prices of the relaxation just solved."""
         least = self._least(box)
-        lines = program.lines(self._limits(box), least, box.known)
         spend = self._target() - least.step_s
+        lines = program.lines(self._limits(box), least, box.known, spend)
         if lines is None or spend <= 0:
             # The dive found a plan so good that nothing here reaches the new target.
             self._prune(max(bound, self._target()))
@@ -156,8 +157,8 @@ class _CountedSearch(SearchDiving):
 
     def _look_closely(self, program: CountingProgram, bound: float, box: Box) -> None:
         least = self._least(box)
-        lines = program.lines(self._limits(box), least, box.known)
         spend = self._target() - least.step_s
+        lines = program.lines(self._limits(box), least, box.known, spend)
         if lines is None or spend <= 0:
             return
         if spend == INFINITY:
@@ -230,10 +231,10 @@ class _CountedSearch(SearchDiving):
         self, program: CountingProgram, bound: float, box: Box, lines: Lines, line: Line
     ) -> None:
         """Divide a box where a line lies: by extra or by post, whichever falls short of more."""
-        used = list(line.columns)
-        share = lines.columns.blocks[used] / lines.blocks
+        used = lines.stages_of(line)
+        share = lines.stages.blocks[used] / lines.blocks
         short = []
-        for limits, values in ((box.extra, lines.columns.extra_s), (box.post, lines.columns.post_s)):
+        for limits, values in ((box.extra, lines.stages.extra_s), (box.post, lines.stages.post_s)):
             own = values[used]
             mean = limits[0] + float(share @ np.maximum(own - limits[0], 0.0))
             short.append((float(own.max()) - mean, float(own.max())))

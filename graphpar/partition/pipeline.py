@@ -65,6 +65,9 @@ _FINISH_SHARE = 0.06
 _MOST_FINISH_S = 2.0
 """Share of the time that a search leaves for pricing simple plans and the answer, or this long."""
 
+_REGULAR_SHARE = 0.4
+"""Share of the time in which the best regular plan is looked for; then any is taken."""
+
 _FEW_DEVICES = 64
 _GRACE_S = 0.5
 """A simple plan may take this long after the time is up if there is no other."""
@@ -218,7 +221,9 @@ class _Run:
 
     def regular(self) -> None:
         """Take the best regular plan: whatever else is found, an answer is there."""
-        for found in regular_plans(self.family):
+        now = time.monotonic()
+        until_s = now + _REGULAR_SHARE * max(self._deadline_s - now, _GRACE_S)
+        for found in regular_plans(self.family, lambda: time.monotonic() > until_s):
             # The estimate orders plans; naming devices decides whether groups are joined as priced.
             if self._real_s(found) < INFINITY:
                 return
@@ -261,13 +266,9 @@ class _Run:
         for bound, groups in promising:
             if time.monotonic() > until_s:
                 break
+            schedule = self.best.schedule
             found = estimate_shares(
-                self._programs,
-                groups,
-                self.best.schedule,
-                size,
-                cutoff_s=self.step_s,
-                deadline_s=until_s,
+                self._programs, groups, schedule, size, cutoff_s=self.step_s, deadline_s=until_s
             )
             self.groupings_tried += 1
             before_s = self.step_s
@@ -449,9 +450,8 @@ class _Run:
             peak <= self._table.device_classes[self._table.class_of[d]].memory_bytes
             for d, peak in cost.peak_bytes.items()
         )
-        if not fits or cost.objective_s > best.step_s:
-            return best
-        return Candidate(dealt, "1f1b", cost.objective_s)
+        slower = not fits or cost.objective_s > best.step_s
+        return best if slower else Candidate(dealt, "1f1b", cost.objective_s)
 
     def answer(self) -> Partition:
         """The best plan with its certificate."""

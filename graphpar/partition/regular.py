@@ -18,6 +18,7 @@ import numpy as np
 from graphpar.cost import CostTable, LinkCost
 from graphpar.partition.cells import Cells, StageOption
 from graphpar.partition.chain import ChainAnswer, Stage
+from graphpar.partition.clock import ShouldStop, never
 from graphpar.partition.counting_columns import BoolArray
 from graphpar.partition.family import Family
 from graphpar.partition.repeats import Repeats, find_repeats
@@ -40,10 +41,11 @@ class _Regular:
     stages: int
 
 
-def regular_plans(family: Family) -> Iterator[Found]:
+def regular_plans(family: Family, should_stop: ShouldStop = never) -> Iterator[Found]:
     """Regular plans that fit into memory, the shortest estimated step first; links are not checked.
 
-    The best of every mode, microbatch count and kind; nothing for tables without equal blocks.
+    The best of every mode, microbatch count and kind; nothing for tables without equal blocks. Once it is
+    time to stop no more are looked at than it takes to find one.
     """
     repeats = family.repeats or find_repeats(family.table)
     if repeats is None:
@@ -56,7 +58,7 @@ def regular_plans(family: Family) -> Iterator[Found]:
         _Mode(table, family.cells, repeats, cell, mode, options)
         for (cell, mode), options in by_mode.items()
     ]
-    for plan in _shortest_first(modes, settings):
+    for plan in _shortest_first(modes, settings, should_stop):
         stages = tuple(
             Stage(a, b, plan.option) for a, b in pairwise(_cuts(repeats, table.num_units, plan.stages))
         )
@@ -64,13 +66,17 @@ def regular_plans(family: Family) -> Iterator[Found]:
         yield Found(plan.setting, ChainAnswer(step, 0.0, 0.0, 0.0, stages))
 
 
-def _shortest_first(modes: Sequence["_Mode"], settings: Sequence[Setting]) -> Iterator[_Regular]:
+def _shortest_first(
+    modes: Sequence["_Mode"], settings: Sequence[Setting], should_stop: ShouldStop
+) -> Iterator[_Regular]:
     """The best plans of every mode and setting; those whose bound is no less are priced after a plan."""
     bounds = np.array([[mode.bound_s(setting) for setting in settings] for mode in modes]).ravel()
     found: list[tuple[float, int, _Regular]] = []
     for pair in np.argsort(bounds, kind="stable").tolist():
         while found and found[0][0] <= bounds[pair]:
             yield heapq.heappop(found)[2]
+        if found and should_stop():
+            break
         mode, setting = divmod(pair, len(settings))
         plan = modes[mode].best(settings[setting])
         if plan is not None:

@@ -18,9 +18,10 @@ from graphpar.partition import counting_dive, counting_kinds, counting_search, p
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
 from graphpar.partition.chain import NotSolvedError
-from graphpar.partition.counting import CountingLimits, CountingProgram, Least
+from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_beam import Harvest
 from graphpar.partition.counting_columns import price_columns
+from graphpar.partition.counting_floors import Least
 from graphpar.partition.counting_options import counting_options, widths
 from graphpar.partition.counting_segments import grow_segments
 from graphpar.partition.family import Family, _counted_family, _homes, _multisets

@@ -56,6 +56,7 @@ def some_lines(draw: st.DrawFn) -> Lines:
         devices=8,
         nodes=(np.zeros((0, number)), np.zeros(0)),
         odd=np.stack([odd * (kind == k) for k in (0, 1)]).astype(np.intp),
+        take=np.stack([devices * (kind == k) for k in (0, 1)], axis=1).astype(np.intp),
     )
 
 

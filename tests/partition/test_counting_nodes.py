@@ -1,15 +1,16 @@
 """Rows of nodes and the order of stages in them."""
 
-from itertools import combinations_with_replacement, permutations
+from itertools import combinations_with_replacement, permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphpar.partition.counting_columns import BODY, FIRST, LAST
+from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
 from graphpar.partition.counting_nodes import node_shares
 from graphpar.partition.counting_order import Placed, line_up
+from graphpar.partition.counting_runs import BOTH, Limits, Stages, join_runs
 
 
 @pytest.mark.parametrize("size", range(1, 17))
@@ -62,3 +63,63 @@ def test_stages_are_lined_up_within_memory_and_nodes(data: st.DataObject) -> Non
             assert stages[index].cell == stages[order[place - 1]].cell
             assert stages[index].inside > 0
             assert stages[order[place - 1]].inside > 0
+
+
+@st.composite
+def some_stages(draw: st.DrawFn) -> Stages:
+    """Up to eight stages in nodes of four devices, with one boundary inside or two."""
+    number = draw(st.integers(2, 8))
+
+    def ints(low: int, high: int) -> np.ndarray:
+        return np.array(draw(st.lists(st.integers(low, high), min_size=number, max_size=number)), np.intp)
+
+    arm = ints(0, BOTH)
+    # The first stage of a pipeline has no boundary before it, the last none after it.
+    role = np.where(
+        (arm == 1) & (ints(0, 3) == 0), FIRST, np.where((arm == 2) & (ints(0, 3) == 0), LAST, BODY)
+    )
+    width, nothing = ints(1, 2), np.zeros(number)
+    due = width + ints(0, 6)
+    below = due.astype(np.float64)
+    columns = Columns(role, ints(0, 9), ints(1, 2), arm, nothing, nothing, nothing, below)
+    cost, rise = ints(0, 9).astype(np.float64), ints(0, 4).astype(np.float64)
+    return Stages(columns, cost, width, due, ints(1, 3)[:, None], rise)
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_stages(), st.sampled_from([12.0, 100.0]), st.sampled_from([5.0, 100.0]))
+def test_every_run_in_a_node_is_stood_for(stages: Stages, spend: float, slack: float) -> None:
+    """Whatever row of stages fits into a node: one that is no worse in any respect was found."""
+    joined = join_runs(stages, (4,), (True,), Limits(5, spend, slack))
+    by, columns = stages.columns, joined.columns
+    rows = [members[members >= 0] for members in joined.members]
+    assert [int(r[0]) for r in rows if len(r) == 1] == np.flatnonzero(by.arm == BOTH).tolist()
+    found: dict[tuple[int, ...], list[tuple[float, float]]] = {}
+    for place, used in enumerate(rows):
+        if len(used) > 1:
+            told, own = _of_run(stages, used)
+            assert (columns.role[place], joined.take[place, 0], joined.width[place]) == told[:3]
+            assert (columns.blocks[place], joined.cost[place], columns.most_below[place]) == (
+                told[3],
+                *own,
+            )
+            found.setdefault(told, []).append(own)
+    ends, inner, heads = (np.flatnonzero(by.arm == arm).tolist() for arm in (2, 0, 1))
+    for between in range(3):
+        for row in product(ends, *[inner] * between, heads):
+            used = np.array(row)
+            key, (cost, due) = _of_run(stages, used)
+            fits = key[1] <= 4 and due >= key[2] and (key[3] == 5 if key[0] == WHOLE else key[3] <= 5)
+            if fits and cost < spend and stages.rise[used].sum() < slack:
+                assert any(c <= cost and d >= due for c, d in found.get(key, ()))
+
+
+def _of_run(stages: Stages, used: np.ndarray) -> tuple[tuple[int, ...], tuple[float, float]]:
+    """Role, devices, replicas and blocks of stages in a row, the last one first; their cost and due."""
+    by, width = stages.columns, stages.width[used]
+    is_last, is_first = by.role[used[0]] == LAST, by.role[used[-1]] == FIRST
+    role = WHOLE if is_last and is_first else LAST if is_last else FIRST if is_first else BODY
+    # With so many replicas behind the run each of its stages keeps its memory, one of them just so.
+    behind = int((stages.due[used] - np.cumsum(width)).min())
+    key = role, int(stages.take[used].sum()), int(width.sum()), int(by.blocks[used].sum())
+    return key, (float(stages.cost[used].sum()), float(behind + width.sum()))
