@@ -283,6 +283,7 @@ class CountingProgram:
             take=joined.take,
             stages=stages.columns,
             members=joined.members,
+            rise=joined.rise,
         )
 
     def kinds(self, lines: Lines) -> tuple[Stocks, Rows]:

@@ -67,14 +67,6 @@ def grow_lines(lines: Lines, prices: FloatArray, spend: float, width: int, deadl
     return _Beam(lines, prices, spend, width, deadline_s).work()
 
 
-def grow_among(
-    lines: Lines, index: IntArray, prices: FloatArray, spend: float, width: int, deadline_s: float
-) -> Line | None:
-    """The same where only some columns may be used: far fewer, so that a wide beam takes little time."""
-    found = grow_lines(lines.only(index), prices, spend, width, deadline_s).line
-    return None if found is None else lines.line_of(tuple(index[list(found.columns)].tolist()))
-
-
 class _Beam:
     def __init__(
         self, lines: Lines, prices: FloatArray, spend: float, width: int, deadline_s: float

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graphpar.partition.counting import CountingProgram
-from graphpar.partition.counting_beam import grow_among, grow_lines
+from graphpar.partition.counting_among import best_among, cheapest
+from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_boxes import Box, within
 from graphpar.partition.counting_floors import Least
 from graphpar.partition.counting_kinds import Harvest, judge_kinds
@@ -28,10 +29,10 @@ _FEW_DEVICES = 32
 """Without a compiler whole stages of kinds are only looked at in clusters up to this size."""
 
 _BEAM = 60
-"""Parts of lines kept at once, ..."""
+"""Parts of lines kept at once."""
 
-_AMONG = 600
-"""... and where only columns are used that were met before: of patterns, and of lines."""
+_AMONG_S, _AMONG_SHARE, _AMONG_GAP = 0.5, 0.05, 0.3
+"""Patience with the integer programme of some columns: so long, or this share of the time; its gap."""
 
 _DIVE_FACTORS = (1.0, 1.01, 1.025, 1.05, 1.1, 1.18, 1.3, 1.5, 2.0, 3.0, 5.0)
 """Extra allowed at a dive, in multiples of what the relaxation needs."""
@@ -84,8 +85,8 @@ _SOUGHT_FIRST = (0.5, 0.75, 0.25)
 _SOUGHT = (0.875, 0.5, 0.75, 0.25, 0.625, 0.375, 0.125)
 """... and later at these of the way from the extra of a box without one to that of the best."""
 
-_LESS_EXTRA, _FAILS = 0.97, 3
-"""A known pipeline is improved with less extra each time, until that failed so often."""
+_LESS_EXTRA, _MORE_POST = 0.85, 1.5
+"""A known pipeline is improved with as much extra and less, down to this share, and so much more post."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +156,13 @@ class SearchDiving(SearchTogether):
         """A line of columns of patterns and lines that were met, none of which keeps everything."""
         known = [np.array(line.columns, dtype=np.intp) for line in verdict.met]
         index = np.unique(np.concatenate([met, *known]))
-        shares = verdict.shares(spend)
-        return grow_among(lines, index, shares, spend, _AMONG, self._deadline_s)
+        return self._among(lines, index, spend)
+
+    def _among(self, lines: Lines, index: IntArray, spend: float) -> Line | None:
+        """The best line of some columns, as far as patience with its integer programme goes."""
+        left_s = self._deadline_s - time.monotonic()
+        patience_s = min(_AMONG_S, _AMONG_SHARE * left_s)
+        return best_among(lines, index, spend, _AMONG_GAP * self._gap, patience_s)
 
     def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
         guide = self._guides.get(task) or _Guide(np.zeros(len(lines.sums)), ())
@@ -190,16 +196,17 @@ class SearchDiving(SearchTogether):
             self._dive(program, shrunk)
 
     def _improve(self, known: Found) -> None:
-        """Look for stretches of kinds with less extra than a known pipeline has."""
+        """Look for better pipelines with no more extra than a known one has."""
         box = next((b for _, _, b in self._heap if self._tasks[b.task].setting == known.setting), None)
         if box is None:
             return
         program = self._program(box.task)
         until_s = time.monotonic() + _SHORT_SHARE * (self._deadline_s - time.monotonic())
-        extra_s, failed = known.answer.extra_s, 0
-        while failed < _FAILS and time.monotonic() < until_s:
-            extra_s *= _LESS_EXTRA
-            failed = 0 if self._try_segments(program, box, extra_s) else failed + 1
+        extra_s, post_s = known.answer.extra_s, known.answer.post_s
+        # More post than that would have to be paid for.
+        near = replace(box, post=(box.post[0], min(box.post[1], _MORE_POST * post_s)))
+        self._try_segments(program, near, extra_s)
+        self._bisect(program, near, _LESS_EXTRA * extra_s, until_s)
 
     def _seek_again(self, low_s: float) -> None:
         """Look once more for a better pipeline than the best, with more extra than where none was found.
@@ -250,7 +257,7 @@ class SearchDiving(SearchTogether):
             self._refine(program, *found, until_s)
             if self._aim == "both":
                 self._seek_first(found[0].extra[1], until_s)
-        elif ways:
+        elif ways and self._aim != "plan":
             self._plunge(program, ways[0])
 
     def _ways(self, program: CountingProgram, box: Box, until_s: float) -> list[Box]:
@@ -342,9 +349,11 @@ class SearchDiving(SearchTogether):
         lines = program.lines(limits, least, floors, spend)
         if lines is None:
             return False
-        stocks, _ = program.kinds(lines)
-        sizes, worth = program.node_sizes, program.worth()
-        line = grow_segments(lines, stocks, sizes, worth, spend, self._deadline_s)
+        line = self._among(lines, cheapest(lines), spend)
+        if line is None:
+            stocks, _ = program.kinds(lines)
+            sizes, worth = program.node_sizes, program.worth()
+            line = grow_segments(lines, stocks, sizes, worth, spend, self._deadline_s)
         return self._takes(program, box, lines, line)
 
     def _takes(self, program: CountingProgram, box: Box, lines: Lines, line: Line | None) -> bool:
@@ -373,8 +382,9 @@ class SearchDiving(SearchTogether):
 
     def _bisect(self, program: CountingProgram, box: Box, lowest: float, until_s: float) -> None:
         """Allow less extra than the best plan has, but more than failed."""
-        assert self.best is not None
-        found = self.best.answer.extra_s
+        best = self.best or self._known
+        assert best is not None
+        found = best.answer.extra_s
         for _ in range(_REFINEMENTS):
             if found - lowest < _FINE * self._gap * found or time.monotonic() > until_s:
                 break
@@ -382,7 +392,7 @@ class SearchDiving(SearchTogether):
             if self._try_segments(program, box, extra) or (
                 self._aim == "both" and self._try(program, box, extra)
             ):
-                found = min(extra, self.best.answer.extra_s)
+                found = min(extra, self.best.answer.extra_s) if self.best else extra
             else:
                 lowest = extra
 

@@ -98,6 +98,7 @@ class Lines:
         take: Devices of each kind, [column, kind].
         stages: The columns of single stages that these are made of, the same ones by default.
         members: [column, place] of those, the last stage first, -1 for none (`counting_runs`).
+        rise: What each adds to the least cost of all lines, at least; the cost where that is not known.
     """
 
     def __init__(
@@ -115,8 +116,10 @@ class Lines:
         take: IntArray,
         stages: Columns | None = None,
         members: IntArray | None = None,
+        rise: FloatArray | None = None,
     ) -> None:
         self.columns, self.cost, self.width = columns, cost, width
+        self.rise: FloatArray = cost if rise is None else rise
         self.take, self.stages = take, columns if stages is None else stages
         self.members: IntArray = np.arange(len(columns))[:, None] if members is None else members
         self.nodes, self.odd = nodes, odd
@@ -274,6 +277,7 @@ class Lines:
             take=self.take[index],
             stages=self.stages,
             members=self.members[index],
+            rise=self.rise[index],
         )
 
     def holds(self, line: Line) -> bool:

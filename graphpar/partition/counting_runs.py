@@ -154,6 +154,7 @@ class Joined:
 
     columns: Columns
     cost: FloatArray
+    rise: FloatArray
     width: IntArray
     take: IntArray
     members: IntArray
@@ -178,6 +179,7 @@ def join_runs(stages: Stages, sizes: tuple[int, ...], alone: tuple[bool, ...], l
     return Joined(
         Columns(*(np.concatenate([getattr(p.columns, n) for p in parts]) for n in names)),
         np.concatenate([p.cost for p in parts]),
+        np.concatenate([p.rise for p in parts]),
         np.concatenate([p.width for p in parts]),
         np.concatenate([p.take for p in parts]),
         np.concatenate([p.members for p in parts]),
@@ -194,6 +196,7 @@ def _of_stages(stages: Stages, index: IntArray, most: int) -> Joined:
     return Joined(
         stages.columns.pick(index),
         stages.cost[index],
+        stages.rise[index],
         stages.width[index],
         stages.take[index],
         _padded(index[:, None], most),
@@ -214,7 +217,7 @@ def _of_runs(stages: Stages, kind: int, runs: Runs, most: int) -> Joined:
     )
     take = np.zeros((len(last), stages.take.shape[1]), dtype=np.intp)
     take[:, kind] = runs.devices
-    return Joined(columns, runs.cost, runs.width, take, _padded(runs.members, most))
+    return Joined(columns, runs.cost, runs.rise, runs.width, take, _padded(runs.members, most))
 
 
 def sums_of(rows: FloatArray, members: IntArray) -> FloatArray:

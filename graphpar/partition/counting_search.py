@@ -54,7 +54,7 @@ def search_counted(tasks: Iterable[Task], asked: Asked, together: Together) -> S
 
 class _CountedSearch(SearchDiving):
     def _work(self) -> None:
-        if self.best is None or self._aim != "plan":
+        if self._aim != "plan":
             self._gather()
             super()._work()
 

@@ -221,8 +221,8 @@ class _Run:
 
     def regular(self) -> None:
         """Take the best regular plan: whatever else is found, an answer is there."""
-        now = time.monotonic()
-        until_s = now + _REGULAR_SHARE * max(self._deadline_s - now, _GRACE_S)
+        left_s = self._deadline_s - (now := time.monotonic())
+        until_s = now + _REGULAR_SHARE * left_s if left_s > 0 else INFINITY
         for found in regular_plans(self.family, lambda: time.monotonic() > until_s):
             # The estimate orders plans; naming devices decides whether groups are joined as priced.
             if self._real_s(found) < INFINITY:
@@ -242,8 +242,7 @@ class _Run:
             aim="plan",
             real_s=self._real_s,
         )
-        # What is not found with several blocks at once is hardly there.
-        self._near, self._coarse = result.best is not None or not result.cut, result.best
+        self._near, self._coarse = result.best is not None, result.best
 
     def kinds_side_by_side(self) -> None:
         """Try unlike kinds in pipelines side by side: by estimate first, and where that helps in full.

@@ -403,7 +403,7 @@ def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(CountingProgram, "solve", give_up)
     nothing = counting_kinds.Harvest(0.0, None, np.zeros(0, dtype=np.intp))
     monkeypatch.setattr(counting_dive, "judge_kinds", lambda *_: nothing)
-    monkeypatch.setattr(counting_dive, "grow_among", lambda *_: None)
+    monkeypatch.setattr(counting_dive, "best_among", lambda *_: None)
     monkeypatch.setattr(counting_dive, "grow_segments", lambda *_: None)
     monkeypatch.setattr(counting_dive, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search, "grow_lines", lambda *_: Harvest(None, complete=False))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphpar.partition import counting_lines
+from graphpar.partition.counting_among import best_among
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
 from graphpar.partition.counting_kinds import Harvest, Rows, Stocks, judge_kinds
@@ -87,7 +88,9 @@ def bound_by_kinds(lines: Lines, spend: float) -> Harvest:
 @settings(max_examples=60, deadline=None)
 @given(some_lines(), st.sampled_from([4.0, 15.0, 60.0]), st.sampled_from([0.0, 3.0]))
 def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: float) -> None:
-    best = min((line.cost for line in every_line(lines) if lines.holds(line)), default=FOREVER)
+    held = [line for line in every_line(lines) if lines.holds(line)]
+    best = min((line.cost for line in held), default=FOREVER)
+    several = min((line.cost for line in held if len(line.columns) > 1), default=FOREVER)
     verdict = lines.judge(spend, 1e-3, np.full(3, start), [], FOREVER)
     assert verdict.cost <= best + 1e-6
     with pytest.MonkeyPatch.context() as patch:
@@ -106,6 +109,13 @@ def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: 
     if stretch is not None:
         assert lines.holds(stretch)
         assert best - 1e-9 <= stretch.cost < spend
+    among = best_among(lines, np.arange(len(lines.cost)), spend, 0.0, FOREVER)
+    if among is not None:
+        assert lines.holds(among)
+        assert several - 1e-9 <= among.cost < spend
+    if not lines.odd.any():
+        # What must be even is all that its rows do not say.
+        assert several >= spend - 1e-6 if among is None else among.cost == pytest.approx(several)
     if verdict.excludes(spend):
         assert best > spend
         return
