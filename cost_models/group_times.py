@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from graphpar.cost import LinkCost
-from graphpar.cost_models.layout import Layout, find_layout
+from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.cost_models.work import Kernel, OpWork
@@ -127,6 +127,27 @@ class ShardingOptions:
     keep_factor: float = 0.0
 
 
+class KnownWork:
+    """What was worked out of a graph's ops, by microbatch size and devices; groups share it.
+
+    Args:
+        graph: The lowered graph.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.layout = find_layout(graph)
+        self._works: dict[int, dict[str, OpWork]] = {}
+        self._ends: dict[object, dict[str, tuple[_Ends, ...]]] = {}
+
+    def works(self, samples: int) -> dict[str, OpWork]:
+        """By op what it asks of one device that computes it whole."""
+        return self._works.setdefault(samples, {})
+
+    def ends(self, samples: int, rates: object) -> "dict[str, tuple[_Ends, ...]]":
+        """By op what it takes devices of some rates."""
+        return self._ends.setdefault((samples, rates), {})
+
+
 class OpTimes:
     """Seconds and bytes of ops for one group; see `MeshTimes` for what is sent.
 
@@ -136,7 +157,7 @@ class OpTimes:
         options: Microbatch size and the like.
         rates: Rates of each member; from the catalogue when left out, so that every rank of a job
             decides the same whatever was measured on its machine.
-        layout: Of the graph, where it is known.
+        known: What was worked out of the graph, to be used and added to.
     """
 
     def __init__(
@@ -145,22 +166,29 @@ class OpTimes:
         group: TensorGroup,
         options: ShardingOptions,
         rates: Callable[[Device], Rates] = CatalogueRates,
-        layout: Layout | None = None,
+        known: KnownWork | None = None,
     ) -> None:
         self.graph, self.group, self.options = graph, group, options
-        self.layout = layout or find_layout(graph)
+        self._known = known or KnownWork(graph)
+        self.layout = self._known.layout
         self._kinds = _kinds_of(group.devices)
         firsts = [group.devices[self._kinds.index(kind)] for kind in range(max(self._kinds) + 1)]
         self._rates = [(rates(device), device.slowdown, device.is_cpu) for device in firsts]
-        self._works: dict[str, OpWork] = {}
-        self._whole: dict[str, tuple[_Ends, ...]] = {}
+        kinds = tuple(replace(device, name="", node="", memory_bytes=0) for device in firsts)
+        listed = all(isinstance(rate[0], CatalogueRates) for rate in self._rates)
+        # Measured rates are not compared: what they give is found for each group.
+        self._priced_by: object = (kinds, options.training) if listed else object()
+        self._works = self._known.works(options.samples)
+        self._whole = self._known.ends(options.samples, self._priced_by)
         self._of_kernels: dict[tuple[tuple[Kernel, ...], ...], tuple[_Ends, ...]] = {}
         self._pairs: dict[tuple[float, ...], tuple[tuple[int, float], ...]] = {}
 
     def at(self, samples: int) -> "OpTimes":
         """The same for microbatches of another size; what kernels take is found once for all."""
         other = copy(self)
-        other.options, other._works, other._whole = replace(self.options, samples=samples), {}, {}
+        other.options = replace(self.options, samples=samples)
+        other._works = self._known.works(samples)
+        other._whole = self._known.ends(samples, self._priced_by)
         other.__dict__.pop("keepers", None)
         return other
 

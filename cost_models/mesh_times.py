@@ -17,11 +17,11 @@ import numpy.typing as npt
 from graphpar.cost_models.group_times import (
     BATCH_CUT_S,
     WORKLESS,
+    KnownWork,
     OpTimes,
     ShardingOptions,
     TensorGroup,
 )
-from graphpar.cost_models.layout import Layout
 from graphpar.cost_models.memory import HELD
 from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.device import Device
@@ -44,7 +44,7 @@ class MeshTimes:
         group: Who computes.
         options: Microbatch size and the like.
         rates: See `OpTimes`.
-        layout: See `OpTimes`.
+        known: See `OpTimes`.
     """
 
     def __init__(
@@ -53,14 +53,17 @@ class MeshTimes:
         group: TensorGroup,
         options: ShardingOptions,
         rates: Callable[[Device], Rates] = CatalogueRates,
-        layout: Layout | None = None,
+        known: KnownWork | None = None,
     ) -> None:
         self.graph, self.group, self.options = graph, group, options
-        self.alone = OpTimes(graph, group, options, rates, layout)
+        self.alone = OpTimes(graph, group, options, rates, known)
         self.layout = self.alone.layout
         self._lines = [group.along(axis) for axis in range(len(group.axes))]
         self._bytes: dict[str, float] = {}
-        self._sent: dict[object, Sent | None] = {}
+        # Layouts, and what routes between them send, by numbers that are quicker to look up.
+        self._layouts, self._numbers = list[Layouts](), dict[Layouts, int]()
+        self._ways, self._number_of_way = list[Sent | None](), dict[Sent | None, int]()
+        self._routes: dict[tuple[int, int, bool, bool], int] = {}
         self._priced: dict[object, tuple[float, float]] = {}
         self._tables: dict[object, tuple[tuple[Sent | None, ...], _Numbers]] = {}
 
@@ -137,10 +140,11 @@ class MeshTimes:
         """
         key = (tuple(made), tuple(wanted), self._flows_back(op), op.target == "parameter")
         if key not in self._tables:
-            kinds: dict[Sent | None, int] = {}
-            every = (self._collectives(a, b, *key[2:]) for a in made for b in wanted)
-            numbers = np.array([kinds.setdefault(moves, len(kinds)) for moves in every], dtype=np.intp)
-            self._tables[key] = tuple(kinds), numbers.reshape(len(made), len(wanted))
+            rows, columns = (tuple(map(self._numbered, side)) for side in (made, wanted))
+            every = [self._way(a, b, *key[2:]) for a in rows for b in columns]
+            ways, numbers = np.unique(every, return_inverse=True)
+            table = numbers.reshape(len(made), len(wanted))
+            self._tables[key] = tuple(self._ways[way] for way in ways.tolist()), table
         return self._tables[key]
 
     def sending_seconds(self, op: Op, ways: "Sequence[Sent | None]") -> npt.NDArray[np.float64]:
@@ -194,15 +198,30 @@ class MeshTimes:
         self, made: Layouts, wanted: Layouts, gradient: bool, is_weight: bool
     ) -> "Sent | None":
         """What a route sends; None where there is none."""
+        return self._ways[self._way(self._numbered(made), self._numbered(wanted), gradient, is_weight)]
+
+    def _numbered(self, layouts: Layouts) -> int:
+        number = self._numbers.setdefault(layouts, len(self._layouts))
+        if number == len(self._layouts):
+            self._layouts.append(layouts)
+        return number
+
+    def _way(self, made: int, wanted: int, gradient: bool, is_weight: bool) -> int:
+        """The number of what a route sends between two layouts by their numbers."""
         key = made, wanted, gradient, is_weight
-        if key not in self._sent:
-            moves = route(self.group.axes, made, wanted, gradient, is_weight)
-            self._sent[key] = (
+        if key not in self._routes:
+            moves = route(
+                self.group.axes, self._layouts[made], self._layouts[wanted], gradient, is_weight
+            )
+            sent = (
                 None
                 if moves is None
                 else tuple(_sent(move, is_weight) for move in moves if move.how.target)
             )
-        return self._sent[key]
+            self._routes[key] = self._number_of_way.setdefault(sent, len(self._ways))
+            if self._routes[key] == len(self._ways):
+                self._ways.append(sent)
+        return self._routes[key]
 
     def _send_seconds(self, name: CollectiveName | None, num_bytes: float, group: TensorGroup) -> float:
         if name is None:

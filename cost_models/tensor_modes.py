@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.again import kept_last
-from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.group_times import KnownWork, ShardingOptions, TensorGroup
 from graphpar.cost_models.kept import Kept, kept_of
 from graphpar.cost_models.memory import ALLOCATOR_SLACK, lower_copy_bytes
 from graphpar.cost_models.mesh_times import MeshTimes, Sent, share_held
@@ -33,6 +33,7 @@ class TimesBySize:
         group: Who shares.
         options: What shardings are solved for.
         calibration: Measured rates of this machine's processor.
+        known: What was worked out of the graph, to be used and added to.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class TimesBySize:
         group: TensorGroup,
         options: ShardingOptions,
         calibration: Calibration | None = None,
+        known: KnownWork | None = None,
     ) -> None:
         self.group = group
-        self._any = MeshTimes(graph, group, options, lambda device: rates_of(device, calibration))
+        self._any = MeshTimes(graph, group, options, lambda device: rates_of(device, calibration), known)
         self._at: dict[int, MeshTimes] = {}
 
     def at(self, samples: int) -> MeshTimes:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from math import inf
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, Mode, ModeCost
-from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
+from graphpar.cost_models.group_times import KnownWork, ShardingOptions, TensorGroup
 from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import ShardingProgramme, least_seconds
 from graphpar.cost_models.sharding_structure import Structure, cut_batches
@@ -17,7 +17,7 @@ from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.strategies import StrategyTables
 from graphpar.partition.types import MOST_LEAN, Replica
-from graphpar.tensor_groups import group_options, placed_whole, tensor_group, worst_link
+from graphpar.tensor_groups import group_options, options_at, placed_whole, tensor_group, worst_link
 from graphpar.training import Training
 
 _LEANER = 0.01
@@ -35,6 +35,14 @@ class KnownGroups:
 
     def __init__(self) -> None:
         self._wholes: dict[int, _Whole] = {}
+        self._options: dict[tuple[int, bool], tuple[Training | None, ShardingOptions]] = {}
+
+    def options(self, graph: Graph, training: bool, train: Training | None, lean: int) -> ShardingOptions:
+        """`group_options`, an optimiser being tried once."""
+        key = id(train), training
+        if key not in self._options:
+            self._options[key] = train, group_options(graph, training, train)
+        return options_at(self._options[key][1], graph, lean)
 
     def whole(self, graph: Graph, chain: Chain) -> "_Whole":
         """A chain of units as one stage."""
@@ -78,7 +86,7 @@ def with_group_modes(
     everywhere = all(device.name in lower for device in cluster.devices)
     plain = graph, Chain((), frozenset()) if everywhere else build_chain(graph)
     known = KnownGroups() if known is None else known
-    options = cache(partial(group_options, graph, table.training, train))
+    options = partial(known.options, graph, table.training, train)
     one_axis_s: dict[tuple[str, ...], float] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)
@@ -116,7 +124,7 @@ class _Whole:
     def __init__(self, graph: Graph, chain: Chain) -> None:
         # The chain is kept so that no other one gets its place in memory.
         self.chain, self.graph = chain, placed_whole(graph, chain)
-        self.strategies = StrategyTables(self.graph)
+        self.strategies, self.work = StrategyTables(self.graph), KnownWork(self.graph)
         self._prices: dict[object, _GroupPrices] = {}
 
     def prices(
@@ -143,8 +151,8 @@ class _GroupPrices:
         calibration: Calibration | None,
     ) -> None:
         self.whole, self.group = whole, group
-        self._times = MeshTimes(whole.graph, group, options)
-        self._by_size = TimesBySize(whole.graph, group, options, calibration)
+        self._times = MeshTimes(whole.graph, group, options, known=whole.work)
+        self._by_size = TimesBySize(whole.graph, group, options, calibration, whole.work)
         self._structures: dict[tuple[bool, ...], Structure] = {}
         self._programmes: dict[int, ShardingProgramme] = {}
         self._units: dict[object, SharedUnits] = {}

@@ -230,8 +230,6 @@ def group_options(
     Raises:
         ValueError: The optimiser's step on one parameter depends on others, which other members hold.
     """
-    hold_factor, keep_factor = _PRICES[lean]
-    samples = max(1, graph.batch // USUAL_MICROBATCHES)
     traits = optimizer_traits(train.optimizer) if train is not None else None
     if traits is not None and not traits.separable:
         raise ValueError(
@@ -240,14 +238,20 @@ def group_options(
             "that treats every parameter by itself; clip gradients with Training(max_grad_norm=...), "
             "which is exact over all devices."
         )
-    return ShardingOptions(
-        samples=samples,
+    usual = ShardingOptions(
+        samples=1,
         microbatches=USUAL_MICROBATCHES,
         training=training,
         cuts_weights=traits is None or traits.elementwise,
-        hold_factor=hold_factor,
-        keep_factor=keep_factor,
     )
+    return options_at(usual, graph, lean)
+
+
+def options_at(usual: ShardingOptions, graph: Graph, lean: int) -> ShardingOptions:
+    """The same options for the batch of a graph, at a price of memory."""
+    hold_factor, keep_factor = _PRICES[lean]
+    samples = max(1, graph.batch // USUAL_MICROBATCHES)
+    return replace(usual, samples=samples, hold_factor=hold_factor, keep_factor=keep_factor)
 
 
 def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:

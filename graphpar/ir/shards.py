@@ -17,6 +17,7 @@ Nothing is made `first`; it is how a bias beside a sum over the members is wante
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 from graphpar.ir.ops import BatchSize, Dim, TensorType, apportion
@@ -44,6 +45,14 @@ class Split:
     outer: Dim = 1
     inner: int = 1
     of_batch: bool = False
+
+    def __hash__(self) -> int:
+        # Layouts are looked up by the hundred thousand.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dim, self.counts, self.outer, self.inner, self.of_batch))
 
     @property
     def numbers(self) -> tuple[Dim, ...]:

@@ -29,6 +29,7 @@ from graphpar.partition.reduce_loops import (
     determined,
     forbid_more_memory,
     is_separable,
+    least_sums,
     replaceable,
 )
 from graphpar.partition.shard_graph import BoolArray, IntArray, MemoryRows, ShardingGraph
@@ -340,12 +341,6 @@ def eliminate(graph: ShardingGraph, vertex: int) -> None:
         graph.eliminate(vertex, around, best)
         graph.costs[around[0]] = graph.costs[around[0]] + gain
         return
-    second = graph.tables[around[1]][vertex]
-    gain = np.empty((len(first), len(second)))
-    best = np.empty(gain.shape, dtype=np.intp)
-    for i, row in enumerate(first):
-        total = second + row[None, :]
-        best[i] = total.argmin(axis=1)
-        gain[i] = total[np.arange(len(second)), best[i]]
+    gain, best = least_sums(first, graph.tables[around[1]][vertex])
     graph.eliminate(vertex, around, best)
     graph.add_table(around[0], around[1], gain)

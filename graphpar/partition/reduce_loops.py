@@ -7,6 +7,7 @@ installation cannot wait for the compiler, and a call would block until the whol
 import threading
 
 import numpy as np
+import numpy.typing as npt
 
 from graphpar.partition.jit import COMPILED, compiled_exactly
 from graphpar.partition.shard_graph import BoolArray, FloatArray
@@ -99,6 +100,21 @@ def _replaceable_loop(worse: FloatArray, result: BoolArray) -> None:
                 break
 
 
+@compiled_exactly
+def _least_sums_loop(
+    first: FloatArray, second: FloatArray, gain: FloatArray, best: npt.NDArray[np.intp]
+) -> None:
+    width = first.shape[1]
+    for i in range(first.shape[0]):
+        for j in range(second.shape[0]):
+            least, at = second[j, 0] + first[i, 0], 0
+            for k in range(1, width):
+                total = second[j, k] + first[i, k]
+                if total < least:
+                    least, at = total, k
+            gain[i, j], best[i, j] = least, at
+
+
 _READY = threading.Event()
 """Set once the loops are compiled."""
 
@@ -117,6 +133,7 @@ def compile_all() -> None:
     _forbid_more_memory_loop(by_rows.copy(), by_rows.T)
     _forbid_more_memory_loop(by_rows.copy(), np.zeros((3, 2))[:, :1])
     _replaceable_loop(by_rows, np.zeros(2, dtype=np.bool_))
+    _least_sums_loop(by_rows, by_rows, by_rows.copy(), np.zeros((2, 2), dtype=np.intp))
     _READY.set()
 
 
@@ -181,3 +198,21 @@ def replaceable(worse: FloatArray) -> BoolArray:
     by &= ~(by.T & np.triu(np.ones_like(by)))
     found: BoolArray = np.logical_or.reduce(by, axis=1)
     return found
+
+
+def least_sums(first: FloatArray, second: FloatArray) -> tuple[FloatArray, npt.NDArray[np.intp]]:
+    """Of every row of one table with every row of the other the least sum, and where it is first.
+
+    >>> least_sums(np.array([[1.0, 5.0]]), np.array([[0.0, 0.0], [9.0, 2.0]]))
+    (array([[1., 7.]]), array([[0, 1]]))
+    """
+    gain = np.empty((len(first), len(second)))
+    best = np.empty(gain.shape, dtype=np.intp)
+    if _READY.is_set():
+        _least_sums_loop(np.ascontiguousarray(first), np.ascontiguousarray(second), gain, best)
+        return gain, best
+    for i, row in enumerate(first):
+        total = second + row[None, :]
+        best[i] = total.argmin(axis=1)
+        gain[i] = total[np.arange(len(second)), best[i]]
+    return gain, best

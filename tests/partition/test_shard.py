@@ -293,6 +293,7 @@ def test_array_operations_answer_as_the_loops_do() -> None:
                         increased.tolist(),
                         fitting.tolist(),
                         reduce_loops.replaceable(fitting).tolist(),
+                        [part.tolist() for part in reduce_loops.least_sums(table.T, worse)],
                     )
                 )
         assert answers[0] == answers[1]
