@@ -317,34 +317,41 @@ def _peak_bytes(schedule: Schedule, timing: Timing, rank: int) -> float:
     Gradients are gathered for their sum when all has been given back, but between gradients that stay:
     a process on a CPU finds no hole for the copy and grows by it.
     """
-    saved, working = peak_parts(schedule, timing, rank)
+    resident, saved, working = peak_parts(schedule, timing, rank)
     shared = timing.shared
     gathered = 0.0
     if shared is not None and timing.ranks[rank].device in shared.workers:
         own = [group.num_bytes for group in timing.gradient_groups if rank in group.ranks]
         gathered = min(max(own, default=0.0), SUM_BYTES)
-    return timing.ranks[rank].resident_bytes + saved + working + gathered
+    return resident + saved + working + gathered
 
 
-def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, float]:
-    """Bytes saved for backwards, and worked on, at the moment when their sum is largest.
+def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, float, float]:
+    """Bytes that stay, are saved for backwards, and are worked on, when their sum is largest.
 
-    In the optimiser's update nothing is saved any more, and what it takes is worked on.
+    A stage's gradients come with its first backward. In the optimiser's update nothing is saved any more,
+    and what it takes is worked on.
     """
     numbers = _numbers_by_size(schedule, timing, rank)
-    saved, best = 0.0, (0.0, timing.ranks[rank].update_bytes)
+    resident = timing.ranks[rank].resident_bytes
+    missing = {stage: costs.gradient_bytes for (stage, _), costs in numbers.items()}
+    saved, best = 0.0, (resident, 0.0, timing.ranks[rank].update_bytes)
     for kind, stage, microbatch in schedule.actions[rank]:
         if microbatch is None or kind not in "FBIW":
             continue
         costs = numbers[stage, schedule.microbatch_sizes[microbatch]]
         if kind == "F" and schedule.training:
             saved += costs.saved_bytes
+        if kind in "BW" and missing[stage]:
+            missing[stage] = costs.spared_bytes if kind == "B" else 0.0
         # While input gradients are made, what was saved gives way to what their weights still need.
         later = saved + costs.deferred_bytes - costs.saved_bytes if kind == "I" else saved
-        best = max(best, (max(saved, later), costs.working_bytes), key=sum)
+        there = resident - sum(missing.values())
+        best = max(best, (there, max(saved, later), costs.working_bytes), key=sum)
         saved = later
         if kind == "B":
             saved -= costs.saved_bytes
+            missing[stage] = 0.0
         if kind == "W":
             saved -= costs.deferred_bytes
     return best

@@ -84,6 +84,7 @@ def _together(members: Sequence[RankTiming]) -> RankTiming:
                 max(r.saved_bytes for r in rows), max(r.working_bytes for r in rows),
                 max(r.weight_s for r in rows), max(r.deferred_bytes for r in rows),
                 max(r.split_s for r in rows), row.stage, max(r.collective_s for r in rows),
+                min(r.gradient_bytes for r in rows), min(r.spared_bytes for r in rows),
             )
         )  # fmt: skip
     return RankTiming(

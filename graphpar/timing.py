@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from graphpar.cores import SharedCores
-from graphpar.cost import CostTable, LinkCost
+from graphpar.cost import CostTable, LinkCost, ModeCost
 from graphpar.partition.gradient_sums import gradient_sums, links_between_replicas, modes_of, ring_s
 from graphpar.partition.pipeline_price import meetings_s, member_bytes, update_bytes, zero_s
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
@@ -23,6 +23,10 @@ class SizeTiming:
     `backward_s`, `weight_s` are for gradients of weights that may be made later; until then
     `deferred_bytes` are held, and `split_s` is what doing it in two halves takes besides. Of both
     directions, `collective_s` are spent in collectives with the other members of a tensor group.
+
+    `gradient_bytes` of the stage's weights come with its first backward: until then they are not there
+    though they count among what stays, and while it goes there is `spared_bytes` less than there would be
+    with all of them, as they come while what was saved goes.
     """
 
     size: int
@@ -35,6 +39,8 @@ class SizeTiming:
     split_s: float = 0.0
     stage: int | None = None
     collective_s: float = 0.0
+    gradient_bytes: float = 0.0
+    spared_bytes: float = 0.0
 
     def seconds(self, kind: str) -> float:
         """Time of a computing action: F, B, or a half of a backward (I, W)."""
@@ -49,7 +55,8 @@ class SizeTiming:
 class RankTiming:
     """Seconds and bytes of one rank.
 
-    `resident_bytes` stay for the whole step: weights, gradients, optimiser state, framework.
+    `resident_bytes` stay for the whole step: weights, gradients once they are there, optimiser state,
+    framework.
     `update_bytes` is what the optimiser's update takes besides, when activations are gone.
     """
 
@@ -226,6 +233,10 @@ def _stage_timing(
     optimizer_s = sum(c.optimizer_s for c in costs) / (len(stage.replicas) if stage.zero else 1)
     sizes = sorted(set(pipeline.sizes()))
     held = {n: member_bytes(table, stage, costs, member, n) for n in sizes}
+    repeated = [r.gradient_bytes for r in table.repeated if r.held_by(stage.first, stage.last)]
+    gradients = sum(c.gradient_bytes[member] for c in costs) + sum(repeated)
+    # From level 2 on gradients are divided as they come, and what is left of them is small.
+    grows = table.training and stage.zero < 2
     own_stages = [s for s in pipeline.stages if s.replicas == stage.replicas]
     reserved = table.reserved_bytes if stage is own_stages[0] else 0.0
     return RankTiming(
@@ -253,6 +264,8 @@ def _stage_timing(
                 split_s=sum(c.split_s for c in costs)
                 + (overhead if any(c.weight_s for c in costs) else 0.0),
                 collective_s=sum(table.collective_s(u, mode, n) for u in units),
+                gradient_bytes=gradients if grows else 0.0,
+                spared_bytes=_spared_bytes(table, costs, member, n) if grows else 0.0,
             )
             for n in sizes
         ),
@@ -260,6 +273,23 @@ def _stage_timing(
         resident_bytes=reserved + held[sizes[0]][0],
         update_bytes=update_bytes(table, stage, mode, member),
     )
+
+
+def _spared_bytes(table: CostTable, costs: Sequence[ModeCost], member: int, size: int) -> float:
+    """How far a first backward stays below all that is saved, the largest temporary and all gradients.
+
+    A unit's backward needs what it and those before it saved, its own temporaries, and the gradients of
+    those behind it. Weights of several units have theirs from the beginning, or nearly.
+    """
+    saved = [table.at_size(c.saved_bytes[member], size) for c in costs]
+    working = [table.at_size(c.working_bytes[member], size) for c in costs]
+    gradients = [c.gradient_bytes[member] for c in costs]
+    left, made, most = sum(saved), 0.0, 0.0
+    for kept, own, gradient in reversed(list(zip(saved, working, gradients, strict=True))):
+        made += gradient
+        most = max(most, left + own + made)
+        left -= kept
+    return sum(saved) + max(working) + sum(gradients) - most
 
 
 def _gradient_groups(table: CostTable, partition: Partition) -> tuple[GradientGroup, ...]:

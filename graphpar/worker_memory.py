@@ -15,7 +15,6 @@ from torch import nn
 
 from graphpar.cluster import Cluster
 from graphpar.examples.gpt import GPT, example_inputs
-from graphpar.partition.pipeline_price import price as price_of_plan
 from graphpar.partition.types import Partition, Replica, StageChoice
 from graphpar.planner import price
 from graphpar.preparation import Prepared, lower, prepare
@@ -26,6 +25,10 @@ from graphpar.runtime.prologue import Prologue
 from graphpar.runtime.reference import whole_on_one_device
 from graphpar.runtime.starts import rank_starts
 from graphpar.runtime.weights import Weights
+from graphpar.schedule import build_schedule
+from graphpar.simulate import simulate
+from graphpar.simulated import stage_links
+from graphpar.timing import timing_of
 from graphpar.training import Training
 
 STEPS = 3
@@ -56,12 +59,10 @@ def measure_worker_bytes(threads: int = 1) -> float:
     cluster = Cluster.from_dict({"devices": devices, "link": _LINK})
     chosen = _two_stages(prepared, cluster)
     table = price(prepared, cluster, train=train, calibration=None)
-    expected = price_of_plan(table, chosen.pipelines, chosen.schedule).peak_bytes
+    schedule = build_schedule(chosen, stage_links(table, chosen.pipelines), training=True)
+    expected = simulate(schedule, timing_of(table, chosen)).peak_bytes
     peaks = _peaks(model, prepared, (ids,), {"targets": targets}, train, cluster, chosen)
-    return max(
-        peak - (expected[name] - table.reserved_bytes)
-        for name, peak in zip(chosen.used_devices, peaks, strict=True)
-    )
+    return max(peak - (own - table.reserved_bytes) for own, peak in zip(expected, peaks, strict=True))
 
 
 def _two_stages(prepared: Prepared, cluster: Cluster) -> Partition:

@@ -216,11 +216,47 @@ def test_timing_sums_the_units_of_the_table() -> None:
             pytest.approx(3 * 4e-3 + 1e-5),  # type: ignore[arg-type]
             pytest.approx(3 * 2e5),  # type: ignore[arg-type]
             pytest.approx(1e5),  # type: ignore[arg-type]
+            gradient_bytes=3 * 2**20,
+            # Less by far: the first unit's backward has all gradients, and what it saved itself is left.
+            spared_bytes=pytest.approx(2 * 2e5),  # type: ignore[arg-type]
         ),
     )
     assert slow.at_size(2).forward_s == pytest.approx(2 * 6e-3 + 1e-5)
     assert fast.optimizer_s == pytest.approx(3e-3)
     assert fast.resident_bytes == 2**19 + 2 * 2**20 + 3 * (2**20 + 2**21)
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "schedule", "peak"),
+    [
+        (1, "1f1b", 1000 + 200 + 50 - 30),
+        (2, "1f1b", 1000 + 200 + 50),
+        (2, "gpipe", 1000 + 400 + 50 - 30),
+        (2, "zero-bubble", 1000 + 200 + 50),
+    ],
+)
+def test_gradients_come_with_a_stages_first_backward(
+    microbatches: int, schedule: ScheduleName, peak: float
+) -> None:
+    sizes = SizeTiming(
+        1, 1.0, 2.0, saved_bytes=200.0, working_bytes=50.0, gradient_bytes=100.0, spared_bytes=30.0
+    )
+    timing = Timing((RankTiming("d", "n", (sizes,), resident_bytes=1000.0),), (), FREE)
+    chosen = build_schedule(chain(1, microbatches, schedule), (), training=True)
+    assert simulate(chosen, timing).peak_bytes == (peak,)
+
+
+def test_a_first_backward_makes_gradients_from_the_last_unit_on() -> None:
+    """A head with large gradients has them beside all that was saved, a first unit beside its own."""
+    partition = sample_partition()
+    table = table_for(partition)
+    end, block = table.costs
+    costs = replace(end, gradient_bytes=1e9), replace(block, gradient_bytes=1e4)
+    spared = []
+    for units in ((0, 1, 1, 1, 1, 0), (1, 0, 1, 1, 1, 0), (1, 1, 0, 1, 1, 0)):
+        large = replace(table, costs=costs, units=units)
+        spared.append(timing_of(large, partition).ranks[0].sizes[0].spared_bytes)
+    assert spared == pytest.approx([2 * 2e5, 2e5 + 1e4, 2e4])
 
 
 def test_replicas_reduce_their_gradients_in_a_ring() -> None:

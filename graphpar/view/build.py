@@ -126,8 +126,7 @@ def _errors(report: PlanPrecision, first_step: FirstStepError | None) -> ViewErr
 def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterator[ViewDevice]:
     stages = dict(enumerate(zip(plan.stages, _choices(plan), strict=True)))
     for rank, (replica, share) in enumerate(zip(plan.replicas, _member_shares(plan), strict=True)):
-        saved, working = peak_parts(schedule, plan.timing, rank)
-        resident = plan.timing.ranks[rank].resident_bytes
+        resident, saved, working = peak_parts(schedule, plan.timing, rank)
         own = [stages[number] for number in schedule.stages_of[rank]]
         weighs = sum(stage.weight_bytes for stage, _ in own)
         splits = any(choice.zero >= _SPLITS_WEIGHTS for _, choice in own)
@@ -145,6 +144,7 @@ def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterato
             peak_bytes=resident + saved + working,
             capacity_bytes=replica.capacity_bytes,
             resident_bytes=resident,
+            later_bytes=plan.timing.ranks[rank].resident_bytes - resident,
             weight_bytes=0.0 if splits else min(resident, share * weighs),
             saved_bytes=saved,
             working_bytes=working,
@@ -156,6 +156,8 @@ def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterato
                     row.saved_bytes,
                     row.working_bytes,
                     row.deferred_bytes,
+                    row.gradient_bytes,
+                    row.spared_bytes,
                 )
                 for row in plan.timing.ranks[rank].sizes
             ),

@@ -41,14 +41,16 @@ class ViewDevice:
         stages: What it runs; none for a device without work.
         share: Its share of a tensor group's work on each microbatch; 1 for a device on its own.
         peak_bytes: Predicted peak; the sum of the three parts that follow.
-        resident_bytes: Weights, gradients, optimiser state and framework.
+        resident_bytes: Weights, gradients, optimiser state and framework, when memory is at its peak.
+        later_bytes: Gradients that come after that.
         weight_bytes: The weights among them, as far as they can be told apart; else 0.
         saved_bytes: Activations held for backwards when memory is at its peak.
         working_bytes: What is being worked on then.
         update_bytes: What the optimiser's update takes when activations are gone; where memory is at its
             peak in it that is `working_bytes`, too.
         memory_by_size: For each of its stages and each microbatch size: stage, size, and the bytes saved
-            for its backward, worked on, and kept from the first half of a backward to the second.
+            for its backward, worked on, and kept from the first half of a backward to the second, its
+            gradients, which come with the first backward, and what it holds less than with all of them.
         measured_peak_bytes: None where nothing was measured.
     """
 
@@ -65,11 +67,12 @@ class ViewDevice:
     peak_bytes: float = 0.0
     capacity_bytes: float = 0.0
     resident_bytes: float = 0.0
+    later_bytes: float = 0.0
     weight_bytes: float = 0.0
     saved_bytes: float = 0.0
     working_bytes: float = 0.0
     update_bytes: float = 0.0
-    memory_by_size: tuple[tuple[int, int, float, float, float], ...] = ()
+    memory_by_size: tuple[tuple[int, int, float, float, float, float, float], ...] = ()
     measured_peak_bytes: float | None = None
 
     @property

@@ -71,27 +71,38 @@ function memoryBar(plan, ranks, choose) {
 }
 
 // Bytes saved and worked on over time: a forward saves, its backward frees, and each works while it runs.
-// After the first half of a backward some is kept for the second. The optimiser's update comes last.
+// After the first half of a backward some is kept for the second. A stage's gradients come with its first
+// backward: what is absent of them does not stay yet. The optimiser's update comes last.
 function memoryCourse(plan, track, rank) {
   const device = plan.devices[rank];
   const sizes = new Map(device.memory_by_size.map(
-    ([stage, size, held, working, deferred]) => [`${stage} ${size}`, { held, working, deferred }]));
-  const points = [{ time: 0, saved: 0, working: 0 }];
+    ([stage, size, held, working, deferred, gradients, spared]) => [`${stage} ${size}`, { held, working, deferred, gradients, spared }]));
+  const missing = new Map(device.memory_by_size.map((row) => [row[0], row[5]]));
+  const absent = () => [...missing.values()].reduce((sum, amount) => sum + amount, 0);
+  const points = [{ time: 0, absent: absent(), saved: 0, working: 0 }];
   let saved = 0;
   for (const event of track) {
-    if (event.kind === "O") points.push({ time: event.start, saved, working: device.update_bytes }, { time: event.end, saved, working: 0 });
+    if (event.kind === "O") points.push({ time: event.start, absent: absent(), saved, working: device.update_bytes }, { time: event.end, absent: absent(), saved, working: 0 });
     const amount = sizes.get(`${event.stage} ${microbatchSize(plan, event.microbatch)}`);
     if (!amount || !"FBIW".includes(event.kind)) continue;
     if (event.kind === "F" && plan.training) saved += amount.held;
+    if ("BW".includes(event.kind) && missing.get(event.stage)) missing.set(event.stage, event.kind === "B" ? amount.spared : 0);
     const later = event.kind === "I" ? saved + amount.deferred - amount.held : saved;
-    points.push({ time: event.start, saved: Math.max(saved, later), working: amount.working });
+    points.push({ time: event.start, absent: absent(), saved: Math.max(saved, later), working: amount.working });
     saved = later;
-    if (event.kind === "B") saved -= amount.held;
+    if (event.kind === "B") {
+      saved -= amount.held;
+      missing.set(event.stage, 0);
+    }
     if (event.kind === "W") saved -= amount.deferred;
-    points.push({ time: event.end, saved, working: 0 });
+    points.push({ time: event.end, absent: absent(), saved, working: 0 });
   }
-  points.push({ time: plan.step_s, saved, working: 0 });
+  points.push({ time: plan.step_s, absent: absent(), saved, working: 0 });
   return points;
+}
+
+function above(point) {
+  return point.saved + point.working - point.absent;
 }
 
 // Of many points those are kept that can be told apart: the highest of each pixel column.
@@ -100,8 +111,7 @@ function thinned(points, step, columns) {
   const best = new Array(columns).fill(null);
   for (const point of points) {
     const column = Math.min(columns - 1, Math.floor((columns * point.time) / (step || 1)));
-    const sum = point.saved + point.working;
-    if (!best[column] || sum > best[column].saved + best[column].working) best[column] = point;
+    if (!best[column] || above(point) > above(best[column])) best[column] = point;
   }
   return best.filter(Boolean);
 }
@@ -111,7 +121,7 @@ function drawCurve(plan, lanes, rank, host) {
   const frame = { width, height: 280, left: 78, right: 12, top: 12, bottom: 28 };
   const device = plan.devices[rank];
   const points = thinned(memoryCourse(plan, lanes.predicted[rank][0], rank), plan.step_s, Math.floor(width));
-  const peak = device.resident_bytes + Math.max(...points.map((point) => point.saved + point.working));
+  const peak = device.resident_bytes + device.later_bytes + Math.max(...points.map(above));
   const near = device.capacity_bytes > 0 && device.capacity_bytes < FAR_CAPACITY * peak;
   const top = Math.max(near ? device.capacity_bytes : 0, peak) * 1.06 || 1;
   const x = (time) => frame.left + ((width - frame.left - frame.right) * time) / (plan.step_s || 1);
@@ -132,12 +142,12 @@ function stepArea(points, low, high, x, y) {
 }
 
 function memoryAreas(plan, device, points, x, y) {
-  const stays = device.resident_bytes;
+  const stays = (point) => device.resident_bytes + device.later_bytes - point.absent;
   const layers = [
     ["weights", () => 0, () => device.weight_bytes],
-    ["state", () => device.weight_bytes, () => stays],
-    ["saved", () => stays, (point) => stays + point.saved],
-    ["working", (point) => stays + point.saved, (point) => stays + point.saved + point.working],
+    ["state", () => device.weight_bytes, stays],
+    ["saved", stays, (point) => stays(point) + point.saved],
+    ["working", (point) => stays(point) + point.saved, (point) => stays(point) + point.saved + point.working],
   ];
   return layers.map(([part, low, high]) => shape("path", {
     d: stepArea(points, low, high, x, y), fill: PARTS.find(([name]) => name === part)[1] }));
