@@ -7,7 +7,8 @@ from graphpar.cost_models.layout import Layout
 from graphpar.cost_models.work import Call, OpWork
 from graphpar.ir.formats import multiplies_8_bits
 from graphpar.ir.graph import Graph
-from graphpar.ir.ops import SOURCES, Op
+from graphpar.ir.ops import SOURCES, Op, Ref
+from graphpar.ir.optable import packet
 
 ALLOCATOR_SLACK = 1.03
 """Allocators round sizes up and cannot use every hole; a few percent of what is asked for."""
@@ -22,6 +23,18 @@ GPU_MESSAGE_BYTES = 0.4e9
 CPU_RESERVED_BYTES = 0.29e9
 """A worker that has run its first ops and holds nothing: resident memory, torch 2.13 for processors on
 Linux (`benchmarks/prediction.py` compares what workers really held)."""
+
+ONEDNN_BYTES = 8e6
+"""What the first convolutions or recurrent layers add to a worker on a processor: pages of oneDNN's code
+and what it compiles. 4 to 9 MB with torch 2.13, by how many sorts there are (27 November 2026)."""
+
+ONEDNN_PACKETS = frozenset(
+    {"_convolution", "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
+    | {"conv_transpose3d", "gru", "lstm", "rnn_relu", "rnn_tanh"}
+)
+
+_MASK = 3
+"""The place of the mask among attention's operands."""
 
 HELD = SOURCES | {"gp.cast_weight"}
 """Targets of ops whose values are there whatever the microbatch."""
@@ -75,6 +88,7 @@ def unit_memory(
     batch: int,
     precision: str,
     training: bool,
+    on_cpu: bool = False,
 ) -> UnitMemory:
     """What one unit keeps and needs for one microbatch.
 
@@ -86,6 +100,7 @@ def unit_memory(
         batch: Samples in the microbatch.
         precision: Format float32 values are held in.
         training: Whether backward follows.
+        on_cpu: Whether that is on a processor.
     """
     ops = [graph[name] for name in works]
     kept = saved_roots(graph, layout, works) if training else frozenset()
@@ -93,6 +108,8 @@ def unit_memory(
     saved = sum(_bytes(graph, graph[root], batch, precision) for root in kept & owned)
     if training:
         saved += sum(work.saved_bytes for work in works.values())
+        if on_cpu:
+            saved += sum(_unfused_bytes(graph, op, batch, precision) for op in ops)
     working = _peak_temporaries(graph, layout, ops, sizes, kept)
     if training:
         working = max(working, _peak_gradients(graph, ops, batch, precision))
@@ -108,6 +125,21 @@ def saved_roots(graph: Graph, layout: Layout, works: Mapping[str, OpWork]) -> fr
         for name in work.saved
         if graph[layout.root[name]].target not in HELD
     )
+
+
+def _unfused_bytes(graph: Graph, op: Op, batch: int, precision: str) -> float:
+    """Weights (queries by keys) that attention keeps on a processor if its mask wants a gradient.
+
+    It is not fused there. Scaled copies of queries and keys take their place (torch 2.11 and 2.13).
+    """
+    operands = [a for a in op.args if isinstance(a, Ref)]
+    if packet(op) != "scaled_dot_product_attention" or len(operands) <= _MASK:
+        return 0.0
+    queries, keys, mask = (graph[operands[i].name] for i in (0, 1, _MASK))
+    if not op.attr("grad") or not mask.attr("grad"):
+        return 0.0
+    sizes = Call(op, graph, batch, precision).sizes
+    return _bytes(graph, queries, batch, precision) / sizes(queries)[-1] * sizes(keys)[-2]
 
 
 def _bytes(graph: Graph, op: Op, batch: int, precision: str) -> float:

@@ -21,6 +21,8 @@ from graphpar.cost_models.memory import (
     CPU_RESERVED_BYTES,
     GPU_CONTEXT_BYTES,
     GPU_MESSAGE_BYTES,
+    ONEDNN_BYTES,
+    ONEDNN_PACKETS,
 )
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.unit_costs import UnitPricer
@@ -28,6 +30,7 @@ from graphpar.cost_options import PricingOptions
 from graphpar.device import Link
 from graphpar.ir.chain import Chain, crossings
 from graphpar.ir.graph import Graph
+from graphpar.ir.optable import packet
 
 Rewritten = tuple[Graph, Chain]
 """A graph and its chain of units."""
@@ -106,7 +109,7 @@ class Roofline:
             batch_reason=options.batch_reason,
             tail_reason=options.tail_reason,
             in_step_reason=options.in_step_reason,
-            reserved_bytes=self.reserved_bytes(cluster),
+            reserved_bytes=self.reserved_bytes(cluster, graph),
             sum_s_per_byte=self.sum_s_per_byte(cluster),
             repeated=repeated_weights(graph, chain, units, options),
             few_row_bytes=few_row_bytes(graph, chain, units, most) if options.training else (),
@@ -122,10 +125,11 @@ class Roofline:
         found = {op.target for op in graph.ops if not work_of(op, graph, layout, 1).known}
         return tuple(sorted(found))
 
-    def reserved_bytes(self, cluster: Cluster) -> float:
+    def reserved_bytes(self, cluster: Cluster, graph: Graph) -> float:
         """Memory that a worker takes on any of the devices; one alone sends no messages."""
         alone = len(cluster.devices) == 1
-        return max(self._reserved_bytes(device, alone) for device in cluster.devices)
+        code = ONEDNN_BYTES if any(packet(op) in ONEDNN_PACKETS for op in graph.ops) else 0.0
+        return max(self._reserved_bytes(d, alone) + code * d.is_cpu for d in cluster.devices)
 
     def _reserved_bytes(self, device: Device, alone: bool) -> float:
         """Memory that a worker takes before it holds anything; torch's builds differ widely."""

@@ -46,7 +46,7 @@ class UnitPricer:
     layout: Layout
     calibration: Calibration | None
     works: dict[tuple[str, int], OpWork] = field(default_factory=dict, repr=False)
-    memories: dict[tuple[int, int], UnitMemory] = field(default_factory=dict, repr=False)
+    memories: dict[tuple[int, int, bool], UnitMemory] = field(default_factory=dict, repr=False)
 
     def unit_cost(self, index: int, devices: Sequence[Device], sizes: Sequence[int]) -> UnitCost:
         """What a unit costs on each of these devices, at each of these microbatch sizes."""
@@ -55,7 +55,8 @@ class UnitPricer:
         sources = self._own_sources(index)
         weights, trained, numel, tensors = parameter_bytes(self.graph, sources)
         options = self.options
-        memory = [self._memory(index, w, size) for w, size in zip(works, sizes, strict=True)]
+        on_cpu = any(device.is_cpu for device in devices)
+        memory = [self._memory(index, w, size, on_cpu) for w, size in zip(works, sizes, strict=True)]
         copies, lower = self._lower_weights(unit)
         late = self._late(unit)
         rates = [rates_of(device, self.calibration) for device in devices]
@@ -91,14 +92,14 @@ class UnitPricer:
             again_s=self._again_s(works, list(zip(rates, devices, strict=True))),
         )
 
-    def _memory(self, index: int, works: Mapping[str, OpWork], size: int) -> UnitMemory:
+    def _memory(self, index: int, works: Mapping[str, OpWork], size: int, on_cpu: bool) -> UnitMemory:
         """What a unit keeps and needs for a microbatch of this size."""
-        if (index, size) not in self.memories:
-            how = self.options.precision, self.options.training
-            self.memories[index, size] = unit_memory(
+        if (index, size, on_cpu) not in self.memories:
+            how = self.options.precision, self.options.training, on_cpu
+            self.memories[index, size, on_cpu] = unit_memory(
                 self.graph, self.layout, works, self._owned(index), size, *how
             )
-        return self.memories[index, size]
+        return self.memories[index, size, on_cpu]
 
     def _again_s(
         self, works: Sequence[dict[str, OpWork]], devices: Sequence[tuple[Rates, Device]]

@@ -184,15 +184,15 @@ class PriceBook:
         """The table of the same classes of devices, for the setting's cluster."""
         cluster, roofline = setting.cluster, Roofline(self.calibration)
         classes = zip(table.device_classes, device_classes(cluster), strict=True)
-        few_row = table.few_row_bytes
+        few_row, prepared = table.few_row_bytes, self.prepared(setting)
         if table.training:
-            prepared, most = self.prepared(setting), min(table.max_replicas, len(cluster.devices))
+            most = min(table.max_replicas, len(cluster.devices))
             few_row = few_row_bytes(prepared.graph, prepared.chain, table.units, most)
         return replace(
             table,
             device_classes=tuple(replace(known, devices=own.devices) for known, own in classes),
             topology=roofline.topology(cluster),
-            reserved_bytes=roofline.reserved_bytes(cluster),
+            reserved_bytes=roofline.reserved_bytes(cluster, prepared.graph),
             sum_s_per_byte=roofline.sum_s_per_byte(cluster),
             shared=roofline.shared_cores(cluster),
             few_row_bytes=few_row,

@@ -140,3 +140,34 @@ def test_saved_bytes_are_those_that_autograd_keeps(fused: bool, gated: bool) -> 
     table = Roofline().price(graph, build_chain(graph), cluster, options)
     predicted = sum(table.costs[kind].saved_bytes[-1] for kind in table.units) / ALLOCATOR_SLACK
     assert predicted == pytest.approx(kept_bytes(model, inputs), rel=0.03)
+
+
+class Biased(nn.Module):
+    """Attention with a learned bias for every pair of places."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.bias = nn.Parameter(torch.randn(2, 24, 24), requires_grad=trained)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).contiguous()
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None])
+        return self.out(mixed.transpose(1, 2).flatten(2)).square().mean()
+
+
+def test_attention_whose_mask_is_trained_keeps_its_weights_on_a_processor() -> None:
+    saved, kept = [], []
+    for trained in (False, True):
+        model, x = Biased(trained), torch.randn(BATCH, 24, 16)
+        graph = capture(model, (x,), {}).graph
+        options = PricingOptions(batch=BATCH, training=True)
+        for kind in ("cpu", "a100-sxm-40gb"):
+            cluster = Cluster.from_dict({"devices": [{"kind": kind}]})
+            table = Roofline().price(graph, build_chain(graph), cluster, options)
+            saved.append(sum(table.costs[u].saved_bytes[-1] for u in table.units) / ALLOCATOR_SLACK)
+        kept.append(kept_bytes(model, (x,)))
+    weights = 4 * BATCH * 2 * 24 * 24
+    assert saved[2] - saved[0] == pytest.approx(weights, rel=1e-6)
+    assert saved[3] == saved[1]
+    assert kept[1] - kept[0] == pytest.approx(weights, rel=0.5)

@@ -15,7 +15,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.classes import microbatch_sizes
 from graphpar.cost_models.layout import find_layout
-from graphpar.cost_models.memory import CPU_RESERVED_BYTES
+from graphpar.cost_models.memory import CPU_RESERVED_BYTES, ONEDNN_BYTES
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.work import OpWork
@@ -242,10 +242,20 @@ def test_memory_of_workers_and_lateness_of_messages_are_the_measured_ones() -> N
         for written in ({"devices": [pair], "link": link}, {"devices": [pair]}, {"devices": [alone]})
     )
     model = Roofline(measured)
-    assert [model.reserved_bytes(c) for c in (emulated, real, single)] == [3e8] * 3
+    blocks = parse_graph(BLOCKS)
+    assert [model.reserved_bytes(c, blocks) for c in (emulated, real, single)] == [3e8] * 3
     late = [shared.late_s for c in (emulated, real, single) if (shared := model.shared_cores(c))]
     assert late == [2e-4, 0.0, 0.0]
-    assert Roofline(calibration()).reserved_bytes(single) == CPU_RESERVED_BYTES
+    assert Roofline(calibration()).reserved_bytes(single, blocks) == CPU_RESERVED_BYTES
+
+
+def test_convolutions_and_recurrent_layers_load_more_code_on_processors() -> None:
+    sources = '%x = input("x") : float32[B,3,8,8]', '%w = parameter("w") : float32[4,3,3,3]'
+    graph, _ = one("%y = aten.conv2d.default(%x, %w) : float32[B,4,6,6]", *sources)
+    cluster, model = Cluster.from_dict({"devices": [{"kind": "cpu"}]}), Roofline()
+    assert model.reserved_bytes(cluster, graph) == CPU_RESERVED_BYTES + ONEDNN_BYTES
+    cards, blocks = Cluster.of("p4d.24xlarge", 1), parse_graph(BLOCKS)
+    assert model.reserved_bytes(cards, graph) == model.reserved_bytes(cards, blocks)
 
 
 def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:
