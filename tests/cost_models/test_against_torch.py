@@ -153,7 +153,8 @@ class Biased(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).contiguous()
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None])
-        return self.out(mixed.transpose(1, 2).flatten(2)).square().mean()
+        result: torch.Tensor = self.out(mixed.transpose(1, 2).flatten(2)).square().mean()
+        return result
 
 
 def test_attention_whose_mask_is_trained_keeps_its_weights_on_a_processor() -> None:
