@@ -48,7 +48,7 @@ _FEW_COLUMNS = 1500
 _FEW_FOR_LOOPS = 20_000
 """With compiled loops so few columns are swept as they are; ..."""
 
-MANY_FOR_LOOPS = 200_000
+MANY_FOR_LOOPS = 20_000
 """So many columns are bounded by sets of devices first, whatever the mode."""
 
 ROUNDS_FOR_LOOPS = 30
@@ -268,8 +268,12 @@ class ChainProgram:
         first, bound_s, hopeful = rows.first_rows, 0.0, None
         for step in range(2):
             if hopeful is None:
-                ideal = self._prices.ideal(limits)
                 relaxation = self._new_relaxation(rows.take[first], rows.width[first], post_weight)
+                deep = sum(self._cell_counts) <= _MOST_COUNTED
+                bound_s, ideal = relaxation.first_look(self._prices, limits, deep=deep)
+                if bound_s >= wanted.all_s:
+                    hopeful = self._hopeful(ideal.slot, ideal.option)
+                    break
             else:
                 ideal = self._prices.relaxed(limits, hopeful=hopeful, either=True)
                 relaxation = self._new_relaxation(rows.take, rows.width, post_weight)

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.cost import CostTable
-from graphpar.partition.chain_loops import exact_loop, ideal_loop, relaxed_loop
+from graphpar.partition.chain_crew_loops import crew_loop
+from graphpar.partition.chain_loops import exact_loop, relaxed_loop
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.stage_costs import (
     StageLimits,
@@ -95,9 +96,9 @@ class StagePrices:
         self._table_trains = table.training
         self._stalls = table.training and setting.schedule == "1f1b"
         self._units = UnitArrays(table, setting, runs, cache)
-        self._seconds = self._known("seconds", self._mode_seconds, setting.size)
+        self._seconds_by_run = self._known("seconds", self._mode_seconds, setting.size)
         small = setting.samples // setting.microbatches
-        self._sample = self._known("sample", self._sample_seconds, small)
+        self._sample_by_run = self._known("sample", self._sample_seconds, small)
         self.before_s = boundary_seconds(table, setting, rows.kinds, cache)
         slots = rows.slots
         self._ahead = self.before_s[slots.before, slots.first]
@@ -107,8 +108,9 @@ class StagePrices:
         if not loops:
             self._slots_of_run = _positions(slots.run, len(runs.first))
             self._flight = self._flights()
+            self._seconds = np.ascontiguousarray(self._seconds_by_run.T)
+            self._sample = np.ascontiguousarray(self._sample_by_run.T)
             return
-        self._seconds_by_run = self._known("seconds by run", self._seconds_by, setting.size)
         self._fastest_by_run = self._known("fastest", self._fastest, setting.size)
         largest = -(-setting.samples // setting.microbatches)
         self._flight_by_run = self._known("flight by run", self._flights_by_run, largest)
@@ -123,21 +125,18 @@ class StagePrices:
         return self._units.cache[key]
 
     def _mode_seconds(self) -> FloatArray:
-        """[mode, run]"""
-        return np.stack([self._units.seconds(m) for m in self.rows.modes])
+        """[run, mode]"""
+        return self._units.seconds_in(self.rows.modes)
 
     def _sample_seconds(self) -> FloatArray:
-        """[mode, run]"""
-        return np.stack([self._units.sample_seconds(m) for m in self.rows.modes])
-
-    def _seconds_by(self) -> FloatArray:
         """[run, mode]"""
-        return np.ascontiguousarray(self._seconds.T)
+        return self._units.sample_seconds_in(self.rows.modes)
 
     def _fastest(self) -> FloatArray:
         """[run, team]: the reciprocal of the fastest mode."""
         team_of = self.rows.team_of_mode
-        quickest = [self._seconds[team_of == i].min(axis=0) for i in range(self.rows.num_teams)]
+        seconds = self._seconds_by_run
+        quickest = [seconds[:, team_of == i].min(axis=1) for i in range(self.rows.num_teams)]
         found: FloatArray = 1 / np.maximum(np.stack(quickest, axis=1), 1e-300)
         return found
 
@@ -179,31 +178,44 @@ class StagePrices:
         usable = int((self.rows.width <= self.setting.microbatches).sum())
         return usable * len(self.rows.slots.run)
 
-    def ideal(self, limits: StageLimits) -> Columns:
-        """One column per slot and crew, which stands for those in all its modes; needs loops.
+    def ideal(
+        self,
+        limits: StageLimits,
+        prices: tuple[IntArray, FloatArray, FloatArray, FloatArray],
+        paid: float,
+        places: tuple[IntArray, IntArray],
+        sizes: tuple[int, int, int],
+    ) -> tuple[float, Columns]:
+        """The cheapest chain of crews at some prices, and columns that plans below the target may have.
 
-        Each replica is as fast as in its fastest mode, post is the least of any mode, and memory that of
-        the mode with most room, where each of several replicas keeps one microbatch. A column of any mode
-        has no less cost, and no less cost and extra together, so none is cheaper in the relaxation,
-        under either schedule (`relaxed`). Here `option` numbers crews. Columns come by run; arrays may be
-        used again by the next call.
+        A column on a slot stands for those of a crew in all its modes; needs loops. Each replica is as
+        fast as in its fastest mode, post is the least of any mode, and memory that of the mode with most
+        room, where each of several replicas keeps one microbatch. A column of any mode has no less cost,
+        and no less cost and extra together, so none is cheaper in the relaxation, under either schedule
+        (`relaxed`). Here `option` numbers crews. For the arguments see `crew_loop`. Columns come by run;
+        arrays may be used again by the next call.
         """
-        slots, found = self.rows.slots, self.rows.room
-        count = ideal_loop(
-            self.rows.crews,
+        rows = self.rows
+        sorts, sort_of = rows.sorts
+        chain_s, count = crew_loop(
+            (*rows.crews[2:], sort_of),
             self._fastest_by_run,
             self._best_flight,
-            self.rows.least_post,
-            self.rows.least_moved,
-            self.rows.near,
-            (slots.run, slots.before, slots.after),
+            rows.least_post,
+            rows.least_moved,
+            sorts,
+            (rows.slots.run, rows.slots.before, rows.slots.after),
             self._ahead,
             self._beside,
             (self.setting.microbatches, self._table_trains),
-            (limits.all_s, limits.post_s, limits.post_weight),
-            found,
+            (limits.all_s, limits.post_s, limits.post_weight, paid),
+            prices,
+            places,
+            sizes,
+            rows.scratch,
+            rows.room,
         )
-        return self._filled(count)
+        return chain_s, self._filled(count)
 
     def _filled(self, count: int) -> Columns:
         """The first columns of the arrays that loops fill."""
@@ -317,7 +329,7 @@ class StagePrices:
             self.rows.width,
             self.rows.staff,
             self._seconds_by_run,
-            np.ascontiguousarray(self._sample.T),
+            self._sample_by_run,
             self._flight_by_run,
             self.rows.moved_rows,
             self.rows.moved_row,

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.chain_columns import Columns
+from graphpar.partition.chain_columns import Columns, StagePrices
 from graphpar.partition.chain_path_loops import chain_paths
 from graphpar.partition.option_rows import Slots
+from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 ROUNDS = 60
@@ -168,6 +169,31 @@ class Relaxation:
         every[left] = found.reduced_s
         return Bounded(found.bound_s, every)
 
+    def first_look(
+        self, stages: StagePrices, limits: StageLimits, *, deep: bool
+    ) -> tuple[float, Columns]:
+        """The bound on plans of crews at the prices known, and the columns that it leaves."""
+        levels = int(self._counts.sum()) + 1 if deep else 1
+        paid = float(self._counts @ self.prices.use)
+        per_option, places, sizes = self._for_loops(self.prices, levels)
+        chain_s, columns = stages.ideal(limits, per_option, paid, places, sizes)
+        return chain_s - paid, columns
+
+    def _for_loops(
+        self, prices: Prices, levels: int
+    ) -> tuple[
+        tuple[IntArray, FloatArray, FloatArray, FloatArray],
+        tuple[IntArray, IntArray],
+        tuple[int, int, int],
+    ]:
+        """By option replicas counted and prices; by slot where it begins and ends; sizes of arrays."""
+        slots, units = self._slots, self._num_units + 1
+        counted = self._width if levels > 1 else np.zeros_like(self._width)
+        rho = self.post_weight * (self._take @ prices.rho)
+        per_option = counted, self._take @ prices.nu, rho, self._take @ prices.use
+        places = slots.before * units + slots.first, slots.after * units + slots.last
+        return per_option, places, (levels, self._num_kinds * units, self._num_units)
+
     def _column_prices(self, columns: Columns, prices: Prices) -> FloatArray:
         nu, use = self._take @ prices.nu, self._take @ prices.use
         found: FloatArray = columns.cost_s + nu[columns.option] * columns.extra_s + use[columns.option]
@@ -203,10 +229,7 @@ class Relaxation:
         self, columns: Columns, index: "_Index", prices: Prices
     ) -> tuple[float, FloatArray, IntArray]:
         """`_paths` by compiled loops, for columns in the order of their slots."""
-        slots, units = self._slots, self._num_units + 1
-        nu, use = self._take @ prices.nu, self._take @ prices.use
-        rho = self.post_weight * (self._take @ prices.rho)
-        counted = self._width if index.levels > 1 else np.zeros_like(self._width)
+        per_option, places, sizes = self._for_loops(prices, index.levels)
         value, reduced, path = chain_paths(
             (
                 columns.option,
@@ -216,11 +239,9 @@ class Relaxation:
                 columns.post_s,
                 columns.most_below,
             ),
-            (counted, nu, rho, use),
-            (slots.before * units + slots.first, slots.after * units + slots.last),
-            index.levels,
-            self._num_kinds * units,
-            self._num_units,
+            per_option,
+            places,
+            *sizes,
         )
         if not np.isfinite(value):
             return np.inf, np.full(len(columns), np.inf), path

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from graphpar.partition import chain
 from graphpar.partition.chain import ChainAnswer, ChainProgram, Kept, Stage
 from graphpar.partition.chain_columns import Columns
 from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line, not_outdone
@@ -85,9 +86,16 @@ class SweptProgram(ChainProgram):
         less extra and first microbatch together, any other one no shorter a first microbatch; so the
         least fill and extra of all is a bound on those with more samples.
         """
-        columns = self._prices.relaxed(StageLimits(all_s=target_s), spread=True)
+        wanted, hopeful = Kept(target_s, np.inf, 1.0), None
+        if self._prices.num_variables > chain.MANY_FOR_LOOPS:
+            # There, too, each of several replicas keeps one microbatch.
+            excluded = self._left_out(wanted)
+            if excluded.bound_s >= target_s:
+                return True
+            hopeful = excluded.hopeful
+        columns = self._prices.relaxed(StageLimits(all_s=target_s), spread=True, hopeful=hopeful)
         if self._are_many(columns):
-            columns, _, _ = self._excluded(columns, Kept(target_s, np.inf, 1.0))
+            columns, _, _ = self._excluded(columns, wanted)
         return self._best_of(columns, target_s, np.inf, 1.0, deadline_s) is None
 
     def _best_of(

@@ -136,6 +136,17 @@ class OptionRows:
         return found
 
     @cached_property
+    def sorts(self) -> tuple[BoolArray, IntArray]:
+        """[sort, link kind]: what may be beside crews of a sort, and the sort of each crew."""
+        found, sort_of = np.unique(self.near[self.first_rows], axis=0, return_inverse=True)
+        return found, sort_of.reshape(-1).astype(np.intp)
+
+    @cached_property
+    def scratch(self) -> FloatArray:
+        """[run, crew], used again and again."""
+        return np.empty((self.post_s.shape[1], len(self.first_rows)))
+
+    @cached_property
     def least_post(self) -> FloatArray:
         """[run, crew]: the least post of its rows."""
         row_of, begin = self.crews[:2]

@@ -115,7 +115,7 @@ class _TaskSearch(Search[int]):
                 if answer is not None:
                     self._offer(task, answer)
                     best = task
-        found = self._guess(task for bound, task in some if bound < self._target())
+        found = self._guess(some)
         best = best if found is None else found
         if best is not None:
             self._improve_all(best)
@@ -129,19 +129,23 @@ class _TaskSearch(Search[int]):
         best = task if self.best is None else settings.index(self.best.setting)
         self._climb(best if best in alike else task, self._improve)
 
-    def _guess(self, tasks: Iterable[int]) -> int | None:
+    def _guess(self, bounded: Iterable[tuple[float, int]]) -> int | None:
         """Find a plan with one replica per stage: raise guesses of what tasks cost, the lowest first.
 
-        Roughly: a sweep that takes all below a twentieth of the guess for nothing is short. What is found
-        is looked at more closely.
+        Tasks come with their bounds, which are sharpened where a guess is the lowest. Roughly: a sweep
+        that takes all below a twentieth of the guess for nothing is short. What is found is looked at
+        more closely.
         """
         asked = self._post_limit, self._weight
-        bounded = [(self._program(t).bound_simple(self._target(), *asked), t) for t in tasks]
-        guesses = [(_GUESSES[0] * bound, 0, bound, task) for bound, task in bounded]
+        guesses = [(_GUESSES[0] * bound, -1, bound, task) for bound, task in bounded]
         heapq.heapify(guesses)
         best, further = None, 0
         while guesses and guesses[0][2] < self._target() and further < _FURTHER:
             guess, step, bound, task = heapq.heappop(guesses)
+            if step < 0:
+                bound = max(bound, self._program(task).bound_simple(self._target(), *asked))
+                heapq.heappush(guesses, (_GUESSES[0] * bound, 0, bound, task))
+                continue
             further += best is not None
             if self._simple(task, min(guess, self._target()), _ROUGH):
                 best = task

@@ -145,6 +145,25 @@ class UnitArrays:
         overhead = self.table.mode_overhead_s(mode) * (2 if self.table.training else 1)
         return self.ranges(self._both_s(self.setting.size)[:, mode]) + overhead
 
+    def seconds_in(self, modes: Sequence[int]) -> FloatArray:
+        """[range, mode]: `seconds` of several modes."""
+        each = np.array([self.table.mode_overhead_s(m) for m in modes])
+        whole = self._sums(self._both_s(self.setting.size)[:, list(modes)])
+        found: FloatArray = whole + each * (2 if self.table.training else 1)
+        return found
+
+    def sample_seconds_in(self, modes: Sequence[int]) -> FloatArray:
+        """[range, mode]: what a microbatch with one sample more takes longer than a smaller one."""
+        small = self.setting.samples // self.setting.microbatches
+        return self._sums((self._both_s(small + 1) - self._both_s(small))[:, list(modes)])
+
+    def _sums(self, per_cost: FloatArray) -> FloatArray:
+        """[range, column]: `ranges` of every column, in one dimension."""
+        total = np.cumsum(per_cost[self._kind], axis=0)
+        total = np.concatenate([np.zeros((1, total.shape[1])), total])
+        found: FloatArray = total[self.runs.last] - total[self.runs.first]
+        return found
+
     def _both_s(self, size: float) -> FloatArray:
         """[distinct unit, mode]: `times_s`, known for each size."""
         key = ("both", size)

@@ -16,6 +16,7 @@ from graphpar.errors import InfeasibleError
 from graphpar.partition import chain, chain_warm
 from graphpar.partition.chain_columns import Columns, StagePrices
 from graphpar.partition.chain_labels import not_outdone
+from graphpar.partition.chain_relaxed import Relaxation
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.family import choose_family
 from graphpar.partition.option_rows import OptionRows
@@ -125,7 +126,36 @@ def test_what_stands_for_a_stage_is_at_least_as_good(table: CostTable) -> None:
             for spread, either in ((False, False), (True, False), (False, True)):
                 found = prices.relaxed(StageLimits(), spread=spread, either=either)
                 assert_never_better(exact, found)
-            assert_never_better(exact, prices.ideal(StageLimits()), prices.rows.crew_of)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=3, max_batch=6, modes=True), st.sampled_from([1.1, 1.5, 3.0, np.inf]))
+def test_crews_leave_every_stage_that_a_bound_leaves(table: CostTable, factor: float) -> None:
+    """At the same prices whatever a mode's own bound does not exclude, that of its devices does not."""
+    schedules: tuple[SearchedSchedule, ...] = ("1f1b", "gpipe") if table.training else ("gpipe",)
+    for microbatches in range(1, table.max_microbatches + 1):
+        for schedule in schedules:
+            prices = stage_prices(table, Setting(table.batch, microbatches, schedule))
+            rows, exact = prices.rows, prices.exact(prices.relaxed(StageLimits()))[0]
+            counts = tuple(choose_family(table, "auto", "auto").cells.counts)
+            of_rows, of_crews = (
+                Relaxation(
+                    rows.slots, table.num_units, rows.take[i], rows.width[i],
+                    counts, np.arange(len(counts), dtype=np.float64) + 1, 1.0, loops=True,
+                )
+                for i in (np.arange(len(rows.width)), rows.first_rows)
+            )  # fmt: skip
+            whole = of_rows.bound(exact, np.inf, rounds=1, deep=True)
+            target_s = factor * whole.bound_s
+            bound_s, ideal = of_crews.first_look(prices, StageLimits(all_s=target_s), deep=True)
+            own_s = (
+                exact.cost_s + exact.extra_s + exact.post_s + prices._beside[rows.slots.run[exact.slot]]
+            )
+            some = exact.pick(own_s < target_s * (1 - 1e-9))
+            bounded = of_rows.bound(some, np.inf, rounds=1, deep=True)
+            assert bound_s <= bounded.bound_s * (1 + 1e-9)
+            left = bounded.bound_s + bounded.reduced_s < target_s * (1 - 1e-9)
+            assert_never_better(some.pick(left), ideal, rows.crew_of)
 
 
 @settings(max_examples=25, deadline=None)
