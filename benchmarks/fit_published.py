@@ -46,6 +46,7 @@ BOUNDS = {
     "unfused_traffic": (1.0, 5.0),
     "wait_s": (1e-6, 3e-4),
     "start_s": (1e-5, 5e-4),
+    "sustained_share": (0.8, 1.1),
 }
 """Limits that keep every constant what its name says."""
 
@@ -61,6 +62,7 @@ EXPECTED = {
     "unfused_traffic": 2.0,
     "wait_s": 5e-5,
     "start_s": 1e-4,
+    "sustained_share": 1.0,
 }
 """What one would guess without a fit; a constant that the fitted sets do not exercise stays near it."""
 

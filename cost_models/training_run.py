@@ -26,6 +26,8 @@ class TrainingParameters:
         start_s: Seconds that a tensor-parallel collective in a node takes more where the host issues
             kernels no faster than the device works: events of two streams, ranks that arrive late.
         expert_traffic: Times that routed tokens pass through memory on the way to experts and back.
+        sustained_share: Of the rate of single products in 16 bits, what steps hold on devices that run at
+            their power's limit then.
     """
 
     attention_share: float = 1.0
@@ -39,6 +41,7 @@ class TrainingParameters:
     unfused_traffic: float = 1.6
     wait_s: float = 5e-5
     start_s: float = 1e-4
+    sustained_share: float = 1.0
 
 
 @dataclass(frozen=True)
