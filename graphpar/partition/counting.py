@@ -58,7 +58,7 @@ from graphpar.partition.counting_floors import Floors, Least, Spread
 from graphpar.partition.counting_kinds import Rows, Stocks, memory_row
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_master import Master
-from graphpar.partition.counting_nodes import node_rows, odd_columns
+from graphpar.partition.counting_nodes import node_rows, odd_columns, packed_rows
 from graphpar.partition.counting_options import node_group
 from graphpar.partition.counting_order import Placed, line_up
 from graphpar.partition.counting_rows import AlikeRows
@@ -236,11 +236,17 @@ class CountingProgram:
         return Floors(index, least_s + np.maximum(master.reduced(self._duals), 0.0), least_s)
 
     def lines(
-        self, limits: StageLimits, least: Least, known: Floors | None = None, spend: float = np.inf
+        self,
+        limits: StageLimits,
+        least: Least,
+        known: Floors | None = None,
+        spend: float = np.inf,
+        *,
+        exact: bool = True,
     ) -> Lines | None:
         """The lines of the columns within the limits, at what they cost at least beyond `least`.
 
-        Lines that cost `spend` or more may be missing.
+        Lines that cost `spend` or more may be missing; unless `exact` others as well, if they are many.
         """
         known = known or Floors(np.arange(len(self._columns)), np.zeros(len(self._columns)), 0.0)
         index = self._keeping(limits, known)
@@ -261,7 +267,7 @@ class CountingProgram:
             columns, cost, self._width[option], due[kept], self._take[option], known.rise_s(index)
         )
         limit = Limits(self._repeats.number, spend, least.step_s + spend - known.least_s)
-        joined = join_runs(stages, self._cells.node_sizes, self._cells.alone, limit)
+        joined = join_runs(stages, self._cells.node_sizes, self._cells.alone, limit, exact=exact)
         taken = sums_of(taken, joined.members)
         rows, filled = taken[:-1], -taken[-1]
         # The whole would be 2 per node; a tenth weighs like the other sums in usual plans.
@@ -284,6 +290,7 @@ class CountingProgram:
             stages=stages.columns,
             members=joined.members,
             rise=joined.rise,
+            packed=packed_rows(self._cells, joined.take),
         )
 
     def kinds(self, lines: Lines) -> tuple[Stocks, Rows]:

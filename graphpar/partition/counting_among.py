@@ -11,6 +11,8 @@ so are those with the least reduced costs. How often to take each is a small int
 With runs as columns (`counting_runs`) a solution is a pipeline, in the order of `due`.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import sparse
 
@@ -20,29 +22,59 @@ from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.solver_matrix import MatrixProgram
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
-_COLUMNS, _ENDS = 150, 15
-"""Columns with the least reduced costs, and of these first and last stages at least."""
+_COLUMNS, _ENDS, _SPREAD = 150, 15, 100
+"""Columns with the least reduced costs, of these first and last stages at least, others beside, ..."""
+
+_LIKE = 2
+"""... the best few of each sort: of a role, kind, number of devices and of replicas."""
 
 
 def cheapest(lines: Lines) -> IntArray:
-    """The columns that add least to the least cost of lines."""
+    """The columns that add least to the least cost of lines, and with these some of each sort."""
     order = np.argsort(lines.rise, kind="stable")
     role = lines.columns.role[order]
     ends = [order[role == end][:_ENDS] for end in (FIRST, LAST)]
-    found: IntArray = np.unique(np.concatenate([order[:_COLUMNS], *ends]))
+    kind, devices = lines.take.argmax(axis=1), lines.take.sum(axis=1)
+    sorts = np.stack([lines.columns.role, kind, devices, lines.width])[:, order]
+    _, sort = np.unique(sorts, axis=1, return_inverse=True)
+    by_sort = np.argsort(sort.reshape(-1), kind="stable")
+    begins = np.flatnonzero(np.diff(sort.reshape(-1)[by_sort], prepend=-1))
+    some = by_sort[np.unique(np.minimum(begins[:, None] + np.arange(_LIKE), len(order) - 1))]
+    spread = order[np.sort(some)[:_SPREAD]]
+    found: IntArray = np.unique(np.concatenate([order[:_COLUMNS], spread, *ends]))
     return found
 
 
-def best_among(lines: Lines, index: IntArray, spend: float, gap: float, patience_s: float) -> Line | None:
+@dataclass(frozen=True, eq=False)
+class Among:
+    """The cheapest line that was found, if any, and what all lines of several columns cost at least."""
+
+    line: Line | None
+    cost: float
+
+
+def best_among(
+    lines: Lines, index: IntArray, spend: float, gap: float, patience_s: float, *, packed: bool = False
+) -> Line | None:
     """The cheapest line of several of some columns below `spend`, within a gap, as far as patience goes.
 
-    None where there is none or the solver found none in time.
+    None where there is none or the solver found none in time. `packed` as in `solve_lines`.
     """
-    index = index[lines.columns.role[index] != WHOLE]
-    own = lines.only(index)
+    return lines.among(index, solve_lines(lines.only(index), spend, gap, patience_s, packed=packed).line)
+
+
+def solve_lines(
+    lines: Lines, spend: float, gap: float, patience_s: float, *, packed: bool = False
+) -> Among:
+    """The cheapest line of several columns below `spend`, and a bound on all others or `spend`.
+
+    Where they are `packed`, only lines whose stages may all be put into nodes count.
+    """
+    several = np.flatnonzero(lines.columns.role != WHOLE)
+    own = lines.only(several)
     if len(own.cost) == 0 or patience_s <= 0:
-        return None
-    matrix, low, high = _rows(own)
+        return Among(None, spend if patience_s > 0 else -np.inf)
+    matrix, low, high = _rows(own, packed)
     program = MatrixProgram(
         cost=own.cost,
         lower=np.zeros(len(own.cost)),
@@ -53,15 +85,18 @@ def best_among(lines: Lines, index: IntArray, spend: float, gap: float, patience
         row_upper=np.append(high, spend),
     )
     outcome = program.solve(time_limit_s=patience_s, relative_gap=gap)
+    if outcome.status == "infeasible":
+        return Among(None, spend)
+    cost = -np.inf if outcome.bound is None else min(outcome.bound, spend)
     if not outcome.has_point:
-        return None
-    used = np.repeat(np.arange(len(own.cost)), np.round(outcome.values).astype(np.intp))
-    order = used[np.lexsort((own.due[used], -own.columns.role[used]))]
-    line = lines.line_of(tuple(index[order].tolist()))
-    return line if line.cost < spend and lines.holds(line) else None
+        return Among(None, cost)
+    used = np.repeat(several, np.round(outcome.values).astype(np.intp))
+    order = used[np.lexsort((lines.due[used], -lines.columns.role[used]))]
+    line = lines.line_of(tuple(order.tolist()))
+    return Among(line if line.cost < spend and lines.holds(line) else None, cost)
 
 
-def _rows(lines: Lines) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _rows(lines: Lines, packed: bool) -> tuple[FloatArray, FloatArray, FloatArray]:
     """[row, column] with what sums over the columns of a pipeline are at least and at most."""
     role, width = lines.columns.role, lines.width
     first, last = role == FIRST, role == LAST
@@ -71,11 +106,11 @@ def _rows(lines: Lines) -> tuple[FloatArray, FloatArray, FloatArray]:
         rows.append(row)
         low.append(-np.inf)
         high.append(1.0 - constant)
-    for row, least in zip(lines.nodes[0], lines.nodes[1].tolist(), strict=True):
-        if (row < 0).any():
-            rows.append(row)
-            low.append(least)
-            high.append(np.inf)
+    for held, leasts in (lines.nodes, lines.packed) if packed else (lines.nodes,):
+        binding = (held < 0).any(axis=1)
+        rows += list(held[binding])
+        low += leasts[binding].tolist()
+        high += [np.inf] * int(binding.sum())
     for due in np.unique(lines.due[~first & (lines.due < lines.devices)]).tolist():
         rows.append(memory_row(lines, due))
         low.append(-np.inf)

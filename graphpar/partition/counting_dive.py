@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graphpar.partition.counting import CountingProgram
-from graphpar.partition.counting_among import best_among, cheapest
+from graphpar.partition.counting_among import Among, best_among, cheapest, solve_lines
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_boxes import Box, within
-from graphpar.partition.counting_floors import Least
+from graphpar.partition.counting_floors import Floors, Least
 from graphpar.partition.counting_kinds import Harvest, judge_kinds
 from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
 from graphpar.partition.counting_segments import grow_segments
@@ -31,20 +31,29 @@ _FEW_DEVICES = 32
 _BEAM = 60
 """Parts of lines kept at once."""
 
-_AMONG_S, _AMONG_SHARE, _AMONG_GAP = 0.5, 0.05, 0.3
+_AMONG_S, _AMONG_SHARE, _AMONG_GAP = 0.8, 0.15, 0.3
 """Patience with the integer programme of some columns: so long, or this share of the time; its gap."""
+
+_AMONG_SPARE = 0.04
+"""Columns with which a step is longer by this share than the relaxation says are not looked at there."""
 
 _DIVE_FACTORS = (1.0, 1.01, 1.025, 1.05, 1.1, 1.18, 1.3, 1.5, 2.0, 3.0, 5.0)
 """Extra allowed at a dive, in multiples of what the relaxation needs."""
 
 _SEGMENT_FACTORS = (1.0, 1.02, 1.05, 1.08, 1.12, 1.18, 1.25, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0)
-"""The same for stretches of kinds."""
+"""The same for stretches of kinds, ..."""
+
+_FEW_FACTORS = 8
+"""... and so many of them where blocks are several each."""
 
 _DIVE_SPARE = 0.02
 """At a dive lines may cost this share of extra more than the relaxation says."""
 
 _CLOSE, _LEAST_CLOSE = 0.1, 5e-4
 """Prices are found up to this share of the gap, or this share of the step."""
+
+_WHOLE_S = 1.0
+"""The same with that of all columns of a box."""
 
 _KEPT_LINES = 40
 """Lines of a task that are remembered."""
@@ -158,11 +167,18 @@ class SearchDiving(SearchTogether):
         index = np.unique(np.concatenate([met, *known]))
         return self._among(lines, index, spend)
 
-    def _among(self, lines: Lines, index: IntArray, spend: float) -> Line | None:
+    def _among(self, lines: Lines, index: IntArray, spend: float, *, packed: bool = False) -> Line | None:
         """The best line of some columns, as far as patience with its integer programme goes."""
         left_s = self._deadline_s - time.monotonic()
         patience_s = min(_AMONG_S, _AMONG_SHARE * left_s)
-        return best_among(lines, index, spend, _AMONG_GAP * self._gap, patience_s)
+        gap = _AMONG_GAP * self._gap
+        return best_among(lines, index, spend, gap, patience_s, packed=packed)
+
+    def _solved(self, lines: Lines, spend: float) -> Among:
+        """The integer programme of all columns, as far as patience goes."""
+        left_s = self._deadline_s - time.monotonic()
+        patience_s = min(_WHOLE_S, _AMONG_SHARE * left_s)
+        return solve_lines(lines, spend, _AMONG_GAP * self._gap, patience_s)
 
     def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
         guide = self._guides.get(task) or _Guide(np.zeros(len(lines.sums)), ())
@@ -322,7 +338,7 @@ class SearchDiving(SearchTogether):
         Returns the extra before that of the best one found, None where none was.
         """
         before, found = box.extra[1], None
-        for factor in _SEGMENT_FACTORS:
+        for factor in _SEGMENT_FACTORS[: _FEW_FACTORS if self._aim == "plan" else None]:
             if time.monotonic() > until_s:
                 break
             extra = factor * box.extra[1]
@@ -332,8 +348,13 @@ class SearchDiving(SearchTogether):
             found, before = before if better else found, extra
         return found
 
-    def _try_segments(self, program: CountingProgram, box: Box, extra_s: float) -> bool | None:
-        """Whether stretches of kinds beat the cutoff with at most so much extra; None if nothing does."""
+    def _try_segments(
+        self, program: CountingProgram, box: Box, extra_s: float, *, alone: bool = False
+    ) -> bool | None:
+        """Whether good columns beat the cutoff with at most so much extra; None if nothing does.
+
+        Where these give no pipeline stretches of kinds are looked for, unless they are to be `alone`.
+        """
         if not COMPILED and sum(program.counts) > _FEW_DEVICES:
             return None
         least, limits = Least(extra_s, box.post[0], self._weight), StageLimits(extra_s, box.post[1])
@@ -343,18 +364,40 @@ class SearchDiving(SearchTogether):
         most = self._target() - least.step_s
         if value >= most:
             return None
+        floors = program.floors(limits, least, value)
+        # Good columns add little to the least; runs of others would be many.
+        spend = min(most, value + _AMONG_SPARE * (least.step_s + value))
+        if self._try_cheapest(program, box, limits, least, floors, spend):
+            return True
         spare = max(_SEGMENT_SPARE * least.extra_s, _SEGMENT_SPARE_FILL * abs(value)) + 1e-12
         spend = min(most, value + spare)
-        floors = program.floors(limits, least, value).below(least.step_s + spend)
-        lines = program.lines(limits, least, floors, spend)
+        lines = program.lines(limits, least, floors.below(least.step_s + spend), spend, exact=False)
+        if alone or lines is None:
+            return False
+        stocks, _ = program.kinds(lines)
+        sizes, worth = program.node_sizes, program.worth()
+        line = grow_segments(lines, stocks, sizes, worth, spend, self._deadline_s)
+        return self._takes(program, box, lines, line)
+
+    def _try_cheapest(
+        self,
+        program: CountingProgram,
+        box: Box,
+        limits: StageLimits,
+        least: Least,
+        floors: Floors,
+        spend: float,
+    ) -> bool:
+        """Whether a pipeline of columns that add little to the least beats the cutoff."""
+        lines = program.lines(limits, least, floors.below(least.step_s + spend), spend, exact=False)
         if lines is None:
             return False
-        line = self._among(lines, cheapest(lines), spend)
-        if line is None:
-            stocks, _ = program.kinds(lines)
-            sizes, worth = program.node_sizes, program.worth()
-            line = grow_segments(lines, stocks, sizes, worth, spend, self._deadline_s)
-        return self._takes(program, box, lines, line)
+        best = cheapest(lines)
+        line = self._among(lines, best, spend)
+        better = self._takes(program, box, lines, line)
+        if line is None or lines.is_packed(line):
+            return better
+        return self._takes(program, box, lines, self._among(lines, best, spend, packed=True)) or better
 
     def _takes(self, program: CountingProgram, box: Box, lines: Lines, line: Line | None) -> bool:
         """Offer a line, if there is one; whether it beats what was known."""
@@ -389,7 +432,7 @@ class SearchDiving(SearchTogether):
             if found - lowest < _FINE * self._gap * found or time.monotonic() > until_s:
                 break
             extra = (lowest + found) / 2
-            if self._try_segments(program, box, extra) or (
+            if self._try_segments(program, box, extra, alone=self._aim == "proof") or (
                 self._aim == "both" and self._try(program, box, extra)
             ):
                 found = min(extra, self.best.answer.extra_s) if self.best else extra
@@ -412,7 +455,7 @@ class SearchDiving(SearchTogether):
         if spend <= 0:
             return False
         floors = program.floors(limits, least, value).below(least.step_s + spend)
-        lines = program.lines(limits, least, floors, spend)
+        lines = program.lines(limits, least, floors, spend, exact=False)
         if lines is None:
             return False
         found = self._judge_kinds(program, lines, spend, extra_s)

@@ -99,6 +99,7 @@ class Lines:
         stages: The columns of single stages that these are made of, the same ones by default.
         members: [column, place] of those, the last stage first, -1 for none (`counting_runs`).
         rise: What each adds to the least cost of all lines, at least; the cost where that is not known.
+        packed: What further sums are at least where all stages that fit into a node stand in one.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ class Lines:
         stages: Columns | None = None,
         members: IntArray | None = None,
         rise: FloatArray | None = None,
+        packed: tuple[FloatArray, FloatArray] | None = None,
     ) -> None:
         self.columns, self.cost, self.width = columns, cost, width
+        self.packed = nodes if packed is None else packed
         self.rise: FloatArray = cost if rise is None else rise
         self.take, self.stages = take, columns if stages is None else stages
         self.members: IntArray = np.arange(len(columns))[:, None] if members is None else members
@@ -242,6 +245,10 @@ class Lines:
         sums = self.sums[:, used].sum(axis=1) + self.constant
         return Line(columns, float(self.cost[used].sum()), sums)
 
+    def among(self, index: IntArray, line: Line | None) -> Line | None:
+        """A line that was found `only` among some columns."""
+        return None if line is None else self.line_of(tuple(index[list(line.columns)].tolist()))
+
     def stages_of(self, line: Line) -> IntArray:
         """The single stages of a line, from its last to its first."""
         members = self.members[list(line.columns)]
@@ -278,6 +285,7 @@ class Lines:
             stages=self.stages,
             members=self.members[index],
             rise=self.rise[index],
+            packed=(self.packed[0][:, index], self.packed[1]),
         )
 
     def holds(self, line: Line) -> bool:
@@ -288,6 +296,12 @@ class Lines:
         stands = rows[:, used].sum(axis=1) >= least - TOLERANCE * (1 + np.abs(least))
         paired = self.odd[:, used].sum(axis=1) % 2 == 0
         return bool(fits.all() and stands.all() and paired.all() and (line.sums <= 1 + TOLERANCE).all())
+
+    def is_packed(self, line: Line) -> bool:
+        """Whether all stages of a line may stand in as few nodes as each can."""
+        rows, least = self.packed
+        held: FloatArray = rows[:, list(line.columns)].sum(axis=1)
+        return bool((held >= least - TOLERANCE * (1 + np.abs(least))).all())
 
     def judge(
         self, spend: float, close: float, start: FloatArray, known: list[Line], deadline_s: float

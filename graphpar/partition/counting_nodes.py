@@ -54,6 +54,21 @@ def node_rows(
     return np.stack(rows), np.array(least)
 
 
+def packed_rows(cells: Cells, take: IntArray) -> tuple[FloatArray, FloatArray]:
+    """[row, column] and least sums that hold where every stage stands in as few nodes as it can.
+
+    They need not: two of its replicas may exchange over the network. `take` is [column, cell].
+    """
+    rows, least = [np.zeros(len(take))], [0.0]
+    for cell, size in enumerate(cells.node_sizes):
+        if cells.alone[cell] and size > 1:
+            whole, rest = np.divmod(take[:, cell], size)
+            for filled in node_shares(size):
+                rows.append(-(whole + filled[rest]))
+                least.append(-float(filled[list(cells.rooms[cell])].sum()))
+    return np.stack(rows), np.array(least)
+
+
 def odd_columns(cells: Cells, columns: Columns, take: IntArray) -> IntArray:
     """[cell, column]: 1 where one boundary of a column is inside a node that holds no other kind.
 

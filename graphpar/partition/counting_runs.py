@@ -23,8 +23,11 @@ import numpy as np
 from graphpar.partition.counting_columns import FIRST, LAST, WHOLE, Columns, undominated
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
-_MOST_PAIRS = 3_000_000
-"""Stages are joined to so many runs at once at most; else those of a kind stay single columns."""
+_MOST_RUNS, _MOST_PAIRS = 1000, 60_000
+"""So many runs are extended at once at most, by stages to so many pairs: some hundredths of a second."""
+
+_FEW_RUNS = 400
+"""Where they are more and not all are asked for, so many with the least reduced costs are extended."""
 
 _BEFORE, _AFTER, BOTH = 1, 2, 3
 """Arms of columns with a boundary outside before, after, and on either side."""
@@ -81,18 +84,33 @@ class Runs:
         )
 
 
-def find_runs_of(stages: Stages, kind: int, size: int, limits: Limits) -> list[Runs] | None:
-    """The runs of a kind in a node of a size, by number of stages; None where they are too many."""
+def find_runs_of(
+    stages: Stages, kind: int, size: int, limits: Limits, *, exact: bool = True
+) -> list[Runs] | None:
+    """The runs of a kind in a node of a size, by number of stages.
+
+    Where they are too many None, or if they need not be `exact` only some of them.
+    """
     mine, arm = stages.take[:, kind] > 0, stages.columns.arm
     ends = np.flatnonzero(mine & (arm == _AFTER))
     inner, heads = np.flatnonzero(mine & (arm == 0)), np.flatnonzero(mine & (arm == _BEFORE))
     begun, found = _begin(stages, kind, ends), []
     while len(begun.devices):
-        if len(begun.devices) * max(len(inner), len(heads)) > _MOST_PAIRS:
-            return None
+        pairs = max(_number(stages, kind, size, begun, index) for index in (heads, inner))
+        if len(begun.devices) > _MOST_RUNS or pairs > _MOST_PAIRS:
+            if exact:
+                return None
+            begun = begun.pick(np.argsort(begun.rise, kind="stable")[:_FEW_RUNS])
         found.append(_grow(stages, kind, size, limits, begun, heads))
         begun = _grow(stages, kind, size, limits, begun, inner)
     return [runs for runs in found if len(runs.devices)]
+
+
+def _number(stages: Stages, kind: int, size: int, begun: Runs, ahead: IntArray) -> int:
+    """How many pairs of a run and a stage there are that fit into a node."""
+    runs = np.bincount(begun.devices, minlength=size + 1).cumsum()
+    taken = np.bincount(stages.take[ahead, kind], minlength=size + 1)[: size + 1]
+    return int(taken @ runs[::-1])
 
 
 def _begin(stages: Stages, kind: int, index: IntArray) -> Runs:
@@ -111,19 +129,24 @@ def _begin(stages: Stages, kind: int, index: IntArray) -> Runs:
 def _grow(stages: Stages, kind: int, size: int, limits: Limits, begun: Runs, ahead: IntArray) -> Runs:
     """Runs with one stage more ahead of them."""
     one = _begin(stages, kind, ahead)
-    fits = begun.devices[:, None] + one.devices[None] <= size
-    fits &= begun.blocks[:, None] + one.blocks[None] <= limits.blocks
-    fits &= begun.cost[:, None] + one.cost[None] < limits.spend
-    fits &= begun.rise[:, None] + one.rise[None] < limits.slack
-    run, stage = np.nonzero(fits)
+    pairs: list[IntArray] = []
+    for devices in np.unique(one.devices).tolist():
+        behind, own = begun.devices <= size - devices, one.devices == devices
+        part, same = begun.pick(np.flatnonzero(behind)), one.pick(np.flatnonzero(own))
+        fits = part.blocks[:, None] + same.blocks[None] <= limits.blocks
+        fits &= part.cost[:, None] + same.cost[None] < limits.spend
+        fits &= part.rise[:, None] + same.rise[None] < limits.slack
+        left, right = np.nonzero(fits)
+        pairs.append(np.stack([np.flatnonzero(behind)[left], np.flatnonzero(own)[right]]))
+    run, stage = np.concatenate([np.zeros((2, 0), dtype=np.intp), *pairs], axis=1)
     due = np.minimum(begun.due[run] + one.width[stage], one.due[stage])
     width = begun.width[run] + one.width[stage]
     holds = due >= width
     run, stage = run[holds], stage[holds]
-    behind, front = begun.role[run], one.role[stage]
+    end, front = begun.role[run], one.role[stage]
     # A run with both ends of the pipeline is all of it.
-    whole = (behind == LAST) & (front == FIRST)
-    role = np.where(whole, WHOLE, np.where(behind == LAST, LAST, front))
+    whole = (end == LAST) & (front == FIRST)
+    role = np.where(whole, WHOLE, np.where(end == LAST, LAST, front))
     return _best(
         Runs(
             begun.devices[run] + one.devices[stage],
@@ -160,14 +183,25 @@ class Joined:
     members: IntArray
 
 
-def join_runs(stages: Stages, sizes: tuple[int, ...], alone: tuple[bool, ...], limits: Limits) -> Joined:
-    """Single stages, and in nodes that hold one kind alone runs in place of stages that share one."""
+def join_runs(
+    stages: Stages,
+    sizes: tuple[int, ...],
+    alone: tuple[bool, ...],
+    limits: Limits,
+    *,
+    exact: bool = True,
+) -> Joined:
+    """Single stages, and in nodes that hold one kind alone runs in place of stages that share one.
+
+    Where runs of a kind are too many its stages stay single, or unless `exact` some runs are left out.
+    """
     arm = stages.columns.arm
     single = np.ones(len(arm), dtype=np.bool_)
     found: list[tuple[int, Runs]] = []
     for kind, size in enumerate(sizes):
         shares = (stages.take[:, kind] > 0) & (arm != BOTH)
-        runs = find_runs_of(stages, kind, size, limits) if alone[kind] and shares.any() else None
+        wanted = alone[kind] and bool(shares.any())
+        runs = find_runs_of(stages, kind, size, limits, exact=exact) if wanted else None
         if runs is not None:
             single &= ~shares
             found += [(kind, r) for r in runs]

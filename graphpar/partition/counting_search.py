@@ -47,6 +47,10 @@ _NEAR = 0.3
 """Lines are looked for at first up to this share of the way from a box's bound to the target."""
 
 
+_MOST_WHOLE = 2000
+"""Boxes with so many columns or fewer are looked at as an integer programme."""
+
+
 def search_counted(tasks: Iterable[Task], asked: Asked, together: Together) -> SearchResult:
     """The pipeline with the least step time over the tasks of counting programmes."""
     return _CountedSearch(tasks, asked, together).run()
@@ -180,6 +184,9 @@ class _CountedSearch(SearchDiving):
         if self._heap and bound > self._heap[0][0] + _LAZY * self._gap * bound:
             self._push(bound, box)
             return
+        if len(lines.cost) <= _MOST_WHOLE:
+            self._look_at_all(program, bound, box, lines, spend)
+            return
         # Beginnings of lines that cost little more than they must are fewer.
         near = min(spend, bound - least.step_s + max(_NEAR * (self._target() - bound), self._fine(bound)))
         width = _BEAMS[min(box.looks, len(_BEAMS)) - 1]
@@ -198,6 +205,25 @@ class _CountedSearch(SearchDiving):
             bound = max(bound, least.step_s + line.cost)
         self._offer(box.task, program.answer_of(lines, line, bound))
         self._divide_at(program, bound, box, lines, line)
+
+    def _look_at_all(
+        self, program: CountingProgram, bound: float, box: Box, lines: Lines, spend: float
+    ) -> None:
+        """Bound a box of few columns by the integer programme of all of them."""
+        found = self._solved(lines, spend)
+        self.programs += 1
+        whole = float(lines.cost[lines.whole].min(initial=INFINITY))
+        bound = max(
+            bound, min(least_s := self._least(box).step_s + min(found.cost, whole), self._target())
+        )
+        self._current_s = bound
+        if found.line is not None:
+            self._offer(box.task, program.answer_of(lines, found.line, bound))
+            self._divide_at(program, bound, box, lines, found.line)
+        elif least_s >= self._target():
+            self._prune(max(bound, self._target()))
+        else:
+            self._look_again(program, bound, box)
 
     def _look_again(self, program: CountingProgram, bound: float, box: Box) -> None:
         """Nothing was found, but not everything was looked at."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphpar.partition import counting_lines
-from graphpar.partition.counting_among import best_among
+from graphpar.partition.counting_among import best_among, solve_lines
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
 from graphpar.partition.counting_kinds import Harvest, Rows, Stocks, judge_kinds
@@ -116,6 +116,7 @@ def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: 
     if not lines.odd.any():
         # What must be even is all that its rows do not say.
         assert several >= spend - 1e-6 if among is None else among.cost == pytest.approx(several)
+    assert solve_lines(lines, spend, 0.0, FOREVER).cost <= several + 1e-6
     if verdict.excludes(spend):
         assert best > spend
         return
