@@ -100,6 +100,7 @@ class Roofline:
                     c.memory_bytes,
                     free / 2 + self._message_s(device),
                     options.update_share if options.training and not device.is_cpu else 0.0,
+                    device.is_cpu,
                 )
                 for c, free, device in zip(classes, free_s, examples, strict=True)
             ),

@@ -199,6 +199,10 @@ class DeviceClass:
     """Fixed time a stage on this device spends per microbatch (launch, messages), once per direction."""
     update_share: float = 0.0
     """Bytes that the optimiser's update takes for a while, per byte of the gradients that it steps."""
+    refills: bool = False
+    """Whether gradients come to lie where activations were, as in a process's heap. What the caching
+    allocator of a GPU keeps for one size serves another badly: six steps on an H100 had it take 2 % less
+    to 3 % more than all that is saved and all gradients (`benchmarks/gpu_steps.py`)."""
 
     def update_per_gradient(self, zero: int, width: int) -> float:
         """What the update takes beyond what is held at other times, per byte of a stage's gradients.

@@ -236,7 +236,8 @@ def _stage_timing(
     repeated = [r.gradient_bytes for r in table.repeated if r.held_by(stage.first, stage.last)]
     gradients = sum(c.gradient_bytes[member] for c in costs) + sum(repeated)
     # From level 2 on gradients are divided as they come, and what is left of them is small.
-    grows = table.training and stage.zero < 2
+    device_class = table.device_classes[table.every_mode[mode].members[member]]
+    grows = table.training and stage.zero < 2 and device_class.refills
     own_stages = [s for s in pipeline.stages if s.replicas == stage.replicas]
     reserved = table.reserved_bytes if stage is own_stages[0] else 0.0
     return RankTiming(

@@ -141,8 +141,8 @@ def table_for(partition: Partition, *, training: bool = True, num_units: int = 6
         else (_at_one(replace(block, name="end")), _at_one(block)),
         edges=tuple(CutEdge(u, u + 1, 4096.0, 4096.0) for u in range(num_units - 1)),
         device_classes=(
-            DeviceClass("fast", fast, 2**30, 1e-5),
-            DeviceClass("slow", slow, 2**28, 1e-5),
+            DeviceClass("fast", fast, 2**30, 1e-5, refills=True),
+            DeviceClass("slow", slow, 2**28, 1e-5, refills=True),
         ),
         topology=Topology(
             node_of=nodes,

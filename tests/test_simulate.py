@@ -257,6 +257,9 @@ def test_a_first_backward_makes_gradients_from_the_last_unit_on() -> None:
         large = replace(table, costs=costs, units=units)
         spared.append(timing_of(large, partition).ranks[0].sizes[0].spared_bytes)
     assert spared == pytest.approx([2 * 2e5, 2e5 + 1e4, 2e4])
+    classes = tuple(replace(c, refills=False) for c in table.device_classes)
+    (kept,) = timing_of(replace(table, device_classes=classes), partition).ranks[0].sizes
+    assert (kept.gradient_bytes, kept.spared_bytes) == (0.0, 0.0)
 
 
 def test_replicas_reduce_their_gradients_in_a_ring() -> None:
