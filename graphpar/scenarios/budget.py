@@ -86,47 +86,64 @@ def best_within(
         baseline: What to plan, on another cluster.
         usd_per_h: The budget.
         types: Names of instance types.
-        time_limit_s: Wall-clock seconds for all clusters together; by default 30.
+        time_limit_s: Wall-clock seconds for all clusters together; by default 30. Prices of tensor groups
+            come before.
 
     Raises:
         ValueError: A type is unknown or has no price, or none fits the budget.
     """
-    ends_s = time.monotonic() + (BUDGET_S if time_limit_s is None else time_limit_s)
+    began_s = time.monotonic()
+    prices = _prices(types)
+    _check_money(usd_per_h, prices)
+    limit_s = BUDGET_S if time_limit_s is None else time_limit_s
+    key = solver.key(baseline, limit_s, budget=[usd_per_h, sorted(prices.items())])
+    kept = solver.kept.get_as(BudgetAnswer, key)
+    if kept is not None:
+        return kept
+    dear = tuple(name for name, price in prices.items() if price > usd_per_h)
+    mixes = mixes_within({t: p for t, p in prices.items() if t not in dear}, usd_per_h)
+    search = MixSearch(solver, mixes, bounds_of(solver, mixes, baseline), partial(_setting, baseline))
+    # Prices of tensor groups may take minutes, and nothing is known before they are there.
+    began_s = began_s if baseline.tensor == 1 else time.monotonic()
+    search.run((1 - FINAL_SHARE) * (began_s + limit_s - time.monotonic()))
+    answer = replace(_counted(search), too_dear=dear)
+    if search.best is not None:
+        found = _again(solver, baseline, search.best, began_s + limit_s - time.monotonic())
+        best = renamed(found.answer, " + ".join(f"{n} x {t}" for t, n in found.counts.items()), ())
+        answer = replace(
+            answer,
+            best=best,
+            counts=tuple(found.counts.items()),
+            usd_per_h=sum(prices[t] * n for t, n in found.counts.items()),
+            bound_s=min(answer.bound_s, found.step_s),
+        )
+    solver.kept.put(key, answer)
+    return answer
+
+
+def _check_money(usd_per_h: float, prices: Mapping[str, float]) -> None:
     if not 0 < usd_per_h < math.inf:
         raise ValueError(f"the budget is {usd_per_h:g} $/h; it must be a positive number")
-    prices = _prices(types)
-    if min(prices.values()) > usd_per_h:
-        cheapest = min(prices, key=prices.__getitem__)
+    cheapest = min(prices, key=prices.__getitem__)
+    if prices[cheapest] > usd_per_h:
         raise ValueError(
             f"the budget of {usd_per_h:g} $/h is below the cheapest type: {cheapest} costs "
             f"{prices[cheapest]:g} $/h"
         )
-    dear = tuple(name for name, price in prices.items() if price > usd_per_h)
-    mixes = mixes_within({t: p for t, p in prices.items() if t not in dear}, usd_per_h)
-    search = MixSearch(solver, mixes, bounds_of(solver, mixes, baseline), partial(_setting, baseline))
-    search.run((1 - FINAL_SHARE) * (ends_s - time.monotonic()))
-    answer = BudgetAnswer(
+
+
+def _counted(search: MixSearch) -> BudgetAnswer:
+    """What became of all mixes; no answer yet."""
+    return BudgetAnswer(
         best=None,
         counts=(),
         usd_per_h=0.0,
-        considered=len(mixes.counts),
+        considered=len(search.mixes.counts),
         solved=len(search.planned),
         unplanned=search.open,
         unable=int(search.bounds.excluded.sum()),
         bound_s=float(search.bounds.least_s.min()),
-        too_dear=dear,
         problem=search.bounds.problem,
-    )
-    if search.best is None:
-        return answer
-    found = _again(solver, baseline, search.best, ends_s - time.monotonic())
-    best = renamed(found.answer, " + ".join(f"{n} x {t}" for t, n in found.counts.items()), ())
-    return replace(
-        answer,
-        best=best,
-        counts=tuple(found.counts.items()),
-        usd_per_h=sum(prices[t] * n for t, n in found.counts.items()),
-        bound_s=min(answer.bound_s, found.step_s),
     )
 
 

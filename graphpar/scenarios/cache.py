@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,7 +15,7 @@ from graphpar.scenarios.types import Answer
 FORMAT = 6
 """Part of every key; raised when answers get other fields or other meaning."""
 
-_KIND, _MOST = r"[0-9a-f]{64}\.json", 5000
+_NAMES, _MOST = r"[0-9a-f]{64}\.json", 5000
 """Names of answers, and how many are kept, of some kilobytes each."""
 
 
@@ -34,6 +34,9 @@ def key_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(msgspec.json.encode({**parts, "format": FORMAT}, order="sorted")).hexdigest()
 
 
+_Kind = TypeVar("_Kind")
+
+
 @dataclass(frozen=True)
 class AnswerCache:
     """A folder of answers; None keeps nothing. A damaged or unwritable file counts as absent."""
@@ -42,17 +45,21 @@ class AnswerCache:
 
     def get(self, key: str) -> Answer | None:
         """The answer under a key."""
-        data = None if self.folder is None else read_kept(self.folder / f"{key}.json")
-        try:
-            found = None if data is None else msgspec.json.decode(data, type=Answer)
-        except msgspec.DecodeError:
-            return None
+        found = self.get_as(Answer, key)
         # Any object reads as an answer; one without a plan is none.
         return None if found and found.status == "ok" and not (found.step_s and found.plan) else found
 
-    def put(self, key: str, answer: Answer) -> None:
+    def get_as(self, kind: type[_Kind], key: str) -> _Kind | None:
+        """What of some kind was kept under a key."""
+        data = None if self.folder is None else read_kept(self.folder / f"{key}.json")
+        try:
+            return None if data is None else msgspec.json.decode(data, type=kind)
+        except msgspec.DecodeError:
+            return None
+
+    def put(self, key: str, answer: object) -> None:
         """Keep an answer; written whole or not at all. Those not asked for the longest make room."""
         if self.folder is not None:
             with contextlib.suppress(OSError):
-                data = msgspec.json.encode(asdict(answer))
-                write_kept(self.folder / f"{key}.json", data, _KIND, _MOST)
+                data = msgspec.json.encode(answer)
+                write_kept(self.folder / f"{key}.json", data, _NAMES, _MOST)

@@ -29,6 +29,12 @@ LEAST_S, MOST_S = 1.0, 4.0
 LEAST_SHARE = 0.04
 """... or for less than this share of all time, where there is little."""
 
+MOST_LOOKED = 16
+"""Mixes whose bounds are sharpened before one is chosen."""
+
+RULE_OUT_SHARE = 0.05
+"""Of the time, for bounds of mixes that there was no time for."""
+
 AGAIN = 4
 """So many of the fastest are searched again, each in so many times the time."""
 
@@ -97,13 +103,15 @@ class MixSearch:
         """Search for so long."""
         began_s = time.monotonic()
         self._processes = self.solver.limits.processes or num_cores()
-        self._end_s, self._least_s = began_s + time_limit_s, min(LEAST_S, LEAST_SHARE * time_limit_s)
+        self._end_s = began_s + (1 - RULE_OUT_SHARE) * time_limit_s
+        self._least_s = min(LEAST_S, LEAST_SHARE * time_limit_s)
         with solving(self.solver.limits.processes, len(self.mixes.counts) + 2) as submit:
             self._work(submit, self._alone(began_s + ALONE_SHARE * time_limit_s))
             self._work(submit, self._by_bound(began_s + (ALONE_SHARE + COARSE_SHARE) * time_limit_s))
             self._work(submit, self._again())
             # Where nothing was left to be searched again there is time for more mixes.
             self._work(submit, self._by_bound(self._end_s))
+        self._rule_out(min(time.monotonic(), began_s + time_limit_s) + RULE_OUT_SHARE * time_limit_s)
 
     def _alone(self, until_s: float) -> Iterator[_Try]:
         """As many of each type as can be paid, first those of the mixes with the least bounds."""
@@ -130,17 +138,32 @@ class MixSearch:
             yield self._try(self.mixes.named(mix), limit_s, mix)
 
     def _next(self) -> int | None:
-        """The mix with the least bound, sharp, of those not planned; None if all others are ruled out."""
+        """A mix with the least bound of those not planned; None if all others are ruled out.
+
+        Of thousands that are nearly alike many would have to be looked at before the least is known to
+        be the least; of those looked at it is.
+        """
+        looked = 0
+        while (mix := self._least()) is not None:
+            new, looked = self.bounds.sharpen(mix), looked + 1
+            if not new or (looked >= MOST_LOOKED and self.bounds.least_s[mix] < self.target_s):
+                return mix
+        return None
+
+    def _least(self) -> int | None:
+        """The mix with the least bound as far as it is known."""
         waiting = self.bounds.least_s.copy()
         waiting[[*self.planned]] = np.inf
-        while True:
-            mix = int(waiting.argmin())
-            if waiting[mix] >= self.target_s:
-                return None
-            if not self.bounds.sharpen(mix):
-                return mix
-            better = waiting < np.inf
-            waiting[better] = self.bounds.least_s[better]
+        mix = int(waiting.argmin())
+        return mix if waiting[mix] < self.target_s else None
+
+    def _rule_out(self, until_s: float) -> None:
+        """Look closer at mixes that were not planned, as far as there is time."""
+        waiting = np.flatnonzero(self.bounds.least_s < self.target_s).tolist()
+        for mix in waiting:
+            if time.monotonic() > until_s:
+                return
+            self.bounds.sharpen(mix)
 
     def _again(self) -> Iterator[_Try]:
         """The fastest, each searched for longer than before."""

@@ -73,7 +73,7 @@ class PriceBook:
     _tried: dict[tuple[str, bool], tuple[float, float]] = field(default_factory=dict)
     _trainings: dict[str, Training | None] = field(default_factory=dict)
     _rewritten: dict[object, Rewritten] = field(default_factory=dict)
-    _groups: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
+    _groups: dict[str, tuple[tuple[int, ...], tuple[Mode, ...]]] = field(default_factory=dict)
     _known_groups: KnownGroups = field(default_factory=KnownGroups)
     _pricers: dict[str, dict[int, UnitPricer]] = field(default_factory=dict)
     _formats: dict[str, Formats] = field(default_factory=dict)
@@ -228,21 +228,27 @@ class PriceBook:
         return with_modes(table, StageOptions(recompute=again, zero=levels))
 
     def _with_groups(self, table: CostTable, setting: Setting, groups: Sequence[Replica]) -> CostTable:
-        """The table with prices of tensor groups; those of the same devices over the same links once."""
+        """The table with prices of tensor groups, found once for equal devices over equal links."""
         alike: dict[tuple[str, ...], list[Replica]] = {}
         for group in groups:
             alike.setdefault(group.devices, []).append(group)
-        memory = [c.memory_bytes for c in table.device_classes], table.reserved_bytes
-        common = f"{self._costs_by(setting)} {rows_of(setting.cluster)} {memory} {setting.layout is None}"
+        runs = self._runs(setting) if groups else {}
+        common = (*_chosen(setting), table.units, setting.layout is None, setting.tensor == "auto")
         modes = {mode.key: mode for mode in table.modes}
         for devices, own in alike.items():
             links = [str(table.topology.link(*pair)) for pair in combinations(devices, 2)]
             shapes = [(group.shares, group.mesh, group.lean) for group in own]
-            classes = [table.class_of[name] for name in devices]
-            key = f"{common} {setting.tensor == 'auto'} {classes} {links} {shapes}"
+            kinds = [(setting.cluster.device(d).to_dict(), id(runs[d][0])) for d in devices]
+            key = f"{common} {table.reserved_bytes} {kinds} {links} {shapes}"
+            classes = tuple(table.class_of[name] for name in devices)
+            if _is_local(setting.cluster):
+                key += priced_by(setting) + self._settled(setting)
             if key not in self._groups:
-                self._groups[key] = self._priced_groups(table, setting, own)
-            for mode in self._groups[key]:
+                self._groups[key] = classes, self._priced_groups(table, setting, own)
+            then, priced = self._groups[key]
+            now = dict(zip(then, classes, strict=True))
+            for mode in priced:
+                mode = replace(mode, members=tuple(now[k] for k in mode.members))
                 modes.setdefault(mode.key, mode)
         return replace(table, modes=tuple(modes.values()))
 

@@ -90,7 +90,7 @@ class Solver:
         """
         named, settings = settings, [numbered(setting) for setting in settings]
         limit_s = time_limit_s if time_limit_s is not None else self.limits.time_limit_s
-        keys = [self._key(setting, limit_s) for setting in settings]
+        keys = [self.key(setting, limit_s) for setting in settings]
         missing = {
             key: setting
             for key, setting in zip(keys, settings, strict=True)
@@ -195,7 +195,7 @@ class Solver:
     def learn(self, setting: Setting, answer: Answer) -> Answer:
         """Take an answer found elsewhere as known, which others begin with and are no worse than."""
         setting = numbered(setting)
-        key = self._key(setting, answer.seconds)
+        key = self.key(setting, answer.seconds)
         self._known[key], self._settings[key] = self._valued(answer, setting), setting
         return self._known[key]
 
@@ -205,7 +205,8 @@ class Solver:
             self._known[key], self._settings[key] = found, setting
         return found is not None
 
-    def _key(self, setting: Setting, time_limit_s: float) -> str:
+    def key(self, setting: Setting, time_limit_s: float, **others: object) -> str:
+        """A hash of all that an answer depends on, `others` among it."""
         calibration = self.book.calibration
         devices = setting.cluster.devices
         fingerprint = repr(calibration) if calibration and any(d.is_local_cpu for d in devices) else ""
@@ -224,6 +225,7 @@ class Solver:
                 "calibration": fingerprint,
                 "gap": self.limits.gap,
                 "time_limit_s": time_limit_s,
+                **others,
             }
         )
 

@@ -208,7 +208,7 @@ def test_a_plan_is_taken_over_where_only_idle_devices_are_missing() -> None:
     assert "b/0" in first.left_out
     smaller = apply(base, ["drop b"])
     (found,) = solver.answers([smaller])
-    key = solver._key(numbered(smaller), 0.3)
+    key = solver.key(numbered(smaller), 0.3)
     # As if a search cut short had found nothing.
     solver._known[key] = dataclasses.replace(found, status="infeasible", step_s=None, plan=None, used=())
     (again,) = solver.answers([smaller])
@@ -360,8 +360,9 @@ def test_what_is_better_is_never_slower_even_where_the_search_was_cut() -> None:
         assert name in study.baseline.used or change == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_budget_is_searched_with_bounds() -> None:
-    study = ask(budget_usd_per_h=8.0, instances=["g5.12xlarge", "g4dn.xlarge"])
+def test_a_budget_is_searched_with_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"instances": ["g5.12xlarge", "g4dn.xlarge"], "cache": tmp_path}
+    study = ask(budget_usd_per_h=8.0, **asked)
     found = study.budget
     assert found is not None
     assert found.best is not None
@@ -375,6 +376,10 @@ def test_a_budget_is_searched_with_bounds() -> None:
     )
     last = list(csv.DictReader(io.StringIO(study.to_csv())))[-1]
     assert (last["scenario"], float(last["step_s"])) == (found.best.title, found.best.step_s)
+    monkeypatch.delattr("graphpar.scenarios.mix_search.MixSearch.run")
+    assert ask(budget_usd_per_h=8.0, **asked).budget == found, "asked again, it is not searched again"
+    with pytest.raises(AttributeError, match="run"):
+        ask(budget_usd_per_h=7.0, **asked)
     with pytest.raises(ValueError, match="below the cheapest"):
         ask(budget_usd_per_h=0.01, instances=["g5.12xlarge"])
 
