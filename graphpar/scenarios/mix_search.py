@@ -122,9 +122,15 @@ class MixSearch:
             self.bounds.least_s[self.mixes.counts[:, i] == n].min() for i, n in enumerate(most.tolist())
         ]
         for number in np.argsort(least_s).tolist():
-            if self.best is not None and time.monotonic() > until_s:
+            late = self.best is not None and time.monotonic() > until_s
+            if late or least_s[number] == np.inf:
                 return
-            yield self._try({self.mixes.types[number]: int(most[number])}, limit_s)
+            counts = {self.mixes.types[number]: int(most[number])}
+            mix = self.mixes.find(counts)
+            if mix is not None:
+                self.bounds.sharpen(mix)
+                self.planned.add(mix)
+            yield self._try(counts, limit_s, mix)
 
     def _by_bound(self, until_s: float) -> Iterator[_Try]:
         """Mixes that no bound rules out, the least bound first."""
@@ -168,12 +174,10 @@ class MixSearch:
     def _again(self) -> Iterator[_Try]:
         """The fastest, each searched for longer than before."""
         best = sorted(self.found.values(), key=lambda f: f.step_s)[:AGAIN]
-        numbers = {tuple(self.mixes.named(mix).items()): mix for mix in self.planned}
         for found in best if len(self.found) > 1 else ():
             left_s = (self._end_s - time.monotonic()) * self._processes / len(best)
             if found.step_s < np.inf and left_s > self._least_s:
-                mix = numbers.get(tuple(found.counts.items()))
-                yield self._try(found.counts, left_s, mix)
+                yield self._try(found.counts, left_s, self.mixes.find(found.counts))
 
     def _briefly(self, limit_s: float) -> float:
         return min(max(limit_s, self._least_s), MOST_S)

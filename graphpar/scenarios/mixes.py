@@ -46,6 +46,12 @@ class Mixes:
         """Instances of each type that a mix has any of."""
         return {t: int(n) for t, n in zip(self.types, self.counts[mix], strict=True) if n}
 
+    def find(self, counts: Mapping[str, int]) -> int | None:
+        """The number of a mix; None where more could be paid."""
+        wanted = np.array([counts.get(t, 0) for t in self.types])
+        rows = np.flatnonzero((self.counts == wanted).all(axis=1))
+        return int(rows[0]) if len(rows) else None
+
 
 def mixes_within(prices: Mapping[str, float], usd_per_h: float) -> Mixes:
     """The mixes to which no instance more could be added.

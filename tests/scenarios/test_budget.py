@@ -178,6 +178,8 @@ def test_no_cluster_within_the_budget_is_faster(
     assert found.considered == len(mixes)
     assert found.considered == found.solved + found.ruled_out + found.unplanned
     assert oracle.now_s - takes_s <= 20.0 + 1e-9, "one more plan tells the answer"
+    if len(types) == 1:
+        assert len(oracle.asked) == 2, "one cluster, and once more without what it leaves idle"
     planned = [{name: n for name, n in counts.items() if n} for counts in oracle.asked]
     missed = [counts for counts in mixes if named(counts) not in planned]
     hopeful = [c for c in missed if oracle.bound_s(c) < found.best.step_s * (1 - 1e-9)]
