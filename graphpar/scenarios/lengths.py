@@ -12,6 +12,7 @@ parallel scans are, looks straight where the three are doublings of the first: t
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -39,9 +40,12 @@ def support(lengths: Collection[int], captured: Collection[int] = ()) -> tuple[i
         return tuple(ordered)
     low, *inner, high = ordered
 
+    @cache
+    def left(step: int, doubled: bool) -> int:
+        return sum(not _lies(low, high, step, doubled, n) for n in inner)
+
     def worth(middle: int) -> tuple[int, bool, int]:
-        left = sum(not _follows((low, middle, high), n) for n in inner if n != middle)
-        return left, middle not in captured, abs(2 * middle - low - high)
+        return left(*_spacing((low, middle, high))), middle not in captured, abs(2 * middle - low - high)
 
     return low, min(inner, key=worth), high
 
@@ -52,10 +56,18 @@ def _follows(ends: Sequence[int], length: int) -> bool:
     >>> _follows((256, 768, 1024), 512), _follows((256, 512, 1024), 768), _follows((6, 9, 15), 10)
     (True, False, False)
     """
-    low = ends[0]
+    return _lies(ends[0], ends[-1], *_spacing(ends), length)
+
+
+def _spacing(ends: Sequence[int]) -> tuple[int, bool]:
+    """The step that lengths are multiples of apart, and whether all are doublings of the first."""
     step = math.gcd(*(b - a for a, b in pairwise(ends)))
-    doubled = all(_is_doubling(low, end) for end in ends)
-    in_step = low < length < ends[-1] and (length - low) % step == 0
+    return step, all(_is_doubling(ends[0], end) for end in ends)
+
+
+def _lies(low: int, high: int, step: int, doubled: bool, length: int) -> bool:
+    """Whether a length lies between two in whole steps, and is a doubling where it has to be."""
+    in_step = low < length < high and (length - low) % step == 0
     return in_step and (not doubled or _is_doubling(low, length))
 
 

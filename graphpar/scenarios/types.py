@@ -144,7 +144,8 @@ class Answer:
         problem: Why there is no plan.
         step_s: Simulated time of one step.
         bound_s: No plan of the searched family has a shorter objective.
-        gap: How far the plan may be from the best of its family; None for a hand-made configuration.
+        gap: How far the plan may be from the best of its family, both by the formula that the search
+            goes by, which `step_s` is not; None for a hand-made configuration.
             Where the schedule has no formula, how far it may be from plans of any kind.
         any_bound_s: No plan of any kind has a shorter step under the same prices.
         batch: Samples per step.
