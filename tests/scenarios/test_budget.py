@@ -247,7 +247,7 @@ def test_the_bound_of_a_budget_is_the_least_of_its_mixes_and_no_mix_is_faster(
     assert found.best.usd_per_h == pytest.approx(found.usd_per_h)
 
 
-FIVE = ("g4dn.xlarge", "g5.12xlarge", "g5.48xlarge", "g6.12xlarge", "p3.8xlarge")
+FIVE = ("g5.xlarge", "g5.12xlarge", "g4dn.12xlarge", "g6.12xlarge", "p3.8xlarge")
 
 
 def half_trained() -> Training:
@@ -257,8 +257,8 @@ def half_trained() -> Training:
 @pytest.mark.parametrize(
     ("precision", "tensor", "types", "usd_per_h"),
     [
-        ("float32", 1, FIVE, 19.0),
-        ("bfloat16", 1, FIVE, 19.0),
+        ("float32", 1, FIVE, 13.0),
+        ("bfloat16", 1, FIVE, 13.0),
         # The same kind of device over two kinds of links.
         ("float16", 2, ("p3.2xlarge", "p3.8xlarge", "g4dn.xlarge"), 13.0),
     ],
@@ -272,13 +272,15 @@ def test_bounds_of_mixes_are_true_from_the_first_and_those_of_their_own_tables_i
     solver = Solver(PriceBook(model, inputs, {}, half_trained()), Limits(), AnswerCache(None))
     base = replace(BASE, precision=precision, tensor=tensor)
     mixes = mixes_within(prices_of(types), usd_per_h)
+    # Devices without the format beside others: what stages send then is no measure for those without.
+    solver.book.table(budget._setting(base, dict.fromkeys(types, 1)))
     bounds = budget.bounds_of(solver, mixes, base)
     first = bounds.least_s.copy()
     alone = Solver(PriceBook(model, inputs, {}, half_trained()), Limits(), AnswerCache(None))
     for mix in range(len(mixes.counts)):
         setting = budget._setting(base, mixes.named(mix))
         if bounds.excluded[mix]:
-            assert not {"g5.12xlarge", "g5.48xlarge", "g6.12xlarge"} & mixes.named(mix).keys()
+            assert not {"g5.xlarge", "g5.12xlarge", "g6.12xlarge"} & mixes.named(mix).keys()
             with pytest.raises(ClusterError):
                 alone.task(setting)
             continue
