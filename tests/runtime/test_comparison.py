@@ -1,6 +1,7 @@
 """Predicted against measured per device: what is told, and the likely reason."""
 
 import pytest
+from msgspec.structs import replace
 from plan_samples import sample_plan
 
 from graphpar.plans import Plan
@@ -41,9 +42,24 @@ def test_slow_computation_is_told_from_slow_links_and_from_memory() -> None:
     (reason,) = told(1.6, compute=1.6).reasons
     assert "computes 60 % longer" in reason
     (reason,) = told(1.6, wait=10.0).reasons
-    assert "wait" in reason or "gradients" in reason
+    assert "waits longer for messages" in reason
     assert all("more memory" in r for r in told(1.0, memory=1.5).reasons)
     assert "%" in str(told(1.6, compute=1.6))
+
+
+@pytest.mark.parametrize(
+    ("members", "words"), [(1, "waits longer for messages"), (2, "sums of gradients")]
+)
+def test_sums_are_slow_where_the_member_that_comes_last_takes_long(members: int, words: str) -> None:
+    plan = sample_plan()
+    (group,) = plan.timing.gradient_groups
+    found = reports(plan)
+    for rank in group.ranks[:members]:
+        late = Event("0A", 0.0, plan.predicted_step_s)
+        kept = tuple(e for e in found[rank].events if not e.token.endswith("A"))
+        found[rank] = replace(found[rank], events=(*kept, late))
+    (reason,) = compare_step(plan, found, 2 * plan.predicted_step_s).reasons
+    assert words in reason
 
 
 def test_a_faster_machine_is_told_too() -> None:
