@@ -33,17 +33,27 @@ _WIDTHS = (2, 4, 8, 16, 1_000)
 _NUM_SEEDS = (1, 3, 1, 5, 3)
 """Seeds of the exact windows in turn: mostly one region, sometimes several that share memory."""
 
-_ROUND_SHARE = 0.06
-"""Share of the time limit for the walk and the exact windows of one round."""
+_ROUND_SHARE = 0.09
+"""Share of the time limit for the searches of one round."""
 
-_FRESH_ROUNDS = (1, 3, 7, 15)
-"""Rounds that begin with a local search from a new rounding."""
+_FRESH_SHARE, _FRESH_S, _MOST_FRESH_SHARE = 0.015, 1.0, 0.05
+"""Most that a local search from a new rounding takes: a share of the time limit, or so many seconds where
+these are less than the last share."""
 
-_FRESH_SHARE = 0.025
-"""Share of the time limit for each of these."""
+_PRICE_NOISE = 0.03
+"""New roundings are made at prices that differ by up to this share."""
+
+_MIX_S, _MIX_SHARE = 5.0, 0.03
+"""What finding the best mixture of two choices may take: seconds, or a share of the time limit."""
+
+_LEAST_SHARES = (0.1, 0.15, 0.5)
+"""Of each round at least this goes to walks, exact windows, and new roundings."""
 
 _MOST_PROOFS = 4
 """Times the whole problem is tried as one ILP, each for a larger share of the time left."""
+
+_LEAST_MIX_S = 0.3
+"""Time left below which none is begun."""
 
 
 class Run:
@@ -63,8 +73,10 @@ class Run:
         self.windows: WindowSearch | None = None
         self.stands_still = False
         self.fresh = 0
-        self.windows_share = 0.5
-        self.gains, self.seconds = [0.0, 0.0], [0.0, 0.0]
+        self.random = np.random.default_rng(seed)
+        self.shares = [share / sum(_LEAST_SHARES) for share in _LEAST_SHARES]
+        self.gains, self.seconds = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        self.credit_s = 0.0
         self.window_turn = 0
         self.proofs = 0
         self.too_large_at: float | None = None
@@ -88,34 +100,33 @@ class Run:
             self.prove_if_promising()  # sooner than any share of the time limit is spent on searching
         if state.done():
             return False
-        self.start_afresh(_FRESH_SHARE)
+        self.start_afresh()
         self.start_walking()
         self.bound(0.04)
         rounds = 0
         while not state.done():
-            if rounds in _FRESH_ROUNDS:
-                self.start_afresh(_FRESH_SHARE)
-            share = self.windows_share if rounds else 0.0
-            self.walk(_ROUND_SHARE * (1.0 - share))
+            self.walk(_ROUND_SHARE * self.shares[0])
+            self.mix(_ROUND_SHARE * self.shares[2])
             self.bound(0.04 if rounds < 4 else 0.02)
             self.prove_if_promising()
             if rounds and not state.done():
-                self.exact_windows(_ROUND_SHARE * share)
+                self.exact_windows(_ROUND_SHARE * self.shares[1])
                 self.share_out()
             rounds += 1
         return False
 
     def share_out(self) -> None:
-        """Give exact windows the share of the search that they have earned of late.
+        """Give each kind of search the share of a round that it has earned of late.
 
-        What the walker improves counts for neither; while there is one, somebody always walks.
+        What the walker improves counts for none; while there is one, somebody always walks.
         """
-        least = 0.5 if self.walker else 0.2
         gains, seconds = self.gains, self.seconds
         rates = [gain / max(1e-9, s) for gain, s in zip(gains, seconds, strict=True)]
-        earned = rates[1] / sum(rates) if sum(rates) > 0 else 0.5
-        self.windows_share = min(0.8, max(least, earned))
-        for k in range(2):
+        total = sum(rates)
+        earned = [rate / total if total > 0 else 1 / len(rates) for rate in rates]
+        wanted = [max(pair) for pair in zip(_LEAST_SHARES, earned, strict=True)]
+        self.shares = [share / sum(wanted) for share in wanted]
+        for k in range(len(gains)):
             gains[k], seconds[k] = 0.5 * gains[k], 0.5 * seconds[k]
 
     def stop(self) -> None:
@@ -180,25 +191,70 @@ class Run:
             if search.step(min(end_s - state.elapsed_s(), state.left_s())):
                 self.take_rounding(search.best)
 
-    def start_afresh(self, share: float) -> None:
-        """Local search from what the dual's messages and prices now round to.
+    def start_afresh(self) -> LocalSearch | None:
+        """Local search from what the dual's messages and prices now round to, if that fits.
 
         Where memory is tight the walk cannot leave every bad start, and roundings are good ones.
         """
         state = self.state
         state.phase = "search"
-        end_s = state.elapsed_s() + share * state.time_limit_s
-        chosen = self.dual.round_within_memory()
+        limit_s = state.time_limit_s
+        most_s = max(_FRESH_SHARE * limit_s, min(_FRESH_S, _MOST_FRESH_SHARE * limit_s))
+        chosen = self.round_anew()
+        end_s = state.elapsed_s() + most_s
         if self.dual.memory.excess(chosen) > 0:
-            return
+            return None
         self.fresh += 1
         local = LocalSearch(self.dual, chosen, self.seed + 7919 * self.fresh)
         while state.elapsed_s() < end_s and not state.done():
             local.step(min(end_s - state.elapsed_s(), state.left_s()))
         self.take(local.best, local.cost)
-        if self.local is not None:
-            self.local.adopt(local.best, local.cost)
-        self.trade()
+        return local
+
+    def round_anew(self) -> IntArray:
+        """A rounding within memory; where prices no longer move, they are shaken, for another one."""
+        dual = self.dual
+        prices = dual.multipliers
+        if self.stands_still and prices.size:
+            noise = self.random.uniform(1 - _PRICE_NOISE, 1 + _PRICE_NOISE, prices.size)
+            dual.set_multipliers(prices * noise)
+            dual.sweep()
+        chosen = dual.round_within_memory()
+        dual.set_multipliers(prices)
+        dual.sweep()
+        return chosen
+
+    def mix(self, share: float) -> None:
+        """For about a share of the time limit: search from new roundings, and mix with what comes out.
+
+        One takes a while on large problems, so what it takes too long is made up for by later rounds.
+        """
+        state = self.state
+        self.credit_s += share * state.time_limit_s
+        while self.credit_s > 0 and not state.done():
+            began_s, before, earlier = state.elapsed_s(), self.best_cost, self.best
+            local = self.start_afresh()
+            if local is not None and earlier is not None:
+                state.phase = "mix"
+                search = self.window_search()
+                for other in (earlier, local.best):  # either may be the best now
+                    if state.left_s() > _LEAST_MIX_S:
+                        most_s = max(_MIX_S, _MIX_SHARE * state.time_limit_s)
+                        search.combine(other, min(most_s, state.left_s()))
+                self.take(search.chosen, search.cost)
+            self.trade()
+            spent_s = state.elapsed_s() - began_s
+            self.credit_s -= spent_s
+            self.gains[2] += before - self.best_cost
+            self.seconds[2] += spent_s
+
+    def window_search(self) -> WindowSearch:
+        """Exact windows around the best choice."""
+        assert self.best is not None
+        if self.windows is None:
+            self.windows = WindowSearch(self.graph, self.rows, self.dual.memory, self.best, self.seed)
+        self.windows.adopt(self.best, self.best_cost)
+        return self.windows
 
     def start_walking(self) -> None:
         """Start the local search here, and another in a thread where there is a core for it."""
@@ -238,13 +294,9 @@ class Run:
     def exact_windows(self, share: float) -> None:
         """Windows for a share of the time limit, their size following how fast they solve."""
         state = self.state
-        assert self.best is not None
         state.phase = "windows"
-        if self.windows is None:
-            self.windows = WindowSearch(self.graph, self.rows, self.dual.memory, self.best, self.seed)
-        search = self.windows
+        search = self.window_search()
         search.guide(self.dual.excess_costs()[1])
-        search.adopt(self.best, self.best_cost)
         began_s = state.elapsed_s()
         end_s = began_s + share * state.time_limit_s
         turn = self.window_turn
@@ -260,7 +312,7 @@ class Run:
                 self.gains[1] += gain
                 self.take(search.chosen, search.cost)
             self.trade()
-            search.adopt(self.best, self.best_cost)
+            search = self.window_search()
         self.window_turn = turn
         self.seconds[1] += state.elapsed_s() - began_s
 

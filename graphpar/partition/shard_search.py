@@ -5,6 +5,10 @@ become constants. The window's optimum is never worse than the present choice, s
 improves. Windows grow from the vertices that the dual bound blames for the gap: with reduced costs
 `theta` and `rest`, cost - bound is the sum over vertices and edges of what each pays above its
 minimum, and a vertex paying much is one whose neighbourhood is worth solving again.
+
+A window may also be all vertices on which a few good choices differ, each with the strategies that it has
+in them (`combine`): the best mixture of the choices, memory counted exactly. Local optima differ in one
+large piece more often than not, and are better in different parts of it.
 """
 
 import time
@@ -19,6 +23,12 @@ from graphpar.partition.shard_memory import MemoryMatrix
 
 _FIRST_PAIRS, _FEWEST_PAIRS, _MOST_PAIRS = 12_000, 500, 100_000
 """Pairs of strategies in a window: at first, at least, at most."""
+
+_MIXED_PAIRS = 30_000
+"""Pairs at first in a window that mixes two choices, most of which solve at once."""
+
+_MIXTURE = 0
+"""Stands for the width of windows that mix two choices."""
 
 
 class WindowSearch:
@@ -90,6 +100,36 @@ class WindowSearch:
                 share -= len(window[vertex]) * (1 + ends)
                 frontier.update(dict.fromkeys(self._frontier_of(vertex, window)))
             frontier.clear()
+        return window
+
+    def combine(self, other: IntArray, time_limit_s: float) -> float:
+        """Take over the best mixture with another choice that fits; returns the improvement."""
+        differing = np.flatnonzero(self.chosen != other)
+        if not differing.size:
+            return 0.0
+        window = self._mixture(differing, other)
+        began_s = time.perf_counter()
+        gain = self.solve_window(window, time_limit_s)
+        if len(window) < differing.size or time.perf_counter() - began_s > 0.8 * time_limit_s:
+            self.note(_MIXTURE, time.perf_counter() - began_s, time_limit_s)
+        return gain
+
+    def _mixture(self, differing: IntArray, other: IntArray) -> dict[int, IntArray]:
+        """A window of differing vertices with both of their strategies, connected ones first."""
+        waiting = {
+            self.memory.vertices[p]: np.unique([self.chosen[p], other[p]]).astype(np.intp)
+            for p in self._random.permutation(differing)
+        }
+        pairs = self._budgets.setdefault(_MIXTURE, _MIXED_PAIRS)
+        window: dict[int, IntArray] = {}
+        frontier: list[int] = []
+        while waiting and pairs > 0:
+            vertex = frontier.pop() if frontier else next(iter(waiting))
+            if vertex in waiting:
+                window[vertex] = waiting.pop(vertex)
+                around = self.graph.tables[vertex]
+                pairs -= 2 + 4 * sum(v in window for v in around)
+                frontier.extend(v for v in around if v in waiting)
         return window
 
     def _seeds(self, blame: FloatArray, count: int) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -158,11 +159,17 @@ def test_windows_never_lose_and_a_full_one_is_optimal(problem: ShardingProblem) 
         return
     search = WindowSearch(graph, rows, dual.memory, chosen)
     search.guide(dual.excess_costs()[1])
+    draw = np.random.default_rng(1)
     for _ in range(3):
         before = search.cost
         gain = search.solve_window(search.grow(50, 2, 2), 5.0)
         assert search.cost == pytest.approx(before - gain)
         assert gain >= 0
+    other = np.array([draw.integers(len(graph.costs[u])) for u in dual.vertices], dtype=np.intp)
+    mixtures = [np.array(mixture) for mixture in product(*zip(search.chosen, other, strict=True))]
+    fitting = [search.evaluate(mixture) for mixture in mixtures if dual.memory.excess(mixture) <= 0]
+    search.combine(other, 10.0)
+    assert search.cost == pytest.approx(min(fitting))
     everything = {u: np.arange(len(costs)) for u, costs in graph.costs.items()}
     search.solve_window(everything, 10.0)
     assert search.cost == best
