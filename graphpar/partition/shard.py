@@ -147,6 +147,7 @@ def _search(state: State, threads: int, seed: int) -> bool:
     if not warm_up(Stage.BOUND, state.left_s()):
         return False
     run = Run(state, graph, rows, threads, seed)
+    run.take_answer()
     if first is not None:
         run.take_rounding(first)
     try:

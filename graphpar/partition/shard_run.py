@@ -147,6 +147,11 @@ class Run:
             self.best, self.best_cost = chosen.copy(), cost
             self.state.offer(Candidate(self.graph, self.dual.vertices, self.best, cost))
 
+    def take_answer(self) -> None:
+        """Search from the answer that was found before anything was reduced, or one near it that fits."""
+        if self.state.answer is not None:
+            self.take_rounding(_nearest(self.graph, self.dual.vertices, self.state.answer)[0])
+
     def take_rounding(self, chosen: IntArray) -> None:
         """Take a rounding if it fits; remember the one nearest to fitting."""
         excess = self.dual.memory.excess(chosen)
@@ -385,8 +390,8 @@ class Run:
         if cost < self.best_cost:
             state.offer(Candidate(small, memory.vertices, chosen, cost), at_once=True)
         if state.answer is not None and state.objective < self.best_cost:
-            located = _locate(self.graph, self.dual.vertices, state.answer)
-            if located is not None:
+            located, is_same = _nearest(self.graph, self.dual.vertices, state.answer)
+            if is_same:
                 self.best, self.best_cost = located, state.objective
 
 
@@ -394,17 +399,20 @@ def _pairs_kept(graph: ShardingGraph, kept: dict[int, IntArray]) -> int:
     return sum(len(kept[u]) * len(kept[v]) for u, tables in graph.tables.items() for v in tables if u < v)
 
 
-def _locate(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> IntArray | None:
-    """The choice in `graph` that expands to `answer`; None if that has strategies dropped since."""
+def _nearest(graph: ShardingGraph, vertices: list[int], answer: list[int]) -> tuple[IntArray, bool]:
+    """The choice in `graph` that expands to most of `answer`, and whether to all of it.
+
+    Strategies may have been dropped since the answer was found.
+    """
     chosen = np.zeros(len(vertices), dtype=np.intp)
+    is_same = True
     for p, u in enumerate(vertices):
-        match = np.ones(len(graph.costs[u]), dtype=np.bool_)
+        agreeing = np.zeros(len(graph.costs[u]), dtype=np.intp)
         for node, map_ in graph.members[u]:
-            match &= map_ == answer[node]
-        if not match.any():
-            return None
-        chosen[p] = match.argmax()
-    return chosen
+            agreeing += map_ == answer[node]
+        chosen[p] = agreeing.argmax()
+        is_same &= bool(agreeing[chosen[p]] == len(graph.members[u]))
+    return chosen, is_same
 
 
 def _nothing_better(state: State) -> bool:
