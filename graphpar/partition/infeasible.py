@@ -36,6 +36,9 @@ _MOST_FACTOR = 2.0**20
 EVERY_LEVEL = (1, 2, 3)
 """ZeRO levels that may be proposed."""
 
+_DEVICES_S = 2.0
+"""Processor time after which no other kind is asked for: what other work there is must not matter."""
+
 _MOST_DEVICES = 64
 """No more than this many further devices of a class are proposed."""
 
@@ -304,11 +307,20 @@ def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float
             f"devices with {_up(factor)} times the memory "
             f"({enough_bytes(largest * factor)} instead of {format_bytes(largest)})"
         )
-    for index, device_class in enumerate(table.device_classes):
+    return [*found, *_further_devices(table, family, deadline_s)]
+
+
+def _further_devices(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
+    """How many more devices of each kind would do, the fewest first; of those there is time for."""
+    until_s = time.process_time() + _DEVICES_S
+    needed = []
+    for index in sorted(range(len(table.device_classes)), key=lambda i: _too_few(table, i)):
+        if time.process_time() > until_s:
+            break
         number = _devices_needed(table, index, family, deadline_s)
         if number is not None:
-            found.append(f"{number} more of {device_class.name}")
-    return found
+            needed.append((number, index))
+    yield from (f"{number} more of {table.device_classes[i].name}" for number, i in sorted(needed))
 
 
 def _devices_needed(table: CostTable, index: int, family: Family, deadline_s: float) -> int | None:

@@ -75,8 +75,8 @@ class MemoryFit:
             # Replicas are not devices: both are counted.
             take, limits = np.concatenate([take, self._width[:, None]], axis=1), (*limits, sum(limits))
         teams, team = np.unique(take, axis=0, return_inverse=True)
-        self._by_team = np.argsort(team.reshape(-1), kind="stable")
-        self._begins = np.searchsorted(team.reshape(-1)[self._by_team], np.arange(len(teams)))
+        self._team = team.reshape(-1).astype(np.intp)
+        self._row = np.searchsorted(self._widths, self._width)
         states = states_of(limits)
         self._replicas = states[:, -1] if groups else states.sum(axis=1)
         self._order = np.argsort(self._replicas, kind="stable")
@@ -115,19 +115,15 @@ class MemoryFit:
     def _room(self, setting: Setting, *, certain: bool) -> _Room:
         """How many replicas may follow every stage, or may certainly."""
         units = UnitArrays(self._family.table, setting, self._runs, self._cache)
-        below = np.full((len(self._options), len(self._runs.first)), -1.0)
         flight = np.stack([units.in_flight_by_width(m, self._widths) for m in self._modes])
-        for index, width in enumerate(self._widths):
-            if width <= setting.microbatches or not certain:
-                own = np.flatnonzero(self._width == width)
-                rooms = [flight[self._staff[own, r], index] for r in range(width)]
-                below[own] = _below(rooms, setting, width, certain)
-        below = below[self._by_team]
-        best = np.maximum.reduceat(below, self._begins, axis=0)
-        # The first option of a team that has the most room.
-        ends = np.append(self._begins[1:], len(below))
-        row = np.stack([a + below[a:b].argmax(axis=0) for a, b in zip(self._begins, ends, strict=True)])
-        return _Room(best, self._by_team[row])
+        shape = len(self._rest), len(self._runs.first)
+        room = _Room(np.full(shape, -1.0), np.zeros(shape, dtype=np.intp))
+        size = -(-setting.samples // setting.microbatches)
+        # Larger microbatches that are no multiple may make use of room that is less than one of these.
+        number = setting.microbatches if certain else -(-setting.samples // size)
+        how = number, setting.microbatches, size > 1, setting.schedule == "gpipe", certain
+        room_loop(flight, self._staff, self._width, self._row, self._team, how, room.below, room.row)
+        return room
 
     def _run(self, first: int, last: int) -> int:
         """The number of a run of units."""
@@ -156,19 +152,45 @@ def rehearse() -> None:
     """Run the loop once, so that it is compiled."""
     none, found = np.zeros(1, dtype=np.intp), np.full((1, 2), -1, dtype=np.intp)
     fit_loop(none, none, np.zeros((1, 1), dtype=np.bool_), none, np.zeros((1, 1)), 1, found, found.copy())
+    flight, how = np.zeros((1, 1, 1)), (1, 1, False, False, True)
+    one, below = np.ones(1, dtype=np.intp), np.zeros((1, 1))
+    room_loop(flight, none.reshape(1, 1), one, none, none, how, below, none.reshape(1, 1))
 
 
-def _below(rooms: Sequence[FloatArray], setting: Setting, width: int, certain: bool) -> FloatArray:
-    """[option, run]: the most replicas from a stage on; `rooms`: the microbatches of each replica."""
-    least, size = np.minimum.reduce(rooms), -(-setting.samples // setting.microbatches)
-    some, enough, number = least, least, setting.microbatches
-    if not certain:
-        # Larger microbatches that are no multiple may make use of room that is less than one of these.
-        some, enough = np.maximum.reduce(rooms), np.add.reduce(rooms) + width * (size > 1)
-        number = -(-setting.samples // size)
-    limited = -1.0 if setting.schedule == "gpipe" else width * some
-    found = np.where(enough >= number, UNLIMITED, limited)
-    return np.where(least >= 1, found, -1.0)
+@compiled_exactly
+def room_loop(
+    flight: FloatArray,
+    staff: IntArray,
+    width: IntArray,
+    place: IntArray,
+    team: IntArray,
+    setting: tuple[int, int, bool, bool, bool],
+    below: FloatArray,
+    row: IntArray,
+) -> None:
+    """Set [team, run] to the most replicas from a stage on, and to the first option with so much room.
+
+    Options have replicas of the modes `staff[option]` with room for `flight[mode, place of the width,
+    run]` microbatches. `setting` is (microbatches to be held, microbatches, whether they have several
+    samples, GPipe, whether it is to fit for certain).
+    """
+    number, microbatches, several, gpipe, certain = setting
+    for option in range(len(width)):
+        wide, at, mine = width[option], place[option], team[option]
+        if certain and wide > microbatches:
+            continue
+        for run in range(flight.shape[2]):
+            least = most = whole = flight[staff[option, 0], at, run]
+            for r in range(1, wide):
+                own = flight[staff[option, r], at, run]
+                least, most, whole = min(least, own), max(most, own), whole + own
+            if least < 1:
+                continue
+            some = least if certain else most
+            enough = least if certain else whole + (wide if several else 0)
+            limit = UNLIMITED if enough >= number else (-1.0 if gpipe else wide * some)
+            if limit > below[mine, run]:
+                below[mine, run], row[mine, run] = limit, option
 
 
 def larger_hold_more(table: CostTable) -> bool:
