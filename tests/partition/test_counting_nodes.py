@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphpar.partition.cells import Cells
 from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
-from graphpar.partition.counting_nodes import node_shares
+from graphpar.partition.counting_nodes import node_shares, packed_rows
 from graphpar.partition.counting_order import Placed, line_up
 from graphpar.partition.counting_runs import BOTH, Limits, Stages, join_runs
 
@@ -25,6 +26,21 @@ def test_what_fits_into_a_node_counts_as_no_more_than_it_has(size: int) -> None:
 
 def test_three_of_eight_count_as_half_a_node() -> None:
     assert max(share[3] for share in node_shares(8)) == 0.5
+
+
+def test_stages_that_fit_into_a_node_need_one() -> None:
+    """Two nodes of four have room for two stages of three devices, not for one of four beside them."""
+    cells = Cells((), (), node_sizes=(4,), rooms=((4, 4),), alone=(True,))
+
+    def packed(*devices: int) -> bool:
+        rows, least = packed_rows(cells, np.array(devices)[:, None])
+        return bool((rows.sum(axis=1) >= least - 1e-9).all())
+
+    assert packed(3, 3)
+    assert packed(5, 2)
+    assert packed(8)
+    assert not packed(3, 3, 2)
+    assert not packed(6, 3)
 
 
 def keeps_memory(stages: list[Placed], order: list[int]) -> bool:
