@@ -224,12 +224,21 @@ def _mode(table: CostTable, stage: StageChoice, index: int) -> Mode:
     return mode
 
 
+def _unlike(table: CostTable, stage: StageChoice) -> list[int]:
+    """Places of replicas of which no two run in the same way: of hundreds mostly one."""
+    places: dict[object, int] = {}
+    for index, replica in enumerate(stage.replicas):
+        kinds = tuple(table.class_of[device] for device in replica.devices)
+        places.setdefault((kinds, replica.shares, replica.mesh, replica.lean), index)
+    return list(places.values())
+
+
 def _largest_part(table: CostTable, stage: StageChoice, name: str) -> float:
     """Bytes of a kind on the device of the stage that holds most of them, undivided by ZeRO."""
     largest = 0.0
-    for index, replica in enumerate(stage.replicas):
+    for index in _unlike(table, stage):
         mode = _mode(table, stage, index)
-        for member in range(len(replica.devices)):
+        for member in range(len(mode.members)):
             held = 0.0
             for unit in range(stage.first, stage.last):
                 held += getattr(mode.costs[table.units[unit]], name)[member]

@@ -17,7 +17,7 @@ from graphpar.errors import InfeasibleError
 from graphpar.partition import counting_dive, counting_kinds, counting_search, pipeline
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
-from graphpar.partition.chain import ChainAnswer, NotSolvedError
+from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_beam import Harvest
 from graphpar.partition.counting_columns import price_columns
@@ -31,7 +31,7 @@ from graphpar.partition.pipeline_price import pairs, price
 from graphpar.partition.pipeline_search import search
 from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats, find_repeats
-from graphpar.partition.search import Asked, Found, SearchResult, Task
+from graphpar.partition.search import Asked, SearchResult, Task
 from graphpar.partition.solver import Backend
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import SearchedSchedule
@@ -366,44 +366,6 @@ def test_neighbours_stand_on_close_nodes() -> None:
     racks = [int(node_of[s.replicas[0].device][1]) % 2 for s in pipeline.stages]
     assert len(pipeline.stages) == 16
     assert sum(a != b for a, b in pairwise(racks)) == 1
-
-
-def test_better_pipelines_are_sought_between_a_failure_and_the_best(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """At other places each time, from the first again after a better pipeline, until all were tried."""
-    tried: list[float] = []
-    counted_search = counting_search._CountedSearch
-    monkeypatch.setattr(counted_search, "_program", lambda *_: None)
-    monkeypatch.setattr(counted_search, "_try", lambda *args, widely: tried.append(args[3]))
-
-    def found(setting: Setting, extra_s: float) -> Found:
-        return Found(setting, ChainAnswer(1.0, extra_s, 0.0, 0.0, ()))
-
-    own, other = Setting(8, 4, "1f1b"), Setting(8, 2, "1f1b")
-    tasks = [Task(s, 2.0, 1.0, 1.0, 0.0, lambda: pytest.fail("built")) for s in (other, own)]
-    seeking = counted_search(tasks, Asked(np.inf, 0.1, np.inf), lambda _: None)
-    seeking._seek(1.0, 0.5)
-    assert tried == []
-    # Whatever has 9 seconds or more with the least fill of a task does not beat the best by the gap.
-    seeking.best, seeking._cutoff = found(own, 9.0), 10.0
-    seeking._seek(4.0, 0.5)
-    assert tried == [6.0]
-    seeking._seek(8.0, 0.5)
-    assert tried == [6.0]
-    tried.clear()
-    for _ in range(20):
-        seeking._seek_again(4.0)
-    assert len(tried) == len(set(tried)) > 5
-    assert all(4.0 < extra_s < 8.0 for extra_s in tried)
-    first = tried[0]
-    seeking.best = found(own, 8.5)
-    seeking._seek_again(4.0)
-    assert tried[-1] == first
-    seeking.best = found(Setting(8, 8, "1f1b"), 8.5)
-    tried.clear()
-    seeking._seek_again(4.0)
-    assert tried == []
 
 
 @pytest.mark.parametrize(("memory_bytes", "worse"), [(8.0, 1.01), (3.5, 1.05)])
