@@ -312,28 +312,32 @@ class _Simulation:
 
 
 def _peak_bytes(schedule: Schedule, timing: Timing, rank: int) -> float:
-    """The most bytes in use: what stays, what forwards saved, what is being worked on, sums.
+    """The most bytes in use: what stays, what forwards saved, what is being worked on."""
+    return sum(peak_parts(schedule, timing, rank))
+
+
+def resident_bytes(timing: Timing, rank: int) -> float:
+    """What stays for the whole step, with all gradients and the copy that they are gathered in.
 
     Gradients are gathered for their sum when all has been given back, but between gradients that stay:
-    a process on a CPU finds no hole for the copy and grows by it.
+    a process on a CPU finds no hole for the copy, grows by it, and keeps that.
     """
-    resident, saved, working = peak_parts(schedule, timing, rank)
-    shared = timing.shared
-    gathered = 0.0
-    if shared is not None and timing.ranks[rank].device in shared.workers:
-        own = [group.num_bytes for group in timing.gradient_groups if rank in group.ranks]
-        gathered = min(max(own, default=0.0), SUM_BYTES)
-    return resident + saved + working + gathered
+    own, shared = timing.ranks[rank], timing.shared
+    if shared is None or own.device not in shared.workers:
+        return own.resident_bytes
+    summed = [group.num_bytes for group in timing.gradient_groups if rank in group.ranks]
+    return own.resident_bytes + min(max(summed, default=0.0), SUM_BYTES)
 
 
 def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, float, float]:
     """Bytes that stay, are saved for backwards, and are worked on, when their sum is largest.
 
-    A stage's gradients come with its first backward. In the optimiser's update nothing is saved any more,
-    and what it takes is worked on.
+    A stage's gradients come with its first backward, with the first half of that if it has two: those of
+    tables, norms and biases do. In the optimiser's update nothing is saved any more, and what it takes is
+    worked on.
     """
     numbers = _numbers_by_size(schedule, timing, rank)
-    resident = timing.ranks[rank].resident_bytes
+    resident = resident_bytes(timing, rank)
     missing = {stage: costs.gradient_bytes for (stage, _), costs in numbers.items()}
     saved, best = 0.0, (resident, 0.0, timing.ranks[rank].update_bytes)
     for kind, stage, microbatch in schedule.actions[rank]:
@@ -342,7 +346,7 @@ def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, fl
         costs = numbers[stage, schedule.microbatch_sizes[microbatch]]
         if kind == "F" and schedule.training:
             saved += costs.saved_bytes
-        if kind in "BW" and missing[stage]:
+        if kind in "BI" and missing[stage]:
             missing[stage] = costs.spared_bytes if kind == "B" else 0.0
         # While input gradients are made, what was saved gives way to what their weights still need.
         later = saved + costs.deferred_bytes - costs.saved_bytes if kind == "I" else saved

@@ -246,6 +246,17 @@ def test_gradients_come_with_a_stages_first_backward(
     assert simulate(chosen, timing).peak_bytes == (peak,)
 
 
+def test_a_first_half_of_a_backward_has_gradients_too() -> None:
+    sizes = SizeTiming(1, 1.0, 2.0, 200.0, 50.0, 1.0, gradient_bytes=100.0, spared_bytes=30.0)
+    timing = Timing(
+        tuple(RankTiming(d, d, (sizes,), resident_bytes=1000.0) for d in ("d0", "d1")), (), FREE
+    )
+    schedule = build_schedule(chain(2, 2, "zero-bubble"), chain_links(2), training=True)
+    assert "".join(kind for kind, _, _ in schedule.actions[1] if kind in "FIW") == "FIFIWW"
+    # Tables, norms and biases have theirs while the second microbatch goes forward.
+    assert simulate(schedule, timing).peak_bytes[1] == 1000 + 200 + 50
+
+
 def test_a_first_backward_makes_gradients_from_the_last_unit_on() -> None:
     """A head with large gradients has them beside all that was saved, a first unit beside its own."""
     partition = sample_partition()

@@ -13,7 +13,7 @@ from graphpar.plan_precision import format_runs
 from graphpar.plan_records import PlanPrecision
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule
-from graphpar.simulate import peak_parts
+from graphpar.simulate import peak_parts, resident_bytes
 from graphpar.view.fold import fold_units
 from graphpar.view.measured import MeasuredStep, StepDifference, comparison_of, measured_timeline
 from graphpar.view.model import (
@@ -144,7 +144,7 @@ def _devices(plan: Plan, schedule: Schedule, peaks: dict[int, float]) -> Iterato
             peak_bytes=resident + saved + working,
             capacity_bytes=replica.capacity_bytes,
             resident_bytes=resident,
-            later_bytes=plan.timing.ranks[rank].resident_bytes - resident,
+            later_bytes=resident_bytes(plan.timing, rank) - resident,
             weight_bytes=0.0 if splits else min(resident, share * weighs),
             saved_bytes=saved,
             working_bytes=working,

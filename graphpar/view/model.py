@@ -41,7 +41,8 @@ class ViewDevice:
         stages: What it runs; none for a device without work.
         share: Its share of a tensor group's work on each microbatch; 1 for a device on its own.
         peak_bytes: Predicted peak; the sum of the three parts that follow.
-        resident_bytes: Weights, gradients, optimiser state and framework, when memory is at its peak.
+        resident_bytes: Weights, gradients, optimiser state and framework, when memory is at its peak,
+            with the copy in which a process on a CPU gathers gradients for their sum.
         later_bytes: Gradients that come after that.
         weight_bytes: The weights among them, as far as they can be told apart; else 0.
         saved_bytes: Activations held for backwards when memory is at its peak.

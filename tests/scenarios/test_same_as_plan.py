@@ -60,9 +60,4 @@ def test_the_baseline_is_the_plan(case: str) -> None:
     assert told.step_s == pytest.approx(plan.predicted_step_s, rel=1e-9), told.shape
     assert told.gap == pytest.approx(plan.partition.gap, abs=1e-9)
     free = {d: memory_bytes - peak for d, peak in plan.predicted_peak_bytes.items()}
-    if case == "a model that is not cut":
-        # Folded into one unit, it has all gradients beside all that it saved: a bound.
-        assert all(told.headroom_bytes[d] == pytest.approx(free[d], rel=1e-4) for d in free)
-        assert all(told.headroom_bytes[d] <= free[d] for d in free)
-    else:
-        assert told.headroom_bytes == pytest.approx(free)
+    assert told.headroom_bytes == pytest.approx(free)

@@ -192,6 +192,26 @@ def test_hovering_names_stage_microbatch_and_time(opened: Open) -> None:
     assert "ms" in told
 
 
+def _check_curves(page: Any, plan: Plan) -> None:
+    """The highest point of memory over time, as it is drawn, is the predicted peak."""
+    drawn = page.evaluate(
+        """() => [...document.querySelectorAll("#memory .row")].map((row) => {
+          row.click();
+          const curve = document.getElementById("curve");
+          const [zero, one] = [...curve.querySelectorAll(".grid")].map((line) => line.y1.baseVal.value);
+          const labels = [...curve.querySelectorAll("text")].map((text) => text.textContent);
+          const label = labels.find((each) => each.endsWith("iB"));
+          const top = Math.min(...[...curve.querySelectorAll("path")].map((path) => path.getBBox().y));
+          return [Number(row.dataset.rank), (zero - top) / (zero - one), label];
+        })"""
+    )
+    units = {"KiB": 2**10, "MiB": 2**20}
+    for rank, steps, label in drawn:
+        amount, unit = label.split()
+        peak = plan.predicted_peak_bytes[plan.devices[rank]]
+        assert steps * float(amount) * units[unit] == pytest.approx(peak, rel=2e-3)
+
+
 def test_stages_and_halves_of_a_device_are_told_apart(opened: Open) -> None:
     """An interleaved zero-bubble plan: the tip names the stage of an action, memory has all its parts."""
     replicas = [(Replica(f"p0s0/{i}", 4),) for i in (0, 1)]
@@ -200,7 +220,9 @@ def test_stages_and_halves_of_a_device_are_told_apart(opened: Open) -> None:
     table = table_for(partition)
     links = stage_links(table, partition.pipelines)
     subject = PlanSubject("m", "ab" * 32, CLUSTER, hash_of(CLUSTER))
-    page = opened(make_plan(subject, table, predict(table, partition, links)))
+    plan = make_plan(subject, table, predict(table, partition, links))
+    page = opened(plan)
+    _check_curves(page, plan)
     assert "gradients of weights" in page.locator("#timeline").inner_text()
     canvas = page.locator("#timeline-canvas")
     canvas.focus()
@@ -216,6 +238,7 @@ def test_a_run_that_failed_is_marked(opened: Open) -> None:
     page = opened(Job(plan, measured_step(plan, until_s=0.1)))
     assert "the run failed" in page.inner_text("#timeline")
     assert "measured" in page.inner_text("#memory")
+    _check_curves(page, plan)
 
 
 def test_a_step_that_differs_is_shown_with_the_likely_reason(opened: Open) -> None:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from plan_samples import sample_plan
 from view_samples import explained_plan
 
+from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import LinkCost
 from graphpar.simulate import simulate
+from graphpar.timing import GradientGroup
 from graphpar.view.build import view_of
 from graphpar.view.fold import fold_units
 from graphpar.view.model import ViewModule
@@ -47,6 +49,18 @@ def test_where_memory_is_at_its_peak_in_the_update_that_is_shown() -> None:
     told = "the optimiser's update: 1 TiB"
     assert told in html.unescape(render_svg(view).decode())
     assert told not in html.unescape(render_svg(view_of(plan)).decode())
+
+
+def test_the_copy_that_a_process_gathers_gradients_in_is_part_of_what_stays() -> None:
+    plan = sample_plan()
+    shared = SharedCores(8, (1.0,), {device: CoreUse(1, 1.0) for device in plan.devices})
+    group = GradientGroup((1, 2), 3e6, 1e-3)
+    timing = replace(plan.timing, shared=shared, gradient_groups=(group,))
+    view = view_of(msgspec.structs.replace(plan, timing=timing))
+    grown = [d.peak_bytes - plan.predicted_peak_bytes[d.name] for d in view.devices[: view.num_ranks]]
+    assert grown == pytest.approx([0, 3e6, 3e6, 0], abs=1)
+    played = simulate(plan.timeline().schedule, timing).peak_bytes
+    assert [d.peak_bytes for d in view.devices[: view.num_ranks]] == pytest.approx(list(played))
 
 
 def test_shares_add_up() -> None:

@@ -72,7 +72,7 @@ function memoryBar(plan, ranks, choose) {
 
 // Bytes saved and worked on over time: a forward saves, its backward frees, and each works while it runs.
 // After the first half of a backward some is kept for the second. A stage's gradients come with its first
-// backward: what is absent of them does not stay yet. The optimiser's update comes last.
+// backward (or its first half): what is absent of them does not stay yet. The optimiser's update comes last.
 function memoryCourse(plan, track, rank) {
   const device = plan.devices[rank];
   const sizes = new Map(device.memory_by_size.map(
@@ -86,7 +86,7 @@ function memoryCourse(plan, track, rank) {
     const amount = sizes.get(`${event.stage} ${microbatchSize(plan, event.microbatch)}`);
     if (!amount || !"FBIW".includes(event.kind)) continue;
     if (event.kind === "F" && plan.training) saved += amount.held;
-    if ("BW".includes(event.kind) && missing.get(event.stage)) missing.set(event.stage, event.kind === "B" ? amount.spared : 0);
+    if ("BI".includes(event.kind) && missing.get(event.stage)) missing.set(event.stage, event.kind === "B" ? amount.spared : 0);
     const later = event.kind === "I" ? saved + amount.deferred - amount.held : saved;
     points.push({ time: event.start, absent: absent(), saved: Math.max(saved, later), working: amount.working });
     saved = later;
