@@ -108,6 +108,9 @@ def crew_loop(
     if not chain < target + paid:
         return chain, 0
     ahead_of = least_before_slots(each, places, least, levels, buckets, end)
+    # Where memory limits every crew of a width chains lead through as well.
+    for c in range(count):
+        least[at[c], counted[options[c]]] = min(least[at[c], counted[options[c]]], costs[c])
     through(least, ahead_of, rest, places)
     count = stop = 0
     while stop < len(run_of):

@@ -158,6 +158,17 @@ def test_crews_leave_every_stage_that_a_bound_leaves(table: CostTable, factor: f
             assert_never_better(some.pick(left), ideal, rows.crew_of)
 
 
+def test_a_stage_that_memory_keeps_at_the_end_is_not_excluded() -> None:
+    """Two devices share the first unit; one has the second, of which it holds one microbatch alone."""
+    table = make_table(
+        (2.0, 1.0), (1.0,), (3,), weight_bytes=3.0, saved_bytes=1.0, memory_bytes=5.0, batch=4
+    )
+    found = planned(table, 0.0, loops=True)
+    assert found is not None
+    assert [len(s.replicas) for s in found.pipelines[0].stages] == [2, 1]
+    assert found.objective_s == pytest.approx(best_step_s(table))
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 1)] * 2, *[st.integers(0, 3)] * 4), max_size=12))
 def test_columns_are_outdone_by_others_on_the_same_slot(rows: list[tuple[int, ...]]) -> None:
