@@ -42,7 +42,9 @@ FLAGS = (
 )  # fmt: skip
 """Said or not; text such as "no" says not."""
 
-DENIALS = frozenset({"", "0", "false", "no", "none", "off", "disabled"})
+DENIALS = frozenset(
+    {"", "0", "false", "no", "none", "off", "disabled", "-", "n/a", "unknown", "not stated"}
+)
 
 MOE_COUNTS = ("experts", "topk", "moe_ffn", "ffn", "shared_experts", "q_lora", "kv_lora")
 

@@ -94,7 +94,10 @@ def _has_word(text: str, word: str) -> bool:
     return re.search(rf"(?<![a-z]){word}(?![a-z0-9])", text.lower()) is not None
 
 
-NO_NVLINK = r"\b(no|without)\b.{0,8}nvlink|nvlink.{0,4}\b(not|off|disabled|unused)\b"
+NO_NVLINK = (
+    r"\b(no|without)\s+(\w+\s+)?nvlink|"
+    r"nvlink\W{0,2}((is|was)\s+)?\b(off|disabled|unused|not (used|installed|present|available))\b"
+)
 
 
 def link_of(words: str, kind: str) -> str:

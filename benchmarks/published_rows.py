@@ -266,17 +266,21 @@ def _states_batch(row: dict[str, Any]) -> bool:
 RECOMPUTED = r"\b(per|true|yes|on|all|every|uniform|block|checkpoint(ing|s|ed)?)\b"
 """Words for recomputation of whole layers that do not say "full"."""
 
+DENIED = r"\b(no|not|without)\b[^,;(]*"
+
 
 def _recompute(text: Any) -> str:
     """
     >>> [_recompute(said) for said in (None, True, "Full, uniform", "selective op", "per layer", False)]
     ['none', 'full', 'full', 'selective', 'full', 'none']
+    >>> [_recompute(said) for said in ("full, no offload", "no activation checkpointing", "layers: off")]
+    ['full', 'none', 'none']
     """
-    words = str(text or "none").lower()
-    if re.search(r"\b(no|not|none|without|off|disabled)\b", words):
-        return "none"
-    said = (w for w in ("full", "selective") if w in words)
-    return next(said, "full" if re.search(RECOMPUTED, words) else "none")
+    words = re.sub(DENIED, "", str(text or "none").lower())
+    if said := next((w for w in ("full", "selective") if w in words), ""):
+        return said
+    off = re.search(r"\b(none|off|disabled)\b", words)
+    return "none" if off or not re.search(RECOMPUTED, words) else "full"
 
 
 PRECISIONS = (

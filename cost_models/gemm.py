@@ -10,6 +10,8 @@ import math
 from functools import lru_cache
 from itertools import product
 
+from graphpar.catalogue import DeviceKind
+
 TILES = (
     (256, 128, 1.0),
     (128, 256, 1.0),
@@ -31,6 +33,26 @@ RESULT_BYTES = 2
 
 MIN_INNER = 256
 """Parts of the inner dimension shorter than this are not worth a split."""
+
+POWER_BOUND = frozenset({"hopper", "blackwell-sm100", "blackwell-sm103"})
+"""Families that steps of products in 16 bits bring to the limit of their power, where clocks fall: single
+ones, by which rates were measured, are over before."""
+
+AMPLE_POWER = 1e-12
+"""Watts for each FLOP/s in 16 bits from which a device of these families stays below that limit: H20, an
+H100 with fewer multiprocessors, has 2.7e-12 and reaches 0.96 of its peak; the others have no more than
+0.71e-12."""
+
+
+def is_power_bound(kind: DeviceKind) -> bool:
+    """Whether steps of products in 16 bits run at the limit of a device's power.
+
+    >>> from graphpar.catalogue import devices
+    >>> [is_power_bound(devices()[name]) for name in ("h100-sxm-80gb", "h20-sxm-96gb", "a100-sxm-80gb")]
+    [True, False, False]
+    """
+    watts = kind.power_w or 0.0
+    return kind.family in POWER_BOUND and watts < AMPLE_POWER * kind.peak_flops_per_s["bfloat16"]
 
 
 @lru_cache(maxsize=2**14)

@@ -58,10 +58,6 @@ WIDE = ("float32", "tf32")
 SCALED = ("float8_e4m3fn", "float4")
 """Formats whose operands are scaled and cast before each product."""
 
-POWER_BOUND = frozenset({"hopper", "blackwell-sm100", "blackwell-sm103"})
-"""Families that steps of products in 16 bits bring to the limit of their power, where clocks fall: single
-ones, by which rates were measured, are over before."""
-
 WIDE_RESULT = 2**14
 """Columns beyond which a result is the scores of a vocabulary; widths of layers are averages over devices
 and need not be whole."""
@@ -212,7 +208,7 @@ class _Machine:
     def _arithmetic_s(self, product: Product, dtype: str) -> float:
         points = self.family.matmul_efficiency
         top = self.kind.measured_fraction(dtype) or points[-1][1]
-        held = self.p.sustained_share if dtype in HALF and self.kind.family in POWER_BOUND else 1.0
+        held = self.p.sustained_share if dtype in HALF and gemm.is_power_bound(self.kind) else 1.0
         share = ROW_SCALED if self.run.row_scales and dtype in SCALED else held
         if self.kind.multiprocessors:
             return gemm.product_s(

@@ -61,6 +61,8 @@ def test_variants_of_cards_are_said_to_be_others(gpu: str, word: str) -> None:
         ("RTX A6000", "NVLink bridge, PCIe 4.0", "nvlink3-bridge"),
         ("H100 PCIe", "no NVLink", "pcie5"),
         ("A100 80GB PCIe", "NVLink not installed", "pcie4"),
+        ("A100 80GB PCIe", "NVLink (disabled)", "pcie4"),
+        ("A100-SXM-80GB", "NVLink3 (not stated), no PCIe P2P", "nvlink3"),
         ("A100-SXM-80GB", "", "nvlink3"),
     ],
 )
@@ -85,10 +87,13 @@ def test_devices_are_counted_by_nodes_where_their_number_is_not_stated() -> None
         ("per layer", "full"),
         ("selective op", "selective"),
         (False, "none"),
+        ("full, no offload", "full"),
+        ("no activation checkpointing", "none"),
+        ("all layers: off", "none"),
     ],
 )
 def test_flags_and_recomputation_are_read_from_words(said: Any, recompute: str) -> None:
-    found = run("parallel", recompute=said, sequence_parallel="no", compile="True")
+    found = run("parallel", recompute=said, sequence_parallel="not stated", compile="True")
     assert (found.recompute, found.sequence_parallel, found.compiled) == (recompute, False, True)
 
 

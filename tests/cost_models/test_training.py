@@ -23,6 +23,23 @@ def seconds(run: Run) -> float:
     return step_time(run, parameters()).total_s
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "less"),
+    [
+        ("h100-sxm-80gb", "bfloat16", True),
+        ("gb300", "float16", True),
+        ("gh200-96gb", "bfloat16", True),
+        ("h100-sxm-80gb", "float32", False),
+        ("h20-sxm-96gb", "bfloat16", False),
+        ("a100-sxm-80gb", "bfloat16", False),
+    ],
+)
+def test_steps_in_16_bits_hold_less_where_power_is_short(device: str, dtype: str, less: bool) -> None:
+    run = replace(BASE, device=device, dtype=dtype)
+    single = step_time(run, replace(parameters(), sustained_share=1.0)).total_s
+    assert (seconds(run) > single) is less
+
+
 def test_parameter_counts_are_the_published_ones() -> None:
     assert GPT3.parameters == pytest.approx(175e9, rel=0.01)
     assert LLAMA.parameters == pytest.approx(8.03e9, rel=0.01)
