@@ -21,6 +21,7 @@ from graphpar.files import check_writable, write_whole
 from graphpar.model_spec import load_model
 from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.api import Study, as_scenarios, baseline_setting, check_scenarios, what_if
+from graphpar.scenarios.budget import affordable_mixes
 from graphpar.scenarios.plots import check_plot
 from graphpar.scenarios.study import Progress
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
@@ -115,6 +116,8 @@ def command(
         baseline = baseline_setting(
             cluster, batch_size, training, precision=precision, tensor=tensor, prices=money
         )
+        if budget is not None:
+            affordable_mixes(budget, types)
         check_scenarios(baseline, (*scenarios_of(as_sweeps(sweep)), *asked))
         study = _study(
             model,

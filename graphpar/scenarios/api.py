@@ -14,7 +14,7 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.compiler import ClusterLike, as_cluster
 from graphpar.partition.types import TensorWidth
-from graphpar.scenarios.budget import BudgetAnswer, best_within
+from graphpar.scenarios.budget import BudgetAnswer, affordable_mixes, best_within
 from graphpar.scenarios.cache import AnswerCache, default_folder
 from graphpar.scenarios.changes import check_format
 from graphpar.scenarios.plots import plot, plot_svg
@@ -232,6 +232,8 @@ def what_if(
     ['ok', 'ok']
     """
     sweeps, where = as_sweeps(sweep), as_cluster(cluster)
+    if budget_usd_per_h is not None:
+        affordable_mixes(budget_usd_per_h, instances)  # refused before anything is planned
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
     book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
@@ -374,6 +376,7 @@ def _budget_plain(budget: BudgetAnswer | None, baseline: Answer) -> dict[str, An
         "solved": budget.solved,
         "ruled_out": budget.ruled_out,
         "unable": budget.unable,
+        "problem": budget.problem,
         "unplanned": budget.unplanned,
         "truncated_by": ["time limit"] if budget.unplanned else [],
         "proven": budget.proven,

@@ -93,15 +93,13 @@ def best_within(
         ValueError: A type is unknown or has no price, or none fits the budget.
     """
     began_s = time.monotonic()
-    prices = _prices(types)
-    _check_money(usd_per_h, prices)
+    prices, mixes = affordable_mixes(usd_per_h, types)
     limit_s = BUDGET_S if time_limit_s is None else time_limit_s
     key = solver.key(baseline, limit_s, budget=[usd_per_h, sorted(prices.items())])
     kept = solver.kept.get_as(BudgetAnswer, key)
     if kept is not None:
         return kept
     dear = tuple(name for name, price in prices.items() if price > usd_per_h)
-    mixes = mixes_within({t: p for t, p in prices.items() if t not in dear}, usd_per_h)
     search = MixSearch(solver, mixes, bounds_of(solver, mixes, baseline), partial(_setting, baseline))
     # Prices of tensor groups may take minutes, and nothing is known before they are there.
     began_s = began_s if baseline.tensor == 1 else time.monotonic()
@@ -119,6 +117,17 @@ def best_within(
         )
     solver.kept.put(key, answer)
     return answer
+
+
+def affordable_mixes(usd_per_h: float, types: Sequence[str]) -> tuple[dict[str, float], Mixes]:
+    """The prices of instance types, and the mixes of them that use a budget up.
+
+    Raises:
+        ValueError: See `best_within`.
+    """
+    prices = _prices(types)
+    _check_money(usd_per_h, prices)
+    return prices, mixes_within({t: p for t, p in prices.items() if p <= usd_per_h}, usd_per_h)
 
 
 def _check_money(usd_per_h: float, prices: Mapping[str, float]) -> None:
@@ -200,9 +209,8 @@ def bounds_of(solver: Solver, mixes: Mixes, baseline: Setting) -> MixBounds:
     alone = [_setting(baseline, {name: 1}) for name in mixes.types]
     having = np.array([_has_format(solver, setting) for setting in alone])
     there = mixes.counts > 0
-    if having.any():
-        lacking = np.logical_not(np.logical_or.reduce(there[:, having], axis=1))
-        bounds.exclude(lacking, f"no device computes in {baseline.precision}")
+    lacking = np.logical_not(np.logical_or.reduce(there[:, having], axis=1))
+    bounds.exclude(lacking, f"no device computes in {baseline.precision}")
     apart = _apart(alone) if baseline.tensor != 1 else np.zeros_like(having)
     marks = np.column_stack([there[:, ~having].any(axis=1), there[:, apart]])
     for mark in np.unique(marks, axis=0):

@@ -295,6 +295,16 @@ def test_bounds_of_mixes_are_true_from_the_first_and_those_of_their_own_tables_i
         assert exact_s * (1 - 1e-9) <= bounds.least_s[mix] <= exact_s * 1.02
 
 
+def test_a_budget_for_devices_that_all_lack_the_format_is_answered_so() -> None:
+    with torch.device("meta"):
+        model, inputs = nn.Linear(8, 8), (torch.empty(16, 8),)
+    solver = Solver(PriceBook(model, inputs, {}, None), Limits(), AnswerCache(None))
+    base = replace(BASE, training=False, precision="bfloat16")
+    found = budget.best_within(solver, base, 1.6, ("g4dn.xlarge", "p3.2xlarge"))
+    assert found.best is None and found.unable == found.considered == 1
+    assert "no device computes in bfloat16" in "\n".join(_budget_lines(found))
+
+
 def test_a_mix_that_cannot_hold_the_model_is_ruled_out() -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(32768, 32768, bias=False) for _ in range(10)))
