@@ -24,9 +24,10 @@ CPU_RESERVED_BYTES = 0.29e9
 """A worker that has run its first ops and holds nothing: resident memory, torch 2.13 for processors on
 Linux (`benchmarks/prediction.py` compares what workers really held)."""
 
-ONEDNN_BYTES = 8e6
+ONEDNN_BYTES = 6.5e6
 """What the first convolutions or recurrent layers add to a worker on a processor: pages of oneDNN's code
-and what it compiles. 4 to 9 MB with torch 2.13, by how many sorts there are (27 November 2026)."""
+and what it compiles. 4 MB for plain convolutions, 7 for an LSTM, 9 where there are many sorts; the middle of
+that (torch 2.13, 27 November 2026)."""
 
 ONEDNN_PACKETS = frozenset(
     {"_convolution", "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
