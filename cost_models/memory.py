@@ -26,8 +26,8 @@ Linux (`benchmarks/prediction.py` compares what workers really held)."""
 
 ONEDNN_BYTES = 6.5e6
 """What the first convolutions or recurrent layers add to a worker on a processor: pages of oneDNN's code
-and what it compiles. 4 MB for plain convolutions, 7 for an LSTM, 9 where there are many sorts; the middle of
-that (torch 2.13, 27 November 2026)."""
+and what it compiles. 4 MB for plain convolutions, 7 for an LSTM, 9 where there are many sorts; the middle
+of that (torch 2.13, 27 November 2026)."""
 
 ONEDNN_PACKETS = frozenset(
     {"_convolution", "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
