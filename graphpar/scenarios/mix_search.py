@@ -100,11 +100,11 @@ class MixSearch:
         return int(hopeful.sum())
 
     def run(self, time_limit_s: float) -> None:
-        """Search for so long."""
+        """Search for so long; where no time is left, one cluster is planned all the same."""
         began_s = time.monotonic()
         self._processes = self.solver.limits.processes or num_cores()
         self._end_s = began_s + (1 - RULE_OUT_SHARE) * time_limit_s
-        self._least_s = min(LEAST_S, LEAST_SHARE * time_limit_s)
+        self._least_s = max(min(LEAST_S, LEAST_SHARE * time_limit_s), _NO_TIME_S)
         with solving(self.solver.limits.processes, len(self.mixes.counts) + 2) as submit:
             self._work(submit, self._alone(began_s + ALONE_SHARE * time_limit_s))
             self._work(submit, self._by_bound(began_s + (ALONE_SHARE + COARSE_SHARE) * time_limit_s))

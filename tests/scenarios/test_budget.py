@@ -59,11 +59,14 @@ def cost(counts: dict[str, int], prices: dict[str, float]) -> float:
 class Oracle:
     """A solver that knows the step of every cluster: a sum of speeds, less what each node costs.
 
-    Its clock goes on by `takes_s` with every cluster that it plans.
+    Its clock goes on by `takes_s` with every cluster that it plans, and by `bounding_s` for all bounds.
     """
 
-    def __init__(self, speeds: dict[str, float], friction: float, takes_s: float = 0.0) -> None:
-        self.speeds, self.friction, self.takes_s = speeds, friction, takes_s
+    def __init__(
+        self, speeds: dict[str, float], friction: float, takes_s: float = 0.0, bounding_s: float = 0.0
+    ) -> None:
+        self.speeds, self.friction = speeds, friction
+        self.takes_s, self.bounding_s = takes_s, bounding_s
         self.asked: list[dict[str, int]] = []
         self.limits_s: list[float] = []
         self.now_s = 0.0
@@ -122,6 +125,7 @@ class Oracle:
     def bounds(self, mixes: Mixes) -> MixBounds:
         """Nine tenths of the bound of each mix; all of it where it is sharpened."""
         oracle = self
+        self.now_s += self.bounding_s
 
         class Bounds(MixBounds):
             def sharpen(self, mix: int) -> bool:
@@ -203,6 +207,10 @@ def test_a_budget_whose_time_is_up_says_what_it_did_not_look_at() -> None:
     told = "\n".join(_budget_lines(found))
     assert f"the time was up before the other {found.unplanned}" in told
     assert _budget_plain(found, found.best)["truncated_by"] == ["time limit"]  # type: ignore[arg-type, index]
+    late = Oracle(dict.fromkeys(TYPES, 1.0), 0.5, takes_s=1.0, bounding_s=20.0)
+    found = late.best_within(40.0, TYPES, time_limit_s=10.0)
+    assert found.best is not None and found.solved == 1 and not found.unable
+    assert min(late.limits_s) > 0, "one is planned in any case"
 
 
 def used_up(
