@@ -7,7 +7,7 @@ plans that were searched.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, product
+from itertools import chain, combinations, combinations_with_replacement, product
 
 import numpy as np
 
@@ -224,15 +224,21 @@ def _group_options(table: CostTable, cells: Cells) -> Iterator[StageOption]:
 
 def _homes(cells: Cells, mode: Mode) -> Iterator[tuple[int, ...]]:
     """Cells for the members of one group, wherever links are as good as its price needs."""
-    suited = [[i for i, c in enumerate(cells.cells) if c.device_class == k] for k in mode.members]
-    seen: set[tuple[tuple[int, int], ...]] = set()
-    for home in product(*suited):
-        # Members of a class may change places: they are equal devices.
-        kind = tuple(sorted(zip(mode.members, home, strict=True)))
-        counts = Counter(home)
-        if kind in seen or any(n > cells.counts[i] for i, n in counts.items()):
+    # Members of a class may change places: they are equal devices.
+    classes = sorted(range(len(mode.members)), key=mode.members.__getitem__)
+    ways = [
+        combinations_with_replacement(
+            [i for i, c in enumerate(cells.cells) if c.device_class == k and cells.counts[i]], number
+        )
+        for k, number in sorted(Counter(mode.members).items())
+    ]
+    found = []
+    for parts in product(*ways):
+        placed = dict(zip(classes, chain.from_iterable(parts), strict=True))
+        found.append(tuple(placed[member] for member in range(len(classes))))
+    for home in sorted(found):
+        if any(n > cells.counts[i] for i, n in Counter(home).items()):
             continue
-        seen.add(kind)
         places = [cells.cells[i].place for i in home]
         links = [cells.links[a][b] for a, b in combinations(places, 2)]
         if mode.link is None or all(k is not None and k.at_least(mode.link) for k in links):
