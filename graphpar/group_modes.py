@@ -62,6 +62,7 @@ def with_group_modes(
     least_gain: float = 0.0,
     leaner: bool = False,
     known: KnownGroups | None = None,
+    usual: ShardingOptions | None = None,
 ) -> CostTable:
     """The table with a price for each of these tensor groups that it does not price yet.
 
@@ -80,6 +81,7 @@ def with_group_modes(
         leaner: Whether a group that cannot hold the whole model is also priced with shardings that hold
             less and take longer.
         known: What was worked out for other batches, to be used and added to.
+        usual: What strategies are chosen for, where that is known; then `train` is not asked.
     """
     modes = {mode.key: mode for mode in table.modes}
     lower = rewritten or {}
@@ -87,6 +89,8 @@ def with_group_modes(
     plain = graph, Chain((), frozenset()) if everywhere else build_chain(graph)
     known = KnownGroups() if known is None else known
     options = partial(known.options, graph, table.training, train)
+    if usual is not None:
+        options = partial(options_at, usual, graph)
     one_axis_s: dict[tuple[str, ...], float] = {}
     for replica in replicas:
         members = tuple(table.class_of[name] for name in replica.devices)

@@ -16,6 +16,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import torch
+
+from graphpar.frontend.torch_private import flatten
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import BatchSize, Op, Symbol, TensorType
@@ -171,3 +174,21 @@ class _Line:
         if rest:
             raise _BentError
         return x + more
+
+
+def same_form(call: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    """Whether two calls have the same structure, shapes and constants."""
+    (mine, spec), (others, other_spec) = flatten(call), flatten(other)
+    return spec == other_spec and all(map(_same_leaf, mine, others))
+
+
+def _same_leaf(mine: Any, other: Any) -> bool:
+    if not isinstance(mine, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return type(mine) is type(other) and bool(mine == other)
+    return (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device)
+
+
+def sequence_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The second dimension of the first tensor that has one."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() > 1]
+    return int(tensors[0].shape[1]) if tensors else 1

@@ -1,6 +1,7 @@
 """Cost tables of settings: the model is captured once per sequence length, priced once per need."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -21,18 +22,18 @@ from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_options import StageOptions
 from graphpar.device import Link
 from graphpar.errors import GraphparError
-from graphpar.frontend.torch_private import flatten
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.group_modes import KnownGroups
 from graphpar.optimizer_memory import tried_optimizer, update_share
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
-from graphpar.planner import may_repeat, price, with_groups, zero_levels
+from graphpar.planner import may_repeat, price, zero_levels
 from graphpar.precision import Formats, rewrite, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of, with_rows
+from graphpar.scenarios.group_prices import GroupTask
 from graphpar.scenarios.layouts import tensor_groups
-from graphpar.scenarios.lengths import between, support
+from graphpar.scenarios.lengths import between, same_form, sequence_length, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
 from graphpar.training import Training
 
@@ -101,6 +102,10 @@ class PriceBook:
             ValueError: The setting needs inputs that nobody can make.
             CaptureError: The model cannot be captured at that sequence length.
         """
+        return self._with_modes(self._plain(setting), setting)
+
+    def _plain(self, setting: Setting) -> CostTable:
+        """The table without further ways to run units."""
         key, alone = self._costs_by(setting), not _is_local(setting.cluster)
         if key not in self._tables:
             self._tables[key] = (
@@ -109,7 +114,7 @@ class PriceBook:
         # Links and how many devices of a class there are: they do not change what a unit costs on one.
         table = self._tables[key]
         table = for_devices(table, setting.cluster) if alone else table
-        return self._with_modes(self._placed(table, setting), setting)
+        return self._placed(table, setting)
 
     def _of_some(self, setting: Setting) -> CostTable:
         """The table of devices at full speed, out of one of more kinds of devices if there is any."""
@@ -229,22 +234,13 @@ class PriceBook:
 
     def _with_groups(self, table: CostTable, setting: Setting, groups: Sequence[Replica]) -> CostTable:
         """The table with prices of tensor groups, found once for equal devices over equal links."""
-        alike: dict[tuple[str, ...], list[Replica]] = {}
-        for group in groups:
-            alike.setdefault(group.devices, []).append(group)
-        runs = self._runs(setting) if groups else {}
-        common = (*_chosen(setting), table.units, setting.layout is None, setting.tensor == "auto")
         modes = {mode.key: mode for mode in table.modes}
-        for devices, own in alike.items():
-            links = [str(table.topology.link(*pair)) for pair in combinations(devices, 2)]
-            shapes = [(group.shares, group.mesh, group.lean) for group in own]
-            kinds = [(setting.cluster.device(d).to_dict(), id(runs[d][0])) for d in devices]
-            key = f"{common} {table.reserved_bytes} {kinds} {links} {shapes}"
-            classes = tuple(table.class_of[name] for name in devices)
-            if _is_local(setting.cluster):
-                key += priced_by(setting) + self._settled(setting)
+        for key, own in self._group_keys(table, setting, groups):
+            classes = tuple(table.class_of[name] for name in own[0].devices)
             if key not in self._groups:
-                self._groups[key] = classes, self._priced_groups(table, setting, own)
+                self._groups[key] = (
+                    classes, self._group_task(table, setting, own).priced(self._known_groups)
+                )  # fmt: skip
             then, priced = self._groups[key]
             now = dict(zip(then, classes, strict=True))
             for mode in priced:
@@ -252,26 +248,60 @@ class PriceBook:
                 modes.setdefault(mode.key, mode)
         return replace(table, modes=tuple(modes.values()))
 
-    def _priced_groups(
+    def _group_keys(
         self, table: CostTable, setting: Setting, groups: Sequence[Replica]
-    ) -> tuple[Mode, ...]:
-        runs, prepared = self._runs(setting), self.prepared(setting)
-        # Strategies are chosen for a part of the batch.
-        at_batch = {id(g): (g.with_batch(setting.batch), units) for g, units in runs.values()}
-        found = with_groups(
+    ) -> Iterator[tuple[str, list[Replica]]]:
+        """The groups of the same devices, and what their prices depend on."""
+        alike: dict[tuple[str, ...], list[Replica]] = {}
+        for group in groups:
+            alike.setdefault(group.devices, []).append(group)
+        runs = self._runs(setting) if groups else {}
+        common = (*_chosen(setting), table.units, setting.layout is None, setting.tensor == "auto")
+        for devices, own in alike.items():
+            links = [str(table.topology.link(*pair)) for pair in combinations(devices, 2)]
+            shapes = [(group.shares, group.mesh, group.lean) for group in own]
+            kinds = [(setting.cluster.device(d).to_dict(), id(runs[d][0])) for d in devices]
+            key = f"{common} {table.reserved_bytes} {kinds} {links} {shapes}"
+            if _is_local(setting.cluster):
+                key += priced_by(setting) + self._settled(setting)
+            yield key, own
+
+    def _group_task(self, table: CostTable, setting: Setting, groups: Sequence[Replica]) -> GroupTask:
+        train, prepared = self._training(setting), self.prepared(setting)
+        return GroupTask(
             table,
-            prepared,
+            prepared.graph,
             setting.cluster,
-            groups,
-            train=self._training(setting),
-            formats=self.formats(setting),
-            calibration=self.calibration,
+            tuple(groups),
+            self._runs(setting),
+            self._known_groups.options(prepared.graph, table.training, train, 0),
+            self.calibration,
             least_gain=LEAST_GAIN if setting.tensor == "auto" else 0.0,
             leaner=setting.layout is None,
-            rewritten={name: at_batch[id(g)] for name, (g, _) in runs.items()},
-            known=None if prepared.tail_reason else self._known_groups,
+            alike=not prepared.tail_reason,
         )
-        return found.modes[len(table.modes) :]
+
+    def unpriced_groups(self, settings: Sequence[Setting]) -> dict[str, GroupTask]:
+        """What is left to price of the tensor groups that settings leave open, by a name."""
+        found: dict[str, GroupTask] = {}
+        for setting in settings:
+            if setting.layout is not None or setting.tensor == 1 or _is_local(setting.cluster):
+                continue
+            # What cannot be planned is told when it is its turn.
+            with suppress(ValueError, GraphparError):
+                table = self._plain(setting)
+                for key, own in self._group_keys(table, setting, self._candidates(table, setting)):
+                    if key not in self._groups and key not in found:
+                        found[key] = self._group_task(table, setting, own)
+        return found
+
+    def learn_groups(
+        self, tasks: Mapping[str, GroupTask], priced: Mapping[str, tuple[Mode, ...]]
+    ) -> None:
+        """Take prices found elsewhere."""
+        for key, modes in priced.items():
+            classes = tasks[key].table.class_of
+            self._groups[key] = tuple(classes[d] for d in tasks[key].groups[0].devices), modes
 
     def _candidates(self, table: CostTable, setting: Setting) -> Sequence[Replica]:
         widest = widest_group(setting.cluster, setting.tensor)
@@ -355,7 +385,7 @@ class PriceBook:
     def expect(self, lengths: Collection[int]) -> None:
         """Say which sequence lengths will be asked for: of many, few are captured, and others follow."""
         captured = {length for length, batch in self._prepared if length is not None and batch is None}
-        captured.add(_sequence_length(self.args, self.kwargs))
+        captured.add(sequence_length(self.args, self.kwargs))
         self._lengths = frozenset(lengths)
         self._support = support(self._lengths, captured)
 
@@ -374,7 +404,7 @@ class PriceBook:
 
     def _between(self, seq_len: int) -> Prepared | None:
         """The capture at a length from those at others; None where it is to be made itself."""
-        own = seq_len == _sequence_length(self.args, self.kwargs)
+        own = seq_len == sequence_length(self.args, self.kwargs)
         if own or self.inputs is None or seq_len in self._support:
             return None
         # A model may have too few positions for some: those are answered so, and tell nothing of others.
@@ -395,7 +425,7 @@ class PriceBook:
         args, kwargs = self.args, self.kwargs
         if (seq_len, batch) != (None, None):
             args, kwargs = self._inputs(seq_len, batch)
-            if _same_form((args, kwargs), (self.args, self.kwargs)):
+            if same_form((args, kwargs), (self.args, self.kwargs)):
                 return self.baseline()
         return prepare(self.model, args, kwargs, self.train)
 
@@ -407,20 +437,8 @@ class PriceBook:
                 "(args, kwargs)"
             )
         base = self.baseline().graph
-        length = seq_len if seq_len is not None else _sequence_length(self.args, self.kwargs)
+        length = seq_len if seq_len is not None else sequence_length(self.args, self.kwargs)
         return self.inputs(batch or base.batch, length)
-
-
-def _same_form(call: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    """Whether two calls have the same structure, shapes and constants."""
-    (mine, spec), (others, other_spec) = flatten(call), flatten(other)
-    return spec == other_spec and all(map(_same_leaf, mine, others))
-
-
-def _same_leaf(mine: Any, other: Any) -> bool:
-    if not isinstance(mine, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return type(mine) is type(other) and bool(mine == other)
-    return (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device)
 
 
 def _priced_at(link: Link, cost: LinkCost) -> Link:
@@ -451,12 +469,6 @@ def _is_local(cluster: Cluster) -> bool:
 
 def _chosen(setting: Setting) -> tuple[object, ...]:
     return (setting.batch, setting.seq_len, setting.precision, setting.optimizer, setting.training)
-
-
-def _sequence_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """The second dimension of the first tensor that has one."""
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() > 1]
-    return int(tensors[0].shape[1]) if tensors else 1
 
 
 def training_of(train: Training | None, optimizer: str) -> Training | None:

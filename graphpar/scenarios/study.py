@@ -20,6 +20,7 @@ from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import could_cover, places, with_these_alone
+from graphpar.scenarios.group_prices import priced_by_several
 from graphpar.scenarios.naming import numbered, with_names
 from graphpar.scenarios.pricing import PriceBook, priced_by
 from graphpar.scenarios.report import CUT_SHORT
@@ -111,6 +112,24 @@ class Solver:
             with_names(self._known[key], own.cluster, setting.cluster)
             for key, own, setting in zip(keys, settings, named, strict=True)
         ]
+
+    def price_groups(self, asked: Sequence[tuple[Setting, float]]) -> None:
+        """Price the tensor groups of settings, each with its limit, in several processes.
+
+        It changes no answer: what is not priced here is priced when it is wanted.
+        """
+        processes = self.limits.processes or num_cores()
+        if processes == 1 or all(setting.tensor == 1 for setting, _ in asked):
+            return
+        missing = [
+            setting
+            for setting, limit_s in ((numbered(setting), limit_s) for setting, limit_s in asked)
+            if (key := self.key(setting, limit_s)) not in self._known
+            and not self._from_cache(key, setting)
+        ]
+        self.book.expect({s.seq_len for s in missing if s.seq_len is not None})
+        tasks = self.book.unpriced_groups(missing)
+        self.book.learn_groups(tasks, priced_by_several(tasks, processes))
 
     def _settle(self, keys: Sequence[str]) -> None:
         """Exchange answers for better ones that other plans give, until none is: each may help others."""
@@ -458,6 +477,7 @@ def ask(
     first_limit_s = min(
         BASELINE_SHARE * solver.limits.time_limit_s, max(10.0, solver.limits.time_limit_s)
     )
+    solver.price_groups([(baseline, first_limit_s), *((s, solver.limits.time_limit_s) for s in sound)])
     (known,) = solver.answers([baseline], first_limit_s)
     if known.status == "invalid":
         raise ValueError(known.problem)

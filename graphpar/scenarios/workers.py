@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import ModuleType
+from typing import TypeVar
 
 from graphpar.cluster_build import num_cores
 from graphpar.errors import RunError
@@ -18,6 +19,9 @@ from graphpar.scenarios.task import Task
 from graphpar.scenarios.types import Answer
 
 Submit = Callable[[list[Task]], "Future[list[Answer]]"]
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 _LOOK_S = 0.5
 """How often a process looks whether the one that started it is still there."""
@@ -34,6 +38,17 @@ def solving(processes: int | None, tasks: int) -> Iterator[Submit]:
     if count <= 1 or (tasks <= 2 and processes is None):
         yield _at_once
         return
+    with started(count) as pool:
+        yield lambda tasks: submitted(pool, solve_together, tasks)
+
+
+@contextmanager
+def started(count: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes, each started when it is wanted.
+
+    Raises:
+        RunError: One of them was killed.
+    """
     others = set(multiprocessing.active_children())
     # Fresh interpreters: this one may have threads that a fork would not survive.
     context = multiprocessing.get_context("spawn")
@@ -41,7 +56,7 @@ def solving(processes: int | None, tasks: int) -> Iterator[Submit]:
         count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
     ) as pool:
         try:
-            yield lambda tasks: _submitted(pool, tasks)
+            yield pool
         except BrokenProcessPool as error:
             raise RunError(
                 "a process that was planning scenarios was killed, most often for want of memory; "
@@ -54,7 +69,9 @@ def solving(processes: int | None, tasks: int) -> Iterator[Submit]:
             raise
 
 
-def _submitted(pool: ProcessPoolExecutor, tasks: list[Task]) -> "Future[list[Answer]]":
+def submitted(
+    pool: ProcessPoolExecutor, work: Callable[[list[_In]], list[_Out]], tasks: list[_In]
+) -> "Future[list[_Out]]":
     """Hand over tasks, and start a process where one is wanted.
 
     A process would run the script that asks once more from its top, to find what it defines; tasks are
@@ -63,7 +80,7 @@ def _submitted(pool: ProcessPoolExecutor, tasks: list[Task]) -> "Future[list[Ans
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
-        return pool.submit(solve_together, tasks)
+        return pool.submit(work, tasks)
     finally:
         sys.modules["__main__"] = script
 

@@ -16,7 +16,15 @@ from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
 from graphpar.partition import counting_dive, counting_kinds, counting_search, pipeline
 from graphpar.partition.assign import groups_hold, name_devices
-from graphpar.partition.cells import class_cells, count_vectors, find_cells, make_option, pareto
+from graphpar.partition.cells import (
+    Cell,
+    Cells,
+    class_cells,
+    count_vectors,
+    find_cells,
+    make_option,
+    pareto,
+)
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_beam import Harvest
@@ -120,6 +128,14 @@ def test_solvers_agree() -> None:
     assert len(steps) == 3
     assert steps[0] == pytest.approx(steps[1], rel=1e-6)
     assert steps[0] == pytest.approx(steps[2], rel=1e-6)
+
+
+def test_places_of_equal_members_are_listed_without_their_orders() -> None:
+    """Of 20 members over two nodes there are 13 ways, in half a million orders."""
+    link = LinkCost(0.0, 1e9)
+    nodes = [Cell(0, place, tuple(f"{place}/{i}" for i in range(16))) for place in (0, 1)]
+    homes = _homes(Cells(tuple(nodes), ((link, link), (link, link))), Mode((0,) * 20, ()))
+    assert list(homes) == [(0,) * n + (1,) * (20 - n) for n in range(16, 3, -1)]
 
 
 def many_devices(units: int, devices: int, batch: int = 8) -> CostTable:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from graphpar.scenarios.api import as_scenarios, baseline_setting
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers
+from graphpar.scenarios.group_prices import divided, priced_together
 from graphpar.scenarios.naming import numbered
 from graphpar.scenarios.pricing import PriceBook, training_of
 from graphpar.scenarios.solve import solve_together
@@ -167,6 +169,24 @@ def test_tensor_groups_are_priced_once_for_each_shape_and_as_alone() -> None:
     known = len(used._groups)
     used.table(apply(base, ["set b.count=5", "set batch=48"]))
     assert len(used._groups) == known + 1, "groups of five, which there were none of before"
+
+
+def test_tensor_groups_have_the_same_prices_from_other_processes() -> None:
+    nodes = [{"name": n, "devices": {"kind": "l4", "count": 3}} for n in "ab"]
+    cluster = {**CLUSTER, "nodes": nodes}
+    base = baseline_setting(graphpar.Cluster.from_dict(cluster), 16, TRAINING, tensor="auto")
+    asked = [apply(base, [f"set batch={b}", f"set a.count={n}"]) for b in (16, 48) for n in (3, 4)]
+    book, fresh = (PriceBook(model(), inputs(16), {}, TRAINING) for _ in range(2))
+    tasks = book.unpriced_groups(asked)
+    parts = divided(tasks, 2)
+    assert sorted(key for part in parts for key in part) == sorted(tasks) and len(parts) == 2
+    for part in parts:
+        sent = pickle.loads(pickle.dumps([tasks[key] for key in part]))
+        book.learn_groups(tasks, dict(zip(part, priced_together(sent), strict=True)))
+    assert not book.unpriced_groups(asked)
+    known = dict(book._groups)
+    assert all(book.table(setting) == fresh.table(setting) for setting in asked)
+    assert book._groups == known, "nothing was priced again"
 
 
 def here(link: str | dict[str, float]) -> Setting:
