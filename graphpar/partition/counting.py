@@ -7,7 +7,7 @@ last column. Columns that break a limit on extra or post are left out, and
     minimise    sum_j x_j (fill_j + transfer)  + first and last
     such that   sum_j blocks_j x_j  = L                            all blocks are run
                 sum_j [class of j = c] devices_j x_j <= N_c        devices of each class
-                sum_{j of class c in groups >= t} devices_j x_j <= t sum_nodes floor(size / t)
+                sum_{j of class c in groups} devices_j x_j <= what groups fill of nodes
                 sum_{j: D_j <= d} width_j x_j <= d   for all d     memory by position
                 boundaries leave nodes, rows of `counting_nodes`
                 one first column, one last column
@@ -32,6 +32,7 @@ Wolsey, Integer and Combinatorial Optimization, 1988, II.5).
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,7 +59,7 @@ from graphpar.partition.counting_floors import Floors, Least, Spread
 from graphpar.partition.counting_kinds import Rows, Stocks, memory_row
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_master import Master
-from graphpar.partition.counting_nodes import node_rows, odd_columns, packed_rows
+from graphpar.partition.counting_nodes import filled, filling_alike, node_rows, odd_columns, packed_rows
 from graphpar.partition.counting_options import node_group
 from graphpar.partition.counting_order import Placed, line_up
 from graphpar.partition.counting_rows import AlikeRows
@@ -422,8 +423,8 @@ class CountingProgram:
             rows.append(take[:, index].astype(np.float64))
             lower.append(-np.inf)
             upper.append(float(number))
-        for index, size, number in self._group_limits():
-            rows.append(np.where(self._group[columns.option] >= size, take[:, index], 0.0))
+        for index, groups, number in self._group_limits():
+            rows.append(np.where(np.isin(self._group[columns.option], groups), take[:, index], 0.0))
             lower.append(-np.inf)
             upper.append(float(number))
         nodes, least = node_rows(self._cells, columns.outside, take)
@@ -438,17 +439,15 @@ class CountingProgram:
             upper.append(0.0)
         return np.stack(rows), np.array(lower), np.array(upper)
 
-    def _group_limits(self) -> list[tuple[int, int, int]]:
-        """Cell, group size, and the devices of the cell in whole groups of that size.
-
-        Exact where every group size divides the larger ones, else a relaxation.
-        """
-        found = []
-        for index, sizes in enumerate(self._cells.rooms):
-            for group in np.unique(self._group):
-                whole = sum(n // int(group) * int(group) for n in sizes)
+    def _group_limits(self) -> list[tuple[int, list[int], int]]:
+        """Cell, sizes of groups, and the devices that groups of these sizes fill at most."""
+        found, sizes = [], np.unique(self._group).tolist()
+        for index, rooms in enumerate(self._cells.rooms):
+            for place in range(len(sizes)):
+                groups = filling_alike(rooms, sizes[place:])
+                whole = sum(n * filled(room, groups) for room, n in Counter(rooms).items())
                 if whole < self._counts[index]:
-                    found.append((index, int(group), whole))
+                    found.append((index, groups, whole))
         return found
 
     def _most(self, columns: Columns) -> IntArray:

@@ -20,6 +20,8 @@ three devices of eight count as half a node, for no more than two such stages fi
 kind hold no others, runs are of one kind, and the rows hold for each kind alone.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from graphpar.partition.cells import Cells
@@ -92,4 +94,29 @@ def node_shares(size: int) -> list[FloatArray]:
         own = np.where(rest == 0, devices / size, whole / parts)
         if not any((own <= other).all() for other in found):
             found = [found[0], *(f for f in found[1:] if not (f <= own).all()), own]
+    return found
+
+
+def filled(size: int, groups: Sequence[int]) -> int:
+    """The most devices of a node of a size that groups of some sizes take together.
+
+    >>> filled(6, [4, 6]), filled(8, [3, 4]), filled(5, [3, 4])
+    (6, 8, 4)
+    """
+    sums = {0}
+    for _ in range(size // min(groups)):
+        sums |= {held + group for held in sums for group in groups if held + group <= size}
+    return max(sums)
+
+
+def filling_alike(rooms: Sequence[int], groups: Sequence[int]) -> list[int]:
+    """The first of some sizes of groups, and those beside which groups fill no more of any node.
+
+    >>> filling_alike([7, 6], [2, 4, 7]), filling_alike([6], [4, 6]), filling_alike([9], [2, 4, 8])
+    ([2, 4], [4], [2, 4, 8])
+    """
+    found = [groups[0]]
+    for group in groups[1:]:
+        if all(filled(room, [*found, group]) == filled(room, found) for room in set(rooms)):
+            found.append(group)
     return found

@@ -212,15 +212,13 @@ class _CountedSearch(SearchDiving):
         """Bound a box of few columns by the integer programme of all of them."""
         found = self._solved(lines, spend)
         self.programs += 1
-        whole = float(lines.cost[lines.whole].min(initial=INFINITY))
-        bound = max(
-            bound, min(least_s := self._least(box).step_s + min(found.cost, whole), self._target())
-        )
+        cost = min(found.cost, float(lines.cost[lines.whole].min(initial=INFINITY)))
+        bound = max(bound, min(self._least(box).step_s + cost, self._target()))
         self._current_s = bound
         if found.line is not None:
             self._offer(box.task, program.answer_of(lines, found.line, bound))
             self._divide_at(program, bound, box, lines, found.line)
-        elif least_s >= self._target():
+        elif cost >= spend:
             self._prune(max(bound, self._target()))
         else:
             self._look_again(program, bound, box)

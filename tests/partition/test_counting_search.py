@@ -1,10 +1,20 @@
-"""Where the search over counting programmes looks for better pipelines."""
+"""Where the search over counting programmes looks for better pipelines, and what it finds."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from cost_tables import make_table
 
+from graphpar.cost import LinkCost, Mode, ModeCost, Topology
 from graphpar.partition import counting_search
+from graphpar.partition.cells import class_cells
 from graphpar.partition.chain import ChainAnswer
+from graphpar.partition.counting import CountingLimits
+from graphpar.partition.counting_options import counting_options
+from graphpar.partition.family import Family
+from graphpar.partition.programs import Programs
+from graphpar.partition.repeats import Repeats
 from graphpar.partition.search import Asked, Found, Task
 from graphpar.partition.unit_arrays import Setting
 
@@ -45,3 +55,31 @@ def test_better_pipelines_are_sought_between_a_failure_and_the_best(
     tried.clear()
     seeking._seek_again(4.0)
     assert tried == []
+
+
+def test_groups_of_a_whole_node_are_as_many_as_nodes_beside_smaller_ones() -> None:
+    """Nodes of six: groups of four fill two thirds of each, which is no limit for groups of six."""
+    table = make_table([1.0] * 4, (1.0,), (12,), batch=4)
+    fast = LinkCost(1e-6, 1e12)
+    node_of = {d: f"node {int(d[2:]) // 6}" for d in table.class_of}
+    topology = Topology(node_of, dict.fromkeys(node_of.values(), fast), LinkCost(1.0, 1e3))
+    nothing = (0.0,) * len(table.sizes)
+
+    def group(size: int) -> Mode:
+        held, kept = (0.0,) * size, (nothing,) * size
+        forward = tuple(s / size for s in table.sizes)
+        backward = tuple(2 * f for f in forward)
+        cost = ModeCost(forward, backward, 0.0, held, held, held, kept, kept)
+        return Mode((0,) * size, (cost,) * len(table.costs), link=fast)
+
+    modes = group(4), group(6)
+    table = replace(table, topology=topology, modes=modes)
+    cells = class_cells(table)
+    options = tuple(counting_options(table, cells, table.max_replicas))
+    family = Family(table, cells, False, options, ("1f1b",), "auto", "", Repeats(1, 1, 2))
+    programs = Programs(family, CountingLimits(0.0, "highs"))
+    tasks = programs.tasks(cells.counts, 4, ("1f1b",))
+    found = programs.search(tasks, cutoff_s=float("inf"), gap=0.0, deadline_s=float("inf"))
+    assert found.best is not None
+    # Two replicas of six run two samples each.
+    assert found.best.step_s == pytest.approx(2 * 4 * 3.0 / 6, rel=1e-3)
