@@ -19,7 +19,7 @@ from graphpar.partition.shard_search import WindowSearch
 from graphpar.partition.shard_state import Candidate, State
 from graphpar.partition.shard_warm import Stage, warm_up
 
-_TINY_PAIRS = 2_000
+_TINY_PAIRS = 10_000
 """Pair variables up to which that ILP comes before any search."""
 _SMALL_PAIRS = 40_000
 """Pair variables up to which one ILP over everything left is worth its time."""
