@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check pytest slow exhaustive gpu clean
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+.PHONY: demo test check pytest slow both exhaustive gpu clean
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 demo: $(READY)
 	$(BIN)/graphpar demo $(DEMO_ARGS)
@@ -22,6 +22,10 @@ pytest: $(READY)
 
 slow: $(READY)
 	$(PYTEST) -m "slow and not exhaustive" $(PYTEST_ARGS)
+
+# Both in one go, which imports and collects the tests once: what CI runs, side by side with `check`.
+both: $(READY)
+	$(PYTEST) -m "not exhaustive" $(PYTEST_ARGS)
 
 # Every stock model in every way, where `make slow` takes the ways by turns; then all the random examples of
 # tests that try a third of them in `make test`.
