@@ -56,17 +56,16 @@ class Terms:
 
 def run_all(names: Sequence[str], terms: Terms, jobs: int = 1) -> Iterator[Row]:
     """One row for each name, in order; `jobs` architectures at a time."""
-    servers: queue.SimpleQueue[ForkServer] = queue.SimpleQueue()
+    servers: queue.SimpleQueue[ForkServer | None] = queue.SimpleQueue()
     for _ in range(jobs):
         servers.put(ForkServer())
 
     def run(name: str) -> Row:
-        server = servers.get()
+        server = servers.get() or ForkServer()
         row, killed = _in_own_process(name, terms, server)
         if killed:  # it may have been in the middle of a request to the server
             server.close()
-            server = ForkServer()
-        servers.put(server)
+        servers.put(None if killed else server)
         return row
 
     with ThreadPoolExecutor(jobs) as pool:
