@@ -39,6 +39,9 @@ from graphpar.partition.types import WholeOp
 
 _SOLVE_LIMITS_S = (20.0, 120.0)
 """Folded blocks take a fraction of a second; on a busy machine the first call may need longer."""
+_PROVEN_PAIRS = 10_000
+"""Programmes up to this many pairs of alternatives are proven at once: one that is not, in the first
+limit, waited for its loops to be compiled, and what it has then is no choice to keep."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Sharding:
         weights: For each weight the slice that members hold, or "whole".
         objective_s: Seconds of one microbatch, both directions, its part of the optimiser's, and the
             price of memory.
-        bound_s: No choice is faster under the same costs; None where the search was cut short.
+        bound_s: No choice is faster under the same costs; None where nothing is known.
         whole: What every member computes whole, and why.
         inner: The same along the second axis of a mesh; None for a group of one axis.
     """
@@ -283,9 +286,13 @@ class ShardingProgramme:
         """The best choice at the prices of some options."""
         if not self.structure.sizes:
             return Found((), 0.0, None)
+        problem = self.problem(options)
+        enough = {"optimal", "infeasible"} | (
+            {"feasible"} if problem.num_pairs > _PROVEN_PAIRS else set()
+        )
         for limit_s in _SOLVE_LIMITS_S:
-            found = solve_sharding(self.problem(options), time_limit_s=limit_s)
-            if found.status != "unknown":
+            found = solve_sharding(problem, time_limit_s=limit_s)
+            if found.status in enough:
                 break
         if found.answer is None or found.objective is None:
             raise VerifyError(
