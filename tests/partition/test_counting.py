@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from graphpar.partition.cells import (
 )
 from graphpar.partition.chain import NotSolvedError
 from graphpar.partition.counting import CountingLimits, CountingProgram
+from graphpar.partition.counting_among import Among
 from graphpar.partition.counting_beam import Harvest
 from graphpar.partition.counting_columns import price_columns
 from graphpar.partition.counting_floors import Least
@@ -412,14 +414,11 @@ def test_stretches_of_kinds_find_good_pipelines(memory_bytes: float, worse: floa
 @pytest.mark.slow
 def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither beams nor integer programmes find a pipeline that others promise."""
-
-    def give_up(*_: object) -> None:
-        raise NotSolvedError(0.0)
-
-    monkeypatch.setattr(CountingProgram, "solve", give_up)
+    monkeypatch.setattr(CountingProgram, "solve", Mock(side_effect=NotSolvedError(0.0)))
     nothing = counting_kinds.Harvest(0.0, None, np.zeros(0, dtype=np.intp))
     monkeypatch.setattr(counting_dive, "judge_kinds", lambda *_: nothing)
-    monkeypatch.setattr(counting_dive, "best_among", lambda *_: None)
+    monkeypatch.setattr(counting_dive, "best_among", lambda *_, **__: None)
+    monkeypatch.setattr(counting_dive, "solve_lines", lambda *_: Among(None, 0.0))
     monkeypatch.setattr(counting_dive, "grow_segments", lambda *_: None)
     monkeypatch.setattr(counting_dive, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search, "grow_lines", lambda *_: Harvest(None, complete=False))
