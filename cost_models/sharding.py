@@ -12,6 +12,7 @@ does, and the edge from a block to its successor becomes an edge of the block to
 in whole nanoseconds, so that bounds round up and the solver's proof is exact.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,10 @@ _SOLVE_LIMITS_S = (20.0, 120.0)
 _PROVEN_PAIRS = 10_000
 """Programmes up to this many pairs of alternatives are proven at once: one that is not, in the first
 limit, waited for its loops to be compiled, and what it has then is no choice to keep."""
+
+
+_WORD_GAP = 1e-3
+"""What a programme's answer may be above its bound without a word: a tenth of the gap of plans."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +304,14 @@ class ShardingProgramme:
                 f"The sharding programme of stage {self.structure.stage} of {self.structure.graph.name} "
                 f"has no answer ({found.status}); whole everywhere is one unless memory_bytes forbids "
                 "it; on a machine that is busy with other things, try again."
+            )
+        if found.gap is None or found.gap > _WORD_GAP:
+            how = "nothing is proven" if found.gap is None else f"proven within {100 * found.gap:.2g} %"
+            warnings.warn(
+                f"How a group of {len(self.structure.group.devices)} devices shares stage "
+                f"{self.structure.stage} of {self.structure.graph.name} may not be the fastest way: "
+                f"{how} after {found.seconds:.0f} s. The plan's gap takes it as given.",
+                stacklevel=2,
             )
         bound_s = found.bound * 1e-9 if found.bound is not None else None
         return Found(tuple(found.answer), found.objective * 1e-9, bound_s)

@@ -18,6 +18,7 @@ import graphpar
 from graphpar import group_modes
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
+from graphpar.cost_models import sharding as programmes
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.kept import kept_of
 from graphpar.cost_models.mesh_times import MeshTimes
@@ -28,6 +29,9 @@ from graphpar.group_modes import with_group_modes
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.strategies import strategies_of, value_of
+from graphpar.partition.answers import Solved
+from graphpar.partition.problems import ShardingProblem
+from graphpar.partition.shard import solve_sharding
 from graphpar.partition.types import MOST_LEAN, Replica
 from graphpar.plan_check import group_contradictions
 from graphpar.plan_diff import Change, diff_plans
@@ -187,6 +191,28 @@ def test_no_strategy_does_better_in_as_little_memory(link: LinkCost) -> None:
         best_s = (every.seconds + dear / link.bytes_per_s).min()
         assert sharding.objective_s == pytest.approx(best_s, rel=1e-4)
         assert sharding.bound_s == pytest.approx(best_s, rel=1e-4)
+
+
+def test_a_sharding_that_is_not_proven_is_said_and_a_small_one_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.device("meta"):
+        model, x = Plain(), torch.zeros(2, 2048, 64)
+    prepared = prepare(model, (x,), {}, ADAM)
+    graph, group = one_stage(prepared.graph), gpus(2, NVLINK)
+    options = replace(group_options(prepared.graph, True), samples=2)
+    limits = []
+
+    def cut_short(problem: ShardingProblem, *, time_limit_s: float) -> Solved[list[int]]:
+        limits.append(time_limit_s)
+        found = solve_sharding(problem, time_limit_s=time_limit_s)
+        return replace(found, status="feasible", gap=0.06)
+
+    monkeypatch.setattr(programmes, "solve_sharding", cut_short)
+    with pytest.warns(UserWarning, match="not be the fastest way: proven within 6 %"):
+        choose_sharding(graph, 0, prepared.chain, group, options)
+    assert len(limits) == 2
+    assert limits[1] > limits[0]
 
 
 class Beside(nn.Module):
