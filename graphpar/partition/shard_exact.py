@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import build_program
 from graphpar.partition.shard_memory import MemoryMatrix, spread_peaks
 
 _ROWS_PER_ROUND = 8
 """Violated rows added at a time, spread over the peaks of the memory profile."""
+
+_LEAST_SOLVING_S = 0.1
+"""Time below which no ILP is begun."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +45,17 @@ def solve_exactly(
         chosen = np.zeros(0, dtype=np.intp)
         fits = (memory.usage(chosen) - rows.limit).max(initial=0.0) <= 0
         return ExactResult(chosen if fits else None, float(graph.constant), not fits)
+
+    def is_over() -> bool:
+        return time.perf_counter() > deadline_s - _LEAST_SOLVING_S
+
     active, bound = set(active), -np.inf
-    while (left_s := deadline_s - time.perf_counter()) > 0.1:
-        built = build_program(graph, rows, active)
+    while not is_over():
+        try:
+            built = build_program(graph, rows, active, should_stop=is_over)
+        except OutOfTimeError:
+            break
+        left_s = max(0.5 * _LEAST_SOLVING_S, deadline_s - time.perf_counter())
         outcome = built.program.solve(time_limit_s=left_s, relative_gap=relative_gap, threads=threads)
         if outcome.status == "infeasible":
             return ExactResult(None, bound, True)

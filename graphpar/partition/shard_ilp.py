@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from graphpar.partition.clock import ShouldStop, in_time, never
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_memory import vertex_profile
 from graphpar.partition.solver import MatrixProgram
@@ -115,6 +116,7 @@ def build_program(
     *,
     limit: FloatArray | None = None,
     relaxed: bool = False,
+    should_stop: ShouldStop = never,
 ) -> ShardingProgram:
     """The programme of a graph with the given memory rows only.
 
@@ -124,11 +126,15 @@ def build_program(
         active_rows: Which of them to write down.
         limit: Replaces `rows.limit`, where part of the memory is taken by vertices not in `graph`.
         relaxed: Leave the x continuous.
+        should_stop: Looked at all the time.
+
+    Raises:
+        OutOfTimeError: It was time to stop.
     """
     offset, builder = {}, _Builder()
     costs = [np.zeros(0)]
     position = 0
-    for u, cost in graph.costs.items():
+    for u, cost in in_time(graph.costs.items(), should_stop):
         offset[u] = position
         here = np.arange(position, position + len(cost))
         builder.add(np.zeros(len(cost), np.intp), here, 1.0)
@@ -138,7 +144,7 @@ def build_program(
     cost_of = np.concatenate(costs)
     pair_costs = [np.zeros(0)]
     num_strategies = position
-    for u, tables in graph.tables.items():
+    for u, tables in in_time(graph.tables.items(), should_stop):
         for v, table in tables.items():
             if u < v:
                 merged = merge_classes(table)
@@ -147,7 +153,7 @@ def build_program(
                 position += _add_edge(builder, merged, offset[u], offset[v], position)
                 pair_costs.append(merged.core[np.isfinite(merged.core)])
     available = rows.limit if limit is None else limit
-    _add_memory(builder, graph, rows, sorted(active_rows), available, offset)
+    _add_memory(builder, graph, rows, sorted(active_rows), available, offset, should_stop)
     integer = np.zeros(position, dtype=np.bool_)
     integer[:num_strategies] = not relaxed
     upper = np.full(position, np.inf)
@@ -193,13 +199,14 @@ def _add_memory(
     active_rows: list[int],
     limit: FloatArray,
     offset: dict[int, int],
+    should_stop: ShouldStop,
 ) -> None:
     if not active_rows:
         return
     active = np.array(active_rows, dtype=np.intp)
     # Rows are scaled to a limit of one, so that the solver's tolerances mean a share of memory.
     scale = 1.0 / np.maximum(1.0, np.abs(limit[active]))
-    for u, begin in offset.items():
+    for u, begin in in_time(offset.items(), should_stop):
         profile = vertex_profile(graph.members[u], rows)
         if profile is None:
             continue

@@ -357,14 +357,14 @@ class Run:
                 small.keep(u, strategies)
         small_rows = self.rows
         if not small.infeasible:
-            small_rows = reduce_graph(small, self.rows, state.out_of_time)
+            small_rows = reduce_graph(small, self.rows, out_of_time=state.out_of_time)
         if small.infeasible:
             return _nothing_better(state)
         if count_pairs(small) > _SMALL_PAIRS:
             self.too_large_at = relative_gap(state.objective, state.bound)
             return False
         self.proofs += 1
-        memory = MemoryMatrix(small, small_rows)
+        memory = MemoryMatrix(small, small_rows, state.out_of_time)
         result = solve_exactly(
             small,
             small_rows,

@@ -16,6 +16,7 @@ from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 
+from graphpar.partition.clock import OutOfTimeError, ShouldStop, in_time
 from graphpar.partition.reduce import reduce_graph
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_ilp import build_program
@@ -26,6 +27,9 @@ _FIRST_PAIRS, _FEWEST_PAIRS, _MOST_PAIRS = 12_000, 500, 100_000
 
 _MIXED_PAIRS = 30_000
 """Pairs at first in a window that mixes two choices, most of which solve at once."""
+
+_LEAST_SOLVING_S = 0.05
+"""Time below which no ILP is begun."""
 
 _MIXTURE = 0
 """Stands for the width of windows that mix two choices."""
@@ -116,17 +120,15 @@ class WindowSearch:
 
     def _mixture(self, differing: IntArray, other: IntArray) -> dict[int, IntArray]:
         """A window of differing vertices with both of their strategies, connected ones first."""
-        waiting = {
-            self.memory.vertices[p]: np.unique([self.chosen[p], other[p]]).astype(np.intp)
-            for p in self._random.permutation(differing)
-        }
+        waiting = {self.memory.vertices[p]: p for p in self._random.permutation(differing)}
         pairs = self._budgets.setdefault(_MIXTURE, _MIXED_PAIRS)
         window: dict[int, IntArray] = {}
         frontier: list[int] = []
         while waiting and pairs > 0:
             vertex = frontier.pop() if frontier else next(iter(waiting))
             if vertex in waiting:
-                window[vertex] = waiting.pop(vertex)
+                p = waiting.pop(vertex)
+                window[vertex] = np.sort(np.array([self.chosen[p], other[p]], dtype=np.intp))
                 around = self.graph.tables[vertex]
                 pairs -= 2 + 4 * sum(v in window for v in around)
                 frontier.extend(v for v in around if v in waiting)
@@ -194,23 +196,36 @@ class WindowSearch:
     def solve_window(self, window: Mapping[int, IntArray], time_limit_s: float) -> float:
         """Re-optimise a window; returns how much the incumbent improved."""
         deadline_s = time.perf_counter() + time_limit_s
-        sub, tags = self._subgraph(window)
-        rows = reduce_graph(sub, self._window_rows(window))
-        if sub.infeasible:
+        try:
+            proposal = self._solved(window, deadline_s)
+        except OutOfTimeError:
             return 0.0
+        if proposal is None:
+            return 0.0
+        before = self.cost
+        self.offer(proposal)
+        return before - self.cost
+
+    def _solved(self, window: Mapping[int, IntArray], deadline_s: float) -> IntArray | None:
+        """The choice with the best that was found for a window, if that is better."""
+
+        def is_over() -> bool:
+            return time.perf_counter() >= deadline_s
+
+        sub, tags = self._subgraph(window, is_over)
+        rows = reduce_graph(sub, self._window_rows(window), out_of_time=is_over)
+        if sub.infeasible:
+            return None
         choice: dict[int, int] | None = {}
         if sub.costs:
-            left_s = deadline_s - time.perf_counter()
-            choice = solve_small(sub, rows, left_s, cutoff=self.cost) if left_s > 0.05 else None
+            choice = solve_small(sub, rows, deadline_s, self.cost)
         if choice is None:
-            return 0.0
+            return None
         _, numbers = sub.expand_all(choice)
         proposal = self.chosen.copy()
         for u, tag in tags.items():
             proposal[self.position[u]] = numbers[tag]
-        before = self.cost
-        self.offer(proposal)
-        return before - self.cost
+        return proposal
 
     def _window_rows(self, window: Iterable[int]) -> MemoryRows:
         """Memory rows of a window: of the rows with the same live window vertices, the tightest."""
@@ -248,7 +263,9 @@ class WindowSearch:
         usage: FloatArray = np.cumsum(change)[:-1]
         return usage
 
-    def _subgraph(self, window: Mapping[int, IntArray]) -> tuple[ShardingGraph, dict[int, int]]:
+    def _subgraph(
+        self, window: Mapping[int, IntArray], should_stop: ShouldStop
+    ) -> tuple[ShardingGraph, dict[int, int]]:
         """The window with its surroundings frozen, and a tag per vertex to read the answer back.
 
         The graph's cost is that of the whole choice.
@@ -257,7 +274,7 @@ class WindowSearch:
         costs: dict[int, FloatArray] = {}
         own = {u: int(self.chosen[self.position[u]]) for u in window}
         present = 0.0
-        for u in window:
+        for u in in_time(window, should_stop):
             cost = self.graph.costs[u].copy()
             tables[u] = {}
             for v, table in self.graph.tables[u].items():
@@ -280,11 +297,22 @@ class WindowSearch:
 
 
 def solve_small(
-    graph: ShardingGraph, rows: MemoryRows, time_limit_s: float, cutoff: float = np.inf
+    graph: ShardingGraph, rows: MemoryRows, deadline_s: float, cutoff: float
 ) -> dict[int, int] | None:
-    """The best choice for a reduced graph found in the time given, if it beats `cutoff`."""
-    built = build_program(graph, rows, range(rows.num_rows))
-    outcome = built.program.solve(time_limit_s=time_limit_s, relative_gap=1e-6)
+    """The best choice for a reduced graph found by a `time.perf_counter` moment, if it beats `cutoff`.
+
+    Raises:
+        OutOfTimeError: There was no time to begin.
+    """
+
+    def is_over() -> bool:
+        return time.perf_counter() > deadline_s - _LEAST_SOLVING_S
+
+    built = build_program(graph, rows, range(rows.num_rows), should_stop=is_over)
+    left_s = deadline_s - time.perf_counter()
+    if left_s < 0.5 * _LEAST_SOLVING_S:
+        raise OutOfTimeError
+    outcome = built.program.solve(time_limit_s=left_s, relative_gap=1e-6)
     if not outcome.has_point:
         return None
     choice = built.choice(outcome.values, graph)

@@ -1,10 +1,12 @@
 """Sharding against brute force: reductions, dual bounds, windows and the whole solver."""
 
 import json
+import pkgutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
-from graphpar.partition import reduce_loops, shard, shard_run
+from graphpar.partition import reduce_loops, shard, shard_run, shard_search
 from graphpar.partition.answers import Progress
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.number_rows import Rows, parse_rows
@@ -173,6 +175,37 @@ def test_windows_never_lose_and_a_full_one_is_optimal(problem: ShardingProblem) 
     everything = {u: np.arange(len(costs)) for u, costs in graph.costs.items()}
     search.solve_window(everything, 10.0)
     assert search.cost == best
+
+
+@pytest.mark.parametrize(
+    ("slow", "later"),
+    [
+        ("reduce.tighten", "reduce.split_separable"),
+        ("shard_ilp.merge_classes", "solver.MatrixProgram.solve"),
+    ],
+)
+def test_a_window_ends_with_its_time_whatever_it_is_at(
+    slow: str, later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, rows = reduce_problem(ring(8, seed=1))
+    memory = DualAscent(graph, rows).memory
+    search = WindowSearch(graph, rows, memory, np.zeros(len(memory.vertices), dtype=np.intp))
+    partition, now_s = "graphpar.partition.", [0.0]
+    monkeypatch.setattr(shard_search, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    step = pkgutil.resolve_name(partition + slow)
+
+    def take_long(*arguments: object) -> object:
+        now_s[0] = 100.0
+        return step(*arguments)
+
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail(f"{later} came after the limit")
+
+    monkeypatch.setattr(partition + slow, take_long)
+    monkeypatch.setattr(partition + later, fail)
+    everything = {u: np.arange(len(costs)) for u, costs in graph.costs.items()}
+    assert search.solve_window(everything, 10.0) == 0.0
+    assert now_s == [100.0]
 
 
 def test_class_merging_rebuilds_the_table() -> None:
