@@ -31,6 +31,7 @@ from graphpar.partition.jit import COMPILED
 from graphpar.partition.number_rows import are_whole
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
+from graphpar.partition.shard_ahead import better_choice
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
@@ -59,6 +60,9 @@ while the file is read, and waited for so many seconds at most."""
 
 _FIRST_SHARE, _LARGEST_SHARE = 0.2, 0.7
 """Shares of the time limit that a first answer to a large problem waits for its compiled loops."""
+
+_BETTER_SHARE = 0.1
+"""Share of the time limit in which better ones are looked for before the reductions."""
 
 _LARGEST_PAIRS = 1_000_000
 """Pairs from which compiling them takes less time than the reductions before any other answer."""
@@ -182,6 +186,11 @@ def _instant_answer(state: State, raw: RawProblem | None) -> None:
         answer = first_choice(raw, state.out_of_time)
         if answer is not None:
             state.take(answer)
+        most_s = (_FIRST_SHARE if answer is None else _BETTER_SHARE) * state.time_limit_s
+        end_s = state.elapsed_s() + min(most_s, 0.5 * state.left_s())
+        better = better_choice(raw, answer, lambda: state.elapsed_s() > end_s)
+        if better is not None:
+            state.take(better)
 
 
 def _trimmed(state: State, raw: RawProblem | None) -> Trimmed | None:

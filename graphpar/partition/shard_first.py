@@ -29,6 +29,12 @@ def first_choice(raw: RawProblem, should_stop: ShouldStop = never) -> list[int] 
         return []
     if should_stop():
         raise OutOfTimeError
+    chosen = choose(raw, raw.cost)
+    return None if chosen is None else chosen.tolist()
+
+
+def choose(raw: RawProblem, ahead: FloatArray) -> Int64Array | None:
+    """The same for arrays, where `ahead` is what strategies promise; see `choose_in_order`."""
     usable = np.where(np.isfinite(raw.cost), raw.usage, np.inf)
     least = np.minimum.reduceat(usable, raw.start[:-1])
     if not np.isfinite(least).all():
@@ -36,13 +42,14 @@ def first_choice(raw: RawProblem, should_stop: ShouldStop = never) -> list[int] 
     held = add_up(raw.row_first, raw.row_last, least, len(raw.limit))
     top, lazy = excess_tree(held - raw.limit)
     chosen = np.zeros(raw.num_nodes, dtype=np.int64)
-    found = choose_in_order(raw, np.isfinite(raw.cost), least, top, lazy, chosen)
-    return chosen.tolist() if found else None
+    found = choose_in_order(raw, ahead, np.isfinite(raw.cost), least, top, lazy, chosen)
+    return chosen if found else None
 
 
 @compiled_exactly
 def choose_in_order(
     raw: RawProblem,
+    ahead: FloatArray,
     alive: BoolArray,
     least: FloatArray,
     top: FloatArray,
@@ -51,8 +58,9 @@ def choose_in_order(
 ) -> bool:
     """Fill `chosen`; returns whether that worked out.
 
-    `alive` marks every strategy that may be taken, `least` is the least memory of each node's, and the
-    tree counts everybody at that.
+    `ahead` is what each strategy of a node not yet decided counts with its neighbours before it, `alive`
+    marks every strategy that may be taken, `least` is the least memory of each node's, and the tree
+    counts everybody at that.
     """
     num_nodes = len(raw.start) - 1
     gone = np.empty(len(alive), np.int64)
@@ -74,7 +82,7 @@ def choose_in_order(
     view = np.empty(longest)
     for v in range(num_nodes):
         begin, count = raw.start[v], raw.start[v + 1] - raw.start[v]
-        view_promised(raw, alive, decided, chosen, v, view)
+        view_promised(raw, ahead, alive, decided, chosen, v, view)
         found = False
         while not found:
             best = -1
@@ -113,7 +121,13 @@ def choose_in_order(
 
 @compiled_exactly
 def view_promised(
-    raw: RawProblem, alive: BoolArray, decided: BoolArray, chosen: Int64Array, v: int, view: FloatArray
+    raw: RawProblem,
+    ahead: FloatArray,
+    alive: BoolArray,
+    decided: BoolArray,
+    chosen: Int64Array,
+    v: int,
+    view: FloatArray,
 ) -> None:
     """What each strategy of v costs with the neighbours chosen so far, the rest at their best."""
     begin, count = raw.start[v], raw.start[v + 1] - raw.start[v]
@@ -132,7 +146,7 @@ def view_promised(
             least = np.inf
             for j in range(width):
                 if alive[start + j]:
-                    least = min(least, raw.pairs[at + i * step + j * other] + raw.cost[start + j])
+                    least = min(least, raw.pairs[at + i * step + j * other] + ahead[start + j])
             view[i] += least
 
 

@@ -16,6 +16,7 @@ from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.reduce_loops import compile_all
+from graphpar.partition.shard_ahead import better_choice
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_graph import IntArray
@@ -84,7 +85,8 @@ class _Compiler:
         if stage is Stage.REDUCE:
             compile_all()
         elif stage is Stage.FIRST:
-            first_choice(raw_problem(_sample()))
+            raw = raw_problem(_sample())
+            better_choice(raw, first_choice(raw))
         elif stage is Stage.TRIM:
             trim(raw_problem(_sample()))
         elif stage is Stage.BOUND:

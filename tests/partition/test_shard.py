@@ -23,6 +23,7 @@ from graphpar.partition.problems import IMPOSSIBLE_COST as NO
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard import solve_sharding
+from graphpar.partition.shard_ahead import better_choice
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_exact import solve_exactly
@@ -280,7 +281,13 @@ def test_the_first_bound_is_true(problem: ShardingProblem) -> None:
 @settings(max_examples=examples(150), deadline=None)
 @given(sharding_problems())
 def test_the_answer_before_reductions_is_feasible(problem: ShardingProblem) -> None:
-    answer = first_choice(raw_problem(problem))
+    raw = raw_problem(problem)
+    answer = first_choice(raw)
+    better = better_choice(raw, answer)
+    if better is not None:
+        verdict = check_sharding(problem, better)
+        assert verdict.feasible
+        assert answer is None or verdict.cost < check_sharding(problem, answer).cost
     if answer is None:
         # Without a memory limit only conflicts of edges can have stopped it, and one edge has none.
         assert (
@@ -290,6 +297,16 @@ def test_the_answer_before_reductions_is_feasible(problem: ShardingProblem) -> N
         )
         return
     assert check_sharding(problem, answer).feasible
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_line_is_answered_best_by_looking_ahead(seed: int) -> None:
+    line = replace(ring(40, seed, steps=(1,)), usage_limit=None)
+    line = replace(line, edge_nodes=line.edge_nodes[:-1], edge_costs=line.edge_costs[:-1])
+    graph, _ = reduce_problem(line)
+    answers = [first_choice(raw := raw_problem(line)), better_choice(raw, None)]
+    costs = [check_sharding(line, answer).cost for answer in answers if answer is not None]
+    assert graph.constant == costs[1] < costs[0]
 
 
 def test_the_answer_before_reductions_takes_back_what_does_not_fit() -> None:
