@@ -7,11 +7,11 @@ of single-device nodes on one network is as symmetric as one node.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
-from graphpar.cost import CostTable, LinkCost, Mode, Topology
+from graphpar.cost import CostTable, LinkCost, Mode
 from graphpar.partition.zones import Zone, crossings, find_zones
 
 Links = frozenset[LinkCost]
@@ -122,7 +122,9 @@ def relaxed_cells(table: CostTable) -> Cells:
 
     Prices under these cells are lower bounds on prices under the real ones.
     """
-    best = _best(list(_all_links(table)))
+    sizes = _node_sizes(table)
+    inside = {table.topology.inside[a] for a, number in sizes.items() if number > 1}
+    best = _best(inside | table.topology.between_nodes(sizes, sizes))
     cells = tuple(Cell(i, 0, c.devices) for i, c in enumerate(table.device_classes) if c.devices)
     return Cells(cells, ((best,),), zone=_zone(table))
 
@@ -135,8 +137,7 @@ def class_cells(table: CostTable) -> Cells:
     """
     sizes, nodes = _node_sizes(table), table.topology.node_of
     used = [(i, c) for i, c in enumerate(table.device_classes) if c.devices]
-    names = sorted(sizes)
-    cross = [_link(table.topology, a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    cross = table.topology.between_nodes(sizes, sizes)
     network = _best(cross)
     inside = [
         _best([table.topology.inside[n] for n in {nodes[d] for d in c.devices} if sizes[n] > 1])
@@ -168,14 +169,14 @@ def _zone(table: CostTable) -> Zone | None:
     return find_zones(table.topology, nodes) if table.topology.between else None
 
 
-def _best(links: Sequence[LinkCost]) -> LinkCost | None:
+def _best(links: Collection[LinkCost]) -> LinkCost | None:
     """A link no worse than any of some."""
     if not links:
         return None
     return LinkCost(min(k.latency_s for k in links), max(k.bytes_per_s for k in links))
 
 
-def _worst(links: Sequence[LinkCost]) -> LinkCost | None:
+def _worst(links: Collection[LinkCost]) -> LinkCost | None:
     """A link no better than any of some."""
     if not links:
         return None
@@ -247,13 +248,6 @@ def links_to_others(
     return tuple(found)
 
 
-def _all_links(table: CostTable) -> set[LinkCost]:
-    sizes = _node_sizes(table)
-    nodes = sorted(sizes)
-    found = {_link(table.topology, a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :]}
-    return found | {table.topology.inside[a] for a in nodes if sizes[a] > 1}
-
-
 def _node_sizes(table: CostTable) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for device in table.class_of:
@@ -262,46 +256,37 @@ def _node_sizes(table: CostTable) -> dict[str, int]:
     return sizes
 
 
-def _link(topology: Topology, a: str, b: str) -> LinkCost:
-    if a == b:
-        return topology.inside[a]
-    return topology.between.get((a, b)) or topology.between.get((b, a)) or topology.network
-
-
 def _merge_nodes(table: CostTable) -> list[list[str]]:
-    """Put a node into the first place all of whose links it shares, else open a new place."""
-    sizes = _node_sizes(table)
+    """Put a node into the first place all of whose links it shares, else open a new place.
+
+    Nodes named in `between` see links of their own; they stay apart. So do nodes of several devices whose
+    links inside are not those of the network.
+    """
+    topology = table.topology
+    special = {node for pair in topology.between for node in pair}
     places: list[list[str]] = []
-    special = {node for pair in table.topology.between for node in pair}
-    for node in sizes:
-        for place in places:
-            if _may_join(table, sizes, special, place, node):
-                place.append(node)
-                break
-        else:
-            places.append([node])
+    shared: list[str] | None = None
+    for node, number in _node_sizes(table).items():
+        alike = node not in special and (number == 1 or topology.inside[node] == topology.network)
+        if alike and shared is not None:
+            shared.append(node)
+            continue
+        places.append([node])
+        if alike:
+            shared = places[-1]
     return places
 
 
-def _may_join(
-    table: CostTable, sizes: dict[str, int], special: set[str], place: list[str], node: str
-) -> bool:
-    # Nodes named in `between` see links of their own; they stay apart.
-    if node in special or place[0] in special:
-        return False
-    network = table.topology.network
-    return all(sizes[n] == 1 or table.topology.inside[n] == network for n in (*place, node))
-
-
 def _place_links(table: CostTable, places: list[list[str]]) -> tuple[tuple[LinkCost | None, ...], ...]:
-    sizes = _node_sizes(table)
-
-    def link(i: int, j: int) -> LinkCost | None:
-        first, other = places[i][0], places[j][0]
-        if i != j:
-            return _link(table.topology, first, other)
-        if len(places[i]) > 1:
-            return table.topology.network
-        return table.topology.inside[first] if sizes[first] > 1 else None
-
-    return tuple(tuple(link(i, j) for j in range(len(places))) for i in range(len(places)))
+    sizes, topology = _node_sizes(table), table.topology
+    rows: list[list[LinkCost | None]] = [[topology.network] * len(places) for _ in places]
+    for i, (first, *others) in enumerate(places):
+        if not others:
+            rows[i][i] = topology.inside[first] if sizes[first] > 1 else None
+    # Nodes with links of their own are alone in their places.
+    place_of = {nodes[0]: i for i, nodes in enumerate(places)}
+    for (a, b), link in topology.between.items():
+        if a != b and a in place_of and b in place_of:
+            rows[place_of[a]][place_of[b]] = link
+            rows[place_of[b]][place_of[a]] = topology.between.get((b, a), link)
+    return tuple(map(tuple, rows))

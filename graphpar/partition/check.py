@@ -67,10 +67,8 @@ def recompute(table: CostTable, partition: Partition) -> Checked:
     )
     peaks: dict[str, float] = {}
     for pipeline in partition.pipelines:
-        for number, stage in enumerate(pipeline.stages):
-            for index, replica in enumerate(stage.replicas):
-                for member, device in enumerate(replica.devices):
-                    peaks[device] = _peak(table, partition, pipeline, number, index, member)
+        for number in range(len(pipeline.stages)):
+            peaks.update(_stage_peaks(table, partition, pipeline, number))
     return Checked(max(sum(parts.values()) for parts in ways), ways, peaks)
 
 
@@ -426,6 +424,20 @@ def _stage_finish(table: CostTable, stage: StageChoice) -> float:
         scattered = _all_reduce(table, group, copies, gradients) / 2
         return scattered + _all_reduce(table, group, copies, weights) / 2
     return _all_reduce(table, group, copies, weights) / 2 if stage.zero == 2 else 0.0
+
+
+def _stage_peaks(
+    table: CostTable, partition: Partition, pipeline: PipelineChoice, number: int
+) -> Iterator[tuple[str, float]]:
+    """The peak of every device of a stage; of hundreds of replicas with the same work one is added up."""
+    known: dict[object, list[float]] = {}
+    for index, replica in enumerate(pipeline.stages[number].replicas):
+        kinds = tuple(table.class_of[device] for device in replica.devices)
+        work = kinds, replica.shares, replica.mesh, replica.lean, replica.microbatches
+        if work not in known:
+            members = range(len(kinds))
+            known[work] = [_peak(table, partition, pipeline, number, index, m) for m in members]
+        yield from zip(replica.devices, known[work], strict=True)
 
 
 def _peak(

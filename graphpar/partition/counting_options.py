@@ -1,5 +1,7 @@
 """How the stages of the counting programme may be staffed."""
 
+from functools import cache
+
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, StageOption, pareto
 
@@ -15,7 +17,8 @@ def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[Sta
     Replicas are devices or tensor groups of one class, which stand inside a node unless the network is
     as good as the link their price holds for.
     """
-    options = []
+    options: list[StageOption] = []
+    placed: dict[tuple[int, int, int], StageOption] = {}
     for index, cell in enumerate(cells.cells):
         for number, mode in enumerate(table.every_mode):
             if set(mode.members) != {cell.device_class}:
@@ -23,9 +26,25 @@ def counting_options(table: CostTable, cells: Cells, max_width: int) -> list[Sta
             most = cells.groups(index, mode)
             whole = {most // parts for parts in _EQUAL_PARTS} - {0}
             for width in sorted({*widths(min(most, max_width)), *(w for w in whole if w <= max_width)}):
-                if width > 1 or mode.zero == 0:
-                    options.append(_option(cells, index, number, len(mode.members), width))
+                if width == 1 and mode.zero > 0:
+                    continue
+                where = index, len(mode.members), width
+                if where not in placed:
+                    placed[where] = _option(cells, index, number, len(mode.members), width)
+                options.append(_in_mode(placed[where], number))
     return options
+
+
+def _in_mode(option: StageOption, mode: int) -> StageOption:
+    """The same devices in another mode."""
+    return StageOption(
+        option.take,
+        option.places,
+        option.ring,
+        (mode,) * option.width,
+        option.groups,
+        option.sides,
+    )
 
 
 def node_group(table: CostTable, cells: Cells, option: StageOption) -> int:
@@ -58,11 +77,12 @@ def _option(cells: Cells, index: int, mode: int, group: int, width: int) -> Stag
     )
 
 
-def widths(most: int) -> list[int]:
+@cache
+def widths(most: int) -> tuple[int, ...]:
     """1, 2, 3, 4, 6, 8, 12, 16, ... up to the given number.
 
     >>> widths(20)
-    [1, 2, 3, 4, 6, 8, 12, 16]
+    (1, 2, 3, 4, 6, 8, 12, 16)
     """
     found = {p * f // 2 for p in (2**i for i in range(1, 32)) for f in (1, 2, 3)}
-    return sorted(w for w in found if w <= most)
+    return tuple(sorted(w for w in found if w <= most))

@@ -233,7 +233,7 @@ class _Run:
         repeats = self.family.repeats.coarser(_COARSE_BLOCKS) if self.family.repeats else None
         if repeats is None:
             return
-        programs = Programs(replace(self.family, repeats=repeats), self._limits, self._deadline_s)
+        programs = self._programs.with_repeats(repeats)
         result = programs.search(
             programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules),
             cutoff_s=self._target_s,
@@ -407,7 +407,7 @@ class _Run:
         near = min(self._bound_s, self.step_s) >= self._target_s  # as near as was asked for
         if self.best is None or near or self.family.exact or not links_differ(self._table):
             return
-        until_s = time.monotonic() + most_s(self._final_s - self._began_s)
+        until_s = min(self._final_s, time.monotonic() + most_s(self._final_s - self._began_s))
         found = brought_nearer(self._table, self.best.pipelines, self.best.schedule, until_s)
         if found != self.best.pipelines:
             step_s = price(self._table, found, self.best.schedule).objective_s

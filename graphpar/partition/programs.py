@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -33,6 +34,7 @@ from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
 from graphpar.partition.memory_fit import MemoryFit
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline_search import search
+from graphpar.partition.repeats import Repeats
 from graphpar.partition.search import INFINITY, Aim, Asked, ChainSolver, Found, SearchResult, Task
 from graphpar.partition.stage_costs import slowest_transfer_s
 from graphpar.partition.task_search import search_tasks
@@ -82,6 +84,13 @@ class Programs:
         self._built: dict[tuple[tuple[int, ...], Setting, Span], ChainSolver] = {}
         self.unsolved = False
         """Whether a search left something out that the solver had no answer for."""
+
+    def with_repeats(self, repeats: Repeats) -> "Programs":
+        """The same with several blocks as one; bounds that know nothing of blocks are shared."""
+        other = copy(self)
+        other.family = replace(self.family, repeats=repeats)
+        other._built, other._cache = {}, {}
+        return other
 
     def tasks(
         self,

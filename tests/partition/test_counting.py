@@ -204,7 +204,7 @@ def test_blocks_with_unlike_traffic_are_no_repeats() -> None:
 
 def test_widths_grow_by_at_most_a_half() -> None:
     found = widths(1000)
-    assert found[:6] == [1, 2, 3, 4, 6, 8]
+    assert found[:6] == (1, 2, 3, 4, 6, 8)
     assert all(b <= 1.5 * a for a, b in pairwise(found[1:]))
 
 
