@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 
-def examples(most: int) -> int:
-    """How many a test tries: the most where `make exhaustive` asks for them, a third otherwise."""
-    return most if os.environ.get("GRAPHPAR_EXHAUSTIVE") else max(10, most // 3)
+def examples(most: int, least: int = 10) -> int:
+    """How many a test tries: the most where `make exhaustive` asks for them, a third otherwise.
+
+    Where an example takes seconds, fewer than ten will do.
+    """
+    return most if os.environ.get("GRAPHPAR_EXHAUSTIVE") else max(least, most // 3)
 
 
 def exhaustive(*values: Any, id: str | None = None) -> Any:

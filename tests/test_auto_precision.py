@@ -148,7 +148,7 @@ def test_what_time_does_not_allow_is_said() -> None:
 
 def test_budgets_are_kept_and_looser_ones_are_never_slower() -> None:
     steps = []
-    for budget in (0.0, 5e-4, 2e-3, 1e-2, 1.0):
+    for budget in (0.0, 5e-4, 1e-2, 1.0):
         made = plan(budget)
         report = made.error_budget
         assert report is not None and report.budget == budget
@@ -186,7 +186,7 @@ def test_8_bits_are_chosen_where_the_budget_allows_them() -> None:
     assert chosen[0] == 0 < chosen[1] and steps[1] < steps[0]
 
 
-@pytest.mark.parametrize("factor", [0.25, 1.0, 2.0])
+@pytest.mark.parametrize("factor", [0.25, 2.0])
 def test_what_is_measured_corrects_what_was_estimated(
     factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

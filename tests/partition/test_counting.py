@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from amounts import examples
 from cost_tables import make_table, mode_costs, unit_costs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -226,7 +227,7 @@ def mode_tables(draw: st.DrawFn) -> CostTable:
     return replace(table, modes=tuple(found.values()))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mode_tables(), st.sampled_from(["1f1b", "gpipe"]))
 def test_counting_is_as_good_as_placing_in_all_modes(
     table: CostTable, schedule: SearchedSchedule
@@ -268,7 +269,7 @@ def test_tasks_together_cost_no_more_than_each(
                 assert least <= own * (1 + 1e-9) + 1e-9
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(15, 4), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(mode_tables(), st.sampled_from([4, 7, 12]), st.floats(1.001, 2.0))
 def test_a_search_with_tasks_together_finds_the_same(table: CostTable, batch: int, above: float) -> None:
     table = replace(table, batch=batch, max_microbatches=batch)
@@ -306,7 +307,7 @@ def spread_tables(draw: st.DrawFn) -> CostTable:
     return replace(table, topology=Topology(node_of, inside, network, between), modes=modes)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(spread_tables(), st.sampled_from(["1f1b", "gpipe"]))
 def test_counting_bounds_what_stands_in_real_nodes(table: CostTable, schedule: SearchedSchedule) -> None:
     family = counted(table, Repeats(1, 1, table.num_units - 2), schedule)

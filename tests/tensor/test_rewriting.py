@@ -96,7 +96,7 @@ class Mixer(nn.Module):
         return result
 
 
-@settings(max_examples=examples(24), deadline=None)
+@settings(max_examples=examples(24, 6), deadline=None)
 @given(
     kinds=st.lists(st.sampled_from("abm"), min_size=1, max_size=3),
     heads=st.integers(1, 5),
