@@ -1,7 +1,7 @@
 """The plans that each architecture runs under: stages in a line, and unlike pipelines side by side."""
 
 from graphpar.cluster import Cluster
-from graphpar.partition.handmade import evaluate, greedy_split
+from graphpar.partition.handmade import Tried, evaluate, greedy_split
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, plan_prepared, price
 from graphpar.plans import Plan
@@ -36,7 +36,8 @@ def in_line(prepared: Prepared, workers: int, train: Training | None) -> tuple[C
     if table.num_units < 2:
         raise ValueError("the model is a single unit that cannot be cut")
     microbatches = min(2, table.max_microbatches)
-    return cluster, plan_of(prepared, cluster, table, greedy_split(table, microbatches=microbatches))
+    split = greedy_split(table, Tried(microbatches=microbatches))
+    return cluster, plan_of(prepared, cluster, table, split)
 
 
 def side_by_side(prepared: Prepared, train: Training) -> tuple[Cluster, Plan]:

@@ -22,7 +22,7 @@ from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError, VerifyError
 from graphpar.near_plans import as_replicas, near_plans
 from graphpar.partition.gradient_sums import modes_of
-from graphpar.partition.handmade import even_split, greedy_split
+from graphpar.partition.handmade import Tried, even_split, greedy_split
 from graphpar.partition.settings import Microbatches, ScheduleWish, microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, StageChoice, StagePace
 from graphpar.simulated import (
@@ -186,7 +186,7 @@ class _Choice:
             return
         for make in (greedy_split, even_split):
             try:
-                yield make(self.table, schedule="1f1b", microbatches=self.microbatches)
+                yield make(self.table, Tried("1f1b", self.microbatches))
             except (InfeasibleError, ValueError):
                 continue
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 
 from graphpar.cost import CostTable
@@ -67,14 +68,24 @@ def priced_plan(
     )
 
 
-def even_split(
-    table: CostTable,
-    *,
-    schedule: ScheduleChoice = "auto",
-    microbatches: Microbatches = "auto",
-    deadline_s: float = math.inf,
-    physical_s: float | None = None,
-) -> Partition:
+@dataclass(frozen=True)
+class Tried:
+    """Under which settings a simple plan is priced, and for how long.
+
+    Attributes:
+        schedule: A schedule, or `auto` for the best of those there are.
+        microbatches: A fixed number per pipeline, or `auto`.
+        deadline_s: `time.monotonic()` at which to stop with what was found so far.
+        physical_s: The physical bound of a table that was checked, where it is known.
+    """
+
+    schedule: ScheduleChoice = "auto"
+    microbatches: Microbatches = "auto"
+    deadline_s: float = math.inf
+    physical_s: float | None = None
+
+
+def even_split(table: CostTable, tried: Tried = Tried()) -> Partition:
     """The same number of units on every device, all devices in the table's order, one pipeline.
 
     The microbatch count and the schedule are the best for this split. With more devices than units
@@ -87,19 +98,10 @@ def even_split(
     stages = min(len(devices), table.num_units)
     cuts = _even_cuts(table.num_units, stages)
     groups = [devices[a:b] for a, b in pairwise(_even_cuts(len(devices), stages))]
-    return _best_setting(
-        table, "the even split", cuts, groups, (schedule, microbatches, deadline_s, physical_s)
-    )
+    return _best_setting(table, "the even split", cuts, groups, tried)
 
 
-def greedy_split(
-    table: CostTable,
-    *,
-    schedule: ScheduleChoice = "auto",
-    microbatches: Microbatches = "auto",
-    deadline_s: float = math.inf,
-    physical_s: float | None = None,
-) -> Partition:
+def greedy_split(table: CostTable, tried: Tried = Tried()) -> Partition:
     """Units in proportion to each device's speed, all devices in the table's order, one pipeline.
 
     Raises:
@@ -108,36 +110,20 @@ def greedy_split(
     devices = list(table.class_of)[: table.num_units]
     speed = _speeds(table)
     cuts = _proportional_cuts(table, devices, [speed[table.class_of[d]] for d in devices])
-    settings = (schedule, microbatches, deadline_s, physical_s)
-    return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], settings)
+    return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], tried)
 
 
-def data_parallel(
-    table: CostTable,
-    *,
-    schedule: ScheduleChoice = "auto",
-    microbatches: Microbatches = "auto",
-    deadline_s: float = math.inf,
-    physical_s: float | None = None,
-) -> Partition:
+def data_parallel(table: CostTable, tried: Tried = Tried()) -> Partition:
     """Every device holds the whole model and takes turns over the microbatches.
 
     Raises:
         InfeasibleError: The model does not fit into one device, or samples mix.
     """
     devices = list(table.class_of)
-    settings = (schedule, microbatches, deadline_s, physical_s)
-    return _best_setting(table, "data parallelism", [0, table.num_units], [devices], settings)
+    return _best_setting(table, "data parallelism", [0, table.num_units], [devices], tried)
 
 
-def one_device(
-    table: CostTable,
-    *,
-    schedule: ScheduleChoice = "auto",
-    microbatches: Microbatches = "auto",
-    deadline_s: float = math.inf,
-    physical_s: float | None = None,
-) -> Partition:
+def one_device(table: CostTable, tried: Tried = Tried()) -> Partition:
     """Everything on the device that is fastest for the whole chain.
 
     Raises:
@@ -145,27 +131,14 @@ def one_device(
     """
     speed = _speeds(table)
     fastest = max(table.class_of, key=lambda d: speed[table.class_of[d]])
-    settings = (schedule, microbatches, deadline_s, physical_s)
-    return _best_setting(table, "one device", [0, table.num_units], [[fastest]], settings)
+    return _best_setting(table, "one device", [0, table.num_units], [[fastest]], tried)
 
 
-def simple_plans(
-    table: CostTable,
-    schedule: ScheduleChoice = "auto",
-    microbatches: Microbatches = "auto",
-    deadline_s: float = math.inf,
-    physical_s: float | None = None,
-) -> Iterator[Partition]:
-    """Those of the plans above that fit; `physical_s` as for `priced_plan`."""
+def simple_plans(table: CostTable, tried: Tried = Tried()) -> Iterator[Partition]:
+    """Those of the plans above that fit."""
     for make in (one_device, data_parallel, greedy_split, even_split):
         with suppress(InfeasibleError):
-            yield make(
-                table,
-                schedule=schedule,
-                microbatches=microbatches,
-                deadline_s=deadline_s,
-                physical_s=physical_s,
-            )
+            yield make(table, tried)
 
 
 def _even_cuts(total: int, parts: int) -> list[int]:
@@ -200,19 +173,15 @@ def _best_setting(
     name: str,
     cuts: Sequence[int],
     groups: Sequence[Sequence[str]],
-    settings: tuple[ScheduleChoice, Microbatches, float, float | None],
+    tried: Tried,
 ) -> Partition:
-    """The given stages under the microbatch count and schedule that suit them best.
-
-    `settings` are the schedule and count that are asked for, `time.monotonic()` at which to stop with
-    what was found so far, and the physical bound of a table that was checked.
-    """
-    schedule, microbatches, deadline_s, physical_s = settings
-    names = schedules_of(table, schedule)
+    """The given stages under the microbatch count and schedule that suit them best."""
+    names = schedules_of(table, tried.schedule)
     stages = tuple(
         StageChoice(a, b, tuple(Replica(d, 0) for d in group))
         for (a, b), group in zip(pairwise(cuts), groups, strict=True)
     )
+    physical_s = tried.physical_s
     if physical_s is None:
         check_table(table)
         physical_s = physical_bound_s(table)
@@ -225,11 +194,11 @@ def _best_setting(
     over = float("inf")
     late = False
     # Small microbatches first: they need least memory.
-    for count in reversed(microbatch_counts(table, table.batch, microbatches)):
+    for count in reversed(microbatch_counts(table, table.batch, tried.microbatches)):
         if max(map(len, groups)) > min(count, table.max_replicas):
             continue
         for one in names:
-            late = late or time.monotonic() > deadline_s
+            late = late or time.monotonic() > tried.deadline_s
             if late:
                 continue
             found = priced_plan(table, [PipelineChoice(table.batch, count, stages)], one, physical_s)

@@ -21,7 +21,7 @@ from graphpar.partition.family import (
     choose_family,
     groupings,
 )
-from graphpar.partition.handmade import priced_plan, simple_plans
+from graphpar.partition.handmade import Tried, priced_plan, simple_plans
 from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible
 from graphpar.partition.nearer import brought_nearer, links_differ, most_s
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
@@ -435,7 +435,7 @@ class _Run:
         # Over few devices this takes a second at most; else a late answer is only better than none.
         grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
         until_s = INFINITY if few else max(self._final_s, grace_s)
-        for made in simple_plans(self._table, schedule, microbatches, until_s, self._physical_s):
+        for made in simple_plans(self._table, Tried(schedule, microbatches, until_s, self._physical_s)):
             if made.objective_s < self.step_s:
                 self.best = Candidate(made.pipelines, made.schedule, made.objective_s)
 

@@ -9,7 +9,7 @@ from functools import partial
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.like_pipelines import best_like
-from graphpar.partition.handmade import simple_plans
+from graphpar.partition.handmade import Tried, simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
 from graphpar.partition.types import Partition
@@ -255,7 +255,7 @@ def _weighs_simple(table: CostTable, known: Known) -> bool:
 
 def _or_simple(table: CostTable, task: Task, known: Known, found: Partition) -> Partition:
     """The plan, or one that people make without a planner where it is shorter here."""
-    simple = simple_plans(table, searched(task.schedule), task.microbatches)
+    simple = simple_plans(table, Tried(searched(task.schedule), task.microbatches))
     best = min(simple, key=lambda p: p.objective_s, default=found)
     return known.improved(table, best) if best.objective_s < found.objective_s else found
 

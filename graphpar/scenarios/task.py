@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition.baselines import one_device
 from graphpar.partition.bounds import least_bytes
+from graphpar.partition.handmade import Tried, one_device
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
 from graphpar.scenarios.layouts import recomputed
@@ -68,6 +68,6 @@ def alone_on_one(table: CostTable, task: Task) -> Partition | None:
     if least_bytes(table) + table.reserved_bytes > max(c.memory_bytes for c in table.device_classes):
         return None
     try:
-        return one_device(table, schedule=searched(task.schedule), microbatches="auto")
+        return one_device(table, Tried(schedule=searched(task.schedule)))
     except (InfeasibleError, ValueError):
         return None

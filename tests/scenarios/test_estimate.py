@@ -11,7 +11,7 @@ import graphpar
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.examples.gpt import GPT, example_inputs
-from graphpar.partition.baselines import one_device
+from graphpar.partition.handmade import Tried, one_device
 from graphpar.partition.pipeline_price import price as price_of_plan
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import price
@@ -66,9 +66,7 @@ def test_the_total_is_the_peak_of_a_plan_with_the_smallest_microbatches(
     ):
         formats = uniform_formats(cluster, precision, len(run.chain.units))
         table = price(run, cluster, train=train, calibration=None, formats=formats)
-        alone = one_device(
-            table, schedule="gpipe" if train is None else "1f1b", microbatches=BATCH // samples
-        )
+        alone = one_device(table, Tried("gpipe" if train is None else "1f1b", BATCH // samples))
         (peak,) = alone.peak_bytes.values()
         assert found[name, False].total_bytes == pytest.approx(peak, rel=1e-6), name
         assert found[name, False].samples == samples
@@ -150,7 +148,7 @@ def test_few_tokens_need_most_memory_in_the_update_which_plans_and_stages_count(
     table = _table(prepared, train, "float32")
     assert _fits(table, found.total_bytes + 1, 1)
     assert not _fits(table, found.total_bytes - 1, 1)
-    (peak,) = one_device(table, schedule="1f1b", microbatches=1).peak_bytes.values()
+    (peak,) = one_device(table, Tried("1f1b", 1)).peak_bytes.values()
     assert found.total_bytes == pytest.approx(peak, rel=1e-9)
     assert _update_peak_bytes(model, optimizer) == pytest.approx(found.update_bytes, rel=0.01)
 
