@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from graphpar.cost_models.layout import Layout
 from graphpar.cost_models.work import Call, OpWork
-from graphpar.ir.formats import multiplies_8_bits
+from graphpar.ir.formats import multiplies_8_bits, role_of
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES, Op, Ref
 from graphpar.ir.optable import packet
@@ -29,6 +29,11 @@ ONEDNN_BYTES = 6.5e6
 and what it compiles. 4 MB for plain convolutions, 7 for an LSTM, 9 where there are many sorts; the middle
 of that (torch 2.13, 27 November 2026)."""
 
+HALF_CODE_BYTES = 6e6
+"""What products in 16 bits add in each direction: kernels of oneDNN's for them, and torch's own for
+attention. Workers with tensors of 1 MB held 6 MB more for forwards, 12 to 13 with backwards (torch 2.13
+on a processor with AMX, 27 November 2026); on one that has no fast products in 16 bits it may be less."""
+
 ONEDNN_PACKETS = frozenset(
     {"_convolution", "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
     | {"conv_transpose3d", "gru", "lstm", "rnn_relu", "rnn_tanh"}
@@ -36,6 +41,8 @@ ONEDNN_PACKETS = frozenset(
 
 _MASK = 3
 """The place of the mask among attention's operands."""
+
+_HALVES = ("bfloat16", "float16")
 
 HELD = SOURCES | {"gp.cast_weight"}
 """Targets of ops whose values are there whatever the microbatch."""
@@ -47,6 +54,20 @@ class UnitMemory:
 
     saved_bytes: float
     working_bytes: float
+
+
+def code_bytes(graph: Graph, training: bool) -> float:
+    """What a worker on a processor takes for code that float32's products do without.
+
+    Args:
+        graph: The graph that it runs.
+        training: Whether backward follows.
+    """
+    onednn = any(packet(op) in ONEDNN_PACKETS for op in graph.ops)
+    half = any(
+        kind.dtype in _HALVES for op in graph.ops if role_of(op) == "product" for kind in op.types if kind
+    )
+    return ONEDNN_BYTES * onednn + HALF_CODE_BYTES * half * (2 if training else 1)
 
 
 def parameter_bytes(graph: Graph, names: Sequence[str]) -> tuple[float, float, float, int]:

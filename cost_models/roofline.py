@@ -21,8 +21,7 @@ from graphpar.cost_models.memory import (
     CPU_RESERVED_BYTES,
     GPU_CONTEXT_BYTES,
     GPU_MESSAGE_BYTES,
-    ONEDNN_BYTES,
-    ONEDNN_PACKETS,
+    code_bytes,
 )
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.unit_costs import UnitPricer
@@ -30,7 +29,6 @@ from graphpar.cost_options import PricingOptions
 from graphpar.device import Link
 from graphpar.ir.chain import Chain, crossings
 from graphpar.ir.graph import Graph
-from graphpar.ir.optable import packet
 
 Rewritten = tuple[Graph, Chain]
 """A graph and its chain of units."""
@@ -110,7 +108,7 @@ class Roofline:
             batch_reason=options.batch_reason,
             tail_reason=options.tail_reason,
             in_step_reason=options.in_step_reason,
-            reserved_bytes=self.reserved_bytes(cluster, graph),
+            reserved_bytes=self.reserved_bytes(cluster, graph, options.training, given),
             sum_s_per_byte=self.sum_s_per_byte(cluster),
             repeated=repeated_weights(graph, chain, units, options),
             few_row_bytes=few_row_bytes(graph, chain, units, most) if options.training else (),
@@ -126,11 +124,28 @@ class Roofline:
         found = {op.target for op in graph.ops if not work_of(op, graph, layout, 1).known}
         return tuple(sorted(found))
 
-    def reserved_bytes(self, cluster: Cluster, graph: Graph) -> float:
-        """Memory that a worker takes on any of the devices; one alone sends no messages."""
-        alone = len(cluster.devices) == 1
-        code = ONEDNN_BYTES if any(packet(op) in ONEDNN_PACKETS for op in graph.ops) else 0.0
-        return max(self._reserved_bytes(d, alone) + code * d.is_cpu for d in cluster.devices)
+    def reserved_bytes(
+        self,
+        cluster: Cluster,
+        graph: Graph,
+        training: bool = True,
+        rewritten: Mapping[str, Rewritten] | None = None,
+    ) -> float:
+        """Memory that a worker takes on any of the devices; one alone sends no messages.
+
+        Args:
+            cluster: The devices.
+            graph: What they run, but for those that run a graph `rewritten` for them.
+            training: Whether backward follows.
+            rewritten: By device name, as for `price`.
+        """
+        alone, own = len(cluster.devices) == 1, rewritten or {}
+        runs = {d.name: own[d.name][0] if d.name in own else graph for d in cluster.devices if d.is_cpu}
+        code = {key: code_bytes(run, training) for key, run in {id(r): r for r in runs.values()}.items()}
+        return max(
+            self._reserved_bytes(d, alone) + (code[id(runs[d.name])] if d.is_cpu else 0.0)
+            for d in cluster.devices
+        )
 
     def _reserved_bytes(self, device: Device, alone: bool) -> float:
         """Memory that a worker takes before it holds anything; torch's builds differ widely."""

@@ -87,11 +87,15 @@ class NodeLink:
 
 @dataclass(frozen=True)
 class GradientGroup:
-    """Ranks that hold copies of the same units and sum their gradients in `seconds`."""
+    """Ranks that hold copies of the same units and sum their gradients in `seconds`.
+
+    Those that sum `by_rows` (ZeRO) gather a few weights' at a time.
+    """
 
     ranks: tuple[int, ...]
     num_bytes: float
     seconds: float
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -297,7 +301,7 @@ def _gradient_groups(table: CostTable, partition: Partition) -> tuple[GradientGr
     """Units held by the same ranks are reduced together (`graphpar.partition.gradient_sums`)."""
     rank_of = {device: rank for rank, device in enumerate(partition.used_devices)}
     return tuple(
-        GradientGroup(tuple(rank_of[d] for d in one.devices), one.num_bytes, one.seconds)
+        GradientGroup(tuple(rank_of[d] for d in one.devices), one.num_bytes, one.seconds, one.by_rows)
         for one in gradient_sums(table, partition.pipelines)
     )
 

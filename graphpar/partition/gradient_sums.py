@@ -28,11 +28,13 @@ class GradientSum:
     """Devices that sum the gradients of the units they all hold, or exchange what ZeRO divides.
 
     `num_bytes` are the gradients that are summed; none where ZeRO has summed them in the backwards.
+    `by_rows` says that each device gets its part of the sum alone, as ZeRO has it.
     """
 
     devices: tuple[str, ...]
     num_bytes: float
     seconds: float
+    by_rows: bool = False
 
 
 def slowest(links: Iterable[LinkCost], num_bytes: float) -> float:
@@ -168,7 +170,7 @@ def _divided(table: CostTable, stage: StageChoice) -> list[GradientSum]:
         return []
     num_bytes = most_bytes(table, stage, "gradient_bytes") if stage.zero < 2 else 0.0
     members = zip(*(r.devices for r in stage.replicas), strict=True)
-    return [GradientSum(own, num_bytes, seconds) for own in members if len(own) > 1]
+    return [GradientSum(own, num_bytes, seconds, by_rows=True) for own in members if len(own) > 1]
 
 
 def _runs(pipelines: Sequence[PipelineChoice]) -> Iterator[tuple[int, int, list[StageChoice]]]:

@@ -197,7 +197,9 @@ class PriceBook:
             table,
             device_classes=tuple(replace(known, devices=own.devices) for known, own in classes),
             topology=roofline.topology(cluster),
-            reserved_bytes=roofline.reserved_bytes(cluster, prepared.graph),
+            reserved_bytes=roofline.reserved_bytes(
+                cluster, prepared.graph, table.training, self._runs(setting)
+            ),
             sum_s_per_byte=roofline.sum_s_per_byte(cluster),
             shared=roofline.shared_cores(cluster),
             few_row_bytes=few_row,

@@ -15,7 +15,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.classes import microbatch_sizes
 from graphpar.cost_models.layout import find_layout
-from graphpar.cost_models.memory import CPU_RESERVED_BYTES, ONEDNN_BYTES
+from graphpar.cost_models.memory import CPU_RESERVED_BYTES, HALF_CODE_BYTES, ONEDNN_BYTES
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.work import OpWork
@@ -25,6 +25,7 @@ from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.precision import rewrite
 from graphpar.simulated import stage_links
 
 NUM_BLOCKS = 9
@@ -256,6 +257,19 @@ def test_convolutions_and_recurrent_layers_load_more_code_on_processors() -> Non
     assert model.reserved_bytes(cluster, graph) == CPU_RESERVED_BYTES + ONEDNN_BYTES
     cards, blocks = Cluster.of("p4d.24xlarge", 1), parse_graph(BLOCKS)
     assert model.reserved_bytes(cards, graph) == model.reserved_bytes(cards, blocks)
+
+
+def test_products_in_16_bits_load_more_code_where_a_processor_has_them() -> None:
+    wide = parse_graph(BLOCKS)
+    lower, _ = rewrite(wide, build_chain(wide), ("float16",) * NUM_BLOCKS)
+    cluster, model = Cluster.from_dict({"devices": [{"kind": "cpu", "count": 2}]}), Roofline()
+    runs = {"local/1": (lower, build_chain(lower))}
+    for training, passes in ((True, 2), (False, 1)):
+        more = model.reserved_bytes(cluster, wide, training, runs) - model.reserved_bytes(cluster, wide)
+        assert more == passes * HALF_CODE_BYTES
+    cards = Cluster.of("p3.2xlarge", 1)
+    runs = {cards.devices[0].name: (lower, build_chain(lower))}
+    assert model.reserved_bytes(cards, wide, True, runs) == model.reserved_bytes(cards, wide)
 
 
 def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:

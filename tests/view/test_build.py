@@ -59,6 +59,9 @@ def test_the_copy_that_a_process_gathers_gradients_in_is_part_of_what_stays() ->
     view = view_of(msgspec.structs.replace(plan, timing=timing))
     grown = [d.peak_bytes - plan.predicted_peak_bytes[d.name] for d in view.devices[: view.num_ranks]]
     assert grown == pytest.approx([0, 3e6, 3e6, 0], abs=1)
+    by_rows = replace(timing, gradient_groups=(replace(group, by_rows=True),))
+    apart = view_of(msgspec.structs.replace(plan, timing=by_rows)).devices[1]
+    assert apart.peak_bytes == pytest.approx(plan.predicted_peak_bytes[apart.name])
     played = simulate(plan.timeline().schedule, timing).peak_bytes
     assert [d.peak_bytes for d in view.devices[: view.num_ranks]] == pytest.approx(list(played))
 
