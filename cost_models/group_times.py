@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from graphpar.cost import LinkCost
 from graphpar.cost_models.layout import find_layout
@@ -14,7 +13,7 @@ from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.device import Device
 from graphpar.ir.conversions import CollectiveName
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, axis_shares, coords_of, line_of
+from graphpar.ir.mesh import Layouts, axis_shares, line_of
 from graphpar.ir.ops import SOURCES, Op, apportion
 from graphpar.ir.strategies import Strategy
 
@@ -68,11 +67,6 @@ class TensorGroup:
         shares = axis_shares(self.shares, self.mesh)[axis]
         link = self.links[axis] if self.links else self.link
         return TensorGroup(tuple(self.devices[k] for k in line), shares, link)
-
-    @property
-    def places(self) -> tuple[tuple[int, ...], ...]:
-        """Each member's places along the axes."""
-        return tuple(coords_of(member, self.axes) for member in range(self.size))
 
     @property
     def size(self) -> int:
@@ -136,6 +130,7 @@ class KnownWork:
 
     def __init__(self, graph: Graph) -> None:
         self.layout = find_layout(graph)
+        self.keepers: Counter[str] | None = None
         self._works: dict[int, dict[str, OpWork]] = {}
         self._ends: dict[object, dict[str, tuple[_Ends, ...]]] = {}
 
@@ -181,7 +176,7 @@ class OpTimes:
         self._works = self._known.works(options.samples)
         self._whole = self._known.ends(options.samples, self._priced_by)
         self._of_kernels: dict[tuple[tuple[Kernel, ...], ...], tuple[_Ends, ...]] = {}
-        self._pairs: dict[tuple[float, ...], tuple[tuple[int, float], ...]] = {}
+        self._pairs: dict[tuple[float, ...], tuple[Portion, ...]] = {}
 
     def at(self, samples: int) -> "OpTimes":
         """The same for microbatches of another size; what kernels take is found once for all."""
@@ -189,16 +184,19 @@ class OpTimes:
         other.options = replace(self.options, samples=samples)
         other._works = self._known.works(samples)
         other._whole = self._known.ends(samples, self._priced_by)
-        other.__dict__.pop("keepers", None)
         return other
 
     def parts(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""
+        return self.parts_at(op, self.unlike(self.shares_of(strategy) or (1.0,) * self.group.size))
+
+    def parts_at(self, op: Op, shares: "Sequence[Portion]") -> tuple[float, float]:
+        """The same where members have these shares of it."""
         if op.target in WORKLESS:
             return 0.0, 0.0
         ends = self._members(op)
         times = []
-        for kind, share in self._unlike(self.shares_of(strategy) or (1.0,) * self.group.size):
+        for kind, share in shares:
             full, floor, full_b, floor_b = ends[kind]
             times.append((floor + (full - floor) * share, floor_b + (full_b - floor_b) * share))
         return max(t[0] for t in times), max(t[1] for t in times)
@@ -210,7 +208,7 @@ class OpTimes:
         samples = self.options.samples
         return tuple(part / samples for part in apportion(samples, strategy.samples))
 
-    def _unlike(self, shares: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    def unlike(self, shares: tuple[float, ...]) -> "tuple[Portion, ...]":
         """Kinds of members with their shares, each pair once: equal members take equally long."""
         if shares not in self._pairs:
             self._pairs[shares] = tuple(dict.fromkeys(zip(self._kinds, shares, strict=True)))
@@ -232,16 +230,18 @@ class OpTimes:
             self._works[op.name] = work_of(op, self.graph, self.layout, self.options.samples)
         return self._works[op.name]
 
-    @cached_property
+    @property
     def keepers(self) -> Counter[str]:
-        """How many ops keep a storage for their backward."""
-        works = (self.work(op) for op in self.graph.ops if op.target not in WORKLESS)
-        return Counter(
-            root
-            for work in works
-            if work.backward
-            for root in {self.layout.root[name] for name in work.saved}
-        )
+        """How many ops keep a storage for their backward, of however many samples."""
+        if self._known.keepers is None:
+            works = (self.work(op) for op in self.graph.ops if op.target not in WORKLESS)
+            self._known.keepers = Counter(
+                root
+                for work in works
+                if work.backward
+                for root in {self.layout.root[name] for name in work.saved}
+            )
+        return self._known.keepers
 
     def host_seconds(self, name: CollectiveName | None, num_bytes: float) -> float:
         """What a collective asks of a CPU itself: calls, and copies to where slices belong."""
@@ -265,7 +265,7 @@ class OpTimes:
         times = (
             self._rates[kind][0].optimizer_seconds(numel * share, 1, self.options.state_ratio)
             * self._rates[kind][1]
-            for kind, share in self._unlike(shares)
+            for kind, share in self.unlike(shares)
         )
         return max(times) / self.options.microbatches
 
@@ -275,6 +275,9 @@ class OpTimes:
         times = 2 + self.options.state_ratio if trained else 1.0
         return op.type.bytes(1) * times * share
 
+
+Portion = tuple[int, float]
+"""A kind of members, and the share that some of them have."""
 
 _Ends = tuple[float, float, float, float]
 """Seconds forward, the part of them that no split shortens, and the same backward."""

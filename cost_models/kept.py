@@ -4,12 +4,12 @@ An op keeps operands as it reads them, so of a value that was gathered for it th
 slice the slice; whatever reads the same value in the same layouts keeps the same storage.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from graphpar.cost_models.layout import Layout as Storage
 from graphpar.cost_models.memory import HELD
-from graphpar.cost_models.mesh_times import MeshTimes, share_held
+from graphpar.cost_models.mesh_times import MeshTimes, shares_held
 from graphpar.cost_models.sharding import Sharding
 from graphpar.cost_models.work import OpWork
 from graphpar.ir.graph import Graph
@@ -47,7 +47,6 @@ def kept_of(
     times: MeshTimes,
     ops: Collection[Op],
     earlier: Collection[str],
-    places: Sequence[tuple[int, ...]],
 ) -> tuple[Kept, ...]:
     """What each member keeps of a unit, and no earlier unit of its stage does.
 
@@ -57,7 +56,6 @@ def kept_of(
         times: Prices at the microbatch size that counts.
         ops: The unit's ops.
         earlier: Names of the ops of earlier units.
-        places: Each member's places along the axes.
     """
     storage, samples = times.layout, times.options.samples
     works = {op.name: times.alone.work(op) for op in ops}
@@ -74,18 +72,20 @@ def kept_of(
     done = _values(graph, sharding, storage, {n: times.alone.work(graph[n]) for n in before})
     whole = _bytes_alone(graph, storage, works, {key[0] for key in done}, samples)
     whole += sum(work.saved_bytes for work in works.values())
-    own, copies = [0.0] * len(places), [0.0] * len(places)
+    size, axes = times.group.size, times.group.axes
+    own, copies = [0.0] * size, [0.0] * size
     for key, value in values.items():
         if key not in done:
-            num_bytes, share = _num_bytes(graph[value.size], samples), share_held(value.layouts)
+            num_bytes = _num_bytes(graph[value.size], samples)
             side = copies if value.is_weight else own
-            for member, coords in enumerate(places):
-                side[member] += num_bytes * share(coords)
+            for member, share in enumerate(shares_held(value.layouts, axes)):
+                side[member] += num_bytes * share
     for op in ops:
         ways, saved = sharding.ways(op.name), works[op.name].saved_bytes
         if saved:
-            for member, coords in enumerate(places):
-                own[member] += saved * (times.share_of(ways, coords) if ways is not None else 1.0)
+            shares = times.shares(ways) if ways is not None else (1.0,) * size
+            for member, share in enumerate(shares):
+                own[member] += saved * share
     return tuple(
         Kept(part / whole if whole else 1.0, extra) for part, extra in zip(own, copies, strict=True)
     )

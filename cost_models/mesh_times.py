@@ -9,6 +9,8 @@ are priced as if each had its links to itself.
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -19,6 +21,7 @@ from graphpar.cost_models.group_times import (
     WORKLESS,
     KnownWork,
     OpTimes,
+    Portion,
     ShardingOptions,
     TensorGroup,
 )
@@ -27,7 +30,7 @@ from graphpar.cost_models.rates import CatalogueRates, Rates
 from graphpar.device import Device
 from graphpar.ir.conversions import CollectiveName
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, Move, Ways, numbered, route
+from graphpar.ir.mesh import Layouts, Move, Ways, route
 from graphpar.ir.ops import Op
 from graphpar.ir.shards import Split
 from graphpar.ir.strategies import Strategy, carries_gradient
@@ -60,6 +63,7 @@ class MeshTimes:
         self.layout = self.alone.layout
         self._lines = [group.along(axis) for axis in range(len(group.axes))]
         self._bytes: dict[str, float] = {}
+        self._portions: dict[object, tuple[Portion, ...]] = {}
         # Layouts, and what routes between them send, by numbers that are quicker to look up.
         self._layouts, self._numbers = list[Layouts](), dict[Layouts, int]()
         self._ways, self._number_of_way = list[Sent | None](), dict[Sent | None, int]()
@@ -71,12 +75,15 @@ class MeshTimes:
         """The same for microbatches of another size; what does not depend on it is found once for all."""
         other = copy(self)
         other.options = replace(self.options, samples=samples)
-        other.alone, other._bytes = self.alone.at(samples), {}
+        other.alone, other._bytes, other._portions = self.alone.at(samples), {}, {}
         return other
 
     def parts(self, op: Op, ways: Ways) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""
-        return self.alone.parts(op, self._as_one(ways))
+        key = tuple([(way.samples, way.shares) for way in ways.along])
+        if key not in self._portions:
+            self._portions[key] = self.alone.unlike(self.shares(ways))
+        return self.alone.parts_at(op, self._portions[key])
 
     def seconds(self, op: Op, ways: Ways) -> float:
         """Seconds of an op in both directions, collectives inside it included."""
@@ -230,7 +237,7 @@ class MeshTimes:
 
     def optimizer_seconds(self, op: Op, held: Layouts) -> float:
         """A microbatch's part of the optimiser's time for a weight."""
-        return self.alone.step_seconds(op, tuple(map(share_held(held), self.group.places)))
+        return self.alone.step_seconds(op, shares_held(held, self.group.axes))
 
     def priced_bytes(self, op: Op, held: Layouts) -> float:
         """Bytes of weight, gradient and optimiser state at a member, as they are priced.
@@ -280,13 +287,10 @@ class MeshTimes:
 
     def largest_share(self, ways: Ways) -> float:
         """The largest part of an op's work that a member has."""
-        return max(self._shares(ways))
+        return max(self.shares(ways))
 
-    def share_of(self, ways: Ways, coords: tuple[int, ...]) -> float:
-        """A member's part of an op's work."""
-        return self._shares(ways)[numbered(coords, self.group.axes)]
-
-    def _shares(self, ways: Ways) -> tuple[float, ...]:
+    def shares(self, ways: Ways) -> tuple[float, ...]:
+        """Each member's part of an op's work."""
         return self.alone.shares_of(self._as_one(ways)) or (1.0,) * self.group.size
 
 
@@ -314,14 +318,18 @@ def _sent(move: Move, is_weight: bool) -> _Sent:
     return _Sent(move.how.forward, move.how.backward, move.axis, left, once)
 
 
-def share_held(held: Layouts) -> Callable[[tuple[int, ...]], float]:
-    """By a member's places along the axes its part of a value."""
+@lru_cache(maxsize=65536)
+def shares_held(held: Layouts, axes: tuple[int, ...]) -> tuple[float, ...]:
+    """Each member's part of a value, row by row of a group with so many members along its axes.
 
-    def share(coords: tuple[int, ...]) -> float:
-        parts = zip(held, coords, strict=True)
-        return prod(layout.share(k) for layout, k in parts if isinstance(layout, Split))
-
-    return share
+    >>> shares_held((Split(0, (3, 1)), Split(1, (1, 1))), (2, 2))
+    (0.375, 0.375, 0.125, 0.125)
+    """
+    along = (
+        [layout.share(k) for k in range(size)] if isinstance(layout, Split) else [1.0] * size
+        for layout, size in zip(held, axes, strict=True)
+    )
+    return tuple(map(prod, product(*along)))
 
 
 def largest_part(layouts: Layouts, without: int | None = None) -> float:

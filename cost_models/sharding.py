@@ -198,7 +198,7 @@ class ShardingProgramme:
         """Of every alternative, one variable's after the other's."""
         found = [np.zeros(size) for size in self.structure.sizes]
         for number, computed in self.structure.computed.items():
-            first, alike = self.times.alike(computed.ways)
+            first, alike = computed.kinds
             seconds = np.array([self.times.seconds(computed.op, ways) for ways in first])
             found[number] += computed.count * seconds[alike]
         for number, weights in self.structure.held.items():
@@ -257,8 +257,9 @@ class ShardingProgramme:
         for number, computed in self.structure.computed.items():
             own, values = self.times.kept_values(computed.op)
             if own:
-                shares = [self.times.largest_share(ways) for ways in computed.ways]
-                found[number] += computed.count * own * np.array(shares)
+                first, alike = computed.kinds
+                shares = np.array([self.times.largest_share(ways) for ways in first])
+                found[number] += computed.count * own * shares[alike]
             for slot, num_bytes in values:
                 found[number] += computed.count * num_bytes * self.structure.largest_parts(number, slot)
         return np.concatenate(found)

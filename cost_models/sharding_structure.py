@@ -8,6 +8,7 @@ microbatches of other sizes, and at other prices of memory, have one structure.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -34,6 +35,11 @@ class Computed:
     op: Op
     ways: tuple[Ways, ...]
     count: int = 0
+
+    @cached_property
+    def kinds(self) -> tuple[list[Ways], Numbers]:
+        """Of the ways one of each kind that takes equally long, and the kind of each."""
+        return MeshTimes.alike(self.ways)
 
 
 @dataclass(eq=False)

@@ -6,8 +6,9 @@ lowered; there a value that leaves the stage must be whole, which the price of a
 slices does not hold.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
@@ -15,7 +16,7 @@ from graphpar.cost_models.again import kept_last
 from graphpar.cost_models.group_times import KnownWork, ShardingOptions, TensorGroup
 from graphpar.cost_models.kept import Kept, kept_of
 from graphpar.cost_models.memory import ALLOCATOR_SLACK, lower_copy_bytes
-from graphpar.cost_models.mesh_times import MeshTimes, Sent, share_held
+from graphpar.cost_models.mesh_times import MeshTimes, Sent, shares_held
 from graphpar.cost_models.rates import rates_of
 from graphpar.cost_models.sharding import Sharding, conversions_of
 from graphpar.ir.chain import Chain
@@ -134,23 +135,22 @@ class SharedUnits:
         """What members hold and keep of a unit, shares of it being those at a microbatch size."""
         if (number, size) not in self._parts:
             graph, sharding, times = self.graph, self.sharding, self.times.at(size)
-            ops, places = self._ops(number), times.group.places
+            ops, axes = self._ops(number), times.group.axes
             weights = _own_weights(graph, self.chain, number)
             trained = [op for op in weights if op.target == "parameter" and op.attr("grad")]
             steps = (times.optimizer_seconds(op, sharding.held(op.name)) for op in trained)
             earlier = {name for unit in self.chain.units[:number] for name in unit.ops}
+            own, gradients = (
+                _summed(((op.type.bytes(1), sharding.held(op.name)) for op in some), axes)
+                for some in (weights, trained)
+            )
+            copies = _summed(_lower_copies(graph, ops, sharding), axes)
             self._parts[number, size] = _Parts(
                 optimizer_s=sum(steps) * times.options.microbatches,
-                weight_bytes=tuple(
-                    sum(op.type.bytes(1) * _share(sharding, op, at) for op in weights)
-                    + _lower_copies(graph, ops, sharding, at)
-                    for at in places
-                ),
-                gradient_bytes=tuple(
-                    sum(op.type.bytes(1) * _share(sharding, op, at) for op in trained) for at in places
-                ),
-                results=tuple(_part_held(graph, ops, sharding, at, size) for at in places),
-                kept=kept_of(graph, sharding, times, ops, earlier, places),
+                weight_bytes=tuple(a + b for a, b in zip(own, copies, strict=True)),
+                gradient_bytes=gradients,
+                results=_parts_held(ops, sharding, axes, size),
+                kept=kept_of(graph, sharding, times, ops, earlier),
             )
         return self._parts[number, size]
 
@@ -291,32 +291,33 @@ def _own_weights(graph: Graph, chain: Chain, number: int) -> list[Op]:
     ]
 
 
-def _share(sharding: Sharding, op: Op, coords: tuple[int, ...]) -> float:
-    return share_held(sharding.held(op.name))(coords)
+def _summed(values: Iterable[tuple[float, Layouts]], axes: tuple[int, ...]) -> tuple[float, ...]:
+    """Bytes that each member has of values, given each one's bytes and layouts."""
+    total = [0.0] * prod(axes)
+    for num_bytes, layouts in values:
+        for member, share in enumerate(shares_held(layouts, axes)):
+            total[member] += num_bytes * share
+    return tuple(total)
 
 
-def _lower_copies(graph: Graph, ops: Sequence[Op], sharding: Sharding, coords: tuple[int, ...]) -> float:
-    """Bytes of a member's copies of weights in lower formats."""
-    copied = 0.0
+def _lower_copies(graph: Graph, ops: Sequence[Op], sharding: Sharding) -> Iterator[tuple[float, Layouts]]:
+    """Copies of weights in lower formats, their bytes and layouts."""
     for op in ops:
         ways = sharding.ways(op.name) if op.target == "gp.cast_weight" else None
         if ways is not None:
-            copied += lower_copy_bytes(graph, op) * share_held(ways.results[0])(coords)
-    return copied
+            yield lower_copy_bytes(graph, op), ways.results[0]
 
 
-def _part_held(
-    graph: Graph, ops: Sequence[Op], sharding: Sharding, coords: tuple[int, ...], samples: int
-) -> float:
-    """The part of a unit's results that a member holds."""
-    whole = own = 0.0
-    for op in ops:
-        ways = sharding.ways(op.name)
-        if ways is None or op.target in SOURCES:
-            continue
-        for kind, layouts in zip(op.types, ways.results, strict=True):
-            if kind is not None:
-                num_bytes = kind.bytes(samples)
-                whole += num_bytes
-                own += num_bytes * share_held(layouts)(coords)
-    return own / whole if whole else 1.0
+def _parts_held(
+    ops: Sequence[Op], sharding: Sharding, axes: tuple[int, ...], samples: int
+) -> tuple[float, ...]:
+    """The part of a unit's results that each member holds."""
+    made = [
+        (float(kind.bytes(samples)), layouts)
+        for op in ops
+        if op.target not in SOURCES and (ways := sharding.ways(op.name)) is not None
+        for kind, layouts in zip(op.types, ways.results, strict=True)
+        if kind is not None
+    ]
+    whole = sum(num_bytes for num_bytes, _ in made)
+    return tuple(own / whole if whole else 1.0 for own in _summed(made, axes))

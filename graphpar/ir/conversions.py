@@ -5,6 +5,7 @@ gathered whole its slice. Each op is such a pair, so that nothing is summed twic
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from graphpar.ir.shards import Layout, Split
@@ -30,6 +31,7 @@ class Conversion:
 _NOTHING = Conversion("")
 
 
+@lru_cache(maxsize=65536)
 def conversion(
     made: Layout, wanted: Layout, has_gradient: bool, is_weight: bool = False
 ) -> Conversion | None:

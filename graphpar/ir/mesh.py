@@ -32,6 +32,7 @@ def whole_along(axes: int) -> Layouts:
     return (whole,) * axes
 
 
+@lru_cache(maxsize=65536)
 def same_units(a: Layout, b: Layout) -> bool:
     """Whether two layouts cut the same units of the same dimension.
 
@@ -139,7 +140,8 @@ class Move:
     after: Layouts
 
 
-def at_once(layouts: Sequence[Layout], sizes: Sequence[int]) -> Layout | None:
+@lru_cache(maxsize=65536)
+def at_once(layouts: Layouts, sizes: tuple[int, ...]) -> Layout | None:
     """Layouts that are alike along all axes as one over all members, row by row; None where they differ.
 
     >>> at_once((Split(0, (4, 4)), Split(0, (4, 4))), (2, 2))

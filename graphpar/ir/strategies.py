@@ -35,7 +35,7 @@ class Strategy:
     first_only: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
 
-    @property
+    @cached_property
     def samples(self) -> tuple[int, ...]:
         """The proportions in which members share the samples; empty where the batch is not cut."""
         layouts = (*self.results, *self.operands)

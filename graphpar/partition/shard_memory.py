@@ -142,6 +142,8 @@ class MemoryMatrix:
 
     def excess(self, chosen: IntArray) -> float:
         """The largest amount by which some row is over its limit; zero where none is."""
+        if not self.limit.size:
+            return 0.0  # asked for every rounding, most often where nothing is limited
         return float((self.usage(chosen) - self.limit).max(initial=0.0))
 
     def price(self, multipliers: FloatArray) -> FloatArray:

@@ -73,6 +73,7 @@ class State:
             safe = float(math.ceil(safe - 1e-6))
         self.bound = max(self.bound, safe)
         self.tell()
+        self._settle_last()
 
     def offer(self, candidate: Candidate, *, at_once: bool = False) -> None:
         """Take a candidate as incumbent if the file itself says that it is feasible and better.
@@ -85,6 +86,7 @@ class State:
             self.waiting = candidate
         if at_once or self.answer is None or self.elapsed_s() >= self.next_check_s:
             self.settle()
+        self._settle_last()
 
     def settle(self) -> None:
         """Check the candidate that waits, if any."""
@@ -96,6 +98,11 @@ class State:
         self.take(candidate.graph.expand(choice, self.problem.num_nodes))
         self.check_s = max(self.check_s, self.elapsed_s() - began_s)
         self.next_check_s = self.elapsed_s() + self.check_s / _CHECKS_SHARE
+
+    def _settle_last(self) -> None:
+        """Check the candidate that waits if nothing better is left to be found."""
+        if self.waiting is not None and relative_gap(self.waiting.cost, self.bound) <= self.gap:
+            self.settle()
 
     def take(self, answer: list[int]) -> None:
         """Take an answer as incumbent if the file itself says that it is feasible and better."""
