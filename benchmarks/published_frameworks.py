@@ -133,6 +133,16 @@ with products of experts that apply activations and casts, and all-to-alls besid
 (https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3983, 4173, 4226, 4249, 4458, 4606, 5168). gpt-oss's
 are for GB200 and GB300 only, Kimi-K2's for GB300, and Qwen3's 30B does not fit a B200 (pull/5356)."""
 
+OVERLAPPED_EXPERTS = (("deepseek", "b200", (26, 4, 1)),)
+"""The same for recipes that run all-to-alls beside other microbatches and capture no whole steps
+(https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/main/scripts/performance/configs/deepseek/deepseek_workload_base_configs.py,
+`moe_a2a_overlap`)."""
+
+SCALED_ATTENTION = (r"deepseek|kimi", "blackwell-sm103")
+"""Models, and the devices with twice the exponentials, whose captured recipes compute attention in float8
+(`fp8_dot_product_attention` in that file and in kimi/kimi_workload_base_configs.py beside it). gpt-oss's
+ask for it on every device; its attention has windows and sinks, which are not modelled."""
+
 
 def traits_of(row: dict[str, Any]) -> Traits:
     """What the framework of a row does.
@@ -184,11 +194,30 @@ def sharding_of(parallel: dict[str, Any], traits: Traits, replicas: int, near: i
 
 def captures_steps(row: dict[str, Any], device: str, traits: Traits) -> bool:
     """Whether a row's recipe captures whole steps, fuses experts and overlaps their all-to-alls."""
+    return _is_recipe(CAPTURED_STEPS, row, device, traits)
+
+
+def overlaps_experts(row: dict[str, Any], device: str, traits: Traits) -> bool:
+    """Whether a row's recipe runs experts' all-to-alls beside the compute of other microbatches."""
+    return any(_is_recipe(table, row, device, traits) for table in (CAPTURED_STEPS, OVERLAPPED_EXPERTS))
+
+
+def scales_attention(row: dict[str, Any], device: str, traits: Traits) -> bool:
+    """Whether a row's recipe computes attention in float8 as well."""
+    latent = re.search(SCALED_ATTENTION[0], family_name(row["model"])) is not None
+    newer = catalogue.devices()[device].family == SCALED_ATTENTION[1]
+    return latent and newer and captures_steps(row, device, traits)
+
+
+def _is_recipe(
+    table: tuple[tuple[str, str, tuple[int, ...]], ...], row: dict[str, Any], device: str, traits: Traits
+) -> bool:
+    """Whether a table of MXFP8 recipes names a row's model, device and release."""
     name = family_name(row["model"])
     scaled = "mx" in str(row["parallel"].get("precision")).lower()
     since = (
         release
-        for model, devices, release in CAPTURED_STEPS
+        for model, devices, release in table
         if re.match(model, name) and re.match(devices, device)
     )
     first = next(since, None)

@@ -6,7 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from published_devices import device_of, die_of, link_of, network_of
-from published_frameworks import Traits, captures_steps, overlaps_tensor, sharding_of, traits_of
+from published_frameworks import (
+    Traits,
+    captures_steps,
+    overlaps_experts,
+    overlaps_tensor,
+    scales_attention,
+    sharding_of,
+    traits_of,
+)
 from published_models import shape_of
 
 from graphpar import catalogue
@@ -199,7 +207,8 @@ def _run(
         growing_segments=traits.growing_segments,
         keeps_gathered=traits.keeps_gathered,
         divides_loss=traits.divides_loss,
-        overlaps_experts=captured,
+        overlaps_experts=overlaps_experts(row, device, traits),
+        scaled_attention=scales_attention(row, device, traits),
         fused_experts=captured,
         captured=captured,
     )

@@ -330,7 +330,8 @@ class _Machine:
         return 4 + (2 if run.recompute == "full" else 1 if gathers else 0)
 
     def _attention_s(self, work: LayerWork) -> float:
-        dtype = "bfloat16" if self.run.dtype in SCALED else self.run.dtype
+        scaled = "float8_e4m3fn" if self.run.scaled_attention else "bfloat16"
+        dtype = scaled if self.run.dtype in SCALED else self.run.dtype
         if work.score_products:
             products = sum(self._score_product_s(x, dtype) for x in work.score_products)
             return products + work.score_bytes / self.bytes_per_s

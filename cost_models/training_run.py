@@ -88,6 +88,7 @@ class Run:
         selects_products: Whether selective recomputation keeps every second product, else all but scores.
         fused_experts: Whether experts' products apply activations, biases and casts themselves.
         captured: Whether whole steps are captured as CUDA graphs, routing of experts included.
+        scaled_attention: Whether fused attention of runs in 8 or 4 bits multiplies in float8, too.
         separate_projections: Whether queries, keys, values and the gate are products of their own.
         growing_segments: Whether the allocator's segments grow, which leaves few holes.
         keeps_gathered: Whether a pipeline stage keeps sharded weights gathered, and its gradients whole,
@@ -146,6 +147,7 @@ class Run:
     divides_loss: bool = False
     fused_experts: bool = False
     captured: bool = False
+    scaled_attention: bool = False
 
     @property
     def sent_bytes(self) -> float:

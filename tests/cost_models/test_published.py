@@ -258,23 +258,27 @@ def test_biased_experts_cost_more_until_releases_fuse_them(family: str, slower: 
     assert seconds(family, "26.06") < 0.9 * seconds(family, "26.04")
 
 
-@pytest.mark.parametrize(("change", "captured"), [
-    ({}, True),
-    ({"release": "26.04"}, False),
-    ({"precision": "BF16"}, False),
-    ({"precision": "FP8"}, False),
-    ({"gpu": "H100-SXM-80GB"}, False),
-    ({"framework": "torchtitan"}, False),
-    ({"model": "kimi-k2"}, False),
-    ({"model": "kimi-k2", "gpu": "GB300"}, True),
-    ({"model": "kimi-k2", "gpu": "GB300", "release": "26.06"}, False),
-    ({"gpu": "B300"}, False),
-    ({"gpu": "B300", "model": "qwen3-30b-a3b"}, True),
-    ({"gpu": "B200", "model": "qwen3-30b-a3b"}, False),
-    ({"gpu": "B300", "model": "deepseek-v3", "release": "26.06"}, False),
-    ({"gpu": "B300", "model": "deepseek-v3", "release": "26.06.01"}, True),
+@pytest.mark.parametrize(("change", "said"), [
+    ({}, "captured"),
+    ({"release": "26.04"}, ""),
+    ({"precision": "BF16"}, ""),
+    ({"precision": "FP8"}, ""),
+    ({"gpu": "H100-SXM-80GB"}, ""),
+    ({"framework": "torchtitan"}, ""),
+    ({"model": "kimi-k2"}, ""),
+    ({"model": "kimi-k2", "gpu": "GB300"}, "captured scaled"),
+    ({"model": "kimi-k2", "gpu": "GB300", "release": "26.06"}, ""),
+    ({"gpu": "B300"}, ""),
+    ({"gpu": "B300", "model": "qwen3-30b-a3b"}, "captured"),
+    ({"gpu": "B200", "model": "qwen3-30b-a3b"}, ""),
+    ({"gpu": "B300", "model": "deepseek-v3", "release": "26.06"}, ""),
+    ({"gpu": "B300", "model": "deepseek-v3", "release": "26.06.01"}, "captured scaled"),
+    ({"model": "deepseek-v3"}, "captured"),
+    ({"gpu": "GB300", "model": "deepseek-v3", "precision": "BF16"}, ""),
+    ({"gpu": "B200", "model": "deepseek-v3", "release": "26.04.01"}, "overlaps"),
+    ({"gpu": "B200", "model": "deepseek-v3", "release": "26.04"}, ""),
 ])  # fmt: skip
-def test_whole_steps_are_captured_where_releases_say_so(change: dict[str, str], captured: bool) -> None:
+def test_recipes_do_what_their_releases_say(change: dict[str, str], said: str) -> None:
     row = copy.deepcopy(MIXTURE)
     row["source"] = {"table": f"{change.get('release', '26.08')} NeMo Container"}
     row["hardware"]["gpu"] = change.get("gpu", "GB200")
@@ -282,7 +286,12 @@ def test_whole_steps_are_captured_where_releases_say_so(change: dict[str, str], 
     row["parallel"] |= {key: change[key] for key in ("precision", "framework") if key in change}
     run = run_of(cleaned(row)[0])
     assert not isinstance(run, str)
-    assert (run.captured, run.fused_experts, run.overlaps_experts) == (captured, captured, captured)
+    captured = "captured" in said
+    assert (run.captured, run.fused_experts) == (captured, captured)
+    assert (run.overlaps_experts, run.scaled_attention) == (bool(said), "scaled" in said)
+    if said:
+        alone = replace(run, overlaps_experts=False, scaled_attention=False)
+        assert step_time(run, parameters()).total_s < step_time(alone, parameters()).total_s
 
 
 def test_cards_of_two_dies_are_counted_as_tables_count_them() -> None:
