@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Device
@@ -22,7 +23,7 @@ from graphpar.cost_models.rates import Rates, rates_of
 from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.cost_options import PricingOptions
 from graphpar.ir.chain import Chain, Crossing, Unit
-from graphpar.ir.formats import wire_format
+from graphpar.ir.formats import base_format, format_of, wire_format
 from graphpar.ir.graph import Graph
 from graphpar.ir.late import late_weights
 from graphpar.ir.ops import DTYPE_BYTES, Op, Ref, TensorType
@@ -171,10 +172,17 @@ class UnitPricer:
         options = self.options
         if not (options.training and tensors):
             return 0.0
-        clip_s = rates.clip_seconds(numel, tensors) if options.clips_gradients else 0.0
+        # Looking for overflows reads gradients as their norm does, and taking off the scale is clipping.
+        times = options.clips_gradients + self._scales_loss
+        clip_s = times * rates.clip_seconds(numel, tensors) if times else 0.0
         state = options.optimizer_state_bytes_per_parameter_byte
         update_s = clip_s + rates.optimizer_seconds(numel, tensors, state)
         return update_s + rates.seconds(lower) if lower else update_s
+
+    @cached_property
+    def _scales_loss(self) -> bool:
+        """Whether something computes in float16, so that gradients are scaled."""
+        return any(base_format(format_of(op)) == "float16" for op in self.graph.ops)
 
     def _lower_weights(self, unit: Unit) -> tuple[float, list[Kernel]]:
         """Bytes of a unit's weights in lower formats, and the kernels that make them once a step."""

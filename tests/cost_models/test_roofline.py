@@ -272,21 +272,21 @@ def test_products_in_16_bits_load_more_code_where_a_processor_has_them() -> None
     assert model.reserved_bytes(cards, wide, True, runs) == model.reserved_bytes(cards, wide)
 
 
-def test_clipping_is_part_of_the_update_where_it_is_asked_for() -> None:
+@pytest.mark.parametrize("what", ["clipping", "scaling"])
+def test_clipping_and_scaling_of_gradients_are_part_of_the_update(what: str) -> None:
     graph = parse_graph(BLOCKS)
     cluster = Cluster.from_dict({"devices": [{"kind": "cpu"}, {"kind": "v100-sxm2-16gb"}]})
-    plain, clipped = (
-        Roofline(calibration()).price(
-            graph,
-            build_chain(graph),
-            cluster,
-            PricingOptions(batch=4, training=True, clips_gradients=clips),
-        )
-        for clips in (False, True)
-    )
+
+    def priced(clips: bool = False, lower: str = "bfloat16") -> CostTable:
+        run = rewrite(graph, build_chain(graph), (lower,) * NUM_BLOCKS)
+        options = PricingOptions(batch=4, training=True, clips_gradients=clips)
+        runs = {device.name: run for device in cluster.devices}
+        return Roofline(calibration()).price(graph, build_chain(graph), cluster, options, runs)
+
+    plain, more = priced(), priced(clips=True) if what == "clipping" else priced(lower="float16")
     assert plain.sum_s_per_byte == 0.0  # one of the devices sums elsewhere
     curve = calibration().curves["clip"]
-    for before, after in zip(plain.costs, clipped.costs, strict=True):
+    for before, after in zip(plain.costs, more.costs, strict=True):
         on_processor, on_gpu = (b - a for a, b in zip(before.optimizer_s, after.optimizer_s, strict=True))
         assert on_processor == pytest.approx(2 * curve.at(8 * 32))
         assert on_gpu > 0
