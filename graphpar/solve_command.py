@@ -32,7 +32,7 @@ _BUSIEST = 20.0
 _LEAVING_CPU_S = 0.04
 """CPU time from the last look at the clock to the end of the process, which frees nothing (see `cli`)."""
 
-_LOADING_CPU_S = 0.2
+_LOADING_CPU_S = 0.3
 """CPU time to load an engine; large files are not read to the end where that would come too late."""
 
 _LARGE_BYTES = 100_000

@@ -10,7 +10,7 @@ from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_graph import IntArray, ShardingGraph
 
 _RESERVE = 0.02
-"""Share of the time limit kept for the last check of the answer."""
+"""Share of the time limit kept for the last check of an answer."""
 
 _CHECKS_SHARE = 0.04
 """At most about this share of the time goes into checking answers."""
