@@ -201,14 +201,14 @@ def _in_variants(
     table: CostTable, cells: Cells, plain: Sequence[StageOption], variants: Sequence[Variant]
 ) -> Iterator[StageOption]:
     """The same stages in every mode that all their devices have; ZeRO needs somebody to share with."""
+    class_of = [cell.device_class for cell in cells.cells]
+    staffed = [(option, [class_of[i] for (i,) in option.groups]) for option in plain]
     for variant in variants:
         zero = table.every_mode[next(iter(variant.values()))].zero
-        for option in plain:
-            if option.width == 1 and zero > 0:
-                continue
-            classes = [cells.cells[i].device_class for (i,) in option.groups]
-            if all(c in variant for c in classes):
-                yield replace(option, staff=tuple(variant[c] for c in classes))
+        for o, classes in staffed:
+            if (len(classes) > 1 or zero == 0) and all(c in variant for c in classes):
+                staff = tuple(variant[c] for c in classes)
+                yield StageOption(o.take, o.places, o.ring, staff, o.groups)
 
 
 def _group_options(table: CostTable, cells: Cells) -> Iterator[StageOption]:

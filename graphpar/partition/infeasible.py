@@ -1,5 +1,6 @@
 """Say why nothing fits, and the smallest change that would, found by relaxing the memory limits."""
 
+import heapq
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ _MOST_FACTOR = 2.0**20
 EVERY_LEVEL = (1, 2, 3)
 """ZeRO levels that may be proposed."""
 
-_DEVICES_S = 2.0
+_DEVICES_S = 1.0
 """Processor time after which no other kind is asked for: what other work there is must not matter."""
 
 _MOST_DEVICES = 64
@@ -194,14 +195,35 @@ def fits(family: Family, deadline_s: float) -> bool | None:
     samples: there pipelines side by side are asked for as well.
     """
     programs, table = Programs(family, CountingLimits(0.5, "highs"), deadline_s), family.table
-    grows = bool(table.in_step_reason or table.tail_reason) or family.schedules == ("gpipe",)
-    grows = table.training and (grows or family.microbatches != "auto")
     try:
         if _holds(programs, family.cells.counts, table.batch, 1, deadline_s):
             return True
+        grows = _grows_with_samples(family)
         return grows and any(_hold_together(programs, g, deadline_s) for g in groupings(family))
     except OutOfTimeError:
         return None
+
+
+def nothing_holds(programs: Programs) -> bool:
+    """Whether memory alone says, in hundredths of a second, that no plan of a family fits.
+
+    False promises nothing. It is said of stages that are not counted.
+    """
+    family = programs.family
+    if family.repeats is not None or not programs.loops or _grows_with_samples(family):
+        return False
+    counts, samples = family.cells.counts, family.table.batch
+    settings = _finest_first(family, samples)
+    if not settings or programs.memory_fit(counts, 1).witness(settings[0]) is not None:
+        return not settings
+    return _none_by_memory(programs, counts, settings, family.table.max_replicas)
+
+
+def _grows_with_samples(family: Family) -> bool:
+    """Whether a pipeline keeps less with fewer samples: then several may fit where one does not."""
+    table = family.table
+    grows = bool(table.in_step_reason or table.tail_reason) or family.schedules == ("gpipe",)
+    return table.training and (grows or family.microbatches != "auto")
 
 
 def _holds(programs: Programs, group: Group, samples: int, peers: int, deadline_s: float) -> bool:
@@ -219,18 +241,29 @@ def _holds(programs: Programs, group: Group, samples: int, peers: int, deadline_
 def _by_memory_alone(programs: Programs, group: Group, samples: int, peers: int) -> bool | None:
     """`_holds` as far as memory alone says it, which is quick; None where it does not."""
     family = programs.family
-    counts = family.counts(samples)
-    if not counts:
+    settings = _finest_first(family, samples)
+    if not settings:
         return False
-    schedule: ScheduleName = "1f1b" if "1f1b" in family.schedules else "gpipe"
-    settings = [Setting(samples, m, schedule) for m in reversed(counts)]
     # One replica per stage is looked at first: there are few such stages, and mostly they will do.
     if programs.memory_fit(group, 1).witness(settings[0]) is not None:
         return True
-    fit = programs.memory_fit(group, family.table.max_replicas // peers)
-    if (len(counts) == 1 or larger_hold_more(family.table)) and not fit.may_fit(settings[0]):
+    width = family.table.max_replicas // peers
+    if _none_by_memory(programs, group, settings, width):
         return False
+    fit = programs.memory_fit(group, width)
     return True if any(fit.witness(s) is not None for s in settings) else None
+
+
+def _finest_first(family: Family, samples: int) -> list[Setting]:
+    """Every number of microbatches, the largest first, under the schedule that keeps least."""
+    schedule: ScheduleName = "1f1b" if "1f1b" in family.schedules else "gpipe"
+    return [Setting(samples, m, schedule) for m in reversed(family.counts(samples))]
+
+
+def _none_by_memory(programs: Programs, group: Group, settings: Sequence[Setting], width: int) -> bool:
+    """Whether memory alone excludes all of some settings, the finest first."""
+    finest_is_enough = len(settings) == 1 or larger_hold_more(programs.family.table)
+    return finest_is_enough and not programs.memory_fit(group, width).may_fit(settings[0])
 
 
 def _finest_holds_least(family: Family) -> bool:
@@ -311,37 +344,32 @@ def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float
 
 
 def _further_devices(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
-    """How many more devices of each kind would do, the fewest first; of those there is time for."""
+    """How many more devices of each kind would do, the fewest first; of those there is time for.
+
+    Small numbers of all kinds are tried before larger ones of any.
+    """
     until_s = time.process_time() + _DEVICES_S
+    # What is tried next, of which kind, and what is known to be too few and enough.
+    waiting: list[tuple[int, int, int, int | None]] = [
+        (low + 1, index, low, None)
+        for index in range(len(table.device_classes))
+        if (low := _too_few(table, index)) < _MOST_DEVICES
+    ]
+    heapq.heapify(waiting)
     needed = []
-    for index in sorted(range(len(table.device_classes)), key=lambda i: _too_few(table, i)):
-        if time.process_time() > until_s:
-            break
-        number = _devices_needed(table, index, family, deadline_s)
-        if number is not None:
-            needed.append((number, index))
-    yield from (f"{number} more of {table.device_classes[i].name}" for number, i in sorted(needed))
-
-
-def _devices_needed(table: CostTable, index: int, family: Family, deadline_s: float) -> int | None:
-    """How many further devices of a class make a plan fit, or None."""
-    low = _too_few(table, index)
-    number, step = low + 1, 1
-    while number <= _MOST_DEVICES:
-        if _certain(more_devices(table, index, number), family, deadline_s):
-            break
-        low, number, step = number, number + step, 2 * step
-        if time.monotonic() > deadline_s:
-            return None
-    else:
-        return None
-    while number - low > 1:
-        middle = (number + low) // 2
-        enough = _fits_table(more_devices(table, index, middle), family, deadline_s)
+    while waiting and time.process_time() < until_s and time.monotonic() < deadline_s:
+        number, index, low, high = heapq.heappop(waiting)
+        enough = _fits_table(more_devices(table, index, number), family, deadline_s)
         if enough is None:
-            return None
-        low, number = (low, middle) if enough else (middle, number)
-    return number
+            break
+        low, high = (low, number) if enough else (number, high)
+        # Without enough: twice as far as before from what is too few by the sum of all memory.
+        number = 2 * low - _too_few(table, index) if high is None else (low + high) // 2
+        if high is not None and high - low == 1:
+            needed.append((high, index))
+        elif number <= _MOST_DEVICES:
+            heapq.heappush(waiting, (number, index, low, high))
+    yield from (f"{number} more of {table.device_classes[i].name}" for number, i in sorted(needed))
 
 
 def _too_few(table: CostTable, index: int) -> int:

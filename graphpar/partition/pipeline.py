@@ -22,7 +22,7 @@ from graphpar.partition.family import (
     groupings,
 )
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
-from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible
+from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible, nothing_holds
 from graphpar.partition.nearer import brought_nearer, links_differ, most_s
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
@@ -191,11 +191,11 @@ class _Run:
         if self.family.repeats is not None:
             self.counted()
             return
-        alone: list[tuple[float, Grouping]] = []
-        others: list[tuple[float, Grouping]] = []
-        for groups in groupings(self.family):
-            bound = grouping_bound_s(self._programs, groups)
-            (others if any(sum(g) > 1 for g in groups) else alone).append((bound, groups))
+        if nothing_holds(self._programs):
+            return
+        bounded = [(grouping_bound_s(self._programs, g), g) for g in groupings(self.family)]
+        alone = [(bound, g) for bound, g in bounded if all(sum(p) == 1 for p in g)]
+        others = [(bound, g) for bound, g in bounded if any(sum(p) > 1 for p in g)]
         self.first()
         self.side_by_side(alone)
         if sum(self.family.cells.counts) > EVERY_GROUPING:

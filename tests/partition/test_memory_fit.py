@@ -1,32 +1,61 @@
-"""Whether anything fits into memory, by memory alone, against every plan there is."""
+"""Whether anything fits into memory, by memory alone, and what would, against every plan there is."""
 
+import re
 from dataclasses import replace
 
+import pytest
 from all_plans import best_step_s
 from cost_tables import small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
 from graphpar.partition import infeasible
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import choose_family
 from graphpar.partition.memory_fit import larger_hold_more
+from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
+from graphpar.partition.relaxed_tables import with_batch, with_options
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import Setting
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(small_tables(max_units=3, modes=True), st.sampled_from([0.1, 0.3, 0.6, 1.0]))
-def test_memory_alone_says_what_every_plan_says(table: CostTable, part: float) -> None:
-    """What it excludes no plan has, and what it finds is one."""
+def test_memory_alone_and_remedies_say_what_every_plan_says(table: CostTable, part: float) -> None:
+    """What it excludes no plan has, what it finds is one; what would fit does, a step less does not."""
     table = infeasible.scale_memory(table, part)
     family = choose_family(table, "auto", "auto")
     programs = Programs(family, CountingLimits(0.5, "highs"))
     known = infeasible._by_memory_alone(programs, family.cells.counts, table.batch, 1)
     some = best_step_s(table) is not None
     assert known is None or known == some
+    if some:
+        return
+    with pytest.raises(InfeasibleError) as caught:
+        partition(table)
+    text = str(caught.value)
+    for factor in map(float, re.findall(r"plan needs ([0-9.]+) times", text)):
+        assert _holds(infeasible.scale_memory(table, factor))
+        assert not _holds(infeasible.scale_memory(table, factor / 1.04))
+    for number, name in re.findall(r"(\d+) more of kind(\d)", text):
+        if int(number) + len(table.class_of) <= 4:  # Of more devices there are too many plans.
+            assert _holds(infeasible.more_devices(table, int(name), int(number)))
+            assert not _holds(infeasible.more_devices(table, int(name), int(number) - 1))
+    for batch in map(int, re.findall(r"a batch of (\d+) instead", text)):
+        assert _holds(with_batch(table, batch))
+        assert not _holds(with_batch(table, batch + 1))
+    for again, level in re.findall(r"(recomputation)?(?: with )?(?:ZeRO level (\d))?(?:;|$)", text):
+        if again or level:
+            assert _holds(with_options(table, recompute=bool(again), zero=int(level or 0)))
+        if level:
+            assert not _holds(with_options(table, recompute=bool(again), zero=int(level) - 1))
+
+
+def _holds(table: CostTable) -> bool:
+    return best_step_s(table) is not None
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
