@@ -298,7 +298,7 @@ class StagePrices:
             self.rows.post_by_run,
             self.rows.moved_rows,
             self.rows.moved_row,
-            self.rows.near,
+            self.rows.near_alone if simple else self.rows.near,
             (slots.run, slots.before, slots.after),
             self._ahead,
             self._beside,

@@ -136,6 +136,15 @@ class OptionRows:
         return found
 
     @cached_property
+    def near_alone(self) -> BoolArray:
+        """`near` where every stage has one replica: links between other stages are none of theirs."""
+        places = np.unique(self.place[self.width == 1])
+        kinds = self.joins[np.ix_(places, places)].any(axis=(0, 1))
+        kinds[0] = True
+        found: BoolArray = self.near & kinds
+        return found
+
+    @cached_property
     def sorts(self) -> tuple[BoolArray, IntArray]:
         """[sort, link kind]: what may be beside crews of a sort, and the sort of each crew."""
         found, sort_of = np.unique(self.near[self.first_rows], axis=0, return_inverse=True)
