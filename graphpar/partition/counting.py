@@ -67,6 +67,7 @@ from graphpar.partition.counting_runs import BOTH, Limits, Stages, join_runs, su
 from graphpar.partition.counting_segments import Prices
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.solver import Backend
+from graphpar.partition.solver_matrix import Patience
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import Cache, FloatArray, IntArray, Setting
 
@@ -168,9 +169,9 @@ class CountingProgram:
             raise OutOfTimeError
         columns = self._columns.pick(index)
         master = self._master(index, columns.fill_s, limits.slack_s, limits.fill_s)
-        until_s = min(deadline_s, time.monotonic() + self._limits.patience_s)
+        patience = Patience(self._limits.patience_s, deadline_s)
         try:
-            solution = master.solve(np.searchsorted(index, self._still(index)), self._dues, until_s)
+            solution = master.solve(np.searchsorted(index, self._still(index)), self._dues, patience)
         finally:
             self._warm, self._dues = index[master.active], master.dues
         if solution is None:

@@ -19,7 +19,7 @@ from scipy import sparse
 from graphpar.partition.counting_columns import FIRST, LAST, WHOLE
 from graphpar.partition.counting_kinds import memory_row
 from graphpar.partition.counting_lines import Line, Lines
-from graphpar.partition.solver_matrix import MatrixProgram
+from graphpar.partition.solver_matrix import MatrixProgram, Patience
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 _COLUMNS, _ENDS, _SPREAD = 150, 15, 100
@@ -54,17 +54,17 @@ class Among:
 
 
 def best_among(
-    lines: Lines, index: IntArray, spend: float, gap: float, patience_s: float, *, packed: bool = False
+    lines: Lines, index: IntArray, spend: float, gap: float, patience: Patience, *, packed: bool = False
 ) -> Line | None:
     """The cheapest line of several of some columns below `spend`, within a gap, as far as patience goes.
 
     None where there is none or the solver found none in time. `packed` as in `solve_lines`.
     """
-    return lines.among(index, solve_lines(lines.only(index), spend, gap, patience_s, packed=packed).line)
+    return lines.among(index, solve_lines(lines.only(index), spend, gap, patience, packed=packed).line)
 
 
 def solve_lines(
-    lines: Lines, spend: float, gap: float, patience_s: float, *, packed: bool = False
+    lines: Lines, spend: float, gap: float, patience: Patience, *, packed: bool = False
 ) -> Among:
     """The cheapest line of several columns below `spend`, and a bound on all others or `spend`.
 
@@ -72,8 +72,8 @@ def solve_lines(
     """
     several = np.flatnonzero(lines.columns.role != WHOLE)
     own = lines.only(several)
-    if len(own.cost) == 0 or patience_s <= 0:
-        return Among(None, spend if patience_s > 0 else -np.inf)
+    if len(own.cost) == 0 or patience.is_over:
+        return Among(None, -np.inf if patience.is_over else spend)
     matrix, low, high = _rows(own, packed)
     program = MatrixProgram(
         cost=own.cost,
@@ -84,7 +84,7 @@ def solve_lines(
         row_lower=np.append(low, -np.inf),
         row_upper=np.append(high, spend),
     )
-    outcome = program.solve(time_limit_s=patience_s, relative_gap=gap)
+    outcome = program.solve(relative_gap=gap, patience=patience)
     if outcome.status == "infeasible":
         return Among(None, spend)
     cost = -np.inf if outcome.bound is None else min(outcome.bound, spend)

@@ -7,32 +7,23 @@ looked for first, which takes some hundredths of a second.
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from graphpar.partition.counting import CountingProgram
-from graphpar.partition.counting_among import Among, best_among, cheapest, solve_lines
+from graphpar.partition.counting_among import cheapest
 from graphpar.partition.counting_beam import grow_lines
 from graphpar.partition.counting_boxes import Box, within
 from graphpar.partition.counting_floors import Floors, Least
-from graphpar.partition.counting_kinds import Harvest, judge_kinds
-from graphpar.partition.counting_lines import TOLERANCE, Line, Lines, Verdict
+from graphpar.partition.counting_judging import FEW_DEVICES, SearchJudging
+from graphpar.partition.counting_lines import TOLERANCE
 from graphpar.partition.counting_segments import grow_segments
-from graphpar.partition.counting_together import SearchTogether, Together
+from graphpar.partition.counting_together import Together
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.search import INFINITY, Asked, Found, Task
 from graphpar.partition.stage_costs import StageLimits
-from graphpar.partition.unit_arrays import FloatArray, IntArray
-
-_FEW_DEVICES = 32
-"""Without a compiler whole stages of kinds are only looked at in clusters up to this size."""
 
 _BEAM = 60
 """Parts of lines kept at once."""
-
-_AMONG_S, _AMONG_SHARE, _AMONG_GAP = 0.8, 0.15, 0.3
-"""Patience with the integer programme of some columns: so long, or this share of the time; its gap."""
 
 _AMONG_SPARE = 0.04
 """Columns with which a step is longer by this share than the relaxation says are not looked at there."""
@@ -40,23 +31,14 @@ _AMONG_SPARE = 0.04
 _DIVE_FACTORS = (1.0, 1.01, 1.025, 1.05, 1.1, 1.18, 1.3, 1.5, 2.0, 3.0, 5.0)
 """Extra allowed at a dive, in multiples of what the relaxation needs."""
 
-_SEGMENT_FACTORS = (1.0, 1.02, 1.05, 1.08, 1.12, 1.18, 1.25, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0)
-"""The same for stretches of kinds, ..."""
+_SEGMENT_FACTORS = (1.02, 1.08, 1.16, 1.25, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0)
+"""The same for good columns and stretches of kinds; what lies between is looked for afterwards, ..."""
 
-_FEW_FACTORS = 8
+_FEW_FACTORS = 5
 """... and so many of them where blocks are several each."""
 
 _DIVE_SPARE = 0.02
 """At a dive lines may cost this share of extra more than the relaxation says."""
-
-_CLOSE, _LEAST_CLOSE = 0.1, 5e-4
-"""Prices are found up to this share of the gap, or this share of the step."""
-
-_WHOLE_S = 1.0
-"""The same with that of all columns of a box."""
-
-_KEPT_LINES = 40
-"""Lines of a task that are remembered."""
 
 _REFINEMENTS = 5
 """How often a dive that succeeded is tried again with less extra."""
@@ -98,37 +80,11 @@ _LESS_EXTRA, _MORE_POST = 0.85, 1.5
 """A known pipeline is improved with as much extra and less, down to this share, and so much more post."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """A line by the numbers of its columns, which mean something beyond the box it was met in."""
-
-    fill_s: float
-    shares: FloatArray
-    extra_s: FloatArray
-    post_s: FloatArray
-    sums: FloatArray
-
-    def line(self, least: Least) -> Line:
-        """The line at its cost beyond another least."""
-        over = np.maximum(self.extra_s - least.extra_s, 0.0)
-        over = over + least.post_weight * np.maximum(self.post_s - least.post_s, 0.0)
-        return Line((), self.fill_s + float(self.shares @ over), self.sums)
-
-
-@dataclass(frozen=True, eq=False)
-class _Guide:
-    """What was learnt in a task: prices and lines."""
-
-    prices: FloatArray
-    lines: tuple[_Known, ...]
-
-
-class SearchDiving(SearchTogether):
+class SearchDiving(SearchJudging):
     """A search that finds its first plan by diving."""
 
     def __init__(self, tasks: Iterable[Task], asked: Asked, together: Together) -> None:
         super().__init__(tasks, asked, together)
-        self._guides: dict[int, _Guide] = {}
         self._dived: set[int] = set()
         self._sought: tuple[Found | None, int] = None, 0
 
@@ -142,54 +98,6 @@ class SearchDiving(SearchTogether):
         if extra is None or post is None:
             return None
         return replace(box, extra=extra, post=post)
-
-    def _fine(self, step_s: float) -> float:
-        """A difference in steps that does not matter."""
-        return max(_CLOSE * self._gap, _LEAST_CLOSE) * step_s
-
-    @staticmethod
-    def _best_met(lines: Lines, verdict: Verdict, spend: float) -> Line | None:
-        """The cheapest line met on the way that keeps everything."""
-        held = [line for line in verdict.met if line.cost < spend and lines.holds(line)]
-        return min(held, key=lambda line: line.cost, default=None)
-
-    def _judge_kinds(
-        self, program: CountingProgram, lines: Lines, spend: float, step_s: float
-    ) -> Harvest:
-        """What whole stages of each kind say; nothing where uncompiled loops would take long."""
-        if not COMPILED and lines.devices > _FEW_DEVICES:
-            return Harvest(-INFINITY, None, np.zeros(0, dtype=np.intp))
-        return judge_kinds(lines, *program.kinds(lines), spend, self._fine(step_s), self._deadline_s)
-
-    def _among_met(self, lines: Lines, verdict: Verdict, met: IntArray, spend: float) -> Line | None:
-        """A line of columns of patterns and lines that were met, none of which keeps everything."""
-        known = [np.array(line.columns, dtype=np.intp) for line in verdict.met]
-        index = np.unique(np.concatenate([met, *known]))
-        return self._among(lines, index, spend)
-
-    def _among(self, lines: Lines, index: IntArray, spend: float, *, packed: bool = False) -> Line | None:
-        """The best line of some columns, as far as patience with its integer programme goes."""
-        left_s = self._deadline_s - time.monotonic()
-        patience_s = min(_AMONG_S, _AMONG_SHARE * left_s)
-        gap = _AMONG_GAP * self._gap
-        return best_among(lines, index, spend, gap, patience_s, packed=packed)
-
-    def _solved(self, lines: Lines, spend: float) -> Among:
-        """The integer programme of all columns, as far as patience goes."""
-        left_s = self._deadline_s - time.monotonic()
-        patience_s = min(_WHOLE_S, _AMONG_SHARE * left_s)
-        return solve_lines(lines, spend, _AMONG_GAP * self._gap, patience_s)
-
-    def _judge(self, task: int, lines: Lines, least: Least, spend: float, extra_s: float) -> Verdict:
-        guide = self._guides.get(task) or _Guide(np.zeros(len(lines.sums)), ())
-        known = [k for k in guide.lines if k.extra_s.max() <= extra_s]
-        close = self._fine(least.step_s)
-        verdict = lines.judge(
-            spend, close, guide.prices, [k.line(least) for k in known], self._deadline_s
-        )
-        met = [_known(lines, line) for line in verdict.met]
-        self._guides[task] = _Guide(verdict.prices, (*guide.lines, *met)[-_KEPT_LINES:])
-        return verdict
 
     # --- the first plan ---
 
@@ -355,7 +263,7 @@ class SearchDiving(SearchTogether):
 
         Where these give no pipeline stretches of kinds are looked for, unless they are to be `alone`.
         """
-        if not COMPILED and sum(program.counts) > _FEW_DEVICES:
+        if not COMPILED and sum(program.counts) > FEW_DEVICES:
             return None
         least, limits = Least(extra_s, box.post[0], self._weight), StageLimits(extra_s, box.post[1])
         value = program.relaxed(limits, least, self._deadline_s)
@@ -377,7 +285,7 @@ class SearchDiving(SearchTogether):
         stocks, _ = program.kinds(lines)
         sizes, worth = program.node_sizes, program.worth()
         line = grow_segments(lines, stocks, sizes, worth, spend, self._deadline_s)
-        return self._takes(program, box, lines, line)
+        return self._takes(program, box, lines, line, spend)
 
     def _try_cheapest(
         self,
@@ -392,17 +300,8 @@ class SearchDiving(SearchTogether):
         lines = program.lines(limits, least, floors.below(least.step_s + spend), spend, exact=False)
         if lines is None:
             return False
-        best = cheapest(lines)
-        line = self._among(lines, best, spend)
-        better = self._takes(program, box, lines, line)
-        if line is None or lines.is_packed(line):
-            return better
-        return self._takes(program, box, lines, self._among(lines, best, spend, packed=True)) or better
-
-    def _takes(self, program: CountingProgram, box: Box, lines: Lines, line: Line | None) -> bool:
-        """Offer a line, if there is one; whether it beats what was known."""
-        before = self._cutoff
-        return line is not None and self._offer(box.task, program.answer_of(lines, line, 0.0)) < before
+        line = self._among(lines, cheapest(lines), spend)
+        return self._takes(program, box, lines, line, spend)
 
     def _plunge(self, program: CountingProgram, box: Box) -> None:
         """Allow more and more extra until a beam finds a pipeline, then somewhat less again."""
@@ -472,15 +371,4 @@ class SearchDiving(SearchTogether):
         if line is None and (self.best is None or widely):
             shares = verdict.shares(spend)
             line = grow_lines(lines, shares, spend, _BEAM, self._deadline_s).line
-        return self._takes(program, box, lines, line)
-
-
-def _known(lines: Lines, line: Line) -> _Known:
-    used, columns = lines.stages_of(line), lines.stages
-    return _Known(
-        fill_s=float(columns.fill_s[used].sum()),
-        shares=columns.blocks[used] / lines.blocks,
-        extra_s=columns.extra_s[used],
-        post_s=columns.post_s[used],
-        sums=line.sums,
-    )
+        return self._takes(program, box, lines, line, spend)

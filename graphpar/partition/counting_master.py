@@ -8,7 +8,7 @@ The rows of the second line, one per distinct due, are added when a solution bre
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting_rows import AlikeRows
 from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
 from graphpar.partition.solver_growing import Basis, GrowingProgram
+from graphpar.partition.solver_matrix import Patience
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 BoolArray = npt.NDArray[np.bool_]
@@ -103,7 +104,7 @@ class Master:
         """Which active columns and which rows are basic then."""
         self._begin: Basis | None = None
 
-    def solve(self, warm: IntArray, dues: Sequence[float], deadline_s: float) -> Solution | None:
+    def solve(self, warm: IntArray, dues: Sequence[float], patience: Patience) -> Solution | None:
         """A whole solution below the cutoff that is within the slack of the best; None without one.
 
         Raises:
@@ -112,7 +113,8 @@ class Master:
         """
         self.dues = tuple(dues)
         self.active = np.union1d(warm, self._first_guess())
-        relaxed = self._relax(deadline_s)
+        until_s = time.thread_time() + patience.processor_s
+        relaxed = self._relax(patience.deadline_s)
         if relaxed is None or relaxed.value >= self._cutoff:
             return None
         best: Solution | None = None
@@ -124,7 +126,8 @@ class Master:
             delta = min(delta, most)
             chosen = np.flatnonzero(relaxed.reduced <= delta)
             everything = len(chosen) == len(self._cost) or delta >= most
-            found, bound, cut = self._integer(chosen, relaxed.value, deadline_s)
+            left = replace(patience, processor_s=until_s - time.thread_time())
+            found, bound, cut = self._integer(chosen, relaxed.value, left)
             if found is not None and (best is None or found.value < best.value):
                 best = found
             outside = np.inf if everything else relaxed.value + delta
@@ -326,16 +329,17 @@ class Master:
     # --- whole numbers ---
 
     def _integer(
-        self, chosen: IntArray, least: float, deadline_s: float
+        self, chosen: IntArray, least: float, patience: Patience
     ) -> tuple[Solution | None, float, bool]:
         """The best whole solution over some columns, a bound on all of those, whether time ended."""
         if len(chosen) == 0:
             return None, np.inf, False
+        until_s = time.thread_time() + patience.processor_s
         while True:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+            left = replace(patience, processor_s=until_s - time.thread_time())
+            if left.is_over:
                 return None, -np.inf, True
-            outcome = self._run(chosen, self._slack / max(1.05 * least, 1e-30), left_s)
+            outcome = self._run(chosen, self._slack / max(1.05 * least, 1e-30), left)
             if outcome.status == "infeasible":
                 return None, np.inf, False
             bound = outcome.bound if outcome.bound is not None else -np.inf
@@ -351,10 +355,12 @@ class Master:
             found = Solution(chosen[used], counts[used], outcome.objective, bound)
             return found, bound, outcome.truncated_by == "time limit"
 
-    def _run(self, chosen: IntArray, gap: float, left_s: float) -> Outcome:
+    def _run(self, chosen: IntArray, gap: float, patience: Patience) -> Outcome:
         matrix = np.concatenate([self._rows.of(chosen), self._memory(chosen)])
         lower, upper = self._limits()
         if self._backend == "cbc":
+            # Another program's processor time is not at hand.
+            left_s = min(patience.processor_s, patience.deadline_s - time.monotonic())
             return self._through_program(matrix, chosen, lower, upper, gap, left_s)
         program = MatrixProgram(
             cost=self._cost[chosen],
@@ -365,7 +371,7 @@ class Master:
             row_lower=lower,
             row_upper=upper,
         )
-        return program.solve(time_limit_s=left_s, relative_gap=gap)
+        return program.solve(relative_gap=gap, patience=patience)
 
     def _through_program(
         self,

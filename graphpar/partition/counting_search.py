@@ -34,8 +34,8 @@ _LEAST_NARROW = 2e-3
 _BEAMS = (60, 240)
 """Parts of lines kept at once, by how often a box was looked at."""
 
-_FAR = 0.25
-"""... or by this share of what is left between its bound and the target."""
+_FAR, _FAR_WHOLE = 0.25, 1.0
+"""... or by this share of what is left between its bound and the target, and where columns are few."""
 
 _DIVES = 3
 """Tasks in which a first pipeline is looked for before the search proper."""
@@ -48,7 +48,10 @@ _NEAR = 0.3
 
 
 _MOST_WHOLE = 2000
-"""Boxes with so many columns or fewer are looked at as an integer programme."""
+"""Boxes with so many columns or fewer are looked at as an integer programme, ..."""
+
+_MOST_GROWN = 4000
+"""... and with more than that no beam is grown: it would take seconds, and find nothing."""
 
 
 def search_counted(tasks: Iterable[Task], asked: Asked, together: Together) -> SearchResult:
@@ -114,12 +117,16 @@ class _CountedSearch(SearchDiving):
 
     def _divide_wide(self, program: CountingProgram, bound: float, box: Box, spread: Spread) -> bool:
         """Push both halves of a box unless it is narrow; by post where that says more."""
-        allowed = max(_NARROW * self._gap, _LEAST_NARROW) * (box.extra[0] + self._tasks[box.task].fill_s)
+        least = max(_NARROW * self._gap, _LEAST_NARROW) * (box.extra[0] + self._tasks[box.task].fill_s)
+        allowed = allowed_post = least
         if self.best is not None or self._aim == "proof":
-            allowed = max(allowed, _FAR * (self._target() - bound))
+            left_s = self._target() - bound
+            few = box.known is not None and len(box.known.index) <= _MOST_WHOLE
+            allowed = max(least, (_FAR_WHOLE if few else _FAR) * left_s)
+            allowed_post = max(least, _FAR * left_s)
         narrow = box.extra[1] - box.extra[0] <= allowed or middle_of(program.extras_s, box.extra) is None
         short_s = self._weight * spread.post_short_s
-        if short_s > (allowed if narrow else max(allowed, spread.extra_short_s)):
+        if short_s > (allowed_post if narrow else max(allowed, spread.extra_short_s)):
             parts = split_below(program.posts_s, box.post, spread.post_s)
             for low, high in parts or ():
                 self._push(bound, replace(box, post=(low, high)))
@@ -152,7 +159,7 @@ class _CountedSearch(SearchDiving):
         bound = max(bound, min(least.step_s + found.cost, self._target()))
         self._current_s = bound
         if found.line is not None:
-            self._offer(box.task, program.answer_of(lines, found.line, bound))
+            self._offer_line(program, box, lines, found.line, spend, bound)
             self._divide_at(program, bound, box, lines, found.line)
         elif found.cost > spend * (1 + TOLERANCE):
             self._prune(max(bound, self._target()))
@@ -178,7 +185,7 @@ class _CountedSearch(SearchDiving):
             kinds = self._judge_kinds(program, lines, spend, bound)
             straight = kinds.line or self._among_met(lines, verdict, kinds.met, spend)
         if straight is not None:
-            self._offer(box.task, program.answer_of(lines, straight, bound))
+            self._offer_line(program, box, lines, straight, spend, bound)
             self._divide_at(program, bound, box, lines, straight)
             return
         if self._heap and bound > self._heap[0][0] + _LAZY * self._gap * bound:
@@ -186,6 +193,9 @@ class _CountedSearch(SearchDiving):
             return
         if len(lines.cost) <= _MOST_WHOLE:
             self._look_at_all(program, bound, box, lines, spend)
+            return
+        if len(lines.cost) > _MOST_GROWN:
+            self._look_again(program, bound, replace(box, looks=len(_BEAMS)))
             return
         # Beginnings of lines that cost little more than they must are fewer.
         near = min(spend, bound - least.step_s + max(_NEAR * (self._target() - bound), self._fine(bound)))
@@ -203,7 +213,7 @@ class _CountedSearch(SearchDiving):
         line = harvest.line
         if harvest.complete:
             bound = max(bound, least.step_s + line.cost)
-        self._offer(box.task, program.answer_of(lines, line, bound))
+        self._offer_line(program, box, lines, line, spend, bound)
         self._divide_at(program, bound, box, lines, line)
 
     def _look_at_all(
@@ -216,12 +226,12 @@ class _CountedSearch(SearchDiving):
         bound = max(bound, min(self._least(box).step_s + cost, self._target()))
         self._current_s = bound
         if found.line is not None:
-            self._offer(box.task, program.answer_of(lines, found.line, bound))
+            self._offer_line(program, box, lines, found.line, spend, bound)
             self._divide_at(program, bound, box, lines, found.line)
         elif cost >= spend:
             self._prune(max(bound, self._target()))
         else:
-            self._look_again(program, bound, box)
+            self._look_again(program, bound, replace(box, looks=len(_BEAMS)))
 
     def _look_again(self, program: CountingProgram, bound: float, box: Box) -> None:
         """Nothing was found, but not everything was looked at."""

@@ -90,6 +90,41 @@ class Outcome:
         return self.value(variable) > 0.5
 
 
+@dataclass(frozen=True)
+class Patience:
+    """When to give up on an integer programme: after so much work, or when time is up.
+
+    Work is processor time of the calling thread, so that an answer does not depend on what else a machine
+    does. HiGHS's own limit counts seconds of a clock on the wall.
+
+    Attributes:
+        processor_s: Seconds of processor time.
+        deadline_s: `time.monotonic()` at which to stop in any case.
+    """
+
+    processor_s: float
+    deadline_s: float = float("inf")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be done in it."""
+        return self.processor_s <= 0 or time.monotonic() >= self.deadline_s
+
+    def watch(self, highs: Any) -> None:
+        """Let HiGHS look at both clocks, as often as it can be interrupted: not within its heuristics."""
+        until_s = time.thread_time() + self.processor_s
+        if self.deadline_s < float("inf"):
+            highs.setOptionValue("time_limit", max(0.0, self.deadline_s - time.monotonic()))
+
+        def look(_kind: Any, _words: str, _told: Any, answer: Any, _own: Any) -> None:
+            over = time.thread_time() > until_s or time.monotonic() > self.deadline_s
+            answer.user_interrupt = over
+
+        highs.setCallback(look, None)
+        for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
+            highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
+
+
 @dataclass(frozen=True, eq=False)
 class MatrixProgram:
     """A programme as arrays: minimise `cost x + constant` over `row_lower <= A x <= row_upper`."""
@@ -111,6 +146,7 @@ class MatrixProgram:
         threads: int = 1,
         start: FloatArray | None = None,
         options: dict[str, Any] | None = None,
+        patience: Patience | None = None,
     ) -> Outcome:
         """Minimise with HiGHS; arguments as in `Program.solve`, `options` are HiGHS's own."""
         check_limits(time_limit_s, relative_gap, threads)
@@ -122,6 +158,8 @@ class MatrixProgram:
         highs.passModel(self._to_highs(scale))
         if start is not None:
             set_start(highs, start)
+        if patience is not None:
+            patience.watch(highs)
         highs.run()
         raw = read_highs(highs, bool(self.integer.any()))
         return judge(raw, self, self.constant, scale, time.perf_counter() - began_s)

@@ -16,7 +16,7 @@ from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, Topol
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
-from graphpar.partition import counting_dive, counting_kinds, counting_search, pipeline
+from graphpar.partition import counting_dive, counting_judging, counting_kinds, counting_search, pipeline
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import (
     Cell,
@@ -417,9 +417,9 @@ def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) ->
     """Neither beams nor integer programmes find a pipeline that others promise."""
     monkeypatch.setattr(CountingProgram, "solve", Mock(side_effect=NotSolvedError(0.0)))
     nothing = counting_kinds.Harvest(0.0, None, np.zeros(0, dtype=np.intp))
-    monkeypatch.setattr(counting_dive, "judge_kinds", lambda *_: nothing)
-    monkeypatch.setattr(counting_dive, "best_among", lambda *_, **__: None)
-    monkeypatch.setattr(counting_dive, "solve_lines", lambda *_: Among(None, 0.0))
+    monkeypatch.setattr(counting_judging, "judge_kinds", lambda *_: nothing)
+    monkeypatch.setattr(counting_judging, "best_among", lambda *_, **__: None)
+    monkeypatch.setattr(counting_judging, "solve_lines", lambda *_: Among(None, 0.0))
     monkeypatch.setattr(counting_dive, "grow_segments", lambda *_: None)
     monkeypatch.setattr(counting_dive, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search, "grow_lines", lambda *_: Harvest(None, complete=False))

@@ -14,6 +14,7 @@ from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Column
 from graphpar.partition.counting_kinds import Harvest, Rows, Stocks, judge_kinds
 from graphpar.partition.counting_lines import Line, Lines
 from graphpar.partition.counting_segments import Prices, grow_segments
+from graphpar.partition.solver_matrix import Patience
 
 BLOCKS = 4
 FOREVER = float("inf")
@@ -109,14 +110,14 @@ def test_no_line_beats_the_bound_or_the_beam(lines: Lines, spend: float, start: 
     if stretch is not None:
         assert lines.holds(stretch)
         assert best - 1e-9 <= stretch.cost < spend
-    among = best_among(lines, np.arange(len(lines.cost)), spend, 0.0, FOREVER)
+    among = best_among(lines, np.arange(len(lines.cost)), spend, 0.0, Patience(FOREVER))
     if among is not None:
         assert lines.holds(among)
         assert several - 1e-9 <= among.cost < spend
     if not lines.odd.any():
         # What must be even is all that its rows do not say.
         assert several >= spend - 1e-6 if among is None else among.cost == pytest.approx(several)
-    assert solve_lines(lines, spend, 0.0, FOREVER).cost <= several + 1e-6
+    assert solve_lines(lines, spend, 0.0, Patience(FOREVER)).cost <= several + 1e-6
     if verdict.excludes(spend):
         assert best > spend
         return

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from typing import get_args
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from graphpar.partition.solver import Backend, MatrixProgram, Program
+from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
 from graphpar.partition.solver_growing import Basis, GrowingProgram
+from graphpar.partition.solver_matrix import Patience
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -36,7 +38,19 @@ def balance(items: int, bins: int) -> Program:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_time_limit_is_never_called_an_optimum(backend: Backend) -> None:
-    outcome = balance(60, 12).solve(time_limit_s=0.5, backend=backend)
+    expect_cut(balance(60, 12).solve(time_limit_s=0.3, backend=backend))
+
+
+def test_patience_counts_work_and_is_never_called_an_optimum() -> None:
+    began_s = time.thread_time()
+    expect_cut(balance(60, 12).arrays().solve(patience=Patience(0.2)))
+    assert 0.2 <= time.thread_time() - began_s < 2.0
+    late = Patience(60.0, deadline_s=time.monotonic())
+    assert late.is_over
+    expect_cut(balance(60, 12).arrays().solve(patience=late))
+
+
+def expect_cut(outcome: Outcome) -> None:
     assert outcome.status in ("feasible", "unknown")
     assert outcome.truncated_by == "time limit"
     if outcome.objective is not None and outcome.bound is not None:
