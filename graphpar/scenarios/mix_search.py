@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from graphpar.cluster_build import num_cores
-from graphpar.errors import GraphparError
+from graphpar.errors import GraphparError, RunError
 from graphpar.scenarios.mixes import MixBounds, Mixes
 from graphpar.scenarios.study import MOST_HINTS, Solver
 from graphpar.scenarios.transfer import placed
@@ -105,13 +105,23 @@ class MixSearch:
         self._processes = self.solver.limits.processes or num_cores()
         self._end_s = began_s + (1 - RULE_OUT_SHARE) * time_limit_s
         self._least_s = max(min(LEAST_S, LEAST_SHARE * time_limit_s), _NO_TIME_S)
-        with solving(self.solver.limits.processes, len(self.mixes.counts) + 2) as submit:
+        try:
+            self._search(began_s, time_limit_s)
+        except RunError:
+            # A process was killed, for want of memory most often: this one alone needs less.
+            self._processes = 1
+            ended = {self.mixes.find(found.counts) for found in self.found.values()}
+            self.planned &= {mix for mix in ended if mix is not None}
+            self._search(began_s, time_limit_s)
+        self._rule_out(min(time.monotonic(), began_s + time_limit_s) + RULE_OUT_SHARE * time_limit_s)
+
+    def _search(self, began_s: float, time_limit_s: float) -> None:
+        with solving(self._processes, len(self.mixes.counts) + 2) as submit:
             self._work(submit, self._alone(began_s + ALONE_SHARE * time_limit_s))
             self._work(submit, self._by_bound(began_s + (ALONE_SHARE + COARSE_SHARE) * time_limit_s))
             self._work(submit, self._again())
             # Where nothing was left to be searched again there is time for more mixes.
             self._work(submit, self._by_bound(self._end_s))
-        self._rule_out(min(time.monotonic(), began_s + time_limit_s) + RULE_OUT_SHARE * time_limit_s)
 
     def _alone(self, until_s: float) -> Iterator[_Try]:
         """As many of each type as can be paid, first those of the mixes with the least bounds."""
@@ -126,6 +136,8 @@ class MixSearch:
             if late or least_s[number] == np.inf:
                 return
             counts = {self.mixes.types[number]: int(most[number])}
+            if tuple(counts.items()) in self.found:
+                continue
             mix = self.mixes.find(counts)
             if mix is not None:
                 self.bounds.sharpen(mix)

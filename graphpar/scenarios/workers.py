@@ -59,8 +59,8 @@ def started(count: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool as error:
             raise RunError(
-                "a process that was planning scenarios was killed, most often for want of memory; "
-                "processes=1 (--processes 1) plans in this one, and what was answered before is kept"
+                "a process that was planning was killed, most often for want of memory; processes=1 "
+                "(--processes 1) plans in this one, and takes what the cache has of answers before"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -18,7 +19,7 @@ from torch import nn
 
 from graphpar.catalogue import instances
 from graphpar.cluster import Cluster
-from graphpar.errors import ClusterError, GraphparError
+from graphpar.errors import ClusterError, GraphparError, RunError
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios import budget, mix_search
 from graphpar.scenarios.api import _budget_lines, _budget_plain
@@ -60,11 +61,18 @@ class Oracle:
     """A solver that knows the step of every cluster: a sum of speeds, less what each node costs.
 
     Its clock goes on by `takes_s` with every cluster that it plans, and by `bounding_s` for all bounds.
+    After so many plans as `killed_after` says a process is killed.
     """
 
     def __init__(
-        self, speeds: dict[str, float], friction: float, takes_s: float = 0.0, bounding_s: float = 0.0
+        self,
+        speeds: dict[str, float],
+        friction: float,
+        takes_s: float = 0.0,
+        bounding_s: float = 0.0,
+        killed_after: int | None = None,
     ) -> None:
+        self.killed_after = killed_after
         self.speeds, self.friction = speeds, friction
         self.takes_s, self.bounding_s = takes_s, bounding_s
         self.asked: list[dict[str, int]] = []
@@ -117,10 +125,17 @@ class Oracle:
     def solving(self, processes: int, tasks: int) -> Iterator[Any]:
         def submit(tasks: list[Task]) -> "Future[list[Answer]]":
             future: Future[list[Answer]] = Future()
-            future.set_result([self.answer(task.table) for task in tasks])  # type: ignore[arg-type]
+            if self.killed_after is not None and len(self.asked) >= self.killed_after:
+                self.killed_after = None
+                future.set_exception(BrokenProcessPool())
+            else:
+                future.set_result([self.answer(task.table) for task in tasks])  # type: ignore[arg-type]
             return future
 
-        yield submit
+        try:
+            yield submit
+        except BrokenProcessPool as error:
+            raise RunError("killed") from error
 
     def bounds(self, mixes: Mixes) -> MixBounds:
         """Nine tenths of the bound of each mix; all of it where it is sharpened."""
@@ -159,12 +174,19 @@ class Oracle:
     st.lists(st.floats(0.1, 10.0), min_size=5, max_size=5),
     st.sampled_from([0.0, 0.2, 1.0]),
     st.sampled_from([0.0, 0.0, 1.0, 4.0]),
+    st.sampled_from([None, None, 0, 1, 2, 4]),
 )
 def test_no_cluster_within_the_budget_is_faster(
-    types: list[str], usd_per_h: float, speeds: list[float], friction: float, takes_s: float
+    types: list[str],
+    usd_per_h: float,
+    speeds: list[float],
+    friction: float,
+    takes_s: float,
+    killed_after: int | None,
 ) -> None:
     prices = prices_of(types)
-    oracle = Oracle(dict(zip(TYPES, speeds, strict=True)), friction, takes_s)
+    speed = dict(zip(TYPES, speeds, strict=True))
+    oracle = Oracle(speed, friction, takes_s, killed_after=killed_after)
     everything = affordable(prices, usd_per_h)
     if not everything:
         with pytest.raises(ValueError, match="below the cheapest"):
@@ -186,6 +208,7 @@ def test_no_cluster_within_the_budget_is_faster(
         assert len(oracle.asked) == 2, "one cluster, and once more without what it leaves idle"
     planned = [{name: n for name, n in counts.items() if n} for counts in oracle.asked]
     missed = [counts for counts in mixes if named(counts) not in planned]
+    assert found.solved == len(mixes) - len(missed), "what was begun and not ended is not planned"
     hopeful = [c for c in missed if oracle.bound_s(c) < found.best.step_s * (1 - 1e-9)]
     assert found.unplanned >= len(hopeful), "nothing is ruled out untried"
     if not takes_s:
