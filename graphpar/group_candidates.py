@@ -149,11 +149,10 @@ def widest_group(cluster: Cluster, tensor: TensorWidth) -> int:
             "from 2 on for a group of two axes, as (2, 4), or 'auto' for as many as a node has devices."
         )
     if wanted > most:
-        warnings.warn(
-            f"tensor={tensor}, but no node has more than {most} devices; groups of up to {most} are "
-            "considered.",
-            stacklevel=3,
-        )
+        fewer = f"more than {most} devices; groups of up to {most} are considered"
+        if most == 1:
+            fewer = "two devices; there are no groups to be considered"
+        warnings.warn(f"tensor={tensor}, but no node has {fewer}.", stacklevel=3)
     return min(wanted, most)
 
 

@@ -199,6 +199,8 @@ def test_wishes_that_make_no_mesh() -> None:
             widest_group(four, wrong)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="no node has more than 4"):
         assert widest_group(four, (2, 4)) == 4
+    with pytest.warns(UserWarning, match="tensor=4, but no node has two devices; there are no groups"):
+        assert widest_group(Cluster.of("g5.xlarge", 3), 4) == 1
     assert not any(group.mesh for group in candidate_groups(four, 4, [(2, 4)]))
     node = {"name": "n", "devices": {"kind": "h100-sxm-80gb", "count": 8}, "link": "nvlink4"}
     found = candidate_groups(Cluster.from_dict({"nodes": [node]}), 8, meshes_of("auto", 8))
