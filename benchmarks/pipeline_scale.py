@@ -4,9 +4,9 @@
         [--first-seed N] [--devices N ...] [--alone] [--baseline-limit S] [--processor-time]
 
 The cases are those of `pipeline_cases.py`: clusters of 8 unlike devices (drawn ones of as many as
-`--devices` says), the 405B shape over devices, kinds, layers and options, and variants of it; and large
-clusters drawn by seed (`pipeline_draws.py`). Unlike devices are planned to the optimum, the others to
-`--gap`.
+`--devices` says, with models of unlike shapes in `pipeline_shapes.py`), the 405B shape over devices,
+kinds, layers and options, and variants of it; and large clusters drawn by seed (`pipeline_draws.py`).
+Unlike devices are planned to the optimum, the others to `--gap`.
 Beside each answer stand, from the same run, the even split, units in proportion to speed, data
 parallelism, the best plan on devices of one kind, and the textbook programme that gives every stage a
 slot. Where a table has options, equal stages with every option stand there too (`uniform_plans.py`),
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pipeline_cases import growth_cases, rack_cases, unlike_cases, variant_cases
 from pipeline_draws import drawn_cases
+from pipeline_shapes import shaped_cases
 from simple_plan_runs import SimplePlans
 
 
@@ -137,7 +138,8 @@ def main() -> None:
     if arguments.processor_time:
         time.monotonic = time.process_time
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds * (not arguments.quick))
-    cases = [*unlike_cases(seeds, arguments.devices), *growth_cases(arguments.quick)]
+    cases = [*unlike_cases(seeds, arguments.devices), *shaped_cases(seeds, arguments.devices)]
+    cases += growth_cases(arguments.quick)
     cases += [] if arguments.quick else [*variant_cases(), *rack_cases(), *drawn_cases(seeds)]
     simple = None if arguments.alone else SimplePlans()
     rows = []
