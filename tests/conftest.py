@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from functools import cache
@@ -48,6 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _other_work_takes_no_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Limits of the partitioner are of processor time: other work must not change its answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name == "partition":
+            patch.setattr(time, "monotonic", time.process_time)
+        yield
 
 
 @pytest.fixture(autouse=True)

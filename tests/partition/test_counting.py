@@ -179,9 +179,7 @@ def test_counting_says_when_nothing_fits() -> None:
     assert caught.value.limit == "memory"
 
 
-def test_a_cut_search_over_many_devices_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a busy machine the half second of grace for a simple plan may pass without computing.
-    monkeypatch.setattr(time, "monotonic", time.process_time)
+def test_a_cut_search_over_many_devices_says_so() -> None:
     found = partition(many_devices(64, 64, batch=64), gap=0.0, time_limit_s=1e-9)
     assert found.truncated_by
     assert found.gap > 0.01

@@ -1,8 +1,7 @@
 """The partitioner against every plan there is, against the baselines, and where it must refuse."""
 
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -30,14 +29,6 @@ from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import Partition, PipelineChoice, Replica, SearchedSchedule, StageChoice
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _other_work_takes_no_time() -> Iterator[None]:
-    """Limits are of processor time: on a busy machine a search cut short would give other answers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "monotonic", time.process_time)
-        yield
 
 
 def assert_best(table: CostTable, found: Partition, best: float) -> None:
