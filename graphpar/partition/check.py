@@ -117,15 +117,10 @@ def _structure_problems(table: CostTable, partition: Partition) -> Iterator[str]
 
 def _find_mode(table: CostTable, stage: StageChoice, replica: Replica) -> Mode | None:
     """The way a stage runs on a replica; None where the table does not know it."""
-    kinds = [table.class_of.get(device, -1) for device in replica.devices]
+    kinds = tuple(table.class_of.get(device, -1) for device in replica.devices)
     options = (stage.precision, stage.recompute, stage.zero)
-    for mode in table.every_mode:
-        if (mode.precision, mode.recompute, mode.zero) != options:
-            continue
-        how = replica.shares, replica.mesh, replica.lean
-        if list(mode.members) == kinds and (mode.shares, mode.mesh, mode.lean) == how:
-            return mode
-    return None
+    number = table.mode_of_key.get((kinds, replica.shares, *options, replica.mesh, replica.lean))
+    return None if number is None else table.every_mode[number]
 
 
 def _mode_problems(table: CostTable, where: str, stage: StageChoice, replica: Replica) -> Iterator[str]:

@@ -360,7 +360,7 @@ class Master:
         lower, upper = self._limits()
         if self._backend == "cbc":
             # Another program's processor time is not at hand.
-            left_s = min(patience.processor_s, patience.deadline_s - time.monotonic())
+            left_s = max(1e-3, min(patience.processor_s, patience.deadline_s - time.monotonic()))
             return self._through_program(matrix, chosen, lower, upper, gap, left_s)
         program = MatrixProgram(
             cost=self._cost[chosen],

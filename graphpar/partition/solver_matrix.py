@@ -10,11 +10,14 @@ Three rules that the solvers themselves do not keep:
   tolerances mean the same for seconds and for nanoseconds.
 """
 
+import contextlib
 import functools
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -110,19 +113,47 @@ class Patience:
         """Whether nothing can be done in it."""
         return self.processor_s <= 0 or time.monotonic() >= self.deadline_s
 
-    def watch(self, highs: Any) -> None:
-        """Let HiGHS look at both clocks, as often as it can be interrupted: not within its heuristics."""
+    def run(self, highs: Any) -> None:
+        """Let HiGHS run, and look at both clocks as often as it can be interrupted.
+
+        That is not within its heuristics. Signals end it as well, and are handled then.
+        """
         until_s = time.thread_time() + self.processor_s
         if self.deadline_s < float("inf"):
             highs.setOptionValue("time_limit", max(0.0, self.deadline_s - time.monotonic()))
+        with _signals_kept() as signals:
 
-        def look(_kind: Any, _words: str, _told: Any, answer: Any, _own: Any) -> None:
-            over = time.thread_time() > until_s or time.monotonic() > self.deadline_s
-            answer.user_interrupt = over
+            def look(_kind: Any, _words: str, _told: Any, answer: Any, _own: Any) -> None:
+                over = time.thread_time() > until_s or time.monotonic() > self.deadline_s
+                answer.user_interrupt = over or bool(signals)
 
-        highs.setCallback(look, None)
-        for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
-            highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
+            highs.setCallback(look, None)
+            for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
+                highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
+            highs.run()
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[list[int]]:
+    """The signals that come within, which are handled at the end.
+
+    Python handles a signal before the next line that the main thread runs. Were that one of a callback,
+    what is raised (a Ctrl-C) would be lost: HiGHS takes it for a failure of its own.
+    """
+    came: list[int] = []
+    own: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for each in sorted(signal.valid_signals()):
+                if callable(handler := signal.getsignal(each)):
+                    own[each] = handler
+                    signal.signal(each, lambda number, _frame: came.append(number))
+        yield came
+    finally:
+        for number in reversed(own):
+            signal.signal(number, own[number])
+        for number in came:
+            signal.raise_signal(number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +189,10 @@ class MatrixProgram:
         highs.passModel(self._to_highs(scale))
         if start is not None:
             set_start(highs, start)
-        if patience is not None:
-            patience.watch(highs)
-        highs.run()
+        if patience is None:
+            highs.run()
+        else:
+            patience.run(highs)
         raw = read_highs(highs, bool(self.integer.any()))
         return judge(raw, self, self.constant, scale, time.perf_counter() - began_s)
 

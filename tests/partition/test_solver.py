@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import get_args
 
@@ -45,9 +48,26 @@ def test_patience_counts_work_and_is_never_called_an_optimum() -> None:
     began_s = time.thread_time()
     expect_cut(balance(60, 12).arrays().solve(patience=Patience(0.2)))
     assert 0.2 <= time.thread_time() - began_s < 2.0
-    late = Patience(60.0, deadline_s=time.monotonic())
-    assert late.is_over
-    expect_cut(balance(60, 12).arrays().solve(patience=late))
+    began_s = time.monotonic()
+    assert Patience(60.0, deadline_s=began_s).is_over
+    expect_cut(balance(60, 12).arrays().solve(patience=Patience(60.0, deadline_s=began_s + 0.2)))
+    assert time.monotonic() - began_s < 20.0
+
+
+def test_signals_end_an_integer_programme_and_are_handled() -> None:
+    """Ctrl-C is one. An error within a callback would be lost to HiGHS."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        with pytest.raises(InterruptedError):
+            balance(60, 12).arrays().solve(patience=Patience(20.0))
+        assert signal.getsignal(signal.SIGUSR1) is interrupt
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def expect_cut(outcome: Outcome) -> None:
