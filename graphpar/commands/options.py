@@ -1,5 +1,6 @@
 """Options that several commands share: which model, which cluster, how to plan."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
@@ -9,6 +10,18 @@ from graphpar.partition.settings import ScheduleWish
 from graphpar.plans import Plan
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A number of a range; click's own takes NaN, which is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a usage error."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
+
 
 MOST = 2**31 - 1
 """The largest size of a dimension that is taken; beyond it torch fails with a page of frames."""
@@ -92,6 +105,15 @@ tensor_option = click.option(
 )
 
 
+gap_option = click.option(
+    "--gap",
+    default=0.01,
+    show_default=True,
+    type=Number(min=0, max=1, max_open=True),
+    help="Stop when a plan is proven this close to the best.",
+)
+
+
 def planning_options(command: _Command) -> _Command:
     """How the plan is made; the command takes these as `**planning`, named as in `graphpar.compile`."""
     for option in (
@@ -106,7 +128,7 @@ def planning_options(command: _Command) -> _Command:
             "--precision-budget",
             default=1e-2,
             show_default=True,
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             help="Largest relative error of result and gradient under --precision auto.",
         ),
         tensor_option,
@@ -124,19 +146,13 @@ def planning_options(command: _Command) -> _Command:
             type=click.IntRange(0, 2),
             help="Most that replicas may divide (ZeRO): 1 optimiser state, 2 gradients too.",
         ),
-        click.option(
-            "--gap",
-            default=0.01,
-            show_default=True,
-            type=click.FloatRange(min=0, max=1),
-            help="Stop when the plan is proven this close to the best.",
-        ),
+        gap_option,
         click.option(
             "--time-limit",
             "time_limit_s",
             default=60.0,
             show_default=True,
-            type=click.FloatRange(min=0, min_open=True),
+            type=Number(min=0, min_open=True),
             help="Seconds to search for the plan.",
         ),
     ):

@@ -9,7 +9,9 @@ import click
 
 from graphpar.cluster import Cluster
 from graphpar.commands.options import (
+    Number,
     cluster_option,
+    gap_option,
     input_options,
     model_argument,
     tensor_option,
@@ -46,7 +48,7 @@ def _several(name: str, metavar: str, text: str) -> Callable[[_Command], _Comman
 @_several("--replace", "NAME=KIND", "With another kind in place of a device, node or kind.")
 @_several("--config", "tp=A pp=B dp=C", "A hand-made configuration.")
 @_several("--sweep", "PATH=V1,V2,...", "Every value; given twice, every combination.")
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Dollars per hour to spend.")
+@click.option("--budget", type=Number(min=0, min_open=True), help="Dollars per hour to spend.")
 @click.option("--instances", default="", help="Cloud instance types for the budget, by commas.")
 @_several("--price", "NODE=USD", "Dollars per hour of a node.")
 @click.option("--worth", is_flag=True, help="What a little more of everything is worth.")
@@ -58,17 +60,11 @@ def _several(name: str, metavar: str, text: str) -> Callable[[_Command], _Comman
 @click.option(
     "--time-limit",
     "time_limit_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Seconds to search for each scenario's plan, and for the whole budget.  [default: all scenarios "
     "in about 20 s, a budget in 30]",
 )
-@click.option(
-    "--gap",
-    default=0.01,
-    show_default=True,
-    type=click.FloatRange(min=0, max=1),
-    help="Stop when a plan is proven this close to the best.",
-)
+@gap_option
 @click.option("--precision", default="float32", show_default=True, help="Number format of the baseline.")
 @tensor_option
 @input_options
@@ -112,7 +108,7 @@ def command(
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
         training = default_training() if train else None
-        money = dict(_price(text) for text in price)
+        money = _prices(price)
         baseline = baseline_setting(
             cluster, batch_size, training, precision=precision, tensor=tensor, prices=money
         )
@@ -209,15 +205,20 @@ def _single(options: Mapping[str, Sequence[str]]) -> Iterator[Scenario]:
         yield Scenario("", (text.replace(",", " "),))
 
 
-def _price(text: str) -> tuple[str, float]:
-    node, sign, value = text.partition("=")
-    try:
-        usd_per_h = float(value)
-    except ValueError:
-        usd_per_h = -1.0
-    if not sign or usd_per_h < 0:
-        raise click.BadParameter(f"{text!r} is not NODE=DOLLARS", param_hint="--price")
-    return node, usd_per_h
+def _prices(texts: Sequence[str]) -> dict[str, float]:
+    prices: dict[str, float] = {}
+    for text in texts:
+        node, sign, value = text.partition("=")
+        try:
+            usd_per_h = float(value)
+        except ValueError:
+            sign = ""
+        if not sign:
+            raise click.BadParameter(f"{text!r} is not NODE=DOLLARS", param_hint="--price")
+        if node in prices:
+            raise click.BadParameter(f"two prices of {node!r}; leave one out", param_hint="--price")
+        prices[node] = usd_per_h
+    return prices
 
 
 def _check_files(csv_file: str | None, plot_file: str | None) -> None:

@@ -1,5 +1,6 @@
 """`graphpar.what_if`: questions about a job, each answered by planning anew."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from graphpar.scenarios.changes import check_format
 from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
-from graphpar.scenarios.report import as_plain, remark_lines, table_lines, to_csv, worth_lines
+from graphpar.scenarios.report import as_plain, remark_lines, some, table_lines, to_csv, worth_lines
 from graphpar.scenarios.study import (
     Limits,
     Progress,
@@ -115,7 +116,7 @@ class Study:
         for name, gain in useless(self.baseline, self.without):
             told = f"{100 * gain:.0f} % faster" if gain > 0.005 else "nothing is lost"
             lines.append(f"leave {name}{',' * (',' in name)} out: {told}")
-        if self.without and not lines:
+        if self.without and not lines and self.baseline.step_s is not None:
             worst = min(self.without, key=lambda item: -(item[1].change(self.baseline) or -1.0))
             change, title = worst[1].change(self.baseline), worst[1].title
             told = "leaves nothing that fits" if change is None else f"costs {-100 * change:.0f} %"
@@ -329,8 +330,12 @@ def _cache(cache: bool | str | os.PathLike[str]) -> AnswerCache:
 
 
 def _prices(cluster: Cluster, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    for name in given:
+    for name, usd_per_h in given.items():
         cluster.node(name)
+        if not (math.isfinite(usd_per_h) and usd_per_h >= 0):
+            raise ValueError(
+                f"the price of {name} is {usd_per_h:g} $/h; it must be a finite number, and not negative"
+            )
     return tuple({**dict(known_prices(cluster)), **given}.items())
 
 
@@ -359,7 +364,7 @@ def _budget_lines(budget: BudgetAnswer) -> list[str]:
         f"{format_percent(budget.gap or 0.0)})",
     ]
     if best.left_out:
-        lines.append(f"  its plan leaves out {', '.join(best.left_out)}")
+        lines.append(f"  its plan leaves out {some(best.left_out)}")
     if budget.too_dear:
         lines.append(f"  one instance costs more than the budget: {', '.join(budget.too_dear)}")
     return lines

@@ -73,7 +73,7 @@ def remark_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
     if baseline.bottleneck is not None:
         lines.append(f"what would relieve the baseline: {baseline.bottleneck.relief}")
     if baseline.left_out:
-        lines.append(f"the baseline's plan leaves out {', '.join(baseline.left_out)}")
+        lines.append(f"the baseline's plan leaves out {some(baseline.left_out)}")
     lines += _verdict((baseline, *answers))
     lines += [remark for remark in baseline.remarks if not remark.startswith(("schedules", "left out"))]
     seen: dict[str, list[str]] = {}
@@ -86,11 +86,11 @@ def remark_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
         if answer.status == "ok" and answer.needless and len(answer.used) > 1:
             seen.setdefault("no gain over one device", []).append(answer.title)
         if answer.status == "ok" and answer.left_out and answer.left_out != baseline.left_out:
-            told = f"the plan leaves out {_some(answer.left_out)}"
+            told = f"the plan leaves out {some(answer.left_out)}"
             seen.setdefault(told, []).append(answer.title)
-    lines += [f"{remark} ({_some(titles)})" for remark, titles in seen.items()]
+    lines += [f"{remark} ({some(titles)})" for remark, titles in seen.items()]
     if cut:
-        lines.append(f"{CUT_SHORT} by time, which the gaps allow for ({_some(cut)})")
+        lines.append(f"{CUT_SHORT} by time, which the gaps allow for ({some(cut)})")
     return lines
 
 
@@ -106,7 +106,8 @@ def _verdict(answers: Sequence[Answer]) -> list[str]:
     return [f"fastest: {fastest.title}; cheapest per sample: {cheapest.title}"]
 
 
-def _some(titles: Sequence[str]) -> str:
+def some(titles: Sequence[str]) -> str:
+    """The first three names, and how many more."""
     return ", ".join(titles[:3]) + (f" and {len(titles) - 3} more" if len(titles) > 3 else "")
 
 

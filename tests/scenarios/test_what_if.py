@@ -293,6 +293,9 @@ def test_the_page_the_table_and_the_data_agree(study: graphpar.Study) -> None:
     assert set(data["without"]) == {"a/1", "b/0"}
     for answer in (study.baseline, *study.answers[:-1]):
         assert answer.title in page
+    nothing_fits = dataclasses.replace(study.baseline, status="infeasible", step_s=None)
+    full = dataclasses.replace(study, baseline=nothing_fits)
+    assert "earns its place" not in str(full), "where nothing fits, no device does"
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
