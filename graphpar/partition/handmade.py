@@ -11,7 +11,7 @@ from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition.check import check_partition
 from graphpar.partition.physical_bound import physical_bound_s
-from graphpar.partition.pipeline_price import price, share_microbatches
+from graphpar.partition.pipeline_price import price, replica_times_s, share_microbatches
 from graphpar.partition.settings import (
     Microbatches,
     ScheduleChoice,
@@ -77,12 +77,14 @@ class Tried:
         microbatches: A fixed number per pipeline, or `auto`.
         deadline_s: `time.monotonic()` at which to stop with what was found so far.
         physical_s: The physical bound of a table that was checked, where it is known.
+        below_s: What a plan's step must take less than to be of use.
     """
 
     schedule: ScheduleChoice = "auto"
     microbatches: Microbatches = "auto"
     deadline_s: float = math.inf
     physical_s: float | None = None
+    below_s: float = math.inf
 
 
 def even_split(table: CostTable, tried: Tried = Tried()) -> Partition:
@@ -191,11 +193,14 @@ def _best_setting(
             f"{name} does not fit: {format_bytes(over)} too much on a device", limit="memory"
         )
     best: Partition | None = None
-    over = float("inf")
-    late = False
+    over, below_s = float("inf"), tried.below_s
+    late = slow = False
     # Small microbatches first: they need least memory.
     for count in reversed(microbatch_counts(table, table.batch, tried.microbatches)):
         if max(map(len, groups)) > min(count, table.max_replicas):
+            continue
+        if _busiest_s(table, stages, count) >= below_s:
+            slow = True
             continue
         for one in names:
             late = late or time.monotonic() > tried.deadline_s
@@ -207,9 +212,11 @@ def _best_setting(
             excess = _excess_bytes(table, found)
             over = min(over, excess)
             if excess <= 0 and (best is None or found.objective_s < best.objective_s):
-                best = found
+                best, below_s = found, min(below_s, found.objective_s)
     if best is None and late:
         raise InfeasibleError(f"no time was left to price {name}", limit="time")
+    if best is None and slow:
+        raise InfeasibleError(f"{name} takes {tried.below_s:.3g} s or more", limit="time")
     if best is None:
         reason = (
             f"{format_bytes(over)} too much on a device"
@@ -219,6 +226,13 @@ def _best_setting(
         raise InfeasibleError(f"{name} does not fit: {reason}", limit="memory")
     check_partition(table, best)
     return best
+
+
+def _busiest_s(table: CostTable, stages: Sequence[StageChoice], count: int) -> float:
+    """The least that computing takes the replicas of any stage, however its microbatches are dealt."""
+    size = table.batch / count
+    rates = (sum(1 / max(t, 1e-30) for t in replica_times_s(table, s, size)) for s in stages)
+    return max(count / rate for rate in rates)
 
 
 def _least_excess_bytes(table: CostTable, stage: StageChoice) -> float:

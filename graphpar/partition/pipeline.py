@@ -435,7 +435,8 @@ class _Run:
         # Over few devices this takes a second at most; else a late answer is only better than none.
         grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
         until_s = INFINITY if few else max(self._final_s, grace_s)
-        for made in simple_plans(self._table, Tried(schedule, microbatches, until_s, self._physical_s)):
+        tried = Tried(schedule, microbatches, until_s, self._physical_s, self.step_s)
+        for made in simple_plans(self._table, tried):
             if made.objective_s < self.step_s:
                 self.best = Candidate(made.pipelines, made.schedule, made.objective_s)
 

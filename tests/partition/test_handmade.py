@@ -1,0 +1,34 @@
+"""Simple plans: what is left out unpriced could not have been the best."""
+
+import math
+
+import pytest
+from amounts import examples
+from cost_tables import make_table, small_tables
+from hypothesis import given, settings
+
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition import handmade
+from graphpar.partition.handmade import Tried, even_split, simple_plans
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(small_tables(max_units=4, max_devices=4, max_batch=6))
+def test_settings_are_left_out_only_where_others_are_better(table: CostTable) -> None:
+    found = [(p.pipelines, p.objective_s) for p in simple_plans(table)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handmade, "_busiest_s", lambda *_: -math.inf)
+        assert found == [(p.pipelines, p.objective_s) for p in simple_plans(table)]
+    for one in found:
+        below = Tried(below_s=one[1] * (1 + 1e-9) + 1e-12)
+        assert one in [(p.pipelines, p.objective_s) for p in simple_plans(table, below)]
+
+
+def test_settings_that_are_too_slow_are_not_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table([1.0] * 6, (1.0, 2.0), (2, 1), batch=16)
+    best_s = min(p.objective_s for p in simple_plans(table))
+    monkeypatch.setattr(handmade, "priced_plan", lambda *_: pytest.fail("it was priced"))
+    assert list(simple_plans(table, Tried(below_s=best_s / 3))) == []
+    with pytest.raises(InfeasibleError, match=r"the even split takes 0\.1 s or more"):
+        even_split(table, Tried(below_s=0.1))
