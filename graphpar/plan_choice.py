@@ -2,7 +2,8 @@
 
 `plan`, `compile` and what-if questions all choose here, so that they answer the same question alike. A
 plan in a schedule without a formula has to be shorter by `schedule_choice.LEAST_GAIN`, wherever it comes
-from. One with a formula is covered by the search, and is tried only where that was cut short.
+from. One with a formula is covered by the search, and is tried only where that was cut short, or was
+over a part of the devices.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import replace
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.like_pipelines import best_like
+from graphpar.partition.family import is_of_some_devices
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.settings import Microbatches, ScheduleWish
 from graphpar.partition.types import Partition
@@ -76,7 +78,7 @@ def _like(
     """The best plan of like pipelines that is to be taken instead of what was found, if there is one."""
     if len(table.class_of) == 1 or microbatches != "auto":
         return None
-    formulas = bool(found.truncated_by)
+    formulas = bool(found.truncated_by) or is_of_some_devices(found.family)
     cutoff_s = step_of(table, found) if _fulfils(found, wish) else math.inf
     least_s = found.physical_bound_s
     if (least_s if formulas else judged_s(least_s, "zero-bubble")) >= cutoff_s:
@@ -128,20 +130,23 @@ def _sound(table: CostTable, played: Partition) -> Partition:
 def in_family_of(found: Partition, other: Partition, notes: tuple[str, ...] | None = None) -> Partition:
     """A plan that was not searched for, with what the search proved about its family.
 
-    Of schedules without a formula the search proved nothing: they have the bound on any order of work.
+    Of schedules without a formula the search proved nothing, nor, where it was over a part of the
+    devices, of plans that may use others: they have the bound on plans of any kind.
 
     Args:
         found: What the search ended with.
         other: Another plan, checked and with that bound.
         notes: What is said of it, unless its own notes are.
     """
-    formula, step_s = has_formula(other.schedule), other.objective_s
-    bound_s = min(max(found.bound_s if formula else 0.0, other.physical_bound_s), step_s)
+    step_s = other.objective_s
+    covered = has_formula(other.schedule) and not is_of_some_devices(found.family)
+    bound_s = min(max(found.bound_s if covered else 0.0, other.physical_bound_s), step_s)
     gap = (step_s - bound_s) / step_s if step_s > 0 else 0.0
     family, cut = found.family, found.truncated_by
-    if not formula:
+    if not covered:
         family = f"plans of any kind, any order of work; the search was over: {family}"
-        cut = (*cut, "schedule: no bound is known but that on plans of any kind")
+        beyond = "devices" if has_formula(other.schedule) else "schedule"
+        cut = (*cut, f"{beyond}: no bound is known but that on plans of any kind")
     return replace(
         other,
         status="optimal" if gap <= 0 else "feasible",

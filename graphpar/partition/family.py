@@ -266,6 +266,11 @@ def _multisets(
     return grow(0, Counter(dict(enumerate(counts))), ())
 
 
+def is_of_some_devices(words: str) -> bool:
+    """Whether the plans of a family, as `Partition.family` tells it, use a part of the devices only."""
+    return _AMONG in words
+
+
 def first_devices(table: CostTable, number: int) -> CostTable:
     """The same table with at most `number` devices of each class."""
     classes = tuple(replace(c, devices=c.devices[:number]) for c in table.device_classes)
