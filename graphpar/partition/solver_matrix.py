@@ -97,7 +97,7 @@ class Outcome:
 class Patience:
     """When to give up on an integer programme: after so much work, or when time is up.
 
-    Work is processor time of the calling thread, so that an answer does not depend on what else a machine
+    Work is processor time of the calling thread, so that an answer depends less on what else a machine
     does. HiGHS's own limit counts seconds of a clock on the wall.
 
     Attributes:

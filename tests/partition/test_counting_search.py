@@ -1,22 +1,24 @@
 """Where the search over counting programmes looks for better pipelines, and what it finds."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from cost_tables import make_table
 
 from graphpar.cost import LinkCost, Mode, ModeCost, Topology
-from graphpar.partition import counting_search
+from graphpar.partition import counting_judging, counting_search
 from graphpar.partition.cells import class_cells
 from graphpar.partition.chain import ChainAnswer
 from graphpar.partition.counting import CountingLimits
+from graphpar.partition.counting_lines import Line
 from graphpar.partition.counting_options import counting_options
 from graphpar.partition.family import Family
 from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats
 from graphpar.partition.search import Asked, Found, Task
-from graphpar.partition.unit_arrays import Setting
+from graphpar.partition.unit_arrays import IntArray, Setting
 
 
 def test_better_pipelines_are_sought_between_a_failure_and_the_best(
@@ -83,3 +85,35 @@ def test_groups_of_a_whole_node_are_as_many_as_nodes_beside_smaller_ones() -> No
     assert found.best is not None
     # Two replicas of six run two samples each.
     assert found.best.step_s == pytest.approx(2 * 4 * 3.0 / 6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("real_s", "stands", "offered"),
+    [(12.0, False, ["counted", "packed"]), (12.0, True, ["counted"]), (10.02, False, ["counted"])],
+)
+def test_a_pipeline_that_real_nodes_make_longer_is_followed_by_one_that_stands_in_them(
+    real_s: float, stands: bool, offered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where it stands in them, or takes what was counted to within a tenth of the gap."""
+    lines = {name: Line((index,), 1.0, np.zeros(0)) for index, name in enumerate(("counted", "packed"))}
+    took: list[str] = []
+
+    def best_among(_lines: object, index: IntArray, *_: object, packed: bool) -> Line:
+        assert packed
+        assert index.tolist() == [0, 1]
+        return lines["packed"]
+
+    def offer(_task: int, answer: ChainAnswer) -> float:
+        took.append("counted" if answer.fill_s == 9.0 else "packed")
+        return real_s if answer.fill_s == 9.0 else 11.0
+
+    def answer_of(_lines: object, line: Line, bound_s: float) -> ChainAnswer:
+        return ChainAnswer(9.0 if line is lines["counted"] else 10.0, 1.0, 0.0, bound_s, ())
+
+    monkeypatch.setattr(counting_judging, "best_among", best_among)
+    monkeypatch.setattr(counting_judging, "cheapest", lambda _: np.array([1]))
+    seeking = counting_search._CountedSearch([], Asked(np.inf, 0.1, np.inf), lambda _: None)
+    monkeypatch.setattr(seeking, "_offer", offer)
+    program, known, box = Mock(answer_of=answer_of), Mock(is_packed=lambda _: stands), Mock(task=0)
+    value = seeking._offer_line(program, box, known, lines["counted"], 20.0)
+    assert (took, value) == (offered, 11.0 if len(offered) == 2 else real_s)
