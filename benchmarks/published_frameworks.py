@@ -133,12 +133,12 @@ with products of experts that apply activations and casts, and all-to-alls besid
 (https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3983, 4173, 4226, 4249, 4458, 4606, 5168). gpt-oss's
 are for GB200 and GB300 only, Kimi-K2's for GB300, and Qwen3's 30B does not fit a B200 (pull/5356)."""
 
-OVERLAPPED_EXPERTS = (("deepseek", "b200", (26, 4, 1)),)
+OVERLAPPED_EXPERTS = (("deepseek-?v3", "b200", (26, 4, 1)),)
 """The same for recipes that run all-to-alls beside other microbatches and capture no whole steps
 (https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/main/scripts/performance/configs/deepseek/deepseek_workload_base_configs.py,
-`moe_a2a_overlap`)."""
+`moe_a2a_overlap`). Of the two for that device only this one interleaves stages."""
 
-SCALED_ATTENTION = (r"deepseek|kimi", "blackwell-sm103")
+SCALED_ATTENTION = (r"deepseek-?v3|kimi-?k2", "blackwell-sm103")
 """Models, and the devices with twice the exponentials, whose captured recipes compute attention in float8
 (`fp8_dot_product_attention` in that file and in kimi/kimi_workload_base_configs.py beside it). gpt-oss's
 ask for it on every device; its attention has windows and sinks, which are not modelled."""
@@ -199,7 +199,9 @@ def captures_steps(row: dict[str, Any], device: str, traits: Traits) -> bool:
 
 def overlaps_experts(row: dict[str, Any], device: str, traits: Traits) -> bool:
     """Whether a row's recipe runs experts' all-to-alls beside the compute of other microbatches."""
-    return any(_is_recipe(table, row, device, traits) for table in (CAPTURED_STEPS, OVERLAPPED_EXPERTS))
+    interleaves = (row["parallel"].get("virtual_stages") or 1) > 1
+    overlaps = interleaves and _is_recipe(OVERLAPPED_EXPERTS, row, device, traits)
+    return overlaps or captures_steps(row, device, traits)
 
 
 def scales_attention(row: dict[str, Any], device: str, traits: Traits) -> bool:

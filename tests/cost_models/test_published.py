@@ -275,15 +275,17 @@ def test_biased_experts_cost_more_until_releases_fuse_them(family: str, slower: 
     ({"gpu": "B300", "model": "deepseek-v3", "release": "26.06.01"}, "captured scaled"),
     ({"model": "deepseek-v3"}, "captured"),
     ({"gpu": "GB300", "model": "deepseek-v3", "precision": "BF16"}, ""),
-    ({"gpu": "B200", "model": "deepseek-v3", "release": "26.04.01"}, "overlaps"),
-    ({"gpu": "B200", "model": "deepseek-v3", "release": "26.04"}, ""),
+    ({"gpu": "GB300", "model": "deepseek-coder"}, "captured"),
+    ({"gpu": "B200", "model": "deepseek-v3", "release": "26.04.01", "virtual_stages": 2}, "overlaps"),
+    ({"gpu": "B200", "model": "deepseek-v3", "release": "26.04.01"}, ""),
+    ({"gpu": "B200", "model": "deepseek-v3", "release": "26.04", "virtual_stages": 2}, ""),
 ])  # fmt: skip
-def test_recipes_do_what_their_releases_say(change: dict[str, str], said: str) -> None:
+def test_recipes_do_what_their_releases_say(change: dict[str, Any], said: str) -> None:
     row = copy.deepcopy(MIXTURE)
     row["source"] = {"table": f"{change.get('release', '26.08')} NeMo Container"}
     row["hardware"]["gpu"] = change.get("gpu", "GB200")
     row["model"]["name"] = change.get("model", "some mixture")
-    row["parallel"] |= {key: change[key] for key in ("precision", "framework") if key in change}
+    row["parallel"] |= {k: change[k] for k in ("precision", "framework", "virtual_stages") if k in change}
     run = run_of(cleaned(row)[0])
     assert not isinstance(run, str)
     captured = "captured" in said
