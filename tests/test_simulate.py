@@ -20,6 +20,8 @@ from plan_samples import (
 
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import LinkCost
+from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.types import (
     Partition,
@@ -278,8 +280,13 @@ def test_replicas_reduce_their_gradients_in_a_ring() -> None:
     timing = timing_of(table_for(partition), partition)
     seconds = 2 * (2 - 1) * (1e-6 + 2 * 2**20 / 2 / 1e10)
     (group,) = timing.gradient_groups
-    assert (group.ranks, group.num_bytes) == ((1, 2), 2 * 2**20)
+    assert (group.ranks, group.num_bytes, group.by_rows) == ((1, 2), 2 * 2**20, False)
     assert group.seconds == pytest.approx(seconds)
+    (pipeline,) = partition.pipelines
+    stages = tuple(replace(stage, zero=1) for stage in pipeline.stages)
+    divided = replace(partition, pipelines=(replace(pipeline, stages=stages),))
+    modes = with_modes(table_for(divided), StageOptions(zero=(1,)))
+    assert [g.by_rows for g in timing_of(modes, divided).gradient_groups] == [True]
 
 
 def test_pipelines_side_by_side_share_gradients_unit_by_unit() -> None:

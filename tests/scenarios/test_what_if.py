@@ -88,7 +88,7 @@ def test_what_was_priced_before_changes_no_price(change: str) -> None:
 FORMS = (
     "set a.slowdown=3",
     "set a/1.slowdown=1.7; set a/0.memory_bytes=9e9",
-    "set batch=24; set precision=float16",
+    "replace a with cpu; replace b with cpu; set batch=24; set precision=float16",
     "set optimizer=sgd; set b.memory_bytes=1e9",
     "replace b with a100-sxm-80gb; set precision=bfloat16; set batch=5",
 )
