@@ -21,7 +21,7 @@ from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.place_check import Objective
 from graphpar.partition.problems import PlacementProblem, Problem, ShardingProblem, read_problem
 
-_NOT_READ = "the time limit passed while the file was being read"
+_NOT_READ = "the time limit leaves no time to read the file and search; give more"
 
 _LONGEST_START_S = 0.8
 """Starting the interpreter counts too; more CPU time than this was spent on something else."""

@@ -13,8 +13,19 @@ from graphpar.cluster import Cluster
 from graphpar.scenarios.types import Answer, Setting
 
 
+def essential(setting: Setting) -> Setting:
+    """The setting without what makes no difference, which is no other question.
+
+    That is the network of a single node; and in inference, orders of backwards and what is kept for them.
+    """
+    nodes = setting.cluster.nodes
+    network = nodes[0].link if len(nodes) == 1 else setting.cluster.network
+    setting = replace(setting, cluster=replace(setting.cluster, network=network))
+    return setting if setting.training else replace(setting, schedule="auto", recompute=None)
+
+
 def numbered(setting: Setting) -> Setting:
-    """The setting with the devices of each node counted from 0, and one network where there is one node.
+    """What is essential of the setting, with the devices of each node counted from 0.
 
     >>> cluster = Cluster.from_dict({"devices": [{"kind": "t4", "count": 2}]})
     >>> (node,) = cluster.nodes
@@ -28,9 +39,7 @@ def numbered(setting: Setting) -> Setting:
         )
         for node in setting.cluster.nodes
     )
-    # A network that nothing is sent over makes no other question.
-    network = nodes[0].link if len(nodes) == 1 else setting.cluster.network
-    return replace(setting, cluster=replace(setting.cluster, nodes=nodes, network=network))
+    return essential(replace(setting, cluster=replace(setting.cluster, nodes=nodes)))
 
 
 def with_names(answer: Answer, numbers: Cluster, named: Cluster) -> Answer:

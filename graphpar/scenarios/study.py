@@ -21,7 +21,7 @@ from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import could_cover, places, with_these_alone
 from graphpar.scenarios.group_prices import priced_by_several
-from graphpar.scenarios.naming import numbered, with_names
+from graphpar.scenarios.naming import essential, numbered, with_names
 from graphpar.scenarios.pricing import PriceBook, priced_by
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.solve import brought
@@ -471,8 +471,10 @@ def ask(
     """
     settings = [changed(baseline, scenario) for scenario in scenarios]
     # What changes nothing is the baseline, which is searched for the longest.
-    written = baseline.to_dict()
-    settings = [baseline if isinstance(s, Setting) and s.to_dict() == written else s for s in settings]
+    written = essential(baseline).to_dict()
+    settings = [
+        baseline if isinstance(s, Setting) and essential(s).to_dict() == written else s for s in settings
+    ]
     sound = [s for s in settings if isinstance(s, Setting) and s is not baseline]
     first_limit_s = min(
         BASELINE_SHARE * solver.limits.time_limit_s, max(10.0, solver.limits.time_limit_s)
@@ -491,8 +493,8 @@ def ask(
             continue
         found = first if setting is baseline else next(rest)
         told = idle(setting, scenario.changes)
-        if setting is baseline:
-            told = (SAME, *told)
+        if setting is baseline and not told:
+            told = (SAME,)
         found = replace(found, remarks=(*found.remarks, *told))
         answers.append(renamed(found, scenario.title, scenario.changes))
     return renamed(first, "baseline", ()), tuple(answers)

@@ -94,7 +94,7 @@ def test_a_limit_that_reading_uses_up_is_no_error(tmp_path: Path) -> None:
     record = json.loads(done.stdout)
     assert done.returncode == 0
     assert (record["status"], record["truncated_by"]) == ("unknown", "time limit")
-    assert "being read" in done.stderr
+    assert "no time to read" in done.stderr
     placement = tmp_path / "p.json.gz"
     placement.write_bytes(gzip.compress(placement_file(PLACEMENT)))
     record = json.loads(run(placement, "--json", "--objective", "latency", "--time-limit", 1e-6).stdout)

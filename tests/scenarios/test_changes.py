@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from graphpar.cluster import Cluster
 from graphpar.scenarios.changes import apply, idle
+from graphpar.scenarios.naming import essential
 from graphpar.scenarios.prices import instance_price
 from graphpar.scenarios.types import Layout, Setting
 
@@ -168,5 +169,8 @@ def test_a_latency_of_the_network_is_that_of_every_card() -> None:
 def test_what_makes_no_difference_is_told(changes: list[str], words: str | None) -> None:
     pairs = ((("a", "b"), LAB.network),) if words == "links of their own" else ()
     base = replace(BASE, training=words != "inference", cluster=replace(LAB, pairs=pairs))
-    told = idle(apply(base, changes), changes)
+    asked = apply(base, changes)
+    told = idle(asked, changes)
     assert words in told[0] if words else not told
+    without = apply(base, changes[:-1]) if changes[1:] else base
+    assert (essential(asked) == essential(without)) == (words in ("one node", "inference"))

@@ -251,6 +251,18 @@ def test_leaving_out_any_of_equal_devices_is_one_question(monkeypatch: pytest.Mo
     assert sum(solved) == 3, "the baseline, without one of node a, without node b"
 
 
+def test_what_makes_no_difference_is_answered_by_the_baseline() -> None:
+    asked = ["set schedule=gpipe", "set recompute=on", "set batch=16"]
+    options = {"cache": False, "processes": 1, "time_limit_s": 0.05}
+    study = graphpar.what_if(model(), CLUSTER, asked, args=inputs(16)[:1], **options)
+    base = study.baseline
+    for answer, words in zip(
+        study.answers, ["inference", "inference", "nothing is changed"], strict=True
+    ):
+        assert (answer.plan, answer.gap, answer.seconds) == (base.plan, base.gap, base.seconds)
+        assert [r for r in answer.remarks if words in r] == list(set(answer.remarks) - set(base.remarks))
+
+
 def test_every_scenario_is_answered_and_senseless_ones_say_why(study: graphpar.Study) -> None:
     assert [a.title for a in study.answers] == [
         "batch=16",
