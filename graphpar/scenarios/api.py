@@ -232,6 +232,7 @@ def what_if(
     >>> [answer.status for answer in study.answers]
     ['ok', 'ok']
     """
+    _check_numbers(gap, time_limit_s, processes)
     sweeps, where = as_sweeps(sweep), as_cluster(cluster)
     if budget_usd_per_h is not None:
         affordable_mixes(budget_usd_per_h, instances)  # refused before anything is planned
@@ -321,6 +322,15 @@ def as_scenarios(asked: Asked) -> tuple[Scenario, ...]:
 def _changes(written: str | Sequence[str]) -> tuple[str, ...]:
     parts = written.split(";") if isinstance(written, str) else written
     return tuple(p.strip() for p in parts if p.strip())
+
+
+def _check_numbers(gap: float, time_limit_s: float | None, processes: int | None) -> None:
+    if not 0 <= gap < 1:
+        raise ValueError(f"gap must be in [0, 1), got {gap}")
+    if time_limit_s is not None and not time_limit_s > 0:
+        raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
 
 
 def _cache(cache: bool | str | os.PathLike[str]) -> AnswerCache:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,7 @@ def test_leaving_out_any_of_equal_devices_is_one_question(monkeypatch: pytest.Mo
 
 def test_what_makes_no_difference_is_answered_by_the_baseline() -> None:
     asked = ["set schedule=gpipe", "set recompute=on", "set batch=16"]
-    options = {"cache": False, "processes": 1, "time_limit_s": 0.05}
+    options: dict[str, Any] = {"cache": False, "processes": 1, "time_limit_s": 0.05}
     study = graphpar.what_if(model(), CLUSTER, asked, args=inputs(16)[:1], **options)
     base = study.baseline
     for answer, words in zip(
@@ -418,6 +419,23 @@ def test_a_budget_is_searched_with_bounds(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delattr("graphpar.scenarios.api.ask")
     with pytest.raises(ValueError, match="below the cheapest"):  # before anything is planned
         ask(budget_usd_per_h=0.01, instances=["g5.12xlarge"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"time_limit_s": -1.0}, "got -1.0"),
+        ({"time_limit_s": math.nan}, "got nan"),
+        ({"gap": 1.0}, "got 1.0"),
+        ({"processes": 0}, "got 0"),
+        ({"prices": {"a": math.inf}}, "price of a"),
+    ],
+)
+def test_senseless_numbers_are_refused_and_told_as_they_were_given(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        ask([], **options)
 
 
 def test_a_sequence_length_needs_inputs() -> None:
