@@ -80,6 +80,11 @@ class Family:
         default_factory=dict, repr=False, compare=False
     )
 
+    @property
+    def partial(self) -> bool:
+        """Whether plans over a part of the devices are searched only."""
+        return is_of_some_devices(self.staffing)
+
     def counts(self, samples: int) -> list[int]:
         """The microbatch counts tried for a share of the batch."""
         return microbatch_counts(self.table, samples, self.microbatches)
@@ -267,7 +272,7 @@ def _multisets(
 
 
 def is_of_some_devices(words: str) -> bool:
-    """Whether the plans of a family, as `Partition.family` tells it, use a part of the devices only."""
+    """Whether a search, as `Partition.family` tells it, was over a part of the devices only."""
     return _AMONG in words
 
 

@@ -73,17 +73,21 @@ def explain_infeasible(
     remedies = [*_settings(table, family, deadline_s), *options]
     remedies += _smaller_batch(table, family, deadline_s)
     remedies += _remedies(table, family, factor, deadline_s)
-    is_least = factor / less <= _PRECISION
+    # Of plans over devices that were left out nothing is proven.
+    is_least = not family.partial and factor / less <= _PRECISION
+    number = sum(len(c.devices) for c in table.device_classes)
     text = (
-        f"no plan fits into memory: {sum(len(c.devices) for c in table.device_classes)} devices have "
-        f"{format_bytes(have)} together, {format_bytes(largest)} at most on one"
+        f"{'no plan was found that' if family.partial else 'no plan'} fits into memory: {number} devices "
+        f"have {format_bytes(have)} together, {format_bytes(largest)} at most on one"
     )
     if is_least:
         text += f"; the least demanding plan needs {_up(factor)} times the memory of every device"
     elif factor < INFINITY:
         text += f"; {_up(factor)} times the memory of every device is enough, which may not be the least"
-    elif less > 1:
+    elif less > 1 and not family.partial:
         text += f"; {math.floor(100 * less) / 100:.2f} times the memory of every device is not enough"
+    if family.partial:
+        text += f"; searched were {family.staffing}"
     if remedies:
         text += ". What would fit: " + "; or ".join(remedies)
     raise InfeasibleError(

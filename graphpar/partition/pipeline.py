@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
+from graphpar.partition.all_devices import few_devices, simple_until_s, with_all_devices
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
@@ -67,10 +68,6 @@ _MOST_FINISH_S = 2.0
 
 _REGULAR_SHARE = 0.4
 """Share of the time in which the best regular plan is looked for; then any is taken."""
-
-_FEW_DEVICES = 64
-_GRACE_S = 0.5
-"""A simple plan may take this long after the time is up if there is no other."""
 
 _EARLIER = 6
 """So many pipelines that were the best for a time are priced on real links."""
@@ -135,9 +132,12 @@ def partition(
     run.own_up()
     if compare_simple or run.best is None:
         run.compare(schedule, microbatches)
-    if run.best is None:
+    answer = run.answer() if run.best is not None else None
+    if family.partial and (compare_simple or answer is None):
+        tried = Tried(schedule, microbatches, began_s + time_limit_s)
+        answer = with_all_devices(table, answer, tried, family.staffing)
+    if answer is None:
         explain_infeasible(table, family, run.truncated, explain_s, zero_levels)
-    answer = run.answer()
     check_partition(table, answer)
     return answer
 
@@ -426,15 +426,12 @@ class _Run:
 
     def compare(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
         """No answer may be worse than simple plans, as within its gap or cut short it could be."""
-        few = len(self._table.class_of) <= _FEW_DEVICES
-        if not few and not self.truncated:
+        if not few_devices(self._table) and not self.truncated:
             # Pricing them for a large cluster takes as long as some searches.
             return
         if self.truncated and self.family.repeats is None:
             self.regular()
-        # Over few devices this takes a second at most; else a late answer is only better than none.
-        grace_s = time.monotonic() + _GRACE_S if self.best is None else 0.0
-        until_s = INFINITY if few else max(self._final_s, grace_s)
+        until_s = simple_until_s(self._table, self._final_s, self.best is not None)
         tried = Tried(schedule, microbatches, until_s, self._physical_s, self.step_s)
         for made in simple_plans(self._table, tried):
             if made.objective_s < self.step_s:

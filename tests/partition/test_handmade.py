@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition import handmade
+from graphpar.partition.all_devices import CUT
 from graphpar.partition.handmade import Tried, even_split, simple_plans
+from graphpar.partition.physical_bound import physical_bound_s
+from graphpar.partition.pipeline import partition
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -32,3 +35,25 @@ def test_settings_that_are_too_slow_are_not_priced(monkeypatch: pytest.MonkeyPat
     assert list(simple_plans(table, Tried(below_s=best_s / 3))) == []
     with pytest.raises(InfeasibleError, match=r"the even split takes 0\.1 s or more"):
         even_split(table, Tried(below_s=0.1))
+
+
+def unlike(units: int) -> CostTable:
+    """Sixteen devices with room for one unit, no two equal: no search is over all of them."""
+    speeds = tuple(1 + 0.01 * i for i in range(16))
+    return make_table([1.0] * units, speeds, (1,) * 16, weight_bytes=10.0, memory_bytes=15.0)
+
+
+def test_what_fits_over_all_devices_is_found_where_only_some_are_searched() -> None:
+    table = unlike(16)
+    found = partition(table, gap=0.01)
+    assert len(found.used_devices) == 16
+    assert found.objective_s == min(p.objective_s for p in simple_plans(table))
+    assert found.bound_s == physical_bound_s(table) and found.status == "feasible"
+    assert found.truncated_by == (CUT,) and "among the faster devices" in found.family
+
+
+def test_a_search_over_some_devices_does_not_say_that_nothing_fits() -> None:
+    with pytest.raises(InfeasibleError) as told:
+        partition(unlike(17))
+    assert "no plan was found that fits" in str(told.value) and "among the faster" in str(told.value)
+    assert told.value.need is None and "least demanding" not in str(told.value)
