@@ -1,14 +1,15 @@
-"""Simple plans over all devices, where a search was over some of them only."""
+"""Plans over all devices, where a search was over some of them only."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from graphpar.cost import CostTable
-from graphpar.partition.handmade import Tried, simple_plans
+from graphpar.partition.handmade import Tried, priced_plan, simple_plans
 from graphpar.partition.search import INFINITY
-from graphpar.partition.types import Partition
+from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
 
-CUT = "devices: the search was over some of them, and of others only simple plans were tried"
+CUT = "devices: the search was over some of them, and of others only plans at hand were tried"
 """What a plan says that stands outside of what was searched."""
 
 _FEW_DEVICES = 64
@@ -31,24 +32,31 @@ def simple_until_s(table: CostTable, deadline_s: float, any_plan: bool) -> float
 
 
 def with_all_devices(
-    table: CostTable, found: Partition | None, tried: Tried, family: str
+    table: CostTable,
+    found: Partition | None,
+    family: str,
+    known: tuple[Sequence[PipelineChoice], ScheduleName] | None,
+    tried: Tried | None,
 ) -> Partition | None:
-    """What a search over some devices found, or a simple plan over all of them that is better.
+    """What a search over some devices found, or a plan over all of them that is better.
 
     Its bound is that on plans of any kind: what the search proved holds for its own devices.
 
     Args:
         table: All devices.
         found: The best plan over some, if any fits there.
-        tried: What simple plans are asked for; the deadline holds for many devices with a plan.
         family: What was searched, in words.
+        known: A plan known before, which fits.
+        tried: What simple plans are asked for, if any; the deadline is for many devices with a plan.
     """
-    until_s = simple_until_s(table, tried.deadline_s, found is not None)
-    below_s = INFINITY if found is None else found.objective_s
-    better = list(simple_plans(table, replace(tried, deadline_s=until_s, below_s=below_s)))
-    best = min(better, key=lambda p: p.objective_s, default=None)
-    if best is None or best.objective_s >= below_s:
+    others = [] if known is None else [priced_plan(table, *known)]
+    if tried is not None:
+        until_s = simple_until_s(table, tried.deadline_s, found is not None or known is not None)
+        below_s = min((p.objective_s for p in (found, *others) if p is not None), default=INFINITY)
+        others += simple_plans(table, replace(tried, deadline_s=until_s, below_s=below_s))
+    best = min(others, key=lambda p: p.objective_s, default=None)
+    if best is None or (found is not None and best.objective_s >= found.objective_s):
         return found
     cut = (*found.truncated_by, CUT) if found is not None else (CUT,)
-    words = f"simple plans over all devices; the search was over: {family}"
+    words = f"plans over all devices that were at hand; the search was over: {family}"
     return replace(best, truncated_by=cut, family=words)

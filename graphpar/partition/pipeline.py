@@ -125,7 +125,7 @@ def partition(
     check_arguments(table, gap, time_limit_s, schedule, microbatches)
     family = choose_family(table, schedule, microbatches)
     run = _Run(family, CountingLimits(gap, backend), began_s, began_s + time_limit_s)
-    if incumbent is not None:
+    if incumbent is not None and not family.partial:
         run.start_from(*incumbent)
     run.work()
     run.bring_nearer()
@@ -133,9 +133,10 @@ def partition(
     if compare_simple or run.best is None:
         run.compare(schedule, microbatches)
     answer = run.answer() if run.best is not None else None
-    if family.partial and (compare_simple or answer is None):
+    if family.partial:
         tried = Tried(schedule, microbatches, began_s + time_limit_s)
-        answer = with_all_devices(table, answer, tried, family.staffing)
+        simple = tried if compare_simple or answer is None else None
+        answer = with_all_devices(table, answer, family.staffing, incumbent, simple)
     if answer is None:
         explain_infeasible(table, family, run.truncated, explain_s, zero_levels)
     check_partition(table, answer)

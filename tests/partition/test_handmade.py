@@ -50,6 +50,8 @@ def test_what_fits_over_all_devices_is_found_where_only_some_are_searched() -> N
     assert found.objective_s == min(p.objective_s for p in simple_plans(table))
     assert found.bound_s == physical_bound_s(table) and found.status == "feasible"
     assert found.truncated_by == (CUT,) and "among the faster devices" in found.family
+    again = partition(table, incumbent=(found.pipelines, found.schedule), compare_simple=False)
+    assert again.pipelines == found.pipelines and again.truncated_by == (CUT,)
 
 
 def test_a_search_over_some_devices_does_not_say_that_nothing_fits() -> None:
