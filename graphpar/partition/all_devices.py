@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from graphpar.cost import CostTable
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
+from graphpar.partition.partition_words import idle_note, table_notes
 from graphpar.partition.search import INFINITY
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
 
@@ -37,6 +38,7 @@ def with_all_devices(
     family: str,
     known: tuple[Sequence[PipelineChoice], ScheduleName] | None,
     tried: Tried | None,
+    began_s: float,
 ) -> Partition | None:
     """What a search over some devices found, or a plan over all of them that is better.
 
@@ -48,6 +50,7 @@ def with_all_devices(
         family: What was searched, in words.
         known: A plan known before, which fits.
         tried: What simple plans are asked for, if any; the deadline is for many devices with a plan.
+        began_s: `time.monotonic()` when the search began.
     """
     others = [] if known is None else [priced_plan(table, *known)]
     if tried is not None:
@@ -59,4 +62,6 @@ def with_all_devices(
         return found
     cut = (*found.truncated_by, CUT) if found is not None else (CUT,)
     words = f"plans over all devices that were at hand; the search was over: {family}"
-    return replace(best, truncated_by=cut, family=words)
+    notes = (*idle_note(table, best.pipelines), *table_notes(table))
+    seconds = time.monotonic() - began_s
+    return replace(best, truncated_by=cut, family=words, notes=notes, seconds=seconds)

@@ -136,7 +136,7 @@ def partition(
     if family.partial:
         tried = Tried(schedule, microbatches, began_s + time_limit_s)
         simple = tried if compare_simple or answer is None else None
-        answer = with_all_devices(table, answer, family.staffing, incumbent, simple)
+        answer = with_all_devices(table, answer, family.staffing, incumbent, simple, began_s)
     if answer is None:
         explain_infeasible(table, family, run.truncated, explain_s, zero_levels)
     check_partition(table, answer)

@@ -1,6 +1,7 @@
 """Simple plans: what is left out unpriced could not have been the best."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from amounts import examples
@@ -44,8 +45,9 @@ def unlike(units: int) -> CostTable:
 
 
 def test_what_fits_over_all_devices_is_found_where_only_some_are_searched() -> None:
-    table = unlike(16)
+    table = replace(unlike(16), in_step_reason="samples meet")
     found = partition(table, gap=0.01)
+    assert any("samples meet" in note for note in found.notes)
     assert len(found.used_devices) == 16
     assert found.objective_s == min(p.objective_s for p in simple_plans(table))
     assert found.bound_s == physical_bound_s(table) and found.status == "feasible"
