@@ -27,9 +27,11 @@ from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.infeasible import more_devices, scale_memory
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.pipeline import partition as solve
+from graphpar.partition.pipeline_price import Price
 from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.simulated import deal_any, has_formula, price_any
+from graphpar.plan_comparison import step_of
+from graphpar.simulated import deal_any, has_formula, price_any, simulated
 from graphpar.step_parts import told_parts
 from graphpar.units import format_bytes
 
@@ -61,7 +63,7 @@ def explain_partition(
     settings = _Settings(schedule, microbatches, whole)
     work = _Work(table, found, time.monotonic() + time_limit_s, settings)
     choices = [c for c in work.choices() if c.alternatives]
-    prices = list(work.shadow_prices())
+    prices = [] if work.played else list(work.shadow_prices())
     parts = told_parts(table, found)
     never = float("inf")
     return Explanation(
@@ -71,7 +73,9 @@ def explain_partition(
         parts=parts,
         binding=tuple(binding(table, found, parts)),
         choices=tuple(sorted(choices, key=lambda c: never if c.margin_s is None else c.margin_s)),
-        runners_up=tuple(runner_up(table, found, other) for other in found.runners_up),
+        runners_up=tuple(
+            runner_up(table, work.compared(found), work.compared(other)) for other in found.runners_up
+        ),
         shadow_prices=tuple(sorted(prices, key=lambda p: -(p.saves_s or 0.0))),
         left_out=tuple(work.left_out),
     )
@@ -106,9 +110,25 @@ class _Work:
         self._settings = settings
         # Solving again gives plans whose step is a formula: they are compared with such a one.
         formulas = (p for p in (found, *found.runners_up) if has_formula(p.schedule))
-        self._searched = next(formulas, found)
+        self._searched = min(formulas, key=lambda p: p.objective_s, default=found)
         self._deadline_s = deadline_s
         self.left_out: list[str] = []
+        self.played = has_formula(found.schedule) and self._searched.objective_s < found.objective_s
+        if self.played:
+            self.left_out.append(
+                "shadow prices: the plan was chosen as played through, solving again goes by the formula"
+            )
+        self._step_s = self.compared(found).objective_s
+
+    def compared(self, plan: Partition) -> Partition:
+        """A plan with the step it is compared by: as played through where the choice was made so."""
+        return replace(plan, objective_s=step_of(self._table, plan)) if self.played else plan
+
+    def _price(self, pipelines: Pipelines, schedule: ScheduleName) -> Price:
+        if not self.played:
+            return price_any(self._table, pipelines, schedule)
+        found = simulated(self._table, pipelines, schedule).partition
+        return Price(found.objective_s, found.parts, found.peak_bytes)
 
     # --- changes by hand ---
 
@@ -184,7 +204,7 @@ class _Work:
         if any(r.microbatches == 0 for p in dealt for s in p.stages for r in s.replicas):
             return _impossible(change.label, "a replica would get no microbatch")
         try:
-            cost = price_any(table, dealt, change.schedule)
+            cost = self._price(dealt, change.schedule)
         except VerifyError:
             return _impossible(change.label, "the stages of a device would have unlike replicas")
         excess = {
@@ -197,7 +217,7 @@ class _Work:
             return _impossible(
                 change.label, f"{worst} would need {format_bytes(need)} of {format_bytes(have)}"
             )
-        extra = cost.objective_s - self._found.objective_s
+        extra = cost.objective_s - self._step_s
         return Alternative(change.label, cost.objective_s, extra, "re-priced")
 
     def _with(self, number: int, pipeline: PipelineChoice) -> Pipelines:

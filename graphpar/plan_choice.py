@@ -3,7 +3,8 @@
 `plan`, `compile` and what-if questions all choose here, so that they answer the same question alike. A
 plan in a schedule without a formula has to be shorter by `schedule_choice.LEAST_GAIN`, wherever it comes
 from. One with a formula is covered by the search, and is tried only where that was cut short, or was
-over a part of the devices.
+over a part of the devices. At last a plan over several devices is compared with one device, both played
+through (`played_choice`).
 """
 
 import math
@@ -17,8 +18,10 @@ from graphpar.partition.family import is_of_some_devices
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.settings import Microbatches, ScheduleWish
 from graphpar.partition.types import Partition
+from graphpar.plan_comparison import in_family_of, is_better, step_of
+from graphpar.played_choice import best_played
 from graphpar.schedule_choice import but_left_out, choose_schedule, judged_s
-from graphpar.simulated import Simulated, certified, has_formula, simulated
+from graphpar.simulated import Simulated, certified, has_formula
 from graphpar.units import format_percent, format_seconds
 
 CHOICE_S = 5.0
@@ -48,6 +51,19 @@ def choose_plan(
         UnavailableScheduleError: The schedule asked for cannot be had on these devices; says why.
         InfeasibleError: It does not fit into memory in any way that was tried.
     """
+    ordered = _in_best_order(table, found, wish, microbatches, time_limit_s, cutoff_s)
+    return best_played(table, ordered, found, wish, microbatches)
+
+
+def _in_best_order(
+    table: CostTable,
+    found: Partition,
+    wish: ScheduleWish,
+    microbatches: Microbatches,
+    time_limit_s: float,
+    cutoff_s: float,
+) -> Partition:
+    """What the search found in its best order of work, or like pipelines."""
     like = _like(table, found, wish, microbatches, time_limit_s)
     if like is not None:
         cutoff_s = min(cutoff_s, like.step_s)
@@ -87,6 +103,13 @@ def _like(
     return best_like(table, wish, until_s, formulas=formulas, cutoff_s=cutoff_s)
 
 
+def _sound(table: CostTable, played: Partition) -> Partition:
+    """The plan by its formula, or with its lists checked and bounded."""
+    if has_formula(played.schedule):
+        return priced_plan(table, played.pipelines, played.schedule)
+    return replace(certified(table, played), truncated_by=())
+
+
 def _fulfils(plan: Partition, wish: ScheduleWish) -> bool:
     return wish in ("auto", plan.schedule)
 
@@ -99,61 +122,3 @@ def like_notes(found: Partition, like: Simulated) -> tuple[str, ...]:
         f"within {format_percent(found.gap)} of the best of its family"
     )
     return (*but_left_out(found.notes, like.partition, found), told)
-
-
-def is_better(table: CostTable, mine: Partition, other: Partition) -> bool:
-    """Whether a plan is to be taken instead of another one.
-
-    Two plans with a formula are compared by it, for that is what bounds are proven of; otherwise they
-    are as they are played through.
-    """
-    if has_formula(mine.schedule) and has_formula(other.schedule):
-        return mine.objective_s < other.objective_s
-    mine_s, other_s = (judged_s(step_of(table, p), p.schedule) for p in (mine, other))
-    return mine_s < other_s
-
-
-def step_of(table: CostTable, plan: Partition) -> float:
-    """What the plan takes when it is played through, as one without a formula has been."""
-    if not has_formula(plan.schedule):
-        return plan.objective_s
-    return simulated(table, plan.pipelines, plan.schedule, plan.paces or None).step_s
-
-
-def _sound(table: CostTable, played: Partition) -> Partition:
-    """The plan by its formula, or with its lists checked and bounded."""
-    if has_formula(played.schedule):
-        return priced_plan(table, played.pipelines, played.schedule)
-    return replace(certified(table, played), truncated_by=())
-
-
-def in_family_of(found: Partition, other: Partition, notes: tuple[str, ...] | None = None) -> Partition:
-    """A plan that was not searched for, with what the search proved about its family.
-
-    Of schedules without a formula the search proved nothing, nor, where it was over a part of the
-    devices, of plans that may use others: they have the bound on plans of any kind.
-
-    Args:
-        found: What the search ended with.
-        other: Another plan, checked and with that bound.
-        notes: What is said of it, unless its own notes are.
-    """
-    step_s = other.objective_s
-    covered = has_formula(other.schedule) and not is_of_some_devices(found.family)
-    bound_s = min(max(found.bound_s if covered else 0.0, other.physical_bound_s), step_s)
-    gap = (step_s - bound_s) / step_s if step_s > 0 else 0.0
-    family, cut = found.family, found.truncated_by
-    if not covered:
-        family = f"plans of any kind, any order of work; the search was over: {family}"
-        beyond = "devices" if has_formula(other.schedule) else "schedule"
-        cut = (*cut, f"{beyond}: no bound is known but that on plans of any kind")
-    return replace(
-        other,
-        status="optimal" if gap <= 0 else "feasible",
-        bound_s=bound_s,
-        gap=gap,
-        seconds=found.seconds,
-        truncated_by=cut,
-        family=family,
-        notes=other.notes if notes is None else notes,
-    )

@@ -52,12 +52,14 @@ from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plan_choice import choose_plan
 from graphpar.plan_records import PlanPrecision
 from graphpar.plans import Plan, hash_of
+from graphpar.played_choice import best_played
 from graphpar.precision import (
     Formats,
     check_precision,
     labelled,
     quarrels,
     rewritten_by_device,
+    runs_as,
     slow_format_notes,
     unmeasured_notes,
     with_formats,
@@ -259,15 +261,20 @@ def plan_prepared(
         )
 
     def solve(table: CostTable) -> Partition:
+        whole = as_one_unit(table) if joins else table
         found = partition_chain(
-            as_one_unit(table) if joins else table,
+            whole,
             gap=gap,
             time_limit_s=time_limit_s,
             schedule=searched(schedule),
             microbatches=microbatches,
             zero_levels=possible,
         )
-        return told_in_units(found, table.num_units) if joins else found
+        if not joins:
+            return found
+        # A model that is not cut has no stages that wait for each other.
+        chosen = best_played(whole, found, found, searched(schedule), microbatches)
+        return told_in_units(chosen, table.num_units)
 
     if precision == "auto":
         options["precision_budget"] = precision_budget
@@ -287,12 +294,12 @@ def plan_prepared(
         notes = (*notes, uncut_note(joins))
     if widest > 1 and prepared.in_step_reason:
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
-    notes = (*notes, *width_notes(answer.found, tensor, candidates, answer.table))
     found = answer.found
     if not joins:
-        # A model that is not cut has no stages that wait for each other.
         chosen = _scheduled(answer.table, found, schedule, microbatches)
-        found = found if quarrels(chosen, answer.formats) else chosen
+        known = precision != "auto" or runs_as(chosen, found, answer.formats)
+        found = chosen if known and not quarrels(chosen, answer.formats) else found
+    notes = (*notes, *width_notes(found, tensor, candidates, answer.table))
     sizes = [n for pipeline in answer.found.pipelines for n in pipeline.sizes()]
     # Under `auto` most of the work may stay in float32.
     wide = precision if precision != "auto" else "float32"
@@ -371,8 +378,6 @@ def _scheduled(
     table: CostTable, found: Partition, wish: ScheduleWish, microbatches: Microbatches
 ) -> Partition:
     """The partition under the schedule wished for; where that cannot be had, as it is, and it is said."""
-    if not table.training:
-        return found
     try:
         return choose_plan(table, found, wish, microbatches)
     except UnavailableScheduleError as error:

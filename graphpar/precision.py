@@ -166,6 +166,22 @@ def quarrels(found: Partition, formats: Formats) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
+def runs_as(plan: Partition, known: Partition, formats: Formats) -> bool:
+    """Whether every unit computes in formats that it computes in under a plan whose error is known."""
+    mine, theirs = (_formats_of_units(p, formats) for p in (plan, known))
+    return all(own <= theirs[unit] for unit, own in mine.items())
+
+
+def _formats_of_units(plan: Partition, formats: Formats) -> dict[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for stage in (s for p in plan.pipelines for s in p.stages):
+        for name in (d for r in stage.replicas for d in r.devices):
+            units = formats.by_device.get(name, ())
+            for unit in range(stage.first, stage.last):
+                found.setdefault(unit, set()).add(units[unit] if units else "float32")
+    return found
+
+
 def settled(formats: Formats, groups: Sequence[Sequence[str]], cluster: Cluster) -> Formats:
     """Float32 for all devices of the kinds that must share a stage but not a format."""
     kinds = {cluster.device(name).kind for names in groups for name in names}

@@ -78,6 +78,7 @@ class Tried:
         deadline_s: `time.monotonic()` at which to stop with what was found so far.
         physical_s: The physical bound of a table that was checked, where it is known.
         below_s: What a plan's step must take less than to be of use.
+        devices: Those that a plan is made of; empty for all.
     """
 
     schedule: ScheduleChoice = "auto"
@@ -85,6 +86,11 @@ class Tried:
     deadline_s: float = math.inf
     physical_s: float | None = None
     below_s: float = math.inf
+    devices: tuple[str, ...] = ()
+
+    def of(self, table: CostTable) -> list[str]:
+        """The devices that a plan is made of, in the table's order."""
+        return [d for d in table.class_of if not self.devices or d in self.devices]
 
 
 def even_split(table: CostTable, tried: Tried = Tried()) -> Partition:
@@ -96,7 +102,7 @@ def even_split(table: CostTable, tried: Tried = Tried()) -> Partition:
     Raises:
         InfeasibleError: The even split does not fit into memory under any microbatch count.
     """
-    devices = list(table.class_of)
+    devices = tried.of(table)
     stages = min(len(devices), table.num_units)
     cuts = _even_cuts(table.num_units, stages)
     groups = [devices[a:b] for a, b in pairwise(_even_cuts(len(devices), stages))]
@@ -109,8 +115,8 @@ def greedy_split(table: CostTable, tried: Tried = Tried()) -> Partition:
     Raises:
         InfeasibleError: This split does not fit into memory under any microbatch count.
     """
-    devices = list(table.class_of)[: table.num_units]
-    speed = _speeds(table)
+    devices = tried.of(table)[: table.num_units]
+    speed = _speeds(table, table.sizes[0])
     cuts = _proportional_cuts(table, devices, [speed[table.class_of[d]] for d in devices])
     return _best_setting(table, "the greedy split", cuts, [[d] for d in devices], tried)
 
@@ -121,19 +127,44 @@ def data_parallel(table: CostTable, tried: Tried = Tried()) -> Partition:
     Raises:
         InfeasibleError: The model does not fit into one device, or samples mix.
     """
-    devices = list(table.class_of)
+    devices = tried.of(table)
     return _best_setting(table, "data parallelism", [0, table.num_units], [devices], tried)
 
 
 def one_device(table: CostTable, tried: Tried = Tried()) -> Partition:
-    """Everything on the device that is fastest for the whole chain.
+    """Everything on the device that is fastest for the whole chain, of those that it fits into.
+
+    Which is fastest may depend on the size of microbatches: the fastest at either end are tried.
 
     Raises:
-        InfeasibleError: The model does not fit into this device.
+        InfeasibleError: The model does not fit into any device.
     """
-    speed = _speeds(table)
-    fastest = max(table.class_of, key=lambda d: speed[table.class_of[d]])
-    return _best_setting(table, "one device", [0, table.num_units], [[fastest]], tried)
+    firsts: dict[int, str] = {}
+    for device in tried.of(table):
+        firsts.setdefault(table.class_of[device], device)
+    rankings = {}
+    for size in (table.sizes[0], table.sizes[-1]):
+        speed = _speeds(table, size)
+        rankings[tuple(sorted(firsts.values(), key=lambda d: -speed[table.class_of[d]]))] = size
+    found: list[Partition] = []
+    for ranking in rankings:
+        try:
+            found.append(_first_that_fits(table, ranking, tried))
+        except InfeasibleError as error:
+            problem = error
+    if not found:
+        raise problem
+    return min(found, key=lambda p: p.objective_s)
+
+
+def _first_that_fits(table: CostTable, devices: Sequence[str], tried: Tried) -> Partition:
+    for device in devices:
+        try:
+            return _best_setting(table, "one device", [0, table.num_units], [[device]], tried)
+        except InfeasibleError as error:
+            if error.limit != "memory" or device == devices[-1]:
+                raise
+    raise ValueError("no devices")
 
 
 def simple_plans(table: CostTable, tried: Tried = Tried()) -> Iterator[Partition]:
@@ -147,9 +178,9 @@ def _even_cuts(total: int, parts: int) -> list[int]:
     return [total * i // parts for i in range(parts + 1)]
 
 
-def _speeds(table: CostTable) -> list[float]:
-    """Chains per second of a device of each class at the smallest microbatch."""
-    size, found = table.sizes[0], []
+def _speeds(table: CostTable, size: float) -> list[float]:
+    """Microbatches per second of a device of each class."""
+    found = []
     for kind in range(len(table.device_classes)):
         passes = (
             table.forward_s(u, kind, size) + table.backward_s(u, kind, size)

@@ -9,6 +9,7 @@ from graphpar.errors import InfeasibleError
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
 from graphpar.partition.types import Partition
+from graphpar.plan_comparison import step_of
 from graphpar.scenarios.known import Known
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.task import Task, alone_on_one
@@ -79,7 +80,7 @@ def _kept(found: Partition, task: Task) -> KnownPlan:
 def _alone(table: CostTable, task: Task) -> tuple[str, float] | None:
     """The best single device and its step time; None where the model fits into none."""
     found = alone_on_one(table, task)
-    return (found.used_devices[0], found.objective_s) if found is not None else None
+    return (found.used_devices[0], step_of(table, found)) if found is not None else None
 
 
 def _shape(found: Partition) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from graphpar.played_choice import no_gain
 from graphpar.scenarios.types import Answer, Worth
 from graphpar.units import format_bytes, format_percent, format_seconds
 
@@ -25,7 +26,14 @@ CSV_COLUMNS = (
 CUT_SHORT = "search cut short"
 """How the remark begins that a search ended before its proof."""
 
-IN_DATA_ONLY = (CUT_SHORT, "schedules", "the search itself ended", "like pipelines", "left out")
+IN_DATA_ONLY = (
+    CUT_SHORT,
+    "schedules",
+    "the search itself ended",
+    "like pipelines",
+    "left out",
+    "no gain",
+)
 """Remarks on single scenarios that the page leaves to JSON and CSV."""
 
 
@@ -66,16 +74,17 @@ def remark_lines(baseline: Answer, answers: Sequence[Answer]) -> list[str]:
     """Findings and assumptions below the table."""
     lines = []
     if baseline.needless and baseline.one_device_s is not None:
-        lines.append(
-            f"no gain: use one device; {baseline.one_device} alone takes "
-            f"{format_seconds(baseline.one_device_s)} per step"
-        )
+        lines.append(no_gain(baseline.one_device, baseline.one_device_s))
     if baseline.bottleneck is not None:
         lines.append(f"what would relieve the baseline: {baseline.bottleneck.relief}")
     if baseline.left_out:
         lines.append(f"the baseline's plan leaves out {some(baseline.left_out)}")
     lines += _verdict((baseline, *answers))
-    lines += [remark for remark in baseline.remarks if not remark.startswith(("schedules", "left out"))]
+    lines += [
+        remark
+        for remark in baseline.remarks
+        if not remark.startswith(("schedules", "left out", "no gain"))
+    ]
     seen: dict[str, list[str]] = {}
     cut = [a.title for a in answers if any(r.startswith(CUT_SHORT) for r in a.remarks)]
     for answer in answers:

@@ -13,7 +13,9 @@ from graphpar.partition.handmade import Tried, simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
 from graphpar.partition.types import Partition
-from graphpar.plan_choice import CHOICE_S, choose_plan, in_family_of, is_better, step_of
+from graphpar.plan_choice import CHOICE_S, choose_plan
+from graphpar.plan_comparison import in_family_of, is_better, step_of
+from graphpar.played_choice import best_played
 from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.known import Known, speed_of
 from graphpar.scenarios.layouts import configured
@@ -88,7 +90,7 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
         known.seed(p for p in others if has_formula(p.schedule))
         proven = _unbeaten(table, others, known)
         if proven is not None:
-            return proven
+            return _or_played(table, proven, task)
         others += _alone_found(table, task)
         find = partial(_found_together, table, task, others, known)
     try:
@@ -97,10 +99,17 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
         if not others:
             raise
         best, others = _sound(table, others[0]), others[1:]
-    best = _best_of(table, best, others)
+    found, best = best, _best_of(table, best, others)
+    if known is not None or best is not found:
+        best = _or_played(table, best, task)
     if known is not None and not has_formula(best.schedule):
         known.keep(KnownPlan(best.pipelines, best.schedule, table.batch))
     return best
+
+
+def _or_played(table: CostTable, best: Partition, task: Task) -> Partition:
+    """The plan, or one device where that is shorter, as `choose_plan` ends with it."""
+    return best_played(table, best, best, task.schedule, task.microbatches)
 
 
 def _best_of(table: CostTable, found: Partition, others: Sequence[Partition]) -> Partition:

@@ -68,6 +68,6 @@ def alone_on_one(table: CostTable, task: Task) -> Partition | None:
     if least_bytes(table) + table.reserved_bytes > max(c.memory_bytes for c in table.device_classes):
         return None
     try:
-        return one_device(table, Tried(schedule=searched(task.schedule)))
+        return one_device(table, Tried(searched(task.schedule), task.microbatches))
     except (InfeasibleError, ValueError):
         return None

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from graphpar.cluster import Cluster
 from graphpar.partition.settings import Microbatches, ScheduleWish
 from graphpar.partition.types import PipelineChoice, ScheduleName, TensorWidth
+from graphpar.played_choice import NO_GAIN
 
 OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of state per byte of parameters of the optimisers a scenario may name."""
@@ -218,10 +219,6 @@ class Answer:
         """Throughput relative to the baseline's, minus one."""
         mine, other = self.samples_per_s, baseline.samples_per_s
         return mine / other - 1 if mine and other else None
-
-
-NO_GAIN = 0.02
-"""A plan that is faster than one device by less than this is not worth the devices."""
 
 
 @dataclass(frozen=True)

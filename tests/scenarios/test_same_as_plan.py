@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from plan_samples import calibration
 from torch import nn
 
 import graphpar
+from graphpar.calibration import Fingerprint
+from graphpar.cost import LinkCost
 from graphpar.partition.types import TensorWidth
 from graphpar.training import Training
 
@@ -64,3 +67,18 @@ def test_the_baseline_is_the_plan(case: str, monkeypatch: pytest.MonkeyPatch) ->
     assert told.gap == pytest.approx(plan.partition.gap, abs=1e-9)
     free = {d: memory_bytes - peak for d, peak in plan.predicted_peak_bytes.items()}
     assert told.headroom_bytes == pytest.approx(free)
+
+
+def test_workers_that_are_in_each_others_way_leave_the_job_to_one_of_them() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    args = (torch.randn(8, 64), torch.randn(8, 64))
+    fast, alone = LinkCost(1e-6, 1e10), Fingerprint("one core", 1, torch.__version__, 1)
+    measured = replace(calibration(), loopback=fast, fingerprint=alone)
+    how: dict[str, Any] = {"train": ADAM, "calibration": measured}
+    cluster = {"devices": [{"kind": "cpu", "count": 4}]}
+    plan = graphpar.plan(model, cluster, args, measure_s=0, **how)
+    told = graphpar.what_if(model, cluster, (), args, cache=False, processes=1, **how).baseline
+    assert plan.devices == told.used == (told.one_device,)
+    assert told.step_s == told.one_device_s == pytest.approx(plan.predicted_step_s)
+    (why,) = (note for note in plan.partition.notes if "alone was taken" in note)
+    assert why in told.remarks and why in " ".join(str(plan).split())

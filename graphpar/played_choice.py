@@ -1,0 +1,173 @@
+"""One device, or another plan at hand, where that is shorter than the plan found when both are played.
+
+The formula by which plans are searched leaves things out that the simulator plays: what workers on the
+same cores cost each other, what messages cost their workers, replicas that start one after another. A
+plan over several devices that is best by the formula may so take longer than one device does.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition.check import check_partition
+from graphpar.partition.handmade import Tried, one_device, simple_plans
+from graphpar.partition.partition_words import idle_note
+from graphpar.partition.settings import Microbatches, ScheduleWish, searched
+from graphpar.partition.types import Partition
+from graphpar.plan_comparison import in_family_of, step_of
+from graphpar.schedule_choice import but_left_out, judged_s
+from graphpar.simulated import has_formula, simulated
+from graphpar.units import format_seconds
+
+NO_GAIN = 0.02
+"""A plan that is faster than one device by less than this is not worth the devices. And one that lost by
+its formula is taken where it is so much shorter played through: less is not worth the certificate."""
+
+BY_FORMULA = "formula: plans were compared as they are played through, the bound is of their formula"
+"""What cut the search short of a plan that is longer by its formula and was taken all the same."""
+
+_ROUNDING = 1e-9
+
+_STAGED = ("interleaved", "zero-bubble")
+"""Who asks for these asks for several stages."""
+
+_MOST_FORWARDS = 10_000
+"""Plans with more forwards of stages are not played through for this."""
+
+_MOST_LONGER = 2.0
+"""Without shared cores no plan takes so many times what its formula says, ..."""
+
+_LEAST_SHORTER = 0.9
+"""... and hardly any less than this share of it."""
+
+
+def best_played(
+    table: CostTable,
+    plan: Partition,
+    found: Partition,
+    wish: ScheduleWish = "auto",
+    microbatches: Microbatches = "auto",
+) -> Partition:
+    """The plan, or another one at hand that is shorter when both are played through.
+
+    Others are the best single device, plans that lost, and where workers are crowded on the cores of this
+    machine simple plans over as many as there are cores. A plan that is kept though one device is as good
+    says so.
+
+    Args:
+        table: What the plan was made for.
+        plan: The plan, as it would be taken.
+        found: What the search found: what it proved of its family holds for the others.
+        wish: A schedule, or `auto`. One that needs several stages is kept.
+        microbatches: The number that was fixed, if any.
+    """
+    if len(plan.used_devices) == 1 and not has_formula(plan.schedule) and wish not in _STAGED:
+        plan = (
+            found  # one device in another order takes what it takes in any, and has a worse certificate
+        )
+    if len(plan.used_devices) == 1 or _forwards(plan) > _MOST_FORWARDS:
+        return plan
+    tried = Tried(searched(wish), microbatches, physical_s=found.physical_bound_s)
+    hopeful = [p for p in _at_hand(table, found, tried) if _may_be_shorter(table, p, plan)]
+    if not hopeful:
+        return plan
+    plan_s = step_of(table, plan)
+    best, best_s = plan, judged_s(plan_s, plan.schedule)
+    for other in hopeful:
+        alone = len(other.used_devices) == 1
+        most_s = best_s * (1 + _ROUNDING if alone else 1 - NO_GAIN)
+        if other.objective_s * _LEAST_SHORTER >= most_s or other.pipelines == plan.pipelines:
+            continue
+        played = simulated(table, other.pipelines, other.schedule)
+        if not played.fits(table):
+            continue
+        if played.step_s < most_s and wish not in _STAGED:
+            best, best_s = other, played.step_s
+        elif alone and played.step_s <= plan_s * (1 + NO_GAIN):
+            plan = best = _said(plan, no_gain(other.used_devices[0], played.step_s))
+    return plan if best is plan else _taken_instead(table, best, plan, found)
+
+
+def no_gain(device: str, step_s: float) -> str:
+    """What is said where one device does as well as a plan over several."""
+    return f"no gain: use one device; {device} alone takes {format_seconds(step_s)} per step"
+
+
+def _said(plan: Partition, words: str) -> Partition:
+    return replace(plan, notes=(*plan.notes, words))
+
+
+def _at_hand(table: CostTable, found: Partition, tried: Tried) -> Iterator[Partition]:
+    """Plans with a formula: one device, over as many workers as there are cores, what lost."""
+    with suppress(InfeasibleError, ValueError):
+        yield one_device(table, tried)
+    few = _for_cores(table)
+    if few:
+        simple = simple_plans(table, replace(tried, devices=few))
+        yield from (p for p in simple if len(p.used_devices) > 1)
+    yield from (p for p in found.runners_up if has_formula(p.schedule))
+
+
+def _for_cores(table: CostTable) -> tuple[str, ...]:
+    """All devices but the slowest workers on this machine beyond what its cores can serve at once.
+
+    Empty where they serve all, or one alone.
+    """
+    shared = table.shared
+    if shared is None:
+        return ()
+    busy, kept = 0.0, []
+    for name in sorted(shared.workers, key=lambda name: shared.workers[name].slowdown):
+        use = shared.workers[name]
+        busy += use.cores / use.slowdown
+        if busy <= shared.num_cores:
+            kept.append(name)
+    left_out = shared.workers.keys() - {*kept}
+    rest = tuple(d for d in table.class_of if d not in left_out)
+    return rest if left_out and len(rest) > 1 else ()
+
+
+def _may_be_shorter(table: CostTable, other: Partition, plan: Partition) -> bool:
+    """Whether it is worth playing both through."""
+    if _forwards(other) > _MOST_FORWARDS:
+        return False
+    return table.shared is not None or other.objective_s < _MOST_LONGER * plan.objective_s
+
+
+def _forwards(plan: Partition) -> int:
+    return sum(p.microbatches * len(p.stages) for p in plan.pipelines)
+
+
+def _taken_instead(table: CostTable, best: Partition, plan: Partition, found: Partition) -> Partition:
+    """A plan that is shorter than another one played through, with what is to be known of it."""
+    others, used = len(plan.used_devices), len(best.used_devices)
+    taken = f"{best.used_devices[0]} alone was" if used == 1 else f"a plan over {used} devices was"
+    by_formula = f", {format_seconds(plan.objective_s)} by its formula" * has_formula(plan.schedule)
+    told = (
+        f"{taken} taken: played through, a step takes {format_seconds(step_of(table, best))}, and "
+        f"{format_seconds(step_of(table, plan))} under the plan over {others} devices that was found"
+        f"{by_formula}; {_beyond_formula(table)}"
+    )
+    notes = (*but_left_out(found.notes, best, plan), *_idle(table, best, plan), told)
+    made = in_family_of(found, best, notes)
+    check_partition(table, made)
+    if made.gap > plan.gap:
+        made = replace(made, truncated_by=(*made.truncated_by, BY_FORMULA))
+    return replace(made, runners_up=(replace(plan, runners_up=()), *found.runners_up[:2]))
+
+
+def _beyond_formula(table: CostTable) -> str:
+    """What playing knows more of than the formula."""
+    if table.shared is not None:
+        return (
+            "the formula leaves out what workers on the same cores cost each other, and what messages "
+            "cost them"
+        )
+    return "the formula leaves out that replicas behind a narrower stage start one after another"
+
+
+def _idle(table: CostTable, best: Partition, plan: Partition) -> list[str]:
+    same = set(best.used_devices) == set(plan.used_devices)
+    return [] if same else idle_note(table, best.pipelines)

@@ -1,0 +1,92 @@
+"""No plan over several devices is taken where one is as fast when both are played through."""
+
+from dataclasses import replace
+
+import pytest
+from test_schedule_choice import blocks
+
+from graphpar.cores import CoreUse, SharedCores
+from graphpar.cost import CostTable
+from graphpar.explanation_build import explain_partition
+from graphpar.partition.check import check_partition
+from graphpar.partition.handmade import one_device, priced_plan
+from graphpar.partition.pipeline import partition
+from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.plan_choice import choose_plan
+from graphpar.plan_comparison import step_of
+from graphpar.scenarios.solve import solve
+from graphpar.scenarios.task import Task
+
+
+def on_cores(num_cores: int, table: CostTable, message_s: float = 0.0) -> CostTable:
+    """The table with every device a worker on the cores of this machine."""
+    workers = {device: CoreUse() for device in table.class_of}
+    shared = SharedCores(num_cores, (1.0,), workers, send_s=message_s, receive_s=message_s)
+    return replace(table, shared=shared)
+
+
+def told(plan: Partition, word: str) -> str:
+    return next(note for note in plan.notes if word in note)
+
+
+CROWDED = {
+    "one core for four workers": on_cores(1, blocks(4, (1.0,) * 4)),
+    "the fastest is not the first": on_cores(1, blocks(4, (1.1, 1.0, 1.1))),
+    "messages that take long": on_cores(4, blocks(4, batch=2), message_s=5e-3),
+    "only forward": on_cores(1, replace(blocks(4, (1.0,) * 3), training=False)),
+}
+
+
+@pytest.mark.parametrize("case", CROWDED)
+def test_one_device_is_taken_where_playing_says_so_and_the_certificate_stays_true(case: str) -> None:
+    table = CROWDED[case]
+    found, alone = partition(table), one_device(table)
+    assert len(found.used_devices) > 1 and found.objective_s < alone.objective_s
+    chosen = choose_plan(table, found)
+    fastest = min(table.class_of, key=lambda d: table.forward_s(0, table.class_of[d], 1))
+    assert chosen.used_devices == (fastest,) and chosen.schedule in ("1f1b", "gpipe")
+    assert step_of(table, chosen) == step_of(table, alone) <= step_of(table, found) * (1 + 1e-9)
+    # The bound and the gap are still those of the formula, by which another plan is shorter.
+    check_partition(table, chosen)
+    assert chosen.bound_s == found.bound_s <= found.objective_s < chosen.objective_s
+    assert chosen.gap == pytest.approx(1 - chosen.bound_s / chosen.objective_s) and chosen.gap > found.gap
+    assert any(limit.startswith("formula") for limit in chosen.truncated_by)
+    assert f"over {len(found.used_devices)} devices" in told(chosen, "alone was taken")
+    assert told(chosen, "left out") and chosen.runners_up[0].pipelines == found.pipelines
+    # A question about the same job is answered with the same plan, and says that more gain nothing.
+    answer = solve(Task(table))
+    assert answer.used == chosen.used_devices and answer.step_s == step_of(table, chosen)
+    assert answer.needless and answer.one_device_s == answer.step_s
+    # What lost costs more, as it is compared.
+    explained = explain_partition(table, chosen, time_limit_s=5.0)
+    costs = [a.costs_s for c in explained.choices for a in c.alternatives if a.costs_s is not None]
+    assert min(costs, default=0.0) >= -1e-9 and explained.runners_up[0].costs_s >= 0
+
+
+def test_fewer_workers_are_taken_where_there_are_no_cores_for_more() -> None:
+    table = blocks(units=1, speeds=(1.0,) * 4, batch=8)
+    table = on_cores(2, replace(table, costs=tuple(replace(c, gradient_bytes=6e5) for c in table.costs)))
+    found = partition(table)
+    chosen = choose_plan(table, found)
+    assert (len(found.used_devices), len(chosen.used_devices)) == (4, 2)
+    assert step_of(table, chosen) < 0.98 * step_of(table, found)
+    assert told(chosen, "a plan over 2 devices was taken")
+    # Plans that lost are looked at as well: without crowding, only they are.
+    stage = StageChoice(0, 1, tuple(Replica(d, 4) for d in ("a/0", "a/1")))
+    lost = priced_plan(table, (PipelineChoice(8, 8, (stage,)),), "1f1b")
+    free = on_cores(4, table)
+    for shared in (free, replace(free, shared=None)):
+        kept = replace(found, runners_up=(lost,))
+        assert choose_plan(shared, kept).used_devices == found.used_devices
+
+
+def test_what_needs_several_devices_keeps_them_and_says_so_where_they_gain_nothing() -> None:
+    table = on_cores(1, blocks())
+    found = partition(table, schedule="1f1b")
+    chosen = choose_plan(table, found, "interleaved")
+    assert chosen.schedule == "interleaved" and len(chosen.used_devices) == 2
+    assert told(chosen, "no gain: use one device; a/0 alone takes 144 ms per step")
+    # A model that fits into no single device.
+    small = on_cores(1, blocks(memory_bytes=6 * 2e7))
+    chosen = choose_plan(small, partition(small))
+    assert len(chosen.used_devices) == 2 and not any("device" in note for note in chosen.notes)
