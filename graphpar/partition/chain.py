@@ -27,8 +27,15 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.partition.cells import StageOption
-from graphpar.partition.chain_columns import Columns, Hopeful, StagePrices, no_columns
-from graphpar.partition.chain_relaxed import ROUNDS, Prices, Relaxation
+from graphpar.partition.chain_columns import Columns, StagePrices, no_columns
+from graphpar.partition.chain_crews import (
+    ROUNDS_FOR_LOOPS,
+    CrewBounds,
+    Kept,
+    KnownPrices,
+    Shared,
+)
+from graphpar.partition.chain_relaxed import ROUNDS, Relaxation
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
@@ -38,25 +45,15 @@ BoolArray = npt.NDArray[np.bool_]
 _MANY_COLUMNS = 6000
 """So many columns are worth a second bound that counts replicas."""
 
-_MOST_COUNTED = 16
-"""That bound takes time in proportion to the replicas it counts."""
-
 _FEW_COLUMNS = 1500
 """So few columns are solved as they are."""
 
 
 _FEW_FOR_LOOPS = 20_000
-"""With compiled loops so few columns are swept as they are; ..."""
+"""With compiled loops so few columns are swept as they are."""
 
 MANY_FOR_LOOPS = 20_000
-"""So many columns are bounded by sets of devices first, whatever the mode."""
-
-ROUNDS_FOR_LOOPS = 30
-"""... more of them are bounded in so many steps first."""
-
-
-KnownPrices = dict[tuple[int, ...], Prices]
-"""The best prices found for pipelines on some devices, given as counts per cell."""
+"""So many columns are bounded by sets of devices first (`chain_crews`)."""
 
 
 class NotSolvedError(OutOfTimeError):
@@ -93,39 +90,6 @@ class ChainAnswer:
     stages: tuple[Stage, ...]
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Which columns are in use: all that a plan below `all_s` within `post_s` may have."""
-
-    all_s: float
-    post_s: float
-    post_weight: float
-
-    def answers(self, other: "Kept") -> bool:
-        """Whether the best plan below one target is that below the other, if it is below that at all."""
-        return self.covers(other) and self.post_s == other.post_s
-
-    def covers(self, other: "Kept") -> bool:
-        return (
-            self.all_s >= other.all_s
-            and self.post_s >= other.post_s
-            and self.post_weight == other.post_weight
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Excluded:
-    """What a plan below `all_s` may have, sets of devices by slot; and a bound on them all."""
-
-    all_s: float
-    bound_s: float
-    hopeful: Hopeful
-
-
-Shared = dict[tuple[object, ...], Excluded]
-"""What is excluded under either schedule, by setting, devices, and how post counts."""
-
-
 class ChainProgram:
     """The dynamic programme of one pipeline over the devices `limits` (a count per cell).
 
@@ -142,8 +106,8 @@ class ChainProgram:
         known: KnownPrices | None = None,
         shared: Shared | None = None,
     ) -> None:
-        self._shared: Shared = {} if shared is None else shared
-        self._known: KnownPrices = {} if known is None else known
+        known, shared = ({} if known is None else known), ({} if shared is None else shared)
+        self._crews = CrewBounds(prices, num_units, limits, weights, known, shared)
         self._prices = prices
         rows = self._rows = prices.rows
         self._cell_counts = tuple(limits)
@@ -238,7 +202,7 @@ class ChainProgram:
         limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)
         self._bound_s, hopeful = 0.0, None
         if self._prices.loops and self._prices.num_variables > MANY_FOR_LOOPS:
-            excluded = self._left_out(wanted)
+            excluded = self._crews.left_out(wanted)
             self._bound_s, hopeful = excluded.bound_s, excluded.hopeful
             if self._bound_s >= wanted.all_s:
                 self._use(no_columns())
@@ -254,64 +218,6 @@ class ChainProgram:
         self._use(exact, reduced[rows])
         self._kept = wanted
 
-    def _left_out(self, wanted: Kept) -> Excluded:
-        """Which sets of devices no plan below the target has where, under either schedule.
-
-        First whatever the mode, then in the modes that are left. Both schedules share the answer.
-        """
-        key = (self._prices.setting.shared, self._cell_counts, wanted.post_s, wanted.post_weight)
-        known = self._shared.get(key)
-        if known is not None and known.all_s >= wanted.all_s:
-            return known
-        rows, post_weight = self._rows, wanted.post_weight
-        limits = StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=post_weight)
-        first, bound_s, hopeful = rows.first_rows, 0.0, None
-        for step in range(2):
-            if hopeful is None:
-                relaxation = self._new_relaxation(rows.take[first], rows.width[first], post_weight)
-                deep = sum(self._cell_counts) <= _MOST_COUNTED
-                bound_s, ideal = relaxation.first_look(self._prices, limits, deep=deep)
-                if bound_s >= wanted.all_s:
-                    hopeful = self._hopeful(ideal.slot, ideal.option)
-                    break
-            else:
-                ideal = self._prices.relaxed(limits, hopeful=hopeful, either=True)
-                relaxation = self._new_relaxation(rows.take, rows.width, post_weight)
-            deep = self._positions_matter(ideal)
-            bounded = relaxation.bound(ideal, wanted.all_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
-            self._known[self._cell_counts] = relaxation.prices
-            bound_s = max(bound_s, bounded.bound_s)
-            kept = bounded.bound_s + bounded.reduced_s < wanted.all_s
-            crew = rows.crew_of[ideal.option[kept]] if step else ideal.option[kept]
-            hopeful = self._hopeful(ideal.slot[kept], crew)
-            if bound_s >= wanted.all_s:
-                break
-        assert hopeful is not None
-        found = self._shared[key] = Excluded(wanted.all_s, bound_s, hopeful)
-        return found
-
-    def _hopeful(self, slot: IntArray, crew: IntArray) -> Hopeful:
-        """The crews on each slot, without repetition."""
-        slots, crews = len(self._rows.slots.run), len(self._rows.first_rows)
-        there = np.zeros(slots * crews, dtype=np.bool_)
-        there[slot * crews + crew] = True
-        places = np.flatnonzero(there)
-        begins = np.searchsorted(places, np.arange(slots + 1) * crews)
-        return begins.astype(np.intp), (places % crews).astype(np.intp)
-
-    def _new_relaxation(self, take: IntArray, width: IntArray, post_weight: float) -> Relaxation:
-        return Relaxation(
-            self._rows.slots,
-            self._num_units,
-            take,
-            width,
-            self._cell_counts,
-            self._weights,
-            post_weight,
-            self._known.get(self._cell_counts),
-            loops=self._prices.loops,
-        )
-
     def _are_many(self, columns: Columns) -> bool:
         """Whether a bound takes less time than columns that it excludes would."""
         return len(columns) > (_FEW_FOR_LOOPS if self._prices.loops else _FEW_COLUMNS)
@@ -326,17 +232,19 @@ class ChainProgram:
         # A bound that counts post is none on what a pipeline takes without it.
         if self._relaxation is None or self._relaxation.post_weight != wanted.post_weight:
             rows = self._rows
-            self._relaxation = self._new_relaxation(rows.take, rows.width, wanted.post_weight)
+            self._relaxation = self._crews.relaxation(
+                rows.slots, rows.take, rows.width, wanted.post_weight
+            )
         target_s = wanted.all_s
         if self._prices.loops:
             # A sweep of labels is cheap: a few steps from what is known of other settings will do.
-            deep, rounds = self._positions_matter(columns), ROUNDS_FOR_LOOPS
+            deep, rounds = self._crews.positions_matter(columns), ROUNDS_FOR_LOOPS
             found = self._bounded(columns, target_s, bound_s, deep=deep, rounds=rounds)
         else:
             found = self._bounded(columns, target_s, bound_s)
-            if len(found[0]) > _MANY_COLUMNS and self._positions_matter(found[0]):
+            if len(found[0]) > _MANY_COLUMNS and self._crews.positions_matter(found[0]):
                 found = self._bounded(found[0], target_s, found[2], deep=True)
-        self._known[self._cell_counts] = self._relaxation.prices
+        self._crews.learn(self._relaxation)
         return found
 
     def _bounded(
@@ -356,13 +264,6 @@ class ChainProgram:
         # What the better of two bounds says about a column is at least what the other said.
         left = bounded.reduced_s[kept] + (bounded.bound_s - bound_s)
         return columns.pick(kept), left, bound_s
-
-    def _positions_matter(self, columns: Columns) -> bool:
-        """Whether replicas are counted: few enough, and cheap or memory limits where stages may stand."""
-        replicas = sum(self._cell_counts)
-        if replicas > _MOST_COUNTED or self._prices.loops:
-            return replicas <= _MOST_COUNTED
-        return bool((columns.most_below < replicas).any())
 
     def _use(self, columns: Columns, reduced: FloatArray | None = None) -> None:
         """Columns for the next answers, as they come."""

@@ -37,10 +37,10 @@ from graphpar.partition.unit_arrays import (
 
 BoolArray = npt.NDArray[np.bool_]
 
-Hopeful = tuple[IntArray, IntArray]
-"""Which crews there may be on which slots: where those of each slot begin, and their numbers."""
+Hopeful = tuple[IntArray, IntArray, IntArray]
+"""Which crews there may be on which slots: the list of each slot, where lists begin, their crews."""
 
-_ANY: Hopeful = (np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp))
+_ANY: Hopeful = (np.zeros(0, dtype=np.intp),) * 3
 
 _HALF: npt.DTypeLike = np.float32
 
@@ -188,24 +188,22 @@ class StagePrices:
     ) -> tuple[float, Columns]:
         """The cheapest chain of crews at some prices, and columns that plans below the target may have.
 
-        A column on a slot stands for those of a crew in all its modes; needs loops. Each replica is as
-        fast as in its fastest mode, post is the least of any mode, and memory that of the mode with most
-        room, where each of several replicas keeps one microbatch. A column of any mode has no less cost,
-        and no less cost and extra together, so none is cheaper in the relaxation, under either schedule
-        (`relaxed`). Here `option` numbers crews. For the arguments see `crew_loop`. Columns come by run;
-        arrays may be used again by the next call.
+        A column on a run stands for those of a crew in all its modes between all kinds of links; needs
+        loops. Each replica is as fast as in its fastest mode, the link before the best that the crew may
+        have, post is the least of any mode, and memory that of the mode with most room, where each of
+        several replicas keeps one microbatch. A column of any mode has no less cost, and no less cost and
+        extra together, so none is cheaper in the relaxation, under either schedule (`relaxed`). Here
+        `option` numbers crews and `slot` is one of `OptionRows.whole_slots`. For the arguments see
+        `crew_loop`. Arrays may be used again by the next call.
         """
         rows = self.rows
-        sorts, sort_of = rows.sorts
         chain_s, count = crew_loop(
-            (*rows.crews[2:], sort_of),
+            (*rows.crews[2:], rows.sorts[1], rows.without_last),
             self._fastest_by_run,
             self._best_flight,
             rows.least_post,
             rows.least_moved,
-            sorts,
-            (rows.slots.run, rows.slots.before, rows.slots.after),
-            self._ahead,
+            self._nearest(),
             self._beside,
             (self.setting.microbatches, self._table_trains),
             (limits.all_s, limits.post_s, limits.post_weight, paid),
@@ -216,6 +214,19 @@ class StagePrices:
             rows.room,
         )
         return chain_s, self._filled(count)
+
+    def _nearest(self) -> FloatArray:
+        """[run, sort]: the transfer before over the best link of a sort; infinite where it has none."""
+        slots, sorts = self.rows.whole_slots, self.rows.sorts[0]
+        whole = (slots.first == 0) & (slots.last == self._units.table.num_units)
+        found = np.full((len(slots.run), len(sorts)), np.inf)
+        for sort, near in enumerate(sorts):
+            kinds = np.flatnonzero(near[1:]) + 1
+            if len(kinds):
+                found[:, sort] = self.before_s[kinds].min(axis=0)[slots.first]
+                found[slots.first == 0, sort] = 0.0
+        found[whole] = 0.0
+        return found
 
     def _filled(self, count: int) -> Columns:
         """The first columns of the arrays that loops fill."""

@@ -2,8 +2,8 @@
 
 Index legend as in `chain_loops`; a `crew` are the options of the same devices in all modes, and its
 `sort` says which links it may have beside it. Both schedules are bounded: transfers neither wait nor take
-longest, so that only what comes before a stage depends on its slot, and all else is worked out once for
-each run of units.
+longest. What comes before a stage comes over the best link that its devices may have to any others, so
+that a run of units is one slot, however many kinds of links there are.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from graphpar.partition.chain_path_loops import (
     through,
 )
 from graphpar.partition.jit import compiled_exactly
-from graphpar.partition.unit_arrays import UNLIMITED, BoolArray, FloatArray, IntArray
+from graphpar.partition.unit_arrays import UNLIMITED, FloatArray, IntArray
 
 _HAIR = 1 - 1e-12
 """A hair below a fluid level, so that rounding never completes too much."""
@@ -23,13 +23,11 @@ _HAIR = 1 - 1e-12
 
 @compiled_exactly
 def crew_loop(
-    crews: tuple[IntArray, IntArray, IntArray],
+    crews: tuple[IntArray, IntArray, IntArray, IntArray],
     fastest: FloatArray,
     flight: FloatArray,
     post: FloatArray,
     moved: FloatArray,
-    sorts: BoolArray,
-    slots: tuple[IntArray, IntArray, IntArray],
     ahead: FloatArray,
     beside: FloatArray,
     setting: tuple[int, bool],
@@ -43,65 +41,51 @@ def crew_loop(
     """What the cheapest chain costs, and how many columns of `found` a plan below the target may have.
 
     Args:
-        crews: Replicas, [crew, replica] the team, sort.
+        crews: Replicas, [crew, replica] the team, sort, an earlier crew without the last replica or -1.
         fastest: [run, team]: the reciprocal of the fastest mode's seconds.
         flight: [run, team, width]: the most microbatches in any mode.
         post: [run, crew]: the least of any mode.
         moved: [run, crew]: what ZeRO moves at least.
-        sorts: [sort, link kind]: whether that may be beside it.
-        slots: (run, kind before, kind after) of each; those of a run come together.
-        ahead: [slot]: the transfer before.
+        ahead: [run, sort]: the transfer before over the best link there may be; infinite without any.
         beside: [run]: what all other units take at least.
         setting: Microbatches, and whether any stage holds one.
         limits: (target, most post, how much post counts, what prices take off a chain).
         prices: By crew (replicas counted, of extra, of post, of use).
-        places: Where each slot begins and ends, as numbers of link kind and unit.
+        places: The units where each run begins and ends.
         sizes: (levels, places, units), see `chain_path_loops`.
         whole: [run, crew]: scratch.
-        found: Arrays for the columns; options are numbers of crews.
+        found: Arrays for the columns; options are numbers of crews, slots those of runs.
     """
-    run_of, before, after = slots
-    wide_of, team, sort_of = crews
+    wide_of, _, sort_of, _ = crews
     number, keeps = setting
     target, most_post, weight, paid = limits
     counted, of_extra, of_post, of_use = prices
     levels, buckets, end = sizes
     options, at, costs, extras, posts, belows = found
-    least, local = np.full((len(run_of), levels), np.inf), np.empty((len(sorts), levels))
+    runs = len(beside)
+    least = np.full((runs, levels), np.inf)
     mine = np.empty(len(wide_of)), np.empty(len(wide_of)), np.empty(len(wide_of))
     longests, adds, rooms = mine
-    count = stop = 0
-    while stop < len(run_of):
-        start, run, least_ahead = stop, run_of[stop], ahead[stop]
-        while stop < len(run_of) and run_of[stop] == run:
-            least_ahead = min(least_ahead, ahead[stop])
-            stop += 1
-        most = target - beside[run] - least_ahead
-        _crews_of(run, fastest, flight, moved, wide_of, team, number, keeps, most, mine)
-        local[:] = np.inf
+    rates = np.empty(len(wide_of)), np.empty(len(wide_of))
+    count = 0
+    for run in range(runs):
+        most = target - beside[run]
+        _crews_of(run, fastest, flight, moved, crews, number, keeps, most, mine, rates)
         for crew in range(len(wide_of)):
-            longest, extra, own_post = longests[crew], adds[crew], post[run, crew]
+            extra, own_post = adds[crew], post[run, crew]
+            cost = longests[crew] + ahead[run, sort_of[crew]]
             whole[run, crew] = np.inf
             if rooms[crew] < wide_of[crew] or not own_post <= most_post:
                 continue
-            if not longest + extra + weight * own_post < most:
+            if not cost + extra + weight * own_post < most:
                 continue
-            own = longest + of_extra[crew] * extra + of_post[crew] * own_post + of_use[crew]
+            own = cost + of_extra[crew] * extra + of_post[crew] * own_post + of_use[crew]
             whole[run, crew] = own
-            sort = sort_of[crew]
             if rooms[crew] >= levels - 1:
-                local[sort, counted[crew]] = min(local[sort, counted[crew]], own)
-                continue
-            for slot in range(start, stop):
-                if sorts[sort, before[slot]] and sorts[sort, after[slot]]:
-                    options[count], at[count] = crew, slot
-                    costs[count], belows[count] = own + ahead[slot], rooms[crew]
-                    count += 1
-        for slot in range(start, stop):
-            for sort in range(len(sorts)):
-                if sorts[sort, before[slot]] and sorts[sort, after[slot]]:
-                    for level in range(levels):
-                        least[slot, level] = min(least[slot, level], local[sort, level] + ahead[slot])
+                least[run, counted[crew]] = min(least[run, counted[crew]], own)
+            else:
+                options[count], at[count], costs[count], belows[count] = crew, run, own, rooms[crew]
+                count += 1
     each = _limited(options[:count], at[:count], costs[:count], belows[:count], counted, places)
     rest = least_after_slots(each, places, least, levels, buckets, end)
     chain = rest[0].min()
@@ -112,43 +96,25 @@ def crew_loop(
     for c in range(count):
         least[at[c], counted[options[c]]] = min(least[at[c], counted[options[c]]], costs[c])
     through(least, ahead_of, rest, places)
-    count = stop = 0
-    while stop < len(run_of):
-        start, run = stop, run_of[stop]
-        while stop < len(run_of) and run_of[stop] == run:
-            stop += 1
-        local[:] = np.inf
-        for slot in range(start, stop):
-            for sort in range(len(sorts)):
-                if sorts[sort, before[slot]] and sorts[sort, after[slot]]:
-                    for level in range(levels):
-                        local[sort, level] = min(local[sort, level], least[slot, level] + ahead[slot])
+    count = 0
+    for run in range(runs):
         known = False
         for crew in range(len(wide_of)):
             # No limit on what may be behind is less than any.
-            if not whole[run, crew] + local[sort_of[crew], counted[crew]] < target + paid:
+            best = least[run, counted[crew]]
+            if not whole[run, crew] + best < target + paid:
                 continue
             if not known:
-                _crews_of(run, fastest, flight, moved, wide_of, team, number, keeps, np.inf, mine)
+                _crews_of(run, fastest, flight, moved, crews, number, keeps, np.inf, mine, rates)
                 known = True
-            longest, extra, own_post, sort = longests[crew], adds[crew], post[run, crew], sort_of[crew]
-            for slot in range(start, stop):
-                cost = longest + ahead[slot]
-                if not (sorts[sort, before[slot]] and sorts[sort, after[slot]]):
-                    continue
-                if not cost + extra + weight * own_post < target - beside[run]:
-                    continue
-                best = least[slot, counted[crew]]
-                if rooms[crew] < levels - 1:
-                    level = int(max(rooms[crew], 0.0))
-                    best = least_at(
-                        ahead_of, rest, places[0][slot], places[1][slot], counted[crew], level
-                    )
-                if best + whole[run, crew] + ahead[slot] < target + paid:
-                    options[count], at[count] = crew, slot
-                    costs[count], extras[count] = cost, extra
-                    posts[count], belows[count] = own_post, rooms[crew]
-                    count += 1
+            if rooms[crew] < levels - 1:
+                level = int(max(rooms[crew], 0.0))
+                best = least_at(ahead_of, rest, places[0][run], places[1][run], counted[crew], level)
+            if best + whole[run, crew] < target + paid:
+                options[count], at[count] = crew, run
+                costs[count] = longests[crew] + ahead[run, sort_of[crew]]
+                extras[count], posts[count], belows[count] = adds[crew], post[run, crew], rooms[crew]
+                count += 1
     return chain, count
 
 
@@ -158,30 +124,39 @@ def _crews_of(
     fastest: FloatArray,
     flight: FloatArray,
     moved: FloatArray,
-    wide_of: IntArray,
-    team: IntArray,
+    crews: tuple[IntArray, IntArray, IntArray, IntArray],
     number: int,
     keeps: bool,
     most: float,
     found: tuple[FloatArray, FloatArray, FloatArray],
+    known: tuple[FloatArray, FloatArray],
 ) -> None:
     """By crew: the first microbatch, what the others add, the most replicas from here on (-1: nothing).
 
     Nothing where all microbatches alone take as long as may be. Each of several replicas keeps one
-    microbatch, and they are dealt as if they could be divided.
+    microbatch, and they are dealt as if they could be divided. `known` is room for the rate of each crew
+    and that of its slowest replica, which begin with those of a crew without the last replica.
     """
+    wide_of, team, _, without_last = crews
     longests, extras, belows = found
+    rates, slowest = known
     for crew in range(len(wide_of)):
-        wide, rate, least, room = wide_of[crew], 0.0, np.inf, UNLIMITED
-        belows[crew] = -1.0
-        if wide > number:
-            continue
-        for r in range(wide):
+        wide, rate, least, begin = wide_of[crew], 0.0, np.inf, 0
+        if without_last[crew] >= 0:
+            rate, least = rates[without_last[crew]], slowest[without_last[crew]]
+            begin = wide - 1
+        for r in range(begin, wide):
             rate += fastest[run, team[crew, r]]
             least = min(least, fastest[run, team[crew, r]])
-            room = min(room, flight[run, team[crew, r], wide])
+        rates[crew], slowest[crew] = rate, least
+        belows[crew] = -1.0
         # All microbatches over all replicas: no division is needed to see that.
-        if (room < 1 and keeps) or number * _HAIR >= most * rate:
+        if wide > number or number * _HAIR >= most * rate:
+            continue
+        room = UNLIMITED
+        for r in range(wide):
+            room = min(room, flight[run, team[crew, r], wide])
+        if room < 1 and keeps:
             continue
         more = moved[run, crew]
         longest = 1 / least + more

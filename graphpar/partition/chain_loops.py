@@ -35,7 +35,7 @@ def relaxed_loop(
     setting: tuple[int, int, bool, bool, bool],
     simple: int,
     spread: bool,
-    hopeful: tuple[IntArray, IntArray],
+    hopeful: tuple[IntArray, IntArray, IntArray],
     limits: tuple[float, float, float, float, float, float],
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> int:
@@ -45,7 +45,7 @@ def relaxed_loop(
     devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for),
     narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is one stage.
     With `spread` each of several replicas has only one microbatch to keep. `hopeful` are the crews that
-    are looked at: where those of each slot begin, and their numbers, increasing; all if it is empty.
+    are looked at: the list of each slot, where lists begin, numbers of crews, increasing; all if empty.
     """
     run_of, before, after = slots
     row_of, begin, wide_of, team = crews
@@ -53,16 +53,17 @@ def relaxed_loop(
     most_extra, most_post, most_both, whole_fill, whole_all, weight = limits
     options, places, costs, extras, posts, belows = found
     times, rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
-    count, some, every = 0, len(hopeful[0]) > 0, len(wide_of)
+    list_of, list_begin, crew_at = hopeful
+    count, some, every = 0, len(list_begin) > 0, len(wide_of)
     for slot in range(len(run_of)):
         run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
         most_fill, most_all = whole_fill - beside[run], whole_all - beside[run]
         whole = before[slot] == 0 and after[slot] == 0
         if simple == 2 and not whole:
             continue
-        first_crew = hopeful[0][slot] if some else 0
-        for place_of_crew in range(first_crew, hopeful[0][slot + 1] if some else every):
-            crew = hopeful[1][place_of_crew] if some else place_of_crew
+        first_crew = list_begin[list_of[slot]] if some else 0
+        for place_of_crew in range(first_crew, list_begin[list_of[slot] + 1] if some else every):
+            crew = crew_at[place_of_crew] if some else place_of_crew
             wide = wide_of[crew]
             if simple and wide > 1 and not whole:
                 break

@@ -86,6 +86,7 @@ class Relaxation:
         self._num_units = num_units
         self._num_kinds = int(slots.before.max(initial=0)) + 1
         self._starts = np.searchsorted(slots.first, np.arange(num_units + 1))
+        self._places = slots.places(num_units)
         self._take = take.astype(np.float64)
         self._width = width
         self._counts = np.array(counts, dtype=np.float64)
@@ -187,12 +188,11 @@ class Relaxation:
         tuple[int, int, int],
     ]:
         """By option replicas counted and prices; by slot where it begins and ends; sizes of arrays."""
-        slots, units = self._slots, self._num_units + 1
+        units = self._num_units + 1
         counted = self._width if levels > 1 else np.zeros_like(self._width)
         rho = self.post_weight * (self._take @ prices.rho)
         per_option = counted, self._take @ prices.nu, rho, self._take @ prices.use
-        places = slots.before * units + slots.first, slots.after * units + slots.last
-        return per_option, places, (levels, self._num_kinds * units, self._num_units)
+        return per_option, self._places, (levels, self._num_kinds * units, self._num_units)
 
     def _column_prices(self, columns: Columns, prices: Prices) -> FloatArray:
         nu, use = self._take @ prices.nu, self._take @ prices.use

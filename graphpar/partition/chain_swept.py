@@ -3,8 +3,9 @@
 import numpy as np
 
 from graphpar.partition import chain
-from graphpar.partition.chain import ChainAnswer, ChainProgram, Kept, Stage
+from graphpar.partition.chain import ChainAnswer, ChainProgram, Stage
 from graphpar.partition.chain_columns import Columns
+from graphpar.partition.chain_crews import Kept
 from graphpar.partition.chain_labels import LabelColumns, LabelStates, best_line, not_outdone
 from graphpar.partition.chain_relaxed import Bounded, Prices
 from graphpar.partition.stage_costs import StageLimits
@@ -53,10 +54,12 @@ class SweptProgram(ChainProgram):
         """A lower bound on the pipelines with one replica per stage that are below a target."""
         limits = StageLimits(post_s=post_limit_s, all_s=target_s, post_weight=post_weight)
         columns = self._prices.exact(self._prices.relaxed(limits, simple=1))[0]
-        relaxation = self._new_relaxation(self._rows.take, self._rows.width, post_weight)
-        deep = self._positions_matter(columns)
+        relaxation = self._crews.relaxation(
+            self._rows.slots, self._rows.take, self._rows.width, post_weight
+        )
+        deep = self._crews.positions_matter(columns)
         bounded = relaxation.bound(columns, target_s, rounds=_ROUNDS_FOR_SIMPLE, deep=deep)
-        self._known[self._cell_counts] = relaxation.prices
+        self._crews.learn(relaxation)
         self._simple = columns, bounded, relaxation.prices
         return bounded.bound_s
 
@@ -89,7 +92,7 @@ class SweptProgram(ChainProgram):
         wanted, hopeful = Kept(target_s, np.inf, 1.0), None
         if self._prices.num_variables > chain.MANY_FOR_LOOPS:
             # There, too, each of several replicas keeps one microbatch.
-            excluded = self._left_out(wanted)
+            excluded = self._crews.left_out(wanted)
             if excluded.bound_s >= target_s:
                 return True
             hopeful = excluded.hopeful
@@ -161,7 +164,7 @@ class SweptProgram(ChainProgram):
 
     def rehearse(self) -> None:
         """Use everything once that an answer may need."""
-        self._left_out(Kept(np.inf, np.inf, 1.0))
+        self._crews.left_out(Kept(np.inf, np.inf, 1.0))
         columns, _, _ = self._excluded(self._prices.relaxed(StageLimits()), Kept(np.inf, np.inf, 1.0))
         self._use(self._prices.exact(columns)[0])
         if self.best(np.inf, np.inf, 1.0, np.inf) is None:
@@ -171,8 +174,8 @@ class SweptProgram(ChainProgram):
         """The prices of the bound; any will do."""
         if self._relaxation is not None:
             return self._relaxation.prices
-        if self._cell_counts in self._known:
-            return self._known[self._cell_counts]
+        if self._crews.known is not None:
+            return self._crews.known
         counts = np.array(self._cell_counts, dtype=np.float64)
         weights = np.where(counts > 0, self._weights, 0.0)
         nu = weights / max(float(counts @ weights), 1e-300)

@@ -36,6 +36,11 @@ class Slots:
     before: IntArray
     after: IntArray
 
+    def places(self, num_units: int) -> tuple[IntArray, IntArray]:
+        """Where each begins and ends, as numbers of link kind and unit (`chain_path_loops`)."""
+        units = num_units + 1
+        return self.before * units + self.first, self.after * units + self.last
+
 
 class OptionRows:
     """What does not depend on microbatches: who staffs each option, its post, what ZeRO moves."""
@@ -64,6 +69,7 @@ class OptionRows:
         padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
         self.staff = np.array(padded, dtype=np.intp).reshape(len(padded), widest)
         self.kinds, self.near, self.place, self.joins = _places(cells, options)
+        self._runs = runs
         self.slots = find_slots(runs, table.num_units, len(self.kinds))
         posts = [cached_post(table, units, o, setting) for o in options]
         self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
@@ -136,6 +142,17 @@ class OptionRows:
         return found
 
     @cached_property
+    def without_last(self) -> IntArray:
+        """For each crew an earlier one whose replicas are its own but for the last, by team; -1: none."""
+        _, _, wide_of, team_of = self.crews
+        known: dict[tuple[int, ...], int] = {}
+        found = np.full(len(wide_of), -1, dtype=np.intp)
+        for crew, (wide, row) in enumerate(zip(wide_of.tolist(), team_of.tolist(), strict=True)):
+            found[crew] = known.get(tuple(row[: wide - 1]), -1)
+            known.setdefault(tuple(row[:wide]), crew)
+        return found
+
+    @cached_property
     def near_alone(self) -> BoolArray:
         """`near` where every stage has one replica: links between other stages are none of theirs."""
         places = np.unique(self.place[self.width == 1])
@@ -149,6 +166,13 @@ class OptionRows:
         """[sort, link kind]: what may be beside crews of a sort, and the sort of each crew."""
         found, sort_of = np.unique(self.near[self.first_rows], axis=0, return_inverse=True)
         return found, sort_of.reshape(-1).astype(np.intp)
+
+    @cached_property
+    def whole_slots(self) -> Slots:
+        """Every run once, for bounds that leave open which links are beside it."""
+        first, last = self._runs.first, self._runs.last
+        none = np.zeros(len(first), dtype=np.intp)
+        return Slots(np.arange(len(first)), first, last, none, none)
 
     @cached_property
     def scratch(self) -> FloatArray:

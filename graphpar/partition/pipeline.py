@@ -8,11 +8,12 @@ each answered by the dynamic programme of `chain`. Several pipelines side by sid
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from graphpar.cost import CostTable
 from graphpar.partition.all_devices import few_devices, simple_until_s, with_all_devices
 from graphpar.partition.assign import groups_hold, name_devices
+from graphpar.partition.candidate import Candidate, prefer_1f1b
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import (
@@ -27,7 +28,7 @@ from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeas
 from graphpar.partition.nearer import brought_nearer, links_differ, most_s
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
-from graphpar.partition.pipeline_price import price, share_microbatches
+from graphpar.partition.pipeline_price import price
 from graphpar.partition.programs import Programs
 from graphpar.partition.regular import regular_plans
 from graphpar.partition.search import INFINITY, Aim, Found, SearchResult
@@ -77,15 +78,6 @@ _COARSE_BLOCKS = 64
 
 _COARSE_SHARE = 0.5
 """... for this share of the time at most."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan on named devices and its price."""
-
-    pipelines: tuple[PipelineChoice, ...]
-    schedule: ScheduleName
-    step_s: float
 
 
 def partition(
@@ -311,14 +303,21 @@ class _Run:
 
     def first(self) -> None:
         """One good pipeline over the whole cluster, where that is quick."""
-        if self._programs.loops:
+        if not self._programs.loops:
+            return
+        if (roughly := self._programs.with_few_cuts()) is not None:
+            result = self._pipeline("both", roughly)
+            self._coarse = result.best
+            self._take(result)
+        if self.best is None:
             self._take(self._pipeline("plan"))
-            self._near = self.best is not None
+        self._near = self.best is not None
 
-    def _pipeline(self, aim: Aim) -> SearchResult:
+    def _pipeline(self, aim: Aim, programs: Programs | None = None) -> SearchResult:
         """The best pipeline over the whole cluster."""
-        tasks = self._programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
-        return self._programs.search(
+        programs = programs or self._programs
+        tasks = programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
+        return programs.search(
             tasks,
             cutoff_s=self._target_s,
             gap=self._gap,
@@ -438,23 +437,10 @@ class _Run:
             if made.objective_s < self.step_s:
                 self.best = Candidate(made.pipelines, made.schedule, made.objective_s)
 
-    def _prefer_1f1b(self, best: Candidate) -> Candidate:
-        """The same plan under 1F1B where that takes no longer: it keeps less in memory."""
-        if best.schedule == "1f1b" or "1f1b" not in self.family.schedules:
-            return best
-        dealt = tuple(share_microbatches(self._table, p, "1f1b") for p in best.pipelines)
-        cost = price(self._table, dealt, "1f1b")
-        fits = all(
-            peak <= self._table.device_classes[self._table.class_of[d]].memory_bytes
-            for d, peak in cost.peak_bytes.items()
-        )
-        slower = not fits or cost.objective_s > best.step_s
-        return best if slower else Candidate(dealt, "1f1b", cost.objective_s)
-
     def answer(self) -> Partition:
         """The best plan with its certificate."""
         assert self.best is not None
-        self.best = self._prefer_1f1b(self.best)
+        self.best = prefer_1f1b(self._table, self.family.schedules, self.best)
         cost = price(self._table, self.best.pipelines, self.best.schedule)
         bound = max(min(self._bound_s, cost.objective_s), self._physical_s)
         bound = min(bound, cost.objective_s)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -21,13 +21,15 @@ from graphpar.partition.bounds import (
     work_bound,
 )
 from graphpar.partition.cells import Links, StageOption, pareto
-from graphpar.partition.chain import ChainProgram, KnownPrices, Shared
+from graphpar.partition.chain import ChainProgram
 from graphpar.partition.chain_columns import StagePrices
+from graphpar.partition.chain_crews import KnownPrices, Shared
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_columns import Span
 from graphpar.partition.counting_search import search_counted
+from graphpar.partition.cuts import few_cuts
 from graphpar.partition.family import Family
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
@@ -46,6 +48,7 @@ from graphpar.partition.unit_arrays import (
     Setting,
     memory_never_binds,
     run_ranges,
+    some_ranges,
 )
 
 
@@ -90,6 +93,15 @@ class Programs:
         other = copy(self)
         other.family = replace(self.family, repeats=repeats)
         other._built, other._cache = {}, {}
+        return other
+
+    def with_few_cuts(self) -> "Programs | None":
+        """The same for pipelines cut at few units only, if that saves much; prices are shared."""
+        if (cuts := few_cuts(self.family.table)) is None:
+            return None
+        other = copy(self)
+        other._ranges = some_ranges(list(combinations((0, *cuts, self.family.table.num_units), 2)))
+        other._built, other._cache, other._rows, other._excluded, other._fits = {}, {}, {}, {}, {}
         return other
 
     def tasks(

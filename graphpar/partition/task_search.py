@@ -58,6 +58,10 @@ class _TaskSearch(Search[int]):
     def _start(self) -> None:
         if self._dives and self._aim != "proof":
             self._dive()
+        elif self._known is not None:
+            settings = [t.setting for t in self._tasks]
+            if self._known.setting in settings:
+                self._improve(settings.index(self._known.setting))
 
     def _work(self) -> None:
         if self._aim != "plan" or self.best is None:

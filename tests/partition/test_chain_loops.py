@@ -13,7 +13,7 @@ from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
-from graphpar.partition import chain, chain_warm
+from graphpar.partition import chain, chain_warm, cuts
 from graphpar.partition.chain_columns import Columns, StagePrices
 from graphpar.partition.chain_labels import not_outdone
 from graphpar.partition.chain_relaxed import Relaxation
@@ -23,7 +23,7 @@ from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import Partition, SearchedSchedule
-from graphpar.partition.unit_arrays import Cache, IntArray, Setting, run_ranges
+from graphpar.partition.unit_arrays import Cache, Setting, run_ranges
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -35,6 +35,7 @@ def planned(table: CostTable, gap: float, *, loops: bool) -> Partition | None:
         # Everything is bounded, however few columns there are.
         for limit in ("MANY_FOR_LOOPS", "_FEW_FOR_LOOPS", "_FEW_COLUMNS"):
             patch.setattr(chain, limit, 0)
+        patch.setattr(cuts, "PARTS", 2)
         try:
             return partition(table, gap=gap, time_limit_s=600.0)
         except InfeasibleError:
@@ -106,11 +107,12 @@ def stage_prices(table: CostTable, setting: Setting) -> StagePrices:
     return StagePrices(table, rows, setting, runs, cache, loops=True)
 
 
-def assert_never_better(exact: Columns, relaxed: Columns, crew: IntArray | None = None) -> None:
+def assert_never_better(exact: Columns, relaxed: Columns, crews: OptionRows | None = None) -> None:
     """Every stage is there among those that stand for it, at no more and with as much room."""
     known = by_place(relaxed)
     for (option, slot), (cost, whole, post, below) in by_place(exact).items():
-        least = known[(option if crew is None else int(crew[option])), slot]
+        own = (option, slot) if crews is None else (crews.crew_of[option], crews.slots.run[slot])
+        least = known[own]
         assert all(a <= b * (1 + 1e-9) + 1e-12 for a, b in zip(least, (cost, whole, post), strict=False))
         assert least[3] >= below
 
@@ -131,7 +133,7 @@ def test_what_stands_for_a_stage_is_at_least_as_good(table: CostTable) -> None:
 @settings(max_examples=12, deadline=None, suppress_health_check=RELAXED)
 @given(small_tables(max_units=3, max_batch=6, modes=True), st.sampled_from([1.1, 1.5, 3.0, np.inf]))
 def test_crews_leave_every_stage_that_a_bound_leaves(table: CostTable, factor: float) -> None:
-    """At the same prices whatever a mode's own bound does not exclude, that of its devices does not."""
+    """At the same prices whatever a bound on a mode and its links leaves, that on its devices leaves."""
     schedules: tuple[SearchedSchedule, ...] = ("1f1b", "gpipe") if table.training else ("gpipe",)
     for microbatches in range(1, table.max_microbatches + 1):
         for schedule in schedules:
@@ -140,10 +142,13 @@ def test_crews_leave_every_stage_that_a_bound_leaves(table: CostTable, factor: f
             counts = tuple(choose_family(table, "auto", "auto").cells.counts)
             of_rows, of_crews = (
                 Relaxation(
-                    rows.slots, table.num_units, rows.take[i], rows.width[i],
+                    slots, table.num_units, rows.take[i], rows.width[i],
                     counts, np.arange(len(counts), dtype=np.float64) + 1, 1.0, loops=True,
                 )
-                for i in (np.arange(len(rows.width)), rows.first_rows)
+                for i, slots in (
+                    (np.arange(len(rows.width)), rows.slots),
+                    (rows.first_rows, rows.whole_slots),
+                )
             )  # fmt: skip
             whole = of_rows.bound(exact, np.inf, rounds=1, deep=True)
             target_s = factor * whole.bound_s
@@ -155,7 +160,7 @@ def test_crews_leave_every_stage_that_a_bound_leaves(table: CostTable, factor: f
             bounded = of_rows.bound(some, np.inf, rounds=1, deep=True)
             assert bound_s <= bounded.bound_s * (1 + 1e-9)
             left = bounded.bound_s + bounded.reduced_s < target_s * (1 - 1e-9)
-            assert_never_better(some.pick(left), ideal, rows.crew_of)
+            assert_never_better(some.pick(left), ideal, rows)
 
 
 def test_a_stage_that_memory_keeps_at_the_end_is_not_excluded() -> None:
