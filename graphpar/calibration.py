@@ -20,6 +20,7 @@ import msgspec
 
 from graphpar.cost import LinkCost
 from graphpar.errors import GraphparError
+from graphpar.files import write_whole
 
 _log = logging.getLogger("graphpar.calibration")
 
@@ -159,10 +160,8 @@ class Calibration:
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write as JSON, by default where `load` looks; the file is replaced in one step."""
         target = Path(path) if path is not None else cache_path(self.fingerprint)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(_File.of(self)), indent=1))
-        partial.replace(target)
+        body = msgspec.json.encode({"format_version": FORMAT_VERSION, **vars(self)})
+        write_whole(target, msgspec.json.format(body, indent=1))
         return target
 
     @classmethod
@@ -182,7 +181,7 @@ class Calibration:
                     f"The calibration {name} was written by {age} version of graphpar (format {found}, "
                     f"not {FORMAT_VERSION}). Measure again with `graphpar calibrate`."
                 )
-            return msgspec.json.decode(text, type=_File).calibration()
+            return msgspec.json.decode(text, type=cls)
         except (OSError, msgspec.DecodeError) as error:
             raise GraphparError(
                 f"The calibration {name} cannot be used: {error}. "
@@ -270,71 +269,6 @@ class _Header(msgspec.Struct):
 
     format_version: int
     fingerprint: Fingerprint | None = None
-
-
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    format_version: int
-    fingerprint: Fingerprint
-    curves: dict[str, Curve]
-    matmul: dict[str, Grid]
-    batched_matmul: dict[str, Grid]
-    attention: dict[str, Grid]
-    loopback: LinkCost
-    sum_s_per_byte: float
-    op_s: float
-    node_s: float
-    memory_bytes_per_s: float
-    slowing: tuple[float, ...]
-    reference_s: float
-    measured_at: str
-    send_s: float = 0.0
-    receive_s: float = 0.0
-    late_s: float = 0.0
-    worker_bytes: float = 0.0
-
-    @classmethod
-    def of(cls, c: Calibration) -> "_File":
-        return cls(
-            FORMAT_VERSION,
-            c.fingerprint,
-            dict(c.curves),
-            dict(c.matmul),
-            dict(c.batched_matmul),
-            dict(c.attention),
-            c.loopback,
-            c.sum_s_per_byte,
-            c.op_s,
-            c.node_s,
-            c.memory_bytes_per_s,
-            c.slowing,
-            c.reference_s,
-            c.measured_at,
-            c.send_s,
-            c.receive_s,
-            c.late_s,
-            c.worker_bytes,
-        )
-
-    def calibration(self) -> Calibration:
-        return Calibration(
-            self.fingerprint,
-            self.curves,
-            self.matmul,
-            self.batched_matmul,
-            self.attention,
-            self.loopback,
-            self.sum_s_per_byte,
-            self.op_s,
-            self.node_s,
-            self.memory_bytes_per_s,
-            self.slowing,
-            self.reference_s,
-            self.measured_at,
-            self.send_s,
-            self.receive_s,
-            self.late_s,
-            self.worker_bytes,
-        )
 
 
 def fingerprint(threads: int = 1) -> Fingerprint:

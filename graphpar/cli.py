@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -29,40 +29,23 @@ EXIT_FAILED = 5
 EXIT_INTERRUPTED = 130
 
 
-class _Entry(NamedTuple):
-    """Where a subcommand is found, and its line in the help."""
-
-    module: str
-    attribute: str
-    help: str
-
-
-COMMANDS: dict[str, _Entry] = {
-    "demo": _Entry("graphpar.commands.demo", "command", "Train a small GPT on unlike local workers."),
-    "doctor": _Entry(
-        "graphpar.commands.doctor", "command", "Check that this machine has what graphpar needs."
-    ),
-    "plan": _Entry("graphpar.commands.plan", "command", "Plan a model on a cluster."),
-    "show": _Entry("graphpar.commands.show", "command", "Print a plan."),
-    "view": _Entry("graphpar.commands.view", "command", "Draw a plan into one file."),
-    "rehearse": _Entry(
-        "graphpar.commands.rehearse", "command", "Play a plan's steps here, without computing."
-    ),
-    "explain": _Entry("graphpar.commands.explain", "command", "Tell why a plan is as it is."),
-    "diff": _Entry("graphpar.commands.diff", "command", "Tell what differs between two plans."),
-    "what-if": _Entry(
-        "graphpar.commands.what_if", "command", "Ask what other devices or settings would change."
-    ),
-    "estimate": _Entry(
-        "graphpar.commands.estimate", "command", "Tell what memory a model needs, and on what it fits."
-    ),
-    "run": _Entry("graphpar.commands.run", "command", "Run a model on a cluster for some steps."),
-    "verify": _Entry("graphpar.commands.verify", "command", "Compare a parallel run with one device."),
-    "calibrate": _Entry(
-        "graphpar.commands.calibrate", "command", "Measure this machine for better predictions."
-    ),
-    "solve": _Entry("graphpar.solve_command", "solve", "Solve a partition problem given as a file."),
+COMMANDS: dict[str, str] = {
+    "demo": "Train a small GPT on unlike local workers.",
+    "doctor": "Check that this machine has what graphpar needs.",
+    "plan": "Plan a model on a cluster.",
+    "show": "Print a plan.",
+    "view": "Draw a plan into one file.",
+    "rehearse": "Play a plan's steps here, without computing.",
+    "explain": "Tell why a plan is as it is.",
+    "diff": "Tell what differs between two plans.",
+    "what-if": "Ask what other devices or settings would change.",
+    "estimate": "Tell what memory a model needs, and on what it fits.",
+    "run": "Run a model on a cluster for some steps.",
+    "verify": "Compare a parallel run with one device.",
+    "calibrate": "Measure this machine for better predictions.",
+    "solve": "Solve a partition problem given as a file.",
 }
+"""Subcommands and their lines in the help; each is `command` of a module of its name."""
 
 
 @dataclass
@@ -81,17 +64,16 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The subcommand, imported now."""
-        entry = COMMANDS.get(cmd_name)
-        if entry is None:
+        if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(entry.module), entry.attribute)
-        assert isinstance(command, click.Command)
-        return command
+        module = importlib.import_module(f"graphpar.commands.{cmd_name.replace('-', '_')}")
+        assert isinstance(module.command, click.Command)
+        return module.command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of subcommands, from the table and without importing any."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
