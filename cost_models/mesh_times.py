@@ -116,11 +116,6 @@ class MeshTimes:
     def _group(self, axis: int | None) -> TensorGroup:
         return self.group if axis is None else self._lines[axis]
 
-    def conversion_parts(self, op: Op, made: Layouts, wanted: Layouts) -> tuple[float, float] | None:
-        """Forward and backward seconds of bringing a value from some layouts to others."""
-        moves = self.sent(op, made, wanted)
-        return self.sent_seconds(op, moves) if moves is not None else None
-
     def sent(self, op: Op, made: Layouts, wanted: Layouts) -> "Sent | None":
         """What is sent to bring a value from some layouts to others; None where it cannot be brought."""
         moves = self._collectives(made, wanted, self._flows_back(op), op.target == "parameter")
@@ -129,14 +124,6 @@ class MeshTimes:
     def sent_seconds(self, op: Op, moves: "Sent") -> tuple[float, float]:
         """Forward and backward seconds of sending a value so."""
         return self._seconds(moves, self._num_bytes(op)) if moves else (0.0, 0.0)
-
-    def conversion_table(
-        self, op: Op, made: Sequence[Layouts], wanted: Sequence[Layouts]
-    ) -> npt.NDArray[np.float64]:
-        """Seconds in both directions from each of some layouts to each of others; endless for no way."""
-        ways, numbers = self.conversions(op, made, wanted)
-        found: npt.NDArray[np.float64] = self.sending_seconds(op, ways)[numbers]
-        return found
 
     def conversions(
         self, op: Op, made: Sequence[Layouts], wanted: Sequence[Layouts]

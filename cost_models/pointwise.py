@@ -10,22 +10,9 @@ from graphpar.ir.optable import packet
 Rule = Callable[[Call], OpWork]
 
 ACTIVATIONS = frozenset(
-    [
-        "gelu",
-        "silu",
-        "tanh",
-        "sigmoid",
-        "exp",
-        "relu",
-        "softplus",
-        "mish",
-        "elu",
-        "log_sigmoid",
-        "erf",
-        "sin",
-        "cos",
-        "log",
-    ]
+    """
+    gelu silu tanh sigmoid exp relu softplus mish elu log_sigmoid erf sin cos log
+    """.split()
 )
 """Pointwise ops whose arithmetic may outweigh their memory traffic, with curves of their own."""
 
@@ -38,32 +25,10 @@ _SAVES_RESULT = frozenset(
     ["tanh", "sigmoid", "exp", "relu", "sqrt", "rsqrt", "reciprocal", "elu", "hardtanh"]
 )
 _SAVES_NOTHING = frozenset(
-    [
-        "add",
-        "sub",
-        "subtract",
-        "neg",
-        "negative",
-        "rsub",
-        "_to_copy",
-        "to",
-        "type_as",
-        "clone",
-        "contiguous",
-        "fill",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "add_",
-        "sub_",
-        "positive",
-        "round",
-        "floor",
-        "ceil",
-        "sign",
-        "trunc",
-    ]
+    """
+    add sub subtract neg negative rsub _to_copy to type_as clone contiguous fill zeros_like
+    ones_like full_like empty_like add_ sub_ positive round floor ceil sign trunc
+    """.split()
 )
 _CHEAP_BACKWARD = frozenset(["add", "sub", "subtract", "neg", "negative", "rsub", "positive", "clone"])
 _NO_FLOAT = frozenset(["zeros_like", "ones_like", "full_like", "empty_like", "fill"])
@@ -267,71 +232,26 @@ def unknown(call: Call) -> OpWork:
 
 POINTWISE_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
-        [
-            "sum",
-            "mean",
-            "amax",
-            "amin",
-            "max",
-            "min",
-            "any",
-            "all",
-            "prod",
-            "logsumexp",
-            "var",
-            "std",
-            "var_mean",
-            "std_mean",
-            "norm",
-            "linalg_vector_norm",
-            "argmax",
-            "argmin",
-            "median",
-            "nansum",
-            "nanmean",
-            "count_nonzero",
-        ],
+        """
+        sum mean amax amin max min any all prod logsumexp var std var_mean std_mean norm
+        linalg_vector_norm argmax argmin median nansum nanmean count_nonzero
+        """.split(),
         reduction,
     ),
     **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp"), cumulative),
     **dict.fromkeys(("cat", "stack", "concat", "pad", "constant_pad_nd", "roll", "flip"), joining),
     **dict.fromkeys(
-        [
-            "index",
-            "gather",
-            "index_select",
-            "take_along_dim",
-            "index_put",
-            "scatter",
-            "scatter_add",
-            "index_add",
-            "index_copy",
-            "masked_select",
-            "tril",
-            "triu",
-            "repeat",
-            "repeat_interleave",
-            "tile",
-        ],
+        """
+        index gather index_select take_along_dim index_put scatter scatter_add index_add index_copy
+        masked_select tril triu repeat repeat_interleave tile
+        """.split(),
         gathering,
     ),
     **dict.fromkeys(
-        [
-            "zeros",
-            "ones",
-            "full",
-            "empty",
-            "arange",
-            "eye",
-            "linspace",
-            "new_zeros",
-            "new_ones",
-            "new_full",
-            "new_empty",
-            "scalar_tensor",
-            "one_hot",
-            "lift_fresh_copy",
-        ],
+        """
+        zeros ones full empty arange eye linspace new_zeros new_ones new_full new_empty
+        scalar_tensor one_hot lift_fresh_copy
+        """.split(),
         creating,
     ),
     **dict.fromkeys(("gp.dropout", "dropout", "native_dropout", "feature_dropout"), dropout),

@@ -335,32 +335,18 @@ PRODUCT_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), softmax),
     **dict.fromkeys(("cross_entropy_loss", "nll_loss", "nll_loss_nd"), cross_entropy),
     **dict.fromkeys(
-        [
-            "mse_loss",
-            "l1_loss",
-            "smooth_l1_loss",
-            "huber_loss",
-            "kl_div",
-            "binary_cross_entropy",
-            "binary_cross_entropy_with_logits",
-            "soft_margin_loss",
-        ],
+        """
+        mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy
+        binary_cross_entropy_with_logits soft_margin_loss
+        """.split(),
         element_loss,
     ),
     "embedding": embedding,
     **dict.fromkeys(
-        [
-            "max_pool1d",
-            "max_pool2d",
-            "max_pool3d",
-            "avg_pool1d",
-            "avg_pool2d",
-            "avg_pool3d",
-            "adaptive_avg_pool1d",
-            "adaptive_avg_pool2d",
-            "upsample_nearest2d",
-            "upsample_bilinear2d",
-        ],
+        """
+        max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+        adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d
+        """.split(),
         pooling,
     ),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),

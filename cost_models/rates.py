@@ -204,9 +204,6 @@ def interpolate(points: tuple[tuple[float, float], ...], flops: float) -> float:
     return points[-1][1]
 
 
-_ELEMENT_BYTES = 4.0
-
-
 @dataclass(frozen=True)
 class CalibratedRates:
     """This machine's processor, as measured."""

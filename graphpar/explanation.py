@@ -138,7 +138,3 @@ class Explanation:
     runners_up: tuple[RunnerUp, ...] = ()
     shadow_prices: tuple[ShadowPrice, ...] = ()
     left_out: tuple[str, ...] = ()
-
-    def about_unit(self, unit: int) -> tuple[Choice, ...]:
-        """The choices that concern one unit of the chain."""
-        return tuple(c for c in self.choices if unit in c.units)

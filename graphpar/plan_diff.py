@@ -53,11 +53,6 @@ def diff_plans(before: PlanRecord, after: PlanRecord) -> PlanDiff:
     )
 
 
-def plan_diff(before: PlanRecord, after: PlanRecord) -> str:
-    """The page that tells what changed from one plan to another."""
-    return str(diff_plans(before, after))
-
-
 def _choices(plan: PlanRecord) -> Iterator[StageChoice]:
     for pipeline in plan.partition.pipelines:
         yield from pipeline.stages

@@ -35,7 +35,7 @@ from graphpar.group_candidates import (
     widest_group,
     width_notes,
 )
-from graphpar.group_modes import KnownGroups, with_group_modes
+from graphpar.group_modes import with_group_modes
 from graphpar.local_timing import Example, Timings
 from graphpar.optimizer_memory import tried_optimizer
 from graphpar.optimizer_probe import (
@@ -151,19 +151,14 @@ def with_groups(
     calibration: Calibration | None,
     least_gain: float = 0.0,
     leaner: bool = False,
-    rewritten: Mapping[str, Rewritten] | None = None,
-    known: KnownGroups | None = None,
 ) -> CostTable:
     """The table with a price for each tensor group, in the formats of its members.
 
-    `least_gain` leaves out groups of two axes, `leaner` adds shardings (see `with_group_modes`);
-    `rewritten` is what devices run in their formats, where that is known, for `known` see there, too.
+    `least_gain` leaves out groups of two axes, `leaner` adds shardings (see `with_group_modes`).
     """
-    lower = rewritten
-    if lower is None:
-        lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
+    lower = rewritten_by_device(prepared.graph, prepared.chain, formats)
     return with_group_modes(
-        table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner, known
+        table, prepared.graph, cluster, groups, calibration, train, lower, least_gain, leaner
     )
 
 

@@ -21,20 +21,9 @@ from graphpar.ir.ops import Argument, BatchSize, Dim, Op, Ref, TensorType
 from graphpar.ir.optable import ELEMENTWISE_FUNCTIONS, POINTWISE, packet
 
 Kind = Literal[
-    "shared",
-    "sample",
-    "iota",
-    "partial",
-    "mixed",
-    "sorting",
-    "order",
-    "sorted",
-    "unorder",
-    "rows",
-    "offsets",
-    "starts",
-    "placed",
-]
+    "shared", "sample", "iota", "partial", "mixed",
+    "sorting", "order", "sorted", "unorder", "rows", "offsets", "starts", "placed",
+]  # fmt: skip
 DISPATCHED: frozenset[Kind] = frozenset(
     {"sorting", "order", "sorted", "unorder", "rows", "offsets", "starts", "placed"}
 )

@@ -86,9 +86,7 @@ def held_in(unit_format: str) -> str:
     return carrier(base_format(unit_format))
 
 
-def choose_formats(
-    problem: FormatProblem, budget: float, time_limit_s: float = _TIME_LIMIT_S
-) -> FormatChoice:
+def choose_formats(problem: FormatProblem, budget: float) -> FormatChoice:
     """The formats with the least step whose errors together are no more than the budget.
 
     >>> run = StageRun(0, 0, 2, 1, ({"float32": 4.0, "bfloat16": 1.0},) * 2, (0.0, 0.1))
@@ -97,14 +95,14 @@ def choose_formats(
     (('bfloat16', 'float32'),)
     """
     built = _Built(problem, budget)
-    return built.answer(time_limit_s) or _all_float32(problem)
+    return built.answer() or _all_float32(problem)
 
 
 def looser(problem: FormatProblem, than: FormatChoice) -> tuple[float, FormatChoice] | None:
     """The least budget that buys a shorter step, and what it buys; None where none does."""
     built = _Built(problem, None)
     built.limit_step(than.step_s * (1 - _FASTER))
-    answer = built.answer(_TIME_LIMIT_S)
+    answer = built.answer()
     if answer is None:
         return None
     budget = max(answer.errors)
@@ -215,9 +213,9 @@ class _Built:
         self.program.constrain([(1.0, self.step)], "<=", step_s / self.unit_s)
         self.program.minimize([(1.0, self.total)])
 
-    def answer(self, time_limit_s: float) -> FormatChoice | None:
+    def answer(self) -> FormatChoice | None:
         """The solution, recomputed from the formats alone; None where there is none."""
-        outcome = self.program.solve(time_limit_s=time_limit_s, relative_gap=0.0)
+        outcome = self.program.solve(time_limit_s=_TIME_LIMIT_S, relative_gap=0.0)
         if outcome.objective is None:
             return None
         formats = tuple(

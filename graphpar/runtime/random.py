@@ -83,7 +83,6 @@ def random_bits(
     context: StepContext,
     layout: Layout | None,
     device: torch.device,
-    parts: Parts = (),
 ) -> torch.Tensor:
     """Random int32 bits, one per element of `shape`.
 
@@ -93,10 +92,8 @@ def random_bits(
         context: Step and place in the global batch.
         layout: Where samples lie in `shape`; None for a tensor that all samples share.
         device: Where to make them.
-        parts: Which slice of the microbatch's tensor `shape` is, and of which slice of that; empty for
-            all of it. The bits are those that the whole has there.
     """
-    grid = _grid(shape, context, layout, device, parts)
+    grid = _grid(shape, context, layout, device, ())
     return mixed(grid, _key(stream, context)).view(shape)
 
 
@@ -206,7 +203,11 @@ def keep_factors(
     dtype: torch.dtype,
     parts: Parts = (),
 ) -> torch.Tensor:
-    """1 / (1 - drop) where an element is kept, with probability `1 - drop` each, else 0."""
+    """1 / (1 - drop) where an element is kept, with probability `1 - drop` each, else 0.
+
+    `parts` says which slice of the microbatch's tensor `shape` is, and of which slice of that; empty for
+    all of it. What is kept is what the whole keeps there.
+    """
     threshold = round(drop * 2**32) - 2**31
     if threshold >= 2**31:
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -19,10 +19,11 @@ _MOST_STAGES = 200
 _MOST_DEVICES = 3
 
 
-def device_names(view: ViewData, stage: ViewStage, most: int = _MOST_DEVICES) -> str:
+def device_names(view: ViewData, stage: ViewStage) -> str:
     """The names of a stage's devices, the first few and a count."""
     names = [view.devices[rank].name for rank in stage.ranks]
-    return ", ".join(names[:most]) + (f" +{len(names) - most}" if len(names) > most else "")
+    left = len(names) - _MOST_DEVICES
+    return ", ".join(names[:_MOST_DEVICES]) + (f" +{left}" if left > 0 else "")
 
 
 def block_label(block: ViewBlock) -> str:

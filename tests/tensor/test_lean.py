@@ -141,7 +141,10 @@ class Every:
             for slot, read in enumerate(op.operands()):
                 source, index = value_of(graph, read)
                 made = [w.results[index] for w in ways.get(source, ())] or held.get(source, [("whole",)])
-                table = self.times.conversion_table(graph[read], made, [w.operands[slot] for w in rows])
+                sent, sent_by = self.times.conversions(
+                    graph[read], made, [w.operands[slot] for w in rows]
+                )
+                table = self.times.sending_seconds(graph[read], sent)[sent_by]
                 named = source in self.axes
                 self.seconds = self.seconds + self._on(
                     (source, name) if named else (name,), table if named else table[0]

@@ -11,7 +11,7 @@ from plan_samples import sample_plan  # noqa: E402
 from view_samples import explained_plan  # noqa: E402
 
 from graphpar.explain_page import format_explanation  # noqa: E402
-from graphpar.plan_diff import plan_diff  # noqa: E402
+from graphpar.plan_diff import diff_plans  # noqa: E402
 from graphpar.view.build import view_of  # noqa: E402
 from graphpar.view.svg import render_svg  # noqa: E402
 from graphpar.view.trace import render_trace  # noqa: E402
@@ -21,8 +21,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "plan_inference.txt": lambda: str(sample_plan(training=False)),
     "explain.txt": lambda: format_explanation(explained_plan()),
     "explain_block.txt": lambda: format_explanation(explained_plan(), "h.1"),
-    "diff.txt": lambda: plan_diff(sample_plan(), sample_plan(4, training=False)),
-    "diff_none.txt": lambda: plan_diff(sample_plan(), sample_plan()),
+    "diff.txt": lambda: str(diff_plans(sample_plan(), sample_plan(4, training=False))),
+    "diff_none.txt": lambda: str(diff_plans(sample_plan(), sample_plan())),
 }
 """Pages of text by the name of their golden file."""
 
