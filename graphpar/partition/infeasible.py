@@ -350,7 +350,9 @@ def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float
 def _further_devices(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
     """How many more devices of each kind would do, the fewest first; of those there is time for.
 
-    Small numbers of all kinds are tried before larger ones of any.
+    Small numbers of all kinds are tried before larger ones of any. What is told fits, and one less was
+    tried and does not. Still fewer are taken not to fit either, since devices may stand idle; only where
+    more devices are searched in fewer ways could that be otherwise.
     """
     until_s = time.process_time() + _DEVICES_S
     # What is tried next, of which kind, and what is known to be too few and enough.
@@ -368,10 +370,11 @@ def _further_devices(table: CostTable, family: Family, deadline_s: float) -> Ite
             break
         low, high = (low, number) if enough else (number, high)
         # Without enough: twice as far as before from what is too few by the sum of all memory.
-        number = 2 * low - _too_few(table, index) if high is None else (low + high) // 2
+        further = min(2 * low - _too_few(table, index), _MOST_DEVICES)
+        number = further if high is None else (low + high) // 2
         if high is not None and high - low == 1:
             needed.append((high, index))
-        elif number <= _MOST_DEVICES:
+        elif number > low:
             heapq.heappush(waiting, (number, index, low, high))
     yield from (f"{number} more of {table.device_classes[i].name}" for number, i in sorted(needed))
 

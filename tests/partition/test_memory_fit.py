@@ -1,11 +1,12 @@
 """Whether anything fits into memory, by memory alone, and what would, against every plan there is."""
 
+import math
 import re
 from dataclasses import replace
 
 import pytest
 from all_plans import best_step_s
-from cost_tables import small_tables
+from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,22 @@ def test_memory_alone_and_remedies_say_what_every_plan_says(table: CostTable, pa
             assert _holds(with_options(table, recompute=bool(again), zero=int(level or 0)))
         if level:
             assert not _holds(with_options(table, recompute=bool(again), zero=int(level) - 1))
+
+
+@pytest.mark.parametrize("too_few", [0, 10, 63])
+def test_no_fewer_further_devices_would_do(too_few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the fewest is, up to the most that are proposed; beyond that none are."""
+    table, most = make_table(), infeasible._MOST_DEVICES
+    family = choose_family(table, "auto", "auto")
+    monkeypatch.setattr(infeasible, "_too_few", lambda *_: too_few)
+    for least in range(too_few + 1, most + 2):
+
+        def fits(more: CostTable, *_: object, least: int = least) -> bool:
+            return len(more.class_of) - len(table.class_of) >= least
+
+        monkeypatch.setattr(infeasible, "_fits_table", fits)
+        told = list(infeasible._further_devices(table, family, math.inf))
+        assert told == [f"{least} more of kind0"] * (least <= most)
 
 
 def _holds(table: CostTable) -> bool:
