@@ -183,7 +183,12 @@ def _shortest(table: CostTable, schedules: Sequence[ScheduleName], deadline_s: f
     """
     named: ScheduleName = next((s for s in schedules if has_formula(s)), "1f1b")
     priced: dict[bool, list[tuple[float, int, Pipelines]]] = {True: [], False: []}
-    for number, like in enumerate(sorted(_all_like(table), key=_Like.estimate_s)):
+    likes: list[tuple[float, int, _Like]] = []
+    for like in _all_like(table):
+        if time.monotonic() > deadline_s:
+            return []
+        likes.append((like.estimate_s(), len(likes), like))
+    for _, number, like in sorted(likes, key=lambda known: known[:2]):
         if time.monotonic() > deadline_s:
             break
         same = priced[like.replicated]

@@ -49,8 +49,9 @@ from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition, Replica, TensorWidth
 from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plan_choice import choose_plan
+from graphpar.plan_choice import CHOICE_S, choose_plan
 from graphpar.plan_records import PlanPrecision
+from graphpar.plan_time import PlanTime
 from graphpar.plans import Plan, hash_of
 from graphpar.played_choice import best_played
 from graphpar.precision import (
@@ -225,6 +226,7 @@ def plan_prepared(
     schedule = _schedule(prepared, train)
     microbatches = _microbatches(prepared, train)
     levels, possible = _zero_levels(train), _possible_levels(train)
+    clock = PlanTime(time_limit_s)
     options: dict[str, str | int | float | bool | None] = {
         "gap": gap,
         "time_limit_s": time_limit_s,
@@ -257,14 +259,15 @@ def plan_prepared(
 
     def solve(table: CostTable) -> Partition:
         whole = as_one_unit(table) if joins else table
-        found = partition_chain(
+        search = partial(
+            partition_chain,
             whole,
             gap=gap,
-            time_limit_s=time_limit_s,
             schedule=searched(schedule),
             microbatches=microbatches,
             zero_levels=possible,
         )
+        found = clock.search(search)
         if not joins:
             return found
         # A model that is not cut has no stages that wait for each other.
@@ -291,7 +294,8 @@ def plan_prepared(
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
     found = answer.found
     if not joins:
-        chosen = _scheduled(answer.table, found, schedule, microbatches)
+        choose = partial(_scheduled, answer.table, found, schedule, microbatches)
+        chosen = clock.choose(choose, CHOICE_S)
         known = precision != "auto" or runs_as(chosen, found, answer.formats)
         found = chosen if known and not quarrels(chosen, answer.formats) else found
     notes = (*notes, *width_notes(found, tensor, candidates, answer.table))
@@ -300,14 +304,15 @@ def plan_prepared(
     wide = precision if precision != "auto" else "float32"
     far = extrapolations(prepared.graph, cluster, calibration, wide, max(sizes, default=1))
     notes = (*notes, *far)
-    explanation = explain_partition(
+    explain = partial(
+        explain_partition,
         answer.table,
         found,
-        time_limit_s=explain_s,
         schedule=searched(schedule),
         microbatches=microbatches,
         whole=bool(joins),
     )
+    explanation = clock.explain(explain, explain_s)
     return plan_of(
         prepared,
         cluster,
@@ -370,11 +375,16 @@ def whole_reason(prepared: Prepared) -> str:
 
 
 def _scheduled(
-    table: CostTable, found: Partition, wish: ScheduleWish, microbatches: Microbatches
+    table: CostTable,
+    found: Partition,
+    wish: ScheduleWish,
+    microbatches: Microbatches,
+    *,
+    time_limit_s: float,
 ) -> Partition:
     """The partition under the schedule wished for; where that cannot be had, as it is, and it is said."""
     try:
-        return choose_plan(table, found, wish, microbatches)
+        return choose_plan(table, found, wish, microbatches, time_limit_s=time_limit_s)
     except UnavailableScheduleError as error:
         warnings.warn(
             f"Training(schedule={wish!r}) is ignored: {error}. The schedule is {found.schedule}.",

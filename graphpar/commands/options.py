@@ -153,7 +153,7 @@ def planning_options(command: _Command) -> _Command:
             default=60.0,
             show_default=True,
             type=Number(min=0, min_open=True),
-            help="Seconds to search for the plan.",
+            help="Seconds to search for the plan, once the model is captured and priced.",
         ),
     ):
         command = option(command)
