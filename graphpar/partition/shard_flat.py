@@ -64,32 +64,31 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix, should_stop: ShouldStop 
     """The arrays of a graph, its vertices in the order of `memory.vertices`."""
     vertices = memory.vertices
     position = {u: p for p, u in enumerate(vertices)}
-    edge_counts = [len(graph.tables[u]) for u in vertices]
-    edge_start = np.concatenate([[0], np.cumsum(edge_counts)]).astype(np.int64)
-    place = {}
-    edge_to: list[int] = []
-    tables: list[FloatArray] = []
-    for p, u in in_time(enumerate(vertices), should_stop):
-        for v, table in graph.tables[u].items():
-            place[p, position[v]] = len(edge_to)
-            edge_to.append(position[v])
-            tables.append(table)
-    edge_back = [
-        place[edge_to[e], p]
-        for p in in_time(range(len(vertices)), should_stop)
-        for e in range(edge_start[p], edge_start[p + 1])
-    ]
-    edge_table = np.concatenate([[0], np.cumsum([t.size for t in tables])]).astype(np.int64)
-    pairs = np.concatenate([np.zeros(0), *(t.ravel() for t in in_time(tables, should_stop))])
+    rows = [graph.tables[u] for u in vertices]
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    edge_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    near = (position[v] for row in in_time(rows, should_stop) for v in row)
+    edge_to = np.fromiter(near, np.int64, int(edge_start[-1]))
+    ends = np.repeat(np.arange(len(rows)), counts)
+    # In order of either end, then of the other, the same edges come at the same places.
+    edge_back = np.empty_like(edge_to)
+    edge_back[np.lexsort((edge_to, ends))] = np.lexsort((ends, edge_to))
+    sizes = np.diff(memory.start)
+    edge_table = np.concatenate([[0], np.cumsum(sizes[ends] * sizes[edge_to])]).astype(np.int64)
+    tables = (t.ravel() for row in in_time(rows, should_stop) for t in row.values())
+    pairs = np.concatenate([np.zeros(0), *tables])
+    cost = np.concatenate([np.zeros(0), *(graph.costs[u] for u in vertices)])
     possible = np.isfinite(pairs)
     if not possible.all():
-        pairs[~possible] = _prohibitive(graph, should_stop)
+        largest = np.maximum.reduceat(np.where(possible, np.abs(pairs), 0.0), edge_table[:-1])
+        total = np.maximum.reduceat(np.abs(cost), memory.start[:-1]).sum() + largest[ends < edge_to].sum()
+        pairs[~possible] = IMPOSSIBLE_FACTOR * max(float(total), 1.0)
     return FlatGraph(
         memory.start.astype(np.int64),
-        np.concatenate([np.zeros(0), *(graph.costs[u] for u in vertices)]),
+        cost,
         edge_start,
-        np.array(edge_to, dtype=np.int64),
-        np.array(edge_back, dtype=np.int64),
+        edge_to,
+        edge_back,
         edge_table[:-1],
         pairs,
         *_segments(memory, should_stop),
@@ -104,15 +103,6 @@ def flat_cost(flat: FlatGraph, x: IntArray) -> float:
     once = ends < flat.edge_to
     pairs = flat.pairs[(flat.edge_table + x[ends] * widths + x[flat.edge_to])[once]]
     return float(flat.cost[flat.start[:-1] + x].sum() + pairs.sum())
-
-
-def _prohibitive(graph: ShardingGraph, should_stop: ShouldStop) -> float:
-    total = sum(float(np.abs(costs).max()) for costs in graph.costs.values())
-    for u, tables in in_time(graph.tables.items(), should_stop):
-        for v, table in tables.items():
-            if u < v:
-                total += float(np.abs(table[np.isfinite(table)]).max(initial=0.0))
-    return IMPOSSIBLE_FACTOR * max(total, 1.0)
 
 
 def _segments(

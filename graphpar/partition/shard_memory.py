@@ -117,22 +117,31 @@ class MemoryMatrix:
         self.profiles = [
             vertex_profile(graph.members[u], rows) for u in in_time(self.vertices, should_stop)
         ]
-        entries: list[tuple[FloatArray, IntArray, IntArray]] = []
-        for p in in_time(range(len(self.vertices)), should_stop):
-            profile = self.profiles[p]
-            if profile is None:
-                continue
-            boundaries, use = profile
-            change = np.zeros((len(use), len(boundaries)))
-            change[:, :-1] = use
-            change[:, 1:] -= use
-            strategy, place = np.nonzero(change)
-            entries.append((change[strategy, place], self.start[p] + strategy, boundaries[place]))
-        shape = (int(self.start[-1]), rows.num_rows + 1)
-        self._change = sparse.csr_matrix(shape, dtype=np.float64)
-        if entries:
-            values, where, when = (np.concatenate(part) for part in zip(*entries, strict=True))
-            self._change = sparse.csr_matrix((values, (where, when)), shape=shape)
+        self._change = self._changes(np.array(sizes, dtype=np.intp))
+
+    def _changes(self, sizes: IntArray) -> sparse.csr_matrix:
+        """By (vertex, strategy) its change at each row: up where a segment begins, down where it ends."""
+        shape = (int(self.start[-1]), len(self.limit) + 1)
+        held = [(p, *profile) for p, profile in enumerate(self.profiles) if profile is not None]
+        if not held:
+            return sparse.csr_matrix(shape, dtype=np.float64)
+        places, boundaries, uses = zip(*held, strict=True)
+        number = np.fromiter(map(len, boundaries), np.intp, len(held))
+        own = sizes[list(places)]
+        # Entries come by vertex, strategy, segment; of each strategy there are as many as of the others.
+        width = np.repeat(number - 1, own)
+        strategy = np.repeat(_ranges(self.start[list(places)], own), width)
+        begin = _ranges(np.repeat(np.cumsum(number) - number, own), width)
+        moment, use = np.concatenate(boundaries), np.concatenate([part.ravel() for part in uses])
+        changes = sparse.csr_matrix(
+            (
+                np.concatenate([use, -use]),
+                (np.tile(strategy, 2), np.concatenate([moment[begin], moment[begin + 1]])),
+            ),
+            shape=shape,
+        )
+        changes.eliminate_zeros()
+        return changes
 
     def usage(self, chosen: IntArray) -> FloatArray:
         """Memory at each row when the vertex at position p takes strategy `chosen[p]`."""
@@ -151,6 +160,17 @@ class MemoryMatrix:
         cumulated = np.concatenate([[0.0], np.cumsum(multipliers)])
         priced: FloatArray = -(self._change @ cumulated)
         return priced
+
+
+def _ranges(first: IntArray, count: IntArray) -> IntArray:
+    """`count[k]` whole numbers from `first[k]` on, for each k.
+
+    >>> _ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    before = np.cumsum(count) - count
+    found: IntArray = np.repeat(first - before, count) + np.arange(int(count.sum()))
+    return found
 
 
 def _remaining(graph: ShardingGraph) -> list[tuple[int, IntArray]]:
