@@ -10,6 +10,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.device import Device
 from graphpar.ir.formats import FORMATS, PARTLY, base_format
+from graphpar.partition.certificate import BEYOND, ROUNDING, certificate
 from graphpar.partition.formats import (
     Errors,
     FormatChoice,
@@ -260,16 +261,17 @@ class Search:
     def certified(self, best: Candidate, gap: float) -> Partition:
         """The partition with the bound that holds whatever formats are chosen."""
         found = best.found
-        bound = min(self.relaxed.bound_s, found.objective_s)
-        reached = (found.objective_s - bound) / found.objective_s if found.objective_s > 0 else 0.0
+        known = certificate(found.objective_s, self.relaxed.bound_s, self.relaxed.physical_bound_s)
         cut = found.truncated_by
-        if reached > max(gap, found.gap) + 1e-9:
+        if known.beyond:
+            cut = (*cut, BEYOND)
+        elif known.gap > max(gap, found.gap) + ROUNDING:
             cut = (*cut, "formats: the bound takes every unit's fastest format, whatever its error")
         return replace(
             found,
-            bound_s=bound,
-            gap=reached,
-            status="optimal" if reached <= 1e-9 else "feasible",
+            bound_s=known.bound_s,
+            gap=known.gap,
+            status=known.status,
             physical_bound_s=min(found.physical_bound_s, self.relaxed.physical_bound_s),
             truncated_by=cut,
             family=f"{found.family}; every unit in any format its devices have",

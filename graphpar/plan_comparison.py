@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from graphpar.cost import CostTable
+from graphpar.partition.certificate import BEYOND, certificate, family_note
 from graphpar.partition.family import is_of_some_devices
 from graphpar.partition.types import Partition
 from graphpar.schedule_choice import judged_s
@@ -32,27 +33,29 @@ def in_family_of(found: Partition, other: Partition, notes: tuple[str, ...] | No
     """A plan that was not searched for, with what the search proved about its family.
 
     Of schedules without a formula the search proved nothing, nor, where it was over a part of the
-    devices, of plans that may use others: they have the bound on plans of any kind.
+    devices, of plans that may use others, nor of one that is shorter than what it proved: they have
+    the bound on plans of any kind.
 
     Args:
         found: What the search ended with.
         other: Another plan, checked and with that bound.
         notes: What is said of it, unless its own notes are.
     """
-    step_s = other.objective_s
     covered = has_formula(other.schedule) and not is_of_some_devices(found.family)
-    bound_s = min(max(found.bound_s if covered else 0.0, other.physical_bound_s), step_s)
-    gap = (step_s - bound_s) / step_s if step_s > 0 else 0.0
+    known = certificate(other.objective_s, found.bound_s if covered else 0.0, other.physical_bound_s)
     family, cut = found.family, found.truncated_by
-    if not covered:
+    if known.beyond:
+        notes = (*(other.notes if notes is None else notes), family_note(found.bound_s))
+    if known.beyond or not covered:
         family = f"plans of any kind, any order of work; the search was over: {family}"
-        beyond = "devices" if has_formula(other.schedule) else "schedule"
-        cut = (*cut, f"{beyond}: no bound is known but that on plans of any kind")
+        part = "devices" if has_formula(other.schedule) else "schedule"
+        beyond = f"{part}: no bound is known but that on plans of any kind"
+        cut = (*cut, BEYOND if known.beyond else beyond)
     return replace(
         other,
-        status="optimal" if gap <= 0 else "feasible",
-        bound_s=bound_s,
-        gap=gap,
+        status=known.status,
+        bound_s=known.bound_s,
+        gap=known.gap,
         seconds=found.seconds,
         truncated_by=cut,
         family=family,

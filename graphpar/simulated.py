@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
+from graphpar.partition.certificate import gap_of
 from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import (
@@ -129,7 +130,7 @@ def certified(table: CostTable, plan: Partition) -> Partition:
     """
     validate(build_schedule(plan, stage_links(table, plan.pipelines), table.training))
     bound_s = min(physical_bound_s(table), plan.objective_s)
-    gap = (plan.objective_s - bound_s) / plan.objective_s if plan.objective_s > 0 else 0.0
+    gap = gap_of(plan.objective_s, bound_s)
     return replace(plan, bound_s=bound_s, physical_bound_s=bound_s, gap=gap)
 
 

@@ -12,6 +12,7 @@ from plan_samples import partitions, sample_partition, table_for
 
 from graphpar.errors import VerifyError
 from graphpar.like_pipelines import best_like, even_cuts, shares
+from graphpar.partition.certificate import BEYOND
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.plan_choice import choose_plan
@@ -74,18 +75,26 @@ def test_a_schedule_asked_for_is_kept(wish: ScheduleName) -> None:
     assert found is not None and found.partition.schedule == wish
 
 
+_OTHERS = "devices: no bound is known but that on plans of any kind"
+
+
 @pytest.mark.parametrize(
-    "words", ["among the first 1 devices of each kind only", "among the faster devices only"]
+    ("words", "cut", "told"),
+    [
+        ("chains, among the first 1 devices of each kind only", (), _OTHERS),
+        ("chains, among the faster devices only", (), _OTHERS),
+        ("chains", ("time limit: single pipeline",), BEYOND),
+    ],
 )
-def test_beyond_the_devices_that_were_searched_orders_with_a_formula_are_tried_and_not_certified(
-    words: str,
+def test_beyond_what_was_searched_orders_with_a_formula_are_tried_and_not_certified(
+    words: str, cut: tuple[str, ...], told: str
 ) -> None:
     table = table_for(sample_partition())
     stage = StageChoice(0, table.num_units, (Replica(table.device_classes[0].devices[0], 1),))
     alone = priced_plan(table, (PipelineChoice(table.batch, 1, (stage,)),), "1f1b")
     proven = replace(alone, truncated_by=(), bound_s=0.9 * alone.objective_s, gap=0.1, family="chains")
     assert choose_plan(table, proven, "1f1b").objective_s == alone.objective_s, "the search covers them"
-    found = choose_plan(table, replace(proven, family=f"chains, {words}"), "1f1b")
+    found = choose_plan(table, replace(proven, family=words, truncated_by=cut), "1f1b")
     assert found.objective_s < proven.bound_s, "a bound on plans of one device holds for none of two"
     assert found.bound_s == found.physical_bound_s and found.family.startswith("plans of any kind")
-    assert found.truncated_by == ("devices: no bound is known but that on plans of any kind",)
+    assert found.status == "feasible" and found.truncated_by == (*cut, told)

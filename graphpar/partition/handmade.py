@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
+from graphpar.partition.certificate import gap_of
 from graphpar.partition.check import check_partition
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline_price import price, replica_times_s, share_microbatches
@@ -59,7 +60,7 @@ def priced_plan(
         objective_s=cost.objective_s,
         parts=cost.parts,
         bound_s=bound,
-        gap=(cost.objective_s - bound) / cost.objective_s if cost.objective_s > 0 else 0.0,
+        gap=gap_of(cost.objective_s, bound),
         physical_bound_s=bound,
         seconds=time.monotonic() - began_s,
         truncated_by=("not searched: priced as given",),

@@ -14,6 +14,7 @@ from graphpar.cost import CostTable
 from graphpar.partition.all_devices import few_devices, simple_until_s, with_all_devices
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.candidate import Candidate, prefer_1f1b
+from graphpar.partition.certificate import BEYOND, ROUNDING, certificate, family_note
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.family import (
@@ -42,10 +43,7 @@ from graphpar.partition.share_bounds import (
 from graphpar.partition.side_by_side import best_shares, estimate_shares
 from graphpar.partition.solver import Backend
 from graphpar.partition.table_check import check_arguments
-from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, Status
-
-ROUNDING = 1e-9
-"""Relative difference of two sums of the same numbers that is rounding."""
+from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
 
 RUNNERS_UP = 3
 """Plans that lost are kept up to this number."""
@@ -442,30 +440,32 @@ class _Run:
         assert self.best is not None
         self.best = prefer_1f1b(self._table, self.family.schedules, self.best)
         cost = price(self._table, self.best.pipelines, self.best.schedule)
-        bound = max(min(self._bound_s, cost.objective_s), self._physical_s)
-        bound = min(bound, cost.objective_s)
-        gap = (cost.objective_s - bound) / cost.objective_s if cost.objective_s > 0 else 0.0
-        if gap > self._asked_gap * (1 + ROUNDING) + ROUNDING and not self.truncated:
+        known = certificate(cost.objective_s, self._bound_s, self._physical_s)
+        family, notes = family_words(self.family, self.groupings_searched), self._notes()
+        if known.beyond:
+            family = f"plans at hand; the search was over: {family}"
+            notes = (*notes, family_note(self._bound_s))
+            self._cut(BEYOND)
+        if known.gap > self._asked_gap * (1 + ROUNDING) + ROUNDING and not self.truncated:
             left_out = ", and leaves out what pipelines in step exchange"
             words = "links: the bound takes the best link where placement decides"
             if self.family.exact:
                 words = "sums: the bound takes the least that pipelines side by side may have to sum"
             self._cut(words + left_out * bool(self._table.in_step_reason))
-        status: Status = "optimal" if gap <= ROUNDING else "feasible"
         return Partition(
             pipelines=self.best.pipelines,
             schedule=self.best.schedule,
-            status=status,
+            status=known.status,
             objective_s=cost.objective_s,
             parts=cost.parts,
-            bound_s=bound,
-            gap=gap,
+            bound_s=known.bound_s,
+            gap=known.gap,
             physical_bound_s=min(self._physical_s, cost.objective_s),
             seconds=time.monotonic() - self._began_s,
             truncated_by=tuple(self.truncated),
-            family=family_words(self.family, self.groupings_searched),
+            family=family,
             peak_bytes=cost.peak_bytes,
-            notes=self._notes(),
+            notes=notes,
             runners_up=self.runners_up(),
             num_programs=self._programs.number,
             num_variables=self._programs.largest,

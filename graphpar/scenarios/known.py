@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from graphpar.cost import CostTable, LinkCost, Topology
+from graphpar.partition.certificate import BEYOND, certificate
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
@@ -80,13 +81,13 @@ class Known:
         best = min(fitting, key=lambda p: p.objective_s)
         source = next(p for p in self.plans if p.pipelines == best.pipelines)
         known_s, family = self._bound(table.topology)
-        bound_s = min(max(known_s, best.physical_bound_s), best.objective_s)
+        proven = certificate(best.objective_s, known_s, best.physical_bound_s)
         return replace(
             best,
-            bound_s=bound_s,
-            gap=(best.objective_s - bound_s) / best.objective_s,
+            bound_s=proven.bound_s,
+            gap=proven.gap,
             family=family or source.family,
-            truncated_by=(),
+            truncated_by=(BEYOND,) if proven.beyond else (),
             notes=source.notes,
         )
 
@@ -116,9 +117,11 @@ class Known:
         better = found
         if before is not None and before.objective_s < found.objective_s:
             better = replace(before, truncated_by=found.truncated_by)
-        bound_s = min(bound_s, better.objective_s)
-        gap = (better.objective_s - bound_s) / better.objective_s if better.objective_s > 0 else 0.0
-        return replace(better, bound_s=bound_s, gap=gap, family=family)
+        proven = certificate(better.objective_s, bound_s, better.physical_bound_s)
+        cut = better.truncated_by
+        if proven.beyond and BEYOND not in cut:
+            cut = (*cut, BEYOND)
+        return replace(better, bound_s=proven.bound_s, gap=proven.gap, family=family, truncated_by=cut)
 
 
 def _fits(table: CostTable, found: Partition) -> bool:

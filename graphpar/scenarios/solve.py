@@ -9,6 +9,7 @@ from functools import partial
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.like_pipelines import best_like
+from graphpar.partition.certificate import BEYOND, certificate
 from graphpar.partition.handmade import Tried, simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
@@ -168,9 +169,9 @@ def _unbeaten(table: CostTable, others: Sequence[Partition], known: Known) -> Pa
     if step_s > searched_s:
         return None
     best = _sound(table, best)
-    proven_s = searched_s if has_formula(best.schedule) else 0.0
-    bound_s = min(max(proven_s, best.physical_bound_s), step_s)
-    return replace(best, bound_s=bound_s, gap=(step_s - bound_s) / step_s if step_s > 0 else 0.0)
+    proven = certificate(step_s, searched_s if has_formula(best.schedule) else 0.0, best.physical_bound_s)
+    cut = (BEYOND,) if proven.beyond else best.truncated_by
+    return replace(best, bound_s=proven.bound_s, gap=proven.gap, truncated_by=cut)
 
 
 def _played(table: CostTable, task: Task, known: Known) -> list[Partition]:

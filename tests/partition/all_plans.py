@@ -18,18 +18,20 @@ from graphpar.partition.types import (
 
 def best_step_s(table: CostTable) -> float | None:
     """The least step time of all plans that fit, or None where none does."""
+    return min((step_s for _, step_s in fitting_plans(table)), default=None)
+
+
+def fitting_plans(table: CostTable) -> Iterator[tuple[tuple[PipelineChoice, ...], float]]:
+    """All plans that fit, with their step time."""
     schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe") if table.training else ("gpipe",)
-    best: float | None = None
     for schedule in schedules:
         for pipelines in all_plans(table, schedule):
             checked = recompute(table, bare(pipelines, schedule))
-            fits = all(
+            if all(
                 peak <= table.device_classes[table.class_of[d]].memory_bytes * (1 + 1e-9)
                 for d, peak in checked.peak_bytes.items()
-            )
-            if fits and (best is None or checked.objective_s < best):
-                best = checked.objective_s
-    return best
+            ):
+                yield pipelines, checked.objective_s
 
 
 def bare(pipelines: tuple[PipelineChoice, ...], schedule: ScheduleName) -> Partition:

@@ -1,20 +1,26 @@
 """Simple plans: what is left out unpriced could not have been the best."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from all_plans import fitting_plans
 from amounts import examples
 from cost_tables import make_table, small_tables
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition import handmade
+from graphpar.partition import handmade, pipeline
 from graphpar.partition.all_devices import CUT
+from graphpar.partition.certificate import BEYOND
+from graphpar.partition.family import Family, choose_family
 from graphpar.partition.handmade import Tried, even_split, simple_plans
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline import partition
+from graphpar.partition.types import PipelineChoice, StageChoice
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -61,3 +67,36 @@ def test_a_search_over_some_devices_does_not_say_that_nothing_fits() -> None:
         partition(unlike(17))
     assert "no plan was found that fits" in str(told.value) and "among the faster" in str(told.value)
     assert told.value.need is None and "least demanding" not in str(told.value)
+
+
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_tables(max_units=3), st.data())
+def test_a_plan_beyond_what_was_searched_has_no_bound_of_it(
+    table: CostTable, data: st.DataObject
+) -> None:
+    """One pipeline with a part of the ways to staff stages: simple plans may be shorter, or alone fit."""
+    whole = choose_family(table, "auto", "auto")
+    kept = data.draw(st.lists(st.sampled_from(whole.options), min_size=1, unique=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "choose_family", lambda *_: replace(whole, options=tuple(kept)))
+        patch.setattr(pipeline, "groupings", lambda _: [])
+        try:
+            found = partition(table, gap=0.0)
+        except InfeasibleError:
+            return
+    takes = {o.take for o in kept}
+
+    def is_searched(plan: Sequence[PipelineChoice]) -> bool:
+        return len(plan) == 1 and all(_take(whole, stage) in takes for stage in plan[0].stages)
+
+    beyond = BEYOND in found.truncated_by
+    steps = [step_s for plan, step_s in fitting_plans(table) if beyond or is_searched(plan)]
+    least_s = min(steps, default=math.inf)
+    assert found.bound_s <= least_s * (1 + 1e-9)
+    if found.bound_s > found.physical_bound_s * (1 + 1e-9):
+        assert found.objective_s >= least_s * (1 - 1e-9) and not beyond
+
+
+def _take(family: Family, stage: StageChoice) -> tuple[int, ...]:
+    devices = {d for r in stage.replicas for d in r.devices}
+    return tuple(len(devices.intersection(cell.devices)) for cell in family.cells.cells)
