@@ -9,6 +9,7 @@ through (`played_choice`).
 
 import math
 import time
+import warnings
 from dataclasses import replace
 
 from graphpar.cost import CostTable
@@ -20,7 +21,12 @@ from graphpar.partition.settings import Microbatches, ScheduleWish
 from graphpar.partition.types import Partition
 from graphpar.plan_comparison import in_family_of, is_better, step_of
 from graphpar.played_choice import best_played
-from graphpar.schedule_choice import but_left_out, choose_schedule, judged_s
+from graphpar.schedule_choice import (
+    UnavailableScheduleError,
+    but_left_out,
+    choose_schedule,
+    judged_s,
+)
 from graphpar.simulated import Simulated, certified, has_formula
 from graphpar.units import format_percent, format_seconds
 
@@ -53,6 +59,25 @@ def choose_plan(
     """
     ordered = _in_best_order(table, found, wish, microbatches, time_limit_s, cutoff_s)
     return best_played(table, ordered, found, wish, microbatches)
+
+
+def scheduled(
+    table: CostTable,
+    found: Partition,
+    wish: ScheduleWish,
+    microbatches: Microbatches,
+    *,
+    time_limit_s: float,
+) -> Partition:
+    """The partition under the schedule wished for; where that cannot be had, as it is, and it is said."""
+    try:
+        return choose_plan(table, found, wish, microbatches, time_limit_s=time_limit_s)
+    except UnavailableScheduleError as error:
+        warnings.warn(
+            f"Training(schedule={wish!r}) is ignored: {error}. The schedule is {found.schedule}.",
+            stacklevel=6,
+        )
+        return replace(found, notes=(*found.notes, f"{wish} was asked for but cannot be had: {error}"))
 
 
 def _in_best_order(

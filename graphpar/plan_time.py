@@ -27,8 +27,8 @@ class PlanTime:
     """What is left of a limit in seconds, as parts of planning spend it.
 
     >>> clock, told = PlanTime(10.0), lambda time_limit_s: time_limit_s
-    >>> clock.search(told), clock.choose(told, 7.0)
-    (9.5, 5.0)
+    >>> clock.search(told), clock.choose(told, 3.0)
+    (9.5, 3.0)
     """
 
     def __init__(self, limit_s: float) -> None:

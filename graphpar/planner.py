@@ -49,7 +49,7 @@ from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition, Replica, TensorWidth
 from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plan_choice import CHOICE_S, choose_plan
+from graphpar.plan_choice import CHOICE_S, scheduled
 from graphpar.plan_records import PlanPrecision
 from graphpar.plan_time import PlanTime
 from graphpar.plans import Plan, hash_of
@@ -67,7 +67,6 @@ from graphpar.precision import (
 )
 from graphpar.preparation import Prepared, lower, trial_of
 from graphpar.runtime.assemble import stage_links
-from graphpar.schedule_choice import UnavailableScheduleError
 from graphpar.sensitivity import (
     Sensitivities,
     TrueErrors,
@@ -294,7 +293,7 @@ def plan_prepared(
         notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
     found = answer.found
     if not joins:
-        choose = partial(_scheduled, answer.table, found, schedule, microbatches)
+        choose = partial(scheduled, answer.table, found, schedule, microbatches)
         chosen = clock.choose(choose, CHOICE_S)
         known = precision != "auto" or runs_as(chosen, found, answer.formats)
         found = chosen if known and not quarrels(chosen, answer.formats) else found
@@ -372,25 +371,6 @@ def whole_reason(prepared: Prepared) -> str:
         f"{reason}, so that the samples of a pipeline must stay together to give the numbers of one "
         "device. They are one microbatch."
     )
-
-
-def _scheduled(
-    table: CostTable,
-    found: Partition,
-    wish: ScheduleWish,
-    microbatches: Microbatches,
-    *,
-    time_limit_s: float,
-) -> Partition:
-    """The partition under the schedule wished for; where that cannot be had, as it is, and it is said."""
-    try:
-        return choose_plan(table, found, wish, microbatches, time_limit_s=time_limit_s)
-    except UnavailableScheduleError as error:
-        warnings.warn(
-            f"Training(schedule={wish!r}) is ignored: {error}. The schedule is {found.schedule}.",
-            stacklevel=4,
-        )
-        return replace(found, notes=(*found.notes, f"{wish} was asked for but cannot be had: {error}"))
 
 
 def _zero_levels(train: Training | None) -> tuple[int, ...]:
