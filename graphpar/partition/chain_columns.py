@@ -19,6 +19,7 @@ import numpy.typing as npt
 from graphpar.cost import CostTable
 from graphpar.partition.chain_crew_loops import crew_loop
 from graphpar.partition.chain_loops import exact_loop, relaxed_loop
+from graphpar.partition.flights import flights
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.stage_costs import (
     StageLimits,
@@ -41,8 +42,6 @@ Hopeful = tuple[IntArray, IntArray, IntArray]
 """Which crews there may be on which slots: the list of each slot, where lists begin, their crews."""
 
 _ANY: Hopeful = (np.zeros(0, dtype=np.intp),) * 3
-
-_HALF: npt.DTypeLike = np.float32
 
 _AT_ONCE = 400_000
 """Pairs of an option and a run that are looked at in one go: what fits into a processor's cache."""
@@ -113,8 +112,7 @@ class StagePrices:
             return
         self._fastest_by_run = self._known("fastest", self._fastest, setting.size)
         largest = -(-setting.samples // setting.microbatches)
-        self._flight_by_run = self._known("flight by run", self._flights_by_run, largest)
-        self._best_flight = self._known("best flight", self._best_flights, largest)
+        self._flight_by_run, self._best_flight = flights(self._units, rows, largest)
         self._beside = self._known("beside", self._fastest_beside, setting.size)
 
     def _known(self, name: str, make: Callable[[], FloatArray], size: float) -> FloatArray:
@@ -148,14 +146,6 @@ class StagePrices:
             found[i, widths] = self._units.in_flight_by_width(mode, widths)
         return found
 
-    def _flights_by_run(self) -> FloatArray:
-        """The same as [run, mode, width], with half the digits: numbers beyond 2^24 are never reached."""
-        rows, widths = self.rows, self.rows.widths
-        found = np.full((rows.post_s.shape[1], len(rows.modes), widths[-1] + 1), -1.0, dtype=_HALF)
-        for i, mode in enumerate(rows.modes):
-            found[:, i, widths] = self._units.most_by_width(mode, widths).T
-        return found
-
     def _fastest_beside(self) -> FloatArray:
         """[run]: what all units beside it take at least, each in its fastest mode.
 
@@ -165,12 +155,6 @@ class StagePrices:
         upto, runs = np.concatenate([[0.0], np.cumsum(least)]), self._units.runs
         found: FloatArray = (upto[runs.first] + (upto[-1] - upto[runs.last])) * (1 - 1e-12)
         return found
-
-    def _best_flights(self) -> FloatArray:
-        """[run, team, width]: of the mode with most room."""
-        team_of = self.rows.team_of_mode
-        best = [self._flight_by_run[:, team_of == i].max(axis=1) for i in range(self.rows.num_teams)]
-        return np.stack(best, axis=1)
 
     @property
     def num_variables(self) -> int:

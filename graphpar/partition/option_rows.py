@@ -6,6 +6,7 @@ much for ZeRO: at level 2 every microbatch sends gradients, at level 3 weights a
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import or_
@@ -69,7 +70,7 @@ class OptionRows:
         padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
         self.staff = np.array(padded, dtype=np.intp).reshape(len(padded), widest)
         self.kinds, self.near, self.place, self.joins = _places(cells, options)
-        self._runs = runs
+        self._runs, self._num_units = runs, table.num_units
         self.slots = find_slots(runs, table.num_units, len(self.kinds))
         posts = [cached_post(table, units, o, setting) for o in options]
         self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
@@ -89,6 +90,19 @@ class OptionRows:
     def counts_replicas(self) -> bool:
         """Whether some replicas are groups, so that replicas are not devices."""
         return bool((self.width != self.take.sum(axis=1)).any())
+
+    def among(self, runs: Ranges, index: IntArray) -> "OptionRows":
+        """The same on some of the runs only, which `index` numbers."""
+        found = copy(self)
+        for name in ("whole_slots", "scratch", "room"):
+            found.__dict__.pop(name, None)
+        found._runs, found.slots = runs, find_slots(runs, self._num_units, len(self.kinds))
+        found.post_s, found.post_by_run = self.post_s[:, index], self.post_by_run[index]
+        found.moved_s = {row: moved[index] for row, moved in self.moved_s.items()}
+        if self.moved_s:
+            found._moved_rows = np.ascontiguousarray(self._moved_rows[:, index])
+        found.least_post, found.least_moved = self.least_post[index], self.least_moved[index]
+        return found
 
     def teams(self, with_replicas: bool) -> tuple[IntArray, IntArray]:
         """The distinct rows of devices (and replicas) that options take, and which each of them takes."""

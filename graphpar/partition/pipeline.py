@@ -17,6 +17,7 @@ from graphpar.partition.candidate import Candidate, prefer_1f1b
 from graphpar.partition.certificate import BEYOND, ROUNDING, certificate, family_note
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
+from graphpar.partition.cuts import cut_roughly
 from graphpar.partition.family import (
     EVERY_GROUPING,
     Family,
@@ -303,19 +304,29 @@ class _Run:
         """One good pipeline over the whole cluster, where that is quick."""
         if not self._programs.loops:
             return
-        if (roughly := self._programs.with_few_cuts()) is not None:
-            result = self._pipeline("both", roughly)
-            self._coarse = result.best
-            self._take(result)
+        self._coarse = cut_roughly(self._table, self._cut_at)
         if self.best is None:
             self._take(self._pipeline("plan"))
         self._near = self.best is not None
 
-    def _pipeline(self, aim: Aim, programs: Programs | None = None) -> SearchResult:
-        """The best pipeline over the whole cluster."""
-        programs = programs or self._programs
+    def _cut_at(self, cuts: Sequence[int], near: Found | None) -> Found | None:
+        """The best pipeline cut at some units only that is better than what is known; of one setting."""
+        programs = self._programs.with_cuts(cuts)
         tasks = programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
-        return programs.search(
+        result = programs.search(
+            [t for t in tasks if near is None or t.setting == near.setting],
+            cutoff_s=self._target_s,
+            gap=self._gap,
+            deadline_s=self._deadline_s,
+            dive=near is None,
+        )
+        self._take(result)
+        return result.best
+
+    def _pipeline(self, aim: Aim) -> SearchResult:
+        """The best pipeline over the whole cluster."""
+        tasks = self._programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
+        return self._programs.search(
             tasks,
             cutoff_s=self._target_s,
             gap=self._gap,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_columns import Span
 from graphpar.partition.counting_search import search_counted
-from graphpar.partition.cuts import few_cuts
 from graphpar.partition.family import Family
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes
@@ -45,10 +44,11 @@ from graphpar.partition.unit_arrays import (
     MEMORY_TOLERANCE,
     Cache,
     FloatArray,
+    IntArray,
+    Ranges,
     Setting,
     memory_never_binds,
     run_ranges,
-    some_ranges,
 )
 
 
@@ -69,6 +69,8 @@ class Programs:
         self._least_posts: dict[object, float] = {}
         self._least_bytes = least_bytes(family.table)
         self._ranges = run_ranges(family.table.num_units)
+        self._among: tuple[Programs, IntArray] | None = None
+        """Programmes of all runs, and which of these there are here."""
         self._rows: dict[object, OptionRows] = {}
         self._fits: dict[tuple[tuple[int, ...], int], MemoryFit] = {}
         self._cache: Cache = {}
@@ -95,12 +97,13 @@ class Programs:
         other._built, other._cache = {}, {}
         return other
 
-    def with_few_cuts(self) -> "Programs | None":
-        """The same for pipelines cut at few units only, if that saves much; prices are shared."""
-        if (cuts := few_cuts(self.family.table)) is None:
-            return None
+    def with_cuts(self, cuts: Sequence[int]) -> "Programs":
+        """The same for pipelines that are cut at some units only; devices' prices are shared."""
+        ends, runs = (0, *cuts, self.family.table.num_units), self._ranges
+        index = np.flatnonzero(np.isin(runs.first, ends) & np.isin(runs.last, ends))
         other = copy(self)
-        other._ranges = some_ranges(list(combinations((0, *cuts, self.family.table.num_units), 2)))
+        other._ranges = Ranges(runs.first[index], runs.last[index], runs.valid[index])
+        other._among = self, index
         other._built, other._cache, other._rows, other._excluded, other._fits = {}, {}, {}, {}, {}
         return other
 
@@ -384,12 +387,7 @@ class Programs:
                 lambda: time.monotonic() > self._deadline_s,
                 span,
             )
-        key = (limits, setting.peers, setting.across)
-        if key not in self._rows:
-            self._rows[key] = OptionRows(
-                family.table, family.cells, options, setting, self._ranges, self._cache
-            )
-        rows = self._rows[key]
+        rows = self._rows_of(limits, setting, options)
         prices = StagePrices(family.table, rows, setting, self._ranges, self._cache, loops=self.loops)
         make = SweptProgram if self.loops else ChainProgram
         return make(
@@ -400,6 +398,19 @@ class Programs:
             self._known_prices,
             self._excluded,
         )
+
+    def _rows_of(
+        self, limits: tuple[int, ...], setting: Setting, options: Sequence[StageOption]
+    ) -> OptionRows:
+        key = (limits, setting.peers, setting.across)
+        if key not in self._rows and self._among is not None:
+            whole, index = self._among
+            self._rows[key] = whole._rows_of(limits, setting, options).among(self._ranges, index)
+        elif key not in self._rows:
+            self._rows[key] = OptionRows(
+                self.family.table, self.family.cells, options, setting, self._ranges, self._cache
+            )
+        return self._rows[key]
 
     def _cell_weights(self) -> FloatArray:
         """What a device of each cell is worth: chains of units per second."""

@@ -225,10 +225,10 @@ class UnitArrays:
         chosen = self.table.every_mode[mode]
         some = tuple(widths) if chosen.zero else (1,)
         parts = []
-        for member, device_class in _unlike_members(chosen):
-            free = self._free(chosen, mode, member, self.table.device_classes[device_class], some)
-            working = self._working(chosen, member, some)
-            parts.append(self._flights(free - working, self._saved(chosen, member)))
+        for member, device_class in unlike_members(chosen):
+            free = self.free_bytes(chosen, mode, member, self.table.device_classes[device_class], some)
+            working = self.working_bytes(chosen, member, some)
+            parts.append(self._flights(free - working, self.saved_bytes(chosen, member)))
         return parts[0] if len(parts) == 1 else np.minimum.reduce(parts)
 
     @property
@@ -236,7 +236,7 @@ class UnitArrays:
         """Samples of the largest microbatch."""
         return -(-self.setting.samples // self.setting.microbatches)
 
-    def _free(
+    def free_bytes(
         self, chosen: Mode, mode: int, member: int, device_class: DeviceClass, widths: tuple[int, ...]
     ) -> FloatArray:
         """[width, range]: bytes for microbatches and temporaries; -inf where the update does not fit."""
@@ -256,7 +256,7 @@ class UnitArrays:
         found = self.cache[key] = np.atleast_2d(free)
         return found
 
-    def _working(self, chosen: Mode, member: int, widths: tuple[int, ...]) -> FloatArray:
+    def working_bytes(self, chosen: Mode, member: int, widths: tuple[int, ...]) -> FloatArray:
         """[width, range] or [range]: the largest temporary; wholes are some from ZeRO level 2 on."""
         alone = self._at_largest(chosen, member, "working_bytes")
         names = [n for at, n in ((2, "gradient_bytes"), (3, "weight_bytes")) if chosen.zero >= at]
@@ -266,9 +266,15 @@ class UnitArrays:
         whole = sum(np.array([getattr(c, name)[member] for c in chosen.costs]) for name in names)
         divided = self._maxima_of(alone + whole)
         wide = np.array(widths)[:, None] > 1
-        return divided if wide.all() else np.where(wide, divided, single)
+        if wide.all():
+            return divided
+        # What has such a number is kept in the cache, so that no other array gets it.
+        key = ("by width", id(divided), id(single), widths)
+        if key not in self.cache:
+            self.cache[key] = np.where(wide, divided, single)
+        return self.cache[key]
 
-    def _saved(self, chosen: Mode, member: int) -> FloatArray:
+    def saved_bytes(self, chosen: Mode, member: int) -> FloatArray:
         """[range]: what one of the largest microbatches keeps."""
         row = self._at_largest(chosen, member, "saved_bytes")
         return self._alike("saved", row, self.ranges)
@@ -320,8 +326,8 @@ class UnitArrays:
         return np.where(self.valid & (free >= 0), np.minimum(most, UNLIMITED), -1.0)
 
 
-def _unlike_members(mode: Mode) -> list[tuple[int, int]]:
-    """Places and classes of members that differ in class or bytes; one stands for its likes."""
+def unlike_members(mode: Mode) -> list[tuple[int, int]]:
+    """Numbers and classes of members that differ in class or bytes; one stands for its likes."""
     if len(mode.members) == 1:
         return [(0, mode.members[0])]
     found: dict[object, tuple[int, int]] = {}
