@@ -46,6 +46,19 @@ class SharedCores:
     late_s: float = 0.0
     apart: float = 1.0
 
+    @property
+    def message_s(self) -> float:
+        """What a message between two workers takes besides its link.
+
+        Nothing where some are slowed down: these make up for it in their pauses.
+
+        >>> SharedCores(2, (1.0,), {}, send_s=2.0, receive_s=3.0).message_s
+        5.0
+        """
+        if any(use.slowdown > 1 for use in self.workers.values()):
+            return 0.0
+        return self.late_s + (self.send_s + self.receive_s if self.send_s else 0.0)
+
     def slowed(self, busy: float) -> float:
         """How many times longer a kernel takes while so many cores are at work.
 

@@ -357,6 +357,11 @@ class CostTable:
         """Units in the chain."""
         return len(self.units)
 
+    @property
+    def message_s(self) -> float:
+        """Seconds that a message between stages takes besides its link, on either side together."""
+        return self.shared.message_s if self.shared is not None else 0.0
+
     def meetings_s(self, first: int, last: int, links: Iterable[LinkCost]) -> float:
         """Seconds of one direction that some units' exchanges between pipelines take over links."""
         costs = [self.costs[kind] for kind in self.units[first:last]]

@@ -1,8 +1,8 @@
 """One device, or another plan at hand, where that is shorter than the plan found when both are played.
 
 The formula by which plans are searched leaves things out that the simulator plays: what workers on the
-same cores cost each other, what messages cost their workers, replicas that start one after another. A
-plan over several devices that is best by the formula may so take longer than one device does.
+same cores cost each other, what messages cost them where they overlap, replicas that start one after
+another. A plan over several devices that is best by the formula may so take longer than one device does.
 """
 
 from collections.abc import Iterator
@@ -142,13 +142,13 @@ def _forwards(plan: Partition) -> int:
 
 def _taken_instead(table: CostTable, best: Partition, plan: Partition, found: Partition) -> Partition:
     """A plan that is shorter than another one played through, with what is to be known of it."""
-    others, used = len(plan.used_devices), len(best.used_devices)
+    used = len(best.used_devices)
     taken = f"{best.used_devices[0]} alone was" if used == 1 else f"a plan over {used} devices was"
-    by_formula = f", {format_seconds(plan.objective_s)} by its formula" * has_formula(plan.schedule)
+    plan_s, best_s = step_of(table, plan), step_of(table, best)
+    crowds = table.shared is not None and plan_s > plan.objective_s * (1 + NO_GAIN)
     told = (
-        f"{taken} taken: played through, a step takes {format_seconds(step_of(table, best))}, and "
-        f"{format_seconds(step_of(table, plan))} under the plan over {others} devices that was found"
-        f"{by_formula}; {_beyond_formula(table)}"
+        f"{taken} taken: played through, a step takes {_both(best, best_s)}, and {_both(plan, plan_s)} "
+        f"under the plan over {len(plan.used_devices)} devices that was found{_CROWDED * crowds}"
     )
     notes = (*but_left_out(found.notes, best, plan), *_idle(table, best, plan), told)
     made = in_family_of(found, best, notes)
@@ -158,14 +158,13 @@ def _taken_instead(table: CostTable, best: Partition, plan: Partition, found: Pa
     return replace(made, runners_up=(replace(plan, runners_up=()), *found.runners_up[:2]))
 
 
-def _beyond_formula(table: CostTable) -> str:
-    """What playing knows more of than the formula."""
-    if table.shared is not None:
-        return (
-            "the formula leaves out what workers on the same cores cost each other, and what messages "
-            "cost them"
-        )
-    return "the formula leaves out that replicas behind a narrower stage start one after another"
+def _both(plan: Partition, step_s: float) -> str:
+    """A step as it is played through, and by the formula where that says something else."""
+    played, formula = format_seconds(step_s), format_seconds(plan.objective_s)
+    return played if played == formula else f"{played} ({formula} by the formula)"
+
+
+_CROWDED = "; the formula leaves out what workers on the same cores cost each other"
 
 
 def _idle(table: CostTable, best: Partition, plan: Partition) -> list[str]:

@@ -21,8 +21,7 @@ from graphpar.scenarios.task import Task
 def on_cores(num_cores: int, table: CostTable, message_s: float = 0.0) -> CostTable:
     """The table with every device a worker on the cores of this machine."""
     workers = {device: CoreUse() for device in table.class_of}
-    shared = SharedCores(num_cores, (1.0,), workers, send_s=message_s, receive_s=message_s)
-    return replace(table, shared=shared)
+    return replace(table, shared=SharedCores(num_cores, (1.0,), workers, send_s=message_s))
 
 
 def told(plan: Partition, word: str) -> str:
@@ -32,7 +31,6 @@ def told(plan: Partition, word: str) -> str:
 CROWDED = {
     "one core for four workers": on_cores(1, blocks(4, (1.0,) * 4)),
     "the fastest is not the first": on_cores(1, blocks(4, (1.1, 1.0, 1.1))),
-    "messages that take long": on_cores(4, blocks(4, batch=2), message_s=5e-3),
     "only forward": on_cores(1, replace(blocks(4, (1.0,) * 3), training=False)),
 }
 
@@ -78,6 +76,13 @@ def test_fewer_workers_are_taken_where_there_are_no_cores_for_more() -> None:
     for shared in (free, replace(free, shared=None)):
         kept = replace(found, runners_up=(lost,))
         assert choose_plan(shared, kept).used_devices == found.used_devices
+
+
+def test_messages_that_cost_more_than_they_bring_are_known_to_the_search() -> None:
+    table = on_cores(2, blocks(4, batch=2))
+    assert len(partition(table).used_devices) == 2
+    found = partition(on_cores(2, table, message_s=8e-3))
+    assert len(found.used_devices) == 1 and found.gap <= 0.01 and not found.truncated_by
 
 
 def test_what_needs_several_devices_keeps_them_and_says_so_where_they_gain_nothing() -> None:

@@ -278,7 +278,8 @@ def _transfer(table: CostTable, pipeline: PipelineChoice, number: int) -> float:
                 forward = max(forward, link.latency_s + there / link.bytes_per_s)
             if back > 0 and table.training:
                 backward = max(backward, link.latency_s + back / link.bytes_per_s)
-    return forward + backward
+    messages = (forward > 0) + (backward > 0)
+    return forward + backward + messages * table.message_s
 
 
 def _pipeline_parts(

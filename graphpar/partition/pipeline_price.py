@@ -9,7 +9,8 @@ linear between neighbouring integer sizes, so the time at the mean size is the m
              + z_s
     z_s    = what ZeRO moves for every microbatch over the replicas (see below); 0 below level 2
     c_s    = transfer forward + transfer backward over the boundary after s: all bytes that cross it,
-             on the slowest link between a device of s and one of s + 1
+             on the slowest link between a device of s and one of s + 1, and what either side spends
+             on the message where they are workers of one machine (`CostTable.message_s`)
     e_r    = t_r + (c_{s-1} + c_s) / 2     under 1F1B          (see below)
            = t_r                           under GPipe and in inference
     x_r    = l_r - l m_r / m, where l = n mod m microbatches have a sample more than the others, of
@@ -160,7 +161,8 @@ def zero_s(table: CostTable, stage: StageChoice) -> float:
 def boundary_s(table: CostTable, links: Sequence[LinkCost], boundary: int, size: float) -> float:
     """Seconds of the transfers of one microbatch over a boundary, both directions."""
     forward, backward = table.cut_bytes(boundary, size)
-    return slowest(links, forward) + (slowest(links, backward) if table.training else 0.0)
+    moved = forward, backward if table.training else 0.0
+    return sum(slowest(links, sent) + (table.message_s if links and sent > 0 else 0.0) for sent in moved)
 
 
 def pairs(table: CostTable, left: Sequence[str], right: Sequence[str]) -> list[LinkCost]:

@@ -258,9 +258,8 @@ class _Mode:
         head, block, tail = (self._pass_s(part, size) for part in self._parts)
         overhead = table.mode_overhead_s(self._number) * (2 if table.training else 1)
         forward, backward = table.cut_bytes(self._boundary, size)
-        cut = self._network.seconds(forward) + (
-            self._network.seconds(backward) if table.training else 0.0
-        )
+        both = forward, backward if table.training else 0.0
+        cut = sum(self._network.seconds(sent) + table.message_s * (sent > 0) for sent in both)
         cuts = np.where(self._stages > 1, cut, 0.0)
         most = self._most * block
         heaviest = np.maximum(most, np.maximum(self._first * block + head, self._last * block + tail))

@@ -70,9 +70,9 @@ def boundary_seconds(
     forward, backward = boundary_bytes(table, setting.size, cache)
     seconds = np.zeros((len(kinds), table.num_units + 1))
     for number, links in enumerate(kinds):
-        seconds[number] = _slowest(links, forward)
+        seconds[number] = _slowest(links, forward, table.message_s)
         if table.training:
-            seconds[number] += _slowest(links, backward)
+            seconds[number] += _slowest(links, backward, table.message_s)
     return seconds
 
 
@@ -107,11 +107,11 @@ def slowest_transfer_s(table: CostTable, setting: Setting, links: Links) -> floa
     return float(boundary_seconds(table, setting, (links,)).max())
 
 
-def _slowest(links: Links, num_bytes: FloatArray) -> FloatArray:
+def _slowest(links: Links, num_bytes: FloatArray, message_s: float = 0.0) -> FloatArray:
     if not links:
         return np.zeros(num_bytes.shape)
     slow = np.maximum.reduce([k.latency_s + num_bytes / k.bytes_per_s for k in links])
-    return np.where(num_bytes > 0, slow, 0.0)
+    return np.where(num_bytes > 0, slow + message_s, 0.0)
 
 
 def _ragged_s(

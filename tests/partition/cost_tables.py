@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import (
     CostTable,
     CutEdge,
@@ -186,6 +187,7 @@ def small_tables(
         for i in range(number - 1)
     )
     mixed = draw(st.booleans()) and draw(st.booleans())
+    workers = {f"d{i}": CoreUse() for i in range(len(owner))}
     table = CostTable(
         batch=batch,
         training=training,
@@ -199,6 +201,8 @@ def small_tables(
         max_microbatches=batch,
         max_replicas=batch,
         sum_s_per_byte=draw(st.sampled_from([0.0, 0.02])),
+        # Workers of one machine whose messages cost them something beside the link.
+        shared=draw(st.sampled_from([None, None, SharedCores(99, (1.0,), workers, 0.0, 0.3, 0.1, 0.05)])),
     )
     if number > 1 and draw(st.sampled_from([False, False, True])):
         first = draw(st.integers(0, number - 2))

@@ -7,6 +7,7 @@ from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
 from graphpar.partition.check import check_partition
@@ -96,6 +97,34 @@ def test_an_even_grid_takes_what_is_said(
     ]
     plan = evaluate(table, chosen, schedule)
     assert plan.objective_s == pytest.approx(simulated(table, plan.pipelines, schedule).step_s)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 8), st.booleans(), st.sampled_from([0.0, 0.3]))
+def test_messages_cost_workers_of_this_machine_what_is_said(
+    stages: int, microbatches: int, training: bool, late_s: float
+) -> None:
+    """One after another exactly; under 1F1B no less than what is played, by less than a passage's."""
+    table = make_table(
+        [1.0] * stages, (1.0,), (stages,), batch=microbatches, cut_bytes=1e-9, training=training
+    )
+    workers = {device: CoreUse() for device in table.class_of}
+    shared = SharedCores(stages, (1.0,), workers, send_s=0.1, receive_s=0.2, late_s=late_s)
+    table = replace(table, shared=shared)
+    row = tuple(StageChoice(s, s + 1, (Replica(f"0.{s}", 0),)) for s in range(stages))
+    plan = evaluate(table, [PipelineChoice(microbatches, microbatches, row)], "1f1b")
+    check_partition(table, plan)
+    step_s = simulated(table, plan.pipelines, "1f1b").step_s
+    if microbatches == 1 or stages == 1:
+        assert plan.objective_s == pytest.approx(step_s)
+    elif training:
+        assert step_s <= plan.objective_s * (1 + 1e-9)
+        assert plan.objective_s <= step_s + 2 * (stages + late_s * microbatches / 0.3)
+    # Workers that are slowed down make up for it while they would wait.
+    slow = replace(shared, workers=dict.fromkeys(workers, CoreUse(slowdown=2.0)))
+    assert evaluate(replace(table, shared=slow), plan.pipelines).objective_s == pytest.approx(
+        evaluate(replace(table, shared=None), plan.pipelines).objective_s
+    )
 
 
 @st.composite
