@@ -13,11 +13,11 @@ from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import ShardingProgramme, least_seconds
 from graphpar.cost_models.sharding_structure import Structure, cut_batches
 from graphpar.cost_models.tensor_modes import SharedUnits, TimesBySize
+from graphpar.group_settings import group_options, options_at, placed_whole, tensor_group, worst_link
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.strategies import StrategyTables
 from graphpar.partition.types import MOST_LEAN, Replica
-from graphpar.tensor_groups import group_options, options_at, placed_whole, tensor_group, worst_link
 from graphpar.training import Training
 
 _LEANER = 0.01

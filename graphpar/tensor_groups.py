@@ -1,43 +1,33 @@
 """The graphs of tensor groups: each stage's sharding programme solved, each member's graph rewritten."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from operator import itemgetter
 
 from graphpar.cluster import Cluster
-from graphpar.cost import LinkCost
-from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import (
     Sharding,
     choose_sharding,
 )
 from graphpar.group_candidates import likeness
+from graphpar.group_settings import group_options, tensor_group
 from graphpar.group_shardings import agreed, recorded, refuse_unfit, restored
-from graphpar.ir.chain import Chain, build_chain
+from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, axis_shares, line_of, whole_along
+from graphpar.ir.mesh import Layouts, axis_shares, whole_along
 from graphpar.ir.ops import SOURCES
 from graphpar.ir.rules import verify
-from graphpar.optimizer_probe import optimizer_traits
 from graphpar.partition.types import GroupSharding, Partition, Replica, StageChoice
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.members import member_stages
-from graphpar.passes.place import Place, place_ops
+from graphpar.passes.place import Place
 from graphpar.passes.shard import Shard
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.lower import stage_ops
 from graphpar.runtime.team_calls import check_in_step
 from graphpar.training import Training
-
-USUAL_MICROBATCHES = 4
-"""Strategies are chosen for a quarter of the batch, whatever the schedule: a price holds for them all."""
-
-_PRICES = ((4.0, 0.0), (4.0, 1.0), (4.0, 4.0), (16.0, 16.0))
-"""By how dear memory is (`Replica.lean`) how often a byte counts as if it were sent: one of weights,
-gradients and state, and one kept for backward. A group is there to hold what one device cannot."""
 
 
 def member_graphs(
@@ -203,85 +193,10 @@ def _by_label(graph: Graph, sharding: Sharding) -> dict[str, Layouts]:
     return {str(graph[name].args[0]): sharding.held(name) for name in sharding.weights}
 
 
-def placed_whole(graph: Graph, chain: Chain) -> Graph:
-    """A captured graph, casts and all, lowered as a single stage of these units."""
-    stages = {name: 0 for unit in chain.units for name in unit.ops}
-    placed = graph.with_ops(place_ops(graph, stages, "place"), level="placed")
-    return InsertMessages().run(placed)
-
-
 def as_one_stage(graph: Graph, num_units: int) -> Graph:
     """A captured graph lowered as a single stage."""
     lowered, _ = Pipeline((Place((0,) * num_units), InsertMessages())).run(graph)
     return lowered
-
-
-def group_options(
-    graph: Graph, training: bool, train: Training | None = None, lean: int = 0
-) -> ShardingOptions:
-    """What strategies are chosen for.
-
-    Args:
-        graph: The captured graph.
-        training: Whether there is a backward.
-        train: How the job trains.
-        lean: How dear memory is.
-
-    Raises:
-        ValueError: The optimiser's step on one parameter depends on others, which other members hold.
-    """
-    traits = optimizer_traits(train.optimizer) if train is not None else None
-    if traits is not None and not traits.separable:
-        raise ValueError(
-            f"{traits.name} cannot train a model that is shared by several devices: its step on one "
-            "parameter depends on the others, and each device holds only some of them. Take an optimiser "
-            "that treats every parameter by itself; clip gradients with Training(max_grad_norm=...), "
-            "which is exact over all devices."
-        )
-    usual = ShardingOptions(
-        samples=1,
-        microbatches=USUAL_MICROBATCHES,
-        training=training,
-        cuts_weights=traits is None or traits.elementwise,
-    )
-    return options_at(usual, graph, lean)
-
-
-def options_at(usual: ShardingOptions, graph: Graph, lean: int) -> ShardingOptions:
-    """The same options for the batch of a graph, at a price of memory."""
-    hold_factor, keep_factor = _PRICES[lean]
-    samples = max(1, graph.batch // USUAL_MICROBATCHES)
-    return replace(usual, samples=samples, hold_factor=hold_factor, keep_factor=keep_factor)
-
-
-def tensor_group(cluster: Cluster, replica: Replica) -> TensorGroup:
-    """The devices, shares and worst links of a replica."""
-
-    def link(a: str, b: str) -> LinkCost:
-        return cluster.link(a, b).cost
-
-    worst, members = worst_link(replica, link), replica.devices
-    rows = (
-        [{line_of(k, axis, replica.mesh) for k in range(len(members))} for axis in range(2)]
-        if replica.mesh
-        else []
-    )
-    links = tuple(
-        _worst_of(link(members[a], members[b]) for line in lines for a, b in combinations(line, 2))
-        for lines in rows
-    )
-    devices = tuple(map(cluster.device, members))
-    return TensorGroup(devices, replica.member_shares, worst, replica.mesh, links)
-
-
-def worst_link(replica: Replica, link: Callable[[str, str], LinkCost]) -> LinkCost:
-    """The longest latency and the lowest rate between members of a replica."""
-    return _worst_of(link(a, b) for a, b in combinations(replica.devices, 2))
-
-
-def _worst_of(links: Iterable[LinkCost]) -> LinkCost:
-    every = list(links)
-    return LinkCost(max(k.latency_s for k in every), min(k.bytes_per_s for k in every))
 
 
 def held_slices(like: Lowered, rank: int) -> Mapping[str, Layouts]:

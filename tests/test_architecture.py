@@ -19,7 +19,7 @@ ROWS = (
     "neighbours loopback",
     "scenarios "
     "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
-    "format_remedies tensor_groups group_candidates group_modes group_shardings "
+    "format_remedies tensor_groups group_settings group_candidates group_modes group_shardings "
     "kept_timings unit_timing stage_timing local_timing trial_worker worker_memory "
     "measure verify demo doctor model_spec "
     "hf_models hf_architectures hf_config hf_documented hf_inputs hf_refusal hf_repair "
@@ -36,6 +36,7 @@ DRIVERS = {
     "scenarios",
     "precision",
     "tensor_groups",
+    "group_settings",
     "group_candidates",
     "group_modes",
     "group_shardings",

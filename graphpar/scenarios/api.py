@@ -18,6 +18,7 @@ from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.budget import BudgetAnswer, affordable_mixes, best_within
 from graphpar.scenarios.cache import AnswerCache, default_folder
 from graphpar.scenarios.changes import check_format
+from graphpar.scenarios.parts import fair_limit_s
 from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import known_prices, price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
@@ -28,7 +29,6 @@ from graphpar.scenarios.study import (
     Solver,
     ask,
     changed,
-    fair_limit_s,
 )
 from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
 from graphpar.scenarios.types import Answer, Scenario, Setting, Worth

@@ -18,7 +18,7 @@ from graphpar.scenarios.mixes import MixBounds, Mixes
 from graphpar.scenarios.study import MOST_HINTS, Solver
 from graphpar.scenarios.transfer import placed
 from graphpar.scenarios.types import Answer, KnownPlan, Setting
-from graphpar.scenarios.workers import Submit, solving
+from graphpar.scenarios.workers import Submit, going_alone, solving
 
 ALONE_SHARE, COARSE_SHARE = 0.25, 0.45
 """Of the time: for types alone, and for mixes that are planned briefly; the rest for the best again."""
@@ -107,8 +107,8 @@ class MixSearch:
         self._least_s = max(min(LEAST_S, LEAST_SHARE * time_limit_s), _NO_TIME_S)
         try:
             self._search(began_s, time_limit_s)
-        except RunError:
-            # A process was killed, for want of memory most often: this one alone needs less.
+        except RunError as error:
+            going_alone(error)
             self._processes = 1
             ended = {self.mixes.find(found.counts) for found in self.found.values()}
             self.planned &= {mix for mix in ended if mix is not None}

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import TypeVar
 
 from graphpar import catalogue
 from graphpar.cluster_build import num_cores
-from graphpar.errors import GraphparError
+from graphpar.errors import GraphparError, RunError
 from graphpar.optimizer_probe import refuse_unrepeatable
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
@@ -22,14 +21,15 @@ from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import could_cover, places, with_these_alone
 from graphpar.scenarios.group_prices import priced_by_several
 from graphpar.scenarios.naming import essential, numbered, with_names
-from graphpar.scenarios.pricing import PriceBook, priced_by
+from graphpar.scenarios.parts import alike, shared_out
+from graphpar.scenarios.pricing import PriceBook
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.solve import brought
 from graphpar.scenarios.task import Task
 from graphpar.scenarios.transfer import placed
 from graphpar.scenarios.trust import trust
 from graphpar.scenarios.types import Answer, KnownPlan, Scenario, Setting, renamed
-from graphpar.scenarios.workers import solving
+from graphpar.scenarios.workers import going_alone, solving
 from graphpar.schedule_choice import LEAST_GAIN, judged_s
 from graphpar.simulated import has_formula
 from graphpar.units import format_seconds
@@ -41,13 +41,6 @@ Progress = Callable[[int, int], None]
 """Told how many answers are there, of how many."""
 
 
-STUDY_S = 20.0
-"""Wall-clock time that the searches of one study may take together where nobody says otherwise."""
-
-
-LEAST_TOGETHER = 12
-"""Settings that differ in their links alone help each other; so many of them at least stay together."""
-
 MOST_HINTS = 3
 """Plans of other scenarios that a search starts from."""
 
@@ -57,8 +50,6 @@ BASELINE_SHARE = 3.0
 SAME = "nothing is changed: this is the baseline"
 
 _ROUNDING = 1e-9
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -129,7 +120,10 @@ class Solver:
         ]
         self.book.expect({s.seq_len for s in missing if s.seq_len is not None})
         tasks = self.book.unpriced_groups(missing)
-        self.book.learn_groups(tasks, priced_by_several(tasks, processes))
+        try:
+            self.book.learn_groups(tasks, priced_by_several(tasks, processes))
+        except RunError as error:
+            going_alone(error)
 
     def _settle(self, keys: Sequence[str]) -> None:
         """Exchange answers for better ones that other plans give, until none is: each may help others."""
@@ -251,21 +245,31 @@ class Solver:
     def _solved(
         self, missing: Mapping[str, Setting], time_limit_s: float
     ) -> Iterator[tuple[str, Answer]]:
-        """Answers as they come; where devices would share a stage but no format, in float32 instead."""
-        while missing:
-            again: dict[str, Setting] = {}
-            for key, answer in self._tried(missing, time_limit_s):
-                if answer.quarrels:
-                    self.book.settle(missing[key], answer.quarrels)
-                    again[key] = missing[key]
-                else:
-                    yield key, answer
-            missing = again
+        """Answers as they come; where devices would share a stage but no format, in float32 instead.
 
-    def _tried(self, missing: Mapping[str, Setting], time_limit_s: float) -> Iterator[tuple[str, Answer]]:
-        with solving(self.limits.processes, len(missing)) as submit:
+        Where a process is killed this one goes on alone with what is left.
+        """
+        left, processes = dict(missing), self.limits.processes
+        while left:
+            try:
+                for key, answer in self._tried(dict(left), time_limit_s, processes):
+                    if answer.quarrels:
+                        self.book.settle(left[key], answer.quarrels)
+                    else:
+                        del left[key]
+                        yield key, answer
+            except RunError as error:
+                if processes == 1:
+                    raise
+                going_alone(error)
+                processes = 1
+
+    def _tried(
+        self, missing: Mapping[str, Setting], time_limit_s: float, processes: int | None
+    ) -> Iterator[tuple[str, Answer]]:
+        with solving(processes, len(missing)) as submit:
             waiting: dict[Future[list[Answer]], list[tuple[str, Setting]]] = {}
-            for group in shared_out(_alike(missing), self.limits.processes or num_cores()):
+            for group in shared_out(alike(missing), processes or num_cores()):
                 tasks, asked = [], []
                 for key, setting in group:
                     try:
@@ -401,42 +405,6 @@ def _shorter(mine: Answer, other: Answer) -> bool:
     if mine.step_s is None or other.status != "ok" or other.step_s is None:
         return mine.step_s is not None
     return mine.step_s < other.step_s * (1 - _ROUNDING)
-
-
-def _alike(missing: Mapping[str, Setting]) -> list[list[tuple[str, Setting]]]:
-    """Settings that differ in their links alone, together; every other by itself."""
-    groups: dict[str, list[tuple[str, Setting]]] = {}
-    for key, setting in missing.items():
-        own = (setting.schedule, setting.microbatches, setting.recompute, setting.layout, setting.tensor)
-        nodes = [node.name for node in setting.cluster.nodes]
-        if setting.tensor != 1:
-            # What groups take depends on the links inside nodes.
-            nodes += [str(node.link.cost) for node in setting.cluster.nodes]
-        alike = f"{priced_by(setting)} {own} {nodes}" if setting.layout is None else key
-        groups.setdefault(alike, []).append((key, setting))
-    return list(groups.values())
-
-
-def shared_out(groups: Sequence[list[_Item]], processes: int) -> list[list[_Item]]:
-    """Groups of many settings cut into one part per process, each with fast links and slow ones.
-
-    >>> shared_out([list(range(5)), ["a"]], 2)
-    [[0, 1, 2, 3, 4], ['a']]
-    >>> [len(part) for part in shared_out([list(range(100))], 2)]
-    [50, 50]
-    """
-    parts = [min(processes, len(group) // LEAST_TOGETHER) or 1 for group in groups]
-    return [group[i::n] for group, n in zip(groups, parts, strict=True) for i in range(n)]
-
-
-def fair_limit_s(scenarios: int, processes: int | None) -> float:
-    """Seconds for each of so many scenarios.
-
-    >>> fair_limit_s(3, 2), fair_limit_s(40, 2), fair_limit_s(1000, 2)
-    (10.0, 1.0, 0.3)
-    """
-    together_s = STUDY_S * (processes if processes is not None else num_cores())
-    return min(max(together_s / scenarios, 0.3), 10.0)
 
 
 def _version() -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -59,14 +60,22 @@ def started(count: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool as error:
             raise RunError(
-                "a process that was planning was killed, most often for want of memory; processes=1 "
-                "(--processes 1) plans in this one, and takes what the cache has of answers before"
+                "a process that was planning was killed, most often for want of memory"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
             raise
+
+
+def going_alone(why: RunError) -> None:
+    """Warn that this process does the rest, which needs less memory."""
+    warnings.warn(
+        f"{why}; what is left is done by this process alone, which takes longer. processes=1 "
+        "(--processes 1) does so from the start.",
+        stacklevel=2,
+    )
 
 
 def submitted(

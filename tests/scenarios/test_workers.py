@@ -1,16 +1,32 @@
-"""Processes that solve scenarios do not run the script that asks once more."""
+"""Processes that solve scenarios: they do not run the script that asks once more, and may be killed."""
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+import graphpar
+from graphpar.errors import RunError
+from graphpar.scenarios.solve import solve_together
+from graphpar.scenarios.task import Task
+from graphpar.scenarios.types import Answer
+from graphpar.scenarios.workers import Submit
 
 SCRIPT = """
 import torch, graphpar
 print("started", flush=True)
 model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
-asked = ["set batch=12", "set batch=24", "drop local/1"]
+asked = ["set batch=12", "set batch=24", "set batch=4"]
 cluster = {"devices": [{"kind": "t4", "count": 2}]}
 options = {"args": (torch.randn(6, 8),), "cache": False, "time_limit_s": 0.2, "processes": 2}
 print(len(graphpar.what_if(model, cluster, asked, **options).answers))
@@ -23,3 +39,43 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     ran = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert ran.stdout.split() == ["started", "3"], ran.stderr
+
+
+def test_where_one_is_killed_a_study_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int | None] = []
+
+    @contextmanager
+    def solving(processes: int | None, tasks: int) -> Iterator[Submit]:
+        begun.append(processes)
+
+        def submit(tasks: list[Task]) -> Future[list[Answer]]:
+            future: Future[list[Answer]] = Future()
+            if processes != 1 and next(number) > 0:
+                future.set_exception(BrokenProcessPool())
+            else:
+                future.set_result(solve_together(tasks))
+            return future
+
+        number = itertools.count()
+        try:
+            yield submit
+        except BrokenProcessPool as error:
+            raise RunError("killed") from error
+
+    def priced(tasks: object, processes: int) -> Any:
+        raise RunError("killed")
+
+    asked = ["set batch=8", "set batch=32", "set batch=4"]
+    cluster = {"devices": [{"kind": "t4", "count": 2}], "link": {"bytes_per_s": 1e9, "latency_s": 1e-5}}
+    layers = nn.Sequential(*(nn.Linear(8, 8, device="meta") for _ in range(3)))
+    what_if = partial(graphpar.what_if, layers, cluster, args=(torch.empty(8, 8, device="meta"),))
+    options: dict[str, Any] = {"tensor": 2, "gap": 0.9, "cache": False, "processes": 1}
+    undisturbed = what_if(asked, **options)
+    monkeypatch.setattr("graphpar.scenarios.study.solving", solving)
+    monkeypatch.setattr("graphpar.scenarios.study.priced_by_several", priced)
+    with pytest.warns(UserWarning, match="by this process alone") as told:
+        study = what_if(asked, **{**options, "processes": 2})
+    assert len(told) == 2, "the groups' prices, and the scenarios when one was answered"
+    assert [a.step_s for a in study.answers] == [a.step_s for a in undisturbed.answers]
+    assert study.baseline.step_s == undisturbed.baseline.step_s
+    assert begun == [2, 2, 1]

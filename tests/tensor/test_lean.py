@@ -26,6 +26,7 @@ from graphpar.cost_models.sharding import Sharding, ShardingProgramme, choose_sh
 from graphpar.errors import InfeasibleError
 from graphpar.group_candidates import candidate_groups
 from graphpar.group_modes import with_group_modes
+from graphpar.group_settings import group_options
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.strategies import strategies_of, value_of
@@ -38,7 +39,6 @@ from graphpar.plan_diff import Change, diff_plans
 from graphpar.planner import price
 from graphpar.preparation import prepare
 from graphpar.runtime.reference import EagerModel
-from graphpar.tensor_groups import group_options
 from graphpar.training import Training
 from graphpar.verify import train_on_one_device
 from graphpar.view.build import view_of
