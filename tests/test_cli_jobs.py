@@ -1,8 +1,6 @@
 """The commands that plan and run a model, on a small model of two layers and local workers."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,16 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def graphpar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "graphpar", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.distributed
 def test_plan_then_run_then_refuse_another_use(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -70,12 +58,13 @@ def test_plan_then_run_then_refuse_another_use(
     assert '"detail":"' in (folder / "plan.html").read_text(encoding="utf-8")
 
     drawn = ("--view", "run.json", "--profile")
-    ran = graphpar(folder, "run", *common, "--plan", "plan.json", "--train", "--json", *drawn)
-    assert ran.returncode == 0, ran.stderr
-    assert "step 5/5  loss " in ran.stderr
+    with_plan = ("run", *common, "--plan", "plan.json", "--train", "--json")
+    assert cli.run((*with_plan, *drawn), cli.Settings()) == 0
+    ran = capfd.readouterr()
+    assert "step 5/5  loss " in ran.err
     trace = json.loads((folder / "run.json").read_text(encoding="utf-8"))["traceEvents"]
     assert {"F", "B", "kernel"} <= {event.get("cat") for event in trace}
-    result = json.loads(ran.stdout)
+    result = json.loads(ran.out)
     assert len(result["losses"]) == 5
     assert result["losses"] == sorted(result["losses"], reverse=True)
     assert result["predicted_step_s"] == plan.predicted_step_s

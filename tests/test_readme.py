@@ -1,9 +1,9 @@
 """What README and the guides show is run: Python blocks as scripts, `$` lines as commands."""
 
 import re
+import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,13 +26,14 @@ PYTHON = [(page, i, code) for page in PAGES for i, code in enumerate(blocks(page
 @pytest.mark.parametrize(
     ("page", "number", "code"), PYTHON, ids=[f"{page}-{number}" for page, number, _ in PYTHON]
 )
-def test_python_blocks_run(page: str, number: int, code: str, tmp_path: Path) -> None:
+def test_python_blocks_run(
+    page: str, number: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As scripts, but in this process, which has imported torch."""
     script = tmp_path / "shown.py"
     script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from small_problems import placement_file, ring, sharding_file
 
@@ -30,31 +32,48 @@ PLACEMENT = PlacementProblem(
 )
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own that fails if torch gets imported."""
-    script = (
-        "import sys\n"
-        "sys.modules['torch'] = None\n"
-        "from graphpar.solve_command import solve\n"
-        "from graphpar.errors import GraphparError\n"
-        "try:\n"
-        "    solve.main(sys.argv[1:], 'graphpar solve', standalone_mode=False)\n"
-        "except GraphparError as error:\n"
-        "    print(error, file=sys.stderr)\n"
-        "    sys.exit(error.exit_code)\n"
+RUN = """
+import contextlib, io, json, sys
+sys.modules["torch"] = None
+from graphpar.solve_command import solve
+from graphpar.errors import GraphparError
+done = []
+for arguments in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            solve.main(arguments, "graphpar solve", standalone_mode=False)
+        except GraphparError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+        except SystemExit as error:
+            code = error.code
+    done.append((out.getvalue(), err.getvalue(), code))
+json.dump(done, sys.stdout)
+"""
+
+
+class Done(NamedTuple):
+    """What a command wrote, and how it ended."""
+
+    stdout: str
+    stderr: str
+    returncode: int
+
+
+def run(*commands: Sequence[object]) -> list[Done]:
+    """Commands one after another in a process of their own that fails if torch gets imported."""
+    given = json.dumps([list(map(str, arguments)) for arguments in commands])
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, given], stdout=subprocess.PIPE, text=True, check=True
     )
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return [Done(*row) for row in json.loads(ran.stdout)]
 
 
 def test_sharding_as_json(tmp_path: Path) -> None:
     file, answer = tmp_path / "p.json", tmp_path / "answer.json"
     file.write_bytes(sharding_file(SHARDING))
-    done = run(file, "--json", "-o", answer)
+    (done,) = run((file, "--json", "-o", answer))
     record = json.loads(done.stdout)
     assert done.returncode == 0
     assert list(record) == KEYS
@@ -65,50 +84,49 @@ def test_sharding_as_json(tmp_path: Path) -> None:
 def test_a_search_cut_short_says_so(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_bytes(sharding_file(ring(60, 0)))
-    record = json.loads(run(file, "--json", "--time-limit", 5).stdout)
+    cut, plain = run((file, "--json", "--time-limit", 5), (file, "--gap", 5))
+    record = json.loads(cut.stdout)
     assert (record["status"], record["truncated_by"]) == ("feasible", "time limit")
     assert record["bound"] < record["objective"]
-    page = run(file, "--gap", 5).stdout
-    assert "cut short by" in page
-    assert "feasible" in page
+    assert "cut short by" in plain.stdout
+    assert "feasible" in plain.stdout
 
 
 def test_placement_as_json_and_table(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_bytes(placement_file(PLACEMENT))
-    record = json.loads(run(file, "--json").stdout)
+    as_json = (file, "--json")
+    throughput, latency, page = run(as_json, (*as_json, "--objective", "latency"), (file,))
+    record = json.loads(throughput.stdout)
     assert list(record) == KEYS
     assert (record["format"], record["objective"]) == ("placement", 5.0)
     assert sorted(record["answer"].values()) == [1, 2]
-    latency = json.loads(run(file, "--json", "--objective", "latency").stdout)
-    assert latency["objective"] == 8.0
-    page = run(file).stdout
-    assert "optimal" in page
-    assert "lower bound" in page
+    assert json.loads(latency.stdout)["objective"] == 8.0
+    assert "optimal" in page.stdout
+    assert "lower bound" in page.stdout
 
 
 def test_a_limit_that_reading_uses_up_is_no_error(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_bytes(sharding_file(ring(60, 0)))
-    done = run(file, "--json", "--time-limit", 1e-6)
-    record = json.loads(done.stdout)
-    assert done.returncode == 0
-    assert (record["status"], record["truncated_by"]) == ("unknown", "time limit")
-    assert "no time to read" in done.stderr
     placement = tmp_path / "p.json.gz"
     placement.write_bytes(gzip.compress(placement_file(PLACEMENT)))
-    record = json.loads(run(placement, "--json", "--objective", "latency", "--time-limit", 1e-6).stdout)
-    assert record["format"] == "placement"
+    limit = ("--json", "--time-limit", 1e-6)
+    sharding, other = run((file, *limit), (placement, *limit, "--objective", "latency"))
+    record = json.loads(sharding.stdout)
+    assert sharding.returncode == 0
+    assert (record["status"], record["truncated_by"]) == ("unknown", "time limit")
+    assert "no time to read" in sharding.stderr
+    assert json.loads(other.stdout)["format"] == "placement"
 
 
 def test_infeasible_ends_with_three(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     impossible = ShardingProblem("none", ((0, 1),), ((IMPOSSIBLE_COST, 4),), ((0, 9),), (), (), 8)
     file.write_bytes(sharding_file(impossible))
-    done = run(file, "--json")
+    done, page = run((file, "--json"), (file,))
     assert done.returncode == 3
     assert json.loads(done.stdout)["status"] == "infeasible"
-    page = run(file)
     assert page.returncode == 3
     assert "memory limit" in page.stderr
 
@@ -116,6 +134,6 @@ def test_infeasible_ends_with_three(tmp_path: Path) -> None:
 def test_a_damaged_file_ends_with_two(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
     file.write_bytes(sharding_file(SHARDING)[:-20])
-    done = run(file, "--json")
+    (done,) = run((file, "--json"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "whole" in done.stderr
