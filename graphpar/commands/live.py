@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,20 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from graphpar.plans import Plan
+from graphpar.runtime.last_step import LastStep
+from graphpar.runtime.program import StepReport
 from graphpar.schedule import Action
 from graphpar.units import format_bytes, format_percent, format_rate, format_seconds
-from graphpar.view.measured import MeasuredRank, MeasuredStep
 
 _MOST_RANKS = 24
 _BAR_COLUMNS = 12
 _COMPUTE = "FBIWO"
-
-
-class TimedStep(MeasuredStep, Protocol):
-    """A measured step that knows how long it took."""
-
-    @property
-    def seconds(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class RankShare:
     predicted_bytes: float
 
 
-def shares_of_step(plan: Plan, step: TimedStep) -> tuple[RankShare, ...]:
+def shares_of_step(plan: Plan, step: LastStep) -> tuple[RankShare, ...]:
     """How busy each rank was and what memory it held."""
     stages_of = plan.schedule().stages_of
     replicas = plan.replicas
@@ -62,7 +55,7 @@ def shares_of_step(plan: Plan, step: TimedStep) -> tuple[RankShare, ...]:
     )
 
 
-def _computed_s(report: MeasuredRank) -> float:
+def _computed_s(report: StepReport) -> float:
     return sum(e.end_s - e.start_s for e in report.events if Action.parse(e.token).kind in _COMPUTE)
 
 
@@ -92,7 +85,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, number: int, samples: int, step: TimedStep, loss: float | None) -> None:
+    def show(self, number: int, samples: int, step: LastStep, loss: float | None) -> None:
         """Tell of one step that ended."""
         line = step_line(number, self._steps, samples, step, loss)
         if self._live is None:
@@ -102,7 +95,7 @@ class Progress:
             self._live.update(Group(Text(line), rank_table(shares)), refresh=True)
 
 
-def step_line(number: int, steps: int, samples: int, step: TimedStep, loss: float | None) -> str:
+def step_line(number: int, steps: int, samples: int, step: LastStep, loss: float | None) -> str:
     """One step in one line: loss, time, speed, and how far the prediction was off."""
     parts = [f"step {number}/{steps}"]
     if loss is not None:

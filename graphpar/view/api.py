@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from graphpar.errors import PlanError
 from graphpar.files import is_full, write_whole
@@ -14,11 +14,13 @@ from graphpar.view.build import view_of
 from graphpar.view.detail import ViewDetail, detail_of
 from graphpar.view.graphs import render_dot, render_graphml, render_markdown
 from graphpar.view.html import render_html
-from graphpar.view.measured import MeasuredStep
 from graphpar.view.model import ViewData
 from graphpar.view.png import render_png
 from graphpar.view.svg import render_svg
 from graphpar.view.trace import render_trace
+
+if TYPE_CHECKING:
+    from graphpar.runtime.last_step import LastStep
 
 
 class Job(Protocol):
@@ -27,7 +29,7 @@ class Job(Protocol):
     @property
     def plan(self) -> Plan: ...
     @property
-    def last_step(self) -> MeasuredStep | None: ...
+    def last_step(self) -> "LastStep | None": ...
 
 
 Drawable = Plan | Job

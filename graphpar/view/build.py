@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,10 +15,11 @@ from graphpar.plans import Plan
 from graphpar.schedule import Schedule
 from graphpar.simulate import peak_parts, resident_bytes
 from graphpar.view.fold import fold_units
-from graphpar.view.measured import MeasuredStep, StepDifference, comparison_of, measured_timeline
+from graphpar.view.measured import measured_timeline
 from graphpar.view.model import (
     Lane,
     ViewCertificate,
+    ViewComparison,
     ViewData,
     ViewDevice,
     ViewError,
@@ -32,26 +33,20 @@ from graphpar.view.model import (
 from graphpar.view.outline import outline
 from graphpar.view.shares import shares_of
 
+if TYPE_CHECKING:
+    from graphpar.runtime.comparison import StepComparison
+    from graphpar.runtime.last_step import LastStep
+    from graphpar.runtime.true_error import TrueError
+
 _SPLITS_WEIGHTS = 3
 """The ZeRO level from which on a device holds a part of its weights only."""
 
 
-class FirstStepError(Protocol):
-    """What a job's first step was off by."""
-
-    @property
-    def output(self) -> float: ...
-    @property
-    def gradient_norm(self) -> float | None: ...
-    @property
-    def kept(self) -> bool: ...
-
-
 def view_of(
     plan: Plan,
-    measured: MeasuredStep | None = None,
-    difference: StepDifference | None = None,
-    first_step: FirstStepError | None = None,
+    measured: "LastStep | None" = None,
+    difference: "StepComparison | None" = None,
+    first_step: "TrueError | None" = None,
 ) -> ViewData:
     """Everything there is to draw of a plan; simulates its step once."""
     timeline = plan.timeline()
@@ -92,12 +87,16 @@ def view_of(
             ),
         ),
         measured=ran,
-        comparison=comparison_of(difference) if difference is not None else None,
+        comparison=_comparison(difference) if difference is not None else None,
         errors=_errors(plan.error_budget, first_step) if plan.error_budget is not None else None,
     )
 
 
-def _errors(report: PlanPrecision, first_step: FirstStepError | None) -> ViewErrors:
+def _comparison(found: "StepComparison") -> ViewComparison:
+    return ViewComparison(found.devices, found.reasons, found.off, found.tolerance)
+
+
+def _errors(report: PlanPrecision, first_step: "TrueError | None") -> ViewErrors:
     return ViewErrors(
         budget=report.budget,
         rows=(

@@ -1,119 +1,24 @@
 """Lanes of a step that really ran, on one clock.
 
-The types are protocols, so that a finished job's last step fits and nothing of the runtime (and of
-torch) has to be imported to draw a picture.
+The runtime, and with it torch, is imported for its types alone: nobody needs it to draw a picture.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from graphpar.plans import Plan
 from graphpar.schedule import Action, Schedule
-from graphpar.view.model import Lane, ViewComparison, ViewDifference, ViewKernel, ViewTimeline
+from graphpar.view.model import Lane, ViewKernel, ViewTimeline
 
-
-class MeasuredEvent(Protocol):
-    """One action as it ran; times on the machine's own clock."""
-
-    @property
-    def token(self) -> str: ...
-    @property
-    def start_s(self) -> float: ...
-    @property
-    def end_s(self) -> float: ...
-
-
-class MeasuredKernel(Protocol):
-    """An operation that a profiler saw, on the clock of its rank's events."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def track(self) -> str: ...
-    @property
-    def start_s(self) -> float: ...
-    @property
-    def end_s(self) -> float: ...
-
-
-class MeasuredRank(Protocol):
-    """What one rank reports about a step."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def start_s(self) -> float: ...
-    @property
-    def end_s(self) -> float: ...
-    @property
-    def events(self) -> Sequence[MeasuredEvent]: ...
-    @property
-    def peak_bytes(self) -> int: ...
-    @property
-    def kernels(self) -> Sequence[MeasuredKernel]: ...
-
-
-class MeasuredStep(Protocol):
-    """A measured step; ranks that died before they could report may be missing."""
-
-    @property
-    def predicted_s(self) -> float | None: ...
-    @property
-    def reports(self) -> Sequence[MeasuredRank]: ...
-    @property
-    def failure(self) -> str: ...
-
-
-class DeviceDifference(Protocol):
-    """One device's seconds and peak bytes, measured and predicted."""
-
-    @property
-    def device(self) -> str: ...
-    @property
-    def predicted_compute_s(self) -> float: ...
-    @property
-    def compute_s(self) -> float: ...
-    @property
-    def predicted_wait_s(self) -> float: ...
-    @property
-    def wait_s(self) -> float: ...
-    @property
-    def predicted_reduce_s(self) -> float: ...
-    @property
-    def reduce_s(self) -> float: ...
-    @property
-    def predicted_peak_bytes(self) -> float: ...
-    @property
-    def peak_bytes(self) -> float: ...
-
-
-class StepDifference(Protocol):
-    """A step beside its prediction, with the likely reasons where they differ."""
-
-    @property
-    def off(self) -> bool: ...
-    @property
-    def tolerance(self) -> float: ...
-    @property
-    def devices(self) -> Sequence[DeviceDifference]: ...
-    @property
-    def reasons(self) -> Sequence[str]: ...
-
-
-def comparison_of(found: StepDifference) -> ViewComparison:
-    """What the page shows of it."""
-    names = [f.name for f in fields(ViewDifference)]
-    rows = tuple(ViewDifference(**{name: getattr(d, name) for name in names}) for d in found.devices)
-    return ViewComparison(rows, tuple(found.reasons), found.off, found.tolerance)
-
+if TYPE_CHECKING:
+    from graphpar.runtime.last_step import LastStep
 
 _LONGEST_FAILURE = 160
 _Causes = dict[tuple[str, str], float]
 """From node, to node: the shortest time seen between the start of a send and the end of its receive."""
 
 
-def measured_timeline(plan: Plan, schedule: Schedule, step: MeasuredStep) -> ViewTimeline | None:
+def measured_timeline(plan: Plan, schedule: Schedule, step: "LastStep") -> ViewTimeline | None:
     """The measured lanes; None if no rank reported anything and nothing failed.
 
     A rank without a report, or with fewer events than its schedule has actions, is marked stopped.

@@ -7,11 +7,15 @@ to `ViewData.num_ranks`; devices without work follow after them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from graphpar.explanation import Explanation
 from graphpar.plan_precision import FormatRun
 from graphpar.plan_records import PlanBudget, PlanEdge
 from graphpar.schedule import Action
+
+if TYPE_CHECKING:
+    from graphpar.runtime.comparison import DeviceComparison
 
 
 @dataclass(frozen=True)
@@ -245,21 +249,6 @@ class ViewShares:
 
 
 @dataclass(frozen=True)
-class ViewDifference:
-    """One device's part of a measured step beside what was predicted of it."""
-
-    device: str
-    predicted_compute_s: float
-    compute_s: float
-    predicted_wait_s: float
-    wait_s: float
-    predicted_reduce_s: float
-    reduce_s: float
-    predicted_peak_bytes: float
-    peak_bytes: float
-
-
-@dataclass(frozen=True)
 class ViewComparison:
     """A measured step beside its prediction.
 
@@ -268,7 +257,7 @@ class ViewComparison:
         reasons: The likely ones, where it does.
     """
 
-    devices: tuple[ViewDifference, ...]
+    devices: "tuple[DeviceComparison, ...]"
     reasons: tuple[str, ...]
     off: bool
     tolerance: float

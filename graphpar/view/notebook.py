@@ -5,6 +5,7 @@ views. Jobs and reports call `framed` and `preformatted` themselves.
 """
 
 from html import escape
+from typing import TYPE_CHECKING
 
 from graphpar.ir.graph import Graph
 from graphpar.plans import Plan
@@ -12,9 +13,11 @@ from graphpar.view.build import view_of
 from graphpar.view.detail import ViewDetail, detail_of
 from graphpar.view.graph_svg import render_graph_svg
 from graphpar.view.html import render_html
-from graphpar.view.measured import MeasuredStep
 from graphpar.view.model import ViewData
 from graphpar.view.svg import render_svg
+
+if TYPE_CHECKING:
+    from graphpar.runtime.last_step import LastStep
 
 _FRAME_PX = 680
 
@@ -40,12 +43,12 @@ def framed(view: ViewData, detail: ViewDetail | None = None) -> str:
     )
 
 
-def framed_job(plan: Plan, graph: Graph, step: MeasuredStep | None) -> str:
+def framed_job(plan: Plan, graph: Graph, step: "LastStep | None") -> str:
     """The page of a job in a frame: its plan, its operations, its last step if it made one."""
     return framed(view_of(plan, step), detail_of(graph, plan.units))
 
 
-def drawn_job(plan: Plan, step: MeasuredStep | None) -> str:
+def drawn_job(plan: Plan, step: "LastStep | None") -> str:
     """The picture of a job as SVG."""
     return render_svg(view_of(plan, step)).decode()
 

@@ -251,7 +251,7 @@ def test_a_step_that_differs_is_shown_with_the_likely_reason(opened: Open) -> No
                 step.reports, (d.peak_bytes for d in view_of(plan).devices), strict=False
             )
         )
-        found = compare_step(plan, reports, step.seconds)  # type: ignore[arg-type]
+        found = compare_step(plan, reports, step.seconds)
         page = opened(Job(plan, step, found))
         rows = page.locator("#differences tbody tr").all_inner_texts()
         assert [row.split()[0] for row in rows] == list(plan.devices)

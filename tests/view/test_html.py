@@ -100,7 +100,7 @@ def test_the_page_holds_the_plan_and_the_measured_step() -> None:
 def test_the_page_holds_measured_and_predicted_of_each_device_and_why_they_differ(tmp_path: Path) -> None:
     plan = sample_plan()
     step = measured_step(plan, slower=1.4)
-    found = compare_step(plan, step.reports, step.seconds)  # type: ignore[arg-type]
+    found = compare_step(plan, step.reports, step.seconds)
     job = Job(plan, step, found)
     (shown,) = data_of(visualize(job, tmp_path / "job.html").read_bytes())["plans"]
     assert shown["comparison"]["off"] and shown["comparison"]["reasons"] == list(found.reasons) != []

@@ -1,16 +1,18 @@
 """What `graphpar run` shows: lines in a file, a table on a terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from plan_samples import sample_plan
 from rich.console import Console
-from view_samples import Step, measured_step
+from view_samples import measured_step
 
 from graphpar.commands.live import Progress, shares_of_step, step_line
+from graphpar.runtime.last_step import LastStep
 
 
-def steps() -> tuple[Step, Step]:
+def steps() -> tuple[LastStep, LastStep]:
     plan = sample_plan()
     return measured_step(plan, slower=1.25), measured_step(plan)
 
@@ -49,5 +51,5 @@ def test_busy_shares_are_those_of_the_plan_where_all_is_stretched_alike() -> Non
 
 
 def test_a_step_of_another_batch_is_not_compared() -> None:
-    line = step_line(1, 1, 3, Step(None, measured_step(sample_plan()).reports), None)
+    line = step_line(1, 1, 3, replace(measured_step(sample_plan()), predicted_s=None), None)
     assert "predicted" not in line and "loss" not in line

@@ -1,13 +1,17 @@
 """Measured steps on one clock, whole and broken."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plan_samples import CLUSTER, chain, chain_links, sample_plan, table_for
-from view_samples import Report, Step, measured_step
+from view_samples import measured_step
 
 from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plans import Plan, hash_of
+from graphpar.runtime.last_step import LastStep
+from graphpar.runtime.program import Event, StepReport
 from graphpar.view.build import view_of
 
 
@@ -39,13 +43,13 @@ def test_a_plan_without_a_step_has_nothing_measured() -> None:
 
 
 def test_a_step_without_reports_is_no_measurement() -> None:
-    assert view_of(sample_plan(), Step(1.0, ())).measured is None
+    assert view_of(sample_plan(), LastStep(1.0, 1.0, ())).measured is None
 
 
 def test_a_failed_step_marks_where_each_rank_stopped() -> None:
     plan = sample_plan()
     step = measured_step(plan, until_s=0.05)
-    lost = Step(step.predicted_s, step.reports[:-1])
+    lost = replace(step, reports=step.reports[:-1])
     measured = view_of(plan, lost).measured
     assert measured is not None
     assert [lane.stopped for lane in measured.lanes] == [True] * 4
@@ -56,7 +60,7 @@ def test_a_failed_step_marks_where_each_rank_stopped() -> None:
 def test_another_batch_is_said_and_not_called_a_failure() -> None:
     plan = sample_plan()
     step = measured_step(plan, until_s=0.05)
-    measured = view_of(plan, Step(None, step.reports)).measured
+    measured = view_of(plan, replace(step, predicted_s=None)).measured
     assert measured is not None and not measured.stopped
     assert "another batch" in measured.note
 
@@ -84,7 +88,6 @@ def test_clocks_that_agree_are_left_alone() -> None:
 
 
 def test_a_damaged_token_is_told() -> None:
-    report = Report(0, 0.0, 1.0, measured_step(sample_plan()).reports[0].events[:1], 1)
-    broken = Report(0, 0.0, 1.0, (type(report.events[0])("??", 0.0, 1.0),), 1)
+    broken = StepReport(0, 0.0, 1.0, (Event("??", 0.0, 1.0),), 1)
     with pytest.raises(ValueError, match="is not an action"):
-        view_of(sample_plan(), Step(1.0, (broken,)))
+        view_of(sample_plan(), LastStep(1.0, 1.0, (broken,)))

@@ -8,6 +8,8 @@ from plan_samples import sample_plan
 
 from graphpar.explanation import Alternative, Choice, Explanation, RunnerUp, ShadowPrice
 from graphpar.plans import Plan
+from graphpar.runtime.last_step import LastStep
+from graphpar.runtime.program import Event, StepReport
 
 HOSTILE = (
     "</script><script>alert(1)</script>",
@@ -20,56 +22,11 @@ HOSTILE = (
 
 
 @dataclass(frozen=True)
-class Event:
-    """An action as it ran."""
-
-    token: str
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """An operation that a profiler saw."""
-
-    name: str
-    track: str
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a rank reports."""
-
-    rank: int
-    start_s: float
-    end_s: float
-    events: tuple[Event, ...]
-    peak_bytes: int
-    kernels: tuple[Kernel, ...] = ()
-
-
-@dataclass(frozen=True)
-class Step:
-    """A measured step."""
-
-    predicted_s: float | None
-    reports: tuple[Report, ...]
-    failure: str = ""
-
-    @property
-    def seconds(self) -> float:
-        """From the first start to the last end."""
-        return max(r.end_s for r in self.reports) - min(r.start_s for r in self.reports)
-
-
-@dataclass(frozen=True)
 class Job:
     """A plan with its last step."""
 
     plan: Plan
-    last_step: Step | None
+    last_step: LastStep | None
     comparison: Any = None
     true_error: Any = None
 
@@ -81,7 +38,7 @@ def measured_step(
     origin_s: float = 1000.0,
     until_s: float = float("inf"),
     clock_s: tuple[float, ...] = (),
-) -> Step:
+) -> LastStep:
     """The predicted step, played `slower`; events that end after `until_s` did not happen.
 
     `clock_s` is by how much each rank's clock is ahead.
@@ -96,8 +53,9 @@ def measured_step(
             if slower * e.end_s <= until_s
         )
         end = max((e.end_s for e in events), default=base)
-        reports.append(Report(rank, base, end, events, peak_bytes=2**20 * (rank + 1)))
-    return Step(timeline.step_s, tuple(reports))
+        reports.append(StepReport(rank, base, end, events, peak_bytes=2**20 * (rank + 1)))
+    seconds = max(r.end_s for r in reports) - min(r.start_s for r in reports)
+    return LastStep(seconds, timeline.step_s, tuple(reports))
 
 
 def hostile_plan() -> Plan:
