@@ -13,23 +13,18 @@ The processor time of both ranks is reported too: it does not see waiting, but h
 import argparse
 import copy
 import json
-import os
-import socket
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from in_turn import WARM_UP, begin_rank, end_rank, furthest_apart, ratios, result_of, timed
 from split_models import FAMILIES, VOCABULARY, Family, Size, causal_loss
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-from torch.multiprocessing.spawn import spawn
 
 import graphpar
 from graphpar.partition.handmade import evaluate
@@ -38,7 +33,6 @@ from graphpar.planner import plan_of, price
 from graphpar.plans import Plan
 from graphpar.preparation import prepare
 
-WARM_UP = 3
 Step = Callable[[torch.Tensor, torch.Tensor], float]
 """Trains on (ids, labels) and returns the loss; what ranks other than the last return is not used."""
 
@@ -170,14 +164,6 @@ class ByHand:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds of each round by contestant: the slower rank's clock, and both ranks' processor time."""
-
-    wall_s: dict[str, list[float]]
-    cpu_s: dict[str, list[float]]
-
-
-@dataclass(frozen=True)
 class Row:
     """What came out for one model.
 
@@ -198,14 +184,7 @@ class Row:
 
 def work(rank: int, name: str, size: Size, rounds: int, port: int, folder: str) -> None:
     """One rank: all contestants in turn; the last one writes down what was measured."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
+    begin_rank(rank, port)
     family = FAMILIES[name]
     model = family.build(size)
     batches = [torch.randint(VOCABULARY, (size.batch, size.length)) for _ in range(rounds + WARM_UP)]
@@ -215,45 +194,29 @@ def work(rank: int, name: str, size: Size, rounds: int, port: int, folder: str) 
         "pipelining": pipelining_step(copy.deepcopy(model), family, size),
         "by hand": ByHand(family.stages(copy.deepcopy(model), size.cut)[rank], size).step,
     }
-    times, losses = take_turns(contestants, batches)
-    if rank == 1:
-        result = {"wall_s": times.wall_s, "cpu_s": times.cpu_s, "losses": losses}
-        Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
-    dist.destroy_process_group()
+    result = take_turns(contestants, batches)
+    end_rank(folder, result if rank == 1 else None)
 
 
 def take_turns(
     contestants: dict[str, Step], batches: list[torch.Tensor]
-) -> tuple[Times, dict[str, list[float]]]:
-    """Every contestant trains on every batch, one step each in turn."""
-    wall: dict[str, list[float]] = {name: [] for name in contestants}
-    cpu: dict[str, list[float]] = {name: [] for name in contestants}
-    losses: dict[str, list[float]] = {name: [] for name in contestants}
+) -> dict[str, dict[str, list[float]]]:
+    """Every contestant trains on every batch, one step each in turn: losses and seconds by contestant."""
+    names = ("losses", "wall_s", "cpu_s")
+    found: dict[str, dict[str, list[float]]] = {n: {c: [] for c in contestants} for n in names}
     for batch in batches:
         labels = batch.clone()
-        for name, step in contestants.items():
-            dist.barrier()
-            began, computed = time.perf_counter(), time.process_time()
-            losses[name].append(step(batch, labels))
-            own = torch.tensor(
-                [time.perf_counter() - began, time.process_time() - computed], dtype=torch.float64
-            )
-            slowest, total = own.clone(), own.clone()
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            dist.all_reduce(total)
-            wall[name].append(float(slowest[0]))
-            cpu[name].append(float(total[1]))
-    return Times(wall, cpu), losses
+        for contestant, step in contestants.items():
+            for n, value in zip(names, timed(partial(step, batch, labels)), strict=True):
+                found[n][contestant].append(value)
+    return found
 
 
 def compare(name: str, size: Size, rounds: int) -> Row:
     """Run two ranks and work out medians and ratios."""
-    with TemporaryDirectory() as folder:
-        spawn(work, (name, size, rounds, free_port(), folder), nprocs=2)  # type: ignore[no-untyped-call]
-        result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+    result = result_of(work, name, size, rounds)
     wall = {k: v[WARM_UP:] for k, v in result["wall_s"].items()}
     cpu = {k: v[WARM_UP:] for k, v in result["cpu_s"].items()}
-    losses = result["losses"]
     ratio = ratios(wall)
     return Row(
         model=name,
@@ -264,30 +227,8 @@ def compare(name: str, size: Size, rounds: int) -> Row:
         over_faster=max(ratio.values()) - 1,
         median_cpu_s={k: median(v) for k, v in cpu.items()},
         cpu_ratio=ratios(cpu),
-        loss_difference=max(
-            abs(a - b) / abs(b)
-            for other in ("pipelining", "by hand")
-            for a, b in zip(losses["graphpar"], losses[other], strict=True)
-        ),
+        loss_difference=furthest_apart(result["losses"]),
     )
-
-
-def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """The median over rounds of graphpar's time over each other's."""
-    ours = seconds["graphpar"]
-    return {
-        name: median(a / b for a, b in zip(ours, theirs, strict=True))
-        for name, theirs in seconds.items()
-        if name != "graphpar"
-    }
-
-
-def free_port() -> int:
-    """A port of the loopback device that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def main() -> None:

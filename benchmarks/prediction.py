@@ -56,9 +56,13 @@ CLUSTERS: dict[str, tuple[float, ...]] = {
 """How many times slower than a core each worker is; together they need less than one and a half cores."""
 
 
-def link_of(cluster: str) -> dict[str, float]:
-    """The link between workers: over a slow one stages in a row win, over others workers side by side."""
-    return {"bytes_per_s": 2e7 if "slow" in cluster else 4e8, "latency_s": 2e-4}
+TRAINING = graphpar.Training(optimizer=torch.optim.AdamW)
+
+
+def workers(cluster: str, slowdowns: Sequence[float]) -> dict[str, Any]:
+    """Single-threaded workers; over a slow link stages in a row win, over others workers side by side."""
+    link = {"bytes_per_s": 2e7 if "slow" in cluster else 4e8, "latency_s": 2e-4}
+    return {"devices": [{"kind": "cpu", "slowdown": s, "threads": 1} for s in slowdowns], "link": link}
 
 
 class Tower(nn.Module):
@@ -222,14 +226,12 @@ def measure(
     steps: int,
 ) -> Row:
     """Plan, run, compare."""
-    devices = [{"kind": "cpu", "slowdown": s, "threads": 1} for s in slowdowns]
-    training = graphpar.Training(optimizer=torch.optim.AdamW)
-    where = {"devices": devices, "link": link_of(cluster)}
+    where = workers(cluster, slowdowns)
     with graphpar.compile(
-        model, where, args, kwargs, train=training, calibration=calibration, time_limit_s=5.0
+        model, where, args, kwargs, train=TRAINING, calibration=calibration, time_limit_s=5.0
     ) as job:
         plan, kept = job.plan, run(job, args, kwargs, steps)
-    with graphpar.compile(model, where, args, kwargs, train=training, plan=plan) as job:
+    with graphpar.compile(model, where, args, kwargs, train=TRAINING, plan=plan) as job:
         again = run(job, args, kwargs, steps)
     seconds = [step.seconds for step in kept]
     middle = median(seconds)
@@ -258,11 +260,9 @@ def measure_memory(
     steps: int,
 ) -> tuple[float, ...]:
     """Errors of the workers' peaks of one job, planned without timing the model."""
-    devices = [{"kind": "cpu", "slowdown": s, "threads": 1} for s in slowdowns]
-    training = graphpar.Training(optimizer=torch.optim.AdamW)
-    where = {"devices": devices, "link": link_of(cluster)}
+    where = workers(cluster, slowdowns)
     with graphpar.compile(
-        model, where, args, kwargs, train=training, calibration=calibration, time_limit_s=2.0, measure_s=0
+        model, where, args, kwargs, train=TRAINING, calibration=calibration, time_limit_s=2.0, measure_s=0
     ) as job:
         return memory_errors_pct(job.plan, run(job, args, kwargs, steps)[-1])
 

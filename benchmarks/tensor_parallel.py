@@ -13,23 +13,16 @@ gathered or scattered. Megatron's count is two sums of an activation per block a
 
 import argparse
 import json
-import os
-import socket
-import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from in_turn import RANKS, WARM_UP, begin_rank, end_rank, furthest_apart, ratios, result_of, timed
 from tensor_models import BLOCKS, Size, Stack, split_by_dtensor, split_by_hand
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphpar.cluster import Cluster
@@ -44,8 +37,6 @@ from graphpar.runtime.weights import Weights
 from graphpar.runtime.worker import Worker
 from graphpar.training import Training
 
-MEMBERS = 2
-WARM_UP = 3
 Step = Callable[[], float]
 """Trains once; returns the loss."""
 sgd = partial(torch.optim.SGD, lr=0.01)
@@ -77,7 +68,7 @@ class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     break
                 if name.startswith(start):
                     whole = max(_bytes(args), _bytes(result))
-                    self.num_bytes += times * whole * (MEMBERS - 1) / MEMBERS
+                    self.num_bytes += times * whole * (RANKS - 1) / RANKS
                     self.calls += 1
                     break
         return result
@@ -110,7 +101,7 @@ def graphpar_step(model: Stack, batch: tuple[torch.Tensor, ...], rank: int) -> S
     """The runtime's step of one member of the group."""
     training = Training(optimizer=sgd)
     prepared = prepare(model, batch, {}, training)
-    cluster = Cluster.from_dict({"devices": [{"kind": "cpu", "count": MEMBERS, "threads": 1}]})
+    cluster = Cluster.from_dict({"devices": [{"kind": "cpu", "count": RANKS, "threads": 1}]})
     alone = whole_on_one_device(prepared.graph)
     (pipeline,) = alone.pipelines
     names = [device.name for device in cluster.devices]
@@ -134,22 +125,15 @@ def worker_of(lowered: Lowered, model: nn.Module, rank: int) -> Worker:
         whole, cut = model.get_parameter(label).detach(), placement.slices.get(label)
         tensors[label] = take(whole, cut.dim, cut.counts, cut.inner, rank) if cut else whole
     setup = WorkerSetup(
-        rank=rank, world_size=MEMBERS, device="cpu", threads=1, slowdown=1.0, links=(),
+        rank=rank, world_size=RANKS, device="cpu", threads=1, slowdown=1.0, links=(),
         groups=lowered.groups, seed=0, max_grad_norm=None,
     )  # fmt: skip
-    return Worker(setup, Weights(tensors), lowered.trained, Recipe(sgd), range(MEMBERS))
+    return Worker(setup, Weights(tensors), lowered.trained, Recipe(sgd), range(RANKS))
 
 
 def work(rank: int, name: str, size: Size, rounds: int, port: int, folder: str) -> None:
     """One rank: all contestants in turn; the first one writes down what was measured."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(MEMBERS), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
+    begin_rank(rank, port)
     model = Stack(name, size)
     batch = (
         torch.randn(size.batch, size.length, size.width),
@@ -157,8 +141,8 @@ def work(rank: int, name: str, size: Size, rounds: int, port: int, folder: str) 
     )
     steps = {
         "graphpar": graphpar_step(model, batch, rank),
-        "by hand": eager_step(split_by_hand(model, rank, MEMBERS), batch),
-        "dtensor": eager_step(split_by_dtensor(model, MEMBERS), batch),
+        "by hand": eager_step(split_by_hand(model, rank, RANKS), batch),
+        "dtensor": eager_step(split_by_dtensor(model, RANKS), batch),
     }
     losses: dict[str, list[float]] = {n: [] for n in steps}
     wall: dict[str, list[float]] = {n: [] for n in steps}
@@ -166,30 +150,17 @@ def work(rank: int, name: str, size: Size, rounds: int, port: int, folder: str) 
     sent = {}
     for number in range(rounds + WARM_UP):
         for contestant, step in steps.items():
-            seconds = timed(step, losses[contestant])
+            loss, wall_s, cpu_s = timed(step)
+            losses[contestant].append(loss)
             if number >= WARM_UP:
-                wall[contestant].append(seconds[0])
-                cpu[contestant].append(seconds[1])
+                wall[contestant].append(wall_s)
+                cpu[contestant].append(cpu_s)
     for contestant, step in steps.items():
         with Sent() as counter:
             step()
         sent[contestant] = {"bytes": counter.num_bytes, "collectives": counter.calls}
-    if rank == 0:
-        result = {"wall_s": wall, "cpu_s": cpu, "losses": losses, "sent": sent}
-        Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
-    dist.destroy_process_group()
-
-
-def timed(step: Step, losses: list[float]) -> tuple[float, float]:
-    """Seconds of the slower rank's clock, and of both ranks' processors."""
-    dist.barrier()
-    began, computed = time.perf_counter(), time.process_time()
-    losses.append(step())
-    own = torch.tensor([time.perf_counter() - began, time.process_time() - computed], dtype=torch.float64)
-    slowest, total = own.clone(), own.clone()
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    dist.all_reduce(total)
-    return float(slowest[0]), float(total[1])
+    result = {"wall_s": wall, "cpu_s": cpu, "losses": losses, "sent": sent}
+    end_rank(folder, result if rank == 0 else None)
 
 
 @dataclass(frozen=True)
@@ -210,11 +181,8 @@ class Row:
 
 def compare(name: str, size: Size, rounds: int) -> Row:
     """Run two ranks and work out medians and ratios."""
-    with TemporaryDirectory() as folder:
-        spawn(work, (name, size, rounds, free_port(), folder), nprocs=MEMBERS)  # type: ignore[no-untyped-call]
-        result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+    result = result_of(work, name, size, rounds)
     activation = 4 * size.batch * size.length * size.width
-    losses = result["losses"]
     return Row(
         model=name,
         size=size,
@@ -223,32 +191,10 @@ def compare(name: str, size: Size, rounds: int) -> Row:
         ratio=ratios(result["wall_s"]),
         cpu_ratio=ratios(result["cpu_s"]),
         sent=result["sent"],
-        megatron_bytes=size.layers * 4 * activation * 2 * (MEMBERS - 1) / MEMBERS,
-        loss_difference=max(
-            abs(a - b) / abs(b)
-            for other in ("by hand", "dtensor")
-            for a, b in zip(losses["graphpar"], losses[other], strict=True)
-        ),
+        megatron_bytes=size.layers * 4 * activation * 2 * (RANKS - 1) / RANKS,
+        loss_difference=furthest_apart(result["losses"]),
         wall_s=result["wall_s"],
     )
-
-
-def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """The median over rounds of graphpar's time over each other's."""
-    ours = seconds["graphpar"]
-    return {
-        name: median(a / b for a, b in zip(ours, theirs, strict=True))
-        for name, theirs in seconds.items()
-        if name != "graphpar"
-    }
-
-
-def free_port() -> int:
-    """A port of the loopback device that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def main() -> None:
