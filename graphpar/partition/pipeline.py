@@ -13,7 +13,7 @@ from dataclasses import replace
 from graphpar.cost import CostTable
 from graphpar.partition.all_devices import few_devices, simple_until_s, with_all_devices
 from graphpar.partition.assign import groups_hold, name_devices
-from graphpar.partition.candidate import Candidate, prefer_1f1b
+from graphpar.partition.candidate import Candidate, best_candidate, prefer_1f1b
 from graphpar.partition.certificate import BEYOND, ROUNDING, certificate, family_note
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
@@ -396,20 +396,19 @@ class _Run:
 
     def _real_s(self, found: Found) -> float:
         """What a pipeline takes on real devices and links; infinite where its groups cannot stand."""
-        known = len(self._seen)
-        self._offer((found,))
-        return self._seen[-1].step_s if len(self._seen) > known else INFINITY
+        return self._offer((found,))
 
-    def _offer(self, found: Sequence[Found]) -> None:
+    def _offer(self, found: Sequence[Found]) -> float:
+        """Take a plan, on real devices and links; what it takes there, infinite if it cannot stand."""
         schedule = found[0].setting.schedule
         pipelines = name_devices(self._table, self.family.cells, found)
         if not groups_hold(self._table, pipelines):
-            return
-        step = price(self._table, pipelines, schedule).objective_s
-        candidate = Candidate(pipelines, schedule, step)
+            return INFINITY
+        candidate = best_candidate(self._table, pipelines, schedule)
         self._seen.append(candidate)
-        if step < self.step_s:
+        if candidate.step_s < self.step_s:
             self.best = candidate
+        return candidate.step_s
 
     def bring_nearer(self) -> None:
         """Let devices of the best plan change places, where they were counted and links differ."""

@@ -66,7 +66,7 @@ def best_shares(
     cutoff_s: float,
     gap: float,
     deadline_s: float,
-    offer: Callable[[tuple[Found, ...]], None],
+    offer: Callable[[tuple[Found, ...]], float],
 ) -> SideBySide:
     """The best shares, microbatches and stages for one set of pipelines under one schedule.
 
@@ -138,7 +138,7 @@ class _Grouping:
         most: Mapping[Group, int],
         gap: float,
         deadline_s: float,
-        offer: Callable[[tuple[Found, ...]], None],
+        offer: Callable[[tuple[Found, ...]], float],
     ) -> None:
         self._programs = programs
         self._offer = offer

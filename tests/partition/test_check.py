@@ -1,6 +1,8 @@
 """The checker finds what is wrong, and agrees with the solver's own prices."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations, product
 
 import pytest
 from all_plans import all_plans, bare
@@ -9,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable
+from graphpar.cost_models.modes import with_modes
+from graphpar.cost_options import StageOptions
 from graphpar.errors import VerifyError
+from graphpar.partition.candidate import best_candidate
 from graphpar.partition.check import check_partition, recompute
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
-from graphpar.partition.pipeline_price import price
+from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 
 
@@ -109,3 +114,21 @@ def test_copies_are_limited() -> None:
     assert len(found.used_devices) == 2
     with pytest.raises(VerifyError, match="2 copies"):
         check_partition(replace(table, max_replicas=1), found)
+
+
+def test_the_replica_with_the_fastest_optimiser_sums_with_other_pipelines() -> None:
+    """No order of the replicas is better, and the given one is worse."""
+    table = make_table([1.0], (1.0, 4.0), (2, 2), weight_bytes=8.0, gradient_bytes=8.0, optimizer_s=20.0)
+    table = with_modes(replace(table, sum_s_per_byte=0.5), StageOptions(zero=(1,)))
+    pairs = (("0.0", "1.0"), ("0.1", "1.1"))
+
+    def plan(orders: Sequence[Sequence[str]]) -> tuple[PipelineChoice, ...]:
+        stages = [StageChoice(0, 1, tuple(Replica(d, 0) for d in own), zero=1) for own in orders]
+        return tuple(share_microbatches(table, PipelineChoice(2, 2, (s,)), "1f1b") for s in stages)
+
+    steps = [
+        price(table, plan(orders), "1f1b").objective_s for orders in product(*map(permutations, pairs))
+    ]
+    found = best_candidate(table, plan(pairs), "1f1b")
+    assert found.step_s == pytest.approx(min(steps))
+    assert found.step_s < price(table, plan(pairs), "1f1b").objective_s
