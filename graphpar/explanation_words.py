@@ -24,8 +24,10 @@ def binding(table: CostTable, found: Partition, parts: dict[str, float]) -> Iter
     }
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         if seconds > 0.05 * found.objective_s:
+            # Of the step that the parts add up to; the one that was played through may be another.
+            whole, part = format_seconds(found.objective_s), format_seconds(seconds)
             share = format_percent(seconds / found.objective_s)
-            yield f"{names.get(name, name)}: {format_seconds(seconds)}, {share} of the step"
+            yield f"{names.get(name, name)}: {share} of the programme's {whole} ({part})"
     for device_class in table.device_classes:
         peaks = [(found.peak_bytes[d], d) for d in device_class.devices if d in found.peak_bytes]
         if peaks and max(peaks)[0] > FULL * device_class.memory_bytes:

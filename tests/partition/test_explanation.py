@@ -15,6 +15,7 @@ from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.simulated import has_formula, simulated
+from graphpar.units import format_percent, format_seconds
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -127,4 +128,5 @@ def test_collectives_of_groups_are_no_computing(
         assert told.parts["steady_collective_s"] > 0.1
         assert told.parts["steady_s"] == pytest.approx(computed.parts["steady_s"])
     (line,) = (text for text in told.binding if text.startswith("collectives of one microbatch"))
-    assert "inside the stages" in line
+    share = format_percent(told.parts["fill_collective_s"] / told.step_s)
+    assert f"inside the stages: {share} of the programme's {format_seconds(told.step_s)} (" in line
