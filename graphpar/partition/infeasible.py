@@ -32,7 +32,13 @@ _PRECISION = 1.02
 """The smallest sufficient memory is found to within two per cent."""
 
 _MOST_FACTOR = 2.0**20
-"""No more memory than so many times what there is is tried."""
+"""No more memory than so many times what is known to be too little is tried."""
+
+_HALVINGS = 30
+"""Of an interval of factors, one of which is just too little."""
+
+_WHOLE = 100.0
+"""Of larger factors nobody needs two digits behind the point."""
 
 EVERY_LEVEL = (1, 2, 3)
 """ZeRO levels that may be proposed."""
@@ -85,7 +91,8 @@ def explain_infeasible(
     elif factor < INFINITY:
         text += f"; {_up(factor)} times the memory of every device is enough, which may not be the least"
     elif less > 1 and not family.partial:
-        text += f"; {math.floor(100 * less) / 100:.2f} times the memory of every device is not enough"
+        lacks = f"{_down(less)} times the memory of every device ({format_bytes(have * less)} together)"
+        text += f"; {lacks} is not enough"
     if family.partial:
         text += f"; searched were {family.staffing}"
     if remedies:
@@ -100,12 +107,19 @@ def explain_infeasible(
 
 
 def _up(factor: float) -> str:
-    """A factor that is enough, with two digits.
+    """A factor that is enough, with two digits where they say something.
 
-    >>> _up(1.361), _up(1.5)
-    ('1.37', '1.50')
+    >>> _up(1.361), _up(1.5), _up(1048577.5)
+    ('1.37', '1.50', '1,048,578')
     """
+    if factor > _WHOLE:
+        return f"{math.ceil(factor * (1 - 1e-12)):,}"
     return f"{math.ceil(100 * factor * (1 - 1e-12)) / 100:.2f}"
+
+
+def _down(factor: float) -> str:
+    """A factor that is not enough, rounded the other way."""
+    return f"{math.floor(factor):,}" if factor > _WHOLE else f"{math.floor(100 * factor) / 100:.2f}"
 
 
 def _settings(table: CostTable, family: Family, deadline_s: float) -> Iterator[str]:
@@ -325,8 +339,9 @@ def _least_factor(family: Family, deadline_s: float) -> tuple[float, float]:
 
     The two are close where time allows. Enough is infinite if nothing helps or none was found in time.
     """
-    low, high = 1.0, INFINITY
-    while high / low > _PRECISION and low < _MOST_FACTOR:
+    low, high = max(1.0, _beyond_doubt(family.table)), INFINITY
+    most = low * _MOST_FACTOR
+    while high / low > _PRECISION and low < most:
         middle = low * 2 if high == INFINITY else (low * high) ** 0.5
         # What is searched does not depend on memory.
         enough = fits(replace(family, table=scale_memory(family.table, middle)), deadline_s)
@@ -334,6 +349,19 @@ def _least_factor(family: Family, deadline_s: float) -> tuple[float, float]:
             break
         low, high = (low, middle) if enough else (middle, high)
     return low, high
+
+
+def _beyond_doubt(table: CostTable) -> float:
+    """So many times the memory does not hold one copy of all units: no search is needed to know that."""
+    counts, need = [len(c.devices) for c in table.device_classes], least_bytes(table)
+    total = sum(n * c.memory_bytes for n, c in zip(counts, table.device_classes, strict=True))
+    # Enough of every device's memory for its worker and all units.
+    low, high = 0.0, (need + sum(counts) * table.reserved_bytes) / total
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        holds = room_bytes(scale_memory(table, middle), counts) >= need
+        low, high = (low, middle) if holds else (middle, high)
+    return low
 
 
 def _remedies(table: CostTable, family: Family, factor: float, deadline_s: float) -> list[str]:

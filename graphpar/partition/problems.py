@@ -374,7 +374,8 @@ def _check_edges(edge_nodes: list[list[int]], edge_costs: Rows, arities: Int64Ar
         size = 1
         for node in ends:
             if not 0 <= node < count:
-                raise ProblemError(f"{name}: edge {edge} names node {node}, but nodes are 0..{count - 1}")
+                there_are = f"nodes are 0..{count - 1}" if count else "there are none"
+                raise ProblemError(f"{name}: edge {edge} names node {node}, but {there_are}")
             size *= arity[node]
         if size != width:
             raise ProblemError(

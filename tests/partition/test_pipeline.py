@@ -243,6 +243,12 @@ def test_infeasible_names_need_have_and_remedy() -> None:
     assert 40.0 * 0.97 <= error.need <= 40.0 * 1.03
     assert "times the memory" in error.remedy
     assert "2 more of kind0" in str(error)
+    assert "not enough" not in str(error)
+    # However little there is of it.
+    little = make_table([1.0] * 4, (1.0,), (2,), batch=2, weight_bytes=10.0, memory_bytes=1e-9)
+    with pytest.raises(InfeasibleError, match=r"10 B instead of|20.\d B instead of") as caught:
+        partition(little)
+    assert caught.value.need == pytest.approx(40.0, rel=0.03)
     larger = make_table([1.0] * 4, (1.0,), (2,), batch=2, weight_bytes=10.0, memory_bytes=20.0)
     partition(larger)
     more = make_table([1.0] * 4, (1.0,), (4,), batch=2, weight_bytes=10.0, memory_bytes=15.0)
@@ -264,8 +270,12 @@ def test_what_time_did_not_settle_is_not_claimed(answers: int, monkeypatch: pyte
     text, need = str(caught.value), caught.value.need
     assert need is None or need == pytest.approx(40.0, rel=0.03)
     assert ("the least demanding plan" in text) == (need is not None)
-    for factor in re.findall(r"([0-9.]+) times the memory of every device is not enough", text):
-        assert float(factor) < 4
+    lacks = re.findall(
+        r"([0-9.]+) times the memory of every device \(([0-9.]+) B together\) is not", text
+    )
+    assert bool(lacks) == (answers == 0), "one copy of all weights needs nearly four times the memory"
+    for factor, together in lacks:
+        assert 3.9 < float(factor) < 4 and 39 < float(together) <= 40
     for factor in re.findall(r"devices with ([0-9.]+) times the memory", text):
         assert float(factor) >= 4 * 0.99
     # Eight devices of 5 bytes hold nothing either: a unit has 10.

@@ -159,7 +159,11 @@ def damaged(problem: dict[str, Any], *path: Any, value: Any) -> bytes:
         (damaged(SHARDING, "problem", "nodes", "costs", 0, value=[1]), "1 costs but 2"),
         (damaged(SHARDING, "problem", "nodes", "costs", 0, 0, value="x"), "costs"),
         (damaged(SHARDING, "problem", "nodes", "usages", 1, 0, value=-4), "negative memory"),
-        (damaged(SHARDING, "problem", "edges", "nodes", 0, value=[0, 7]), "node 7"),
+        (damaged(SHARDING, "problem", "edges", "nodes", 0, value=[0, 7]), "nodes are 0..1"),
+        (
+            damaged(SHARDING, "problem", "nodes", value={"intervals": [], "costs": [], "usages": []}),
+            "there are none",
+        ),
         (damaged(SHARDING, "problem", "edges", "nodes", 0, value=[0, 1, 1]), "3 nodes"),
         (damaged(SHARDING, "problem", "edges", "costs", 0, value=[1]), "4 combinations"),
         (damaged(SHARDING, "problem", "edges", "costs", 0, 0, value=None), "edge 0 costs: Expected"),
