@@ -22,7 +22,8 @@ from graphpar.errors import ClusterError
 from graphpar.files import check_writable, write_whole
 from graphpar.model_spec import load_model
 from graphpar.partition.types import TensorWidth
-from graphpar.scenarios.api import Study, as_scenarios, baseline_setting, check_scenarios, what_if
+from graphpar.scenarios.api import Study, baseline_setting, check_scenarios, what_if
+from graphpar.scenarios.asked import as_scenarios, instance_types
 from graphpar.scenarios.budget import affordable_mixes
 from graphpar.scenarios.plots import check_plot
 from graphpar.scenarios.study import Progress
@@ -99,7 +100,7 @@ def command(
     question of its own; --scenario makes several changes at once.
     """
     asked = (*_scenarios(scenario), *_single(single))
-    types = [t.strip() for t in instances.split(",") if t.strip()]
+    types = instance_types(instances)
     if types and budget is None:
         raise click.BadParameter(
             "instance types are for a budget; add --budget", param_hint="--instances"

@@ -1,6 +1,5 @@
 """`graphpar.what_if`: questions about a job, each answered by planning anew."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,20 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.compiler import ClusterLike, as_cluster
 from graphpar.partition.types import TensorWidth
+from graphpar.scenarios.asked import (
+    Asked,
+    as_scenarios,
+    check_names,
+    check_numbers,
+    instance_types,
+    price_list,
+)
 from graphpar.scenarios.budget import BudgetAnswer, affordable_mixes, best_within
 from graphpar.scenarios.cache import AnswerCache, default_folder
 from graphpar.scenarios.changes import check_format
 from graphpar.scenarios.parts import fair_limit_s
 from graphpar.scenarios.plots import plot, plot_svg
-from graphpar.scenarios.prices import known_prices, price_dates
+from graphpar.scenarios.prices import price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
 from graphpar.scenarios.report import as_plain, remark_lines, some, table_lines, to_csv, worth_lines
 from graphpar.scenarios.study import (
@@ -36,8 +43,6 @@ from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
 from graphpar.units import format_percent, format_seconds
 from graphpar.view.notebook import preformatted
-
-Asked = str | Mapping[str, str | Sequence[str]] | Sequence[str | Sequence[str] | Scenario]
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,7 +182,7 @@ def what_if(
     precision: str = "float32",
     tensor: TensorWidth = 1,
     budget_usd_per_h: float | None = None,
-    instances: Sequence[str] = (),
+    instances: str | Sequence[str] = (),
     worth: bool = False,
     leave_out: bool = False,
     prices: Mapping[str, float] | None = None,
@@ -232,8 +237,13 @@ def what_if(
     >>> [answer.status for answer in study.answers]
     ['ok', 'ok']
     """
-    _check_numbers(gap, time_limit_s, processes)
-    sweeps, where = as_sweeps(sweep), as_cluster(cluster)
+    check_numbers(
+        gap=gap, time_limit_s=time_limit_s, processes=processes, budget_usd_per_h=budget_usd_per_h
+    )
+    sweeps, where, instances = as_sweeps(sweep), as_cluster(cluster), instance_types(instances)
+    asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
+    check_names(asked)
+    kept = _cache(cache)
     if budget_usd_per_h is not None:
         affordable_mixes(budget_usd_per_h, instances)  # refused before anything is planned
     if calibration is None and any(device.is_local_cpu for device in where.devices):
@@ -242,9 +252,8 @@ def what_if(
     baseline = baseline_setting(
         where, book.baseline().graph.batch, train, precision=precision, tensor=tensor, prices=prices or {}
     )
-    asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
     limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)
-    solver = Solver(book, Limits(gap, limit_s, processes), _cache(cache), progress)
+    solver = Solver(book, Limits(gap, limit_s, processes), kept, progress)
     first, answers = ask(solver, baseline, asked)
     if worth or leave_out:
         # All is solved first, and told afterwards: what one question finds may answer another.
@@ -285,7 +294,7 @@ def baseline_setting(
         schedule=train.schedule if train else "auto",
         microbatches=train.microbatches if train else "auto",
         tensor=tensor,
-        usd_per_h=_prices(cluster, prices),
+        usd_per_h=price_list(cluster, prices),
     )
 
 
@@ -295,6 +304,7 @@ def check_scenarios(baseline: Setting, scenarios: Sequence[Scenario]) -> None:
     Raises:
         ValueError: Names every one of them and says what is wrong with it.
     """
+    check_names(scenarios)
     made = [(scenario.title, changed(baseline, scenario)) for scenario in scenarios]
     wrong = [(title, why) for title, why in made if isinstance(why, str)]
     if len(wrong) == 1:
@@ -304,49 +314,12 @@ def check_scenarios(baseline: Setting, scenarios: Sequence[Scenario]) -> None:
         raise ValueError(f"{len(wrong)} of {len(made)} scenarios make no sense:{lines}")
 
 
-def as_scenarios(asked: Asked) -> tuple[Scenario, ...]:
-    """Scenarios from names and words; a text alone is one scenario.
-
-    >>> as_scenarios({"less": "drop a/0", "more": ["set batch=8", "drop a/1"]})[1].changes
-    ('set batch=8', 'drop a/1')
-    >>> as_scenarios(["drop a/0; set batch=8"])[0].changes
-    ('drop a/0', 'set batch=8')
-    """
-    if isinstance(asked, str):
-        asked = (asked,)
-    if isinstance(asked, Mapping):
-        return tuple(Scenario(name, _changes(changes)) for name, changes in asked.items())
-    return tuple(item if isinstance(item, Scenario) else Scenario("", _changes(item)) for item in asked)
-
-
-def _changes(written: str | Sequence[str]) -> tuple[str, ...]:
-    parts = written.split(";") if isinstance(written, str) else written
-    return tuple(p.strip() for p in parts if p.strip())
-
-
-def _check_numbers(gap: float, time_limit_s: float | None, processes: int | None) -> None:
-    if not 0 <= gap < 1:
-        raise ValueError(f"gap must be in [0, 1), got {gap}")
-    if time_limit_s is not None and not time_limit_s > 0:
-        raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes must be at least 1, got {processes}")
-
-
 def _cache(cache: bool | str | os.PathLike[str]) -> AnswerCache:
     if isinstance(cache, bool):
         return AnswerCache(default_folder() if cache else None)
+    if not isinstance(cache, (str, os.PathLike)):
+        raise ValueError(f"cache= takes True, False or a folder, not {cache!r}")
     return AnswerCache(Path(cache))
-
-
-def _prices(cluster: Cluster, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    for name, usd_per_h in given.items():
-        cluster.node(name)
-        if not (math.isfinite(usd_per_h) and usd_per_h >= 0):
-            raise ValueError(
-                f"the price of {name} is {usd_per_h:g} $/h; it must be a finite number, and not negative"
-            )
-    return tuple({**dict(known_prices(cluster)), **given}.items())
 
 
 def _budget_lines(budget: BudgetAnswer) -> list[str]:

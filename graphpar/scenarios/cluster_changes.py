@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -210,7 +211,7 @@ def _free_name(cluster: Cluster, stem: str) -> str:
 
 def set_in_cluster(setting: Setting, owner: str, field: str, text: str) -> Setting:
     """With another number of a link, a device or a node; `text` as it was written."""
-    value = number_of(f"{owner}.{field}", text)
+    value = number_of(f"{owner}.{field}", text, or_zero=field in ("latency_s", "usd_per_h"))
     data = _written(setting.cluster)
     if field in ("bytes_per_s", "latency_s"):
         _set_link(setting, data, owner, field, value)
@@ -287,14 +288,17 @@ def _set_copies(setting: Setting, data: dict[str, Any], owner: str, copies: int)
     return replace(made, usd_per_h=(*setting.usd_per_h, *more))
 
 
-def number_of(path: str, text: str) -> float:
-    """A positive number; ValueError otherwise."""
+def number_of(path: str, text: str, *, or_zero: bool = False) -> float:
+    """A positive, finite number, or zero where that makes sense; ValueError otherwise."""
     try:
         value = float(text)
     except ValueError:
         raise ValueError(f"{path} is {text!r}; it must be a number") from None
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{path} is {text}; it must be positive")
+    if or_zero and value == 0:
+        return 0.0
+    if not 0 < value < math.inf:
+        kind = "zero, or positive" if or_zero else "positive"
+        raise ValueError(f"{path} is {text}; it must be {kind} and finite")
     return value
 
 

@@ -14,13 +14,14 @@ from graphpar.scenarios.types import Answer, Setting
 
 
 def essential(setting: Setting) -> Setting:
-    """The setting without what makes no difference, which is no other question.
+    """The setting without what makes no difference to its plan, which is no other question.
 
-    That is the network of a single node; and in inference, orders of backwards and what is kept for them.
+    That is what it costs; the network of a single node; and in inference, orders of backwards and what is
+    kept for them.
     """
     nodes = setting.cluster.nodes
     network = nodes[0].link if len(nodes) == 1 else setting.cluster.network
-    setting = replace(setting, cluster=replace(setting.cluster, network=network))
+    setting = replace(setting, cluster=replace(setting.cluster, network=network), usd_per_h=())
     return setting if setting.training else replace(setting, schedule="auto", recompute=None)
 
 

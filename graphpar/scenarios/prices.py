@@ -1,8 +1,13 @@
 """What clusters cost: the catalogue's dated on-demand prices, or the caller's own."""
 
+from dataclasses import replace
+
 from graphpar import catalogue
 from graphpar.cluster import Cluster
 from graphpar.device import Node
+from graphpar.scenarios.types import Answer, Setting
+
+_UNKNOWN = "no cost, for the price of"
 
 
 def instance_price(key: str) -> float | None:
@@ -30,6 +35,19 @@ def known_prices(cluster: Cluster) -> tuple[tuple[str, float], ...]:
         if price is not None:
             found.append((node.name, price))
     return tuple(found)
+
+
+def with_price(answer: Answer, setting: Setting) -> Answer:
+    """The answer with what all nodes that hold a used device cost in this setting, if that is known."""
+    prices = dict(setting.usd_per_h)
+    nodes = {setting.cluster.device(name).node for name in answer.used}
+    unknown = sorted(nodes - prices.keys())
+    remarks = tuple(remark for remark in answer.remarks if not remark.startswith(_UNKNOWN))
+    if prices and unknown:
+        told = f"{_UNKNOWN} {', '.join(unknown)} is not known: set NODE.usd_per_h"
+        remarks = (*remarks, told)
+    known = sum(prices[name] for name in nodes) if nodes and not unknown else None
+    return replace(answer, usd_per_h=known, remarks=remarks)
 
 
 def price_dates() -> str:

@@ -22,13 +22,14 @@ from graphpar.scenarios.dominance import could_cover, places, with_these_alone
 from graphpar.scenarios.group_prices import priced_by_several
 from graphpar.scenarios.naming import essential, numbered, with_names
 from graphpar.scenarios.parts import alike, shared_out
+from graphpar.scenarios.prices import with_price
 from graphpar.scenarios.pricing import PriceBook
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.solve import brought
 from graphpar.scenarios.task import Task
 from graphpar.scenarios.transfer import placed
 from graphpar.scenarios.trust import trust
-from graphpar.scenarios.types import Answer, KnownPlan, Scenario, Setting, renamed
+from graphpar.scenarios.types import BASELINE, Answer, KnownPlan, Scenario, Setting, renamed
 from graphpar.scenarios.workers import going_alone, solving
 from graphpar.schedule_choice import LEAST_GAIN, judged_s
 from graphpar.simulated import has_formula
@@ -48,6 +49,7 @@ BASELINE_SHARE = 3.0
 """The baseline is searched for so many times as long as a scenario: the others start from its plan."""
 
 SAME = "nothing is changed: this is the baseline"
+SAME_PLAN = "prices alone are changed: this is the baseline's plan"
 
 _ROUNDING = 1e-9
 
@@ -100,7 +102,7 @@ class Solver:
             self.tell(done, total)
         self._settle(tuple(dict.fromkeys(keys)))
         return [
-            with_names(self._known[key], own.cluster, setting.cluster)
+            with_price(with_names(self._known[key], own.cluster, setting.cluster), setting)
             for key, own, setting in zip(keys, settings, named, strict=True)
         ]
 
@@ -207,10 +209,10 @@ class Solver:
 
     def learn(self, setting: Setting, answer: Answer) -> Answer:
         """Take an answer found elsewhere as known, which others begin with and are no worse than."""
-        setting = numbered(setting)
-        key = self.key(setting, answer.seconds)
-        self._known[key], self._settings[key] = self._valued(answer, setting), setting
-        return self._known[key]
+        own = numbered(setting)
+        key = self.key(own, answer.seconds)
+        self._known[key], self._settings[key] = self._valued(answer, own), own
+        return with_price(self._known[key], setting)
 
     def _from_cache(self, key: str, setting: Setting) -> bool:
         found = self.kept.get(key)
@@ -341,25 +343,15 @@ class Solver:
         return tuple(told)
 
     def _valued(self, answer: Answer, setting: Setting) -> Answer:
-        """The answer with what only the setting knows: money, power, trust."""
+        """The answer with what only the setting knows of it: power, trust."""
         error, remarks = trust(setting, self.book, answer.used)
         remarks = (*remarks, *self._ignored(setting))
         cluster = setting.cluster
-        nodes = {cluster.device(name).node for name in answer.used}
-        prices = dict(setting.usd_per_h)
-        usd_per_h = sum(prices[n] for n in nodes) if nodes and nodes <= set(prices) else None
-        unknown = sorted(nodes - set(prices))
-        if prices and unknown:
-            remarks = (
-                *remarks,
-                f"no cost, for the price of {', '.join(unknown)} is not known: set NODE.usd_per_h",
-            )
         powers = [cluster.device(name).power_w for name in answer.used]
         watts = sum(p for p in powers if p is not None)
         known = bool(powers) and all(p is not None for p in powers)
         return replace(
             answer,
-            usd_per_h=usd_per_h,
             watts=watts if known else None,
             error_bar=error,
             remarks=tuple(dict.fromkeys((*answer.remarks, *remarks))),
@@ -438,12 +430,12 @@ def ask(
         ValueError: The baseline makes no sense itself.
     """
     settings = [changed(baseline, scenario) for scenario in scenarios]
-    # What changes nothing is the baseline, which is searched for the longest.
+    # What changes nothing but prices has the plan of the baseline, which is searched for the longest.
     written = essential(baseline).to_dict()
-    settings = [
-        baseline if isinstance(s, Setting) and essential(s).to_dict() == written else s for s in settings
+    same = [isinstance(s, Setting) and essential(s).to_dict() == written for s in settings]
+    sound = [
+        s for s, is_same in zip(settings, same, strict=True) if isinstance(s, Setting) and not is_same
     ]
-    sound = [s for s in settings if isinstance(s, Setting) and s is not baseline]
     first_limit_s = min(
         BASELINE_SHARE * solver.limits.time_limit_s, max(10.0, solver.limits.time_limit_s)
     )
@@ -455,14 +447,14 @@ def ask(
     # Asked again, since a scenario may have found what the baseline's search missed.
     (first,) = solver.answers([baseline], first_limit_s)
     answers = []
-    for scenario, setting in zip(scenarios, settings, strict=True):
+    for scenario, setting, is_same in zip(scenarios, settings, same, strict=True):
         if isinstance(setting, str):
             answers.append(Answer(scenario.title, scenario.changes, status="invalid", problem=setting))
             continue
-        found = first if setting is baseline else next(rest)
+        found = with_price(first, setting) if is_same else next(rest)
         told = idle(setting, scenario.changes)
-        if setting is baseline and not told:
-            told = (SAME,)
+        if is_same and not told:
+            told = (SAME,) if setting.usd_per_h == baseline.usd_per_h else (SAME_PLAN,)
         found = replace(found, remarks=(*found.remarks, *told))
         answers.append(renamed(found, scenario.title, scenario.changes))
-    return renamed(first, "baseline", ()), tuple(answers)
+    return renamed(first, BASELINE, ()), tuple(answers)

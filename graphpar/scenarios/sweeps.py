@@ -1,10 +1,12 @@
 """Sweeps over one or two settings, and the knee of the curve they draw."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from graphpar.scenarios.asked import texts_of
 from graphpar.scenarios.types import Answer, Scenario
 
 KNEE = 0.5
@@ -41,13 +43,17 @@ class Sweep:
 def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sweep, ...]:
     """Sweeps from a dict of values by path, or from words; ValueError for more than two."""
     if isinstance(given, Mapping):
-        sweeps = tuple(Sweep(path, tuple(_written(v) for v in values)) for path, values in given.items())
+        sweeps = tuple(_of_values(path, values) for path, values in given.items())
     else:
-        texts = (given,) if isinstance(given, str) else given
+        texts = texts_of((given,) if isinstance(given, str) else given)
+        if texts is None:
+            raise ValueError(
+                "sweep= takes a dict of a path to its values, or words such as 'batch=8,16', not "
+                f"{given!r}"
+            )
         sweeps = tuple(Sweep.parse(text) for text in texts)
     for sweep in sweeps:
-        if not sweep.values:
-            raise ValueError(f"the sweep over {sweep.path} has no values")
+        _check_values(sweep)
     if (number := prod(len(sweep.values) for sweep in sweeps)) > MOST_POINTS:
         raise ValueError(
             f"the sweep has {number} points, and at most {MOST_POINTS} are planned at once; each takes "
@@ -58,6 +64,33 @@ def as_sweeps(given: Mapping[str, Sequence[object]] | Sequence[str]) -> tuple[Sw
     if len({sweep.path for sweep in sweeps}) < len(sweeps):
         raise ValueError(f"both sweeps are over {sweeps[0].path}; give all its values in one of them")
     return sweeps
+
+
+def _of_values(path: object, values: object) -> Sweep:
+    """
+    Raises:
+        ValueError: There is no path, or nothing to set it to.
+    """
+    if isinstance(path, str) and isinstance(values, str):
+        return Sweep.parse(f"{path}={values}")
+    if not isinstance(path, str) or not isinstance(values, Iterable):
+        raise ValueError(
+            "sweep= takes a dict of a path to its values, such as {'batch': [8, 16]}, not "
+            f"{{{path!r}: {values!r}}}"
+        )
+    return Sweep(path, tuple(_written(value) for value in values))
+
+
+def _check_values(sweep: Sweep) -> None:
+    """
+    Raises:
+        ValueError: There are no values, or one of them twice.
+    """
+    if not sweep.values:
+        raise ValueError(f"the sweep over {sweep.path} has no values")
+    twice = [value for value, number in Counter(sweep.values).items() if number > 1]
+    if twice:
+        raise ValueError(f"the sweep over {sweep.path} has {twice[0]} twice; leave one out")
 
 
 def _written(value: object) -> str:

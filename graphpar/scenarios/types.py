@@ -14,6 +14,9 @@ OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 OPTIMIZER_UPDATES = {"sgd": 0.0, "momentum": 0.0, "adam": 1.0, "adamw": 1.0}
 """Bytes that their updates take for a while on a GPU, per byte of gradients (`optimizer_memory`)."""
 
+BASELINE = "baseline"
+"""What the job as it is is called; no scenario may be."""
+
 Status = Literal["ok", "infeasible", "invalid"]
 
 
@@ -105,7 +108,7 @@ class Scenario:
     @property
     def title(self) -> str:
         """The name, or the changes where there is none."""
-        return self.name or "; ".join(self.changes) or "baseline"
+        return self.name or "; ".join(self.changes) or "no change"
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def test_links_and_memory_are_set_in_si_units() -> None:
     assert changed.cluster.network.latency_s == BASE.cluster.network.latency_s
     assert changed.cluster.node("a").link.latency_s == 1e-3
     assert changed.cluster.node("a").link.bytes_per_s == BASE.cluster.node("a").link.bytes_per_s
+    ideal = apply(BASE, ["set network.latency_s=0", "set a.link.latency_s=0"]).cluster
+    assert ideal.network.latency_s == ideal.node("a").link.latency_s == 0
     assert apply(BASE, ["set b/1.memory_bytes=1e9"]).cluster.device("b/1").memory_bytes == 10**9
 
 
@@ -92,6 +94,10 @@ def test_scalars_and_configurations() -> None:
         (["set batch=none"], "must be a number"),
         (["set batch=1.5"], "whole number"),
         (["set batch=-1"], "must be positive"),
+        (["set network.bytes_per_s=0"], "must be positive"),
+        (["set network.bytes_per_s=inf"], "and finite"),
+        (["set network.latency_s=-1e-6"], "zero, or positive"),
+        (["set a.link.latency_s=nan"], "zero, or positive"),
         (["set precision=int3"], "float32"),
         (["set b.count=3"], "unlike"),
         (["add 3 nonsense-9000"], "nearest known"),

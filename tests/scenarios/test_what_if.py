@@ -20,7 +20,8 @@ from graphpar.cost import LinkCost
 from graphpar.planner import price
 from graphpar.precision import uniform_formats
 from graphpar.preparation import prepare
-from graphpar.scenarios.api import as_scenarios, baseline_setting
+from graphpar.scenarios.api import baseline_setting
+from graphpar.scenarios.asked import as_scenarios
 from graphpar.scenarios.cache import AnswerCache
 from graphpar.scenarios.changes import apply
 from graphpar.scenarios.dominance import covers
@@ -31,7 +32,7 @@ from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.study import Limits, Solver
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.task import Task
-from graphpar.scenarios.types import Answer, Setting
+from graphpar.scenarios.types import Answer, Scenario, Setting
 from graphpar.scenarios.worth import shadow_prices
 
 CLUSTER: dict[str, Any] = {
@@ -253,15 +254,25 @@ def test_leaving_out_any_of_equal_devices_is_one_question(monkeypatch: pytest.Mo
 
 
 def test_what_makes_no_difference_is_answered_by_the_baseline() -> None:
-    asked = ["set schedule=gpipe", "set recompute=on", "set batch=16"]
+    asked = {
+        "set schedule=gpipe": "inference",
+        "set recompute=on": "inference",
+        "set batch=16": "nothing is changed",
+        "set a.usd_per_h=3; set b.usd_per_h=0": "prices alone",
+    }
     options: dict[str, Any] = {"cache": False, "processes": 1, "time_limit_s": 0.05}
-    study = graphpar.what_if(model(), CLUSTER, asked, args=inputs(16)[:1], **options)
+    study = graphpar.what_if(
+        model(), CLUSTER, [*asked], args=inputs(16)[:1], prices={"a": "7", "b": 1.0}, **options
+    )
     base = study.baseline
-    for answer, words in zip(
-        study.answers, ["inference", "inference", "nothing is changed"], strict=True
-    ):
+    for answer, words in zip(study.answers, asked.values(), strict=True):
         assert (answer.plan, answer.gap, answer.seconds) == (base.plan, base.gap, base.seconds)
         assert [r for r in answer.remarks if words in r] == list(set(answer.remarks) - set(base.remarks))
+    nodes = {name.partition("/")[0] for name in base.used}
+    dear, cheap = ({"a": 7.0, "b": 1.0}, {"a": 3.0, "b": 0.0})
+    assert [a.usd_per_h for a in (base, study.answers[-1])] == [
+        sum(prices[name] for name in nodes) for prices in (dear, cheap)
+    ]
 
 
 def test_every_scenario_is_answered_and_senseless_ones_say_why(study: graphpar.Study) -> None:
@@ -428,14 +439,36 @@ def test_a_budget_is_searched_with_bounds(tmp_path: Path, monkeypatch: pytest.Mo
         ({"time_limit_s": math.nan}, "got nan"),
         ({"gap": 1.0}, "got 1.0"),
         ({"processes": 0}, "got 0"),
+        ({"processes": 1.5}, "whole number"),
+        ({"time_limit_s": "5"}, "must be a number, got '5'"),
+        ({"gap": None}, "must be a number"),
+        ({"budget_usd_per_h": "12"}, "must be a number"),
         ({"prices": {"a": math.inf}}, "price of a"),
+        ({"prices": {"a": "cheap"}}, "price of a is 'cheap'"),
+        ({"prices": {"a": None}}, "price of a is None"),
+        ({"prices": [("a", 1.0)]}, "dict of node names"),
+        ({"instances": [5], "budget_usd_per_h": 9.0}, "names of instance types"),
+        ({"scenarios": None}, "not None"),
+        ({"scenarios": 5}, "not 5"),
+        ({"scenarios": {"x": 5}}, "scenario 'x' is 5; write a change in words"),
+        ({"scenarios": {"x": ["drop a", None]}}, "scenario 'x' has None among its changes"),
+        ({"scenarios": ["drop a", None]}, "scenario number 2 is None"),
+        ({"scenarios": {5: "drop a"}}, "name of a scenario is text"),
+        ({"scenarios": ["drop a", "drop a"]}, "'drop a' is asked twice"),
+        (
+            {"scenarios": [Scenario("x", ("drop a",)), Scenario("x", ("drop b",))]},
+            "named 'x'.*rename one",
+        ),
+        ({"scenarios": {"batch=8": "drop a"}, "sweep": ["batch=8"]}, "two scenarios are named 'batch=8'"),
+        ({"scenarios": {"baseline": "drop a"}}, "the job as it is"),
+        ({"cache": None}, "cache="),
     ],
 )
-def test_senseless_numbers_are_refused_and_told_as_they_were_given(
+def test_senseless_arguments_are_refused_and_told_as_they_were_given(
     options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        ask([], **options)
+        ask(**options)
 
 
 def test_a_sequence_length_needs_inputs() -> None:
@@ -449,6 +482,10 @@ def test_a_sequence_length_needs_inputs() -> None:
         ({"batch": []}, "no values"),
         ({"batch": range(1, 102), "a.count": range(1, 101)}, "10100 points"),
         (["batch=1", "batch=2"], "both sweeps"),
+        ({"batch": [8, 16, 8.0]}, "has 8 twice"),
+        ({"batch": 8}, "dict of a path to its values"),
+        ([5], "words such as"),
+        (None, "words such as"),
         ("batch", "PATH=VALUE"),
     ],
 )
@@ -459,7 +496,8 @@ def test_senseless_sweeps_are_refused_before_anything_is_captured(sweep: Any, wo
 
 def test_a_text_alone_is_one_scenario_or_sweep() -> None:
     assert [s.title for s in as_scenarios("drop b; set batch=8")] == ["drop b; set batch=8"]
-    assert scenarios_of(as_sweeps("batch=8,16")) == scenarios_of(as_sweeps({"batch": [8, 16]}))
+    for same in ({"batch": [8, 16]}, {"batch": "8,16"}):
+        assert scenarios_of(as_sweeps("batch=8,16")) == scenarios_of(as_sweeps(same))
 
 
 @pytest.mark.slow
