@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
@@ -25,6 +25,7 @@ from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.api import Study, baseline_setting, check_scenarios, what_if
 from graphpar.scenarios.asked import as_scenarios, instance_types
 from graphpar.scenarios.budget import affordable_mixes
+from graphpar.scenarios.mixes import Objective
 from graphpar.scenarios.plots import check_plot
 from graphpar.scenarios.study import Progress
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
@@ -51,6 +52,13 @@ def _several(name: str, metavar: str, text: str) -> Callable[[_Command], _Comman
 @_several("--sweep", "PATH=V1,V2,...", "Every value; given twice, every combination.")
 @click.option("--budget", type=Number(min=0, min_open=True), help="Dollars per hour to spend.")
 @click.option("--instances", default="", help="Cloud instance types for the budget, by commas.")
+@click.option(
+    "--objective",
+    default="time",
+    show_default=True,
+    type=click.Choice(get_args(Objective)),
+    help="What the budget's cluster is best in: the step, or dollars per sample.",
+)
 @_several("--price", "NODE=USD", "Dollars per hour of a node.")
 @click.option("--worth", is_flag=True, help="What a little more of everything is worth.")
 @click.option("--leave-out", is_flag=True, help="Plan without each device.")
@@ -77,6 +85,7 @@ def command(
     sweep: Sequence[str],
     budget: float | None,
     instances: str,
+    objective: Objective,
     price: Sequence[str],
     worth: bool,
     leave_out: bool,
@@ -105,6 +114,8 @@ def command(
         raise click.BadParameter(
             "instance types are for a budget; add --budget", param_hint="--instances"
         )
+    if objective != "time" and budget is None:
+        raise click.BadParameter("it is what a budget buys; add --budget", param_hint="--objective")
     _check_files(csv_file, plot_file)
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
@@ -114,7 +125,7 @@ def command(
             cluster, batch_size, training, precision=precision, tensor=tensor, prices=money
         )
         if budget is not None:
-            affordable_mixes(budget, types)
+            affordable_mixes(budget, types, objective)
         check_scenarios(baseline, (*scenarios_of(as_sweeps(sweep)), *asked))
         study = _study(
             model,
@@ -123,6 +134,7 @@ def command(
             sweep=sweep,
             budget_usd_per_h=budget,
             instances=types,
+            objective=objective,
             prices=money,
             worth=worth,
             leave_out=leave_out,

@@ -23,13 +23,15 @@ from graphpar.scenarios.asked import (
     price_list,
 )
 from graphpar.scenarios.budget import BudgetAnswer, affordable_mixes, best_within
+from graphpar.scenarios.budget_report import budget_lines, budget_plain
 from graphpar.scenarios.cache import AnswerCache, default_folder
 from graphpar.scenarios.changes import check_format
+from graphpar.scenarios.mixes import Objective
 from graphpar.scenarios.parts import fair_limit_s
 from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import price_dates
 from graphpar.scenarios.pricing import Inputs, PriceBook
-from graphpar.scenarios.report import as_plain, remark_lines, some, table_lines, to_csv, worth_lines
+from graphpar.scenarios.report import as_plain, remark_lines, table_lines, to_csv, worth_lines
 from graphpar.scenarios.study import (
     Limits,
     Progress,
@@ -41,7 +43,6 @@ from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
 from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
-from graphpar.units import format_percent, format_seconds
 from graphpar.view.notebook import preformatted
 
 
@@ -113,7 +114,7 @@ class Study:
         if self.worths:
             lines += ["", *worth_lines(self.worths)]
         if self.budget is not None:
-            lines += ["", *_budget_lines(self.budget)]
+            lines += ["", *budget_lines(self.budget)]
         return "\n".join(lines)
 
     def _without_lines(self) -> list[str]:
@@ -139,7 +140,7 @@ class Study:
             "knee": self.knee,
             "shadow_prices": [vars(w) for w in self.worths],
             "without": {name: as_plain(a, self.baseline) for name, a in self.without},
-            "budget": _budget_plain(self.budget, self.baseline),
+            "budget": budget_plain(self.budget, self.baseline),
         }
 
     def to_json(self) -> bytes:
@@ -183,9 +184,10 @@ def what_if(
     tensor: TensorWidth = 1,
     budget_usd_per_h: float | None = None,
     instances: str | Sequence[str] = (),
+    objective: Objective = "time",
     worth: bool = False,
     leave_out: bool = False,
-    prices: Mapping[str, float] | None = None,
+    prices: Mapping[str, float | str] | None = None,
     inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     gap: float = 0.01,
@@ -209,6 +211,8 @@ def what_if(
         tensor: Most devices of a node that may share every layer; `auto` for as many as there are.
         budget_usd_per_h: Look for the best cluster that costs no more, made of `instances`.
         instances: Cloud instance types for the budget.
+        objective: What the cluster within the budget is best in: `time` for the fastest, `cost` for the
+            cheapest per sample.
         worth: Also find shadow prices.
         leave_out: Also plan without each device.
         prices: Dollars per hour by node name, before the catalogue's.
@@ -245,7 +249,9 @@ def what_if(
     check_names(asked)
     kept = _cache(cache)
     if budget_usd_per_h is not None:
-        affordable_mixes(budget_usd_per_h, instances)  # refused before anything is planned
+        affordable_mixes(budget_usd_per_h, instances, objective)  # refused before anything is planned
+    elif objective != "time":
+        raise ValueError(f"objective={objective!r} is for a budget; give budget_usd_per_h=, too")
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
     book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
@@ -271,7 +277,7 @@ def what_if(
         without=tuple(leave_one_out(solver, baseline, first)) if leave_out else (),
         budget=None
         if budget_usd_per_h is None
-        else best_within(solver, baseline, budget_usd_per_h, instances, time_limit_s),
+        else best_within(solver, baseline, budget_usd_per_h, instances, time_limit_s, objective),
     )
 
 
@@ -282,7 +288,7 @@ def baseline_setting(
     *,
     precision: str = "float32",
     tensor: TensorWidth = 1,
-    prices: Mapping[str, float] = MappingProxyType({}),
+    prices: Mapping[str, float | str] = MappingProxyType({}),
 ) -> Setting:
     """The job as it is; ClusterError if a price is of no node, ValueError if there is no such format."""
     check_format(precision)
@@ -320,55 +326,3 @@ def _cache(cache: bool | str | os.PathLike[str]) -> AnswerCache:
     if not isinstance(cache, (str, os.PathLike)):
         raise ValueError(f"cache= takes True, False or a folder, not {cache!r}")
     return AnswerCache(Path(cache))
-
-
-def _budget_lines(budget: BudgetAnswer) -> list[str]:
-    counted = (
-        f"  {budget.considered} clusters use the budget up; {budget.solved} were planned, "
-        f"{budget.ruled_out} ruled out by their bounds"
-    )
-    if budget.unable:
-        counted += f", {budget.unable} cannot be planned as asked ({budget.problem})"
-    if budget.unplanned:
-        counted += f"; the time was up before the other {budget.unplanned}, which may be better"
-    best = budget.best
-    if best is None or best.step_s is None:
-        found = (
-            "no plan was found in the time" if budget.unplanned else "nothing within it can run the model"
-        )
-        return [f"budget: {found}", counted]
-    money = best.usd_per_million_samples
-    lines = [
-        f"best within the budget: {best.title}, {budget.usd_per_h:g} $/h, "
-        f"{format_seconds(best.step_s)} ±{100 * best.error_bar:.0f}% per step, "
-        f"{best.samples_per_s:.4g} samples/s" + (f", {money:.4g} $/Msample" if money else ""),
-        counted,
-        f"  no plan on any of them is shorter than {format_seconds(budget.bound_s)} (gap "
-        f"{format_percent(budget.gap or 0.0)})",
-    ]
-    if best.left_out:
-        lines.append(f"  its plan leaves out {some(best.left_out)}")
-    if budget.too_dear:
-        lines.append(f"  one instance costs more than the budget: {', '.join(budget.too_dear)}")
-    return lines
-
-
-def _budget_plain(budget: BudgetAnswer | None, baseline: Answer) -> dict[str, Any] | None:
-    if budget is None:
-        return None
-    return {
-        "best": as_plain(budget.best, baseline) if budget.best else None,
-        "counts": dict(budget.counts),
-        "usd_per_h": budget.usd_per_h,
-        "considered": budget.considered,
-        "solved": budget.solved,
-        "ruled_out": budget.ruled_out,
-        "unable": budget.unable,
-        "problem": budget.problem,
-        "unplanned": budget.unplanned,
-        "truncated_by": ["time limit"] if budget.unplanned else [],
-        "proven": budget.proven,
-        "bound_s": budget.bound_s,
-        "gap": budget.gap,
-        "too_dear": list(budget.too_dear),
-    }

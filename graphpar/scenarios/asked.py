@@ -32,11 +32,12 @@ def as_scenarios(asked: Asked) -> tuple[Scenario, ...]:
             if not isinstance(name, str):
                 raise ValueError(f"the name of a scenario is text, not {name!r}")
         return tuple(Scenario(name, _changes(words, repr(name))) for name, words in asked.items())
-    if not isinstance(asked, Iterable) or isinstance(asked, bytes):
+    items: object = asked
+    if not isinstance(items, Iterable) or isinstance(items, bytes):
         raise ValueError(
             f"scenarios= takes a dict of names to changes, or changes, {_EXAMPLES}; not {_shown(asked)}"
         )
-    return tuple(_scenario(item, number) for number, item in enumerate(asked))
+    return tuple(_scenario(item, number) for number, item in enumerate(items))
 
 
 def _scenario(item: object, number: int) -> Scenario:
@@ -93,11 +94,12 @@ def check_numbers(**given: object) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError(f"{name} must be a number, got {value!r}")
-        if name == "gap" and not 0 <= value < 1:
+        number = float(value)
+        if name == "gap" and not 0 <= number < 1:
             raise ValueError(f"gap must be in [0, 1), got {value}")
-        if name == "time_limit_s" and not value > 0:
+        if name == "time_limit_s" and not number > 0:
             raise ValueError(f"time_limit_s must be positive, got {value}")
-        if name == "processes" and not (isinstance(value, numbers.Integral) and value >= 1):
+        if name == "processes" and not (isinstance(value, numbers.Integral) and number >= 1):
             raise ValueError(f"processes must be a whole number of at least 1, got {value}")
 
 
@@ -123,7 +125,7 @@ def texts_of(given: object) -> tuple[str, ...] | None:
     return texts if len(texts) == len(found) else None
 
 
-def price_list(cluster: Cluster, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+def price_list(cluster: Cluster, given: Mapping[str, float | str]) -> tuple[tuple[str, float], ...]:
     """Dollars per hour by node: those given, before the catalogue's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The best cluster for the money: which mix of instance types, and how much faster any could be."""
+"""The best cluster for the money: which mix of instance types, and how much better any could be."""
 
 import math
 import time
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from graphpar.cost import CostTable
 from graphpar.errors import ClusterError
 from graphpar.partition.unit_arrays import BoolArray, FloatArray
 from graphpar.scenarios.mix_search import Found, MixSearch
-from graphpar.scenarios.mixes import MixBounds, Mixes, mixes_within
+from graphpar.scenarios.mixes import MixBounds, Mixes, Objective, mixes_within
 from graphpar.scenarios.prices import instance_of, instance_price, known_prices
 from graphpar.scenarios.study import Solver
 from graphpar.scenarios.types import Answer, Setting, renamed
@@ -35,13 +36,16 @@ class BudgetAnswer:
         best: Its plan; None when nothing within the budget is known to run the model.
         counts: Instances of each type in it, without those that its plan leaves idle.
         usd_per_h: Their price.
-        considered: Clusters that use up the budget.
+        considered: Clusters that use up the budget; all within it where the cost counts.
         solved: Of them, how many were planned.
         unplanned: Of them, how many were neither planned nor ruled out by their bounds, for want of time.
         unable: Of them, how many cannot be planned as asked; `problem` says why.
         bound_s: No plan on any cluster within the budget has a shorter step.
         too_dear: Types of which a single instance costs more than the budget.
         problem: Why clusters cannot be planned as asked.
+        objective: What it is best in.
+        bound_usd: Where that is the cost: no plan within the budget has a lower one, in dollars per
+            million samples.
     """
 
     best: Answer | None
@@ -54,6 +58,8 @@ class BudgetAnswer:
     bound_s: float = 0.0
     too_dear: tuple[str, ...] = ()
     problem: str = ""
+    objective: Objective = "time"
+    bound_usd: float | None = None
 
     @property
     def proven(self) -> bool:
@@ -67,9 +73,13 @@ class BudgetAnswer:
 
     @property
     def gap(self) -> float | None:
-        """How much shorter a step within the budget could be at most; None without a plan."""
-        step_s = self.best.step_s if self.best is not None else None
-        return 1 - self.bound_s / step_s if step_s else None
+        """How much shorter a step, or how much cheaper it, could be at most; None without a plan."""
+        if self.best is None:
+            return None
+        found, bound = self.best.step_s, self.bound_s
+        if self.objective == "cost":
+            found, bound = self.best.usd_per_million_samples, self.bound_usd or 0.0
+        return 1 - bound / found if found else None
 
 
 def best_within(
@@ -78,8 +88,9 @@ def best_within(
     usd_per_h: float,
     types: Sequence[str],
     time_limit_s: float | None = None,
+    objective: Objective = "time",
 ) -> BudgetAnswer:
-    """The cluster of these instance types with the shortest step that costs no more.
+    """The fastest cluster of these instance types within a budget, or the cheapest per sample.
 
     Args:
         solver: Prices and plans settings.
@@ -88,25 +99,27 @@ def best_within(
         types: Names of instance types.
         time_limit_s: Wall-clock seconds for all clusters together; by default 30. Prices of tensor groups
             come before.
+        objective: What is to be least.
 
     Raises:
         ValueError: A type is unknown or has no price, or none fits the budget.
     """
     began_s = time.monotonic()
-    prices, mixes = affordable_mixes(usd_per_h, types)
+    prices, mixes = affordable_mixes(usd_per_h, types, objective)
     limit_s = BUDGET_S if time_limit_s is None else time_limit_s
-    key = solver.key(baseline, limit_s, budget=[usd_per_h, sorted(prices.items())])
+    key = solver.key(baseline, limit_s, budget=[usd_per_h, sorted(prices.items()), objective])
     kept = solver.kept.get_as(BudgetAnswer, key)
     if kept is not None:
         return kept
     dear = tuple(name for name, price in prices.items() if price > usd_per_h)
-    search = MixSearch(solver, mixes, bounds_of(solver, mixes, baseline), partial(_setting, baseline))
+    bounds = bounds_of(solver, mixes, baseline)
+    search = MixSearch(solver, mixes, bounds, partial(_setting, baseline), objective)
     # Prices of tensor groups may take minutes, and nothing is known before they are there.
     began_s = began_s if baseline.tensor == 1 else time.monotonic()
     search.run((1 - FINAL_SHARE) * (began_s + limit_s - time.monotonic()))
     answer = replace(_counted(search), too_dear=dear)
     if search.best is not None:
-        found = _again(solver, baseline, search.best, began_s + limit_s - time.monotonic())
+        found = _again(search, baseline, search.best, began_s + limit_s - time.monotonic())
         best = renamed(found.answer, " + ".join(f"{n} x {t}" for t, n in found.counts.items()), ())
         answer = replace(
             answer,
@@ -114,20 +127,32 @@ def best_within(
             counts=tuple(found.counts.items()),
             usd_per_h=sum(prices[t] * n for t, n in found.counts.items()),
             bound_s=min(answer.bound_s, found.step_s),
+            bound_usd=_usd(min(float(search.least.min()), found.score), baseline.batch)
+            if objective == "cost"
+            else None,
         )
     solver.kept.put(key, answer)
     return answer
 
 
-def affordable_mixes(usd_per_h: float, types: Sequence[str]) -> tuple[dict[str, float], Mixes]:
-    """The prices of instance types, and the mixes of them that use a budget up.
+def _usd(score: float, batch: int) -> float:
+    """Dollars per million samples of dollars per hour times seconds of a step."""
+    return score / 3600 / batch * 1e6
+
+
+def affordable_mixes(
+    usd_per_h: float, types: Sequence[str], objective: Objective = "time"
+) -> tuple[dict[str, float], Mixes]:
+    """The prices of instance types, and the mixes of them that are looked at within a budget.
 
     Raises:
         ValueError: See `best_within`.
     """
     prices = _prices(types)
     _check_money(usd_per_h, prices)
-    return prices, mixes_within({t: p for t, p in prices.items() if p <= usd_per_h}, usd_per_h)
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective is {objective!r}; give {' or '.join(get_args(Objective))}")
+    return prices, mixes_within({t: p for t, p in prices.items() if p <= usd_per_h}, usd_per_h, objective)
 
 
 def _check_money(usd_per_h: float, prices: Mapping[str, float]) -> None:
@@ -153,17 +178,19 @@ def _counted(search: MixSearch) -> BudgetAnswer:
         unable=int(search.bounds.excluded.sum()),
         bound_s=float(search.bounds.least_s.min()),
         problem=search.bounds.problem,
+        objective=search.objective,
     )
 
 
-def _again(solver: Solver, baseline: Setting, best: Found, time_limit_s: float) -> Found:
+def _again(search: MixSearch, baseline: Setting, best: Found, time_limit_s: float) -> Found:
     """The best planned once more and told in full, without the instances that its plan leaves idle."""
+    solver = search.solver
     used = _in_use(best.setting, best.answer) or dict(best.counts)
     setting = _setting(baseline, used)
     before = replace(best, answer=solver.learn(best.setting, best.answer))
     (answer,) = solver.answers([setting], max(time_limit_s, _LEAST_S))
-    again = Found(used, setting, answer)
-    return again if again.step_s <= before.step_s * (1 + 1e-9) else before
+    again = Found(used, setting, answer, search.weight(used))
+    return again if again.score <= before.score * (1 + 1e-9) else before
 
 
 _LEAST_S = 0.1

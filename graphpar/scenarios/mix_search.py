@@ -1,4 +1,7 @@
-"""Which mix of instance types is the fastest: planned best bound first, as far as the time goes.
+"""Which mix of instance types is the best: planned best bound first, as far as the time goes.
+
+Best is the fastest, or the one that costs least for a step. Either way a mix has a score, seconds or
+dollars times seconds, and a lower bound on it, which is that on its seconds times the same.
 
 A mix whose bound is no better than the best plan found, less the gap asked for, is never planned. What
 one type alone gives comes first, for such clusters are the easiest to plan well; its plan is where
@@ -9,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError, RunError
-from graphpar.scenarios.mixes import MixBounds, Mixes
+from graphpar.partition.unit_arrays import FloatArray
+from graphpar.scenarios.mixes import MixBounds, Mixes, Objective
 from graphpar.scenarios.study import MOST_HINTS, Solver
 from graphpar.scenarios.transfer import placed
 from graphpar.scenarios.types import Answer, KnownPlan, Setting
@@ -36,22 +41,31 @@ RULE_OUT_SHARE = 0.05
 """Of the time, for bounds of mixes that there was no time for."""
 
 AGAIN = 4
-"""So many of the fastest are searched again, each in so many times the time."""
+"""So many of the best are searched again, each in so many times the time."""
+
+_ALIKE = 1e-6
+"""Bounds that differ by less, relatively, are alike."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A cluster within the budget and its answer."""
+    """A cluster within the budget and its answer; a second of a step counts `weight`."""
 
     counts: Mapping[str, int]
     setting: Setting
     answer: Answer
+    weight: float = 1.0
 
     @property
     def step_s(self) -> float:
         """Infinite where no plan was found."""
         step_s = self.answer.step_s if self.answer.status == "ok" else None
         return step_s if step_s is not None else np.inf
+
+    @property
+    def score(self) -> float:
+        """What is to be least."""
+        return self.step_s * self.weight
 
 
 @dataclass(frozen=True)
@@ -77,25 +91,41 @@ class MixSearch:
     mixes: Mixes
     bounds: MixBounds
     setting_of: Callable[[Mapping[str, int]], Setting]
+    objective: Objective = "time"
     planned: set[int] = field(default_factory=set)
     found: dict[tuple[tuple[str, int], ...], Found] = field(default_factory=dict)
 
     @property
     def best(self) -> Found | None:
-        """The fastest; None without any plan."""
-        best = min(self.found.values(), key=lambda f: f.step_s, default=None)
+        """The one with the least score; None without any plan."""
+        best = min(self.found.values(), key=lambda f: f.score, default=None)
         return best if best is not None and best.step_s < np.inf else None
 
     @property
-    def target_s(self) -> float:
-        """Only steps shorter than this are of interest."""
+    def target(self) -> float:
+        """Only lower scores than this are of interest."""
         best = self.best
-        return best.step_s * (1 - self.solver.limits.gap) if best is not None else np.inf
+        return best.score * (1 - self.solver.limits.gap) if best is not None else np.inf
+
+    @cached_property
+    def _weights(self) -> FloatArray:
+        """[mix]: what a second of its step counts."""
+        priced = (self.mixes.counts @ self.mixes.usd_per_h).astype(np.float64)
+        return priced if self.objective == "cost" else np.ones(len(priced))
+
+    @property
+    def least(self) -> FloatArray:
+        """[mix]: no plan on it has a lower score, as far as bounds are known."""
+        return self.bounds.least_s * self._weights
+
+    def weight(self, counts: Mapping[str, int]) -> float:
+        """What a second of the step of a cluster counts."""
+        return self.mixes.price(counts) if self.objective == "cost" else 1.0
 
     @property
     def open(self) -> int:
         """How many mixes were neither planned nor ruled out."""
-        hopeful = self.bounds.least_s < self.target_s
+        hopeful = self.least < self.target
         hopeful[[*self.planned]] = False
         return int(hopeful.sum())
 
@@ -124,18 +154,16 @@ class MixSearch:
             self._work(submit, self._by_bound(self._end_s))
 
     def _alone(self, until_s: float) -> Iterator[_Try]:
-        """As many of each type as can be paid, first those of the mixes with the least bounds."""
+        """Each type by itself, first those of the mixes with the least bounds."""
         left_s = (until_s - time.monotonic()) * self._processes
         limit_s = self._briefly(left_s / len(self.mixes.types))
-        most = self.mixes.counts.max(axis=0)
-        least_s = [
-            self.bounds.least_s[self.mixes.counts[:, i] == n].min() for i, n in enumerate(most.tolist())
-        ]
-        for number in np.argsort(least_s).tolist():
+        least, tried = self.least, [self._by_itself(i) for i in range(len(self.mixes.types))]
+        bounds = [least[self.mixes.counts[:, i] == n].min() for i, n in enumerate(tried)]
+        for number in np.argsort(bounds).tolist():
             late = self.best is not None and time.monotonic() > until_s
-            if late or least_s[number] == np.inf:
+            if late or bounds[number] == np.inf:
                 return
-            counts = {self.mixes.types[number]: int(most[number])}
+            counts = {self.mixes.types[number]: tried[number]}
             if tuple(counts.items()) in self.found:
                 continue
             mix = self.mixes.find(counts)
@@ -143,6 +171,15 @@ class MixSearch:
                 self.bounds.sharpen(mix)
                 self.planned.add(mix)
             yield self._try(counts, limit_s, mix)
+
+    def _by_itself(self, kind: int) -> int:
+        """How many of a type: as many as can be paid, or the fewest that may cost least for a step."""
+        counts = self.mixes.counts
+        if self.objective == "time":
+            return int(counts[:, kind].max())
+        alone = np.flatnonzero(counts[:, kind] == counts.sum(axis=1))
+        least = self.least[alone]
+        return int(counts[alone, kind][least <= least.min() * (1 + _ALIKE)].min())
 
     def _by_bound(self, until_s: float) -> Iterator[_Try]:
         """Mixes that no bound rules out, the least bound first."""
@@ -164,31 +201,31 @@ class MixSearch:
         looked = 0
         while (mix := self._least()) is not None:
             new, looked = self.bounds.sharpen(mix), looked + 1
-            if not new or (looked >= MOST_LOOKED and self.bounds.least_s[mix] < self.target_s):
+            if not new or (looked >= MOST_LOOKED and self.least[mix] < self.target):
                 return mix
         return None
 
     def _least(self) -> int | None:
         """The mix with the least bound as far as it is known."""
-        waiting = self.bounds.least_s.copy()
+        waiting = self.least
         waiting[[*self.planned]] = np.inf
         mix = int(waiting.argmin())
-        return mix if waiting[mix] < self.target_s else None
+        return mix if waiting[mix] < self.target else None
 
     def _rule_out(self, until_s: float) -> None:
         """Look closer at mixes that were not planned, as far as there is time."""
-        waiting = np.flatnonzero(self.bounds.least_s < self.target_s).tolist()
+        waiting = np.flatnonzero(self.least < self.target).tolist()
         for mix in waiting:
             if time.monotonic() > until_s:
                 return
             self.bounds.sharpen(mix)
 
     def _again(self) -> Iterator[_Try]:
-        """The fastest, each searched for longer than before."""
-        best = sorted(self.found.values(), key=lambda f: f.step_s)[:AGAIN]
+        """The best, each searched for longer than before."""
+        best = sorted(self.found.values(), key=lambda f: f.score)[:AGAIN]
         for found in best if len(self.found) > 1 else ():
             left_s = (self._end_s - time.monotonic()) * self._processes / len(best)
-            if found.step_s < np.inf and left_s > self._least_s:
+            if found.score < np.inf and left_s > self._least_s:
                 yield self._try(found.counts, left_s, self.mixes.find(found.counts))
 
     def _briefly(self, limit_s: float) -> float:
@@ -242,7 +279,8 @@ class MixSearch:
         if one.mix is not None and answer.status == "invalid":
             self.planned.discard(one.mix)
             self.bounds.exclude(one.mix, answer.problem)
-        key, mine = tuple(one.counts.items()), Found(one.counts, one.setting, answer)
+        key = tuple(one.counts.items())
+        mine = Found(one.counts, one.setting, answer, self.weight(one.counts))
         before = self.found.get(key)
         if before is None or mine.step_s < before.step_s:
             self.found[key] = mine

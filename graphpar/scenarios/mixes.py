@@ -1,7 +1,8 @@
 """Mixes of instance types that a budget pays for, with lower bounds on the step of each.
 
-Whatever is left idle costs nothing in time, so more instances never make the best plan slower: only
-mixes to which no instance more could be added are looked at.
+Whatever is left idle costs nothing in time, so more instances never make the best plan slower: where the
+fastest is looked for, only mixes to which no instance more could be added are. Idle ones cost money, so
+where the cheapest is, all are.
 
 Every choice of prices on the time of devices and samples bounds the step of every mix at once
 (`physical_bound.TimePrices`), so hundreds of thousands of mixes are bounded by one product of matrices.
@@ -11,6 +12,7 @@ those like it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from graphpar.partition.memory_bound import room_bytes
 from graphpar.partition.physical_bound import PhysicalBound, TimePrices
 from graphpar.partition.unit_arrays import BoolArray, FloatArray, IntArray
 
+Objective = Literal["time", "cost"]
+"""What is to be least: the time of a step, or what it costs to rent the instances for so long."""
+
 MOST_MIXES = 1_000_000
 MOST_DEVICES = 1024
 
@@ -30,7 +35,7 @@ _CENT = 1e-9
 
 @dataclass(frozen=True)
 class Mixes:
-    """All mixes that use a budget up.
+    """All mixes that are looked at.
 
     Attributes:
         types: Names of the instance types.
@@ -46,27 +51,34 @@ class Mixes:
         """Instances of each type that a mix has any of."""
         return {t: int(n) for t, n in zip(self.types, self.counts[mix], strict=True) if n}
 
+    def price(self, counts: Mapping[str, int]) -> float:
+        """Dollars per hour of so many instances."""
+        return sum(float(p) * counts.get(t, 0) for t, p in zip(self.types, self.usd_per_h, strict=True))
+
     def find(self, counts: Mapping[str, int]) -> int | None:
-        """The number of a mix; None where more could be paid."""
+        """The number of a mix; None where it is not looked at, for more could be paid."""
         wanted = np.array([counts.get(t, 0) for t in self.types])
         rows = np.flatnonzero((self.counts == wanted).all(axis=1))
         return int(rows[0]) if len(rows) else None
 
 
-def mixes_within(prices: Mapping[str, float], usd_per_h: float) -> Mixes:
-    """The mixes to which no instance more could be added.
+def mixes_within(prices: Mapping[str, float], usd_per_h: float, objective: Objective = "time") -> Mixes:
+    """The mixes to which no instance more could be added; where the cost counts, all that can be paid.
 
     Raises:
         ValueError: There are too many of them, or one has too many devices.
 
     >>> mixes_within({"g5.xlarge": 1.0, "p3.2xlarge": 3.0}, 7.0).counts.tolist()
     [[0, 7], [1, 4], [2, 1]]
+    >>> mixes_within({"g5.xlarge": 1.0, "p3.2xlarge": 3.0}, 3.0, "cost").counts.tolist()
+    [[0, 1], [0, 2], [0, 3], [1, 0]]
     """
     types = tuple(sorted(prices, key=prices.__getitem__, reverse=True))
     money = usd_per_h * (1 + _CENT)
     counts, left = np.zeros((1, 0), dtype=np.intp), np.full(1, money)
-    for name in types[:-1]:
-        most = (left // prices[name]).astype(np.intp)
+    every = objective == "cost"
+    for name in types if every else types[:-1]:
+        most = (np.maximum(left, 0) // prices[name]).astype(np.intp)
         if int((most + 1).sum()) > MOST_MIXES:
             raise ValueError(
                 f"more than {MOST_MIXES:,} clusters cost up to {usd_per_h:g} $/h; give fewer types or a "
@@ -77,7 +89,8 @@ def mixes_within(prices: Mapping[str, float], usd_per_h: float) -> Mixes:
         number = np.arange(len(row)) - first[row]
         counts = np.column_stack([counts[row], number])
         left = left[row] - number * prices[name]
-    counts = np.column_stack([counts, np.floor(np.maximum(left, 0) / prices[types[-1]]).astype(np.intp)])
+    rest = np.floor(np.maximum(left, 0) / prices[types[-1]]).astype(np.intp)
+    counts = counts[counts.any(axis=1)] if every else np.column_stack([counts, rest])
     most_devices = int((counts @ np.array([catalogue.instances()[t].count for t in types])).max())
     if most_devices > MOST_DEVICES:
         raise ValueError(

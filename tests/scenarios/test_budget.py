@@ -22,10 +22,10 @@ from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError, GraphparError, RunError
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.scenarios import budget, mix_search
-from graphpar.scenarios.api import _budget_lines, _budget_plain
 from graphpar.scenarios.budget import BudgetAnswer
+from graphpar.scenarios.budget_report import budget_lines, budget_plain
 from graphpar.scenarios.cache import AnswerCache
-from graphpar.scenarios.mixes import MixBounds, Mixes, mixes_within
+from graphpar.scenarios.mixes import MixBounds, Mixes, Objective, mixes_within
 from graphpar.scenarios.pricing import PriceBook
 from graphpar.scenarios.study import Limits, Solver
 from graphpar.scenarios.task import Task
@@ -106,7 +106,11 @@ class Oracle:
         self.asked.append(dict(counts))
         self.now_s += self.takes_s
         plan = KnownPlan((), "1f1b", 16)
-        return Answer("", status="ok", step_s=self.step_s(counts), batch=16, plan=plan)
+        part = self.part(counts)
+        usd_per_h = cost(part, prices_of([*part]))
+        return Answer(
+            "", status="ok", step_s=self.step_s(counts), batch=16, plan=plan, usd_per_h=usd_per_h
+        )
 
     def answers(self, asked: Sequence[Any], time_limit_s: float) -> list[Answer]:
         return [self.answer(s.counts) for s in asked]
@@ -175,14 +179,16 @@ class Oracle:
     st.sampled_from([0.0, 0.2, 1.0]),
     st.sampled_from([0.0, 0.0, 1.0, 4.0]),
     st.sampled_from([None, None, 0, 1, 2, 4]),
+    st.sampled_from(["time", "cost"]),
 )
-def test_no_cluster_within_the_budget_is_faster(
+def test_no_cluster_within_the_budget_is_better(
     types: list[str],
     usd_per_h: float,
     speeds: list[float],
     friction: float,
     takes_s: float,
     killed_after: int | None,
+    objective: Objective,
 ) -> None:
     prices = prices_of(types)
     speed = dict(zip(TYPES, speeds, strict=True))
@@ -192,29 +198,39 @@ def test_no_cluster_within_the_budget_is_faster(
         with pytest.raises(ValueError, match="below the cheapest"):
             oracle.best_within(usd_per_h, types)
         return
-    found = oracle.best_within(usd_per_h, types, time_limit_s=20.0)
+
+    def score(counts: dict[str, int], step_s: float) -> float:
+        return step_s * (cost(counts, prices) if objective == "cost" else 1.0)
+
+    found = oracle.best_within(usd_per_h, types, time_limit_s=20.0, objective=objective)
     best_s = min(oracle.step_s(counts) for counts in everything)
+    best = min(score(oracle.part(counts), oracle.step_s(counts)) for counts in everything)
     assert found.best is not None and found.best.step_s is not None
+    mine = score(dict(found.counts), found.best.step_s)
+    if objective == "cost":
+        assert found.bound_usd is not None and found.gap is not None
+        assert found.bound_usd <= best / 3600 / 16 * 1e6 * (1 + 1e-9)
+        assert found.gap == pytest.approx(1 - found.bound_usd / (mine / 3600 / 16 * 1e6), abs=1e-9)
     assert found.usd_per_h == pytest.approx(cost(dict(found.counts), prices))
     assert found.usd_per_h <= usd_per_h + 1e-6
     assert found.bound_s <= best_s * (1 + 1e-9), "what was not looked at counts with its bound"
     assert all(prices[name] > usd_per_h for name in found.too_dear)
     assert dict(found.counts) == oracle.part(dict(found.counts)), "nothing idle is rented"
-    mixes = used_up(everything, prices, usd_per_h)
+    mixes = everything if objective == "cost" else used_up(everything, prices, usd_per_h)
     assert found.considered == len(mixes)
     assert found.considered == found.solved + found.ruled_out + found.unplanned
     assert oracle.now_s - takes_s <= 20.0 + 1e-9, "one more plan tells the answer"
-    if len(types) == 1:
+    if len(mixes) == 1:
         assert len(oracle.asked) == 2, "one cluster, and once more without what it leaves idle"
     planned = [{name: n for name, n in counts.items() if n} for counts in oracle.asked]
     missed = [counts for counts in mixes if named(counts) not in planned]
     assert found.solved == len(mixes) - len(missed), "what was begun and not ended is not planned"
-    hopeful = [c for c in missed if oracle.bound_s(c) < found.best.step_s * (1 - 1e-9)]
+    hopeful = [c for c in missed if score(c, oracle.bound_s(c)) < mine * (1 - 1e-9)]
     assert found.unplanned >= len(hopeful), "nothing is ruled out untried"
     if not takes_s:
         assert found.proven and not hopeful
     if found.proven:
-        assert found.best.step_s == pytest.approx(best_s)
+        assert mine == pytest.approx(best)
 
 
 def named(counts: dict[str, int]) -> dict[str, int]:
@@ -227,9 +243,9 @@ def test_a_budget_whose_time_is_up_says_what_it_did_not_look_at() -> None:
     assert found.considered > 500 and not found.proven
     assert found.unplanned > found.considered - 10 - found.ruled_out
     assert found.bound_s == pytest.approx(min(found.bound_s, 1 / 70))
-    told = "\n".join(_budget_lines(found))
+    told = "\n".join(budget_lines(found))
     assert f"the time was up before the other {found.unplanned}" in told
-    assert _budget_plain(found, found.best)["truncated_by"] == ["time limit"]  # type: ignore[arg-type, index]
+    assert budget_plain(found, found.best)["truncated_by"] == ["time limit"]  # type: ignore[arg-type, index]
     late = Oracle(dict.fromkeys(TYPES, 1.0), 0.5, takes_s=1.0, bounding_s=20.0)
     found = late.best_within(40.0, TYPES, time_limit_s=10.0)
     assert found.best is not None and found.solved == 1 and not found.unable
@@ -333,7 +349,7 @@ def test_a_budget_for_devices_that_all_lack_the_format_is_answered_so() -> None:
     base = replace(BASE, training=False, precision="bfloat16")
     found = budget.best_within(solver, base, 1.6, ("g4dn.xlarge", "p3.2xlarge"))
     assert found.best is None and found.unable == found.considered == 1
-    assert "no device computes in bfloat16" in "\n".join(_budget_lines(found))
+    assert "no device computes in bfloat16" in "\n".join(budget_lines(found))
 
 
 def test_a_mix_that_cannot_hold_the_model_is_ruled_out() -> None:
@@ -348,14 +364,16 @@ def test_a_mix_that_cannot_hold_the_model_is_ruled_out() -> None:
     assert held == [({"g4dn.xlarge": 3}, True), ({"g5.xlarge": 1, "g4dn.xlarge": 1}, False)]
 
 
-def test_mixes_are_those_to_which_nothing_can_be_added() -> None:
+@pytest.mark.parametrize("objective", ["time", "cost"])
+def test_mixes_are_those_to_which_nothing_can_be_added_or_all_within(objective: Objective) -> None:
     prices = prices_of(TYPES)
     for usd_per_h in (0.6, 3.06, 6.12, 12.0):
         affordable_ones = {t: p for t, p in prices.items() if p <= usd_per_h}
-        mixes = mixes_within(affordable_ones, usd_per_h)
+        mixes = mixes_within(affordable_ones, usd_per_h, objective)
         found = [mixes.named(mix) for mix in range(len(mixes.counts))]
-        wanted = [named(c) for c in used_up(affordable(prices, usd_per_h), prices, usd_per_h)]
-        assert sorted(map(sorted_items, found)) == sorted(map(sorted_items, wanted))
+        every = affordable(prices, usd_per_h)
+        kept = every if objective == "cost" else used_up(every, prices, usd_per_h)
+        assert sorted(map(sorted_items, found)) == sorted(sorted_items(named(c)) for c in kept)
     with pytest.raises(ValueError, match="more than 1,000,000 clusters"):
         mixes_within({name: 0.01 + 0.001 * i for i, name in enumerate(TYPES)}, 3.0)
 

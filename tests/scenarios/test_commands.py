@@ -82,6 +82,7 @@ def test_what_if_answers_in_json_and_writes_the_table(
         (["--sweep", "batch=1", "--sweep", "batch=2"], "both sweeps"),
         (["--budget", "-1"], "budget"),
         (["--instances", "g5.12xlarge"], "--budget"),
+        (["--objective", "cost"], "--budget"),
         (["--budget", "9", "--instances", "g5.xlarg"], "g5.xlarge"),
         (["--budget", "0.1", "--instances", "g5.xlarge"], "below the cheapest"),
         (["--plot", "x.gif"], "must end"),

@@ -423,6 +423,13 @@ def test_a_budget_is_searched_with_bounds(tmp_path: Path, monkeypatch: pytest.Mo
     )
     last = list(csv.DictReader(io.StringIO(study.to_csv())))[-1]
     assert (last["scenario"], float(last["step_s"])) == (found.best.title, found.best.step_s)
+    cheap = ask(budget_usd_per_h=8.0, objective="cost", **{**asked, "time_limit_s": 0.3})
+    assert cheap.budget is not None and cheap.budget.best is not None and cheap.budget.considered == 20
+    told, least = cheap.to_dict()["budget"], cheap.budget.best.usd_per_million_samples
+    assert least is not None
+    assert told["bound_usd_per_million_samples"] <= least == told["best"]["usd_per_million_samples"]
+    assert least <= (found.best.usd_per_million_samples or 0.0)
+    assert ("cheapest per sample within" in str(cheap)) and ("20 clusters are within" in str(cheap))
     monkeypatch.delattr("graphpar.scenarios.mix_search.MixSearch.run")
     assert ask(budget_usd_per_h=8.0, **asked).budget == found, "asked again, it is not searched again"
     with pytest.raises(AttributeError, match="run"):
@@ -443,6 +450,8 @@ def test_a_budget_is_searched_with_bounds(tmp_path: Path, monkeypatch: pytest.Mo
         ({"time_limit_s": "5"}, "must be a number, got '5'"),
         ({"gap": None}, "must be a number"),
         ({"budget_usd_per_h": "12"}, "must be a number"),
+        ({"objective": "cost"}, "is for a budget"),
+        ({"objective": "price", "budget_usd_per_h": 9.0, "instances": "g5.xlarge"}, "time or cost"),
         ({"prices": {"a": math.inf}}, "price of a"),
         ({"prices": {"a": "cheap"}}, "price of a is 'cheap'"),
         ({"prices": {"a": None}}, "price of a is None"),
