@@ -17,6 +17,7 @@ from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.asked import (
     Asked,
     as_scenarios,
+    check_helpers,
     check_names,
     check_numbers,
     instance_types,
@@ -244,6 +245,7 @@ def what_if(
     check_numbers(
         gap=gap, time_limit_s=time_limit_s, processes=processes, budget_usd_per_h=budget_usd_per_h
     )
+    check_helpers(inputs=inputs, progress=progress, calibration=calibration)
     sweeps, where, instances = as_sweeps(sweep), as_cluster(cluster), instance_types(instances)
     asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
     check_names(asked)
@@ -255,9 +257,8 @@ def what_if(
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
     book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
-    baseline = baseline_setting(
-        where, book.baseline().graph.batch, train, precision=precision, tensor=tensor, prices=prices or {}
-    )
+    batch, money = book.baseline().graph.batch, {} if prices is None else prices
+    baseline = baseline_setting(where, batch, train, precision=precision, tensor=tensor, prices=money)
     limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)
     solver = Solver(book, Limits(gap, limit_s, processes), kept, progress)
     first, answers = ask(solver, baseline, asked)

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.scenarios.prices import known_prices
 from graphpar.scenarios.types import BASELINE, Scenario
@@ -32,8 +33,8 @@ def as_scenarios(asked: Asked) -> tuple[Scenario, ...]:
             if not isinstance(name, str):
                 raise ValueError(f"the name of a scenario is text, not {name!r}")
         return tuple(Scenario(name, _changes(words, repr(name))) for name, words in asked.items())
-    items: object = asked
-    if not isinstance(items, Iterable) or isinstance(items, bytes):
+    items = items_of(asked)
+    if items is None:
         raise ValueError(
             f"scenarios= takes a dict of names to changes, or changes, {_EXAMPLES}; not {_shown(asked)}"
         )
@@ -47,17 +48,16 @@ def _scenario(item: object, number: int) -> Scenario:
 
 
 def _changes(written: object, which: str) -> tuple[str, ...]:
-    parts = written.split(";") if isinstance(written, str) else written
-    if not isinstance(parts, Iterable) or isinstance(parts, (bytes, Mapping)):
+    parts = items_of(written.split(";") if isinstance(written, str) else written)
+    if parts is None:
         raise ValueError(f"scenario {which} is {_shown(written)}; write a change in words, {_EXAMPLES}")
-    parts = tuple(parts)
     for part in parts:
         if not isinstance(part, str):
             raise ValueError(
                 f"scenario {which} has {_shown(part)} among its changes; write each in words, "
                 "such as 'drop a/1' or 'set batch=64'"
             )
-    return tuple(p.strip() for p in parts if p.strip())
+    return tuple(text for p in parts if (text := str(p).strip()))
 
 
 def check_names(scenarios: Sequence[Scenario]) -> None:
@@ -103,6 +103,22 @@ def check_numbers(**given: object) -> None:
             raise ValueError(f"processes must be a whole number of at least 1, got {value}")
 
 
+def check_helpers(**given: object) -> None:
+    """Refuse what is to be called and cannot be, and a calibration that is none.
+
+    Raises:
+        ValueError: Says which and what was given.
+    """
+    for name, value in given.items():
+        if name == "calibration":
+            if not isinstance(value, Calibration | None):
+                raise ValueError(
+                    f"calibration= takes what graphpar.calibrate() gives, not {_shown(value)}"
+                )
+        elif value is not None and not callable(value):
+            raise ValueError(f"{name}= takes a function, not {_shown(value)}")
+
+
 def instance_types(given: str | Sequence[str]) -> tuple[str, ...]:
     """Instance types from a sequence, or from a text with commas between them.
 
@@ -118,11 +134,21 @@ def instance_types(given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for t in types if (name := t.strip()))
 
 
+def items_of(given: object) -> tuple[object, ...] | None:
+    """What a sequence holds; None for what is none, or not one of several things (a dict, bytes)."""
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, Mapping)):
+        return None
+    try:
+        return tuple(given)
+    except TypeError:  # a tensor without dimensions says that it can be gone through
+        return None
+
+
 def texts_of(given: object) -> tuple[str, ...] | None:
     """The texts of a sequence; None for anything else."""
-    found: tuple[object, ...] = tuple(given) if isinstance(given, Iterable) else (None,)
-    texts = tuple(text for text in found if isinstance(text, str))
-    return texts if len(texts) == len(found) else None
+    found = items_of(given)
+    texts = tuple(text for text in found or () if isinstance(text, str))
+    return None if found is None or len(texts) < len(found) else texts
 
 
 def price_list(cluster: Cluster, given: Mapping[str, float | str]) -> tuple[tuple[str, float], ...]:

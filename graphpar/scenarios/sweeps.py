@@ -2,11 +2,11 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from graphpar.scenarios.asked import texts_of
+from graphpar.scenarios.asked import items_of, texts_of
 from graphpar.scenarios.types import Answer, Scenario
 
 KNEE = 0.5
@@ -73,12 +73,13 @@ def _of_values(path: object, values: object) -> Sweep:
     """
     if isinstance(path, str) and isinstance(values, str):
         return Sweep.parse(f"{path}={values}")
-    if not isinstance(path, str) or not isinstance(values, Iterable):
+    found = items_of(values)
+    if not isinstance(path, str) or found is None:
         raise ValueError(
             "sweep= takes a dict of a path to its values, such as {'batch': [8, 16]}, not "
             f"{{{path!r}: {values!r}}}"
         )
-    return Sweep(path, tuple(_written(value) for value in values))
+    return Sweep(path, tuple(_written(value) for value in found))
 
 
 def _check_values(sweep: Sweep) -> None:

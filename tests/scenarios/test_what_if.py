@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,8 @@ from graphpar.scenarios.naming import numbered
 from graphpar.scenarios.pricing import PriceBook, training_of
 from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.study import Limits, Solver
-from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.task import Task
-from graphpar.scenarios.types import Answer, Scenario, Setting
+from graphpar.scenarios.types import Answer, Setting
 from graphpar.scenarios.worth import shadow_prices
 
 CLUSTER: dict[str, Any] = {
@@ -439,74 +437,8 @@ def test_a_budget_is_searched_with_bounds(tmp_path: Path, monkeypatch: pytest.Mo
         ask(budget_usd_per_h=0.01, instances=["g5.12xlarge"])
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"time_limit_s": -1.0}, "got -1.0"),
-        ({"time_limit_s": math.nan}, "got nan"),
-        ({"gap": 1.0}, "got 1.0"),
-        ({"processes": 0}, "got 0"),
-        ({"processes": 1.5}, "whole number"),
-        ({"time_limit_s": "5"}, "must be a number, got '5'"),
-        ({"gap": None}, "must be a number"),
-        ({"budget_usd_per_h": "12"}, "must be a number"),
-        ({"objective": "cost"}, "is for a budget"),
-        ({"objective": "price", "budget_usd_per_h": 9.0, "instances": "g5.xlarge"}, "time or cost"),
-        ({"prices": {"a": math.inf}}, "price of a"),
-        ({"prices": {"a": "cheap"}}, "price of a is 'cheap'"),
-        ({"prices": {"a": None}}, "price of a is None"),
-        ({"prices": [("a", 1.0)]}, "dict of node names"),
-        ({"instances": [5], "budget_usd_per_h": 9.0}, "names of instance types"),
-        ({"scenarios": None}, "not None"),
-        ({"scenarios": 5}, "not 5"),
-        ({"scenarios": {"x": 5}}, "scenario 'x' is 5; write a change in words"),
-        ({"scenarios": {"x": ["drop a", None]}}, "scenario 'x' has None among its changes"),
-        ({"scenarios": ["drop a", None]}, "scenario number 2 is None"),
-        ({"scenarios": {5: "drop a"}}, "name of a scenario is text"),
-        ({"scenarios": ["drop a", "drop a"]}, "'drop a' is asked twice"),
-        (
-            {"scenarios": [Scenario("x", ("drop a",)), Scenario("x", ("drop b",))]},
-            "named 'x'.*rename one",
-        ),
-        ({"scenarios": {"batch=8": "drop a"}, "sweep": ["batch=8"]}, "two scenarios are named 'batch=8'"),
-        ({"scenarios": {"baseline": "drop a"}}, "the job as it is"),
-        ({"cache": None}, "cache="),
-    ],
-)
-def test_senseless_arguments_are_refused_and_told_as_they_were_given(
-    options: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        ask(**options)
-
-
 def test_a_sequence_length_needs_inputs() -> None:
     assert "inputs=" in ask(["set seq_len=7"]).answers[0].problem
-
-
-@pytest.mark.parametrize(
-    ("sweep", "words"),
-    [
-        (["batch=1", "a.count=1", "b.count=1"], "one or two"),
-        ({"batch": []}, "no values"),
-        ({"batch": range(1, 102), "a.count": range(1, 101)}, "10100 points"),
-        (["batch=1", "batch=2"], "both sweeps"),
-        ({"batch": [8, 16, 8.0]}, "has 8 twice"),
-        ({"batch": 8}, "dict of a path to its values"),
-        ([5], "words such as"),
-        (None, "words such as"),
-        ("batch", "PATH=VALUE"),
-    ],
-)
-def test_senseless_sweeps_are_refused_before_anything_is_captured(sweep: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        ask(sweep=sweep)
-
-
-def test_a_text_alone_is_one_scenario_or_sweep() -> None:
-    assert [s.title for s in as_scenarios("drop b; set batch=8")] == ["drop b; set batch=8"]
-    for same in ({"batch": [8, 16]}, {"batch": "8,16"}):
-        assert scenarios_of(as_sweeps("batch=8,16")) == scenarios_of(as_sweeps(same))
 
 
 @pytest.mark.slow
