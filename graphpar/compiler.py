@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from graphpar.arguments import check_limits
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
@@ -80,6 +81,7 @@ def plan(
     1
     """
     check_precision(precision)
+    check_limits(gap=gap, time_limit_s=time_limit_s, measure_s=measure_s, calibration=calibration)
     where = as_cluster(cluster)
     prepared = prepare(model, args, kwargs or {}, train)
     return plan_prepared(
@@ -163,6 +165,7 @@ def compile(
     True
     """
     check_precision(precision)
+    check_limits(gap=gap, time_limit_s=time_limit_s, measure_s=measure_s, calibration=calibration)
     where = as_cluster(cluster)
     CompiledModel.warm_up()
     prepared = prepare(model, args, kwargs or {}, train)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     "errors units files kept_files tracing",
     "ir cores cost cost_options catalogue device cluster cluster_build cluster_spec",
-    "rewrite calibration",
+    "rewrite calibration arguments",
     "partition",
     "schedule timing team_timing crowding simulate simulated schedule_choice like_pipelines near_plans "
     "plan_choice plan_comparison played_choice plan_time training solve_command "

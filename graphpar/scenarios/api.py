@@ -17,9 +17,8 @@ from graphpar.partition.types import TensorWidth
 from graphpar.scenarios.asked import (
     Asked,
     as_scenarios,
-    check_helpers,
+    check_limits,
     check_names,
-    check_numbers,
     instance_types,
     price_list,
 )
@@ -242,10 +241,15 @@ def what_if(
     >>> [answer.status for answer in study.answers]
     ['ok', 'ok']
     """
-    check_numbers(
-        gap=gap, time_limit_s=time_limit_s, processes=processes, budget_usd_per_h=budget_usd_per_h
+    check_limits(
+        gap=gap,
+        time_limit_s=time_limit_s,
+        processes=processes,
+        budget_usd_per_h=budget_usd_per_h,
+        calibration=calibration,
+        inputs=inputs,
+        progress=progress,
     )
-    check_helpers(inputs=inputs, progress=progress, calibration=calibration)
     sweeps, where, instances = as_sweeps(sweep), as_cluster(cluster), instance_types(instances)
     asked = (*scenarios_of(sweeps), *as_scenarios(scenarios))
     check_names(asked)

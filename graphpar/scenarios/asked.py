@@ -1,11 +1,10 @@
 """What `what_if` is asked, as the caller wrote it: read, checked, and refused in words."""
 
 import math
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from graphpar.calibration import Calibration
+from graphpar import arguments
 from graphpar.cluster import Cluster
 from graphpar.scenarios.prices import known_prices
 from graphpar.scenarios.types import BASELINE, Scenario
@@ -83,40 +82,32 @@ def check_names(scenarios: Sequence[Scenario]) -> None:
         seen[title] = scenario
 
 
-def check_numbers(**given: object) -> None:
-    """Refuse limits that are no numbers or senseless ones: `gap`, `time_limit_s`, `processes`.
+def check_limits(
+    *,
+    gap: object,
+    time_limit_s: object,
+    processes: object,
+    budget_usd_per_h: object,
+    calibration: object,
+    **functions: object,
+) -> None:
+    """Refuse limits that are no numbers or senseless ones, and functions that cannot be called.
 
     Raises:
         ValueError: Says which and what was given.
     """
-    for name, value in given.items():
-        if value is None and name != "gap":
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-        number = float(value)
-        if name == "gap" and not 0 <= number < 1:
-            raise ValueError(f"gap must be in [0, 1), got {value}")
-        if name == "time_limit_s" and not number > 0:
-            raise ValueError(f"time_limit_s must be positive, got {value}")
-        if name == "processes" and not (isinstance(value, numbers.Integral) and number >= 1):
-            raise ValueError(f"processes must be a whole number of at least 1, got {value}")
-
-
-def check_helpers(**given: object) -> None:
-    """Refuse what is to be called and cannot be, and a calibration that is none.
-
-    Raises:
-        ValueError: Says which and what was given.
-    """
-    for name, value in given.items():
-        if name == "calibration":
-            if not isinstance(value, Calibration | None):
-                raise ValueError(
-                    f"calibration= takes what graphpar.calibrate() gives, not {_shown(value)}"
-                )
-        elif value is not None and not callable(value):
-            raise ValueError(f"{name}= takes a function, not {_shown(value)}")
+    arguments.check_limits(
+        gap=gap, time_limit_s=1.0 if time_limit_s is None else time_limit_s, calibration=calibration
+    )
+    if processes is not None:
+        arguments.check_number(
+            "processes", processes, "a whole number of at least 1", lambda n: n >= 1 and n == int(n)
+        )
+    if budget_usd_per_h is not None:
+        arguments.check_number("budget_usd_per_h", budget_usd_per_h, "a number", lambda _: True)
+    for name, given in functions.items():
+        if given is not None and not callable(given):
+            raise ValueError(f"{name}= takes a function, not {_shown(given)}")
 
 
 def instance_types(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,37 @@
+"""Arguments of the public face that are numbers, or made by other calls: refused before any work."""
+
+import numbers
+from collections.abc import Callable
+
+from graphpar.calibration import Calibration
+
+
+def check_limits(
+    *, gap: object, time_limit_s: object, measure_s: object = 0.0, calibration: object = None
+) -> None:
+    """Refuse senseless limits of planning, and a calibration that is none.
+
+    Raises:
+        ValueError: Says which and what was given.
+
+    >>> check_limits(gap="1 %", time_limit_s=60)
+    Traceback (most recent call last):
+    ...
+    ValueError: gap must be in [0, 1), got '1 %'
+    """
+    check_number("gap", gap, "in [0, 1)", lambda x: 0 <= x < 1)
+    check_number("time_limit_s", time_limit_s, "positive", lambda x: x > 0)
+    check_number("measure_s", measure_s, "zero or more seconds", lambda x: x >= 0)
+    if not isinstance(calibration, Calibration | None):
+        kind = type(calibration).__name__
+        raise ValueError(f"calibration= takes what graphpar.calibrate() gives, not a {kind}")
+
+
+def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    """
+    Raises:
+        ValueError: It is no number, or one that a rule, also given in words, forbids.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not holds(float(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
