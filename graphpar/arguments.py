@@ -1,5 +1,7 @@
 """Arguments of the public face that are numbers, or made by other calls: refused before any work."""
 
+import contextlib
+import math
 import numbers
 from collections.abc import Callable
 
@@ -28,10 +30,14 @@ def check_limits(
 
 
 def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
-    """
+    """Refuse what is no number, or one that a rule forbids, also given in words; NaN breaks every rule.
+
     Raises:
-        ValueError: It is no number, or one that a rule, also given in words, forbids.
+        ValueError: Says which and what was given.
     """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not holds(float(value)):  # type: ignore[arg-type]
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    if not holds(number):
         raise ValueError(f"{name} must be {rule}, got {value!r}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from graphpar.arguments import check_number
 from graphpar.partition.settings import ScheduleWish
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ class Training:
             given = getattr(self, name)
             if given is not None and not callable(given):
                 raise ValueError(f"Training({name}=...) must be a function, not {given!r}.")
-        if self.microbatches != "auto" and self.microbatches < 1:
-            raise ValueError(f"Training(microbatches=...) must be at least 1, not {self.microbatches}.")
+        if self.microbatches != "auto":
+            whole = "a whole number of at least 1, or 'auto'"
+            check_number(
+                "Training(microbatches=...)", self.microbatches, whole, lambda n: n >= 1 and n % 1 == 0
+            )
         if self.schedule not in get_args(ScheduleWish):
             raise ValueError(
                 f"Training(schedule=...) must be one of {', '.join(get_args(ScheduleWish))}, "
@@ -72,5 +76,6 @@ class Training:
                 f"Training(zero=...) must be 0, 1 or 2, not {self.zero!r}; level 3 can be planned with "
                 "graphpar.partition, not run."
             )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"Training(max_grad_norm=...) must be positive, not {self.max_grad_norm}.")
+        if self.max_grad_norm is not None:
+            check_number("Training(max_grad_norm=...)", self.max_grad_norm, "positive", lambda n: n > 0)
+        check_number("Training(seed=...)", self.seed, "a whole number", lambda n: n % 1 == 0)

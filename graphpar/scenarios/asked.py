@@ -101,10 +101,10 @@ def check_limits(
     )
     if processes is not None:
         arguments.check_number(
-            "processes", processes, "a whole number of at least 1", lambda n: n >= 1 and n == int(n)
+            "processes", processes, "a whole number of at least 1", lambda n: n >= 1 and n % 1 == 0
         )
     if budget_usd_per_h is not None:
-        arguments.check_number("budget_usd_per_h", budget_usd_per_h, "a number", lambda _: True)
+        arguments.check_number("budget_usd_per_h", budget_usd_per_h, "a positive number", lambda x: x > 0)
     for name, given in functions.items():
         if given is not None and not callable(given):
             raise ValueError(f"{name}= takes a function, not {_shown(given)}")

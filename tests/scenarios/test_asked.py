@@ -33,7 +33,7 @@ def ask(scenarios: Any = (), **options: Any) -> graphpar.Study:
         ({"processes": 1.5}, "whole number"),
         ({"time_limit_s": "5"}, "must be positive, got '5'"),
         ({"gap": None}, "got None"),
-        ({"budget_usd_per_h": "12"}, "must be a number"),
+        ({"budget_usd_per_h": "12"}, "must be a positive number"),
         ({"objective": "cost"}, "is for a budget"),
         ({"objective": "price", "budget_usd_per_h": 9.0, "instances": "g5.xlarge"}, "time or cost"),
         ({"prices": {"a": math.inf}}, "price of a"),
