@@ -36,7 +36,7 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
         ValueError: Says which and what was given.
     """
     number = math.nan
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
         with contextlib.suppress(OverflowError):
             number = float(value)
     if not holds(number):

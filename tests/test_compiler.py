@@ -120,6 +120,14 @@ def test_wrong_arguments_are_value_errors() -> None:
         graphpar.plan(lambda x: x, CPUS, batch)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="optimiser"):
         graphpar.plan(small_gpt(), CPUS, batch, train=Training(optimizer=broken_factory))
+    senseless: dict[str, Any] = {"gap": None, "time_limit_s": "60", "measure_s": -1, "calibration": 1.0}
+    for name, value in senseless.items():
+        with pytest.raises(ValueError, match=rf"{name}.* (got {value!r}|not a float)"):
+            graphpar.compile(small_gpt(), CPUS, batch, **{name: value})
+    senseless = {"microbatches": b"2", "max_grad_norm": float("nan"), "seed": 0.5}
+    for name, value in senseless.items():
+        with pytest.raises(ValueError, match=rf"Training\({name}=...\) must be .*, got {value!r}"):
+            Training(optimizer=torch.optim.SGD, **{name: value})
 
 
 @pytest.mark.parametrize("given", [None, [{"kind": "cpu"}]])

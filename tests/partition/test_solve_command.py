@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,8 +74,12 @@ def run(*commands: Sequence[object]) -> list[Done]:
 def test_sharding_as_json(tmp_path: Path) -> None:
     file, answer = tmp_path / "p.json", tmp_path / "answer.json"
     file.write_bytes(sharding_file(SHARDING))
+    began_s = time.perf_counter()
     (done,) = run((file, "--json", "-o", answer))
+    took_s = time.perf_counter() - began_s
     record = json.loads(done.stdout)
+    # The whole command's, but for its end; the system tells its beginning in hundredths of a second.
+    assert 0.3 * took_s < record["seconds"] < took_s + 0.02
     assert done.returncode == 0
     assert list(record) == KEYS
     assert (record["format"], record["status"], record["objective"]) == ("sharding", "optimal", 3)
