@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.like_pipelines import best_like
+from graphpar.like_pipelines import best_like, has_likes
 from graphpar.partition.family import is_of_some_devices
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.settings import Microbatches, ScheduleWish
@@ -117,7 +117,7 @@ def _like(
     time_limit_s: float,
 ) -> Simulated | None:
     """The best plan of like pipelines that is to be taken instead of what was found, if there is one."""
-    if len(table.class_of) == 1 or microbatches != "auto":
+    if len(table.class_of) == 1 or microbatches != "auto" or not has_likes(table):
         return None
     formulas = bool(found.truncated_by) or is_of_some_devices(found.family)
     cutoff_s = step_of(table, found) if _fulfils(found, wish) else math.inf
