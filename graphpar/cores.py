@@ -47,17 +47,24 @@ class SharedCores:
     apart: float = 1.0
 
     @property
-    def message_s(self) -> float:
-        """What a message between two workers takes besides its link.
+    def handling_s(self) -> float:
+        """What a message costs two workers together.
 
         Nothing where some are slowed down: these make up for it in their pauses.
 
-        >>> SharedCores(2, (1.0,), {}, send_s=2.0, receive_s=3.0).message_s
+        >>> SharedCores(2, (1.0,), {}, send_s=2.0, receive_s=3.0).handling_s
         5.0
         """
-        if any(use.slowdown > 1 for use in self.workers.values()):
-            return 0.0
-        return self.late_s + (self.send_s + self.receive_s if self.send_s else 0.0)
+        return self.send_s + self.receive_s if self.send_s and not self._catch_up else 0.0
+
+    @property
+    def message_s(self) -> float:
+        """What a message between two workers takes besides its link."""
+        return self.handling_s + (0.0 if self._catch_up else self.late_s)
+
+    @property
+    def _catch_up(self) -> bool:
+        return any(use.slowdown > 1 for use in self.workers.values())
 
     def slowed(self, busy: float) -> float:
         """How many times longer a kernel takes while so many cores are at work.

@@ -359,8 +359,14 @@ class CostTable:
 
     @property
     def message_s(self) -> float:
-        """Seconds that a message between stages takes besides its link, on either side together."""
+        """Seconds that a message between stages takes besides its link."""
         return self.shared.message_s if self.shared is not None else 0.0
+
+    @property
+    def handling_s(self) -> float:
+        """Of `message_s`, what keeps either side busy, for a microbatch in all directions there are."""
+        both = 2 if self.training else 1
+        return both * self.shared.handling_s if self.shared is not None else 0.0
 
     def meetings_s(self, first: int, last: int, links: Iterable[LinkCost]) -> float:
         """Seconds of one direction that some units' exchanges between pipelines take over links."""

@@ -1,8 +1,8 @@
 """One device, or another plan at hand, where that is shorter than the plan found when both are played.
 
 The formula by which plans are searched leaves things out that the simulator plays: what workers on the
-same cores cost each other, what messages cost them where they overlap, replicas that start one after
-another. A plan over several devices that is best by the formula may so take longer than one device does.
+same cores cost each other, replicas that start one after another. A plan over several devices that is
+best by the formula may so take longer than one device does.
 """
 
 from collections.abc import Iterator

@@ -102,7 +102,9 @@ class StagePrices:
         slots = rows.slots
         self._ahead = self.before_s[slots.before, slots.first]
         behind = self.before_s[slots.after, slots.last]
-        self._waits = (self._ahead + behind) / 2 if self._stalls else np.zeros(len(slots.run))
+        most_s = np.inf if self._stalls else table.handling_s
+        self._waits = (np.minimum(self._ahead, most_s) + np.minimum(behind, most_s)) / 2
+        self._wait_some = bool(self._waits.any())
         self._cut = (setting.microbatches - 1) * self._ahead
         if not loops:
             self._slots_of_run = _positions(slots.run, len(runs.first))
@@ -256,7 +258,7 @@ class StagePrices:
             moved = self._moved_at(option, run)
             times = [self._seconds[staff[:, r], run] + moved for r in range(width)]
             sample = [self._sample[staff[:, r], run] for r in range(width)]
-            extra[index], own = stage_extra(times, self._wait(slot), self.setting, sample)
+            extra[index], own = stage_extra(times, self._waits[slot], self.setting, sample)
             most = [self._flight[staff[:, r], width, run] for r in range(width)]
             below[index] = most_below(self.setting, own, most, width)
         extra = self._with_cut(extra, columns.slot)
@@ -355,7 +357,7 @@ class StagePrices:
         most = [self._flight[staff[:, r], width] for r in range(width)]
         post = self.rows.post_s[chunk]
         # With waiting the deal is another one: before it is known each replica has at least one.
-        few = [np.ones(times[0].shape)] * width if self._stalls else None
+        few = [np.ones(times[0].shape)] * width if self._wait_some else None
         longest, extra, below = self._fluid(times, 0.0, most, few)
         usable = (below >= width) & (post <= limits.post_s) & (extra <= limits.extra_s)
         usable &= (extra + post <= limits.both_s) & (longest < limits.fill_s)
@@ -369,9 +371,9 @@ class StagePrices:
         option, slots = chunk[rows], self.rows.slots
         near = self.rows.near[option, slots.before[slot]] & self.rows.near[option, slots.after[slot]]
         rows, runs, option, slot = rows[near], runs[near], option[near], slot[near]
-        if self._stalls:
+        if self._wait_some:
             flat = [t[rows, runs] for t in times]
-            longest, extra, below = self._fluid(flat, self._wait(slot), [f[rows, runs] for f in most])
+            longest, extra, below = self._fluid(flat, self._waits[slot], [f[rows, runs] for f in most])
         else:
             longest, extra, below = longest[rows, runs], extra[rows, runs], below[rows, runs]
         extra = self._with_cut(extra, slot)
@@ -408,15 +410,6 @@ class StagePrices:
                 np.maximum(np.floor((end - t) / p + 1), 1.0) for t, p in zip(times, periods, strict=True)
             ]
         return longest, extra, most_below(self.setting, own, most, width)
-
-    def _wait(self, slot: IntArray) -> FloatArray:
-        """Half of either boundary's transfer under 1F1B."""
-        if not self._stalls:
-            return np.zeros(len(slot))
-        slots, before = self.rows.slots, self.before_s
-        ahead = before[slots.before[slot], slots.first[slot]]
-        found: FloatArray = (ahead + before[slots.after[slot], slots.last[slot]]) / 2
-        return found
 
     def _with_cut(self, extra: FloatArray, slot: IntArray) -> FloatArray:
         """Where transfers overlap, the boundary before a stage may be what takes longest."""

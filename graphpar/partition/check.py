@@ -294,7 +294,8 @@ def _pipeline_parts(
         transfers += after
         if not stalls:
             busiest = max(busiest, (pipeline.microbatches - 1) * after)
-        wait = (before + after) / 2 if stalls else 0.0
+        waited = (before, after) if stalls else (min(s, table.handling_s) for s in (before, after))
+        wait = sum(waited) / 2
         times = [_mean_time(table, pipeline, stage, i) for i in range(len(stage.replicas))]
         ends = [
             time * r.microbatches

@@ -347,16 +347,17 @@ def _arms(
                 continue
             aheads = [np.where(is_first, 0.0, c[before][runs.first]) for c in cuts]
             behinds = [np.where(is_last, 0.0, c[after][runs.last]) for c in cuts]
-            waits = [
-                _more(s, grid.width) * (a + b) / 2
-                for s, a, b in zip(settings, aheads, behinds, strict=True)
-            ]
+            ends = list(zip(aheads, behinds, strict=True))
             extra = grid.extra_s
             if stalls:
-                extra = extra + _least(waits, settings, grid.width)
+                extra = extra + _least(_waits(settings, grid, ends, np.inf), settings, grid.width)
             if either or not stalls:
                 sent = [(s.microbatches - 1) * a for s, a in zip(settings, aheads, strict=True)]
-                overlapped = np.maximum(grid.extra_s, np.minimum.reduce(sent))
+                busy = grid.extra_s
+                if table.handling_s:
+                    waits = _waits(settings, grid, ends, table.handling_s)
+                    busy = busy + _least(waits, settings, grid.width)
+                overlapped = np.maximum(busy, np.minimum.reduce(sent))
                 keeps_all = grid.most_below >= UNLIMITED
                 extra = (
                     np.where(keeps_all, np.minimum(extra, overlapped), extra) if stalls else overlapped
@@ -372,6 +373,19 @@ def _arms(
                 post_s=grid.post_s[rows, columns],
                 most_below=grid.most_below[rows, columns],
             )
+
+
+def _waits(
+    settings: Sequence[Setting],
+    grid: _Grid,
+    ends: Sequence[tuple[FloatArray, FloatArray]],
+    most_s: float,
+) -> list[FloatArray]:
+    """[width, run] by setting: half of either boundary for each further microbatch, up to the most."""
+    return [
+        _more(s, grid.width) * (np.minimum(ahead, most_s) + np.minimum(behind, most_s)) / 2
+        for s, (ahead, behind) in zip(settings, ends, strict=True)
+    ]
 
 
 def _more(setting: Setting, width: IntArray) -> IntArray:

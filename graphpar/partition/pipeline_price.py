@@ -12,7 +12,9 @@ linear between neighbouring integer sizes, so the time at the mean size is the m
              on the slowest link between a device of s and one of s + 1, and what either side spends
              on the message where they are workers of one machine (`CostTable.message_s`)
     e_r    = t_r + (c_{s-1} + c_s) / 2     under 1F1B          (see below)
-           = t_r                           under GPipe and in inference
+           = t_r + (h_{s-1} + h_s) / 2     under GPipe and in inference
+    h_s    = of c_s what keeps either side busy, where they are workers of one machine
+             (`CostTable.handling_s`); else 0
     x_r    = l_r - l m_r / m, where l = n mod m microbatches have a sample more than the others, of
              which r has l_r: every w-th where replicas are alike, else at most ceil(l m_r / m)
     u_r    = seconds of one sample more, where replicas are unlike not less than 0
@@ -202,8 +204,13 @@ def share_microbatches(
 
 
 def waiting_s(table: CostTable, schedule: ScheduleName, before: float, after: float) -> float:
-    """What transfers add to a stage's period: half of either boundary under 1F1B, else nothing."""
-    return (before + after) / 2 if table.training and schedule == "1f1b" else 0.0
+    """What transfers add to a stage's period: half of either boundary under 1F1B.
+
+    Else half of what workers spend on messages, which nothing overlaps.
+    """
+    if table.training and schedule == "1f1b":
+        return (before + after) / 2
+    return (min(before, table.handling_s) + min(after, table.handling_s)) / 2
 
 
 def in_flight(table: CostTable, schedule: ScheduleName, own: int, replicas_below: int, width: int) -> int:
