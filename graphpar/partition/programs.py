@@ -75,9 +75,11 @@ class Programs:
         self._fits: dict[tuple[tuple[int, ...], int], MemoryFit] = {}
         self._cache: Cache = {}
         self._least_times: dict[object, tuple[float, float, float]] = {}
+        self._rough_times: dict[object, tuple[float, float, float]] = {}
         self._known_prices: KnownPrices = {}
         self._slowest_s: dict[float, float] = {}
         self._never_binds: dict[tuple[tuple[int, ...], int, int], bool] = {}
+        self._whole_cache: Cache = {}
         self._excluded: Shared = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
         many = family.repeats is None and self._most_steps() >= chain_warm.LOOPS_PAY
@@ -124,6 +126,24 @@ class Programs:
         ]
         return [t for t in tasks if len(schedules) == 1 or not self._outdone(whole, t)]
 
+    def least_step_s(
+        self, limits: Sequence[int], samples: int, peers: int, across: tuple[Links, ...]
+    ) -> float:
+        """A lower bound on the step of a pipeline on some devices: the least bound of its tasks.
+
+        Schedules do not matter to it, and numbers of microbatches are looked at more closely as long as
+        that may matter.
+        """
+        whole, least = tuple(limits), INFINITY
+        counts = self.family.counts(samples)
+        settings = [Setting(samples, m, self.family.schedules[0], peers, across) for m in counts]
+        rough = [(self._rough(whole, setting)[0], i) for i, setting in enumerate(settings)]
+        for bound_s, index in sorted(rough):
+            if bound_s >= least:
+                break
+            least = min(least, self._least(whole, settings[index])[0])
+        return least + self.least_post_s(limits, peers, across)
+
     def search(
         self,
         tasks: Sequence[Task],
@@ -167,7 +187,7 @@ class Programs:
         used = tuple(c.device_class for c, n in zip(cells.cells, limits, strict=True) if n)
         key = (used, setting.samples, setting.microbatches)
         if key not in self._never_binds:
-            self._never_binds[key] = memory_never_binds(table, setting, used)
+            self._never_binds[key] = memory_never_binds(table, setting, used, self._whole_cache)
         return self._never_binds[key]
 
     def _most_steps(self) -> int:
@@ -310,17 +330,27 @@ class Programs:
         """Lower bounds on the time, the fill and the extra of a setting, whatever its schedule."""
         key = (limits, setting.size, setting.microbatches, setting.peers)
         if key not in self._least_times:
+            bound_s, fastest, extra = self._rough(limits, setting)
+            counts, takes = self.family.classes(limits), self._takes(limits, setting)
+            # One device has no choice: there the work bound says it all.
+            if sum(counts) > 1:
+                bound = self._bounds[setting.size]
+                bound_s = max(bound_s, chain_bound_s(bound, counts, takes, setting.microbatches))
+            self._least_times[key] = bound_s, fastest, extra
+        return self._least_times[key]
+
+    def _rough(self, limits: tuple[int, ...], setting: Setting) -> tuple[float, float, float]:
+        """The same by the work of the devices alone."""
+        key = (limits, setting.size, setting.microbatches, setting.peers)
+        if key not in self._rough_times:
             bound = self._bounds.get(setting.size)
             if bound is None:
                 bound = self._bounds[setting.size] = work_bound(self.family.table, setting.size)
             counts, number = self.family.classes(limits), setting.microbatches
             work, fastest = bound.seconds(counts, self._work(limits)[1]), bound.fastest_pass_s(counts)
-            takes = self._takes(limits, setting)
-            extra = max(0.0, number - float(takes.sum(axis=1).max())) * work
-            # One device has no choice: there the work bound says it all.
-            chain = chain_bound_s(bound, counts, takes, number) if sum(counts) > 1 else 0.0
-            self._least_times[key] = max(work * number, fastest + extra, chain), fastest, extra
-        return self._least_times[key]
+            extra = max(0.0, number - float(self._takes(limits, setting).sum(axis=1).max())) * work
+            self._rough_times[key] = max(work * number, fastest + extra), fastest, extra
+        return self._rough_times[key]
 
     def _takes(self, limits: tuple[int, ...], setting: Setting) -> FloatArray:
         """[option, team]: replicas of each team in the options for a pipeline; unlike rows only."""

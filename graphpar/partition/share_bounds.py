@@ -230,7 +230,7 @@ class ShareBounds:
         known = self._known.get(key)
         if known is not None:
             return known[0]
-        return min((t.bound_s + t.post_s for t in self._tasks(*key)), default=INFINITY)
+        return self._programs.least_step_s(*key)
 
     def _is_within(
         self, groups: Sequence[Group], group: Group, share: int, cutoff_s: float, deadline_s: float

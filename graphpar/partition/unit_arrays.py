@@ -346,12 +346,14 @@ def unlike_members(mode: Mode) -> list[tuple[int, int]]:
     return list(found.values())
 
 
-def memory_never_binds(table: CostTable, setting: Setting, classes: Sequence[int]) -> bool:
+def memory_never_binds(
+    table: CostTable, setting: Setting, classes: Sequence[int], cache: Cache | None = None
+) -> bool:
     """Whether devices of these classes could hold all units with all microbatches in flight.
 
-    In every mode, so that memory limits no stage whatsoever.
+    In every mode, so that memory limits no stage whatsoever. The cache is of other settings of the table.
     """
-    whole = UnitArrays(table, setting, some_ranges([(0, table.num_units)]))
+    whole = UnitArrays(table, setting, some_ranges([(0, table.num_units)]), cache)
     usable = [i for i, m in enumerate(table.every_mode) if set(m.members) <= set(classes)]
     # ZeRO divides among two or more; with two each holds most.
     return all(

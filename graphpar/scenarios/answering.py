@@ -200,10 +200,12 @@ def _memory_binds(
     try:
         freed = partition(
             replace(table, device_classes=endless),
-            gap=max(task.gap, 0.01),
+            gap=max(task.gap, FREE_MEMORY_GAIN),
             time_limit_s=task.time_limit_s / 4,
             schedule=searched(task.schedule),
             microbatches=task.microbatches,
+            # Only what is shorter is of interest.
+            incumbent=(found.pipelines, found.schedule) if has_formula(found.schedule) else None,
         )
         binds = freed.objective_s < min(found.objective_s, timeline.step_s) * (1 - FREE_MEMORY_GAIN)
     except (InfeasibleError, ValueError):

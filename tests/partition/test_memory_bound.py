@@ -1,7 +1,8 @@
 """Bounds on pipelines side by side that know how they fill and what they hold, against every plan."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any
 
 import pytest
 from all_plans import best_step_s
@@ -23,6 +24,7 @@ from graphpar.partition.share_bounds import (
     shares_of,
     sharing_bound_s,
 )
+from graphpar.partition.unit_arrays import Setting, memory_never_binds
 
 
 def programs(table: CostTable) -> Programs:
@@ -66,6 +68,11 @@ def test_no_larger_share_is_faster_where_none_is(table: CostTable, data: st.Data
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain_warm, "LOOPS_PAY", 0)
         known = programs(table)
+    kinds, cache = range(len(table.device_classes)), dict[Any, Any]()
+    for counts in product(range(1, table.batch + 1), repeat=2):
+        setting = Setting(max(counts), min(counts), "1f1b")
+        never = memory_never_binds(table, setting, kinds, cache)
+        assert never == memory_never_binds(table, setting, kinds), "what settings share is their own"
     for groups in groupings(known.family):
         shares = shares_of(table, len(groups))
         own = {(g, links_to_others(known.family.cells, groups, g)) for g in groups}
@@ -73,6 +80,8 @@ def test_no_larger_share_is_faster_where_none_is(table: CostTable, data: st.Data
         for group, across in own:
             for n in shares:
                 tasks = known.tasks(group, n, known.family.schedules, len(groups), across)
+                least_s = min((t.bound_s + t.post_s for t in tasks), default=INFINITY)
+                assert known.least_step_s(group, n, len(groups), across) == least_s
                 found = known.search(tasks, cutoff_s=INFINITY, gap=0.0, deadline_s=INFINITY).best
                 steps[group, n] = INFINITY if found is None else found.step_s
             asked = [*(s for s in steps.values() if s < INFINITY), 1.0]
