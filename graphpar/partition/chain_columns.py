@@ -88,8 +88,10 @@ class StagePrices:
         cache: Cache,
         *,
         loops: bool = False,
+        allowed: BoolArray | None = None,
     ) -> None:
-        self.loops = loops
+        """With loops only the `allowed` runs may be a stage."""
+        self.loops, self._allowed = loops, allowed
         self.rows = rows
         self.setting = setting
         self._table_trains = table.training
@@ -106,6 +108,8 @@ class StagePrices:
         self._waits = (np.minimum(self._ahead, most_s) + np.minimum(behind, most_s)) / 2
         self._wait_some = bool(self._waits.any())
         self._cut = (setting.microbatches - 1) * self._ahead
+        if allowed is not None:
+            self._ahead = np.where(allowed[slots.run], self._ahead, np.inf)
         if not loops:
             self._slots_of_run = _positions(slots.run, len(runs.first))
             self._flight = self._flights()
@@ -212,6 +216,8 @@ class StagePrices:
                 found[:, sort] = self.before_s[kinds].min(axis=0)[slots.first]
                 found[slots.first == 0, sort] = 0.0
         found[whole] = 0.0
+        if self._allowed is not None:
+            found[~self._allowed] = np.inf
         return found
 
     def _filled(self, count: int) -> Columns:

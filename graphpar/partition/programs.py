@@ -26,6 +26,7 @@ from graphpar.partition.chain_columns import StagePrices
 from graphpar.partition.chain_crews import KnownPrices, Shared
 from graphpar.partition.chain_swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.common_cuts import Windows
 from graphpar.partition.counting import CountingLimits, CountingProgram
 from graphpar.partition.counting_columns import Span
 from graphpar.partition.counting_search import search_counted
@@ -42,6 +43,7 @@ from graphpar.partition.task_search import search_tasks
 from graphpar.partition.types import ScheduleName
 from graphpar.partition.unit_arrays import (
     MEMORY_TOLERANCE,
+    BoolArray,
     Cache,
     FloatArray,
     IntArray,
@@ -71,6 +73,8 @@ class Programs:
         self._ranges = run_ranges(family.table.num_units)
         self._among: tuple[Programs, IntArray] | None = None
         """Programmes of all runs, and which of these there are here."""
+        self._allowed: BoolArray | None = None
+        """Runs of units that a stage may have, where not all."""
         self._rows: dict[object, OptionRows] = {}
         self._fits: dict[tuple[tuple[int, ...], int], MemoryFit] = {}
         self._cache: Cache = {}
@@ -107,6 +111,15 @@ class Programs:
         other._ranges = Ranges(runs.first[index], runs.last[index], runs.valid[index])
         other._among = self, index
         other._built, other._cache, other._rows, other._excluded, other._fits = {}, {}, {}, {}, {}
+        return other
+
+    def cut_within(self, windows: Windows) -> "Programs":
+        """The same for pipelines that are cut at least once within each of some windows; needs loops."""
+        runs, other = self._ranges, copy(self)
+        other._allowed = np.ones(len(runs.first), dtype=np.bool_)
+        for low, high in windows:
+            other._allowed &= (runs.first >= low) | (runs.last <= high)
+        other._built, other._excluded = {}, {}
         return other
 
     def tasks(
@@ -418,7 +431,15 @@ class Programs:
                 span,
             )
         rows = self._rows_of(limits, setting, options)
-        prices = StagePrices(family.table, rows, setting, self._ranges, self._cache, loops=self.loops)
+        prices = StagePrices(
+            family.table,
+            rows,
+            setting,
+            self._ranges,
+            self._cache,
+            loops=self.loops,
+            allowed=self._allowed,
+        )
         make = SweptProgram if self.loops else ChainProgram
         return make(
             prices,

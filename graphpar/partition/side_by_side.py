@@ -13,12 +13,21 @@ are met prices them as they are.
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 
 from graphpar.partition.cells import links_to_others
 from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.common_cuts import (
+    Windows,
+    first_windows,
+    halves,
+    longest_s,
+    narrowed,
+    segment_sums_s,
+)
 from graphpar.partition.family import share_step
 from graphpar.partition.programs import Programs
 from graphpar.partition.search import INFINITY, Found
@@ -30,6 +39,10 @@ _ESTIMATES = 3
 
 _ESTIMATE_GAP = 0.02
 """How closely a pipeline is searched for an estimate."""
+
+
+_MOST_PARTS = 64
+"""Parts that are looked at to find where all pipelines are cut."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ def best_shares(
 ) -> SideBySide:
     """The best shares, microbatches and stages for one set of pipelines under one schedule.
 
-    Plans that are met on the way are offered: what they really take is seen only of the whole. With
+    Plans that are met on the way are offered, which gives what they really take as a whole. With
     `bounds` shares that no pipeline can have below the cutoff are left out first.
     """
     try:
@@ -151,22 +164,58 @@ class _Grouping:
         self._table = programs.family.table
         self._per_sample = {g: programs.work_per_sample_s(g) for g in self._groups}
         self._least_post = least_post_s(programs, self._groups)
+        links = [self._across[g] for g in self._groups]
+        self._sums_s = segment_sums_s(self._table, programs.family.cells, self._groups, links)
+        self._windows: Windows | None = None
+        self._looked = [0]
         self._fits: dict[tuple[Group, int], _Fit] = {}
         self._cutoff = INFINITY
 
-    def work(self, cutoff_s: float) -> SideBySide:
+    def work(self, cutoff_s: float, post_limit: float = INFINITY) -> SideBySide:
         """Lower the limit on post from above; at each, lower the time until nothing qualifies.
 
         With less post nothing is sooner ready. So what improves on the target has less post than what the
-        target leaves after the least time under the limit before.
+        target leaves after the least time under the limit before. Where that says at which units all
+        pipelines are cut, only such are looked at from there on.
         """
         self._cutoff = cutoff_s
-        post_limit = INFINITY
         while (least := self._least_time(post_limit)) is not None:
-            left_s = self._target() - (1 - self._gap) * max(map(_time_s, least))
-            post_limit = min(max(f.answer.post_s for f in least), left_s)
-            post_limit = np.nextafter(post_limit, -INFINITY)
+            slowest, post_s = max(map(_time_s, least)), max(f.answer.post_s for f in least)
+            left_s = self._target() - (1 - self._gap) * slowest
+            if (parts := self._parts(left_s)) is not None:
+                for windows in parts:
+                    part = self._within(windows)
+                    part.work(self._cutoff, post_limit)
+                    self._cutoff = min(self._cutoff, part._cutoff)
+                break
+            # What the others have to sum at the least is all that is known of plans like this one.
+            self._cutoff = min(self._cutoff, slowest + max(post_s, self._least_post))
+            if post_s <= self._least_post:
+                break
+            left_s = self._target() - (1 - self._gap) * slowest
+            post_limit = np.nextafter(min(post_s, left_s), -INFINITY)
         return SideBySide(self._target(), False)
+
+    def _parts(self, limit_s: float) -> list[Windows] | None:
+        """Where all pipelines are cut if sums are done within a limit; None if nothing more is known."""
+        if not self._programs.loops or self._looked[0] >= _MOST_PARTS:
+            return None
+        if self._windows is None:
+            most = min(map(sum, self._groups)) - 1
+            found = first_windows(self._sums_s, limit_s, most)
+            return None if () in found else found
+        windows = narrowed(self._sums_s, limit_s, self._windows)
+        if windows is None:
+            return []
+        return [windows] if windows != self._windows else halves(windows) or None
+
+    def _within(self, windows: Windows) -> "_Grouping":
+        """The same for pipelines that are all cut within some windows, at the same units."""
+        found = copy(self)
+        found._programs, found._fits, found._windows = self._programs.cut_within(windows), {}, windows
+        found._least_post = max(self._least_post, longest_s(self._sums_s, windows))
+        self._looked[0] += 1
+        return found
 
     def _target(self) -> float:
         return self._cutoff * (1 - self._gap)
@@ -182,10 +231,8 @@ class _Grouping:
             if found is None:
                 return least
             least = found
-            self._offer(found)
+            self._cutoff = min(self._cutoff, self._offer(found))
             slowest = max(map(_time_s, found))
-            step = slowest + max(f.answer.post_s for f in found)
-            self._cutoff = min(self._cutoff, step)
             time_limit = min(slowest * (1 - self._gap), self._target() - self._least_post)
 
     def _combine(self, time_limit: float, post_limit: float) -> tuple[Found, ...] | None:

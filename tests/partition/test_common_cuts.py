@@ -1,0 +1,76 @@
+"""Pipelines side by side whose sums are done in time are cut at the same units, and then proven best."""
+
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from all_plans import best_step_s
+from cost_tables import make_table
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphpar.cost import LinkCost, Topology
+from graphpar.partition import chain_warm, side_by_side
+from graphpar.partition.common_cuts import Windows, first_windows, halves, longest_s, narrowed
+from graphpar.partition.pipeline import partition
+
+
+def within(cuts: tuple[int, ...], windows: Windows) -> bool:
+    return len(cuts) == len(windows) and all(
+        low <= cut <= high for cut, (low, high) in zip(cuts, windows, strict=True)
+    )
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(0, 12), st.integers(0, 6))
+def test_windows_hold_all_cuts_that_are_in_time(each: list[int], limit: int, most: int) -> None:
+    upto = np.concatenate([[0.0], np.cumsum(each)])
+    sums = np.maximum(upto[None, :] - upto[:, None], 0.0)
+    units = len(each)
+    every = [c for n in range(most + 1) for c in combinations(range(1, units), n)]
+
+    def longest(cuts: tuple[int, ...]) -> float:
+        return max(float(sums[a, b]) for a, b in pairwise((0, *cuts, units)))
+
+    in_time = {c for c in every if longest(c) <= limit}
+    found = first_windows(sums, limit, most)
+    if () in in_time:
+        assert found == [()]
+        return
+    left = [w for w in found if w]
+    assert in_time == {c for c in in_time if any(within(c, w) for w in left)}
+    while left:
+        windows = left.pop()
+        held = {c for c in every if within(c, windows)}
+        assert all(longest(c) >= longest_s(sums, windows) for c in held)
+        fewer = narrowed(sums, limit, windows)
+        kept = {c for c in held if fewer is not None and within(c, fewer)}
+        assert held & in_time == kept & in_time
+        parts = halves(fewer) if fewer else []
+        for part in parts:
+            kept -= {c for c in held if within(c, part)}
+        assert not parts or not kept
+        left += parts
+
+
+@pytest.mark.parametrize("parts", [0, 64])
+def test_what_pipelines_cut_apart_sum_is_known_once_parts_are_looked_at(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of two devices each: without looking at parts 12 % stay open."""
+    table = make_table((1.0, 2.0, 1.0), (3.0, 3.0), (2, 2), batch=3, cut_bytes=1.0)
+    nodes = {d: d[-1] for d in table.class_of}
+    inside = LinkCost(0.0, 5.0)
+    costs = [replace(c, gradient_bytes=g) for c, g in zip(table.costs, (5.0, 1.0, 5.0), strict=True)]
+    topology = Topology(nodes, {"0": inside, "1": inside}, LinkCost(0.05, 10.0))
+    table = replace(table, costs=tuple(costs), topology=topology)
+    monkeypatch.setattr(chain_warm, "LOOPS_PAY", 0)
+    monkeypatch.setattr(side_by_side, "_MOST_PARTS", parts)
+    found = partition(table, gap=0.0, time_limit_s=600.0)
+    assert found.objective_s == pytest.approx(best_step_s(table))
+    assert found.bound_s <= found.objective_s
+    if parts:
+        assert found.status == "optimal"
+    else:
+        assert found.gap > 0.1
+        assert found.truncated_by[0].startswith("sums: ")
