@@ -1,11 +1,11 @@
 """The middle of the line: price a captured model, partition it, explain and predict what was found."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from graphpar.auto_precision import (
+    Answer,
     MeasureErrors,
     check_budget,
     choose_auto,
@@ -41,7 +41,6 @@ from graphpar.optimizer_memory import tried_optimizer
 from graphpar.optimizer_probe import (
     joining_optimizer,
     optimizer_state,
-    optimizer_traits,
     refuse_random_steps,
 )
 from graphpar.partition.one_unit import as_one_unit, told_in_units
@@ -76,6 +75,14 @@ from graphpar.sensitivity import (
 from graphpar.tensor_groups import settle_shardings
 from graphpar.timing import Timing
 from graphpar.training import Training
+from graphpar.wishes import (
+    allowed_microbatches,
+    allowed_schedule,
+    allowed_zero_levels,
+    may_repeat,
+    possible_zero_levels,
+    uncut_note,
+)
 
 EXPLAIN_S = 2.0
 """What `plan` may spend on saying why; `compile` is in more of a hurry."""
@@ -162,22 +169,6 @@ def with_groups(
     )
 
 
-def may_repeat(table: CostTable) -> bool:
-    """Whether units may run a second time in a step, and their state be divided.
-
-    What writes into buffers (there, samples mix) cannot run twice.
-    """
-    return table.training and not table.batch_reason and not table.in_step_reason
-
-
-def uncut_note(optimizer: str) -> str:
-    """Why a model stays in one piece."""
-    return (
-        f"the model is not cut: a step of {optimizer} on one parameter depends on all others, so that "
-        "every device holds all of them"
-    )
-
-
 def plan_prepared(
     prepared: Prepared,
     cluster: Cluster,
@@ -204,129 +195,227 @@ def plan_prepared(
     refuse_random_steps(train, len(cluster.devices))
     joins = joining_optimizer(train)
     meshes = meshes_of(tensor, widest)
-    candidates = () if prepared.in_step_reason or joins else candidate_groups(cluster, widest, meshes)
-    least_gain = LEAST_GAIN if tensor == "auto" else 0.0
+    groups = () if prepared.in_step_reason or joins else candidate_groups(cluster, widest, meshes)
     check_budget(precision_budget)
     if calibration is None and any(device.is_local_cpu for device in cluster.devices):
         calibration = Calibration.cached()
-    timings: dict[str, ModelTiming] = {}
-    untimed: tuple[str, ...] = ()
-    retime: Callable[[Partition, Timing], tuple[Timing, str]] | None = None
-    if example is not None and measure_s > 0:
-        curves = calibration
-
-        def priced(alone: Cluster, formats: Formats) -> CostTable:
-            return price(prepared, alone, train=train, calibration=curves, formats=formats)
-
-        state_ratio = optimizer_state(train) if train else 0.0
-        wanted = Timings(prepared, example, train, precision, measure_s, state_ratio, priced)
-        timings, untimed = wanted.of(cluster, calibration)
-        retime = partial(wanted.retimed, cluster, calibration)
-    schedule = _schedule(prepared, train)
-    microbatches = _microbatches(prepared, train)
-    levels, possible = _zero_levels(train), _possible_levels(train)
-    clock = PlanTime(time_limit_s)
-    options: dict[str, str | int | float | bool | None] = {
-        "gap": gap,
-        "time_limit_s": time_limit_s,
-        "schedule": schedule,
-        "microbatches": microbatches,
-        "calibrated": calibration is not None,
-        "precision": precision,
-        "tensor": "x".join(map(str, tensor)) if isinstance(tensor, tuple) else tensor,
-    }
-
-    def table_of(formats: Formats) -> CostTable:
-        table = price(
-            prepared, cluster, train=train, calibration=calibration, formats=formats, timings=timings
-        )
-        if candidates:
-            table = with_groups(
-                table,
-                prepared,
-                cluster,
-                candidates,
-                train=train,
-                formats=formats,
-                calibration=calibration,
-                least_gain=least_gain,
-                leaner=True,
-            )
-        return (
-            with_modes(table, StageOptions(recompute=True, zero=levels)) if may_repeat(table) else table
-        )
-
-    def solve(table: CostTable) -> Partition:
-        whole = as_one_unit(table) if joins else table
-        search = partial(
-            partition_chain,
-            whole,
-            gap=gap,
-            schedule=searched(schedule),
-            microbatches=microbatches,
-            zero_levels=possible,
-        )
-        found = clock.search(search)
-        if not joins:
-            return found
-        # A model that is not cut has no stages that wait for each other.
-        chosen = best_played(whole, found, found, searched(schedule), microbatches)
-        return told_in_units(chosen, table.num_units)
-
-    if precision == "auto":
-        options["precision_budget"] = precision_budget
-        pricing = Pricing(table_of, solve, _cast_seconds(cluster, calibration, train is not None))
-        sensitivities, true = _errors(prepared, cluster, train, example)
-        answer = choose_auto(cluster, pricing, sensitivities, true, precision_budget, gap)
-        notes = (*answer.notes, *unmeasured_notes(cluster, calibration))
-    else:
-        number = len(prepared.chain.units)
-        try:
-            answer = uniform_answer(cluster, precision, number, table_of, solve)
-        except InfeasibleError as error:
-            wish = searched(schedule), microbatches
-            raise with_format_remedies(error, cluster, precision, number, table_of, wish) from None
-        notes = (*answer.notes, *slow_format_notes(cluster, precision, calibration))
-    if joins:
-        notes = (*notes, uncut_note(joins))
-    if widest > 1 and prepared.in_step_reason:
-        notes = (*notes, f"no tensor groups: {prepared.in_step_reason}, which they do not do")
-    found = answer.found
-    if not joins:
-        choose = partial(scheduled, answer.table, found, schedule, microbatches)
-        chosen = clock.choose(choose, CHOICE_S)
-        known = precision != "auto" or runs_as(chosen, found, answer.formats)
-        found = chosen if known and not quarrels(chosen, answer.formats) else found
-    notes = (*notes, *width_notes(found, tensor, candidates, answer.table))
-    sizes = [n for pipeline in answer.found.pipelines for n in pipeline.sizes()]
-    # Under `auto` most of the work may stay in float32.
-    wide = precision if precision != "auto" else "float32"
-    far = extrapolations(prepared.graph, cluster, calibration, wide, max(sizes, default=1))
-    notes = (*notes, *far)
-    explain = partial(
-        explain_partition,
-        answer.table,
-        found,
-        schedule=searched(schedule),
-        microbatches=microbatches,
-        whole=bool(joins),
+    planning = _Planning(
+        prepared=prepared,
+        cluster=cluster,
+        train=train,
+        calibration=calibration,
+        precision=precision,
+        precision_budget=precision_budget,
+        example=example,
+        timed=_timed(prepared, cluster, train, precision, calibration, example, measure_s),
+        tensor=tensor,
+        groups=tuple(groups),
+        joins=joins,
+        schedule=allowed_schedule(prepared, train),
+        microbatches=allowed_microbatches(prepared, train),
+        zero_levels=allowed_zero_levels(train),
+        gap=gap,
+        clock=PlanTime(time_limit_s),
     )
-    explanation = clock.explain(explain, explain_s)
+    answer = planning.answer()
+    found = planning.ordered(answer)
+    explanation = planning.explanation(answer, found, explain_s)
+    lacking = widest > 1 and prepared.in_step_reason
+    ungrouped = f"no tensor groups: {prepared.in_step_reason}, which they do not do" if lacking else ""
     return plan_of(
         prepared,
         cluster,
         labelled(answer.table, answer.formats),
         with_formats(found, answer.formats),
-        options,
+        {**planning.options(), "time_limit_s": time_limit_s},
         precision=precision,
-        notes=notes,
+        notes=planning.notes(answer, found, ungrouped),
         explanation=explanation,
         calibration=calibration,
         error_budget=answer.report,
         train=train,
-        retime=retime,
-        assumptions=(*untimed, *described(cluster.devices)),
+        retime=planning.timed.again,
+        assumptions=(*planning.timed.untimed, *described(cluster.devices)),
     )
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Seconds of the model's units on this machine.
+
+    Attributes:
+        seconds: By kind of device.
+        untimed: What was not timed, and why.
+        again: Tries a plan's stages and corrects their seconds; None where nothing can be run.
+    """
+
+    seconds: Mapping[str, ModelTiming] = field(default_factory=dict)
+    untimed: tuple[str, ...] = ()
+    again: Callable[[Partition, Timing], tuple[Timing, str]] | None = None
+
+
+def _timed(
+    prepared: Prepared,
+    cluster: Cluster,
+    train: Training | None,
+    precision: str,
+    calibration: Calibration | None,
+    example: Example | None,
+    measure_s: float,
+) -> _Timed:
+    if example is None or measure_s <= 0:
+        return _Timed()
+
+    def priced(alone: Cluster, formats: Formats) -> CostTable:
+        return price(prepared, alone, train=train, calibration=calibration, formats=formats)
+
+    state_ratio = optimizer_state(train) if train else 0.0
+    wanted = Timings(prepared, example, train, precision, measure_s, state_ratio, priced)
+    seconds, untimed = wanted.of(cluster, calibration)
+    return _Timed(seconds, untimed, partial(wanted.retimed, cluster, calibration))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planning:
+    """What a plan is made for, and what of that the model and its optimiser allow.
+
+    Attributes:
+        groups: Tensor groups that may be formed.
+        joins: The optimiser, where a step on one parameter depends on all others; empty otherwise.
+        zero_levels: ZeRO levels that stages may choose besides 0.
+        clock: Deals out the time limit.
+    """
+
+    prepared: Prepared
+    cluster: Cluster
+    train: Training | None
+    calibration: Calibration | None
+    precision: str
+    precision_budget: float
+    example: Example | None
+    timed: _Timed
+    tensor: TensorWidth
+    groups: tuple[Replica, ...]
+    joins: str
+    schedule: ScheduleWish
+    microbatches: Microbatches
+    zero_levels: tuple[int, ...]
+    gap: float
+    clock: PlanTime
+
+    def table(self, formats: Formats) -> CostTable:
+        """The prices of everything that may be chosen, every unit in its format."""
+        table = price(
+            self.prepared,
+            self.cluster,
+            train=self.train,
+            calibration=self.calibration,
+            formats=formats,
+            timings=self.timed.seconds,
+        )
+        if self.groups:
+            table = with_groups(
+                table,
+                self.prepared,
+                self.cluster,
+                self.groups,
+                train=self.train,
+                formats=formats,
+                calibration=self.calibration,
+                least_gain=LEAST_GAIN if self.tensor == "auto" else 0.0,
+                leaner=True,
+            )
+        if not may_repeat(table):
+            return table
+        return with_modes(table, StageOptions(recompute=True, zero=self.zero_levels))
+
+    def solve(self, table: CostTable) -> Partition:
+        """The best stages that the search finds."""
+        whole = as_one_unit(table) if self.joins else table
+        search = partial(
+            partition_chain,
+            whole,
+            gap=self.gap,
+            schedule=searched(self.schedule),
+            microbatches=self.microbatches,
+            zero_levels=possible_zero_levels(self.train),
+        )
+        found = self.clock.search(search)
+        if not self.joins:
+            return found
+        # A model that is not cut has no stages that wait for each other.
+        chosen = best_played(whole, found, found, searched(self.schedule), self.microbatches)
+        return told_in_units(chosen, table.num_units)
+
+    def answer(self) -> Answer:
+        """Stages with their formats, which `auto` chooses in turn."""
+        cluster, calibration = self.cluster, self.calibration
+        if self.precision == "auto":
+            cast_s = _cast_seconds(cluster, calibration, self.train is not None)
+            sensitivities, true = _errors(self.prepared, cluster, self.train, self.example)
+            pricing = Pricing(self.table, self.solve, cast_s)
+            answer = choose_auto(cluster, pricing, sensitivities, true, self.precision_budget, self.gap)
+            return replace(answer, notes=(*answer.notes, *unmeasured_notes(cluster, calibration)))
+        number = len(self.prepared.chain.units)
+        try:
+            answer = uniform_answer(cluster, self.precision, number, self.table, self.solve)
+        except InfeasibleError as error:
+            wish = searched(self.schedule), self.microbatches
+            raise with_format_remedies(error, cluster, self.precision, number, self.table, wish) from None
+        slow = slow_format_notes(cluster, self.precision, calibration)
+        return replace(answer, notes=(*answer.notes, *slow))
+
+    def ordered(self, answer: Answer) -> Partition:
+        """The stages found, or others that are shorter in another order of work and as precise."""
+        found = answer.found
+        if self.joins:
+            return found
+        choose = partial(scheduled, answer.table, found, self.schedule, self.microbatches)
+        chosen = self.clock.choose(choose, CHOICE_S)
+        known = self.precision != "auto" or runs_as(chosen, found, answer.formats)
+        return chosen if known and not quarrels(chosen, answer.formats) else found
+
+    def explanation(self, answer: Answer, found: Partition, most_s: float) -> Explanation | None:
+        """Why the plan is as it is, as far as time allows to say."""
+        explain = partial(
+            explain_partition,
+            answer.table,
+            found,
+            schedule=searched(self.schedule),
+            microbatches=self.microbatches,
+            whole=bool(self.joins),
+        )
+        return self.clock.explain(explain, most_s)
+
+    def notes(self, answer: Answer, found: Partition, ungrouped: str) -> tuple[str, ...]:
+        """All remarks; `ungrouped` says why there are no tensor groups, where some were asked for."""
+        sizes = [n for pipeline in answer.found.pipelines for n in pipeline.sizes()]
+        # Under `auto` most of the work may stay in float32.
+        wide = self.precision if self.precision != "auto" else "float32"
+        uncut = uncut_note(self.joins) if self.joins else ""
+        return (
+            *answer.notes,
+            *filter(None, (uncut, ungrouped)),
+            *width_notes(found, self.tensor, self.groups, answer.table),
+            *extrapolations(
+                self.prepared.graph, self.cluster, self.calibration, wide, max(sizes, default=1)
+            ),
+        )
+
+    def options(self) -> dict[str, str | int | float | bool | None]:
+        """What was asked for, as the plan keeps it."""
+        tensor = "x".join(map(str, self.tensor)) if isinstance(self.tensor, tuple) else self.tensor
+        asked: dict[str, str | int | float | bool | None] = {
+            "gap": self.gap,
+            "schedule": self.schedule,
+            "microbatches": self.microbatches,
+            "calibrated": self.calibration is not None,
+            "precision": self.precision,
+            "tensor": tensor,
+        }
+        if self.precision == "auto":
+            asked["precision_budget"] = self.precision_budget
+        return asked
 
 
 def _cast_seconds(
@@ -352,84 +441,6 @@ def _errors(
     trial = trial_of(example.model, prepared, train)
     found = measure_sensitivities(trial, example.args, example.kwargs, formats)
     return found, TrueErrors(trial, example.args, example.kwargs).of_pipelines
-
-
-def _microbatches(prepared: Prepared, train: Training | None) -> Microbatches:
-    """How many microbatches to plan for; a batch that must stay whole is one, and says so."""
-    wanted = train.microbatches if train else "auto"
-    reason = whole_reason(prepared)
-    if wanted in ("auto", 1) or not reason:
-        return wanted
-    warnings.warn(f"Training(microbatches={wanted}) is ignored: {reason}", stacklevel=4)
-    return "auto"
-
-
-def whole_reason(prepared: Prepared) -> str:
-    """Why the samples of a pipeline are one microbatch; empty where they need not be."""
-    reason = prepared.batch_reason or prepared.in_step_reason
-    return reason and (
-        f"{reason}, so that the samples of a pipeline must stay together to give the numbers of one "
-        "device. They are one microbatch."
-    )
-
-
-def _zero_levels(train: Training | None) -> tuple[int, ...]:
-    """ZeRO levels besides 0 that stages may choose, with a warning where that is less than asked for."""
-    if train is None or not train.zero:
-        return ()
-    traits = optimizer_traits(train.optimizer)
-    levels = zero_levels(train, traits.by_slices, train.schedule)
-    if not levels:
-        warnings.warn(
-            f"Training(zero={train.zero}) is ignored: {traits.name} needs "
-            "whole parameters, so its state cannot be divided among replicas by rows.",
-            stacklevel=4,
-        )
-    elif max(levels) < train.zero:
-        warnings.warn(
-            f"Training(zero={train.zero}) is taken for zero=1: under the schedule {train.schedule} "
-            "gradients are not divided among replicas. Level 2 runs under 1f1b and gpipe.",
-            stacklevel=4,
-        )
-    return levels
-
-
-def _possible_levels(train: Training | None) -> tuple[int, ...]:
-    """ZeRO levels that could be asked for, whatever was."""
-    if train is None:
-        return ()
-    return zero_levels(
-        replace(train, zero=2), optimizer_traits(train.optimizer).by_slices, train.schedule
-    )
-
-
-def zero_levels(train: Training | None, by_slices: bool, schedule: ScheduleWish) -> tuple[int, ...]:
-    """ZeRO levels besides 0 that stages may choose under the schedule wished for.
-
-    `by_slices` says whether the optimiser works on rows of parameters as on whole ones.
-    """
-    if train is None or not by_slices:
-        return ()
-    most = min(train.zero, 1) if schedule in ("interleaved", "zero-bubble") else train.zero
-    return tuple(range(1, most + 1))
-
-
-def _schedule(prepared: Prepared, train: Training | None) -> ScheduleWish:
-    """The schedule to plan for; where the whole batch has to be there before any backward it is GPipe."""
-    wanted: ScheduleWish = train.schedule if train else "auto"
-    reason = gpipe_reason(prepared)
-    if wanted in ("auto", "gpipe") or not reason:
-        return wanted
-    warnings.warn(f"Training(schedule={wanted!r}) is ignored: {reason}", stacklevel=4)
-    return "gpipe"
-
-
-def gpipe_reason(prepared: Prepared) -> str:
-    """Why no schedule but GPipe is possible; empty where others are."""
-    return prepared.tail_reason and (
-        f"{prepared.tail_reason}, so that all forwards have to come before the first backward. The "
-        "schedule is GPipe."
-    )
 
 
 def plan_of(

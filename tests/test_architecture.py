@@ -18,7 +18,7 @@ ROWS = (
     "frontend runtime passes cost_models view probes optimizer_probe optimizer_memory "
     "neighbours loopback",
     "scenarios "
-    "compiler planner preparation precision auto_precision auto_search cheapest sensitivity "
+    "compiler planner wishes preparation precision auto_precision auto_search cheapest sensitivity "
     "format_remedies tensor_groups group_settings group_candidates group_modes group_shardings "
     "kept_timings unit_timing stage_timing local_timing trial_worker worker_memory "
     "measure verify demo doctor model_spec "

@@ -27,7 +27,7 @@ from graphpar.group_modes import KnownGroups
 from graphpar.optimizer_memory import tried_optimizer, update_share
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
-from graphpar.planner import may_repeat, price, zero_levels
+from graphpar.planner import price
 from graphpar.precision import Formats, rewrite, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of, with_rows
@@ -36,6 +36,7 @@ from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.lengths import between, same_form, sequence_length, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
 from graphpar.training import Training
+from graphpar.wishes import may_repeat, zero_levels
 
 Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
 """From a batch size and a sequence length to positional and keyword arguments."""

@@ -14,7 +14,6 @@ from graphpar.errors import GraphparError, RunError
 from graphpar.optimizer_probe import refuse_unrepeatable
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
-from graphpar.planner import gpipe_reason, may_repeat, uncut_note, whole_reason
 from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
@@ -34,6 +33,7 @@ from graphpar.scenarios.workers import going_alone, solving
 from graphpar.schedule_choice import LEAST_GAIN, judged_s
 from graphpar.simulated import has_formula
 from graphpar.units import format_seconds
+from graphpar.wishes import gpipe_reason, may_repeat, uncut_note, whole_reason
 
 Places = Mapping[str, str]
 """By device of a plan the one that takes its place elsewhere."""
