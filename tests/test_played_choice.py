@@ -16,6 +16,7 @@ from graphpar.plan_choice import choose_plan
 from graphpar.plan_comparison import step_of
 from graphpar.scenarios.solve import solve
 from graphpar.scenarios.task import Task
+from graphpar.units import format_seconds
 
 
 def on_cores(num_cores: int, table: CostTable, message_s: float = 0.0) -> CostTable:
@@ -49,7 +50,9 @@ def test_one_device_is_taken_where_playing_says_so_and_the_certificate_stays_tru
     assert chosen.bound_s == found.bound_s <= found.objective_s < chosen.objective_s
     assert chosen.gap == pytest.approx(1 - chosen.bound_s / chosen.objective_s) and chosen.gap > found.gap
     assert any(limit.startswith("formula") for limit in chosen.truncated_by)
-    assert f"over {len(found.used_devices)} devices" in told(chosen, "alone was taken")
+    why = told(chosen, "alone was taken")
+    assert f"over {len(found.used_devices)} devices" in why
+    assert f"keeps busy for {format_seconds(step_of(table, alone))} under any plan" in why
     assert told(chosen, "left out") and chosen.runners_up[0].pipelines == found.pipelines
     # A question about the same job is answered with the same plan, and says that more gain nothing.
     answer = solve(Task(table))
