@@ -1,5 +1,6 @@
 """`graphpar solve FILE`: answer a public sharding or placement problem, with a certificate."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -8,15 +9,12 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from graphpar.errors import InfeasibleError
-from graphpar.partition.answers import Progress, Solved
+from graphpar.partition.answers import ProgressCallback, Solved, ignore_progress
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.place_check import Objective
 from graphpar.partition.problems import PlacementProblem, Problem, ShardingProblem, read_problem
@@ -32,19 +30,15 @@ _BUSIEST = 20.0
 _LEAVING_CPU_S = 0.04
 """CPU time from the last look at the clock to the end of the process, which frees nothing (see `cli`)."""
 
-_LOADING_CPU_S = 0.3
-"""CPU time to load an engine; large files are not read to the end where that would come too late."""
+_LOADING_CPU_S = 0.25
+"""CPU time to a first answer; large files are not read to the end where that would come too late."""
 
 _LARGE_BYTES = 100_000
 
 
-class _Watcher(Protocol):
-    def __call__(self, moment: Progress, /) -> None: ...
-
-
 class _Engine(Protocol):
     def __call__(
-        self, problem: Problem, time_limit_s: float, gap: float, watch: _Watcher, /
+        self, problem: Problem, time_limit_s: float, gap: float, watch: ProgressCallback, /
     ) -> Solved[Any]: ...
 
 
@@ -109,7 +103,7 @@ def solve(
     if problem is None:
         solved: Solved[Any] = Solved("unknown", None, None, None, read_s, "time limit", None, _NOT_READ)
     else:
-        with _ProgressLine() as watch:
+        with _watched() as watch:
             engine = _engine(problem, objective or "throughput")
             # The limit is the whole command's, so starting up and reading a large file count.
             began_solving_s = time.perf_counter() - began_s
@@ -129,7 +123,10 @@ def solve(
         if solved.note:
             click.echo(solved.note, err=True)
     else:
-        Console().print(_as_table(problem, file.name, kind, objective or "throughput", solved))
+        # What is shown to people takes as long to load as a small file to read.
+        from graphpar.solve_output import show_table
+
+        show_table(problem, file.name, kind, objective or "throughput", solved)
     if solved.status == "infeasible":
         if as_json:
             raise SystemExit(InfeasibleError.exit_code)
@@ -154,6 +151,15 @@ def _busy(elapsed_s: float) -> float:
     return min(max(1.0, elapsed_s / max(time.process_time(), 1e-3)), _BUSIEST)
 
 
+def _watched() -> contextlib.AbstractContextManager[ProgressCallback]:
+    """Who is told of progress: a line on stderr, nobody off a terminal."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext(ignore_progress)
+    from graphpar.solve_output import ProgressLine
+
+    return ProgressLine()
+
+
 def _load_sharding() -> None:
     """Load that engine, and what it has compiled, while the rest of a file is read."""
 
@@ -168,7 +174,7 @@ def _engine(problem: Problem, objective: Objective) -> _Engine:
     is_sharding = isinstance(problem, ShardingProblem)
     module = importlib.import_module(f"graphpar.partition.{'shard' if is_sharding else 'place'}")
 
-    def run(problem: Problem, time_limit_s: float, gap: float, watch: _Watcher) -> Solved[Any]:
+    def run(problem: Problem, time_limit_s: float, gap: float, watch: ProgressCallback) -> Solved[Any]:
         settings = {"time_limit_s": time_limit_s, "gap": gap, "progress": watch}
         if is_sharding:
             solved = module.solve_sharding(problem, **settings)
@@ -194,67 +200,3 @@ def _as_record(kind: str, solved: Solved[Any]) -> dict[str, object]:
         "truncated_by": solved.truncated_by,
         "answer": answer,
     }
-
-
-def _as_table(
-    problem: Problem | None, file_name: str, kind: str, objective: Objective, solved: Solved[Any]
-) -> Table:
-    title = file_name if problem is None else problem.name
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    if not isinstance(problem, PlacementProblem):
-        table.add_row("format", kind)
-        if problem is not None:
-            table.add_row("nodes, strategies", f"{problem.num_nodes:,}, {problem.num_strategies:,}")
-    else:
-        table.add_row("format", f"{kind}, {objective}")
-        table.add_row("operators", f"{len(problem.operators):,}")
-        table.add_row("accelerators", f"{problem.num_accelerators}")
-    table.add_row("status", solved.status)
-    table.add_row("objective", _number(solved.objective))
-    table.add_row("lower bound", _number(solved.bound))
-    table.add_row("gap", "unknown" if solved.gap is None else f"{100 * solved.gap:.4f} %")
-    table.add_row("seconds", f"{solved.seconds:.1f}")
-    table.add_row("cut short by", solved.truncated_by or "nothing")
-    if solved.note:
-        table.add_row("note", solved.note)
-    return table
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "none"
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.6f}"
-
-
-class _ProgressLine:
-    """One line on stderr that is rewritten while the search goes on; silent off a terminal."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._status = self._console.status("reading") if sys.stderr.isatty() else None
-
-    def __enter__(self) -> _Watcher:
-        if self._status is not None:
-            self._status.start()
-        return self._update
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._status is not None:
-            self._status.stop()
-
-    def _update(self, moment: Progress, /) -> None:
-        if self._status is not None:
-            gap = ""
-            if moment.incumbent is not None and moment.bound is not None:
-                gap = f", gap {100 * (1 - moment.bound / max(abs(moment.incumbent), 1e-12)):.3f} %"
-            self._status.update(
-                f"{moment.phase}, {moment.seconds:.0f} s: best {_number(moment.incumbent)}, "
-                f"bound {_number(moment.bound)}{gap}"
-            )

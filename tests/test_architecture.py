@@ -12,7 +12,7 @@ ROWS = (
     "rewrite calibration arguments",
     "partition",
     "schedule timing team_timing crowding simulate simulated schedule_choice like_pipelines near_plans "
-    "plan_choice plan_comparison played_choice plan_time training solve_command "
+    "plan_choice plan_comparison played_choice plan_time training solve_command solve_output "
     "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
     "explanation explanation_words step_parts explanation_build explain_page",
     "frontend runtime passes cost_models view probes optimizer_probe optimizer_memory "

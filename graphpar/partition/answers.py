@@ -7,6 +7,9 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 AnswerStatus: TypeAlias = Literal["optimal", "feasible", "infeasible", "unknown"]
 AnswerT = TypeVar("AnswerT")
 
+OPTIMALITY_TOLERANCE = 1e-6
+"""A relative gap at or below this is a proof of optimality in floating point."""
+
 
 @dataclass(frozen=True)
 class Progress:

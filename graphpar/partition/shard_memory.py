@@ -6,14 +6,17 @@ the maximal ones only those at which everybody's largest use together would pass
 """
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
 
 from graphpar.partition.clock import ShouldStop, in_time, never
 from graphpar.partition.number_rows import flat
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_graph import FloatArray, IntArray, MemoryRows, ShardingGraph
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 _EXACT, _ROUNDING = 2.0**53, 1e-12
 """Whole numbers up to this add up exactly, larger ones to within this share."""
@@ -119,8 +122,11 @@ class MemoryMatrix:
         ]
         self._change = self._changes(np.array(sizes, dtype=np.intp))
 
-    def _changes(self, sizes: IntArray) -> sparse.csr_matrix:
+    def _changes(self, sizes: IntArray) -> "sparse.csr_matrix":
         """By (vertex, strategy) its change at each row: up where a segment begins, down where it ends."""
+        # Takes longer to load than a first answer, which does without, may have.
+        from scipy import sparse
+
         shape = (int(self.start[-1]), len(self.limit) + 1)
         held = [(p, *profile) for p, profile in enumerate(self.profiles) if profile is not None]
         if not held:

@@ -9,20 +9,15 @@ a compilation holds the interpreter's lock, so what comes after the first answer
 import atexit
 import enum
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 
 from graphpar.errors import GraphparError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
-from graphpar.partition.reduce import reduce_problem
-from graphpar.partition.reduce_loops import compile_all
 from graphpar.partition.shard_ahead import better_choice
-from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_first import first_choice
-from graphpar.partition.shard_graph import IntArray
-from graphpar.partition.shard_local import LocalSearch
 from graphpar.partition.shard_raw import raw_problem
-from graphpar.partition.shard_trim import trim
 from graphpar.tracing import TRACING
 
 
@@ -42,7 +37,7 @@ class _Compiler:
         self._lock = threading.Lock()
         self._queue: SimpleQueue[Stage | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._sample: tuple[DualAscent, IntArray] | None = None
+        self._search: Callable[[], None] | None = None
         self._stopping = False
 
     def ask(self, *stages: Stage) -> None:
@@ -82,19 +77,33 @@ class _Compiler:
             self.ready[stage].set()
 
     def _compile(self, stage: Stage) -> None:
-        if stage is Stage.REDUCE:
-            compile_all()
-        elif stage is Stage.FIRST:
+        if stage is Stage.FIRST:
             raw = raw_problem(_sample())
             better_choice(raw, first_choice(raw))
+            return
+        # Loaded late: a first answer does not wait for the rest of the engine.
+        from graphpar.partition import reduce_loops, shard_trim
+
+        if stage is Stage.REDUCE:
+            reduce_loops.compile_all()
         elif stage is Stage.TRIM:
-            trim(raw_problem(_sample()))
+            shard_trim.trim(raw_problem(_sample()))
         elif stage is Stage.BOUND:
-            dual = DualAscent(*reduce_problem(_sample()))
-            dual.sweep()
-            self._sample = dual, dual.round_within_memory()
-        elif self._sample is not None:
-            LocalSearch(*self._sample, 0).rehearse()
+            self._search = _bounded()
+        elif self._search is not None:
+            self._search()
+
+
+def _bounded() -> Callable[[], None]:
+    """Have the loops of bounds compiled; what is returned does so with those of searches."""
+    from graphpar.partition.reduce import reduce_problem
+    from graphpar.partition.shard_dual import DualAscent
+    from graphpar.partition.shard_local import LocalSearch
+
+    dual = DualAscent(*reduce_problem(_sample()))
+    dual.sweep()
+    chosen = dual.round_within_memory()
+    return lambda: LocalSearch(dual, chosen, 0).rehearse()
 
 
 _COMPILER = _Compiler()

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import pulp
 from scipy import sparse
 
+from graphpar.partition.answers import OPTIMALITY_TOLERANCE
 from graphpar.partition.solver_matrix import (
     FEASIBILITY_TOLERANCE,
     INTEGRALITY_TOLERANCE,
-    OPTIMALITY_TOLERANCE,
     FloatArray,
     MatrixProgram,
     Outcome,

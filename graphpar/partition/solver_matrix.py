@@ -26,13 +26,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from graphpar.partition.answers import OPTIMALITY_TOLERANCE
+
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Status: TypeAlias = Literal["optimal", "feasible", "infeasible", "unbounded", "unknown"]
 Truncation: TypeAlias = Literal["time limit", "gap"]
 Verdict: TypeAlias = Literal["finished", "time limit", "infeasible", "unbounded", "failed"]
-
-OPTIMALITY_TOLERANCE = 1e-6
-"""A relative gap at or below this is a proof of optimality in floating point."""
 
 FEASIBILITY_TOLERANCE = 1e-6
 """Largest violation of a row, relative to its own magnitude, that still counts as rounding."""

@@ -15,7 +15,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
-from graphpar.partition import reduce_loops, shard, shard_run, shard_search
+from graphpar.partition import (
+    reduce_loops,
+    shard,
+    shard_run,
+    shard_search,
+    shard_start,
+    shard_whole,
+)
 from graphpar.partition.answers import Progress
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.number_rows import Rows, parse_rows
@@ -241,7 +248,8 @@ def test_a_forced_truncation_is_reported() -> None:
 
 def test_an_answer_and_a_bound_come_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reduce_loops, "_READY", threading.Event())
-    monkeypatch.setattr(shard, "warm_up", lambda stage, most_s: False)
+    for module in (shard_start, shard_whole):
+        monkeypatch.setattr(module, "warm_up", lambda stage, most_s: False)
     monkeypatch.setattr(shard, "is_compiling", lambda: True)
     solved = solve_sharding(ring(60, 0), time_limit_s=1e-6)
     assert (solved.status, solved.truncated_by) == ("feasible", "time limit")
@@ -259,9 +267,10 @@ def test_no_wait_for_the_compiler_passes_the_limit(monkeypatch: pytest.MonkeyPat
         waited.append((stage, most_s))
         return False
 
-    monkeypatch.setattr(shard, "warm_up", never_ready)
-    monkeypatch.setattr(shard, "_INSTANT_PAIRS", 0)
-    monkeypatch.setattr(shard, "_LARGEST_PAIRS", 0)
+    for module in (shard_start, shard_whole):
+        monkeypatch.setattr(module, "warm_up", never_ready)
+        monkeypatch.setattr(module, "INSTANT_PAIRS", 0)
+    monkeypatch.setattr(shard_start, "_LARGEST_PAIRS", 0)
     monkeypatch.setattr(State, "left_s", lambda self: 0.25 * self.time_limit_s)
     assert solve_sharding(ring(60, 0), time_limit_s=20.0).status == "feasible"
     stages, seconds = zip(*waited, strict=True)

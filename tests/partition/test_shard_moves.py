@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.errors import GraphparError
-from graphpar.partition import jit, shard, shard_warm
+from graphpar.partition import jit, reduce_loops, shard_start, shard_warm, shard_whole
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
@@ -181,7 +181,8 @@ def line(length: int) -> ShardingProblem:
 
 def test_out_of_time_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(State, "out_of_time", lambda _: True)
-    monkeypatch.setattr(shard, "_INSTANT_PAIRS", -1)
+    monkeypatch.setattr(shard_start, "INSTANT_PAIRS", -1)
+    monkeypatch.setattr(shard_whole, "INSTANT_PAIRS", -1)
     solved = solve_sharding(line(9))
     assert (solved.status, solved.truncated_by, solved.answer) == ("unknown", "time limit", None)
 
@@ -210,7 +211,7 @@ def test_a_compiler_that_fails_is_an_error_and_no_wait(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(compiler, "ask", at_once)  # a busy machine may be slow to start a thread
     monkeypatch.setattr(shard_warm, "_COMPILER", compiler)
-    monkeypatch.setattr(shard_warm, "compile_all", fail)
+    monkeypatch.setattr(reduce_loops, "compile_all", fail)
     with pytest.raises(GraphparError, match=r"No space left on device.*NUMBA_CACHE_DIR"):
         solve_sharding(line(9), time_limit_s=60)
 

@@ -38,6 +38,9 @@ import contextlib, io, json, sys
 sys.modules["torch"] = None
 from graphpar.solve_command import solve
 from graphpar.errors import GraphparError
+import graphpar.partition.shard
+late = {"rich", "scipy.sparse", "networkx", "pulp", "highspy"}.intersection(sys.modules)
+assert not late, f"a first answer would wait for {late}"
 done = []
 for arguments in json.loads(sys.argv[1]):
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -63,7 +66,10 @@ class Done(NamedTuple):
 
 
 def run(*commands: Sequence[object]) -> list[Done]:
-    """Commands one after another in a process of their own that fails if torch gets imported."""
+    """Commands one after another in a process of their own.
+
+    It fails if torch gets imported, or too much before a first answer.
+    """
     given = json.dumps([list(map(str, arguments)) for arguments in commands])
     ran = subprocess.run(
         [sys.executable, "-c", RUN, given], stdout=subprocess.PIPE, text=True, check=True
