@@ -118,16 +118,21 @@ def test_placement_as_json_and_table(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_reading_uses_up_is_no_error(tmp_path: Path) -> None:
-    file = tmp_path / "p.json"
-    file.write_bytes(sharding_file(ring(60, 0)))
+    """Small files are read and answered all the same."""
+    small, file = tmp_path / "small.json", tmp_path / "p.json"
+    small.write_bytes(sharding_file(ring(60, 0)))
+    file.write_bytes(sharding_file(ring(60, 0)) + b" " * 100_000)
     placement = tmp_path / "p.json.gz"
     placement.write_bytes(gzip.compress(placement_file(PLACEMENT)))
     limit = ("--json", "--time-limit", 1e-6)
-    sharding, other = run((file, *limit), (placement, *limit, "--objective", "latency"))
+    sharding, quick, other = run(
+        (file, *limit), (small, *limit), (placement, *limit, "--objective", "latency")
+    )
     record = json.loads(sharding.stdout)
     assert sharding.returncode == 0
     assert (record["status"], record["truncated_by"]) == ("unknown", "time limit")
     assert "no time to read" in sharding.stderr
+    assert json.loads(quick.stdout)["objective"] is not None
     assert json.loads(other.stdout)["format"] == "placement"
 
 
