@@ -74,7 +74,7 @@ class Solver:
     _known: dict[str, Answer] = field(default_factory=dict)
     _settings: dict[str, Setting] = field(default_factory=dict)
     _compared: dict[tuple[str, str, tuple[str, ...]], Places | None] = field(default_factory=dict)
-
+    _offered: set[tuple[str, KnownPlan | None]] = field(default_factory=set)
     _alone: dict[tuple[str, tuple[str, ...]], Setting] = field(default_factory=dict)
 
     def answers(self, settings: Sequence[Setting], time_limit_s: float | None = None) -> list[Answer]:
@@ -155,7 +155,7 @@ class Solver:
                 and step_s >= best.step_s * (1 - _ROUNDING)
             ):
                 break
-            there = self._places(key, name)
+            there = self._places(key, name) or self._as_they_are(key, name)
             if there is not None:
                 better = self._taken_over(setting, best, self._known[name], there)
                 if better is not None and _shorter(better, best):
@@ -177,6 +177,18 @@ class Solver:
         # Played under faster links an order of work may come out longer; it need not be changed.
         held = replace(other, any_bound_s=physical_bound_s(task.searched_table))
         return _better(mine, self._valued(held, setting), setting)
+
+    def _as_they_are(self, key: str, other: str) -> Places | None:
+        """The same devices where two settings differ in their batch alone; for each plan it is told once.
+
+        The other's plan may well be good here, if need be with microbatches of a slightly different size.
+        """
+        setting, there, plan = self._settings[key], self._settings[other], self._known[other].plan
+        alike = setting.layout is None and replace(there, batch=setting.batch) == setting
+        if not alike or (key, plan) in self._offered:
+            return None
+        self._offered.add((key, plan))
+        return {name: name for name in self._known[other].used}
 
     def _places(self, large: str, small: str) -> Places | None:
         """Where the plan found for one setting is no slower in another; found once for each pair."""
