@@ -160,7 +160,7 @@ class Roofline:
         """Time a stage's process spends on handing a message to the transport."""
         if device.is_local_cpu and self.calibration is not None:
             if self.calibration.send_s:
-                return 0.0  # the simulator knows which messages there are
+                return 0.0  # counted by message (`CostTable.message_s`)
             return self.calibration.loopback.latency_s / 2 * device.slowdown
         return 20e-6 * device.slowdown
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from graphpar.cost import CostTable
@@ -140,6 +140,9 @@ def one_device(table: CostTable, tried: Tried = Tried()) -> Partition:
     Raises:
         InfeasibleError: The model does not fit into any device.
     """
+    if tried.physical_s is None:
+        check_table(table)
+        tried = replace(tried, physical_s=physical_bound_s(table))
     firsts: dict[int, str] = {}
     for device in tried.of(table):
         firsts.setdefault(table.class_of[device], device)
@@ -159,13 +162,19 @@ def one_device(table: CostTable, tried: Tried = Tried()) -> Partition:
 
 
 def _first_that_fits(table: CostTable, devices: Sequence[str], tried: Tried) -> Partition:
+    """Everything on the first device with the memory; after one without it only larger ones are tried."""
+    tried_bytes, problem = -math.inf, InfeasibleError("no device was tried", limit="memory")
     for device in devices:
+        memory_bytes = table.device_classes[table.class_of[device]].memory_bytes
+        if memory_bytes <= tried_bytes:
+            continue
         try:
             return _best_setting(table, "one device", [0, table.num_units], [[device]], tried)
         except InfeasibleError as error:
-            if error.limit != "memory" or device == devices[-1]:
+            if error.limit != "memory":
                 raise
-    raise ValueError("no devices")
+            tried_bytes, problem = memory_bytes, error
+    raise problem
 
 
 def simple_plans(table: CostTable, tried: Tried = Tried()) -> Iterator[Partition]:

@@ -17,7 +17,7 @@ from graphpar.partition import handmade, pipeline
 from graphpar.partition.all_devices import CUT
 from graphpar.partition.certificate import BEYOND
 from graphpar.partition.family import Family, choose_family
-from graphpar.partition.handmade import Tried, even_split, simple_plans
+from graphpar.partition.handmade import Tried, even_split, one_device, simple_plans
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import PipelineChoice, StageChoice
@@ -42,6 +42,22 @@ def test_settings_that_are_too_slow_are_not_priced(monkeypatch: pytest.MonkeyPat
     assert list(simple_plans(table, Tried(below_s=best_s / 3))) == []
     with pytest.raises(InfeasibleError, match=r"the even split takes 0\.1 s or more"):
         even_split(table, Tried(below_s=0.1))
+
+
+def test_one_device_is_the_fastest_that_holds_the_model_at_any_size_of_microbatches() -> None:
+    table = make_table([1.0] * 4, (2.0, 1.0), (1, 1), batch=4, training=False)
+    assert one_device(table).used_devices == ("0.0",)
+    small = replace(table.device_classes[0], memory_bytes=3.0)
+    few = replace(table, device_classes=(small, table.device_classes[1]))
+    assert one_device(few).used_devices == ("1.0",)
+    # One is faster with a sample at a time, the other with all at once, which is best.
+    rows, none = ((0.5, 2.0), (1.0, 1.2)), ((0.0, 0.0),) * 2
+    costs = tuple(replace(c, forward_s=rows, backward_s=none) for c in table.costs)
+    unlike = replace(table, costs=costs)
+    assert one_device(unlike).used_devices == ("1.0",)
+    assert one_device(unlike, Tried(microbatches=4)).used_devices == ("0.0",)
+    with pytest.raises(InfeasibleError, match="one device does not fit"):
+        one_device(replace(few, device_classes=(small, replace(small, name="b", devices=("1.0",)))))
 
 
 def unlike(units: int) -> CostTable:
