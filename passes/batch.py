@@ -28,11 +28,11 @@ from graphpar.ir.ops import (
 )
 from graphpar.ir.optable import IDENTITY, packet
 from graphpar.passes import (  # noqa: F401 - they register rules
-    dispatch,
     sample_batches,
     sample_moves,
     sample_rules,
 )
+from graphpar.passes.dispatch import infer
 from graphpar.passes.losses import CLASS_LOSSES, REDUCTION, terms
 from graphpar.passes.samples import (
     DISPATCHED,
@@ -41,7 +41,6 @@ from graphpar.passes.samples import (
     Call,
     Samples,
     dims_argument,
-    infer,
     mixed,
     place_of,
     settled,

@@ -21,7 +21,16 @@ from graphpar.ir.chain import RANDOM_TARGETS
 from graphpar.ir.ops import Argument, BatchSize, Op
 from graphpar.ir.optable import CASTS, packet
 from graphpar.passes import positions
-from graphpar.passes.samples import DISPATCHED, Call, Kind, Rule, Samples, detour, dims_argument, times
+from graphpar.passes.samples import (
+    DISPATCHED,
+    Call,
+    Kind,
+    Samples,
+    by_rule,
+    dims_argument,
+    settled,
+    times,
+)
 
 _GROUPED = frozenset({"_grouped_mm", "transformers.grouped_mm_fallback.default"})
 """Products of runs of rows with one matrix each: rows, matrices, ends of the runs."""
@@ -29,20 +38,21 @@ _SAME_NUMBERS = CASTS | {"reshape", "view", "flatten", "clone", "contiguous", "a
 _SORTS = frozenset({"sort", "argsort"})
 
 
-@detour
-def dispatched(call: Call, rules: Rule) -> Samples | None:
-    """The state of an op that starts, is part of, or ends such a detour; None for all others.
+def infer(call: Call) -> Samples:
+    """The state of an op's result from the states of its operands."""
+    met = any(call.state(r).kind == "mixed" for r in call.operands())
+    detour = None if met else _dispatched(call)
+    return settled(call.op, by_rule(call) if detour is None else detour)
 
-    Args:
-        call: The op.
-        rules: What the ordinary rules make of a call.
-    """
+
+def _dispatched(call: Call) -> Samples | None:
+    """The state of an op that starts, is part of, or ends such a detour; None for all others."""
     kind = packet(call.op)
     states = [call.state(r) for r in call.operands()]
     if any(s.kind in ("starts", "placed") for s in states):
-        return positions.followed(call, kind, rules)
+        return positions.followed(call, kind)
     if any(s.kind in DISPATCHED for s in states):
-        return positions.rows_of_own(call) or _inside(call, kind, rules)
+        return positions.rows_of_own(call) or _inside(call, kind)
     if kind in _SORTS and _is_key(call, call.op.args[0]) and _ascending(call.op):
         state = states[0]
         made: Kind = "sorting" if kind == "sort" else "order"
@@ -124,7 +134,7 @@ def _counts(call: Call, kind: str, state: Samples) -> Samples | None:
     return None
 
 
-def _inside(call: Call, kind: str, rules: Rule) -> Samples:
+def _inside(call: Call, kind: str) -> Samples:
     op = call.op
     states = [call.state(r) for r in call.operands()]
     first = states[0]
@@ -150,7 +160,7 @@ def _inside(call: Call, kind: str, rules: Rule) -> Samples:
         return _put_back(call, kind)
     if kind in _GROUPED:
         return _grouped(call)
-    return _row_by_row(call, rules)
+    return _row_by_row(call)
 
 
 def _like(call: Call, state: Samples) -> Samples:
@@ -245,7 +255,7 @@ def _grouped(call: Call) -> Samples:
     return call.mixed("multiplies rows in groups that are not known to be theirs")
 
 
-def _row_by_row(call: Call, rules: Rule) -> Samples:
+def _row_by_row(call: Call) -> Samples:
     """An op that treats every row alike and for itself: what the rules for samples allow of it."""
     states = {call.state(r) for r in call.operands()} - {Samples("shared")}
     (first, *others) = states
@@ -253,7 +263,7 @@ def _row_by_row(call: Call, rules: Rule) -> Samples:
         return call.mixed("computes with sorted rows of several samples")
     plain = Samples("sample", 1, first.inner)
     seen = {name: plain if state == first else state for name, state in call.states.items()}
-    made = rules(replace(call, states=seen))
+    made = by_rule(replace(call, states=seen))
     if made != plain or any(t is None or t.batch_dims != (0,) for t in call.op.types):
         return call.mixed("moves sorted rows of several samples")
     return first

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from graphpar.ir.ops import Dim
 from graphpar.ir.optable import packet
-from graphpar.passes.samples import Call, Samples, infer
+from graphpar.passes.dispatch import infer
+from graphpar.passes.samples import Call, Samples
 from graphpar.passes.sizes import broadcast
 
 _OF_ELEMENTS = {

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from graphpar.ir.ops import Argument, BatchSize, Op
 from graphpar.ir.optable import CASTS, packet
-from graphpar.passes.samples import Call, Rule, Samples, dims_argument, times
+from graphpar.passes.samples import Call, Samples, by_rule, dims_argument, times
 
 _SHAPED = frozenset({
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand",
@@ -33,14 +33,14 @@ def begun(call: Call, kind: str) -> Samples | None:
     return None
 
 
-def followed(call: Call, kind: str, rules: Rule) -> Samples:
+def followed(call: Call, kind: str) -> Samples:
     """What an op makes of such positions."""
     op = call.op
     found = next(s for r in call.operands() if (s := call.state(r)).kind in ("starts", "placed"))
     if kind in ("add", "add_") and found.kind == "starts":
-        return _placed(call, found, rules)
+        return _placed(call, found)
     if kind in _SHAPED:
-        made = rules(_as_samples(call))
+        made = by_rule(_as_samples(call))
         return replace(made, kind=found.kind, every=found.every) if made.kind == "sample" else made
     if kind == "embedding_bag" and found.kind == "starts":
         return _bags(call, found)
@@ -78,7 +78,7 @@ def _as_samples(call: Call) -> Call:
     return replace(call, states=plain)
 
 
-def _placed(call: Call, starts: Samples, rules: Rule) -> Samples:
+def _placed(call: Call, starts: Samples) -> Samples:
     """A sample's first row and the number of a row in it, added up."""
     a, b = call.op.args[:2]
     number = b if call.state(a) == starts else a
@@ -86,7 +86,7 @@ def _placed(call: Call, starts: Samples, rules: Rule) -> Samples:
         return call.mixed("computes with the position in the batch")
     if _rows(call, number) != starts.every:
         return call.mixed("computes with the position in the batch")
-    made = rules(_as_samples(call))
+    made = by_rule(_as_samples(call))
     return replace(made, kind="placed", every=starts.every) if made.kind == "sample" else made
 
 

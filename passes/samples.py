@@ -128,14 +128,6 @@ _UNIFORM = frozenset({
 
 Rule = Callable[[Call], Samples]
 _RULES: dict[str, Rule] = {}
-Detour = Callable[[Call, Rule], "Samples | None"]
-_DETOURS: list[Detour] = []
-
-
-def detour(function: Detour) -> Detour:
-    """Register the function that knows the kinds in `DISPATCHED`; it is asked before any rule."""
-    _DETOURS.append(function)
-    return function
 
 
 def rule(*packets: str) -> Callable[[Rule], Rule]:
@@ -147,18 +139,6 @@ def rule(*packets: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def infer(call: Call) -> Samples:
-    """The state of an op's result from the states of its operands."""
-    return settled(call.op, _followed(call))
-
-
-def _followed(call: Call) -> Samples:
-    if any(call.state(r).kind == "mixed" for r in call.operands()):
-        return _inferred(call)
-    detour = _DETOURS[0](call, _inferred) if _DETOURS else None
-    return _inferred(call) if detour is None else detour
 
 
 def settled(op: Op, state: Samples) -> Samples:
@@ -175,7 +155,8 @@ def settled(op: Op, state: Samples) -> Samples:
     return state
 
 
-def _inferred(call: Call) -> Samples:
+def by_rule(call: Call) -> Samples:
+    """What the rule of an op makes of its operands' states; see `dispatch.infer` for all there is."""
     states = [call.state(r) for r in call.operands()]
     met = next((s for s in states if s.kind == "mixed"), None)
     if met is not None:
