@@ -1,6 +1,8 @@
 """Which scenarios of a study are solved together, by which process, and how long each may take."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 from graphpar.cluster_build import num_cores
@@ -29,6 +31,21 @@ def alike(missing: Mapping[str, Setting]) -> list[list[tuple[str, Setting]]]:
         alike = f"{priced_by(setting)} {own} {nodes}" if setting.layout is None else key
         groups.setdefault(alike, []).append((key, setting))
     return list(groups.values())
+
+
+def next_batches(settings: Mapping[str, Setting]) -> dict[str, list[str]]:
+    """Of every setting those with the next larger and the next smaller batch, all else being equal."""
+    like: dict[str, list[tuple[int, str]]] = {}
+    for key, setting in settings.items():
+        if setting.layout is None:
+            like.setdefault(repr(replace(setting, batch=0)), []).append((setting.batch, key))
+    found: dict[str, list[str]] = {}
+    for rows in like.values():
+        for (small, left), (large, right) in pairwise(sorted(rows)):
+            if small != large:
+                found.setdefault(left, []).append(right)
+                found.setdefault(right, []).append(left)
+    return found
 
 
 def shared_out(groups: Sequence[list[_Item]], processes: int) -> list[list[_Item]]:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -14,13 +14,14 @@ from graphpar.errors import GraphparError, RunError
 from graphpar.optimizer_probe import refuse_unrepeatable
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
+from graphpar.plan_comparison import step_of
 from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import could_cover, places, with_these_alone
 from graphpar.scenarios.group_prices import priced_by_several
 from graphpar.scenarios.naming import essential, numbered, with_names
-from graphpar.scenarios.parts import alike, shared_out
+from graphpar.scenarios.parts import alike, next_batches, shared_out
 from graphpar.scenarios.prices import with_price
 from graphpar.scenarios.pricing import PriceBook
 from graphpar.scenarios.report import CUT_SHORT
@@ -74,6 +75,7 @@ class Solver:
     _known: dict[str, Answer] = field(default_factory=dict)
     _settings: dict[str, Setting] = field(default_factory=dict)
     _compared: dict[tuple[str, str, tuple[str, ...]], Places | None] = field(default_factory=dict)
+    _next: Mapping[str, Collection[str]] = field(default_factory=dict)
     _offered: set[tuple[str, KnownPlan | None]] = field(default_factory=set)
     _alone: dict[tuple[str, tuple[str, ...]], Setting] = field(default_factory=dict)
 
@@ -129,7 +131,7 @@ class Solver:
 
     def _settle(self, keys: Sequence[str]) -> None:
         """Exchange answers for better ones that other plans give, until none is: each may help others."""
-        waiting = True
+        waiting, self._next = True, next_batches(self._settings)
         while waiting:
             waiting = False
             for key in keys:
@@ -166,6 +168,8 @@ class Solver:
         """The other's plan as an answer to this setting, if that is better."""
         task = self.task(setting)
         found = brought(task, placed(other.plan, there)) if other.plan is not None else None
+        if found is not None and other.batch != mine.batch and mine.step_s is not None:
+            found = found if step_of(task.searched_table, found) < mine.step_s else None
         if found is not None:
             made = self._valued(answer_of(task, found), setting)
             if made.step_s is not None and (
@@ -179,13 +183,14 @@ class Solver:
         return _better(mine, self._valued(held, setting), setting)
 
     def _as_they_are(self, key: str, other: str) -> Places | None:
-        """The same devices where two settings differ in their batch alone; for each plan it is told once.
+        """The same devices where another batch is the next one of a sweep; told once for each plan.
 
         The other's plan may well be good here, if need be with microbatches of a slightly different size.
         """
-        setting, there, plan = self._settings[key], self._settings[other], self._known[other].plan
-        alike = setting.layout is None and replace(there, batch=setting.batch) == setting
-        if not alike or (key, plan) in self._offered:
+        if other not in self._next.get(key, ()):
+            return None
+        plan = self._known[other].plan
+        if (key, plan) in self._offered:
             return None
         self._offered.add((key, plan))
         return {name: name for name in self._known[other].used}
