@@ -10,7 +10,7 @@ see `join_dominated`.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import networkx as nx
 import numpy as np
@@ -20,6 +20,17 @@ from graphpar.partition.problems import PlacementProblem
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+
+
+def product(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> FloatArray:
+    """The matrix product of finite amounts.
+
+    BLAS works in blocks, and what its buffers hold beyond an array may raise the flag of an invalid
+    operation, of which numpy then warns: now and then, with the same product.
+    """
+    with np.errstate(invalid="ignore"):
+        found: FloatArray = left @ right
+    return found
 
 
 @dataclass(frozen=True, eq=False)

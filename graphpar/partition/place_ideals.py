@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.partition.place_graph import Blocks, FloatArray
+from graphpar.partition.place_graph import Blocks, FloatArray, product
 from graphpar.partition.place_windows import Elsewhere
 
 BoolArray = npt.NDArray[np.bool_]
@@ -160,7 +160,7 @@ class Transfers:
         for q, (ends, _) in enumerate(blocks.bundles):
             incidence[list(ends), q] = 1.0
         cost = np.array([cost for _, cost in blocks.bundles])
-        count = member.astype(np.float32) @ incidence
+        count = product(member.astype(np.float32), incidence)
         whole = incidence.sum(axis=0)
         self._total = float(cost.sum())
         self._inside = (count == whole) * cost
@@ -178,8 +178,8 @@ class Transfers:
 
     def between(self, larger: slice, smaller: npt.NDArray[np.intp]) -> FloatArray:
         """`[j, i]`: cost of what enters or leaves larger j less smaller i."""
-        inside = self._inside[larger] @ self._disjoint[smaller].T
-        outside = self._weighted[larger] @ self._same[smaller].T
+        inside = product(self._inside[larger], self._disjoint[smaller].T)
+        outside = product(self._weighted[larger], self._same[smaller].T)
         moved: FloatArray = np.maximum(0.0, self._total - inside - outside)
         return moved
 
@@ -210,22 +210,22 @@ def best_split(
     if relaxed:
         # A device may go without these.
         certain[list(blocks.free)] = certain_cpu[list(blocks.free)] = 0.0
-    order = np.lexsort((ideals.member @ certain, ideals.member.sum(axis=1)))
+    order = np.lexsort((product(ideals.member, certain), ideals.member.sum(axis=1)))
     member = ideals.member[order]
     count = len(member)
     barred = ~np.isfinite(blocks.accelerator)
     sums: dict[str, FloatArray] = {
-        "accelerator": member.astype(np.float64) @ finite,
-        "cpu": member @ cpu,
-        "size": member @ blocks.size,
-        "barred": member.astype(np.float64) @ barred.astype(np.float64),
+        "accelerator": product(member, finite),
+        "cpu": product(member, cpu),
+        "size": product(member, blocks.size),
+        "barred": product(member, barred.astype(np.float64)),
     }
     amounts_of = {"cpu": cpu, "size": blocks.size, "barred": barred}
     optional = blocks.optional if relaxed and blocks.optional.any() else None
     if optional is not None:
         amounts_of["optional"] = optional
-        sums["optional"] = member @ optional
-    work, cpu_work = member.astype(np.float64) @ certain, member @ certain_cpu
+        sums["optional"] = product(member, optional)
+    work, cpu_work = product(member, certain), product(member, certain_cpu)
     if should_stop():
         return None
     elsewhere = Elsewhere(blocks, windows_of(blocks), member) if relaxed and blocks.free else None
@@ -248,7 +248,7 @@ def best_split(
             smaller = np.flatnonzero(near)
             if not smaller.size:
                 continue
-            extra = member[smaller].astype(np.float32) @ outside[here].T.astype(np.float32)
+            extra = product(member[smaller].astype(np.float32), outside[here].T.astype(np.float32))
             contained = (extra == 0).T
             gained = {key: total[here][:, None] - total[smaller][None, :] for key, total in sums.items()}
             on_accelerator = gained["accelerator"] + transfers.between(here, smaller)

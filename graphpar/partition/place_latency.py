@@ -23,7 +23,7 @@ import networkx as nx
 import numpy as np
 
 from graphpar.partition.answers import relative_gap
-from graphpar.partition.place_graph import Blocks, IntArray, contract
+from graphpar.partition.place_graph import Blocks, IntArray, contract, product
 from graphpar.partition.place_ideals import BoolArray, Ideals, Transfers, all_ideals, chain_ideals
 from graphpar.partition.place_latency_bound import IdealWalk, walk_ideals
 from graphpar.partition.place_latency_program import LatencyProgram, is_worth_writing
@@ -158,7 +158,7 @@ def _serial(
     finite = replace(
         blocks, accelerator=np.where(np.isfinite(blocks.accelerator), blocks.accelerator, 1e30)
     )
-    work, size = member @ finite.accelerator, member @ blocks.size
+    work, size = product(member, finite.accelerator), product(member, blocks.size)
     transfers, outside = Transfers(blocks, member), ~member
     value = np.full((num + 1, len(member)), np.inf)
     value[0, 0] = 0.0
@@ -168,7 +168,7 @@ def _serial(
         if left_s() <= 0:
             return []
         smaller = np.arange(int(np.searchsorted(sizes, sizes[j])))
-        extra = member[smaller] @ outside[j].astype(np.float32)
+        extra = product(member[smaller], outside[j].astype(np.float32))
         inside = smaller[extra == 0]
         load = (work[j] - work[inside]) + transfers.between(slice(j, j + 1), inside)[0]
         load[size[j] - size[inside] > problem.memory_limit * (1 + 1e-12)] = np.inf

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from graphpar.partition.place_graph import Blocks, FloatArray
+from graphpar.partition.place_graph import Blocks, FloatArray, product
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -47,8 +47,7 @@ class Elsewhere:
     ) -> FloatArray:
         """`[j, i]`: amounts of the free blocks that J - I would be the last to take."""
         own = amounts[self._free].astype(np.float64)
-        taken: FloatArray = (self._closing[larger] * own) @ self._absent[smaller].T.astype(np.float64)
-        return taken
+        return product(self._closing[larger] * own, self._absent[smaller].T.astype(np.float64))
 
     def saving(self, larger: slice, smaller: npt.NDArray[np.intp]) -> FloatArray:
         """`[j, i]`: the most that J - I saves by leaving those blocks elsewhere."""
