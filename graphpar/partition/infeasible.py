@@ -56,14 +56,17 @@ def explain_infeasible(
     truncated: Sequence[str],
     seconds: float = EXPLAIN_S,
     zero_levels: Sequence[int] = EVERY_LEVEL,
+    settle_s: float = EXPLAIN_S,
 ) -> NoReturn:
     """Raise the error for a search that found no plan; of ZeRO only some levels may be proposed.
+
+    Where time cut the search short, it is asked for `settle_s` whether any plan fits.
 
     Raises:
         InfeasibleError: With the limit, the need, what there is and the remedy.
     """
+    some = fits(family, time.monotonic() + min(seconds, settle_s)) if truncated else False
     deadline_s = time.monotonic() + seconds
-    some = fits(family, deadline_s) if truncated else False
     if some is not False:
         known = "though one exists" if some else "nor was it settled whether one fits"
         raise InfeasibleError(

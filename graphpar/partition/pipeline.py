@@ -66,6 +66,9 @@ _FINISH_SHARE = 0.06
 _MOST_FINISH_S = 2.0
 """Share of the time that a search leaves for pricing simple plans and the answer, or this long."""
 
+_LATEST, _LEAST_SETTLE_S = 1.1, 0.2
+"""Whether any plan fits where none was found is asked until so many times the limit, or for so long."""
+
 _REGULAR_SHARE = 0.4
 """Share of the time in which the best regular plan is looked for; then any is taken."""
 
@@ -129,7 +132,8 @@ def partition(
         simple = tried if compare_simple or answer is None else None
         answer = with_all_devices(table, answer, family.staffing, incumbent, simple, began_s)
     if answer is None:
-        explain_infeasible(table, family, run.truncated, explain_s, zero_levels)
+        settle_s = max(_LEAST_SETTLE_S, began_s + _LATEST * time_limit_s - time.monotonic())
+        explain_infeasible(table, family, run.truncated, explain_s, zero_levels, settle_s)
     check_partition(table, answer)
     return answer
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.partition import infeasible
+from graphpar.partition import infeasible, pipeline
 from graphpar.partition.counting import CountingLimits
-from graphpar.partition.family import choose_family
+from graphpar.partition.family import Family, choose_family
 from graphpar.partition.memory_fit import larger_hold_more
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
@@ -69,6 +70,20 @@ def test_no_fewer_further_devices_would_do(too_few: int, monkeypatch: pytest.Mon
         monkeypatch.setattr(infeasible, "_fits_table", fits)
         told = list(infeasible._further_devices(table, family, math.inf))
         assert told == [f"{least} more of kind0"] * (least <= most)
+
+
+def test_a_search_that_found_nothing_is_over_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table([1.0] * 4, (1.0,), (2,), batch=2, weight_bytes=10.0, memory_bytes=5.0)
+    asked_s: list[float] = []
+
+    def fits(_: Family, deadline_s: float) -> None:
+        asked_s.append(deadline_s - time.monotonic())
+
+    monkeypatch.setattr(infeasible, "fits", fits)
+    monkeypatch.setattr(pipeline, "nothing_holds", lambda _: False)
+    with pytest.raises(InfeasibleError, match="in the time given"):
+        partition(table, time_limit_s=1e-9)
+    assert len(asked_s) == 1 and asked_s[0] <= 0.2
 
 
 def _holds(table: CostTable) -> bool:
