@@ -46,6 +46,17 @@ def few_row_bytes(
     return tuple(found) if any(found) else ()
 
 
+def largest_gradient_bytes(graph: Graph, chain: Chain, kinds: Sequence[int]) -> tuple[float, ...]:
+    """For each kind of unit the bytes of the largest trained weight that it reads."""
+    number = {name: i for i, unit in enumerate(chain.units) for name in unit.ops}
+    found = [0.0] * (max(kinds, default=-1) + 1)
+    for op in graph.sources("parameter"):
+        for unit in {number[user.name] for user in graph.users(op.name) if user.name in number}:
+            if op.attr("grad"):
+                found[kinds[unit]] = max(found[kinds[unit]], float(op.type.bytes(1)))
+    return tuple(found)
+
+
 def repeated_weights(
     graph: Graph, chain: Chain, kinds: Sequence[int], options: PricingOptions
 ) -> tuple[RepeatedWeights, ...]:

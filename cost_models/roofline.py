@@ -15,7 +15,12 @@ from graphpar.cost import (
     UnitCost,
 )
 from graphpar.cost_models.classes import device_classes, microbatch_sizes
-from graphpar.cost_models.divisible import few_row_bytes, passing_gradient_bytes, repeated_weights
+from graphpar.cost_models.divisible import (
+    few_row_bytes,
+    largest_gradient_bytes,
+    passing_gradient_bytes,
+    repeated_weights,
+)
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import (
     CPU_RESERVED_BYTES,
@@ -97,8 +102,9 @@ class Roofline:
                     c.devices,
                     c.memory_bytes,
                     free / 2 + self._message_s(device),
-                    options.update_share if options.training and not device.is_cpu else 0.0,
+                    _update(options, device.is_cpu)[0],
                     device.is_cpu,
+                    _update(options, device.is_cpu)[1],
                 )
                 for c, free, device in zip(classes, free_s, examples, strict=True)
             ),
@@ -112,6 +118,9 @@ class Roofline:
             sum_s_per_byte=self.sum_s_per_byte(cluster),
             repeated=repeated_weights(graph, chain, units, options),
             few_row_bytes=few_row_bytes(graph, chain, units, most) if options.training else (),
+            largest_gradient_bytes=largest_gradient_bytes(graph, chain, units)
+            if options.training
+            else (),
             passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
             if options.training
             else (),
@@ -214,6 +223,15 @@ class Roofline:
         is_loopback = cluster.network.kind == "loopback"
         network: LinkCost = measured if is_loopback else topology.network
         return Topology(topology.node_of, inside, network, topology.between)
+
+
+def _update(options: PricingOptions, on_cpu: bool) -> tuple[float, float]:
+    """What the optimiser's update takes, by all gradients and by the largest tensor."""
+    if not options.training:
+        return 0.0, 0.0
+    if on_cpu:
+        return options.cpu_update_share, options.cpu_update_copies
+    return options.update_share, options.update_copies
 
 
 def _links_in_use(cluster: Cluster) -> list[Link]:

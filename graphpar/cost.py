@@ -203,6 +203,9 @@ class DeviceClass:
     """Whether gradients come to lie where activations were, as in a process's heap. What the caching
     allocator of a GPU keeps for one size serves another badly: six steps on an H100 had it take 2 % less
     to 3 % more than all that is saved and all gradients (`benchmarks/gpu_steps.py`)."""
+    update_copies: float = 0.0
+    """Copies of the largest tensor that an update takes for a while which goes tensor by tensor. They are
+    expected at the peak, and not part of what a stage is limited by."""
 
     def update_per_gradient(self, zero: int, width: int) -> float:
         """What the update takes beyond what is held at other times, per byte of a stage's gradients.
@@ -323,6 +326,7 @@ class CostTable:
             while backward is in it: those that an earlier unit reads as well. Empty for none.
         few_row_bytes: For each distinct unit the trained weights that ZeRO may not divide among as many
             replicas as there can be, for want of rows. Empty for none.
+        largest_gradient_bytes: For each distinct unit its largest gradient. Empty in inference.
         repeated: Weights that several units read; each member of a tensor group counts them whole.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
@@ -348,6 +352,7 @@ class CostTable:
     sum_s_per_byte: float = 0.0
     passing_gradient_bytes: tuple[float, ...] = ()
     few_row_bytes: tuple[float, ...] = ()
+    largest_gradient_bytes: tuple[float, ...] = ()
     repeated: tuple[RepeatedWeights, ...] = ()
     modes: tuple[Mode, ...] = ()
     shared: SharedCores | None = None

@@ -14,6 +14,9 @@ class PricingOptions:
         optimizer_state_bytes_per_parameter_byte: 0 for plain SGD, 1 with momentum, 2 for Adam.
         update_share: Bytes that the optimiser's update takes for a while on a GPU, per byte of
             gradients: 1 for Adam as torch runs it there, 0 for SGD.
+        update_copies: The same per byte of the largest parameter, where the update goes one by one.
+        cpu_update_share: As `update_share`, on a processor.
+        cpu_update_copies: As `update_copies`, on a processor.
         max_microbatches: 1 where samples mix and the batch must stay whole, or pipelines go in step.
         max_replicas: 1 where samples mix and the batch must stay whole.
         batch_reason: Why the batch may not be split, for people.
@@ -27,6 +30,9 @@ class PricingOptions:
     precision: str = "float32"
     optimizer_state_bytes_per_parameter_byte: float = 2.0
     update_share: float = 1.0
+    update_copies: float = 0.0
+    cpu_update_share: float = 0.0
+    cpu_update_copies: float = 0.0
     max_microbatches: int = 64
     max_replicas: int = 64
     batch_reason: str = ""
@@ -40,8 +46,9 @@ class PricingOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.optimizer_state_bytes_per_parameter_byte < 0:
             raise ValueError("optimizer_state_bytes_per_parameter_byte must not be negative.")
-        if self.update_share < 0:
-            raise ValueError("update_share must not be negative.")
+        for name in ("update_share", "update_copies", "cpu_update_share", "cpu_update_copies"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative.")
 
 
 @dataclass(frozen=True)

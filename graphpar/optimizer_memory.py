@@ -1,8 +1,9 @@
-"""What an optimiser's update takes on a GPU beside what stays, found out by watching one."""
+"""What an optimiser's update takes beside what stays, found out by watching one."""
 
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,35 +24,68 @@ _SIZE = 64
 the state."""
 
 
-def update_share(factory: OptimizerFactory) -> float:
-    """Bytes that a step on a GPU takes for a while, per byte of the gradients.
+@dataclass(frozen=True)
+class UpdateMemory:
+    """What an update takes for a while.
+
+    Attributes:
+        share: Bytes per byte of all gradients, where parameters are updated together.
+        copies: Bytes per byte of the largest parameter, where they are updated one by one.
+    """
+
+    share: float = 0.0
+    copies: float = 0.0
+
+
+Tried = tuple[float, UpdateMemory, UpdateMemory]
+"""Bytes of state per byte of parameters, and what the update takes on a GPU and on a processor."""
+
+
+def update_memory(factory: OptimizerFactory, *, on_gpu: bool) -> UpdateMemory:
+    """What a step takes for a while on a GPU or a processor.
 
     On GPUs most of torch's optimisers update all parameters together unless told otherwise (`foreach`),
-    so that what they work out for one parameter is there for all of them at once. A step is watched on
-    few parameters and on more, and the most that a further one adds is the answer: nothing for those that
-    go parameter by parameter. An optimiser that cannot be watched counts as Adam, one value for every
-    gradient.
+    so that what they work out for one parameter is there for all of them at once; on processors they do
+    if told so. A step is watched on few parameters and on more: the most that a further one adds is the
+    share, and what is there without any the copies. An optimiser that cannot be watched counts as Adam.
+
+    >>> update_memory(lambda p: torch.optim.AdamW(p), on_gpu=True)
+    UpdateMemory(share=1.0, copies=0.0)
+    >>> update_memory(lambda p: torch.optim.AdamW(p), on_gpu=False)
+    UpdateMemory(share=0.0, copies=2.0)
+    """
+    for as_there in (_together, _as_it_is) if on_gpu else (_as_it_is,):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), suppress(Exception):
+            peaks = [(number, _peak_bytes(factory, number, as_there)) for number in _NUMBERS]
+            added = max((many - few) / (n - m) for (m, few), (n, many) in pairwise(peaks))
+            fixed = max(0.0, _peak_bytes(factory, 1, as_there) - added)
+            return UpdateMemory(*(round(size / (4 * _SIZE**2), 2) for size in (added, fixed)))
+    return UpdateMemory(share=1.0) if on_gpu else UpdateMemory(copies=2.0)
+
+
+def update_share(factory: OptimizerFactory) -> float:
+    """Bytes that a step on a GPU takes for a while, per byte of the gradients.
 
     >>> update_share(lambda p: torch.optim.AdamW(p)), update_share(lambda p: torch.optim.SGD(p, lr=0.1))
     (1.0, 0.0)
     >>> update_share(lambda p: torch.optim.AdamW(p, fused=True))
     0.0
     """
-    for as_on_gpu in (_together, _as_it_is):
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]), suppress(Exception):
-            peaks = [(number, _peak_bytes(factory, number, as_on_gpu)) for number in _NUMBERS]
-            added = max((many - few) / (n - m) for (m, few), (n, many) in pairwise(peaks))
-            return round(added / (4 * _SIZE**2), 2)
-    return 1.0
+    return update_memory(factory, on_gpu=True).share
 
 
-def tried_optimizer(train: Training | None, cluster: Cluster) -> tuple[float, float]:
-    """Bytes of state per byte of parameters, and of the update per byte of gradients, by trying."""
+def tried_optimizer(train: Training | None, cluster: Cluster) -> Tried:
+    """What an optimiser takes, found by trying it."""
     if train is None:
-        return 0.0, 0.0
-    # Only GPUs update all parameters together; the user's optimiser is not tried for nothing.
-    together = not all(device.is_cpu for device in cluster.devices)
-    return optimizer_state(train), update_share(train.optimizer) if together else 0.0
+        return 0.0, UpdateMemory(), UpdateMemory()
+    # The user's optimiser is not tried for devices that are not there.
+    on_gpu, on_cpu = (
+        update_memory(train.optimizer, on_gpu=gpu)
+        if any(device.is_cpu != gpu for device in cluster.devices)
+        else UpdateMemory()
+        for gpu in (True, False)
+    )
+    return optimizer_state(train), on_gpu, on_cpu
 
 
 def _peak_bytes(

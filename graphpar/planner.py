@@ -37,7 +37,7 @@ from graphpar.group_candidates import (
 )
 from graphpar.group_modes import with_group_modes
 from graphpar.local_timing import Example, Timings
-from graphpar.optimizer_memory import tried_optimizer
+from graphpar.optimizer_memory import Tried, tried_optimizer
 from graphpar.optimizer_probe import (
     joining_optimizer,
     optimizer_state,
@@ -106,7 +106,7 @@ def price(
     calibration: Calibration | None,
     formats: Formats | None = None,
     timings: Mapping[str, ModelTiming] | None = None,
-    tried: tuple[float, float] | None = None,
+    tried: Tried | None = None,
     rewritten: Mapping[str, Rewritten] | None = None,
     known: dict[int, UnitPricer] | None = None,
 ) -> CostTable:
@@ -116,18 +116,20 @@ def price(
     shortcut for a device that does everything in it. With `timings`, by the kind of device, the numbers
     of devices whose units compute in the format that was timed are what they were timed at.
 
-    What tables of one model have in common may be given: `tried` are the optimiser's bytes of state per
-    byte of parameters and of its update per byte of gradients, `rewritten` what devices run in their
-    formats, `known` the pricers of these graphs (see `Roofline.price`).
+    What tables of one model have in common may be given: `tried` is what the optimiser takes,
+    `rewritten` what devices run in their formats, `known` the pricers of these graphs (`Roofline.price`).
     """
-    state, share = tried or tried_optimizer(train, cluster)
+    state, on_gpu, on_cpu = tried or tried_optimizer(train, cluster)
     limit = 1 if prepared.batch_reason else _UNSPLIT
     options = PricingOptions(
         batch=prepared.graph.batch,
         training=train is not None,
         precision=precision,
         optimizer_state_bytes_per_parameter_byte=state,
-        update_share=share,
+        update_share=on_gpu.share,
+        update_copies=on_gpu.copies,
+        cpu_update_share=on_cpu.share,
+        cpu_update_copies=on_cpu.copies,
         max_microbatches=1 if prepared.in_step_reason else min(limit, prepared.graph.batch),
         max_replicas=min(limit, prepared.graph.batch),
         batch_reason=prepared.batch_reason,

@@ -168,6 +168,7 @@ def with_sums(
 def _rank_timings(table: CostTable, partition: Partition) -> tuple[RankTiming, ...]:
     """One for each device, with the numbers of each of its stages."""
     found: dict[str, list[RankTiming]] = {}
+    one_by_one: dict[str, float] = {}
     number = 0
     for pipeline in partition.pipelines:
         for stage in pipeline.stages:
@@ -187,8 +188,22 @@ def _rank_timings(table: CostTable, partition: Partition) -> tuple[RankTiming, .
                         for row in own.sizes
                     )
                     found.setdefault(device, []).append(replace(own, sizes=sizes))
+                    largest = _one_by_one_bytes(table, stage, replica, device)
+                    one_by_one[device] = max(one_by_one.get(device, 0.0), largest)
             number += 1
-    return tuple(map(_of_all_stages, found.values()))
+    return tuple(
+        replace(rank, update_bytes=max(rank.update_bytes, one_by_one[rank.device]))
+        for rank in map(_of_all_stages, found.values())
+    )
+
+
+def _one_by_one_bytes(table: CostTable, stage: StageChoice, replica: Replica, device: str) -> float:
+    """What an update that goes tensor by tensor takes: copies of the largest, or of its part."""
+    if not table.training or not table.largest_gradient_bytes:
+        return 0.0
+    largest = max(table.largest_gradient_bytes[kind] for kind in table.units[stage.first : stage.last])
+    parts = len(replica.devices) * (len(stage.replicas) if stage.zero else 1)
+    return table.device_classes[table.class_of[device]].update_copies * largest / parts
 
 
 def _of_all_stages(stages: Sequence[RankTiming]) -> RankTiming:

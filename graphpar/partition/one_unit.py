@@ -35,6 +35,7 @@ def as_one_unit(table: CostTable) -> CostTable:
     name = f"{table.unit_names[0]} .. {table.unit_names[-1]}"
     folded = (replace(cost, name=name),)
     few = (sum(table.few_row_bytes[kind] for kind in table.units),) if table.few_row_bytes else ()
+    largest = (max(table.largest_gradient_bytes),) if table.largest_gradient_bytes else ()
     return replace(
         table,
         units=(0,),
@@ -44,6 +45,7 @@ def as_one_unit(table: CostTable) -> CostTable:
         modes=modes,
         passing_gradient_bytes=(),
         few_row_bytes=few,
+        largest_gradient_bytes=largest,
         repeated=(),
     )
 

@@ -46,6 +46,7 @@ def for_devices(table: CostTable, cluster: Cluster) -> CostTable:
             c,
             stage_overhead_s=table.device_classes[row].stage_overhead_s * slowdown,
             update_share=table.device_classes[row].update_share,
+            update_copies=table.device_classes[row].update_copies,
             refills=table.device_classes[row].refills,
         )
         for c, (row, slowdown) in own

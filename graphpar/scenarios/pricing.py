@@ -24,7 +24,7 @@ from graphpar.device import Link
 from graphpar.errors import GraphparError
 from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.group_modes import KnownGroups
-from graphpar.optimizer_memory import tried_optimizer, update_share
+from graphpar.optimizer_memory import Tried, UpdateMemory, tried_optimizer, update_memory
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
 from graphpar.planner import price
@@ -72,7 +72,7 @@ class PriceBook:
     _tables: dict[str, CostTable] = field(default_factory=dict)
     _by_kinds: dict[object, list[tuple[_Kinds, CostTable]]] = field(default_factory=dict)
     _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
-    _tried: dict[tuple[str, bool], tuple[float, float]] = field(default_factory=dict)
+    _tried: dict[str, Tried] = field(default_factory=dict)
     _trainings: dict[str, Training | None] = field(default_factory=dict)
     _rewritten: dict[object, Rewritten] = field(default_factory=dict)
     _groups: dict[str, tuple[tuple[int, ...], tuple[Mode, ...]]] = field(default_factory=dict)
@@ -92,9 +92,10 @@ class PriceBook:
         return optimizer_state(self.train) if self.train is not None else -1.0
 
     @cached_property
-    def update_share(self) -> float:
-        """Bytes that the update of the caller's own training takes on a GPU, per byte of gradients."""
-        return update_share(self.train.optimizer) if self.train is not None else 0.0
+    def updates(self) -> tuple[UpdateMemory, ...]:
+        """What the update of the caller's own training takes on a GPU and on a processor."""
+        made = self.train.optimizer if self.train is not None else None
+        return tuple(update_memory(made, on_gpu=gpu) if made else UpdateMemory() for gpu in (True, False))
 
     def table(self, setting: Setting) -> CostTable:
         """The table of a setting.
@@ -134,7 +135,7 @@ class PriceBook:
     def _priced(self, setting: Setting, cluster: Cluster) -> CostTable:
         """A table from nothing."""
         train, prepared = self._training(setting), self.prepared(setting)
-        how = setting.optimizer, all(device.is_cpu for device in cluster.devices)
+        how = f"{setting.optimizer} {sorted({device.is_cpu for device in cluster.devices})}"
         if how not in self._tried:
             self._tried[how] = tried_optimizer(train, cluster)
         # What works on the whole batch has other kernels for another one.

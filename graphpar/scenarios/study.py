@@ -204,7 +204,7 @@ class Solver:
 
     def _moved(self, large: Setting, small: str) -> Places | None:
         """Where the plan found for a setting is no slower in another one."""
-        heavy = self._given_state, self.book.update_share
+        heavy = self._given_state, self.book.updates[0].share
         if not could_cover(large, self._settings[small], *heavy):
             return None
         used = self._known[small].used
@@ -249,7 +249,7 @@ class Solver:
                 "catalogue": _catalogue_hash(),
                 "model": self.book.baseline().model_hash,
                 "state": self.book.state_bytes,
-                "update": self.book.update_share,
+                "update": repr(self.book.updates),
                 "optimizer": repr(self.book.traits(setting.optimizer)),
                 "clips": train is not None and train.max_grad_norm is not None,
                 "zero": 0 if train is None else train.zero,

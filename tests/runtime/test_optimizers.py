@@ -154,6 +154,24 @@ def test_what_an_update_takes_on_a_gpu_is_seen(factory: Factory, share: float) -
     assert update_share(factory) == share
 
 
+def test_updates_on_processors_count_where_activations_are_small() -> None:
+    """Tensor by tensor it is two copies of the largest one, all together a value for every gradient."""
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 64), nn.Linear(64, 512, bias=False))
+    largest, every = 4 * 64 * 512, 4 * sum(p.numel() for p in model.parameters())
+    batch = torch.randn(1, 256), torch.randn(1, 512)
+    above = []
+    for how in ("fused", "", "foreach"):
+        settings: dict[str, Any] = {how: True} if how else {}
+        training = Training(optimizer=partial(torch.optim.AdamW, **settings), loss=nn.functional.mse_loss)
+        cluster = {"devices": [{"kind": "cpu", "threads": 1}]}
+        plan = graphpar.plan(model, cluster, batch, train=training, measure_s=0)
+        (peak,) = plan.predicted_peak_bytes.values()
+        above.append(peak - plan.timing.ranks[0].resident_bytes)
+    fused, one_by_one, together = above
+    assert fused < largest
+    assert (one_by_one, together) == pytest.approx((2 * largest, every))
+
+
 def test_what_a_script_makes_tensors_of_is_not_what_optimisers_are_tried_on() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
