@@ -15,6 +15,8 @@ KNEE = 0.5
 MOST_POINTS = 1000
 """More would take many minutes, and as long to compare with each other."""
 
+_ROUNDING = 1e-9
+
 WIDTHS = ("tp", "pp", "dp", "m")
 """What a configuration made by hand consists of; swept like any path."""
 
@@ -129,13 +131,15 @@ def _point(settings: Sequence[str]) -> Scenario:
 def knee(values: Sequence[float], answers: Sequence[Answer]) -> float | None:
     """The value after which more of it brings little: the knee of the scaling curve.
 
-    None where the curve has no such point among the values, where more of it does harm (a latency), or
-    where too few of them are answered. A later rise counts: every point beyond must bring little.
+    None where the curve has no such point among the values, where more of it does harm (a latency) or
+    makes no difference at all, or where too few of them are answered. A later rise counts: every point beyond must bring little.
 
     >>> def at(rate): return Answer("", step_s=1 / rate, batch=1)
     >>> knee([1, 2, 4, 8], [at(1.0), at(2.0), at(3.9), at(4.1)])
     4
     >>> knee([1e-6, 1e-5, 1e-4], [at(3.0), at(2.9), at(2.0)]) is None
+    True
+    >>> knee([0, 1e-6, 1e-5, 1e-4], [at(3.0)] * 4) is None
     True
     """
     points = sorted(
@@ -143,7 +147,7 @@ def knee(values: Sequence[float], answers: Sequence[Answer]) -> float | None:
         for value, answer in zip(values, answers, strict=True)
         if answer.status == "ok" and answer.samples_per_s
     )
-    if len(points) < 3 or points[-1][1] < points[0][1]:
+    if len(points) < 3 or points[-1][1] <= points[0][1] * (1 + _ROUNDING):
         return None
     for i, (low, slow) in enumerate(points[:-1]):
         beyond = [(high, fast) for high, fast in points[i + 1 :] if high > low > 0]
