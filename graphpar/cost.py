@@ -200,12 +200,10 @@ class DeviceClass:
     update_share: float = 0.0
     """Bytes that the optimiser's update takes for a while, per byte of the gradients that it steps."""
     refills: bool = False
-    """Whether gradients come to lie where activations were, as in a process's heap. What the caching
-    allocator of a GPU keeps for one size serves another badly: six steps on an H100 had it take 2 % less
-    to 3 % more than all that is saved and all gradients (`benchmarks/gpu_steps.py`)."""
+    """Whether gradients come to lie where activations were, as in a process's heap. On a GPU they do not:
+    six steps on an H100 took 2 % less to 3 % more than both together (`benchmarks/gpu_steps.py`)."""
     update_copies: float = 0.0
-    """Copies of the largest tensor that an update takes for a while which goes tensor by tensor. They are
-    expected at the peak, and not part of what a stage is limited by."""
+    """Copies of the largest tensor, of an update that goes tensor by tensor; no limit counts them."""
 
     def update_per_gradient(self, zero: int, width: int) -> float:
         """What the update takes beyond what is held at other times, per byte of a stage's gradients.
@@ -330,8 +328,7 @@ class CostTable:
         repeated: Weights that several units read; each member of a tensor group counts them whole.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
-        shared: Which devices share the cores of this machine; times are those of one that has its cores
-            for itself.
+        shared: Which devices share this machine's cores; times are those of one that has its own.
     """
 
     batch: int

@@ -132,7 +132,8 @@ def knee(values: Sequence[float], answers: Sequence[Answer]) -> float | None:
     """The value after which more of it brings little: the knee of the scaling curve.
 
     None where the curve has no such point among the values, where more of it does harm (a latency) or
-    makes no difference at all, or where too few of them are answered. A later rise counts: every point beyond must bring little.
+    makes no difference at all, or where too few of them are answered. A later rise counts: every point
+    beyond must bring little.
 
     >>> def at(rate): return Answer("", step_s=1 / rate, batch=1)
     >>> knee([1, 2, 4, 8], [at(1.0), at(2.0), at(3.9), at(4.1)])
