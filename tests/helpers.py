@@ -29,7 +29,7 @@ from graphpar.plans import Plan, hash_of
 from graphpar.preparation import Prepared
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel
-from graphpar.runtime.numbers import compare_gradients, relative_difference
+from graphpar.runtime.numbers import relative_difference
 from graphpar.runtime.reference import EagerModel, OneDevice
 from graphpar.simulated import as_given
 from graphpar.training import Training
@@ -340,24 +340,3 @@ def compare_results(got: Any, wanted: Any) -> None:
         compare_results(vars(got), vars(wanted))
     else:
         assert got == wanted
-
-
-__all__ = [
-    "ROUNDING",
-    "TRAINING",
-    "Forced",
-    "Line",
-    "check_inference",
-    "check_training",
-    "compare_gradients",
-    "compare_results",
-    "compare_states",
-    "cpus",
-    "eager",
-    "finest_chain",
-    "force",
-    "sent_whole",
-    "sgd",
-    "state_of",
-    "straight",
-]

@@ -211,15 +211,15 @@ def sample_plan(head_first: int = 5, *, training: bool = True) -> Plan:
     )
 
 
-def calibration() -> Calibration:
-    """Made-up measurements of this machine."""
-    rate = Grid((1.0, 64.0), (8.0, 64.0), ((1e9, 2e9), (4e9, 8e9)))
+def calibration(**rates: Grid) -> Calibration:
+    """Made-up measurements of this machine; with rates of products by format if given."""
+    rate = rates.pop("float32", Grid((1.0, 64.0), (8.0, 64.0), ((1e9, 2e9), (4e9, 8e9))))
     names = """pointwise accumulate copy fill reduce relu relu_backward view adamw sgd clip""".split()
     kinds = ("full", "causal", "full_backward", "causal_backward")
     return Calibration(
         fingerprint=Fingerprint("test", 2, "2.13.0", 1),
         curves={name: Curve((1.0, 1e6), (1e-6, 1e-3)) for name in names},
-        matmul={"float32": rate},
+        matmul={"float32": rate, **rates},
         batched_matmul={"float32": rate},
         attention=dict.fromkeys(kinds, rate),
         loopback=LinkCost(5e-5, 1e9),

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_samples import calibration
 from torch import nn
 
 import graphpar
 from graphpar import cli, planner, sensitivity
-from graphpar.calibration import Calibration, Curve, Fingerprint, Grid, fingerprint
-from graphpar.cost import LinkCost
+from graphpar.calibration import Calibration, Grid, fingerprint
 from graphpar.explain_page import format_explanation
 from graphpar.partition.formats import (
     FormatProblem,
@@ -247,20 +247,7 @@ def test_a_batch_that_nothing_can_be_measured_on() -> None:
 def fast_lower_cpu() -> Calibration:
     """A made-up measurement: bfloat16 products a hundred times as fast as float32's."""
     rate, fast = (Grid((1.0, 64.0), (8.0, 64.0), ((r, r), (r, r))) for r in (1e6, 1e8))
-    names = "pointwise accumulate copy fill reduce relu relu_backward view adamw sgd clip".split()
-    kinds = ("full", "causal", "full_backward", "causal_backward")
-    return Calibration(
-        fingerprint=Fingerprint("test", 2, "2.13.0", 1),
-        curves={name: Curve((1.0, 1e6), (1e-6, 1e-3)) for name in names},
-        matmul={"float32": rate, "bfloat16": fast},
-        batched_matmul={"float32": rate},
-        attention=dict.fromkeys(kinds, rate),
-        loopback=LinkCost(5e-5, 1e9),
-        sum_s_per_byte=2e-9,
-        op_s=1e-6,
-        node_s=2e-6,
-        memory_bytes_per_s=1e10,
-    )
+    return calibration(float32=rate, bfloat16=fast)
 
 
 @pytest.mark.distributed
