@@ -124,8 +124,7 @@ class ChainProgram:
         self._strides = strides_of(self.limits)
         self._states = states_of(self.limits)
         self._replicas = self._states[:, -1] if self._counts_replicas else self._states.sum(axis=1)
-        self._place, self._join = rows.place, rows.joins
-        self._after_size = len(rows.joins) * len(rows.kinds) * (num_units + 1)
+        self._place = rows.place
         self._kept: Kept | None = None
         self._bound_s = 0.0
         self._relaxation: Relaxation | None = None
@@ -194,6 +193,10 @@ class ChainProgram:
         before = np.concatenate([[-1.0], np.maximum.accumulate(lifted)[:-1]])
         found: IntArray = index[lifted > np.maximum(before, self._alike[index] * most - 0.5)]
         return found
+
+    @property
+    def _join(self) -> BoolArray:
+        return self._rows.joins
 
     # --- which columns ---
 
@@ -282,7 +285,8 @@ class ChainProgram:
         head = head * (self._num_units + 1) + slots.first[columns.slot]
         after = self._place[option] * kinds + slots.after[columns.slot]
         after = after * (self._num_units + 1) + slots.last[columns.slot]
-        key = (head * len(self._teams) + self._team[option]) * (self._after_size) + after
+        after_size = len(self._join) * kinds * (self._num_units + 1)
+        key = (head * len(self._teams) + self._team[option]) * after_size + after
         order = np.lexsort((columns.cost_s, key))
         self._columns = columns.pick(order)
         self._reduced_s = reduced[order]

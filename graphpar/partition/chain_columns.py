@@ -12,6 +12,7 @@ and only what is left after pruning is dealt one by one (`StagePrices.exact`).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -100,18 +101,17 @@ class StagePrices:
         self._seconds_by_run = self._known("seconds", self._mode_seconds, setting.size)
         small = setting.samples // setting.microbatches
         self._sample_by_run = self._known("sample", self._sample_seconds, small)
-        self.before_s = boundary_seconds(table, setting, rows.kinds, cache)
-        slots = rows.slots
-        self._ahead = self.before_s[slots.before, slots.first]
-        behind = self.before_s[slots.after, slots.last]
-        most_s = np.inf if self._stalls else table.handling_s
-        self._waits = (np.minimum(self._ahead, most_s) + np.minimum(behind, most_s)) / 2
-        self._wait_some = bool(self._waits.any())
-        self._cut = (setting.microbatches - 1) * self._ahead
-        if allowed is not None:
-            self._ahead = np.where(allowed[slots.run], self._ahead, np.inf)
+        if setting.size not in rows.by_size:
+            seconds = boundary_seconds(table, setting, rows.kinds, cache)
+            merged = rows.merged(seconds) if loops else rows
+            if merged is not rows:
+                seconds = boundary_seconds(table, setting, merged.kinds, cache)
+            rows.by_size[setting.size] = merged, seconds
+        rows, self.before_s = rows.by_size[setting.size]
+        self.rows = rows
+        self._most_wait_s = np.inf if self._stalls else table.handling_s
         if not loops:
-            self._slots_of_run = _positions(slots.run, len(runs.first))
+            self._slots_of_run = _positions(rows.slots.run, len(runs.first))
             self._flight = self._flights()
             self._seconds = np.ascontiguousarray(self._seconds_by_run.T)
             self._sample = np.ascontiguousarray(self._sample_by_run.T)
@@ -120,6 +120,39 @@ class StagePrices:
         largest = -(-setting.samples // setting.microbatches)
         self._flight_by_run, self._best_flight = flights(self._units, rows, largest)
         self._beside = self._known("beside", self._fastest_beside, setting.size)
+
+    @cached_property
+    def _before(self) -> FloatArray:
+        """[slot]: the transfer before."""
+        return self.before_s[self.rows.slots.before, self.rows.slots.first]
+
+    @cached_property
+    def _ahead(self) -> FloatArray:
+        """[slot]: the transfer before, infinite where the run may be no stage."""
+        if self._allowed is None:
+            return self._before
+        return np.where(self._allowed[self.rows.slots.run], self._before, np.inf)
+
+    @cached_property
+    def _waits(self) -> FloatArray:
+        """[slot]: what transfers add to the period of a stage."""
+        slots, most_s = self.rows.slots, self._most_wait_s
+        if most_s <= 0:
+            return np.zeros(len(slots.run))
+        behind = self.before_s[slots.after, slots.last]
+        found: FloatArray = (np.minimum(self._before, most_s) + np.minimum(behind, most_s)) / 2
+        return found
+
+    @cached_property
+    def _wait_some(self) -> bool:
+        """Whether any transfer adds to the period of a stage."""
+        return bool(self._waits.any())
+
+    @cached_property
+    def _cut(self) -> FloatArray:
+        """[slot]: what all microbatches but one take over the boundary before."""
+        found: FloatArray = (self.setting.microbatches - 1) * self._before
+        return found
 
     def _known(self, name: str, make: Callable[[], FloatArray], size: float) -> FloatArray:
         """What settings with microbatches of one size share."""
@@ -166,7 +199,7 @@ class StagePrices:
     def num_variables(self) -> int:
         """Columns before anything is pruned."""
         usable = int((self.rows.width <= self.setting.microbatches).sum())
-        return usable * len(self.rows.slots.run)
+        return usable * self.rows.num_slots
 
     def ideal(
         self,
@@ -287,12 +320,12 @@ class StagePrices:
         hopeful: Hopeful,
         either: bool,
     ) -> Columns:
-        slots, found = self.rows.slots, self.rows.room
+        slots = self.rows.slots
         waits, cut, setting = self._waits, self._cut, self._loop_setting
         if either:
             waits = cut = np.zeros(len(waits))
             setting = (*setting[:2], False, False, setting[4])
-        count = relaxed_loop(
+        arguments = (
             self.rows.crews,
             self.rows.staff,
             self._seconds_by_run,
@@ -319,8 +352,9 @@ class StagePrices:
                 limits.all_s,
                 limits.post_weight,
             ),
-            found,
         )
+        while (count := relaxed_loop(*arguments, self.rows.room)) < 0:
+            self.rows.enlarge()
         return self._filled(count)
 
     def _exact_loop(self, columns: Columns) -> tuple[Columns, IntArray]:

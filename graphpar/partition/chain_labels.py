@@ -120,6 +120,7 @@ def best_line(
     columns: LabelColumns,
     states: LabelStates,
     joins: BoolArray,
+    stands_for: BoolArray,
     num_units: int,
     *,
     target_s: float,
@@ -133,6 +134,8 @@ def best_line(
         columns: The stages.
         states: The sets of devices.
         joins: [left place, right place, link kind]: whether that kind of link joins the two.
+        stands_for: [place, other place, link kind]: whether all that reach the other place by it reach
+            the place.
         num_units: Units of the chain.
         target_s: Fill, extra and `post_weight` times post must be less.
         post_weight: How much post counts.
@@ -156,7 +159,6 @@ def best_line(
     begins = np.flatnonzero(np.diff(key, prepend=-1))
     group_team, ends = columns.team[begins], np.append(begins[1:], len(key))
     team_groups = np.searchsorted(group_team, np.arange(len(states.rest) + 1))
-    stands_for = _stands_for(joins)
     first = np.full(len(states.replicas) * buckets, -1, dtype=np.intp)
     labels = _first_labels()
     first[num_units] = 0
@@ -195,13 +197,6 @@ def best_line(
         line.append(int(labels.column[best]))
         best = int(labels.parent[best])
     return line
-
-
-def _stands_for(joins: BoolArray) -> BoolArray:
-    """[place, other place, link kind]: whether all that reach the other place by it reach the place."""
-    left, right = joins[:, :, None, :], joins[:, None, :, :]
-    found: BoolArray = np.logical_and.reduce(left | ~right, axis=0)
-    return found
 
 
 @compiled_exactly

@@ -39,7 +39,7 @@ def relaxed_loop(
     limits: tuple[float, float, float, float, float, float],
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> int:
-    """Fill `found` with the columns that may be within limits, at lower bounds; their number.
+    """Fill `found` with the columns that may be within limits, at lower bounds; how many, -1: no room.
 
     `slots` are (run, kind before, kind after) of each; columns come sorted by slot. `crews` are sets of
     devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for),
@@ -129,6 +129,8 @@ def relaxed_loop(
                         below = min(below, -1.0 if gpipe else wide * most)
                 if below < wide:
                     continue
+                if count == len(options):
+                    return -1
                 options[count], places[count] = row, slot
                 costs[count], extras[count] = cost, extra
                 posts[count], belows[count] = own_post, below

@@ -86,7 +86,7 @@ class Relaxation:
         self._num_units = num_units
         self._num_kinds = int(slots.before.max(initial=0)) + 1
         self._starts = np.searchsorted(slots.first, np.arange(num_units + 1))
-        self._places = slots.places(num_units)
+        self._places = slots.places
         self._take = take.astype(np.float64)
         self._width = width
         self._counts = np.array(counts, dtype=np.float64)

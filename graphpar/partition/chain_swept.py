@@ -144,6 +144,7 @@ class SweptProgram(ChainProgram):
             ),
             self._label_states(prices),
             self._join,
+            self._rows.stands_for,
             self._num_units,
             target_s=target_s,
             post_weight=post_weight,

@@ -36,11 +36,26 @@ class Slots:
     last: IntArray
     before: IntArray
     after: IntArray
+    num_units: int
 
-    def places(self, num_units: int) -> tuple[IntArray, IntArray]:
+    @cached_property
+    def places(self) -> tuple[IntArray, IntArray]:
         """Where each begins and ends, as numbers of link kind and unit (`chain_path_loops`)."""
-        units = num_units + 1
+        units = self.num_units + 1
         return self.before * units + self.first, self.after * units + self.last
+
+
+Room = tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]
+"""Option, slot, seconds, and replicas from here on: see `chain_columns.Columns`."""
+
+_FIRST_ROOM = 4_000_000
+"""So many columns there is room for at first; memory counts only once it is used."""
+
+_FEW_SETS = 32
+"""So few sets of places are compared with one another."""
+
+_OF_LINKS = ("joins", "near", "near_alone", "sorts", "stands_for", "slots", "room")
+"""What depends on the kinds of links."""
 
 
 class OptionRows:
@@ -69,9 +84,12 @@ class OptionRows:
         widest = int(self.width.max(initial=1))
         padded = [[row[m] for m in o.staff] + [0] * (widest - o.width) for o in options]
         self.staff = np.array(padded, dtype=np.intp).reshape(len(padded), widest)
-        self.kinds, self.near, self.place, self.joins = _places(cells, options)
+        self.kinds, self._between, self.place = _places(cells, options, self.take)
         self._runs, self._num_units = runs, table.num_units
-        self.slots = find_slots(runs, table.num_units, len(self.kinds))
+        self._merged: dict[bytes, OptionRows] = {}
+        self._slots: dict[int, Slots] = {}
+        self.by_size: dict[float, tuple[OptionRows, FloatArray]] = {}
+        """By mean microbatch size the rows with kinds merged, and seconds by kind and boundary."""
         posts = [cached_post(table, units, o, setting) for o in options]
         self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
         moved = [zero_seconds(table, units, o) for o in options]
@@ -94,15 +112,71 @@ class OptionRows:
     def among(self, runs: Ranges, index: IntArray) -> "OptionRows":
         """The same on some of the runs only, which `index` numbers."""
         found = copy(self)
-        for name in ("whole_slots", "scratch", "room"):
+        for name in ("whole_slots", "scratch", *_OF_LINKS):
             found.__dict__.pop(name, None)
-        found._runs, found.slots = runs, find_slots(runs, self._num_units, len(self.kinds))
+        found._runs, found._merged, found._slots, found.by_size = runs, {}, {}, {}
         found.post_s, found.post_by_run = self.post_s[:, index], self.post_by_run[index]
         found.moved_s = {row: moved[index] for row, moved in self.moved_s.items()}
         if self.moved_s:
             found._moved_rows = np.ascontiguousarray(self._moved_rows[:, index])
         found.least_post, found.least_moved = self.least_post[index], self.least_moved[index]
         return found
+
+    def merged(self, seconds: FloatArray) -> "OptionRows":
+        """The same with kinds of links as one that take equally long, given by kind and boundary."""
+        _, first, of_kind = np.unique(seconds[1:], axis=0, return_index=True, return_inverse=True)
+        if len(first) == len(self.kinds) - 1:
+            return self
+        number = np.concatenate([[0], of_kind.reshape(-1) + 1]).astype(np.intp)
+        if number.tobytes() not in self._merged:
+            found = self._merged[number.tobytes()] = copy(self)
+            for name in _OF_LINKS:
+                found.__dict__.pop(name, None)
+            found.kinds = (self.kinds[0], *(self.kinds[1 + i] for i in first.tolist()))
+            found._between = number[self._between]
+        return self._merged[number.tobytes()]
+
+    @cached_property
+    def joins(self) -> BoolArray:
+        """[left set of places, right set, kind]: whether that kind of link joins the two."""
+        kinds = np.arange(len(self.kinds))
+        found: BoolArray = (self._between[:, :, None] == kinds) & (kinds > 0)
+        return found
+
+    @cached_property
+    def stands_for(self) -> BoolArray:
+        """[set, other set, kind]: whether all that reach the other by it reach the set."""
+        number = len(self.joins)
+        if number > _FEW_SETS:
+            # Where sets of places are many, hardly any two are reached alike.
+            alone = np.eye(number, dtype=np.bool_)
+            return np.repeat(alone[:, :, None], len(self.kinds), axis=2)
+        left, right = self.joins[:, :, None, :], self.joins[:, None, :, :]
+        found: BoolArray = np.logical_and.reduce(left | ~right, axis=0)
+        return found
+
+    @cached_property
+    def near(self) -> BoolArray:
+        """[option, kind]: whether it can have that beside it."""
+        some: BoolArray = np.logical_or.reduce(self.joins, axis=0)
+        some[:, 0] = True
+        found: BoolArray = some[self.place]
+        return found
+
+    @property
+    def num_slots(self) -> int:
+        """As many as there are `slots`."""
+        kinds, runs = len(self.kinds) - 1, self._runs
+        ends = (runs.first == 0).astype(np.intp) + (runs.last == self._num_units)
+        return int((kinds ** (2 - ends)).sum())
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Every run between every two kinds of links."""
+        number = len(self.kinds)
+        if number not in self._slots:
+            self._slots[number] = find_slots(self._runs, self._num_units, number)
+        return self._slots[number]
 
     def teams(self, with_replicas: bool) -> tuple[IntArray, IntArray]:
         """The distinct rows of devices (and replicas) that options take, and which each of them takes."""
@@ -186,7 +260,7 @@ class OptionRows:
         """Every run once, for bounds that leave open which links are beside it."""
         first, last = self._runs.first, self._runs.last
         none = np.zeros(len(first), dtype=np.intp)
-        return Slots(np.arange(len(first)), first, last, none, none)
+        return Slots(np.arange(len(first)), first, last, none, none, self._num_units)
 
     @cached_property
     def scratch(self) -> FloatArray:
@@ -213,11 +287,14 @@ class OptionRows:
         return np.ascontiguousarray(found.T)
 
     @cached_property
-    def room(self) -> tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]:
-        """Arrays as long as there may be columns, used again and again."""
-        number = len(self.options) * len(self.slots.run)
-        option, slot = np.empty(number, dtype=np.intp), np.empty(number, dtype=np.intp)
-        return option, slot, np.empty(number), np.empty(number), np.empty(number), np.empty(number)
+    def room(self) -> Room:
+        """Arrays for columns, used again and again: of every crew on every run, or many."""
+        number = len(self.options) * self.num_slots
+        return _room(max(self.scratch.size, min(number, _FIRST_ROOM)))
+
+    def enlarge(self) -> None:
+        """Have room for twice as many columns."""
+        self.room = _room(2 * len(self.room[0]))
 
     @property
     def moved_rows(self) -> FloatArray:
@@ -230,6 +307,11 @@ class OptionRows:
             return 0.0
         nothing = np.zeros(self.post_s.shape[1])
         return np.stack([self.moved_s.get(i, nothing) for i in rows.tolist()])
+
+
+def _room(number: int) -> Room:
+    option, slot = np.empty(number, dtype=np.intp), np.empty(number, dtype=np.intp)
+    return option, slot, np.empty(number), np.empty(number), np.empty(number), np.empty(number)
 
 
 def _without_outdone(
@@ -261,13 +343,12 @@ def _without_outdone(
 
 
 def _places(
-    cells: Cells, options: Sequence[StageOption]
-) -> tuple[tuple[Links, ...], BoolArray, IntArray, BoolArray]:
+    cells: Cells, options: Sequence[StageOption], take: IntArray
+) -> tuple[tuple[Links, ...], IntArray, IntArray]:
     """Where stages may stand, and what kinds of links they can have between them.
 
     Sets of places that are joined to every place by the same links are one: most are. Gives the kinds,
-    [option, kind] whether a stage can have it beside it, [option] its set of places, and
-    [left set, right set, kind] whether that kind joins the two.
+    [left set, right set] the kind between them, 0 where no two stages stand so, and [option] its set.
     """
     every = list({link for row in cells.links for link in row if link is not None})
     bit_of = {link: 1 << number for number, link in enumerate(every)}
@@ -280,32 +361,42 @@ def _places(
     of_places = {p: reach(p) for p in dict.fromkeys(o.places for o in options)}
     like = {row: p for p, row in of_places.items()}
     number = {row: i for i, row in enumerate(like)}
-    masks = [[reduce(or_, (row[a] for a in p), 0) for row in like] for p in like.values()]
+    place = np.array([number[of_places[o.places]] for o in options], dtype=np.intp)
+    apart = _apart(cells, take, place, len(like))
+    masks = [
+        [reduce(or_, (row[a] for a in p), 0) if apart[i, j] else 0 for j, row in enumerate(like)]
+        for i, p in enumerate(like.values())
+    ]
     links_of = {
         mask: pareto([link for link, bit in bit_of.items() if mask & bit])
         for mask in {m for row in masks for m in row}
     }
     kinds = (frozenset(), *sorted({k for k in links_of.values() if k}, key=repr))
-    kind_of = {mask: kinds.index(links) for mask, links in links_of.items()}
+    number_of = {links: i for i, links in enumerate(kinds)}
+    kind_of = {mask: number_of[links] for mask, links in links_of.items()}
     between = np.array([[kind_of[m] for m in row] for row in masks], dtype=np.intp)
-    every_kind = np.arange(len(kinds))
-    joins = (between.reshape(len(like), len(like), 1) == every_kind) & (every_kind > 0)
-    near = joins.any(axis=1) | (every_kind == 0)
-    place = np.array([number[of_places[o.places]] for o in options], dtype=np.intp)
-    return kinds, near[place], place, joins
+    return kinds, between.reshape(len(like), len(like)), place
+
+
+def _apart(cells: Cells, take: IntArray, place: IntArray, number: int) -> BoolArray:
+    """[set of places, another one]: whether some stages on the two have devices enough for both."""
+    rows, at = (
+        np.unique(np.column_stack([take, place]), axis=0),
+        np.zeros((number, number), dtype=np.bool_),
+    )
+    for row in rows:
+        fits = (rows[:, :-1] + row[:-1] <= np.array(cells.counts)).all(axis=1)
+        at[row[-1], rows[fits, -1]] = True
+    return at
 
 
 def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
     """Every run with every pair of links it may stand between."""
-    run, before, after = (
-        a.ravel()
-        for a in np.meshgrid(
-            np.arange(len(runs.first)), np.arange(num_kinds), np.arange(num_kinds), indexing="ij"
-        )
-    )
-    first, last = runs.first[run], runs.last[run]
     # The pipeline starts and ends where nothing is sent, and only there.
-    real = ((first == 0) == (before == 0)) & ((last == num_units) == (after == 0))
-    order = np.flatnonzero(real)
-    order = order[np.lexsort((after[order], before[order], last[order], first[order]))]
-    return Slots(run[order], first[order], last[order], before[order], after[order])
+    ahead, behind = (np.where(end, 1, num_kinds - 1) for end in (runs.first == 0, runs.last == num_units))
+    number = ahead * behind
+    run = np.repeat(np.arange(len(number)), number)
+    place = np.arange(len(run)) - np.repeat(np.cumsum(number) - number, number)
+    first, last, behind = runs.first[run], runs.last[run], behind[run]
+    before, after = place // behind + (first > 0), place % behind + (last < num_units)
+    return Slots(run, first, last, before, after, num_units)

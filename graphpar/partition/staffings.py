@@ -34,6 +34,9 @@ _MODES_PRICED = 12
 _FEW_SETS = 1024
 """With more sets of devices sweeps take longer: fewer stages are priced, by the root of the ratio."""
 
+_MOST_PAIRS = 16
+"""Sets of devices are bounded whatever the links beside them: more pairs of links cost no more."""
+
 _MOST_STATES = 1 << 12
 """Sets of devices that a sweep by loops may go through."""
 
@@ -103,7 +106,8 @@ def states(cells: Cells) -> int:
 def _cost(table: CostTable, cells: Cells, takes: Sequence[Take], loops: bool) -> float:
     kinds = max(len({k for row in cells.links for k in row if k is not None}), 1)
     if loops:
-        return len(takes) * kinds**2 * table.num_units * (table.num_units + 1) / 2
+        pairs = min(kinds**2, _MOST_PAIRS)
+        return len(takes) * pairs * table.num_units * (table.num_units + 1) / 2
     touched = 0
     for take in takes:
         touched += math.prod(n - t + 1 for n, t in zip(cells.counts, take, strict=True))

@@ -67,13 +67,21 @@ def boundary_seconds(
     table: CostTable, setting: Setting, kinds: Sequence[Links], cache: Cache | None = None
 ) -> FloatArray:
     """[link kind, boundary]: seconds of a microbatch's transfers, both directions."""
-    forward, backward = boundary_bytes(table, setting.size, cache)
-    seconds = np.zeros((len(kinds), table.num_units + 1))
-    for number, links in enumerate(kinds):
-        seconds[number] = _slowest(links, forward, table.message_s)
-        if table.training:
-            seconds[number] += _slowest(links, backward, table.message_s)
-    return seconds
+    found = np.zeros((len(kinds), table.num_units + 1))
+    some = [number for number, links in enumerate(kinds) if links]
+    if not some:
+        return found
+    every = list(dict.fromkeys(link for number in some for link in kinds[number]))
+    row = {link: i for i, link in enumerate(every)}
+    rows = np.array([row[link] for number in some for link in kinds[number]])
+    starts = np.cumsum([0, *(len(kinds[number]) for number in some[:-1])])
+    latency, rate = (
+        np.array(a)[:, None] for a in zip(*((k.latency_s, k.bytes_per_s) for k in every), strict=True)
+    )
+    for num_bytes in boundary_bytes(table, setting.size, cache)[: 2 if table.training else 1]:
+        each = np.where(num_bytes > 0, latency + num_bytes / rate + table.message_s, 0.0)
+        found[some] += np.maximum.reduceat(each[rows], starts, axis=0)
+    return found
 
 
 def boundary_bytes(

@@ -1,7 +1,7 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -59,8 +59,19 @@ def compare(table: CostTable) -> None:
         assert by_loops.bound_s == pytest.approx(by_arrays.bound_s, rel=1e-9, abs=1e-12)
 
 
+@st.composite
+def on_own_links(draw: st.DrawFn) -> CostTable:
+    """Every device is a node, and every two nodes have a link of their own."""
+    table = draw(small_tables(max_units=3, max_batch=3, modes=True))
+    nodes = {d: d for d in table.class_of}
+    links = st.builds(LinkCost, st.sampled_from([0.0, 0.1]), st.sampled_from([1e4, 100.0, 20.0, 5.0]))
+    between = {pair: draw(links) for pair in combinations(nodes, 2)}
+    inside = dict.fromkeys(nodes, FAST)
+    return replace(table, topology=Topology(nodes, inside, draw(links), between))
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=RELAXED)
-@given(small_tables(max_units=3, max_batch=4, modes=True))
+@given(small_tables(max_units=3, max_batch=4, modes=True) | on_own_links())
 def test_loops_find_the_best_plan(table: CostTable) -> None:
     compare(table)
 
