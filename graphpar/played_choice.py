@@ -19,13 +19,12 @@ from graphpar.partition.partition_words import idle_note
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition
 from graphpar.plan_comparison import in_family_of, step_of
-from graphpar.schedule_choice import but_left_out, judged_s
+from graphpar.schedule_choice import LEAST_GAIN, but_left_out, judged_s
 from graphpar.simulated import has_formula, simulated
 from graphpar.units import format_seconds
 
 NO_GAIN = 0.02
-"""A plan that is faster than one device by less than this is not worth the devices. And one that lost by
-its formula is taken where it is so much shorter played through: less is not worth the certificate."""
+"""A plan that is faster than one device by less than this is not worth the devices."""
 
 BY_FORMULA = "formula: plans were compared as they are played through, the bound is of their formula"
 """What cut the search short of a plan that is longer by its formula and was taken all the same."""
@@ -56,8 +55,9 @@ def best_played(
     """The plan, or another one at hand that is shorter when both are played through.
 
     Others are the best single device, plans that lost, and where workers are crowded on the cores of this
-    machine simple plans over as many as there are cores. A plan that is kept though one device is as good
-    says so.
+    machine simple plans over as many as there are cores. As plans over several devices cost the gap that
+    was proven, they have to be as much shorter as another order of work. A plan that is kept though one
+    device is as good says so.
 
     Args:
         table: What the plan was made for.
@@ -80,7 +80,7 @@ def best_played(
     best, best_s = plan, judged_s(plan_s, plan.schedule)
     for other in hopeful:
         alone = len(other.used_devices) == 1
-        most_s = best_s * (1 + _ROUNDING if alone else 1 - NO_GAIN)
+        most_s = best_s * (1 + _ROUNDING if alone else 1 - LEAST_GAIN)
         if other.pipelines == plan.pipelines:
             continue
         played = simulated(table, other.pipelines, other.schedule)
