@@ -83,7 +83,7 @@ def plan(
     check_precision(precision)
     check_limits(gap=gap, time_limit_s=time_limit_s, measure_s=measure_s, calibration=calibration)
     where = as_cluster(cluster)
-    prepared = prepare(model, args, kwargs or {}, train)
+    prepared = prepare(model, args, {} if kwargs is None else kwargs, train)
     return plan_prepared(
         prepared,
         where,
@@ -96,7 +96,7 @@ def plan(
         explain_s=EXPLAIN_S,
         measure_s=measure_s,
         precision_budget=precision_budget,
-        example=Example(model, args, kwargs or {}),
+        example=Example(model, args, {} if kwargs is None else kwargs),
     )
 
 
@@ -168,7 +168,7 @@ def compile(
     check_limits(gap=gap, time_limit_s=time_limit_s, measure_s=measure_s, calibration=calibration)
     where = as_cluster(cluster)
     CompiledModel.warm_up()
-    prepared = prepare(model, args, kwargs or {}, train)
+    prepared = prepare(model, args, {} if kwargs is None else kwargs, train)
     warn_of_bad_weights(model)
 
     def decide() -> Plan:
@@ -184,7 +184,7 @@ def compile(
                 gap=gap,
                 measure_s=measure_s,
                 precision_budget=precision_budget,
-                example=Example(model, args, kwargs or {}),
+                example=Example(model, args, {} if kwargs is None else kwargs),
             )
         plan.check_model(prepared.graph.name, prepared.model_hash)
         plan.check_cluster(where.to_dict(), hash_of(where.to_dict()))

@@ -260,7 +260,7 @@ def what_if(
         raise ValueError(f"objective={objective!r} is for a budget; give budget_usd_per_h=, too")
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
-    book = PriceBook(model, args, kwargs or {}, train, calibration, inputs)
+    book = PriceBook(model, args, {} if kwargs is None else kwargs, train, calibration, inputs)
     batch, money = book.baseline().graph.batch, {} if prices is None else prices
     baseline = baseline_setting(where, batch, train, precision=precision, tensor=tensor, prices=money)
     limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)

@@ -61,6 +61,7 @@ def ask(scenarios: Any = (), **options: Any) -> graphpar.Study:
         ({"progress": {}}, "progress= takes a function"),
         ({"calibration": 1.0}, "graphpar.calibrate"),
         ({"prices": 0}, "dict of node names"),
+        ({"kwargs": torch.ones(2)}, "kwargs= must be a dict"),
     ],
 )
 def test_senseless_arguments_are_refused_and_told_as_they_were_given(
