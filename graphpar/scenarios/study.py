@@ -12,6 +12,7 @@ from graphpar import catalogue
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError, RunError
 from graphpar.optimizer_probe import refuse_unrepeatable
+from graphpar.partition.certificate import BEYOND
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.plan_comparison import step_of
@@ -175,7 +176,7 @@ class Solver:
             if made.step_s is not None and (
                 other.batch != mine.batch or made.step_s <= (other.step_s or 0)
             ):
-                return _better(mine, made, setting)
+                return _better(mine, made, setting, found.objective_s)
         if other.batch != mine.batch or any(name != place for name, place in there.items()):
             return None
         # Played under faster links an order of work may come out longer; it need not be changed.
@@ -375,15 +376,21 @@ class Solver:
         )
 
 
-def _better(mine: Answer, other: Answer, setting: Setting) -> Answer:
-    """Another setting's plan in the place of this one's; its bound on any plan is one of this setting."""
+def _better(mine: Answer, other: Answer, setting: Setting, formula_s: float = math.inf) -> Answer:
+    """Another setting's plan in the place of this one's; its bound on any plan is one of this setting.
+
+    `formula_s` is what the plan takes here by its formula, where that is known.
+    """
     any_bound_s = mine.any_bound_s if mine.any_bound_s is not None else other.any_bound_s
     # Of schedules without a formula, and of a setting that seemed infeasible, no search proved anything.
     searched = mine.bound_s is not None and other.plan is not None and has_formula(other.plan.schedule)
-    bound_s = (mine.bound_s if searched else any_bound_s) or 0.0
+    # What is shorter than the bound on all that was searched is none of that.
+    beyond = searched and formula_s < (mine.bound_s or 0.0) * (1 - _ROUNDING)
+    bound_s = (mine.bound_s if searched and not beyond else any_bound_s) or 0.0
     step_s = other.step_s or 0.0
     used = set(other.used)
     cut = (*(r for r in mine.remarks if r.startswith(CUT_SHORT)), *_against_the_rule(mine, other))
+    cut = (*cut, f"{CUT_SHORT} by {BEYOND}") if beyond else cut
     kept = (r for r in other.remarks if not r.startswith("left out"))
     return replace(
         other,

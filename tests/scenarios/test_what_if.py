@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import graphpar
 from graphpar.cost import LinkCost
+from graphpar.partition.certificate import BEYOND
 from graphpar.planner import price
 from graphpar.precision import uniform_formats
 from graphpar.preparation import prepare
@@ -233,7 +234,29 @@ def test_a_plan_is_taken_over_where_only_idle_devices_are_missing() -> None:
     solver._known[key] = dataclasses.replace(found, status="infeasible", step_s=None, plan=None, used=())
     (again,) = solver.answers([smaller])
     assert again.step_s == pytest.approx(first.step_s)
+    assert again.step_s is not None
     assert set(again.used) | set(again.left_out) == {d.name for d in smaller.cluster.devices}
+    # As if a search among other plans had proven that none of them is as short.
+    step_s = again.step_s
+    solver._known[key] = dataclasses.replace(found, step_s=2 * step_s, bound_s=1.5 * step_s)
+    (beyond,) = solver.answers([smaller])
+    assert beyond.step_s == again.step_s
+    assert beyond.bound_s == beyond.any_bound_s
+    assert any(BEYOND in remark for remark in beyond.remarks)
+
+
+def test_the_plan_of_the_next_batch_is_taken_over_where_it_is_faster() -> None:
+    book = PriceBook(model(), inputs(16), {}, TRAINING)
+    base = baseline_setting(graphpar.Cluster.from_dict(CLUSTER), 16, TRAINING)
+    solver = Solver(book, Limits(gap=0.1, time_limit_s=0.3, processes=1), AnswerCache(None))
+    other = apply(base, ["set batch=24"])
+    _, found = solver.answers([base, other])
+    assert found.step_s is not None
+    key = solver.key(numbered(other), 0.3)
+    solver._known[key] = dataclasses.replace(found, step_s=10 * found.step_s)
+    (better,) = solver.answers([other])
+    assert better.batch == 24
+    assert better.step_s is not None and better.step_s < 10 * found.step_s
 
 
 def test_leaving_out_any_of_equal_devices_is_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
