@@ -73,12 +73,17 @@ def narrowed(sums_s: FloatArray, limit_s: float, windows: Windows) -> Windows | 
         reach = int(np.searchsorted(sums_s[lasts[-1], lasts[-1] :], limit_s, "right")) - 1 + lasts[-1]
         firsts.append(max(low, firsts[-1] + 1))
         lasts.append(min(high, reach))
+        # With less than no time left not even a segment without a unit is in time.
+        if limit_s < 0 or firsts[-1] > lasts[-1]:
+            return None
     end, found = (units, units), []
     for low, high in zip(reversed(firsts[1:]), reversed(lasts[1:]), strict=True):
         reach = int((sums_s[: end[0] + 1, end[0]] > limit_s).sum())
         end = max(low, reach), min(high, end[1] - 1)
+        if end[0] > end[1]:
+            return None
         found.append(end)
-    return None if any(low > high for low, high in found) else tuple(reversed(found))
+    return tuple(reversed(found))
 
 
 def halves(windows: Windows) -> list[Windows]:

@@ -22,7 +22,7 @@ def within(cuts: tuple[int, ...], windows: Windows) -> bool:
     )
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(0, 12), st.integers(0, 6))
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(-1, 12), st.integers(0, 7))
 def test_windows_hold_all_cuts_that_are_in_time(each: list[int], limit: int, most: int) -> None:
     upto = np.concatenate([[0.0], np.cumsum(each)])
     sums = np.maximum(upto[None, :] - upto[:, None], 0.0)
