@@ -23,6 +23,7 @@ import networkx as nx
 import numpy as np
 
 from graphpar.partition.answers import relative_gap
+from graphpar.partition.place_forks import forks
 from graphpar.partition.place_graph import Blocks, IntArray, contract, product
 from graphpar.partition.place_ideals import BoolArray, Ideals, Transfers, all_ideals, chain_ideals
 from graphpar.partition.place_latency_bound import IdealWalk, walk_ideals
@@ -80,6 +81,13 @@ def search_latency(
         if (found := units.latency(devices)) < value:
             best, value = devices, found
     tell("serial", value if best is not None else None, bound)
+
+    if best is not None:
+        for devices in forks(units, best):
+            if left_s() <= 0.1:
+                break
+            if (found := units.latency(devices)) < value:
+                best, value = devices, found
 
     def answer() -> dict[NodeId, int] | None:
         return None if best is None else units.placement(problem, best)

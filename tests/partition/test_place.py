@@ -14,6 +14,7 @@ from graphpar.partition import place
 from graphpar.partition.clock import never
 from graphpar.partition.place import solve_placement
 from graphpar.partition.place_check import Objective, check_placement
+from graphpar.partition.place_forks import forks
 from graphpar.partition.place_graph import contract, join_dominated
 from graphpar.partition.place_ideals import all_ideals, best_split, window_ideals
 from graphpar.partition.place_items import items_of
@@ -397,3 +398,19 @@ def test_what_nobody_can_run_on_the_cpus_drowns_no_load() -> None:
     solved = solve_placement(problem)
     assert solved.status == "optimal"
     assert solved.objective == pytest.approx(best)
+
+
+def test_paths_side_by_side_go_to_accelerators_of_their_own() -> None:
+    """Two paths of 10 s between two operators of 1 s; each way out and in takes 0.1 s."""
+    work = [1.0, 5.0, 5.0, 5.0, 5.0, 1.0]
+    operators = tuple(Operator(v, 1e3, t, True, 1.0, f"own {v}", False) for v, t in enumerate(work))
+    edges = [(0, 1), (1, 2), (0, 3), (3, 4), (2, 5), (4, 5)]
+    problem = PlacementProblem("fork", operators, tuple(Transfer(*e, 0.1) for e in edges), 4, 1, 9.0)
+    units = units_of(problem)
+    found = list(forks(units, [1] * units.num_classes))
+    best = min(found, key=units.latency)
+    assert units.latency([1] * units.num_classes) == 22.0
+    assert units.latency(best) == pytest.approx(1.0 + 0.1 + 10.2 + 0.2 + 1.0)
+    verdict = check_placement(problem, units.placement(problem, best), "latency")
+    assert verdict.feasible and verdict.value == pytest.approx(units.latency(best))
+    assert list(forks(units, [1, 2, 2, 2, 2, 1])) == [], "too few are unused"
