@@ -151,12 +151,16 @@ def _taken_instead(table: CostTable, best: Partition, plan: Partition, found: Pa
     crowds = table.shared is not None and plan_s > plan.objective_s * (1 + NO_GAIN)
     told = (
         f"{taken} taken: played through, a step takes {_both(best, best_s)}, and {_both(plan, plan_s)} "
-        f"under the plan over {len(plan.used_devices)} devices that was found{_of_cores(table) * crowds}"
+        f"under the plan over {len(plan.used_devices)} devices that was found"
+        f"{_kept_short(plan) * (plan_s < best_s)}{_of_cores(table) * crowds}"
     )
-    notes = (*but_left_out(found.notes, best, plan), *_idle(table, best, plan), told)
+    idle = _idle(table, best, plan)
+    if plan_s < best_s:
+        idle = [note.partition(";")[0] for note in idle]
+    notes = (*but_left_out(found.notes, best, plan), *idle, told)
     made = in_family_of(found, best, notes)
     check_partition(table, made)
-    if made.gap > plan.gap:
+    if made.gap > found.gap:
         made = replace(made, truncated_by=(*made.truncated_by, BY_FORMULA))
     return replace(made, runners_up=(replace(plan, runners_up=()), *found.runners_up[:2]))
 
@@ -165,6 +169,14 @@ def _both(plan: Partition, step_s: float) -> str:
     """A step as it is played through, and by the formula where that says something else."""
     played, formula = format_seconds(step_s), format_seconds(plan.objective_s)
     return played if played == formula else f"{played} ({formula} by the formula)"
+
+
+def _kept_short(plan: Partition) -> str:
+    """Why a plan without a formula is not taken though it is shorter."""
+    return (
+        f"; its order of work, {plan.schedule}, has no formula and so must be {100 * LEAST_GAIN:.0f} % "
+        f"shorter; schedule={plan.schedule} takes it as it is"
+    )
 
 
 def _of_cores(table: CostTable) -> str:

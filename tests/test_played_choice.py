@@ -14,8 +14,10 @@ from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.plan_choice import choose_plan
 from graphpar.plan_comparison import step_of
+from graphpar.played_choice import best_played
 from graphpar.scenarios.solve import solve
 from graphpar.scenarios.task import Task
+from graphpar.simulated import certified, simulated
 from graphpar.units import format_seconds
 
 
@@ -79,6 +81,37 @@ def test_fewer_workers_are_taken_where_there_are_no_cores_for_more() -> None:
     for shared in (free, replace(free, shared=None)):
         kept = replace(found, runners_up=(lost,))
         assert choose_plan(shared, kept).used_devices == found.used_devices
+
+
+def test_an_order_of_work_that_is_shorter_but_not_taken_is_told_with_the_reason() -> None:
+    table = blocks(speeds=(1.0, 6.0))
+    lost = zero_bubble(table)
+    alone_s = one_device(table).objective_s
+    assert 0.9 * alone_s < lost.objective_s < alone_s
+    chosen = best_played(table, lost, partition(table))
+    assert chosen.used_devices == ("a/0",) and not chosen.truncated_by
+    assert "zero-bubble, has no formula and so must be 10 % shorter" in told(chosen, "alone was taken")
+    assert told(chosen, "left out") == "left out: a/1"
+
+
+def test_a_wider_gap_than_was_proven_has_its_reason_whatever_was_nearly_taken() -> None:
+    table = blocks(speeds=(1.0, 0.5))
+    found = partition(table)
+    chosen = best_played(table, zero_bubble(table), found)
+    assert found.gap < chosen.gap < zero_bubble(table).gap
+    assert any(limit.startswith("formula") for limit in chosen.truncated_by)
+    assert "no formula" not in told(chosen, "was taken")
+
+
+def zero_bubble(table: CostTable) -> Partition:
+    """All units but the last on the first device, the last on the second, each sample by itself."""
+    batch, last = table.batch, table.num_units - 1
+    stages = (
+        StageChoice(0, last, (Replica("a/0", batch),)),
+        StageChoice(last, last + 1, (Replica("a/1", batch),)),
+    )
+    played = simulated(table, (PipelineChoice(batch, batch, stages),), "zero-bubble")
+    return certified(table, played.partition)
 
 
 def test_messages_that_cost_more_than_they_bring_are_known_to_the_search() -> None:
