@@ -41,3 +41,20 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
             number = float(value)
     if not holds(number):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def whole_number(name: str, value: object, rule: str, holds: Callable[[int], bool]) -> int:
+    """A whole number as an int; what is none, or forbidden by a rule in words, is refused.
+
+    Raises:
+        ValueError: Says which and what was given.
+
+    >>> whole_number("processes", 2.0, "a whole number of at least 1", lambda n: n >= 1)
+    Traceback (most recent call last):
+    ...
+    ValueError: processes must be a whole number of at least 1, got 2.0
+    """
+    number = None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+    if number is None or not holds(number):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    return number

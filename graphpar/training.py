@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from graphpar.arguments import check_number
+from graphpar.arguments import check_number, whole_number
 from graphpar.partition.settings import ScheduleWish
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ class Training:
                 raise ValueError(f"Training({name}=...) must be a function, not {given!r}.")
         if self.microbatches != "auto":
             whole = "a whole number of at least 1, or 'auto'"
-            check_number(
-                "Training(microbatches=...)", self.microbatches, whole, lambda n: n >= 1 and n % 1 == 0
-            )
+            self._take("microbatches", whole, lambda n: n >= 1)
         if self.schedule not in get_args(ScheduleWish):
             raise ValueError(
                 f"Training(schedule=...) must be one of {', '.join(get_args(ScheduleWish))}, "
@@ -78,4 +76,9 @@ class Training:
             )
         if self.max_grad_norm is not None:
             check_number("Training(max_grad_norm=...)", self.max_grad_norm, "positive", lambda n: n > 0)
-        check_number("Training(seed=...)", self.seed, "a whole number", lambda n: n % 1 == 0)
+        self._take("seed", "a whole number that 64 bits hold", lambda n: -(2**63) <= n < 2**64)
+
+    def _take(self, name: str, rule: str, holds: Callable[[int], bool]) -> None:
+        """Keep a number as an int, whatever kind of whole number was given: workers are sent it."""
+        number = whole_number(f"Training({name}=...)", getattr(self, name), rule, holds)
+        object.__setattr__(self, name, number)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -124,10 +125,18 @@ def test_wrong_arguments_are_value_errors() -> None:
     for name, value in senseless.items():
         with pytest.raises(ValueError, match=rf"{name}.* (got {value!r}|not a float)"):
             graphpar.compile(small_gpt(), CPUS, batch, **{name: value})
-    senseless = {"microbatches": b"2", "max_grad_norm": float("nan"), "seed": 0.5}
-    for name, value in senseless.items():
-        with pytest.raises(ValueError, match=rf"Training\({name}=...\) must be .*, got {value!r}"):
-            Training(optimizer=torch.optim.SGD, **{name: value})
+    wrong: dict[str, list[Any]] = {
+        "microbatches": [b"2", 2.0, 0],
+        "max_grad_norm": [float("nan")],
+        "seed": [1.0, 2**64],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"Training\({name}=...\) must be .*, got {value!r}"):
+                Training(optimizer=torch.optim.SGD, **{name: value})
+    two: Any = np.int64(2)
+    kept = Training(optimizer=torch.optim.SGD, seed=two, microbatches=two)
+    assert type(kept.seed) is type(kept.microbatches) is int
 
 
 @pytest.mark.parametrize("given", [None, [{"kind": "cpu"}]])

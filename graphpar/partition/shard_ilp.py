@@ -114,8 +114,6 @@ def build_program(
     rows: MemoryRows,
     active_rows: Iterable[int],
     *,
-    limit: FloatArray | None = None,
-    relaxed: bool = False,
     should_stop: ShouldStop = never,
 ) -> ShardingProgram:
     """The programme of a graph with the given memory rows only.
@@ -124,8 +122,6 @@ def build_program(
         graph: The problem without its memory limit.
         rows: All memory rows.
         active_rows: Which of them to write down.
-        limit: Replaces `rows.limit`, where part of the memory is taken by vertices not in `graph`.
-        relaxed: Leave the x continuous.
         should_stop: Looked at all the time.
 
     Raises:
@@ -152,10 +148,9 @@ def build_program(
                 cost_of[offset[v] : offset[v] + table.shape[1]] += merged.column_constant
                 position += _add_edge(builder, merged, offset[u], offset[v], position)
                 pair_costs.append(merged.core[np.isfinite(merged.core)])
-    available = rows.limit if limit is None else limit
-    _add_memory(builder, graph, rows, sorted(active_rows), available, offset, should_stop)
+    _add_memory(builder, graph, rows, sorted(active_rows), offset, should_stop)
     integer = np.zeros(position, dtype=np.bool_)
-    integer[:num_strategies] = not relaxed
+    integer[:num_strategies] = True
     upper = np.full(position, np.inf)
     upper[:num_strategies] = 1.0
     return ShardingProgram(
@@ -197,15 +192,15 @@ def _add_memory(
     graph: ShardingGraph,
     rows: MemoryRows,
     active_rows: list[int],
-    limit: FloatArray,
     offset: dict[int, int],
     should_stop: ShouldStop,
 ) -> None:
     if not active_rows:
         return
     active = np.array(active_rows, dtype=np.intp)
+    limit = rows.limit[active]
     # Rows are scaled to a limit of one, so that the solver's tolerances mean a share of memory.
-    scale = 1.0 / np.maximum(1.0, np.abs(limit[active]))
+    scale = 1.0 / np.maximum(1.0, np.abs(limit))
     for u, begin in in_time(offset.items(), should_stop):
         profile = vertex_profile(graph.members[u], rows)
         if profile is None:
@@ -221,4 +216,4 @@ def _add_memory(
         builder.add(target, begin + strategy, amounts[strategy, place] * scale[target])
     builder.num_rows += len(active)
     builder.row_lower.append(np.full(len(active), -np.inf))
-    builder.row_upper.append(limit[active] * scale)
+    builder.row_upper.append(limit * scale)

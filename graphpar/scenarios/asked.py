@@ -100,9 +100,7 @@ def check_limits(
         gap=gap, time_limit_s=1.0 if time_limit_s is None else time_limit_s, calibration=calibration
     )
     if processes is not None:
-        arguments.check_number(
-            "processes", processes, "a whole number of at least 1", lambda n: n >= 1 and n % 1 == 0
-        )
+        arguments.whole_number("processes", processes, "a whole number of at least 1", lambda n: n >= 1)
     if budget_usd_per_h is not None:
         arguments.check_number("budget_usd_per_h", budget_usd_per_h, "a positive number", lambda x: x > 0)
     for name, given in functions.items():

@@ -30,7 +30,7 @@ def ask(scenarios: Any = (), **options: Any) -> graphpar.Study:
         ({"time_limit_s": math.nan}, "got nan"),
         ({"gap": 1.0}, "got 1.0"),
         ({"processes": 0}, "got 0"),
-        ({"processes": 1.5}, "whole number"),
+        ({"processes": 2.0}, "whole number"),
         ({"time_limit_s": "5"}, "must be positive, got '5'"),
         ({"gap": None}, "got None"),
         ({"budget_usd_per_h": "12"}, "must be a positive number"),
