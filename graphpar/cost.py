@@ -244,7 +244,7 @@ class LinkCost:
 class Topology:
     """Which link two devices share: `inside[node]` within a node, `between[(a, b)]` or `network` across.
 
-    `between` is looked up in both orders.
+    `between` is looked up in both orders; a table in which the two differ is refused.
     """
 
     node_of: dict[str, str]

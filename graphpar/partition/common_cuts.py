@@ -3,7 +3,9 @@
 The units between two boundaries at which all pipelines are cut are a *segment*. Inside it some pipeline
 goes on at every boundary, so that neighbouring sums have a device in common and follow one another
 (`gradient_sums`): the sums of a segment take at least what one ring over all of its units does, with one
-holder in each pipeline. Where that is more than there is time for, the segment is too long.
+holder in each pipeline. Units without gradients have no sum, and what is before them may be summed on
+other devices than what is behind them: the longer of the two counts alone. Where that is more than there
+is time for, the segment is too long.
 
 So segments must be short, and a plan has a common cut within each of some *windows*, which follow from
 how far segments reach from either end. How many cuts all pipelines have in common is tried from one on: a
@@ -40,14 +42,27 @@ def segment_sums_s(
         min(float(np.mean(m.costs[kind].gradient_bytes)) for m in table.every_mode)
         for kind in range(len(table.costs))
     ]
-    upto = np.concatenate([[0.0], np.cumsum(np.array(least)[np.array(table.units)])])
-    num_bytes = np.maximum(upto[None, :] - upto[:, None], 0.0)
+    num_bytes = _most_in_a_row(np.array(least)[np.array(table.units)])
     found = np.zeros(num_bytes.shape)
     for group, links in zip(groups, across, strict=True):
         places = {c.place for c, n in zip(cells.cells, group, strict=True) if n}
         rings = [ring_array(links[p], len(groups), num_bytes, table.sum_s_per_byte) for p in places]
         found = np.maximum(found, np.minimum.reduce(rings))
     return np.where(num_bytes > 0, found, 0.0)
+
+
+def _most_in_a_row(num_bytes: FloatArray) -> FloatArray:
+    """[first, last]: the most that any units between have together, none of which has nothing.
+
+    >>> _most_in_a_row(np.array([3.0, 1.0, 0.0, 2.0]))[0]
+    array([0., 3., 4., 4., 4.])
+    """
+    ends = np.arange(len(num_bytes) + 1)
+    upto = np.concatenate([[0.0], np.cumsum(num_bytes)])
+    row_of = np.maximum.accumulate(np.where(np.append(1.0, num_bytes) > 0, 0, ends))
+    ending = upto[None, :] - upto[np.maximum(ends[:, None], row_of[None, :])]
+    found: FloatArray = np.maximum.accumulate(np.maximum(ending, 0.0), axis=1)
+    return found
 
 
 def first_windows(sums_s: FloatArray, limit_s: float, most: int) -> list[Windows]:

@@ -107,6 +107,9 @@ def _device_problems(table: CostTable) -> Iterator[str]:
     named |= {f"between {a} and {b}": link for (a, b), link in topology.between.items()}
     for name, link in named.items():
         yield from _link_problems(name, link)
+    for (a, b), link in topology.between.items():
+        if topology.between.get((b, a), link) != link:
+            yield f"the link between {a} and {b} is not the one between {b} and {a}; links go both ways"
 
 
 def _link_problems(name: str, link: LinkCost) -> Iterator[str]:

@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 
 from graphpar.cost import LinkCost, Topology
 from graphpar.partition import chain_warm, side_by_side
-from graphpar.partition.common_cuts import Windows, first_windows, halves, longest_s, narrowed
+from graphpar.partition.cells import find_cells, links_to_others
+from graphpar.partition.common_cuts import (
+    Windows,
+    first_windows,
+    halves,
+    longest_s,
+    narrowed,
+    segment_sums_s,
+)
+from graphpar.partition.gradient_sums import worst_finish_s
 from graphpar.partition.pipeline import partition
+from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 
 
 def within(cuts: tuple[int, ...], windows: Windows) -> bool:
@@ -51,6 +61,33 @@ def test_windows_hold_all_cuts_that_are_in_time(each: list[int], limit: int, mos
             kept -= {c for c in held if within(c, part)}
         assert not parts or not kept
         left += parts
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=3, max_size=6),
+    st.sampled_from([0.0, 0.1]),
+    st.data(),
+)
+def test_sums_of_a_segment_take_at_least_what_is_said(
+    gradients: list[float], latency_s: float, data: st.DataObject
+) -> None:
+    """Also where a unit in the middle has none, on either side of which other devices sum."""
+    units = len(gradients)
+    table = make_table([1.0] * units, (1.0,), (2 * units,), batch=2, link=LinkCost(latency_s, 1.0))
+    costs = [replace(c, gradient_bytes=g) for c, g in zip(table.costs, gradients, strict=True)]
+    table, cells = replace(table, costs=tuple(costs)), find_cells(table)
+    # A cut is in one pipeline or in the other.
+    cut_in = data.draw(st.lists(st.integers(0, 2), min_size=units - 1, max_size=units - 1))
+    pipelines = []
+    for number in range(2):
+        edges = (0, *(i + 1 for i, own in enumerate(cut_in) if own == number), units)
+        stages = (StageChoice(a, b, (Replica(f"0.{number * units + a}", 1),)) for a, b in pairwise(edges))
+        pipelines.append(PipelineChoice(1, 1, tuple(stages)))
+    groups = ((units,),) * 2
+    sums_s = segment_sums_s(table, cells, groups, [links_to_others(cells, groups, g) for g in groups])
+    assert sums_s[0, units] <= worst_finish_s(table, pipelines)[0] * (1 + 1e-9)
+    if all(gradients):
+        assert sums_s[0, units] >= sum(gradients) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("parts", [0, 64])

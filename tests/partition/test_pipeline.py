@@ -417,6 +417,7 @@ def broken_tables() -> list[tuple[CostTable, str]]:
     negative = replace(cost, weight_bytes=-1.0)
     short = replace(cost, backward_s=((1.0,),))
     nobody = replace(good.device_classes[0], devices=())
+    one_way = {("a", "b"): LinkCost(0.0, 1.0), ("b", "a"): LinkCost(0.0, 2.0)}
     return [
         (replace(good, costs=(nan, *good.costs[1:])), "forward_s holds nan"),
         (replace(good, costs=(negative, *good.costs[1:])), "weight_bytes holds -1"),
@@ -430,6 +431,7 @@ def broken_tables() -> list[tuple[CostTable, str]]:
         (replace(good, edges=(CutEdge(0, 1, float("inf")),)), "bytes_per_sample holds inf"),
         (replace(good, topology=Topology({}, {}, LinkCost(0.0, 1.0))), "has no node"),
         (replace(good, topology=replace(good.topology, network=LinkCost(0.0, 0.0))), "bytes_per_s 0"),
+        (replace(good, topology=replace(good.topology, between=one_way)), "between a and b is not"),
     ]
 
 
