@@ -16,13 +16,23 @@ from graphpar.scenarios.pricing import only
 from graphpar.scenarios.types import OPTIMIZER_STATES, OPTIMIZER_UPDATES, Setting
 
 
-def covers(large: Setting, small: Setting, given_state: float = inf, given_update: float = inf) -> bool:
+def covers(
+    large: Setting,
+    small: Setting,
+    given_state: float = inf,
+    given_update: float = inf,
+    given_cpu_update: float = inf,
+) -> bool:
     """Whether any plan of `small` runs under `large`, in no more time per sample; see `places`."""
-    return places(large, small, given_state, given_update) is not None
+    return places(large, small, given_state, given_update, given_cpu_update) is not None
 
 
 def places(
-    large: Setting, small: Setting, given_state: float = inf, given_update: float = inf
+    large: Setting,
+    small: Setting,
+    given_state: float = inf,
+    given_update: float = inf,
+    given_cpu_update: float = inf,
 ) -> dict[str, str] | None:
     """Where any plan of `small` runs under `large` in no more time per sample: device by device.
 
@@ -36,17 +46,22 @@ def places(
         given_state: Bytes of state per byte of parameters of the caller's own optimiser, where it is one
             that works element by element.
         given_update: Bytes that its update takes on a GPU, per byte of gradients.
+        given_cpu_update: The same on a processor, where those known by name take nothing.
 
     Returns:
         By device of `small` the one that takes its place; None where that is not so.
     """
-    if not could_cover(large, small, given_state, given_update):
+    if not could_cover(large, small, given_state, given_update, given_cpu_update):
         return None
     return _places(large.cluster, small.cluster, large.layout is not None)
 
 
 def could_cover(
-    large: Setting, small: Setting, given_state: float = inf, given_update: float = inf
+    large: Setting,
+    small: Setting,
+    given_state: float = inf,
+    given_update: float = inf,
+    given_cpu_update: float = inf,
 ) -> bool:
     """`covers` but for the clusters; cheap, for studies of many scenarios."""
     if large.layout is not None and large.layout != small.layout:
@@ -57,7 +72,7 @@ def could_cover(
     return (
         alike
         and _batch_covers(large, small)
-        and _optimizer_covers(large.optimizer, small.optimizer, given_state, given_update)
+        and _optimizer_covers(large, small, given_state, given_update, given_cpu_update)
         and large.schedule in ("auto", small.schedule)
         and large.microbatches in ("auto", small.microbatches)
         and large.recompute in (None, small.recompute)
@@ -91,12 +106,19 @@ def _batch_covers(large: Setting, small: Setting) -> bool:
     return free and large.batch % small.batch == 0
 
 
-def _optimizer_covers(large: str, small: str, given_state: float, given_update: float) -> bool:
-    if large == small:
+def _optimizer_covers(
+    large: Setting, small: Setting, given_state: float, given_update: float, given_cpu_update: float
+) -> bool:
+    mine, other = large.optimizer, small.optimizer
+    if mine == other:
         return True
     states = {**OPTIMIZER_STATES, "given": given_state}
-    updates = {**OPTIMIZER_UPDATES, "given": given_update}
-    return states[large] <= states[small] < inf and updates[large] <= updates[small]
+    updates = {
+        False: {**OPTIMIZER_UPDATES, "given": given_update},
+        True: {**dict.fromkeys(OPTIMIZER_UPDATES, 0.0), "given": given_cpu_update},
+    }
+    here = [updates[on_cpu] for on_cpu in {device.is_cpu for device in small.cluster.devices}]
+    return states[mine] <= states[other] < inf and all(u[mine] <= u[other] for u in here)
 
 
 def _places(large: Cluster, small: Cluster, same_devices: bool) -> dict[str, str] | None:

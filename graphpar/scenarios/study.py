@@ -205,7 +205,7 @@ class Solver:
 
     def _moved(self, large: Setting, small: str) -> Places | None:
         """Where the plan found for a setting is no slower in another one."""
-        heavy = self._given_state, self.book.updates[0].share
+        heavy = self._given_state, *(update.share for update in self.book.updates)
         if not could_cover(large, self._settings[small], *heavy):
             return None
         used = self._known[small].used
