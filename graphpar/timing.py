@@ -129,7 +129,7 @@ def timing_of(table: CostTable, partition: Partition) -> Timing:
 
     Gradients of units with several copies are summed by a ring all-reduce over the slowest link
     among them: 2 (n-1) / n of the bytes in 2 (n-1) messages (Patarasuk and Yuan, 2009,
-    doi:10.1016/j.jpdc.2008.09.002).
+    doi:10.1016/j.jpdc.2008.09.002). Weights that several stages read are summed over the ranks of all.
     """
     ranks = _rank_timings(table, partition)
     nodes = dict.fromkeys(r.node for r in ranks)
@@ -140,13 +140,14 @@ def timing_of(table: CostTable, partition: Partition) -> Timing:
         for (a, b), cost in sorted(topology.between.items())
         if a in nodes and b in nodes and a != b
     ]
-    return Timing(
+    timing = Timing(
         ranks=ranks,
         links=tuple(inside + between),
         network=topology.network,
         gradient_groups=_gradient_groups(table, partition) if table.training else (),
         shared=table.shared,
     )
+    return with_sums(timing, table, partition, _repeated_bytes(table, partition))
 
 
 def with_sums(
@@ -319,6 +320,25 @@ def _gradient_groups(table: CostTable, partition: Partition) -> tuple[GradientGr
         GradientGroup(tuple(rank_of[d] for d in one.devices), one.num_bytes, one.seconds, one.by_rows)
         for one in gradient_sums(table, partition.pipelines)
     )
+
+
+def _repeated_bytes(table: CostTable, partition: Partition) -> dict[tuple[int, ...], float]:
+    """Gradients of weights that several units read, by the ranks of all stages that have one of these.
+
+    None in tensor groups, whose members hold parts of them.
+    """
+    stages = [stage for pipeline in partition.pipelines for stage in pipeline.stages]
+    rank_of = {device: rank for rank, device in enumerate(partition.used_devices)}
+    found: dict[tuple[int, ...], float] = {}
+    if any(replica.others for stage in stages for replica in stage.replicas):
+        return found
+    for again in table.repeated:
+        units = (again.first, *again.again)
+        holders = [s for s in stages if any(s.first <= unit < s.last for unit in units)]
+        ranks = tuple(sorted({rank_of[r.device] for s in holders for r in s.replicas}))
+        if len(ranks) > 1 and again.gradient_bytes > 0:
+            found[ranks] = found.get(ranks, 0.0) + again.gradient_bytes
+    return found
 
 
 def _ring_seconds(

@@ -6,7 +6,7 @@ import pytest
 from test_schedule_choice import blocks
 
 from graphpar.cores import CoreUse, SharedCores
-from graphpar.cost import CostTable
+from graphpar.cost import CostTable, RepeatedWeights
 from graphpar.explanation_build import explain_partition
 from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import one_device, priced_plan
@@ -18,6 +18,7 @@ from graphpar.played_choice import best_played
 from graphpar.scenarios.solve import solve
 from graphpar.scenarios.task import Task
 from graphpar.simulated import certified, simulated
+from graphpar.timing import timing_of
 from graphpar.units import format_seconds
 
 
@@ -101,6 +102,21 @@ def test_a_wider_gap_than_was_proven_has_its_reason_whatever_was_nearly_taken() 
     assert found.gap < chosen.gap < zero_bubble(table).gap
     assert any(limit.startswith("formula") for limit in chosen.truncated_by)
     assert "no formula" not in told(chosen, "was taken")
+
+
+def test_weights_that_two_stages_sum_are_played_before_several_devices_are_taken() -> None:
+    table = blocks(8, (1.0,) * 4, batch=16)
+    held = replace(table.costs[0], weight_bytes=5e7, gradient_bytes=5e7)
+    table = replace(table, costs=(held,), repeated=(RepeatedWeights(0, (7,), 5e7, 5e7, 0.0),))
+    found, alone = partition(table), one_device(table)
+    assert [len(p.stages) for p in found.pipelines] == [4]
+    assert 2 * found.objective_s < alone.objective_s
+    (group,) = timing_of(table, found).gradient_groups
+    assert (group.ranks, group.num_bytes) == ((0, 3), 5e7)
+    assert step_of(table, found) >= found.objective_s * 0.9 + group.seconds
+    # However much more than its formula a plan takes: one device is looked at.
+    assert choose_plan(table, found).used_devices == ("a/0",)
+    assert solve(Task(table)).used == ("a/0",)
 
 
 def zero_bubble(table: CostTable) -> Partition:
