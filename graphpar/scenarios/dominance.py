@@ -184,6 +184,8 @@ def _device_covers(large: Device, small: Device) -> bool:
         == small.to_dict() | {"memory_bytes": 0, "slowdown": 1.0}
         and large.memory_bytes >= small.memory_bytes
         and large.slowdown <= small.slowdown
+        # Messages cost workers time but those that make up for it in their pauses.
+        and (not large.is_local_cpu or (large.slowdown > 1) == (small.slowdown > 1))
     )
 
 

@@ -105,6 +105,15 @@ def test_a_lighter_optimiser_covers_a_heavier_one_where_that_is_known() -> None:
         assert covers(named_so, own, 2.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize(("slow", "fast", "covered"), [(3, 2, True), (2, 1, False)])
+def test_workers_without_pauses_have_messages_to_pay_for(slow: float, fast: float, covered: bool) -> None:
+    def at(slowdown: float) -> Setting:
+        workers = {"devices": [{"kind": "cpu", "count": 2, "slowdown": slowdown}]}
+        return replace(BASE, cluster=Cluster.from_dict(workers))
+
+    assert covers(at(fast), at(slow)) is covered
+
+
 @given(st.integers(1, 80))
 def test_a_plan_carries_over_to_another_batch(batch: int) -> None:
     found = sample_partition()
