@@ -46,7 +46,12 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
     everyone = [d for c in task.table.device_classes for d in c.devices]
     alone = None if task.step_only else _alone(table, task)
     least = min(headroom, key=headroom.__getitem__)
-    fits = headroom[least] >= 0
+    # Limits do not count what an update takes tensor by tensor: `plan` takes such plans, too.
+    fits = all(headroom[d] >= 0 or found.peak_bytes[d] <= capacity[d] for d in headroom)
+    remarks = _remarks(found, task)
+    if fits and headroom[least] < 0:
+        lack = format_bytes(-headroom[least])
+        remarks = (*remarks, f"{least} is expected to lack {lack} while tensors are updated one by one")
     return Answer(
         "",
         status="ok" if fits else "infeasible",
@@ -64,7 +69,7 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
         used=used,
         left_out=tuple(d for d in everyone if d not in headroom),
         shape=_shape(found),
-        remarks=_remarks(found, task),
+        remarks=remarks,
         one_device_s=alone[1] if alone else None,
         one_device=alone[0] if alone else "",
         plan=_kept(found, task),

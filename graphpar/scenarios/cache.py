@@ -12,7 +12,7 @@ import msgspec
 from graphpar.kept_files import read_kept, write_kept
 from graphpar.scenarios.types import Answer
 
-FORMAT = 8
+FORMAT = 9
 """Part of every key; raised when answers get other fields or other meaning."""
 
 _NAMES, _MOST = r"[0-9a-f]{64}\.json", 5000

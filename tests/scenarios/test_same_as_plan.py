@@ -82,3 +82,23 @@ def test_workers_that_are_in_each_others_way_leave_the_job_to_one_of_them() -> N
     assert told.step_s == told.one_device_s == pytest.approx(plan.predicted_step_s)
     (why,) = (note for note in plan.partition.notes if "alone was taken" in note)
     assert why in told.remarks and why in " ".join(str(plan).split())
+
+
+def test_what_only_the_update_lacks_is_no_limit_here_nor_in_a_plan() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 65536, bias=False))
+    args = (torch.randn(1, 8), torch.randn(1, 65536))
+    how: dict[str, Any] = {"train": ADAM, "calibration": calibration()}
+
+    def plan(memory_bytes: float) -> tuple[dict[str, Any], graphpar.Plan]:
+        cluster = {"devices": [{"kind": "cpu", "memory_bytes": int(memory_bytes)}]}
+        return cluster, graphpar.plan(model, cluster, args, measure_s=0, **how)
+
+    _, free = plan(8e9)
+    limit, expected = (
+        next(iter(x.values())) for x in (free.partition.peak_bytes, free.predicted_peak_bytes)
+    )
+    assert limit < expected
+    cluster, tight = plan((limit + expected) / 2)
+    told = graphpar.what_if(model, cluster, (), args, cache=False, processes=1, **how).baseline
+    assert told.status == "ok" and told.step_s == pytest.approx(tight.predicted_step_s)
+    assert any("expected to lack" in remark for remark in told.remarks)
