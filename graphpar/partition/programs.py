@@ -316,6 +316,10 @@ class Programs:
         for bound_s, _, setting in sorted(bounded):
             if bound_s >= least:
                 break
+            if time.monotonic() > self._deadline_s:
+                # The others' are no less.
+                least = bound_s
+                break
             held, takes = held_bytes(table, setting.size), self._takes(whole, setting)
             work = self._bounds[setting.size]
             more_s = held_bound_s(work, held, room, numbers, takes, setting.microbatches)

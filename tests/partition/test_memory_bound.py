@@ -27,8 +27,8 @@ from graphpar.partition.share_bounds import (
 from graphpar.partition.unit_arrays import Setting, memory_never_binds
 
 
-def programs(table: CostTable) -> Programs:
-    return Programs(choose_family(table, "auto", "auto"), CountingLimits(0.01, "highs"))
+def programs(table: CostTable, deadline_s: float = float("inf")) -> Programs:
+    return Programs(choose_family(table, "auto", "auto"), CountingLimits(0.01, "highs"), deadline_s)
 
 
 @settings(
@@ -140,9 +140,12 @@ def test_memory_that_is_scarce_raises_the_bound() -> None:
     wide = programs(make_table(units, devices_per_class=many, batch=8))
     tight = programs(make_table(units, devices_per_class=many, batch=8, memory_bytes=3.0))
     nothing = programs(make_table(units, devices_per_class=many, batch=8, memory_bytes=0.5))
+    late = programs(make_table(units, devices_per_class=many, batch=8, memory_bytes=3.0), 0.0)
     free, scarce, none = (p.pipeline_bound_s((8,), 8, 1) for p in (wide, tight, nothing))
     assert free == pytest.approx(24.0)
     assert free < scarce < float("inf")
     assert none == float("inf")
+    # Memory is looked at as long as there is time.
+    assert late.pipeline_bound_s((8,), 8, 1) == pytest.approx(free)
     found = partition(make_table(units, devices_per_class=many, batch=8, memory_bytes=3.0), gap=0.0)
     assert scarce <= found.objective_s
