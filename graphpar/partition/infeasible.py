@@ -342,6 +342,8 @@ def _least_factor(family: Family, deadline_s: float) -> tuple[float, float]:
 
     The two are close where time allows. Enough is infinite if nothing helps or none was found in time.
     """
+    if not any(c.memory_bytes for c in family.table.device_classes if c.devices):
+        return 1.0, INFINITY  # No multiple of nothing is enough.
     low, high = max(1.0, _beyond_doubt(family.table)), INFINITY
     most = low * _MOST_FACTOR
     while high / low > _PRECISION and low < most:

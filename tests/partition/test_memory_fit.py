@@ -111,3 +111,10 @@ def test_every_number_of_microbatches_is_excluded(table: CostTable, part: float)
         if larger_hold_more(table):
             for finer in range(microbatches, table.max_microbatches + 1):
                 assert fit.may_fit(replace(setting, microbatches=finer))
+
+
+def test_devices_without_memory_are_told() -> None:
+    """No multiple of nothing is proposed."""
+    with pytest.raises(InfeasibleError, match="2 devices have 0 B together, 0 B at most on one") as told:
+        partition(make_table(memory_bytes=0.0))
+    assert "times" not in str(told.value)
