@@ -103,11 +103,12 @@ def _said(plan: Partition, words: str) -> Partition:
 
 
 def _at_hand(table: CostTable, found: Partition, tried: Tried) -> Iterator[Partition]:
-    """Plans with a formula: one device, over as many workers as there are cores, what lost."""
+    """Plans with a formula: one device, simple ones where the formula leaves much out, what lost."""
     with suppress(InfeasibleError, ValueError):
         yield one_device(table, tried)
     few = _for_cores(table)
-    if few:
+    # Pipelines that have to sum weights of several stages may be longer than any single stage.
+    if few or table.repeated:
         simple = simple_plans(table, replace(tried, devices=few))
         yield from (p for p in simple if len(p.used_devices) > 1)
     yield from (p for p in found.runners_up if has_formula(p.schedule))

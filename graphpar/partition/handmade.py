@@ -133,9 +133,7 @@ def data_parallel(table: CostTable, tried: Tried = Tried()) -> Partition:
 
 
 def one_device(table: CostTable, tried: Tried = Tried()) -> Partition:
-    """Everything on the device that is fastest for the whole chain, of those that it fits into.
-
-    Which is fastest may depend on the size of microbatches: the fastest at either end are tried.
+    """Everything on the device that takes least for a step, of those that it fits into.
 
     Raises:
         InfeasibleError: The model does not fit into any device.
@@ -143,38 +141,29 @@ def one_device(table: CostTable, tried: Tried = Tried()) -> Partition:
     if tried.physical_s is None:
         check_table(table)
         tried = replace(tried, physical_s=physical_bound_s(table))
+    best, problem = None, InfeasibleError("no device was tried", limit="memory")
+    # Which is fastest depends on the size of microbatches, and which sizes fit on the device.
+    for device in _one_of_each_kind(table, tried):
+        try:
+            one = _best_setting(table, "one device", [0, table.num_units], [[device]], tried)
+        except InfeasibleError as error:
+            problem = error
+            continue
+        if best is None or one.objective_s < best.objective_s:
+            best = one
+            tried = replace(tried, below_s=min(tried.below_s, best.objective_s))
+    if best is None:
+        raise problem
+    return best
+
+
+def _one_of_each_kind(table: CostTable, tried: Tried) -> list[str]:
+    """The first device of each class, those first that are fast with the largest microbatches."""
     firsts: dict[int, str] = {}
     for device in tried.of(table):
         firsts.setdefault(table.class_of[device], device)
-    rankings = {}
-    for size in (table.sizes[0], table.sizes[-1]):
-        speed = _speeds(table, size)
-        rankings[tuple(sorted(firsts.values(), key=lambda d: -speed[table.class_of[d]]))] = size
-    found: list[Partition] = []
-    for ranking in rankings:
-        try:
-            found.append(_first_that_fits(table, ranking, tried))
-        except InfeasibleError as error:
-            problem = error
-    if not found:
-        raise problem
-    return min(found, key=lambda p: p.objective_s)
-
-
-def _first_that_fits(table: CostTable, devices: Sequence[str], tried: Tried) -> Partition:
-    """Everything on the first device with the memory; after one without it only larger ones are tried."""
-    tried_bytes, problem = -math.inf, InfeasibleError("no device was tried", limit="memory")
-    for device in devices:
-        memory_bytes = table.device_classes[table.class_of[device]].memory_bytes
-        if memory_bytes <= tried_bytes:
-            continue
-        try:
-            return _best_setting(table, "one device", [0, table.num_units], [[device]], tried)
-        except InfeasibleError as error:
-            if error.limit != "memory":
-                raise
-            tried_bytes, problem = memory_bytes, error
-    raise problem
+    speed = _speeds(table, table.sizes[-1])
+    return sorted(firsts.values(), key=lambda d: -speed[table.class_of[d]])
 
 
 def simple_plans(table: CostTable, tried: Tried = Tried()) -> Iterator[Partition]:
