@@ -13,7 +13,7 @@ from graphpar.plan_records import Option, PlanEdge, PlanPrecision, PlanReplica, 
 from graphpar.plans import Plan
 from graphpar.schedule import Schedule, StageLink, build_schedule, validate
 from graphpar.simulate import Timeline, simulate
-from graphpar.simulated import has_formula
+from graphpar.simulated import has_formula, overfull_words
 from graphpar.timing import Timing, timing_of, with_sums
 from graphpar.units import format_percent
 
@@ -140,6 +140,7 @@ def make_plan(
     """The plan of a predicted partition; `assumptions` are added to those of the simulator."""
     partition, timeline = prediction.partition, prediction.timeline
     used = set(partition.used_devices)
+    peaks_bytes = dict(zip(partition.used_devices, timeline.peak_bytes, strict=True))
     plan = Plan(
         model=subject.model,
         model_hash=subject.model_hash,
@@ -157,7 +158,7 @@ def make_plan(
         left_out={d: c.name for c in table.device_classes for d in c.devices if d not in used},
         timing=prediction.timing,
         predicted_step_s=timeline.step_s,
-        predicted_peak_bytes=dict(zip(partition.used_devices, timeline.peak_bytes, strict=True)),
+        predicted_peak_bytes=peaks_bytes,
         bubble_share=timeline.bubble_share,
         assumptions=(
             _SENDS,
@@ -166,7 +167,7 @@ def make_plan(
             *_said_of_formula(prediction),
             *assumptions,
         ),
-        notes=tuple(notes),
+        notes=(*notes, *overfull_words(table, partition, peaks_bytes)),
         explanation=explanation,
         error_budget=subject.error_budget,
     )

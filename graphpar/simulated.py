@@ -5,7 +5,7 @@ the simulator says of the very lists that would run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from graphpar.cost import CostTable
@@ -23,6 +23,7 @@ from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, St
 from graphpar.schedule import StageLink, build_schedule, validate
 from graphpar.simulate import Timeline, simulate
 from graphpar.timing import Timing, timing_of
+from graphpar.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,26 @@ class Simulated:
             device: (peak, table.device_classes[table.class_of[device]].memory_bytes)
             for device, peak in self.partition.peak_bytes.items()
         }
+
+
+def overfull_words(
+    table: CostTable, plan: Partition, expected_bytes: Mapping[str, float]
+) -> tuple[str, ...]:
+    """What is said of a device within its limit that is expected to need more than it has.
+
+    Limits do not count what an update that goes tensor by tensor takes for a while.
+    """
+    own = {d: c.memory_bytes for c in table.device_classes for d in c.devices}
+    lacks = {
+        device: need - own[device]
+        for device, need in expected_bytes.items()
+        if need > own[device] >= plan.peak_bytes.get(device, math.inf)
+    }
+    if not lacks:
+        return ()
+    worst = max(lacks, key=lacks.__getitem__)
+    lack = format_bytes(lacks[worst])
+    return (f"{worst} is expected to lack {lack} while tensors are updated one by one",)
 
 
 def has_formula(schedule: ScheduleName) -> bool:

@@ -17,7 +17,7 @@ from graphpar.scenarios.transfer import marked
 from graphpar.scenarios.types import Answer, Bottleneck, KnownPlan
 from graphpar.schedule import Schedule, build_schedule
 from graphpar.simulate import Timeline, simulate
-from graphpar.simulated import has_formula, stage_links
+from graphpar.simulated import has_formula, overfull_words, stage_links
 from graphpar.timing import timing_of
 from graphpar.units import format_bytes
 
@@ -48,10 +48,6 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
     least = min(headroom, key=headroom.__getitem__)
     # Limits do not count what an update takes tensor by tensor: `plan` takes such plans, too.
     fits = all(headroom[d] >= 0 or found.peak_bytes[d] <= capacity[d] for d in headroom)
-    remarks = _remarks(found, task)
-    if fits and headroom[least] < 0:
-        lack = format_bytes(-headroom[least])
-        remarks = (*remarks, f"{least} is expected to lack {lack} while tensors are updated one by one")
     return Answer(
         "",
         status="ok" if fits else "infeasible",
@@ -69,7 +65,7 @@ def answer_of(task: Task, found: Partition, known: Known | None = None) -> Answe
         used=used,
         left_out=tuple(d for d in everyone if d not in headroom),
         shape=_shape(found),
-        remarks=remarks,
+        remarks=(*_remarks(found, task), *overfull_words(table, found, peaks)),
         one_device_s=alone[1] if alone else None,
         one_device=alone[0] if alone else "",
         plan=_kept(found, task),
