@@ -246,7 +246,7 @@ def test_a_step_that_differs_is_shown_with_the_likely_reason(opened: Open) -> No
     for slower, off in ((1.0, False), (1.4, True)):
         step = measured_step(plan, slower=slower)
         reports = tuple(
-            replace(r, peak_bytes=int(timing))
+            msgspec.structs.replace(r, peak_bytes=int(timing))
             for r, timing in zip(
                 step.reports, (d.peak_bytes for d in view_of(plan).devices), strict=False
             )
