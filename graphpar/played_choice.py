@@ -54,10 +54,10 @@ def best_played(
 ) -> Partition:
     """The plan, or another one at hand that is shorter when both are played through.
 
-    Others are the best single device, plans that lost, and where workers are crowded on the cores of this
-    machine simple plans over as many as there are cores. As plans over several devices cost the gap that
-    was proven, they have to be as much shorter as another order of work. A plan that is kept though one
-    device is as good says so.
+    Others are the best single device, plans that lost, and simple plans: where workers are crowded on the
+    cores of this machine over as many as there are cores, where stages may share weights over all.
+    As plans over several devices cost the gap that was proven, they have to be as much shorter as another
+    order of work. A plan that is kept though one device is as good says so.
 
     Args:
         table: What the plan was made for.
@@ -67,9 +67,8 @@ def best_played(
         microbatches: The number that was fixed, if any.
     """
     if len(plan.used_devices) == 1 and not has_formula(plan.schedule) and wish not in _STAGED:
-        plan = (
-            found  # one device in another order takes what it takes in any, and has a worse certificate
-        )
+        # One device takes as long in any order of work, and has a worse certificate in this one.
+        plan = found
     if len(plan.used_devices) == 1 or _forwards(plan) > _MOST_FORWARDS:
         return plan
     tried = Tried(searched(wish), microbatches, physical_s=found.physical_bound_s)

@@ -117,6 +117,13 @@ def test_weights_that_two_stages_sum_are_played_before_several_devices_are_taken
     # However much more than its formula a plan takes: one device is looked at.
     assert choose_plan(table, found).used_devices == ("a/0",)
     assert solve(Task(table)).used == ("a/0",)
+    # Where other weights are light, every device holds all of them instead.
+    light = replace(table, costs=(replace(held, weight_bytes=1e6, gradient_bytes=1e6),))
+    found, chosen = partition(light), choose_plan(light, partition(light))
+    assert [len(p.stages) for p in found.pipelines] == [4]
+    (only,) = (p.stages for p in chosen.pipelines)
+    assert len(only) == 1 and len(chosen.used_devices) == 4
+    assert step_of(light, chosen) < 0.9 * min(step_of(light, found), step_of(light, alone))
 
 
 def zero_bubble(table: CostTable) -> Partition:
