@@ -6,7 +6,7 @@ so the answers of a study are compared along this order.
 """
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 
 from graphpar.cluster import Cluster
@@ -16,24 +16,30 @@ from graphpar.scenarios.pricing import only
 from graphpar.scenarios.types import OPTIMIZER_STATES, OPTIMIZER_UPDATES, Setting
 
 
-def covers(
-    large: Setting,
-    small: Setting,
-    given_state: float = inf,
-    given_update: float = inf,
-    given_cpu_update: float = inf,
-) -> bool:
+@dataclass(frozen=True)
+class GivenOptimizer:
+    """What the caller's own optimiser takes; infinite where that is not known.
+
+    Attributes:
+        state: Bytes of state per byte of parameters, where it works element by element.
+        update_on_gpu: Bytes that its update takes on a GPU, per byte of gradients.
+        update_on_cpu: The same on a processor, where those known by name take nothing.
+    """
+
+    state: float = inf
+    update_on_gpu: float = inf
+    update_on_cpu: float = inf
+
+
+_UNKNOWN = GivenOptimizer()
+
+
+def covers(large: Setting, small: Setting, given: GivenOptimizer = _UNKNOWN) -> bool:
     """Whether any plan of `small` runs under `large`, in no more time per sample; see `places`."""
-    return places(large, small, given_state, given_update, given_cpu_update) is not None
+    return places(large, small, given) is not None
 
 
-def places(
-    large: Setting,
-    small: Setting,
-    given_state: float = inf,
-    given_update: float = inf,
-    given_cpu_update: float = inf,
-) -> dict[str, str] | None:
+def places(large: Setting, small: Setting, given: GivenOptimizer = _UNKNOWN) -> dict[str, str] | None:
     """Where any plan of `small` runs under `large` in no more time per sample: device by device.
 
     Equal devices of a node stand in for each other, and so do equal nodes. The batch of `large` may be a
@@ -43,26 +49,17 @@ def places(
     Args:
         large: What may be better.
         small: What may be worse.
-        given_state: Bytes of state per byte of parameters of the caller's own optimiser, where it is one
-            that works element by element.
-        given_update: Bytes that its update takes on a GPU, per byte of gradients.
-        given_cpu_update: The same on a processor, where those known by name take nothing.
+        given: What the caller's own optimiser takes.
 
     Returns:
         By device of `small` the one that takes its place; None where that is not so.
     """
-    if not could_cover(large, small, given_state, given_update, given_cpu_update):
+    if not could_cover(large, small, given):
         return None
     return _places(large.cluster, small.cluster, large.layout is not None)
 
 
-def could_cover(
-    large: Setting,
-    small: Setting,
-    given_state: float = inf,
-    given_update: float = inf,
-    given_cpu_update: float = inf,
-) -> bool:
+def could_cover(large: Setting, small: Setting, given: GivenOptimizer = _UNKNOWN) -> bool:
     """`covers` but for the clusters; cheap, for studies of many scenarios."""
     if large.layout is not None and large.layout != small.layout:
         return False
@@ -72,7 +69,7 @@ def could_cover(
     return (
         alike
         and _batch_covers(large, small)
-        and _optimizer_covers(large, small, given_state, given_update, given_cpu_update)
+        and _optimizer_covers(large, small, given)
         and large.schedule in ("auto", small.schedule)
         and large.microbatches in ("auto", small.microbatches)
         and large.recompute in (None, small.recompute)
@@ -106,16 +103,14 @@ def _batch_covers(large: Setting, small: Setting) -> bool:
     return free and large.batch % small.batch == 0
 
 
-def _optimizer_covers(
-    large: Setting, small: Setting, given_state: float, given_update: float, given_cpu_update: float
-) -> bool:
+def _optimizer_covers(large: Setting, small: Setting, given: GivenOptimizer) -> bool:
     mine, other = large.optimizer, small.optimizer
     if mine == other:
         return True
-    states = {**OPTIMIZER_STATES, "given": given_state}
+    states = {**OPTIMIZER_STATES, "given": given.state}
     updates = {
-        False: {**OPTIMIZER_UPDATES, "given": given_update},
-        True: {**dict.fromkeys(OPTIMIZER_UPDATES, 0.0), "given": given_cpu_update},
+        False: {**OPTIMIZER_UPDATES, "given": given.update_on_gpu},
+        True: {**dict.fromkeys(OPTIMIZER_UPDATES, 0.0), "given": given.update_on_cpu},
     }
     here = [updates[on_cpu] for on_cpu in {device.is_cpu for device in small.cluster.devices}]
     return states[mine] <= states[other] < inf and all(u[mine] <= u[other] for u in here)

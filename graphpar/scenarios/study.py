@@ -19,7 +19,7 @@ from graphpar.plan_comparison import step_of
 from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
-from graphpar.scenarios.dominance import could_cover, places, with_these_alone
+from graphpar.scenarios.dominance import GivenOptimizer, could_cover, places, with_these_alone
 from graphpar.scenarios.group_prices import priced_by_several
 from graphpar.scenarios.naming import essential, numbered, with_names
 from graphpar.scenarios.parts import alike, next_batches, shared_out
@@ -205,14 +205,14 @@ class Solver:
 
     def _moved(self, large: Setting, small: str) -> Places | None:
         """Where the plan found for a setting is no slower in another one."""
-        heavy = self._given_state, *(update.share for update in self.book.updates)
-        if not could_cover(large, self._settings[small], *heavy):
+        given = GivenOptimizer(self._given_state, *(update.share for update in self.book.updates))
+        if not could_cover(large, self._settings[small], given):
             return None
         used = self._known[small].used
         if (small, used) not in self._alone:
             alone = with_these_alone(self._settings[small], used)
             self._alone[small, used] = self.book.with_links_as_priced(alone)
-        return places(self.book.with_links_as_priced(large), self._alone[small, used], *heavy)
+        return places(self.book.with_links_as_priced(large), self._alone[small, used], given)
 
     @cached_property
     def _given_state(self) -> float:

@@ -14,7 +14,7 @@ from graphpar.partition.pipeline_price import price
 from graphpar.partition.relaxed_tables import with_batch
 from graphpar.partition.settings import microbatch_counts
 from graphpar.scenarios.changes import apply
-from graphpar.scenarios.dominance import covers, places, with_these_alone
+from graphpar.scenarios.dominance import GivenOptimizer, covers, places, with_these_alone
 from graphpar.scenarios.pricing import training_of
 from graphpar.scenarios.transfer import carried
 from graphpar.scenarios.types import OPTIMIZER_UPDATES, KnownPlan, Setting
@@ -89,9 +89,9 @@ def test_a_lighter_optimiser_covers_a_heavier_one_where_that_is_known() -> None:
     assert covers(sgd, adam)
     assert not covers(adam, sgd)
     assert not covers(sgd, BASE)
-    assert covers(sgd, BASE, given_state=2.0)
+    assert covers(sgd, BASE, GivenOptimizer(2.0))
     # SGD with weight decay keeps no state, but its update takes a value for every gradient.
-    assert covers(sgd, BASE, 0.0, 1.0) and not covers(BASE, sgd, 0.0, 1.0)
+    assert covers(sgd, BASE, GivenOptimizer(0.0, 1.0)) and not covers(BASE, sgd, GivenOptimizer(0.0, 1.0))
     train = Training(optimizer=torch.optim.SGD)
     for name, share in OPTIMIZER_UPDATES.items():
         named = training_of(train, name)
@@ -101,8 +101,8 @@ def test_a_lighter_optimiser_covers_a_heavier_one_where_that_is_known() -> None:
     for kind, covered in (("cpu", False), ("t4", True)):
         own = replace(BASE, cluster=Cluster.from_dict({"devices": [{"kind": kind, "count": 2}]}))
         named_so = replace(own, optimizer="adam")
-        assert covers(own, named_so, 2.0, 1.0, 1.0) is covered
-        assert covers(named_so, own, 2.0, 1.0, 1.0)
+        assert covers(own, named_so, GivenOptimizer(2.0, 1.0, 1.0)) is covered
+        assert covers(named_so, own, GivenOptimizer(2.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(("slow", "fast", "covered"), [(3, 2, True), (2, 1, False)])
