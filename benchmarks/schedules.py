@@ -131,8 +131,9 @@ def running(
         }
 
 
-def late_op_s(width: int = 16, times: int = 2000) -> float:
+def late_op_s() -> float:
     """What a small product takes besides when its weights' gradients come later; processor time."""
+    width, times = 16, 2000
     weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((width, width), (width,)))
     deferral = Deferral()
     late = Late(nn.functional.linear, (1, 2), deferral)

@@ -132,7 +132,7 @@ def unit_memory(
         saved += sum(work.saved_bytes for work in works.values())
         if on_cpu:
             saved += sum(_unfused_bytes(graph, op, batch, precision) for op in ops)
-    working = _peak_temporaries(graph, layout, ops, sizes, kept)
+    working = _peak_temporaries(layout, ops, sizes, kept)
     if training:
         working = max(working, _peak_gradients(graph, ops, batch, precision))
     return UnitMemory(saved * ALLOCATOR_SLACK, working * ALLOCATOR_SLACK)
@@ -172,7 +172,6 @@ def _bytes(graph: Graph, op: Op, batch: int, precision: str) -> float:
 
 
 def _peak_temporaries(
-    graph: Graph,
     layout: Layout,
     ops: Sequence[Op],
     sizes: Mapping[str, float],

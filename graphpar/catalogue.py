@@ -174,17 +174,6 @@ def instances() -> Mapping[str, InstanceKind]:
     return _read("instances.toml", _InstanceFile).instances
 
 
-def sources(name: str) -> Mapping[str, str]:
-    """The table of sources of `devices`, `links` or `instances`."""
-    forms: dict[str, Any] = {
-        "devices": _DeviceFile,
-        "links": _LinkFile,
-        "instances": _InstanceFile,
-    }
-    found: dict[str, str] = _read(f"{name}.toml", forms[name]).sources
-    return found
-
-
 def normalize(name: str) -> str:
     """A name as the catalogue compares it: lower case, runs of other characters become one dash.
 
@@ -234,6 +223,6 @@ def find_link(name: str, where: str = "") -> str:
     return _find(name, links(), "link kind", where)
 
 
-def find_instance(name: str, where: str = "") -> str:
+def find_instance(name: str) -> str:
     """The catalogue's name for an instance type or alias."""
-    return _find(name, instances(), "instance type", where)
+    return _find(name, instances(), "instance type", "")

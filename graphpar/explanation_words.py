@@ -38,7 +38,7 @@ def binding(table: CostTable, found: Partition, parts: dict[str, float]) -> Iter
             )
 
 
-def runner_up(table: CostTable, found: Partition, other: Partition) -> RunnerUp:
+def runner_up(found: Partition, other: Partition) -> RunnerUp:
     return RunnerUp(
         differences=tuple(_differences(found, other)),
         step_s=other.objective_s,

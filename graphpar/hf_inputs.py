@@ -353,7 +353,7 @@ class _Maker:
         with torch.no_grad():
             found = features(**{n: made[n] for n in sizes})
         batch = self.wanted.batch
-        count = _num_features(found, batch, getattr(self._text_config(), "hidden_size", 0))
+        count = _num_features(found, batch)
         if not count:
             return
         ids = self._integers(8, batch, self.wanted.length + count) + (self.wanted.words or (10, 0))[0]
@@ -483,7 +483,7 @@ class _Maker:
         return torch.ones(shape, dtype=torch.long, device=self.device)
 
 
-def _num_features(found: Any, batch: int, width: int) -> int:
+def _num_features(found: Any, batch: int) -> int:
     """How many places in the text one picture takes, from what the model makes of a batch of them."""
     value = getattr(found, "pooler_output", None) if not isinstance(found, torch.Tensor) else found
     if value is None:

@@ -63,17 +63,6 @@ def update_memory(factory: OptimizerFactory, *, on_gpu: bool) -> UpdateMemory:
     return UpdateMemory(share=1.0) if on_gpu else UpdateMemory(copies=2.0)
 
 
-def update_share(factory: OptimizerFactory) -> float:
-    """Bytes that a step on a GPU takes for a while, per byte of the gradients.
-
-    >>> update_share(lambda p: torch.optim.AdamW(p)), update_share(lambda p: torch.optim.SGD(p, lr=0.1))
-    (1.0, 0.0)
-    >>> update_share(lambda p: torch.optim.AdamW(p, fused=True))
-    0.0
-    """
-    return update_memory(factory, on_gpu=True).share
-
-
 def tried_optimizer(train: Training | None, cluster: Cluster) -> Tried:
     """What an optimiser takes, found by trying it."""
     if train is None:

@@ -243,13 +243,11 @@ def assert_close(
         assert difference <= tolerance * max(largest, 1e-3), (name, difference, largest)
 
 
-def assert_as_eager(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, loss: Loss = None
-) -> Ready:
+def assert_as_eager(model: nn.Module, args: Sequence[Any], *, loss: Loss = None) -> Ready:
     """The captured graph on one device gives eager's loss and gradients."""
-    made = ready(model, args, kwargs, loss=loss or "returned")
+    made = ready(model, args, loss=loss or "returned")
     device = made.device()
-    (value,) = device.forward(args, kwargs or {})
+    (value,) = device.forward(args, {})
     value.backward()  # type: ignore[no-untyped-call]
-    assert_close((value.detach(), device.gradients()), eagerly(model, args, kwargs, loss))
+    assert_close((value.detach(), device.gradients()), eagerly(model, args, None, loss))
     return made

@@ -58,8 +58,8 @@ def chain_links(num_stages: int, num_bytes: float = 0.0) -> tuple[StageLink, ...
 
 
 @st.composite
-def partitions(draw: st.DrawFn, num_units: int = 6) -> Partition:
-    """Up to three pipelines of up to four stages with up to three unequal replicas each.
+def partitions(draw: st.DrawFn) -> Partition:
+    """Six units in up to three pipelines of up to four stages with up to three unequal replicas each.
 
     Interleaved and zero-bubble ones may repeat their devices, and may have paces.
     """
@@ -67,8 +67,8 @@ def partitions(draw: st.DrawFn, num_units: int = 6) -> Partition:
     pipelines = []
     for p in range(draw(st.integers(1, 3))):
         microbatches = draw(st.integers(1, 9))
-        cuts = draw(st.sets(st.integers(1, num_units - 1), max_size=3))
-        bounds = [0, *sorted(cuts), num_units]
+        cuts = draw(st.sets(st.integers(1, 5), max_size=3))
+        bounds = [0, *sorted(cuts), 6]
         stages: list[StageChoice] = []
         for s in range(len(bounds) - 1):
             width = draw(st.integers(1, min(3, microbatches)))

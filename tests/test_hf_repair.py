@@ -14,12 +14,12 @@ from graphpar.hf_refusal import blamed_fields, blamed_names
 from graphpar.hf_repair import with_repairs
 
 
-def refusing(message: str, wanted: tuple[int, ...], name: str = "x") -> Callable[[dict[str, Any]], str]:
+def refusing(message: str, wanted: tuple[int, ...]) -> Callable[[dict[str, Any]], str]:
     """A model that takes one shape of an input and says so of others."""
 
     def attempt(inputs: dict[str, Any]) -> str:
-        if tuple(inputs[name].shape) != wanted:
-            raise ValueError(message.format(*inputs[name].shape))
+        if tuple(inputs["x"].shape) != wanted:
+            raise ValueError(message.format(*inputs["x"].shape))
         return "ran"
 
     return attempt

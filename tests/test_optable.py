@@ -1,9 +1,10 @@
 """The list of pointwise operators agrees with torch's own tags."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from graphpar.frontend.torch_private import is_pointwise
 from graphpar.ir.optable import CASTS, IDENTITY, POINTWISE
 
 _ALIAS = "another name of a tagged operator, without tags of its own"
@@ -30,6 +31,11 @@ TAGGED_LATER = {"leaky_relu"}  # pointwise to torch 2.13, not yet to 2.11
 def overloads(name: str) -> list[object]:
     packet = getattr(torch.ops.aten, name)
     return [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
+
+
+def is_pointwise(operator: Any) -> bool:
+    """Whether torch marks it as acting element by element."""
+    return torch.Tag.pointwise in operator.tags
 
 
 @pytest.mark.parametrize("name", sorted(POINTWISE))

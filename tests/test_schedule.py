@@ -104,8 +104,7 @@ def test_text_without_a_head_is_refused() -> None:
 
 @given(schedules())
 def test_every_built_schedule_is_proven_sound(schedule: Schedule) -> None:
-    report = validate(schedule)
-    assert report.num_actions == sum(len(row) for row in schedule.actions)
+    validate(schedule)
 
 
 @given(partitions())
@@ -179,7 +178,8 @@ def test_bubbles_of_like_devices_are_those_of_the_papers(devices: int, more: int
     assert max(halves.peak_bytes) <= devices  # no more than 1F1B's first device
     _, chunked = play(devices, microbatches, "interleaved", chunks)
     assert chunked.step_s == pytest.approx(work + 3 * (devices - 1) / chunks)
-    assert validate(split).num_messages == 2 * (devices - 1) * microbatches
+    sent = [action for row in split.actions for action in row if action.kind in "SD"]
+    assert len(sent) == 2 * (devices - 1) * microbatches
 
 
 def test_the_text_of_a_zero_bubble_schedule() -> None:
@@ -228,7 +228,6 @@ def test_inference_has_forwards_only() -> None:
 def test_links_without_gradient_exchange_none() -> None:
     schedule = build_schedule(chain(2, 2), (StageLink(0, 1, 8.0),), training=True)
     assert {a.kind for row in schedule.actions for a in row} == {"R", "F", "S", "B", "A", "O"}
-    assert validate(schedule).num_messages == 2
 
 
 @given(schedules(), st.randoms(use_true_random=False))
@@ -358,18 +357,6 @@ def test_a_misshapen_schedule_is_found(change: dict[str, object], told: str) -> 
     schedule = build_schedule(chain(2, 1), chain_links(2), training=True)
     with pytest.raises(VerifyError, match=told):
         validate(replace(schedule, **change))  # type: ignore[arg-type]
-
-
-def test_one_way_traffic_is_safe_with_rendezvous_sends() -> None:
-    schedule = build_schedule(chain(4, 6), chain_links(4), training=False)
-    assert validate(schedule).rendezvous_safe
-
-
-def test_1f1b_is_not_safe_with_rendezvous_sends() -> None:
-    """Both neighbours come to their sends at the same time."""
-    report = validate(build_schedule(chain(2, 4), chain_links(2), training=True))
-    assert not report.rendezvous_safe
-    assert report.rendezvous_blocked == ((0, Action("S", 0, 1)), (1, Action("D", 1, 0)))
 
 
 @pytest.mark.parametrize(

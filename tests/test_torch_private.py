@@ -90,23 +90,20 @@ def test_missing_operators_are_an_attribute_error(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "pointwise", "random", "mutated", "view"),
+    ("target", "random", "mutated", "view"),
     [
-        ("aten.add.Tensor", True, False, (), False),
-        ("aten.add_.Tensor", True, False, (0,), False),
-        ("aten.view.default", False, False, (), True),
-        ("aten.split.Tensor", False, False, (), True),
-        ("aten.dropout.default", False, True, (), True),
-        ("aten.bernoulli_.float", False, True, (0,), False),
-        ("aten.matmul.default", False, False, (), False),
-        ("aten.arange.default", False, False, (), False),
+        ("aten.add.Tensor", False, (), False),
+        ("aten.add_.Tensor", False, (0,), False),
+        ("aten.view.default", False, (), True),
+        ("aten.split.Tensor", False, (), True),
+        ("aten.dropout.default", True, (), True),
+        ("aten.bernoulli_.float", True, (0,), False),
+        ("aten.matmul.default", False, (), False),
+        ("aten.arange.default", False, (), False),
     ],
 )
-def test_schemas_and_tags(
-    target: str, pointwise: bool, random: bool, mutated: tuple[int, ...], view: bool
-) -> None:
+def test_schemas_and_tags(target: str, random: bool, mutated: tuple[int, ...], view: bool) -> None:
     function = private.lookup_op(target)
-    assert private.is_pointwise(function) is pointwise
     assert private.is_random(function) is random
     assert private.mutated_arguments(function) == mutated
     assert private.views_first_argument(function) is view

@@ -297,11 +297,6 @@ def higher_order_name(function: Any) -> str | None:
     return name
 
 
-def is_pointwise(function: Any) -> bool:
-    """Whether torch marks the operator as acting element by element."""
-    return torch.Tag.pointwise in function.tags
-
-
 def is_random(function: Any) -> bool:
     """Whether torch marks the operator as drawing from a random stream."""
     return torch.Tag.nondeterministic_seeded in function.tags

@@ -1,6 +1,5 @@
 """Simple plans to compare with: what people do without a planner."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from graphpar.cost import CostTable
@@ -9,7 +8,7 @@ from graphpar.partition.handmade import data_parallel, even_split, greedy_split,
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition
 
-__all__ = ["BASELINES", "best_like_subset", "data_parallel", "even_split", "greedy_split", "one_device"]
+__all__ = ["best_like_subset", "data_parallel", "even_split", "greedy_split", "one_device"]
 
 
 def best_like_subset(table: CostTable, *, gap: float = 0.01, time_limit_s: float = 60.0) -> Partition:
@@ -38,13 +37,3 @@ def best_like_subset(table: CostTable, *, gap: float = 0.01, time_limit_s: float
     if not found:
         raise InfeasibleError("no device class can hold the model alone", limit="memory")
     return min(found, key=lambda p: p.objective_s)
-
-
-BASELINES: dict[str, Callable[[CostTable], Partition]] = {
-    "even split": even_split,
-    "greedy split": greedy_split,
-    "data parallel": data_parallel,
-    "one device": one_device,
-    "best like-device subset": best_like_subset,
-}
-"""All baselines by name."""

@@ -86,12 +86,10 @@ def unit_costs(table: CostTable, stage: StageChoice, mode: int) -> list[ModeCost
 
 def most_bytes(table: CostTable, stage: StageChoice, name: str) -> float:
     """Bytes of the member that holds most, over all replicas."""
-    return _most_bytes_of(table, stage, set(modes_of(table, stage)), stage.first, stage.last, name)
+    return _most_bytes_of(table, set(modes_of(table, stage)), stage.first, stage.last, name)
 
 
-def _most_bytes_of(
-    table: CostTable, stage: StageChoice, modes: set[int], first: int, last: int, name: str
-) -> float:
+def _most_bytes_of(table: CostTable, modes: set[int], first: int, last: int, name: str) -> float:
     largest, kinds = 0.0, table.units[first:last]
     for mode in modes:
         costs = table.every_mode[mode].costs
@@ -141,11 +139,8 @@ def gradient_sums(table: CostTable, pipelines: Sequence[PipelineChoice]) -> list
     found = [s for p in pipelines for stage in p.stages for s in _divided(table, stage)]
     held: dict[tuple[str, ...], tuple[list[Replica], float]] = {}
     for first, last, stages in _runs(pipelines):
-        modes = [set(modes_of(table, s)) for s in stages]
-        num_bytes = max(
-            _most_bytes_of(table, s, m, first, last, "gradient_bytes")
-            for s, m in zip(stages, modes, strict=True)
-        )
+        modes = {mode for stage in stages for mode in modes_of(table, stage)}
+        num_bytes = _most_bytes_of(table, modes, first, last, "gradient_bytes")
         if num_bytes <= 0:
             continue
         replicas = [r for s in stages for r in (s.replicas[:1] if s.zero else s.replicas)]

@@ -180,7 +180,7 @@ class ShareBounds:
         for group in groups:
             rate = self._programs.work_per_sample_s(group)
             left[group] = every[: bisect_left(every, True, key=lambda n: rate * n >= cutoff_s)]
-        for group, fair in zip(groups, self._fair(groups, every, cutoff_s), strict=True):
+        for group, fair in zip(groups, self._fair(groups, every), strict=True):
             own = left[group]
             low, high = bisect_left(own, fair), len(own)
             probe = low
@@ -193,7 +193,7 @@ class ShareBounds:
             left[group] = own[:high]
         return left
 
-    def _fair(self, groups: Sequence[Group], every: list[int], cutoff_s: float) -> list[int]:
+    def _fair(self, groups: Sequence[Group], every: list[int]) -> list[int]:
         """Shares so that not all pipelines can have less, in proportion to what they can do at most."""
         table = self._programs.family.table
         rates = [1 / max(self._programs.work_per_sample_s(g), 1e-30) for g in groups]

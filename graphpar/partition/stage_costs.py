@@ -115,11 +115,11 @@ def slowest_transfer_s(table: CostTable, setting: Setting, links: Links) -> floa
     return float(boundary_seconds(table, setting, (links,)).max())
 
 
-def _slowest(links: Links, num_bytes: FloatArray, message_s: float = 0.0) -> FloatArray:
+def _slowest(links: Links, num_bytes: FloatArray) -> FloatArray:
     if not links:
         return np.zeros(num_bytes.shape)
     slow = np.maximum.reduce([k.latency_s + num_bytes / k.bytes_per_s for k in links])
-    return np.where(num_bytes > 0, slow + message_s, 0.0)
+    return np.where(num_bytes > 0, slow, 0.0)
 
 
 def _ragged_s(

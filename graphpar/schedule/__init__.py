@@ -6,7 +6,7 @@ proves that it is complete and cannot deadlock. `graphpar.simulate` predicts its
 
 from graphpar.schedule.actions import KINDS, Action, ActionKind, PipelineSpan, Schedule, StageLink
 from graphpar.schedule.backwards import backward_order
-from graphpar.schedule.check import ScheduleReport, validate
+from graphpar.schedule.check import validate
 from graphpar.schedule.orders import build_schedule, in_flight_limit, route_microbatches
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "ActionKind",
     "PipelineSpan",
     "Schedule",
-    "ScheduleReport",
     "StageLink",
     "backward_order",
     "build_schedule",

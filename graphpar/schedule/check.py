@@ -1,14 +1,12 @@
 """Proof that a schedule is complete, well ordered and free of deadlock.
 
 `validate` runs the schedule without clocks. Sends are asynchronous and receives block, as in the
-runtime; a second run with rendezvous sends (a send returns only when its receiver is there) tells
-whether the schedule would survive that, too. Both runs are linear in the number of messages: a rank
-that waits is looked at again only when what it waits for has happened.
+runtime. The run is linear in the number of messages: a rank that waits is looked at again only when what
+it waits for has happened.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from graphpar.errors import VerifyError
 from graphpar.schedule.actions import Action, PipelineSpan, Schedule
@@ -21,21 +19,7 @@ _CONTEXT = 5
 """Actions shown before and after the one an error is about."""
 
 
-@dataclass(frozen=True)
-class ScheduleReport:
-    """What the proof found beyond correctness.
-
-    `rendezvous_safe` tells whether blocking sends could not deadlock either; if they could,
-    `rendezvous_blocked` holds the rank and the action at which each stuck rank would wait.
-    """
-
-    num_actions: int
-    num_messages: int
-    rendezvous_safe: bool
-    rendezvous_blocked: tuple[tuple[int, Action], ...]
-
-
-def validate(schedule: Schedule) -> ScheduleReport:
+def validate(schedule: Schedule) -> None:
     """Prove the schedule right, or say which rule it breaks and where.
 
     Raises:
@@ -51,13 +35,6 @@ def validate(schedule: Schedule) -> ScheduleReport:
         _check_completeness(schedule, rank)
         _check_order(schedule, rank)
     _check_no_deadlock(schedule)
-    blocked = _rendezvous_blocked(schedule)
-    return ScheduleReport(
-        num_actions=sum(map(len, schedule.actions)),
-        num_messages=sum(1 for row in schedule.actions for a in row for _ in messages_sent(schedule, a)),
-        rendezvous_safe=not blocked,
-        rendezvous_blocked=blocked,
-    )
 
 
 def _fail(schedule: Schedule, rule: str, rank: int, position: int) -> VerifyError:
@@ -229,45 +206,3 @@ def _describe_stuck(schedule: Schedule, position: list[int]) -> str:
     ]
     more = f" and {len(stuck) - _CONTEXT} more" if len(stuck) > _CONTEXT else ""
     return ", ".join(stuck[:_CONTEXT]) + more
-
-
-def _rendezvous_blocked(schedule: Schedule) -> tuple[tuple[int, Action], ...]:
-    """Run with rendezvous sends: a message passes when both its ends stand at it."""
-    scripts = [
-        _script(schedule, rank, messages_sent, messages_awaited) for rank in range(schedule.num_ranks)
-    ]
-    position = [0] * schedule.num_ranks
-    standing: dict[Message, int] = {}
-    ready = deque(range(schedule.num_ranks))
-    while ready:
-        rank = ready.popleft()
-        script = scripts[rank]
-        while position[rank] < len(script):
-            message = script[position[rank]][1]
-            partner = standing.pop(message, None)
-            if partner is None:
-                standing[message] = rank
-                break
-            position[partner] += 1
-            position[rank] += 1
-            ready.append(partner)
-    return tuple(
-        (rank, script[at][0])
-        for rank, (script, at) in enumerate(zip(scripts, position, strict=True))
-        if at < len(script)
-    )
-
-
-_Messages = Callable[[Schedule, Action], Iterator[Message]]
-
-
-def _script(schedule: Schedule, rank: int, *sides: _Messages) -> list[tuple[Action, Message]]:
-    """The messages of a rank in the order in which it comes to them; those to itself need no partner."""
-    own = schedule.stages_of[rank]
-    return [
-        (action, message)
-        for action in schedule.actions[rank]
-        for side in sides
-        for message in side(schedule, action)
-        if not (message[0] in own and message[1] in own)
-    ]

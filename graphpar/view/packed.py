@@ -2,12 +2,12 @@
 
 Times become whole ticks, everything becomes differences, differences become variable-length
 numbers (LEB128, 7 bits a byte), three columns of them are deflated and written in base64. The page
-unpacks them; `unpack` does the same for tests.
+unpacks them (`unpack` of templates/base.js).
 """
 
 import base64
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from graphpar.schedule import KINDS
@@ -103,46 +103,3 @@ def _varints(numbers: Iterable[int]) -> bytes:
             number >>= 7
         out.append(number)
     return bytes(out)
-
-
-Unpacked = tuple[str, int, int, float, float]
-"""Kind, stage, microbatch (-1 for none), start and duration in seconds."""
-
-
-def unpack(packed: PackedTimeline, stages_of: Sequence[Sequence[int]]) -> list[list[Unpacked]]:
-    """For each lane its events."""
-    raw = zlib.decompress(base64.b64decode(packed.data))
-    ends = packed.sizes[0], packed.sizes[0] + packed.sizes[1]
-    codes, starts, durations = (
-        _numbers(part) for part in (raw[: ends[0]], raw[ends[0] : ends[1]], raw[ends[1] :])
-    )
-    lanes = []
-    for count, stages in zip(packed.counts, stages_of, strict=False):
-        last_microbatch = dict.fromkeys(KINDS, _NO_MICROBATCH)
-        last_start = {True: 0, False: 0}
-        lane = []
-        for _ in range(count):
-            code = next(codes)
-            kind = KINDS[code & (1 << _KIND_BITS) - 1]
-            step, place = divmod(code >> _KIND_BITS, len(stages))
-            last_microbatch[kind] += _unzigzag(step)
-            last_start[kind in "SD"] += _unzigzag(next(starts))
-            start_s = last_start[kind in "SD"] * packed.tick_s
-            duration_s = next(durations) * packed.tick_s
-            lane.append((str(kind), stages[place], last_microbatch[kind], start_s, duration_s))
-        lanes.append(lane)
-    return lanes
-
-
-def _unzigzag(number: int) -> int:
-    return -(number + 1) // 2 if number & 1 else number // 2
-
-
-def _numbers(data: bytes) -> Iterator[int]:
-    number = shift = 0
-    for byte in data:
-        number |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            yield number
-            number = shift = 0

@@ -7,7 +7,7 @@ import torch
 from one_device import Calls, assert_close, eagerly, in_parts, ready
 from torch import Tensor, arange
 
-moe = pytest.importorskip("transformers.integrations.moe")
+pytest.importorskip("transformers.integrations.moe")
 
 H = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(3))
 Y = torch.tensor([0, 3, 1, 2, 2, 3])[:, None].repeat(1, 5)

@@ -62,8 +62,8 @@ def running(pid: int) -> bool:
     return False
 
 
-def wait_until_gone(numbers: Iterable[int], seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
+def wait_until_gone(numbers: Iterable[int]) -> None:
+    until = time.monotonic() + 10.0
     while alive := [pid for pid in numbers if running(pid)]:
         assert time.monotonic() < until, f"processes {alive} are left"
         time.sleep(0.02)

@@ -12,7 +12,7 @@ from helpers import Line, check_training, force
 from torch import nn
 
 import graphpar
-from graphpar.optimizer_memory import update_share
+from graphpar.optimizer_memory import update_memory
 from graphpar.optimizer_probe import optimizer_traits
 from graphpar.runtime.optimizers import Intended
 from graphpar.training import Training
@@ -151,7 +151,7 @@ UPDATES: dict[Factory, float] = {
 
 @pytest.mark.parametrize(("factory", "share"), UPDATES.items())
 def test_what_an_update_takes_on_a_gpu_is_seen(factory: Factory, share: float) -> None:
-    assert update_share(factory) == share
+    assert update_memory(factory, on_gpu=True).share == share
 
 
 def test_updates_on_processors_count_where_activations_are_small() -> None:
@@ -177,8 +177,8 @@ def test_what_a_script_makes_tensors_of_is_not_what_optimisers_are_tried_on() ->
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert update_share(torch.optim.AdamW) == 1.0
-            assert update_share(partial(torch.optim.Adadelta, lr=0.1)) == 2.0
+            assert update_memory(torch.optim.AdamW, on_gpu=True).share == 1.0
+            assert update_memory(partial(torch.optim.Adadelta, lr=0.1), on_gpu=True).share == 2.0
             assert optimizer_traits(torch.optim.AdamW).by_slices
     finally:
         torch.set_default_dtype(before)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from plan_samples import sample_partition, table_for
 
 from graphpar.cluster import Cluster
-from graphpar.optimizer_memory import update_memory, update_share
+from graphpar.optimizer_memory import update_memory
 from graphpar.partition.pipeline_price import price
 from graphpar.partition.relaxed_tables import with_batch
 from graphpar.partition.settings import microbatch_counts
@@ -95,7 +95,7 @@ def test_a_lighter_optimiser_covers_a_heavier_one_where_that_is_known() -> None:
     train = Training(optimizer=torch.optim.SGD)
     for name, share in OPTIMIZER_UPDATES.items():
         named = training_of(train, name)
-        assert named is not None and update_share(named.optimizer) == share
+        assert named is not None and update_memory(named.optimizer, on_gpu=True).share == share
         assert update_memory(named.optimizer, on_gpu=False).share == 0
     # One that updates everything at once does so on processors, too, where those known by name do not.
     for kind, covered in (("cpu", False), ("t4", True)):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.plan_diff import diff_plans
 from graphpar.plans import Plan, hash_of
 from graphpar.runtime.comparison import compare_step
+from graphpar.schedule import KINDS
 from graphpar.view.api import visualize
 from graphpar.view.build import view_of
 from graphpar.view.detail import ViewDetail
 from graphpar.view.html import render_html, script_json
-from graphpar.view.packed import pack, unpack
+from graphpar.view.packed import PackedTimeline, pack
 
 
 class Page(HTMLParser):
@@ -140,6 +142,49 @@ def _named(name: str) -> Plan:
     document = json.loads(sample_plan().to_json())
     document["model"] = name
     return Plan.from_json(json.dumps(document).encode())
+
+
+Unpacked = tuple[str, int, int, float, float]
+"""Kind, stage, microbatch (-1 for none), start and duration in seconds."""
+
+
+def unpack(packed: PackedTimeline, stages_of: Sequence[Sequence[int]]) -> list[list[Unpacked]]:
+    """For each lane its events, as the page unpacks them."""
+    raw = zlib.decompress(base64.b64decode(packed.data))
+    ends = packed.sizes[0], packed.sizes[0] + packed.sizes[1]
+    codes, starts, durations = (
+        _numbers(part) for part in (raw[: ends[0]], raw[ends[0] : ends[1]], raw[ends[1] :])
+    )
+    lanes = []
+    for count, stages in zip(packed.counts, stages_of, strict=False):
+        last_microbatch = dict.fromkeys(KINDS, -1)
+        last_start = {True: 0, False: 0}
+        lane = []
+        for _ in range(count):
+            code = next(codes)
+            kind = KINDS[code & 0xF]
+            step, place = divmod(code >> 4, len(stages))
+            last_microbatch[kind] += _unzigzag(step)
+            last_start[kind in "SD"] += _unzigzag(next(starts))
+            start_s = last_start[kind in "SD"] * packed.tick_s
+            duration_s = next(durations) * packed.tick_s
+            lane.append((str(kind), stages[place], last_microbatch[kind], start_s, duration_s))
+        lanes.append(lane)
+    return lanes
+
+
+def _unzigzag(number: int) -> int:
+    return -(number + 1) // 2 if number & 1 else number // 2
+
+
+def _numbers(data: bytes) -> Iterator[int]:
+    number = shift = 0
+    for byte in data:
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            yield number
+            number = shift = 0
 
 
 @given(st.data())

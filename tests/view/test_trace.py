@@ -19,7 +19,6 @@ from graphpar.view.build import view_of
 from graphpar.view.trace import MEASURED_PROCESS, PREDICTED_PROCESS, render_trace
 
 GOLDEN = Path(__file__).with_name("golden") / "small.json"
-SEND_KINDS = "SD"
 _ROUNDING_US = 1e-3
 
 

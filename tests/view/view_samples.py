@@ -35,7 +35,6 @@ def measured_step(
     plan: Plan,
     *,
     slower: float = 1.1,
-    origin_s: float = 1000.0,
     until_s: float = float("inf"),
     clock_s: tuple[float, ...] = (),
 ) -> LastStep:
@@ -46,7 +45,7 @@ def measured_step(
     timeline = plan.timeline()
     reports = []
     for rank in range(len(plan.devices)):
-        base = origin_s + (clock_s[rank] if clock_s else 0.0)
+        base = 1000.0 + (clock_s[rank] if clock_s else 0.0)
         events = tuple(
             Event(str(e.action), base + slower * e.start_s, base + slower * e.end_s)
             for e in timeline.events(rank)
