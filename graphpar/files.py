@@ -5,6 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from graphpar.errors import PlanError
+
 
 def write_whole(target: Path, data: bytes) -> None:
     """Write beside the target and rename, so that no reader ever sees half a file.
@@ -38,6 +40,24 @@ def _write_whole(target: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_asked(target: Path, data: bytes, what: str) -> None:
+    """Write whole where the user asked for it.
+
+    Raises:
+        PlanError: The path cannot be written to; `what` is told before it.
+        OSError: The disk is full.
+    """
+    try:
+        write_whole(target, data)
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise PlanError(
+            f"{what} {target}: cannot be written: {error.strerror or error}; "
+            "give a path in a folder you may write to"
+        ) from error
 
 
 def is_full(error: OSError) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from graphpar.errors import PlanError
-from graphpar.files import is_full, write_whole
+from graphpar.files import write_asked
 from graphpar.plan_check import find_contradiction
 from graphpar.plan_page import format_plan
 from graphpar.plan_records import (
@@ -80,15 +80,7 @@ class Plan(PlanRecord, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """
         target = Path(path)
         data = self.to_json()
-        try:
-            write_whole(target, data)
-        except OSError as error:
-            if is_full(error):
-                raise
-            raise PlanError(
-                f"plan file {target}: cannot be written: {error.strerror or error}; "
-                "give a path in a folder you may write to"
-            ) from error
+        write_asked(target, data, "plan file")
         return target
 
     def to_json(self) -> bytes:

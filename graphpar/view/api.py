@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from graphpar.errors import PlanError
-from graphpar.files import is_full, write_whole
+from graphpar.files import write_asked
 from graphpar.ir.graph import Graph
 from graphpar.plan_diff import diff_plans
 from graphpar.plans import Plan
@@ -85,14 +84,14 @@ def visualize(
         raise ValueError(f"operations are shown in a page; end the name {str(target)!r} in .html")
     view = _view(plan_or_job)
     if render is not render_html:
-        _write(target, render(view))
+        write_asked(target, render(view), "view")
         return target
     detail = _detail(_plan_of(plan_or_job), graph, plan_or_job)
     if compare is None:
-        _write(target, render_html(view, detail=detail))
+        write_asked(target, render_html(view, detail=detail), "view")
     else:
         diff = diff_plans(_plan_of(plan_or_job), _plan_of(compare))
-        _write(target, render_html(view, _view(compare), diff, detail))
+        write_asked(target, render_html(view, _view(compare), diff, detail), "view")
     return target
 
 
@@ -135,15 +134,3 @@ def _plan_of(drawable: Drawable) -> Plan:
             "`graphpar.Plan.load` reads a plan from a file"
         )
     return plan
-
-
-def _write(target: Path, data: bytes) -> None:
-    try:
-        write_whole(target, data)
-    except OSError as error:
-        if is_full(error):
-            raise
-        raise PlanError(
-            f"view {target}: cannot be written: {error.strerror or error}; "
-            "give a path in a folder you may write to"
-        ) from error

@@ -55,8 +55,8 @@ def test_pace_adds_to_the_computing_time_only() -> None:
 class LateClock:
     """Time that passes by sleeping alone, somewhat longer than asked for."""
 
-    def __init__(self, late_s: float) -> None:
-        self.now_s, self.late_s = 0.0, late_s
+    def __init__(self) -> None:
+        self.now_s = self.late_s = 0.0
 
     def monotonic(self) -> float:
         return self.now_s
@@ -67,10 +67,17 @@ class LateClock:
         self.now_s += seconds + self.late_s
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> LateClock:
+    """The time that emulated devices live in."""
+    made = LateClock()
+    monkeypatch.setattr("graphpar.runtime.emulate.time", made)
+    return made
+
+
 @pytest.mark.parametrize("late_s", [1e-4, 1.5e-3])
-def test_pauses_that_last_too_long_do_not_add_up(monkeypatch: pytest.MonkeyPatch, late_s: float) -> None:
-    clock = LateClock(late_s)
-    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+def test_pauses_that_last_too_long_do_not_add_up(clock: LateClock, late_s: float) -> None:
+    clock.late_s = late_s
     pace = Pace(3.0, threads=1)
     pace.restart(0.0)
     for _ in range(100):
@@ -79,11 +86,7 @@ def test_pauses_that_last_too_long_do_not_add_up(monkeypatch: pytest.MonkeyPatch
     assert clock.now_s == pytest.approx(100 * 3e-3, abs=late_s + 1e-6)
 
 
-def test_an_action_begins_when_its_message_is_due_not_when_the_worker_looks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = LateClock(0.0)
-    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+def test_an_action_begins_when_its_message_is_due_not_when_the_worker_looks(clock: LateClock) -> None:
     pace = Pace(3.0, threads=1)
     pace.restart(0.0)
     clock.now_s = 0.012
@@ -94,11 +97,7 @@ def test_an_action_begins_when_its_message_is_due_not_when_the_worker_looks(
     assert clock.now_s == pytest.approx(0.016)
 
 
-def test_a_device_whose_work_failed_keeps_its_time_in_the_next_step(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = LateClock(0.0)
-    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+def test_a_device_whose_work_failed_keeps_its_time_in_the_next_step(clock: LateClock) -> None:
     pace = Pace(3.0, threads=1)
     with pytest.raises(ValueError, match="no shape"), pace.work():
         raise ValueError("no shape")
@@ -107,11 +106,7 @@ def test_a_device_whose_work_failed_keeps_its_time_in_the_next_step(
     assert pace.now_s() == pytest.approx(0.010)
 
 
-def test_a_device_that_is_not_slowed_down_lives_in_the_machines_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = LateClock(0.0)
-    monkeypatch.setattr("graphpar.runtime.emulate.time", clock)
+def test_a_device_that_is_not_slowed_down_lives_in_the_machines_time(clock: LateClock) -> None:
     pace = Pace(1.0, threads=1)
     pace.restart(0.0)
     clock.now_s = 0.5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from by_name import Common
-from helpers import Line, check_training, force
+from helpers import Line, check_training, force, sent_whole
 from torch import nn
 
 import graphpar
@@ -17,6 +17,8 @@ from graphpar.optimizer_probe import optimizer_traits
 from graphpar.runtime.optimizers import Intended
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
+
+sent_whole(__name__)
 
 Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 BATCH = (torch.randn(6, 6), torch.randn(6, 4))

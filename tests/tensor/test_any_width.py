@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from amounts import examples
 from choices import FREE, at_random, gpus, planned
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -101,7 +102,7 @@ def any_sizes(draw: st.DrawFn) -> Sizes:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(sizes=any_sizes(), parts=shares(), samples=st.integers(1, 4), seed=st.integers(0, 10**6))
 @example(Sizes(1, 3, 3, 1, 5, True, False), (0.5, 0.3, 0.2), 1, 0).via("fewer of all than members")
 def test_any_sizes(sizes: Sizes, parts: tuple[float, ...], samples: int, seed: int) -> None:

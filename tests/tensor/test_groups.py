@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, Line, check_inference, check_training, force, sgd, state_of
+from helpers import TRAINING, Forced, Line, check_inference, check_training, force, sgd, state_of
 from torch import nn
 
 from graphpar.cost_models.group_times import OpTimes, TensorGroup
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.zero import refuse_levels
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device, verify
@@ -125,6 +126,28 @@ def test_computed_again_with_divided_state() -> None:
     check_training(Words(0.2), sentences(), lines=lines, train=adam, zero=2, recompute=True)
 
 
+def check_saved(job: CompiledModel, forced: Forced, data: tuple[torch.Tensor, ...], folder: Path) -> None:
+    """A step of the job, one of one device from its checkpoint, and one of the same plan from that."""
+    train = forced.training
+    assert train is not None
+    losses = [float(job.step(*data))]
+    job.save(folder / "cut")
+    with force(forced.model, data, lines=(Line((1,)),), train=train).start() as alone:
+        alone.load(folder / "cut")
+        losses.append(float(alone.step(*data)))
+        alone.save(folder / "whole")
+    with forced.start() as again:
+        again.load(folder / "whole")
+        losses.append(float(again.step(*data)))
+        state = again.state_dict()
+        fewer = again.step(*(tensor[: len(tensor) - 2] for tensor in data))
+        assert fewer.isfinite()
+    reference = reference_for(forced.model, forced.prepared, train)
+    assert losses == pytest.approx(list(train_on_one_device(reference, train, data, {}, 3)), rel=1e-5)
+    for name, tensor in state_of(reference, forced).items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_divided_slices_are_saved_whole(tmp_path: Path) -> None:
     """Rows of slices go into a checkpoint that one device reads, and back."""
     adam = Training(optimizer=partial(torch.optim.AdamW, lr=0.01, eps=1e-3))
@@ -133,20 +156,7 @@ def test_divided_slices_are_saved_whole(tmp_path: Path) -> None:
     with divided.start() as job:
         cuts = [cut for cuts in job._trained_on.stepped for cut in cuts.values()]
         assert sum(cut.rows is not None for cut in cuts) >= 8
-        losses = [float(job.step(*data))]
-        job.save(tmp_path / "divided")
-    with force(model, data, lines=(Line((1,)),), train=adam).start() as job:
-        job.load(tmp_path / "divided")
-        losses.append(float(job.step(*data)))
-        job.save(tmp_path / "whole")
-    with divided.start() as job:
-        job.load(tmp_path / "whole")
-        losses.append(float(job.step(*data)))
-        state = job.state_dict()
-    reference = reference_for(model, divided.prepared, adam)
-    assert losses == pytest.approx(list(train_on_one_device(reference, adam, data, {}, 3)), rel=1e-5)
-    for name, tensor in state_of(reference, divided).items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+        check_saved(job, divided, data, tmp_path)
 
 
 def test_groups_of_unlike_shares_do_not_divide() -> None:

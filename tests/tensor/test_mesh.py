@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from choices import FREE, PCIE, gpus
-from helpers import TRAINING, Line, check_training, force, state_of
-from test_groups import Mlp, Words, batch, sentences
+from helpers import TRAINING, Line, check_training, force
+from test_groups import Mlp, Words, batch, check_saved, sentences
 from test_two_axes import block
 from threads import one_stage
 from torch import nn
@@ -35,7 +35,6 @@ from graphpar.plan_check import group_contradictions
 from graphpar.plans import Plan
 from graphpar.preparation import lower
 from graphpar.training import Training
-from graphpar.verify import reference_for, train_on_one_device
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -230,21 +229,7 @@ def test_training_and_checkpoints(tmp_path: Path, free_links: None) -> None:
     with meshed.start() as job:
         cut = [c for p in job._trained_on.placements for c in p.slices.values() if c.rows is not None]
         assert len(cut) >= 4
-        losses = [float(job.step(*data))]
-        job.save(tmp_path / "mesh")
-    with force(model, data, lines=(Line((1,)),), train=ADAM).start() as job:
-        job.load(tmp_path / "mesh")
-        losses.append(float(job.step(*data)))
-        job.save(tmp_path / "whole")
-    with meshed.start() as job:
-        job.load(tmp_path / "whole")
-        losses.append(float(job.step(*data)))
-        state = job.state_dict()
-        assert job.step(*(tensor[:4] for tensor in data)).isfinite()
-    reference = reference_for(model, meshed.prepared, ADAM)
-    assert losses == pytest.approx(list(train_on_one_device(reference, ADAM, data, {}, 3)), rel=1e-5)
-    for name, tensor in state_of(reference, meshed).items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+        check_saved(job, meshed, data, tmp_path)
 
 
 MESH = Line((1,), 2, groups=(EVEN,), meshes=((2, 2),))
