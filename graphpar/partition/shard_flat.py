@@ -30,7 +30,7 @@ class FlatGraph(NamedTuple):
         edge_to: The vertex at the other end.
         edge_back: The same edge as listed at its other end.
         edge_table: Where its table begins in `pairs`; entry (i, j) is at
-            `edge_table + i * (number of strategies of edge_to) + j`.
+            `edge_table + i * (number of strategies of edge_to) + j`. Equal tables share a place.
         pairs: The tables, impossible pairs at a finite but prohibitive cost.
         segment_start: Memory segments of vertex p are `segment_start[p]` to `segment_start[p + 1] - 1`.
         segment_first, segment_last: Half-open range of memory rows of a segment.
@@ -73,14 +73,13 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix, should_stop: ShouldStop 
     # In order of either end, then of the other, the same edges come at the same places.
     edge_back = np.empty_like(edge_to)
     edge_back[np.lexsort((edge_to, ends))] = np.lexsort((ends, edge_to))
-    sizes = np.diff(memory.start)
-    edge_table = np.concatenate([[0], np.cumsum(sizes[ends] * sizes[edge_to])]).astype(np.int64)
-    tables = (t.ravel() for row in in_time(rows, should_stop) for t in row.values())
+    number, tables = _unlike([t for row in in_time(rows, should_stop) for t in row.values()], should_stop)
+    table_start = np.cumsum([0, *map(len, tables)])[:-1].astype(np.int64)
     pairs = np.concatenate([np.zeros(0), *tables])
     cost = np.concatenate([np.zeros(0), *(graph.costs[u] for u in vertices)])
     possible = np.isfinite(pairs)
     if not possible.all():
-        largest = np.maximum.reduceat(np.where(possible, np.abs(pairs), 0.0), edge_table[:-1])
+        largest = np.maximum.reduceat(np.where(possible, np.abs(pairs), 0.0), table_start)[number]
         total = np.maximum.reduceat(np.abs(cost), memory.start[:-1]).sum() + largest[ends < edge_to].sum()
         pairs[~possible] = IMPOSSIBLE_FACTOR * max(float(total), 1.0)
     return FlatGraph(
@@ -89,11 +88,27 @@ def flatten(graph: ShardingGraph, memory: MemoryMatrix, should_stop: ShouldStop 
         edge_start,
         edge_to,
         edge_back,
-        edge_table[:-1],
+        table_start[number],
         pairs,
         *_segments(memory, should_stop),
         memory.limit.astype(np.float64),
     )
+
+
+def _unlike(tables: list[FloatArray], should_stop: ShouldStop) -> tuple[Int64Array, list[FloatArray]]:
+    """For each table the number of the first that lies like it row by row, and those, unrolled.
+
+    The layers of a model are alike, and what lies there once stays in a processor's cache.
+    """
+    seen: dict[bytes, int] = {}
+    first: list[FloatArray] = []
+    number = np.empty(len(tables), np.int64)
+    for k, table in enumerate(in_time(tables, should_stop)):
+        row_by_row = table.ravel()
+        number[k] = seen.setdefault(row_by_row.tobytes(), len(first))
+        if number[k] == len(first):
+            first.append(row_by_row)
+    return number, first
 
 
 def flat_cost(flat: FlatGraph, x: IntArray) -> float:

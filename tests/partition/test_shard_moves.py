@@ -21,11 +21,11 @@ from graphpar.partition.reduce_loops import add_largest_increase, determined, is
 from graphpar.partition.shard import solve_sharding
 from graphpar.partition.shard_check import check_sharding
 from graphpar.partition.shard_dual import DualAscent
-from graphpar.partition.shard_flat import flat_cost
+from graphpar.partition.shard_flat import flat_cost, flatten
 from graphpar.partition.shard_fuse import fuse
 from graphpar.partition.shard_graph import ShardingGraph
 from graphpar.partition.shard_local import LocalSearch
-from graphpar.partition.shard_memory import MemoryMatrix
+from graphpar.partition.shard_memory import MemoryMatrix, memory_rows
 from graphpar.partition.shard_moves import add_range, excess_tree, max_range
 from graphpar.partition.shard_plain import plain_choice
 from graphpar.partition.shard_state import State
@@ -74,6 +74,21 @@ def test_questions_about_tables_agree_with_arrays(table: np.ndarray) -> None:
         for b, other in enumerate(table):
             asked = [y - x for x, y in zip(present, other, strict=True) if x < np.inf]
             assert worse[a, b] == max(asked, default=-np.inf)
+
+
+@settings(deadline=None)
+@given(sharding_problems())
+def test_equal_tables_lie_there_once(problem: ShardingProblem) -> None:
+    graph = ShardingGraph.of(problem)
+    if graph.infeasible:
+        return
+    memory = MemoryMatrix(graph, memory_rows(problem))
+    flat = flatten(graph, memory)
+    tables = [table for u in memory.vertices for table in graph.tables[u].values()]
+    for table, at in zip(tables, flat.edge_table, strict=True):
+        entries = flat.pairs[at : at + table.size].reshape(table.shape)
+        assert np.array_equal(entries[np.isfinite(table)], table[np.isfinite(table)])
+    assert len(flat.pairs) == sum(map(len, {tuple(table.ravel()) for table in tables}))
 
 
 @settings(max_examples=60, deadline=None)
