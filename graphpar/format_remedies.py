@@ -18,8 +18,8 @@ from graphpar.precision import Formats, uniform_formats
 WHOLE_FORMATS = ("bfloat16", "float16")
 """Formats that may be asked for by name; others are chosen for single units only."""
 
-_SECONDS = 5.0
-"""Time that looking for a format may take."""
+FORMATS_S = 5.0
+"""Time that looking for a format may take, where a limit leaves so much."""
 
 
 def with_format_remedies(
@@ -29,14 +29,17 @@ def with_format_remedies(
     num_units: int,
     table_of: Callable[[Formats], CostTable],
     settings: tuple[ScheduleChoice, Microbatches],
+    *,
+    time_limit_s: float = FORMATS_S,
 ) -> InfeasibleError:
     """The same error, with the lower formats among its remedies in which a plan was found to fit.
 
-    `settings` are the schedule and the microbatch count that plans may have.
+    `settings` are the schedule and the microbatch count that plans may have. No further format is looked
+    at after `time_limit_s`.
     """
     if error.limit != "memory":
         return error
-    deadline_s = time.monotonic() + _SECONDS
+    deadline_s = time.monotonic() + time_limit_s
     fitting = []
     for lower in candidate_formats(cluster):
         if lower not in WHOLE_FORMATS or lower == precision or time.monotonic() > deadline_s:

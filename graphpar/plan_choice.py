@@ -15,7 +15,7 @@ from dataclasses import replace
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.like_pipelines import best_like, has_likes
-from graphpar.partition.family import is_of_some_devices
+from graphpar.partition.fewer_devices import is_of_some_devices
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.settings import Microbatches, ScheduleWish
 from graphpar.partition.types import Partition

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from graphpar.cost import CostTable
 from graphpar.partition.certificate import BEYOND, certificate, family_note
-from graphpar.partition.family import is_of_some_devices
+from graphpar.partition.fewer_devices import is_of_some_devices
 from graphpar.partition.types import Partition
 from graphpar.schedule_choice import judged_s
 from graphpar.simulated import has_formula, simulated

@@ -27,7 +27,7 @@ from graphpar.device import Device
 from graphpar.errors import InfeasibleError
 from graphpar.explanation import Explanation
 from graphpar.explanation_build import explain_partition
-from graphpar.format_remedies import with_format_remedies
+from graphpar.format_remedies import FORMATS_S, with_format_remedies
 from graphpar.group_candidates import (
     LEAST_GAIN,
     candidate_groups,
@@ -363,7 +363,8 @@ class _Planning:
             answer = uniform_answer(cluster, self.precision, number, self.table, self.solve)
         except InfeasibleError as error:
             wish = searched(self.schedule), self.microbatches
-            raise with_format_remedies(error, cluster, self.precision, number, self.table, wish) from None
+            tell = partial(with_format_remedies, error, cluster, self.precision, number, self.table, wish)
+            raise self.clock.explain(tell, FORMATS_S) from None
         slow = slow_format_notes(cluster, self.precision, calibration)
         return replace(answer, notes=(*answer.notes, *slow))
 

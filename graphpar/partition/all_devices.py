@@ -7,6 +7,7 @@ from dataclasses import replace
 from graphpar.cost import CostTable
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
 from graphpar.partition.partition_words import idle_note, table_notes
+from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.search import INFINITY
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
 
@@ -45,18 +46,20 @@ def with_all_devices(
     Its bound is that on plans of any kind: what the search proved holds for its own devices.
 
     Args:
-        table: All devices.
+        table: All devices; it was checked.
         found: The best plan over some, if any fits there.
         family: What was searched, in words.
         known: A plan known before, which fits.
         tried: What simple plans are asked for, if any; the deadline is for many devices with a plan.
         began_s: `time.monotonic()` when the search began.
     """
-    others = [] if known is None else [priced_plan(table, *known)]
+    physical_s = physical_bound_s(table)
+    others = [] if known is None else [priced_plan(table, *known, physical_s)]
     if tried is not None:
         until_s = simple_until_s(table, tried.deadline_s, found is not None or known is not None)
         below_s = min((p.objective_s for p in (found, *others) if p is not None), default=INFINITY)
-        others += simple_plans(table, replace(tried, deadline_s=until_s, below_s=below_s))
+        few = replace(tried, deadline_s=until_s, below_s=below_s, physical_s=physical_s)
+        others += simple_plans(table, few)
     best = min(others, key=lambda p: p.objective_s, default=None)
     if best is None or (found is not None and best.objective_s >= found.objective_s):
         return found

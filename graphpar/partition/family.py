@@ -24,6 +24,7 @@ from graphpar.partition.cells import (
     relaxed_cells,
 )
 from graphpar.partition.counting_options import counting_options
+from graphpar.partition.fewer_devices import fewer_devices, is_of_some_devices, whole_s
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.settings import (
@@ -37,9 +38,6 @@ from graphpar.partition.types import SearchedSchedule
 
 _FEW_STATES = 256
 """So few sets of devices are searched by compiled loops rather than counted; so are unlike devices."""
-
-_AMONG = ", among the"
-"""Begins the words for a part of the devices."""
 
 SHARE_STEPS = 64
 """Batch shares of pipelines side by side are multiples of batch / SHARE_STEPS, at least one sample."""
@@ -127,9 +125,9 @@ def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Micr
         placed = _placed_family(table, some, exact, settings, effort, wide=False)
         if placed is not None:
             return placed
-    fewer, words = _fewer_devices(table)
+    fewer, words = fewer_devices(table)
     family = choose_family(fewer, schedule, microbatches)
-    if _AMONG not in family.staffing:
+    if not family.partial:
         family = replace(family, staffing=family.staffing + words)
     return family
 
@@ -269,36 +267,6 @@ def _multisets(
                 yield from grow(index, rest, (*chosen, homes[index]))
 
     return grow(0, Counter(dict(enumerate(counts))), ())
-
-
-def is_of_some_devices(words: str) -> bool:
-    """Whether a search, as `Partition.family` tells it, was over a part of the devices only."""
-    return _AMONG in words
-
-
-def first_devices(table: CostTable, number: int) -> CostTable:
-    """The same table with at most `number` devices of each class."""
-    classes = tuple(replace(c, devices=c.devices[:number]) for c in table.device_classes)
-    return replace(table, device_classes=classes)
-
-
-def _fewer_devices(table: CostTable) -> tuple[CostTable, str]:
-    """The same table with fewer devices of each kind; where each has only one, without the slowest.
-
-    A slow one with more memory than the others have on average stays as long as there are others.
-    """
-    most = max(len(c.devices) for c in table.device_classes)
-    if most > 1:
-        kept = most * 3 // 4
-        return first_devices(table, kept), f"{_AMONG} first {kept} devices of each kind only"
-    whole = _whole_s(table)
-    used = [i for i, c in enumerate(table.device_classes) if c.devices]
-    mean = sum(table.device_classes[i].memory_bytes for i in used) / len(used)
-    slow = max(used, key=lambda i: (table.device_classes[i].memory_bytes <= mean, whole[i]))
-    classes = tuple(
-        replace(c, devices=()) if i == slow else c for i, c in enumerate(table.device_classes)
-    )
-    return replace(table, device_classes=classes), f"{_AMONG} faster devices only"
 
 
 def _counted_family(
@@ -451,16 +419,10 @@ def _natural(family: Family) -> Iterator[tuple[tuple[int, ...], ...]]:
 
 def _class_prefixes(family: Family) -> Iterator[set[int]]:
     """All classes, then without the slowest, and so on."""
-    whole = _whole_s(family.table)
+    whole = whole_s(family.table)
     order = sorted({c.device_class for c in family.cells.cells}, key=lambda k: whole[k])
     for number in range(len(order), 0, -1):
         yield set(order[:number])
-
-
-def _whole_s(table: CostTable) -> list[float]:
-    """[class]: seconds of a forward of the whole chain at the largest size."""
-    units, size = range(table.num_units), table.sizes[-1]
-    return [sum(table.forward_s(u, k, size) for u in units) for k in range(len(table.device_classes))]
 
 
 def _by(counts: Sequence[int], key: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -18,7 +18,7 @@ from graphpar.partition.memory_bound import room_bytes
 from graphpar.partition.memory_fit import larger_hold_more
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options, with_small_updates
-from graphpar.partition.search import INFINITY
+from graphpar.partition.search import INFINITY, Found
 from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import ScheduleName
@@ -56,17 +56,16 @@ def explain_infeasible(
     truncated: Sequence[str],
     seconds: float = EXPLAIN_S,
     zero_levels: Sequence[int] = EVERY_LEVEL,
-    settle_s: float = EXPLAIN_S,
 ) -> NoReturn:
     """Raise the error for a search that found no plan; of ZeRO only some levels may be proposed.
 
-    Where time cut the search short, it is asked for `settle_s` whether any plan fits.
+    Where time cut the search short, it is asked first whether any plan fits.
 
     Raises:
         InfeasibleError: With the limit, the need, what there is and the remedy.
     """
-    some = fits(family, time.monotonic() + min(seconds, settle_s)) if truncated else False
     deadline_s = time.monotonic() + seconds
+    some = fits(family, deadline_s) if truncated else False
     if some is not False:
         known = "though one exists" if some else "nor was it settled whether one fits"
         raise InfeasibleError(
@@ -215,6 +214,8 @@ def fits(family: Family, deadline_s: float) -> bool | None:
     One pipeline over all devices keeps no more than several do, but where what is kept grows with its
     samples: there pipelines side by side are asked for as well.
     """
+    if time.monotonic() > deadline_s:
+        return None
     programs, table = Programs(family, CountingLimits(0.5, "highs"), deadline_s), family.table
     try:
         if _holds(programs, family.cells.counts, table.batch, 1, deadline_s):
@@ -225,19 +226,22 @@ def fits(family: Family, deadline_s: float) -> bool | None:
         return None
 
 
-def nothing_holds(programs: Programs) -> bool:
-    """Whether memory alone says, in hundredths of a second, that no plan of a family fits.
+def held_by_memory(programs: Programs) -> tuple[bool, Found | None]:
+    """What memory alone says in hundredths of a second: whether a plan may fit, and one that does.
 
-    False promises nothing. It is said of stages that are not counted.
+    That one may be far from the best. Nothing is said of stages that are counted.
     """
     family = programs.family
     if family.repeats is not None or not programs.loops or _grows_with_samples(family):
-        return False
+        return True, None
     counts, samples = family.cells.counts, family.table.batch
     settings = _finest_first(family, samples)
-    if not settings or programs.memory_fit(counts, 1).witness(settings[0]) is not None:
-        return not settings
-    return _none_by_memory(programs, counts, settings, family.table.max_replicas)
+    if not settings:
+        return False, None
+    found = programs.memory_fit(counts, 1).witness(settings[0])
+    if found is not None:
+        return True, found
+    return not _none_by_memory(programs, counts, settings, family.table.max_replicas), None
 
 
 def _grows_with_samples(family: Family) -> bool:
@@ -249,8 +253,10 @@ def _grows_with_samples(family: Family) -> bool:
 
 def _holds(programs: Programs, group: Group, samples: int, peers: int, deadline_s: float) -> bool:
     """Whether one of so many pipelines, on devices given by counts per cell, can take so many samples."""
-    if programs.loops and (known := _by_memory_alone(programs, group, samples, peers)) is not None:
-        return known
+    if programs.loops:
+        known = _by_memory_alone(programs, group, samples, peers, deadline_s)
+        if known is not None:
+            return known
     tasks = programs.tasks(group, samples, programs.family.schedules, peers)
     finest = [t for t in tasks if t.setting.microbatches == samples]
     if finest and _finest_holds_least(programs.family):
@@ -259,7 +265,9 @@ def _holds(programs: Programs, group: Group, samples: int, peers: int, deadline_
     return any(t.build().solve(StageLimits(), deadline_s) is not None for t in reversed(tasks))
 
 
-def _by_memory_alone(programs: Programs, group: Group, samples: int, peers: int) -> bool | None:
+def _by_memory_alone(
+    programs: Programs, group: Group, samples: int, peers: int, deadline_s: float
+) -> bool | None:
     """`_holds` as far as memory alone says it, which is quick; None where it does not."""
     family = programs.family
     settings = _finest_first(family, samples)
@@ -272,7 +280,12 @@ def _by_memory_alone(programs: Programs, group: Group, samples: int, peers: int)
     if _none_by_memory(programs, group, settings, width):
         return False
     fit = programs.memory_fit(group, width)
-    return True if any(fit.witness(s) is not None for s in settings) else None
+    for setting in settings:
+        if time.monotonic() > deadline_s:
+            raise OutOfTimeError
+        if fit.witness(setting) is not None:
+            return True
+    return None
 
 
 def _finest_first(family: Family, samples: int) -> list[Setting]:
@@ -388,11 +401,10 @@ def _further_devices(table: CostTable, family: Family, deadline_s: float) -> Ite
     more devices are searched in fewer ways could that be otherwise.
     """
     until_s = time.process_time() + _DEVICES_S
+    too_few = _too_few(table)
     # What is tried next, of which kind, and what is known to be too few and enough.
     waiting: list[tuple[int, int, int, int | None]] = [
-        (low + 1, index, low, None)
-        for index in range(len(table.device_classes))
-        if (low := _too_few(table, index)) < _MOST_DEVICES
+        (low + 1, index, low, None) for index, low in enumerate(too_few) if low < _MOST_DEVICES
     ]
     heapq.heapify(waiting)
     needed = []
@@ -403,7 +415,7 @@ def _further_devices(table: CostTable, family: Family, deadline_s: float) -> Ite
             break
         low, high = (low, number) if enough else (number, high)
         # Without enough: twice as far as before from what is too few by the sum of all memory.
-        further = min(2 * low - _too_few(table, index), _MOST_DEVICES)
+        further = min(2 * low - too_few[index], _MOST_DEVICES)
         number = further if high is None else (low + high) // 2
         if high is not None and high - low == 1:
             needed.append((high, index))
@@ -412,13 +424,14 @@ def _further_devices(table: CostTable, family: Family, deadline_s: float) -> Ite
     yield from (f"{number} more of {table.device_classes[i].name}" for number, i in sorted(needed))
 
 
-def _too_few(table: CostTable, index: int) -> int:
-    """So many further devices of a class do not have the memory for one copy of all units."""
-    each = room_bytes(table, [int(i == index) for i in range(len(table.device_classes))])
+def _too_few(table: CostTable) -> list[int]:
+    """[class]: so many further devices do not have the memory for one copy of all units."""
     missing = least_bytes(table) - room_bytes(table, [len(c.devices) for c in table.device_classes])
+    each = [room_bytes(replace(table, device_classes=(c,)), (1,)) for c in table.device_classes]
     if missing <= 0:
-        return 0
-    return min(math.ceil(missing / each * (1 - 1e-9)) - 1, _MOST_DEVICES) if each > 0 else _MOST_DEVICES
+        return [0] * len(each)
+    enough = (math.ceil(missing / room * (1 - 1e-9)) if room > 0 else INFINITY for room in each)
+    return [int(min(number - 1, _MOST_DEVICES)) for number in enough]
 
 
 def more_devices(table: CostTable, index: int, number: int) -> CostTable:

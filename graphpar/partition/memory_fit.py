@@ -30,7 +30,6 @@ from graphpar.partition.search import Found
 from graphpar.partition.unit_arrays import (
     MEMORY_TOLERANCE,
     UNLIMITED,
-    BoolArray,
     Cache,
     FloatArray,
     IntArray,
@@ -81,7 +80,7 @@ class MemoryFit:
         self._replicas = states[:, -1] if groups else states.sum(axis=1)
         self._order = np.argsort(self._replicas, kind="stable")
         self._rest = teams @ strides_of(limits)
-        self._usable: BoolArray = np.stack([(t <= states).all(axis=1) for t in teams], axis=1)
+        self._states, self._teams = states.astype(np.intp), teams.astype(np.intp)
 
     def may_fit(self, setting: Setting) -> bool:
         """Whether any pipeline may fit with microbatches of this size or larger ones; False is proven.
@@ -136,7 +135,17 @@ class MemoryFit:
         team = np.full((len(self._replicas), n + 1), -1, dtype=np.intp)
         last = np.full((len(self._replicas), n + 1), -1, dtype=np.intp)
         state = int(
-            fit_loop(self._order, self._replicas, self._usable, self._rest, room.below, n, team, last)
+            fit_loop(
+                self._order,
+                self._replicas,
+                self._states,
+                self._teams,
+                self._rest,
+                room.below,
+                n,
+                team,
+                last,
+            )
         )
         if state < 0:
             return None
@@ -151,10 +160,11 @@ class MemoryFit:
 def rehearse() -> None:
     """Run the loop once, so that it is compiled."""
     none, found = np.zeros(1, dtype=np.intp), np.full((1, 2), -1, dtype=np.intp)
-    fit_loop(none, none, np.zeros((1, 1), dtype=np.bool_), none, np.zeros((1, 1)), 1, found, found.copy())
+    one = np.ones((1, 1), dtype=np.intp)
+    fit_loop(none, none, 0 * one, one, none, np.zeros((1, 1)), 1, found, found.copy())
     flight, how = np.zeros((1, 1, 1)), (1, 1, False, False, True)
-    one, below = np.ones(1, dtype=np.intp), np.zeros((1, 1))
-    room_loop(flight, none.reshape(1, 1), one, none, none, how, below, none.reshape(1, 1))
+    below = np.zeros((1, 1))
+    room_loop(flight, none.reshape(1, 1), one[0], none, none, how, below, none.reshape(1, 1))
 
 
 @compiled_exactly
@@ -209,7 +219,8 @@ def larger_hold_more(table: CostTable) -> bool:
 def fit_loop(
     order: IntArray,
     replicas: IntArray,
-    usable: BoolArray,
+    states: IntArray,
+    teams: IntArray,
     rest: IntArray,
     below: FloatArray,
     num_units: int,
@@ -218,13 +229,20 @@ def fit_loop(
 ) -> int:
     """The first set of devices on which all units fit, or -1; runs are numbered by first unit, then last.
 
+    `states` and `teams` are the devices of each cell, or replicas besides, that sets and stages have.
+
     `team_of[set, unit]` and `last_of` become the first stage of what fits from a unit on, -1 where
     nothing does.
     """
     last_of[0, num_units] = num_units
     for state in order:
         for team in range(len(rest)):
-            if not usable[state, team]:
+            some = True
+            for cell in range(teams.shape[1]):
+                if teams[team, cell] > states[state, cell]:
+                    some = False
+                    break
+            if not some:
                 continue
             source = state - rest[team]
             for last in range(1, num_units + 1):

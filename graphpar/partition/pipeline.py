@@ -18,15 +18,9 @@ from graphpar.partition.certificate import BEYOND, ROUNDING, certificate, family
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.cuts import cut_roughly
-from graphpar.partition.family import (
-    EVERY_GROUPING,
-    Family,
-    Grouping,
-    choose_family,
-    groupings,
-)
+from graphpar.partition.family import EVERY_GROUPING, Family, Grouping, choose_family, groupings
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
-from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible, nothing_holds
+from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible, held_by_memory
 from graphpar.partition.nearer import brought_nearer, links_differ, most_s
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
@@ -66,8 +60,8 @@ _FINISH_SHARE = 0.06
 _MOST_FINISH_S = 2.0
 """Share of the time that a search leaves for pricing simple plans and the answer, or this long."""
 
-_LATEST, _LEAST_SETTLE_S = 1.1, 0.2
-"""Whether any plan fits where none was found is asked until so many times the limit, or for so long."""
+_LATEST, _LEAST_EXPLAIN_S = 1.1, 0.2
+"""Why none was found, and what would fit, is looked for until so many times the limit, or for so long."""
 
 _REGULAR_SHARE = 0.4
 """Share of the time in which the best regular plan is looked for; then any is taken."""
@@ -106,7 +100,7 @@ def partition(
         microbatches: A fixed number of microbatches per pipeline, or `auto`.
         backend: The solver of integer programmes, where the search needs one.
         incumbent: A plan known before, which fits: only faster ones are looked for.
-        explain_s: Seconds to look for what would fit where nothing does.
+        explain_s: Seconds to look for what would fit where nothing does, if the limit leaves them.
         zero_levels: The ZeRO levels that may be proposed then.
         compare_simple: Whether the answer is compared with those of `handmade` (over many devices only if
             the search was cut short); False where the caller has better ones.
@@ -132,8 +126,8 @@ def partition(
         simple = tried if compare_simple or answer is None else None
         answer = with_all_devices(table, answer, family.staffing, incumbent, simple, began_s)
     if answer is None:
-        settle_s = max(_LEAST_SETTLE_S, began_s + _LATEST * time_limit_s - time.monotonic())
-        explain_infeasible(table, family, run.truncated, explain_s, zero_levels, settle_s)
+        left_s = max(_LEAST_EXPLAIN_S, began_s + _LATEST * time_limit_s - time.monotonic())
+        explain_infeasible(table, family, run.truncated, min(explain_s, left_s), zero_levels)
     check_partition(table, answer)
     return answer
 
@@ -159,6 +153,8 @@ class _Run:
         self._deadline_s = deadline_s - min(_FINISH_SHARE * (deadline_s - began_s), _MOST_FINISH_S)
         self._near = False
         self._coarse: Found | None = None
+        self._fits: Found | None = None
+        """A pipeline that fits into memory, whatever it takes."""
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE_SHARE * (deadline_s - began_s))
         self._limits = replace(limits, patience_s=patience_s)
         self._programs = Programs(family, self._limits, self._deadline_s)
@@ -187,7 +183,8 @@ class _Run:
         if self.family.repeats is not None:
             self.counted()
             return
-        if nothing_holds(self._programs):
+        may_fit, self._fits = held_by_memory(self._programs)
+        if not may_fit:
             return
         bounded = [(grouping_bound_s(self._programs, g), g) for g in groupings(self.family)]
         alone = [(bound, g) for bound, g in bounded if all(sum(p) == 1 for p in g)]
@@ -438,6 +435,8 @@ class _Run:
 
     def compare(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
         """No answer may be worse than simple plans, as within its gap or cut short it could be."""
+        if self.best is None and self._fits is not None:
+            self._real_s(self._fits)
         if not few_devices(self._table) and not self.truncated:
             # Pricing them for a large cluster takes as long as some searches.
             return

@@ -37,11 +37,8 @@ _FEW_SETS = 1024
 _MOST_PAIRS = 16
 """Sets of devices are bounded whatever the links beside them: more pairs of links cost no more."""
 
-_MOST_STATES = 1 << 12
-"""Sets of devices that a sweep by loops may go through."""
-
-_MOST_ARRAY_STATES = 4096
-"""The same in array operations."""
+MOST_STATES = 1 << 12
+"""Sets of devices that a sweep may go through, by loops or in array operations."""
 
 _MOST_TAKES = 255
 """Ways to take devices for a stage in array operations."""
@@ -80,7 +77,7 @@ ON_REAL_LINKS = Effort(_REAL_LINKS_MAY_COST * SWEEP_LIMIT, _MODES_MAY_COST_THERE
 def staffings(cells: Cells, max_width: int, effort: Effort) -> Iterator[tuple[str, list[Take]]]:
     """Ways to restrict the staffing of a stage, in words and as devices of each cell, widest first."""
     counts = cells.counts
-    if states(cells) > (_MOST_STATES if effort.loops else _MOST_ARRAY_STATES):
+    if states(cells) > MOST_STATES:
         return
     most = min(max_width, sum(counts))
     everything = count_vectors(counts, most)

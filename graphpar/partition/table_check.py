@@ -213,6 +213,9 @@ def _edge_problems(table: CostTable) -> Iterator[str]:
 
 def _bad_numbers(where: str, rows: Mapping[str, Sequence[float]]) -> Iterator[str]:
     for name, values in rows.items():
+        if not values or (min(values) >= 0 and sum(values) < math.inf):
+            continue
+        # One that is not a number makes the sum none.
         numbers = np.asarray(values, dtype=np.float64)
         wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0)))
         if len(wrong):

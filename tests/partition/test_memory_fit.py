@@ -31,7 +31,7 @@ def test_memory_alone_and_remedies_say_what_every_plan_says(table: CostTable, pa
     table = infeasible.scale_memory(table, part)
     family = choose_family(table, "auto", "auto")
     programs = Programs(family, CountingLimits(0.5, "highs"))
-    known = infeasible._by_memory_alone(programs, family.cells.counts, table.batch, 1)
+    known = infeasible._by_memory_alone(programs, family.cells.counts, table.batch, 1, math.inf)
     some = best_step_s(table) is not None
     assert known is None or known == some
     if some:
@@ -61,7 +61,7 @@ def test_no_fewer_further_devices_would_do(too_few: int, monkeypatch: pytest.Mon
     """Whatever the fewest is, up to the most that are proposed; beyond that none are."""
     table, most = make_table(), infeasible._MOST_DEVICES
     family = choose_family(table, "auto", "auto")
-    monkeypatch.setattr(infeasible, "_too_few", lambda *_: too_few)
+    monkeypatch.setattr(infeasible, "_too_few", lambda *_: [too_few])
     for least in range(too_few + 1, most + 2):
 
         def fits(more: CostTable, *_: object, least: int = least) -> bool:
@@ -80,7 +80,7 @@ def test_a_search_that_found_nothing_is_over_with_its_limit(monkeypatch: pytest.
         asked_s.append(deadline_s - time.monotonic())
 
     monkeypatch.setattr(infeasible, "fits", fits)
-    monkeypatch.setattr(pipeline, "nothing_holds", lambda _: False)
+    monkeypatch.setattr(pipeline, "held_by_memory", lambda _: (True, None))
     with pytest.raises(InfeasibleError, match="in the time given"):
         partition(table, time_limit_s=1e-9)
     assert len(asked_s) == 1 and asked_s[0] <= 0.2
