@@ -130,7 +130,8 @@ def solve(
         show_table(problem, file.name, kind, objective or "throughput", solved)
     if solved.status == "infeasible":
         if as_json:
-            raise SystemExit(InfeasibleError.exit_code)
+            # Not SystemExit: the interpreter's own end waits for the compiler.
+            raise click.exceptions.Exit(InfeasibleError.exit_code)
         raise InfeasibleError(f"{file}: {solved.note}")
 
 

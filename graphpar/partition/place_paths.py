@@ -72,7 +72,8 @@ def _one_path_bound(reach: Reach, path: list[int], should_stop: ShouldStop) -> f
 
 def long_paths(units: Units) -> list[list[int]]:
     """Paths that between them visit much of the work: longest first, then least seen."""
-    weight = np.where(np.isfinite(units.cpu), units.cpu, 0.0) + units.work
+    with np.errstate(over="ignore"):  # what is as long as that is on the first path in any case
+        weight = np.where(np.isfinite(units.cpu), units.cpu, 0.0) + units.work
     paths: list[list[int]] = []
     for _ in range(_NUM_PATHS):
         length: list[float] = []

@@ -37,6 +37,9 @@ _NOT_WARM = (
     "run again for a better answer"
 )
 
+_LONGEST_S = 1e6
+"""Longer limits, of which shares would never end, count as this one."""
+
 NOT_COMPILED = "numba is not installed, so the search ran some hundred times slower than it could"
 
 
@@ -73,7 +76,7 @@ def solve_sharding(
     state = State(
         problem,
         time.perf_counter(),
-        time_limit_s,
+        min(time_limit_s, _LONGEST_S),
         max(gap, OPTIMALITY_TOLERANCE),
         progress,
     )
