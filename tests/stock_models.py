@@ -93,9 +93,24 @@ def in_turn(ways: Iterable[str], among: Iterable[str] = ()) -> list[Any]:
     ]
 
 
-def build(name: str, device: str = "cpu") -> nn.Module:
-    """A small model without dropout."""
+def two_deep(sizes: Any) -> Any:
+    """The same with two layers at most in every part: with their number grows what a capture takes."""
+    return {
+        key: two_deep(value)
+        if isinstance(value, dict)
+        else min(value, 2)
+        if "layer" in key
+        else [min(depth, 2) for depth in value]
+        if key == "depths"
+        else value
+        for key, value in sizes.items()
+    }
+
+
+def build(name: str, device: str = "cpu", *, shallow: bool = False) -> nn.Module:
+    """A small model without dropout; a shallow one has two layers."""
     head, sizes = STOCK[name]
+    sizes = two_deep(sizes) if shallow else sizes
     config = transformers.AutoConfig.for_model(name, **sizes, decoder_start_token_id=0)
     for part in (config, *(getattr(config, key, None) for key in ("text_config", "vision_config"))):
         for key, value in list(vars(part).items()) if part is not None else ():

@@ -41,7 +41,7 @@ def tensors_of(result: Any) -> list[torch.Tensor]:
 def test_training_goes_on_with_batches_of_other_sizes(
     name: str, plan: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, sized = build(name).train(), batches(name)
+    model, sized = build(name, shallow=True).train(), batches(name)
     alone = copy.deepcopy(model)
     optimizer = sgd(alone.parameters())
     forced = force(model, (), sized[0], lines=LINES[plan])
@@ -65,7 +65,7 @@ def test_training_goes_on_with_batches_of_other_sizes(
 @pytest.mark.distributed
 @pytest.mark.parametrize(("name", "way"), in_turn(WAYS, among=["inference"]))
 def test_inference_takes_batches_of_other_sizes(name: str, way: str) -> None:
-    model, sized = build(name).eval(), batches(name)
+    model, sized = build(name, shallow=True).eval(), batches(name)
     forced = force(model, (), sized[0], lines=LINES["stages"], train=None)
     with forced.start() as job, torch.no_grad():
         for batch in sized:
