@@ -14,7 +14,7 @@ mode, whose numbers are the rows of the `UnitCost`s; a cost model may add others
 """
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -370,20 +370,6 @@ class CostTable:
         both = 2 if self.training else 1
         return both * self.shared.handling_s if self.shared is not None else 0.0
 
-    def meetings_s(self, first: int, last: int, links: Iterable[LinkCost]) -> float:
-        """Seconds of one direction that some units' exchanges between pipelines take over links."""
-        costs = [self.costs[kind] for kind in self.units[first:last]]
-        return max(
-            (sum(c.meetings * k.seconds(c.met_bytes / max(c.meetings, 1)) for c in costs) for k in links),
-            default=0.0,
-        )
-
-    @property
-    def sizes_of_parts(self) -> tuple[int, ...]:
-        """Those of the sizes that a microbatch can have."""
-        whole = self.max_microbatches == 1 and self.max_replicas == 1
-        return (self.batch,) if whole else self.sizes
-
     @cached_property
     def class_of(self) -> dict[str, int]:
         """Device name to the index of its class."""
@@ -452,6 +438,19 @@ class CostTable:
     def backward_s(self, unit: int, mode: int, size: float) -> float:
         """Backward seconds of one unit of the chain for one microbatch."""
         return self.at_size(self.every_mode[mode].costs[self.units[unit]].backward_s, size)
+
+    def unit_seconds(self, mode: int, size: float) -> tuple[list[float], list[float]]:
+        """`forward_s` and `backward_s` of every unit of the chain, looked up once for a mode and size."""
+        if (mode, size) not in self._unit_seconds:
+            costs = self.every_mode[mode].costs
+            ahead = [self.at_size(cost.forward_s, size) for cost in costs]
+            back = [self.at_size(cost.backward_s, size) for cost in costs]
+            self._unit_seconds[mode, size] = [ahead[k] for k in self.units], [back[k] for k in self.units]
+        return self._unit_seconds[mode, size]
+
+    @cached_property
+    def _unit_seconds(self) -> dict[tuple[int, float], tuple[list[float], list[float]]]:
+        return {}
 
     def weight_s(self, unit: int, mode: int, size: float) -> float:
         """The part of `backward_s` for gradients of weights that may come later."""

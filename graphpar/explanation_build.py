@@ -73,9 +73,7 @@ def explain_partition(
         parts=parts,
         binding=tuple(binding(table, found, parts)),
         choices=tuple(sorted(choices, key=lambda c: never if c.margin_s is None else c.margin_s)),
-        runners_up=tuple(
-            runner_up(work.compared(found), work.compared(other)) for other in found.runners_up
-        ),
+        runners_up=tuple(runner_up(*work.both(other)) for other in found.runners_up),
         shadow_prices=tuple(sorted(prices, key=lambda p: -(p.saves_s or 0.0))),
         left_out=tuple(work.left_out),
     )
@@ -118,11 +116,16 @@ class _Work:
             self.left_out.append(
                 "shadow prices: the plan was chosen as played through, solving again goes by the formula"
             )
-        self._step_s = self.compared(found).objective_s
+        self._step_s = step_of(table, found) if self.played else found.objective_s
 
-    def compared(self, plan: Partition) -> Partition:
-        """A plan with the step it is compared by: as played through where the choice was made so."""
-        return replace(plan, objective_s=step_of(self._table, plan)) if self.played else plan
+    def both(self, other: Partition) -> tuple[Partition, Partition]:
+        """This plan and another one by the same measure: by the formula where both have one, and played
+        through where either has none."""
+        played = self.played or not all(has_formula(p.schedule) for p in (self._found, other))
+        found_s, other_s = (
+            step_of(self._table, p) if played else p.objective_s for p in (self._found, other)
+        )
+        return replace(self._found, objective_s=found_s), replace(other, objective_s=other_s)
 
     def _price(self, pipelines: Pipelines, schedule: ScheduleName) -> Price:
         if not self.played:

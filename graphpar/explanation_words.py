@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from graphpar.cost import CostTable
 from graphpar.explanation import RunnerUp
 from graphpar.partition.types import Partition
+from graphpar.schedule_choice import LEAST_GAIN
+from graphpar.simulated import has_formula
 from graphpar.units import format_bytes, format_percent, format_seconds
 
 FULL = 0.9
@@ -40,11 +42,24 @@ def binding(table: CostTable, found: Partition, parts: dict[str, float]) -> Iter
 
 def runner_up(found: Partition, other: Partition) -> RunnerUp:
     return RunnerUp(
-        differences=tuple(_differences(found, other)),
+        differences=(*_differences(found, other), *_why_lost(found, other)),
         step_s=other.objective_s,
         costs_s=other.objective_s - found.objective_s,
         num_devices=len(other.used_devices),
         num_stages=sum(len(p.stages) for p in other.pipelines),
+    )
+
+
+def _why_lost(found: Partition, other: Partition) -> Iterator[str]:
+    """Why a plan lost that takes less."""
+    if other.objective_s >= found.objective_s:
+        return
+    if not has_formula(found.schedule):
+        yield f"shorter, but {found.schedule} was asked for"
+        return
+    yield (
+        f"shorter, but not by the {100 * LEAST_GAIN:.0f} % for which a plan is given up that the search "
+        "proved something of"
     )
 
 

@@ -108,24 +108,29 @@ def _said_of_trials(prediction: Prediction) -> tuple[str, ...]:
 
 
 def _said_of_formula(prediction: Prediction) -> tuple[str, ...]:
-    """Whether the programme's step is another one than the played step; trials say so by themselves.
+    """Whether the step is another one than the plan was chosen by; trials say so by themselves.
 
-    Schedules without a formula have been played through by the search as well.
+    A schedule without a formula was played through before it was chosen, but without what only the
+    lowered stages tell: sums of weights that several of them read.
     """
-    step_s, formula_s = prediction.timeline.step_s, prediction.partition.objective_s
-    if prediction.tried or formula_s <= 0 or not has_formula(prediction.partition.schedule):
+    step_s, chosen_s = prediction.timeline.step_s, prediction.partition.objective_s
+    if prediction.tried or chosen_s <= 0:
         return ()
-    off, how = abs(step_s / formula_s - 1), "longer" if step_s > formula_s else "shorter"
+    off, how = abs(step_s / chosen_s - 1), "longer" if step_s > chosen_s else "shorter"
     if off < _SAME_STEP:
         return ()
+    if has_formula(prediction.partition.schedule):
+        by, about = "by the programme's formula", "the formula"
+    else:
+        by, about = "when the plan was chosen, before its stages were lowered", "that"
     return (
-        f"played through action by action, a step is {format_percent(off)} {how} than by the "
-        "programme's formula; the gap and the bound are about the formula",
+        f"played through action by action, a step is {format_percent(off)} {how} than {by}; the gap and "
+        f"the bound are about {about}",
     )
 
 
 _SAME_STEP = 0.05
-"""Formula and simulation that differ by less are not told apart on the page."""
+"""Steps that differ by less are not told apart on the page."""
 
 
 def make_plan(

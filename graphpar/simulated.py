@@ -191,11 +191,13 @@ def stage_paces(table: CostTable, pipelines: Sequence[PipelineChoice]) -> tuple[
 def _pace(table: CostTable, stage: StageChoice, size: float, moved_s: float) -> StagePace:
     units = range(stage.first, stage.last)
     rows = []
-    for mode in modes_of(table, stage):
+    # Replicas of one mode are alike.
+    for mode in dict.fromkeys(modes_of(table, stage)):
         overhead_s = table.mode_overhead_s(mode)
+        ahead, back = table.unit_seconds(mode, size)
         weight_s = sum(table.weight_s(u, mode, size) for u in units)
-        forward_s = overhead_s + sum(table.forward_s(u, mode, size) for u in units)
-        back_s = overhead_s + sum(table.backward_s(u, mode, size) for u in units) - weight_s
+        forward_s = overhead_s + sum(ahead[stage.first : stage.last])
+        back_s = overhead_s + sum(back[stage.first : stage.last]) - weight_s
         if weight_s > 0:
             back_s += overhead_s + sum(table.split_s(u, mode) for u in units)
         rows.append(StagePace(forward_s, back_s, weight_s, moved_s / 2))
@@ -243,9 +245,10 @@ def least_step_s(table: CostTable, pipelines: Sequence[PipelineChoice]) -> float
         works: dict[str, list[float]] = {}
         for number, (stage, (mode,)) in enumerate(zip(pipeline.stages, modes, strict=True)):
             units, overhead_s = range(stage.first, stage.last), table.mode_overhead_s(mode)
-            forward_s = overhead_s + math.fsum(table.forward_s(u, mode, size) for u in units)
+            ahead, back = (row[stage.first : stage.last] for row in table.unit_seconds(mode, size))
+            forward_s = overhead_s + math.fsum(ahead)
             weight_s = math.fsum(table.weight_s(u, mode, size) for u in units)
-            backward_s = overhead_s - weight_s + math.fsum(table.backward_s(u, mode, size) for u in units)
+            backward_s = overhead_s - weight_s + math.fsum(back)
             for replica in stage.replicas:
                 for device in replica.devices:
                     work = works.setdefault(device, [there_s[number], back_s[number], 0.0, 0.0])

@@ -69,11 +69,8 @@ class Training:
                 f"Training(schedule=...) must be one of {', '.join(get_args(ScheduleWish))}, "
                 f"not {self.schedule!r}."
             )
-        if self.zero not in (0, 1, 2):
-            raise ValueError(
-                f"Training(zero=...) must be 0, 1 or 2, not {self.zero!r}; level 3 can be planned with "
-                "graphpar.partition, not run."
-            )
+        levels = "0, 1 or 2 (level 3 can be planned with graphpar.partition, not run)"
+        self._take("zero", levels, lambda n: 0 <= n <= 2)
         if self.max_grad_norm is not None:
             check_number("Training(max_grad_norm=...)", self.max_grad_norm, "positive", lambda n: n > 0)
         self._take("seed", "a whole number that 64 bits hold", lambda n: -(2**63) <= n < 2**64)

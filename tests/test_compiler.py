@@ -129,14 +129,15 @@ def test_wrong_arguments_are_value_errors() -> None:
         "microbatches": [b"2", 2.0, 0],
         "max_grad_norm": [float("nan")],
         "seed": [1.0, 2**64],
+        "zero": [1.0, True, 3],
     }
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError, match=rf"Training\({name}=...\) must be .*, got {value!r}"):
                 Training(optimizer=torch.optim.SGD, **{name: value})
     two: Any = np.int64(2)
-    kept = Training(optimizer=torch.optim.SGD, seed=two, microbatches=two)
-    assert type(kept.seed) is type(kept.microbatches) is int
+    kept = Training(optimizer=torch.optim.SGD, seed=two, microbatches=two, zero=two)
+    assert type(kept.seed) is type(kept.microbatches) is type(kept.zero) is int
 
 
 @pytest.mark.parametrize("given", [None, [{"kind": "cpu"}]])

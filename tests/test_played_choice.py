@@ -93,6 +93,10 @@ def test_an_order_of_work_that_is_shorter_but_not_taken_is_told_with_the_reason(
     assert chosen.used_devices == ("a/0",) and not chosen.truncated_by
     assert "zero-bubble, has no formula and so must be 10 % shorter" in told(chosen, "alone was taken")
     assert told(chosen, "left out") == "left out: a/1"
+    # Where it stands among the plans that lost, too, though it costs less than nothing.
+    runner_up = explain_partition(table, chosen, time_limit_s=5.0).runners_up[0]
+    assert runner_up.costs_s == pytest.approx(lost.objective_s - alone_s) and runner_up.costs_s < 0
+    assert "shorter, but not by the 10 %" in runner_up.differences[-1]
 
 
 def test_a_wider_gap_than_was_proven_has_its_reason_whatever_was_nearly_taken() -> None:

@@ -172,12 +172,18 @@ def work_bound(table: CostTable, size: float) -> WorkBound:
     return WorkBound(teams.least(times_s(table, size)), repeats_of(table), teams)
 
 
+def sizes_of_parts(table: CostTable) -> tuple[int, ...]:
+    """Those of the table's sizes that a microbatch can have."""
+    whole = table.max_microbatches == 1 and table.max_replicas == 1
+    return (table.batch,) if whole else table.sizes
+
+
 def sample_bound(table: CostTable) -> WorkBound:
     """The bound per sample, each unit at its most efficient microbatch size on each class.
 
     Times are linear between tabulated sizes, hence seconds per sample are least at one of those.
     """
-    work = np.stack([times_s(table, s) / s for s in table.sizes_of_parts]).min(axis=0)
+    work = np.stack([times_s(table, s) / s for s in sizes_of_parts(table)]).min(axis=0)
     teams = find_teams(table)
     return WorkBound(teams.least(work), repeats_of(table), teams)
 

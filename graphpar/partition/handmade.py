@@ -229,7 +229,7 @@ def _best_setting(
     for count in reversed(microbatch_counts(table, table.batch, tried.microbatches)):
         if max(map(len, groups)) > min(count, table.max_replicas):
             continue
-        if _busiest_s(table, stages, count) >= below_s:
+        if _least_s(table, stages, count) >= below_s:
             slow = True
             continue
         for one in names:
@@ -258,11 +258,16 @@ def _best_setting(
     return best
 
 
-def _busiest_s(table: CostTable, stages: Sequence[StageChoice], count: int) -> float:
-    """The least that computing takes the replicas of any stage, however its microbatches are dealt."""
-    size = table.batch / count
-    rates = (sum(1 / max(t, 1e-30) for t in replica_times_s(table, s, size)) for s in stages)
-    return max(count / rate for rate in rates)
+def _least_s(table: CostTable, stages: Sequence[StageChoice], count: int) -> float:
+    """The least that computing takes, however microbatches are dealt: one of them through all stages, and
+    what any stage has to do besides."""
+    fill_s = besides_s = 0.0
+    for stage in stages:
+        times_s = replica_times_s(table, stage, table.batch / count)
+        fill_s += max(times_s)
+        rate = sum(1 / max(t, 1e-30) for t in times_s)
+        besides_s = max(besides_s, count / rate - max(times_s))
+    return fill_s + besides_s
 
 
 def _least_excess_bytes(table: CostTable, stage: StageChoice) -> float:

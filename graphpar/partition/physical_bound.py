@@ -12,6 +12,7 @@ from graphpar.partition.bounds import (
     find_teams,
     repeats_of,
     sample_bound,
+    sizes_of_parts,
 )
 from graphpar.partition.unit_arrays import BoolArray, FloatArray, times_s
 
@@ -144,7 +145,7 @@ class _Rows:
 
     @staticmethod
     def of(table: CostTable) -> "_Rows":
-        sizes = np.array(table.sizes_of_parts, dtype=np.float64)
+        sizes = np.array(sizes_of_parts(table), dtype=np.float64)
         time = np.stack([times_s(table, s) for s in sizes])
         later = np.stack([_weight_s(table, s) for s in sizes])
         return _Rows(sizes, time, np.maximum(time - later, 0.0))

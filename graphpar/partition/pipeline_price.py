@@ -110,10 +110,9 @@ def deal(times_s: Sequence[float], periods_s: Sequence[float], microbatches: int
 def stage_time_s(table: CostTable, first: int, last: int, mode: int, size: float) -> float:
     """Seconds of one microbatch on one stage in a mode, both directions, launch overhead included."""
     overhead = table.mode_overhead_s(mode)
-    forward = sum(table.forward_s(u, mode, size) for u in range(first, last)) + overhead
-    if not table.training:
-        return forward
-    return forward + sum(table.backward_s(u, mode, size) for u in range(first, last)) + overhead
+    ahead, back = table.unit_seconds(mode, size)
+    forward = sum(ahead[first:last]) + overhead
+    return forward + sum(back[first:last]) + overhead if table.training else forward
 
 
 def replica_times_s(table: CostTable, stage: StageChoice, size: float) -> list[float]:
@@ -236,7 +235,9 @@ def meetings_s(table: CostTable, pipelines: Sequence[PipelineChoice], first: int
     if len(pipelines) < 2 or not table.in_step_reason:
         return 0.0
     directions = 2 if table.training else 1
-    return directions * table.meetings_s(first, last, cross_links(table, pipelines))
+    costs, links = [table.costs[kind] for kind in table.units[first:last]], cross_links(table, pipelines)
+    met = (sum(c.meetings * k.seconds(c.met_bytes / max(c.meetings, 1)) for c in costs) for k in links)
+    return directions * max(met, default=0.0)
 
 
 def _devices(stage: StageChoice) -> list[str]:

@@ -12,7 +12,7 @@ from graphpar import catalogue
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError, RunError
 from graphpar.optimizer_probe import refuse_unrepeatable
-from graphpar.partition.certificate import BEYOND
+from graphpar.partition.certificate import BEYOND, gap_of
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.plan_comparison import step_of
@@ -181,7 +181,8 @@ class Solver:
             return None
         # Played under faster links an order of work may come out longer; it need not be changed.
         held = replace(other, any_bound_s=physical_bound_s(task.searched_table))
-        return _better(mine, self._valued(held, setting), setting)
+        formula_s = found.objective_s if found is not None else math.inf
+        return _better(mine, self._valued(held, setting), setting, formula_s)
 
     def _as_they_are(self, key: str, other: str) -> Places | None:
         """The same devices where another batch is the next one of a sweep; told once for each plan.
@@ -376,18 +377,21 @@ class Solver:
         )
 
 
-def _better(mine: Answer, other: Answer, setting: Setting, formula_s: float = math.inf) -> Answer:
+def _better(mine: Answer, other: Answer, setting: Setting, formula_s: float) -> Answer:
     """Another setting's plan in the place of this one's; its bound on any plan is one of this setting.
 
-    `formula_s` is what the plan takes here by its formula, where that is known.
+    `formula_s` is what the plan takes here by its formula, if it has one, which is what searches prove
+    their bounds of; infinite where that is not known.
     """
     any_bound_s = mine.any_bound_s if mine.any_bound_s is not None else other.any_bound_s
     # Of schedules without a formula, and of a setting that seemed infeasible, no search proved anything.
-    searched = mine.bound_s is not None and other.plan is not None and has_formula(other.plan.schedule)
+    priced = other.plan is not None and has_formula(other.plan.schedule) and formula_s < math.inf
+    searched = mine.bound_s is not None and priced
     # What is shorter than the bound on all that was searched is none of that.
     beyond = searched and formula_s < (mine.bound_s or 0.0) * (1 - _ROUNDING)
     bound_s = (mine.bound_s if searched and not beyond else any_bound_s) or 0.0
     step_s = other.step_s or 0.0
+    compared_s = formula_s if searched and not beyond else step_s
     used = set(other.used)
     cut = (*(r for r in mine.remarks if r.startswith(CUT_SHORT)), *_against_the_rule(mine, other))
     cut = (*cut, f"{CUT_SHORT} by {BEYOND}") if beyond else cut
@@ -395,7 +399,7 @@ def _better(mine: Answer, other: Answer, setting: Setting, formula_s: float = ma
     return replace(
         other,
         bound_s=min(bound_s, step_s),
-        gap=1 - min(bound_s / step_s, 1.0) if step_s > 0 and setting.layout is None else None,
+        gap=max(gap_of(compared_s, bound_s), 0.0) if step_s > 0 and setting.layout is None else None,
         any_bound_s=any_bound_s,
         left_out=tuple(d.name for d in setting.cluster.devices if d.name not in used),
         remarks=tuple(dict.fromkeys((*cut, *kept))),

@@ -36,7 +36,7 @@ def steps_of(table: CostTable, *devices: str) -> list[float]:
 def test_settings_are_left_out_only_where_others_are_better(table: CostTable) -> None:
     found = [(p.pipelines, p.objective_s) for p in simple_plans(table)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(handmade, "_busiest_s", lambda *_: -math.inf)
+        patch.setattr(handmade, "_least_s", lambda *_: -math.inf)
         assert found == [(p.pipelines, p.objective_s) for p in simple_plans(table)]
     alone = [step for device in table.class_of for step in steps_of(table, device)]
     assert steps_of(table) == ([min(alone)] if alone else [])

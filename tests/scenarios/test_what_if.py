@@ -29,7 +29,7 @@ from graphpar.scenarios.group_prices import divided, priced_together
 from graphpar.scenarios.naming import numbered
 from graphpar.scenarios.pricing import PriceBook, training_of
 from graphpar.scenarios.solve import solve_together
-from graphpar.scenarios.study import Limits, Solver
+from graphpar.scenarios.study import Limits, Solver, _better
 from graphpar.scenarios.task import Task
 from graphpar.scenarios.types import Answer, Setting
 from graphpar.scenarios.worth import shadow_prices
@@ -236,8 +236,13 @@ def test_a_plan_is_taken_over_where_only_idle_devices_are_missing() -> None:
     assert again.step_s == pytest.approx(first.step_s)
     assert again.step_s is not None
     assert set(again.used) | set(again.left_out) == {d.name for d in smaller.cluster.devices}
-    # As if a search among other plans had proven that none of them is as short.
     step_s = again.step_s
+    # As if it had found a longer one: the bound it proved is of the formula, and so is the gap.
+    longer = dataclasses.replace(found, step_s=2 * step_s, bound_s=0.9 * step_s)
+    proven = _better(longer, again, smaller, formula_s=1.2 * step_s)
+    assert (proven.step_s, proven.bound_s) == (step_s, 0.9 * step_s)
+    assert proven.gap == pytest.approx(0.25)
+    # As if a search among other plans had proven that none of them is as short.
     solver._known[key] = dataclasses.replace(found, step_s=2 * step_s, bound_s=1.5 * step_s)
     (beyond,) = solver.answers([smaller])
     assert beyond.step_s == again.step_s
