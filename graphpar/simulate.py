@@ -230,7 +230,7 @@ class _Simulation:
             if receiver != rank:
                 end += self._link(rank, receiver).seconds(num_bytes)
             message = stage, other, microbatch
-            late_s = self.late_s if receiver != rank and not self._catches_up(receiver) else 0.0
+            late_s = self.late_s if receiver != rank and self._is_charged(receiver) else 0.0
             self.arrival_s[message] = end + late_s
             waiting = self.waiting.pop(message, None)
             if waiting is not None:
@@ -239,16 +239,19 @@ class _Simulation:
         self.egress[rank] = end
         return start, end
 
-    def _catches_up(self, rank: int) -> bool:
-        """Whether a rank has pauses in which it makes up for what messages cost its worker."""
+    def _is_charged(self, rank: int) -> bool:
+        """Whether messages cost a rank what was measured between workers of this machine.
+
+        It is such a worker, and has no pauses in which it makes up for that.
+        """
         shared = self.timing.shared
         use = shared.workers.get(self.timing.ranks[rank].device) if shared is not None else None
-        return use is not None and use.slowdown > 1
+        return use is not None and use.slowdown <= 1
 
     def _handling_s(self, kind: str, stage: int, microbatch: int, rank: int) -> float:
         """What the rank itself spends on the messages of an action, where that was measured."""
         shared, schedule = self.timing.shared, self.schedule
-        if shared is None or not shared.send_s or self._catches_up(rank):
+        if shared is None or not shared.send_s or not self._is_charged(rank):
             return 0.0
         ahead = kind in "RS"
         links = schedule.incoming[stage] if kind in "RD" else schedule.outgoing[stage]

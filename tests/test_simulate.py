@@ -396,8 +396,12 @@ def test_messages_of_emulated_links_come_later_than_described() -> None:
     partition = sample_partition()
     timing = timing_of(table_for(partition), partition)
     schedule = build_schedule(partition, SAMPLE_LINKS, training=True)
-    alone = simulate(schedule, replace(timing, shared=SharedCores(8, (1.0,), {})))
-    late = simulate(schedule, replace(timing, shared=SharedCores(8, (1.0,), {}, late_s=0.5)))
+    workers = {rank.device: CoreUse() for rank in timing.ranks}
+    alone = simulate(schedule, replace(timing, shared=SharedCores(8, (1.0,), workers)))
+    late = simulate(schedule, replace(timing, shared=SharedCores(8, (1.0,), workers, late_s=0.5)))
+    # Nothing was measured of messages of devices that are no workers here.
+    others = SharedCores(8, (1.0,), {}, send_s=0.1, receive_s=0.2, late_s=0.5)
+    assert simulate(schedule, replace(timing, shared=others)).ends_s == simulate(schedule, timing).ends_s
     first = next(at for at, action in enumerate(schedule.actions[1]) if action.kind == "R")
     assert late.ends_s[1][first] == pytest.approx(alone.ends_s[1][first] + 0.5)
     assert late.step_s > alone.step_s and late.send_s == pytest.approx(alone.send_s)
