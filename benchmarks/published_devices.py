@@ -147,10 +147,11 @@ TIMES_BEFORE = r"(\d+)\s*(?:[x×*](?![a-z])|(?:nics?|hcas?|ports?|cards?|rails?|
 TIMES_AFTER = r"(?<![a-z])[x×*]\s*(\d+)\b(?!\s*[gtm])"
 """How many ports: "8x200Gb/s", "4 HCAs of", "200 Gb/s x8"."""
 
-OMNI_PATH_SHARE = 0.37
+OMNI_PATH_SHARE = 0.41
 """Omni-Path leaves the protocol and the copies to the host's processor. So much of 4 x 100 Gbit/s
-was left to the sums of gradients of BLOOM's runs with 512 to 2048 samples, whose times lie on a line
-that begins at 3.8 s (bigscience-workshop/bigscience, train/tr11-176B-ml/chronicles-prequel.md)."""
+was left to the sums of gradients, those of the table that two stages share too, of BLOOM's runs with
+512 to 2048 samples, whose times lie on a line that begins at 3.8 s
+(bigscience-workshop/bigscience, train/tr11-176B-ml/chronicles-prequel.md)."""
 
 BITS_PER_S = {"gb": 1e9, "tb": 1e12, "mb": 1e6}
 

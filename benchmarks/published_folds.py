@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from zlib import crc32
 
-from graphpar.cost_models.training import SCALED
+from graphpar.cost_models.training_exchanges import SCALED
 from graphpar.cost_models.training_run import Run
 
 Samples = dict[str, list[tuple[Run, float]]]

@@ -46,6 +46,9 @@ class Traits:
     growing_segments: bool = False
     keeps_gathered: bool = False
     divides_loss: bool = False
+    ties_tables: bool = False
+    sends_apart: bool = False
+    sends_whole: bool = False
 
 
 OLD_MEGATRON = Traits(
@@ -57,12 +60,24 @@ OLD_MEGATRON = Traits(
     fallback_softmax=True,
     adds_gradients=True,
     overlaps_alone=True,
+    ties_tables=True,
 )
-"""Before 2023: scores in memory, dropout everywhere, gradients summed after backward, or beside it by
-torch's wrapper where one microbatch is all (its README, "Distributed Pretraining")."""
+"""Before 2023: scores in memory, dropout everywhere, one table for input and output, gradients summed
+after backward, or beside it by torch's wrapper where one microbatch is all (its README, "Distributed
+Pretraining")."""
 
-DEEPSPEED = replace(OLD_MEGATRON, bucket_elements=5e8, keeps_outputs=True, overlaps_alone=False)
-"""Its buckets hold 5e8 elements unless configured otherwise."""
+DEEPSPEED = replace(
+    OLD_MEGATRON,
+    bucket_elements=5e8,
+    keeps_outputs=True,
+    overlaps_alone=False,
+    sends_apart=True,
+    sends_whole=True,
+)
+"""Its buckets hold 5e8 elements unless configured otherwise. Before a forward a stage sends a gradient
+and receives an activation, before a backward the other way round, each by itself, and of gradients every
+tensor-parallel rank sends all (deepspeed/runtime/pipe, `TrainSchedule.steps` in schedule.py and
+`is_grad_partitioned`, which was off in engine.py until 2022)."""
 
 MODERN_MEGATRON = Traits(
     fused_loss=True,

@@ -211,6 +211,9 @@ def _run(
         scaled_attention=scales_attention(row, device, traits),
         fused_experts=captured,
         captured=captured,
+        sends_apart=traits.sends_apart,
+        sends_whole=traits.sends_whole,
+        sums_tables=shape.tied or (traits.ties_tables and "tied_embeddings" not in row["model"]),
     )
 
 

@@ -3,10 +3,12 @@
 The step is built from parts with physical meaning:
 
     stage = layers x max(device time, host time) + tensor-parallel collectives       per microbatch
-    step  = m x slowest stage + other stages / v + exposed messages between stages
-            + what is not hidden of the gradients' collective + optimiser
+    step  = m x slowest stage + other stages / v + what is not hidden of the gradients' collective
+            + optimiser
 
-with m microbatches and v chunks per stage; the slowest stage holds most layers, or the head.
+with m microbatches and v chunks per stage. A stage exchanges activations and gradients with its
+neighbours; the slowest one holds most layers, or the head, or has more to exchange. What devices send
+each other is in `training_exchanges.py`.
 
 `TrainingParameters` are the few numbers that no datasheet gives; `benchmarks/fit_published.py` fits
 them and `training.toml` keeps them.
@@ -15,15 +17,14 @@ them and `training.toml` keeps them.
 import math
 from dataclasses import dataclass, replace
 
-from graphpar import catalogue
 from graphpar.cost_models import gemm
-from graphpar.cost_models.communication import CollectiveName, Group, collective_s, nodes_for
 from graphpar.cost_models.rates import interpolate
+from graphpar.cost_models.training_exchanges import SCALED, Exchanges
 from graphpar.cost_models.training_memory import (
     dense_copies,
     expert_copies,
-    layer_elements,
     stage_elements,
+    stage_layers,
     weights_of_stage,
 )
 from graphpar.cost_models.training_run import Run, TrainingParameters
@@ -42,22 +43,12 @@ POINTWISE_SHARE = 0.91
 (`benchmarks/device_curves_runs/`); what A100's steps tell by themselves is 0.91 too. For other vendors'
 devices the family's fraction stands."""
 
-LINE_SHARE = 0.96
-"""Of a network's line rate, what headers leave to payload."""
-
-CHANNELS = 32
-"""Multiprocessors that a collective takes from compute beside it, the most channels that NCCL opens
-(https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html#nccl-max-nchannels)."""
-
 SHARPNESS = 8
 """Norm by which a layer's times on device and host are joined: the longer one, and a little more where
 they are near each other, for which of them leads changes from kernel to kernel."""
 
 HALF = ("float16", "bfloat16")
 WIDE = ("float32", "tf32")
-SCALED = ("float8_e4m3fn", "float4")
-"""Formats whose operands are scaled and cast before each product."""
-
 WIDE_RESULT = 2**14
 """Columns beyond which a result is the scores of a vocabulary; widths of layers are averages over devices
 and need not be whole."""
@@ -67,10 +58,6 @@ PLAIN_SHARE = 0.8
 
 CAST_TRAFFIC = 1.5
 """Memory traffic of eager pointwise work under automatic casts, half of it in float32, over without."""
-
-TENSOR_HIDDEN = 0.5
-"""Of a tensor-parallel collective cut into pieces beside its product: 0.42 to 0.57 by torchtitan's runs
-with and without (https://github.com/pytorch/torchtitan/tree/main/benchmarks)."""
 
 ROW_SCALED = 0.5
 """Rate of float8 products with a scale for each row over that with one scale, by torchtitan's runs
@@ -109,13 +96,12 @@ def step_time(run: Run, p: TrainingParameters) -> StepTime:
     shard_s = machine.shard_collectives_s(layer.device_s)
     shards_s = layers * shard_s
     gradients_s = machine.accumulation_s() if passes > 1 else 0.0
-    head_s = machine.head_seconds()
     each_s = layer.total_s + shard_s
-    # The last stage holds no more layers than any other, and the head.
-    last_s = run.shape.layers // run.pipeline * each_s + head_s
-    slowest_s = max(layers * each_s, last_s)
-    bubble_s = (run.shape.layers * each_s + head_s - slowest_s) / run.virtual
-    pipeline_s = machine.stage_messages_s() * (passes * run.virtual + run.pipeline - 1)
+    stages_s = [stage_layers(run, stage) * each_s for stage in range(run.pipeline)]
+    stages_s[-1] += machine.head_seconds()
+    slowest_s, exchange_s = max(zip(stages_s, machine.exchanges_s(), strict=True), key=sum)
+    bubble_s = (sum(stages_s) - slowest_s) / run.virtual
+    pipeline_s = (passes - 1) * exchange_s + machine.filling_s()
     work_s = passes * (slowest_s + gradients_s)
     data_s = machine.gradient_collective_s(work_s)
     optimizer_s = machine.optimizer_s() + p.step_host_s
@@ -148,33 +134,13 @@ def _either(first_s: float, second_s: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Machine:
+class _Machine(Exchanges):
     """One run on its devices."""
-
-    run: Run
-    p: TrainingParameters
-
-    @property
-    def kind(self) -> catalogue.DeviceKind:
-        return catalogue.devices()[self.run.device]
-
-    @property
-    def family(self) -> catalogue.Family:
-        return catalogue.families()[self.kind.family]
-
-    @property
-    def link(self) -> str:
-        return self.run.link or self.kind.link
 
     @property
     def bytes_per_s(self) -> float:
         share = POINTWISE_SHARE if self.kind.vendor == "NVIDIA" else self.family.bandwidth_fraction
         return self.kind.memory_bytes_per_s * share
-
-    @property
-    def contention(self) -> float:
-        """What a collective and the compute beside it cost each other, of the shorter one."""
-        return min(CHANNELS / (self.kind.multiprocessors or 108), 0.5)
 
     def peak(self, dtype: str) -> float:
         """Dense peak for a dtype; formats that the device lacks run in the next wider one it has."""
@@ -354,139 +320,11 @@ class _Machine:
         loss_bytes = tokens * shape.outputs / run.tensor * itemsize * passes
         return 3 * self.product_s(product, dtype) + loss_bytes / self.bytes_per_s
 
-    def _group(self, ranks: int, stride: int, sharing: int | None = None) -> Group:
-        """Ranks that lie `stride` apart in the order of devices."""
-        nodes = nodes_for(ranks, max(self.run.per_node // stride, 1))
-        per_node = ranks // nodes
-        together = self.run.per_node // per_node if nodes > 1 else 1
-        together = max(min(together, stride), 1) if sharing is None else sharing
-        network = replace(self.run.network, efficiency=LINE_SHARE)
-        return Group(ranks, self.link, nodes, network, together, self.kind.peer_access, stride == 1)
-
-    def tensor_collective_s(self, beside_s: float) -> float:
-        """What one all-reduce of activations adds to the compute that comes with it."""
-        run = self.run
-        if run.tensor == 1:
-            return 0.0
-        tokens = run.microbatch * run.shape.seq_len / run.context
-        num_bytes = tokens * run.shape.hidden * 2.0
-        group = self._group(run.tensor, 1)
-        if run.sequence_parallel:
-            gathered_s = collective_s("all_gather", num_bytes * self._gathered_share(), group)
-            spent_s = gathered_s + collective_s("reduce_scatter", num_bytes, group)
-        else:
-            spent_s = collective_s("all_reduce", num_bytes, group)
-        # Cut into pieces beside the products that make and use them; the ends stay exposed.
-        if not run.overlaps_tensor:
-            return spent_s
-        hidden_s = min(TENSOR_HIDDEN * spent_s, 0.5 * beside_s)
-        return spent_s - hidden_s
-
-    def _gathered_share(self) -> float:
-        """Bytes of gathered activations over those in half precision.
-
-        Where one scale stands for a tensor or a block, forward casts to float8 first and gathers that;
-        backward's gradients come as they are.
-        """
-        if self.run.dtype not in SCALED or self.run.row_scales:
-            return 1.0
-        return 0.75 if self.run.recompute == "none" else 2 / 3
-
-    def expert_collective_s(self, beside_s: float) -> float:
-        """What one all-to-all of a layer's tokens adds; forward and backward have two each."""
-        run = self.run
-        if run.expert <= 1 or run.shape.moe is None:
-            return 0.0
-        tokens = run.microbatch * run.shape.seq_len / run.context / run.tensor
-        chosen = run.shape.moe.topk
-        group = self._group(run.expert, run.expert_tensor)
-        if group.nodes > 1 and group.network is not None:
-            # A token goes to each node once, however many of its experts live there.
-            share = group.nodes * (1 - (1 - 1 / group.nodes) ** chosen) / chosen
-            bytes_per_s = group.network.node_bytes_per_s / share
-            group = replace(group, network=replace(group.network, node_bytes_per_s=bytes_per_s))
-        spent_s = collective_s("all_to_all", tokens * run.shape.hidden * 2.0 * chosen, group)
-        return self._exposed(spent_s, beside_s) if run.overlaps_experts else spent_s
-
-    def context_collective_s(self, beside_s: float) -> float:
-        """What keys and values add on their way around a context-parallel group beside attention: once
-        in forward, and in backward once more with their gradients coming back."""
-        run, shape = self.run, self.run.shape
-        if run.context == 1:
-            return 0.0
-        elements = 2.0 * run.microbatch * shape.seq_len * shape.kv_heads * shape.head / run.tensor
-        group = self._group(run.context, run.tensor)
-        return self._exposed(collective_s("all_gather", elements * 2.0, group), beside_s)
-
     def accumulation_s(self) -> float:
         """One microbatch's gradients added to those before: read both, write the sum."""
         if not self.run.adds_gradients:
             return 0.0
         return 3 * self.run.gradient_bytes * weights_of_stage(self.run, 0) / self.bytes_per_s
-
-    def shard_collectives_s(self, device_s: float) -> float:
-        """What sharded weights cost per layer and microbatch beyond what compute hides."""
-        run = self.run
-        if run.zero < 3:
-            return 0.0
-        weights = layer_elements(run)
-        gather_s = self._over_copies_s("all_gather", weights, 2.0)
-        scatter_s = self._over_copies_s("reduce_scatter", weights, run.sent_bytes)
-        if run.gathers_late:
-            # Asked for only after the gradients of the layer before, nothing is left to hide it behind.
-            return gather_s + self._exposed(gather_s + scatter_s, device_s)
-        return self._exposed(2 * gather_s + scatter_s, device_s)
-
-    def _exposed(self, spent_s: float, beside_s: float) -> float:
-        """What a collective adds to compute it runs beside: the excess, and a share of the rest."""
-        return max(spent_s - beside_s, 0.0) + self.contention * min(spent_s, beside_s)
-
-    def stage_messages_s(self) -> float:
-        """One microbatch's activations to the next stage and their gradients back."""
-        run = self.run
-        if run.pipeline == 1:
-            return 0.0
-        tokens = run.microbatch * run.shape.seq_len / run.context
-        # Ranks of a tensor-parallel group send a slice each and gather it inside the node.
-        num_bytes = tokens * run.shape.hidden * 2.0 / run.tensor
-        stride = run.tensor * run.context * run.data
-        over_nodes = run.devices > run.per_node
-        group = self._group(2, stride, min(stride, run.per_node) if over_nodes else 1)
-        group = replace(group, nodes=2 if over_nodes else 1)
-        spent_s = 2 * collective_s("send", num_bytes, group)
-        # Chunks of an interleaved schedule are sent while the next one computes.
-        return spent_s * self.contention if run.overlaps_tensor and run.virtual > 1 else spent_s
-
-    def gradient_collective_s(self, work_s: float) -> float:
-        """The sum of gradients over replicas beyond what backward hides."""
-        run = self.run
-        window_s = work_s / max(run.batch / (run.data * run.microbatch), 1.0) * 0.66
-        if run.zero >= 3:
-            # Those of shards run beside the shards' own, whose multiprocessors are counted.
-            return max(self._shard_sums_s() - window_s, 0.0)
-        spent_s = self._over_copies_s("all_reduce", stage_elements(run, 0), run.sent_bytes)
-        return self._exposed(spent_s, window_s) if run.overlaps else spent_s
-
-    def _shard_sums_s(self) -> float:
-        """Under hybrid sharding, the sums of shards over the groups that have divided weights."""
-        run = self.run
-        if not run.shard_group:
-            return 0.0
-        groups = max(run.data * run.context // run.shard_group, 1)
-        shard = weights_of_stage(run, 0) / run.shard_group
-        group = self._group(groups, run.tensor * run.shard_group)
-        return collective_s("all_reduce", shard * run.sent_bytes, group)
-
-    def _over_copies_s(self, name: CollectiveName, elements: tuple[float, float], each: float) -> float:
-        """A collective of some elements of weights, dense ones and experts, of so many bytes each, over
-        the devices that hold the same: experts' groups leave fewer of them."""
-        run = self.run
-        dense, experts = elements
-        spent_s = collective_s(name, dense * each, self._group(dense_copies(run), run.tensor))
-        if experts:
-            group = self._group(expert_copies(run), run.expert * run.expert_tensor)
-            spent_s += collective_s(name, experts * each, group)
-        return spent_s
 
     def optimizer_s(self) -> float:
         """Adam in float32 with half-precision copies: 12 bytes of state read and written, and more."""

@@ -94,6 +94,9 @@ class Run:
         keeps_gathered: Whether a pipeline stage keeps sharded weights gathered, and its gradients whole,
             from the first microbatch to the last.
         divides_loss: Whether torch's own operators divide the loss by vocabulary in tensor groups.
+        sends_apart: Whether a stage sends and receives in turn, never both ways at once.
+        sends_whole: Whether each tensor-parallel rank sends gradients of activations whole, no slice.
+        sums_tables: Whether input and output use one table, of which two pipeline stages hold a copy.
     """
 
     shape: ModelShape
@@ -148,6 +151,9 @@ class Run:
     fused_experts: bool = False
     captured: bool = False
     scaled_attention: bool = False
+    sends_apart: bool = False
+    sends_whole: bool = False
+    sums_tables: bool = False
 
     @property
     def sent_bytes(self) -> float:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from graphpar import catalogue
 from graphpar.cost_models.communication import Network
 from graphpar.cost_models.training import step_time
+from graphpar.cost_models.training_exchanges import Exchanges
 from graphpar.cost_models.training_memory import fits, memory_bytes, stage_parts, weights_of_stage
 from graphpar.cost_models.training_run import Run, parameters
 from graphpar.cost_models.transformer import ModelShape, MoeShape, layer_work
@@ -102,6 +103,38 @@ def test_float32_keeps_twice_the_activations_and_no_second_weights() -> None:
     half, wide = (stage_parts(replace(BASE, dtype=dtype), 0) for dtype in ("bfloat16", "float32"))
     assert wide.activations == 2 * half.activations
     assert wide.weights + wide.gradients + wide.optimizer == 16 * GPT.parameters
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([2, 4, 8]), st.sampled_from([1, 2]))
+def test_what_stages_exchange_follows_where_they_lie_and_who_sends(
+    tensor: int, pipeline: int, data: int
+) -> None:
+    devices = tensor * pipeline * data
+    run = replace(BASE, tensor=tensor, pipeline=pipeline, data=data, devices=devices)
+    in_turn = replace(run, sends_apart=True)
+    whole = replace(in_turn, sends_whole=True)
+    times = [Exchanges(r, parameters()).exchanges_s() for r in (run, in_turn, whole)]
+    for stages in times:
+        assert len(stages) == pipeline
+        assert stages[0] <= min(stages[1:-1], default=stages[0])
+    assert times[1] == pytest.approx([2 * s for s in times[0]])
+    assert (times[2] > times[1]) is (tensor > 1)
+    # Only neighbours on either side of a node's border feel the network.
+    slow = Exchanges(replace(run, network=Network(1e6)), parameters()).exchanges_s()
+    borders = [i for i in range(pipeline - 1) if (i + 1) * tensor * data % run.per_node == 0]
+    felt = [i for i in range(pipeline) if slow[i] > 2 * times[0][i]]
+    assert felt == sorted({stage for i in borders for stage in (i, i + 1)})
+
+
+def test_a_table_of_both_ends_is_summed_between_them() -> None:
+    run = replace(BASE, pipeline=4, data=4, devices=16, overlaps=True)
+    both = replace(run, sums_tables=True)
+    table = GPT.vocab * GPT.hidden * both.sent_bytes
+    assert Exchanges(run, parameters()).tables_sum_s() == 0
+    assert Exchanges(replace(both, pipeline=1), parameters()).tables_sum_s() == 0
+    # Each of a node's devices sends and receives the table once through their one network.
+    assert Exchanges(both, parameters()).tables_sum_s() == pytest.approx(4 * table / 192e9, rel=0.02)
+    assert seconds(both) > seconds(run)
 
 
 def test_experts_are_divided_by_groups_of_their_own() -> None:
