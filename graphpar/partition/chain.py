@@ -279,12 +279,12 @@ class ChainProgram:
             return
         self._sorted = True
         columns, reduced = self._columns, self._reduced_s
-        slots, option = self._rows.slots, columns.option
+        slots, option = self._rows.slots.at(columns.slot), columns.option
         kinds = len(self._rows.kinds)
-        head = self._place[option] * kinds + slots.before[columns.slot]
-        head = head * (self._num_units + 1) + slots.first[columns.slot]
-        after = self._place[option] * kinds + slots.after[columns.slot]
-        after = after * (self._num_units + 1) + slots.last[columns.slot]
+        head = self._place[option] * kinds + slots.before
+        head = head * (self._num_units + 1) + slots.first
+        after = self._place[option] * kinds + slots.after
+        after = after * (self._num_units + 1) + slots.last
         after_size = len(self._join) * kinds * (self._num_units + 1)
         key = (head * len(self._teams) + self._team[option]) * after_size + after
         order = np.lexsort((columns.cost_s, key))
@@ -362,7 +362,7 @@ class ChainProgram:
         fill = float(whole[number])
         if not np.isfinite(fill):
             return None
-        columns, slots, options = self._columns, self._rows.slots, self._rows.options
+        columns, slots, options = self._columns, self._rows.slots.every, self._rows.options
         slot, option = columns.slot[index], columns.option[index]
         team = self._team[option]
         stages: list[Stage] = []

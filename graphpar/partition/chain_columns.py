@@ -13,6 +13,7 @@ and only what is left after pruning is dealt one by one (`StagePrices.exact`).
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from graphpar.partition.chain_crew_loops import crew_loop
 from graphpar.partition.chain_loops import exact_loop, relaxed_loop
 from graphpar.partition.flights import flights
 from graphpar.partition.option_rows import OptionRows
+from graphpar.partition.slots import SlotArrays
 from graphpar.partition.stage_costs import (
     StageLimits,
     boundary_seconds,
@@ -39,10 +41,20 @@ from graphpar.partition.unit_arrays import (
 
 BoolArray = npt.NDArray[np.bool_]
 
-Hopeful = tuple[IntArray, IntArray, IntArray]
-"""Which crews there may be on which slots: the list of each slot, where lists begin, their crews."""
 
-_ANY: Hopeful = (np.zeros(0, dtype=np.intp),) * 3
+class Hopeful(NamedTuple):
+    """Which crews there may be: increasing slots, where the list of each begins, its crews.
+
+    With `whole` slots are runs, between all kinds of links.
+    """
+
+    slots: IntArray
+    begins: IntArray
+    crews: IntArray
+    whole: bool
+
+
+_ANY = Hopeful(*(np.zeros(0, dtype=np.intp),) * 3, True)
 
 _AT_ONCE = 400_000
 """Pairs of an option and a run that are looked at in one go: what fits into a processor's cache."""
@@ -92,7 +104,10 @@ class StagePrices:
         allowed: BoolArray | None = None,
     ) -> None:
         """With loops only the `allowed` runs may be a stage."""
-        self.loops, self._allowed = loops, allowed
+        self.loops, self._usable = (
+            loops,
+            np.ones(len(runs.first), np.bool_) if allowed is None else allowed,
+        )
         self.rows = rows
         self.setting = setting
         self._table_trains = table.training
@@ -111,7 +126,7 @@ class StagePrices:
         self.rows = rows
         self._most_wait_s = np.inf if self._stalls else table.handling_s
         if not loops:
-            self._slots_of_run = _positions(rows.slots.run, len(runs.first))
+            self._slots_of_run = _positions(rows.slots.every.run, len(runs.first))
             self._flight = self._flights()
             self._seconds = np.ascontiguousarray(self._seconds_by_run.T)
             self._sample = np.ascontiguousarray(self._sample_by_run.T)
@@ -124,35 +139,28 @@ class StagePrices:
     @cached_property
     def _before(self) -> FloatArray:
         """[slot]: the transfer before."""
-        return self.before_s[self.rows.slots.before, self.rows.slots.first]
+        return self._before_at(self.rows.slots.every)
 
-    @cached_property
-    def _ahead(self) -> FloatArray:
-        """[slot]: the transfer before, infinite where the run may be no stage."""
-        if self._allowed is None:
-            return self._before
-        return np.where(self._allowed[self.rows.slots.run], self._before, np.inf)
+    def _before_at(self, slots: SlotArrays) -> FloatArray:
+        return self.before_s[slots.before, slots.first]
 
     @cached_property
     def _waits(self) -> FloatArray:
         """[slot]: what transfers add to the period of a stage."""
-        slots, most_s = self.rows.slots, self._most_wait_s
+        return self._waits_at(self.rows.slots.every)
+
+    def _waits_at(self, slots: SlotArrays) -> FloatArray:
+        most_s = self._most_wait_s
         if most_s <= 0:
             return np.zeros(len(slots.run))
-        behind = self.before_s[slots.after, slots.last]
-        found: FloatArray = (np.minimum(self._before, most_s) + np.minimum(behind, most_s)) / 2
+        before, behind = self._before_at(slots), self.before_s[slots.after, slots.last]
+        found: FloatArray = (np.minimum(before, most_s) + np.minimum(behind, most_s)) / 2
         return found
 
     @cached_property
     def _wait_some(self) -> bool:
         """Whether any transfer adds to the period of a stage."""
         return bool(self._waits.any())
-
-    @cached_property
-    def _cut(self) -> FloatArray:
-        """[slot]: what all microbatches but one take over the boundary before."""
-        found: FloatArray = (self.setting.microbatches - 1) * self._before
-        return found
 
     def _known(self, name: str, make: Callable[[], FloatArray], size: float) -> FloatArray:
         """What settings with microbatches of one size share."""
@@ -199,7 +207,7 @@ class StagePrices:
     def num_variables(self) -> int:
         """Columns before anything is pruned."""
         usable = int((self.rows.width <= self.setting.microbatches).sum())
-        return usable * self.rows.num_slots
+        return usable * len(self.rows.slots)
 
     def ideal(
         self,
@@ -240,7 +248,7 @@ class StagePrices:
 
     def _nearest(self) -> FloatArray:
         """[run, sort]: the transfer before over the best link of a sort; infinite where it has none."""
-        slots, sorts = self.rows.whole_slots, self.rows.sorts[0]
+        slots, sorts = self.rows.whole_slots.every, self.rows.sorts[0]
         whole = (slots.first == 0) & (slots.last == self._units.table.num_units)
         found = np.full((len(slots.run), len(sorts)), np.inf)
         for sort, near in enumerate(sorts):
@@ -249,8 +257,7 @@ class StagePrices:
                 found[:, sort] = self.before_s[kinds].min(axis=0)[slots.first]
                 found[slots.first == 0, sort] = 0.0
         found[whole] = 0.0
-        if self._allowed is not None:
-            found[~self._allowed] = np.inf
+        found[~self._usable] = np.inf
         return found
 
     def _filled(self, count: int) -> Columns:
@@ -289,7 +296,7 @@ class StagePrices:
         """The given columns at their real prices, without those that cannot be, and which are left."""
         if self.loops:
             return self._exact_loop(columns)
-        slots, extra, below = self.rows.slots, columns.extra_s.copy(), columns.most_below.copy()
+        slots, extra, below = self.rows.slots.every, columns.extra_s.copy(), columns.most_below.copy()
         for width in np.unique(self.rows.width[columns.option]).tolist():
             index = np.flatnonzero(self.rows.width[columns.option] == width)
             option, slot = columns.option[index], columns.slot[index]
@@ -320,11 +327,11 @@ class StagePrices:
         hopeful: Hopeful,
         either: bool,
     ) -> Columns:
-        slots = self.rows.slots
-        waits, cut, setting = self._waits, self._cut, self._loop_setting
+        setting = self._loop_setting
+        transfers = self._most_wait_s, setting[0] - 1.0
         if either:
-            waits = cut = np.zeros(len(waits))
-            setting = (*setting[:2], False, False, setting[4])
+            setting, transfers = (*setting[:2], False, False, setting[4]), (0.0, 0.0)
+        runs, slots = self._units.runs, self.rows.slots
         arguments = (
             self.rows.crews,
             self.rows.staff,
@@ -335,11 +342,11 @@ class StagePrices:
             self.rows.moved_rows,
             self.rows.moved_row,
             self.rows.near_alone if simple else self.rows.near,
-            (slots.run, slots.before, slots.after),
-            self._ahead,
+            (runs.first, runs.last, slots.begins, slots.behind),
+            self._usable,
+            self.before_s,
+            transfers,
             self._beside,
-            waits,
-            cut,
             setting,
             simple,
             spread,
@@ -358,11 +365,14 @@ class StagePrices:
         return self._filled(count)
 
     def _exact_loop(self, columns: Columns) -> tuple[Columns, IntArray]:
-        extra, below = np.empty(len(columns)), np.empty(len(columns))
+        extra, below, slots = (
+            np.empty(len(columns)),
+            np.empty(len(columns)),
+            self.rows.slots.at(columns.slot),
+        )
         exact_loop(
             columns.option,
-            columns.slot,
-            self.rows.slots.run[columns.slot],
+            slots.run,
             self.rows.width,
             self.rows.staff,
             self._seconds_by_run,
@@ -370,8 +380,8 @@ class StagePrices:
             self._flight_by_run,
             self.rows.moved_rows,
             self.rows.moved_row,
-            self._waits,
-            self._cut,
+            self._waits_at(slots),
+            (self.setting.microbatches - 1) * self._before_at(slots),
             self._loop_setting,
             extra,
             below,
@@ -408,7 +418,7 @@ class StagePrices:
             return
         number, slot = self._slots_of_run.spread(runs)
         rows, runs = rows[number], runs[number]
-        option, slots = chunk[rows], self.rows.slots
+        option, slots = chunk[rows], self.rows.slots.every
         near = self.rows.near[option, slots.before[slot]] & self.rows.near[option, slots.after[slot]]
         rows, runs, option, slot = rows[near], runs[near], option[near], slot[near]
         if self._wait_some:
@@ -417,7 +427,7 @@ class StagePrices:
         else:
             longest, extra, below = longest[rows, runs], extra[rows, runs], below[rows, runs]
         extra = self._with_cut(extra, slot)
-        cost = longest + self.before_s[slots.before[slot], slots.first[slot]]
+        cost = longest + self._before[slot]
         own = post[rows, runs]
         kept = (extra <= limits.extra_s) & (extra + own <= limits.both_s)
         kept &= (cost < limits.fill_s) & (below >= width)
@@ -455,9 +465,7 @@ class StagePrices:
         """Where transfers overlap, the boundary before a stage may be what takes longest."""
         if self._stalls:
             return extra
-        slots = self.rows.slots
-        cut = (self.setting.microbatches - 1) * self.before_s[slots.before[slot], slots.first[slot]]
-        found: FloatArray = np.maximum(extra, cut)
+        found: FloatArray = np.maximum(extra, (self.setting.microbatches - 1) * self._before[slot])
         return found
 
     def _moved_at(self, option: IntArray, run: IntArray) -> FloatArray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from graphpar.partition.chain_columns import Columns, Hopeful, StagePrices
 from graphpar.partition.chain_relaxed import Prices, Relaxation
-from graphpar.partition.option_rows import Slots
+from graphpar.partition.slots import Slots
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -161,13 +161,13 @@ class CrewBounds:
         self, wanted: Kept, bound_s: float, slots: Slots, left: Columns, crew: IntArray
     ) -> Excluded:
         """The crews on each slot, without repetition; on whole slots for all kinds of links."""
-        number, crews = len(slots.run), len(self._rows.first_rows)
+        crews = len(self._rows.first_rows)
         places = left.slot * crews + crew  # increasing: loops go by slot, then by crew
         places = places[np.diff(places, prepend=-1) > 0]
-        begins = np.searchsorted(places, np.arange(number + 1) * crews).astype(np.intp)
-        whole = slots is self._rows.whole_slots
-        list_of = self._rows.slots.run if whole else np.arange(number)
-        return Excluded(wanted.all_s, bound_s, (list_of, begins, places % crews))
+        some, crew = places // crews, places % crews
+        begins = np.append(np.flatnonzero(np.diff(some, prepend=-1)), len(some))
+        hopeful = Hopeful(some[begins[:-1]], begins, crew, slots is self._rows.whole_slots)
+        return Excluded(wanted.all_s, bound_s, hopeful)
 
 
 def _limits(wanted: Kept) -> StageLimits:

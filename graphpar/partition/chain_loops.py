@@ -27,121 +27,257 @@ def relaxed_loop(
     moved: FloatArray,
     moved_row: IntArray,
     near: BoolArray,
-    slots: tuple[IntArray, IntArray, IntArray],
-    ahead: FloatArray,
+    runs: tuple[IntArray, IntArray, IntArray, IntArray],
+    usable: BoolArray,
+    before_s: FloatArray,
+    transfers: tuple[float, float],
     beside: FloatArray,
-    wait: FloatArray,
-    cut: FloatArray,
     setting: tuple[int, int, bool, bool, bool],
     simple: int,
     spread: bool,
-    hopeful: tuple[IntArray, IntArray, IntArray],
+    hopeful: tuple[IntArray, IntArray, IntArray, bool],
     limits: tuple[float, float, float, float, float, float],
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> int:
     """Fill `found` with the columns that may be within limits, at lower bounds; how many, -1: no room.
 
-    `slots` are (run, kind before, kind after) of each; columns come sorted by slot. `crews` are sets of
-    devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is for),
-    narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is one stage.
-    With `spread` each of several replicas has only one microbatch to keep. `hopeful` are the crews that
-    are looked at: the list of each slot, where lists begin, numbers of crews, increasing; all if empty.
+    `runs` are (first unit, last, first slot, kinds of links behind), of which the `usable` ones may be
+    stages; columns come sorted by slot. `before_s[kind, unit]` is a transfer; no more than the first of
+    `transfers` is waited for, and overlapped ones take so many times as long as the second. `crews` are
+    sets of devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is
+    for), narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is one
+    stage. With `spread` each of several replicas has only one microbatch to keep. `hopeful` are the crews
+    that are looked at: increasing slots, or runs, where their lists begin, numbers of crews, increasing,
+    and whether runs were meant; all if empty.
     """
-    run_of, before, after = slots
-    row_of, begin, wide_of, team = crews
+    first_of, last_of, begin_of, behind_of = runs
+    most_wait, times_cut = transfers
+    slots, list_begin, crew_at, by_run = hopeful
+    some, units = len(slots) > 0, before_s.shape[1] - 1
+    rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
+    every = len(crews[2])
+    alive = np.empty(every, dtype=np.intp), np.empty(every), np.empty(every)
+    count, run = 0, 0
+    for entry in range(len(slots) if some else len(first_of)):
+        if by_run:
+            run = slots[entry] if some else entry
+            low, high = begin_of[run], begin_of[run + 1]
+        else:
+            low, high = slots[entry], slots[entry] + 1
+            while begin_of[run + 1] <= low:
+                run += 1
+        if not usable[run] or (simple == 2 and last_of[run] - first_of[run] < units):
+            continue
+        first, last = first_of[run], last_of[run]
+        part = (list_begin[entry], list_begin[entry + 1]) if some else (0, every)
+        whole = first == 0 and last == units
+        number = _alive(
+            run, simple > 0 and not whole, (crew_at, *part), crews, fastest, setting[0], alive
+        )
+        most = min(limits[3], limits[4]) - beside[run], limits[4] - beside[run]
+        if low < high and by_run:
+            nearest_s = before_s[1:, first].min() if first > 0 else 0.0
+            longest_s = before_s[1:, last].max() if last < units else 0.0
+            if first > 0:
+                longest_s += before_s[1:, first].max()
+            number = _in_time(nearest_s, min(longest_s / 2, most_wait), most, setting[0], alive, number)
+        if number == 0:
+            continue
+        for slot in range(low, high):
+            place = slot - begin_of[run]
+            before = place // behind_of[run] + (1 if first > 0 else 0)
+            after = place % behind_of[run] + (1 if last < units else 0)
+            ahead_s, behind_s = before_s[before, first], before_s[after, last]
+            stall_s = (min(ahead_s, most_wait) + min(behind_s, most_wait)) / 2
+            count = _add_columns(
+                (slot, run, before, after),
+                (ahead_s, stall_s, times_cut * ahead_s, beside[run]),
+                (alive, number),
+                crews,
+                staff,
+                seconds,
+                fastest,
+                flight,
+                post,
+                moved,
+                moved_row,
+                near,
+                setting,
+                spread,
+                limits,
+                rates,
+                found,
+                count,
+            )
+            if count < 0:
+                return -1
+    return count
+
+
+Alive = tuple[IntArray, FloatArray, FloatArray]
+"""Numbers of crews; the sum and the least of the reciprocals of their replicas' fastest seconds."""
+
+
+@compiled_exactly
+def _alive(
+    run: int,
+    alone: bool,
+    listed: tuple[IntArray, int, int],
+    crews: tuple[IntArray, IntArray, IntArray, IntArray],
+    fastest: FloatArray,
+    number: int,
+    alive: Alive,
+) -> int:
+    """Fill in the crews of a part of a list, or of all, that have no more replicas than there may be."""
+    crew_at, begin, end = listed
+    _, _, wide_of, team = crews
+    count = 0
+    for place in range(begin, end):
+        crew = crew_at[place] if len(crew_at) > 0 else place
+        wide = wide_of[crew]
+        if wide > number or (alone and wide > 1):
+            break
+        rate, least = 0.0, np.inf
+        for r in range(wide):
+            rate += fastest[run, team[crew, r]]
+            least = min(least, fastest[run, team[crew, r]])
+        alive[0][count], alive[1][count], alive[2][count] = crew, rate, least
+        count += 1
+    return count
+
+
+@compiled_exactly
+def _in_time(
+    ahead_s: float, stall_s: float, most: tuple[float, float], number: int, alive: Alive, count: int
+) -> int:
+    """Keep the crews whose microbatches may be in time with such transfers; how many there are.
+
+    `most` is what there is for one microbatch, and for all.
+    """
+    crews, rates, leasts = alive
+    kept = 0
+    for i in range(count):
+        if _is_late(ahead_s, stall_s, most, number, rates[i], leasts[i]):
+            continue
+        crews[kept], rates[kept], leasts[kept] = crews[i], rates[i], leasts[i]
+        kept += 1
+    return kept
+
+
+@compiled_exactly
+def _is_late(
+    ahead_s: float, stall_s: float, most: tuple[float, float], number: int, rate: float, least: float
+) -> bool:
+    # All microbatches over all replicas, if they never wait: no division is needed to see that.
+    if number * _HAIR >= (most[1] - ahead_s + stall_s) * rate:
+        return True
+    return (most[0] - ahead_s) * least <= _HAIR
+
+
+@compiled_exactly
+def _add_columns(
+    place: tuple[int, int, int, int],
+    of_place: tuple[float, float, float, float],
+    listed: tuple[Alive, int],
+    crews: tuple[IntArray, IntArray, IntArray, IntArray],
+    staff: IntArray,
+    seconds: FloatArray,
+    fastest: FloatArray,
+    flight: FloatArray,
+    post: FloatArray,
+    moved: FloatArray,
+    moved_row: IntArray,
+    near: BoolArray,
+    setting: tuple[int, int, bool, bool, bool],
+    spread: bool,
+    limits: tuple[float, float, float, float, float, float],
+    scratch: tuple[FloatArray, FloatArray],
+    found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
+    count: int,
+) -> int:
+    """Those of one slot behind the `count` that are there, how many then, -1: no room.
+
+    `place` is (slot, run, kind before, kind after), `of_place` the seconds of (the transfer before, what
+    is waited, the overlapped transfers, all units beside); so many crews as are `listed`.
+    """
+    slot, run, before, after = place
+    cost_ahead, stall, cut, others = of_place
+    (crew_at, rate_of, least_of), listed_crews = listed
+    row_of, begin, wide_of, _ = crews
     number, _, stalls, gpipe, keeps = setting
     most_extra, most_post, most_both, whole_fill, whole_all, weight = limits
     options, places, costs, extras, posts, belows = found
-    times, rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
-    list_of, list_begin, crew_at = hopeful
-    count, some, every = 0, len(list_begin) > 0, len(wide_of)
-    for slot in range(len(run_of)):
-        run, cost_ahead, stall = run_of[slot], ahead[slot], wait[slot]
-        most_fill, most_all = whole_fill - beside[run], whole_all - beside[run]
-        whole = before[slot] == 0 and after[slot] == 0
-        if simple == 2 and not whole:
+    times, rates = scratch
+    most_fill, most_all = whole_fill - others, whole_all - others
+    both = min(most_fill, most_all), most_all
+    for i in range(listed_crews):
+        crew = crew_at[i]
+        wide = wide_of[crew]
+        first = row_of[begin[crew]]
+        if not (near[first, before] and near[first, after]):
             continue
-        first_crew = list_begin[list_of[slot]] if some else 0
-        for place_of_crew in range(first_crew, list_begin[list_of[slot] + 1] if some else every):
-            crew = crew_at[place_of_crew] if some else place_of_crew
-            wide = wide_of[crew]
-            if simple and wide > 1 and not whole:
-                break
-            if wide > number:
+        if _is_late(cost_ahead, stall, both, number, rate_of[i], least_of[i]):
+            continue
+        for at in range(begin[crew], begin[crew + 1]):
+            row = row_of[at]
+            own_post = post[run, row]
+            if not own_post <= most_post:
                 continue
-            first = row_of[begin[crew]]
-            if not (near[first, before[slot]] and near[first, after[slot]]):
-                continue
-            rate, least = 0.0, np.inf
+            extra_move = moved[moved_row[row], run] if moved_row[row] >= 0 else 0.0
+            longest, room = 0.0, UNLIMITED
             for r in range(wide):
-                rate += fastest[run, team[crew, r]]
-                least = min(least, fastest[run, team[crew, r]])
-            # All microbatches over all replicas, if they never wait: no division is needed to see that.
-            if number * _HAIR >= (most_all - cost_ahead + stall) * rate:
+                times[r] = seconds[run, staff[row, r]] + extra_move
+                longest = max(longest, times[r])
+                room = min(room, flight[run, staff[row, r], wide])
+            if room < 1 and keeps:
                 continue
-            if (min(most_fill, most_all) - cost_ahead) * least <= _HAIR:
+            cost = longest + cost_ahead
+            if not (cost < most_fill and cost + weight * own_post < most_all):
                 continue
-            for place in range(begin[crew], begin[crew + 1]):
-                row = row_of[place]
-                own_post = post[run, row]
-                if not own_post <= most_post:
-                    continue
-                extra_move = moved[moved_row[row], run] if moved_row[row] >= 0 else 0.0
-                longest, room = 0.0, UNLIMITED
+            if wide == 1:
+                extra, end = (number - 1) * (longest + stall), 0.0
+            else:
+                rate = 0.0
                 for r in range(wide):
-                    times[r] = seconds[run, staff[row, r]] + extra_move
-                    longest = max(longest, times[r])
-                    room = min(room, flight[run, staff[row, r], wide])
-                if room < 1 and keeps:
-                    continue
-                cost = longest + cost_ahead
-                if not (cost < most_fill and cost + weight * own_post < most_all):
-                    continue
-                if wide == 1:
-                    extra, end = (number - 1) * (longest + stall), 0.0
-                else:
-                    rate = 0.0
-                    for r in range(wide):
-                        rates[r] = 1 / max(times[r] + stall, 1e-300)
-                        rate += rates[r]
-                    offset = 0.0
-                    for r in range(wide):
-                        offset += 1 - times[r] * rates[r]
-                    end = (number - offset) / rate * _HAIR
-                    extra = max(end - longest, 0.0)
-                if not stalls:
-                    extra = max(extra, cut[slot])
-                if not (
-                    extra <= most_extra
-                    and extra + own_post <= most_both
-                    and cost + extra + weight * own_post < most_all
-                ):
-                    continue
-                below = UNLIMITED
+                    rates[r] = 1 / max(times[r] + stall, 1e-300)
+                    rate += rates[r]
+                offset = 0.0
                 for r in range(wide):
-                    most = flight[run, staff[row, r], wide]
-                    share = float(number)
-                    if wide > 1 and spread:
-                        share = 1.0
-                    elif wide > 1:
-                        share = max(np.floor((end - times[r]) * rates[r] * _HAIR + 1), 1.0)
-                    if share > most:
-                        below = min(below, -1.0 if gpipe else wide * most)
-                if below < wide:
-                    continue
-                if count == len(options):
-                    return -1
-                options[count], places[count] = row, slot
-                costs[count], extras[count] = cost, extra
-                posts[count], belows[count] = own_post, below
-                count += 1
+                    offset += 1 - times[r] * rates[r]
+                end = (number - offset) / rate * _HAIR
+                extra = max(end - longest, 0.0)
+            if not stalls:
+                extra = max(extra, cut)
+            if not (
+                extra <= most_extra
+                and extra + own_post <= most_both
+                and cost + extra + weight * own_post < most_all
+            ):
+                continue
+            below = UNLIMITED
+            for r in range(wide):
+                most = flight[run, staff[row, r], wide]
+                share = float(number)
+                if wide > 1 and spread:
+                    share = 1.0
+                elif wide > 1:
+                    share = max(np.floor((end - times[r]) * rates[r] * _HAIR + 1), 1.0)
+                if share > most:
+                    below = min(below, -1.0 if gpipe else wide * most)
+            if below < wide:
+                continue
+            if count == len(options):
+                return -1
+            options[count], places[count] = row, slot
+            costs[count], extras[count] = cost, extra
+            posts[count], belows[count] = own_post, below
+            count += 1
     return count
 
 
 @compiled_exactly
 def exact_loop(
     option: IntArray,
-    slot: IntArray,
     run: IntArray,
     width: IntArray,
     staff: IntArray,
@@ -161,7 +297,7 @@ def exact_loop(
     widest = staff.shape[1]
     times, periods, counts = np.empty(widest), np.empty(widest), np.empty(widest)
     for c in range(len(option)):
-        row, wide, stall = option[c], width[option[c]], wait[slot[c]]
+        row, wide, stall = option[c], width[option[c]], wait[c]
         extra_move = moved[moved_row[row], run[c]] if moved_row[row] >= 0 else 0.0
         longest, least, slowest, alike = 0.0, np.inf, 0.0, True
         for r in range(wide):
@@ -188,7 +324,7 @@ def exact_loop(
             if fewest < 1 or (least <= 0 and slowest > 0):
                 worst = np.inf
         if not stalls:
-            worst = max(worst, cut[slot[c]])
+            worst = max(worst, cut[c])
         limit = UNLIMITED
         for r in range(wide):
             most = flight[run[c], staff[row, r], wide]

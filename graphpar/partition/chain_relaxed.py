@@ -17,13 +17,14 @@ keeps memory by position as the dynamic programme does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from graphpar.partition.chain_columns import Columns, StagePrices
 from graphpar.partition.chain_path_loops import chain_paths
-from graphpar.partition.option_rows import Slots
+from graphpar.partition.slots import SlotArrays, Slots
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -82,11 +83,9 @@ class Relaxation:
         loops: bool = False,
     ) -> None:
         self._loops = loops
-        self._slots = slots
+        self._all_slots = slots
         self._num_units = num_units
-        self._num_kinds = int(slots.before.max(initial=0)) + 1
-        self._starts = np.searchsorted(slots.first, np.arange(num_units + 1))
-        self._places = slots.places
+        self._num_kinds = slots.num_kinds
         self._take = take.astype(np.float64)
         self._width = width
         self._counts = np.array(counts, dtype=np.float64)
@@ -106,6 +105,8 @@ class Relaxation:
         Infinite for those that were excluded on the way.
         """
         replicas = int(self._counts.sum()) if deep else 0
+        if self._loops:
+            columns, self._places = self._compact(columns)
         everything = _Index(columns, self._width, replicas, loops=self._loops)
         best, found = -np.inf, Bounded(-np.inf, np.zeros(len(columns)))
         prices, theta = self.prices, 1.0
@@ -176,23 +177,35 @@ class Relaxation:
         """The bound on plans of crews at the prices known, and the columns that it leaves."""
         levels = int(self._counts.sum()) + 1 if deep else 1
         paid = float(self._counts @ self.prices.use)
-        per_option, places, sizes = self._for_loops(self.prices, levels)
+        per_option, sizes = self._for_loops(self.prices, levels)
+        places = self._all_slots.every.places
         chain_s, columns = stages.ideal(limits, per_option, paid, places, sizes)
         return chain_s - paid, columns
 
     def _for_loops(
         self, prices: Prices, levels: int
-    ) -> tuple[
-        tuple[IntArray, FloatArray, FloatArray, FloatArray],
-        tuple[IntArray, IntArray],
-        tuple[int, int, int],
-    ]:
-        """By option replicas counted and prices; by slot where it begins and ends; sizes of arrays."""
+    ) -> tuple[tuple[IntArray, FloatArray, FloatArray, FloatArray], tuple[int, int, int]]:
+        """By option replicas counted and prices; sizes of arrays."""
         units = self._num_units + 1
         counted = self._width if levels > 1 else np.zeros_like(self._width)
         rho = self.post_weight * (self._take @ prices.rho)
         per_option = counted, self._take @ prices.nu, rho, self._take @ prices.use
-        return per_option, self._places, (levels, self._num_kinds * units, self._num_units)
+        return per_option, (levels, self._num_kinds * units, self._num_units)
+
+    def _compact(self, columns: Columns) -> tuple[Columns, tuple[IntArray, IntArray]]:
+        """Columns, which come by slot, with only the slots numbered that they have; where those are."""
+        anew = np.diff(columns.slot, prepend=-1) != 0
+        places = self._all_slots.at(columns.slot[anew]).places
+        return replace(columns, slot=np.cumsum(anew) - 1), places
+
+    @property
+    def _slots(self) -> SlotArrays:
+        return self._all_slots.every
+
+    @cached_property
+    def _starts(self) -> IntArray:
+        """[unit]: the first slot that begins there."""
+        return np.searchsorted(self._slots.first, np.arange(self._num_units + 1))
 
     def _column_prices(self, columns: Columns, prices: Prices) -> FloatArray:
         nu, use = self._take @ prices.nu, self._take @ prices.use
@@ -229,7 +242,7 @@ class Relaxation:
         self, columns: Columns, index: "_Index", prices: Prices
     ) -> tuple[float, FloatArray, IntArray]:
         """`_paths` by compiled loops, for columns in the order of their slots."""
-        per_option, places, sizes = self._for_loops(prices, index.levels)
+        per_option, sizes = self._for_loops(prices, index.levels)
         value, reduced, path = chain_paths(
             (
                 columns.option,
@@ -240,7 +253,7 @@ class Relaxation:
                 columns.most_below,
             ),
             per_option,
-            places,
+            self._places,
             *sizes,
         )
         if not np.isfinite(value):

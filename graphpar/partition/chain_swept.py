@@ -114,8 +114,8 @@ class SweptProgram(ChainProgram):
         columns = columns.pick(columns.post_s <= post_limit_s)
         if len(columns) == 0:
             return None
-        slots, units, team = self._rows.slots, self._num_units + 1, self._team[columns.option]
-        after = (slots.after * units + slots.last)[columns.slot]
+        units, team = self._num_units + 1, self._team[columns.option]
+        head, after = self._rows.slots.at(columns.slot).places
         order = np.argsort(team * (units * len(self._rows.kinds)) + after, kind="stable")
         columns, team = columns.pick(order), team[order]
         kept = not_outdone(
@@ -124,7 +124,7 @@ class SweptProgram(ChainProgram):
             (columns.cost_s, columns.extra_s, columns.post_s, columns.most_below),
             post_weight,
         )
-        columns, team, after = columns.pick(kept), team[kept], after[order][kept]
+        columns, team, order = columns.pick(kept), team[kept], order[kept]
         option, prices = columns.option, known or self._prices_of_devices()
         take = self._rows.take.astype(np.float64)
         priced = columns.cost_s + (take @ prices.nu)[option] * columns.extra_s
@@ -132,8 +132,8 @@ class SweptProgram(ChainProgram):
         line = best_line(
             LabelColumns(
                 team=team,
-                head=(slots.before * units + slots.first)[columns.slot],
-                after=after,
+                head=head[order],
+                after=after[order],
                 place=self._place[option],
                 width=self._rows.width[option],
                 below=np.minimum(columns.most_below, float(self._replicas.max())).astype(np.intp),
@@ -155,11 +155,9 @@ class SweptProgram(ChainProgram):
 
     def _answer(self, line: Columns) -> ChainAnswer:
         """The pipeline of some columns, first to last."""
-        slots, options = self._rows.slots, self._rows.options
-        stages = tuple(
-            Stage(int(slots.first[s]), int(slots.last[s]), options[o])
-            for s, o in zip(line.slot.tolist(), line.option.tolist(), strict=True)
-        )
+        slots, options = self._rows.slots.at(line.slot), self._rows.options
+        ends = zip(slots.first.tolist(), slots.last.tolist(), line.option.tolist(), strict=True)
+        stages = tuple(Stage(first, last, options[o]) for first, last, o in ends)
         fill = float(line.cost_s.sum())
         return ChainAnswer(fill, float(line.extra_s.max()), float(line.post_s.max()), fill, stages)
 

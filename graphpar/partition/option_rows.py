@@ -1,13 +1,12 @@
 """Who may staff a stage where: what does not depend on microbatches.
 
-A *slot* is a run of units with the kinds of links at its two boundaries (link kind 0 is the end of the
-pipeline, where nothing is sent). A *crew* are the options of the same devices in all modes that move as
-much for ZeRO: at level 2 every microbatch sends gradients, at level 3 weights as well.
+A *crew* are the options of the same devices in all modes that move as much for ZeRO: at level 2 every
+microbatch sends gradients, at level 3 weights as well.
 """
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, reduce
 from operator import or_
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, Links, StageOption, pareto
+from graphpar.partition.slots import Slots
 from graphpar.partition.stage_costs import cached_post, zero_seconds
 from graphpar.partition.unit_arrays import (
     BoolArray,
@@ -25,25 +25,6 @@ from graphpar.partition.unit_arrays import (
     Setting,
     UnitArrays,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Runs of units between kinds of links, sorted by run, which are sorted by first unit."""
-
-    run: IntArray
-    first: IntArray
-    last: IntArray
-    before: IntArray
-    after: IntArray
-    num_units: int
-
-    @cached_property
-    def places(self) -> tuple[IntArray, IntArray]:
-        """Where each begins and ends, as numbers of link kind and unit (`chain_path_loops`)."""
-        units = self.num_units + 1
-        return self.before * units + self.first, self.after * units + self.last
-
 
 Room = tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]
 """Option, slot, seconds, and replicas from here on: see `chain_columns.Columns`."""
@@ -115,7 +96,8 @@ class OptionRows:
         for name in ("whole_slots", "scratch", *_OF_LINKS):
             found.__dict__.pop(name, None)
         found._runs, found._merged, found._slots, found.by_size = runs, {}, {}, {}
-        found.post_s, found.post_by_run = self.post_s[:, index], self.post_by_run[index]
+        found.post_by_run = self.post_by_run[index]
+        found.post_s = found.post_by_run.T
         found.moved_s = {row: moved[index] for row, moved in self.moved_s.items()}
         if self.moved_s:
             found._moved_rows = np.ascontiguousarray(self._moved_rows[:, index])
@@ -163,19 +145,12 @@ class OptionRows:
         found: BoolArray = some[self.place]
         return found
 
-    @property
-    def num_slots(self) -> int:
-        """As many as there are `slots`."""
-        kinds, runs = len(self.kinds) - 1, self._runs
-        ends = (runs.first == 0).astype(np.intp) + (runs.last == self._num_units)
-        return int((kinds ** (2 - ends)).sum())
-
     @cached_property
     def slots(self) -> Slots:
         """Every run between every two kinds of links."""
         number = len(self.kinds)
         if number not in self._slots:
-            self._slots[number] = find_slots(self._runs, self._num_units, number)
+            self._slots[number] = Slots(self._runs, self._num_units, number)
         return self._slots[number]
 
     def teams(self, with_replicas: bool) -> tuple[IntArray, IntArray]:
@@ -258,9 +233,7 @@ class OptionRows:
     @cached_property
     def whole_slots(self) -> Slots:
         """Every run once, for bounds that leave open which links are beside it."""
-        first, last = self._runs.first, self._runs.last
-        none = np.zeros(len(first), dtype=np.intp)
-        return Slots(np.arange(len(first)), first, last, none, none, self._num_units)
+        return Slots(self._runs, self._num_units, 0)
 
     @cached_property
     def scratch(self) -> FloatArray:
@@ -289,7 +262,7 @@ class OptionRows:
     @cached_property
     def room(self) -> Room:
         """Arrays for columns, used again and again: of every crew on every run, or many."""
-        number = len(self.options) * self.num_slots
+        number = len(self.options) * len(self.slots)
         return _room(max(self.scratch.size, min(number, _FIRST_ROOM)))
 
     def enlarge(self) -> None:
@@ -388,15 +361,3 @@ def _apart(cells: Cells, take: IntArray, place: IntArray, number: int) -> BoolAr
         fits = (rows[:, :-1] + row[:-1] <= np.array(cells.counts)).all(axis=1)
         at[row[-1], rows[fits, -1]] = True
     return at
-
-
-def find_slots(runs: Ranges, num_units: int, num_kinds: int) -> Slots:
-    """Every run with every pair of links it may stand between."""
-    # The pipeline starts and ends where nothing is sent, and only there.
-    ahead, behind = (np.where(end, 1, num_kinds - 1) for end in (runs.first == 0, runs.last == num_units))
-    number = ahead * behind
-    run = np.repeat(np.arange(len(number)), number)
-    place = np.arange(len(run)) - np.repeat(np.cumsum(number) - number, number)
-    first, last, behind = runs.first[run], runs.last[run], behind[run]
-    before, after = place // behind + (first > 0), place % behind + (last < num_units)
-    return Slots(run, first, last, before, after, num_units)

@@ -122,7 +122,7 @@ def assert_never_better(exact: Columns, relaxed: Columns, crews: OptionRows | No
     """Every stage is there among those that stand for it, at no more and with as much room."""
     known = by_place(relaxed)
     for (option, slot), (cost, whole, post, below) in by_place(exact).items():
-        own = (option, slot) if crews is None else (crews.crew_of[option], crews.slots.run[slot])
+        own = (option, slot) if crews is None else (crews.crew_of[option], crews.slots.every.run[slot])
         least = known[own]
         assert all(a <= b * (1 + 1e-9) + 1e-12 for a, b in zip(least, (cost, whole, post), strict=False))
         assert least[3] >= below
@@ -177,7 +177,10 @@ def test_crews_leave_every_stage_that_a_bound_leaves(table: CostTable, factor: f
             target_s = factor * whole.bound_s
             bound_s, ideal = of_crews.first_look(prices, StageLimits(all_s=target_s), deep=True)
             own_s = (
-                exact.cost_s + exact.extra_s + exact.post_s + prices._beside[rows.slots.run[exact.slot]]
+                exact.cost_s
+                + exact.extra_s
+                + exact.post_s
+                + prices._beside[rows.slots.every.run[exact.slot]]
             )
             some = exact.pick(own_s < target_s * (1 - 1e-9))
             bounded = of_rows.bound(some, np.inf, rounds=1, deep=True)
@@ -234,7 +237,9 @@ def test_waiting_leaves_a_fast_replica_fewer_microbatches() -> None:
     )
     prices = stage_prices(table, Setting(4, 4, "1f1b"))
     exact = prices.exact(prices.relaxed(StageLimits()))[0]
-    wide = exact.pick((prices.rows.width[exact.option] == 2) & (prices.rows.slots.before[exact.slot] > 0))
+    wide = exact.pick(
+        (prices.rows.width[exact.option] == 2) & (prices.rows.slots.every.before[exact.slot] > 0)
+    )
     assert len(wide) and (wide.most_below > 4).all()
     assert_never_better(exact, prices.relaxed(StageLimits(), either=True))
 
