@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graphpar.cost_models.layout import Layout
+from graphpar.cost_models.unit_heap import working_bytes
 from graphpar.cost_models.work import Call, OpWork
 from graphpar.ir.formats import multiplies_8_bits, role_of
 from graphpar.ir.graph import Graph
@@ -132,9 +133,14 @@ def unit_memory(
         saved += sum(work.saved_bytes for work in works.values())
         if on_cpu:
             saved += sum(_unfused_bytes(graph, op, batch, precision) for op in ops)
-    working = _peak_temporaries(layout, ops, sizes, kept)
-    if training:
-        working = max(working, _peak_gradients(graph, ops, batch, precision))
+    if training and on_cpu:
+        read = {name for op in ops for name in op.operands()} - sizes.keys()
+        known = {**sizes, **{name: _bytes(graph, graph[name], batch, precision) for name in read}}
+        working = working_bytes(graph, layout, works, known, kept, again=batch < graph.batch)
+    else:
+        working = _peak_temporaries(layout, ops, sizes, kept)
+        if training:
+            working = max(working, _peak_gradients(graph, ops, batch, precision))
     return UnitMemory(saved * ALLOCATOR_SLACK, working * ALLOCATOR_SLACK)
 
 

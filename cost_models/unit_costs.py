@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Device
@@ -86,7 +87,8 @@ class UnitPricer:
             gradient_bytes=trained if options.training else 0.0,
             optimizer_bytes=trained * state if options.training else 0.0,
             saved_bytes=tuple(m.saved_bytes for m in memory),
-            working_bytes=tuple(m.working_bytes for m in memory),
+            # Holes in a heap are smaller at some larger sizes, where values happen to fit.
+            working_bytes=tuple(accumulate((m.working_bytes for m in memory), max)),
             weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
             deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
             split_s=tuple(LATE_OP_S * len(late) * d.slowdown for d in devices) if late else (),

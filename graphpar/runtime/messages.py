@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 _LENGTH = struct.Struct("!QQ")
+_LINE_BYTES = 64
 
 
 class _TensorHeader(msgspec.Struct, frozen=True):
@@ -56,7 +57,7 @@ def receive(channel: socket.socket) -> Message:
     """
     length, body = _LENGTH.unpack(_read(channel, _LENGTH.size))
     header = _read(channel, length)
-    return _assemble(header, memoryview(_read(channel, body)))
+    return _assemble(header, _read(channel, body))
 
 
 def pack(message: Message) -> bytearray:
@@ -95,7 +96,7 @@ def _parts(message: Message) -> Iterator[bytes | memoryview]:
     yield from raw.values()
 
 
-def _assemble(encoded: bytearray | memoryview, payload: memoryview) -> Message:
+def _assemble(encoded: memoryview, payload: memoryview) -> Message:
     header = msgspec.msgpack.decode(encoded, type=_Header)
     tensors = {}
     start = 0
@@ -105,9 +106,11 @@ def _assemble(encoded: bytearray | memoryview, payload: memoryview) -> Message:
     return Message(header.kind, header.data, tensors)
 
 
-def _read(channel: socket.socket, count: int) -> bytearray:
-    buffer = bytearray(count)
-    view = memoryview(buffer)
+def _read(channel: socket.socket, count: int) -> memoryview:
+    """So many bytes, in a place like those of tensors: others would shift the heap's end (`heap`)."""
+    buffer = torch.empty(-(-count // _LINE_BYTES) * _LINE_BYTES, dtype=torch.uint8)
+    whole: memoryview = buffer.numpy().data[:count]
+    view = whole
     while view.nbytes:
         try:
             got = channel.recv_into(view)
@@ -116,7 +119,7 @@ def _read(channel: socket.socket, count: int) -> bytearray:
         if got == 0:
             raise EOFError("the other side closed the channel")
         view = view[got:]
-    return buffer
+    return whole
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -1,13 +1,15 @@
 """Places of freed tensors are taken by others of their size, in a process that has a worker's heap."""
 
 import os
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from graphpar.runtime import heap, worker
+from graphpar.runtime import heap, messages, worker
 from graphpar.runtime.fork_server import _KEEPS_MEMORY
 from graphpar.runtime.messages import Message
 
@@ -48,6 +50,18 @@ def taken_again(before: int) -> int:
 @pytest.mark.parametrize("before", [0, 48])
 def test_tensors_find_the_places_of_their_size(before: int) -> None:
     assert taken_again(before) == 7
+
+
+@pytest.mark.parametrize("count", [1, 64, 4097])
+def test_what_is_received_takes_a_place_like_a_tensors(count: int) -> None:
+    """Whole lines, aligned: anything else at the heap's end would shift all that comes behind it."""
+    here, there = socket.socketpair()
+    with here, there:
+        here.sendall(bytes(count))
+        received = messages._read(there, count)
+    held = np.asarray(received.obj)
+    assert received.nbytes == count
+    assert held.ctypes.data % 64 == 0 and held.nbytes % 64 == 0
 
 
 def test_what_steps_have_freed_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
