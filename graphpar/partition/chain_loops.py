@@ -10,6 +10,7 @@ whether transfers stall, whether GPipe keeps all in flight, whether any stage ho
 import numpy as np
 
 from graphpar.partition.jit import compiled_exactly
+from graphpar.partition.types import ROUNDING
 from graphpar.partition.unit_arrays import UNLIMITED, BoolArray, FloatArray, IntArray
 
 _HAIR = 1 - 1e-12
@@ -299,13 +300,13 @@ def exact_loop(
     for c in range(len(option)):
         row, wide, stall = option[c], width[option[c]], wait[c]
         extra_move = moved[moved_row[row], run[c]] if moved_row[row] >= 0 else 0.0
-        longest, least, slowest, alike = 0.0, np.inf, 0.0, True
+        longest, shortest, least, slowest = 0.0, np.inf, np.inf, 0.0
         for r in range(wide):
             times[r] = seconds[run[c], staff[row, r]] + extra_move
             periods[r] = times[r] + stall
             longest, slowest = max(longest, times[r]), max(slowest, periods[r])
-            least = min(least, periods[r])
-            alike = alike and times[r] == times[0]
+            shortest, least = min(shortest, times[r]), min(least, periods[r])
+        alike = longest - shortest <= ROUNDING * longest
         if wide == 1:
             counts[0] = number
             worst = (number - 1) * periods[0]

@@ -12,7 +12,7 @@ from itertools import product
 
 from graphpar.cost import CostTable, Mode
 from graphpar.errors import VerifyError
-from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.partition.types import ROUNDING, Partition, PipelineChoice, Replica, StageChoice
 
 TOLERANCE = 1e-7
 """Largest relative difference between two ways to add up the same numbers."""
@@ -195,17 +195,15 @@ def _uneven(
         return 0.0
     large = sizes.count(sizes[0])
     share = Fraction(large * own, len(sizes))
-    if min(times) == max(times):
-        having = len(range(index, large, len(stage.replicas)))
-    else:
-        having = math.ceil(share)
+    alike = max(times) - min(times) <= ROUNDING * max(times)
+    having = len(range(index, large, len(stage.replicas))) if alike else math.ceil(share)
     costs = _mode(table, stage, index).costs
     seconds = 0.0
     for unit in range(stage.first, stage.last):
         cost = costs[table.units[unit]]
         for row in (cost.forward_s, cost.backward_s) if table.training else (cost.forward_s,):
             seconds += table.at_size(row, sizes[0]) - table.at_size(row, sizes[-1])
-    if min(times) < max(times):
+    if not alike:
         # It is not sure to have so many, which is no comfort where larger ones are faster.
         seconds = max(seconds, 0.0)
     return float(having - share) * seconds

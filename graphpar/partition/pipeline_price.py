@@ -71,7 +71,7 @@ from graphpar.partition.gradient_sums import (
     unit_costs,
     worst_finish_s,
 )
-from graphpar.partition.types import PipelineChoice, ScheduleName, StageChoice
+from graphpar.partition.types import ROUNDING, PipelineChoice, ScheduleName, StageChoice
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,11 @@ def replica_times_s(table: CostTable, stage: StageChoice, size: float) -> list[f
     return [times_s[m] for m in modes]
 
 
+def are_alike(times_s: Sequence[float]) -> bool:
+    """Whether replicas take equally long, but for rounding."""
+    return max(times_s) - min(times_s) <= ROUNDING * max(times_s)
+
+
 def ragged_s(
     table: CostTable, pipeline: PipelineChoice, stage: StageChoice, times_s: Sequence[float]
 ) -> list[float]:
@@ -133,7 +138,7 @@ def ragged_s(
     small, larger = divmod(pipeline.samples, number)
     if larger == 0 or width == 1:
         return [0.0] * width
-    alike, bounds, found = len(set(times_s)) == 1, (stage.first, stage.last), []
+    alike, bounds, found = are_alike(times_s), (stage.first, stage.last), []
     for place, (replica, mode) in enumerate(zip(stage.replicas, modes_of(table, stage), strict=True)):
         share = larger * replica.microbatches
         own = -((place - larger) // width) if alike else -(-share // number)

@@ -11,6 +11,7 @@ import numpy as np
 
 from graphpar.cost import CostTable, LinkCost
 from graphpar.partition.cells import Links, StageOption, pareto
+from graphpar.partition.types import ROUNDING
 from graphpar.partition.unit_arrays import UNLIMITED, Cache, FloatArray, Setting, UnitArrays
 
 
@@ -127,7 +128,8 @@ def _ragged_s(
 ) -> list[FloatArray]:
     """What samples beyond its share of the mean take each replica (`pipeline_price.ragged_s`)."""
     larger, number, width = setting.samples % setting.microbatches, setting.microbatches, len(own)
-    alike = np.logical_and.reduce([s == seconds[0] for s in seconds])
+    longest = np.maximum.reduce(seconds)
+    alike = longest - np.minimum.reduce(seconds) <= ROUNDING * longest
     found = []
     for place, (counts, each) in enumerate(zip(own, sample_s, strict=True)):
         share = larger * counts / number

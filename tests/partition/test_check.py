@@ -18,7 +18,7 @@ from graphpar.partition.candidate import best_candidate
 from graphpar.partition.check import check_partition, recompute
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
-from graphpar.partition.pipeline_price import price, share_microbatches
+from graphpar.partition.pipeline_price import price, replica_times_s, share_microbatches
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 
 
@@ -34,6 +34,20 @@ def test_checker_and_price_agree_on_any_plan(
         checked = recompute(table, bare(plan, schedule))
         assert checked.objective_s == pytest.approx(cost.objective_s, rel=1e-9, abs=1e-12)
         assert checked.peak_bytes == pytest.approx(cost.peak_bytes, rel=1e-9)
+
+
+def test_unlike_replicas_that_take_equally_long_are_alike_whatever_the_order_of_sums() -> None:
+    """They do at the mean size; a larger sample takes one no longer, the other three times as long."""
+    table = make_table([1.0] * 3, (1.0, 1.0), (1, 1), batch=3)
+    unit = replace(
+        table.costs[0], forward_s=((1.0, 1.0), (0.1, 2.1)), backward_s=((0.1, 0.1), (0.0, 2.0))
+    )
+    table = replace(table, sizes=(1, 3), costs=(unit,), units=(0, 0, 0))
+    stage = StageChoice(0, 3, (Replica("0.0", 1), Replica("1.0", 1)))
+    times_s = replica_times_s(table, stage, 1.5)
+    assert times_s[0] != times_s[1]
+    found = evaluate(table, [PipelineChoice(3, 2, (stage,))])
+    assert recompute(table, found).objective_s == pytest.approx(found.objective_s, rel=1e-12)
 
 
 def good() -> tuple[CostTable, Partition]:
