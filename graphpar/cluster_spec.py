@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from graphpar import catalogue
 from graphpar.errors import ClusterError
 
 LOCAL_NODE = "local"
@@ -211,6 +212,7 @@ def _keys_hint(form: type) -> str:
         "cluster": form,
         "node": NodeSpec,
         "device": DeviceSpec,
+        "kind": KindSpec,
         "link": LinkSpec,
     }
     return "Known keys: " + "; ".join(
@@ -273,7 +275,13 @@ def _check_node(node: NodeSpec, place: str) -> None:
 def _check_kind(kind: KindSpec, at: str) -> None:
     if not kind.peak_flops_per_s:
         raise ClusterError(f"{at}.peak_flops_per_s is empty; give at least float32.")
+    known = sorted({dtype for device in catalogue.devices().values() for dtype in device.peak_flops_per_s})
     for dtype, peak in kind.peak_flops_per_s.items():
+        if dtype not in known:
+            raise ClusterError(
+                f"{at}.peak_flops_per_s has a peak for {dtype!r}, which is no format; formats are "
+                f"{', '.join(known)}."
+            )
         _positive(peak, f"{at}.peak_flops_per_s.{dtype}")
     for name in ("memory_bytes", "memory_bytes_per_s", "power_w"):
         _positive(getattr(kind, name), f"{at}.{name}")

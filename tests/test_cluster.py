@@ -224,6 +224,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"nodes": [{"name": "a", "devices": CPU}, {"name": "a", "devices": CPU}]}, "two nodes"),
     ({"nodes": [{"name": "a/b", "devices": CPU}]}, "no '/'"),
     ({"devices": [{"kind": {**KIND, "peak_flops_per_s": {}}}]}, "is empty"),
+    (
+        {"devices": [{"kind": {**KIND, "peak_flops_per_s": {"float32": 1e12, "bf16": 4e12}}}]},
+        r"devices.*peak_flops_per_s has a peak for 'bf16'.*formats are bfloat16, .*float32",
+    ),
+    ({"devices": [{"kind": {**KIND, "powr_w": 300.0}}]}, "powr_w.*kind: name, .*power_w"),
     ({"devices": [{"kind": {**KIND, "family": "amper"}}]}, "known families"),
     (
         {
