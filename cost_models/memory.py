@@ -112,6 +112,7 @@ def unit_memory(
     precision: str,
     training: bool,
     on_cpu: bool = False,
+    again: bool = False,
 ) -> UnitMemory:
     """What one unit keeps and needs for one microbatch.
 
@@ -124,6 +125,7 @@ def unit_memory(
         precision: Format float32 values are held in.
         training: Whether backward follows.
         on_cpu: Whether that is on a processor.
+        again: Whether a device may have another microbatch in the same step.
     """
     ops = [graph[name] for name in works]
     kept = saved_roots(graph, layout, works) if training else frozenset()
@@ -136,7 +138,7 @@ def unit_memory(
     if training and on_cpu:
         read = {name for op in ops for name in op.operands()} - sizes.keys()
         known = {**sizes, **{name: _bytes(graph, graph[name], batch, precision) for name in read}}
-        working = working_bytes(graph, layout, works, known, kept, again=batch < graph.batch)
+        working = working_bytes(graph, layout, works, known, kept, again=again)
     else:
         working = _peak_temporaries(layout, ops, sizes, kept)
         if training:

@@ -249,18 +249,19 @@ def _dense(kinds: Sequence[Hashable]) -> tuple[int, ...]:
 
 
 def _joined(runs: Sequence[tuple["UnitPricer", Device]], index: int, sizes: Sequence[int]) -> UnitCost:
-    """What a unit costs on devices that run it in unlike formats."""
-    groups: dict[int, tuple[UnitPricer, list[Device]]] = {}
+    """What a unit costs on devices that run it in unlike formats, or allocate memory in unlike ways."""
+    groups: dict[tuple[int, bool], tuple[UnitPricer, list[Device]]] = {}
     for pricer, device in runs:
-        groups.setdefault(id(pricer), (pricer, []))[1].append(device)
+        groups.setdefault((id(pricer), device.is_cpu), (pricer, []))[1].append(device)
     costs = {key: pricer.unit_cost(index, devices, sizes) for key, (pricer, devices) in groups.items()}
     if len(costs) == 1:
         return next(iter(costs.values()))
     seen = dict.fromkeys(costs, 0)
     rows = []
-    for pricer, _ in runs:
-        rows.append((costs[id(pricer)], seen[id(pricer)]))
-        seen[id(pricer)] += 1
+    for pricer, device in runs:
+        key = id(pricer), device.is_cpu
+        rows.append((costs[key], seen[key]))
+        seen[key] += 1
     all_costs = list(costs.values())
     can_defer = all(cost.weight_s for cost in all_costs)
     return replace(

@@ -48,10 +48,13 @@ class UnitPricer:
     layout: Layout
     calibration: Calibration | None
     works: dict[tuple[str, int], OpWork] = field(default_factory=dict, repr=False)
-    memories: dict[tuple[int, int, bool], UnitMemory] = field(default_factory=dict, repr=False)
+    memories: dict[tuple[int, int, bool, bool], UnitMemory] = field(default_factory=dict, repr=False)
 
     def unit_cost(self, index: int, devices: Sequence[Device], sizes: Sequence[int]) -> UnitCost:
-        """What a unit costs on each of these devices, at each of these microbatch sizes."""
+        """What a unit costs on each of these devices, at each of these microbatch sizes.
+
+        Bytes are those of a processor where any of them is one.
+        """
         unit = self.chain.units[index]
         works = [self._works(unit.ops, size) for size in sizes]
         sources = self._own_sources(index)
@@ -97,12 +100,15 @@ class UnitPricer:
 
     def _memory(self, index: int, works: Mapping[str, OpWork], size: int, on_cpu: bool) -> UnitMemory:
         """What a unit keeps and needs for a microbatch of this size."""
-        if (index, size, on_cpu) not in self.memories:
-            how = self.options.precision, self.options.training, on_cpu
-            self.memories[index, size, on_cpu] = unit_memory(
+        # The graph may be that of another batch.
+        again = self.options.max_microbatches > 1 and size < self.options.batch
+        key = index, size, on_cpu, again
+        if key not in self.memories:
+            how = self.options.precision, self.options.training, on_cpu, again
+            self.memories[key] = unit_memory(
                 self.graph, self.layout, works, self._owned(index), size, *how
             )
-        return self.memories[index, size, on_cpu]
+        return self.memories[key]
 
     def _again_s(
         self, works: Sequence[dict[str, OpWork]], devices: Sequence[tuple[Rates, Device]]

@@ -10,6 +10,7 @@ which they come and go.
 from bisect import bisect_left, insort
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 
 from graphpar.cost_models.layout import Layout, is_view
 from graphpar.cost_models.work import OpWork
@@ -25,7 +26,7 @@ _LOSSES = frozenset(["cross_entropy_loss"])
 
 
 class Heap:
-    """Addresses given out by best fit; one byte is as good as another, and nothing is rounded.
+    """Addresses given out by best fit; one byte is as good as another, and all places are whole bytes.
 
     >>> heap = Heap()
     >>> small, large = heap.take(2.0), heap.take(4.0)
@@ -43,6 +44,7 @@ class Heap:
 
     def take(self, num_bytes: float) -> float:
         """The place of so many bytes; only for positive numbers of them."""
+        num_bytes = float(ceil(num_bytes))  # neighbours are told by exact sums
         fitting = ((size, k) for k, (_, size) in enumerate(self._free) if size >= num_bytes)
         size, k = min(fitting, default=(0.0, -1))
         if k >= 0:
@@ -83,7 +85,7 @@ def working_bytes(
     """What a unit takes in training beside what it keeps and the gradients of its weights.
 
     That is the most that is alive at once, and what the heap is larger than all that is alive, gradients
-    of weights included.
+    of weights included. Where these are added to earlier ones, each is there twice for a while.
 
     Args:
         graph: The graph the unit is part of.
@@ -93,12 +95,15 @@ def working_bytes(
         kept: Storage that is kept for backward.
         again: Whether another microbatch comes, whose gradients of weights are added to the first one's.
     """
-    kept, of_weights = frozenset(kept), [n for n in sizes if graph[n].target == "parameter"]
+    kept = frozenset(kept)
+    whole = _Walk(graph, layout, works, sizes, kept)
+    whole.microbatch()
+    if again:
+        whole.microbatch()
+        return max(0.0, whole.heap.top_bytes - whole.kept_bytes)
+    of_weights = [name for name in sizes if graph[name].target == "parameter"]
     alone = _Walk(graph, layout, works, {**sizes, **dict.fromkeys(of_weights, 0.0)}, kept)
     alone.microbatch()
-    whole = _Walk(graph, layout, works, sizes, kept)
-    for _ in range(1 + again):
-        whole.microbatch()
     holes = whole.heap.top_bytes - whole.heap.most_bytes
     return max(0.0, alone.heap.most_bytes - alone.kept_bytes) + holes
 

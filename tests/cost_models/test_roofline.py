@@ -18,6 +18,7 @@ from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import CPU_RESERVED_BYTES, HALF_CODE_BYTES, ONEDNN_BYTES
 from graphpar.cost_models.opcost import work_of
 from graphpar.cost_models.roofline import Roofline
+from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_models.work import OpWork
 from graphpar.cost_options import PricingOptions
 from graphpar.errors import GraphparError
@@ -257,6 +258,31 @@ def test_convolutions_and_recurrent_layers_load_more_code_on_processors() -> Non
     assert model.reserved_bytes(cluster, graph) == CPU_RESERVED_BYTES + ONEDNN_BYTES
     cards, blocks = Cluster.of("p4d.24xlarge", 1), parse_graph(BLOCKS)
     assert model.reserved_bytes(cards, graph) == model.reserved_bytes(cards, blocks)
+
+
+def test_each_kind_of_device_has_its_own_rules_of_memory() -> None:
+    graph, options = parse_graph(BLOCKS), PricingOptions(batch=4, training=True)
+
+    def held(*kinds: str) -> list[tuple[object, ...]]:
+        cluster = Cluster.from_dict({"devices": [{"kind": kind} for kind in kinds]})
+        table = Roofline().price(graph, build_chain(graph), cluster, options)
+        modes = table.every_mode[: len(kinds)]
+        return [tuple((c.saved_bytes, c.working_bytes) for c in mode.costs) for mode in modes]
+
+    processor, card = held("cpu"), held("h100-sxm-80gb")
+    assert processor != card
+    assert held("cpu", "h100-sxm-80gb") == processor + card
+
+
+def test_what_a_graph_of_another_batch_takes_is_that_of_the_batch_asked_for() -> None:
+    cluster, known = Cluster.from_dict({"devices": [{"kind": "cpu"}]}), dict[int, UnitPricer]()
+    graph = parse_graph(BLOCKS)
+    for batch in (4, 8, 2):
+        own = parse_graph(BLOCKS.replace("batch=4", f"batch={batch}"))
+        asked = PricingOptions(batch=batch, training=True)
+        shared = Roofline().price(graph, build_chain(graph), cluster, asked, known=known)
+        alone = Roofline().price(own, build_chain(own), cluster, asked)
+        assert [c.working_bytes for c in shared.costs] == [c.working_bytes for c in alone.costs]
 
 
 def test_products_in_16_bits_load_more_code_where_a_processor_has_them() -> None:

@@ -36,6 +36,18 @@ def test_places_never_overlap_and_the_smallest_free_one_is_taken(
     assert heap.top_bytes >= heap.most_bytes >= sum(there.values())
 
 
+@given(st.permutations(range(12)))
+def test_thirds_of_bytes_leave_no_holes_behind(order: list[int]) -> None:
+    """A microbatch's part of what the whole batch takes need not be whole."""
+    heap = Heap()
+    places = [heap.take((7 * k + 1) / 3) for k in range(12)]
+    end = heap.top_bytes
+    for k in order:
+        heap.give_back(places[k])
+    assert heap.alive_bytes == 0
+    assert heap.take(end) == 0 and heap.top_bytes == end
+
+
 HEAD = """graph captured "N" batch=4
 %x = input("x") : {wire}[B,1]
 %t = input("t") : int64[B]
@@ -47,20 +59,34 @@ HEAD = """graph captured "N" batch=4
 CAST = "%z = aten._to_copy.default(%y, dtype=dtype:float32) : float32[B,65536] {grad=true}\n"
 
 
-def _working_of_head(text: str) -> float:
+def _working(text: str, *, again: bool = False) -> float:
     graph = parse_graph(text)
     layout = find_layout(graph)
     ops = [op for op in graph.ops if op.target.startswith("aten")]
     works = {op.name: work_of(op, graph, layout, 4) for op in ops}
     sizes = {op.name: float(sum(kind.bytes(4) for kind in op.types if kind)) for op in graph.ops}
     kept = saved_roots(graph, layout, works)
-    return working_bytes(graph, layout, works, sizes, kept, again=False)
+    return working_bytes(graph, layout, works, sizes, kept, again=again)
 
 
 def test_logits_in_16_bits_leave_their_place_below_those_in_32() -> None:
     """Log-probabilities, their gradient and that of the logits are twice as large: none fits there."""
-    plain = _working_of_head(HEAD.format(wire="float32", cast="", logits="%y"))
-    lower = _working_of_head(HEAD.format(wire="bfloat16", cast=CAST, logits="%z"))
+    plain = _working(HEAD.format(wire="float32", cast="", logits="%y"))
+    lower = _working(HEAD.format(wire="bfloat16", cast=CAST, logits="%z"))
     one = 4.0 * 4 * 65536
     assert plain == pytest.approx(2 * one, rel=1e-4)  # beside the log-probabilities
     assert lower == pytest.approx(2 * one + one / 2, rel=1e-4)
+
+
+WIDE = """graph captured "N" batch=4
+%x = input("x") : float32[B,65536]
+%w = parameter("w") : float32[1,65536] {grad=true}
+%y = aten.linear.default(%x, %w) : float32[B,1] {grad=true}
+%output = output((%y,))
+"""
+
+
+def test_a_gradient_that_is_added_to_an_earlier_one_is_there_beside_it() -> None:
+    own = 4.0 * 4
+    assert _working(WIDE) == own
+    assert _working(WIDE, again=True) == own + 4.0 * 65536
