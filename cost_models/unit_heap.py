@@ -146,14 +146,16 @@ class _Walk:
         last_use = {root[o]: i for i, op in enumerate(ops) for o in op.operands()}
         inside = set(self.works)
         used = {op.name: {user.name for user in self.graph.users(op.name)} for op in ops}
-        leaving = {root[name] for name, users in used.items() if users - inside}
+        staying = self.kept | {root[name] for name, users in used.items() if users - inside}
+        going: dict[int, list[str]] = {}
         for i, op in enumerate(ops):
             if root[op.name] == op.name and op.target not in ("getitem", "gp.cast_weight", *SOURCES):
                 self._put(self.values, op.name, self.sizes[op.name])
+                if op.name in self.values and op.name not in staying:
+                    going.setdefault(last_use.get(op.name, i), []).append(op.name)
             self._put(self.notes, op.name, self.works[op.name].saved_bytes)
-            for name in [n for n in self.values if last_use.get(n, i) <= i]:
-                if name not in self.kept and name not in leaving:
-                    self.heap.give_back(self.values.pop(name))
+            for name in going.pop(i, ()):
+                self.heap.give_back(self.values.pop(name))
 
     def backward(self) -> None:
         """Follow gradients back; what an op has kept goes when it is done."""

@@ -275,7 +275,9 @@ def _check_node(node: NodeSpec, place: str) -> None:
 def _check_kind(kind: KindSpec, at: str) -> None:
     if not kind.peak_flops_per_s:
         raise ClusterError(f"{at}.peak_flops_per_s is empty; give at least float32.")
-    known = sorted({dtype for device in catalogue.devices().values() for dtype in device.peak_flops_per_s})
+    known = sorted(
+        {dtype for device in catalogue.devices().values() for dtype in device.peak_flops_per_s}
+    )
     for dtype, peak in kind.peak_flops_per_s.items():
         if dtype not in known:
             raise ClusterError(
