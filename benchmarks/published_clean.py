@@ -40,11 +40,10 @@ FLAGS = (
     ("model", "gated_mlp"), ("model", "tied_embeddings"), ("parallel", "sequence_parallel"),
     ("parallel", "compile"), ("parallel", "async_tp"), ("parallel", "cpu_offload"), ("measured", "oom"),
 )  # fmt: skip
-"""Said or not; text such as "no" says not."""
+"""Said or not; text such as "no" says not, such as "unknown" nothing."""
 
-DENIALS = frozenset(
-    {"", "0", "false", "no", "none", "off", "disabled", "-", "n/a", "unknown", "not stated"}
-)
+DENIALS = frozenset({"0", "false", "no", "none", "off", "disabled"})
+UNSAID = frozenset({"", "-", "n/a", "unknown", "not stated"})
 
 MOE_COUNTS = ("experts", "topk", "moe_ffn", "ffn", "shared_experts", "q_lora", "kv_lora")
 
@@ -92,7 +91,8 @@ def cleaned(given_row: Any) -> tuple[dict[str, Any], list[str]]:
             _settle(found[group], key, f"{group}.{key}", remarks, whole=False)
     for group, key in FLAGS:
         if isinstance(found[group].get(key), str):
-            found[group][key] = found[group][key].strip().lower() not in DENIALS
+            words = found[group].pop(key).strip().lower()
+            found[group] |= {} if words in UNSAID else {key: words not in DENIALS}
     _count_devices(found["hardware"], remarks)
     found["model"]["name"] = str(found["model"].get("name"))
     if found["hardware"].get("gpus_per_node", 0) > LARGEST_NODE:

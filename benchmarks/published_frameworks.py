@@ -163,7 +163,8 @@ def traits_of(row: dict[str, Any]) -> Traits:
     """What the framework of a row does.
 
     Megatron-LM on devices younger than 2022 is Megatron Core; so it is with gated layers or grouped keys,
-    for which the older one has no options. A DeepSpeed that has them has fused attention as well.
+    for which the older one has no options. A DeepSpeed that has them has fused attention as well, sends
+    slices of gradients, and those models have two tables.
     """
     name = str(row["parallel"].get("framework")).lower()
     traits = next((traits for key, traits in FRAMEWORKS if key in name), Traits())
@@ -175,7 +176,9 @@ def traits_of(row: dict[str, Any]) -> Traits:
     if traits is OLD_MEGATRON and (young or recent):
         return MODERN_MEGATRON
     deepspeed = traits.bucket_elements > 0
-    return replace(traits, fused_attention=True, dropout=False) if deepspeed and recent else traits
+    if not (deepspeed and recent):
+        return traits
+    return replace(traits, fused_attention=True, dropout=False, sends_whole=False, ties_tables=False)
 
 
 UNSHARDED = frozenset({"0", "false", "no", "none", "off", "no_shard", "ddp"})

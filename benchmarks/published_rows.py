@@ -213,7 +213,7 @@ def _run(
         captured=captured,
         sends_apart=traits.sends_apart,
         sends_whole=traits.sends_whole,
-        sums_tables=shape.tied or (traits.ties_tables and "tied_embeddings" not in row["model"]),
+        sums_tables=shape.tied or (traits.ties_tables and row["model"].get("tied_embeddings") is None),
     )
 
 

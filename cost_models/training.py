@@ -101,7 +101,8 @@ def step_time(run: Run, p: TrainingParameters) -> StepTime:
     stages_s[-1] += machine.head_seconds()
     slowest_s, exchange_s = max(zip(stages_s, machine.exchanges_s(), strict=True), key=sum)
     bubble_s = (sum(stages_s) - slowest_s) / run.virtual
-    pipeline_s = (passes - 1) * exchange_s + machine.filling_s()
+    # The first microbatch's first chunk is part of what fills the pipeline, its other chunks are not.
+    pipeline_s = (passes - 1 / run.virtual) * exchange_s + machine.filling_s()
     work_s = passes * (slowest_s + gradients_s)
     data_s = machine.gradient_collective_s(work_s)
     optimizer_s = machine.optimizer_s() + p.step_host_s

@@ -318,6 +318,9 @@ def test_what_old_frameworks_could_not_run_was_run_by_newer_ones(framework: str)
     )
     assert not isinstance(plain, str) and not isinstance(gated, str)
     assert (plain.fused_attention, gated.fused_attention) == (False, True)
+    # Their models have two tables, and since then DeepSpeed's stages send slices of gradients.
+    assert plain.sums_tables and not gated.sums_tables and not gated.sends_whole
+    assert plain.sends_whole is (framework == "megatron-deepspeed")
 
 
 LLAMA = {

@@ -98,6 +98,13 @@ def test_flags_and_recomputation_are_read_from_words(said: Any, recompute: str) 
 
 
 @pytest.mark.parametrize(
+    ("said", "sums"), [(None, True), ("unknown", True), ("-", True), (True, True), ("no", False)]
+)
+def test_old_frameworks_sum_one_table_unless_a_row_says_that_there_are_two(said: Any, sums: bool) -> None:
+    assert run("model", tied_embeddings=said).sums_tables is sums
+
+
+@pytest.mark.parametrize(
     ("group", "fields", "why"),
     [
         ("parallel", {"stage": "LoRA Performance"}, "trains adapters and not all weights"),

@@ -126,6 +126,21 @@ def test_what_stages_exchange_follows_where_they_lie_and_who_sends(
     assert felt == sorted({stage for i in borders for stage in (i, i + 1)})
 
 
+@given(st.sampled_from([2, 4, 8]), st.sampled_from([1, 2, 3]), st.integers(1, 4))
+def test_every_slot_of_an_interleaved_schedule_but_the_last_ends_with_a_message(
+    pipeline: int, virtual: int, rounds: int
+) -> None:
+    """Microbatches times chunks, and a slot more for each further stage, there and back."""
+    passes = rounds * pipeline
+    run = replace(BASE, data=1, pipeline=pipeline, virtual=virtual, devices=pipeline, batch=2 * passes)
+    (there_s, back_s), *_ = Exchanges(run, parameters())._boundaries_s()
+    # An end of a pipeline without chunks exchanges once for each microbatch, and it has the head.
+    exchanged = 2 if virtual > 1 or pipeline > 2 else 1
+    slots = exchanged * (passes * virtual - 1) / 2 + pipeline - 1
+    found_s = step_time(replace(run, shape=replace(GPT, vocab=1, layers=24)), parameters()).pipeline_s
+    assert found_s == pytest.approx(slots * (there_s + back_s))
+
+
 def test_a_table_of_both_ends_is_summed_between_them() -> None:
     run = replace(BASE, pipeline=4, data=4, devices=16, overlaps=True)
     both = replace(run, sums_tables=True)
