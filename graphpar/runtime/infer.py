@@ -3,12 +3,12 @@
 Training jobs infer by such a graph, and inputs of another shape than the example's have one each.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from graphpar.errors import VerifyError
 from graphpar.frontend.capture import Captured
-from graphpar.ir.chain import Unit, build_chain, writes_buffer
+from graphpar.ir.chain import Unit, build_chain, written_buffers
 from graphpar.ir.formats import format_of
 from graphpar.ir.graph import Graph
 from graphpar.ir.whole import tail_reason
@@ -21,14 +21,33 @@ def lower_inference(
 ) -> Lowered:
     """The graph lowered so that every weight is read where training keeps it.
 
+    Buffers that training changes and this graph only reads may be read elsewhere, too (`copied_buffers`).
+
     Raises:
         VerifyError: The graph reads weights in another order than training does, so that no stage
             order serves both.
     """
-    fitted = replace(_fitted_to(captured.graph, trained), schedule="gpipe")
+    read = {str(op.args[0]) for op in captured.graph.sources("buffer")}
+    copied = read - changed_buffers([captured.graph])
+    fitted = replace(_fitted_to(captured.graph, trained, copied), schedule="gpipe")
     lowered = lower(captured.graph, fitted, trained)
     _check_held(lowered, trained)
     return replace(lowered, training=False, whole=bool(captured.unsplittable or captured.mixes))
+
+
+def copied_buffers(inferring: Lowered, trained: Lowered) -> list[set[str]]:
+    """For each rank the buffers that it infers with and other ranks change in training.
+
+    Its copies are what they were when the job began, until they are written anew.
+    """
+    changed = changed_buffers(trained.graphs)
+    pairs = zip(inferring.placements, trained.placements, strict=True)
+    return [changed & {*new.labels} - {*old.labels} for new, old in pairs]
+
+
+def changed_buffers(graphs: Iterable[Graph]) -> set[str]:
+    """Labels of the buffers that some op writes to."""
+    return {str(graph[name].args[0]) for graph in graphs for name in written_buffers(graph)}
 
 
 def lower_again(
@@ -66,13 +85,13 @@ def _check_held(lowered: Lowered, before: Lowered) -> None:
             )
 
 
-def _fitted_to(graph: Graph, before: Lowered) -> Partition:
-    """The partition with every pipeline cut at this graph's units."""
+def _fitted_to(graph: Graph, before: Lowered, copied: Collection[str] = ()) -> Partition:
+    """The partition with every pipeline cut at this graph's units; copied buffers are had anywhere."""
     pipelines = []
     for number, pipeline in enumerate(before.partition.pipelines):
         stages_of = _stages_of_weights(before, number, pipeline)
         formats = _formats_of_weights(before.graphs[number])
-        pipelines.append(_fitted(graph, pipeline, stages_of, formats))
+        pipelines.append(_fitted(graph, pipeline, stages_of, formats, copied))
     return replace(before.partition, pipelines=tuple(pipelines))
 
 
@@ -80,12 +99,7 @@ def _stages_of_weights(
     trained: Lowered, pipeline_number: int, pipeline: PipelineChoice
 ) -> Mapping[str, list[int]]:
     """For each parameter, and each buffer that training changes, the stages that hold it."""
-    written = {
-        str(op.args[0])
-        for graph in trained.graphs
-        for op in graph.sources("buffer")
-        if any(writes_buffer(user) for user in graph.users(op.name))
-    }
+    written = changed_buffers(trained.graphs)
     found: dict[str, list[int]] = {}
     rank_of = {device: rank for rank, device in enumerate(trained.partition.used_devices)}
     for number, stage in enumerate(pipeline.stages):
@@ -123,13 +137,14 @@ def _fitted(
     pipeline: PipelineChoice,
     stages_of: Mapping[str, list[int]],
     formats_of: Mapping[str, str],
+    copied: Collection[str],
 ) -> PipelineChoice:
     """The pipeline with its stages cut at this graph's units."""
     units = build_chain(graph).units
     current = 0
     starts = [0]
     for index, unit in enumerate(units):
-        needed = _earliest(graph, unit.ops, stages_of, current)
+        needed = _earliest(graph, unit.ops, stages_of, current, copied)
         while current < needed:
             current += 1
             starts.append(index)
@@ -144,7 +159,11 @@ def _fitted(
 
 
 def _earliest(
-    graph: Graph, ops: tuple[str, ...], stages_of: Mapping[str, list[int]], current: int
+    graph: Graph,
+    ops: tuple[str, ...],
+    stages_of: Mapping[str, list[int]],
+    current: int,
+    copied: Collection[str],
 ) -> int:
     """The first stage, not before the current one, that holds all trained weights of a unit."""
     needed = current
@@ -154,6 +173,8 @@ def _earliest(
             if source.target not in ("parameter", "buffer") or str(source.args[0]) not in stages_of:
                 continue
             at = [s for s in stages_of[str(source.args[0])] if s >= needed]
+            if not at and source.target == "buffer" and str(source.args[0]) in copied:
+                continue
             if not at:
                 raise VerifyError(
                     f"Inputs of this kind need {source.args[0]!r} in a later stage than the plan keeps "

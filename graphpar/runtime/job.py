@@ -29,7 +29,7 @@ from graphpar.runtime.comparison import (
 )
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.fork_server import ForkServer
-from graphpar.runtime.infer import lower_again, lower_inference
+from graphpar.runtime.infer import copied_buffers, lower_again, lower_inference
 from graphpar.runtime.job_state import JobState
 from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.loaded import Loaded, with_own_constants
@@ -187,6 +187,8 @@ class CompiledModel(JobState):
     def _inferred(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         training = self._subject.training is not None
         loaded = self._inference_for(args, kwargs) if training else self._main_for(args, kwargs)
+        if training:
+            self._copy_buffers(loaded)
         values = self._run(loaded, args, kwargs)
         if loaded is self._main:
             self._compare(values, args, kwargs)
@@ -315,6 +317,22 @@ class CompiledModel(JobState):
             self._slices[rank].update({la: c for la, c in placement.slices.items() if la in new})
             missing.append({la: sliced(tensors[la], placement.slices.get(la)) for la in new})
         self._workers.write(missing)
+
+    def _copy_buffers(self, loaded: Loaded) -> None:
+        """Bring buffers that training changes to ranks that do not train with them and read them now."""
+        copied = copied_buffers(loaded.lowered, self._trained_on)
+        wanted = {label for labels in copied for label in labels}
+        if not wanted:
+            return
+        giving = [labels & wanted for labels in self._trained_on.givers]
+        now = self._whole(self._workers.read, self._slices, giving)
+        placements = loaded.lowered.placements
+        self._workers.write(
+            [
+                {label: sliced(now[label], placement.slices.get(label)) for label in labels}
+                for labels, placement in zip(copied, placements, strict=True)
+            ]
+        )
 
     def _checked_step(
         self, loaded: Loaded, check: FirstStepCheck, args: Sequence[Any], kwargs: Mapping[str, Any]

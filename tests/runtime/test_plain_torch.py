@@ -1,5 +1,6 @@
 """Plain PyTorch modules of every shape, cut into stages, compute what one device computes."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -278,3 +279,43 @@ def test_an_optimiser_of_sparse_gradients_alone_is_refused() -> None:
             lines=straight(1),
             train=training,
         )
+
+
+class Recentred(nn.Module):
+    """Buffers that early values change and the last stage reads, also in what depends on no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 6)) for _ in range(4)
+        )
+        self.mean: Tensor
+        self.calls: Tensor
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        if self.training:
+            self.mean.mul_(0.5).add_(h.detach().mean(0), alpha=0.5)
+            self.calls += 1
+        for layer in self.layers[1:]:
+            h = h + layer(h)
+        scaled = (h - self.mean) * (1 + self.mean.abs().sum())
+        return {"loss": scaled.square().mean(), "h": h, "calls": self.calls}
+
+
+def test_what_training_changes_is_read_anywhere_in_evaluation() -> None:
+    """After every step again, not as it was when the job began."""
+    torch.manual_seed(0)
+    model, x = Recentred(), torch.randn(64, 6)
+    alone = copy.deepcopy(model)
+    optimizer = TRAINING.optimizer(alone.parameters())
+    with force(model, (x,), lines=(Line((1, 1), cuts=(3,)),)).start() as job:
+        for _ in range(2):
+            job.step(x)
+            alone.train()(x)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            got, wanted = job(x), alone.eval()(x)
+            torch.testing.assert_close(got, {name: value.detach() for name, value in wanted.items()})
