@@ -45,6 +45,7 @@ BoolArray = npt.NDArray[np.bool_]
 class Hopeful(NamedTuple):
     """Which crews there may be: increasing slots, where the list of each begins, its crews.
 
+    One more entry of `begins` is where the last list ends; where it is empty any crew may be anywhere.
     With `whole` slots are runs, between all kinds of links.
     """
 

@@ -48,13 +48,13 @@ def relaxed_loop(
     sets of devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is
     for), narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is one
     stage. With `spread` each of several replicas has only one microbatch to keep. `hopeful` are the crews
-    that are looked at: increasing slots, or runs, where their lists begin, numbers of crews, increasing,
-    and whether runs were meant; all if empty.
+    that are looked at: increasing slots, or runs, where their lists begin (and one more entry), numbers
+    of crews, increasing, and whether runs were meant; all where no list begins, not even that entry.
     """
     first_of, last_of, begin_of, behind_of = runs
     most_wait, times_cut = transfers
     slots, list_begin, crew_at, by_run = hopeful
-    some, units = len(slots) > 0, before_s.shape[1] - 1
+    some, units = len(list_begin) > 0, before_s.shape[1] - 1
     rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
     every = len(crews[2])
     alive = np.empty(every, dtype=np.intp), np.empty(every), np.empty(every)

@@ -14,7 +14,7 @@ from plan_samples import sample_partition, table_for
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
 from graphpar.partition import chain, chain_warm, cuts
-from graphpar.partition.chain_columns import Columns, StagePrices
+from graphpar.partition.chain_columns import Columns, Hopeful, StagePrices
 from graphpar.partition.chain_labels import not_outdone
 from graphpar.partition.chain_relaxed import Relaxation
 from graphpar.partition.chain_swept import SweptProgram
@@ -242,6 +242,15 @@ def test_waiting_leaves_a_fast_replica_fewer_microbatches() -> None:
     )
     assert len(wide) and (wide.most_below > 4).all()
     assert_never_better(exact, prices.relaxed(StageLimits(), either=True))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_no_crew_is_hopeful_there_is_no_stage(whole: bool) -> None:
+    prices = stage_prices(make_table(), Setting(4, 4, "1f1b"))
+    none = np.zeros(0, dtype=np.intp)
+    hopeful = Hopeful(none, np.zeros(1, dtype=np.intp), none, whole)
+    assert len(prices.relaxed(StageLimits()))
+    assert len(prices.relaxed(StageLimits(), hopeful=hopeful)) == 0
 
 
 def test_microbatches_that_are_faster_when_larger_are_nobodys_gain() -> None:
