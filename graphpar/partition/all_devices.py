@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from graphpar.cost import CostTable
+from graphpar.partition.certificate import ROUNDING
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
 from graphpar.partition.partition_words import idle_note, table_notes
-from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.search import INFINITY
 from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
 
 CUT = "devices: the search was over some of them, and of others only plans at hand were tried"
-"""What a plan says that stands outside of what was searched."""
+"""What a plan says after such a search, unless no plan of any kind is shorter."""
 
 _FEW_DEVICES = 64
 """Over so many simple plans take a second at most, which they always have."""
@@ -39,11 +39,13 @@ def with_all_devices(
     family: str,
     known: tuple[Sequence[PipelineChoice], ScheduleName] | None,
     tried: Tried | None,
+    physical_s: float,
     began_s: float,
 ) -> Partition | None:
     """What a search over some devices found, or a plan over all of them that is better.
 
-    Its bound is that on plans of any kind: what the search proved holds for its own devices.
+    The latter's bound is that on plans of any kind: what the search proved holds for its own devices, so
+    that neither is told to be optimal for it.
 
     Args:
         table: All devices; it was checked.
@@ -51,9 +53,9 @@ def with_all_devices(
         family: What was searched, in words.
         known: A plan known before, which fits.
         tried: What simple plans are asked for, if any; the deadline is for many devices with a plan.
+        physical_s: The physical bound of the table.
         began_s: `time.monotonic()` when the search began.
     """
-    physical_s = physical_bound_s(table)
     others = [] if known is None else [priced_plan(table, *known, physical_s)]
     if tried is not None:
         until_s = simple_until_s(table, tried.deadline_s, found is not None or known is not None)
@@ -61,8 +63,12 @@ def with_all_devices(
         few = replace(tried, deadline_s=until_s, below_s=below_s, physical_s=physical_s)
         others += simple_plans(table, few)
     best = min(others, key=lambda p: p.objective_s, default=None)
-    if best is None or (found is not None and best.objective_s >= found.objective_s):
-        return found
+    if found is not None and (best is None or best.objective_s >= found.objective_s):
+        if found.objective_s <= physical_s * (1 + ROUNDING):
+            return found
+        return replace(found, status="feasible", truncated_by=(*found.truncated_by, CUT))
+    if best is None:
+        return None
     cut = (*found.truncated_by, CUT) if found is not None else (CUT,)
     words = f"plans over all devices that were at hand; the search was over: {family}"
     notes = (*idle_note(table, best.pipelines), *table_notes(table))

@@ -112,7 +112,8 @@ def partition(
     began_s = time.monotonic()
     check_arguments(table, gap, time_limit_s, schedule, microbatches)
     family = choose_family(table, schedule, microbatches)
-    run = _Run(family, CountingLimits(gap, backend), began_s, began_s + time_limit_s)
+    physical_s = physical_bound_s(table)
+    run = _Run(family, CountingLimits(gap, backend), began_s, began_s + time_limit_s, physical_s)
     if incumbent is not None and not family.partial:
         run.start_from(*incumbent)
     run.work()
@@ -124,7 +125,7 @@ def partition(
     if family.partial:
         tried = Tried(schedule, microbatches, began_s + time_limit_s)
         simple = tried if compare_simple or answer is None else None
-        answer = with_all_devices(table, answer, family.staffing, incumbent, simple, began_s)
+        answer = with_all_devices(table, answer, family.staffing, incumbent, simple, physical_s, began_s)
     if answer is None:
         left_s = max(_LEAST_EXPLAIN_S, began_s + _LATEST * time_limit_s - time.monotonic())
         explain_infeasible(table, family, run.truncated, min(explain_s, left_s), zero_levels)
@@ -135,7 +136,9 @@ def partition(
 class _Run:
     """The state of one search: the best plan so far, the bound, and what cut it short."""
 
-    def __init__(self, family: Family, limits: CountingLimits, began_s: float, deadline_s: float) -> None:
+    def __init__(
+        self, family: Family, limits: CountingLimits, began_s: float, deadline_s: float, physical_s: float
+    ) -> None:
         self.family = family
         self.best: Candidate | None = None
         self.truncated: list[str] = []
@@ -160,7 +163,8 @@ class _Run:
         self._programs = Programs(family, self._limits, self._deadline_s)
         self._shares = ShareBounds(self._programs)
         self._bound_s = INFINITY
-        self._physical_s = physical_bound_s(family.table)
+        self._physical_s = physical_s  # over devices that are not searched as well
+        self._least_s = physical_bound_s(family.table) if family.partial else physical_s
 
     @property
     def step_s(self) -> float:
@@ -199,10 +203,8 @@ class _Run:
 
     def own_up(self) -> None:
         """Name what the solver gave up on, unless what was asked is proven all the same."""
-        bound = max(self._bound_s, self._physical_s)
-        if self._programs.unsolved and (
-            self.best is None or self.step_s - bound > self._asked_gap * self.step_s
-        ):
+        open_s = self.step_s - max(self._bound_s, self._least_s)
+        if self._programs.unsolved and (self.best is None or open_s > self._asked_gap * self.step_s):
             self._cut("integer programmes: some had no answer after their share of the time")
 
     def counted(self) -> None:
@@ -425,13 +427,12 @@ class _Run:
 
     def runners_up(self) -> tuple[Partition, ...]:
         """The best plans that lost, as they were met; each priced like any plan made by hand."""
-        best = self.best
         seen: dict[object, Candidate] = {}
         for candidate in sorted(self._seen, key=lambda c: c.step_s):
-            if best is not None and candidate.pipelines != best.pipelines:
+            if self.best is not None and candidate.pipelines != self.best.pipelines:
                 seen.setdefault((candidate.pipelines, candidate.schedule), candidate)
         chosen = list(seen.values())[:RUNNERS_UP]
-        return tuple(priced_plan(self._table, c.pipelines, c.schedule) for c in chosen)
+        return tuple(priced_plan(self._table, c.pipelines, c.schedule, self._physical_s) for c in chosen)
 
     def compare(self, schedule: ScheduleChoice, microbatches: Microbatches) -> None:
         """No answer may be worse than simple plans, as within its gap or cut short it could be."""
@@ -453,7 +454,7 @@ class _Run:
         assert self.best is not None
         self.best = prefer_1f1b(self._table, self.family.schedules, self.best)
         cost = price(self._table, self.best.pipelines, self.best.schedule)
-        known = certificate(cost.objective_s, self._bound_s, self._physical_s)
+        known = certificate(cost.objective_s, max(self._bound_s, self._least_s), self._physical_s)
         family, notes = family_words(self.family, self.groupings_searched), self._notes()
         if known.beyond:
             family = f"plans at hand; the search was over: {family}"

@@ -359,7 +359,7 @@ def test_pipelines_side_by_side_are_searched_where_none_fits_alone() -> None:
     table = make_table([1.0] * 16, (1.0,), (80,), batch=16, saved_bytes=1.0, memory_bytes=10.0)
     family = replace(counted(table, Repeats(0, 1, 16), "1f1b"), microbatches=1)
     began_s = time.monotonic()
-    run = pipeline._Run(family, CountingLimits(0.5, "highs"), began_s, began_s + 60.0)
+    run = pipeline._Run(family, CountingLimits(0.5, "highs"), began_s, began_s + 60.0, 0.0)
     run.work()
     assert run.best is not None
     assert [p.samples for p in run.best.pipelines] in ([8] * 2, [4] * 4)

@@ -5,13 +5,15 @@ import time
 from dataclasses import replace
 
 import pytest
+from all_plans import best_step_s
 from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, ModeCost
 from graphpar.errors import InfeasibleError
-from graphpar.partition import chain_warm, family
+from graphpar.partition import chain_warm, family, fewer_devices, staffings
+from graphpar.partition.all_devices import CUT
 from graphpar.partition.cells import Cells, find_cells
 from graphpar.partition.family import choose_family
 from graphpar.partition.fewer_devices import first_devices
@@ -36,6 +38,48 @@ def test_those_that_are_left_cost_what_they_did(table: CostTable, data: st.DataO
     whole, left = named_costs(table), {c.name for c in some.device_classes}
     kept = {key: costs for key, costs in whole.items() if left.issuperset(key[0])}
     assert named_costs(some) == kept
+
+
+def check_some(table: CostTable) -> None:
+    """Every plan of all devices, and every plan of those that are searched, against what is told."""
+    some = choose_family(table, "auto", "auto").table
+    best_s, some_s = best_step_s(table), best_step_s(some)
+    if best_s is None:
+        with pytest.raises(InfeasibleError, match="searched were") as told:
+            partition(table, explain_s=0.0)
+        assert told.value.need is None
+        return
+    try:
+        found = partition(table, gap=0.0, explain_s=0.0)
+    except InfeasibleError:
+        found = None
+    if found is None:
+        assert some_s is None
+        return
+    beyond = not set(some.class_of).issuperset(found.used_devices)
+    assert found.bound_s <= (best_s if beyond or some_s is None else some_s) * (1 + 1e-9)
+    assert all(p.physical_bound_s <= best_s * (1 + 1e-9) for p in (found, *found.runners_up))
+    if found.objective_s > best_s * (1 + 1e-9):
+        assert found.status == "feasible" and CUT in found.truncated_by
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_tables(max_units=3, modes=True))
+def test_what_is_proven_of_some_devices_is_told_of_these_alone(table: CostTable) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fewer_devices, staffings):
+            patch.setattr(module, "MOST_STATES", 3)
+        assume(choose_family(table, "auto", "auto").partial)
+        check_some(table)
+
+
+def test_the_best_of_some_devices_is_not_told_to_be_the_best_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A slow device is left out that would halve the step."""
+    for module in (fewer_devices, staffings):
+        monkeypatch.setattr(module, "MOST_STATES", 3)
+    check_some(make_table([1.0, 0.5, 1.0], (2.0, 2.0, 1.1), (1, 1, 1), batch=2))
 
 
 def unlike(number: int, memory_bytes: float = 1e12) -> CostTable:
