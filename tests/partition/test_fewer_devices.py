@@ -8,7 +8,6 @@ import pytest
 from all_plans import best_step_s
 from cost_tables import make_table, small_tables
 from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 from graphpar.cost import CostTable, ModeCost
 from graphpar.errors import InfeasibleError
@@ -27,17 +26,33 @@ def named_costs(table: CostTable) -> dict[tuple[tuple[str, ...], object], tuple[
     return {(tuple(names[k] for k in m.members), m.key[1:]): m.costs for m in table.every_mode}
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(small_tables(modes=True), st.data())
-def test_those_that_are_left_cost_what_they_did(table: CostTable, data: st.DataObject) -> None:
-    numbers = [data.draw(st.integers(0, len(c.devices))) for c in table.device_classes]
-    assume(any(numbers))
-    some = first_devices(table, numbers)
-    pairs = zip(table.device_classes, numbers, strict=True)
-    assert list(some.class_of) == [d for c, number in pairs for d in c.devices[:number]]
-    whole, left = named_costs(table), {c.name for c in some.device_classes}
-    kept = {key: costs for key, costs in whole.items() if left.issuperset(key[0])}
-    assert named_costs(some) == kept
+def with_rows_by_class(table: CostTable) -> CostTable:
+    """Whatever units may have for each class, another one for each."""
+    each = tuple(map(float, range(len(table.device_classes))))
+    rows = tuple((k + 1.0,) * len(table.sizes) for k in each)
+    costs = tuple(
+        replace(
+            cost, weight_s=rows, split_s=each, again_s=rows, weights_by_class=each,
+            saved_by_class=rows, working_by_class=rows, deferred_by_class=rows,
+        )
+        for cost in table.costs
+    )  # fmt: skip
+    return replace(table, costs=costs)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_tables(modes=True) | small_tables(modes=True).map(with_rows_by_class))
+def test_those_that_are_left_cost_what_they_did(table: CostTable) -> None:
+    whole = named_costs(table)
+    for numbers in itertools.product(*(range(len(c.devices) + 1) for c in table.device_classes)):
+        if not any(numbers):
+            continue
+        some = first_devices(table, numbers)
+        pairs = zip(table.device_classes, numbers, strict=True)
+        assert list(some.class_of) == [d for c, number in pairs for d in c.devices[:number]]
+        left = {c.name for c in some.device_classes}
+        kept = {key: costs for key, costs in whole.items() if left.issuperset(key[0])}
+        assert named_costs(some) == kept
 
 
 def check_some(table: CostTable) -> None:
