@@ -73,7 +73,7 @@ def explain_partition(
         parts=parts,
         binding=tuple(binding(table, found, parts)),
         choices=tuple(sorted(choices, key=lambda c: never if c.margin_s is None else c.margin_s)),
-        runners_up=tuple(runner_up(*work.both(other)) for other in found.runners_up),
+        runners_up=tuple(runner_up(*work.both(other), schedule) for other in found.runners_up),
         shadow_prices=tuple(sorted(prices, key=lambda p: -(p.saves_s or 0.0))),
         left_out=tuple(work.left_out),
     )

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 
 from graphpar.cost import CostTable
 from graphpar.explanation import RunnerUp
+from graphpar.partition.settings import ScheduleChoice
 from graphpar.partition.types import Partition
 from graphpar.schedule_choice import LEAST_GAIN
 from graphpar.simulated import has_formula
 from graphpar.units import format_bytes, format_percent, format_seconds
 
+_ROUNDING = 1e-9
 FULL = 0.9
 """A device that is fuller than this may be held back by its memory."""
 
@@ -40,9 +42,9 @@ def binding(table: CostTable, found: Partition, parts: dict[str, float]) -> Iter
             )
 
 
-def runner_up(found: Partition, other: Partition) -> RunnerUp:
+def runner_up(found: Partition, other: Partition, asked: ScheduleChoice) -> RunnerUp:
     return RunnerUp(
-        differences=(*_differences(found, other), *_why_lost(found, other)),
+        differences=(*_differences(found, other), *_why_lost(found, other, asked)),
         step_s=other.objective_s,
         costs_s=other.objective_s - found.objective_s,
         num_devices=len(other.used_devices),
@@ -50,17 +52,20 @@ def runner_up(found: Partition, other: Partition) -> RunnerUp:
     )
 
 
-def _why_lost(found: Partition, other: Partition) -> Iterator[str]:
+def _why_lost(found: Partition, other: Partition, asked: ScheduleChoice) -> Iterator[str]:
     """Why a plan lost that takes less."""
-    if other.objective_s >= found.objective_s:
+    if other.objective_s >= found.objective_s * (1 - _ROUNDING):
         return
-    if not has_formula(found.schedule):
+    if asked != "auto" and other.schedule != found.schedule:
+        # Orders without a formula are searched for as 1F1B (`searched`).
         yield f"shorter, but {found.schedule} was asked for"
-        return
-    yield (
-        f"shorter, but not by the {100 * LEAST_GAIN:.0f} % for which a plan is given up that the search "
-        "proved something of"
-    )
+    elif has_formula(found.schedule) and other.objective_s >= (1 - LEAST_GAIN) * found.objective_s:
+        yield (
+            f"shorter, but not by the {100 * LEAST_GAIN:.0f} % for which a plan is given up that the "
+            "search proved something of"
+        )
+    else:
+        yield "shorter as played through, by which these two were not compared when the plan was chosen"
 
 
 def _differences(found: Partition, other: Partition) -> Iterator[str]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from test_schedule_choice import blocks
 
+from graphpar import explanation_words as words
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import CostTable, RepeatedWeights
 from graphpar.explanation_build import explain_partition
@@ -97,6 +98,17 @@ def test_an_order_of_work_that_is_shorter_but_not_taken_is_told_with_the_reason(
     runner_up = explain_partition(table, chosen, time_limit_s=5.0).runners_up[0]
     assert runner_up.costs_s == pytest.approx(lost.objective_s - alone_s) and runner_up.costs_s < 0
     assert "shorter, but not by the 10 %" in runner_up.differences[-1]
+    # No other reason is claimed than the one there is.
+    found = replace(chosen, runners_up=())
+    asked_for = words.runner_up(found, lost, "1f1b").differences[-1]
+    assert asked_for == f"shorter, but {found.schedule} was asked for"
+    much = words.runner_up(found, replace(lost, objective_s=alone_s / 2), "auto").differences[-1]
+    assert "by which these two were not compared" in much
+    rounded = words.runner_up(found, replace(found, objective_s=alone_s * (1 - 1e-12)), "auto")
+    assert not any("shorter" in text for text in rounded.differences)
+    quicker = replace(found, objective_s=lost.objective_s / 2)
+    assert "was asked for" not in words.runner_up(lost, quicker, "auto").differences[-1]
+    assert "zero-bubble was asked for" in words.runner_up(lost, quicker, "1f1b").differences[-1]
 
 
 def test_a_wider_gap_than_was_proven_has_its_reason_whatever_was_nearly_taken() -> None:
