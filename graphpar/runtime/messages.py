@@ -108,7 +108,9 @@ def _assemble(encoded: memoryview, payload: memoryview) -> Message:
 
 def _read(channel: socket.socket, count: int) -> memoryview:
     """So many bytes, in a place like those of tensors: others would shift the heap's end (`heap`)."""
-    buffer = torch.empty(-(-count // _LINE_BYTES) * _LINE_BYTES, dtype=torch.uint8)
+    # Whatever device the program that asks makes its tensors on.
+    lines = -(-count // _LINE_BYTES)
+    buffer = torch.empty(lines * _LINE_BYTES, dtype=torch.uint8, device="cpu")
     whole: memoryview = buffer.numpy().data[:count]
     view = whole
     while view.nbytes:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from graphpar.runtime import heap, messages, worker
 from graphpar.runtime.fork_server import _KEEPS_MEMORY
@@ -58,7 +59,8 @@ def test_what_is_received_takes_a_place_like_a_tensors(count: int) -> None:
     here, there = socket.socketpair()
     with here, there:
         here.sendall(bytes(count))
-        received = messages._read(there, count)
+        with torch.device("meta"):  # or a GPU, by `torch.set_default_device`
+            received = messages._read(there, count)
     held = np.asarray(received.obj)
     assert received.nbytes == count
     assert held.ctypes.data % 64 == 0 and held.nbytes % 64 == 0
