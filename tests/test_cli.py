@@ -291,6 +291,18 @@ def test_json_stays_alone_on_stdout() -> None:
     assert "from C" in done.stderr
 
 
+def test_calibrate_measures_nothing_that_it_cannot_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("graphpar.commands.calibrate.measure", None)
+    assert run("calibrate") == 2
+    assert re.search("cannot be written: .*file is no folder; .*XDG_CACHE_HOME", capsys.readouterr().err)
+    assert run("calibrate", "-o", str(tmp_path / "file" / "x.json")) == 2
+    assert "XDG_CACHE_HOME" not in capsys.readouterr().err
+
+
 def test_stdout_is_left_alone_when_it_need_not_be_clean(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

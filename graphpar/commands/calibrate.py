@@ -4,7 +4,9 @@ import json
 
 import click
 
+from graphpar.calibration import cache_path, fingerprint
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.files import check_writable
 from graphpar.measure import measure
 
 
@@ -29,6 +31,11 @@ def command(output: str | None, threads: int, as_json: bool) -> None:
     Measures matrix products, memory bandwidth, the local link and what a worker takes for itself, and
     keeps them under this machine's fingerprint for later plans.
     """
+    try:
+        check_writable(output or cache_path(fingerprint(threads)))
+    except ValueError as error:
+        kept = "" if output else "; plans look there, unless XDG_CACHE_HOME names another folder"
+        raise click.ClickException(f"{error}{kept}") from error
     with stdout_kept_clean(as_json):
         calibration = measure(threads, show_progress=True)
         path = calibration.save(output)
