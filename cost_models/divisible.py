@@ -1,4 +1,4 @@
-"""Weights that do not count unit by unit: several units read them, or ZeRO may not divide them."""
+"""What does not count unit by unit: weights that several read or ZeRO may not divide, and results."""
 
 from collections.abc import Sequence
 
@@ -55,6 +55,20 @@ def largest_gradient_bytes(graph: Graph, chain: Chain, kinds: Sequence[int]) -> 
             if op.attr("grad"):
                 found[kinds[unit]] = max(found[kinds[unit]], float(op.type.bytes(1)))
     return tuple(found)
+
+
+def result_bytes(graph: Graph, chain: Chain, batch: int) -> tuple[float, ...]:
+    """By unit what the results of the graph that it makes take for a sample of a batch of so many."""
+    results = set(graph.output.operands())
+    return tuple(
+        sum(
+            kind.bytes(batch) / batch
+            for name in results & set(unit.ops)
+            for kind in graph[name].types
+            if kind
+        )
+        for unit in chain.units
+    )
 
 
 def repeated_weights(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graphpar.cost_models.layout import Layout
-from graphpar.cost_models.unit_heap import working_bytes
+from graphpar.cost_models.unit_heap import LOSSES, working_bytes
 from graphpar.cost_models.work import Call, OpWork
 from graphpar.ir.formats import multiplies_8_bits, role_of
 from graphpar.ir.graph import Graph
@@ -140,7 +140,8 @@ def unit_memory(
         known = {**sizes, **{name: _bytes(graph, graph[name], batch, precision) for name in read}}
         working = working_bytes(graph, layout, works, known, kept, again=again)
     else:
-        working = _peak_temporaries(layout, ops, sizes, kept)
+        results = () if training else graph.output.operands()
+        working = _peak_temporaries(layout, ops, sizes, kept, results)
         if training:
             working = max(working, _peak_gradients(graph, ops, batch, precision))
     return UnitMemory(saved * ALLOCATOR_SLACK, working * ALLOCATOR_SLACK)
@@ -184,16 +185,22 @@ def _peak_temporaries(
     ops: Sequence[Op],
     sizes: Mapping[str, float],
     kept: frozenset[str],
+    results: Sequence[str],
 ) -> float:
-    """The largest sum of live values that nobody keeps, walking forward through the unit."""
+    """The largest sum of live values that nobody keeps, walking forward through the unit.
+
+    In inference results stay, and a loss makes log-probabilities that no backward keeps.
+    """
     last_use = {layout.root[o]: i for i, op in enumerate(ops) for o in op.operands()}
+    last_use |= {layout.root[name]: len(ops) for name in results if name in sizes}
     live: dict[str, float] = {}
     peak = 0.0
     for i, op in enumerate(ops):
         made = op.target not in ("getitem", *HELD)
         if layout.root[op.name] == op.name and op.name not in kept and made:
             live[op.name] = sizes[op.name]
-        peak = max(peak, sum(live.values()))
+        inside = sizes.get(op.operands()[0], 0.0) if results and packet(op) in LOSSES else 0.0
+        peak = max(peak, sum(live.values()) + inside)
         for name in [n for n in live if last_use.get(n, i) <= i]:
             del live[name]
     return peak

@@ -20,6 +20,7 @@ from graphpar.cost_models.divisible import (
     largest_gradient_bytes,
     passing_gradient_bytes,
     repeated_weights,
+    result_bytes,
 )
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import (
@@ -124,6 +125,7 @@ class Roofline:
             passing_gradient_bytes=passing_gradient_bytes(graph, chain, units)
             if options.training
             else (),
+            result_bytes=() if options.training else result_bytes(graph, chain, options.batch),
             shared=self.shared_cores(cluster),
         )
 

@@ -21,7 +21,7 @@ from graphpar.ir.optable import packet
 _PASSES_ON = frozenset(["add", "add_", "getitem", "alias", "positive"])
 """Ops whose operands get the gradient of their result as it is, where it is of their size."""
 
-_LOSSES = frozenset(["cross_entropy_loss"])
+LOSSES = frozenset(["cross_entropy_loss"])
 """Two ops in one: the gradient of the log-probabilities is there beside that of the logits."""
 
 
@@ -196,7 +196,7 @@ class _Walk:
         own = self.gradients.pop(op.name, None) or self._fresh(self.sizes[op.name])
         sources = [self.graph[o] for o in dict.fromkeys(op.operands())]
         wanted = [source for source in sources if source.attr("grad")]
-        passing = self._fresh(sum(self.sizes[s.name] for s in wanted) if packet(op) in _LOSSES else 0.0)
+        passing = self._fresh(sum(self.sizes[s.name] for s in wanted) if packet(op) in LOSSES else 0.0)
         for source in wanted:
             if self._is_passed_on(op, source):
                 own.holders += 1

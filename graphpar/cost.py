@@ -306,8 +306,7 @@ class CostTable:
         training: Whether there is a backward pass and an optimiser.
         sizes: Increasing microbatch sizes at which times are tabulated; the first is 1 unless the
             batch cannot be split, the last is `batch`.
-        units: For each unit of the chain the index of its `UnitCost`.
-        unit_names: For each unit of the chain a name for people.
+        units: For each unit of the chain the index of its `UnitCost`; `unit_names` are for people.
         costs: The distinct units.
         edges: Values that cross unit boundaries.
         device_classes: Rows of the tables of times.
@@ -325,6 +324,7 @@ class CostTable:
         few_row_bytes: For each distinct unit the trained weights that ZeRO may not divide among as many
             replicas as there can be, for want of rows. Empty for none.
         largest_gradient_bytes: For each distinct unit its largest gradient. Empty in inference.
+        result_bytes: By unit of the chain what the results it makes take for a sample. Empty in training.
         repeated: Weights that several units read; each member of a tensor group counts them whole.
         sum_s_per_byte: Seconds a device spends, beyond its links, per byte that a ring sums for it.
         modes: Ways to run units besides the plain mode of each device class.
@@ -350,6 +350,7 @@ class CostTable:
     passing_gradient_bytes: tuple[float, ...] = ()
     few_row_bytes: tuple[float, ...] = ()
     largest_gradient_bytes: tuple[float, ...] = ()
+    result_bytes: tuple[float, ...] = ()
     repeated: tuple[RepeatedWeights, ...] = ()
     modes: tuple[Mode, ...] = ()
     shared: SharedCores | None = None

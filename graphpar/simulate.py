@@ -335,7 +335,7 @@ def resident_bytes(timing: Timing, rank: int) -> float:
 
 
 def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, float, float]:
-    """Bytes that stay, are saved for backwards, and are worked on, when their sum is largest.
+    """Bytes that stay, are saved for backwards or as results, and are worked on, at their largest sum.
 
     A stage's gradients come with its first backward, with the first half of that if it has two: those of
     tables, norms and biases do. In the optimiser's update nothing is saved any more, and what it takes is
@@ -349,7 +349,8 @@ def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, fl
         if microbatch is None or kind not in "FBIW":
             continue
         costs = numbers[stage, schedule.microbatch_sizes[microbatch]]
-        if kind == "F" and schedule.training:
+        results = kind == "F" and not schedule.training
+        if kind == "F" and not results:
             saved += costs.saved_bytes
         if kind in "BI" and missing[stage]:
             missing[stage] = costs.spared_bytes if kind == "B" else 0.0
@@ -357,7 +358,8 @@ def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, fl
         later = saved + costs.deferred_bytes - costs.saved_bytes if kind == "I" else saved
         there = resident - sum(missing.values())
         best = max(best, (there, max(saved, later), costs.working_bytes), key=sum)
-        saved = later
+        # While they are made, results are among what is worked on.
+        saved = later + (costs.saved_bytes if results else 0.0)
         if kind == "B":
             saved -= costs.saved_bytes
             missing[stage] = 0.0

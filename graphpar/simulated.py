@@ -50,7 +50,8 @@ def overfull_words(
 ) -> tuple[str, ...]:
     """What is said of a device within its limit that is expected to need more than it has.
 
-    Limits do not count what an update that goes tensor by tensor takes for a while.
+    Limits count neither what an update that goes tensor by tensor takes for a while nor, in inference,
+    results, which stay until the end of the step.
     """
     own = {d: c.memory_bytes for c in table.device_classes for d in c.devices}
     lacks = {
@@ -62,7 +63,10 @@ def overfull_words(
         return ()
     worst = max(lacks, key=lacks.__getitem__)
     lack = format_bytes(lacks[worst])
-    return (f"{worst} is expected to lack {lack} while tensors are updated one by one",)
+    when = (
+        "while tensors are updated one by one" if table.training else "with the results of a whole step"
+    )
+    return (f"{worst} is expected to lack {lack} {when}",)
 
 
 def has_formula(schedule: ScheduleName) -> bool:

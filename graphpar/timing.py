@@ -19,7 +19,8 @@ from graphpar.partition.types import Partition, PipelineChoice, Replica, StageCh
 class SizeTiming:
     """What one microbatch of `size` samples costs a rank, in one of its stages if it has several.
 
-    `saved_bytes` are held from its forward to its backward, `working_bytes` while it computes. Of
+    `saved_bytes` are held from its forward to its backward, in inference (what results take) to the end
+    of the step, `working_bytes` while it computes. Of
     `backward_s`, `weight_s` are for gradients of weights that may be made later; until then
     `deferred_bytes` are held, and `split_s` is what doing it in two halves takes besides. Of both
     directions, `collective_s` are spent in collectives with the other members of a tensor group.
@@ -255,6 +256,7 @@ def _stage_timing(
     held = {n: member_bytes(table, stage, costs, member, n) for n in sizes}
     repeated = [r.gradient_bytes for r in table.repeated if r.held_by(stage.first, stage.last)]
     gradients = sum(c.gradient_bytes[member] for c in costs) + sum(repeated)
+    results = sum(table.result_bytes[stage.first : stage.last])
     # From level 2 on gradients are divided as they come, and what is left of them is small.
     device_class = table.device_classes[table.every_mode[mode].members[member]]
     grows = table.training and stage.zero < 2 and device_class.refills
@@ -273,7 +275,7 @@ def _stage_timing(
                 - ahead
                 if table.training
                 else 0.0,
-                saved_bytes=held[n][1],
+                saved_bytes=held[n][1] if table.training else n * results,
                 working_bytes=held[n][2],
                 weight_s=apart * sum(table.weight_s(u, mode, n) for u in units)
                 if table.training

@@ -125,7 +125,7 @@ def test_memory_held_by_position(num_stages: int, microbatches: int) -> None:
         held = min(microbatches, num_stages - stage)
         assert few.peak_bytes[stage] == held + 0.5
         assert all_of_them.peak_bytes[stage] == microbatches + 0.5
-        assert none.peak_bytes[stage] == 0.5
+        assert none.peak_bytes[stage] == microbatches - 1 + 0.5
 
 
 @st.composite
@@ -246,6 +246,15 @@ def test_gradients_come_with_a_stages_first_backward(
     timing = Timing((RankTiming("d", "n", (sizes,), resident_bytes=1000.0),), (), FREE)
     chosen = build_schedule(chain(1, microbatches, schedule), (), training=True)
     assert simulate(chosen, timing).peak_bytes == (peak,)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_results_stay_until_the_end_of_a_step_without_backwards(microbatches: int) -> None:
+    """The last ones are among what is worked on while they are made."""
+    sizes = SizeTiming(1, 1.0, saved_bytes=200.0, working_bytes=250.0)
+    timing = Timing((RankTiming("d", "n", (sizes,), resident_bytes=1000.0),), (), FREE)
+    schedule = build_schedule(chain(1, microbatches), (), training=False)
+    assert simulate(schedule, timing).peak_bytes == (1000 + 200 * (microbatches - 1) + 250,)
 
 
 def test_a_first_half_of_a_backward_has_gradients_too() -> None:

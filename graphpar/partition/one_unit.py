@@ -46,6 +46,7 @@ def as_one_unit(table: CostTable) -> CostTable:
         passing_gradient_bytes=(),
         few_row_bytes=few,
         largest_gradient_bytes=largest,
+        result_bytes=(sum(table.result_bytes),) if table.result_bytes else (),
         repeated=(),
     )
 

@@ -359,6 +359,8 @@ def serve(channel: socket.socket) -> None:
             reply = _failure(error)
         with sending:
             send(channel, reply)
+        # Or a step's results would stay while the next one's are made.
+        del command, reply
 
 
 def _set_up(command: Message) -> Worker:

@@ -49,7 +49,7 @@ class ViewDevice:
             with the copy in which a process on a CPU gathers gradients for their sum.
         later_bytes: Gradients that come after that.
         weight_bytes: The weights among them, as far as they can be told apart; else 0.
-        saved_bytes: Activations held for backwards when memory is at its peak.
+        saved_bytes: Activations held for backwards (in inference: results) when memory is at its peak.
         working_bytes: What is being worked on then.
         update_bytes: What the optimiser's update takes when activations are gone; where memory is at its
             peak in it that is `working_bytes`, too.

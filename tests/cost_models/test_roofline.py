@@ -25,6 +25,7 @@ from graphpar.errors import GraphparError
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
+from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.precision import rewrite
 from graphpar.simulated import stage_links
@@ -108,6 +109,21 @@ def test_inference_has_no_backward_gradients_or_saved_values() -> None:
         assert (cost.gradient_bytes, cost.optimizer_bytes, *cost.optimizer_s) == (0, 0, 0, 0)
         assert all(cost.working_bytes)
     assert all(e.gradient_bytes_per_sample == 0 for e in table.edges)
+
+
+def test_results_of_inference_stay_beside_what_a_loss_makes_of_them() -> None:
+    text = """graph captured "N" batch=4
+%w = parameter("w") : float32[1000,8]
+%x = input("x") : float32[B,8]
+%t = input("t") : int64[B]
+%z = aten.linear.default(%x, %w) : float32[B,1000]
+%loss = aten.cross_entropy_loss.default(%z, %t, none, 0) : float32[B]
+%output = output((%loss, %z))
+"""
+    table = price(training=False, text=text)
+    assert sum(table.result_bytes) == 4 + 4 * 1000
+    assert as_one_unit(table).result_bytes == (4 + 4 * 1000,)
+    assert max(c.working_bytes[-1] for c in table.costs) >= 2 * 4 * 4 * 1000
 
 
 def test_a_device_alone_holds_no_buffers_for_messages() -> None:

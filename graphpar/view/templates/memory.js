@@ -70,7 +70,8 @@ function memoryBar(plan, ranks, choose) {
     make("span", { class: "small" }, name), track, make("span", { class: over ? "small alert" : "small" }, told + measured));
 }
 
-// Bytes saved and worked on over time: a forward saves, its backward frees, and each works while it runs.
+// Bytes saved and worked on over time: a forward saves, its backward frees (nothing does where results are
+// what it saves), and each works while it runs.
 // After the first half of a backward some is kept for the second. A stage's gradients come with its first
 // backward (or its first half): what is absent of them does not stay yet. The optimiser's update comes last.
 function memoryCourse(plan, track, rank) {
@@ -90,6 +91,7 @@ function memoryCourse(plan, track, rank) {
     const later = event.kind === "I" ? saved + amount.deferred - amount.held : saved;
     points.push({ time: event.start, absent: absent(), saved: Math.max(saved, later), working: amount.working });
     saved = later;
+    if (event.kind === "F" && !plan.training) saved += amount.held;
     if (event.kind === "B") {
       saved -= amount.held;
       missing.set(event.stage, 0);
