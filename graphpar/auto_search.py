@@ -10,7 +10,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.device import Device
 from graphpar.ir.formats import FORMATS, PARTLY, base_format
-from graphpar.partition.certificate import BEYOND, ROUNDING, certificate
+from graphpar.partition.certificate import BEYOND, certificate
 from graphpar.partition.formats import (
     Errors,
     FormatChoice,
@@ -22,7 +22,7 @@ from graphpar.partition.formats import (
     looser,
     tighter,
 )
-from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
+from graphpar.partition.types import ROUNDING, Partition, PipelineChoice, Replica, StageChoice
 from graphpar.plan_records import PlanBudget, PlanPrecision, PlanUnitFormat
 from graphpar.precision import (
     Formats,

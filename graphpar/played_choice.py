@@ -17,7 +17,7 @@ from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import Tried, one_device, simple_plans
 from graphpar.partition.partition_words import idle_note
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
-from graphpar.partition.types import Partition
+from graphpar.partition.types import ROUNDING, Partition
 from graphpar.plan_comparison import in_family_of, step_of
 from graphpar.schedule_choice import LEAST_GAIN, but_left_out, judged_s
 from graphpar.simulated import has_formula, simulated
@@ -28,8 +28,6 @@ NO_GAIN = 0.02
 
 BY_FORMULA = "formula: plans were compared as they are played through, the bound is of their formula"
 """What cut the search short of a plan that is longer by its formula and was taken all the same."""
-
-_ROUNDING = 1e-9
 
 _STAGED = ("interleaved", "zero-bubble")
 """Who asks for these asks for several stages."""
@@ -79,7 +77,7 @@ def best_played(
     best, best_s = plan, judged_s(plan_s, plan.schedule)
     for other in hopeful:
         alone = len(other.used_devices) == 1
-        most_s = best_s * (1 + _ROUNDING if alone else 1 - LEAST_GAIN)
+        most_s = best_s * (1 + ROUNDING if alone else 1 - LEAST_GAIN)
         if other.pipelines == plan.pipelines:
             continue
         played = simulated(table, other.pipelines, other.schedule)

@@ -24,7 +24,14 @@ from graphpar.near_plans import as_replicas, near_plans
 from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.handmade import Tried, even_split, greedy_split
 from graphpar.partition.settings import Microbatches, ScheduleWish, microbatch_counts
-from graphpar.partition.types import Partition, PipelineChoice, ScheduleName, StageChoice, StagePace
+from graphpar.partition.types import (
+    ROUNDING,
+    Partition,
+    PipelineChoice,
+    ScheduleName,
+    StageChoice,
+    StagePace,
+)
 from graphpar.simulated import (
     Simulated,
     certified,
@@ -54,8 +61,6 @@ _MOST_CHANGED = 8
 
 _MOST_CHANGES = 80
 """... and so many of those that may be shorter are played through."""
-
-_ROUNDING = 1e-9
 
 
 def judged_s(step_s: float, schedule: ScheduleName) -> float:
@@ -240,9 +245,9 @@ class _Choice:
             return False
         known = self.shortest.get(attempt.words)
         # By the same measure as below: the best is always among the shortest.
-        if known is None or played.step_s < known.step_s * (1 - _ROUNDING):
+        if known is None or played.step_s < known.step_s * (1 - ROUNDING):
             self.shortest[attempt.words] = played
-        if self.best is None or played.step_s < self.best.step_s * (1 - _ROUNDING):
+        if self.best is None or played.step_s < self.best.step_s * (1 - ROUNDING):
             self.best = played
             return True
         return False
@@ -323,7 +328,7 @@ class _Choice:
         best = certified(self.table, self.best.partition)
         return replace(
             best,
-            status="optimal" if best.gap <= _ROUNDING else "feasible",
+            status="optimal" if best.gap <= ROUNDING else "feasible",
             seconds=self.found.seconds,
             truncated_by=(
                 *self.found.truncated_by,

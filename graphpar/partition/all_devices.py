@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from graphpar.cost import CostTable
-from graphpar.partition.certificate import ROUNDING
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
 from graphpar.partition.partition_words import idle_note, table_notes
 from graphpar.partition.search import INFINITY
-from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
+from graphpar.partition.types import ROUNDING, Partition, PipelineChoice, ScheduleName
 
 CUT = "devices: the search was over some of them, and of others only plans at hand were tried"
 """What a plan says after such a search, unless no plan of any kind is shorter."""

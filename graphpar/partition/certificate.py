@@ -3,11 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from graphpar.partition.types import Status
+from graphpar.partition.types import ROUNDING, Status
 from graphpar.units import format_seconds
-
-ROUNDING = 1e-9
-"""Relative difference of two sums of the same numbers that is rounding."""
 
 BEYOND = "family: the plan is none of those searched, its bound is that on plans of any kind"
 """What a plan says that is shorter than the bound on all that was searched, or the only one that fits."""

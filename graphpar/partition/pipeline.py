@@ -14,7 +14,7 @@ from graphpar.cost import CostTable
 from graphpar.partition.all_devices import few_devices, simple_until_s, with_all_devices
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.candidate import Candidate, best_candidate, prefer_1f1b
-from graphpar.partition.certificate import BEYOND, ROUNDING, certificate, family_note
+from graphpar.partition.certificate import BEYOND, certificate, family_note
 from graphpar.partition.check import check_partition
 from graphpar.partition.counting import CountingLimits
 from graphpar.partition.cuts import cut_roughly
@@ -38,7 +38,7 @@ from graphpar.partition.share_bounds import (
 from graphpar.partition.side_by_side import best_shares, estimate_shares
 from graphpar.partition.solver import Backend
 from graphpar.partition.table_check import check_arguments
-from graphpar.partition.types import Partition, PipelineChoice, ScheduleName
+from graphpar.partition.types import ROUNDING, Partition, PipelineChoice, ScheduleName
 
 RUNNERS_UP = 3
 """Plans that lost are kept up to this number."""

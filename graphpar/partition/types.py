@@ -24,7 +24,7 @@ MOST_LEAN = 3
 """The dearest that memory may be where a tensor group decides how to share a stage (`Replica.lean`)."""
 
 ROUNDING = 1e-9
-"""Times are the same where less of them differs: sums in another order differ by rounding alone."""
+"""Relative difference of two sums of the same numbers that is rounding."""
 
 SearchedSchedule = Literal["gpipe", "1f1b"]
 """Schedules whose step time is a formula, so that partitions for them are searched for with a bound."""
