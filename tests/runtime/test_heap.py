@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +66,38 @@ def test_what_is_received_takes_a_place_like_a_tensors(count: int) -> None:
     held = np.asarray(received.obj)
     assert received.nbytes == count
     assert held.ctypes.data % 64 == 0 and held.nbytes % 64 == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how threads leave
+def test_what_a_step_took_and_gave_back_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[weakref.ref[torch.Tensor]] = []
+    still_there: list[bool] = []
+
+    def answer(_: object, command: Message) -> Message:
+        still_there.extend(last() is not None for last in given)
+        found = torch.ones(3)
+        given[:] = weakref.ref(found), weakref.ref(command.tensors["x"])
+        return Message("result", tensors={"y": found})
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(worker, "_set_up", lambda command: object())
+    monkeypatch.setattr(worker, "_answer", answer)
+    monkeypatch.setattr(os, "_exit", leave)
+    here, there = socket.socketpair()
+    with here, there:
+        serving = threading.Thread(target=worker.serve, args=(there,), daemon=True)
+        serving.start()
+        for command in ("setup", "step", "step"):
+            messages.send(here, Message(command, tensors={"x": torch.zeros(2)}))
+            messages.receive(here)
+        messages.send(here, Message("close"))
+        serving.join()
+        (listening,) = (t for t in threading.enumerate() if t.name == "graphpar-commands")
+        here.close()
+        listening.join()  # it leaves, too, which must not be while that ends this process
+    assert still_there == [False, False]
 
 
 def test_what_steps_have_freed_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
