@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import click
 
 from graphpar.errors import InfeasibleError
-from graphpar.partition.answers import ProgressCallback, Solved, ignore_progress
+from graphpar.partition.answers import INTERRUPT, ProgressCallback, Solved, ignore_progress
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.place_check import Objective
 from graphpar.partition.problems import PlacementProblem, Problem, ShardingProblem, read_problem
@@ -128,6 +128,9 @@ def solve(
         from graphpar.solve_output import show_table
 
         show_table(problem, file.name, kind, objective or "throughput", solved)
+    if solved.truncated_by == INTERRUPT:
+        # Told with its exit code, as everywhere, now that the answer is out.
+        raise KeyboardInterrupt
     if solved.status == "infeasible":
         if as_json:
             # Not SystemExit: the interpreter's own end waits for the compiler.
@@ -177,7 +180,12 @@ def _engine(problem: Problem, objective: Objective) -> _Engine:
     module = importlib.import_module(f"graphpar.partition.{'shard' if is_sharding else 'place'}")
 
     def run(problem: Problem, time_limit_s: float, gap: float, watch: ProgressCallback) -> Solved[Any]:
-        settings = {"time_limit_s": time_limit_s, "gap": gap, "progress": watch}
+        settings = {
+            "time_limit_s": time_limit_s,
+            "gap": gap,
+            "progress": watch,
+            "keep_on_interrupt": True,
+        }
         if is_sharding:
             solved = module.solve_sharding(problem, **settings)
         else:

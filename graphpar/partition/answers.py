@@ -10,6 +10,9 @@ AnswerT = TypeVar("AnswerT")
 OPTIMALITY_TOLERANCE = 1e-6
 """A relative gap at or below this is a proof of optimality in floating point."""
 
+INTERRUPT = "interrupt"
+"""What cut a search short that Ctrl-C ended, where that is asked to keep the answer."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -38,8 +41,8 @@ class Solved(Generic[AnswerT]):
         bound: A true lower bound on every answer, or None.
         gap: `(objective - bound) / |objective|`, or None where either is missing.
         seconds: Wall-clock time.
-        truncated_by: `time limit`, `gap`, `search space` or `rounding` (see `docs/solver.md`), or None
-            where nothing was cut short.
+        truncated_by: `time limit`, `gap`, `search space`, `rounding` or `interrupt` (see
+            `docs/solver.md`), or None where nothing was cut short.
         answer: The answer, or None.
     """
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from graphpar.errors import VerifyError
 from graphpar.partition.answers import (
+    INTERRUPT,
     AnswerStatus,
     Progress,
     ProgressCallback,
@@ -37,7 +38,7 @@ from graphpar.partition.place_ideals import (
     free_ideals,
     window_ideals,
 )
-from graphpar.partition.place_latency import search_latency
+from graphpar.partition.place_latency import LatencySearch
 from graphpar.partition.place_simple import simple_placements
 from graphpar.partition.place_split import best_split_of_all, ideals_of
 from graphpar.partition.problems import NodeId, PlacementProblem
@@ -73,6 +74,7 @@ def solve_placement(
     gap: float = 0.0,
     threads: int = 1,
     progress: ProgressCallback = ignore_progress,
+    keep_on_interrupt: bool = False,
 ) -> Solved[Placement]:
     """The best placement found within the time limit, with a lower bound.
 
@@ -83,6 +85,7 @@ def solve_placement(
         gap: Stop once the proven relative gap is this small.
         threads: Threads for integer programmes.
         progress: Called whenever the incumbent or the bound improves.
+        keep_on_interrupt: Whether Ctrl-C ends the search as the time limit does, instead of being raised.
 
     Raises:
         ValueError: An argument is out of range.
@@ -103,21 +106,26 @@ def solve_placement(
     def tell(phase: str, incumbent: float | None, bound: float | None) -> None:
         progress(Progress(phase, time.perf_counter() - began_s, incumbent, bound))
 
+    run: _Throughput | LatencySearch
     if objective == "throughput":
         run = _Throughput(problem, left_s, tell)
-        if problem.operators:
-            run.search()
-        else:
-            run.best, run.bound, run.finished = {}, 0.0, True
-        answer, bound, finished = run.best, run.bound, run.finished
     elif objective == "latency":
-        answer, bound, finished = search_latency(problem, left_s, gap, threads, tell)
+        run = LatencySearch(problem, left_s, gap, threads, tell)
     else:
         raise ValueError(f"objective must be throughput or latency, got {objective!r}")
+    interrupted = False
+    try:
+        run.search()
+    except KeyboardInterrupt:
+        if not keep_on_interrupt:
+            raise
+        interrupted = True
     seconds = time.perf_counter() - began_s
     # What ended well before its time would do no more with more of it.
-    ended_by = "search space" if finished or seconds < _EARLY * time_limit_s else "time limit"
-    return _conclude(problem, answer, bound, finished, objective, gap, seconds, ended_by)
+    ended_by = "search space" if run.finished or seconds < _EARLY * time_limit_s else "time limit"
+    if interrupted:
+        ended_by = INTERRUPT
+    return _conclude(problem, run.best, run.bound, run.finished, objective, gap, seconds, ended_by)
 
 
 def _conclude(
@@ -170,6 +178,9 @@ class _Throughput:
 
     def search(self) -> None:
         """A first answer from a few orders, then contiguity in full, then the blocks free of it."""
+        if not self.problem.operators:
+            self.best, self.load, self.bound, self.finished = {}, 0.0, 0.0, True
+            return
         blocks = contract(self.problem, forward_only=True)
         for placement in simple_placements(self.problem, blocks):
             self._offer(placement)

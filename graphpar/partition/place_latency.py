@@ -57,88 +57,136 @@ _COMPILER_S = 4.0
 _MOST_KICKED = 4
 """Random moves between two local searches."""
 
+_LEAST_S = 0.1
+"""Seconds that no search or ILP is begun with."""
+
 Tell = Callable[[str, float | None, float | None], None]
 
 
-def search_latency(
-    problem: PlacementProblem, left_s: Callable[[], float], gap: float, threads: int, tell: Tell
-) -> tuple[dict[NodeId, int] | None, float, bool]:
-    """Answer, lower bound, and whether the search was exhaustive."""
-    if not problem.operators:
-        return {}, 0.0, True
-    units = units_of(problem)
-    reach, blocks = Reach(units), contract(problem, forward_only=False)
-    best, value = _simple_answer(problem, units, blocks)
-    tell("simple", value if best is not None else None, None)
-    bound_s = (1.0 - _PATHS_SHARE) * left_s()
-    bound = path_bound(reach, lambda: left_s() <= bound_s)
-    walk = IdealWalk()
-    if units.num_items >= _FEW_ITEMS and left_s() >= _COMPILER_S:
-        walk = walk_ideals(reach, value, _IDEALS_SHARE * left_s(), min(2, os.cpu_count() or 1))
-        bound = max(bound, walk.bound)
-    serial = [walk.devices] if walk.devices else _serial_answers(problem, units, blocks, left_s)
-    for devices in serial:
-        if (found := units.latency(devices)) < value:
-            best, value = devices, found
-    tell("serial", value if best is not None else None, bound)
+class LatencySearch:
+    """The best placement so far, the time of one sample under it, and a bound on all.
 
-    if best is not None:
-        for devices in forks(units, best):
-            if left_s() <= 0.1:
+    Attributes:
+        value: That time, infinite before there is a placement.
+        bound: A lower bound on every placement's time.
+        finished: Whether the search was exhaustive.
+    """
+
+    def __init__(
+        self, problem: PlacementProblem, left_s: Callable[[], float], gap: float, threads: int, tell: Tell
+    ) -> None:
+        self._problem, self._gap, self._threads, self._tell = problem, gap, threads, tell
+        self._left_s = left_s
+        self._units = units_of(problem)
+        self._devices: Devices | None = None
+        self.value, self.bound, self.finished = math.inf, 0.0, False
+
+    @property
+    def best(self) -> dict[NodeId, int] | None:
+        """The best placement so far."""
+        if not self._problem.operators:
+            return {}
+        return None if self._devices is None else self._units.placement(self._problem, self._devices)
+
+    def search(self) -> None:
+        """Simple and serial answers with bounds, local search, and an ILP where one can be written."""
+        self.finished = not self._problem.operators
+        if self.finished:
+            return
+        reach = Reach(self._units)
+        self._begin(reach)
+        if not self._is_done():
+            self._improve(reach)
+        if self._is_done():
+            return
+        if is_worth_writing(self._units):
+            self._prove(reach)
+        elif self._devices is not None:
+            self._offer(*_search_around(reach, self._devices, self.value, self._is_over, math.inf))
+
+    def _begin(self, reach: Reach) -> None:
+        """First answers, and the bounds that come with them."""
+        units, left_s = self._units, self._left_s
+        blocks = contract(self._problem, forward_only=False)
+        for placement in simple_placements(self._problem, blocks):
+            self._try(
+                [
+                    placement[self._problem.operators[units.operators[items[0]][0]].node_id]
+                    for items in units.items
+                ]
+            )
+        self._say("simple")
+        bound_s = (1.0 - _PATHS_SHARE) * left_s()
+        self.bound = path_bound(reach, lambda: left_s() <= bound_s)
+        walk = IdealWalk()
+        if units.num_items >= _FEW_ITEMS and left_s() >= _COMPILER_S:
+            walk = walk_ideals(reach, self.value, _IDEALS_SHARE * left_s(), min(2, os.cpu_count() or 1))
+            self.bound = max(self.bound, walk.bound)
+        serial = [walk.devices] if walk.devices else _serial_answers(self._problem, units, blocks, left_s)
+        for devices in serial:
+            self._try(devices)
+        self._say("serial")
+
+    def _improve(self, reach: Reach) -> None:
+        """Paths side by side, then moves that help, then such moves from answers nearby."""
+        if self._devices is None:
+            return
+        for devices in forks(self._units, self._devices):
+            if self._is_over():
                 break
-            if (found := units.latency(devices)) < value:
-                best, value = devices, found
+            self._try(devices)
+        if self._is_done():
+            return
+        self._offer(*_local_search(reach, self._devices, self.value, self._is_over))
+        self._say("local")
+        if self._units.num_items >= _FEW_ITEMS and not self._is_done():
+            left_s = self._left_s()
+            end_s = max(_LEAST_S, left_s - min(_LONGEST_SEARCH_S, _SEARCH_SHARE * left_s))
+            self._offer(
+                *_search_around(reach, self._devices, self.value, lambda: self._left_s() <= end_s)
+            )
+            self._say("search")
 
-    def answer() -> dict[NodeId, int] | None:
-        return None if best is None else units.placement(problem, best)
+    def _prove(self, reach: Reach) -> None:
+        """The ILP for what is better than the best answer."""
+        model = LatencyProgram(self._units, self.value, self.bound)
+        outcome = model.program.solve(
+            time_limit_s=max(_LEAST_S, self._left_s()),
+            relative_gap=self._gap,
+            threads=self._threads,
+            start=None,
+        )
+        if outcome.status == "infeasible":
+            # Nothing beats the first answer; without one there is nothing at all.
+            self.bound, self.finished = max(self.bound, self.value), True
+            return
+        if outcome.bound is not None:
+            self.bound = max(self.bound, min(outcome.bound, self.value))
+        if outcome.has_point and self._try(devices := model.devices(outcome.values)):
+            self._offer(*_local_search(reach, devices, self.value, lambda: self._left_s() <= 0))
+        self._say("prove")
 
-    def is_done() -> bool:
-        close = best is not None and relative_gap(value, bound) <= max(gap, OPTIMALITY_TOLERANCE)
-        return left_s() <= 0.1 or close
+    def _try(self, devices: Devices) -> bool:
+        """Take these devices if one sample takes less time on them."""
+        return self._offer(devices, self._units.latency(devices))
 
-    if best is not None and not is_done():
-        best, value = _local_search(reach, best, value, lambda: left_s() <= 0.1)
-        tell("local", value, bound)
-    if units.num_items >= _FEW_ITEMS and best is not None and not is_done():
-        end_s = left_s() - min(_LONGEST_SEARCH_S, _SEARCH_SHARE * left_s())
-        best, value = _search_around(reach, best, value, lambda: left_s() <= max(end_s, 0.1))
-        tell("search", value, bound)
-    if is_done():
-        return answer(), bound, False
-    if not is_worth_writing(units):
-        if best is not None:
-            best, value = _search_around(reach, best, value, lambda: left_s() <= 0.1, math.inf)
-        return answer(), bound, False
-    model = LatencyProgram(units, value, bound)
-    outcome = model.program.solve(
-        time_limit_s=max(0.1, left_s()), relative_gap=gap, threads=threads, start=None
-    )
-    if outcome.status == "infeasible":
-        # Nothing beats the first answer; without one there is nothing at all.
-        return answer(), max(bound, value), True
-    if outcome.bound is not None:
-        bound = max(bound, min(outcome.bound, value))
-    if outcome.has_point:
-        devices = model.devices(outcome.values)
-        found = units.latency(devices)
-        if found < value:
-            best, value = devices, found
-            best, value = _local_search(reach, best, value, lambda: left_s() <= 0)
-    tell("prove", value if best is not None else None, bound)
-    return answer(), bound, False
+    def _offer(self, devices: Devices, value: float) -> bool:
+        is_better = value < self.value
+        if is_better:
+            self._devices, self.value = devices, value
+        return is_better
 
+    def _is_over(self) -> bool:
+        return self._left_s() <= _LEAST_S
 
-def _simple_answer(
-    problem: PlacementProblem, units: Units, blocks: Blocks
-) -> tuple[Devices | None, float]:
-    best, value = None, math.inf
-    for placement in simple_placements(problem, blocks):
-        devices = [
-            placement[problem.operators[units.operators[items[0]][0]].node_id] for items in units.items
-        ]
-        if (found := units.latency(devices)) < value:
-            best, value = devices, found
-    return best, value
+    def _is_done(self) -> bool:
+        close = self._devices is not None and (
+            relative_gap(self.value, self.bound) <= max(self._gap, OPTIMALITY_TOLERANCE)
+        )
+        return self._is_over() or close
+
+    def _say(self, phase: str) -> None:
+        self._tell(phase, None if self._devices is None else self.value, self.bound)
 
 
 def _serial_answers(

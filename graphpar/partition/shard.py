@@ -12,12 +12,12 @@ Everything an answer's cost and memory depend on is recomputed from the file by 
 answer that is taken (`State.take`, the one way in).
 """
 
-import contextlib
 import math
 import os
 import time
 
 from graphpar.partition.answers import (
+    INTERRUPT,
     OPTIMALITY_TOLERANCE,
     AnswerStatus,
     ProgressCallback,
@@ -51,6 +51,7 @@ def solve_sharding(
     threads: int | None = None,
     seed: int = 0,
     progress: ProgressCallback = ignore_progress,
+    keep_on_interrupt: bool = False,
 ) -> Solved[list[int]]:
     """The best strategies found within the time limit, with a true lower bound.
 
@@ -61,6 +62,7 @@ def solve_sharding(
         threads: Threads to search with; None for two where the machine has as many cores.
         seed: Seed of the search's random choices.
         progress: Called whenever the incumbent or the bound improves.
+        keep_on_interrupt: Whether Ctrl-C ends the search as the time limit does, instead of being raised.
 
     Raises:
         ValueError: A limit is out of range.
@@ -80,10 +82,17 @@ def solve_sharding(
         max(gap, OPTIMALITY_TOLERANCE),
         progress,
     )
-    infeasible = False
-    with contextlib.suppress(OutOfTimeError):
+    infeasible = interrupted = False
+    try:
         infeasible = _search(state, threads, seed)
-    return _conclude(state, infeasible)
+    except OutOfTimeError:
+        pass
+    except KeyboardInterrupt:
+        if not keep_on_interrupt:
+            raise
+        interrupted = True
+        state.settle()
+    return _conclude(state, infeasible, INTERRUPT if interrupted else "time limit")
 
 
 def _search(state: State, threads: int, seed: int) -> bool:
@@ -96,7 +105,7 @@ def _search(state: State, threads: int, seed: int) -> bool:
     return search_whole(state, raw, threads, seed)
 
 
-def _conclude(state: State, infeasible: bool) -> Solved[list[int]]:
+def _conclude(state: State, infeasible: bool, ended_by: str) -> Solved[list[int]]:
     note = "" if COMPILED else NOT_COMPILED
     seconds = state.elapsed_s()
     if infeasible:
@@ -108,17 +117,17 @@ def _conclude(state: State, infeasible: bool) -> Solved[list[int]]:
     if is_compiling() and not state.closed():
         note = _NOT_WARM
     if state.answer is None:
-        return Solved("unknown", None, bound, None, seconds, "time limit", None, note)
+        return Solved("unknown", None, bound, None, seconds, ended_by, None, note)
     if bound is not None:
         bound = min(bound, state.objective)
     gap = None if bound is None else relative_gap(state.objective, bound)
     status: AnswerStatus = "feasible"
-    truncated_by: str | None = "time limit"
+    truncated_by: str | None = ended_by
     if gap is not None and gap <= OPTIMALITY_TOLERANCE:
         status, truncated_by = "optimal", None
     elif gap is not None and gap <= state.gap:
         truncated_by = "gap"
-    elif state.left_s() > 0:
+    elif state.left_s() > 0 and ended_by != INTERRUPT:
         truncated_by = "rounding"
     seconds = state.elapsed_s()
     return Solved(status, state.objective, bound, gap, seconds, truncated_by, state.answer, note)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_problems import best_placement, placement_problems
 
 from graphpar.partition import place
+from graphpar.partition.answers import Progress
 from graphpar.partition.clock import never
 from graphpar.partition.place import solve_placement
 from graphpar.partition.place_check import Objective, check_placement
@@ -302,6 +303,20 @@ def test_no_limit_is_too_short_for_an_answer(objective: Objective) -> None:
     solved = solve_placement(chain([1.0] * 40), objective=objective, time_limit_s=1e-6)
     assert solved.answer is not None
     assert solved.bound is not None
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_ctrl_c_ends_the_search_with_the_best_answer_if_asked_to(objective: Objective) -> None:
+    def interrupt(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    problem = chain([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])
+    kept = solve_placement(problem, objective=objective, progress=interrupt, keep_on_interrupt=True)
+    assert (kept.status, kept.truncated_by) == ("feasible", "interrupt")
+    assert kept.answer is not None
+    assert check_placement(problem, kept.answer, objective).value == kept.objective
+    with pytest.raises(KeyboardInterrupt):
+        solve_placement(problem, objective=objective, progress=interrupt)
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -375,6 +375,23 @@ def test_large_costs_stay_exact() -> None:
     assert solve_sharding(problem).objective == 10**15
 
 
+def test_ctrl_c_ends_the_search_with_the_best_answer_if_asked_to() -> None:
+    told: list[Progress] = []
+
+    def interrupt(progress: Progress) -> None:
+        told.append(progress)
+        if progress.incumbent is not None and len(told) == 2:
+            raise KeyboardInterrupt
+
+    kept = solve_sharding(ring(60, 0), progress=interrupt, keep_on_interrupt=True)
+    assert (kept.status, kept.truncated_by) == ("feasible", "interrupt")
+    assert kept.answer is not None
+    assert check_sharding(ring(60, 0), kept.answer).cost == kept.objective
+    told.clear()
+    with pytest.raises(KeyboardInterrupt):
+        solve_sharding(ring(60, 0), progress=interrupt)
+
+
 @pytest.mark.parametrize("limits", [{"time_limit_s": 0.0}, {"gap": -1.0}])
 def test_wrong_limits_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):

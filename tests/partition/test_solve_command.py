@@ -55,6 +55,19 @@ json.dump(done, sys.stdout)
 """
 
 
+INTERRUPTED = """
+import contextlib, os, signal, sys
+from graphpar import cli, solve_command
+def interrupt(progress):
+    if progress.incumbent is not None and not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGINT))
+sent = []
+signal.signal(signal.SIGINT, signal.default_int_handler)
+solve_command._watched = lambda: contextlib.nullcontext(interrupt)
+cli.main(["solve", *sys.argv[1:]])
+"""
+
+
 class Done(NamedTuple):
     """What a command wrote, and how it ended."""
 
@@ -99,6 +112,18 @@ def test_a_search_cut_short_says_so(tmp_path: Path) -> None:
     assert record["bound"] < record["objective"]
     assert "cut short by" in plain.stdout
     assert "feasible" in plain.stdout
+
+
+def test_ctrl_c_tells_the_best_answer(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    file.write_bytes(sharding_file(ring(60, 0)))
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, file, "--json"], stdout=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 130
+    record = json.loads(done.stdout)
+    assert (record["status"], record["truncated_by"]) == ("feasible", "interrupt")
+    assert len(record["answer"]) == 60
 
 
 def test_placement_as_json_and_table(tmp_path: Path) -> None:
