@@ -13,7 +13,6 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
-import cloudpickle
 import msgspec
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from graphpar.partition.types import Partition, Replica, StageChoice
 from graphpar.passes.deferral import DeferWeightGradients
 from graphpar.preparation import Prepared, lower
 from graphpar.rewrite import Pipeline
+from graphpar.runtime import by_value
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.optimizers import Recipe
@@ -97,7 +97,7 @@ class TrialModel:
         whole = self._lowered_whole
         (start,) = rank_starts(cluster, self.train, whole, Weights(self._tensors))
         starts = [replace(start, setup=msgspec.structs.replace(start.setup, device=self.device))]
-        optimizer = bytes(cloudpickle.dumps(Recipe.of(self.train))) if self.train else b""
+        optimizer = by_value.dumps(Recipe.of(self.train)) if self.train else b""
         workers = LocalWorkers(starts, whole.trained, optimizer)
         with contextlib.closing(workers):
             yield TrialWorker(workers, self, {_by_stage(k): cut for k, cut in enumerate(divided)})
@@ -118,7 +118,7 @@ class TrialModel:
 
     def key(self, model_hash: str) -> list[str | bool | float | None]:
         """What its times depend on besides how it is tried: the model, whether it trains, and by what."""
-        recipe = cloudpickle.dumps(Recipe.of(self.train)) if self.train else b""
+        recipe = by_value.dumps(Recipe.of(self.train)) if self.train else b""
         clips = self.train.max_grad_norm if self.train else None
         return [model_hash, self.train is not None, hashlib.sha256(recipe).hexdigest(), clips]
 

@@ -9,7 +9,6 @@ import contextlib
 from dataclasses import replace
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import nn
 
@@ -18,6 +17,7 @@ from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.partition.types import Partition, Replica, StageChoice
 from graphpar.planner import price
 from graphpar.preparation import Prepared, lower, prepare
+from graphpar.runtime import by_value
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.merge import inputs_of_rank
 from graphpar.runtime.optimizers import Recipe
@@ -101,7 +101,7 @@ def _peaks(
         for rank, placement in enumerate(lowered.placements)
     ]
     starts = rank_starts(cluster, train, lowered, Weights(tensors))
-    workers = LocalWorkers(starts, lowered.trained, bytes(cloudpickle.dumps(Recipe.of(train))))
+    workers = LocalWorkers(starts, lowered.trained, by_value.dumps(Recipe.of(train)))
     with contextlib.closing(workers):
         workers.install("step", lowered.programs(schedule, batch))
         for number in range(STEPS):

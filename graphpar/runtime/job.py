@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 from msgspec import structs
@@ -20,6 +19,7 @@ from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
 from graphpar.neighbours import other_work, reference_s
 from graphpar.plans import Plan
+from graphpar.runtime import by_value
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.comparison import (
     NOTABLE_S,
@@ -457,7 +457,7 @@ def _form(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
 def _pickle(recipe: Recipe) -> bytes:
     """The user's functions for workers in other processes."""
     try:
-        return bytes(cloudpickle.dumps(recipe))
+        return by_value.dumps(recipe)
     except Exception as error:
         what = "optimizer=..., scheduler" if recipe.scheduler else "optimizer"
         raise ValueError(

@@ -19,6 +19,7 @@ from graphpar.frontend.functions import NAMESPACES, FunctionCall
 from graphpar.frontend.torch_private import OpDefinition, define_op, op_definition
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import SOURCES
+from graphpar.runtime import by_value
 
 _OWN = frozenset({"aten", "prims", "gp"})
 
@@ -79,7 +80,7 @@ def needed_code(targets: Iterable[str]) -> tuple[tuple[str, ...], bytes]:
 
 def _pickle(definitions: list[OpDefinition]) -> bytes:
     try:
-        return bytes(cloudpickle.dumps(definitions))
+        return by_value.dumps(definitions)
     except Exception as error:
         names = ", ".join(d.name for d in definitions)
         raise ValueError(

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import cloudpickle
 import msgspec
 import torch
 from torch import nn
 
 from graphpar.frontend.capture import Captured
+from graphpar.runtime import by_value
 from graphpar.runtime.pieces import sliced
 from graphpar.runtime.program import Slice
 from graphpar.runtime.tensor_files import Stored, find_tensors, read_tensor
@@ -72,7 +72,7 @@ def pickled_init(init: Init | None) -> bytes:
     if init is None:
         return b""
     try:
-        return bytes(cloudpickle.dumps(init))
+        return by_value.dumps(init)
     except Exception as error:
         raise ValueError(
             f"weights= cannot be sent to the workers: {error}. Give a function that refers to nothing "
