@@ -111,7 +111,6 @@ class StagePrices:
         )
         self.rows = rows
         self.setting = setting
-        self._table_trains = table.training
         self._stalls = table.training and setting.schedule == "1f1b"
         self._units = UnitArrays(table, setting, runs, cache)
         self._seconds_by_run = self._known("seconds", self._mode_seconds, setting.size)
@@ -237,7 +236,7 @@ class StagePrices:
             rows.least_moved,
             self._nearest(),
             self._beside,
-            (self.setting.microbatches, self._table_trains),
+            self.setting.microbatches,
             (limits.all_s, limits.post_s, limits.post_weight, paid),
             prices,
             places,
@@ -314,11 +313,11 @@ class StagePrices:
         return found.pick(kept), kept
 
     @property
-    def _loop_setting(self) -> tuple[int, int, bool, bool, bool]:
+    def _loop_setting(self) -> tuple[int, int, bool, bool]:
         setting = self.setting
         larger = setting.samples % setting.microbatches
         gpipe = setting.schedule == "gpipe"
-        return setting.microbatches, larger, self._stalls, gpipe, self._table_trains
+        return setting.microbatches, larger, self._stalls, gpipe
 
     def _relaxed_loop(
         self,
@@ -331,7 +330,7 @@ class StagePrices:
         setting = self._loop_setting
         transfers = self._most_wait_s, setting[0] - 1.0
         if either:
-            setting, transfers = (*setting[:2], False, False, setting[4]), (0.0, 0.0)
+            setting, transfers = (*setting[:2], False, False), (0.0, 0.0)
         runs, slots = self._units.runs, self.rows.slots
         arguments = (
             self.rows.crews,

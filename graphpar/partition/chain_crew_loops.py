@@ -30,7 +30,7 @@ def crew_loop(
     moved: FloatArray,
     ahead: FloatArray,
     beside: FloatArray,
-    setting: tuple[int, bool],
+    number: int,
     limits: tuple[float, float, float, float],
     prices: tuple[IntArray, FloatArray, FloatArray, FloatArray],
     places: tuple[IntArray, IntArray],
@@ -48,7 +48,7 @@ def crew_loop(
         moved: [run, crew]: what ZeRO moves at least.
         ahead: [run, sort]: the transfer before over the best link there may be; infinite without any.
         beside: [run]: what all other units take at least.
-        setting: Microbatches, and whether any stage holds one.
+        number: Microbatches.
         limits: (target, most post, how much post counts, what prices take off a chain).
         prices: By crew (replicas counted, of extra, of post, of use).
         places: The units where each run begins and ends.
@@ -57,7 +57,6 @@ def crew_loop(
         found: Arrays for the columns; options are numbers of crews, slots those of runs.
     """
     wide_of, _, sort_of, _ = crews
-    number, keeps = setting
     target, most_post, weight, paid = limits
     counted, of_extra, of_post, of_use = prices
     levels, buckets, end = sizes
@@ -70,7 +69,7 @@ def crew_loop(
     count = 0
     for run in range(runs):
         most = target - beside[run]
-        _crews_of(run, fastest, flight, moved, crews, number, keeps, most, mine, rates)
+        _crews_of(run, fastest, flight, moved, crews, number, most, mine, rates)
         for crew in range(len(wide_of)):
             extra, own_post = adds[crew], post[run, crew]
             cost = longests[crew] + ahead[run, sort_of[crew]]
@@ -105,7 +104,7 @@ def crew_loop(
             if not whole[run, crew] + best < target + paid:
                 continue
             if not known:
-                _crews_of(run, fastest, flight, moved, crews, number, keeps, np.inf, mine, rates)
+                _crews_of(run, fastest, flight, moved, crews, number, np.inf, mine, rates)
                 known = True
             if rooms[crew] < levels - 1:
                 level = int(max(rooms[crew], 0.0))
@@ -126,7 +125,6 @@ def _crews_of(
     moved: FloatArray,
     crews: tuple[IntArray, IntArray, IntArray, IntArray],
     number: int,
-    keeps: bool,
     most: float,
     found: tuple[FloatArray, FloatArray, FloatArray],
     known: tuple[FloatArray, FloatArray],
@@ -156,7 +154,7 @@ def _crews_of(
         room = UNLIMITED
         for r in range(wide):
             room = min(room, flight[run, team[crew, r], wide])
-        if room < 1 and keeps:
+        if room < 1:
             continue
         more = moved[run, crew]
         longest = 1 / least + more

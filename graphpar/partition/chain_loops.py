@@ -4,7 +4,7 @@ Index legend: `row` numbers stage options, `run` runs of units, `slot` runs betw
 are `seconds[run, mode]`, `fastest[run, team]` (the reciprocal of the fastest mode of a team),
 `sample[run, mode]`, `flight[run, mode, width]`, `post[run, row]`. `limits` are those of `StageLimits`:
 (extra, post, both, fill, all, post weight); `setting` is (microbatches, samples beyond whole ones,
-whether transfers stall, whether GPipe keeps all in flight, whether any stage holds a microbatch).
+whether transfers stall, whether GPipe keeps all in flight).
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def relaxed_loop(
     before_s: FloatArray,
     transfers: tuple[float, float],
     beside: FloatArray,
-    setting: tuple[int, int, bool, bool, bool],
+    setting: tuple[int, int, bool, bool],
     simple: int,
     spread: bool,
     hopeful: tuple[IntArray, IntArray, IntArray, bool],
@@ -189,7 +189,7 @@ def _add_columns(
     moved: FloatArray,
     moved_row: IntArray,
     near: BoolArray,
-    setting: tuple[int, int, bool, bool, bool],
+    setting: tuple[int, int, bool, bool],
     spread: bool,
     limits: tuple[float, float, float, float, float, float],
     scratch: tuple[FloatArray, FloatArray],
@@ -205,7 +205,7 @@ def _add_columns(
     cost_ahead, stall, cut, others = of_place
     (crew_at, rate_of, least_of), listed_crews = listed
     row_of, begin, wide_of, _ = crews
-    number, _, stalls, gpipe, keeps = setting
+    number, _, stalls, gpipe = setting
     most_extra, most_post, most_both, whole_fill, whole_all, weight = limits
     options, places, costs, extras, posts, belows = found
     times, rates = scratch
@@ -230,7 +230,7 @@ def _add_columns(
                 times[r] = seconds[run, staff[row, r]] + extra_move
                 longest = max(longest, times[r])
                 room = min(room, flight[run, staff[row, r], wide])
-            if room < 1 and keeps:
+            if room < 1:
                 continue
             cost = longest + cost_ahead
             if not (cost < most_fill and cost + weight * own_post < most_all):
@@ -289,12 +289,12 @@ def exact_loop(
     moved_row: IntArray,
     wait: FloatArray,
     cut: FloatArray,
-    setting: tuple[int, int, bool, bool, bool],
+    setting: tuple[int, int, bool, bool],
     extra: FloatArray,
     below: FloatArray,
 ) -> None:
     """Deal microbatches one by one; sets extra (infinite where a replica has none) and below."""
-    number, larger, stalls, gpipe, _ = setting
+    number, larger, stalls, gpipe = setting
     widest = staff.shape[1]
     times, periods, counts = np.empty(widest), np.empty(widest), np.empty(widest)
     for c in range(len(option)):

@@ -189,6 +189,23 @@ def test_crews_leave_every_stage_that_a_bound_leaves(table: CostTable, factor: f
             assert_never_better(some.pick(left), ideal, rows)
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=RELAXED)
+@given(small_tables(max_units=3, max_batch=4))
+def test_no_crew_is_left_where_nothing_fits(table: CostTable) -> None:
+    """In one mode a crew has room where its stage has, in training and in inference."""
+    prices = stage_prices(table, Setting(table.batch, table.batch, "gpipe"))
+    rows, counts = prices.rows, tuple(choose_family(table, "auto", "auto").cells.counts)
+    bound = Relaxation(
+        rows.whole_slots, table.num_units, rows.take[rows.first_rows], rows.width[rows.first_rows],
+        counts, np.ones(len(counts)), 1.0, loops=True,
+    )  # fmt: skip
+    crews = bound.first_look(prices, StageLimits(), deep=True)[1]
+    left = set(zip(crews.option.tolist(), crews.slot.tolist(), strict=True))
+    stages = prices.relaxed(StageLimits(), either=True)
+    run = rows.slots.every.run[stages.slot]
+    assert left <= set(zip(rows.crew_of[stages.option].tolist(), run.tolist(), strict=True))
+
+
 def test_a_stage_that_memory_keeps_at_the_end_is_not_excluded() -> None:
     """Two devices share the first unit; one has the second, of which it holds one microbatch alone."""
     table = make_table(
