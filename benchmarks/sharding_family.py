@@ -2,12 +2,13 @@
 
     python benchmarks/sharding_family.py FOLDER [--scale 0.1] [--seed 0] [--from PUBLIC.json.gz ...]
 
-Writes one `.json.gz` a recipe: transformers, graph networks and U-Nets, trained or only run, on meshes
-of two and three axes; and, of each public file given, copies with less memory, other costs, repeated
-strategies, and several joined in time. A made-up model is a list of operations over shaped tensors. An
-operation's strategies say which of its dimensions each mesh axis splits; its cost is the reduction of
-what was summed in parts, an edge's cost is the traffic of moving the operand from one layout to the one
-wanted, and the memory limit is a little above the least possible peak, as in the public files.
+Writes one `.json.gz` a recipe: transformers, graph networks, U-Nets, mixtures of experts and diffusion
+models, trained or only run, on meshes of two and three axes; and, of each public file given, copies with
+less memory, other costs, repeated strategies, and several joined in time. A made-up model is a list of
+operations over shaped tensors. An operation's strategies say which of its dimensions each mesh axis
+splits; its cost is the reduction of what was summed in parts, an edge's cost is the traffic of moving the
+operand from one layout to the one wanted, and the memory limit is a little above the least possible peak,
+as in the public files.
 """
 
 import argparse
@@ -158,6 +159,76 @@ def u_net(levels: int, training: bool, seed: int) -> Model:
             x = model.pointwise(model.pointwise(y, mean), x)
             trail.append(y)
         if down:
+            skips.append(x)
+    return _trained(model, x, weights, trail) if training else model
+
+
+def mixture(layers: int, training: bool, seed: int) -> Model:
+    """Attention, then experts that tokens are sent to and fetched from, per layer."""
+    model = Model(seed)
+    width, inner, experts, room = 1024, 2048, 32, 1024
+    x = model.add({"b": 64, "s": 512, "e": width}, kept=True)
+    weights, trail = [], []
+    for _ in range(layers):
+        shapes: tuple[dict[str, int], ...] = (
+            {"e": width, "h": width},
+            {"h": width, "e": width},
+            {"e": width, "x": experts},
+            {"bx": experts, "e": width, "f": inner},
+            {"bx": experts, "f": inner, "e": width},
+        )
+        w = [model.add(shape, kept=True) for shape in shapes]
+        weights += w
+        norm = model.pointwise(x, model.total(x, "e"))
+        q = model.product(norm, w[0])
+        scores = model.add(
+            {"b": 64, "s": 512, "t": 512}, q, model.renamed(q, {"s": "t"}), summed={"h": width}
+        )
+        mixed = model.add({"b": 64, "s": 512, "h": width}, scores, q, summed={"t": 512})
+        x = model.pointwise(model.product(mixed, w[1]), x)
+        gates = model.product(x, w[2])
+        gates = model.pointwise(gates, model.total(gates, "x"))
+        sent = model.add({"bx": experts, "k": room, "e": width}, x, gates, summed={"b": 64})
+        hidden = model.pointwise(model.product(sent, w[3]))
+        back = model.product(hidden, w[4])
+        x = model.pointwise(
+            model.add({"b": 64, "s": 512, "e": width}, back, gates, summed={"bx": experts, "k": room}), x
+        )
+        trail += [scores, mixed, sent, hidden]
+    return _trained(model, x, weights, trail) if training else model
+
+
+def diffusion(levels: int, training: bool, seed: int) -> Model:
+    """A U-Net with attention; every block adds the same embedding of a moment and looks at one text."""
+    model = Model(seed)
+    width, inner = 256, 512
+    x = model.add({"b": 64, "p": 1024, "c": width}, kept=True)
+    moment = model.add({"b": 64, "m": width}, kept=True)
+    text = model.add({"b": 64, "t": 128, "c": width}, kept=True)
+    weights: list[int] = []
+    trail: list[int] = []
+    skips: list[int] = []
+    for level in range(2 * levels):
+        if level >= levels:
+            x = model.pointwise(x, skips.pop())
+        shapes: tuple[dict[str, int], ...] = (
+            {"c": width, "d": width},
+            {"m": width, "d": width},
+            {"c": width, "h": inner},
+            {"h": inner, "c": width},
+        )
+        w = [model.add(shape, kept=True) for shape in shapes]
+        weights += w
+        y = model.product(x, w[0])
+        y = model.renamed(model.pointwise(y, model.product(moment, w[1])), {"d": "c"})
+        y = model.pointwise(y, model.total(model.total(y, "p"), "b"))
+        query, key = model.product(y, w[2]), model.product(text, w[2])
+        seen = model.add({"b": 64, "p": 1024, "t": 128}, query, key, summed={"h": inner})
+        seen = model.pointwise(seen, model.total(seen, "t"))
+        mixed = model.add({"b": 64, "p": 1024, "h": inner}, seen, key, summed={"t": 128})
+        x = model.pointwise(model.product(mixed, w[3]), x)
+        trail += [y, query, seen, mixed]
+        if level < levels:
             skips.append(x)
     return _trained(model, x, weights, trail) if training else model
 
@@ -343,6 +414,9 @@ def made_up(scale: float, seed: int) -> Iterator[Body]:
         ("graph-run-4x8", graph_network(size(3000), False, seed), (4, 8)),
         ("unet-train-2x16", u_net(size(300), True, seed), (2, 16)),
         ("unet-train-2x4x4", u_net(size(60), True, seed), (2, 4, 4)),
+        ("mixture-train-4x8", mixture(size(400), True, seed), (4, 8)),
+        ("mixture-run-2x16", mixture(size(400), False, seed), (2, 16)),
+        ("diffusion-train-8x16", diffusion(size(250), True, seed), (8, 16)),
     ):
         yield problem_of(model, name, mesh)
 
