@@ -50,14 +50,15 @@ def send(channel: socket.socket, message: Message) -> None:
 
 
 def receive(channel: socket.socket) -> Message:
-    """Read one message.
+    """Read one message; each tensor has memory of its own and may be kept.
 
     Raises:
         EOFError: The other side closed the channel.
     """
-    length, body = _LENGTH.unpack(_read(channel, _LENGTH.size))
-    header = _read(channel, length)
-    return _assemble(header, _read(channel, body))
+    length, _ = _LENGTH.unpack(_read(channel, _LENGTH.size))
+    header = _decoded(_read(channel, length))
+    tensors = {item.name: _tensor_of(_read(channel, item.num_bytes), item) for item in header.tensors}
+    return Message(header.kind, header.data, tensors)
 
 
 def pack(message: Message) -> bytearray:
@@ -97,13 +98,17 @@ def _parts(message: Message) -> Iterator[bytes | memoryview]:
 
 
 def _assemble(encoded: memoryview, payload: memoryview) -> Message:
-    header = msgspec.msgpack.decode(encoded, type=_Header)
+    header = _decoded(encoded)
     tensors = {}
     start = 0
     for item in header.tensors:
         tensors[item.name] = _tensor_of(payload[start : start + item.num_bytes], item)
         start += item.num_bytes
     return Message(header.kind, header.data, tensors)
+
+
+def _decoded(encoded: memoryview) -> _Header:
+    return msgspec.msgpack.decode(encoded, type=_Header)
 
 
 def _read(channel: socket.socket, count: int) -> memoryview:

@@ -82,14 +82,16 @@ def pickled_init(init: Init | None) -> bytes:
 
 @dataclass
 class Weights(Mapping[str, torch.Tensor]):
-    """A job's tensors by label: those that the driver has, and the origins of the others.
+    """A job's tensors by label: those that are here, and the origins of the others.
 
-    As a mapping it gives any tensor, read or made when asked for.
+    As a mapping it gives any tensor, read or made when asked for. What is here belongs to the driver,
+    unless it was `received`: then nobody else has it.
     """
 
     here: dict[str, torch.Tensor]
     origins: dict[str, Origin] = field(default_factory=dict)
     init: Init | None = None
+    received: bool = False
 
     def __getitem__(self, label: str) -> torch.Tensor:
         if label in self.here:
@@ -97,9 +99,11 @@ class Weights(Mapping[str, torch.Tensor]):
         return materialize(self.origins[label], self.init)
 
     def own(self, label: str, device: torch.device) -> torch.Tensor:
-        """A tensor that shares no memory with the driver's; what was read or made is not held twice."""
+        """A tensor that shares no memory with the driver's; no other is held twice."""
         tensor = self[label]
-        alone = label not in self.here and tensor.untyped_storage().nbytes() == tensor.nbytes
+        alone = (
+            self.received if label in self.here else tensor.untyped_storage().nbytes() == tensor.nbytes
+        )
         return tensor.to(device, copy=not alone)
 
     def __iter__(self) -> Iterator[str]:

@@ -372,7 +372,7 @@ def _set_up(command: Message) -> Worker:
     recipe = cloudpickle.loads(pickled) if pickled else None
     init = cloudpickle.loads(command.data["init"]) if command.data["init"] else None
     origins = msgspec.convert(command.data["origins"], dict[str, Origin])
-    weights = Weights(dict(command.tensors), origins, init)
+    weights = Weights(dict(command.tensors), origins, init, received=True)
     return Worker(setup, weights, command.data["trained"], recipe, range(setup.world_size))
 
 

@@ -15,6 +15,7 @@ import torch
 from graphpar.runtime import heap, messages, worker
 from graphpar.runtime.fork_server import _KEEPS_MEMORY
 from graphpar.runtime.messages import Message
+from graphpar.runtime.weights import Weights
 
 WORK = """
 import ctypes, importlib.util, sys
@@ -27,12 +28,14 @@ def tensor():
     libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(64), ctypes.c_size_t(2**20))
     return place.value
 heap.keep_small_apart()
+for size in (2**16, 2**12, 2**10, 2**8):
+    [libc.malloc(size) for _ in range(2000)]  # as in a worker, nothing larger than these is free
 libc.malloc(2**20 + int(sys.argv[2]))  # what else is there, of any size
 heap.go_on_behind_a_line()
 first = []
 for _ in range(16):
     first.append(tensor())
-    [libc.malloc(size) for size in (24, 40, 56, 72, 88)]
+    [libc.malloc(size) for size in (24, 40, 56, 72, 88, 200, 1000, 5000)]
 for gone in first[1:-1:2]:
     libc.free(gone)
     [libc.malloc(size) for size in (24, 40, 56, 72, 88)]
@@ -66,6 +69,22 @@ def test_what_is_received_takes_a_place_like_a_tensors(count: int) -> None:
     held = np.asarray(received.obj)
     assert received.nbytes == count
     assert held.ctypes.data % 64 == 0 and held.nbytes % 64 == 0
+
+
+def test_what_is_received_lies_apart_and_is_not_copied_to_be_kept() -> None:
+    """A worker would hold its weights twice, and keep a place of the size of all together."""
+    here, there = socket.socketpair()
+    sent = {"a": torch.arange(6.0).reshape(2, 3), "none": torch.empty(0), "b": torch.tensor(True)}
+    with here, there:
+        messages.send(here, Message("setup", tensors=sent))
+        received = messages.receive(there).tensors
+    weights = Weights(dict(received), received=True)
+    for label, tensor in sent.items():
+        own = weights.own(label, torch.device("cpu"))
+        assert torch.equal(own, tensor)
+        assert own.data_ptr() == received[label].data_ptr()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in received.values()}) == 3
+    assert Weights(sent).own("a", torch.device("cpu")).data_ptr() != sent["a"].data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # how threads leave
