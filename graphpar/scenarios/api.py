@@ -41,6 +41,7 @@ from graphpar.scenarios.study import (
 )
 from graphpar.scenarios.sweeps import KNEE, Sweep, as_sweeps, knee, scenarios_of
 from graphpar.scenarios.types import Answer, Scenario, Setting, Worth
+from graphpar.scenarios.workers import LEAST_AHEAD, ahead
 from graphpar.scenarios.worth import leave_one_out, shadow_prices, useless
 from graphpar.training import Training
 from graphpar.view.notebook import preformatted
@@ -260,30 +261,32 @@ def what_if(
         raise ValueError(f"objective={objective!r} is for a budget; give budget_usd_per_h=, too")
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
-    book = PriceBook(model, args, {} if kwargs is None else kwargs, train, calibration, inputs)
-    batch, money = book.baseline().graph.batch, {} if prices is None else prices
-    baseline = baseline_setting(where, batch, train, precision=precision, tensor=tensor, prices=money)
-    limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)
-    solver = Solver(book, Limits(gap, limit_s, processes), kept, progress)
-    first, answers = ask(solver, baseline, asked)
-    if worth or leave_out:
-        # All is solved first, and told afterwards: what one question finds may answer another.
-        if worth:
-            shadow_prices(solver, baseline, first)
-        if leave_out:
-            leave_one_out(solver, baseline, first)
+    many = 1 + len(asked) + (LEAST_AHEAD if budget_usd_per_h is not None else 0)
+    with ahead(processes, many):
+        book = PriceBook(model, args, {} if kwargs is None else kwargs, train, calibration, inputs)
+        batch, money = book.baseline().graph.batch, {} if prices is None else prices
+        baseline = baseline_setting(where, batch, train, precision=precision, tensor=tensor, prices=money)
+        limit_s = time_limit_s if time_limit_s is not None else fair_limit_s(1 + len(asked), processes)
+        solver = Solver(book, Limits(gap, limit_s, processes), kept, progress)
         first, answers = ask(solver, baseline, asked)
-    return Study(
-        model=book.baseline().graph.name,
-        baseline=first,
-        answers=answers,
-        sweeps=sweeps,
-        worths=shadow_prices(solver, baseline, first) if worth else (),
-        without=tuple(leave_one_out(solver, baseline, first)) if leave_out else (),
-        budget=None
-        if budget_usd_per_h is None
-        else best_within(solver, baseline, budget_usd_per_h, instances, time_limit_s, objective),
-    )
+        if worth or leave_out:
+            # All is solved first, and told afterwards: what one question finds may answer another.
+            if worth:
+                shadow_prices(solver, baseline, first)
+            if leave_out:
+                leave_one_out(solver, baseline, first)
+            first, answers = ask(solver, baseline, asked)
+        return Study(
+            model=book.baseline().graph.name,
+            baseline=first,
+            answers=answers,
+            sweeps=sweeps,
+            worths=shadow_prices(solver, baseline, first) if worth else (),
+            without=tuple(leave_one_out(solver, baseline, first)) if leave_out else (),
+            budget=None
+            if budget_usd_per_h is None
+            else best_within(solver, baseline, budget_usd_per_h, instances, time_limit_s, objective),
+        )
 
 
 def baseline_setting(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import TypeVar
 
@@ -23,6 +24,12 @@ Submit = Callable[[list[Task]], "Future[list[Answer]]"]
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+
+LEAST_AHEAD = 12
+"""Of so many scenarios a few are solved by the time that processes take to start."""
+
+_AHEAD: ContextVar["_Pool | None"] = ContextVar("ahead", default=None)
+"""The processes that were started ahead."""
 
 _LOOK_S = 0.5
 """How often a process looks whether the one that started it is still there."""
@@ -44,29 +51,71 @@ def solving(processes: int | None, tasks: int) -> Iterator[Submit]:
 
 
 @contextmanager
+def ahead(processes: int | None, tasks: int) -> Iterator[None]:
+    """Start processes while this one prepares their work; `started` hands them out as long as this lasts.
+
+    For few tasks they are started when they are wanted.
+    """
+    count = min(processes if processes is not None else num_cores(), tasks)
+    if count <= 1 or tasks < LEAST_AHEAD:
+        yield
+        return
+    with _Pool(count) as pool, _ended_early(pool):
+        for _ in range(count):
+            submitted(pool, _made_ready, [])
+        before = _AHEAD.set(pool)
+        try:
+            yield
+        finally:
+            _AHEAD.reset(before)
+            pool.end()
+
+
+@contextmanager
 def started(count: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes, each started when it is wanted.
+    """So many processes, each started when it is wanted, or those that were started ahead.
 
     Raises:
         RunError: One of them was killed.
     """
-    others = set(multiprocessing.active_children())
-    # Fresh interpreters: this one may have threads that a fork would not survive.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
-    ) as pool:
-        try:
+    pool = _AHEAD.get()
+    if pool is None:
+        with _Pool(count) as pool, _ended_early(pool):
             yield pool
-        except BrokenProcessPool as error:
-            raise RunError(
-                "a process that was planning was killed, most often for want of memory"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
-            raise
+        return
+    try:
+        with _ended_early(pool):
+            yield pool
+    except BaseException:
+        _AHEAD.set(None)
+        raise
+
+
+class _Pool(ProcessPoolExecutor):
+    """Fresh interpreters: this one may have threads that a fork would not survive."""
+
+    def __init__(self, count: int) -> None:
+        self._others = set(multiprocessing.active_children())
+        context = multiprocessing.get_context("spawn")
+        super().__init__(count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
+
+    def end(self) -> None:
+        """End its processes in the middle of their work."""
+        self.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - self._others:
+            child.terminate()
+
+
+@contextmanager
+def _ended_early(pool: _Pool) -> Iterator[_Pool]:
+    """The pool, whose work nobody waits for after an error."""
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise RunError("a process that was planning was killed, most often for want of memory") from error
+    except BaseException:
+        pool.end()
+        raise
 
 
 def going_alone(why: RunError) -> None:
@@ -98,6 +147,17 @@ def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
     future: Future[list[Answer]] = Future()
     future.set_result(solve_together(tasks))
     return future
+
+
+def _made_ready(_: list[None]) -> list[None]:
+    """Load what prices and searches need."""
+    import graphpar.group_modes
+    import graphpar.partition.shard_whole
+    import graphpar.plan_choice  # noqa: F401
+    from graphpar.partition.shard_warm import go_on_warming
+
+    go_on_warming()
+    return []
 
 
 def _end_with(parent: int) -> None:
