@@ -222,10 +222,11 @@ class ShardingProgramme:
     @cached_property
     def _edge_costs(self) -> NumberRows:
         """In whole nanoseconds; they do not depend on prices of memory."""
-        start, rows = [0], []
-        for conversions in self.structure.joined.values():
+        start, rows, possible = [0], [], self.structure.possible
+        for (a, b), conversions in self.structure.joined.items():
+            between = np.ix_(possible[a], possible[b])
             total = sum(
-                count * self._sending[conversion][self.structure.converted[conversion].numbers]
+                count * self._sending[conversion][self.structure.converted[conversion].numbers[between]]
                 for conversion, count in conversions.items()
             )
             rows.append(_nanoseconds(np.ravel(total)))
@@ -267,22 +268,24 @@ class ShardingProgramme:
     # --- solving ---
 
     def problem(self, options: ShardingOptions) -> ShardingProblem:
-        """The problem in the terms of the solver, in nanoseconds."""
+        """The problem in the terms of the solver, in nanoseconds, of alternatives that are possible."""
         hold_s, keep_s = (
             factor / self.structure.group.link.bytes_per_s
             for factor in (options.hold_factor, options.keep_factor)
         )
         keeps = bool(options.keep_factor) or options.memory_bytes is not None
         kept = self._kept if keeps else np.zeros(1)
-        sizes = self.structure.sizes
-        start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        possible, sizes = self.structure.possible, self.structure.sizes
+        first = np.concatenate([[0], np.cumsum(sizes)])
+        taken = np.concatenate([begin + own for begin, own in zip(first, possible, strict=False)])
+        start = np.concatenate([[0], np.cumsum([len(own) for own in possible])]).astype(np.int64)
+        costs = _nanoseconds(self._seconds + hold_s * self._priced + keep_s * kept)
+        usages = np.rint(self._held + kept).astype(np.int64)
         return ShardingProblem(
             name=f"stage {self.structure.stage} of {self.structure.graph.name}",
             intervals=tuple((0, 1) for _ in sizes),
-            node_costs=NumberRows(
-                start, _nanoseconds(self._seconds + hold_s * self._priced + keep_s * kept)
-            ),
-            usages=NumberRows(start, np.rint(self._held + kept).astype(np.int64)),
+            node_costs=NumberRows(start, costs[taken]),
+            usages=NumberRows(start, usages[taken]),
             edge_nodes=tuple(self.structure.joined),
             edge_costs=self._edge_costs,
             usage_limit=options.memory_bytes,
@@ -315,7 +318,8 @@ class ShardingProgramme:
                 stacklevel=2,
             )
         bound_s = found.bound * 1e-9 if found.bound is not None else None
-        return Found(tuple(found.answer), found.objective * 1e-9, bound_s)
+        choice = zip(self.structure.possible, found.answer, strict=True)
+        return Found(tuple(int(own[i]) for own, i in choice), found.objective * 1e-9, bound_s)
 
     def sharding(self, found: "Found") -> Sharding:
         """What a choice means for every op, value and weight."""

@@ -22,6 +22,8 @@ from graphpar.ir.mesh import Layouts, Ways, fit, ways_of, whole_along
 from graphpar.ir.ops import SOURCES, Op, TensorType
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, StrategyTables, value_of
+from graphpar.partition.reduce import drop_unsupported
+from graphpar.partition.shard_graph import ShardingGraph
 
 Key = Hashable
 Numbers = npt.NDArray[np.intp]
@@ -116,6 +118,35 @@ class Structure:
         self._kinds_of_weights: dict[Key, Held] = {}
         self._parts: dict[int, npt.NDArray[np.float64]] = {}
         self._build()
+
+    @cached_property
+    def possible(self) -> list[Numbers]:
+        """Of each variable the alternatives that have a possible partner across every edge."""
+        every = {number: np.arange(size) for number, size in enumerate(self.sizes)}
+        costs = {number: np.zeros(size) for number, size in enumerate(self.sizes)}
+        members = {number: [(number, own)] for number, own in every.items()}
+        graph = ShardingGraph(costs, {number: {} for number in every}, members)
+        for number, conversion, is_own in self.alone:
+            lacking = self._lacking(conversion)
+            costs[number][lacking.diagonal() if is_own else lacking[0]] = np.inf
+        for (a, b), conversions in self.joined.items():
+            lacking = np.logical_or.reduce([self._lacking(conversion) for conversion in conversions])
+            graph.add_table(a, b, np.where(lacking, np.inf, 0.0))
+        for number, own in costs.items():
+            graph.keep(number, np.flatnonzero(np.isfinite(own)))
+        if graph.is_possible():
+            drop_unsupported(graph, set(every))
+        if not graph.is_possible():
+            return list(every.values())
+        return [graph.members[number][0][1] for number in every]
+
+    def _lacking(self, conversion: int) -> npt.NDArray[np.bool_]:
+        """Between which alternatives there is no way to bring the value."""
+        converted = self.converted[conversion]
+        is_tensor = all(t is not None for t in converted.op.types)
+        none = [way is None or (bool(way) and not is_tensor) for way in converted.ways]
+        found: npt.NDArray[np.bool_] = np.array([*none, True])[converted.numbers]
+        return found
 
     def largest_parts(self, number: int, slot: int | None) -> npt.NDArray[np.float64]:
         """By the ways to compute an op the largest part of an operand or its result at a member."""

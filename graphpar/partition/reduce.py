@@ -163,7 +163,10 @@ def _sweep(
         return set()
     for reduction in (split_separable, contract_determined):
         changed |= reduction(graph, _until(should_stop, (dirty | changed) & graph.costs.keys()))
-    for with_memory in (drop_dominated, eliminate_small):
+    # Where no memory is short nearly every vertex can be minimised out, which takes less time than to
+    # compare its strategies with each other.
+    order = (drop_dominated, eliminate_small) if rows.num_rows else (eliminate_small, drop_dominated)
+    for with_memory in order:
         around = (dirty | changed) & graph.costs.keys()
         changed |= with_memory(graph, rows, _until(should_stop, around))
     return changed & graph.costs.keys()

@@ -4,6 +4,7 @@ It needs little of the engine. What else there is loads and compiles meanwhile o
 """
 
 from graphpar.partition.jit import COMPILED
+from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.shard_ahead import better_choice
 from graphpar.partition.shard_first import first_choice
 from graphpar.partition.shard_raw import RawProblem, raw_problem
@@ -23,13 +24,21 @@ _BETTER_SHARE = 0.1
 _LARGEST_PAIRS = 1_000_000
 """Pairs from which compiling them takes less time than the reductions before any other answer."""
 
-INSTANT_PAIRS = 20_000
-"""Pairs up to which reductions, a first answer and a first bound take well under a second."""
+_INSTANT_PAIRS = 20_000
+_FOLDED_NODES, _FOLDED_PAIRS = 500, 1_000_000
+"""Most pairs of an instant problem, and of one of few nodes without a limit of memory, as the folded
+blocks of a model are."""
+
+
+def is_instant(problem: ShardingProblem) -> bool:
+    """Whether reductions, a first answer and a first bound take well under a second."""
+    folded = problem.usage_limit is None and problem.num_nodes <= _FOLDED_NODES
+    return problem.num_pairs <= (_FOLDED_PAIRS if folded else _INSTANT_PAIRS)
 
 
 def raw_arrays(state: State) -> RawProblem | None:
     """The arrays of a problem large enough for loops over them to pay."""
-    if state.problem.num_pairs <= INSTANT_PAIRS or not COMPILED or state.out_of_time():
+    if is_instant(state.problem) or not COMPILED or state.out_of_time():
         return None
     begin_warming()
     return raw_problem(state.problem, state.out_of_time)

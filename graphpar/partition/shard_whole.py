@@ -5,12 +5,13 @@ import numpy as np
 from graphpar.partition.clock import ShouldStop, never
 from graphpar.partition.number_rows import are_whole
 from graphpar.partition.reduce import reduce_problem
+from graphpar.partition.shard_core import core_choice
 from graphpar.partition.shard_graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.shard_memory import MemoryMatrix
 from graphpar.partition.shard_plain import plain_bound, plain_choice
 from graphpar.partition.shard_raw import RawProblem
 from graphpar.partition.shard_run import Run
-from graphpar.partition.shard_start import INSTANT_PAIRS, instant_answer, wait_for
+from graphpar.partition.shard_start import instant_answer, is_instant, wait_for
 from graphpar.partition.shard_state import Candidate, State
 from graphpar.partition.shard_trim import Trimmed, trim
 from graphpar.partition.shard_warm import Stage, go_on_warming, warm_up
@@ -28,7 +29,7 @@ def search_whole(state: State, raw: RawProblem | None, threads: int, seed: int) 
     wait_for(Stage.REDUCE, state, raw)
     state.integral = are_whole(state.problem.node_costs) and are_whole(state.problem.edge_costs)
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
-    clock = never if state.problem.num_pairs <= INSTANT_PAIRS else state.out_of_time
+    clock = never if is_instant(state.problem) else state.out_of_time
     graph, rows = reduce_problem(
         state.problem,
         lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
@@ -37,9 +38,11 @@ def search_whole(state: State, raw: RawProblem | None, threads: int, seed: int) 
     )
     if graph.infeasible:
         return True
-    if not graph.costs:
-        state.offer(Candidate(graph, [], np.zeros(0, dtype=np.intp), graph.constant), at_once=True)
-        state.raise_bound(graph.constant)
+    core = {} if not graph.costs else core_choice(graph) if not rows.num_rows else None
+    if core is not None:
+        best, chosen = graph.value(core), np.array(list(core.values()), dtype=np.intp)
+        state.offer(Candidate(graph, list(core), chosen, best), at_once=True)
+        state.raise_bound(best)
         return False
     first = None
     if state.answer is None or not wait_for(Stage.BOUND, state, raw):

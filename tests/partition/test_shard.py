@@ -32,9 +32,11 @@ from graphpar.partition.reduce import reduce_problem
 from graphpar.partition.shard import solve_sharding
 from graphpar.partition.shard_ahead import better_choice
 from graphpar.partition.shard_check import check_sharding
+from graphpar.partition.shard_core import core_choice
 from graphpar.partition.shard_dual import DualAscent
 from graphpar.partition.shard_exact import solve_exactly
 from graphpar.partition.shard_first import first_choice
+from graphpar.partition.shard_graph import ShardingGraph
 from graphpar.partition.shard_ilp import merge_classes
 from graphpar.partition.shard_memory import spread_peaks
 from graphpar.partition.shard_plain import plain_bound
@@ -269,13 +271,23 @@ def test_no_wait_for_the_compiler_passes_the_limit(monkeypatch: pytest.MonkeyPat
 
     for module in (shard_start, shard_whole):
         monkeypatch.setattr(module, "warm_up", never_ready)
-        monkeypatch.setattr(module, "INSTANT_PAIRS", 0)
+        monkeypatch.setattr(module, "is_instant", lambda _: False)
     monkeypatch.setattr(shard_start, "_LARGEST_PAIRS", 0)
     monkeypatch.setattr(State, "left_s", lambda self: 0.25 * self.time_limit_s)
     assert solve_sharding(ring(60, 0), time_limit_s=20.0).status == "feasible"
     stages, seconds = zip(*waited, strict=True)
     assert set(stages) == {Stage.FIRST, Stage.REDUCE, Stage.TRIM, Stage.BOUND}
     assert 0 < min(seconds) <= max(seconds) <= 5.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(sharding_problems())
+def test_a_small_core_without_limits_is_solved_exactly(problem: ShardingProblem) -> None:
+    problem = replace(problem, usage_limit=None)
+    best, graph = best_sharding(problem), ShardingGraph.of(problem)
+    choice = core_choice(graph) if graph.is_possible() else None
+    assert (choice is None) == (best is None)
+    assert choice is None or graph.value(choice) == best
 
 
 @settings(max_examples=50, deadline=None)

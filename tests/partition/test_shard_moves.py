@@ -196,8 +196,8 @@ def line(length: int) -> ShardingProblem:
 
 def test_out_of_time_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(State, "out_of_time", lambda _: True)
-    monkeypatch.setattr(shard_start, "INSTANT_PAIRS", -1)
-    monkeypatch.setattr(shard_whole, "INSTANT_PAIRS", -1)
+    for module in (shard_start, shard_whole):
+        monkeypatch.setattr(module, "is_instant", lambda _: False)
     solved = solve_sharding(line(9))
     assert (solved.status, solved.truncated_by, solved.answer) == ("unknown", "time limit", None)
 
