@@ -188,7 +188,7 @@ class StagePrices:
     def _flights(self) -> FloatArray:
         """[mode, width, run]: the most microbatches whose saved values fit; -1 where nothing does."""
         rows, widths = self.rows, self.rows.widths
-        found = np.full((len(rows.modes), widths[-1] + 1, rows.post_s.shape[1]), -1.0)
+        found = np.full((len(rows.modes), widths[-1] + 1, len(rows.post_by_run)), -1.0)
         for i, mode in enumerate(rows.modes):
             found[i, widths] = self._units.in_flight_by_width(mode, widths)
         return found
@@ -228,14 +228,15 @@ class StagePrices:
         `crew_loop`. Arrays may be used again by the next call.
         """
         rows = self.rows
+        (post, post_of), (moved, moved_of) = rows.least_post, rows.least_moved
         chain_s, count = crew_loop(
-            (*rows.crews[2:], rows.sorts[1], rows.without_last),
-            self._fastest_by_run,
-            self._best_flight,
-            rows.least_post,
-            rows.least_moved,
+            (*rows.crews[2:], rows.sorts[1], rows.without_last, post_of, moved_of),
+            (self._fastest_by_run, *self._best_flight),
+            post,
+            moved,
             self._nearest(),
             self._beside,
+            self._usable,
             self.setting.microbatches,
             (limits.all_s, limits.post_s, limits.post_weight, paid),
             prices,
@@ -247,17 +248,14 @@ class StagePrices:
         return chain_s, self._filled(count)
 
     def _nearest(self) -> FloatArray:
-        """[run, sort]: the transfer before over the best link of a sort; infinite where it has none."""
-        slots, sorts = self.rows.whole_slots.every, self.rows.sorts[0]
-        whole = (slots.first == 0) & (slots.last == self._units.table.num_units)
-        found = np.full((len(slots.run), len(sorts)), np.inf)
+        """[unit, sort]: the transfer before over the best link of a sort; infinite where it has none."""
+        sorts = self.rows.sorts[0]
+        found = np.full((self.before_s.shape[1], len(sorts)), np.inf)
         for sort, near in enumerate(sorts):
             kinds = np.flatnonzero(near[1:]) + 1
             if len(kinds):
-                found[:, sort] = self.before_s[kinds].min(axis=0)[slots.first]
-                found[slots.first == 0, sort] = 0.0
-        found[whole] = 0.0
-        found[~self._usable] = np.inf
+                found[:, sort] = self.before_s[kinds].min(axis=0)
+                found[0, sort] = 0.0
         return found
 
     def _filled(self, count: int) -> Columns:
@@ -301,7 +299,7 @@ class StagePrices:
             index = np.flatnonzero(self.rows.width[columns.option] == width)
             option, slot = columns.option[index], columns.slot[index]
             run, staff = slots.run[slot], self.rows.staff[option]
-            moved = self._moved_at(option, run)
+            moved = self.rows.moved(option, run)
             times = [self._seconds[staff[:, r], run] + moved for r in range(width)]
             sample = [self._sample[staff[:, r], run] for r in range(width)]
             extra[index], own = stage_extra(times, self._waits[slot], self.setting, sample)
@@ -339,6 +337,7 @@ class StagePrices:
             self._fastest_by_run,
             self._flight_by_run,
             self.rows.post_by_run,
+            self.rows.post_of,
             self.rows.moved_rows,
             self.rows.moved_row,
             self.rows.near_alone if simple else self.rows.near,
@@ -467,15 +466,6 @@ class StagePrices:
             return extra
         found: FloatArray = np.maximum(extra, (self.setting.microbatches - 1) * self._before[slot])
         return found
-
-    def _moved_at(self, option: IntArray, run: IntArray) -> FloatArray:
-        moved = np.zeros(len(option))
-        if self.rows.moved_s:
-            for row in np.unique(option).tolist():
-                if row in self.rows.moved_s:
-                    own = option == row
-                    moved[own] = self.rows.moved_s[row][run[own]]
-        return moved
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,9 @@ from graphpar.partition.chain_path_loops import (
     least_before_slots,
     through,
 )
+from graphpar.partition.flights import MOST_BITS
 from graphpar.partition.jit import compiled_exactly
-from graphpar.partition.unit_arrays import UNLIMITED, FloatArray, IntArray
+from graphpar.partition.unit_arrays import UNLIMITED, BoolArray, FloatArray, IntArray
 
 _HAIR = 1 - 1e-12
 """A hair below a fluid level, so that rounding never completes too much."""
@@ -23,69 +24,72 @@ _HAIR = 1 - 1e-12
 
 @compiled_exactly
 def crew_loop(
-    crews: tuple[IntArray, IntArray, IntArray, IntArray],
-    fastest: FloatArray,
-    flight: FloatArray,
+    crews: tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray],
+    of_teams: tuple[FloatArray, FloatArray, IntArray],
     post: FloatArray,
     moved: FloatArray,
-    ahead: FloatArray,
+    nearest: FloatArray,
     beside: FloatArray,
+    usable: BoolArray,
     number: int,
     limits: tuple[float, float, float, float],
     prices: tuple[IntArray, FloatArray, FloatArray, FloatArray],
     places: tuple[IntArray, IntArray],
     sizes: tuple[int, int, int],
-    whole: FloatArray,
+    priced: FloatArray,
     found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
 ) -> tuple[float, int]:
     """What the cheapest chain costs, and how many columns of `found` a plan below the target may have.
 
     Args:
-        crews: Replicas, [crew, replica] the team, sort, an earlier crew without the last replica or -1.
-        fastest: [run, team]: the reciprocal of the fastest mode's seconds.
-        flight: [run, team, width]: the most microbatches in any mode.
-        post: [run, crew]: the least of any mode.
-        moved: [run, crew]: what ZeRO moves at least.
-        ahead: [run, sort]: the transfer before over the best link there may be; infinite without any.
+        crews: By crew its replicas, [crew, replica] the team, the sort, an earlier crew without the last
+            replica or -1, and which of `post` and of `moved` it has.
+        of_teams: [run, team] the reciprocal of the fastest mode's seconds, the most microbatches in any
+            mode on one replica, and for how many replicas one fits (`flights`).
+        post: [run, _]: the least of any mode.
+        moved: [run, _]: what ZeRO moves at least.
+        nearest: [unit, sort]: the transfer before over the best link there may be; infinite without any.
         beside: [run]: what all other units take at least.
+        usable: [run]: whether it may be a stage.
         number: Microbatches.
         limits: (target, most post, how much post counts, what prices take off a chain).
         prices: By crew (replicas counted, of extra, of post, of use).
         places: The units where each run begins and ends.
         sizes: (levels, places, units), see `chain_path_loops`.
-        whole: [run, crew]: scratch.
-        found: Arrays for the columns; options are numbers of crews, slots those of runs.
+        priced: Room for as many numbers as there are pairs of a run and a crew.
+        found: Arrays for as many columns; options are numbers of crews, slots those of runs.
     """
-    wide_of, _, sort_of, _ = crews
+    fastest, alone, fits = of_teams
     target, most_post, weight, paid = limits
     counted, of_extra, of_post, of_use = prices
     levels, buckets, end = sizes
     options, at, costs, extras, posts, belows = found
-    runs = len(beside)
+    runs, every, nothing = len(beside), len(crews[0]), np.zeros(nearest.shape[1])
     least = np.full((runs, levels), np.inf)
-    mine = np.empty(len(wide_of)), np.empty(len(wide_of)), np.empty(len(wide_of))
-    longests, adds, rooms = mine
-    rates = np.empty(len(wide_of)), np.empty(len(wide_of))
+    known = np.empty(every), np.empty(every), np.empty(every, dtype=np.intp)
     count = 0
     for run in range(runs):
-        most = target - beside[run]
-        _crews_of(run, fastest, flight, moved, crews, number, most, mine, rates)
-        for crew in range(len(wide_of)):
-            extra, own_post = adds[crew], post[run, crew]
-            cost = longests[crew] + ahead[run, sort_of[crew]]
-            whole[run, crew] = np.inf
-            if rooms[crew] < wide_of[crew] or not own_post <= most_post:
-                continue
-            if not cost + extra + weight * own_post < most:
-                continue
-            own = cost + of_extra[crew] * extra + of_post[crew] * own_post + of_use[crew]
-            whole[run, crew] = own
-            if rooms[crew] >= levels - 1:
+        if not usable[run]:
+            continue
+        first, begin = places[0][run], count
+        whole = first == 0 and places[1][run] == end
+        count = _crews_of(
+            crews,
+            (fastest[run], alone[run], fits[run]),
+            (post[run], moved[run], nothing if whole else nearest[first]),
+            number,
+            (target - beside[run], most_post, weight),
+            known,
+            (options, costs, extras, posts, belows),
+            count,
+        )
+        for c in range(begin, count):
+            crew = options[c]
+            own = costs[c] + of_extra[crew] * extras[c] + of_post[crew] * posts[c] + of_use[crew]
+            at[c], priced[c] = run, own
+            if belows[c] >= levels - 1:
                 least[run, counted[crew]] = min(least[run, counted[crew]], own)
-            else:
-                options[count], at[count], costs[count], belows[count] = crew, run, own, rooms[crew]
-                count += 1
-    each = _limited(options[:count], at[:count], costs[:count], belows[:count], counted, places)
+    each = _limited(options[:count], at[:count], priced, belows, counted, places, levels)
     rest = least_after_slots(each, places, least, levels, buckets, end)
     chain = rest[0].min()
     if not chain < target + paid:
@@ -93,95 +97,104 @@ def crew_loop(
     ahead_of = least_before_slots(each, places, least, levels, buckets, end)
     # Where memory limits every crew of a width chains lead through as well.
     for c in range(count):
-        least[at[c], counted[options[c]]] = min(least[at[c], counted[options[c]]], costs[c])
+        least[at[c], counted[options[c]]] = min(least[at[c], counted[options[c]]], priced[c])
     through(least, ahead_of, rest, places)
-    count = 0
-    for run in range(runs):
-        known = False
-        for crew in range(len(wide_of)):
-            # No limit on what may be behind is less than any.
-            best = least[run, counted[crew]]
-            if not whole[run, crew] + best < target + paid:
+    kept = 0
+    for c in range(count):
+        wide, run = counted[options[c]], at[c]
+        # No limit on what may be behind is less than any.
+        if not priced[c] + least[run, wide] < target + paid:
+            continue
+        if belows[c] < levels - 1:
+            level = int(max(belows[c], 0.0))
+            best = least_at(ahead_of, rest, places[0][run], places[1][run], wide, level)
+            if not priced[c] + best < target + paid:
                 continue
-            if not known:
-                _crews_of(run, fastest, flight, moved, crews, number, np.inf, mine, rates)
-                known = True
-            if rooms[crew] < levels - 1:
-                level = int(max(rooms[crew], 0.0))
-                best = least_at(ahead_of, rest, places[0][run], places[1][run], counted[crew], level)
-            if best + whole[run, crew] < target + paid:
-                options[count], at[count] = crew, run
-                costs[count] = longests[crew] + ahead[run, sort_of[crew]]
-                extras[count], posts[count], belows[count] = adds[crew], post[run, crew], rooms[crew]
-                count += 1
-    return chain, count
+        options[kept], at[kept], costs[kept] = options[c], run, costs[c]
+        extras[kept], posts[kept], belows[kept] = extras[c], posts[c], belows[c]
+        kept += 1
+    return chain, kept
 
 
 @compiled_exactly
 def _crews_of(
-    run: int,
-    fastest: FloatArray,
-    flight: FloatArray,
-    moved: FloatArray,
-    crews: tuple[IntArray, IntArray, IntArray, IntArray],
+    crews: tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray],
+    of_teams: tuple[FloatArray, FloatArray, IntArray],
+    seconds: tuple[FloatArray, FloatArray, FloatArray],
     number: int,
-    most: float,
-    found: tuple[FloatArray, FloatArray, FloatArray],
-    known: tuple[FloatArray, FloatArray],
-) -> None:
-    """By crew: the first microbatch, what the others add, the most replicas from here on (-1: nothing).
+    limits: tuple[float, float, float],
+    known: tuple[FloatArray, FloatArray, IntArray],
+    found: tuple[IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
+    count: int,
+) -> int:
+    """Add the crews of one run that fit and may be in time behind the `count` there are; how many then.
 
-    Nothing where all microbatches alone take as long as may be. Each of several replicas keeps one
-    microbatch, and they are dealt as if they could be divided. `known` is room for the rate of each crew
-    and that of its slowest replica, which begin with those of a crew without the last replica.
+    Each of several replicas keeps one microbatch, and they are dealt as if they could be divided. `known`
+    is room for the rate of each crew, that of its slowest replica, and for how many replicas all have
+    room, which begin with those of a crew without the last replica. `seconds` are (post, what ZeRO moves,
+    the transfer before by sort), `limits` (all in all, post, how much post counts).
     """
-    wide_of, team, _, without_last = crews
-    longests, extras, belows = found
-    rates, slowest = known
+    wide_of, team, sort_of, without_last, post_of, moved_of = crews
+    fastest, alone, fits = of_teams
+    post, moved, ahead = seconds
+    most, most_post, weight = limits
+    rates, slowest, fitting = known
+    options, costs, extras, posts, belows = found
     for crew in range(len(wide_of)):
-        wide, rate, least, begin = wide_of[crew], 0.0, np.inf, 0
+        wide, rate, least, bits, begin = wide_of[crew], 0.0, np.inf, -1, 0
         if without_last[crew] >= 0:
-            rate, least = rates[without_last[crew]], slowest[without_last[crew]]
-            begin = wide - 1
+            before = without_last[crew]
+            rate, least, bits, begin = rates[before], slowest[before], fitting[before], wide - 1
         for r in range(begin, wide):
-            rate += fastest[run, team[crew, r]]
-            least = min(least, fastest[run, team[crew, r]])
-        rates[crew], slowest[crew] = rate, least
-        belows[crew] = -1.0
-        # All microbatches over all replicas: no division is needed to see that.
-        if wide > number or number * _HAIR >= most * rate:
+            rate += fastest[team[crew, r]]
+            least = min(least, fastest[team[crew, r]])
+            bits &= fits[team[crew, r]]
+        rates[crew], slowest[crew], fitting[crew] = rate, least, bits
+        if wide > number or not (bits >> min(wide, MOST_BITS)) & 1:
             continue
-        room = UNLIMITED
-        for r in range(wide):
-            room = min(room, flight[run, team[crew, r], wide])
-        if room < 1:
+        own_post, more, transfer = post[post_of[crew]], moved[moved_of[crew]], ahead[sort_of[crew]]
+        left, longer = most - transfer - weight * own_post, (1 + more * least) * _HAIR
+        # The slowest replica, and all microbatches over all replicas: no division is needed to see that.
+        if not own_post <= most_post or longer >= left * least or number * longer >= left * rate:
             continue
-        more = moved[run, crew]
-        longest = 1 / least + more
-        longests[crew], belows[crew] = longest, UNLIMITED
+        longest, below = 1 / least + more, UNLIMITED
         if wide == 1:
-            extras[crew] = (number - 1) * longest
-            if number > room:
-                belows[crew] = room
-            continue
-        if more > 0:
-            rate = 0.0
-            for r in range(wide):
-                rate += 1 / (1 / fastest[run, team[crew, r]] + more)
-        extras[crew] = max(number / rate * _HAIR - longest, 0.0)
+            extra = (number - 1) * longest
+            if number > alone[team[crew, 0]]:
+                below = alone[team[crew, 0]]
+        else:
+            if more > 0:
+                rate = 0.0
+                for r in range(wide):
+                    rate += 1 / (1 / fastest[team[crew, r]] + more)
+            extra = max(number / rate * _HAIR - longest, 0.0)
+        cost = longest + transfer
+        if cost + extra + weight * own_post < most:
+            options[count], costs[count], extras[count] = crew, cost, extra
+            posts[count], belows[count] = own_post, below
+            count += 1
+    return count
 
 
 @compiled_exactly
 def _limited(
     crew: IntArray,
-    slot: IntArray,
+    run: IntArray,
     cost: FloatArray,
     most_below: FloatArray,
     counted: IntArray,
     places: tuple[IntArray, IntArray],
+    levels: int,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray, FloatArray]:
-    """Columns as `least_after_slots` wants those that may not be behind any number of replicas."""
-    below = np.empty(len(crew), dtype=np.intp)
+    """Those that may not be behind any number of replicas, as `least_after_slots` wants columns."""
+    some = np.empty(len(crew), dtype=np.intp)
+    count = 0
     for c in range(len(crew)):
-        below[c] = int(most_below[c])
-    return places[0][slot], places[1][slot], counted[crew], below, cost
+        some[count] = c
+        count += most_below[c] < levels - 1
+    some = some[:count]
+    below = np.empty(count, dtype=np.intp)
+    for i in range(count):
+        below[i] = int(most_below[some[i]])
+    at = run[some]
+    return places[0][at], places[1][at], counted[crew[some]], below, cost[some]

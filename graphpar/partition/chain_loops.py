@@ -2,9 +2,9 @@
 
 Index legend: `row` numbers stage options, `run` runs of units, `slot` runs between kinds of links. Arrays
 are `seconds[run, mode]`, `fastest[run, team]` (the reciprocal of the fastest mode of a team),
-`sample[run, mode]`, `flight[run, mode, width]`, `post[run, row]`. `limits` are those of `StageLimits`:
-(extra, post, both, fill, all, post weight); `setting` is (microbatches, samples beyond whole ones,
-whether transfers stall, whether GPipe keeps all in flight).
+`sample[run, mode]`, `flight[run, mode, width]`, `post[run, post_of[row]]`. `limits` are those of
+`StageLimits`: (extra, post, both, fill, all, post weight); `setting` is (microbatches, samples beyond
+whole ones, whether transfers stall, whether GPipe keeps all in flight).
 """
 
 import numpy as np
@@ -25,6 +25,7 @@ def relaxed_loop(
     fastest: FloatArray,
     flight: FloatArray,
     post: FloatArray,
+    post_of: IntArray,
     moved: FloatArray,
     moved_row: IntArray,
     near: BoolArray,
@@ -100,6 +101,7 @@ def relaxed_loop(
                 fastest,
                 flight,
                 post,
+                post_of,
                 moved,
                 moved_row,
                 near,
@@ -186,6 +188,7 @@ def _add_columns(
     fastest: FloatArray,
     flight: FloatArray,
     post: FloatArray,
+    post_of: IntArray,
     moved: FloatArray,
     moved_row: IntArray,
     near: BoolArray,
@@ -221,7 +224,7 @@ def _add_columns(
             continue
         for at in range(begin[crew], begin[crew + 1]):
             row = row_of[at]
-            own_post = post[run, row]
+            own_post = post[run, post_of[row]]
             if not own_post <= most_post:
                 continue
             extra_move = moved[moved_row[row], run] if moved_row[row] >= 0 else 0.0

@@ -10,26 +10,31 @@ from graphpar.partition.unit_arrays import UNLIMITED, FloatArray, IntArray, Unit
 _HALF: npt.DTypeLike = np.float32
 
 
-def flights(units: UnitArrays, rows: OptionRows, largest: int) -> tuple[FloatArray, FloatArray]:
-    """[run, mode, width], and [run, team, width] of the mode with most room; -1 where nothing fits.
+MOST_BITS = 62
+"""Replicas that have a bit of their own."""
 
-    In half the digits: numbers beyond 2^24 are never reached. The same arrays for all settings whose
-    `largest` microbatch has as many samples.
+
+def flights(
+    units: UnitArrays, rows: OptionRows, largest: int
+) -> tuple[FloatArray, tuple[FloatArray, IntArray]]:
+    """[run, mode, width], -1 where nothing fits; and what the mode of a team with most room has.
+
+    That is [run, team] the number on one replica, and for how many replicas one microbatch fits: bits,
+    the last one for all numbers beyond. Numbers are in half the digits: beyond 2^24 is never reached. The
+    same arrays for all settings whose `largest` microbatch has as many samples.
     """
     keys = ("flight by run", rows.key, largest), ("best flight", rows.key, largest)
     if keys[0] not in units.cache:
         free, members = _free(units, rows)
-        number = len(free), len(rows.modes), rows.widths[-1] + 1
-        found = (
-            np.empty(number, dtype=_HALF),
-            np.empty((number[0], rows.num_teams, number[2]), dtype=_HALF),
-        )
+        found = np.empty((len(free), len(rows.modes), rows.widths[-1] + 1), dtype=_HALF)
+        teams = len(free), rows.num_teams
+        best = np.empty(teams, dtype=_HALF), np.empty(teams, dtype=np.intp)
         working, saved = _temporaries(units, rows, members)
         of_mode = np.array([mode for mode, _ in members], dtype=np.intp)
         widths = np.array(rows.widths, dtype=np.intp)
         trains = units.table.training
-        _flight_loop(free, of_mode, *working, *saved, widths, rows.team_of_mode, trains, *found)
-        units.cache[keys[0]], units.cache[keys[1]] = found
+        _flight_loop(free, of_mode, *working, *saved, widths, rows.team_of_mode, trains, found, *best)
+        units.cache[keys[0]], units.cache[keys[1]] = found, best
     return units.cache[keys[0]], units.cache[keys[1]]
 
 
@@ -38,7 +43,7 @@ def _free(units: UnitArrays, rows: OptionRows) -> tuple[FloatArray, list[tuple[i
     every, key = units.table.every_mode, ("free by run", rows.key)
     each = [(i, m, *pair) for i, m in enumerate(rows.modes) for pair in unlike_members(every[m])]
     if key not in units.cache:
-        found = np.empty((rows.post_s.shape[1], len(each), len(rows.widths)))
+        found = np.empty((len(rows.post_by_run), len(each), len(rows.widths)))
         for row, (_, mode, member, device_class) in enumerate(each):
             chosen, device = every[mode], units.table.device_classes[device_class]
             some = tuple(rows.widths) if chosen.zero else (1,)
@@ -64,7 +69,7 @@ def _temporaries(
         largest, kept = units.working_bytes(chosen, member, some), units.saved_bytes(chosen, member)
         of_row[0, row] = working.setdefault(id(largest), (len(working), largest))[0]
         of_row[1, row] = saved.setdefault(id(kept), (len(saved), kept))[0]
-    every = np.empty((rows.post_s.shape[1], len(working), len(rows.widths)))
+    every = np.empty((len(rows.post_by_run), len(working), len(rows.widths)))
     for i, array in working.values():
         every[:, i] = np.atleast_2d(array).T
     return (every, of_row[0]), (np.stack([array for _, array in saved.values()], axis=1), of_row[1])
@@ -82,11 +87,13 @@ def _flight_loop(
     team_of_mode: IntArray,
     trains: bool,
     flight: FloatArray,
-    best: FloatArray,
+    alone: FloatArray,
+    fits: IntArray,
 ) -> None:
     """Rows of a mode come together; that with least room counts."""
     flight[:] = -1.0
-    best[:] = -1.0
+    alone[:] = -1.0
+    fits[:] = 0
     for run in range(len(free)):
         last = -1
         for row in range(len(of_mode)):
@@ -101,6 +108,8 @@ def _flight_loop(
                 flight[run, mode, widths[i]] = most
             last = mode
         for mode in range(len(team_of_mode)):
-            mine, most_of = flight[run, mode], best[run, team_of_mode[mode]]
+            team = team_of_mode[mode]
+            alone[run, team] = max(alone[run, team], flight[run, mode, 1])
             for wide in widths:
-                most_of[wide] = max(most_of[wide], mine[wide])
+                if flight[run, mode, wide] >= 1:
+                    fits[run, team] |= 1 << min(wide, MOST_BITS)

@@ -71,19 +71,16 @@ class OptionRows:
         self._slots: dict[int, Slots] = {}
         self.by_size: dict[float, tuple[OptionRows, FloatArray]] = {}
         """By mean microbatch size the rows with kinds merged, and seconds by kind and boundary."""
-        posts = [cached_post(table, units, o, setting) for o in options]
-        self.post_s = np.stack(posts) if posts else np.zeros((0, len(runs.first)))
-        moved = [zero_seconds(table, units, o) for o in options]
-        self.moved_s = {i: m for i, m in enumerate(moved) if m is not None}
+        self.post_of, posts = _unlike([cached_post(table, units, o, setting) for o in options])
+        self.post_by_run = np.ascontiguousarray(np.reshape(posts, (-1, len(runs.first))).T)
+        """[run, _], of which `post_of` says the one of a row."""
+        self.moved_row, moved = _unlike([zero_seconds(table, units, o) for o in options])
+        self.moved_rows = np.stack(moved) if moved else np.zeros((1, 1))
+        """[_, run]: what ZeRO moves for every microbatch; `moved_row` says which a row has, -1: none."""
         self._teams: tuple[IntArray, IntArray] | None = None
         self.usable: BoolArray | None = None
         """[set of devices, team]: whether they suffice for it, once somebody has asked."""
         self._find_crews(table)
-        self.post_by_run = np.ascontiguousarray(self.post_s.T)
-        some = list(self.moved_s)
-        self.moved_row = np.full(len(options), -1, dtype=np.intp)
-        self.moved_row[some] = np.arange(len(some))
-        self._moved_rows = np.stack([self.moved_s[i] for i in some]) if some else np.zeros((1, 1))
 
     @cached_property
     def counts_replicas(self) -> bool:
@@ -93,15 +90,14 @@ class OptionRows:
     def among(self, runs: Ranges, index: IntArray) -> "OptionRows":
         """The same on some of the runs only, which `index` numbers."""
         found = copy(self)
-        for name in ("whole_slots", "scratch", *_OF_LINKS):
+        for name in ("whole_slots", "scratch", "post_s", *_OF_LINKS):
             found.__dict__.pop(name, None)
         found._runs, found._merged, found._slots, found.by_size = runs, {}, {}, {}
         found.post_by_run = self.post_by_run[index]
-        found.post_s = found.post_by_run.T
-        found.moved_s = {row: moved[index] for row, moved in self.moved_s.items()}
-        if self.moved_s:
-            found._moved_rows = np.ascontiguousarray(self._moved_rows[:, index])
-        found.least_post, found.least_moved = self.least_post[index], self.least_moved[index]
+        if (self.moved_row >= 0).any():
+            found.moved_rows = np.ascontiguousarray(self.moved_rows[:, index])
+        (post, post_of), (moved, moved_of) = self.least_post, self.least_moved
+        found.least_post, found.least_moved = (post[index], post_of), (moved[index], moved_of)
         return found
 
     def merged(self, seconds: FloatArray) -> "OptionRows":
@@ -237,27 +233,37 @@ class OptionRows:
 
     @cached_property
     def scratch(self) -> FloatArray:
-        """[run, crew], used again and again."""
-        return np.empty((self.post_s.shape[1], len(self.first_rows)))
+        """A number for every run and crew, used again and again."""
+        return np.empty(len(self.post_by_run) * len(self.first_rows))
 
     @cached_property
-    def least_post(self) -> FloatArray:
-        """[run, crew]: the least post of its rows."""
-        row_of, begin = self.crews[:2]
-        found = np.empty((len(begin) - 1, self.post_s.shape[1]))
-        for crew, own in enumerate(np.split(row_of, begin[1:-1])):
-            np.minimum.reduce(self.post_s[own], axis=0, out=found[crew])
-        return np.ascontiguousarray(found.T)
+    def post_s(self) -> FloatArray:
+        """[row, run]: what follows its last backward."""
+        return np.ascontiguousarray(self.post_by_run[:, self.post_of].T)
 
     @cached_property
-    def least_moved(self) -> FloatArray:
-        """[run, crew]: the least of what its rows move for ZeRO."""
+    def least_post(self) -> tuple[FloatArray, IntArray]:
+        """[run, _] the least post of the rows of a crew, and which of these each crew has."""
+        return self._least_of(self.post_of, self.post_by_run.T)
+
+    @cached_property
+    def least_moved(self) -> tuple[FloatArray, IntArray]:
+        """The same of what its rows move for ZeRO."""
+        return self._least_of(self.moved_row, self.moved_rows)
+
+    def _least_of(self, number_of: IntArray, arrays: FloatArray) -> tuple[FloatArray, IntArray]:
+        """The least of what the rows of a crew have; nothing where one of them has none."""
         row_of, begin = self.crews[:2]
-        found = np.zeros((len(begin) - 1, self.post_s.shape[1]))
-        for crew, own in enumerate(np.split(self.moved_row[row_of], begin[1:-1])):
-            if (own >= 0).all():
-                found[crew] = self._moved_rows[own].min(axis=0)
-        return np.ascontiguousarray(found.T)
+        known: dict[tuple[int, ...], int] = {}
+        of_crew = [
+            known.setdefault(tuple(np.unique(own).tolist()), len(known))
+            for own in np.split(number_of[row_of], begin[1:-1])
+        ]
+        found = np.zeros((len(known), len(self.post_by_run)))
+        for numbers, place in known.items():
+            if min(numbers) >= 0:
+                arrays[list(numbers)].min(axis=0, out=found[place])
+        return np.ascontiguousarray(found.T), np.array(of_crew, dtype=np.intp)
 
     @cached_property
     def room(self) -> Room:
@@ -269,17 +275,25 @@ class OptionRows:
         """Have room for twice as many columns."""
         self.room = _room(2 * len(self.room[0]))
 
-    @property
-    def moved_rows(self) -> FloatArray:
-        """What ZeRO moves, one row for each option of `moved_row` that is not -1."""
-        return self._moved_rows
-
-    def moved(self, rows: IntArray) -> FloatArray | float:
-        """[option, run]: what ZeRO moves for every microbatch."""
-        if not any(i in self.moved_s for i in rows.tolist()):
+    def moved(self, rows: IntArray, run: IntArray | slice = slice(None)) -> FloatArray | float:
+        """What ZeRO moves for every microbatch: [option, run], or of each option on a run of its own."""
+        moved = self.moved_row[rows]
+        if (moved < 0).all():
             return 0.0
-        nothing = np.zeros(self.post_s.shape[1])
-        return np.stack([self.moved_s.get(i, nothing) for i in rows.tolist()])
+        found = self.moved_rows[moved, run]
+        found[moved < 0] = 0.0
+        return found
+
+
+def _unlike(arrays: Sequence[FloatArray | None]) -> tuple[IntArray, list[FloatArray]]:
+    """Which of some arrays each is, -1: None; and these: that which is there again is one."""
+    number: dict[int, int] = {}
+    found: list[FloatArray] = []
+    for array in arrays:
+        if array is not None and id(array) not in number:
+            number[id(array)] = len(found)
+            found.append(array)
+    return np.array([-1 if a is None else number[id(a)] for a in arrays], dtype=np.intp), found
 
 
 def _room(number: int) -> Room:

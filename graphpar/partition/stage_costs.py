@@ -34,14 +34,19 @@ class StageLimits:
 
 
 def zero_seconds(table: CostTable, units: UnitArrays, option: StageOption) -> FloatArray | None:
-    """What ZeRO moves for every microbatch; None below level 2."""
+    """What ZeRO moves for every microbatch; None below level 2. The same array for options alike."""
     zero, width = table.every_mode[option.staff[0]].zero, option.width
     if zero < 2 or width < 2 or not table.training:
         return None
-    moved = _ring(units, option.ring, width, _most_bytes(units, option, "gradient_bytes")) / 2
-    if zero > 2:
-        moved += _ring(units, option.ring, width, _most_bytes(units, option, "weight_bytes"))
-    return moved
+    names = ("gradient_bytes",) if zero == 2 else ("gradient_bytes", "weight_bytes")
+    gradients, *weights = (_most_bytes(units, option, name) for name in names)
+    key = ("moved", option.ring, width, id(gradients), *map(id, weights))
+    if key not in units.cache:
+        moved = _ring(units, option.ring, width, gradients) / 2
+        for num_bytes in weights:
+            moved += _ring(units, option.ring, width, num_bytes)
+        units.cache[key] = moved
+    return units.cache[key]
 
 
 def _most_bytes(units: UnitArrays, option: StageOption, name: str) -> FloatArray:
@@ -210,25 +215,37 @@ def most_below(
 
 
 def cached_post(table: CostTable, units: UnitArrays, option: StageOption, setting: Setting) -> FloatArray:
-    key = ("post", option.staff, option.ring, option.places, setting.peers, setting.across)
-    if key not in units.cache:
-        units.cache[key] = _post(table, units, option, setting)
-    return units.cache[key]
-
-
-def _post(table: CostTable, units: UnitArrays, option: StageOption, setting: Setting) -> FloatArray:
+    """What a stage takes after its last backward, at the least; the same array for options alike."""
+    cache = units.cache
     if not table.training:
-        return np.where(units.valid, 0.0, np.inf)
-    zero, width = table.every_mode[option.staff[0]].zero, option.width
-    gradients = _most_bytes(units, option, "gradient_bytes")
+        if ("post",) not in cache:
+            cache[("post",)] = np.where(units.valid, 0.0, np.inf)
+        return cache[("post",)]
+    zero = table.every_mode[option.staff[0]].zero
+    held = tuple(_most_bytes(units, option, name) for name in ("gradient_bytes", "weight_bytes"))
+    steps = {id(a): a for a in map(units.optimizer_seconds, set(option.staff))}
+    summed = summing(option, zero, setting)
+    key = ("post", zero, option.ring, option.width, summed, *map(id, held), *sorted(steps))
+    if key not in cache:
+        cache[key] = _post(units, option, zero, summed, held, list(steps.values()))
+    return cache[key]
+
+
+def _post(
+    units: UnitArrays,
+    option: StageOption,
+    zero: int,
+    summed: tuple[Links, int],
+    held: Sequence[FloatArray],
+    steps: Sequence[FloatArray],
+) -> FloatArray:
+    width, (gradients, weights) = option.width, held
     own: FloatArray | float = 0.0
     if zero == 1:
         own = own + _ring(units, option.ring, width, gradients) / 2
     if zero in (1, 2):
-        weights = _most_bytes(units, option, "weight_bytes")
         own = own + _ring(units, option.ring, width, weights) / 2
-    sync = own + _ring(units, *summing(option, zero, setting), gradients)
-    steps = [units.optimizer_seconds(m) for m in set(option.staff)]
+    sync = own + _ring(units, *summed, gradients)
     longest = np.maximum.reduce(steps)
     if not zero:
         found = sync + longest

@@ -200,10 +200,13 @@ class UnitArrays:
         return self.cache[key]
 
     def optimizer_seconds(self, mode: int) -> FloatArray:
-        """The optimiser's time of each stage."""
+        """The optimiser's time of each stage. One array for all modes that take as long."""
         key = ("optimizer", mode)
         if key not in self.cache:
-            self.cache[key] = self.ranges([c.optimizer_s for c in self.table.every_mode[mode].costs])
+            taken = tuple(c.optimizer_s for c in self.table.every_mode[mode].costs)
+            if ("optimizer", taken) not in self.cache:
+                self.cache[("optimizer", taken)] = self.ranges(list(taken))
+            self.cache[key] = self.cache[("optimizer", taken)]
         return self.cache[key]
 
     def most_in_flight(self, mode: int, width: int) -> FloatArray:

@@ -130,13 +130,15 @@ def assert_never_better(exact: Columns, relaxed: Columns, crews: OptionRows | No
 
 def assert_room(prices: StagePrices) -> None:
     """Compiled loops count the microbatches that array operations count; of a team the most."""
-    rows, units, best = prices.rows, prices._units, np.full(prices._best_flight.shape, -1.0)
+    rows, units, (alone, fits) = prices.rows, prices._units, prices._best_flight
+    best = np.full((*alone.shape, rows.widths[-1] + 1), -1.0)
     for i, mode in enumerate(rows.modes):
         most = units.in_flight_by_width(mode, rows.widths).T
         assert (prices._flight_by_run[:, i, rows.widths] == most.astype(np.float32)).all()
         team = rows.team_of_mode[i]
         best[:, team, rows.widths] = np.maximum(best[:, team, rows.widths], most)
-    assert (prices._best_flight == best.astype(np.float32)).all()
+    assert (alone == best[:, :, 1].astype(np.float32)).all()
+    assert (fits == (best >= 1) @ (1 << np.arange(best.shape[2]))).all()
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=RELAXED)
