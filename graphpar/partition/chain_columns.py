@@ -21,9 +21,9 @@ import numpy.typing as npt
 from graphpar.cost import CostTable
 from graphpar.partition.chain_crew_loops import crew_loop
 from graphpar.partition.chain_loops import exact_loop, relaxed_loop
-from graphpar.partition.flights import flights
+from graphpar.partition.flights import flights, rooms_of_teams
 from graphpar.partition.option_rows import OptionRows
-from graphpar.partition.slots import SlotArrays
+from graphpar.partition.slots import SlotArrays, positions
 from graphpar.partition.stage_costs import (
     StageLimits,
     boundary_seconds,
@@ -113,9 +113,6 @@ class StagePrices:
         self.setting = setting
         self._stalls = table.training and setting.schedule == "1f1b"
         self._units = UnitArrays(table, setting, runs, cache)
-        self._seconds_by_run = self._known("seconds", self._mode_seconds, setting.size)
-        small = setting.samples // setting.microbatches
-        self._sample_by_run = self._known("sample", self._sample_seconds, small)
         if setting.size not in rows.by_size:
             seconds = boundary_seconds(table, setting, rows.kinds, cache)
             merged = rows.merged(seconds) if loops else rows
@@ -126,15 +123,41 @@ class StagePrices:
         self.rows = rows
         self._most_wait_s = np.inf if self._stalls else table.handling_s
         if not loops:
-            self._slots_of_run = _positions(rows.slots.every.run, len(runs.first))
+            self._slots_of_run = positions(rows.slots.every.run, len(runs.first))
             self._flight = self._flights()
             self._seconds = np.ascontiguousarray(self._seconds_by_run.T)
             self._sample = np.ascontiguousarray(self._sample_by_run.T)
             return
         self._fastest_by_run = self._known("fastest", self._fastest, setting.size)
-        largest = -(-setting.samples // setting.microbatches)
-        self._flight_by_run, self._best_flight = flights(self._units, rows, largest)
         self._beside = self._known("beside", self._fastest_beside, setting.size)
+
+    # Most settings are excluded by bounds on teams before any mode is looked at.
+
+    @cached_property
+    def _seconds_by_run(self) -> FloatArray:
+        """[run, mode]"""
+        return self._known("seconds", self._mode_seconds, self.setting.size)
+
+    @cached_property
+    def _sample_by_run(self) -> FloatArray:
+        """[run, mode]: what one sample more takes."""
+        return self._known(
+            "sample", self._sample_seconds, self.setting.samples // self.setting.microbatches
+        )
+
+    @cached_property
+    def _flight_by_run(self) -> FloatArray:
+        """[run, mode, width]: the most microbatches."""
+        return flights(self._units, self.rows, self._largest)
+
+    @property
+    def _rooms(self) -> tuple[FloatArray, IntArray]:
+        return rooms_of_teams(self._units, self.rows, self._largest)
+
+    @property
+    def _largest(self) -> int:
+        """Samples of the largest microbatch."""
+        return -(-self.setting.samples // self.setting.microbatches)
 
     @cached_property
     def _before(self) -> FloatArray:
@@ -231,7 +254,7 @@ class StagePrices:
         (post, post_of), (moved, moved_of) = rows.least_post, rows.least_moved
         chain_s, count = crew_loop(
             (*rows.crews[2:], rows.sorts[1], rows.without_last, post_of, moved_of),
-            (self._fastest_by_run, *self._best_flight),
+            (self._fastest_by_run, *self._rooms),
             post,
             moved,
             self._nearest(),
@@ -466,24 +489,3 @@ class StagePrices:
             return extra
         found: FloatArray = np.maximum(extra, (self.setting.microbatches - 1) * self._before[slot])
         return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Positions:
-    """Which entries of an array have a value, for every value."""
-
-    order: IntArray
-    start: IntArray
-    number: IntArray
-
-    def spread(self, values: IntArray) -> tuple[IntArray, IntArray]:
-        """For every position of every value: which of `values` it belongs to, and the position."""
-        number = self.number[values]
-        owner = np.repeat(np.arange(len(values)), number)
-        offset = np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number)
-        return owner, self.order[self.start[values][owner] + offset]
-
-
-def _positions(array: IntArray, size: int) -> _Positions:
-    number = np.bincount(array, minlength=size)
-    return _Positions(np.argsort(array, kind="stable"), np.cumsum(number) - number, number)

@@ -45,7 +45,7 @@ def crew_loop(
         crews: By crew its replicas, [crew, replica] the team, the sort, an earlier crew without the last
             replica or -1, and which of `post` and of `moved` it has.
         of_teams: [run, team] the reciprocal of the fastest mode's seconds, the most microbatches in any
-            mode on one replica, and for how many replicas one fits (`flights`).
+            mode on one replica, and for how many replicas one fits (`rooms_of_teams`).
         post: [run, _]: the least of any mode.
         moved: [run, _]: what ZeRO moves at least.
         nearest: [unit, sort]: the transfer before over the best link there may be; infinite without any.

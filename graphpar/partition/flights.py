@@ -14,28 +14,44 @@ MOST_BITS = 62
 """Replicas that have a bit of their own."""
 
 
-def flights(
-    units: UnitArrays, rows: OptionRows, largest: int
-) -> tuple[FloatArray, tuple[FloatArray, IntArray]]:
-    """[run, mode, width], -1 where nothing fits; and what the mode of a team with most room has.
+def flights(units: UnitArrays, rows: OptionRows, largest: int) -> FloatArray:
+    """[run, mode, width]: the number, -1 where nothing fits.
 
-    That is [run, team] the number on one replica, and for how many replicas one microbatch fits: bits,
-    the last one for all numbers beyond. Numbers are in half the digits: beyond 2^24 is never reached. The
-    same arrays for all settings whose `largest` microbatch has as many samples.
+    In half the digits: numbers beyond 2^24 are never reached. The same array for all settings whose
+    `largest` microbatch has as many samples.
     """
-    keys = ("flight by run", rows.key, largest), ("best flight", rows.key, largest)
+    key = ("flight by run", rows.key, largest)
+    if key not in units.cache:
+        of_rows = _rows(units, rows)
+        found = np.empty((len(of_rows[0]), len(rows.modes), rows.widths[-1] + 1), dtype=_HALF)
+        _flight_loop(*of_rows, units.table.training, found)
+        units.cache[key] = found
+    return units.cache[key]
+
+
+def rooms_of_teams(units: UnitArrays, rows: OptionRows, largest: int) -> tuple[FloatArray, IntArray]:
+    """[run, team]: the number on one replica, and for how many replicas one fits; of the best mode.
+
+    The latter in bits, of which the last one is for all numbers of replicas beyond.
+    """
+    keys = ("alone by run", rows.key, largest), ("fits by run", rows.key, largest)
     if keys[0] not in units.cache:
-        free, members = _free(units, rows)
-        found = np.empty((len(free), len(rows.modes), rows.widths[-1] + 1), dtype=_HALF)
-        teams = len(free), rows.num_teams
-        best = np.empty(teams, dtype=_HALF), np.empty(teams, dtype=np.intp)
-        working, saved = _temporaries(units, rows, members)
-        of_mode = np.array([mode for mode, _ in members], dtype=np.intp)
-        widths = np.array(rows.widths, dtype=np.intp)
-        trains = units.table.training
-        _flight_loop(free, of_mode, *working, *saved, widths, rows.team_of_mode, trains, found, *best)
-        units.cache[keys[0]], units.cache[keys[1]] = found, best
+        of_rows = _rows(units, rows)
+        teams = len(of_rows[0]), rows.num_teams
+        found = np.empty(teams, dtype=_HALF), np.empty(teams, dtype=np.intp)
+        _room_loop(*of_rows, units.table.training, rows.team_of_mode, *found)
+        units.cache[keys[0]], units.cache[keys[1]] = found
     return units.cache[keys[0]], units.cache[keys[1]]
+
+
+def _rows(
+    units: UnitArrays, rows: OptionRows
+) -> tuple[FloatArray, IntArray, FloatArray, IntArray, FloatArray, IntArray, IntArray]:
+    """The first arguments of both loops; a row is a member of a mode, of like ones the first."""
+    free, members = _free(units, rows)
+    working, saved = _temporaries(units, rows, members)
+    of_mode = np.array([mode for mode, _ in members], dtype=np.intp)
+    return free, of_mode, *working, *saved, np.array(rows.widths, dtype=np.intp)
 
 
 def _free(units: UnitArrays, rows: OptionRows) -> tuple[FloatArray, list[tuple[int, int]]]:
@@ -84,16 +100,11 @@ def _flight_loop(
     saved: FloatArray,
     saves: IntArray,
     widths: IntArray,
-    team_of_mode: IntArray,
     trains: bool,
     flight: FloatArray,
-    alone: FloatArray,
-    fits: IntArray,
 ) -> None:
     """Rows of a mode come together; that with least room counts."""
     flight[:] = -1.0
-    alone[:] = -1.0
-    fits[:] = 0
     for run in range(len(free)):
         last = -1
         for row in range(len(of_mode)):
@@ -107,9 +118,44 @@ def _flight_loop(
                     most = min(most, flight[run, mode, widths[i]])
                 flight[run, mode, widths[i]] = most
             last = mode
-        for mode in range(len(team_of_mode)):
-            team = team_of_mode[mode]
-            alone[run, team] = max(alone[run, team], flight[run, mode, 1])
-            for wide in widths:
-                if flight[run, mode, wide] >= 1:
-                    fits[run, team] |= 1 << min(wide, MOST_BITS)
+
+
+@compiled_exactly
+def _room_loop(
+    free: FloatArray,
+    of_mode: IntArray,
+    working: FloatArray,
+    works: IntArray,
+    saved: FloatArray,
+    saves: IntArray,
+    widths: IntArray,
+    trains: bool,
+    team_of_mode: IntArray,
+    alone: FloatArray,
+    fits: IntArray,
+) -> None:
+    """The same without a division but for one replica."""
+    alone[:] = -1.0
+    fits[:] = 0
+    rows = len(of_mode)
+    for run in range(len(free)):
+        bits, number = -1, UNLIMITED
+        for row in range(rows):
+            mode, kept, own = of_mode[row], saved[run, saves[row]], working[run, works[row]]
+            room, least, mine = free[run, row], kept if trains else 0.0, 0
+            for i in range(len(widths)):
+                left = room[i] - own[i]
+                if left >= 0 and left >= least:
+                    mine |= 1 << min(widths[i], MOST_BITS)
+                if widths[i] == 1:
+                    most = -1.0
+                    if left >= 0:
+                        most = min(np.floor(left / kept), UNLIMITED) if least > 0 else UNLIMITED
+                    number = min(number, most)
+            bits &= mine
+            if row + 1 == rows or of_mode[row + 1] != mode:
+                team = team_of_mode[mode]
+                fits[run, team] |= bits
+                if widths[0] == 1:
+                    alone[run, team] = max(alone[run, team], number)
+                bits, number = -1, UNLIMITED

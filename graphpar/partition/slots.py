@@ -65,3 +65,25 @@ class Slots:
     def every(self) -> SlotArrays:
         """All of them: where there are few."""
         return self.at(np.arange(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Which entries of an array have a value, for every value."""
+
+    order: IntArray
+    start: IntArray
+    number: IntArray
+
+    def spread(self, values: IntArray) -> tuple[IntArray, IntArray]:
+        """For every position of every value: which of `values` it belongs to, and the position."""
+        number = self.number[values]
+        owner = np.repeat(np.arange(len(values)), number)
+        offset = np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number)
+        return owner, self.order[self.start[values][owner] + offset]
+
+
+def positions(array: IntArray, size: int) -> Positions:
+    """Of an array of numbers below `size`."""
+    number = np.bincount(array, minlength=size)
+    return Positions(np.argsort(array, kind="stable"), np.cumsum(number) - number, number)

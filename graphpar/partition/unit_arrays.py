@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +99,7 @@ def some_ranges(runs: Sequence[tuple[int, int]]) -> Ranges:
     return Ranges(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), dtype=np.bool_))
 
 
-Cache = dict[tuple[Hashable, ...], FloatArray]
+Cache = dict[tuple[Hashable, ...], npt.NDArray[Any]]
 """What was worked out for a table and ranges already; whoever shares one shares both."""
 
 

@@ -130,7 +130,7 @@ def assert_never_better(exact: Columns, relaxed: Columns, crews: OptionRows | No
 
 def assert_room(prices: StagePrices) -> None:
     """Compiled loops count the microbatches that array operations count; of a team the most."""
-    rows, units, (alone, fits) = prices.rows, prices._units, prices._best_flight
+    rows, units, (alone, fits) = prices.rows, prices._units, prices._rooms
     best = np.full((*alone.shape, rows.widths[-1] + 1), -1.0)
     for i, mode in enumerate(rows.modes):
         most = units.in_flight_by_width(mode, rows.widths).T
