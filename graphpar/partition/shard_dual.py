@@ -14,7 +14,7 @@ a later one (TRW-S: Kolmogorov, "Convergent tree-reweighted message passing for 
 2006); the bound never falls while the multipliers rest. Passes alternate in direction. While it
 walks, a pass also rounds: each vertex takes the strategy that is cheapest given the earlier
 vertices' choices and what the later ones promise. Multipliers follow a deflected subgradient, the
-smoothed excess of memory over the roundings.
+smoothed excess of the memory that the cheapest strategies by the vertices' min-marginals would use.
 """
 
 import numpy as np
@@ -96,10 +96,13 @@ class DualAscent:
         self._rate, self._patience = _FIRST_RATE, _PATIENCE
         self._last_value, self._rises = -np.inf, 0
 
-    def sweep(self) -> IntArray:
-        """A forward and a backward pass; returns the strategies the backward pass rounded to."""
+    def sweep(self, excess: FloatArray = _NOTHING) -> IntArray:
+        """A forward and a backward pass; returns the strategies the backward pass rounded to.
+
+        `excess`, unless empty, receives every strategy's min-marginal less the least of its vertex.
+        """
         self._forward()
-        chosen = self._backward(_NOTHING)
+        chosen = self._backward(excess)
         self.bound = max(self.bound, self.current_bound())
         return chosen
 
@@ -146,16 +149,19 @@ class DualAscent:
     def ascend(self, sweeps: int) -> list[IntArray]:
         """A few passes, then one step of the multipliers; returns the roundings met on the way.
 
-        The peaks most over the limit join the priced rows. Prices follow the excess of the roundings,
+        The peaks of the roundings most over the limit join the priced rows. Prices follow the excess of
+        what the bound is made of, each vertex's cheapest strategies by its min-marginals (at fixed
+        messages that is the bound's own slope, which roundings miss where many strategies cost the same),
         smoothed over the steps and clipped (a deflected subgradient: Camerini, Fratta and Maffioli,
         1975); the rate falls whenever the bound has not risen for a while, and grows again, not far, once
         it rises all the time.
         """
-        roundings = [self.sweep() for _ in range(sweeps)]
+        dearer = np.zeros(len(self.theta))
+        roundings = [self.sweep() for _ in range(sweeps - 1)] + [self.sweep(dearer)]
         if not self.memory.limit.size:
             return roundings
-        usage = np.mean([self.memory.usage(x) for x in roundings], axis=0)
-        excess = (usage - self.memory.limit) / self._row_scale
+        rounded = np.mean([self.memory.usage(x) for x in roundings], axis=0)
+        excess = (self._cheapest_usage(dearer) - self.memory.limit) / self._row_scale
         value = self.current_bound()
         self._patience -= 1
         if value > self._best_value + 1e-6 * abs(self._best_value):
@@ -172,7 +178,8 @@ class DualAscent:
             self._slow_down()
         elif self._rises >= _STEADY_RISES:
             self._rate = max(self._rate, min(_LARGEST_REGROWN, _GROWTH * self._rate))
-        for row in spread_peaks(np.where(self._priced, 0.0, excess), _ROWS_PER_STEP):
+        over = np.where(self._priced, 0.0, (rounded - self.memory.limit) / self._row_scale)
+        for row in spread_peaks(over, _ROWS_PER_STEP):
             self._priced[row] = True
         self._direction += _SMOOTHING * (excess - self._direction)
         count = max(1, int(np.count_nonzero(self._priced)))
@@ -180,6 +187,13 @@ class DualAscent:
         step = np.where(self._priced, np.clip(10.0 * self._direction, -1.0, 1.0), 0.0)
         self.set_multipliers(np.maximum(0.0, self.multipliers + rate * step / self._row_scale))
         return roundings
+
+    def _cheapest_usage(self, dearer: FloatArray) -> FloatArray:
+        """Memory at each row of the strategies that no other is cheaper than; ties share a vertex."""
+        cheapest = (dearer == 0.0).astype(np.float64)
+        start = self.flat.start
+        cheapest /= np.repeat(np.add.reduceat(cheapest, start[:-1]), np.diff(start))
+        return self.memory.mean_usage(cheapest)
 
     def _slow_down(self) -> None:
         self._rate = max(_LAST_RATE, 0.7 * self._rate)

@@ -155,6 +155,11 @@ class MemoryMatrix:
         usage: FloatArray = np.cumsum(total)[:-1]
         return usage
 
+    def mean_usage(self, shares: FloatArray) -> FloatArray:
+        """Memory at each row when every (vertex, strategy) is taken to its share."""
+        usage: FloatArray = np.cumsum(self._change.T @ shares)[:-1]
+        return usage
+
     def excess(self, chosen: IntArray) -> float:
         """The largest amount by which some row is over its limit; zero where none is."""
         if not self.limit.size:
