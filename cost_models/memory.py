@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graphpar.cost_models.layout import Layout
-from graphpar.cost_models.unit_heap import LOSSES, working_bytes
+from graphpar.cost_models.unit_heap import LOSSES, unit_bytes
 from graphpar.cost_models.work import Call, OpWork
 from graphpar.ir.formats import multiplies_8_bits, role_of
 from graphpar.ir.graph import Graph
@@ -51,10 +51,15 @@ HELD = SOURCES | {"gp.cast_weight"}
 
 @dataclass(frozen=True)
 class UnitMemory:
-    """Bytes of one unit for one microbatch size; saved and working depend on it, the rest does not."""
+    """Bytes of one unit for one microbatch size.
+
+    `growing_bytes` hold gradients of weights, too, as they come in a backward before which there are
+    none; 0 where that is not known.
+    """
 
     saved_bytes: float
     working_bytes: float
+    growing_bytes: float = 0.0
 
 
 def code_bytes(graph: Graph, training: bool) -> float:
@@ -138,13 +143,14 @@ def unit_memory(
     if training and on_cpu:
         read = {name for op in ops for name in op.operands()} - sizes.keys()
         known = {**sizes, **{name: _bytes(graph, graph[name], batch, precision) for name in read}}
-        working = working_bytes(graph, layout, works, known, kept, again=again)
+        working, growing = unit_bytes(graph, layout, works, known, kept, again=again)
     else:
         results = () if training else graph.output.operands()
         working = _peak_temporaries(layout, ops, sizes, kept, results)
         if training:
             working = max(working, _peak_gradients(graph, ops, batch, precision))
-    return UnitMemory(saved * ALLOCATOR_SLACK, working * ALLOCATOR_SLACK)
+        growing = 0.0
+    return UnitMemory(*(ALLOCATOR_SLACK * n for n in (saved, working, growing)))
 
 
 def saved_roots(graph: Graph, layout: Layout, works: Mapping[str, OpWork]) -> frozenset[str]:

@@ -278,6 +278,7 @@ def _joined(runs: Sequence[tuple["UnitPricer", Device]], index: int, sizes: Sequ
         split_s=tuple(cost.split_s[row] for cost, row in rows) if can_defer else (),
         again_s=tuple(cost.again_s[row] for cost, row in rows) if all_costs[0].again_s else (),
         working_bytes=tuple(map(max, *(cost.working_bytes for cost in all_costs))),
+        growing_bytes=(),
         weights_by_class=tuple(cost.weight_bytes for cost, _ in rows),
         saved_by_class=tuple(cost.saved_bytes for cost, _ in rows),
         working_by_class=tuple(cost.working_bytes for cost, _ in rows),

@@ -92,6 +92,7 @@ class UnitPricer:
             saved_bytes=tuple(m.saved_bytes for m in memory),
             # Holes in a heap are smaller at some larger sizes, where values happen to fit.
             working_bytes=tuple(accumulate((m.working_bytes for m in memory), max)),
+            growing_bytes=tuple(m.growing_bytes for m in memory) if options.training and on_cpu else (),
             weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
             deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
             split_s=tuple(LATE_OP_S * len(late) * d.slowdown for d in devices) if late else (),

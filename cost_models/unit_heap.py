@@ -21,6 +21,9 @@ from graphpar.ir.optable import packet
 _PASSES_ON = frozenset(["add", "add_", "getitem", "alias", "positive"])
 """Ops whose operands get the gradient of their result as it is, where it is of their size."""
 
+_LEAST_BYTES = 64
+"""What is smaller, as a loss, has free places of its own (`graphpar.runtime.heap`)."""
+
 LOSSES = frozenset(["cross_entropy_loss"])
 """Two ops in one: the gradient of the log-probabilities is there beside that of the logits."""
 
@@ -73,7 +76,7 @@ class Heap:
             self._end = self._free.pop()[0]
 
 
-def working_bytes(
+def unit_bytes(
     graph: Graph,
     layout: Layout,
     works: Mapping[str, OpWork],
@@ -81,11 +84,12 @@ def working_bytes(
     kept: Collection[str],
     *,
     again: bool,
-) -> float:
-    """What a unit takes in training beside what it keeps and the gradients of its weights.
+) -> tuple[float, float]:
+    """What a unit takes in training beside what it keeps, without and with the gradients of its weights.
 
     That is the most that is alive at once, and what the heap is larger than all that is alive, gradients
-    of weights included. Where these are added to earlier ones, each is there twice for a while.
+    of weights included. Where these are added to earlier ones, each is there twice for a while; what a
+    unit takes with them is told for a backward before which there are none.
 
     Args:
         graph: The graph the unit is part of.
@@ -98,14 +102,15 @@ def working_bytes(
     kept = frozenset(kept)
     whole = _Walk(graph, layout, works, sizes, kept)
     whole.microbatch()
+    growing = max(0.0, whole.heap.top_bytes - whole.kept_bytes)
     if again:
         whole.microbatch()
-        return max(0.0, whole.heap.top_bytes - whole.kept_bytes)
+        return max(0.0, whole.heap.top_bytes - whole.kept_bytes), growing
     of_weights = [name for name in sizes if graph[name].target == "parameter"]
     alone = _Walk(graph, layout, works, {**sizes, **dict.fromkeys(of_weights, 0.0)}, kept)
     alone.microbatch()
     holes = whole.heap.top_bytes - whole.heap.most_bytes
-    return max(0.0, alone.heap.most_bytes - alone.kept_bytes) + holes
+    return max(0.0, alone.heap.most_bytes - alone.kept_bytes) + holes, growing
 
 
 @dataclass
@@ -180,11 +185,11 @@ class _Walk:
                 self.heap.give_back(self.notes.pop(name))
 
     def _put(self, places: dict[str, float], name: str, num_bytes: float) -> None:
-        if num_bytes > 0:
+        if num_bytes >= _LEAST_BYTES:
             places[name] = self.heap.take(num_bytes)
 
     def _fresh(self, num_bytes: float) -> _Gradient:
-        return _Gradient(self.heap.take(num_bytes) if num_bytes > 0 else None)
+        return _Gradient(self.heap.take(num_bytes) if num_bytes >= _LEAST_BYTES else None)
 
     def _drop(self, gradient: _Gradient) -> None:
         gradient.holders -= 1

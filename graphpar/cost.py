@@ -5,8 +5,7 @@ of the partitioner is a table written by hand.
 
 The model is a chain of *units*: contiguous runs of ops, cut where little data crosses. Equal units
 (the repeated blocks of a network) share one `UnitCost`. Times and activation sizes depend on the
-microbatch size and are tabulated at `CostTable.sizes`; between two entries they are interpolated
-linearly.
+microbatch size, are tabulated at `CostTable.sizes` and linear between two entries.
 
 A *mode* is one way to run units: on which classes of devices (several form a tensor group), in which
 precision, whether activations are recomputed, at which ZeRO level. Every device class has its plain
@@ -29,18 +28,18 @@ from graphpar.cores import SharedCores
 class UnitCost:
     """What one distinct unit costs; equal units of the chain share it.
 
-    `forward_s` and `backward_s` are indexed [device class][microbatch size], `optimizer_s` by device
-    class, `saved_bytes` (kept from forward to backward) and `working_bytes` (temporaries) by
-    microbatch size. `gradient_bytes` and `optimizer_bytes` are zero when nothing is trained.
+    `forward_s` and `backward_s` are indexed [device class][microbatch size], `optimizer_s` by class,
+    `saved_bytes` (kept from forward to backward) and `working_bytes` (temporaries) by microbatch size, as
+    `growing_bytes`: temporaries and gradients of weights in a backward before which there are none; empty
+    for their sum, and no limit goes by them. Bytes of what is trained are 0 in inference.
 
     `weight_s`, indexed like `backward_s`, is the part of it that makes gradients of weights which may
     come later; `deferred_bytes`, by microbatch size, is what must be kept until then; `split_s`, by
-    device class, is what a backward in two halves takes besides. All are empty where nothing may come
-    later. `again_s`, indexed like `forward_s`, is the part of it that is computed once more where the
-    unit keeps only what enters it; empty for all of it.
+    device class, is what halving a backward takes besides. All are empty where nothing may come later.
+    `again_s`, like `forward_s`, is what is computed once more where only inputs are kept; empty for all.
 
-    `meetings` is how often pipelines side by side exchange something in one forward, `met_bytes` how
-    much each sends to each other one in all of these; a backward does the same.
+    `meetings` is how often pipelines side by side exchange something in one forward, `met_bytes` what
+    each sends to each other in all of these; a backward does the same.
 
     Where device classes run the unit in unlike number formats, the fields that end in `by_class` say what
     each holds, and those without are the most of any; else they are empty.
@@ -61,6 +60,7 @@ class UnitCost:
     again_s: tuple[tuple[float, ...], ...] = ()
     meetings: int = 0
     met_bytes: float = 0.0
+    growing_bytes: tuple[float, ...] = ()
     weights_by_class: tuple[float, ...] = ()
     saved_by_class: tuple[tuple[float, ...], ...] = ()
     working_by_class: tuple[tuple[float, ...], ...] = ()

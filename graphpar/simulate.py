@@ -357,7 +357,8 @@ def peak_parts(schedule: Schedule, timing: Timing, rank: int) -> tuple[float, fl
         # While input gradients are made, what was saved gives way to what their weights still need.
         later = saved + costs.deferred_bytes - costs.saved_bytes if kind == "I" else saved
         there = resident - sum(missing.values())
-        best = max(best, (there, max(saved, later), costs.working_bytes), key=sum)
+        if kind != "F" or not missing[stage]:  # else a first backward is to come, which needs more
+            best = max(best, (there, max(saved, later), costs.working_bytes), key=sum)
         # While they are made, results are among what is worked on.
         saved = later + (costs.saved_bytes if results else 0.0)
         if kind == "B":

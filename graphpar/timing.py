@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from graphpar.cores import SharedCores
-from graphpar.cost import CostTable, LinkCost, ModeCost
+from graphpar.cost import CostTable, LinkCost, ModeCost, UnitCost
 from graphpar.partition.gradient_sums import gradient_sums, links_between_replicas, modes_of, ring_s
 from graphpar.partition.pipeline_price import meetings_s, member_bytes, update_bytes, zero_s
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
@@ -253,7 +253,8 @@ def _stage_timing(
     ahead = moved / 3 if stage.zero > 2 else 0.0
     optimizer_s = sum(c.optimizer_s for c in costs) / (len(stage.replicas) if stage.zero else 1)
     sizes = sorted(set(pipeline.sizes()))
-    held = {n: member_bytes(table, stage, costs, member, n) for n in sizes}
+    growing = _growing(table, stage, costs)
+    held = {n: member_bytes(table, stage, growing if stage.zero > 1 else costs, member, n) for n in sizes}
     repeated = [r.gradient_bytes for r in table.repeated if r.held_by(stage.first, stage.last)]
     gradients = sum(c.gradient_bytes[member] for c in costs) + sum(repeated)
     results = sum(table.result_bytes[stage.first : stage.last])
@@ -288,7 +289,7 @@ def _stage_timing(
                 + (overhead if any(c.weight_s for c in costs) else 0.0),
                 collective_s=sum(table.collective_s(u, mode, n) for u in units),
                 gradient_bytes=gradients if grows else 0.0,
-                spared_bytes=_spared_bytes(table, costs, member, n) if grows else 0.0,
+                spared_bytes=_spared_bytes(table, stage, (costs, growing), member, n) if grows else 0.0,
             )
             for n in sizes
         ),
@@ -298,21 +299,68 @@ def _stage_timing(
     )
 
 
-def _spared_bytes(table: CostTable, costs: Sequence[ModeCost], member: int, size: int) -> float:
+def _growing(table: CostTable, stage: StageChoice, costs: Sequence[ModeCost]) -> list[ModeCost]:
+    """The costs of a stage's units where gradients come as they work, with what these then take besides.
+
+    A member of a tensor group has its part of the weights, and of the difference.
+    """
+    kinds = [table.costs[kind] for kind in table.units[stage.first : stage.last]]
+    return [
+        replace(
+            cost,
+            working_bytes=tuple(
+                _growing_row(kind, *of)
+                for of in zip(cost.working_bytes, cost.gradient_bytes, strict=True)
+            ),
+        )
+        if kind.growing_bytes
+        else cost
+        for cost, kind in zip(costs, kinds, strict=True)
+    ]
+
+
+def _growing_row(kind: UnitCost, working: Sequence[float], gradient: float) -> tuple[float, ...]:
+    part = gradient / kind.gradient_bytes if kind.gradient_bytes else 1.0
+    plain = zip(kind.growing_bytes, kind.working_bytes, strict=True)
+    return tuple(
+        w + part * (grown - w_plain) - gradient
+        for w, (grown, w_plain) in zip(working, plain, strict=True)
+    )
+
+
+def _spared_bytes(
+    table: CostTable,
+    stage: StageChoice,
+    costs: tuple[Sequence[ModeCost], Sequence[ModeCost]],
+    member: int,
+    size: int,
+) -> float:
     """How far a first backward stays below all that is saved, the largest temporary and all gradients.
 
-    A unit's backward needs what it and those before it saved, its own temporaries, and the gradients of
-    those behind it. Weights of several units have theirs from the beginning, or nearly.
+    A unit's backward needs what it and those before it saved, what it takes itself with the gradients of
+    its weights, and the gradients of those behind it. Weights of several units have theirs from the last
+    one of them on.
     """
-    saved = [table.at_size(c.saved_bytes[member], size) for c in costs]
-    working = [table.at_size(c.working_bytes[member], size) for c in costs]
-    gradients = [c.gradient_bytes[member] for c in costs]
-    left, made, most = sum(saved), 0.0, 0.0
-    for kept, own, gradient in reversed(list(zip(saved, working, gradients, strict=True))):
-        made += gradient
-        most = max(most, left + own + made)
+    whole, growing = costs
+    saved = [table.at_size(c.saved_bytes[member], size) for c in whole]
+    working = max(table.at_size(c.working_bytes[member], size) for c in whole)
+    gradients = [c.gradient_bytes[member] for c in whole]
+    own = [
+        table.at_size(c.working_bytes[member], size) + gradient
+        for c, gradient in zip(growing, gradients, strict=True)
+    ]
+    made = list(gradients)
+    for again in table.repeated:
+        here = [unit for unit in again.again if unit < stage.last]
+        if stage.first <= again.first < stage.last and here:
+            made[again.first - stage.first] -= again.gradient_bytes
+            made[max(here) - stage.first] += again.gradient_bytes
+    left, behind, most = sum(saved), 0.0, 0.0
+    for kept, taken, gradient in reversed(list(zip(saved, own, made, strict=True))):
+        most = max(most, left + behind + taken)
+        behind += gradient
         left -= kept
-    return sum(saved) + max(working) + sum(gradients) - most
+    return max(0.0, sum(saved) + working + sum(gradients) - most)
 
 
 def _gradient_groups(table: CostTable, partition: Partition) -> tuple[GradientGroup, ...]:

@@ -73,7 +73,7 @@ def _folded(costs: Sequence[CostT]) -> CostT:
         sums |= {name: _sum([getattr(c, name) for c in costs]) for name in more}
         if not split:
             sums["deferred_by_class"] = ()
-        sums["working_by_class"] = _largest([c.working_by_class for c in costs])
+        sums |= {"working_by_class": _largest([c.working_by_class for c in costs]), "growing_bytes": ()}
     return replace(costs[0], **sums, working_bytes=_largest([c.working_bytes for c in costs]))
 
 

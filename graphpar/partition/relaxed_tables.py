@@ -10,9 +10,9 @@ CostT = TypeVar("CostT", UnitCost, ModeCost)
 
 _BY_SIZE = (
     "forward_s", "backward_s", "saved_bytes", "working_bytes", "weight_s", "deferred_bytes",
-    "saved_by_class", "working_by_class", "deferred_by_class",
+    "growing_bytes", "saved_by_class", "working_by_class", "deferred_by_class",
 )  # fmt: skip
-"""Fields of costs that are indexed by microbatch size; the last three of units alone."""
+"""Fields of costs that are indexed by microbatch size; the last four of units alone."""
 
 
 def with_options(table: CostTable, *, recompute: bool, zero: int) -> CostTable:

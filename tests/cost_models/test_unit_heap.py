@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import saved_roots
 from graphpar.cost_models.opcost import work_of
-from graphpar.cost_models.unit_heap import Heap, working_bytes
+from graphpar.cost_models.unit_heap import Heap, unit_bytes
 from graphpar.ir.text import parse_graph
 
 
@@ -59,20 +59,20 @@ HEAD = """graph captured "N" batch=4
 CAST = "%z = aten._to_copy.default(%y, dtype=dtype:float32) : float32[B,65536] {grad=true}\n"
 
 
-def _working(text: str, *, again: bool = False) -> float:
+def _bytes(text: str, *, again: bool = False) -> tuple[float, float]:
     graph = parse_graph(text)
     layout = find_layout(graph)
     ops = [op for op in graph.ops if op.target.startswith("aten")]
     works = {op.name: work_of(op, graph, layout, 4) for op in ops}
     sizes = {op.name: float(sum(kind.bytes(4) for kind in op.types if kind)) for op in graph.ops}
     kept = saved_roots(graph, layout, works)
-    return working_bytes(graph, layout, works, sizes, kept, again=again)
+    return unit_bytes(graph, layout, works, sizes, kept, again=again)
 
 
 def test_logits_in_16_bits_leave_their_place_below_those_in_32() -> None:
     """Log-probabilities, their gradient and that of the logits are twice as large: none fits there."""
-    plain = _working(HEAD.format(wire="float32", cast="", logits="%y"))
-    lower = _working(HEAD.format(wire="bfloat16", cast=CAST, logits="%z"))
+    plain, _ = _bytes(HEAD.format(wire="float32", cast="", logits="%y"))
+    lower, _ = _bytes(HEAD.format(wire="bfloat16", cast=CAST, logits="%z"))
     one = 4.0 * 4 * 65536
     assert plain == pytest.approx(2 * one, rel=1e-4)  # beside the log-probabilities
     assert lower == pytest.approx(2 * one + one / 2, rel=1e-4)
@@ -87,6 +87,13 @@ WIDE = """graph captured "N" batch=4
 
 
 def test_a_gradient_that_is_added_to_an_earlier_one_is_there_beside_it() -> None:
-    own = 4.0 * 4
-    assert _working(WIDE) == own
-    assert _working(WIDE, again=True) == own + 4.0 * 65536
+    """What is as small as this unit's result has places of its own."""
+    one = 4.0 * 65536
+    assert _bytes(WIDE) == (0.0, one)
+    assert _bytes(WIDE, again=True) == (one, one)
+
+
+def test_a_gradient_takes_the_place_of_what_the_loss_has_given_back() -> None:
+    """Logits' gradient and the one beside it are gone or there before that of the head's weight comes."""
+    working, growing = _bytes(HEAD.format(wire="float32", cast="", logits="%y"))
+    assert growing == pytest.approx(working, rel=1e-4)
