@@ -19,7 +19,12 @@ from graphpar.partition.memory_fit import larger_hold_more
 from graphpar.partition.programs import Programs
 from graphpar.partition.relaxed_tables import with_batch, with_options, with_small_updates
 from graphpar.partition.search import INFINITY, Found
-from graphpar.partition.settings import Microbatches, ScheduleChoice, microbatch_counts
+from graphpar.partition.settings import (
+    EVERY_LEVEL,
+    Microbatches,
+    ScheduleChoice,
+    microbatch_counts,
+)
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import ScheduleName
 from graphpar.partition.unit_arrays import Setting
@@ -39,9 +44,6 @@ _HALVINGS = 30
 
 _WHOLE = 100.0
 """Of larger factors nobody needs two digits behind the point."""
-
-EVERY_LEVEL = (1, 2, 3)
-"""ZeRO levels that may be proposed."""
 
 _DEVICES_S = 1.0
 """Processor time after which no other kind is asked for: what other work there is must not matter."""
@@ -242,6 +244,19 @@ def held_by_memory(programs: Programs) -> tuple[bool, Found | None]:
     if found is not None:
         return True, found
     return not _none_by_memory(programs, counts, settings, family.table.max_replicas), None
+
+
+def one_may_fit(programs: Programs) -> bool:
+    """Whether memory leaves room for one pipeline over all devices; False is proven. Needs loops."""
+    counts, settings = (
+        programs.family.cells.counts,
+        _finest_first(programs.family, programs.family.table.batch),
+    )
+    # One replica per stage is looked at first: there are few such stages, and mostly they will do.
+    return not settings or (
+        programs.memory_fit(counts, 1).may_fit(settings[0])
+        or not _none_by_memory(programs, counts, settings, programs.family.table.max_replicas)
+    )
 
 
 def _grows_with_samples(family: Family) -> bool:

@@ -62,6 +62,8 @@ class MemoryFit:
         cache: Cache,
     ) -> None:
         self._family, self._options, self._runs, self._cache = family, options, runs, cache
+        # Runs are all those between some units.
+        self._parts = len(np.unique(runs.first))
         self._width = np.array([o.width for o in options], dtype=np.intp)
         self._widths = np.unique(self._width).tolist()
         self._modes = sorted({m for o in options for m in o.staff})
@@ -126,12 +128,12 @@ class MemoryFit:
 
     def _run(self, first: int, last: int) -> int:
         """The number of a run of units."""
-        n = self._family.table.num_units
+        n = self._parts
         return first * n - first * (first - 1) // 2 + last - first - 1
 
     def _line(self, room: _Room) -> list[tuple[int, int, int]] | None:
         """A pipeline of stages with room, as (first unit, last, team); None where there is none."""
-        n = self._family.table.num_units
+        n = self._parts
         team = np.full((len(self._replicas), n + 1), -1, dtype=np.intp)
         last = np.full((len(self._replicas), n + 1), -1, dtype=np.intp)
         state = int(

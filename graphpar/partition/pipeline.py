@@ -20,7 +20,7 @@ from graphpar.partition.counting import CountingLimits
 from graphpar.partition.cuts import cut_roughly
 from graphpar.partition.family import EVERY_GROUPING, Family, Grouping, choose_family, groupings
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
-from graphpar.partition.infeasible import EVERY_LEVEL, EXPLAIN_S, explain_infeasible, held_by_memory
+from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible, held_by_memory, one_may_fit
 from graphpar.partition.nearer import brought_nearer, links_differ, most_s
 from graphpar.partition.partition_words import family_words, idle_note, table_notes
 from graphpar.partition.physical_bound import physical_bound_s
@@ -28,7 +28,7 @@ from graphpar.partition.pipeline_price import price
 from graphpar.partition.programs import Programs
 from graphpar.partition.regular import regular_plans
 from graphpar.partition.search import INFINITY, Aim, Found, SearchResult
-from graphpar.partition.settings import Microbatches, ScheduleChoice
+from graphpar.partition.settings import EVERY_LEVEL, Microbatches, ScheduleChoice
 from graphpar.partition.share_bounds import (
     ShareBounds,
     grouping_bound_s,
@@ -315,6 +315,8 @@ class _Run:
     def _cut_at(self, cuts: Sequence[int], near: Found | None) -> Found | None:
         """The best pipeline cut at some units only that is better than what is known; of one setting."""
         programs = self._programs.with_cuts(cuts)
+        if near is None and not one_may_fit(programs):
+            return None
         tasks = programs.tasks(self.family.cells.counts, self._table.batch, self.family.schedules)
         result = programs.search(
             [t for t in tasks if near is None or t.setting == near.setting],

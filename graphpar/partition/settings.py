@@ -20,6 +20,9 @@ def searched(wish: ScheduleWish) -> ScheduleChoice:
     return "1f1b" if wish in ("interleaved", "zero-bubble") else wish  # type: ignore[return-value]
 
 
+EVERY_LEVEL = (1, 2, 3)
+"""ZeRO levels that may be proposed."""
+
 SMALL_BATCH = 16
 """Up to this many samples every microbatch count is tried."""
 

@@ -113,6 +113,32 @@ def test_every_number_of_microbatches_is_excluded(table: CostTable, part: float)
                 assert fit.may_fit(replace(setting, microbatches=finer))
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(small_tables(modes=True), st.sampled_from([0.05, 0.1, 0.3, 1.0]), st.sets(st.integers(1, 3)))
+def test_what_is_cut_at_some_units_is_excluded_by_memory(
+    table: CostTable, part: float, cuts: set[int]
+) -> None:
+    """A pipeline that is found among these stages is never denied."""
+    table = infeasible.scale_memory(table, part)
+    family = choose_family(table, "auto", "auto")
+    counts = family.cells.counts
+    some = sorted(cut for cut in cuts if cut < table.num_units)
+    programs = Programs(family, CountingLimits(0.5, "highs")).with_cuts(some)
+    tasks = programs.tasks(counts, table.batch, family.schedules)
+    fits = any(t.build().solve(StageLimits(), float("inf")) is not None for t in tasks)
+    assert infeasible.one_may_fit(programs) or not fits
+
+
+def test_memory_tells_cuts_apart() -> None:
+    """Four units of 10 bytes; the second device has room for one of them."""
+    table = make_table([1.0] * 4, (1.0, 1.0), (1, 1), weight_bytes=10.0, memory_bytes=35.0)
+    classes = table.device_classes[0], replace(table.device_classes[1], memory_bytes=15.0)
+    table = replace(table, device_classes=classes)
+    programs = Programs(choose_family(table, "auto", "auto"), CountingLimits(0.5, "highs"))
+    cut = {c: infeasible.one_may_fit(programs.with_cuts([c])) for c in (1, 2, 3)}
+    assert cut == {1: True, 2: False, 3: True}
+
+
 def test_devices_without_memory_are_told() -> None:
     """No multiple of nothing is proposed."""
     with pytest.raises(InfeasibleError, match="2 devices have 0 B together, 0 B at most on one") as told:
