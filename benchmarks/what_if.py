@@ -83,6 +83,11 @@ SWEEPS = {
     "tp-pp": Sweep(MANY, {"tp": (1, 2, 4, 8), "pp": range(1, 26)}),
     "tp-dp": Sweep(MANY, {"tp": (1, 2, 4, 8), "dp": range(1, 26)}),
     "tensor-auto": Sweep(TWO, {"batch": BATCHES, "a.count": COUNTS}, {"tensor": "auto"}),
+    "tensor-length": Sweep(TWO, {"batch": BATCHES, "seq_len": LENGTHS}, {"tensor": "auto"}),
+    "tensor-links": Sweep(
+        TWO, {"a.link.bytes_per_s": BANDWIDTHS, "network.bytes_per_s": BANDWIDTHS}, {"tensor": "auto"}
+    ),
+    "mixed-tensor": Sweep(MIXED, {"batch": BATCHES, "a.count": COUNTS}, {"tensor": "auto"}),
     "mixed-batch-count": Sweep(MIXED, {"batch": BATCHES, "a.count": COUNTS}),
     "mixed-links": Sweep(MIXED, {"network.bytes_per_s": BANDWIDTHS, "network.latency_s": LATENCIES}),
     "budget": Sweep(TWO, options={"budget_usd_per_h": 60.0, "instances": TYPES}),

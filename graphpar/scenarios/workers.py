@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -161,7 +162,11 @@ def _made_ready(_: list[None]) -> list[None]:
 
 
 def _end_with(parent: int) -> None:
-    """Let this process end as soon as its parent has, in the middle of a search too."""
+    """Let this process end as soon as its parent has, in the middle of a search too.
+
+    Ctrl-C at a terminal reaches all processes: the parent says so once, and ends the others.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:
