@@ -29,7 +29,7 @@ def with_deferral(table: CostTable) -> CostTable:
             cost,
             weight_s=tuple(tuple(s / 2 for s in row) for row in cost.backward_s),
             deferred_bytes=tuple(b / 4 for b in cost.saved_bytes),
-            split_s=(0.0,) * len(cost.backward_s),
+            split_s=tuple((0.0,) * len(row) for row in cost.backward_s),
         )
 
     return replace(table, costs=tuple(map(halved, table.costs)))

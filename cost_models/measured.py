@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import structs
 
 from graphpar.calibration import Fingerprint, cache_path
@@ -54,12 +55,16 @@ class Halves(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A backward in two halves beside a whole one.
 
     Attributes:
-        weights_share: Seconds of the second half over those of the whole backward.
-        more_s: What forward and both halves take more than forward and backward, for the whole model.
+        sizes: Microbatch sizes that were timed, increasing. Shares differ: gradients of weights are as
+            large whatever the microbatch.
+        weights_share: By size, seconds of the second half over those of the whole backward.
+        more_s: By size, what forward and both halves take more than forward and backward, for the whole
+            model.
     """
 
-    weights_share: float
-    more_s: float
+    sizes: tuple[int, ...]
+    weights_share: tuple[float, ...]
+    more_s: tuple[float, ...]
 
 
 class ModelTiming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -177,8 +182,7 @@ def with_timing(
         costs.append(_corrected(cost, unit, table.sizes, local, longer) if unit is not None else cost)
     costs = _divided(table, costs, "optimizer_s", timing.optimizer_s, local, slowdowns)
     if timing.halves is not None:
-        costs = _divided(table, costs, "split_s", timing.halves.more_s, local, slowdowns)
-        costs = _in_halves(table, costs, timing.halves.weights_share, local)
+        costs = _in_halves(table, costs, timing.halves, local, slowdowns)
     shared = table.shared
     if shared is not None and kind == LOCAL_KIND:
         slowing = timing.slowing or shared.slowing
@@ -291,29 +295,52 @@ def _divided(
 
 
 def _in_halves(
-    table: CostTable, costs: Sequence[UnitCost], share: float, local: Sequence[bool]
+    table: CostTable,
+    costs: Sequence[UnitCost],
+    halves: Halves,
+    local: Sequence[bool],
+    slowdowns: Sequence[float],
 ) -> list[UnitCost]:
-    """Second halves that take the measured share of all backwards, divided among units as predicted."""
-
-    def total_s(name: str, k: int) -> float:
-        rows = [getattr(costs[kind], name) for kind in table.units]
-        return float(sum(row[k][-1] for row in rows if row))
-
+    """Second halves, and what both take more, as measured at sizes; divided among units as predicted."""
     found = list(costs)
     for k in (k for k, is_local in enumerate(local) if is_local):
-        backward_s, weight_s = total_s("backward_s", k), total_s("weight_s", k)
-        if weight_s <= 0:
+        backward_s, weight_s, split_s = (
+            [
+                sum(row[k][at] for kind in table.units if (row := getattr(costs[kind], name)))
+                for at, _ in enumerate(table.sizes)
+            ]
+            for name in ("backward_s", "weight_s", "split_s")
+        )
+        if min(weight_s) <= 0:
             continue
-        ratio = share * backward_s / weight_s
+        later = [
+            _interpolated(halves.sizes, halves.weights_share, size) * whole / part
+            for size, whole, part in zip(table.sizes, backward_s, weight_s, strict=True)
+        ]
+        more = [
+            slowdowns[k] * _more_s(halves, size) / part if part else 0.0
+            for size, part in zip(table.sizes, split_s, strict=True)
+        ]
         for kind, cost in enumerate(found):
             if cost.weight_s:
                 # Not more than the backward has: what is left of it makes gradients of inputs.
-                row = tuple(
-                    min(w * ratio, b) for w, b in zip(cost.weight_s[k], cost.backward_s[k], strict=True)
+                times = zip(cost.weight_s[k], later, cost.backward_s[k], strict=True)
+                own = tuple(min(w * ratio, b) for w, ratio, b in times)
+                split = tuple(s * ratio for s, ratio in zip(cost.split_s[k], more, strict=True))
+                found[kind] = replace(
+                    cost,
+                    weight_s=(*cost.weight_s[:k], own, *cost.weight_s[k + 1 :]),
+                    split_s=(*cost.split_s[:k], split, *cost.split_s[k + 1 :]),
                 )
-                weights = (*cost.weight_s[:k], row, *cost.weight_s[k + 1 :])
-                found[kind] = replace(cost, weight_s=weights)
     return found
+
+
+def _more_s(halves: Halves, size: int) -> float:
+    """What halving takes at a size: flat below those timed, where calls are what it costs."""
+    last = halves.sizes[-1]
+    if size > last:
+        return halves.more_s[-1] * size / last
+    return float(np.interp(size, halves.sizes, halves.more_s))
 
 
 def _row(

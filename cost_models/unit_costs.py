@@ -95,7 +95,9 @@ class UnitPricer:
             growing_bytes=tuple(m.growing_bytes for m in memory) if options.training and on_cpu else (),
             weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
             deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
-            split_s=tuple(LATE_OP_S * len(late) * d.slowdown for d in devices) if late else (),
+            split_s=tuple((LATE_OP_S * len(late) * d.slowdown,) * len(sizes) for d in devices)
+            if late
+            else (),
             again_s=self._again_s(works, list(zip(rates, devices, strict=True))),
         )
 

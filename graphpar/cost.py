@@ -3,9 +3,8 @@
 Left of the table sits all knowledge of hardware, right of it there are only seconds and bytes. A test
 of the partitioner is a table written by hand.
 
-The model is a chain of *units*: contiguous runs of ops, cut where little data crosses. Equal units
-(the repeated blocks of a network) share one `UnitCost`. Times and activation sizes depend on the
-microbatch size, are tabulated at `CostTable.sizes` and linear between two entries.
+The model is a chain of *units*: contiguous runs of ops, cut where little data crosses. Equal units (the
+blocks of a network) share one `UnitCost`. What depends on the microbatch size is linear between `sizes`.
 
 A *mode* is one way to run units: on which classes of devices (several form a tensor group), in which
 precision, whether activations are recomputed, at which ZeRO level. Every device class has its plain
@@ -34,9 +33,9 @@ class UnitCost:
     for their sum, and no limit goes by them. Bytes of what is trained are 0 in inference.
 
     `weight_s`, indexed like `backward_s`, is the part of it that makes gradients of weights which may
-    come later; `deferred_bytes`, by microbatch size, is what must be kept until then; `split_s`, by
-    device class, is what halving a backward takes besides. All are empty where nothing may come later.
-    `again_s`, like `forward_s`, is what is computed once more where only inputs are kept; empty for all.
+    come later; `split_s`, too, is what halving a backward takes besides; `deferred_bytes`, by size, is
+    kept until then. All are empty where nothing may come later. `again_s`, like `forward_s`, is what is
+    computed once more where only inputs are kept; empty for all.
 
     `meetings` is how often pipelines side by side exchange something in one forward, `met_bytes` what
     each sends to each other in all of these; a backward does the same.
@@ -56,7 +55,7 @@ class UnitCost:
     working_bytes: tuple[float, ...]
     weight_s: tuple[tuple[float, ...], ...] = ()
     deferred_bytes: tuple[float, ...] = ()
-    split_s: tuple[float, ...] = ()
+    split_s: tuple[tuple[float, ...], ...] = ()
     again_s: tuple[tuple[float, ...], ...] = ()
     meetings: int = 0
     met_bytes: float = 0.0
@@ -91,7 +90,7 @@ class ModeCost:
     working_bytes: tuple[tuple[float, ...], ...]
     weight_s: tuple[float, ...] = ()
     deferred_bytes: tuple[tuple[float, ...], ...] = ()
-    split_s: float = 0.0
+    split_s: tuple[float, ...] = ()
     again_s: tuple[float, ...] = ()
     collective_s: tuple[float, ...] = ()
     collective_again_s: tuple[float, ...] = ()
@@ -463,9 +462,10 @@ class CostTable:
         row = self.every_mode[mode].costs[self.units[unit]].collective_s
         return self.at_size(row, size) if row else 0.0
 
-    def split_s(self, unit: int, mode: int) -> float:
+    def split_s(self, unit: int, mode: int, size: float) -> float:
         """What a backward in two halves takes besides, for one microbatch."""
-        return self.every_mode[mode].costs[self.units[unit]].split_s
+        row = self.every_mode[mode].costs[self.units[unit]].split_s
+        return self.at_size(row, size) if row else 0.0
 
     def cut_bytes(self, boundary: int, size: float) -> tuple[float, float]:
         """Bytes of one microbatch, forward and backward, between units boundary-1 and boundary."""
@@ -495,6 +495,6 @@ def _plain_cost(cost: UnitCost, k: int) -> ModeCost:
         working_bytes=(cost.working_by_class[k] if cost.working_by_class else cost.working_bytes,),
         weight_s=cost.weight_s[k] if cost.weight_s else (),
         deferred_bytes=(deferred,) if deferred else (),
-        split_s=cost.split_s[k] if cost.split_s else 0.0,
+        split_s=cost.split_s[k] if cost.split_s else (),
         again_s=cost.again_s[k] if cost.again_s else (),
     )

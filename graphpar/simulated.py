@@ -203,7 +203,7 @@ def _pace(table: CostTable, stage: StageChoice, size: float, moved_s: float) -> 
         forward_s = overhead_s + sum(ahead[stage.first : stage.last])
         back_s = overhead_s + sum(back[stage.first : stage.last]) - weight_s
         if weight_s > 0:
-            back_s += overhead_s + sum(table.split_s(u, mode) for u in units)
+            back_s += overhead_s + sum(table.split_s(u, mode, size) for u in units)
         rows.append(StagePace(forward_s, back_s, weight_s, moved_s / 2))
     return max(rows, key=lambda pace: pace.forward_s + pace.backward_s + pace.weight_s)
 

@@ -285,7 +285,7 @@ def _stage_timing(
                     table.at_size(c.deferred_bytes[member], n) for c in costs if c.deferred_bytes
                 ),
                 # The second half is an action of its own.
-                split_s=sum(c.split_s for c in costs)
+                split_s=sum(table.split_s(u, mode, n) for u in units)
                 + (overhead if any(c.weight_s for c in costs) else 0.0),
                 collective_s=sum(table.collective_s(u, mode, n) for u in units),
                 gradient_bytes=gradients if grows else 0.0,

@@ -53,7 +53,7 @@ def timed(
     )
 
 
-_VERSION = 7
+_VERSION = 8
 """Of what is timed and how; what was kept of another one is timed anew."""
 
 
@@ -94,7 +94,7 @@ def time_model(
                     model, worker, table, [s for s in sizes if s <= middle], slowdowns, budget_s
                 ),
                 apart=_apart(worker, middle, slowdowns[0]) if table.training and not at_once else 1.0,
-                halves=_halves(worker, middle) if table.training and not at_once else None,
+                halves=_halves(worker, sizes) if table.training and not at_once else None,
             )
     except GraphparError as error:
         _log.warning("The model's units could not be timed, so that curves stand for them: %s", error)
@@ -124,7 +124,7 @@ def time_gpu(model: TrialModel, table: CostTable, budget_s: float) -> ModelTimin
                 slowing=(),
                 reference_s=0.0,
                 optimizer_s=_update_s(worker, sizes[0], budget_s) if table.training else 0.0,
-                halves=_halves(worker, sizes[len(sizes) // 2]) if table.training else None,
+                halves=_halves(worker, sizes) if table.training else None,
                 precision=model.precision,
             )
     except GraphparError as error:
@@ -218,23 +218,27 @@ def _by_hash(prepared: Prepared, rows: Mapping[int, Spent]) -> dict[str, UnitTim
     return {key: UnitTiming(tuple(rows), times(k, 0), times(k, 1)) for key, k in kinds.items()}
 
 
-def _halves(worker: TrialWorker, size: int) -> Halves:
-    """Whole backwards and those in halves, taken in turn, each with several microbatches in flight.
+def _halves(worker: TrialWorker, sizes: Sequence[int]) -> Halves:
+    """Whole backwards and those in halves at the middle one of some sizes and the largest."""
+    some = sorted({sizes[len(sizes) // 2], sizes[-1]})
+    shares, more_s = zip(*(_halves_at(worker, size) for size in some), strict=True)
+    return Halves(tuple(some), shares, more_s)
 
-    Schedules leave gradients of weights for when the microbatches behind are through, so that what they
-    read has left the caches.
+
+def _halves_at(worker: TrialWorker, size: int) -> tuple[float, float]:
+    """The second half's share of a whole backward, and what both take more, forwards included.
+
+    Both are taken in turn, each with two microbatches in flight: schedules leave gradients of weights for
+    when the microbatches behind are through, so that what they read has left the caches.
     """
-    worker.in_halves(size, IN_FLIGHT)
-    wholes, halves = [], []
+    worker.in_halves(size, 2)
+    shares, more_s = [], []
     for _ in range(ROUNDS):
-        wholes.append(worker.whole(size, in_flight=IN_FLIGHT))
-        halves.append(worker.in_halves(size, IN_FLIGHT))
-    forward_s, backward_s = (median(column) for column in zip(*wholes, strict=True))
-    ahead_s, inputs_s, weights_s = (median(column) for column in zip(*halves, strict=True))
-    return Halves(
-        weights_share=weights_s / backward_s,
-        more_s=max(ahead_s + inputs_s + weights_s - forward_s - backward_s, 0.0),
-    )
+        forward_s, backward_s = worker.whole(size, in_flight=2)
+        ahead_s, inputs_s, weights_s = worker.in_halves(size, 2)
+        shares.append(weights_s / max(backward_s, 1e-9))
+        more_s.append(ahead_s + inputs_s + weights_s - forward_s - backward_s)
+    return median(shares), max(median(more_s), 0.0)
 
 
 def _apart(worker: TrialWorker, size: int, slowdown: float) -> float:

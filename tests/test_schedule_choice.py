@@ -50,7 +50,7 @@ def blocks(
         working_bytes=(0.0, 0.0),
         weight_s=rows(1e-3),
         deferred_bytes=(5e5, 5e5 * batch),
-        split_s=(split_s,) * len(speeds),
+        split_s=((split_s, split_s),) * len(speeds),
     )
     return CostTable(
         batch=batch,

@@ -9,7 +9,7 @@ from graphpar.cost import CostTable, Mode, ModeCost, UnitCost
 CostT = TypeVar("CostT", UnitCost, ModeCost)
 
 _BY_SIZE = (
-    "forward_s", "backward_s", "saved_bytes", "working_bytes", "weight_s", "deferred_bytes",
+    "forward_s", "backward_s", "saved_bytes", "working_bytes", "weight_s", "split_s", "deferred_bytes",
     "growing_bytes", "saved_by_class", "working_by_class", "deferred_by_class",
 )  # fmt: skip
 """Fields of costs that are indexed by microbatch size; the last four of units alone."""
@@ -138,7 +138,7 @@ def _recomputed_cost(cost: ModeCost, entering: Sequence[float]) -> ModeCost:
         working_bytes=working,
         weight_s=(),
         deferred_bytes=(),
-        split_s=0.0,
+        split_s=(),
         again_s=(),
         collective_s=sent,
         collective_again_s=(),

@@ -81,7 +81,7 @@ def _of_rows(cost: UnitCost, rows: Rows) -> UnitCost:
         backward_s=slower(cost.backward_s),
         optimizer_s=tuple(s * cost.optimizer_s[row] for row, s in rows),
         weight_s=slower(cost.weight_s),
-        split_s=tuple(s * cost.split_s[row] for row, s in rows) if cost.split_s else (),
+        split_s=slower(cost.split_s),
         again_s=slower(cost.again_s),
         weights_by_class=tuple(cost.weights_by_class[row] for row, _ in rows)
         if cost.weights_by_class

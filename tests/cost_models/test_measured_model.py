@@ -9,6 +9,7 @@ from graphpar.calibration import Fingerprint
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.cost_models.measured import (
+    Halves,
     ModelTiming,
     Pause,
     UnitTiming,
@@ -76,6 +77,19 @@ def test_waiting_costs_workers_that_are_slowed_down() -> None:
         for a, b in zip(plain.device_classes, table.device_classes, strict=True)
     ]
     assert overheads == pytest.approx([0.0, 2e-4])
+
+
+def test_halves_have_their_share_at_each_size_that_was_timed() -> None:
+    halves = Halves((2, 8), (0.75, 0.5), (1e-3, 3e-3))
+    table = priced(replace(timing(2, 8), halves=halves))
+    for size, share, more_s in ((1, 0.75, 1e-3), (2, 0.75, 1e-3), (5, None, 2e-3), (8, 0.5, 3e-3)):
+        for device, slowdown in enumerate((1, 2)):
+            units = range(table.num_units)
+            weights_s = sum(table.weight_s(u, device, size) for u in units)
+            backward_s = sum(table.backward_s(u, device, size) for u in units)
+            assert sum(table.split_s(u, device, size) for u in units) == pytest.approx(slowdown * more_s)
+            assert share is None or weights_s == pytest.approx(share * backward_s)
+            assert 0.5 <= weights_s / backward_s <= 0.75
 
 
 def test_everything_but_time_is_the_roofline_s() -> None:

@@ -32,7 +32,7 @@ def with_rows_by_class(table: CostTable) -> CostTable:
     rows = tuple((k + 1.0,) * len(table.sizes) for k in each)
     costs = tuple(
         replace(
-            cost, weight_s=rows, split_s=each, again_s=rows, weights_by_class=each,
+            cost, weight_s=rows, split_s=rows, again_s=rows, weights_by_class=each,
             saved_by_class=rows, working_by_class=rows, deferred_by_class=rows,
         )
         for cost in table.costs
