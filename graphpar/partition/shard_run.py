@@ -46,6 +46,13 @@ _PRICE_NOISE = 0.03
 _MIX_S, _MIX_SHARE = 5.0, 0.03
 """What finding the best mixture of two choices may take: seconds, or a share of the time limit."""
 
+_FIRST_BOUND_SHARE, _BOUND_SHARE, _MOST_BOUND_SHARE = 0.04, 0.02, 0.12
+"""Share of the time limit that a round's passes for the bound take: the first few rounds and later at
+least, and at most."""
+
+_WORTH = 10.0
+"""What is taken off an answer counts so many times what is put on the bound."""
+
 _LEAST_SHARES = (0.1, 0.15, 0.5)
 """Of each round at least this goes to walks, exact windows, and new roundings."""
 
@@ -102,12 +109,21 @@ class Run:
             return False
         self.start_afresh()
         self.start_walking()
-        self.bound(0.04)
+        bound_share = _FIRST_BOUND_SHARE
+        self.bound(bound_share)
         rounds = 0
         while not state.done():
+            began_s, cost, bound = state.elapsed_s(), self.best_cost, state.bound
             self.walk(_ROUND_SHARE * self.shares[0])
             self.mix(_ROUND_SHARE * self.shares[2])
-            self.bound(0.04 if rounds < 4 else 0.02)
+            searched_s = state.elapsed_s() - began_s
+            self.bound(bound_share)
+            bound_share = _next_bound_share(
+                bound_share,
+                _FIRST_BOUND_SHARE if rounds < 3 else _BOUND_SHARE,
+                (state.bound - bound) / max(1e-9, state.elapsed_s() - began_s - searched_s),
+                (cost - self.best_cost) / max(1e-9, searched_s),
+            )
             self.prove_if_promising()
             if rounds and not state.done():
                 self.exact_windows(_ROUND_SHARE * self.shares[1])
@@ -393,6 +409,13 @@ class Run:
             located, is_same = _nearest(self.graph, self.dual.vertices, state.answer)
             if is_same:
                 self.best, self.best_cost = located, state.objective
+
+
+def _next_bound_share(share: float, least: float, rise_per_s: float, fall_per_s: float) -> float:
+    """More time for a bound that rises much faster than answers get better."""
+    if rise_per_s > _WORTH * fall_per_s:
+        return min(_MOST_BOUND_SHARE, 1.5 * share)
+    return max(least, share / 1.5)
 
 
 def _pairs_kept(graph: ShardingGraph, kept: dict[int, IntArray]) -> int:
