@@ -78,7 +78,15 @@ class Columns:
 
     def pick(self, index: "IntArray | BoolArray") -> "Columns":
         """Only some columns."""
-        return Columns(*(getattr(self, f.name)[index] for f in fields(self)))
+        some = np.flatnonzero(index) if index.dtype == np.bool_ else index
+        return Columns(
+            self.option.take(some),
+            self.slot.take(some),
+            self.cost_s.take(some),
+            self.extra_s.take(some),
+            self.post_s.take(some),
+            self.most_below.take(some),
+        )
 
     def __len__(self) -> int:
         return len(self.option)

@@ -14,7 +14,7 @@ from graphpar.partition.chain_columns import Columns, Hopeful, StagePrices
 from graphpar.partition.chain_relaxed import Prices, Relaxation
 from graphpar.partition.slots import Slots
 from graphpar.partition.stage_costs import StageLimits
-from graphpar.partition.unit_arrays import FloatArray, IntArray
+from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
 
 MOST_COUNTED = 16
 """A bound that counts replicas takes time in proportion to them."""
@@ -163,9 +163,9 @@ class CrewBounds:
         """The crews on each slot, without repetition; on whole slots for all kinds of links."""
         crews = len(self._rows.first_rows)
         places = left.slot * crews + crew  # increasing: loops go by slot, then by crew
-        places = places[np.diff(places, prepend=-1) > 0]
+        places = places[starts(places)]
         some, crew = places // crews, places % crews
-        begins = np.append(np.flatnonzero(np.diff(some, prepend=-1)), len(some))
+        begins = np.append(np.flatnonzero(starts(some)), len(some))
         hopeful = Hopeful(some[begins[:-1]], begins, crew, slots is self._rows.whole_slots)
         return Excluded(wanted.all_s, bound_s, hopeful)
 

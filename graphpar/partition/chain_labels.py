@@ -23,7 +23,7 @@ import numpy as np
 from graphpar.partition.chain_path_loops import least_before
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import compiled_exactly
-from graphpar.partition.unit_arrays import BoolArray, FloatArray, IntArray
+from graphpar.partition.unit_arrays import BoolArray, FloatArray, IntArray, starts
 
 ArrayT = TypeVar("ArrayT", FloatArray, IntArray)
 
@@ -156,7 +156,7 @@ def best_line(
         for c in (columns.priced_s, columns.cost_s)
     )
     key = columns.team * buckets + columns.after
-    begins = np.flatnonzero(np.diff(key, prepend=-1))
+    begins = np.flatnonzero(starts(key))
     group_team, ends = columns.team[begins], np.append(begins[1:], len(key))
     team_groups = np.searchsorted(group_team, np.arange(len(states.rest) + 1))
     first = np.full(len(states.replicas) * buckets, -1, dtype=np.intp)

@@ -26,7 +26,7 @@ from graphpar.partition.chain_columns import Columns, StagePrices
 from graphpar.partition.chain_path_loops import chain_paths
 from graphpar.partition.slots import SlotArrays, Slots
 from graphpar.partition.stage_costs import StageLimits
-from graphpar.partition.unit_arrays import FloatArray, IntArray
+from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
 
 ROUNDS = 60
 """Steps of the subgradient method."""
@@ -194,7 +194,7 @@ class Relaxation:
 
     def _compact(self, columns: Columns) -> tuple[Columns, tuple[IntArray, IntArray]]:
         """Columns, which come by slot, with only the slots numbered that they have; where those are."""
-        anew = np.diff(columns.slot, prepend=-1) != 0
+        anew = starts(columns.slot)
         places = self._all_slots.at(columns.slot[anew]).places
         return replace(columns, slot=np.cumsum(anew) - 1), places
 

@@ -111,7 +111,8 @@ class SweptProgram(ChainProgram):
         known: Prices | None = None,
         slack_s: float = 0.0,
     ) -> ChainAnswer | None:
-        columns = columns.pick(columns.post_s <= post_limit_s)
+        within = columns.post_s <= post_limit_s
+        columns = columns if within.all() else columns.pick(within)
         if len(columns) == 0:
             return None
         units, team = self._num_units + 1, self._team[columns.option]

@@ -12,6 +12,9 @@ import numpy as np
 
 from graphpar.partition.unit_arrays import IntArray, Ranges
 
+_FEW = 50_000
+"""So many slots are worked out once and for all."""
+
 
 @dataclass(frozen=True, eq=False)
 class SlotArrays:
@@ -54,6 +57,14 @@ class Slots:
 
     def at(self, slot: IntArray) -> SlotArrays:
         """Some of them."""
+        if len(self) > _FEW:
+            return self._worked_out(slot)
+        every = self.every
+        arrays = every.run, every.first, every.last, every.before, every.after
+        run, first, last, before, after = (array.take(slot) for array in arrays)
+        return SlotArrays(run, first, last, before, after, self._num_units)
+
+    def _worked_out(self, slot: IntArray) -> SlotArrays:
         run: IntArray = np.searchsorted(self.begins, slot, side="right") - 1
         first, last, behind = self._runs.first[run], self._runs.last[run], self.behind[run]
         place = slot - self.begins[run]
@@ -64,7 +75,7 @@ class Slots:
     @cached_property
     def every(self) -> SlotArrays:
         """All of them: where there are few."""
-        return self.at(np.arange(len(self)))
+        return self._worked_out(np.arange(len(self)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,6 +73,13 @@ def run_ranges(num_units: int) -> Ranges:
     return some_ranges([(a, b) for a in range(num_units) for b in range(a + 1, num_units + 1)])
 
 
+def starts(array: IntArray) -> BoolArray:
+    """Which entries are unlike the one before them, as the first one is."""
+    found = np.ones(len(array), dtype=np.bool_)
+    np.not_equal(array[1:], array[:-1], out=found[1:])
+    return found
+
+
 def at_size(table: CostTable, rows: FloatArray, size: float) -> FloatArray:
     """`CostTable.at_size` of [tabulated size, ...] at once."""
     sizes = table.sizes
