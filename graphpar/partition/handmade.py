@@ -239,7 +239,7 @@ def _best_setting(
             found = priced_plan(table, [PipelineChoice(table.batch, count, stages)], one, physical_s)
             if any(r.microbatches == 0 for p in found.pipelines for s in p.stages for r in s.replicas):
                 continue
-            excess = _excess_bytes(table, found)
+            excess = excess_bytes(table, found)
             over = min(over, excess)
             if excess <= 0 and (best is None or found.objective_s < best.objective_s):
                 best, below_s = found, min(below_s, found.objective_s)
@@ -280,7 +280,7 @@ def _least_excess_bytes(table: CostTable, stage: StageChoice) -> float:
     return excess
 
 
-def _excess_bytes(table: CostTable, found: Partition) -> float:
+def excess_bytes(table: CostTable, found: Partition) -> float:
     return max(
         peak - table.device_classes[table.class_of[d]].memory_bytes
         for d, peak in found.peak_bytes.items()

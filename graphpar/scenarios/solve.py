@@ -9,10 +9,11 @@ from functools import partial
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.like_pipelines import best_like
+from graphpar.partition.beside import nodes_beside
 from graphpar.partition.certificate import BEYOND, certificate
 from graphpar.partition.handmade import Tried, simple_plans
 from graphpar.partition.pipeline import partition
-from graphpar.partition.settings import searched
+from graphpar.partition.settings import schedules_of, searched
 from graphpar.partition.types import Partition
 from graphpar.plan_choice import CHOICE_S, choose_plan
 from graphpar.plan_comparison import in_family_of, is_better, step_of
@@ -84,7 +85,7 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
     if known is None and task.searches_briefly:
         # What a short search has to beat.
-        others += _alone_found(table, task)
+        others += _alone_found(table, task) + _beside_found(table, task)
     find = partial(_planned, table, task, others)
     if known is not None:
         others += _played(table, task, known)
@@ -150,6 +151,18 @@ def _alone_found(table: CostTable, task: Task) -> list[Partition]:
         return []
     found = alone_on_one(table, task)
     return [found] if found is not None else []
+
+
+def _beside_found(table: CostTable, task: Task) -> list[Partition]:
+    """Groups that hold the whole model, one node's beside the other's, where that is left open."""
+    if task.microbatches != "auto" or not any(len(mode.members) > 1 for mode in table.modes):
+        return []
+    if task.schedule != "auto" and not has_formula(task.schedule):
+        return []
+    made = (
+        nodes_beside(table, schedule) for schedule in schedules_of(table, searched(task.schedule))[:1]
+    )
+    return [found for found in made if found is not None and not quarrels_of(task, found)]
 
 
 def _sound(table: CostTable, plan: Partition) -> Partition:
