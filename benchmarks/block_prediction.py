@@ -21,7 +21,7 @@ from graphpar.cost_options import PricingOptions
 from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.frontend.capture import capture
 from graphpar.ir.chain import build_chain
-from graphpar.measure import calibrate
+from graphpar.local.measure import calibrate
 
 SHAPES = tuple((width, length) for width in (128, 256, 512) for length in (64, 256))
 MICROBATCHES = (1, 4, 16)

@@ -14,7 +14,7 @@ from torch import nn
 from graphpar.compiler import subject_of
 from graphpar.frontend.objects import opened
 from graphpar.frontend.torch_private import flatten
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel

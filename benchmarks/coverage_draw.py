@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from graphpar.hf_architectures import find_architecture, model_types, transformers_library
+from graphpar.hf.architectures import find_architecture, model_types, transformers_library
 
 HERE = Path(__file__).parent
 RUNS = HERE / "coverage_runs"

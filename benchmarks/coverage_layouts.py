@@ -4,7 +4,7 @@ from graphpar.cluster import Cluster
 from graphpar.partition.handmade import Tried, evaluate, greedy_split
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, plan_prepared, price
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.preparation import Prepared
 from graphpar.training import Training
 

@@ -20,9 +20,9 @@ from tiny_search import Search
 from torch import nn
 
 from graphpar.frontend.torch_private import flatten
-from graphpar.hf_architectures import Architecture, config_for, find_architecture, head_classes
-from graphpar.hf_inputs import Wanted, candidate_inputs, further_input, unknown_inputs
-from graphpar.hf_repair import with_repairs
+from graphpar.hf.architectures import Architecture, config_for, find_architecture, head_classes
+from graphpar.hf.inputs import Wanted, candidate_inputs, further_input, unknown_inputs
+from graphpar.hf.repair import with_repairs
 
 BATCH, LENGTH = 4, 10
 MAX_PARAMETERS = 70_000_000

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from graphpar import probes
 from graphpar.cluster import Cluster
 from graphpar.cluster_build import cuda_devices
 from graphpar.cost_models.rates import CatalogueRates
 from graphpar.cost_models.work import Kernel
-from graphpar.probes import BYTES_PER_ELEMENT, KERNELS
+from graphpar.local import probes
+from graphpar.local.probes import BYTES_PER_ELEMENT, KERNELS
 
 Call = Callable[[], object]
 aten = torch.ops.aten

@@ -31,13 +31,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from graphpar.choice.final import choose_plan
+from graphpar.choice.orders import judged_s
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError, VerifyError
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice, StagePace
-from graphpar.plan_choice import choose_plan
-from graphpar.schedule_choice import judged_s
-from graphpar.simulated import deal_any, has_formula, simulated, stage_paces
+from graphpar.schedule.simulated import deal_any, has_formula, simulated, stage_paces
 
 sys.path.insert(0, str(Path(__file__).parent))
 

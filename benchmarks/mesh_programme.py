@@ -28,6 +28,7 @@ import numpy.typing as npt
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGroup
+from graphpar.groups.sharing import as_one_stage
 from graphpar.ir.chain import Chain
 from graphpar.ir.conversions import conversion
 from graphpar.ir.graph import Graph
@@ -35,9 +36,8 @@ from graphpar.ir.ops import SOURCES, Op
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, carries_gradient, strategies_of, value_of
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
-from graphpar.partition.shard import solve_sharding
+from graphpar.partition.sharding.solve import solve_sharding
 from graphpar.preparation import Prepared
-from graphpar.tensor_groups import as_one_stage
 
 STATE_RATIO = 6.0
 """Adam's moments and the master weight in float32 beside a weight in bfloat16."""

@@ -31,15 +31,15 @@ from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
 from graphpar.examples.gpt import GPT
-from graphpar.group_candidates import candidate_groups
-from graphpar.group_modes import with_group_modes
-from graphpar.measure import calibrate
+from graphpar.groups.candidates import candidate_groups
+from graphpar.groups.modes import with_group_modes
+from graphpar.local.measure import calibrate
 from graphpar.partition.baselines import data_parallel, one_device
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, plan_prepared, price
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.subject import Subject

@@ -21,12 +21,12 @@ import graphpar
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.examples.gpt import GPT, example_inputs
-from graphpar.group_modes import with_group_modes
+from graphpar.groups.modes import with_group_modes
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.planner import plan_of, price
-from graphpar.plans import Plan
-from graphpar.precision import labelled, uniform_formats, with_formats
+from graphpar.plans.plan import Plan
+from graphpar.precision.formats import labelled, uniform_formats, with_formats
 from graphpar.preparation import prepare
 from graphpar.training import Training
 

@@ -30,7 +30,7 @@ import graphpar
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_of, price
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.preparation import prepare
 
 Step = Callable[[torch.Tensor, torch.Tensor], float]

@@ -27,12 +27,12 @@ from graphpar.calibration import Calibration
 from graphpar.commands.output import print_json
 from graphpar.examples.gpt import GPT
 from graphpar.frontend.export import find_loss
-from graphpar.measure import calibrate
+from graphpar.local.measure import calibrate
 from graphpar.partition.formats import Errors
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
+from graphpar.precision.sensitivity import TrueErrors
 from graphpar.preparation import prepare, trial_of
 from graphpar.runtime.job import CompiledModel
-from graphpar.sensitivity import TrueErrors
 from graphpar.training import Training
 
 LEARNING_RATE = 1e-3

@@ -33,11 +33,11 @@ from torch import nn
 
 import graphpar
 from graphpar.examples.gpt import GPT, example_inputs
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime.last_step import LastStep
 from graphpar.schedule import Action, Schedule
-from graphpar.simulate import simulate
-from graphpar.timing import GradientGroup, SizeTiming
+from graphpar.schedule.simulate import simulate
+from graphpar.schedule.timing import GradientGroup, SizeTiming
 from graphpar.view.measured import measured_timeline
 
 WARM_UP = 1

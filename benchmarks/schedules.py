@@ -23,14 +23,14 @@ from torch import nn
 
 import graphpar
 from graphpar.calibration import Calibration
+from graphpar.choice.orders import interleaved
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.planner import plan_of, price
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.deferral import Deferral, Late
 from graphpar.runtime.job import CompiledModel
-from graphpar.schedule_choice import interleaved
-from graphpar.simulated import simulated
+from graphpar.schedule.simulated import simulated
 
 WARM_UP = 2
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition.cells import StageOption, class_cells
-from graphpar.partition.counting_options import counting_options
+from graphpar.partition.counting.options import counting_options
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.repeats import find_repeats
 from graphpar.partition.solver import Program

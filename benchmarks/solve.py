@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from graphpar.partition.answers import Progress, Solved
-from graphpar.partition.place import solve_placement
-from graphpar.partition.place_check import Objective
+from graphpar.partition.placement.check import Objective
+from graphpar.partition.placement.solve import solve_placement
 from graphpar.partition.problems import ShardingProblem, read_problem
-from graphpar.partition.shard import solve_sharding
+from graphpar.partition.sharding.solve import solve_sharding
 
 _MARKS_CPU_S = (5, 10, 20, 30, 60, 90, 120)
 

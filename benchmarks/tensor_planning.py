@@ -18,11 +18,11 @@ from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import choose_sharding
+from graphpar.groups.sharing import as_one_stage
 from graphpar.passes.members import member_stages
 from graphpar.passes.shard import Shard
 from graphpar.preparation import prepare
 from graphpar.runtime.team_calls import check_in_step
-from graphpar.tensor_groups import as_one_stage
 from graphpar.training import Training
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tiny_blanks import guessed
 from tiny_defaults import names_of_parts, parts_of, read
 
-from graphpar.hf_refusal import blamed_fields, blamed_names, words_of
+from graphpar.hf.refusal import blamed_fields, blamed_names, words_of
 
 Hints = Mapping[str, int | None]
 """Fields that must be a number, or stay as they are by default (None).

@@ -29,10 +29,10 @@ from graphpar.cost import LinkCost
 from graphpar.cost_models.group_times import ShardingOptions
 from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import choose_sharding
-from graphpar.group_settings import group_options
+from graphpar.groups.settings import group_options
+from graphpar.groups.sharing import as_one_stage
 from graphpar.ir.mesh import whole_along
 from graphpar.preparation import Prepared, prepare
-from graphpar.tensor_groups import as_one_stage
 from graphpar.training import Training
 
 LEVELS = (0, 1, 2)

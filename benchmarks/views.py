@@ -28,16 +28,16 @@ from pipeline_cases import ALL_OPTIONS, FOUR, LLAMA_405B, decoder_table
 from graphpar.cluster import Cluster
 from graphpar.commands.training import default_training
 from graphpar.cost import CostTable
-from graphpar.group_modes import with_group_modes
+from graphpar.groups.modes import with_group_modes
 from graphpar.ir.graph import Graph
 from graphpar.model_spec import load_model
 from graphpar.partition.baselines import even_split
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
-from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.planner import plan_of, plan_prepared, price
-from graphpar.plans import Plan, hash_of
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.plan import Plan, hash_of
 from graphpar.preparation import Prepared, prepare
 from graphpar.schedule import StageLink
 from graphpar.view.build import view_of

@@ -28,7 +28,7 @@ from zoo.case import CASES, Case, build
 from graphpar.cluster import Cluster
 from graphpar.compiler import subject_of
 from graphpar.frontend.torch_private import flatten, unflatten
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.preparation import Prepared, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel

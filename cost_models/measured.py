@@ -1,8 +1,9 @@
 """The roofline corrected by timing the model's own units on this machine.
 
 Each distinct unit is run at a few microbatch sizes; the ratio of measured to predicted time carries
-over to the other sizes. Timings (`graphpar.unit_timing` takes them) are kept by the unit's structural
-hash, in one file per machine and model; those of a plan's stages (`graphpar.stage_timing`), one per plan.
+over to the other sizes. Timings (`graphpar.local.unit_timing` takes them) are kept by the unit's
+structural hash, in one file per machine and model; those of a plan's stages
+(`graphpar.local.stage_timing`), one per plan.
 """
 
 import math

@@ -35,7 +35,7 @@ from graphpar.ir.shards import Layout
 from graphpar.ir.strategies import Strategy, StrategyTables, value_of
 from graphpar.partition.number_rows import NumberRows
 from graphpar.partition.problems import IMPOSSIBLE_COST, ShardingProblem
-from graphpar.partition.shard import solve_sharding
+from graphpar.partition.sharding.solve import solve_sharding
 from graphpar.partition.types import WholeOp
 
 _SOLVE_LIMITS_S = (20.0, 120.0)

@@ -22,8 +22,8 @@ from graphpar.ir.mesh import Layouts, Ways, fit, ways_of, whole_along
 from graphpar.ir.ops import SOURCES, Op, TensorType
 from graphpar.ir.shards import Layout, Split
 from graphpar.ir.strategies import Strategy, StrategyTables, value_of
-from graphpar.partition.reduce import drop_unsupported
-from graphpar.partition.shard_graph import ShardingGraph
+from graphpar.partition.sharding.graph import ShardingGraph
+from graphpar.partition.sharding.reduce import drop_unsupported
 
 Key = Hashable
 Numbers = npt.NDArray[np.intp]

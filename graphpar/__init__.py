@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from graphpar.calibration import Calibration
     from graphpar.cluster import Cluster
     from graphpar.compiler import compile, plan
-    from graphpar.measure import calibrate
-    from graphpar.plans import Plan
+    from graphpar.local.measure import calibrate
+    from graphpar.plans.plan import Plan
     from graphpar.runtime.checkpoint import checkpoint_state
     from graphpar.runtime.job import CompiledModel
     from graphpar.runtime.weights import without_weights
@@ -36,10 +36,10 @@ _LAZY = {
     "Calibration": "graphpar.calibration",
     "Cluster": "graphpar.cluster",
     "CompiledModel": "graphpar.runtime.job",
-    "Plan": "graphpar.plans",
+    "Plan": "graphpar.plans.plan",
     "Study": "graphpar.scenarios.api",
     "Training": "graphpar.training",
-    "calibrate": "graphpar.measure",
+    "calibrate": "graphpar.local.measure",
     "checkpoint_state": "graphpar.runtime.checkpoint",
     "compile": "graphpar.compiler",
     "plan": "graphpar.compiler",

@@ -1,6 +1,6 @@
 """What was measured of one machine, as data: curves over size, kept in a file under a fingerprint.
 
-`graphpar.measure` fills it; cost models read it. Nothing here runs a kernel or imports torch.
+`graphpar.local.measure` fills it; cost models read it. Nothing here runs a kernel or imports torch.
 """
 
 import functools

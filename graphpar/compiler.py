@@ -12,20 +12,20 @@ from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError
 from graphpar.frontend.refusals import warn_of_bad_weights
-from graphpar.hf_models import hf_buffers
-from graphpar.local_timing import Example
+from graphpar.hf.models import hf_buffers
+from graphpar.local.timing import Example
 from graphpar.optimizer_probe import refuse_random_steps
 from graphpar.partition.types import TensorWidth
 from graphpar.planner import EXPLAIN_S, MEASURE_S, PRECISION_BUDGET, plan_prepared
-from graphpar.plans import Plan, hash_of
-from graphpar.precision import check_precision
+from graphpar.plans.plan import Plan, hash_of
+from graphpar.precision.formats import check_precision
+from graphpar.precision.sensitivity import reference_run
 from graphpar.preparation import Prepared, captured_again, lower, prepare, trial_of
 from graphpar.runtime.first_step import FirstStepCheck
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.subject import Subject
 from graphpar.runtime.weights import WeightSource, find_weights
 from graphpar.runtime.zero import refuse_cut_model, refuse_levels
-from graphpar.sensitivity import reference_run
 from graphpar.training import Training
 
 ClusterLike = Cluster | Mapping[str, Any] | str | os.PathLike[str]

@@ -15,8 +15,8 @@ from graphpar.cluster import Cluster
 from graphpar.compiler import compile as compile_model
 from graphpar.examples.gpt import GPT
 from graphpar.examples.text import batches, standard_library_text
-from graphpar.local_timing import Example
-from graphpar.measure import calibrate
+from graphpar.local.measure import calibrate
+from graphpar.local.timing import Example
 from graphpar.partition.baselines import even_split
 from graphpar.planner import plan_of, plan_prepared, price
 from graphpar.preparation import prepare

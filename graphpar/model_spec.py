@@ -23,7 +23,7 @@ from torch import nn
 
 from graphpar.cluster_build import system_memory_bytes
 from graphpar.frontend.frames import being_built
-from graphpar.hf_models import build_hf_model, hf_inputs, is_hf_model
+from graphpar.hf.models import build_hf_model, hf_inputs, is_hf_model
 from graphpar.units import format_bytes
 
 _FORMS = "give package.module:factory, hf:NAME, or a file that ends in .pt2"

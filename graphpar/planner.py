@@ -4,15 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from graphpar.auto_precision import (
-    Answer,
-    MeasureErrors,
-    check_budget,
-    choose_auto,
-    uniform_answer,
-)
-from graphpar.auto_search import Pricing, candidate_formats
 from graphpar.calibration import Calibration
+from graphpar.choice.final import CHOICE_S, scheduled
+from graphpar.choice.limits import PlanTime
+from graphpar.choice.played import best_played
 from graphpar.cluster import Cluster
 from graphpar.cost import CostTable
 from graphpar.cost_models.extrapolation import described, extrapolations
@@ -25,18 +20,18 @@ from graphpar.cost_models.work import Kernel
 from graphpar.cost_options import PricingOptions, StageOptions
 from graphpar.device import Device
 from graphpar.errors import InfeasibleError
-from graphpar.explanation import Explanation
-from graphpar.explanation_build import explain_partition
-from graphpar.format_remedies import FORMATS_S, with_format_remedies
-from graphpar.group_candidates import (
+from graphpar.explanation.account import Explanation
+from graphpar.explanation.build import explain_partition
+from graphpar.groups.candidates import (
     LEAST_GAIN,
     candidate_groups,
     meshes_of,
     widest_group,
     width_notes,
 )
-from graphpar.group_modes import with_group_modes
-from graphpar.local_timing import Example, Timings
+from graphpar.groups.modes import with_group_modes
+from graphpar.groups.sharing import settle_shardings
+from graphpar.local.timing import Example, Timings
 from graphpar.optimizer_memory import Tried, tried_optimizer
 from graphpar.optimizer_probe import (
     joining_optimizer,
@@ -47,13 +42,17 @@ from graphpar.partition.one_unit import as_one_unit, told_in_units
 from graphpar.partition.pipeline import partition as partition_chain
 from graphpar.partition.settings import Microbatches, ScheduleWish, searched
 from graphpar.partition.types import Partition, Replica, TensorWidth
-from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plan_choice import CHOICE_S, scheduled
-from graphpar.plan_records import PlanPrecision
-from graphpar.plan_time import PlanTime
-from graphpar.plans import Plan, hash_of
-from graphpar.played_choice import best_played
-from graphpar.precision import (
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.plan import Plan, hash_of
+from graphpar.plans.records import PlanPrecision
+from graphpar.precision.auto import (
+    Answer,
+    MeasureErrors,
+    check_budget,
+    choose_auto,
+    uniform_answer,
+)
+from graphpar.precision.formats import (
     Formats,
     check_precision,
     labelled,
@@ -64,16 +63,17 @@ from graphpar.precision import (
     unmeasured_notes,
     with_formats,
 )
-from graphpar.preparation import Prepared, lower, trial_of
-from graphpar.runtime.assemble import stage_links
-from graphpar.sensitivity import (
+from graphpar.precision.remedies import FORMATS_S, with_format_remedies
+from graphpar.precision.search import Pricing, candidate_formats
+from graphpar.precision.sensitivity import (
     Sensitivities,
     TrueErrors,
     estimated,
     measure_sensitivities,
 )
-from graphpar.tensor_groups import settle_shardings
-from graphpar.timing import Timing
+from graphpar.preparation import Prepared, lower, trial_of
+from graphpar.runtime.assemble import stage_links
+from graphpar.schedule.timing import Timing
 from graphpar.training import Training
 from graphpar.wishes import (
     allowed_microbatches,

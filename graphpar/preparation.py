@@ -11,6 +11,7 @@ from torch import nn
 from graphpar.cluster import Cluster
 from graphpar.errors import CaptureError
 from graphpar.frontend.capture import Captured, capture
+from graphpar.groups.sharing import member_graphs
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.text import format_op
@@ -24,13 +25,12 @@ from graphpar.passes.deferral import DeferWeightGradients
 from graphpar.passes.in_step import SplitBatch
 from graphpar.passes.place import Place
 from graphpar.passes.randomness import KeyRandomness
+from graphpar.precision.sensitivity import (
+    Trial,
+)
 from graphpar.rewrite import Pipeline
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.user_ops import refuse_without_derivative
-from graphpar.sensitivity import (
-    Trial,
-)
-from graphpar.tensor_groups import member_graphs
 from graphpar.training import Training
 
 CAPTURE_PASSES = Pipeline((Canonicalize(), KeyRandomness(), SplitBatch()))

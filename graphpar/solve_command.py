@@ -16,7 +16,7 @@ import click
 from graphpar.errors import InfeasibleError
 from graphpar.partition.answers import INTERRUPT, ProgressCallback, Solved, ignore_progress
 from graphpar.partition.clock import OutOfTimeError
-from graphpar.partition.place_check import Objective
+from graphpar.partition.placement.check import Objective
 from graphpar.partition.problems import PlacementProblem, Problem, ShardingProblem, read_problem
 
 _NOT_READ = "the time limit leaves no time to read the file and search; give more"
@@ -169,7 +169,7 @@ def _load_sharding() -> None:
     """Load that engine, and what it has compiled, while the rest of a file is read."""
 
     def load() -> None:
-        importlib.import_module("graphpar.partition.shard_warm").begin_warming()
+        importlib.import_module("graphpar.partition.sharding.warm").begin_warming()
 
     threading.Thread(target=load, name="graphpar-loader", daemon=True).start()
 
@@ -177,7 +177,8 @@ def _load_sharding() -> None:
 def _engine(problem: Problem, objective: Objective) -> _Engine:
     """What solves such a problem, loaded now: either engine takes longer to load than a small problem."""
     is_sharding = isinstance(problem, ShardingProblem)
-    module = importlib.import_module(f"graphpar.partition.{'shard' if is_sharding else 'place'}")
+    folder = "sharding" if is_sharding else "placement"
+    module = importlib.import_module(f"graphpar.partition.{folder}.solve")
 
     def run(problem: Problem, time_limit_s: float, gap: float, watch: ProgressCallback) -> Solved[Any]:
         settings = {

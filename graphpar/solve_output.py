@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphpar.partition.answers import Progress, ProgressCallback, Solved
-from graphpar.partition.place_check import Objective
+from graphpar.partition.placement.check import Objective
 from graphpar.partition.problems import PlacementProblem, Problem
 
 

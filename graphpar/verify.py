@@ -14,10 +14,10 @@ from graphpar.compiler import compile as compile_model
 from graphpar.frontend.objects import opened
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.formats import ROUNDOFF, base_format
-from graphpar.local_timing import Example
+from graphpar.local.timing import Example
 from graphpar.partition.types import TensorWidth
 from graphpar.planner import PRECISION_BUDGET, plan_prepared
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.hold import HoldStill
 from graphpar.runtime.job import CompiledModel

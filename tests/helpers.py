@@ -23,15 +23,15 @@ from graphpar.ir.ops import SOURCES
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.passes.comm import InsertMessages
 from graphpar.passes.place import place_ops
-from graphpar.plan_build import PlanSubject, make_plan, predict
 from graphpar.planner import plan_of, price
-from graphpar.plans import Plan, hash_of
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.plan import Plan, hash_of
 from graphpar.preparation import Prepared
 from graphpar.runtime.assemble import Lowered, stage_links
 from graphpar.runtime.job import CompiledModel
 from graphpar.runtime.numbers import relative_difference
 from graphpar.runtime.reference import EagerModel, OneDevice
-from graphpar.simulated import as_given
+from graphpar.schedule.simulated import as_given
 from graphpar.training import Training
 from graphpar.verify import reference_for, train_on_one_device
 

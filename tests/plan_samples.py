@@ -17,8 +17,8 @@ from graphpar.partition.types import (
     StageChoice,
     StagePace,
 )
-from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plans import Plan, hash_of
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.plan import Plan, hash_of
 from graphpar.schedule import StageLink
 
 # A busy machine must not fail a test: examples have no time limit of their own.

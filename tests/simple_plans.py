@@ -6,12 +6,12 @@ from weakref import WeakSet
 
 import pytest
 
+from graphpar.choice.comparison import step_of
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition import handmade, pipeline
 from graphpar.partition.settings import Microbatches, ScheduleChoice
 from graphpar.partition.types import Partition
-from graphpar.plan_comparison import step_of
 from graphpar.scenarios import solve as scenarios
 from graphpar.scenarios.known import Known
 from graphpar.scenarios.task import Task

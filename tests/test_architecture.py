@@ -11,45 +11,18 @@ ROWS = (
     "ir cores cost cost_options catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration arguments",
     "partition",
-    "schedule timing team_timing crowding simulate simulated schedule_choice like_pipelines near_plans "
-    "plan_choice plan_comparison played_choice plan_time training solve_command solve_output "
-    "plans plan_records plan_precision plan_check plan_page plan_build plan_diff "
-    "explanation explanation_words step_parts explanation_build explain_page",
-    "frontend runtime passes cost_models view probes optimizer_probe optimizer_memory "
-    "neighbours loopback",
-    "scenarios "
-    "compiler planner wishes preparation precision auto_precision auto_search cheapest sensitivity "
-    "format_remedies tensor_groups group_settings group_candidates group_modes group_shardings "
-    "kept_timings unit_timing stage_timing local_timing trial_worker worker_memory "
-    "measure verify demo doctor model_spec "
-    "hf_models hf_architectures hf_config hf_documented hf_inputs hf_refusal hf_repair "
-    "commands cli examples",
+    "schedule choice plans explanation training solve_command solve_output",
+    "frontend runtime passes cost_models view optimizer_probe optimizer_memory neighbours",
+    "scenarios compiler planner wishes preparation precision groups local hf "
+    "verify demo doctor model_spec commands cli examples",
     "__init__ __main__",
 )
 """Top-level modules and packages by row; a module imports from its own row and those above."""
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 CATALOGUES = {"passes", "cost_models"}
-DRIVERS = {
-    "compiler",
-    "planner",
-    "preparation",
-    "scenarios",
-    "precision",
-    "tensor_groups",
-    "group_settings",
-    "group_candidates",
-    "group_modes",
-    "group_shardings",
-    "trial_worker",
-    "local_timing",
-    "unit_timing",
-    "stage_timing",
-    "kept_timings",
-    "verify",
-    "demo",
-    "commands",
-    "cli",
-}
+DRIVERS = set(
+    "compiler planner preparation scenarios precision groups local verify demo commands cli".split()
+)
 
 
 def sources() -> Iterator[tuple[str, Path]]:

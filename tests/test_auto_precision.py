@@ -15,9 +15,9 @@ from plan_samples import calibration
 from torch import nn
 
 import graphpar
-from graphpar import cli, planner, sensitivity
+from graphpar import cli, planner
 from graphpar.calibration import Calibration, Grid, fingerprint
-from graphpar.explain_page import format_explanation
+from graphpar.explanation.page import format_explanation
 from graphpar.partition.formats import (
     FormatProblem,
     StageRun,
@@ -27,9 +27,10 @@ from graphpar.partition.formats import (
     step_of,
     tighter,
 )
+from graphpar.precision import sensitivity
+from graphpar.precision.sensitivity import Sensitivities, measure_sensitivities
 from graphpar.preparation import prepare, trial_of
 from graphpar.runtime.true_error import TrueError
-from graphpar.sensitivity import Sensitivities, measure_sensitivities
 from graphpar.training import Training
 from graphpar.verify import verify
 

@@ -23,7 +23,7 @@ from graphpar.errors import (
     RunError,
     VerifyError,
 )
-from graphpar.plans import plan_schema
+from graphpar.plans.plan import plan_schema
 
 HELP = """\
 Usage: graphpar [OPTIONS] COMMAND [ARGS]...

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graphpar import cli
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.verify import VerifyReport
 
 MODEL = """

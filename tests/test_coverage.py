@@ -19,7 +19,7 @@ from coverage_run import without_folders  # noqa: E402
 from tiny_configs import tiny_config, with_dropout, without_randomness  # noqa: E402
 from tiny_scale import STYLES  # noqa: E402
 
-from graphpar.hf_architectures import find_architecture, head_classes  # noqa: E402
+from graphpar.hf.architectures import find_architecture, head_classes  # noqa: E402
 
 
 def rows(*arguments: str) -> list[dict[str, Any]]:

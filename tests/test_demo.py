@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from graphpar.demo import run_demo
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 
 
 @pytest.mark.distributed

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from graphpar.hf_inputs import Wanted, candidate_inputs, further_input
-from graphpar.hf_refusal import blamed_fields, blamed_names
-from graphpar.hf_repair import with_repairs
+from graphpar.hf.inputs import Wanted, candidate_inputs, further_input
+from graphpar.hf.refusal import blamed_fields, blamed_names
+from graphpar.hf.repair import with_repairs
 
 
 def refusing(message: str, wanted: tuple[int, ...]) -> Callable[[dict[str, Any]], str]:

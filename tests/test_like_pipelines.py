@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_samples import partitions, sample_partition, table_for
 
+from graphpar.choice.final import choose_plan
+from graphpar.choice.like_pipelines import best_like, even_cuts, shares
 from graphpar.errors import VerifyError
-from graphpar.like_pipelines import best_like, even_cuts, shares
 from graphpar.partition.certificate import BEYOND
 from graphpar.partition.handmade import priced_plan
 from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.plan_choice import choose_plan
-from graphpar.simulated import deal_any, least_step_s, simulated
+from graphpar.schedule.simulated import deal_any, least_step_s, simulated
 
 
 @given(

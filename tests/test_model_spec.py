@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphpar.hf_models import PRESETS, build_hf_model, hf_inputs
+from graphpar.hf.models import PRESETS, build_hf_model, hf_inputs
 from graphpar.model_spec import LoadedModel, load_model
 
 MODULE = """

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from plan_samples import CLUSTER, partitions, sample_plan, stage_links, table_for
 
 from graphpar.errors import PlanError
-from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plan_diff import diff_plans
-from graphpar.plans import Plan, hash_of, plan_schema
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.diff import diff_plans
+from graphpar.plans.plan import Plan, hash_of, plan_schema
 
 PAGE = """\
 plan for tiny-gpt, training, float32, on 2 fast + 2 of 3 slow

@@ -5,21 +5,21 @@ from dataclasses import replace
 import pytest
 from test_schedule_choice import blocks
 
-from graphpar import explanation_words as words
+from graphpar.choice.comparison import step_of
+from graphpar.choice.final import choose_plan
+from graphpar.choice.played import best_played
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import CostTable, RepeatedWeights
-from graphpar.explanation_build import explain_partition
+from graphpar.explanation import words
+from graphpar.explanation.build import explain_partition
 from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import one_device, priced_plan
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
-from graphpar.plan_choice import choose_plan
-from graphpar.plan_comparison import step_of
-from graphpar.played_choice import best_played
 from graphpar.scenarios.solve import solve
 from graphpar.scenarios.task import Task
-from graphpar.simulated import certified, simulated
-from graphpar.timing import timing_of
+from graphpar.schedule.simulated import certified, simulated
+from graphpar.schedule.timing import timing_of
 from graphpar.units import format_seconds
 
 

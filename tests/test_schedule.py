@@ -36,8 +36,8 @@ from graphpar.schedule import (
     route_microbatches,
     validate,
 )
-from graphpar.simulate import Timeline, simulate
-from graphpar.timing import RankTiming, SizeTiming, Timing
+from graphpar.schedule.simulate import Timeline, simulate
+from graphpar.schedule.timing import RankTiming, SizeTiming, Timing
 
 
 @st.composite

@@ -8,19 +8,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology, UnitCost
-from graphpar.errors import InfeasibleError
-from graphpar.explanation_build import explain_partition
-from graphpar.partition.pipeline import partition
-from graphpar.partition.settings import ScheduleWish
-from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.plan_build import predict
-from graphpar.schedule_choice import (
+from graphpar.choice.orders import (
     UnavailableScheduleError,
     choose_schedule,
     interleaved,
 )
-from graphpar.simulated import Simulated, least_step_s, simulated, stage_links
+from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Topology, UnitCost
+from graphpar.errors import InfeasibleError
+from graphpar.explanation.build import explain_partition
+from graphpar.partition.pipeline import partition
+from graphpar.partition.settings import ScheduleWish
+from graphpar.partition.types import Partition, PipelineChoice, Replica, ScheduleName, StageChoice
+from graphpar.plans.build import predict
+from graphpar.schedule.simulated import Simulated, least_step_s, simulated, stage_links
 
 
 def blocks(
@@ -99,7 +99,7 @@ def test_halves_that_cost_more_than_they_gain_are_left_alone() -> None:
 
 
 def test_a_shorter_schedule_that_is_not_taken_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphpar.schedule_choice.LEAST_GAIN", 0.99)
+    monkeypatch.setattr("graphpar.choice.orders.LEAST_GAIN", 0.99)
     table = blocks()
     chosen = choose_schedule(table, found := partition(table))
     assert chosen.schedule == found.schedule
@@ -180,7 +180,7 @@ def test_ways_that_differ_by_rounding_alone_are_no_trouble(monkeypatch: pytest.M
     def nearly_alike(*args: Any) -> Simulated:
         return replace(simulated(*args), step_s=1e-3 * (1 - 1e-12 * next(number)))
 
-    monkeypatch.setattr("graphpar.schedule_choice.simulated", nearly_alike)
+    monkeypatch.setattr("graphpar.choice.orders.simulated", nearly_alike)
     table = blocks()
     assert choose_schedule(table, partition(table)).pipelines
 

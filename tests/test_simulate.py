@@ -32,8 +32,8 @@ from graphpar.partition.types import (
     StageChoice,
 )
 from graphpar.schedule import Action, Schedule, StageLink, build_schedule, in_flight_limit
-from graphpar.simulate import Event, Timeline, simulate
-from graphpar.timing import GradientGroup, NodeLink, RankTiming, SizeTiming, Timing, timing_of
+from graphpar.schedule.simulate import Event, Timeline, simulate
+from graphpar.schedule.timing import GradientGroup, NodeLink, RankTiming, SizeTiming, Timing, timing_of
 
 FREE = LinkCost(0.0, 1e30)
 

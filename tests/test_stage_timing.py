@@ -12,15 +12,15 @@ import graphpar
 from graphpar.cluster import Cluster
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost_models.measured import StageSeconds, StageTiming
-from graphpar.kept_timings import NotTimedError
-from graphpar.local_timing import Example, Timings
+from graphpar.local.kept import NotTimedError
+from graphpar.local.stage_timing import retimed, time_stages, timed_stages
+from graphpar.local.timing import Example, Timings
+from graphpar.local.trial_worker import TrialModel
 from graphpar.partition.types import Partition, Replica, ScheduleName
 from graphpar.planner import plan_of, price
 from graphpar.preparation import Prepared, lower, prepare
 from graphpar.runtime.passes import Passes
-from graphpar.stage_timing import retimed, time_stages, timed_stages
-from graphpar.timing import RankTiming, SizeTiming, Timing
-from graphpar.trial_worker import TrialModel
+from graphpar.schedule.timing import RankTiming, SizeTiming, Timing
 
 TRAINING = graphpar.Training(optimizer=torch.optim.AdamW, loss=nn.functional.mse_loss)
 SLOWDOWNS = {"local/0": 1.0, "local/1": 2.0}
@@ -146,7 +146,9 @@ def test_times_of_one_way_to_train_are_not_used_for_another() -> None:
 
 def test_times_that_had_less_to_spend_are_not_used_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[str] = []
-    monkeypatch.setattr("graphpar.stage_timing.kept_or_fresh", lambda _, key, *more: keys.append(key))
+    monkeypatch.setattr(
+        "graphpar.local.stage_timing.kept_or_fresh", lambda _, key, *more: keys.append(key)
+    )
     model, batch = model_and_batch()
     found = two_stages(planned())
     trial = TrialModel(model, prepared(), batch, {}, TRAINING)
@@ -164,14 +166,14 @@ def test_stages_are_tried_where_half_of_the_memory_holds_all_copies(
     here = Cluster.from_dict(CLUSTER)
     held_bytes = (2 + 2) * sum(p.nbytes for p in model.parameters())  # gradients, and Adam's two
     asked: list[object] = []
-    monkeypatch.setattr("graphpar.local_timing.system_memory_bytes", lambda _: memory_copies * held_bytes)
-    monkeypatch.setattr("graphpar.local_timing._workers_here", lambda *_: here.devices)
+    monkeypatch.setattr("graphpar.local.timing.system_memory_bytes", lambda _: memory_copies * held_bytes)
+    monkeypatch.setattr("graphpar.local.timing._workers_here", lambda *_: here.devices)
 
     def time_nothing(*how: object) -> StageTiming:
         asked.append(how)
         raise NotTimedError("of this test")
 
-    monkeypatch.setattr("graphpar.local_timing.timed_stages", time_nothing)
+    monkeypatch.setattr("graphpar.local.timing.timed_stages", time_nothing)
     captured, example = prepared(), Example(model, batch, {})
     priced = partial(price, captured, train=TRAINING, calibration=None)
     wanted = Timings(captured, example, TRAINING, "float32", 3.0, 2.0, lambda c, f: priced(c, formats=f))

@@ -8,13 +8,13 @@ from torch import nn
 
 import graphpar
 from graphpar.cluster import Cluster
-from graphpar.kept_timings import NotTimedError
+from graphpar.local.kept import NotTimedError
+from graphpar.local.trial_worker import WHOLE, TrialModel
+from graphpar.local.unit_timing import time_model
 from graphpar.partition.types import Partition
 from graphpar.planner import price
 from graphpar.preparation import prepare
 from graphpar.runtime.local import LocalWorkers
-from graphpar.trial_worker import WHOLE, TrialModel
-from graphpar.unit_timing import time_model
 
 pytestmark = pytest.mark.distributed
 

@@ -7,7 +7,7 @@ import click
 from graphpar.calibration import cache_path, fingerprint
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.files import check_writable
-from graphpar.measure import measure
+from graphpar.local.measure import measure
 
 
 @click.command(name="calibrate")

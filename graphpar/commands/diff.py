@@ -3,8 +3,8 @@
 import click
 
 from graphpar.commands.output import json_option, print_json
-from graphpar.plan_diff import diff_plans
-from graphpar.plans import Plan
+from graphpar.plans.diff import diff_plans
+from graphpar.plans.plan import Plan
 
 
 @click.command(name="diff")

@@ -4,8 +4,8 @@ import click
 import msgspec
 
 from graphpar.commands.output import json_option, print_json
-from graphpar.explain_page import format_explanation
-from graphpar.plans import Plan
+from graphpar.explanation.page import format_explanation
+from graphpar.plans.plan import Plan
 
 
 @click.command(name="explain")

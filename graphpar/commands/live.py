@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.program import StepReport
 from graphpar.schedule import Action

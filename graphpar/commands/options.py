@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from graphpar.partition.settings import ScheduleWish
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import click
 
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime.rehearsal import LASTING_S, rehearse
 
 

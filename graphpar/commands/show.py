@@ -5,7 +5,7 @@ import json
 import click
 
 from graphpar.commands.output import json_option, print_json
-from graphpar.plans import Plan, plan_schema
+from graphpar.plans.plan import Plan, plan_schema
 
 
 def _print_schema(context: click.Context, _: click.Parameter, asked: bool) -> None:

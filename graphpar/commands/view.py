@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.view.api import visualize
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, StageOption
-from graphpar.partition.chain import Stage
+from graphpar.partition.chains.limits import Stage
 from graphpar.partition.gradient_sums import modes_of
 from graphpar.partition.pipeline_price import pairs, share_microbatches
 from graphpar.partition.search import Found

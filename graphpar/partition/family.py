@@ -23,7 +23,7 @@ from graphpar.partition.cells import (
     plain_option,
     relaxed_cells,
 )
-from graphpar.partition.counting_options import counting_options
+from graphpar.partition.counting.options import counting_options
 from graphpar.partition.fewer_devices import fewer_devices, is_of_some_devices, whole_s
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.repeats import Repeats, find_repeats

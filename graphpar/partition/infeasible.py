@@ -12,7 +12,7 @@ from graphpar.cost import CostTable, DeviceClass
 from graphpar.errors import InfeasibleError
 from graphpar.partition.bounds import least_bytes
 from graphpar.partition.clock import OutOfTimeError
-from graphpar.partition.counting import CountingLimits
+from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import Family, Group, Grouping, choose_family, groupings
 from graphpar.partition.memory_bound import room_bytes
 from graphpar.partition.memory_fit import larger_hold_more

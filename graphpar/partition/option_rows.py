@@ -27,7 +27,7 @@ from graphpar.partition.unit_arrays import (
 )
 
 Room = tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]
-"""Option, slot, seconds, and replicas from here on: see `chain_columns.Columns`."""
+"""Option, slot, seconds, and replicas from here on: see `chains.columns.Columns`."""
 
 _FIRST_ROOM = 4_000_000
 """So many columns there is room for at first; memory counts only once it is used."""

@@ -2,7 +2,7 @@
 
 The price of a plan is written down in `pipeline_price`. What is searched is in `family`, and the
 words of `Partition.family` repeat it. One pipeline: `pipeline_search` over the limits on extra and post,
-each answered by the dynamic programme of `chain`. Several pipelines side by side: `side_by_side`.
+each answered by the dynamic programme of `chains.limits`. Several pipelines side by side: `side_by_side`.
 `check` recomputes every answer with code of its own before it leaves this file.
 """
 
@@ -16,7 +16,7 @@ from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.candidate import Candidate, best_candidate, prefer_1f1b
 from graphpar.partition.certificate import BEYOND, certificate, family_note
 from graphpar.partition.check import check_partition
-from graphpar.partition.counting import CountingLimits
+from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.cuts import cut_roughly
 from graphpar.partition.family import EVERY_GROUPING, Family, Grouping, choose_family, groupings
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans

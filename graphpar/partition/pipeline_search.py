@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.chain import ChainAnswer, NotSolvedError
+from graphpar.partition.chains.limits import ChainAnswer, NotSolvedError
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.search import INFINITY, Asked, ChainSolver, Search, SearchResult, Task
 from graphpar.partition.stage_costs import StageLimits

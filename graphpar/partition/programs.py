@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from graphpar.partition import chain_warm
 from graphpar.partition.bounds import (
     WorkBound,
     chain_bound_s,
@@ -21,15 +20,16 @@ from graphpar.partition.bounds import (
     work_bound,
 )
 from graphpar.partition.cells import Links, StageOption, pareto
-from graphpar.partition.chain import ChainProgram
-from graphpar.partition.chain_columns import StagePrices
-from graphpar.partition.chain_crews import KnownPrices, Shared
-from graphpar.partition.chain_swept import SweptProgram
+from graphpar.partition.chains import warm as chain_warm
+from graphpar.partition.chains.columns import StagePrices
+from graphpar.partition.chains.crews import KnownPrices, Shared
+from graphpar.partition.chains.limits import ChainProgram
+from graphpar.partition.chains.swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.common_cuts import Windows
-from graphpar.partition.counting import CountingLimits, CountingProgram
-from graphpar.partition.counting_columns import Span
-from graphpar.partition.counting_search import search_counted
+from graphpar.partition.counting.columns import Span
+from graphpar.partition.counting.programme import CountingLimits, CountingProgram
+from graphpar.partition.counting.search import search_counted
 from graphpar.partition.family import Family
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.memory_bound import held_bound_s, held_bytes, room_bytes

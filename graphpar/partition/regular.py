@@ -17,9 +17,9 @@ import numpy as np
 
 from graphpar.cost import CostTable, LinkCost
 from graphpar.partition.cells import Cells, StageOption
-from graphpar.partition.chain import ChainAnswer, Stage
+from graphpar.partition.chains.limits import ChainAnswer, Stage
 from graphpar.partition.clock import ShouldStop, never
-from graphpar.partition.counting_columns import BoolArray
+from graphpar.partition.counting.columns import BoolArray
 from graphpar.partition.family import Family
 from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.search import Found

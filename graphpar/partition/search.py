@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
-from graphpar.partition.chain import ChainAnswer
+from graphpar.partition.chains.limits import ChainAnswer
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, Setting

@@ -29,7 +29,7 @@ class SlotArrays:
 
     @property
     def places(self) -> tuple[IntArray, IntArray]:
-        """Where each begins and ends, as numbers of link kind and unit (`chain_path_loops`)."""
+        """Where each begins and ends, as numbers of link kind and unit (`chains.path_loops`)."""
         units = self.num_units + 1
         return self.before * units + self.first, self.after * units + self.last
 

@@ -1,4 +1,4 @@
-"""Best-first search over settings, each solved to the end in one sweep (`chain_labels`).
+"""Best-first search over settings, each solved to the end in one sweep (`chains.labels`).
 
 Where `pipeline_search` divides the limits on extra and post into boxes, here a setting is either excluded
 by its bound or has its best plan found at once. The least bound of the settings that are left is at any
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from graphpar.partition.chain_swept import SweptProgram
+from graphpar.partition.chains.swept import SweptProgram
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.search import INFINITY, Asked, Search, SearchResult, Task
 

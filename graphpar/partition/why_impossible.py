@@ -7,10 +7,10 @@ import networkx as nx
 import numpy as np
 
 from graphpar.partition.number_rows import Number
-from graphpar.partition.place_check import MEMORY_TOLERANCE, Objective
+from graphpar.partition.placement.check import MEMORY_TOLERANCE, Objective
 from graphpar.partition.problems import IMPOSSIBLE_COST, PlacementProblem, ShardingProblem
-from graphpar.partition.reduce import reduce_problem
-from graphpar.partition.shard_check import peak_usage
+from graphpar.partition.sharding.check import peak_usage
+from graphpar.partition.sharding.reduce import reduce_problem
 
 _FEW_PAIRS = 20_000
 """Pairs up to which reductions take well under a second."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime.program import StepReport
 from graphpar.schedule import Action
 from graphpar.units import format_bytes, format_seconds

@@ -35,7 +35,7 @@ from graphpar.runtime.team import Team
 from graphpar.runtime.transport import Arrival, Transport
 from graphpar.runtime.zero import Shards, in_turns
 from graphpar.schedule import Action
-from graphpar.simulate import SUM_BYTES
+from graphpar.schedule.simulate import SUM_BYTES
 
 _POST_AHEAD = 2
 """Receives posted before they are needed; one would stall the sender, many would hold memory."""

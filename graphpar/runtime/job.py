@@ -18,7 +18,7 @@ from graphpar.frontend.capture import Captured
 from graphpar.frontend.torch_private import flatten
 from graphpar.ir.graph import Graph
 from graphpar.neighbours import other_work, reference_s
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime import by_value
 from graphpar.runtime.assemble import Lowered
 from graphpar.runtime.comparison import (

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from statistics import median
 
 from graphpar.errors import RunError
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime.local import LocalWorkers
 from graphpar.runtime.player import EVERYBODY
 from graphpar.runtime.program import Scene, StepReport, WorkerSetup
 from graphpar.runtime.weights import Weights
 from graphpar.runtime.workers import RankStart
 from graphpar.schedule import Action, Schedule
+from graphpar.schedule.simulate import Timeline, simulate
+from graphpar.schedule.team_timing import timing_of_leaders
 from graphpar.schedule.teams import collapsed, leaders_of
-from graphpar.simulate import Timeline, simulate
-from graphpar.team_timing import timing_of_leaders
-from graphpar.timing import Timing
+from graphpar.schedule.timing import Timing
 from graphpar.units import format_seconds
 
 MOST_PROCESSES = 128

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from graphpar.cluster import Cluster
 from graphpar.errors import ClusterError, RunError
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime.checkpoint import Part, Restored
 from graphpar.runtime.executor import StepResult
 from graphpar.runtime.local import read_step

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphpar.plan_records import PlanPrecision
+from graphpar.plans.records import PlanPrecision
 from graphpar.runtime.program import StepReport
 
 _FLOAT32 = 1e-5

@@ -4,21 +4,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from graphpar.choice.comparison import step_of
 from graphpar.cost import CostTable, LinkCost
 from graphpar.errors import InfeasibleError
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import searched
 from graphpar.partition.types import Partition
-from graphpar.plan_comparison import step_of
 from graphpar.scenarios.known import Known
 from graphpar.scenarios.report import CUT_SHORT
 from graphpar.scenarios.task import Task, alone_on_one
 from graphpar.scenarios.transfer import marked
 from graphpar.scenarios.types import Answer, Bottleneck, KnownPlan
 from graphpar.schedule import Schedule, build_schedule
-from graphpar.simulate import Timeline, simulate
-from graphpar.simulated import has_formula, overfull_words, stage_links
-from graphpar.timing import timing_of
+from graphpar.schedule.simulate import Timeline, simulate
+from graphpar.schedule.simulated import has_formula, overfull_words, stage_links
+from graphpar.schedule.timing import timing_of
 from graphpar.units import format_bytes
 
 FULL = 0.95

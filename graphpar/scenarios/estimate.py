@@ -13,7 +13,7 @@ from graphpar.cost import CostTable
 from graphpar.cost_models.memory import GPU_MESSAGE_BYTES
 from graphpar.frontend.torch_private import flatten, unflatten
 from graphpar.planner import price
-from graphpar.precision import uniform_formats
+from graphpar.precision.formats import uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.layouts import recomputed
 from graphpar.training import Training

@@ -9,7 +9,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, Mode
 from graphpar.cost_models.group_times import ShardingOptions
 from graphpar.cost_models.roofline import Rewritten
-from graphpar.group_modes import KnownGroups, with_group_modes
+from graphpar.groups.modes import KnownGroups, with_group_modes
 from graphpar.ir.graph import Graph
 from graphpar.partition.types import Replica
 from graphpar.scenarios.workers import started, submitted

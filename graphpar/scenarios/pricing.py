@@ -22,13 +22,13 @@ from graphpar.cost_models.unit_costs import UnitPricer
 from graphpar.cost_options import StageOptions
 from graphpar.device import Link
 from graphpar.errors import GraphparError
-from graphpar.group_candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
-from graphpar.group_modes import KnownGroups
+from graphpar.groups.candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
+from graphpar.groups.modes import KnownGroups
 from graphpar.optimizer_memory import Tried, UpdateMemory, tried_optimizer, update_memory
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
 from graphpar.planner import price
-from graphpar.precision import Formats, rewrite, settled, uniform_formats
+from graphpar.precision.formats import Formats, rewrite, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of, with_rows
 from graphpar.scenarios.group_prices import GroupTask

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from graphpar.played_choice import no_gain
+from graphpar.choice.played import no_gain
 from graphpar.scenarios.types import Answer, Worth
 from graphpar.units import format_bytes, format_percent, format_seconds
 

@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from graphpar.choice.comparison import in_family_of, is_better, step_of
+from graphpar.choice.final import CHOICE_S, choose_plan
+from graphpar.choice.like_pipelines import best_like
+from graphpar.choice.orders import UnavailableScheduleError, choose_schedule
+from graphpar.choice.played import best_played
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
-from graphpar.like_pipelines import best_like
 from graphpar.partition.beside import nodes_beside
 from graphpar.partition.certificate import BEYOND, certificate
 from graphpar.partition.handmade import Tried, simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.settings import schedules_of, searched
 from graphpar.partition.types import Partition
-from graphpar.plan_choice import CHOICE_S, choose_plan
-from graphpar.plan_comparison import in_family_of, is_better, step_of
-from graphpar.played_choice import best_played
 from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.known import Known, speed_of
 from graphpar.scenarios.layouts import configured
 from graphpar.scenarios.task import Task, alone_on_one, quarrels_of
 from graphpar.scenarios.transfer import carried
 from graphpar.scenarios.types import Answer, KnownPlan, Layout
-from graphpar.schedule_choice import UnavailableScheduleError, choose_schedule
-from graphpar.simulated import certified, has_formula
+from graphpar.schedule.simulated import certified, has_formula
 
 ORDERS_S = 2.0
 """Most seconds for trying schedules in one of several scenarios that differ in their links alone."""

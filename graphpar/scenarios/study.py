@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 from graphpar import catalogue
+from graphpar.choice.comparison import step_of
+from graphpar.choice.orders import LEAST_GAIN, judged_s
 from graphpar.cluster_build import num_cores
 from graphpar.errors import GraphparError, RunError
 from graphpar.optimizer_probe import refuse_unrepeatable
 from graphpar.partition.certificate import BEYOND, gap_of
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.physical_bound import physical_bound_s
-from graphpar.plan_comparison import step_of
 from graphpar.scenarios.answering import answer_of
 from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
@@ -32,8 +33,7 @@ from graphpar.scenarios.transfer import placed
 from graphpar.scenarios.trust import trust
 from graphpar.scenarios.types import BASELINE, Answer, KnownPlan, Scenario, Setting, renamed
 from graphpar.scenarios.workers import going_alone, solving
-from graphpar.schedule_choice import LEAST_GAIN, judged_s
-from graphpar.simulated import has_formula
+from graphpar.schedule.simulated import has_formula
 from graphpar.units import format_seconds
 from graphpar.wishes import gpipe_reason, may_repeat, uncut_note, whole_reason
 

@@ -12,7 +12,7 @@ from graphpar.partition.settings import microbatch_counts
 from graphpar.partition.share_bounds import apportion
 from graphpar.partition.types import Partition, PipelineChoice, Replica
 from graphpar.scenarios.types import KnownPlan
-from graphpar.simulated import certified, deal_any, has_formula, simulated
+from graphpar.schedule.simulated import certified, deal_any, has_formula, simulated
 
 
 def carried(table: CostTable, plan: KnownPlan, *, again: bool, check: bool = True) -> Partition | None:

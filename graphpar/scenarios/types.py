@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from graphpar.choice.played import NO_GAIN
 from graphpar.cluster import Cluster
 from graphpar.partition.settings import Microbatches, ScheduleWish
 from graphpar.partition.types import PipelineChoice, ScheduleName, TensorWidth
-from graphpar.played_choice import NO_GAIN
 
 OPTIMIZER_STATES = {"sgd": 0.0, "momentum": 1.0, "adam": 2.0, "adamw": 2.0}
 """Bytes of state per byte of parameters of the optimisers a scenario may name."""

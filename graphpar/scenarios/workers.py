@@ -152,10 +152,7 @@ def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
 
 def _made_ready(_: list[None]) -> list[None]:
     """Load what prices and searches need."""
-    import graphpar.group_modes
-    import graphpar.partition.shard_whole
-    import graphpar.plan_choice  # noqa: F401
-    from graphpar.partition.shard_warm import go_on_warming
+    from graphpar.partition.sharding.warm import go_on_warming
 
     go_on_warming()
     return []

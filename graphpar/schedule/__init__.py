@@ -1,7 +1,7 @@
 """Schedules as data: what every rank does, action by action, in one training or inference step.
 
 `actions` holds the types and their text form, `orders` builds a schedule from a partition, `check`
-proves that it is complete and cannot deadlock. `graphpar.simulate` predicts its timeline.
+proves that it is complete and cannot deadlock. `graphpar.schedule.simulate` predicts its timeline.
 """
 
 from graphpar.schedule.actions import KINDS, Action, ActionKind, PipelineSpan, Schedule, StageLink

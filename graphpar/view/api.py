@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from graphpar.files import write_asked
 from graphpar.ir.graph import Graph
-from graphpar.plan_diff import diff_plans
-from graphpar.plans import Plan
+from graphpar.plans.diff import diff_plans
+from graphpar.plans.plan import Plan
 from graphpar.view.build import view_of
 from graphpar.view.detail import ViewDetail, detail_of
 from graphpar.view.graphs import render_dot, render_graphml, render_markdown

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from graphpar.partition.types import StageChoice
-from graphpar.plan_page import whole_notes
-from graphpar.plan_precision import format_runs
-from graphpar.plan_records import PlanPrecision
-from graphpar.plans import Plan
+from graphpar.plans.page import whole_notes
+from graphpar.plans.plan import Plan
+from graphpar.plans.precision import format_runs
+from graphpar.plans.records import PlanPrecision
 from graphpar.schedule import Schedule
-from graphpar.simulate import peak_parts, resident_bytes
+from graphpar.schedule.simulate import peak_parts, resident_bytes
 from graphpar.view.fold import fold_units
 from graphpar.view.measured import measured_timeline
 from graphpar.view.model import (

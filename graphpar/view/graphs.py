@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import networkx as nx
 
-from graphpar.plan_records import PlanEdge
+from graphpar.plans.records import PlanEdge
 from graphpar.units import format_bytes, format_rate, format_seconds
 from graphpar.view.model import ViewBlock, ViewData, ViewStage
 from graphpar.view.palette import device_colour, text_on

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from graphpar.plan_diff import PlanDiff
+from graphpar.plans.diff import PlanDiff
 from graphpar.view.detail import ViewDetail, pack_detail
 from graphpar.view.model import ViewData
 from graphpar.view.packed import pack

@@ -6,7 +6,7 @@ The runtime, and with it torch, is imported for its types alone: nobody needs it
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.schedule import Action, Schedule
 from graphpar.view.model import Lane, ViewKernel, ViewTimeline
 

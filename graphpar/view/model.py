@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from graphpar.explanation import Explanation
-from graphpar.plan_precision import FormatRun
-from graphpar.plan_records import PlanBudget, PlanEdge
+from graphpar.explanation.account import Explanation
+from graphpar.plans.precision import FormatRun
+from graphpar.plans.records import PlanBudget, PlanEdge
 from graphpar.schedule import Action
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from graphpar.ir.graph import Graph
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.view.build import view_of
 from graphpar.view.detail import ViewDetail, detail_of
 from graphpar.view.graph_svg import render_graph_svg

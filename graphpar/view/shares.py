@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from graphpar.schedule import Schedule
-from graphpar.simulate import Timeline
+from graphpar.schedule.simulate import Timeline
 from graphpar.view.model import ViewShares
 
 _Sends = dict[tuple[str, int, int], float]

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from graphpar.plan_records import PlanEdge
+from graphpar.plans.records import PlanEdge
 from graphpar.schedule import Action
 from graphpar.view.model import ViewData, ViewTimeline
 from graphpar.view.palette import ACTION_NAMES

@@ -5,11 +5,12 @@ import torch
 from helpers import force, straight
 from torch import nn
 
-from graphpar import Training, measure, probes
+from graphpar import Training
 from graphpar.cost_models.memory import CPU_RESERVED_BYTES
 from graphpar.cost_models.pointwise import _CURVES, ACTIVATIONS
 from graphpar.cost_models.work import MEMORY_CURVES
-from graphpar.worker_memory import measure_worker_bytes
+from graphpar.local import measure, probes
+from graphpar.local.worker_memory import measure_worker_bytes
 
 
 def test_every_kernel_the_rules_name_is_measured() -> None:

@@ -27,8 +27,8 @@ from graphpar.ir.graph import Graph
 from graphpar.ir.text import parse_graph
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
-from graphpar.precision import rewrite
-from graphpar.simulated import stage_links
+from graphpar.precision.formats import rewrite
+from graphpar.schedule.simulated import stage_links
 
 NUM_BLOCKS = 9
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import strategies as st
 
-from graphpar.partition.place_check import Objective, check_placement
+from graphpar.partition.placement.check import Objective, check_placement
 from graphpar.partition.problems import (
     IMPOSSIBLE_COST,
     NodeId,
@@ -16,7 +16,7 @@ from graphpar.partition.problems import (
     ShardingProblem,
     Transfer,
 )
-from graphpar.partition.shard_check import check_sharding
+from graphpar.partition.sharding.check import check_sharding
 
 _COST = st.one_of(st.integers(0, 12), st.just(IMPOSSIBLE_COST))
 

@@ -13,11 +13,13 @@ from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
-from graphpar.partition import chain, chain_warm, cuts
-from graphpar.partition.chain_columns import Columns, Hopeful, StagePrices
-from graphpar.partition.chain_labels import not_outdone
-from graphpar.partition.chain_relaxed import Relaxation
-from graphpar.partition.chain_swept import SweptProgram
+from graphpar.partition import cuts
+from graphpar.partition.chains import limits as chain
+from graphpar.partition.chains import warm as chain_warm
+from graphpar.partition.chains.columns import Columns, Hopeful, StagePrices
+from graphpar.partition.chains.labels import not_outdone
+from graphpar.partition.chains.relaxed import Relaxation
+from graphpar.partition.chains.swept import SweptProgram
 from graphpar.partition.family import choose_family
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition

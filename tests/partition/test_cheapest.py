@@ -6,8 +6,8 @@ from cost_tables import drawn_modes, small_tables, unit_costs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphpar.cheapest import cheapest
 from graphpar.cost import CostTable, Mode
+from graphpar.precision.cheapest import cheapest
 
 
 @st.composite

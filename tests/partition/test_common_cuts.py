@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphpar.cost import LinkCost, Topology
-from graphpar.partition import chain_warm, side_by_side
+from graphpar.partition import side_by_side
 from graphpar.partition.cells import find_cells, links_to_others
+from graphpar.partition.chains import warm as chain_warm
 from graphpar.partition.common_cuts import (
     Windows,
     first_windows,

@@ -16,7 +16,7 @@ from graphpar.cost import CostTable, CutEdge, DeviceClass, LinkCost, Mode, Topol
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
-from graphpar.partition import counting_dive, counting_judging, counting_kinds, counting_search, pipeline
+from graphpar.partition import pipeline
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import (
     Cell,
@@ -27,14 +27,16 @@ from graphpar.partition.cells import (
     make_option,
     pareto,
 )
-from graphpar.partition.chain import NotSolvedError
-from graphpar.partition.counting import CountingLimits, CountingProgram
-from graphpar.partition.counting_among import Among
-from graphpar.partition.counting_beam import Harvest
-from graphpar.partition.counting_columns import price_columns
-from graphpar.partition.counting_floors import Least
-from graphpar.partition.counting_options import counting_options, widths
-from graphpar.partition.counting_segments import grow_segments
+from graphpar.partition.chains.limits import NotSolvedError
+from graphpar.partition.counting import dive, judging, kinds
+from graphpar.partition.counting import search as counting_search
+from graphpar.partition.counting.among import Among
+from graphpar.partition.counting.beam import Harvest
+from graphpar.partition.counting.columns import price_columns
+from graphpar.partition.counting.floors import Least
+from graphpar.partition.counting.options import counting_options, widths
+from graphpar.partition.counting.programme import CountingLimits, CountingProgram
+from graphpar.partition.counting.segments import grow_segments
 from graphpar.partition.family import Family, _counted_family, _homes, _multisets
 from graphpar.partition.infeasible import fits
 from graphpar.partition.pipeline import partition
@@ -414,12 +416,12 @@ def test_stretches_of_kinds_find_good_pipelines(memory_bytes: float, worse: floa
 def test_what_the_solver_gives_up_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither beams nor integer programmes find a pipeline that others promise."""
     monkeypatch.setattr(CountingProgram, "solve", Mock(side_effect=NotSolvedError(0.0)))
-    nothing = counting_kinds.Harvest(0.0, None, np.zeros(0, dtype=np.intp))
-    monkeypatch.setattr(counting_judging, "judge_kinds", lambda *_: nothing)
-    monkeypatch.setattr(counting_judging, "best_among", lambda *_, **__: None)
-    monkeypatch.setattr(counting_judging, "solve_lines", lambda *_: Among(None, 0.0))
-    monkeypatch.setattr(counting_dive, "grow_segments", lambda *_: None)
-    monkeypatch.setattr(counting_dive, "grow_lines", lambda *_: Harvest(None, complete=False))
+    nothing = kinds.Harvest(0.0, None, np.zeros(0, dtype=np.intp))
+    monkeypatch.setattr(judging, "judge_kinds", lambda *_: nothing)
+    monkeypatch.setattr(judging, "best_among", lambda *_, **__: None)
+    monkeypatch.setattr(judging, "solve_lines", lambda *_: Among(None, 0.0))
+    monkeypatch.setattr(dive, "grow_segments", lambda *_: None)
+    monkeypatch.setattr(dive, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search, "grow_lines", lambda *_: Harvest(None, complete=False))
     monkeypatch.setattr(counting_search._CountedSearch, "_best_met", lambda *_: None)
     found = partition(many_devices(12, 8), schedule="1f1b", microbatches=4, time_limit_s=60.0)

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphpar.partition import counting_lines
-from graphpar.partition.counting_among import best_among, solve_lines
-from graphpar.partition.counting_beam import grow_lines
-from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
-from graphpar.partition.counting_kinds import Harvest, Rows, Stocks, judge_kinds
-from graphpar.partition.counting_lines import Line, Lines
-from graphpar.partition.counting_segments import Prices, grow_segments
+from graphpar.partition.counting import lines as counting_lines
+from graphpar.partition.counting.among import best_among, solve_lines
+from graphpar.partition.counting.beam import grow_lines
+from graphpar.partition.counting.columns import BODY, FIRST, LAST, WHOLE, Columns
+from graphpar.partition.counting.kinds import Harvest, Rows, Stocks, judge_kinds
+from graphpar.partition.counting.lines import Line, Lines
+from graphpar.partition.counting.segments import Prices, grow_segments
 from graphpar.partition.solver_matrix import Patience
 
 BLOCKS = 4

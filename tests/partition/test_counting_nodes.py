@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphpar.partition.cells import Cells
-from graphpar.partition.counting_columns import BODY, FIRST, LAST, WHOLE, Columns
-from graphpar.partition.counting_nodes import node_shares, packed_rows
-from graphpar.partition.counting_order import Placed, line_up
-from graphpar.partition.counting_runs import BOTH, Limits, Stages, join_runs
+from graphpar.partition.counting.columns import BODY, FIRST, LAST, WHOLE, Columns
+from graphpar.partition.counting.nodes import node_shares, packed_rows
+from graphpar.partition.counting.order import Placed, line_up
+from graphpar.partition.counting.runs import BOTH, Limits, Stages, join_runs
 
 
 @pytest.mark.parametrize("size", range(1, 17))

@@ -8,12 +8,13 @@ import pytest
 from cost_tables import make_table
 
 from graphpar.cost import LinkCost, Mode, ModeCost, Topology
-from graphpar.partition import counting_judging, counting_search
 from graphpar.partition.cells import class_cells
-from graphpar.partition.chain import ChainAnswer
-from graphpar.partition.counting import CountingLimits
-from graphpar.partition.counting_lines import Line
-from graphpar.partition.counting_options import counting_options
+from graphpar.partition.chains.limits import ChainAnswer
+from graphpar.partition.counting import judging as counting_judging
+from graphpar.partition.counting import search as counting_search
+from graphpar.partition.counting.lines import Line
+from graphpar.partition.counting.options import counting_options
+from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import Family
 from graphpar.partition.programs import Programs
 from graphpar.partition.repeats import Repeats

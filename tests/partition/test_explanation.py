@@ -10,11 +10,11 @@ from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.errors import InfeasibleError
-from graphpar.explanation_build import explain_partition
+from graphpar.explanation.build import explain_partition
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.simulated import has_formula, simulated
+from graphpar.schedule.simulated import has_formula, simulated
 from graphpar.units import format_percent, format_seconds
 
 

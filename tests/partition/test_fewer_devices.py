@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from graphpar.cost import CostTable, ModeCost
 from graphpar.errors import InfeasibleError
-from graphpar.partition import chain_warm, family, fewer_devices, staffings
+from graphpar.partition import family, fewer_devices, staffings
 from graphpar.partition.all_devices import CUT
 from graphpar.partition.cells import Cells, find_cells
+from graphpar.partition.chains import warm as chain_warm
 from graphpar.partition.family import choose_family
 from graphpar.partition.fewer_devices import first_devices
 from graphpar.partition.jit import COMPILED

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from graphpar import schedule_choice
-from graphpar.near_plans import as_replicas, near_plans
+from graphpar.choice import orders as schedule_choice
+from graphpar.choice.near_plans import as_replicas, near_plans
+from graphpar.choice.orders import choose_schedule
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
-from graphpar.schedule_choice import choose_schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BENCHMARK = BENCHMARKS / "joint_loss.py"

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graphpar.cost import CostTable
-from graphpar.partition import chain_warm
 from graphpar.partition.cells import links_to_others
-from graphpar.partition.counting import CountingLimits
+from graphpar.partition.chains import warm as chain_warm
+from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import choose_family, groupings
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from graphpar.cost import CostTable
 from graphpar.errors import InfeasibleError
 from graphpar.partition import infeasible, pipeline
-from graphpar.partition.counting import CountingLimits
+from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import Family, choose_family
 from graphpar.partition.memory_fit import larger_hold_more
 from graphpar.partition.pipeline import partition

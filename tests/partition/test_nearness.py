@@ -12,8 +12,8 @@ from cost_tables import make_table
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.partition.assign import name_devices
 from graphpar.partition.cells import class_cells, make_option
-from graphpar.partition.chain import ChainAnswer, Stage
-from graphpar.partition.counting_options import counting_options
+from graphpar.partition.chains.limits import ChainAnswer, Stage
+from graphpar.partition.counting.options import counting_options
 from graphpar.partition.nearer import brought_nearer
 from graphpar.partition.pipeline_price import price, share_microbatches
 from graphpar.partition.search import Found

@@ -14,7 +14,7 @@ from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import evaluate
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
-from graphpar.simulated import simulated
+from graphpar.schedule.simulated import simulated
 
 SCHEDULES: tuple[ScheduleName, ...] = ("gpipe", "1f1b")
 

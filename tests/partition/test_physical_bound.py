@@ -18,7 +18,7 @@ from graphpar.partition.physical_bound import physical_bound_s
 from graphpar.partition.stage_costs import cached_post
 from graphpar.partition.types import PipelineChoice, Replica, ScheduleName, StageChoice
 from graphpar.partition.unit_arrays import Setting, UnitArrays, some_ranges
-from graphpar.simulated import simulated
+from graphpar.schedule.simulated import simulated
 
 SCHEDULES: tuple[ScheduleName, ...] = ("zero-bubble", "1f1b", "gpipe")
 PLANS = 300

@@ -25,7 +25,7 @@ from graphpar.partition.baselines import (
     one_device,
 )
 from graphpar.partition.check import check_partition
-from graphpar.partition.counting import CountingLimits
+from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import Family, choose_family
 from graphpar.partition.handmade import evaluate, simple_plans
 from graphpar.partition.pipeline import partition

@@ -10,20 +10,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_problems import best_placement, placement_problems
 
-from graphpar.partition import place
 from graphpar.partition.answers import Progress
 from graphpar.partition.clock import never
-from graphpar.partition.place import solve_placement
-from graphpar.partition.place_check import Objective, check_placement
-from graphpar.partition.place_forks import forks
-from graphpar.partition.place_graph import contract, join_dominated
-from graphpar.partition.place_ideals import all_ideals, best_split, window_ideals
-from graphpar.partition.place_items import items_of
-from graphpar.partition.place_latency_bound import walk_ideals
-from graphpar.partition.place_paths import path_bound
-from graphpar.partition.place_reach import Reach
-from graphpar.partition.place_split import best_split_of_all, ideals_of
-from graphpar.partition.place_units import units_of
+from graphpar.partition.placement import solve as place
+from graphpar.partition.placement.check import Objective, check_placement
+from graphpar.partition.placement.forks import forks
+from graphpar.partition.placement.graph import contract, join_dominated
+from graphpar.partition.placement.ideals import all_ideals, best_split, window_ideals
+from graphpar.partition.placement.items import items_of
+from graphpar.partition.placement.latency_bound import walk_ideals
+from graphpar.partition.placement.paths import path_bound
+from graphpar.partition.placement.reach import Reach
+from graphpar.partition.placement.solve import solve_placement
+from graphpar.partition.placement.split import best_split_of_all, ideals_of
+from graphpar.partition.placement.units import units_of
 from graphpar.partition.problems import NodeId, Operator, PlacementProblem, Transfer
 
 

@@ -15,7 +15,7 @@ from graphpar.cost import (
 )
 from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
-from graphpar.partition.counting_options import widths
+from graphpar.partition.counting.options import widths
 from graphpar.partition.family import choose_family
 from graphpar.partition.pipeline import partition
 from graphpar.partition.pipeline_price import price, share_microbatches

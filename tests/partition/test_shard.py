@@ -15,36 +15,34 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
-from graphpar.partition import (
-    reduce_loops,
-    shard,
-    shard_run,
-    shard_search,
-    shard_start,
-    shard_whole,
-)
 from graphpar.partition.answers import Progress
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.number_rows import Rows, parse_rows
 from graphpar.partition.problems import IMPOSSIBLE_COST as NO
 from graphpar.partition.problems import ShardingProblem
-from graphpar.partition.reduce import reduce_problem
-from graphpar.partition.shard import solve_sharding
-from graphpar.partition.shard_ahead import better_choice
-from graphpar.partition.shard_check import check_sharding
-from graphpar.partition.shard_core import core_choice
-from graphpar.partition.shard_dual import DualAscent
-from graphpar.partition.shard_exact import solve_exactly
-from graphpar.partition.shard_first import first_choice
-from graphpar.partition.shard_graph import ShardingGraph
-from graphpar.partition.shard_ilp import merge_classes
-from graphpar.partition.shard_memory import spread_peaks
-from graphpar.partition.shard_plain import plain_bound
-from graphpar.partition.shard_raw import raw_problem
-from graphpar.partition.shard_search import WindowSearch
-from graphpar.partition.shard_state import State
-from graphpar.partition.shard_trim import trim
-from graphpar.partition.shard_warm import Stage
+from graphpar.partition.sharding import reduce_loops
+from graphpar.partition.sharding import run as shard_run
+from graphpar.partition.sharding import search as shard_search
+from graphpar.partition.sharding import solve as shard
+from graphpar.partition.sharding import start as shard_start
+from graphpar.partition.sharding import whole as shard_whole
+from graphpar.partition.sharding.ahead import better_choice
+from graphpar.partition.sharding.check import check_sharding
+from graphpar.partition.sharding.core import core_choice
+from graphpar.partition.sharding.dual import DualAscent
+from graphpar.partition.sharding.exact import solve_exactly
+from graphpar.partition.sharding.first import first_choice
+from graphpar.partition.sharding.graph import ShardingGraph
+from graphpar.partition.sharding.ilp import merge_classes
+from graphpar.partition.sharding.memory import spread_peaks
+from graphpar.partition.sharding.plain import plain_bound
+from graphpar.partition.sharding.raw import raw_problem
+from graphpar.partition.sharding.reduce import reduce_problem
+from graphpar.partition.sharding.search import WindowSearch
+from graphpar.partition.sharding.solve import solve_sharding
+from graphpar.partition.sharding.state import State
+from graphpar.partition.sharding.trim import trim
+from graphpar.partition.sharding.warm import Stage
 
 
 @settings(max_examples=examples(150), deadline=None)

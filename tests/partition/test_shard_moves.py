@@ -12,25 +12,29 @@ from hypothesis import strategies as st
 from small_problems import best_sharding, ring, sharding_problems
 
 from graphpar.errors import GraphparError
-from graphpar.partition import jit, reduce_loops, shard_start, shard_warm, shard_whole
+from graphpar.partition import jit
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
-from graphpar.partition.reduce import reduce_graph, reduce_problem
-from graphpar.partition.reduce_loops import add_largest_increase, determined, is_separable
-from graphpar.partition.shard import solve_sharding
-from graphpar.partition.shard_check import check_sharding
-from graphpar.partition.shard_dual import DualAscent
-from graphpar.partition.shard_flat import flat_cost, flatten
-from graphpar.partition.shard_fuse import fuse
-from graphpar.partition.shard_graph import ShardingGraph
-from graphpar.partition.shard_local import LocalSearch
-from graphpar.partition.shard_memory import MemoryMatrix, memory_rows
-from graphpar.partition.shard_moves import add_range, excess_tree, max_range
-from graphpar.partition.shard_plain import plain_choice
-from graphpar.partition.shard_state import State
-from graphpar.partition.shard_warm import Stage
-from graphpar.partition.shard_windows import sort_up
+from graphpar.partition.sharding import reduce_loops
+from graphpar.partition.sharding import start as shard_start
+from graphpar.partition.sharding import warm as shard_warm
+from graphpar.partition.sharding import whole as shard_whole
+from graphpar.partition.sharding.check import check_sharding
+from graphpar.partition.sharding.dual import DualAscent
+from graphpar.partition.sharding.flat import flat_cost, flatten
+from graphpar.partition.sharding.fuse import fuse
+from graphpar.partition.sharding.graph import ShardingGraph
+from graphpar.partition.sharding.local import LocalSearch
+from graphpar.partition.sharding.memory import MemoryMatrix, memory_rows
+from graphpar.partition.sharding.moves import add_range, excess_tree, max_range
+from graphpar.partition.sharding.plain import plain_choice
+from graphpar.partition.sharding.reduce import reduce_graph, reduce_problem
+from graphpar.partition.sharding.reduce_loops import add_largest_increase, determined, is_separable
+from graphpar.partition.sharding.solve import solve_sharding
+from graphpar.partition.sharding.state import State
+from graphpar.partition.sharding.warm import Stage
+from graphpar.partition.sharding.windows import sort_up
 
 
 @st.composite
@@ -250,7 +254,7 @@ def test_models_are_traced_while_the_search_is_compiled(tmp_path: Path) -> None:
     code = (
         "import torch\n"
         "from graphpar.frontend.capture import capture\n"
-        "from graphpar.partition import shard_warm\n"
+        "from graphpar.partition.sharding import warm as shard_warm\n"
         "shard_warm.go_on_warming()\n"
         "shard_warm.warm_up(shard_warm.Stage.REDUCE, 0.0)\n"
         "while not shard_warm.warm_up(shard_warm.Stage.SEARCH, 0.0):\n"
@@ -264,7 +268,7 @@ def test_without_numba_the_answer_is_the_same_and_the_loss_is_said() -> None:
     code = (
         "import sys; sys.modules['numba'] = None\n"
         "from graphpar.partition.problems import ShardingProblem\n"
-        "from graphpar.partition.shard import NOT_COMPILED, solve_sharding\n"
+        "from graphpar.partition.sharding.solve import NOT_COMPILED, solve_sharding\n"
         f"problem = ShardingProblem(*{_fields(line(9))!r})\n"
         "solved = solve_sharding(problem, time_limit_s=20)\n"
         "assert solved.note == NOT_COMPILED\n"

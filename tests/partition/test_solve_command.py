@@ -38,7 +38,7 @@ import contextlib, io, json, sys
 sys.modules["torch"] = None
 from graphpar.solve_command import solve
 from graphpar.errors import GraphparError
-import graphpar.partition.shard
+import graphpar.partition.sharding.solve
 late = {"rich", "scipy.sparse", "networkx", "pulp", "highspy"}.intersection(sys.modules)
 assert not late, f"a first answer would wait for {late}"
 done = []

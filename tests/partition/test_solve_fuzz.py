@@ -15,9 +15,9 @@ from small_problems import (
     sharding_problems,
 )
 
-from graphpar.partition.place import solve_placement
+from graphpar.partition.placement.solve import solve_placement
 from graphpar.partition.problems import PlacementProblem, ProblemError, ShardingProblem, parse_problem
-from graphpar.partition.shard import solve_sharding
+from graphpar.partition.sharding.solve import solve_sharding
 
 ODD = [
     0,

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 from plan_samples import sample_plan
 
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.runtime.comparison import TOLERANCE, MachineNow, StepComparison, compare_step
 from graphpar.runtime.program import Event, StepReport
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import graphpar
 from graphpar.cost_models.group_times import OpTimes, TensorGroup
-from graphpar.group_modes import with_group_modes
+from graphpar.groups.modes import with_group_modes
 from graphpar.planner import plan_of, price
-from graphpar.precision import Formats, labelled, rewritten_by_device
+from graphpar.precision.formats import Formats, labelled, rewritten_by_device
 from graphpar.runtime import eight_bits
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.eight_bits import BACKWARD, FORWARD, EightBitProduct, EightBitWeights, scaled

@@ -13,7 +13,7 @@ from graphpar.cost_models.modes import with_modes
 from graphpar.cost_options import StageOptions
 from graphpar.partition.types import StageChoice
 from graphpar.planner import plan_of, price
-from graphpar.precision import Formats, labelled
+from graphpar.precision.formats import Formats, labelled
 from graphpar.runtime.casts import LowerWeights
 from graphpar.runtime.scaling import GROWTH_INTERVAL, LossScaler
 from graphpar.verify import reference_for, train_on_one_device

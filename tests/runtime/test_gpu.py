@@ -17,9 +17,9 @@ from graphpar.cluster import Cluster
 from graphpar.cluster_build import cuda_devices
 from graphpar.cost import CostTable
 from graphpar.errors import CaptureError, RunError
-from graphpar.local_timing import Example, Timings
+from graphpar.local.timing import Example, Timings
 from graphpar.planner import price
-from graphpar.precision import Formats
+from graphpar.precision.formats import Formats
 from graphpar.preparation import prepare
 
 pytestmark = [

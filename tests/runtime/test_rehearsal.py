@@ -16,8 +16,8 @@ from graphpar.errors import RunError
 from graphpar.runtime import rehearsal
 from graphpar.runtime.rehearsal import rehearse, scenes_of
 from graphpar.schedule import Action, build_schedule
-from graphpar.simulate import simulate
-from graphpar.timing import timing_of
+from graphpar.schedule.simulate import simulate
+from graphpar.schedule.timing import timing_of
 
 
 @settings(max_examples=50)

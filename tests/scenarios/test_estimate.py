@@ -15,7 +15,7 @@ from graphpar.partition.handmade import Tried, one_device
 from graphpar.partition.pipeline_price import price as price_of_plan
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
 from graphpar.planner import price
-from graphpar.precision import uniform_formats
+from graphpar.precision.formats import uniform_formats
 from graphpar.preparation import prepare
 from graphpar.scenarios.estimate import _fewest, _fits, _table, estimate, in_bfloat16
 

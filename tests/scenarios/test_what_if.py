@@ -18,7 +18,7 @@ import graphpar
 from graphpar.cost import LinkCost
 from graphpar.partition.certificate import BEYOND
 from graphpar.planner import price
-from graphpar.precision import uniform_formats
+from graphpar.precision.formats import uniform_formats
 from graphpar.preparation import prepare
 from graphpar.scenarios.api import baseline_setting
 from graphpar.scenarios.asked import as_scenarios

@@ -13,7 +13,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
 from graphpar.cost_models.sharding import choose_sharding
 from graphpar.cost_models.tensor_modes import SharedUnits, TimesBySize
-from graphpar.group_candidates import candidate_groups, width_notes
+from graphpar.groups.candidates import candidate_groups, width_notes
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.planner import plan_prepared, price
 from graphpar.preparation import Prepared, prepare

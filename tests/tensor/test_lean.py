@@ -15,7 +15,6 @@ from threads import grouped, one_stage
 from torch import nn
 
 import graphpar
-from graphpar import group_modes
 from graphpar.cluster import Cluster
 from graphpar.cost import LinkCost
 from graphpar.cost_models import sharding as programmes
@@ -24,19 +23,20 @@ from graphpar.cost_models.kept import kept_of
 from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import Sharding, ShardingProgramme, choose_sharding
 from graphpar.errors import InfeasibleError
-from graphpar.group_candidates import candidate_groups
-from graphpar.group_modes import with_group_modes
-from graphpar.group_settings import group_options
+from graphpar.groups import modes as group_modes
+from graphpar.groups.candidates import candidate_groups
+from graphpar.groups.modes import with_group_modes
+from graphpar.groups.settings import group_options
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.strategies import strategies_of, value_of
 from graphpar.partition.answers import Solved
 from graphpar.partition.problems import ShardingProblem
-from graphpar.partition.shard import solve_sharding
+from graphpar.partition.sharding.solve import solve_sharding
 from graphpar.partition.types import MOST_LEAN, Replica
-from graphpar.plan_check import group_contradictions
-from graphpar.plan_diff import Change, diff_plans
 from graphpar.planner import price
+from graphpar.plans.check import group_contradictions
+from graphpar.plans.diff import Change, diff_plans
 from graphpar.preparation import prepare
 from graphpar.runtime.reference import EagerModel
 from graphpar.training import Training

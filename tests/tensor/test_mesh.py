@@ -26,13 +26,13 @@ from graphpar.cost_models.group_times import OpTimes, ShardingOptions, TensorGro
 from graphpar.cost_models.mesh_times import MeshTimes
 from graphpar.cost_models.sharding import choose_sharding, least_seconds
 from graphpar.errors import PlanError
-from graphpar.group_candidates import candidate_groups, meshes_of, widest_group
+from graphpar.groups.candidates import candidate_groups, meshes_of, widest_group
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Ways
 from graphpar.ir.strategies import Strategy, StrategyTables, strategies_of
 from graphpar.partition.types import Replica, TensorWidth
-from graphpar.plan_check import group_contradictions
-from graphpar.plans import Plan
+from graphpar.plans.check import group_contradictions
+from graphpar.plans.plan import Plan
 from graphpar.preparation import lower
 from graphpar.training import Training
 

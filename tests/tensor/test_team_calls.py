@@ -7,8 +7,8 @@ import torch
 from helpers import Line, force
 from torch import nn
 
-from graphpar import tensor_groups
 from graphpar.errors import VerifyError
+from graphpar.groups import sharing as tensor_groups
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import Ref
 from graphpar.ir.strategies import strategies_of

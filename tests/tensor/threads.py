@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from graphpar.groups.sharing import as_one_stage
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, coords_of, line_of, localized
@@ -28,7 +29,6 @@ from graphpar.runtime.random import StepContext
 from graphpar.runtime.reference import OneDevice
 from graphpar.runtime.slices import join, take
 from graphpar.runtime.team_calls import TeamCall, check_in_step, team_calls
-from graphpar.tensor_groups import as_one_stage
 
 T = TypeVar("T")
 

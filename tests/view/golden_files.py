@@ -10,8 +10,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from plan_samples import sample_plan  # noqa: E402
 from view_samples import explained_plan  # noqa: E402
 
-from graphpar.explain_page import format_explanation  # noqa: E402
-from graphpar.plan_diff import diff_plans  # noqa: E402
+from graphpar.explanation.page import format_explanation  # noqa: E402
+from graphpar.plans.diff import diff_plans  # noqa: E402
 from graphpar.view.build import view_of  # noqa: E402
 from graphpar.view.svg import render_svg  # noqa: E402
 from graphpar.view.trace import render_trace  # noqa: E402

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from plan_samples import sample_plan
 
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 
 
 def grouped_plan() -> Plan:

@@ -19,14 +19,14 @@ from graphpar.examples.gpt import GPT, example_inputs
 from graphpar.ir.graph import Graph
 from graphpar.partition.baselines import even_split
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
-from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plan_records import PlanBudget, PlanPrecision, PlanUnitFormat
 from graphpar.planner import plan_of, price
-from graphpar.plans import Plan, hash_of
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.plan import Plan, hash_of
+from graphpar.plans.records import PlanBudget, PlanPrecision, PlanUnitFormat
 from graphpar.preparation import prepare
 from graphpar.runtime.comparison import compare_step
 from graphpar.runtime.true_error import TrueError
-from graphpar.simulated import stage_links
+from graphpar.schedule.simulated import stage_links
 from graphpar.view.api import Drawable, visualize
 from graphpar.view.build import view_of
 from graphpar.view.notebook import framed

@@ -13,8 +13,8 @@ from view_samples import explained_plan
 
 from graphpar.cores import CoreUse, SharedCores
 from graphpar.cost import LinkCost
-from graphpar.simulate import simulate
-from graphpar.timing import GradientGroup
+from graphpar.schedule.simulate import simulate
+from graphpar.schedule.timing import GradientGroup
 from graphpar.view.build import view_of
 from graphpar.view.fold import fold_units
 from graphpar.view.model import ViewModule

@@ -7,7 +7,7 @@ from grouped_samples import grouped_plan
 from test_trace import check_trace
 from view_samples import measured_step
 
-from graphpar.plans import Plan
+from graphpar.plans.plan import Plan
 from graphpar.view.build import view_of
 from graphpar.view.html import render_html
 from graphpar.view.svg import render_svg

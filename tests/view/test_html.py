@@ -20,9 +20,9 @@ from graphpar import cli
 from graphpar.ir.graph import Graph
 from graphpar.ir.ops import BatchSize, Op, Ref, TensorType
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
-from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plan_diff import diff_plans
-from graphpar.plans import Plan, hash_of
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.diff import diff_plans
+from graphpar.plans.plan import Plan, hash_of
 from graphpar.runtime.comparison import compare_step
 from graphpar.schedule import KINDS
 from graphpar.view.api import visualize

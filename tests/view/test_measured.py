@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from plan_samples import CLUSTER, chain, chain_links, sample_plan, table_for
 from view_samples import measured_step
 
-from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plans import Plan, hash_of
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.plan import Plan, hash_of
 from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.program import Event, StepReport
 from graphpar.view.build import view_of

@@ -9,7 +9,7 @@ from view_samples import explained_plan, hostile_plan
 
 from graphpar import cli
 from graphpar.errors import PlanError
-from graphpar.explain_page import format_explanation
+from graphpar.explanation.page import format_explanation
 
 GOLDEN = Path(__file__).with_name("golden")
 

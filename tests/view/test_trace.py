@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from plan_samples import CLUSTER, partitions, sample_plan, stage_links, table_for
 from view_samples import HOSTILE, hostile_plan, measured_step
 
-from graphpar.plan_build import PlanSubject, make_plan, predict
-from graphpar.plans import Plan, hash_of
+from graphpar.plans.build import PlanSubject, make_plan, predict
+from graphpar.plans.plan import Plan, hash_of
 from graphpar.view.build import view_of
 from graphpar.view.trace import MEASURED_PROCESS, PREDICTED_PROCESS, render_trace
 

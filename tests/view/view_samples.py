@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 from plan_samples import sample_plan
 
-from graphpar.explanation import Alternative, Choice, Explanation, RunnerUp, ShadowPrice
-from graphpar.plans import Plan
+from graphpar.explanation.account import Alternative, Choice, Explanation, RunnerUp, ShadowPrice
+from graphpar.plans.plan import Plan
 from graphpar.runtime.last_step import LastStep
 from graphpar.runtime.program import Event, StepReport
 

@@ -1,0 +1,1 @@
+"""Why a plan is as it is: worked out, in words, as a page."""

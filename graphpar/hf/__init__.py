@@ -1,0 +1,1 @@
+"""Models of the transformers library: by name, built from their configuration, with inputs to match."""

@@ -1,0 +1,174 @@
+"""Which sets of devices no plan below a target has where: crews are bounded before stages are listed.
+
+First whatever the mode and the links beside it: a run of units is one slot then, however many kinds of
+links there are (`crew_loops`). Then what is left in every mode between every two kinds of links.
+Both under either schedule, which share the answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphpar.partition.chains.columns import Columns, Hopeful, StagePrices
+from graphpar.partition.chains.relaxed import Prices, Relaxation
+from graphpar.partition.slots import Slots
+from graphpar.partition.stage_costs import StageLimits
+from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
+
+MOST_COUNTED = 16
+"""A bound that counts replicas takes time in proportion to them."""
+
+ROUNDS_FOR_LOOPS = 30
+"""Steps in which columns are bounded where loops do it."""
+
+KnownPrices = dict[tuple[int, ...], Prices]
+"""The best prices found for pipelines on some devices, given as counts per cell."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which columns are in use: all that a plan below `all_s` within `post_s` may have."""
+
+    all_s: float
+    post_s: float
+    post_weight: float
+
+    def answers(self, other: "Kept") -> bool:
+        """Whether the best plan below one target is that below the other, if it is below that at all."""
+        return self.covers(other) and self.post_s == other.post_s
+
+    def covers(self, other: "Kept") -> bool:
+        """Whether whatever the other has in use is in use here."""
+        return (
+            self.all_s >= other.all_s
+            and self.post_s >= other.post_s
+            and self.post_weight == other.post_weight
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Excluded:
+    """What a plan below `all_s` may have, sets of devices by slot; and a bound on them all."""
+
+    all_s: float
+    bound_s: float
+    hopeful: Hopeful
+
+
+Shared = dict[tuple[object, ...], Excluded]
+"""What is excluded under either schedule, by setting, devices, and how post counts."""
+
+
+class CrewBounds:
+    """Bounds on the pipelines of one setting over the devices `counts` (a number per cell).
+
+    `weights` are first guesses of how much a device of each cell counts; whoever shares `known` begins
+    with the prices that others on the same devices ended with, and whoever shares `shared` has what was
+    excluded under the other schedule.
+    """
+
+    def __init__(
+        self,
+        prices: StagePrices,
+        num_units: int,
+        counts: Sequence[int],
+        weights: FloatArray,
+        known: KnownPrices,
+        shared: Shared,
+    ) -> None:
+        self._prices, self._rows, self._num_units = prices, prices.rows, num_units
+        self._counts, self._weights = tuple(counts), weights
+        self._known, self._shared = known, shared
+
+    @property
+    def known(self) -> Prices | None:
+        """The best prices so far."""
+        return self._known.get(self._counts)
+
+    def learn(self, relaxation: Relaxation) -> None:
+        """Keep the prices of a relaxation for the next one."""
+        self._known[self._counts] = relaxation.prices
+
+    def relaxation(self, slots: Slots, take: IntArray, width: IntArray, post_weight: float) -> Relaxation:
+        """A bound on columns on some slots, by what their options take and their replicas."""
+        return Relaxation(
+            slots,
+            self._num_units,
+            take,
+            width,
+            self._counts,
+            self._weights,
+            post_weight,
+            self.known,
+            loops=self._prices.loops,
+        )
+
+    def positions_matter(self, columns: Columns) -> bool:
+        """Whether replicas are counted: few enough, and cheap or memory limits where stages may stand."""
+        replicas = sum(self._counts)
+        if replicas > MOST_COUNTED or self._prices.loops:
+            return replicas <= MOST_COUNTED
+        return bool((columns.most_below < replicas).any())
+
+    def left_out(self, wanted: Kept) -> Excluded:
+        """Which sets of devices no plan below the target has where, under either schedule."""
+        key = (self._prices.setting.shared, self._counts, wanted.post_s, wanted.post_weight)
+        known = self._shared.get(key)
+        if known is None or known.all_s < wanted.all_s:
+            known = self._on_any_links(wanted)
+            if known.bound_s < wanted.all_s:
+                known = self._in_all_modes(wanted, known)
+            self._shared[key] = known
+        return known
+
+    def _on_any_links(self, wanted: Kept) -> Excluded:
+        """Whatever the mode and the links beside it."""
+        rows, first = self._rows, self._rows.first_rows
+        slots = rows.whole_slots
+        relaxation = self.relaxation(slots, rows.take[first], rows.width[first], wanted.post_weight)
+        deep = sum(self._counts) <= MOST_COUNTED
+        bound_s, crews = relaxation.first_look(self._prices, _limits(wanted), deep=deep)
+        if bound_s >= wanted.all_s:
+            return self._excluded(wanted, bound_s, slots, crews, crews.option)
+        return self._bounded(wanted, bound_s, relaxation, slots, crews, crew_of=None)
+
+    def _in_all_modes(self, wanted: Kept, known: Excluded) -> Excluded:
+        """What is left of that, between every two kinds of links."""
+        rows = self._rows
+        columns = self._prices.relaxed(_limits(wanted), hopeful=known.hopeful, either=True)
+        relaxation = self.relaxation(rows.slots, rows.take, rows.width, wanted.post_weight)
+        return self._bounded(wanted, known.bound_s, relaxation, rows.slots, columns, rows.crew_of)
+
+    def _bounded(
+        self,
+        wanted: Kept,
+        bound_s: float,
+        relaxation: Relaxation,
+        slots: Slots,
+        columns: Columns,
+        crew_of: IntArray | None,
+    ) -> Excluded:
+        """Raise a bound; `crew_of` gives the crew of options that are no crews themselves."""
+        deep = self.positions_matter(columns)
+        bounded = relaxation.bound(columns, wanted.all_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
+        self.learn(relaxation)
+        left = columns.pick(bounded.bound_s + bounded.reduced_s < wanted.all_s)
+        crew = left.option if crew_of is None else crew_of[left.option]
+        return self._excluded(wanted, max(bound_s, bounded.bound_s), slots, left, crew)
+
+    def _excluded(
+        self, wanted: Kept, bound_s: float, slots: Slots, left: Columns, crew: IntArray
+    ) -> Excluded:
+        """The crews on each slot, without repetition; on whole slots for all kinds of links."""
+        crews = len(self._rows.first_rows)
+        places = left.slot * crews + crew  # increasing: loops go by slot, then by crew
+        places = places[starts(places)]
+        some, crew = places // crews, places % crews
+        begins = np.append(np.flatnonzero(starts(some)), len(some))
+        hopeful = Hopeful(some[begins[:-1]], begins, crew, slots is self._rows.whole_slots)
+        return Excluded(wanted.all_s, bound_s, hopeful)
+
+
+def _limits(wanted: Kept) -> StageLimits:
+    return StageLimits(post_s=wanted.post_s, all_s=wanted.all_s, post_weight=wanted.post_weight)

@@ -1,0 +1,74 @@
+"""Compiling the loops of the chain search in the background, as `sharding.warm` does for sharding.
+
+The first run of an installation compiles for some seconds, later ones load what lies on disk. A small
+search does not need the loops, and one that must end before they are compiled goes without.
+"""
+
+import atexit
+import threading
+import time
+
+from graphpar.partition.jit import COMPILED
+from graphpar.tracing import TRACING
+
+LOOPS_PAY = 1_000_000
+"""Columns times sets of devices from which on compiled loops are worth being loaded."""
+
+_SHARE_WAITED = 0.3
+"""Share of the time left that is waited for the compiler."""
+
+
+class _Compiler:
+    """A thread that compiles by running everything once on a small example."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.fault: Exception | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="graphpar-chain", daemon=True)
+                self._thread.start()
+                # A thread that the interpreter's end stops inside the compiler takes the process down.
+                atexit.register(self._thread.join)
+
+    def _run(self) -> None:
+        from graphpar.partition.chains.example import run_example
+
+        try:
+            with TRACING:
+                run_example()
+        except Exception as fault:
+            self.fault = fault
+        self.ready.set()
+
+
+_COMPILER = _Compiler()
+
+
+NOT_COMPILED = "numba is not installed"
+NOT_READY = "its loops were not compiled when they were needed, as in the first run of an installation"
+
+
+def why_without_loops() -> str:
+    """What kept a search from the compiled loops."""
+    if not COMPILED:
+        return NOT_COMPILED
+    fault = _COMPILER.fault
+    return NOT_READY if fault is None else f"its loops could not be compiled ({fault})"
+
+
+def loops_are_ready(deadline_s: float) -> bool:
+    """Whether the compiled loops can be used; waits for them, for a share of the time until a deadline.
+
+    False where numba is missing, the time is too short, or the compiler failed: array operations then
+    do the same work, slower.
+    """
+    if not COMPILED:
+        return False
+    _COMPILER.start()
+    left_s = min(deadline_s - time.monotonic(), 3600.0)
+    return _COMPILER.ready.wait(max(0.0, _SHARE_WAITED * left_s)) and _COMPILER.fault is None

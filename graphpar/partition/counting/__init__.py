@@ -1,0 +1,1 @@
+"""One pipeline of equal blocks over many devices: stages are counted, kind by kind."""

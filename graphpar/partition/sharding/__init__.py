@@ -1,0 +1,1 @@
+"""How every operator is split: exact reductions, dual bounds, local search, integer programmes."""

@@ -1,0 +1,1 @@
+"""The plan: built from a partition, checked, printed, saved, loaded, compared."""
