@@ -1,7 +1,7 @@
 """Python objects as bytes for workers: what a script defines goes along by value."""
 
 import io
-import marshal
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -11,9 +11,17 @@ import cloudpickle
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, CodeType):
-            # cloudpickle from 3.1.3 on forgets files' names, and errors would not say where they arose.
-            return marshal.loads, (marshal.dumps(obj),)
+            make, arguments = self.dispatch_table[CodeType](obj)
+            return _named, (obj.co_filename, make, arguments)
         return super().reducer_override(obj)
+
+
+def _named(filename: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
+    """The code under its file's name.
+
+    cloudpickle from 3.1.3 on leaves that out, and errors would not say where they arose.
+    """
+    return make(*arguments).replace(co_filename=filename)
 
 
 def dumps(value: object) -> bytes:

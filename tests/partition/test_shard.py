@@ -188,8 +188,8 @@ def test_windows_never_lose_and_a_full_one_is_optimal(problem: ShardingProblem) 
 @pytest.mark.parametrize(
     ("slow", "later"),
     [
-        ("reduce.tighten", "reduce.split_separable"),
-        ("shard_ilp.merge_classes", "solver.MatrixProgram.solve"),
+        ("sharding.reduce.tighten", "sharding.reduce.split_separable"),
+        ("sharding.ilp.merge_classes", "solver.MatrixProgram.solve"),
     ],
 )
 def test_a_window_ends_with_its_time_whatever_it_is_at(
