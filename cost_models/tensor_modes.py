@@ -63,7 +63,7 @@ class SharedUnits:
         graph: The captured graph, lowered as one stage; of any batch.
         chain: Its units.
         sharding: How they are shared, as solved for this graph.
-        times: Prices of the group at any microbatch size (`times_by_size`).
+        times: Prices of the group at any microbatch size.
     """
 
     def __init__(self, graph: Graph, chain: Chain, sharding: Sharding, times: TimesBySize) -> None:

@@ -16,7 +16,13 @@ from graphpar.cli import graphpar as command_line
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("graphpar", "passes", "cost_models", "examples", "benchmarks", "docs", "tests")
-FILES = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+FILES = {
+    "/".join(path.relative_to(ROOT).parts[start:])
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.*")
+    for start in range(len(path.relative_to(ROOT).parts))
+}
+"""Every file by its name, and by its name after one folder or more."""
 GIVEN = {"best.json", "collectives.yaml", "training_tables.yaml"}
 """Files that readers bring."""
 OPERATORS = {"graphpar.expected", "graphpar.ctc_loss"}
@@ -62,7 +68,7 @@ def test_names_and_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     names = set(re.findall(r"\bgraphpar(?:\.\w+)+", text)) - OPERATORS
     assert {name for name in names if not exists(name)} == set()
-    files = {Path(path).name for path in re.findall(r"`([\w./-]+\.(?:py|toml|json|js|css))`", text)}
+    files = set(re.findall(r"`([\w./-]+\.(?:py|toml|json|js|css))`", text))
     assert files - FILES - GIVEN == set()
 
 
@@ -116,6 +122,18 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_commands_are_found() -> None:
     found = {program for page in PAGES for program, _ in commands(page)}
     assert {"graphpar plan", "graphpar what-if", "python benchmarks/solve.py"} <= found
+
+
+def test_packages_of_design_are_those_that_there_are() -> None:
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([\w.]+)` \| .* \| `([\w.]+)` \|$", text, re.MULTILINE))
+    tops = {"passes", "cost_models", "examples"}
+    inits = [path for folder in (*tops, "graphpar") for path in (ROOT / folder).rglob("__init__.py")]
+    folders = {".".join(path.relative_to(ROOT).parts[:-1]).removeprefix("graphpar.") for path in inits}
+    assert set(told) == folders - {"graphpar"}
+    for package, first in told.items():
+        top = ROOT if package in tops else ROOT / "graphpar"
+        assert (top / package.replace(".", "/") / first).exists(), f"{package}: {first}"
 
 
 def test_layers_are_those_that_are_enforced() -> None:

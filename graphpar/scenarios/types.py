@@ -94,7 +94,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A named question: changes to the baseline, in the words of `changes.parse_change`.
+    """A named question: changes to the baseline, in the words that `changes.apply` takes.
 
     >>> Scenario("smaller", ("drop a/1", "set batch=16")).title
     'smaller'
