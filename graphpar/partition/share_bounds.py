@@ -1,6 +1,6 @@
 """Bounds on the step of pipelines side by side, whatever their shares, stages and microbatches are.
 
-The first need no search. `ShareBounds.largest` and `sharing_bound_s` search pipelines one by one: whatever the
+The first need no search. `ShareBounds` and `sharing_bound_s` search pipelines one by one: whatever the
 others do, a step is no shorter than one pipeline's own time and what its own devices sum and step at
 least (`stage_costs.summing`).
 """
