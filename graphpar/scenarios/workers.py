@@ -96,15 +96,15 @@ class _Pool(ProcessPoolExecutor):
     """Fresh interpreters: this one may have threads that a fork would not survive."""
 
     def __init__(self, count: int) -> None:
-        self._others = set(multiprocessing.active_children())
         context = multiprocessing.get_context("spawn")
         super().__init__(count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
 
     def end(self) -> None:
-        """End its processes in the middle of their work."""
+        """End its processes in the middle of their work, and no others that were started meanwhile."""
+        own = list((self._processes or {}).values())
         self.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - self._others:
-            child.terminate()
+        for process in own:
+            process.terminate()
 
 
 @contextmanager
@@ -134,14 +134,28 @@ def submitted(
     """Hand over tasks, and start a process where one is wanted.
 
     A process would run the script that asks once more from its top, to find what it defines; tasks are
-    made of nothing in it.
+    made of nothing in it. It never hears Ctrl-C, not even before it has come to `_end_with`.
     """
     script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    with _interrupted_later():
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return pool.submit(work, tasks)
+        finally:
+            sys.modules["__main__"] = script
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Put Ctrl-C off for a moment, where that can be; what is started meanwhile puts it off for ever."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(work, tasks)
+        yield
     finally:
-        sys.modules["__main__"] = script
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
@@ -152,6 +166,8 @@ def _at_once(tasks: list[Task]) -> "Future[list[Answer]]":
 
 def _made_ready(_: list[None]) -> list[None]:
     """Load what prices and searches need."""
+    import graphpar.groups.modes
+    import graphpar.partition.sharding.whole  # noqa: F401
     from graphpar.partition.sharding.warm import go_on_warming
 
     go_on_warming()

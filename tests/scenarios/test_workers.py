@@ -1,14 +1,18 @@
 """Processes that solve scenarios: they do not run the script that asks once more, and may be killed."""
 
 import itertools
+import multiprocessing
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +24,7 @@ from graphpar.errors import RunError
 from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.task import Task
 from graphpar.scenarios.types import Answer
-from graphpar.scenarios.workers import Submit
+from graphpar.scenarios.workers import LEAST_AHEAD, Submit, submitted
 
 SCRIPT = """
 import torch, graphpar
@@ -79,3 +83,45 @@ def test_where_one_is_killed_a_study_goes_on_alone(monkeypatch: pytest.MonkeyPat
     assert [a.step_s for a in study.answers] == [a.step_s for a in undisturbed.answers]
     assert study.baseline.step_s == undisturbed.baseline.step_s
     assert begun == [2, 2, 1]
+
+
+def _many() -> None:
+    asked = [f"set batch={batch}" for batch in range(4, 4 + LEAST_AHEAD)]
+    cluster = {"devices": [{"kind": "t4", "count": 2}]}
+    layers = nn.Sequential(*(nn.Linear(8, 8, device="meta") for _ in range(3)))
+    args = (torch.empty(4, 8, device="meta"),)
+    graphpar.what_if(layers, cluster, asked, args, cache=False, processes=2)
+
+
+def test_processes_that_others_start_meanwhile_live_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller may have processes of its own, and start some while the model is captured."""
+    began: list[Any] = []
+
+    def captured(*_: Any) -> None:
+        # Forked, it needs no time to begin, and does nothing that a thread of this one could hold up.
+        began.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)))
+        began[0].start()
+        raise ValueError("no model")
+
+    monkeypatch.setattr("graphpar.scenarios.api.PriceBook", captured)
+    with pytest.raises(ValueError, match="no model"):
+        _many()
+    try:
+        began[0].join(0.5)
+        assert began[0].is_alive()
+        assert multiprocessing.active_children() == began
+    finally:
+        began[0].kill()
+        began[0].join()
+
+
+def test_processes_that_are_starting_do_not_hear_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would tell of it where it is, before its initializer has run; this one hears it afterwards."""
+    masks: list[set[int]] = []
+    pool: Any = SimpleNamespace(
+        submit=lambda *_: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    submitted(pool, list, [])
+    assert signal.SIGINT in masks[0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
