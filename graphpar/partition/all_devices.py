@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from graphpar.cost import CostTable
+from graphpar.errors import InfeasibleError
+from graphpar.partition.check import check_partition
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
 from graphpar.partition.partition_words import idle_note, table_notes
 from graphpar.partition.search import INFINITY
@@ -18,6 +20,27 @@ _FEW_DEVICES = 64
 
 _GRACE_S = 0.5
 """How long they may take over more devices where there is no other plan: better late than none."""
+
+
+def without_search(
+    table: CostTable,
+    reason: str,
+    known: tuple[Sequence[PipelineChoice], ScheduleName] | None,
+    tried: Tried,
+    physical_s: float,
+    began_s: float,
+) -> Partition:
+    """The best plan at hand where nothing can be searched; arguments as those of `with_all_devices`.
+
+    Raises:
+        InfeasibleError: None of them fits.
+    """
+    best = with_all_devices(table, None, f"nothing, for {reason}", known, tried, physical_s, began_s)
+    if best is None:
+        raise InfeasibleError(f"none of the plans at hand fits, and {reason}", limit="units")
+    best = replace(best, truncated_by=(f"units: {reason}",))
+    check_partition(table, best)
+    return best
 
 
 def few_devices(table: CostTable) -> bool:

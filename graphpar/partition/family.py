@@ -24,7 +24,12 @@ from graphpar.partition.cells import (
     relaxed_cells,
 )
 from graphpar.partition.counting.options import counting_options
-from graphpar.partition.fewer_devices import fewer_devices, is_of_some_devices, whole_s
+from graphpar.partition.fewer_devices import (
+    TooManyUnitsError,
+    fewer_devices,
+    is_of_some_devices,
+    whole_s,
+)
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.repeats import Repeats, find_repeats
 from graphpar.partition.settings import (
@@ -106,7 +111,11 @@ class Family:
 
 
 def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Microbatches) -> Family:
-    """The widest family that can be searched: placed stages, counted stages, or fewer devices."""
+    """The widest family that can be searched: placed stages, counted stages, or fewer devices.
+
+    Raises:
+        TooManyUnitsError: Nothing can be.
+    """
     schedules = schedules_of(table, schedule)
     if not table.training:
         schedules = ("gpipe",) if schedule == "auto" else (schedule,)
@@ -125,6 +134,8 @@ def choose_family(table: CostTable, schedule: ScheduleChoice, microbatches: Micr
         placed = _placed_family(table, some, exact, settings, effort, wide=False)
         if placed is not None:
             return placed
+    if len(table.class_of) == 1:
+        raise TooManyUnitsError(f"{table.num_units:,} unlike units are too many to search")
     fewer, words = fewer_devices(table)
     family = choose_family(fewer, schedule, microbatches)
     if not family.partial:

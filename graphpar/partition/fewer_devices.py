@@ -18,6 +18,10 @@ _BY_CLASS = (
 """Fields of units that are indexed by device class, or empty."""
 
 
+class TooManyUnitsError(Exception):
+    """A chain has more unlike units than can be searched, were it over one device."""
+
+
 def is_of_some_devices(words: str) -> bool:
     """Whether a search, as `Partition.family` tells it, was over a part of the devices only."""
     return AMONG in words

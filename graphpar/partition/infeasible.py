@@ -14,6 +14,7 @@ from graphpar.partition.bounds import least_bytes
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import Family, Group, Grouping, choose_family, groupings
+from graphpar.partition.fewer_devices import TooManyUnitsError
 from graphpar.partition.memory_bound import room_bytes
 from graphpar.partition.memory_fit import larger_hold_more
 from graphpar.partition.programs import Programs
@@ -206,8 +207,11 @@ def _certain(table: CostTable, family: Family, deadline_s: float) -> bool:
 def some_plan_fits(
     table: CostTable, schedule: ScheduleChoice, microbatches: Microbatches, deadline_s: float
 ) -> bool:
-    """Whether a plan was found that fits into memory; False where time ran out."""
-    return bool(fits(choose_family(table, schedule, microbatches), deadline_s))
+    """Whether a plan was found that fits into memory; False where time ran out, or units are too many."""
+    try:
+        return bool(fits(choose_family(table, schedule, microbatches), deadline_s))
+    except TooManyUnitsError:
+        return False
 
 
 def fits(family: Family, deadline_s: float) -> bool | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from graphpar.cost import CostTable
-from graphpar.partition.all_devices import few_devices, simple_until_s, with_all_devices
+from graphpar.partition.all_devices import few_devices, simple_until_s, with_all_devices, without_search
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.candidate import Candidate, best_candidate, prefer_1f1b
 from graphpar.partition.certificate import BEYOND, certificate, family_note
@@ -19,6 +19,7 @@ from graphpar.partition.check import check_partition
 from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.cuts import cut_roughly
 from graphpar.partition.family import EVERY_GROUPING, Family, Grouping, choose_family, groupings
+from graphpar.partition.fewer_devices import TooManyUnitsError
 from graphpar.partition.handmade import Tried, priced_plan, simple_plans
 from graphpar.partition.infeasible import EXPLAIN_S, explain_infeasible, held_by_memory, one_may_fit
 from graphpar.partition.nearer import brought_nearer, links_differ, most_s
@@ -93,8 +94,7 @@ def partition(
 
     Args:
         table: Seconds and bytes of everything.
-        gap: Stop once the plan is proven within this fraction of the best of its family; 0 for the
-            best.
+        gap: Stop once the plan is proven within this fraction of its family's best; 0 for the best.
         time_limit_s: Wall-clock seconds after which the best plan so far is returned, with its gap.
         schedule: `1f1b`, `gpipe`, or `auto` for the better of the two.
         microbatches: A fixed number of microbatches per pipeline, or `auto`.
@@ -102,8 +102,7 @@ def partition(
         incumbent: A plan known before, which fits: only faster ones are looked for.
         explain_s: Seconds to look for what would fit where nothing does, if the limit leaves them.
         zero_levels: The ZeRO levels that may be proposed then.
-        compare_simple: Whether the answer is compared with those of `handmade` (over many devices only if
-            the search was cut short); False where the caller has better ones.
+        compare_simple: Whether plans of `handmade` are tried (over many devices if the search was cut).
 
     Raises:
         ValueError: An argument or the table makes no sense.
@@ -111,8 +110,12 @@ def partition(
     """
     began_s = time.monotonic()
     check_arguments(table, gap, time_limit_s, schedule, microbatches)
-    family = choose_family(table, schedule, microbatches)
     physical_s = physical_bound_s(table)
+    tried = Tried(schedule, microbatches, began_s + time_limit_s)
+    try:
+        family = choose_family(table, schedule, microbatches)
+    except TooManyUnitsError as told:
+        return without_search(table, str(told), incumbent, tried, physical_s, began_s)
     run = _Run(family, CountingLimits(gap, backend), began_s, began_s + time_limit_s, physical_s)
     if incumbent is not None and not family.partial:
         run.start_from(*incumbent)
@@ -123,7 +126,6 @@ def partition(
         run.compare(schedule, microbatches)
     answer = run.answer() if run.best is not None else None
     if family.partial:
-        tried = Tried(schedule, microbatches, began_s + time_limit_s)
         simple = tried if compare_simple or answer is None else None
         answer = with_all_devices(table, answer, family.staffing, incumbent, simple, physical_s, began_s)
     if answer is None:
@@ -266,9 +268,7 @@ class _Run:
             )
             self.groupings_tried += 1
             before_s = self.step_s
-            if found is not None:
-                self._offer(found)
-            if found is not None and self.step_s < before_s:
+            if found is not None and self._offer(found) < before_s:
                 better.append((bound, groups, found))
         self._search_groupings(better)
 

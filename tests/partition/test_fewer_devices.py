@@ -17,6 +17,8 @@ from graphpar.partition.cells import Cells, find_cells
 from graphpar.partition.chains import warm as chain_warm
 from graphpar.partition.family import choose_family
 from graphpar.partition.fewer_devices import first_devices
+from graphpar.partition.handmade import simple_plans
+from graphpar.partition.infeasible import some_plan_fits
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.pipeline import partition
 
@@ -143,3 +145,20 @@ def test_a_plan_that_fits_is_there_in_no_time(monkeypatch: pytest.MonkeyPatch) -
     found = partition(table, time_limit_s=1e-9)
     assert len(found.used_devices) == 5 and found.truncated_by
     assert found.bound_s <= partition(table).objective_s <= found.objective_s
+
+
+def test_more_units_than_can_be_searched_have_the_best_plan_at_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As 5,478 unlike units are on any device."""
+    for name in ("BY_LOOPS", "BY_ARRAYS", "ON_REAL_LINKS"):
+        monkeypatch.setattr(family, name, staffings.Effort(10, 10))
+    table = make_table([1.0, 2.0, 3.0, 4.0], (1.0, 1.5), (1, 1))
+    found = partition(table)
+    assert found.truncated_by == ("units: 4 unlike units are too many to search",)
+    assert found.objective_s == min(p.objective_s for p in simple_plans(table))
+    assert found.bound_s == found.physical_bound_s < found.objective_s
+    small = make_table([1.0, 2.0, 3.0, 4.0], (1.0, 1.5), (1, 1), weight_bytes=2.0, memory_bytes=1.0)
+    with pytest.raises(InfeasibleError, match="none of the plans at hand fits, and 4 unlike units"):
+        partition(small)
+    assert not some_plan_fits(small, "auto", "auto", float("inf"))
