@@ -38,6 +38,7 @@ from graphpar.partition.solver_matrix import (
     new_highs,
     objective_scale,
     read_highs,
+    run_highs,
     set_start,
 )
 
@@ -278,7 +279,7 @@ class _QuietHighs(pulp.HiGHS):  # type: ignore[misc]
     def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
         if self._start is not None:
             set_start(lp.solverModel, self._start)
-        lp.solverModel.run()
+        run_highs(lp.solverModel)
         integer = any(variable.cat == pulp.LpInteger for variable in lp.variables())
         self.raw = read_highs(lp.solverModel, integer)
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from graphpar.partition.answers import OPTIMALITY_TOLERANCE
+from graphpar.partition.clock import ShouldStop, never
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Status: TypeAlias = Literal["optimal", "feasible", "infeasible", "unbounded", "unknown"]
@@ -113,23 +114,27 @@ class Patience:
         return self.processor_s <= 0 or time.monotonic() >= self.deadline_s
 
     def run(self, highs: Any) -> None:
-        """Let HiGHS run, and look at both clocks as often as it can be interrupted.
-
-        That is not within its heuristics. Signals end it as well, and are handled then.
-        """
+        """Let HiGHS run, and look at both clocks meanwhile (`run_highs`)."""
         until_s = time.thread_time() + self.processor_s
         if self.deadline_s < float("inf"):
             highs.setOptionValue("time_limit", max(0.0, self.deadline_s - time.monotonic()))
-        with _signals_kept() as signals:
+        run_highs(highs, lambda: time.thread_time() > until_s or time.monotonic() > self.deadline_s)
 
-            def look(_kind: Any, _words: str, _told: Any, answer: Any, _own: Any) -> None:
-                over = time.thread_time() > until_s or time.monotonic() > self.deadline_s
-                answer.user_interrupt = over or bool(signals)
 
-            highs.setCallback(look, None)
-            for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
-                highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
-            highs.run()
+def run_highs(highs: Any, is_over: ShouldStop = never) -> None:
+    """Let HiGHS run until it ends, something is over or a signal comes, which is handled then.
+
+    That is asked as often as HiGHS can be interrupted, which is not within its heuristics.
+    """
+    with _signals_kept() as signals:
+
+        def look(_kind: Any, _words: str, _told: Any, answer: Any, _own: Any) -> None:
+            answer.user_interrupt = is_over() or bool(signals)
+
+        highs.setCallback(look, None)
+        for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
+            highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
+        highs.run()
 
 
 @contextlib.contextmanager
@@ -189,7 +194,7 @@ class MatrixProgram:
         if start is not None:
             set_start(highs, start)
         if patience is None:
-            highs.run()
+            run_highs(highs)
         else:
             patience.run(highs)
         raw = read_highs(highs, bool(self.integer.any()))

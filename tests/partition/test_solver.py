@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -54,17 +55,28 @@ def test_patience_counts_work_and_is_never_called_an_optimum() -> None:
     assert time.monotonic() - began_s < 20.0
 
 
-def test_signals_end_an_integer_programme_and_are_handled() -> None:
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda: balance(60, 12).solve(time_limit_s=20.0),
+        lambda: balance(60, 12).arrays().solve(time_limit_s=20.0),
+        lambda: balance(60, 12).arrays().solve(patience=Patience(20.0)),
+    ],
+    ids=["terms", "arrays", "patience"],
+)
+def test_signals_end_an_integer_programme_and_are_handled(solve: Callable[[], Outcome]) -> None:
     """Ctrl-C is one. An error within a callback would be lost to HiGHS."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise InterruptedError
 
     before = signal.signal(signal.SIGUSR1, interrupt)
+    began_s = time.thread_time()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     try:
         with pytest.raises(InterruptedError):
-            balance(60, 12).arrays().solve(patience=Patience(20.0))
+            solve()
+        assert time.thread_time() - began_s < 5.0
         assert signal.getsignal(signal.SIGUSR1) is interrupt
     finally:
         signal.signal(signal.SIGUSR1, before)
