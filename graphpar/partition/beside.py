@@ -33,6 +33,7 @@ def nodes_beside(table: CostTable, schedule: ScheduleName) -> Partition | None:
     lanes = [lane for own in nodes.values() if (lane := _Lane(table, own)).ways]
     if len(lanes) < 2 or len(lanes) > min(table.batch, table.max_replicas):
         return None
+    most = table.max_replicas // len(lanes)
     best: Partition | None = None
     rates, before = [1.0] * len(lanes), tuple[int, ...]()
     for _ in range(_ROUNDS):
@@ -40,7 +41,7 @@ def nodes_beside(table: CostTable, schedule: ScheduleName) -> Partition | None:
         if samples == before:
             break
         before = samples
-        made = [lane.fastest(own) for lane, own in zip(lanes, samples, strict=True)]
+        made = [lane.fastest(own, most) for lane, own in zip(lanes, samples, strict=True)]
         chosen = [each for each in made if each is not None]
         if len(chosen) < len(lanes):
             return best
@@ -48,7 +49,7 @@ def nodes_beside(table: CostTable, schedule: ScheduleName) -> Partition | None:
         if excess_bytes(table, found) <= 0 and (best is None or found.objective_s < best.objective_s):
             check_partition(table, found)
             best = found
-        rates = [own / seconds for own, (seconds, _) in zip(samples, chosen, strict=True)]
+        rates = [own / max(seconds, 1e-30) for own, (seconds, _) in zip(samples, chosen, strict=True)]
     return best
 
 
@@ -113,21 +114,24 @@ class _Lane:
             first, *others = [waiting[k].pop(0) for k in mode.members]
             yield Replica(first, 0, tuple(others), mode.shares, mode.mesh, mode.lean)
 
-    def fastest(self, samples: int) -> tuple[float, PipelineChoice] | None:
-        """Seconds and the pipeline that takes the fewest for so many samples."""
+    def fastest(self, samples: int, most: int) -> tuple[float, PipelineChoice] | None:
+        """Seconds and the pipeline that takes fewest for so many samples, over `most` groups or fewer."""
         counts = np.array(microbatch_counts(self.table, samples, "auto") if samples else (), dtype=int)
-        tried = (self._timed(way, samples, counts) for way in self.ways)
+        tried = (self._timed(way, samples, counts, most) for way in self.ways)
         found = [each for each in tried if each is not None]
         return min(found, key=lambda each: each[0], default=None)
 
-    def _timed(self, way: _Way, samples: int, counts: _Counts) -> tuple[float, PipelineChoice] | None:
+    def _timed(
+        self, way: _Way, samples: int, counts: _Counts, most: int
+    ) -> tuple[float, PipelineChoice] | None:
         """The best number of microbatches, of those that fit."""
+        replicas = way.replicas[:most]
         sizes, known = -(-samples // counts), self.table.sizes
-        each_s, turns = np.interp(sizes, known, way.seconds), -(-counts // len(way.replicas))
+        each_s, turns = np.interp(sizes, known, way.seconds), -(-counts // len(replicas))
         seconds = np.where(np.interp(sizes, known, way.free_bytes) < 0, np.inf, turns * each_s)
         best = int(seconds.argmin()) if len(seconds) else 0
         if not len(seconds) or seconds[best] == np.inf:
             return None
         count, mode = int(counts[best]), way.mode
-        stage = StageChoice(0, self.table.num_units, way.replicas[:count], mode.precision, mode.recompute)
+        stage = StageChoice(0, self.table.num_units, replicas[:count], mode.precision, mode.recompute)
         return way.step_s + float(seconds[best]), PipelineChoice(samples, count, (stage,))
