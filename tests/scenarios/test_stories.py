@@ -1,6 +1,7 @@
 """The worked what-if stories: what they print is what their texts say."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +106,12 @@ def test_old_card(capsys: pytest.CaptureFixture[str]) -> None:
     second = study["a second RTX 4090"].change(study.baseline)
     assert second is not None
     assert second > 0.1
+    guide = (Path(__file__).parents[2] / "docs/what-if.md").read_text(encoding="utf-8")
+    shown = re.findall(
+        r"^(baseline|a second RTX 4090|an RTX 3090 instead) +([\d.]+) ms", guide, re.MULTILINE
+    )
+    assert len(shown) == 3
+    for name, step_ms in shown:
+        answer = study.baseline if name == "baseline" else study[name]
+        if answer.gap is not None and answer.gap < 0.011:  # others ran out of time
+            assert answer.step_s == pytest.approx(float(step_ms) / 1e3, rel=0.015)
