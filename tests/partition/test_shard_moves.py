@@ -198,6 +198,16 @@ def line(length: int) -> ShardingProblem:
     )
 
 
+def test_many_edges_are_not_done_in_no_time() -> None:
+    """Where all was done whatever the clock said, 120,000 edges took three times a limit of a second."""
+    nodes, pairs = 120, tuple((i, j) for i in range(120) for j in range(i))
+    none = ((0, 1),) * nodes, ((0, 0),) * nodes, ((0, 0),) * nodes
+    few = ShardingProblem("few", *none, pairs[:5000], ((0, 1, 1, 0),) * 5000, None)
+    many = ShardingProblem("many", *none, pairs, ((0, 1, 1, 0),) * len(pairs), None)
+    assert few.num_pairs == 20_000 and shard_start.is_instant(few)
+    assert not shard_start.is_instant(many)
+
+
 def test_out_of_time_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(State, "out_of_time", lambda _: True)
     for module in (shard_start, shard_whole):

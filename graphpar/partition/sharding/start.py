@@ -25,14 +25,15 @@ _LARGEST_PAIRS = 1_000_000
 """Pairs from which compiling them takes less time than the reductions before any other answer."""
 
 _INSTANT_PAIRS = 20_000
-_FOLDED_NODES, _FOLDED_PAIRS = 500, 1_000_000
-"""Most pairs of an instant problem, and of one of few nodes without a limit of memory, as the folded
-blocks of a model are."""
+_FOLDED_NODES, _FOLDED_EDGES, _FOLDED_PAIRS = 500, 5_000, 1_000_000
+"""Most pairs of an instant problem, and of one of few nodes and edges without a limit of memory, as the
+folded blocks of a model are. Each edge takes time as well, however few its pairs are."""
 
 
 def is_instant(problem: ShardingProblem) -> bool:
     """Whether reductions, a first answer and a first bound take well under a second."""
-    folded = problem.usage_limit is None and problem.num_nodes <= _FOLDED_NODES
+    few = problem.num_nodes <= _FOLDED_NODES and len(problem.edge_nodes) <= _FOLDED_EDGES
+    folded = problem.usage_limit is None and few
     return problem.num_pairs <= (_FOLDED_PAIRS if folded else _INSTANT_PAIRS)
 
 
