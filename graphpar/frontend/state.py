@@ -8,11 +8,12 @@ whether its result depends on it.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,6 +29,10 @@ _TORCHS_OWN = frozenset(vars(nn.Module()))
 _PLAIN = (bool, str, bytes, int, float, complex, type(None))
 _DEEPEST = 4
 _LONGEST = 10_000
+
+_harmless: WeakKeyDictionary[nn.Module, Set[tuple[str, str]]] = WeakKeyDictionary()
+"""Attributes of models without values whose graph a call before did not change: a capture exports a model
+several times, and asking takes two more exports, of every block."""
 
 Numbers = dict[tuple[str, str], float]
 """Plain numbers that modules keep as attributes, by module and attribute."""
@@ -202,7 +207,11 @@ def refuse_kept(
         return
     names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in sorted(moved)[:3])
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
-        if not _same_graph_after_a_call(model, call, graph):
+        if moved <= _harmless.get(model, frozenset()):
+            return
+        if _same_graph_after_a_call(model, call, graph):
+            _harmless[model] = moved
+        else:
             _log.warning("The model keeps values in plain attributes (%s); a graph does what its first "
                          "call does", names)  # fmt: skip
         return

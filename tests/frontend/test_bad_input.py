@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from graphpar.errors import CaptureError
+from graphpar.frontend import state
 from graphpar.frontend.capture import capture
 from graphpar.frontend.refusals import warn_of_bad_weights
 
@@ -229,6 +230,22 @@ def test_without_values_such_a_state_is_told_where_it_changes_the_graph(
         model = Remembers(how, used)
     capture(model, (X.to("meta"),), {}, loss="returned")
     assert ("keeps values in plain attributes (past)" in caplog.text) is used
+
+
+def test_what_changes_no_graph_is_asked_once_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    answer = state._same_graph_after_a_call
+
+    def ask(model: nn.Module, call: Callable[[], Any], graph: Callable[[], str]) -> bool:
+        asked.append(model)
+        return answer(model, call, graph)
+
+    monkeypatch.setattr(state, "_same_graph_after_a_call", ask)
+    with torch.device("meta"):
+        model = Remembers("attribute", False)
+    for _ in range(2):
+        capture(model, (X.to("meta"),), {}, loss="returned")
+    assert asked == [model]
 
 
 def test_the_same_state_in_a_buffer_goes_through() -> None:
