@@ -30,9 +30,9 @@ _PLAIN = (bool, str, bytes, int, float, complex, type(None))
 _DEEPEST = 4
 _LONGEST = 10_000
 
-_harmless: WeakKeyDictionary[nn.Module, Set[tuple[str, str]]] = WeakKeyDictionary()
-"""Attributes of models without values whose graph a call before did not change: a capture exports a model
-several times, and asking takes two more exports, of every block."""
+_harmless: WeakKeyDictionary[nn.Module, tuple[Any, Set[tuple[str, str]]]] = WeakKeyDictionary()
+"""For models without values how they were, and the attributes whose change did not change their graph: a
+capture exports a model several times, and asking takes two more exports, of every block."""
 
 Numbers = dict[tuple[str, str], float]
 """Plain numbers that modules keep as attributes, by module and attribute."""
@@ -207,10 +207,12 @@ def refuse_kept(
         return
     names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in sorted(moved)[:3])
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
-        if moved <= _harmless.get(model, frozenset()):
+        now = _plainly(model)
+        then, harmless = _harmless.get(model, (None, frozenset[tuple[str, str]]()))
+        if now == then and moved <= harmless:
             return
         if _same_graph_after_a_call(model, call, graph):
-            _harmless[model] = moved
+            _harmless[model] = now, moved
         else:
             _log.warning("The model keeps values in plain attributes (%s); a graph does what its first "
                          "call does", names)  # fmt: skip
@@ -244,6 +246,11 @@ def refuse_kept(
         f"and write to it in place (self.{name}.copy_(value.detach())), or pass it as an argument and "
         "return it."
     )
+
+
+def _plainly(model: nn.Module) -> Any:
+    """What a model's graph depends on beside its inputs, as far as plain attributes say."""
+    return Kept.by(model).marks, numbers_of(model), [module.training for module in model.modules()]
 
 
 def _same_graph_after_a_call(model: nn.Module, call: Callable[[], Any], graph: Callable[[], str]) -> bool:

@@ -246,6 +246,9 @@ def test_what_changes_no_graph_is_asked_once_for_a_model(monkeypatch: pytest.Mon
     for _ in range(2):
         capture(model, (X.to("meta"),), {}, loss="returned")
     assert asked == [model]
+    model.used = True
+    capture(model, (X.to("meta"),), {}, loss="returned")
+    assert len(asked) > 1
 
 
 def test_the_same_state_in_a_buffer_goes_through() -> None:
