@@ -22,7 +22,8 @@ import numpy as np
 from graphpar.cost import CostTable
 from graphpar.partition.assign import groups_hold, name_devices
 from graphpar.partition.cells import StageOption
-from graphpar.partition.chains.limits import ChainAnswer, Stage, states_of, strides_of
+from graphpar.partition.chains.limits import ChainAnswer, Stage
+from graphpar.partition.device_sets import states_of, strides_of
 from graphpar.partition.family import Family
 from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.pipeline_price import price

@@ -14,6 +14,7 @@ import numpy as np
 
 from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, Links, StageOption, pareto
+from graphpar.partition.device_sets import DeviceSets, device_sets
 from graphpar.partition.slots import Slots
 from graphpar.partition.stage_costs import cached_post, zero_seconds
 from graphpar.partition.unit_arrays import (
@@ -80,6 +81,7 @@ class OptionRows:
         self._teams: tuple[IntArray, IntArray] | None = None
         self.usable: BoolArray | None = None
         """[set of devices, team]: whether they suffice for it, once somebody has asked."""
+        self._sets: DeviceSets | None = None
         self._find_crews(table)
 
     @cached_property
@@ -158,6 +160,14 @@ class OptionRows:
             found, inverse = np.unique(take, axis=0, return_inverse=True)
             self._teams = found, inverse.reshape(-1).astype(np.intp)
         return self._teams
+
+    def device_sets(self, counts: Sequence[int]) -> DeviceSets:
+        """What may be behind the options on the devices of the pipeline, a count per cell."""
+        if self._sets is None:
+            with_replicas = self.counts_replicas
+            teams, team = self.teams(with_replicas)
+            self._sets = device_sets(teams, team, self.width, counts, with_replicas=with_replicas)
+        return self._sets
 
     def _find_crews(self, table: CostTable) -> None:
         """Options of the same devices in other modes are a crew; modes of the same members a team.

@@ -14,6 +14,7 @@ from plan_samples import sample_partition, table_for
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
 from graphpar.partition import cuts
+from graphpar.partition.chains import crews
 from graphpar.partition.chains import limits as chain
 from graphpar.partition.chains import warm as chain_warm
 from graphpar.partition.chains.columns import Columns, Hopeful, StagePrices
@@ -37,6 +38,7 @@ def planned(table: CostTable, gap: float, *, loops: bool) -> Partition | None:
         # Everything is bounded, however few columns there are.
         for limit in ("MANY_FOR_LOOPS", "_FEW_FOR_LOOPS", "_FEW_COLUMNS"):
             patch.setattr(chain, limit, 0)
+        patch.setattr(crews, "FEW_FOR_SETS", 0)
         patch.setattr(cuts, "PARTS", 2)
         try:
             return partition(table, gap=gap, time_limit_s=600.0)

@@ -12,6 +12,7 @@ import numpy as np
 
 from graphpar.partition.chains.columns import Columns, Hopeful, StagePrices
 from graphpar.partition.chains.relaxed import Prices, Relaxation
+from graphpar.partition.chains.sets import SetChains
 from graphpar.partition.slots import Slots
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
@@ -21,6 +22,12 @@ MOST_COUNTED = 16
 
 ROUNDS_FOR_LOOPS = 30
 """Steps in which columns are bounded where loops do it."""
+
+FEW_FOR_SETS = 20_000
+"""So few columns between links are not looked at by the devices behind them."""
+
+_MANY_WINDOWS, _MANY_LINKS = 20_000, 16
+"""So many crews are looked at by windows of extra only if runs stand between so many pairs of links."""
 
 KnownPrices = dict[tuple[int, ...], Prices]
 """The best prices found for pipelines on some devices, given as counts per cell."""
@@ -122,6 +129,14 @@ class CrewBounds:
             self._shared[key] = known
         return known
 
+    def rehearse(self) -> None:
+        """Use every loop once."""
+        wanted = Kept(np.inf, np.inf, 1.0)
+        self.left_out(wanted)
+        columns = self._prices.relaxed(_limits(wanted), either=True)
+        prices = self.relaxation(self._rows.slots, self._rows.take, self._rows.width, 1.0).prices
+        self._in_sets(wanted, 0.0, prices, self._rows.slots, columns, are_crews=False)
+
     def _on_any_links(self, wanted: Kept) -> Excluded:
         """Whatever the mode and the links beside it."""
         rows, first = self._rows, self._rows.first_rows
@@ -153,9 +168,28 @@ class CrewBounds:
         deep = self.positions_matter(columns)
         bounded = relaxation.bound(columns, wanted.all_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
         self.learn(relaxation)
+        bound_s = max(bound_s, bounded.bound_s)
         left = columns.pick(bounded.bound_s + bounded.reduced_s < wanted.all_s)
+        pairs = len(self._rows.slots) / len(slots)
+        if len(left) > FEW_FOR_SETS / pairs and wanted.all_s < np.inf:
+            bound_s, left = self._in_sets(
+                wanted, bound_s, relaxation.prices, slots, left, crew_of is None
+            )
         crew = left.option if crew_of is None else crew_of[left.option]
-        return self._excluded(wanted, max(bound_s, bounded.bound_s), slots, left, crew)
+        return self._excluded(wanted, bound_s, slots, left, crew)
+
+    def _in_sets(
+        self, wanted: Kept, bound_s: float, prices: Prices, slots: Slots, left: Columns, are_crews: bool
+    ) -> tuple[float, Columns]:
+        """A bound, and what is left, where no device is in two stages."""
+        rows, pairs = self._rows, len(self._rows.slots) / len(slots)
+        option = rows.first_rows[left.option] if are_crews else left.option
+        sets, units = rows.device_sets(self._counts), self._num_units
+        chains = SetChains(left, option, sets, slots, units, wanted.all_s, wanted.post_weight)
+        least_s, some = chains.at_prices(rows.take @ prices.nu, rows.take @ prices.rho)
+        if are_crews and (len(some) < _MANY_WINDOWS or pairs > _MANY_LINKS):
+            some = chains.in_windows(some, int(FEW_FOR_SETS / pairs))
+        return max(bound_s, least_s) if len(some) else wanted.all_s, left.pick(some)
 
     def _excluded(
         self, wanted: Kept, bound_s: float, slots: Slots, left: Columns, crew: IntArray

@@ -37,6 +37,7 @@ from graphpar.partition.chains.crews import (
 )
 from graphpar.partition.chains.relaxed import ROUNDS, Relaxation
 from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.device_sets import states_of, strides_of
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
 
@@ -390,15 +391,3 @@ class ChainProgram:
                 int(slots.after[slot[best]]),
             )
         return ChainAnswer(fill, extra, post, fill, tuple(stages))
-
-
-def states_of(limits: Sequence[int]) -> IntArray:
-    """All counts within the limits, the last one growing first."""
-    return np.ascontiguousarray(np.indices([n + 1 for n in limits]).reshape(len(limits), -1).T)
-
-
-def strides_of(limits: Sequence[int]) -> IntArray:
-    strides = [1]
-    for number in reversed(limits[1:]):
-        strides.append(strides[-1] * (number + 1))
-    return np.array(strides[::-1], dtype=np.intp)

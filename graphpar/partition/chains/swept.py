@@ -164,7 +164,7 @@ class SweptProgram(ChainProgram):
 
     def rehearse(self) -> None:
         """Use everything once that an answer may need."""
-        self._crews.left_out(Kept(np.inf, np.inf, 1.0))
+        self._crews.rehearse()
         columns, _, _ = self._excluded(self._prices.relaxed(StageLimits()), Kept(np.inf, np.inf, 1.0))
         self._use(self._prices.exact(columns)[0])
         if self.best(np.inf, np.inf, 1.0, np.inf) is None:
