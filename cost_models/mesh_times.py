@@ -8,7 +8,7 @@ are priced as if each had its links to itself.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -27,16 +27,15 @@ from graphpar.cost_models.group_times import (
 )
 from graphpar.cost_models.memory import HELD
 from graphpar.cost_models.rates import CatalogueRates, Rates
+from graphpar.cost_models.sending import Sending, Sent, largest_part
 from graphpar.device import Device
 from graphpar.ir.conversions import CollectiveName
 from graphpar.ir.graph import Graph
-from graphpar.ir.mesh import Layouts, Move, Ways, route
+from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.ops import Op
 from graphpar.ir.shards import Split
 from graphpar.ir.strategies import Strategy, carries_gradient
 from graphpar.partition.problems import IMPOSSIBLE_COST
-
-_Numbers = npt.NDArray[np.intp]
 
 
 class MeshTimes:
@@ -64,12 +63,8 @@ class MeshTimes:
         self._lines = [group.along(axis) for axis in range(len(group.axes))]
         self._bytes: dict[str, float] = {}
         self._portions: dict[object, tuple[Portion, ...]] = {}
-        # Layouts, and what routes between them send, by numbers that are quicker to look up.
-        self._layouts, self._numbers = list[Layouts](), dict[Layouts, int]()
-        self._ways, self._number_of_way = list[Sent | None](), dict[Sent | None, int]()
-        self._routes: dict[tuple[int, int, bool, bool], int] = {}
+        self._sending = Sending(group.axes)
         self._priced: dict[object, tuple[float, float]] = {}
-        self._tables: dict[object, tuple[tuple[Sent | None, ...], _Numbers]] = {}
 
     def at(self, samples: int) -> "MeshTimes":
         """The same for microbatches of another size; what does not depend on it is found once for all."""
@@ -116,32 +111,25 @@ class MeshTimes:
     def _group(self, axis: int | None) -> TensorGroup:
         return self.group if axis is None else self._lines[axis]
 
-    def sent(self, op: Op, made: Layouts, wanted: Layouts) -> "Sent | None":
+    def sent(self, op: Op, made: Layouts, wanted: Layouts) -> Sent | None:
         """What is sent to bring a value from some layouts to others; None where it cannot be brought."""
-        moves = self._collectives(made, wanted, self._flows_back(op), op.target == "parameter")
+        moves = self._sending.way(made, wanted, self._flows_back(op), op.target == "parameter")
         return None if moves and not all(t is not None for t in op.types) else moves
 
-    def sent_seconds(self, op: Op, moves: "Sent") -> tuple[float, float]:
+    def sent_seconds(self, op: Op, moves: Sent) -> tuple[float, float]:
         """Forward and backward seconds of sending a value so."""
         return self._seconds(moves, self._num_bytes(op)) if moves else (0.0, 0.0)
 
     def conversions(
         self, op: Op, made: Sequence[Layouts], wanted: Sequence[Layouts]
-    ) -> "tuple[tuple[Sent | None, ...], npt.NDArray[np.intp]]":
+    ) -> tuple[tuple[Sent | None, ...], npt.NDArray[np.intp]]:
         """The ways in which a value is sent, and which of them leads from each layout to each other one.
 
         Most pairs of layouts send the same and differ in what they cut alone.
         """
-        key = (tuple(made), tuple(wanted), self._flows_back(op), op.target == "parameter")
-        if key not in self._tables:
-            rows, columns = (tuple(map(self._numbered, side)) for side in (made, wanted))
-            every = [self._way(a, b, *key[2:]) for a in rows for b in columns]
-            ways, numbers = np.unique(every, return_inverse=True)
-            table = numbers.reshape(len(made), len(wanted))
-            self._tables[key] = tuple(self._ways[way] for way in ways.tolist()), table
-        return self._tables[key]
+        return self._sending.table(made, wanted, self._flows_back(op), op.target == "parameter")
 
-    def sending_seconds(self, op: Op, ways: "Sequence[Sent | None]") -> npt.NDArray[np.float64]:
+    def sending_seconds(self, op: Op, ways: Sequence[Sent | None]) -> npt.NDArray[np.float64]:
         """Seconds of each of some ways to send a value in both directions; endless for no way."""
         is_tensor = all(t is not None for t in op.types)
         num_bytes = self._num_bytes(op) if is_tensor else 0.0
@@ -175,7 +163,7 @@ class MeshTimes:
             self._bytes[op.name] = sum(t.bytes(self.options.samples) for t in op.types if t is not None)
         return self._bytes[op.name]
 
-    def _seconds(self, moves: "Sent", num_bytes: float) -> tuple[float, float]:
+    def _seconds(self, moves: Sent, num_bytes: float) -> tuple[float, float]:
         key = moves, num_bytes
         if key not in self._priced:
             ahead = behind = 0.0
@@ -187,35 +175,6 @@ class MeshTimes:
                 behind += back / (self.options.microbatches if move.once else 1)
             self._priced[key] = ahead, behind
         return self._priced[key]
-
-    def _collectives(
-        self, made: Layouts, wanted: Layouts, gradient: bool, is_weight: bool
-    ) -> "Sent | None":
-        """What a route sends; None where there is none."""
-        return self._ways[self._way(self._numbered(made), self._numbered(wanted), gradient, is_weight)]
-
-    def _numbered(self, layouts: Layouts) -> int:
-        number = self._numbers.setdefault(layouts, len(self._layouts))
-        if number == len(self._layouts):
-            self._layouts.append(layouts)
-        return number
-
-    def _way(self, made: int, wanted: int, gradient: bool, is_weight: bool) -> int:
-        """The number of what a route sends between two layouts by their numbers."""
-        key = made, wanted, gradient, is_weight
-        if key not in self._routes:
-            moves = route(
-                self.group.axes, self._layouts[made], self._layouts[wanted], gradient, is_weight
-            )
-            sent = (
-                None
-                if moves is None
-                else tuple(_sent(move, is_weight) for move in moves if move.how.target)
-            )
-            self._routes[key] = self._number_of_way.setdefault(sent, len(self._ways))
-            if self._routes[key] == len(self._ways):
-                self._ways.append(sent)
-        return self._routes[key]
 
     def _send_seconds(self, name: CollectiveName | None, num_bytes: float, group: TensorGroup) -> float:
         if name is None:
@@ -281,30 +240,6 @@ class MeshTimes:
         return self.alone.shares_of(self._as_one(ways)) or (1.0,) * self.group.size
 
 
-@dataclass(frozen=True)
-class _Sent:
-    """What one conversion sends: forward, backward, along which axis, and of what part of the value.
-
-    `once`: what it sends in backward is sent once a step.
-    """
-
-    forward: CollectiveName | None
-    backward: CollectiveName | None
-    axis: int | None
-    left: float
-    once: bool
-
-
-Sent = tuple[_Sent, ...]
-"""What one way to convert a value sends, step by step."""
-
-
-def _sent(move: Move, is_weight: bool) -> _Sent:
-    left = 1.0 if move.axis is None else largest_part(move.before, move.axis)
-    once = is_weight and move.how.target == "gp.copy_to_group"
-    return _Sent(move.how.forward, move.how.backward, move.axis, left, once)
-
-
 @lru_cache(maxsize=65536)
 def shares_held(held: Layouts, axes: tuple[int, ...]) -> tuple[float, ...]:
     """Each member's part of a value, row by row of a group with so many members along its axes.
@@ -317,12 +252,3 @@ def shares_held(held: Layouts, axes: tuple[int, ...]) -> tuple[float, ...]:
         for layout, size in zip(held, axes, strict=True)
     )
     return tuple(map(prod, product(*along)))
-
-
-def largest_part(layouts: Layouts, without: int | None = None) -> float:
-    """The largest part of a value that a member has; as if one axis had all of it."""
-    return prod(
-        max(layout.counts) / layout.units
-        for axis, layout in enumerate(layouts)
-        if axis != without and isinstance(layout, Split)
-    )

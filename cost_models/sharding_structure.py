@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from graphpar.cost_models.group_times import ShardingOptions, TensorGroup
-from graphpar.cost_models.mesh_times import MeshTimes, Sent, largest_part
+from graphpar.cost_models.mesh_times import MeshTimes
+from graphpar.cost_models.sending import Sent, largest_part
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways, fit, ways_of, whole_along

@@ -16,8 +16,9 @@ from graphpar.cost_models.again import kept_last
 from graphpar.cost_models.group_times import KnownWork, ShardingOptions, TensorGroup
 from graphpar.cost_models.kept import Kept, kept_of
 from graphpar.cost_models.memory import ALLOCATOR_SLACK, lower_copy_bytes
-from graphpar.cost_models.mesh_times import MeshTimes, Sent, shares_held
+from graphpar.cost_models.mesh_times import MeshTimes, shares_held
 from graphpar.cost_models.rates import rates_of
+from graphpar.cost_models.sending import Sent
 from graphpar.cost_models.sharding import Sharding, conversions_of
 from graphpar.ir.chain import Chain
 from graphpar.ir.graph import Graph

@@ -39,10 +39,11 @@ def same_units(a: Layout, b: Layout) -> bool:
     >>> same_units(Split(1, (2, 2), 1, 8), Split(1, (3, 1), 1, 8)), same_units("whole", "whole")
     (True, False)
     """
-    return isinstance(a, Split) and isinstance(b, Split) and _place(a) == _place(b)
+    return isinstance(a, Split) and isinstance(b, Split) and place_of(a) == place_of(b)
 
 
-def _place(split: Split) -> tuple[object, ...]:
+def place_of(split: Split) -> tuple[object, ...]:
+    """Which units of which dimension a split cuts."""
     return split.dim, split.outer, split.inner, split.of_batch, 0 if split.of_batch else split.units
 
 
