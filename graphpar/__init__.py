@@ -29,6 +29,7 @@ from graphpar.errors import (
     RunError,
     VerifyError,
 )
+from graphpar.loading import uncollected
 
 __version__ = "0.2.0.dev0"
 
@@ -79,9 +80,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'graphpar' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
-    if name in _GIVES_PLANS:
-        import_module("graphpar.view.notebook").attach()
+    with uncollected():
+        value = getattr(import_module(_LAZY[name]), name)
+        if name in _GIVES_PLANS:
+            import_module("graphpar.view.notebook").attach()
     globals()[name] = value
     return value
 

@@ -23,6 +23,7 @@ import click
 
 from graphpar.errors import GraphparError
 from graphpar.files import is_full
+from graphpar.loading import uncollected
 
 EXIT_USAGE = 2
 EXIT_FAILED = 5
@@ -66,7 +67,8 @@ class LazyGroup(click.Group):
         """The subcommand, imported now."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"graphpar.commands.{cmd_name.replace('-', '_')}")
+        with uncollected():
+            module = importlib.import_module(f"graphpar.commands.{cmd_name.replace('-', '_')}")
         assert isinstance(module.command, click.Command)
         return module.command
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "errors units files kept_files tracing",
+    "errors units files kept_files tracing loading",
     "ir cores cost cost_options catalogue device cluster cluster_build cluster_spec",
     "rewrite calibration arguments",
     "partition",

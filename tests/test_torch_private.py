@@ -50,6 +50,15 @@ class Both(nn.Module):
         return {"y": y, "x": x.view(-1)}
 
 
+class Second(nn.Module):
+    def forward(self, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return helper(made["y"]) + made["x"].sum()
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    return x.relu()
+
+
 @pytest.fixture(scope="module")
 def program() -> torch.export.ExportedProgram:
     return torch.export.export(Both(), (torch.ones(2, 2),), strict=False)
@@ -186,6 +195,20 @@ def test_a_vmap_is_exported_with_its_levels_and_traced_below_autograd() -> None:
 class Branches(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.sum() > 0 else -x
+
+
+def test_short_stacks_are_what_torch_keeps_of_long_ones() -> None:
+    model = nn.Sequential(Both(), Second())
+    example = (torch.ones(2, 2),)
+
+    def stacks() -> list[Any]:
+        nodes = torch.export.export(model, example, strict=False).graph.nodes
+        return [node.meta.get("stack_trace") for node in nodes]
+
+    long = stacks()
+    with private.short_stacks():
+        assert stacks() == long
+    assert sum("in forward" in stack and "Second" not in stack for stack in long if stack) >= 4
 
 
 def test_a_failing_export_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ from graphpar.frontend.torch_private import (
     flatten,
     gradient_modes_in_autocast,
     quiet_failures,
+    short_stacks,
     unflatten,
     vmap_can_be_exported,
 )
@@ -381,6 +382,7 @@ def _watched(reads: HostReads) -> Iterator[None]:
     """What torch.export needs help with, and what it would drop or freeze."""
     with (
         code_on_demand(),
+        short_stacks(),
         functions_as_operators(),
         checkpoints_followed(),
         no_tensor_hooks(reads.model),

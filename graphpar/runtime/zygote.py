@@ -9,18 +9,22 @@ that socket which process it is; the zygote says on its own socket which process
 """
 
 import contextlib
+import gc
 import os
 import select
 import signal
 import socket
 import sys
 
-import torch
+from graphpar.loading import uncollected
 
-from graphpar.runtime.fork_server import EXIT, FORK
-from graphpar.runtime.heap import go_on_behind_a_line, keep_small_apart
-from graphpar.runtime.messages import Message, send
-from graphpar.runtime.worker import serve
+with uncollected():
+    import torch
+
+    from graphpar.runtime.fork_server import EXIT, FORK
+    from graphpar.runtime.heap import go_on_behind_a_line, keep_small_apart
+    from graphpar.runtime.messages import Message, send
+    from graphpar.runtime.worker import serve
 
 _CHECK_S = 1.0
 """How often to see whether the driver still lives: its sockets outlive it in processes it forked."""
@@ -36,7 +40,9 @@ def main() -> None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    import_for_optimizers()
+    with uncollected():
+        import_for_optimizers()
+    gc.freeze()  # a worker that looked through all that was imported would copy its pages
     keep_small_apart()
     go_on_behind_a_line()
     children: set[int] = set()

@@ -1,0 +1,25 @@
+"""Importing without the collector, which finds nothing and takes a quarter of the time."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within it nothing is collected: what modules make as they are imported stays.
+
+    Torch and what it loads make some 700,000 objects, which were looked through again and again.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            # Both together move all objects among the oldest; else the next look would be at each.
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()
