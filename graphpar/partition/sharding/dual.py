@@ -17,6 +17,8 @@ vertices' choices and what the later ones promise. Multipliers follow a deflecte
 smoothed excess of the memory that the cheapest strategies by the vertices' min-marginals would use.
 """
 
+import copy
+
 import numpy as np
 
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, never
@@ -37,6 +39,9 @@ _VERTICES_PER_LOOK = 512
 
 _FIRST_RATE, _LAST_RATE = 0.05, 1e-5
 """Largest change of the prices in one step, all rows together, as a share of the bound."""
+
+_TWINS_RATE, _TWINS_PATIENCE = 0.02, 8
+"""What a twin begins with: less than at first, since its prices are good ones already."""
 
 _SMOOTHING = 0.15
 """Weight of the newest excess in the direction of the prices."""
@@ -95,6 +100,15 @@ class DualAscent:
         self._direction: FloatArray = np.zeros(rows.num_rows)
         self._rate, self._patience = _FIRST_RATE, _PATIENCE
         self._last_value, self._rises = -np.inf, 0
+
+    def twin(self) -> "DualAscent":
+        """A copy that goes on by itself from here."""
+        twin = copy.copy(self)
+        twin.theta, twin.to, twin._priced = self.theta.copy(), self.to.copy(), self._priced.copy()
+        twin.bound = twin._best_value = twin._last_value = -np.inf
+        twin._best_multipliers, twin._direction = self.multipliers, np.zeros_like(self._direction)
+        twin._rate, twin._patience, twin._rises = _TWINS_RATE, _TWINS_PATIENCE, 0
+        return twin
 
     def sweep(self, excess: FloatArray = _NOTHING) -> IntArray:
         """A forward and a backward pass; returns the strategies the backward pass rounded to.

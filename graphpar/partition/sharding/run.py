@@ -7,6 +7,7 @@ import numpy as np
 
 from graphpar.partition.answers import relative_gap
 from graphpar.partition.jit import COMPILED
+from graphpar.partition.sharding.branch import Branching
 from graphpar.partition.sharding.dual import DualAscent
 from graphpar.partition.sharding.exact import solve_exactly
 from graphpar.partition.sharding.flat import flat_cost
@@ -50,6 +51,9 @@ _FIRST_BOUND_SHARE, _BOUND_SHARE, _MOST_BOUND_SHARE = 0.04, 0.02, 0.12
 """Share of the time limit that a round's passes for the bound take: the first few rounds and later at
 least, and at most."""
 
+_TRIAL_SHARE = 0.05
+"""Share of the time limit after which branching has to raise the bound as fast as message passing did."""
+
 _WORTH = 10.0
 """What is taken off an answer counts so many times what is put on the bound."""
 
@@ -79,6 +83,9 @@ class Run:
         self.walker: Walker | None = None
         self.windows: WindowSearch | None = None
         self.stands_still = False
+        self.parts: Branching | None = None
+        self.passing_per_s = math.inf
+        self.branched_from, self.branching_s = -math.inf, 0.0
         self.fresh = 0
         self.random = np.random.default_rng(seed)
         self.shares = [share / sum(_LEAST_SHARES) for share in _LEAST_SHARES]
@@ -117,7 +124,7 @@ class Run:
             self.walk(_ROUND_SHARE * self.shares[0])
             self.mix(_ROUND_SHARE * self.shares[2])
             searched_s = state.elapsed_s() - began_s
-            self.bound(bound_share)
+            self.raise_bound(bound_share)
             bound_share = _next_bound_share(
                 bound_share,
                 _FIRST_BOUND_SHARE if rounds < 3 else _BOUND_SHARE,
@@ -201,6 +208,51 @@ class Run:
                 break
         dual.restore_best()
         dual.sweep()
+
+    def raise_bound(self, share: float) -> None:
+        """Message passing for a share of the time limit, or branching, whichever promises more."""
+        if self.should_branch():
+            self.branch(share)
+            return
+        began_s, before = self.state.elapsed_s(), self.dual.bound
+        self.bound(share)
+        self.passing_per_s = (self.dual.bound - before) / max(1e-9, self.state.elapsed_s() - began_s)
+
+    def should_branch(self) -> bool:
+        """Whether memory has a price, message passing is too slow, and branching pays or is new."""
+        state, parts = self.state, self.parts
+        left = state.objective - state.bound
+        if not self.dual.multipliers.any() or self.passing_per_s * state.left_s() >= left:
+            return False
+        if parts is None or parts.bound < self.dual.bound:
+            return True
+        is_new = self.branching_s < _TRIAL_SHARE * state.time_limit_s
+        return is_new or parts.bound - self.branched_from >= self.passing_per_s * self.branching_s
+
+    def branch(self, share: float) -> None:
+        """Split the problem on for a share of the time limit."""
+        state = self.state
+        state.phase = "branch"
+        began_s = state.elapsed_s()
+        end_s = began_s + share * state.time_limit_s
+
+        def is_over() -> bool:
+            return state.elapsed_s() >= end_s or state.done()
+
+        if self.parts is None or self.parts.bound < self.dual.bound:
+            self.parts = Branching(self.dual)
+            self.branched_from, self.branching_s = self.parts.bound, 0.0
+        while not is_over() and not self.parts.is_full:
+            for chosen in self.parts.split(self.target(), is_over):
+                self.take_rounding(chosen)
+            state.settle()
+            state.raise_bound(min(self.parts.bound, state.objective))
+        self.branching_s += state.elapsed_s() - began_s
+
+    def target(self) -> float:
+        """What a better answer costs at most; rounding errors stay on the safe side."""
+        state = self.state  # whole costs: only an answer cheaper by one is better
+        return state.objective - (0.9 if state.integral else 0.0) + 1e-9 * abs(self.dual.bound)
 
     def repair(self, share: float) -> None:
         """Tree moves under a growing price of memory, from the rounding nearest to fitting."""
@@ -357,13 +409,12 @@ class Run:
         state.settle()
         state.phase = "prove"
         deadline_s = time.perf_counter() + share * max(0.0, state.left_s())
-        # Whole costs: only an answer cheaper by one is better. Rounding errors stay on the safe side.
         bound, excess = self.dual.excess_costs()
-        target = state.objective - (0.9 if state.integral else 0.0) + 1e-9 * abs(bound)
-        kept = {
-            u: np.flatnonzero(bound + row <= target)
-            for u, row in zip(self.dual.vertices, excess, strict=True)
-        }
+        useful = bound + np.concatenate(excess) <= self.target()
+        if self.parts is not None:
+            useful &= self.parts.alive()
+        rows = np.split(useful, self.dual.flat.start[1:-1])
+        kept = {u: np.flatnonzero(row) for u, row in zip(self.dual.vertices, rows, strict=True)}
         if _pairs_kept(self.graph, kept) > _HOPELESS_PAIRS:
             self.too_large_at = relative_gap(state.objective, state.bound)
             return False

@@ -97,6 +97,7 @@ class _Compiler:
 
 def _bounded() -> Callable[[], None]:
     """Have the loops of bounds compiled; what is returned does so with those of searches."""
+    from graphpar.partition.sharding.branch import Branching
     from graphpar.partition.sharding.dual import DualAscent
     from graphpar.partition.sharding.local import LocalSearch
     from graphpar.partition.sharding.reduce import reduce_problem
@@ -104,7 +105,12 @@ def _bounded() -> Callable[[], None]:
     dual = DualAscent(*reduce_problem(_sample()))
     dual.sweep()
     chosen = dual.round_within_memory()
-    return lambda: LocalSearch(dual, chosen, 0).rehearse()
+
+    def search() -> None:
+        LocalSearch(dual, chosen, 0).rehearse()
+        Branching(dual).split(dual.bound + 1.0)
+
+    return search
 
 
 _COMPILER = _Compiler()
