@@ -29,8 +29,9 @@ from graphpar.partition.common_cuts import (
     segment_sums_s,
 )
 from graphpar.partition.family import share_step
+from graphpar.partition.known_fits import Fit, KnownFits
 from graphpar.partition.programs import Programs
-from graphpar.partition.search import INFINITY, Found
+from graphpar.partition.search import INFINITY, Found, Task
 from graphpar.partition.share_bounds import Group, ShareBounds, apportion, least_post_s, shares_of
 from graphpar.partition.types import ScheduleName
 
@@ -51,18 +52,6 @@ class SideBySide:
 
     bound_s: float
     cut: bool
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """A pipeline's least time for a share, or a bound where it is over the limit."""
-
-    found: Found | None
-    bound_s: float
-
-    @property
-    def time_s(self) -> float:
-        return INFINITY if self.found is None else _time_s(self.found)
 
 
 def _time_s(found: Found) -> float:
@@ -168,7 +157,8 @@ class _Grouping:
         self._sums_s = segment_sums_s(self._table, programs.family.cells, self._groups, links)
         self._windows: Windows | None = None
         self._looked = [0]
-        self._fits: dict[tuple[Group, int], _Fit] = {}
+        self._fits: dict[tuple[Group, int], Fit] = {}
+        self._known = KnownFits()
         self._cutoff = INFINITY
 
     def work(self, cutoff_s: float, post_limit: float = INFINITY) -> SideBySide:
@@ -244,9 +234,9 @@ class _Grouping:
         for group, mine in zip(self._groups, shares, strict=True):
             fits = []
             for share in mine:
-                fit = self._fit(group, share, time_limit, post_limit)
-                if fit.time_s < time_limit and fit.found is not None:
-                    fits.append((share, fit.found, fit.time_s))
+                found = self._fit(group, share, time_limit, post_limit).found
+                if found is not None and _time_s(found) < time_limit:
+                    fits.append((share, found, _time_s(found)))
             reach = _extend(reach, fits, self._table.batch)
         whole = reach.get(self._table.batch)
         return whole[1] if whole else None
@@ -265,7 +255,8 @@ class _Grouping:
         for number, group in enumerate(self._groups):
             mine = shares[number]
             while mine and sum(own[-1] for own in shares) >= self._table.batch:
-                if self._fit(group, mine[-1], time_limit, post_limit).time_s < time_limit:
+                found = self._fit(group, mine[-1], time_limit, post_limit).found
+                if found is not None and _time_s(found) < time_limit:
                     break
                 mine.pop()
             if not mine:
@@ -285,7 +276,7 @@ class _Grouping:
                 high = middle - 1
         return low
 
-    def _fit(self, group: Group, share: int, time_limit: float, post_limit: float) -> _Fit:
+    def _fit(self, group: Group, share: int, time_limit: float, post_limit: float) -> Fit:
         # Limits on post only fall: what was found under a looser one stays the best as long as it
         # keeps the new one, and a bound stays a bound.
         key = (group, share)
@@ -298,6 +289,12 @@ class _Grouping:
         tasks = self._programs.tasks(
             group, share, (self._schedule,), len(self._groups), self._across[group]
         )
+        best = self._best if self._windows is None else self._best_of_each
+        fit = self._fits[key] = best(tasks, time_limit, post_limit)
+        return fit
+
+    def _best(self, tasks: Sequence[Task], time_limit: float, post_limit: float) -> Fit:
+        """The best pipeline of some settings below a limit."""
         result = self._programs.search(
             tasks,
             cutoff_s=time_limit,
@@ -308,8 +305,26 @@ class _Grouping:
         )
         if result.cut:
             raise OutOfTimeError
-        fit = self._fits[key] = _Fit(result.best, result.bound_s)
-        return fit
+        return Fit(result.best, result.bound_s)
+
+    def _best_of_each(self, tasks: Sequence[Task], time_limit: float, post_limit: float) -> Fit:
+        """The same setting by setting: what is known of one within these windows helps in their parts."""
+        assert self._windows is not None
+        known = [(self._known.about(t.limits, t.setting, self._windows, post_limit), t) for t in tasks]
+        best: Found | None = None
+        bound_s = limit = time_limit
+        for fit, task in sorted(
+            known, key=lambda k: (k[0].found is None, max(k[0].bound_s, k[1].bound_s))
+        ):
+            least_s = max(fit.bound_s, task.bound_s)
+            if fit.found is None and least_s < limit:
+                fit = self._best([task], time_limit, post_limit)
+                self._known.add(task.limits, task.setting, self._windows, post_limit, fit)
+                least_s = fit.bound_s
+            bound_s = min(bound_s, least_s)
+            if fit.found is not None and _time_s(fit.found) < limit:
+                best, limit = fit.found, _time_s(fit.found)
+        return Fit(best, bound_s)
 
 
 def _extend(

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from graphpar.cost import LinkCost, Topology
 from graphpar.partition import side_by_side
-from graphpar.partition.cells import find_cells, links_to_others
+from graphpar.partition.cells import StageOption, find_cells, links_to_others
 from graphpar.partition.chains import warm as chain_warm
+from graphpar.partition.chains.limits import ChainAnswer, Stage
 from graphpar.partition.common_cuts import (
     Windows,
     first_windows,
@@ -23,8 +24,11 @@ from graphpar.partition.common_cuts import (
     segment_sums_s,
 )
 from graphpar.partition.gradient_sums import worst_finish_s
+from graphpar.partition.known_fits import Fit, KnownFits
 from graphpar.partition.pipeline import partition
+from graphpar.partition.search import Found
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
+from graphpar.partition.unit_arrays import Setting
 
 
 def within(cuts: tuple[int, ...], windows: Windows) -> bool:
@@ -89,6 +93,32 @@ def test_sums_of_a_segment_take_at_least_what_is_said(
     assert sums_s[0, units] <= worst_finish_s(table, pipelines)[0] * (1 + 1e-9)
     if all(gradients):
         assert sums_s[0, units] >= sum(gradients) * (1 - 1e-9)
+
+
+_WINDOW = st.tuples(st.integers(1, 5), st.integers(0, 4)).map(lambda w: (w[0], min(sum(w), 5)))
+_WINDOWS = st.lists(_WINDOW, min_size=1, max_size=3).map(tuple)
+
+
+@given(_WINDOWS, _WINDOWS, st.sets(st.integers(1, 5)), st.permutations([1.0, 2.0]))
+def test_what_is_known_of_windows_is_told_of_what_is_within(
+    windows: Windows, part: Windows, cuts: set[int], limits: list[float]
+) -> None:
+    def are_cut(places: set[int], windows: Windows) -> bool:
+        return all(any(low <= c <= high for c in places) for low, high in windows)
+
+    setting, known = Setting(4, 2, "1f1b"), KnownFits()
+    option = StageOption((1,), frozenset({0}), frozenset(), (0,), ((0,),))
+    stages = tuple(Stage(a, b, option) for a, b in pairwise((0, *sorted(cuts), 6)))
+    found = Found(setting, ChainAnswer(3.0, 1.0, 1.5, 3.0, stages))
+    known.add((1,), setting, windows, limits[0], Fit(found, 4.0))
+    told = known.about((1,), setting, part, limits[1])
+    if told.bound_s:
+        every = [set(c) for n in range(6) for c in combinations(range(1, 6), n)]
+        assert limits[1] <= limits[0]
+        assert all(are_cut(c, windows) for c in every if are_cut(c, part))
+    assert (told.found is found) == (told.bound_s == 4.0 and are_cut(cuts, part) and limits[1] >= 1.5)
+    assert known.about((2,), setting, windows, limits[0]) == Fit(None, 0.0)
+    assert known.about((1,), setting, windows, limits[0]).bound_s == 4.0
 
 
 @pytest.mark.parametrize("parts", [0, 64])
