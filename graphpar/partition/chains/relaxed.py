@@ -34,6 +34,9 @@ ROUNDS = 60
 _FEW = 20_000
 """Columns that steps look at; every so often those are chosen anew among all."""
 
+_FEW_TO_SWEEP = 5_000
+"""So few columns are not bounded further: a sweep over them is cheaper than another step."""
+
 _RENEWED = 15
 
 _SHARE_KEPT = 0.7
@@ -126,10 +129,9 @@ class Relaxation:
                     theta *= 0.7
                 if best >= target_s:
                     break
-                # A sweep over so few is cheaper than another step.
                 hopeful = best + found.reduced_s < target_s
                 some = int(hopeful.sum())
-                if self._loops and step == 0 and some < _FEW:
+                if self._loops and step == 0 and some < _FEW_TO_SWEEP:
                     break
                 if not few and some < _SHARE_KEPT * len(columns):
                     kept = np.flatnonzero(hopeful)
