@@ -53,6 +53,9 @@ from graphpar.partition.unit_arrays import (
     run_ranges,
 )
 
+Way = tuple[ScheduleName, int]
+"""A schedule and a number of microbatches."""
+
 
 class Programs:
     """Builds chain programmes of a family and keeps those that were built.
@@ -267,7 +270,7 @@ class Programs:
         longer = (np.diff(self.family.table.both_s, axis=0) >= 0).all()
         return bool(longer) and all(a <= b for row in rows for a, b in pairwise(row))
 
-    def none_from(
+    def way_from(
         self,
         limits: Sequence[int],
         shares: Sequence[int],
@@ -276,33 +279,35 @@ class Programs:
         *,
         cutoff_s: float,
         deadline_s: float,
-    ) -> bool:
-        """Whether no pipeline has any of some shares, increasing, in a step below a cutoff.
+        excluded: set[Way],
+        ways: Sequence[Way] | None = None,
+    ) -> Way | None:
+        """A way, if any, in which a pipeline may have one of some shares in a step below a cutoff.
 
-        False promises nothing. Each microbatch count that some share has is looked at once, with as few
-        samples as may be (`SweptProgram.none_from`).
+        Shares increase. Each schedule and microbatch count that some share has is looked at once, with as
+        few samples as may be (`SweptProgram.none_from`). Ways that are excluded, as they are for larger
+        shares as well, join those that were.
 
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s`.
         """
+        counts = sorted({m for n in shares for m in self.family.counts(n)})
+        every = [(s, m) for s in self.family.schedules for m in counts]
+        some = [w for w in every if w not in excluded and (ways is None or w in ways)]
         if not (self.loops and self.larger_need_more):
-            return False
-        counts = {m for n in shares for m in self.family.counts(n)}
-        settings = [
-            Setting(max(shares[0], m), m, schedule, peers, across)
-            for schedule in self.family.schedules
-            for m in sorted(counts)
-        ]
+            return next(iter(some), None)
+        settings = [Setting(max(shares[0], m), m, schedule, peers, across) for schedule, m in some]
         tasks = [self._task(tuple(limits), setting) for setting in settings]
-        hopeful = [t for t in tasks if t.bound_s + t.post_s < cutoff_s]
-        for task in sorted(hopeful, key=lambda t: t.bound_s):
+        for task, way in sorted(zip(tasks, some, strict=True), key=lambda pair: pair[0].bound_s):
             if time.monotonic() > deadline_s:
                 raise OutOfTimeError
-            program = task.build()
-            assert isinstance(program, SweptProgram)
-            if not program.none_from(cutoff_s, deadline_s):
-                return False
-        return True
+            if task.bound_s + task.post_s < cutoff_s:
+                program = task.build()
+                assert isinstance(program, SweptProgram)
+                if not program.none_from(cutoff_s, deadline_s):
+                    return way
+            excluded.add(way)
+        return None
 
     def pipeline_bound_s(self, limits: Sequence[int], samples: int, peers: int) -> float:
         """A lower bound on the time of a pipeline on some devices, whatever its microbatches are."""

@@ -14,7 +14,7 @@ from graphpar.cost import CostTable
 from graphpar.partition.cells import Links, links_to_others
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.family import share_step
-from graphpar.partition.programs import Programs
+from graphpar.partition.programs import Programs, Way
 from graphpar.partition.search import INFINITY, Task
 
 _MOST_COUNTS = 64
@@ -25,6 +25,9 @@ _ESTIMATES = 2
 
 _ANY = 0.999
 """A gap with which a search ends at the first plan below its cutoff."""
+
+_HAIR = 1 - 1e-6
+"""Cutoffs that differ by less are as good as the same."""
 
 Group = tuple[int, ...]
 
@@ -128,8 +131,8 @@ class ShareBounds:
         self._programs = programs
         self._known: dict[tuple[Group, int, int, tuple[Links, ...]], tuple[float, float]] = {}
         """By devices, samples, pipelines and links: a bound on the step, and what a plan takes."""
-        self._too_slow: dict[tuple[Group, ...], float] = {}
-        """By grouping: no plan is below this."""
+        self._largest_below: dict[tuple[Group, ...], tuple[float, dict[Group, int] | None]] = {}
+        """By grouping: a cutoff, and what `largest` said of it."""
 
     def largest(
         self, groups: Sequence[Group], *, cutoff_s: float, deadline_s: float
@@ -143,11 +146,12 @@ class ShareBounds:
         Raises:
             OutOfTimeError: `time.monotonic()` passed `deadline_s`.
         """
-        if cutoff_s <= self._too_slow.get(tuple(groups), -INFINITY):
-            return None
-        found = self._largest(groups, cutoff_s, deadline_s)
-        if found is None:
-            self._too_slow[tuple(groups)] = cutoff_s
+        key = tuple(groups)
+        known_s, found = self._largest_below.get(key, (-INFINITY, None))
+        # Shares that are too large below a cutoff are so below a lower one.
+        if cutoff_s > known_s or (found is not None and cutoff_s < _HAIR * known_s):
+            found = self._largest(groups, cutoff_s, deadline_s)
+            self._largest_below[key] = cutoff_s, found
         return found
 
     def _largest(
@@ -182,16 +186,42 @@ class ShareBounds:
             left[group] = every[: bisect_left(every, True, key=lambda n: rate * n >= cutoff_s)]
         for group, fair in zip(groups, self._fair(groups, every), strict=True):
             own = left[group]
-            low, high = bisect_left(own, fair), len(own)
-            probe = low
-            while low < high:
-                if self._none_from(groups, group, own[probe:], cutoff_s, deadline_s):
-                    high = probe
-                else:
-                    low = probe + 1
-                probe = (low + high) // 2
-            left[group] = own[:high]
+            low = bisect_left(own, fair)
+            left[group] = own[: self._too_many(groups, group, own, low, cutoff_s, deadline_s)]
         return left
+
+    def _too_many(
+        self,
+        groups: Sequence[Group],
+        group: Group,
+        own: Sequence[int],
+        low: int,
+        cutoff_s: float,
+        deadline_s: float,
+    ) -> int:
+        """The place, `low` or a later one, from which on shares are too many in any way.
+
+        A way that is not excluded at a place is looked at alone until it is: then most others are, too.
+        """
+        across, excluded = links_to_others(self._programs.family.cells, groups, group), set[Way]()
+
+        def way_from(place: int, but: set[Way], ways: Sequence[Way] | None = None) -> Way | None:
+            return self._programs.way_from(
+                group,
+                own[place:],
+                len(groups),
+                across,
+                cutoff_s=cutoff_s,
+                deadline_s=deadline_s,
+                excluded=but,
+                ways=ways,
+            )
+
+        while low < len(own) and (way := way_from(low, excluded)) is not None:
+            alone, places = [way], range(len(own))
+            low = bisect_left(places, True, low + 1, key=lambda i: way_from(i, set(), alone) is None)
+            excluded.add(way)
+        return low
 
     def _fair(self, groups: Sequence[Group], every: list[int]) -> list[int]:
         """Shares so that not all pipelines can have less, in proportion to what they can do at most."""
@@ -207,19 +237,6 @@ class ShareBounds:
             rates = [n / min(max(s, 1e-30), 1e30) for n, s in zip(shares, least, strict=True)]
         assert shares is not None
         return _wanted_shares(every, table.batch, shares, [1 / r for r in rates])
-
-    def _none_from(
-        self,
-        groups: Sequence[Group],
-        group: Group,
-        shares: Sequence[int],
-        cutoff_s: float,
-        deadline_s: float,
-    ) -> bool:
-        across = links_to_others(self._programs.family.cells, groups, group)
-        return self._programs.none_from(
-            group, shares, len(groups), across, cutoff_s=cutoff_s, deadline_s=deadline_s
-        )
 
     def _least_s(self, groups: Sequence[Group], group: Group, share: int, cutoff_s: float) -> float:
         """A lower bound on the step of a pipeline with a share that needs no search."""

@@ -16,7 +16,7 @@ from graphpar.partition.chains import warm as chain_warm
 from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import choose_family, groupings
 from graphpar.partition.pipeline import partition
-from graphpar.partition.programs import Programs
+from graphpar.partition.programs import Programs, Way
 from graphpar.partition.search import INFINITY
 from graphpar.partition.share_bounds import (
     ShareBounds,
@@ -87,8 +87,18 @@ def test_no_larger_share_is_faster_where_none_is(table: CostTable, data: st.Data
             asked = [*(s for s in steps.values() if s < INFINITY), 1.0]
             cutoff_s = data.draw(st.sampled_from(asked)) * data.draw(st.sampled_from([0.5, 1.0, 1.5]))
             for i in range(len(shares)):
-                options = {"cutoff_s": cutoff_s, "deadline_s": INFINITY}
-                if known.none_from(group, shares[i:], len(groups), across, **options):
+                excluded = set[Way]()
+                way = known.way_from(
+                    group,
+                    shares[i:],
+                    len(groups),
+                    across,
+                    cutoff_s=cutoff_s,
+                    deadline_s=INFINITY,
+                    excluded=excluded,
+                )
+                assert way not in excluded
+                if way is None:
                     assert min(steps[group, n] for n in shares[i:]) >= cutoff_s * (1 - 1e-9)
         # What no pair of shares reaches is no bound on either; whatever all reach is kept.
         most = ShareBounds(known).largest(groups, cutoff_s=cutoff_s, deadline_s=INFINITY)
@@ -109,9 +119,24 @@ def test_most_shares_are_excluded_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     half = (2,)
     across = links_to_others(known.family.cells, (half, half), half)
     # Two devices take 3 * 4 / 2 seconds a sample and have to fill: four samples take more than 24.
-    asked = {"cutoff_s": 24.0, "deadline_s": INFINITY}
-    assert known.none_from(half, range(4, 8), 2, across, **asked)
-    assert not known.none_from(half, range(3, 8), 2, across, **asked)
+
+    def way_from(least: int, excluded: set[Way], ways: list[Way] | None = None) -> Way | None:
+        return known.way_from(
+            half,
+            range(least, 8),
+            2,
+            across,
+            cutoff_s=24.0,
+            deadline_s=INFINITY,
+            excluded=excluded,
+            ways=ways,
+        )
+
+    assert way_from(4, set()) is None
+    way = way_from(3, set())
+    assert way is not None
+    assert way_from(3, set(), [way]) == way
+    assert way_from(3, {way}, [way]) is None
     bounds = ShareBounds(known)
     assert bounds.largest((half, half), cutoff_s=24.0, deadline_s=INFINITY) is None
     assert bounds.largest((half, half), cutoff_s=60.0, deadline_s=INFINITY) is not None
