@@ -4,6 +4,7 @@ Every member of a group decides alike, from names and structure alone, so that a
 """
 
 import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -216,6 +217,7 @@ class _Overlap:
             op for op in graph.ops if op.attr("stage") == options.stage and op.target not in SOURCES
         ]
         self.place = {op.name: float(i) for i, op in enumerate(graph.ops)}
+        self.products = [self.place[op.name] for op in self.mine if _is_product(op)]
         again = units_of_member(graph, options.stage, options.again)
         self.unit_of = {name: number for number, names in enumerate(again) for name in names}
         self.windows = [self._window(op) for op in self.mine if any(sends(op, options.training))]
@@ -267,10 +269,8 @@ class _Overlap:
         """Begun behind its operand; a weight's a product ahead. Ended where it is read first."""
         source = self.graph[op.operands()[0]]
         if source.target in SOURCES:
-            before = [o for o in self.mine if self.place[o.name] < self.place[op.name] and _is_product(o)]
-            begins = (
-                self.place[before[-2].name] + 0.1 if len(before) > 1 else self.place[self.mine[0].name]
-            )
+            before = bisect_left(self.products, self.place[op.name])
+            begins = self.products[before - 2] + 0.1 if before > 1 else self.place[self.mine[0].name]
         else:
             begins = self.place[source.name] + 0.1
         readers = [self.place[user.name] for user in self.graph.users(op.name)]
@@ -289,29 +289,25 @@ class _Overlap:
 
     def _computes_between(self, window: _Window) -> bool:
         """Whether a product stands between the collective's two places."""
-        return any(
-            window.begins < self.place[op.name] < window.ends and _is_product(op) for op in self.mine
-        )
+        behind = bisect_right(self.products, window.begins)
+        return behind < len(self.products) and self.products[behind] < window.ends
 
     def _fill(self) -> None:
         """Give each product's late gradient to a collective that is on its way in backward.
 
         What reads a collective's result fills that one; any other product fills the one before.
         """
-        usable = [
-            w
-            for w in self.windows
-            if sends(w.op, True)[1] and not self._on_weight(w.op) and self._in_one_unit(w.op)
-        ]
+        windows = {
+            w.op.name: w for w in self.windows if sends(w.op, True)[1] and not self._on_weight(w.op)
+        }
+        by_unit: dict[int | None, list[_Window]] = {}
         for op in self.mine:
-            unit, place = self.unit_of.get(op.name), self.place[op.name]
-            earlier = [
-                w for w in usable if self.place[w.op.name] < place and self._unit_before(w.op) == unit
-            ]
-            if not earlier or not self._may_be_late(op):
-                continue
-            direct = _rows_of(op) == earlier[-1].op.name
-            earlier[-1 if direct or len(earlier) == 1 else -2].products.append(op)
+            earlier = by_unit.get(self.unit_of.get(op.name))
+            if earlier and self._may_be_late(op):
+                direct = _rows_of(op) == earlier[-1].op.name
+                earlier[-1 if direct or len(earlier) == 1 else -2].products.append(op)
+            if op.name in windows and self._in_one_unit(op):
+                by_unit.setdefault(self._unit_before(op), []).append(windows[op.name])
 
     def _on_weight(self, op: Op) -> bool:
         return self.graph[op.operands()[0]].target in SOURCES

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -252,8 +253,24 @@ def test_compiling_needs_no_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) 
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(jit, "njit", refuse)
-    assert jit.compiled(len) is len
+    monkeypatch.setattr(jit, "_numba", lambda: refuse)
+    assert jit.compiled(len)([1, 2]) == 2
+
+
+@pytest.mark.skipif(not COMPILED, reason="numba is not installed")
+def test_a_numba_that_cannot_be_imported_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(jit, "_numba", cache(jit._numba.__wrapped__))
+    assert [jit.compiled(len)(text) for text in ("ab", "c")] == [2, 1]
+    assert [record.message for record in caplog.records if "cannot be imported" in record.message] != []
+    assert len(caplog.records) == 1
+
+
+def test_loading_the_planner_loads_no_numba() -> None:
+    code = "import sys, graphpar.planner; assert 'torch' in sys.modules and 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
