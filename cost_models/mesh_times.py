@@ -61,6 +61,7 @@ class MeshTimes:
         self.alone = OpTimes(graph, group, options, rates, known)
         self.layout = self.alone.layout
         self._lines = [group.along(axis) for axis in range(len(group.axes))]
+        self._largest_shares = [max(line.shares) for line in self._lines]
         self._bytes: dict[str, float] = {}
         self._portions: dict[object, tuple[Portion, ...]] = {}
         self._sending = Sending(group.axes)
@@ -191,8 +192,8 @@ class MeshTimes:
         Any slice counts as the largest share: heads that do not divide are no reason to cut elsewhere.
         """
         largest = (
-            max(self.group.along(axis).shares) if isinstance(layout, Split) else 1.0
-            for axis, layout in enumerate(held)
+            share if isinstance(layout, Split) else 1.0
+            for share, layout in zip(self._largest_shares, held, strict=True)
         )
         return self.alone.weight_bytes(op, prod(largest))
 

@@ -222,17 +222,12 @@ class ShardingProgramme:
     @cached_property
     def _edge_costs(self) -> NumberRows:
         """In whole nanoseconds; they do not depend on prices of memory."""
-        start, rows, possible = [0], [], self.structure.possible
-        for (a, b), conversions in self.structure.joined.items():
-            between = np.ix_(possible[a], possible[b])
-            total = sum(
-                count * self._sending[conversion][self.structure.converted[conversion].numbers[between]]
-                for conversion, count in conversions.items()
-            )
-            rows.append(_nanoseconds(np.ravel(total)))
-            start.append(start[-1] + len(rows[-1]))
-        every = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        return NumberRows(np.array(start, dtype=np.int64), every)
+        every, total = np.concatenate([*self._sending, np.zeros(0)]), np.zeros(0)
+        for ends, ways, counts in self.structure.sent_over_edges:
+            if not total.size:
+                total = np.zeros(len(ends))
+            total[ends] += counts * every[ways]
+        return NumberRows(self.structure.first_of_edges, _nanoseconds(total))
 
     def _bytes_of_weights(self, of: Callable[[Op, Layouts], float]) -> _Floats:
         found = [np.zeros(size) for size in self.structure.sizes]

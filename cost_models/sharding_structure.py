@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,17 @@ class Converted:
     op: Op
     ways: tuple[Sent | None, ...]
     numbers: Numbers
+
+
+class OverEdges(NamedTuple):
+    """Of pairs of alternatives the way in which a value is sent, and how often.
+
+    Ways are numbered through all conversions, none being the last of each.
+    """
+
+    pairs: Numbers
+    ways: Numbers
+    counts: npt.NDArray[np.float64]
 
 
 class Structure:
@@ -140,6 +152,25 @@ class Structure:
         if not graph.is_possible():
             return list(every.values())
         return [graph.members[number][0][1] for number in every]
+
+    @cached_property
+    def first_of_edges(self) -> npt.NDArray[np.int64]:
+        """Where the pairs of possible alternatives of each edge begin, one edge's after the other's."""
+        sizes = [len(self.possible[a]) * len(self.possible[b]) for a, b in self.joined]
+        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    @cached_property
+    def sent_over_edges(self) -> "list[OverEdges]":
+        """What is sent over edges: the first conversion of each, then what further ones there are."""
+        firsts = np.cumsum([0, *(len(converted.ways) + 1 for converted in self.converted)])
+        turns: dict[int, list[OverEdges]] = defaultdict(list)
+        for first, ((a, b), conversions) in zip(self.first_of_edges, self.joined.items(), strict=False):
+            between = np.ix_(self.possible[a], self.possible[b])
+            for turn, (conversion, count) in enumerate(conversions.items()):
+                ways = firsts[conversion] + np.ravel(self.converted[conversion].numbers[between])
+                ends = np.arange(first, first + len(ways))
+                turns[turn].append(OverEdges(ends, ways, np.full(len(ways), float(count))))
+        return [OverEdges(*map(np.concatenate, zip(*some, strict=True))) for some in turns.values()]
 
     def _lacking(self, conversion: int) -> npt.NDArray[np.bool_]:
         """Between which alternatives there is no way to bring the value."""

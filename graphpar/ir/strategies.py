@@ -82,21 +82,52 @@ class StrategyTables:
         self._rows: dict[tuple[Strategy, ...], tuple[Strategy, ...]] = {}
 
     @cached_property
-    def _loops(self) -> dict[str, tuple[Loop, ...]]:
-        factors = Factors(self._graph)
-        return {op.name: tuple(factors.loops(op)) for op in self._graph.ops}
+    def _rules(self) -> dict[str, "_Rule"]:
+        """By op what its ways follow from; equal ones, of equal blocks, are one object."""
+        factors, same = Factors(self._graph), dict[_Rule, _Rule]()
+        rules = {
+            op.name: _rule(op, self._graph, tuple(factors.loops(op)))
+            for op in self._graph.ops
+            if op.target not in (*SOURCES, "getitem")
+        }
+        return {name: same.setdefault(rule, rule) for name, rule in rules.items()}
 
     def of(self, shares: Sequence[float]) -> dict[str, tuple[Strategy, ...]]:
         """The table for these shares; not to be changed."""
         key = tuple(shares)
         if key not in self._tables:
-            table = self._tables[key] = {}
-            for op in self._graph.ops:
-                if op.target not in (*SOURCES, "getitem"):
-                    found = _strategies(op, self._graph, self._loops[op.name], shares)
-                    row = tuple(dict.fromkeys(found))
-                    table[op.name] = self._rows.setdefault(row, row)
+            made: dict[int, tuple[Strategy, ...]] = {}
+            for rule in self._rules.values():
+                if id(rule) not in made:
+                    row = tuple(dict.fromkeys(rule.strategies(shares)))
+                    made[id(rule)] = self._rows.setdefault(row, row)
+            self._tables[key] = {name: made[id(rule)] for name, rule in self._rules.items()}
         return self._tables[key]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What the ways to compute an op follow from, whoever shares it.
+
+    Attributes:
+        uncut: Ways in which no dimension is cut.
+        loops: The factors it may be cut along.
+        copied: The layouts of operands that are not cut.
+        results: How many results it has.
+    """
+
+    uncut: tuple[Strategy, ...]
+    loops: tuple[Loop, ...] = ()
+    copied: tuple[Layout, ...] = ()
+    results: int = 0
+
+    def strategies(self, shares: Sequence[float]) -> Iterator[Strategy]:
+        """The ways for members with these shares."""
+        yield from self.uncut
+        for loop in self.loops:
+            found = _by_loop(loop, shares, self.copied, self.results)
+            if found is not None:
+                yield found
 
 
 def carries_gradient(graph: Graph, name: str) -> bool:
@@ -104,24 +135,20 @@ def carries_gradient(graph: Graph, name: str) -> bool:
     return bool(graph[name].attr("grad"))
 
 
-def _strategies(
-    op: Op, graph: Graph, loops: Sequence[Loop], shares: Sequence[float]
-) -> Iterator[Strategy]:
+def _rule(op: Op, graph: Graph, loops: Sequence[Loop]) -> _Rule:
     operands, results = op.operands(), op.types
-    yield Strategy((_WHOLE,) * len(operands), (_WHOLE,) * len(results))
+    uncut = [Strategy((_WHOLE,) * len(operands), (_WHOLE,) * len(results))]
     fixed = op.target in ("output", "gp.send", "gp.recv") or writes_buffer(op) or "rand" in op.target
     fixed = fixed or bool(op.attr("tail"))  # small, and it already runs once in each replica
     if fixed or not any(t is not None for t in results) or op.target in ("gp.share",):
-        return
+        return _Rule(tuple(uncut))
     copied = _copies(op, graph)
     has_gradient = any(layout == "copied" for layout in copied)
     if has_gradient:
-        yield Strategy(copied, (_COPIED,) * len(results))
-    yield from _passing(op, graph, copied)
-    for loop in loops:
-        found = _by_loop(op, graph, loop, shares, copied)
-        if found is not None:
-            yield found
+        uncut.append(Strategy(copied, (_COPIED,) * len(results)))
+    uncut += _passing(op, graph, copied)
+    usable = tuple(loop for loop in loops if _can_be_first(op, graph, loop))
+    return _Rule(tuple(uncut), usable, copied, len(results))
 
 
 def _copies(op: Op, graph: Graph) -> tuple[Layout, ...]:
@@ -129,8 +156,22 @@ def _copies(op: Op, graph: Graph) -> tuple[Layout, ...]:
     return tuple("copied" if carries_gradient(graph, name) else "whole" for name in op.operands())
 
 
+def _can_be_first(op: Op, graph: Graph, loop: Loop) -> bool:
+    """Whether the first member alone may take those operands into account that the loop says.
+
+    The others do without them, so they may take part in nothing else that has to be in step.
+    """
+    for slot in loop.link.first_only:
+        source = graph[op.operands()[slot]]
+        if source.target == "gp.cast_weight" and len(graph.users(source.name)) == 1:
+            source = graph[source.operands()[0]]
+        if source.target != "parameter" or len(graph.users(source.name)) != 1:
+            return False
+    return True
+
+
 def _by_loop(
-    op: Op, graph: Graph, loop: Loop, shares: Sequence[float], copied: tuple[Layout, ...]
+    loop: Loop, shares: Sequence[float], copied: tuple[Layout, ...], num_results: int
 ) -> Strategy | None:
     of_batch = not loop.units
     counts = whole_shares(shares) if of_batch else apportion_units(loop.units, shares)
@@ -140,7 +181,7 @@ def _by_loop(
     if loop.link.special and any(split.outer != 1 for split in places.values()):
         return None  # those ops know a member's slice by where it begins
     results: list[Layout] = []
-    for index in range(len(op.types)):
+    for index in range(num_results):
         if -1 - index in places:
             results.append(places[-1 - index])
         elif loop.link.reduces:
@@ -148,13 +189,6 @@ def _by_loop(
         elif loop.link.special == "classes":
             results.append("whole")
         else:
-            return None
-    for slot in loop.link.first_only:
-        # The others do without it, so it may take part in nothing else that has to be in step.
-        source = graph[op.operands()[slot]]
-        if source.target == "gp.cast_weight" and len(graph.users(source.name)) == 1:
-            source = graph[source.operands()[0]]
-        if source.target != "parameter" or len(graph.users(source.name)) != 1:
             return None
     once: dict[int, Layout] = dict.fromkeys(loop.link.first_only, "first")
     wanted = tuple(places.get(slot, once.get(slot, layout)) for slot, layout in enumerate(copied))
