@@ -1,7 +1,9 @@
 """Prices of tensor groups as work of its own, which any process can do."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from graphpar.calibration import Calibration
@@ -79,23 +81,40 @@ def priced_together(tasks: Sequence[GroupTask]) -> list[tuple[Mode, ...]]:
     return [task.priced(known) for task in tasks]
 
 
-def priced_by_several(tasks: Mapping[str, GroupTask], processes: int) -> dict[str, tuple[Mode, ...]]:
+Priced = list[tuple[str, GroupTask, tuple[Mode, ...]]]
+"""Tasks with their names and modes."""
+
+
+def priced_by_several(bundles: Iterable[Mapping[str, GroupTask]], processes: int, parts: int) -> Priced:
     """The modes of each task, found by so many processes; of few tasks nothing.
+
+    Args:
+        bundles: Tasks by name; those of a bundle are worked on while the next one is made.
+        processes: How many work.
+        parts: Into how many parts each bundle is divided.
 
     Raises:
         RunError: One of them was killed.
     """
-    if len(tasks) < LEAST_TASKS:
-        return {}
-    parts = divided(tasks, processes)
-    with started(processes) as pool:
-        waiting = [submitted(pool, priced_together, [tasks[name] for name in part]) for part in parts]
-        found = [future.result() for future in waiting]
-    return {
-        name: modes
-        for part, some in zip(parts, found, strict=True)
-        for name, modes in zip(part, some, strict=True)
-    }
+    waiting: list[tuple[list[tuple[str, GroupTask]], Future[list[tuple[Mode, ...]]]]] = []
+    left: dict[str, GroupTask] = {}
+    with ExitStack() as stack:
+        pool = None
+        for bundle in bundles:
+            left |= bundle
+            if pool is None and len(left) >= LEAST_TASKS:
+                pool = stack.enter_context(started(processes))
+            if pool is None:
+                continue
+            for names in divided(left, parts):
+                some = [(name, left[name]) for name in names]
+                waiting.append((some, submitted(pool, priced_together, [task for _, task in some])))
+            left = {}
+        return [
+            (*task, modes)
+            for some, future in waiting
+            for task, modes in zip(some, future.result(), strict=True)
+        ]
 
 
 def divided(tasks: Mapping[str, GroupTask], parts: int) -> list[list[str]]:

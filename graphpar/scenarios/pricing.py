@@ -31,7 +31,7 @@ from graphpar.planner import price
 from graphpar.precision.formats import Formats, rewrite, settled, uniform_formats
 from graphpar.preparation import Prepared, prepare
 from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of, with_rows
-from graphpar.scenarios.group_prices import GroupTask
+from graphpar.scenarios.group_prices import GroupTask, Priced
 from graphpar.scenarios.layouts import tensor_groups
 from graphpar.scenarios.lengths import between, same_form, sequence_length, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
@@ -299,13 +299,11 @@ class PriceBook:
                         found[key] = self._group_task(table, setting, own)
         return found
 
-    def learn_groups(
-        self, tasks: Mapping[str, GroupTask], priced: Mapping[str, tuple[Mode, ...]]
-    ) -> None:
+    def learn_groups(self, priced: Priced) -> None:
         """Take prices found elsewhere."""
-        for key, modes in priced.items():
-            classes = tasks[key].table.class_of
-            self._groups[key] = tuple(classes[d] for d in tasks[key].groups[0].devices), modes
+        for key, task, modes in priced:
+            classes = task.table.class_of
+            self._groups[key] = tuple(classes[d] for d in task.groups[0].devices), modes
 
     def _candidates(self, table: CostTable, setting: Setting) -> Sequence[Replica]:
         widest = widest_group(setting.cluster, setting.tensor)

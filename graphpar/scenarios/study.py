@@ -124,9 +124,14 @@ class Solver:
             and not self._from_cache(key, setting)
         ]
         self.book.expect({s.seq_len for s in missing if s.seq_len is not None})
-        tasks = self.book.unpriced_groups(missing)
+        # Each length has a graph of its own, which is captured while others are priced.
+        by_length: dict[int | None, list[Setting]] = {}
+        for setting in missing:
+            by_length.setdefault(setting.seq_len, []).append(setting)
+        bundles = map(self.book.unpriced_groups, by_length.values())
+        parts = -(-processes // max(len(by_length), 1))
         try:
-            self.book.learn_groups(tasks, priced_by_several(tasks, processes))
+            self.book.learn_groups(priced_by_several(bundles, processes, parts))
         except RunError as error:
             going_alone(error)
 

@@ -183,7 +183,7 @@ def test_tensor_groups_have_the_same_prices_from_other_processes() -> None:
     assert sorted(key for part in parts for key in part) == sorted(tasks) and len(parts) == 2
     for part in parts:
         sent = pickle.loads(pickle.dumps([tasks[key] for key in part]))
-        book.learn_groups(tasks, dict(zip(part, priced_together(sent), strict=True)))
+        book.learn_groups(list(zip(part, sent, priced_together(sent), strict=True)))
     assert not book.unpriced_groups(asked)
     known = dict(book._groups)
     assert all(book.table(setting) == fresh.table(setting) for setting in asked)

@@ -66,7 +66,7 @@ def test_where_one_is_killed_a_study_goes_on_alone(monkeypatch: pytest.MonkeyPat
         except BrokenProcessPool as error:
             raise RunError("killed") from error
 
-    def priced(tasks: object, processes: int) -> Any:
+    def priced(*_: object) -> Any:
         raise RunError("killed")
 
     asked = ["set batch=8", "set batch=32", "set batch=4"]
