@@ -85,7 +85,7 @@ class Run:
         self.stands_still = False
         self.parts: Branching | None = None
         self.passing_per_s = math.inf
-        self.branched_from, self.branching_s = -math.inf, 0.0
+        self.branched, self.branching_s = 0.0, 0.0
         self.fresh = 0
         self.random = np.random.default_rng(seed)
         self.shares = [share / sum(_LEAST_SHARES) for share in _LEAST_SHARES]
@@ -220,14 +220,13 @@ class Run:
 
     def should_branch(self) -> bool:
         """Whether memory has a price, message passing is too slow, and branching pays or is new."""
-        state, parts = self.state, self.parts
+        state = self.state
         left = state.objective - state.bound
-        if not self.dual.multipliers.any() or self.passing_per_s * state.left_s() >= left:
+        is_full = self.parts is not None and self.parts.is_full
+        if is_full or not self.dual.multipliers.any() or self.passing_per_s * state.left_s() >= left:
             return False
-        if parts is None or parts.bound < self.dual.bound:
-            return True
         is_new = self.branching_s < _TRIAL_SHARE * state.time_limit_s
-        return is_new or parts.bound - self.branched_from >= self.passing_per_s * self.branching_s
+        return is_new or self.branched >= self.passing_per_s * self.branching_s
 
     def branch(self, share: float) -> None:
         """Split the problem on for a share of the time limit."""
@@ -241,12 +240,13 @@ class Run:
 
         if self.parts is None or self.parts.bound < self.dual.bound:
             self.parts = Branching(self.dual)
-            self.branched_from, self.branching_s = self.parts.bound, 0.0
+        before = min(self.parts.bound, state.objective)
         while not is_over() and not self.parts.is_full:
             for chosen in self.parts.split(self.target(), is_over):
                 self.take_rounding(chosen)
             state.settle()
             state.raise_bound(min(self.parts.bound, state.objective))
+        self.branched += min(self.parts.bound, state.objective) - before
         self.branching_s += state.elapsed_s() - began_s
 
     def target(self) -> float:
