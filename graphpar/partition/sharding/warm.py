@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+import numpy as np
+
 from graphpar.errors import GraphparError
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
@@ -97,7 +99,7 @@ class _Compiler:
 
 def _bounded() -> Callable[[], None]:
     """Have the loops of bounds compiled; what is returned does so with those of searches."""
-    from graphpar.partition.sharding.branch import Branching
+    from graphpar.partition.sharding.branch import tighten
     from graphpar.partition.sharding.dual import DualAscent
     from graphpar.partition.sharding.local import LocalSearch
     from graphpar.partition.sharding.reduce import reduce_problem
@@ -108,7 +110,7 @@ def _bounded() -> Callable[[], None]:
 
     def search() -> None:
         LocalSearch(dual, chosen, 0).rehearse()
-        Branching(dual).split(dual.bound + 1.0)
+        tighten(dual.flat, np.ones(len(dual.theta), dtype=np.bool_))
 
     return search
 
