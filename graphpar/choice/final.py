@@ -41,6 +41,7 @@ def choose_plan(
     microbatches: Microbatches = "auto",
     *,
     time_limit_s: float = CHOICE_S,
+    cutoff_s: float = math.inf,
 ) -> Partition:
     """What the search found, in the order that makes it shortest, or a better plan of like pipelines.
 
@@ -50,12 +51,13 @@ def choose_plan(
         wish: A schedule, or `auto`.
         microbatches: The number that was fixed, if any.
         time_limit_s: Seconds after which nothing new is tried, for either.
+        cutoff_s: Other orders of work that cannot be shorter than this are not played through.
 
     Raises:
         UnavailableScheduleError: The schedule asked for cannot be had on these devices; says why.
         InfeasibleError: It does not fit into memory in any way that was tried.
     """
-    ordered = _in_best_order(table, found, wish, microbatches, time_limit_s)
+    ordered = _in_best_order(table, found, wish, microbatches, time_limit_s, cutoff_s)
     return best_played(table, ordered, found, wish, microbatches)
 
 
@@ -84,10 +86,11 @@ def _in_best_order(
     wish: ScheduleWish,
     microbatches: Microbatches,
     time_limit_s: float,
+    cutoff_s: float,
 ) -> Partition:
     """What the search found in its best order of work, or like pipelines."""
     like = _like(table, found, wish, microbatches, time_limit_s)
-    cutoff_s = math.inf if like is None else like.step_s
+    cutoff_s = cutoff_s if like is None else min(cutoff_s, like.step_s)
     try:
         chosen = choose_schedule(
             table, found, wish, microbatches, time_limit_s=time_limit_s, cutoff_s=cutoff_s

@@ -63,10 +63,18 @@ class _Blocks:
 
     def step_s(self, widths: Widths, microbatches: int, size: int) -> float:
         """Without messages, sums and update: the model once, and the longest stage again and again."""
-        times = self.times[size]
-        stages = [math.fsum(times[a:b]) for a, b in pairwise(self.cuts(widths))]
+        stages = self._stages_s(widths, size)
         again_s = (own * (-(-microbatches // w) - 1) for own, w in zip(stages, widths, strict=True))
         return math.fsum(stages) + max(again_s)
+
+    def busiest_s(self, widths: Widths, microbatches: int, size: int) -> float:
+        """What a replica of the longest stage has to do."""
+        stages = zip(self._stages_s(widths, size), widths, strict=True)
+        return max(own * -(-microbatches // w) for own, w in stages)
+
+    def _stages_s(self, widths: Widths, size: int) -> list[float]:
+        times = self.times[size]
+        return [math.fsum(times[a:b]) for a, b in pairwise(self.cuts(widths))]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,11 @@ class _Like:
         """The step of the slowest pipeline, as `_Blocks.step_s` has it."""
         unlike = set(zip(self.widths, self.microbatches, strict=True))
         return max(self.blocks.step_s(*one, self.size) for one in unlike)
+
+    def busiest_s(self) -> float:
+        """What some replica has to do at least, whatever the order of work."""
+        unlike = set(zip(self.widths, self.microbatches, strict=True))
+        return max(self.blocks.busiest_s(*one, self.size) for one in unlike)
 
     def pipelines(self) -> Pipelines:
         """Stages on devices; copies of a stage stand side by side, as near as can be."""
@@ -154,7 +167,7 @@ def best_like(
     def is_late() -> bool:
         return bool(bests) and time.monotonic() > deadline_s
 
-    for pipelines in _shortest(table, schedules, deadline_s):
+    for pipelines in _shortest(table, schedules, deadline_s, cutoff_s):
         if not is_late():
             play(pipelines, schedules)
     # Stages dealt out in several rounds wait for less and send more.
@@ -176,7 +189,9 @@ def _schedules(wish: ScheduleWish) -> tuple[ScheduleName, ...]:
     return () if wish == "interleaved" else (wish,)
 
 
-def _shortest(table: CostTable, schedules: Sequence[ScheduleName], deadline_s: float) -> list[Pipelines]:
+def _shortest(
+    table: CostTable, schedules: Sequence[ScheduleName], deadline_s: float, cutoff_s: float
+) -> list[Pipelines]:
     """Those that fit with the shortest steps by the formula, as far as there is time to price them.
 
     The formula may be fonder of replicas than other orders of work are, so both sorts are kept.
@@ -187,7 +202,11 @@ def _shortest(table: CostTable, schedules: Sequence[ScheduleName], deadline_s: f
     for like in _all_like(table):
         if time.monotonic() > deadline_s:
             return []
-        likes.append((like.estimate_s(), len(likes), like))
+        estimate_s = like.estimate_s()
+        if any(
+            judged_s(estimate_s if has_formula(s) else like.busiest_s(), s) < cutoff_s for s in schedules
+        ):
+            likes.append((estimate_s, len(likes), like))
     for _, number, like in sorted(likes, key=lambda known: known[:2]):
         if time.monotonic() > deadline_s:
             break

@@ -24,7 +24,7 @@ from graphpar.scenarios.asked import (
 )
 from graphpar.scenarios.budget import BudgetAnswer, affordable_mixes, best_within
 from graphpar.scenarios.budget_report import budget_lines, budget_plain
-from graphpar.scenarios.cache import AnswerCache, default_folder
+from graphpar.scenarios.cache import AnswerCache, default_folder, key_of
 from graphpar.scenarios.changes import check_format
 from graphpar.scenarios.mixes import Objective
 from graphpar.scenarios.parts import fair_limit_s
@@ -262,7 +262,16 @@ def what_if(
     if calibration is None and any(device.is_local_cpu for device in where.devices):
         calibration = Calibration.cached()
     many = 1 + len(asked) + (LEAST_AHEAD if budget_usd_per_h is not None else 0)
-    with ahead(processes, many):
+    likely = _likely_key(
+        model,
+        (*args, *({} if kwargs is None else kwargs).values()),
+        asked,
+        where,
+        (precision, tensor, prices, gap, time_limit_s, worth, leave_out, train is None),
+        (budget_usd_per_h, instances, objective),
+    )
+    answered = kept.get_as(bool, likely)
+    with ahead(processes, 0 if answered else many):
         book = PriceBook(model, args, {} if kwargs is None else kwargs, train, calibration, inputs)
         batch, money = book.baseline().graph.batch, {} if prices is None else prices
         baseline = baseline_setting(where, batch, train, precision=precision, tensor=tensor, prices=money)
@@ -276,7 +285,7 @@ def what_if(
             if leave_out:
                 leave_one_out(solver, baseline, first)
             first, answers = ask(solver, baseline, asked)
-        return Study(
+        study = Study(
             model=book.baseline().graph.name,
             baseline=first,
             answers=answers,
@@ -287,6 +296,28 @@ def what_if(
             if budget_usd_per_h is None
             else best_within(solver, baseline, budget_usd_per_h, instances, time_limit_s, objective),
         )
+        kept.put(likely, True)
+        return study
+
+
+def _likely_key(
+    model: nn.Module, inputs: Sequence[Any], asked: Sequence[Scenario], where: Cluster, *options: object
+) -> str:
+    """A hash of a study that is there before the model is captured.
+
+    No answer hangs on it: where two studies share it, or one has two, processes start late
+    or in vain.
+    """
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    return key_of(
+        {
+            "model": [str(type(model)), *(str(tuple(weight.shape)) for weight in weights)],
+            "inputs": [str(getattr(value, "shape", value)) for value in inputs],
+            "asked": [(scenario.title, scenario.changes) for scenario in asked],
+            "cluster": where.to_dict(),
+            "options": [repr(option) for option in options],
+        }
+    )
 
 
 def baseline_setting(

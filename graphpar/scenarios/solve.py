@@ -289,8 +289,13 @@ def _explain_s(task: Task) -> float:
 
 def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
     """What is taken in the end, as `plan` takes it, or what was found with a note why nothing else is."""
+    brief = task.searches_briefly and task.schedule == "auto"
+    cutoff_s = step_of(table, found) if brief else math.inf
     try:
-        return choose_plan(table, found, task.schedule, task.microbatches, time_limit_s=task.time_limit_s)
+        return choose_plan(
+            table, found, task.schedule, task.microbatches,
+            time_limit_s=task.time_limit_s, cutoff_s=cutoff_s,
+        )  # fmt: skip
     except UnavailableScheduleError as error:
         return _unscheduled(found, task, error)
 

@@ -125,3 +125,22 @@ def test_processes_that_are_starting_do_not_hear_ctrl_c(monkeypatch: pytest.Monk
     submitted(pool, list, [])
     assert signal.SIGINT in masks[0]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_what_was_answered_before_starts_no_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    @contextmanager
+    def ahead(_: int | None, tasks: int) -> Iterator[None]:
+        begun.append(tasks)
+        yield
+
+    monkeypatch.setattr("graphpar.scenarios.api.ahead", ahead)
+    args = (torch.empty(4, 8, device="meta"),)
+    for layers, asked in ((1, "set batch=8"), (1, "set batch=8"), (1, "set batch=2"), (2, "set batch=8")):
+        model = nn.Sequential(*(nn.Linear(8, 8, device="meta") for _ in range(layers)))
+        cluster = {"devices": [{"kind": "t4", "count": 2}]}
+        graphpar.what_if(model, cluster, [asked], args, cache=tmp_path, processes=1, gap=0.9)
+    assert begun == [2, 0, 2, 2]
