@@ -15,6 +15,7 @@ take longer, which leaves less time for sums, which narrows windows.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
@@ -110,6 +111,23 @@ def halves(windows: Windows) -> list[Windows]:
     middle = (low + high) // 2
     parts = (low, middle), (middle + 1, high)
     return [(*windows[:wide], part, *windows[wide + 1 :]) for part in parts]
+
+
+def known_sums_s(table: CostTable, sums_s: FloatArray, windows: Windows) -> FloatArray | None:
+    """[0 or 1, unit]: what sums before it take at least, where all cuts in common are known.
+
+    In row 0 those since the last cut there or before, in row 1 since the last cut before. Sums of a
+    segment follow one another, so that a stage sums after all before it in its segment. Not told (None)
+    where some unit has no sum, or groups of devices sum part by part.
+    """
+    fixed = all(low == high for low, high in windows)
+    if not fixed or any(len(m.members) > 1 for m in table.every_mode) or (np.diff(sums_s[0]) <= 0).any():
+        return None
+    cuts, units = np.array([0, *(low for low, _ in windows)]), np.arange(len(sums_s))
+    sides: tuple[Literal["right", "left"], ...] = ("right", "left")
+    last = [cuts[np.maximum(np.searchsorted(cuts, units, side) - 1, 0)] for side in sides]
+    found: FloatArray = np.stack([sums_s[cut, units] for cut in last])
+    return found
 
 
 def longest_s(sums_s: FloatArray, windows: Windows) -> float:

@@ -16,7 +16,7 @@ from graphpar.cost import CostTable
 from graphpar.partition.cells import Cells, Links, StageOption, pareto
 from graphpar.partition.device_sets import DeviceSets, device_sets
 from graphpar.partition.slots import Slots
-from graphpar.partition.stage_costs import cached_post, zero_seconds
+from graphpar.partition.stage_costs import cached_post, least_step_s, zero_seconds
 from graphpar.partition.unit_arrays import (
     BoolArray,
     Cache,
@@ -100,6 +100,26 @@ class OptionRows:
             found.moved_rows = np.ascontiguousarray(self.moved_rows[:, index])
         (post, post_of), (moved, moved_of) = self.least_post, self.least_moved
         found.least_post, found.least_moved = (post[index], post_of), (moved[index], moved_of)
+        return found
+
+    def summed_by(
+        self, table: CostTable, setting: Setting, sums_s: FloatArray, cache: Cache
+    ) -> "OptionRows":
+        """The same where sums of the units before a stage, and of all up to its end, take a while.
+
+        `sums_s` is [0 or 1, unit], by where it begins and where it ends (`common_cuts.known_sums_s`).
+        What replicas under ZeRO exchange they do before, so that it does not follow.
+        """
+        found, units = copy(self), UnitArrays(table, setting, self._runs, cache)
+        for name in ("post_s", "least_post"):
+            found.__dict__.pop(name, None)
+        found._merged, found.by_size = {}, {}
+        some = [self.options[i] for i in np.unique(self.post_of, return_index=True)[1].tolist()]
+        steps_s = np.stack([least_step_s(table, units, option) for option in some], axis=1)
+        plain = np.array([table.every_mode[option.staff[0]].zero == 0 for option in some])
+        ahead_s = sums_s[0, self._runs.first][:, None] * plain
+        post_s = np.maximum(self.post_by_run + ahead_s, sums_s[1, self._runs.last][:, None] + steps_s)
+        found.post_by_run = np.ascontiguousarray(post_s)
         return found
 
     def merged(self, seconds: FloatArray) -> "OptionRows":

@@ -76,6 +76,8 @@ class Programs:
         self._ranges = run_ranges(family.table.num_units)
         self._among: tuple[Programs, IntArray] | None = None
         """Programmes of all runs, and which of these there are here."""
+        self._summed: tuple[Programs, FloatArray] | None = None
+        """Programmes without what is known of sums, and that."""
         self._allowed: BoolArray | None = None
         """Runs of units that a stage may have, where not all."""
         self._rows: dict[object, OptionRows] = {}
@@ -116,13 +118,18 @@ class Programs:
         other._built, other._cache, other._rows, other._excluded, other._fits = {}, {}, {}, {}, {}
         return other
 
-    def cut_within(self, windows: Windows) -> "Programs":
-        """The same for pipelines that are cut at least once within each of some windows; needs loops."""
+    def cut_within(self, windows: Windows, sums_s: FloatArray | None = None) -> "Programs":
+        """The same for pipelines that are cut at least once within each of some windows; needs loops.
+
+        `sums_s` is what sums take, where it is known (`OptionRows.summed_by`).
+        """
         runs, other = self._ranges, copy(self)
         other._allowed = np.ones(len(runs.first), dtype=np.bool_)
         for low, high in windows:
             other._allowed &= (runs.first >= low) | (runs.last <= high)
         other._built, other._excluded = {}, {}
+        if sums_s is not None:
+            other._summed, other._rows = (self, sums_s), {}
         return other
 
     def tasks(
@@ -466,6 +473,10 @@ class Programs:
         if key not in self._rows and self._among is not None:
             whole, index = self._among
             self._rows[key] = whole._rows_of(limits, setting, options).among(self._ranges, index)
+        elif key not in self._rows and self._summed is not None:
+            plain, sums_s = self._summed
+            rows = plain._rows_of(limits, setting, options)
+            self._rows[key] = rows.summed_by(self.family.table, setting, sums_s, self._cache)
         elif key not in self._rows:
             self._rows[key] = OptionRows(
                 self.family.table, self.family.cells, options, setting, self._ranges, self._cache

@@ -24,6 +24,7 @@ from graphpar.partition.common_cuts import (
     Windows,
     first_windows,
     halves,
+    known_sums_s,
     longest_s,
     narrowed,
     segment_sums_s,
@@ -159,6 +160,8 @@ class _Grouping:
         self._looked = [0]
         self._fits: dict[tuple[Group, int], Fit] = {}
         self._known = KnownFits()
+        self._summed = False
+        """Whether what stages sum is known from where all pipelines are cut."""
         self._cutoff = INFINITY
 
     def work(self, cutoff_s: float, post_limit: float = INFINITY) -> SideBySide:
@@ -202,7 +205,9 @@ class _Grouping:
     def _within(self, windows: Windows) -> "_Grouping":
         """The same for pipelines that are all cut within some windows, at the same units."""
         found = copy(self)
-        found._programs, found._fits, found._windows = self._programs.cut_within(windows), {}, windows
+        sums_s = known_sums_s(self._table, self._sums_s, windows)
+        found._programs, found._fits = self._programs.cut_within(windows, sums_s), {}
+        found._windows, found._summed = windows, sums_s is not None
         found._least_post = max(self._least_post, longest_s(self._sums_s, windows))
         self._looked[0] += 1
         return found
@@ -316,10 +321,14 @@ class _Grouping:
         for fit, task in sorted(
             known, key=lambda k: (k[0].found is None, max(k[0].bound_s, k[1].bound_s))
         ):
+            if self._summed:
+                # What was found elsewhere may sum for longer here.
+                fit = Fit(None, fit.bound_s)
             least_s = max(fit.bound_s, task.bound_s)
             if fit.found is None and least_s < limit:
                 fit = self._best([task], time_limit, post_limit)
-                self._known.add(task.limits, task.setting, self._windows, post_limit, fit)
+                if not self._summed:
+                    self._known.add(task.limits, task.setting, self._windows, post_limit, fit)
                 least_s = fit.bound_s
             bound_s = min(bound_s, least_s)
             if fit.found is not None and _time_s(fit.found) < limit:

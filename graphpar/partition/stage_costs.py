@@ -255,6 +255,13 @@ def _post(
     return found if units.valid.all() else np.where(units.valid, found, np.inf)
 
 
+def least_step_s(table: CostTable, units: UnitArrays, option: StageOption) -> FloatArray:
+    """What a stage steps after its last sum of gradients, at the least."""
+    steps = np.stack([units.optimizer_seconds(mode) for mode in set(option.staff)])
+    found: FloatArray = steps.max(axis=0)
+    return steps.min(axis=0) / option.width if table.every_mode[option.staff[0]].zero else found
+
+
 def summing(option: StageOption, zero: int, setting: Setting) -> tuple[Links, int]:
     """The links and the holders of a stage's sums of gradients, at the least.
 

@@ -19,6 +19,7 @@ from graphpar.partition.common_cuts import (
     Windows,
     first_windows,
     halves,
+    known_sums_s,
     longest_s,
     narrowed,
     segment_sums_s,
@@ -91,8 +92,31 @@ def test_sums_of_a_segment_take_at_least_what_is_said(
     groups = ((units,),) * 2
     sums_s = segment_sums_s(table, cells, groups, [links_to_others(cells, groups, g) for g in groups])
     assert sums_s[0, units] <= worst_finish_s(table, pipelines)[0] * (1 + 1e-9)
-    if all(gradients):
+    # Of both pipelines' cuts none is a common one.
+    known = known_sums_s(table, sums_s, ())
+    assert (known is None) == (not all(gradients))
+    if known is not None:
         assert sums_s[0, units] >= sum(gradients) * (1 - 1e-9)
+        held = [(s.first, s.last) for p in pipelines for s in p.stages]
+        own_s = [2 * (latency_s + sum(gradients[first:last]) / 2) for first, last in held]
+        least_s = max(
+            max(float(known[0, first]) + seconds, float(known[1, last]))
+            for (first, last), seconds in zip(held, own_s, strict=True)
+        )
+        assert least_s <= worst_finish_s(table, pipelines)[0] * (1 + 1e-9)
+
+
+def test_sums_are_known_from_the_last_common_cut_on() -> None:
+    sums_s = segment_sums_s(
+        table := make_table((1.0,) * 4, (1.0,), (4,), gradient_bytes=1.0, link=LinkCost(0.0, 1.0)),
+        cells := find_cells(table),
+        groups := ((2,), (2,)),
+        [links_to_others(cells, groups, g) for g in groups],
+    )
+    known = known_sums_s(table, sums_s, ((1, 1), (3, 3)))
+    assert known is not None
+    assert known.tolist() == [[0.0, 0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 2.0, 1.0]]
+    assert known_sums_s(table, sums_s, ((1, 2),)) is None
 
 
 _WINDOW = st.tuples(st.integers(1, 5), st.integers(0, 4)).map(lambda w: (w[0], min(sum(w), 5)))
