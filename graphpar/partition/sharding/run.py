@@ -51,7 +51,10 @@ _FIRST_BOUND_SHARE, _BOUND_SHARE, _MOST_BOUND_SHARE = 0.04, 0.02, 0.12
 """Share of the time limit that a round's passes for the bound take: the first few rounds and later at
 least, and at most."""
 
-_TRIAL_SHARE = 0.05
+_PASSING_SHARE = 0.5
+"""Message passing goes on while at its present speed the time left would close this share of the gap."""
+
+_TRIAL_SHARE = 0.03
 """Share of the time limit after which branching has to raise the bound as fast as message passing did."""
 
 _WORTH = 10.0
@@ -124,7 +127,7 @@ class Run:
             self.walk(_ROUND_SHARE * self.shares[0])
             self.mix(_ROUND_SHARE * self.shares[2])
             searched_s = state.elapsed_s() - began_s
-            self.raise_bound(bound_share)
+            (self.raise_bound if rounds else self.bound)(bound_share)
             bound_share = _next_bound_share(
                 bound_share,
                 _FIRST_BOUND_SHARE if rounds < 3 else _BOUND_SHARE,
@@ -220,10 +223,8 @@ class Run:
 
     def should_branch(self) -> bool:
         """Whether memory has a price, message passing is too slow, and branching pays or is new."""
-        state = self.state
-        left = state.objective - state.bound
-        is_full = self.parts is not None and self.parts.is_full
-        if is_full or not self.dual.multipliers.any() or self.passing_per_s * state.left_s() >= left:
+        state, gap = self.state, self.state.objective - self.state.bound
+        if not self.dual.multipliers.any() or self.passing_per_s * state.left_s() >= _PASSING_SHARE * gap:
             return False
         is_new = self.branching_s < _TRIAL_SHARE * state.time_limit_s
         return is_new or self.branched >= self.passing_per_s * self.branching_s
