@@ -30,6 +30,7 @@ from graphpar.frontend.host import (
 )
 from graphpar.frontend.objects import opened
 from graphpar.frontend.packing import packed_as_padded
+from graphpar.frontend.recorded import record
 from graphpar.frontend.refusals import (
     no_functional_gradients,
     no_tensor_hooks,
@@ -317,20 +318,37 @@ def _exported(
         return traced(*_copied(args), **_copied(kwargs))
 
     def whole() -> str:
-        following = FOLLOWS_ALL.set(True)
-        try:
+        with _following_all():
             return str(program().graph)
-        finally:
-            FOLLOWS_ALL.reset(following)
+
+    def ops() -> Any:
+        given = _copied((args, kwargs))
+        known = [*model.parameters(), *model.buffers(), *_tensors(given)]
+        with _following_all(), attributes_left(model):
+            return record(lambda: traced(*given[0], **given[1]), known)
 
     made = program()
     if traced.reassigned:
         made = program()  # with the buffers to copy known from the start
     kept = set(traced.kept)
     refuse_counters(model, traced.moved, call, lambda: str(program().graph))
-    refuse_kept(model, kept, call, whole)
+    refuse_kept(model, kept, call, whole, ops)
     refuse_frozen(reads, _described(made), lambda: _described(program()))
     return made
+
+
+@contextmanager
+def _following_all() -> Iterator[None]:
+    """Within it no block stands for another."""
+    following = FOLLOWS_ALL.set(True)
+    try:
+        yield
+    finally:
+        FOLLOWS_ALL.reset(following)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def _described(program: ExportedProgram) -> str:

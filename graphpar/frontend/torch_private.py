@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._export import non_strict_utils
+from torch._export import utils as export_utils
 from torch._export.passes import replace_set_grad_with_hop_pass
 from torch._functorch import eager_transforms, predispatch
 from torch._functorch import vmap as vmap_module
@@ -119,8 +120,8 @@ def short_stacks() -> Iterator[None]:
 def quiet_failures() -> Iterator[None]:
     """Keep torch.export from writing to stderr when it fails: whole graphs, tracebacks, guesses."""
     module: Any = export_trace
-    names = "torch.export", *(m.__name__ for m in (export_trace, symbolic_shapes, fake_tensor))
-    loggers = [logging.getLogger(name) for name in names]
+    asked = torch.export, export_trace, symbolic_shapes, fake_tensor
+    loggers = [logging.getLogger(made.__name__) for made in asked]
     before = [logger.disabled for logger in loggers]
     module.print = lambda *_, **__: None
     for logger in loggers:
@@ -196,6 +197,9 @@ def as_if_not_exported() -> Iterator[None]:
         torch.compiler.is_exporting, torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling = (
             before
         )
+
+
+as_if_exported: Any = export_utils._compiling_state_context  # a model that asks is told that it is
 
 
 class _IndicesOfVmap(TorchFunctionMode):
@@ -350,10 +354,8 @@ def without_out(function: Any) -> Any:
 
 
 def functional_twin(function: Any) -> Any:
-    """The overload without side effects of what an in-place operator takes; None if there is none.
-
-    Names do not tell: `pow_.Scalar` takes a tensor and a number, `pow.Scalar` a number and a tensor.
-    """
+    """The overload without side effects of what an in-place operator takes; None if there is none."""
+    # Names do not tell: `pow_.Scalar` takes a tensor and a number, `pow.Scalar` a number and a tensor.
     name = function.overloadpacket.__name__
     packet = getattr(getattr(torch.ops, function.namespace), name.removesuffix("_"), None)
     if packet is None or name == packet.__name__:

@@ -234,13 +234,13 @@ def test_without_values_such_a_state_is_told_where_it_changes_the_graph(
 
 def test_what_changes_no_graph_is_asked_once_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[nn.Module] = []
-    answer = state._same_graph_after_a_call
+    answer = state._same_after_a_call
 
-    def ask(model: nn.Module, call: Callable[[], Any], graph: Callable[[], str]) -> bool:
+    def ask(model: nn.Module, call: Callable[[], Any], told: Callable[[], Any]) -> bool:
         asked.append(model)
-        return answer(model, call, graph)
+        return answer(model, call, told)
 
-    monkeypatch.setattr(state, "_same_graph_after_a_call", ask)
+    monkeypatch.setattr(state, "_same_after_a_call", ask)
     with torch.device("meta"):
         model = Remembers("attribute", False)
     for _ in range(2):
