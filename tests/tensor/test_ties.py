@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from amounts import examples
 from choices import at_random
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -187,7 +186,7 @@ def test_every_rule_is_tried() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(20, 6), deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(parts=shares(), seed=st.integers(0, 10**6))
 @example(parts=(0.3, 0.15, 0.25, 0.3), seed=967118).via("a weight that is read as a copy and whole")
 def test_any_strategies_for_any_op(parts: tuple[float, ...], seed: int) -> None:
