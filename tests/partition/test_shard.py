@@ -428,3 +428,22 @@ def test_memory_beyond_exact_sums_is_not_said_to_be_too_much() -> None:
     use = 2**53 + 3  # rounds up
     problem = ShardingProblem("large", ((0, 1),) * 3, ((1,),) * 3, ((use,),) * 3, (), (), 3 * use)
     assert solve_sharding(problem, time_limit_s=60).status == "optimal"
+
+
+@pytest.mark.parametrize("more", [0, 64])
+def test_of_costs_that_rounding_makes_alike_one_stays(more: int) -> None:
+    """With 10^17 beside it 3 is nothing: each of three strategies seems no worse than the next one."""
+    large = 10**17
+    problem = ShardingProblem(
+        "circle",
+        ((0, 1),) * 3,
+        ((0, 5), (3, 3, large, 0), (5, 0)),
+        ((1, 2), (0, 0, 0, 0), (1, 2)),
+        ((0, 1),),
+        ((large, large, 0, large, large, large, 3, large + more),),
+        3,
+    )
+    solved = solve_sharding(problem)
+    assert (solved.status, solved.objective) == ("optimal", best_sharding(problem))
+    worse = np.array([[np.inf, 0.0, 1.0], [1.0, np.inf, 0.0], [0.0, 1.0, np.inf]])
+    assert not reduce_loops.replaceable(worse).all()

@@ -93,9 +93,9 @@ def _forbid_more_memory_loop(worse: FloatArray, use: FloatArray) -> None:
 @compiled_exactly
 def _replaceable_loop(worse: FloatArray, result: BoolArray) -> None:
     count = len(worse)
-    for a in range(count):
+    for a in range(count - 1, -1, -1):
         for b in range(count):
-            if a != b and worse[a, b] <= 0.0 and (a > b or worse[b, a] > 0.0):
+            if a != b and worse[a, b] <= 0.0 and not result[b]:
                 result[a] = True
                 break
 
@@ -188,15 +188,20 @@ def forbid_more_memory(worse: FloatArray, use: FloatArray) -> None:
 
 
 def replaceable(worse: FloatArray) -> BoolArray:
-    """Which a have another b with `worse[a, b] <= 0`; of two that replace each other the first stays."""
+    """Which a another b replaces, `worse[a, b] <= 0`; of some that replace each other the first stays.
+
+    Only one that stays so far replaces another: as numbers are rounded each of a circle may seem no
+    worse than the next one, and one must stay.
+    """
     if _READY.is_set():
         result = np.zeros(len(worse), dtype=np.bool_)
         _replaceable_loop(worse, result)
         return result
     by = np.asarray(worse <= 0.0)
     np.fill_diagonal(by, False)
-    by &= ~(by.T & np.triu(np.ones_like(by)))
-    found: BoolArray = np.logical_or.reduce(by, axis=1)
+    found = np.zeros(len(by), dtype=np.bool_)
+    for a in range(len(by) - 1, -1, -1):
+        found[a] = (by[a] & ~found).any()
     return found
 
 
