@@ -8,7 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 import msgspec
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from graphpar.calibration import Calibration
 from graphpar.cluster import Cluster
@@ -264,7 +266,7 @@ def what_if(
     many = 1 + len(asked) + (LEAST_AHEAD if budget_usd_per_h is not None else 0)
     likely = _likely_key(
         model,
-        (*args, *({} if kwargs is None else kwargs).values()),
+        (args, kwargs),
         asked,
         where,
         (precision, tensor, prices, gap, time_limit_s, worth, leave_out, train is None),
@@ -301,23 +303,34 @@ def what_if(
 
 
 def _likely_key(
-    model: nn.Module, inputs: Sequence[Any], asked: Sequence[Scenario], where: Cluster, *options: object
+    model: nn.Module, inputs: object, asked: Sequence[Scenario], where: Cluster, *options: object
 ) -> str:
     """A hash of a study that is there before the model is captured.
 
     No answer hangs on it: where two studies share it, or one has two, processes start late
-    or in vain.
+    or in vain. So it takes what makes no sense as well, which is told where it is looked at.
     """
     weights = model.parameters() if isinstance(model, nn.Module) else ()
     return key_of(
         {
-            "model": [str(type(model)), *(str(tuple(weight.shape)) for weight in weights)],
-            "inputs": [str(getattr(value, "shape", value)) for value in inputs],
+            "model": [str(type(model)), *map(_outline, weights)],
+            "inputs": _outline(inputs),
             "asked": [(scenario.title, scenario.changes) for scenario in asked],
             "cluster": where.to_dict(),
             "options": [repr(option) for option in options],
         }
     )
+
+
+def _outline(value: object) -> str:
+    """What inputs and weights look like, whatever they are."""
+    if isinstance(value, torch.Tensor):
+        return str(type(value)) if is_lazy(value) else f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return str({str(key): _outline(each) for key, each in value.items()})
+    if isinstance(value, list | tuple):
+        return str([_outline(each) for each in value])
+    return repr(value) if isinstance(value, bool | int | float | str | None) else str(type(value))
 
 
 def baseline_setting(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import graphpar
+from graphpar.errors import GraphparError
 from graphpar.scenarios.asked import as_scenarios
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.types import Scenario
@@ -70,6 +71,22 @@ def test_senseless_arguments_are_refused_and_told_as_they_were_given(
     monkeypatch.delattr("graphpar.scenarios.api.ask")
     with pytest.raises(ValueError, match=words):
         ask(**options)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (nn.LazyLinear(2), {}, "LazyLinear|lazy|uninitialized"),
+        (nn.Linear(4, 2), {"args": 5}, "args="),
+        (nn.Linear(4, 2), {"kwargs": {"input": [torch.ones(8, 4), {"a": None}]}}, "."),
+    ],
+)
+def test_what_no_model_takes_is_told_by_the_capture(
+    model: nn.Module, options: dict[str, Any], words: str
+) -> None:
+    given: dict[str, Any] = {"args": (torch.ones(8, 4),), **options}
+    with pytest.raises((GraphparError, ValueError), match=words):
+        graphpar.what_if(model, {"nodes": NODES, "network": "ethernet-10g"}, **given, cache=False)
 
 
 @pytest.mark.parametrize(
