@@ -1,6 +1,8 @@
 """Branching on memory: parts that lose no answer, and bounds that are true."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from graphpar.partition.sharding.branch import Branching, tighten
 from graphpar.partition.sharding.dual import DualAscent
 from graphpar.partition.sharding.exact import solve_exactly
 from graphpar.partition.sharding.reduce import reduce_problem
+from graphpar.partition.sharding.run import Run
 
 
 @settings(max_examples=examples(40), deadline=None)
@@ -77,3 +80,18 @@ def test_a_gap_that_prices_leave_is_closed_by_branching() -> None:
     while parts.bound < best - 1e-6:
         parts.split(best)
     assert dual.bound < 0.99 * best
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_message_passing_goes_on_where_parts_have_no_room(is_full: bool) -> None:
+    state = SimpleNamespace(objective=2.0, bound=1.0, time_limit_s=10.0, left_s=lambda: 5.0)
+    dual = SimpleNamespace(multipliers=np.ones(1))
+    run = SimpleNamespace(
+        state=state,
+        dual=dual,
+        parts=SimpleNamespace(is_full=is_full),
+        passing_per_s=0.0,
+        branching_s=0.0,
+        branched=0.0,
+    )
+    assert Run.should_branch(cast(Run, run)) is not is_full

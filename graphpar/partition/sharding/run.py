@@ -224,7 +224,8 @@ class Run:
     def should_branch(self) -> bool:
         """Whether memory has a price, message passing is too slow, and branching pays or is new."""
         state, gap = self.state, self.state.objective - self.state.bound
-        if not self.dual.multipliers.any() or self.passing_per_s * state.left_s() >= _PASSING_SHARE * gap:
+        passes = self.passing_per_s * state.left_s() >= _PASSING_SHARE * gap
+        if passes or not self.dual.multipliers.any() or (self.parts and self.parts.is_full):
             return False
         is_new = self.branching_s < _TRIAL_SHARE * state.time_limit_s
         return is_new or self.branched >= self.passing_per_s * self.branching_s
