@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import click
 
 from graphpar.errors import InfeasibleError
+from graphpar.files import check_writable, write_whole
 from graphpar.partition.answers import INTERRUPT, ProgressCallback, Solved, ignore_progress
 from graphpar.partition.clock import OutOfTimeError
 from graphpar.partition.placement.check import Objective
@@ -85,6 +86,8 @@ def solve(
     .json or .json.gz. Exit code 3 means that no answer exists.
     """
     began_s = time.perf_counter() - _started_s_ago()
+    if output is not None:
+        check_writable(output)
 
     is_large = file.is_file() and file.stat().st_size >= _LARGE_BYTES
 
@@ -111,11 +114,7 @@ def solve(
             left_s = time_limit_s - began_solving_s - _busy(began_solving_s) * _LEAVING_CPU_S
             solved = engine(problem, max(0.05 * time_limit_s, left_s), gap, watch)
         solved = replace(solved, seconds=solved.seconds + began_solving_s)
-    if output is not None and solved.answer is not None:
-        try:
-            output.write_text(json.dumps(solved.answer) + "\n")
-        except OSError as error:
-            raise click.FileError(str(output), error.strerror or "cannot be written") from error
+    unwritten = _write(output, solved) if output is not None else None
     # What takes long to read is a sharding problem, unless the call says otherwise.
     is_placement = isinstance(problem, PlacementProblem) or (problem is None and objective is not None)
     kind = "placement" if is_placement else "sharding"
@@ -128,6 +127,9 @@ def solve(
         from graphpar.solve_output import show_table
 
         show_table(problem, file.name, kind, objective or "throughput", solved)
+    if unwritten is not None:
+        # Told when the answer is out, which is what the time went for.
+        raise unwritten
     if solved.truncated_by == INTERRUPT:
         # Told with its exit code, as everywhere, now that the answer is out.
         raise KeyboardInterrupt
@@ -195,6 +197,17 @@ def _engine(problem: Problem, objective: Objective) -> _Engine:
         return solved
 
     return run
+
+
+def _write(output: Path, solved: Solved[Any]) -> OSError | None:
+    """Write the answer, if there is one; what went wrong."""
+    if solved.answer is None:
+        return None
+    try:
+        write_whole(output, f"{json.dumps(solved.answer)}\n".encode())
+    except OSError as error:
+        return error
+    return None
 
 
 def _as_record(kind: str, solved: Solved[Any]) -> dict[str, object]:

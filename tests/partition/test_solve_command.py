@@ -47,9 +47,9 @@ for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = solve.main(arguments, "graphpar solve", standalone_mode=False) or 0
-        except GraphparError as error:
+        except (GraphparError, ValueError, OSError) as error:
             print(error, file=sys.stderr)
-            code = error.exit_code
+            code = getattr(error, "exit_code", 1)
     done.append((out.getvalue(), err.getvalue(), code))
 json.dump(done, sys.stdout)
 """
@@ -101,6 +101,23 @@ def test_sharding_as_json(tmp_path: Path) -> None:
     assert list(record) == KEYS
     assert (record["format"], record["status"], record["objective"]) == ("sharding", "optimal", 3)
     assert record["answer"] == json.loads(answer.read_text()) == [1, 1]
+
+
+def test_an_answer_file_is_checked_before_the_search_and_never_costs_the_answer(tmp_path: Path) -> None:
+    file, deep = tmp_path / "p.json", tmp_path / "new" / "folder" / "answer.json"
+    file.write_bytes(sharding_file(SHARDING))
+    refused, full, made = run(
+        (file, "--json", "-o", file / "answer.json"),
+        (file, "--json", "-o", "/dev/full"),
+        (file, "--json", "-o", deep),
+    )
+    assert refused.stdout == ""
+    assert "is no folder" in refused.stderr
+    assert json.loads(full.stdout)["answer"] == [1, 1]
+    assert (refused.returncode, full.returncode) == (1, 1)
+    assert "No space left" in full.stderr
+    assert made.returncode == 0
+    assert json.loads(deep.read_text()) == [1, 1]
 
 
 def test_a_search_cut_short_says_so(tmp_path: Path) -> None:
