@@ -14,12 +14,14 @@ def uncollected() -> Iterator[None]:
     if not gc.isenabled():
         yield
         return
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
-        if not gc.get_freeze_count():
-            # Both together move all objects among the oldest; else the next look would be at each.
-            gc.freeze()
-            gc.unfreeze()
-        gc.enable()
+        try:
+            if not gc.get_freeze_count():
+                # Both together move all objects among the oldest; else the next look would be at each.
+                gc.freeze()
+                gc.unfreeze()
+        finally:
+            gc.enable()

@@ -5,6 +5,7 @@ is told in a fraction of the time that two exports take.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +13,20 @@ import torch
 from graphpar.frontend.torch_private import DispatchMode, as_if_exported, flatten, memory_of
 
 
-def record(call: Callable[[], Any], known: Iterable[torch.Tensor]) -> list[Any]:
-    """The operators that a call comes to and its result, equal for calls that compute the same.
+@dataclass(frozen=True)
+class Recorded:
+    """The operators that a call came to and its result, equal for calls that compute the same.
+
+    While it is there no other tensor can take the memory of one that the call met, which is what tensors
+    from outside are told by.
+    """
+
+    operators: tuple[Any, ...]
+    held: tuple[torch.Tensor, ...] = field(compare=False, repr=False)
+
+
+def record(call: Callable[[], Any], known: Iterable[torch.Tensor]) -> Recorded:
+    """What a call comes to.
 
     Args:
         call: Calls a model, as it is called while it is exported.
@@ -23,7 +36,7 @@ def record(call: Callable[[], Any], known: Iterable[torch.Tensor]) -> list[Any]:
     recorder = _Recorder(known)
     with as_if_exported(), recorder:
         result = call()
-    return [*recorder.seen, recorder.told(result)]
+    return Recorded((*recorder.seen, recorder.told(result)), tuple(recorder.held))
 
 
 class _Recorder(DispatchMode):  # type: ignore[misc]
@@ -32,7 +45,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.seen: list[Any] = []
-        self._held: list[torch.Tensor] = []
+        self.held: list[torch.Tensor] = []
         self._origin: dict[int, Any] = {}
         for place, tensor in enumerate(known):
             self._own(tensor, ("given", place))
@@ -60,5 +73,5 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
 
     def _own(self, tensor: torch.Tensor, origin: Any) -> Any:
         """Where a tensor's memory comes from: what is known of it already, or else this."""
-        self._held.append(tensor)  # no other memory may take its place
+        self.held.append(tensor)  # no other memory may take its place
         return self._origin.setdefault(memory_of(tensor), origin)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from graphpar.frontend.recorded import record
+from graphpar.frontend.recorded import Recorded, record
 
 Compute = Callable[["Twice", Tensor, Tensor], Tensor]
 
@@ -25,7 +26,7 @@ class Twice(nn.Module):
         return self.compute(self, x, y)
 
 
-def told(model: Twice) -> list[object]:
+def told(model: Twice) -> Recorded:
     given = torch.empty(3, 3, device="meta"), torch.empty(3, 3, device="meta")
     return record(lambda: model(*given), [*model.parameters(), *given])
 
@@ -71,6 +72,7 @@ CHANGES: dict[str, Compute] = {
     "the result alone": lambda m, x, y: (x + 1, y + 1)[m.calls - 1 :][0] if m.calls < 3 else x,
     "no operator at all": lambda m, x, y: x if m.calls == 1 else y,
     "a type": lambda m, x, y: x.to((torch.float64, torch.float16)[m.calls - 1]),
+    "numbers in new memory": lambda m, x, y: x * torch.from_numpy(np.full(99, float(m.calls)))[0],
     "a kept argument": keeps,
     "a kept tensor that grows": grows,
     "whether gradients are recorded": in_other_modes,
