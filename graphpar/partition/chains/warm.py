@@ -49,7 +49,7 @@ class _Compiler:
 _COMPILER = _Compiler()
 
 
-NOT_COMPILED = "numba is not installed"
+NOT_COMPILED = "numba cannot be imported"
 NOT_READY = "its loops were not compiled when they were needed, as in the first run of an installation"
 
 

@@ -40,7 +40,7 @@ _NOT_WARM = (
 _LONGEST_S = 1e6
 """Longer limits, of which shares would never end, count as this one."""
 
-NOT_COMPILED = "numba is not installed, so the search ran some hundred times slower than it could"
+NOT_COMPILED = "numba cannot be imported, so the search ran some hundred times slower than it could"
 
 
 def solve_sharding(
