@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests start hundreds of processes: where bytecode may not be kept, each compiles all of graphpar anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check pytest slow both exhaustive gpu clean
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
