@@ -51,10 +51,12 @@ def at_random(
     graph: Graph,
     shares: Sequence[float],
     seed: int,
-    prefers: Callable[[Strategy], bool] = lambda strategy: False,
+    prefers: Callable[[str, Strategy], bool] = lambda name, strategy: False,
     inner: Sequence[float] = (),
 ) -> Choice:
     """Any strategy for each op that its operands can be brought to; mostly not the whole one.
+
+    One that an op `prefers` comes before all that it does not.
 
     With `inner` members form a mesh, whose second axis has these shares.
     """
@@ -109,7 +111,7 @@ def _chosen(
     sizes: tuple[int, ...],
     rng: random.Random,
     copies: bool,
-    prefers: Callable[[Strategy], bool],
+    prefers: Callable[[str, Strategy], bool],
 ) -> dict[str, Ways] | None:
     """A copy cannot become whole again; where that leads nowhere there are none."""
     chosen: dict[str, Ways] = {}
@@ -138,7 +140,7 @@ def _chosen(
                 possible.append(ways)
         if not possible:
             return None
-        possible = [ways for ways in possible if any(map(prefers, ways))] or possible
+        possible = [ways for ways in possible if any(prefers(op.name, way) for way in ways)] or possible
         chosen[op.name] = rng.choice(possible[1:] or possible if rng.random() < 0.8 else possible)
     return chosen
 

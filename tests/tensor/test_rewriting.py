@@ -161,7 +161,7 @@ def test_the_samples_are_cut_wherever_they_can_be(parts: tuple[float, ...]) -> N
     for model, given_batch in ((Pixels(), batch), (Mixer(["b", "m"], 12, 3, 5, 0.0), ids)):
         prepared = prepare(model, given_batch, {}, TRAINING)
         graph = one_stage(prepared.graph)
-        choice = at_random(graph, parts, 0, prefers=lambda strategy: bool(strategy.samples))
+        choice = at_random(graph, parts, 0, prefers=lambda name, strategy: bool(strategy.samples))
         assert sum(bool(s.samples) for s in choice.chosen.values()) >= 8
         local = Shard(0, 1, choice.chosen, choice.forms, choice.weights).run(graph)
         assert parse_graph(format_graph(local)) == local
