@@ -10,7 +10,7 @@ from graphpar.cluster import Cluster
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.group_times import KnownWork, ShardingOptions, TensorGroup
 from graphpar.cost_models.mesh_times import MeshTimes
-from graphpar.cost_models.sharding import ShardingProgramme, least_seconds
+from graphpar.cost_models.sharding import Found, ShardingProgramme, least_seconds
 from graphpar.cost_models.sharding_structure import Structure, cut_batches
 from graphpar.cost_models.tensor_modes import SharedUnits, TimesBySize
 from graphpar.groups.settings import group_options, options_at, placed_whole, tensor_group, worst_link
@@ -99,11 +99,11 @@ def with_group_modes(
         unlike = any(other[0] is not first[0] for other in others)
         if not replica.others or unlike or key in modes or key in table.mode_of_key:
             continue
-        usual = options(replica.lean)
-        prices = known.whole(*first).prices(tensor_group(cluster, replica), usual, calibration)
+        asked, group = options(replica.lean), tensor_group(cluster, replica)
+        prices = known.whole(*first).prices(group, asked, calibration)
         if replica.mesh and least_gain > 0:
             could_s = (1 - least_gain) * one_axis_s.get(replica.devices, inf)
-            if prices.least_seconds(usual) >= could_s:
+            if prices.least_seconds(asked) >= could_s:
                 continue
         # The table's links may be measured ones: what the group needs is told in their terms.
         link = worst_link(replica, table.topology.link)
@@ -120,6 +120,14 @@ def with_group_modes(
             for lean in _pareto(modes[key], (mode(lean)[0] for lean in range(1, MOST_LEAN + 1))):
                 modes[lean.key] = lean
     return replace(table, modes=tuple(modes.values()))
+
+
+_Asked = tuple[int, float, float]
+"""Samples of a microbatch, and prices of a byte held and of one kept."""
+
+
+def _asked(options: ShardingOptions) -> _Asked:
+    return options.samples, options.hold_factor, options.keep_factor
 
 
 class _Whole:
@@ -160,23 +168,29 @@ class _GroupPrices:
         self._structures: dict[tuple[bool, ...], Structure] = {}
         self._programmes: dict[int, ShardingProgramme] = {}
         self._units: dict[object, SharedUnits] = {}
-        self._calibration = calibration
+        self._found: dict[_Asked, Found] = {}
+        self._least_s: dict[_Asked, float] = {}
+        self._calibration = calibration  # kept so that no other one gets its place in memory
 
     def least_seconds(self, options: ShardingOptions) -> float:
         """No sharding of the whole model takes less, the price of memory included."""
-        whole = self.whole
-        return least_seconds(
-            whole.graph, 0, whole.chain, self.group, options, whole.strategies, self._at(options)
-        )
+        whole, asked = self.whole, _asked(options)
+        if asked not in self._least_s:
+            self._least_s[asked] = least_seconds(
+                whole.graph, 0, whole.chain, self.group, options, whole.strategies, self._at(options)
+            )
+        return self._least_s[asked]
 
     def shared(self, options: ShardingOptions) -> tuple[SharedUnits, float]:
         """The units as they are shared best at a microbatch size and price of memory; the objective."""
-        programme = self._programme(options)
-        found = programme.solve(options)
+        asked = _asked(options)
+        if asked not in self._found:
+            self._found[asked] = self._programme(options).solve(options)
+        found = self._found[asked]
         key = cut_batches(self.group, options), found.choice
         units = self._units.pop(key, None)
         if units is None:
-            sharding = programme.sharding(found)
+            sharding = self._programme(options).sharding(found)
             units = SharedUnits(self.whole.graph, self.whole.chain, sharding, self._by_size)
         self._units[key] = units
         if len(self._units) > _MOST_CHOICES:

@@ -29,10 +29,11 @@ def search_whole(state: State, raw: RawProblem | None, threads: int, seed: int) 
     wait_for(Stage.REDUCE, state, raw)
     state.integral = are_whole(state.problem.node_costs) and are_whole(state.problem.edge_costs)
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
-    clock = never if is_instant(state.problem) else state.out_of_time
+    is_short = is_instant(state.problem)
+    clock = never if is_short else state.out_of_time
     graph, rows = reduce_problem(
         state.problem,
-        lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
+        never if is_short else lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
         clock,
         _trimmed(state, raw),
     )
