@@ -103,6 +103,11 @@ class Graph:
         return {name: tuple(readers) for name, readers in found.items()}
 
     @cached_property
+    def bytes_per_sample(self) -> int:
+        """What the results of all ops take more with one sample more, in bytes."""
+        return sum(each.bytes(2) - each.bytes(1) for op in self for each in op.types if each)
+
+    @cached_property
     def position(self) -> Mapping[str, int]:
         """Place of each op in the order of execution."""
         return {name: index for index, name in enumerate(self._named)}
