@@ -37,9 +37,8 @@ from graphpar.partition.solver_matrix import (
     judge,
     new_highs,
     objective_scale,
-    read_highs,
-    run_highs,
     set_start,
+    solve_highs,
 )
 
 __all__ = [
@@ -269,7 +268,7 @@ class _QuietHighs(pulp.HiGHS):  # type: ignore[misc]
         start: Sequence[float] | FloatArray | None,
     ) -> None:
         super().__init__(msg=False)
-        self._settings = (time_limit_s, relative_gap, threads)
+        self._time_limit_s, self._settings = time_limit_s, (relative_gap, threads)
         self._start = start
         self.raw: RawResult | None = None
 
@@ -279,9 +278,10 @@ class _QuietHighs(pulp.HiGHS):  # type: ignore[misc]
     def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
         if self._start is not None:
             set_start(lp.solverModel, self._start)
-        run_highs(lp.solverModel)
         integer = any(variable.cat == pulp.LpInteger for variable in lp.variables())
-        self.raw = read_highs(lp.solverModel, integer)
+        self.raw = solve_highs(lp.solverModel, integer, self._time_limit_s)
+        if self.raw.left:
+            raise pulp.PulpSolverError("HiGHS does not end")  # nothing is to be read while it runs
 
 
 def _run_highs_through_pulp(

@@ -62,7 +62,7 @@ class GrowingProgram:
         self._cost, self._upper, self._matrix = cost, upper, matrix
         self._row_lower, self._row_upper = row_lower, row_upper
         self._scale = objective_scale(cost)
-        self._highs = new_highs(None, 0.0, 1)
+        self._highs = new_highs(0.0, 1)
         none = np.zeros(0)
         self._add_rows_to(none[:, None][:0], row_lower, row_upper)
         self._add_columns_to(cost, upper, matrix)

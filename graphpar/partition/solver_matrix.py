@@ -10,14 +10,12 @@ Three rules that the solvers themselves do not keep:
   tolerances mean the same for seconds and for nanoseconds.
 """
 
-import contextlib
 import functools
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -27,7 +25,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from graphpar.partition.answers import OPTIMALITY_TOLERANCE
-from graphpar.partition.clock import ShouldStop, never
+from graphpar.partition.clock import note_work_elsewhere
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Status: TypeAlias = Literal["optimal", "feasible", "infeasible", "unbounded", "unknown"]
@@ -42,6 +40,12 @@ INTEGRALITY_TOLERANCE = 1e-5
 
 _SCALED_OBJECTIVE = 1e4
 """The magnitude of the largest objective coefficient as the solver sees it."""
+
+_LATE_S, _LATE_SHARE = 0.3, 0.05
+"""So much later than its time limit, in seconds and as a share of it, HiGHS is not waited for."""
+
+_BUSIEST = 20.0
+"""So many seconds may pass for one of processor time."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,23 @@ class Outcome:
         return self.value(variable) > 0.5
 
 
+@dataclass(frozen=True, eq=False)
+class RawResult:
+    """What a solver said, in the scaled objective and before any check; `left` where it goes on alone."""
+
+    verdict: Verdict
+    values: FloatArray | None
+    bound: float | None
+    duals: FloatArray
+    left: bool = False
+
+
 @dataclass(frozen=True)
 class Patience:
     """When to give up on an integer programme: after so much work, or when time is up.
 
-    Work is processor time of the calling thread, so that an answer depends less on what else a machine
-    does. HiGHS's own limit counts seconds of a clock on the wall.
+    Work is processor time, so that an answer depends less on what else a machine does. HiGHS's own limit
+    counts seconds of a clock on the wall.
 
     Attributes:
         processor_s: Seconds of processor time.
@@ -113,51 +128,50 @@ class Patience:
         """Whether nothing can be done in it."""
         return self.processor_s <= 0 or time.monotonic() >= self.deadline_s
 
-    def run(self, highs: Any) -> None:
-        """Let HiGHS run, and look at both clocks meanwhile (`run_highs`)."""
-        until_s = time.thread_time() + self.processor_s
-        if self.deadline_s < float("inf"):
-            highs.setOptionValue("time_limit", max(0.0, self.deadline_s - time.monotonic()))
-        run_highs(highs, lambda: time.thread_time() > until_s or time.monotonic() > self.deadline_s)
+    @property
+    def wall_s(self) -> float:
+        """When it is over in any case, by the clock on the wall."""
+        return max(0.0, min(self.deadline_s - time.monotonic(), _BUSIEST * self.processor_s))
 
 
-def run_highs(highs: Any, is_over: ShouldStop = never) -> None:
-    """Let HiGHS run until it ends, something is over or a signal comes, which is handled then.
+def solve_highs(
+    highs: Any, integer: bool, limit_s: float | None = None, work_s: float = np.inf
+) -> RawResult:
+    """Let HiGHS run, for so long and so much processor time at most, and read what it says.
 
-    That is asked as often as HiGHS can be interrupted, which is not within its heuristics.
+    Its presolve may look for better coefficients of one row without end and without a look at a clock
+    (`strengthenInequalities` of 1.16, over rows of memory). So it runs in a thread of its own, which is
+    left behind where it does not end. Signals are handled at once, and end it.
     """
-    with _signals_kept() as signals:
+    given_up, bounds, worked_s = threading.Event(), [-np.inf], [0.0]
 
-        def look(_kind: Any, _words: str, _told: Any, answer: Any, _own: Any) -> None:
-            answer.user_interrupt = is_over() or bool(signals)
+    def look(_kind: Any, _words: str, told: Any, answer: Any, _own: Any) -> None:
+        if integer:
+            bounds.append(max(told.mip_dual_bound, bounds.pop()))
+        answer.user_interrupt = given_up.is_set() or time.thread_time() > work_s
 
-        highs.setCallback(look, None)
-        for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
-            highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
-        highs.run()
+    def run() -> None:
+        try:
+            highs.run()
+        finally:
+            worked_s[0] = time.thread_time()
 
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[list[int]]:
-    """The signals that come within, which are handled at the end.
-
-    Python handles a signal before the next line that the main thread runs. Were that one of a callback,
-    what is raised (a Ctrl-C) would be lost: HiGHS takes it for a failure of its own.
-    """
-    came: list[int] = []
-    own: dict[int, Any] = {}
+    if limit_s is not None:
+        highs.setOptionValue("time_limit", limit_s)
+        limit_s = min(limit_s + _LATE_SHARE * limit_s + _LATE_S, threading.TIMEOUT_MAX)
+    highs.setCallback(look, None)
+    for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
+        highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
+    running = threading.Thread(target=run, name="graphpar-highs", daemon=True)
+    running.start()
     try:
-        if threading.current_thread() is threading.main_thread():
-            for each in sorted(signal.valid_signals()):
-                if callable(handler := signal.getsignal(each)):
-                    own[each] = handler
-                    signal.signal(each, lambda number, _frame: came.append(number))
-        yield came
+        running.join(limit_s)
     finally:
-        for number in reversed(own):
-            signal.signal(number, own[number])
-        for number in came:
-            signal.raise_signal(number)
+        given_up.set()
+    if running.is_alive():
+        return RawResult("time limit", None, bounds[0], np.zeros(0), left=True)
+    note_work_elsewhere(worked_s[0])
+    return read_highs(highs, integer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,17 +201,17 @@ class MatrixProgram:
         check_limits(time_limit_s, relative_gap, threads)
         began_s = time.perf_counter()
         scale = objective_scale(self.cost)
-        highs = new_highs(time_limit_s, relative_gap, threads)
+        highs = new_highs(relative_gap, threads)
         for key, value in (options or {}).items():
             highs.setOptionValue(key, value)
         highs.passModel(self._to_highs(scale))
         if start is not None:
             set_start(highs, start)
+        integer = bool(self.integer.any())
         if patience is None:
-            run_highs(highs)
+            raw = solve_highs(highs, integer, time_limit_s)
         else:
-            patience.run(highs)
-        raw = read_highs(highs, bool(self.integer.any()))
+            raw = solve_highs(highs, integer, patience.wall_s, patience.processor_s)
         return judge(raw, self, self.constant, scale, time.perf_counter() - began_s)
 
     def _to_highs(self, scale: float) -> Any:
@@ -217,16 +231,6 @@ class MatrixProgram:
         return lp
 
 
-@dataclass(frozen=True, eq=False)
-class RawResult:
-    """What a solver said, in the scaled objective and before any check."""
-
-    verdict: Verdict
-    values: FloatArray | None
-    bound: float | None
-    duals: FloatArray
-
-
 def check_limits(time_limit_s: float | None, relative_gap: float, threads: int) -> None:
     if time_limit_s is not None and not time_limit_s > 0:
         raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
@@ -244,12 +248,12 @@ def objective_scale(cost: FloatArray) -> float:
     return float(2.0 ** np.round(np.log2(_SCALED_OBJECTIVE / largest)))
 
 
-def new_highs(time_limit_s: float | None, relative_gap: float, threads: int) -> Any:
+def new_highs(relative_gap: float, threads: int) -> Any:
     _spend_banner()
     highs = highspy.Highs()
     highs.setOptionValue("output_flag", False)
     highs.setOptionValue("log_to_console", False)
-    _configure(highs, time_limit_s, relative_gap, threads)
+    _configure(highs, relative_gap, threads)
     return highs
 
 
@@ -271,14 +275,12 @@ def _spend_banner() -> None:
         os.close(kept)
 
 
-def _configure(highs: Any, time_limit_s: float | None, relative_gap: float, threads: int) -> None:
+def _configure(highs: Any, relative_gap: float, threads: int) -> None:
     # The scheduler is process-wide and keeps the thread count of its first user.
     highspy.Highs.resetGlobalScheduler(True)
     highs.setOptionValue("threads", threads)
     highs.setOptionValue("mip_rel_gap", relative_gap)
     highs.setOptionValue("mip_abs_gap", 1e-9)
-    if time_limit_s is not None:
-        highs.setOptionValue("time_limit", float(time_limit_s))
 
 
 def set_start(highs: Any, start: Sequence[float] | FloatArray) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from graphpar.partition.chains.limits import NotSolvedError
-from graphpar.partition.clock import OutOfTimeError
+from graphpar.partition.clock import OutOfTimeError, work_s
 from graphpar.partition.counting.rows import AlikeRows
 from graphpar.partition.solver import Backend, MatrixProgram, Outcome, Program
 from graphpar.partition.solver_growing import Basis, GrowingProgram
@@ -113,7 +113,7 @@ class Master:
         """
         self.dues = tuple(dues)
         self.active = np.union1d(warm, self._first_guess())
-        until_s = time.thread_time() + patience.processor_s
+        until_s = work_s() + patience.processor_s
         relaxed = self._relax(patience.deadline_s)
         if relaxed is None or relaxed.value >= self._cutoff:
             return None
@@ -126,7 +126,7 @@ class Master:
             delta = min(delta, most)
             chosen = np.flatnonzero(relaxed.reduced <= delta)
             everything = len(chosen) == len(self._cost) or delta >= most
-            left = replace(patience, processor_s=until_s - time.thread_time())
+            left = replace(patience, processor_s=until_s - work_s())
             found, bound, cut = self._integer(chosen, relaxed.value, left)
             if found is not None and (best is None or found.value < best.value):
                 best = found
@@ -334,9 +334,9 @@ class Master:
         """The best whole solution over some columns, a bound on all of those, whether time ended."""
         if len(chosen) == 0:
             return None, np.inf, False
-        until_s = time.thread_time() + patience.processor_s
+        until_s = work_s() + patience.processor_s
         while True:
-            left = replace(patience, processor_s=until_s - time.thread_time())
+            left = replace(patience, processor_s=until_s - work_s())
             if left.is_over:
                 return None, -np.inf, True
             outcome = self._run(chosen, self._slack / max(1.05 * least, 1e-30), left)
