@@ -47,6 +47,9 @@ _LATE_S, _LATE_SHARE = 0.3, 0.05
 _BUSIEST = 20.0
 """So many seconds may pass for one of processor time."""
 
+_left_behind: list[threading.Thread] = []
+"""Where HiGHS did not end. While one of them runs there is no presolve, which might cost another core."""
+
 
 @dataclass(frozen=True)
 class Variable:
@@ -159,6 +162,8 @@ def solve_highs(
     if limit_s is not None:
         highs.setOptionValue("time_limit", limit_s)
         limit_s = min(limit_s + _LATE_SHARE * limit_s + _LATE_S, threading.TIMEOUT_MAX)
+    if any(each.is_alive() for each in _left_behind):
+        highs.setOptionValue("presolve", "off")
     highs.setCallback(look, None)
     for kind in ("kCallbackMipInterrupt", "kCallbackSimplexInterrupt"):
         highs.startCallback(getattr(highspy.cb.HighsCallbackType, kind))
@@ -169,6 +174,7 @@ def solve_highs(
     finally:
         given_up.set()
     if running.is_alive():
+        _left_behind.append(running)
         return RawResult("time limit", None, bounds[0], np.zeros(0), left=True)
     note_work_elsewhere(worked_s[0])
     return read_highs(highs, integer)

@@ -96,15 +96,27 @@ def test_signals_end_an_integer_programme_and_are_handled(solve: Callable[[], Ou
 def test_a_solver_that_never_ends_is_left_behind(
     solve: Callable[[], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As within a presolve that asks nobody; nothing it holds is read while it runs."""
-    may_end = threading.Event()
+    """As within a presolve that asks nobody; nothing it holds is read while it runs, and none follows."""
+    may_end, asked, ask = threading.Event(), [], highspy.Highs.setOptionValue
+
+    def note(self: highspy.Highs, name: str, value: object) -> object:
+        asked.append((name, value))
+        return ask(self, name, value)
+
+    monkeypatch.setattr(highspy.Highs, "setOptionValue", note)
     monkeypatch.setattr(highspy.Highs, "run", lambda _self: may_end.wait(60.0))
     for name in ("getModelStatus", "getSolution", "getInfo"):
         monkeypatch.setattr(highspy.Highs, name, None)
     try:
         outcome = solve()
+        assert ("presolve", "off") not in asked
+        solve()
+        assert ("presolve", "off") in asked
     finally:
         may_end.set()
+        for thread in threading.enumerate():
+            if thread.name == "graphpar-highs":
+                thread.join()
     assert (outcome.status, outcome.bound, outcome.truncated_by) == ("unknown", None, "time limit")
 
 
