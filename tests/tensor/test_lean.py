@@ -30,6 +30,7 @@ from graphpar.groups.settings import group_options
 from graphpar.ir.graph import Graph
 from graphpar.ir.mesh import Layouts, Ways
 from graphpar.ir.strategies import strategies_of, value_of
+from graphpar.ir.text import parse_graph
 from graphpar.partition.answers import Solved
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.sharding.solve import solve_sharding
@@ -310,3 +311,13 @@ def test_a_job_under_a_leaner_plan_has_the_numbers_of_one_device(tmp_path: Path)
     assert losses == pytest.approx(list(train_on_one_device(reference, adam, (x,), {}, 3)), rel=1e-5)
     for name, tensor in reference.model.state_dict().items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "samples"), [(8, 16), (1 << 32, 4), (1 << 30, 16), (1 << 31, 8)])
+def test_few_samples_are_enough_only_where_they_are_large(width: int, samples: int) -> None:
+    """A quarter of the batch, up to 64 GiB of results, but four samples at least."""
+    graph = parse_graph(f"""graph lowered "Wide" batch=64
+%x = input("x") : float32[B,{width}]
+%output = output((%x,))
+""")
+    assert group_options(graph, training=True).samples == samples
