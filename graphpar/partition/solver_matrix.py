@@ -146,18 +146,20 @@ def solve_highs(
     (`strengthenInequalities` of 1.16, over rows of memory). So it runs in a thread of its own, which is
     left behind where it does not end. Signals are handled at once, and end it.
     """
-    given_up, bounds, worked_s = threading.Event(), [-np.inf], [0.0]
+    given_up, began_s = threading.Event(), time.monotonic()
+    bounds, worked_s, failures = [-np.inf], [0.0], list[BaseException]()
 
     def look(_kind: Any, _words: str, told: Any, answer: Any, _own: Any) -> None:
         if integer:
-            bounds.append(max(told.mip_dual_bound, bounds.pop()))
+            bounds[0] = max(bounds[0], told.mip_dual_bound)  # in this order nan is passed over
         answer.user_interrupt = given_up.is_set() or time.thread_time() > work_s
 
     def run() -> None:
         try:
             highs.run()
-        finally:
-            worked_s[0] = time.thread_time()
+        except BaseException as error:
+            failures.append(error)
+        worked_s[0] = time.thread_time()
 
     if limit_s is not None:
         highs.setOptionValue("time_limit", limit_s)
@@ -175,8 +177,11 @@ def solve_highs(
         given_up.set()
     if running.is_alive():
         _left_behind.append(running)
+        note_work_elsewhere(time.monotonic() - began_s)
         return RawResult("time limit", None, bounds[0], np.zeros(0), left=True)
     note_work_elsewhere(worked_s[0])
+    if failures:
+        raise failures[0]
     return read_highs(highs, integer)
 
 

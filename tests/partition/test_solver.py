@@ -120,6 +120,15 @@ def test_a_solver_that_never_ends_is_left_behind(
     assert (outcome.status, outcome.bound, outcome.truncated_by) == ("unknown", None, "time limit")
 
 
+def test_what_a_solver_raises_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_self: highspy.Highs) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(highspy.Highs, "run", run)
+    with pytest.raises(MemoryError):
+        balance(4, 2).arrays().solve()
+
+
 def expect_cut(outcome: Outcome) -> None:
     assert outcome.status in ("feasible", "unknown")
     assert outcome.truncated_by == "time limit"
