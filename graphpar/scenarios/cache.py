@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,9 +13,6 @@ import msgspec
 
 from graphpar.kept_files import read_kept, write_kept
 from graphpar.scenarios.types import Answer
-
-FORMAT = 9
-"""Part of every key; raised when answers get other fields or other meaning."""
 
 _NAMES, _MOST = r"[0-9a-f]{64}\.json", 5000
 """Names of answers, and how many are kept, of some kilobytes each."""
@@ -25,13 +24,30 @@ def default_folder() -> Path:
     return Path(root) / "graphpar" / "what-if"
 
 
+@cache
+def own_files() -> list[Path]:
+    """The code that answers, and the data that prices come from."""
+    packages = map(import_module, ("graphpar", "graphpar.passes", "graphpar.cost_models"))
+    folders = [Path(folder) for package in packages for folder in package.__path__]
+    return sorted({f for end in ("py", "toml") for folder in folders for f in folder.rglob(f"*.{end}")})
+
+
+@cache
+def maker() -> str:
+    """A hash of those files: with any of them changed answers may be others (0.05 s)."""
+    digest = hashlib.sha256(import_module("graphpar").__version__.encode())
+    for file in own_files():
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def key_of(parts: dict[str, Any]) -> str:
-    """A hash of everything an answer depends on.
+    """A hash of everything an answer depends on, graphpar's own code and catalogue included.
 
     >>> key_of({"a": 1}) == key_of({"a": 1}) != key_of({"a": 2})
     True
     """
-    return hashlib.sha256(msgspec.json.encode({**parts, "format": FORMAT}, order="sorted")).hexdigest()
+    return hashlib.sha256(msgspec.json.encode({**parts, "by": maker()}, order="sorted")).hexdigest()
 
 
 _Kind = TypeVar("_Kind")

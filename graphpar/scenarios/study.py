@@ -1,14 +1,11 @@
 """A study: a baseline and scenarios, each planned anew, in parallel and from the cache where known."""
 
-import hashlib
-import importlib.metadata
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 
-from graphpar import catalogue
 from graphpar.choice.comparison import step_of
 from graphpar.choice.orders import LEAST_GAIN, judged_s
 from graphpar.cluster_build import num_cores
@@ -252,8 +249,6 @@ class Solver:
         train = self.book.train
         return key_of(
             {
-                "version": _version(),
-                "catalogue": _catalogue_hash(),
                 "model": self.book.baseline().model_hash,
                 "state": self.book.state_bytes,
                 "update": repr(self.book.updates),
@@ -430,20 +425,6 @@ def _shorter(mine: Answer, other: Answer) -> bool:
     if mine.step_s is None or other.status != "ok" or other.step_s is None:
         return mine.step_s is not None
     return mine.step_s < other.step_s * (1 - _ROUNDING)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("graphpar")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-@cache
-def _catalogue_hash() -> str:
-    """Of the data that prices come from; a changed number makes other answers."""
-    files = sorted(catalogue.data_directory().glob("*.toml"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def changed(baseline: Setting, scenario: Scenario) -> Setting | str:

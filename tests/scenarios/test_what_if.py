@@ -20,6 +20,7 @@ from graphpar.partition.certificate import BEYOND
 from graphpar.planner import price
 from graphpar.precision.formats import uniform_formats
 from graphpar.preparation import prepare
+from graphpar.scenarios import cache as kept_answers
 from graphpar.scenarios.api import baseline_setting
 from graphpar.scenarios.asked import as_scenarios
 from graphpar.scenarios.cache import AnswerCache
@@ -483,3 +484,17 @@ def test_what_changes_nothing_is_answered_as_the_baseline() -> None:
     study = ask(["set a.count=2", "set precision=float32"], time_limit_s=0.2)
     for answer in study.answers:
         assert (answer.step_s, answer.gap) == (study.baseline.step_s, study.baseline.gap)
+
+
+def test_answers_of_other_code_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release is too coarse: prices change between commits, too."""
+    names = {"/".join(file.parts[-2:]) for file in kept_answers.own_files()}
+    assert {"partition/pipeline.py", "passes/fuse.py", "cost_models/devices.toml"} <= names
+    keys = set()
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "code.py").write_text(text)
+        monkeypatch.setattr(kept_answers, "own_files", lambda: [tmp_path / "code.py"])
+        kept_answers.maker.cache_clear()
+        keys.add(kept_answers.key_of({}))
+    kept_answers.maker.cache_clear()
+    assert len(keys) == 2
