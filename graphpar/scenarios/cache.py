@@ -29,7 +29,8 @@ def own_files() -> list[Path]:
     """The code that answers, and the data that prices come from."""
     packages = map(import_module, ("graphpar", "graphpar.passes", "graphpar.cost_models"))
     folders = [Path(folder) for package in packages for folder in package.__path__]
-    return sorted({f for end in ("py", "toml") for folder in folders for f in folder.rglob(f"*.{end}")})
+    found = {f for end in ("py", "toml") for folder in folders for f in folder.rglob(f"*.{end}")}
+    return sorted(file for file in found if file.is_file())  # some editors' locks are links to nowhere
 
 
 @cache
