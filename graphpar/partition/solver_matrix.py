@@ -175,8 +175,9 @@ def solve_highs(
         running.join(limit_s)
     finally:
         given_up.set()
-    if running.is_alive():
-        _left_behind.append(running)
+        left = running.is_alive()
+        _left_behind[:] = [each for each in (*_left_behind, running) if each.is_alive()]
+    if left:
         note_work_elsewhere(time.monotonic() - began_s)
         return RawResult("time limit", None, bounds[0], np.zeros(0), left=True)
     note_work_elsewhere(worked_s[0])
