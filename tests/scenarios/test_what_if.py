@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from graphpar.partition.certificate import BEYOND
 from graphpar.planner import price
 from graphpar.precision.formats import uniform_formats
 from graphpar.preparation import prepare
-from graphpar.scenarios import cache as kept_answers
 from graphpar.scenarios.api import baseline_setting
 from graphpar.scenarios.asked import as_scenarios
 from graphpar.scenarios.cache import AnswerCache
@@ -485,23 +483,3 @@ def test_what_changes_nothing_is_answered_as_the_baseline() -> None:
     study = ask(["set a.count=2", "set precision=float32"], time_limit_s=0.2)
     for answer in study.answers:
         assert (answer.step_s, answer.gap) == (study.baseline.step_s, study.baseline.gap)
-
-
-def test_answers_of_other_code_are_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    """A release is too coarse: prices change between commits, too."""
-    names = {"/".join(file.parts[-2:]) for file in kept_answers.own_files()}
-    assert {"partition/pipeline.py", "passes/fuse.py", "cost_models/devices.toml"} <= names
-    for known in (kept_answers.own_files, kept_answers.maker):
-        request.addfinalizer(known.cache_clear)
-    own = SimpleNamespace(__path__=[tmp_path], __version__="1")
-    monkeypatch.setattr(kept_answers, "import_module", lambda _name: own)
-    (tmp_path / ".#code.py").symlink_to("nowhere")  # as an editor's lock
-    keys = set()
-    for text in ("a = 1", "a = 2"):
-        (tmp_path / "code.py").write_text(text)
-        for known in (kept_answers.own_files, kept_answers.maker):
-            known.cache_clear()
-        keys.add(kept_answers.key_of({}))
-    assert len(keys) == 2
