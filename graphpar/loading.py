@@ -1,4 +1,4 @@
-"""Importing without the collector, which finds nothing and takes a quarter of the time."""
+"""Loading without the collector, which finds nothing and takes a quarter of the time."""
 
 import gc
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within it nothing is collected: what modules make as they are imported stays.
+    """Within it nothing is collected: what modules make as they are imported stays, as problems do.
 
     Torch and what it loads make some 700,000 objects, which were looked through again and again.
     """

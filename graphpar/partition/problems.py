@@ -9,12 +9,11 @@ colour classes and transfer costs.
 """
 
 import contextlib
-import gc
 import gzip
 import io
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ import msgspec
 import numpy as np
 
 from graphpar.errors import PlanError
+from graphpar.loading import uncollected
 from graphpar.partition.clock import OutOfTimeError, ShouldStop, in_time, never
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.number_rows import (
@@ -221,20 +221,8 @@ def read_problem(
     """
     path = Path(path)
     data = _read_bytes(path, should_stop)
-    with _no_garbage_collection():
+    with uncollected():
         return parse_problem(data, path.name, should_stop, begin)
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Millions of numbers in lists hold no cycles, and looking for some takes a third of the reading."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def parse_problem(

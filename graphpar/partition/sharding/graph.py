@@ -8,6 +8,7 @@ back. Because those strategies may be renumbered later, a *tag* remembers, just 
 which strategy of that moment each present one stands for.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
@@ -42,20 +43,29 @@ class MemoryRows:
     Attributes:
         first, last: For each node of the file, the half-open range of rows in which it is live.
         limit: Memory left at each row; see `tighten` in `memory`.
-        usages: For each node its use per original strategy, less what `limit` has paid for.
+        usage: Use of each original strategy, node after node, less what `limit` has paid for.
+        usage_start: Where each node's begins in `usage`, and the length of all.
         matters: For each node, whether its choice can make a difference at some row.
     """
 
     first: IntArray
     last: IntArray
     limit: FloatArray
-    usages: dict[int, FloatArray] = field(repr=False)
+    usage: FloatArray = field(repr=False)
+    usage_start: IntArray = field(repr=False)
     matters: list[bool] = field(repr=False)
 
     @property
     def num_rows(self) -> int:
         """Number of moments."""
         return len(self.limit)
+
+    def use_of(self, members: Sequence[tuple[int, IntArray]]) -> tuple[FloatArray, IntArray]:
+        """Use of members' strategies, member after member, and where each member's begin."""
+        sizes = np.fromiter((len(map_) for _, map_ in members), np.intp, len(members))
+        nodes = np.fromiter((node for node, _ in members), np.intp, len(members))
+        numbers = np.concatenate([np.zeros(0, np.intp), *(map_ for _, map_ in members)])
+        return self.usage[numbers + np.repeat(self.usage_start[nodes], sizes)], np.cumsum(sizes) - sizes
 
 
 @dataclass(eq=False)

@@ -5,7 +5,6 @@ live nodes is constant; of these sets only the maximal ones matter (uses are not
 the maximal ones only those at which everybody's largest use together would pass the limit.
 """
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +32,6 @@ def memory_rows(problem: ShardingProblem) -> MemoryRows:
     first = np.searchsorted(moments, starts).astype(np.intp)
     last = np.where(live, np.searchsorted(moments, ends), first).astype(np.intp)
     start, amounts = flat(problem.usages)
-    usages = {node: amounts[begin:end] for node, (begin, end) in enumerate(pairwise(start.tolist()))}
     limit = float(problem.usage_limit or 0)
     if max(amounts.sum(), limit) > _EXACT:
         # Sums round, and nothing that fits may be lost; answers are checked against the file.
@@ -42,7 +40,8 @@ def memory_rows(problem: ShardingProblem) -> MemoryRows:
         first,
         last,
         np.full(len(moments), limit),
-        usages,
+        amounts,
+        start.astype(np.intp),
         (first < last).tolist(),
     )
 
@@ -58,21 +57,22 @@ def tighten(rows: MemoryRows, graph: ShardingGraph, out_of_time: ShouldStop = ne
     """
     count, num_rows = len(rows.first), rows.num_rows
     least, spread = np.zeros(count), np.zeros(count)
-    usages = dict(rows.usages)
-    for node, map_ in in_time(_remaining(graph), out_of_time):
-        if rows.first[node] < rows.last[node]:
-            present = usages[node][map_]
-            least[node] = low = present.min(initial=np.inf)
-            spread[node] = present.max(initial=low) - low
-            if low:
-                usages[node] = usages[node] - low
+    is_live = (rows.first < rows.last).tolist()
+    held = [pair for pair in in_time(_remaining(graph), out_of_time) if is_live[pair[0]] and pair[1].size]
+    if held:
+        nodes = np.fromiter((node for node, _ in held), np.intp, len(held))
+        present, begin = rows.use_of(held)
+        least[nodes] = np.minimum.reduceat(present, begin)
+        spread[nodes] = np.maximum.reduceat(present, begin) - least[nodes]
+    usage = rows.usage - np.repeat(least, np.diff(rows.usage_start))
     limit = rows.limit - add_up(rows.first, rows.last, least, num_rows)
     most = add_up(rows.first, rows.last, spread, num_rows)
     # A negative limit stays in sight even where nobody has a choice: it proves infeasibility.
     binding = (most > limit) | (limit < 0)
     position = np.concatenate([[0], np.cumsum(binding)]).astype(np.intp)
     first, last = position[rows.first], position[rows.last]
-    return MemoryRows(first, last, limit[binding], usages, ((first < last) & (spread > 0)).tolist())
+    matters = ((first < last) & (spread > 0)).tolist()
+    return MemoryRows(first, last, limit[binding], usage, rows.usage_start, matters)
 
 
 def vertex_profile(
@@ -83,19 +83,22 @@ def vertex_profile(
     Segment k covers the rows `boundaries[k]` to `boundaries[k + 1] - 1`. A vertex whose strategies
     all use the same memory at every row has a profile too; `is_flat` tells.
     """
-    matters, usages = rows.matters, rows.usages
-    holding = [(node, map_) for node, map_ in members if matters[node]]
-    if not holding:
-        return None
-    lives = [(int(rows.first[node]), int(rows.last[node])) for node, _ in holding]
+    holding = [member for member in members if rows.matters[member[0]]]
+    return profile_of(holding, rows) if holding else None
+
+
+def profile_of(holding: list[tuple[int, IntArray]], rows: MemoryRows) -> tuple[IntArray, FloatArray]:
+    """The same of those members, one or more, that hold memory."""
+    usage, start = rows.usage, rows.usage_start
     if len(holding) == 1:
         node, map_ = holding[0]
-        return np.array(lives[0]), usages[node][map_][:, None]
+        return np.array((rows.first[node], rows.last[node])), usage[start[node] + map_][:, None]
+    lives = [(int(rows.first[node]), int(rows.last[node])) for node, _ in holding]
     edges = sorted({edge for life in lives for edge in life})
     place = {edge: k for k, edge in enumerate(edges)}
     change = np.zeros((len(edges), len(holding[0][1])))
     for (node, map_), (begin, end) in zip(holding, lives, strict=True):
-        use = usages[node][map_]
+        use = usage[start[node] + map_]
         change[place[begin]] += use
         change[place[end]] -= use
     return np.array(edges), change.cumsum(axis=0)[:-1].T
@@ -207,6 +210,30 @@ def add_up(first: IntArray, last: IntArray, amount: FloatArray, num_rows: int) -
     np.add.at(change, first, amount)
     np.add.at(change, last, -amount)
     return np.cumsum(change)[:-1]
+
+
+class RangeMinima:
+    """The least of any of some numbers that follow each other (a sparse table).
+
+    >>> RangeMinima(np.array([4.0, 1.0, 3.0])).of(np.array([0, 2]), np.array([2, 3]))
+    array([1., 3.])
+    """
+
+    def __init__(self, values: FloatArray) -> None:
+        levels, reach = [values], 1  # level k holds the least of 2 ** k numbers from each place on
+        while 2 * reach <= len(values):
+            levels.append(levels[-1].copy())
+            np.minimum(levels[-2][:-reach], levels[-2][reach:], out=levels[-1][:-reach])
+            reach *= 2
+        self._table = np.array(levels)
+
+    def of(self, first: IntArray, last: IntArray) -> FloatArray:
+        """The least of the numbers `first` to `last - 1`, of which there is one at least."""
+        level = np.frexp(last - first)[1] - 1
+        least: FloatArray = np.minimum(
+            self._table[level, first], self._table[level, last - (1 << level.astype(np.intp))]
+        )
+        return least
 
 
 def spread_peaks(over: FloatArray, count: int) -> set[int]:

@@ -22,7 +22,14 @@ import numpy as np
 from graphpar.partition.clock import ShouldStop, in_time, never
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.sharding.graph import BoolArray, IntArray, MemoryRows, ShardingGraph
-from graphpar.partition.sharding.memory import is_flat, memory_rows, tighten, vertex_profile
+from graphpar.partition.sharding.memory import (
+    RangeMinima,
+    is_flat,
+    memory_rows,
+    profile_of,
+    tighten,
+    vertex_profile,
+)
 from graphpar.partition.sharding.reduce_loops import (
     COLUMNS_DETERMINE,
     ROWS_DETERMINE,
@@ -250,33 +257,46 @@ def _determined(graph: ShardingGraph, u: int, v: int) -> tuple[int, int, IntArra
 
 
 def drop_oversized(graph: ShardingGraph, rows: MemoryRows, out_of_time: ShouldStop = never) -> set[int]:
-    """Drop strategies that do not fit even if everybody else uses the least memory possible."""
+    """Drop strategies that do not fit even if everybody else uses the least memory possible.
+
+    The rows are those that `tighten` makes of this graph, so that no node's least use is above zero.
+    """
     touched: set[int] = set()
     if not rows.num_rows:
         return touched
-    profiles = {
-        u: vertex_profile(members, rows) for u, members in in_time(graph.members.items(), out_of_time)
-    }
+    alone, profiles = {}, {}
     change = np.zeros(rows.num_rows + 1)
-    for profile in profiles.values():
-        if profile is not None:
-            boundaries, use = profile
-            low = use.min(axis=0)
-            change[boundaries[:-1]] += low
-            change[boundaries[1:]] -= low
-    room = np.append(rows.limit - np.cumsum(change)[:-1], np.inf)
-    for vertex, profile in profiles.items():
-        if profile is None:
-            continue
-        boundaries, use = profile
-        smallest_room = np.minimum.reduceat(room, boundaries)[:-1]
-        fits = (use - use.min(axis=0) <= smallest_room).all(axis=1)
+    for vertex, members in in_time(graph.members.items(), out_of_time):
+        holding = [member for member in members if rows.matters[member[0]]]
+        if len(holding) == 1:
+            alone[vertex] = holding[0]
+        elif holding:
+            profiles[vertex] = boundaries, use = profile_of(holding, rows)
+            change[boundaries] += np.diff(use.min(axis=0), prepend=0.0, append=0.0)
+    smallest = RangeMinima(rows.limit - np.cumsum(change)[:-1])
+    for vertex in _larger_than(smallest, alone, rows):
+        profiles[vertex] = profile_of([alone[vertex]], rows)
+    for vertex, (boundaries, use) in profiles.items():
+        room = smallest.of(boundaries[:-1], boundaries[1:])
+        fits = (use - use.min(axis=0) <= room).all(axis=1)
         if not fits.all():
             graph.keep(vertex, np.flatnonzero(fits))
             touched |= {vertex, *graph.tables[vertex]}
             if not graph.is_possible():
                 break
     return touched
+
+
+def _larger_than(
+    room: RangeMinima, alone: dict[int, tuple[int, IntArray]], rows: MemoryRows
+) -> list[int]:
+    """The vertices, each with the one node that holds memory, of which something passes the room."""
+    if not alone:
+        return []
+    nodes = np.fromiter((node for node, _ in alone.values()), np.intp, len(alone))
+    most = np.maximum.reduceat(*rows.use_of(list(alone.values())))
+    larger = most > room.of(rows.first[nodes], rows.last[nodes])
+    return [vertex for vertex, is_larger in zip(alone, larger.tolist(), strict=True) if is_larger]
 
 
 def drop_dominated(graph: ShardingGraph, rows: MemoryRows, dirty: Iterable[int]) -> set[int]:

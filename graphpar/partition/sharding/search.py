@@ -13,6 +13,7 @@ large piece more often than not, and are better in different parts of it.
 
 import time
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -235,8 +236,8 @@ class WindowSearch:
         cuts = np.unique(np.concatenate([self.rows.first[nodes], self.rows.last[nodes], [0, len(room)]]))
         cuts = cuts[cuts < len(room)]
         if not cuts.size:
-            return MemoryRows(
-                self.rows.first * 0, self.rows.last * 0, np.zeros(0), self.rows.usages, self.rows.matters
+            return replace(
+                self.rows, first=self.rows.first * 0, last=self.rows.last * 0, limit=np.zeros(0)
             )
         tightest = np.array(
             [
@@ -244,12 +245,11 @@ class WindowSearch:
                 for begin, end in zip(cuts, np.append(cuts[1:], len(room)), strict=True)
             ]
         )
-        return MemoryRows(
-            np.searchsorted(tightest, self.rows.first).astype(np.intp),
-            np.searchsorted(tightest, self.rows.last).astype(np.intp),
-            room[tightest],
-            self.rows.usages,
-            self.rows.matters,
+        return replace(
+            self.rows,
+            first=np.searchsorted(tightest, self.rows.first).astype(np.intp),
+            last=np.searchsorted(tightest, self.rows.last).astype(np.intp),
+            limit=room[tightest],
         )
 
     def _usage_of(self, window: Iterable[int]) -> FloatArray:

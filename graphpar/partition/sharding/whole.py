@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from graphpar.loading import uncollected
 from graphpar.partition.clock import ShouldStop, never
 from graphpar.partition.number_rows import are_whole
 from graphpar.partition.sharding.core import core_choice
@@ -31,12 +32,13 @@ def search_whole(state: State, raw: RawProblem | None, threads: int, seed: int) 
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
     is_short = is_instant(state.problem)
     clock = never if is_short else state.out_of_time
-    graph, rows = reduce_problem(
-        state.problem,
-        never if is_short else lambda: state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s,
-        clock,
-        _trimmed(state, raw),
-    )
+    trimmed = _trimmed(state, raw)
+
+    def is_late() -> bool:
+        return not is_short and state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s
+
+    with uncollected():
+        graph, rows = reduce_problem(state.problem, is_late, clock, trimmed)
     if graph.infeasible:
         return True
     core = {} if not graph.costs else core_choice(graph) if not rows.num_rows else None
@@ -53,7 +55,8 @@ def search_whole(state: State, raw: RawProblem | None, threads: int, seed: int) 
     go_on_warming()
     if not warm_up(Stage.BOUND, state.left_s()):
         return False
-    run = Run(state, graph, rows, threads, seed)
+    with uncollected():
+        run = Run(state, graph, rows, threads, seed)
     run.take_answer()
     if first is not None:
         run.take_rounding(first)
