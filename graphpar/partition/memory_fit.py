@@ -80,7 +80,7 @@ class MemoryFit:
         self._team = team.reshape(-1).astype(np.intp)
         self._row = np.searchsorted(self._widths, self._width)
         states = states_of(limits)
-        self._replicas = states[:, -1] if groups else states.sum(axis=1)
+        self._replicas = states[:, -1].copy() if groups else states.sum(axis=1)
         self._order = np.argsort(self._replicas, kind="stable")
         self._rest = teams @ strides_of(limits)
         self._states, self._teams = states.astype(np.intp), teams.astype(np.intp)

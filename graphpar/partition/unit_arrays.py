@@ -102,8 +102,9 @@ def times_s(table: CostTable, size: float) -> FloatArray:
 
 def some_ranges(runs: Sequence[tuple[int, int]]) -> Ranges:
     """The given runs, in one dimension."""
-    pairs = np.array(runs, dtype=np.intp).reshape(-1, 2)
-    return Ranges(pairs[:, 0], pairs[:, 1], np.ones(len(pairs), dtype=np.bool_))
+    # Compiled loops are made for arrays without gaps, and would be compiled once more for others.
+    first, last = np.array(runs, dtype=np.intp).reshape(-1, 2).T.copy()
+    return Ranges(first, last, np.ones(len(first), dtype=np.bool_))
 
 
 Cache = dict[tuple[Hashable, ...], npt.NDArray[Any]]

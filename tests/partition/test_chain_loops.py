@@ -13,15 +13,18 @@ from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
-from graphpar.partition import cuts
-from graphpar.partition.chains import crews
+from graphpar.partition import cuts, memory_fit
+from graphpar.partition.chains import crew_loops, crews, labels, path_loops, set_loops
 from graphpar.partition.chains import limits as chain
+from graphpar.partition.chains import loops as chain_loops
 from graphpar.partition.chains import warm as chain_warm
 from graphpar.partition.chains.columns import Columns, Hopeful, StagePrices
+from graphpar.partition.chains.example import run_example
 from graphpar.partition.chains.labels import not_outdone
 from graphpar.partition.chains.relaxed import Relaxation
 from graphpar.partition.chains.swept import SweptProgram
 from graphpar.partition.family import choose_family
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition
 from graphpar.partition.stage_costs import StageLimits
@@ -344,3 +347,19 @@ def test_of_many_unlike_devices_none_is_left_out_but_for_want_of_a_compiler(
         assert len(found.cells.counts) >= 8
         assert found.cells.cells[0].devices == table.device_classes[0].devices
         assert "among the faster devices only" in found.staffing
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs numba")
+def test_a_search_needs_no_loop_for_other_arguments_than_were_compiled() -> None:
+    modules = crew_loops, labels, chain_loops, path_loops, set_loops, memory_fit
+    loops = [f for module in modules for f in vars(module).values() if hasattr(f, "signatures")]
+    assert len(loops) > 15
+
+    def compiled() -> dict[str, list[str]]:
+        return {f.__name__: [str(s) for s in f.signatures] for f in loops}
+
+    run_example()
+    known = compiled()
+    compare(make_table((1.0, 2.0, 4.0), (1.0, 2.0), (1, 2)))
+    assert compiled() == known
+    assert "Literal" not in str(known)

@@ -67,7 +67,7 @@ def crew_loop(
     runs, every, nothing = len(beside), len(crews[0]), np.zeros(nearest.shape[1])
     least = np.full((runs, levels), np.inf)
     known = np.empty(every), np.empty(every), np.empty(every, dtype=np.intp)
-    count = 0
+    count = int(np.intp(0))  # not a literal: `_crews_of` would be compiled for it as well
     for run in range(runs):
         if not usable[run]:
             continue

@@ -59,7 +59,8 @@ def relaxed_loop(
     rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
     every = len(crews[2])
     alive = np.empty(every, dtype=np.intp), np.empty(every), np.empty(every)
-    count, run = 0, 0
+    # Not a literal: `_add_columns` would be compiled for it as well.
+    count, run = int(np.intp(0)), 0
     for entry in range(len(slots) if some else len(first_of)):
         if by_run:
             run = slots[entry] if some else entry
