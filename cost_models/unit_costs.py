@@ -1,6 +1,6 @@
 """What one unit costs in seconds and bytes on each kind of device, from the kernels of its ops."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -35,11 +35,28 @@ autograd's engine. Measured on a CPU, where `benchmarks/schedules.py` shows it."
 
 
 @dataclass(frozen=True)
+class _Seconds:
+    """Of a unit on a device at one size: both directions, gradients made late, and computing again."""
+
+    forward_s: float
+    backward_s: float
+    weight_s: float
+    again_s: float
+
+    def slower(self, times: float) -> "_Seconds":
+        """On a device that is so many times slower."""
+        return _Seconds(
+            self.forward_s * times, self.backward_s * times, self.weight_s * times, self.again_s * times
+        )
+
+
+@dataclass(frozen=True)
 class UnitPricer:
     """Works out one graph; kernels do not depend on the device and are computed once per size.
 
-    `works` are the ops' kernels by name and size, `memories` what units keep by number and size. They may
-    be shared with pricers of the same graph for other batches, where nothing depends on the whole batch.
+    `works` are the ops' kernels by name and size, `memories` what units keep by number and size, and
+    `seconds` what they take by name, device and size. They may be shared with pricers of the same graph
+    for other batches, where nothing depends on the whole batch.
     """
 
     graph: Graph
@@ -49,6 +66,7 @@ class UnitPricer:
     calibration: Calibration | None
     works: dict[tuple[str, int], OpWork] = field(default_factory=dict, repr=False)
     memories: dict[tuple[int, int, bool, bool], UnitMemory] = field(default_factory=dict, repr=False)
+    seconds: dict[tuple[str, Device, int, bool], _Seconds] = field(default_factory=dict, repr=False)
 
     def unit_cost(self, index: int, devices: Sequence[Device], sizes: Sequence[int]) -> UnitCost:
         """What a unit costs on each of these devices, at each of these microbatch sizes.
@@ -56,35 +74,31 @@ class UnitPricer:
         Bytes are those of a processor where any of them is one.
         """
         unit = self.chain.units[index]
-        works = [self._works(unit.ops, size) for size in sizes]
-        sources = self._own_sources(index)
-        weights, trained, numel, tensors = parameter_bytes(self.graph, sources)
+        weights, trained, numel, tensors = parameter_bytes(self.graph, self._own_sources(index))
         options = self.options
         on_cpu = any(device.is_cpu for device in devices)
-        memory = [self._memory(index, w, size, on_cpu) for w, size in zip(works, sizes, strict=True)]
+        memory = [self._memory(index, size, on_cpu) for size in sizes]
         copies, lower = self._lower_weights(unit)
         late = self._late(unit)
-        rates = [rates_of(device, self.calibration) for device in devices]
         state = options.optimizer_state_bytes_per_parameter_byte
         met = [op for op in map(self.graph.__getitem__, unit.ops) if op.attr("meets")]
+        times = [
+            [self._seconds(unit, late, trained, device, size) for size in sizes] for device in devices
+        ]
+
+        def each(part: Callable[[_Seconds], float]) -> tuple[tuple[float, ...], ...]:
+            return tuple(tuple(map(part, row)) for row in times)
+
         return UnitCost(
             name=unit.name,
             meetings=len(met),
             met_bytes=sum(map(self._met_bytes, met)),
-            forward_s=tuple(
-                tuple(self._forward_s(rate, work) * device.slowdown for work in works)
-                for rate, device in zip(rates, devices, strict=True)
-            ),
-            backward_s=tuple(
-                tuple(
-                    self._backward_s(rate, unit, work, size, trained) * device.slowdown
-                    for work, size in zip(works, sizes, strict=True)
-                )
-                for rate, device in zip(rates, devices, strict=True)
-            ),
+            forward_s=each(lambda at: at.forward_s),
+            backward_s=each(lambda at: at.backward_s),
             optimizer_s=tuple(
-                self._update_s(rate, numel, tensors, lower) * device.slowdown
-                for rate, device in zip(rates, devices, strict=True)
+                self._update_s(rates_of(device, self.calibration), numel, tensors, lower)
+                * device.slowdown
+                for device in devices
             ),
             weight_bytes=weights + copies,
             gradient_bytes=trained if options.training else 0.0,
@@ -93,36 +107,43 @@ class UnitPricer:
             # Holes in a heap are smaller at some larger sizes, where values happen to fit.
             working_bytes=tuple(accumulate((m.working_bytes for m in memory), max)),
             growing_bytes=tuple(m.growing_bytes for m in memory) if options.training and on_cpu else (),
-            weight_s=self._weight_s(late, works, list(zip(rates, devices, strict=True))),
+            weight_s=each(lambda at: at.weight_s) if late else (),
             deferred_bytes=tuple(self._deferred_bytes(late, size) for size in sizes) if late else (),
             split_s=tuple((LATE_OP_S * len(late) * d.slowdown,) * len(sizes) for d in devices)
             if late
             else (),
-            again_s=self._again_s(works, list(zip(rates, devices, strict=True))),
+            again_s=each(lambda at: at.again_s) if options.training else (),
         )
 
-    def _memory(self, index: int, works: Mapping[str, OpWork], size: int, on_cpu: bool) -> UnitMemory:
+    def _seconds(
+        self, unit: Unit, late: Mapping[str, tuple[int, ...]], trained: float, device: Device, size: int
+    ) -> "_Seconds":
+        """What a unit takes on a device at one size; the same in every batch that adds gradients up."""
+        key = unit.name, device, size, self.options.max_microbatches > 1
+        if key not in self.seconds:
+            works, rates = self._works(unit.ops, size), rates_of(device, self.calibration)
+            again = run_again(self.graph, works) if self.options.training else ()
+            found = _Seconds(
+                forward_s=self._forward_s(rates, works),
+                backward_s=self._backward_s(rates, unit, works, size, trained),
+                weight_s=self._weight_s(rates, late, works) if late else 0.0,
+                again_s=self._forward_s(rates, {name: works[name] for name in again}),
+            )
+            self.seconds[key] = found.slower(device.slowdown)
+        return self.seconds[key]
+
+    def _memory(self, index: int, size: int, on_cpu: bool) -> UnitMemory:
         """What a unit keeps and needs for a microbatch of this size."""
         # The graph may be that of another batch.
         again = self.options.max_microbatches > 1 and size < self.options.batch
         key = index, size, on_cpu, again
         if key not in self.memories:
+            works = self._works(self.chain.units[index].ops, size)
             how = self.options.precision, self.options.training, on_cpu, again
             self.memories[key] = unit_memory(
                 self.graph, self.layout, works, self._owned(index), size, *how
             )
         return self.memories[key]
-
-    def _again_s(
-        self, works: Sequence[dict[str, OpWork]], devices: Sequence[tuple[Rates, Device]]
-    ) -> tuple[tuple[float, ...], ...]:
-        if not self.options.training:
-            return ()
-        again = [{name: work[name] for name in run_again(self.graph, work)} for work in works]
-        return tuple(
-            tuple(self._forward_s(rate, work) * device.slowdown for work in again)
-            for rate, device in devices
-        )
 
     def _late(self, unit: Unit) -> dict[str, tuple[int, ...]]:
         """The unit's ops whose weights may get their gradients later, with the places of these."""
@@ -132,26 +153,14 @@ class UnitPricer:
         return {name: places for name, places in found.items() if places}
 
     def _weight_s(
-        self,
-        late: Mapping[str, tuple[int, ...]],
-        works: Sequence[dict[str, OpWork]],
-        devices: Sequence[tuple[Rates, Device]],
-    ) -> tuple[tuple[float, ...], ...]:
+        self, rates: Rates, late: Mapping[str, tuple[int, ...]], works: Mapping[str, OpWork]
+    ) -> float:
         """What gradients of weights take that may be made later, adding them up included."""
-        if not late:
-            return ()
         weights = {self.layout.root[a] for name, places in late.items() for a in self._at(name, places)}
         trained = float(sum(self.graph[name].type.bytes(1) for name in weights))
         adding = [Kernel("accumulate", trained / 4, 3 * trained, trained / 4)]
         more = adding if self.options.max_microbatches > 1 else []
-        return tuple(
-            tuple(
-                rate.seconds([*(k for n in late for k in work[n].late), *more], backward=True)
-                * device.slowdown
-                for work in works
-            )
-            for rate, device in devices
-        )
+        return rates.seconds([*(k for n in late for k in works[n].late), *more], backward=True)
 
     def _at(self, name: str, places: Sequence[int]) -> list[str]:
         """The values at some places of an op's arguments."""
@@ -258,11 +267,11 @@ class UnitPricer:
         whole = work_of(op, self.graph, self.layout, self.options.batch, precision)
         return whole.part(size / self.options.batch)
 
-    def _forward_s(self, rates: Rates, works: dict[str, OpWork]) -> float:
+    def _forward_s(self, rates: Rates, works: Mapping[str, OpWork]) -> float:
         return rates.seconds(k for work in works.values() for k in work.forward)
 
     def _backward_s(
-        self, rates: Rates, unit: Unit, works: dict[str, OpWork], size: int, trained: float
+        self, rates: Rates, unit: Unit, works: Mapping[str, OpWork], size: int, trained: float
     ) -> float:
         if not self.options.training:
             return 0.0

@@ -16,14 +16,15 @@ from graphpar.cost import CostTable, LinkCost
 from graphpar.cost_models.classes import microbatch_sizes
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.memory import CPU_RESERVED_BYTES, HALF_CODE_BYTES, ONEDNN_BYTES
-from graphpar.cost_models.opcost import work_of
+from graphpar.cost_models.opcost import fan_out_kernels, work_of
 from graphpar.cost_models.roofline import Roofline
 from graphpar.cost_models.unit_costs import UnitPricer
-from graphpar.cost_models.work import OpWork
+from graphpar.cost_models.work import Kernel, OpWork
 from graphpar.cost_options import PricingOptions
 from graphpar.errors import GraphparError
 from graphpar.ir.chain import build_chain
 from graphpar.ir.graph import Graph
+from graphpar.ir.ops import Op
 from graphpar.ir.text import parse_graph
 from graphpar.partition.one_unit import as_one_unit
 from graphpar.partition.types import PipelineChoice, Replica, StageChoice
@@ -298,7 +299,25 @@ def test_what_a_graph_of_another_batch_takes_is_that_of_the_batch_asked_for() ->
         asked = PricingOptions(batch=batch, training=True)
         shared = Roofline().price(graph, build_chain(graph), cluster, asked, known=known)
         alone = Roofline().price(own, build_chain(own), cluster, asked)
-        assert [c.working_bytes for c in shared.costs] == [c.working_bytes for c in alone.costs]
+        assert shared.costs == alone.costs
+
+
+def test_what_a_unit_takes_at_a_size_is_worked_out_once_for_all_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, asked = parse_graph(BLOCKS), set[tuple[str, int]]()
+
+    def noted(op: Op, graph: Graph, batch: int, precision: str) -> tuple[Kernel, ...]:
+        assert (op.name, batch) not in asked
+        asked.add((op.name, batch))
+        return fan_out_kernels(op, graph, batch, precision)
+
+    monkeypatch.setattr("graphpar.cost_models.unit_costs.fan_out_kernels", noted)
+    cluster, known = Cluster.from_dict({"devices": [{"kind": "t4"}]}), dict[int, UnitPricer]()
+    for batch in (4, 8, 6):
+        options = PricingOptions(batch=batch, training=True)
+        Roofline().price(graph, build_chain(graph), cluster, options, known=known)
+    assert {size for _, size in asked} >= {1, 2, 4, 6, 8}
 
 
 def test_products_in_16_bits_load_more_code_where_a_processor_has_them() -> None:
