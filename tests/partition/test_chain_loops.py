@@ -18,8 +18,9 @@ from graphpar.partition.chains import crew_loops, crews, labels, path_loops, set
 from graphpar.partition.chains import limits as chain
 from graphpar.partition.chains import loops as chain_loops
 from graphpar.partition.chains import warm as chain_warm
-from graphpar.partition.chains.columns import Columns, Hopeful, StagePrices
+from graphpar.partition.chains.columns import Columns, StagePrices
 from graphpar.partition.chains.example import run_example
+from graphpar.partition.chains.hopeful import Hopeful, all_allowed
 from graphpar.partition.chains.labels import not_outdone
 from graphpar.partition.chains.relaxed import Relaxation
 from graphpar.partition.chains.swept import SweptProgram
@@ -135,6 +136,11 @@ def assert_never_better(exact: Columns, relaxed: Columns, crews: OptionRows | No
         assert least[3] >= below
 
 
+def on_runs(columns: Columns, prices: StagePrices) -> Columns:
+    """The same on slots that leave open which links are beside them."""
+    return replace(columns, slot=prices.rows.slots.at(columns.slot).run)
+
+
 def assert_room(prices: StagePrices) -> None:
     """Compiled loops count the microbatches that array operations count; of a team the most."""
     rows, units, (alone, fits) = prices.rows, prices._units, prices._rooms
@@ -157,9 +163,9 @@ def test_what_stands_for_a_stage_is_at_least_as_good(table: CostTable) -> None:
             prices = stage_prices(table, Setting(table.batch, microbatches, schedule))
             exact = prices.exact(prices.relaxed(StageLimits()))[0]
             assert_room(prices)
-            for spread, either in ((False, False), (True, False), (False, True)):
-                found = prices.relaxed(StageLimits(), spread=spread, either=either)
-                assert_never_better(exact, found)
+            for spread in (False, True):
+                assert_never_better(exact, prices.relaxed(StageLimits(), spread=spread))
+            assert_never_better(on_runs(exact, prices), prices.on_any_links(StageLimits()))
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=RELAXED)
@@ -210,9 +216,8 @@ def test_no_crew_is_left_where_nothing_fits(table: CostTable) -> None:
     )  # fmt: skip
     crews = bound.first_look(prices, StageLimits(), deep=True)[1]
     left = set(zip(crews.option.tolist(), crews.slot.tolist(), strict=True))
-    stages = prices.relaxed(StageLimits(), either=True)
-    run = rows.slots.every.run[stages.slot]
-    assert left <= set(zip(rows.crew_of[stages.option].tolist(), run.tolist(), strict=True))
+    stages = prices.on_any_links(StageLimits())
+    assert left <= set(zip(rows.crew_of[stages.option].tolist(), stages.slot.tolist(), strict=True))
 
 
 def test_a_stage_that_memory_keeps_at_the_end_is_not_excluded() -> None:
@@ -267,16 +272,16 @@ def test_waiting_leaves_a_fast_replica_fewer_microbatches() -> None:
         (prices.rows.width[exact.option] == 2) & (prices.rows.slots.every.before[exact.slot] > 0)
     )
     assert len(wide) and (wide.most_below > 4).all()
-    assert_never_better(exact, prices.relaxed(StageLimits(), either=True))
+    assert_never_better(on_runs(exact, prices), prices.on_any_links(StageLimits()))
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_where_no_crew_is_hopeful_there_is_no_stage(whole: bool) -> None:
+def test_where_nobody_is_hopeful_there_is_no_stage() -> None:
     prices = stage_prices(make_table(), Setting(4, 4, "1f1b"))
     none = np.zeros(0, dtype=np.intp)
-    hopeful = Hopeful(none, np.zeros(1, dtype=np.intp), none, whole)
-    assert len(prices.relaxed(StageLimits()))
-    assert len(prices.relaxed(StageLimits(), hopeful=hopeful)) == 0
+    hopeful = Hopeful(none, np.zeros(1, dtype=np.intp), none, all_allowed(0))
+    for find in (prices.relaxed, prices.on_any_links):
+        assert len(find(StageLimits()))
+        assert len(find(StageLimits(), hopeful=hopeful)) == 0
 
 
 def test_microbatches_that_are_faster_when_larger_are_nobodys_gain() -> None:

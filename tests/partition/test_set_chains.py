@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphpar.partition.chains import loops
 from graphpar.partition.chains.columns import Columns
 from graphpar.partition.chains.sets import SetChains
 from graphpar.partition.device_sets import DeviceSets, device_sets
@@ -62,8 +63,8 @@ def test_a_column_is_left_where_a_chain_below_the_target_has_it(
         if seconds + columns.extra_s[chain].max() + weight * columns.post_s[chain].max() < target:
             needed |= set(chain)
     # What a stage has of extra and post by itself alone: exact in one window, sharper in several.
-    assert tried.in_windows(some, len(columns)).tolist() == np.flatnonzero(own_s < target).tolist()
-    left = set(tried.in_windows(some, few).tolist())
+    assert tried.in_windows(some, len(columns))[0].tolist() == np.flatnonzero(own_s < target).tolist()
+    left = set(tried.in_windows(some, few)[0].tolist())
     assert needed <= left <= set(np.flatnonzero(own_s < target).tolist())
     nu, rho = np.array([0.5, 0.25, 0.5, 0.75]), np.array([1.0, 0.0, 0.0, 1.0])
     bound_s, priced = tried.at_prices(nu, rho)
@@ -74,6 +75,28 @@ def test_a_column_is_left_where_a_chain_below_the_target_has_it(
         for o in [columns.option[c]]
     ]
     assert bound_s == pytest.approx(min(of_chains, default=np.inf))
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn_columns(), st.integers(1, 40), st.sampled_from([0.0, 1.0]), st.integers(0, 4), st.data())
+def test_a_stage_is_allowed_where_a_chain_below_the_target_has_it(
+    columns: Columns, whole: int, weight: float, few: int, data: st.DataObject
+) -> None:
+    """Others stand for stages that cost no less, and no less together with their extra."""
+    target = whole + 0.5
+    tried = SetChains(columns, columns.option, SETS, SLOTS, UNITS, target, weight)
+    kept, allowed = tried.in_windows(np.arange(len(columns)), few)
+    more = st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=UNITS, max_size=UNITS)
+    for chain in map(list, chains(columns)):
+        cost_s, extra_s, post_s = columns.cost_s[chain], columns.extra_s[chain], columns.post_s[chain]
+        dearer, longer = np.array(data.draw(more), dtype=np.float64)[: len(chain)].T
+        cost_s, extra_s = cost_s + dearer, np.maximum(extra_s - dearer, 0.0) + longer
+        if cost_s.sum() + extra_s.max() + weight * post_s.max() >= target:
+            continue
+        for c, cost, extra, post in zip(chain, cost_s, extra_s, weight * post_s, strict=True):
+            entry = int(np.searchsorted(kept, c))
+            assert kept[entry] == c
+            assert loops._is_allowed(entry, cost, extra, post, *allowed)
 
 
 def test_windows_leave_less_than_what_stages_have_alone() -> None:
@@ -90,5 +113,5 @@ def test_windows_leave_less_than_what_stages_have_alone() -> None:
     slots = Slots(run_ranges(2), 2, 0)
     sets: DeviceSets = SETS
     tried = SetChains(columns, columns.option, sets, slots, 2, 5.0, 1.0)
-    assert tried.in_windows(np.arange(4), 4).tolist() == [0, 2]
-    assert tried.in_windows(np.arange(4), 0).tolist() == []
+    assert tried.in_windows(np.arange(4), 4)[0].tolist() == [0, 2]
+    assert tried.in_windows(np.arange(4), 0)[0].tolist() == []

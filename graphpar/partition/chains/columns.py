@@ -13,17 +13,17 @@ and only what is left after pruning is dealt one by one (`StagePrices.exact`).
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from graphpar.cost import CostTable
 from graphpar.partition.chains.crew_loops import crew_loop
+from graphpar.partition.chains.hopeful import ANY, Hopeful
 from graphpar.partition.chains.loops import exact_loop, relaxed_loop
 from graphpar.partition.flights import flights, rooms_of_teams
 from graphpar.partition.option_rows import OptionRows
-from graphpar.partition.slots import SlotArrays, positions
+from graphpar.partition.slots import SlotArrays, Slots, positions
 from graphpar.partition.stage_costs import (
     StageLimits,
     boundary_seconds,
@@ -41,21 +41,6 @@ from graphpar.partition.unit_arrays import (
 
 BoolArray = npt.NDArray[np.bool_]
 
-
-class Hopeful(NamedTuple):
-    """Which crews there may be: increasing slots, where the list of each begins, its crews.
-
-    One more entry of `begins` is where the last list ends; where it is empty any crew may be anywhere.
-    With `whole` slots are runs, between all kinds of links.
-    """
-
-    slots: IntArray
-    begins: IntArray
-    crews: IntArray
-    whole: bool
-
-
-_ANY = Hopeful(*(np.zeros(0, dtype=np.intp),) * 3, True)
 
 _AT_ONCE = 400_000
 """Pairs of an option and a run that are looked at in one go: what fits into a processor's cache."""
@@ -113,10 +98,8 @@ class StagePrices:
         allowed: BoolArray | None = None,
     ) -> None:
         """With loops only the `allowed` runs may be a stage."""
-        self.loops, self._usable = (
-            loops,
-            np.ones(len(runs.first), np.bool_) if allowed is None else allowed,
-        )
+        self.loops = loops
+        self._usable = np.ones(len(runs.first), np.bool_) if allowed is None else allowed
         self.rows = rows
         self.setting = setting
         self._stalls = table.training and setting.schedule == "1f1b"
@@ -291,10 +274,8 @@ class StagePrices:
 
     def _filled(self, count: int) -> Columns:
         """The first columns of the arrays that loops fill."""
-        option, slot, cost_s, extra_s, post_s, below = self.rows.room
-        return Columns(
-            option[:count], slot[:count], cost_s[:count], extra_s[:count], post_s[:count], below[:count]
-        )
+        option, slot, *others = self.rows.room
+        return Columns(option[:count], slot[:count], *(array[:count] for array in others))
 
     def relaxed(
         self,
@@ -303,19 +284,20 @@ class StagePrices:
         simple: int = 0,
         spread: bool = False,
         hopeful: Hopeful | None = None,
-        either: bool = False,
     ) -> Columns:
         """All columns that may be within limits, each at most as dear as it is.
 
         The rest needs loops. At `simple` 1 only those of one replica or of all units, at 2 only the
-        latter; with `spread` as if each of several replicas kept one microbatch; of the `hopeful` ones
-        only. With `either` each is at most as dear as under the schedule for which it is less:
-        transfers neither wait nor take longest, and no more is kept than under 1F1B. How waiting deals
-        microbatches is left out, so that each of several replicas keeps one. Arrays may be used again by
-        the next call.
+        latter; with `spread` as if each of several replicas kept one microbatch; of the `hopeful`
+        options only. Arrays may be used again by the next call.
         """
         if self.loops:
-            return self._relaxed_loop(limits, simple, spread or either, hopeful or _ANY, either)
+            transfers = self._most_wait_s, self.setting.microbatches - 1.0
+            near = self.rows.near_alone if simple else self.rows.near
+            beyond_s = self.before_s if hopeful is None else self._beyond()
+            places, setting = (self.rows.slots, near, self.before_s, beyond_s), self._loop_setting
+            hopeful = hopeful or ANY
+            return self._relaxed_loop(limits, places, transfers, setting, simple, spread, hopeful)
         parts = [part for chunk in self._chunks() for part in self._relaxed_chunk(chunk, limits)]
         if not parts:
             return no_columns()
@@ -348,58 +330,77 @@ class StagePrices:
         gpipe = setting.schedule == "gpipe"
         return setting.microbatches, larger, self._stalls, gpipe
 
+    def on_any_links(self, limits: StageLimits, hopeful: Hopeful | None = None) -> Columns:
+        """Columns on runs, which stand for those between all kinds of links under either schedule.
+
+        Each is at most as dear as where it is least: after the best link that it may have, transfers
+        neither wait nor take longest, and no more is kept than under 1F1B. How waiting deals
+        microbatches is left out, so that each of several replicas keeps one. Of the `hopeful` crews only;
+        needs loops. Arrays may be used again by the next call.
+        """
+        rows = self.rows
+        nearest = self._nearest()
+        before_s = np.concatenate([np.zeros((1, len(nearest))), nearest.T])
+        near = np.arange(len(before_s)) == rows.sorts[1][rows.crew_of][:, None] + 1
+        near[:, 0] = True
+        places = rows.whole_slots, near, before_s, np.zeros((1, before_s.shape[1]))
+        setting = (*self._loop_setting[:2], False, False)
+        return self._relaxed_loop(limits, places, (0.0, 0.0), setting, 0, True, hopeful or ANY)
+
+    def _beyond(self) -> FloatArray:
+        """[kind, unit]: how much longer a transfer takes than the nearest of whoever may be behind it."""
+        found, nearest = np.zeros(self.before_s.shape), self._nearest()
+        for kind in range(1, len(found)):
+            best_s = nearest[:, self.rows.sorts[0][:, kind]]
+            if best_s.size:
+                found[kind] = np.maximum(self.before_s[kind] - best_s.max(axis=1), 0.0)
+        return found
+
     def _relaxed_loop(
         self,
         limits: StageLimits,
+        places: tuple[Slots, BoolArray, FloatArray, FloatArray],
+        transfers: tuple[float, float],
+        setting: tuple[int, int, bool, bool],
         simple: int,
         spread: bool,
         hopeful: Hopeful,
-        either: bool,
     ) -> Columns:
-        setting = self._loop_setting
-        transfers = self._most_wait_s, setting[0] - 1.0
-        if either:
-            setting, transfers = (*setting[:2], False, False), (0.0, 0.0)
-        runs, slots = self._units.runs, self.rows.slots
+        rows, runs = self.rows, self._units.runs
+        slots, near, before_s, beyond_s = places
+        asked = limits.extra_s, limits.post_s, limits.both_s
         arguments = (
-            self.rows.crews,
-            self.rows.staff,
+            rows.crews,
+            rows.width,
+            rows.staff,
             self._seconds_by_run,
             self._fastest_by_run,
             self._flight_by_run,
-            self.rows.post_by_run,
-            self.rows.post_of,
-            self.rows.moved_rows,
-            self.rows.moved_row,
-            self.rows.near_alone if simple else self.rows.near,
+            rows.post_by_run,
+            rows.post_of,
+            rows.moved_rows,
+            rows.moved_row,
+            near,
             (runs.first, runs.last, slots.begins, slots.behind),
             self._usable,
-            self.before_s,
+            before_s,
+            beyond_s,
             transfers,
             self._beside,
             setting,
             simple,
             spread,
-            hopeful,
-            (
-                limits.extra_s,
-                limits.post_s,
-                limits.both_s,
-                limits.fill_s,
-                limits.all_s,
-                limits.post_weight,
-            ),
+            slots is rows.whole_slots,
+            hopeful.plain,
+            (*asked, limits.fill_s, limits.all_s, limits.post_weight),
         )
         while (count := relaxed_loop(*arguments, self.rows.room)) < 0:
             self.rows.enlarge()
         return self._filled(count)
 
     def _exact_loop(self, columns: Columns) -> tuple[Columns, IntArray]:
-        extra, below, slots = (
-            np.empty(len(columns)),
-            np.empty(len(columns)),
-            self.rows.slots.at(columns.slot),
-        )
+        extra, below = np.empty(len(columns)), np.empty(len(columns))
+        slots = self.rows.slots.at(columns.slot)
         exact_loop(
             columns.option,
             slots.run,

@@ -1,8 +1,8 @@
 """Which sets of devices no plan below a target has where: crews are bounded before stages are listed.
 
-First whatever the mode and the links beside it: a run of units is one slot then, however many kinds of
-links there are (`crew_loops`). Then what is left in every mode between every two kinds of links.
-Both under either schedule, which share the answer.
+First whatever the mode and the links beside it: a run of units is one slot, however many kinds of links
+there are (`crew_loops`). Then what is left in every mode. Both under either schedule, which share the
+answer: which options there may be on each run, and what these may take between links.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphpar.partition.chains.columns import Columns, Hopeful, StagePrices
+from graphpar.partition.chains.columns import Columns, StagePrices
+from graphpar.partition.chains.hopeful import Allowed, Hopeful, all_allowed, listed
 from graphpar.partition.chains.relaxed import Prices, Relaxation
 from graphpar.partition.chains.sets import SetChains
 from graphpar.partition.slots import Slots
 from graphpar.partition.stage_costs import StageLimits
-from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
+from graphpar.partition.unit_arrays import FloatArray, IntArray
 
 MOST_COUNTED = 16
 """A bound that counts replicas takes time in proportion to them."""
@@ -132,10 +133,13 @@ class CrewBounds:
     def rehearse(self) -> None:
         """Use every loop once."""
         wanted = Kept(np.inf, np.inf, 1.0)
-        self.left_out(wanted)
-        columns = self._prices.relaxed(_limits(wanted), either=True)
-        prices = self.relaxation(self._rows.slots, self._rows.take, self._rows.width, 1.0).prices
-        self._in_sets(wanted, 0.0, prices, self._rows.slots, columns, are_crews=False)
+        excluded = self.left_out(wanted)
+        columns = self._prices.on_any_links(_limits(wanted))
+        prices = self.relaxation(self._rows.whole_slots, self._rows.take, self._rows.width, 1.0).prices
+        _, some, allowed = self._in_sets(wanted, 0.0, prices, columns, columns.option)
+        hopeful = _listed(columns.pick(some), allowed)
+        self._prices.relaxed(_limits(wanted), hopeful=hopeful)
+        self._prices.on_any_links(_limits(wanted), hopeful=excluded.hopeful)
 
     def _on_any_links(self, wanted: Kept) -> Excluded:
         """Whatever the mode and the links beside it."""
@@ -145,63 +149,52 @@ class CrewBounds:
         deep = sum(self._counts) <= MOST_COUNTED
         bound_s, crews = relaxation.first_look(self._prices, _limits(wanted), deep=deep)
         if bound_s >= wanted.all_s:
-            return self._excluded(wanted, bound_s, slots, crews, crews.option)
-        return self._bounded(wanted, bound_s, relaxation, slots, crews, crew_of=None)
+            return Excluded(wanted.all_s, bound_s, _listed(crews, None))
+        return self._bounded(wanted, bound_s, relaxation, crews, first[crews.option])
 
     def _in_all_modes(self, wanted: Kept, known: Excluded) -> Excluded:
-        """What is left of that, between every two kinds of links."""
+        """What is left of that in every mode."""
         rows = self._rows
-        columns = self._prices.relaxed(_limits(wanted), hopeful=known.hopeful, either=True)
-        relaxation = self.relaxation(rows.slots, rows.take, rows.width, wanted.post_weight)
-        return self._bounded(wanted, known.bound_s, relaxation, rows.slots, columns, rows.crew_of)
+        columns = self._prices.on_any_links(_limits(wanted), known.hopeful)
+        relaxation = self.relaxation(rows.whole_slots, rows.take, rows.width, wanted.post_weight)
+        return self._bounded(wanted, known.bound_s, relaxation, columns, columns.option)
 
     def _bounded(
-        self,
-        wanted: Kept,
-        bound_s: float,
-        relaxation: Relaxation,
-        slots: Slots,
-        columns: Columns,
-        crew_of: IntArray | None,
+        self, wanted: Kept, bound_s: float, relaxation: Relaxation, columns: Columns, rows: IntArray
     ) -> Excluded:
-        """Raise a bound; `crew_of` gives the crew of options that are no crews themselves."""
+        """Raise a bound on columns that stand for some rows."""
         deep = self.positions_matter(columns)
         bounded = relaxation.bound(columns, wanted.all_s, rounds=ROUNDS_FOR_LOOPS, deep=deep)
         self.learn(relaxation)
         bound_s = max(bound_s, bounded.bound_s)
-        left = columns.pick(bounded.bound_s + bounded.reduced_s < wanted.all_s)
-        pairs = len(self._rows.slots) / len(slots)
-        if len(left) > FEW_FOR_SETS / pairs and wanted.all_s < np.inf:
-            bound_s, left = self._in_sets(
-                wanted, bound_s, relaxation.prices, slots, left, crew_of is None
-            )
-        crew = left.option if crew_of is None else crew_of[left.option]
-        return self._excluded(wanted, bound_s, slots, left, crew)
+        some = np.flatnonzero(bounded.bound_s + bounded.reduced_s < wanted.all_s)
+        left, allowed = columns.pick(some), None
+        if len(left) > FEW_FOR_SETS / self._pairs and wanted.all_s < np.inf:
+            bound_s, chosen, allowed = self._in_sets(wanted, bound_s, relaxation.prices, left, rows[some])
+            left = left.pick(chosen)
+        return Excluded(wanted.all_s, bound_s, _listed(left, allowed))
+
+    @property
+    def _pairs(self) -> float:
+        """Pairs of links between which a run stands, in the mean."""
+        return len(self._rows.slots) / len(self._rows.whole_slots)
 
     def _in_sets(
-        self, wanted: Kept, bound_s: float, prices: Prices, slots: Slots, left: Columns, are_crews: bool
-    ) -> tuple[float, Columns]:
-        """A bound, and what is left, where no device is in two stages."""
-        rows, pairs = self._rows, len(self._rows.slots) / len(slots)
-        option = rows.first_rows[left.option] if are_crews else left.option
+        self, wanted: Kept, bound_s: float, prices: Prices, left: Columns, option: IntArray
+    ) -> tuple[float, IntArray, Allowed | None]:
+        """A bound, what is left where no device is in two stages, and what that allows others."""
+        rows, pairs, allowed = self._rows, self._pairs, None
         sets, units = rows.device_sets(self._counts), self._num_units
+        slots = rows.whole_slots
         chains = SetChains(left, option, sets, slots, units, wanted.all_s, wanted.post_weight)
         least_s, some = chains.at_prices(rows.take @ prices.nu, rows.take @ prices.rho)
-        if are_crews and (len(some) < _MANY_WINDOWS or pairs > _MANY_LINKS):
-            some = chains.in_windows(some, int(FEW_FOR_SETS / pairs))
-        return max(bound_s, least_s) if len(some) else wanted.all_s, left.pick(some)
+        if len(some) < _MANY_WINDOWS or pairs > _MANY_LINKS:
+            some, allowed = chains.in_windows(some, int(FEW_FOR_SETS / pairs))
+        return max(bound_s, least_s) if len(some) else wanted.all_s, some, allowed
 
-    def _excluded(
-        self, wanted: Kept, bound_s: float, slots: Slots, left: Columns, crew: IntArray
-    ) -> Excluded:
-        """The crews on each slot, without repetition; on whole slots for all kinds of links."""
-        crews = len(self._rows.first_rows)
-        places = left.slot * crews + crew  # increasing: loops go by slot, then by crew
-        places = places[starts(places)]
-        some, crew = places // crews, places % crews
-        begins = np.append(np.flatnonzero(starts(some)), len(some))
-        hopeful = Hopeful(some[begins[:-1]], begins, crew, slots is self._rows.whole_slots)
-        return Excluded(wanted.all_s, bound_s, hopeful)
+
+def _listed(left: Columns, allowed: Allowed | None) -> Hopeful:
+    return listed(left.slot, left.option, all_allowed(len(left)) if allowed is None else allowed)
 
 
 def _limits(wanted: Kept) -> StageLimits:

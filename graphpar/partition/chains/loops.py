@@ -9,6 +9,7 @@ whole ones, whether transfers stall, whether GPipe keeps all in flight).
 
 import numpy as np
 
+from graphpar.partition.chains.hopeful import Plain
 from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.types import ROUNDING
 from graphpar.partition.unit_arrays import UNLIMITED, BoolArray, FloatArray, IntArray
@@ -16,10 +17,18 @@ from graphpar.partition.unit_arrays import UNLIMITED, BoolArray, FloatArray, Int
 _HAIR = 1 - 1e-12
 """A hair below a fluid level, so that rounding never completes too much."""
 
+_FEW_KINDS = 8
+"""Between more kinds of links most columns are excluded before pairs of these are looked at."""
+
+
+Found = tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]
+"""Arrays of columns: option, slot, cost, extra, post, most below."""
+
 
 @compiled_exactly
 def relaxed_loop(
     crews: tuple[IntArray, IntArray, IntArray, IntArray],
+    width: IntArray,
     staff: IntArray,
     seconds: FloatArray,
     fastest: FloatArray,
@@ -32,252 +41,329 @@ def relaxed_loop(
     runs: tuple[IntArray, IntArray, IntArray, IntArray],
     usable: BoolArray,
     before_s: FloatArray,
+    beyond_s: FloatArray,
     transfers: tuple[float, float],
     beside: FloatArray,
     setting: tuple[int, int, bool, bool],
     simple: int,
     spread: bool,
-    hopeful: tuple[IntArray, IntArray, IntArray, bool],
+    whole: bool,
+    hopeful: Plain,
     limits: tuple[float, float, float, float, float, float],
-    found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
+    found: Found,
 ) -> int:
     """Fill `found` with the columns that may be within limits, at lower bounds; how many, -1: no room.
 
     `runs` are (first unit, last, first slot, kinds of links behind), of which the `usable` ones may be
-    stages; columns come sorted by slot. `before_s[kind, unit]` is a transfer; no more than the first of
-    `transfers` is waited for, and overlapped ones take so many times as long as the second. `crews` are
-    sets of devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest` is
-    for), narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is one
-    stage. With `spread` each of several replicas has only one microbatch to keep. `hopeful` are the crews
-    that are looked at: increasing slots, or runs, where their lists begin (and one more entry), numbers
-    of crews, increasing, and whether runs were meant; all where no list begins, not even that entry.
+    stages; columns come sorted by slot. `before_s[kind, unit]` is a transfer, `beyond_s` how much longer
+    it takes than whoever is behind it was taken to wait when `hopeful` was found; no more than the first
+    of `transfers` is waited for, and overlapped ones take so many times as long as the second. `crews`
+    are sets of devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest`
+    is for), narrow ones first. At `simple` 1 several replicas run all units or nothing, at 2 there is
+    one stage. With `spread` each of several replicas has only one microbatch to keep. With `whole` a
+    slot is a run, nothing is said of what is behind it, and `hopeful` lists crews, otherwise rows; all
+    are looked at where no list begins, not even one more.
     """
     first_of, last_of, begin_of, behind_of = runs
-    most_wait, times_cut = transfers
-    slots, list_begin, crew_at, by_run = hopeful
+    list_runs, list_begin, listed, allowed = hopeful
     some, units = len(list_begin) > 0, before_s.shape[1] - 1
-    rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
-    every = len(crews[2])
-    alive = np.empty(every, dtype=np.intp), np.empty(every), np.empty(every)
+    own_s, begins, least_s, most_s, all_s = allowed
+    times, rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
+    rows = np.empty(len(width), dtype=np.intp), np.empty(len(width), dtype=np.intp)
     # Not a literal: `_add_columns` would be compiled for it as well.
-    count, run = int(np.intp(0)), 0
-    for entry in range(len(slots) if some else len(first_of)):
-        if by_run:
-            run = slots[entry] if some else entry
-            low, high = begin_of[run], begin_of[run + 1]
-        else:
-            low, high = slots[entry], slots[entry] + 1
-            while begin_of[run + 1] <= low:
-                run += 1
-        if not usable[run] or (simple == 2 and last_of[run] - first_of[run] < units):
-            continue
+    count, of_crews = int(np.intp(0)), whole or not some
+    for entry in range(len(list_runs) if some else len(first_of)):
+        run = list_runs[entry] if some else entry
         first, last = first_of[run], last_of[run]
-        part = (list_begin[entry], list_begin[entry + 1]) if some else (0, every)
-        whole = first == 0 and last == units
-        number = _alive(
-            run, simple > 0 and not whole, (crew_at, *part), crews, fastest, setting[0], alive
-        )
-        most = min(limits[3], limits[4]) - beside[run], limits[4] - beside[run]
-        if low < high and by_run:
-            nearest_s = before_s[1:, first].min() if first > 0 else 0.0
-            longest_s = before_s[1:, last].max() if last < units else 0.0
-            if first > 0:
-                longest_s += before_s[1:, first].max()
-            number = _in_time(nearest_s, min(longest_s / 2, most_wait), most, setting[0], alive, number)
-        if number == 0:
+        if not usable[run] or (simple == 2 and last - first < units):
             continue
-        for slot in range(low, high):
-            place = slot - begin_of[run]
-            before = place // behind_of[run] + (1 if first > 0 else 0)
-            after = place % behind_of[run] + (1 if last < units else 0)
-            ahead_s, behind_s = before_s[before, first], before_s[after, last]
-            stall_s = (min(ahead_s, most_wait) + min(behind_s, most_wait)) / 2
-            count = _add_columns(
-                (slot, run, before, after),
-                (ahead_s, stall_s, times_cut * ahead_s, beside[run]),
-                (alive, number),
+        if begin_of[run] == begin_of[run + 1]:
+            continue  # between no links at all
+        nearest_s, longest_s = 0.0, 0.0
+        if first > 0:
+            nearest_s, longest_s = before_s[1:, first].min(), before_s[1:, first].max()
+        if last < units and not whole:
+            longest_s += before_s[1:, last].max()
+        part = (list_begin[entry], list_begin[entry + 1]) if some else (0, len(crews[2]))
+        if of_crews:
+            number = _rows_of_crews(
+                (listed, part[0], part[1]),
                 crews,
-                staff,
-                seconds,
-                fastest,
-                flight,
-                post,
-                post_of,
-                moved,
-                moved_row,
-                near,
-                setting,
-                spread,
-                limits,
-                rates,
-                found,
-                count,
+                fastest[run],
+                simple > 0 and last - first < units,
+                (nearest_s, min(longest_s / 2, transfers[0])),
+                (min(limits[3], limits[4]) - beside[run], limits[4] - beside[run]),
+                setting[0],
+                rows,
             )
-            if count < 0:
-                return -1
+        else:
+            number = part[1] - part[0]
+            for i in range(number):
+                rows[0][i], rows[1][i] = listed[part[0] + i], part[0] + i
+        low = count
+        count = _add_columns(
+            (run, first, last, begin_of[run], behind_of[run]),
+            rows[0],
+            rows[1],
+            number,
+            width,
+            staff,
+            seconds,
+            flight,
+            post,
+            post_of,
+            moved,
+            moved_row,
+            near,
+            before_s,
+            beyond_s,
+            transfers,
+            beside[run],
+            setting,
+            (spread, whole, some),
+            own_s,
+            begins,
+            least_s,
+            most_s,
+            all_s,
+            limits,
+            times,
+            rates,
+            found,
+            count,
+        )
+        if count < 0:
+            return -1
+        if not whole:
+            _sort_by_slot(found, low, count, begin_of[run], begin_of[run + 1])
     return count
 
 
-Alive = tuple[IntArray, FloatArray, FloatArray]
-"""Numbers of crews; the sum and the least of the reciprocals of their replicas' fastest seconds."""
-
-
 @compiled_exactly
-def _alive(
-    run: int,
-    alone: bool,
-    listed: tuple[IntArray, int, int],
+def _rows_of_crews(
+    part: tuple[IntArray, int, int],
     crews: tuple[IntArray, IntArray, IntArray, IntArray],
     fastest: FloatArray,
+    alone: bool,
+    transfers: tuple[float, float],
+    most: tuple[float, float],
     number: int,
-    alive: Alive,
+    rows: tuple[IntArray, IntArray],
 ) -> int:
-    """Fill in the crews of a part of a list, or of all, that have no more replicas than there may be."""
-    crew_at, begin, end = listed
-    _, _, wide_of, team = crews
+    """Fill in the rows of the crews of a part of a list, or of all, that may be in time; how many.
+
+    With each comes its place in the list. `transfers` are the least before and the most that is waited
+    for, `most` what there is for one microbatch, and for all. Nobody has more replicas than microbatches.
+    """
+    listed, low, high = part
+    row_of, begin, wide_of, team = crews
     count = 0
-    for place in range(begin, end):
-        crew = crew_at[place] if len(crew_at) > 0 else place
+    for place in range(low, high):
+        crew = listed[place] if len(listed) > 0 else place
         wide = wide_of[crew]
         if wide > number or (alone and wide > 1):
             break
         rate, least = 0.0, np.inf
         for r in range(wide):
-            rate += fastest[run, team[crew, r]]
-            least = min(least, fastest[run, team[crew, r]])
-        alive[0][count], alive[1][count], alive[2][count] = crew, rate, least
-        count += 1
+            rate += fastest[team[crew, r]]
+            least = min(least, fastest[team[crew, r]])
+        # All microbatches over all replicas, if they never wait: no division is needed to see that.
+        if number * _HAIR >= (most[1] - transfers[0] + transfers[1]) * rate:
+            continue
+        if (most[0] - transfers[0]) * least <= _HAIR:
+            continue
+        for at in range(begin[crew], begin[crew + 1]):
+            rows[0][count], rows[1][count] = row_of[at], place
+            count += 1
     return count
 
 
 @compiled_exactly
-def _in_time(
-    ahead_s: float, stall_s: float, most: tuple[float, float], number: int, alive: Alive, count: int
-) -> int:
-    """Keep the crews whose microbatches may be in time with such transfers; how many there are.
-
-    `most` is what there is for one microbatch, and for all.
-    """
-    crews, rates, leasts = alive
-    kept = 0
-    for i in range(count):
-        if _is_late(ahead_s, stall_s, most, number, rates[i], leasts[i]):
-            continue
-        crews[kept], rates[kept], leasts[kept] = crews[i], rates[i], leasts[i]
-        kept += 1
-    return kept
-
-
-@compiled_exactly
-def _is_late(
-    ahead_s: float, stall_s: float, most: tuple[float, float], number: int, rate: float, least: float
-) -> bool:
-    # All microbatches over all replicas, if they never wait: no division is needed to see that.
-    if number * _HAIR >= (most[1] - ahead_s + stall_s) * rate:
-        return True
-    return (most[0] - ahead_s) * least <= _HAIR
-
-
-@compiled_exactly
 def _add_columns(
-    place: tuple[int, int, int, int],
-    of_place: tuple[float, float, float, float],
-    listed: tuple[Alive, int],
-    crews: tuple[IntArray, IntArray, IntArray, IntArray],
+    place: tuple[int, int, int, int, int],
+    rows: IntArray,
+    entries: IntArray,
+    number_of_rows: int,
+    width: IntArray,
     staff: IntArray,
     seconds: FloatArray,
-    fastest: FloatArray,
     flight: FloatArray,
     post: FloatArray,
     post_of: IntArray,
     moved: FloatArray,
     moved_row: IntArray,
     near: BoolArray,
+    before_s: FloatArray,
+    beyond_s: FloatArray,
+    transfers: tuple[float, float],
+    others: float,
     setting: tuple[int, int, bool, bool],
-    spread: bool,
+    how: tuple[bool, bool, bool],
+    own_s: FloatArray,
+    begins: IntArray,
+    least_s: FloatArray,
+    most_s: FloatArray,
+    all_s: FloatArray,
     limits: tuple[float, float, float, float, float, float],
-    scratch: tuple[FloatArray, FloatArray],
-    found: tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray],
+    times: FloatArray,
+    rates: FloatArray,
+    found: Found,
     count: int,
 ) -> int:
-    """Those of one slot behind the `count` that are there, how many then, -1: no room.
+    """Those of one run behind the `count` that are there, how many then, -1: no room.
 
-    `place` is (slot, run, kind before, kind after), `of_place` the seconds of (the transfer before, what
-    is waited, the overlapped transfers, all units beside); so many crews as are `listed`.
+    `place` is (run, first unit, last, first slot, kinds behind); all units beside it take `others`; `how`
+    is (spread, whole, whether `hopeful.Allowed` is asked by `entries`).
     """
-    slot, run, before, after = place
-    cost_ahead, stall, cut, others = of_place
-    (crew_at, rate_of, least_of), listed_crews = listed
-    row_of, begin, wide_of, _ = crews
+    run, first, last, slot, behind = place
     number, _, stalls, gpipe = setting
+    spread, whole, asks = how
     most_extra, most_post, most_both, whole_fill, whole_all, weight = limits
     options, places, costs, extras, posts, belows = found
-    times, rates = scratch
-    most_fill, most_all = whole_fill - others, whole_all - others
-    both = min(most_fill, most_all), most_all
-    for i in range(listed_crews):
-        crew = crew_at[i]
-        wide = wide_of[crew]
-        first = row_of[begin[crew]]
-        if not (near[first, before] and near[first, after]):
+    most_fill, most_all, most_wait = whole_fill - others, whole_all - others, transfers[0]
+    kinds, inside = len(before_s), int(first > 0)
+    goes_on = int(last < before_s.shape[1] - 1 and not whole)
+    early = kinds > _FEW_KINDS
+    for i in range(number_of_rows):
+        row, entry = rows[i], entries[i]
+        own_post, wide = post[run, post_of[row]], width[row]
+        if not own_post <= most_post:
             continue
-        if _is_late(cost_ahead, stall, both, number, rate_of[i], least_of[i]):
+        extra_move = moved[moved_row[row], run] if moved_row[row] >= 0 else 0.0
+        longest, room, later = 0.0, UNLIMITED, weight * own_post
+        for r in range(wide):
+            times[r] = seconds[run, staff[row, r]] + extra_move
+            longest = max(longest, times[r])
+            room = min(room, flight[run, staff[row, r], wide])
+        if room < 1 or not (longest < most_fill and longest + later < most_all):
             continue
-        for at in range(begin[crew], begin[crew + 1]):
-            row = row_of[at]
-            own_post = post[run, post_of[row]]
-            if not own_post <= most_post:
-                continue
-            extra_move = moved[moved_row[row], run] if moved_row[row] >= 0 else 0.0
-            longest, room = 0.0, UNLIMITED
-            for r in range(wide):
-                times[r] = seconds[run, staff[row, r]] + extra_move
-                longest = max(longest, times[r])
-                room = min(room, flight[run, staff[row, r], wide])
-            if room < 1:
-                continue
-            cost = longest + cost_ahead
-            if not (cost < most_fill and cost + weight * own_post < most_all):
-                continue
-            if wide == 1:
-                extra, end = (number - 1) * (longest + stall), 0.0
-            else:
+        least = 0.0
+        if early:
+            # What it has of extra if it never waits: for most pairs of links that is answer enough.
+            least = (number - 1) * longest
+            if wide > 1:
                 rate = 0.0
                 for r in range(wide):
-                    rates[r] = 1 / max(times[r] + stall, 1e-300)
-                    rate += rates[r]
-                offset = 0.0
-                for r in range(wide):
-                    offset += 1 - times[r] * rates[r]
-                end = (number - offset) / rate * _HAIR
-                extra = max(end - longest, 0.0)
-            if not stalls:
-                extra = max(extra, cut)
-            if not (
-                extra <= most_extra
-                and extra + own_post <= most_both
-                and cost + extra + weight * own_post < most_all
+                    rate += 1 / max(times[r], 1e-300)
+                least = max(number / rate * _HAIR * _HAIR - longest, 0.0)
+        for before in range(inside, kinds if inside else 1):
+            if not near[row, before]:
+                continue
+            ahead_s = before_s[before, first]
+            cost = longest + ahead_s
+            if not (cost < most_fill and cost + least + later < most_all):
+                continue
+            if (
+                early
+                and asks
+                and not _is_allowed(entry, cost, least, later, own_s, begins, least_s, most_s, all_s)
             ):
                 continue
-            below = UNLIMITED
-            for r in range(wide):
-                most = flight[run, staff[row, r], wide]
-                share = float(number)
-                if wide > 1 and spread:
-                    share = 1.0
-                elif wide > 1:
-                    share = max(np.floor((end - times[r]) * rates[r] * _HAIR + 1), 1.0)
-                if share > most:
-                    below = min(below, -1.0 if gpipe else wide * most)
-            if below < wide:
-                continue
-            if count == len(options):
-                return -1
-            options[count], places[count] = row, slot
-            costs[count], extras[count] = cost, extra
-            posts[count], belows[count] = own_post, below
-            count += 1
+            for after in range(goes_on, kinds if goes_on else 1):
+                if not near[row, after]:
+                    continue
+                stall = (min(ahead_s, most_wait) + min(before_s[after, last], most_wait)) / 2
+                if wide == 1:
+                    extra, end = (number - 1) * (longest + stall), 0.0
+                else:
+                    rate = 0.0
+                    for r in range(wide):
+                        rates[r] = 1 / max(times[r] + stall, 1e-300)
+                        rate += rates[r]
+                    offset = 0.0
+                    for r in range(wide):
+                        offset += 1 - times[r] * rates[r]
+                    end = (number - offset) / rate * _HAIR
+                    extra = max(end - longest, 0.0)
+                if not stalls:
+                    extra = max(extra, transfers[1] * ahead_s)
+                if not (
+                    extra <= most_extra
+                    and extra + own_post <= most_both
+                    and cost + extra + later < most_all
+                ):
+                    continue
+                if asks and not _is_allowed(
+                    entry,
+                    cost + beyond_s[after, last],
+                    extra,
+                    later,
+                    own_s,
+                    begins,
+                    least_s,
+                    most_s,
+                    all_s,
+                ):
+                    continue
+                below = UNLIMITED
+                for r in range(wide):
+                    most = flight[run, staff[row, r], wide]
+                    share = float(number)
+                    if wide > 1 and spread:
+                        share = 1.0
+                    elif wide > 1:
+                        share = max(np.floor((end - times[r]) * rates[r] * _HAIR + 1), 1.0)
+                    if share > most:
+                        below = min(below, -1.0 if gpipe else wide * most)
+                if below < wide:
+                    continue
+                if count == len(options):
+                    return -1
+                options[count], costs[count], extras[count] = row, cost, extra
+                places[count] = slot + (before - inside) * behind + after - goes_on
+                if whole:
+                    places[count] = slot
+                posts[count], belows[count] = own_post, below
+                count += 1
     return count
+
+
+@compiled_exactly
+def _is_allowed(
+    entry: int,
+    cost: float,
+    extra: float,
+    later: float,
+    own_s: FloatArray,
+    begins: IntArray,
+    least_s: FloatArray,
+    most_s: FloatArray,
+    all_s: FloatArray,
+) -> bool:
+    """Whether a column is in a chain below the target, as far as those that stand for it say."""
+    counted = max(extra, own_s[entry])
+    cost += later + extra - counted
+    for window in range(begins[entry], begins[entry + 1]):
+        if counted <= most_s[window] and cost + max(counted, least_s[window]) < all_s[window]:
+            return True
+    return False
+
+
+@compiled_exactly
+def _sort_by_slot(found: Found, low: int, high: int, first: int, until: int) -> None:
+    """Sort the columns of one run, and leave those of a slot as they come."""
+    places = found[1]
+    sorted_already = True
+    for c in range(low + 1, high):
+        sorted_already &= places[c] >= places[c - 1]
+    if sorted_already:
+        return
+    begins = np.zeros(until - first + 1, dtype=np.intp)
+    for c in range(low, high):
+        begins[places[c] - first + 1] += 1
+    for slot in range(until - first):
+        begins[slot + 1] += begins[slot]
+    order = np.empty(high - low, dtype=np.intp)
+    for c in range(low, high):
+        slot = places[c] - first
+        order[begins[slot]] = c
+        begins[slot] += 1
+    found[0][low:high] = found[0][order]
+    found[1][low:high] = found[1][order]
+    found[2][low:high] = found[2][order]
+    found[3][low:high] = found[3][order]
+    found[4][low:high] = found[4][order]
+    found[5][low:high] = found[5][order]
 
 
 @compiled_exactly

@@ -41,8 +41,9 @@ def below_target(
     sets: tuple[IntArray, IntArray, IntArray, IntArray],
     sizes: tuple[int, int, int],
     target: float,
-) -> tuple[float, IntArray]:
-    """What the cheapest chain of some columns costs, and which of them are in one below the target.
+) -> tuple[float, IntArray, FloatArray]:
+    """What the cheapest chain of some columns costs, which of them are in one below the target, and
+    what the other stages of a chain through each of these cost at least.
 
     Args:
         columns: Which there are, what each costs, and what chains with it cost more, by column.
@@ -89,11 +90,11 @@ def below_target(
             best = min(best, value + behind[here])
         # What a chain through the group costs without the stage itself.
         least[g] = best - own
-    kept = np.empty(len(index), dtype=np.intp)
+    kept, others = np.empty(len(index), dtype=np.intp), np.empty(len(index))
     count = 0
     for i in range(len(index)):
         c = index[i]
         if least[group[c]] + cost[c] + more[c] < target:
-            kept[count] = c
+            kept[count], others[count] = c, least[group[c]]
             count += 1
-    return rest[0].min(), kept[:count]
+    return rest[0].min(), kept[:count], others[:count]

@@ -11,16 +11,18 @@ and the smaller one at least. Windows are divided as long as they leave many col
 no chain below the target in any window is in no such chain at all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from graphpar.partition.chains.columns import Columns
+from graphpar.partition.chains.hopeful import Allowed
 from graphpar.partition.chains.set_loops import below_target, group_columns
 from graphpar.partition.device_sets import DeviceSets
 from graphpar.partition.slots import Slots
-from graphpar.partition.unit_arrays import FloatArray, IntArray
+from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
 
 _DEEPEST = 5
 """So often windows are divided."""
@@ -37,6 +39,14 @@ class Window:
     least_s: float
     most_s: float
     depth: int
+
+
+class _Settled(NamedTuple):
+    """A window, the columns in its chains, and what each of these may have of cost, extra and post."""
+
+    window: Window
+    columns: IntArray
+    all_s: FloatArray
 
 
 class SetChains:
@@ -70,21 +80,32 @@ class SetChains:
         """What a chain costs at least where options pay for extra and post, and who may be in one."""
         columns = self._columns
         cost = columns.cost_s + nu[self._rows] * columns.extra_s + rho[self._rows] * self._post_s
-        return self._below(np.arange(len(columns)), cost, np.zeros(len(columns)))
+        return self._below(np.arange(len(columns)), cost, np.zeros(len(columns)))[:2]
 
-    def in_windows(self, some: IntArray, few: int) -> IntArray:
-        """Which of some columns are in a chain below the target; windows of so `few` stay as they are."""
-        found = np.zeros(len(self._columns), dtype=np.bool_)
-        waiting = [Window(some, 0.0, self._target_s, 0)]
+    def in_windows(self, some: IntArray, few: int) -> tuple[IntArray, Allowed]:
+        """Which of some columns are in a chain below the target, and what others for which they stand
+        may take to be in one, too; windows of so `few` stay as they are.
+        """
+        waiting, last = [Window(some, 0.0, self._target_s, 0)], list[_Settled]()
         while waiting:
             window = waiting.pop()
             more = np.maximum(self._columns.extra_s, window.least_s) + self._post_s
-            fill_s, left = self._below(window.columns, self._columns.cost_s, more)
+            fill_s, left, others_s = self._below(window.columns, self._columns.cost_s, more)
             if window.depth == _DEEPEST or len(left) <= few:
-                found[left] = True
+                last.append(_Settled(window, left, self._target_s - others_s))
             else:
                 waiting += self._halves(window, left, fill_s)
-        return np.flatnonzero(found)
+        return self._allowed(last)
+
+    def _allowed(self, last: Sequence[_Settled]) -> tuple[IntArray, Allowed]:
+        columns = np.concatenate([s.columns for s in last])
+        order = np.argsort(columns, kind="stable")
+        ends = [(s.window.least_s, s.window.most_s, len(s.columns)) for s in last]
+        least_s, most_s = (np.repeat([e[i] for e in ends], [e[2] for e in ends])[order] for i in (0, 1))
+        all_s, columns = np.concatenate([s.all_s for s in last])[order], columns[order]
+        begins = np.append(np.flatnonzero(starts(columns)), len(columns))
+        found = columns[begins[:-1]]
+        return found, Allowed(self._columns.extra_s[found], begins, least_s, most_s, all_s)
 
     def _halves(self, window: Window, left: IntArray, fill_s: float) -> Iterator[Window]:
         most_s = min(window.most_s, self._target_s - fill_s)
@@ -92,8 +113,10 @@ class SetChains:
         yield Window(left, middle_s, most_s, depth)
         yield Window(left[self._columns.extra_s[left] <= middle_s], window.least_s, middle_s, depth)
 
-    def _below(self, some: IntArray, cost: FloatArray, more: FloatArray) -> tuple[float, IntArray]:
+    def _below(
+        self, some: IntArray, cost: FloatArray, more: FloatArray
+    ) -> tuple[float, IntArray, FloatArray]:
         if len(some) == 0:
-            return np.inf, some
+            return np.inf, some, np.zeros(0)
         columns, target_s = (some, cost, more), self._target_s
         return below_target(columns, self._group, self._groups, self._sets, self._sizes, target_s)
