@@ -28,6 +28,7 @@ from graphpar.partition.sharding import start as shard_start
 from graphpar.partition.sharding import whole as shard_whole
 from graphpar.partition.sharding.ahead import better_choice
 from graphpar.partition.sharding.check import check_sharding
+from graphpar.partition.sharding.condense import condense
 from graphpar.partition.sharding.core import core_choice
 from graphpar.partition.sharding.dual import DualAscent
 from graphpar.partition.sharding.exact import solve_exactly
@@ -109,7 +110,11 @@ NO_CHOICE_BUT_LARGE = ShardingProblem(
 @example(CHEAP_BUT_LARGE, False)
 def test_reductions_keep_the_optimum(problem: ShardingProblem, trims: bool) -> None:
     best = best_sharding(problem)
-    graph, rows = reduce_problem(problem, trimmed=trim(raw_problem(problem)) if trims else None)
+    begun = None
+    if trims:
+        raw = raw_problem(problem)
+        begun = condense(raw, trim(raw))
+    graph, rows = reduce_problem(problem, begun=begun)
     if graph.infeasible:
         assert best is None
         return

@@ -93,12 +93,8 @@ class ShardingGraph:
     _fresh_tag: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, problem: ShardingProblem, should_stop: ShouldStop = never, alive: BoolArray | None = None
-    ) -> "ShardingGraph":
+    def of(cls, problem: ShardingProblem, should_stop: ShouldStop = never) -> "ShardingGraph":
         """The graph of a problem: impossible strategies dropped, parallel edges added up.
-
-        Of all strategies, one node's after the other's, only those that are `alive` are taken.
 
         Raises:
             OutOfTimeError: It was time to stop.
@@ -115,10 +111,7 @@ class ShardingGraph:
                 raw[u] = raw[u] + table.reshape(arities[u], arities[u]).diagonal()
             else:
                 pairs.append((u, v, table.reshape(arities[u], arities[v])))
-        if alive is None:
-            kept = [np.flatnonzero(np.isfinite(costs)) for costs in raw]
-        else:
-            kept = [np.flatnonzero(left) for left in _pieces(problem.flat_node_costs[0], alive)]
+        kept = [np.flatnonzero(np.isfinite(costs)) for costs in raw]
         graph = cls(
             costs={v: costs[kept[v]] for v, costs in enumerate(raw)},
             tables={v: {} for v in range(len(raw))},

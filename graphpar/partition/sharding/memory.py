@@ -139,8 +139,8 @@ class MemoryMatrix:
         own = sizes[list(places)]
         # Entries come by vertex, strategy, segment; of each strategy there are as many as of the others.
         width = np.repeat(number - 1, own)
-        strategy = np.repeat(_ranges(self.start[list(places)], own), width)
-        begin = _ranges(np.repeat(np.cumsum(number) - number, own), width)
+        strategy = np.repeat(ranges(self.start[list(places)], own), width)
+        begin = ranges(np.repeat(np.cumsum(number) - number, own), width)
         moment, use = np.concatenate(boundaries), np.concatenate([part.ravel() for part in uses])
         changes = sparse.csr_matrix(
             (
@@ -176,10 +176,10 @@ class MemoryMatrix:
         return priced
 
 
-def _ranges(first: IntArray, count: IntArray) -> IntArray:
+def ranges(first: IntArray, count: IntArray) -> IntArray:
     """`count[k]` whole numbers from `first[k]` on, for each k.
 
-    >>> _ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
     """
     before = np.cumsum(count) - count

@@ -70,26 +70,33 @@ def raw_problem(problem: ShardingProblem, should_stop: ShouldStop = never) -> Ra
     hard = np.zeros(len(ends), dtype=np.bool_)
     if len(ends):
         hard = np.logical_or.reduceat(pairs == np.inf, table[:-1])
-    first, second = ends[other].T
-    width = sizes[second]
-    one = np.ones(len(first), dtype=np.int64)
-    owner = np.concatenate([first, second])
-    order = np.argsort(owner, kind="stable")
-    counts = np.bincount(owner, minlength=problem.num_nodes)
     return RawProblem(
         start,
         cost,
         flat(problem.usages)[1],
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        np.concatenate([second, first])[order],
-        np.tile(table[:-1][other], 2)[order],
-        np.concatenate([width, one])[order],
-        np.concatenate([one, width])[order],
-        np.tile(hard[other], 2)[order],
+        *list_ends(ends[other, 0], ends[other, 1], table[:-1][other], hard[other], sizes),
         pairs,
         rows.first.astype(np.int64),
         rows.last.astype(np.int64),
         rows.limit,
+    )
+
+
+def list_ends(
+    first: Int64Array, second: Int64Array, table: Int64Array, hard: BoolArray, sizes: Int64Array
+) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array, Int64Array, BoolArray]:
+    """From `end_start` to `end_hard`, for edges given once each, between nodes of so many strategies."""
+    width, one = sizes[second], np.ones(len(first), dtype=np.int64)
+    owner = np.concatenate([first, second])
+    order = np.argsort(owner, kind="stable")
+    counts = np.bincount(owner, minlength=len(sizes))
+    return (
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.concatenate([second, first])[order],
+        np.tile(table, 2)[order],
+        np.concatenate([width, one])[order],
+        np.concatenate([one, width])[order],
+        np.tile(hard, 2)[order],
     )
 
 

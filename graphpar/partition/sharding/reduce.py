@@ -41,7 +41,6 @@ from graphpar.partition.sharding.reduce_loops import (
     least_sums,
     replaceable,
 )
-from graphpar.partition.sharding.trim import Trimmed
 
 _LARGEST_NEW_TABLE = 200_000
 """Entries above which eliminating a vertex of degree two would cost more than it saves."""
@@ -58,36 +57,17 @@ def reduce_problem(
     problem: ShardingProblem,
     should_stop: ShouldStop = never,
     out_of_time: ShouldStop = never,
-    trimmed: Trimmed | None = None,
+    begun: tuple[ShardingGraph, set[int]] | None = None,
 ) -> tuple[ShardingGraph, MemoryRows]:
     """The reduced graph and the memory rows that can still bind; stops early when told to.
 
-    Where `trim` has been through the problem, its strategies and its hints where to begin are taken over.
+    Where `condense` has been through the problem, its graph and its hints where to begin are taken over.
 
     Raises:
         OutOfTimeError: `out_of_time` was true before there was a graph.
     """
-    if trimmed is None:
-        graph = ShardingGraph.of(problem, out_of_time)
-        return graph, reduce_graph(graph, memory_rows(problem), should_stop, out_of_time)
-    graph = ShardingGraph.of(problem, out_of_time, trimmed.alive)
-    unsettled = set(np.flatnonzero(trimmed.unsettled).tolist())
-    rows = memory_rows(problem)
-    if graph.is_possible():
-        # What each of several edges supports their sum may not.
-        unsettled |= drop_unsupported(graph, _joined_twice(problem), out_of_time)
-    return graph, reduce_graph(graph, rows, should_stop, out_of_time, unsettled)
-
-
-def _joined_twice(problem: ShardingProblem) -> set[int]:
-    """The nodes that several edges join to the same other one."""
-    seen: set[frozenset[int]] = set()
-    found: set[int] = set()
-    for ends in map(frozenset, problem.edge_nodes):
-        if ends in seen:
-            found |= ends
-        seen.add(ends)
-    return found
+    graph, unsettled = begun or (ShardingGraph.of(problem, out_of_time), None)
+    return graph, reduce_graph(graph, memory_rows(problem), should_stop, out_of_time, unsettled)
 
 
 def reduce_graph(

@@ -26,10 +26,12 @@ class Trimmed(NamedTuple):
 
     Attributes:
         alive: Which strategies may still be taken, those of all nodes one after the other.
+        matters: Which nodes' choices make a difference to memory.
         unsettled: Which nodes the reductions of the graph may change at once.
     """
 
     alive: BoolArray
+    matters: BoolArray
     unsettled: BoolArray
 
 
@@ -56,7 +58,7 @@ def trim(raw: RawProblem, should_stop: ShouldStop = never) -> Trimmed:
     unsettled = np.zeros(raw.num_nodes, dtype=np.bool_)
     if possible:
         find_unsettled(raw, alive, matters, unsettled)
-    return Trimmed(alive, unsettled)
+    return Trimmed(alive, matters, unsettled)
 
 
 def _look_at_memory(raw: RawProblem, alive: BoolArray, matters: BoolArray, dirty: BoolArray) -> bool:

@@ -86,11 +86,13 @@ class _Compiler:
         # Loaded late: a first answer does not wait for the rest of the engine.
         from graphpar.partition.sharding import reduce_loops
         from graphpar.partition.sharding import trim as shard_trim
+        from graphpar.partition.sharding.condense import condense
 
         if stage is Stage.REDUCE:
             reduce_loops.compile_all()
         elif stage is Stage.TRIM:
-            shard_trim.trim(raw_problem(_sample()))
+            raw = raw_problem(_sample())
+            condense(raw, shard_trim.trim(raw))
         elif stage is Stage.BOUND:
             self._search = _bounded()
         elif self._search is not None:

@@ -5,6 +5,7 @@ import numpy as np
 from graphpar.loading import uncollected
 from graphpar.partition.clock import ShouldStop, never
 from graphpar.partition.number_rows import are_whole
+from graphpar.partition.sharding.condense import condense
 from graphpar.partition.sharding.core import core_choice
 from graphpar.partition.sharding.graph import IntArray, MemoryRows, ShardingGraph
 from graphpar.partition.sharding.memory import MemoryMatrix
@@ -14,7 +15,7 @@ from graphpar.partition.sharding.reduce import reduce_problem
 from graphpar.partition.sharding.run import Run
 from graphpar.partition.sharding.start import instant_answer, is_instant, wait_for
 from graphpar.partition.sharding.state import Candidate, State
-from graphpar.partition.sharding.trim import Trimmed, trim
+from graphpar.partition.sharding.trim import trim
 from graphpar.partition.sharding.warm import Stage, go_on_warming, warm_up
 
 _REDUCTIONS_SHARE = 0.5
@@ -32,13 +33,13 @@ def search_whole(state: State, raw: RawProblem | None, threads: int, seed: int) 
     # What takes no time is done even if the clock says otherwise: the machine may have stood still.
     is_short = is_instant(state.problem)
     clock = never if is_short else state.out_of_time
-    trimmed = _trimmed(state, raw)
 
     def is_late() -> bool:
         return not is_short and state.left_s() < (1.0 - _REDUCTIONS_SHARE) * state.time_limit_s
 
     with uncollected():
-        graph, rows = reduce_problem(state.problem, is_late, clock, trimmed)
+        begun = _condensed(state, raw)
+        graph, rows = reduce_problem(state.problem, is_late, clock, begun)
     if graph.infeasible:
         return True
     core = {} if not graph.costs else core_choice(graph) if not rows.num_rows else None
@@ -66,12 +67,12 @@ def search_whole(state: State, raw: RawProblem | None, threads: int, seed: int) 
         run.stop()
 
 
-def _trimmed(state: State, raw: RawProblem | None) -> Trimmed | None:
-    """What is left of a large problem without looking at its graph, if the compiler is there in time."""
+def _condensed(state: State, raw: RawProblem | None) -> tuple[ShardingGraph, set[int]] | None:
+    """What compiled loops leave of a large problem, if the compiler is there in time."""
     if raw is None or not wait_for(Stage.TRIM, state, raw):
         return None
     state.phase = "reduce"
-    return trim(raw, state.out_of_time)
+    return condense(raw, trim(raw, state.out_of_time), state.out_of_time)
 
 
 def _plain_answer(
