@@ -62,3 +62,12 @@ def test_what_somebody_froze_stays_frozen() -> None:
         pass
     assert 0 < frozen <= gc.get_freeze_count() + 100
     gc.unfreeze()
+
+
+@pytest.mark.usefixtures("nothing_is_frozen")
+def test_of_many_new_objects_none_is_looked_at_again_and_again() -> None:
+    gc.collect()
+    with uncollected():
+        kept = [[i] for i in range(50_000)]
+    young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
+    assert len(young) < len(kept) // 10
