@@ -68,7 +68,10 @@ def _other_work_takes_no_time(request: pytest.FixtureRequest) -> Iterator[None]:
 def _repeatable() -> Iterator[None]:
     threads, log = torch.get_num_threads(), logging.getLogger("graphpar")
     level = log.level  # the command line sets it for its process, which here is that of other tests, too
-    torch.manual_seed(0)
+    # As `torch.manual_seed` does, which keeps its caller's stack for each kind of device never used.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(0)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
