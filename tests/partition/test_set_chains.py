@@ -63,8 +63,8 @@ def test_a_column_is_left_where_a_chain_below_the_target_has_it(
         if seconds + columns.extra_s[chain].max() + weight * columns.post_s[chain].max() < target:
             needed |= set(chain)
     # What a stage has of extra and post by itself alone: exact in one window, sharper in several.
-    assert tried.in_windows(some, len(columns))[0].tolist() == np.flatnonzero(own_s < target).tolist()
-    left = set(tried.in_windows(some, few)[0].tolist())
+    assert tried.in_windows(some, len(columns), 5)[0].tolist() == np.flatnonzero(own_s < target).tolist()
+    left = set(tried.in_windows(some, few, 5)[0].tolist())
     assert needed <= left <= set(np.flatnonzero(own_s < target).tolist())
     nu, rho = np.array([0.5, 0.25, 0.5, 0.75]), np.array([1.0, 0.0, 0.0, 1.0])
     bound_s, priced = tried.at_prices(nu, rho)
@@ -85,7 +85,7 @@ def test_a_stage_is_allowed_where_a_chain_below_the_target_has_it(
     """Others stand for stages that cost no less, and no less together with their extra."""
     target = whole + 0.5
     tried = SetChains(columns, columns.option, SETS, SLOTS, UNITS, target, weight)
-    kept, allowed = tried.in_windows(np.arange(len(columns)), few)
+    kept, allowed = tried.in_windows(np.arange(len(columns)), few, 5)
     more = st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=UNITS, max_size=UNITS)
     for chain in map(list, chains(columns)):
         cost_s, extra_s, post_s = columns.cost_s[chain], columns.extra_s[chain], columns.post_s[chain]
@@ -113,5 +113,5 @@ def test_windows_leave_less_than_what_stages_have_alone() -> None:
     slots = Slots(run_ranges(2), 2, 0)
     sets: DeviceSets = SETS
     tried = SetChains(columns, columns.option, sets, slots, 2, 5.0, 1.0)
-    assert tried.in_windows(np.arange(4), 4)[0].tolist() == [0, 2]
-    assert tried.in_windows(np.arange(4), 0)[0].tolist() == []
+    assert tried.in_windows(np.arange(4), 4, 5)[0].tolist() == [0, 2]
+    assert tried.in_windows(np.arange(4), 0, 5)[0].tolist() == []

@@ -30,6 +30,9 @@ FEW_FOR_SETS = 20_000
 _MANY_WINDOWS, _MANY_LINKS = 20_000, 16
 """So many crews are looked at by windows of extra only if runs stand between so many pairs of links."""
 
+_DEEPEST_OF_CREWS, _DEEPEST = 3, 5
+"""So often windows are divided while crews stand for all their modes, and then."""
+
 KnownPrices = dict[tuple[int, ...], Prices]
 """The best prices found for pipelines on some devices, given as counts per cell."""
 
@@ -150,7 +153,9 @@ class CrewBounds:
         bound_s, crews = relaxation.first_look(self._prices, _limits(wanted), deep=deep)
         if bound_s >= wanted.all_s:
             return Excluded(wanted.all_s, bound_s, _listed(crews, None))
-        return self._bounded(wanted, bound_s, relaxation, crews, first[crews.option])
+        return self._bounded(
+            wanted, bound_s, relaxation, crews, first[crews.option], deepest=_DEEPEST_OF_CREWS
+        )
 
     def _in_all_modes(self, wanted: Kept, known: Excluded) -> Excluded:
         """What is left of that in every mode."""
@@ -160,7 +165,13 @@ class CrewBounds:
         return self._bounded(wanted, known.bound_s, relaxation, columns, columns.option)
 
     def _bounded(
-        self, wanted: Kept, bound_s: float, relaxation: Relaxation, columns: Columns, rows: IntArray
+        self,
+        wanted: Kept,
+        bound_s: float,
+        relaxation: Relaxation,
+        columns: Columns,
+        rows: IntArray,
+        deepest: int = _DEEPEST,
     ) -> Excluded:
         """Raise a bound on columns that stand for some rows."""
         deep = self.positions_matter(columns)
@@ -170,7 +181,9 @@ class CrewBounds:
         some = np.flatnonzero(bounded.bound_s + bounded.reduced_s < wanted.all_s)
         left, allowed = columns.pick(some), None
         if len(left) > FEW_FOR_SETS / self._pairs and wanted.all_s < np.inf:
-            bound_s, chosen, allowed = self._in_sets(wanted, bound_s, relaxation.prices, left, rows[some])
+            bound_s, chosen, allowed = self._in_sets(
+                wanted, bound_s, relaxation.prices, left, rows[some], deepest
+            )
             left = left.pick(chosen)
         return Excluded(wanted.all_s, bound_s, _listed(left, allowed))
 
@@ -180,7 +193,13 @@ class CrewBounds:
         return len(self._rows.slots) / len(self._rows.whole_slots)
 
     def _in_sets(
-        self, wanted: Kept, bound_s: float, prices: Prices, left: Columns, option: IntArray
+        self,
+        wanted: Kept,
+        bound_s: float,
+        prices: Prices,
+        left: Columns,
+        option: IntArray,
+        deepest: int = _DEEPEST,
     ) -> tuple[float, IntArray, Allowed | None]:
         """A bound, what is left where no device is in two stages, and what that allows others."""
         rows, pairs, allowed = self._rows, self._pairs, None
@@ -189,7 +208,7 @@ class CrewBounds:
         chains = SetChains(left, option, sets, slots, units, wanted.all_s, wanted.post_weight)
         least_s, some = chains.at_prices(rows.take @ prices.nu, rows.take @ prices.rho)
         if len(some) < _MANY_WINDOWS or pairs > _MANY_LINKS:
-            some, allowed = chains.in_windows(some, int(FEW_FOR_SETS / pairs))
+            some, allowed = chains.in_windows(some, int(FEW_FOR_SETS / pairs), deepest)
         return max(bound_s, least_s) if len(some) else wanted.all_s, some, allowed
 
 

@@ -24,9 +24,6 @@ from graphpar.partition.device_sets import DeviceSets
 from graphpar.partition.slots import Slots
 from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
 
-_DEEPEST = 5
-"""So often windows are divided."""
-
 _ROUNDING = 1 + 1e-12
 """Sums of the same numbers in another order differ by less."""
 
@@ -82,16 +79,17 @@ class SetChains:
         cost = columns.cost_s + nu[self._rows] * columns.extra_s + rho[self._rows] * self._post_s
         return self._below(np.arange(len(columns)), cost, np.zeros(len(columns)))[:2]
 
-    def in_windows(self, some: IntArray, few: int) -> tuple[IntArray, Allowed]:
+    def in_windows(self, some: IntArray, few: int, deepest: int) -> tuple[IntArray, Allowed]:
         """Which of some columns are in a chain below the target, and what others for which they stand
-        may take to be in one, too; windows of so `few` stay as they are.
+        may take to be in one, too; windows of so `few`, and those that were divided
+        so often, stay as they are.
         """
         waiting, last = [Window(some, 0.0, self._target_s, 0)], list[_Settled]()
         while waiting:
             window = waiting.pop()
             more = np.maximum(self._columns.extra_s, window.least_s) + self._post_s
             fill_s, left, others_s = self._below(window.columns, self._columns.cost_s, more)
-            if window.depth == _DEEPEST or len(left) <= few:
+            if window.depth == deepest or len(left) <= few:
                 last.append(_Settled(window, left, self._target_s - others_s))
             else:
                 waiting += self._halves(window, left, fill_s)
