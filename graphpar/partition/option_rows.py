@@ -158,10 +158,10 @@ class OptionRows:
     @cached_property
     def near(self) -> BoolArray:
         """[option, kind]: whether it can have that beside it."""
-        some: BoolArray = np.logical_or.reduce(self.joins, axis=0)
+        some = np.zeros((len(self._between), len(self.kinds)), dtype=np.bool_)
+        some[np.arange(len(some)), self._between] = True
         some[:, 0] = True
-        found: BoolArray = some[self.place]
-        return found
+        return some[self.place]
 
     @cached_property
     def slots(self) -> Slots:
@@ -245,7 +245,8 @@ class OptionRows:
     def near_alone(self) -> BoolArray:
         """`near` where every stage has one replica: links between other stages are none of theirs."""
         places = np.unique(self.place[self.width == 1])
-        kinds = self.joins[np.ix_(places, places)].any(axis=(0, 1))
+        kinds = np.zeros(len(self.kinds), dtype=np.bool_)
+        kinds[self._between[np.ix_(places, places)]] = True
         kinds[0] = True
         found: BoolArray = self.near & kinds
         return found

@@ -6,13 +6,14 @@ are infinite.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from graphpar.cost import CostTable, LinkCost
 from graphpar.partition.cells import Links, StageOption, pareto
 from graphpar.partition.types import ROUNDING
-from graphpar.partition.unit_arrays import UNLIMITED, Cache, FloatArray, Setting, UnitArrays
+from graphpar.partition.unit_arrays import UNLIMITED, Cache, FloatArray, IntArray, Setting, UnitArrays
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,28 @@ def boundary_seconds(
 ) -> FloatArray:
     """[link kind, boundary]: seconds of a microbatch's transfers, both directions."""
     found = np.zeros((len(kinds), table.num_units + 1))
-    some = [number for number, links in enumerate(kinds) if links]
-    if not some:
+    some, rows, starts, latency, rate = _links_of(tuple(kinds))
+    if len(some) == 0:
         return found
-    every = list(dict.fromkeys(link for number in some for link in kinds[number]))
-    row = {link: i for i, link in enumerate(every)}
-    rows = np.array([row[link] for number in some for link in kinds[number]])
-    starts = np.cumsum([0, *(len(kinds[number]) for number in some[:-1])])
-    latency, rate = (
-        np.array(a)[:, None] for a in zip(*((k.latency_s, k.bytes_per_s) for k in every), strict=True)
-    )
     for num_bytes in boundary_bytes(table, setting.size, cache)[: 2 if table.training else 1]:
         each = np.where(num_bytes > 0, latency + num_bytes / rate + table.message_s, 0.0)
         found[some] += np.maximum.reduceat(each[rows], starts, axis=0)
     return found
+
+
+@lru_cache(maxsize=64)
+def _links_of(
+    kinds: tuple[Links, ...],
+) -> tuple[IntArray, IntArray, IntArray, FloatArray, FloatArray]:
+    """Kinds with links, the numbers of these, where those of each begin; latency and rate of links."""
+    some = [number for number, links in enumerate(kinds) if links]
+    every = list(dict.fromkeys(link for number in some for link in kinds[number]))
+    row = {link: i for i, link in enumerate(every)}
+    rows = [row[link] for number in some for link in kinds[number]]
+    starts = np.cumsum([0, *(len(kinds[number]) for number in some[:-1])], dtype=np.intp)
+    latency = np.array([k.latency_s for k in every])[:, None]
+    rate = np.array([k.bytes_per_s for k in every])[:, None]
+    return np.array(some, dtype=np.intp), np.array(rows, dtype=np.intp), starts, latency, rate
 
 
 def boundary_bytes(

@@ -248,7 +248,7 @@ class StagePrices:
             (self._fastest_by_run, *self._rooms),
             post,
             moved,
-            self._nearest(),
+            self._nearest,
             self._beside,
             self._usable,
             self.setting.microbatches,
@@ -261,16 +261,15 @@ class StagePrices:
         )
         return chain_s, self._filled(count)
 
+    @cached_property
     def _nearest(self) -> FloatArray:
         """[unit, sort]: the transfer before over the best link of a sort; infinite where it has none."""
         sorts = self.rows.sorts[0]
-        found = np.full((self.before_s.shape[1], len(sorts)), np.inf)
-        for sort, near in enumerate(sorts):
-            kinds = np.flatnonzero(near[1:]) + 1
-            if len(kinds):
-                found[:, sort] = self.before_s[kinds].min(axis=0)
-                found[0, sort] = 0.0
-        return found
+        found = np.full((len(sorts), self.before_s.shape[1]), np.inf)
+        for kind, seconds in enumerate(self.before_s[1:], 1):
+            np.minimum(found, seconds, out=found, where=sorts[:, kind, None])
+        found[sorts[:, 1:].any(axis=1), 0] = 0.0
+        return np.ascontiguousarray(found.T)
 
     def _filled(self, count: int) -> Columns:
         """The first columns of the arrays that loops fill."""
@@ -339,8 +338,7 @@ class StagePrices:
         needs loops. Arrays may be used again by the next call.
         """
         rows = self.rows
-        nearest = self._nearest()
-        before_s = np.concatenate([np.zeros((1, len(nearest))), nearest.T])
+        before_s = np.concatenate([np.zeros((1, len(self._nearest))), self._nearest.T])
         near = np.arange(len(before_s)) == rows.sorts[1][rows.crew_of][:, None] + 1
         near[:, 0] = True
         places = rows.whole_slots, near, before_s, np.zeros((1, before_s.shape[1]))
@@ -349,9 +347,9 @@ class StagePrices:
 
     def _beyond(self) -> FloatArray:
         """[kind, unit]: how much longer a transfer takes than the nearest of whoever may be behind it."""
-        found, nearest = np.zeros(self.before_s.shape), self._nearest()
+        found = np.zeros(self.before_s.shape)
         for kind in range(1, len(found)):
-            best_s = nearest[:, self.rows.sorts[0][:, kind]]
+            best_s = self._nearest[:, self.rows.sorts[0][:, kind]]
             if best_s.size:
                 found[kind] = np.maximum(self.before_s[kind] - best_s.max(axis=1), 0.0)
         return found
