@@ -1,8 +1,9 @@
 """Prices of tensor groups as work of its own, which any process can do."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -81,11 +82,13 @@ def priced_together(tasks: Sequence[GroupTask]) -> list[tuple[Mode, ...]]:
     return [task.priced(known) for task in tasks]
 
 
-Priced = list[tuple[str, GroupTask, tuple[Mode, ...]]]
-"""Tasks with their names and modes."""
+Priced = tuple[str, GroupTask, tuple[Mode, ...]]
+"""A task with its name and modes."""
 
 
-def priced_by_several(bundles: Iterable[Mapping[str, GroupTask]], processes: int, parts: int) -> Priced:
+def priced_by_several(
+    bundles: Iterable[Mapping[str, GroupTask]], processes: int, parts: int
+) -> Iterator[Priced]:
     """The modes of each task, found by so many processes; of few tasks nothing.
 
     Args:
@@ -94,27 +97,30 @@ def priced_by_several(bundles: Iterable[Mapping[str, GroupTask]], processes: int
         parts: Into how many parts each bundle is divided.
 
     Raises:
-        RunError: One of them was killed.
+        RunError: One of them was killed; what was found before is given first.
     """
     waiting: list[tuple[list[tuple[str, GroupTask]], Future[list[tuple[Mode, ...]]]]] = []
     left: dict[str, GroupTask] = {}
     with ExitStack() as stack:
-        pool = None
-        for bundle in bundles:
-            left |= bundle
-            if pool is None and len(left) >= LEAST_TASKS:
-                pool = stack.enter_context(started(processes))
-            if pool is None:
-                continue
-            for names in divided(left, parts):
-                some = [(name, left[name]) for name in names]
-                waiting.append((some, submitted(pool, priced_together, [task for _, task in some])))
-            left = {}
-        return [
-            (*task, modes)
-            for some, future in waiting
-            for task, modes in zip(some, future.result(), strict=True)
-        ]
+        pool = broken = None
+        try:
+            for bundle in bundles:
+                left |= bundle
+                if pool is None and len(left) >= LEAST_TASKS:
+                    pool = stack.enter_context(started(processes))
+                if pool is None:
+                    continue
+                for names in divided(left, parts):
+                    some = [(name, left[name]) for name in names]
+                    waiting.append((some, submitted(pool, priced_together, [t for _, t in some])))
+                left = {}
+        except BrokenProcessPool as error:
+            broken = error
+        for some, future in waiting:
+            for task, modes in zip(some, future.result(), strict=True):
+                yield *task, modes
+        if broken is not None:
+            raise broken
 
 
 def divided(tasks: Mapping[str, GroupTask], parts: int) -> list[list[str]]:

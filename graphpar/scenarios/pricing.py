@@ -1,6 +1,6 @@
 """Cost tables of settings: the model is captured once per sequence length, priced once per need."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -299,7 +299,7 @@ class PriceBook:
                         found[key] = self._group_task(table, setting, own)
         return found
 
-    def learn_groups(self, priced: Priced) -> None:
+    def learn_groups(self, priced: Iterable[Priced]) -> None:
         """Take prices found elsewhere."""
         for key, task, modes in priced:
             classes = task.table.class_of

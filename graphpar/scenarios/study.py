@@ -29,7 +29,7 @@ from graphpar.scenarios.task import Task
 from graphpar.scenarios.transfer import placed
 from graphpar.scenarios.trust import trust
 from graphpar.scenarios.types import BASELINE, Answer, KnownPlan, Scenario, Setting, renamed
-from graphpar.scenarios.workers import going_alone, solving
+from graphpar.scenarios.workers import going_alone, solving, starting_again
 from graphpar.schedule.simulated import has_formula
 from graphpar.units import format_seconds
 from graphpar.wishes import gpipe_reason, may_repeat, uncut_note, whole_reason
@@ -125,12 +125,14 @@ class Solver:
         by_length: dict[int | None, list[Setting]] = {}
         for setting in missing:
             by_length.setdefault(setting.seq_len, []).append(setting)
-        bundles = map(self.book.unpriced_groups, by_length.values())
         parts = -(-processes // max(len(by_length), 1))
-        try:
-            self.book.learn_groups(priced_by_several(bundles, processes, parts))
-        except RunError as error:
-            going_alone(error)
+        for go_on in (starting_again, going_alone):
+            bundles = map(self.book.unpriced_groups, by_length.values())
+            try:
+                self.book.learn_groups(priced_by_several(bundles, processes, parts))
+                return
+            except RunError as error:
+                go_on(error)
 
     def _settle(self, keys: Sequence[str]) -> None:
         """Exchange answers for better ones that other plans give, until none is: each may help others."""
@@ -268,9 +270,9 @@ class Solver:
     ) -> Iterator[tuple[str, Answer]]:
         """Answers as they come; where devices would share a stage but no format, in float32 instead.
 
-        Where a process is killed this one goes on alone with what is left.
+        Where a process is killed others do what is left; where one of them is, this one does.
         """
-        left, processes = dict(missing), self.limits.processes
+        left, processes, go_on = dict(missing), self.limits.processes, starting_again
         while left:
             try:
                 for key, answer in self._tried(dict(left), time_limit_s, processes):
@@ -282,8 +284,9 @@ class Solver:
             except RunError as error:
                 if processes == 1:
                     raise
-                going_alone(error)
-                processes = 1
+                go_on(error)
+                processes = 1 if go_on is going_alone else processes
+                go_on = going_alone
 
     def _tried(
         self, missing: Mapping[str, Setting], time_limit_s: float, processes: int | None

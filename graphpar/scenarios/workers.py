@@ -119,6 +119,11 @@ def _ended_early(pool: _Pool) -> Iterator[_Pool]:
         raise
 
 
+def starting_again(why: RunError) -> None:
+    """Warn that new processes do the rest."""
+    warnings.warn(f"{why}; new ones are started, once, for what is left.", stacklevel=2)
+
+
 def going_alone(why: RunError) -> None:
     """Warn that this process does the rest, which needs less memory."""
     warnings.warn(

@@ -45,7 +45,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
     assert ran.stdout.split() == ["started", "3"], ran.stderr
 
 
-def test_where_one_is_killed_a_study_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_one_is_killed_twice_a_study_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int | None] = []
 
     @contextmanager
@@ -79,10 +79,11 @@ def test_where_one_is_killed_a_study_goes_on_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("graphpar.scenarios.study.priced_by_several", priced)
     with pytest.warns(UserWarning, match="by this process alone") as told:
         study = what_if(asked, **{**options, "processes": 2})
-    assert len(told) == 2, "the groups' prices, and the scenarios when one was answered"
+    twice = ["new ones are started", "by this process alone"]
+    assert [words in str(w.message) for w, words in zip(told, 2 * twice, strict=True)] == 4 * [True]
     assert [a.step_s for a in study.answers] == [a.step_s for a in undisturbed.answers]
     assert study.baseline.step_s == undisturbed.baseline.step_s
-    assert begun == [2, 2, 1]
+    assert begun == [2, 2, 2, 1]
 
 
 def _many() -> None:
