@@ -68,6 +68,6 @@ def test_what_somebody_froze_stays_frozen() -> None:
 def test_of_many_new_objects_none_is_looked_at_again_and_again() -> None:
     gc.collect()
     with uncollected():
-        kept = [[i] for i in range(50_000)]
+        kept = [[i] for i in range(500_000)]
     young = [*gc.get_objects(generation=0), *gc.get_objects(generation=1)]
     assert len(young) < len(kept) // 10
