@@ -1,7 +1,8 @@
 """The command `graphpar`: finds the subcommand, runs it, turns errors into exit codes.
 
-Each subcommand lives in a module of its own that is imported only when it is called, so that
-commands that need no torch never load it. Results go to stdout, everything else to stderr.
+Each subcommand lives in a module of its own that is imported only when it is called, so that commands
+that need no torch never load it; others load it when their options are known to make sense. Results go
+to stdout, everything else to stderr.
 
 Exit codes: 0 ok, 2 usage or configuration, 3 infeasible, 4 capture failed, 5 run failed, 6 numbers
 differ, 130 interrupted; 1, without a word, when the reader of stdout went away.

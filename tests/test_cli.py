@@ -211,7 +211,7 @@ for command in json.loads(sys.argv[1]):
 def test_light_commands_never_load_torch(plan_file: str) -> None:
     """One after another in one process; the first that loads torch is named."""
     show, diff = ["show", plan_file], ["diff", plan_file, plan_file]
-    commands = [["--help"], show, diff, ["show", "--help"], ["solve", "--help"]]
+    commands = [["--help"], show, diff, *([name, "--help"] for name in cli.COMMANDS)]
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, json.dumps(commands)], capture_output=True, text=True, check=False
     )
@@ -296,7 +296,7 @@ def test_calibrate_measures_nothing_that_it_cannot_keep(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("graphpar.commands.calibrate.measure", None)
+    monkeypatch.setattr("graphpar.local.measure.measure", None)
     assert run("calibrate") == 2
     assert re.search("cannot be written: .*file is no folder; .*XDG_CACHE_HOME", capsys.readouterr().err)
     assert run("calibrate", "-o", str(tmp_path / "file" / "x.json")) == 2

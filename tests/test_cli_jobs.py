@@ -108,7 +108,7 @@ def test_verify_tells_by_its_exit_code(
         reference_losses=(),
         devices=("local/0",),
     )
-    monkeypatch.setattr("graphpar.commands.verify.verify", lambda *_, **__: report)
+    monkeypatch.setattr("graphpar.verify.verify", lambda *_, **__: report)
     monkeypatch.chdir(folder)
     arguments = ("verify", "small_model:build", "--cluster", "cluster.yaml", "--json")
     assert cli.run(arguments, cli.Settings()) == code

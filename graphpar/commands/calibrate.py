@@ -7,7 +7,7 @@ import click
 from graphpar.calibration import cache_path, fingerprint
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.files import check_writable
-from graphpar.local.measure import measure
+from graphpar.loading import uncollected
 
 
 @click.command(name="calibrate")
@@ -36,6 +36,8 @@ def command(output: str | None, threads: int, as_json: bool) -> None:
     except ValueError as error:
         kept = "" if output else "; plans look there, unless XDG_CACHE_HOME names another folder"
         raise click.ClickException(f"{error}{kept}") from error
+    with uncollected():
+        from graphpar.local.measure import measure
     with stdout_kept_clean(as_json):
         calibration = measure(threads, show_progress=True)
         path = calibration.save(output)

@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
-from graphpar.demo import run_demo
 from graphpar.errors import NumbersDifferError
+from graphpar.loading import uncollected
 
 
 @click.command(name="demo")
@@ -32,6 +32,8 @@ def command(steps: int, out: Path, as_json: bool) -> None:
     Plans the model over workers of unlike speed, trains it, trains it again on one device, and
     compares losses and times with the prediction and with an even split. Uses no network.
     """
+    with uncollected():
+        from graphpar.demo import run_demo
     with stdout_kept_clean(as_json):
         report = run_demo(steps, out)
     if as_json:

@@ -6,17 +6,8 @@ import click
 
 from graphpar.commands.options import input_options, model_argument
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
-from graphpar.commands.training import default_training
 from graphpar.errors import CaptureError
-from graphpar.model_spec import load_model
-from graphpar.preparation import prepare
-from graphpar.scenarios.estimate import (
-    accelerators,
-    as_plain,
-    estimate,
-    format_estimates,
-    in_bfloat16,
-)
+from graphpar.loading import uncollected
 
 
 @click.command(name="estimate")
@@ -32,6 +23,17 @@ def command(
     Memory by part for each number format with and without recomputation, and how many devices of
     each kind of the catalogue are needed at least.
     """
+    with uncollected():
+        from graphpar.commands.training import default_training
+        from graphpar.model_spec import load_model
+        from graphpar.preparation import prepare
+        from graphpar.scenarios.estimate import (
+            accelerators,
+            as_plain,
+            estimate,
+            format_estimates,
+            in_bfloat16,
+        )
     with stdout_kept_clean():
         kinds = accelerators(kind)
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)

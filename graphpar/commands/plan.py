@@ -13,12 +13,9 @@ from graphpar.commands.options import (
     planning_options,
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
-from graphpar.commands.training import default_training
 from graphpar.files import check_writable
-from graphpar.model_spec import load_model
+from graphpar.loading import uncollected
 from graphpar.partition.settings import ScheduleWish
-from graphpar.planner import EXPLAIN_S, plan_prepared
-from graphpar.preparation import prepare
 from graphpar.view.api import check_suffix, visualize
 
 
@@ -61,6 +58,11 @@ def command(
         check_writable(picture)
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
+        with uncollected():
+            from graphpar.commands.training import default_training
+            from graphpar.model_spec import load_model
+            from graphpar.planner import EXPLAIN_S, plan_prepared
+            from graphpar.preparation import prepare
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=False)
         training = default_training(schedule, zero) if train else None
         prepared = prepare(loaded.model, loaded.args, loaded.kwargs, training)

@@ -5,8 +5,8 @@ from dataclasses import asdict
 import click
 
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
+from graphpar.loading import uncollected
 from graphpar.plans.plan import Plan
-from graphpar.runtime.rehearsal import LASTING_S, rehearse
 
 
 @click.command(name="rehearse")
@@ -15,7 +15,7 @@ from graphpar.runtime.rehearsal import LASTING_S, rehearse
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True, max=3600),
-    default=LASTING_S,
+    default=2.0,
     show_default=True,
     help="What a step is to take here; all times are stretched alike.",
 )
@@ -27,6 +27,8 @@ def command(plan: str, steps: int, seconds: float, as_json: bool) -> None:
     their work was predicted to take, and exchange messages over links that are as slow as described.
     """
     loaded = Plan.load(plan)
+    with uncollected():
+        from graphpar.runtime.rehearsal import rehearse
     with stdout_kept_clean(as_json):
         found = rehearse(loaded, steps, seconds)
     if as_json:

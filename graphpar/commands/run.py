@@ -2,13 +2,11 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.console import Console
 
 from graphpar.cluster import Cluster
-from graphpar.commands.live import Progress
 from graphpar.commands.options import (
     cluster_option,
     input_options,
@@ -19,14 +17,15 @@ from graphpar.commands.options import (
     steps_option,
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
-from graphpar.commands.training import default_training
-from graphpar.compiler import compile as compile_model
 from graphpar.files import check_writable
-from graphpar.model_spec import LoadedModel, load_model
+from graphpar.loading import uncollected
 from graphpar.partition.settings import ScheduleWish
-from graphpar.runtime.job import CompiledModel
 from graphpar.units import format_percent, format_seconds
 from graphpar.view.api import check_suffix, visualize
+
+if TYPE_CHECKING:
+    from graphpar.model_spec import LoadedModel
+    from graphpar.runtime.job import CompiledModel
 
 
 @click.command(name="run")
@@ -78,6 +77,10 @@ def command(
     with stdout_kept_clean(as_json):
         cluster = Cluster.load(cluster_file)
         plan = load_plan(plan_file, train=train)
+        with uncollected():
+            from graphpar.commands.training import default_training
+            from graphpar.compiler import compile as compile_model
+            from graphpar.model_spec import load_model
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=True)
         with compile_model(
             loaded.model,
@@ -100,9 +103,13 @@ def command(
 
 
 def _run_steps(
-    job: CompiledModel, loaded: LoadedModel, steps: int, samples: int, train: bool, profile: bool
+    job: "CompiledModel", loaded: "LoadedModel", steps: int, samples: int, train: bool, profile: bool
 ) -> dict[str, Any]:
     """Run the steps; where there are several, the first warms up and is not part of the mean."""
+    from rich.console import Console
+
+    from graphpar.commands.live import Progress
+
     losses: list[float] = []
     seconds: list[float] = []
     with Progress(job.plan, steps, Console(stderr=True)) as progress:

@@ -15,11 +15,9 @@ from graphpar.commands.options import (
     steps_option,
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
-from graphpar.commands.training import default_training
 from graphpar.errors import NumbersDifferError
-from graphpar.model_spec import load_model
+from graphpar.loading import uncollected
 from graphpar.partition.settings import ScheduleWish
-from graphpar.verify import verify
 
 
 @click.command(name="verify")
@@ -49,14 +47,19 @@ def command(
     gradients; the exit code is 6 when they are larger than rounding explains.
     """
     with stdout_kept_clean(as_json):
+        cluster, plan = Cluster.load(cluster_file), load_plan(plan_file, train=train)
+        with uncollected():
+            from graphpar.commands.training import default_training
+            from graphpar.model_spec import load_model
+            from graphpar.verify import verify
         loaded = load_model(model, batch_size=batch_size, seq_len=seq_len, train=train, weights=True)
         report = verify(
             loaded.model,
-            Cluster.load(cluster_file),
+            cluster,
             loaded.args,
             loaded.kwargs,
             train=default_training(schedule, zero) if train else None,
-            plan=load_plan(plan_file, train=train),
+            plan=plan,
             steps=steps,
             **planning,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
@@ -17,20 +17,20 @@ from graphpar.commands.options import (
     tensor_option,
 )
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
-from graphpar.commands.training import default_training
 from graphpar.errors import ClusterError
 from graphpar.files import check_writable, write_whole
-from graphpar.model_spec import load_model
+from graphpar.loading import uncollected
 from graphpar.partition.types import TensorWidth
-from graphpar.scenarios.api import Study, baseline_setting, check_scenarios, what_if
 from graphpar.scenarios.asked import as_scenarios, instance_types
-from graphpar.scenarios.budget import affordable_mixes
 from graphpar.scenarios.mixes import Objective
 from graphpar.scenarios.plots import check_plot
-from graphpar.scenarios.study import Progress
 from graphpar.scenarios.sweeps import as_sweeps, scenarios_of
 from graphpar.scenarios.types import Scenario
 from graphpar.training import Training
+
+if TYPE_CHECKING:
+    from graphpar.scenarios.api import Study
+    from graphpar.scenarios.study import Progress
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -119,6 +119,10 @@ def command(
     _check_files(csv_file, plot_file)
     with stdout_kept_clean():
         cluster = Cluster.load(cluster_file)
+        with uncollected():
+            from graphpar.commands.training import default_training
+            from graphpar.scenarios.api import baseline_setting, check_scenarios
+            from graphpar.scenarios.budget import affordable_mixes
         training = default_training() if train else None
         money = _prices(price)
         baseline = baseline_setting(
@@ -163,7 +167,10 @@ def _study(
     sizes: tuple[int, int],
     train: Training | None,
     **options: Any,
-) -> Study:
+) -> "Study":
+    from graphpar.model_spec import load_model
+    from graphpar.scenarios.api import what_if
+
     batch_size, seq_len = sizes
     how = {"train": train is not None, "weights": False}
     loaded = load_model(spec, batch_size=batch_size, seq_len=seq_len, **how)
@@ -187,7 +194,7 @@ def _study(
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress() -> Iterator["Progress"]:
     """A bar on stderr, on a terminal only."""
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -242,7 +249,7 @@ def _check_files(csv_file: str | None, plot_file: str | None) -> None:
         check_plot(plot_file)
 
 
-def _told_unanswered(study: Study) -> int:
+def _told_unanswered(study: "Study") -> int:
     """The exit code, after saying which scenarios turned out to make no sense."""
     wrong = [a for a in study.answers if a.status == "invalid"]
     for answer in wrong:
@@ -254,7 +261,7 @@ NO_SENSE = ClusterError.exit_code
 """Exit code where a scenario has no answer, for it asks for what there is not."""
 
 
-def _write(study: Study, csv_file: str | None, plot_file: str | None) -> None:
+def _write(study: "Study", csv_file: str | None, plot_file: str | None) -> None:
     if csv_file is not None:
         write_whole(Path(csv_file), study.to_csv().encode())
         click.echo(f"table written to {csv_file}", err=True)

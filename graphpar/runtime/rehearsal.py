@@ -28,7 +28,6 @@ from graphpar.units import format_seconds
 
 MOST_PROCESSES = 128
 """That are started at most; every pair of them keeps a connection."""
-LASTING_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Rehearsal:
         )
 
 
-def rehearse(plan: Plan, steps: int = 3, lasting_s: float = LASTING_S) -> Rehearsal:
+def rehearse(plan: Plan, steps: int, lasting_s: float) -> Rehearsal:
     """Play the steps of a plan on this machine; no model, weights or devices are needed.
 
     Args:

@@ -65,12 +65,12 @@ def test_command(tmp_path: Path) -> None:
 
 def test_what_cannot_be_played_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="positive"):
-        rehearse(sample_plan(), steps=0)
+        rehearse(sample_plan(), steps=0, lasting_s=1.0)
     with pytest.raises(ValueError, match="positive"):
-        rehearse(sample_plan(), lasting_s=float("nan"))
+        rehearse(sample_plan(), steps=1, lasting_s=float("nan"))
     monkeypatch.setattr(rehearsal, "MOST_PROCESSES", 1)
     with pytest.raises(RunError, match=f"{len(sample_plan().devices)} processes; 1 can"):
-        rehearse(sample_plan())
+        rehearse(sample_plan(), steps=1, lasting_s=1.0)
 
 
 def test_the_page_says_who_played_and_which_way_times_were_stretched() -> None:

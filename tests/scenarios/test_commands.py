@@ -134,7 +134,7 @@ def test_estimate_says_why_it_leaves_bfloat16_out(
     def fails(*given: object) -> None:
         raise CaptureError("no such kernel")
 
-    monkeypatch.setattr("graphpar.commands.estimate.in_bfloat16", fails)
+    monkeypatch.setattr("graphpar.scenarios.estimate.in_bfloat16", fails)
     assert run(["estimate", TINY, "--train", "--kind", "t4", "--json"], Settings()) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {row["format"] for row in shown["estimates"]} == {"float32", "bfloat16 mixed"}
