@@ -56,21 +56,22 @@ _Kind = TypeVar("_Kind")
 
 @dataclass(frozen=True)
 class AnswerCache:
-    """A folder of answers; None keeps nothing. A damaged or unwritable file counts as absent."""
+    """A folder of answers; None keeps nothing. A damaged, foreign or unwritable file counts as absent."""
 
     folder: Path | None
 
     def get(self, key: str) -> Answer | None:
         """The answer under a key."""
-        found = self.get_as(Answer, key)
-        # Any object reads as an answer; one without a plan is none.
-        return None if found and found.status == "ok" and not (found.step_s and found.plan) else found
+        return self.get_as(Answer, key)
 
     def get_as(self, kind: type[_Kind], key: str) -> _Kind | None:
         """What of some kind was kept under a key."""
-        data = None if self.folder is None else read_kept(self.folder / f"{key}.json")
+        found = None if self.folder is None else read_kept(self.folder / f"{key}.json")
+        data = (found or b"").partition(b"\n")[2]
+        if found != _sealed(key, data):
+            return None
         try:
-            return None if data is None else msgspec.json.decode(data, type=kind)
+            return msgspec.json.decode(data, type=kind)
         except msgspec.DecodeError:
             return None
 
@@ -78,5 +79,10 @@ class AnswerCache:
         """Keep an answer; written whole or not at all. Those not asked for the longest make room."""
         if self.folder is not None:
             with contextlib.suppress(OSError):
-                data = msgspec.json.encode(answer)
+                data = _sealed(key, msgspec.json.encode(answer))
                 write_kept(self.folder / f"{key}.json", data, _NAMES, _MOST)
+
+
+def _sealed(key: str, data: bytes) -> bytes:
+    """What is kept under a key behind a hash of both, which nothing else has that reads as an answer."""
+    return hashlib.sha256(key.encode() + data).hexdigest().encode() + b"\n" + data

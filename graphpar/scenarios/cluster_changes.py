@@ -25,6 +25,9 @@ PATHS = (
 MOST_DEVICES = 10_000
 """More than any plan could use; what asks for more is a slip, and would take the memory."""
 
+MOST_TOLD = 8
+"""So many nodes are named where none was meant."""
+
 MOST_SAMPLES = 1_000_000
 """The largest whole number that anything may be set to."""
 
@@ -105,7 +108,12 @@ def _chosen(setting: Setting, name: str) -> list[tuple[int, int]]:
     kinds = {device.kind for device in cluster.devices}
     known = [*(n.name for n in cluster.nodes), *(d.name for d in cluster.devices), *kinds]
     near = ", ".join(catalogue.nearest(name, known, 3))
-    raise ValueError(f"{name!r} names no device, node or kind of this cluster; the nearest: {near}")
+    nodes = ", ".join([node.name for node in cluster.nodes[:MOST_TOLD]])
+    more = ", ..." if len(cluster.nodes) > MOST_TOLD else ""
+    raise ValueError(
+        f"{name!r} names no device, node or kind of this cluster; the nearest: {near}; "
+        f"nodes: {nodes}{more}; kinds: {', '.join(sorted(kinds))}"
+    )
 
 
 def drop(setting: Setting, name: str) -> Setting:

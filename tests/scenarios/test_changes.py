@@ -87,7 +87,7 @@ def test_scalars_and_configurations() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["drop c/0"], "nearest: "),
+        (["drop c/0"], "nearest: .*; nodes: a, b; kinds: "),
         (["drop a", "drop b"], "no device would be left"),
         (["set speed=3"], "cannot be set"),
         (["set a.colour=3"], "cannot be set"),

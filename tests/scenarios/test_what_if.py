@@ -386,16 +386,6 @@ class Joined(torch.optim.AdamW):
         return super().step(closure)
 
 
-def test_a_damaged_kept_answer_counts_as_absent(tmp_path: Path) -> None:
-    for damaged in ("{", "[1]", '{"title": "x"}', '{"title": "x", "step_s": 1.0}'):
-        (tmp_path / "key.json").write_text(damaged)
-        assert AnswerCache(tmp_path).get("key") is None
-    # A folder that cannot be made keeps nothing, and nothing fails.
-    inside = AnswerCache(tmp_path / "key.json" / "below")
-    inside.put("key", Answer("x"))
-    assert inside.get("key") is None
-
-
 def test_more_devices_are_never_slower_even_where_the_search_was_cut() -> None:
     study = ask(["drop b", "drop a/1; drop b", "set network.bytes_per_s=2e9"], time_limit_s=0.01)
     base, less, least = study.baseline.step_s, study.answers[0].step_s, study.answers[1].step_s
