@@ -95,3 +95,28 @@ def test_message_passing_goes_on_where_parts_have_no_room(is_full: bool) -> None
         branched=0.0,
     )
     assert Run.should_branch(cast(Run, run)) is not is_full
+
+
+def test_prices_soon_reach_what_an_answer_is_known_to_cost() -> None:
+    count, price = 20, 10.0**9
+    problem = ShardingProblem(
+        "memory costs all",
+        ((0, 1),) * count,
+        ((0, price),) * count,
+        ((2, 1),) * count,
+        tuple((u, u + 1) for u in range(count - 1)),
+        ((0, 1, 1, 0),) * (count - 1),
+        3 * count // 2,
+    )
+
+    def bound_after(steps: int, known: float | None) -> float:
+        dual = DualAscent(*reduce_problem(problem))
+        if known is not None:
+            dual.expect(known)
+        for _ in range(steps):
+            dual.ascend(2)
+        return dual.bound
+
+    best = 0.5 * count * price
+    assert 0.3 * best < bound_after(60, 2.0 * best) <= best + 1
+    assert bound_after(60, None) < 0.1 * best

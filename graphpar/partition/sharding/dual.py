@@ -55,6 +55,10 @@ _STEADY_RISES, _GROWTH, _LARGEST_REGROWN = 6, 1.15, 2e-4
 _TOLERATED_FALL = 0.05
 """A bound this far below the best one means that the multipliers overshot."""
 
+_EXPECTED_SHARE = 0.03
+"""A bound below this share of an answer's cost counts as that share where prices move by shares of it:
+where all that an answer costs comes from memory, the first bounds are next to nothing."""
+
 _ROWS_PER_STEP = 4
 """Overfilled rows that get a price at a time."""
 
@@ -82,6 +86,7 @@ class DualAscent:
         self._should_stop = should_stop
         self.vertices = self.memory.vertices
         self.constant = graph.constant
+        self._least_level = 1.0
         self.flat: FlatGraph = flatten(graph, self.memory, should_stop)
         self.theta: FloatArray = self.flat.cost.copy()
         self.to_start: Int64Array = message_starts(self.flat)
@@ -182,7 +187,7 @@ class DualAscent:
             self._patience = _PATIENCE
         if value > self._best_value:
             self._best_value, self._best_multipliers = value, self.multipliers
-        elif value < self._best_value - _TOLERATED_FALL * abs(self._best_value):
+        elif value < self._best_value - _TOLERATED_FALL * self._level():
             self.restore_best()
             self._slow_down()
             return roundings
@@ -197,7 +202,7 @@ class DualAscent:
             self._priced[row] = True
         self._direction += _SMOOTHING * (excess - self._direction)
         count = max(1, int(np.count_nonzero(self._priced)))
-        rate = self._rate * max(abs(self._best_value), 1.0) / np.sqrt(count)
+        rate = self._rate * self._level() / np.sqrt(count)
         step = np.where(self._priced, np.clip(10.0 * self._direction, -1.0, 1.0), 0.0)
         self.set_multipliers(np.maximum(0.0, self.multipliers + rate * step / self._row_scale))
         return roundings
@@ -208,6 +213,13 @@ class DualAscent:
         start = self.flat.start
         cheapest /= np.repeat(np.add.reduceat(cheapest, start[:-1]), np.diff(start))
         return self.memory.mean_usage(cheapest)
+
+    def expect(self, cost: float) -> None:
+        """Learn what an answer costs: the optimum may be about that, however low the bound is now."""
+        self._least_level = max(1.0, _EXPECTED_SHARE * abs(cost))
+
+    def _level(self) -> float:
+        return max(abs(self._best_value), self._least_level)
 
     def _slow_down(self) -> None:
         self._rate = max(_LAST_RATE, 0.7 * self._rate)

@@ -171,6 +171,7 @@ class Run:
         """Take a choice that fits as the best one if it is cheaper."""
         if cost < self.best_cost:
             self.best, self.best_cost = chosen.copy(), cost
+            self.dual.expect(cost)
             self.state.offer(Candidate(self.graph, self.dual.vertices, self.best, cost))
 
     def take_answer(self) -> None:
@@ -374,13 +375,13 @@ class Run:
         search.guide(self.dual.excess_costs()[1])
         began_s = state.elapsed_s()
         end_s = began_s + share * state.time_limit_s
-        turn = self.window_turn
         while (left_s := min(end_s - state.elapsed_s(), state.left_s())) > 0 and not state.closed():
-            width = _WIDTHS[turn % len(_WIDTHS)]
-            turn += 1
+            width = _WIDTHS[self.window_turn % len(_WIDTHS)]
+            self.window_turn += 1
             before_s = state.elapsed_s()
             patience_s = min(left_s, max(5.0, 0.02 * state.time_limit_s))
-            window = search.grow(search.budget(width), width, _NUM_SEEDS[turn % len(_NUM_SEEDS)])
+            num_seeds = _NUM_SEEDS[self.window_turn % len(_NUM_SEEDS)]
+            window = search.grow(search.budget(width), width, num_seeds)
             gain = search.solve_window(window, patience_s)
             search.note(width, state.elapsed_s() - before_s, patience_s)
             if gain > 0:
@@ -388,7 +389,6 @@ class Run:
                 self.take(search.chosen, search.cost)
             self.trade()
             search = self.window_search()
-        self.window_turn = turn
         self.seconds[1] += state.elapsed_s() - began_s
 
     def prove_if_promising(self) -> None:
