@@ -19,6 +19,7 @@ from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import GivenOptimizer, could_cover, places, with_these_alone
 from graphpar.scenarios.group_prices import priced_by_several
+from graphpar.scenarios.lengths import sequence_length
 from graphpar.scenarios.naming import essential, numbered, with_names
 from graphpar.scenarios.parts import alike, next_batches, shared_out
 from graphpar.scenarios.prices import with_price
@@ -121,13 +122,15 @@ class Solver:
             and not self._from_cache(key, setting)
         ]
         self.book.expect({s.seq_len for s in missing if s.seq_len is not None})
-        # Each length has a graph of its own, which is captured while others are priced.
+        # Each length has a graph of its own, captured while others are priced; first the example's.
         by_length: dict[int | None, list[Setting]] = {}
         for setting in missing:
             by_length.setdefault(setting.seq_len, []).append(setting)
+        own = sequence_length(self.book.args, self.book.kwargs)
+        lengths = sorted(by_length, key=lambda length: length not in (None, own))
         parts = -(-processes // max(len(by_length), 1))
         for go_on in (starting_again, going_alone):
-            bundles = map(self.book.unpriced_groups, by_length.values())
+            bundles = map(self.book.unpriced_groups, (by_length[length] for length in lengths))
             try:
                 self.book.learn_groups(priced_by_several(bundles, processes, parts))
                 return

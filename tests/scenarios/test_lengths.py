@@ -1,7 +1,8 @@
 """Captures between others are the captures that would be made there."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +138,26 @@ def test_a_sweep_of_lengths_is_captured_three_times(monkeypatch: pytest.MonkeyPa
 def test_the_same_call_is_not_captured_again() -> None:
     book = PriceBook(gpt(), *ids(6, 64), TRAINING, inputs=ids)
     assert book._capture(64, None) is book.baseline()
+
+
+def test_groups_of_the_example_are_priced_while_other_lengths_are_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    captured_before: list[int] = []
+
+    def noted(bundles: Iterable[object], *_: object) -> list[object]:
+        captured_before.extend(len(made) for _ in bundles)
+        return []
+
+    def counted(*args: Any) -> Prepared:
+        made.append(prepare(*args))
+        return made[-1]
+
+    made: list[Prepared] = []
+    monkeypatch.setattr("graphpar.scenarios.study.priced_by_several", noted)
+    monkeypatch.setattr("graphpar.scenarios.pricing.prepare", counted)
+    graphpar.what_if(
+        gpt(), {"devices": [{"kind": "t4", "count": 2}]}, (), *ids(6, 64), train=TRAINING, inputs=ids,
+        sweep={"seq_len": [32, 64]}, cache=False, processes=2, time_limit_s=0.1, tensor=2, gap=0.9,
+    )  # fmt: skip
+    assert captured_before == [1, 1, 2]
