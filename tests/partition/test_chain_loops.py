@@ -14,7 +14,7 @@ from plan_samples import sample_partition, table_for
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
 from graphpar.partition import cuts, memory_fit
-from graphpar.partition.chains import crew_loops, crews, labels, path_loops, set_loops
+from graphpar.partition.chains import crew_loops, crews, labels, path_loops, set_loops, swept
 from graphpar.partition.chains import limits as chain
 from graphpar.partition.chains import loops as chain_loops
 from graphpar.partition.chains import warm as chain_warm
@@ -43,6 +43,7 @@ def planned(table: CostTable, gap: float, *, loops: bool) -> Partition | None:
         for limit in ("MANY_FOR_LOOPS", "_FEW_FOR_LOOPS", "_FEW_COLUMNS"):
             patch.setattr(chain, limit, 0)
         patch.setattr(crews, "FEW_FOR_SETS", 0)
+        patch.setattr(swept, "_MANY_LABELS", 2)
         patch.setattr(cuts, "PARTS", 2)
         try:
             return partition(table, gap=gap, time_limit_s=600.0)

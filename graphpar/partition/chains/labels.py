@@ -14,6 +14,7 @@ devices used), and all of them grow at once, by states with more and more replic
 So the answer is exact, and None means that there is no plan below the target.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TypeVar
@@ -35,6 +36,10 @@ _FIRST_CAPACITY = 1_000_000
 
 _AT_ONCE = 64
 """States after which somebody looks at the clock."""
+
+
+class ManyLabelsError(Exception):
+    """There are more labels than were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +132,7 @@ def best_line(
     post_weight: float,
     deadline_s: float,
     slack_s: float = 0.0,
+    most_labels: float = math.inf,
 ) -> list[int] | None:
     """The stages, first to last, of the pipeline that costs least below a target; None without one.
 
@@ -142,8 +148,10 @@ def best_line(
         deadline_s: `time.monotonic()` at which to give up.
         slack_s: A label may stand for one that is less by so much; then a better plan may be missed, and
             one just below the target.
+        most_labels: With more it gives up.
 
     Raises:
+        ManyLabelsError: There were more.
         OutOfTimeError: The deadline passed.
     """
     kinds, levels = joins.shape[2], int(states.replicas.max()) + 1
@@ -188,6 +196,8 @@ def best_line(
             num_units,
         )
         best = found if found >= 0 else best
+        if labels.number > most_labels:
+            raise ManyLabelsError
         if done < wanted:
             labels = labels.double()
     if best < 0:

@@ -5,14 +5,27 @@ import numpy as np
 from graphpar.partition.chains import limits as chain
 from graphpar.partition.chains.columns import Columns
 from graphpar.partition.chains.crews import Kept
-from graphpar.partition.chains.labels import LabelColumns, LabelStates, best_line, not_outdone
+from graphpar.partition.chains.labels import (
+    LabelColumns,
+    LabelStates,
+    ManyLabelsError,
+    best_line,
+    not_outdone,
+)
 from graphpar.partition.chains.limits import ChainAnswer, ChainProgram, Stage
 from graphpar.partition.chains.relaxed import Bounded, Prices
+from graphpar.partition.chains.sets import SetChains
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import BoolArray
 
 _ROUNDS_FOR_SIMPLE = 10
 """Steps to bound pipelines with one replica per stage: only guesses begin there."""
+
+_MANY_LABELS = 100_000
+"""With more labels a sweep takes longer than windows of extra, which leave fewer columns."""
+
+_FEW_IN_WINDOW, _DEEPEST = 5_000, 5
+"""Windows of so few columns, and those that were divided so often, are not divided."""
 
 
 class SweptProgram(ChainProgram):
@@ -111,8 +124,33 @@ class SweptProgram(ChainProgram):
         known: Prices | None = None,
         slack_s: float = 0.0,
     ) -> ChainAnswer | None:
+        """About the best of some columns; where labels are many, of those that windows of extra leave."""
         within = columns.post_s <= post_limit_s
         columns = columns if within.all() else columns.pick(within)
+        asked = target_s, post_weight, deadline_s, known, slack_s
+        try:
+            return self._swept(columns, *asked, most_labels=_MANY_LABELS)
+        except ManyLabelsError:
+            return self._swept(self._in_windows(columns, target_s, post_weight), *asked)
+
+    def _in_windows(self, columns: Columns, target_s: float, post_weight: float) -> Columns:
+        """Those that may be in a pipeline below a target in which no device is in two stages."""
+        columns = columns.pick(np.argsort(columns.slot, kind="stable"))
+        rows, units = self._rows, self._num_units
+        sets = rows.device_sets(self._cell_counts)
+        chains = SetChains(columns, columns.option, sets, rows.slots, units, target_s, post_weight)
+        return columns.pick(chains.in_windows(np.arange(len(columns)), _FEW_IN_WINDOW, _DEEPEST)[0])
+
+    def _swept(
+        self,
+        columns: Columns,
+        target_s: float,
+        post_weight: float,
+        deadline_s: float,
+        known: Prices | None,
+        slack_s: float,
+        most_labels: float = np.inf,
+    ) -> ChainAnswer | None:
         if len(columns) == 0:
             return None
         units, team = self._num_units + 1, self._team[columns.option]
@@ -151,6 +189,7 @@ class SweptProgram(ChainProgram):
             post_weight=post_weight,
             deadline_s=deadline_s,
             slack_s=slack_s,
+            most_labels=most_labels,
         )
         return None if line is None else self._answer(columns.pick(np.array(line, dtype=np.intp)))
 
