@@ -86,6 +86,15 @@ def test_why_nothing_is_possible_is_said(
     assert words in solved.note
 
 
+def test_a_ring_that_no_choice_closes_is_impossible() -> None:
+    """Each goes on by one or two of seven, so that after three of them nobody is back."""
+    table = tuple(0 if (j - i) % 7 in (1, 2) else NO for i in range(7) for j in range(7))
+    rows = ((0,) * 7,) * 3
+    edges = (0, 1), (1, 2), (2, 0)
+    problem = ShardingProblem("ring", ((0, 1),) * 3, rows, rows, edges, (table,) * 3, None)
+    assert solve_sharding(problem).status == "infeasible"
+
+
 CHEAP_BUT_LARGE = ShardingProblem("memory", ((0, 1),) * 2, ((0, 1),) * 2, ((5, 0),) * 2, (), (), 5)
 """The cheaper strategies of both nodes do not fit together."""
 

@@ -15,6 +15,7 @@ applied wherever something changed until nothing changes any more:
   minimised out; the minimum over its strategies becomes a cost of its neighbours.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -335,6 +336,7 @@ def eliminate(graph: ShardingGraph, vertex: int) -> None:
     if not around:
         best = np.array(costs.argmin())
         graph.constant += float(costs.min())
+        graph.infeasible |= math.isinf(graph.constant)
         graph.eliminate(vertex, (), best)
         return
     first = graph.tables[around[0]][vertex] + costs[None, :]
