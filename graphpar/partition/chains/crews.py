@@ -28,7 +28,7 @@ FEW_FOR_SETS = 20_000
 """So few columns between links are not looked at by the devices behind them."""
 
 _MANY_WINDOWS, _MANY_LINKS = 20_000, 16
-"""So many crews are looked at by windows of extra only if runs stand between so many pairs of links."""
+"""So many columns are looked at by windows of extra only if runs stand between so many pairs of links."""
 
 _DEEPEST_OF_CREWS, _DEEPEST = 3, 5
 """So often windows are divided while crews stand for all their modes, and then."""
@@ -60,7 +60,10 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Excluded:
-    """What a plan below `all_s` may have, sets of devices by slot; and a bound on them all."""
+    """What a plan below `all_s` may have, options by run; and a bound on them all.
+
+    Where the bound is no less than that, there is no such plan, and crews are listed instead.
+    """
 
     all_s: float
     bound_s: float
@@ -136,13 +139,12 @@ class CrewBounds:
     def rehearse(self) -> None:
         """Use every loop once."""
         wanted = Kept(np.inf, np.inf, 1.0)
-        excluded = self.left_out(wanted)
+        self.left_out(wanted)
         columns = self._prices.on_any_links(_limits(wanted))
         prices = self.relaxation(self._rows.whole_slots, self._rows.take, self._rows.width, 1.0).prices
         _, some, allowed = self._in_sets(wanted, 0.0, prices, columns, columns.option)
         hopeful = _listed(columns.pick(some), allowed)
         self._prices.relaxed(_limits(wanted), hopeful=hopeful)
-        self._prices.on_any_links(_limits(wanted), hopeful=excluded.hopeful)
 
     def _on_any_links(self, wanted: Kept) -> Excluded:
         """Whatever the mode and the links beside it."""
