@@ -91,8 +91,9 @@ class Programs:
         self._whole_cache: Cache = {}
         self._excluded: Shared = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
-        many = family.repeats is None and self._most_steps() >= chain_warm.LOOPS_PAY
-        self.loops = many and chain_warm.loops_are_ready(deadline_s)
+        steps = self._most_steps()
+        many = family.repeats is None and steps >= chain_warm.LOOPS_PAY
+        self.loops = many and chain_warm.loops_are_ready(deadline_s, steps)
         counted = family.repeats is not None and not COMPILED
         slowed = counted or (many and not self.loops)
         self.slowed = chain_warm.why_without_loops() if slowed else ""
@@ -214,9 +215,13 @@ class Programs:
         return self._never_binds[key]
 
     def _most_steps(self) -> int:
-        """Columns of the largest programme times its states, were there one kind of link only."""
-        states = math.prod(n + 1 for n in self.family.cells.counts)
-        return len(self.family.options) * len(self._ranges.first) * states
+        """Columns of the largest programme times its states; two kinds of links count as one."""
+        cells = self.family.cells
+        states = math.prod(n + 1 for n in cells.counts)
+        links = {link for row in cells.links for link in row if link is not None}
+        # A column stands between any two of them; array operations list them all.
+        more = max(1, len(links) - 1) ** 2
+        return len(self.family.options) * len(self._ranges.first) * states * more
 
     @property
     def number(self) -> int:

@@ -1,5 +1,6 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
+import time
 from dataclasses import replace
 from itertools import combinations, permutations
 
@@ -24,10 +25,12 @@ from graphpar.partition.chains.hopeful import Hopeful, all_allowed
 from graphpar.partition.chains.labels import not_outdone
 from graphpar.partition.chains.relaxed import Relaxation
 from graphpar.partition.chains.swept import SweptProgram
+from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import choose_family
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition
+from graphpar.partition.programs import Programs
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.types import Partition, SearchedSchedule
 from graphpar.partition.unit_arrays import Cache, Setting, run_ranges
@@ -95,9 +98,40 @@ def test_loops_find_the_best_plan_on_four_devices(table: CostTable) -> None:
 
 def test_a_plan_says_that_it_was_searched_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_warm, "LOOPS_PAY", 0)
-    monkeypatch.setattr(chain_warm, "loops_are_ready", lambda deadline_s: False)
+    monkeypatch.setattr(chain_warm, "loops_are_ready", lambda deadline_s, steps: False)
     found = partition(table_for(sample_partition()), gap=0.0, time_limit_s=60.0)
     assert any("slower form" in note for note in found.notes)
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+@pytest.mark.parametrize(("share", "most_s"), [(1.0, 2.0), (4.9, 2.0), (5.0, 30.0)])
+def test_few_steps_wait_for_loops_to_load_and_many_for_the_compiler(
+    share: float, most_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited_s: list[float] = []
+    compiler = chain_warm._Compiler()
+    monkeypatch.setattr(compiler, "start", lambda: None)
+    monkeypatch.setattr(compiler.ready, "wait", lambda seconds: waited_s.append(seconds))
+    monkeypatch.setattr(chain_warm, "_COMPILER", compiler)
+    deadline_s = time.monotonic() + 100.0
+    assert not chain_warm.loops_are_ready(deadline_s, share * chain_warm.LOOPS_PAY)
+    assert most_s - 1.0 <= waited_s[0] <= most_s
+
+
+def test_links_of_their_own_count_as_columns_do() -> None:
+    plain = make_table((1.0, 2.0, 1.0), (1.0, 2.0, 3.0), (1, 1, 1))
+    nodes = {device: device for device in plain.class_of}
+    between = {
+        pair: LinkCost(0.0, 10.0 + number) for number, pair in enumerate(combinations(sorted(nodes), 2))
+    }
+    alike = replace(plain, topology=Topology(nodes, {}, LinkCost(0.0, 10.0)))
+    unlike = replace(plain, topology=Topology(nodes, {}, LinkCost(0.0, 10.0), between))
+
+    def steps(table: CostTable) -> int:
+        limits = CountingLimits(0.0, "highs")
+        return Programs(choose_family(table, "auto", "auto"), limits, float("inf"))._most_steps()
+
+    assert steps(unlike) == 4 * steps(alike)
 
 
 Key = tuple[int, int]

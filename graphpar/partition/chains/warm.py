@@ -5,17 +5,21 @@ search does not need the loops, and one that must end before they are compiled g
 """
 
 import atexit
+import math
 import threading
 import time
 
 from graphpar.partition.jit import COMPILED
 from graphpar.tracing import TRACING
 
-LOOPS_PAY = 1_000_000
-"""Columns times sets of devices from which on compiled loops are worth being loaded."""
+LOOPS_PAY = 200_000
+"""Columns times sets of devices from which on compiled loops are worth being loaded, ..."""
 
-_SHARE_WAITED = 0.3
-"""Share of the time left that is waited for the compiler."""
+_COMPILING_PAYS = 5
+"""... and so many times as many from which on the compiler is waited for, and not only their loading."""
+
+_SHARE_WAITED, _MOST_LOADING_S = 0.3, 2.0
+"""Share of the time left that is waited for the compiler, and seconds that loading takes at most."""
 
 
 class _Compiler:
@@ -61,8 +65,10 @@ def why_without_loops() -> str:
     return NOT_READY if fault is None else f"its loops could not be compiled ({fault})"
 
 
-def loops_are_ready(deadline_s: float) -> bool:
+def loops_are_ready(deadline_s: float, steps: float = math.inf) -> bool:
     """Whether the compiled loops can be used; waits for them, for a share of the time until a deadline.
+
+    For few steps it waits no longer than loading takes.
 
     False where numba is missing, the time is too short, or the compiler failed: array operations then
     do the same work, slower.
@@ -70,5 +76,7 @@ def loops_are_ready(deadline_s: float) -> bool:
     if not COMPILED:
         return False
     _COMPILER.start()
-    left_s = min(deadline_s - time.monotonic(), 3600.0)
-    return _COMPILER.ready.wait(max(0.0, _SHARE_WAITED * left_s)) and _COMPILER.fault is None
+    wait_s = _SHARE_WAITED * min(deadline_s - time.monotonic(), 3600.0)
+    if steps < _COMPILING_PAYS * LOOPS_PAY:
+        wait_s = min(wait_s, _MOST_LOADING_S)
+    return _COMPILER.ready.wait(max(0.0, wait_s)) and _COMPILER.fault is None
