@@ -92,7 +92,7 @@ class Programs:
         self._excluded: Shared = {}
         self._team_of = self._per_sample.teams.of_mode.tolist()
         steps = self._most_steps()
-        many = family.repeats is None and steps >= chain_warm.LOOPS_PAY
+        many = family.repeats is None and chain_warm.loops_pay(deadline_s, steps)
         self.loops = many and chain_warm.loops_are_ready(deadline_s, steps)
         counted = family.repeats is not None and not COMPILED
         slowed = counted or (many and not self.loops)

@@ -116,6 +116,9 @@ def test_few_steps_wait_for_loops_to_load_and_many_for_the_compiler(
     deadline_s = time.monotonic() + 100.0
     assert not chain_warm.loops_are_ready(deadline_s, share * chain_warm.LOOPS_PAY)
     assert most_s - 1.0 <= waited_s[0] <= most_s
+    # Of a search that ends before they could be loaded only the longest are worth it.
+    for left_s, pays in ((100.0, True), (0.4, share >= 5)):
+        assert chain_warm.loops_pay(time.monotonic() + left_s, share * chain_warm.LOOPS_PAY) == pays
 
 
 def test_links_of_their_own_count_as_columns_do() -> None:

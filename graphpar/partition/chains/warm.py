@@ -18,8 +18,11 @@ LOOPS_PAY = 200_000
 _COMPILING_PAYS = 5
 """... and so many times as many from which on the compiler is waited for, and not only their loading."""
 
-_SHARE_WAITED, _MOST_LOADING_S = 0.3, 2.0
-"""Share of the time left that is waited for the compiler, and seconds that loading takes at most."""
+_SHARE_WAITED = 0.3
+"""Share of the time left that is waited for the compiler."""
+
+_LOADING_S, _MOST_LOADING_S = 0.6, 2.0
+"""What loading takes in seconds, and on slow machines."""
 
 
 class _Compiler:
@@ -65,6 +68,19 @@ def why_without_loops() -> str:
     return NOT_READY if fault is None else f"its loops could not be compiled ({fault})"
 
 
+def loops_pay(deadline_s: float, steps: float) -> bool:
+    """Whether a search of so many steps is long enough for compiled loops to be loaded.
+
+    A short one of few takes them where that is done.
+    """
+    loaded = _COMPILER.ready.is_set() or _wait_s(deadline_s) >= _LOADING_S
+    return steps >= (LOOPS_PAY if loaded else _COMPILING_PAYS * LOOPS_PAY)
+
+
+def _wait_s(deadline_s: float) -> float:
+    return max(0.0, _SHARE_WAITED * min(deadline_s - time.monotonic(), 3600.0))
+
+
 def loops_are_ready(deadline_s: float, steps: float = math.inf) -> bool:
     """Whether the compiled loops can be used; waits for them, for a share of the time until a deadline.
 
@@ -76,7 +92,7 @@ def loops_are_ready(deadline_s: float, steps: float = math.inf) -> bool:
     if not COMPILED:
         return False
     _COMPILER.start()
-    wait_s = _SHARE_WAITED * min(deadline_s - time.monotonic(), 3600.0)
+    wait_s = _wait_s(deadline_s)
     if steps < _COMPILING_PAYS * LOOPS_PAY:
         wait_s = min(wait_s, _MOST_LOADING_S)
-    return _COMPILER.ready.wait(max(0.0, wait_s)) and _COMPILER.fault is None
+    return _COMPILER.ready.wait(wait_s) and _COMPILER.fault is None
