@@ -7,6 +7,7 @@ run of an installation waits for the compiler.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -30,6 +31,19 @@ def compiled(function: FunctionT) -> FunctionT:
 def compiled_exactly(function: FunctionT) -> FunctionT:
     """The same for functions that meet infinities: floating point as written."""
     return _compile(function, fastmath=False)
+
+
+def is_kept(function: Callable[..., Any]) -> bool:
+    """Whether a compiled form of a function lies on disk: it loads soon, unless its file has changed.
+
+    >>> is_kept(len)
+    False
+    """
+    folder = getattr(getattr(function, "stats", None), "cache_path", None)
+    if folder is None:
+        return False
+    code = getattr(function, "py_func").__code__  # noqa: B009 (numba's, which has no types)
+    return any(Path(folder).glob(f"*.{code.co_name}-{code.co_firstlineno}.*.nbi"))
 
 
 def _compile(function: FunctionT, *, fastmath: bool) -> FunctionT:

@@ -2,7 +2,9 @@
 
 import time
 from dataclasses import replace
+from importlib import import_module
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from graphpar.partition.chains.relaxed import Relaxation
 from graphpar.partition.chains.swept import SweptProgram
 from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import choose_family
-from graphpar.partition.jit import COMPILED
+from graphpar.partition.jit import COMPILED, is_kept
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
@@ -116,9 +118,23 @@ def test_few_steps_wait_for_loops_to_load_and_many_for_the_compiler(
     deadline_s = time.monotonic() + 100.0
     assert not chain_warm.loops_are_ready(deadline_s, share * chain_warm.LOOPS_PAY)
     assert most_s - 1.0 <= waited_s[0] <= most_s
-    # Of a search that ends before they could be loaded only the longest are worth it.
-    for left_s, pays in ((100.0, True), (0.4, share >= 5)):
+    # They are compiled for long searches alone, and not loaded for one that ends before they could be.
+    for kept, left_s, pays in ((True, 100.0, True), (False, 100.0, share >= 5), (True, 0.4, share >= 5)):
+        monkeypatch.setattr(chain_warm, "is_kept", lambda _, kept=kept: kept)
         assert chain_warm.loops_pay(time.monotonic() + left_s, share * chain_warm.LOOPS_PAY) == pays
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+def test_what_lies_on_disk_compiled_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """numba says where it keeps what it compiles, and names files as is expected here."""
+    source = tmp_path / "tried.py"
+    source.write_text(
+        "from graphpar.partition.jit import compiled\n\n@compiled\ndef one():\n    return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    one = import_module("tried").one
+    assert not is_kept(one)
+    assert one() == 1 and is_kept(one)
 
 
 def test_links_of_their_own_count_as_columns_do() -> None:

@@ -9,14 +9,14 @@ import math
 import threading
 import time
 
-from graphpar.partition.jit import COMPILED
+from graphpar.partition.jit import COMPILED, is_kept
 from graphpar.tracing import TRACING
 
 LOOPS_PAY = 200_000
-"""Columns times sets of devices from which on compiled loops are worth being loaded, ..."""
+"""Columns times sets of devices from which on compiled loops are worth being loaded from disk, ..."""
 
 _COMPILING_PAYS = 5
-"""... and so many times as many from which on the compiler is waited for, and not only their loading."""
+"""... and so many times as many from which on they are worth being compiled, which takes some 20 s."""
 
 _SHARE_WAITED = 0.3
 """Share of the time left that is waited for the compiler."""
@@ -69,12 +69,20 @@ def why_without_loops() -> str:
 
 
 def loops_pay(deadline_s: float, steps: float) -> bool:
-    """Whether a search of so many steps is long enough for compiled loops to be loaded.
+    """Whether a search of so many steps is long enough for compiled loops to be loaded, or compiled.
 
-    A short one of few takes them where that is done.
+    Of few steps only those of the former, or where that is done.
     """
-    loaded = _COMPILER.ready.is_set() or _wait_s(deadline_s) >= _LOADING_S
-    return steps >= (LOOPS_PAY if loaded else _COMPILING_PAYS * LOOPS_PAY)
+    at_hand = _COMPILER.ready.is_set() or (_wait_s(deadline_s) >= _LOADING_S and _are_kept())
+    return steps >= (LOOPS_PAY if at_hand else _COMPILING_PAYS * LOOPS_PAY)
+
+
+def _are_kept() -> bool:
+    from graphpar.partition.chains.labels import (
+        not_outdone,
+    )  # which only sweeps use, the last of all loops
+
+    return is_kept(not_outdone)
 
 
 def _wait_s(deadline_s: float) -> float:
