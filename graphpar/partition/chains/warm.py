@@ -69,18 +69,17 @@ def why_without_loops() -> str:
 
 
 def loops_pay(deadline_s: float, steps: float) -> bool:
-    """Whether a search of so many steps is long enough for compiled loops to be loaded, or compiled.
+    """Whether a search of so many steps is long enough for compiled loops.
 
-    Of few steps only those of the former, or where that is done.
+    A shorter one takes them where they are loaded, or lie on disk and there is time to load them.
     """
     at_hand = _COMPILER.ready.is_set() or (_wait_s(deadline_s) >= _LOADING_S and _are_kept())
     return steps >= (LOOPS_PAY if at_hand else _COMPILING_PAYS * LOOPS_PAY)
 
 
 def _are_kept() -> bool:
-    from graphpar.partition.chains.labels import (
-        not_outdone,
-    )  # which only sweeps use, the last of all loops
+    # Only sweeps use it, whose loops are compiled last.
+    from graphpar.partition.chains.labels import not_outdone
 
     return is_kept(not_outdone)
 
