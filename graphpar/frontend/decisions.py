@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -97,53 +97,68 @@ class _Asked(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
-        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if name == "__setitem__" and (mask := self._mask_of(args[1], args[2])) is not None:
-            behind = [1] * (args[0].ndim - mask.ndim)
-            args[0].masked_fill_(mask.reshape(*mask.shape, *behind), args[2])
-            return None
-        if name == "gaussian_nll_loss":
-            negative = torch.any(torch.as_tensor(args[2] if len(args) > 2 else kwargs["var"]) < 0)
-            if not self.answer("__bool__", negative, lambda: bool(negative)):
-                return gaussian_losses(*args, **kwargs)
-        if name == "ctc_loss" and (losses := self._ctc_loss(*args, **kwargs)) is not None:
-            return losses
+        if name in self._INSTEAD:
+            made = self._INSTEAD[name](self, *args, **kwargs)
+            if made is not NotImplemented:
+                return made
         if self._found:
             _count(self._found, flatten((args, kwargs))[0], self._checks)
+        of_tensor = bool(args) and isinstance(args[0], torch.Tensor)
         if name in _SIZED:
-            args = tuple(a if a is first and name not in _MADE else self._size(a) for a in args)
+            kept = args[:1] if of_tensor and name not in _MADE else ()
+            args = (*kept, *map(self._size, args[len(kept) :]))
             kwargs = {key: self._size(value) for key, value in kwargs.items()}
-        if first is None:
-            return func(*args, **kwargs)
-        if name in _ASKED and first.numel() == 1:
-            return self.answer(name, first, lambda: func(*args, **kwargs))
-        if name == "tolist":
-            return self._list(first)
-        if name == "__format__" and not first.ndim:
-            return format(self.answer("item", first, first.item), *args[1:])
-        if name == "equal" and len(args) == 2 and first.shape == args[1].shape:
-            return self.answer("equal", (first == args[1]).all(), lambda: func(*args, **kwargs))
-        if name in ("nonzero", "argwhere") or (name == "where" and len(args) == 1 and not kwargs):
-            if name == "where" or kwargs.get("as_tuple"):
-                return self._places(first)
-            return self._nonzero(first)
-        if name in ("__getitem__", "__setitem__"):
-            args = (first, self._index(args[1], name == "__getitem__"), *args[2:])
-        if name == "masked_select" and len(args) == 2:
-            mask = args[1].expand_as(first) if first.ndim >= args[1].ndim else args[1]
-            value = first.expand_as(mask)
-            return self._selected(value, mask)
-        if name == "repeat_interleave" and len(args) > 1 and isinstance(args[1], torch.Tensor):
-            if args[1].numel() > 1 and kwargs.get("output_size") is None:
-                total = args[1].sum()
-                kwargs["output_size"] = self.answer("item", total, total.item)
+        if of_tensor and name in self._ASKING:
+            return self._ASKING[name](self, func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _list(self, tensor: torch.Tensor) -> Any:
+    def _value(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What one of `_ASKED` makes of a tensor of one number."""
+        if tensor.numel() != 1:
+            return func(tensor, *args, **kwargs)
+        return self.answer(func.__name__, tensor, lambda: func(tensor, *args, **kwargs))
+
+    def _list(self, func: Any, tensor: torch.Tensor) -> Any:
         """`tolist`, asked number by number."""
         if not tensor.ndim:
             return self.answer("item", tensor, tensor.item)
-        return [self._list(part) for part in tensor.unbind(0)]
+        return [self._list(func, part) for part in tensor.unbind(0)]
+
+    def _format(self, func: Any, tensor: torch.Tensor, *args: Any) -> Any:
+        if tensor.ndim:
+            return func(tensor, *args)
+        return format(self.answer("item", tensor, tensor.item), *args)
+
+    def _equal(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or tensor.shape != args[0].shape:
+            return func(tensor, *args, **kwargs)
+        return self.answer("equal", (tensor == args[0]).all(), lambda: func(tensor, *args, **kwargs))
+
+    def _where(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs) if args[1:] or kwargs else self._places(args[0])
+
+    def _not_zero(self, func: Any, tensor: torch.Tensor, **kwargs: Any) -> Any:
+        return self._places(tensor) if kwargs.get("as_tuple") else self._nonzero(tensor)
+
+    def _read(self, func: Any, tensor: torch.Tensor, index: Any) -> Any:
+        return func(tensor, self._index(index, read=True))
+
+    def _write(self, func: Any, tensor: torch.Tensor, index: Any, value: Any) -> Any:
+        return func(tensor, self._index(index, read=False), value)
+
+    def _masked(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1:
+            return func(tensor, *args, **kwargs)
+        mask = args[0].expand_as(tensor) if tensor.ndim >= args[0].ndim else args[0]
+        return self._selected(tensor.expand_as(mask), mask)
+
+    def _repeat(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`repeat_interleave`, told how many results come of counts."""
+        counts = args[0] if args else None
+        if isinstance(counts, torch.Tensor) and counts.numel() > 1 and kwargs.get("output_size") is None:
+            total = counts.sum()
+            kwargs["output_size"] = self.answer("item", total, total.item)
+        return func(tensor, *args, **kwargs)
 
     def _nonzero(self, tensor: torch.Tensor) -> torch.Tensor:
         """Where a tensor is not zero, as many places as in the example batch."""
@@ -167,6 +182,21 @@ class _Asked(TorchFunctionMode):
         del self._checks[before:]
         return chosen
 
+    def _write_by_mask(self, tensor: torch.Tensor, index: Any, value: Any) -> Any:
+        """One number for all places that a mask was found to have, however many they are."""
+        mask = self._mask_of(index, value)
+        if mask is None:
+            return NotImplemented
+        tensor.masked_fill_(mask.reshape(*mask.shape, *[1] * (tensor.ndim - mask.ndim)), value)
+        return None
+
+    def _gaussian_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss without torch's question for negative variances, which is asked here."""
+        negative = torch.any(torch.as_tensor(args[2] if len(args) > 2 else kwargs["var"]) < 0)
+        if self.answer("__bool__", negative, lambda: bool(negative)):
+            return NotImplemented
+        return gaussian_losses(*args, **kwargs)
+
     def _ctc_loss(
         self,
         log_probs: torch.Tensor,
@@ -176,22 +206,21 @@ class _Asked(TorchFunctionMode):
         blank: int = 0,
         reduction: str | int = "mean",
         zero_infinity: bool = False,
-    ) -> torch.Tensor | None:
-        """The loss by an operator of static shapes; None where torch's own has to do."""
+    ) -> Any:
+        """The loss by an operator of static shapes, where torch's own does not have to do."""
         lengths = input_lengths, target_lengths
         if log_probs.ndim != 3 or not all(isinstance(n, torch.Tensor) for n in lengths):
-            return None
+            return NotImplemented
         if reduction not in ("none", "mean", "sum", 0, 1, 2):
-            return None  # torch's own names the mistake
+            return NotImplemented  # torch's own names the mistake
         rows = targets if targets.ndim == 2 else self._rows(targets, target_lengths)
         if rows is None:
-            return None
+            return NotImplemented
         losses: torch.Tensor = ctc_losses(
             log_probs, rows, input_lengths, target_lengths, blank, zero_infinity
         )
         if reduction in ("mean", 1):
-            mean: torch.Tensor = (losses / target_lengths.clamp_min(1)).mean()
-            return mean
+            return (losses / target_lengths.clamp_min(1)).mean()
         return losses.sum() if reduction in ("sum", 2) else losses
 
     def _rows(self, targets: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
@@ -260,6 +289,17 @@ class _Asked(TorchFunctionMode):
     def answer(self, method: str, tensor: torch.Tensor, ask: Callable[[], Any]) -> Any:
         """The value to go on with."""
         raise NotImplementedError
+
+    _INSTEAD: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        "__setitem__": _write_by_mask, "gaussian_nll_loss": _gaussian_loss, "ctc_loss": _ctc_loss,
+    }  # fmt: skip
+    """Functions with something else in their place, unless that is not implemented for the arguments."""
+    _ASKING: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        **dict.fromkeys(_ASKED, _value), "tolist": _list, "__format__": _format, "equal": _equal,
+        "nonzero": _not_zero, "argwhere": _not_zero, "where": _where, "__getitem__": _read,
+        "__setitem__": _write, "masked_select": _masked, "repeat_interleave": _repeat,
+    }  # fmt: skip
+    """Functions that ask a tensor for values, or of which the result's shape depends on them."""
 
 
 @contextmanager
