@@ -152,40 +152,74 @@ def _marking(inputs: Mapping[str, Any], places: int, marked: int) -> Iterator[di
 
 
 def _wanted(shape: tuple[int, ...], said: str) -> tuple[int, ...] | None:
-    if found := _PRODUCT.search(said):
-        rows, has, needs = (int(n) for n in found.groups())
-        if prod(shape[:-1]) == rows or has == shape[-1]:
-            return (*shape[:-1], shape[-1] + needs - has)
-    if found := _NORMALISED.search(said):
-        if int(found[2].split(",")[-1]) == shape[-1]:
-            return (*shape[:-1], int(found[1]))
-    if found := _CHANNELS.search(said):
-        seen = [int(n) for n in found[1].split(",")]
-        if len(shape) >= 3 and shape[-(len(seen) - 1)] == seen[1]:
-            return tuple(
-                int(found[2]) if i == len(shape) - len(seen) + 1 else n for i, n in enumerate(shape)
-            )
-    if found := _MULTIPLE.search(said):
-        factor, has = int(found[1] or found[2]), int(found[3])
-        place = max((i for i, n in enumerate(shape) if n == has and i), default=None)
-        if place is not None and factor:
-            return tuple(-(-n // factor) * factor if i == place else n for i, n in enumerate(shape))
-    if found := _UNEQUAL.search(said):
-        has, needs = (int(n) for n in found.groups())
-        if shape[1:].count(has) == 1:
-            return (shape[0], *(needs if n == has else n for n in shape[1:]))
-    if found := _SHAPE.search(said):
-        parts = [part.strip() for part in found[1].split(",")]
-        if len(parts) == len(shape) + 1 and sum(part.isdigit() for part in parts) == 1:
-            place = next(i for i, part in enumerate(parts) if part.isdigit())
-            return (*shape[:place], int(parts[place]), *shape[place:])
-    if found := _PICTURE.search(said):
-        sizes = [int(n) for n in found.groups()]
-        if list(shape[-2:]) == sizes[:2]:
-            return (*shape[:-2], *sizes[2:])
-        if list(shape[-2:]) == sizes[2:]:
-            return (*shape[:-2], *sizes[:2])
+    """The shape that an error asks for instead of this one, where its sizes are this one's."""
+    for pattern, rule in _RULES:
+        if (found := pattern.search(said)) and (wanted := rule(shape, found)):
+            return wanted
     return None
+
+
+def _for_product(shape: tuple[int, ...], found: re.Match[str]) -> tuple[int, ...] | None:
+    rows, has, needs = (int(n) for n in found.groups())
+    if prod(shape[:-1]) == rows or has == shape[-1]:
+        return (*shape[:-1], shape[-1] + needs - has)
+    return None
+
+
+def _for_norm(shape: tuple[int, ...], found: re.Match[str]) -> tuple[int, ...] | None:
+    has = int(found[2].split(",")[-1])
+    return (*shape[:-1], int(found[1])) if has == shape[-1] else None
+
+
+def _for_channels(shape: tuple[int, ...], found: re.Match[str]) -> tuple[int, ...] | None:
+    seen = [int(n) for n in found[1].split(",")]
+    place = len(shape) - len(seen) + 1
+    if len(shape) < 3 or not 0 <= place < len(shape) or shape[place] != seen[1]:
+        return None
+    return (*shape[:place], int(found[2]), *shape[place + 1 :])
+
+
+def _for_multiple(shape: tuple[int, ...], found: re.Match[str]) -> tuple[int, ...] | None:
+    factor, has = int(found[1] or found[2]), int(found[3])
+    place = max((i for i, n in enumerate(shape) if n == has and i), default=None)
+    if place is None or not factor:
+        return None
+    return (*shape[:place], -(-has // factor) * factor, *shape[place + 1 :])
+
+
+def _for_unequal(shape: tuple[int, ...], found: re.Match[str]) -> tuple[int, ...] | None:
+    has, needs = (int(n) for n in found.groups())
+    if shape[1:].count(has) != 1:
+        return None
+    return (shape[0], *(needs if n == has else n for n in shape[1:]))
+
+
+def _for_dimension(shape: tuple[int, ...], found: re.Match[str]) -> tuple[int, ...] | None:
+    parts = [part.strip() for part in found[1].split(",")]
+    if len(parts) != len(shape) + 1 or sum(part.isdigit() for part in parts) != 1:
+        return None
+    place = next(i for i, part in enumerate(parts) if part.isdigit())
+    return (*shape[:place], int(parts[place]), *shape[place:])
+
+
+def _for_picture(shape: tuple[int, ...], found: re.Match[str]) -> tuple[int, ...] | None:
+    sizes = tuple(int(n) for n in found.groups())
+    for has, needs in ((sizes[:2], sizes[2:]), (sizes[2:], sizes[:2])):
+        if shape[-2:] == has:
+            return (*shape[:-2], *needs)
+    return None
+
+
+_RULES = (
+    (_PRODUCT, _for_product),
+    (_NORMALISED, _for_norm),
+    (_CHANNELS, _for_channels),
+    (_MULTIPLE, _for_multiple),
+    (_UNEQUAL, _for_unequal),
+    (_SHAPE, _for_dimension),
+    (_PICTURE, _for_picture),
+)
+"""What torch and transformers say of a size that does not fit, and the shape that would."""
 
 
 def _like(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

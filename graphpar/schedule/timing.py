@@ -4,7 +4,7 @@
 by hand.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -177,7 +177,7 @@ def _rank_timings(table: CostTable, partition: Partition) -> tuple[RankTiming, .
             for replica in stage.replicas:
                 for member, device in enumerate(replica.devices):
                     apart = _apart(table, partition, pipeline, stage, replica)
-                    own = _stage_timing(table, pipeline, stage, replica, member, apart)
+                    own = _Member(table, pipeline, stage, replica, member, apart).timing()
                     met_s = meetings_s(table, partition.pipelines, stage.first, stage.last)
                     met_s /= 2 if table.training else 1
                     sizes = tuple(
@@ -235,68 +235,107 @@ def _apart(
     return table.shared.apart if replica.device in table.shared.workers else 1.0
 
 
-def _stage_timing(
-    table: CostTable,
-    pipeline: PipelineChoice,
-    stage: StageChoice,
-    replica: Replica,
-    member: int,
-    apart: float,
-) -> RankTiming:
-    """One member's numbers for a stage; the members of a tensor group work in step."""
-    device = replica.devices[member]
-    (mode,) = modes_of(table, replace(stage, replicas=(replica,)))
-    overhead, units = table.mode_overhead_s(mode), range(stage.first, stage.last)
-    costs = [table.every_mode[mode].costs[table.units[u]] for u in units]
-    # Of what ZeRO moves for every microbatch, the gathers before the forward belong there.
-    moved = zero_s(table, stage)
-    ahead = moved / 3 if stage.zero > 2 else 0.0
-    optimizer_s = sum(c.optimizer_s for c in costs) / (len(stage.replicas) if stage.zero else 1)
-    sizes = sorted(set(pipeline.sizes()))
-    growing = _growing(table, stage, costs)
-    held = {n: member_bytes(table, stage, growing if stage.zero > 1 else costs, member, n) for n in sizes}
-    repeated = [r.gradient_bytes for r in table.repeated if r.held_by(stage.first, stage.last)]
-    gradients = sum(c.gradient_bytes[member] for c in costs) + sum(repeated)
-    results = sum(table.result_bytes[stage.first : stage.last])
-    # From level 2 on gradients are divided as they come, and what is left of them is small.
-    device_class = table.device_classes[table.every_mode[mode].members[member]]
-    grows = table.training and stage.zero < 2 and device_class.refills
-    own_stages = [s for s in pipeline.stages if s.replicas == stage.replicas]
-    reserved = table.reserved_bytes if stage is own_stages[0] else 0.0
-    return RankTiming(
-        device=device,
-        node=table.topology.node_of[device],
-        sizes=tuple(
-            SizeTiming(
-                size=n,
-                forward_s=overhead + sum(table.forward_s(u, mode, n) for u in units) + ahead,
-                backward_s=overhead
-                + apart * sum(table.backward_s(u, mode, n) for u in units)
-                + moved
-                - ahead
-                if table.training
-                else 0.0,
-                saved_bytes=held[n][1] if table.training else n * results,
-                working_bytes=held[n][2],
-                weight_s=apart * sum(table.weight_s(u, mode, n) for u in units)
-                if table.training
-                else 0.0,
-                deferred_bytes=sum(
-                    table.at_size(c.deferred_bytes[member], n) for c in costs if c.deferred_bytes
-                ),
-                # The second half is an action of its own.
-                split_s=sum(table.split_s(u, mode, n) for u in units)
-                + (overhead if any(c.weight_s for c in costs) else 0.0),
-                collective_s=sum(table.collective_s(u, mode, n) for u in units),
-                gradient_bytes=gradients if grows else 0.0,
-                spared_bytes=_spared_bytes(table, stage, (costs, growing), member, n) if grows else 0.0,
-            )
-            for n in sizes
-        ),
-        optimizer_s=optimizer_s if table.training else 0.0,
-        resident_bytes=reserved + held[sizes[0]][0],
-        update_bytes=update_bytes(table, stage, mode, member),
-    )
+@dataclass(frozen=True)
+class _Member:
+    """One member of a replica in a stage; the members of a tensor group work in step.
+
+    `apart` is how many times longer its backwards take (`_apart`).
+    """
+
+    table: CostTable
+    pipeline: PipelineChoice
+    stage: StageChoice
+    replica: Replica
+    member: int
+    apart: float
+
+    def timing(self) -> RankTiming:
+        """Its numbers."""
+        table, stage = self.table, self.stage
+        device, held = self.replica.devices[self.member], self._held
+        own_stages = [s for s in self.pipeline.stages if s.replicas == stage.replicas]
+        parts = len(stage.replicas) if stage.zero else 1
+        return RankTiming(
+            device=device,
+            node=table.topology.node_of[device],
+            sizes=tuple(self._trained(n) if table.training else self._inferred(n) for n in held),
+            optimizer_s=sum(c.optimizer_s for c in self._costs) / parts if table.training else 0.0,
+            resident_bytes=held[min(held)][0] + (table.reserved_bytes if stage is own_stages[0] else 0.0),
+            update_bytes=update_bytes(table, stage, self._mode, self.member),
+        )
+
+    def _inferred(self, n: int) -> SizeTiming:
+        return SizeTiming(
+            size=n,
+            forward_s=self._overhead_s + self._units_s(self.table.forward_s, n),
+            saved_bytes=n * sum(self.table.result_bytes[self.stage.first : self.stage.last]),
+            working_bytes=self._held[n][2],
+            collective_s=self._units_s(self.table.collective_s, n),
+        )
+
+    def _trained(self, n: int) -> SizeTiming:
+        table, stage = self.table, self.stage
+        # Of what ZeRO moves for every microbatch, the gathers before the forward belong there.
+        moved = zero_s(table, stage)
+        ahead = moved / 3 if stage.zero > 2 else 0.0
+        backward_s = self.apart * self._units_s(table.backward_s, n)
+        deferred = (
+            table.at_size(c.deferred_bytes[self.member], n) for c in self._costs if c.deferred_bytes
+        )
+        # The second half is an action of its own.
+        again_s = self._overhead_s if any(c.weight_s for c in self._costs) else 0.0
+        row = SizeTiming(
+            size=n,
+            forward_s=self._overhead_s + self._units_s(table.forward_s, n) + ahead,
+            backward_s=self._overhead_s + backward_s + moved - ahead,
+            saved_bytes=self._held[n][1],
+            working_bytes=self._held[n][2],
+            weight_s=self.apart * self._units_s(table.weight_s, n),
+            deferred_bytes=sum(deferred),
+            split_s=self._units_s(table.split_s, n) + again_s,
+            collective_s=self._units_s(table.collective_s, n),
+        )
+        # From level 2 on gradients are divided as they come, and what is left of them is small.
+        if stage.zero > 1 or not table.device_classes[self._mode_class].refills:
+            return row
+        repeated = [r.gradient_bytes for r in table.repeated if r.held_by(stage.first, stage.last)]
+        return replace(
+            row,
+            gradient_bytes=sum(c.gradient_bytes[self.member] for c in self._costs) + sum(repeated),
+            spared_bytes=_spared_bytes(table, stage, (self._costs, self._growing), self.member, n),
+        )
+
+    def _units_s(self, seconds: Callable[[int, int, int], float], n: int) -> float:
+        return sum(seconds(unit, self._mode, n) for unit in range(self.stage.first, self.stage.last))
+
+    @cached_property
+    def _held(self) -> dict[int, tuple[float, float, float]]:
+        """By size, bytes that stay, those saved for one microbatch, and those while it computes."""
+        costs = self._growing if self.stage.zero > 1 else self._costs
+        sizes = sorted(set(self.pipeline.sizes()))
+        return {n: member_bytes(self.table, self.stage, costs, self.member, n) for n in sizes}
+
+    @cached_property
+    def _mode(self) -> int:
+        (mode,) = modes_of(self.table, replace(self.stage, replicas=(self.replica,)))
+        return mode
+
+    @property
+    def _mode_class(self) -> int:
+        return self.table.every_mode[self._mode].members[self.member]
+
+    @property
+    def _overhead_s(self) -> float:
+        return self.table.mode_overhead_s(self._mode)
+
+    @cached_property
+    def _costs(self) -> list[ModeCost]:
+        kinds = self.table.units[self.stage.first : self.stage.last]
+        return [self.table.every_mode[self._mode].costs[kind] for kind in kinds]
+
+    @cached_property
+    def _growing(self) -> list[ModeCost]:
+        return _growing(self.table, self.stage, self._costs)
 
 
 def _growing(table: CostTable, stage: StageChoice, costs: Sequence[ModeCost]) -> list[ModeCost]:
