@@ -6,7 +6,9 @@ say so. Compiled code is kept on disk beside the module (or in the user's cache 
 run of an installation waits for the compiler.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +19,13 @@ try:
 except ImportError:  # a working installation without numba is slower, not broken
     COMPILED = False
 else:
+    from numba.core.event import Listener, install_listener
+
     COMPILED = True
+
+
+class StoppedError(BaseException):
+    """What was being compiled is not needed any more. No compiler catches it on the way."""
 
 
 def compiled(function: FunctionT) -> FunctionT:
@@ -31,6 +39,33 @@ def compiled(function: FunctionT) -> FunctionT:
 def compiled_exactly(function: FunctionT) -> FunctionT:
     """The same for functions that meet infinities: floating point as written."""
     return _compile(function, fastmath=False)
+
+
+@contextmanager
+def stopped_once(should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Whatever the calling thread compiles meanwhile ends before the compiler's next step once it should.
+
+    Functions that are compiled by then lie on disk.
+
+    Raises:
+        StoppedError: Where a compilation was ended.
+    """
+    if not COMPILED:
+        yield
+        return
+    thread = threading.get_ident()
+
+    class Watch(Listener):  # type: ignore[misc]
+        def on_start(self, event: object) -> None:
+            # Other threads compile, too.
+            if threading.get_ident() == thread and should_stop():
+                raise StoppedError
+
+        def on_end(self, event: object) -> None:
+            pass
+
+    with install_listener("numba:run_pass", Watch()):
+        yield
 
 
 def is_kept(function: Callable[..., Any]) -> bool:

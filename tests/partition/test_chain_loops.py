@@ -1,10 +1,13 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
+import sys
 import time
 from dataclasses import replace
 from importlib import import_module
+from io import StringIO
 from itertools import combinations, permutations
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
-from graphpar.partition import cuts, memory_fit
+from graphpar.partition import compiler_thread, cuts, memory_fit
 from graphpar.partition.chains import crew_loops, crews, labels, path_loops, set_loops, swept
 from graphpar.partition.chains import limits as chain
 from graphpar.partition.chains import loops as chain_loops
@@ -29,7 +32,7 @@ from graphpar.partition.chains.relaxed import Relaxation
 from graphpar.partition.chains.swept import SweptProgram
 from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import choose_family
-from graphpar.partition.jit import COMPILED, is_kept
+from graphpar.partition.jit import COMPILED, StoppedError, is_kept, stopped_once
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
@@ -106,19 +109,40 @@ def test_a_plan_says_that_it_was_searched_without_loops(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
-@pytest.mark.parametrize(("share", "most_s"), [(1.0, 2.0), (4.9, 2.0), (5.0, 30.0)])
+@pytest.mark.parametrize(
+    ("kept", "share", "left_s", "most_s"),
+    [
+        (True, 1.0, 100.0, 2.0),
+        (True, 4.9, 100.0, 2.0),
+        (True, 5.0, 100.0, 30.0),
+        (False, 5.0, 100.0, 70.0),
+        (False, 5.0, 10.0, 0.0),  # too short for the compiler, which begins for those to come
+        (False, 5.0, 2.0, None),  # and too short to begin
+    ],
+)
 def test_few_steps_wait_for_loops_to_load_and_many_for_the_compiler(
-    share: float, most_s: float, monkeypatch: pytest.MonkeyPatch
+    kept: bool, share: float, left_s: float, most_s: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited_s: list[float] = []
     compiler = chain_warm._Compiler()
     monkeypatch.setattr(compiler, "start", lambda: None)
     monkeypatch.setattr(compiler.ready, "wait", lambda seconds: waited_s.append(seconds))
     monkeypatch.setattr(chain_warm, "_COMPILER", compiler)
-    deadline_s = time.monotonic() + 100.0
-    assert not chain_warm.loops_are_ready(deadline_s, share * chain_warm.LOOPS_PAY)
-    assert most_s - 1.0 <= waited_s[0] <= most_s
-    # They are compiled for long searches alone, and not loaded for one that ends before they could be.
+    monkeypatch.setattr(chain_warm, "is_kept", lambda _: kept)
+    assert not chain_warm.loops_are_ready(time.monotonic() + left_s, share * chain_warm.LOOPS_PAY)
+    if most_s is None:
+        assert not waited_s
+    else:
+        assert most_s - 1.0 <= waited_s[0] <= most_s
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+@pytest.mark.parametrize("share", [1.0, 4.9, 5.0])
+def test_loops_are_compiled_for_long_searches_alone(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not loaded for one that ends before they could be."""
+    monkeypatch.setattr(chain_warm, "_COMPILER", chain_warm._Compiler())
     for kept, left_s, pays in ((True, 100.0, True), (False, 100.0, share >= 5), (True, 0.4, share >= 5)):
         monkeypatch.setattr(chain_warm, "is_kept", lambda _, kept=kept: kept)
         assert chain_warm.loops_pay(time.monotonic() + left_s, share * chain_warm.LOOPS_PAY) == pays
@@ -133,8 +157,42 @@ def test_what_lies_on_disk_compiled_is_known(monkeypatch: pytest.MonkeyPatch, tm
     )
     monkeypatch.syspath_prepend(tmp_path)
     one = import_module("tried").one
+    with pytest.raises(StoppedError), stopped_once(lambda: True):
+        one()
     assert not is_kept(one)
-    assert one() == 1 and is_kept(one)
+    with stopped_once(lambda: False):
+        assert one() == 1
+    assert is_kept(one)
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_the_end_stops_what_is_compiled_and_says_what_it_waits_for(
+    patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, done = Terminal(), Event()
+    monkeypatch.setattr(sys, "stderr", told)
+    monkeypatch.setattr(compiler_thread, "_SILENT_S", patience_s)
+    monkeypatch.setattr(told, "write", lambda words: done.set() or len(words))
+    monkeypatch.setattr(compiler_thread.atexit, "register", lambda _: None)
+    woken = Event()
+
+    def work() -> None:
+        woken.wait()
+        if not patience_s:
+            done.wait()
+
+    thread = compiler_thread.CompilerThread(work, "tried", woken.set)
+    thread.start()
+    thread._end()
+    assert not thread.is_alive()
+    assert done.is_set() == (patience_s == 0.0)
+
+
+class Terminal(StringIO):
+    """Somebody is looking."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_links_of_their_own_count_as_columns_do() -> None:

@@ -21,8 +21,8 @@ def run_example() -> None:
     rows = OptionRows(table, cells, options, setting, runs, cache)
     prices = StagePrices(table, rows, setting, runs, cache, loops=True)
     program = SweptProgram(prices, cells.counts, table.num_units, np.ones(len(cells.counts)))
-    program.rehearse()
     memory_fit.rehearse()
+    program.rehearse()
 
 
 def _table() -> CostTable:

@@ -175,7 +175,7 @@ def best_line(
         if time.monotonic() > deadline_s:
             raise OutOfTimeError
         wanted = min(done + _AT_ONCE, len(states.order))
-        done, labels.number, found, target = _sweep(
+        done, labels.number, found, target = sweep(
             done,
             wanted,
             (states.order, states.replicas, states.rest),
@@ -241,7 +241,7 @@ def not_outdone(
 
 
 @compiled_exactly
-def _sweep(
+def sweep(
     done: int,
     until: int,
     states: tuple[IntArray, IntArray, IntArray],

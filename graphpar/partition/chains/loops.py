@@ -7,6 +7,8 @@ are `seconds[run, mode]`, `fastest[run, team]` (the reciprocal of the fastest mo
 whole ones, whether transfers stall, whether GPipe keeps all in flight).
 """
 
+from typing import TypeVar
+
 import numpy as np
 
 from graphpar.partition.chains.hopeful import Plain
@@ -20,6 +22,8 @@ _HAIR = 1 - 1e-12
 _FEW_KINDS = 8
 """Between more kinds of links most columns are excluded before pairs of these are looked at."""
 
+
+Numbers = TypeVar("Numbers", FloatArray, IntArray)
 
 Found = tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]
 """Arrays of columns: option, slot, cost, extra, post, most below."""
@@ -358,12 +362,24 @@ def _sort_by_slot(found: Found, low: int, high: int, first: int, until: int) -> 
         slot = places[c] - first
         order[begins[slot]] = c
         begins[slot] += 1
-    found[0][low:high] = found[0][order]
-    found[1][low:high] = found[1][order]
-    found[2][low:high] = found[2][order]
-    found[3][low:high] = found[3][order]
-    found[4][low:high] = found[4][order]
-    found[5][low:high] = found[5][order]
+    options, _, costs, extras, posts, belows = found
+    _reorder(options, order, low)
+    _reorder(places, order, low)
+    _reorder(costs, order, low)
+    _reorder(extras, order, low)
+    _reorder(posts, order, low)
+    _reorder(belows, order, low)
+
+
+@compiled_exactly
+def _reorder(values: Numbers, order: IntArray, low: int) -> None:
+    """Put the values that `order` numbers in that order, from `low` on."""
+    # Assigning to a part of an array at once takes seconds to compile, for the words of its errors.
+    before = np.empty(len(order), dtype=values.dtype)
+    for i in range(len(order)):
+        before[i] = values[order[i]]
+    for i in range(len(order)):
+        values[low + i] = before[i]
 
 
 @compiled_exactly

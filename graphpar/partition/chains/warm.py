@@ -1,14 +1,15 @@
 """Compiling the loops of the chain search in the background, as `sharding.warm` does for sharding.
 
 The first run of an installation compiles for some seconds, later ones load what lies on disk. A small
-search does not need the loops, and one that must end before they are compiled goes without.
+search does not need the loops, and one that must end before they are compiled goes without: it has them
+compiled beside it for later runs, unless it ends before that comes to anything.
 """
 
-import atexit
 import math
 import threading
 import time
 
+from graphpar.partition.compiler_thread import CompilerThread
 from graphpar.partition.jit import COMPILED, is_kept
 from graphpar.tracing import TRACING
 
@@ -16,10 +17,14 @@ LOOPS_PAY = 200_000
 """Columns times sets of devices from which on compiled loops are worth being loaded from disk, ..."""
 
 _COMPILING_PAYS = 5
-"""... and so many times as many from which on they are worth being compiled, which takes some 20 s."""
+"""... and so many times as many from which on they are worth being compiled, which takes some 12 s."""
 
-_SHARE_WAITED = 0.3
-"""Share of the time left that is waited for the compiler."""
+_LEAST_S, _COMPILED_S = 3.0, 10.0
+"""With less time left nobody has them compiled, and nobody waits for less than the second."""
+
+_SHARE_COMPILING, _SHARE_LOADING = 0.7, 0.3
+"""Share of the time left that is waited for the compiler: without loops what is left would hardly do
+either. And for what lies on disk."""
 
 _LOADING_S, _MOST_LOADING_S = 0.6, 2.0
 """What loading takes in seconds, and on slow machines."""
@@ -32,15 +37,13 @@ class _Compiler:
         self.ready = threading.Event()
         self.fault: Exception | None = None
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._thread: CompilerThread | None = None
 
     def start(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="graphpar-chain", daemon=True)
+                self._thread = CompilerThread(self._run, "graphpar-chain")
                 self._thread.start()
-                # A thread that the interpreter's end stops inside the compiler takes the process down.
-                atexit.register(self._thread.join)
 
     def _run(self) -> None:
         from graphpar.partition.chains.example import run_example
@@ -73,19 +76,20 @@ def loops_pay(deadline_s: float, steps: float) -> bool:
 
     A shorter one takes them where they are loaded, or lie on disk and there is time to load them.
     """
-    at_hand = _COMPILER.ready.is_set() or (_wait_s(deadline_s) >= _LOADING_S and _are_kept())
+    at_hand = _COMPILER.ready.is_set() or (
+        _SHARE_LOADING * _left_s(deadline_s) >= _LOADING_S and _are_kept()
+    )
     return steps >= (LOOPS_PAY if at_hand else _COMPILING_PAYS * LOOPS_PAY)
 
 
 def _are_kept() -> bool:
-    # Only sweeps use it, whose loops are compiled last.
-    from graphpar.partition.chains.labels import not_outdone
+    from graphpar.partition.chains.labels import sweep
 
-    return is_kept(not_outdone)
+    return is_kept(sweep)  # which is compiled last
 
 
-def _wait_s(deadline_s: float) -> float:
-    return max(0.0, _SHARE_WAITED * min(deadline_s - time.monotonic(), 3600.0))
+def _left_s(deadline_s: float) -> float:
+    return max(0.0, min(deadline_s - time.monotonic(), 3600.0))
 
 
 def loops_are_ready(deadline_s: float, steps: float = math.inf) -> bool:
@@ -98,8 +102,15 @@ def loops_are_ready(deadline_s: float, steps: float = math.inf) -> bool:
     """
     if not COMPILED:
         return False
+    left_s = _left_s(deadline_s)
+    if _COMPILER.ready.is_set() or _are_kept():
+        wait_s = _SHARE_LOADING * left_s
+        if steps < _COMPILING_PAYS * LOOPS_PAY:
+            wait_s = min(wait_s, _MOST_LOADING_S)
+    elif left_s < _LEAST_S:
+        return False
+    else:
+        wait_s = _SHARE_COMPILING * left_s
+        wait_s *= wait_s >= _COMPILED_S
     _COMPILER.start()
-    wait_s = _wait_s(deadline_s)
-    if steps < _COMPILING_PAYS * LOOPS_PAY:
-        wait_s = min(wait_s, _MOST_LOADING_S)
     return _COMPILER.ready.wait(wait_s) and _COMPILER.fault is None

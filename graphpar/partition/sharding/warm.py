@@ -6,7 +6,6 @@ a first answer and a first bound come from array operations until it is done wit
 a compilation holds the interpreter's lock, so what comes after the first answer waits to be called for.
 """
 
-import atexit
 import enum
 import threading
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from graphpar.errors import GraphparError
+from graphpar.partition.compiler_thread import CompilerThread
 from graphpar.partition.jit import COMPILED
 from graphpar.partition.problems import ShardingProblem
 from graphpar.partition.sharding.ahead import better_choice
@@ -38,7 +38,7 @@ class _Compiler:
         self.fault: Exception | None = None
         self._lock = threading.Lock()
         self._queue: SimpleQueue[Stage | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: CompilerThread | None = None
         self._search: Callable[[], None] | None = None
         self._stopping = False
 
@@ -46,9 +46,8 @@ class _Compiler:
         """Have stages compiled, one after the other."""
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self.run, name="graphpar-compiler", daemon=True)
+                self._thread = CompilerThread(self.run, "graphpar-compiler", self._end)
                 self._thread.start()
-                atexit.register(self._end)
             for stage in stages:
                 if stage not in self.asked:
                     self.asked.add(stage)
@@ -59,11 +58,8 @@ class _Compiler:
         return any(not self.ready[stage].is_set() for stage in self.asked)
 
     def _end(self) -> None:
-        # A thread that the interpreter's end stops inside the compiler takes the process down.
         self._stopping = True
         self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join()
 
     def run(self) -> None:
         """The thread: compile until told to end."""
