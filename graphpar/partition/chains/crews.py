@@ -13,7 +13,7 @@ import numpy as np
 from graphpar.partition.chains.columns import Columns, StagePrices
 from graphpar.partition.chains.hopeful import Allowed, Hopeful, all_allowed, listed
 from graphpar.partition.chains.relaxed import Prices, Relaxation
-from graphpar.partition.chains.sets import SetChains
+from graphpar.partition.chains.sets import DEEPEST, SetChains
 from graphpar.partition.slots import Slots
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import FloatArray, IntArray
@@ -30,8 +30,8 @@ FEW_FOR_SETS = 20_000
 _MANY_WINDOWS, _MANY_LINKS = 20_000, 16
 """So many columns are looked at by windows of extra only if runs stand between so many pairs of links."""
 
-_DEEPEST_OF_CREWS, _DEEPEST = 3, 5
-"""So often windows are divided while crews stand for all their modes, and then."""
+_DEEPEST_OF_CREWS = 3
+"""So often windows are divided while crews stand for all their modes."""
 
 KnownPrices = dict[tuple[int, ...], Prices]
 """The best prices found for pipelines on some devices, given as counts per cell."""
@@ -173,7 +173,7 @@ class CrewBounds:
         relaxation: Relaxation,
         columns: Columns,
         rows: IntArray,
-        deepest: int = _DEEPEST,
+        deepest: int = DEEPEST,
     ) -> Excluded:
         """Raise a bound on columns that stand for some rows."""
         deep = self.positions_matter(columns)
@@ -201,7 +201,7 @@ class CrewBounds:
         prices: Prices,
         left: Columns,
         option: IntArray,
-        deepest: int = _DEEPEST,
+        deepest: int = DEEPEST,
     ) -> tuple[float, IntArray, Allowed | None]:
         """A bound, what is left where no device is in two stages, and what that allows others."""
         rows, pairs, allowed = self._rows, self._pairs, None

@@ -24,6 +24,9 @@ from graphpar.partition.device_sets import DeviceSets
 from graphpar.partition.slots import Slots
 from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
 
+DEEPEST = 5
+"""So often windows are divided."""
+
 _ROUNDING = 1 + 1e-12
 """Sums of the same numbers in another order differ by less."""
 

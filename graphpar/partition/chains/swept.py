@@ -14,7 +14,7 @@ from graphpar.partition.chains.labels import (
 )
 from graphpar.partition.chains.limits import ChainAnswer, ChainProgram, Stage
 from graphpar.partition.chains.relaxed import Bounded, Prices
-from graphpar.partition.chains.sets import SetChains
+from graphpar.partition.chains.sets import DEEPEST, SetChains
 from graphpar.partition.stage_costs import StageLimits
 from graphpar.partition.unit_arrays import BoolArray
 
@@ -24,8 +24,8 @@ _ROUNDS_FOR_SIMPLE = 10
 _MANY_LABELS = 100_000
 """With more labels a sweep takes longer than windows of extra, which leave fewer columns."""
 
-_FEW_IN_WINDOW, _DEEPEST = 5_000, 5
-"""Windows of so few columns, and those that were divided so often, are not divided."""
+_FEW_IN_WINDOW = 5_000
+"""Windows of so few columns are not divided."""
 
 
 class SweptProgram(ChainProgram):
@@ -139,7 +139,7 @@ class SweptProgram(ChainProgram):
         rows, units = self._rows, self._num_units
         sets = rows.device_sets(self._cell_counts)
         chains = SetChains(columns, columns.option, sets, rows.slots, units, target_s, post_weight)
-        return columns.pick(chains.in_windows(np.arange(len(columns)), _FEW_IN_WINDOW, _DEEPEST)[0])
+        return columns.pick(chains.in_windows(np.arange(len(columns)), _FEW_IN_WINDOW, DEEPEST)[0])
 
     def _swept(
         self,
