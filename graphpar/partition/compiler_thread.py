@@ -4,17 +4,23 @@ import atexit
 import sys
 import threading
 from collections.abc import Callable
+from functools import cache
 
 from graphpar.partition.jit import StoppedError, stopped_once
 
 _SILENT_S = 1.0
 """So long the end waits without a word."""
 
-_ENDING = "ending once the part of the search that is being compiled, for later runs, is done"
-
 
 def _nothing() -> None:
     pass
+
+
+@cache
+def say_once(words: str) -> None:
+    """Tell whoever looks at a terminal why nothing happens there."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"graphpar: {words}", file=sys.stderr)
 
 
 class CompilerThread(threading.Thread):
@@ -35,6 +41,11 @@ class CompilerThread(threading.Thread):
         super().start()
         atexit.register(self._end)
 
+    def stop(self) -> None:
+        """End after the compiler's current step."""
+        self._ending = True
+        self._wake()
+
     def run(self) -> None:
         """Work until told to stop."""
         try:
@@ -44,9 +55,8 @@ class CompilerThread(threading.Thread):
             pass
 
     def _end(self) -> None:
-        self._ending = True
-        self._wake()
+        self.stop()
         self.join(_SILENT_S)
-        if self.is_alive() and sys.stderr is not None and sys.stderr.isatty():
-            print(f"graphpar: {_ENDING}", file=sys.stderr)
+        if self.is_alive():
+            say_once("ending once a loop of the search is compiled, which later runs load")
         self.join()

@@ -55,7 +55,7 @@ def stopped_once(should_stop: Callable[[], bool]) -> Iterator[None]:
         return
     thread = threading.get_ident()
 
-    class Watch(Listener):  # type: ignore[misc]
+    class Watch(Listener):
         def on_start(self, event: object) -> None:
             # Other threads compile, too.
             if threading.get_ident() == thread and should_stop():

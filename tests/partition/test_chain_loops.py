@@ -1,10 +1,8 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
-import sys
 import time
 from dataclasses import replace
 from importlib import import_module
-from io import StringIO
 from itertools import combinations, permutations
 from pathlib import Path
 from threading import Event
@@ -116,8 +114,7 @@ def test_a_plan_says_that_it_was_searched_without_loops(monkeypatch: pytest.Monk
         (True, 4.9, 100.0, 2.0),
         (True, 5.0, 100.0, 30.0),
         (False, 5.0, 100.0, 70.0),
-        (False, 5.0, 10.0, 0.0),  # too short for the compiler, which begins for those to come
-        (False, 5.0, 2.0, None),  # and too short to begin
+        (False, 5.0, 2.0, None),  # too short to begin
     ],
 )
 def test_few_steps_wait_for_loops_to_load_and_many_for_the_compiler(
@@ -169,12 +166,10 @@ def test_what_lies_on_disk_compiled_is_known(monkeypatch: pytest.MonkeyPatch, tm
 def test_the_end_stops_what_is_compiled_and_says_what_it_waits_for(
     patience_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, done = Terminal(), Event()
-    monkeypatch.setattr(sys, "stderr", told)
+    woken, done = Event(), Event()
     monkeypatch.setattr(compiler_thread, "_SILENT_S", patience_s)
-    monkeypatch.setattr(told, "write", lambda words: done.set() or len(words))
-    monkeypatch.setattr(compiler_thread.atexit, "register", lambda _: None)
-    woken = Event()
+    monkeypatch.setattr(compiler_thread, "say_once", lambda _: done.set())
+    monkeypatch.setattr("atexit.register", lambda _: None)
 
     def work() -> None:
         woken.wait()
@@ -186,13 +181,6 @@ def test_the_end_stops_what_is_compiled_and_says_what_it_waits_for(
     thread._end()
     assert not thread.is_alive()
     assert done.is_set() == (patience_s == 0.0)
-
-
-class Terminal(StringIO):
-    """Somebody is looking."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_links_of_their_own_count_as_columns_do() -> None:

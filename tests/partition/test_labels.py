@@ -58,7 +58,7 @@ class Drawn:
         self.states = LabelStates(
             order=np.flatnonzero(some > 0)[np.argsort(some[some > 0], kind="stable")],
             replicas=some,
-            usable=(STATES[:, None] >= TEAMS).all(axis=2),
+            usable=np.logical_and.reduce(STATES[:, None] >= TEAMS, axis=2),
             rest=TEAMS @ strides_of(COUNTS),
             share=STATES @ nu,
             post_share=STATES @ rho,

@@ -1,15 +1,15 @@
 """Compiling the loops of the chain search in the background, as `sharding.warm` does for sharding.
 
 The first run of an installation compiles for some seconds, later ones load what lies on disk. A small
-search does not need the loops, and one that must end before they are compiled goes without: it has them
-compiled beside it for later runs, unless it ends before that comes to anything.
+search does not need the loops, and one that must end before they are compiled goes without; the next one
+goes on compiling.
 """
 
 import math
 import threading
 import time
 
-from graphpar.partition.compiler_thread import CompilerThread
+from graphpar.partition.compiler_thread import CompilerThread, say_once
 from graphpar.partition.jit import COMPILED, is_kept
 from graphpar.tracing import TRACING
 
@@ -19,12 +19,12 @@ LOOPS_PAY = 200_000
 _COMPILING_PAYS = 5
 """... and so many times as many from which on they are worth being compiled, which takes some 12 s."""
 
-_LEAST_S, _COMPILED_S = 3.0, 10.0
-"""With less time left nobody has them compiled, and nobody waits for less than the second."""
+_LEAST_S = 3.0
+"""With less time left nobody has them compiled."""
 
 _SHARE_COMPILING, _SHARE_LOADING = 0.7, 0.3
-"""Share of the time left that is waited for the compiler: without loops what is left would hardly do
-either. And for what lies on disk."""
+"""Share of the time left that is waited for the compiler, as without loops all of it would hardly do.
+Then it stops, for beside it a search would take twice as long. And for what lies on disk."""
 
 _LOADING_S, _MOST_LOADING_S = 0.6, 2.0
 """What loading takes in seconds, and on slow machines."""
@@ -40,10 +40,18 @@ class _Compiler:
         self._thread: CompilerThread | None = None
 
     def start(self) -> None:
+        """Begin, or go on after a stop."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None and not self.ready.is_set():
                 self._thread = CompilerThread(self._run, "graphpar-chain")
                 self._thread.start()
+
+    def stop(self) -> None:
+        """Leave the rest for later."""
+        with self._lock:
+            if self._thread is not None and not self.ready.is_set():
+                self._thread.stop()
+                self._thread = None
 
     def _run(self) -> None:
         from graphpar.partition.chains.example import run_example
@@ -107,10 +115,11 @@ def loops_are_ready(deadline_s: float, steps: float = math.inf) -> bool:
         wait_s = _SHARE_LOADING * left_s
         if steps < _COMPILING_PAYS * LOOPS_PAY:
             wait_s = min(wait_s, _MOST_LOADING_S)
-    elif left_s < _LEAST_S:
-        return False
-    else:
-        wait_s = _SHARE_COMPILING * left_s
-        wait_s *= wait_s >= _COMPILED_S
-    _COMPILER.start()
-    return _COMPILER.ready.wait(wait_s) and _COMPILER.fault is None
+        _COMPILER.start()
+        _COMPILER.ready.wait(wait_s)
+    elif left_s >= _LEAST_S:
+        say_once("compiling loops of the search, once for all runs of this installation")
+        _COMPILER.start()
+        if not _COMPILER.ready.wait(_SHARE_COMPILING * left_s):
+            _COMPILER.stop()
+    return _COMPILER.ready.is_set() and _COMPILER.fault is None
