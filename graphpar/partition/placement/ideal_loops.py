@@ -1,4 +1,8 @@
-"""Compiled loops over all ideals of a placement problem; `latency_bound` says what they compute."""
+"""Compiled loops over all ideals of a placement problem; `latency_bound` says what they compute.
+
+`relax` is one function: cut into five it took four times as long, inlined or not, as arrays in tuples are
+counted again wherever a part begins.
+"""
 
 from typing import NamedTuple
 
