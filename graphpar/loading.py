@@ -7,6 +7,9 @@ from contextlib import contextmanager
 _MANY = 100_000
 """Of fewer new objects the next look is short enough."""
 
+_INTERPRETERS = 1000
+"""So few frozen objects are the interpreter's own (Python 3.12 begins with 375), which need not be."""
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:
@@ -23,7 +26,7 @@ def uncollected() -> Iterator[None]:
     finally:
         try:
             # Counting what is frozen looks at each, so it comes last.
-            if gc.get_count()[0] >= _MANY and not gc.get_freeze_count():
+            if gc.get_count()[0] >= _MANY and gc.get_freeze_count() < _INTERPRETERS:
                 # Both together move all objects among the oldest; else the next look would be at each.
                 gc.freeze()
                 gc.unfreeze()
