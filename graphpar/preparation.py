@@ -11,6 +11,7 @@ from torch import nn
 from graphpar.cluster import Cluster
 from graphpar.errors import CaptureError
 from graphpar.frontend.capture import Captured, capture
+from graphpar.frontend.recapture import graph_like
 from graphpar.groups.sharing import member_graphs
 from graphpar.ir.chain import Chain, build_chain
 from graphpar.ir.graph import Graph
@@ -94,6 +95,28 @@ def prepare(
         captured = capture(model, args, kwargs, loss=train.loss or "returned")
         refuse_without_derivative(captured.graph)
     return _prepared(captured)
+
+
+def prepare_like(
+    known: Prepared,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    train: Training | None,
+    samples: int,
+) -> Prepared | None:
+    """A model captured before, for inputs of other sizes, from one export at so many samples.
+
+    It proves less than `prepare` (see `graphpar.frontend.recapture`); None where the ops are not the
+    known ones.
+    """
+    loss, training = (train.loss or "returned", None) if train is not None else (None, False)
+    graph = graph_like(known.captured, model, args, kwargs, samples, loss=loss, training=training)
+    if graph is None:
+        return None
+    if train is not None:
+        refuse_without_derivative(graph)
+    return _prepared(replace(known.captured, graph=graph))
 
 
 def _prepared(captured: Captured) -> Prepared:

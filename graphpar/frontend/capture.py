@@ -213,7 +213,7 @@ def capture(
     refuse_unready(model)
     refuse_object_inputs(args, kwargs)
     leaves, spec = flatten((tuple(args), dict(kwargs)))
-    leaves = [_plain(x) for x in leaves]
+    leaves = [plain(x) for x in leaves]
     for path, leaf in zip(leaf_paths(args, kwargs), leaves, strict=True):
         if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
             _refuse_form(path, leaf)
@@ -234,7 +234,7 @@ def capture(
         )
     stamped = exporter.stamped
     ops, reason, held = _symbolic(first, out_spec, asked, run, batch)
-    ops, aliases = _merge_ties(model, ops)
+    ops, aliases = merge_ties(model, ops)
     graph = Graph(ops, level="captured", name=type(model).__name__, batch=batch, aliases=aliases)
     signature = Signature(
         keywords=tuple(kwargs),
@@ -265,7 +265,7 @@ def _check_call(args: Any, kwargs: Any) -> None:
         raise ValueError(f"kwargs= must be a dict of keyword arguments, not a {type(kwargs).__name__}.")
 
 
-def _plain(leaf: Any) -> Any:
+def plain(leaf: Any) -> Any:
     """A tensor made in inference mode as one that may be written to; anything else as it is."""
     if not isinstance(leaf, torch.Tensor) or not leaf.is_inference():
         return leaf
@@ -314,7 +314,7 @@ def _symbolic(
     """Ops for any batch size and under what conditions, or the concrete ones and the reason why not."""
     if batch == 1:
         return first.ops, "the example batch has one sample", ()
-    other = _unlike_size(batch)
+    other = unlike_size(batch)
     try:
         second, other_spec, also_asked = run(other)
         if other_spec != out_spec:
@@ -352,12 +352,12 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and bool(torch.all((a == b) | ((a != a) & (b != b))))
 
 
-def _unlike_size(batch: int) -> int:
+def unlike_size(batch: int) -> int:
     """Another batch size that is neither a multiple nor a divisor of the first, and of the other parity.
 
     About double. A model that goes another way for an odd batch is thus seen to; it stays whole.
 
-    >>> _unlike_size(6), _unlike_size(2), _unlike_size(7)
+    >>> unlike_size(6), unlike_size(2), unlike_size(7)
     (13, 5, 16)
     """
     return 2 * batch + (2 if batch % 2 else 1)
@@ -372,7 +372,7 @@ def _batched(first: Converted, leaves: Sequence[Any], batch: int) -> frozenset[s
     )
 
 
-def _merge_ties(model: nn.Module, ops: Sequence[Op]) -> tuple[tuple[Op, ...], dict[str, tuple[str, ...]]]:
+def merge_ties(model: nn.Module, ops: Sequence[Op]) -> tuple[tuple[Op, ...], dict[str, tuple[str, ...]]]:
     """One op for each tied weight, and its other names by the one kept."""
     groups: dict[int, list[str]] = {}
     for name, tensor in (

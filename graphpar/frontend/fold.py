@@ -239,6 +239,7 @@ class Exporter:
         loss: See `graphpar.frontend.export.Traced`.
         training: Mode to export in; None keeps each submodule's own.
         fold: The least number of equal blocks worth folding, 0 for none.
+        proven: Whether another exporter has proven that for this model.
 
     Attributes:
         stamped: Calls of blocks that were not followed, in the export before.
@@ -250,11 +251,12 @@ class Exporter:
         loss: Callable[[Any, Any], Any] | str | None,
         training: bool | None,
         fold: int,
+        proven: bool = False,
     ) -> None:
         self.model, self.loss, self.training = model, loss, training
         self.stamped = 0
         self._blocks = find_blocks(model, fold) if fold else ()
-        self._proven = False
+        self._proven = proven
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Converted, TreeSpec]:
         """The model's ops for a batch, and the structure of its result.

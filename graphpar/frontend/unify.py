@@ -6,6 +6,7 @@ kept at its full batch.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from graphpar.ir.ops import Argument, BatchSize, Dim, Op, Symbol, TensorType
 
@@ -28,6 +29,45 @@ def unify(ops: tuple[Op, ...], other: tuple[Op, ...], batch: int, other_batch: i
             f"the graph has {len(ops)} ops for a batch of {batch} but {len(other)} for {other_batch}"
         )
     return tuple(_unify_op(a, b, batch, other_batch) for a, b in zip(ops, other, strict=True))
+
+
+def scaled_like(ops: tuple[Op, ...], known: tuple[Op, ...], batch: int) -> tuple[Op, ...]:
+    """Ops of one export, in which those sizes scale with the batch that do so in known ops.
+
+    Raises:
+        Mismatch: The ops are not like the known ones.
+    """
+    if len(ops) != len(known):
+        raise Mismatch(f"the graph has {len(ops)} ops where {len(known)} are known")
+    return tuple(_scaled_op(a, like, batch) for a, like in zip(ops, known, strict=True))
+
+
+def _scaled_op(a: Op, like: Op, batch: int) -> Op:
+    rest: dict[str, Any] = {"args": (), "kwargs": (), "types": (), "source": ""}
+    if replace(a, **rest) != replace(like, **rest):
+        raise Mismatch(f"op {a.name} at {a.module or a.source} is another one")
+    args, kwargs, types = (
+        _scaled(x, y, batch)
+        for x, y in ((a.args, like.args), (a.kwargs, like.kwargs), (a.types, like.types))
+    )
+    return replace(a, args=args, kwargs=kwargs, types=types)
+
+
+def _scaled(x: Any, like: Any, batch: int) -> Any:
+    """A part of an op, whose numbers and sizes scale with the batch where those of a like one do."""
+    if type(x) is int and isinstance(like, BatchSize) and x % batch == 0:
+        return BatchSize(x // batch)
+    if type(x) is float and isinstance(like, Symbol) and like.kind == "batch":
+        return Symbol("batch", repr(x / batch))
+    if type(x) is not type(like):
+        raise Mismatch(f"{x!r} is not like {like!r}")
+    if isinstance(x, tuple) and len(x) == len(like):
+        return tuple(_scaled(p, q, batch) for p, q in zip(x, like, strict=True))
+    if isinstance(x, TensorType) and x.dtype == like.dtype:
+        return TensorType(_scaled(x.shape, like.shape, batch), x.dtype)
+    if isinstance(x, (tuple, TensorType)):
+        raise Mismatch(f"{x} is not like {like}")
+    return x
 
 
 def _unify_op(a: Op, b: Op, batch: int, other_batch: int) -> Op:

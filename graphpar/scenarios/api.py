@@ -27,12 +27,13 @@ from graphpar.scenarios.asked import (
 from graphpar.scenarios.budget import BudgetAnswer, affordable_mixes, best_within
 from graphpar.scenarios.budget_report import budget_lines, budget_plain
 from graphpar.scenarios.cache import AnswerCache, default_folder, key_of
+from graphpar.scenarios.captures import Inputs
 from graphpar.scenarios.changes import check_format
 from graphpar.scenarios.mixes import Objective
 from graphpar.scenarios.parts import fair_limit_s
 from graphpar.scenarios.plots import plot, plot_svg
 from graphpar.scenarios.prices import price_dates
-from graphpar.scenarios.pricing import Inputs, PriceBook
+from graphpar.scenarios.pricing import PriceBook
 from graphpar.scenarios.report import as_plain, remark_lines, table_lines, to_csv, worth_lines
 from graphpar.scenarios.study import (
     Limits,

@@ -90,24 +90,35 @@ def between(captures: Mapping[int, Prepared], length: int) -> Prepared | None:
     ends = sorted(captures)
     if len(ends) != FEWEST or not _follows(ends, length):
         return None
-    made = [captures[end] for end in ends]
-    if len({bool(prepared.batch_reason) for prepared in made}) > 1:
+    graph = _on_line(captures, length)
+    # Where units are cut depends on what crosses, and that on the length.
+    return replace(captures[ends[0]], graph=graph, chain=build_chain(graph)) if graph else None
+
+
+def are_straight(captures: Mapping[int, Prepared]) -> bool:
+    """Whether three captures lie on a line over their lengths."""
+    return _on_line(captures, sorted(captures)[1]) is not None
+
+
+def _on_line(captures: Mapping[int, Prepared], length: int) -> Graph | None:
+    """The graph at a length from those at three; None where something of them is not on a line."""
+    low, middle, high = sorted(captures)
+    made = [captures[end] for end in (low, middle, high)]
+    first = made[0].graph
+
+    def traits(prepared: Prepared) -> object:
+        graph = prepared.graph
+        return bool(prepared.batch_reason), graph.batch, graph.aliases, len(graph.ops)
+
+    if any(traits(prepared) != traits(made[0]) for prepared in made):
         return None
-    graphs = [prepared.graph for prepared in made]
-    first = graphs[0]
-    if any(
-        (g.batch, g.aliases, len(g.ops)) != (first.batch, first.aliases, len(first.ops)) for g in graphs
-    ):
-        return None
-    low, middle, high = ends
     line = _Line(low, middle, high, length)
     try:
-        ops = [line.op(*three) for three in zip(*(g.ops for g in graphs), strict=True)]
+        return first.with_ops(
+            [line.op(*three) for three in zip(*(p.graph.ops for p in made), strict=True)]
+        )
     except _BentError:
         return None
-    graph = Graph(ops, level=first.level, name=first.name, batch=first.batch, aliases=first.aliases)
-    # Where units are cut depends on what crosses, and that on the length.
-    return replace(made[0], graph=graph, chain=build_chain(graph))
 
 
 class _BentError(Exception):

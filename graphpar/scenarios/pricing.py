@@ -1,6 +1,6 @@
 """Cost tables of settings: the model is captured once per sequence length, priced once per need."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,17 +29,14 @@ from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer
 from graphpar.partition.types import Replica
 from graphpar.planner import price
 from graphpar.precision.formats import Formats, rewrite, settled, uniform_formats
-from graphpar.preparation import Prepared, prepare
+from graphpar.preparation import Prepared
+from graphpar.scenarios.captures import Captures, Inputs
 from graphpar.scenarios.full_speed import at_full_speed, for_devices, rows_of, with_rows
 from graphpar.scenarios.group_prices import GroupTask, Priced
 from graphpar.scenarios.layouts import tensor_groups
-from graphpar.scenarios.lengths import between, same_form, sequence_length, support
 from graphpar.scenarios.types import OPTIMIZER_STATES, Setting
 from graphpar.training import Training
 from graphpar.wishes import may_repeat, zero_levels
-
-Inputs = Callable[[int, int], tuple[Sequence[Any], Mapping[str, Any]]]
-"""From a batch size and a sequence length to positional and keyword arguments."""
 
 _Kinds = list[tuple[str, int]]
 """For each class of devices what tells it from others, and the number of the graph that it runs."""
@@ -65,10 +62,7 @@ class PriceBook:
     train: Training | None
     calibration: Calibration | None = None
     inputs: Inputs | None = None
-    _prepared: dict[tuple[int | None, int | None], Prepared] = field(default_factory=dict)
-    _failed: dict[tuple[int | None, int | None], Exception] = field(default_factory=dict)
-    _lengths: frozenset[int] = frozenset()
-    _support: tuple[int, ...] = ()
+    _at_batch: dict[tuple[int | None, int], Prepared] = field(default_factory=dict)
     _tables: dict[str, CostTable] = field(default_factory=dict)
     _by_kinds: dict[object, list[tuple[_Kinds, CostTable]]] = field(default_factory=dict)
     _modes: dict[str, tuple[Mode, ...]] = field(default_factory=dict)
@@ -84,7 +78,12 @@ class PriceBook:
 
     def baseline(self) -> Prepared:
         """The example batch's capture."""
-        return self._capture(None, None)
+        return self.captures.baseline()
+
+    @cached_property
+    def captures(self) -> Captures:
+        """The model at all lengths and batches."""
+        return Captures(self.model, self.args, self.kwargs, self.train, self.inputs)
 
     @cached_property
     def state_bytes(self) -> float:
@@ -165,7 +164,7 @@ class PriceBook:
         """What each device runs: one graph for each format, made once for all batches."""
         base = prepared = self.prepared(setting)
         if not prepared.batch_reason and not prepared.tail_reason:
-            base = self._capture(setting.seq_len, None)
+            base = self.captures.at(setting.seq_len, None)
         by_device = self.formats(setting).by_device
         found = {}
         for device in setting.cluster.devices:
@@ -355,7 +354,7 @@ class PriceBook:
     def extrapolations(self, setting: Setting, used: Collection[str]) -> tuple[str, ...]:
         """What is guessed of the devices used, even for microbatches of one sample."""
         told: dict[str, None] = {}
-        base = self._capture(setting.seq_len, None)
+        base = self.captures.at(setting.seq_len, None)
         prepared = self.prepared(setting) if base.batch_reason else base
         for precision, devices in self.by_format(setting, used).items():
             part = only(setting.cluster, devices)
@@ -377,70 +376,15 @@ class PriceBook:
 
     def prepared(self, setting: Setting) -> Prepared:
         """The capture at the setting's batch and sequence length."""
-        base = self._capture(setting.seq_len, None)
+        base = self.captures.at(setting.seq_len, None)
         if setting.batch == base.graph.batch:
             return base
         if base.batch_reason:
-            return self._capture(setting.seq_len, setting.batch)
-        return replace(base, graph=base.graph.with_batch(setting.batch))
-
-    def expect(self, lengths: Collection[int]) -> None:
-        """Say which sequence lengths will be asked for: of many, few are captured, and others follow."""
-        captured = {length for length, batch in self._prepared if length is not None and batch is None}
-        captured.add(sequence_length(self.args, self.kwargs))
-        self._lengths = frozenset(lengths)
-        self._support = support(self._lengths, captured)
-
-    def _capture(self, seq_len: int | None, batch: int | None) -> Prepared:
-        key = seq_len, batch
-        if key in self._failed:
-            raise self._failed[key]
-        if key not in self._prepared:
-            made = self._between(seq_len) if seq_len is not None and batch is None else None
-            try:
-                self._prepared[key] = made or self._exported(seq_len, batch)
-            except (ValueError, GraphparError) as error:
-                self._failed[key] = error
-                raise
-        return self._prepared[key]
-
-    def _between(self, seq_len: int) -> Prepared | None:
-        """The capture at a length from those at others; None where it is to be made itself."""
-        own = seq_len == sequence_length(self.args, self.kwargs)
-        if own or self.inputs is None or seq_len in self._support:
-            return None
-        # A model may have too few positions for some: those are answered so, and tell nothing of others.
-        while lacking := {n for n in self._support if not self._captures(n)}:
-            self.expect(self._lengths - lacking)
-        ends = {n: self._capture(n, None) for n in self._support}
-        return ends.get(seq_len) or between(ends, seq_len)
-
-    def _captures(self, seq_len: int) -> bool:
-        """Whether the model can be captured at a length."""
-        try:
-            self._capture(seq_len, None)
-        except (ValueError, GraphparError):
-            return False
-        return True
-
-    def _exported(self, seq_len: int | None, batch: int | None) -> Prepared:
-        args, kwargs = self.args, self.kwargs
-        if (seq_len, batch) != (None, None):
-            args, kwargs = self._inputs(seq_len, batch)
-            if same_form((args, kwargs), (self.args, self.kwargs)):
-                return self.baseline()
-        return prepare(self.model, args, kwargs, self.train)
-
-    def _inputs(self, seq_len: int | None, batch: int | None) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        if self.inputs is None:
-            what = "the sequence length" if seq_len is not None else "the batch, which stays whole,"
-            raise ValueError(
-                f"changing {what} needs other example inputs; give inputs=lambda batch, seq_len: "
-                "(args, kwargs)"
-            )
-        base = self.baseline().graph
-        length = seq_len if seq_len is not None else sequence_length(self.args, self.kwargs)
-        return self.inputs(batch or base.batch, length)
+            return self.captures.at(setting.seq_len, setting.batch)
+        key = setting.seq_len, setting.batch
+        if key not in self._at_batch:
+            self._at_batch[key] = replace(base, graph=base.graph.with_batch(setting.batch))
+        return self._at_batch[key]
 
 
 def _priced_at(link: Link, cost: LinkCost) -> Link:

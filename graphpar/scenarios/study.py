@@ -19,7 +19,6 @@ from graphpar.scenarios.cache import AnswerCache, key_of
 from graphpar.scenarios.changes import apply, idle
 from graphpar.scenarios.dominance import GivenOptimizer, could_cover, places, with_these_alone
 from graphpar.scenarios.group_prices import priced_by_several
-from graphpar.scenarios.lengths import sequence_length
 from graphpar.scenarios.naming import essential, numbered, with_names
 from graphpar.scenarios.parts import alike, next_batches, shared_out
 from graphpar.scenarios.prices import with_price
@@ -91,7 +90,7 @@ class Solver:
             for key, setting in zip(keys, settings, strict=True)
             if key not in self._known and not self._from_cache(key, setting)
         }
-        self.book.expect({s.seq_len for s in missing.values() if s.seq_len is not None})
+        self.book.captures.expect({s.seq_len for s in missing.values() if s.seq_len is not None})
         done = len(set(keys)) - len(missing)
         total = len(set(keys))
         self.tell(done, total)
@@ -121,12 +120,12 @@ class Solver:
             if (key := self.key(setting, limit_s)) not in self._known
             and not self._from_cache(key, setting)
         ]
-        self.book.expect({s.seq_len for s in missing if s.seq_len is not None})
+        self.book.captures.expect({s.seq_len for s in missing if s.seq_len is not None})
         # Each length has a graph of its own, captured while others are priced; first the example's.
         by_length: dict[int | None, list[Setting]] = {}
         for setting in missing:
             by_length.setdefault(setting.seq_len, []).append(setting)
-        own = sequence_length(self.book.args, self.book.kwargs)
+        own = self.book.captures.own_length
         lengths = sorted(by_length, key=lambda length: length not in (None, own))
         parts = -(-processes // max(len(by_length), 1))
         for go_on in (starting_again, going_alone):

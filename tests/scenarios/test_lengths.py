@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch.nn import functional
 
 import graphpar
 from graphpar.examples.gpt import GPT
-from graphpar.preparation import Prepared, prepare
+from graphpar.preparation import Prepared, prepare, prepare_like
+from graphpar.scenarios.captures import Captures
 from graphpar.scenarios.lengths import between, support
 from graphpar.scenarios.pricing import PriceBook
 
@@ -101,6 +103,33 @@ def test_what_does_not_lie_on_a_line_is_captured_itself(bend: str) -> None:
         assert made is not None and made.graph.ops == captured(model, 96).graph.ops
 
 
+def blocks() -> nn.Module:
+    with torch.device("meta"):
+        return GPT(width=16, layers=8, heads=2, length=128)
+
+
+def _square(x: torch.Tensor) -> torch.Tensor:
+    return x[:, : min(x.shape[0], x.shape[1])]
+
+
+CAPTURED: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "equal blocks": (64, blocks),
+    "no more than the batch": (4, lambda: Windowed(_square)),
+    "no more than the batch, and longer": (64, lambda: Windowed(_square)),
+    **{name: (64, partial(Windowed, BENDS[name])) for name in ("a window", "squares", "another way")},
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_study_captures_what_a_capture_in_full_gives(name: str) -> None:
+    own, make = CAPTURED[name]
+    model, lengths = make(), (2, 6, 10, 102)
+    captures = Captures(model, *ids(6, own), TRAINING, ids)
+    captures.expect(lengths)
+    for length in (6, 10, 102) if name != "equal blocks" else (6,):
+        assert captures.at(length, None).graph == captured(model, length).graph
+
+
 class Limited(nn.Module):
     """A model of 128 positions."""
 
@@ -116,20 +145,26 @@ class Limited(nn.Module):
 
 
 def test_a_sweep_of_lengths_is_captured_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    made, briefly = list[int](), list[int]()
 
     def counted(model: nn.Module, args: tuple[torch.Tensor, ...], *rest: object) -> Prepared:
         made.append(args[0].shape[1])
         return prepare(model, args, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("graphpar.scenarios.pricing.prepare", counted)
+    def like(known: Prepared, model: nn.Module, args: tuple[torch.Tensor, ...], *rest: Any) -> Any:
+        briefly.append(args[0].shape[1])
+        return prepare_like(known, model, args, *rest)
+
+    monkeypatch.setattr("graphpar.scenarios.captures.prepare", counted)
+    monkeypatch.setattr("graphpar.scenarios.captures.prepare_like", like)
     device, lengths = {"kind": "t4", "count": 1}, [32, 48, 64, 80, 96, 112, 128, 144]
     study = graphpar.what_if(
         Limited(), {"devices": [device]}, (), *ids(6, 64), train=TRAINING, inputs=ids,
         sweep={"seq_len": lengths}, cache=False, processes=1, time_limit_s=0.1,
     )  # fmt: skip
-    # The baseline, three that the others follow from, and what cannot be captured.
-    assert sorted(made) == [32, 48, 64, 128, 144]
+    # In full the baseline and what cannot be captured; the others follow from three.
+    assert sorted(made) == [64, 144]
+    assert set(briefly) == {32, 48, 128, 144}
     assert [answer.status for answer in study.answers] == 7 * ["ok"] + ["invalid"]
     assert len({answer.step_s for answer in study.answers} - {None}) == 7
     assert study["seq_len=64"].step_s == study.baseline.step_s
@@ -137,7 +172,7 @@ def test_a_sweep_of_lengths_is_captured_three_times(monkeypatch: pytest.MonkeyPa
 
 def test_the_same_call_is_not_captured_again() -> None:
     book = PriceBook(gpt(), *ids(6, 64), TRAINING, inputs=ids)
-    assert book._capture(64, None) is book.baseline()
+    assert book.captures.at(64, None) is book.baseline()
 
 
 def test_groups_of_the_example_are_priced_while_other_lengths_are_captured(
@@ -155,7 +190,7 @@ def test_groups_of_the_example_are_priced_while_other_lengths_are_captured(
 
     made: list[Prepared] = []
     monkeypatch.setattr("graphpar.scenarios.study.priced_by_several", noted)
-    monkeypatch.setattr("graphpar.scenarios.pricing.prepare", counted)
+    monkeypatch.setattr("graphpar.scenarios.captures.prepare", counted)
     graphpar.what_if(
         gpt(), {"devices": [{"kind": "t4", "count": 2}]}, (), *ids(6, 64), train=TRAINING, inputs=ids,
         sweep={"seq_len": [32, 64]}, cache=False, processes=2, time_limit_s=0.1, tensor=2, gap=0.9,
