@@ -27,6 +27,9 @@ from graphpar.partition.unit_arrays import FloatArray, IntArray, Setting
 
 _NO_LINK = LinkCost(0.0, float("inf"))
 
+_AT_ONCE = 100_000
+"""Steps of up to so many plans of a mode are estimated at once."""
+
 _SPARE_STAGES = 2
 """Stages beyond the fewest with the same number of blocks: they lighten the first and the last."""
 
@@ -55,10 +58,10 @@ def regular_plans(family: Family, should_stop: ShouldStop = never) -> Iterator[F
     table, by_mode = family.table, _by_mode(family)
     settings = [Setting(table.batch, m, schedule) for m in family.counts(table.batch)]
     modes = [
-        _Mode(table, family.cells, repeats, cell, mode, options)
+        _Mode(table, family.cells, repeats, cell, mode, options, settings)
         for (cell, mode), options in by_mode.items()
     ]
-    for plan in _shortest_first(modes, settings, should_stop):
+    for plan in _shortest_first(modes, should_stop):
         stages = tuple(
             Stage(a, b, plan.option) for a, b in pairwise(_cuts(repeats, table.num_units, plan.stages))
         )
@@ -66,22 +69,33 @@ def regular_plans(family: Family, should_stop: ShouldStop = never) -> Iterator[F
         yield Found(plan.setting, ChainAnswer(step, 0.0, 0.0, 0.0, stages))
 
 
-def _shortest_first(
-    modes: Sequence["_Mode"], settings: Sequence[Setting], should_stop: ShouldStop
-) -> Iterator[_Regular]:
-    """The best plans of every mode and setting; those whose bound is no less are priced after a plan."""
-    bounds = np.array([[mode.bound_s(setting) for setting in settings] for mode in modes]).ravel()
-    found: list[tuple[float, int, _Regular]] = []
-    for pair in np.argsort(bounds, kind="stable").tolist():
-        while found and found[0][0] <= bounds[pair]:
-            yield heapq.heappop(found)[2]
-        if found and should_stop():
-            break
-        mode, setting = divmod(pair, len(settings))
-        plan = modes[mode].best(settings[setting])
-        if plan is not None:
-            heapq.heappush(found, (plan.step_s, pair, plan))
-    yield from (plan for _, _, plan in sorted(found))
+def _shortest_first(modes: Sequence["_Mode"], should_stop: ShouldStop) -> Iterator[_Regular]:
+    """The best plans of every mode and setting, the shortest first.
+
+    Of what may still be shorter first a rough bound is known, then the least estimate of a plan that need
+    not fit.
+    """
+    # A plan comes before what is not known to be longer.
+    queue = [
+        (bound_s, 2, number, setting)
+        for number, mode in enumerate(modes)
+        for setting, bound_s in enumerate(mode.bounds_s())
+    ]
+    heapq.heapify(queue)
+    found: dict[tuple[int, int], _Regular] = {}
+    while queue:
+        bound_s, unknown, *pair = heapq.heappop(queue)
+        mode, setting = pair
+        if unknown == 0:
+            yield found[mode, setting]
+        elif found and should_stop():
+            continue
+        elif unknown == 2:
+            least_s = max(bound_s, modes[mode].least_s(setting))
+            heapq.heappush(queue, (least_s, 1, mode, setting))
+        elif (plan := modes[mode].best(setting)) is not None:
+            found[mode, setting] = plan
+            heapq.heappush(queue, (plan.step_s, 0, mode, setting))
 
 
 def _by_mode(family: Family) -> dict[tuple[int, int], list[StageOption]]:
@@ -132,9 +146,13 @@ class _Mode:
         cell: int,
         number: int,
         options: list[StageOption],
+        settings: Sequence[Setting],
     ) -> None:
         mode = table.every_mode[number]
         self._table, self._number, self._mode, self._options = table, number, mode, options
+        self._settings, self._estimates = settings, dict[int, FloatArray]()
+        self._microbatches = np.array([setting.microbatches for setting in settings])
+        self._sizes = [setting.samples / setting.microbatches for setting in settings]
         place = cells.cells[cell].place
         # Where there is a single node there may be no network, and the other way round.
         self._network = cells.links[-1][0] or cells.links[place][place] or _NO_LINK
@@ -145,6 +163,13 @@ class _Mode:
             range(repeats.end, table.num_units),
         )
         self._boundary = repeats.unit(1)
+        self._costs = [[mode.costs[table.units[u]] for u in part] for part in self._parts]
+        passes = [[(c.forward_s, c.backward_s)[: 1 + table.training] for c in own] for own in self._costs]
+        rows = [tuple(map(sum, zip(*_summed(own, table), strict=True))) for own in passes]
+        # [setting, part]: seconds of head, block and tail.
+        self._passes_s = np.array([[table.at_size(row, size) for row in rows] for size in self._sizes])
+        self._saved = [_summed([c.saved_bytes for c in own], table) for own in self._costs]
+        self._working = [_largest([c.working_bytes for c in own]) for own in self._costs]
         self._class = table.device_classes[mode.members[0]]
         self._memory = self._class.memory_bytes - table.reserved_bytes
         self._width = np.array([o.width for o in options], dtype=np.intp)[:, None]
@@ -174,24 +199,30 @@ class _Mode:
         self._below = np.array([len(r) - r.index(max(r)) for r in rows])
         self._blocks = number
 
-    def bound_s(self, setting: Setting) -> float:
+    def bounds_s(self) -> list[float]:
         """No plan of a setting has a shorter estimated step: its blocks on all groups at once."""
         if not self._room.any() or self._memory <= 0:
-            return np.inf
-        size = setting.samples / setting.microbatches
-        block = self._pass_s(self._parts[1], size)
-        return setting.microbatches * self._blocks * block / self._groups
+            return [np.inf] * len(self._settings)
+        found: list[float] = (
+            self._microbatches * self._blocks * self._passes_s[:, 1] / self._groups
+        ).tolist()
+        return found
 
-    def best(self, setting: Setting) -> _Regular | None:
-        """The plan of a setting with the least estimated step, if there is one."""
+    def least_s(self, number: int) -> float:
+        """The least estimated step of a setting, whatever fits into memory."""
         if not self._room.any() or self._memory <= 0:
+            return np.inf
+        return float(self._estimated_s(number).min())
+
+    def best(self, number: int) -> _Regular | None:
+        """The plan of a setting with the least estimated step, if there is one."""
+        if self.least_s(number) == np.inf:
             return None
-        fits = self._room & (self._width <= setting.microbatches)
-        fits = fits & self._fits(setting)
-        if not fits.any():
-            return None
-        step = np.where(fits, self._step_s(setting), np.inf)
+        setting = self._settings[number]
+        step = np.where(self._fits(setting), self._estimated_s(number), np.inf)
         row, column = np.unravel_index(int(np.argmin(step)), step.shape)
+        if step[row, column] == np.inf:
+            return None
         return _Regular(
             float(step[row, column]), setting, self._options[row], int(self._stages[0, column])
         )
@@ -199,13 +230,16 @@ class _Mode:
     def _fits(self, setting: Setting) -> BoolArray:
         """Whether the first stage, the fullest and the last one fit into memory."""
         size = -(-setting.samples // setting.microbatches)
-        saved = self._bytes("saved_bytes", size)
+        saved = [max(self._table.at_size(row, size) for row in rows) for rows in self._saved]
         whole = [
             (self._gradients[i] if self._mode.zero > 1 else 0.0)
             + (self._weights[i] if self._mode.zero > 2 else 0.0)
             for i in range(3)
         ]
-        working = [self._largest("working_bytes", i, size) + whole[i] for i in range(3)]
+        largest = (
+            max((self._table.at_size(row, size) for row in rows), default=0.0) for rows in self._working
+        )
+        working = [own + more for own, more in zip(largest, whole, strict=True)]
         held = -(-setting.microbatches // self._width)
         alone = self._stages == 1
 
@@ -251,16 +285,22 @@ class _Mode:
         shares = [self._class.update_per_gradient(self._mode.zero, width) for width in widths]
         return np.array(shares)[:, None]
 
-    def _step_s(self, setting: Setting) -> FloatArray:
-        """Estimated step: exact but for the links."""
-        table, zero = self._table, self._mode.zero
-        size = setting.samples / setting.microbatches
-        head, block, tail = (self._pass_s(part, size) for part in self._parts)
+    def _estimated_s(self, number: int) -> FloatArray:
+        """The estimated step where there are devices and microbatches enough, and else endless."""
+        if number not in self._estimates:
+            few = self._room.size * len(self._settings) <= _AT_ONCE
+            some = range(len(self._settings)) if few else [number]
+            self._estimates.update(zip(some, self._steps_s(some), strict=True))
+        return self._estimates[number]
+
+    def _steps_s(self, numbers: Sequence[int]) -> FloatArray:
+        """[setting, replicas per stage, stages]: estimated steps, exact but for the links."""
+        table, zero, own = self._table, self._mode.zero, list(numbers)
+        head, block, tail = self._passes_s[own].T[:, :, None, None]
+        microbatches = self._microbatches[own, None, None]
         overhead = table.mode_overhead_s(self._number) * (2 if table.training else 1)
-        forward, backward = table.cut_bytes(self._boundary, size)
-        both = forward, backward if table.training else 0.0
-        cut = sum(self._network.seconds(sent) + table.message_s * (sent > 0) for sent in both)
-        cuts = np.where(self._stages > 1, cut, 0.0)
+        cut = np.array([self._cut_s(self._sizes[number]) for number in own])
+        cuts = np.where(self._stages > 1, cut[:, None, None], 0.0)
         most = self._most * block
         heaviest = np.maximum(most, np.maximum(self._first * block + head, self._last * block + tail))
         heaviest = np.where(self._stages > 1, heaviest, self._blocks * block + head + tail)
@@ -277,15 +317,21 @@ class _Mode:
             + self._stages * (overhead + moved)
             + (self._stages - 1) * cuts
         )
-        step = fill + (-(-setting.microbatches // self._width) - 1) * period
+        step = fill + (-(-microbatches // self._width) - 1) * period
         if table.training:
             sync = 2 * self._half_ring_s(gradients) if zero == 0 else 0.0
             sync = sync + (self._half_ring_s(gradients) if zero == 1 else 0.0)
             sync = sync + (self._half_ring_s(weights) if 0 < zero < 3 else 0.0)
             optimizer = self._optimizer_s() * self._most / (self._width if zero else 1)
             step = step + sync + optimizer
-        found: FloatArray = np.broadcast_to(step, self._room.shape)
+        found: FloatArray = np.where(self._room & (self._width <= microbatches), step, np.inf)
         return found
+
+    def _cut_s(self, size: float) -> float:
+        """What a microbatch takes from stage to stage."""
+        forward, backward = self._table.cut_bytes(self._boundary, size)
+        both = forward, backward if self._table.training else 0.0
+        return sum(self._network.seconds(sent) + self._table.message_s * (sent > 0) for sent in both)
 
     def _half_ring_s(self, num_bytes: FloatArray) -> FloatArray:
         message = num_bytes / self._width
@@ -295,30 +341,30 @@ class _Mode:
         found: FloatArray = (self._width - 1) * (seconds + self._table.sum_s_per_byte * message)
         return found
 
-    def _pass_s(self, units: range, size: float) -> float:
-        table = self._table
-        forward = sum(table.forward_s(u, self._number, size) for u in units)
-        if not table.training:
-            return forward
-        return forward + sum(table.backward_s(u, self._number, size) for u in units)
-
     def _optimizer_s(self) -> float:
-        costs = [self._mode.costs[self._table.units[u]] for u in self._parts[1]]
-        return sum(c.optimizer_s for c in costs)
+        return sum(c.optimizer_s for c in self._costs[1])
 
-    def _bytes(self, name: str, size: float | None = None) -> list[float]:
+    def _bytes(self, name: str) -> list[float]:
         """Of head, block and tail: bytes of the member with most."""
-        return [
-            max((sum(row[m] for row in rows) for m in range(len(self._mode.members))), default=0.0)
-            for rows in (self._rows(name, i, size) for i in range(3))
-        ]
+        members = range(len(self._mode.members))
+        return [max(sum(getattr(c, name)[m] for c in own) for m in members) for own in self._costs]
 
-    def _largest(self, name: str, part: int, size: float) -> float:
-        return max((max(row) for row in self._rows(name, part, size)), default=0.0)
 
-    def _rows(self, name: str, part: int, size: float | None) -> list[tuple[float, ...]]:
-        costs = [self._mode.costs[self._table.units[u]] for u in self._parts[part]]
-        rows = [getattr(c, name) for c in costs]
-        if size is None:
-            return rows
-        return [tuple(self._table.at_size(v, size) for v in row) for row in rows]
+_Row = tuple[float, ...]
+"""Of a microbatch, by its size."""
+
+
+def _summed(costs: Sequence[Sequence[_Row]], table: CostTable) -> list[_Row]:
+    """Rows of several units, one each for what each unit has several of; interpolated, sums stay sums."""
+    none = (0.0,) * len(table.sizes)
+    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*costs, strict=True)] or [none]
+
+
+def _largest(costs: Sequence[Sequence[_Row]]) -> list[_Row]:
+    """The rows of several units that are nowhere below another one."""
+    rows = dict.fromkeys(row for own in costs for row in own)
+    return [
+        row
+        for row in rows
+        if not any(other != row and all(map(float.__ge__, other, row)) for other in rows)
+    ]
