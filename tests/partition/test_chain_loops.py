@@ -108,17 +108,16 @@ def test_a_plan_says_that_it_was_searched_without_loops(monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
 @pytest.mark.parametrize(
-    ("kept", "share", "left_s", "most_s"),
+    ("kept", "steps", "left_s", "most_s"),
     [
-        (True, 1.0, 100.0, 2.0),
-        (True, 4.9, 100.0, 2.0),
-        (True, 5.0, 100.0, 30.0),
-        (False, 5.0, 100.0, 70.0),
-        (False, 5.0, 2.0, None),  # too short to begin
+        (True, 20_000, 100.0, 2.0),
+        (True, 999_999, 100.0, 2.0),
+        (True, 1_000_000, 100.0, 30.0),
+        (False, 1_000_000, 100.0, 70.0),
     ],
 )
 def test_few_steps_wait_for_loops_to_load_and_many_for_the_compiler(
-    kept: bool, share: float, left_s: float, most_s: float | None, monkeypatch: pytest.MonkeyPatch
+    kept: bool, steps: int, left_s: float, most_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited_s: list[float] = []
     compiler = chain_warm._Compiler()
@@ -126,23 +125,42 @@ def test_few_steps_wait_for_loops_to_load_and_many_for_the_compiler(
     monkeypatch.setattr(compiler.ready, "wait", lambda seconds: waited_s.append(seconds))
     monkeypatch.setattr(chain_warm, "_COMPILER", compiler)
     monkeypatch.setattr(chain_warm, "is_kept", lambda _: kept)
-    assert not chain_warm.loops_are_ready(time.monotonic() + left_s, share * chain_warm.LOOPS_PAY)
-    if most_s is None:
-        assert not waited_s
-    else:
-        assert most_s - 1.0 <= waited_s[0] <= most_s
+    assert not chain_warm.loops_are_ready(time.monotonic() + left_s, steps)
+    assert most_s - 1.0 <= waited_s[0] <= most_s
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
-@pytest.mark.parametrize("share", [1.0, 4.9, 5.0])
-def test_loops_are_compiled_for_long_searches_alone(
-    share: float, monkeypatch: pytest.MonkeyPatch
+def test_searches_that_are_short_together_have_nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[bool] = []
+    compiler = chain_warm._Compiler()
+    monkeypatch.setattr(compiler, "start", lambda: begun.append(True))
+    monkeypatch.setattr(chain_warm, "_COMPILER", compiler)
+    monkeypatch.setattr(chain_warm, "is_kept", lambda _: False)
+    for known in ([], [], [True]):
+        assert not chain_warm.loops_are_ready(time.monotonic() + 1.2, 1e9)
+        assert begun == known
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+@pytest.mark.parametrize(
+    ("loaded", "kept", "left_s", "least"),
+    [
+        (True, True, 0.4, 1_000),
+        (False, True, 100.0, 20_000),
+        (False, True, 0.4, 1_000_000),  # it would end before they are loaded
+        (False, False, 100.0, 1_000_000),
+    ],
+)
+def test_loops_are_loaded_and_compiled_for_longer_searches_alone(
+    loaded: bool, kept: bool, left_s: float, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not loaded for one that ends before they could be."""
-    monkeypatch.setattr(chain_warm, "_COMPILER", chain_warm._Compiler())
-    for kept, left_s, pays in ((True, 100.0, True), (False, 100.0, share >= 5), (True, 0.4, share >= 5)):
-        monkeypatch.setattr(chain_warm, "is_kept", lambda _, kept=kept: kept)
-        assert chain_warm.loops_pay(time.monotonic() + left_s, share * chain_warm.LOOPS_PAY) == pays
+    compiler = chain_warm._Compiler()
+    if loaded:
+        compiler.ready.set()
+    monkeypatch.setattr(chain_warm, "_COMPILER", compiler)
+    monkeypatch.setattr(chain_warm, "is_kept", lambda _: kept)
+    pays = [chain_warm.loops_pay(time.monotonic() + left_s, steps) for steps in (least - 1, least)]
+    assert pays == [False, True]
 
 
 @pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
@@ -465,6 +483,10 @@ def test_a_search_needs_no_loop_for_other_arguments_than_were_compiled() -> None
 
     run_example()
     known = compiled()
-    compare(make_table((1.0, 2.0, 4.0), (1.0, 2.0), (1, 2)))
+    table = make_table((1.0, 2.0, 4.0), (1.0, 2.0), (1, 2), cut_bytes=1.0)
+    first, *others = table.class_of
+    nodes = {first: "a", **dict.fromkeys(others, "b")}
+    compare(table)
+    compare(replace(table, topology=Topology(nodes, {"a": FAST, "b": FAST}, LinkCost(0.1, 1.0))))
     assert compiled() == known
     assert "Literal" not in str(known)

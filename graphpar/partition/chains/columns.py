@@ -338,7 +338,8 @@ class StagePrices:
         needs loops. Arrays may be used again by the next call.
         """
         rows = self.rows
-        before_s = np.concatenate([np.zeros((1, len(self._nearest))), self._nearest.T])
+        # In rows, or the loops would be compiled for columns as well.
+        before_s = np.ascontiguousarray(np.pad(self._nearest, ((0, 0), (1, 0))).T)
         near = np.arange(len(before_s)) == rows.sorts[1][rows.crew_of][:, None] + 1
         near[:, 0] = True
         places = rows.whole_slots, near, before_s, np.zeros((1, before_s.shape[1]))

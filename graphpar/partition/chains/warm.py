@@ -13,14 +13,16 @@ from graphpar.partition.compiler_thread import CompilerThread, say_once
 from graphpar.partition.jit import COMPILED, is_kept
 from graphpar.tracing import TRACING
 
-LOOPS_PAY = 200_000
-"""Columns times sets of devices from which on compiled loops are worth being loaded from disk, ..."""
+LOOPS_PAY = 1_000
+"""Columns times sets of devices from which on loaded loops are faster than array operations, ..."""
 
-_COMPILING_PAYS = 5
-"""... and so many times as many from which on they are worth being compiled, which takes some 12 s."""
+_LOADING_PAYS, _COMPILING_PAYS = 20, 1_000
+"""... so many times as many from which on loops are worth being loaded from disk, and being compiled,
+which takes some 12 s."""
 
 _LEAST_S = 3.0
-"""With less time left nobody has them compiled."""
+"""With less time left nobody has them compiled, unless others had so little before that it adds up to
+this: then beside the search."""
 
 _SHARE_COMPILING, _SHARE_LOADING = 0.7, 0.3
 """Share of the time left that is waited for the compiler, as without loops all of it would hardly do.
@@ -36,6 +38,8 @@ class _Compiler:
     def __init__(self) -> None:
         self.ready = threading.Event()
         self.fault: Exception | None = None
+        self.lacking_s = 0.0
+        """What short searches that went without it had left."""
         self._lock = threading.Lock()
         self._thread: CompilerThread | None = None
 
@@ -82,12 +86,15 @@ def why_without_loops() -> str:
 def loops_pay(deadline_s: float, steps: float) -> bool:
     """Whether a search of so many steps is long enough for compiled loops.
 
-    A shorter one takes them where they are loaded, or lie on disk and there is time to load them.
+    A shorter one takes them where they lie on disk and there is time to load them, a still shorter one
+    where they are loaded.
     """
-    at_hand = _COMPILER.ready.is_set() or (
-        _SHARE_LOADING * _left_s(deadline_s) >= _LOADING_S and _are_kept()
-    )
-    return steps >= (LOOPS_PAY if at_hand else _COMPILING_PAYS * LOOPS_PAY)
+    least = _COMPILING_PAYS
+    if _COMPILER.ready.is_set():
+        least = 1
+    elif _SHARE_LOADING * _left_s(deadline_s) >= _LOADING_S and _are_kept():
+        least = _LOADING_PAYS
+    return steps >= least * LOOPS_PAY
 
 
 def _are_kept() -> bool:
@@ -117,7 +124,11 @@ def loops_are_ready(deadline_s: float, steps: float = math.inf) -> bool:
             wait_s = min(wait_s, _MOST_LOADING_S)
         _COMPILER.start()
         _COMPILER.ready.wait(wait_s)
-    elif left_s >= _LEAST_S:
+    elif left_s < _LEAST_S:
+        _COMPILER.lacking_s += left_s
+        if _COMPILER.lacking_s >= _LEAST_S:
+            _COMPILER.start()
+    else:
         say_once("compiling loops of the search, once for all runs of this installation")
         _COMPILER.start()
         if not _COMPILER.ready.wait(_SHARE_COMPILING * left_s):
