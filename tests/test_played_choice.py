@@ -3,17 +3,19 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_schedule_choice import blocks
 
 from graphpar.choice.comparison import step_of
 from graphpar.choice.final import choose_plan
 from graphpar.choice.played import best_played
 from graphpar.cores import CoreUse, SharedCores
-from graphpar.cost import CostTable, RepeatedWeights
+from graphpar.cost import CostTable, LinkCost, RepeatedWeights, Topology
 from graphpar.explanation import words
 from graphpar.explanation.build import explain_partition
 from graphpar.partition.check import check_partition
-from graphpar.partition.handmade import one_device, priced_plan
+from graphpar.partition.handmade import Tried, even_split, one_device, priced_plan, simple_plans
 from graphpar.partition.pipeline import partition
 from graphpar.partition.types import Partition, PipelineChoice, Replica, StageChoice
 from graphpar.scenarios.solve import solve
@@ -140,6 +142,36 @@ def test_weights_that_two_stages_sum_are_played_before_several_devices_are_taken
     (only,) = (p.stages for p in chosen.pipelines)
     assert len(only) == 1 and len(chosen.used_devices) == 4
     assert step_of(light, chosen) < 0.9 * min(step_of(light, found), step_of(light, alone))
+
+
+def alone(device: str, table: CostTable, microbatches: int) -> Partition:
+    stage = StageChoice(0, table.num_units, (Replica(device, microbatches),))
+    return priced_plan(table, (PipelineChoice(table.batch, microbatches, (stage,)),), "1f1b")
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_nothing_at_hand_is_shorter_where_stages_sum_weights(data: st.DataObject) -> None:
+    speeds = data.draw(st.lists(st.sampled_from((0.3, 1.0, 1.1)), min_size=2, max_size=4), label="speeds")
+    table = blocks(4, tuple(speeds), batch=8)
+    gradient_bytes = data.draw(st.sampled_from((1e6, 5e7)), label="gradients")
+    held = replace(table.costs[0], weight_bytes=5e7, gradient_bytes=gradient_bytes)
+    nodes = {d: data.draw(st.sampled_from("ab"), label=d) for d in table.class_of}
+    links = {"a": LinkCost(0.0, 1e10), "b": LinkCost(0.0, 1e9)}
+    topology = Topology(nodes, {n: links[n] for n in sorted({*nodes.values()})}, LinkCost(0.0, 1e8))
+    tied = (RepeatedWeights(0, (3,), 5e7, 5e7, 0.0),)
+    table = replace(table, costs=(held,), repeated=tied, topology=topology)
+    found = even_split(table)
+    at_hand = [alone(d, table, m) for d in table.class_of for m in (1, 8)]
+    # However many of one device there are, and in whatever order.
+    found = replace(found, runners_up=tuple(data.draw(st.permutations(at_hand), label="order")))
+    chosen = best_played(table, found, found)
+    chosen_s = step_of(table, chosen)
+    assert chosen_s <= min(step_of(table, plan) for plan in at_hand) * (1 + 1e-9)
+    for node in topology.inside:
+        devices = tuple(d for d in table.class_of if nodes[d] == node)
+        for plan in simple_plans(table, Tried(devices=devices)):
+            assert chosen_s * 0.9 <= step_of(table, plan) * (1 + 1e-9), plan.pipelines
 
 
 def zero_bubble(table: CostTable) -> Partition:

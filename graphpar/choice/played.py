@@ -53,7 +53,8 @@ def best_played(
     """The plan, or another one at hand that is shorter when both are played through.
 
     Others are the best single device, plans that lost, and simple plans: where workers are crowded on the
-    cores of this machine over as many as there are cores, where stages may share weights over all.
+    cores of this machine over as many as there are cores, where stages may share weights over all, over
+    those of a kind, and over those of a node.
     As plans over several devices cost the gap that was proven, they have to be as much shorter as another
     order of work. A plan that is kept though one device is as good says so.
 
@@ -74,10 +75,13 @@ def best_played(
     if not hopeful:
         return plan
     plan_s = step_of(table, plan)
-    best, best_s = plan, judged_s(plan_s, plan.schedule)
+    best, best_s, as_good = plan, judged_s(plan_s, plan.schedule), ""
+    several_s = best_s * (1 - LEAST_GAIN)
     for other in hopeful:
         alone = len(other.used_devices) == 1
-        most_s = best_s * (1 + ROUNDING if alone else 1 - LEAST_GAIN)
+        # More devices than one that is taken already have to be worth it.
+        worth_s = best_s * (1 - NO_GAIN) if len(best.used_devices) == 1 else best_s
+        most_s = best_s * (1 + ROUNDING) if alone else min(worth_s, several_s) * (1 - ROUNDING)
         if other.pipelines == plan.pipelines:
             continue
         played = simulated(table, other.pipelines, other.schedule)
@@ -86,8 +90,10 @@ def best_played(
         if played.step_s < most_s and wish not in _STAGED:
             best, best_s = other, played.step_s
         elif alone and played.step_s <= plan_s * (1 + NO_GAIN):
-            plan = best = _said(plan, no_gain(other.used_devices[0], played.step_s))
-    return plan if best is plan else _taken_instead(table, best, plan, found)
+            as_good = as_good or no_gain(other.used_devices[0], played.step_s)
+    if best is plan:
+        return _said(plan, as_good) if as_good else plan
+    return _taken_instead(table, best, plan, found)
 
 
 def no_gain(device: str, step_s: float) -> str:
@@ -105,8 +111,8 @@ def _at_hand(table: CostTable, found: Partition, tried: Tried) -> Iterator[Parti
         yield one_device(table, tried)
     few = _for_cores(table)
     # Pipelines that have to sum weights of several stages may be longer than any single stage.
-    if few or table.repeated:
-        simple = simple_plans(table, replace(tried, devices=few))
+    for devices in [few] if few else _sum_fast(table) if table.repeated else ():
+        simple = simple_plans(table, replace(tried, devices=devices))
         yield from (p for p in simple if len(p.used_devices) > 1)
     yield from (p for p in found.runners_up if has_formula(p.schedule))
 
@@ -128,6 +134,23 @@ def _for_cores(table: CostTable) -> tuple[str, ...]:
     left_out = shared.workers.keys() - {*kept}
     rest = tuple(d for d in table.class_of if d not in left_out)
     return rest if left_out and len(rest) > 1 else ()
+
+
+def _sum_fast(table: CostTable) -> Iterator[tuple[str, ...]]:
+    """Devices that may sum what several of them hold: all, those of a kind, those of a node.
+
+    The latter have the fastest links for it. Nodes of like devices and links count as one.
+    """
+    topology, nodes = table.topology, dict[str, list[str]]()
+    for device in table.class_of:
+        nodes.setdefault(topology.node_of[device], []).append(device)
+    unlike: dict[object, tuple[str, ...]] = {}
+    for node, own in nodes.items():
+        kinds = tuple(sorted(table.class_of[d] for d in own))
+        unlike.setdefault((kinds, topology.inside[node]), tuple(own))
+    alike = (own.devices for own in table.device_classes)
+    sets = dict.fromkeys((tuple(table.class_of), *alike, *unlike.values()))
+    yield from (devices for devices in sets if len(devices) > 1)
 
 
 def _may_be_shorter(table: CostTable, other: Partition, plan: Partition) -> bool:
