@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from graphpar.cost import LinkCost
 from graphpar.cost_models.layout import find_layout
 from graphpar.cost_models.opcost import work_of
@@ -34,6 +37,10 @@ _COPIED: dict[CollectiveName, float] = {
     "all_reduce": 0.5, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0
 }  # fmt: skip
 """How much of the value a member copies for itself: to slices and back, or for a sum half of it."""
+
+
+Numbers = npt.NDArray[np.intp]
+Rows = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,7 @@ class KnownWork:
         self.keepers: Counter[str] | None = None
         self._works: dict[int, dict[str, OpWork]] = {}
         self._ends: dict[object, dict[str, tuple[_Ends, ...]]] = {}
+        self._rows: dict[object, dict[tuple[str, ...], Rows]] = {}
 
     def works(self, samples: int) -> dict[str, OpWork]:
         """By op what it asks of one device that computes it whole."""
@@ -141,6 +149,10 @@ class KnownWork:
     def ends(self, samples: int, rates: object) -> "dict[str, tuple[_Ends, ...]]":
         """By op what it takes devices of some rates."""
         return self._ends.setdefault((samples, rates), {})
+
+    def rows(self, samples: int, rates: object) -> "dict[tuple[str, ...], Rows]":
+        """The same of several ops in one array."""
+        return self._rows.setdefault((samples, rates), {})
 
 
 class OpTimes:
@@ -175,6 +187,7 @@ class OpTimes:
         self._priced_by: object = (kinds, options.training) if listed else object()
         self._works = self._known.works(options.samples)
         self._whole = self._known.ends(options.samples, self._priced_by)
+        self._rows = self._known.rows(options.samples, self._priced_by)
         self._of_kernels: dict[tuple[tuple[Kernel, ...], ...], tuple[_Ends, ...]] = {}
         self._pairs: dict[tuple[float, ...], tuple[Portion, ...]] = {}
 
@@ -184,6 +197,7 @@ class OpTimes:
         other.options = replace(self.options, samples=samples)
         other._works = self._known.works(samples)
         other._whole = self._known.ends(samples, self._priced_by)
+        other._rows = self._known.rows(samples, self._priced_by)
         return other
 
     def parts(self, op: Op, strategy: Strategy) -> tuple[float, float]:
@@ -200,6 +214,26 @@ class OpTimes:
             full, floor, full_b, floor_b = ends[kind]
             times.append((floor + (full - floor) * share, floor_b + (full_b - floor_b) * share))
         return max(t[0] for t in times), max(t[1] for t in times)
+
+    def several(self, ops: Sequence[Op], kinds: Numbers, shares: Rows) -> tuple[list[float], list[float]]:
+        """Forward and backward seconds of each of some ops, as `parts_at`.
+
+        Args:
+            ops: What is computed.
+            kinds: [op, portion]: the kind of members.
+            shares: [op, portion]: the share of each such member.
+        """
+        names = tuple([op.name for op in ops])
+        if names not in self._rows:
+            none = ((0.0,) * 4,) * len(self._rates)
+            self._rows[names] = np.array(
+                [none if op.target in WORKLESS else self._members(op) for op in ops]
+            ).reshape(len(ops), len(self._rates), 4)
+        full, floor, full_b, floor_b = np.moveaxis(
+            self._rows[names][np.arange(len(ops))[:, None], kinds], 2, 0
+        )
+        ahead, behind = floor + (full - floor) * shares, floor_b + (full_b - floor_b) * shares
+        return ahead.max(axis=1).tolist(), behind.max(axis=1).tolist()
 
     def shares_of(self, strategy: Strategy) -> tuple[float, ...]:
         """Each member's part of the work; of samples there are only whole ones."""

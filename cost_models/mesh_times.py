@@ -76,10 +76,29 @@ class MeshTimes:
 
     def parts(self, op: Op, ways: Ways) -> tuple[float, float]:
         """Forward and backward seconds at the member that takes longest."""
+        return self.alone.parts_at(op, self._portions_of(ways))
+
+    def several(
+        self, ops: Sequence[Op], kinds: Sequence[Ways], kind_of: npt.NDArray[np.intp]
+    ) -> tuple[list[float], list[float]]:
+        """`parts` of each of some ops.
+
+        Args:
+            ops: What is computed.
+            kinds: One of each kind of ways that take equally long (see `alike`).
+            kind_of: The kind of each op's.
+        """
+        portions = [self._portions_of(ways) for ways in kinds]
+        most = max(map(len, portions), default=1)
+        filled = np.array([(*own, *[own[0]] * (most - len(own))) for own in portions])
+        each = filled.reshape(len(kinds), most, 2)[kind_of]
+        return self.alone.several(ops, each[:, :, 0].astype(np.intp), each[:, :, 1])
+
+    def _portions_of(self, ways: Ways) -> tuple[Portion, ...]:
         key = tuple([(way.samples, way.shares) for way in ways.along])
         if key not in self._portions:
             self._portions[key] = self.alone.unlike(self.shares(ways))
-        return self.alone.parts_at(op, self._portions[key])
+        return self._portions[key]
 
     def seconds(self, op: Op, ways: Ways) -> float:
         """Seconds of an op in both directions, collectives inside it included."""

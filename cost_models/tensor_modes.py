@@ -8,12 +8,13 @@ slices does not hold.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from graphpar.calibration import Calibration
 from graphpar.cost import CostTable, Mode, ModeCost
 from graphpar.cost_models.again import kept_last
-from graphpar.cost_models.group_times import KnownWork, ShardingOptions, TensorGroup
+from graphpar.cost_models.group_times import KnownWork, Numbers, ShardingOptions, TensorGroup
 from graphpar.cost_models.kept import Kept, kept_of
 from graphpar.cost_models.memory import ALLOCATOR_SLACK, lower_copy_bytes
 from graphpar.cost_models.mesh_times import MeshTimes, shares_held
@@ -220,21 +221,25 @@ class _Steps:
     ops_again: int
     sends_again: tuple[tuple[Op, Sent], ...]
 
+    @cached_property
+    def _kinds(self) -> tuple[list[Ways], Numbers]:
+        return MeshTimes.alike([ways for _, ways in self.ops])
+
     def seconds(self, times: MeshTimes) -> "_Seconds":
         """What that takes at one size."""
-        computing = [times.parts(op, ways) for op, ways in self.ops]
-        inner = [times.inner_seconds(op, ways) for op, ways in self.ops]
+        computing, computing_back = times.several([op for op, _ in self.ops], *self._kinds)
+        inner = [times.inner_seconds(*own) if own[1].special else (0.0, 0.0) for own in self.ops]
         sending = [times.sent_seconds(op, sent) for op, sent in self.sends]
         sent_s, sent_back_s = (sum(ends[k] for ends in (*inner, *sending)) for k in range(2))
         sent_again_s = sum(ends[0] for ends in inner[: self.ops_again]) + sum(
             times.sent_seconds(op, sent)[0] for op, sent in self.sends_again
         )
         return _Seconds(
-            forward_s=sum(ends[0] for ends in computing) + sent_s,
-            backward_s=sum(ends[1] for ends in computing) + sent_back_s,
+            forward_s=sum(computing) + sent_s,
+            backward_s=sum(computing_back) + sent_back_s,
             sent_s=sent_s,
             sent_back_s=sent_back_s,
-            again_s=sum(ends[0] for ends in computing[: self.ops_again]) + sent_again_s,
+            again_s=sum(computing[: self.ops_again]) + sent_again_s,
             sent_again_s=sent_again_s,
         )
 

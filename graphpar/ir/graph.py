@@ -134,6 +134,8 @@ class Graph:
 
     def with_batch(self, batch: int) -> "Graph":
         """The same ops for an example batch of another size."""
+        for name in ("ops", "_readers", "bytes_per_sample"):
+            getattr(self, name)  # found once for all batches
         other = copy.copy(self)
         other.batch = batch
         return other

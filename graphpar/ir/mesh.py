@@ -304,6 +304,11 @@ class Ways:
         """The layouts of each result."""
         return tuple(zip(*(way.results for way in self.along), strict=True))
 
+    @cached_property
+    def special(self) -> bool:
+        """Whether members compute their parts in a way of their own (see `Strategy`)."""
+        return any(way.special for way in self.along)
+
     @property
     def divides(self) -> bool:
         """Whether members share the work."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import floor
+from math import floor, prod
 from typing import TypeAlias
 
 DTYPE_BYTES = {
@@ -105,16 +105,30 @@ class TensorType:
     shape: tuple[Dim, ...]
     dtype: str
 
+    def __hash__(self) -> int:
+        # Types are looked up by the hundred thousand; text hashes otherwise in another process.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.shape)
+
     def sizes(self, batch: int) -> tuple[int, ...]:
         """The shape for a batch of so many samples."""
         return tuple(d.at(batch) if isinstance(d, BatchSize) else d for d in self.shape)
 
     def numel(self, batch: int) -> int:
         """Number of elements for a batch of so many samples."""
-        count = 1
-        for size in self.sizes(batch):
-            count *= size
-        return count
+        fixed, power = self._scale
+        if power > 1:
+            return prod(self.sizes(batch))
+        return fixed * batch if power else fixed
+
+    @cached_property
+    def _scale(self) -> tuple[int, int]:
+        """Elements for one sample, and with which power of the batch they grow; 2 for any other way."""
+        unequal = any(isinstance(d, BatchSize) and d.parts for d in self.shape)
+        return prod(self.sizes(1)), 2 if unequal else len(self.batch_dims)
 
     def bytes(self, batch: int) -> int:
         """Bytes of a dense tensor of this type for a batch of so many samples."""

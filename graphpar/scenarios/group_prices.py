@@ -14,6 +14,7 @@ from graphpar.cost_models.group_times import ShardingOptions
 from graphpar.cost_models.roofline import Rewritten
 from graphpar.groups.modes import KnownGroups, with_group_modes
 from graphpar.ir.graph import Graph
+from graphpar.loading import uncollected
 from graphpar.partition.types import Replica
 from graphpar.scenarios.workers import started, submitted
 
@@ -79,7 +80,12 @@ class GroupTask:
 def priced_together(tasks: Sequence[GroupTask]) -> list[tuple[Mode, ...]]:
     """The modes of each task; what one finds out is used by the others."""
     known = KnownGroups()
-    return [task.priced(known) for task in tasks]
+    return [_alone(task, known) for task in tasks]
+
+
+def _alone(task: GroupTask, known: KnownGroups) -> tuple[Mode, ...]:
+    with uncollected():
+        return task.priced(known)
 
 
 Priced = tuple[str, GroupTask, tuple[Mode, ...]]

@@ -24,6 +24,7 @@ from graphpar.device import Link
 from graphpar.errors import GraphparError
 from graphpar.groups.candidates import LEAST_GAIN, candidate_groups, meshes_of, widest_group
 from graphpar.groups.modes import KnownGroups
+from graphpar.loading import uncollected
 from graphpar.optimizer_memory import Tried, UpdateMemory, tried_optimizer, update_memory
 from graphpar.optimizer_probe import OptimizerTraits, optimizer_state, optimizer_traits
 from graphpar.partition.types import Replica
@@ -291,7 +292,7 @@ class PriceBook:
             if setting.layout is not None or setting.tensor == 1 or _is_local(setting.cluster):
                 continue
             # What cannot be planned is told when it is its turn.
-            with suppress(ValueError, GraphparError):
+            with suppress(ValueError, GraphparError), uncollected():
                 table = self._plain(setting)
                 for key, own in self._group_keys(table, setting, self._candidates(table, setting)):
                     if key not in self._groups and key not in found:

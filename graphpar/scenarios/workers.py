@@ -1,5 +1,6 @@
 """Processes that solve scenarios: fresh interpreters that end with the one that asked."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -176,6 +177,7 @@ def _made_ready(_: list[None]) -> list[None]:
     from graphpar.partition.sharding.warm import go_on_warming
 
     go_on_warming()
+    gc.freeze()  # what was loaded stays
     return []
 
 
