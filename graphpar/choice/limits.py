@@ -16,6 +16,9 @@ Spends = Callable[..., T]
 _SEARCH_SHARE = 0.95
 """Of the limit, for searches; one is enough but where number formats are chosen or quarrel."""
 
+BRIEF_S, _BRIEF_SHARE = 1.0, 0.5
+"""Of a shorter limit than this half: there orders of work bring more than the rest of the search."""
+
 _LEAST_SHARE = 0.1
 """Of the limit at least, for other orders of work, and for a second search and each one after it."""
 
@@ -24,7 +27,7 @@ _MOST_SHARE = 1.1
 
 
 class PlanTime:
-    """What is left of a limit in seconds, as parts of planning spend it.
+    """What is left of a limit in seconds, as parts of planning spend it, in `plan` and for a scenario.
 
     >>> clock, told = PlanTime(10.0), lambda time_limit_s: time_limit_s
     >>> clock.search(told), clock.choose(told, 3.0)
@@ -36,7 +39,8 @@ class PlanTime:
 
     def search(self, find: Spends[T]) -> T:
         """Search for a plan."""
-        left_s = _SEARCH_SHARE * self._limit_s - self._spent_s
+        share = _BRIEF_SHARE if self._limit_s < BRIEF_S else _SEARCH_SHARE
+        left_s = share * self._limit_s - self._spent_s
         return self._spend(find, max(left_s, _LEAST_SHARE * self._limit_s))
 
     def choose(self, choose: Spends[T], most_s: float) -> T:

@@ -9,6 +9,7 @@ from functools import partial
 from graphpar.choice.comparison import in_family_of, is_better, step_of
 from graphpar.choice.final import CHOICE_S, choose_plan
 from graphpar.choice.like_pipelines import best_like
+from graphpar.choice.limits import BRIEF_S, PlanTime
 from graphpar.choice.orders import UnavailableScheduleError, choose_schedule
 from graphpar.choice.played import best_played
 from graphpar.cost import CostTable
@@ -32,10 +33,6 @@ ORDERS_S = 2.0
 
 LEAST_EXPLAIN_S, MOST_EXPLAIN_S = 1.0, 10.0
 """Seconds to look for what would fit where nothing does: as long as the search, within these."""
-
-SEARCH_SHARE, CHOICE_SHARE = 0.4, 0.3
-"""Of a scenario's time where that is short: for the search, and at least for other orders of work and for
-like pipelines each."""
 
 FEW_DEVICES = 8
 """Up to so many a cluster's simple plans are priced in milliseconds."""
@@ -83,9 +80,9 @@ def _best(table: CostTable, task: Task, known: Known | None) -> Partition:
     if task.layout is not None:
         return _configured(table, task, task.layout)
     others = [found for plan in task.hints if (found := brought(task, plan)) is not None]
-    if known is None and task.searches_briefly:
+    if known is None and task.hurries:
         # What a short search has to beat.
-        others += _alone_found(table, task) + _beside_found(table, task)
+        others += _beside_found(table, task)
     find = partial(_planned, table, task, others)
     if known is not None:
         others += _played(table, task, known)
@@ -125,22 +122,21 @@ def _best_of(table: CostTable, found: Partition, others: Sequence[Partition]) ->
 
 def _planned(table: CostTable, task: Task, others: Sequence[Partition]) -> Partition:
     """A plan as `plan` and `compile` find it, from the best of the others on where there are any."""
-    began_s = time.monotonic()
+    clock = PlanTime(task.time_limit_s)
     formulas = [p for p in others if has_formula(p.schedule)]
     start = min(formulas, key=lambda p: p.objective_s, default=None)
-    found = partition(
+    search = partial(
+        partition,
         table,
         gap=task.gap,
-        time_limit_s=task.time_limit_s * (SEARCH_SHARE if task.searches_briefly else 1.0),
         schedule=searched(task.schedule),
         microbatches=task.microbatches,
         incumbent=(start.pipelines, start.schedule) if start is not None else None,
         explain_s=_explain_s(task),
     )
+    found = clock.search(search)
     _check_formats(task, found)
-    left_s = task.time_limit_s - (time.monotonic() - began_s)
-    choice_s = max(left_s / 2, CHOICE_SHARE * task.time_limit_s)
-    chosen = _scheduled(table, found, replace(task, time_limit_s=min(choice_s, CHOICE_S)))
+    chosen = clock.choose(partial(_scheduled, table, found, task), CHOICE_S)
     return found if quarrels_of(task, chosen) else chosen
 
 
@@ -287,14 +283,14 @@ def _explain_s(task: Task) -> float:
     return min(max(task.time_limit_s, LEAST_EXPLAIN_S), MOST_EXPLAIN_S)
 
 
-def _scheduled(table: CostTable, found: Partition, task: Task) -> Partition:
+def _scheduled(table: CostTable, found: Partition, task: Task, time_limit_s: float) -> Partition:
     """What is taken in the end, as `plan` takes it, or what was found with a note why nothing else is."""
-    brief = task.searches_briefly and task.schedule == "auto"
+    brief = task.time_limit_s < BRIEF_S and task.schedule == "auto"
     cutoff_s = step_of(table, found) if brief else math.inf
     try:
         return choose_plan(
             table, found, task.schedule, task.microbatches,
-            time_limit_s=task.time_limit_s, cutoff_s=cutoff_s,
+            time_limit_s=time_limit_s, cutoff_s=cutoff_s,
         )  # fmt: skip
     except UnavailableScheduleError as error:
         return _unscheduled(found, task, error)

@@ -12,8 +12,8 @@ from graphpar.partition.types import Partition
 from graphpar.scenarios.layouts import recomputed
 from graphpar.scenarios.types import KnownPlan, Layout
 
-BRIEF_S = 5.0
-"""A search longer than this leaves other orders of work the time that `plan` gives them."""
+HURRIED_S = 5.0
+"""A search longer than this needs no plan to beat."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Task:
     """Whether the step alone is asked for: neither what limits it nor the best single device."""
 
     @property
-    def searches_briefly(self) -> bool:
-        """Whether there is so little time that the search has to leave some of it."""
-        return self.time_limit_s < BRIEF_S
+    def hurries(self) -> bool:
+        """Whether there is so little time that the search should know what it has to beat."""
+        return self.time_limit_s < HURRIED_S
 
     @property
     def again(self) -> bool:

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 from plan_samples import calibration
+from test_schedule_choice import blocks
 from torch import nn
 
 import graphpar
+from graphpar import planner
 from graphpar.calibration import Fingerprint
+from graphpar.choice import final
 from graphpar.cost import LinkCost
 from graphpar.partition.types import TensorWidth
+from graphpar.scenarios import solve
+from graphpar.scenarios.task import Task
 from graphpar.training import Training
 
 
@@ -42,6 +47,36 @@ CASES: dict[str, tuple[Training | None, str, TensorWidth, float]] = {
         Training(optimizer=lambda p: _Joined(p, lr=0.1), loss=loss), "float32", 2, 16e9,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("limit_s", [0.3, 1.0, 3.0, 60.0])
+def test_a_scenario_is_given_the_time_that_a_plan_is(
+    limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, float]] = []
+
+    def noting(module: Any, name: str) -> None:
+        work = getattr(module, name)
+
+        def noted(*args: Any, time_limit_s: float, **options: Any) -> Any:
+            given.append((work.__name__, time_limit_s))
+            return work(*args, time_limit_s=time_limit_s, **options)
+
+        monkeypatch.setattr(module, name, noted)
+
+    for module, name in ((planner, "partition_chain"), (final, "choose_plan")):
+        noting(module, name)
+    for name in ("partition", "choose_plan"):
+        noting(solve, name)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    args = (torch.randn(8, 64), torch.randn(8, 64))
+    graphpar.plan(
+        model, {"devices": [{"kind": "t4", "count": 2}]}, args, train=ADAM, time_limit_s=limit_s
+    )
+    planned, given[:] = list(given), []
+    assert solve.solve(Task(blocks(), time_limit_s=limit_s)).status == "ok"
+    assert [name for name, _ in planned] == ["partition", "choose_plan"] and given == planned
 
 
 @pytest.mark.filterwarnings("ignore:Training")
