@@ -96,7 +96,7 @@ def test_a_stage_is_allowed_where_a_chain_below_the_target_has_it(
         for c, cost, extra, post in zip(chain, cost_s, extra_s, weight * post_s, strict=True):
             entry = int(np.searchsorted(kept, c))
             assert kept[entry] == c
-            assert loops._is_allowed(entry, cost, extra, post, *allowed)
+            assert loops._is_allowed(entry, cost, extra, post, allowed.plain)
 
 
 def test_windows_leave_less_than_what_stages_have_alone() -> None:

@@ -6,10 +6,11 @@ import numpy as np
 
 from graphpar.partition.unit_arrays import FloatArray, IntArray, starts
 
-Plain = tuple[
-    IntArray, IntArray, IntArray, tuple[FloatArray, IntArray, FloatArray, FloatArray, FloatArray]
-]
-"""`Hopeful` without its names."""
+Entries = tuple[FloatArray, IntArray, FloatArray, FloatArray, FloatArray]
+"""`Allowed` without its names."""
+
+Plain = tuple[IntArray, IntArray, IntArray, Entries]
+"""`Hopeful` without its names: compiled code on disk is of no use where types are elsewhere."""
 
 
 class Allowed(NamedTuple):
@@ -31,6 +32,11 @@ class Allowed(NamedTuple):
     most_s: FloatArray
     all_s: FloatArray
 
+    @property
+    def plain(self) -> Entries:
+        """For loops."""
+        return self.extra_s, self.begins, self.least_s, self.most_s, self.all_s
+
 
 class Hopeful(NamedTuple):
     """Which crews, or which options, there may be: increasing runs, where the list of each begins, the
@@ -46,9 +52,8 @@ class Hopeful(NamedTuple):
 
     @property
     def plain(self) -> Plain:
-        """For loops: compiled code on disk cannot be read by a version whose types are elsewhere."""
-        a = self.allowed
-        return self.runs, self.begins, self.listed, (a.extra_s, a.begins, a.least_s, a.most_s, a.all_s)
+        """For loops."""
+        return self.runs, self.begins, self.listed, self.allowed.plain
 
 
 _NONE, _NOTHING = np.zeros(0, dtype=np.intp), np.zeros(0)

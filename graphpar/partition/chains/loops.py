@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from graphpar.partition.chains.hopeful import Plain
+from graphpar.partition.chains.hopeful import Entries, Plain
 from graphpar.partition.jit import compiled_exactly
 from graphpar.partition.types import ROUNDING
 from graphpar.partition.unit_arrays import UNLIMITED, BoolArray, FloatArray, IntArray
@@ -25,6 +25,12 @@ _FEW_KINDS = 8
 
 Numbers = TypeVar("Numbers", FloatArray, IntArray)
 
+Options = tuple[IntArray, IntArray, IntArray, IntArray, BoolArray]
+"""By row: replicas, [row, replica] modes, its `post`, its `moved`, [row, kind] the links there may be."""
+
+Prices = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
+"""`seconds`, `flight`, `post`, and [_, run] what ZeRO moves for every microbatch."""
+
 Found = tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]
 """Arrays of columns: option, slot, cost, extra, post, most below."""
 
@@ -32,20 +38,12 @@ Found = tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray
 @compiled_exactly
 def relaxed_loop(
     crews: tuple[IntArray, IntArray, IntArray, IntArray],
-    width: IntArray,
-    staff: IntArray,
-    seconds: FloatArray,
+    options: Options,
+    prices: Prices,
     fastest: FloatArray,
-    flight: FloatArray,
-    post: FloatArray,
-    post_of: IntArray,
-    moved: FloatArray,
-    moved_row: IntArray,
-    near: BoolArray,
     runs: tuple[IntArray, IntArray, IntArray, IntArray],
     usable: BoolArray,
-    before_s: FloatArray,
-    beyond_s: FloatArray,
+    links: tuple[FloatArray, FloatArray],
     transfers: tuple[float, float],
     beside: FloatArray,
     setting: tuple[int, int, bool, bool],
@@ -59,7 +57,7 @@ def relaxed_loop(
     """Fill `found` with the columns that may be within limits, at lower bounds; how many, -1: no room.
 
     `runs` are (first unit, last, first slot, kinds of links behind), of which the `usable` ones may be
-    stages; columns come sorted by slot. `before_s[kind, unit]` is a transfer, `beyond_s` how much longer
+    stages; columns come sorted by slot. `links` are [kind, unit] a transfer, and how much longer
     it takes than whoever is behind it was taken to wait when `hopeful` was found; no more than the first
     of `transfers` is waited for, and overlapped ones take so many times as long as the second. `crews`
     are sets of devices: (rows by crew, where each begins, its replicas, [crew, replica] whom `fastest`
@@ -70,10 +68,10 @@ def relaxed_loop(
     """
     first_of, last_of, begin_of, behind_of = runs
     list_runs, list_begin, listed, allowed = hopeful
+    before_s, number_of_rows, widest = links[0], len(options[0]), options[1].shape[1]
     some, units = len(list_begin) > 0, before_s.shape[1] - 1
-    own_s, begins, least_s, most_s, all_s = allowed
-    times, rates = np.empty(staff.shape[1]), np.empty(staff.shape[1])
-    rows = np.empty(len(width), dtype=np.intp), np.empty(len(width), dtype=np.intp)
+    scratch = np.empty(widest), np.empty(widest)
+    rows = np.empty(number_of_rows, dtype=np.intp), np.empty(number_of_rows, dtype=np.intp)
     # Not a literal: `_add_columns` would be compiled for it as well.
     count, of_crews = int(np.intp(0)), whole or not some
     for entry in range(len(list_runs) if some else len(first_of)):
@@ -107,32 +105,18 @@ def relaxed_loop(
         low = count
         count = _add_columns(
             (run, first, last, begin_of[run], behind_of[run]),
-            rows[0],
-            rows[1],
+            rows,
             number,
-            width,
-            staff,
-            seconds,
-            flight,
-            post,
-            post_of,
-            moved,
-            moved_row,
-            near,
-            before_s,
-            beyond_s,
+            options,
+            prices,
+            links,
             transfers,
             beside[run],
             setting,
             (spread, whole, some),
-            own_s,
-            begins,
-            least_s,
-            most_s,
-            all_s,
+            allowed,
             limits,
-            times,
-            rates,
+            scratch,
             found,
             count,
         )
@@ -185,51 +169,41 @@ def _rows_of_crews(
 @compiled_exactly
 def _add_columns(
     place: tuple[int, int, int, int, int],
-    rows: IntArray,
-    entries: IntArray,
+    rows: tuple[IntArray, IntArray],
     number_of_rows: int,
-    width: IntArray,
-    staff: IntArray,
-    seconds: FloatArray,
-    flight: FloatArray,
-    post: FloatArray,
-    post_of: IntArray,
-    moved: FloatArray,
-    moved_row: IntArray,
-    near: BoolArray,
-    before_s: FloatArray,
-    beyond_s: FloatArray,
+    options: Options,
+    prices: Prices,
+    links: tuple[FloatArray, FloatArray],
     transfers: tuple[float, float],
     others: float,
     setting: tuple[int, int, bool, bool],
     how: tuple[bool, bool, bool],
-    own_s: FloatArray,
-    begins: IntArray,
-    least_s: FloatArray,
-    most_s: FloatArray,
-    all_s: FloatArray,
+    allowed: Entries,
     limits: tuple[float, float, float, float, float, float],
-    times: FloatArray,
-    rates: FloatArray,
+    scratch: tuple[FloatArray, FloatArray],
     found: Found,
     count: int,
 ) -> int:
     """Those of one run behind the `count` that are there, how many then, -1: no room.
 
-    `place` is (run, first unit, last, first slot, kinds behind); all units beside it take `others`; `how`
-    is (spread, whole, whether `hopeful.Allowed` is asked by `entries`).
+    `place` is (run, first unit, last, first slot, kinds behind); `rows` come with entries in `allowed`;
+    all units beside the run take `others`; `how` is (spread, whole, whether `allowed` is asked).
     """
     run, first, last, slot, behind = place
     number, _, stalls, gpipe = setting
     spread, whole, asks = how
     most_extra, most_post, most_both, whole_fill, whole_all, weight = limits
-    options, places, costs, extras, posts, belows = found
+    width, staff, post_of, moved_row, near = options
+    seconds, flight, post, moved = prices
+    before_s, beyond_s = links
+    times, rates = scratch
+    chosen, places, costs, extras, posts, belows = found
     most_fill, most_all, most_wait = whole_fill - others, whole_all - others, transfers[0]
     kinds, inside = len(before_s), int(first > 0)
     goes_on = int(last < before_s.shape[1] - 1 and not whole)
     early = kinds > _FEW_KINDS
     for i in range(number_of_rows):
-        row, entry = rows[i], entries[i]
+        row, entry = rows[0][i], rows[1][i]
         own_post, wide = post[run, post_of[row]], width[row]
         if not own_post <= most_post:
             continue
@@ -257,11 +231,7 @@ def _add_columns(
             cost = longest + ahead_s
             if not (cost < most_fill and cost + least + later < most_all):
                 continue
-            if (
-                early
-                and asks
-                and not _is_allowed(entry, cost, least, later, own_s, begins, least_s, most_s, all_s)
-            ):
+            if early and asks and not _is_allowed(entry, cost, least, later, allowed):
                 continue
             for after in range(goes_on, kinds if goes_on else 1):
                 if not near[row, after]:
@@ -287,17 +257,8 @@ def _add_columns(
                     and cost + extra + later < most_all
                 ):
                     continue
-                if asks and not _is_allowed(
-                    entry,
-                    cost + beyond_s[after, last],
-                    extra,
-                    later,
-                    own_s,
-                    begins,
-                    least_s,
-                    most_s,
-                    all_s,
-                ):
+                beyond = cost + beyond_s[after, last]
+                if asks and not _is_allowed(entry, beyond, extra, later, allowed):
                     continue
                 below = UNLIMITED
                 for r in range(wide):
@@ -311,9 +272,9 @@ def _add_columns(
                         below = min(below, -1.0 if gpipe else wide * most)
                 if below < wide:
                     continue
-                if count == len(options):
+                if count == len(chosen):
                     return -1
-                options[count], costs[count], extras[count] = row, cost, extra
+                chosen[count], costs[count], extras[count] = row, cost, extra
                 places[count] = slot + (before - inside) * behind + after - goes_on
                 if whole:
                     places[count] = slot
@@ -323,18 +284,9 @@ def _add_columns(
 
 
 @compiled_exactly
-def _is_allowed(
-    entry: int,
-    cost: float,
-    extra: float,
-    later: float,
-    own_s: FloatArray,
-    begins: IntArray,
-    least_s: FloatArray,
-    most_s: FloatArray,
-    all_s: FloatArray,
-) -> bool:
+def _is_allowed(entry: int, cost: float, extra: float, later: float, allowed: Entries) -> bool:
     """Whether a column is in a chain below the target, as far as those that stand for it say."""
+    own_s, begins, least_s, most_s, all_s = allowed
     counted = max(extra, own_s[entry])
     cost += later + extra - counted
     for window in range(begins[entry], begins[entry + 1]):
