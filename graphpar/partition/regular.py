@@ -11,6 +11,7 @@ one is found, whatever time is left for a search.
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -57,8 +58,11 @@ def regular_plans(family: Family, should_stop: ShouldStop = never) -> Iterator[F
     schedule = "1f1b" if "1f1b" in family.schedules else family.schedules[0]
     table, by_mode = family.table, _by_mode(family)
     settings = [Setting(table.batch, m, schedule) for m in family.counts(table.batch)]
+    each = np.eye(len(table.sizes)).tolist()
+    # [setting, tabulated size]: by how much each counts for a microbatch.
+    sizes = np.array([[table.at_size(row, s.samples / s.microbatches) for row in each] for s in settings])
     modes = [
-        _Mode(table, family.cells, repeats, cell, mode, options, settings)
+        _Mode(table, family.cells, repeats, cell, mode, options, settings, sizes)
         for (cell, mode), options in by_mode.items()
     ]
     for plan in _shortest_first(modes, should_stop):
@@ -135,6 +139,19 @@ def _stage_counts(number: int) -> IntArray:
     return np.array(sorted(found), dtype=np.intp)
 
 
+_Row = tuple[float, ...]
+"""Of a microbatch, by its size."""
+
+
+@lru_cache(maxsize=8)
+def _stage_ends(number: int) -> tuple[IntArray, ...]:
+    """By `_stage_counts`: blocks of the stages that may bind (first, last, fullest), and how many stages
+    there are from the first of the fullest on."""
+    rows = [stage_blocks(number, int(s)) for s in _stage_counts(number)]
+    ends = [(r[0], r[-1], max(r), len(r) - r.index(max(r))) for r in rows]
+    return tuple(np.array(ends).T)
+
+
 class _Mode:
     """All regular plans of one mode on one cell; arrays are [replicas per stage, stages]."""
 
@@ -147,6 +164,7 @@ class _Mode:
         number: int,
         options: list[StageOption],
         settings: Sequence[Setting],
+        sizes: FloatArray,
     ) -> None:
         mode = table.every_mode[number]
         self._table, self._number, self._mode, self._options = table, number, mode, options
@@ -165,11 +183,8 @@ class _Mode:
         self._boundary = repeats.unit(1)
         self._costs = [[mode.costs[table.units[u]] for u in part] for part in self._parts]
         passes = [[(c.forward_s, c.backward_s)[: 1 + table.training] for c in own] for own in self._costs]
-        rows = [tuple(map(sum, zip(*_summed(own, table), strict=True))) for own in passes]
         # [setting, part]: seconds of head, block and tail.
-        self._passes_s = np.array([[table.at_size(row, size) for row in rows] for size in self._sizes])
-        self._saved = [_summed([c.saved_bytes for c in own], table) for own in self._costs]
-        self._working = [_largest([c.working_bytes for c in own]) for own in self._costs]
+        self._passes_s = sizes @ np.array([np.sum(_summed(own, table), axis=0) for own in passes]).T
         self._class = table.device_classes[mode.members[0]]
         self._memory = self._class.memory_bytes - table.reserved_bytes
         self._width = np.array([o.width for o in options], dtype=np.intp)[:, None]
@@ -180,24 +195,28 @@ class _Mode:
         self._stages = _stage_counts(repeats.number)[None, :]
         self._groups = max(cells.groups(cell, mode), 1)
         self._room = self._width * self._stages <= cells.groups(cell, mode)
-        self._set_blocks(repeats.number)
-        weights, gradients, state = (
-            self._bytes(f) for f in ("weight_bytes", "gradient_bytes", "optimizer_bytes")
-        )
-        self._gradients, self._weights = gradients, weights
-        # [part, width, 1]
-        by = [self._width if mode.zero >= level else np.ones_like(self._width) for level in (3, 2, 1)]
-        self._fixed = [weights[i] / by[0] + gradients[i] / by[1] + state[i] / by[2] for i in range(3)]
+        self._blocks = repeats.number
+        self._first, self._last, self._most, self._below = _stage_ends(repeats.number)
+        self._gradients, self._weights = self._bytes("gradient_bytes"), self._bytes("weight_bytes")
 
-    def _set_blocks(self, number: int) -> None:
-        """Blocks of the stages that may bind: first, the first of the fullest, last."""
-        rows = [stage_blocks(number, int(s)) for s in self._stages[0]]
-        self._first = np.array([r[0] for r in rows])
-        self._last = np.array([r[-1] for r in rows])
-        self._most = np.array([max(r) for r in rows])
-        # The stages from the first of the fullest on, itself included.
-        self._below = np.array([len(r) - r.index(max(r)) for r in rows])
-        self._blocks = number
+    @cached_property
+    def _saved(self) -> list[list[_Row]]:
+        """[part, member]: what a microbatch keeps."""
+        return [_summed([c.saved_bytes for c in own], self._table) for own in self._costs]
+
+    @cached_property
+    def _working(self) -> list[list[_Row]]:
+        """[part]: rows of which one is the largest temporary."""
+        return [_largest([c.working_bytes for c in own]) for own in self._costs]
+
+    @cached_property
+    def _fixed(self) -> list[FloatArray]:
+        """[part, width, 1]: bytes held, whatever a microbatch is."""
+        one, state = np.ones_like(self._width), self._bytes("optimizer_bytes")
+        by = [self._width if self._mode.zero >= level else one for level in (3, 2, 1)]
+        return [
+            self._weights[i] / by[0] + self._gradients[i] / by[1] + state[i] / by[2] for i in range(3)
+        ]
 
     def bounds_s(self) -> list[float]:
         """No plan of a setting has a shorter estimated step: its blocks on all groups at once."""
@@ -304,8 +323,8 @@ class _Mode:
         most = self._most * block
         heaviest = np.maximum(most, np.maximum(self._first * block + head, self._last * block + tail))
         heaviest = np.where(self._stages > 1, heaviest, self._blocks * block + head + tail)
-        gradients = self._gradients[1] * self._most
-        weights = self._weights[1] * self._most
+        fullest = self._most.astype(np.float64)
+        gradients, weights = self._gradients[1] * fullest, self._weights[1] * fullest
         moved = 0.0 * self._width
         if table.training and zero >= 2:
             moved = self._half_ring_s(gradients) + (2 * self._half_ring_s(weights) if zero > 2 else 0.0)
@@ -348,10 +367,6 @@ class _Mode:
         """Of head, block and tail: bytes of the member with most."""
         members = range(len(self._mode.members))
         return [max(sum(getattr(c, name)[m] for c in own) for m in members) for own in self._costs]
-
-
-_Row = tuple[float, ...]
-"""Of a microbatch, by its size."""
 
 
 def _summed(costs: Sequence[Sequence[_Row]], table: CostTable) -> list[_Row]:

@@ -39,6 +39,7 @@ class Captures:
         self._likes: dict[tuple[int, int], Prepared | None] = {}
         self._lengths: frozenset[int] = frozenset()
         self._support: tuple[int, ...] = ()
+        self._known_ends: dict[int, Prepared] | None = None
 
     @cached_property
     def own_length(self) -> int:
@@ -54,6 +55,7 @@ class Captures:
         captured = {length for length, batch in self._made if length is not None and batch is None}
         self._lengths = frozenset(lengths)
         self._support = support(self._lengths, captured | {self.own_length})
+        self._known_ends = None
 
     def at(self, seq_len: int | None, batch: int | None) -> Prepared:
         """The capture at a length and a batch, of which None is the example's.
@@ -77,7 +79,9 @@ class Captures:
         """The capture at a length from those at others; None where it is to be made itself."""
         if seq_len == self.own_length or self.inputs is None:
             return None
-        ends = self._ends()
+        if self._known_ends is None:
+            self._known_ends = self._ends()
+        ends = self._known_ends
         return ends.get(seq_len) or (between(ends, seq_len) if len(ends) == FEWEST else None)
 
     def _ends(self) -> dict[int, Prepared]:
