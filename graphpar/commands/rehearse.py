@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import click
 
+from graphpar.commands.options import Number
 from graphpar.commands.output import json_option, print_json, stdout_kept_clean
 from graphpar.loading import uncollected
 from graphpar.plans.plan import Plan
@@ -14,7 +15,8 @@ from graphpar.plans.plan import Plan
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps to play.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True, max=3600),
+    # A shorter one is over before its messages are: it would tell of those alone.
+    type=Number(min=0.01, max=3600),
     default=2.0,
     show_default=True,
     help="What a step is to take here; all times are stretched alike.",

@@ -68,6 +68,9 @@ def test_what_cannot_be_played_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         rehearse(sample_plan(), steps=0, lasting_s=1.0)
     with pytest.raises(ValueError, match="positive"):
         rehearse(sample_plan(), steps=1, lasting_s=float("nan"))
+    for seconds, why in (("nan", "not a number"), ("1e-9", "not in the range")):
+        refused = CliRunner().invoke(command, ["plan.json", "--seconds", seconds])
+        assert refused.exit_code == 2 and "--seconds" in refused.output and why in refused.output
     monkeypatch.setattr(rehearsal, "MOST_PROCESSES", 1)
     with pytest.raises(RunError, match=f"{len(sample_plan().devices)} processes; 1 can"):
         rehearse(sample_plan(), steps=1, lasting_s=1.0)
