@@ -69,7 +69,7 @@ def stopped_once(should_stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def is_kept(function: Callable[..., Any]) -> bool:
-    """Whether a compiled form of a function lies on disk: it loads soon, unless its file has changed.
+    """Whether a compiled form of a function lies on disk that is no older than its file: it loads soon.
 
     >>> is_kept(len)
     False
@@ -78,7 +78,12 @@ def is_kept(function: Callable[..., Any]) -> bool:
     if folder is None:
         return False
     code = getattr(function, "py_func").__code__  # noqa: B009 (numba's, which has no types)
-    return any(Path(folder).glob(f"*.{code.co_name}-{code.co_firstlineno}.*.nbi"))
+    kept = Path(folder).glob(f"*.{code.co_name}-{code.co_firstlineno}.*.nbi")
+    return any(_written_s(index) >= _written_s(Path(code.co_filename)) for index in kept)
+
+
+def _written_s(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _compile(function: FunctionT, *, fastmath: bool) -> FunctionT:

@@ -1,5 +1,6 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
+import os
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -178,6 +179,8 @@ def test_what_lies_on_disk_compiled_is_known(monkeypatch: pytest.MonkeyPatch, tm
     with stopped_once(lambda: False):
         assert one() == 1
     assert is_kept(one)
+    os.utime(source, (time.time() + 60.0,) * 2)
+    assert not is_kept(one)
 
 
 @pytest.mark.parametrize("patience_s", [0.0, 60.0])

@@ -33,6 +33,12 @@ class Drawn:
         order = np.lexsort((places[1][slot], team))
         self.team, self.slot, self.weight = team[order], slot[order], weight
         self.cost, self.extra, self.post = draw.integers(1, most, size=(3, number)).astype(np.float64)
+        # Where what comes first has most of either, others need not save any.
+        first = SLOTS.first[self.slot] == 0
+        self.extra, self.post = (s + 9 * draw.integers(2) * first for s in (self.extra, self.post))
+        # Several stages take about as long as one.
+        length = (SLOTS.last - SLOTS.first)[self.slot]
+        self.cost *= length + 3 * (length == UNITS)
         self.below = draw.integers(1, sum(COUNTS) + 1, size=number)
         between = draw.integers(KINDS, size=(len(TEAMS), len(TEAMS)))
         self.joins: BoolArray = (between[:, :, None] == np.arange(KINDS)) & (np.arange(KINDS) > 0)
@@ -97,7 +103,7 @@ class Drawn:
         )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), st.integers(0, 20))
 def test_the_best_line_is_the_best_of_all(seed: int, weight: float, prices: bool, whole: int) -> None:
     drawn = Drawn(seed, weight, prices=prices)
