@@ -120,3 +120,23 @@ def test_prices_soon_reach_what_an_answer_is_known_to_cost() -> None:
     best = 0.5 * count * price
     assert 0.3 * best < bound_after(60, 2.0 * best) <= best + 1
     assert bound_after(60, None) < 0.1 * best
+
+
+def test_no_step_of_the_prices_goes_beyond_what_an_answer_costs() -> None:
+    """All that is cheapest takes forty times the limit, and a small price is enough to change that."""
+    count = 20
+    problem = ShardingProblem(
+        "far over",
+        ((0, 1),) * count,
+        tuple((900, 1000 + u) for u in range(count)),
+        ((80, 1),) * count,
+        tuple((u, u + 1) for u in range(count - 1)),
+        ((0, 1, 1, 0),) * (count - 1),
+        2 * count,
+    )
+    best = sum(1000 + u for u in range(count))
+    dual = DualAscent(*reduce_problem(problem))
+    dual.expect(best)
+    for _ in range(15):
+        dual.ascend(2)
+    assert 0.99 * best < dual.bound <= best

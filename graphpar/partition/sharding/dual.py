@@ -86,7 +86,7 @@ class DualAscent:
         self._should_stop = should_stop
         self.vertices = self.memory.vertices
         self.constant = graph.constant
-        self._least_level = 1.0
+        self._least_level, self._expected = 1.0, np.inf
         self.flat: FlatGraph = flatten(graph, self.memory, should_stop)
         self.theta: FloatArray = self.flat.cost.copy()
         self.to_start: Int64Array = message_starts(self.flat)
@@ -204,8 +204,16 @@ class DualAscent:
         count = max(1, int(np.count_nonzero(self._priced)))
         rate = self._rate * self._level() / np.sqrt(count)
         step = np.where(self._priced, np.clip(10.0 * self._direction, -1.0, 1.0), 0.0)
-        self.set_multipliers(np.maximum(0.0, self.multipliers + rate * step / self._row_scale))
+        self._move(np.maximum(0.0, self.multipliers + rate * step / self._row_scale), value, excess)
         return roundings
+
+    def _move(self, wanted: FloatArray, value: float, excess: FloatArray) -> None:
+        """Change the prices, by no more than would raise the bound to what an answer costs."""
+        step = wanted - self.multipliers
+        promised = float(step @ (excess * self._row_scale))
+        if promised > (hoped := self._expected - value) > 0.0:
+            step *= hoped / promised
+        self.set_multipliers(self.multipliers + step)
 
     def _cheapest_usage(self, dearer: FloatArray) -> FloatArray:
         """Memory at each row of the strategies that no other is cheaper than; ties share a vertex."""
@@ -216,7 +224,7 @@ class DualAscent:
 
     def expect(self, cost: float) -> None:
         """Learn what an answer costs: the optimum may be about that, however low the bound is now."""
-        self._least_level = max(1.0, _EXPECTED_SHARE * abs(cost))
+        self._expected, self._least_level = cost, max(1.0, _EXPECTED_SHARE * abs(cost))
 
     def _level(self) -> float:
         return max(abs(self._best_value), self._least_level)
