@@ -135,6 +135,8 @@ def _worth_text(worth: Worth) -> str:
         return "no better plan found"
     told = f"{format_seconds(abs(worth.saved_s))} {'less' if worth.saved_s > 0 else 'more'} per step"
     open_s = format_seconds(max(worth.noise_s, 0.0))
+    if worth.order:
+        told += f" with {worth.order}, which may be nearly as short without it (schedule={worth.order})"
     return told if abs(worth.saved_s) > worth.noise_s else f"{told} found; the gaps leave {open_s} open"
 
 

@@ -228,12 +228,15 @@ class Answer:
 class Worth:
     """What a little more of something is worth, found by solving again.
 
-    `saved_s` per step; within `noise_s`, which the plans' gaps allow, nothing is proven.
+    `saved_s` per step; within `noise_s`, which the plans' gaps allow, nothing is proven. `order` is the
+    order of work it comes with where that has no formula and the plan without it has one: what that order
+    was short of before it was to be taken is part of what is saved.
     """
 
     what: str
     saved_s: float
     noise_s: float
+    order: str = ""
 
 
 def renamed(answer: Answer, title: str, changes: tuple[str, ...]) -> Answer:

@@ -8,6 +8,7 @@ from graphpar.device import Link
 from graphpar.scenarios.pricing import only
 from graphpar.scenarios.study import Solver
 from graphpar.scenarios.types import Answer, Setting, Worth, renamed
+from graphpar.schedule.simulated import has_formula
 
 MEMORY_STEP_BYTES = 2**30
 SPEED_STEP = 1.1
@@ -26,10 +27,22 @@ def shadow_prices(solver: Solver, setting: Setting, answer: Answer) -> tuple[Wor
     found = solver.answers([question for _, question in asked])
     noise_s = (answer.gap or 0.0) * answer.step_s
     return tuple(
-        Worth(what, answer.step_s - other.step_s, noise_s + (other.gap or 0.0) * other.step_s)
+        Worth(
+            what,
+            answer.step_s - other.step_s,
+            noise_s + (other.gap or 0.0) * other.step_s,
+            _other_order(answer, other),
+        )
         for (what, _), other in zip(asked, found, strict=True)
         if other.step_s is not None
     )
+
+
+def _other_order(answer: Answer, other: Answer) -> str:
+    """The order of work of the other plan, where it had to be so much shorter than that of the first."""
+    if answer.plan is None or other.plan is None or not has_formula(answer.plan.schedule):
+        return ""
+    return "" if has_formula(other.plan.schedule) else other.plan.schedule
 
 
 def leave_one_out(solver: Solver, setting: Setting, answer: Answer) -> list[tuple[str, Answer]]:

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import functional
 import graphpar
 from graphpar.cost import LinkCost
 from graphpar.partition.certificate import BEYOND
+from graphpar.partition.types import ScheduleName
 from graphpar.planner import price
 from graphpar.precision.formats import uniform_formats
 from graphpar.preparation import prepare
@@ -28,10 +30,11 @@ from graphpar.scenarios.dominance import covers
 from graphpar.scenarios.group_prices import divided, priced_together
 from graphpar.scenarios.naming import numbered
 from graphpar.scenarios.pricing import PriceBook, training_of
+from graphpar.scenarios.report import worth_lines
 from graphpar.scenarios.solve import solve_together
 from graphpar.scenarios.study import Limits, Solver, _better
 from graphpar.scenarios.task import Task
-from graphpar.scenarios.types import Answer, Setting
+from graphpar.scenarios.types import Answer, KnownPlan, Setting
 from graphpar.scenarios.worth import shadow_prices
 
 CLUSTER: dict[str, Any] = {
@@ -473,3 +476,22 @@ def test_what_changes_nothing_is_answered_as_the_baseline() -> None:
     study = ask(["set a.count=2", "set precision=float32"], time_limit_s=0.2)
     for answer in study.answers:
         assert (answer.step_s, answer.gap) == (study.baseline.step_s, study.baseline.gap)
+
+
+def test_a_worth_that_comes_with_another_order_of_work_names_it() -> None:
+    def planned(schedule: ScheduleName, step_s: float) -> Answer:
+        return Answer("", step_s=step_s, gap=0.0, batch=8, plan=KnownPlan((), schedule, 8))
+
+    setting = baseline_setting(graphpar.Cluster.from_dict({"devices": [{"kind": "t4"}]}), 8, None)
+    orders: list[tuple[ScheduleName, ScheduleName]] = [
+        ("1f1b", "zero-bubble"),
+        ("zero-bubble", "zero-bubble"),
+        ("1f1b", "gpipe"),
+    ]
+    book, told = SimpleNamespace(with_links_as_priced=lambda setting: setting), []
+    for before, after in orders:
+        answer = planned(after, 0.8)
+        solver: Any = SimpleNamespace(book=book, answers=lambda asked, a=answer: [a] * len(asked))
+        told.append(" ".join(worth_lines(shadow_prices(solver, setting, planned(before, 1.0)))))
+    assert "200 ms less per step with zero-bubble" in told[0] and "schedule=zero-bubble" in told[0]
+    assert all("200 ms less per step" in text and " with " not in text for text in told[1:])
