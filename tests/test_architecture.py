@@ -39,7 +39,9 @@ def sources() -> Iterator[tuple[str, Path]]:
 def test_files_are_short_enough_to_read() -> None:
     folders = ("graphpar", "passes", "cost_models", "examples", "tests", "benchmarks")
     paths = {p.resolve() for folder in folders for p in (ROOT / folder).rglob("*.py")}
-    long = [str(p.relative_to(ROOT)) for p in paths if len(p.read_text().splitlines()) > 500]
+    long = [
+        str(p.relative_to(ROOT)) for p in paths if len(p.read_text(encoding="utf-8").splitlines()) > 500
+    ]
     assert not long, "split these along what they are about"
 
 
@@ -50,7 +52,7 @@ def imports(path: Path) -> tuple[tuple[str, int], ...]:
 
 
 def _imports(path: Path) -> Iterator[tuple[str, int]]:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(inner)
         for node in ast.walk(tree)

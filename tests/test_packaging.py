@@ -66,7 +66,7 @@ def test_wheel_holds_every_module_and_table(wheel: Path) -> None:
 
 def _mapped() -> list[str]:
     """Folders beside `graphpar` that become its subpackages."""
-    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     return [folder for package, folder in tools["package-dir"].items() if package != "graphpar"]
 
 

@@ -61,6 +61,8 @@ def test_make_targets_exist() -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("make is not installed")
-    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+    for target in re.findall(
+        r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    ):
         done = subprocess.run([make, "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def command(output: str | None, threads: int, as_json: bool) -> None:
         calibration = measure(threads, show_progress=True)
         path = calibration.save(output)
     if as_json:
-        print_json({"path": str(path), "calibration": json.loads(path.read_text())})
+        print_json({"path": str(path), "calibration": json.loads(path.read_bytes())})
     else:
         click.echo(str(calibration))
         click.echo(f"written to {path}")

@@ -72,7 +72,7 @@ def _alone(folder: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[str]:
     try:
-        names = json.loads(index.read_text())["weight_map"].values()
+        names = json.loads(index.read_bytes())["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{index} is no index of safetensors files: {error!r}.") from error
     if any(os.path.basename(name) != name for name in names):

@@ -1,6 +1,7 @@
 """Weights that no process holds whole: read from files or made by a function, by each rank for itself."""
 
 import json
+import locale
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,18 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         find_tensors(tmp_path)
     with pytest.raises(ValueError, match="no tensors"):
         find_tensors(Path(__file__).parent)
+
+
+def test_an_index_is_read_whatever_the_locale(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "größer.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "größer.safetensors"}}', encoding="utf-8")
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        assert [*find_tensors(index)] == ["a"]
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 @pytest.mark.distributed

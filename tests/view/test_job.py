@@ -31,7 +31,7 @@ def test_a_jobs_last_step_is_drawn_beside_its_prediction(
         graphpar.visualize(job, tmp_path / "before.json")
         job.step(*inputs)
         graphpar.visualize(job, tmp_path / "after.json")
-        page = graphpar.visualize(job, tmp_path / "after.html").read_text()
+        page = graphpar.visualize(job, tmp_path / "after.html").read_text(encoding="utf-8")
         step = job.last_step
         assert step is not None
         measured = view_of(job.plan, step).measured
